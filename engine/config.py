@@ -1,0 +1,211 @@
+"""What the engine runs with: the network's shape, the cache's size, and the knobs of one replica.
+
+Everything here is frozen and validated when it is made; a bad value raises `ConfigError` with one line
+that says what is wrong, where, and what would be right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of an ERNIE-4.5 network, as `config.json` of a checkpoint gives it."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    use_bias: bool
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    #: 0 means that every layer is dense.
+    moe_num_experts: int = 0
+    moe_k: int = 0
+    moe_intermediate_size: int = 0
+    moe_num_shared_experts: int = 0
+    moe_layer_start_index: int = 0
+    moe_layer_end_index: int = 0
+    moe_layer_interval: int = 1
+    moe_norm_min: float = 1e-12
+
+    @classmethod
+    def from_directory(cls, path: Path) -> ModelConfig:
+        """Reads `config.json` (and the end-of-text ids of `generation_config.json`).
+
+        Raises:
+            ConfigError: a file is missing or unreadable, a key is missing or has a value this network
+                cannot have. The message names file and key.
+        """
+        file = path / "config.json"
+        raw = _read_json(file)
+        architecture = (raw.get("architectures") or [raw.get("model_type", "?")])[0]
+        if "ernie4_5" not in str(raw.get("model_type", "")) and "Ernie4_5" not in str(architecture):
+            raise ConfigError(
+                f"{file}: architectures is {architecture!r}; this engine runs ERNIE-4.5 text models "
+                "(Ernie4_5ForCausalLM, Ernie4_5_MoeForCausalLM)"
+            )
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"{file}: hidden_act is {raw['hidden_act']!r}; ERNIE-4.5 uses 'silu'")
+
+        def integer(*names: str, default: int | None = None) -> int:
+            for name in names:
+                if raw.get(name) is not None:
+                    value = raw[name]
+                    if isinstance(value, bool) or not isinstance(value, int):
+                        raise ConfigError(f"{file}: {name} is {value!r}; it must be an integer")
+                    return value
+            if default is None:
+                raise ConfigError(f"{file}: {names[0]} is missing")
+            return default
+
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ConfigError(f"{file}: rope_type is {rope['rope_type']!r}; only 'default' is implemented")
+
+        layers = integer("num_hidden_layers")
+        heads = integer("num_attention_heads")
+        hidden = integer("hidden_size")
+        experts = integer("moe_num_experts", "num_experts", default=0)
+        end = integer("moe_layer_end_index", default=-1)
+        config = cls(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            vocab_size=integer("vocab_size"),
+            num_attention_heads=heads,
+            num_key_value_heads=integer("num_key_value_heads", default=heads),
+            head_dim=integer("head_dim", default=hidden // heads),
+            intermediate_size=integer("intermediate_size"),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 500000.0))),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
+            use_bias=bool(raw.get("use_bias", False)),
+            max_position_embeddings=integer("max_position_embeddings", default=131072),
+            eos_token_ids=_eos_token_ids(path, raw),
+            bos_token_id=raw.get("bos_token_id"),
+            moe_num_experts=experts,
+            moe_k=integer("moe_k", "num_experts_per_tok", default=0 if experts == 0 else None),
+            moe_intermediate_size=integer("moe_intermediate_size", default=0 if experts == 0 else None),
+            moe_num_shared_experts=integer("moe_num_shared_experts", default=0),
+            moe_layer_start_index=integer("moe_layer_start_index", default=0),
+            moe_layer_end_index=layers - 1 if end == -1 else end,
+            moe_layer_interval=integer("moe_layer_interval", default=1),
+            moe_norm_min=float(raw.get("moe_norm_min", 1e-12)),
+        )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ConfigError(
+                f"{file}: num_attention_heads ({heads}) must be a multiple of "
+                f"num_key_value_heads ({config.num_key_value_heads})"
+            )
+        if config.moe_k > config.moe_num_experts:
+            raise ConfigError(f"{file}: moe_k ({config.moe_k}) exceeds moe_num_experts ({experts})")
+        return config
+
+    def is_moe_layer(self, index: int) -> bool:
+        return (
+            self.moe_num_experts > 0
+            and (index + 1) % self.moe_layer_interval == 0
+            and self.moe_layer_start_index <= index <= self.moe_layer_end_index
+        )
+
+    def kv_bytes_per_token(self, bytes_per_element: int = 4) -> int:
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The knobs of one replica's worker."""
+
+    model: Path
+    device: str = "auto"
+    #: CPU threads of the tensor library; 0 lets the worker divide the cores by `data_parallel_size`.
+    threads: int = 0
+    max_model_len: int = 2048
+    max_num_seqs: int = 8
+    #: Tokens that one step computes at most, over all sequences.
+    max_num_batched_tokens: int = 512
+    block_size: int = 64
+    #: None sizes the cache from the model and `max_num_seqs`, see `default_num_blocks`.
+    num_gpu_blocks_override: int | None = None
+    enable_prefix_caching: bool = True
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    #: Order inside a fused Paddle qkv tensor: "plain" (q|k|v) or "grouped" (per kv head: its q heads, k, v).
+    qkv_order: str = "plain"
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "data_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"--tensor-parallel-size is {self.tensor_parallel_size}; this engine runs one process per "
+                "replica: use 1 and raise --data-parallel-size instead"
+            )
+        if self.threads < 0:
+            raise ConfigError(f"--threads is {self.threads}; it must be 0 (divide the cores) or more")
+        if not 0 <= self.data_parallel_rank < self.data_parallel_size:
+            raise ConfigError(
+                f"--local-data-parallel-id is {self.data_parallel_rank}; with --data-parallel-size "
+                f"{self.data_parallel_size} it must be 0..{self.data_parallel_size - 1}"
+            )
+        if self.qkv_order not in ("plain", "grouped"):
+            raise ConfigError(f"--qkv-order is {self.qkv_order!r}; it must be 'plain' or 'grouped'")
+        blocks = self.num_gpu_blocks_override
+        if blocks is not None and blocks < 1:
+            raise ConfigError(f"--num-gpu-blocks-override is {blocks}; it must be at least 1")
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return math.ceil(num_tokens / self.block_size)
+
+    def num_blocks(self, model: ModelConfig, memory_budget: int = 1 << 30) -> int:
+        """Blocks of the KV cache: the override, or what `memory_budget` bytes hold, at least one full sequence."""
+        if self.num_gpu_blocks_override is not None:
+            return self.num_gpu_blocks_override
+        wanted = self.max_num_seqs * self.blocks_for(self.max_model_len)
+        affordable = memory_budget // (model.kv_bytes_per_token() * self.block_size)
+        return max(self.blocks_for(self.max_model_len), min(wanted, affordable))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; a checkpoint directory needs it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: a JSON object is expected, found {type(value).__name__}")
+    return value
+
+
+def _eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Union of both files: chat models list the end-of-turn id in generation_config.json only."""
+    values: list[int] = []
+    sources = [config]
+    if (path / "generation_config.json").exists():
+        sources.append(_read_json(path / "generation_config.json"))
+    for source in sources:
+        found = source.get("eos_token_id")
+        values += found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(dict.fromkeys(int(v) for v in values))
