@@ -1,0 +1,176 @@
+"""client_watch: facts about closed sockets reach the right callback, once."""
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import pytest
+from fastdeploy.entrypoints.client_watch import watch
+
+WAIT = 10.0
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+    return accepted, client
+
+
+def test_the_callback_runs_when_the_peer_closes(pair):
+    ours, theirs = pair
+    gone = threading.Event()
+    with watch(ours, gone.set):
+        assert not gone.is_set()
+        theirs.close()
+        assert gone.wait(WAIT)
+
+
+def test_a_reset_connection_counts_as_gone():
+    ours, theirs = tcp_pair()
+    gone = threading.Event()
+    with ours, watch(ours.fileno(), gone.set):
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()
+        assert gone.wait(WAIT)
+
+
+def test_a_client_that_left_before_the_watch_is_noticed(pair):
+    ours, theirs = pair
+    theirs.close()
+    gone = threading.Event()
+    with watch(ours, gone.set):
+        assert gone.wait(WAIT)
+
+
+def test_bytes_of_a_living_client_do_not_count(pair):
+    ours, theirs = pair
+    calls: list[int] = []
+    with watch(ours, lambda: calls.append(1)):
+        theirs.sendall(b"x" * 1000)
+        settle()
+        assert calls == []
+        assert len(ours.recv(2000)) == 1000
+
+
+def test_the_callback_runs_once(pair):
+    ours, theirs = pair
+    calls: list[int] = []
+    with watch(ours, lambda: calls.append(1)):
+        theirs.close()
+        settle()
+        settle()
+    assert calls == [1]
+
+
+def test_a_closed_watch_stays_silent(pair):
+    ours, theirs = pair
+    calls: list[int] = []
+    handle = watch(ours, lambda: calls.append(1))
+    handle.close()
+    handle.close()
+    theirs.close()
+    settle()
+    assert calls == []
+
+
+def test_close_waits_for_a_callback_that_is_running(pair):
+    ours, theirs = pair
+    entered, leave = threading.Event(), threading.Event()
+
+    def callback() -> None:
+        entered.set()
+        leave.wait(WAIT)
+
+    handle = watch(ours, callback)
+    theirs.close()
+    assert entered.wait(WAIT)
+    closer = threading.Thread(target=handle.close)
+    closer.start()
+    closer.join(0.05)
+    assert closer.is_alive()
+    leave.set()
+    closer.join(WAIT)
+    assert not closer.is_alive()
+
+
+def test_a_callback_may_close_its_own_watch(pair):
+    ours, theirs = pair
+    done = threading.Event()
+    handles = []
+
+    def callback() -> None:
+        handles[0].close()
+        done.set()
+
+    handles.append(watch(ours, callback))
+    theirs.close()
+    assert done.wait(WAIT)
+
+
+def test_a_failing_callback_does_not_stop_the_others(pair):
+    ours, theirs = pair
+    with watch(ours, lambda: 1 / 0):
+        theirs.close()
+        settle()
+
+
+def test_reused_descriptor_numbers_do_not_mix_clients_up():
+    """Each connection gets the number of the one before; only the peers that close may be reported."""
+    wrong: list[int] = []
+    right: list[int] = []
+    for index in range(300):
+        ours, theirs = socket.socketpair()
+        if index % 2:
+            with watch(ours, lambda: right.append(1)):
+                theirs.close()
+        else:
+            with watch(ours, lambda: wrong.append(1)):
+                pass
+            theirs.close()
+        ours.close()
+    settle()
+    assert wrong == []
+
+
+def test_the_connection_really_closes_when_server_and_watch_let_go(pair):
+    ours, theirs = pair
+    with watch(ours, lambda: None):
+        pass
+    ours.close()
+    assert theirs.recv(1) == b""
+
+
+def test_a_forked_child_watches_with_a_thread_of_its_own(pair):
+    ours, theirs = pair
+    gone_here = threading.Event()
+    with watch(ours, gone_here.set):
+        settle()
+        child = os.fork()
+        if child == 0:
+            mine, other = socket.socketpair()
+            gone = threading.Event()
+            watch(mine, gone.set)
+            other.close()
+            os._exit(0 if gone.wait(WAIT) and not gone_here.is_set() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        theirs.close()
+        assert gone_here.wait(WAIT)
+
+
+def settle() -> None:
+    """Returns after the watching thread has dealt with everything that happened before."""
+    ours, theirs = socket.socketpair()
+    seen = threading.Event()
+    with ours, watch(ours, seen.set):
+        theirs.close()
+        assert seen.wait(WAIT)
