@@ -1,0 +1,234 @@
+"""What the whole system costs and does: `make bench-serve`.
+
+Starts fd-dp with a copy of etc/dp.toml on free ports, measures until the eight replicas are READY, then
+memory, then tokens/s through the router: one stream, sixteen at once. The peer of eight replicas is one
+replica with all cores in the same run; the limit of one stream is the time in which the weights that
+one token needs can be read from memory, measured in the same run too.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import requests
+
+from fastdeploy.config import ModelConfig
+from fastdeploy.demo_model import resolve_model_path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+NEW_TOKENS = 64
+QUESTION = "Write a short story about a lighthouse keeper and the sea."
+
+
+@dataclass(frozen=True)
+class Row:
+    case: str
+    metric: str
+    ours: float
+    peer: float | None = None
+    peer_name: str | None = None
+    limit: float | None = None
+
+
+def main() -> None:
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="fd-bench-") as directory:
+        rows += measure_system(Path(directory))
+    report(rows)
+
+
+def measure_system(prefix: Path) -> list[Row]:
+    replicas = 8
+    config, router_port = write_config(prefix, replicas=replicas, threads=0)
+    started = time.monotonic()
+    daemon = start_daemon(config, prefix)
+    try:
+        wait_ready(prefix, replicas)
+        ready_seconds = time.monotonic() - started
+        rss, pss = memory_of_workers(daemon.pid)
+        url = f"http://127.0.0.1:{router_port}"
+        generate(url, 0)
+        one = tokens_per_second(url, streams=1)
+        sixteen = tokens_per_second(url, streams=16)
+    finally:
+        stop_seconds = stop_daemon(daemon)
+
+    alone = prefix / "alone"
+    alone.mkdir()
+    config, router_port = write_config(alone, replicas=1, threads=os.cpu_count() or 1)
+    daemon = start_daemon(config, alone)
+    try:
+        wait_ready(alone, 1)
+        url = f"http://127.0.0.1:{router_port}"
+        generate(url, 0)
+        alone_one = tokens_per_second(url, streams=1)
+        alone_sixteen = tokens_per_second(url, streams=16)
+    finally:
+        stop_daemon(daemon)
+
+    peer = "one replica, all cores"
+    limit = read_bandwidth() / bytes_per_token()
+    return [
+        Row("start_to_8_ready", "seconds", ready_seconds),
+        Row("stop", "seconds", stop_seconds),
+        Row("worker_rss_mean", "MB", sum(rss) / len(rss) / 1e6),
+        Row("worker_pss_mean", "MB", sum(pss) / len(pss) / 1e6),
+        Row("decode_1_stream", "tokens/s", one, alone_one, peer, limit),
+        Row("decode_16_streams", "tokens/s", sixteen, alone_sixteen, peer),
+    ]
+
+
+def write_config(prefix: Path, *, replicas: int, threads: int) -> tuple[Path, int]:
+    """etc/dp.toml with other ports, so that a running system is left alone."""
+    ports = free_ports(3 * replicas + 1)
+    text = (ROOT / "etc" / "dp.toml").read_text(encoding="utf-8")
+
+    def put(key: str, value: Any) -> None:
+        nonlocal text
+        line = f"{key} = {json.dumps(value)}"
+        text, found = re.subn(rf"(?m)^#?\s*{key}\s*=.*$", line, text, count=1)
+        if not found:
+            raise SystemExit(f"etc/dp.toml has no line for {key}")
+
+    put("data_parallel_size", replicas)
+    put("threads", threads)
+    put("ports", ports[:replicas])
+    put("metrics_ports", ports[replicas : 2 * replicas])
+    put("engine_worker_queue_ports", ports[2 * replicas : 3 * replicas])
+    put("port", ports[-1])
+    path = prefix / "dp.toml"
+    path.write_text(text, encoding="utf-8")
+    return path, ports[-1]
+
+
+def start_daemon(config: Path, prefix: Path) -> subprocess.Popen[bytes]:
+    log = (prefix / "bench.log").open("wb")
+    return subprocess.Popen(
+        [str(BIN / "fd-dp"), "--config", str(config), "--prefix", str(prefix)],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def stop_daemon(daemon: subprocess.Popen[bytes]) -> float:
+    started = time.monotonic()
+    daemon.send_signal(signal.SIGINT)
+    daemon.wait(timeout=60)
+    return time.monotonic() - started
+
+
+def wait_ready(prefix: Path, replicas: int, deadline: float = 600.0) -> None:
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        answer = subprocess.run(
+            [str(BIN / "fdctl"), "--prefix", str(prefix), "status", "--json"],
+            capture_output=True,
+            check=False,
+        )
+        if answer.returncode == 0:
+            states = [replica["state"] for replica in json.loads(answer.stdout)["replicas"]]
+            if states == ["READY"] * replicas:
+                return
+        time.sleep(0.2)
+    raise SystemExit(f"not ready after {deadline:.0f} s; see {prefix}")
+
+
+def memory_of_workers(daemon_pid: int) -> tuple[list[int], list[int]]:
+    """RSS and PSS in bytes of each Paddle process below the daemon."""
+    rss, pss = [], []
+    for process in psutil.Process(daemon_pid).children(recursive=True):
+        if "fastdeploy.worker" in process.cmdline():
+            memory = process.memory_full_info()
+            rss.append(memory.rss)
+            pss.append(memory.pss)
+    return rss, pss
+
+
+def generate(url: str, index: int) -> int:
+    body = {
+        "messages": [{"role": "user", "content": f"({index}) {QUESTION}"}],
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=600)
+    answer.raise_for_status()
+    return int(answer.json()["usage"]["completion_tokens"])
+
+
+def tokens_per_second(url: str, streams: int) -> float:
+    started = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(streams) as pool:
+        tokens = sum(pool.map(lambda index: generate(url, index), range(1, streams + 1)))
+    return tokens / (time.monotonic() - started)
+
+
+def bytes_per_token() -> float:
+    """Weights that one decoded token reads, in fp32: everything but the experts it is not routed to."""
+    c = ModelConfig.from_directory(resolve_model_path("demo"))
+    attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    total = c.vocab_size * c.hidden_size
+    for layer in range(c.num_hidden_layers):
+        if c.is_moe_layer(layer):
+            width = c.moe_intermediate_size * (c.moe_k + c.moe_num_shared_experts)
+        else:
+            width = c.intermediate_size
+        total += attention + 3 * c.hidden_size * width
+    return 4.0 * total
+
+
+def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
+    """Bytes per second that all cores together read; numpy's sum releases the interpreter lock."""
+    cores = os.cpu_count() or 1
+    parts = np.array_split(np.ones(megabytes << 18, np.float32), cores)
+    best = float("inf")
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        for _ in range(rounds):
+            started = time.monotonic()
+            list(pool.map(np.max, parts))
+            best = min(best, time.monotonic() - started)
+    return (megabytes << 20) / best
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def report(rows: list[Row]) -> None:
+    print(
+        f"{'case':<20} {'metric':<10} {'ours':>10} {'peer':>10} {'ratio':>7} "
+        f"{'limit':>10} {'of limit':>9}  peer"
+    )
+    for row in rows:
+        peer = f"{row.peer:10.1f} {row.ours / row.peer:7.2f}" if row.peer else f"{'-':>10} {'-':>7}"
+        limit = f"{row.limit:10.1f} {row.ours / row.limit:9.2f}" if row.limit else f"{'-':>10} {'-':>9}"
+        print(f"{row.case:<20} {row.metric:<10} {row.ours:10.1f} {peer} {limit}  {row.peer_name or ''}")
+    results = ROOT / "bench-results"
+    results.mkdir(exist_ok=True)
+    (results / "serve.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

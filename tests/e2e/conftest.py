@@ -1,0 +1,181 @@
+"""The whole system as an operator has it: fd-dp, supervisord, a router and replicas of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TINY_MODEL = ROOT / "tests" / "fixtures" / "tiny"
+#: Inherited by every process that a system starts: a way to find them all, orphans included.
+MARKER = "FD_E2E_RUN"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline: float = 120.0) -> Any:
+    """Polls until `condition` is true and returns its value."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {deadline:.0f} s: {what}")
+        time.sleep(0.1)
+    return value
+
+
+def marked_processes(run: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARKER) == run and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+class System:
+    """fd-dp below a directory of its own, on free ports."""
+
+    def __init__(self, prefix: Path, replicas: int, model: Path = TINY_MODEL) -> None:
+        self.prefix = prefix
+        self.replicas = replicas
+        self.run = uuid.uuid4().hex
+        ports = free_ports(3 * replicas + 1)
+        self.ports, self.metrics_ports, queue_ports = (
+            ports[i * replicas : (i + 1) * replicas] for i in range(3)
+        )
+        self.router_port = ports[-1]
+        self.url = f"http://127.0.0.1:{self.router_port}"
+        self.config = prefix / "dp.toml"
+        self.config.write_text(
+            f"""
+[model]
+path = "{model}"
+served_name = "tiny"
+
+[parallel]
+data_parallel_size = {replicas}
+expert_parallel = false
+
+[engine]
+ports = {self.ports}
+metrics_ports = {self.metrics_ports}
+engine_worker_queue_ports = {queue_ports}
+max_model_len = 512
+max_num_seqs = 16
+num_gpu_blocks_override = 64
+
+[router]
+port = {self.router_port}
+
+[supervise]
+backoff_first = 0.2
+""",
+            encoding="utf-8",
+        )
+        self.daemon = self.start_daemon()
+
+    def start_daemon(self) -> subprocess.Popen[bytes]:
+        with (self.prefix / "fd-dp.out").open("ab") as out:
+            self.daemon = subprocess.Popen(
+                [str(BIN / "fd-dp"), "--config", str(self.config), "--prefix", str(self.prefix)],
+                stdout=out,
+                stderr=out,
+                env={**os.environ, MARKER: self.run},
+                start_new_session=True,
+            )
+        return self.daemon
+
+    def fdctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(BIN / "fdctl"), "--prefix", str(self.prefix), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    def status(self) -> dict[str, Any] | None:
+        answer = self.fdctl("status", "--json")
+        return json.loads(answer.stdout) if answer.returncode == 0 else None
+
+    def is_ready(self) -> bool:
+        status = self.status()
+        return (
+            status is not None
+            and status["router"]["state"] == "READY"
+            and [replica["state"] for replica in status["replicas"]] == ["READY"] * self.replicas
+        )
+
+    def wait_ready(self) -> None:
+        try:
+            wait_until(self.is_ready, "all replicas and the router READY", deadline=240)
+        except AssertionError as error:
+            output = (self.prefix / "fd-dp.out").read_text(errors="replace")[-4000:]
+            raise AssertionError(f"{error}\nstatus: {self.status()}\nfd-dp said:\n{output}") from None
+
+    def replica_process(self, replica: int) -> psutil.Process:
+        """The gunicorn arbiter: what supervisord started."""
+        status = self.status()
+        assert status is not None
+        return psutil.Process(status["replicas"][replica]["pid"])
+
+    def http_process(self, replica: int) -> psutil.Process:
+        return self.worker_process(replica).parent()
+
+    def worker_process(self, replica: int) -> psutil.Process:
+        family = self.replica_process(replica).children(recursive=True)
+        return next(process for process in family if "fastdeploy.worker" in process.cmdline())
+
+    def supervisord(self) -> psutil.Process:
+        return next(
+            process
+            for process in marked_processes(self.run)
+            if any(
+                Path(word).name == "supervisord" or word == "supervisor.supervisord"
+                for word in process.cmdline()
+            )
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        return marked_processes(self.run)
+
+    def stop(self) -> None:
+        self.daemon.send_signal(signal.SIGINT)
+        try:
+            self.daemon.wait(timeout=60)
+        finally:
+            for process in self.processes():
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    running = System(tmp_path_factory.mktemp("fd"), replicas=8)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.stop()

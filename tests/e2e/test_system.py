@@ -1,0 +1,167 @@
+"""Eight replicas, a router and a daemon, real processes and real signals: what architecture.md promises."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from .conftest import System, wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def complete(system: System, text: str, **fields: object) -> requests.Response:
+    body = {"prompt": text, "max_tokens": 16, "ignore_eos": True, **fields}
+    return requests.post(f"{system.url}/v1/completions", json=body, timeout=120)
+
+
+def test_a_question_through_the_router_is_answered(system: System) -> None:
+    answer = complete(system, "hello world")
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 16
+
+
+def test_all_replicas_share_the_load_of_32_parallel_requests(system: System) -> None:
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda i: complete(system, f"request {i}", max_tokens=64), range(32)))
+    assert [answer.status_code for answer in answers] == [200] * 32
+    assert len({answer.headers["X-FD-Replica"] for answer in answers}) == system.replicas
+
+
+def test_the_same_request_gives_the_same_text_on_every_replica(system: System) -> None:
+    texts = set()
+    for port in system.ports:
+        answer = requests.post(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json={"prompt": "hello", "max_tokens": 24, "seed": 7, "temperature": 0.8, "ignore_eos": True},
+            timeout=60,
+        )
+        texts.add(answer.json()["choices"][0]["text"])
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("victim", ["worker_process", "http_process", "replica_process"])
+def test_a_killed_part_of_a_replica_takes_the_replica_down_and_it_comes_back(
+    system: System, victim: str
+) -> None:
+    others = {i: system.worker_process(i).pid for i in range(system.replicas) if i != 3}
+    family = [system.replica_process(3), system.http_process(3), system.worker_process(3)]
+
+    getattr(system, victim)(3).kill()
+
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    assert complete(system, "meanwhile").status_code == 200
+    system.wait_ready()
+    assert {i: system.worker_process(i).pid for i in others} == others
+
+
+def test_a_killed_router_comes_back_with_its_replicas(system: System) -> None:
+    status = system.status()
+    assert status is not None
+    workers = [system.worker_process(i).pid for i in range(system.replicas)]
+
+    psutil.Process(status["router"]["pid"]).kill()
+
+    wait_until(lambda: _answers(system), "the router answers again")
+    wait_until(
+        lambda: requests.get(f"{system.url}/registered_number", timeout=5).json()["mixed"] == system.replicas,
+        "all replicas are registered again",
+    )
+    system.wait_ready()
+    assert [system.worker_process(i).pid for i in range(system.replicas)] == workers
+
+
+def test_a_killed_daemon_leaves_the_replicas_running_and_the_next_one_adopts_them(system: System) -> None:
+    workers = [system.worker_process(i).pid for i in range(system.replicas)]
+    system.daemon.kill()
+    system.daemon.wait()
+    assert complete(system, "without a daemon").status_code == 200
+
+    system.start_daemon()
+
+    system.wait_ready()
+    assert [system.worker_process(i).pid for i in range(system.replicas)] == workers
+
+
+def test_a_killed_supervisord_leaves_no_orphan_and_everything_comes_back(system: System) -> None:
+    old = [process for process in system.processes() if process.pid != system.daemon.pid]
+    assert len(old) > 3 * system.replicas
+
+    system.supervisord().kill()
+
+    _, alive = psutil.wait_procs(old, timeout=60)
+    assert alive == []
+    system.wait_ready()
+    assert complete(system, "after supervisord").status_code == 200
+
+
+def test_fdctl_reload_changes_only_what_the_file_changed(system: System) -> None:
+    workers = [system.worker_process(i).pid for i in range(system.replicas)]
+    text = system.config.read_text()
+    system.config.write_text(text.replace("[router]", '[router]\npolicy = "round_robin"'))
+
+    reloaded = system.fdctl("reload", "--wait")
+
+    assert reloaded.returncode == 0, reloaded.stderr
+    assert "router" in reloaded.stdout
+    system.wait_ready()
+    assert [system.worker_process(i).pid for i in range(system.replicas)] == workers
+
+
+def test_a_wrong_configuration_is_refused_with_its_line_and_nothing_changes(system: System) -> None:
+    workers = [system.worker_process(i).pid for i in range(system.replicas)]
+    text = system.config.read_text()
+    try:
+        system.config.write_text(text.replace("max_num_seqs", "max_num_sequences"))
+        reloaded = system.fdctl("reload", "--wait")
+    finally:
+        system.config.write_text(text)
+    assert reloaded.returncode != 0
+    assert "max_num_sequences" in reloaded.stderr
+    assert "max_num_seqs" in reloaded.stderr
+    assert [system.worker_process(i).pid for i in range(system.replicas)] == workers
+
+
+def test_ctrl_c_stops_everything_and_leaves_no_process(tmp_path: Path) -> None:
+    one = System(tmp_path, replicas=2)
+    try:
+        one.wait_ready()
+        assert len(one.processes()) > 6
+        one.daemon.send_signal(signal.SIGINT)
+        assert one.daemon.wait(timeout=30) == 0
+        assert one.processes() == []
+    finally:
+        one.stop()
+
+
+def test_a_client_that_leaves_frees_its_replica(system: System) -> None:
+    with requests.post(
+        f"{system.url}/v1/completions",
+        json={"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True},
+        stream=True,
+        timeout=60,
+    ) as answer:
+        next(answer.iter_lines())
+    wait_until(lambda: _running(system) == 0, "no sequence is running", deadline=30)
+
+
+def _answers(system: System) -> bool:
+    try:
+        return requests.get(f"{system.url}/health", timeout=2).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+def _running(system: System) -> float:
+    total = 0.0
+    for port in system.metrics_ports:
+        for line in requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text.splitlines():
+            if line.startswith("fastdeploy:num_requests_running"):
+                total += float(line.rsplit(" ", 1)[1])
+    return total
