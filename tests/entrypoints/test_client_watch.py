@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
 from fastdeploy.entrypoints.client_watch import watch
 
 WAIT = 10.0

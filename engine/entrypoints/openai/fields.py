@@ -1,0 +1,129 @@
+"""Typed reading of a client's JSON object: every wrong value becomes one sentence that names its field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from ...errors import RequestError
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`.
+
+    Raises:
+        RequestError: it is no JSON, no object, not UTF-8, or nested beyond reason.
+    """
+    if not body.strip():
+        raise RequestError("the body is empty; a JSON object is expected")
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is {_kind(value)}; a JSON object is expected")
+    return value
+
+
+class Fields:
+    """A JSON object of the request. A field that is null counts as absent, as OpenAI's clients mean it."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self._values = values
+        self._path = path
+
+    def name(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key
+
+    def get(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def number(self, key: str, default: float, low: float, high: float = math.inf) -> float:
+        value = self.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(key, "a number")
+        if not low <= value <= high:
+            raise self.wrong(key, _range(low, high))
+        return float(value)
+
+    def integer(self, key: str, default: int | None, low: int, high: int) -> int | None:
+        value = self.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(key, "an integer")
+        if not low <= value <= high:
+            raise self.wrong(key, _range(low, high))
+        return value
+
+    def boolean(self, key: str) -> bool:
+        value = self.get(key)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def string(self, key: str, max_length: int) -> str | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise self.wrong(key, "a string")
+        if len(value) > max_length:
+            raise RequestError(
+                f"{self.name(key)} has {len(value)} characters; it may have {max_length}", self.name(key)
+            )
+        return value
+
+    def object(self, key: str) -> Fields | None:
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(key, "an object")
+        return Fields(value, self.name(key))
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self._values)
+
+    def wrong(self, key: str, expected: str) -> RequestError:
+        return RequestError(
+            f"{self.name(key)} is {_shown(self.get(key))}; it must be {expected}", self.name(key)
+        )
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low} or more" if high == math.inf else f"between {low} and {high}"
+
+
+def _shown(value: Any) -> str:
+    """The value itself when it is short, else its kind: a message repeats no megabytes."""
+    if isinstance(value, bool | float | str | None) or (isinstance(value, int) and value.bit_length() <= 64):
+        text = msgspec.json.encode(value).decode()
+        if len(text) <= 60:
+            return text
+    return _kind(value)
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case str():
+            return "a string"
+        case int():
+            return "a very large integer"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case _:
+            return "a number"

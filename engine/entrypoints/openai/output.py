@@ -1,0 +1,138 @@
+"""One choice on its way from token ids to text: detokenized, cut at stop strings, never taken back.
+
+Pure: what comes out depends only on the tokens and their order, not on how they were grouped. The text of
+all deltas joined is therefore the same with and without streaming.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ...messages import Logprobs, TokenOutput
+from ...request import FinishReason
+
+
+class Detokenizer(Protocol):
+    """Holds back the bytes of a character that is not complete yet."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a client may see now, of one choice."""
+
+    text: str
+    #: Tokens whose text begins within the text delivered so far, and the stop token that ended it.
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...]
+    finish_reason: FinishReason | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.token_ids or self.finish_reason)
+
+
+class ChoiceOutput:
+    """The text of one choice, and how much of it has been handed out.
+
+    Text that may turn out to be the beginning of a stop string is withheld until that is decided. A stop
+    string counts from where `min_tokens` was reached; of several the one that is complete first wins.
+    """
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stop: tuple[str, ...] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._stop = stop
+        self._longest = max(map(len, stop), default=0)
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._text = ""
+        self._released = 0
+        #: Stop strings begin at or after this offset.
+        self._stop_from = 0
+        self._pending: list[_Token] = []
+        #: Tokens drawn, whether shown or not: what usage counts.
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, output: TokenOutput) -> Delta:
+        """Takes what one step drew. Nothing may follow once `finish_reason` is set."""
+        assert self.finish_reason is None, "a finished choice got more tokens"
+        for index, token_id in enumerate(output.token_ids):
+            is_stop_token = output.finish_reason is FinishReason.STOP and index == len(output.token_ids) - 1
+            logprobs = output.logprobs[index] if output.logprobs else None
+            # The text shows no stop token, so neither do its log probabilities.
+            hidden = is_stop_token and not self._include_stop
+            self._pending.append(_Token(token_id, len(self._text), None if hidden else logprobs))
+            self.num_tokens += 1
+            if not hidden and self._append(self._detokenizer.push(token_id)):
+                return self._finish(FinishReason.STOP)
+        if output.finish_reason is None:
+            return self._release(len(self._text) - self._num_withheld())
+        if self._append(self._detokenizer.finish()):
+            return self._finish(FinishReason.STOP)
+        return self._finish(output.finish_reason)
+
+    def _append(self, piece: str) -> bool:
+        """True when `piece` completes a stop string; the text and its tokens are cut there."""
+        searched = len(self._text)
+        self._text += piece
+        if self.num_tokens <= self._min_tokens:
+            self._stop_from = len(self._text)
+            return False
+        begin = max(self._stop_from, searched - self._longest + 1)
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._text.find(stop, begin)) >= 0]
+        if not found:
+            return False
+        end, start = min(found)
+        cut = end if self._include_stop else start
+        self._text = self._text[:cut]
+        self._pending = [token for token in self._pending if token.start < cut]
+        return True
+
+    def _num_withheld(self) -> int:
+        """Length of the longest end of the text with which a stop string could begin."""
+        open_text = self._text[max(self._released, self._stop_from) :]
+        for size in range(min(self._longest - 1, len(open_text)), 0, -1):
+            if any(stop.startswith(open_text[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+    def _release(self, end: int) -> Delta:
+        # A token without text of its own yet (part of a character) waits for the text that decides
+        # whether it is shown; otherwise what a client sees would depend on the grouping.
+        count = sum(token.start < end for token in self._pending)
+        return self._hand_out(end, count, None)
+
+    def _finish(self, reason: FinishReason) -> Delta:
+        self.finish_reason = reason
+        return self._hand_out(len(self._text), len(self._pending), reason)
+
+    def _hand_out(self, end: int, count: int, reason: FinishReason | None) -> Delta:
+        tokens, self._pending = self._pending[:count], self._pending[count:]
+        text = self._text[self._released : end]
+        self._released = end
+        return Delta(
+            text=text,
+            token_ids=tuple(token.token_id for token in tokens),
+            logprobs=tuple(token.logprobs for token in tokens if token.logprobs is not None),
+            finish_reason=reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """A token that has not been handed out."""
+
+    token_id: int
+    #: Offset in the text where its own begins.
+    start: int
+    logprobs: Logprobs | None

@@ -1,0 +1,357 @@
+"""The bodies of /v1/chat/completions and /v1/completions, validated and frozen.
+
+Fields that no server knows are ignored, because clients send many. Fields that this server knows but does
+not implement are refused as soon as their value would change the answer: silence would be a wrong answer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError, RequestError
+from ...request import SamplingParams
+from .fields import Fields
+
+MAX_CHOICES = 128
+MAX_SEQUENCES = 256
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 256
+#: Tokens are counted in 32 bits by the engine.
+MAX_TOKENS = 2**31 - 1
+
+#: Fields that would change the answer if they were implemented -> values under which they change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structural_tag": (),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "bad_words_token_ids": ([],),
+    "logits_processors_args": ({},),
+    "suffix": ("",),
+    "prompt_logprobs": (False,),
+    "temp_scaled_logprobs": (False,),
+    "top_p_normalized_logprobs": (False,),
+    "reasoning_max_tokens": (),
+    "response_max_tokens": (),
+    "prompt_token_ids": ([],),
+    "disable_chat_template": (False,),
+    "continue_final_message": (False,),
+    "use_beam_search": (False,),
+    "modalities": (["text"], []),
+    "audio": (),
+    "web_search_options": (),
+}
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What holds where a request says nothing: the checkpoint's own advice, else OpenAI's values."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_directory(cls, path: Path) -> SamplingDefaults:
+        file = path / "generation_config.json"
+        if not file.exists():
+            return cls()
+        try:
+            fields = Fields(json.loads(file.read_text(encoding="utf-8")))
+            temperature = fields.number("temperature", cls().temperature, 0.0, 2.0)
+            return cls(
+                # A checkpoint that says do_sample=false means greedy, whatever temperature stands beside it.
+                temperature=0.0 if fields.get("do_sample") is False else temperature,
+                top_p=fields.number("top_p", cls().top_p, 0.0, 1.0),
+                top_k=fields.integer("top_k", cls().top_k, 0, MAX_TOKENS) or 0,
+                repetition_penalty=fields.number("repetition_penalty", cls().repetition_penalty, 0.01, 10.0),
+            )
+        except (OSError, ValueError, RequestError) as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What chat and completion requests have in common."""
+
+    model: str | None
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    include_stop_str_in_output: bool
+    #: None: no log probabilities; 0: of the drawn tokens; n: and of the n most likely ones.
+    logprobs: int | None
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+    request_id: str | None
+
+    def sampling_params(
+        self, *, max_tokens: int, seed: int, choice: int, eos_token_ids: tuple[int, ...]
+    ) -> SamplingParams:
+        ends = self.stop_token_ids if self.ignore_eos else (*eos_token_ids, *self.stop_token_ids)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min(self.min_tokens, max_tokens),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=seed,
+            choice=choice,
+            stop_token_ids=tuple(dict.fromkeys(ends)),
+            logprobs=self.logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest(GenerationRequest):
+    messages: list[dict[str, Any]]
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+
+    @classmethod
+    def parse(cls, body: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
+        fields = Fields(body)
+        _refuse_unsupported(fields)
+        top = fields.integer("top_logprobs", None, -1, MAX_LOGPROBS)
+        if top is not None and top > 0 and not fields.boolean("logprobs"):
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        kwargs = fields.object("chat_template_kwargs")
+        return cls(
+            messages=_messages(fields),
+            chat_template=fields.string("chat_template", 1 << 16),
+            chat_template_kwargs=_template_arguments(kwargs) if kwargs else {},
+            logprobs=max(top or 0, 0) if fields.boolean("logprobs") else None,
+            **_common(fields, defaults),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest(GenerationRequest):
+    #: Each is text or token ids.
+    prompts: tuple[str | list[int], ...]
+    echo: bool
+
+    @classmethod
+    def parse(cls, body: dict[str, Any], defaults: SamplingDefaults) -> CompletionRequest:
+        fields = Fields(body)
+        _refuse_unsupported(fields)
+        logprobs = fields.integer("logprobs", None, -1, MAX_LOGPROBS)
+        common = _common(fields, defaults)
+        best_of = fields.integer("best_of", common["n"], 1, MAX_CHOICES)
+        if best_of != common["n"]:
+            raise RequestError(f"best_of is {best_of}; only best_of equal to n is implemented", "best_of")
+        prompts = _prompts(fields)
+        if len(prompts) * common["n"] > MAX_SEQUENCES:
+            raise RequestError(
+                f"{len(prompts)} prompts times n = {common['n']} is more than {MAX_SEQUENCES} choices",
+                "prompt",
+            )
+        echo = fields.boolean("echo")
+        if echo and logprobs is not None and logprobs >= 0:
+            raise RequestError(
+                "echo cannot be combined with logprobs: prompts have no log probabilities here", "echo"
+            )
+        return cls(
+            prompts=prompts,
+            echo=echo,
+            logprobs=None if logprobs is None or logprobs < 0 else logprobs,
+            **common,
+        )
+
+
+def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
+    max_tokens = fields.integer("max_tokens", None, 1, MAX_TOKENS)
+    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, MAX_TOKENS)
+    min_tokens = fields.integer("min_tokens", 0, 0, MAX_TOKENS) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise RequestError(
+            f"min_tokens is {min_tokens}; it must not exceed max_tokens ({max_tokens})", "min_tokens"
+        )
+    top_k = fields.integer("top_k", defaults.top_k, -1, MAX_TOKENS) or 0
+    stream = fields.boolean("stream")
+    return {
+        "model": fields.string("model", 1024),
+        "n": fields.integer("n", 1, 1, MAX_CHOICES),
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "temperature": fields.number("temperature", defaults.temperature, 0.0, 2.0),
+        "top_p": _top_p(fields, defaults),
+        "top_k": max(top_k, 0),
+        "min_p": fields.number("min_p", 0.0, 0.0, 1.0),
+        "repetition_penalty": fields.number("repetition_penalty", defaults.repetition_penalty, 0.01, 10.0),
+        "presence_penalty": fields.number("presence_penalty", 0.0, -2.0, 2.0),
+        "frequency_penalty": fields.number("frequency_penalty", 0.0, -2.0, 2.0),
+        "seed": fields.integer("seed", None, -(2**63), 2**63 - 1),
+        "stop": _stop(fields),
+        "stop_token_ids": _stop_token_ids(fields),
+        "ignore_eos": fields.boolean("ignore_eos"),
+        "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
+        "stream": stream,
+        "include_usage": _include_usage(fields, stream),
+        "return_token_ids": fields.boolean("return_token_ids"),
+        "request_id": fields.string("request_id", 128),
+    }
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    for key, harmless in _UNSUPPORTED.items():
+        value = fields.get(key)
+        # `1 == True` and `0 == False` in Python; JSON's 0 and false are both harmless here.
+        if value is not None and value not in harmless:
+            raise RequestError(f"{key} is not supported by this server; leave it out", key)
+
+
+def _top_p(fields: Fields, defaults: SamplingDefaults) -> float:
+    top_p = fields.number("top_p", defaults.top_p, 0.0, 1.0)
+    if top_p == 0.0:
+        raise fields.wrong("top_p", "above 0 and at most 1")
+    return top_p
+
+
+def _stop(fields: Fields) -> tuple[str, ...]:
+    value = fields.get("stop")
+    if value is None:
+        return ()
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
+        raise fields.wrong("stop", "a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop has {len(strings)} strings; it may have {MAX_STOP_STRINGS}", "stop")
+    if not all(0 < len(s) <= MAX_STOP_LENGTH for s in strings):
+        raise RequestError(f"each string of stop must have 1 to {MAX_STOP_LENGTH} characters", "stop")
+    return tuple(strings)
+
+
+def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
+    value = fields.get("stop_token_ids")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(_is_token_id(v) for v in value):
+        raise RequestError("stop_token_ids must be a list of token ids", "stop_token_ids")
+    if len(value) > MAX_STOP_TOKEN_IDS:
+        raise RequestError(
+            f"stop_token_ids has {len(value)} ids; it may have {MAX_STOP_TOKEN_IDS}", "stop_token_ids"
+        )
+    return tuple(value)
+
+
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    options = fields.object("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        raise RequestError("stream_options is allowed only together with stream: true", "stream_options")
+    if options.boolean("continuous_usage_stats"):
+        name = options.name("continuous_usage_stats")
+        raise RequestError(f"{name} is not supported; include_usage sends the usage once, at the end", name)
+    return options.boolean("include_usage")
+
+
+def _messages(fields: Fields) -> list[dict[str, Any]]:
+    value = fields.get("messages")
+    if value is None:
+        raise RequestError("messages is missing; it must be a list of messages", "messages")
+    if not isinstance(value, list) or not value:
+        raise RequestError("messages must be a list of at least one message", "messages")
+    return [_message(message, f"messages.{index}") for index, message in enumerate(value)]
+
+
+def _message(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must be an object with role and content", path)
+    fields = Fields(value, path)
+    role = fields.get("role")
+    if role not in _ROLES:
+        raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
+    for key in ("tool_calls", "function_call", "audio"):
+        if fields.get(key):
+            raise RequestError(f"{fields.name(key)} is not supported by this server", fields.name(key))
+    # "developer" is OpenAI's newer word; the templates of open models know "system".
+    message = {"role": "system" if role == "developer" else role, "content": _content(fields, role)}
+    name = fields.string("name", 1024)
+    return message | ({"name": name} if name is not None else {})
+
+
+def _content(fields: Fields, role: str) -> str:
+    content = fields.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    if not isinstance(content, list):
+        raise fields.wrong("content", "a string or a list of text parts")
+    texts = []
+    for index, part in enumerate(content):
+        path = f"{fields.name('content')}.{index}"
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise RequestError(
+                f'{path} must be {{"type": "text", "text": ...}}; this model reads text only', path
+            )
+    return "\n".join(texts)
+
+
+def _template_arguments(fields: Fields) -> dict[str, Any]:
+    for key in ("messages", "tools"):
+        if fields.get(key) is not None:
+            raise RequestError(f"{fields.name(key)} is reserved", fields.name(key))
+    return fields.as_dict()
+
+
+def _prompts(fields: Fields) -> tuple[str | list[int], ...]:
+    value = fields.get("prompt")
+    if value is None:
+        raise RequestError("prompt is missing; it must be a string, token ids, or a list of either", "prompt")
+    if isinstance(value, str) or _is_token_list(value):
+        return (value,)
+    if isinstance(value, list) and value and _is_uniform(value):
+        return tuple(value)
+    raise RequestError(
+        "prompt must be a string, a non-empty list of token ids, or a list of strings or of such lists",
+        "prompt",
+    )
+
+
+def _is_uniform(values: list[Any]) -> bool:
+    return all(isinstance(item, str) for item in values) or all(_is_token_list(item) for item in values)
+
+
+def _is_token_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_token_id(item) for item in value)
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS

@@ -1,0 +1,125 @@
+"""ChoiceOutput: text does not depend on how its tokens arrive, and stop strings stay inside."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.entrypoints.openai.output import ChoiceOutput, Delta
+from fastdeploy.messages import Logprobs, TokenOutput
+from fastdeploy.request import FinishReason
+
+
+class ByteDetokenizer:
+    """Token ids are the bytes of UTF-8 text; a character appears with its last byte."""
+
+    def __init__(self) -> None:
+        self._bytes = b""
+
+    def push(self, token_id: int) -> str:
+        self._bytes += bytes([token_id])
+        try:
+            text = self._bytes.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return ""
+            text = self._bytes.decode(errors="replace")
+        self._bytes = b""
+        return text
+
+    def finish(self) -> str:
+        text, self._bytes = self._bytes.decode(errors="replace"), b""
+        return text
+
+
+def run(groups: list[list[int]], finish: FinishReason, **options: object) -> tuple[ChoiceOutput, list[Delta]]:
+    choice = ChoiceOutput(ByteDetokenizer(), **options)
+    deltas = []
+    for index, group in enumerate(groups):
+        logprobs = [Logprobs(token_id=t, logprob=-0.5, top=[]) for t in group]
+        reason = finish if index == len(groups) - 1 else None
+        deltas.append(choice.push(TokenOutput("r", group, reason, logprobs)))
+        if choice.finish_reason:
+            break
+    return choice, deltas
+
+
+def text_of(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+alphabet = st.text(alphabet="abcé好", max_size=30)
+stops = st.lists(st.text(alphabet="abcé好", min_size=1, max_size=4), max_size=3).map(tuple)
+
+
+@given(data=st.data(), text=alphabet, stop=stops, include=st.booleans(), min_tokens=st.integers(0, 10))
+def test_grouping_never_changes_text_tokens_or_finish_reason(data, text, stop, include, min_tokens):
+    ids = list(text.encode())
+    options = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
+    whole, whole_deltas = run([ids], FinishReason.LENGTH, **options)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)))))
+    groups = [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+    parts, part_deltas = run(groups, FinishReason.LENGTH, **options)
+
+    assert text_of(part_deltas) == text_of(whole_deltas)
+    assert parts.finish_reason == whole.finish_reason
+    assert parts.num_tokens == whole.num_tokens
+    for name in ("token_ids", "logprobs"):
+        assert [x for d in part_deltas for x in getattr(d, name)] == [
+            x for d in whole_deltas for x in getattr(d, name)
+        ]
+
+
+@given(text=alphabet, stop=stops)
+def test_a_stop_string_never_leaks_nor_does_a_piece_of_it(text, stop):
+    choice, deltas = run([[b] for b in text.encode()] or [[]], FinishReason.LENGTH, stop=stop)
+    ends = [at + len(s) for s in stop if (at := text.find(s)) >= 0]
+    if ends:
+        first = min(ends)
+        starts = [text.find(s) for s in stop if s in text and text.find(s) + len(s) == first]
+        assert text_of(deltas) == text[: min(starts)]
+        assert choice.finish_reason is FinishReason.STOP
+    else:
+        assert text_of(deltas) == text
+        assert choice.finish_reason is FinishReason.LENGTH
+    assert not any(s in text_of(deltas) for s in stop)
+
+
+@given(text=alphabet, stop=stops)
+def test_logprobs_stand_for_the_bytes_that_were_delivered(text, stop):
+    _, deltas = run([[b] for b in text.encode()] or [[]], FinishReason.LENGTH, stop=stop)
+    assert bytes(entry.token_id for d in deltas for entry in d.logprobs).decode() == text_of(deltas)
+
+
+def test_text_that_cannot_become_a_stop_string_is_delivered_at_once():
+    choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
+    assert choice.push(TokenOutput("r", list(b"hello E"))).text == "hello "
+    assert choice.push(TokenOutput("r", list(b"N"))).text == ""
+    assert choice.push(TokenOutput("r", list(b"G"))).text == "ENG"
+
+
+def test_the_stop_string_is_kept_when_asked_for():
+    _, deltas = run([list(b"one. two.")], FinishReason.LENGTH, stop=(".",), include_stop=True)
+    assert text_of(deltas) == "one."
+
+
+def test_a_stop_token_is_counted_but_not_shown():
+    choice, deltas = run([list(b"hi"), list(b"!")], FinishReason.STOP)
+    assert (text_of(deltas), choice.num_tokens) == ("hi", 3)
+    assert [i for d in deltas for i in d.token_ids] == list(b"hi!")
+    assert [e.token_id for d in deltas for e in d.logprobs] == list(b"hi")
+
+
+def test_a_character_cut_off_by_the_length_limit_becomes_a_replacement_character():
+    _, deltas = run([[*b"a", *"好".encode()[:2]]], FinishReason.LENGTH)
+    assert text_of(deltas) == "a\N{REPLACEMENT CHARACTER}"
+
+
+def test_stop_strings_before_min_tokens_are_plain_text():
+    _, deltas = run([[b] for b in b"a.b.c"], FinishReason.LENGTH, stop=(".",), min_tokens=3)
+    assert text_of(deltas) == "a.b"
+
+
+def test_an_error_hands_out_what_was_withheld():
+    choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
+    choice.push(TokenOutput("r", list(b"EN")))
+    delta = choice.push(TokenOutput("r", [], FinishReason.ERROR, message="out of memory"))
+    assert (delta.text, delta.finish_reason) == ("EN", FinishReason.ERROR)
