@@ -57,6 +57,8 @@ class Sequence:
     #: Prompt tokens whose keys and values were found in the prefix cache at first admission.
     num_cached: int = 0
     num_preemptions: int = 0
+    #: Chained hashes of the first full blocks, as far as needed. They stay valid: the text only grows.
+    block_hashes: list[bytes] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,94 @@
+"""A network for tests whose every logit depends on every token it can reach through the block table.
+
+It keeps token ids where a real one keeps keys and values. A wrong block table, a block used twice, a stale
+prefix or a skipped position changes what it reads back, and with that the text.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.request import Batch, FinishReason, SamplingParams, Sequence
+from fastdeploy.sampler import sample
+
+VOCAB_SIZE = 61
+
+MODEL_CONFIG = ModelConfig(
+    hidden_size=8,
+    num_hidden_layers=1,
+    vocab_size=VOCAB_SIZE,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=8,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    tie_word_embeddings=True,
+    use_bias=False,
+    max_position_embeddings=4096,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+)
+
+
+def engine_config(**changes: object) -> EngineConfig:
+    values: dict[str, object] = {
+        "model": Path("none"),
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "block_size": 4,
+    }
+    return EngineConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def logits_after(token_ids: Iterable[int]) -> np.ndarray:
+    """A row that looks random and is a function of the tokens and their order."""
+    digest = zlib.crc32(np.array(list(token_ids), dtype=np.int64).tobytes())
+    return np.random.default_rng(digest).normal(0, 3, VOCAB_SIZE).astype(np.float32)
+
+
+class PagedOracle:
+    """A runner (see `fastdeploy.engine.Runner`) over a cache of token ids."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        # Poison: a slot read before it was written is not a token.
+        self.cache = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self.batches: list[Batch] = []
+
+    def execute(self, batch: Batch) -> np.ndarray:
+        self.batches.append(batch)
+        for row in batch.rows:
+            positions = np.arange(row.start, row.end)
+            self.cache[self._slots(row.sequence, positions)] = row.sequence.token_ids(row.start, row.end)
+        # Read after all of the writes, so that two rows which write one slot are found out.
+        logits = [
+            logits_after(self.cache[self._slots(row.sequence, np.arange(row.end))])
+            for row in batch.rows
+            if row.samples
+        ]
+        return np.array(logits, dtype=np.float32).reshape(-1, VOCAB_SIZE)
+
+    def _slots(self, sequence: Sequence, positions: np.ndarray) -> np.ndarray:
+        blocks = np.array(sequence.block_ids)[positions // self._block_size]
+        return blocks * self._block_size + positions % self._block_size
+
+
+def generate_alone(prompt: list[int], params: SamplingParams, limit: int) -> tuple[list[int], FinishReason]:
+    """The text as it must be: one sequence, no cache, no batch, no chunks."""
+    sequence = Sequence("alone", list(prompt), params)
+    while True:
+        row = logits_after(sequence.token_ids(0, sequence.num_tokens))
+        token_id = sample(row[None], [sequence])[0].token_id
+        sequence.output_token_ids.append(token_id)
+        count = len(sequence.output_token_ids)
+        if token_id in params.stop_token_ids and count > params.min_tokens:
+            return sequence.output_token_ids, FinishReason.STOP
+        if count == params.max_tokens or sequence.num_tokens == limit:
+            return sequence.output_token_ids, FinishReason.LENGTH

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdeploy.block_pool import BlockPool
+from fastdeploy.errors import RequestError
+from fastdeploy.request import Batch, FinishReason, SamplingParams, Sequence
+from fastdeploy.scheduler import Scheduler
+
+from .paged_oracle import engine_config
+
+
+def build(num_blocks: int = 32, **changes: object) -> tuple[Scheduler, BlockPool]:
+    config = engine_config(**changes)
+    pool = BlockPool(num_blocks, config.block_size)
+    return Scheduler(config, pool), pool
+
+
+def sequence(name: str, prompt: int | list[int], **params: object) -> Sequence:
+    """A prompt of so many tokens that occur in no other prompt, or of the given ones."""
+    if isinstance(prompt, int):
+        first = 1000 * zlib.crc32(name.encode())
+        prompt = [(first + index) % 1_000_000 for index in range(prompt)]
+    return Sequence(name, prompt, SamplingParams(**({"max_tokens": 100} | params)))  # type: ignore[arg-type]
+
+
+def run(
+    scheduler: Scheduler, batch: Batch, token: Callable[[Sequence], int] = lambda s: 7
+) -> list[FinishReason | None]:
+    return scheduler.commit(batch, [token(row.sequence) for row in batch.rows if row.samples])
+
+
+def shape(batch: Batch) -> list[tuple[str, int, int, bool]]:
+    return [(row.sequence.request_id, row.start, row.num_tokens, row.samples) for row in batch.rows]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_other_sequences_decode() -> None:
+    scheduler, _ = build(max_num_batched_tokens=8)
+    scheduler.add(sequence("short", 3))
+    scheduler.add(sequence("long", 18))
+    shapes = []
+    for _ in range(4):
+        batch = scheduler.schedule()
+        shapes.append(shape(batch))
+        run(scheduler, batch)
+    assert shapes == [
+        [("short", 0, 3, True), ("long", 0, 5, False)],
+        [("short", 3, 1, True), ("long", 5, 7, False)],
+        [("short", 4, 1, True), ("long", 12, 6, True)],
+        [("short", 5, 1, True), ("long", 18, 1, True)],
+    ]
+
+
+def test_no_more_sequences_run_than_seats() -> None:
+    scheduler, _ = build(max_num_seqs=2)
+    for name in "abc":
+        scheduler.add(sequence(name, 2))
+    assert [row.sequence.request_id for row in scheduler.schedule().rows] == ["a", "b"]
+    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
+
+
+def test_with_fewer_tokens_than_seats_every_running_sequence_still_moves_in_every_step() -> None:
+    scheduler, _ = build(max_num_seqs=4, max_num_batched_tokens=2)
+    for name in "abcd":
+        scheduler.add(sequence(name, 1))
+    for _ in range(5):
+        batch = scheduler.schedule()
+        assert [row.sequence.request_id for row in batch.rows] == ["a", "b"]
+        run(scheduler, batch)
+
+
+def test_nothing_becomes_visible_before_commit() -> None:
+    scheduler, pool = build()
+    one = sequence("one", 9)
+    scheduler.add(one)
+    batch = scheduler.schedule()
+    assert one.num_computed == 0
+    assert one.output_token_ids == []
+    assert pool.find(one.block_hashes) == []
+    # A step that has failed can simply be made again.
+    assert shape(scheduler.schedule()) == shape(batch)
+    run(scheduler, batch)
+    assert one.num_computed == 9
+    assert one.output_token_ids == [7]
+    assert len(pool.find(one.block_hashes)) == 2
+
+
+def test_a_known_prefix_is_not_computed_again_but_its_last_token_is() -> None:
+    scheduler, _ = build()
+    prompt = list(range(8))
+    scheduler.add(sequence("first", prompt, max_tokens=1))
+    run(scheduler, scheduler.schedule())
+    again = sequence("again", prompt)
+    scheduler.add(again)
+    # 8 tokens are two full blocks, but then there would be no logits to draw from.
+    assert shape(scheduler.schedule()) == [("again", 4, 4, True)]
+    assert again.num_cached == 4
+    assert scheduler.prefix_cache_hit_tokens_total == 4
+    assert scheduler.prefix_cache_query_tokens_total == 16
+
+
+def test_generated_text_is_found_as_the_prefix_of_the_next_turn() -> None:
+    scheduler, _ = build()
+    first = sequence("first", list(range(6)), max_tokens=3)
+    scheduler.add(first)
+    for _ in range(3):
+        run(scheduler, scheduler.schedule())
+    scheduler.add(sequence("next", [*range(6), 7, 7, 7, 50]))
+    assert shape(scheduler.schedule()) == [("next", 8, 2, True)]
+
+
+def test_prefix_caching_can_be_switched_off() -> None:
+    scheduler, _ = build(enable_prefix_caching=False)
+    for name in ("first", "again"):
+        scheduler.add(sequence(name, list(range(8)), max_tokens=1))
+        batch = scheduler.schedule()
+        assert batch.num_tokens == 8
+        run(scheduler, batch)
+    assert scheduler.prefix_cache_query_tokens_total == 16
+    assert scheduler.prefix_cache_hit_tokens_total == 0
+
+
+def test_the_youngest_gives_way_and_is_the_first_to_come_back() -> None:
+    # Two blocks and one; the ninth token of "old" needs a third when "young" has taken its second.
+    scheduler, pool = build(num_blocks=4, max_model_len=16)
+    old, young = sequence("old", 6), sequence("young", 4)
+    for one in (old, young, sequence("later", 4)):
+        scheduler.add(one)
+    assert [row.sequence.request_id for row in scheduler.schedule().rows] == ["old", "young"]
+    while young.num_preemptions == 0:
+        run(scheduler, scheduler.schedule())
+    scheduler.check()
+    assert young.block_ids == []
+    assert young.num_computed == 0
+    written = list(young.output_token_ids)
+    assert written, "its tokens are kept"
+    order = []
+    while scheduler.num_running + scheduler.num_waiting:
+        batch = scheduler.schedule()
+        order += [r.sequence.request_id for r in batch.rows if r.sequence.request_id not in order]
+        run(scheduler, batch)
+    assert order == ["old", "young", "later"]
+    assert young.output_token_ids[: len(written)] == written
+    assert pool.num_free == 4
+
+
+def test_a_preempted_sequence_is_not_admitted_while_it_would_be_preempted_again() -> None:
+    scheduler, _ = build(num_blocks=8, max_model_len=32)
+    scheduler.add(sequence("old", 12))
+    scheduler.add(sequence("young", 12))
+    while scheduler.num_running + scheduler.num_waiting:
+        run(scheduler, scheduler.schedule())
+    assert scheduler.preemptions_total == 1
+
+
+def test_the_youngest_waits_in_place_while_nobody_needs_its_blocks() -> None:
+    scheduler, _ = build(num_blocks=4, max_model_len=16)
+    young = sequence("young", 3)
+    scheduler.add(sequence("old", 8, max_tokens=4))
+    scheduler.add(young)
+    steps = []
+    for _ in range(5):
+        batch = scheduler.schedule()
+        steps.append([row.sequence.request_id for row in batch.rows])
+        run(scheduler, batch)
+    # "old" takes the last block in step 2; "young" needs one in step 3 and gets it when "old" has ended.
+    assert steps == [["old", "young"], ["old", "young"], ["old"], ["old"], ["young"]]
+    assert young.num_preemptions == 0
+
+
+def test_a_sequence_that_outgrows_the_whole_cache_ends_with_length() -> None:
+    scheduler, _ = build(num_blocks=3, max_model_len=64)
+    one = sequence("one", 5)
+    scheduler.add(one)
+    reasons: list[FinishReason | None] = []
+    while scheduler.num_running + scheduler.num_waiting:
+        reasons += run(scheduler, scheduler.schedule())
+    assert reasons[-1] is FinishReason.LENGTH
+    assert one.num_tokens == 12
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_blocks", "said"),
+    [
+        (0, 32, "the prompt has no tokens; it must have at least one"),
+        (64, 32, "may have 64 here (--max-model-len 64)"),
+        (12, 3, "may have 12 here (3 blocks of 4 tokens, --num-gpu-blocks-override)"),
+    ],
+)
+def test_a_prompt_that_can_never_be_served_is_refused_at_once(
+    prompt: int, num_blocks: int, said: str
+) -> None:
+    scheduler, _ = build(num_blocks=num_blocks)
+    with pytest.raises(RequestError) as refusal:
+        scheduler.add(sequence("one", prompt))
+    assert said in str(refusal.value)
+    assert scheduler.num_waiting == 0
+
+
+def test_a_stop_token_ends_the_text_only_after_min_tokens() -> None:
+    scheduler, _ = build()
+    scheduler.add(sequence("one", 3, stop_token_ids=(7,), min_tokens=2))
+    reasons = [run(scheduler, scheduler.schedule())[0] for _ in range(3)]
+    assert reasons == [None, None, FinishReason.STOP]
+
+
+def test_the_last_allowed_token_ends_with_length_and_a_stop_token_there_with_stop() -> None:
+    scheduler, _ = build()
+    scheduler.add(sequence("length", 3, max_tokens=2))
+    scheduler.add(sequence("stop", 3, max_tokens=2, stop_token_ids=(9,)))
+    run(scheduler, scheduler.schedule())
+    reasons = run(scheduler, scheduler.schedule(), lambda s: 9)
+    assert reasons == [FinishReason.LENGTH, FinishReason.STOP]
+
+
+def test_abort_frees_running_and_waiting_sequences_and_ignores_ended_ones() -> None:
+    scheduler, pool = build(max_num_seqs=1)
+    scheduler.add(sequence("running", 5))
+    scheduler.add(sequence("waiting", 5))
+    run(scheduler, scheduler.schedule())
+    scheduler.abort(["running", "waiting", "never seen"])
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
+    assert pool.num_free == 32
+    scheduler.check()
+    assert not scheduler.schedule()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    data=st.data(),
+    num_blocks=st.integers(2, 12),
+    seats=st.integers(1, 5),
+    budget=st.integers(1, 20),
+    caching=st.booleans(),
+)
+def test_any_traffic_is_served_in_arrival_order_without_leaks(
+    data: st.DataObject, num_blocks: int, seats: int, budget: int, caching: bool
+) -> None:
+    scheduler, pool = build(
+        num_blocks=num_blocks,
+        max_num_seqs=seats,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=caching,
+    )
+    arrived: list[Sequence] = []
+    admitted: list[Sequence] = []
+    ended: set[Sequence] = set()
+
+    def step() -> None:
+        live = [one for one in arrived if one not in ended]
+        batch = scheduler.schedule()
+        if not live:
+            assert not batch
+            return
+        assert batch.num_tokens <= budget
+        assert len(batch.rows) <= scheduler.num_running <= seats
+        scheduled = [row.sequence for row in batch.rows]
+        assert scheduled[0] is live[0], "the oldest makes progress in every step"
+        assert scheduled == sorted(scheduled, key=arrived.index)
+        admitted.extend(one for one in scheduled if one not in admitted)
+        for row in batch.rows:
+            assert row.num_tokens >= 1
+            assert len(row.sequence.block_ids) == -(-row.end // pool.block_size), (
+                "holds what it needs, no more"
+            )
+            assert row.samples == (row.end == row.sequence.num_tokens)
+        reasons = run(scheduler, batch, lambda s: s.num_tokens % 3)
+        sampled = [row.sequence for row in batch.rows if row.samples]
+        ended.update(one for one, reason in zip(sampled, reasons, strict=True) if reason is not None)
+
+    for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "step", "abort"]), max_size=50)):
+        if action == "add":
+            length = data.draw(st.integers(1, scheduler.max_num_tokens - 1))
+            # Two letters: prefixes are shared often.
+            prompt = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
+            arrived.append(sequence(str(len(arrived)), prompt, max_tokens=data.draw(st.integers(1, 20))))
+            scheduler.add(arrived[-1])
+        elif action == "step":
+            step()
+        elif arrived:
+            victim = data.draw(st.sampled_from(arrived))
+            scheduler.abort([victim.request_id])
+            ended.add(victim)
+        scheduler.check()
+    for _ in range(sum(one.num_tokens + one.params.max_tokens for one in arrived) * 2):
+        step()
+        scheduler.check()
+    assert ended == set(arrived), "everybody ends"
+    assert [one for one in arrived if one in admitted] == admitted, "nobody overtakes"
+    assert pool.num_free == num_blocks
