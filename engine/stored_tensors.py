@@ -1,0 +1,124 @@
+"""The tensors of a checkpoint directory as they lie on disk, in one safetensors file or several."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_ITEM_SIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_ITEM_SIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+_MAX_HEADER = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a mapped file; nothing is read before `float32`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    @property
+    def is_mappable(self) -> bool:
+        """Whether `float32` is a view of the file rather than a copy."""
+        return self.dtype == "F32" and self.data.ctypes.data % 4 == 0
+
+    def float32(self) -> np.ndarray:
+        """The values. A view shares its pages with every process that maps the file."""
+        if self.dtype == "F32":
+            data = self.data if self.is_mappable else self.data.copy()
+            return data.view(np.float32).reshape(self.shape)
+        data = self.data.copy()
+        if self.dtype == "BF16":
+            # bfloat16 is the upper half of a float32.
+            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
+        if self.dtype == "F16":
+            return data.view(np.float16).astype(np.float32).reshape(self.shape)
+        raise CheckpointError(
+            f"{self.file}: tensor {self.name} has dtype {self.dtype}; F32, BF16 and F16 can be loaded"
+        )
+
+
+def open_directory(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of the checkpoint in directory `path`, by name.
+
+    Raises:
+        CheckpointError: there are no weights, a shard is missing, or a file is damaged.
+    """
+    index = path / INDEX_FILE
+    if (path / SINGLE_FILE).exists():
+        return _open_file(path / SINGLE_FILE)
+    if not index.exists():
+        raise CheckpointError(f"{path}: no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(_shards(index)):
+        tensors |= _open_file(path / shard)
+    return tensors
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read as an index with a weight_map ({error!r})") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: weight_map names {shard!r}; it must be a file beside the index")
+    return shards
+
+
+def _open_file(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with file.open("rb") as stream:
+            # A private copy-on-write mapping: writable, as DLPack demands, and never written.
+            mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be mapped ({error})") from None
+    header_size = int.from_bytes(mapped[:8].tobytes(), "little")
+    if len(mapped) < 8 or header_size > min(_MAX_HEADER, len(mapped) - 8):
+        raise CheckpointError(
+            f"{file}: not a safetensors file, or cut off (header {header_size} bytes, file {len(mapped)})"
+        )
+    try:
+        header: dict[str, Any] = json.loads(mapped[8 : 8 + header_size].tobytes())
+        header.pop("__metadata__", None)
+        return {name: _tensor(name, entry, file, mapped[8 + header_size :]) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: the safetensors header is damaged ({error!r})") from None
+
+
+def _tensor(name: str, entry: dict[str, Any], file: Path, body: np.ndarray) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    dtype = entry["dtype"]
+    if not 0 <= begin <= end or end - begin != math.prod(shape) * _ITEM_SIZE.get(dtype, end - begin):
+        raise CheckpointError(
+            f"{file}: tensor {name}: bytes {begin}..{end} do not hold {dtype} of shape {list(shape)}"
+        )
+    if end > len(body):
+        raise CheckpointError(f"{file}: cut off: tensor {name} ends at byte {end} of {len(body)}")
+    return StoredTensor(name, file, dtype, shape, body[begin:end])
