@@ -31,8 +31,6 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
-        # Each running sequence gets at least one token of every step, or the younger ones would stand still.
-        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
         #: Tokens of prompt and output together. With few blocks the cache is the limit, not --max-model-len.
         self.max_num_tokens = min(config.max_model_len, pool.num_tokens)
         self.preemptions_total = 0
@@ -87,7 +85,6 @@ class Scheduler:
         Empty only when there is no sequence at all.
         """
         budget = self._config.max_num_batched_tokens
-        preemptions_before = self.preemptions_total
         rows: list[ScheduledSequence] = []
         # By index: making room removes sequences from the end, which then have no row yet.
         index = 0
@@ -98,9 +95,7 @@ class Scheduler:
                 rows.append(self._reserve(sequence, count))
                 budget -= count
             index += 1
-        # Blocks that a preemption has just won are not for the one that lost them.
-        if self.preemptions_total == preemptions_before:
-            rows += self._admit(budget)
+        rows += self._admit(budget)
         assert rows or not self._sequences, "sequences are left and none can be computed"
         return Batch(tuple(rows))
 
@@ -161,11 +156,12 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
-        while self._waiting and budget > 0 and len(self._running) < self._max_running:
+        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
             cached = self._find_prefix(sequence)
             # The whole text must fit, not only its first chunk, and each running sequence must be able to
             # grow by a block: what is admitted with less is soon preempted, and its prefill was for nothing.
+            # It also keeps out what this step has preempted, as somebody took a block of it.
             missing = self._config.blocks_for(sequence.num_tokens) - len(cached) + len(self._running)
             if missing > self._pool.num_free - self._pool.num_free_among(cached):
                 break

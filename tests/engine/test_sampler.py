@@ -145,6 +145,14 @@ def test_equals_of_the_kth_token_stay_in() -> None:
     assert drawn == {0, 1, 2}
 
 
+def test_a_nucleus_and_the_top_logprobs_take_the_lowest_ids_among_equals() -> None:
+    flat = np.zeros(100)
+    assert max(draw(flat, sequence(temperature=1.0, top_p=0.25, seed=seed)) for seed in range(300)) == 24
+    logprobs = sample(flat[None].astype(np.float32), [sequence(logprobs=40)])[0].logprobs
+    assert logprobs is not None
+    assert [token for token, _ in logprobs.top] == list(range(40))
+
+
 def test_top_p_zero_and_tiny_temperatures_are_greedy() -> None:
     logits = [0.0, 5.0, 4.9, -3.0]
     assert {draw(logits, sequence(temperature=1.0, top_p=0.0, seed=s)) for s in range(20)} == {1}

@@ -253,6 +253,7 @@ def test_any_traffic_is_served_in_arrival_order_without_leaks(
 
     def step() -> None:
         live = [one for one in arrived if one not in ended]
+        preemptions = {one: one.num_preemptions for one in live}
         batch = scheduler.schedule()
         if not live:
             assert not batch
@@ -262,6 +263,7 @@ def test_any_traffic_is_served_in_arrival_order_without_leaks(
         scheduled = [row.sequence for row in batch.rows]
         assert scheduled[0] is live[0], "the oldest makes progress in every step"
         assert scheduled == sorted(scheduled, key=arrived.index)
+        assert all(one.num_preemptions == preemptions[one] for one in scheduled), "no thrash within a step"
         admitted.extend(one for one in scheduled if one not in admitted)
         for row in batch.rows:
             assert row.num_tokens >= 1
