@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def watch(sock: socket.socket | int, callback: Callable[[], object]) -> Watch:
@@ -101,9 +101,7 @@ class _Watcher:
             try:
                 watched._callback()
             except Exception as error:
-                logger.error(
-                    "callback for a client that has gone failed: %s: %s", type(error).__name__, error
-                )
+                _log.error("callback for a client that has gone failed: %s: %s", type(error).__name__, error)
 
     def forget(self) -> None:
         """In a forked child: lets go of the parent's descriptors without touching the parent's epoll."""
