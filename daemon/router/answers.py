@@ -1,0 +1,49 @@
+"""Answers that the router gives itself: OpenAI's error body for clients, FastDeploy's for instances. Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole response."""
+
+    status: int
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def status_line(self) -> str:
+        try:
+            return f"{self.status} {HTTPStatus(self.status).phrase}"
+        except ValueError:
+            return f"{self.status} Unknown"
+
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def error_body(status: int, message: str, code: str | None = None) -> bytes:
+    kind = _TYPES.get(status) or ("invalid_request_error" if status < 500 else "server_error")
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+
+
+def error(status: int, message: str, code: str | None = None, retry_after: int | None = None) -> Answer:
+    """An OpenAI error; `retry_after` is in seconds."""
+    headers = [("Content-Type", "application/json")]
+    if retry_after is not None:
+        headers.append(("Retry-After", str(retry_after)))
+    if status == 401:
+        headers.append(("WWW-Authenticate", "Bearer"))
+    return Answer(status, error_body(status, message, code), tuple(headers))
+
+
+def sse_error(message: str) -> bytes:
+    """The end of an event stream whose replica died: an error event and the usual last event.
+
+    The empty line in front ends an event that the replica may have left open.
+    """
+    return b"\ndata: " + error_body(502, message, "replica_lost") + b"\n\ndata: [DONE]\n\n"

@@ -1,0 +1,46 @@
+"""The API keys that clients of /v1 must show, if any are set."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...errors import ConfigError
+
+
+class ApiKeys:
+    """A set of keys; an empty one lets everybody in."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._keys = tuple(key.encode() for key in keys)
+
+    def allow(self, authorization: str) -> bool:
+        """Whether an Authorization header shows one of the keys; the time it takes gives nothing away."""
+        if not self._keys:
+            return True
+        scheme, _, token = authorization.partition(" ")
+        shown = token.strip().encode("latin-1", "replace")
+        found = False
+        for key in self._keys:
+            found |= hmac.compare_digest(shown, key)
+        return found and scheme.lower() == "bearer"
+
+
+def read_keys(file: Path | None, environment: str) -> ApiKeys:
+    """Keys from a file (one a line, # begins a comment) and from FD_API_KEY (separated by commas).
+
+    Raises:
+        ConfigError: the file cannot be read or holds no key. An empty file must not open the door.
+    """
+    keys = [key.strip() for key in environment.split(",") if key.strip()]
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-keys-file {file}: cannot be read ({error})") from None
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise ConfigError(f"--api-keys-file {file}: has no key in it; write one key a line")
+        keys += found
+    return ApiKeys(keys)
