@@ -1,0 +1,258 @@
+"""fd-dp: the daemon. One loop; everything it does follows from dp.toml and from what the kernel says."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from .. import __version__
+from ..errors import ConfigError, FastDeployError
+from ..log import configure
+from . import config as dp_toml
+from . import control, processes, status, supervisor
+from .commands import Commands
+from .config import Config
+from .fleet import Fleet
+from .notify import Notifier
+from .programs import Program, address, programs_of
+from .replica import State
+from .supervisor import SupervisorError, SupervisorLost
+from .supervisord import Supervisord
+from .wakeups import Wakeups
+
+log = logging.getLogger("fd-dp")
+
+#: Programs get so long to finish what they have in hand when the daemon ends; then they are killed.
+_STOP_PATIENCE = 9.0
+_PROGRESS_INTERVAL = 3.0
+#: EX_CONFIG of sysexits.h; the unit does not restart the daemon after it.
+_BAD_CONFIG = 78
+
+ProgramsFor = Callable[[Config], list[Program]]
+
+
+class Daemon:
+    """The loop.
+
+    Args:
+        external: supervisord is a unit of its own; it and what it runs are left alone when the daemon ends.
+        programs_for: decides what runs for a configuration.
+    """
+
+    def __init__(
+        self, config: Config, file: Path, prefix: Path | None, external: bool, programs_for: ProgramsFor
+    ) -> None:
+        self._file = file
+        self._prefix = prefix
+        self._external = external
+        self._wakeups = Wakeups((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        self._fleet = Fleet(
+            config,
+            programs_for(config),
+            watch=lambda pid: self._wakeups.watch(pid, self._fleet.gone),
+            wake=self._wakeups.wake,
+        )
+        self._supervisord = Supervisord(
+            self._fleet.supervisor,
+            config.supervise,
+            external=external,
+            write=self._fleet.write,
+            interrupted=lambda: bool(self._wakeups.signals),
+        )
+        self._commands = Commands(self._fleet, file, prefix, programs_for, self._describe)
+        self._notify = Notifier(dict(os.environ))
+        self._was_ready = False
+        self._shown, self._show_next = "", 0.0
+        self._watchdog_next = 0.0
+
+    def run(self) -> int:
+        layout = self._fleet.layout
+        with _lock(layout.run):
+            self._notify.status("waiting for supervisord")
+            try:
+                self._supervisord.connect()
+                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+                server = control.Server(
+                    control.socket_path(layout.run), self._wakeups.selector, self._commands.handle
+                )
+                try:
+                    self._take_over()
+                    while not self._told_to_stop():
+                        self._turn()
+                finally:
+                    self._notify.stopping()
+                    if not self._external:
+                        self._stop_programs()
+                    server.close()
+            finally:
+                # Not what we could not talk to: it may be at work for somebody.
+                if not self._external and (self._supervisord.pid or self._supervisord.child):
+                    self._supervisord.end()
+                processes.reap()
+        log.info("stopped")
+        return 0
+
+    def _turn(self) -> None:
+        try:
+            self._fleet.step()
+            self._supervisord.answered()
+        except SupervisorLost as error:
+            if self._supervisord.recover(error):
+                self._fleet.begin_again()
+                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+        self._commands.advance()
+        self._tell()
+        processes.reap(keep=self._supervisord.child)
+        interval = self._fleet.interval()
+        self._wakeups.wait(min(interval, self._notify.watchdog or interval))
+
+    def _take_over(self) -> None:
+        outdated = self._fleet.adopt()
+        running = [replica.program for replica in self._fleet.replicas.values()]
+        supervisor.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
+        if outdated:
+            log.info("dp.toml has changed since these were started: %s", ", ".join(outdated))
+            self._commands.roll_to(self._fleet.config, self._fleet.wanted, None)
+
+    def _told_to_stop(self) -> bool:
+        while self._wakeups.signals:
+            number = self._wakeups.signals.pop(0)
+            if number is not signal.SIGHUP:
+                log.info("%s: stopping%s", number.name, "; the programs go on" if self._external else "")
+                return True
+            self._commands.reload(None)
+        return False
+
+    def _tell(self) -> None:
+        """systemd, and whoever looks at the terminal."""
+        now = time.monotonic()
+        if self._notify.watchdog and now >= self._watchdog_next:
+            self._notify.alive()
+            self._watchdog_next = now + self._notify.watchdog
+        line = status.one_line(self._fleet)
+        self._notify.status(line)
+        if self._was_ready:
+            return
+        if status.usable(self._fleet):
+            self._notify.ready()
+        if status.all_ready(self._fleet):
+            self._was_ready = True
+            if not self._external:
+                print(_welcome(self._fleet.config, self._prefix), flush=True)
+        elif now >= self._show_next and line != self._shown:
+            self._shown, self._show_next = line, now + _PROGRESS_INTERVAL
+            if sys.stderr.isatty():
+                print(f"fd-dp: {line}", file=sys.stderr, flush=True)
+
+    def _stop_programs(self) -> None:
+        """All in parallel; a second signal ends the patience. What is left is killed by `Supervisord.end`."""
+        fleet = self._fleet
+        fleet.stopping = True
+        deadline = time.monotonic() + _STOP_PATIENCE
+        for replica in fleet.replicas.values():
+            fleet.stop(replica, "fd-dp ends")
+        try:
+            while any(replica.state is State.STOPPING for replica in fleet.replicas.values()):
+                fleet.step()
+                if time.monotonic() > deadline or self._wakeups.signals:
+                    log.warning("killing what has not ended: %s", status.one_line(fleet))
+                    return
+                self._wakeups.wait(0.1)
+        except SupervisorError as error:
+            log.error("%s", error)
+
+    def _describe(self) -> dict[str, Any]:
+        if self._fleet.stopping:
+            state = "STOPPING"
+        elif self._commands.busy:
+            state = "BUSY"
+        else:
+            state = "READY" if self._was_ready else "STARTING"
+        return status.status(
+            self._fleet,
+            state=state,
+            config=str(self._file),
+            prefix=str(self._prefix) if self._prefix else None,
+            supervisord=self._supervisord.pid,
+        )
+
+
+def run(
+    file: Path, prefix: Path | None, external: bool = False, programs_for: ProgramsFor = programs_of
+) -> int:
+    """The daemon, until it is told to stop. Raises FastDeployError."""
+    config = dp_toml.load(file, prefix)
+    os.environ["FD_LOG_DIR"] = str(config.paths.logs)
+    configure(file_name="fd-dp.log")
+    # Orphans of a supervisord that was killed become our children, so that their end can be waited for.
+    processes.become_subreaper()
+    return Daemon(config, file, prefix, external, programs_for).run()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="fd-dp", description="Runs the replicas and the router of dp.toml and keeps them alive."
+    )
+    parser.add_argument("--config", type=Path, default=Path("/etc/fd/dp.toml"), help="default: %(default)s")
+    parser.add_argument("--prefix", type=Path, help="keep state, run and logs below this directory")
+    parser.add_argument(
+        "--supervisord",
+        choices=("own", "external"),
+        default="own",
+        help="external: a unit of its own runs it, and the programs go on when the daemon ends (default: own)",
+    )
+    parser.add_argument("--version", action="version", version=f"fd-dp {__version__}")
+    options = parser.parse_args()
+    prefix = options.prefix.absolute() if options.prefix else None
+    try:
+        return run(options.config.absolute(), prefix, options.supervisord == "external")
+    except FastDeployError as error:
+        print(f"fd-dp: ERROR ({error})", file=sys.stderr)
+        return _BAD_CONFIG if isinstance(error, ConfigError) else 1
+
+
+def _lock(run_directory: Path) -> IO[str]:
+    """Held until the process ends, however it ends."""
+    run_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stream = (run_directory / "fd-dp.lock").open("a+", encoding="ascii")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        holder = stream.read().strip() or "?"
+        stream.close()
+        raise FastDeployError(
+            f"another fd-dp, pid {holder}, works in {run_directory}; stop it or give another --prefix"
+        ) from None
+    stream.truncate(0)
+    stream.write(str(os.getpid()))
+    stream.flush()
+    return stream
+
+
+def _welcome(config: Config, prefix: Path | None) -> str:
+    url = f"http://{address(config.router.host, config.router.port)}"
+    question = '{"messages":[{"role":"user","content":"What is the capital of France?"}]}'
+    fdctl = Path(sys.executable).with_name("fdctl")
+    option = f" --prefix {prefix}" if prefix else ""
+    return f"""
+fd-dp: all {config.parallel.data_parallel_size} replicas are READY behind {url}
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'
+
+  {fdctl}{option} status
+
+Ctrl-C stops everything.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

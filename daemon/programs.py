@@ -1,0 +1,145 @@
+"""Config -> the programs that shall run: one router and N replicas. Pure: nothing is started or written here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from .config import Config
+from .launch import HASH, MARKER
+
+ROUTER = "router"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One supervised program: what is executed, and where it can be asked how it is."""
+
+    name: str
+    argv: tuple[str, ...]
+    #: Added to the daemon's own environment.
+    env: Mapping[str, str]
+    #: Every port it listens on; the first one answers GET /health.
+    ports: tuple[int, ...]
+    #: Where the daemon's probes connect.
+    host: str = "127.0.0.1"
+    #: The model's name in a readiness probe; empty lets the replica choose its own.
+    model: str = ""
+    #: Changes whenever something changes that the running process would have to be restarted for.
+    hash: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        text = json.dumps([self.name, self.argv, dict(self.env), self.ports, self.host], sort_keys=True)
+        object.__setattr__(self, "hash", hashlib.sha256(text.encode()).hexdigest()[:12])
+
+    @property
+    def replica(self) -> int | None:
+        """The replica's number (DP rank, index into every port list), None for the router."""
+        return None if self.name == ROUTER else int(self.name.removeprefix("replica"))
+
+    @property
+    def label(self) -> str:
+        """How people are told about it: "router", "replica 3"."""
+        return ROUTER if self.replica is None else f"replica {self.replica}"
+
+    @property
+    def launch_name(self) -> str:
+        """Of its launch file. Older ones stay beside it for as long as something runs that they describe."""
+        return f"{self.name}-{self.hash}.json"
+
+    def launch_text(self, run: Path) -> str:
+        """What fd-run reads: the program, and in its environment the marks by which its processes are known."""
+        content = {
+            "name": self.name,
+            "argv": self.argv,
+            "env": {**self.env, MARKER: f"{run}#{self.name}", HASH: self.hash},
+            "ports": self.ports,
+            "host": self.host,
+            "model": self.model,
+        }
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_launch_text(cls, text: str) -> Program:
+        """Raises ValueError or KeyError for a text that `launch_text` did not write."""
+        content = json.loads(text)
+        return cls(
+            name=content["name"],
+            argv=tuple(content["argv"]),
+            env=MappingProxyType({k: v for k, v in content["env"].items() if k not in (MARKER, HASH)}),
+            ports=tuple(content["ports"]),
+            host=content["host"],
+            model=content["model"],
+        )
+
+
+def programs_of(config: Config) -> list[Program]:
+    """The router first, then the replicas in order."""
+    return [
+        _router(config),
+        *(_replica(config, index) for index in range(config.parallel.data_parallel_size)),
+    ]
+
+
+def connectable(host: str) -> str:
+    """The address under which a listener on `host` is reached from this machine."""
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def address(host: str, port: int) -> str:
+    """HOST:PORT, with the brackets that an IPv6 address needs."""
+    host = connectable(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _router(config: Config) -> Program:
+    router = config.router
+    return Program(
+        name=ROUTER,
+        argv=(
+            str(Path(sys.executable).with_name("fd-router")),
+            *("--host", router.host, "--port", str(router.port), "--policy", router.policy),
+            *router.extra_args,
+        ),
+        env=MappingProxyType({**router.env, "FD_LOG_DIR": str(config.paths.logs / ROUTER)}),
+        ports=(router.port,),
+        host=connectable(router.host),
+    )
+
+
+def _replica(config: Config, index: int) -> Program:
+    engine, parallel = config.engine, config.parallel
+    name = f"replica{index}"
+    argv = [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server"]
+    argv += ["--model", config.model.path]
+    if config.model.served_name:
+        argv += ["--served-model-name", config.model.served_name]
+    argv += ["--host", engine.host, "--port", str(engine.ports[index])]
+    argv += ["--metrics-port", str(engine.metrics_ports[index])]
+    argv += ["--engine-worker-queue-port", str(engine.engine_worker_queue_ports[index])]
+    argv += ["--local-data-parallel-id", str(index)]
+    argv += ["--data-parallel-size", str(parallel.data_parallel_size)]
+    argv += ["--tensor-parallel-size", str(parallel.tensor_parallel_size)]
+    argv += ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
+    if engine.num_gpu_blocks_override:
+        argv += ["--num-gpu-blocks-override", str(engine.num_gpu_blocks_override)]
+    if engine.device != "auto":
+        argv += ["--device", engine.device]
+    if engine.threads:
+        argv += ["--threads", str(engine.threads)]
+    if parallel.expert_parallel:
+        argv += ["--enable-expert-parallel"]
+    argv += ["--router", address(config.router.host, config.router.port)]
+    return Program(
+        name=name,
+        argv=(*argv, *engine.extra_args),
+        env=MappingProxyType({**engine.env, "FD_LOG_DIR": str(config.paths.logs / name)}),
+        ports=(engine.ports[index], engine.metrics_ports[index], engine.engine_worker_queue_ports[index]),
+        host=connectable(engine.host),
+        model=config.model.served_name,
+    )

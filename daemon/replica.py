@@ -1,0 +1,97 @@
+"""The life of one supervised program, as a table of arrows. Pure: who sees a fact calls `move`.
+
+The router lives the same life as a replica; it only has a simpler probe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from .programs import Program
+
+
+class State(StrEnum):
+    #: Not running, and not wanted: not its turn yet, or held by the operator.
+    STOPPED = "STOPPED"
+    #: Wanted; its turn to start has not come.
+    WAITING = "WAITING"
+    #: The process is up; it loads, or its first token is awaited.
+    STARTING = "STARTING"
+    #: It has generated a token, and it answers health checks.
+    READY = "READY"
+    #: The process is up and has been READY; it fails health checks.
+    UNHEALTHY = "UNHEALTHY"
+    #: It has been told to end and finishes what it has in hand.
+    STOPPING = "STOPPING"
+    #: It failed; it is tried again at `next_try`.
+    BACKOFF = "BACKOFF"
+    #: It failed too often; it is tried again at `next_try`, which is long.
+    QUARANTINED = "QUARANTINED"
+
+
+_S = State
+_FAILED = {_S.BACKOFF, _S.QUARANTINED}
+#: From -> to. Whatever is not here is a mistake in this program, and `move` says so.
+ARROWS: dict[State, frozenset[State]] = {
+    _S.STOPPED: frozenset({_S.WAITING, _S.STARTING}),  # wanted; found running by a new daemon
+    _S.WAITING: frozenset({_S.STARTING, _S.STOPPED} | _FAILED),  # its turn; held; its port is taken
+    _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.WAITING} | _FAILED),  # WAITING: supervisord is gone
+    _S.READY: frozenset({_S.UNHEALTHY, _S.STOPPING, _S.WAITING} | _FAILED),
+    _S.UNHEALTHY: frozenset({_S.READY, _S.STOPPING, _S.WAITING} | _FAILED),
+    _S.STOPPING: frozenset({_S.STOPPED, _S.WAITING} | _FAILED),  # failed: it was stopped because it hung
+    _S.BACKOFF: frozenset({_S.WAITING, _S.STOPPED}),
+    _S.QUARANTINED: frozenset({_S.WAITING, _S.STOPPED}),
+}
+#: States in which a process exists.
+ALIVE = frozenset({_S.STARTING, _S.READY, _S.UNHEALTHY, _S.STOPPING})
+
+
+@dataclass(slots=True)
+class Replica:
+    """What the daemon knows about one program. Times are of the monotonic clock unless they say otherwise."""
+
+    program: Program
+    state: State = State.STOPPED
+    #: When it came into `state`.
+    since: float = 0.0
+    #: Why it came into `state`, for people.
+    note: str = ""
+    #: The operator stopped it: it stays down until the operator starts it.
+    held: bool = False
+    pid: int = 0
+    #: Unix time at which its process started.
+    started: int = 0
+    #: How often the daemon has started it again.
+    restarts: int = 0
+    next_try: float = 0.0
+    #: When a health check was last good (or the process was started).
+    last_good: float = 0.0
+    #: The last words of its health check: progress, stage, running, waiting.
+    health: dict[str, Any] = field(default_factory=dict)
+    #: How it ended last, for `fdctl why`.
+    last_exit: str = ""
+    last_exit_time: float = 0.0
+    #: Why it is being stopped, if that counts as a failure.
+    failing: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.program.name
+
+    @property
+    def label(self) -> str:
+        return self.program.label
+
+    @property
+    def alive(self) -> bool:
+        return self.state in ALIVE
+
+    def move(self, to: State, note: str, now: float) -> None:
+        assert to in ARROWS[self.state], f"{self.label}: {self.state} -> {to} ({note})"
+        self.state, self.note, self.since = to, note, now
+        if to not in ALIVE:
+            self.pid, self.started = 0, 0
+            self.health = {}
+            self.failing = ""

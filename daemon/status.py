@@ -1,0 +1,103 @@
+"""What the daemon says about itself: the stable schema behind `fdctl status --json`, and one-line forms of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from .. import __version__
+from .fleet import Fleet
+from .programs import ROUTER, address
+from .replica import Replica, State
+
+
+def status(fleet: Fleet, *, state: str, config: str, prefix: str | None, supervisord: int) -> dict[str, Any]:
+    replicas = [_entry(replica) for replica in fleet.replicas.values() if replica.name != ROUTER]
+    router = fleet.replicas.get(ROUTER)
+    return {
+        "daemon": {
+            "pid": os.getpid(),
+            "version": __version__,
+            "state": state,
+            "config": config,
+            "prefix": prefix,
+            "supervisord": supervisord,
+            "url": f"http://{address(fleet.config.router.host, fleet.config.router.port)}",
+            "ready": sum(replica["state"] == State.READY for replica in replicas),
+            "replicas": len(replicas),
+            "logs": str(fleet.layout.logs),
+        },
+        "router": _entry(router) if router else None,
+        "replicas": replicas,
+    }
+
+
+def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
+    """What `fdctl why` adds to the status of one program."""
+    return {
+        **_entry(replica),
+        "last_exit": replica.last_exit or None,
+        "last_exit_time": replica.last_exit_time or None,
+        "next_try_in": max(0.0, round(replica.next_try - now, 1)) if _has_failed(replica) else None,
+        "output": str(fleet.layout.output(replica.name)),
+        "argv": list(replica.program.argv),
+    }
+
+
+def all_ready(fleet: Fleet) -> bool:
+    """Everything that is not held answers."""
+    return all(replica.state is State.READY for replica in fleet.replicas.values() if not replica.held)
+
+
+def usable(fleet: Fleet) -> bool:
+    """Requests are answered, and whatever cannot be started has been tried once."""
+    router = fleet.replicas.get(ROUTER)
+    states = {replica.state for replica in fleet.replicas.values() if replica is not router}
+    answered = State.READY in states and (router is None or router.state is State.READY)
+    return answered and not states & {State.WAITING, State.STARTING}
+
+
+def one_line(fleet: Fleet) -> str:
+    """ "7/8 ready; replica 4 loading 62%"."""
+    replicas = [replica for replica in fleet.replicas.values() if replica.name != ROUTER]
+    ready = sum(replica.state is State.READY for replica in replicas)
+    words = [f"{ready}/{len(replicas)} ready"]
+    for replica in fleet.replicas.values():
+        if replica.state is State.STARTING:
+            progress = _number(replica.health.get("progress"))
+            words.append(
+                f"{replica.label} loading" + (f" {100 * progress:.0f}%" if progress is not None else "")
+            )
+        elif replica.state not in (State.READY, State.WAITING):
+            words.append(f"{replica.label} {replica.state}")
+    return "; ".join(words)
+
+
+def _entry(replica: Replica) -> dict[str, Any]:
+    number = replica.program.replica
+    entry: dict[str, Any] = {} if number is None else {"replica": number}
+    progress = _number(replica.health.get("progress"))
+    return entry | {
+        "name": replica.name,
+        "state": str(replica.state),
+        "pid": replica.pid or None,
+        "uptime": max(0, int(time.time()) - replica.started) if replica.started else None,
+        "restarts": replica.restarts,
+        "host": replica.program.host,
+        "port": replica.program.ports[0],
+        "running": _number(replica.health.get("running")),
+        "waiting": _number(replica.health.get("waiting")),
+        "progress": progress if replica.state is State.STARTING else None,
+        "held": replica.held,
+        "last_exit": replica.last_exit or None,
+        "note": replica.note,
+    }
+
+
+def _has_failed(replica: Replica) -> bool:
+    return replica.state in (State.BACKOFF, State.QUARANTINED)
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

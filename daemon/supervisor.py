@@ -1,0 +1,270 @@
+"""supervisord: its configuration is written here, and it is talked to here.
+
+It starts, stops and reaps processes and rotates their output; it decides nothing. Each program is a group of
+its own, because groups are what can be replaced while the others run, and `autorestart=false`: the daemon
+alone decides restarts. `startsecs=0` makes every end of a process EXITED with its exit code; with a start
+phase, an early end would be BACKOFF or FATAL with the code lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import shlex
+import socket
+import sys
+import xmlrpc.client
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FastDeployError
+from .programs import Program
+
+#: supervisord answers in milliseconds; a stopped one must not stop the daemon as well.
+_TIMEOUT = 3.0
+_LOG_TAIL = 1 << 16
+
+UP = frozenset({"STARTING", "RUNNING"})
+DOWN = frozenset({"STOPPED", "EXITED", "FATAL", "BACKOFF"})
+
+
+class SupervisorError(FastDeployError):
+    """supervisord refused. `fault` is the name of its reason, e.g. "STILL_RUNNING"."""
+
+    def __init__(self, message: str, fault: str = "") -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class SupervisorLost(SupervisorError):
+    """supervisord does not answer. `hangs`: something accepts connections on its socket, so it is not dead."""
+
+    def __init__(self, message: str, hangs: bool) -> None:
+        super().__init__(message)
+        self.hangs = hangs
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """What supervisord says about one program."""
+
+    name: str
+    #: STARTING, RUNNING, STOPPING, or one of DOWN.
+    state: str
+    pid: int
+    #: Unix time of its last start, 0 if it never ran.
+    started: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the files of one supervisord lie."""
+
+    run: Path
+    logs: Path
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "supervisor.sock"
+
+    @property
+    def ini(self) -> Path:
+        return self.run / "supervisord.conf"
+
+    @property
+    def launch(self) -> Path:
+        return self.run / "launch"
+
+    @property
+    def log(self) -> Path:
+        return self.logs / "supervisord.log"
+
+    def output(self, name: str) -> Path:
+        """stdout and stderr of a program."""
+        return self.logs / name / "output.log"
+
+
+def render(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> str:
+    """supervisord.conf. Only paths and our own words enter it; config.py refuses paths that ini cannot carry."""
+    lines = [
+        "; Written by fd-dp. Edit dp.toml instead, then: fdctl reload",
+        "[supervisord]",
+        "nodaemon=true",
+        "silent=true",
+        f"logfile={_value(layout.log)}",
+        "logfile_maxbytes=10MB",
+        "logfile_backups=3",
+        f"pidfile={_value(layout.run / 'supervisord.pid')}",
+        f"childlogdir={_value(layout.logs)}",
+        "[unix_http_server]",
+        f"file={_value(layout.socket)}",
+        "chmod=0600",
+        "[rpcinterface:supervisor]",
+        "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
+    ]
+    fd_run = _word(Path(sys.executable).with_name("fd-run"))
+    for program in programs:
+        lines += [
+            f"[program:{program.name}]",
+            f"command={fd_run} {program.name} {program.hash} {_word(layout.launch)}",
+            "autostart=false",
+            "autorestart=false",
+            "startsecs=0",
+            "startretries=0",
+            "stopasgroup=true",
+            "killasgroup=true",
+            f"stopwaitsecs={max(1, round(stop_timeout))}",
+            "redirect_stderr=true",
+            f"stdout_logfile={_value(layout.output(program.name))}",
+            "stdout_logfile_maxbytes=20MB",
+            "stdout_logfile_backups=3",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> None:
+    """Puts launch files and ini in place, and the log directories without which supervisord does not start."""
+    programs = list(programs)
+    layout.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    layout.launch.mkdir(mode=0o700, exist_ok=True)
+    layout.logs.mkdir(parents=True, exist_ok=True)
+    for program in programs:
+        layout.output(program.name).parent.mkdir(parents=True, exist_ok=True)
+        _write(layout.launch / program.launch_name, program.launch_text(layout.run))
+    _write(layout.ini, render(layout, programs, stop_timeout))
+
+
+def remove_stale_launch_files(layout: Layout, programs: Iterable[Program]) -> None:
+    keep = {program.launch_name for program in programs}
+    for file in layout.launch.glob("*.json"):
+        if file.name not in keep:
+            file.unlink(missing_ok=True)
+
+
+def _write(file: Path, text: str) -> None:
+    """Aside, 0600 (an environment may hold keys), then renamed: nobody reads half a file."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:
+        stream.write(text)
+    aside.rename(file)
+
+
+class Supervisor:
+    """The XML-RPC client. Every method raises SupervisorLost or SupervisorError, never anything else."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def pid(self) -> int:
+        return int(self._call("getPID"))
+
+    def processes(self) -> dict[str, Process]:
+        return {
+            info["name"]: Process(info["name"], info["statename"], info["pid"], info["start"])
+            for info in self._call("getAllProcessInfo")
+        }
+
+    def start(self, name: str) -> None:
+        """Returns at once: waiting would block for every other program as well."""
+        with _ignoring("ALREADY_STARTED"):
+            self._call("startProcess", name, False)
+
+    def stop(self, name: str) -> None:
+        """SIGTERM to its process group now, SIGKILL after the stop timeout. Returns at once."""
+        with _ignoring("NOT_RUNNING"):
+            self._call("stopProcess", name, False)
+
+    def replace(self, name: str, *, add: bool) -> None:
+        """Takes a program that does not run out of supervisord and, with `add`, in again as the ini says.
+
+        Only this makes supervisord use a changed configuration; starting again keeps the old one.
+        """
+        self._call("reloadConfig")
+        with _ignoring("BAD_NAME"):
+            self._call("removeProcessGroup", name)
+        if add:
+            with _ignoring("ALREADY_ADDED"):
+                self._call("addProcessGroup", name)
+
+    def shutdown(self) -> None:
+        with _ignoring("SHUTDOWN_STATE"):
+            self._call("shutdown")
+
+    def how_it_ended(self, name: str) -> str:
+        """ "exit status 3", "terminated by SIGKILL": supervisord tells the signal nowhere but in its log."""
+        try:
+            with self.layout.log.open("rb") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - _LOG_TAIL))
+                text = stream.read().decode(errors="replace")
+        except OSError:
+            return "ended"
+        found = re.findall(
+            rf"(?:exited|stopped): {re.escape(name)} \((.*?)(?:; (?:not )?expected)?\)$", text, re.M
+        )
+        return found[-1] if found else "ended"
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        # A new connection for each call: one whose connect failed once would fail for ever.
+        proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(self.layout.socket))
+        with proxy:
+            try:
+                return getattr(proxy.supervisor, method)(*arguments)
+            except xmlrpc.client.Fault as fault:
+                # "NAME" or "NAME: detail"; the detail of CANT_REREAD is long and lists our whole environment.
+                name = fault.faultString.partition(":")[0]
+                what = " ".join((method, *map(str, arguments[:1])))
+                raise SupervisorError(f"supervisord refused {what}: {name}", name) from None
+            except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
+                hangs = isinstance(error, TimeoutError)
+                raise SupervisorLost(
+                    f"supervisord does not answer on {self.layout.socket} ({error})", hangs
+                ) from None
+
+
+class _Transport(xmlrpc.client.Transport):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        return _UnixConnection(self._path)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_TIMEOUT)
+        try:
+            self.sock.connect(str(self._path))
+        except OSError:
+            self.sock.close()
+            raise
+
+
+@contextlib.contextmanager
+def _ignoring(fault: str) -> Any:
+    """For a wish that is already true."""
+    try:
+        yield
+    except SupervisorError as error:
+        if error.fault != fault:
+            raise
+
+
+def _value(path: Path) -> str:
+    """An ini value: supervisord expands `%` in all of them."""
+    return str(path).replace("%", "%%")
+
+
+def _word(path: Path) -> str:
+    """One word of a command, which supervisord splits as a shell does."""
+    return shlex.quote(_value(path))

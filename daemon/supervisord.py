@@ -1,0 +1,173 @@
+"""The process supervisord: started or adopted, found dead and replaced, ended.
+
+When supervisord dies its children live on, out of anybody's control, and a new supervisord would start a second
+set beside them. So whatever carries our mark is ended before a new one starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from ..errors import FastDeployError
+from . import processes
+from .config import SuperviseSection
+from .restart import Restarts
+from .supervisor import Supervisor, SupervisorError, SupervisorLost
+
+log = logging.getLogger("fd-dp")
+
+_START_PATIENCE = 20.0
+#: One that accepts connections but answers none for so long is killed.
+_HANGS = 30.0
+_KILL_PATIENCE = 3.0
+
+
+class Supervisord:
+    """Owner of that process.
+
+    Args:
+        external: systemd starts it and restarts it; here it is only waited for.
+        write: puts its configuration in place.
+        interrupted: true when the daemon has been told to stop; waiting is given up then.
+    """
+
+    def __init__(
+        self,
+        client: Supervisor,
+        policy: SuperviseSection,
+        *,
+        external: bool,
+        write: Callable[[], None],
+        interrupted: Callable[[], bool],
+    ) -> None:
+        #: 0 until it has answered once.
+        self.pid = 0
+        self._client = client
+        self._external = external
+        self._write = write
+        self._interrupted = interrupted
+        self._child: subprocess.Popen[bytes] | None = None
+        self._restarts = Restarts(policy, lambda: 1.0)
+        self._silent_since: float | None = None
+
+    @property
+    def child(self) -> int | None:
+        """Its pid if it is our child."""
+        return self._child.pid if self._child else None
+
+    def connect(self) -> None:
+        """Returns when it answers. Raises FastDeployError if it cannot be brought to that."""
+        self.pid = 0
+        deadline = time.monotonic() + _START_PATIENCE
+        while True:
+            try:
+                self.pid = self._client.pid()
+                break
+            except SupervisorLost as error:
+                if self._child is not None and self._child.poll() is not None:
+                    raise FastDeployError(f"supervisord ended: {self._last_words()}") from None
+                if self._child is None and not error.hangs:
+                    self._sweep()
+                    if not self._external:
+                        self._start()
+                if time.monotonic() > deadline or self._interrupted():
+                    raise
+            time.sleep(0.05)
+        self._silent_since = None
+        if self._child is None:
+            log.info("adopted supervisord, pid %d", self.pid)
+
+    def recover(self, error: SupervisorLost) -> bool:
+        """After a call that failed: True if it was dead, and another one answers now and runs nothing yet."""
+        now = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = now
+            log.error("%s", error)
+        if error.hangs and now - self._silent_since < _HANGS:
+            return False
+        self._kill()
+        self._sweep()
+        if self._restarts.failed(now).quarantined:
+            raise FastDeployError(f"supervisord keeps ending; see {self._client.layout.log}")
+        self.connect()
+        return True
+
+    def answered(self) -> None:
+        self._silent_since = None
+
+    def end(self) -> None:
+        """Ends it and everything that it has started and that still runs."""
+        left = processes.end_marked(self._client.layout.run, time.monotonic() + _KILL_PATIENCE)
+        try:
+            self._client.shutdown()
+        except SupervisorError as error:
+            log.error("%s; killing it", error)
+        if not _wait_for_end(self.pid or self.child or 0, _KILL_PATIENCE):
+            self._kill()
+        if self._child is not None:
+            self._child.wait()
+        left = processes.end_marked(self._client.layout.run, time.monotonic() + _KILL_PATIENCE)
+        for process in left:
+            log.error("pid %d (%s) cannot be killed", process.pid, process.program)
+
+    def _start(self) -> None:
+        self._write()
+        layout = self._client.layout
+        with (layout.logs / "supervisord.out").open("wb") as output:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "supervisor.supervisord", "-c", str(layout.ini)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                # Ctrl-C in the terminal is for the daemon, which stops things in order.
+                start_new_session=True,
+            )
+        log.info("started supervisord, pid %d", self._child.pid)
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._child = None
+        elif self.pid:
+            try:
+                descriptor = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                return
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            os.close(descriptor)
+            _wait_for_end(self.pid, _KILL_PATIENCE)
+
+    def _sweep(self) -> None:
+        run = self._client.layout.run
+        orphans = processes.marked(run)
+        if orphans:
+            log.warning("ending %d processes that no supervisord looks after", len(orphans))
+        if left := processes.end_marked(run, time.monotonic() + _KILL_PATIENCE):
+            raise FastDeployError(f"pid {left[0].pid} ({left[0].program}) cannot be killed; end it by hand")
+
+    def _last_words(self) -> str:
+        text = (self._client.layout.logs / "supervisord.out").read_text(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1] if lines else f"see {self._client.layout.log}"
+
+
+def _wait_for_end(pid: int, patience: float) -> bool:
+    """True when no such process lives, at the latest after `patience` seconds."""
+    try:
+        descriptor = os.pidfd_open(pid) if pid else None
+    except ProcessLookupError:
+        descriptor = None
+    if descriptor is None:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], patience)[0])
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,29 @@
+"""fd-dp with fake replicas in place of real ones: launcher.py CONFIG PREFIX [external]."""
+
+import sys
+from pathlib import Path
+from types import MappingProxyType
+
+from fastdeploy.daemon import main as daemon
+from fastdeploy.daemon.config import Config
+from fastdeploy.daemon.programs import Program, programs_of
+from fastdeploy.errors import FastDeployError
+
+FAKE = str(Path(__file__).with_name("fake_replica.py"))
+
+
+def fake_programs(config: Config) -> list[Program]:
+    """The same names, ports and arguments; only what is executed differs."""
+    programs = []
+    for program in programs_of(config):
+        words = program.argv[1:] if program.replica is None else program.argv[3:]
+        argv = (sys.executable, FAKE, *words)
+        programs.append(Program(program.name, argv, MappingProxyType(dict(program.env)), program.ports, program.host))
+    return programs
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(daemon.run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] == ["external"], fake_programs))
+    except FastDeployError as error:
+        sys.exit(f"fd-dp: ERROR ({error})")
