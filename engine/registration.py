@@ -1,0 +1,158 @@
+"""Tells a router that this replica is there, again and again: FastDeploy's heartbeat (POST /register).
+
+There is no call to leave. A replica that is not healthy stops registering; the router sees the rest itself.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import threading
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from .errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+#: FastDeploy's rhythm; its routers forget an instance only when a health check fails.
+_BEAT_SECONDS = 5.0
+#: Until the router knows us, ask more often: this is time in which a fresh replica gets no work.
+_FIRST_BEAT_SECONDS = 1.0
+_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where this replica listens, as its command line says it."""
+
+    host: str
+    port: int
+    metrics_port: int
+    engine_worker_queue_port: int
+    #: Its number among the replicas (DP rank).
+    replica: int
+
+
+class Registration(threading.Thread):
+    """Registers while `is_healthy()` says yes, until `stop`. Failures are logged when they begin and end.
+
+    Raises:
+        ConfigError: `router` is no address of a router.
+    """
+
+    def __init__(self, router: str, address: Address, is_healthy: Callable[[], bool]) -> None:
+        super().__init__(name="registration", daemon=True)
+        self._router = router_url(router)
+        self._address = address
+        self._is_healthy = is_healthy
+        self._stopped = threading.Event()
+        #: What was wrong with the last attempt; None after a success, empty before the first attempt.
+        self._trouble: str | None = ""
+
+    def run(self) -> None:
+        with requests.Session() as session:
+            # A proxy for the outside world has no business between a replica and its router.
+            session.trust_env = False
+            while not self._stopped.is_set():
+                if self._is_healthy():
+                    self._note(self._register(session))
+                self._stopped.wait(_BEAT_SECONDS if self._trouble is None else _FIRST_BEAT_SECONDS)
+
+    def stop(self) -> None:
+        """Ends the thread before its next beat; does not wait for one that is under way."""
+        self._stopped.set()
+
+    def _register(self, session: requests.Session) -> str | None:
+        try:
+            info = register_info(self._address, advertised_ip(self._address.host, self._router))
+            answer = session.post(f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS)
+        except requests.Timeout:
+            return f"no answer within {_TIMEOUT_SECONDS:.0f} s"
+        except requests.ConnectionError:
+            # Its text names objects by address and would look new every time.
+            return "cannot connect"
+        except (requests.RequestException, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+        if not answer.ok:
+            return f"HTTP {answer.status_code}: {answer.text[:200].strip()}"
+        return None
+
+    def _note(self, trouble: str | None) -> None:
+        if trouble == self._trouble:
+            return
+        self._trouble = trouble
+        if trouble is None:
+            logger.info("registered with router %s", self._router)
+        else:
+            logger.warning("cannot register with router %s: %s; trying on", self._router, trouble)
+
+
+def register_info(address: Address, host_ip: str) -> dict[str, Any]:
+    """The body of POST /register: FastDeploy's InstanceInfo, and `replica` for routers that know it.
+
+    The fields for disaggregated serving (connector, RDMA) are left out: this engine does not do it.
+    """
+    return {
+        "role": "mixed",
+        "host_ip": host_ip,
+        "port": str(address.port),
+        "metrics_port": str(address.metrics_port),
+        "engine_worker_queue_port": str(address.engine_worker_queue_port),
+        "tp_size": 1,
+        "replica": address.replica,
+    }
+
+
+def router_url(text: str) -> str:
+    """FastDeploy writes `--router "0.0.0.0:30000"`: no scheme, and every address where one is meant."""
+    wanted = f"--router is {text!r}; it must be HOST:PORT or http://HOST:PORT"
+    try:
+        url = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
+        host, port = url.hostname, url.port
+    except ValueError:
+        raise ConfigError(wanted) from None
+    if url.scheme not in ("http", "https") or not host or url.query or url.fragment or url.username:
+        raise ConfigError(wanted)
+    if port == 0 or (port is None and "://" not in text):
+        raise ConfigError(wanted)
+    if _is_wildcard(host):
+        host = "::1" if ":" in host else "127.0.0.1"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{url.scheme}://{host}{f':{port}' if port else ''}{url.path.rstrip('/')}"
+
+
+def advertised_ip(host: str, router: str) -> str:
+    """The IP under which the router reaches a replica that listens on `host`: routers refuse names.
+
+    For a replica that listens everywhere it is the address this machine uses on the way to the router.
+
+    Raises:
+        OSError: a name does not resolve, or there is no route at present.
+    """
+    if not _is_wildcard(host):
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    target = urllib.parse.urlsplit(router)
+    family, kind, _, _, sockaddr = socket.getaddrinfo(
+        target.hostname,
+        target.port or 80,
+        family=socket.AF_INET if ":" not in host else 0,
+        type=socket.SOCK_DGRAM,
+    )[0]
+    with socket.socket(family, kind) as probe:
+        # Connecting a datagram socket sends nothing; it only looks up the route.
+        probe.connect(sockaddr)
+        return probe.getsockname()[0]
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False

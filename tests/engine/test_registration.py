@@ -1,0 +1,191 @@
+"""The heartbeat: what is sent, when, and how little is logged about it. Against a real HTTP server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from fastdeploy import registration
+from fastdeploy.errors import ConfigError
+from fastdeploy.registration import Address, Registration, advertised_ip, register_info, router_url
+
+ADDRESS = Address("127.0.0.1", 1844, 3401, 25641, replica=3)
+
+
+class Router:
+    """Keeps what was posted and answers with `status`."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.posts: list[tuple[str, dict[str, object]]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.posts.append((self.path, json.loads(body)))
+                answer = b'{"code":503,"msg":"not healthy"}' if outer.status != 200 else b"{}"
+                self.send_response(outer.status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    router = Router()
+    yield router
+    router.close()
+
+
+@pytest.fixture(autouse=True)
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "_BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(registration, "_FIRST_BEAT_SECONDS", 0.02)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Registration]]:
+    started: list[Registration] = []
+
+    def start(router: str, is_healthy: Callable[[], bool] = lambda: True) -> Registration:
+        started.append(Registration(router, ADDRESS, is_healthy))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+        one.join(10)
+        assert not one.is_alive()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_healthy_replica_registers_again_and_again_and_says_so_once(
+    router: Router, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastdeploy.registration")
+    start(router.address)
+    wait_until(lambda: len(router.posts) >= 3)
+    path, info = router.posts[-1]
+    assert path == "/register"
+    assert info == register_info(ADDRESS, "127.0.0.1")
+    assert [r.message for r in caplog.records] == [f"registered with router http://{router.address}"]
+
+
+def test_a_replica_that_is_not_healthy_keeps_silent(
+    router: Router, start: Callable[..., Registration]
+) -> None:
+    healthy = threading.Event()
+    asked = threading.Event()
+
+    def is_healthy() -> bool:
+        asked.set()
+        return healthy.is_set()
+
+    start(router.address, is_healthy)
+    assert asked.wait(20)
+    assert router.posts == []
+    healthy.set()
+    wait_until(lambda: len(router.posts) > 0)
+
+
+def test_trouble_is_logged_when_it_begins_and_when_it_ends(
+    router: Router, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastdeploy.registration")
+    router.status = 503
+    start(router.address)
+    wait_until(lambda: len(router.posts) >= 3)
+    router.status = 200
+    wait_until(lambda: "registered with" in caplog.text)
+    router.close()
+    wait_until(lambda: "cannot connect" in caplog.text)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 3
+    assert "HTTP 503" in messages[0]
+    assert "not healthy" in messages[0]
+    assert all("\n" not in message for message in messages)
+
+
+def test_info_is_what_fastdeploys_router_accepts() -> None:
+    assert register_info(ADDRESS, "10.0.0.7") == {
+        "role": "mixed",
+        "host_ip": "10.0.0.7",
+        "port": "1844",
+        "metrics_port": "3401",
+        "engine_worker_queue_port": "25641",
+        "tp_size": 1,
+        "replica": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("0.0.0.0:30000", "http://127.0.0.1:30000"),
+        ("router.local:30000", "http://router.local:30000"),
+        ("http://10.1.2.3:30000/", "http://10.1.2.3:30000"),
+        ("https://router.example", "https://router.example"),
+        ("http://router:80/prefix/", "http://router:80/prefix"),
+        ("[::]:30000", "http://[::1]:30000"),
+        ("[fe80::2]:30000", "http://[fe80::2]:30000"),
+    ],
+)
+def test_addresses_of_a_router(text: str, url: str) -> None:
+    assert router_url(text) == url
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "router", ":30000", "router:port", "router:99999", "router:0", "ftp://router:1", "http://u:p@r:1"],
+)
+def test_what_is_no_address_of_a_router_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--router is .*HOST:PORT"):
+        router_url(text)
+
+
+def test_a_replica_on_one_address_gives_that_one() -> None:
+    assert advertised_ip("127.0.0.1", "http://10.0.0.1:30000") == "127.0.0.1"
+    assert advertised_ip("localhost", "http://10.0.0.1:30000") in ("127.0.0.1", "::1")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_replica_on_all_addresses_gives_the_one_that_routes_to_the_router(host: str) -> None:
+    assert advertised_ip(host, "http://127.0.0.1:30000") == "127.0.0.1"
+
+
+def test_a_name_that_does_not_resolve_is_trouble_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    thread = start("router.invalid:30000")
+    wait_until(lambda: "Name or service not known" in caplog.text)
+    assert thread.is_alive()
