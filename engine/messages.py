@@ -64,7 +64,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """The worker cannot start (bad checkpoint, no memory): one line for a person. It exits after this."""
+    """The worker cannot start (bad checkpoint, no memory) or go on: one line for a person. It then exits."""
 
     message: str
 

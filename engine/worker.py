@@ -1,0 +1,287 @@
+"""The worker process of a replica: the engine behind a socket (``python -m fastdeploy.worker``).
+
+The API process starts it and says in the environment what it needs: FD_ENGINE_CONFIG (JSON),
+FD_WORKER_ENDPOINT, FD_WORKER_TOKEN and FD_PARENT_PID. Paddle and NumPy are imported late, after their thread
+counts are set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+import zmq
+
+from . import log
+from .config import EngineConfig, ModelConfig
+from .errors import ConfigError, FastDeployError
+from .messages import (
+    AbortRequests,
+    AddRequest,
+    Failed,
+    FromWorker,
+    Hello,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    ToWorker,
+)
+from .parent_death import die_with_parent
+
+if TYPE_CHECKING:
+    from .engine import EngineCore
+
+# Not __name__, which is __main__ here.
+_log = logging.getLogger("fastdeploy.worker")
+
+_ENVIRONMENT = ("FD_ENGINE_CONFIG", "FD_WORKER_ENDPOINT", "FD_WORKER_TOKEN", "FD_PARENT_PID")
+_PR_SET_NAME = 15
+
+
+def main() -> int:
+    """Loads the model and serves until it is told to stop.
+
+    Returns:
+        0 after SIGTERM or `Shutdown`, 1 after a failure (the API process has been told why), 2 when it was
+        not started by an API process.
+    """
+    try:
+        config_json, endpoint, token, parent_pid = (os.environ[name] for name in _ENVIRONMENT)
+    except KeyError as missing:
+        print(
+            f"fastdeploy.worker: {missing.args[0]} is not set; this process is started by the API server",
+            file=sys.stderr,
+        )
+        return 2
+    die_with_parent(int(parent_pid))
+    # Ctrl-C reaches the whole process group. The API process decides what it means and says so.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with ApiLink(endpoint) as api:
+        api.send(Hello(token, os.getpid()))
+        try:
+            config = _decode_config(config_json)
+            _name_and_log(config)
+            _limit_threads(config)
+            serve(load(config, api), api)
+        except (FastDeployError, OSError, MemoryError) as error:
+            return _fail(api, str(error) or "not enough memory")
+        except Exception as error:
+            _log.exception("worker failed")
+            return _fail(api, f"the worker failed with {type(error).__name__}; worker.log has the details")
+    _log.info("worker stopped")
+    return 0
+
+
+def load(config: EngineConfig, api: ApiLink) -> EngineCore:
+    """Builds the engine, telling `api` how far it is."""
+
+    def report(fraction: float, stage: str) -> None:
+        api.send(LoadProgress(fraction, stage))
+        # Nothing but Shutdown comes before Ready.
+        api.receive(wait=False)
+        if api.stopping:
+            raise SystemExit(0)
+
+    model_config = ModelConfig.from_directory(config.model)
+    _warn(config, model_config)
+    report(0.0, "starting Paddle")
+    _start_paddle(config, api)
+
+    from .checkpoint import load_weights
+    from .engine import EngineCore
+    from .model_runner import ModelRunner
+    from .models.ernie45 import Ernie45
+
+    weights = load_weights(config.model, model_config, qkv_order=config.qkv_order, progress=report)
+    num_blocks = config.num_blocks(model_config)
+    report(1.0, f"allocating a cache of {num_blocks} blocks")
+    runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks)
+    engine = EngineCore(config, model_config, runner, num_blocks)
+    # What is alive now stays: a full collection would walk over all of it, and stop a step for 100 ms.
+    gc.collect()
+    gc.freeze()
+    api.send(Ready(num_blocks, config.block_size, config.max_model_len))
+    _log.info("ready: %s, %d blocks of %d tokens", config.model, num_blocks, config.block_size)
+    return engine
+
+
+def serve(engine: EngineCore, api: ApiLink) -> None:
+    """The engine loop: messages in, a step if there is work, its tokens out; asleep when there is none."""
+    resting = True
+    while not api.stopping:
+        for message in api.receive(wait=not engine.has_work):
+            match message:
+                case AddRequest():
+                    engine.add(message)
+                case AbortRequests():
+                    engine.abort(message.request_ids)
+        if engine.has_work:
+            api.send(engine.step())
+            resting = False
+        if not resting and not engine.has_work:
+            # Also after an abort, which no step follows: gauges must not stay where they were.
+            api.send(engine.rest())
+            resting = True
+
+
+def thread_settings(config: EngineConfig, cores: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that make the tensor libraries use this replica's share of the cores.
+
+    --threads decides; without it what somebody has exported; without that the replicas divide the cores.
+    """
+    threads = str(config.threads or max(1, cores // config.data_parallel_size))
+    settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+    if config.threads == 0:
+        settings = {name: environment.get(name, value) for name, value in settings.items()}
+    # Milliseconds that a thread spins between two parallel regions. The default of 200 would keep the cores
+    # of other replicas busy with waiting; 1 still bridges the gaps inside of a step.
+    return settings | {"KMP_BLOCKTIME": environment.get("KMP_BLOCKTIME", "1")}
+
+
+class ApiLink:
+    """The socket to the API process, and what tells this process to stop: SIGTERM or `Shutdown`."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.stopping = False
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        # No limit: sending must never block a step. If the API process is gone the kernel kills this one.
+        self._socket.set_hwm(0)
+        # The last words of a worker that cannot start must arrive.
+        self._socket.linger = 2000
+        self._socket.connect(endpoint)
+        # A signal writes a byte here and so ends a wait in `receive`; the flag alone would be seen too late.
+        self._signalled, self._signal_sink = socket.socketpair()
+        self._signalled.setblocking(False)
+        self._signal_sink.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._signalled.fileno(), zmq.POLLIN)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+        self.handle_signals()
+
+    def handle_signals(self) -> None:
+        signal.set_wakeup_fd(self._signal_sink.fileno())
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def send(self, message: FromWorker) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def receive(self, *, wait: bool) -> list[AddRequest | AbortRequests]:
+        """What has arrived; with `wait` sleeps until something has, or the process is to stop."""
+        if wait:
+            self._poller.poll()
+        messages: list[AddRequest | AbortRequests] = []
+        while True:
+            try:
+                message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return messages
+            if isinstance(message, Shutdown):
+                self.stopping = True
+            else:
+                messages.append(message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(-1)
+        self._socket.close()
+        self._context.term()
+        self._signalled.close()
+        self._signal_sink.close()
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+
+def _fail(api: ApiLink, message: str) -> int:
+    _log.error("%s", message)
+    api.send(Failed(message))
+    return 1
+
+
+def _decode_config(text: str) -> EngineConfig:
+    def path(kind: type, value: Any) -> Any:
+        assert kind is Path
+        return Path(value)
+
+    return msgspec.json.decode(text, type=EngineConfig, dec_hook=path)
+
+
+def _name_and_log(config: EngineConfig) -> None:
+    rank = config.data_parallel_rank
+    # What ps and top show.
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"fd-worker-{rank}".encode(), 0, 0, 0)
+    log.configure(f"replica={rank}", "worker.log")
+    # For a worker that hangs: where it is.
+    faulthandler.register(signal.SIGUSR2)
+
+
+def _limit_threads(config: EngineConfig) -> None:
+    """Must come before Paddle and NumPy, which read these variables when they are imported."""
+    os.environ.update(thread_settings(config, len(os.sched_getaffinity(0)), os.environ))
+
+
+def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
+    if config.enable_expert_parallel:
+        _log.warning("--enable-expert-parallel: each replica still holds all experts")
+    if config.max_model_len > model_config.max_position_embeddings:
+        _log.warning(
+            "--max-model-len %d exceeds max_position_embeddings %d of %s; long texts may turn out badly",
+            config.max_model_len,
+            model_config.max_position_embeddings,
+            config.model,
+        )
+
+
+def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
+    # Paddle recommends ccache on import to whoever has none; nothing is compiled here.
+    warnings.filterwarnings("ignore", message="No ccache found")
+    # Paddle puts its own handlers on SIGTERM, which would end the process with a stack trace, and on the
+    # signals of faulthandler. A SIGTERM that comes meanwhile waits until ours is back.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        import paddle
+    except ImportError as error:
+        raise ConfigError(
+            f"Paddle cannot be imported ({error}); install paddlepaddle or paddlepaddle-gpu"
+        ) from None
+    paddle.disable_signal_handler()
+    faulthandler.enable()
+    api.handle_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    paddle.device.set_device(_device(config))
+
+
+def _device(config: EngineConfig) -> str:
+    import paddle
+
+    gpus = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
+    known = ["auto", "cpu", *(["gpu"] if gpus else []), *(f"gpu:{index}" for index in range(gpus))]
+    if config.device not in known:
+        raise ConfigError(f"--device is {config.device!r}; here it can be one of {', '.join(known)}")
+    if config.device == "gpu" or (config.device == "auto" and gpus):
+        # One GPU for each replica, as far as they go.
+        return f"gpu:{config.data_parallel_rank % gpus}"
+    return "cpu" if config.device == "auto" else config.device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

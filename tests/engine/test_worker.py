@@ -1,0 +1,359 @@
+"""The worker as a real process, driven over its socket as the API process drives it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from fastdeploy.config import EngineConfig
+from fastdeploy.entrypoints.openai.worker_process import encode_config
+from fastdeploy.messages import (
+    AbortRequests,
+    AddRequest,
+    Failed,
+    FromWorker,
+    Hello,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    StepOutputs,
+    ToWorker,
+)
+from fastdeploy.request import FinishReason, SamplingParams
+from fastdeploy.worker import thread_settings
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+CONFIG = EngineConfig(
+    model=FIXTURES / "tiny",
+    device="cpu",
+    threads=1,
+    max_model_len=512,
+    block_size=16,
+    max_num_batched_tokens=64,
+)
+TOKEN = "a token of this test"
+AS_MODULE = ("-m", "fastdeploy.worker")
+# Generous: a machine may be busy with something else. Nothing waits that long when all is well.
+DEADLINE_S = 60.0
+
+Message = TypeVar("Message", bound=FromWorker)
+
+
+class Api:
+    """The API process's end: a ROUTER socket, and the worker as a child."""
+
+    def __init__(self, config: EngineConfig, logs: Path, *arguments: str, **env: str) -> None:
+        logs.mkdir(exist_ok=True)
+        self._log_file = logs / "worker.log"
+        self._stderr = (logs / "stderr").open("w+")
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
+        self._identity = b""
+        self.process = subprocess.Popen(
+            [sys.executable, *(arguments or AS_MODULE)],
+            env={
+                **os.environ,
+                "FD_ENGINE_CONFIG": encode_config(config),
+                "FD_WORKER_ENDPOINT": f"tcp://127.0.0.1:{port}",
+                "FD_WORKER_TOKEN": TOKEN,
+                "FD_PARENT_PID": str(os.getpid()),
+                "FD_LOG_DIR": str(logs),
+                **env,
+            },
+            stderr=self._stderr,
+        )
+
+    def send(self, message: ToWorker) -> None:
+        self._socket.send_multipart([self._identity, msgspec.msgpack.encode(message)])
+
+    def receive(self) -> FromWorker:
+        deadline = time.monotonic() + DEADLINE_S
+        while not self._socket.poll(200):
+            assert self.process.poll() is None or self._socket.poll(1000), f"worker has ended: {self.log()}"
+            assert time.monotonic() < deadline, f"worker says nothing: {self.log()}"
+        self._identity, frame = self._socket.recv_multipart()
+        return msgspec.msgpack.decode(frame, type=FromWorker)
+
+    def receive_until(self, kind: type[Message]) -> Message:
+        while not isinstance(message := self.receive(), kind):
+            assert not isinstance(message, Failed), message.message
+        return message
+
+    def receive_stats_when(self, condition: Callable[[StepOutputs], bool]) -> StepOutputs:
+        while not condition(message := self.receive_until(StepOutputs)):
+            pass
+        return message
+
+    def generate(self, requests: list[AddRequest]) -> dict[str, list[int]]:
+        texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        unfinished = set(texts)
+        for request in requests:
+            self.send(request)
+        while unfinished:
+            for output in self.receive_until(StepOutputs).outputs:
+                texts[output.request_id] += output.token_ids
+                if output.finish_reason is not None:
+                    assert output.finish_reason is not FinishReason.ERROR, output.message
+                    unfinished.remove(output.request_id)
+        return texts
+
+    def log(self) -> str:
+        return self._log_file.read_text() if self._log_file.exists() else ""
+
+    def stderr(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._socket.close()
+        self._context.term()
+        self._stderr.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Api]]:
+    started: list[Api] = []
+
+    def start_one(config: EngineConfig = CONFIG, *arguments: str, **env: str) -> Api:
+        started.append(Api(config, tmp_path / "log", *arguments, **env))
+        return started[-1]
+
+    yield start_one
+    for api in started:
+        api.close()
+
+
+def request(name: str, prompt: list[int], **params: object) -> AddRequest:
+    values = {"max_tokens": 64, "temperature": 0.0} | params
+    return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
+
+
+def reference(number: int) -> tuple[list[int], list[int]]:
+    arrays = np.load(FIXTURES / "tiny_reference.npz")
+    return arrays[f"prompt_{number}"].tolist(), arrays[f"greedy_{number}"].tolist()
+
+
+def test_a_worker_says_hello_loads_and_is_ready_in_this_order(start: Callable[..., Api]) -> None:
+    api = start()
+    assert api.receive() == Hello(TOKEN, api.process.pid)
+    fractions = []
+    while isinstance(message := api.receive(), LoadProgress):
+        fractions.append(message.fraction)
+    assert message == Ready(num_blocks=8 * 512 // 16, block_size=16, max_model_len=512)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert Path(f"/proc/{api.process.pid}/comm").read_text().strip() == "fd-worker-0"
+
+
+def test_reference_texts_come_out_of_one_batch_and_sigterm_ends_with_0(start: Callable[..., Api]) -> None:
+    api = start()
+    api.receive_until(Ready)
+    references = [reference(number) for number in range(8)]
+    # Twice: the second time prompts are found in the prefix cache.
+    for run in "ab":
+        requests = [request(f"{run}{i}", prompt) for i, (prompt, _) in enumerate(references)]
+        texts = api.generate(requests)
+        assert [texts[one.request_id] for one in requests] == [greedy for _, greedy in references]
+    resting = api.receive_stats_when(lambda message: message.stats.num_running == 0)
+    assert resting.stats.prefix_cache_hit_tokens_total > 0
+    assert resting.stats.num_free_blocks == resting.stats.num_blocks
+
+    # Asleep in its wait for messages.
+    api.process.terminate()
+    assert api.process.wait(DEADLINE_S) == 0
+
+
+def test_an_abort_frees_everything_and_says_so_at_once(start: Callable[..., Api]) -> None:
+    api = start()
+    api.receive_until(Ready)
+    for name in ("one", "two"):
+        api.send(request(name, [5, 6, 7], max_tokens=400))
+    api.receive_stats_when(lambda message: message.stats.num_running == 2)
+    api.send(AbortRequests(["one", "two", "unknown"]))
+    last = api.receive_stats_when(lambda message: message.stats.num_running == 0)
+    assert last.outputs == []
+    assert last.stats.num_free_blocks == last.stats.num_blocks
+    assert last.stats.batch_tokens == 0
+    assert api.generate([request("three", [5, 6, 7], max_tokens=3)])["three"]
+
+    # In the middle of its work.
+    api.send(request("four", [5, 6, 7], max_tokens=400))
+    api.receive_until(StepOutputs)
+    api.process.terminate()
+    assert api.process.wait(DEADLINE_S) == 0
+
+
+def test_shutdown_ends_with_0_also_while_loading(start: Callable[..., Api]) -> None:
+    api = start()
+    api.receive_until(Hello)
+    api.send(Shutdown())
+    assert api.process.wait(DEADLINE_S) == 0
+
+
+def test_sigterm_while_loading_ends_with_0_and_ctrl_c_is_left_to_the_parent(
+    start: Callable[..., Api],
+) -> None:
+    api = start()
+    api.receive_until(LoadProgress)
+    api.process.send_signal(signal.SIGINT)
+    api.process.terminate()
+    assert api.process.wait(DEADLINE_S) == 0
+    assert "Traceback" not in api.log()
+
+
+def test_the_death_of_its_parent_kills_it(start: Callable[..., Api]) -> None:
+    # A process in between starts the worker, as the API process would, and is killed.
+    parent = (
+        "import os, subprocess, sys\n"
+        "os.environ['FD_PARENT_PID'] = str(os.getpid())\n"
+        "subprocess.run([sys.executable, *sys.argv[1:]])"
+    )
+    api = start(CONFIG, "-c", parent, *AS_MODULE)
+    hello = api.receive_until(Hello)
+    assert hello.pid != api.process.pid
+    worker = os.pidfd_open(hello.pid)
+    try:
+        api.process.kill()
+        assert select.select([worker], [], [], DEADLINE_S)[0], "the worker has outlived its parent"
+    finally:
+        os.close(worker)
+
+
+def test_a_parent_that_died_before_the_worker_could_tie_itself_to_it_kills_it_too(
+    start: Callable[..., Api],
+) -> None:
+    # Not our pid: as if the parent had died and somebody else were the parent now.
+    api = start(FD_PARENT_PID="1")
+    assert api.process.wait(DEADLINE_S) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"model": Path("/nonexistent")},
+            "/nonexistent/config.json: no such file; a checkpoint directory needs it",
+        ),
+        ({"device": "abacus"}, "--device is 'abacus'; here it can be one of auto, cpu"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why_in_one_line(
+    start: Callable[..., Api], change: dict[str, object], said: str
+) -> None:
+    api = start(replace(CONFIG, **change))
+    while not isinstance(message := api.receive(), Failed):
+        pass
+    assert said in message.message
+    assert "\n" not in message.message
+    assert api.process.wait(DEADLINE_S) == 1
+    assert "Traceback" not in api.log()
+
+
+def test_a_damaged_checkpoint_is_named(start: Callable[..., Api], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (FIXTURES / "tiny").iterdir():
+        content = file.read_bytes()
+        (model / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
+    api = start(replace(CONFIG, model=model))
+    while not isinstance(message := api.receive(), Failed):
+        pass
+    assert "model.safetensors" in message.message
+    assert api.process.wait(DEADLINE_S) == 1
+
+
+def test_warnings_are_one_line_each(start: Callable[..., Api], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in (FIXTURES / "tiny").iterdir():
+        (model / file.name).symlink_to(file)
+    (model / "config.json").unlink()
+    raw = json.loads((FIXTURES / "tiny" / "config.json").read_text()) | {"max_position_embeddings": 256}
+    (model / "config.json").write_text(json.dumps(raw))
+    api = start(
+        replace(CONFIG, model=model, enable_expert_parallel=True, data_parallel_rank=1, data_parallel_size=2)
+    )
+    api.receive_until(Ready)
+    warnings = [line for line in api.log().splitlines() if "WARNING" in line]
+    assert len(warnings) == 2
+    assert all(" replica=1 " in line for line in warnings)
+    assert "each replica still holds all experts" in warnings[0]
+    assert "--max-model-len 512 exceeds max_position_embeddings 256" in warnings[1]
+
+
+def test_sigusr2_shows_where_it_is_and_changes_nothing(start: Callable[..., Api]) -> None:
+    api = start()
+    api.receive_until(Ready)
+    api.process.send_signal(signal.SIGUSR2)
+    assert api.generate([request("one", [5, 6, 7], max_tokens=3)])["one"]
+    assert "(most recent call first)" in api.stderr()
+    assert "worker.py" in api.stderr()
+
+
+def test_steps_that_keep_failing_end_the_worker_and_it_says_why(start: Callable[..., Api]) -> None:
+    broken = (
+        "import sys\n"
+        "from fastdeploy.model_runner import ModelRunner\n"
+        "from fastdeploy.worker import main\n"
+        "def execute(self, batch): raise RuntimeError('no such kernel')\n"
+        "ModelRunner.execute = execute\n"
+        "sys.exit(main())"
+    )
+    api = start(CONFIG, "-c", broken)
+    api.receive_until(Ready)
+    for name in ("one", "two"):
+        api.send(request(name, [5, 6, 7]))
+        (output,) = api.receive_stats_when(lambda message: bool(message.outputs)).outputs
+        assert (output.request_id, output.finish_reason) == (name, FinishReason.ERROR)
+    api.send(request("three", [5, 6, 7]))
+    while not isinstance(message := api.receive(), Failed):
+        pass
+    assert message.message == "3 steps in a row have failed, the last with RuntimeError('no such kernel')"
+    assert api.process.wait(DEADLINE_S) == 1
+
+
+@pytest.mark.parametrize(("threads", "exported", "expected"), [(3, "7", "3"), (0, "7", "7"), (0, None, "4")])
+def test_threads_are_as_told_or_as_exported_or_this_replicas_share(
+    threads: int, exported: str | None, expected: str
+) -> None:
+    config = replace(CONFIG, threads=threads, data_parallel_size=2)
+    environment = {} if exported is None else {"OMP_NUM_THREADS": exported}
+    assert thread_settings(config, 8, environment)["OMP_NUM_THREADS"] == expected
+
+
+def test_more_replicas_than_cores_get_one_thread_each() -> None:
+    config = replace(CONFIG, threads=0, data_parallel_size=8)
+    assert thread_settings(config, 2, {})["OMP_NUM_THREADS"] == "1"
+
+
+def test_by_hand_it_tells_who_starts_it() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FD_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdeploy.worker"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "fastdeploy.worker: FD_ENGINE_CONFIG is not set; this process is started by the API server"
+    )
