@@ -5,10 +5,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?= etc/dp.toml
 PREFIX ?= run
+PARITY := .cache/parity-venv
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
-.PHONY: help serve model test check mypy format bench-serve clean
+.PHONY: help serve model test check mypy format parity bench-serve clean
 
 help:
 	@echo "make serve        set up everything and serve the demo model: eight replicas, one router"
@@ -48,6 +49,19 @@ mypy: $(VENV)/installed
 format: $(VENV)/installed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+# Two environments, so that torch and Paddle never meet in one process; SEED=n repeats a run. pip's usual
+# index brings torch with CUDA (gigabytes); PIP_INDEX_URL or PIP_FIND_LINKS can name one with CPU builds.
+parity: $(VENV)/installed $(PARITY)/installed
+	@$(PARITY)/bin/python -m tests.parity.draw --seed $${SEED:-$$(date +%s)} --out .cache/parity
+	@$(BIN)/python -m tests.parity.compare .cache/parity
+
+$(PARITY)/installed: Makefile
+	@echo "fd-dp: installing torch and transformers into $(PARITY)"
+	@test -x $(PARITY)/bin/python || $(PYTHON) -m venv $(PARITY)
+	@$(PARITY)/bin/python -m pip install --disable-pip-version-check --progress-bar on \
+	    torch==2.13.0 'transformers>=5.23' numpy
+	@touch $@
 
 bench-serve: $(VENV)/installed model
 	@$(BIN)/python benchmarks/serve.py

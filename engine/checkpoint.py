@@ -52,10 +52,13 @@ class _Loader:
     def load(self, progress: Callable[[float, str], None]) -> Weights:
         config = self.config
         embedding = self._tensor(f"{self.prefix}.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        if config.tie_word_embeddings:
-            lm_head = Projection((embedding,), out_in=True)
+        # Only Hugging Face's mixture of experts has this bias, and only under use_bias.
+        bias = config.use_bias and "lm_head.bias" in self.stored
+        if not config.tie_word_embeddings:
+            lm_head = self._projection("", ["lm_head"], config.hidden_size, [config.vocab_size], bias=bias)
         else:
-            lm_head = self._projection("", ["lm_head"], config.hidden_size, [config.vocab_size], bias=False)
+            lm_bias = self._tensor("lm_head.bias", config.vocab_size) if bias else None
+            lm_head = Projection((embedding,), out_in=True, bias=lm_bias)
         layers = []
         for index in range(config.num_hidden_layers):
             layers.append(self._layer(index))

@@ -1,0 +1,19 @@
+"""Models of many shapes against what transformers computed for them once; `make parity` does it afresh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import LAYOUTS
+from tests.parity.compare import compare
+
+RECORDINGS = sorted((Path(__file__).parent.parent / "fixtures" / "parity").glob("*.json"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recording", RECORDINGS, ids=lambda recording: recording.stem)
+def test_logits_greedy_texts_and_picks_are_those_of_transformers(recording: Path, layout: str) -> None:
+    parity = compare(recording, layout)
+    assert parity.holds, parity

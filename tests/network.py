@@ -1,0 +1,83 @@
+"""Drives the network by hand: a model from a checkpoint directory, and sequences in scattered blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from fastdeploy.checkpoint import load_weights
+from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.layers import moe
+from fastdeploy.model_runner import ModelRunner
+from fastdeploy.models.ernie45 import Ernie45
+from fastdeploy.request import Batch, SamplingParams, ScheduledSequence, Sequence
+
+
+class Network:
+    def __init__(
+        self, path: Path, *, qkv_order: str = "plain", block_size: int = 16, num_blocks: int = 160
+    ) -> None:
+        self.config = ModelConfig.from_directory(path)
+        weights = load_weights(path, self.config, qkv_order=qkv_order, progress=lambda fraction, stage: None)
+        engine = EngineConfig(model=path, block_size=block_size)
+        self.runner = ModelRunner(Ernie45(self.config, weights), self.config, engine, num_blocks)
+        self.block_size = block_size
+        self.free_blocks = np.random.default_rng(3).permutation(num_blocks).tolist()
+
+    def sequence(self, prompt: list[int], shared_blocks: list[int] | None = None) -> Sequence:
+        """With room for 64 tokens after the prompt; `shared_blocks` come first."""
+        blocks = list(shared_blocks or [])
+        while len(blocks) * self.block_size < len(prompt) + 64:
+            blocks.append(self.free_blocks.pop())
+        return Sequence("test", list(prompt), SamplingParams(max_tokens=64), block_ids=blocks)
+
+    def prefill(self, sequence: Sequence, *, start: int = 0, chunk: int = 1 << 20) -> np.ndarray:
+        """Logits of every prompt position from `start`, computed `chunk` tokens a step."""
+        end = len(sequence.prompt_token_ids)
+        steps = [
+            Batch((ScheduledSequence(sequence, at, min(chunk, end - at), samples=False),))
+            for at in range(start, end, chunk)
+        ]
+        return np.concatenate([self.runner.execute(step, every_position=True) for step in steps])
+
+    def decode(self, sequence: Sequence, logits: np.ndarray, count: int) -> np.ndarray:
+        """Appends `count` greedy tokens, the first from `logits`; returns the logits each was taken from."""
+        rows = [logits]
+        for _ in range(count):
+            sequence.output_token_ids.append(int(rows[-1].argmax()))
+            last = ScheduledSequence(sequence, sequence.num_tokens - 1, 1, samples=True)
+            rows.append(self.runner.execute(Batch((last,)))[0])
+        return np.stack(rows[:-1])
+
+
+class Routes:
+    """Experts that the steps of one sequence picked, layer by layer."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, picks: np.ndarray, weights: np.ndarray) -> None:
+        self._calls.append((picks, weights))
+
+    def by_layer(self, layers: int) -> tuple[np.ndarray, np.ndarray]:
+        """Picks and weights, each [layers, tokens, k]."""
+        picks = [np.concatenate([p for p, _ in self._calls[i::layers]]) for i in range(layers)]
+        weights = [np.concatenate([w for _, w in self._calls[i::layers]]) for i in range(layers)]
+        return np.stack(picks), np.stack(weights)
+
+
+@contextmanager
+def recorded_routes() -> Iterator[Routes]:
+    routes, select = Routes(), moe.moe_topk_select
+
+    def recording(*arguments):  # type: ignore[no-untyped-def]
+        picks, weights = select(*arguments)
+        routes.add(picks.numpy().copy(), weights.numpy().copy())
+        return picks, weights
+
+    with mock.patch.object(moe, "moe_topk_select", recording):
+        yield routes
