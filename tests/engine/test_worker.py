@@ -181,6 +181,16 @@ def test_reference_texts_come_out_of_one_batch_and_sigterm_ends_with_0(start: Ca
     assert api.process.wait(DEADLINE_S) == 0
 
 
+def test_reference_texts_survive_preemption_and_any_chunks(start: Callable[..., Api]) -> None:
+    api = start(replace(CONFIG, num_gpu_blocks_override=32, max_num_batched_tokens=37))
+    api.receive_until(Ready)
+    references = [reference(number) for number in range(8)]
+    texts = api.generate([request(f"{i}", prompt) for i, (prompt, _) in enumerate(references)])
+    assert list(texts.values()) == [greedy for _, greedy in references]
+    resting = api.receive_stats_when(lambda message: message.stats.num_running == 0)
+    assert resting.stats.preemptions_total > 0
+
+
 def test_an_abort_frees_everything_and_says_so_at_once(start: Callable[..., Api]) -> None:
     api = start()
     api.receive_until(Ready)
