@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from ..errors import ConfigError
+from .router.policies import POLICIES
 
 #: What a validator gets is a value of the right type; what it returns is the complaint, or None.
 Check = Callable[[Any], str | None]
@@ -112,11 +113,9 @@ class RouterSection:
 
     host: str = row("127.0.0.1", "Address it listens on; `0.0.0.0` opens it to the network.", not_empty)
     port: int = row(30000, "Port it listens on.", between(1, 65535))
-    policy: str = row(
-        "request_num",
-        "Which replica takes a request; `request_num`: the one with the fewest in flight.",
-        not_empty,
-    )
+    policy: str = row("request_num", "Which replica takes a request.", one_of(*POLICIES))
+    request_timeout: float = row(1800.0, "Silence after which an answer is given up.", at_least(1), "s")
+    api_keys_file: str = row("", "File with the keys that clients must show, one a line; empty: none.")
     extra_args: tuple[str, ...] = row((), "Further words for the router's command line.")
     env: Mapping[str, str] = row({}, "Further environment variables of the router.", environment_names)
 

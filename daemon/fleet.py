@@ -171,6 +171,18 @@ class Fleet:
         """The kernel says that this process has ended; supervisord will know within a second."""
         self._gone.add(pid)
 
+    def in_flight(self, replica: Replica) -> int | None:
+        """Requests that the router has given it, a few seconds ago; None if the router does not know it."""
+        router = self.replicas.get(ROUTER)
+        return router.health.get("in_flight", {}).get(replica.program.replica) if router else None
+
+    def all_registered(self) -> bool:
+        """The router knows every READY replica: their heartbeats come a few seconds apart."""
+        ready = (
+            r for r in self.replicas.values() if r.state is State.READY and r.program.replica is not None
+        )
+        return all(self.in_flight(replica) is not None for replica in ready)
+
     # ---- one step --------------------------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -340,7 +352,8 @@ class Fleet:
             if replica.state not in (State.STARTING, State.READY, State.UNHEALTHY) or not replica.pid:
                 continue
             starting = replica.state is State.STARTING
-            interval = _LOADING_PROBE_INTERVAL if starting else self.config.supervise.probe_interval
+            hurry = starting or (replica.name == ROUTER and not self.all_registered())
+            interval = _LOADING_PROBE_INTERVAL if hurry else self.config.supervise.probe_interval
             if now - self._asked.get(replica.name, 0.0) >= interval:
                 self._asked[replica.name] = now
                 self._probes.ask(replica.program, replica.pid, token=starting)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -72,13 +73,19 @@ class Probes:
 
 
 def probe(program: Program, pid: int, token: bool) -> Reading:
-    """One health check; with `token`, also one generated token if the health check is good. Blocks."""
+    """One health check; with `token`, also one generated token if a replica's health is good. Blocks.
+
+    Of the router it also asks which replicas it knows: `health["in_flight"]` is their number -> requests.
+    """
     try:
         status, health = _ask(program, "GET", "/health", None, _HEALTH_TIMEOUT)
         if status != 200:
-            problem = str(health.get("error") or health.get("status") or f"/health answered {status}")
-            return Reading(program.name, pid, False, True, health, problem)
-        if token and program.replica is not None:
+            problem = health.get("message") or health.get("status") or f"/health answered {status}"
+            return Reading(program.name, pid, False, True, health, str(problem))
+        if program.replica is None:
+            _, known = _ask(program, "GET", "/registered", None, _HEALTH_TIMEOUT)
+            health["in_flight"] = {row.get("replica"): row.get("in_flight") for row in known.get("mixed", ())}
+        elif token:
             body = {"prompt": "Hello", "max_tokens": 1, **({"model": program.model} if program.model else {})}
             status, answer = _ask(program, "POST", "/v1/completions", body, _TOKEN_TIMEOUT)
             if status != 200 or not answer.get("choices"):
@@ -89,15 +96,16 @@ def probe(program: Program, pid: int, token: bool) -> Reading:
         return Reading(program.name, pid, True, True, health)
     except (OSError, ValueError, http.client.HTTPException) as error:
         refused = isinstance(error, ConnectionRefusedError)
-        return Reading(
-            program.name, pid, False, not refused, {}, f"no answer on port {program.ports[0]} ({error})"
-        )
+        problem = f"no answer on port {program.ports[0]} ({error})"
+        return Reading(program.name, pid, False, not refused, {}, problem)
 
 
 def _ask(program: Program, method: str, path: str, body: Any, timeout: float) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection(program.host, program.ports[0], timeout=timeout)
     try:
         headers = {"Content-Type": "application/json"} if body is not None else {}
+        if keys := program.env.get("FD_API_KEY") or os.environ.get("FD_API_KEY"):
+            headers["Authorization"] = f"Bearer {keys.partition(',')[0]}"
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
         try:

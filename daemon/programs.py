@@ -99,13 +99,15 @@ def address(host: str, port: int) -> str:
 
 def _router(config: Config) -> Program:
     router = config.router
+    argv = [str(Path(sys.executable).with_name("fd-router"))]
+    argv += ["--host", router.host, "--port", str(router.port), "--policy", router.policy]
+    argv += ["--registry-file", str(config.paths.state / "replicas.json")]
+    argv += ["--request-timeout-secs", f"{router.request_timeout:g}"]
+    if router.api_keys_file:
+        argv += ["--api-keys-file", router.api_keys_file]
     return Program(
         name=ROUTER,
-        argv=(
-            str(Path(sys.executable).with_name("fd-router")),
-            *("--host", router.host, "--port", str(router.port), "--policy", router.policy),
-            *router.extra_args,
-        ),
+        argv=(*argv, *router.extra_args),
         env=MappingProxyType({**router.env, "FD_LOG_DIR": str(config.paths.logs / ROUTER)}),
         ports=(router.port,),
         host=connectable(router.host),

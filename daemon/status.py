@@ -13,7 +13,7 @@ from .replica import Replica, State
 
 
 def status(fleet: Fleet, *, state: str, config: str, prefix: str | None, supervisord: int) -> dict[str, Any]:
-    replicas = [_entry(replica) for replica in fleet.replicas.values() if replica.name != ROUTER]
+    replicas = [_entry(fleet, replica) for replica in fleet.replicas.values() if replica.name != ROUTER]
     router = fleet.replicas.get(ROUTER)
     return {
         "daemon": {
@@ -28,7 +28,7 @@ def status(fleet: Fleet, *, state: str, config: str, prefix: str | None, supervi
             "replicas": len(replicas),
             "logs": str(fleet.layout.logs),
         },
-        "router": _entry(router) if router else None,
+        "router": _entry(fleet, router) if router else None,
         "replicas": replicas,
     }
 
@@ -36,7 +36,7 @@ def status(fleet: Fleet, *, state: str, config: str, prefix: str | None, supervi
 def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
     """What `fdctl why` adds to the status of one program."""
     return {
-        **_entry(replica),
+        **_entry(fleet, replica),
         "last_exit": replica.last_exit or None,
         "last_exit_time": replica.last_exit_time or None,
         "next_try_in": max(0.0, round(replica.next_try - now, 1)) if _has_failed(replica) else None,
@@ -46,8 +46,9 @@ def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
 
 
 def all_ready(fleet: Fleet) -> bool:
-    """Everything that is not held answers."""
-    return all(replica.state is State.READY for replica in fleet.replicas.values() if not replica.held)
+    """Everything that is not held answers, and the router knows all of it."""
+    wanted = (replica for replica in fleet.replicas.values() if not replica.held)
+    return all(replica.state is State.READY for replica in wanted) and fleet.all_registered()
 
 
 def usable(fleet: Fleet) -> bool:
@@ -74,7 +75,7 @@ def one_line(fleet: Fleet) -> str:
     return "; ".join(words)
 
 
-def _entry(replica: Replica) -> dict[str, Any]:
+def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
     number = replica.program.replica
     entry: dict[str, Any] = {} if number is None else {"replica": number}
     progress = _number(replica.health.get("progress"))
@@ -86,8 +87,7 @@ def _entry(replica: Replica) -> dict[str, Any]:
         "restarts": replica.restarts,
         "host": replica.program.host,
         "port": replica.program.ports[0],
-        "running": _number(replica.health.get("running")),
-        "waiting": _number(replica.health.get("waiting")),
+        "in_flight": fleet.in_flight(replica),
         "progress": progress if replica.state is State.STARTING else None,
         "held": replica.held,
         "last_exit": replica.last_exit or None,

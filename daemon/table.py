@@ -40,7 +40,7 @@ def _table(status: dict[str, Any]) -> Table:
     )
     for name in ("replica", "state"):
         table.add_column(name)
-    for name in ("pid", "uptime", "restarts", "port", "running", "waiting"):
+    for name in ("pid", "uptime", "restarts", "port", "in flight"):
         table.add_column(name, justify="right")
     table.add_column("note", overflow="fold")
     for entry in [status["router"], *status["replicas"]]:
@@ -60,8 +60,7 @@ def _row(entry: dict[str, Any]) -> list[Text]:
         _duration(entry["uptime"]),
         str(entry["restarts"]),
         str(entry["port"]),
-        _number(entry["running"]),
-        _number(entry["waiting"]),
+        _number(entry["in_flight"]),
         note,
     ]
     cells = [Text(word) for word in words]

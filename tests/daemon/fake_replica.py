@@ -1,11 +1,11 @@
 """A program that behaves, on its ports, as a replica or a router does. Misbehaviour is asked for by flags.
 
-    --load-seconds S    /health says "loading" for so long
-    --die-while-loading exits with code 3 instead of becoming ready
-    --no-token          /v1/completions answers 500
-    --grandchild        starts a process in a session of its own, which ignores SIGTERM
-    --ignore-term       ignores SIGTERM itself
-    --hang-file FILE    while FILE exists, /health does not answer
+--load-seconds S    /health says "loading" for so long
+--die-while-loading exits with code 3 instead of becoming ready
+--no-token          /v1/completions answers 500
+--grandchild        starts a process in a session of its own, which ignores SIGTERM
+--ignore-term       ignores SIGTERM itself
+--hang-file FILE    while FILE exists, /health does not answer
 """
 
 import argparse
@@ -36,10 +36,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while options.hang_file and options.hang_file.exists():
             time.sleep(0.05)
         loaded = time.monotonic() - started
-        if loaded < options.load_seconds:
+        if self.path == "/registered":
+            self._answer(200, {"mixed": [{"replica": number, "in_flight": 0} for number in range(64)]})
+        elif loaded < options.load_seconds:
             self._answer(503, {"status": "loading", "progress": loaded / options.load_seconds})
         else:
-            self._answer(200, {"status": "ready", "running": 0, "waiting": 0})
+            self._answer(200, {"status": "ready"})
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

@@ -18,12 +18,16 @@ def fake_programs(config: Config) -> list[Program]:
     for program in programs_of(config):
         words = program.argv[1:] if program.replica is None else program.argv[3:]
         argv = (sys.executable, FAKE, *words)
-        programs.append(Program(program.name, argv, MappingProxyType(dict(program.env)), program.ports, program.host))
+        programs.append(
+            Program(program.name, argv, MappingProxyType(dict(program.env)), program.ports, program.host)
+        )
     return programs
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(daemon.run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] == ["external"], fake_programs))
+        sys.exit(
+            daemon.run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] == ["external"], fake_programs)
+        )
     except FastDeployError as error:
         sys.exit(f"fd-dp: ERROR ({error})")

@@ -1,0 +1,218 @@
+"""fd-dp with a real supervisord and fake replicas: what dies comes back, what lives is left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.daemon import control
+
+from .conftest import Running, alive, wait_until
+
+
+def test_everything_becomes_ready_and_a_signal_leaves_no_process(running: Running) -> None:
+    running.start_and_wait()
+    status = running.status()
+    assert [entry["replica"] for entry in status["replicas"]] == [0, 1]
+    supervisord = status["daemon"]["supervisord"]
+    output = running.stop(signal.SIGINT)
+    assert running.daemon is not None
+    assert running.daemon.returncode == 0
+    assert running.left_over() == []
+    assert not alive(supervisord)
+    assert f"curl http://127.0.0.1:{running.ports[0]}/v1/chat/completions" in output
+
+
+def test_the_router_starts_before_the_replicas(running: Running) -> None:
+    running.start_and_wait()
+    log = running.log()
+    assert log.index("router: READY") < log.index("replica 0: started")
+
+
+def test_a_killed_replica_comes_back_alone_and_one_line_says_how_it_ended(running: Running) -> None:
+    running.start_and_wait()
+    before = running.pids()
+    os.kill(before["replica1"], signal.SIGKILL)
+    entry = running.wait_ready_again("replica1", before["replica1"])
+    assert entry["restarts"] == 1
+    assert entry["last_exit"] == "terminated by SIGKILL"
+    assert {**running.pids(), "replica1": before["replica1"]} == before
+    line = next(line for line in running.log().splitlines() if "replica 1: ERROR" in line)
+    assert f"pid {before['replica1']}: terminated by SIGKILL" in line
+    assert "its last line: fake replica on port" in line
+
+
+def test_what_a_replica_left_in_a_session_of_its_own_is_ended_before_it_starts_again(
+    running: Running,
+) -> None:
+    running.write(extra_args=("--grandchild",))
+    running.start_and_wait()
+    before = running.pids()
+    family = {process.pid for process in running.left_over() if process.program == "replica0"}
+    assert len(family) == 2
+    os.kill(before["replica0"], signal.SIGKILL)
+    running.wait_ready_again("replica0", before["replica0"])
+    assert not any(alive(pid) for pid in family)
+
+
+def test_after_supervisord_is_killed_no_orphan_lives_and_all_come_back(running: Running) -> None:
+    running.write(extra_args=("--grandchild",))
+    running.start_and_wait()
+    before = running.pids()
+    orphans = [process.pid for process in running.left_over()]
+    os.kill(running.status()["daemon"]["supervisord"], signal.SIGKILL)
+    for name, pid in before.items():
+        running.wait_ready_again(name, pid)
+    assert not any(alive(pid) for pid in orphans)
+
+
+def test_a_killed_daemon_leaves_the_replicas_alone_and_the_next_one_adopts_them(running: Running) -> None:
+    running.start_and_wait()
+    before = running.pids(), running.status()["daemon"]["supervisord"]
+    running.stop(signal.SIGKILL)
+    assert all(alive(pid) for pid in before[0].values())
+    assert running.fdctl("status").returncode == control.NO_DAEMON
+    running.start_and_wait()
+    assert (running.pids(), running.status()["daemon"]["supervisord"]) == before
+    assert {entry["restarts"] for entry in running.programs().values()} == {0}
+    # It was started by another daemon, and still ends with this one.
+    os.kill(before[0]["replica0"], signal.SIGKILL)
+    running.wait_ready_again("replica0", before[0]["replica0"])
+
+
+def test_a_daemon_that_finds_another_configuration_running_replaces_only_what_differs(
+    running: Running,
+) -> None:
+    running.start_and_wait()
+    before = running.pids()
+    running.stop(signal.SIGKILL)
+    running.write(extra_args=("--load-seconds", "0.1"))
+    running.start()
+    for name in ("replica0", "replica1"):
+        running.wait_ready_again(name, before[name])
+    assert running.pids()["router"] == before["router"]
+
+
+def test_orphans_of_a_dead_daemon_and_supervisord_do_not_meet_their_successors(running: Running) -> None:
+    running.start_and_wait()
+    before, supervisord = running.pids(), running.status()["daemon"]["supervisord"]
+    running.stop(signal.SIGKILL)
+    os.kill(supervisord, signal.SIGKILL)
+    wait_until(lambda: not alive(supervisord), "supervisord dead")
+    assert all(alive(pid) for pid in before.values())
+    running.start_and_wait()
+    assert not any(alive(pid) for pid in before.values())
+
+
+def test_programs_that_ignore_sigterm_are_killed_within_the_promised_time(running: Running) -> None:
+    running.write(extra_args=("--ignore-term", "--grandchild"))
+    running.start_and_wait()
+    running.stop()
+    assert running.left_over() == []
+
+
+def test_a_second_daemon_on_the_same_prefix_is_refused_in_one_line(running: Running) -> None:
+    running.start_and_wait()
+    before = running.pids()
+    first = running.daemon
+    assert first is not None
+    running.start()
+    second, running.daemon = running.daemon, first
+    assert second is not None
+    output, _ = second.communicate(timeout=20)
+    assert second.returncode == 1
+    assert output.count("\n") == 1
+    assert f"another fd-dp, pid {first.pid}, works in" in output
+    assert running.pids() == before
+
+
+def test_stale_sockets_are_no_obstacle(running: Running) -> None:
+    run = running.prefix / "run"
+    run.mkdir()
+    for name in ("supervisor.sock", "fd-dp.sock"):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(run / name))
+    running.start_and_wait()
+
+
+def test_a_replica_whose_port_is_taken_says_by_whom_and_starts_when_it_is_free(running: Running) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", running.ports[2]))
+        taken.listen()
+        running.start()
+        wait_until(
+            lambda: running.programs().get("replica1", {}).get("state") == "BACKOFF", "replica 1 in BACKOFF"
+        )
+        note = running.programs()["replica1"]["note"]
+        assert f"port {running.ports[2]}" in note
+        assert f"pid {os.getpid()}" in note
+    wait_until(running.ready, "everything READY")
+
+
+def test_a_replica_that_cannot_load_is_quarantined_and_the_others_serve(running: Running) -> None:
+    running.write(extra_args=("--die-while-loading",), budget=3)
+    running.start()
+    wait_until(
+        lambda: {running.programs().get(f"replica{i}", {}).get("state") for i in (0, 1)} == {"QUARANTINED"},
+        "both replicas QUARANTINED",
+    )
+    entry = json.loads(running.fdctl("why", "0", "--json").stdout)
+    assert entry["last_exit"] == "exit status 3"
+    assert entry["lines"][-1] == "cannot load: no such checkpoint"
+    assert 500 < entry["next_try_in"] <= 600
+    assert running.programs()["router"]["state"] == "READY"
+
+
+def test_a_replica_that_generates_no_token_is_not_ready(running: Running) -> None:
+    running.write(extra_args=("--no-token",), startup_timeout=1)
+    running.start()
+    wait_until(lambda: "ERROR (not READY within 1 s" in _log(running), "replica given up")
+    assert "its first token failed: the network returns NaN" in running.log()
+
+
+def test_a_replica_that_stops_answering_is_killed_and_started_again(running: Running, tmp_path: Path) -> None:
+    hang = tmp_path / "hang"
+    running.write(extra_args=("--hang-file", str(hang)), stall_after=1, stall_kill=2)
+    running.start_and_wait()
+    before = running.pids()
+    hang.touch()
+    wait_until(lambda: not alive(before["replica0"]), "hanging replica 0 killed")
+    hang.unlink()
+    running.wait_ready_again("replica0", before["replica0"])
+    assert "no good health check for 2 s" in running.log()
+
+
+def test_sd_notify_reports_status_ready_and_stopping_and_children_cannot(running: Running) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(running.prefix / "notify"))
+        systemd.settimeout(20)
+        running.start_and_wait()
+        environ = Path(f"/proc/{running.pids()['replica0']}/environ").read_bytes()
+        assert b"NOTIFY_SOCKET=" not in environ
+        running.stop()
+        messages = []
+        while not messages or messages[-1] != "STOPPING=1":
+            messages.append(systemd.recv(4096).decode())
+    assert "READY=1" in messages
+    assert "STATUS=2/2 ready" in messages
+
+
+@pytest.mark.parametrize("words", [("--config", "/nowhere/dp.toml"), ("--prefix",), ("--frobnicate",)])
+def test_a_wrong_command_line_ends_in_one_line_and_an_exit_code(words: tuple[str, ...]) -> None:
+    command = [str(Path(sys.executable).with_name("fd-dp")), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert ended.returncode in (2, 78)
+    assert "Traceback" not in ended.stderr
+
+
+def _log(running: Running) -> str:
+    file = running.prefix / "logs" / "fd-dp.log"
+    return file.read_text() if file.exists() else ""
