@@ -39,8 +39,11 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
 
     @classmethod
-    def from_directory(cls, path: Path) -> Tokenizer:
+    def from_directory(cls, path: Path, chat_template: str | None = None) -> Tokenizer:
         """Reads tokenizer.json, or tokenizer.model / spm.model, and the settings beside it.
+
+        Args:
+            chat_template: the operator's, in place of the checkpoint's own.
 
         Raises:
             ConfigError: there is none, or a file cannot be read; one line that names it.
@@ -58,7 +61,8 @@ class Tokenizer:
             eos += value if isinstance(value, list) else [] if value is None else [value]
 
         try:
-            return cls(vocabulary, named, tuple(dict.fromkeys(eos)), _read_chat_template(path, settings))
+            template = chat_template or _read_chat_template(path, settings)
+            return cls(vocabulary, named, tuple(dict.fromkeys(eos)), template)
         except RequestError as error:
             raise ConfigError(f"{path}: {error}") from None
 

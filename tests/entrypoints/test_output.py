@@ -1,5 +1,8 @@
 """ChoiceOutput: text does not depend on how its tokens arrive, and stop strings stay inside."""
 
+import codecs
+from collections.abc import Iterable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,22 +15,13 @@ class ByteDetokenizer:
     """Token ids are the bytes of UTF-8 text; a character appears with its last byte."""
 
     def __init__(self) -> None:
-        self._bytes = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token_id: int) -> str:
-        self._bytes += bytes([token_id])
-        try:
-            text = self._bytes.decode()
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data":
-                return ""
-            text = self._bytes.decode(errors="replace")
-        self._bytes = b""
-        return text
+    def push(self, token_ids: Iterable[int]) -> str:
+        return self._decoder.decode(bytes(token_ids))
 
-    def finish(self) -> str:
-        text, self._bytes = self._bytes.decode(errors="replace"), b""
-        return text
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
 
 def run(groups: list[list[int]], finish: FinishReason, **options: object) -> tuple[ChoiceOutput, list[Delta]]:

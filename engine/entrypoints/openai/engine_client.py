@@ -67,8 +67,9 @@ class ClientGone(FastDeployError):
 class EngineClient:
     """Starts the worker and talks to it.
 
-    `on_failure` is called once, in the I/O thread, with one line for a person, after every open generation
-    has been given an error: the worker has died, cannot start, or speaks nonsense.
+    `port` is where the worker is going to connect, 0 for any free one. `on_failure` is called once, in the
+    I/O thread and after every open generation has been given an error, with one line for a person: the
+    worker has died, cannot start, or speaks nonsense.
     """
 
     def __init__(
@@ -78,15 +79,19 @@ class EngineClient:
         on_failure: Callable[[str], object],
         command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
+        self._config = config
+        self._command = command
         self._on_failure = on_failure
         self._token = secrets.token_hex(32)
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.ROUTER)
         # No limit: at its limit a ROUTER drops messages silently. What is queued is bounded by the
         # requests that are let in.
         self._socket.set_hwm(0)
         self._socket.linger = 0
         self._socket.bind(f"tcp://127.0.0.1:{port}")
-        endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        #: The one that was asked for, or the one the kernel chose in place of 0.
+        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
         self._outgoing: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -99,13 +104,23 @@ class EngineClient:
         self.ready: Ready | None = None
         self.status = EngineStatus(State.LOADING)
 
-        self._worker = WorkerProcess(config, endpoint, self._token, command)
         self._thread = threading.Thread(target=self._run, name="engine-io", daemon=True)
+
+    def start(self) -> None:
+        """Call it in the main thread: the worker dies with the thread that starts it."""
+        endpoint = f"tcp://127.0.0.1:{self.port}"
+        self._worker = WorkerProcess(self._config, endpoint, self._token, self._command)
         self._thread.start()
 
     @property
     def worker_pid(self) -> int:
         return self._worker.pid
+
+    def require_ready(self) -> None:
+        """Raises ReplicaUnavailable, saying why, unless `generate` would be accepted now."""
+        status = self.status
+        if status.state is not State.READY:
+            raise ReplicaUnavailable(_unavailable(status))
 
     def generate(self, requests: list[AddRequest]) -> Generation:
         """Sends the sequences of one client request; leave (``with``) or close what is returned.
@@ -116,8 +131,7 @@ class EngineClient:
         generation = Generation(self, [request.request_id for request in requests])
         with self._lock:
             # Under the lock: after a failure nobody would come to end this generation.
-            if self.status.state is not State.READY:
-                raise ReplicaUnavailable(_unavailable(self.status))
+            self.require_ready()
             for request in requests:
                 assert request.request_id not in self._generations, "request ids are unique"
                 self._generations[request.request_id] = generation

@@ -6,6 +6,7 @@ all deltas joined is therefore the same with and without streaming.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +17,9 @@ from ...request import FinishReason
 class Detokenizer(Protocol):
     """Holds back the bytes of a character that is not complete yet."""
 
-    def push(self, token_id: int) -> str: ...
+    def push(self, token_ids: Iterable[int]) -> str: ...
 
-    def finish(self) -> str: ...
+    def flush(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +74,11 @@ class ChoiceOutput:
             hidden = is_stop_token and not self._include_stop
             self._pending.append(_Token(token_id, len(self._text), None if hidden else logprobs))
             self.num_tokens += 1
-            if not hidden and self._append(self._detokenizer.push(token_id)):
+            if not hidden and self._append(self._detokenizer.push((token_id,))):
                 return self._finish(FinishReason.STOP)
         if output.finish_reason is None:
             return self._release(len(self._text) - self._num_withheld())
-        if self._append(self._detokenizer.finish()):
+        if self._append(self._detokenizer.flush()):
             return self._finish(FinishReason.STOP)
         return self._finish(output.finish_reason)
 

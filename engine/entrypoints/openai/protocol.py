@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...errors import ConfigError, RequestError
 from ...request import SamplingParams
@@ -90,6 +90,9 @@ class SamplingDefaults:
 class GenerationRequest:
     """What chat and completion requests have in common."""
 
+    #: Where the prompt stands in the body.
+    prompt_field: ClassVar[str]
+
     model: str | None
     n: int
     max_tokens: int | None
@@ -136,6 +139,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
+    prompt_field = "messages"
     messages: list[dict[str, Any]]
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
@@ -159,6 +163,7 @@ class ChatRequest(GenerationRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
+    prompt_field = "prompt"
     #: Each is text or token ids.
     prompts: tuple[str | list[int], ...]
     echo: bool
@@ -285,7 +290,7 @@ def _messages(fields: Fields) -> list[dict[str, Any]]:
         raise RequestError("messages is missing; it must be a list of messages", "messages")
     if not isinstance(value, list) or not value:
         raise RequestError("messages must be a list of at least one message", "messages")
-    return [_message(message, f"messages.{index}") for index, message in enumerate(value)]
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
 
 
 def _message(value: Any, path: str) -> dict[str, Any]:
@@ -314,18 +319,18 @@ def _content(fields: Fields, role: str) -> str:
         raise fields.wrong("content", "a string or a list of text parts")
     texts = []
     for index, part in enumerate(content):
-        path = f"{fields.name('content')}.{index}"
+        path = f"{fields.name('content')}[{index}]"
         if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
             raise RequestError(
                 f'{path} must be {{"type": "text", "text": ...}}; this model reads text only', path
             )
-    return "\n".join(texts)
+    return "".join(texts)
 
 
 def _template_arguments(fields: Fields) -> dict[str, Any]:
-    for key in ("messages", "tools"):
+    for key in ("self", "messages", "tools", "chat_template"):
         if fields.get(key) is not None:
             raise RequestError(f"{fields.name(key)} is reserved", fields.name(key))
     return fields.as_dict()

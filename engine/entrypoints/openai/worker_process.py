@@ -25,6 +25,9 @@ class WorkerProcess:
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
+            # A group of its own: Ctrl-C and a supervisor's signals go to whole groups, and this process alone
+            # decides when its worker is no longer needed. It dies with us all the same.
+            process_group=0,
             env={
                 **os.environ,
                 "FD_ENGINE_CONFIG": encode_config(config),

@@ -1,0 +1,53 @@
+"""``python -m fastdeploy.entrypoints.openai.api_server``: one replica, in the foreground."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from ... import log
+from ...config import ModelConfig
+from ...errors import ConfigError
+from ...ports import require_free
+from .options import ServeConfig, parse_arguments
+from .serve import serve
+
+_log = logging.getLogger("fastdeploy.api_server")
+
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until SIGTERM or SIGINT.
+
+    Returns or exits with 0 then, 2 when it cannot start as it was told to, 3 when the replica has failed.
+    """
+    log.configure()
+    try:
+        config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        log.configure(f"replica={config.engine.data_parallel_rank}", "api_server.log")
+        _check(config)
+    except (ConfigError, OSError) as error:
+        print(f"api_server: ERROR ({error})", file=sys.stderr)
+        return EXIT_USAGE
+    serve(config)
+    return 0
+
+
+def _check(config: ServeConfig) -> None:
+    """Finds out now what would otherwise fail in some process later."""
+    ModelConfig.from_directory(config.engine.model)
+    require_free(config.host, config.port, "--port")
+    if config.metrics_port is not None:
+        require_free(config.host, config.metrics_port, "--metrics-port")
+    if config.engine_worker_queue_port:
+        require_free("127.0.0.1", config.engine_worker_queue_port, "--engine-worker-queue-port")
+    if config.host in ("127.0.0.1", "localhost", "::1"):
+        _log.info("listening on %s only; --host 0.0.0.0 opens it to the network", config.host)
+    elif not config.api_keys:
+        _log.warning("listening on %s without an API key; --api-key asks for one", config.host)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""/v1/completions: plain continuation of one or several prompts, in OpenAI's older shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...messages import Logprobs
+from .answer import Answer
+from .logprobs import completion_logprobs
+from .output import Delta
+from .protocol import CompletionRequest
+from .replica import Replica
+
+
+def completion_prompts(replica: Replica, request: CompletionRequest) -> list[list[int]]:
+    return [
+        replica.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        for prompt in request.prompts
+    ]
+
+
+def completion(answer: Answer, request: CompletionRequest) -> dict[str, Any]:
+    """The whole answer at once."""
+    deltas: list[list[Delta]] = [[] for _ in range(len(answer.prompts) * request.n)]
+    for index, delta in answer.deltas():
+        deltas[index].append(delta)
+    return {
+        **_head(answer),
+        "choices": [_choice(answer, request, index, parts) for index, parts in enumerate(deltas)],
+        "usage": answer.usage(),
+    }
+
+
+def completion_chunks(answer: Answer, request: CompletionRequest) -> Iterator[dict[str, Any]]:
+    """The answer as it comes; with `echo` a choice begins with its prompt."""
+    head = _head(answer)
+    if request.include_usage:
+        head["usage"] = None
+    #: Characters of each choice that have been sent.
+    offsets: dict[int, int] = {}
+    for index, delta in answer.deltas():
+        if index not in offsets:
+            offsets[index] = 0
+            echo = _echo(answer, request, index)
+            if echo or request.return_token_ids:
+                yield head | {"choices": [_first_chunk(answer, request, index, echo)]}
+        yield head | {"choices": [_chunk(answer, request, index, delta, offsets[index])]}
+        offsets[index] += len(delta.text)
+    if request.include_usage:
+        yield head | {"choices": [], "usage": answer.usage()}
+
+
+def _head(answer: Answer) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{answer.id}",
+        "object": "text_completion",
+        "created": answer.created,
+        "model": answer.replica.config.served_model_name,
+    }
+
+
+def _echo(answer: Answer, request: CompletionRequest, index: int) -> str:
+    if not request.echo:
+        return ""
+    number = index // request.n
+    prompt = request.prompts[number]
+    return prompt if isinstance(prompt, str) else answer.replica.tokenizer.decode(prompt)
+
+
+def _choice(answer: Answer, request: CompletionRequest, index: int, deltas: list[Delta]) -> dict[str, Any]:
+    choice = {
+        "index": index,
+        "text": _echo(answer, request, index) + "".join(delta.text for delta in deltas),
+        "logprobs": _logprobs(answer, [entry for delta in deltas for entry in delta.logprobs], 0),
+        "finish_reason": deltas[-1].finish_reason,
+    }
+    if request.return_token_ids:
+        choice["prompt_token_ids"] = answer.prompts[index // request.n]
+        choice["completion_token_ids"] = [i for delta in deltas for i in delta.token_ids]
+    return choice
+
+
+def _first_chunk(answer: Answer, request: CompletionRequest, index: int, echo: str) -> dict[str, Any]:
+    choice = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
+    if request.return_token_ids:
+        choice["prompt_token_ids"] = answer.prompts[index // request.n]
+    return choice
+
+
+def _chunk(
+    answer: Answer, request: CompletionRequest, index: int, delta: Delta, offset: int
+) -> dict[str, Any]:
+    choice = {
+        "index": index,
+        "text": delta.text,
+        "logprobs": _logprobs(answer, delta.logprobs, offset),
+        "finish_reason": delta.finish_reason,
+    }
+    if request.return_token_ids:
+        choice["completion_token_ids"] = list(delta.token_ids)
+    return choice
+
+
+def _logprobs(
+    answer: Answer, entries: tuple[Logprobs, ...] | list[Logprobs], offset: int
+) -> dict[str, Any] | None:
+    if answer.request.logprobs is None:
+        return None
+    return completion_logprobs(answer.replica.tokenizer, entries, offset)

@@ -1,0 +1,54 @@
+"""Errors as OpenAI's clients read them: an HTTP status, and a body with message, type, param and code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import FastDeployError, ReplicaUnavailable, RequestError
+from .engine_client import ClientGone
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+#: What a client that was turned away is told to wait, in seconds.
+RETRY_AFTER = 1
+
+
+class ApiError(FastDeployError):
+    """An answer other than success, with the status it has over HTTP."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    @classmethod
+    def of(cls, error: FastDeployError) -> ApiError:
+        match error:
+            case ApiError():
+                return error
+            case RequestError():
+                return cls(400, str(error), param=error.param)
+            case ReplicaUnavailable():
+                return cls(503, str(error))
+            case ClientGone():
+                # nginx's number for it; it reaches the log only.
+                return cls(499, str(error))
+            case _:
+                return cls(500, str(error))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status) or ("invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        match self.status:
+            case 401:
+                return {"WWW-Authenticate": "Bearer"}
+            case 429 | 503:
+                return {"Retry-After": str(RETRY_AFTER)}
+            case _:
+                return {}

@@ -1,0 +1,123 @@
+"""What this API process serves: one model behind one worker, and who is being served just now."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...config import ModelConfig
+from ...errors import ReplicaUnavailable
+from ...metrics import ReplicaMetrics
+from ...tokenizer import Tokenizer
+from .engine_client import EngineClient, State
+from .errors import ApiError
+from .options import ServeConfig
+from .protocol import SamplingDefaults
+
+
+class Replica:
+    """Shared by all threads of the process. Its own state is the number of open requests and `draining`."""
+
+    def __init__(self, config: ServeConfig, engine: EngineClient) -> None:
+        directory = config.engine.model
+        self.config = config
+        self.engine = engine
+        self.model = ModelConfig.from_directory(directory)
+        self.tokenizer = Tokenizer.from_directory(directory, config.chat_template)
+        self.defaults = SamplingDefaults.from_directory(directory)
+        self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready)
+        self.created = int(time.time())
+        #: Set when the process has been told to stop: open requests go on, new ones are turned away.
+        self.draining = False
+        self._changed = threading.Condition()
+        self._in_flight = 0
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """One of the `max_concurrency` places, until it is left.
+
+        Raises:
+            ApiError: all are taken.
+            ReplicaUnavailable: loading, failed or draining.
+        """
+        if self.draining:
+            raise ReplicaUnavailable("this replica is shutting down")
+        self.engine.require_ready()
+        limit = self.config.max_concurrency
+        with self._changed:
+            if self._in_flight >= limit:
+                raise ApiError(
+                    429, f"Too many requests, current max concurrency is {limit}", code="rate_limit_exceeded"
+                )
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def wait_until_idle(self, timeout: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight == 0, timeout)
+
+    def tokens_left(self, prompt: list[int], max_tokens: int | None, field: str) -> int:
+        """How many tokens may follow `prompt`: what was asked for, or less where the room ends.
+
+        Raises:
+            ApiError: the prompt is empty, has ids that the model does not know, or leaves room for no token.
+        """
+        sizes = self.engine.ready
+        assert sizes is not None, "requests are admitted after the worker is ready"
+        if not prompt:
+            raise ApiError(400, f"{field} has no tokens; at least one is needed", param=field)
+        if max(prompt) >= self.model.vocab_size:
+            raise ApiError(
+                400,
+                f"{field} has token id {max(prompt)}; this model's ids are below {self.model.vocab_size}",
+                param=field,
+            )
+        cache = sizes.num_blocks * sizes.block_size
+        limit = min(sizes.max_model_len, cache)
+        if len(prompt) >= limit:
+            whose = "the KV cache" if cache < sizes.max_model_len else "this model's context"
+            raise ApiError(
+                400,
+                f"{field} has {len(prompt)} tokens; {whose} holds {limit}, one of them for the answer",
+                param=field,
+                code="context_length_exceeded",
+            )
+        left = limit - len(prompt)
+        return left if max_tokens is None else min(max_tokens, left)
+
+    def require_model(self, name: str | None) -> None:
+        """FastDeploy's clients may say "default", or nothing."""
+        if name not in (None, "", "default", self.config.served_model_name):
+            raise ApiError(
+                404,
+                f"The model {name[:100]!r} does not exist; this server has {self.config.served_model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def is_healthy(self) -> bool:
+        return self.engine.status.state is State.READY and not self.draining
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body of /health."""
+        status = self.engine.status
+        body: dict[str, Any] = {"status": "draining" if self.draining else str(status.state)}
+        if status.state is State.LOADING:
+            body |= {"progress": round(status.progress, 3), "stage": status.stage}
+        if status.message:
+            body["message"] = status.message
+        if self.is_healthy():
+            return 200, body | {"model": self.config.served_model_name}
+        if os.environ.get("FD_COMPAT_HEALTH") == "1":
+            # FastDeploy's codes: 304 when a worker is not alive, 404 for any other reason.
+            return (304 if status.state is State.FAILED else 404), body
+        return 503, body

@@ -1,0 +1,218 @@
+"""The processes of a replica: gunicorn's arbiter, one HTTP process, and that one's worker.
+
+The arbiter forks the HTTP process, the HTTP process starts the worker, and each child dies with its parent.
+Nothing is ever started again: if one of them ends unasked the arbiter exits with code 3, and whoever
+supervises the replica decides what comes next.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import zmq
+from flask import Flask
+from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import HaltServer
+from gunicorn.glogging import Logger
+from gunicorn.workers.gthread import ThreadWorker
+from prometheus_client import start_http_server
+
+from ...errors import FastDeployError
+from ...parent_death import die_with_parent
+from ...registration import Address, Registration
+from .app import create_app
+from .engine_client import EngineClient
+from .options import ServeConfig
+from .replica import Replica
+
+_log = logging.getLogger(__name__)
+
+EXIT_FAILED = 3
+#: Threads beyond max_concurrency: they answer /health, and 429 to whom there is no room for.
+_SPARE_THREADS = 32
+#: Seconds the worker has to leave its loop.
+_WORKER_STOP = 5
+#: Seconds for clients to be told that their requests have failed.
+_LAST_ANSWERS = 2.0
+#: Longer than routers keep idle connections (30 s in ours, 60 s in nginx): the side that has just sent a
+#: request must not find that the other has closed.
+_KEEPALIVE = 75
+
+
+def serve(config: ServeConfig) -> None:
+    """Runs until SIGTERM or SIGINT, and exits the process: 0 then, 3 when the replica has failed."""
+    _Application(config).run()
+
+
+class _Application(BaseApplication):
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        #: Of the HTTP process; None in the arbiter.
+        self.parts: _Parts | None = None
+        super().__init__()
+
+    def load_config(self) -> None:
+        config = self.config
+        threads = config.max_concurrency + _SPARE_THREADS
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        settings: dict[str, Any] = {
+            "bind": f"{host}:{config.port}",
+            "proc_name": f"replica {config.engine.data_parallel_rank}",
+            "worker_class": _HttpProcess,
+            "workers": 1,
+            "threads": threads,
+            "worker_connections": 2 * threads,
+            "keepalive": _KEEPALIVE,
+            # The HTTP process is never killed for being busy; the daemon has probes for a hang.
+            "timeout": 0,
+            # The arbiter waits longer than the HTTP process, which then stops its worker; see load().
+            "graceful_timeout": config.timeout_graceful_shutdown + _WORKER_STOP + 5,
+            "limit_request_line": 4094,
+            "limit_request_fields": 100,
+            "limit_request_field_size": 8190,
+            "control_socket_disable": True,
+            "logger_class": _Logger,
+            "loglevel": "warning",
+            "post_fork": _tie_to_arbiter,
+            "worker_exit": _stop,
+        }
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        """Called in the HTTP process, after the fork."""
+        # Ctrl-C reaches the whole process group; the arbiter alone acts on it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # This process's copy of the settings: from here on it says how long open requests may take.
+        self.cfg.set("graceful_timeout", self.config.timeout_graceful_shutdown)
+        try:
+            self.parts = _Parts(self.config)
+        except (FastDeployError, OSError, zmq.ZMQError) as error:
+            _log.error("%s", error)
+            sys.exit(EXIT_FAILED)
+        return create_app(self.parts.replica)
+
+    def run(self) -> None:
+        _Arbiter(self).run()
+
+
+class _Parts:
+    """What the HTTP process consists of besides its threads for requests."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.engine = EngineClient(config.engine, config.engine_worker_queue_port, self._fail)
+        self.replica = Replica(config, self.engine)
+        self.registration: Registration | None = None
+        if config.metrics_port is not None:
+            start_http_server(config.metrics_port, config.host, self.replica.metrics.registry)
+        self.engine.start()
+        if config.router is not None:
+            address = Address(
+                config.host,
+                config.port,
+                config.metrics_port or config.port,
+                self.engine.port,
+                config.engine.data_parallel_rank,
+            )
+            self.registration = Registration(config.router, address, self.replica.is_healthy)
+            self.registration.start()
+
+    def close(self) -> None:
+        if self.registration is not None:
+            self.registration.stop()
+        # Requests that are still open now have had their time; they end with an error.
+        self.engine.close(_WORKER_STOP)
+        self.replica.wait_until_idle(_LAST_ANSWERS)
+
+    def _fail(self, message: str) -> None:
+        _log.error("replica stops: %s", message)
+        self.replica.wait_until_idle(_LAST_ANSWERS)
+        logging.shutdown()
+        os._exit(EXIT_FAILED)
+
+
+class _Arbiter(Arbiter):
+    """gunicorn's, with one child that is not replaced."""
+
+    stopping = False
+
+    def stop(self, graceful: bool = True) -> None:
+        self.stopping = True
+        super().stop(graceful)
+
+    def reap_workers(self) -> None:
+        # Also collects orphans, in case this is process 1 of a container.
+        while any_child := _wait_for_any_child():
+            pid, status = any_child
+            worker = self.WORKERS.pop(pid, None)
+            if worker is None:
+                continue
+            worker.tmp.close()
+            if not self.stopping:
+                code = os.waitstatus_to_exitcode(status)
+                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                raise HaltServer(f"the HTTP process pid={pid} has ended: {how}", EXIT_FAILED)
+
+    def handle_int(self) -> None:
+        """Ctrl-C is as gentle as SIGTERM; a second one, during the stop, is not."""
+        self.handle_term()
+
+    def _unsupported(self) -> None:
+        # They would start a second HTTP process, and with it a second worker.
+        _log.warning("signal ignored: a replica is not reloaded but started anew")
+
+    handle_hup = handle_ttin = handle_ttou = handle_usr2 = _unsupported
+
+
+class _HttpProcess(ThreadWorker):
+    """gunicorn's thread worker, which refuses connections as soon as it is told to stop."""
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)
+        if not self.alive:
+            # Left open, the port would go on taking connections which nobody answers.
+            for listener in self.sockets:
+                listener.close()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.app.parts is not None:
+            self.app.parts.replica.draining = True
+        super().handle_exit(sig, frame)
+
+
+class _Logger(Logger):
+    """Sends gunicorn's few words the way of all others."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+
+def _wait_for_any_child() -> tuple[int, int] | None:
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, status) if pid else None
+
+
+def _tie_to_arbiter(arbiter: Arbiter, http: ThreadWorker) -> None:
+    die_with_parent(http.ppid)
+
+
+def _stop(arbiter: Arbiter, http: ThreadWorker) -> None:
+    """In the HTTP process, when it has stopped serving."""
+    parts: _Parts | None = http.app.parts
+    if parts is None:
+        return
+    parts.close()
+    # A thread that sends to a client which does not read would keep the interpreter from ending.
+    logging.shutdown()
+    os._exit(0)
