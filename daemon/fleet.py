@@ -246,7 +246,7 @@ class Fleet:
             return
         reason = f"{replica.failing}; {how}" if replica.failing else how
         replica.last_exit = reason
-        self._failed(replica, f"pid {replica.pid or '?'}: {reason} {self._last_words(replica)}".strip(), now)
+        self._failed(replica, f"pid {replica.pid or '?'}: {reason}{self._last_words(replica)}", now)
 
     def _failed(self, replica: Replica, what: str, now: float) -> None:
         if self.stopping:

@@ -123,7 +123,8 @@ def _replica(config: Config, index: int) -> Program:
         argv += ["--served-model-name", config.model.served_name]
     argv += ["--host", engine.host, "--port", str(engine.ports[index])]
     argv += ["--metrics-port", str(engine.metrics_ports[index])]
-    argv += ["--engine-worker-queue-port", str(engine.engine_worker_queue_ports[index])]
+    # The list of all, as FastDeploy takes it: replica i listens on the i-th.
+    argv += ["--engine-worker-queue-port", ",".join(map(str, engine.engine_worker_queue_ports))]
     argv += ["--local-data-parallel-id", str(index)]
     argv += ["--data-parallel-size", str(parallel.data_parallel_size)]
     argv += ["--tensor-parallel-size", str(parallel.tensor_parallel_size)]
