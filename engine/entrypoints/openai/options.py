@@ -180,13 +180,13 @@ def _port(flag: str, port: int) -> int:
 
 
 def _own_port(flag: str, text: str, rank: int) -> int:
-    """FastDeploy gives every replica the whole list; each takes the one at its own index."""
+    """A single port is this replica's own; of a list, as FastDeploy gives it to all, its index decides."""
     try:
         ports = [int(word) for word in text.split(",")]
     except ValueError:
         raise ConfigError(f"{flag} is {text!r}; it must be a port or a comma list of ports") from None
-    if ports == [0]:
-        return 0
+    if len(ports) == 1:
+        return 0 if ports == [0] else _port(flag, ports[0])
     if rank >= len(ports):
         raise ConfigError(
             f"{flag} lists {len(ports)} ports; --local-data-parallel-id {rank} needs at least {rank + 1}"
