@@ -1,0 +1,276 @@
+"""Starts one api_server per replica and stays until they end: FastDeploy's launcher, by its command line.
+
+    python -m fastdeploy.entrypoints.openai.multi_api_server --num-servers 8 --ports 1811,1822,... \
+        --args --model PATH --data-parallel-size 8 ...
+
+It restarts nothing (that is the daemon's work), but it leaves nothing behind either: SIGTERM and SIGINT end
+all servers; when one dies it is named and the rest are ended; when the launcher itself is killed, the kernel
+kills them.
+
+Exit status: 0 after SIGTERM, 130 after SIGINT, 1 when a server died, 2 for a command line that cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import log
+from ...errors import ConfigError
+from ...parent_death import die_with_parent
+from ...ports import require_free
+from .options import parse_arguments
+
+logger = logging.getLogger(__name__)
+
+#: From SIGTERM to SIGKILL: time for requests under way to end.
+_STOP_SECONDS = 30.0
+_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_QUEUE_FLAG = "--engine-worker-queue-port"
+#: What every server gets from the launcher, and how the launcher's own command line says it.
+_OWN_FLAGS = {
+    "--port": "--ports",
+    "--metrics-port": "--metrics-ports",
+    "--controller-port": "--controller-ports",
+    "--local-data-parallel-id": "--num-servers",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One api_server to start."""
+
+    index: int
+    port: int
+    arguments: tuple[str, ...]
+    log_directory: Path
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server", *self.arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "FD_LOG_DIR": str(self.log_directory), "FD_ENABLE_MULTI_API_SERVER": "1"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    log.configure("launcher")
+    options, passed = _parser().parse_known_args(argv)
+    try:
+        log_directory = Path(os.environ.get("FD_LOG_DIR") or "log")
+        servers = plan(options, [*passed, *options.args], log_directory, find_free)
+        # A wrong flag is told once and before anything starts; the servers differ in their ports only.
+        parse_arguments(servers[0].arguments)
+    except ConfigError as error:
+        print(f"multi_api_server: {error}", file=sys.stderr)
+        return 2
+    return run(servers)
+
+
+def plan(
+    options: argparse.Namespace,
+    arguments: list[str],
+    log_directory: Path,
+    find_free: Callable[[int], list[int]],
+) -> list[Server]:
+    """What to start.
+
+    Args:
+        arguments: what every server gets.
+        find_free: gives that many ports that nobody listens on.
+
+    Raises:
+        ConfigError: ports and servers do not match, or a port is taken.
+    """
+    count: int = options.num_servers
+    if count < 1:
+        raise ConfigError(f"--num-servers is {count}; it must be at least 1")
+    for flag, instead in _OWN_FLAGS.items():
+        if _take(arguments, flag)[0] is not None:
+            raise ConfigError(f"{flag} after --args: every server gets its own, see {instead}")
+    arguments = _with_data_parallel_size(arguments, count)
+    queue, arguments = _take(arguments, _QUEUE_FLAG)
+    host = _take(arguments, "--host")[0] or "127.0.0.1"
+
+    given = {
+        "--port": _ports("--ports", options.ports, count),
+        "--metrics-port": _ports("--metrics-ports", options.metrics_ports, count),
+        "--controller-port": _ports("--controller-ports", options.controller_ports, count),
+        _QUEUE_FLAG: _ports(_QUEUE_FLAG, queue, count),
+    }
+    askers: dict[int, str] = {}
+    for flag, ports in given.items():
+        name = _OWN_FLAGS.get(flag, flag)
+        for port in ports:
+            if port in askers:
+                raise ConfigError(f"port {port} is given twice: {askers[port]} and {name}")
+            askers[port] = name
+            # The queue is between a server and its worker, whatever the server listens on.
+            require_free("127.0.0.1" if flag == _QUEUE_FLAG else host, port, name)
+    found = (port for port in find_free(3 * count + len(askers)) if port not in askers)
+    for flag in ("--port", "--metrics-port", _QUEUE_FLAG):
+        given[flag] = given[flag] or [next(found) for _ in range(count)]
+    return [
+        Server(
+            index=index,
+            port=given["--port"][index],
+            arguments=(
+                *arguments,
+                *(f"{flag}={ports[index]}" for flag, ports in given.items() if ports),
+                f"--local-data-parallel-id={index}",
+            ),
+            log_directory=log_directory / f"log_{index}",
+        )
+        for index in range(count)
+    ]
+
+
+def run(servers: list[Server]) -> int:
+    """Starts them, waits for the first reason to stop, ends them; returns the exit status."""
+    # Taken one by one with sigwaitinfo: no handler ever runs in the middle of something else.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    children: list[tuple[Server, subprocess.Popen[bytes]]] = []
+    try:
+        for server in servers:
+            children.append((server, _start(server)))
+            logger.info(
+                "server %d: started as pid %d on port %d", server.index, children[-1][1].pid, server.port
+            )
+        while True:
+            caught = signal.sigwaitinfo(_WATCHED).si_signo
+            if caught != signal.SIGCHLD:
+                logger.info("%s: ending all servers", signal.Signals(caught).name)
+                return 0 if caught == signal.SIGTERM else 130
+            if dead := [(server, child) for server, child in children if child.poll() is not None]:
+                for server, child in dead:
+                    logger.error("server %d (port %d, pid %d) %s; ending the rest", *_obituary(server, child))
+                return 1
+    except OSError as error:
+        logger.error("server %d cannot be started: %s; ending the rest", len(children), error)
+        return 1
+    finally:
+        _stop([child for _, child in children])
+
+
+def find_free(count: int) -> list[int]:
+    """Ports that were free a moment ago; all held at once, so that they differ."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _start(server: Server) -> subprocess.Popen[bytes]:
+    launcher = os.getpid()
+
+    def in_child() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+        die_with_parent(launcher)
+
+    return subprocess.Popen(
+        server.command,
+        env=server.environment,
+        stdin=subprocess.DEVNULL,
+        # Not in the terminal's foreground group: Ctrl-C comes to the launcher alone, which sends SIGTERM.
+        process_group=0,
+        # Safe here: the launcher has one thread.
+        preexec_fn=in_child,
+    )
+
+
+def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM to all; SIGKILL to those that are left at the deadline, or at a second signal from a person."""
+    for child in children:
+        child.terminate()
+    deadline = time.monotonic() + _STOP_SECONDS
+    while any(child.poll() is None for child in children):
+        left = deadline - time.monotonic()
+        caught = signal.sigtimedwait(_WATCHED, left) if left > 0 else None
+        if caught is None or caught.si_signo != signal.SIGCHLD:
+            logger.warning("killing the servers that have not ended")
+            for child in children:
+                child.kill()
+            break
+    for child in children:
+        child.wait()
+
+
+def _obituary(server: Server, child: subprocess.Popen[bytes]) -> tuple[int, int, int, str]:
+    code = child.returncode
+    how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    return server.index, server.port, child.pid, how
+
+
+def _with_data_parallel_size(arguments: list[str], count: int) -> list[str]:
+    size, _ = _take(arguments, "--data-parallel-size")
+    if size is None:
+        return [*arguments, f"--data-parallel-size={count}"]
+    if size != str(count):
+        raise ConfigError(
+            f"--num-servers is {count} and --data-parallel-size is {size}; they must be equal "
+            "(all replicas run on this machine)"
+        )
+    return arguments
+
+
+def _ports(flag: str, text: str | None, count: int) -> list[int]:
+    """Empty: none were given. FastDeploy's way to say that is -1, too."""
+    if text is None or text.strip() == "-1":
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and 1 <= int(part) <= 65535):
+            raise ConfigError(f"{flag}: {part!r} is not a port (1 to 65535)")
+    if len(parts) != count:
+        raise ConfigError(f"{flag} has {len(parts)} ports and --num-servers is {count}; give one per server")
+    return [int(part) for part in parts]
+
+
+def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value that an api_server would see for `flag` (the last one counts), and the rest."""
+    value = None
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name.startswith("--") and name.replace("_", "-") == flag:
+            value = text if equals else next(words, "")
+        else:
+            rest.append(word)
+    return value, rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdeploy.entrypoints.openai.multi_api_server",
+        description="Starts one api_server per replica; ends them all when it is told to or when one dies.",
+        epilog="Exit status: 0 after SIGTERM, 130 after SIGINT, 1 if a server died, 2 for wrong arguments.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--num-servers", type=int, default=2, metavar="N", help="replicas to start (2)")
+    parser.add_argument("--ports", default="8000,8002", metavar="P,P,...", help="one per server (8000,8002)")
+    parser.add_argument("--metrics-ports", metavar="P,P,...", help="one per server (found free)")
+    parser.add_argument("--controller-ports", metavar="P,P,...", help="one per server (none)")
+    parser.add_argument(
+        "--args",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="everything after it goes to every server; a list for --engine-worker-queue-port is dealt out",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
