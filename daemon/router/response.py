@@ -127,7 +127,7 @@ class Response:
         self.ended = self._left == 0 and not self._chunked
 
     def _next_chunk(self) -> bool:
-        """False after the last one. The line that closes a chunk is read this late so as not to hold it up."""
+        """False after the last one. The line that closes a chunk is read this late not to hold it up."""
         try:
             if self._in_chunk and self._line() not in (b"\r\n", b"\n"):
                 raise Cut("a chunk is longer than it said")

@@ -1,0 +1,191 @@
+"""Requests that are too large, broken or not allowed: refused by the router, in OpenAI's form."""
+
+import json
+import socket
+
+import pytest
+import requests
+
+from fastdeploy.daemon.router.incoming import without_hop_by_hop
+from fastdeploy.daemon.router.keys import ApiKeys, read_keys
+from fastdeploy.errors import ConfigError
+
+from .fake_engine import wait_until
+
+
+def exchange(port: int, *pieces: bytes, half_close: bool = False) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer to these bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        for piece in pieces:
+            sock.sendall(piece)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        file = sock.makefile("rb")
+        status = int(file.readline().split()[1])
+        lines = iter(lambda: file.readline().decode().strip(), "")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return status, headers, file.read(int(headers.get("content-length", 0)))
+
+
+def error_code(body: bytes) -> str:
+    code: str = json.loads(body)["error"]["code"]
+    return code
+
+
+def test_a_chunked_request_body_is_accepted(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+
+    def pieces():
+        yield b'{"prompt":'
+        yield b'"x"}'
+
+    assert requests.post(f"{router.url}/v1/completions", data=pieces(), timeout=20).status_code == 200
+    [received] = engine.received
+    assert received.body == b'{"prompt":"x"}'
+    assert received.header("transfer-encoding") is None
+    assert received.header("content-length") == "14"
+
+
+def test_a_body_over_the_limit_is_refused_however_its_length_is_told(start_router, new_engine):
+    router = start_router("--max-body-bytes", "1000")
+    engine = new_engine()
+    router.add(engine)
+    url = f"{router.url}/v1/completions"
+    assert requests.post(url, data=b"x" * 1000, timeout=20).status_code == 200
+    refused = requests.post(url, data=b"x" * 1001, timeout=20)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
+    refused = requests.post(url, data=iter([b"x" * 600, b"x" * 600]), timeout=20)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (413, "invalid_request_error")
+    assert len(engine.received) == 1
+
+
+def test_the_refusal_of_a_huge_body_reaches_a_client_that_is_still_sending(start_router, new_engine):
+    router = start_router("--max-body-bytes", "1000000")
+    router.add(new_engine())
+    answer = requests.post(f"{router.url}/v1/completions", data=b"x" * 5_000_000, timeout=20)
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"Content-Length: x\r\n\r\n",
+        b"Content-Length: -5\r\n\r\n",
+        b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_ambiguous_framing_is_a_bad_request(router, new_engine, framing):
+    engine = new_engine()
+    router.add(engine)
+    assert exchange(router.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + framing)[0] == 400
+    assert engine.received == []
+
+
+def test_a_body_that_ends_early_goes_to_no_replica(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    status, _, body = exchange(router.port, head + b'{"prompt', half_close=True)
+    assert (status, error_code(body)) == (400, "bad_body")
+    assert engine.received == []
+
+
+def test_a_request_without_length_has_no_body(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+    assert exchange(router.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
+    assert engine.received[0].header("content-length") == "0"
+
+
+def test_the_absolute_form_of_a_target_is_understood(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+    assert (
+        exchange(router.port, b"GET http://some.where/v1/models?x=1 HTTP/1.1\r\nHost: some.where\r\n\r\n")[0]
+        == 200
+    )
+    assert engine.received[0].target == "/v1/models?x=1"
+
+
+@pytest.mark.parametrize("path", ["/v1/../controller/x", "/v1/%2e%2e/controller/x", "/v1/a/..", "/v1/.%2e"])
+def test_a_path_does_not_climb_out_of_v1(router, new_engine, path):
+    engine = new_engine()
+    router.add(engine)
+    assert exchange(router.port, b"POST %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())[0] == 404
+    assert engine.received == []
+
+
+def test_expect_100_continue_is_answered_by_the_router(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+    with socket.create_connection(("127.0.0.1", router.port), timeout=20) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+        )
+        assert sock.recv(1000).startswith(b"HTTP/1.1 100 ")
+        sock.sendall(b"{}")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert engine.received[0].header("expect") is None
+
+
+def test_clients_must_show_a_key_when_keys_are_set(start_router, new_engine, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# team a\nalpha\n\n  beta  \n")
+    router = start_router("--api-keys-file", str(keys), env={"FD_API_KEY": "gamma, delta"})
+    engine = new_engine()
+    router.add(engine)  # instances need none
+    refused = router.complete()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert refused.headers["WWW-Authenticate"] == "Bearer"
+    assert router.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    for key in ("alpha", "beta", "gamma", "delta"):
+        assert router.complete(headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert router.get("/health").status_code == 200
+    assert len(engine.received) == 4
+    assert not any(key in router.log.read_text() for key in ("alpha", "gamma", "wrong"))
+
+
+@pytest.mark.parametrize(
+    "header", ["", "alpha", "Basic alpha", "Bearer", "Bearer alph", "Bearer alphaa", "Bearer \xff"]
+)
+def test_only_a_bearer_token_that_is_a_key_is_let_in(header):
+    assert not ApiKeys(["alpha"]).allow(header)
+
+
+def test_without_keys_everybody_is_let_in():
+    assert read_keys(None, "").allow("")
+    assert read_keys(None, " a ,").allow("bearer a")
+
+
+def test_an_empty_key_file_does_not_open_the_door(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# nothing yet\n")
+    with pytest.raises(ConfigError, match="has no key in it"):
+        read_keys(file, "")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(tmp_path / "none", "")
+
+
+def test_headers_named_in_connection_belong_to_the_connection():
+    headers = [
+        ("Connection", "close, X-A"),
+        ("x-a", "1"),
+        ("X-B", "2"),
+        ("Upgrade", "h2c"),
+        ("Keep-Alive", "5"),
+    ]
+    assert without_hop_by_hop(headers) == [("X-B", "2")]
+
+
+def test_a_client_that_never_finishes_its_head_does_not_stop_the_others(router, new_engine):
+    router.add(new_engine())
+    slow = [socket.create_connection(("127.0.0.1", router.port)) for _ in range(50)]
+    for sock in slow:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
+    assert router.complete().status_code == 200
+    for sock in slow:
+        sock.close()
+    wait_until(lambda: router.get("/health").status_code == 200, "it is alive")

@@ -1,0 +1,149 @@
+"""POST /register's body: FastDeploy's InstanceInfo and its error texts."""
+
+import ipaddress
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon.router.registration import (
+    AllowedAddresses,
+    Instance,
+    RegistrationError,
+    from_fields,
+    parse,
+)
+
+GOOD = {"role": "mixed", "host_ip": "127.0.0.1", "port": 1811}
+#: What an engine of FastDeploy 2.5 sends.
+FASTDEPLOY = {
+    "role": "mixed",
+    "host_ip": "10.1.2.3",
+    "port": "1811",
+    "connector_port": 2500,
+    "rdma_ports": ["7671", 7672],
+    "engine_worker_queue_port": [25611, 25621],
+    "device_ids": "0,1",
+    "transfer_protocol": ["ipc", "rdma"],
+    "metrics_port": 3101,
+    "tp_size": 1,
+    "is_paused": False,
+    "version": "2.5.0",
+    "connected_decodes": [],
+}
+
+
+def fault(**changes) -> str:
+    fields = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
+    with pytest.raises(RegistrationError) as raised:
+        parse(json.dumps(fields).encode())
+    assert raised.value.status == 400
+    return str(raised.value)
+
+
+def test_fastdeploys_own_registration_is_understood():
+    instance = parse(json.dumps(FASTDEPLOY).encode())
+    assert instance.wire() == {
+        "url": "http://10.1.2.3:1811",
+        "worker_type": "mixed",
+        "metrics_port": "3101",
+        "connector_port": "2500",
+        "engine_worker_queue_port": "25611,25621",
+        "transfer_protocol": ["ipc", "rdma"],
+        "rdma_ports": ["7671", "7672"],
+        "device_ids": ["0", "1"],
+        "replica": None,
+    }
+    assert instance.name == "10.1.2.3:1811"
+
+
+@pytest.mark.parametrize("role", ["mixed", "MIXED", "Mixed", 0])
+def test_roles_are_words_in_any_case_or_numbers(role):
+    assert parse(json.dumps({**GOOD, "role": role}).encode()).url == "http://127.0.0.1:1811"
+
+
+def test_the_metrics_port_falls_back_to_the_port():
+    assert from_fields(GOOD).metrics_port == "1811"
+
+
+def test_a_replica_number_is_its_name():
+    assert from_fields({**GOOD, "replica": 3}).name == "3"
+
+
+def test_listening_on_all_interfaces_means_reachable_by_loopback():
+    assert from_fields({**GOOD, "host_ip": "0.0.0.0"}).url == "http://127.0.0.1:1811"
+    assert from_fields({**GOOD, "host_ip": "::"}).url == "http://[::1]:1811"
+
+
+def test_a_scheme_before_the_address_is_taken_off():
+    assert from_fields({**GOOD, "host_ip": "http://127.0.0.1"}).url == "http://127.0.0.1:1811"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"role": None}, "role is required"),
+        ({"role": "both"}, "invalid role: both"),
+        ({"role": 7}, "invalid role integer: 7"),
+        ({"role": True}, "invalid role: True"),
+        ({"host_ip": None}, "host_ip is required"),
+        ({"host_ip": "localhost"}, "invalid host_ip: localhost"),
+        ({"host_ip": "127.0.0.1/../"}, "invalid host_ip: 127.0.0.1/../"),
+        ({"host_ip": "fe80::1%eth0"}, "invalid host_ip: fe80::1%eth0"),
+        ({"host_ip": 5}, "invalid host_ip: 5"),
+        ({"port": None}, "port is required"),
+        ({"port": 0}, "invalid port: 0"),
+        ({"port": 65536}, "invalid port: 65536"),
+        ({"port": "18x"}, "invalid port: 18x"),
+        ({"port": True}, "invalid port: True"),
+        ({"port": 1.5}, "invalid port: 1.5"),
+        ({"metrics_port": "none"}, "invalid metrics_port: none"),
+        ({"transfer_protocol": ["tcp"]}, "invalid protocol: tcp"),
+        ({"rdma_ports": {"a": 1}}, "invalid rdma_ports: {'a': 1}"),
+        ({"replica": -1}, "invalid replica: -1"),
+    ],
+)
+def test_a_wrong_field_is_named_in_fastdeploys_words(changes, text):
+    assert fault(**changes) == f"invalid InstanceInfo format: {text}"
+
+
+@pytest.mark.parametrize("role", ["prefill", "DECODE", 1, 2])
+def test_prefill_and_decode_instances_are_refused(role):
+    assert fault(role=role) == "only MIXED instances are allowed"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe\xfd", b"[" * 100_000])
+def test_a_body_that_is_no_object_is_refused(body):
+    with pytest.raises(RegistrationError, match="Invalid InstanceInfo JSON format"):
+        parse(body)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*FASTDEPLOY, "replica", "new"]), values), st.sampled_from([{}, GOOD]))
+def test_anything_is_either_an_instance_or_refused(changes, base):
+    try:
+        instance = from_fields({**base, **changes})
+    except RegistrationError:
+        return
+    assert from_fields(instance.registration()) == instance
+
+
+def test_loopback_is_always_allowed_and_others_by_network():
+    nobody, lan = AllowedAddresses(), AllowedAddresses([ipaddress.ip_network("10.0.0.0/8")])
+    for address in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"):
+        assert address in nobody
+    assert "10.1.2.3" in lan
+    for address in ("10.1.2.3", "169.254.169.254", "192.168.0.1", "", "x"):
+        assert address not in nobody
+    assert "192.168.0.1" not in lan
+
+
+def test_ipv6_urls_have_brackets():
+    assert Instance("::1", 1811).url == "http://[::1]:1811"

@@ -1,0 +1,446 @@
+"""What a client gets through the router: the replica's answer, byte for byte, or what is wrong."""
+
+import collections
+import concurrent.futures
+import hashlib
+import http.client
+import json
+import socket
+import threading
+
+import pytest
+import requests
+
+from .fake_engine import (
+    EVENT_HEAD,
+    answers,
+    answers_status,
+    closes,
+    events,
+    json_head,
+    never_answers,
+    sends,
+    wait_until,
+    waits_for,
+)
+
+
+def raw_exchange(port: int, request: bytes) -> bytes:
+    """Everything the router sends until it closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(request)
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+# ---- transparency
+
+
+def test_body_path_query_and_headers_arrive_as_they_were_sent(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+    body = b'{ "prompt":\t"\xc3\xa4",\n "odd":  1.0e0 }' + bytes(range(256)) * 2000
+    headers = {
+        "Authorization": "Bearer secret",
+        "Content-Type": "application/json; charset=utf-8",
+        "X-Custom": "a, b",
+        "X-Private": "hop",
+        "Connection": "keep-alive, X-Private",
+        "TE": "trailers",
+        "X-Request-Id": "mine",
+        "X-FD-Seed": "42",
+    }
+    url = f"{router.url}/v1/chat/completions?a=1&b=%2F%20x"
+    assert requests.post(url, data=body, headers=headers, timeout=20).status_code == 200
+    [received] = engine.received
+    assert received.body == body
+    assert received.target == "/v1/chat/completions?a=1&b=%2F%20x"
+    assert received.header("authorization") == "Bearer secret"
+    assert received.header("content-type") == "application/json; charset=utf-8"
+    assert received.header("x-custom") == "a, b"
+    assert received.header("x-request-id") == "mine"
+    assert received.header("x-fd-seed") == "42"
+    assert received.header("host") == f"127.0.0.1:{engine.port}"
+    for name in ("x-private", "te", "connection", "transfer-encoding"):
+        assert received.header(name) is None
+
+
+def test_d3_each_path_goes_to_the_same_path(router, new_engine):
+    """Upstream once sent /v1/completions to /v1/chat/completions."""
+    engine = new_engine()
+    router.add(engine)
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings"):
+        requests.post(router.url + path, json={}, timeout=20)
+    assert [received.target for received in engine.received] == [
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/embeddings",
+    ]
+
+
+def test_a_request_without_id_and_seed_gets_both(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+    answer = router.complete()
+    [received] = engine.received
+    assert received.header("x-request-id") == answer.headers["X-Request-Id"]
+    assert 0 <= int(received.header("x-fd-seed")) < 2**53
+
+
+def test_the_answers_headers_come_back_without_those_of_the_connection(router, new_engine):
+    extra = b"X-Kept: yes\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-Hop: no\r\nConnection: X-Hop, close\r\n"
+    router.add(new_engine(replica=4, behaviour=answers_status("200 Fine", b"{}", extra)))
+    connection = http.client.HTTPConnection("127.0.0.1", router.port, timeout=20)
+    connection.request("POST", "/v1/completions", b"{}")
+    answer = connection.getresponse()
+    assert (answer.status, answer.reason) == (200, "Fine")
+    assert answer.headers["X-Kept"] == "yes"
+    assert answer.headers.get_all("Set-Cookie") == ["a=1", "b=2"]
+    assert answer.headers["X-Hop"] is None
+    assert answer.headers["X-FD-Replica"] == "4"
+    assert answer.headers["Content-Length"] == "2"
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "status", ["400 Bad Request", "401 Unauthorized", "404 Not Found", "422 X", "429 Slow", "500 Oops"]
+)
+def test_d1_the_replicas_status_is_the_clients_status(router, new_engine, status):
+    """Upstream set the status for 200 only: a 429 arrived as 200 with an error body."""
+    body = json.dumps({"error": {"message": status}}).encode()
+    engine = new_engine(behaviour=answers_status(status, body, b"Retry-After: 7\r\n"))
+    router.add(engine, new_engine(behaviour=answers_status(status, body, b"Retry-After: 7\r\n")))
+    answer = router.complete()
+    assert answer.status_code == int(status[:3])
+    assert answer.content == body
+    assert answer.headers["Retry-After"] == "7"
+    assert len(engine.received) <= 1
+
+
+def test_a_stream_that_is_refused_has_the_true_status(router, new_engine):
+    router.add(new_engine(behaviour=answers_status("400 Bad Request")))
+    assert router.complete(body={"stream": True}).status_code == 400
+
+
+def test_models_come_from_a_replica(router, new_engine):
+    router.add(new_engine("ernie"))
+    assert router.get("/v1/models").json()["data"] == [{"id": "ernie"}]
+
+
+def test_a_long_answer_and_one_without_length_arrive_whole(router, new_engine):
+    blob = bytes(range(256)) * 20_000
+    engine = new_engine(behaviour=answers_status("200 OK", blob))
+    router.add(engine)
+    assert hashlib.sha256(router.complete().content).digest() == hashlib.sha256(blob).digest()
+    engine.behaviour = sends(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + blob)
+    assert router.complete().content == blob
+
+
+def test_the_answer_to_head_keeps_its_length_and_has_no_body(router, new_engine):
+    router.add(new_engine(behaviour=sends(json_head(77))))
+    answer = requests.head(f"{router.url}/v1/models", timeout=20)
+    assert (answer.status_code, answer.headers["Content-Length"], answer.content) == (200, "77", b"")
+
+
+# ---- streams
+
+
+def test_each_event_passes_before_the_next_exists(router, new_engine):
+    """The engine sends an event only after the client has seen the one before: any buffer would lock up."""
+    seen = [threading.Event() for _ in range(5)]
+
+    def steps(received) -> bool:
+        received.send(EVENT_HEAD)
+        for number, event in enumerate(seen):
+            received.send_chunk(b"data: %d\n\n" % number)
+            assert event.wait(20)
+        received.send(b"0\r\n\r\n")
+        return True
+
+    router.add(new_engine(behaviour=steps))
+    with router.complete(body={"stream": True}, stream=True) as answer:
+        for number, line in enumerate(line for line in answer.iter_lines(chunk_size=1) if line):
+            assert line == b"data: %d" % number
+            seen[number].set()
+    assert number == 4
+
+
+def test_the_head_of_a_stream_passes_before_its_first_event(router, new_engine):
+    gate = threading.Event()
+
+    def thinks(received) -> bool:
+        received.send(EVENT_HEAD)
+        assert gate.wait(20)
+        received.send_chunk(b"data: 1\n\n")
+        received.send(b"0\r\n\r\n")
+        return True
+
+    router.add(new_engine(replica=1, behaviour=thinks))
+    with router.complete(body={"stream": True}, stream=True) as answer:
+        assert answer.headers["X-FD-Replica"] == "1"
+        gate.set()
+        assert answer.content == b"data: 1\n\n"
+
+
+def test_a_stream_arrives_byte_for_byte_however_it_was_cut_up(router, new_engine):
+    expected = (
+        b': hi\r\n\r\nevent: x\ndata: {"a": 1}\ndata: more\n\n'
+        + b"data: \xc3\xa4\n\ndata: [DONE]\n\nno newline"
+    )
+
+    def drips(received) -> bool:
+        received.send(EVENT_HEAD)
+        for byte in expected:
+            received.send_chunk(bytes([byte]))
+        received.send(b"0\r\n\r\n")
+        return True
+
+    router.add(new_engine(behaviour=drips))
+    answer = router.complete(body={"stream": True})
+    assert answer.content == expected
+    assert answer.headers["Content-Type"] == "text/event-stream"
+
+
+def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(router, new_engine):
+    router.add(new_engine())
+    body = b'{"stream": true}'
+    answer = raw_exchange(
+        router.port,
+        b"POST /v1/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body),
+    )
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    assert b"chunked" not in head
+    assert rest == b"".join(events(body))
+
+
+# ---- replicas that fail before they answer
+
+
+def test_d2_a_replica_that_is_gone_is_replaced_by_another(router, new_engine):
+    """Upstream tried three times, always the same one."""
+    dead, alive = new_engine(replica=0), new_engine(replica=1)
+    router.add(dead, alive)
+    dead.stop()
+    for _ in range(4):
+        answer = router.complete()
+        assert (answer.status_code, answer.headers["X-FD-Replica"]) == (200, "1")
+    assert router.urls("down") == {dead.url}
+
+
+def test_a_replica_that_dies_before_its_answer_is_replaced_by_another(router, new_engine):
+    dying, alive = new_engine(replica=0, behaviour=closes), new_engine(replica=1)
+    router.add(dying, alive)
+    for _ in range(4):
+        assert router.complete().headers["X-FD-Replica"] == "1"
+    assert [received.body for received in alive.received] == [b'{"prompt": "hello"}'] * 4
+
+
+def test_a_retried_request_is_the_same_request(router, new_engine):
+    engines = [new_engine(replica=0, behaviour=closes), new_engine(replica=1)]
+    router.add(*engines)
+    while not engines[0].received:
+        router.complete()
+    lost = engines[0].received[0]
+    [again] = [
+        each for each in engines[1].received if each.header("x-request-id") == lost.header("x-request-id")
+    ]
+    assert again.header("x-fd-seed") == lost.header("x-fd-seed")
+    assert (again.body, again.target) == (lost.body, lost.target)
+
+
+def test_each_replica_is_tried_once(router, new_engine):
+    engines = [new_engine(replica=number, behaviour=closes) for number in range(3)]
+    router.add(*engines)
+    answer = router.complete()
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"] == "2"
+    assert [len(engine.received) for engine in engines] == [1, 1, 1]
+    message = answer.json()["error"]["message"]
+    assert all(f"replica {number}: " in message for number in range(3))
+
+
+def test_a_busy_replica_is_replaced_by_another(router, new_engine):
+    busy = new_engine(replica=0, behaviour=answers_status("503 Service Unavailable"))
+    router.add(busy, new_engine(replica=1))
+    for _ in range(3):
+        assert router.complete().headers["X-FD-Replica"] == "1"
+    assert router.urls("down") == set()
+
+
+def test_when_all_are_busy_the_client_gets_their_answer(router, new_engine):
+    body = b'{"error":{"message":"loading","type":"server_error","param":null,"code":"loading"}}'
+    behaviour = answers_status("503 Service Unavailable", body, b"Retry-After: 30\r\n")
+    router.add(*[new_engine(replica=number, behaviour=behaviour) for number in range(2)])
+    answer = router.complete()
+    assert (answer.status_code, answer.content, answer.headers["Retry-After"]) == (503, body, "30")
+
+
+def test_a_replica_that_answers_garbage_is_a_bad_gateway(router, new_engine):
+    router.add(new_engine(replica=0, behaviour=sends(b"SSH-2.0-OpenSSH\r\n")))
+    answer = router.complete()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "bad_gateway")
+
+
+def test_a_silent_replica_is_given_up_after_the_timeout(start_router, new_engine):
+    router = start_router("--request-timeout-secs", "0.3")
+    engine = new_engine(replica=0, behaviour=never_answers)
+    router.add(engine)
+    answer = router.complete()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "replica_timeout")
+    wait_until(lambda: engine.cancelled == [True], "the replica learns that nobody waits any more")
+
+
+def test_an_early_refusal_of_a_large_body_reaches_the_client(router, new_engine):
+    """The engine answers and closes while the router is still sending."""
+
+    def refuses_early(connection: socket.socket) -> None:
+        connection.recv(1000)
+        connection.sendall(json_head(2, "413 Too Large", b"Connection: close\r\n") + b"{}")
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass
+        connection.close()
+
+    engine = new_engine()
+    router.add(engine)
+    engine.takes_connection = refuses_early
+    answer = requests.post(f"{router.url}/v1/completions", data=b"x" * 5_000_000, timeout=20)
+    assert (answer.status_code, answer.content) == (413, b"{}")
+
+
+# ---- replicas that fail in the middle
+
+
+@pytest.mark.parametrize("tail", [b"", b'data: {"half of an eve'])
+def test_a_stream_whose_replica_dies_ends_with_an_error_event(router, new_engine, tail):
+    whole = b'data: {"choices": []}\n\n'
+
+    def dies(received) -> bool:
+        received.send(EVENT_HEAD)
+        received.send_chunk(whole + tail)
+        received.reset()
+        return False
+
+    router.add(new_engine(replica=6, behaviour=dies))
+    answer = router.complete(body={"stream": True})
+    assert answer.status_code == 200
+    lines = [line for line in answer.text.splitlines() if line]
+    assert lines[0] == whole.decode().strip()
+    assert json.loads(lines[1].removeprefix("data: "))["error"]["code"] == "replica_lost"
+    assert lines[2:] == ["data: [DONE]"]
+    router.wait_idle()
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        json_head(1000) + b"half",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 99\r\n\r\ndata: 1\n\n",
+    ],
+)
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_half_an_answer_never_looks_whole(router, new_engine, start, version):
+    router.add(new_engine(behaviour=sends(start)))
+    request = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % version
+    with pytest.raises(ConnectionResetError):
+        raw_exchange(router.port, request)
+    router.wait_idle()
+
+
+# ---- kept connections
+
+
+def test_connections_to_replicas_are_used_again(router, new_engine):
+    engine = new_engine()
+    router.add(engine)
+    before = engine.connections
+    checks = engine.health_checks
+    for _ in range(10):
+        router.complete()
+    opened_by_checks = engine.health_checks - checks
+    assert engine.connections - before - opened_by_checks <= 2
+
+
+def test_a_kept_connection_that_the_replica_closed_costs_nobody_a_request(router, new_engine):
+    engine = new_engine(replica=0)
+    router.add(engine)
+
+    def answers_and_closes(received) -> bool:
+        answers(received)
+        return False
+
+    engine.behaviour = answers_and_closes
+    for _ in range(20):
+        assert router.complete().status_code == 200
+    assert router.urls() == {engine.url}
+
+
+def test_a_replica_that_closes_each_second_request_unanswered_is_asked_again_on_a_new_connection(
+    router, new_engine
+):
+    """Its keep-alive ran out at the moment of the request."""
+    engine = new_engine(replica=0)
+    router.add(engine)
+    used: set[socket.socket] = set()
+
+    def once_per_connection(received) -> bool:
+        if received.connection in used:
+            return False
+        used.add(received.connection)
+        return answers(received)
+
+    engine.behaviour = once_per_connection
+    for _ in range(6):
+        assert router.complete().status_code == 200
+    assert "did not take it" not in router.log.read_text()
+
+
+# ---- load
+
+
+def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(router, new_engine):
+    """Upstream chose and counted in two steps, so that a burst piled up on one worker."""
+    gate = threading.Event()
+    engines = [new_engine(replica=number, behaviour=waits_for(gate)) for number in range(8)]
+    router.add(*engines)
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers_ = [pool.submit(router.complete) for _ in range(64)]
+        wait_until(lambda: sum(len(engine.received) for engine in engines) == 64, "all have arrived")
+        assert [len(engine.received) for engine in engines] == [8] * 8
+        assert set(router.in_flight().values()) == {8}
+        gate.set()
+        counts = collections.Counter(answer.result().headers["X-FD-Replica"] for answer in answers_)
+    assert counts == {str(number): 8 for number in range(8)}
+    router.wait_idle()
+
+
+def test_when_all_threads_are_taken_more_requests_are_told_to_come_back(start_router, new_engine):
+    router = start_router("--threads", "20")  # 4 of them relay
+    gate = threading.Event()
+    engine = new_engine(behaviour=waits_for(gate))
+    router.add(engine)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(router.complete) for _ in range(4)]
+        wait_until(lambda: len(engine.received) == 4, "the router is full")
+        refused = router.complete()
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert router.get("/health").status_code == 200
+        assert engine.register_with(router.url).status_code == 200
+        gate.set()
+        assert [answer.result().status_code for answer in running] == [200] * 4
+    assert router.complete().status_code == 200
+
+
+def test_the_policy_is_the_one_that_was_asked_for(start_router, new_engine):
+    gate = threading.Event()
+    router = start_router("--policy", "round_robin")
+    engines = [new_engine(replica=number) for number in range(2)]
+    router.add(*engines)
+    engines[0].behaviour = waits_for(gate)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(router.complete) for _ in range(6)]
+        wait_until(lambda: sum(len(engine.received) for engine in engines) == 6, "all have arrived")
+        assert [len(engine.received) for engine in engines] == [3, 3]
+        gate.set()
+        assert all(answer.result().status_code == 200 for answer in running)
