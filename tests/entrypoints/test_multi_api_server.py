@@ -148,7 +148,7 @@ def test_a_port_that_is_taken_is_named_with_its_flag_and_exit_status_2(
         argv = [word for pair in given.items() for word in pair]
         assert multi_api_server.main(["--num-servers", "1", *argv, "--args", "--model", str(TINY)]) == 2
     error = capsys.readouterr().err
-    assert f"multi_api_server: {flag}: port {port}" in error
+    assert f"multi_api_server: ERROR ({flag}: port {port}" in error
     assert error.count("\n") == 1
 
 

@@ -33,8 +33,8 @@ from .options import parse_arguments
 
 logger = logging.getLogger(__name__)
 
-#: From SIGTERM to SIGKILL: time for requests under way to end.
-_STOP_SECONDS = 30.0
+#: From SIGTERM to SIGKILL, beyond the time that servers give their open requests.
+_STOP_SECONDS = 20.0
 _WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _QUEUE_FLAG = "--engine-worker-queue-port"
 #: What every server gets from the launcher, and how the launcher's own command line says it.
@@ -71,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_directory = Path(os.environ.get("FD_LOG_DIR") or "log")
         servers = plan(options, [*passed, *options.args], log_directory, find_free)
         # A wrong flag is told once and before anything starts; the servers differ in their ports only.
-        parse_arguments(servers[0].arguments)
+        config = parse_arguments(servers[0].arguments)
     except ConfigError as error:
-        print(f"multi_api_server: {error}", file=sys.stderr)
+        print(f"multi_api_server: ERROR ({error})", file=sys.stderr)
         return 2
-    return run(servers)
+    return run(servers, config.timeout_graceful_shutdown + _STOP_SECONDS)
 
 
 def plan(
@@ -136,7 +136,7 @@ def plan(
     ]
 
 
-def run(servers: list[Server]) -> int:
+def run(servers: list[Server], stop_seconds: float) -> int:
     """Starts them, waits for the first reason to stop, ends them; returns the exit status."""
     # Taken one by one with sigwaitinfo: no handler ever runs in the middle of something else.
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
@@ -160,7 +160,7 @@ def run(servers: list[Server]) -> int:
         logger.error("server %d cannot be started: %s; ending the rest", len(children), error)
         return 1
     finally:
-        _stop([child for _, child in children])
+        _stop([child for _, child in children], stop_seconds)
 
 
 def find_free(count: int) -> list[int]:
@@ -190,11 +190,11 @@ def _start(server: Server) -> subprocess.Popen[bytes]:
     )
 
 
-def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+def _stop(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
     """SIGTERM to all; SIGKILL to those that are left at the deadline, or at a second signal from a person."""
     for child in children:
         child.terminate()
-    deadline = time.monotonic() + _STOP_SECONDS
+    deadline = time.monotonic() + seconds
     while any(child.poll() is None for child in children):
         left = deadline - time.monotonic()
         caught = signal.sigtimedwait(_WATCHED, left) if left > 0 else None
