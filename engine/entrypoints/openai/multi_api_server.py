@@ -31,7 +31,7 @@ from ...parent_death import die_with_parent
 from ...ports import require_free
 from .options import parse_arguments
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("fastdeploy.launcher")
 
 #: From SIGTERM to SIGKILL, beyond the time that servers give their open requests.
 _STOP_SECONDS = 20.0
