@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from flask import Flask, Response, g, request
 from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from ...errors import FastDeployError, RequestError
 from ...metrics import ReplicaMetrics
@@ -36,6 +36,8 @@ _REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 _MAX_SEED = 2**63 - 1
 #: Seconds that a client may pause within a body before its thread is taken from it.
 _BODY_PAUSE = 30.0
+#: Of a body that is too large 64 MiB more are read and thrown away.
+_PIECE, _DISCARDED_PIECES = 1 << 20, 64
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -65,7 +67,7 @@ def create_app(replica: Replica) -> Flask:
     @app.post("/v1/chat/completions")
     def chat_completions() -> Response:
         g.resources.enter_context(replica.admitted())
-        body = ChatRequest.parse(_body(), replica.defaults)
+        body = ChatRequest.parse(_body(replica.config.max_body_bytes), replica.defaults)
         replica.require_model(body.model)
         answer = _answer(replica, body, chat_prompts(replica, body))
         return _stream(chat_chunks(answer)) if body.stream else _json(chat_completion(answer))
@@ -73,7 +75,7 @@ def create_app(replica: Replica) -> Flask:
     @app.post("/v1/completions")
     def completions() -> Response:
         g.resources.enter_context(replica.admitted())
-        body = CompletionRequest.parse(_body(), replica.defaults)
+        body = CompletionRequest.parse(_body(replica.config.max_body_bytes), replica.defaults)
         replica.require_model(body.model)
         answer = _answer(replica, body, completion_prompts(replica, body))
         return _stream(completion_chunks(answer, body)) if body.stream else _json(completion(answer, body))
@@ -105,9 +107,6 @@ def create_app(replica: Replica) -> Flask:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        if error.code == 413:
-            limit = replica.config.max_body_bytes
-            return _error(ApiError(413, f"the body is larger than {limit} bytes (--max-body-bytes)"))
         response = _error(ApiError(error.code or 500, f"{request.method} {request.path}: {error.name}"))
         if "Allow" in (headers := dict(error.get_headers())):
             response.headers["Allow"] = headers["Allow"]
@@ -166,7 +165,7 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
-def _body() -> dict[str, Any]:
+def _body(max_bytes: int) -> dict[str, Any]:
     """The request's JSON object, read whole."""
     if request.mimetype and request.mimetype != "application/json":
         raise RequestError(f"Content-Type is {request.mimetype!r}; it must be 'application/json'")
@@ -175,12 +174,20 @@ def _body() -> dict[str, Any]:
         client.settimeout(_BODY_PAUSE)
     try:
         data = request.get_data(cache=False)
+    except RequestEntityTooLarge:
+        # Most clients look at the answer only when they have sent everything.
+        stream = request.environ["wsgi.input"]
+        for _ in range(_DISCARDED_PIECES):
+            if not stream.read(_PIECE):
+                break
+        raise ApiError(413, f"the body is larger than {max_bytes} bytes (--max-body-bytes)") from None
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive: nothing came for {_BODY_PAUSE:g} s") from None
     except (OSError, ParseException) as error:
         raise RequestError(f"the body cannot be read: {error}") from None
-    if client is not None:
-        client.settimeout(None)
+    finally:
+        if client is not None:
+            client.settimeout(None)
     return decode_object(data)
 
 

@@ -1,0 +1,137 @@
+"""A real replica of the tiny checkpoint: arbiter, HTTP process and worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
+#: The tiny checkpoint has none.
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+MAX_MODEL_LEN = 512
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline: float = 60.0) -> Any:
+    """Polls until `condition` is true and returns its value."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {deadline:.0f} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+class ApiServer:
+    """One api_server process and its children."""
+
+    def __init__(self, logs: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+        self.port, self.metrics_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.output = logs / "out"
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server"),
+                    *(
+                        "--model",
+                        str(TINY),
+                        "--port",
+                        str(self.port),
+                        "--metrics-port",
+                        str(self.metrics_port),
+                    ),
+                    *("--max-model-len", str(MAX_MODEL_LEN), "--num-gpu-blocks-override", "32"),
+                    *("--chat-template", CHAT_TEMPLATE, "--threads", "1", *flags),
+                ],
+                stdout=out,
+                stderr=out,
+                env={**os.environ, "FD_LOG_DIR": str(logs), **(env or {})},
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> ApiServer:
+        wait_until(lambda: self.process.poll() is not None or self.health()[0] == 200, "ready")
+        assert self.process.poll() is None, self.log()
+        return self
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status 0 while nobody listens."""
+        status, body = self.get("/health")
+        return status, json.loads(body) if body else {}
+
+    def get(self, path: str, port: int | None = None) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=30) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+        """`body` is sent as it is when it is bytes, else as JSON."""
+        request = urllib.request.Request(
+            self.url + path,
+            body if isinstance(body, bytes) else json.dumps(body).encode(),
+            {"Content-Type": "application/json", **(headers or {})},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def metric(self, name: str) -> float:
+        status, text = self.get("/metrics", self.metrics_port)
+        assert status == 200
+        values = [line.split()[1] for line in text.splitlines() if line.startswith(f"fastdeploy:{name} ")]
+        assert values, f"no metric fastdeploy:{name}"
+        return float(values[0])
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def children(self) -> list[psutil.Process]:
+        """The HTTP process first, then its worker."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def log(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def __enter__(self) -> ApiServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        children = self.children() if self.process.poll() is None else []
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive, f"left behind: {alive}"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    with ApiServer(tmp_path_factory.mktemp("server")) as running:
+        yield running.wait_ready()

@@ -1,0 +1,91 @@
+"""A worker that says what its first argument tells it to: for what a real one does once in a year."""
+
+import os
+import signal
+import sys
+import time
+
+import msgspec
+import zmq
+
+from fastdeploy.messages import (
+    AbortRequests,
+    AddRequest,
+    Failed,
+    FromWorker,
+    Hello,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    Stats,
+    StepOutputs,
+    TokenOutput,
+    ToWorker,
+)
+from fastdeploy.request import FinishReason
+
+STATS = Stats(1, 0, 8, 7, 0, 0, 0, 1, 1, 8)
+
+socket = zmq.Context().socket(zmq.DEALER)
+socket.linger = 2000
+socket.connect(os.environ["FD_WORKER_ENDPOINT"])
+
+
+def send(message: FromWorker) -> None:
+    socket.send(msgspec.msgpack.encode(message))
+
+
+def receive() -> ToWorker:
+    return msgspec.msgpack.decode(socket.recv(), type=ToWorker)
+
+
+def step(*outputs: TokenOutput) -> None:
+    send(StepOutputs(list(outputs), STATS))
+
+
+def serve(script: str) -> None:
+    """Two tokens and the end for each request, unless the script has other plans."""
+    while True:
+        match receive():
+            case AddRequest(request_id=name):
+                match script:
+                    case "dies with a request":
+                        step(TokenOutput(name, [1]))
+                        socket.close()
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    case "sends nonsense":
+                        socket.send(b"\xc1 nonsense")
+                    case "goes on until told":
+                        step(TokenOutput(name, [1]))
+                        message = receive()
+                        assert message == AbortRequests([name]), message
+                        step(TokenOutput("aborted-and-acknowledged", [9]), TokenOutput(name, [2]))
+                    case _:
+                        step(TokenOutput(name, [1]))
+                        step(TokenOutput("nobody's", [5]), TokenOutput(name, [2], FinishReason.LENGTH))
+            case Shutdown():
+                if script == "ignores the end":
+                    time.sleep(600)
+                return
+
+
+def main(script: str) -> None:
+    if script == "dies at once":
+        sys.exit(7)
+    if script == "never says hello":
+        time.sleep(600)
+    token = "wrong" if script == "is a stranger" else os.environ["FD_WORKER_TOKEN"]
+    version = 999 if script == "is of another version" else 1
+    send(Hello(token, os.getpid(), version))
+    send(LoadProgress(0.5, "reading weights"))
+    if script == "cannot load":
+        send(Failed("config.json: no such file"))
+        return
+    if script == "loads for ever":
+        time.sleep(600)
+    send(Ready(num_blocks=8, block_size=64, max_model_len=512))
+    serve(script)
+
+
+main(sys.argv[1])
+socket.close()

@@ -1,0 +1,166 @@
+"""EngineClient with workers that behave, and with all kinds that do not."""
+
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fastdeploy.config import EngineConfig
+from fastdeploy.entrypoints.openai.engine_client import ClientGone, EngineClient, State
+from fastdeploy.errors import ReplicaUnavailable
+from fastdeploy.messages import AddRequest
+from fastdeploy.request import FinishReason, SamplingParams
+
+from .conftest import TINY, wait_until
+
+SCRIPTED = Path(__file__).with_name("scripted_worker.py")
+
+
+class Run:
+    def __init__(self, script: str) -> None:
+        self.failures: queue.Queue[str] = queue.Queue()
+        self.client = EngineClient(
+            EngineConfig(model=TINY), 0, self.failures.put, [sys.executable, str(SCRIPTED), script]
+        )
+        self.client.start()
+
+    def wait_ready(self) -> EngineClient:
+        wait_until(lambda: self.client.status.state is not State.LOADING, "loaded")
+        return self.client
+
+    def failure(self) -> str:
+        return self.failures.get(timeout=60)
+
+
+@contextmanager
+def worker(script: str) -> Iterator[Run]:
+    run = Run(script)
+    process = psutil.Process(run.client.worker_pid)
+    try:
+        yield run
+    finally:
+        run.client.close(timeout=1)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def request(name: str) -> AddRequest:
+    return AddRequest(name, [1, 2, 3], SamplingParams(max_tokens=2), 0.0)
+
+
+def test_tokens_come_to_whom_they_belong():
+    with worker("behaves") as run:
+        engine = run.wait_ready()
+        with engine.generate([request("a"), request("b")]) as both, engine.generate([request("c")]) as other:
+            assert [output.token_ids for output in other] == [[1], [2]]
+            outputs = list(both)
+        for name in "ab":
+            mine = [output for output in outputs if output.request_id == name]
+            assert [output.token_ids for output in mine] == [[1], [2]]
+            assert mine[-1].finish_reason is FinishReason.LENGTH
+        assert engine.stats is not None
+        assert engine.stats.num_blocks == 8
+        assert run.failures.empty()
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel", "close"])
+def test_what_is_not_wanted_any_more_is_aborted_in_the_worker(how):
+    """The scripted worker goes on only after the right abort; then its late token reaches nobody."""
+    with worker("goes on until told") as run:
+        engine = run.wait_ready()
+        generation = engine.generate([request("a")])
+        tokens = iter(generation)
+        assert next(tokens).token_ids == [1]
+        if how == "cancel":
+            generation.cancel()
+            with pytest.raises(ClientGone):
+                next(tokens)
+        else:
+            generation.stop("a") if how == "stop" else generation.close()
+            assert list(tokens) == []
+        with engine.generate([request("b")]) as again:
+            assert next(iter(again)).request_id == "b"
+
+
+def test_a_client_that_goes_before_the_first_token_wakes_the_waiting_thread():
+    with worker("loads for ever"):
+        pass
+    with worker("goes on until told") as run:
+        generation = run.wait_ready().generate([request("a")])
+        timer = threading.Timer(0.05, generation.cancel)
+        timer.start()
+        with pytest.raises(ClientGone):
+            list(generation)
+
+
+def test_a_worker_that_dies_ends_every_open_request():
+    with worker("dies with a request") as run:
+        generation = run.wait_ready().generate([request("a")])
+        with pytest.raises(ReplicaUnavailable, match="stopped working"):
+            list(generation)
+        assert run.failure().endswith("was killed by SIGKILL")
+        assert run.client.status.state is State.FAILED
+        with pytest.raises(ReplicaUnavailable):
+            run.client.generate([request("b")])
+
+
+def test_a_worker_that_dies_before_it_said_anything_is_named_with_its_exit_code():
+    with worker("dies at once") as run:
+        assert run.failure().endswith("exited with code 7")
+
+
+def test_the_last_words_of_a_worker_that_cannot_load_are_the_reason():
+    with worker("cannot load") as run:
+        assert run.failure() == "config.json: no such file"
+        assert run.client.status.message == "config.json: no such file"
+
+
+def test_an_unreadable_message_ends_the_worker_rather_than_leave_a_hole_in_a_text():
+    with worker("sends nonsense") as run:
+        generation = run.wait_ready().generate([request("a")])
+        with pytest.raises(ReplicaUnavailable):
+            list(generation)
+        assert "unreadable message" in run.failure()
+
+
+def test_a_worker_of_another_version_is_refused():
+    with worker("is of another version") as run:
+        assert "protocol 999" in run.failure()
+
+
+def test_a_stranger_is_not_listened_to(caplog):
+    with worker("is a stranger") as run:
+        wait_until(lambda: "stranger" in caplog.text, "it is noticed")
+        assert run.client.status.state is State.LOADING
+        with pytest.raises(ReplicaUnavailable, match="being loaded"):
+            run.client.generate([request("a")])
+
+
+def test_loading_is_reported():
+    with worker("loads for ever") as run:
+        status = wait_until(lambda: run.client.status if run.client.status.progress else None, "progress")
+        assert (status.state, status.progress, status.stage) == (State.LOADING, 0.5, "reading weights")
+
+
+@pytest.mark.parametrize("script", ["ignores the end", "never says hello"])
+def test_a_worker_that_does_not_stop_is_killed(script):
+    run = Run(script)
+    process = psutil.Process(run.client.worker_pid)
+    if script == "ignores the end":
+        run.wait_ready()
+    run.client.close(timeout=0.2)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    assert run.failures.empty(), "a stop that was asked for is no failure"
+
+
+def test_closing_ends_open_requests():
+    with worker("goes on until told") as run:
+        generation = run.wait_ready().generate([request("a")])
+        next(iter(generation))
+        run.client.close(timeout=0.5)
+        with pytest.raises(ReplicaUnavailable, match="shutting down"):
+            list(generation)

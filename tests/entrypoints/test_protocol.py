@@ -1,0 +1,254 @@
+"""Validation: every wrong value is refused with the name of its field, and harmless ones are let through."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.entrypoints.openai.fields import decode_object
+from fastdeploy.entrypoints.openai.protocol import ChatRequest, CompletionRequest, SamplingDefaults
+from fastdeploy.errors import ConfigError, RequestError
+
+DEFAULTS = SamplingDefaults()
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.parse({"messages": HELLO, **fields}, DEFAULTS)
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.parse({"prompt": "hello", **fields}, DEFAULTS)
+
+
+BAD_IN_BOTH: list[tuple[str, Any]] = [
+    ("temperature", -0.1),
+    ("temperature", 2.1),
+    ("temperature", "hot"),
+    ("temperature", True),
+    ("temperature", [1]),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("top_k", 1.5),
+    ("top_k", 10**30),
+    ("min_p", -0.5),
+    ("min_p", 2),
+    ("repetition_penalty", 0),
+    ("presence_penalty", 2.5),
+    ("frequency_penalty", -3),
+    ("seed", 2**70),
+    ("seed", "7"),
+    ("seed", 0.5),
+    ("stop", 7),
+    ("stop", ["a", 7]),
+    ("stop", [""]),
+    ("stop", ["a"] * 17),
+    ("stop", "x" * 2000),
+    ("stop_token_ids", "2"),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", [True]),
+    ("stop_token_ids", [0] * 1000),
+    ("min_tokens", -1),
+    ("max_tokens", 0),
+    ("max_tokens", -5),
+    ("max_tokens", 1.5),
+    ("max_tokens", "10"),
+    ("max_completion_tokens", 0),
+    ("n", 0),
+    ("n", 1000),
+    ("n", True),
+    ("stream", "yes"),
+    ("stream", 1),
+    ("stream_options", {"include_usage": True}),
+    ("ignore_eos", "no"),
+    ("include_stop_str_in_output", 1),
+    ("return_token_ids", "x"),
+    ("model", 5),
+    ("request_id", ["a"]),
+    ("tools", [{"type": "function"}]),
+    ("tool_choice", "required"),
+    ("response_format", {"type": "json_object"}),
+    ("guided_json", {}),
+    ("guided_regex", "a+"),
+    ("logit_bias", {"5": 1}),
+    ("bad_words", ["no"]),
+    ("suffix", "end"),
+    ("prompt_logprobs", 1),
+    ("continue_final_message", True),
+]
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+@pytest.mark.parametrize(("field", "value"), BAD_IN_BOTH)
+def test_a_wrong_value_is_refused_with_the_name_of_its_field(parse, field, value):
+    with pytest.raises(RequestError) as caught:
+        parse(**{field: value})
+    assert caught.value.param == field
+    assert "\n" not in str(caught.value)
+    assert field in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": ["hello"]}, "messages[0]"),
+        ({"messages": [1, 2]}, "messages[0]"),
+        ({"messages": [*HELLO, {"content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"chat_template": 5}, "chat_template"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+    ],
+)
+def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(fields, param):
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["a"] * 300}, "prompt"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": "x"}, "echo"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+    ],
+)
+def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields, param):
+    with pytest.raises(RequestError) as caught:
+        completion(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none"},
+        {"response_format": {"type": "text"}},
+        {"temperature": None, "stop": None, "n": None, "seed": None},
+        {"a_field_of_tomorrow": {"x": 1}, "metadata": {"a": "b"}, "user": "me"},
+        {"top_k": -1, "seed": -1, "logit_bias": {}},
+        {"stream": True, "stream_options": {"include_usage": True}},
+    ],
+)
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_what_changes_nothing_is_let_through(parse, fields):
+    assert parse(**fields).n == 1
+
+
+def test_the_newer_name_of_the_token_limit_wins():
+    assert chat(max_tokens=5, max_completion_tokens=7).max_tokens == 7
+    assert chat().max_tokens is None
+
+
+def test_text_parts_are_joined_and_developers_speak_as_the_system():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = chat(messages=[{"role": "developer", "content": parts}])
+    assert request.messages == [{"role": "system", "content": "ab"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ("a",)), (["a", "b"], ("a", "b")), ([1, 2], ([1, 2],)), ([[1], [2, 3]], ([1], [2, 3]))],
+)
+def test_all_four_shapes_of_prompts(prompt, prompts):
+    assert completion(prompt=prompt).prompts == prompts
+
+
+def test_ignore_eos_leaves_the_requests_own_stop_ids():
+    def ends(**fields: Any) -> tuple[int, ...]:
+        params = chat(stop_token_ids=[7, 7], **fields).sampling_params(
+            max_tokens=3, seed=0, choice=0, eos_token_ids=(2,)
+        )
+        return params.stop_token_ids
+
+    assert ends() == (2, 7)
+    assert ends(ignore_eos=True) == (7,)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"  \n",
+        b"hello",
+        b"[]",
+        b"5",
+        b"null",
+        b'{"a": NaN}',
+        b'{"a": 1e999}',
+        b'{"a": "\xff"}',
+        b'{"a": "\\ud800"}',
+        b'{"a": 1',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+    ],
+)
+def test_bodies_that_are_no_json_objects_are_refused(body):
+    with pytest.raises(RequestError):
+        decode_object(body)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+known_fields = st.sampled_from(
+    sorted({field for field, _ in BAD_IN_BOTH} | {"messages", "prompt", "logprobs", "echo"})
+)
+
+
+@given(fields=st.dictionaries(known_fields, json_values, max_size=5))
+def test_any_json_is_parsed_or_refused(fields):
+    for parse in (chat, completion):
+        refusal = ""
+        try:
+            parse(**fields)
+        except RequestError as error:
+            refusal = str(error)
+        assert "\n" not in refusal
+        assert len(refusal) < 300
+
+
+def test_a_checkpoints_generation_config_gives_the_defaults(tmp_path):
+    def defaults(**content: Any) -> SamplingDefaults:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        return SamplingDefaults.from_directory(tmp_path)
+
+    assert SamplingDefaults.from_directory(tmp_path) == SamplingDefaults(1.0, 1.0, 0, 1.0)
+    assert defaults(temperature=0.6, top_p=0.9, top_k=20) == SamplingDefaults(0.6, 0.9, 20, 1.0)
+    assert defaults(do_sample=False, temperature=0.6).temperature == 0.0
+    with pytest.raises(ConfigError, match=r"generation_config\.json: temperature is \"hot\""):
+        defaults(temperature="hot")
