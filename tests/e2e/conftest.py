@@ -58,7 +58,7 @@ def marked_processes(run: str) -> list[psutil.Process]:
 class System:
     """fd-dp below a directory of its own, on free ports."""
 
-    def __init__(self, prefix: Path, replicas: int, model: Path = TINY_MODEL) -> None:
+    def __init__(self, prefix: Path, replicas: int, model: Path | str = TINY_MODEL) -> None:
         self.prefix = prefix
         self.replicas = replicas
         self.run = uuid.uuid4().hex
@@ -122,11 +122,13 @@ backoff_first = 0.2
         return json.loads(answer.stdout) if answer.returncode == 0 else None
 
     def is_ready(self) -> bool:
+        """Every part READY, and every replica known to the router (its heartbeat may be a second behind)."""
         status = self.status()
         return (
             status is not None
             and status["router"]["state"] == "READY"
             and [replica["state"] for replica in status["replicas"]] == ["READY"] * self.replicas
+            and [replica["in_flight"] for replica in status["replicas"]].count(None) == 0
         )
 
     def wait_ready(self) -> None:
