@@ -1,0 +1,69 @@
+"""The command line of api_server."""
+
+import pytest
+
+from fastdeploy.entrypoints.openai.options import parse_arguments
+from fastdeploy.errors import ConfigError
+
+from .conftest import TINY
+
+
+def parse(*flags: str):
+    return parse_arguments(["--model", str(TINY), *flags])
+
+
+def test_defaults_are_closed():
+    config = parse()
+    assert (config.host, config.port, config.metrics_port) == ("127.0.0.1", 8000, None)
+    assert config.served_model_name == "tiny"
+    assert config.api_keys == ()
+
+
+def test_fastdeploys_documented_command_is_taken(caplog):
+    config = parse(
+        *("--port", "1822", "--metrics-port", "3201", "--engine-worker-queue-port", "25611,25621,25631"),
+        *("--local-data-parallel-id", "1", "--tensor-parallel-size", "1", "--data-parallel-size", "8"),
+        *("--max-model-len", "12288", "--max-num-seqs", "64", "--num-gpu-blocks-override", "256"),
+        *("--enable-expert-parallel", "--router", "0.0.0.0:30000", "--gpu-memory-utilization", "0.9"),
+        *("--enable-chunked-prefill", "--scheduler-name", "dp", "--splitwise-role", "mixed"),
+    )
+    assert config.engine_worker_queue_port == 25621
+    assert config.router == "http://127.0.0.1:30000"
+    assert (config.engine.data_parallel_rank, config.engine.max_num_seqs) == (1, 64)
+    [warning] = [record.getMessage() for record in caplog.records]
+    for flag in ("--gpu-memory-utilization", "--enable-chunked-prefill", "--scheduler-name"):
+        assert flag in warning
+
+
+def test_underscores_are_dashes_in_flags_only():
+    config = parse("--max_model_len=100", "--served_model_name", "my_model")
+    assert (config.engine.max_model_len, config.served_model_name) == (100, "my_model")
+
+
+def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch):
+    monkeypatch.setenv("FD_API_KEY", "a, b,")
+    assert parse().api_keys == ("a", "b")
+    assert parse("--api-key", "c,d", "--api-key", "e").api_keys == ("c", "d", "e")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--port", "0"), "--port is 0"),
+        (("--port", "70000"), "--port is 70000"),
+        (("--metrics-port", "-5"), "--metrics-port is -5"),
+        (("--engine-worker-queue-port", "a,b"), "--engine-worker-queue-port"),
+        (("--engine-worker-queue-port", "1,2", "--local-data-parallel-id", "2"), "--local-data-parallel-id"),
+        (("--max-concurrency", "0"), "--max-concurrency"),
+        (("--max-num-seqs", "0"), "--max-num-seqs"),
+        (("--api-key", " ,"), "--api-key"),
+        (("--quantization", "wint8"), "--quantization"),
+        (("--logprobs-mode", "processed"), "--logprobs-mode"),
+        (("--chat-template", "/no/such/file"), "--chat-template"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_its_flag(flags, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(*(("--data-parallel-size", "4") if "--local-data-parallel-id" in flags else ()), *flags)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

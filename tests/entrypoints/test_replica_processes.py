@@ -1,0 +1,178 @@
+"""Arbiter, HTTP process and worker: up or down together, whoever is killed and however it is stopped."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from .conftest import TINY, ApiServer, free_port, wait_until
+
+
+@pytest.fixture
+def replica(tmp_path: Path) -> Iterator[ApiServer]:
+    with ApiServer(tmp_path, "--timeout-graceful-shutdown", "20") as running:
+        yield running.wait_ready()
+
+
+def open_stream(server: ApiServer, max_tokens: int = 400) -> HTTPResponse:
+    """Returns when the first tokens are there."""
+    body = {"prompt": "a", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+    stream = urllib.request.urlopen(
+        urllib.request.Request(
+            f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        ),
+        timeout=60,
+    )
+    assert stream.readline().startswith(b"data: {")
+    return stream
+
+
+def rest_of(stream: HTTPResponse) -> list[dict[str, Any]]:
+    """The remaining events, without the [DONE] that every stream has to end with."""
+    *events, done = [line.removeprefix(b"data: ") for line in stream.read().splitlines() if line]
+    assert done == b"[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_killing_the_worker_ends_the_replica_and_tells_its_clients(replica: ApiServer):
+    http, worker = replica.children()
+    stream = open_stream(replica)
+    worker.kill()
+    assert rest_of(stream)[-1]["error"]["type"] == "server_error"
+    assert replica.process.wait(60) == 3
+    assert gone(http)
+    assert f"worker pid={worker.pid} was killed by SIGKILL" in replica.log()
+
+
+def test_killing_the_http_process_ends_the_replica(replica: ApiServer):
+    http, worker = replica.children()
+    http.kill()
+    assert replica.process.wait(60) == 3
+    wait_until(lambda: gone(worker), "the worker is gone")
+    assert "killed by SIGKILL" in replica.log()
+
+
+def test_killing_the_arbiter_ends_the_replica(replica: ApiServer):
+    children = replica.children()
+    replica.process.kill()
+    assert replica.process.wait(60) == -signal.SIGKILL
+    wait_until(lambda: all(map(gone, children)), "its children are gone")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_open_requests_finish_and_takes_no_new_ones(replica: ApiServer, stop):
+    """The signal goes to the whole process group, as from a terminal or a supervisor."""
+    children = replica.children()
+    stream = open_stream(replica, max_tokens=300)
+    os.killpg(replica.process.pid, stop)
+    wait_until(lambda: replica.health()[0] != 200, "no new ones")
+    assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
+    assert replica.process.wait(60) == 0
+    assert all(map(gone, children))
+
+
+def test_requests_that_outlast_the_graceful_timeout_are_told_so(tmp_path):
+    with ApiServer(tmp_path, "--timeout-graceful-shutdown", "0") as replica:
+        replica.wait_ready()
+        stream = open_stream(replica, max_tokens=500)
+        assert replica.stop() == 0
+        assert "shutting down" in rest_of(stream)[-1]["error"]["message"]
+
+
+def test_a_stop_while_loading(tmp_path):
+    with ApiServer(tmp_path) as replica:
+        wait_until(lambda: replica.health()[0] == 503, "loading")
+        status, body = replica.health()
+        if status == 503:
+            assert body["status"] == "loading"
+            assert 0 <= body["progress"] <= 1
+        assert replica.stop() == 0
+
+
+def test_a_broken_checkpoint_is_one_line_and_a_failed_replica(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in TINY.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / "model.safetensors").write_bytes(b"not weights")
+    with ApiServer(tmp_path, "--model", str(model)) as replica:
+        assert replica.process.wait(60) == 3
+        assert "model.safetensors" in replica.log()
+        assert "Traceback" not in replica.log()
+
+
+def test_overload_keys_and_compatible_health(tmp_path):
+    """One server with all of these limits, to save the start of three."""
+    with ApiServer(
+        tmp_path, "--max-concurrency", "1", "--api-key", "one,two", env={"FD_COMPAT_HEALTH": "1"}
+    ) as replica:
+        assert wait_until(lambda: replica.health()[0], "it listens") in (404, 200)
+        replica.wait_ready()
+        body = {"prompt": "a", "max_tokens": 1}
+        for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}):
+            assert replica.post("/v1/completions", body, headers)[0] == 401
+        key = {"Authorization": "Bearer two"}
+        assert replica.post("/v1/completions", body, key)[0] == 200
+        long = json.dumps({"prompt": "a", "max_tokens": 500, "ignore_eos": True}).encode()
+        with socket.create_connection(("127.0.0.1", replica.port)) as first:
+            first.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Authorization: Bearer one\r\nContent-Length: %d\r\n\r\n%s" % (len(long), long)
+            )
+            wait_until(lambda: replica.metric("num_requests_running") == 1, "the first runs")
+            status, answer = replica.post("/v1/completions", body, key)
+            assert (status, answer["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert replica.health()[0] == 200
+
+
+def start_and_fail(*flags: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port", "--engine-worker-queue-port"])
+def test_a_taken_port_is_one_line_with_flag_port_and_holder(flag):
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        code, text = start_and_fail("--model", str(TINY), "--port", str(free_port()), flag, str(port))
+    assert code == 2
+    assert f"{flag}: port {port} on 127.0.0.1 is taken by pid {os.getpid()}" in text.splitlines()[-1]
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model", "/nowhere"), "/nowhere"),
+        (("--model", str(TINY), "--quantization", "wint4"), "--quantization"),
+        (("--model", str(TINY), "--tensor-parallel-size", "2"), "--tensor-parallel-size"),
+        (("--model", str(TINY), "--splitwise-role", "prefill"), "--splitwise-role"),
+        (("--model", str(TINY), "--router", "nonsense"), "--router"),
+        (("--model", str(TINY), "--surprise", "1"), "--surprise"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_refused_at_once(flags, words):
+    code, text = start_and_fail(*flags)
+    assert code == 2
+    assert words in text.splitlines()[-1]
+    assert "Traceback" not in text
