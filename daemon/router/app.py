@@ -32,7 +32,7 @@ class Router:
         self._allowed = AllowedAddresses(settings.allow_hosts)
         self._registry = RegistryFile(settings.registry_file)
         connections = Connections(settings.request_timeout)
-        self._monitor = health.Monitor(self.board, self._registry, connections)
+        self._monitor = health.Monitor(self.board, self._registry, connections, settings.health_interval)
         limits = Limits(settings.max_body_bytes, settings.max_in_flight)
         self._relay = Relay(self.board, settings.policy, connections, settings.keys, limits, self.metrics)
         self._control = _control_plane(self)
@@ -58,7 +58,7 @@ class Router:
         instance = parse(body)
         self._check_allowed("host_ip", instance.host)
         seat = self.board.seat_of(instance)
-        # One that is up is looked at every two seconds anyway: its heartbeat need not wait for another look.
+        # One that is up is looked at all the time anyway: its heartbeat need not wait for another look.
         if seat is None or not seat.up:
             asked_at = time.monotonic()
             problem = health.check(instance)

@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 
 #: Below the 5 s after which an instance gives up its registration, which waits for this.
 _TIMEOUT = 4.0
-_INTERVAL = 2.0
 
 
 def check(instance: Instance) -> str | None:
@@ -31,12 +30,15 @@ def check(instance: Instance) -> str | None:
 
 
 class Monitor:
-    """The thread that has every replica checked every two seconds, and forgets those that are lost."""
+    """The thread that has every replica checked now and then, and forgets those that are lost."""
 
-    def __init__(self, board: Board, registry: RegistryFile, connections: Connections) -> None:
+    def __init__(
+        self, board: Board, registry: RegistryFile, connections: Connections, interval: float
+    ) -> None:
         self._board = board
         self._registry = registry
         self._connections = connections
+        self._interval = interval
         self._lock = threading.Lock()
         self._being_checked: set[Seat] = set()
 
@@ -47,17 +49,17 @@ class Monitor:
     def _run(self) -> None:
         while True:
             for seat in self._board.seats():
-                with self._lock:
-                    if seat in self._being_checked:
-                        continue
-                    self._being_checked.add(seat)
                 threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
             self._connections.sweep()
             if self._board.forget_lost():
                 self._registry.save(self._board)
-            time.sleep(_INTERVAL)
+            time.sleep(self._interval)
 
     def _check(self, seat: Seat) -> None:
+        with self._lock:
+            if seat in self._being_checked:
+                return  # the look before this one is still waiting
+            self._being_checked.add(seat)
         try:
             asked_at = time.monotonic()
             problem = check(seat.instance)

@@ -168,6 +168,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
         registry_file=arguments.registry_file,
         graceful_timeout=arguments.graceful_timeout_secs,
+        health_interval=arguments.health_check_interval_secs,
     )
 
 
@@ -230,6 +231,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=10,
         help="time that requests get to end after SIGTERM (default %(default)s)",
+    )
+    add(
+        "--health-check-interval-secs",
+        type=float,
+        default=2.0,
+        help="time between two looks at a replica (default %(default)g)",
     )
     add("--log-level", default="info", help=f"one of {', '.join(_LEVELS)} (default %(default)s)")
     add("--splitwise", action="store_true", help=argparse.SUPPRESS)

@@ -28,6 +28,8 @@ class Settings:
     registry_file: Path | None
     #: Seconds that requests get to end after SIGTERM.
     graceful_timeout: int
+    #: Seconds between two looks at a replica.
+    health_interval: float
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
@@ -38,6 +40,10 @@ class Settings:
             raise ConfigError(f"--request-timeout-secs is {self.request_timeout:g}; it must be more than 0")
         if self.max_body_bytes < 1:
             raise ConfigError(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1")
+        if self.health_interval <= 0:
+            raise ConfigError(
+                f"--health-check-interval-secs is {self.health_interval:g}; it must be more than 0"
+            )
         if self.graceful_timeout < 0:
             raise ConfigError(f"--graceful-timeout-secs is {self.graceful_timeout}; it must be at least 0")
 

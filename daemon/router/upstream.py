@@ -12,10 +12,7 @@ from typing import cast
 
 from ...errors import FastDeployError
 from .registration import Instance
-from .response import PIECE, Cut, Garbled, Headers, Response, ResponseError, Unanswered
-
-__all__ = ["Cancellation", "Cancelled", "Connections", "Cut", "Garbled", "Reply", "Request", "Silent"]
-__all__ += ["Unanswered", "Unreachable", "UpstreamError"]
+from .response import PIECE, Cut, Headers, Response, ResponseError, Unanswered
 
 _CONNECT_TIMEOUT = 5.0
 #: A kept connection that nobody used for so long is closed.
@@ -97,7 +94,7 @@ class Connections:
         """Sends a request and waits for the head of the answer. The caller closes the reply.
 
         Raises:
-            Unreachable, Unanswered, Garbled, Silent: see there.
+            Unreachable, Silent, ResponseError: see there.
             Cancelled: `cancellation` ended the wait.
         """
         kept = self._take(instance)

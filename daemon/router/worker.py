@@ -1,9 +1,10 @@
 """gunicorn's threaded worker, with its rough edges for a router filed off.
 
-Three things differ. The last words on a connection are waited for in its own thread: gunicorn does it in
-the loop that accepts, and one client which does not close would hold up all others for two seconds. A client
-that stops in the middle of its request, or stops reading its answer, does not keep a thread for ever. And an
-answer that was broken off ends in a reset, where a plain close could be taken for its end.
+* The last words on a connection are waited for in its own thread. gunicorn does it in the loop that accepts,
+  where one client which does not close holds up all others for two seconds.
+* A client that stops in the middle of its request, or of reading its answer, does not keep a thread for ever.
+* An answer that was broken off ends in a reset; a plain close could be taken for its end.
+* A worker that is stopping lets go of its port at once.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ class RouterWorker(ThreadWorker):
             # The loop will close the connection's socket: it gets one for which there is nothing to wait.
             conn.sock = socket.socket()
         return keep
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)
+        if not self.alive:
+            # Left open, as gunicorn has it, the port would go on taking connections that nobody serves.
+            for listener in self.sockets:
+                listener.close()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGINT and SIGQUIT: end now. Leaving as Python does would wait for every thread's request."""

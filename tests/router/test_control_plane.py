@@ -90,8 +90,9 @@ def test_a_heartbeat_of_a_replica_that_is_up_does_not_wait_for_its_health(router
     gate.set()
 
 
-def test_d6_one_failed_check_does_not_remove_a_replica_but_two_do(router, new_engine):
+def test_d6_one_failed_check_does_not_remove_a_replica_but_two_do(start_router, new_engine):
     """Upstream removed an instance at its first failed probe, until its next heartbeat."""
+    router = start_router("--health-check-interval-secs", "0.2")
     engine = new_engine()
     router.add(engine)
     failures = []

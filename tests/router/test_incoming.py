@@ -180,6 +180,19 @@ def test_headers_named_in_connection_belong_to_the_connection():
     assert without_hop_by_hop(headers) == [("X-B", "2")]
 
 
+def test_clients_that_do_not_close_after_the_last_answer_hold_up_nobody(router, new_engine):
+    """gunicorn waits for each of them in turn, two seconds, in the loop that accepts connections."""
+    router.add(new_engine())
+    lingering = [socket.create_connection(("127.0.0.1", router.port)) for _ in range(30)]
+    for sock in lingering:
+        sock.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    for sock in lingering:
+        assert sock.recv(15) == b"HTTP/1.1 200 OK"
+    assert router.complete().status_code == 200  # within its timeout of 30 s
+    for sock in lingering:
+        sock.close()
+
+
 def test_a_client_that_never_finishes_its_head_does_not_stop_the_others(router, new_engine):
     router.add(new_engine())
     slow = [socket.create_connection(("127.0.0.1", router.port)) for _ in range(50)]
