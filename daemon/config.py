@@ -1,178 +1,28 @@
-"""dp.toml: every option declared once, in one row; the text on disk becomes a frozen `Config` or one clear line.
+"""dp.toml -> a frozen `Config`, or one line that says where the mistake is and what would be right.
 
-The rows below are the whole truth: the reader, its error messages and docs/configuration.md (printed by
-``python -m fastdeploy.daemon.config``) come from them.
+``python -m fastdeploy.daemon.config`` prints docs/configuration.md.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from ..errors import ConfigError
-from .router.policies import POLICIES
+from .options import PORT_STEPS, SECTIONS, Config, PathsSection
 
-#: What a validator gets is a value of the right type; what it returns is the complaint, or None.
-Check = Callable[[Any], str | None]
-
-#: Port i of a list that is given as one base number is base + i * step, as in FastDeploy's documentation.
-PORT_STEPS = {"ports": 11, "metrics_ports": 100, "engine_worker_queue_ports": 10}
 #: A unix socket's path may have 107 bytes; supervisord binds "supervisor.sock.<its pid>" before it renames.
 _LONGEST_RUN_DIRECTORY = 107 - len("/supervisor.sock.4194304")
-#: Set for every program by the daemon itself.
-RESERVED_ENVIRONMENT = ("FD_LOG_DIR", "FD_DP_PROGRAM", "FD_DP_HASH")
-
-
-def at_least(low: float) -> Check:
-    return lambda value: None if value >= low else f"it must be at least {low}"
-
-
-def between(low: float, high: float) -> Check:
-    return lambda value: None if low <= value <= high else f"it must be between {low} and {high}"
-
-
-def one_of(*words: str) -> Check:
-    return lambda value: None if value in words else "it must be one of " + ", ".join(map(repr, words))
-
-
-def not_empty(value: str) -> str | None:
-    return None if value else "it must not be empty"
-
-
-def environment_names(value: Mapping[str, str]) -> str | None:
-    for name in value:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            return f"{name!r} cannot be the name of an environment variable"
-        if name in RESERVED_ENVIRONMENT:
-            return f"{name} is set by the daemon itself; remove it"
-    return None
-
-
-def row(default: Any, help: str, check: Check | None = None, unit: str = "") -> Any:
-    """One option: its default (`MISSING`: it must be given), one sentence of help, its validator and unit."""
-    metadata = {"help": help, "check": check, "unit": unit}
-    if isinstance(default, Mapping):
-        return field(default_factory=lambda: MappingProxyType(dict(default)), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSection:
-    """Which model is served."""
-
-    path: str = row(MISSING, "Directory of the checkpoint, or the word `demo` for the demo model.", not_empty)
-    served_name: str = row("", "Name under which clients ask for it; empty: the directory's name.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelSection:
-    """How many replicas there are, and what they share."""
-
-    data_parallel_size: int = row(8, "Number of replicas.", between(1, 64))
-    tensor_parallel_size: int = row(
-        1, "Processes per replica's network; only 1 is implemented.", between(1, 1)
-    )
-    expert_parallel: bool = row(True, "One expert-parallel group; for now each replica holds all experts.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSection:
-    """What each replica runs with. A port option is a list with one port per replica, or one base number."""
-
-    device: str = row(
-        "auto", "Where the network runs; `auto`: a GPU if there is one.", one_of("auto", "cpu", "gpu")
-    )
-    host: str = row(
-        "127.0.0.1", "Address the replicas listen on; `0.0.0.0` opens them to the network.", not_empty
-    )
-    ports: tuple[int, ...] = row(1811, "OpenAI API; a base b means b, b+11, b+22, ...")
-    metrics_ports: tuple[int, ...] = row(3101, "Prometheus metrics; a base b means b, b+100, b+200, ...")
-    engine_worker_queue_ports: tuple[int, ...] = row(
-        25611, "Between a replica's API process and its worker; a base b means b, b+10, b+20, ..."
-    )
-    max_model_len: int = row(2048, "Longest sequence, prompt and answer together.", at_least(1), "tokens")
-    max_num_seqs: int = row(8, "Sequences that a replica computes at the same time.", at_least(1))
-    num_gpu_blocks_override: int = row(
-        0, "Size of the KV cache; 0: from memory.", at_least(0), "blocks of 64 tokens"
-    )
-    threads: int = row(0, "CPU threads of a replica; 0: the cores divided by the replicas.", at_least(0))
-    extra_args: tuple[str, ...] = row((), "Further words for the replica's command line.")
-    env: Mapping[str, str] = row({}, "Further environment variables of the replicas.", environment_names)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterSection:
-    """The one address that clients talk to."""
-
-    host: str = row("127.0.0.1", "Address it listens on; `0.0.0.0` opens it to the network.", not_empty)
-    port: int = row(30000, "Port it listens on.", between(1, 65535))
-    policy: str = row("request_num", "Which replica takes a request.", one_of(*POLICIES))
-    request_timeout: float = row(1800.0, "Silence after which an answer is given up.", at_least(1), "s")
-    api_keys_file: str = row("", "File with the keys that clients must show, one a line; empty: none.")
-    extra_args: tuple[str, ...] = row((), "Further words for the router's command line.")
-    env: Mapping[str, str] = row({}, "Further environment variables of the router.", environment_names)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SuperviseSection:
-    """When a program counts as failed, and when it is tried again."""
-
-    startup_timeout: float = row(
-        600.0, "From start to the first token; longer counts as failed.", at_least(1), "s"
-    )
-    parallel_starts: int = row(
-        0, "Replicas that load at the same time; 0: as many as there are cores.", at_least(0)
-    )
-    start_slot: float = row(
-        60.0, "A replica that loads longer no longer holds back the next.", at_least(0), "s"
-    )
-    probe_interval: float = row(5.0, "Between two health checks of a READY replica.", between(0.1, 3600), "s")
-    stall_after: float = row(30.0, "Without a good health check for so long: UNHEALTHY.", at_least(1), "s")
-    stall_kill: float = row(
-        180.0, "Without a good health check for so long: killed, restarted.", at_least(1), "s"
-    )
-    stop_timeout: float = row(30.0, "From being told to stop to being killed.", between(1, 3600), "s")
-    backoff_first: float = row(
-        1.0, "Before the first restart; doubles with each failure in a row.", at_least(0), "s"
-    )
-    backoff_max: float = row(60.0, "Longest time before a restart.", at_least(0), "s")
-    stable_after: float = row(120.0, "READY for so long: earlier failures are forgotten.", at_least(1), "s")
-    budget: int = row(
-        10, "Failures within `budget_window` after which a replica is QUARANTINED.", at_least(1)
-    )
-    budget_window: float = row(600.0, "The time in which failures are counted.", at_least(1), "s")
-    quarantine: float = row(600.0, "Between two tries of a replica in quarantine.", at_least(1), "s")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathsSection:
-    """Where things are kept. Relative to `--prefix`; empty: `state`, `run`, `logs` below it, or the system's."""
-
-    state: Path = row(Path(""), "What must survive a restart; without a prefix /var/lib/fd.")
-    run: Path = row(Path(""), "Sockets, supervisord's configuration, launch files; without a prefix /run/fd.")
-    logs: Path = row(Path(""), "One directory per program; without a prefix /var/log/fd.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """All of dp.toml, with every default filled in and every path absolute."""
-
-    model: ModelSection
-    parallel: ParallelSection
-    engine: EngineSection
-    router: RouterSection
-    supervise: SuperviseSection
-    paths: PathsSection
-
-
-SECTIONS: dict[str, type] = dict(get_type_hints(Config))
+#: What supervisord cuts, expands or refuses in a path: comments, quotes, escapes, `%` (it expands twice).
+UNFIT_IN_INI = re.compile(r"[\x00-\x1f\x7f;#'\"\\%]")
 _SYSTEM_PATHS = {"state": Path("/var/lib/fd"), "run": Path("/run/fd"), "logs": Path("/var/log/fd")}
 _KINDS: dict[Any, str] = {
     str: "text",
@@ -224,16 +74,8 @@ def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
             raise ConfigError(f"{where(key)}: is {value!r}; it must be a section, [{key}]")
 
     size = _read_value(where, "parallel", "data_parallel_size", document.get("parallel", {}), count=1)
-    sections = {
-        section: _read_section(where, section, document.get(section, {}), size) for section in SECTIONS
-    }
-    sections["paths"] = _absolute_paths(sections["paths"], prefix, base)
-    model = sections["model"]
-    if model.path != "demo":
-        sections["model"] = ModelSection(
-            path=os.path.abspath(base / model.path), served_name=model.served_name
-        )
-    config = Config(**sections)
+    sections = {name: _read_section(where, name, document.get(name, {}), size) for name in SECTIONS}
+    config = _absolute(Config(**sections), prefix, base)
     _check_ports(where, config)
     _check_paths(where, config.paths)
     return config
@@ -258,7 +100,7 @@ def document() -> str:
 
 
 class _Where:
-    """Finds the line of a key again: tomllib forgets it. A text, not a syntax tree, so only ever for messages."""
+    """Finds the line of a key again, which tomllib forgets. Good enough for messages, and only for them."""
 
     def __init__(self, name: str, text: str) -> None:
         self._name = name
@@ -273,7 +115,7 @@ class _Where:
                 self._lines.setdefault(f"{section}.{word}" if section else word, number)
 
     def __call__(self, section: str, key: str = "") -> str:
-        """``FILE:LINE: key``; a default has no line of its own, then it is the section's, then the file's first."""
+        """``FILE:LINE: key``. A default has no line of its own: then its section's, else the first."""
         full = f"{section}.{key}" if key else section
         line = self._lines.get(full) or self._lines.get(section) or 1
         return f"{self._name}:{line}: {full}"
@@ -301,7 +143,7 @@ def _read_value(where: _Where, section: str, key: str, table: dict[str, Any], co
             return option.default_factory()
         if option.default is MISSING:
             raise ConfigError(f"{place}: is missing; {option.metadata['help']}")
-        return option.default
+        return Path(option.default) if kind is Path else option.default
     value = _typed(place, kind, value)
     check = option.metadata["check"]
     complaint = check(value) if check else None
@@ -312,7 +154,9 @@ def _read_value(where: _Where, section: str, key: str, table: dict[str, Any], co
 
 
 def _typed(place: str, kind: Any, value: Any) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) in (int, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{place}: is {value!r}; it must be a finite number")
         return float(value)
     if kind is Path and isinstance(value, str):
         _no_nul(place, value)
@@ -353,7 +197,7 @@ def _ports(place: str, key: str, value: Any, count: int) -> tuple[int, ...]:
         )
     if len(ports) != count:
         raise ConfigError(
-            f"{place}: has {len(ports)} ports; parallel.data_parallel_size is {count}, so it must have {count}"
+            f"{place}: has {len(ports)} ports; parallel.data_parallel_size is {count}: it must have as many"
         )
     for port in ports:
         if not 1 <= port <= 65535:
@@ -369,37 +213,43 @@ def _check_ports(where: _Where, config: Config) -> None:
             name = f"engine.{key}[{index}]"
             if port in owner:
                 raise ConfigError(
-                    f"{where('engine', key)}: port {port} is both {owner[port]} and {name}; use each port once"
+                    f"{where('engine', key)}: port {port} is {owner[port]} and {name}; use each port once"
                 )
             owner[port] = name
 
 
-def _absolute_paths(paths: PathsSection, prefix: Path | None, base: Path) -> PathsSection:
-    absolute = {}
+def _absolute(config: Config, prefix: Path | None, base: Path) -> Config:
+    """Every path as the programs will see it, wherever they run."""
+    paths = {}
     for name, system in _SYSTEM_PATHS.items():
-        given = getattr(paths, name)
-        if given == Path(""):
-            given = prefix / name if prefix is not None else system
-        absolute[name] = Path(os.path.abspath(base / given))
-    return PathsSection(**absolute)
+        default = prefix / name if prefix is not None else system
+        given = getattr(config.paths, name)
+        paths[name] = Path(os.path.abspath(base / (default if given == Path("") else given)))
+    model, router = config.model, config.router
+    if model.path != "demo":
+        model = replace(model, path=os.path.abspath(base / model.path))
+    if router.api_keys_file:
+        router = replace(router, api_keys_file=os.path.abspath(base / router.api_keys_file))
+    return replace(config, paths=PathsSection(**paths), model=model, router=router)
 
 
 def _check_paths(where: _Where, paths: PathsSection) -> None:
     for name in _SYSTEM_PATHS:
         path = str(getattr(paths, name))
-        if found := re.search(r"[\x00-\x1f\x7f;#'\"\\]", path):
+        if found := re.search(UNFIT_IN_INI, path):
             raise ConfigError(
-                f"{where('paths', name)}: is {path!r}; supervisord's configuration cannot carry {found[0]!r} in a path"
+                f"{where('paths', name)}: is {path!r}; "
+                f"supervisord's configuration cannot carry {found[0]!r} in a path"
             )
     length = len(os.fsencode(paths.run))
     if length > _LONGEST_RUN_DIRECTORY:
         raise ConfigError(
-            f"{where('paths', 'run')}: {paths.run} has {length} bytes; sockets lie there, so it may have at most "
-            f"{_LONGEST_RUN_DIRECTORY}: use a shorter --prefix or [paths] run"
+            f"{where('paths', 'run')}: {paths.run} has {length} bytes; sockets lie there, so it may have "
+            f"at most {_LONGEST_RUN_DIRECTORY}: use a shorter --prefix or [paths] run"
         )
 
 
-def _nearest(word: str, known: Any) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
 
@@ -412,8 +262,6 @@ def _shown(option: Any) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, str):
         return f'`"{value}"`'
-    if isinstance(value, Path):
-        return '`""`'
     return "`{}`" if isinstance(value, Mapping) else "`[]`" if value == () else f"`{value:g}`"
 
 

@@ -39,7 +39,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough; nothing more can be written, not even at exit.
+        # The reader of our output (head, less) has seen enough; not even the exit may write to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 

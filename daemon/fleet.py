@@ -1,30 +1,28 @@
 """All programs and their states: the one place that decides what is started, stopped and tried again.
 
-`step` looks at what is (supervisord's processes, probes' readings), moves the replicas along their arrows, and
-acts on where they stand. Whoever wants something else to happen (`want`, `stop`) only moves a replica; the
-next step does it. So a step that supervisord's death interrupts can be run again.
+`step` looks at what is (supervisord's processes, the probes' readings), moves the replicas along their
+arrows, and acts on where they stand. Whoever wants something else to happen (`want`, `stop`) only moves a
+replica; the next step does it. So a step that supervisord's death interrupts can be run again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import random
 import time
 from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
 
 from ..errors import FastDeployError
 from ..ports import require_free
 from . import processes, supervisor
+from .adoption import Holds, running_programs
 from .config import Config
 from .probes import Probes, Reading
 from .programs import ROUTER, Program
 from .replica import Replica, State
 from .restart import Restarts
-from .supervisor import Layout, Process, Supervisor, SupervisorError, SupervisorLost
+from .supervisor import Layout, Process, Supervisor, SupervisorLost
 
 log = logging.getLogger("fd-dp")
 
@@ -33,7 +31,6 @@ _ROUTER_HEAD_START = 10.0
 _LOADING_PROBE_INTERVAL = 0.5
 #: A step that comes this late means that the daemon itself was stopped; nobody else is to blame for the time.
 _OVERSLEPT = 5.0
-_TAIL = 4096
 
 
 class Fleet:
@@ -60,6 +57,7 @@ class Fleet:
         self.wanted = list(programs)
         self.replicas: dict[str, Replica] = {}
         self.stopping = False
+        self._holds = Holds(config.paths.state)
         self._restarts: dict[str, Restarts] = {}
         self._watch = watch
         self._clock = clock
@@ -70,27 +68,15 @@ class Fleet:
         self._processes: dict[str, Process] = {}
         self._last_step = clock()
 
-    # ---- what runs -------------------------------------------------------------------------------------------
-
     def adopt(self) -> list[str]:
         """Takes over what supervisord runs; returns the names of programs that run an older configuration.
 
-        A process tells by its environment which launch file it was started from. If that is the wanted one, it
-        goes on undisturbed. If not, it goes on as well, for a rollout to replace it; only what nobody knows any
-        more is stopped.
+        What runs the wanted configuration goes on undisturbed. What runs an older one goes on as well, for a
+        rollout to replace it.
         """
-        held = self._read_holds()
         wanted = {program.name: program for program in self.wanted}
-        running: dict[str, tuple[Process, Program]] = {}
-        for process in self.supervisor.processes().values():
-            if process.state not in supervisor.DOWN:
-                if known := self._program_of(process):
-                    running[process.name] = process, known
-                else:
-                    log.warning(
-                        "%s: pid %d runs an unknown configuration; ending it", process.name, process.pid
-                    )
-                    self._end_unknown(process)
+        running = running_programs(self.supervisor, self.wanted)
+        held = self._holds.read()
         now = self._clock()
         for name in wanted.keys() | running.keys():
             replica = self._enlist(running[name][1] if name in running else wanted[name])
@@ -124,11 +110,7 @@ class Fleet:
     def hold(self, replica: Replica, held: bool) -> None:
         """The operator's wish, kept over restarts of the daemon."""
         replica.held = held
-        names = sorted(name for name, replica in self.replicas.items() if replica.held)
-        self.config.paths.state.mkdir(parents=True, exist_ok=True)
-        aside = self._holds.with_suffix(".new")
-        aside.write_text(json.dumps(names), encoding="utf-8")
-        aside.rename(self._holds)
+        self._holds.write({name for name, replica in self.replicas.items() if replica.held})
 
     def put(self, name: str, program: Program | None) -> None:
         """Gives a replica that is down another program, or none. Raises SupervisorError."""
@@ -182,8 +164,6 @@ class Fleet:
             r for r in self.replicas.values() if r.state is State.READY and r.program.replica is not None
         )
         return all(self.in_flight(replica) is not None for replica in ready)
-
-    # ---- one step --------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Raises SupervisorLost if supervisord does not answer."""
@@ -246,7 +226,9 @@ class Fleet:
             return
         reason = f"{replica.failing}; {how}" if replica.failing else how
         replica.last_exit = reason
-        self._failed(replica, f"pid {replica.pid or '?'}: {reason}{self._last_words(replica)}", now)
+        line = supervisor.last_line(self.layout.output(replica.name))
+        said = f"; its last line: {line}" if line else ""
+        self._failed(replica, f"pid {replica.pid or '?'}: {reason}{said}", now)
 
     def _failed(self, replica: Replica, what: str, now: float) -> None:
         if self.stopping:
@@ -271,11 +253,9 @@ class Fleet:
         if reading.answered:
             replica.health = reading.health
         if not reading.ok:
-            if replica.state is not State.READY:
-                replica.note = reading.problem if reading.answered else replica.note
-            elif now - replica.last_good > self.config.supervise.stall_after:
-                log.warning("%s: UNHEALTHY (%s)", replica.label, reading.problem)
-                replica.move(State.UNHEALTHY, reading.problem, now)
+            # A port that refuses is a program that is still starting: nothing that its note must say.
+            if reading.answered or replica.state is not State.STARTING:
+                replica.note = reading.problem
             return
         replica.last_good = now
         if replica.state is State.STARTING:
@@ -284,12 +264,17 @@ class Fleet:
         elif replica.state is State.UNHEALTHY:
             log.info("%s: READY again", replica.label)
             replica.move(State.READY, "", now)
+        replica.note = ""
 
     def _check_deadlines(self, replica: Replica, now: float) -> None:
         supervise = self.config.supervise
         state, age = replica.state, now - replica.since
         if state is State.STARTING and age > supervise.startup_timeout:
             self._kill(replica, f"not READY within {supervise.startup_timeout:g} s: {replica.note}", now)
+        elif state is State.READY and now - replica.last_good > supervise.stall_after:
+            note = replica.note or "no answer to health checks"
+            log.warning("%s: UNHEALTHY (%s)", replica.label, note)
+            replica.move(State.UNHEALTHY, note, now)
         elif state is State.UNHEALTHY and now - replica.last_good > supervise.stall_kill:
             self._kill(replica, f"no good health check for {supervise.stall_kill:g} s: {replica.note}", now)
         elif state is State.READY and age > supervise.stable_after:
@@ -365,8 +350,6 @@ class Fleet:
             if name not in leave:
                 self.supervisor.replace(name, add=name in self.replicas)
 
-    # ---- files -----------------------------------------------------------------------------------------------
-
     def _enlist(self, program: Program) -> Replica:
         replica = self.replicas.get(program.name)
         if replica is None:
@@ -379,55 +362,3 @@ class Fleet:
         replica.program = program
         self._restarts[program.name] = Restarts(self.config.supervise, self._dice)
         return replica
-
-    def _program_of(self, process: Process) -> Program | None:
-        """The program that a running process was started as; None if its launch file is gone."""
-        deadline = self._clock() + 2.0
-        while (hash_ := processes.running_hash(self.layout.run, process.pid)) is None:
-            # A daemon that died right after a start: the process is still fd-run.
-            if self._clock() > deadline:
-                break
-            time.sleep(0.02)
-        for program in self.wanted:
-            if program.name == process.name and program.hash == hash_:
-                return program
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            file = self.layout.launch / f"{process.name}-{hash_}.json"
-            return Program.from_launch_text(file.read_text(encoding="utf-8"))
-        return None
-
-    def _end_unknown(self, process: Process) -> None:
-        deadline = self._clock() + 10.0
-        while self._clock() < deadline:
-            processes.kill_marked(self.layout.run, process.name)
-            self.supervisor.stop(process.name)
-            if self.supervisor.processes()[process.name].state in supervisor.DOWN:
-                return
-            time.sleep(0.05)
-        raise SupervisorError(
-            f"{process.name}: pid {process.pid} does not end; end it by hand and start fd-dp again"
-        )
-
-    @property
-    def _holds(self) -> Path:
-        return self.config.paths.state / "held.json"
-
-    def _read_holds(self) -> set[str]:
-        try:
-            names = json.loads(self._holds.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return set()
-        except (OSError, ValueError) as error:
-            log.warning("%s: cannot be read (%s); nothing is held", self._holds, error)
-            return set()
-        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
-
-    def _last_words(self, replica: Replica) -> str:
-        try:
-            with self.layout.output(replica.name).open("rb") as stream:
-                stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
-                lines = stream.read().decode(errors="replace").split("\n")
-        except OSError:
-            return ""
-        words = [line.strip() for line in lines if line.strip()]
-        return f"; its last line: {words[-1][:300]}" if words else ""

@@ -207,7 +207,7 @@ def main() -> int:
         "--supervisord",
         choices=("own", "external"),
         default="own",
-        help="external: a unit of its own runs it, and the programs go on when the daemon ends (default: own)",
+        help="external: a unit of its own runs it, and the programs outlive the daemon (default: own)",
     )
     parser.add_argument("--version", action="version", version=f"fd-dp {__version__}")
     options = parser.parse_args()
@@ -217,6 +217,8 @@ def main() -> int:
     except FastDeployError as error:
         print(f"fd-dp: ERROR ({error})", file=sys.stderr)
         return _BAD_CONFIG if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130  # before the loop took over the signals: nothing had been started
 
 
 def _lock(run_directory: Path) -> IO[str]:

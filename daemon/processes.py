@@ -1,7 +1,7 @@
 """Processes as the kernel knows them: what a program left behind, and its end.
 
-A program is found by the mark that fd-run puts into its environment, not by its parent: children survive their
-parents, move to sessions of their own and are adopted by others, but they keep their environment.
+A program is found by the mark that fd-run puts into its environment, not by its parent: children survive
+their parents, move to sessions of their own and are adopted by others, but they keep their environment.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def kill_marked(run: Path, program: str | None = None, sig: int = signal.SIGKILL
 
 
 def end_marked(run: Path, deadline: float) -> list[Marked]:
-    """SIGKILLs all of them and waits until none lives or time.monotonic() passes `deadline`; returns the rest."""
+    """SIGKILLs all of them and waits until none lives, or the (monotonic) deadline; returns the rest."""
     while left := kill_marked(run):
         reap()
         if time.monotonic() > deadline:
@@ -100,7 +100,7 @@ def _read(run: Path, pid: int) -> Marked | None:
 
 
 def _signal_if_still(run: Path, process: Marked, sig: int) -> None:
-    """Through a pidfd, looked at again after it is open: a pid may have been given to someone else meanwhile."""
+    """Through a pidfd, and looked at again after it is open: the pid may be someone else's by now."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Config -> the programs that shall run: one router and N replicas. Pure: nothing is started or written here."""
+"""Config -> the programs that shall run: one router and N replicas. Pure: nothing is started or written."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Program:
         return f"{self.name}-{self.hash}.json"
 
     def launch_text(self, run: Path) -> str:
-        """What fd-run reads: the program, and in its environment the marks by which its processes are known."""
+        """What fd-run reads: the program, and in its environment the marks that its processes carry."""
         content = {
             "name": self.name,
             "argv": self.argv,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .config import SuperviseSection
+from .options import SuperviseSection
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def plan(old: Iterable[Program], new: Iterable[Program]) -> list[Step]:
 
 
 def differences(old: Program, new: Program) -> tuple[str, ...]:
-    """Which arguments and environment variables differ. Values of the environment may be secret: names only."""
+    """Which arguments and environment variables differ. An environment may hold secrets: names only."""
     found = []
     before, after = _arguments(old.argv), _arguments(new.argv)
     for flag in dict.fromkeys((*before, *after)):

@@ -1,4 +1,4 @@
-"""What the daemon says about itself: the stable schema behind `fdctl status --json`, and one-line forms of it."""
+"""What the daemon says about itself: the stable schema of `fdctl status --json`, and one line of it."""
 
 from __future__ import annotations
 

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FastDeployError
+from ..errors import ConfigError, FastDeployError
+from .config import UNFIT_IN_INI
 from .programs import Program
 
 #: supervisord answers in milliseconds; a stopped one must not stop the daemon as well.
 _TIMEOUT = 3.0
-_LOG_TAIL = 1 << 16
+_TAIL = 1 << 16
 
 UP = frozenset({"STARTING", "RUNNING"})
 DOWN = frozenset({"STOPPED", "EXITED", "FATAL", "BACKOFF"})
@@ -41,7 +42,7 @@ class SupervisorError(FastDeployError):
 
 
 class SupervisorLost(SupervisorError):
-    """supervisord does not answer. `hangs`: something accepts connections on its socket, so it is not dead."""
+    """supervisord does not answer. `hangs`: something accepts connections there, so it is not dead."""
 
     def __init__(self, message: str, hangs: bool) -> None:
         super().__init__(message)
@@ -89,28 +90,32 @@ class Layout:
 
 
 def render(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> str:
-    """supervisord.conf. Only paths and our own words enter it; config.py refuses paths that ini cannot carry."""
+    """supervisord.conf. Only our own words enter it, and paths; config.py refuses those it cannot carry."""
     lines = [
         "; Written by fd-dp. Edit dp.toml instead, then: fdctl reload",
         "[supervisord]",
         "nodaemon=true",
         "silent=true",
-        f"logfile={_value(layout.log)}",
+        f"logfile={layout.log}",
         "logfile_maxbytes=10MB",
         "logfile_backups=3",
-        f"pidfile={_value(layout.run / 'supervisord.pid')}",
-        f"childlogdir={_value(layout.logs)}",
+        f"pidfile={layout.run / 'supervisord.pid'}",
+        f"childlogdir={layout.logs}",
         "[unix_http_server]",
-        f"file={_value(layout.socket)}",
+        f"file={layout.socket}",
         "chmod=0600",
         "[rpcinterface:supervisor]",
         "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
     ]
-    fd_run = _word(Path(sys.executable).with_name("fd-run"))
+    fd_run = str(Path(sys.executable).with_name("fd-run"))
+    if found := UNFIT_IN_INI.search(fd_run):
+        raise ConfigError(
+            f"{fd_run}: supervisord cannot run it from a path with {found[0]!r}; install elsewhere"
+        )
     for program in programs:
         lines += [
             f"[program:{program.name}]",
-            f"command={fd_run} {program.name} {program.hash} {_word(layout.launch)}",
+            f"command={shlex.join([fd_run, program.name, program.hash, str(layout.launch)])}",
             "autostart=false",
             "autorestart=false",
             "startsecs=0",
@@ -119,7 +124,7 @@ def render(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> 
             "killasgroup=true",
             f"stopwaitsecs={max(1, round(stop_timeout))}",
             "redirect_stderr=true",
-            f"stdout_logfile={_value(layout.output(program.name))}",
+            f"stdout_logfile={layout.output(program.name)}",
             "stdout_logfile_maxbytes=20MB",
             "stdout_logfile_backups=3",
         ]
@@ -127,7 +132,7 @@ def render(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> 
 
 
 def write(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> None:
-    """Puts launch files and ini in place, and the log directories without which supervisord does not start."""
+    """Launch files, ini, and the log directories without which supervisord does not start."""
     programs = list(programs)
     layout.run.mkdir(mode=0o700, parents=True, exist_ok=True)
     layout.launch.mkdir(mode=0o700, exist_ok=True)
@@ -152,6 +157,12 @@ def _write(file: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:
         stream.write(text)
     aside.rename(file)
+
+
+def last_line(file: Path) -> str:
+    """What a program said last, cut to what fits into a log line."""
+    lines = [line.strip() for line in _tail(file).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 class Supervisor:
@@ -197,15 +208,8 @@ class Supervisor:
 
     def how_it_ended(self, name: str) -> str:
         """ "exit status 3", "terminated by SIGKILL": supervisord tells the signal nowhere but in its log."""
-        try:
-            with self.layout.log.open("rb") as stream:
-                stream.seek(max(0, stream.seek(0, os.SEEK_END) - _LOG_TAIL))
-                text = stream.read().decode(errors="replace")
-        except OSError:
-            return "ended"
-        found = re.findall(
-            rf"(?:exited|stopped): {re.escape(name)} \((.*?)(?:; (?:not )?expected)?\)$", text, re.M
-        )
+        pattern = rf"(?:exited|stopped): {re.escape(name)} \((.*?)(?:; (?:not )?expected)?\)$"
+        found = re.findall(pattern, _tail(self.layout.log), re.MULTILINE)
         return found[-1] if found else "ended"
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -260,11 +264,10 @@ def _ignoring(fault: str) -> Any:
             raise
 
 
-def _value(path: Path) -> str:
-    """An ini value: supervisord expands `%` in all of them."""
-    return str(path).replace("%", "%%")
-
-
-def _word(path: Path) -> str:
-    """One word of a command, which supervisord splits as a shell does."""
-    return shlex.quote(_value(path))
+def _tail(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""

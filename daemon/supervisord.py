@@ -1,7 +1,7 @@
 """The process supervisord: started or adopted, found dead and replaced, ended.
 
-When supervisord dies its children live on, out of anybody's control, and a new supervisord would start a second
-set beside them. So whatever carries our mark is ended before a new one starts.
+When supervisord dies its children live on, out of anybody's control, and a new supervisord would start a
+second set beside them. So whatever carries our mark is ended before a new one starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from ..errors import FastDeployError
 from . import processes
-from .config import SuperviseSection
+from .options import SuperviseSection
 from .restart import Restarts
 from .supervisor import Supervisor, SupervisorError, SupervisorLost
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.daemon import processes
+from fastdeploy.daemon import control, processes
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 FDCTL = Path(sys.executable).with_name("fdctl")
@@ -89,8 +89,12 @@ class Running:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
     def status(self) -> dict[str, Any]:
-        answer = self.fdctl("status", "--json")
-        return json.loads(answer.stdout) if answer.returncode == 0 else {"router": None, "replicas": []}
+        """Asked as fdctl asks; empty while no daemon answers."""
+        try:
+            *_, answer = control.request(control.socket_path(self.prefix / "run"), {"do": "status"}, 20.0)
+        except control.DaemonUnreachable:
+            return {"router": None, "replicas": []}
+        return answer["status"]
 
     def programs(self) -> dict[str, dict[str, Any]]:
         status = self.status()

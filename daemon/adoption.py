@@ -1,0 +1,90 @@
+"""What a new daemon takes over from the one before it: the programs that run, and the operator's wishes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import processes, supervisor
+from .programs import Program
+from .supervisor import Process, Supervisor, SupervisorError
+
+log = logging.getLogger("fd-dp")
+
+#: A process that was started in the moment when the last daemon died is still on its way through fd-run.
+_LAUNCH_PATIENCE = 2.0
+_END_PATIENCE = 10.0
+
+
+def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str, tuple[Process, Program]]:
+    """What supervisord runs, each with the program that it was started as.
+
+    A process tells by its environment which launch file it was started from. If that file is gone, nobody
+    knows what it is, and it is ended.
+    """
+    known = {(program.name, program.hash): program for program in wanted}
+    found = {}
+    for process in client.processes().values():
+        if process.state in supervisor.DOWN:
+            continue
+        hash_ = _hash_of(client, process)
+        program = known.get((process.name, hash_)) or _read(client, f"{process.name}-{hash_}.json")
+        if program is not None:
+            found[process.name] = process, program
+        else:
+            log.warning("%s: pid %d runs an unknown configuration; ending it", process.name, process.pid)
+            _end(client, process)
+    return found
+
+
+class Holds:
+    """Which programs the operator wants down: a file, so that it outlives the daemon."""
+
+    def __init__(self, state: Path) -> None:
+        self._file = state / "held.json"
+
+    def read(self) -> set[str]:
+        try:
+            names = json.loads(self._file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return set()
+        except (OSError, ValueError) as error:
+            log.warning("%s: cannot be read (%s); nothing is held", self._file, error)
+            return set()
+        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+    def write(self, names: set[str]) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._file.with_suffix(".new")
+        aside.write_text(json.dumps(sorted(names)), encoding="utf-8")
+        aside.rename(self._file)
+
+
+def _hash_of(client: Supervisor, process: Process) -> str:
+    deadline = time.monotonic() + _LAUNCH_PATIENCE
+    while True:
+        hash_ = processes.running_hash(client.layout.run, process.pid)
+        if hash_ is not None or time.monotonic() > deadline:
+            return hash_ or ""
+        time.sleep(0.02)
+
+
+def _read(client: Supervisor, launch_name: str) -> Program | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Program.from_launch_text((client.layout.launch / launch_name).read_text(encoding="utf-8"))
+    return None
+
+
+def _end(client: Supervisor, process: Process) -> None:
+    deadline = time.monotonic() + _END_PATIENCE
+    while time.monotonic() < deadline:
+        processes.kill_marked(client.layout.run, process.name)
+        client.stop(process.name)
+        if client.processes()[process.name].state in supervisor.DOWN:
+            return
+        time.sleep(0.05)
+    raise SupervisorError(f"{process.name}: pid {process.pid} does not end; end it and start fd-dp again")

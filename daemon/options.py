@@ -1,0 +1,163 @@
+"""The options of dp.toml, each declared once, in one row: name, type, default, help, validator, unit.
+
+These rows are the whole truth: config.py reads the file, words its errors and writes docs/configuration.md
+from them.
+"""
+
+# ruff: noqa: RUF009 -- row() makes the field of a dataclass, as field() does.
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_type_hints
+
+from .launch import HASH, MARKER
+from .router.policies import POLICIES
+
+#: What a validator gets is a value of the right type; what it returns is the complaint, or None.
+Check = Callable[[Any], str | None]
+
+#: Port i of a list that is given as one base number is base + i * step, as in FastDeploy's documentation.
+PORT_STEPS = {"ports": 11, "metrics_ports": 100, "engine_worker_queue_ports": 10}
+#: Set for every program by the daemon itself.
+RESERVED_ENVIRONMENT = ("FD_LOG_DIR", MARKER, HASH)
+_POLICIES = ", ".join(f"`{name}`" for name in POLICIES)
+
+
+def at_least(low: float) -> Check:
+    return lambda value: None if value >= low else f"it must be at least {low}"
+
+
+def between(low: float, high: float) -> Check:
+    return lambda value: None if low <= value <= high else f"it must be between {low} and {high}"
+
+
+def one_of(*values: str | int) -> Check:
+    known = ("one of " if len(values) > 1 else "") + ", ".join(map(repr, values))
+    return lambda value: None if value in values else f"it must be {known}"
+
+
+def not_empty(value: str) -> str | None:
+    return None if value else "it must not be empty"
+
+
+def device_name(value: str) -> str | None:
+    return None if re.fullmatch(r"auto|cpu|gpu(:\d+)?", value) else "it must be auto, cpu, gpu or gpu:N"
+
+
+def environment_names(value: Mapping[str, str]) -> str | None:
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            return f"{name!r} cannot be the name of an environment variable"
+        if name in RESERVED_ENVIRONMENT:
+            return f"{name} is set by the daemon itself; remove it"
+    return None
+
+
+def row(default: Any, help: str, check: Check | None = None, unit: str = "") -> Any:
+    """One option: its default (`MISSING`: it must be given), one sentence of help, its validator and unit."""
+    metadata = {"help": help, "check": check, "unit": unit}
+    if isinstance(default, Mapping):
+        return field(default_factory=lambda: MappingProxyType(dict(default)), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """Which model is served."""
+
+    path: str = row(MISSING, "Directory of the checkpoint, or the word `demo` for the demo model.", not_empty)
+    served_name: str = row("", "Name under which clients ask for it; empty: the directory's name.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelSection:
+    """How many replicas there are, and what they share."""
+
+    data_parallel_size: int = row(8, "Number of replicas.", between(1, 64))
+    tensor_parallel_size: int = row(1, "Processes per replica's network; only 1 is implemented.", one_of(1))
+    expert_parallel: bool = row(True, "One expert-parallel group; for now each replica holds all experts.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSection:
+    """What each replica runs with. A port option is a list with one port per replica, or one base number."""
+
+    device: str = row("auto", "`auto` (a GPU if there is one), `cpu`, `gpu` or `gpu:N`.", device_name)
+    host: str = row(
+        "127.0.0.1", "Address to listen on; `0.0.0.0` opens the replicas to the network.", not_empty
+    )
+    ports: tuple[int, ...] = row(1811, "OpenAI API; a base b means b, b+11, b+22, ...")
+    metrics_ports: tuple[int, ...] = row(3101, "Prometheus metrics; a base b means b, b+100, b+200, ...")
+    engine_worker_queue_ports: tuple[int, ...] = row(25611, "API process to worker; b, b+10, b+20, ...")
+    max_model_len: int = row(2048, "Longest sequence, prompt and answer together.", at_least(1), "tokens")
+    max_num_seqs: int = row(8, "Sequences that a replica computes at the same time.", at_least(1))
+    num_gpu_blocks_override: int = row(
+        0, "KV cache in blocks of 64 tokens; 0: from memory.", at_least(0), "blocks"
+    )
+    threads: int = row(0, "CPU threads of a replica; 0: the cores divided by the replicas.", at_least(0))
+    extra_args: tuple[str, ...] = row((), "Further words for the replica's command line.")
+    env: Mapping[str, str] = row({}, "Further environment variables of the replicas.", environment_names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSection:
+    """The one address that clients talk to."""
+
+    host: str = row("127.0.0.1", "Address to listen on; `0.0.0.0` opens it to the network.", not_empty)
+    port: int = row(30000, "Port to listen on.", between(1, 65535))
+    policy: str = row("request_num", "Which replica takes a request: " + _POLICIES + ".", one_of(*POLICIES))
+    request_timeout: float = row(1800.0, "Silence after which an answer is given up.", at_least(1), "s")
+    api_keys_file: str = row("", "File with the keys that clients must show, one a line; empty: none.")
+    extra_args: tuple[str, ...] = row((), "Further words for the router's command line.")
+    env: Mapping[str, str] = row({}, "Further environment variables of the router.", environment_names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuperviseSection:
+    """When a program counts as failed, and when it is tried again."""
+
+    startup_timeout: float = row(
+        600.0, "From start to first token; longer counts as failed.", at_least(1), "s"
+    )
+    parallel_starts: int = row(0, "Replicas that load at the same time; 0: one per core.", at_least(0))
+    start_slot: float = row(
+        60.0, "A replica that loads longer does not hold back the next.", at_least(0), "s"
+    )
+    probe_interval: float = row(5.0, "Between two health checks of a READY replica.", between(0.1, 3600), "s")
+    stall_after: float = row(30.0, "Without a good health check for so long: UNHEALTHY.", at_least(1), "s")
+    stall_kill: float = row(180.0, "Without a good health check for so long: killed.", at_least(1), "s")
+    stop_timeout: float = row(30.0, "From being told to stop to being killed.", between(1, 3600), "s")
+    backoff_first: float = row(1.0, "Before the first restart; doubles with each failure.", at_least(0), "s")
+    backoff_max: float = row(60.0, "Longest time before a restart.", at_least(0), "s")
+    stable_after: float = row(120.0, "READY for so long: earlier failures are forgotten.", at_least(1), "s")
+    budget: int = row(10, "Failures within `budget_window` that put a replica into QUARANTINE.", at_least(1))
+    budget_window: float = row(600.0, "The time in which failures are counted.", at_least(1), "s")
+    quarantine: float = row(600.0, "Between two tries of a replica in quarantine.", at_least(1), "s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathsSection:
+    """Where things are kept; empty: `state`, `run`, `logs` below `--prefix`, without one the system's."""
+
+    state: Path = row("", "What must survive a restart; without a prefix /var/lib/fd.")
+    run: Path = row("", "Sockets and supervisord's files; without a prefix /run/fd.")
+    logs: Path = row("", "One directory per program; without a prefix /var/log/fd.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All of dp.toml, with every default filled in and every path absolute."""
+
+    model: ModelSection
+    parallel: ParallelSection
+    engine: EngineSection
+    router: RouterSection
+    supervise: SuperviseSection
+    paths: PathsSection
+
+
+SECTIONS: dict[str, type] = dict(get_type_hints(Config))

@@ -1,0 +1,182 @@
+"""dp.toml: every mistake is one line with file, line and key, and says what would be right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon import config as dp_toml
+from fastdeploy.daemon.config import Config, document, load, parse
+from fastdeploy.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+PREFIX = Path("/tmp/fd")
+
+
+def read(text: str) -> Config:
+    return parse(text, "dp.toml", PREFIX, PREFIX)
+
+
+def model(text: str = "") -> str:
+    return '[model]\npath = "demo"\n' + text
+
+
+def test_a_model_is_enough_and_the_ports_are_those_of_fastdeploys_documentation() -> None:
+    config = read(model())
+    assert config.parallel.data_parallel_size == 8
+    assert config.engine.ports == (1811, 1822, 1833, 1844, 1855, 1866, 1877, 1888)
+    assert config.engine.metrics_ports == (3101, 3201, 3301, 3401, 3501, 3601, 3701, 3801)
+    assert config.engine.engine_worker_queue_ports == (25611, 25621, 25631, 25641, 25651, 25661, 25671, 25681)
+    assert config.router.port == 30000
+
+
+def test_the_shipped_file_is_good_and_its_replicas_are_eight() -> None:
+    config = load(ROOT / "etc/dp.toml", PREFIX)
+    assert config.parallel.data_parallel_size == 8
+    assert config.model.path == "demo"
+
+
+def test_the_documentation_is_the_generated_one() -> None:
+    assert (ROOT / "docs/configuration.md").read_text() == document(), "run `make docs`"
+
+
+def test_every_option_has_one_sentence_of_help() -> None:
+    for line in document().splitlines():
+        if line.startswith("| `"):
+            assert re.search(r"\S.*[.;)]\S* \|$|\.\.\. \|$", line), line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "",
+            "1: model.path: is missing; Directory of the checkpoint, or the word `demo` for the demo model.",
+        ),
+        ("[model]\npath = ''", "2: model.path: is ''; it must not be empty"),
+        ("[model]\npath = 3", "2: model.path: is 3; it must be a text"),
+        ("[model", "1: not TOML: expected ']' at the end of a table declaration"),
+        ('[model]\npath = "demo"\n\nx = [1, 2\n', "4: not TOML: unclosed array"),
+        ("path = 'demo'", "1: path: unknown key outside of a section; did you mean 'paths'?"),
+        (model("[engin]\n"), "3: engin: unknown section; did you mean 'engine'?"),
+        (
+            model("[zzz]\n"),
+            "3: zzz: unknown section; known are engine, model, parallel, paths, router, supervise",
+        ),
+        (model("engine = 3\n"), "3: model.engine: unknown key; known are path, served_name"),
+        ("engine = 3\n" + model(), "1: engine: is 3; it must be a section, [engine]"),
+        (model("[engine]\nprots = 1\n"), "4: engine.prots: unknown key; did you mean 'ports'?"),
+        (model("[engine]\nthreads = -1\n"), "4: engine.threads: is -1; it must be at least 0"),
+        (model("[engine]\nthreads = true\n"), "4: engine.threads: is True; it must be an integer"),
+        (model("[engine]\nthreads = 1.5\n"), "4: engine.threads: is 1.5; it must be an integer"),
+        (
+            model("[engine]\ndevice = 'tpu'\n"),
+            "4: engine.device: is 'tpu'; it must be auto, cpu, gpu or gpu:N",
+        ),
+        (
+            model("[engine]\n# a comment\nports = [1, 2]\n"),
+            "5: engine.ports: has 2 ports; parallel.data_parallel_size is 8: it must have as many",
+        ),
+        (
+            model("[engine]\nports = 65530\n"),
+            "4: engine.ports: contains 65541; a port is between 1 and 65535",
+        ),
+        (
+            model("[engine]\nports = '1811'\n"),
+            "4: engine.ports: is '1811'; it must be one port (the base) or a list with one per replica",
+        ),
+        (
+            model("[engine]\nports = 30000\n"),
+            "4: engine.ports: port 30000 is router.port and engine.ports[0]; use each port once",
+        ),
+        (
+            model("[parallel]\ndata_parallel_size = 2\n[engine]\nports = [5000, 5000]\n"),
+            "6: engine.ports: port 5000 is engine.ports[0] and engine.ports[1]; use each port once",
+        ),
+        (
+            model("[parallel]\ntensor_parallel_size = 2\n"),
+            "4: parallel.tensor_parallel_size: is 2; it must be 1",
+        ),
+        (
+            model("[engine]\nextra_args = '--x'\n"),
+            "4: engine.extra_args: is '--x'; it must be a list of texts",
+        ),
+        (model("[engine]\nenv = { A = 1 }\n"), '4: engine.env: A is 1; it must be a text, A = "1"'),
+        (
+            model("[engine.env]\n'A B' = '1'\n"),
+            "3: engine.env: 'A B' cannot be the name of an environment variable",
+        ),
+        (model("[engine.env]\nFD_LOG_DIR = '/'\n"), "3: engine.env: FD_LOG_DIR is set by the daemon itself"),
+        (
+            model('[engine]\nextra_args = ["\\u0000"]\n'),
+            "4: engine.extra_args: is '\\x00'; a text must not contain",
+        ),
+        (model("[router]\nport = 70000\n"), "4: router.port: is 70000; it must be between 1 and 65535"),
+        (model("[router]\npolicy = 'magic'\n"), "4: router.policy: is 'magic'; it must be one of '"),
+        (model("[supervise]\nbudget = 0\n"), "4: supervise.budget: is 0; it must be at least 1"),
+        (
+            model("[supervise]\nbackoff_max = inf\n"),
+            "4: supervise.backoff_max: is inf; it must be a finite number",
+        ),
+        (
+            model("[supervise]\nbackoff_max = nan\n"),
+            "4: supervise.backoff_max: is nan; it must be a finite number",
+        ),
+        (
+            model("[paths]\nrun = 'a;b'\n"),
+            "4: paths.run: is '/tmp/fd/a;b'; supervisord's configuration cannot carry ';'",
+        ),
+        (model("[paths]\nrun = '100%'\n"), "4: paths.run: is '/tmp/fd/100%'; supervisord's configuration"),
+        (model(f"[paths]\nrun = '/{'x' * 90}'\n"), "4: paths.run: /xxx"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_where_and_what_is_right(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert str(caught.value).startswith(f"dp.toml:{message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_one_that_is_not_utf8_are_one_line_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "dp.toml")
+    (tmp_path / "dp.toml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="byte 0 is not UTF-8"):
+        load(tmp_path / "dp.toml")
+
+
+@given(st.text())
+def test_any_text_is_a_configuration_or_one_clear_line(text: str) -> None:
+    # No path of a model can come about by chance: every text is wrong.
+    with pytest.raises(ConfigError, match=r"^dp\.toml:\d+: "):
+        read(text)
+
+
+def test_without_a_prefix_the_systems_directories_are_used_and_paths_start_at_the_file(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "dp.toml"
+    file.write_text('[model]\npath = "models/x"\n[paths]\nlogs = "log"\n')
+    config = load(file)
+    assert config.model.path == str(tmp_path / "models/x")
+    assert config.paths.state == Path("/var/lib/fd")
+    assert config.paths.run == Path("/run/fd")
+    assert config.paths.logs == tmp_path / "log"
+
+
+def test_with_a_prefix_everything_lies_below_it() -> None:
+    config = read('[model]\npath = "models/x"\n[paths]\nlogs = "elsewhere"\n')
+    assert config.model.path == "/tmp/fd/models/x"
+    assert (config.paths.state, config.paths.run) == (PREFIX / "state", PREFIX / "run")
+    assert config.paths.logs == PREFIX / "elsewhere"
+
+
+def test_the_port_steps_are_what_the_documentation_says() -> None:
+    text = document()
+    for key, step in dp_toml.PORT_STEPS.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{key}`"))
+        assert f"b+{step}, b+{2 * step}, ..." in line

@@ -1,0 +1,37 @@
+"""The table of arrows."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import pytest
+
+from fastdeploy.daemon.programs import Program
+from fastdeploy.daemon.replica import ALIVE, ARROWS, Replica, State
+
+
+def replica(state: State) -> Replica:
+    return Replica(Program("replica3", ("x",), MappingProxyType({}), (1,)), state=state, pid=7, failing="x")
+
+
+def test_every_state_can_be_reached_and_left() -> None:
+    assert set(ARROWS) == set(State)
+    assert set().union(*ARROWS.values()) == set(State)
+    assert all(ARROWS.values())
+
+
+@pytest.mark.parametrize("start", State)
+@pytest.mark.parametrize("to", State)
+def test_only_the_arrows_of_the_table_are_moves(start: State, to: State) -> None:
+    one = replica(start)
+    if to not in ARROWS[start]:
+        with pytest.raises(AssertionError, match=f"replica 3: {start} -> {to}"):
+            one.move(to, "why", 1.0)
+        return
+    one.move(to, "why", 1.0)
+    assert (one.state, one.note, one.since) == (to, "why", 1.0)
+    assert one.pid == (7 if to in ALIVE else 0)
+
+
+def test_nothing_becomes_ready_but_what_was_starting_or_unhealthy() -> None:
+    assert {start for start in State if State.READY in ARROWS[start]} == {State.STARTING, State.UNHEALTHY}

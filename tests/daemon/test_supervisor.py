@@ -1,0 +1,152 @@
+"""No user's word enters supervisord's configuration, and every word reaches the program unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from supervisor.options import ServerOptions
+
+from fastdeploy.daemon import supervisor
+from fastdeploy.daemon.launch import HASH, MARKER, NOT_STARTED, USAGE
+from fastdeploy.daemon.processes import Marked, kill_marked, marked, running_hash
+from fastdeploy.daemon.programs import Program
+from fastdeploy.daemon.supervisor import Layout, Supervisor, SupervisorLost
+
+from .conftest import wait_until
+
+FD_RUN = Path(sys.executable).with_name("fd-run")
+#: What a text in a command line or an environment can be: anything but NUL.
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
+#: Each of these, written into an ini, is cut, expanded, or stops supervisord.
+INJECTIONS = [
+    *("100%", "%(ENV_HOME)s", "%%", "a ; b", "; comment", "# no", " # no", "0,1", '"', "'", '\\"', "$HOME"),
+    *(
+        "a\nautostart=true",
+        "x\n[program:evil]\ncommand=/bin/false",
+        "\r\n",
+        "\t",
+        " ",
+        "",
+        "`id`",
+        "&& id",
+        "é",
+        "\\",
+    ),
+    *("[section]", "key=value", ":", "\x7f", "\u2028"),
+]
+
+
+def program(*words: str, name: str = "replica0", **env: str) -> Program:
+    return Program(name, (sys.executable, "-c", "pass", *words), MappingProxyType(env), (5000,))
+
+
+def parsed(file: Path) -> dict[str, Any]:
+    """As supervisord reads it: the name of each program -> its options."""
+    options = ServerOptions()
+    options.realize(["-c", str(file)])
+    return {config.name: config.process_configs[0] for config in options.process_group_configs}
+
+
+@pytest.mark.parametrize("word", INJECTIONS)
+def test_no_word_of_a_program_changes_the_ini(word: str, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    hostile = program("--x", word, VARIABLE=word)
+    harmless = program("--x", VARIABLE="")
+    ini = supervisor.render(layout, [hostile], 5)
+    assert ini.replace(hostile.hash, "") == supervisor.render(layout, [harmless], 5).replace(
+        harmless.hash, ""
+    )
+
+
+@pytest.mark.parametrize("name", ["with space", "comma,colon:", "$HOME", "é", "[x]", "a=b"])
+def test_supervisord_understands_every_path_that_dp_toml_may_have(name: str, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / name / "run", tmp_path / name / "logs")
+    one = program()
+    supervisor.write(layout, [one], 5)
+    config = parsed(layout.ini)["replica0"]
+    assert shlex.split(config.command) == [str(FD_RUN), "replica0", one.hash, str(layout.launch)]
+    assert config.stdout_logfile == str(layout.output("replica0"))
+    assert (config.autostart, config.autorestart, config.startsecs) == (False, False, 0)
+
+
+@given(
+    argv=st.lists(WORDS, max_size=4),
+    env=st.dictionaries(st.from_regex(r"\A[A-Z_][A-Z0-9_]{0,9}\Z").map("X_".__add__), WORDS, max_size=4),
+)
+@example(argv=INJECTIONS, env={f"X_{number}": word for number, word in enumerate(INJECTIONS)})
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_word_reaches_the_program_unchanged(
+    argv: list[str], env: dict[str, str], tmp_path: Path
+) -> None:
+    tell = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], sys.stdout)"
+    one = Program("replica0", (sys.executable, "-c", tell, *argv), MappingProxyType(env), (5000,))
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    supervisor.write(layout, [one], 5)
+    command = shlex.split(parsed(layout.ini)["replica0"].command)
+    inherited = {**os.environ, "NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "SUPERVISOR_ENABLED": "1"}
+    told = subprocess.run(command, env=inherited, capture_output=True, check=True, text=True)
+    got_argv, got_env = json.loads(told.stdout)
+    assert got_argv == argv
+    assert {name: got_env[name] for name in env} == env
+    assert (got_env[MARKER], got_env[HASH]) == (f"{layout.run}#replica0", one.hash)
+    assert not got_env.keys() & {"NOTIFY_SOCKET", "WATCHDOG_USEC", "SUPERVISOR_ENABLED"}
+    assert Program.from_launch_text((layout.launch / one.launch_name).read_text()) == one
+
+
+def test_fd_run_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([FD_RUN, *words], capture_output=True, text=True, check=False)
+
+    assert run().returncode == USAGE
+    missing = run("replica0", "abc", str(tmp_path))
+    assert (missing.returncode, missing.stderr.count("\n")) == (NOT_STARTED, 1)
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    one = Program("replica0", ("/nowhere/python",), MappingProxyType({}), (1,))
+    supervisor.write(layout, [one], 5)
+    failed = run("replica0", one.hash, str(layout.launch))
+    assert failed.returncode == NOT_STARTED
+    assert failed.stderr == "fd-run: /nowhere/python: cannot be executed (No such file or directory)\n"
+
+
+def test_a_supervisord_that_is_not_there_is_lost_and_one_that_is_silent_hangs(tmp_path: Path) -> None:
+    with pytest.raises(SupervisorLost) as caught:
+        Supervisor(Layout(tmp_path, tmp_path)).processes()
+    assert not caught.value.hangs
+
+
+def test_launch_files_of_no_program_are_removed(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    old, new = program("old"), program("new")
+    supervisor.write(layout, [old], 5)
+    supervisor.write(layout, [new], 5)
+    supervisor.remove_stale_launch_files(layout, [new])
+    assert [file.name for file in layout.launch.iterdir()] == [new.launch_name]
+
+
+def test_a_marked_process_is_found_in_any_session_and_only_by_its_own_daemon(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = {**os.environ, MARKER: f"{run}#replica3", HASH: "abc"}
+    child = subprocess.Popen(["sleep", "60"], env=env, start_new_session=True)
+    try:
+        wait_until(lambda: marked(run), "environment visible")
+        assert marked(run) == [Marked(child.pid, "replica3", "abc")]
+        assert marked(run, "replica2") == []
+        assert marked(tmp_path) == []
+        assert running_hash(run, child.pid) == "abc"
+        assert kill_marked(run, "replica2") == []
+        assert [process.pid for process in kill_marked(run, "replica3")] == [child.pid]
+        assert child.wait(timeout=20) == -9
+        assert marked(run) == []
+    finally:
+        child.kill()
+        child.wait()
