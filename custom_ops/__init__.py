@@ -41,10 +41,9 @@ class MLPWeights:
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
-    """Queries that one matrix product handles: `num_sequences` sequences with `num_queries` tokens each.
+    """Queries that one matrix product handles: one token each of many sequences, or many tokens of one.
 
-    Decode rows share a tile, with block tables padded to the longest; a chunk of prefill is one sequence,
-    cut into several tiles when it is long. S is the keys per sequence, padding included.
+    The block tables of a tile are padded to the longest. S is the keys per sequence, padding included.
     """
 
     num_sequences: int
@@ -52,7 +51,8 @@ class AttentionTile:
     #: int64 [num_sequences * nkv * S / block_size]: per sequence and head, rows of the cache seen as
     #: [num_blocks * nkv, block_size * d].
     read_rows: paddle.Tensor
-    #: [num_sequences, 1, 1, num_queries, S]: 0 where the query may look, -inf elsewhere.
+    #: 0 where a query may look, -inf elsewhere: [num_queries, S] of one sequence, [num_sequences * nq, 1, S]
+    #: of many. There the heads are written out, because a broadcast in the middle is 15 times slower.
     mask: paddle.Tensor
 
 
@@ -93,8 +93,9 @@ def rope_and_cache(
 
     Args:
         qkv: [T, nq + 2 * nkv, d], heads of q, then of k, then of v.
-        rotation: complex64 [T, 1, d / 2], cos + i sin of position times frequency j. Elements 2j and 2j + 1
-            of a head are the real and imaginary part of what it multiplies (interleaved pairs).
+        rotation: complex64 [T, nq + nkv, d / 2], cos + i sin of position times frequency j, the same for all
+            heads. Elements 2j and 2j + 1 of a head are the real and imaginary part of what it multiplies
+            (interleaved pairs).
         key_cache, value_cache: [num_blocks, nkv, block_size, d].
         write_rows: int64 [T * nkv], for each token and head its row of the cache seen as
             [num_blocks * nkv * block_size, d]: (block * nkv + head) * block_size + offset.
@@ -140,15 +141,17 @@ def paged_attention(
     outputs = []
     for tile, q in zip(tiles, paddle.split(query, sizes) if len(tiles) > 1 else [query], strict=True):
         b, t = tile.num_sequences, tile.num_queries
-        # Heads that share keys become rows of one matrix product: no key is repeated in memory.
-        q = q.reshape([b, t, num_kv_heads, group, head_dim]).transpose([0, 2, 3, 1, 4])
         k = paddle.gather(keys, tile.read_rows).reshape([b, num_kv_heads, -1, head_dim])
         v = paddle.gather(values, tile.read_rows).reshape(k.shape)
+        # Heads that share keys become rows of one matrix product: no key is repeated in memory.
+        if t > 1:
+            q = q.reshape([t, num_kv_heads, group, head_dim]).transpose([1, 2, 0, 3])
         scores = paddle.matmul(q.reshape([b, num_kv_heads, group * t, head_dim]), k, transpose_y=True)
-        scores = scores.reshape([b, num_kv_heads, group, t, -1]) + tile.mask
-        weights = F.softmax(scores, axis=-1).reshape([b, num_kv_heads, group * t, -1])
-        out = paddle.matmul(weights, v).reshape([b, num_kv_heads, group, t, head_dim])
-        outputs.append(out.transpose([0, 3, 1, 2, 4]).reshape([b * t, num_heads * head_dim]))
+        weights = F.softmax_(scores.reshape([b * num_heads, t, -1]).add_(tile.mask))
+        out = paddle.matmul(weights.reshape(scores.shape), v)
+        if t > 1:
+            out = out.reshape([num_kv_heads, group, t, head_dim]).transpose([2, 0, 1, 3])
+        outputs.append(out.reshape([b * t, num_heads * head_dim]))
     return outputs[0] if len(outputs) == 1 else paddle.concat(outputs)
 
 
@@ -168,7 +171,7 @@ def moe_topk_select(
     probabilities = F.softmax(logits, axis=-1)
     # A stable sort, because topk leaves open which of two equals it takes.
     picks = paddle.argsort(probabilities + bias, axis=-1, descending=True, stable=True)[:, :k]
-    weights = paddle.take_along_axis(probabilities, picks, axis=-1)
+    weights = paddle.index_sample(probabilities, picks)
     return picks, weights / paddle.clip(weights.sum(axis=-1, keepdim=True), min=norm_min)
 
 
@@ -191,9 +194,10 @@ def fused_moe(
     else:
         # Permute: the rows of one expert become neighbours; row order[i] of (token, pick) goes to place i.
         order = np.argsort(assigned, kind="stable")
-        active, counts = np.unique(assigned, return_counts=True)
+        counts = np.bincount(assigned)
+        active = np.flatnonzero(counts)
         rows = paddle.gather(x, paddle.to_tensor(order // k))
-        parts = paddle.split(rows, counts.tolist())
+        parts = paddle.split(rows, counts[active].tolist())
         out = paddle.concat(
             [swiglu_mlp(part, experts[e]) for e, part in zip(active.tolist(), parts, strict=True)]
         )

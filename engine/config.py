@@ -100,8 +100,8 @@ class ModelConfig:
             moe_num_experts=experts,
             moe_k=integer("moe_k", "num_experts_per_tok", default=0 if experts == 0 else None),
             moe_intermediate_size=integer("moe_intermediate_size", default=0 if experts == 0 else None),
-            moe_num_shared_experts=integer("moe_num_shared_experts", default=0),
-            moe_layer_start_index=integer("moe_layer_start_index", default=0),
+            moe_num_shared_experts=integer("moe_num_shared_experts", default=0 if experts == 0 else 2),
+            moe_layer_start_index=integer("moe_layer_start_index", default=1),
             moe_layer_end_index=layers - 1 if end == -1 else end,
             moe_layer_interval=integer("moe_layer_interval", default=1),
             moe_norm_min=float(raw.get("moe_norm_min", 1e-12)),
@@ -150,7 +150,13 @@ class EngineConfig:
     qkv_order: str = "plain"
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "data_parallel_size"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "data_parallel_size",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
         if self.tensor_parallel_size != 1:

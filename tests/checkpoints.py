@@ -166,17 +166,17 @@ def write_checkpoint(
 def write_safetensors(file: Path, tensors: Tensors, dtype: str = "F32") -> None:
     """By hand, because numpy has no bfloat16 for the library to write. BF16 cuts the lower half off."""
     header: dict[str, Any] = {}
-    body = b""
+    body: list[bytes] = []
+    end = 0
     for name, values in tensors.items():
         plain = np.ascontiguousarray(values)
         if dtype == "BF16":
             plain = (plain.view(np.uint32) >> 16).astype(np.uint16)
         elif dtype == "F16":
             plain = plain.astype(np.float16)
-        data = plain.tobytes()
-        offsets = [len(body), len(body) + len(data)]
-        header[name] = {"dtype": dtype, "shape": values.shape, "data_offsets": offsets}
-        body += data
+        body.append(plain.tobytes())
+        start, end = end, end + len(body[-1])
+        header[name] = {"dtype": dtype, "shape": values.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(body))

@@ -69,21 +69,20 @@ class AttentionStep:
             table = np.zeros((len(members), width), dtype=np.int64)
             for line, i in zip(table, members, strict=True):
                 line[: len(tables[i])] = tables[i]
-            tiles.append(_tile(table, np.array([[rows[i].start] for i in members]), heads, block_size))
+            last = np.array([rows[i].start for i in members]).repeat(config.num_attention_heads)
+            tiles.append(_tile(table, _mask(last[:, None], width * block_size), heads))
         for i in chunks:
             for start in range(rows[i].start, rows[i].end, TILE_QUERIES):
                 end = min(start + TILE_QUERIES, rows[i].end)
                 table = tables[i][None, : math.ceil(end / block_size)]
-                tiles.append(_tile(table, np.arange(start, end)[None], heads, block_size))
+                mask = _mask(np.arange(start, end), table.size * block_size)
+                tiles.append(_tile(table, mask, heads))
 
         positions = [np.arange(rows[i].start, rows[i].end) for i in row_order]
-        blocks = np.concatenate(
-            [tables[i][p // block_size] for i, p in zip(row_order, positions, strict=True)]
-        )
+        blocks = [tables[i][p // block_size] for i, p in zip(row_order, positions, strict=True)]
         position = np.concatenate(positions)
-        write_rows = (blocks[:, None] * heads + np.arange(heads)) * block_size + (position % block_size)[
-            :, None
-        ]
+        of_head = (np.concatenate(blocks)[:, None] * heads + np.arange(heads)) * block_size
+        write_rows = of_head + (position % block_size)[:, None]
         return cls(
             row_order=row_order,
             rotation=paddle.to_tensor(_rotation(position, config)),
@@ -101,24 +100,27 @@ def attention(
     return linear(paged_attention(query, cache.key, cache.value, step.tiles), output)
 
 
-def _tile(table: np.ndarray, positions: np.ndarray, heads: int, block_size: int) -> AttentionTile:
-    """table: block ids [sequences, blocks]; positions: of the queries [sequences, queries]."""
+def _tile(table: np.ndarray, mask: np.ndarray, heads: int) -> AttentionTile:
+    """table: block ids [sequences, blocks]."""
     read_rows = table[:, None, :] * heads + np.arange(heads)[None, :, None]
-    keys = np.arange(table.shape[1] * block_size)
-    mask = np.where(keys <= positions[:, :, None], np.float32(0), np.float32(-np.inf))
     return AttentionTile(
-        num_sequences=positions.shape[0],
-        num_queries=positions.shape[1],
+        num_sequences=table.shape[0],
+        num_queries=mask.shape[-2],
         read_rows=paddle.to_tensor(read_rows.reshape(-1)),
-        mask=paddle.to_tensor(mask[:, None, None]),
+        mask=paddle.to_tensor(mask),
     )
+
+
+def _mask(positions: np.ndarray, num_keys: int) -> np.ndarray:
+    return np.where(np.arange(num_keys) <= positions[..., None], np.float32(0), np.float32(-np.inf))
 
 
 def _rotation(positions: np.ndarray, config: ModelConfig) -> np.ndarray:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = np.float32(1) / np.float32(config.rope_theta) ** exponents
     angles = positions.astype(np.float32)[:, None, None] * frequencies
-    rotation = np.empty(angles.shape, dtype=np.complex64)
+    heads = config.num_attention_heads + config.num_key_value_heads
+    rotation = np.empty((len(positions), heads, len(frequencies)), dtype=np.complex64)
     rotation.real, rotation.imag = np.cos(angles), np.sin(angles)
     return rotation
 

@@ -44,7 +44,7 @@ def test_logits_picks_and_greedy_text_are_the_reference(
     assert sequence.output_token_ids == reference[f"greedy_{prompt}"].tolist()
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 50, 199])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 50, 129, 199])
 def test_chunks_of_prefill_do_not_show(
     network: Network, reference: dict[str, np.ndarray], chunk: int
 ) -> None:
