@@ -181,7 +181,7 @@ class EngineConfig:
         return math.ceil(num_tokens / self.block_size)
 
     def num_blocks(self, model: ModelConfig, memory_budget: int = 1 << 30) -> int:
-        """Blocks of the KV cache: the override, or what `memory_budget` bytes hold, at least one full sequence."""
+        """Blocks of the KV cache: the override, or what `memory_budget` bytes hold, at least one sequence."""
         if self.num_gpu_blocks_override is not None:
             return self.num_gpu_blocks_override
         wanted = self.max_num_seqs * self.blocks_for(self.max_model_len)
