@@ -67,7 +67,7 @@ class RouterProcess:
     def metric(self, name: str) -> list[str]:
         return [line for line in self.get("/metrics").text.splitlines() if line.startswith(name)]
 
-    def stop(self, sig: int = signal.SIGKILL) -> int:
+    def stop(self, sig: int = signal.SIGINT) -> int:
         """Ends it and waits until everything below it has ended too."""
         if self.process.poll() is None:
             family = psutil.Process(self.process.pid).children(recursive=True)
