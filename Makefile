@@ -9,13 +9,14 @@ PARITY := .cache/parity-venv
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
-.PHONY: help serve model test check mypy format parity bench-serve clean
+.PHONY: help serve model test check mypy format docs parity bench-serve install clean
 
 help:
 	@echo "make serve        set up everything and serve the demo model: eight replicas, one router"
 	@echo "make test         set up everything and run all tests"
 	@echo "make check        ruff and mypy"
 	@echo "make format       ruff, writing"
+	@echo "make docs         write docs/configuration.md anew"
 	@echo "make parity       compare the network with transformers on random models (installs torch)"
 	@echo "make bench-serve  start-up time, memory and tokens/s of the whole system"
 	@echo "make install      install as a systemd service (as root)"
@@ -45,6 +46,13 @@ mypy: $(VENV)/installed
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fastdeploy
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/daemon $(CURDIR)/custom_ops $(TYPES)/fastdeploy/
 	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy
+
+docs: $(VENV)/installed
+	@$(BIN)/python -m fastdeploy.daemon.config > docs/configuration.md
+
+# As root; PREFIX_DIR, PYTHON and DESTDIR as etc/install.sh says.
+install:
+	@etc/install.sh
 
 format: $(VENV)/installed
 	@$(BIN)/ruff format .

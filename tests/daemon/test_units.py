@@ -1,0 +1,70 @@
+"""What `make install` puts on a machine: systemd must understand it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+UNITS = ("fd-dp.service", "fd-dp-engines.service")
+
+
+def run(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **env}
+    )
+
+
+@pytest.fixture
+def staged(tmp_path: Path) -> Path:
+    """With the commands of this environment: systemd looks whether they exist."""
+    done = run(ROOT / "etc/install.sh", DESTDIR=str(tmp_path), PREFIX_DIR=sys.prefix)
+    assert (done.returncode, done.stderr) == (0, "")
+    return tmp_path / "etc"
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(staged: Path) -> None:
+    done = run("systemd-analyze", "verify", *(staged / "systemd/system" / unit for unit in UNITS))
+    ours = [line for line in done.stderr.splitlines() if "fd-dp" in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_units_are_hardened(unit: str, staged: Path) -> None:
+    done = run("systemd-analyze", "security", "--offline=true", staged / "systemd/system" / unit)
+    found = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
+    assert found, done.stdout + done.stderr
+    assert float(found[1]) < 3.0
+
+
+def test_every_command_in_the_units_is_one_of_ours_and_takes_these_words(staged: Path) -> None:
+    for unit in UNITS:
+        text = (staged / "systemd/system" / unit).read_text()
+        for line in re.findall(r"^Exec\w+=-?(.*)$", text, re.MULTILINE):
+            command, *words = line.split()
+            assert Path(command).parent == Path(sys.prefix) / "bin"
+            if "supervisord" not in command:
+                told = run(command, *(word for word in words if word != "--write"), "--help")
+                assert told.returncode == 0, line
+
+
+def test_a_dp_toml_that_is_there_is_kept_and_the_shipped_one_is_good(staged: Path) -> None:
+    fdctl = Path(sys.executable).with_name("fdctl")
+    assert run(fdctl, "check", staged / "fd/dp.toml").returncode == 0
+    (staged / "fd/dp.toml").write_text("# mine\n")
+    run(ROOT / "etc/install.sh", DESTDIR=str(staged.parent), PREFIX_DIR=sys.prefix)
+    assert (staged / "fd/dp.toml").read_text() == "# mine\n"
+
+
+def test_without_a_stage_it_needs_root(tmp_path: Path) -> None:
+    (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+    (tmp_path / "id").chmod(0o755)
+    done = run(ROOT / "etc/install.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("install: ERROR (")
+    assert done.stderr.count("\n") == 1
