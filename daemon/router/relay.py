@@ -146,6 +146,7 @@ class _Call:
         self.environ = environ
         self.method: str = environ["REQUEST_METHOD"]
         self.path: str = environ["PATH_INFO"]
+        self._written_path = environ["RAW_URI"].partition("?")[0]
         self.id = request_id(environ)
         self.short_id = self.id[:64]
         self._start_response = start_response
@@ -178,7 +179,8 @@ class _Call:
             self._metrics.inference(lease.instance.url, status)
         logger.info(
             "request=%s replica=%s %s %s status=%d bytes=%d seconds=%.3f%s",
-            *(self.short_id, lease.instance.name if lease else "-", self.method, self.path),
+            # The path as it was written: decoded, it could hold a line break.
+            *(self.short_id, lease.instance.name if lease else "-", self.method, self._written_path),
             *(status, size, seconds, f" ({remark})" if remark else ""),
         )
 

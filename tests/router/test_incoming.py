@@ -118,6 +118,13 @@ def test_a_path_does_not_climb_out_of_v1(router, new_engine, path):
     assert engine.received == []
 
 
+def test_a_line_break_in_a_path_makes_no_line_in_the_log(router, new_engine):
+    router.add(new_engine())
+    assert exchange(router.port, b"GET /v1/x%0Aforged HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
+    wait_until(lambda: "GET /v1/x%0Aforged" in router.log.read_text(), "the request is in the log")
+    assert "\nforged" not in router.log.read_text()
+
+
 def test_expect_100_continue_is_answered_by_the_router(router, new_engine):
     engine = new_engine()
     router.add(engine)
