@@ -116,7 +116,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(parse, field, value
         ({"chat_template": 5}, "chat_template"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
-        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
+        ({"chat_template_kwargs": {"self": None}}, "chat_template_kwargs.self"),
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
     ],
 )

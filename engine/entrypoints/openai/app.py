@@ -103,6 +103,7 @@ def create_app(replica: Replica) -> Flask:
 
     @app.errorhandler(FastDeployError)
     def known_error(error: FastDeployError) -> Response:
+        g.record.error = str(error)
         return _error(ApiError.of(error))
 
     @app.errorhandler(HTTPException)

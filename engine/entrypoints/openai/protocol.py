@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from ...errors import ConfigError, RequestError
 from ...request import SamplingParams
 from .fields import Fields
+from .prompts import MAX_TOKEN, is_token_id, read_messages, read_prompts, read_template_arguments
 
 MAX_CHOICES = 128
 MAX_SEQUENCES = 256
@@ -21,8 +22,6 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
-#: Tokens are counted in 32 bits by the engine.
-MAX_TOKENS = 2**31 - 1
 
 #: Fields that would change the answer if they were implemented -> values under which they change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -55,8 +54,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
@@ -79,7 +76,7 @@ class SamplingDefaults:
                 # A checkpoint that says do_sample=false means greedy, whatever temperature stands beside it.
                 temperature=0.0 if fields.get("do_sample") is False else temperature,
                 top_p=fields.number("top_p", cls().top_p, 0.0, 1.0),
-                top_k=fields.integer("top_k", cls().top_k, 0, MAX_TOKENS) or 0,
+                top_k=fields.integer("top_k", cls().top_k, 0, MAX_TOKEN) or 0,
                 repetition_penalty=fields.number("repetition_penalty", cls().repetition_penalty, 0.01, 10.0),
             )
         except (OSError, ValueError, RequestError) as error:
@@ -153,9 +150,9 @@ class ChatRequest(GenerationRequest):
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         kwargs = fields.object("chat_template_kwargs")
         return cls(
-            messages=_messages(fields),
+            messages=read_messages(fields),
             chat_template=fields.string("chat_template", 1 << 16),
-            chat_template_kwargs=_template_arguments(kwargs) if kwargs else {},
+            chat_template_kwargs=read_template_arguments(kwargs) if kwargs else {},
             logprobs=max(top or 0, 0) if fields.boolean("logprobs") else None,
             **_common(fields, defaults),
         )
@@ -177,7 +174,7 @@ class CompletionRequest(GenerationRequest):
         best_of = fields.integer("best_of", common["n"], 1, MAX_CHOICES)
         if best_of != common["n"]:
             raise RequestError(f"best_of is {best_of}; only best_of equal to n is implemented", "best_of")
-        prompts = _prompts(fields)
+        prompts = read_prompts(fields)
         if len(prompts) * common["n"] > MAX_SEQUENCES:
             raise RequestError(
                 f"{len(prompts)} prompts times n = {common['n']} is more than {MAX_SEQUENCES} choices",
@@ -197,14 +194,14 @@ class CompletionRequest(GenerationRequest):
 
 
 def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
-    max_tokens = fields.integer("max_tokens", None, 1, MAX_TOKENS)
-    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, MAX_TOKENS)
-    min_tokens = fields.integer("min_tokens", 0, 0, MAX_TOKENS) or 0
+    max_tokens = fields.integer("max_tokens", None, 1, MAX_TOKEN)
+    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, MAX_TOKEN)
+    min_tokens = fields.integer("min_tokens", 0, 0, MAX_TOKEN) or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise RequestError(
             f"min_tokens is {min_tokens}; it must not exceed max_tokens ({max_tokens})", "min_tokens"
         )
-    top_k = fields.integer("top_k", defaults.top_k, -1, MAX_TOKENS) or 0
+    top_k = fields.integer("top_k", defaults.top_k, -1, MAX_TOKEN) or 0
     stream = fields.boolean("stream")
     return {
         "model": fields.string("model", 1024),
@@ -263,7 +260,7 @@ def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
     value = fields.get("stop_token_ids")
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(_is_token_id(v) for v in value):
+    if not isinstance(value, list) or not all(is_token_id(v) for v in value):
         raise RequestError("stop_token_ids must be a list of token ids", "stop_token_ids")
     if len(value) > MAX_STOP_TOKEN_IDS:
         raise RequestError(
@@ -282,81 +279,3 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
         name = options.name("continuous_usage_stats")
         raise RequestError(f"{name} is not supported; include_usage sends the usage once, at the end", name)
     return options.boolean("include_usage")
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    value = fields.get("messages")
-    if value is None:
-        raise RequestError("messages is missing; it must be a list of messages", "messages")
-    if not isinstance(value, list) or not value:
-        raise RequestError("messages must be a list of at least one message", "messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
-
-
-def _message(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RequestError(f"{path} must be an object with role and content", path)
-    fields = Fields(value, path)
-    role = fields.get("role")
-    if role not in _ROLES:
-        raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
-    for key in ("tool_calls", "function_call", "audio"):
-        if fields.get(key):
-            raise RequestError(f"{fields.name(key)} is not supported by this server", fields.name(key))
-    # "developer" is OpenAI's newer word; the templates of open models know "system".
-    message = {"role": "system" if role == "developer" else role, "content": _content(fields, role)}
-    name = fields.string("name", 1024)
-    return message | ({"name": name} if name is not None else {})
-
-
-def _content(fields: Fields, role: str) -> str:
-    content = fields.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and role == "assistant":
-        return ""
-    if not isinstance(content, list):
-        raise fields.wrong("content", "a string or a list of text parts")
-    texts = []
-    for index, part in enumerate(content):
-        path = f"{fields.name('content')}[{index}]"
-        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            raise RequestError(
-                f'{path} must be {{"type": "text", "text": ...}}; this model reads text only', path
-            )
-    return "".join(texts)
-
-
-def _template_arguments(fields: Fields) -> dict[str, Any]:
-    for key in ("self", "messages", "tools", "chat_template"):
-        if fields.get(key) is not None:
-            raise RequestError(f"{fields.name(key)} is reserved", fields.name(key))
-    return fields.as_dict()
-
-
-def _prompts(fields: Fields) -> tuple[str | list[int], ...]:
-    value = fields.get("prompt")
-    if value is None:
-        raise RequestError("prompt is missing; it must be a string, token ids, or a list of either", "prompt")
-    if isinstance(value, str) or _is_token_list(value):
-        return (value,)
-    if isinstance(value, list) and value and _is_uniform(value):
-        return tuple(value)
-    raise RequestError(
-        "prompt must be a string, a non-empty list of token ids, or a list of strings or of such lists",
-        "prompt",
-    )
-
-
-def _is_uniform(values: list[Any]) -> bool:
-    return all(isinstance(item, str) for item in values) or all(_is_token_list(item) for item in values)
-
-
-def _is_token_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_token_id(item) for item in value)
-
-
-def _is_token_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKENS

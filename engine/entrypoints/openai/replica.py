@@ -29,7 +29,7 @@ class Replica:
         self.model = ModelConfig.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory, config.chat_template)
         self.defaults = SamplingDefaults.from_directory(directory)
-        self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready)
+        self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready, config.engine.max_num_seqs)
         self.created = int(time.time())
         #: Set when the process has been told to stop: open requests go on, new ones are turned away.
         self.draining = False

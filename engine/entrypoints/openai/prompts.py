@@ -1,0 +1,92 @@
+"""What the model is to read: the messages of a chat, or the prompts of a completion, as the body has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import RequestError
+from .fields import Fields
+
+#: Tokens are numbered and counted in 32 bits by the engine.
+MAX_TOKEN = 2**31 - 1
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def read_messages(fields: Fields) -> list[dict[str, Any]]:
+    value = fields.get("messages")
+    if value is None:
+        raise RequestError("messages is missing; it must be a list of messages", "messages")
+    if not isinstance(value, list) or not value:
+        raise RequestError("messages must be a list of at least one message", "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+
+
+def _message(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must be an object with role and content", path)
+    fields = Fields(value, path)
+    role = fields.get("role")
+    if role not in _ROLES:
+        raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
+    for key in ("tool_calls", "function_call", "audio"):
+        if fields.get(key):
+            raise RequestError(f"{fields.name(key)} is not supported by this server", fields.name(key))
+    # "developer" is OpenAI's newer word; the templates of open models know "system".
+    message = {"role": "system" if role == "developer" else role, "content": _content(fields, role)}
+    name = fields.string("name", 1024)
+    return message | ({"name": name} if name is not None else {})
+
+
+def _content(fields: Fields, role: str) -> str:
+    content = fields.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    if not isinstance(content, list):
+        raise fields.wrong("content", "a string or a list of text parts")
+    texts = []
+    for index, part in enumerate(content):
+        path = f"{fields.name('content')}[{index}]"
+        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise RequestError(
+                f'{path} must be {{"type": "text", "text": ...}}; this model reads text only', path
+            )
+    return "".join(texts)
+
+
+def read_template_arguments(fields: Fields) -> dict[str, Any]:
+    arguments = fields.as_dict()
+    for key in ("self", "messages", "tools", "chat_template"):
+        if key in arguments:
+            raise RequestError(f"{fields.name(key)} is reserved", fields.name(key))
+    return arguments
+
+
+def read_prompts(fields: Fields) -> tuple[str | list[int], ...]:
+    value = fields.get("prompt")
+    if value is None:
+        raise RequestError("prompt is missing; it must be a string, token ids, or a list of either", "prompt")
+    if isinstance(value, str) or _is_token_list(value):
+        return (value,)
+    if isinstance(value, list) and value and _is_uniform(value):
+        return tuple(value)
+    raise RequestError(
+        "prompt must be a string, a non-empty list of token ids, or a list of strings or of such lists",
+        "prompt",
+    )
+
+
+def _is_uniform(values: list[Any]) -> bool:
+    return all(isinstance(item, str) for item in values) or all(_is_token_list(item) for item in values)
+
+
+def _is_token_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(is_token_id(item) for item in value)
+
+
+def is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKEN
