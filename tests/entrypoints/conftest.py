@@ -11,12 +11,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
 import pytest
+
+from fastdeploy.parent_death import die_with_parent
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
 #: The tiny checkpoint has none.
@@ -65,6 +68,8 @@ class ApiServer:
                 stderr=out,
                 env={**os.environ, "FD_LOG_DIR": str(logs), **(env or {})},
                 start_new_session=True,
+                # Also when the tests themselves are killed.
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
 
     def wait_ready(self) -> ApiServer:

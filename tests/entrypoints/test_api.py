@@ -205,6 +205,7 @@ def test_the_model_may_be_named_or_not(server: ApiServer, name):
         ("/v1/completions", {"prompt": "a", "request_id": "a b"}, {}, 400, "request_id"),
         ("/v1/completions", b'"' + b"x" * (9 << 20) + b'"', {}, 413, None),
         ("/v1/nothing", {}, {}, 404, None),
+        ("/v1/no%0Athing", {}, {}, 404, None),
         ("/v1/models", {}, {}, 405, None),
     ],
 )
@@ -332,6 +333,12 @@ def test_every_request_leaves_one_line(server: ApiServer):
     assert len(lines) == 1
     for part in ("POST /v1/completions", "status=200", "output=2", "ttft=", "duration=", "finish=length"):
         assert part in lines[0]
+
+
+def test_a_path_cannot_forge_a_line_of_the_log(server: ApiServer):
+    server.get("/v1/x%0Aforged%20line")
+    wait_until(lambda: "/v1/x%0Aforged%20line" in server.log(), "its line")
+    assert not any(line.startswith("forged") for line in server.log().splitlines())
 
 
 def test_health_and_ping(server: ApiServer):

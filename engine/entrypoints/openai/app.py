@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from flask import Flask, Response, g, request
@@ -47,7 +48,7 @@ def create_app(replica: Replica) -> Flask:
 
     @app.before_request
     def begin() -> None:
-        g.record = AccessRecord(_request_id(), request.method, request.path)
+        g.record = AccessRecord(_request_id(), request.method, _path())
         #: What this request holds, until its last byte has been sent.
         g.resources = ExitStack()
         if request.path.startswith("/v1") and request.method != "OPTIONS":
@@ -108,7 +109,7 @@ def create_app(replica: Replica) -> Flask:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        response = _error(ApiError(error.code or 500, f"{request.method} {request.path}: {error.name}"))
+        response = _error(ApiError(error.code or 500, f"{request.method} {_path()}: {error.name}"))
         if "Allow" in (headers := dict(error.get_headers())):
             response.headers["Allow"] = headers["Allow"]
         return response
@@ -190,6 +191,11 @@ def _body(max_bytes: int) -> dict[str, Any]:
         if client is not None:
             client.settimeout(None)
     return decode_object(data)
+
+
+def _path() -> str:
+    """In one line: decoded, as Flask has it, a path may hold line breaks."""
+    return quote(request.path)
 
 
 def _request_id() -> str:
