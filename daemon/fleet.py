@@ -22,13 +22,13 @@ from .probes import Probes, Reading
 from .programs import ROUTER, Program
 from .replica import Replica, State
 from .restart import Restarts
-from .supervisor import Layout, Process, Supervisor, SupervisorLost
+from .supervisor import Process, Supervisor, SupervisorLost
 
 log = logging.getLogger("fd-dp")
 
 #: Replicas wait so long for the router's first answer; it needs a second or two.
 _ROUTER_HEAD_START = 10.0
-_LOADING_PROBE_INTERVAL = 0.5
+_LOADING_PROBE_INTERVAL = 0.25
 #: A step that comes this late means that the daemon itself was stopped; nobody else is to blame for the time.
 _OVERSLEPT = 5.0
 
@@ -38,22 +38,22 @@ class Fleet:
 
     Args:
         watch: told each new pid; must call `gone` when that process has ended.
-        wake: makes the loop run a step soon; called from other threads.
     """
 
     def __init__(
         self,
         config: Config,
         programs: Iterable[Program],
+        client: Supervisor,
+        probes: Probes,
         *,
         watch: Callable[[int], None],
-        wake: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
         dice: Callable[[], float] = random.random,
     ) -> None:
         self.config = config
-        self.layout = Layout(config.paths.run, config.paths.logs)
-        self.supervisor = Supervisor(self.layout)
+        self.layout = client.layout
+        self.supervisor = client
         self.wanted = list(programs)
         self.replicas: dict[str, Replica] = {}
         self.stopping = False
@@ -62,7 +62,7 @@ class Fleet:
         self._watch = watch
         self._clock = clock
         self._dice = dice
-        self._probes = Probes(wake)
+        self._probes = probes
         self._asked: dict[str, float] = {}
         self._gone: set[int] = set()
         self._processes: dict[str, Process] = {}

@@ -22,9 +22,10 @@ from .commands import Commands
 from .config import Config
 from .fleet import Fleet
 from .notify import Notifier
+from .probes import Probes
 from .programs import Program, address, programs_of
 from .replica import State
-from .supervisor import SupervisorError, SupervisorLost
+from .supervisor import Layout, Supervisor, SupervisorError, SupervisorLost
 from .supervisord import Supervisord
 from .wakeups import Wakeups
 
@@ -54,14 +55,16 @@ class Daemon:
         self._prefix = prefix
         self._external = external
         self._wakeups = Wakeups((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        client = Supervisor(Layout(config.paths.run, config.paths.logs))
         self._fleet = Fleet(
             config,
             programs_for(config),
+            client,
+            Probes(self._wakeups.wake),
             watch=lambda pid: self._wakeups.watch(pid, self._fleet.gone),
-            wake=self._wakeups.wake,
         )
         self._supervisord = Supervisord(
-            self._fleet.supervisor,
+            client,
             config.supervise,
             external=external,
             write=self._fleet.write,

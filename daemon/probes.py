@@ -80,7 +80,12 @@ def probe(program: Program, pid: int, token: bool) -> Reading:
     try:
         status, health = _ask(program, "GET", "/health", None, _HEALTH_TIMEOUT)
         if status != 200:
-            problem = health.get("message") or health.get("status") or f"/health answered {status}"
+            problem = (
+                health.get("message")
+                or health.get("stage")
+                or health.get("status")
+                or f"/health answered {status}"
+            )
             return Reading(program.name, pid, False, True, health, str(problem))
         if program.replica is None:
             _, known = _ask(program, "GET", "/registered", None, _HEALTH_TIMEOUT)

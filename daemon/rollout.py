@@ -106,6 +106,8 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
     """Ends and starts them, one at a time, each with the configuration that it has."""
     for name in names:
         replica = fleet.replicas[name]
+        if replica.held and len(names) > 1:
+            continue  # "all" is not a wish to start what was stopped by name
         yield f"restart {replica.label}"
         fleet.hold(replica, False)
         yield from _stop(fleet, name, "restart")

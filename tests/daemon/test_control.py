@@ -158,7 +158,7 @@ def test_reload_swaps_two_replicas_ports(running: Running) -> None:
 
 def test_a_second_operation_is_refused_while_one_is_under_way(running: Running) -> None:
     running.start_and_wait()
-    running.write(extra_args=("--load-seconds", "2"))
+    running.write(extra_args=("--load-seconds", "1"))
     assert running.fdctl("reload").returncode == control.OK
     refused = running.fdctl("restart", "1")
     assert refused.returncode == control.BUSY
