@@ -126,7 +126,7 @@ def test_a_replica_that_loads_for_long_does_not_hold_back_the_next(tmp_path: Pat
 
 
 def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it_ready(
-    directory: Path,
+    tmp_path: Path,
 ) -> None:
     world = World(tmp_path, 1, stall_after=30, stall_kill=180)
     world.become_ready("router", "replica0")
