@@ -34,6 +34,7 @@ log = logging.getLogger("fd-dp")
 #: Programs get so long to finish what they have in hand when the daemon ends; then they are killed.
 _STOP_PATIENCE = 9.0
 _PROGRESS_INTERVAL = 3.0
+_BUSY_INTERVAL = 0.05
 #: EX_CONFIG of sysexits.h; the unit does not restart the daemon after it.
 _BAD_CONFIG = 78
 
@@ -114,7 +115,8 @@ class Daemon:
         self._commands.advance()
         self._tell()
         processes.reap(keep=self._supervisord.child)
-        interval = self._fleet.interval()
+        # An operation may have its next move to make although nothing has happened.
+        interval = _BUSY_INTERVAL if self._commands.busy else self._fleet.interval()
         self._wakeups.wait(min(interval, self._notify.watchdog or interval))
 
     def _take_over(self) -> None:
