@@ -20,12 +20,12 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
-from gunicorn.workers.gthread import ThreadWorker
 from prometheus_client import start_http_server
 
 from ...errors import FastDeployError
 from ...parent_death import die_with_parent
 from ...registration import Address, Registration
+from ..http_worker import HttpWorker
 from .app import create_app
 from .engine_client import EngineClient
 from .options import ServeConfig
@@ -170,16 +170,7 @@ class _Arbiter(Arbiter):
     handle_hup = handle_ttin = handle_ttou = handle_usr2 = _unsupported
 
 
-class _HttpProcess(ThreadWorker):
-    """gunicorn's thread worker, which refuses connections as soon as it is told to stop."""
-
-    def set_accept_enabled(self, enabled: bool) -> None:
-        super().set_accept_enabled(enabled)
-        if not self.alive:
-            # Left open, the port would go on taking connections which nobody answers.
-            for listener in self.sockets:
-                listener.close()
-
+class _HttpProcess(HttpWorker):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.app.parts is not None:
             self.app.parts.replica.draining = True
@@ -203,11 +194,11 @@ def _wait_for_any_child() -> tuple[int, int] | None:
     return (pid, status) if pid else None
 
 
-def _tie_to_arbiter(arbiter: Arbiter, http: ThreadWorker) -> None:
+def _tie_to_arbiter(arbiter: Arbiter, http: HttpWorker) -> None:
     die_with_parent(http.ppid)
 
 
-def _stop(arbiter: Arbiter, http: ThreadWorker) -> None:
+def _stop(arbiter: Arbiter, http: HttpWorker) -> None:
     """In the HTTP process, when it has stopped serving."""
     parts: _Parts | None = http.app.parts
     if parts is None:
