@@ -110,7 +110,8 @@ def check(options: argparse.Namespace) -> int:
 
 def render(options: argparse.Namespace) -> int:
     """What would run, or with --write the files from which supervisord runs it."""
-    config = dp_toml.load(options.file.absolute(), _prefix(options))
+    file, prefix = (options.file, _prefix(options)) if options.file else _of_the_daemon(options)
+    config = dp_toml.load(file.absolute(), prefix)
     programs = programs_of(config)
     layout = supervisor.Layout(config.paths.run, config.paths.logs)
     if options.write:
@@ -182,14 +183,14 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("-w", "--watch", action="store_true", help="again and again, until Ctrl-C")
     found = command("reload", reload, "apply dp.toml to the programs that it changes, one at a time")
     found.add_argument("--dry-run", action="store_true", help="only say what would change")
-    found.add_argument("--wait", action="store_true", help="until it is done, with the true result")
+    _add_wait(found)
     for name, help in (
         ("restart", "end and start, one at a time"),
         ("stop", "end, and keep down until started"),
         ("start", "start what is down"),
     ):
         found = command(name, operate, help, "REPLICA|all")
-        found.add_argument("--wait", action="store_true", help="until it is done, with the true result")
+        _add_wait(found)
     found = command("logs", logs, "print the output of a program", "REPLICA")
     found.add_argument("-f", "--follow", action="store_true", help="go on as it grows")
     found.add_argument("-n", "--lines", type=int, default=_TAIL_LINES, help="default: %(default)s")
@@ -200,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     found = command("check", check, "read a dp.toml and say what is wrong with it")
     found.add_argument("file", type=Path, metavar="FILE")
     found = command("render", render, "print what would run, before it runs")
-    found.add_argument("file", type=Path, metavar="FILE", nargs="?", default=_DEFAULT_CONFIG)
+    found.add_argument("file", type=Path, metavar="FILE", nargs="?", help="default: the daemon's")
     found.add_argument("--write", action="store_true", help="put supervisord's files in place instead")
     found.add_argument("--json", action="store_true")
     found = command("generate", generate, "ask the model something")
@@ -209,9 +210,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_wait(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--wait",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="until it is done, with the true result (default); Ctrl-C leaves it to go on by itself",
+    )
+
+
 def _prefix(options: argparse.Namespace) -> Path | None:
     given = options.prefix or os.environ.get("FD_PREFIX")
     return Path(given).absolute() if given else None
+
+
+def _of_the_daemon(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The running daemon's dp.toml and prefix; the system's file if no daemon answers."""
+    try:
+        daemon = _ask(options, {"do": "status"})["status"]["daemon"]
+    except DaemonUnreachable:
+        return _DEFAULT_CONFIG, _prefix(options)
+    return Path(daemon["config"]), Path(daemon["prefix"]) if daemon["prefix"] else None
 
 
 def _socket(options: argparse.Namespace) -> Path:

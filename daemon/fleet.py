@@ -26,9 +26,12 @@ from .supervisor import Process, Supervisor, SupervisorLost
 
 log = logging.getLogger("fd-dp")
 
+HELD = "held by the operator"
 #: Replicas wait so long for the router's first answer; it needs a second or two.
 _ROUTER_HEAD_START = 10.0
 _LOADING_PROBE_INTERVAL = 0.25
+#: The router's readings say how many requests each replica has in flight: an operator looks at them.
+_ROUTER_PROBE_INTERVAL = 1.0
 #: A step that comes this late means that the daemon itself was stopped; nobody else is to blame for the time.
 _OVERSLEPT = 5.0
 
@@ -80,7 +83,8 @@ class Fleet:
         now = self._clock()
         for name in wanted.keys() | running.keys():
             replica = self._enlist(running[name][1] if name in running else wanted[name])
-            replica.held = name in held
+            if name in held:
+                replica.held, replica.note = True, HELD
             if name in running:
                 process = running[name][0]
                 replica.pid, replica.started, replica.last_good = process.pid, process.started, now
@@ -154,7 +158,7 @@ class Fleet:
         self._gone.add(pid)
 
     def in_flight(self, replica: Replica) -> int | None:
-        """Requests that the router has given it, a few seconds ago; None if the router does not know it."""
+        """Requests that the router has given it, about a second ago; None if the router does not know it."""
         router = self.replicas.get(ROUTER)
         return router.health.get("in_flight", {}).get(replica.program.replica) if router else None
 
@@ -338,7 +342,11 @@ class Fleet:
                 continue
             starting = replica.state is State.STARTING
             hurry = starting or (replica.name == ROUTER and not self.all_registered())
-            interval = _LOADING_PROBE_INTERVAL if hurry else self.config.supervise.probe_interval
+            interval = self.config.supervise.probe_interval
+            if hurry:
+                interval = _LOADING_PROBE_INTERVAL
+            elif replica.name == ROUTER:
+                interval = min(interval, _ROUTER_PROBE_INTERVAL)
             if now - self._asked.get(replica.name, 0.0) >= interval:
                 self._asked[replica.name] = now
                 self._probes.ask(replica.program, replica.pid, token=starting)

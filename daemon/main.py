@@ -151,7 +151,7 @@ class Daemon:
         if status.all_ready(self._fleet):
             self._was_ready = True
             if not self._external:
-                print(_welcome(self._fleet.config, self._prefix), flush=True)
+                print(_welcome(self._fleet, self._prefix), flush=True)
         elif now >= self._show_next and line != self._shown:
             self._shown, self._show_next = line, now + _PROGRESS_INTERVAL
             if sys.stderr.isatty():
@@ -245,13 +245,13 @@ def _lock(run_directory: Path) -> IO[str]:
     return stream
 
 
-def _welcome(config: Config, prefix: Path | None) -> str:
-    url = f"http://{address(config.router.host, config.router.port)}"
+def _welcome(fleet: Fleet, prefix: Path | None) -> str:
+    url = f"http://{address(fleet.config.router.host, fleet.config.router.port)}"
     question = '{"messages":[{"role":"user","content":"What is the capital of France?"}]}'
     fdctl = Path(sys.executable).with_name("fdctl")
     option = f" --prefix {prefix}" if prefix else ""
     return f"""
-fd-dp: all {config.parallel.data_parallel_size} replicas are READY behind {url}
+fd-dp: {status.one_line(fleet)}, behind {url}
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'
 

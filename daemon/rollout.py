@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
-from .fleet import Fleet
+from .fleet import HELD, Fleet
 from .programs import ROUTER, Program
 from .replica import State
 from .supervisor import SupervisorLost
@@ -135,9 +135,9 @@ def stop(fleet: Fleet, names: list[str]) -> Operation:
     """Ends them, together, and keeps them down until someone starts them."""
     for name in names:
         fleet.hold(fleet.replicas[name], True)
-        fleet.stop(fleet.replicas[name], "held by the operator")
+        fleet.stop(fleet.replicas[name], HELD)
     for name in names:
-        yield from _stop(fleet, name, "held by the operator")
+        yield from _stop(fleet, name, HELD)
         yield f"{fleet.replicas[name].label}: stopped"
     return ""
 

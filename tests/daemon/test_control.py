@@ -32,14 +32,15 @@ def test_status_is_a_table_for_people_and_a_schema_for_programs(running: Running
 def test_stop_holds_a_replica_down_over_a_restart_of_the_daemon_until_start(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
-    assert running.fdctl("stop", "1", "--wait").returncode == control.OK
+    assert running.fdctl("stop", "1").returncode == control.OK
     assert running.programs()["replica1"]["state"] == "STOPPED"
     running.stop(signal.SIGKILL)
     running.start()
     wait_until(lambda: running.programs().get("replica0", {}).get("state") == "READY", "replica 0 adopted")
     assert running.programs()["replica1"]["state"] == "STOPPED"
     assert running.programs()["replica1"]["held"]
-    assert running.fdctl("start", "1", "--wait").returncode == control.OK
+    assert running.programs()["replica1"]["note"] == "held by the operator"
+    assert running.fdctl("start", "1").returncode == control.OK
     assert running.ready()
     assert running.pids()["replica0"] == before["replica0"]
 
@@ -47,7 +48,7 @@ def test_stop_holds_a_replica_down_over_a_restart_of_the_daemon_until_start(runn
 def test_restart_gives_one_replica_a_new_process(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
-    done = running.fdctl("restart", "replica0", "--wait")
+    done = running.fdctl("restart", "replica0")
     assert (done.returncode, done.stderr) == (control.OK, "")
     after = running.pids()
     assert after["replica0"] != before["replica0"]
@@ -57,11 +58,24 @@ def test_restart_gives_one_replica_a_new_process(running: Running) -> None:
 def test_restart_all_is_rolling_and_leaves_the_router(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
-    done = running.fdctl("restart", "all", "--wait")
+    done = running.fdctl("restart", "all")
     assert done.stdout.splitlines() == ["restart replica 0", "restart replica 1"]
     after = running.pids()
     assert after["router"] == before["router"]
     assert not {after["replica0"], after["replica1"]} & set(before.values())
+
+
+def test_an_operation_need_not_be_waited_for(running: Running) -> None:
+    running.start_and_wait()
+    assert running.fdctl("stop", "1", "--no-wait").returncode == control.OK
+    wait_until(lambda: running.programs()["replica1"]["state"] == "STOPPED", "replica 1 stopped")
+
+
+def test_render_shows_what_the_running_daemon_runs(running: Running) -> None:
+    running.start_and_wait()
+    done = running.fdctl("render")
+    assert done.returncode == control.OK
+    assert "[program:replica1]" in done.stdout
 
 
 def test_an_unknown_replica_is_a_usage_error_that_names_the_known(running: Running) -> None:
@@ -81,12 +95,12 @@ def test_reload_applies_a_change_to_the_programs_that_it_changes(running: Runnin
         "replace replica 1 (--load-seconds 0.2: added)",
     ]
     assert running.pids() == before
-    assert running.fdctl("reload", "--wait").returncode == control.OK
+    assert running.fdctl("reload").returncode == control.OK
     assert running.ready()
     after = running.pids()
     assert after["router"] == before["router"]
     assert not {after["replica0"], after["replica1"]} & set(before.values())
-    assert running.fdctl("reload", "--wait").stdout == "no program changes\n"
+    assert running.fdctl("reload").stdout == "no program changes\n"
 
 
 def test_reload_replaces_one_replica_at_a_time(running: Running) -> None:
@@ -102,7 +116,7 @@ def test_reload_replaces_one_replica_at_a_time(running: Running) -> None:
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    assert running.fdctl("reload", "--wait").returncode == control.OK
+    assert running.fdctl("reload").returncode == control.OK
     over.set()
     watcher.join()
     assert max(down) == 1
@@ -112,7 +126,7 @@ def test_a_bad_file_is_refused_and_everything_goes_on(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     running.config.write_text(running.config.read_text().replace("extra_args", "extra_arg"))
-    done = running.fdctl("reload", "--wait")
+    done = running.fdctl("reload")
     assert done.returncode == control.BAD_CONFIG
     assert "engine.extra_arg: unknown key; did you mean 'extra_args'?" in done.stderr
     assert running.pids() == before
@@ -122,7 +136,7 @@ def test_a_configuration_with_which_a_replica_fails_is_rolled_back(running: Runn
     running.start_and_wait()
     before = running.pids()
     running.write(extra_args=("--die-while-loading",))
-    done = running.fdctl("reload", "--wait")
+    done = running.fdctl("reload")
     assert done.returncode == control.FAILED
     assert "exit status 3" in done.stderr
     assert "the old configuration is back" in done.stderr
@@ -137,11 +151,11 @@ def test_a_configuration_with_which_a_replica_fails_is_rolled_back(running: Runn
 def test_reload_adds_and_removes_replicas(running: Running) -> None:
     running.start_and_wait()
     running.write(replicas=3)
-    assert running.fdctl("reload", "--wait").returncode == control.OK
+    assert running.fdctl("reload").returncode == control.OK
     assert sorted(running.pids()) == ["replica0", "replica1", "replica2", "router"]
     assert running.ready()
     running.write(replicas=1)
-    done = running.fdctl("reload", "--wait")
+    done = running.fdctl("reload")
     assert done.stdout.splitlines()[:2] == ["remove replica 2", "remove replica 1"]
     assert sorted(running.pids()) == ["replica0", "router"]
     assert {process.program for process in running.left_over()} == {"replica0", "router"}
@@ -151,7 +165,7 @@ def test_reload_swaps_two_replicas_ports(running: Running) -> None:
     running.start_and_wait()
     running.ports[1], running.ports[2] = running.ports[2], running.ports[1]
     running.write()
-    assert running.fdctl("reload", "--wait").returncode == control.OK
+    assert running.fdctl("reload").returncode == control.OK
     assert running.programs()["replica0"]["port"] == running.ports[1]
     assert running.ready()
 
@@ -159,7 +173,7 @@ def test_reload_swaps_two_replicas_ports(running: Running) -> None:
 def test_a_second_operation_is_refused_while_one_is_under_way(running: Running) -> None:
     running.start_and_wait()
     running.write(extra_args=("--load-seconds", "1"))
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload", "--no-wait").returncode == control.OK
     refused = running.fdctl("restart", "1")
     assert refused.returncode == control.BUSY
     wait_until(lambda: running.status()["daemon"]["state"] == "READY", "reload done")
@@ -228,6 +242,6 @@ def test_the_socket_is_for_the_daemons_user_only(running: Running) -> None:
 def test_the_daemon_stops_in_the_middle_of_a_reload(running: Running) -> None:
     running.start_and_wait()
     running.write(extra_args=("--load-seconds", "60"))
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload", "--no-wait").returncode == control.OK
     running.stop()
     assert running.left_over() == []
