@@ -95,9 +95,17 @@ class Tokenizer:
         """For people and log probabilities: a token that is half a character shows U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
+    def detokenizer(
+        self, skip_special_tokens: bool = True, *, continues: bool = False
+    ) -> IncrementalDetokenizer:
+        """
+        Args:
+            continues: the ids go on with a text. A space that stands first is then one between two words, not
+                the one that encoding puts before a text.
+        """
         skipped = self._vocabulary.special_ids if skip_special_tokens else frozenset[int]()
-        return IncrementalDetokenizer(self._vocabulary.pieces, skipped, self._vocabulary.strips_first_space)
+        strips = self._vocabulary.strips_first_space and not continues
+        return IncrementalDetokenizer(self._vocabulary.pieces, skipped, strips)
 
     def apply_chat_template(
         self,

@@ -121,6 +121,13 @@ def stream(tokenizer: Tokenizer, ids: list[int], skip: bool, data: st.DataObject
     yield detokenizer.flush()
 
 
+def test_a_continuation_keeps_the_space_between_its_first_word_and_the_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("hello world")
+    for cut in range(1, len(ids)):
+        detokenizer = tokenizer.detokenizer(continues=True)
+        assert tokenizer.decode(ids[:cut]) + detokenizer.push(ids[cut:]) == "hello world"
+
+
 def test_half_a_character_at_the_end_is_flushed_as_a_replacement() -> None:
     tokenizer = Tokenizer.from_directory(TINY)
     first, *rest = tokenizer.encode("é")

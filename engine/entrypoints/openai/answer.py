@@ -67,7 +67,7 @@ class Answer:
             additions.append(AddRequest(f"{engine_id}-{index}", prompt, params, time.time()))
             self._outputs.append(
                 ChoiceOutput(
-                    replica.tokenizer.detokenizer(),
+                    replica.tokenizer.detokenizer(continues=request.continues_prompt),
                     stop=request.stop,
                     include_stop=request.include_stop_str_in_output,
                     min_tokens=request.min_tokens,
