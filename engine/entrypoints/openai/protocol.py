@@ -89,6 +89,8 @@ class GenerationRequest:
 
     #: Where the prompt stands in the body.
     prompt_field: ClassVar[str]
+    #: The answer goes on with the prompt's text, rather than being a text of its own.
+    continues_prompt: ClassVar[bool]
 
     model: str | None
     n: int
@@ -137,6 +139,7 @@ class GenerationRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     prompt_field = "messages"
+    continues_prompt = False
     messages: list[dict[str, Any]]
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
@@ -161,6 +164,7 @@ class ChatRequest(GenerationRequest):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
     prompt_field = "prompt"
+    continues_prompt = True
     #: Each is text or token ids.
     prompts: tuple[str | list[int], ...]
     echo: bool
