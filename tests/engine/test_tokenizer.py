@@ -85,6 +85,8 @@ def tokenizer(request: pytest.FixtureRequest, directories: dict[str, Path]) -> T
 def test_text_survives_encoding_and_decoding(tokenizer: Tokenizer, text: str) -> None:
     # With a space before the text the library puts one after each special token too, and keeps it.
     assume("<" not in text or not tokenizer._vocabulary.strips_first_space)
+    # SentencePiece writes a space as this character, and reads the character itself as a space.
+    assume("\N{LOWER ONE EIGHTH BLOCK}" not in text)
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
 
