@@ -25,11 +25,12 @@ def completion(**fields: Any) -> CompletionRequest:
 
 BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("temperature", -0.1),
-    ("temperature", 2.1),
+    ("temperature", float("inf")),
+    ("temperature", 10**400),
     ("temperature", "hot"),
     ("temperature", True),
     ("temperature", [1]),
-    ("top_p", 0),
+    ("top_p", -0.1),
     ("top_p", 1.1),
     ("top_k", -2),
     ("top_k", 1.5),
@@ -165,6 +166,27 @@ def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields
 @pytest.mark.parametrize("parse", [chat, completion])
 def test_what_changes_nothing_is_let_through(parse, fields):
     assert parse(**fields).n == 1
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_fastdeploys_whole_range_of_temperature_and_top_p_is_open(parse):
+    request = parse(temperature=1e300, top_p=0)
+    assert (request.temperature, request.top_p) == (1e300, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"stream_options": {}}, True),
+        ({"stream_options": {"include_usage": True}}, True),
+        ({"stream_options": {"include_usage": False}}, False),
+        ({"stream_options": None}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_stream_options_ask_for_the_usage_unless_they_say_no(parse, options, wanted):
+    assert parse(stream=True, **options).include_usage is wanted
 
 
 def test_the_newer_name_of_the_token_limit_wins():

@@ -47,7 +47,7 @@ class Fields:
         value = self.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
             raise self.wrong(key, "a number")
         if not low <= value <= high:
             raise self.wrong(key, _range(low, high))
@@ -63,10 +63,10 @@ class Fields:
             raise self.wrong(key, _range(low, high))
         return value
 
-    def boolean(self, key: str) -> bool:
+    def boolean(self, key: str, *, default: bool = False) -> bool:
         value = self.get(key)
         if value is None:
-            return False
+            return default
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
@@ -98,6 +98,13 @@ class Fields:
         return RequestError(
             f"{self.name(key)} is {_shown(self.get(key))}; it must be {expected}", self.name(key)
         )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False  # an integer of hundreds of digits
 
 
 def _range(low: float, high: float) -> str:

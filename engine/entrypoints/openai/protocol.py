@@ -71,7 +71,7 @@ class SamplingDefaults:
             return cls()
         try:
             fields = Fields(json.loads(file.read_text(encoding="utf-8")))
-            temperature = fields.number("temperature", cls().temperature, 0.0, 2.0)
+            temperature = fields.number("temperature", cls().temperature, 0.0)
             return cls(
                 # A checkpoint that says do_sample=false means greedy, whatever temperature stands beside it.
                 temperature=0.0 if fields.get("do_sample") is False else temperature,
@@ -212,8 +212,9 @@ def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
         "n": fields.integer("n", 1, 1, MAX_CHOICES),
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
-        "temperature": fields.number("temperature", defaults.temperature, 0.0, 2.0),
-        "top_p": _top_p(fields, defaults),
+        "temperature": fields.number("temperature", defaults.temperature, 0.0),
+        # At 0 only the most likely token is left.
+        "top_p": fields.number("top_p", defaults.top_p, 0.0, 1.0),
         "top_k": max(top_k, 0),
         "min_p": fields.number("min_p", 0.0, 0.0, 1.0),
         "repetition_penalty": fields.number("repetition_penalty", defaults.repetition_penalty, 0.01, 10.0),
@@ -237,13 +238,6 @@ def _refuse_unsupported(fields: Fields) -> None:
         # `1 == True` and `0 == False` in Python; JSON's 0 and false are both harmless here.
         if value is not None and value not in harmless:
             raise RequestError(f"{key} is not supported by this server; leave it out", key)
-
-
-def _top_p(fields: Fields, defaults: SamplingDefaults) -> float:
-    top_p = fields.number("top_p", defaults.top_p, 0.0, 1.0)
-    if top_p == 0.0:
-        raise fields.wrong("top_p", "above 0 and at most 1")
-    return top_p
 
 
 def _stop(fields: Fields) -> tuple[str, ...]:
@@ -282,4 +276,5 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     if options.boolean("continuous_usage_stats"):
         name = options.name("continuous_usage_stats")
         raise RequestError(f"{name} is not supported; include_usage sends the usage once, at the end", name)
-    return options.boolean("include_usage")
+    # Who gives the object wants the usage, as with FastDeploy.
+    return options.boolean("include_usage", default=True)
