@@ -165,9 +165,11 @@ backoff_first = 0.2
         return marked_processes(self.run)
 
     def stop(self) -> None:
+        """Ctrl-C, which promises to be done within 15 s and to leave no process."""
         self.daemon.send_signal(signal.SIGINT)
         try:
-            self.daemon.wait(timeout=60)
+            assert self.daemon.wait(timeout=15) == 0
+            assert self.processes() == []
         finally:
             for process in self.processes():
                 process.kill()

@@ -64,6 +64,7 @@ class Launched:
         try:
             for process in (self.launcher, self.router):
                 process.wait(timeout=60)
+            assert marked_processes(self.run) == []
         finally:
             for leftover in marked_processes(self.run):
                 leftover.kill()
