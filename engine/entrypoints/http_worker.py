@@ -1,20 +1,27 @@
 """gunicorn's threaded worker with its rough edges filed off, for router and replicas alike.
 
+* A connection costs a thread only while a request is on it. gunicorn lets a thread wait for the first bytes
+  of each new one, so that idle ones, by the hundred, keep all others waiting.
+* Where connections are at their limit the one that has been idle longest is closed. gunicorn stops accepting
+  instead, and whoever opens enough connections has the server to himself.
 * The last words on a connection are waited for in its own thread. gunicorn does it in the loop that accepts,
   where one client which does not close holds up all others for two seconds.
 * A client that stops in the middle of its request, or of reading its answer, does not keep a thread for ever.
 * An answer that was broken off ends in a reset; a plain close could be taken for its end.
-* A worker that is stopping lets go of its port at once.
+* A worker that is stopping lets go of its port at once, and does not wait for connections without a request.
 """
 
 from __future__ import annotations
 
+import selectors
 import socket
 import struct
+import time
+from functools import partial
 from typing import Any
 
 from gunicorn import util
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
 #: Seconds that a client may make us wait for its next bytes.
 _READ_TIMEOUT = struct.pack("ll", 30, 0)
@@ -23,6 +30,18 @@ _WRITE_TIMEOUT = struct.pack("ll", 60, 0)
 
 
 class HttpWorker(ThreadWorker):
+    """Everything but `handle` runs in the loop's thread, which alone knows the idle connections.
+
+    There are two kinds, each oldest first: `pending_conns` have sent nothing yet, `keepalived_conns` have
+    had an answer. gunicorn closes either when its `timeout` has come.
+    """
+
+    def enqueue_req(self, conn: Any) -> None:
+        if conn.data_ready or conn.initialized:
+            super().enqueue_req(conn)
+        else:
+            self._wait_for_first_bytes(conn)
+
     def handle(self, conn: Any) -> Any:
         """Runs in a thread of the pool."""
         # The kernel's timeouts: they hold in gunicorn's parser and in the application alike.
@@ -35,12 +54,38 @@ class HttpWorker(ThreadWorker):
             conn.sock = socket.socket()
         return keep
 
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        super().wait_for_and_dispatch_events(timeout)
+        # Here rather than on accepting: at the limit gunicorn would not even look for new connections.
+        self._make_room()
+
     def set_accept_enabled(self, enabled: bool) -> None:
         super().set_accept_enabled(enabled)
         if not self.alive:
             # Left open, as gunicorn has it, the port would go on taking connections that nobody serves.
             for listener in self.sockets:
                 listener.close()
+            # gunicorn limits its wait for kept connections only.
+            soon = time.monotonic() + STOP_KEEPALIVE_LINGER
+            for conn in self.pending_conns:
+                conn.timeout = min(conn.timeout, soon)
+
+    def _wait_for_first_bytes(self, conn: Any) -> None:
+        """What gunicorn does after its wait in a thread was in vain."""
+        conn.set_timeout()
+        self.pending_conns.append(conn)
+        readable = partial(self.on_pending_socket_readable, conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, readable)
+
+    def _make_room(self) -> None:
+        """For one more connection, if any is idle; one that has sent something is not."""
+        while self.nr_conns >= self.worker_connections:
+            idle = [conns[0] for conns in (self.pending_conns, self.keepalived_conns) if conns]
+            if not idle:
+                return
+            min(idle, key=lambda conn: conn.timeout).timeout = 0.0
+            self.murder_pending()
+            self.murder_keepalived()
 
 
 def _farewell(sock: socket.socket) -> None:

@@ -1,0 +1,61 @@
+"""Connections on which nothing is asked: hundreds take neither thread nor place from those that ask."""
+
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from .conftest import RouterProcess
+
+#: 24 threads, and room for 48 connections.
+FEW = ("--threads", "24")
+#: Seconds; far less than 400 connections would need if each held a thread for a few.
+DEADLINE = 20
+
+
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def connect(router: RouterProcess, held: ExitStack) -> socket.socket:
+    return held.enter_context(socket.create_connection(("127.0.0.1", router.port), timeout=DEADLINE))
+
+
+def ask(client: socket.socket) -> bytes:
+    client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    return client.recv(15)
+
+
+def test_connections_that_say_nothing_keep_nobody_waiting(start_router, new_engine, held):
+    router = start_router(*FEW)
+    router.add(new_engine())
+    for _ in range(400):
+        connect(router, held)
+    assert router.get("/health").status_code == 200
+    assert router.complete().status_code == 200
+    assert ask(connect(router, held)) == b"HTTP/1.1 200 OK"
+
+
+def test_at_the_limit_the_connection_that_was_idle_longest_goes(start_router, new_engine, held):
+    router = start_router(*FEW)
+    router.add(new_engine())
+    kept = connect(router, held)
+    assert ask(kept) == b"HTTP/1.1 200 OK"
+    first, *others = [connect(router, held) for _ in range(60)]
+    assert router.get("/health").status_code == 200
+    for gone in (kept, first):
+        while gone.recv(4096):
+            pass
+    assert ask(others[-1]) == b"HTTP/1.1 200 OK"
+
+
+def test_connections_that_say_nothing_do_not_hold_up_a_stop(start_router, held):
+    router = start_router(*FEW, "--graceful-timeout-secs", "600")
+    for _ in range(30):
+        connect(router, held)
+    assert router.get("/health").status_code == 200
+    assert router.stop(signal.SIGTERM) == 0
