@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from flask import Flask, Response, g, jsonify, request
+from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
 from . import health
@@ -19,6 +21,8 @@ from .registry import RegistryFile
 from .relay import Limits, Relay
 from .settings import Settings
 from .upstream import Connections
+
+logger = logging.getLogger(__name__)
 
 _MAX_REGISTRATION = 64 << 10
 
@@ -99,8 +103,11 @@ def _control_plane(router: Router) -> Flask:
     @app.post("/register")
     def register() -> tuple[Response, int]:
         try:
-            router.register(request.get_data(), request.remote_addr or "")
+            router.register(_body(), request.remote_addr or "")
         except RegistrationError as error:
+            # 503 is told to every replica that is still loading, every second.
+            if error.status < 500:
+                logger.warning("registration by %s refused: %r", request.remote_addr, str(error))
             return jsonify(code=error.status, msg=str(error)), error.status
         return jsonify(code=200, msg="Register success"), 200
 
@@ -143,6 +150,13 @@ def _control_plane(router: Router) -> Flask:
         return response
 
     return app
+
+
+def _body() -> bytes:
+    try:
+        return request.get_data()
+    except (OSError, ParseException) as error:
+        raise RegistrationError(f"the request body cannot be read: {error}") from None
 
 
 def _count_up(board: Board) -> int:

@@ -6,6 +6,8 @@ import secrets
 import uuid
 from typing import Any
 
+from gunicorn.http.errors import ParseException
+
 from ...errors import FastDeployError
 from .answers import Answer, error
 from .response import Headers
@@ -114,7 +116,7 @@ def _body(environ: Environ, limit: int) -> bytes:
             pieces.append(piece)
     except BlockingIOError:
         raise Refused(error(408, "the request body did not arrive in time", "request_timeout")) from None
-    except OSError as fault:
+    except (OSError, ParseException) as fault:
         raise Refused(error(400, f"the request body cannot be read: {fault}", "bad_body")) from None
     if size < announced:
         raise Refused(error(400, f"the request body ended after {size} of {announced} bytes", "bad_body"))

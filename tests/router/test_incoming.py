@@ -1,6 +1,7 @@
 """Requests that are too large, broken or not allowed: refused by the router, in OpenAI's form."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -74,7 +75,6 @@ def test_the_refusal_of_a_huge_body_reaches_a_client_that_is_still_sending(start
         b"Content-Length: -5\r\n\r\n",
         b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n",
         b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
 def test_ambiguous_framing_is_a_bad_request(router, new_engine, framing):
@@ -82,6 +82,29 @@ def test_ambiguous_framing_is_a_bad_request(router, new_engine, framing):
     router.add(engine)
     assert exchange(router.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + framing)[0] == 400
     assert engine.received == []
+
+
+@pytest.mark.parametrize(
+    "chunks", [b"zz\r\n", b"-1\r\n", b"2\r\n{}}}\r\n0\r\n\r\n", b"1;x=\xff\x00\r\na\r\n0\r\n\r\n"]
+)
+def test_bad_chunks_are_the_clients_fault_and_leave_their_traces(router, new_engine, chunks):
+    engine = new_engine()
+    router.add(engine)
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    status, _, body = exchange(router.port, head % b"/v1/completions" + chunks, half_close=True)
+    assert (status, error_code(body)) == (400, "bad_body")
+    status, _, body = exchange(router.port, head % b"/register" + chunks, half_close=True)
+    assert (status, json.loads(body)["code"]) == (400, 400)
+    assert engine.received == []
+    log = router.log.read_text()
+    assert "POST /v1/completions status=400" in log
+    assert re.search(r"registration by 127\.0\.0\.1 refused: .the request body cannot be read", log)
+    assert "Traceback" not in log
+    for endpoint in ("/register", "/v1/completions"):
+        [line] = router.metric(
+            f'http_requests_total{{endpoint="{endpoint}",method="POST",status_code="400"}}'
+        )
+        assert line.endswith(" 1.0")
 
 
 def test_a_body_that_ends_early_goes_to_no_replica(router, new_engine):
