@@ -1,9 +1,10 @@
-"""What an instance says about itself in POST /register: FastDeploy's InstanceInfo, checked. Pure."""
+"""What an instance says about itself in POST /register: FastDeploy's InstanceInfo, checked."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ class AllowedAddresses:
             return False
         if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        return ip.is_loopback or any(ip in network for network in self._networks)
+        return ip.is_loopback or any(ip in network for network in self._networks) or _is_own(ip)
 
 
 def parse(body: bytes) -> Instance:
@@ -130,6 +131,18 @@ def from_fields(fields: dict[str, Any]) -> Instance:
     if role != ROLES[0]:
         raise RegistrationError("only MIXED instances are allowed")
     return instance
+
+
+def _is_own(ip: IPAddress) -> bool:
+    """Whether this machine has the address: to such a one, and no other, it goes from that address itself."""
+    with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            # A datagram socket looks up the route and sends nothing. A bind would tell as much, except for
+            # broadcast and multicast addresses, and where net.ipv4.ip_nonlocal_bind is set.
+            probe.connect((str(ip), 9))
+        except OSError:
+            return False  # no route, or no address of one machine
+        return bool(ipaddress.ip_address(probe.getsockname()[0]) == ip)
 
 
 def _role(value: Any) -> str:

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,6 +144,29 @@ def test_loopback_is_always_allowed_and_others_by_network():
     for address in ("10.1.2.3", "169.254.169.254", "192.168.0.1", "", "x"):
         assert address not in nobody
     assert "192.168.0.1" not in lan
+
+
+def own_addresses() -> set[str]:
+    """Link-local ones left out: they are reached only with the name of an interface, which no URL has."""
+    found = {one.address for interface in psutil.net_if_addrs().values() for one in interface}
+    return {address for address in found if ":" not in address or not address.startswith("fe80")}
+
+
+def is_ip(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("address", sorted(filter(is_ip, own_addresses())))
+def test_every_address_of_this_machine_is_allowed(address):
+    assert address in AllowedAddresses()
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "255.255.255.255", "224.0.0.1", "ff02::1", "::", "240.0.0.1"])
+def test_addresses_of_no_single_machine_are_not_allowed(address):
+    assert address not in AllowedAddresses()
 
 
 def test_ipv6_urls_have_brackets():
