@@ -7,7 +7,6 @@ import ctypes
 import ipaddress
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from gunicorn.glogging import Logger
 
 from ... import __version__, log
 from ...errors import ConfigError
+from ...file_limit import allow_open_files
 from .app import Router
 from .keys import read_keys
 from .policies import POLICIES, policy_named
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = _parser().parse_args(argv)
         settings = _settings(arguments)
         RegistryFile(settings.registry_file).prepare()
-        _raise_file_limit(settings)
+        allow_open_files(settings.file_descriptors, f"--threads {settings.threads}")
     except ConfigError as error:
         _exit(EXIT_USAGE, error)
     try:
@@ -127,19 +127,6 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.bind((host, port))
     listener.listen(2048)
     return listener
-
-
-def _raise_file_limit(settings: Settings) -> None:
-    """A router that runs out of descriptors in accept() would fall over: better to say so before."""
-    needed = settings.file_descriptors
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConfigError(
-            f"--threads {settings.threads} needs {needed} file descriptors and the limit is {hard}; "
-            f"raise it (ulimit -n, LimitNOFILE=) or use fewer threads"
-        )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -64,6 +65,30 @@ def test_killing_the_http_process_ends_the_replica(replica: ApiServer):
     assert replica.process.wait(60) == 3
     wait_until(lambda: gone(worker), "the worker is gone")
     assert "killed by SIGKILL" in replica.log()
+
+
+def test_an_http_process_that_fails_does_not_pass_for_one_that_was_stopped(replica: ApiServer):
+    http, worker = replica.children()
+    # It cannot accept the next connection.
+    http.rlimit(psutil.RLIMIT_NOFILE, (8, 8))
+    assert replica.health() == (0, {})
+    assert replica.process.wait(60) == 3
+    wait_until(lambda: gone(worker), "the worker is gone")
+    assert "the loop that serves connections has failed" in replica.log()
+    assert f"the HTTP process pid={http.pid} has ended: exit code 3" in replica.log()
+
+
+def test_a_replica_raises_its_own_limit_of_open_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        running = ApiServer(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with running as replica:
+        http, *_ = wait_until(replica.children, "the HTTP process")
+        # A client, a watch on it, and idle connections besides: for each of 512 requests.
+        assert http.rlimit(psutil.RLIMIT_NOFILE)[0] > 4 * 512
 
 
 def test_killing_the_arbiter_ends_the_replica(replica: ApiServer):
@@ -169,6 +194,7 @@ def test_a_taken_port_is_one_line_with_flag_port_and_holder(flag):
         (("--model", str(TINY), "--splitwise-role", "prefill"), "--splitwise-role"),
         (("--model", str(TINY), "--router", "nonsense"), "--router"),
         (("--model", str(TINY), "--surprise", "1"), "--surprise"),
+        (("--model", str(TINY), "--max-concurrency", "100000000"), "--max-concurrency 100000000 needs"),
     ],
 )
 def test_a_command_line_that_cannot_work_is_refused_at_once(flags, words):

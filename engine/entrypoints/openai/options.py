@@ -33,6 +33,9 @@ _WITHOUT_EFFECT = (
 )
 # fmt: on
 
+#: Threads beyond max_concurrency: they answer /health, and 429 to whom there is no room for.
+_SPARE_THREADS = 32
+
 #: Flags of which only one value is implemented -> that value, and what to tell who gave another.
 _ONE_VALUE = {
     "splitwise-role": ("mixed", "this server both prefills and decodes"),
@@ -62,6 +65,20 @@ class ServeConfig:
     router: str | None = None
     #: In place of the checkpoint's own.
     chat_template: str | None = None
+
+    @property
+    def threads(self) -> int:
+        return self.max_concurrency + _SPARE_THREADS
+
+    @property
+    def max_connections(self) -> int:
+        """Clients connected at one time, idle ones included."""
+        return 2 * self.threads
+
+    @property
+    def file_descriptors(self) -> int:
+        """Per request: client, watch on it, a stand-in when it is closed; per idle connection one; the rest."""
+        return 3 * self.threads + self.max_connections + 256
 
 
 def parse_arguments(argv: Sequence[str]) -> ServeConfig:

@@ -34,8 +34,6 @@ from .replica import Replica
 _log = logging.getLogger(__name__)
 
 EXIT_FAILED = 3
-#: Threads beyond max_concurrency: they answer /health, and 429 to whom there is no room for.
-_SPARE_THREADS = 32
 #: Seconds the worker has to leave its loop.
 _WORKER_STOP = 5
 #: Seconds for clients to be told that their requests have failed.
@@ -59,15 +57,14 @@ class _Application(BaseApplication):
 
     def load_config(self) -> None:
         config = self.config
-        threads = config.max_concurrency + _SPARE_THREADS
         host = f"[{config.host}]" if ":" in config.host else config.host
         settings: dict[str, Any] = {
             "bind": f"{host}:{config.port}",
             "proc_name": f"replica {config.engine.data_parallel_rank}",
             "worker_class": _HttpProcess,
             "workers": 1,
-            "threads": threads,
-            "worker_connections": 2 * threads,
+            "threads": config.threads,
+            "worker_connections": config.max_connections,
             "keepalive": _KEEPALIVE,
             # The HTTP process is never killed for being busy; the daemon has probes for a hang.
             "timeout": 0,
@@ -203,7 +200,11 @@ def _stop(arbiter: Arbiter, http: HttpWorker) -> None:
     parts: _Parts | None = http.app.parts
     if parts is None:
         return
+    # gunicorn's word for "nobody has told it to stop"; what went wrong it has logged.
+    unasked = http.alive
+    if unasked:
+        _log.error("replica stops: the loop that serves connections has failed")
     parts.close()
     # A thread that sends to a client which does not read would keep the interpreter from ending.
     logging.shutdown()
-    os._exit(0)
+    os._exit(EXIT_FAILED if unasked else 0)

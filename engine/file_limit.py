@@ -1,0 +1,25 @@
+"""Open files (sockets, above all) a process may have: raised before they are needed."""
+
+from __future__ import annotations
+
+import resource
+
+from .errors import ConfigError
+
+
+def allow_open_files(needed: int, flag: str) -> None:
+    """Raises the soft limit of this process and its children to `needed`, if it is lower.
+
+    A server that runs out of descriptors in accept() falls over: better to say so before.
+
+    Raises:
+        ConfigError: the hard limit is lower; one line with `flag`, which asked for so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"{flag} needs {needed} file descriptors and the limit is {hard}; "
+            "raise it (ulimit -n, LimitNOFILE=) or choose a smaller number"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

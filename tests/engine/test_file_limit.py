@@ -1,0 +1,33 @@
+"""The limit of open files: raised for this process where that is allowed, refused in one line where not."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from fastdeploy.errors import ConfigError
+from fastdeploy.file_limit import allow_open_files
+
+
+def test_the_soft_limit_is_raised_as_far_as_needed_and_never_lowered():
+    """In a process of its own, whose limit is the test's to change."""
+    program = """
+import resource
+from fastdeploy.file_limit import allow_open_files
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
+for needed in (50, 120, 110):
+    allow_open_files(needed, "--threads 1")
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == ["(100, 200)", "(120, 200)", "(120, 200)"]
+
+
+def test_a_hard_limit_that_is_too_low_is_refused_with_the_flag_that_asks_for_more():
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with pytest.raises(ConfigError, match=rf"^--threads 9 needs {hard + 1} .* the limit is {hard};"):
+        allow_open_files(hard + 1, "--threads 9")
