@@ -24,6 +24,8 @@ from fastdeploy.messages import (
 )
 from fastdeploy.request import FinishReason
 
+#: A token that has a text, in the tiny checkpoint's vocabulary.
+WORD = 40
 STATS = Stats(1, 0, 8, 7, 0, 0, 0, 1, 1, 8)
 
 socket = zmq.Context().socket(zmq.DEALER)
@@ -60,6 +62,12 @@ def serve(script: str) -> None:
                         message = receive()
                         assert message == AbortRequests([name]), message
                         step(TokenOutput("aborted-and-acknowledged", [9]), TokenOutput(name, [2]))
+                    case "is silent until told" | "says a word and is silent until told":
+                        if script.startswith("says"):
+                            step(TokenOutput(name, [WORD]))
+                        message = receive()
+                        assert message == AbortRequests([name]), message
+                        script = "behaves"
                     case _:
                         step(TokenOutput(name, [1]))
                         step(TokenOutput("nobody's", [5]), TokenOutput(name, [2], FinishReason.LENGTH))

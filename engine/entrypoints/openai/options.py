@@ -77,7 +77,7 @@ class ServeConfig:
 
     @property
     def file_descriptors(self) -> int:
-        """Per request: client, watch on it, a stand-in when it is closed; per idle connection one; the rest."""
+        """Per request: client, watch on it, one when it ends; per idle connection one; some for the rest."""
         return 3 * self.threads + self.max_connections + 256
 
 
