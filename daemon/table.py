@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,13 @@ _COLOURS = {
     "STOPPED": "dim",
 }
 
+_UNLIMITED = 1000
+
 
 def show(status: dict[str, Any]) -> None:
-    Console().print(_table(status))
+    # Into a pipe or a file a line is as long as it is.
+    console = Console() if sys.stdout.isatty() else Console(width=_UNLIMITED)
+    console.print(_table(status))
 
 
 def watch(ask: Callable[[], dict[str, Any]]) -> int:
@@ -42,7 +47,7 @@ def _table(status: dict[str, Any]) -> Table:
         table.add_column(name)
     for name in ("pid", "uptime", "restarts", "port", "in flight"):
         table.add_column(name, justify="right")
-    table.add_column("note", overflow="fold")
+    table.add_column("note", no_wrap=True, overflow="ellipsis")
     for entry in [status["router"], *status["replicas"]]:
         if entry is not None:
             table.add_row(*_row(entry))

@@ -7,26 +7,38 @@
 * The last words on a connection are waited for in its own thread. gunicorn does it in the loop that accepts,
   where one client which does not close holds up all others for two seconds.
 * A client that stops in the middle of its request, or of reading its answer, does not keep a thread for ever.
+* What is no HTTP is refused with the error body that clients of the API know, not with a page.
 * An answer that was broken off ends in a reset; a plain close could be taken for its end.
 * A worker that is stopping lets go of its port at once, and does not wait for connections without a request.
 """
 
 from __future__ import annotations
 
+import json
 import selectors
 import socket
 import struct
 import time
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from gunicorn import util
+from gunicorn.http import errors
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
 #: Seconds that a client may make us wait for its next bytes.
 _READ_TIMEOUT = struct.pack("ll", 30, 0)
 #: Seconds that a client may leave its answer unread when the kernel's buffers are full.
 _WRITE_TIMEOUT = struct.pack("ll", 60, 0)
+
+#: Of requests that cannot be parsed; 400 for all others.
+_STATUSES = {
+    errors.LimitRequestLine: HTTPStatus.REQUEST_URI_TOO_LONG,
+    errors.ExpectationFailed: HTTPStatus.EXPECTATION_FAILED,
+    errors.LimitRequestHeaders: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    errors.UnsupportedTransferCoding: HTTPStatus.NOT_IMPLEMENTED,
+}
 
 
 class HttpWorker(ThreadWorker):
@@ -53,6 +65,24 @@ class HttpWorker(ThreadWorker):
             # The loop will close the connection's socket: it gets one for which there is nothing to wait.
             conn.sock = socket.socket()
         return keep
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
+        ours = errors.InvalidResponseHeader | errors.InvalidResponseHeaderName
+        if isinstance(exc, ours) or not isinstance(exc, errors.ParseException):
+            super().handle_error(req, client, addr, exc)
+            return
+        status = _STATUSES.get(type(exc), HTTPStatus.BAD_REQUEST)
+        self.log.warning("refused what %s sent: %d %s", addr[0] if addr else "a client", status, exc)
+        error = {"message": str(exc), "type": "invalid_request_error", "param": None, "code": "bad_http"}
+        body = json.dumps({"error": error}).encode()
+        head = (
+            f"HTTP/1.1 {status} {status.phrase}\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        try:
+            util.write_nonblock(client, head.encode() + body)
+        except OSError as failure:
+            self.log.debug("the client was not told: %s", failure)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         super().wait_for_and_dispatch_events(timeout)
