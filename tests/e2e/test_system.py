@@ -139,14 +139,21 @@ def test_ctrl_c_stops_everything_and_leaves_no_process(tmp_path: Path) -> None:
 
 
 def test_a_client_that_leaves_frees_its_replica(system: System) -> None:
+    names = ("requests_number_total", "request_success_total", "generation_tokens_total")
+    began, answered, tokens = (_sum(system, name) for name in names)
     with requests.post(
         f"{system.url}/v1/completions",
-        json={"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True},
+        json={"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 16},
         stream=True,
         timeout=60,
     ) as answer:
         next(answer.iter_lines())
-    wait_until(lambda: _running(system) == 0, "no sequence is running", deadline=30)
+    wait_until(lambda: _sum(system, names[2]) > tokens, "it is accounted for", deadline=60)
+    assert _sum(system, names[0]) == began + 1
+    # Left to themselves its texts would have come to their end too.
+    assert _sum(system, names[1]) == answered
+    assert _sum(system, names[2]) < tokens + 16 * 500
+    wait_until(lambda: _sum(system, "num_requests_running") == 0, "no sequence is running", deadline=30)
 
 
 def _registered(system: System) -> int:
@@ -156,10 +163,11 @@ def _registered(system: System) -> int:
         return 0
 
 
-def _running(system: System) -> float:
+def _sum(system: System, metric: str) -> float:
+    """Over all replicas."""
     total = 0.0
     for port in system.metrics_ports:
         for line in requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text.splitlines():
-            if line.startswith("fastdeploy:num_requests_running"):
+            if line.startswith(f"fastdeploy:{metric} "):
                 total += float(line.rsplit(" ", 1)[1])
     return total
