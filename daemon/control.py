@@ -55,9 +55,12 @@ class Conversation:
             if not data or len(self._received) > _LONGEST_LINE:
                 raise ValueError("a command is one line of JSON")
             return None
-        command = json.loads(line)
-        if not isinstance(command, dict):
-            raise ValueError("a command is a JSON object")
+        try:
+            command = json.loads(line)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(command, dict) or not all(isinstance(v, str | bool) for v in command.values()):
+            raise ValueError("a command is a JSON object of texts and booleans")
         return command
 
     def _send(self, message: dict[str, Any]) -> None:
