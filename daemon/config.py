@@ -148,7 +148,8 @@ def _read_value(where: _Where, section: str, key: str, table: dict[str, Any], co
     check = option.metadata["check"]
     complaint = check(value) if check else None
     if complaint:
-        shown = "" if isinstance(value, Mapping) else f"is {value!r}; "
+        # What is in a table or a list may be a secret.
+        shown = "" if isinstance(value, Mapping | tuple) else f"is {value!r}; "
         raise ConfigError(f"{place}: {shown}{complaint}")
     return value
 

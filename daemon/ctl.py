@@ -15,9 +15,9 @@ from typing import Any
 from .. import __version__
 from ..errors import ConfigError, FastDeployError
 from . import config as dp_toml
-from . import control, supervisor
+from . import control, masking, supervisor
 from .control import BAD_CONFIG, FAILED, NO_DAEMON, OK, DaemonUnreachable
-from .programs import programs_of
+from .programs import Program, programs_of
 
 _DEFAULT_CONFIG = Path("/etc/fd/dp.toml")
 _TAIL_LINES = 50
@@ -118,13 +118,13 @@ def render(options: argparse.Namespace) -> int:
         supervisor.write(layout, programs, config.supervise.stop_timeout)
         return OK
     if options.json:
-        print(json.dumps([json.loads(program.launch_text(layout.run)) for program in programs], indent=2))
+        print(json.dumps([_shown(program, layout.run) for program in programs], indent=2))
         return OK
     print(f"; {layout.ini}")
     print(supervisor.render(layout, programs, config.supervise.stop_timeout))
     for program in programs:
         print(f"; {layout.launch / program.launch_name}")
-        print(program.launch_text(layout.run))
+        print(json.dumps(_shown(program, layout.run), indent=1))
     return OK
 
 
@@ -266,6 +266,12 @@ def _do(options: argparse.Namespace, command: dict[str, Any]) -> int:
 def _error(who: str, what: str, code: int) -> int:
     print(what if "ERROR (" in what else f"{who}: ERROR ({what})", file=sys.stderr)
     return code
+
+
+def _shown(program: Program, run: Path) -> dict[str, Any]:
+    """A launch file as people may see it."""
+    content = json.loads(program.launch_text(run))
+    return {**content, "argv": masking.argv(content["argv"]), "env": masking.env(content["env"])}
 
 
 def _label(found: dict[str, Any]) -> str:

@@ -57,6 +57,15 @@ def environment_names(value: Mapping[str, str]) -> str | None:
     return None
 
 
+def no_key(words: tuple[str, ...]) -> str | None:
+    if any(word.partition("=")[0] == "--api-key" for word in words):
+        return (
+            "it must not hold --api-key, which every user of this machine could read and health checks would "
+            'not know; write env = { FD_API_KEY = "..." }'
+        )
+    return None
+
+
 def row(default: Any, help: str, check: Check | None = None, unit: str = "") -> Any:
     """One option: its default (`MISSING`: it must be given), one sentence of help, its validator and unit."""
     metadata = {"help": help, "check": check, "unit": unit}
@@ -99,7 +108,7 @@ class EngineSection:
         0, "KV cache in blocks of 64 tokens; 0: from memory.", at_least(0), "blocks"
     )
     threads: int = row(0, "CPU threads of a replica; 0: the cores divided by the replicas.", at_least(0))
-    extra_args: tuple[str, ...] = row((), "Further words for the replica's command line.")
+    extra_args: tuple[str, ...] = row((), "Further words for the replica's command line.", no_key)
     env: Mapping[str, str] = row({}, "Further environment variables of the replicas.", environment_names)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
+from . import masking
 from .fleet import HELD, Fleet
 from .programs import ROUTER, Program
 from .replica import State
@@ -60,16 +61,19 @@ def plan(old: Iterable[Program], new: Iterable[Program]) -> list[Step]:
 
 
 def differences(old: Program, new: Program) -> tuple[str, ...]:
-    """Which arguments and environment variables differ. An environment may hold secrets: names only."""
+    """Which arguments and environment variables differ, without the values that may be secrets."""
     found = []
     before, after = _arguments(old.argv), _arguments(new.argv)
     for flag in dict.fromkeys((*before, *after)):
+        name = masking.word(flag)
         if flag not in after:
-            found.append(f"{flag}: removed")
+            found.append(f"{name}: removed")
+        elif masking.is_secret(flag) and before.get(flag) != after[flag]:
+            found.append(f"{name}: {'changed' if flag in before else 'added'}")
         elif flag not in before:
-            found.append(f"{flag}{after[flag] and ' ' + after[flag]}: added")
+            found.append(f"{name}{after[flag] and ' ' + after[flag]}: added")
         elif before[flag] != after[flag]:
-            found.append(f"{flag}: {before[flag]} -> {after[flag]}")
+            found.append(f"{name}: {before[flag]} -> {after[flag]}")
     for name in sorted(old.env.keys() | new.env.keys()):
         if name not in new.env:
             found.append(f"environment {name}: removed")

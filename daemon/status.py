@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from .. import __version__
+from . import masking
 from .fleet import Fleet
 from .programs import ROUTER, address
 from .replica import Replica, State
@@ -41,7 +42,7 @@ def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
         "last_exit_time": replica.last_exit_time or None,
         "next_try_in": max(0.0, round(replica.next_try - now, 1)) if _has_failed(replica) else None,
         "output": str(fleet.layout.output(replica.name)),
-        "argv": list(replica.program.argv),
+        "argv": masking.argv(replica.program.argv),
     }
 
 

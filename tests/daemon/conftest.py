@@ -53,9 +53,15 @@ class Running:
         self.config = prefix / "dp.toml"
         self.ports = free_ports(16)
         self.daemon: subprocess.Popen[str] | None = None
-        self.settings: dict[str, Any] = {}
+        self.external = False
 
-    def write(self, replicas: int = 2, extra_args: tuple[str, ...] = (), **supervise: Any) -> None:
+    def write(
+        self,
+        replicas: int = 2,
+        extra_args: tuple[str, ...] = (),
+        env: Mapping[str, str] | None = None,
+        **supervise: Any,
+    ) -> None:
         supervise = {"backoff_first": 0.1, "probe_interval": 0.2, **supervise}
         lines = [
             '[model]\npath = "demo"',
@@ -66,6 +72,8 @@ class Running:
             f"metrics_ports = {self.ports[6 : 6 + replicas]}",
             f"engine_worker_queue_ports = {self.ports[11 : 11 + replicas]}",
             f"extra_args = {json.dumps(list(extra_args))}",
+            "[engine.env]",
+            *(f"{key} = {json.dumps(value)}" for key, value in (env or {}).items()),
             "[supervise]",
             *(f"{key} = {value}" for key, value in supervise.items()),
         ]

@@ -32,6 +32,8 @@ started = time.monotonic()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+key = os.environ.get("FD_API_KEY")
+streaming = ending = False
     def do_GET(self) -> None:
         while options.hang_file and options.hang_file.exists():
             time.sleep(0.05)

@@ -105,6 +105,15 @@ def test_every_option_has_one_sentence_of_help() -> None:
             model("[engine]\nextra_args = '--x'\n"),
             "4: engine.extra_args: is '--x'; it must be a list of texts",
         ),
+        (
+            model("[engine]\nextra_args = ['--api-key', '5ecret']\n"),
+            "4: engine.extra_args: it must not hold --api-key, which every user of this machine could read "
+            'and health checks would not know; write env = { FD_API_KEY = "..." }',
+        ),
+        (
+            model("[engine]\nextra_args = ['--api-key=x']\n"),
+            "4: engine.extra_args: it must not hold --api-key",
+        ),
         (model("[engine]\nenv = { A = 1 }\n"), '4: engine.env: A is 1; it must be a text, A = "1"'),
         (
             model("[engine.env]\n'A B' = '1'\n"),

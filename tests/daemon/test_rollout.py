@@ -68,6 +68,17 @@ def test_differences_name_flags_and_hide_the_values_of_the_environment() -> None
     )
 
 
+def test_differences_hide_the_values_of_flags_that_may_be_secrets() -> None:
+    old = program("replica0", 1, "--hub-token", "a", "--old-secret=b")
+    new = program("replica0", 1, "--hub-token", "c", "--new-key", "d", "--max-num-batched-tokens", "512")
+    assert differences(old, new) == (
+        "--hub-token: changed",
+        "--old-secret=***: removed",
+        "--new-key: added",
+        "--max-num-batched-tokens 512: added",
+    )
+
+
 PROGRAMS = st.lists(
     st.tuples(st.integers(0, 6), st.integers(1, 9), st.sampled_from(["", "--x", "--y"])),
     unique_by=(lambda row: row[0], lambda row: row[1]),
