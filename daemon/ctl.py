@@ -115,13 +115,13 @@ def render(options: argparse.Namespace) -> int:
     programs = programs_of(config)
     layout = supervisor.Layout(config.paths.run, config.paths.logs)
     if options.write:
-        supervisor.write(layout, programs, config.supervise.stop_timeout)
+        supervisor.write(layout, programs)
         return OK
     if options.json:
         print(json.dumps([_shown(program, layout.run) for program in programs], indent=2))
         return OK
     print(f"; {layout.ini}")
-    print(supervisor.render(layout, programs, config.supervise.stop_timeout))
+    print(supervisor.render(layout, programs))
     for program in programs:
         print(f"; {layout.launch / program.launch_name}")
         print(json.dumps(_shown(program, layout.run), indent=1))

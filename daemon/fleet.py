@@ -117,7 +117,10 @@ class Fleet:
         self._holds.write({name for name, replica in self.replicas.items() if replica.held})
 
     def put(self, name: str, program: Program | None) -> None:
-        """Gives a replica that is down another program, or none. Raises SupervisorError."""
+        """Gives a replica that is down another program, or none.
+
+        Raises SupervisorError, or OSError if the files cannot be written, and then nothing is changed.
+        """
         known = self.replicas.get(name)
         assert known is None or not known.alive, name
         if program is None:
@@ -125,13 +128,13 @@ class Fleet:
             self._restarts.pop(name, None)
         else:
             self._enlist(program)
-        self.write()
         self.supervisor.replace(name, add=program is not None)
 
     def write(self) -> None:
+        others = [replica.program for replica in self.replicas.values() if replica is not known]
+        supervisor.write(self.layout, others if program is None else [*others, program])
         """supervisord's files always say what runs now, not what a rollout has still to reach."""
-        programs = [replica.program for replica in self.replicas.values()]
-        supervisor.write(self.layout, programs, self.config.supervise.stop_timeout)
+        supervisor.write(self.layout, [replica.program for replica in self.replicas.values()])
 
     def configure(self, config: Config, programs: Iterable[Program]) -> None:
         """What is wanted from now on; the running programs change only by `put`."""

@@ -31,8 +31,10 @@ from .wakeups import Wakeups
 
 log = logging.getLogger("fd-dp")
 
-#: Programs get so long to finish what they have in hand when the daemon ends; then they are killed.
-_STOP_PATIENCE = 9.0
+#: Programs get so long to finish what they have in hand when the daemon ends; then they are killed. It is
+#: longer than a replica's own grace (programs.py) with its last answers. 15 s are promised for everything:
+#: the rest is for supervisord, which looks at what it is told once a second.
+_STOP_PATIENCE = 11.0
 _PROGRESS_INTERVAL = 3.0
 _BUSY_INTERVAL = 0.05
 #: EX_CONFIG of sysexits.h; the unit does not restart the daemon after it.

@@ -139,7 +139,9 @@ class SuperviseSection:
     probe_interval: float = row(5.0, "Between two health checks of a READY replica.", between(0.1, 3600), "s")
     stall_after: float = row(30.0, "Without a good health check for so long: UNHEALTHY.", at_least(1), "s")
     stall_kill: float = row(180.0, "Without a good health check for so long: killed.", at_least(1), "s")
-    stop_timeout: float = row(30.0, "From being told to stop to being killed.", between(1, 3600), "s")
+    stop_timeout: float = row(
+        30.0, "From being told to stop to being killed; a change restarts.", between(1, 3600), "s"
+    )
     backoff_first: float = row(1.0, "Before the first restart; doubles with each failure.", at_least(0), "s")
     backoff_max: float = row(60.0, "Longest time before a restart.", at_least(0), "s")
     stable_after: float = row(120.0, "READY for so long: earlier failures are forgotten.", at_least(1), "s")

@@ -15,6 +15,12 @@ from .launch import HASH, MARKER
 
 ROUTER = "router"
 
+#: Open requests of a replica get so long after SIGTERM, then an error event. The worker needs a moment to end
+#: and the clients one to read it; the router passes it on, so it lives longer. Together they stay below the
+#: daemon's own patience at its end. `extra_args` may say otherwise.
+_REPLICA_GRACE = 5
+_ROUTER_GRACE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -30,11 +36,14 @@ class Program:
     host: str = "127.0.0.1"
     #: The model's name in a readiness probe; empty lets the replica choose its own.
     model: str = ""
+    #: So many seconds after SIGTERM supervisord kills it. That, too, cannot be changed while it runs.
+    stop_timeout: float = 30.0
     #: Changes whenever something changes that the running process would have to be restarted for.
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
-        text = json.dumps([self.name, self.argv, dict(self.env), self.ports, self.host], sort_keys=True)
+        parts = [self.name, self.argv, dict(self.env), self.ports, self.host, self.stop_timeout]
+        text = json.dumps(parts, sort_keys=True)
         object.__setattr__(self, "hash", hashlib.sha256(text.encode()).hexdigest()[:12])
 
     @property
@@ -61,6 +70,7 @@ class Program:
             "ports": self.ports,
             "host": self.host,
             "model": self.model,
+            "stop_timeout": self.stop_timeout,
         }
         return json.dumps(content, indent=1)
 
@@ -75,6 +85,7 @@ class Program:
             ports=tuple(content["ports"]),
             host=content["host"],
             model=content["model"],
+            stop_timeout=content["stop_timeout"],
         )
 
 
@@ -103,6 +114,7 @@ def _router(config: Config) -> Program:
     argv += ["--host", router.host, "--port", str(router.port), "--policy", router.policy]
     argv += ["--registry-file", str(config.paths.state / "replicas.json")]
     argv += ["--request-timeout-secs", f"{router.request_timeout:g}"]
+    argv += ["--graceful-timeout-secs", str(_ROUTER_GRACE)]
     if router.api_keys_file:
         argv += ["--api-keys-file", router.api_keys_file]
     return Program(
@@ -111,6 +123,7 @@ def _router(config: Config) -> Program:
         env=MappingProxyType({**router.env, "FD_LOG_DIR": str(config.paths.logs / ROUTER)}),
         ports=(router.port,),
         host=connectable(router.host),
+        stop_timeout=config.supervise.stop_timeout,
     )
 
 
@@ -138,6 +151,7 @@ def _replica(config: Config, index: int) -> Program:
     if parallel.expert_parallel:
         argv += ["--enable-expert-parallel"]
     argv += ["--router", address(config.router.host, config.router.port)]
+    argv += ["--timeout-graceful-shutdown", str(_REPLICA_GRACE)]
     return Program(
         name=name,
         argv=(*argv, *engine.extra_args),
@@ -145,4 +159,5 @@ def _replica(config: Config, index: int) -> Program:
         ports=(engine.ports[index], engine.metrics_ports[index], engine.engine_worker_queue_ports[index]),
         host=connectable(engine.host),
         model=config.model.served_name,
+        stop_timeout=config.supervise.stop_timeout,
     )

@@ -81,6 +81,8 @@ def differences(old: Program, new: Program) -> tuple[str, ...]:
             found.append(f"environment {name}: added")
         elif old.env[name] != new.env[name]:
             found.append(f"environment {name}: changed")
+    if old.stop_timeout != new.stop_timeout:
+        found.append(f"stop_timeout: {old.stop_timeout:g} -> {new.stop_timeout:g}")
     if old.ports != new.ports and not found:
         found.append(f"ports: {old.ports} -> {new.ports}")
     return tuple(found)

@@ -89,7 +89,7 @@ class Layout:
         return self.logs / name / "output.log"
 
 
-def render(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> str:
+def render(layout: Layout, programs: Iterable[Program]) -> str:
     """supervisord.conf. Only our own words enter it, and paths; config.py refuses those it cannot carry."""
     lines = [
         "; Written by fd-dp. Edit dp.toml instead, then: fdctl reload",
@@ -122,7 +122,7 @@ def render(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> 
             "startretries=0",
             "stopasgroup=true",
             "killasgroup=true",
-            f"stopwaitsecs={max(1, round(stop_timeout))}",
+            f"stopwaitsecs={max(1, round(program.stop_timeout))}",
             "redirect_stderr=true",
             f"stdout_logfile={layout.output(program.name)}",
             "stdout_logfile_maxbytes=20MB",
@@ -131,7 +131,7 @@ def render(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> 
     return "\n".join(lines) + "\n"
 
 
-def write(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> None:
+def write(layout: Layout, programs: Iterable[Program]) -> None:
     """Launch files, ini, and the log directories without which supervisord does not start."""
     programs = list(programs)
     layout.run.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def write(layout: Layout, programs: Iterable[Program], stop_timeout: float) -> N
     for program in programs:
         layout.output(program.name).parent.mkdir(parents=True, exist_ok=True)
         _write(layout.launch / program.launch_name, program.launch_text(layout.run))
-    _write(layout.ini, render(layout, programs, stop_timeout))
+    _write(layout.ini, render(layout, programs))
 
 
 def remove_stale_launch_files(layout: Layout, programs: Iterable[Program]) -> None:

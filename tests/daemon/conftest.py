@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Running:
         self.config.write_text("\n".join(lines) + "\n")
 
     def start(self, *words: str) -> None:
+        self.external = "external" in words
         self.daemon = subprocess.Popen(
             [sys.executable, str(LAUNCHER), str(self.config), str(self.prefix), *words],
             stdout=subprocess.PIPE,
@@ -101,7 +102,7 @@ class Running:
         try:
             *_, answer = control.request(control.socket_path(self.prefix / "run"), {"do": "status"}, 20.0)
         except control.DaemonUnreachable:
-            return {"router": None, "replicas": []}
+            return {"daemon": {"supervisord": 0}, "router": None, "replicas": []}
         return answer["status"]
 
     def programs(self) -> dict[str, dict[str, Any]]:
@@ -123,10 +124,14 @@ class Running:
         return wait_until(again, f"{name} READY again")
 
     def stop(self, sig: int = signal.SIGTERM) -> str:
-        """Returns what the daemon has printed."""
+        """Returns what the daemon has printed. It has promised to be gone, with everything, within 15 s."""
         assert self.daemon is not None
+        supervisord = self.status()["daemon"]["supervisord"]
         self.daemon.send_signal(sig)
-        output, _ = self.daemon.communicate(timeout=20)
+        output, _ = self.daemon.communicate(timeout=15)
+        if sig != signal.SIGKILL and not self.external:
+            assert self.left_over() == []
+            assert not supervisord or not alive(supervisord)
         return output
 
     def left_over(self) -> list[processes.Marked]:

@@ -6,6 +6,8 @@
 --grandchild        starts a process in a session of its own, which ignores SIGTERM
 --ignore-term       ignores SIGTERM itself
 --hang-file FILE    while FILE exists, /health does not answer
+
+A stream goes on until SIGTERM and --timeout-graceful-shutdown seconds more, and ends with an error event.
 """
 
 import argparse
@@ -24,6 +26,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int, required=True)
 parser.add_argument("--load-seconds", type=float, default=0.0)
 parser.add_argument("--hang-file", type=Path)
+parser.add_argument("--timeout-graceful-shutdown", type=float, default=10.0)
 for flag in ("--die-while-loading", "--no-token", "--grandchild", "--ignore-term"):
     parser.add_argument(flag, action="store_true")
 # The rest of a replica's real command line means nothing here.
@@ -46,11 +49,27 @@ streaming = ending = False
             self._answer(200, {"status": "ready"})
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        if options.no_token:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if key and self.headers["Authorization"] != f"Bearer {key}":
+            self._answer(401, {"error": {"message": "a valid API key is needed"}})
+        elif body.get("stream"):
+            self._stream()
+        elif options.no_token:
             self._answer(500, {"error": {"message": "the network returns NaN"}})
         else:
             self._answer(200, {"choices": [{"text": " world"}]})
+
+    def _stream(self) -> None:
+        global streaming
+        streaming = True
+        self.send_response(200)
+        self.end_headers()
+        while not ending:
+            self.wfile.write(b"data: {}\n\n")
+            time.sleep(0.05)
+        time.sleep(options.timeout_graceful_shutdown)
+        self.wfile.write(b'data: {"error": {"message": "the replica stops"}}\n\n')
+        os._exit(0)
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
@@ -63,10 +82,14 @@ streaming = ending = False
         pass
 
 
-if options.ignore_term:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-else:
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+def end(*_: object) -> None:
+    global ending
+    ending = True
+    if not streaming:
+        os._exit(0)
+
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_term else end)
 if options.grandchild:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     subprocess.Popen([sys.executable, "-c", code], start_new_session=True)

@@ -1,8 +1,8 @@
 """fd-dp with fake replicas in place of real ones: launcher.py CONFIG PREFIX [external]."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from fastdeploy.daemon import main as daemon
 from fastdeploy.daemon.config import Config
@@ -18,9 +18,7 @@ def fake_programs(config: Config) -> list[Program]:
     for program in programs_of(config):
         words = program.argv[1:] if program.replica is None else program.argv[3:]
         argv = (sys.executable, FAKE, *words)
-        programs.append(
-            Program(program.name, argv, MappingProxyType(dict(program.env)), program.ports, program.host)
-        )
+        programs.append(replace(program, argv=argv))
     return programs
 
 

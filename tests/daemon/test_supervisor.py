@@ -62,17 +62,15 @@ def test_no_word_of_a_program_changes_the_ini(word: str, tmp_path: Path) -> None
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     hostile = program("--x", word, VARIABLE=word)
     harmless = program("--x", VARIABLE="")
-    ini = supervisor.render(layout, [hostile], 5)
-    assert ini.replace(hostile.hash, "") == supervisor.render(layout, [harmless], 5).replace(
-        harmless.hash, ""
-    )
+    ini = supervisor.render(layout, [hostile])
+    assert ini.replace(hostile.hash, "") == supervisor.render(layout, [harmless]).replace(harmless.hash, "")
 
 
 @pytest.mark.parametrize("name", ["with space", "comma,colon:", "$HOME", "é", "[x]", "a=b"])
 def test_supervisord_understands_every_path_that_dp_toml_may_have(name: str, tmp_path: Path) -> None:
     layout = Layout(tmp_path / name / "run", tmp_path / name / "logs")
     one = program()
-    supervisor.write(layout, [one], 5)
+    supervisor.write(layout, [one])
     config = parsed(layout.ini)["replica0"]
     assert shlex.split(config.command) == [str(FD_RUN), "replica0", one.hash, str(layout.launch)]
     assert config.stdout_logfile == str(layout.output("replica0"))
@@ -91,7 +89,7 @@ def test_every_word_reaches_the_program_unchanged(
     tell = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], sys.stdout)"
     one = Program("replica0", (sys.executable, "-c", tell, *argv), MappingProxyType(env), (5000,))
     layout = Layout(tmp_path / "run", tmp_path / "logs")
-    supervisor.write(layout, [one], 5)
+    supervisor.write(layout, [one])
     command = shlex.split(parsed(layout.ini)["replica0"].command)
     inherited = {**os.environ, "NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "SUPERVISOR_ENABLED": "1"}
     told = subprocess.run(command, env=inherited, capture_output=True, check=True, text=True)
@@ -112,7 +110,7 @@ def test_fd_run_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
     assert (missing.returncode, missing.stderr.count("\n")) == (NOT_STARTED, 1)
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     one = Program("replica0", ("/nowhere/python",), MappingProxyType({}), (1,))
-    supervisor.write(layout, [one], 5)
+    supervisor.write(layout, [one])
     failed = run("replica0", one.hash, str(layout.launch))
     assert failed.returncode == NOT_STARTED
     assert failed.stderr == "fd-run: /nowhere/python: cannot be executed (No such file or directory)\n"
@@ -127,8 +125,8 @@ def test_a_supervisord_that_is_not_there_is_lost_and_one_that_is_silent_hangs(tm
 def test_launch_files_of_no_program_are_removed(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     old, new = program("old"), program("new")
-    supervisor.write(layout, [old], 5)
-    supervisor.write(layout, [new], 5)
+    supervisor.write(layout, [old])
+    supervisor.write(layout, [new])
     supervisor.remove_stale_launch_files(layout, [new])
     assert [file.name for file in layout.launch.iterdir()] == [new.launch_name]
 
