@@ -87,4 +87,4 @@ def _end(client: Supervisor, process: Process) -> None:
         if client.processes()[process.name].state in supervisor.DOWN:
             return
         time.sleep(0.05)
-    raise SupervisorError(f"{process.name}: pid {process.pid} does not end; end it and start fd-dp again")
+    raise SupervisorError(f"{process.name}: pid {process.pid} does not end; end it by hand")

@@ -55,8 +55,9 @@ class Commands:
         elif do == "reload":
             self.reload(conversation, dry_run=bool(command.get("dry_run")), wait=wait)
         elif do in ("start", "stop", "restart"):
-            names = [replica.name for replica in self._named(command, conversation)]
-            if names and self._may_begin(conversation):
+            if not self._may_begin(conversation):
+                return
+            if names := [replica.name for replica in self._named(command, conversation)]:
                 operation = {"start": rollout.start, "stop": rollout.stop, "restart": rollout.restart}[do]
                 if not wait:
                     conversation.end(control.OK)
@@ -112,7 +113,8 @@ class Commands:
                     self._conversation.line(line)
         except StopIteration as end:
             self._finish(end.value)
-        except SupervisorError as error:
+        except (SupervisorError, OSError) as error:
+            # OSError: a full disk. What runs goes on.
             self._finish(str(error))
 
     def _begin(
@@ -135,11 +137,14 @@ class Commands:
         self._conversation = None
 
     def _may_begin(self, conversation: Conversation | None) -> bool:
-        if not self.busy and not self._fleet.stopping:
+        if self._fleet.stopping:
+            error = "fd-dp is stopping"
+        elif not self._fleet.adopted:
+            error = "fd-dp is starting; try again later"
+        elif self.busy:
+            error = "another operation is under way; try again later"
+        else:
             return True
-        error = (
-            "fd-dp is stopping" if self._fleet.stopping else "another operation is under way; try again later"
-        )
         log.warning("refused: %s", error)
         if conversation:
             conversation.end(control.BUSY, error=error)

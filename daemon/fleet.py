@@ -59,6 +59,8 @@ class Fleet:
         self.supervisor = client
         self.wanted = list(programs)
         self.replicas: dict[str, Replica] = {}
+        #: `adopt` is through: what is in `replicas` is all there is.
+        self.adopted = False
         self.stopping = False
         self._holds = Holds(config.paths.state)
         self._restarts: dict[str, Restarts] = {}
@@ -75,8 +77,9 @@ class Fleet:
         """Takes over what supervisord runs; returns the names of programs that run an older configuration.
 
         What runs the wanted configuration goes on undisturbed. What runs an older one goes on as well, for a
-        rollout to replace it.
+        rollout to replace it. If it raises, it can be called again.
         """
+        self.replicas = {}
         wanted = {program.name: program for program in self.wanted}
         running = running_programs(self.supervisor, self.wanted)
         held = self._holds.read()
@@ -91,10 +94,14 @@ class Fleet:
                 replica.move(State.STARTING, "adopted", now)
                 self._watch(process.pid)
                 log.info("%s: adopted pid %d", replica.label, process.pid)
+                if replica.held:
+                    # The last daemon was killed between the operator's wish and its fulfilment.
+                    self.stop(replica, HELD)
         self._bring_up_to_date(leave=running.keys())
         for replica in self.replicas.values():
             if not replica.alive and not replica.held:
                 self.want(replica, "start")
+        self.adopted = True
         return [n for n, (_, program) in running.items() if n not in wanted or program.hash != wanted[n].hash]
 
     def want(self, replica: Replica, why: str) -> None:
@@ -112,9 +119,11 @@ class Fleet:
             replica.move(State.STOPPED, why, self._clock())
 
     def hold(self, replica: Replica, held: bool) -> None:
-        """The operator's wish, kept over restarts of the daemon."""
-        replica.held = held
-        self._holds.write({name for name, replica in self.replicas.items() if replica.held})
+        """The operator's wish, kept over restarts of the daemon. Raises OSError; then nothing is changed."""
+        if replica.held != held:
+            others = {name for name, other in self.replicas.items() if other.held and other is not replica}
+            self._holds.write(others | {replica.name} if held else others)
+            replica.held = held
 
     def put(self, name: str, program: Program | None) -> None:
         """Gives a replica that is down another program, or none.
@@ -123,6 +132,8 @@ class Fleet:
         """
         known = self.replicas.get(name)
         assert known is None or not known.alive, name
+        others = [replica.program for replica in self.replicas.values() if replica is not known]
+        supervisor.write(self.layout, others if program is None else [*others, program])
         if program is None:
             self.replicas.pop(name, None)
             self._restarts.pop(name, None)
@@ -131,8 +142,6 @@ class Fleet:
         self.supervisor.replace(name, add=program is not None)
 
     def write(self) -> None:
-        others = [replica.program for replica in self.replicas.values() if replica is not known]
-        supervisor.write(self.layout, others if program is None else [*others, program])
         """supervisord's files always say what runs now, not what a rollout has still to reach."""
         supervisor.write(self.layout, [replica.program for replica in self.replicas.values()])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import logging
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from .. import __version__
 from ..errors import ConfigError, FastDeployError
@@ -57,7 +58,7 @@ class Daemon:
         self._file = file
         self._prefix = prefix
         self._external = external
-        self._wakeups = Wakeups((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        self._wakeups = Wakeups(_signals(external))
         client = Supervisor(Layout(config.paths.run, config.paths.logs))
         self._fleet = Fleet(
             config,
@@ -71,10 +72,13 @@ class Daemon:
             config.supervise,
             external=external,
             write=self._fleet.write,
-            interrupted=lambda: bool(self._wakeups.signals),
+            interrupted=lambda: any(self._is_stop(number) for number in self._wakeups.signals),
         )
         self._commands = Commands(self._fleet, file, prefix, programs_for, self._describe)
         self._notify = Notifier(dict(os.environ))
+        #: What has to be done before the next step, and is tried until it succeeds.
+        self._first: Callable[[], None] | None = self._take_over
+        self._trouble = ""
         self._was_ready = False
         self._shown, self._show_next = "", 0.0
         self._watchdog_next = 0.0
@@ -90,7 +94,6 @@ class Daemon:
                     control.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
                 try:
-                    self._take_over()
                     while not self._told_to_stop():
                         self._turn()
                 finally:
@@ -108,12 +111,21 @@ class Daemon:
 
     def _turn(self) -> None:
         try:
+            if self._first is not None:
+                self._first()
+                self._first = None
             self._fleet.step()
             self._supervisord.answered()
+            self._trouble = ""
         except SupervisorLost as error:
             if self._supervisord.recover(error):
-                self._fleet.begin_again()
+                self._first = self._first or self._fleet.begin_again
                 self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+        except (SupervisorError, OSError) as error:
+            # A full disk, mostly. Whatever runs goes on, and the next turn tries again.
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.error("%s; trying again", error)
         self._commands.advance()
         self._tell()
         processes.reap(keep=self._supervisord.child)
@@ -132,11 +144,15 @@ class Daemon:
     def _told_to_stop(self) -> bool:
         while self._wakeups.signals:
             number = self._wakeups.signals.pop(0)
-            if number is not signal.SIGHUP:
+            if self._is_stop(number):
                 log.info("%s: stopping%s", number.name, "; the programs go on" if self._external else "")
                 return True
             self._commands.reload(None)
         return False
+
+    def _is_stop(self, number: signal.Signals) -> bool:
+        """SIGHUP means "reload" for a service, but in the foreground that the terminal has been closed."""
+        return number is not signal.SIGHUP or not self._external
 
     def _tell(self) -> None:
         """systemd, and whoever looks at the terminal."""
@@ -153,14 +169,17 @@ class Daemon:
         if status.all_ready(self._fleet):
             self._was_ready = True
             if not self._external:
-                print(_welcome(self._fleet, self._prefix), flush=True)
+                _say(_welcome(self._fleet, self._prefix), sys.stdout)
         elif now >= self._show_next and line != self._shown:
             self._shown, self._show_next = line, now + _PROGRESS_INTERVAL
             if sys.stderr.isatty():
-                print(f"fd-dp: {line}", file=sys.stderr, flush=True)
+                _say(f"fd-dp: {line}", sys.stderr)
 
     def _stop_programs(self) -> None:
-        """All in parallel; a second signal ends the patience. What is left is killed by `Supervisord.end`."""
+        """All in parallel; a second signal ends the patience. What is left is killed by `Supervisord.end`.
+
+        Not a second SIGHUP: for one terminal both the kernel and the shell send it.
+        """
         fleet = self._fleet
         fleet.stopping = True
         deadline = time.monotonic() + _STOP_PATIENCE
@@ -169,7 +188,7 @@ class Daemon:
         try:
             while any(replica.state is State.STOPPING for replica in fleet.replicas.values()):
                 fleet.step()
-                if time.monotonic() > deadline or self._wakeups.signals:
+                if time.monotonic() > deadline or {*self._wakeups.signals} - {signal.SIGHUP}:
                     log.warning("killing what has not ended: %s", status.one_line(fleet))
                     return
                 self._wakeups.wait(0.1)
@@ -206,7 +225,10 @@ def run(
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="fd-dp", description="Runs the replicas and the router of dp.toml and keeps them alive."
+        prog="fd-dp",
+        description="Runs the replicas and the router of dp.toml and keeps them alive.",
+        epilog="Ctrl-C and SIGTERM stop everything within 15 s; so does SIGHUP, which comes when the "
+        "terminal is closed, unless nohup keeps it away. With --supervisord external SIGHUP reloads dp.toml.",
     )
     parser.add_argument("--config", type=Path, default=Path("/etc/fd/dp.toml"), help="default: %(default)s")
     parser.add_argument("--prefix", type=Path, help="keep state, run and logs below this directory")
@@ -245,6 +267,19 @@ def _lock(run_directory: Path) -> IO[str]:
     stream.write(str(os.getpid()))
     stream.flush()
     return stream
+
+
+def _signals(external: bool) -> tuple[signal.Signals, ...]:
+    """Those that the loop takes over. Under nohup SIGHUP arrives ignored, and stays so."""
+    if not external and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return signal.SIGTERM, signal.SIGINT
+    return signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """To a terminal, or a reader of a pipe, that may have gone."""
+    with contextlib.suppress(OSError):
+        print(text, file=stream, flush=True)
 
 
 def _welcome(fleet: Fleet, prefix: Path | None) -> str:

@@ -13,7 +13,7 @@ from . import masking
 from .fleet import HELD, Fleet
 from .programs import ROUTER, Program
 from .replica import State
-from .supervisor import SupervisorLost
+from .supervisor import SupervisorError, SupervisorLost
 
 #: What a running operation tells between its steps: a line for people, or None for "still waiting".
 #: Its end is "" or the reason why it failed.
@@ -158,6 +158,11 @@ def _apply(fleet: Fleet, step: Step) -> Operation:
         except SupervisorLost:
             # The loop starts it again, or waits until systemd has.
             yield None
+        except (SupervisorError, OSError) as error:
+            # A full disk, mostly. What it was before can still be started.
+            if (known := fleet.replicas.get(step.program.name)) is not None and not known.held:
+                fleet.want(known, "new configuration failed")
+            return str(error)
     if step.new is None:
         return ""
     replica = fleet.replicas[step.new.name]

@@ -49,7 +49,9 @@ def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
 def all_ready(fleet: Fleet) -> bool:
     """Everything that is not held answers, and the router knows all of it."""
     wanted = (replica for replica in fleet.replicas.values() if not replica.held)
-    return all(replica.state is State.READY for replica in wanted) and fleet.all_registered()
+    return (
+        fleet.adopted and all(replica.state is State.READY for replica in wanted) and fleet.all_registered()
+    )
 
 
 def usable(fleet: Fleet) -> bool:

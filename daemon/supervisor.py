@@ -15,6 +15,7 @@ import re
 import shlex
 import socket
 import sys
+import xml.parsers.expat
 import xmlrpc.client
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from .programs import Program
 _TIMEOUT = 3.0
 _TAIL = 1 << 16
 
+#: The last one is an answer that was cut off when supervisord was killed.
+_NO_ANSWER = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError)
+
 UP = frozenset({"STARTING", "RUNNING"})
 DOWN = frozenset({"STOPPED", "EXITED", "FATAL", "BACKOFF"})
 
@@ -42,10 +46,10 @@ class SupervisorError(FastDeployError):
 
 
 class SupervisorLost(SupervisorError):
-    """supervisord does not answer. `hangs`: something accepts connections there, so it is not dead."""
+    """supervisord does no work for us. `hangs`: something accepts connections there, so it is not dead."""
 
-    def __init__(self, message: str, hangs: bool) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, hangs: bool, fault: str = "") -> None:
+        super().__init__(message, fault)
         self.hangs = hangs
 
 
@@ -221,9 +225,12 @@ class Supervisor:
             except xmlrpc.client.Fault as fault:
                 # "NAME" or "NAME: detail"; the detail of CANT_REREAD is long and lists our whole environment.
                 name = fault.faultString.partition(":")[0]
+                if name == "SHUTDOWN_STATE":
+                    # Somebody has told it to end. Until it is gone it refuses everything.
+                    raise SupervisorLost("supervisord is shutting down", hangs=True, fault=name) from None
                 what = " ".join((method, *map(str, arguments[:1])))
                 raise SupervisorError(f"supervisord refused {what}: {name}", name) from None
-            except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
+            except _NO_ANSWER as error:
                 hangs = isinstance(error, TimeoutError)
                 raise SupervisorLost(
                     f"supervisord does not answer on {self.layout.socket} ({error})", hangs

@@ -56,6 +56,7 @@ class Supervisord:
         self._child: subprocess.Popen[bytes] | None = None
         self._restarts = Restarts(policy, lambda: 1.0)
         self._silent_since: float | None = None
+        self._next_try = 0.0
 
     @property
     def child(self) -> int | None:
@@ -85,22 +86,37 @@ class Supervisord:
             log.info("adopted supervisord, pid %d", self.pid)
 
     def recover(self, error: SupervisorLost) -> bool:
-        """After a call that failed: True if it was dead, and another one answers now and runs nothing yet."""
+        """After a call that failed: True if it was dead, and another one answers now and runs nothing yet.
+
+        False: it hangs and may come back, or the other one has failed as well; call again when a call fails.
+        Raises FastDeployError when that has happened too often.
+        """
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
             log.error("%s", error)
         if error.hangs and now - self._silent_since < _HANGS:
             return False
-        self._kill()
-        self._sweep()
-        if self._restarts.failed(now).quarantined:
+        if now < self._next_try:
+            return False
+        decision = self._restarts.failed(now)
+        if decision.quarantined:
             raise FastDeployError(f"supervisord keeps ending; see {self._client.layout.log}")
-        self.connect()
+        try:
+            self._kill()
+            self._sweep()
+            self.connect()
+        except (FastDeployError, OSError) as failure:
+            log.error("%s; next try in %.1f s", failure, decision.delay)
+            self._next_try = time.monotonic() + decision.delay
+            return False
         return True
 
     def answered(self) -> None:
         self._silent_since = None
+        failures, policy = self._restarts.failures, self._restarts.policy
+        if failures and time.monotonic() - failures[-1] > policy.stable_after:
+            self._restarts.stable()
 
     def end(self) -> None:
         """Ends it and everything that it has started and that still runs."""

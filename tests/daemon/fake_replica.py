@@ -32,11 +32,11 @@ for flag in ("--die-while-loading", "--no-token", "--grandchild", "--ignore-term
 # The rest of a replica's real command line means nothing here.
 options, _ = parser.parse_known_args()
 started = time.monotonic()
+key = os.environ.get("FD_API_KEY")
+streaming = ending = False
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-key = os.environ.get("FD_API_KEY")
-streaming = ending = False
     def do_GET(self) -> None:
         while options.hang_file and options.hang_file.exists():
             time.sleep(0.05)

@@ -179,13 +179,61 @@ def test_a_second_operation_is_refused_while_one_is_under_way(running: Running) 
     wait_until(lambda: running.status()["daemon"]["state"] == "READY", "reload done")
 
 
-def test_sighup_reloads(running: Running) -> None:
+def test_reload_applies_a_changed_stop_timeout(running: Running) -> None:
+    running.start_and_wait()
+    running.write(stop_timeout=20)
+    dry = running.fdctl("reload", "--dry-run")
+    assert dry.stdout.splitlines() == [
+        f"replace {label} (stop_timeout: 30 -> 20)" for label in ("router", "replica 0", "replica 1")
+    ]
+    before = running.pids()
+    assert running.fdctl("reload").returncode == control.OK
+    assert not {*running.pids().values()} & {*before.values()}
+    ini = (running.prefix / "run" / "supervisord.conf").read_text()
+    assert ini.count("stopwaitsecs=20") == ini.count("stopwaitsecs=") == 3
+
+
+def test_a_disk_on_which_nothing_can_be_written_fails_the_command_and_nothing_else(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
-    running.write(extra_args=("--load-seconds", "0.1"))
     assert running.daemon is not None
-    running.daemon.send_signal(signal.SIGHUP)
-    running.wait_ready_again("replica1", before["replica1"])
+    # Where a file is to be written stands a directory.
+    in_the_way = running.prefix / "state" / "held.new"
+    in_the_way.mkdir(parents=True)
+    done = running.fdctl("stop", "1")
+    assert (done.returncode, done.stderr.count("\n")) == (control.FAILED, 1)
+    assert str(in_the_way) in done.stderr
+    assert (running.pids(), running.programs()["replica1"]["held"]) == (before, False)
+    in_the_way.rmdir()
+
+    in_the_way = running.prefix / "run" / f".supervisord.conf.{running.daemon.pid}"
+    in_the_way.mkdir()
+    running.write(extra_args=("--load-seconds", "0.1"))
+    done = running.fdctl("reload")
+    assert done.returncode == control.FAILED
+    assert str(in_the_way) in done.stderr
+    running.wait_ready_again("replica0", before["replica0"])
+    assert running.pids()["replica1"] == before["replica1"]
+    in_the_way.rmdir()
+    assert running.fdctl("reload").returncode == control.OK
+    assert running.ready()
+
+
+def test_keys_are_shown_nowhere(running: Running) -> None:
+    secret = "5ecret"
+    running.start_and_wait()
+    running.write(extra_args=("--some-key", secret, f"--a-token={secret}"), env={"HF_TOKEN": secret})
+    outputs = [
+        running.fdctl("reload"),
+        running.fdctl("render"),
+        running.fdctl("render", "--json"),
+        running.fdctl("why", "0", "--json"),
+    ]
+    assert [output.returncode for output in outputs] == [control.OK] * 4
+    assert "replace replica 0 (--some-key: added; --a-token=***: added" in outputs[0].stdout
+    for output in outputs:
+        assert secret not in output.stdout + output.stderr
+    assert secret not in running.log()
 
 
 def test_supervisord_killed_in_the_middle_of_a_reload_ends_with_the_new_configuration(
@@ -214,7 +262,15 @@ def test_logs_and_why_show_what_a_replica_printed(running: Running) -> None:
 def test_nonsense_on_the_socket_is_answered_and_harms_nobody(running: Running) -> None:
     running.start_and_wait()
     path = str(control.socket_path(running.prefix / "run"))
-    for nonsense in (b"\n", b"[]\n", b'{"do": "dance"}\n', b"\xff\xfe\n", b"x" * 200_000):
+    for nonsense in (
+        b"\n",
+        b"[]\n",
+        b'{"do": "dance"}\n',
+        b'{"do": []}\n',
+        b"[" * 60_000 + b"\n",
+        b"\xff\xfe\n",
+        b"x" * 200_000,
+    ):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
             client.settimeout(20)

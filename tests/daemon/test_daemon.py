@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,6 +73,98 @@ def test_after_supervisord_is_killed_no_orphan_lives_and_all_come_back(running: 
     for name, pid in before.items():
         running.wait_ready_again(name, pid)
     assert not any(alive(pid) for pid in orphans)
+
+
+def test_a_supervisord_that_is_told_to_end_is_replaced_and_all_come_back(running: Running) -> None:
+    running.write(extra_args=("--grandchild",))
+    running.start_and_wait()
+    before = running.pids()
+    orphans = [process.pid for process in running.left_over()]
+    os.kill(running.status()["daemon"]["supervisord"], signal.SIGTERM)
+    for name, pid in before.items():
+        running.wait_ready_again(name, pid)
+    assert not any(alive(pid) for pid in orphans)
+
+
+def test_supervisord_may_be_killed_again_and_again(running: Running) -> None:
+    running.start_and_wait()
+    before, pids = running.pids(), _supervisords(running)
+    for count in range(1, 6):
+        os.kill(pids[-1], signal.SIGKILL)
+        wait_until(lambda: len(_supervisords(running)) > count, "another supervisord")  # noqa: B023
+        pids = _supervisords(running)
+        if count % 2:
+            # Every other one has answered before it is killed.
+            wait_until(lambda: running.status()["daemon"]["supervisord"] == pids[-1], "its first answer")  # noqa: B023
+    for name, pid in before.items():
+        running.wait_ready_again(name, pid)
+    assert len(running.left_over()) == len(before)
+
+
+def test_a_supervisord_that_cannot_be_started_for_want_of_disk_is_tried_again(running: Running) -> None:
+    running.start_and_wait()
+    before = running.pids()
+    assert running.daemon is not None
+    in_the_way = running.prefix / "run" / f".supervisord.conf.{running.daemon.pid}"
+    in_the_way.mkdir()
+    os.kill(running.status()["daemon"]["supervisord"], signal.SIGKILL)
+    wait_until(lambda: f"{in_the_way}'; next try in" in running.log(), "failure noticed")
+    in_the_way.rmdir()
+    for name, pid in before.items():
+        running.wait_ready_again(name, pid)
+
+
+def test_the_end_of_the_terminal_stops_everything(running: Running) -> None:
+    running.start_and_wait()
+    running.stop(signal.SIGHUP)
+    assert running.daemon is not None
+    assert running.daemon.returncode == 0
+
+
+def test_under_nohup_the_end_of_the_terminal_changes_nothing(running: Running) -> None:
+    # The child inherits it, as from nohup.
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        running.start()
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    wait_until(running.ready, "everything READY")
+    before = running.pids()
+    assert running.daemon is not None
+    running.daemon.send_signal(signal.SIGHUP)
+    assert running.ready()
+    assert running.pids() == before
+
+
+def test_an_open_stream_is_given_its_last_event_before_everything_ends(running: Running) -> None:
+    running.start_and_wait()
+    client = http.client.HTTPConnection("127.0.0.1", running.ports[1], timeout=20)
+    client.request("POST", "/v1/completions", json.dumps({"stream": True}))
+    with client.getresponse() as response:
+        assert response.readline() == b"data: {}\n"
+        running.stop()
+        assert b'{"error": {"message": "the replica stops"}}' in response.read()
+    client.close()
+    assert "replica 0: stopped (exit status 0)" in running.log()
+
+
+def test_the_health_check_shows_the_key_that_the_replicas_ask_for(running: Running) -> None:
+    running.write(env={"FD_API_KEY": "sesame"})
+    running.start_and_wait()
+
+
+def test_what_the_operator_held_is_stopped_even_if_the_daemon_died_before_it_did(running: Running) -> None:
+    running.start_and_wait()
+    before = running.pids()
+    running.stop(signal.SIGKILL)
+    (running.prefix / "state").mkdir(exist_ok=True)
+    (running.prefix / "state" / "held.json").write_text('["replica1"]')
+    running.start()
+    wait_until(lambda: running.programs().get("replica1", {}).get("state") == "STOPPED", "replica 1 stopped")
+    assert running.programs()["replica1"]["held"]
+    assert not alive(before["replica1"])
+    wait_until(lambda: running.programs()["replica0"]["state"] == "READY", "replica 0 READY")
+    assert running.pids()["replica0"] == before["replica0"]
 
 
 def test_a_killed_daemon_leaves_the_replicas_alone_and_the_next_one_adopts_them(running: Running) -> None:
@@ -211,6 +305,11 @@ def test_a_wrong_command_line_ends_in_one_line_and_an_exit_code(words: tuple[str
     ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert ended.returncode in (2, 78)
     assert "Traceback" not in ended.stderr
+
+
+def _supervisords(running: Running) -> list[int]:
+    """The pids of all that the daemon has started, the latest last."""
+    return [int(pid) for pid in re.findall(r"started supervisord, pid (\d+)", running.log())]
 
 
 def _log(running: Running) -> str:

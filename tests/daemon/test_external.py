@@ -89,6 +89,15 @@ def test_the_daemon_waits_for_a_supervisord_that_starts_after_it(running: Runnin
         unit.process.wait(timeout=30)
 
 
+def test_sighup_reloads(running: Running, engines: Engines) -> None:
+    running.start_and_wait("external")
+    before = running.pids()
+    running.write(extra_args=("--load-seconds", "0.1"))
+    assert running.daemon is not None
+    running.daemon.send_signal(signal.SIGHUP)
+    running.wait_ready_again("replica1", before["replica1"])
+
+
 def test_a_supervisord_that_is_stopped_for_a_moment_is_not_replaced(
     running: Running, engines: Engines
 ) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import threading
+import xmlrpc.client
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -117,9 +120,45 @@ def test_fd_run_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_a_supervisord_that_is_not_there_is_lost_and_one_that_is_silent_hangs(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, tmp_path)
     with pytest.raises(SupervisorLost) as caught:
-        Supervisor(Layout(tmp_path, tmp_path)).processes()
+        Supervisor(layout).processes()
     assert not caught.value.hangs
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(layout.socket))
+        silent.listen()
+        with pytest.raises(SupervisorLost) as caught:
+            Supervisor(layout).processes()
+    assert caught.value.hangs
+
+
+REFUSAL = xmlrpc.client.dumps(xmlrpc.client.Fault(6, "SHUTDOWN_STATE")).encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "hangs"),
+    [(REFUSAL, True), (REFUSAL[:-20], False), (b"", False)],
+    ids=["refusal", "cut", "empty"],
+)
+def test_a_supervisord_that_is_ending_is_lost(answer: bytes, hangs: bool, tmp_path: Path) -> None:
+    layout = Layout(tmp_path, tmp_path)
+    with socket.socket(socket.AF_UNIX) as ending:
+        ending.bind(str(layout.socket))
+        ending.listen()
+
+        def serve() -> None:
+            peer, _ = ending.accept()
+            with peer:
+                peer.recv(1 << 16)
+                head = f"HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: {len(REFUSAL)}\r\n\r\n"
+                peer.sendall(head.encode() + answer)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        with pytest.raises(SupervisorLost) as caught:
+            Supervisor(layout).processes()
+        server.join()
+    assert caught.value.hangs is hangs
 
 
 def test_launch_files_of_no_program_are_removed(tmp_path: Path) -> None:
