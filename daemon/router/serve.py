@@ -18,6 +18,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from ... import __version__, log
+from ...command_line import CommandLine
 from ...errors import ConfigError
 from ...file_limit import allow_open_files
 from .app import Router
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = _settings(arguments)
         RegistryFile(settings.registry_file).prepare()
         allow_open_files(settings.file_descriptors, f"--threads {settings.threads}")
+        log.configure("router", "router.log")
+        logging.getLogger().setLevel(arguments.log_level.upper())
     except ConfigError as error:
         _exit(EXIT_USAGE, error)
     try:
@@ -48,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         reason = error.strerror or error
         _exit(EXIT_ADDRESS, f"cannot listen on {settings.host} port {settings.port}: {str(reason).lower()}")
-    log.configure("router", "router.log")
-    logging.getLogger().setLevel(arguments.log_level.upper())
     _Server(settings, listener).run()
 
 
@@ -168,13 +169,8 @@ def _network(text: str) -> IPNetwork:
         ) from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (fd-router --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandLine(
         prog="fd-router",
         description="Spreads OpenAI requests over the replicas that have registered themselves.",
         epilog="Exit codes: 0 after SIGTERM or SIGINT, 2 the command line is wrong, 5 the address cannot be "

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ... import log
+from ...command_line import CommandLine
 from ...errors import ConfigError
 from ...parent_death import die_with_parent
 from ...ports import require_free
@@ -66,8 +67,8 @@ class Server:
 
 def main(argv: Sequence[str] | None = None) -> int:
     log.configure("launcher")
-    options, passed = _parser().parse_known_args(argv)
     try:
+        options, passed = _parser().parse_known_args(argv)
         log_directory = Path(os.environ.get("FD_LOG_DIR") or "log")
         servers = plan(options, [*passed, *options.args], log_directory, find_free)
         # A wrong flag is told once and before anything starts; the servers differ in their ports only.
@@ -253,7 +254,7 @@ def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m fastdeploy.entrypoints.openai.multi_api_server",
         description="Starts one api_server per replica; ends them all when it is told to or when one dies.",
         epilog="Exit status: 0 after SIGTERM, 130 after SIGINT, 1 if a server died, 2 for wrong arguments.",

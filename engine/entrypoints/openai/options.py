@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...command_line import CommandLine
 from ...config import EngineConfig
 from ...demo_model import resolve_model_path
 from ...errors import ConfigError
@@ -130,7 +131,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m fastdeploy.entrypoints.openai.api_server",
         description="One replica: OpenAI's HTTP API in front of one engine.",
         allow_abbrev=False,
