@@ -140,7 +140,10 @@ class SuperviseSection:
     stall_after: float = row(30.0, "Without a good health check for so long: UNHEALTHY.", at_least(1), "s")
     stall_kill: float = row(180.0, "Without a good health check for so long: killed.", at_least(1), "s")
     stop_timeout: float = row(
-        30.0, "From being told to stop to being killed; a change restarts.", between(1, 3600), "s"
+        30.0,
+        "From being told to stop to being killed; changing it restarts every program.",
+        between(1, 3600),
+        "s",
     )
     backoff_first: float = row(1.0, "Before the first restart; doubles with each failure.", at_least(0), "s")
     backoff_max: float = row(60.0, "Longest time before a restart.", at_least(0), "s")
