@@ -193,7 +193,7 @@ def test_the_model_may_be_named_or_not(server: ApiServer, name):
     ("path", "body", "headers", "status", "param"),
     [
         ("/v1/chat/completions", {"messages": MESSAGES, "model": "gpt-9"}, {}, 404, "model"),
-        ("/v1/chat/completions", {"messages": MESSAGES, "temperature": 9}, {}, 400, "temperature"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "temperature": -1}, {}, 400, "temperature"),
         ("/v1/chat/completions", b"not json", {}, 400, None),
         ("/v1/chat/completions", b'{"messages": "\xff"}', {}, 400, None),
         ("/v1/chat/completions", b"[" * 50_000, {}, 400, None),
