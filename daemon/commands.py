@@ -73,12 +73,12 @@ class Commands:
             config = dp_toml.load(self._file, self._prefix)
             if config.paths != self._fleet.config.paths:
                 raise FastDeployError(f"{self._file}: [paths] cannot change while fd-dp runs; restart it")
+            programs = self._programs_for(config)
         except FastDeployError as error:
             log.error("reload refused, everything goes on as it was: %s", error)
             if conversation:
                 conversation.end(control.BAD_CONFIG, error=str(error))
             return
-        programs = self._programs_for(config)
         steps = self._plan(programs)
         for line in [str(step) for step in steps] or ["no program changes"]:
             log.info("reload: %s", line)

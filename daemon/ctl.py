@@ -17,6 +17,7 @@ from ..errors import ConfigError, FastDeployError
 from . import config as dp_toml
 from . import control, masking, supervisor
 from .control import BAD_CONFIG, FAILED, NO_DAEMON, OK, DaemonUnreachable
+from .preflight import checked_programs_of
 from .programs import Program, programs_of
 
 _DEFAULT_CONFIG = Path("/etc/fd/dp.toml")
@@ -104,6 +105,7 @@ def logs(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     config = dp_toml.load(options.file.absolute(), _prefix(options))
+    checked_programs_of(config)
     print(f"{options.file}: good; {config.parallel.data_parallel_size} replicas")
     return OK
 
@@ -132,9 +134,11 @@ def generate(options: argparse.Namespace) -> int:
     """Asks the model through the router, and prints the answer as it comes."""
     found = _ask(options, {"do": "status"})["status"]
     host, port = found["router"]["host"], found["router"]["port"]
-    body = {"messages": [{"role": "user", "content": options.prompt}], "stream": True}
-    if options.max_tokens:
-        body["max_tokens"] = options.max_tokens
+    body = {
+        "messages": [{"role": "user", "content": options.prompt}],
+        "stream": True,
+        "max_tokens": options.max_tokens,
+    }
     connection = http.client.HTTPConnection(host, port)
     try:
         headers = {"Content-Type": "application/json"}
@@ -206,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--json", action="store_true")
     found = command("generate", generate, "ask the model something")
     found.add_argument("prompt", metavar="PROMPT")
-    found.add_argument("--max-tokens", type=int)
+    found.add_argument("--max-tokens", type=int, default=256, help="default: %(default)s")
     return parser
 
 

@@ -242,8 +242,8 @@ class Fleet:
             return
         reason = f"{replica.failing}; {how}" if replica.failing else how
         replica.last_exit = reason
-        line = supervisor.last_line(self.layout.output(replica.name))
-        said = f"; its last line: {line}" if line else ""
+        line = supervisor.last_error(self.layout.output(replica.name), replica.started)
+        said = f"; its last error: {line}" if line else ""
         self._failed(replica, f"pid {replica.pid or '?'}: {reason}{said}", now)
 
     def _failed(self, replica: Replica, what: str, now: float) -> None:

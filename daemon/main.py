@@ -23,8 +23,9 @@ from .commands import Commands
 from .config import Config
 from .fleet import Fleet
 from .notify import Notifier
+from .preflight import checked_programs_of
 from .probes import Probes
-from .programs import Program, address, programs_of
+from .programs import Program, address
 from .replica import State
 from .supervisor import Layout, Supervisor, SupervisorError, SupervisorLost
 from .supervisord import Supervisord
@@ -212,7 +213,7 @@ class Daemon:
 
 
 def run(
-    file: Path, prefix: Path | None, external: bool = False, programs_for: ProgramsFor = programs_of
+    file: Path, prefix: Path | None, external: bool = False, programs_for: ProgramsFor = checked_programs_of
 ) -> int:
     """The daemon, until it is told to stop. Raises FastDeployError."""
     config = dp_toml.load(file, prefix)
@@ -283,14 +284,16 @@ def _say(text: str, stream: TextIO) -> None:
 
 
 def _welcome(fleet: Fleet, prefix: Path | None) -> str:
-    url = f"http://{address(fleet.config.router.host, fleet.config.router.port)}"
+    router = fleet.config.router
+    url = f"http://{address(router.host, router.port)}"
     question = '{"messages":[{"role":"user","content":"What is the capital of France?"}]}'
+    key = " -H 'Authorization: Bearer KEY'" if router.api_keys_file or "FD_API_KEY" in os.environ else ""
     fdctl = Path(sys.executable).with_name("fdctl")
     option = f" --prefix {prefix}" if prefix else ""
     return f"""
 fd-dp: {status.one_line(fleet)}, behind {url}
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{question}'
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'
 
   {fdctl}{option} status
 

@@ -15,6 +15,7 @@ import re
 import shlex
 import socket
 import sys
+import time
 import xml.parsers.expat
 import xmlrpc.client
 from collections.abc import Iterable
@@ -163,10 +164,18 @@ def _write(file: Path, text: str) -> None:
     aside.rename(file)
 
 
-def last_line(file: Path) -> str:
-    """What a program said last, cut to what fits into a log line."""
-    lines = [line.strip() for line in _tail(file).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+def last_error(file: Path, since: float) -> str:
+    """The last error that a program has told after `since` (Unix time), cut to fit into a log line; or ""."""
+    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    errors = [
+        line.strip()
+        for line in _tail(file).splitlines()
+        # gunicorn's own words say that it ends, not why. A line without a time is the last word of a start.
+        if re.search(r"\bERROR\b", line)
+        and "gunicorn.error" not in line
+        and not ("2" <= line[:1] <= "9" and line[:19] < began)
+    ]
+    return errors[-1][:300] if errors else ""
 
 
 class Supervisor:

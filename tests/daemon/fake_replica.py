@@ -96,7 +96,7 @@ if options.grandchild:
 print(f"fake replica on port {options.port}", flush=True)
 if options.die_while_loading:
     time.sleep(options.load_seconds)
-    print("cannot load: no such checkpoint", flush=True)
+    print("fake: ERROR (cannot load: no such checkpoint)", flush=True)
     sys.exit(3)
 server = http.server.ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -139,6 +139,7 @@ def test_a_configuration_with_which_a_replica_fails_is_rolled_back(running: Runn
     done = running.fdctl("reload")
     assert done.returncode == control.FAILED
     assert "exit status 3" in done.stderr
+    assert "its last error: fake: ERROR (cannot load: no such checkpoint)" in done.stderr
     assert "the old configuration is back" in done.stderr
     after = running.pids()
     assert running.ready()

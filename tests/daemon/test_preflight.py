@@ -1,0 +1,43 @@
+"""What is refused before any process is touched for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.daemon import config as dp_toml
+from fastdeploy.daemon.preflight import checked_programs_of
+from fastdeploy.errors import ConfigError
+
+TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
+
+
+def write(directory: Path, model: object = TINY, engine: str = "", router: str = "") -> Path:
+    file = directory / "dp.toml"
+    file.write_text(f'[model]\npath = "{model}"\n[engine]\n{engine}\n[router]\n{router}\n')
+    return file
+
+
+def test_a_good_configuration_gives_its_programs(tmp_path: Path) -> None:
+    programs = checked_programs_of(dp_toml.load(write(tmp_path), tmp_path))
+    assert [program.name for program in programs[:2]] == ["router", "replica0"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"model": "/nonexistent"}, "/nonexistent"),
+        ({"model": Path(__file__).parent}, "config.json"),
+        ({"engine": 'extra_args = ["--bogus"]'}, "--bogus"),
+        ({"engine": 'extra_args = ["--quantization", "wint8"]'}, "--quantization"),
+        ({"engine": 'host = "no.such.host.invalid"'}, "[engine] host"),
+        ({"router": 'host = "no.such.host.invalid"'}, "[router] host"),
+    ],
+)
+def test_what_every_replica_would_fail_with_is_one_line(tmp_path: Path, content: dict, said: str) -> None:
+    config = dp_toml.load(write(tmp_path, **content), tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        checked_programs_of(config)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
