@@ -7,7 +7,6 @@ import itertools
 import logging
 import re
 import secrets
-import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from urllib.parse import quote
 import msgspec
 from flask import Flask, Response, g, request
 from gunicorn.http.errors import ParseException
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from ...errors import FastDeployError, RequestError
 from ...metrics import ReplicaMetrics
@@ -35,8 +34,6 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 _MAX_SEED = 2**63 - 1
-#: Seconds that a client may pause within a body before its thread is taken from it.
-_BODY_PAUSE = 30.0
 #: Of a body that is too large 64 MiB more are read and thrown away.
 _PIECE, _DISCARDED_PIECES = 1 << 20, 64
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -171,9 +168,6 @@ def _body(max_bytes: int) -> dict[str, Any]:
     """The request's JSON object, read whole."""
     if request.mimetype and request.mimetype != "application/json":
         raise RequestError(f"Content-Type is {request.mimetype!r}; it must be 'application/json'")
-    client: socket.socket | None = request.environ.get("gunicorn.socket")
-    if client is not None:
-        client.settimeout(_BODY_PAUSE)
     try:
         data = request.get_data(cache=False)
     except RequestEntityTooLarge:
@@ -183,13 +177,13 @@ def _body(max_bytes: int) -> dict[str, Any]:
             if not stream.read(_PIECE):
                 break
         raise ApiError(413, f"the body is larger than {max_bytes} bytes (--max-body-bytes)") from None
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive: nothing came for {_BODY_PAUSE:g} s") from None
+    except ClientDisconnected as error:
+        # What Werkzeug makes of any trouble with the socket; here of the worker's limit (http_worker.py).
+        if isinstance(error.__context__, BlockingIOError):
+            raise ApiError(408, "the body did not arrive in time") from None
+        raise RequestError("the body ended before its Content-Length") from None
     except (OSError, ParseException) as error:
         raise RequestError(f"the body cannot be read: {error}") from None
-    finally:
-        if client is not None:
-            client.settimeout(None)
     return decode_object(data)
 
 
