@@ -86,7 +86,7 @@ def document() -> str:
     lines = [
         "# dp.toml",
         "",
-        "Generated from the declarations in `daemon/config.py` by `make docs`.",
+        "Generated from the declarations in `daemon/options.py` by `make docs`.",
         "Every option has a default but `[model] path`. Unknown sections and keys are errors.",
     ]
     for section, cls in SECTIONS.items():

@@ -39,7 +39,7 @@ log = logging.getLogger("fd-dp")
 _STOP_PATIENCE = 11.0
 _PROGRESS_INTERVAL = 3.0
 _BUSY_INTERVAL = 0.05
-#: EX_CONFIG of sysexits.h; the unit does not restart the daemon after it.
+#: EX_CONFIG of sysexits.h.
 _BAD_CONFIG = 78
 
 ProgramsFor = Callable[[Config], list[Program]]

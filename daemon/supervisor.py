@@ -30,6 +30,8 @@ from .programs import Program
 #: supervisord answers in milliseconds; a stopped one must not stop the daemon as well.
 _TIMEOUT = 3.0
 _TAIL = 1 << 16
+#: How our log lines begin.
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
 #: The last one is an answer that was cut off when supervisord was killed.
 _NO_ANSWER = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError)
@@ -173,7 +175,7 @@ def last_error(file: Path, since: float) -> str:
         # gunicorn's own words say that it ends, not why. A line without a time is the last word of a start.
         if re.search(r"\bERROR\b", line)
         and "gunicorn.error" not in line
-        and not ("2" <= line[:1] <= "9" and line[:19] < began)
+        and not ((told := _TIME.match(line)) and told[0] < began)
     ]
     return errors[-1][:300] if errors else ""
 

@@ -7,6 +7,20 @@ import resource
 from .errors import ConfigError
 
 
+def connections_of(threads: int) -> int:
+    """Clients that an HTTP server with so many threads lets in at one time, idle ones included."""
+    return 2 * threads
+
+
+def descriptors_of(threads: int) -> int:
+    """Files that such a server may have open.
+
+    Per request: the client, the watch on it, and its upstream connection or what replaces it when it ends;
+    per connection one; some for the rest.
+    """
+    return 3 * threads + connections_of(threads) + 256
+
+
 def allow_open_files(needed: int, flag: str) -> None:
     """Raises the soft limit of this process and its children to `needed`, if it is lower.
 

@@ -20,7 +20,7 @@ from gunicorn.glogging import Logger
 from ... import __version__, log
 from ...command_line import CommandLine
 from ...errors import ConfigError
-from ...file_limit import allow_open_files
+from ...file_limit import allow_open_files, connections_of, descriptors_of
 from .app import Router
 from .keys import read_keys
 from .policies import POLICIES, policy_named
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments = _parser().parse_args(argv)
         settings = _settings(arguments)
         RegistryFile(settings.registry_file).prepare()
-        allow_open_files(settings.file_descriptors, f"--threads {settings.threads}")
+        allow_open_files(descriptors_of(settings.threads), f"--threads {settings.threads}")
         log.configure("router", "router.log")
         logging.getLogger().setLevel(arguments.log_level.upper())
     except ConfigError as error:
@@ -69,7 +69,7 @@ class _Server(BaseApplication):
             "worker_class": "fastdeploy.daemon.router.worker.RouterWorker",
             "workers": 1,
             "threads": settings.threads,
-            "worker_connections": settings.max_connections,
+            "worker_connections": connections_of(settings.threads),
             "keepalive": 60,
             # The daemon decides about a router that hangs; requests last as long as they last.
             "timeout": 0,

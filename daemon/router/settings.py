@@ -50,13 +50,3 @@ class Settings:
     @property
     def max_in_flight(self) -> int:
         return self.threads - _RESERVED
-
-    @property
-    def max_connections(self) -> int:
-        """Clients connected at one time, idle ones included."""
-        return 2 * self.threads
-
-    @property
-    def file_descriptors(self) -> int:
-        """Per request: client, watch on it, replica; per idle connection one; some for the rest."""
-        return 3 * self.threads + self.max_connections + 256

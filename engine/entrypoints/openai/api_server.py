@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ... import log
 from ...config import ModelConfig
 from ...errors import ConfigError
-from ...file_limit import allow_open_files
+from ...file_limit import allow_open_files, descriptors_of
 from ...ports import require_free
 from .options import ServeConfig, parse_arguments
 from .serve import serve
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(config: ServeConfig) -> None:
     """Finds out now what would otherwise fail in some process later."""
     ModelConfig.from_directory(config.engine.model)
-    allow_open_files(config.file_descriptors, f"--max-concurrency {config.max_concurrency}")
+    allow_open_files(descriptors_of(config.threads), f"--max-concurrency {config.max_concurrency}")
     require_free(config.host, config.port, "--port")
     if config.metrics_port is not None:
         require_free(config.host, config.metrics_port, "--metrics-port")

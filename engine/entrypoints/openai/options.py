@@ -71,22 +71,12 @@ class ServeConfig:
     def threads(self) -> int:
         return self.max_concurrency + _SPARE_THREADS
 
-    @property
-    def max_connections(self) -> int:
-        """Clients connected at one time, idle ones included."""
-        return 2 * self.threads
-
-    @property
-    def file_descriptors(self) -> int:
-        """Per request: client, watch on it, one when it ends; per idle connection one; some for the rest."""
-        return 3 * self.threads + self.max_connections + 256
-
 
 def parse_arguments(argv: Sequence[str]) -> ServeConfig:
-    """Reads the command line; underscores in flags count as dashes. Argparse exits for unknown flags.
+    """Reads the command line; underscores in flags count as dashes.
 
     Raises:
-        ConfigError: a value is wrong; one line that names the flag.
+        ConfigError: a flag is unknown or missing, or its value is wrong; one line that names it.
     """
     arguments = _parser().parse_args([_dashed(word) for word in argv])
     _refuse(arguments)

@@ -23,6 +23,7 @@ from gunicorn.glogging import Logger
 from prometheus_client import start_http_server
 
 from ...errors import FastDeployError
+from ...file_limit import connections_of
 from ...parent_death import die_with_parent
 from ...registration import Address, Registration
 from ..http_worker import HttpWorker
@@ -64,7 +65,7 @@ class _Application(BaseApplication):
             "worker_class": _HttpProcess,
             "workers": 1,
             "threads": config.threads,
-            "worker_connections": config.max_connections,
+            "worker_connections": connections_of(config.threads),
             "keepalive": _KEEPALIVE,
             # The HTTP process is never killed for being busy; the daemon has probes for a hang.
             "timeout": 0,
