@@ -13,7 +13,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import requests
 
 from fastdeploy.config import ModelConfig
 from fastdeploy.demo_model import resolve_model_path
+from fastdeploy.ports import find_free
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -95,7 +95,7 @@ def measure_system(prefix: Path) -> list[Row]:
 
 def write_config(prefix: Path, *, replicas: int, threads: int) -> tuple[Path, int]:
     """etc/dp.toml with other ports, so that a running system is left alone."""
-    ports = free_ports(3 * replicas + 1)
+    ports = find_free(3 * replicas + 1)
     text = (ROOT / "etc" / "dp.toml").read_text(encoding="utf-8")
 
     def put(key: str, value: Any) -> None:
@@ -204,16 +204,6 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
             list(pool.map(np.max, parts))
             best = min(best, time.monotonic() - started)
     return (megabytes << 20) / best
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def report(rows: list[Row]) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from .errors import ConfigError
@@ -32,6 +33,15 @@ def require_free(host: str, port: int, flag: str) -> None:
                     f"{flag}: port {port} on {host} is taken{_by_whom(port)}; choose a free one"
                 ) from None
             raise ConfigError(f"{flag}: cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def find_free(count: int) -> list[int]:
+    """Ports of loopback that were free a moment ago; all held at once, so that they differ."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _by_whom(port: int) -> str:

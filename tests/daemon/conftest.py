@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastdeploy.daemon import control, processes
+from fastdeploy.ports import find_free
+
+from ..waiting import wait_until as _wait_until
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 FDCTL = Path(sys.executable).with_name("fdctl")
 
 
-def wait_until(true: Callable[[], Any], what: str, seconds: float = 40.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.05)
-    return found
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+wait_until = partial(_wait_until, deadline=40.0)
 
 
 def alive(pid: int) -> bool:
@@ -51,7 +39,7 @@ class Running:
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.config = prefix / "dp.toml"
-        self.ports = free_ports(16)
+        self.ports = find_free(16)
         self.daemon: subprocess.Popen[str] | None = None
         self.external = False
 

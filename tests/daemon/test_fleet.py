@@ -11,8 +11,7 @@ from fastdeploy.daemon.probes import Probes, Reading
 from fastdeploy.daemon.programs import Program, programs_of
 from fastdeploy.daemon.replica import State
 from fastdeploy.daemon.supervisor import Layout, Process, Supervisor
-
-from .conftest import free_ports
+from fastdeploy.ports import find_free
 
 
 class FakeSupervisor(Supervisor):
@@ -56,7 +55,7 @@ class FakeProbes(Probes):
 
 class World:
     def __init__(self, directory: Path, replicas: int, **supervise: Any) -> None:
-        ports = free_ports(1 + 3 * replicas)
+        ports = find_free(1 + 3 * replicas)
         lines = [
             '[model]\npath = "demo"',
             f"[parallel]\ndata_parallel_size = {replicas}",

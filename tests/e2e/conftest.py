@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from fastdeploy.ports import find_free
+
+from ..waiting import wait_until as _wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -24,24 +27,7 @@ TINY_MODEL = ROOT / "tests" / "fixtures" / "tiny"
 MARKER = "FD_E2E_RUN"
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline: float = 120.0) -> Any:
-    """Polls until `condition` is true and returns its value."""
-    end = time.monotonic() + deadline
-    while not (value := condition()):
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {deadline:.0f} s: {what}")
-        time.sleep(0.1)
-    return value
+wait_until = partial(_wait_until, deadline=120.0)
 
 
 def marked_processes(run: str) -> list[psutil.Process]:
@@ -62,7 +48,7 @@ class System:
         self.prefix = prefix
         self.replicas = replicas
         self.run = uuid.uuid4().hex
-        ports = free_ports(3 * replicas + 1)
+        ports = find_free(3 * replicas + 1)
         self.ports, self.metrics_ports, queue_ports = (
             ports[i * replicas : (i + 1) * replicas] for i in range(3)
         )

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from .conftest import BIN, MARKER, TINY_MODEL, free_ports, marked_processes, wait_until
+from fastdeploy.ports import find_free
+
+from .conftest import BIN, MARKER, TINY_MODEL, marked_processes, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -25,7 +27,7 @@ class Launched:
 
     def __init__(self, directory: Path) -> None:
         self.run = directory.name
-        ports = free_ports(2 * SERVERS + 1)
+        ports = find_free(2 * SERVERS + 1)
         self.ports, queue_ports, router_port = ports[:SERVERS], ports[SERVERS:-1], ports[-1]
         self.url = f"http://127.0.0.1:{router_port}"
         environment = {**os.environ, MARKER: self.run, "FD_LOG_DIR": str(directory)}

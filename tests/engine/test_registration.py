@@ -6,8 +6,8 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -15,6 +15,8 @@ import pytest
 from fastdeploy import registration
 from fastdeploy.errors import ConfigError
 from fastdeploy.registration import Address, Registration, advertised_ip, register_info, router_url
+
+from ..waiting import wait_until as _wait_until
 
 ADDRESS = Address("127.0.0.1", 1844, 3401, 25641, replica=3)
 
@@ -78,11 +80,7 @@ def start() -> Iterator[Callable[..., Registration]]:
         assert not one.is_alive()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+wait_until = partial(_wait_until, deadline=20.0)
 
 
 def test_a_healthy_replica_registers_again_and_again_and_says_so_once(

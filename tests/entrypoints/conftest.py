@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,9 @@ import psutil
 import pytest
 
 from fastdeploy.parent_death import die_with_parent
+from fastdeploy.ports import find_free
+
+from ..waiting import wait_until as _wait_until
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
 #: The tiny checkpoint has none.
@@ -27,26 +28,14 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor
 MAX_MODEL_LEN = 512
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline: float = 60.0) -> Any:
-    """Polls until `condition` is true and returns its value."""
-    end = time.monotonic() + deadline
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {deadline:.0f} s: {what}"
-        time.sleep(0.02)
-    return value
+wait_until = partial(_wait_until, deadline=60.0)
 
 
 class ApiServer:
     """One api_server process and its children."""
 
     def __init__(self, logs: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        self.port, self.metrics_port = free_port(), free_port()
+        self.port, self.metrics_port = find_free(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = logs / "out"
         with self.output.open("wb") as out:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,15 +14,11 @@ import psutil
 import pytest
 import requests
 
+from fastdeploy.ports import find_free
+
 from .fake_engine import FakeEngine, wait_until
 
 FD_ROUTER = Path(sys.executable).with_name("fd-router")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 class RouterProcess:
@@ -31,7 +26,7 @@ class RouterProcess:
         self, directory: Path, *flags: str, port: int | None = None, env: dict[str, str] | None = None
     ) -> None:
         self.directory = directory
-        self.port = port or free_port()
+        self.port = port or find_free(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / "router.log"
         self.process = subprocess.Popen(

@@ -8,12 +8,14 @@ import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import requests
+
+from ..waiting import wait_until as _wait_until
 
 
 @dataclass
@@ -234,14 +236,7 @@ class FakeEngine:
         return Received(method, target, headers, file.read(length), connection, self)
 
 
-def wait_until(condition: Callable[[], Any], what: str, deadline: float = 20.0) -> Any:
-    """Polls until `condition` is true, and returns what it gave."""
-    end = time.monotonic() + deadline
-    while not (value := condition()):
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {deadline:.0f} s: {what}")
-        time.sleep(0.01)
-    return value
+wait_until = partial(_wait_until, deadline=20.0)
 
 
 def lines_of(response: requests.Response) -> Iterator[str]:

@@ -16,12 +16,10 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from ... import log
 from ...command_line import CommandLine
 from ...errors import ConfigError
 from ...parent_death import die_with_parent
-from ...ports import require_free
+from ...ports import find_free, require_free
 from .options import parse_arguments
 
 logger = logging.getLogger("fastdeploy.launcher")
@@ -162,15 +160,6 @@ def run(servers: list[Server], stop_seconds: float) -> int:
         return 1
     finally:
         _stop([child for _, child in children], stop_seconds)
-
-
-def find_free(count: int) -> list[int]:
-    """Ports that were free a moment ago; all held at once, so that they differ."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _start(server: Server) -> subprocess.Popen[bytes]:

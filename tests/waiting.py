@@ -1,0 +1,16 @@
+"""Waiting for what other processes and threads do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def wait_until(condition: Callable[[], Any], what: str = "what is tested", *, deadline: float) -> Any:
+    """Polls until `condition` is true and returns its value; fails after `deadline` seconds."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {deadline:g} s: {what}"
+        time.sleep(0.02)
+    return value
