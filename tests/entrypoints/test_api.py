@@ -348,7 +348,10 @@ def test_health_and_ping(server: ApiServer):
 
 
 def test_a_body_that_does_not_arrive_is_a_timeout_and_not_the_fault_of_its_content(server: ApiServer):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    )
     with socket.create_connection(("127.0.0.1", server.port), timeout=120) as client:
         client.sendall(head)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
