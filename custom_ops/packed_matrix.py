@@ -1,0 +1,316 @@
+"""Matrices as the kernels read them: a self-describing blob of bytes, 64-byte aligned.
+
+A blob is a header and `count` matrices of one shape, one after the other (the experts of a layer; 1 otherwise).
+A matrix is cut into panels of 32 outputs, c0 to c31 below; outputs beyond the last are zero. A panel holds what
+one pass over the inputs needs, in the order in which it is needed: biases, scales, and then the weights, all
+32 outputs of an input side by side.
+
+    header (64 bytes, little endian)
+       0  magic "FDMATRIX"     8  u32 layout version   12  u32 format, an index into FORMATS
+      16  u32 outputs         20  u32 inputs           24  u32 count          28  u32 0
+      32  u64 bytes per panel 40  u64 bytes per matrix: where expert e begins is 64 + e times this
+    panel
+      32 float32 biases, zero where there are none
+      float32   per input: 32 float32
+      bfloat16  per input: 32 u16 in the order c0 c16 c1 c17 .. c15 c31, so that the low halves of a vector of
+                u32 are one run of outputs and the high halves the next
+      wint8     32 float32 scales; per input: 32 int8. A weight is q * scale.
+      wint4     per group of 32 inputs: 32 u32, in each the scale s (low half) and the minimum m (high half) of
+                an output as bfloat16; then 8 times 16 u32, one per four inputs: byte kk of word i has the q
+                of c_i in its low half and that of c_(16+i) in its high half. A weight is fma(q, s, m).
+      zeros up to a multiple of 64
+
+`pack_panels` is fast enough to be no more than what reading the checkpoint costs; all else here is for references.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+LAYOUT_VERSION = 1
+FORMATS = ("float32", "bfloat16", "wint8", "wint4")
+PANEL = 32
+GROUP = 32  # inputs that share a scale and a minimum, in wint4
+HEADER_BYTES = 64
+
+_MAGIC = b"FDMATRIX"
+_HEADER = struct.Struct("<8s6I2Q16x")
+_BIAS_BYTES = 4 * PANEL
+_GROUP_BYTES = 640
+_PAGE = 4096
+#: Float32 bytes that are worked on at a time: they and what is made of them stay in a core's own cache.
+_BLOCK_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class PackedShape:
+    """What a blob's header says."""
+
+    weight_format: str
+    outputs: int
+    inputs: int
+    count: int = 1
+
+    @property
+    def panels(self) -> int:
+        return -(-self.outputs // PANEL)
+
+    @property
+    def panel_bytes(self) -> int:
+        weights = {
+            "float32": self.inputs * 4 * PANEL,
+            "bfloat16": self.inputs * 2 * PANEL,
+            "wint8": 4 * PANEL + self.inputs * PANEL,
+            "wint4": -(-self.inputs // GROUP) * _GROUP_BYTES,
+        }
+        return _rounded_up(_BIAS_BYTES + weights[self.weight_format], 64)
+
+    @property
+    def matrix_bytes(self) -> int:
+        size = self.panels * self.panel_bytes
+        paged = _rounded_up(size, _PAGE)
+        # An expert that is not computed here then shares no page with one that is; small ones are not worth it.
+        return paged if self.count > 1 and paged < 1.03 * size else size
+
+    @property
+    def nbytes(self) -> int:
+        return HEADER_BYTES + self.count * self.matrix_bytes
+
+    def header(self) -> bytes:
+        return _HEADER.pack(
+            _MAGIC,
+            LAYOUT_VERSION,
+            FORMATS.index(self.weight_format),
+            self.outputs,
+            self.inputs,
+            self.count,
+            0,
+            self.panel_bytes,
+            self.matrix_bytes,
+        )
+
+    @classmethod
+    def of(cls, blob: Bytes) -> PackedShape:
+        """Reads the header.
+
+        Raises:
+            ValueError: these bytes are no packed matrix, or one of another layout.
+        """
+        if blob.nbytes < HEADER_BYTES:
+            raise ValueError(f"{blob.nbytes} bytes are too few for a packed matrix")
+        magic, version, index, outputs, inputs, count, _, panel, matrix = _HEADER.unpack(
+            blob[:HEADER_BYTES].tobytes()
+        )
+        if magic != _MAGIC or version != LAYOUT_VERSION or index >= len(FORMATS):
+            raise ValueError(f"not a packed matrix of layout {LAYOUT_VERSION}: {blob[:16].tobytes()!r}")
+        shape = cls(FORMATS[index], outputs, inputs, count)
+        if (panel, matrix, blob.nbytes) != (shape.panel_bytes, shape.matrix_bytes, shape.nbytes):
+            raise ValueError(f"{shape}: sizes {panel}, {matrix}, {blob.nbytes} contradict it")
+        return shape
+
+
+def pack(weights: Floats, bias: Floats | None = None, *, weight_format: str) -> Bytes:
+    """A blob of `weights` [outputs, inputs] or [count, outputs, inputs] and of `bias`, which lacks the last axis."""
+    stacked = weights[None] if weights.ndim == 2 else weights
+    biases = [None] * len(stacked) if bias is None else bias.reshape(stacked.shape[:2])
+    count, outputs, inputs = stacked.shape
+    shape = PackedShape(weight_format, outputs, inputs, count)
+    blob = _aligned_zeros(shape.nbytes)
+    blob[:HEADER_BYTES] = np.frombuffer(shape.header(), np.uint8)
+    for matrix, values, row in zip(_matrices(blob, shape), stacked, biases, strict=True):
+        matrix[:] = pack_panels(values, row, weight_format=weight_format)
+    return blob
+
+
+def pack_panels(weights: Floats, bias: Floats | None = None, *, weight_format: str) -> Bytes:
+    """The panels [panels, bytes per panel] of a matrix, or of as many rows of it as fill whole panels.
+
+    Args:
+        weights: [outputs, inputs], finite.
+        bias: [outputs].
+    """
+    outputs, inputs = weights.shape
+    shape = PackedShape(weight_format, outputs, inputs)
+    panels = np.zeros((shape.panels, shape.panel_bytes), np.uint8)
+    if bias is not None:
+        biases = np.zeros(shape.panels * PANEL, np.float32)
+        biases[:outputs] = bias
+        panels[:, :_BIAS_BYTES].view(np.float32)[:] = biases.reshape(-1, PANEL)
+    fill = {"float32": _fill_float32, "bfloat16": _fill_bfloat16, "wint8": _fill_wint8, "wint4": _fill_wint4}
+    step = max(1, _BLOCK_BYTES // (4 * PANEL * max(1, inputs)))
+    for start in range(0, shape.panels, step):
+        block = panels[start : start + step, _BIAS_BYTES:]
+        rows = np.ascontiguousarray(weights[start * PANEL : (start + len(block)) * PANEL], np.float32)
+        if len(rows) < len(block) * PANEL:
+            rows = np.concatenate([rows, np.zeros((len(block) * PANEL - len(rows), inputs), np.float32)])
+        fill[weight_format](block, rows.reshape(len(block), PANEL, inputs))
+    return panels
+
+
+def unpack(blob: Bytes) -> tuple[Floats, Floats]:
+    """The values that a kernel computes with: weights [count, outputs, inputs] and biases [count, outputs]."""
+    shape = PackedShape.of(blob)
+    read = {"float32": _read_float32, "bfloat16": _read_bfloat16, "wint8": _read_wint8, "wint4": _read_wint4}
+    weights, biases = [], []
+    for panels in _matrices(blob, shape):
+        values = read[shape.weight_format](panels[:, _BIAS_BYTES:], shape.inputs)
+        weights.append(values.reshape(-1, shape.inputs)[: shape.outputs])
+        biases.append(panels[:, :_BIAS_BYTES].view(np.float32).reshape(-1)[: shape.outputs])
+    return np.stack(weights), np.stack(biases)
+
+
+def gate_up_order(width: int) -> NDArray[np.int64]:
+    """Which row of [gate; up] (2 * width rows) each row of the interleaved matrix is; -1: a row of zeros.
+
+    Panel p has gate[16p:16p+16] and up[16p:16p+16], so that one pass yields both factors of an activation.
+    """
+    half = PANEL // 2
+    rows = np.arange(_rounded_up(width, half))
+    rows[width:] = -1
+    gate = rows.reshape(-1, half)
+    return np.concatenate([gate, np.where(gate < 0, -1, gate + width)], axis=1).reshape(-1)
+
+
+def interleave_gate_up(gate: Floats, up: Floats) -> Floats:
+    """gate and up [.., width, inputs], or biases [.., width] with a last axis added -> what is to be packed."""
+    width, inputs = gate.shape[-2:]
+    zero = np.zeros((*gate.shape[:-2], 1, inputs), np.float32)
+    return np.concatenate([gate, up, zero], axis=-2)[..., gate_up_order(width), :]
+
+
+def split_gate_up(interleaved: Floats, width: int) -> tuple[Floats, Floats]:
+    """The inverse of `interleave_gate_up`."""
+    place = np.empty(2 * width, np.int64)
+    order = gate_up_order(width)
+    place[order[order >= 0]] = np.flatnonzero(order >= 0)
+    return interleaved[..., place[:width], :], interleaved[..., place[width:], :]
+
+
+def to_bfloat16(values: Floats) -> NDArray[np.uint16]:
+    """The bits of finite values, rounded to nearest even."""
+    return (_rounded_bits(np.ascontiguousarray(values)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: NDArray[np.uint16]) -> Floats:
+    # bfloat16 is the upper half of a float32.
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _fill_float32(block: Bytes, rows: Floats) -> None:
+    panels, _, inputs = rows.shape
+    block.view(np.float32).reshape(panels, inputs, PANEL)[:] = rows.transpose(0, 2, 1)
+
+
+def _fill_bfloat16(block: Bytes, rows: Floats) -> None:
+    panels, _, inputs = rows.shape
+    bits = _rounded_bits(rows)
+    words = bits[:, : PANEL // 2] >> 16
+    words |= bits[:, PANEL // 2 :] & 0xFFFF0000
+    _columns(block.view(np.uint32), inputs, PANEL // 2)[:] = words.transpose(0, 2, 1)
+
+
+def _fill_wint8(block: Bytes, rows: Floats) -> None:
+    panels, _, inputs = rows.shape
+    largest = np.maximum(rows.max(axis=2, initial=0), -rows.min(axis=2, initial=0))
+    scales = _or_zero(largest / np.float32(127))
+    block[:, : 4 * PANEL].view(np.float32)[:] = scales
+    quotients = rows / np.where(scales == 0, np.float32(np.inf), scales)[:, :, None]
+    integers = np.rint(quotients, out=quotients).astype(np.int8)
+    _columns(block[:, 4 * PANEL :].view(np.int8), inputs, PANEL)[:] = integers.transpose(0, 2, 1)
+
+
+def _fill_wint4(block: Bytes, rows: Floats) -> None:
+    panels, _, inputs = rows.shape
+    groups = -(-inputs // GROUP)
+    padded = groups * GROUP - inputs
+    if padded:
+        # With copies of the last input, which do not widen the range of a group.
+        rows = np.pad(rows, ((0, 0), (0, 0), (0, padded)), mode="edge")
+    grouped = rows.reshape(panels, PANEL, groups, GROUP)
+    low = grouped.min(axis=3)
+    scales = _rounded_bits(_or_zero((grouped.max(axis=3) - low) / np.float32(15))) & 0xFFFF0000
+    minima = _rounded_bits(low) & 0xFFFF0000
+    steps = scales.view(np.float32)
+    quotients = grouped - minima.view(np.float32)[..., None]
+    quotients /= np.where(steps == 0, np.float32(np.inf), steps)[..., None]
+    integers = np.clip(np.rint(quotients, out=quotients), 0, 15, out=quotients).astype(np.uint8)
+    integers = integers.reshape(panels, PANEL, groups * GROUP)
+    integers[:, :, inputs:] = 0
+    pairs = integers[:, PANEL // 2 :] << 4
+    pairs |= integers[:, : PANEL // 2]
+    words = _columns(block.view(np.uint32), groups, _GROUP_BYTES // 4)
+    words[:, :, :PANEL] = (scales >> 16 | minima).transpose(0, 2, 1)
+    quads = pairs.view(np.uint32).reshape(panels, PANEL // 2, groups, 8)
+    words[:, :, PANEL:].reshape(panels, groups, 8, PANEL // 2)[:] = quads.transpose(0, 2, 3, 1)
+
+
+def _read_float32(block: Bytes, inputs: int) -> Floats:
+    return _columns(block.view(np.float32), inputs, PANEL).transpose(0, 2, 1)
+
+
+def _read_bfloat16(block: Bytes, inputs: int) -> Floats:
+    words = _columns(block.view(np.uint32), inputs, PANEL // 2).transpose(0, 2, 1)
+    return np.concatenate([words << 16, words & 0xFFFF0000], axis=1).view(np.float32)
+
+
+def _read_wint8(block: Bytes, inputs: int) -> Floats:
+    scales = block[:, : 4 * PANEL].view(np.float32)
+    integers = _columns(block[:, 4 * PANEL :].view(np.int8), inputs, PANEL).transpose(0, 2, 1)
+    return integers * scales[:, :, None]
+
+
+def _read_wint4(block: Bytes, inputs: int) -> Floats:
+    groups = -(-inputs // GROUP)
+    words = _columns(block.view(np.uint32), groups, _GROUP_BYTES // 4)
+    parameters = words[:, :, :PANEL].transpose(0, 2, 1)[..., None]
+    scales, minima = (parameters << 16).view(np.float32), (parameters & 0xFFFF0000).view(np.float32)
+    quads = words[:, :, PANEL:].reshape(len(block), groups, 8, PANEL // 2).transpose(0, 3, 1, 2)
+    pairs = np.ascontiguousarray(quads).view(np.uint8).reshape(len(block), PANEL // 2, groups, GROUP)
+    integers = np.concatenate([pairs & 15, pairs >> 4], axis=1)
+    # A fused multiply-add rounds once; in float64 the product and the sum are exact.
+    values = (integers * scales.astype(np.float64) + minima).astype(np.float32)
+    return values.reshape(len(block), PANEL, groups * GROUP)[:, :, :inputs]
+
+
+def _columns(block: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """[panels, at least rows * columns] -> [panels, rows, columns], a view."""
+    return block[:, : rows * columns].reshape(len(block), rows, columns)
+
+
+def _rounded_bits(values: Floats) -> NDArray[np.uint32]:
+    """float32 bits whose upper half is the bfloat16 nearest to a finite value, the even one of two."""
+    bits = values.view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    return rounded
+
+
+def _or_zero(scales: Floats) -> Floats:
+    """Scales so small that dividing by them means nothing become 0, and all weights below them 0."""
+    return np.where(scales < np.finfo(np.float32).tiny, np.float32(0), scales)
+
+
+def _matrices(blob: Bytes, shape: PackedShape) -> Bytes:
+    """[count, panels, bytes per panel], a view."""
+    stacked = blob[HEADER_BYTES:].reshape(shape.count, shape.matrix_bytes)
+    panels = stacked[:, : shape.panels * shape.panel_bytes]
+    return panels.reshape(shape.count, shape.panels, shape.panel_bytes)
+
+
+def _aligned_zeros(size: int) -> Bytes:
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
+
+
+def _rounded_up(size: int, step: int) -> int:
+    return -(-size // step) * step
