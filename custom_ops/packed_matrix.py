@@ -1,9 +1,9 @@
 """Matrices as the kernels read them: a self-describing blob of bytes, 64-byte aligned.
 
-A blob is a header and `count` matrices of one shape, one after the other (the experts of a layer; 1 otherwise).
-A matrix is cut into panels of 32 outputs, c0 to c31 below; outputs beyond the last are zero. A panel holds what
-one pass over the inputs needs, in the order in which it is needed: biases, scales, and then the weights, all
-32 outputs of an input side by side.
+A blob is a header and `count` matrices of one shape, one after the other (the experts of a layer; else 1).
+A matrix is cut into panels of 32 outputs, c0 to c31 below; outputs beyond the last are zero. A panel holds
+what one pass over the inputs needs, in the order in which it is needed: biases, scales, and then the
+weights, all 32 outputs of an input side by side.
 
     header (64 bytes, little endian)
        0  magic "FDMATRIX"     8  u32 layout version   12  u32 format, an index into FORMATS
@@ -15,12 +15,13 @@ one pass over the inputs needs, in the order in which it is needed: biases, scal
       bfloat16  per input: 32 u16 in the order c0 c16 c1 c17 .. c15 c31, so that the low halves of a vector of
                 u32 are one run of outputs and the high halves the next
       wint8     32 float32 scales; per input: 32 int8. A weight is q * scale.
-      wint4     per group of 32 inputs: 32 u32, in each the scale s (low half) and the minimum m (high half) of
-                an output as bfloat16; then 8 times 16 u32, one per four inputs: byte kk of word i has the q
-                of c_i in its low half and that of c_(16+i) in its high half. A weight is fma(q, s, m).
+      wint4     per group of 32 inputs: 32 u32, in each the scale s (low half) and the minimum m (high half)
+                of an output as bfloat16; then 8 times 16 u32, one time per four inputs: byte k of word i has
+                the q of c_i for input k of the four in its low half and that of c_(16+i) in its high half.
+                A weight is fma(q, s, m).
       zeros up to a multiple of 64
 
-`pack_panels` is fast enough to be no more than what reading the checkpoint costs; all else here is for references.
+`pack_panels` is for the engine, and fast; `pack` and `unpack` are for references and tests.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class PackedShape:
     def matrix_bytes(self) -> int:
         size = self.panels * self.panel_bytes
         paged = _rounded_up(size, _PAGE)
-        # An expert that is not computed here then shares no page with one that is; small ones are not worth it.
+        # An expert that is not computed here then shares no page with one that is, where that costs little.
         return paged if self.count > 1 and paged < 1.03 * size else size
 
     @property
@@ -117,7 +118,7 @@ class PackedShape:
 
 
 def pack(weights: Floats, bias: Floats | None = None, *, weight_format: str) -> Bytes:
-    """A blob of `weights` [outputs, inputs] or [count, outputs, inputs] and of `bias`, which lacks the last axis."""
+    """A blob of `weights` [outputs, inputs] or [count, outputs, inputs], and `bias` without the last axis."""
     stacked = weights[None] if weights.ndim == 2 else weights
     biases = [None] * len(stacked) if bias is None else bias.reshape(stacked.shape[:2])
     count, outputs, inputs = stacked.shape
@@ -155,7 +156,7 @@ def pack_panels(weights: Floats, bias: Floats | None = None, *, weight_format: s
 
 
 def unpack(blob: Bytes) -> tuple[Floats, Floats]:
-    """The values that a kernel computes with: weights [count, outputs, inputs] and biases [count, outputs]."""
+    """What a kernel computes with: weights [count, outputs, inputs] and biases [count, outputs]."""
     shape = PackedShape.of(blob)
     read = {"float32": _read_float32, "bfloat16": _read_bfloat16, "wint8": _read_wint8, "wint4": _read_wint4}
     weights, biases = [], []
@@ -179,7 +180,7 @@ def gate_up_order(width: int) -> NDArray[np.int64]:
 
 
 def interleave_gate_up(gate: Floats, up: Floats) -> Floats:
-    """gate and up [.., width, inputs], or biases [.., width] with a last axis added -> what is to be packed."""
+    """gate and up [.., width, inputs] -> what is to be packed. Biases take part as [.., width, 1]."""
     width, inputs = gate.shape[-2:]
     zero = np.zeros((*gate.shape[:-2], 1, inputs), np.float32)
     return np.concatenate([gate, up, zero], axis=-2)[..., gate_up_order(width), :]
@@ -209,7 +210,7 @@ def _fill_float32(block: Bytes, rows: Floats) -> None:
 
 
 def _fill_bfloat16(block: Bytes, rows: Floats) -> None:
-    panels, _, inputs = rows.shape
+    inputs = rows.shape[2]
     bits = _rounded_bits(rows)
     words = bits[:, : PANEL // 2] >> 16
     words |= bits[:, PANEL // 2 :] & 0xFFFF0000
@@ -217,7 +218,7 @@ def _fill_bfloat16(block: Bytes, rows: Floats) -> None:
 
 
 def _fill_wint8(block: Bytes, rows: Floats) -> None:
-    panels, _, inputs = rows.shape
+    inputs = rows.shape[2]
     largest = np.maximum(rows.max(axis=2, initial=0), -rows.min(axis=2, initial=0))
     scales = _or_zero(largest / np.float32(127))
     block[:, : 4 * PANEL].view(np.float32)[:] = scales
@@ -233,22 +234,64 @@ def _fill_wint4(block: Bytes, rows: Floats) -> None:
     if padded:
         # With copies of the last input, which do not widen the range of a group.
         rows = np.pad(rows, ((0, 0), (0, 0), (0, padded)), mode="edge")
-    grouped = rows.reshape(panels, PANEL, groups, GROUP)
-    low = grouped.min(axis=3)
-    scales = _rounded_bits(_or_zero((grouped.max(axis=3) - low) / np.float32(15))) & 0xFFFF0000
-    minima = _rounded_bits(low) & 0xFFFF0000
-    steps = scales.view(np.float32)
-    quotients = grouped - minima.view(np.float32)[..., None]
-    quotients /= np.where(steps == 0, np.float32(np.inf), steps)[..., None]
-    integers = np.clip(np.rint(quotients, out=quotients), 0, 15, out=quotients).astype(np.uint8)
-    integers = integers.reshape(panels, PANEL, groups * GROUP)
+    levels, scales, minima = _grid(rows.reshape(panels, PANEL, groups, GROUP))
+    integers = levels.astype(np.uint8).reshape(panels, PANEL, groups * GROUP)
     integers[:, :, inputs:] = 0
     pairs = integers[:, PANEL // 2 :] << 4
     pairs |= integers[:, : PANEL // 2]
     words = _columns(block.view(np.uint32), groups, _GROUP_BYTES // 4)
-    words[:, :, :PANEL] = (scales >> 16 | minima).transpose(0, 2, 1)
+    parameters = (scales.view(np.uint32) >> 16) | minima.view(np.uint32)
+    words[:, :, :PANEL] = parameters.transpose(0, 2, 1)
     quads = pairs.view(np.uint32).reshape(panels, PANEL // 2, groups, 8)
     words[:, :, PANEL:].reshape(panels, groups, 8, PANEL // 2)[:] = quads.transpose(0, 2, 3, 1)
+
+
+def _grid(groups: Floats) -> tuple[Floats, Floats, Floats]:
+    """q, s and m for groups [.., GROUP].
+
+    From the least to the greatest weight is exact for what already lies on a grid. Otherwise a somewhat
+    smaller grid, fitted to what falls on its levels by least squares, is mostly better: a tenth less squared
+    error for normally distributed weights.
+    """
+    low = groups.min(axis=-1)
+    span = groups.max(axis=-1) - low
+    whole = _levels(groups, span / np.float32(15), low)
+    clipped, _, _ = _levels(groups, span * np.float32(0.96 / 15), low + np.float32(0.02) * span)
+    offsets = groups - low[..., None]
+    level, offset = clipped.mean(axis=-1), offsets.mean(axis=-1)
+    variance = np.einsum("...g,...g", clipped, clipped) / np.float32(GROUP) - level * level
+    covariance = np.einsum("...g,...g", clipped, offsets) / np.float32(GROUP) - level * offset
+    slope = covariance / np.where(variance > 0, variance, np.float32(np.inf))
+    fitted = _levels(groups, slope, low + (offset - slope * level))
+    better = _squared_error(groups, *fitted) < _squared_error(groups, *whole)
+    levels, scales, minima = (
+        np.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
+        for new, old in zip(fitted, whole, strict=True)
+    )
+    return levels, scales, minima
+
+
+def _levels(groups: Floats, scales: Floats, minima: Floats) -> tuple[Floats, Floats, Floats]:
+    """The nearest q of a grid, and the grid as it can be stored."""
+    scales = (_rounded_bits(_or_zero(scales)) & 0xFFFF0000).view(np.float32)
+    minima = (_rounded_bits(minima) & 0xFFFF0000).view(np.float32)
+    levels = groups - minima[..., None]
+    levels /= np.where(scales == 0, np.float32(np.inf), scales)[..., None]
+    np.rint(levels, out=levels)
+    return np.clip(levels, 0, 15, out=levels), scales, minima
+
+
+def _squared_error(groups: Floats, levels: Floats, scales: Floats, minima: Floats) -> Floats:
+    errors = _wint4_values(levels, scales, minima)
+    errors -= groups
+    return np.einsum("...g,...g", errors, errors)
+
+
+def _wint4_values(levels: Floats, scales: Floats, minima: Floats) -> Floats:
+    """fma(q, s, m): q * s is exact, 4 bits times 8, so that the sum is rounded once here as well."""
+    values = levels * scales[..., None]
+    values += minima[..., None]
+    return values
 
 
 def _read_float32(block: Bytes, inputs: int) -> Floats:
@@ -269,13 +312,13 @@ def _read_wint8(block: Bytes, inputs: int) -> Floats:
 def _read_wint4(block: Bytes, inputs: int) -> Floats:
     groups = -(-inputs // GROUP)
     words = _columns(block.view(np.uint32), groups, _GROUP_BYTES // 4)
-    parameters = words[:, :, :PANEL].transpose(0, 2, 1)[..., None]
-    scales, minima = (parameters << 16).view(np.float32), (parameters & 0xFFFF0000).view(np.float32)
+    parameters = words[:, :, :PANEL].transpose(0, 2, 1)
     quads = words[:, :, PANEL:].reshape(len(block), groups, 8, PANEL // 2).transpose(0, 3, 1, 2)
     pairs = np.ascontiguousarray(quads).view(np.uint8).reshape(len(block), PANEL // 2, groups, GROUP)
-    integers = np.concatenate([pairs & 15, pairs >> 4], axis=1)
-    # A fused multiply-add rounds once; in float64 the product and the sum are exact.
-    values = (integers * scales.astype(np.float64) + minima).astype(np.float32)
+    levels = np.concatenate([pairs & 15, pairs >> 4], axis=1).astype(np.float32)
+    values = _wint4_values(
+        levels, (parameters << 16).view(np.float32), (parameters & 0xFFFF0000).view(np.float32)
+    )
     return values.reshape(len(block), PANEL, groups * GROUP)[:, :, :inputs]
 
 
@@ -287,7 +330,7 @@ def _columns(block: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def _rounded_bits(values: Floats) -> NDArray[np.uint32]:
     """float32 bits whose upper half is the bfloat16 nearest to a finite value, the even one of two."""
     bits = values.view(np.uint32)
-    rounded = bits >> 16
+    rounded: NDArray[np.uint32] = bits >> np.uint32(16)
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
