@@ -9,7 +9,7 @@ PARITY := .cache/parity-venv
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
-.PHONY: help serve model test check mypy format docs parity bench-serve install clean
+.PHONY: help serve model test check mypy format docs parity bench-serve bench-engine install clean
 
 help:
 	@echo "make serve        set up everything and serve the demo model: eight replicas, one router"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs         write docs/configuration.md anew"
 	@echo "make parity       compare the network with transformers on random models (installs torch)"
 	@echo "make bench-serve  start-up time, memory and tokens/s of the whole system"
+	@echo "make bench-engine the CPU engine against transformers and the hardware's limits (installs torch)"
 	@echo "make install      install as a systemd service (as root)"
 
 serve: $(VENV)/installed model
@@ -72,7 +73,10 @@ $(PARITY)/installed: Makefile
 	@touch $@
 
 bench-serve: $(VENV)/installed model
-	@$(BIN)/python benchmarks/serve.py
+	@$(BIN)/python -m benchmarks.serve
+
+bench-engine: $(VENV)/installed $(PARITY)/installed
+	@$(BIN)/python -m benchmarks.engine
 
 clean:
 	@rm -rf $(VENV) .cache build *.egg-info

@@ -2,8 +2,8 @@
 
 Starts fd-dp with a copy of etc/dp.toml on free ports, measures until the eight replicas are READY, then
 memory, then tokens/s through the router: one stream, sixteen at once. The peer of eight replicas is one
-replica with all cores in the same run; the limit of one stream is the time in which the weights that
-one token needs can be read from memory, measured in the same run too.
+replica with all cores in the same run; the limit of one stream is what the hardware allows (limits.py),
+measured in the same run too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import requests
 
@@ -29,27 +27,19 @@ from fastdeploy.config import ModelConfig
 from fastdeploy.demo_model import resolve_model_path
 from fastdeploy.ports import find_free
 
-ROOT = Path(__file__).resolve().parent.parent
+from .limits import Machine, decode_work
+from .rows import ROOT, Row, report
+
 BIN = Path(sys.executable).parent
 NEW_TOKENS = 64
 QUESTION = "Write a short story about a lighthouse keeper and the sea."
-
-
-@dataclass(frozen=True)
-class Row:
-    case: str
-    metric: str
-    ours: float
-    peer: float | None = None
-    peer_name: str | None = None
-    limit: float | None = None
 
 
 def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fd-bench-") as directory:
         rows += measure_system(Path(directory))
-    report(rows)
+    report(rows, "serve")
 
 
 def measure_system(prefix: Path) -> list[Row]:
@@ -82,7 +72,8 @@ def measure_system(prefix: Path) -> list[Row]:
         stop_daemon(daemon)
 
     peer = "one replica, all cores"
-    limit = read_bandwidth() / bytes_per_token()
+    config = ModelConfig.from_directory(resolve_model_path("demo"))
+    limit = 1 / Machine.measure().seconds(decode_work(config, "bfloat16", batch=1, context=NEW_TOKENS))
     return [
         Row("start_to_8_ready", "seconds", ready_seconds),
         Row("stop", "seconds", stop_seconds),
@@ -177,47 +168,6 @@ def tokens_per_second(url: str, streams: int) -> float:
     with concurrent.futures.ThreadPoolExecutor(streams) as pool:
         tokens = sum(pool.map(lambda index: generate(url, index), range(1, streams + 1)))
     return tokens / (time.monotonic() - started)
-
-
-def bytes_per_token() -> float:
-    """Weights that one decoded token reads, in fp32: everything but the experts it is not routed to."""
-    c = ModelConfig.from_directory(resolve_model_path("demo"))
-    attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
-    total = c.vocab_size * c.hidden_size
-    for layer in range(c.num_hidden_layers):
-        if c.is_moe_layer(layer):
-            width = c.moe_intermediate_size * (c.moe_k + c.moe_num_shared_experts)
-        else:
-            width = c.intermediate_size
-        total += attention + 3 * c.hidden_size * width
-    return 4.0 * total
-
-
-def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
-    """Bytes per second that all cores together read; numpy's sum releases the interpreter lock."""
-    cores = os.cpu_count() or 1
-    parts = np.array_split(np.ones(megabytes << 18, np.float32), cores)
-    best = float("inf")
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        for _ in range(rounds):
-            started = time.monotonic()
-            list(pool.map(np.max, parts))
-            best = min(best, time.monotonic() - started)
-    return (megabytes << 20) / best
-
-
-def report(rows: list[Row]) -> None:
-    print(
-        f"{'case':<20} {'metric':<10} {'ours':>10} {'peer':>10} {'ratio':>7} "
-        f"{'limit':>10} {'of limit':>9}  peer"
-    )
-    for row in rows:
-        peer = f"{row.peer:10.1f} {row.ours / row.peer:7.2f}" if row.peer else f"{'-':>10} {'-':>7}"
-        limit = f"{row.limit:10.1f} {row.ours / row.limit:9.2f}" if row.limit else f"{'-':>10} {'-':>9}"
-        print(f"{row.case:<20} {row.metric:<10} {row.ours:10.1f} {peer} {limit}  {row.peer_name or ''}")
-    results = ROOT / "bench-results"
-    results.mkdir(exist_ok=True)
-    (results / "serve.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""Engines that are compared, each in a process and, if need be, an environment of its own.
+
+A contender loads a model and then answers requests, lines of JSON on its standard input, on its standard
+output: {"do": "decode", "batch": 8, "prompt": 32, "new": 9} has {"tokens": 64, "started": ..., "ended": ...}.
+So contenders can take turns within one run, and no two of them compute at the same time unless asked to.
+
+This file is imported in every environment: standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, Self
+
+_REQUESTS = ("prefill", "decode", "distinct_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    tokens: int
+    #: CLOCK_MONOTONIC, the same in all processes of a machine.
+    started: float
+    ended: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / (self.ended - self.started)
+
+
+class Contender(Protocol):
+    def prefill(self, tokens: int) -> Timing:
+        """A prompt of random tokens, up to the choice of the first new one."""
+        ...
+
+    def decode(self, batch: int, prompt: int, new: int) -> Timing:
+        """`batch` texts at once, greedily; the time from each one's first new token to its last."""
+        ...
+
+
+def answer_requests(start: Callable[[], Contender]) -> None:
+    """The contender's side: `start` loads the model; returns when the other side hangs up."""
+    # Libraries print things too: they get standard error.
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        os.dup2(2, 1)
+        contender = start()
+        print(json.dumps("ready"), file=answers)
+        for line in sys.stdin:
+            request = json.loads(line)
+            what = request.pop("do")
+            if what not in _REQUESTS:
+                raise ValueError(f"unknown request {what!r}; known are {', '.join(_REQUESTS)}")
+            found = getattr(contender, what)(**request)
+            print(json.dumps(asdict(found) if isinstance(found, Timing) else found), file=answers)
+
+
+class ContenderProcess:
+    """The benchmark's side. As a context manager it ends the process."""
+
+    def __init__(self, name: str, command: Sequence[str], cwd: str | os.PathLike[str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self._ready = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def run(self, what: str, **arguments: int) -> Timing:
+        return Timing(**self.call(what, **arguments))
+
+    def call(self, what: str, **arguments: int) -> Any:
+        self.ask(what, **arguments)
+        return self.result()
+
+    def wait_ready(self) -> None:
+        if not self._ready:
+            self._ready = self.result() == "ready"
+
+    def ask(self, what: str, **arguments: int) -> None:
+        self.wait_ready()
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+        self._process.stdin.flush()
+
+    def result(self) -> Any:
+        """The answer to the `ask` before."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} has ended with {self._process.wait()}; its words are above")
+        return json.loads(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

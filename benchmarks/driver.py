@@ -1,0 +1,132 @@
+"""Our engine as benchmarks drive it: in this process, by the calls that the worker makes, without sockets."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.messages import AddRequest, TokenOutput
+from fastdeploy.request import SamplingParams
+from fastdeploy.worker import thread_settings
+
+from .contender import Timing
+from .rows import CORES
+
+if TYPE_CHECKING:
+    from fastdeploy.model_runner import ModelRunner
+
+WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
+
+
+class Driver:
+    """An engine with random or given prompts."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        # Before Paddle is imported, which reads them then.
+        os.environ.update(thread_settings(config, CORES, os.environ))
+        warnings.filterwarnings("ignore", message="No ccache found")
+
+        from fastdeploy.engine import EngineCore
+
+        self.config = config
+        self.model_config = ModelConfig.from_directory(config.model)
+        self.runner = open_runner(config, self.model_config)
+        num_blocks = config.num_blocks(self.model_config)
+        self.core = EngineCore(config, self.model_config, self.runner, num_blocks)
+        self._random = np.random.default_rng(7)
+        self._requests = 0
+        # As the worker does: no collection walks over the weights within a measurement.
+        gc.collect()
+        gc.freeze()
+
+    def add(self, prompt_length: int, new: int) -> str:
+        """Queues a random prompt that gets `new` greedy tokens; returns its request id."""
+        self._requests += 1
+        request_id = str(self._requests)
+        prompt = self._random.integers(3, self.model_config.vocab_size, prompt_length).tolist()
+        params = SamplingParams(max_tokens=new, temperature=0)
+        self.core.add(AddRequest(request_id, prompt, params, time.time()))
+        return request_id
+
+    def step(self) -> list[TokenOutput]:
+        """
+        Raises:
+            RuntimeError: a request failed.
+        """
+        outputs = self.core.step().outputs
+        for output in outputs:
+            if output.message is not None:
+                raise RuntimeError(output.message)
+        return outputs
+
+    def drain(self) -> None:
+        while self.core.has_work:
+            self.step()
+
+    # ---- the requests of a contender
+
+    def prefill(self, tokens: int) -> Timing:
+        self.add(tokens, new=1)
+        started = time.monotonic()
+        self.drain()
+        return Timing(tokens, started, time.monotonic())
+
+    def decode(self, batch: int, prompt: int, new: int) -> Timing:
+        for _ in range(batch):
+            self.add(prompt, new)
+        first = self.step()
+        assert len(first) == batch, "all prompts must fit into one step; raise max_num_batched_tokens"
+        started = time.monotonic()
+        self.drain()
+        return Timing(batch * (new - 1), started, time.monotonic())
+
+
+def engine_config(
+    model: Path,
+    weight_format: str,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    threads: int = CORES,
+    **settings: Any,
+) -> EngineConfig:
+    """With room in the cache for all sequences at full length, and without prefix caching."""
+    return EngineConfig(
+        model=model,
+        device="cpu",
+        threads=threads,
+        dtype="float32" if weight_format == "float32" else "bfloat16",
+        quantization=weight_format if weight_format.startswith("wint") else None,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        enable_prefix_caching=False,
+        num_gpu_blocks_override=max_num_seqs * -(-max_model_len // 64),
+        block_size=64,
+        **settings,
+    )
+
+
+def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
+    import paddle
+
+    from fastdeploy.checkpoint import load_weights
+    from fastdeploy.model_runner import ModelRunner
+    from fastdeploy.models.ernie45 import Ernie45
+
+    paddle.set_device("cpu")
+    weights = load_weights(
+        config.model,
+        model_config,
+        weight_format=config.quantization or config.dtype,
+        qkv_order=config.qkv_order,
+        progress=lambda fraction, stage: None,
+    )
+    model = Ernie45(model_config, weights)
+    return ModelRunner(model, model_config, config, config.num_blocks(model_config))

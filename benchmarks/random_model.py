@@ -1,0 +1,45 @@
+"""The model of the engine's benchmarks: a random ERNIE-4.5 MoE of 250M parameters, 109M active per token."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.checkpoints import config_json, draw_tensors, write_checkpoint
+
+from .rows import CACHE
+
+#: The first layer is dense, as in ERNIE's own models.
+SHAPE = config_json(
+    hidden_size=768,
+    num_hidden_layers=12,
+    vocab_size=32000,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    head_dim=64,
+    intermediate_size=3072,
+    moe_num_experts=16,
+    moe_k=4,
+    moe_intermediate_size=384,
+    moe_num_shared_experts=2,
+    moe_layer_start_index=1,
+    rope_parameters={"rope_theta": 500000.0, "rope_type": "default"},
+    tie_word_embeddings=False,
+    max_position_embeddings=16384,
+)
+#: As quick as a model can be: for trying the scripts out.
+TINY = config_json(vocab_size=512, max_position_embeddings=16384)
+SEED = 250
+
+
+def random_model(*, tiny: bool = False) -> Path:
+    """Directory of the checkpoint, bfloat16 under Hugging Face names; drawn when it is not there yet."""
+    path = CACHE / ("random-tiny" if tiny else "random-250m")
+    if not path.exists():
+        part = path.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shape = TINY if tiny else SHAPE
+        write_checkpoint(part, shape, draw_tensors(shape, SEED), dtype="BF16")
+        # In the end, so that what is there is whole.
+        part.rename(path)
+    return path
