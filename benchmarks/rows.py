@@ -33,9 +33,9 @@ def report(rows: Sequence[Row], name: str) -> None:
         f"{'limit':>10} {'of limit':>9}  peer"
     )
     for row in rows:
-        peer = f"{row.peer:10.1f} {row.ours / row.peer:7.2f}" if row.peer else f"{'-':>10} {'-':>7}"
-        limit = f"{row.limit:10.1f} {row.ours / row.limit:9.2f}" if row.limit else f"{'-':>10} {'-':>9}"
-        print(f"{row.case:<{width}} {row.metric:<10} {row.ours:10.1f} {peer} {limit}  {row.peer_name or ''}")
+        peer = f"{row.peer:10.2f} {row.ours / row.peer:7.3f}" if row.peer else f"{'-':>10} {'-':>7}"
+        limit = f"{row.limit:10.2f} {row.ours / row.limit:9.2f}" if row.limit else f"{'-':>10} {'-':>9}"
+        print(f"{row.case:<{width}} {row.metric:<10} {row.ours:10.2f} {peer} {limit}  {row.peer_name or ''}")
     results = ROOT / "bench-results"
     results.mkdir(exist_ok=True)
     text = json.dumps([asdict(row) for row in rows], indent=1)

@@ -1,0 +1,104 @@
+"""Where the time of a decode step goes: `python -m benchmarks.profile_step`.
+
+Shares of scheduling, sampling, compiled operations, and Python around them, per batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from .driver import WEIGHT_FORMATS, Driver, engine_config
+from .random_model import random_model
+from .rows import CORES
+
+BATCHES = (1, 8, 32)
+PROMPT, NEW = 32, 64
+
+
+class Stopwatch:
+    """Seconds by part; a part does not count what runs inside of it under another name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._parts: list[str] = []
+        self._since = 0.0
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            self._switch()
+            self._parts.append(part)
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self._switch()
+                self._parts.pop()
+
+        return run
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._parts:
+            self.seconds[self._parts[-1]] += now - self._since
+        self._since = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--format", choices=WEIGHT_FORMATS, default="bfloat16")
+    parser.add_argument("--threads", type=int, default=CORES)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script out")
+    arguments = parser.parse_args()
+    config = engine_config(
+        random_model(tiny=arguments.tiny),
+        arguments.format,
+        threads=arguments.threads,
+        max_num_seqs=max(BATCHES),
+        max_model_len=PROMPT + NEW,
+        max_num_batched_tokens=max(BATCHES) * PROMPT,
+    )
+    driver = Driver(config)
+    parts = ("operations", "Python", "scheduling", "sampling")
+    print(f"{arguments.format}, {CORES} threads; share of a decode step's time")
+    print(f"{'batch':>5} {'ms/step':>8} " + " ".join(f"{part:>10}" for part in parts))
+    for batch in BATCHES:
+        driver.decode(batch, PROMPT, NEW)
+        stopwatch = Stopwatch()
+        with instrumented(stopwatch):
+            driver.decode(batch, PROMPT, NEW)
+        total = sum(stopwatch.seconds.values())
+        shares = " ".join(f"{stopwatch.seconds[part] / total:10.1%}" for part in parts)
+        print(f"{batch:>5} {1e3 * total / NEW:8.2f} {shares}")
+
+
+@contextmanager
+def instrumented(stopwatch: Stopwatch) -> Iterator[None]:
+    """Times the engine's parts, each where its callers look it up."""
+    from fastdeploy import engine
+    from fastdeploy.models.ernie45 import Ernie45
+    from fastdeploy.scheduler import Scheduler
+
+    places = [
+        (engine.EngineCore, "step", "Python"),
+        (Scheduler, "schedule", "scheduling"),
+        (Scheduler, "commit", "scheduling"),
+        (engine, "sample", "sampling"),
+        (Ernie45, "forward", "operations"),
+        (Ernie45, "logits", "operations"),
+    ]
+    with ExitStack() as patches:
+        for owner, name, part in places:
+            timed = stopwatch.timed(part, getattr(owner, name))
+            patches.enter_context(mock.patch.object(owner, name, timed))
+        yield
+
+
+if __name__ == "__main__":
+    main()
