@@ -9,18 +9,24 @@ PARITY := .cache/parity-venv
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
-.PHONY: help serve model test check mypy format docs parity bench-serve bench-engine install clean
+.PHONY: help serve model test check mypy format docs parity bench-serve bench-engine bench-context bench-replicas \
+        bench-long-prompt profile perplexity install clean
 
 help:
-	@echo "make serve        set up everything and serve the demo model: eight replicas, one router"
-	@echo "make test         set up everything and run all tests"
-	@echo "make check        ruff and mypy"
-	@echo "make format       ruff, writing"
-	@echo "make docs         write docs/configuration.md anew"
-	@echo "make parity       compare the network with transformers on random models (installs torch)"
-	@echo "make bench-serve  start-up time, memory and tokens/s of the whole system"
-	@echo "make bench-engine the CPU engine against transformers and the hardware's limits (installs torch)"
-	@echo "make install      install as a systemd service (as root)"
+	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
+	@echo "make test               set up everything and run all tests"
+	@echo "make check              ruff and mypy"
+	@echo "make format             ruff, writing"
+	@echo "make docs               write docs/configuration.md anew"
+	@echo "make parity             compare the network with transformers on random models (installs torch)"
+	@echo "make bench-serve        start-up time, memory and tokens/s of the whole system"
+	@echo "make bench-engine       the CPU engine against transformers and the hardware's limits (installs torch)"
+	@echo "make bench-context      decode speed against context and batch, as a plot in docs/"
+	@echo "make bench-replicas     eight engines against one on the same cores"
+	@echo "make bench-long-prompt  what a long prompt does to those who are reading"
+	@echo "make profile            where the time of a decode step goes"
+	@echo "make perplexity         the demo model's perplexity in each weight format"
+	@echo "make install            install as a systemd service (as root)"
 
 serve: $(VENV)/installed model
 	@exec $(BIN)/fd-dp --config $(CONFIG) --prefix $(PREFIX)
@@ -77,6 +83,25 @@ bench-serve: $(VENV)/installed model
 
 bench-engine: $(VENV)/installed $(PARITY)/installed
 	@$(BIN)/python -m benchmarks.engine
+
+bench-context: $(VENV)/bench-installed
+	@$(BIN)/python -m benchmarks.context
+
+bench-replicas: $(VENV)/installed model
+	@$(BIN)/python -m benchmarks.eight_replicas
+
+bench-long-prompt: $(VENV)/installed
+	@$(BIN)/python -m benchmarks.long_prompt
+
+profile: $(VENV)/installed
+	@$(BIN)/python -m benchmarks.profile_step
+
+perplexity: $(VENV)/installed model
+	@$(BIN)/python -m benchmarks.perplexity
+
+$(VENV)/bench-installed: $(VENV)/installed
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[bench]'
+	@touch $@
 
 clean:
 	@rm -rf $(VENV) .cache build *.egg-info

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.messages import AddRequest, TokenOutput
-from fastdeploy.request import SamplingParams
+from fastdeploy.request import Batch, SamplingParams
 from fastdeploy.worker import thread_settings
 
 from .contender import Timing
@@ -69,6 +69,13 @@ class Driver:
     def drain(self) -> None:
         while self.core.has_work:
             self.step()
+
+    def compute(self, batch: Batch) -> None:
+        """A step that the scheduler knows nothing of."""
+        from fastdeploy.sampler import sample
+
+        logits = self.runner.execute(batch)
+        sample(logits, [row.sequence for row in batch.rows if row.samples])
 
     # ---- the requests of a contender
 
@@ -130,3 +137,10 @@ def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
     )
     model = Ernie45(model_config, weights)
     return ModelRunner(model, model_config, config, config.num_blocks(model_config))
+
+
+def fill_cache(runner: ModelRunner) -> None:
+    """Writes to all of the KV cache: until then the system backs it with one page of zeros."""
+    for cache in runner.caches:
+        for tensor in (cache.key, cache.value):
+            tensor.fill_(1)
