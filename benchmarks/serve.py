@@ -72,8 +72,8 @@ def measure_system(prefix: Path) -> list[Row]:
         stop_daemon(daemon)
 
     peer = "one replica, all cores"
-    config = ModelConfig.from_directory(resolve_model_path("demo"))
-    limit = 1 / Machine.measure().seconds(decode_work(config, "bfloat16", batch=1, context=NEW_TOKENS))
+    demo = ModelConfig.from_directory(resolve_model_path("demo"))
+    limit = 1 / Machine.measure().seconds(decode_work(demo, "bfloat16", batch=1, context=NEW_TOKENS))
     return [
         Row("start_to_8_ready", "seconds", ready_seconds),
         Row("stop", "seconds", stop_seconds),
