@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+
+DTYPES = ("bfloat16", "float32")
+QUANTIZATIONS = ("wint8", "wint4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ class ModelConfig:
             and self.moe_layer_start_index <= index <= self.moe_layer_end_index
         )
 
-    def kv_bytes_per_token(self, bytes_per_element: int = 4) -> int:
+    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
 
 
@@ -148,6 +152,10 @@ class EngineConfig:
     enable_expert_parallel: bool = False
     #: Order inside a fused Paddle qkv tensor: "plain" (q|k|v) or "grouped" (per kv head: its q heads, k, v).
     qkv_order: str = "plain"
+    #: What weights (unless quantised) and the KV cache are kept in; sums are float32 always.
+    dtype: str = "bfloat16"
+    #: "wint8" or "wint4": weights are 8 or 4 bits.
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -173,9 +181,24 @@ class EngineConfig:
             )
         if self.qkv_order not in ("plain", "grouped"):
             raise ConfigError(f"--qkv-order is {self.qkv_order!r}; it must be 'plain' or 'grouped'")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype is {self.dtype!r}; it must be {_either(DTYPES)}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(
+                f"--quantization is {self.quantization!r}; it must be {_either(QUANTIZATIONS)}, or left out"
+            )
+        if self.quantization is not None and self.dtype == "float32":
+            raise ConfigError(
+                f"--dtype float32 contradicts --quantization {self.quantization}; leave one of them out"
+            )
         blocks = self.num_gpu_blocks_override
         if blocks is not None and blocks < 1:
             raise ConfigError(f"--num-gpu-blocks-override is {blocks}; it must be at least 1")
+
+    @property
+    def weight_format(self) -> str:
+        """Of the packed matrices: "float32", "bfloat16", "wint8" or "wint4"."""
+        return self.quantization or self.dtype
 
     def blocks_for(self, num_tokens: int) -> int:
         return math.ceil(num_tokens / self.block_size)
@@ -185,8 +208,13 @@ class EngineConfig:
         if self.num_gpu_blocks_override is not None:
             return self.num_gpu_blocks_override
         wanted = self.max_num_seqs * self.blocks_for(self.max_model_len)
-        affordable = memory_budget // (model.kv_bytes_per_token() * self.block_size)
+        element = 4 if self.dtype == "float32" else 2
+        affordable = memory_budget // (model.kv_bytes_per_token(element) * self.block_size)
         return max(self.blocks_for(self.max_model_len), min(wanted, affordable))
+
+
+def _either(values: Iterable[str]) -> str:
+    return " or ".join(map(repr, values))
 
 
 def flag(name: str) -> str:

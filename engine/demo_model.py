@@ -66,10 +66,13 @@ def resolve_model_path(text: str) -> Path:
     return path.absolute()
 
 
+def model_cache() -> Path:
+    """Where models made on this machine live: $FD_MODEL_CACHE, by default ~/.cache/fd-dp/models."""
+    return Path(os.environ.get("FD_MODEL_CACHE") or "~/.cache/fd-dp/models").expanduser().absolute()
+
+
 def cached_path() -> Path:
-    """Where the converted model lives: below $FD_MODEL_CACHE, by default ~/.cache/fd-dp/models."""
-    root = os.environ.get("FD_MODEL_CACHE") or "~/.cache/fd-dp/models"
-    return Path(root).expanduser().absolute() / DIRECTORY_NAME
+    return model_cache() / DIRECTORY_NAME
 
 
 def ensure(target: Path) -> None:

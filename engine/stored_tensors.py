@@ -30,37 +30,54 @@ _ITEM_SIZE = {
 }
 _ITEM_SIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 _MAX_HEADER = 100 << 20
+#: What weights can be stored as -> its view in numpy, which has no bfloat16.
+_FLOATS = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor in a mapped file; nothing is read before `float32`."""
+    """One tensor in a mapped file; nothing is read before its values are asked for."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    #: The bytes as they are on disk, which may begin at any address.
     data: np.ndarray
 
-    @property
-    def is_mappable(self) -> bool:
-        """Whether `float32` is a view of the file rather than a copy."""
-        return self.dtype == "F32" and self.data.ctypes.data % 4 == 0
+    def require_floats(self) -> None:
+        """Raises CheckpointError if `float32` cannot be: what is quantised is not for this engine."""
+        if self.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name} has dtype {self.dtype}; F32, BF16 and F16 can be loaded"
+            )
 
-    def float32(self) -> np.ndarray:
-        """The values. A view shares its pages with every process that maps the file."""
-        if self.dtype == "F32":
-            data = self.data if self.is_mappable else self.data.copy()
-            return data.view(np.float32).reshape(self.shape)
-        data = self.data.copy()
+    def float32(self, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
+        """The values `start` to `stop` along `axis`: a view of the file, if that can be, or a copy.
+
+        Raises:
+            CheckpointError: some are not finite.
+        """
+        stored = self.data.view(_FLOATS[self.dtype]).reshape(self.shape)
+        # Aligned, because other writers do not pad the header.
+        values = np.require(stored[(slice(None),) * axis + (slice(start, stop),)], requirements=["C", "A"])
         if self.dtype == "BF16":
             # bfloat16 is the upper half of a float32.
-            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
-        if self.dtype == "F16":
-            return data.view(np.float16).astype(np.float32).reshape(self.shape)
-        raise CheckpointError(
-            f"{self.file}: tensor {self.name} has dtype {self.dtype}; F32, BF16 and F16 can be loaded"
-        )
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        values = values.astype(np.float32, copy=False)
+        if values.size and not np.isfinite([values.min(), values.max()]).all():
+            raise CheckpointError(f"{self.file}: tensor {self.name} holds values that are not finite numbers")
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A safetensors file: its tensors by name, and what it says about itself."""
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    #: What follows the header.
+    body_bytes: int
 
 
 def open_directory(path: Path) -> dict[str, StoredTensor]:
@@ -69,29 +86,32 @@ def open_directory(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: there are no weights, a shard is missing, or a file is damaged.
     """
-    index = path / INDEX_FILE
-    if (path / SINGLE_FILE).exists():
-        return _open_file(path / SINGLE_FILE)
-    if not index.exists():
-        raise CheckpointError(f"{path}: no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
     tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(_shards(index)):
-        tensors |= _open_file(path / shard)
+    for file in weight_files(path):
+        tensors |= open_file(file).tensors
     return tensors
 
 
-def _shards(index: Path) -> set[str]:
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: cannot be read as an index with a weight_map ({error!r})") from None
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: weight_map names {shard!r}; it must be a file beside the index")
-    return shards
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of the checkpoint in directory `path`.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged.
+    """
+    index = path / INDEX_FILE
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE]
+    if not index.exists():
+        raise CheckpointError(f"{path}: no weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+    return [path / shard for shard in sorted(_shards(index))]
 
 
-def _open_file(file: Path) -> dict[str, StoredTensor]:
+def open_file(file: Path) -> StoredFile:
+    """Maps a safetensors file; only the header is read.
+
+    Raises:
+        CheckpointError: it is no such file, or damaged.
+    """
     try:
         with file.open("rb") as stream:
             # A private copy-on-write mapping: writable, as DLPack demands, and never written.
@@ -105,10 +125,23 @@ def _open_file(file: Path) -> dict[str, StoredTensor]:
         )
     try:
         header: dict[str, Any] = json.loads(mapped[8 : 8 + header_size].tobytes())
-        header.pop("__metadata__", None)
-        return {name: _tensor(name, entry, file, mapped[8 + header_size :]) for name, entry in header.items()}
+        metadata = dict(header.pop("__metadata__", None) or {})
+        body = mapped[8 + header_size :]
+        tensors = {name: _tensor(name, entry, file, body) for name, entry in header.items()}
+        return StoredFile(tensors, metadata, len(body))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: the safetensors header is damaged ({error!r})") from None
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read as an index with a weight_map ({error!r})") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: weight_map names {shard!r}; it must be a file beside the index")
+    return shards
 
 
 def _tensor(name: str, entry: dict[str, Any], file: Path, body: np.ndarray) -> StoredTensor:
