@@ -70,3 +70,65 @@ def fused_moe(
         for expert, weight in zip(picks[t], weights[t], strict=True):
             y[t] += weight * swiglu_mlp(token, *experts[expert])
     return y
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Ten rounds of Philox over four 32-bit words (Salmon et al., SC 2011)."""
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (product1 >> 32) ^ c1 ^ k0, product1 & word
+        c2, c3 = (product0 >> 32) ^ c3 ^ k1, product0 & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, choice: int, position: int) -> float:
+    """The random number, in [0, 1), that draws the token at `position` of a text."""
+    first, second, _, _ = philox4x32((position, choice, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
+    return ((first >> 5) * 2**26 + (second >> 6)) / 2**53
+
+
+def sampling_weights(
+    logits: Array, row: np.void, seen: Sequence[tuple[int, int]], masked: Sequence[int]
+) -> Array:
+    """What the probability of each token of one row is proportional to; row is a SAMPLING_ROW.
+
+    `seen` is (token, how often the output has it) of all tokens of the text.
+    """
+    scores = logits.astype(np.float64)
+    for token, count in seen:
+        penalty = row["repetition_penalty"]
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+        if count:
+            scores[token] -= count * row["frequency_penalty"] + row["presence_penalty"]
+    scores = scores.astype(np.float32).astype(np.float64)
+    scores[list(masked)] = -np.inf
+    if row["temperature"] == 0:
+        return (np.arange(len(scores)) == scores.argmax()).astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        weights = np.exp((scores - scores.max()) / row["temperature"])
+    keep = weights >= row["min_p"]
+    if 0 < row["top_k"] < len(scores):
+        keep &= scores >= np.sort(scores)[-row["top_k"]]
+    weights[~keep] = 0
+    if row["top_p"] < 1:
+        # Largest first, the lower id first among equals.
+        order = np.argsort(-weights, kind="stable")
+        reached = np.cumsum(weights[order]) >= row["top_p"] * weights.sum()
+        weights[order[reached.argmax() + 1 :]] = 0
+    return weights
+
+
+def sample(logits: Array, row: np.void, seen: Sequence[tuple[int, int]], masked: Sequence[int]) -> int:
+    """The token of one row, by inverse CDF in ascending order of ids."""
+    mass = np.cumsum(sampling_weights(logits, row, seen, masked))
+    point = uniform(int(row["seed"]), int(row["choice"]), int(row["position"])) * mass[-1]
+    return int(np.searchsorted(mass, point, side="right"))
+
+
+def log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
