@@ -1,59 +1,123 @@
-"""The operations of the network: one public function each, composed here of Paddle's built-ins.
+"""The operations of the network: one public function each, computed by the compiled kernels on a CPU.
 
-They run on whatever device their tensors are on. `reference.py` beside this file says in plain numpy what
-each one computes. All floating-point tensors are float32. T is the number of tokens of a step, H the hidden
-size, nq / nkv the heads of queries / of keys and values, d the size of a head, E the routed experts, k the
-experts that a token takes.
+`reference.py` beside this file says in plain numpy what each one computes. Activations are float32. "packed"
+is a uint8 tensor of one packed matrix (or a stack of them), see `packed_matrix.py`. A "step" is the int32
+tensor that says which tokens of which sequences are computed, see `include/step.h`.
+
+Every sum has an order of its own, fixed by its row alone: the result of a row does not depend, to the bit, on
+what else is in the step, on the number of threads, or on how a text was cut into steps.
+
+T is the number of tokens of a step, H the hidden size, nq / nkv the heads of queries / of keys and values, d
+the size of a head, E the routed experts, k the experts that a token takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import paddle
-import paddle.incubate.nn.functional as fused
-import paddle.nn.functional as F
+
+from .native import instruction_set, run, set_threads
+from .sampling import BROKEN_ROW, SAMPLING_ROW, argmax, sample
+
+__all__ = [
+    "BROKEN_ROW",
+    "SAMPLING_ROW",
+    "argmax",
+    "attention_block",
+    "embedding",
+    "fused_moe",
+    "instruction_set",
+    "linear",
+    "logits",
+    "mlp_block",
+    "moe_block",
+    "moe_grouped_gemm",
+    "moe_permute",
+    "moe_topk_select",
+    "moe_unpermute",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_cache",
+    "rotation",
+    "sample",
+    "set_threads",
+]
 
 
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """A linear map whose matrix stays as the checkpoint stores it, so that it can be memory-mapped.
+# ---- whole blocks of a layer, as the engine calls them
 
-    Several `weights` (q, k and v; gate and up) act on the same input and their outputs are laid side by side.
+
+def embedding(table: paddle.Tensor, step: paddle.Tensor) -> paddle.Tensor:
+    """Rows of table [V, H], float32 or bfloat16, for the tokens of the step: float32 [T, H]."""
+    return run("embedding", table, step)[0]
+
+
+def attention_block(
+    stream: paddle.Tensor,
+    step: paddle.Tensor,
+    norm: paddle.Tensor,
+    qkv: paddle.Tensor,
+    output: paddle.Tensor,
+    turns: paddle.Tensor,
+    keys: paddle.Tensor,
+    values: paddle.Tensor,
+    epsilon: float,
+) -> None:
+    """stream += output(attention(qkv(rms_norm(stream)))), in place; keys and values go to the cache.
+
+    Args:
+        stream: [T, H].
+        norm: [H].
+        qkv, output: packed.
+        turns: of `rotation`.
+        keys, values: of the layer's cache, see `paged_attention`.
     """
-
-    weights: tuple[paddle.Tensor, ...]
-    #: True: matrices are [out, in] (Hugging Face). False: [in, out] (Paddle).
-    out_in: bool
-    #: [out], of all parts together.
-    bias: paddle.Tensor | None = None
+    run("attention_block", stream, step, norm, qkv, output, turns, keys, values, epsilon)
 
 
-@dataclass(frozen=True, slots=True)
-class MLPWeights:
-    """down(silu(gate(x)) * up(x)); the output of `gate_up` is the gate half, then the up half."""
+def mlp_block(
+    stream: paddle.Tensor, norm: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor, epsilon: float
+) -> None:
+    """stream += down(silu(gate(x)) * up(x)) of x = rms_norm(stream), in place."""
+    run("mlp_block", stream, norm, gate_up, down, epsilon)
 
-    gate_up: Projection
-    down: Projection
 
+def moe_block(
+    stream: paddle.Tensor,
+    norm: paddle.Tensor,
+    router: paddle.Tensor,
+    bias: paddle.Tensor,
+    gate_up: paddle.Tensor,
+    down: paddle.Tensor,
+    shared_gate_up: paddle.Tensor | None,
+    shared_down: paddle.Tensor | None,
+    epsilon: float,
+    k: int,
+    norm_min: float,
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """stream += the weighted sum of each token's experts + the shared experts, of rms_norm(stream), in place.
 
-@dataclass(frozen=True, slots=True)
-class AttentionTile:
-    """Queries that one matrix product handles: one token each of many sequences, or many tokens of one.
+    Args:
+        router: packed float32, [E, H].
+        bias: [E], see `moe_topk_select`.
+        gate_up, down: packed stacks of E matrices.
+        shared_gate_up, shared_down: packed, or both None.
 
-    The block tables of a tile are padded to the longest. S is the keys per sequence, padding included.
+    Returns:
+        picks int32 [T, k] and their weights [T, k].
     """
+    experts = (router, bias, gate_up, down, shared_gate_up, shared_down)
+    _, picks, weights = run("moe_block", stream, norm, *experts, epsilon, k, norm_min)
+    return picks, weights
 
-    num_sequences: int
-    num_queries: int
-    #: int64 [num_sequences * nkv * S / block_size]: per sequence and head, rows of the cache seen as
-    #: [num_blocks * nkv, block_size * d].
-    read_rows: paddle.Tensor
-    #: 0 where a query may look, -inf elsewhere: [num_queries, S] of one sequence, [num_sequences * nq, 1, S]
-    #: of many. There the heads are written out, because a broadcast in the middle is 15 times slower.
-    mask: paddle.Tensor
+
+def logits(
+    stream: paddle.Tensor, step: paddle.Tensor, norm: paddle.Tensor, lm_head: paddle.Tensor, epsilon: float
+) -> paddle.Tensor:
+    """lm_head(rms_norm(row)) of those rows of the stream [T, H] that the step wants: [rows, V]."""
+    return run("logits", stream, step, norm, lm_head, epsilon)[0]
+
+
+# ---- single operations
 
 
 def rms_norm(
@@ -64,143 +128,106 @@ def rms_norm(
     Returns:
         The normalised rows [T, H], and the sum they were made from: the next residual.
     """
-    if residual is None:
-        return fused.fused_rms_norm(x, weight, None, epsilon, begin_norm_axis=1)[0], x
-    normed, total = fused.fused_rms_norm(x, weight, None, epsilon, begin_norm_axis=1, residual=residual)
+    normed, total = run("rms_norm", x, weight, residual, epsilon)
     return normed, total
 
 
-def linear(x: paddle.Tensor, projection: Projection) -> paddle.Tensor:
-    """x [T, in] -> [T, out]."""
-    parts = [paddle.matmul(x, weight, transpose_y=projection.out_in) for weight in projection.weights]
-    y = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=-1)
-    return y if projection.bias is None else y + projection.bias
+def linear(x: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
+    """x [T, in] -> [T, out] with a packed matrix and its bias."""
+    return run("linear", x, weights)[0]
 
 
-def swiglu_mlp(x: paddle.Tensor, weights: MLPWeights) -> paddle.Tensor:
-    """x [T, H] -> [T, H] through a gated MLP."""
-    return linear(F.swiglu(linear(x, weights.gate_up)), weights.down)
+def rotation(step: paddle.Tensor, theta: float, head_dim: int) -> paddle.Tensor:
+    """cos and sin of position * theta ** (-2j / d): [T, d], pairs side by side. The same for all layers."""
+    return run("rotation", step, theta, head_dim)[0]
 
 
 def rope_and_cache(
     qkv: paddle.Tensor,
-    rotation: paddle.Tensor,
-    key_cache: paddle.Tensor,
-    value_cache: paddle.Tensor,
-    write_rows: paddle.Tensor,
-) -> paddle.Tensor:
+    step: paddle.Tensor,
+    turns: paddle.Tensor,
+    keys: paddle.Tensor,
+    values: paddle.Tensor,
+) -> None:
     """Rotates queries and keys by their positions and writes keys and values into the paged cache, in place.
 
     Args:
-        qkv: [T, nq + 2 * nkv, d], heads of q, then of k, then of v.
-        rotation: complex64 [T, nq + nkv, d / 2], cos + i sin of position times frequency j, the same for all
-            heads. Elements 2j and 2j + 1 of a head are the real and imaginary part of what it multiplies
-            (interleaved pairs).
-        key_cache, value_cache: [num_blocks, nkv, block_size, d].
-        write_rows: int64 [T * nkv], for each token and head its row of the cache seen as
-            [num_blocks * nkv * block_size, d]: (block * nkv + head) * block_size + offset.
-
-    Returns:
-        The rotated queries [T, nq, d].
+        qkv: [T, (nq + 2 * nkv) * d], heads of q, then of k, then of v. Elements 2j and 2j + 1 of a head are
+            one pair.
+        turns: of `rotation`.
+        keys, values: see `paged_attention`.
     """
-    num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
-    num_heads = qkv.shape[1] - 2 * num_kv_heads
-    turning, value = paddle.split(qkv, [num_heads + num_kv_heads, num_kv_heads], axis=1)
-    pairs = turning.reshape([turning.shape[0], turning.shape[1], head_dim // 2, 2])
-    turned = paddle.as_real(paddle.as_complex(pairs) * rotation).reshape(turning.shape)
-    query, key = paddle.split(turned, [num_heads, num_kv_heads], axis=1)
-    for cache, update in ((key_cache, key), (value_cache, value)):
-        paddle.scatter_(cache.reshape([-1, head_dim]), write_rows, update.reshape([-1, head_dim]))
-    return query
+    run("rope_and_cache", qkv, step, turns, keys, values)
 
 
 def paged_attention(
-    query: paddle.Tensor,
-    key_cache: paddle.Tensor,
-    value_cache: paddle.Tensor,
-    tiles: Sequence[AttentionTile],
+    qkv: paddle.Tensor, step: paddle.Tensor, keys: paddle.Tensor, values: paddle.Tensor
 ) -> paddle.Tensor:
     """Softmax attention of rotated queries over the paged cache; decode rows and prefill chunks in one call.
 
     Query head h reads the keys and values of head h // (nq / nkv).
 
     Args:
-        query: [T, nq, d]; tile after tile, in a tile sequence after sequence.
-        key_cache, value_cache: [num_blocks, nkv, block_size, d]; the step's own tokens are written already.
+        qkv: as `rope_and_cache` leaves it.
+        keys: float32 or bfloat16 [num_blocks, nkv, ceil(block_size / 32), d, 32]: a block's keys transposed,
+            32 at a time.
+        values: [num_blocks, nkv, ceil(d / 32), block_size, 32]. In bfloat16 the 32 of a row stand in the order
+            0, 16, 1, 17, ...: caches are made of the panels of packed matrices.
 
     Returns:
         [T, nq * d].
     """
-    num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
-    num_heads = query.shape[1]
-    group = num_heads // num_kv_heads
-    keys = key_cache.reshape([num_blocks * num_kv_heads, block_size * head_dim])
-    values = value_cache.reshape(keys.shape)
-    query = query * head_dim**-0.5
-    sizes = [tile.num_sequences * tile.num_queries for tile in tiles]
-    outputs = []
-    for tile, q in zip(tiles, paddle.split(query, sizes) if len(tiles) > 1 else [query], strict=True):
-        b, t = tile.num_sequences, tile.num_queries
-        k = paddle.gather(keys, tile.read_rows).reshape([b, num_kv_heads, -1, head_dim])
-        v = paddle.gather(values, tile.read_rows).reshape(k.shape)
-        # Heads that share keys become rows of one matrix product: no key is repeated in memory.
-        if t > 1:
-            q = q.reshape([t, num_kv_heads, group, head_dim]).transpose([1, 2, 0, 3])
-        scores = paddle.matmul(q.reshape([b, num_kv_heads, group * t, head_dim]), k, transpose_y=True)
-        weights = F.softmax_(scores.reshape([b * num_heads, t, -1]).add_(tile.mask))
-        out = paddle.matmul(weights.reshape(scores.shape), v)
-        if t > 1:
-            out = out.reshape([num_kv_heads, group, t, head_dim]).transpose([2, 0, 1, 3])
-        outputs.append(out.reshape([b * t, num_heads * head_dim]))
-    return outputs[0] if len(outputs) == 1 else paddle.concat(outputs)
+    return run("paged_attention", qkv, step, keys, values)[0]
 
 
 def moe_topk_select(
-    logits: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float
+    router_logits: paddle.Tensor, bias: paddle.Tensor, k: int, norm_min: float
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """Picks the k experts of each token.
 
     Args:
-        logits: [T, E] of the router.
+        router_logits: [T, E].
         bias: [E], added to the probabilities for the choice only.
         norm_min: floor of the sum that the picked probabilities are divided by.
 
     Returns:
-        picks int64 [T, k], best first, the lower index first among equals; their weights [T, k].
+        picks int32 [T, k], best first, the lower index first among equals; their weights [T, k].
     """
-    probabilities = F.softmax(logits, axis=-1)
-    # A stable sort, because topk leaves open which of two equals it takes.
-    picks = paddle.argsort(probabilities + bias, axis=-1, descending=True, stable=True)[:, :k]
-    weights = paddle.index_sample(probabilities, picks)
-    return picks, weights / paddle.clip(weights.sum(axis=-1, keepdim=True), min=norm_min)
+    picks, weights = run("moe_topk_select", router_logits, bias, k, norm_min)
+    return picks, weights
+
+
+def moe_permute(
+    x: paddle.Tensor, picks: paddle.Tensor, num_experts: int
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """Makes the tokens of one expert neighbours.
+
+    Returns:
+        rows [T * k, H]; offsets int32 [E + 1], where each expert's rows begin; order int32 [T * k]: row i is
+        token order[i] // k for its pick order[i] % k.
+    """
+    rows, offsets, order = run("moe_permute", x, picks, num_experts)
+    return rows, offsets, order
+
+
+def moe_grouped_gemm(
+    rows: paddle.Tensor, offsets: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor
+) -> paddle.Tensor:
+    """Rows offsets[e] .. offsets[e + 1] - 1 through the gated MLP of expert e, all experts at once."""
+    return run("moe_grouped_gemm", rows, offsets, gate_up, down)[0]
+
+
+def moe_unpermute(rows: paddle.Tensor, order: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
+    """Each token's rows summed by `weights` [T, k], in the order of its picks: [T, H]."""
+    return run("moe_unpermute", rows, order, weights)[0]
 
 
 def fused_moe(
-    x: paddle.Tensor, picks: paddle.Tensor, weights: paddle.Tensor, experts: Sequence[MLPWeights]
+    x: paddle.Tensor,
+    picks: paddle.Tensor,
+    weights: paddle.Tensor,
+    gate_up: paddle.Tensor,
+    down: paddle.Tensor,
 ) -> paddle.Tensor:
-    """The routed experts: sends each token through its experts and sums by weight, in the order of its picks.
-
-    Args:
-        x: [T, H].
-        picks, weights: [T, k], of `moe_topk_select`.
-
-    Returns:
-        [T, H].
-    """
-    num_tokens, k = picks.shape
-    assigned = picks.numpy().reshape(-1)
-    if num_tokens == 1:
-        out = paddle.concat([swiglu_mlp(x, experts[e]) for e in assigned.tolist()])
-    else:
-        # Permute: the rows of one expert become neighbours; row order[i] of (token, pick) goes to place i.
-        order = np.argsort(assigned, kind="stable")
-        counts = np.bincount(assigned)
-        active = np.flatnonzero(counts)
-        rows = paddle.gather(x, paddle.to_tensor(order // k))
-        parts = paddle.split(rows, counts[active].tolist())
-        out = paddle.concat(
-            [swiglu_mlp(part, experts[e]) for e, part in zip(active.tolist(), parts, strict=True)]
-        )
-        out = paddle.gather(out, paddle.to_tensor(np.argsort(order)))
-    out = out.reshape([num_tokens, k, -1])
-    return paddle.matmul(weights.unsqueeze(1), out).squeeze(1)
+    """The routed experts: permute, grouped GEMM and unpermute in one call; x [T, H] -> [T, H]."""
+    return run("fused_moe", x, picks, weights, gate_up, down)[0]

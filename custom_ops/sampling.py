@@ -6,6 +6,8 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
+from .native import run
+
 #: How the token of one row is drawn; include/sample.h has the same fields in the same order.
 SAMPLING_ROW = np.dtype(
     [
@@ -50,11 +52,11 @@ def sample(
         log probabilities float64 [T, width] of the drawn token and then of the most likely ones, both of the
         logits as they came, and undefined where a row did not ask for them.
     """
-    tensors = logits, paddle.to_tensor(rows.view(np.uint8)), paddle.to_tensor(tokens)
-    drawn, top_tokens, logprobs = paddle._C_ops._run_custom_op("fd_sample", *tensors, width)
+    row_bytes = paddle.to_tensor(rows.view(np.uint8))
+    drawn, top_tokens, logprobs = run("sample", logits, row_bytes, paddle.to_tensor(tokens), width)
     return drawn, top_tokens, logprobs
 
 
 def argmax(logits: paddle.Tensor) -> paddle.Tensor:
     """The most likely token of each row [T, V] as int64 [T], the lowest id among equals, or `BROKEN_ROW`."""
-    return paddle._C_ops._run_custom_op("fd_argmax", logits)[0]
+    return run("argmax", logits)[0]

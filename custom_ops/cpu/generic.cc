@@ -1,0 +1,10 @@
+// The kernels in plain C++, for any processor.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define FD_NAMESPACE generic
+#define FD_MAX_HEIGHT 2
+#include "kernels.inl"

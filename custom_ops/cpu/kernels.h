@@ -1,0 +1,129 @@
+// What is compiled once for each instruction set, and the choice among them.
+//
+// A kernel computes one item of work in one thread. Operations (one header each in include/) divide work into
+// items and call kernels through the table of the instruction set that the process runs on.
+#pragma once
+
+#include <cstdint>
+
+#include "matrix.h"
+#include "tiles.h"
+
+namespace fd {
+
+enum class Output {
+  kStore,   // out[row] = y
+  kAdd,     // out[row] += y
+  kSwiglu,  // y is gate and up in turns of 16 columns: silu(gate) * up goes to `tiles`
+};
+
+// Panels [first_panel, first_panel + num_panels) of one matrix times tiles [first_tile, last_tile) of x.
+struct Gemm {
+  const PackedMatrix* weights;
+  int matrix;
+  int first_panel;
+  int num_panels;
+  Tiles x;
+  int first_tile;
+  int last_tile;
+  Output output;
+  float* out;      // kStore, kAdd: row r of x goes to out + r * out_stride
+  int64_t out_stride;
+  Tiles tiles;     // kSwiglu: as many rows as x
+  float* scratch;  // num_panels * inputs * 32 floats of this thread
+};
+
+// Elements of a KV cache: float, or bfloat16 for all other weights.
+enum class CacheType { kFloat32, kBfloat16 };
+
+// One layer's cache. Keys: [block][kv head][panel of 32 keys][head_dim][32]; values:
+// [block][kv head][panel of 32 columns][key][32]. Both are the `data` of packed panels, so that scores and
+// the weighted sum of values are matrix products with the cache as weights.
+struct Cache {
+  CacheType type;
+  uint8_t* keys;
+  uint8_t* values;
+  int num_kv_heads;
+  int head_dim;
+  int block_size;
+
+  int64_t element() const { return type == CacheType::kFloat32 ? 4 : 2; }
+  int key_panels() const { return (block_size + kPanel - 1) / kPanel; }
+  int value_panels() const { return (head_dim + kPanel - 1) / kPanel; }
+  int64_t key_panel_bytes() const { return element() * head_dim * kPanel; }
+  int64_t value_panel_bytes() const { return element() * block_size * kPanel; }
+  uint8_t* key_panel(int64_t block, int head, int panel) const {
+    return keys + ((block * num_kv_heads + head) * key_panels() + panel) * key_panel_bytes();
+  }
+  uint8_t* value_panel(int64_t block, int head, int panel) const {
+    return values + ((block * num_kv_heads + head) * value_panels() + panel) * value_panel_bytes();
+  }
+};
+
+// Softmax over part of a context that is not yet normalised: sum = sum e^(s - maximum), out = sum e^.. v.
+struct PartialSoftmax {
+  float maximum;
+  float sum;
+};
+
+// Some queries of one sequence and one kv head against keys [first_block, last_block) of the sequence.
+struct Attend {
+  Cache cache;
+  const int32_t* block_table;
+  int first_block;
+  int last_block;
+  int head;
+  int num_rows;              // at most max_height of the instruction set
+  const int32_t* positions;  // of each row
+  const float* query;        // one tile [pieces of head_dim][num_rows][64], scaled by head_dim ** -0.5
+  PartialSoftmax* state;     // [num_rows], out
+  float* out;                // [num_rows][value_panels * 32], out, not normalised
+  float* scratch;            // attend_scratch(block_size, max_height) floats of this thread
+};
+
+inline int64_t attend_scratch(int block_size, int max_height) {
+  return Tiles::padded(block_size) * max_height;
+}
+
+// Sampling goes over the vocabulary in blocks of so many tokens.
+constexpr int64_t kTokenBlock = 64;
+inline int64_t token_blocks(int64_t count) { return (count + kTokenBlock - 1) / kTokenBlock; }
+
+struct Kernels {
+  const char* name;
+  int max_height;
+  void (*gemm)(const Gemm&);
+  void (*attend)(const Attend&);
+  // state and out of a later part of the context are merged into those of an earlier one.
+  void (*merge)(PartialSoftmax& state, float* out, const PartialSoftmax& later, const float* later_out, int width);
+  // y = x / sqrt(mean(x^2) + epsilon) * weight
+  void (*rms_norm)(const float* x, const float* weight, float epsilon, float* y, int width);
+  // probabilities = softmax(logits), in place
+  void (*softmax)(float* x, int count);
+  // out += sum_j weights[j] * rows[j], in the order of j, + last unless it is null; all of that added at once
+  void (*combine)(float* out, const float* const* rows, const float* weights, int count, const float* last,
+                  int width);
+  // maxima[b] = the highest score of block b; returns the highest of all, NaN if any score is NaN
+  float (*block_maxima)(const float* scores, int64_t count, float* maxima);
+  // weights[i] = 2^((scores[i] - best) * factor), zeros up to a whole block; sums[b] = sum of block b
+  void (*weigh)(const float* scores, int64_t count, double best, double factor, double* weights, double* sums);
+  // the sum of those of `count` weights, filled up with zeros to a whole block, that are at least `cut` > 0
+  double (*mass_from)(const double* weights, int64_t count, double cut);
+  // sets the other ones to zero; sums[b] = sum of block b
+  void (*retain)(double* weights, int64_t count, double cut, double* sums);
+};
+
+// The kernels for this processor; FD_ISA=generic|avx2|avx512 in the environment asks for slower ones.
+const Kernels& kernels();
+
+namespace generic {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+
+}  // namespace fd

@@ -1,0 +1,37 @@
+#define FD_TEXT(name) #name
+#define FD_NAME_OF(name) FD_TEXT(name)
+
+// All kernels in the instructions of the file that includes this.
+namespace fd::FD_NAMESPACE {
+namespace {
+
+#include "simd.h"
+
+#include "product.inl"
+
+#include "gemm.inl"
+
+#include "attend.inl"
+
+#include "rows.inl"
+
+#include "sampling.inl"
+
+}  // namespace
+
+const Kernels table = {
+    .name = FD_NAME_OF(FD_NAMESPACE),
+    .max_height = kMaxHeight,
+    .gemm = gemm,
+    .attend = attend,
+    .merge = merge,
+    .rms_norm = rms_norm,
+    .softmax = softmax,
+    .combine = combine,
+    .block_maxima = block_maxima,
+    .weigh = weigh,
+    .mass_from = mass_from,
+    .retain = retain,
+};
+
+}  // namespace fd::FD_NAMESPACE

@@ -1,0 +1,80 @@
+#include "moe_grouped_gemm.h"
+
+#include <algorithm>
+
+namespace fd {
+namespace {
+
+int members(const MoeOrder* order, const DenseMlp* dense) {
+  return (order == nullptr ? 0 : order->num_experts) + (dense == nullptr ? 0 : 1);
+}
+
+template <class Inputs>
+int most_inputs(const Mlp* experts, const DenseMlp* dense, Inputs inputs) {
+  return std::max(experts == nullptr ? 0 : inputs(*experts), dense == nullptr ? 0 : inputs(dense->weights));
+}
+
+}  // namespace
+
+MoeGroupedGemm::MoeGroupedGemm(Workspace& workspace, const Mlp* experts, const MoeOrder* order,
+                               const DenseMlp* dense)
+    : experts_(experts),
+      order_(order),
+      dense_(dense),
+      gate_up_(workspace, members(order, dense),
+               most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.gate_up.inputs; })),
+      down_(workspace, members(order, dense),
+            most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.down.inputs; })) {
+  if (experts != nullptr) {
+    const int rows = order->num_tokens * order->k;
+    gathered_ = workspace.take<float>(Tiles::size(rows, experts->gate_up.inputs));
+    activations_ = workspace.take<float>(Tiles::size(rows, experts->down.inputs));
+  }
+  if (dense != nullptr) dense_activations_ = take_tiles(workspace, dense->x.rows, dense->weights.down.inputs);
+}
+
+void MoeGroupedGemm::run(Team& team, const float* x, float* out) {
+  if (team.rank() == 0) plan(out);
+  team.barrier();
+  if (experts_ != nullptr) {
+    const int hidden = experts_->gate_up.inputs;
+    team.for_each(static_cast<int64_t>(order_->num_tokens) * order_->k, [&](int64_t row) {
+      const int32_t* const offsets = order_->offsets;
+      const int expert =
+          static_cast<int>(std::upper_bound(offsets, offsets + order_->num_experts + 1, row) - offsets) - 1;
+      copy_row(x + static_cast<int64_t>(order_->order[row] / order_->k) * hidden,
+               expert_tiles(gathered_, expert, hidden), static_cast<int>(row) - offsets[expert]);
+    });
+  }
+  gate_up_.run(team);
+  down_.run(team);
+}
+
+void MoeGroupedGemm::plan(float* out) {
+  gate_up_.clear();
+  down_.clear();
+  if (dense_ != nullptr) {
+    add(dense_->weights, 0, dense_->x, dense_activations_, dense_->output, dense_->out);
+  }
+  if (experts_ == nullptr) return;
+  const int hidden = experts_->gate_up.inputs;
+  for (int expert = 0; expert < order_->num_experts; ++expert) {
+    if (order_->rows(expert) == 0) continue;
+    add(*experts_, expert, expert_tiles(gathered_, expert, hidden),
+        expert_tiles(activations_, expert, experts_->down.inputs), Output::kStore,
+        out + static_cast<int64_t>(order_->offsets[expert]) * hidden);
+  }
+}
+
+void MoeGroupedGemm::add(const Mlp& mlp, int index, const Tiles& x, const Tiles& activations, Output output,
+                         float* out) {
+  gate_up_.add({mlp.gate_up, index, x, Output::kSwiglu, nullptr, 0, activations});
+  down_.add({mlp.down, index, activations, output, out, mlp.down.outputs, {}});
+}
+
+Tiles MoeGroupedGemm::expert_tiles(float* data, int expert, int width) const {
+  return {data + order_->offsets[expert] * Tiles::padded(width), order_->rows(expert), width,
+          kernels().max_height};
+}
+
+}  // namespace fd

@@ -1,0 +1,21 @@
+#include "moe_unpermute.h"
+
+#include "kernels.h"
+
+namespace fd {
+
+void moe_unpermute(Team& team, const MoeUnpermute& args) {
+  const Kernels& isa = kernels();
+  const int k = args.order.k;
+  team.for_each(args.order.num_tokens, [&](int64_t token) {
+    constexpr int kMost = 64;
+    const float* rows[kMost];
+    for (int j = 0; j < k; ++j) {
+      rows[j] = args.rows + static_cast<int64_t>(args.order.place[token * k + j]) * args.width;
+    }
+    isa.combine(args.out + token * args.width, rows, args.weights + token * k, k,
+                args.shared == nullptr ? nullptr : args.shared + token * args.width, args.width);
+  });
+}
+
+}  // namespace fd

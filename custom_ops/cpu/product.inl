@@ -1,0 +1,169 @@
+// The inner product of this project: a tile of rows times panels of 32 outputs.
+//
+// Each sum is fma(x_k, w_k, sum) for k = 0, 1, ... in this order, whatever the height of the tile, the number
+// of panels at once or the instruction set: that is what makes a row's result independent of its batch.
+
+constexpr int kMaxHeight = FD_MAX_HEIGHT;
+
+// Panels computed at once. With few rows a single panel has too few independent sums to hide the latency of
+// an fma; with many there are no registers for a second one.
+constexpr int panels_at_once(int height) {
+#if defined(FD_AVX512)
+  return height <= 3 ? 4 : height <= 6 ? 2 : 1;
+#else
+  return height == 1 ? 2 : 1;
+#endif
+}
+
+template <int R, int P>
+struct Sums {
+  V first[R][P];
+  V second[R][P];
+};
+
+// Weights are read once, so a tile of many rows computes long on each line of memory, and too few of the lines
+// that follow are within the processor's sight. It is told this many bytes ahead what comes.
+constexpr int kPrefetchBytes = 2048;
+
+FD_INLINE void prefetch(const uint8_t* place) { __builtin_prefetch(place + kPrefetchBytes, 0, 3); }
+
+// How panels of each format are read. `data` points behind the bias (and the scales of wint8).
+
+struct Float32 {
+  static constexpr int kBytes = kPanel * 4;
+  static FD_INLINE void read(const uint8_t* data, int64_t k, V& first, V& second) {
+    const float* values = reinterpret_cast<const float*>(data) + k * kPanel;
+    first = load(values);
+    second = load(values + 16);
+  }
+};
+
+struct Bfloat16 {
+  static constexpr int kBytes = kPanel * 2;
+  static FD_INLINE void read(const uint8_t* data, int64_t k, V& first, V& second) {
+    load_bf16(data + k * kPanel * 2, first, second);
+  }
+};
+
+struct Wint8 {
+  static constexpr int kBytes = kPanel;
+  static FD_INLINE void read(const uint8_t* data, int64_t k, V& first, V& second) {
+    first = load_int8(data + k * kPanel);
+    second = load_int8(data + k * kPanel + 16);
+  }
+};
+
+struct Wint4 {};
+
+template <int R, int P>
+FD_INLINE void clear(Sums<R, P>& sums) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) sums.first[r][p] = sums.second[r][p] = zero();
+  }
+}
+
+// sums += x * panels over `inputs` columns of a tile of R rows. Panel p is at data + p * stride.
+template <class F, int R, int P>
+FD_INLINE void product(const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+  for (int begin = 0; begin < inputs; begin += kPiece, x += R * kPiece) {
+    const int count = inputs - begin < kPiece ? inputs - begin : kPiece;
+    for (int i = 0; i < count; ++i) {
+      V first[P], second[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        prefetch(data + p * stride + (begin + i) * F::kBytes);
+        if constexpr (F::kBytes > 64) prefetch(data + p * stride + (begin + i) * F::kBytes + 64);
+        F::read(data + p * stride, begin + i, first[p], second[p]);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const V value = broadcast(x[r * kPiece + i]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          sums.first[r][p] = fma(value, first[p], sums.first[r][p]);
+          sums.second[r][p] = fma(value, second[p], sums.second[r][p]);
+        }
+      }
+    }
+  }
+}
+
+// As `product`, of wint4: each weight is fma(q, scale, minimum) first.
+template <int R, int P>
+FD_INLINE void product_wint4(const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+  for (int begin = 0; begin < inputs; begin += kWint4Group, data += kWint4GroupBytes) {
+    V scale_first[P], scale_second[P], minimum_first[P], minimum_second[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      load_bf16(data + p * stride, scale_first[p], minimum_first[p]);
+      load_bf16(data + p * stride + 64, scale_second[p], minimum_second[p]);
+    }
+    const float* column = x + (begin / kPiece) * R * kPiece + begin % kPiece;
+    const int count = inputs - begin < kWint4Group ? inputs - begin : kWint4Group;
+    for (int quad = 0; quad < count; quad += 4) {
+      Words words[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        prefetch(data + p * stride + kPanel * 4 + quad * 16);
+        words[p] = load_words(data + p * stride + kPanel * 4 + quad * 16);
+      }
+      // Behind the last input x is padding; such products must not be formed, as it may hold anything.
+      const int last = count - quad < 4 ? count - quad : 4;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        if (i >= last) break;
+        V first[P], second[P];
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          first[p] = fma(nibble(words[p], 8 * i), scale_first[p], minimum_first[p]);
+          second[p] = fma(nibble(words[p], 8 * i + 4), scale_second[p], minimum_second[p]);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const V value = broadcast(column[r * kPiece + quad + i]);
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) {
+            sums.first[r][p] = fma(value, first[p], sums.first[r][p]);
+            sums.second[r][p] = fma(value, second[p], sums.second[r][p]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int R, int P>
+FD_INLINE void product(Float32, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
+  product<Float32>(x, data, stride, inputs, s);
+}
+template <int R, int P>
+FD_INLINE void product(Bfloat16, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
+  product<Bfloat16>(x, data, stride, inputs, s);
+}
+template <int R, int P>
+FD_INLINE void product(Wint8, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
+  product<Wint8>(x, data, stride, inputs, s);
+}
+template <int R, int P>
+FD_INLINE void product(Wint4, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
+  product_wint4(x, data, stride, inputs, s);
+}
+
+// Calls f(std::integral_constant-like height) for the height of a tile.
+template <int R>
+struct Height {
+  static constexpr int value = R;
+};
+
+template <int R = kMaxHeight, class F>
+FD_INLINE void with_height(int height, F&& f) {
+  if constexpr (R == 1) {
+    f(Height<1>{});
+  } else if (height == R) {
+    f(Height<R>{});
+  } else {
+    with_height<R - 1>(height, f);
+  }
+}

@@ -1,0 +1,46 @@
+#include "workspace.h"
+
+#include <cstdlib>
+#include <new>
+
+namespace fd {
+namespace {
+
+constexpr int64_t kLine = 64;
+constexpr int64_t kLeastChunk = 1 << 20;
+
+}  // namespace
+
+void Workspace::Free::operator()(void* memory) const { std::free(memory); }
+
+Workspace& Workspace::fresh() {
+  static thread_local Workspace workspace;
+  if (workspace.chunks_.size() > 1) {
+    // One chunk for all that the last operation needed: the next finds it in one piece.
+    const int64_t total = workspace.total_;
+    workspace.chunks_.clear();
+    workspace.total_ = 0;
+    workspace.add_chunk(total);
+  }
+  workspace.used_ = 0;
+  return workspace;
+}
+
+void* Workspace::bytes(int64_t count) {
+  count = (count + kLine - 1) / kLine * kLine;
+  if (used_ + count > size_) add_chunk(count > kLeastChunk ? count : kLeastChunk);
+  void* memory = chunks_.back().get() + used_;
+  used_ += count;
+  return memory;
+}
+
+void Workspace::add_chunk(int64_t size) {
+  void* memory = std::aligned_alloc(kLine, (size + kLine - 1) / kLine * kLine);
+  if (memory == nullptr) throw std::bad_alloc();
+  chunks_.emplace_back(static_cast<std::byte*>(memory));
+  size_ = size;
+  used_ = 0;
+  total_ += size;
+}
+
+}  // namespace fd

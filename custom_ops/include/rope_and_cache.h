@@ -1,0 +1,24 @@
+// Rotary position embedding (Su et al., 2021), interleaved pairs, and the write into the paged cache.
+#pragma once
+
+#include "kernels.h"
+#include "step.h"
+#include "team.h"
+
+namespace fd {
+
+// cos and sin of position * theta ** (-2j / head_dim), all in float32 as the reference network does it:
+// rotation [num_tokens, head_dim / 2, 2]. The same for all layers of a step.
+void rotation(Team& team, const Step& step, float theta, int head_dim, float* out);
+
+struct RopeAndCache {
+  Step step;
+  float* qkv;  // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; queries are rotated in place
+  const float* rotation;
+  int num_heads;
+  Cache cache;
+};
+
+void rope_and_cache(Team& team, const RopeAndCache& args);
+
+}  // namespace fd

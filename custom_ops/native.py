@@ -1,0 +1,50 @@
+"""The compiled library of operations: loaded into Paddle once, and told how many threads to use."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+
+
+def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
+    """Calls the operation `fd_<operation>` with its tensors (None for an optional one), then its attributes.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    _library()
+    return paddle._C_ops._run_custom_op(f"fd_{operation}", *arguments)
+
+
+def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
+    """Lets operations run on `count` threads, the caller among them, each pinned to its CPU if `cpus` are given.
+
+    No result depends on the number of threads.
+    """
+    assert count >= 1 and (cpus is None or len(cpus) == count), "as many CPUs as threads"
+    _library().fd_set_threads(count, None if cpus is None else (ctypes.c_int * count)(*cpus))
+
+
+def instruction_set() -> str:
+    """What the kernels run on: avx512, avx2 or generic; FD_ISA in the environment asks for a lesser one."""
+    return _library().fd_isa().decode()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = Path(__file__).with_name("_native_pd_.so")
+    if not path.exists():
+        raise ImportError(f"{path} is missing: the operations were not built; install with pip, or run make serve")
+    load_op_meta_info_and_register_op(str(path))
+    library = ctypes.CDLL(str(path))
+    library.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
+    library.fd_set_threads.restype = None
+    library.fd_isa.argtypes = []
+    library.fd_isa.restype = ctypes.c_char_p
+    return library

@@ -1,0 +1,196 @@
+#pragma once
+
+#include <cstring>
+
+#include "decoder_layer.h"
+#include "moe_op.h"
+#include "tensors.h"
+
+namespace fd::binding {
+
+inline std::vector<paddle::Tensor> run_embedding(const paddle::Tensor& table, const paddle::Tensor& buffer) {
+  const Step plan = step(buffer);
+  const int64_t width = table.dims()[1];
+  const bool wide = table.dtype() == paddle::DataType::FLOAT32;
+  require(wide || table.dtype() == paddle::DataType::BFLOAT16, "an embedding must be float32 or bfloat16");
+  paddle::Tensor out = float_output({plan.num_tokens, width});
+  for (int token = 0; token < plan.num_tokens; ++token) {
+    const int64_t id = plan.token_ids[token];
+    require(0 <= id && id < table.dims()[0], "embedding: a token id outside of the vocabulary");
+    float* row = out.data<float>() + token * width;
+    if (wide) {
+      std::memcpy(row, table.data<float>() + id * width, width * sizeof(float));
+    } else {
+      const uint16_t* source = static_cast<const uint16_t*>(table.data()) + id * width;
+      for (int64_t i = 0; i < width; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(source[i]) << 16;
+        std::memcpy(row + i, &bits, 4);
+      }
+    }
+  }
+  return {out};
+}
+
+inline Shapes shape_embedding(const Shape& table, const Shape&) { return {{-1, table[1]}}; }
+inline Types type_embedding(paddle::DataType, paddle::DataType) { return {paddle::DataType::FLOAT32}; }
+
+inline void run_attention_block(paddle::Tensor& stream, const paddle::Tensor& buffer, const paddle::Tensor& norm,
+                                const paddle::Tensor& qkv, const paddle::Tensor& output,
+                                const paddle::Tensor& turns, const paddle::Tensor& keys,
+                                const paddle::Tensor& values, float epsilon) {
+  AttentionBlock block;
+  block.step = step(buffer);
+  block.hidden = static_cast<int>(stream.dims()[1]);
+  block.stream =
+      mutable_floats(stream, static_cast<int64_t>(block.step.num_tokens) * block.hidden, "attention_block: stream");
+  block.norm = floats(norm, block.hidden, "attention_block: norm");
+  block.epsilon = epsilon;
+  block.qkv = matrix(qkv);
+  block.output = matrix(output);
+  block.cache = cache(keys, values);
+  block.rotation = floats(turns, static_cast<int64_t>(block.step.num_tokens) * block.cache.head_dim,
+                          "attention_block: rotation");
+  block.num_heads = block.qkv.outputs / block.cache.head_dim - 2 * block.cache.num_kv_heads;
+  require(block.qkv.inputs == block.hidden && block.output.outputs == block.hidden &&
+              block.output.inputs == block.num_heads * block.cache.head_dim,
+          "attention_block: the matrices do not fit the stream and the cache");
+  attention_block(block);
+}
+
+inline Shapes shape_attention_block(const Shape& stream, const Shape&, const Shape&, const Shape&, const Shape&,
+                                    const Shape&, const Shape&, const Shape&, float) {
+  return {stream};
+}
+inline Types type_attention_block(paddle::DataType stream, paddle::DataType, paddle::DataType, paddle::DataType,
+                                  paddle::DataType, paddle::DataType, paddle::DataType, paddle::DataType) {
+  return {stream};
+}
+
+inline void run_mlp_block(paddle::Tensor& stream, const paddle::Tensor& norm, const paddle::Tensor& gate_up,
+                          const paddle::Tensor& down, float epsilon) {
+  const int tokens = static_cast<int>(stream.dims()[0]), hidden = static_cast<int>(stream.dims()[1]);
+  const MlpBlock block{mutable_floats(stream, stream.numel(), "mlp_block: stream"),
+                       tokens,
+                       hidden,
+                       floats(norm, hidden, "mlp_block: norm"),
+                       epsilon,
+                       mlp(gate_up, down)};
+  require(block.mlp.gate_up.inputs == hidden, "mlp_block: the matrices do not fit the stream");
+  mlp_block(block);
+}
+
+inline Shapes shape_mlp_block(const Shape& stream, const Shape&, const Shape&, const Shape&, float) {
+  return {stream};
+}
+inline Types type_mlp_block(paddle::DataType stream, paddle::DataType, paddle::DataType, paddle::DataType) {
+  return {stream};
+}
+
+inline std::vector<paddle::Tensor> run_moe_block(paddle::Tensor& stream, const paddle::Tensor& norm,
+                                                 const paddle::Tensor& router, const paddle::Tensor& bias,
+                                                 const paddle::Tensor& gate_up, const paddle::Tensor& down,
+                                                 const paddle::optional<paddle::Tensor>& shared_gate_up,
+                                                 const paddle::optional<paddle::Tensor>& shared_down, float epsilon,
+                                                 int k, float norm_min) {
+  MoeBlock block;
+  block.num_tokens = static_cast<int>(stream.dims()[0]);
+  block.hidden = static_cast<int>(stream.dims()[1]);
+  block.stream = mutable_floats(stream, stream.numel(), "moe_block: stream");
+  block.norm = floats(norm, block.hidden, "moe_block: norm");
+  block.epsilon = epsilon;
+  block.router = matrix(router);
+  block.bias = floats(bias, block.router.outputs, "moe_block: bias");
+  block.k = k;
+  block.norm_min = norm_min;
+  block.experts = mlp(gate_up, down);
+  Mlp shared;
+  if (shared_gate_up) shared = mlp(*shared_gate_up, *shared_down);
+  block.shared = shared_gate_up ? &shared : nullptr;
+  require(block.router.inputs == block.hidden && block.experts.gate_up.inputs == block.hidden &&
+              block.experts.down.count == block.router.outputs &&
+              (!shared_gate_up || shared.gate_up.inputs == block.hidden),
+          "moe_block: the matrices do not fit each other");
+  require(1 <= k && k <= std::min(block.router.outputs, kMostPicks), "moe_block: k must be 1..64");
+  paddle::Tensor picks = int_output({block.num_tokens, k}), weights = float_output({block.num_tokens, k});
+  block.picks = picks.data<int32_t>();
+  block.weights = weights.data<float>();
+  moe_block(block);
+  return {picks, weights};
+}
+
+inline Shapes shape_moe_block(const Shape& stream, const Shape&, const Shape&, const Shape&, const Shape&,
+                              const Shape&, const paddle::optional<Shape>&, const paddle::optional<Shape>&, float,
+                              int k, float) {
+  return {stream, {stream[0], k}, {stream[0], k}};
+}
+inline Types type_moe_block(paddle::DataType stream, paddle::DataType, paddle::DataType, paddle::DataType,
+                            paddle::DataType, paddle::DataType, const paddle::optional<paddle::DataType>&,
+                            const paddle::optional<paddle::DataType>&) {
+  return {stream, paddle::DataType::INT32, stream};
+}
+
+inline std::vector<paddle::Tensor> run_logits(const paddle::Tensor& stream, const paddle::Tensor& buffer,
+                                              const paddle::Tensor& norm, const paddle::Tensor& lm_head,
+                                              float epsilon) {
+  const Step plan = step(buffer);
+  const PackedMatrix head = matrix(lm_head);
+  const int hidden = static_cast<int>(stream.dims()[1]);
+  require(head.inputs == hidden, "logits: lm_head does not fit the stream");
+  for (int i = 0; i < plan.num_logits; ++i) {
+    require(0 <= plan.logit_tokens[i] && plan.logit_tokens[i] < stream.dims()[0], "logits: a row that is not there");
+  }
+  paddle::Tensor out = float_output({plan.num_logits, head.outputs});
+  logits({floats(stream, stream.numel(), "logits: stream"), hidden, plan.logit_tokens, plan.num_logits,
+          floats(norm, hidden, "logits: norm"), epsilon, head, out.data<float>()});
+  return {out};
+}
+
+inline Shapes shape_logits(const Shape&, const Shape&, const Shape&, const Shape&, float) { return {{-1, -1}}; }
+inline Types type_logits(paddle::DataType stream, paddle::DataType, paddle::DataType, paddle::DataType) {
+  return {stream};
+}
+
+}  // namespace fd::binding
+
+PD_BUILD_OP(fd_embedding)
+    .Inputs({"Table", "Step"})
+    .Outputs({"Out"})
+    .SetKernelFn(PD_KERNEL(fd::binding::run_embedding))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_embedding))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_embedding));
+
+PD_BUILD_OP(fd_attention_block)
+    .Inputs({"Stream", "Step", "Norm", "Qkv", "Output", "Rotation", "Keys", "Values"})
+    .Outputs({"Out"})
+    .Attrs({"epsilon: float"})
+    .SetInplaceMap({{"Stream", "Out"}})
+    .SetKernelFn(PD_KERNEL(fd::binding::run_attention_block))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_attention_block))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_attention_block));
+
+PD_BUILD_OP(fd_mlp_block)
+    .Inputs({"Stream", "Norm", "GateUp", "Down"})
+    .Outputs({"Out"})
+    .Attrs({"epsilon: float"})
+    .SetInplaceMap({{"Stream", "Out"}})
+    .SetKernelFn(PD_KERNEL(fd::binding::run_mlp_block))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_mlp_block))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_mlp_block));
+
+PD_BUILD_OP(fd_moe_block)
+    .Inputs({"Stream", "Norm", "Router", "Bias", "GateUp", "Down", paddle::Optional("SharedGateUp"),
+             paddle::Optional("SharedDown")})
+    .Outputs({"Out", "Picks", "Weights"})
+    .Attrs({"epsilon: float", "k: int", "norm_min: float"})
+    .SetInplaceMap({{"Stream", "Out"}})
+    .SetKernelFn(PD_KERNEL(fd::binding::run_moe_block))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_moe_block))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_moe_block));
+
+PD_BUILD_OP(fd_logits)
+    .Inputs({"Stream", "Step", "Norm", "LmHead"})
+    .Outputs({"Out"})
+    .Attrs({"epsilon: float"})
+    .SetKernelFn(PD_KERNEL(fd::binding::run_logits))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_logits))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_logits));

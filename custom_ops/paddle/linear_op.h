@@ -1,0 +1,34 @@
+#pragma once
+
+#include "linear.h"
+#include "tensors.h"
+
+namespace fd::binding {
+
+inline std::vector<paddle::Tensor> run_linear(const paddle::Tensor& x, const paddle::Tensor& weights) {
+  const PackedMatrix packed = matrix(weights);
+  const int rows = static_cast<int>(x.dims()[0]);
+  const float* input = floats(x, static_cast<int64_t>(rows) * packed.inputs, "linear: x");
+  paddle::Tensor out = float_output({rows, packed.outputs});
+  Workspace& workspace = Workspace::fresh();
+  const Tiles tiles = take_tiles(workspace, rows, packed.inputs);
+  LinearGroup group(workspace, 1, packed.inputs);
+  group.add({packed, 0, tiles, Output::kStore, out.data<float>(), packed.outputs, {}});
+  run_team([&](Team& team) {
+    to_tiles(team, input, tiles);
+    group.run(team);
+  });
+  return {out};
+}
+
+inline Shapes shape_linear(const Shape& x, const Shape&) { return {{x[0], -1}}; }
+inline Types type_linear(paddle::DataType x, paddle::DataType) { return {x}; }
+
+}  // namespace fd::binding
+
+PD_BUILD_OP(fd_linear)
+    .Inputs({"X", "Weights"})
+    .Outputs({"Out"})
+    .SetKernelFn(PD_KERNEL(fd::binding::run_linear))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_linear))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_linear));

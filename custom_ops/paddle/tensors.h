@@ -1,0 +1,82 @@
+// From Paddle's tensors to what the operations take, with the checks that keep a wrong call from reading or
+// writing memory that is not its own.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "matrix.h"
+#include "paddle/phi/api/all.h"
+#include "step.h"
+
+namespace fd::binding {
+
+using Shape = std::vector<int64_t>;
+using Shapes = std::vector<Shape>;
+using Types = std::vector<paddle::DataType>;
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+inline PackedMatrix matrix(const paddle::Tensor& blob) {
+  require(blob.dtype() == paddle::DataType::UINT8, "a packed matrix must be a uint8 tensor");
+  return PackedMatrix::view(blob.data(), blob.numel());
+}
+
+inline Step step(const paddle::Tensor& buffer) {
+  require(buffer.dtype() == paddle::DataType::INT32, "a step must be an int32 tensor");
+  return Step::view(buffer.data<int32_t>(), buffer.numel());
+}
+
+// Float32 data; `what` names the argument.
+inline const float* floats(const paddle::Tensor& tensor, int64_t count, const char* what) {
+  if (tensor.dtype() != paddle::DataType::FLOAT32 || tensor.numel() != count) {
+    throw std::invalid_argument(std::string(what) + " must hold " + std::to_string(count) + " float32, has " +
+                                std::to_string(tensor.numel()));
+  }
+  return tensor.data<float>();
+}
+
+// An argument that the operation writes in place.
+inline float* mutable_floats(const paddle::Tensor& tensor, int64_t count, const char* what) {
+  return const_cast<float*>(floats(tensor, count, what));
+}
+
+inline const int32_t* int32s(const paddle::Tensor& tensor, int64_t count, const char* what) {
+  require(tensor.dtype() == paddle::DataType::INT32 && tensor.numel() == count, what);
+  return tensor.data<int32_t>();
+}
+
+// keys [num_blocks, kv heads, key panels, head_dim, 32], values [num_blocks, kv heads, value panels, block
+// size, 32]. They are written although they come as inputs: declared as in-place outputs, each call would make
+// new Tensor objects of them.
+inline Cache cache(const paddle::Tensor& keys, const paddle::Tensor& values) {
+  const bool wide = keys.dtype() == paddle::DataType::FLOAT32;
+  require(wide || keys.dtype() == paddle::DataType::BFLOAT16, "a KV cache must be float32 or bfloat16");
+  require(keys.dtype() == values.dtype() && keys.dims().size() == 5 && values.dims().size() == 5,
+          "keys and values of a cache must have one type and five dimensions");
+  Cache cache;
+  cache.type = wide ? CacheType::kFloat32 : CacheType::kBfloat16;
+  cache.keys = static_cast<uint8_t*>(const_cast<void*>(keys.data()));
+  cache.values = static_cast<uint8_t*>(const_cast<void*>(values.data()));
+  cache.num_kv_heads = static_cast<int>(keys.dims()[1]);
+  cache.head_dim = static_cast<int>(keys.dims()[3]);
+  cache.block_size = static_cast<int>(values.dims()[3]);
+  require(keys.dims()[0] == values.dims()[0] && keys.dims()[2] == cache.key_panels() &&
+              values.dims()[2] == cache.value_panels() && keys.dims()[4] == kPanel && values.dims()[4] == kPanel,
+          "keys and values of a cache do not have the shapes of one cache");
+  return cache;
+}
+
+inline paddle::Tensor float_output(const Shape& shape) {
+  return paddle::empty(shape, paddle::DataType::FLOAT32, paddle::CPUPlace());
+}
+
+inline paddle::Tensor int_output(const Shape& shape) {
+  return paddle::empty(shape, paddle::DataType::INT32, paddle::CPUPlace());
+}
+
+}  // namespace fd::binding
