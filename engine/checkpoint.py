@@ -9,14 +9,12 @@ import numpy as np
 import paddle
 
 from .config import ModelConfig
-from .custom_ops import MLPWeights
-from .layers.moe import MoEWeights
-from .models.ernie45 import LayerWeights, Weights
+from .models.ernie45 import LayerWeights, MLPWeights, MoEWeights, Weights
 from .stored_tensors import StoredTensor
 from .weight_cache import Packing, packed_tensors
 
-#: What tensors are stored as -> what NumPy calls it. Paddle takes 16-bit unsigned integers for bfloat16.
-_DTYPES = {"U8": np.uint8, "BF16": np.uint16, "F32": np.float32}
+#: What tensors are stored as -> what NumPy takes them for; it has no bfloat16, and Paddle no use for uint16.
+_DTYPES = {"U8": np.uint8, "BF16": np.int16, "F32": np.float32}
 
 
 def load_weights(
@@ -83,4 +81,6 @@ class _Network:
     def _tensor(self, name: str) -> paddle.Tensor:
         """The mapped pages themselves, which the tensor keeps alive."""
         tensor = self.stored[name]
-        return paddle.utils.dlpack.from_dlpack(tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape))
+        values = tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        placed = paddle.utils.dlpack.from_dlpack(values)
+        return placed.view(paddle.bfloat16) if tensor.dtype == "BF16" else placed

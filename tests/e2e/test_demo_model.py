@@ -9,7 +9,7 @@ import requests
 
 from .conftest import System
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.usefixtures("user_model_cache")]
 
 
 def test_the_demo_model_knows_the_capital_of_france(tmp_path: Path) -> None:

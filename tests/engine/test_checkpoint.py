@@ -7,25 +7,77 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from fastdeploy.checkpoint import load_weights
 from fastdeploy.config import ModelConfig
+from fastdeploy.custom_ops.packed_matrix import FORMATS, interleave_gate_up, pack, to_bfloat16
 from fastdeploy.errors import CheckpointError
-from tests.checkpoints import LAYOUTS, Tensors, config_json, draw_tensors, write_checkpoint
-from tests.network import Network
-
-PROMPT = [5, 17, 80, 3, 44, 45, 9]
+from fastdeploy.weight_cache import Packing, packed_tensors
+from tests.checkpoints import LAYOUTS, Tensors, config_json, draw_tensors, is_moe_layer, write_checkpoint
 
 
-def logits_of(path: Path, qkv_order: str = "plain") -> np.ndarray:
-    network = Network(path, qkv_order=qkv_order)
-    return network.prefill(network.sequence(PROMPT))
+def blobs_of(path: Path, qkv_order: str = "plain", weight_format: str = "float32") -> dict[str, bytes]:
+    """What the kernels and the embedding would be given."""
+    found = packed_tensors(
+        Packing(path, weight_format, qkv_order),
+        ModelConfig.from_directory(path),
+        lambda fraction, stage: None,
+    )
+    return {name: tensor.data.tobytes() for name, tensor in found.items() if not name.startswith("gap.")}
 
 
-def load(path: Path) -> None:
-    load_weights(path, ModelConfig.from_directory(path), progress=lambda fraction, stage: None)
+def assert_same(blobs: dict[str, bytes], others: dict[str, bytes]) -> None:
+    assert list(blobs) == list(others)
+    assert [name for name in blobs if blobs[name] != others[name]] == []
+
+
+def expected_blobs(config: dict[str, Any], tensors: Tensors, weight_format: str) -> dict[str, bytes]:
+    """The blobs of a checkpoint, made in the most obvious way from its tensors under Hugging Face names."""
+    blobs: dict[str, bytes] = {}
+
+    def matrix(name: str, *parts: str, form: str = weight_format) -> None:
+        weights = np.concatenate([tensors[f"{part}.weight"] for part in parts])
+        biased = f"{parts[0]}.bias" in tensors
+        bias = np.concatenate([tensors[f"{part}.bias"] for part in parts]) if biased else None
+        blobs[name] = pack(weights, bias, weight_format=form).tobytes()
+
+    def mlp(name: str, parts: list[str]) -> None:
+        gate, up, down = (
+            np.stack([tensors[f"{part}.{kind}_proj.weight"] for part in parts])
+            for kind in ("gate", "up", "down")
+        )
+        biases = down_bias = None
+        if f"{parts[0]}.gate_proj.bias" in tensors:
+            gate_bias, up_bias, down_bias = (
+                tensors[f"{parts[0]}.{kind}_proj.bias"] for kind in ("gate", "up", "down")
+            )
+            biases = interleave_gate_up(gate_bias[:, None], up_bias[:, None])[:, 0]
+        gate_up = interleave_gate_up(gate, up)
+        blobs[f"{name}gate_up"] = pack(gate_up, biases, weight_format=weight_format).tobytes()
+        blobs[f"{name}down"] = pack(down, down_bias, weight_format=weight_format).tobytes()
+
+    words = tensors["model.embed_tokens.weight"]
+    blobs["embedding"] = (words if weight_format == "float32" else to_bfloat16(words)).tobytes()
+    for index in range(config["num_hidden_layers"]):
+        layer, stored = f"layers.{index}.", f"model.layers.{index}."
+        blobs[f"{layer}input_norm"] = tensors[f"{stored}input_layernorm.weight"].tobytes()
+        matrix(f"{layer}qkv", *(f"{stored}self_attn.{kind}_proj" for kind in "qkv"))
+        matrix(f"{layer}attention_output", f"{stored}self_attn.o_proj")
+        blobs[f"{layer}post_attention_norm"] = tensors[f"{stored}post_attention_layernorm.weight"].tobytes()
+        if not is_moe_layer(config, index):
+            mlp(f"{layer}mlp.", [f"{stored}mlp"])
+            continue
+        matrix(f"{layer}mlp.router", f"{stored}mlp.gate", form="float32")
+        correction = tensors[f"{stored}mlp.moe_statics.e_score_correction_bias"]
+        blobs[f"{layer}mlp.correction_bias"] = correction.tobytes()
+        mlp(f"{layer}mlp.experts.", [f"{stored}mlp.experts.{i}" for i in range(config["moe_num_experts"])])
+        mlp(f"{layer}mlp.shared.", [f"{stored}mlp.shared_experts"])
+    blobs["final_norm"] = tensors["model.norm.weight"].tobytes()
+    matrix("lm_head", "lm_head")
+    return blobs
 
 
 @pytest.fixture
@@ -44,21 +96,31 @@ def checkpoint(tmp_path: Path, config: dict[str, Any], tensors: Tensors) -> Path
     return tmp_path / "plain"
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_everything_is_packed_where_it_belongs(
+    checkpoint: Path, config: dict[str, Any], tensors: Tensors, weight_format: str
+) -> None:
+    assert_same(
+        blobs_of(checkpoint, weight_format=weight_format), expected_blobs(config, tensors, weight_format)
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_every_layout_gives_the_same_logits(
+def test_every_layout_gives_the_same_weights(
     tmp_path: Path, checkpoint: Path, config: dict[str, Any], tensors: Tensors, layout: str, shards: int
 ) -> None:
     write_checkpoint(tmp_path / "other", config, tensors, layout=layout, shards=shards)
     order = "grouped" if layout == "paddle-grouped" else "plain"
-    np.testing.assert_allclose(logits_of(tmp_path / "other", order), logits_of(checkpoint), atol=1e-5)
+    assert_same(blobs_of(tmp_path / "other", order), blobs_of(checkpoint))
 
 
 def test_the_order_inside_a_fused_qkv_tensor_matters(
     tmp_path: Path, config: dict[str, Any], tensors: Tensors
 ) -> None:
     write_checkpoint(tmp_path, config, tensors, layout="paddle")
-    assert np.abs(logits_of(tmp_path, "plain") - logits_of(tmp_path, "grouped")).max() > 0.1
+    plain, grouped = blobs_of(tmp_path, "plain"), blobs_of(tmp_path, "grouped")
+    assert {name for name in plain if plain[name] != grouped[name]} == {f"layers.{i}.qkv" for i in range(3)}
 
 
 def test_square_matrices_under_hugging_face_names_are_taken_as_hugging_face_has_them(tmp_path: Path) -> None:
@@ -68,7 +130,7 @@ def test_square_matrices_under_hugging_face_names_are_taken_as_hugging_face_has_
     tensors = draw_tensors(square, seed=2)
     write_checkpoint(tmp_path / "square", square, tensors)
     write_checkpoint(tmp_path / "fused", square, tensors, layout="paddle")
-    np.testing.assert_allclose(logits_of(tmp_path / "square"), logits_of(tmp_path / "fused"), atol=1e-5)
+    assert_same(blobs_of(tmp_path / "square"), blobs_of(tmp_path / "fused"))
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -81,24 +143,35 @@ def test_half_precision_is_widened(
     write_checkpoint(tmp_path / "half", config, rounded, layout=layout, dtype=dtype)
     write_checkpoint(tmp_path / "wide", config, rounded)
     order = "grouped" if layout == "paddle-grouped" else "plain"
-    np.testing.assert_allclose(logits_of(tmp_path / "half", order), logits_of(tmp_path / "wide"), atol=1e-5)
+    assert_same(blobs_of(tmp_path / "half", order), blobs_of(tmp_path / "wide"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_float32_is_mapped_and_not_copied(
-    tmp_path: Path, config: dict[str, Any], tensors: Tensors, layout: str
-) -> None:
-    """The matrices are pages of the file, which all replicas share."""
-    write_checkpoint(tmp_path, config, tensors, layout=layout)
-    weights = load_weights(
-        tmp_path, ModelConfig.from_directory(tmp_path), progress=lambda fraction, stage: None
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    config = config_json(tie_word_embeddings=True)
+    tensors = draw_tensors(config, seed=4)
+    write_checkpoint(tmp_path, config, tensors, layout="paddle")
+    words = tensors["model.embed_tokens.weight"]
+    assert (
+        blobs_of(tmp_path, weight_format="wint4")["lm_head"] == pack(words, weight_format="wint4").tobytes()
     )
-    mapped = mappings_of(tmp_path / "model.safetensors")
+
+
+def test_weights_are_mapped_and_not_copied(checkpoint: Path) -> None:
+    """They are pages of the packed file, which all replicas share."""
+    config = ModelConfig.from_directory(checkpoint)
+    weights = load_weights(
+        checkpoint, config, weight_format="bfloat16", progress=lambda fraction, stage: None
+    )
     layer = weights.layers[1]
-    matrices = [weights.embedding, *weights.lm_head.weights, *layer.qkv.weights, *layer.mlp.router.weights]
-    for expert in layer.mlp.experts:
-        matrices += [*expert.gate_up.weights, *expert.down.weights]
-    assert all(any(start <= m.data_ptr() < end for start, end in mapped) for m in matrices)
+    tensors = [weights.embedding, weights.lm_head, weights.final_norm, layer.qkv, layer.mlp.router]
+    tensors += [layer.mlp.correction_bias, layer.mlp.experts.gate_up, layer.mlp.experts.down]
+    mapped = mappings_of(Packing(checkpoint, "bfloat16").file)
+    for tensor in tensors:
+        assert any(start <= tensor.data_ptr() < end for start, end in mapped)
+        assert tensor.data_ptr() % 64 == 0
+    assert weights.embedding.dtype == paddle.bfloat16
+    assert list(weights.embedding.shape) == [config.vocab_size, config.hidden_size]
+    assert list(layer.mlp.correction_bias.shape) == [config.moe_num_experts]
 
 
 def mappings_of(file: Path) -> list[tuple[int, int]]:
@@ -107,17 +180,17 @@ def mappings_of(file: Path) -> list[tuple[int, int]]:
     return [(int(start, 16), int(end, 16)) for start, end in spans]
 
 
-def test_tensors_at_odd_offsets_are_read_all_the_same(
-    tmp_path: Path, checkpoint: Path, config: dict[str, Any]
-) -> None:
+def test_tensors_at_odd_offsets_are_read_all_the_same(tmp_path: Path, checkpoint: Path) -> None:
     """Other writers do not pad the header to a multiple of eight."""
     raw = (checkpoint / "model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")
+    other = tmp_path / "odd"
+    other.mkdir()
     for file in checkpoint.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+        (other / file.name).write_bytes(file.read_bytes())
     odd = (size + 1).to_bytes(8, "little") + raw[8 : 8 + size] + b" " + raw[8 + size :]
-    (tmp_path / "model.safetensors").write_bytes(odd)
-    np.testing.assert_array_equal(logits_of(tmp_path), logits_of(checkpoint))
+    (other / "model.safetensors").write_bytes(odd)
+    assert_same(blobs_of(other), blobs_of(checkpoint))
 
 
 def test_a_missing_correction_bias_is_zero_and_mtp_is_ignored(
@@ -129,18 +202,26 @@ def test_a_missing_correction_bias_is_zero_and_mtp_is_ignored(
     write_checkpoint(
         tmp_path / "zero", config, zero | {"model.mtp_block.0.norm.weight": np.ones(3, np.float32)}
     )
-    np.testing.assert_array_equal(logits_of(tmp_path / "without"), logits_of(tmp_path / "zero"))
+    without_bias, zero_bias = blobs_of(tmp_path / "without"), blobs_of(tmp_path / "zero")
+    for index in (1, 2):
+        # A product with zero may have left negative ones.
+        name = f"layers.{index}.mlp.correction_bias"
+        np.testing.assert_array_equal(
+            np.frombuffer(without_bias.pop(name), np.float32), np.frombuffer(zero_bias.pop(name), np.float32)
+        )
+    assert list(without_bias) == list(zero_bias)
 
 
 def test_progress_rises_to_one(checkpoint: Path) -> None:
     seen: list[float] = []
-    load_weights(
-        checkpoint,
-        ModelConfig.from_directory(checkpoint),
-        progress=lambda fraction, stage: seen.append(fraction),
-    )
-    assert seen == sorted(seen)
-    assert seen[-1] == 1
+    for _ in ("packed", "found packed"):
+        load_weights(
+            checkpoint,
+            ModelConfig.from_directory(checkpoint),
+            progress=lambda fraction, stage: seen.append(fraction),
+        )
+        assert seen == sorted(seen)
+        assert seen[-1] == 1
 
 
 def rewrite(path: Path, change: dict[str, np.ndarray | None]) -> None:
@@ -175,6 +256,15 @@ def test_a_missing_or_misshapen_tensor_is_named_with_both_shapes(
 def test_a_quantised_tensor_is_refused(checkpoint: Path) -> None:
     rewrite(checkpoint, {"model.layers.0.mlp.up_proj.weight": np.zeros((80, 48), np.int8)})
     assert "model.layers.0.mlp.up_proj.weight has dtype I8" in message_of(checkpoint)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_no_number_is_refused(checkpoint: Path, tensors: Tensors, value: float) -> None:
+    name = "model.layers.1.mlp.experts.4.up_proj.weight"
+    broken = tensors[name].copy()
+    broken[7, 40] = value
+    rewrite(checkpoint, {name: broken})
+    assert f"tensor {name} holds values that are not finite" in message_of(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +304,6 @@ def test_a_missing_shard_and_a_bad_index_are_named(
 
 def message_of(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load(path)
+        blobs_of(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)

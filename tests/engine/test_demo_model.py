@@ -17,9 +17,11 @@ from fastdeploy.config import ModelConfig
 from fastdeploy.errors import ConfigError, FastDeployError
 from fastdeploy.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("user_model_cache")
+
 
 @pytest.fixture(scope="module")
-def demo() -> Path:
+def demo(user_model_cache: None) -> Path:
     demo_model.ensure(demo_model.cached_path())
     return demo_model.resolve_model_path("demo")
 

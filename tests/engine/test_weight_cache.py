@@ -1,0 +1,347 @@
+"""The cache of packed weights: processes that come at once or die in the middle, and files that are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from fastdeploy import weight_cache
+from fastdeploy.config import ModelConfig
+from fastdeploy.custom_ops.packed_matrix import LAYOUT_VERSION
+from fastdeploy.errors import CheckpointError
+from fastdeploy.weight_cache import Packing, packed_tensors
+from tests.checkpoints import config_json, draw_tensors, write_checkpoint
+
+COMMAND = (sys.executable, "-W", "ignore", "-m", "fastdeploy.weight_cache")
+#: Packs, and stops in the middle until it is killed.
+STALLS = (
+    sys.executable,
+    "-W",
+    "ignore",
+    "-c",
+    """
+import sys, time
+from pathlib import Path
+from fastdeploy.config import ModelConfig
+from fastdeploy.weight_cache import Packing, packed_tensors
+
+def stall(fraction, stage):
+    if fraction > 0.4:
+        print(stage, flush=True)
+        time.sleep(600)
+
+path = Path(sys.argv[1])
+packed_tensors(Packing(path, "bfloat16"), ModelConfig.from_directory(path), stall)
+""",
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FD_MODEL_CACHE", str(tmp_path / "models"))
+    return tmp_path / "models" / "packed"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    config = config_json()
+    write_checkpoint(tmp_path / "tiny-model", config, draw_tensors(config, seed=5))
+    return tmp_path / "tiny-model"
+
+
+def pack(path: Path, weight_format: str = "bfloat16") -> tuple[dict[str, bytes], list[str]]:
+    """The packed tensors, and the stages that were reported."""
+    stages: list[str] = []
+    found = packed_tensors(
+        Packing(path, weight_format),
+        ModelConfig.from_directory(path),
+        lambda fraction, stage: stages.append(stage),
+    )
+    return {name: tensor.data.tobytes() for name, tensor in found.items()}, stages
+
+
+def run(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.fixture
+def stalled(cache: Path, checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
+    """A packer in the middle of its work."""
+    process = subprocess.Popen([*STALLS, str(checkpoint)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("packing ")
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_it_is_packed_once_and_found_afterwards(cache: Path, checkpoint: Path) -> None:
+    made, stages = pack(checkpoint)
+    assert stages[-1] == f"packing {len(stages) - 1} of {len(stages) - 1}"
+    found, stages = pack(checkpoint)
+    assert stages == []
+    assert found == made
+
+
+def test_the_file_is_safetensors_with_every_tensor_at_a_page(cache: Path, checkpoint: Path) -> None:
+    made, _ = pack(checkpoint)
+    file = Packing(checkpoint, "bfloat16").file
+    assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == [file.name]
+    assert re.fullmatch(r"tiny-model-[0-9a-f]{12}\.bfloat16\.safetensors", file.name)
+    with safe_open(file, "np") as opened:
+        assert set(opened.keys()) == set(made)
+        assert opened.get_tensor("layers.0.qkv").tobytes() == made["layers.0.qkv"]
+        assert opened.metadata()["checkpoint"] == str(checkpoint)
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    places = [
+        entry["data_offsets"][0] for name, entry in header.items() if not name.startswith(("_", "gap."))
+    ]
+    assert [place for place in places if (start + place) % 4096] == []
+
+
+def test_formats_and_orders_are_files_of_their_own(cache: Path, checkpoint: Path) -> None:
+    for weight_format in ("bfloat16", "wint4"):
+        pack(checkpoint, weight_format)
+    packed_tensors(
+        Packing(checkpoint, "bfloat16", "grouped"),
+        ModelConfig.from_directory(checkpoint),
+        lambda fraction, stage: None,
+    )
+    assert len(list(cache.glob("*.safetensors"))) == 3
+
+
+def test_the_version_follows_the_layout_of_matrices() -> None:
+    assert weight_cache.VERSION.split(".")[0] == str(LAYOUT_VERSION)
+
+
+def test_four_that_come_at_once_pack_once(cache: Path, checkpoint: Path) -> None:
+    packers = [
+        subprocess.Popen(
+            [*COMMAND, str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    told = [packer.communicate(timeout=120) for packer in packers]
+    assert [packer.returncode for packer in packers] == [0] * 4
+    assert {out.strip() for out, _ in told} == {str(Packing(checkpoint, "bfloat16").file)}
+    assert sum("for the first time" in error for _, error in told) == 1
+
+
+def test_who_waits_says_for_whom(cache: Path, checkpoint: Path, stalled: subprocess.Popen[str]) -> None:
+    class Enough(Exception):
+        pass
+
+    seen: list[tuple[float, str]] = []
+
+    def report(fraction: float, stage: str) -> None:
+        seen.append((fraction, stage))
+        raise Enough
+
+    with pytest.raises(Enough):
+        packed_tensors(Packing(checkpoint, "bfloat16"), ModelConfig.from_directory(checkpoint), report)
+    (fraction, stage) = seen[0]
+    assert 0.4 < fraction < 1
+    assert re.fullmatch(rf"waiting for process {stalled.pid}, which is packing \d+ of \d+", stage)
+
+
+def test_after_a_killed_packer_the_next_one_goes_on(
+    cache: Path, checkpoint: Path, stalled: subprocess.Popen[str]
+) -> None:
+    waiting = subprocess.Popen([*COMMAND, str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    (leftover,) = cache.glob(".*.partial")
+    stalled.send_signal(signal.SIGKILL)
+    stalled.wait()
+    _, error = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0, error
+    assert not leftover.exists()
+    assert run(checkpoint, "--verify").returncode == 0
+
+
+def test_an_end_in_the_middle_leaves_nothing_behind(cache: Path, checkpoint: Path) -> None:
+    """As a worker ends that is told to stop while it loads."""
+
+    def report(fraction: float, stage: str) -> None:
+        if fraction > 0.5:
+            raise SystemExit(0)
+
+    with pytest.raises(SystemExit):
+        packed_tensors(Packing(checkpoint, "bfloat16"), ModelConfig.from_directory(checkpoint), report)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda raw: raw[: len(raw) // 2], "damaged: .* cut off"),
+        (lambda raw: raw[:-4096], "damaged: .* cut off"),
+        (lambda raw: raw + bytes(9), "damaged: .* bytes of tensors where the header lists"),
+        (lambda raw: b"", "damaged: .* cannot be mapped"),
+        (lambda raw: raw[:300], "damaged: .* cut off"),
+        (lambda raw: raw[:8] + b"?" + raw[9:], "damaged: .* header is damaged"),
+        (lambda raw: raw.replace(b'"sha256"', b'"sha257"'), "damaged: "),
+        (lambda raw: raw.replace(b'"version":"1.', b'"version":"0.'), "layout 0.1, now it is 1.1"),
+    ],
+)
+def test_a_damaged_or_outdated_file_is_packed_again_and_the_log_says_why(
+    cache: Path, checkpoint: Path, damage: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, _ = pack(checkpoint)
+    file = Packing(checkpoint, "bfloat16").file
+    file.write_bytes(damage(file.read_bytes()))
+    with caplog.at_level("INFO"):
+        again, stages = pack(checkpoint)
+    assert stages
+    assert again == made
+    assert re.search(reason, caplog.messages[-1])
+    assert len(caplog.messages) == 1
+
+
+def touch(checkpoint: Path) -> None:
+    os.utime(checkpoint / "model.safetensors", (1, 1))
+
+
+def reword(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+
+
+def replace(checkpoint: Path) -> None:
+    write_checkpoint(checkpoint, config_json(), draw_tensors(config_json(), seed=6), dtype="BF16")
+
+
+@pytest.mark.parametrize("change", [touch, reword, replace])
+def test_what_a_changed_checkpoint_gives_takes_the_place_of_the_old(
+    cache: Path, checkpoint: Path, change: Callable[[Path], None]
+) -> None:
+    made, _ = pack(checkpoint)
+    change(checkpoint)
+    again, stages = pack(checkpoint)
+    assert stages
+    assert (again != made) == (change is replace)
+    assert len(list(cache.glob("*.safetensors"))) == 1
+
+
+def test_who_has_mapped_the_old_file_keeps_it(cache: Path, checkpoint: Path) -> None:
+    """A replica goes on with what it has until it is restarted."""
+    config = ModelConfig.from_directory(checkpoint)
+    mapped = packed_tensors(Packing(checkpoint, "bfloat16"), config, lambda fraction, stage: None)
+    before = {name: tensor.data.tobytes() for name, tensor in mapped.items()}
+    replace(checkpoint)
+    pack(checkpoint)
+    assert {name: tensor.data.tobytes() for name, tensor in mapped.items()} == before
+
+
+def test_a_checkpoint_that_changes_while_it_is_packed_is_not_kept(cache: Path, checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="was changed while it was packed"):
+        packed_tensors(
+            Packing(checkpoint, "bfloat16"),
+            ModelConfig.from_directory(checkpoint),
+            lambda fraction, stage: touch(checkpoint),
+        )
+    assert list(cache.glob("*.safetensors")) == []
+
+
+def test_verify_finds_one_wrong_bit_and_packs_again(cache: Path, checkpoint: Path) -> None:
+    made, _ = pack(checkpoint)
+    assert run(checkpoint, "--verify").stderr.strip() == ""
+    file = Packing(checkpoint, "bfloat16").file
+    raw = bytearray(file.read_bytes())
+    raw[-5000] ^= 4
+    file.write_bytes(raw)
+    assert pack(checkpoint)[1] == [], "opening reads the header only"
+    done = run(checkpoint, "--verify")
+    assert done.returncode == 0
+    assert "damaged: SHA-256 is" in done.stderr
+    assert pack(checkpoint)[0] == made
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_with_the_way_out(cache: Path, checkpoint: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o555)
+    # Root may write everywhere, unless it gives that up.
+    humble = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*humble, *COMMAND, str(checkpoint)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    for word in (str(cache), "Permission denied", "FD_MODEL_CACHE", str(checkpoint)):
+        assert word in line
+
+
+def test_what_is_packed_already_needs_no_right_to_write(cache: Path, checkpoint: Path) -> None:
+    pack(checkpoint)
+    cache.chmod(0o555)
+    (cache / f".{Packing(checkpoint, 'bfloat16').file.name}.lock").chmod(0o444)
+    humble = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*humble, *COMMAND, str(checkpoint)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(cache: Path, checkpoint: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = run(checkpoint, preexec_fn=small_files)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    for word in (str(cache), "File too large", "make room there", "FD_MODEL_CACHE"):
+        assert word in line
+    assert "Traceback" not in done.stderr
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["nowhere"], "'nowhere' is not a directory"),
+        (["{checkpoint}", "--dtype", "float16"], "--dtype is 'float16'; it must be 'bfloat16' or 'float32'"),
+        (
+            ["{checkpoint}", "--quantization", "int3"],
+            "--quantization is 'int3'; it must be 'wint8' or 'wint4'",
+        ),
+        (["{checkpoint}", "--quantization", "wint4", "--dtype", "float32"], "contradicts"),
+        (["{checkpoint}", "--format", "wint4"], "--format"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(
+    cache: Path, checkpoint: Path, words: list[str], complaint: str
+) -> None:
+    done = run(*(word.format(checkpoint=checkpoint) for word in words))
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert complaint in line
+
+
+def test_finding_a_packed_file_imports_nothing_heavy(cache: Path, checkpoint: Path) -> None:
+    """`make serve` asks each time, and has other things to do."""
+    pack(checkpoint)
+    code = (
+        "import sys; from fastdeploy import weight_cache; status = weight_cache.main();"
+        "print(status, *{'paddle', 'fastdeploy.custom_ops'} & set(sys.modules))"
+    )
+    told = subprocess.check_output([sys.executable, "-c", code, str(checkpoint)], text=True)
+    assert told.splitlines()[-1] == "0"
