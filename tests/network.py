@@ -9,9 +9,9 @@ from unittest import mock
 
 import numpy as np
 
+from fastdeploy import custom_ops
 from fastdeploy.checkpoint import load_weights
 from fastdeploy.config import EngineConfig, ModelConfig
-from fastdeploy.layers import moe
 from fastdeploy.model_runner import ModelRunner
 from fastdeploy.models.ernie45 import Ernie45
 from fastdeploy.request import Batch, SamplingParams, ScheduledSequence, Sequence
@@ -19,11 +19,25 @@ from fastdeploy.request import Batch, SamplingParams, ScheduledSequence, Sequenc
 
 class Network:
     def __init__(
-        self, path: Path, *, qkv_order: str = "plain", block_size: int = 16, num_blocks: int = 160
+        self,
+        path: Path,
+        *,
+        weight_format: str = "float32",
+        qkv_order: str = "plain",
+        block_size: int = 16,
+        num_blocks: int = 160,
     ) -> None:
         self.config = ModelConfig.from_directory(path)
-        weights = load_weights(path, self.config, qkv_order=qkv_order, progress=lambda fraction, stage: None)
-        engine = EngineConfig(model=path, block_size=block_size)
+        weights = load_weights(
+            path,
+            self.config,
+            weight_format=weight_format,
+            qkv_order=qkv_order,
+            progress=lambda fraction, stage: None,
+        )
+        quantization = weight_format if weight_format.startswith("wint") else None
+        dtype = "bfloat16" if quantization else weight_format
+        engine = EngineConfig(model=path, block_size=block_size, dtype=dtype, quantization=quantization)
         self.runner = ModelRunner(Ernie45(self.config, weights), self.config, engine, num_blocks)
         self.block_size = block_size
         self.free_blocks = np.random.default_rng(3).permutation(num_blocks).tolist()
@@ -42,7 +56,7 @@ class Network:
             Batch((ScheduledSequence(sequence, at, min(chunk, end - at), samples=False),))
             for at in range(start, end, chunk)
         ]
-        return np.concatenate([self.runner.execute(step, every_position=True) for step in steps])
+        return np.concatenate([self.runner.execute(step, every_position=True).numpy() for step in steps])
 
     def decode(self, sequence: Sequence, logits: np.ndarray, count: int) -> np.ndarray:
         """Appends `count` greedy tokens, the first from `logits`; returns the logits each was taken from."""
@@ -50,7 +64,7 @@ class Network:
         for _ in range(count):
             sequence.output_token_ids.append(int(rows[-1].argmax()))
             last = ScheduledSequence(sequence, sequence.num_tokens - 1, 1, samples=True)
-            rows.append(self.runner.execute(Batch((last,)))[0])
+            rows.append(self.runner.execute(Batch((last,))).numpy()[0])
         return np.stack(rows[:-1])
 
 
@@ -72,12 +86,12 @@ class Routes:
 
 @contextmanager
 def recorded_routes() -> Iterator[Routes]:
-    routes, select = Routes(), moe.moe_topk_select
+    routes, block = Routes(), custom_ops.moe_block
 
     def recording(*arguments):  # type: ignore[no-untyped-def]
-        picks, weights = select(*arguments)
+        picks, weights = block(*arguments)
         routes.add(picks.numpy().copy(), weights.numpy().copy())
         return picks, weights
 
-    with mock.patch.object(moe, "moe_topk_select", recording):
+    with mock.patch.object(custom_ops, "moe_block", recording):
         yield routes

@@ -6,30 +6,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import paddle
-import paddle.nn.functional as F
 
+from .. import custom_ops
 from ..config import ModelConfig
-from ..custom_ops import MLPWeights, Projection, linear, rms_norm, swiglu_mlp
-from ..layers.attention import AttentionStep, KVCache, attention
-from ..layers.moe import MoEWeights, moe
+from ..kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class MLPWeights:
+    """down(silu(gate(x)) * up(x)); packed, gate and up in turns of 16 outputs. Experts: stacks of them."""
+
+    gate_up: paddle.Tensor
+    down: paddle.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MoEWeights:
+    #: Packed, always float32: picks near ties would flip otherwise.
+    router: paddle.Tensor
+    #: [E], added to the router's probabilities for the choice of experts only.
+    correction_bias: paddle.Tensor
+    experts: MLPWeights
+    #: All shared experts as one MLP of their joint width.
+    shared: MLPWeights | None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
+    #: [H]
     input_norm: paddle.Tensor
-    qkv: Projection
-    attention_output: Projection
+    #: Packed; the outputs of q, then of k, then of v.
+    qkv: paddle.Tensor
+    #: Packed.
+    attention_output: paddle.Tensor
+    #: [H]
     post_attention_norm: paddle.Tensor
     mlp: MLPWeights | MoEWeights
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    #: [vocabulary, H]; also the matrix of `lm_head` when the two are tied.
+    #: [vocabulary, H], float32 or bfloat16.
     embedding: paddle.Tensor
     layers: tuple[LayerWeights, ...]
+    #: [H]
     final_norm: paddle.Tensor
-    lm_head: Projection
+    #: Packed; a copy of the embedding when the two are tied.
+    lm_head: paddle.Tensor
 
 
 class Ernie45:
@@ -39,32 +62,42 @@ class Ernie45:
         self.config = config
         self.weights = weights
 
-    def forward(
-        self, token_ids: paddle.Tensor, step: AttentionStep, caches: Sequence[KVCache]
-    ) -> paddle.Tensor:
+    def forward(self, step: paddle.Tensor, caches: Sequence[KVCache]) -> paddle.Tensor:
         """Runs all layers over the tokens of one step.
 
         Args:
-            token_ids: int64 [T].
+            step: int32, see `StepBuffer`.
             caches: one per layer; the tokens' keys and values are written there.
 
         Returns:
-            Hidden states [T, H], for `logits`.
+            The residual stream [T, H], for `logits`.
         """
-        config = self.config
-        # Each half of a layer leaves its contribution apart, and the norm that follows adds it to the stream.
-        stream, update = None, F.embedding(token_ids, self.weights.embedding)
-        for layer, cache in zip(self.weights.layers, caches, strict=True):
-            h, stream = rms_norm(update, layer.input_norm, config.rms_norm_eps, residual=stream)
-            update = attention(h, layer.qkv, layer.attention_output, step, cache)
-            h, stream = rms_norm(update, layer.post_attention_norm, config.rms_norm_eps, residual=stream)
-            if isinstance(layer.mlp, MoEWeights):
-                update = moe(h, layer.mlp, config.moe_k, config.moe_norm_min)
+        config, weights = self.config, self.weights
+        epsilon = config.rms_norm_eps
+        stream = custom_ops.embedding(weights.embedding, step)
+        turns = custom_ops.rotation(step, config.rope_theta, config.head_dim)
+        for layer, cache in zip(weights.layers, caches, strict=True):
+            custom_ops.attention_block(
+                stream,
+                step,
+                layer.input_norm,
+                layer.qkv,
+                layer.attention_output,
+                turns,
+                cache.key,
+                cache.value,
+                epsilon,
+            )
+            norm, mlp = layer.post_attention_norm, layer.mlp
+            if isinstance(mlp, MLPWeights):
+                custom_ops.mlp_block(stream, norm, mlp.gate_up, mlp.down, epsilon)
             else:
-                update = swiglu_mlp(h, layer.mlp)
-        return stream + update
+                shared = (None, None) if mlp.shared is None else (mlp.shared.gate_up, mlp.shared.down)
+                experts = (mlp.router, mlp.correction_bias, mlp.experts.gate_up, mlp.experts.down, *shared)
+                custom_ops.moe_block(stream, norm, *experts, epsilon, config.moe_k, config.moe_norm_min)
+        return stream
 
-    def logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        """Hidden states [R, H] -> [R, vocabulary]."""
-        h, _ = rms_norm(hidden, self.weights.final_norm, self.config.rms_norm_eps)
-        return linear(h, self.weights.lm_head)
+    def logits(self, stream: paddle.Tensor, step: paddle.Tensor) -> paddle.Tensor:
+        """Logits [rows, vocabulary] of those rows of the stream that the step wants."""
+        weights = self.weights
+        return custom_ops.logits(stream, step, weights.final_norm, weights.lm_head, self.config.rms_norm_eps)
