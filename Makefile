@@ -41,9 +41,10 @@ $(VENV)/installed: setup.cfg setup.py pyproject.toml
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[test,check]'
 	@touch $@
 
-# Returns at once when the model is there.
+# Returns at once when the model is there and packed as etc/dp.toml wants it, so that no replica has to do it.
 model: $(VENV)/installed
 	@$(BIN)/python -m fastdeploy.demo_model
+	@$(BIN)/python -m fastdeploy.weight_cache demo >/dev/null
 
 check: $(VENV)/installed mypy
 	@$(BIN)/ruff format --check .

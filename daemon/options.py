@@ -102,6 +102,14 @@ class EngineSection:
     ports: tuple[int, ...] = row(1811, "OpenAI API; a base b means b, b+11, b+22, ...")
     metrics_ports: tuple[int, ...] = row(3101, "Prometheus metrics; a base b means b, b+100, b+200, ...")
     engine_worker_queue_ports: tuple[int, ...] = row(25611, "API process to worker; b, b+10, b+20, ...")
+    dtype: str = row(
+        "bfloat16",
+        "What weights and KV cache are kept in: `bfloat16`, `float32`.",
+        one_of("bfloat16", "float32"),
+    )
+    quantization: str = row(
+        "", "Weights of 8 or 4 bits: `wint8`, `wint4`; empty: none.", one_of("", "wint8", "wint4")
+    )
     max_model_len: int = row(2048, "Longest sequence, prompt and answer together.", at_least(1), "tokens")
     max_num_seqs: int = row(8, "Sequences that a replica computes at the same time.", at_least(1))
     num_gpu_blocks_override: int = row(

@@ -146,6 +146,10 @@ def _replica(config: Config, index: int) -> Program:
         argv += ["--num-gpu-blocks-override", str(engine.num_gpu_blocks_override)]
     if engine.device != "auto":
         argv += ["--device", engine.device]
+    if engine.dtype != "bfloat16":
+        argv += ["--dtype", engine.dtype]
+    if engine.quantization:
+        argv += ["--quantization", engine.quantization]
     if engine.threads:
         argv += ["--threads", str(engine.threads)]
     if parallel.expert_parallel:

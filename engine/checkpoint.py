@@ -21,7 +21,7 @@ def load_weights(
     path: Path,
     config: ModelConfig,
     *,
-    weight_format: str = "bfloat16",
+    weight_format: str,
     qkv_order: str = "plain",
     progress: Callable[[float, str], None],
 ) -> Weights:

@@ -15,8 +15,8 @@ from typing import Any
 
 from .errors import ConfigError
 
-DTYPES = ("bfloat16", "float32")
-QUANTIZATIONS = ("wint8", "wint4")
+_DTYPES = ("bfloat16", "float32")
+_QUANTIZATIONS = ("wint8", "wint4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +181,11 @@ class EngineConfig:
             )
         if self.qkv_order not in ("plain", "grouped"):
             raise ConfigError(f"--qkv-order is {self.qkv_order!r}; it must be 'plain' or 'grouped'")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype is {self.dtype!r}; it must be {_either(DTYPES)}")
-        if self.quantization not in (None, *QUANTIZATIONS):
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"--dtype is {self.dtype!r}; it must be {_either(_DTYPES)}")
+        if self.quantization not in (None, *_QUANTIZATIONS):
             raise ConfigError(
-                f"--quantization is {self.quantization!r}; it must be {_either(QUANTIZATIONS)}, or left out"
+                f"--quantization is {self.quantization!r}; it must be {_either(_QUANTIZATIONS)}, or left out"
             )
         if self.quantization is not None and self.dtype == "float32":
             raise ConfigError(

@@ -72,8 +72,8 @@ def experts_of(
 ) -> Iterator[tuple[str, Array]]:
     """The tensors of an ERNIE-4.5 MoE layer that computes what the dense SwiGLU MLP computes.
 
-    They come in the order in which they are stored: what an engine wants in one piece (gate and up of one
-    expert; the experts of one layer) lies side by side in the file and can be mapped without a copy.
+    They come in the order in which they are stored: what an engine packs into one piece (gate and up of the
+    experts of a layer; their down) lies side by side in the file.
 
     Args:
         gate, up: [neurons, hidden]; down: [hidden, neurons].
@@ -104,7 +104,7 @@ class SafetensorsFile:
     """Writes float32 tensors one after the other; the header is filled in at the end.
 
     The library's own writer wants all tensors in memory and aligns to 8 bytes. Here the data begins at a
-    page and every tensor at a cache line, so that a process can compute on the mapped file.
+    page and every tensor at a cache line, so that whoever maps the file can read float32 where it lies.
     """
 
     _DATA_START = 512 * 1024

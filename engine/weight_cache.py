@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .command_line import CommandLine
-from .config import DTYPES, QUANTIZATIONS, EngineConfig, ModelConfig
+from .config import EngineConfig, ModelConfig
 from .demo_model import model_cache, resolve_model_path
 from .errors import CheckpointError, FastDeployError
 from .packed_file import read, verify, write
@@ -133,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", help='directory of an ERNIE-4.5 checkpoint, or "demo"')
-    parser.add_argument("--dtype", default="bfloat16", help=" or ".join(DTYPES))
-    parser.add_argument("--quantization", help=" or ".join(QUANTIZATIONS))
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
+    parser.add_argument("--quantization", help="wint8 or wint4: weights of 8 or 4 bits")
     parser.add_argument("--qkv-order", default="plain", help="plain or grouped, in fused Paddle checkpoints")
     parser.add_argument(
         "--verify", action="store_true", help="compare a file that is there with its checksum"

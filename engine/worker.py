@@ -104,7 +104,13 @@ def load(config: EngineConfig, api: ApiLink) -> EngineCore:
     from .model_runner import ModelRunner
     from .models.ernie45 import Ernie45
 
-    weights = load_weights(config.model, model_config, qkv_order=config.qkv_order, progress=report)
+    weights = load_weights(
+        config.model,
+        model_config,
+        weight_format=config.weight_format,
+        qkv_order=config.qkv_order,
+        progress=report,
+    )
     num_blocks = config.num_blocks(model_config)
     report(1.0, f"allocating a cache of {num_blocks} blocks")
     runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks)

@@ -36,8 +36,11 @@ if [ -z "$DESTDIR" ]; then
     # As user fd, which will read it; a checkpoint of your own needs nothing.
     if grep -q '^path *= *"demo"' /etc/fd/dp.toml; then
         install -d -o fd -g fd -m 0750 /var/lib/fd /var/lib/fd/models
-        setpriv --reuid=fd --regid=fd --init-groups env HOME=/var/lib/fd FD_MODEL_CACHE=/var/lib/fd/models \
-            "$PREFIX_DIR/bin/python" -m fastdeploy.demo_model
+        for step in fastdeploy.demo_model "fastdeploy.weight_cache demo"; do
+            # shellcheck disable=SC2086 -- a module and its words
+            setpriv --reuid=fd --regid=fd --init-groups env HOME=/var/lib/fd FD_MODEL_CACHE=/var/lib/fd/models \
+                "$PREFIX_DIR/bin/python" -m $step
+        done
     fi
     echo "install: done. Edit /etc/fd/dp.toml, then: systemctl enable --now fd-dp; $PREFIX_DIR/bin/fdctl status"
 fi

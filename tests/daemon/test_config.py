@@ -78,6 +78,14 @@ def test_every_option_has_one_sentence_of_help() -> None:
             "4: engine.device: is 'tpu'; it must be auto, cpu, gpu or gpu:N",
         ),
         (
+            model("[engine]\ndtype = 'float16'\n"),
+            "4: engine.dtype: is 'float16'; it must be one of 'bfloat16', 'float32'",
+        ),
+        (
+            model("[engine]\nquantization = 'int4'\n"),
+            "4: engine.quantization: is 'int4'; it must be one of '', 'wint8', 'wint4'",
+        ),
+        (
             model("[engine]\n# a comment\nports = [1, 2]\n"),
             "5: engine.ports: has 2 ports; parallel.data_parallel_size is 8: it must have as many",
         ),

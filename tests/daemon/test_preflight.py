@@ -30,7 +30,7 @@ def test_a_good_configuration_gives_its_programs(tmp_path: Path) -> None:
         ({"model": "/nonexistent"}, "/nonexistent"),
         ({"model": Path(__file__).parent}, "config.json"),
         ({"engine": 'extra_args = ["--bogus"]'}, "--bogus"),
-        ({"engine": 'extra_args = ["--quantization", "wint8"]'}, "--quantization"),
+        ({"engine": 'dtype = "float32"\nquantization = "wint8"'}, "--quantization"),
         ({"engine": 'host = "no.such.host.invalid"'}, "[engine] host"),
         ({"router": 'host = "no.such.host.invalid"'}, "[router] host"),
     ],

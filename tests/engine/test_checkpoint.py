@@ -218,6 +218,7 @@ def test_progress_rises_to_one(checkpoint: Path) -> None:
         load_weights(
             checkpoint,
             ModelConfig.from_directory(checkpoint),
+            weight_format="wint8",
             progress=lambda fraction, stage: seen.append(fraction),
         )
         assert seen == sorted(seen)

@@ -1,4 +1,4 @@
-"""The cache of packed weights: processes that come at once or die in the middle, and files that are broken."""
+"""The cache of packed weights: processes that come at once or die in the middle, and damaged files."""
 
 from __future__ import annotations
 

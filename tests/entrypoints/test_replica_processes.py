@@ -191,7 +191,7 @@ def test_a_taken_port_is_one_line_with_flag_port_and_holder(flag):
     ("flags", "words"),
     [
         (("--model", "/nowhere"), "/nowhere"),
-        (("--model", str(TINY), "--quantization", "wint4"), "--quantization"),
+        (("--model", str(TINY), "--quantization", "int4"), "--quantization"),
         (("--model", str(TINY), "--tensor-parallel-size", "2"), "--tensor-parallel-size"),
         (("--model", str(TINY), "--splitwise-role", "prefill"), "--splitwise-role"),
         (("--model", str(TINY), "--router", "nonsense"), "--router"),

@@ -98,6 +98,8 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         tensor_parallel_size=arguments.tensor_parallel_size,
         enable_expert_parallel=arguments.enable_expert_parallel,
         qkv_order=arguments.qkv_order,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
     )
     metrics_port: int = arguments.metrics_port
     return ServeConfig(
@@ -154,13 +156,15 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--block-size", type=int, default=64)
     engine.add_argument("--num-gpu-blocks-override", type=int)
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    engine.add_argument("--dtype", default="bfloat16", help="weights and KV cache: bfloat16 or float32")
+    engine.add_argument("--quantization", help="wint8 or wint4: weights of 8 or 4 bits")
     engine.add_argument("--qkv-order", default="plain", help="plain or grouped, in fused Paddle checkpoints")
     parallel = parser.add_argument_group("parallel")
     parallel.add_argument("--data-parallel-size", type=int, default=1)
     parallel.add_argument("--local-data-parallel-id", type=int, default=0)
     parallel.add_argument("--tensor-parallel-size", type=int, default=1)
     parallel.add_argument("--enable-expert-parallel", action="store_true")
-    for flag in (*_WITHOUT_EFFECT, *_ONE_VALUE, "quantization"):
+    for flag in (*_WITHOUT_EFFECT, *_ONE_VALUE):
         parser.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
     return parser
 
@@ -173,8 +177,6 @@ def _dashed(word: str) -> str:
 
 
 def _refuse(arguments: argparse.Namespace) -> None:
-    if arguments.quantization is not None:
-        raise ConfigError("--quantization is not implemented yet; leave it out")
     for flag, (value, reason) in _ONE_VALUE.items():
         given = getattr(arguments, flag.replace("-", "_"))
         if given not in (None, value):
