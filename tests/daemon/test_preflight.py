@@ -24,6 +24,15 @@ def test_a_good_configuration_gives_its_programs(tmp_path: Path) -> None:
     assert [program.name for program in programs[:2]] == ["router", "replica0"]
 
 
+def test_replicas_are_told_the_precision_of_their_weights(tmp_path: Path) -> None:
+    def words(engine: str) -> str:
+        programs = checked_programs_of(dp_toml.load(write(tmp_path, engine=engine), tmp_path))
+        return " ".join(programs[1].argv)
+
+    assert "--quantization wint4" in words('quantization = "wint4"')
+    assert "--dtype float32" in words('dtype = "float32"')
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
