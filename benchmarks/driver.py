@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import time
@@ -33,13 +34,17 @@ class Driver:
         os.environ.update(thread_settings(config, CORES, os.environ))
         warnings.filterwarnings("ignore", message="No ccache found")
 
+        from fastdeploy.custom_ops import set_threads
         from fastdeploy.engine import EngineCore
+        from fastdeploy.sampler import Sampler
 
+        set_threads(config.threads)
         self.config = config
         self.model_config = ModelConfig.from_directory(config.model)
         self.runner = open_runner(config, self.model_config)
         num_blocks = config.num_blocks(self.model_config)
         self.core = EngineCore(config, self.model_config, self.runner, num_blocks)
+        self._sampler = Sampler()
         self._random = np.random.default_rng(7)
         self._requests = 0
         # As the worker does: no collection walks over the weights within a measurement.
@@ -72,10 +77,8 @@ class Driver:
 
     def compute(self, batch: Batch) -> None:
         """A step that the scheduler knows nothing of."""
-        from fastdeploy.sampler import sample
-
         logits = self.runner.execute(batch)
-        sample(logits, [row.sequence for row in batch.rows if row.samples])
+        self._sampler.sample(logits, [row.sequence for row in batch.rows if row.samples])
 
     # ---- the requests of a contender
 
@@ -131,7 +134,7 @@ def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
     weights = load_weights(
         config.model,
         model_config,
-        weight_format=config.quantization or config.dtype,
+        weight_format=config.weight_format,
         qkv_order=config.qkv_order,
         progress=lambda fraction, stage: None,
     )
@@ -143,4 +146,5 @@ def fill_cache(runner: ModelRunner) -> None:
     """Writes to all of the KV cache: until then the system backs it with one page of zeros."""
     for cache in runner.caches:
         for tensor in (cache.key, cache.value):
-            tensor.fill_(1)
+            # As bfloat16 or float32 a small number.
+            ctypes.memset(tensor.data_ptr(), 0x3C, int(tensor.numel()) * tensor.element_size())

@@ -56,7 +56,7 @@ def perplexity(model: Path, weight_format: str, token_ids: list[int]) -> float:
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         chunk = ScheduledSequence(sequence, start, size, samples=False)
-        logits = runner.execute(Batch((chunk,)), every_position=True).astype(np.float64)
+        logits = runner.execute(Batch((chunk,)), every_position=True).numpy().astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         followers = token_ids[start + 1 : start + 1 + size]
         total += float((np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(size), followers]).sum())
