@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.cpu_share import SINGLE_THREADED, share_of
 from fastdeploy.messages import AddRequest, TokenOutput
 from fastdeploy.request import Batch, SamplingParams
-from fastdeploy.worker import thread_settings
 
 from .contender import Timing
 from .rows import CORES
@@ -31,14 +31,19 @@ class Driver:
 
     def __init__(self, config: EngineConfig) -> None:
         # Before Paddle is imported, which reads them then.
-        os.environ.update(thread_settings(config, CORES, os.environ))
+        os.environ.update(SINGLE_THREADED)
         warnings.filterwarnings("ignore", message="No ccache found")
 
+        from fastdeploy import custom_ops
         from fastdeploy.custom_ops import set_threads
         from fastdeploy.engine import EngineCore
+
+        share = share_of(config, sorted(os.sched_getaffinity(0)))
+        custom_ops.set_threads(share.threads, share.pinned)
         from fastdeploy.sampler import Sampler
 
-        set_threads(config.threads)
+        share = share_of(config, sorted(os.sched_getaffinity(0)))
+        set_threads(share.threads, share.pinned)
         self.config = config
         self.model_config = ModelConfig.from_directory(config.model)
         self.runner = open_runner(config, self.model_config)

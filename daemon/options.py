@@ -44,10 +44,6 @@ def not_empty(value: str) -> str | None:
     return None if value else "it must not be empty"
 
 
-def device_name(value: str) -> str | None:
-    return None if re.fullmatch(r"auto|cpu|gpu(:\d+)?", value) else "it must be auto, cpu, gpu or gpu:N"
-
-
 def environment_names(value: Mapping[str, str]) -> str | None:
     for name in value:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -95,7 +91,9 @@ class ParallelSection:
 class EngineSection:
     """What each replica runs with. A port option is a list with one port per replica, or one base number."""
 
-    device: str = row("auto", "`auto` (a GPU if there is one), `cpu`, `gpu` or `gpu:N`.", device_name)
+    device: str = row(
+        "auto", "`cpu`, or `auto`: the same, until there are operations for GPUs.", one_of("auto", "cpu")
+    )
     host: str = row(
         "127.0.0.1", "Address to listen on; `0.0.0.0` opens the replicas to the network.", not_empty
     )
@@ -116,6 +114,9 @@ class EngineSection:
         0, "KV cache in blocks of 64 tokens; 0: from memory.", at_least(0), "blocks"
     )
     threads: int = row(0, "CPU threads of a replica; 0: the cores divided by the replicas.", at_least(0))
+    pin_threads: bool = row(
+        False, "Keep each thread on a CPU of its own, if there are enough for all replicas."
+    )
     extra_args: tuple[str, ...] = row((), "Further words for the replica's command line.", no_key)
     env: Mapping[str, str] = row({}, "Further environment variables of the replicas.", environment_names)
 

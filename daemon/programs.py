@@ -152,6 +152,8 @@ def _replica(config: Config, index: int) -> Program:
         argv += ["--quantization", engine.quantization]
     if engine.threads:
         argv += ["--threads", str(engine.threads)]
+    if engine.pin_threads:
+        argv.append("--pin-threads")
     if parallel.expert_parallel:
         argv += ["--enable-expert-parallel"]
     argv += ["--router", address(config.router.host, config.router.port)]

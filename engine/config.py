@@ -136,8 +136,10 @@ class EngineConfig:
 
     model: Path
     device: str = "auto"
-    #: CPU threads of the tensor library; 0 lets the worker divide the cores by `data_parallel_size`.
+    #: Threads of the operations; 0 lets the worker divide the cores by `data_parallel_size`.
     threads: int = 0
+    #: Each thread stays on a CPU of its own, if there are enough for all replicas.
+    pin_threads: bool = False
     max_model_len: int = 2048
     max_num_seqs: int = 8
     #: Tokens that one step computes at most, over all sequences.

@@ -2,7 +2,7 @@
 
 The API process starts it and says in the environment what it needs: FD_ENGINE_CONFIG (JSON),
 FD_WORKER_ENDPOINT, FD_WORKER_TOKEN and FD_PARENT_PID. Paddle and NumPy are imported late, after their thread
-counts are set.
+counts are set (see cpu_share.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -26,6 +25,7 @@ import zmq
 
 from . import log
 from .config import EngineConfig, ModelConfig
+from .cpu_share import SINGLE_THREADED, share_of
 from .errors import ConfigError, FastDeployError
 from .messages import (
     AbortRequests,
@@ -73,7 +73,8 @@ def main() -> int:
         try:
             config = _decode_config(config_json)
             _name_and_log(config)
-            _limit_threads(config)
+            # Before Paddle and NumPy are imported, which read these then.
+            os.environ.update(SINGLE_THREADED)
             serve(load(config, api), api)
         except (FastDeployError, OSError, MemoryError) as error:
             return _fail(api, str(error) or "not enough memory")
@@ -95,15 +96,19 @@ def load(config: EngineConfig, api: ApiLink) -> EngineCore:
             raise SystemExit(0)
 
     model_config = ModelConfig.from_directory(config.model)
+    _check_device(config)
     _warn(config, model_config)
     report(0.0, "starting Paddle")
     _start_paddle(config, api)
 
+    from . import custom_ops
     from .checkpoint import load_weights
     from .engine import EngineCore
     from .model_runner import ModelRunner
     from .models.ernie45 import Ernie45
 
+    share = share_of(config, sorted(os.sched_getaffinity(0)))
+    custom_ops.set_threads(share.threads, share.pinned)
     weights = load_weights(
         config.model,
         model_config,
@@ -119,7 +124,15 @@ def load(config: EngineConfig, api: ApiLink) -> EngineCore:
     gc.collect()
     gc.freeze()
     api.send(Ready(num_blocks, config.block_size, config.max_model_len))
-    _log.info("ready: %s, %d blocks of %d tokens", config.model, num_blocks, config.block_size)
+    _log.info(
+        "ready: %s in %s, %d blocks of %d tokens, %d threads on %s",
+        config.model,
+        config.weight_format,
+        num_blocks,
+        config.block_size,
+        share.threads,
+        custom_ops.instruction_set(),
+    )
     return engine
 
 
@@ -140,20 +153,6 @@ def serve(engine: EngineCore, api: ApiLink) -> None:
             # Also after an abort, which no step follows: gauges must not stay where they were.
             api.send(engine.rest())
             resting = True
-
-
-def thread_settings(config: EngineConfig, cores: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that make the tensor libraries use this replica's share of the cores.
-
-    --threads decides; without it what somebody has exported; without that the replicas divide the cores.
-    """
-    threads = str(config.threads or max(1, cores // config.data_parallel_size))
-    settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
-    if config.threads == 0:
-        settings = {name: environment.get(name, value) for name, value in settings.items()}
-    # Milliseconds that a thread spins between two parallel regions. The default of 200 would keep the cores
-    # of other replicas busy with waiting; 1 still bridges the gaps inside of a step.
-    return settings | {"KMP_BLOCKTIME": environment.get("KMP_BLOCKTIME", "1")}
 
 
 class ApiLink:
@@ -240,11 +239,6 @@ def _name_and_log(config: EngineConfig) -> None:
     faulthandler.register(signal.SIGUSR2)
 
 
-def _limit_threads(config: EngineConfig) -> None:
-    """Must come before Paddle and NumPy, which read these variables when they are imported."""
-    os.environ.update(thread_settings(config, len(os.sched_getaffinity(0)), os.environ))
-
-
 def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
     if config.enable_expert_parallel:
         _log.warning("--enable-expert-parallel: each replica still holds all experts")
@@ -273,20 +267,15 @@ def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
     faulthandler.enable()
     api.handle_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    paddle.device.set_device(_device(config))
+    # Also where a Paddle for GPUs is installed, which would put tensors there by itself.
+    paddle.device.set_device("cpu")
 
 
-def _device(config: EngineConfig) -> str:
-    import paddle
-
-    gpus = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
-    known = ["auto", "cpu", *(["gpu"] if gpus else []), *(f"gpu:{index}" for index in range(gpus))]
-    if config.device not in known:
-        raise ConfigError(f"--device is {config.device!r}; here it can be one of {', '.join(known)}")
-    if config.device == "gpu" or (config.device == "auto" and gpus):
-        # One GPU for each replica, as far as they go.
-        return f"gpu:{config.data_parallel_rank % gpus}"
-    return "cpu" if config.device == "auto" else config.device
+def _check_device(config: EngineConfig) -> None:
+    if config.device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"--device is {config.device!r}; the operations are compiled for CPUs only so far: use auto or cpu"
+        )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         (model("[engine]\nthreads = 1.5\n"), "4: engine.threads: is 1.5; it must be an integer"),
         (
             model("[engine]\ndevice = 'tpu'\n"),
-            "4: engine.device: is 'tpu'; it must be auto, cpu, gpu or gpu:N",
+            "4: engine.device: is 'tpu'; it must be one of 'auto', 'cpu'",
         ),
         (
             model("[engine]\ndtype = 'float16'\n"),

@@ -34,7 +34,6 @@ from fastdeploy.messages import (
     ToWorker,
 )
 from fastdeploy.request import FinishReason, SamplingParams
-from fastdeploy.worker import thread_settings
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CONFIG = EngineConfig(
@@ -262,7 +261,10 @@ def test_a_parent_that_died_before_the_worker_could_tie_itself_to_it_kills_it_to
             {"model": Path("/nonexistent")},
             "/nonexistent/config.json: no such file; a checkpoint directory needs it",
         ),
-        ({"device": "abacus"}, "--device is 'abacus'; here it can be one of auto, cpu"),
+        (
+            {"device": "gpu"},
+            "--device is 'gpu'; the operations are compiled for CPUs only so far: use auto or cpu",
+        ),
     ],
 )
 def test_a_worker_that_cannot_start_says_why_in_one_line(
@@ -338,20 +340,6 @@ def test_steps_that_keep_failing_end_the_worker_and_it_says_why(start: Callable[
         pass
     assert message.message == "3 steps in a row have failed, the last with RuntimeError('no such kernel')"
     assert api.process.wait(DEADLINE_S) == 1
-
-
-@pytest.mark.parametrize(("threads", "exported", "expected"), [(3, "7", "3"), (0, "7", "7"), (0, None, "4")])
-def test_threads_are_as_told_or_as_exported_or_this_replicas_share(
-    threads: int, exported: str | None, expected: str
-) -> None:
-    config = replace(CONFIG, threads=threads, data_parallel_size=2)
-    environment = {} if exported is None else {"OMP_NUM_THREADS": exported}
-    assert thread_settings(config, 8, environment)["OMP_NUM_THREADS"] == expected
-
-
-def test_more_replicas_than_cores_get_one_thread_each() -> None:
-    config = replace(CONFIG, threads=0, data_parallel_size=8)
-    assert thread_settings(config, 2, {})["OMP_NUM_THREADS"] == "1"
 
 
 def test_by_hand_it_tells_who_starts_it() -> None:

@@ -87,6 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         model=resolve_model_path(arguments.model),
         device=arguments.device,
         threads=arguments.threads,
+        pin_threads=arguments.pin_threads,
         max_model_len=arguments.max_model_len,
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
@@ -148,8 +149,13 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout-graceful-shutdown", type=int, default=10, help="seconds for open requests after SIGTERM"
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--device", default="auto", help="auto, cpu, gpu or gpu:N")
+    engine.add_argument("--device", default="auto", help="auto or cpu")
     engine.add_argument("--threads", type=int, default=0, help="CPU threads; 0: a share of the cores")
+    engine.add_argument(
+        "--pin-threads",
+        action="store_true",
+        help="keep each thread on a CPU of its own, if --data-parallel-size replicas find as many",
+    )
     engine.add_argument("--max-model-len", type=int, default=2048)
     engine.add_argument("--max-num-seqs", type=int, default=8)
     engine.add_argument("--max-num-batched-tokens", type=int, default=512)
