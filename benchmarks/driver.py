@@ -18,7 +18,6 @@ from fastdeploy.messages import AddRequest, TokenOutput
 from fastdeploy.request import Batch, SamplingParams
 
 from .contender import Timing
-from .rows import CORES
 
 if TYPE_CHECKING:
     from fastdeploy.model_runner import ModelRunner
@@ -109,14 +108,12 @@ def engine_config(
     *,
     max_num_seqs: int,
     max_model_len: int,
-    threads: int = CORES,
     **settings: Any,
 ) -> EngineConfig:
-    """With room in the cache for all sequences at full length, and without prefix caching."""
+    """With room in the cache for all sequences at full length, without prefix caching, on all cores."""
     return EngineConfig(
         model=model,
         device="cpu",
-        threads=threads,
         dtype="float32" if weight_format == "float32" else "bfloat16",
         quantization=weight_format if weight_format.startswith("wint") else None,
         max_num_seqs=max_num_seqs,

@@ -1,8 +1,8 @@
 """Eight engines against one on the same cores: `python -m benchmarks.eight_replicas`.
 
-Eight workers with a thread and two streams each, busy together, against one worker with all cores and all
-sixteen streams: tokens/s beside what the hardware allows each of them, and memory. And how long a replica
-takes from its start to its first token, its weights packed already.
+Eight workers, each with its share of the cores and two streams, busy together, against one worker with all
+cores and all sixteen streams: tokens/s beside what the hardware allows each of them, and memory. And how long
+a replica takes from its start to its first token, its weights packed already.
 
 The limits differ: a step of one worker reads the weights for sixteen tokens, a step of each of the eight
 reads them for two. Caches are left out of it: the weights do not fit.
@@ -31,7 +31,7 @@ from fastdeploy.ports import find_free
 from .contender import ContenderProcess, Timing
 from .driver import WEIGHT_FORMATS
 from .limits import Machine, Work, decode_work
-from .rows import CORES, ROOT, Row, report
+from .rows import ROOT, Row, report
 
 REPLICAS, STREAMS = 8, 16
 PROMPT, NEW = 32, 128
@@ -86,7 +86,6 @@ def workers(model: Path, weight_format: str, count: int) -> Iterator[list[Conten
     settings = {
         "model": model,
         "format": weight_format,
-        "threads": max(1, CORES // count),
         "max-num-seqs": STREAMS // count,
         "max-model-len": PROMPT + NEW,
         "max-num-batched-tokens": PROMPT * STREAMS // count,

@@ -7,14 +7,12 @@ from pathlib import Path
 
 from .contender import answer_requests
 from .driver import WEIGHT_FORMATS, Driver, engine_config
-from .rows import CORES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--format", choices=WEIGHT_FORMATS, default="bfloat16")
-    parser.add_argument("--threads", type=int, default=CORES)
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
@@ -24,7 +22,6 @@ def main() -> None:
     config = engine_config(
         arguments.model,
         arguments.format,
-        threads=arguments.threads,
         max_num_seqs=arguments.max_num_seqs,
         max_model_len=arguments.max_model_len,
         max_num_batched_tokens=arguments.max_num_batched_tokens,

@@ -54,13 +54,11 @@ class Stopwatch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", choices=WEIGHT_FORMATS, default="bfloat16")
-    parser.add_argument("--threads", type=int, default=CORES)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script out")
     arguments = parser.parse_args()
     config = engine_config(
         random_model(tiny=arguments.tiny),
         arguments.format,
-        threads=arguments.threads,
         max_num_seqs=max(BATCHES),
         max_model_len=PROMPT + NEW,
         max_num_batched_tokens=max(BATCHES) * PROMPT,
