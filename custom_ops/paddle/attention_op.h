@@ -74,7 +74,7 @@ PD_BUILD_OP(fd_rotation)
     .Inputs({"Step"})
     .Outputs({"Out"})
     .Attrs({"theta: float", "head_dim: int"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_rotation))
+    .SetKernelFn(FD_KERNEL(run_rotation))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_rotation))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_rotation));
 
@@ -82,13 +82,13 @@ PD_BUILD_OP(fd_rope_and_cache)
     .Inputs({"Qkv", "Step", "Rotation", "Keys", "Values"})
     .Outputs({"Out"})
     .SetInplaceMap({{"Qkv", "Out"}})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_rope_and_cache))
+    .SetKernelFn(FD_KERNEL(run_rope_and_cache))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_rope))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_rope));
 
 PD_BUILD_OP(fd_paged_attention)
     .Inputs({"Qkv", "Step", "Keys", "Values"})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_paged_attention))
+    .SetKernelFn(FD_KERNEL(run_paged_attention))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_attention))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_attention));

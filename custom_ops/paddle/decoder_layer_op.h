@@ -155,7 +155,7 @@ inline Types type_logits(paddle::DataType stream, paddle::DataType, paddle::Data
 PD_BUILD_OP(fd_embedding)
     .Inputs({"Table", "Step"})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_embedding))
+    .SetKernelFn(FD_KERNEL(run_embedding))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_embedding))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_embedding));
 
@@ -164,7 +164,7 @@ PD_BUILD_OP(fd_attention_block)
     .Outputs({"Out"})
     .Attrs({"epsilon: float"})
     .SetInplaceMap({{"Stream", "Out"}})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_attention_block))
+    .SetKernelFn(FD_KERNEL(run_attention_block))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_attention_block))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_attention_block));
 
@@ -173,7 +173,7 @@ PD_BUILD_OP(fd_mlp_block)
     .Outputs({"Out"})
     .Attrs({"epsilon: float"})
     .SetInplaceMap({{"Stream", "Out"}})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_mlp_block))
+    .SetKernelFn(FD_KERNEL(run_mlp_block))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_mlp_block))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_mlp_block));
 
@@ -183,7 +183,7 @@ PD_BUILD_OP(fd_moe_block)
     .Outputs({"Out", "Picks", "Weights"})
     .Attrs({"epsilon: float", "k: int", "norm_min: float"})
     .SetInplaceMap({{"Stream", "Out"}})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_moe_block))
+    .SetKernelFn(FD_KERNEL(run_moe_block))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_moe_block))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_moe_block));
 
@@ -191,6 +191,6 @@ PD_BUILD_OP(fd_logits)
     .Inputs({"Stream", "Step", "Norm", "LmHead"})
     .Outputs({"Out"})
     .Attrs({"epsilon: float"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_logits))
+    .SetKernelFn(FD_KERNEL(run_logits))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_logits))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_logits));

@@ -29,6 +29,6 @@ inline Types type_linear(paddle::DataType x, paddle::DataType) { return {x}; }
 PD_BUILD_OP(fd_linear)
     .Inputs({"X", "Weights"})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_linear))
+    .SetKernelFn(FD_KERNEL(run_linear))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_linear))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_linear));

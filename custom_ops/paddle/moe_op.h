@@ -164,7 +164,7 @@ PD_BUILD_OP(fd_moe_topk_select)
     .Inputs({"Logits", "Bias"})
     .Outputs({"Picks", "Weights"})
     .Attrs({"k: int", "norm_min: float"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_moe_topk_select))
+    .SetKernelFn(FD_KERNEL(run_moe_topk_select))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_topk))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_topk));
 
@@ -172,27 +172,27 @@ PD_BUILD_OP(fd_moe_permute)
     .Inputs({"X", "Picks"})
     .Outputs({"Rows", "Offsets", "Order"})
     .Attrs({"num_experts: int"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_moe_permute))
+    .SetKernelFn(FD_KERNEL(run_moe_permute))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_permute))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_permute));
 
 PD_BUILD_OP(fd_moe_grouped_gemm)
     .Inputs({"Rows", "Offsets", "GateUp", "Down"})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_moe_grouped_gemm))
+    .SetKernelFn(FD_KERNEL(run_moe_grouped_gemm))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_grouped))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_grouped));
 
 PD_BUILD_OP(fd_moe_unpermute)
     .Inputs({"Rows", "Order", "Weights"})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_moe_unpermute))
+    .SetKernelFn(FD_KERNEL(run_moe_unpermute))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_unpermute))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_unpermute));
 
 PD_BUILD_OP(fd_fused_moe)
     .Inputs({"X", "Picks", "Weights", "GateUp", "Down"})
     .Outputs({"Out"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_fused_moe))
+    .SetKernelFn(FD_KERNEL(run_fused_moe))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_fused))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_fused));

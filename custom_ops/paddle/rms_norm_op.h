@@ -34,6 +34,6 @@ PD_BUILD_OP(fd_rms_norm)
     .Inputs({"X", "Weight", paddle::Optional("Residual")})
     .Outputs({"Out", "Sum"})
     .Attrs({"epsilon: float"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_rms_norm))
+    .SetKernelFn(FD_KERNEL(run_rms_norm))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_rms_norm))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_rms_norm));

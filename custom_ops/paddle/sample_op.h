@@ -69,13 +69,13 @@ PD_BUILD_OP(fd_sample)
     .Inputs({"Logits", "Rows", "Tokens"})
     .Outputs({"Drawn", "TopTokens", "Logprobs"})
     .Attrs({"width: int"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_sample))
+    .SetKernelFn(FD_KERNEL(run_sample))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_sample))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_sample));
 
 PD_BUILD_OP(fd_argmax)
     .Inputs({"Logits"})
     .Outputs({"Drawn"})
-    .SetKernelFn(PD_KERNEL(fd::binding::run_argmax))
+    .SetKernelFn(FD_KERNEL(run_argmax))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_argmax))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_argmax));

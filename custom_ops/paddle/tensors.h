@@ -2,12 +2,15 @@
 // writing memory that is not its own.
 #pragma once
 
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
 #include "matrix.h"
+#include "paddle/common/enforce.h"
 #include "paddle/phi/api/all.h"
 #include "step.h"
 
@@ -16,6 +19,26 @@ namespace fd::binding {
 using Shape = std::vector<int64_t>;
 using Shapes = std::vector<Shape>;
 using Types = std::vector<paddle::DataType>;
+
+// An operation whose exceptions reach Python, as ValueError and MemoryError. Paddle passes on none but its own:
+// any other ends the process.
+template <auto Function>
+struct Safe;
+
+template <class Result, class... Args, Result (*Function)(Args...)>
+struct Safe<Function> {
+  static Result run(Args... args) {
+    try {
+      return Function(std::forward<Args>(args)...);
+    } catch (const std::invalid_argument& error) {
+      PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
+    } catch (const std::bad_alloc&) {
+      PADDLE_THROW(common::errors::ResourceExhausted("no memory for what lives within an operation"));
+    }
+  }
+};
+
+#define FD_KERNEL(function) PD_KERNEL(fd::binding::Safe<&fd::binding::function>::run)
 
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
