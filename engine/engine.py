@@ -6,14 +6,14 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol
 
-import numpy as np
+import paddle
 
 from .block_pool import BlockPool
 from .config import EngineConfig, ModelConfig
 from .errors import FastDeployError, RequestError
 from .messages import AddRequest, Stats, StepOutputs, TokenOutput
 from .request import Batch, FinishReason, Sequence
-from .sampler import Sampled, sample
+from .sampler import Sampled, Sampler
 from .scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class EngineBroken(FastDeployError):
 class Runner(Protocol):
     """Computes a batch. The only thing that the engine knows of tensors and of the memory of the cache."""
 
-    def execute(self, batch: Batch) -> np.ndarray:
+    def execute(self, batch: Batch) -> paddle.Tensor:
         """Writes keys and values of every row and returns logits of those rows that sample.
 
         Position p of a sequence lives in block `block_ids[p // block_size]` at offset `p % block_size`.
@@ -53,6 +53,7 @@ class EngineCore:
         self._runner = runner
         self._pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(config, self._pool)
+        self._sampler = Sampler()
         # Answers to requests that were never queued; they go out with the next step.
         self._refusals: list[TokenOutput] = []
         self._steps_total = 0
@@ -114,7 +115,7 @@ class EngineCore:
 
     def _compute(self, batch: Batch) -> list[Sampled]:
         logits = self._runner.execute(batch)
-        return sample(logits, [row.sequence for row in batch.rows if row.samples])
+        return self._sampler.sample(logits, [row.sequence for row in batch.rows if row.samples])
 
     def _commit(self, batch: Batch, sampled: list[Sampled]) -> list[TokenOutput]:
         sequences = [row.sequence for row in batch.rows if row.samples]

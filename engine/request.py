@@ -40,7 +40,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One text being generated. Owned by the scheduler; nobody else changes it.
 

@@ -1,27 +1,30 @@
 """From logits to tokens.
 
 The order is vLLM's: repetition penalty, frequency and presence penalty, stop tokens masked until `min_tokens`
-are out, then (unless greedy) temperature, min_p, top_k, top_p on what is left, and one draw.
+are out, then (unless greedy) temperature, min_p, top_k, top_p on what is left, and one draw. All of it is one
+operation on the whole batch (custom_ops/include/sample.h); here it is told what each row wants.
 
-Each row is worked on alone and in an order fixed by token ids, and its random number depends on seed, choice
-and position only: a text does not depend on which other texts are in the batch.
+Each row is worked on alone, and its random number depends on seed, choice and position only: a text does not
+depend on which other texts are in the batch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Many
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import paddle
+from numpy.typing import NDArray
+
+from fastdeploy import custom_ops
 
 from .messages import Logprobs
-from .philox import uniform
-from .request import Sequence
+from .request import SamplingParams, Sequence
+from .token_counts import TokenCounts
 
-#: How many of the most likely tokens a nucleus is looked for in first. It nearly always is that small, and
-#: sorting a whole vocabulary costs more than all the rest of a draw.
-_NUCLEUS_GUESS = 256
+_MAX_INT32 = 2**31 - 1
 
 
 class Sampled(NamedTuple):
@@ -29,103 +32,110 @@ class Sampled(NamedTuple):
     logprobs: Logprobs | None
 
 
-def sample(logits: np.ndarray, sequences: Many[Sequence]) -> list[Sampled]:
-    """Draws the next token of each sequence from its row of `logits` (float32 [rows, vocabulary]).
+class Sampler:
+    """Remembers of each live sequence what its rows have in common.
 
-    Raises:
-        FloatingPointError: a row holds NaN or nothing finite, which only a broken step produces.
+    That follows from parameters and tokens alone: preemption and steps that are not committed do not matter.
     """
-    return [_sample_row(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
+
+    def __init__(self) -> None:
+        self._recipes: WeakKeyDictionary[Sequence, _Recipe] = WeakKeyDictionary()
+
+    def sample(self, logits: paddle.Tensor, sequences: Many[Sequence]) -> list[Sampled]:
+        """Draws the next token of each sequence from its row of `logits` (float32 [rows, vocabulary]).
+
+        Raises:
+            FloatingPointError: a row holds NaN or nothing finite, which only a broken step produces.
+        """
+        if not sequences:
+            return []
+        recipes = [self._recipe(sequence) for sequence in sequences]
+        if all(recipe.is_argmax for recipe in recipes):
+            token_ids = custom_ops.argmax(logits).tolist()
+            _check(token_ids, sequences)
+            return [Sampled(token_id, None) for token_id in token_ids]
+        rows, tokens = _stack(recipes, sequences)
+        width = 1 + max(0, int(rows["logprobs"].max()))
+        drawn, top_tokens, top_logprobs = custom_ops.sample(logits, rows, tokens, width)
+        token_ids = drawn.tolist()
+        _check(token_ids, sequences)
+        sampled = [Sampled(token_id, None) for token_id in token_ids]
+        telling = np.flatnonzero(rows["logprobs"] >= 0).tolist()
+        if telling:
+            ids, values = top_tokens.numpy(), top_logprobs.numpy()
+            for index in telling:
+                end = 1 + min(int(rows["logprobs"][index]), logits.shape[1])
+                logprobs = _logprobs(ids[index, :end].tolist(), values[index, :end].tolist())
+                sampled[index] = Sampled(token_ids[index], logprobs)
+        return sampled
+
+    def _recipe(self, sequence: Sequence) -> _Recipe:
+        recipe = self._recipes.get(sequence)
+        if recipe is None:
+            recipe = self._recipes[sequence] = _Recipe(sequence)
+        return recipe
 
 
-def _sample_row(raw: np.ndarray, sequence: Sequence) -> Sampled:
-    params = sequence.params
-    row = _adjusted(raw, sequence)
-    # The lowest id among equals; the place of the first NaN if there is one.
-    best = int(row.argmax())
-    if not math.isfinite(row[best]):
-        raise FloatingPointError(f"logits of request {sequence.request_id} are not finite")
-    token_id = best if params.temperature == 0 else _draw(row, float(row[best]), sequence)
-    return Sampled(token_id, None if params.logprobs is None else _logprobs(raw, token_id, params.logprobs))
+class _Recipe:
+    """How the tokens of one sequence are drawn."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        params = sequence.params
+        self._counts: TokenCounts | None = None
+        if params.repetition_penalty != 1:
+            self._counts = TokenCounts(sequence.prompt_token_ids)
+        elif params.frequency_penalty != 0 or params.presence_penalty != 0:
+            self._counts = TokenCounts(())
+        self._stops = np.array([(token_id, 0) for token_id in params.stop_token_ids], np.int32).reshape(-1, 2)
+        #: The operation needs to know of some tokens, at least for a while.
+        self.has_tokens = self._counts is not None or (params.min_tokens > 0 and len(self._stops) > 0)
+        self.is_argmax = params.temperature == 0 and not self.has_tokens and params.logprobs is None
+        #: Bytes, because joining those of a batch is the quickest way to its array.
+        self.row = _row(params).tobytes()
+
+    def tokens(self, sequence: Sequence) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(token, count) of those that are penalised, and (token, 0) of those that must not be drawn now."""
+        outputs = sequence.output_token_ids
+        seen = self._stops[:0] if self._counts is None else self._counts.after(outputs)
+        masked = self._stops if len(outputs) < sequence.params.min_tokens else self._stops[:0]
+        return seen, masked
 
 
-def _adjusted(raw: np.ndarray, sequence: Sequence) -> np.ndarray:
-    """The row after penalties and masks; `raw` itself when there are none."""
-    params = sequence.params
-    outputs = sequence.output_token_ids
-    masked = params.stop_token_ids if len(outputs) < params.min_tokens else ()
-    counted = bool(outputs) and (params.frequency_penalty != 0 or params.presence_penalty != 0)
-    if not masked and not counted and params.repetition_penalty == 1:
-        return raw
-    row = raw.astype(np.float64)
-    if params.repetition_penalty != 1:
-        seen = np.unique(np.array(sequence.prompt_token_ids + outputs))
-        scores = row[seen]
-        row[seen] = np.where(
-            scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty
-        )
-    if counted:
-        ids, counts = np.unique(np.array(outputs), return_counts=True)
-        row[ids] -= counts * params.frequency_penalty + params.presence_penalty
-    row[[token_id for token_id in masked if 0 <= token_id < len(row)]] = -np.inf
+def _row(params: SamplingParams) -> np.ndarray:
+    row = np.zeros(1, dtype=custom_ops.SAMPLING_ROW)
+    for name in ("temperature", "top_p", "min_p", "choice"):
+        row[name] = getattr(params, name)
+    for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+        row[name] = getattr(params, name)
+    # Negative seeds count modulo 2**64.
+    row["seed"] = params.seed % 2**64
+    row["top_k"] = min(params.top_k, _MAX_INT32)
+    row["logprobs"] = -1 if params.logprobs is None else params.logprobs
     return row
 
 
-def _draw(row: np.ndarray, best: float, sequence: Sequence) -> int:
-    """One token by inverse CDF over the candidates in ascending id order, in float64."""
-    params = sequence.params
-    row = row.astype(np.float64)
-    # min_p and top_k both cut below a score; equals of the last one stay in, as in vLLM and transformers.
-    threshold = -math.inf
-    if params.min_p > 0:
-        threshold = best + params.temperature * math.log(params.min_p)
-    if 0 < params.top_k < len(row):
-        threshold = max(threshold, _kth_largest(row, params.top_k))
-    ids = None
-    if threshold > -math.inf:
-        ids = np.flatnonzero(row >= threshold)
-        row = row[ids]
-    with np.errstate(over="ignore", under="ignore"):
-        # A tiny temperature may push all but the best to minus infinity: that is its meaning.
-        weights = np.exp((row - best) / params.temperature)
-    if params.top_p < 1:
-        nucleus = _nucleus(weights, params.top_p)
-        ids = nucleus if ids is None else ids[nucleus]
-        weights = weights[nucleus]
-    cumulative = np.cumsum(weights)
-    point = uniform(params.seed, params.choice, sequence.num_tokens) * cumulative[-1]
-    index = int(np.searchsorted(cumulative, point, side="right"))
-    return index if ids is None else int(ids[index])
+def _stack(recipes: Many[_Recipe], sequences: Many[Sequence]) -> tuple[np.ndarray, NDArray[np.int32]]:
+    """The rows of a batch, and their tokens one row behind the other."""
+    rows = np.frombuffer(bytearray().join([recipe.row for recipe in recipes]), custom_ops.SAMPLING_ROW)
+    rows["position"] = [sequence.num_tokens for sequence in sequences]
+    # Paddle has no use for an array of nothing.
+    parts = [np.zeros((1, 2), np.int32)]
+    first = 1
+    for index, recipe in enumerate(recipes):
+        if recipe.has_tokens:
+            seen, masked = recipe.tokens(sequences[index])
+            row = rows[index]
+            row["first_token"], row["num_seen"], row["num_masked"] = first, len(seen), len(masked)
+            parts += [seen, masked]
+            first += len(seen) + len(masked)
+    return rows, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, ascending, of the fewest most likely tokens whose share reaches `top_p`; at least one."""
-    goal = top_p * weights.sum()
-    size = min(len(weights), _NUCLEUS_GUESS)
-    while True:
-        order = _largest(weights, size)
-        mass = np.cumsum(weights[order])
-        if mass[-1] >= goal or size == len(weights):
-            return np.sort(order[: np.searchsorted(mass, goal) + 1])
-        size = min(len(weights), 8 * size)
+def _check(token_ids: Many[int], sequences: Many[Sequence]) -> None:
+    if custom_ops.BROKEN_ROW in token_ids:
+        request_id = sequences[token_ids.index(custom_ops.BROKEN_ROW)].request_id
+        raise FloatingPointError(f"logits of request {request_id} are not finite")
 
 
-def _logprobs(raw: np.ndarray, token_id: int, count: int) -> Logprobs:
-    row = raw.astype(np.float64)
-    row -= row.max()
-    row -= math.log(np.exp(row).sum())
-    top = _largest(row, min(count, len(row)))[:count] if count > 0 else ()
-    return Logprobs(token_id, float(row[token_id]), [(int(index), float(row[index])) for index in top])
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest and of all that equal the last of them; equals by ascending index.
-
-    Because ties at the border stay in, the order is a prefix of the full order whatever `count` is.
-    """
-    indices = np.flatnonzero(values >= _kth_largest(values, count))
-    return indices[np.argsort(-values[indices], kind="stable")]
-
-
-def _kth_largest(values: np.ndarray, k: int) -> float:
-    return float(np.partition(values, len(values) - k)[len(values) - k])
+def _logprobs(ids: list[int], values: list[float]) -> Logprobs:
+    return Logprobs(ids[0], values[0], list(zip(ids[1:], values[1:], strict=True)))

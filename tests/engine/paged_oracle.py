@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import paddle
 
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.request import Batch, FinishReason, SamplingParams, Sequence
-from fastdeploy.sampler import sample
+from fastdeploy.sampler import Sampler
 
 VOCAB_SIZE = 61
 
@@ -62,7 +63,7 @@ class PagedOracle:
         self.cache = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.batches: list[Batch] = []
 
-    def execute(self, batch: Batch) -> np.ndarray:
+    def execute(self, batch: Batch) -> paddle.Tensor:
         self.batches.append(batch)
         for row in batch.rows:
             positions = np.arange(row.start, row.end)
@@ -73,7 +74,7 @@ class PagedOracle:
             for row in batch.rows
             if row.samples
         ]
-        return np.array(logits, dtype=np.float32).reshape(-1, VOCAB_SIZE)
+        return paddle.to_tensor(np.array(logits, dtype=np.float32).reshape(-1, VOCAB_SIZE))
 
     def _slots(self, sequence: Sequence, positions: np.ndarray) -> np.ndarray:
         blocks = np.array(sequence.block_ids)[positions // self._block_size]
@@ -82,10 +83,10 @@ class PagedOracle:
 
 def generate_alone(prompt: list[int], params: SamplingParams, limit: int) -> tuple[list[int], FinishReason]:
     """The text as it must be: one sequence, no cache, no batch, no chunks."""
-    sequence = Sequence("alone", list(prompt), params)
+    sequence, sampler = Sequence("alone", list(prompt), params), Sampler()
     while True:
         row = logits_after(sequence.token_ids(0, sequence.num_tokens))
-        token_id = sample(row[None], [sequence])[0].token_id
+        token_id = sampler.sample(paddle.to_tensor(row[None]), [sequence])[0].token_id
         sequence.output_token_ids.append(token_id)
         count = len(sequence.output_token_ids)
         if token_id in params.stop_token_ids and count > params.min_tokens:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,7 +200,7 @@ class Faulty(PagedOracle):
         super().__init__(num_blocks, block_size)
         self._poison = poison
 
-    def execute(self, batch: Batch) -> np.ndarray:
+    def execute(self, batch: Batch) -> paddle.Tensor:
         if any(row.sequence.request_id.startswith(self._poison) for row in batch.rows):
             raise MemoryError("no room for the batch")
         return super().execute(batch)
@@ -241,8 +242,8 @@ def test_failures_that_do_not_end_break_the_engine() -> None:
 
 def test_logits_that_are_not_finite_fail_the_step() -> None:
     class Broken(PagedOracle):
-        def execute(self, batch: Batch) -> np.ndarray:
-            return np.full_like(super().execute(batch), np.nan)
+        def execute(self, batch: Batch) -> paddle.Tensor:
+            return paddle.full_like(super().execute(batch), np.nan)
 
     engine = EngineCore(engine_config(), MODEL_CONFIG, Broken(32, 4), 32)
     engine.add(request("one", [1]))
