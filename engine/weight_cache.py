@@ -199,7 +199,7 @@ def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                fraction, _, stage = os.pread(descriptor, _NOTE_BYTES, 0).decode().strip().partition(" ")
+                fraction, _, stage = os.pread(descriptor, _NOTE_BYTES, 0).decode().strip(" \0").partition(" ")
                 progress(float(fraction or 0), f"waiting for {stage or 'another process'}")
                 time.sleep(_POLL_SECONDS)
 
@@ -208,7 +208,7 @@ def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
             os.pwrite(descriptor, note.encode().ljust(_NOTE_BYTES), 0)
             progress(fraction, stage)
 
-        report(0.0, "packing")
+        os.pwrite(descriptor, bytes(_NOTE_BYTES), 0)
         yield report
     finally:
         os.close(descriptor)
