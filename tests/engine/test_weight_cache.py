@@ -96,7 +96,7 @@ def stalled(cache: Path, checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_it_is_packed_once_and_found_afterwards(cache: Path, checkpoint: Path) -> None:
     made, stages = pack(checkpoint)
-    assert stages[-1] == f"packing {len(stages) - 1} of {len(stages) - 1}"
+    assert stages[-1] == f"packing {len(stages)} of {len(stages)}"
     found, stages = pack(checkpoint)
     assert stages == []
     assert found == made
