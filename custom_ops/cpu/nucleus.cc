@@ -26,8 +26,8 @@ double from_bits(uint64_t bits) {
   return weight;
 }
 
-// Copies the weights of [low, high) in their order, and zeros up to a whole block. Blocks which sum up to less
-// than `low` are passed over; `to` may be `from` when there are no sums.
+// Copies the weights of [low, high) in their order, and zeros up to a whole block. Blocks which sum up to
+// less than `low` are passed over; `to` may be `from` when there are no sums.
 int64_t copy_between(const double* from, const double* sums, int64_t count, uint64_t low, uint64_t high,
                      double* to) {
   int64_t copied = 0;
@@ -53,14 +53,15 @@ void keep_nucleus(double* weights, double* sums, int64_t count, double top_p, do
   // Even top_p = 0 leaves one token.
   const double goal = std::max(top_p * total, DBL_MIN);
 
-  // The weight of the last token that stays, in [low, high): from `low` on weights reach the goal, from `high`
-  // on they do not. Below the first `low` all together are less than what may be missing.
+  // The weight of the last token that stays, in [low, high): from `low` on weights reach the goal, from
+  // `high` on they do not. Below the first `low` all together are less than what may be missing.
   uint64_t low = bits_of(std::max(total - goal, 0.0) / (2.0 * static_cast<double>(count)));
   uint64_t high = bits_of(1.0) + 1;
   double above = 0;      // the mass of what has been taken out because it surely stays
   double from_high = 0;  // the mass of what is left from `high` on
 
-  const auto promising = std::count_if(sums, sums + blocks, [&](double sum) { return sum >= from_bits(low); });
+  const double least = from_bits(low);
+  const auto promising = std::count_if(sums, sums + blocks, [&](double sum) { return sum >= least; });
   // In few blocks there is little to copy, and nothing is gained from narrowing the range before.
   int halvings = promising * 4 < blocks ? 0 : kHalvings;
   const double* left = weights;
@@ -76,11 +77,18 @@ void keep_nucleus(double* weights, double* sums, int64_t count, double top_p, do
         from_high = mass;
       }
     }
+    const int64_t before = size;
     size = copy_between(left, left == weights ? sums : nullptr, size, low, high, buffer);
     left = buffer;
     above += from_high;
     from_high = 0;
     halvings = kHalvings;
+    if (size > before / 4) {
+      // They lie close together in that range, or are all equal.
+      const auto [lowest, highest] = std::minmax_element(left, left + size);
+      low = bits_of(*lowest);
+      high = bits_of(*highest) + 1;
+    }
   }
 
   // All that is left are equals of the last one. Those behind it have to go.

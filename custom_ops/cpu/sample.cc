@@ -17,7 +17,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Of the C library each version has its own last bit. x > 0.
+// Each version of the C library has a last bit of its own. x > 0.
 double natural_log(double x) {
   int exponent;
   double mantissa = std::frexp(x, &exponent);
@@ -32,29 +32,32 @@ double natural_log(double x) {
   return exponent * kLn2 + 2 * z * series;
 }
 
-// One thread's memory for one row, whole blocks of it.
+// One thread's memory for one row.
 struct Scratch {
-  float* scores;        // after penalties
-  float* few_scores;    // of the tokens `ids`
-  float* some;
-  float* maxima;        // of blocks
+  float* scores;      // after penalties
+  float* few_scores;  // of the tokens `ids`
+  float* some;        // in any order
+  float* maxima;      // of blocks of scores
   int32_t* ids;
   double* weights;
   double* few_weights;
-  double* sums;         // of blocks of weights
+  double* sums;  // of blocks of weights
 
-  // How many bytes from `memory` on are needed is the result.
+  // Returns how many bytes that takes; without memory, that is all.
   int64_t lay_out(std::byte* memory, int64_t vocabulary) {
     const int64_t blocks = token_blocks(vocabulary), tokens = blocks * kTokenBlock;
     int64_t used = 0;
     const auto take = [&](auto*& array, int64_t count) {
-      array = reinterpret_cast<std::decay_t<decltype(array)>>(memory + used);
+      if (memory != nullptr) array = reinterpret_cast<std::decay_t<decltype(array)>>(memory + used);
       used += (count * static_cast<int64_t>(sizeof *array) + 63) / 64 * 64;
     };
-    for (float** array : {&scores, &few_scores, &some}) take(*array, tokens);
+    take(scores, tokens);
+    take(few_scores, tokens);
+    take(some, tokens);
     take(maxima, blocks);
     take(ids, tokens);
-    for (double** array : {&weights, &few_weights}) take(*array, tokens);
+    take(weights, tokens);
+    take(few_weights, tokens);
     take(sums, blocks);
     return used;
   }
@@ -77,7 +80,7 @@ struct Row {
     return std::find(scores + block * kTokenBlock, scores + count, best) - scores;
   }
 
-  // Ids, ascending, of all scores from `low` on; `ids` has room for all and one more.
+  // Ids, ascending, of all scores from `low` on; `ids` has room for all.
   int64_t ids_from(float low, int32_t* ids) const {
     int64_t found = 0;
     for (int64_t b = 0; b < token_blocks(count); ++b) {

@@ -1,7 +1,7 @@
 // Passes over the scores of one row or their weights, in blocks of 64. What they are for: sample.cc.
 //
-// Weights are doubles, products and sums are rounded apart, and a sum is eight partial sums whatever the width
-// of a register: every instruction set gives the same bits.
+// Weights are doubles, products and sums are rounded apart, and a sum is eight partial sums whatever the
+// width of a register: every instruction set gives the same bits.
 
 #if defined(FD_AVX512)
 #define FD_VECTOR_BYTES 64

@@ -1,7 +1,7 @@
 // From logits to tokens, for a whole batch.
 //
-// Each row is worked on alone, in an order fixed by token ids, in one thread, and its random number depends on
-// seed, choice and position only: a token does not depend on the other rows or on the number of threads.
+// Each row is worked on alone, in an order fixed by token ids, in one thread, and its random number depends
+// on seed, choice and position only: a token does not depend on other rows or on the number of threads.
 #pragma once
 
 #include <cstddef>

@@ -7,8 +7,8 @@
 namespace fd::binding {
 
 // One SamplingRow for each row, all of whose tokens are there.
-inline const SamplingRow* sampling_rows(const paddle::Tensor& rows, int64_t count, const paddle::Tensor& tokens,
-                                        int width) {
+inline const SamplingRow* sampling_rows(const paddle::Tensor& rows, int64_t count,
+                                        const paddle::Tensor& tokens, int width) {
   require(rows.dtype() == paddle::DataType::UINT8 && rows.numel() == count * int64_t{sizeof(SamplingRow)},
           "sample: rows must hold the bytes of one SamplingRow for each row of logits");
   require(tokens.dtype() == paddle::DataType::INT32, "sample: tokens must be int32");
@@ -55,7 +55,8 @@ inline Types type_sample(paddle::DataType, paddle::DataType, paddle::DataType) {
 inline std::vector<paddle::Tensor> run_argmax(const paddle::Tensor& logits) {
   const int64_t count = logits.dims()[0], vocabulary = logits.dims()[1];
   paddle::Tensor drawn = paddle::empty({count}, paddle::DataType::INT64, paddle::CPUPlace());
-  const Argmax args{floats(logits, count * vocabulary, "argmax: logits"), count, vocabulary, drawn.data<int64_t>()};
+  const Argmax args{floats(logits, count * vocabulary, "argmax: logits"), count, vocabulary,
+                    drawn.data<int64_t>()};
   run_team([&](Team& team) { argmax(team, args); });
   return {drawn};
 }

@@ -87,7 +87,7 @@ def any_rows(draw: st.DrawFn) -> list[Row]:
                 seen=[(one, draw(st.integers(0, 3))) for one in draw(some)],
                 masked=draw(st.lists(token, max_size=3)) if size > 3 else [],
                 fields={
-                    "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 2.0])),
+                    "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 2.0, 1e5])),
                     "top_k": draw(st.sampled_from([0, 0, 1, 3, 50, 3000])),
                     "top_p": draw(st.sampled_from([0.0, 0.3, 0.77, 0.95, 0.999, 1.0])),
                     "min_p": draw(st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0])),
