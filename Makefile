@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 CONFIG ?= etc/dp.toml
 PREFIX ?= run
 PARITY := .cache/parity-venv
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+OPERATIONS := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl)
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
@@ -34,11 +36,14 @@ serve: $(VENV)/installed model
 test: $(VENV)/installed model
 	@$(BIN)/pytest
 
-# The stamp is newer than what decides which packages have to be there.
-$(VENV)/installed: setup.cfg setup.py pyproject.toml
+# The stamp is newer than what decides which packages have to be there, and than what is compiled. Against the
+# very Paddle that will load it: hence no isolated environment for the build.
+$(VENV)/installed: setup.cfg setup.py pyproject.toml $(OPERATIONS)
 	@echo "fd-dp: installing into $(VENV); the first time a few hundred MB are fetched"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[test,check]'
+	@etc/build_requires.sh | $(PIP) install -r /dev/stdin
+	@echo "fd-dp: compiling the operations, about half a minute on two cores"
+	@$(PIP) install --no-build-isolation -e '.[test,check]'
 	@touch $@
 
 # Returns at once when the model is there and packed as etc/dp.toml wants it, so that no replica has to do it.

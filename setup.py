@@ -1,35 +1,55 @@
-"""Metadata lives in setup.cfg; here the compiled operations are built, with Paddle's own build rules."""
+"""Metadata lives in setup.cfg; here the compiled operations are built, against the Paddle that is installed."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 try:
-    from paddle.utils.cpp_extension import BuildExtension, CppExtension
+    from paddle.utils.cpp_extension import CppExtension
 except ImportError as error:
     raise SystemExit(
-        f"fd-dp: building needs Paddle ({error}); "
-        "pip install paddlepaddle first, or build without --no-build-isolation"
+        f"fd-dp: building needs Paddle ({error}); pip install paddlepaddle first, or leave out "
+        "--no-build-isolation"
     ) from None
 
 OPERATIONS = Path("custom_ops")
 
-extension = CppExtension(
-    sources=sorted(str(file) for folder in ("cpu", "paddle") for file in (OPERATIONS / folder).glob("*.cc")),
-    include_dirs=[str((OPERATIONS / folder).absolute()) for folder in ("include", "cpu", "paddle")],
-    # Fused multiply-adds are written where they are meant: the compiler must not choose them, because then the
-    # bits of a sum would depend on how it was inlined. No -march: each kernel names its instruction set.
-    extra_compile_args=[
-        "-O3",
-        "-std=c++17",
-        "-ffp-contract=off",
-        "-Wall",
-        # GCC 12 takes the undefined operands inside of AVX-512 intrinsics for mistakes (its bug 105593).
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
-    depends=[str(file) for file in OPERATIONS.rglob("*") if file.suffix in (".h", ".inl")],
-)
-extension.name = "fastdeploy.custom_ops._native"
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+class BuildOperations(build_ext):
+    """Compiles the sources side by side.
+
+    Not Paddle's own command, which is made for `setup.py install`: it leaves its object files in wheels, and
+    has another name for the library in each way of installing.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                parts = pool.map(lambda source: compile_all([source], **options), sources)
+                return [file for part in parts for file in part]
+
+        self.compiler.compile = compile_each
+        super().build_extension(ext)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # A library, not a module of Python: Paddle loads it. So it has no suffix of one interpreter.
+        return os.path.join(*fullname.split(".")) + ".so"
+
+
+operations = CppExtension(
+    sources=sorted(str(file) for folder in ("cpu", "paddle") for file in (OPERATIONS / folder).glob("*.cc")),
+    include_dirs=[str(OPERATIONS / folder) for folder in ("include", "cpu", "paddle")],
+    depends=sorted(str(file) for file in OPERATIONS.rglob("*") if file.suffix in (".h", ".inl")),
+    # Fused multiply-adds are written where they are meant: if the compiler chose them, the bits of a sum
+    # would depend on how it was inlined. No -march: each file of kernels names its instruction set.
+    extra_compile_args=["-O3", "-g0", "-std=c++17", "-ffp-contract=off"],
+)
+operations.name = "fastdeploy.custom_ops.libfd_ops"
+
+setup(ext_modules=[operations], cmdclass={"build_ext": BuildOperations})

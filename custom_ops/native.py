@@ -38,11 +38,19 @@ def instruction_set() -> str:
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = Path(__file__).with_name("_native_pd_.so")
+    path = Path(__file__).with_name("libfd_ops.so")
     if not path.exists():
-        raise ImportError(f"{path} is missing: the operations were not built; install with pip, or run make serve")
-    load_op_meta_info_and_register_op(str(path))
-    library = ctypes.CDLL(str(path))
+        raise ImportError(
+            f"{path} is missing; install the project with pip, which compiles it"
+        )
+    try:
+        load_op_meta_info_and_register_op(str(path))
+        library = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError) as error:
+        raise ImportError(
+            f"{path} does not load into Paddle {paddle.__version__}; it was compiled against another version: "
+            f"install the project again ({str(error).strip().splitlines()[-1]})"
+        ) from None
     library.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.fd_set_threads.restype = None
     library.fd_isa.argtypes = []

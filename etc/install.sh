@@ -15,7 +15,10 @@ if [ -z "$DESTDIR" ]; then
         exit 1
     fi
     [ -x "$PREFIX_DIR/bin/python" ] || "$PYTHON" -m venv "$PREFIX_DIR"
-    "$PREFIX_DIR/bin/python" -m pip install --disable-pip-version-check --progress-bar on --upgrade "$SOURCE"
+    pip() { "$PREFIX_DIR/bin/python" -m pip --disable-pip-version-check "$@"; }
+    # The operations are compiled against the very Paddle that will load them.
+    "$SOURCE/etc/build_requires.sh" | pip install -r /dev/stdin
+    pip install --no-build-isolation --upgrade "$SOURCE"
     id fd >/dev/null 2>&1 ||
         useradd --system --user-group --home-dir /var/lib/fd --no-create-home --shell /usr/sbin/nologin fd
 fi
