@@ -38,6 +38,8 @@ from fastdeploy.request import FinishReason, SamplingParams
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CONFIG = EngineConfig(
     model=FIXTURES / "tiny",
+    # The reference texts were made in it.
+    dtype="float32",
     device="cpu",
     threads=1,
     max_model_len=512,
