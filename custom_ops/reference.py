@@ -7,6 +7,7 @@ works on the plain data behind them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,61 +15,76 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating]
 
 
+class Matrix(NamedTuple):
+    #: [outputs, inputs]
+    weights: Array
+    #: [outputs]
+    bias: Array
+
+
+class GatedMlp(NamedTuple):
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon) * weight
 
 
-def swiglu_mlp(x: Array, gate: Array, up: Array, down: Array) -> Array:
-    """Matrices are [in, out]."""
-    g = x @ gate
-    return (g / (1 + np.exp(-g)) * (x @ up)) @ down
+def linear(x: Array, matrix: Matrix) -> Array:
+    return x @ matrix.weights.T + matrix.bias
 
 
-def rope(x: Array, positions: Sequence[int], theta: float) -> Array:
-    """Rotates the pairs (2j, 2j + 1) of each head by position * theta ** (-2j / d); x is [T, heads, d]."""
-    y = np.empty_like(x)
-    head_dim = x.shape[-1]
-    for t, position in enumerate(positions):
-        for j in range(0, head_dim, 2):
-            angle = position * theta ** (-j / head_dim)
-            cos, sin = np.cos(angle), np.sin(angle)
-            y[t, :, j] = x[t, :, j] * cos - x[t, :, j + 1] * sin
-            y[t, :, j + 1] = x[t, :, j + 1] * cos + x[t, :, j] * sin
-    return y
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def gated_mlp(x: Array, mlp: GatedMlp) -> Array:
+    return linear(silu(linear(x, mlp.gate)) * linear(x, mlp.up), mlp.down)
+
+
+def rotation(positions: NDArray[np.integer], theta: float, head_dim: int) -> Array:
+    angles = positions[:, None] * theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=2).reshape(len(positions), head_dim)
+
+
+def rope(x: Array, turns: Array) -> Array:
+    """Turns the pairs (2j, 2j + 1) of each head of x [T, heads, d]."""
+    a, b = x[:, :, 0::2], x[:, :, 1::2]
+    cos, sin = turns[:, None, 0::2], turns[:, None, 1::2]
+    return np.stack([a * cos - b * sin, b * cos + a * sin], axis=3).reshape(x.shape)
 
 
 def attention(query: Array, key: Array, value: Array, start: int) -> Array:
     """One sequence: queries [t, nq, d] from position `start`, keys and values [context, nkv, d] from 0."""
     group = query.shape[1] // key.shape[1]
+    hidden = np.arange(len(key)) > start + np.arange(len(query))[:, None]
     out = np.empty_like(query)
-    for t in range(query.shape[0]):
-        visible = start + t + 1
-        for head in range(query.shape[1]):
-            scores = key[:visible, head // group] @ query[t, head] / np.sqrt(query.shape[2])
-            weights = np.exp(scores - scores.max())
-            out[t, head] = weights / weights.sum() @ value[:visible, head // group]
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ key[:, head // group].T / np.sqrt(query.shape[2])
+        out[:, head] = softmax(np.where(hidden, -np.inf, scores)) @ value[:, head // group]
     return out
 
 
+def softmax(x: Array) -> Array:
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
 def moe_topk_select(logits: Array, bias: Array, k: int, norm_min: float) -> tuple[NDArray[np.int64], Array]:
-    picks = np.empty((len(logits), k), dtype=np.int64)
-    weights = np.empty((len(logits), k), dtype=logits.dtype)
-    for t, row in enumerate(logits):
-        probabilities = np.exp(row - row.max())
-        probabilities /= probabilities.sum()
-        picks[t] = sorted(range(len(row)), key=lambda e: (-(probabilities + bias)[e], e))[:k]
-        weights[t] = probabilities[picks[t]] / max(probabilities[picks[t]].sum(), norm_min)
-    return picks, weights
+    probabilities = softmax(logits)
+    # Stable: the lower index first among equals.
+    picks = np.argsort(-(probabilities + bias), axis=1, kind="stable")[:, :k]
+    weights = np.take_along_axis(probabilities, picks, axis=1)
+    return picks, weights / np.maximum(weights.sum(axis=1, keepdims=True), norm_min)
 
 
-def fused_moe(
-    x: Array, picks: NDArray[np.int64], weights: Array, experts: Sequence[tuple[Array, Array, Array]]
-) -> Array:
-    """experts: gate, up and down of each, [in, out]."""
+def fused_moe(x: Array, picks: NDArray[np.integer], weights: Array, experts: Sequence[GatedMlp]) -> Array:
     y = np.zeros_like(x)
     for t, token in enumerate(x):
         for expert, weight in zip(picks[t], weights[t], strict=True):
-            y[t] += weight * swiglu_mlp(token, *experts[expert])
+            y[t] += weight * gated_mlp(token, experts[expert])
     return y
 
 
