@@ -126,6 +126,17 @@ class ModelConfig:
             and self.moe_layer_start_index <= index <= self.moe_layer_end_index
         )
 
+    def context_of_double_cost(self) -> float:
+        """The length of a context whose attention takes as many operations as all the rest of a token."""
+        heads = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        width = self.moe_intermediate_size * (self.moe_k + self.moe_num_shared_experts)
+        weights = sum(
+            2 * heads * self.hidden_size
+            + 3 * self.hidden_size * (width if self.is_moe_layer(index) else self.intermediate_size)
+            for index in range(self.num_hidden_layers)
+        )
+        return weights / (2 * self.num_attention_heads * self.head_dim * self.num_hidden_layers)
+
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
 
@@ -144,6 +155,9 @@ class EngineConfig:
     max_num_seqs: int = 8
     #: Tokens that one step computes at most, over all sequences.
     max_num_batched_tokens: int = 512
+    #: Tokens of prompts that a step computes at most while other texts are being written: what these wait for
+    #: between two of their tokens. Fewer where the context is long and each of them costs more.
+    max_prefill_beside_decode: int = 48
     block_size: int = 64
     #: None sizes the cache from the model and `max_num_seqs`, see `default_num_blocks`.
     num_gpu_blocks_override: int | None = None
@@ -164,6 +178,7 @@ class EngineConfig:
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "max_prefill_beside_decode",
             "block_size",
             "data_parallel_size",
         ):

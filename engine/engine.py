@@ -52,7 +52,7 @@ class EngineCore:
         self._vocab_size = model_config.vocab_size
         self._runner = runner
         self._pool = BlockPool(num_blocks, config.block_size)
-        self._scheduler = Scheduler(config, self._pool)
+        self._scheduler = Scheduler(config, self._pool, model_config.context_of_double_cost())
         self._sampler = Sampler()
         # Answers to requests that were never queued; they go out with the next step.
         self._refusals: list[TokenOutput] = []

@@ -12,6 +12,7 @@ held up by another one, and since it ends at some point, every sequence becomes 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
@@ -25,9 +26,16 @@ from .request import Batch, FinishReason, ScheduledSequence, Sequence
 class Scheduler:
     """Owner of all live sequences and, through them, of the blocks of the cache."""
 
-    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+    def __init__(
+        self, config: EngineConfig, pool: BlockPool, context_of_double_cost: float = math.inf
+    ) -> None:
+        """
+        Args:
+            context_of_double_cost: see `ModelConfig.context_of_double_cost`.
+        """
         self._config = config
         self._pool = pool
+        self._context_of_double_cost = context_of_double_cost
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
@@ -85,17 +93,19 @@ class Scheduler:
         Empty only when there is no sequence at all.
         """
         budget = self._config.max_num_batched_tokens
+        prefill = self._prefill_budget()
         rows: list[ScheduledSequence] = []
         # By index: making room removes sequences from the end, which then have no row yet.
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
-            count = self._make_room(sequence, min(sequence.num_tokens - sequence.num_computed, budget))
+            count = self._make_room(sequence, min(self._chunk(sequence, prefill), budget))
             if count > 0:
                 rows.append(self._reserve(sequence, count))
                 budget -= count
+                prefill -= self._prefill_cost(rows[-1])
             index += 1
-        rows += self._admit(budget)
+        rows += self._admit(budget, prefill)
         assert rows or not self._sequences, "sequences are left and none can be computed"
         return Batch(tuple(rows))
 
@@ -127,6 +137,27 @@ class Scheduler:
         """Audits the block pool against the sequences; see `BlockPool.check`."""
         self._pool.check(sequence.block_ids for sequence in self._sequences.values())
 
+    # ---- prefill beside decode
+
+    def _prefill_budget(self) -> float:
+        """What chunks of this step may cost, in tokens without a context."""
+        decoding = any(sequence.num_tokens - sequence.num_computed == 1 for sequence in self._running)
+        return self._config.max_prefill_beside_decode if decoding else math.inf
+
+    def _chunk(self, sequence: Sequence, prefill: float) -> int:
+        """Tokens of the sequence that a step with this much left for prefill computes at most."""
+        left = sequence.num_tokens - sequence.num_computed
+        if left == 1 or prefill == math.inf:
+            return left
+        # One at least while anything is left, or a text with a very long context would never be read.
+        affordable = math.ceil(prefill / (1 + sequence.num_computed / self._context_of_double_cost))
+        return min(left, max(0, affordable))
+
+    def _prefill_cost(self, row: ScheduledSequence) -> float:
+        if row.num_tokens == 1:
+            return 0
+        return row.num_tokens * (1 + row.start / self._context_of_double_cost)
+
     # ---- blocks
 
     def _make_room(self, sequence: Sequence, count: int) -> int:
@@ -154,9 +185,9 @@ class Scheduler:
         self.preemptions_total += 1
         self._waiting.appendleft(sequence)
 
-    def _admit(self, budget: int) -> list[ScheduledSequence]:
+    def _admit(self, budget: int, prefill: float) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
-        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
+        while self._waiting and budget > 0 and prefill > 0 and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
             cached = self._find_prefix(sequence)
             # The whole text must fit, not only its first chunk, and each running sequence must be able to
@@ -173,8 +204,9 @@ class Scheduler:
                 sequence.num_cached = sequence.num_computed
                 self.prefix_cache_hit_tokens_total += sequence.num_cached
                 self.prefix_cache_query_tokens_total += sequence.num_tokens
-            rows.append(self._reserve(sequence, min(sequence.num_tokens - sequence.num_computed, budget)))
+            rows.append(self._reserve(sequence, min(self._chunk(sequence, prefill), budget)))
             budget -= rows[-1].num_tokens
+            prefill -= self._prefill_cost(rows[-1])
         return rows
 
     def _release(self, sequence: Sequence) -> None:

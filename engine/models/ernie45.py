@@ -92,9 +92,19 @@ class Ernie45:
             if isinstance(mlp, MLPWeights):
                 custom_ops.mlp_block(stream, norm, mlp.gate_up, mlp.down, epsilon)
             else:
-                shared = (None, None) if mlp.shared is None else (mlp.shared.gate_up, mlp.shared.down)
-                experts = (mlp.router, mlp.correction_bias, mlp.experts.gate_up, mlp.experts.down, *shared)
-                custom_ops.moe_block(stream, norm, *experts, epsilon, config.moe_k, config.moe_norm_min)
+                custom_ops.moe_block(
+                    stream,
+                    norm,
+                    mlp.router,
+                    mlp.correction_bias,
+                    mlp.experts.gate_up,
+                    mlp.experts.down,
+                    None if mlp.shared is None else mlp.shared.gate_up,
+                    None if mlp.shared is None else mlp.shared.down,
+                    epsilon,
+                    config.moe_k,
+                    config.moe_norm_min,
+                )
         return stream
 
     def logits(self, stream: paddle.Tensor, step: paddle.Tensor) -> paddle.Tensor:

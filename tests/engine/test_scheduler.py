@@ -56,6 +56,44 @@ def test_a_long_prompt_is_computed_in_chunks_beside_other_sequences_decode() -> 
     ]
 
 
+def test_a_chunk_is_small_while_others_write_and_as_large_as_the_step_when_nobody_does() -> None:
+    scheduler, _ = build(max_num_batched_tokens=16, max_prefill_beside_decode=4)
+    writer = sequence("writer", 2, max_tokens=2)
+    scheduler.add(writer)
+    run(scheduler, scheduler.schedule())
+    scheduler.add(sequence("reader", 40))
+    scheduler.add(sequence("next", 5))
+    shapes = []
+    for _ in range(3):
+        batch = scheduler.schedule()
+        shapes.append(shape(batch))
+        run(scheduler, batch)
+    assert shapes == [
+        [("writer", 2, 1, True), ("reader", 0, 4, False)],
+        [("reader", 4, 16, False)],
+        [("reader", 20, 16, False)],
+    ]
+
+
+def test_chunks_beside_writers_shrink_as_the_context_grows_but_never_to_nothing() -> None:
+    config = engine_config(max_num_batched_tokens=64, max_prefill_beside_decode=12, max_model_len=999)
+    scheduler = Scheduler(config, BlockPool(512, config.block_size), context_of_double_cost=20)
+    scheduler.add(sequence("writer", 1, max_tokens=500))
+    run(scheduler, scheduler.schedule())
+    scheduler.add(sequence("reader", 400))
+    chunks = []
+    while True:
+        batch = scheduler.schedule()
+        chunks.append(batch.rows[-1].num_tokens)
+        run(scheduler, batch)
+        if batch.rows[-1].samples:
+            break
+    assert sum(chunks) == 400
+    assert chunks[0] == 12
+    assert chunks == sorted(chunks, reverse=True)
+    assert chunks[-2] == 1
+
+
 def test_no_more_sequences_run_than_seats() -> None:
     scheduler, _ = build(max_num_seqs=2)
     for name in "abc":

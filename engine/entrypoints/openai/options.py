@@ -91,6 +91,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         max_model_len=arguments.max_model_len,
         max_num_seqs=arguments.max_num_seqs,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
+        max_prefill_beside_decode=arguments.max_prefill_beside_decode,
         block_size=arguments.block_size,
         num_gpu_blocks_override=arguments.num_gpu_blocks_override,
         enable_prefix_caching=arguments.enable_prefix_caching,
@@ -159,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--max-model-len", type=int, default=2048)
     engine.add_argument("--max-num-seqs", type=int, default=8)
     engine.add_argument("--max-num-batched-tokens", type=int, default=512)
+    engine.add_argument(
+        "--max-prefill-beside-decode",
+        type=int,
+        default=48,
+        help="prompt tokens a step computes while other texts are being written; fewer in a long context",
+    )
     engine.add_argument("--block-size", type=int, default=64)
     engine.add_argument("--num-gpu-blocks-override", type=int)
     engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
