@@ -1,4 +1,4 @@
-"""Metadata lives in setup.cfg; here the compiled operations are built, against the Paddle that is installed."""
+"""Metadata lives in setup.cfg; here the operations are compiled, against the Paddle that is installed."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -23,11 +23,12 @@ def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
 
 
 def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
-    """Lets operations run on `count` threads, the caller among them, each pinned to its CPU if `cpus` are given.
+    """Lets operations run on `count` threads, the caller among them, each on its CPU if `cpus` are given.
 
     No result depends on the number of threads.
     """
-    assert count >= 1 and (cpus is None or len(cpus) == count), "as many CPUs as threads"
+    assert count >= 1
+    assert cpus is None or len(cpus) == count, "as many CPUs as threads"
     _library().fd_set_threads(count, None if cpus is None else (ctypes.c_int * count)(*cpus))
 
 
@@ -40,9 +41,7 @@ def instruction_set() -> str:
 def _library() -> ctypes.CDLL:
     path = Path(__file__).with_name("libfd_ops.so")
     if not path.exists():
-        raise ImportError(
-            f"{path} is missing; install the project with pip, which compiles it"
-        )
+        raise ImportError(f"{path} is missing; install the project with pip, which compiles it")
     try:
         load_op_meta_info_and_register_op(str(path))
         library = ctypes.CDLL(str(path))

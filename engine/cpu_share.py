@@ -25,8 +25,8 @@ class CpuShare:
 def share_of(config: EngineConfig, cpus: Sequence[int]) -> CpuShare:
     """Divides `cpus`, those that this process may use, by the replicas; `config.threads` overrules.
 
-    Threads are pinned only if they were asked to be and every replica has CPUs of its own: two replicas on one
-    CPU with another one idle would be worse than any migration.
+    Threads are pinned only if they were asked to be and every replica has CPUs of its own: two replicas on
+    one CPU with another one idle would be worse than any migration.
     """
     threads = config.threads or max(1, len(cpus) // config.data_parallel_size)
     if not config.pin_threads or threads * config.data_parallel_size > len(cpus):

@@ -274,7 +274,8 @@ def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
 def _check_device(config: EngineConfig) -> None:
     if config.device not in ("auto", "cpu"):
         raise ConfigError(
-            f"--device is {config.device!r}; the operations are compiled for CPUs only so far: use auto or cpu"
+            f"--device is {config.device!r}; the operations are compiled for CPUs only so far: "
+            "use auto or cpu"
         )
 
 
