@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -33,8 +34,18 @@ def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
 
 
 def instruction_set() -> str:
-    """What the kernels run on: avx512, avx2 or generic; FD_ISA in the environment asks for a lesser one."""
-    return _library().fd_isa().decode()
+    """What the kernels run on: avx512, avx2 or generic; FD_ISA in the environment asks for a lesser one.
+
+    Raises:
+        ValueError: this processor lacks what FD_ISA asks for.
+    """
+    name = _library().fd_isa()
+    if name is None:
+        raise ValueError(
+            f"FD_ISA is {os.environ['FD_ISA']!r}; it must be generic, avx2 or avx512, "
+            "and this processor must have it"
+        )
+    return name.decode()
 
 
 @cache
@@ -47,11 +58,14 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:
         raise ImportError(
-            f"{path} does not load into Paddle {paddle.__version__}; it was compiled against another version: "
+            f"{path} does not load into Paddle {paddle.__version__}; it was compiled for another version: "
             f"install the project again ({str(error).strip().splitlines()[-1]})"
         ) from None
     library.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.fd_set_threads.restype = None
-    library.fd_isa.argtypes = []
-    library.fd_isa.restype = ctypes.c_char_p
+    for name in ("fd_isa", "fd_isa_error"):
+        getattr(library, name).argtypes = []
+        getattr(library, name).restype = ctypes.c_char_p
+    if (error := library.fd_isa_error()) is not None:
+        raise ImportError(error.decode())
     return library

@@ -76,7 +76,8 @@ def main() -> int:
             # Before Paddle and NumPy are imported, which read these then.
             os.environ.update(SINGLE_THREADED)
             serve(load(config, api), api)
-        except (FastDeployError, OSError, MemoryError) as error:
+        # ImportError: the operations were not built, or not for this machine.
+        except (FastDeployError, OSError, ImportError, MemoryError) as error:
             return _fail(api, str(error) or "not enough memory")
         except Exception as error:
             _log.exception("worker failed")

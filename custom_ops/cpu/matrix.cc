@@ -1,5 +1,6 @@
 #include "matrix.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -52,13 +53,17 @@ PackedMatrix PackedMatrix::view(const void* blob, int64_t bytes) {
   matrix.outputs = static_cast<int>(header.outputs);
   matrix.inputs = static_cast<int>(header.inputs);
   matrix.count = static_cast<int>(header.count);
-  matrix.panels = (matrix.outputs + kPanel - 1) / kPanel;
+  matrix.panels = (matrix.outputs - 1) / kPanel + 1;
   matrix.panel_bytes = static_cast<int64_t>(header.panel_bytes);
   matrix.matrix_bytes = static_cast<int64_t>(header.matrix_bytes);
   matrix.data = static_cast<const uint8_t*>(blob) + kHeaderBytes;
+  if (std::min({matrix.outputs, matrix.inputs, matrix.count}) < 1) {
+    throw std::invalid_argument("packed matrix: outputs, inputs and count must be 1..2147483647");
+  }
+  // Divided rather than multiplied: no header makes this overflow.
   if (matrix.panel_bytes < least_panel_bytes(matrix.format, matrix.inputs) ||
-      matrix.matrix_bytes < matrix.panels * matrix.panel_bytes ||
-      bytes < kHeaderBytes + matrix.count * matrix.matrix_bytes) {
+      matrix.matrix_bytes / matrix.panel_bytes < matrix.panels ||
+      (bytes - kHeaderBytes) / matrix.matrix_bytes < matrix.count) {
     throw std::invalid_argument("packed matrix: the blob is shorter than its header says");
   }
   return matrix;

@@ -24,7 +24,8 @@ struct Step {
   const int32_t* token_ids;
   const int32_t* logit_tokens;
 
-  // Throws std::invalid_argument if the buffer is shorter than its first four integers say.
+  // Throws std::invalid_argument if the buffer is shorter than its first four integers say, or if the tokens
+  // of the sequences are not one behind the other. Block tables and token ids are not looked at.
   static Step view(const int32_t* buffer, int64_t count);
 
   int length(int sequence) const { return first_token[sequence + 1] - first_token[sequence]; }

@@ -11,6 +11,7 @@ namespace fd::binding {
 
 inline std::vector<paddle::Tensor> run_rotation(const paddle::Tensor& buffer, float theta, int head_dim) {
   const Step plan = step(buffer);
+  require(head_dim > 0 && head_dim % 2 == 0, "rotation: head_dim must be even and positive");
   paddle::Tensor out = float_output({plan.num_tokens, head_dim});
   run_team([&](Team& team) { rotation(team, plan, theta, head_dim, out.data<float>()); });
   return {out};
@@ -19,18 +20,15 @@ inline std::vector<paddle::Tensor> run_rotation(const paddle::Tensor& buffer, fl
 inline Shapes shape_rotation(const Shape&, float, int head_dim) { return {{-1, head_dim}}; }
 inline Types type_rotation(paddle::DataType) { return {paddle::DataType::FLOAT32}; }
 
-inline int query_heads(const paddle::Tensor& qkv, const Cache& cache) {
-  return static_cast<int>(qkv.dims()[1] / cache.head_dim) - 2 * cache.num_kv_heads;
-}
-
 inline void run_rope_and_cache(paddle::Tensor& qkv, const paddle::Tensor& buffer, const paddle::Tensor& turns,
                                const paddle::Tensor& keys, const paddle::Tensor& values) {
   const Step plan = step(buffer);
-  const Cache paged = cache(keys, values);
-  const RopeAndCache args{plan, mutable_floats(qkv, plan.num_tokens * qkv.dims()[1], "rope_and_cache: qkv"),
+  const Cache paged = cache(keys, values, plan);
+  const int64_t width = extent(qkv, "rope_and_cache: qkv").width;
+  const RopeAndCache args{plan, mutable_floats(qkv, plan.num_tokens * width, "rope_and_cache: qkv"),
                           floats(turns, static_cast<int64_t>(plan.num_tokens) * paged.head_dim,
                                  "rope_and_cache: rotation"),
-                          query_heads(qkv, paged), paged};
+                          query_heads(static_cast<int>(width), paged), paged};
   run_team([&](Team& team) { rope_and_cache(team, args); });
 }
 
@@ -43,13 +41,14 @@ inline Types type_rope(paddle::DataType qkv, paddle::DataType, paddle::DataType,
 inline std::vector<paddle::Tensor> run_paged_attention(const paddle::Tensor& qkv, const paddle::Tensor& buffer,
                                                        const paddle::Tensor& keys, const paddle::Tensor& values) {
   const Step plan = step(buffer);
-  const Cache paged = cache(keys, values);
-  const int heads = query_heads(qkv, paged), width = heads * paged.head_dim;
+  const Cache paged = cache(keys, values, plan);
+  const int qkv_width = extent(qkv, "paged_attention: qkv").width;
+  const int heads = query_heads(qkv_width, paged), width = heads * paged.head_dim;
   paddle::Tensor out = float_output({plan.num_tokens, width});
   Workspace& workspace = Workspace::fresh();
   const Tiles tiles = take_tiles(workspace, plan.num_tokens, width);
   const PagedAttention attention(
-      workspace, {plan, floats(qkv, plan.num_tokens * qkv.dims()[1], "paged_attention: qkv"), heads, paged, tiles});
+      workspace, {plan, floats(qkv, int64_t{plan.num_tokens} * qkv_width, "paged_attention: qkv"), heads, paged, tiles});
   run_team([&](Team& team) { attention.run(team); });
   float* rows = out.data<float>();
   for (int row = 0; row < plan.num_tokens; ++row) {

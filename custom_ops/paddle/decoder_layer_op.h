@@ -10,19 +10,19 @@ namespace fd::binding {
 
 inline std::vector<paddle::Tensor> run_embedding(const paddle::Tensor& table, const paddle::Tensor& buffer) {
   const Step plan = step(buffer);
-  const int64_t width = table.dims()[1];
+  const auto [vocabulary, width] = extent(table, "embedding: table");
   const bool wide = table.dtype() == paddle::DataType::FLOAT32;
   require(wide || table.dtype() == paddle::DataType::BFLOAT16, "an embedding must be float32 or bfloat16");
   paddle::Tensor out = float_output({plan.num_tokens, width});
   for (int token = 0; token < plan.num_tokens; ++token) {
     const int64_t id = plan.token_ids[token];
-    require(0 <= id && id < table.dims()[0], "embedding: a token id outside of the vocabulary");
-    float* row = out.data<float>() + token * width;
+    require(0 <= id && id < vocabulary, "embedding: a token id outside of the vocabulary");
+    float* row = out.data<float>() + int64_t{token} * width;
     if (wide) {
       std::memcpy(row, table.data<float>() + id * width, width * sizeof(float));
     } else {
       const uint16_t* source = static_cast<const uint16_t*>(table.data()) + id * width;
-      for (int64_t i = 0; i < width; ++i) {
+      for (int i = 0; i < width; ++i) {
         const uint32_t bits = static_cast<uint32_t>(source[i]) << 16;
         std::memcpy(row + i, &bits, 4);
       }
@@ -40,17 +40,17 @@ inline void run_attention_block(paddle::Tensor& stream, const paddle::Tensor& bu
                                 const paddle::Tensor& values, float epsilon) {
   AttentionBlock block;
   block.step = step(buffer);
-  block.hidden = static_cast<int>(stream.dims()[1]);
+  block.hidden = extent(stream, "attention_block: stream").width;
   block.stream =
       mutable_floats(stream, static_cast<int64_t>(block.step.num_tokens) * block.hidden, "attention_block: stream");
   block.norm = floats(norm, block.hidden, "attention_block: norm");
   block.epsilon = epsilon;
   block.qkv = matrix(qkv);
   block.output = matrix(output);
-  block.cache = cache(keys, values);
+  block.cache = cache(keys, values, block.step);
   block.rotation = floats(turns, static_cast<int64_t>(block.step.num_tokens) * block.cache.head_dim,
                           "attention_block: rotation");
-  block.num_heads = block.qkv.outputs / block.cache.head_dim - 2 * block.cache.num_kv_heads;
+  block.num_heads = query_heads(block.qkv.outputs, block.cache);
   require(block.qkv.inputs == block.hidden && block.output.outputs == block.hidden &&
               block.output.inputs == block.num_heads * block.cache.head_dim,
           "attention_block: the matrices do not fit the stream and the cache");
@@ -68,7 +68,7 @@ inline Types type_attention_block(paddle::DataType stream, paddle::DataType, pad
 
 inline void run_mlp_block(paddle::Tensor& stream, const paddle::Tensor& norm, const paddle::Tensor& gate_up,
                           const paddle::Tensor& down, float epsilon) {
-  const int tokens = static_cast<int>(stream.dims()[0]), hidden = static_cast<int>(stream.dims()[1]);
+  const auto [tokens, hidden] = extent(stream, "mlp_block: stream");
   const MlpBlock block{mutable_floats(stream, stream.numel(), "mlp_block: stream"),
                        tokens,
                        hidden,
@@ -93,8 +93,9 @@ inline std::vector<paddle::Tensor> run_moe_block(paddle::Tensor& stream, const p
                                                  const paddle::optional<paddle::Tensor>& shared_down, float epsilon,
                                                  int k, float norm_min) {
   MoeBlock block;
-  block.num_tokens = static_cast<int>(stream.dims()[0]);
-  block.hidden = static_cast<int>(stream.dims()[1]);
+  const auto [tokens, hidden] = extent(stream, "moe_block: stream");
+  block.num_tokens = tokens;
+  block.hidden = hidden;
   block.stream = mutable_floats(stream, stream.numel(), "moe_block: stream");
   block.norm = floats(norm, block.hidden, "moe_block: norm");
   block.epsilon = epsilon;
@@ -104,6 +105,8 @@ inline std::vector<paddle::Tensor> run_moe_block(paddle::Tensor& stream, const p
   block.norm_min = norm_min;
   block.experts = mlp(gate_up, down);
   Mlp shared;
+  require(static_cast<bool>(shared_gate_up) == static_cast<bool>(shared_down),
+          "moe_block: shared experts must have both of their matrices");
   if (shared_gate_up) shared = mlp(*shared_gate_up, *shared_down);
   block.shared = shared_gate_up ? &shared : nullptr;
   require(block.router.inputs == block.hidden && block.experts.gate_up.inputs == block.hidden &&
@@ -134,10 +137,10 @@ inline std::vector<paddle::Tensor> run_logits(const paddle::Tensor& stream, cons
                                               float epsilon) {
   const Step plan = step(buffer);
   const PackedMatrix head = matrix(lm_head);
-  const int hidden = static_cast<int>(stream.dims()[1]);
+  const auto [rows, hidden] = extent(stream, "logits: stream");
   require(head.inputs == hidden, "logits: lm_head does not fit the stream");
   for (int i = 0; i < plan.num_logits; ++i) {
-    require(0 <= plan.logit_tokens[i] && plan.logit_tokens[i] < stream.dims()[0], "logits: a row that is not there");
+    require(0 <= plan.logit_tokens[i] && plan.logit_tokens[i] < rows, "logits: a row that is not there");
   }
   paddle::Tensor out = float_output({plan.num_logits, head.outputs});
   logits({floats(stream, stream.numel(), "logits: stream"), hidden, plan.logit_tokens, plan.num_logits,

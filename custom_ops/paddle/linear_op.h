@@ -7,7 +7,7 @@ namespace fd::binding {
 
 inline std::vector<paddle::Tensor> run_linear(const paddle::Tensor& x, const paddle::Tensor& weights) {
   const PackedMatrix packed = matrix(weights);
-  const int rows = static_cast<int>(x.dims()[0]);
+  const int rows = extent(x, "linear: x").rows;
   const float* input = floats(x, static_cast<int64_t>(rows) * packed.inputs, "linear: x");
   paddle::Tensor out = float_output({rows, packed.outputs});
   Workspace& workspace = Workspace::fresh();

@@ -24,10 +24,10 @@ inline Mlp mlp(const paddle::Tensor& gate_up, const paddle::Tensor& down) {
 
 inline std::vector<paddle::Tensor> run_moe_topk_select(const paddle::Tensor& logits, const paddle::Tensor& bias,
                                                        int k, float norm_min) {
-  const int tokens = static_cast<int>(logits.dims()[0]), experts = static_cast<int>(logits.dims()[1]);
+  const auto [tokens, experts] = extent(logits, "moe_topk_select: logits");
   require(1 <= k && k <= std::min(experts, kMostPicks), "moe_topk_select: k must be 1..64 and at most the experts");
   Workspace& workspace = Workspace::fresh();
-  const int64_t count = static_cast<int64_t>(tokens) * experts;
+  const int64_t count = int64_t{tokens} * experts;
   float* probabilities = workspace.take<float>(count);
   std::copy_n(floats(logits, count, "moe_topk_select: logits"), count, probabilities);
   paddle::Tensor picks = int_output({tokens, k}), weights = float_output({tokens, k});
@@ -45,7 +45,7 @@ inline Types type_topk(paddle::DataType logits, paddle::DataType) { return {padd
 // Picks are indices into memory: one outside of the experts must not get through.
 inline const int32_t* checked_picks(const paddle::Tensor& picks, int num_experts) {
   const int32_t* values = int32s(picks, picks.numel(), "picks must be int32");
-  require(picks.dims()[1] <= kMostPicks, "picks: at most 64 of a token");
+  require(extent(picks, "picks").width <= kMostPicks, "picks: at most 64 of a token");
   for (int64_t i = 0; i < picks.numel(); ++i) {
     require(0 <= values[i] && values[i] < num_experts, "picks: an expert that does not exist");
   }
@@ -54,8 +54,9 @@ inline const int32_t* checked_picks(const paddle::Tensor& picks, int num_experts
 
 inline std::vector<paddle::Tensor> run_moe_permute(const paddle::Tensor& x, const paddle::Tensor& picks,
                                                    int num_experts) {
-  const int tokens = static_cast<int>(picks.dims()[0]), k = static_cast<int>(picks.dims()[1]);
-  const int width = static_cast<int>(x.dims()[1]);
+  require(num_experts >= 1, "moe_permute: there must be an expert");
+  const auto [tokens, k] = extent(picks, "picks");
+  const int width = extent(x, "moe_permute: x").width;
   const int32_t* assigned = checked_picks(picks, num_experts);
   const float* input = floats(x, static_cast<int64_t>(tokens) * width, "moe_permute: x");
   paddle::Tensor rows = float_output({tokens * k, width});
@@ -79,7 +80,7 @@ inline Types type_permute(paddle::DataType x, paddle::DataType picks) { return {
 inline std::vector<paddle::Tensor> run_moe_grouped_gemm(const paddle::Tensor& rows, const paddle::Tensor& offsets,
                                                         const paddle::Tensor& gate_up, const paddle::Tensor& down) {
   const Mlp experts = mlp(gate_up, down);
-  const int count = static_cast<int>(rows.dims()[0]), num_experts = experts.down.count;
+  const int count = extent(rows, "moe_grouped_gemm: rows").rows, num_experts = experts.down.count;
   const int32_t* begins = int32s(offsets, num_experts + 1, "moe_grouped_gemm: offsets must hold experts + 1 int32");
   require(begins[0] == 0 && begins[num_experts] == count && std::is_sorted(begins, begins + num_experts + 1),
           "moe_grouped_gemm: offsets must ascend from 0 to the number of rows");
@@ -102,13 +103,15 @@ inline Types type_grouped(paddle::DataType rows, paddle::DataType, paddle::DataT
 
 inline std::vector<paddle::Tensor> run_moe_unpermute(const paddle::Tensor& rows, const paddle::Tensor& order,
                                                      const paddle::Tensor& weights) {
-  const int tokens = static_cast<int>(weights.dims()[0]), k = static_cast<int>(weights.dims()[1]);
-  const int width = static_cast<int>(rows.dims()[1]), count = tokens * k;
+  const auto [tokens, k] = extent(weights, "moe_unpermute: weights");
+  const int width = extent(rows, "moe_unpermute: rows").width, count = tokens * k;
   require(k <= kMostPicks, "moe_unpermute: at most 64 picks of a token");
   const int32_t* assignments = int32s(order, count, "moe_unpermute: order must hold tokens * k int32");
   MoeOrder moe = take_order(Workspace::fresh(), tokens, k, 1);
+  std::fill_n(moe.place, count, -1);
   for (int row = 0; row < count; ++row) {
-    require(0 <= assignments[row] && assignments[row] < count, "moe_unpermute: order is not a permutation");
+    require(0 <= assignments[row] && assignments[row] < count && moe.place[assignments[row]] < 0,
+            "moe_unpermute: order is not a permutation");
     moe.place[assignments[row]] = row;
   }
   paddle::Tensor out = float_output({tokens, width});
@@ -132,7 +135,7 @@ inline std::vector<paddle::Tensor> run_fused_moe(const paddle::Tensor& x, const 
                                                  const paddle::Tensor& weights, const paddle::Tensor& gate_up,
                                                  const paddle::Tensor& down) {
   const Mlp experts = mlp(gate_up, down);
-  const int tokens = static_cast<int>(picks.dims()[0]), k = static_cast<int>(picks.dims()[1]);
+  const auto [tokens, k] = extent(picks, "picks");
   const int hidden = experts.gate_up.inputs;
   const int32_t* assigned = checked_picks(picks, experts.down.count);
   const float* input = floats(x, static_cast<int64_t>(tokens) * hidden, "fused_moe: x");

@@ -10,7 +10,7 @@ namespace fd::binding {
 
 inline std::vector<paddle::Tensor> run_rms_norm(const paddle::Tensor& x, const paddle::Tensor& weight,
                                                 const paddle::optional<paddle::Tensor>& residual, float epsilon) {
-  const int rows = static_cast<int>(x.dims()[0]), width = static_cast<int>(x.dims()[1]);
+  const auto [rows, width] = extent(x, "rms_norm: x");
   const int64_t count = static_cast<int64_t>(rows) * width;
   const float* input = floats(x, count, "rms_norm: x");
   const float* other = residual ? floats(*residual, count, "rms_norm: residual") : nullptr;

@@ -2,6 +2,7 @@
 // writing memory that is not its own.
 #pragma once
 
+#include <algorithm>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -44,6 +45,19 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+struct Extent {
+  int rows;
+  int width;
+};
+
+inline Extent extent(const paddle::Tensor& tensor, const char* what) {
+  if (tensor.dims().size() != 2) {
+    throw std::invalid_argument(std::string(what) + " must have 2 dimensions, has " +
+                                std::to_string(tensor.dims().size()));
+  }
+  return {static_cast<int>(tensor.dims()[0]), static_cast<int>(tensor.dims()[1])};
+}
+
 inline PackedMatrix matrix(const paddle::Tensor& blob) {
   require(blob.dtype() == paddle::DataType::UINT8, "a packed matrix must be a uint8 tensor");
   return PackedMatrix::view(blob.data(), blob.numel());
@@ -75,8 +89,8 @@ inline const int32_t* int32s(const paddle::Tensor& tensor, int64_t count, const 
 
 // keys [num_blocks, kv heads, key panels, head_dim, 32], values [num_blocks, kv heads, value panels, block
 // size, 32]. They are written although they come as inputs: declared as in-place outputs, each call would make
-// new Tensor objects of them.
-inline Cache cache(const paddle::Tensor& keys, const paddle::Tensor& values) {
+// new Tensor objects of them. All positions of the step are in blocks of theirs.
+inline Cache cache(const paddle::Tensor& keys, const paddle::Tensor& values, const Step& step) {
   const bool wide = keys.dtype() == paddle::DataType::FLOAT32;
   require(wide || keys.dtype() == paddle::DataType::BFLOAT16, "a KV cache must be float32 or bfloat16");
   require(keys.dtype() == values.dtype() && keys.dims().size() == 5 && values.dims().size() == 5,
@@ -91,7 +105,23 @@ inline Cache cache(const paddle::Tensor& keys, const paddle::Tensor& values) {
   require(keys.dims()[0] == values.dims()[0] && keys.dims()[2] == cache.key_panels() &&
               values.dims()[2] == cache.value_panels() && keys.dims()[4] == kPanel && values.dims()[4] == kPanel,
           "keys and values of a cache do not have the shapes of one cache");
+  for (int sequence = 0; sequence < step.num_sequences; ++sequence) {
+    const int64_t count = (int64_t{step.context(sequence)} + cache.block_size - 1) / cache.block_size;
+    const int32_t* const blocks = step.blocks(sequence);
+    require(count <= step.table_width && std::all_of(blocks, blocks + count, [&](int32_t block) {
+              return 0 <= block && block < keys.dims()[0];
+            }),
+            "step: a position in a block outside of the cache");
+  }
   return cache;
+}
+
+// Heads of queries in `width` outputs of a qkv matrix, which has those of keys and of values behind them.
+inline int query_heads(int width, const Cache& cache) {
+  const int heads = width / cache.head_dim - 2 * cache.num_kv_heads;
+  require(width % cache.head_dim == 0 && heads > 0 && heads % cache.num_kv_heads == 0,
+          "qkv: heads of queries must be a multiple of those of keys in the cache, and whole");
+  return heads;
 }
 
 inline paddle::Tensor float_output(const Shape& shape) {

@@ -1,0 +1,92 @@
+"""The results of every operation of the network on fixed inputs, for `test_instruction_sets`.
+
+    python -m tests.custom_ops.every_operation FILE.npz
+
+Each operation runs on all rows at once, and under the name with "alone" behind it on one row at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import paddle
+
+from fastdeploy import custom_ops
+
+from .draws import FORMATS, Packed, PackedMlp, PagedCache, Span, draw, integers, step, tensor
+
+#: Several tiles of the highest kernel, and one that is not full.
+ROWS = 41
+HIDDEN, EXPERTS, K = 104, 6, 3
+Results = dict[str, np.ndarray]
+
+
+def main(file: str) -> None:
+    random = np.random.default_rng(17)
+    found: Results = {"instruction set": np.array(custom_ops.instruction_set())}
+    for part in (rows_of_plain, rows_of_matrices, rows_of_attention):
+        for name, operation, count in part(random):
+            found[name] = operation(np.arange(count))
+            found[f"{name} alone"] = np.concatenate([operation(np.array([row])) for row in range(count)])
+    np.savez(file, **found)
+
+
+#: A name, what computes the given rows of the operation's inputs, and how many rows there are.
+Operations = Iterator[tuple[str, Callable[[np.ndarray], np.ndarray], int]]
+
+
+def rows_of_plain(random: np.random.Generator) -> Operations:
+    x, weight = draw(random, ROWS, HIDDEN), tensor(draw(random, HIDDEN))
+    yield "rms_norm", lambda rows: custom_ops.rms_norm(tensor(x[rows]), weight, 1e-5)[0].numpy(), ROWS
+    scores, bias = 3 * draw(random, ROWS, 37), tensor(0.1 * draw(random, 37))
+
+    def select(rows: np.ndarray) -> np.ndarray:
+        picks, weights = custom_ops.moe_topk_select(tensor(scores[rows]), bias, K, 1e-12)
+        return np.concatenate([picks.numpy().astype(np.float32), weights.numpy()], axis=1)
+
+    yield "moe_topk_select", select, ROWS
+
+
+def rows_of_matrices(random: np.random.Generator) -> Operations:
+    x, picks = draw(random, ROWS, HIDDEN), random.integers(0, EXPERTS - 1, (ROWS, K))
+    weights = np.abs(draw(random, ROWS, K))
+    for name in FORMATS:
+        matrix = Packed.draw(random, name, 179, HIDDEN).blob
+        yield f"linear {name}", lambda rows, m=matrix: custom_ops.linear(tensor(x[rows]), m).numpy(), ROWS
+        experts = PackedMlp.draw(random, name, HIDDEN, 45, EXPERTS)
+
+        def fused(rows: np.ndarray, mlps: PackedMlp = experts) -> np.ndarray:
+            routed = integers(picks[rows]), tensor(weights[rows])
+            return custom_ops.fused_moe(tensor(x[rows]), *routed, mlps.gate_up, mlps.down).numpy()
+
+        yield f"fused_moe {name}", fused, ROWS
+
+
+def rows_of_attention(random: np.random.Generator) -> Operations:
+    """A chunk across the border between two segments of the context, and the same positions as decodes."""
+    start, queries, keys, head_dim, block_size = 480, 5, 1, 40, 16
+    blocks = random.permutation(40)
+    qkv = draw(random, start + ROWS, (queries + 2 * keys) * head_dim)
+    for wide in (True, False):
+        cache = PagedCache(40, block_size, keys, head_dim, wide)
+
+        def attend(rows: np.ndarray, cache: PagedCache = cache) -> np.ndarray:
+            span = Span(start + int(rows[0]), len(rows), blocks)
+            return run(span, qkv[span.positions], cache)
+
+        run(Span(0, start, blocks), qkv[:start], cache)
+        yield f"paged_attention {'float32' if wide else 'bfloat16'}", attend, ROWS
+
+
+def run(span: Span, qkv: np.ndarray, cache: PagedCache) -> np.ndarray:
+    plan, turned = step([span]), tensor(qkv)
+    turns = custom_ops.rotation(plan, 10000.0, cache.head_dim)
+    custom_ops.rope_and_cache(turned, plan, turns, cache.keys, cache.values)
+    return custom_ops.paged_attention(turned, plan, cache.keys, cache.values).numpy()
+
+
+if __name__ == "__main__":
+    paddle.set_device("cpu")
+    main(sys.argv[1])

@@ -1,0 +1,75 @@
+"""AVX-512 and AVX2 give the same bits, plain C++ the same numbers, and each is row invariant in itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+
+INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+
+
+@cache
+def results(instruction_set: str) -> dict[str, np.ndarray] | str:
+    """Of every operation, by name; or in one line why there are none."""
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "results.npz"
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.custom_ops.every_operation", str(file)],
+            env=os.environ | {"FD_ISA": instruction_set},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode:
+            return process.stderr.strip().splitlines()[-1]
+        return dict(np.load(file))
+
+
+def results_here(instruction_set: str) -> dict[str, np.ndarray]:
+    found = results(instruction_set)
+    if isinstance(found, dict):
+        return found
+    if "this processor has" in found:
+        pytest.skip(found)
+    pytest.fail(found)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_every_operation_runs_on_the_instruction_set_that_was_asked_for(instruction_set: str) -> None:
+    assert results_here(instruction_set)["instruction set"] == instruction_set
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_a_row_is_the_same_alone_as_among_others(instruction_set: str) -> None:
+    found = results_here(instruction_set)
+    names = [name for name in found if f"{name} alone" in found]
+    assert len(names) == 12
+    for name in names:
+        np.testing.assert_array_equal(found[name], found[f"{name} alone"], err_msg=name)
+
+
+def test_avx512_and_avx2_agree_to_the_bit() -> None:
+    one, other = results_here("avx512"), results_here("avx2")
+    for name in one.keys() - {"instruction set"}:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_plain_code_agrees_within_rounding() -> None:
+    """It rounds between product and sum."""
+    one, other = results_here("generic"), results_here("avx2")
+    for name in one.keys() - {"instruction set"}:
+        scale = np.abs(one[name]).max()
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=3e-6 * scale, err_msg=name)
+
+
+def test_an_instruction_set_that_is_none_is_told_in_one_line() -> None:
+    found = results("sse9")
+    assert isinstance(found, str)
+    assert "FD_ISA is 'sse9'; this processor has generic" in found
