@@ -1,0 +1,220 @@
+"""Random models and random requests, and engines that keep every logit they compute.
+
+The law that this is for: what the network computes for a position depends on the text before it, and on
+nothing else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from fastdeploy import custom_ops
+from fastdeploy.checkpoint import load_weights
+from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.engine import EngineCore
+from fastdeploy.kv_cache import KVCache
+from fastdeploy.messages import AddRequest, Stats, StepOutputs
+from fastdeploy.model_runner import ModelRunner
+from fastdeploy.models.ernie45 import Ernie45
+from fastdeploy.request import Batch, FinishReason, SamplingParams
+
+from .checkpoints import config_json, draw_tensors, write_checkpoint
+
+WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
+MAX_MODEL_LEN = 768
+
+
+def draw_config(random: np.random.Generator) -> dict[str, object]:
+    """Of widths that fill no panel, dense or with experts, with what else a configuration can have."""
+    keys, experts = int(random.integers(1, 4)), int(random.integers(2, 9))
+    return config_json(
+        model_type=str(random.choice(["ernie4_5_moe", "ernie4_5_moe", "ernie4_5"])),
+        hidden_size=int(random.integers(9, 90)),
+        num_hidden_layers=int(random.integers(1, 4)),
+        vocab_size=int(random.integers(20, 150)),
+        head_dim=2 * int(random.integers(4, 33)),
+        num_key_value_heads=keys,
+        num_attention_heads=keys * int(random.integers(1, 7)),
+        intermediate_size=int(random.integers(5, 90)),
+        moe_intermediate_size=int(random.integers(5, 50)),
+        moe_num_experts=experts,
+        moe_k=int(random.integers(1, experts + 1)),
+        moe_num_shared_experts=int(random.integers(0, 3)),
+        moe_layer_start_index=int(random.integers(0, 2)),
+        tie_word_embeddings=bool(random.integers(2)),
+        use_bias=bool(random.integers(2)),
+    )
+
+
+class RandomModel:
+    def __init__(self, seed: int, weight_format: str) -> None:
+        config = draw_config(np.random.default_rng(seed))
+        self.weight_format = weight_format
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory)
+            write_checkpoint(path, config, draw_tensors(config, seed % 2**32))
+            self.config = ModelConfig.from_directory(path)
+            weights = load_weights(
+                path,
+                self.config,
+                weight_format=weight_format,
+                qkv_order="plain",
+                progress=lambda fraction, stage: None,
+            )
+        self.network = Ernie45(self.config, weights)
+
+    def engine(self, *, num_blocks: int, every_position: bool, **changes: object) -> RecordedEngine:
+        quantization = self.weight_format if self.weight_format.startswith("wint") else None
+        values: dict[str, object] = {
+            "model": Path("none"),
+            "max_model_len": MAX_MODEL_LEN,
+            "dtype": "bfloat16" if quantization else self.weight_format,
+            "quantization": quantization,
+        }
+        config = EngineConfig(**(values | changes))  # type: ignore[arg-type]
+        return RecordedEngine(self, config, num_blocks, every_position=every_position)
+
+
+#: What was computed for a position: the bytes of its logits, and of the whole row.
+Logits = dict[tuple[str, int], bytes]
+
+
+class _Recorder:
+    """A runner on a cache that is full of NaN, which what was not written must not get out of."""
+
+    def __init__(self, runner: ModelRunner, *, every_position: bool) -> None:
+        self._runner = runner
+        self._every_position = every_position
+        runner.caches = [KVCache(*map(_poisoned, (cache.key, cache.value))) for cache in runner.caches]
+        #: By request and position.
+        self.logits: Logits = {}
+
+    def execute(self, batch: Batch) -> paddle.Tensor:
+        logits = self._runner.execute(batch, every_position=self._every_position)
+        rows, sampling = iter(logits.numpy()), []
+        count = 0
+        for row in batch.rows:
+            for position in self._positions(row.start, row.end, row.samples):
+                place, found = (row.sequence.request_id, position), next(rows).tobytes()
+                assert self.logits.setdefault(place, found) == found, f"computed again, {place} differs"
+                count += 1
+            if row.samples:
+                sampling.append(count - 1)
+        return logits[sampling] if self._every_position and sampling else logits[: len(sampling)]
+
+    def _positions(self, start: int, end: int, samples: bool) -> range:
+        return range(start if self._every_position else end - samples, end)
+
+
+class RecordedEngine:
+    """An engine, the texts that it has given out so far, and the logits that they were drawn from."""
+
+    def __init__(
+        self, model: RandomModel, config: EngineConfig, num_blocks: int, *, every_position: bool
+    ) -> None:
+        runner = ModelRunner(model.network, model.config, config, num_blocks)
+        self._recorder = _Recorder(runner, every_position=every_position)
+        self._engine = EngineCore(config, model.config, self._recorder, num_blocks)
+        self.texts: dict[str, list[int]] = {}
+        self.ended: dict[str, FinishReason] = {}
+        self.stats: Stats | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    @property
+    def logits(self) -> Logits:
+        return self._recorder.logits
+
+    def add(self, request: AddRequest) -> None:
+        self.texts[request.request_id] = []
+        self._engine.add(request)
+
+    def abort(self, request_id: str) -> None:
+        self._engine.abort([request_id])
+
+    def step(self) -> None:
+        self._take(self._engine.step())
+
+    def drain(self) -> None:
+        while self._engine.has_work:
+            self.step()
+        self._take(self._engine.rest())
+
+    def _take(self, step: StepOutputs) -> None:
+        self.stats = step.stats
+        for output in step.outputs:
+            assert output.finish_reason is not FinishReason.ERROR, output.message
+            self.texts[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                self.ended[output.request_id] = output.finish_reason
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A request computed with nobody beside it: in one chunk, on one thread, without a prefix cache."""
+
+    token_ids: list[int]
+    logits: Logits
+
+    @classmethod
+    def compute(cls, model: RandomModel, request: AddRequest, block_size: int) -> Alone:
+        custom_ops.set_threads(1)
+        engine = model.engine(
+            num_blocks=-(-MAX_MODEL_LEN // block_size),
+            every_position=True,
+            block_size=block_size,
+            max_num_seqs=1,
+            max_num_batched_tokens=MAX_MODEL_LEN,
+            enable_prefix_caching=False,
+        )
+        engine.add(request)
+        engine.drain()
+        return cls(engine.texts[request.request_id], engine.logits)
+
+
+def assert_as_if_alone(
+    engine: RecordedEngine, requests: Iterable[AddRequest], alone: dict[str, Alone]
+) -> None:
+    """Every logit to the bit, and every token, of those that were aborted as far as they came."""
+    for name in (request.request_id for request in requests):
+        text, expected = engine.texts[name], alone[name].token_ids
+        assert text == expected[: len(text)], f"{name}: {text} rather than {expected}"
+        assert name not in engine.ended or len(text) == len(expected)
+    for (name, position), row in engine.logits.items():
+        assert row == alone[name].logits[name, position], f"{name}: logits at {position} differ"
+
+
+def draw_requests(random: np.random.Generator, vocab_size: int, count: int) -> list[AddRequest]:
+    """Some prompts begin alike; a few are longer than a segment of the context (512 keys)."""
+    beginning = random.integers(0, vocab_size, 600).tolist()
+    requests = []
+    for index in range(count):
+        length = int(random.integers(1, 60) if random.random() < 0.9 else random.integers(490, 600))
+        common = int(random.integers(0, length)) if random.random() < 0.6 else 0
+        prompt = beginning[:common] + random.integers(0, vocab_size, length - common).tolist()
+        params = SamplingParams(
+            max_tokens=int(random.integers(1, 24)),
+            min_tokens=int(random.integers(0, 3)),
+            temperature=float(random.choice([0.0, 0.8, 1.3])),
+            top_p=float(random.choice([1.0, 0.9])),
+            top_k=int(random.choice([0, 5])),
+            min_p=float(random.choice([0.0, 0.05])),
+            repetition_penalty=float(random.choice([1.0, 1.2])),
+            frequency_penalty=float(random.choice([0.0, 0.4])),
+            seed=int(random.integers(2**63)),
+            stop_token_ids=(2,),
+        )
+        requests.append(AddRequest(f"r{index}", prompt, params, arrival_time=0.0))
+    return requests
+
+
+def _poisoned(cache: paddle.Tensor) -> paddle.Tensor:
+    return paddle.full(cache.shape, float("nan"), cache.dtype)
