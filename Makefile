@@ -11,7 +11,7 @@ OPERATIONS := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl)
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
-.PHONY: help serve model test check mypy format docs parity bench-serve bench-engine bench-context bench-replicas \
+.PHONY: help serve model test check mypy format docs parity soak bench-serve bench-engine bench-context bench-replicas \
         bench-long-prompt profile perplexity install clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make format             ruff, writing"
 	@echo "make docs               write docs/configuration.md anew"
 	@echo "make parity             compare the network with transformers on random models (installs torch)"
+	@echo "make soak               random traffic over random models, every logit compared; FD_SOAK_MINUTES=3"
 	@echo "make bench-serve        start-up time, memory and tokens/s of the whole system"
 	@echo "make bench-engine       the CPU engine against transformers and the hardware's limits (installs torch)"
 	@echo "make bench-context      decode speed against context and batch, as a plot in docs/"
@@ -83,6 +84,10 @@ $(PARITY)/installed: Makefile
 	@$(PARITY)/bin/python -m pip install --disable-pip-version-check --progress-bar on \
 	    torch==2.13.0 'transformers>=5.23' numpy
 	@touch $@
+
+# FD_SOAK_SEED=n begins with the traffic that a failure named.
+soak: $(VENV)/installed
+	@$(BIN)/pytest -q -m slow tests/engine/test_soak.py
 
 bench-serve: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.serve

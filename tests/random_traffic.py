@@ -193,15 +193,16 @@ def assert_as_if_alone(
 
 
 def draw_requests(random: np.random.Generator, vocab_size: int, count: int) -> list[AddRequest]:
-    """Some prompts begin alike; a few are longer than a segment of the context (512 keys)."""
+    """Some prompts begin alike; of some traffic a few are longer than a segment of the context (512 keys)."""
+    longer, most_tokens = random.choice([0, 0, 0, 0.3]), random.choice([10, 70])
     beginning = random.integers(0, vocab_size, 600).tolist()
     requests = []
     for index in range(count):
-        length = int(random.integers(1, 60) if random.random() < 0.9 else random.integers(490, 600))
+        length = int(random.integers(490, 600) if random.random() < longer else random.integers(1, 60))
         common = int(random.integers(0, length)) if random.random() < 0.6 else 0
         prompt = beginning[:common] + random.integers(0, vocab_size, length - common).tolist()
         params = SamplingParams(
-            max_tokens=int(random.integers(1, 24)),
+            max_tokens=int(random.integers(1, most_tokens)),
             min_tokens=int(random.integers(0, 3)),
             temperature=float(random.choice([0.0, 0.8, 1.3])),
             top_p=float(random.choice([1.0, 0.9])),
