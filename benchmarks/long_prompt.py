@@ -1,7 +1,7 @@
 """What a long prompt does to those who are reading: `python -m benchmarks.long_prompt`.
 
 Eight streams decode; a prompt of 8192 tokens arrives and is computed in chunks beside them, for several
-values of --max-num-batched-tokens. Time between two tokens of a stream, alone (the peer) and beside the
+values of --max-prefill-beside-decode. Time between two tokens of a stream, alone (the peer) and beside the
 prompt, and how long the prompt waits for its first token.
 """
 
@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from fastdeploy.config import ModelConfig
 
 from .driver import WEIGHT_FORMATS, Driver, engine_config
 from .random_model import random_model
@@ -27,15 +29,15 @@ TARGET = 2.5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", choices=WEIGHT_FORMATS, default="bfloat16")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 48, 64, 128, 504])
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--prompts", type=int, default=2, help="how many, one after the other")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script out")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    for budget in arguments.budgets:
-        model = random_model(tiny=arguments.tiny)
-        rows += measure(model, arguments.format, budget, arguments.prompt, arguments.prompts)
+    model = random_model(tiny=arguments.tiny)
+    for chunk in arguments.chunks:
+        rows += measure(model, arguments.format, chunk, arguments.prompt, arguments.prompts)
     report(rows, "long_prompt")
     for row in rows:
         if row.peer is not None and "p99" in row.case:
@@ -43,15 +45,18 @@ def main() -> None:
             print(f"{row.case}: {row.ours / row.peer:.2f} times idle, at most {TARGET}: {verdict}")
 
 
-def measure(model: Path, weight_format: str, budget: int, prompt: int, prompts: int) -> list[Row]:
-    steps = IDLE_STEPS + prompts * -(-prompt // (budget - STREAMS))
+def measure(model: Path, weight_format: str, chunk: int, prompt: int, prompts: int) -> list[Row]:
+    # Chunks become smaller as the context grows.
+    slowdown = 1 + prompt / ModelConfig.from_directory(model).context_of_double_cost()
+    steps = IDLE_STEPS + int(prompts * slowdown * prompt / chunk)
     config = engine_config(
         model,
         weight_format,
         max_num_seqs=STREAMS + 1,
         # The streams must outlive the prompts.
         max_model_len=max(prompt + 1, STREAM_PROMPT + 2 * steps),
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=512,
+        max_prefill_beside_decode=chunk,
     )
     driver = Driver(config)
     for _ in range(STREAMS):
@@ -75,8 +80,8 @@ def measure(model: Path, weight_format: str, budget: int, prompt: int, prompts: 
     found = []
     for percentile in (50, 99):
         alone, loaded = (1e3 * float(np.percentile(times, percentile)) for times in (idle, beside))
-        found.append(Row(f"between_tokens_p{percentile}_budget_{budget}", "ms", loaded, alone, "no prompt"))
-    return [*found, Row(f"first_token_budget_{budget}", "seconds", float(np.median(waits)))]
+        found.append(Row(f"between_tokens_p{percentile}_chunk_{chunk}", "ms", loaded, alone, "no prompt"))
+    return [*found, Row(f"first_token_chunk_{chunk}", "seconds", float(np.median(waits)))]
 
 
 def _step_seconds(driver: Driver) -> float:
