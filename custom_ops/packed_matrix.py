@@ -12,8 +12,8 @@ weights, all 32 outputs of an input side by side.
     panel
       32 float32 biases, zero where there are none
       float32   per input: 32 float32
-      bfloat16  per input: 32 u16 in the order c0 c16 c1 c17 .. c15 c31, so that the low halves of a vector of
-                u32 are one run of outputs and the high halves the next
+      bfloat16  per two inputs: 32 u32, word i with the weights of c_i for the first input in its low half and
+                for the second in its high half, as AMX wants them; inputs are zeros up to a multiple of 32
       wint8     32 float32 scales; per input: 32 int8. A weight is q * scale.
       wint4     per group of 32 inputs: 32 u32, in each the scale s (low half) and the minimum m (high half)
                 of an output as bfloat16; then 8 times 16 u32, one time per four inputs: byte k of word i has
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 FORMATS = ("float32", "bfloat16", "wint8", "wint4")
 PANEL = 32
 GROUP = 32  # inputs that share a scale and a minimum, in wint4
@@ -67,7 +67,7 @@ class PackedShape:
     def panel_bytes(self) -> int:
         weights = {
             "float32": self.inputs * 4 * PANEL,
-            "bfloat16": self.inputs * 2 * PANEL,
+            "bfloat16": _rounded_up(self.inputs, 32) * 2 * PANEL,
             "wint8": 4 * PANEL + self.inputs * PANEL,
             "wint4": -(-self.inputs // GROUP) * _GROUP_BYTES,
         }
@@ -210,11 +210,11 @@ def _fill_float32(block: Bytes, rows: Floats) -> None:
 
 
 def _fill_bfloat16(block: Bytes, rows: Floats) -> None:
-    inputs = rows.shape[2]
-    bits = _rounded_bits(rows)
-    words = bits[:, : PANEL // 2] >> 16
-    words |= bits[:, PANEL // 2 :] & 0xFFFF0000
-    _columns(block.view(np.uint32), inputs, PANEL // 2)[:] = words.transpose(0, 2, 1)
+    panels, _, inputs = rows.shape
+    halves = _columns(block.view(np.uint16), -(-inputs // 2), 2 * PANEL).reshape(panels, -1, PANEL, 2)
+    bits = (_rounded_bits(rows) >> 16).astype(np.uint16).transpose(0, 2, 1)
+    halves[:, :, :, 0] = bits[:, 0::2]
+    halves[:, : inputs // 2, :, 1] = bits[:, 1::2]
 
 
 def _fill_wint8(block: Bytes, rows: Floats) -> None:
@@ -299,8 +299,10 @@ def _read_float32(block: Bytes, inputs: int) -> Floats:
 
 
 def _read_bfloat16(block: Bytes, inputs: int) -> Floats:
-    words = _columns(block.view(np.uint32), inputs, PANEL // 2).transpose(0, 2, 1)
-    return np.concatenate([words << 16, words & 0xFFFF0000], axis=1).view(np.float32)
+    pairs = -(-inputs // 2)
+    halves = _columns(block.view(np.uint16), pairs, 2 * PANEL).reshape(len(block), pairs, PANEL, 2)
+    bits = halves.transpose(0, 2, 1, 3).reshape(len(block), PANEL, 2 * pairs)
+    return from_bfloat16(bits[:, :, :inputs])
 
 
 def _read_wint8(block: Bytes, inputs: int) -> Floats:

@@ -32,7 +32,7 @@ Progress = Callable[[float, str], None]
 
 #: packed_matrix.LAYOUT_VERSION, and after it the version of the set of tensors and their names. Written down
 #: here, because whoever only maps a file has no need of what packs one.
-VERSION = "1.1"
+VERSION = "2.1"
 
 _DIRECTORY_NAME = "packed"
 _POLL_SECONDS = 0.1

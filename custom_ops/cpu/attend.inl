@@ -19,7 +19,7 @@ FD_INLINE void scores_of(const Attend& task, int64_t block, float* scores) {
   for (int panel = 0; panel < cache.key_panels(); ++panel) {
     Sums<R, 1> sums;
     clear(sums);
-    product(F{}, task.query, cache.key_panel(block, task.head, panel), 0, cache.head_dim, sums);
+    product<F>(Rows{task.query, R * kPiece}, cache.key_panel(block, task.head, panel), 0, cache.head_dim, sums);
     const int column = panel * kPanel;
     float* place = scores + column / kPiece * R * kPiece + column % kPiece;
     for (int r = 0; r < R; ++r) {
@@ -64,7 +64,7 @@ template <class F, int R>
 void attend_rows(const Attend& task) {
   const Cache& cache = task.cache;
   const int width = cache.value_panels() * kPanel;
-  const int padded = static_cast<int>(Tiles::padded(cache.block_size));
+  const int padded = static_cast<int>(Activations::padded(cache.block_size));
   float* scores = task.scratch;
   // The padding of the last piece is never scored, and is masked like every key that cannot be seen.
   for (int i = 0; i < padded * R; ++i) scores[i] = 0.0f;
@@ -104,7 +104,7 @@ void attend_rows(const Attend& task) {
         sums.first[r][0] = load(out + r * width);
         sums.second[r][0] = load(out + r * width + 16);
       }
-      product(F{}, scores, cache.value_panel(block, task.head, panel), 0, most, sums);
+      product<F>(Rows{scores, R * kPiece}, cache.value_panel(block, task.head, panel), 0, most, sums);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         store(out + r * width, sums.first[r][0]);
@@ -119,7 +119,7 @@ void attend(const Attend& task) {
     if (task.cache.type == CacheType::kFloat32) {
       attend_rows<Float32, height.value>(task);
     } else {
-      attend_rows<Bfloat16, height.value>(task);
+      attend_rows<CacheBfloat16, height.value>(task);
     }
   });
 }

@@ -11,8 +11,8 @@ namespace {
 // One product of row-major results.
 class Product {
  public:
-  Product(Workspace& workspace, const PackedMatrix& weights, const Tiles& x, Output output, float* out)
-      : group_(workspace, 1, weights.inputs) {
+  Product(Workspace& workspace, const PackedMatrix& weights, const Activations& x, Output output, float* out)
+      : group_(workspace, 1, weights.inputs, x.rows) {
     group_.add({weights, 0, x, output, out, weights.outputs, {}});
   }
   void run(Team& team) const { group_.run(team); }
@@ -26,9 +26,9 @@ class Product {
 void attention_block(const AttentionBlock& args) {
   Workspace& workspace = Workspace::fresh();
   const int tokens = args.step.num_tokens, hidden = args.hidden;
-  const Tiles x = take_tiles(workspace, tokens, hidden);
+  const Activations x = take_activations(workspace, tokens, hidden);
   float* const qkv = workspace.take<float>(static_cast<int64_t>(tokens) * args.qkv.outputs);
-  const Tiles attended = take_tiles(workspace, tokens, args.num_heads * args.cache.head_dim);
+  const Activations attended = take_activations(workspace, tokens, args.num_heads * args.cache.head_dim);
   float* const normed = workspace.take<float>(static_cast<int64_t>(tokens) * hidden);
   const RmsNorm norm{args.stream, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
   const Product to_qkv(workspace, args.qkv, x, Output::kStore, qkv);
@@ -46,7 +46,7 @@ void attention_block(const AttentionBlock& args) {
 
 void mlp_block(const MlpBlock& args) {
   Workspace& workspace = Workspace::fresh();
-  const Tiles x = take_tiles(workspace, args.num_tokens, args.hidden);
+  const Activations x = take_activations(workspace, args.num_tokens, args.hidden);
   float* const normed = workspace.take<float>(static_cast<int64_t>(args.num_tokens) * args.hidden);
   const RmsNorm norm{args.stream, args.norm, args.epsilon, args.num_tokens, args.hidden, normed, &x, nullptr};
   const DenseMlp dense{args.mlp, x, Output::kAdd, args.stream};
@@ -60,7 +60,7 @@ void mlp_block(const MlpBlock& args) {
 void moe_block(const MoeBlock& args) {
   Workspace& workspace = Workspace::fresh();
   const int tokens = args.num_tokens, hidden = args.hidden, num_experts = args.router.outputs;
-  const Tiles x = take_tiles(workspace, tokens, hidden);
+  const Activations x = take_activations(workspace, tokens, hidden);
   float* const normed = workspace.take<float>(static_cast<int64_t>(tokens) * hidden);
   float* const router_logits = workspace.take<float>(static_cast<int64_t>(tokens) * num_experts);
   float* const expert_rows = workspace.take<float>(static_cast<int64_t>(tokens) * args.k * hidden);
@@ -87,7 +87,7 @@ void moe_block(const MoeBlock& args) {
 
 void logits(const Logits& args) {
   Workspace& workspace = Workspace::fresh();
-  const Tiles x = take_tiles(workspace, args.rows, args.hidden);
+  const Activations x = take_activations(workspace, args.rows, args.hidden);
   float* const normed = workspace.take<float>(static_cast<int64_t>(args.rows) * args.hidden);
   const RmsNorm norm{args.stream, args.norm, args.epsilon, args.rows, args.hidden, normed, &x, args.index};
   const Product to_logits(workspace, args.lm_head, x, Output::kStore, args.out);

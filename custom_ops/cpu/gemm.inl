@@ -1,4 +1,4 @@
-// Packed matrices times tiles of activations.
+// Packed matrices times rows of activations.
 
 struct Panel {
   const float* bias;
@@ -24,8 +24,8 @@ FD_INLINE void finish(const Gemm& task, int panel, const Panel& parts, int row, 
   }
   if (task.output == Output::kSwiglu) {
     const int column = panel * (kPanel / 2);
-    const int count = task.tiles.width - column;
-    float* place = task.tiles.piece(row, column / kPiece) + column % kPiece;
+    const int count = task.activated.width - column;
+    float* place = task.activated.piece(row, column / kPiece) + column % kPiece;
     const V activated = mul(silu(first), second);
     if (count >= 16) {
       store(place, activated);
@@ -54,13 +54,12 @@ FD_INLINE void finish(const Gemm& task, int panel, const Panel& parts, int row, 
   store_part(place + count_first, second, count_second);
 }
 
-// P neighbouring panels times one tile of R rows. `data` of panel p is at data + p * stride.
+// P neighbouring panels times R rows. `data` of panel p is at data + p * stride.
 template <class F, int R, int P>
-void compute(const Gemm& task, int panel, const uint8_t* data, int64_t stride, int tile) {
+void compute(const Gemm& task, int panel, const uint8_t* data, int64_t stride, int row) {
   Sums<R, P> sums;
   clear(sums);
-  product(F{}, task.x.tile(tile), data, stride, task.weights->inputs, sums);
-  const int row = task.x.first_row(tile);
+  product(F{}, Rows{task.x.piece(row, 0), task.x.stride()}, data, stride, task.weights->inputs, sums);
   for (int p = 0; p < P; ++p) {
     const Panel parts = panel_of(*task.weights, task.weights->panel(task.matrix, panel + p));
     for (int r = 0; r < R; ++r) finish(task, panel + p, parts, row + r, sums.first[r][p], sums.second[r][p]);
@@ -68,21 +67,27 @@ void compute(const Gemm& task, int panel, const uint8_t* data, int64_t stride, i
 }
 
 template <class F, int R>
-void compute_panels(const Gemm& task, const uint8_t* data, int64_t stride, int tile) {
+void compute_panels(const Gemm& task, const uint8_t* data, int64_t stride, int row) {
   constexpr int P = panels_at_once(R);
   int i = 0;
   for (; i + P <= task.num_panels; i += P) {
-    compute<F, R, P>(task, task.first_panel + i, data + i * stride, stride, tile);
+    compute<F, R, P>(task, task.first_panel + i, data + i * stride, stride, row);
   }
   for (; i < task.num_panels; ++i) {
-    compute<F, R, 1>(task, task.first_panel + i, data + i * stride, stride, tile);
+    compute<F, R, 1>(task, task.first_panel + i, data + i * stride, stride, row);
   }
 }
 
+// Rows in parts of nearly equal height: thirteen as seven and six keep the kernel busier than twelve and one.
 template <class F>
-void compute_tiles(const Gemm& task, const uint8_t* data, int64_t stride) {
-  for (int tile = task.first_tile; tile < task.last_tile; ++tile) {
-    with_height(task.x.height(tile), [&](auto height) { compute_panels<F, height.value>(task, data, stride, tile); });
+void compute_rows(const Gemm& task, const uint8_t* data, int64_t stride) {
+  const int rows = task.last_row - task.first_row;
+  const int parts = (rows + kMaxHeight - 1) / kMaxHeight;
+  for (int part = 0; part < parts; ++part) {
+    const int begin = rows * part / parts, end = rows * (part + 1) / parts;
+    with_height(end - begin, [&](auto height) {
+      compute_panels<F, height.value>(task, data, stride, task.first_row + begin);
+    });
   }
 }
 
@@ -97,6 +102,24 @@ void expand(const Gemm& task, const uint8_t* data, int64_t stride) {
       F::read(data + p * stride, k, first, second);
       store(out, first);
       store(out + 16, second);
+    }
+  }
+}
+
+void expand_bfloat16(const Gemm& task, const uint8_t* data, int64_t stride) {
+  const int inputs = task.weights->inputs;
+  for (int p = 0; p < task.num_panels; ++p) {
+    float* out = task.scratch + static_cast<int64_t>(p) * inputs * kPanel;
+    const uint8_t* place = data + p * stride;
+    for (int k = 0; k < inputs; k += 2, place += kPanel * 4, out += 2 * kPanel) {
+      V even_first, even_second, odd_first, odd_second;
+      load_bf16(place, even_first, odd_first);
+      load_bf16(place + 64, even_second, odd_second);
+      store(out, even_first);
+      store(out + 16, even_second);
+      if (k + 1 == inputs) break;
+      store(out + kPanel, odd_first);
+      store(out + kPanel + 16, odd_second);
     }
   }
 }
@@ -118,27 +141,30 @@ void expand_wint4(const Gemm& task, const uint8_t* data, int64_t stride) {
   }
 }
 
-// From this many tiles on it pays to convert a panel once.
-constexpr int kTilesToExpand = 3;
+// From this many rows on it pays to convert a panel once.
+constexpr int kRowsToExpand = 2 * kMaxHeight + 1;
+constexpr int kGemmRows = 128;
+
+int64_t gemm_scratch(int, int inputs, int panels) { return static_cast<int64_t>(panels) * inputs * kPanel; }
 
 void gemm(const Gemm& task) {
   const PackedMatrix& weights = *task.weights;
   const uint8_t* data = panel_of(weights, weights.panel(task.matrix, task.first_panel)).data;
   const int64_t stride = weights.panel_bytes;
-  if (weights.format != Format::kFloat32 && task.last_tile - task.first_tile >= kTilesToExpand) {
+  if (weights.format != Format::kFloat32 && task.last_row - task.first_row >= kRowsToExpand) {
     switch (weights.format) {
-      case Format::kBfloat16: expand<Bfloat16>(task, data, stride); break;
+      case Format::kBfloat16: expand_bfloat16(task, data, stride); break;
       case Format::kWint8: expand<Wint8>(task, data, stride); break;
       default: expand_wint4(task, data, stride);
     }
-    compute_tiles<Float32>(task, reinterpret_cast<const uint8_t*>(task.scratch),
-                           static_cast<int64_t>(weights.inputs) * kPanel * sizeof(float));
+    compute_rows<Float32>(task, reinterpret_cast<const uint8_t*>(task.scratch),
+                          static_cast<int64_t>(weights.inputs) * kPanel * sizeof(float));
     return;
   }
   switch (weights.format) {
-    case Format::kFloat32: return compute_tiles<Float32>(task, data, stride);
-    case Format::kBfloat16: return compute_tiles<Bfloat16>(task, data, stride);
-    case Format::kWint8: return compute_tiles<Wint8>(task, data, stride);
-    case Format::kWint4: return compute_tiles<Wint4>(task, data, stride);
+    case Format::kFloat32: return compute_rows<Float32>(task, data, stride);
+    case Format::kBfloat16: return compute_rows<Bfloat16>(task, data, stride);
+    case Format::kWint8: return compute_rows<Wint8>(task, data, stride);
+    case Format::kWint4: return compute_rows<Wint4>(task, data, stride);
   }
 }

@@ -7,30 +7,30 @@
 #include <cstdint>
 
 #include "matrix.h"
-#include "tiles.h"
+#include "activations.h"
 
 namespace fd {
 
 enum class Output {
   kStore,   // out[row] = y
   kAdd,     // out[row] += y
-  kSwiglu,  // y is gate and up in turns of 16 columns: silu(gate) * up goes to `tiles`
+  kSwiglu,  // y is gate and up in turns of 16 columns: silu(gate) * up goes to `activated`
 };
 
-// Panels [first_panel, first_panel + num_panels) of one matrix times tiles [first_tile, last_tile) of x.
+// Panels [first_panel, first_panel + num_panels) of one matrix times rows [first_row, last_row) of x.
 struct Gemm {
   const PackedMatrix* weights;
   int matrix;
   int first_panel;
   int num_panels;
-  Tiles x;
-  int first_tile;
-  int last_tile;
+  Activations x;
+  int first_row;
+  int last_row;
   Output output;
   float* out;      // kStore, kAdd: row r of x goes to out + r * out_stride
   int64_t out_stride;
-  Tiles tiles;     // kSwiglu: as many rows as x
-  float* scratch;  // num_panels * inputs * 32 floats of this thread
+  Activations activated;  // kSwiglu: as many rows as x
+  float* scratch;         // gemm_scratch(rows, inputs, panels) floats of this thread
 };
 
 // Elements of a KV cache: float, or bfloat16 for all other weights.
@@ -73,16 +73,16 @@ struct Attend {
   int first_block;
   int last_block;
   int head;
-  int num_rows;              // at most max_height of the instruction set
+  int num_rows;              // at most attend_height of the instruction set
   const int32_t* positions;  // of each row
-  const float* query;        // one tile [pieces of head_dim][num_rows][64], scaled by head_dim ** -0.5
+  const float* query;        // activations [num_rows, head_dim], scaled by head_dim ** -0.5
   PartialSoftmax* state;     // [num_rows], out
   float* out;                // [num_rows][value_panels * 32], out, not normalised
-  float* scratch;            // attend_scratch(block_size, max_height) floats of this thread
+  float* scratch;            // attend_scratch(block_size, attend_height) floats of this thread
 };
 
-inline int64_t attend_scratch(int block_size, int max_height) {
-  return Tiles::padded(block_size) * max_height;
+inline int64_t attend_scratch(int block_size, int attend_height) {
+  return Activations::padded(block_size) * attend_height;
 }
 
 // Sampling goes over the vocabulary in blocks of so many tokens.
@@ -91,7 +91,12 @@ inline int64_t token_blocks(int64_t count) { return (count + kTokenBlock - 1) / 
 
 struct Kernels {
   const char* name;
-  int max_height;
+  // Rows that `attend` takes at most.
+  int attend_height;
+  // Rows of one item of `gemm`, when there are many: enough to pay for what is done once for a panel.
+  int gemm_rows;
+  // Floats of scratch that an item of this many rows, inputs and panels needs.
+  int64_t (*gemm_scratch)(int rows, int inputs, int panels);
   void (*gemm)(const Gemm&);
   void (*attend)(const Attend&);
   // state and out of a later part of the context are merged into those of an earlier one.

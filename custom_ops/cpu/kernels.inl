@@ -21,7 +21,9 @@ namespace {
 
 const Kernels table = {
     .name = FD_NAME_OF(FD_NAMESPACE),
-    .max_height = kMaxHeight,
+    .attend_height = kMaxHeight,
+    .gemm_rows = kGemmRows,
+    .gemm_scratch = gemm_scratch,
     .gemm = gemm,
     .attend = attend,
     .merge = merge,

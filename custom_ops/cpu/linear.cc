@@ -7,15 +7,14 @@ namespace fd {
 namespace {
 
 constexpr int kMaxPanels = 8;
-// Tiles of one item: enough to pay for converting its panels, few enough to give every thread some.
-constexpr int kTilesPerItem = 11;
 constexpr int kItemsPerThread = 4;
 
 }  // namespace
 
-LinearGroup::LinearGroup(Workspace& workspace, int capacity, int max_inputs)
+LinearGroup::LinearGroup(Workspace& workspace, int capacity, int max_inputs, int max_rows)
     : members_(workspace.take<Member>(capacity)),
-      scratch_per_thread_(static_cast<int64_t>(kMaxPanels) * max_inputs * kPanel),
+      scratch_per_thread_(
+          kernels().gemm_scratch(std::min(max_rows, kernels().gemm_rows), max_inputs, kMaxPanels)),
       threads_(num_threads()) {
   scratch_ = workspace.take<float>(threads_ * scratch_per_thread_);
 }
@@ -28,8 +27,8 @@ void LinearGroup::add(const Linear& linear) {
   // Four panels are what a kernel takes at once when rows are few.
   const int wanted = panels / (threads_ * kItemsPerThread);
   member.panels_per_item = wanted >= kMaxPanels ? kMaxPanels : std::min(4, panels);
-  member.tile_ranges = (linear.x.count() + kTilesPerItem - 1) / kTilesPerItem;
-  items_ += (panels + member.panels_per_item - 1) / member.panels_per_item * member.tile_ranges;
+  member.row_ranges = (linear.x.rows + kernels().gemm_rows - 1) / kernels().gemm_rows;
+  items_ += (panels + member.panels_per_item - 1) / member.panels_per_item * member.row_ranges;
 }
 
 void LinearGroup::run(Team& team) const {
@@ -41,36 +40,36 @@ void LinearGroup::run(Team& team) const {
           1);
     const Linear& linear = member.linear;
     const int index = static_cast<int>(item) - member.first_item;
-    const int panel = index / member.tile_ranges * member.panels_per_item;
-    const int range = index % member.tile_ranges;
-    const int tiles = linear.x.count();
+    const int panel = index / member.row_ranges * member.panels_per_item;
+    const int range = index % member.row_ranges;
+    const int rows = linear.x.rows;
     Gemm gemm;
     gemm.weights = &linear.weights;
     gemm.matrix = linear.matrix;
     gemm.first_panel = panel;
     gemm.num_panels = std::min(member.panels_per_item, linear.weights.panels - panel);
     gemm.x = linear.x;
-    gemm.first_tile = tiles * range / member.tile_ranges;
-    gemm.last_tile = tiles * (range + 1) / member.tile_ranges;
+    gemm.first_row = rows * range / member.row_ranges;
+    gemm.last_row = rows * (range + 1) / member.row_ranges;
     gemm.output = linear.output;
     gemm.out = linear.out;
     gemm.out_stride = linear.out_stride;
-    gemm.tiles = linear.tiles;
+    gemm.activated = linear.activated;
     gemm.scratch = scratch_ + team.rank() * scratch_per_thread_;
     isa.gemm(gemm);
   });
 }
 
-void to_tiles(Team& team, const float* x, Tiles tiles) {
-  team.for_each(tiles.rows, [&](int64_t row) { copy_row(x + row * tiles.width, tiles, static_cast<int>(row)); });
+void to_activations(Team& team, const float* x, const Activations& activations) {
+  team.for_each(activations.rows, [&](int64_t row) {
+    copy_row(x + row * activations.width, activations, static_cast<int>(row));
+  });
 }
 
-void copy_row(const float* x, const Tiles& tiles, int row) {
-  float* piece = tiles.piece(row, 0);
-  const Tiles& t = tiles;
-  for (int column = 0; column < t.width; column += kPiece) {
-    std::memcpy(piece, x + column, std::min(kPiece, t.width - column) * sizeof(float));
-    if (column + kPiece < t.width) piece = t.piece(row, column / kPiece + 1);
+void copy_row(const float* x, const Activations& activations, int row) {
+  float* piece = activations.piece(row, 0);
+  for (int column = 0; column < activations.width; column += kPiece, piece += activations.stride()) {
+    std::memcpy(piece, x + column, std::min(kPiece, activations.width - column) * sizeof(float));
   }
 }
 

@@ -9,7 +9,7 @@ namespace fd {
 namespace {
 
 constexpr char kMagic[8] = {'F', 'D', 'M', 'A', 'T', 'R', 'I', 'X'};
-constexpr uint32_t kLayoutVersion = 1;
+constexpr uint32_t kLayoutVersion = 2;
 constexpr int64_t kHeaderBytes = 64;
 
 struct Header {
@@ -30,7 +30,7 @@ int64_t least_panel_bytes(Format format, int64_t inputs) {
     case Format::kFloat32:
       return kBias + inputs * kPanel * 4;
     case Format::kBfloat16:
-      return kBias + inputs * kPanel * 2;
+      return kBias + (inputs + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step * kPanel * 2;
     case Format::kWint8:
       return kBias + kPanel * 4 + inputs * kPanel;
     case Format::kWint4:

@@ -9,6 +9,11 @@ int members(const MoeOrder* order, const DenseMlp* dense) {
   return (order == nullptr ? 0 : order->num_experts) + (dense == nullptr ? 0 : 1);
 }
 
+// An expert has at most one row of each token.
+int most_rows(const MoeOrder* order, const DenseMlp* dense) {
+  return std::max(order == nullptr ? 0 : order->num_tokens, dense == nullptr ? 0 : dense->x.rows);
+}
+
 template <class Inputs>
 int most_inputs(const Mlp* experts, const DenseMlp* dense, Inputs inputs) {
   return std::max(experts == nullptr ? 0 : inputs(*experts), dense == nullptr ? 0 : inputs(dense->weights));
@@ -22,15 +27,17 @@ MoeGroupedGemm::MoeGroupedGemm(Workspace& workspace, const Mlp* experts, const M
       order_(order),
       dense_(dense),
       gate_up_(workspace, members(order, dense),
-               most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.gate_up.inputs; })),
+               most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.gate_up.inputs; }),
+               most_rows(order, dense)),
       down_(workspace, members(order, dense),
-            most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.down.inputs; })) {
+            most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.down.inputs; }),
+            most_rows(order, dense)) {
   if (experts != nullptr) {
     const int rows = order->num_tokens * order->k;
-    gathered_ = workspace.take<float>(Tiles::size(rows, experts->gate_up.inputs));
-    activations_ = workspace.take<float>(Tiles::size(rows, experts->down.inputs));
+    gathered_ = workspace.take<float>(Activations::size(rows, experts->gate_up.inputs));
+    activations_ = workspace.take<float>(Activations::size(rows, experts->down.inputs));
   }
-  if (dense != nullptr) dense_activations_ = take_tiles(workspace, dense->x.rows, dense->weights.down.inputs);
+  if (dense != nullptr) dense_activations_ = take_activations(workspace, dense->x.rows, dense->weights.down.inputs);
 }
 
 void MoeGroupedGemm::run(Team& team, const float* x, float* out) {
@@ -43,7 +50,7 @@ void MoeGroupedGemm::run(Team& team, const float* x, float* out) {
       const int expert =
           static_cast<int>(std::upper_bound(offsets, offsets + order_->num_experts + 1, row) - offsets) - 1;
       copy_row(x + static_cast<int64_t>(order_->order[row] / order_->k) * hidden,
-               expert_tiles(gathered_, expert, hidden), static_cast<int>(row) - offsets[expert]);
+               expert_rows_of(gathered_, expert, hidden), static_cast<int>(row) - offsets[expert]);
     });
   }
   gate_up_.run(team);
@@ -60,21 +67,20 @@ void MoeGroupedGemm::plan(float* out) {
   const int hidden = experts_->gate_up.inputs;
   for (int expert = 0; expert < order_->num_experts; ++expert) {
     if (order_->rows(expert) == 0) continue;
-    add(*experts_, expert, expert_tiles(gathered_, expert, hidden),
-        expert_tiles(activations_, expert, experts_->down.inputs), Output::kStore,
+    add(*experts_, expert, expert_rows_of(gathered_, expert, hidden),
+        expert_rows_of(activations_, expert, experts_->down.inputs), Output::kStore,
         out + static_cast<int64_t>(order_->offsets[expert]) * hidden);
   }
 }
 
-void MoeGroupedGemm::add(const Mlp& mlp, int index, const Tiles& x, const Tiles& activations, Output output,
+void MoeGroupedGemm::add(const Mlp& mlp, int index, const Activations& x, const Activations& activations, Output output,
                          float* out) {
   gate_up_.add({mlp.gate_up, index, x, Output::kSwiglu, nullptr, 0, activations});
   down_.add({mlp.down, index, activations, output, out, mlp.down.outputs, {}});
 }
 
-Tiles MoeGroupedGemm::expert_tiles(float* data, int expert, int width) const {
-  return {data + order_->offsets[expert] * Tiles::padded(width), order_->rows(expert), width,
-          kernels().max_height};
+Activations MoeGroupedGemm::expert_rows_of(float* data, int expert, int width) const {
+  return {data + order_->offsets[expert] * Activations::padded(width), order_->rows(expert), width};
 }
 
 }  // namespace fd

@@ -9,7 +9,7 @@
 namespace fd {
 namespace {
 
-// Tiles of one item: each segment of keys and values is read once for all of them.
+// Activations of one item: each segment of keys and values is read once for all of them.
 constexpr int kTilesPerItem = 8;
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -19,7 +19,7 @@ int divide_up(int a, int b) { return (a + b - 1) / b; }
 PagedAttention::PagedAttention(Workspace& workspace, const Attention& args) : args_(args) {
   const Step& step = args.step;
   const Cache& cache = args.cache;
-  const int height = kernels().max_height;
+  const int height = kernels().attend_height;
   const int group = args.num_heads / cache.num_kv_heads;
   const int parts = divide_up(group, height);
   const int heads = divide_up(group, parts);
@@ -78,7 +78,7 @@ PagedAttention::PagedAttention(Workspace& workspace, const Attention& args) : ar
   thread_states_ = workspace.take<PartialSoftmax>(threads * (kTilesPerItem + 1) * rows_);
   thread_outs_ = workspace.take<float>(threads * (kTilesPerItem + 1) * rows_ * width_);
   scratch_per_thread_ =
-      attend_scratch(cache.block_size, height) + Tiles::padded(cache.head_dim) * height;
+      attend_scratch(cache.block_size, height) + Activations::padded(cache.head_dim) * height;
   scratch_ = workspace.take<float>(threads * scratch_per_thread_);
 }
 

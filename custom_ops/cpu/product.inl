@@ -1,6 +1,6 @@
-// The inner product of this project: a tile of rows times panels of 32 outputs.
+// The inner product of this project: a few rows times panels of 32 outputs.
 //
-// Each sum is fma(x_k, w_k, sum) for k = 0, 1, ... in this order, whatever the height of the tile, the number
+// Each sum is fma(x_k, w_k, sum) for k = 0, 1, ... in this order, whatever the number of rows, the number
 // of panels at once or the instruction set: that is what makes a row's result independent of its batch.
 
 constexpr int kMaxHeight = FD_MAX_HEIGHT;
@@ -21,7 +21,7 @@ struct Sums {
   V second[R][P];
 };
 
-// Weights are read once, so a tile of many rows computes long on each line of memory, and too few of the lines
+// Weights are read once, so a kernel of many rows computes long on each line of memory, and too few of the lines
 // that follow are within the processor's sight. It is told this many bytes ahead what comes.
 constexpr int kPrefetchBytes = 2048;
 
@@ -38,7 +38,8 @@ struct Float32 {
   }
 };
 
-struct Bfloat16 {
+// Rows of a KV cache in bfloat16: word i holds columns i and 16 + i.
+struct CacheBfloat16 {
   static constexpr int kBytes = kPanel * 2;
   static FD_INLINE void read(const uint8_t* data, int64_t k, V& first, V& second) {
     load_bf16(data + k * kPanel * 2, first, second);
@@ -53,6 +54,8 @@ struct Wint8 {
   }
 };
 
+struct Bfloat16 {};
+
 struct Wint4 {};
 
 template <int R, int P>
@@ -64,10 +67,17 @@ FD_INLINE void clear(Sums<R, P>& sums) {
   }
 }
 
-// sums += x * panels over `inputs` columns of a tile of R rows. Panel p is at data + p * stride.
+// R neighbouring rows of activations: `x` is the first one's first piece, `stride` leads to its next.
+struct Rows {
+  const float* x;
+  int64_t stride;
+};
+
+// sums += x * panels over `inputs` columns of R rows. Panel p is at data + p * stride.
 template <class F, int R, int P>
-FD_INLINE void product(const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
-  for (int begin = 0; begin < inputs; begin += kPiece, x += R * kPiece) {
+FD_INLINE void product(Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+  const float* x = rows.x;
+  for (int begin = 0; begin < inputs; begin += kPiece, x += rows.stride) {
     const int count = inputs - begin < kPiece ? inputs - begin : kPiece;
     for (int i = 0; i < count; ++i) {
       V first[P], second[P];
@@ -90,9 +100,49 @@ FD_INLINE void product(const float* x, const uint8_t* data, int64_t stride, int 
   }
 }
 
+// As `product`, of bfloat16: a word holds one output's weights of two inputs, the even one in its low half.
+template <int R, int P>
+FD_INLINE void product_bfloat16(Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+  const float* x = rows.x;
+  for (int begin = 0; begin < inputs; begin += kPiece, x += rows.stride, data += kPiece * kPanel * 2) {
+    const int count = inputs - begin < kPiece ? inputs - begin : kPiece;
+    for (int i = 0; i < count; i += 2) {
+      V even_first[P], even_second[P], odd_first[P], odd_second[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const uint8_t* place = data + p * stride + i * kPanel * 2;
+        prefetch(place);
+        prefetch(place + 64);
+        load_bf16(place, even_first[p], odd_first[p]);
+        load_bf16(place + 64, even_second[p], odd_second[p]);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const V value = broadcast(x[r * kPiece + i]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          sums.first[r][p] = fma(value, even_first[p], sums.first[r][p]);
+          sums.second[r][p] = fma(value, even_second[p], sums.second[r][p]);
+        }
+      }
+      // Behind an odd last input x is padding, which may hold anything.
+      if (i + 1 == count) break;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const V value = broadcast(x[r * kPiece + i + 1]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          sums.first[r][p] = fma(value, odd_first[p], sums.first[r][p]);
+          sums.second[r][p] = fma(value, odd_second[p], sums.second[r][p]);
+        }
+      }
+    }
+  }
+}
+
 // As `product`, of wint4: each weight is fma(q, scale, minimum) first.
 template <int R, int P>
-FD_INLINE void product_wint4(const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+FD_INLINE void product_wint4(Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
   for (int begin = 0; begin < inputs; begin += kWint4Group, data += kWint4GroupBytes) {
     V scale_first[P], scale_second[P], minimum_first[P], minimum_second[P];
 #pragma GCC unroll 4
@@ -100,7 +150,7 @@ FD_INLINE void product_wint4(const float* x, const uint8_t* data, int64_t stride
       load_bf16(data + p * stride, scale_first[p], minimum_first[p]);
       load_bf16(data + p * stride + 64, scale_second[p], minimum_second[p]);
     }
-    const float* column = x + (begin / kPiece) * R * kPiece + begin % kPiece;
+    const float* column = rows.x + begin / kPiece * rows.stride + begin % kPiece;
     const int count = inputs - begin < kWint4Group ? inputs - begin : kWint4Group;
     for (int quad = 0; quad < count; quad += 4) {
       Words words[P];
@@ -134,24 +184,20 @@ FD_INLINE void product_wint4(const float* x, const uint8_t* data, int64_t stride
   }
 }
 
-template <int R, int P>
-FD_INLINE void product(Float32, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
-  product<Float32>(x, data, stride, inputs, s);
+template <class F, int R, int P>
+FD_INLINE void product(F, Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+  product<F>(rows, data, stride, inputs, sums);
 }
 template <int R, int P>
-FD_INLINE void product(Bfloat16, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
-  product<Bfloat16>(x, data, stride, inputs, s);
+FD_INLINE void product(Bfloat16, Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+  product_bfloat16(rows, data, stride, inputs, sums);
 }
 template <int R, int P>
-FD_INLINE void product(Wint8, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
-  product<Wint8>(x, data, stride, inputs, s);
-}
-template <int R, int P>
-FD_INLINE void product(Wint4, const float* x, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& s) {
-  product_wint4(x, data, stride, inputs, s);
+FD_INLINE void product(Wint4, Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
+  product_wint4(rows, data, stride, inputs, sums);
 }
 
-// Calls f(std::integral_constant-like height) for the height of a tile.
+// Calls f(Height<height>{}), so that the number of rows is known when the loops over them are compiled.
 template <int R>
 struct Height {
   static constexpr int value = R;

@@ -10,7 +10,7 @@ void rms_norm(Team& team, const RmsNorm& args) {
     const int64_t source = args.index == nullptr ? row : args.index[row];
     float* out = args.out + row * args.width;
     isa.rms_norm(args.x + source * args.width, args.weight, args.epsilon, out, args.width);
-    if (args.tiles != nullptr) copy_row(out, *args.tiles, static_cast<int>(row));
+    if (args.activations != nullptr) copy_row(out, *args.activations, static_cast<int>(row));
   });
 }
 

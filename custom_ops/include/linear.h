@@ -10,19 +10,19 @@ namespace fd {
 struct Linear {
   PackedMatrix weights;
   int matrix;  // which of the stacked ones
-  Tiles x;
+  Activations x;
   Output output;
   float* out;  // kStore, kAdd
   int64_t out_stride;
-  Tiles tiles;  // kSwiglu
+  Activations activated;  // kSwiglu
 };
 
 // The products of several matrices at once, each with rows of its own: items of all are shared among all
 // threads, so that an expert with one token does not keep anybody waiting.
 class LinearGroup {
  public:
-  // For up to `capacity` products of matrices with at most `max_inputs` inputs.
-  LinearGroup(Workspace& workspace, int capacity, int max_inputs);
+  // For up to `capacity` products of matrices with at most `max_inputs` inputs and `max_rows` rows.
+  LinearGroup(Workspace& workspace, int capacity, int max_inputs, int max_rows);
 
   // One thread adds; a barrier must follow before the team runs.
   void clear() { count_ = items_ = 0; }
@@ -34,7 +34,7 @@ class LinearGroup {
     Linear linear;
     int first_item;
     int panels_per_item;
-    int tile_ranges;
+    int row_ranges;
   };
 
   Member* members_;
@@ -45,12 +45,12 @@ class LinearGroup {
   int items_ = 0;
 };
 
-// x [rows, width], row-major, into tiles.
-void to_tiles(Team& team, const float* x, Tiles tiles);
-void copy_row(const float* x, const Tiles& tiles, int row);
+// x [rows, width], row-major, into the layout of activations.
+void to_activations(Team& team, const float* x, const Activations& activations);
+void copy_row(const float* x, const Activations& activations, int row);
 
-inline Tiles take_tiles(Workspace& workspace, int rows, int width) {
-  return {workspace.take<float>(Tiles::size(rows, width)), rows, width, kernels().max_height};
+inline Activations take_activations(Workspace& workspace, int rows, int width) {
+  return {workspace.take<float>(Activations::size(rows, width)), rows, width};
 }
 
 }  // namespace fd

@@ -9,6 +9,8 @@ enum class Format : uint32_t { kFloat32 = 0, kBfloat16 = 1, kWint8 = 2, kWint4 =
 
 // Outputs of one panel.
 constexpr int kPanel = 32;
+// Inputs of a bfloat16 panel are filled up with zeros to a multiple of this: what AMX multiplies at a time.
+constexpr int kBfloat16Step = 32;
 // Inputs that share one scale and one minimum in wint4.
 constexpr int kWint4Group = 32;
 constexpr int kWint4GroupBytes = kPanel * 4 + kWint4Group * kPanel / 2;

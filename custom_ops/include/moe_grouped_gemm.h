@@ -14,7 +14,7 @@ struct Mlp {
 // An MLP that takes all rows: the shared experts, or the whole of a dense layer.
 struct DenseMlp {
   Mlp weights;
-  Tiles x;
+  Activations x;
   Output output;  // kStore or kAdd
   float* out;     // [x.rows, hidden]
 };
@@ -31,8 +31,8 @@ class MoeGroupedGemm {
 
  private:
   void plan(float* out);
-  void add(const Mlp& mlp, int index, const Tiles& x, const Tiles& activations, Output output, float* out);
-  Tiles expert_tiles(float* data, int expert, int width) const;
+  void add(const Mlp& mlp, int index, const Activations& x, const Activations& activations, Output output, float* out);
+  Activations expert_rows_of(float* data, int expert, int width) const;
 
   const Mlp* experts_;
   const MoeOrder* order_;
@@ -41,7 +41,7 @@ class MoeGroupedGemm {
   LinearGroup down_;
   float* gathered_ = nullptr;
   float* activations_ = nullptr;
-  Tiles dense_activations_{};
+  Activations dense_activations_{};
 };
 
 }  // namespace fd

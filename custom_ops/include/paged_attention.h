@@ -17,7 +17,7 @@ struct Attention {
   const float* qkv;  // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; of it the rotated queries
   int num_heads;     // query head h reads kv head h / (num_heads / num_kv_heads)
   Cache cache;
-  Tiles out;  // [num_tokens, num_heads * head_dim]
+  Activations out;  // [num_tokens, num_heads * head_dim]
 };
 
 class PagedAttention {

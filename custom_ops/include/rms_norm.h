@@ -1,7 +1,7 @@
 // Root mean square normalisation (Zhang and Sennrich, 2019) of the rows of the residual stream.
 #pragma once
 
-#include "tiles.h"
+#include "activations.h"
 #include "team.h"
 
 namespace fd {
@@ -13,7 +13,7 @@ struct RmsNorm {
   int rows;
   int width;
   float* out;            // [rows, width]
-  const Tiles* tiles;    // null, or where the result goes too
+  const Activations* activations;  // null, or where the result goes too
   const int32_t* index;  // null, or which row of x becomes row i
 };
 

@@ -46,14 +46,14 @@ inline std::vector<paddle::Tensor> run_paged_attention(const paddle::Tensor& qkv
   const int heads = query_heads(qkv_width, paged), width = heads * paged.head_dim;
   paddle::Tensor out = float_output({plan.num_tokens, width});
   Workspace& workspace = Workspace::fresh();
-  const Tiles tiles = take_tiles(workspace, plan.num_tokens, width);
+  const Activations activations = take_activations(workspace, plan.num_tokens, width);
   const PagedAttention attention(
-      workspace, {plan, floats(qkv, int64_t{plan.num_tokens} * qkv_width, "paged_attention: qkv"), heads, paged, tiles});
+      workspace, {plan, floats(qkv, int64_t{plan.num_tokens} * qkv_width, "paged_attention: qkv"), heads, paged, activations});
   run_team([&](Team& team) { attention.run(team); });
   float* rows = out.data<float>();
   for (int row = 0; row < plan.num_tokens; ++row) {
     for (int column = 0; column < width; column += kPiece) {
-      std::copy_n(tiles.piece(row, column / kPiece), std::min(kPiece, width - column),
+      std::copy_n(activations.piece(row, column / kPiece), std::min(kPiece, width - column),
                   rows + static_cast<int64_t>(row) * width + column);
     }
   }

@@ -11,11 +11,11 @@ inline std::vector<paddle::Tensor> run_linear(const paddle::Tensor& x, const pad
   const float* input = floats(x, static_cast<int64_t>(rows) * packed.inputs, "linear: x");
   paddle::Tensor out = float_output({rows, packed.outputs});
   Workspace& workspace = Workspace::fresh();
-  const Tiles tiles = take_tiles(workspace, rows, packed.inputs);
-  LinearGroup group(workspace, 1, packed.inputs);
-  group.add({packed, 0, tiles, Output::kStore, out.data<float>(), packed.outputs, {}});
+  const Activations activations = take_activations(workspace, rows, packed.inputs);
+  LinearGroup group(workspace, 1, packed.inputs, rows);
+  group.add({packed, 0, activations, Output::kStore, out.data<float>(), packed.outputs, {}});
   run_team([&](Team& team) {
-    to_tiles(team, input, tiles);
+    to_activations(team, input, activations);
     group.run(team);
   });
   return {out};

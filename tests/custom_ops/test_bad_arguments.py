@@ -84,11 +84,11 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "linear: no header": (lambda: custom_ops.linear(ones(1, 32), MATRIX[:63]), "shorter than its header"),
     "linear: not a blob": (
         lambda: custom_ops.linear(ones(1, 32), MATRIX[64:]),
-        "not a blob of layout version 1",
+        "not a blob of layout version 2",
     ),
     "linear: another layout": (
         lambda: custom_ops.linear(ones(1, 32), changed(MATRIX, 8, 2)),
-        "not a blob of layout version 1",
+        "not a blob of layout version 2",
     ),
     "linear: a format that is none": (
         lambda: custom_ops.linear(ones(1, 32), changed(MATRIX, 12, 4)),

@@ -47,7 +47,7 @@ def test_the_header_and_the_biases_are_where_the_kernels_look() -> None:
     weights, bias = np.ones((3, 40, 5), np.float32), np.arange(120, dtype=np.float32).reshape(3, 40)
     blob = pack(weights, bias, weight_format="wint8")
     panel = 448  # 128 of biases, 128 of scales, 5 * 32 of weights: 416, and up to a multiple of 64
-    assert blob[:64].tobytes() == b"FDMATRIX" + struct.pack("<6I2Q16x", 1, 2, 40, 5, 3, 0, panel, 2 * panel)
+    assert blob[:64].tobytes() == b"FDMATRIX" + struct.pack("<6I2Q16x", 2, 2, 40, 5, 3, 0, panel, 2 * panel)
     assert blob.nbytes == 64 + 3 * 2 * panel
     assert blob.ctypes.data % 64 == 0
     second = 64 + 2 * panel
@@ -60,12 +60,16 @@ def test_float32_has_the_outputs_of_an_input_side_by_side() -> None:
     assert body([[1, 2], [3, 4], [5, 6]], "float32") == struct.pack("<3f116x3f116x", 1, 3, 5, 2, 4, 6)
 
 
-def test_bfloat16_has_outputs_sixteen_apart_in_one_word() -> None:
-    weights = [[float(100 + output)] for output in range(18)]
-    words = np.frombuffer(body(weights, "bfloat16"), np.uint16)
-    low, high = from_bfloat16(words[0::2]), from_bfloat16(words[1::2])
-    assert low.tolist() == list(range(100, 116))
-    assert high.tolist() == [116, 117, *[0] * 14]
+def test_bfloat16_has_two_inputs_of_an_output_in_one_word_and_zeros_up_to_32_inputs() -> None:
+    weights = [[float(10 * output + k) for k in range(3)] for output in range(18)]
+    halves = from_bfloat16(np.frombuffer(body(weights, "bfloat16"), np.uint16)).reshape(16, 32, 2)
+    outputs = [*(10.0 * np.arange(18)), *[0.0] * 14]
+    assert halves[0, :, 0].tolist() == outputs
+    assert halves[0, :18, 1].tolist() == [value + 1 for value in outputs[:18]]
+    assert halves[1, :18, 0].tolist() == [value + 2 for value in outputs[:18]]
+    assert not halves[:, 18:].any()
+    assert not halves[1, :, 1].any()
+    assert not halves[2:].any()
 
 
 def test_wint8_has_scales_and_then_integers() -> None:
@@ -195,7 +199,7 @@ def test_gate_and_up_are_interleaved_by_sixteen(width: int, inputs: int, stack: 
         np.testing.assert_array_equal(back, half)
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "size"), [(256, 576, 299008), (64, 40, 2 * (128 + 40 * 64))])
+@pytest.mark.parametrize(("outputs", "inputs", "size"), [(256, 576, 299008), (64, 40, 2 * (128 + 64 * 64))])
 def test_stacked_matrices_begin_at_pages_where_that_costs_little(
     outputs: int, inputs: int, size: int
 ) -> None:
