@@ -2,7 +2,8 @@
 
     python -m tests.parity.compare DIRECTORY
 
-Prints a line per model and layout; exits with 1 if one of them is off.
+Prints a line per model and layout; then, for each model in bfloat16, how far our logits and those of torch
+are from the network in float64 on the same weights. Exits with 1 if a model is off, or farther off than torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import paddle
 
 from tests.checkpoints import LAYOUTS, draw_tensors, is_moe_layer, write_checkpoint
 from tests.network import Network, recorded_routes
+from tests.reference_network import ReferenceNetwork, as_bfloat16_stores_them, relative_errors
 
 #: Of float32 logits around 10; both sides round differently.
 TOLERANCE = 1e-4
@@ -74,6 +76,24 @@ def compare(recording: Path, layout: str) -> Parity:
     )
 
 
+def bfloat16_errors(recording: Path) -> tuple[float, float]:
+    """The median of the relative errors of all logits: ours, and torch's."""
+    description = json.loads(recording.read_text())
+    config, found = description["config"], np.load(recording.with_suffix(".npz"))
+    tensors = as_bfloat16_stores_them(draw_tensors(config, description["weights_seed"]))
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoint(Path(directory), config, tensors, dtype="BF16")
+        network = Network(Path(directory), weight_format="bfloat16")
+    exact = ReferenceNetwork(config, tensors)
+    ours, theirs = [], []
+    for i in range(sum(name.startswith("prompt_") for name in found.files)):
+        prompt = found[f"prompt_{i}"].tolist()
+        logits = exact.logits(prompt)
+        ours.append(relative_errors(network.prefill(network.sequence(prompt)), logits))
+        theirs.append(relative_errors(found[f"bfloat16_logits_{i}"], logits))
+    return float(np.median(np.concatenate(ours))), float(np.median(np.concatenate(theirs)))
+
+
 def main(directory: Path) -> int:
     paddle.set_device("cpu")
     recordings = sorted(directory.glob("*.json"))
@@ -89,7 +109,14 @@ def main(directory: Path) -> int:
                 f"{'' if found.holds else 'OFF'}"
             )
     print(f"{failures} of {len(recordings) * len(LAYOUTS)} are off")
-    return 1 if failures or not recordings else 0
+    print(f"\n{'bfloat16: relative error':38} {'ours':>9} {'torch':>9}")
+    farther = 0
+    for recording in recordings:
+        ours, theirs = bfloat16_errors(recording)
+        farther += ours > theirs
+        print(f"{recording.stem:38} {ours:9.2e} {theirs:9.2e} {'OFF' if ours > theirs else ''}")
+    print(f"{farther} of {len(recordings)} are farther off than torch")
+    return 1 if failures or farther or not recordings else 0
 
 
 if __name__ == "__main__":

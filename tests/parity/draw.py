@@ -9,6 +9,7 @@ that `tests.checkpoints` draws its weights from) and NAME.npz (float32):
     logits_i         [length, vocabulary]      at every position of the prompt
     greedy_i         int32 [steps]             and the logits each token was taken from, greedy_logits_i
     picks_i          int32 [moe layers, length, k], best first
+    bfloat16_logits_i  as logits_i, of the model that is bfloat16 throughout, from weights cut to bfloat16
 
 A model that comes near a tie, of two experts or of two tokens, is drawn again: rounding would decide there.
 """
@@ -68,12 +69,13 @@ def draw_config(variant: dict[str, Any], random: np.random.RandomState) -> dict[
     return config_json(**(changes | variant))
 
 
-def load(config: dict[str, Any], weights_seed: int) -> PreTrainedModel:
+def load(config: dict[str, Any], weights_seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as directory:
-        write_checkpoint(Path(directory), config, draw_tensors(config, weights_seed))
+        tensors = draw_tensors(config, weights_seed)
+        write_checkpoint(Path(directory), config, tensors, dtype="F32" if dtype == torch.float32 else "BF16")
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation="eager",
             **({} if config["model_type"] == "ernie4_5" else {"experts_implementation": "eager"}),
             output_loading_info=True,
@@ -121,7 +123,13 @@ def record(
         found[f"logits_{i}"] = logits.numpy()
         found[f"greedy_{i}"] = np.array(text[length:], dtype=np.int32)
         found[f"greedy_logits_{i}"] = np.stack(rows)
-    return found if min(margins) >= 1 else None
+    if min(margins) < 1:
+        return None
+    narrow = load(config, weights_seed, torch.bfloat16)
+    for i in range(len(PROMPT_LENGTHS)):
+        prompt = torch.tensor(found[f"prompt_{i}"], dtype=torch.int64)[None]
+        found[f"bfloat16_logits_{i}"] = narrow(input_ids=prompt, use_cache=False).logits[0].float().numpy()
+    return found
 
 
 def main() -> None:
