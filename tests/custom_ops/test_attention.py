@@ -72,7 +72,8 @@ def draw_texts(
 ) -> tuple[list[Text], int]:
     """Texts in scattered blocks, the first `shared` of which are the same; and how many blocks there are."""
     sizes = [-(-(start + count) // block_size) for start, count in shares]
-    free = random.permutation(sum(sizes) + 3).tolist()
+    num_blocks = sum(sizes) + shared + 3
+    free = random.permutation(num_blocks).tolist()
     prefix = [free.pop() for _ in range(shared)]
     beginning = draw(random, shared * block_size, heads.all, heads.head_dim)
     texts = []
@@ -84,7 +85,7 @@ def draw_texts(
         common = min(shared, start // block_size) * block_size
         qkv[:common] = beginning[:common]
         texts.append(Text(qkv, Span(start, count, blocks)))
-    return texts, sum(sizes) + 3
+    return texts, num_blocks
 
 
 def check(
