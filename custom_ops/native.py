@@ -66,6 +66,7 @@ def _library() -> ctypes.CDLL:
     for name in ("fd_isa", "fd_isa_error"):
         getattr(library, name).argtypes = []
         getattr(library, name).restype = ctypes.c_char_p
-    if (error := library.fd_isa_error()) is not None:
-        raise ImportError(error.decode())
+    unfit = library.fd_isa_error()
+    if unfit is not None:
+        raise ImportError(unfit.decode())
     return library

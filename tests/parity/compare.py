@@ -3,7 +3,8 @@
     python -m tests.parity.compare DIRECTORY
 
 Prints a line per model and layout; then, for each model in bfloat16, how far our logits and those of torch
-are from the network in float64 on the same weights. Exits with 1 if a model is off, or farther off than torch.
+are from the network in float64 on the same weights. Exits with 1 if a model is off, or farther off than
+torch.
 """
 
 from __future__ import annotations
