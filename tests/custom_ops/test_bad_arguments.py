@@ -87,7 +87,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         "not a blob of layout version 2",
     ),
     "linear: another layout": (
-        lambda: custom_ops.linear(ones(1, 32), changed(MATRIX, 8, 2)),
+        lambda: custom_ops.linear(ones(1, 32), changed(MATRIX, 8, 1)),
         "not a blob of layout version 2",
     ),
     "linear: a format that is none": (
