@@ -118,7 +118,7 @@ struct Kernels {
   void (*retain)(double* weights, int64_t count, double cut, double* sums);
 };
 
-// The kernels for this processor; FD_ISA=generic|avx2|avx512 in the environment asks for slower ones.
+// The kernels for this processor; FD_ISA=generic|avx2|avx512|amx in the environment asks for slower ones.
 const Kernels& kernels();
 
 namespace generic {
@@ -129,6 +129,10 @@ extern const Kernels table;
 }
 namespace avx512 {
 extern const Kernels table;
+}
+// Those of AVX-512 with other matrix products.
+namespace amx {
+const Kernels& table();
 }
 
 }  // namespace fd
