@@ -9,9 +9,9 @@ int members(const MoeOrder* order, const DenseMlp* dense) {
   return (order == nullptr ? 0 : order->num_experts) + (dense == nullptr ? 0 : 1);
 }
 
-// An expert has at most one row of each token.
+// Picks come from outside: all of them may be of one expert, of one token even.
 int most_rows(const MoeOrder* order, const DenseMlp* dense) {
-  return std::max(order == nullptr ? 0 : order->num_tokens, dense == nullptr ? 0 : dense->x.rows);
+  return std::max(order == nullptr ? 0 : order->num_tokens * order->k, dense == nullptr ? 0 : dense->x.rows);
 }
 
 template <class Inputs>
