@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import paddle
 
+from fastdeploy import custom_ops
 from fastdeploy.custom_ops import packed_matrix, reference
 
 FORMATS = packed_matrix.FORMATS
@@ -32,6 +33,19 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     """The nearest bfloat16 of each."""
     rounded = packed_matrix.from_bfloat16(packed_matrix.to_bfloat16(values.astype(np.float32)))
     return rounded.astype(np.float64)
+
+
+def as_multiplied(values: np.ndarray, weight_format: str) -> np.ndarray:
+    """Activations, or weights, as the products of matrices take them: AMX multiplies bfloat16."""
+    narrow = custom_ops.instruction_set() == "amx" and weight_format != "float32"
+    return bfloat16(values) if narrow else values
+
+
+def tolerance(weight_format: str, scale: float) -> dict[str, float]:
+    """Of results around `scale`, after two products one behind the other."""
+    if custom_ops.instruction_set() == "amx" and weight_format != "float32":
+        return {"rtol": 0, "atol": 1e-2 * scale}
+    return {"rtol": 3e-5, "atol": 3e-5 * scale}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeploy import custom_ops
 from tests.checkpoints import draw_tensors, write_checkpoint
 from tests.network import Network
 from tests.random_traffic import draw_config
@@ -31,9 +32,12 @@ def errors(path: Path, weight_format: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_bfloat16_weights_give_better_logits_than_bfloat16_throughout(tmp_path: Path) -> None:
-    """Only keys and values are rounded. In the mean are also tokens whose experts' choice tipped over."""
+    """Keys and values are rounded, and what AMX multiplies, but neither sums nor what goes between operations.
+
+    In the mean are also tokens whose experts' choice tipped over.
+    """
     ours, plain = errors(tmp_path, "bfloat16")
-    assert np.median(ours) < 0.5 * np.median(plain)
+    assert np.median(ours) < (0.75 if custom_ops.instruction_set() == "amx" else 0.5) * np.median(plain)
     assert ours.mean() < 0.7 * plain.mean()
 
 
