@@ -32,7 +32,7 @@ def errors(path: Path, weight_format: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_bfloat16_weights_give_better_logits_than_bfloat16_throughout(tmp_path: Path) -> None:
-    """Keys and values are rounded, and what AMX multiplies, but neither sums nor what goes between operations.
+    """Keys and values are rounded, and what AMX multiplies, but no sums and nothing between operations.
 
     In the mean are also tokens whose experts' choice tipped over.
     """
