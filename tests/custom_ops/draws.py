@@ -36,14 +36,14 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def as_multiplied(values: np.ndarray, weight_format: str) -> np.ndarray:
-    """Activations, or weights, as the products of matrices take them: AMX multiplies bfloat16."""
-    narrow = custom_ops.instruction_set() == "amx" and weight_format != "float32"
+    """Activations as products with a matrix take them: AMX multiplies bfloat16 with bfloat16."""
+    narrow = custom_ops.instruction_set() == "amx" and weight_format == "bfloat16"
     return bfloat16(values) if narrow else values
 
 
 def tolerance(weight_format: str, scale: float) -> dict[str, float]:
     """Of results around `scale`, after two products one behind the other."""
-    if custom_ops.instruction_set() == "amx" and weight_format != "float32":
+    if custom_ops.instruction_set() == "amx" and weight_format == "bfloat16":
         return {"rtol": 0, "atol": 2e-2 * scale}
     return {"rtol": 3e-5, "atol": 3e-5 * scale}
 

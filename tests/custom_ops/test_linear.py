@@ -32,11 +32,7 @@ def test_linear_is_off_by_no_more_than_its_roundings(
     matrix = Packed.draw(random, weight_format, outputs, inputs, bias=bias)
     x = draw(random, rows, inputs)
     y = custom_ops.linear(tensor(x), matrix.blob).numpy()
-    x = as_multiplied(x, weight_format)
-    plain = matrix.plain
-    if weight_format == "wint4":
-        # Those of wint8 are integers there, and scaled afterwards.
-        plain = plain._replace(weights=as_multiplied(plain.weights, weight_format))
+    x, plain = as_multiplied(x, weight_format), matrix.plain
     # One rounding for each input, and a few for scale and bias.
     most = reference.linear(np.abs(x), reference.Matrix(*map(np.abs, plain)))
     assert (np.abs(y - reference.linear(x, plain)) <= (inputs + 4) * 2.0**-24 * most).all()
