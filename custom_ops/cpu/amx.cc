@@ -3,8 +3,8 @@
 //
 // Activations are rounded to bfloat16 here, which the other instruction sets do not do. A row's results still
 // depend on that row alone: each tile instruction adds 32 products to each sum in an order of its own, and the
-// instructions follow each other in the order of the inputs. So that a token gets the same bits in any batch,
-// a single row takes this way too.
+// instructions follow each other in the order of the inputs. A few rows are computed in the same order without
+// tiles.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -38,9 +38,10 @@ constexpr int kBlockRows = 2 * kTileRows;
 
 int steps(int inputs) { return (inputs + kStep - 1) / kStep; }
 
-// Rows in bfloat16 and one block of results.
+// Rows in bfloat16, and one block of results or a few rows in float32.
 int64_t scratch_floats(int rows, int inputs, int panels) {
-  const int64_t own = static_cast<int64_t>(steps(inputs)) * rows * kRowBytes / 4 + kBlockRows * kPanel;
+  const int64_t width = static_cast<int64_t>(steps(inputs)) * kStep;
+  const int64_t own = (rows + 1) / 2 * width + kBlockRows * kPanel + 2 * width;
   const int64_t others = gemm_scratch(rows, inputs, panels);
   return own > others ? own : others;
 }
@@ -121,10 +122,108 @@ void multiply(const uint8_t* x, int64_t x_step, const uint8_t* data, bool cold, 
   }
 }
 
+// Few rows are computed without tiles: weights come in quicker that way, from several panels at once. The bits are
+// those of the tile instruction (Intel's manual, TDPBF16PS): of each step's 32 inputs it sums the even and the
+// odd ones apart, each by multiply-adds from zero, and adds the sum of both to what was before. It takes numbers
+// too small for a normal exponent as zeros.
+constexpr int kFewRows = 2;
+
+class FlushToZero {
+ public:
+  FlushToZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+};
+
+// sums = x * panels; x [R][x_stride], rounded to bfloat16 and filled up with zeros to whole steps.
+template <int R, int P>
+FD_INLINE void product_few(const float* x, int64_t x_stride, const uint8_t* data, int64_t stride, int count,
+                           Sums<R, P>& sums) {
+  const FlushToZero flush;
+  clear(sums);
+  for (int step = 0; step < count; ++step, x += kStep, data += kPanelBytes) {
+    Sums<R, P> even, odd;
+    clear(even);
+    clear(odd);
+    for (int i = 0; i < kStep; i += 2) {
+      V even_first[P], even_second[P], odd_first[P], odd_second[P];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const uint8_t* place = data + p * stride + i * kPanel * 2;
+        prefetch(place);
+        prefetch(place + 64);
+        load_bf16(place, even_first[p], odd_first[p]);
+        load_bf16(place + 64, even_second[p], odd_second[p]);
+      }
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const V x_even = broadcast(x[r * x_stride + i]), x_odd = broadcast(x[r * x_stride + i + 1]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          even.first[r][p] = fma(x_even, even_first[p], even.first[r][p]);
+          even.second[r][p] = fma(x_even, even_second[p], even.second[r][p]);
+          odd.first[r][p] = fma(x_odd, odd_first[p], odd.first[r][p]);
+          odd.second[r][p] = fma(x_odd, odd_second[p], odd.second[r][p]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        sums.first[r][p] = add(add(even.first[r][p], odd.first[r][p]), sums.first[r][p]);
+        sums.second[r][p] = add(add(even.second[r][p], odd.second[r][p]), sums.second[r][p]);
+      }
+    }
+  }
+}
+
+template <int R, int P>
+void compute_few(const Gemm& task, int panel, const float* x, int64_t x_stride) {
+  const PackedMatrix& weights = *task.weights;
+  const uint8_t* data = panel_of(weights, weights.panel(task.matrix, panel)).data;
+  Sums<R, P> sums;
+  product_few(x, x_stride, data, weights.panel_bytes, steps(weights.inputs), sums);
+  for (int p = 0; p < P; ++p) {
+    const Panel parts = panel_of(weights, weights.panel(task.matrix, panel + p));
+    for (int r = 0; r < R; ++r) {
+      finish(task, panel + p, parts, task.first_row + r, sums.first[r][p], sums.second[r][p]);
+    }
+  }
+}
+
+template <int R>
+void gemm_few(const Gemm& task) {
+  constexpr int P = R == 1 ? 4 : 2;
+  const int count = steps(task.weights->inputs);
+  const int64_t x_stride = static_cast<int64_t>(count) * kStep;
+  uint8_t* const rounded = reinterpret_cast<uint8_t*>(task.scratch);
+  round_rows(task, rounded);
+  float* const x = task.scratch + R * x_stride / 2;
+  for (int step = 0; step < count; ++step) {
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < kStep; ++i) {
+        uint16_t half;
+        std::memcpy(&half, rounded + ((step * R + r) * kStep + i) * 2, 2);
+        const uint32_t word = static_cast<uint32_t>(half) << 16;
+        std::memcpy(x + r * x_stride + step * kStep + i, &word, 4);
+      }
+    }
+  }
+  const int last = task.first_panel + task.num_panels;
+  int panel = task.first_panel;
+  for (; panel + P <= last; panel += P) compute_few<R, P>(task, panel, x, x_stride);
+  for (; panel < last; ++panel) compute_few<R, 1>(task, panel, x, x_stride);
+}
+
 void gemm_amx(const Gemm& task) {
   const PackedMatrix& weights = *task.weights;
   if (weights.format != Format::kBfloat16) return gemm(task);
   const int rows = task.last_row - task.first_row, count = steps(weights.inputs);
+  if (rows == 1) return gemm_few<1>(task);
+  if (rows == kFewRows) return gemm_few<kFewRows>(task);
   const int64_t x_step = static_cast<int64_t>(rows) * kRowBytes;
   float* const sums = task.scratch;
   uint8_t* const x = reinterpret_cast<uint8_t*>(sums + kBlockRows * kPanel);
