@@ -157,7 +157,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     #: Tokens of prompts that a step computes at most while other texts are being written: what these wait for
     #: between two of their tokens. Fewer where the context is long and each of them costs more.
-    max_prefill_beside_decode: int = 48
+    max_prefill_beside_decode: int = 32
     block_size: int = 64
     #: None sizes the cache from the model and `max_num_seqs`, see `default_num_blocks`.
     num_gpu_blocks_override: int | None = None

@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--max-prefill-beside-decode",
         type=int,
-        default=48,
+        default=32,
         help="prompt tokens a step computes while other texts are being written; fewer in a long context",
     )
     engine.add_argument("--block-size", type=int, default=64)
