@@ -53,7 +53,9 @@ def test_every_command_in_the_units_is_one_of_ours_and_takes_these_words(staged:
                 assert told.returncode == 0, line
 
 
-def test_a_dp_toml_that_is_there_is_kept_and_the_shipped_one_is_good(staged: Path) -> None:
+def test_a_dp_toml_that_is_there_is_kept_and_the_shipped_one_is_good(
+    staged: Path, user_model_cache: None
+) -> None:
     fdctl = Path(sys.executable).with_name("fdctl")
     assert run(fdctl, "check", staged / "fd/dp.toml").returncode == 0
     (staged / "fd/dp.toml").write_text("# mine\n")

@@ -37,7 +37,8 @@ def completion_chunks(answer: Answer, request: CompletionRequest) -> Iterator[di
     head = _head(answer)
     if request.include_usage:
         head["usage"] = None
-    #: Characters of each choice that have been sent.
+    #: Where the next token of each choice begins. Not what was sent: a token's text may be held back, for a stop
+    #: string or for the rest of a character.
     offsets: dict[int, int] = {}
     for index, delta in answer.deltas():
         if index not in offsets:
@@ -45,8 +46,10 @@ def completion_chunks(answer: Answer, request: CompletionRequest) -> Iterator[di
             echo = _echo(answer, request, index)
             if echo or request.return_token_ids:
                 yield head | {"choices": [_first_chunk(answer, request, index, echo)]}
-        yield head | {"choices": [_chunk(answer, request, index, delta, offsets[index])]}
-        offsets[index] += len(delta.text)
+        chunk = _chunk(answer, request, index, delta, offsets[index])
+        if chunk["logprobs"] is not None:
+            offsets[index] += sum(map(len, chunk["logprobs"]["tokens"]))
+        yield head | {"choices": [chunk]}
     if request.include_usage:
         yield head | {"choices": [], "usage": answer.usage()}
 

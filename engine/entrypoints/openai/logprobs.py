@@ -22,7 +22,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs]) -> dict[str
 
 
 def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], offset: int) -> dict[str, Any]:
-    """`offset`: characters of the choice that stand before the first of `entries`."""
+    """`offset`: characters of the tokens that stand before the first of `entries`."""
     tokens, values, tops, offsets = [], [], [], []
     for entry in entries:
         text = tokenizer.token_text(entry.token_id)
