@@ -172,7 +172,7 @@ def paged_attention(
         keys: float32 or bfloat16 [num_blocks, nkv, ceil(block_size / 32), d, 32]: a block's keys transposed,
             32 at a time.
         values: [num_blocks, nkv, ceil(d / 32), block_size, 32]. In bfloat16 the 32 of a row stand in
-            the order 0, 16, 1, 17, ...: caches are made of the panels of packed matrices.
+            the order 0, 16, 1, 17, ...: so have the keys of a row.
 
     Returns:
         [T, nq * d].

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -27,25 +26,20 @@ def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
     """Lets operations run on `count` threads, the caller among them, each on its CPU if `cpus` are given.
 
     No result depends on the number of threads.
+
+    Raises:
+        OSError: the system does not let this process have so many.
     """
     assert count >= 1
     assert cpus is None or len(cpus) == count, "as many CPUs as threads"
-    _library().fd_set_threads(count, None if cpus is None else (ctypes.c_int * count)(*cpus))
+    error = _library().fd_set_threads(count, None if cpus is None else (ctypes.c_int * count)(*cpus))
+    if error is not None:
+        raise OSError(f"--threads {count}: the system refuses to start them ({error.decode()})")
 
 
 def instruction_set() -> str:
-    """What the kernels run on: avx512, avx2 or generic; FD_ISA in the environment asks for a lesser one.
-
-    Raises:
-        ValueError: this processor lacks what FD_ISA asks for.
-    """
-    name = _library().fd_isa()
-    if name is None:
-        raise ValueError(
-            f"FD_ISA is {os.environ['FD_ISA']!r}; it must be generic, avx2 or avx512, "
-            "and this processor must have it"
-        )
-    return name.decode()
+    """What the kernels run on: amx, avx512, avx2 or generic; FD_ISA in the environment asks for less."""
+    return _library().fd_isa().decode()
 
 
 @cache
@@ -62,7 +56,7 @@ def _library() -> ctypes.CDLL:
             f"install the project again ({str(error).strip().splitlines()[-1]})"
         ) from None
     library.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
-    library.fd_set_threads.restype = None
+    library.fd_set_threads.restype = ctypes.c_char_p
     for name in ("fd_isa", "fd_isa_error"):
         getattr(library, name).argtypes = []
         getattr(library, name).restype = ctypes.c_char_p

@@ -62,6 +62,8 @@ void configure(int upper, int lower) {
   config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(upper);
   config.rows[2] = config.rows[3] = config.rows[5] = static_cast<uint8_t>(lower < 1 ? 1 : lower);
   config.rows[6] = config.rows[7] = kStep / 2;
+  // GCC 12 takes the instruction for a reader of eight bytes, and could leave out the writes of the others.
+  asm volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 
@@ -228,6 +230,8 @@ void gemm_amx(const Gemm& task) {
   float* const sums = task.scratch;
   uint8_t* const x = reinterpret_cast<uint8_t*>(sums + kBlockRows * kPanel);
   round_rows(task, x);
+  // Nor does it know that tile loads read what was written here.
+  asm volatile("" ::: "memory");
   int configured = 0;
   for (int i = 0; i < task.num_panels; ++i) {
     const int panel = task.first_panel + i;

@@ -2,7 +2,7 @@
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 //
 // A row's numbers come from its own keys alone, in order of their positions: keys that only other rows of the
-// tile see have weight zero, and adding zeros changes no bit.
+// tile see have weight zero, and adding zeros changes no bit, as long as values are finite.
 
 template <int R>
 FD_INLINE void scale_rows(float* out, int width, const float* factors) {

@@ -1,4 +1,4 @@
-// The kernels in plain C++, for any processor.
+// The kernels in plain C++, for any x86-64.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -37,8 +37,8 @@ struct Gemm {
 enum class CacheType { kFloat32, kBfloat16 };
 
 // One layer's cache. Keys: [block][kv head][panel of 32 keys][head_dim][32]; values:
-// [block][kv head][panel of 32 columns][key][32]. Both are the `data` of packed panels, so that scores and
-// the weighted sum of values are matrix products with the cache as weights.
+// [block][kv head][panel of 32 columns][key][32]. Both are panels, so that scores and the weighted sum of values
+// are matrix products with the cache as weights. In bfloat16 word i of a row of 32 holds columns i and 16 + i.
 struct Cache {
   CacheType type;
   uint8_t* keys;

@@ -42,15 +42,15 @@ void LinearGroup::run(Team& team) const {
     const int index = static_cast<int>(item) - member.first_item;
     const int panel = index / member.row_ranges * member.panels_per_item;
     const int range = index % member.row_ranges;
-    const int rows = linear.x.rows;
+    const int64_t rows = linear.x.rows;
     Gemm gemm;
     gemm.weights = &linear.weights;
     gemm.matrix = linear.matrix;
     gemm.first_panel = panel;
     gemm.num_panels = std::min(member.panels_per_item, linear.weights.panels - panel);
     gemm.x = linear.x;
-    gemm.first_row = rows * range / member.row_ranges;
-    gemm.last_row = rows * (range + 1) / member.row_ranges;
+    gemm.first_row = static_cast<int>(rows * range / member.row_ranges);
+    gemm.last_row = static_cast<int>(rows * (range + 1) / member.row_ranges);
     gemm.output = linear.output;
     gemm.out = linear.out;
     gemm.out_stride = linear.out_stride;

@@ -8,8 +8,7 @@ void moe_unpermute(Team& team, const MoeUnpermute& args) {
   const Kernels& isa = kernels();
   const int k = args.order.k;
   team.for_each(args.order.num_tokens, [&](int64_t token) {
-    constexpr int kMost = 64;
-    const float* rows[kMost];
+    const float* rows[kMostPicks];
     for (int j = 0; j < k; ++j) {
       rows[j] = args.rows + static_cast<int64_t>(args.order.place[token * k + j]) * args.width;
     }

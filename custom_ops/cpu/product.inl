@@ -1,7 +1,7 @@
 // The inner product of this project: a few rows times panels of 32 outputs.
 //
 // Each sum is fma(x_k, w_k, sum) for k = 0, 1, ... in this order, whatever the number of rows, the number
-// of panels at once or the instruction set: that is what makes a row's result independent of its batch.
+// of panels at once, AVX2 or AVX-512: that is what makes a row's result independent of its batch.
 
 constexpr int kMaxHeight = FD_MAX_HEIGHT;
 

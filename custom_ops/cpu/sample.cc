@@ -191,6 +191,11 @@ int64_t draw(const Row& row, const SamplingRow& params, const Scratch& scratch) 
 
 void write_logprobs(const Sampling& args, int64_t index, const Scratch& scratch) {
   const Row row = Row::of(args.logits + index * args.vocabulary, args.vocabulary, scratch.maxima);
+  // A mask may have hidden from the draw what is broken, and what is not a number cannot be put in order.
+  if (!std::isfinite(row.best)) {
+    args.drawn[index] = kBrokenRow;
+    return;
+  }
   kernels().weigh(row.scores, row.count, row.best, kLog2e, scratch.weights, scratch.sums);
   double mass = 0;
   for (int64_t b = 0; b < token_blocks(row.count); ++b) mass += scratch.sums[b];
@@ -237,9 +242,9 @@ void sample(Team& team, const Sampling& args) {
 }
 
 void argmax(Team& team, const Argmax& args) {
-  std::vector<float> maxima(token_blocks(args.vocabulary));
+  float* const maxima = args.maxima + team.rank() * token_blocks(args.vocabulary);
   team.for_each(args.rows, [&](int64_t index) {
-    const Row row = Row::of(args.logits + index * args.vocabulary, args.vocabulary, maxima.data());
+    const Row row = Row::of(args.logits + index * args.vocabulary, args.vocabulary, maxima);
     args.drawn[index] = std::isfinite(row.best) ? row.first_best() : kBrokenRow;
   });
 }

@@ -68,21 +68,23 @@ class Signal {
 class ThreadPool {
  public:
   ThreadPool(int count, const int* cpus) : size_(count) {
-    if (cpus != nullptr && cpus[0] >= 0) pin(cpus[0]);
-    for (int rank = 1; rank < count; ++rank) {
-      const int cpu = cpus == nullptr ? -1 : cpus[rank];
-      threads_.emplace_back([this, rank, cpu] {
-        if (cpu >= 0) pin(cpu);
-        serve(rank);
-      });
+    try {
+      for (int rank = 1; rank < count; ++rank) {
+        const int cpu = cpus == nullptr ? -1 : cpus[rank];
+        threads_.emplace_back([this, rank, cpu] {
+          if (cpu >= 0) pin(cpu);
+          serve(rank);
+        });
+      }
+    } catch (...) {
+      end_threads();
+      throw;
     }
+    // After the others, who inherit where their creator may run.
+    if (cpus != nullptr && cpus[0] >= 0) pin(cpus[0]);
   }
 
-  ~ThreadPool() {
-    body_ = nullptr;
-    start_.advance();
-    for (auto& thread : threads_) thread.join();
-  }
+  ~ThreadPool() { end_threads(); }
 
   int size() const { return size_; }
 
@@ -117,6 +119,12 @@ class ThreadPool {
     CPU_SET(cpu, &set);
     // A CPU that is not ours leaves the thread where the kernel puts it.
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+  }
+
+  void end_threads() {
+    body_ = nullptr;
+    start_.advance();
+    for (auto& thread : threads_) thread.join();
   }
 
   void serve(int rank) {

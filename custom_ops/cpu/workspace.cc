@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace fd {
 namespace {
@@ -19,7 +20,8 @@ Workspace& Workspace::fresh() {
     // One chunk for all that the last operation needed: the next finds it in one piece.
     const int64_t total = workspace.total_;
     workspace.chunks_.clear();
-    workspace.total_ = 0;
+    // First of all: if there is no memory for the new chunk, nothing must be taken from the old ones.
+    workspace.size_ = workspace.total_ = 0;
     workspace.add_chunk(total);
   }
   workspace.used_ = 0;
@@ -35,9 +37,10 @@ void* Workspace::bytes(int64_t count) {
 }
 
 void Workspace::add_chunk(int64_t size) {
-  void* memory = std::aligned_alloc(kLine, (size + kLine - 1) / kLine * kLine);
-  if (memory == nullptr) throw std::bad_alloc();
-  chunks_.emplace_back(static_cast<std::byte*>(memory));
+  std::unique_ptr<std::byte, Free> chunk(
+      static_cast<std::byte*>(std::aligned_alloc(kLine, (size + kLine - 1) / kLine * kLine)));
+  if (chunk == nullptr) throw std::bad_alloc();
+  chunks_.push_back(std::move(chunk));
   size_ = size;
   used_ = 0;
   total_ += size;

@@ -6,6 +6,9 @@
 
 namespace fd {
 
+// Of one token; bindings refuse more.
+constexpr int kMostPicks = 64;
+
 struct MoeUnpermute {
   MoeOrder order;
   const float* rows;     // [num_tokens * k, width], in the order of moe_permute

@@ -65,6 +65,7 @@ struct Argmax {
   int64_t rows;
   int64_t vocabulary;
   int64_t* drawn;  // [rows]
+  float* maxima;   // scratch: token_blocks(vocabulary) for each thread
 };
 
 // The most likely token of each row, the lowest id among equals.

@@ -71,7 +71,7 @@ void set_threads(int count, const int* cpus);
 int num_threads();
 
 // Runs body(team) on every thread and returns when all have returned. The calling thread is rank 0. Calls from
-// several threads at the same time take turns.
+// several threads at the same time take turns. `body` must not throw: nobody could tell the other threads.
 void run_team(FunctionRef<void(Team&)> body);
 
 }  // namespace fd

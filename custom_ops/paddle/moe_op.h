@@ -11,9 +11,6 @@
 
 namespace fd::binding {
 
-// The sum of a token's experts keeps pointers to this many rows.
-constexpr int kMostPicks = 64;
-
 inline Mlp mlp(const paddle::Tensor& gate_up, const paddle::Tensor& down) {
   const Mlp mlp{matrix(gate_up), matrix(down)};
   require(mlp.gate_up.count == mlp.down.count && mlp.gate_up.inputs == mlp.down.outputs &&

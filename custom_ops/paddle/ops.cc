@@ -9,13 +9,24 @@
 
 #include <stdexcept>
 #include <string>
+#include <system_error>
 
 // What is not an operation on tensors; custom_ops/__init__.py calls it through ctypes.
 extern "C" {
 
-void fd_set_threads(int count, const int* cpus) { fd::set_threads(count, cpus); }
+// Null, or why so many threads cannot be had.
+const char* fd_set_threads(int count, const int* cpus) {
+  static std::string error;
+  try {
+    fd::set_threads(count, cpus);
+    return nullptr;
+  } catch (const std::system_error& refused) {
+    error = refused.what();
+    return error.c_str();
+  }
+}
 
-// Why there are no kernels to run on, or null. To be asked first: the rest of these cannot throw into Python.
+// Why there are no kernels to run on, or null. To be asked before fd_isa and any operation.
 const char* fd_isa_error() {
   static const std::string error = [] {
     try {
@@ -28,13 +39,6 @@ const char* fd_isa_error() {
   return error.empty() ? nullptr : error.c_str();
 }
 
-// Null if FD_ISA asks for what there is not.
-const char* fd_isa() {
-  try {
-    return fd::kernels().name;
-  } catch (const std::invalid_argument&) {
-    return nullptr;
-  }
-}
+const char* fd_isa() { return fd::kernels().name; }
 
 }

@@ -56,7 +56,8 @@ inline std::vector<paddle::Tensor> run_argmax(const paddle::Tensor& logits) {
   const int64_t count = logits.dims()[0], vocabulary = logits.dims()[1];
   paddle::Tensor drawn = paddle::empty({count}, paddle::DataType::INT64, paddle::CPUPlace());
   const Argmax args{floats(logits, count * vocabulary, "argmax: logits"), count, vocabulary,
-                    drawn.data<int64_t>()};
+                    drawn.data<int64_t>(),
+                    Workspace::fresh().take<float>(num_threads() * token_blocks(vocabulary))};
   run_team([&](Team& team) { argmax(team, args); });
   return {drawn};
 }

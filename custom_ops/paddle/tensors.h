@@ -102,6 +102,8 @@ inline Cache cache(const paddle::Tensor& keys, const paddle::Tensor& values, con
   cache.num_kv_heads = static_cast<int>(keys.dims()[1]);
   cache.head_dim = static_cast<int>(keys.dims()[3]);
   cache.block_size = static_cast<int>(values.dims()[3]);
+  require(cache.num_kv_heads > 0 && cache.head_dim > 0 && cache.head_dim % 2 == 0 && cache.block_size > 0,
+          "a cache must have heads and blocks, and an even head_dim");
   require(keys.dims()[0] == values.dims()[0] && keys.dims()[2] == cache.key_panels() &&
               values.dims()[2] == cache.value_panels() && keys.dims()[4] == kPanel && values.dims()[4] == kPanel,
           "keys and values of a cache do not have the shapes of one cache");

@@ -37,8 +37,8 @@ def completion_chunks(answer: Answer, request: CompletionRequest) -> Iterator[di
     head = _head(answer)
     if request.include_usage:
         head["usage"] = None
-    #: Where the next token of each choice begins. Not what was sent: a token's text may be held back, for a stop
-    #: string or for the rest of a character.
+    #: Where the next token of each choice begins. Not what was sent: a token's text may be held back, for
+    #: a stop string or for the rest of a character.
     offsets: dict[int, int] = {}
     for index, delta in answer.deltas():
         if index not in offsets:
