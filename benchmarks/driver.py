@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ class Driver:
     def __init__(self, config: EngineConfig) -> None:
         # Before Paddle is imported, which reads them then.
         os.environ.update(SINGLE_THREADED)
-        warnings.filterwarnings("ignore", message="No ccache found")
 
         from fastdeploy import custom_ops
         from fastdeploy.custom_ops import set_threads

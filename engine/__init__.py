@@ -3,4 +3,9 @@
 Importing this package is cheap: the daemon and the router live below it and must not load Paddle.
 """
 
+import warnings
+
 __version__ = "0.1.0"
+
+# Paddle recommends ccache on import to whoever has none; nothing is compiled at run time.
+warnings.filterwarnings("ignore", message="No ccache found")

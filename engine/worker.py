@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import sys
-import warnings
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -253,8 +252,6 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
 
 
 def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
-    # Paddle recommends ccache on import to whoever has none; nothing is compiled here.
-    warnings.filterwarnings("ignore", message="No ccache found")
     # Paddle puts its own handlers on SIGTERM, which would end the process with a stack trace, and on the
     # signals of faulthandler. A SIGTERM that comes meanwhile waits until ours is back.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
