@@ -1,13 +1,15 @@
 """A client's request to one replica: choose, send, pass the answer on, cancel. A WSGI application for /v1/.
 
-Until the first byte of an answer has gone to the client, a replica that cannot take the request is replaced
-by another; each is tried once. After that the answer is passed on piece by piece as it comes.
+Until the first bytes of an answer have come, a replica that cannot take the request, or dies over it, is
+replaced by another, unseen by the client; each is tried once. After that the answer is passed on piece by
+piece as it comes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import secrets
 import socket
@@ -73,13 +75,13 @@ class Relay:
                 request = receive(environ, call.id, self._limits.max_body_bytes)
                 cancellation = Cancellation()
                 held.enter_context(watch(environ["gunicorn.socket"], cancellation.cancel))
-                lease, reply = self._first_answer(call, request, cancellation, held)
+                lease, reply, pieces = self._first_answer(call, request, cancellation, held)
             except Refused as refused:
                 return call.give(refused.answer)
             except Cancelled:
                 return call.give(Answer(499, b""))
             call.begin(lease, reply)
-            return _Body(call, lease, reply, self._board, held.pop_all())
+            return _Body(call, lease, reply, pieces, self._board, held.pop_all())
 
     def _let_in(self, call: _Call, held: contextlib.ExitStack) -> None:
         if call.method != "OPTIONS" and not self._keys.allow(call.environ.get("HTTP_AUTHORIZATION", "")):
@@ -93,8 +95,8 @@ class Relay:
 
     def _first_answer(
         self, call: _Call, request: Request, cancellation: Cancellation, held: contextlib.ExitStack
-    ) -> tuple[Lease, Reply]:
-        """The first answer that is worth passing on. `held` gives back its lease and its connection."""
+    ) -> tuple[Lease, Reply, Iterator[bytes]]:
+        """The first answer that is worth passing on, begun. `held` gives back its lease and connection."""
         facts = RequestFacts(call.path, request.body, secrets.randbits(64))
         tried: list[Seat] = []
         problems: list[str] = []
@@ -105,7 +107,14 @@ class Relay:
                 attempt.callback(lease.release)
                 try:
                     reply = self._connections.send(lease.instance, request, cancellation)
-                except (Unreachable, Unanswered) as fault:
+                    attempt.callback(reply.close)
+                    if reply.response.status != 503:
+                        pieces = _begun(_pieces(reply))
+                        held.push(attempt.pop_all())
+                        return lease, reply, pieces
+                    busy = _whole(lease, reply) or busy
+                    problem = f"{lease.instance.authority} answered 503"
+                except (Unreachable, Unanswered, Cut) as fault:
                     self._report(lease, fault)
                     problem = str(fault)
                 except Garbled as fault:
@@ -118,13 +127,6 @@ class Relay:
                     raise Refused(
                         error(504, f"replica {lease.instance.name}: {fault}", "replica_timeout")
                     ) from None
-                else:
-                    attempt.callback(reply.close)
-                    if reply.response.status != 503:
-                        held.push(attempt.pop_all())
-                        return lease, reply
-                    busy = _whole(lease, reply) or busy
-                    problem = f"{lease.instance.authority} answered 503"
             problems.append(f"replica {lease.instance.name}: {problem}")
             self._metrics.retried(lease.instance.name)
             logger.warning(
@@ -132,7 +134,7 @@ class Relay:
             )
         raise Refused(busy or _nobody(problems))
 
-    def _report(self, lease: Lease, fault: Unreachable | Unanswered) -> None:
+    def _report(self, lease: Lease, fault: Unreachable | Unanswered | Cut) -> None:
         if isinstance(fault, Unreachable):
             self._board.unreachable(lease.seat, str(fault))
         else:
@@ -195,23 +197,26 @@ class _Body:
     """A replica's answer on its way to the client. The server iterates it once and closes it always."""
 
     def __init__(
-        self, call: _Call, lease: Lease, reply: Reply, board: Board, held: contextlib.ExitStack
+        self,
+        call: _Call,
+        lease: Lease,
+        reply: Reply,
+        pieces: Iterator[bytes],
+        board: Board,
+        held: contextlib.ExitStack,
     ) -> None:
         self._call = call
         self._lease = lease
         self._reply = reply
+        self._pieces = pieces
         self._board = board
         self._held = held
         self._size = 0
         self._remark = "client gone"
-        # With a length announced, nothing can be added to a stream that breaks off.
-        self._is_events = reply.response.header("content-type").lower().startswith(
-            "text/event-stream"
-        ) and not reply.response.header("content-length")
 
     def __iter__(self) -> Iterator[bytes]:
         try:
-            for piece in self._events() if self._is_events else iter(self._reply.read, b""):
+            for piece in self._pieces:
                 self._size += len(piece)
                 yield piece
             self._remark = ""
@@ -220,7 +225,7 @@ class _Body:
         except (Cut, Silent) as fault:
             self._remark = str(fault)
             self._board.failed(self._lease.seat, str(fault))
-            if not self._is_events:
+            if not _is_events(self._reply):
                 self._call.abort()
             yield sse_error(f"replica {self._lease.instance.name} was lost in the middle of the answer")
 
@@ -228,20 +233,40 @@ class _Body:
         self._held.close()
         self._call.ended(self._reply.response.status, self._size, self._lease, self._remark)
 
-    def _events(self) -> Iterator[bytes]:
-        """Whole lines of an event stream: where it breaks off, the client has no half line to choke on."""
-        # An empty piece makes the server send the head, long before the first token.
-        yield b""
-        line: list[bytes] = []
-        while piece := self._reply.read():
-            end = max(piece.rfind(b"\n"), piece.rfind(b"\r")) + 1
-            if end:
-                yield b"".join([*line, piece[:end]])
-                line = []
-            if end < len(piece):
-                line.append(piece[end:])
-        if line:
-            yield b"".join(line)
+
+def _is_events(reply: Reply) -> bool:
+    # With a length announced, nothing can be added to a stream that breaks off.
+    return reply.response.header("content-type").lower().startswith(
+        "text/event-stream"
+    ) and not reply.response.header("content-length")
+
+
+def _pieces(reply: Reply) -> Iterator[bytes]:
+    """The body as it is passed on."""
+    return _lines(reply) if _is_events(reply) else iter(reply.read, b"")
+
+
+def _lines(reply: Reply) -> Iterator[bytes]:
+    """Whole lines of an event stream: where it breaks off, the client has no half line to choke on."""
+    line: list[bytes] = []
+    while piece := reply.read():
+        end = max(piece.rfind(b"\n"), piece.rfind(b"\r")) + 1
+        if end:
+            yield b"".join([*line, piece[:end]])
+            line = []
+        if end < len(piece):
+            line.append(piece[end:])
+    if line:
+        yield b"".join(line)
+
+
+def _begun(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Waits for the first piece: a replica may send the head of a stream long before, and die meanwhile.
+
+    Nothing may have gone to the client by then, not even that head: it binds the client to this replica.
+    """
+    first = next(pieces, b"")
+    return itertools.chain([first], pieces)
 
 
 def _whole(lease: Lease, reply: Reply) -> Answer | None:

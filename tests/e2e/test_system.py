@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -58,6 +60,28 @@ def test_a_killed_part_of_a_replica_takes_the_replica_down_and_it_comes_back(
     assert complete(system, "meanwhile").status_code == 200
     system.wait_ready()
     assert {i: system.worker_process(i).pid for i in others} == others
+
+
+@pytest.mark.parametrize("victim", ["worker_process", "http_process", "replica_process"])
+def test_a_replica_that_dies_before_a_first_token_costs_no_client_its_stream(
+    system: System, victim: str
+) -> None:
+    family = [system.replica_process(5), system.http_process(5), system.worker_process(5)]
+    port = system.metrics_ports[5]
+    before = _metric(port, "requests_number_total")
+    # Its requests wait for their first tokens as long as the test likes.
+    system.worker_process(5).suspend()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(complete, system, "one", stream=True, seed=7) for _ in range(16)]
+        wait_until(lambda: _metric(port, "requests_number_total") > before, "replica 5 has its share")
+        getattr(system, victim)(5).kill()
+        streams = [_events(answer.result()) for answer in answers]
+
+    assert {stream[-1]["choices"][0]["finish_reason"] for stream in streams} == {"length"}
+    assert len({"".join(event["choices"][0]["text"] for event in stream) for stream in streams}) == 1
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+    system.wait_ready()
 
 
 def test_a_killed_router_comes_back_with_its_replicas(system: System) -> None:
@@ -163,11 +187,19 @@ def _registered(system: System) -> int:
         return 0
 
 
+def _events(answer: requests.Response) -> list[dict[str, Any]]:
+    """Of a whole stream, without its last word."""
+    assert answer.status_code == 200, answer.text
+    *events, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    assert done == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def _metric(port: int, name: str) -> float:
+    lines = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"fastdeploy:{name} "))
+
+
 def _sum(system: System, metric: str) -> float:
     """Over all replicas."""
-    total = 0.0
-    for port in system.metrics_ports:
-        for line in requests.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text.splitlines():
-            if line.startswith(f"fastdeploy:{metric} "):
-                total += float(line.rsplit(" ", 1)[1])
-    return total
+    return sum(_metric(port, metric) for port in system.metrics_ports)

@@ -1,5 +1,6 @@
 """Arbiter, HTTP process and worker: up or down together, whoever is killed and however it is stopped."""
 
+import concurrent.futures
 import json
 import os
 import resource
@@ -59,6 +60,24 @@ def test_killing_the_worker_ends_the_replica_and_tells_its_clients(replica: ApiS
     assert replica.process.wait(60) == 3
     assert gone(http)
     assert f"worker pid={worker.pid} was killed by SIGKILL" in replica.log()
+
+
+def test_a_stream_whose_worker_is_killed_before_its_first_token_is_a_503(replica: ApiServer):
+    """Not a stream of one error: by its status a router knows that it can ask another replica."""
+    _, worker = replica.children()
+    worker.suspend()
+    chat = {"messages": [{"role": "user", "content": "a"}], "stream": True}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers = [
+            pool.submit(replica.post, "/v1/chat/completions", chat),
+            pool.submit(replica.post, "/v1/completions", {"prompt": "a", "stream": True}),
+        ]
+        wait_until(lambda: replica.metric("requests_number_total") == 2, "both wait for the worker")
+        worker.kill()
+        for answer in answers:
+            status, body = answer.result()
+            assert (status, body["error"]["type"]) == (503, "server_error")
+    assert replica.process.wait(60) == 3
 
 
 def test_killing_the_http_process_ends_the_replica(replica: ApiServer):

@@ -118,6 +118,12 @@ def never_answers(received: Received) -> bool:
     return False
 
 
+def sends_the_head_of_a_stream(received: Received) -> bool:
+    """And no event, ever."""
+    received.send(EVENT_HEAD)
+    return never_answers(received)
+
+
 def streams_for_ever(received: Received) -> bool:
     received.send(EVENT_HEAD)
     received.send_chunk(b"data: first\n\n")

@@ -7,7 +7,15 @@ import threading
 
 import pytest
 
-from .fake_engine import EVENT_HEAD, answers, events, never_answers, streams_for_ever, wait_until
+from .fake_engine import (
+    EVENT_HEAD,
+    answers,
+    events,
+    never_answers,
+    sends_the_head_of_a_stream,
+    streams_for_ever,
+    wait_until,
+)
 
 BODY = b'{"stream": true, "prompt": "x"}'
 REQUEST = (
@@ -26,11 +34,12 @@ def leave(client: socket.socket, how: str) -> None:
     client.close()
 
 
+@pytest.mark.parametrize("behaviour", [never_answers, sends_the_head_of_a_stream])
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, new_engine, how):
+def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, new_engine, behaviour, how):
     """gevent, gthread and sync workers by themselves hold the replica until it writes something."""
-    engine = new_engine(behaviour=never_answers)
-    other = new_engine(behaviour=never_answers)
+    engine = new_engine(behaviour=behaviour)
+    other = new_engine(behaviour=behaviour)
     router.add(engine, other)
     client = connect(router)
     client.sendall(REQUEST)
@@ -97,8 +106,8 @@ def test_counts_are_zero_after_clients_that_leave_at_random_moments(router, new_
     chance = random.Random(7)
 
     def moody(received) -> bool:
-        """Any of: slow, silent until cancelled, dead before or in the middle of its answer, healthy."""
-        mood = received.body[-3] % 6
+        """Any of: slow, silent until cancelled, dead before head, first or second event, healthy."""
+        mood = received.body[-3] % 7
         if mood == 0:
             return received.wait_until_cancelled(0.2)
         if mood == 1:
@@ -110,6 +119,9 @@ def test_counts_are_zero_after_clients_that_leave_at_random_moments(router, new_
             return False
         if mood == 3:
             received.wait_until_cancelled(0.02)
+        if mood == 4:
+            received.send(EVENT_HEAD)
+            return received.wait_until_cancelled(0.02)
         return answers(received)
 
     engines = [new_engine(replica=number, behaviour=moody) for number in range(4)]

@@ -20,6 +20,7 @@ from .fake_engine import (
     json_head,
     never_answers,
     sends,
+    sends_the_head_of_a_stream,
     wait_until,
     waits_for,
 )
@@ -164,23 +165,6 @@ def test_each_event_passes_before_the_next_exists(router, new_engine):
     assert number == 4
 
 
-def test_the_head_of_a_stream_passes_before_its_first_event(router, new_engine):
-    gate = threading.Event()
-
-    def thinks(received) -> bool:
-        received.send(EVENT_HEAD)
-        assert gate.wait(20)
-        received.send_chunk(b"data: 1\n\n")
-        received.send(b"0\r\n\r\n")
-        return True
-
-    router.add(new_engine(replica=1, behaviour=thinks))
-    with router.complete(body={"stream": True}, stream=True) as answer:
-        assert answer.headers["X-FD-Replica"] == "1"
-        gate.set()
-        assert answer.content == b"data: 1\n\n"
-
-
 def test_a_stream_arrives_byte_for_byte_however_it_was_cut_up(router, new_engine):
     expected = (
         b': hi\r\n\r\nevent: x\ndata: {"a": 1}\ndata: more\n\n'
@@ -234,6 +218,43 @@ def test_a_replica_that_dies_before_its_answer_is_replaced_by_another(router, ne
     assert [received.body for received in alive.received] == [b'{"prompt": "hello"}'] * 4
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        EVENT_HEAD,
+        EVENT_HEAD + b'10\r\ndata: {"half of ',
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 99\r\n\r\n",
+        json_head(1000),
+    ],
+)
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_replica_that_dies_between_head_and_first_event_is_replaced_unseen(router, new_engine, start, how):
+    """FastDeploy's replicas send the head of a stream at once, and their first token may take long."""
+
+    def dies(received) -> bool:
+        received.send(start)
+        if how == "reset":
+            received.reset()
+        return False
+
+    dying, alive = new_engine(replica=0, behaviour=dies), new_engine(replica=1)
+    router.add(dying, alive)
+    for _ in range(4):
+        answer = router.complete(body={"stream": True})
+        assert (answer.status_code, answer.headers["X-FD-Replica"]) == (200, "1")
+        assert answer.content == b"".join(events(alive.received[-1].body))
+    assert dying.received
+    router.wait_idle()
+
+
+def test_a_stream_that_no_replica_begins_is_refused(router, new_engine):
+    engines = [new_engine(replica=number, behaviour=sends(EVENT_HEAD)) for number in range(3)]
+    router.add(*engines)
+    answer = router.complete(body={"stream": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_replica")
+    assert [len(engine.received) for engine in engines] == [1, 1, 1]
+
+
 def test_a_retried_request_is_the_same_request(router, new_engine):
     engines = [new_engine(replica=0, behaviour=closes), new_engine(replica=1)]
     router.add(*engines)
@@ -280,13 +301,17 @@ def test_a_replica_that_answers_garbage_is_a_bad_gateway(router, new_engine):
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "bad_gateway")
 
 
-def test_a_silent_replica_is_given_up_after_the_timeout(start_router, new_engine):
+@pytest.mark.parametrize("behaviour", [never_answers, sends_the_head_of_a_stream])
+def test_a_silent_replica_is_given_up_after_the_timeout(start_router, new_engine, behaviour):
     router = start_router("--request-timeout-secs", "0.3")
-    engine = new_engine(replica=0, behaviour=never_answers)
-    router.add(engine)
-    answer = router.complete()
+    engines = [new_engine(replica=number, behaviour=behaviour) for number in range(2)]
+    router.add(*engines)
+    answer = router.complete(body={"stream": True})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "replica_timeout")
-    wait_until(lambda: engine.cancelled == [True], "the replica learns that nobody waits any more")
+    wait_until(
+        lambda: [each for engine in engines for each in engine.cancelled] == [True],
+        "the one replica that was asked learns that nobody waits any more",
+    )
 
 
 def test_an_early_refusal_of_a_large_body_reaches_the_client(router, new_engine):
@@ -320,9 +345,11 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_event(router, new_engine
         received.reset()
         return False
 
-    router.add(new_engine(replica=6, behaviour=dies))
+    engines = [new_engine(replica=number, behaviour=dies) for number in (6, 7)]
+    router.add(*engines)
     answer = router.complete(body={"stream": True})
     assert answer.status_code == 200
+    assert sum(len(engine.received) for engine in engines) == 1
     lines = [line for line in answer.text.splitlines() if line]
     assert lines[0] == whole.decode().strip()
     assert json.loads(lines[1].removeprefix("data: "))["error"]["code"] == "replica_lost"

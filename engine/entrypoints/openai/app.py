@@ -138,7 +138,8 @@ def _answer(replica: Replica, body: ChatRequest | CompletionRequest, prompts: li
 
 def _stream(chunks: Iterator[dict[str, Any]]) -> Response:
     """Server-sent events."""
-    # Waits for it here, so that an error before the first token gets a status of its own.
+    # Waits for it here, so that an error before the first token gets a status of its own: by a 503 a router
+    # knows that it can ask another replica.
     first = next(chunks)
     events = _events(itertools.chain([first], chunks), g.record)
     return Response(events, mimetype="text/event-stream", headers=_SSE_HEADERS)
