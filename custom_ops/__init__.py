@@ -24,6 +24,11 @@ __all__ = [
     "argmax",
     "attention_block",
     "embedding",
+    "ep_combine_receive",
+    "ep_combine_send",
+    "ep_dispatch_receive",
+    "ep_dispatch_send",
+    "ep_moe_block",
     "fused_moe",
     "instruction_set",
     "linear",
@@ -107,6 +112,37 @@ def moe_block(
     """
     experts = (router, bias, gate_up, down, shared_gate_up, shared_down)
     _, picks, weights = run("moe_block", stream, norm, *experts, epsilon, k, norm_min)
+    return picks, weights
+
+
+def ep_moe_block(
+    stream: paddle.Tensor,
+    norm: paddle.Tensor,
+    router: paddle.Tensor,
+    bias: paddle.Tensor,
+    gate_up: paddle.Tensor,
+    down: paddle.Tensor,
+    shared_gate_up: paddle.Tensor | None,
+    shared_down: paddle.Tensor | None,
+    epsilon: float,
+    k: int,
+    norm_min: float,
+    group: int,
+    layer: int,
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """`moe_block` with the experts of a group of ranks: a collective, and equal to it to the bit.
+
+    Tokens go to where their experts are computed, and this rank computes those that are for its own experts;
+    shared experts are computed meanwhile. A rank that has no tokens calls it with a stream [0, H].
+
+    Args:
+        group: of `expert_group.NativeGroup`. When its status is not GOING afterwards, or was not before, the
+        stream is
+            not to be used.
+        layer: counts those that have experts.
+    """
+    experts = (router, bias, gate_up, down, shared_gate_up, shared_down)
+    _, picks, weights = run("ep_moe_block", stream, norm, *experts, epsilon, k, norm_min, group, layer)
     return picks, weights
 
 
@@ -231,3 +267,60 @@ def fused_moe(
 ) -> paddle.Tensor:
     """The routed experts: permute, grouped GEMM and unpermute in one call; x [T, H] -> [T, H]."""
     return run("fused_moe", x, picks, weights, gate_up, down)[0]
+
+
+# ---- a collective of an expert-parallel group in its parts: between each send and its receive others may be
+# computed
+
+
+def ep_dispatch_send(x: paddle.Tensor, picks: paddle.Tensor, group: int, layer: int) -> paddle.Tensor:
+    """Publishes this rank's tokens and where each of them goes.
+
+    Args:
+        x: float32 or bfloat16 [T, H], the same type on all ranks.
+        picks: int32 [T, k]; -1 drops a pick.
+
+    Returns:
+        int32 [T, k]: expert * 64 + seat of each pick, -1 for those that are dropped.
+
+    Raises:
+        RuntimeError: the group has been interrupted (its status says why). So do the other three.
+    """
+    return run("ep_dispatch_send", x, picks, group, layer)[0]
+
+
+def ep_dispatch_receive(
+    like: paddle.Tensor, group: int, layer: int
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    """Waits until all ranks have published theirs, and takes what is for this rank's experts.
+
+    Args:
+        like: any tensor of the type and width of x.
+
+    Returns:
+        rows [N, H] by expert, and within an expert by seat, token and pick; offsets int32 [E + 1], where each
+        expert's rows begin; origins int32 [N, 3]: seat, token and pick of each row.
+    """
+    rows, offsets, origins = run("ep_dispatch_receive", like, group, layer)
+    return rows, offsets, origins
+
+
+def ep_combine_send(rows: paddle.Tensor, group: int) -> None:
+    """Publishes the results [N, H] of the rows that were received, in their order.
+
+    They are copied unless they lie where `NativeGroup.result_rows` says already.
+    """
+    run("ep_combine_send", rows, group)
+
+
+def ep_combine_receive(weights: paddle.Tensor, like: paddle.Tensor, group: int) -> paddle.Tensor:
+    """Waits for all results, and sums those of each token by `weights` [T, k] in float32, in the order of
+    its picks.
+
+    Args:
+        like: any tensor of the type and width of the rows that were sent.
+
+    Returns:
+        float32 [T, H].
+    """
+    return run("ep_combine_receive", weights, like, group)[0]

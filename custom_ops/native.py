@@ -18,7 +18,7 @@ def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    _library()
+    library()
     return paddle._C_ops._run_custom_op(f"fd_{operation}", *arguments)
 
 
@@ -32,35 +32,35 @@ def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
     """
     assert count >= 1
     assert cpus is None or len(cpus) == count, "as many CPUs as threads"
-    error = _library().fd_set_threads(count, None if cpus is None else (ctypes.c_int * count)(*cpus))
+    error = library().fd_set_threads(count, None if cpus is None else (ctypes.c_int * count)(*cpus))
     if error is not None:
         raise OSError(f"--threads {count}: the system refuses to start them ({error.decode()})")
 
 
 def instruction_set() -> str:
     """What the kernels run on: amx, avx512, avx2 or generic; FD_ISA in the environment asks for less."""
-    return _library().fd_isa().decode()
+    return library().fd_isa().decode()
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     path = Path(__file__).with_name("libfd_ops.so")
     if not path.exists():
         raise ImportError(f"{path} is missing; install the project with pip, which compiles it")
     try:
         load_op_meta_info_and_register_op(str(path))
-        library = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:
         raise ImportError(
             f"{path} does not load into Paddle {paddle.__version__}; it was compiled for another version: "
             f"install the project again ({str(error).strip().splitlines()[-1]})"
         ) from None
-    library.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
-    library.fd_set_threads.restype = ctypes.c_char_p
+    loaded.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
+    loaded.fd_set_threads.restype = ctypes.c_char_p
     for name in ("fd_isa", "fd_isa_error"):
-        getattr(library, name).argtypes = []
-        getattr(library, name).restype = ctypes.c_char_p
-    unfit = library.fd_isa_error()
+        getattr(loaded, name).argtypes = []
+        getattr(loaded, name).restype = ctypes.c_char_p
+    unfit = loaded.fd_isa_error()
     if unfit is not None:
         raise ImportError(unfit.decode())
-    return library
+    return loaded

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .expert_parallel.memory import MOST_SEATS
 
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")
@@ -126,6 +127,10 @@ class ModelConfig:
             and self.moe_layer_start_index <= index <= self.moe_layer_end_index
         )
 
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(map(self.is_moe_layer, range(self.num_hidden_layers)))
+
     def context_of_double_cost(self) -> float:
         """The length of a context whose attention takes as many operations as all the rest of a token."""
         heads = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
@@ -166,6 +171,14 @@ class EngineConfig:
     data_parallel_rank: int = 0
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    #: Ranks of one group share the experts; the name is unique to a deployment on the machine.
+    expert_parallel_group: str = "default"
+    #: Extra copies of the most used experts of each layer.
+    redundant_experts: int = 0
+    #: Experts move to where measured load is least.
+    enable_eplb: bool = False
+    #: Seconds without progress after which a rank that others wait for is killed.
+    expert_parallel_stall_kill: float = 60.0
     #: Order inside a fused Paddle qkv tensor: "plain" (q|k|v) or "grouped" (per kv head: its q heads, k, v).
     qkv_order: str = "plain"
     #: What weights (unless quantised) and the KV cache are kept in; sums are float32 always.
@@ -188,6 +201,18 @@ class EngineConfig:
             raise ConfigError(
                 f"--tensor-parallel-size is {self.tensor_parallel_size}; this engine runs one process per "
                 "replica: use 1 and raise --data-parallel-size instead"
+            )
+        if self.redundant_experts < 0:
+            raise ConfigError(f"--redundant-experts is {self.redundant_experts}; it must be 0 or more")
+        if self.expert_parallel_stall_kill <= 0:
+            raise ConfigError(
+                f"--expert-parallel-stall-kill is {self.expert_parallel_stall_kill:g}; it must be more than "
+                "0 seconds"
+            )
+        if self.enable_expert_parallel and self.data_parallel_size > MOST_SEATS:
+            raise ConfigError(
+                f"--data-parallel-size is {self.data_parallel_size}; an expert-parallel group has "
+                f"{MOST_SEATS} ranks at most"
             )
         if self.threads < 0:
             raise ConfigError(f"--threads is {self.threads}; it must be 0 (divide the cores) or more")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import paddle
@@ -11,7 +11,8 @@ import paddle
 from .block_pool import BlockPool
 from .config import EngineConfig, ModelConfig
 from .errors import FastDeployError, RequestError
-from .messages import AddRequest, Stats, StepOutputs, TokenOutput
+from .expert_parallel.group import RankLost
+from .messages import AddRequest, ExpertParallelStats, Stats, StepOutputs, TokenOutput
 from .request import Batch, FinishReason, Sequence
 from .sampler import Sampled, Sampler
 from .scheduler import Scheduler
@@ -46,9 +47,19 @@ class EngineCore:
     """Scheduler, runner and sampler as one loop body. Single-threaded: the caller decides when to step."""
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, runner: Runner, num_blocks: int
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        runner: Runner,
+        num_blocks: int,
+        read_group: Callable[[], ExpertParallelStats] | None = None,
     ) -> None:
+        """
+        Args:
+            read_group: what is to be told about the expert-parallel group, if the runner is in one.
+        """
         self._config = config
+        self._read_group = read_group
         self._vocab_size = model_config.vocab_size
         self._runner = runner
         self._pool = BlockPool(num_blocks, config.block_size)
@@ -79,6 +90,7 @@ class EngineCore:
 
         Raises:
             EngineBroken: too many steps in a row have failed.
+            RankLost: the other ranks go on without this one.
         """
         outputs, self._refusals = self._refusals, []
         batch = self._scheduler.schedule()
@@ -86,6 +98,8 @@ class EngineCore:
             self._steps_total += 1
             try:
                 sampled = self._compute(batch)
+            except RankLost:
+                raise
             except Exception as error:
                 outputs += self._fail(batch, error)
             else:
@@ -157,6 +171,7 @@ class EngineCore:
             steps_total=self._steps_total,
             batch_tokens=batch_tokens,
             max_num_seqs=self._config.max_num_seqs,
+            expert_parallel=None if self._read_group is None else self._read_group(),
         )
 
 

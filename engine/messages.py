@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 # ---- API process -> worker
@@ -91,6 +91,27 @@ class TokenOutput(msgspec.Struct, frozen=True):
     message: str | None = None
 
 
+class ExpertParallelStats(msgspec.Struct, frozen=True):
+    """The expert-parallel group, as a rank sees it that is in it."""
+
+    epoch: int
+    active_seats: list[int]
+    #: Of the whole group, since it exists.
+    joins_total: int
+    leaves_total: int
+    losses_total: int
+    #: Of this rank, since it joined.
+    restarted_steps_total: int
+    steps_total: int
+    step_seconds_total: float
+    bytes_dispatched_total: int
+    bytes_combined_total: int
+    #: For each seat.
+    waited_seconds_total: list[float]
+    #: Of each expert, over all layers, computed at this rank's seat since the group exists.
+    expert_tokens_total: list[int]
+
+
 class Stats(msgspec.Struct, frozen=True):
     """The engine after a step; gauges as they are, `*_total` since the worker started."""
 
@@ -104,6 +125,8 @@ class Stats(msgspec.Struct, frozen=True):
     steps_total: int
     batch_tokens: int
     max_num_seqs: int
+    #: None where there is no group.
+    expert_parallel: ExpertParallelStats | None = None
 
 
 class StepOutputs(msgspec.Struct, tag="step", frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,7 +14,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .messages import Ready, Stats
+from .messages import ExpertParallelStats, Ready, Stats
 
 # Half of the lines would be times at which counters were made.
 disable_created_metrics()
@@ -101,6 +101,24 @@ class _EngineCollector(Collector):
         yield _gauge("hit_token_rate", "Part of prompt tokens found cached, 0..1", hit / max(queried, 1))
         yield _counter("request_preempted", "Sequences put back to make room", stats.preemptions_total)
         yield _counter("prefix_cache_token_num", "Prompt tokens found in the prefix cache", hit)
+        if stats.expert_parallel is not None:
+            yield from _of_group(stats.expert_parallel)
+
+
+def _of_group(group: ExpertParallelStats) -> Iterator[Metric]:
+    yield _gauge("ep_epoch", "Epoch of the expert group; rises when its members change", group.epoch)
+    yield _gauge("ep_active_seats", "Ranks in the expert group", len(group.active_seats))
+    yield _counter("ep_joins", "Ranks that have joined; every rank tells the same", group.joins_total)
+    yield _counter("ep_leaves", "Ranks that have left; every rank tells the same", group.leaves_total)
+    yield _counter("ep_losses", "Ranks that have died; every rank tells the same", group.losses_total)
+    yield _counter("ep_steps", "Steps of the group that this rank took part in", group.steps_total)
+    yield _counter("ep_step_seconds", "Time that those steps took", group.step_seconds_total)
+    yield _counter("ep_restarted_steps", "Steps that were begun again", group.restarted_steps_total)
+    yield _counter("ep_dispatched_bytes", "Tokens sent to other ranks", group.bytes_dispatched_total)
+    yield _counter("ep_combined_bytes", "Results taken from other ranks", group.bytes_combined_total)
+    waited, computed = group.waited_seconds_total, group.expert_tokens_total
+    yield _counters("ep_waited_seconds", "Time that this rank has waited for others", "seat", waited)
+    yield _counters("ep_expert_tokens", "Tokens that each expert has computed here", "expert", computed)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
@@ -109,3 +127,11 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 
 def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(f"fastdeploy:{name}", text, value=value)
+
+
+def _counters(name: str, text: str, label: str, values: Iterable[float]) -> Metric:
+    """One for each index."""
+    family = CounterMetricFamily(f"fastdeploy:{name}", text, labels=(label,))
+    for index, value in enumerate(values):
+        family.add_metric((str(index),), value)
+    return family

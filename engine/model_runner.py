@@ -7,6 +7,7 @@ import ctypes
 import paddle
 
 from .config import EngineConfig, ModelConfig
+from .expert_parallel.group import ExpertGroup
 from .kv_cache import KVCache
 from .models.ernie45 import Ernie45
 from .request import Batch
@@ -17,9 +18,19 @@ class ModelRunner:
     """Owns the KV cache. Which block belongs to whom is the scheduler's business."""
 
     def __init__(
-        self, model: Ernie45, model_config: ModelConfig, engine_config: EngineConfig, num_blocks: int
+        self,
+        model: Ernie45,
+        model_config: ModelConfig,
+        engine_config: EngineConfig,
+        num_blocks: int,
+        group: ExpertGroup | None = None,
     ) -> None:
+        """
+        Args:
+            group: the ranks that share the experts; None: all experts are computed here.
+        """
         self.model = model
+        self._group = group
         # As precise as the weights are.
         wide = engine_config.weight_format == "float32"
         self.caches = [
@@ -38,7 +49,20 @@ class ModelRunner:
         """
         with paddle.no_grad():
             step = self._step.write(batch, every_position=every_position)
-            return self.model.logits(self.model.forward(step, self.caches), step)
+            group = self._group
+            if group is None:
+                return self.model.logits(self.model.forward(step, self.caches), step)
+            return group.run_step(
+                batch.num_tokens,
+                lambda: self.model.logits(self.model.forward(step, self.caches, group), step),
+            )
+
+    def assist(self) -> None:
+        """Takes part in a step that only other ranks have tokens for, if there is one."""
+        group = self._group
+        assert group is not None, "nobody calls a rank that is in no group"
+        with paddle.no_grad():
+            group.run_step(0, lambda: self.model.assist(group))
 
 
 def _keep_freed_memory() -> None:

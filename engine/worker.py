@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +30,7 @@ from .errors import ConfigError, FastDeployError
 from .messages import (
     AbortRequests,
     AddRequest,
+    ExpertParallelStats,
     Failed,
     FromWorker,
     Hello,
@@ -41,12 +43,18 @@ from .parent_death import die_with_parent
 
 if TYPE_CHECKING:
     from .engine import EngineCore
+    from .expert_parallel.group import ExpertGroup
+    from .model_runner import ModelRunner
 
 # Not __name__, which is __main__ here.
 _log = logging.getLogger("fastdeploy.worker")
 
 _ENVIRONMENT = ("FD_ENGINE_CONFIG", "FD_WORKER_ENDPOINT", "FD_WORKER_TOKEN", "FD_PARENT_PID")
 _PR_SET_NAME = 15
+#: Less than the API process has patience with a worker that ends.
+_LEAVE_SECONDS = 3.0
+#: Between two words about steps in which only others have work.
+_TELL_SECONDS = 1.0
 
 
 def main() -> int:
@@ -74,7 +82,7 @@ def main() -> int:
             _name_and_log(config)
             # Before Paddle and NumPy are imported, which read these then.
             os.environ.update(SINGLE_THREADED)
-            serve(load(config, api), api)
+            serve(*load(config, api), api)
         # ImportError: the operations were not built, or not for this machine.
         except (FastDeployError, OSError, ImportError, MemoryError) as error:
             return _fail(api, str(error) or "not enough memory")
@@ -85,8 +93,8 @@ def main() -> int:
     return 0
 
 
-def load(config: EngineConfig, api: ApiLink) -> EngineCore:
-    """Builds the engine, telling `api` how far it is."""
+def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
+    """Builds the engine and joins the group of ranks, if there is to be one, telling `api` how far it is."""
 
     def report(fraction: float, stage: str) -> None:
         api.send(LoadProgress(fraction, stage))
@@ -118,8 +126,15 @@ def load(config: EngineConfig, api: ApiLink) -> EngineCore:
     )
     num_blocks = config.num_blocks(model_config)
     report(1.0, f"allocating a cache of {num_blocks} blocks")
-    runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks)
-    engine = EngineCore(config, model_config, runner, num_blocks)
+    group = None
+    if config.enable_expert_parallel and model_config.num_moe_layers:
+        from .expert_parallel.rank import join_group
+
+        report(1.0, f"joining the expert group {config.expert_parallel_group}")
+        group = join_group(config, model_config, weights, share)
+    runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks, group)
+    rank = None if group is None else Rank(group, runner)
+    engine = EngineCore(config, model_config, runner, num_blocks, None if rank is None else rank.stats)
     # What is alive now stays: a full collection would walk over all of it, and stop a step for 100 ms.
     gc.collect()
     gc.freeze()
@@ -133,14 +148,26 @@ def load(config: EngineConfig, api: ApiLink) -> EngineCore:
         share.threads,
         custom_ops.instruction_set(),
     )
-    return engine
+    return engine, rank
 
 
-def serve(engine: EngineCore, api: ApiLink) -> None:
-    """The engine loop: messages in, a step if there is work, its tokens out; asleep when there is none."""
+def serve(engine: EngineCore, rank: Rank | None, api: ApiLink) -> None:
+    """The engine loop: messages in, a step if there is work, its tokens out; asleep when there is none.
+
+    Steps of other ranks of the group are steps of this one, too.
+    """
+
+    def is_wanted() -> bool:
+        return rank is not None and rank.is_wanted
+
+    if rank is not None:
+        api.watch(rank.group.wakeups.fileno())
+        # Who is in the group is seen from the start.
+        api.send(engine.rest())
     resting = True
+    assisted, told = False, time.monotonic()
     while not api.stopping:
-        for message in api.receive(wait=not engine.has_work):
+        for message in api.receive(wait=not engine.has_work and not is_wanted()):
             match message:
                 case AddRequest():
                     engine.add(message)
@@ -149,10 +176,65 @@ def serve(engine: EngineCore, api: ApiLink) -> None:
         if engine.has_work:
             api.send(engine.step())
             resting = False
-        if not resting and not engine.has_work:
-            # Also after an abort, which no step follows: gauges must not stay where they were.
+        elif rank is not None:
+            rank.assist()
+            assisted = True
+        if engine.has_work:
+            continue
+        # Also after an abort, which no step follows: gauges must not stay where they were.
+        stale = not resting
+        if assisted:
+            stale |= not is_wanted() or time.monotonic() - told > _TELL_SECONDS
+        if stale:
             api.send(engine.rest())
-            resting = True
+            resting, assisted, told = True, False, time.monotonic()
+    if rank is not None:
+        rank.leave()
+
+
+class Rank:
+    """The worker as a member of a group: what it does there while it has no work of its own."""
+
+    def __init__(self, group: ExpertGroup, runner: ModelRunner) -> None:
+        self.group = group
+        self._runner = runner
+
+    @property
+    def is_wanted(self) -> bool:
+        """A step of the others has begun, or is about to."""
+        return self.group.awake or self.group.is_called
+
+    def assist(self) -> None:
+        self.group.attend()
+        if self.is_wanted:
+            self._runner.assist()
+
+    def stats(self) -> ExpertParallelStats:
+        status = self.group.status()
+        return ExpertParallelStats(
+            epoch=status.epoch,
+            active_seats=list(status.seats),
+            joins_total=status.joins,
+            leaves_total=status.leaves,
+            losses_total=status.losses,
+            restarted_steps_total=status.restarted_steps,
+            steps_total=status.steps,
+            step_seconds_total=status.step_seconds,
+            bytes_dispatched_total=status.bytes_dispatched,
+            bytes_combined_total=status.bytes_combined,
+            waited_seconds_total=list(status.waited_seconds),
+            expert_tokens_total=self.group.load(),
+        )
+
+    def leave(self) -> None:
+        """Lets the others take over this rank's experts, between two steps."""
+        self.group.request_leave()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while self.group.is_member and time.monotonic() < deadline:
+            if not self.is_wanted:
+                self.group.wakeups.poll(0.1)
+            self.assist()
+        self.group.close()
 
 
 class ApiLink:
@@ -185,8 +267,13 @@ class ApiLink:
     def send(self, message: FromWorker) -> None:
         self._socket.send(self._encoder.encode(message))
 
+    def watch(self, descriptor: int) -> None:
+        """Ends a wait in `receive` also when this is readable."""
+        self._poller.register(descriptor, zmq.POLLIN)
+
     def receive(self, *, wait: bool) -> list[AddRequest | AbortRequests]:
-        """What has arrived; with `wait` sleeps until something has, or the process is to stop."""
+        """What has arrived; with `wait` sleeps until something has, until a watched descriptor
+        is readable, or the process is to stop."""
         if wait:
             self._poller.poll()
         messages: list[AddRequest | AbortRequests] = []
@@ -240,8 +327,8 @@ def _name_and_log(config: EngineConfig) -> None:
 
 
 def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
-    if config.enable_expert_parallel:
-        _log.warning("--enable-expert-parallel: each replica still holds all experts")
+    if config.enable_expert_parallel and not model_config.num_moe_layers:
+        _log.warning("--enable-expert-parallel has no effect: %s has no experts", config.model)
     if config.max_model_len > model_config.max_position_embeddings:
         _log.warning(
             "--max-model-len %d exceeds max_position_embeddings %d of %s; long texts may turn out badly",

@@ -1,5 +1,7 @@
 #include "decoder_layer.h"
 
+#include <algorithm>
+
 #include "moe_topk_select.h"
 #include "moe_unpermute.h"
 #include "rms_norm.h"
@@ -83,6 +85,88 @@ void moe_block(const MoeBlock& args) {
     experts.run(team, normed, expert_rows);
     moe_unpermute(team, unpermute);
   });
+}
+
+namespace {
+
+// One collective of a block.
+void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer) {
+  constexpr int kElement = sizeof(float);
+  Workspace& workspace = Workspace::fresh();
+  const int tokens = args.num_tokens, hidden = args.hidden, k = args.k;
+  group.note(Phase::kCompute, layer);
+  float* const shared_rows =
+      args.shared == nullptr ? nullptr : workspace.take<float>(static_cast<int64_t>(tokens) * hidden);
+  const Activations x = take_activations(workspace, tokens, hidden);
+  if (tokens > 0) {
+    // The normalised rows are written to where the other seats read them.
+    auto* const normed = static_cast<float*>(group.token_rows(tokens, kElement));
+    if (normed == nullptr) return;
+    const int num_experts = args.router.outputs;
+    float* const router_logits = workspace.take<float>(static_cast<int64_t>(tokens) * num_experts);
+    const RmsNorm norm{args.stream, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
+    const Product to_logits(workspace, args.router, x, Output::kStore, router_logits);
+    const MoeTopkSelect select{router_logits, args.bias,  tokens,     num_experts, k,
+                               args.norm_min, args.picks, args.weights};
+    run_team([&](Team& team) {
+      rms_norm(team, norm);
+      to_logits.run(team);
+      moe_topk_select(team, select);
+    });
+    group.note(Phase::kHalfSent, layer);
+    group.address(layer, args.picks, tokens);
+  }
+  group.publish_tokens(tokens, kElement);
+  group.note(Phase::kSent, layer);
+  if (tokens > 0 && args.shared != nullptr) {
+    // While the tokens of the others are on their way.
+    const DenseMlp shared{*args.shared, x, Output::kStore, shared_rows};
+    MoeGroupedGemm mlp(workspace, nullptr, nullptr, &shared);
+    run_team([&](Team& team) { mlp.run(team, nullptr, nullptr); });
+  }
+  if (!group.await_tokens()) return;
+  group.note(Phase::kExperts, layer);
+  const Received received = group.receive(workspace, layer, kElement);
+  if (received.rows > 0) {
+    auto* const results = static_cast<float*>(group.result_rows(received.rows, kElement));
+    if (results == nullptr) return;
+    const MoeOrder order{received.rows, 1, static_cast<int>(group.shape().num_experts), received.offsets, nullptr,
+                         nullptr};
+    MoeGroupedGemm experts(workspace, &args.experts, &order, nullptr);
+    const auto source = [&](int64_t row) { return static_cast<const float*>(received.sources[row]); };
+    run_team([&](Team& team) { experts.run(team, source, results); });
+  }
+  group.note(Phase::kHalfReturned, layer);
+  group.publish_results();
+  group.note(Phase::kReturned, layer);
+  if (!group.await_results()) return;
+  group.note(Phase::kCombine, layer);
+  const Kernels& isa = kernels();
+  run_team([&](Team& team) {
+    team.for_each(tokens, [&](int64_t token) {
+      const float* rows[kMostPicks];
+      for (int j = 0; j < k; ++j) {
+        rows[j] = static_cast<const float*>(group.result(static_cast<int>(token), j, kElement));
+      }
+      isa.combine(args.stream + token * hidden, rows, args.weights + token * k, k,
+                  shared_rows == nullptr ? nullptr : shared_rows + token * hidden, hidden);
+    });
+  });
+}
+
+}  // namespace
+
+void ep_moe_block(const MoeBlock& args, ExpertGroup& group, int layer) {
+  const int most = static_cast<int>(group.shape().max_tokens);
+  MoeBlock round = args;
+  for (int i = 0; i < group.rounds() && group.status() == ExpertGroup::kGoing; ++i) {
+    const int64_t first = std::min(int64_t{i} * most, int64_t{args.num_tokens});
+    round.num_tokens = std::min(most, args.num_tokens - static_cast<int>(first));
+    round.stream = args.stream + first * args.hidden;
+    round.picks = args.picks + first * args.k;
+    round.weights = args.weights + first * args.k;
+    ep_moe_round(round, group, layer);
+  }
 }
 
 void logits(const Logits& args) {

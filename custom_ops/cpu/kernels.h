@@ -108,6 +108,8 @@ struct Kernels {
   // out += sum_j weights[j] * rows[j], in the order of j, + last unless it is null; all of that added at once
   void (*combine)(float* out, const float* const* rows, const float* weights, int count, const float* last,
                   int width);
+  // The same of bfloat16 rows.
+  void (*combine_bfloat16)(float* out, const uint16_t* const* rows, const float* weights, int count, int width);
   // maxima[b] = the highest score of block b; returns the highest of all, NaN if any score is NaN
   float (*block_maxima)(const float* scores, int64_t count, float* maxima);
   // weights[i] = 2^((scores[i] - best) * factor), zeros up to a whole block; sums[b] = sum of block b

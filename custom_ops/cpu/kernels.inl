@@ -30,6 +30,7 @@ const Kernels table = {
     .rms_norm = rms_norm,
     .softmax = softmax,
     .combine = combine,
+    .combine_bfloat16 = combine_bfloat16,
     .block_maxima = block_maxima,
     .weigh = weigh,
     .mass_from = mass_from,

@@ -41,6 +41,13 @@ MoeGroupedGemm::MoeGroupedGemm(Workspace& workspace, const Mlp* experts, const M
 }
 
 void MoeGroupedGemm::run(Team& team, const float* x, float* out) {
+  const auto source = [&](int64_t row) {
+    return x + static_cast<int64_t>(order_->order[row] / order_->k) * experts_->gate_up.inputs;
+  };
+  run(team, source, out);
+}
+
+void MoeGroupedGemm::run(Team& team, FunctionRef<const float*(int64_t)> source, float* out) {
   if (team.rank() == 0) plan(out);
   team.barrier();
   if (experts_ != nullptr) {
@@ -49,8 +56,7 @@ void MoeGroupedGemm::run(Team& team, const float* x, float* out) {
       const int32_t* const offsets = order_->offsets;
       const int expert =
           static_cast<int>(std::upper_bound(offsets, offsets + order_->num_experts + 1, row) - offsets) - 1;
-      copy_row(x + static_cast<int64_t>(order_->order[row] / order_->k) * hidden,
-               expert_rows_of(gathered_, expert, hidden), static_cast<int>(row) - offsets[expert]);
+      copy_row(source(row), expert_rows_of(gathered_, expert, hidden), static_cast<int>(row) - offsets[expert]);
     });
   }
   gate_up_.run(team);

@@ -31,7 +31,21 @@ void softmax(float* x, int count) {
   }
 }
 
-void combine(float* out, const float* const* rows, const float* weights, int count, const float* last, int width) {
+FD_INLINE V load_part(const uint16_t* p, int count) {
+  uint32_t words[16] = {};
+  if (count == 16) {
+    for (int i = 0; i < 16; ++i) words[i] = static_cast<uint32_t>(p[i]) << 16;
+  } else {
+    for (int i = 0; i < count; ++i) words[i] = static_cast<uint32_t>(p[i]) << 16;
+  }
+  float values[16];
+  std::memcpy(values, words, sizeof values);
+  return load(values);
+}
+
+template <class Element>
+FD_INLINE void combine_rows(float* out, const Element* const* rows, const float* weights, int count, const float* last,
+                            int width) {
   for (int i = 0; i < width; i += 16) {
     const int n = width - i < 16 ? width - i : 16;
     V sum = zero();
@@ -39,4 +53,12 @@ void combine(float* out, const float* const* rows, const float* weights, int cou
     if (last != nullptr) sum = add(sum, load_part(last + i, n));
     store_part(out + i, add(load_part(out + i, n), sum), n);
   }
+}
+
+void combine(float* out, const float* const* rows, const float* weights, int count, const float* last, int width) {
+  combine_rows(out, rows, weights, count, last, width);
+}
+
+void combine_bfloat16(float* out, const uint16_t* const* rows, const float* weights, int count, int width) {
+  combine_rows(out, rows, weights, count, nullptr, width);
 }

@@ -30,7 +30,7 @@ Workspace& Workspace::fresh() {
 
 void* Workspace::bytes(int64_t count) {
   count = (count + kLine - 1) / kLine * kLine;
-  if (used_ + count > size_) add_chunk(count > kLeastChunk ? count : kLeastChunk);
+  if (chunks_.empty() || used_ + count > size_) add_chunk(count > kLeastChunk ? count : kLeastChunk);
   void* memory = chunks_.back().get() + used_;
   used_ += count;
   return memory;

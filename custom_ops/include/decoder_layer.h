@@ -2,6 +2,7 @@
 // threads for all of them.
 #pragma once
 
+#include "expert_group.h"
 #include "moe_grouped_gemm.h"
 #include "paged_attention.h"
 
@@ -53,6 +54,12 @@ struct MoeBlock {
 };
 
 void moe_block(const MoeBlock& args);
+
+// The same with the experts of a group: those of this seat compute for all tokens of the group, and the tokens of this
+// seat, of which there may be none, are computed wherever their experts are. Bits as those of moe_block.
+//
+// What goes wrong stands in the group's status; the stream is not to be used then. `layer` counts those with experts.
+void ep_moe_block(const MoeBlock& args, ExpertGroup& group, int layer);
 
 // Logits of rows index[i] of the stream, normalised: [rows, lm_head.outputs].
 struct Logits {

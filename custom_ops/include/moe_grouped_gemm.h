@@ -25,8 +25,10 @@ class MoeGroupedGemm {
   // `experts` or `dense` may be null.
   MoeGroupedGemm(Workspace& workspace, const Mlp* experts, const MoeOrder* order, const DenseMlp* dense);
 
-  // x [num_tokens, hidden], row-major, through the experts of each token; out [num_tokens * k, hidden] in the
-  // permuted order. Both null without experts.
+  // Rows of x, `source(i)` for row i of the permuted order, through their experts; out [num_tokens * k, hidden] in
+  // that order. Null without experts.
+  void run(Team& team, FunctionRef<const float*(int64_t)> source, float* out);
+  // x [num_tokens, hidden], row-major, through the experts of each token.
   void run(Team& team, const float* x, float* out);
 
  private:

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "decoder_layer.h"
+#include "ep_op.h"
 #include "moe_op.h"
 #include "tensors.h"
 
@@ -86,13 +87,18 @@ inline Types type_mlp_block(paddle::DataType stream, paddle::DataType, paddle::D
   return {stream};
 }
 
-inline std::vector<paddle::Tensor> run_moe_block(paddle::Tensor& stream, const paddle::Tensor& norm,
-                                                 const paddle::Tensor& router, const paddle::Tensor& bias,
-                                                 const paddle::Tensor& gate_up, const paddle::Tensor& down,
-                                                 const paddle::optional<paddle::Tensor>& shared_gate_up,
-                                                 const paddle::optional<paddle::Tensor>& shared_down, float epsilon,
-                                                 int k, float norm_min) {
+// A block, and what it refers to.
+struct MoeCall {
   MoeBlock block;
+  Mlp shared;
+  paddle::Tensor picks, weights;
+};
+
+inline void fill(MoeCall& call, paddle::Tensor& stream, const paddle::Tensor& norm, const paddle::Tensor& router,
+                 const paddle::Tensor& bias, const paddle::Tensor& gate_up, const paddle::Tensor& down,
+                 const paddle::optional<paddle::Tensor>& shared_gate_up,
+                 const paddle::optional<paddle::Tensor>& shared_down, float epsilon, int k, float norm_min) {
+  MoeBlock& block = call.block;
   const auto [tokens, hidden] = extent(stream, "moe_block: stream");
   block.num_tokens = tokens;
   block.hidden = hidden;
@@ -104,21 +110,31 @@ inline std::vector<paddle::Tensor> run_moe_block(paddle::Tensor& stream, const p
   block.k = k;
   block.norm_min = norm_min;
   block.experts = mlp(gate_up, down);
-  Mlp shared;
   require(static_cast<bool>(shared_gate_up) == static_cast<bool>(shared_down),
           "moe_block: shared experts must have both of their matrices");
-  if (shared_gate_up) shared = mlp(*shared_gate_up, *shared_down);
-  block.shared = shared_gate_up ? &shared : nullptr;
+  if (shared_gate_up) call.shared = mlp(*shared_gate_up, *shared_down);
+  block.shared = shared_gate_up ? &call.shared : nullptr;
   require(block.router.inputs == block.hidden && block.experts.gate_up.inputs == block.hidden &&
               block.experts.down.count == block.router.outputs &&
-              (!shared_gate_up || shared.gate_up.inputs == block.hidden),
+              (!shared_gate_up || call.shared.gate_up.inputs == block.hidden),
           "moe_block: the matrices do not fit each other");
   require(1 <= k && k <= std::min(block.router.outputs, kMostPicks), "moe_block: k must be 1..64");
-  paddle::Tensor picks = int_output({block.num_tokens, k}), weights = float_output({block.num_tokens, k});
-  block.picks = picks.data<int32_t>();
-  block.weights = weights.data<float>();
-  moe_block(block);
-  return {picks, weights};
+  call.picks = int_output({block.num_tokens, k});
+  call.weights = float_output({block.num_tokens, k});
+  block.picks = call.picks.data<int32_t>();
+  block.weights = call.weights.data<float>();
+}
+
+inline std::vector<paddle::Tensor> run_moe_block(paddle::Tensor& stream, const paddle::Tensor& norm,
+                                                 const paddle::Tensor& router, const paddle::Tensor& bias,
+                                                 const paddle::Tensor& gate_up, const paddle::Tensor& down,
+                                                 const paddle::optional<paddle::Tensor>& shared_gate_up,
+                                                 const paddle::optional<paddle::Tensor>& shared_down, float epsilon,
+                                                 int k, float norm_min) {
+  MoeCall call;
+  fill(call, stream, norm, router, bias, gate_up, down, shared_gate_up, shared_down, epsilon, k, norm_min);
+  moe_block(call.block);
+  return {call.picks, call.weights};
 }
 
 inline Shapes shape_moe_block(const Shape& stream, const Shape&, const Shape&, const Shape&, const Shape&,
@@ -130,6 +146,29 @@ inline Types type_moe_block(paddle::DataType stream, paddle::DataType, paddle::D
                             paddle::DataType, paddle::DataType, const paddle::optional<paddle::DataType>&,
                             const paddle::optional<paddle::DataType>&) {
   return {stream, paddle::DataType::INT32, stream};
+}
+
+inline std::vector<paddle::Tensor> run_ep_moe_block(paddle::Tensor& stream, const paddle::Tensor& norm,
+                                                    const paddle::Tensor& router, const paddle::Tensor& bias,
+                                                    const paddle::Tensor& gate_up, const paddle::Tensor& down,
+                                                    const paddle::optional<paddle::Tensor>& shared_gate_up,
+                                                    const paddle::optional<paddle::Tensor>& shared_down,
+                                                    float epsilon, int k, float norm_min, int64_t handle, int layer) {
+  ExpertGroup& group = expert_group(handle, layer);
+  MoeCall call;
+  fill(call, stream, norm, router, bias, gate_up, down, shared_gate_up, shared_down, epsilon, k, norm_min);
+  const GroupShape& shape = group.shape();
+  require(shape.hidden == call.block.hidden && shape.k == k && shape.num_experts == call.block.router.outputs &&
+              call.block.num_tokens <= group.rounds() * shape.max_tokens,
+          "ep_moe_block: the group was made for another network, or the step was begun with fewer tokens");
+  ep_moe_block(call.block, group, layer);
+  return {call.picks, call.weights};
+}
+
+inline Shapes shape_ep_moe_block(const Shape& stream, const Shape&, const Shape&, const Shape&, const Shape&,
+                                 const Shape&, const paddle::optional<Shape>&, const paddle::optional<Shape>&, float,
+                                 int k, float, int64_t, int) {
+  return {stream, {stream[0], k}, {stream[0], k}};
 }
 
 inline std::vector<paddle::Tensor> run_logits(const paddle::Tensor& stream, const paddle::Tensor& buffer,
@@ -188,6 +227,16 @@ PD_BUILD_OP(fd_moe_block)
     .SetInplaceMap({{"Stream", "Out"}})
     .SetKernelFn(FD_KERNEL(run_moe_block))
     .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_moe_block))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_moe_block));
+
+PD_BUILD_OP(fd_ep_moe_block)
+    .Inputs({"Stream", "Norm", "Router", "Bias", "GateUp", "Down", paddle::Optional("SharedGateUp"),
+             paddle::Optional("SharedDown")})
+    .Outputs({"Out", "Picks", "Weights"})
+    .Attrs({"epsilon: float", "k: int", "norm_min: float", "group: int64_t", "layer: int"})
+    .SetInplaceMap({{"Stream", "Out"}})
+    .SetKernelFn(FD_KERNEL(run_ep_moe_block))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_ep_moe_block))
     .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_moe_block));
 
 PD_BUILD_OP(fd_logits)

@@ -1,6 +1,7 @@
 // All bindings in one unit: Paddle's header takes longer to compile than everything of ours.
 #include "attention_op.h"
 #include "decoder_layer_op.h"
+#include "ep_op.h"
 #include "linear_op.h"
 #include "moe_op.h"
 #include "rms_norm_op.h"

@@ -21,7 +21,12 @@ using Shape = std::vector<int64_t>;
 using Shapes = std::vector<Shape>;
 using Types = std::vector<paddle::DataType>;
 
-// An operation whose exceptions reach Python, as ValueError and MemoryError. Paddle passes on none but its own:
+// A collective of an expert-parallel group ended before all had come; the group's status says why.
+struct GroupInterrupted : std::runtime_error {
+  GroupInterrupted() : std::runtime_error("the expert-parallel group was interrupted") {}
+};
+
+// An operation whose exceptions reach Python, as ValueError, RuntimeError and MemoryError. Paddle passes on none but its own:
 // any other ends the process.
 template <auto Function>
 struct Safe;
@@ -33,6 +38,8 @@ struct Safe<Function> {
       return Function(std::forward<Args>(args)...);
     } catch (const std::invalid_argument& error) {
       PADDLE_THROW(common::errors::InvalidArgument("%s", error.what()));
+    } catch (const GroupInterrupted& interrupted) {
+      PADDLE_THROW(common::errors::Unavailable("%s", interrupted.what()));
     } catch (const std::bad_alloc&) {
       PADDLE_THROW(common::errors::ResourceExhausted("no memory for what lives within an operation"));
     }

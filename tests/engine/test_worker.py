@@ -8,125 +8,26 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-import msgspec
 import numpy as np
 import pytest
-import zmq
 
 from fastdeploy.config import EngineConfig
-from fastdeploy.entrypoints.openai.worker_process import encode_config
 from fastdeploy.messages import (
     AbortRequests,
-    AddRequest,
     Failed,
-    FromWorker,
     Hello,
     LoadProgress,
     Ready,
     Shutdown,
     StepOutputs,
-    ToWorker,
 )
-from fastdeploy.request import FinishReason, SamplingParams
+from fastdeploy.request import FinishReason
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
-CONFIG = EngineConfig(
-    model=FIXTURES / "tiny",
-    # The reference texts were made in it.
-    dtype="float32",
-    device="cpu",
-    threads=1,
-    max_model_len=512,
-    block_size=16,
-    max_num_batched_tokens=64,
-)
-TOKEN = "a token of this test"
-AS_MODULE = ("-m", "fastdeploy.worker")
-# Generous: a machine may be busy with something else. Nothing waits that long when all is well.
-DEADLINE_S = 60.0
-
-Message = TypeVar("Message", bound=FromWorker)
-
-
-class Api:
-    """The API process's end: a ROUTER socket, and the worker as a child."""
-
-    def __init__(self, config: EngineConfig, logs: Path, *arguments: str, **env: str) -> None:
-        logs.mkdir(exist_ok=True)
-        self._log_file = logs / "worker.log"
-        self._stderr = (logs / "stderr").open("w+")
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 0
-        port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self._identity = b""
-        self.process = subprocess.Popen(
-            [sys.executable, *(arguments or AS_MODULE)],
-            env={
-                **os.environ,
-                "FD_ENGINE_CONFIG": encode_config(config),
-                "FD_WORKER_ENDPOINT": f"tcp://127.0.0.1:{port}",
-                "FD_WORKER_TOKEN": TOKEN,
-                "FD_PARENT_PID": str(os.getpid()),
-                "FD_LOG_DIR": str(logs),
-                **env,
-            },
-            stderr=self._stderr,
-        )
-
-    def send(self, message: ToWorker) -> None:
-        self._socket.send_multipart([self._identity, msgspec.msgpack.encode(message)])
-
-    def receive(self) -> FromWorker:
-        deadline = time.monotonic() + DEADLINE_S
-        while not self._socket.poll(200):
-            assert self.process.poll() is None or self._socket.poll(1000), f"worker has ended: {self.log()}"
-            assert time.monotonic() < deadline, f"worker says nothing: {self.log()}"
-        self._identity, frame = self._socket.recv_multipart()
-        return msgspec.msgpack.decode(frame, type=FromWorker)
-
-    def receive_until(self, kind: type[Message]) -> Message:
-        while not isinstance(message := self.receive(), kind):
-            assert not isinstance(message, Failed), message.message
-        return message
-
-    def receive_stats_when(self, condition: Callable[[StepOutputs], bool]) -> StepOutputs:
-        while not condition(message := self.receive_until(StepOutputs)):
-            pass
-        return message
-
-    def generate(self, requests: list[AddRequest]) -> dict[str, list[int]]:
-        texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
-        unfinished = set(texts)
-        for request in requests:
-            self.send(request)
-        while unfinished:
-            for output in self.receive_until(StepOutputs).outputs:
-                texts[output.request_id] += output.token_ids
-                if output.finish_reason is not None:
-                    assert output.finish_reason is not FinishReason.ERROR, output.message
-                    unfinished.remove(output.request_id)
-        return texts
-
-    def log(self) -> str:
-        return self._log_file.read_text() if self._log_file.exists() else ""
-
-    def stderr(self) -> str:
-        self._stderr.seek(0)
-        return self._stderr.read()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._socket.close()
-        self._context.term()
-        self._stderr.close()
+from .worker_api import AS_MODULE, CONFIG, DEADLINE_S, FIXTURES, TOKEN, Api, request
 
 
 @pytest.fixture
@@ -140,11 +41,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Api]]:
     yield start_one
     for api in started:
         api.close()
-
-
-def request(name: str, prompt: list[int], **params: object) -> AddRequest:
-    values = {"max_tokens": 64, "temperature": 0.0} | params
-    return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
 
 
 def reference(number: int) -> tuple[list[int], list[int]]:
@@ -294,7 +190,7 @@ def test_a_damaged_checkpoint_is_named(start: Callable[..., Api], tmp_path: Path
     assert api.process.wait(DEADLINE_S) == 1
 
 
-def test_warnings_are_one_line_each(start: Callable[..., Api], tmp_path: Path) -> None:
+def test_a_warning_is_one_line(start: Callable[..., Api], tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for file in (FIXTURES / "tiny").iterdir():
@@ -302,15 +198,11 @@ def test_warnings_are_one_line_each(start: Callable[..., Api], tmp_path: Path) -
     (model / "config.json").unlink()
     raw = json.loads((FIXTURES / "tiny" / "config.json").read_text()) | {"max_position_embeddings": 256}
     (model / "config.json").write_text(json.dumps(raw))
-    api = start(
-        replace(CONFIG, model=model, enable_expert_parallel=True, data_parallel_rank=1, data_parallel_size=2)
-    )
+    api = start(replace(CONFIG, model=model, data_parallel_rank=1, data_parallel_size=2))
     api.receive_until(Ready)
-    warnings = [line for line in api.log().splitlines() if "WARNING" in line]
-    assert len(warnings) == 2
-    assert all(" replica=1 " in line for line in warnings)
-    assert "each replica still holds all experts" in warnings[0]
-    assert "--max-model-len 512 exceeds max_position_embeddings 256" in warnings[1]
+    (warning,) = [line for line in api.log().splitlines() if "WARNING" in line]
+    assert " replica=1 " in warning
+    assert "--max-model-len 512 exceeds max_position_embeddings 256" in warning
 
 
 def test_sigusr2_shows_where_it_is_and_changes_nothing(start: Callable[..., Api]) -> None:

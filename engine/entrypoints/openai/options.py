@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = (
     "scheduler-topic", "scheduler-ttl", "scheduler-min-load-score", "scheduler-load-shards-num",
     "load-choices", "reasoning-parser", "tool-call-parser", "tool-parser-plugin",
     "guided-decoding-backend", "guided-decoding-disable-any-whitespace", "enable-logprob",
-    "max-logprobs", "enable-eplb", "eplb-config", "use-internode-ll-two-stage",
+    "max-logprobs", "eplb-config", "use-internode-ll-two-stage",
     "disable-sequence-parallel-moe", "use-cudagraph", "graph-optimization-config",
     "disable-custom-all-reduce", "use-warmup", "trust-remote-code", "tokenizer", "dynamic-load-weight",
 )
@@ -99,6 +99,10 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         data_parallel_rank=arguments.local_data_parallel_id,
         tensor_parallel_size=arguments.tensor_parallel_size,
         enable_expert_parallel=arguments.enable_expert_parallel,
+        expert_parallel_group=arguments.expert_parallel_group,
+        redundant_experts=arguments.redundant_experts,
+        enable_eplb=arguments.enable_eplb,
+        expert_parallel_stall_kill=arguments.expert_parallel_stall_kill,
         qkv_order=arguments.qkv_order,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
@@ -176,7 +180,30 @@ def _parser() -> argparse.ArgumentParser:
     parallel.add_argument("--data-parallel-size", type=int, default=1)
     parallel.add_argument("--local-data-parallel-id", type=int, default=0)
     parallel.add_argument("--tensor-parallel-size", type=int, default=1)
-    parallel.add_argument("--enable-expert-parallel", action="store_true")
+    parallel.add_argument(
+        "--enable-expert-parallel", action="store_true", help="replicas share the experts, each holds a part"
+    )
+    parallel.add_argument(
+        "--expert-parallel-group",
+        default="default",
+        metavar="NAME",
+        help="which group of this machine; each deployment needs one of its own",
+    )
+    parallel.add_argument(
+        "--expert-parallel-stall-kill",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="a rank that others wait for and that makes no progress for so long is killed",
+    )
+    parallel.add_argument(
+        "--redundant-experts", type=int, default=0, metavar="N", help="extra copies of the most used experts"
+    )
+    parallel.add_argument(
+        "--enable-eplb",
+        action="store_true",
+        help="move experts once a minute to even out their measured load",
+    )
     for flag in (*_WITHOUT_EFFECT, *_ONE_VALUE):
         parser.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
     return parser

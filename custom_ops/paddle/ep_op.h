@@ -1,0 +1,181 @@
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "expert_groups.h"
+#include "moe_unpermute.h"
+#include "tensors.h"
+
+namespace fd::binding {
+
+inline ExpertGroup& expert_group(int64_t handle, int layer) {
+  ExpertGroup* const group = find_expert_group(handle);
+  require(group != nullptr, "expert group: it is not open in this process");
+  require(0 <= layer && layer < group->shape().num_layers, "expert group: no such layer");
+  return *group;
+}
+
+inline ExpertGroup& going(int64_t handle, int layer) {
+  ExpertGroup& group = expert_group(handle, layer);
+  if (group.status() != ExpertGroup::kGoing) throw GroupInterrupted();
+  return group;
+}
+
+// Bytes of an element of rows that travel.
+inline int element_of(const paddle::Tensor& rows) {
+  if (rows.dtype() == paddle::DataType::FLOAT32) return 4;
+  require(rows.dtype() == paddle::DataType::BFLOAT16, "expert group: rows must be float32 or bfloat16");
+  return 2;
+}
+
+inline std::vector<paddle::Tensor> run_ep_dispatch_send(const paddle::Tensor& x, const paddle::Tensor& picks,
+                                                        int64_t handle, int layer) {
+  ExpertGroup& group = going(handle, layer);
+  const GroupShape& shape = group.shape();
+  const auto [tokens, hidden] = extent(x, "ep_dispatch_send: x");
+  const int element = element_of(x);
+  require(hidden == shape.hidden, "ep_dispatch_send: x has another width than the group");
+  const int64_t count = tokens * shape.k;
+  const int32_t* const chosen = int32s(picks, count, "ep_dispatch_send: picks must be int32 [tokens, k]");
+  require(std::all_of(chosen, chosen + count, [&](int32_t expert) { return -1 <= expert && expert < shape.num_experts; }),
+          "ep_dispatch_send: an expert that does not exist");
+  auto* const rows = static_cast<uint8_t*>(group.token_rows(tokens, element));
+  if (rows == nullptr) throw GroupInterrupted();
+  const auto* const source = static_cast<const uint8_t*>(x.data());
+  const int64_t width = int64_t{hidden} * element;
+  run_team([&](Team& team) {
+    team.for_each(tokens, [&](int64_t token) { std::memcpy(rows + token * width, source + token * width, width); });
+  });
+  group.address(layer, chosen, tokens);
+  group.publish_tokens(tokens, element);
+  paddle::Tensor targets = int_output({tokens, shape.k});
+  std::copy_n(group.targets(), count, targets.data<int32_t>());
+  return {targets};
+}
+
+inline Shapes shape_dispatch_send(const Shape&, const Shape& picks, int64_t, int) { return {picks}; }
+inline Types type_dispatch_send(paddle::DataType, paddle::DataType picks) { return {picks}; }
+
+inline std::vector<paddle::Tensor> run_ep_dispatch_receive(const paddle::Tensor& like, int64_t handle, int layer) {
+  ExpertGroup& group = going(handle, layer);
+  const int element = element_of(like);
+  if (!group.await_tokens()) throw GroupInterrupted();
+  const Received received = group.receive(Workspace::fresh(), layer, element);
+  const int64_t hidden = group.shape().hidden, num_experts = group.shape().num_experts;
+  paddle::Tensor rows = paddle::empty({received.rows, hidden}, like.dtype(), paddle::CPUPlace());
+  paddle::Tensor offsets = int_output({num_experts + 1}), origins = int_output({received.rows, 3});
+  auto* const out = static_cast<uint8_t*>(rows.data());
+  run_team([&](Team& team) {
+    team.for_each(received.rows, [&](int64_t row) {
+      std::memcpy(out + row * hidden * element, received.sources[row], hidden * element);
+    });
+  });
+  std::copy_n(received.offsets, num_experts + 1, offsets.data<int32_t>());
+  std::copy_n(received.origins, int64_t{received.rows} * 3, origins.data<int32_t>());
+  return {rows, offsets, origins};
+}
+
+inline Shapes shape_dispatch_receive(const Shape& like, int64_t, int) { return {{-1, like[1]}, {-1}, {-1, 3}}; }
+inline Types type_dispatch_receive(paddle::DataType like) {
+  return {like, paddle::DataType::INT32, paddle::DataType::INT32};
+}
+
+inline std::vector<paddle::Tensor> run_ep_combine_send(const paddle::Tensor& rows, int64_t handle) {
+  ExpertGroup& group = going(handle, 0);
+  const auto [count, hidden] = extent(rows, "ep_combine_send: rows");
+  const int element = element_of(rows);
+  require(hidden == group.shape().hidden, "ep_combine_send: rows have another width than the group");
+  auto* const results = static_cast<uint8_t*>(group.result_rows(count, element));
+  if (results == nullptr) throw GroupInterrupted();
+  const auto* const source = static_cast<const uint8_t*>(rows.data());
+  const int64_t width = int64_t{hidden} * element;
+  // They may have been computed where they belong.
+  if (source != results) {
+    run_team([&](Team& team) {
+      team.for_each(count, [&](int64_t row) { std::memcpy(results + row * width, source + row * width, width); });
+    });
+  }
+  group.publish_results();
+  paddle::Tensor sent = int_output({1});
+  *sent.data<int32_t>() = count;
+  return {sent};
+}
+
+inline Shapes shape_combine_send(const Shape&, int64_t) { return {{1}}; }
+inline Types type_combine_send(paddle::DataType) { return {paddle::DataType::INT32}; }
+
+inline std::vector<paddle::Tensor> run_ep_combine_receive(const paddle::Tensor& weights, const paddle::Tensor& like,
+                                                          int64_t handle) {
+  ExpertGroup& group = going(handle, 0);
+  const auto [tokens, k] = extent(weights, "ep_combine_receive: weights");
+  const int64_t hidden = group.shape().hidden;
+  require(k == group.shape().k && k <= kMostPicks && tokens <= group.shape().max_tokens,
+          "ep_combine_receive: weights must be [tokens, k] of the group");
+  const float* const factors = floats(weights, int64_t{tokens} * k, "ep_combine_receive: weights");
+  const int element = element_of(like);
+  if (!group.await_results()) throw GroupInterrupted();
+  paddle::Tensor out = float_output({tokens, hidden});
+  float* const sums = out.data<float>();
+  const Kernels& isa = kernels();
+  run_team([&](Team& team) {
+    team.for_each(tokens, [&](int64_t token) {
+      const void* rows[kMostPicks];
+      float used[kMostPicks];
+      int count = 0;
+      for (int j = 0; j < k; ++j) {
+        rows[count] = group.result(static_cast<int>(token), j, element);
+        used[count] = factors[token * k + j];
+        if (rows[count] != nullptr) ++count;
+      }
+      float* const sum = sums + token * hidden;
+      std::fill_n(sum, hidden, 0.0f);
+      if (element == 4) {
+        isa.combine(sum, reinterpret_cast<const float* const*>(rows), used, count, nullptr, static_cast<int>(hidden));
+      } else {
+        isa.combine_bfloat16(sum, reinterpret_cast<const uint16_t* const*>(rows), used, count,
+                             static_cast<int>(hidden));
+      }
+    });
+  });
+  return {out};
+}
+
+inline Shapes shape_combine_receive(const Shape& weights, const Shape& like, int64_t) {
+  return {{weights[0], like[1]}};
+}
+inline Types type_combine_receive(paddle::DataType weights, paddle::DataType) { return {weights}; }
+
+}  // namespace fd::binding
+
+PD_BUILD_OP(fd_ep_dispatch_send)
+    .Inputs({"X", "Picks"})
+    .Outputs({"Targets"})
+    .Attrs({"group: int64_t", "layer: int"})
+    .SetKernelFn(FD_KERNEL(run_ep_dispatch_send))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_dispatch_send))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_dispatch_send));
+
+PD_BUILD_OP(fd_ep_dispatch_receive)
+    .Inputs({"Like"})
+    .Outputs({"Rows", "Offsets", "Origins"})
+    .Attrs({"group: int64_t", "layer: int"})
+    .SetKernelFn(FD_KERNEL(run_ep_dispatch_receive))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_dispatch_receive))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_dispatch_receive));
+
+PD_BUILD_OP(fd_ep_combine_send)
+    .Inputs({"Rows"})
+    .Outputs({"Sent"})
+    .Attrs({"group: int64_t"})
+    .SetKernelFn(FD_KERNEL(run_ep_combine_send))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_combine_send))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_combine_send));
+
+PD_BUILD_OP(fd_ep_combine_receive)
+    .Inputs({"Weights", "Like"})
+    .Outputs({"Out"})
+    .Attrs({"group: int64_t"})
+    .SetKernelFn(FD_KERNEL(run_ep_combine_receive))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_combine_receive))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_combine_receive));

@@ -1,0 +1,55 @@
+#include "expert_groups.h"
+
+#include <map>
+#include <memory>
+
+namespace fd {
+namespace {
+
+std::map<int64_t, std::unique_ptr<ExpertGroup>>& groups() {
+  static std::map<int64_t, std::unique_ptr<ExpertGroup>> open;
+  return open;
+}
+
+}  // namespace
+
+ExpertGroup* find_expert_group(int64_t handle) {
+  const auto found = groups().find(handle);
+  return found == groups().end() ? nullptr : found->second.get();
+}
+
+}  // namespace fd
+
+// What is not an operation on tensors; custom_ops/expert_group.py calls it through ctypes, from one thread.
+extern "C" {
+
+int64_t fd_ep_open(const fd::GroupShape* shape, void* memory, int file, fd::ExpertGroup::OnStall on_stall,
+                   int64_t stall_after_ns, int64_t stall_kill_ns) {
+  static int64_t last = 0;
+  fd::groups()[++last] =
+      std::make_unique<fd::ExpertGroup>(*shape, memory, file, on_stall, stall_after_ns, stall_kill_ns);
+  return last;
+}
+
+void fd_ep_close(int64_t handle) { fd::groups().erase(handle); }
+
+void fd_ep_set_members(int64_t handle, uint64_t epoch, uint64_t active, const uint64_t* homes, const int* pidfds,
+                       int64_t spin_ns) {
+  fd::find_expert_group(handle)->set_members(epoch, active, homes, pidfds, spin_ns);
+}
+
+int fd_ep_arrive(int64_t handle) { return fd::find_expert_group(handle)->arrive(); }
+void fd_ep_announce(int64_t handle, int tokens) { fd::find_expert_group(handle)->announce(tokens); }
+int fd_ep_begin(int64_t handle) { return fd::find_expert_group(handle)->begin(); }
+int fd_ep_busy(int64_t handle) { return fd::find_expert_group(handle)->busy(); }
+int fd_ep_status(int64_t handle) { return fd::find_expert_group(handle)->status(); }
+uint64_t fd_ep_lost(int64_t handle) { return fd::find_expert_group(handle)->lost(); }
+int64_t fd_ep_missing_bytes(int64_t handle) { return fd::find_expert_group(handle)->missing_bytes(); }
+void fd_ep_ring(int64_t handle) { fd::find_expert_group(handle)->ring(); }
+const fd::ExpertGroup::Counters* fd_ep_counters(int64_t handle) { return &fd::find_expert_group(handle)->counters(); }
+
+void fd_ep_trap(int64_t handle, int phase, int layer, int nth, int signal) {
+  fd::find_expert_group(handle)->trap(static_cast<fd::Phase>(phase), layer, nth, signal);
+}
+
+}

@@ -1,0 +1,521 @@
+"""One rank's place in an expert-parallel group: it joins, takes part in steps, and goes on when others are
+lost.
+
+There is no coordinator. Ranks learn of a death from the kernel (pidfd), and whoever does so first commits
+the group without the dead one (`membership.py`). A step that was under way then is dropped by all and begun
+again: nothing of it was visible, and everything that a request owns is on its own rank. The experts of the
+lost rank are taken over from the weights that all ranks have mapped.
+
+A group sleeps when nobody has work. Who gets some announces a step and rings at the doors of all others: a
+datagram to a socket, so that a call that comes while somebody is about to fall asleep is still there
+afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..custom_ops.expert_group import CHANGED, FULL, GOING, GroupShape, NativeGroup
+from ..errors import ConfigError, FastDeployError
+from . import memory as shared
+from .membership import Membership, Record, SeatTaken, disagreement, planner
+from .memory import Layout, Memory, SeatState
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+#: A rank that is being replaced may take so long to die.
+_SEAT_SECONDS = 15.0
+#: Waits spin so long where every rank has CPUs of its own, which spares two context switches.
+_SPIN_SECONDS = 100e-6
+_REBALANCE_SECONDS = 60.0
+
+#: Of each layer: the experts that this rank computes from now on, and which of them are new to it.
+OnPlacement = Callable[[Sequence[frozenset[int]], Sequence[frozenset[int]]], None]
+
+
+class GroupChanged(FastDeployError):
+    """The step cannot be finished: members have come, gone or died. It is to be begun again."""
+
+
+class RankLost(FastDeployError):
+    """This rank cannot go on in its group, and has to end: the others do without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    name: str
+    seat: int
+    #: Extra copies of the most used experts in each layer.
+    redundant_experts: int = 0
+    #: Experts are moved to where measured load is least, once a minute.
+    rebalance: bool = False
+    #: Seconds without progress after which a rank that others wait for is reported, and killed.
+    stall_after: float = 10.0
+    stall_kill: float = 60.0
+    #: Every rank has a CPU for each of its threads.
+    spin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """What there is to be told about the group, by this rank."""
+
+    epoch: int
+    seats: tuple[int, ...]
+    joins: int
+    leaves: int
+    losses: int
+    restarted_steps: int
+    steps: int
+    step_seconds: float
+    waited_seconds: tuple[float, ...]
+    bytes_dispatched: int
+    bytes_combined: int
+
+
+class ExpertGroup:
+    """Not thread-safe: it belongs to the thread that computes. `join` returns one; `leave` ends it."""
+
+    def __init__(
+        self, memory: Memory, membership: Membership, options: GroupOptions, on_placement: OnPlacement
+    ) -> None:
+        self.options = options
+        self.seat = options.seat
+        self._memory = memory
+        self._membership = membership
+        self._on_placement = on_placement
+        layout = memory.layout
+        self._native = NativeGroup(
+            GroupShape(
+                seat=options.seat,
+                num_seats=layout.num_seats,
+                num_layers=layout.num_layers,
+                num_experts=layout.num_experts,
+                max_tokens=layout.max_tokens,
+                k=layout.k,
+                hidden=layout.hidden,
+                words=layout.words,
+                first_seat=layout.first_seat,
+                seat_bytes=layout.seat_bytes,
+                served=layout.served,
+                targets=layout.targets,
+                places=layout.places,
+                tokens=layout.tokens,
+                results=layout.results,
+            ),
+            memory.address,
+            memory.file,
+            self._report_stall,
+            options.stall_after,
+            options.stall_kill,
+        )
+        self._record = Record(0, (), ())
+        self._peers: dict[int, _Peer] = {}
+        self._mine: list[frozenset[int]] = [frozenset()] * layout.num_layers
+        self._bell = _doorbell(memory.doorbell(self.seat))
+        #: Readable when somebody calls or dies; for a poller of those who sleep.
+        self.wakeups = select.epoll()
+        self.wakeups.register(self._bell, select.EPOLLIN)
+        #: The last step had work: the next one follows without anybody being called.
+        self.awake = False
+        self._restarted_steps = self._steps = 0
+        self._step_seconds = 0.0
+        self._began = self._rebalanced = time.monotonic()
+
+    @property
+    def handle(self) -> int:
+        """What the operations `ep_*` are given."""
+        return self._native.handle
+
+    @property
+    def native(self) -> NativeGroup:
+        return self._native
+
+    @property
+    def num_layers(self) -> int:
+        return self._memory.layout.num_layers
+
+    @property
+    def is_member(self) -> bool:
+        return self.seat in self._record.seats
+
+    # ---- steps
+
+    def run_step(self, tokens: int, compute: Callable[[], T]) -> T | None:
+        """Runs `compute` as this rank's part of a step of the group: as a transaction, which is repeated if
+        it has to.
+
+        Returns when all ranks have begun the step, `compute` has gone through all layers, and this rank was
+        a member all the time.
+
+        Args:
+            tokens: that this rank has in the step. The largest that `compute` passes to an operation.
+            compute: calls `check` after each layer; may be called again after that has raised.
+
+        Returns:
+            What `compute` does; None if no rank has tokens: there is no step then.
+
+        Raises:
+            RankLost: the others have gone on without this rank, or it cannot get the memory that it needs.
+        """
+        while self._begin(tokens):
+            try:
+                result = compute()
+                self._confirm()
+                return result
+            except GroupChanged:
+                self._restarted_steps += 1
+                self._recover()
+            except RankLost:
+                raise
+            except Exception:
+                # The others are in the middle of the step and wait for this rank.
+                self._recover()
+                raise
+        return None
+
+    def check(self) -> None:
+        """After a layer: raises GroupChanged if the step cannot be finished."""
+        if self._native.status != GOING:
+            raise GroupChanged("the members of the expert group have changed")
+
+    # ---- outside of steps
+
+    @property
+    def is_called(self) -> bool:
+        """Somebody waits for this rank: to begin a step, or to adopt an epoch."""
+        if self._membership.epoch != self._record.epoch:
+            return True
+        mine = self._memory.rows[self.seat].begun
+        epoch = self._record.epoch
+        # A number of an older epoch is left from before.
+        mine = mine if mine >> 40 == epoch else epoch << 40
+        rows = (self._memory.rows[seat].begun for seat in self._record.seats)
+        return any(theirs >> 40 == epoch and theirs > mine for theirs in rows)
+
+    def attend(self) -> None:
+        """When `wakeups` is readable: takes calls, and buries the dead."""
+        ready = {descriptor for descriptor, _ in self.wakeups.poll(0)}
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._bell.recv(1)
+        if any(peer.pidfd in ready for peer in self._peers.values()):
+            with self._memory.locked():
+                dead = self._membership.remove_dead()
+            self._log_losses(dead)
+            self._wake_all()
+        self._settle()
+
+    def request_leave(self) -> None:
+        """From here on this rank takes part until `is_member` is false: it becomes so between two steps."""
+        with self._memory.locked():
+            self._membership.request(self.seat, SeatState.LEAVING)
+        self._wake_all()
+
+    def close(self) -> None:
+        """Gives the seat back. A member that does this is lost to the others."""
+        with self._memory.locked():
+            if self._membership.free(self.seat):
+                shared.remove(self._memory)
+        self._native.close()
+        self.wakeups.close()
+        self._bell.close()
+        for peer in self._peers.values():
+            peer.close()
+
+    def status(self) -> GroupStatus:
+        header, counters = self._memory.header, self._native.counters
+        return GroupStatus(
+            epoch=self._record.epoch,
+            seats=self._record.seats,
+            joins=header.joins,
+            leaves=header.leaves,
+            losses=header.losses,
+            restarted_steps=self._restarted_steps,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            waited_seconds=tuple(ns * 1e-9 for ns in counters.waited_ns[: self._memory.layout.num_seats]),
+            bytes_dispatched=counters.bytes_dispatched,
+            bytes_combined=counters.bytes_combined,
+        )
+
+    def load(self) -> list[int]:
+        """Tokens that each expert has computed on this rank, over all layers. Cheap enough for every step."""
+        layout = self._memory.layout
+        served = np.frombuffer(
+            self._memory.pages,
+            np.uint64,
+            layout.num_layers * layout.num_experts,
+            layout.seat(self.seat) + layout.served,
+        )
+        return served.reshape(layout.num_layers, layout.num_experts).sum(axis=0).tolist()
+
+    # ---- the course of a step
+
+    def _begin(self, tokens: int) -> bool:
+        """True when all ranks have begun a step, False if none of them has tokens."""
+        while True:
+            self._settle()
+            if not self.is_member:
+                return False
+            self._native.announce(tokens)
+            if tokens and not self.awake:
+                self._call(self._record.seats)
+            if self._native.begin() == GOING:
+                self.awake = self._native.busy
+                self._began = time.monotonic()
+                return self.awake
+            self._recover()
+
+    def _confirm(self) -> None:
+        """After the last layer, before anything of the step becomes visible."""
+        self._steps += 1
+        self._step_seconds += time.monotonic() - self._began
+        if self._membership.epoch != self._record.epoch:
+            # If this rank was stopped for long, what it has read may be of later steps of the others.
+            with self._memory.locked():
+                self._require_member(self._membership.read())
+
+    def _recover(self) -> None:
+        status = self._native.status
+        if status == FULL:
+            raise RankLost(
+                f"{self._memory.directory.parent} is full: {-(-self._native.missing_bytes >> 20)} MB more "
+                "are needed for the results of this rank's experts; make it larger (docker: --shm-size)"
+            )
+        if status == CHANGED:
+            return
+        with self._memory.locked():
+            dead = self._membership.remove_dead()
+            if not dead and status == GOING and self._membership.epoch == self._record.epoch:
+                # A fault of this rank alone, in the middle of a step in which the others wait for it.
+                self._membership.restart_step()
+        self._log_losses(dead)
+        self._wake_all()
+
+    # ---- membership
+
+    def _join(self) -> None:
+        self._wake_all()
+        while not self.is_member:
+            with self._memory.locked():
+                dead = self._membership.remove_dead()
+                record = self._membership.read()
+                # Members that have not been admitted by others admit themselves.
+                if not record.seats:
+                    record = self._membership.grant()
+            self._log_losses(dead)
+            if self.seat in record.seats:
+                self._settle()
+            else:
+                # Longer than anybody takes to step, and short enough for whoever has lost the one that would
+                # admit.
+                self.wakeups.poll(0.2)
+                with contextlib.suppress(BlockingIOError):
+                    self._bell.recv(1)
+
+    def _settle(self) -> None:
+        """Adopts the newest epoch, and returns when all its members have."""
+        while True:
+            self._do_duties()
+            if self._membership.epoch == self._record.epoch:
+                return
+            with self._memory.locked():
+                record = self._membership.read()
+            self._adopt(record)
+            if not self.is_member or self._native.arrive() == GOING:
+                continue
+            self._recover()
+
+    def _do_duties(self) -> None:
+        """The lowest seat speaks for all, between two of its steps: nobody's step is lost then."""
+        if not self._record.seats or self._record.seats[0] != self.seat:
+            return
+        if self._membership.pending:
+            with self._memory.locked():
+                record = self._membership.grant()
+            self._announce_members("members change", record)
+        elif self.options.rebalance and time.monotonic() - self._rebalanced > _REBALANCE_SECONDS:
+            self._rebalanced = time.monotonic()
+            with self._memory.locked():
+                changed = self._membership.rebalance()
+            if changed:
+                _log.info("experts are moved to even out their load")
+                self._wake_all()
+
+    def _adopt(self, record: Record) -> None:
+        if self.is_member:
+            self._require_member(record)
+        before = self._record
+        self._record = record
+        self.awake = False
+        for seat in set(self._peers) - set(record.seats):
+            peer = self._peers.pop(seat)
+            self.wakeups.unregister(peer.pidfd)
+            peer.close()
+        if not self.is_member:
+            return
+        for seat in record.seats:
+            # It may be another process than the one that had the seat before.
+            pid = self._memory.entries[seat].pid
+            if seat == self.seat or (seat in self._peers and self._peers[seat].pid == pid):
+                continue
+            if seat in self._peers:
+                self.wakeups.unregister(self._peers[seat].pidfd)
+                self._peers.pop(seat).close()
+            self._peers[seat] = _Peer(pid)
+            self.wakeups.register(self._peers[seat].pidfd, select.EPOLLIN)
+        mine = [frozenset(placement.experts_of(self.seat)) for placement in record.placements]
+        taken = [new - old for new, old in zip(mine, self._mine, strict=True)]
+        self._on_placement(mine, taken)
+        self._mine = mine
+        pidfds = [-1] * self._memory.layout.num_seats
+        for seat, peer in self._peers.items():
+            pidfds[seat] = peer.pidfd
+        homes = [
+            sum(1 << home.seat for home in homes)
+            for placement in record.placements
+            for homes in placement.homes
+        ]
+        spin = _SPIN_SECONDS if self.options.spin else 0.0
+        self._native.set_members(record.epoch, record.bitmap, homes, pidfds, spin)
+        if record.seats != before.seats:
+            _log.info(
+                "expert group %s: epoch %d, seats %s; %d experts taken over here",
+                *(self.options.name, record.epoch, _listed(record.seats), sum(map(len, taken))),
+            )
+
+    def _require_member(self, record: Record) -> None:
+        if self.seat in record.seats:
+            return
+        if self._memory.entries[self.seat].state == SeatState.LEAVING:
+            return
+        raise RankLost(
+            f"the expert group has gone on without seat {self.seat}: this process was stopped for too long"
+        )
+
+    def _announce_members(self, what: str, record: Record) -> None:
+        _log.info("expert group %s: %s: seats %s", self.options.name, what, _listed(record.seats))
+        self._wake_all()
+
+    def _log_losses(self, dead: Sequence[tuple[int, int]]) -> None:
+        for seat, pid in dead:
+            _log.warning(
+                "expert group %s: seat %d (pid %d) has died; the others go on", self.options.name, seat, pid
+            )
+
+    def _report_stall(self, seat: int, seconds: float, killed: bool) -> None:
+        row = self._memory.rows[seat]
+        _log.warning(
+            "expert group %s: seat %d (pid %d) has made no progress for %.1f s (%s, layer %d)%s",
+            *(self.options.name, seat, self._memory.entries[seat].pid, seconds),
+            *(shared.PHASES[row.phase], row.layer, "; it is killed" if killed else ""),
+        )
+
+    # ---- waking others
+
+    def _wake_all(self) -> None:
+        """After a commit or a request: those in a collective, and those that sleep."""
+        self._native.ring()
+        entries = enumerate(self._memory.entries)
+        self._call([seat for seat, entry in entries if entry.state != SeatState.FREE])
+
+    def _call(self, seats: Sequence[int]) -> None:
+        for seat in seats:
+            if seat == self.seat:
+                continue
+            try:
+                self._bell.sendto(b".", self._memory.doorbell(seat))
+            except BlockingIOError:
+                # So many calls are waiting there that one more changes nothing.
+                continue
+            except OSError as error:
+                # Its death is for the kernel to tell.
+                _log.debug("seat %d has no doorbell (%s)", seat, error.strerror)
+
+
+class _Peer:
+    """Another member's process."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        #: Readable when it is dead. For one that is gone already, the end of a pipe whose other end is
+        #: closed.
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.pidfd, other = os.pipe2(os.O_CLOEXEC)
+            os.close(other)
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+
+
+def join(
+    options: GroupOptions,
+    layout: Layout,
+    fingerprint: Mapping[str, Any],
+    on_placement: OnPlacement,
+    root: Path = shared.SHARED_MEMORY,
+) -> ExpertGroup:
+    """Takes a seat; returns as soon as this rank is a member and the others have agreed to it.
+
+    Args:
+        fingerprint: what all ranks must have in common besides the layout.
+        on_placement: called before each epoch with what changes for this rank.
+
+    Raises:
+        ConfigError: the ranks disagree, the seat is taken, or there is no shared memory.
+    """
+    seat = options.seat
+    deadline = time.monotonic() + _SEAT_SECONDS
+    fingerprint = {"protocol": shared.PROTOCOL_VERSION, **asdict(layout), **fingerprint}
+    while True:
+        try:
+            with shared.opened(options.name, layout, fingerprint, options.stall_kill, root) as memory:
+                membership = Membership(memory, planner(layout.num_experts, options.redundant_experts))
+                living = [
+                    (other, entry.pid) for other, entry in enumerate(memory.entries) if shared.is_alive(entry)
+                ]
+                refusal = disagreement(seat, fingerprint, memory.read_fingerprint(), living)
+                if refusal is not None:
+                    raise ConfigError(refusal)
+                membership.register(seat, options.name)
+                memory.reserve(layout.seat(seat), layout.tokens)
+                group = ExpertGroup(memory, membership, options, on_placement)
+            break
+        except SeatTaken:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    _log.info(
+        "expert group %s: seat %d of %d; %d MB of %s for what travels, at most",
+        *(options.name, seat, layout.num_seats, -(-layout.seat_bytes >> 20), root),
+    )
+    group._join()
+    return group
+
+
+def _doorbell(path: str) -> socket.socket:
+    bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    # Left by the process that had the seat before.
+    Path(path).unlink(missing_ok=True)
+    bell.bind(path)
+    return bell
+
+
+def _listed(seats: Sequence[int]) -> str:
+    return ", ".join(map(str, seats)) or "none"

@@ -1,0 +1,424 @@
+"""The memory that all ranks of an expert-parallel group map: what lies where, and the file behind it.
+
+    header        what the group is, its words, a lock (flock on the file)
+    entries       who holds which seat; written under the lock
+    fingerprint   JSON: what all ranks must agree on
+    two records   members and placement of the newest epoch and of the one before; written under the lock
+    seats         a part for each, written by the rank in it alone: `custom_ops/include/expert_group.h`
+
+Whoever reads needs no lock for a single word. Nothing here needs Paddle: `fdctl ep` looks at a group that is
+running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import mmap
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, FastDeployError
+
+#: Rises with every change of what lies where, and of what it means.
+PROTOCOL_VERSION = 1
+MOST_SEATS = 64
+SHARED_MEMORY = Path("/dev/shm")
+#: In the directory of a group.
+FILE = "memory"
+
+_MAGIC = b"FDEXPERT"
+_PAGE = 4096
+_FINGERPRINT_BYTES = 2 * _PAGE
+_ALIGNMENT = 64
+_ROW_BYTES = 128
+_LOCK_POLL_SECONDS = 0.001
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes and offsets, in bytes; a pure function of what the ranks agree on. Nothing grows beyond it."""
+
+    num_seats: int
+    num_layers: int
+    num_experts: int
+    #: Of one rank in one collective.
+    max_tokens: int
+    k: int
+    hidden: int
+
+    words = 1024
+    entries = _PAGE
+    fingerprint = 2 * _PAGE
+    records = fingerprint + _FINGERPRINT_BYTES
+
+    @property
+    def slots_bytes(self) -> int:
+        """Of a record's placement: int16 [num_layers, num_experts, num_seats], -1 where there is none."""
+        return 2 * self.num_layers * self.num_experts * self.num_seats
+
+    @property
+    def record_bytes(self) -> int:
+        return _rounded_up(16 + self.slots_bytes, _PAGE)
+
+    @property
+    def first_seat(self) -> int:
+        return self.records + 2 * self.record_bytes
+
+    # ---- within the part of a seat
+
+    @property
+    def served(self) -> int:
+        return _ROW_BYTES
+
+    @property
+    def targets(self) -> int:
+        return self.served + _rounded_up(8 * self.num_layers * self.num_experts, _ALIGNMENT)
+
+    @property
+    def places(self) -> int:
+        return self.targets + _rounded_up(4 * self.max_tokens * self.k, _ALIGNMENT)
+
+    @property
+    def tokens(self) -> int:
+        return _rounded_up(self.places + 4 * self.num_seats * self.max_tokens * self.k, _PAGE)
+
+    @property
+    def results(self) -> int:
+        return _rounded_up(self.tokens + 4 * self.max_tokens * self.hidden, _PAGE)
+
+    @property
+    def seat_bytes(self) -> int:
+        """At most: when all seats compute as many tokens as they may, and each wants experts of this seat."""
+        rows = self.num_seats * self.max_tokens * self.k
+        return _rounded_up(self.results + 4 * rows * self.hidden, _PAGE)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.first_seat + self.num_seats * self.seat_bytes
+
+    def seat(self, seat: int) -> int:
+        return self.first_seat + seat * self.seat_bytes
+
+
+class Header(ctypes.Structure):
+    """The first page, without the words."""
+
+    _fields_ = (
+        ("magic", ctypes.c_char * 8),
+        ("version", ctypes.c_uint64),
+        ("fingerprint_bytes", ctypes.c_uint64),
+        # Of the layout.
+        *((field.name, ctypes.c_uint64) for field in fields(Layout)),
+        #: Of the process that has the lock, in case it is stopped while it does.
+        ("holder", ctypes.c_uint64),
+        #: Seats that want to join or to leave.
+        ("pending", ctypes.c_uint64),
+        ("joins", ctypes.c_uint64),
+        ("leaves", ctypes.c_uint64),
+        ("losses", ctypes.c_uint64),
+    )
+
+
+class GroupWords(ctypes.Structure):
+    """Fields and offsets as in `expert_group.h`."""
+
+    _fields_ = (
+        ("epoch", ctypes.c_uint64),
+        ("_1", ctypes.c_uint64 * 7),
+        ("bell", ctypes.c_uint32),
+        ("_2", ctypes.c_uint32 * 15),
+        ("sleepers", ctypes.c_uint64),
+        ("_3", ctypes.c_uint64 * 7),
+    )
+
+
+class SeatState:
+    """Of an entry: FREE -> JOINING -> ACTIVE -> LEAVING -> FREE; and to FREE from anywhere by death."""
+
+    FREE = 0
+    JOINING = 1
+    ACTIVE = 2
+    LEAVING = 3
+    NAMES = ("free", "joining", "active", "leaving")
+
+
+class SeatEntry(ctypes.Structure):
+    """Who holds a seat."""
+
+    _fields_ = (
+        ("state", ctypes.c_uint64),
+        ("pid", ctypes.c_uint64),
+        #: As in /proc: a pid may be given to another process later.
+        ("start_time", ctypes.c_uint64),
+        ("_pad", ctypes.c_uint64 * 5),
+    )
+
+
+class SeatRow(ctypes.Structure):
+    """What one seat says to the others; fields as in `expert_group.h`."""
+
+    _fields_ = (
+        ("arrived", ctypes.c_uint64),
+        ("begun", ctypes.c_uint64),
+        ("step_tokens", ctypes.c_uint64 * 2),
+        ("dispatched", ctypes.c_uint64),
+        ("tokens", ctypes.c_uint64),
+        ("combined", ctypes.c_uint64),
+        ("phase", ctypes.c_uint64),
+        ("layer", ctypes.c_uint64),
+        ("since_ns", ctypes.c_uint64),
+        ("waiting_for", ctypes.c_uint64),
+        ("steps", ctypes.c_uint64),
+        ("_pad", ctypes.c_uint64 * 4),
+    )
+
+
+PHASES = (
+    "idle",
+    "arriving",
+    "beginning",
+    "computing",
+    "sending",
+    "sent",
+    "experts",
+    "returning",
+    "returned",
+    "combining",
+)
+
+
+class LockStuck(FastDeployError):
+    """The process that holds the group's lock neither goes on nor dies."""
+
+
+class Memory:
+    """The file, mapped."""
+
+    def __init__(self, directory: Path, descriptor: int, layout: Layout, patience: float) -> None:
+        self.directory = directory
+        self.file = descriptor
+        self.layout = layout
+        self._patience = patience
+        self.pages = mmap.mmap(descriptor, layout.file_bytes, mmap.MAP_SHARED)
+        self.header = Header.from_buffer(self.pages, 0)
+        self.words = GroupWords.from_buffer(self.pages, layout.words)
+        self.entries = (SeatEntry * MOST_SEATS).from_buffer(self.pages, layout.entries)
+        self.rows = [SeatRow.from_buffer(self.pages, layout.seat(seat)) for seat in range(layout.num_seats)]
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.header)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The group's lock. Who holds it and is stopped is killed after a while: the others wait for it.
+
+        Raises:
+            LockStuck: not even that has helped.
+        """
+        _lock(self.file, self._patience, lambda: int(self.header.holder))
+        self.header.holder = os.getpid()
+        try:
+            yield
+        finally:
+            self.header.holder = 0
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def read_fingerprint(self) -> dict[str, Any]:
+        start = self.layout.fingerprint
+        return json.loads(self.pages[start : start + self.header.fingerprint_bytes])
+
+    def doorbell(self, seat: int) -> str:
+        return str(self.directory / f"seat-{seat}")
+
+    def reserve(self, offset: int, size: int) -> None:
+        """Takes memory from the system. Raises ConfigError if there is none: a later write would be fatal."""
+        try:
+            os.posix_fallocate(self.file, offset, size)
+        except OSError as error:
+            raise _no_room(self.directory.parent, size, error.strerror or str(error)) from None
+
+
+@contextmanager
+def opened(
+    name: str, layout: Layout, fingerprint: Mapping[str, Any], patience: float, root: Path = SHARED_MEMORY
+) -> Iterator[Memory]:
+    """Opens the group's memory, or makes it, and leaves it locked: nobody comes or goes within the block.
+
+    Memory of a group that nobody is alive of is made anew. Whether `fingerprint` is that of a living group
+    is for the caller to see.
+
+    Raises:
+        ConfigError: there is no shared memory, or no room in it.
+    """
+    text = json.dumps(fingerprint, sort_keys=True).encode()
+    assert len(text) <= _FINGERPRINT_BYTES, "a fingerprint is a few lines"
+    directory = group_directory(name, root)
+    _require_room(root, layout)
+    descriptor = _open_locked(directory, patience)
+    try:
+        if not _has_living(descriptor):
+            _format(descriptor, layout, text, root)
+        memory = Memory(directory, descriptor, layout_of(descriptor), patience)
+        memory.header.holder = os.getpid()
+        yield memory
+    except BaseException:
+        # The lock goes with it.
+        os.close(descriptor)
+        raise
+    memory.header.holder = 0
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def group_directory(name: str, root: Path = SHARED_MEMORY, user: int | None = None) -> Path:
+    """Of this user's group, or of another's. Raises ConfigError for a name that cannot be a directory's."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,40}", name):
+        raise ConfigError(
+            f"--expert-parallel-group is {name!r}; it must be 1 to 40 letters, digits, dots, dashes or "
+            "underscores"
+        )
+    # Pids mean nothing outside of their namespace: containers that share the memory are not one group.
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    suffix = "" if namespace == _INITIAL_PID_NAMESPACE else f"@{namespace}"
+    return root / f"fd-ep-{os.getuid() if user is None else user}-{name}{suffix}"
+
+
+def remove(memory: Memory) -> None:
+    """To be called under the lock by the last one: nothing of the group stays."""
+    for seat in range(memory.layout.num_seats):
+        Path(memory.doorbell(seat)).unlink(missing_ok=True)
+    (memory.directory / FILE).unlink(missing_ok=True)
+    memory.directory.rmdir()
+
+
+def start_time(pid: int) -> int | None:
+    """When the process was started, in ticks since boot; None if there is none, or only its remains."""
+    try:
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(entry: SeatEntry) -> bool:
+    return entry.state != SeatState.FREE and start_time(entry.pid) == entry.start_time
+
+
+# ---- the file
+
+
+def _open_locked(directory: Path, patience: float) -> int:
+    root = directory.parent
+    while True:
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            status = directory.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+                raise ConfigError(f"{directory} is not a directory of this user alone; remove it")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(directory / FILE, flags, 0o600)
+        except FileNotFoundError:
+            if root.is_dir():
+                # The last rank of an old group has just removed it.
+                continue
+            raise ConfigError(
+                f"{root} is missing; expert parallelism needs shared memory there: mount a tmpfs on it"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{directory}: no shared memory ({error.strerror})") from None
+        _lock(descriptor, patience, lambda descriptor=descriptor: _header(descriptor).holder)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, patience: float, holder: Any) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_LOCK_POLL_SECONDS)
+        if time.monotonic() > deadline:
+            pid = holder()
+            if pid:
+                os.kill(pid, 9)
+            if time.monotonic() > deadline + 5:
+                raise LockStuck(
+                    f"the lock of the expert group is held by pid {pid}, which does not end; kill it"
+                )
+
+
+def _header(descriptor: int) -> Header:
+    return Header.from_buffer_copy(
+        os.pread(descriptor, ctypes.sizeof(Header), 0).ljust(ctypes.sizeof(Header), b"\0")
+    )
+
+
+def _has_living(descriptor: int) -> bool:
+    if _header(descriptor).magic != _MAGIC:
+        return False
+    data = os.pread(descriptor, MOST_SEATS * ctypes.sizeof(SeatEntry), Layout.entries)
+    return any(map(is_alive, (SeatEntry * MOST_SEATS).from_buffer_copy(data)))
+
+
+def _format(descriptor: int, layout: Layout, fingerprint: bytes, root: Path) -> None:
+    os.ftruncate(descriptor, 0)
+    try:
+        os.ftruncate(descriptor, layout.file_bytes)
+        os.posix_fallocate(descriptor, 0, layout.first_seat)
+    except OSError as error:
+        raise _no_room(root, layout.first_seat, error.strerror or str(error)) from None
+    os.pwrite(descriptor, fingerprint, layout.fingerprint)
+    header = Header(
+        magic=_MAGIC,
+        version=PROTOCOL_VERSION,
+        fingerprint_bytes=len(fingerprint),
+        **asdict(layout),
+    )
+    os.pwrite(descriptor, bytes(header), 0)
+
+
+def layout_of(descriptor: int) -> Layout:
+    """Of the group as it is: a rank with other sizes must still be able to read who it disagrees with."""
+    header = _header(descriptor)
+    if header.magic != _MAGIC or header.version != PROTOCOL_VERSION:
+        raise ConfigError(
+            f"the expert group there speaks protocol {header.version}, this process {PROTOCOL_VERSION}; "
+            "all ranks must run one version, or be in groups of their own (--expert-parallel-group)"
+        )
+    return Layout(*(getattr(header, field.name) for field in fields(Layout)))
+
+
+def _require_room(root: Path, layout: Layout) -> None:
+    try:
+        room = os.statvfs(root)
+    except OSError:
+        return
+    needed = layout.first_seat + layout.seat_bytes
+    if room.f_bavail * room.f_frsize < needed:
+        raise _no_room(root, needed, f"{room.f_bavail * room.f_frsize >> 20} MB are free")
+
+
+def _no_room(root: Path, needed: int, why: str) -> ConfigError:
+    return ConfigError(
+        f"{root} has no room for this rank's part of the expert group: {-(-needed >> 20)} MB are needed "
+        f"({why}); make it larger (docker: --shm-size)"
+    )
+
+
+def _rounded_up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,0 +1,205 @@
+"""Workers as real processes, driven over their sockets as the API process drives them: one, or a group."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from fastdeploy.config import EngineConfig
+from fastdeploy.entrypoints.openai.worker_process import encode_config
+from fastdeploy.messages import AddRequest, Failed, FromWorker, Ready, StepOutputs, ToWorker
+from fastdeploy.request import FinishReason, SamplingParams
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+CONFIG = EngineConfig(
+    model=FIXTURES / "tiny",
+    # The reference texts were made in it.
+    dtype="float32",
+    device="cpu",
+    threads=1,
+    max_model_len=512,
+    block_size=16,
+    max_num_batched_tokens=64,
+)
+TOKEN = "a token of this test"
+AS_MODULE = ("-m", "fastdeploy.worker")
+# Generous: a machine may be busy with something else. Nothing waits that long when all is well.
+DEADLINE_S = 60.0
+
+Message = TypeVar("Message", bound=FromWorker)
+
+
+class Api:
+    """The API process's end: a ROUTER socket, and the worker as a child."""
+
+    def __init__(self, config: EngineConfig, logs: Path, *arguments: str, **env: str) -> None:
+        logs.mkdir(exist_ok=True)
+        self._log_file = logs / "worker.log"
+        self._stderr = (logs / "stderr").open("w+")
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        self._identity = b""
+        self.process = subprocess.Popen(
+            [sys.executable, *(arguments or AS_MODULE)],
+            env={
+                **os.environ,
+                "FD_ENGINE_CONFIG": encode_config(config),
+                "FD_WORKER_ENDPOINT": f"tcp://127.0.0.1:{port}",
+                "FD_WORKER_TOKEN": TOKEN,
+                "FD_PARENT_PID": str(os.getpid()),
+                "FD_LOG_DIR": str(logs),
+                **env,
+            },
+            stderr=self._stderr,
+        )
+
+    def send(self, message: ToWorker) -> None:
+        self.socket.send_multipart([self._identity, msgspec.msgpack.encode(message)])
+
+    def receive(self) -> FromWorker:
+        deadline = time.monotonic() + DEADLINE_S
+        while not self.socket.poll(200):
+            assert self.process.poll() is None or self.socket.poll(1000), f"worker has ended: {self.log()}"
+            assert time.monotonic() < deadline, f"worker says nothing: {self.log()}"
+        self._identity, frame = self.socket.recv_multipart()
+        return msgspec.msgpack.decode(frame, type=FromWorker)
+
+    def receive_until(self, kind: type[Message]) -> Message:
+        while not isinstance(message := self.receive(), kind):
+            assert not isinstance(message, Failed), message.message
+        return message
+
+    def receive_stats_when(self, condition: Callable[[StepOutputs], bool]) -> StepOutputs:
+        while not condition(message := self.receive_until(StepOutputs)):
+            pass
+        return message
+
+    def generate(self, requests: list[AddRequest]) -> dict[str, list[int]]:
+        texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        unfinished = set(texts)
+        for request in requests:
+            self.send(request)
+        while unfinished:
+            for output in self.receive_until(StepOutputs).outputs:
+                texts[output.request_id] += output.token_ids
+                if output.finish_reason is not None:
+                    assert output.finish_reason is not FinishReason.ERROR, output.message
+                    unfinished.remove(output.request_id)
+        return texts
+
+    def log(self) -> str:
+        return self._log_file.read_text() if self._log_file.exists() else ""
+
+    def stderr(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.socket.close()
+        self._context.term()
+        self._stderr.close()
+
+
+def request(name: str, prompt: list[int], **params: object) -> AddRequest:
+    values = {"max_tokens": 64, "temperature": 0.0} | params
+    return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
+
+
+#: Of the requests of one rank: their token ids by request id.
+Texts = dict[str, list[int]]
+
+
+class Ranks:
+    """The workers of an expert-parallel group. Texts of all of them are generated at the same time."""
+
+    def __init__(self, config: EngineConfig, count: int, group: str, logs: Path, **env: str) -> None:
+        self._config = replace(
+            config, data_parallel_size=count, enable_expert_parallel=True, expert_parallel_group=group
+        )
+        self._logs = logs
+        self._env = env
+        self.apis: dict[int, Api] = {}
+        #: Of ranks that have been started again, too.
+        self.all: list[Api] = []
+
+    def start(self, *seats: int, arguments: Iterable[str] = ()) -> None:
+        for seat in seats:
+            config = replace(self._config, data_parallel_rank=seat)
+            logs = self._logs / f"{seat}-{len(self.all)}"
+            self.apis[seat] = Api(config, logs, *arguments, **self._env)
+            self.all.append(self.apis[seat])
+
+    def wait_ready(self, *seats: int) -> None:
+        for seat in seats or tuple(self.apis):
+            self.apis[seat].receive_until(Ready)
+
+    def generate(
+        self,
+        requests: Mapping[int, list[AddRequest]],
+        after: Callable[[int], None] = lambda tokens: None,
+    ) -> dict[int, Texts]:
+        """
+        Args:
+            requests: of each seat.
+            after: called with the number of tokens that have come from all ranks, whenever some have.
+
+        Returns:
+            The texts of those seats whose worker is still the one that was asked.
+        """
+        apis = {seat: self.apis[seat] for seat in requests}
+        texts: dict[int, Texts] = {
+            seat: {one.request_id: [] for one in asked} for seat, asked in requests.items()
+        }
+        open_requests = {(seat, name) for seat, asked in texts.items() for name in asked}
+        for seat, asked in requests.items():
+            for one in asked:
+                self.apis[seat].send(one)
+        poller = zmq.Poller()
+        for api in apis.values():
+            poller.register(api.socket, zmq.POLLIN)
+        tokens, deadline = 0, time.monotonic() + DEADLINE_S
+        while open_requests:
+            ready = dict(poller.poll(100))
+            for seat, api in apis.items():
+                if self.apis.get(seat) is not api:
+                    open_requests = {one for one in open_requests if one[0] != seat}
+                    continue
+                if api.socket not in ready:
+                    assert api.process.poll() is None, f"seat {seat} has ended: {api.log()}"
+                    continue
+                message = api.receive()
+                assert not isinstance(message, Failed), message.message
+                for output in message.outputs if isinstance(message, StepOutputs) else ():
+                    texts[seat][output.request_id] += output.token_ids
+                    tokens += len(output.token_ids)
+                    if output.finish_reason is not None:
+                        assert output.finish_reason is not FinishReason.ERROR, output.message
+                        open_requests.discard((seat, output.request_id))
+            if ready:
+                after(tokens)
+            assert time.monotonic() < deadline, f"open after {DEADLINE_S} s: {sorted(open_requests)}"
+        return {seat: texts[seat] for seat, api in apis.items() if self.apis.get(seat) is api}
+
+    def lose(self, seat: int) -> Api:
+        """This worker is not waited for any more, whatever becomes of it."""
+        return self.apis.pop(seat)
+
+    def logs(self) -> str:
+        return "".join(api.log() for api in self.all)
+
+    def close(self) -> None:
+        for api in self.all:
+            api.close()
