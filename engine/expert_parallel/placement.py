@@ -18,8 +18,8 @@ from ..errors import FastDeployError
 #: every expert that moves has to be read anew.
 WORTHWHILE = 0.01
 
-#: Less load than this in total is none. An average that decays while nothing happens ends in subnormal numbers,
-#: whose hundredth is zero: trades could go on for ever.
+#: Less load than this in total is none. An average that decays while nothing happens ends in subnormal
+#: numbers, whose hundredth is zero: trades could go on for ever.
 NEGLIGIBLE = 1e-200
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -129,17 +129,27 @@ class Ranks:
         self._config = replace(
             config, data_parallel_size=count, enable_expert_parallel=True, expert_parallel_group=group
         )
+        self.group = group
         self._logs = logs
         self._env = env
         self.apis: dict[int, Api] = {}
         #: Of ranks that have been started again, too.
         self.all: list[Api] = []
 
-    def start(self, *seats: int, arguments: Iterable[str] = ()) -> None:
+    def start(self, *seats: int, trap: str | None = None, **changes: object) -> None:
+        """
+        Args:
+            trap: where the worker sends itself a signal, see `trapped_worker.py`.
+            changes: to the configuration of these ranks.
+        """
+        arguments, env = AS_MODULE, self._env
+        if trap is not None:
+            arguments = ("-m", "tests.engine.trapped_worker")
+            env = env | {"FD_TEST_TRAP": trap, "PYTHONPATH": str(FIXTURES.parent.parent)}
         for seat in seats:
-            config = replace(self._config, data_parallel_rank=seat)
+            config = replace(self._config, data_parallel_rank=seat, **changes)  # type: ignore[arg-type]
             logs = self._logs / f"{seat}-{len(self.all)}"
-            self.apis[seat] = Api(config, logs, *arguments, **self._env)
+            self.apis[seat] = Api(config, logs, *arguments, **env)
             self.all.append(self.apis[seat])
 
     def wait_ready(self, *seats: int) -> None:
@@ -150,10 +160,12 @@ class Ranks:
         self,
         requests: Mapping[int, list[AddRequest]],
         after: Callable[[int], None] = lambda tokens: None,
+        mortal: Collection[int] = (),
     ) -> dict[int, Texts]:
         """
         Args:
             requests: of each seat.
+            mortal: seats whose workers may end.
             after: called with the number of tokens that have come from all ranks, whenever some have.
 
         Returns:
@@ -178,6 +190,9 @@ class Ranks:
                     open_requests = {one for one in open_requests if one[0] != seat}
                     continue
                 if api.socket not in ready:
+                    if seat in mortal and api.process.poll() is not None:
+                        self.lose(seat)
+                        continue
                     assert api.process.poll() is None, f"seat {seat} has ended: {api.log()}"
                     continue
                 message = api.receive()

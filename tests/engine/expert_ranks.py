@@ -1,0 +1,62 @@
+"""Groups of workers for the tests of expert parallelism, and the texts that they have to write."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastdeploy.config import EngineConfig
+from fastdeploy.expert_parallel.memory import group_directory
+from fastdeploy.messages import AddRequest, Ready
+
+from .worker_api import CONFIG, Api, Ranks, Texts, request
+
+#: Steps of up to two collectives, prompts of several steps, and sequences that preempt each other.
+EXPERT_CONFIG = replace(CONFIG, max_num_batched_tokens=200, num_gpu_blocks_override=70)
+
+
+def requests_of(seat: int, count: int = 4, tokens: int = 60) -> list[AddRequest]:
+    """Some of each kind: greedy and drawn, short prompts and long ones."""
+    random = np.random.default_rng(seat)
+    lengths = random.choice([1, 5, 40, 300], count)
+    return [
+        request(
+            f"{seat}.{i}",
+            random.integers(3, 500, length).tolist(),
+            max_tokens=tokens,
+            temperature=i % 2,
+            seed=seat * 100 + i,
+        )
+        for i, length in enumerate(lengths.tolist())
+    ]
+
+
+def undisturbed(config: EngineConfig, logs: Path, requests: dict[int, list[AddRequest]]) -> dict[int, Texts]:
+    """What one worker writes that has all experts and is left in peace."""
+    api = Api(config, logs)
+    try:
+        api.receive_until(Ready)
+        return {seat: api.generate(asked) for seat, asked in requests.items()}
+    finally:
+        api.close()
+
+
+@contextmanager
+def ranks_of(count: int, logs: Path, config: EngineConfig = EXPERT_CONFIG) -> Iterator[Ranks]:
+    """A group of its own name, of which nothing stays behind."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    ranks = Ranks(config, count, name, logs)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+        directory = group_directory(name)
+        for file in directory.iterdir() if directory.exists() else ():
+            file.unlink()
+        if directory.exists():
+            directory.rmdir()

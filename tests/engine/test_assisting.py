@@ -1,0 +1,132 @@
+"""A worker without work of its own, while other ranks of its group have some: what it tells of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fastdeploy import worker
+from fastdeploy.messages import AddRequest, FromWorker
+from fastdeploy.request import SamplingParams
+
+STEP_SECONDS = 0.01
+
+
+class World:
+    """Engine, rank and API process at once; `events` wake the worker one by one, then it is to end."""
+
+    def __init__(self, *events: Callable[[World], object]) -> None:
+        self._events = list(events)
+        self.now = 0.0
+        self.steps = self.own_steps = self.others_steps = 0
+        #: The count of steps at each word about rest, and "step" for each word about a step of its own.
+        self.told: list[int | str] = []
+        self.left = self.stopping = False
+
+    # ---- the engine
+
+    @property
+    def has_work(self) -> bool:
+        return self.own_steps > 0
+
+    def add(self, message: AddRequest) -> None:
+        self.own_steps += message.params.max_tokens
+
+    def step(self) -> str:
+        self.own_steps -= 1
+        self._compute()
+        return "step"
+
+    def rest(self) -> int:
+        assert not self.has_work
+        return self.steps
+
+    # ---- the rank, and its group
+
+    @property
+    def group(self) -> World:
+        return self
+
+    @property
+    def wakeups(self) -> World:
+        return self
+
+    def fileno(self) -> int:
+        return 0
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.others_steps > 0
+
+    def assist(self) -> None:
+        if self.is_wanted:
+            self._compute()
+
+    def leave(self) -> None:
+        self.left = True
+
+    # ---- the API process
+
+    def watch(self, descriptor: int) -> None:
+        pass
+
+    def receive(self, *, wait: bool) -> list[AddRequest]:
+        if not wait:
+            return []
+        if not self._events:
+            self.stopping = True
+            return []
+        message = self._events.pop(0)(self)
+        return [message] if isinstance(message, AddRequest) else []
+
+    def send(self, message: FromWorker | int | str) -> None:
+        assert isinstance(message, int | str)
+        if not self.stopping:
+            self.told.append(message)
+
+    def _compute(self) -> None:
+        self.steps += 1
+        self.others_steps = max(0, self.others_steps - 1)
+        self.now += STEP_SECONDS
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    def run_through(*events: Callable[[World], object]) -> World:
+        world = World(*events)
+        monkeypatch.setattr(worker.time, "monotonic", lambda: world.now)
+        worker.serve(world, world, world)  # type: ignore[arg-type]
+        assert world.left
+        return world
+
+    return run_through
+
+
+def others_compute(steps: int) -> Callable[[World], object]:
+    return lambda world: setattr(world, "others_steps", steps)
+
+
+def asked_for(steps: int) -> Callable[[World], object]:
+    return lambda world: AddRequest("a", [1], SamplingParams(max_tokens=steps), 0.0)
+
+
+def test_it_tells_at_the_start_once_a_second_and_when_it_comes_to_rest(run: Callable[..., World]) -> None:
+    told = run(others_compute(1000)).told
+    assert (told[0], told[-1]) == (0, 1000)
+    # It takes ten seconds.
+    assert 10 <= len(told) <= 12
+
+
+def test_every_word_of_its_own_steps_tells_too_and_the_last_is_after_those_of_the_others(
+    run: Callable[..., World],
+) -> None:
+    def busy(world: World) -> object:
+        world.others_steps = 5
+        return asked_for(3)(world)
+
+    assert run(busy).told == [0, "step", "step", "step", 3, 5]
+
+
+def test_a_change_of_members_while_it_sleeps_is_told(run: Callable[..., World]) -> None:
+    assert run(lambda world: None, lambda world: None).told == [0, 0, 0]

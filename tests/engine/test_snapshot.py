@@ -1,0 +1,134 @@
+"""What is told about a group from beside it: `fdctl ep`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.errors import ConfigError
+from fastdeploy.expert_parallel import memory as shared
+from fastdeploy.expert_parallel.snapshot import Awaited, Seat, Snapshot, look
+
+from ..quiet_group import QuietGroup
+
+
+def look_at(group: QuietGroup) -> Snapshot:
+    found = look(group.name, root=group.root)
+    assert found is not None
+    return found
+
+
+def seat_of(group: QuietGroup, seat: int) -> Seat:
+    return next(one for one in look_at(group).seats if one.seat == seat)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[QuietGroup]:
+    made = QuietGroup("test", tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_group_is_told_by_its_newest_epoch_and_the_seats_that_are_held(group: QuietGroup) -> None:
+    group.join(0, 2)
+    group.join(3)
+    found = look_at(group)
+    assert (found.name, found.epoch, found.active, found.num_seats) == ("test", 2, (0, 2, 3), 4)
+    assert (found.joins, found.leaves, found.losses) == (3, 0, 0)
+    assert [(seat.seat, seat.pid, seat.state) for seat in found.seats] == [
+        (seat, process.pid, "active") for seat, process in zip((0, 2, 3), group.processes, strict=True)
+    ]
+
+
+def test_a_seat_tells_where_it_is(group: QuietGroup) -> None:
+    group.join(0, 1)
+    row = group.memory.rows[1]
+    row.arrived, row.begun, row.steps = 1, 1 << 40 | 7, 42
+    row.step_tokens[0], row.step_tokens[1] = 5, 3
+    group.note(1, "experts", layer=1, seconds=10)
+    seat = seat_of(group, 1)
+    assert (seat.epoch, seat.steps, seat.phase, seat.layer, seat.tokens) == (1, 42, "experts", 1, 3)
+    assert seat.seconds == pytest.approx(10, abs=5)
+    group.note(1, "beginning", waits_for=0b1)
+    assert (seat_of(group, 1).layer, seat_of(group, 1).tokens, seat_of(group, 1).waits_for) == (None, 3, (0,))
+    group.note(1, "idle")
+    assert (seat_of(group, 1).phase, seat_of(group, 1).layer, seat_of(group, 1).tokens) == (
+        "idle",
+        None,
+        None,
+    )
+
+
+def test_what_the_last_holder_of_a_seat_has_left_is_not_told_of_the_next(group: QuietGroup) -> None:
+    group.join(0)
+    group.note(1, "experts", layer=1, waits_for=0b1)
+    group.request(1)
+    seat = seat_of(group, 1)
+    assert (seat.state, seat.phase, seat.layer, seat.seconds) == ("joining", None, None, None)
+    assert seat.waits_for == ()
+    assert look_at(group).awaited is None
+
+
+def test_the_dead_are_told_before_a_rank_has_noticed_and_wait_for_nobody(group: QuietGroup) -> None:
+    group.join(0, 1)
+    group.note(1, "sent", waits_for=0b1)
+    group.kill(1)
+    assert seat_of(group, 1).state == "dead"
+    assert look_at(group).awaited is None
+    group.kill(0)
+    assert look("test", root=group.root) is None
+
+
+def test_the_one_that_most_wait_for_is_named_and_of_several_the_one_that_does_not_wait(
+    group: QuietGroup,
+) -> None:
+    group.join(0, 1, 2, 3)
+    group.note(1, "returned", waits_for=0b1)
+    assert (awaited := look_at(group).awaited)
+    assert (awaited.seat, awaited.by) == (0, (1,))
+    group.note(0, "sent", waits_for=0b1100, seconds=20)
+    group.note(1, "sent", waits_for=0b1101)
+    group.note(2, "sent", waits_for=0b1000)
+    awaited = look_at(group).awaited
+    assert awaited == Awaited(3, (0, 1, 2), pytest.approx(20, abs=5))
+    # 2 and 3 are waited for by two each.
+    group.note(2, "sent", waits_for=0b0001)
+    assert (awaited := look_at(group).awaited)
+    assert (awaited.seat, awaited.by) == (3, (0, 1))
+
+
+def test_there_is_none_where_nothing_is_or_where_it_is_being_made(group: QuietGroup, tmp_path: Path) -> None:
+    assert look("other", root=tmp_path) is None
+    group.memory.header.magic = b""
+    assert look("test", root=tmp_path) is None
+
+
+def test_another_protocol_is_one_line(group: QuietGroup) -> None:
+    group.memory.header.version = 99
+    with pytest.raises(ConfigError, match="speaks protocol 99, this process 1"):
+        look("test", root=group.root)
+
+
+def test_looking_takes_no_memory_and_no_lock() -> None:
+    # Only there are pages taken as they are looked at.
+    group = QuietGroup(f"test-{os.getpid()}")
+    try:
+        group.join(0)
+        file = group.memory.directory / shared.FILE
+        before = file.stat().st_blocks
+        with group.memory.locked():
+            assert len(look_at(group).seats) == 1
+        assert file.stat().st_blocks == before
+    finally:
+        group.close()
+
+
+def test_it_needs_neither_paddle_nor_numpy() -> None:
+    program = "import fastdeploy.expert_parallel.snapshot, sys; print({'paddle', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

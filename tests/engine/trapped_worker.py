@@ -1,0 +1,31 @@
+"""A worker that sends itself a signal in the middle of a step: FD_TEST_TRAP=PHASE:LAYER:NTH:SIGNAL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from fastdeploy import worker
+from fastdeploy.cpu_share import SINGLE_THREADED
+
+
+def main() -> int:
+    # As the worker does before it imports Paddle, which happens here already.
+    os.environ.update(SINGLE_THREADED)
+    from fastdeploy.expert_parallel import group
+    from fastdeploy.expert_parallel.memory import PHASES
+
+    phase, layer, nth, name = os.environ["FD_TEST_TRAP"].split(":")
+
+    class TrappedGroup(group.NativeGroup):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            self.trap(PHASES.index(phase), int(layer), int(nth), signal.Signals[name])
+
+    group.NativeGroup = TrappedGroup  # type: ignore[misc]
+    return worker.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
