@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
-_REQUESTS = ("prefill", "decode", "distinct_experts")
+_REQUESTS = ("prefill", "decode", "distinct_experts", "exchange", "operations", "copy")
 
 
 @dataclass(frozen=True, slots=True)

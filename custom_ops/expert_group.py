@@ -111,6 +111,18 @@ class NativeGroup:
     def ring(self) -> None:
         self._library.fd_ep_ring(self.handle)
 
+    def dispatch(self, layer: int, x: int, picks: int, tokens: int, element: int, rows: int) -> int:
+        """A dispatch without Paddle, by addresses: the number of rows, or -1 if the group was interrupted."""
+        return self._library.fd_ep_dispatch(self.handle, layer, x, picks, tokens, element, rows)
+
+    def combine(self, rows: int, count: int, weights: int, tokens: int, element: int, out: int) -> int:
+        """A combine without Paddle, by addresses. Returns -1 if the group was interrupted."""
+        return self._library.fd_ep_combine(self.handle, rows, count, weights, tokens, element, out)
+
+    def result_rows(self, rows: int, element: int) -> int:
+        """Where results lie that the combine need not copy; 0 if there is no room for so many."""
+        return self._library.fd_ep_result_rows(self.handle, rows, element) or 0
+
     def trap(self, phase: int, layer: int, nth: int, signal: int) -> None:
         """For tests: the process sends itself `signal` when it comes to this phase of this layer again."""
         self._library.fd_ep_trap(self.handle, phase, layer, nth, signal)
@@ -134,6 +146,15 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "missing_bytes": (number, [number]),
         "ring": (None, [number]),
         "counters": (ctypes.POINTER(Counters), [number]),
+        "dispatch": (
+            ctypes.c_int,
+            [number, ctypes.c_int, pointer, pointer, ctypes.c_int, ctypes.c_int, pointer],
+        ),
+        "combine": (
+            ctypes.c_int,
+            [number, pointer, ctypes.c_int, pointer, ctypes.c_int, ctypes.c_int, pointer],
+        ),
+        "result_rows": (pointer, [number, ctypes.c_int, ctypes.c_int]),
         "trap": (None, [number, *[ctypes.c_int] * 4]),
     }
     for name, (result, arguments) in signatures.items():

@@ -88,6 +88,77 @@ def fused_moe(x: Array, picks: NDArray[np.integer], weights: Array, experts: Seq
     return y
 
 
+class Received(NamedTuple):
+    """What one seat of an expert-parallel group receives."""
+
+    #: [N, H], by expert; within an expert by seat, token and pick.
+    rows: Array
+    #: [E + 1], where the rows of each expert begin.
+    offsets: NDArray[np.integer]
+    #: [N, 3]: seat, token and pick of each row.
+    origins: NDArray[np.integer]
+
+
+def ep_dispatch(
+    x: Sequence[Array], targets: Sequence[NDArray[np.integer]], num_experts: int
+) -> list[Received]:
+    """What each seat receives, of x [T, H] and targets [T, k] of every seat: expert * 64 + seat, or -1."""
+    sent = sorted(
+        (int(target) % 64, int(target) // 64, seat, token, pick)
+        for seat, picks in enumerate(targets)
+        for (token, pick), target in np.ndenumerate(picks)
+        if target >= 0
+    )
+    received = []
+    for seat, own in enumerate(x):
+        mine = [(expert, origin) for home, expert, *origin in sent if home == seat]
+        rows = np.empty((len(mine), own.shape[1]), own.dtype)
+        for row, (_, (source, token, _)) in enumerate(mine):
+            rows[row] = x[source][token]
+        offsets = np.searchsorted([expert for expert, _ in mine], np.arange(num_experts + 1))
+        origins = np.array([origin for _, origin in mine], np.int64).reshape(-1, 3)
+        received.append(Received(rows, offsets, origins))
+    return received
+
+
+def ep_combine(
+    received: Sequence[Received], results: Sequence[Array], weights: Sequence[Array]
+) -> list[Array]:
+    """The sums [T, H] of every seat, of its weights [T, k] and the results [N, H] of what each one received.
+
+    In float32, and to the bit: each product is added unrounded, in the order of the picks.
+    """
+    sums = []
+    for seat, own in enumerate(weights):
+        rows = np.zeros((*own.shape, results[0].shape[1]), np.float32)
+        taken = np.zeros(own.shape, bool)
+        for part, result in zip(received, results, strict=True):
+            mine = part.origins[:, 0] == seat
+            tokens, picks = part.origins[mine, 1], part.origins[mine, 2]
+            rows[tokens, picks], taken[tokens, picks] = result[mine], True
+        total = np.zeros((len(own), rows.shape[2]), np.float32)
+        for pick in range(own.shape[1]):
+            added = fma(own[:, pick, None], rows[:, pick], total)
+            total = np.where(taken[:, pick, None], added, total)
+        sums.append(total)
+    return sums
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of float32, rounded once."""
+    # Exact: twice 24 bits are fewer than 53.
+    product = a.astype(np.float64) * b.astype(np.float64)
+    total = product + c
+    # What that has lost, exactly (Knuth's TwoSum).
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    # Rounded to odd, not to nearest, it goes to float32 as if it had not been rounded before (Boldo and
+    # Melquiond, Emulation of FMA and correctly rounded sums, 2008).
+    is_even = (total.view(np.int64) & 1) == 0
+    odd = np.where((lost != 0) & is_even, np.nextafter(total, np.copysign(np.inf, lost)), total)
+    return odd.astype(np.float32)
+
+
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """Ten rounds of Philox over four 32-bit words (Salmon et al., SC 2011)."""
     word = 0xFFFFFFFF

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import FastDeployError
 
 #: Exit codes of fdctl, and the `code` of every answer.
-OK, FAILED, USAGE, NO_DAEMON, BAD_CONFIG, BUSY = 0, 1, 2, 3, 4, 5
+OK, FAILED, USAGE, NO_DAEMON, BAD_CONFIG, BUSY, NO_GROUP = range(7)
 
 _LONGEST_LINE = 1 << 16
 _TIMEOUT = 1.0

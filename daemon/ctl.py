@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import ConfigError, FastDeployError
 from . import config as dp_toml
 from . import control, masking, supervisor
-from .control import BAD_CONFIG, FAILED, NO_DAEMON, OK, DaemonUnreachable
+from .control import BAD_CONFIG, FAILED, NO_DAEMON, NO_GROUP, OK, DaemonUnreachable
 from .preflight import checked_programs_of
 from .programs import Program, programs_of
 
@@ -24,7 +24,8 @@ _DEFAULT_CONFIG = Path("/etc/fd/dp.toml")
 _TAIL_LINES = 50
 _EPILOG = """\
 REPLICA is a number, or router. Without --prefix: $FD_PREFIX, else ./run if a daemon has been there, else the
-system's daemon. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no daemon answers, 4 bad dp.toml, 5 busy."""
+system's daemon. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no daemon answers, 4 bad dp.toml, 5 busy,
+6 no expert group."""
 
 
 def main() -> int:
@@ -46,21 +47,44 @@ def main() -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    if options.watch and not options.json:
-        from .table import watch
+    def ask() -> dict[str, Any]:
+        return _ask(options, {"do": "status"})["status"]
 
-        return watch(lambda: _ask(options, {"do": "status"})["status"])
-    while True:
-        found = _ask(options, {"do": "status"})["status"]
-        if options.json:
-            print(json.dumps(found, indent=None if options.watch else 2), flush=True)
+    if options.json:
+        return _print_json(ask, options.watch)
+    from . import table
+
+    return table.show(ask, table.of_status, options.watch)
+
+
+def ep(options: argparse.Namespace) -> int:
+    """Needs no daemon: what it shows is wanted most when something hangs."""
+    from . import expert_groups
+
+    if options.group:
+        names, user = [options.group], None
+        nobody = f"nobody is in expert group {options.group}"
+    else:
+        run = _socket(options).parent
+        names = expert_groups.names_of(run)
+        # Also when root asks.
+        user = run.stat().st_uid
+        nobody = f"nobody is in an expert group of {run}: "
+        if names:
+            nobody += "replicas are loading or down (fdctl status), or their model has no experts"
         else:
-            from .table import show
+            nobody += "[parallel] expert_parallel is off"
 
-            show(found)
-        if not options.watch:
-            return OK
-        time.sleep(1.0)
+    def ask() -> dict[str, Any]:
+        return expert_groups.groups(names, user)
+
+    if not ask()["groups"]:
+        return _error("fdctl", nobody, NO_GROUP)
+    if options.json:
+        return _print_json(ask, options.watch)
+    from . import table
+
+    return table.show(ask, table.of_groups, options.watch)
 
 
 def reload(options: argparse.Namespace) -> int:
@@ -185,6 +209,10 @@ def _parser() -> argparse.ArgumentParser:
     found = command("status", status, "show every replica and how it is")
     found.add_argument("--json", action="store_true")
     found.add_argument("-w", "--watch", action="store_true", help="again and again, until Ctrl-C")
+    found = command("ep", ep, "show the expert-parallel group, and who waits for whom")
+    found.add_argument("group", metavar="GROUP", nargs="?", help="default: those of the daemon's replicas")
+    found.add_argument("--json", action="store_true")
+    found.add_argument("-w", "--watch", action="store_true", help="again and again, until Ctrl-C")
     found = command("reload", reload, "apply dp.toml to the programs that it changes, one at a time")
     found.add_argument("--dry-run", action="store_true", help="only say what would change")
     _add_wait(found)
@@ -265,6 +293,14 @@ def _do(options: argparse.Namespace, command: dict[str, Any]) -> int:
         if code != OK:
             _error("fdctl", message["error"], code)
     return code
+
+
+def _print_json(ask: Callable[[], dict[str, Any]], watch: bool) -> int:
+    while True:
+        print(json.dumps(ask(), indent=None if watch else 2), flush=True)
+        if not watch:
+            return OK
+        time.sleep(1.0)
 
 
 def _error(who: str, what: str, code: int) -> int:

@@ -84,7 +84,17 @@ class ParallelSection:
 
     data_parallel_size: int = row(8, "Number of replicas.", between(1, 64))
     tensor_parallel_size: int = row(1, "Processes per replica's network; only 1 is implemented.", one_of(1))
-    expert_parallel: bool = row(True, "One expert-parallel group; for now each replica holds all experts.")
+    expert_parallel: bool = row(
+        True, "Replicas share the experts of each layer as one group; each holds a part."
+    )
+    redundant_experts: int = row(0, "Extra copies of the most used experts in each layer.", at_least(0))
+    balance_experts: bool = row(False, "Move experts once a minute to even out their measured load.")
+    stall_kill: float = row(
+        60.0,
+        "A rank that others wait for and that makes no progress for so long is killed.",
+        at_least(1),
+        "s",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
+from ..expert_parallel.memory import PROTOCOL_VERSION
 from .config import Config
 from .launch import HASH, MARKER
 
@@ -20,6 +22,7 @@ ROUTER = "router"
 #: daemon's own patience at its end. `extra_args` may say otherwise.
 _REPLICA_GRACE = 5
 _ROUTER_GRACE = 8
+_GROUP_FLAG = "--expert-parallel-group"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,32 @@ def programs_of(config: Config) -> list[Program]:
     ]
 
 
+def expert_group_of(config: Config) -> str:
+    """The name of the expert-parallel group in which the replicas meet.
+
+    It stands for this deployment, and for all of its configuration that ranks must, or may have to, agree on.
+    So while a reload replaces one replica after the other, the new ones form a group of their own and the old
+    group shrinks. Of the environment it has only what texts depend on: the name is no place for secrets.
+    """
+    model, parallel, engine = config.model, config.parallel, config.engine
+    parts = [
+        *(PROTOCOL_VERSION, str(config.paths.run), model.path, engine.dtype, engine.quantization),
+        *(parallel.data_parallel_size, parallel.redundant_experts),
+        *(engine.extra_args, engine.env.get("FD_ISA")),
+    ]
+    return f"dp-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def expert_group_in(argv: Sequence[str]) -> str | None:
+    """The group that a replica with this command line joins: the last, as `extra_args` may add another."""
+    name = None
+    for word, next_word in pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == _GROUP_FLAG:
+            name = value if equals else next_word
+    return name
+
+
 def connectable(host: str) -> str:
     """The address under which a listener on `host` is reached from this machine."""
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -155,7 +184,13 @@ def _replica(config: Config, index: int) -> Program:
     if engine.pin_threads:
         argv.append("--pin-threads")
     if parallel.expert_parallel:
-        argv += ["--enable-expert-parallel"]
+        argv += ["--enable-expert-parallel", _GROUP_FLAG, expert_group_of(config)]
+        if parallel.redundant_experts:
+            argv += ["--redundant-experts", str(parallel.redundant_experts)]
+        if parallel.balance_experts:
+            argv.append("--enable-eplb")
+        if parallel.stall_kill != 60.0:
+            argv += ["--expert-parallel-stall-kill", f"{parallel.stall_kill:g}"]
     argv += ["--router", address(config.router.host, config.router.port)]
     argv += ["--timeout-graceful-shutdown", str(_REPLICA_GRACE)]
     return Program(

@@ -47,19 +47,11 @@ class EngineCore:
     """Scheduler, runner and sampler as one loop body. Single-threaded: the caller decides when to step."""
 
     def __init__(
-        self,
-        config: EngineConfig,
-        model_config: ModelConfig,
-        runner: Runner,
-        num_blocks: int,
-        read_group: Callable[[], ExpertParallelStats] | None = None,
+        self, config: EngineConfig, model_config: ModelConfig, runner: Runner, num_blocks: int
     ) -> None:
-        """
-        Args:
-            read_group: what is to be told about the expert-parallel group, if the runner is in one.
-        """
         self._config = config
-        self._read_group = read_group
+        #: What is to be told about the expert-parallel group, if the runner is in one.
+        self.read_group: Callable[[], ExpertParallelStats] | None = None
         self._vocab_size = model_config.vocab_size
         self._runner = runner
         self._pool = BlockPool(num_blocks, config.block_size)
@@ -171,7 +163,7 @@ class EngineCore:
             steps_total=self._steps_total,
             batch_tokens=batch_tokens,
             max_num_seqs=self._config.max_num_seqs,
-            expert_parallel=None if self._read_group is None else self._read_group(),
+            expert_parallel=None if self.read_group is None else self.read_group(),
         )
 
 

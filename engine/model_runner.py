@@ -18,19 +18,11 @@ class ModelRunner:
     """Owns the KV cache. Which block belongs to whom is the scheduler's business."""
 
     def __init__(
-        self,
-        model: Ernie45,
-        model_config: ModelConfig,
-        engine_config: EngineConfig,
-        num_blocks: int,
-        group: ExpertGroup | None = None,
+        self, model: Ernie45, model_config: ModelConfig, engine_config: EngineConfig, num_blocks: int
     ) -> None:
-        """
-        Args:
-            group: the ranks that share the experts; None: all experts are computed here.
-        """
         self.model = model
-        self._group = group
+        #: The ranks that share the experts; None: all experts are computed here.
+        self.group: ExpertGroup | None = None
         # As precise as the weights are.
         wide = engine_config.weight_format == "float32"
         self.caches = [
@@ -38,7 +30,7 @@ class ModelRunner:
             for _ in range(model_config.num_hidden_layers)
         ]
         self._step = StepBuffer(engine_config.block_size)
-        _keep_freed_memory()
+        keep_freed_memory()
 
     def execute(self, batch: Batch, *, every_position: bool = False) -> paddle.Tensor:
         """Computes one step.
@@ -49,7 +41,7 @@ class ModelRunner:
         """
         with paddle.no_grad():
             step = self._step.write(batch, every_position=every_position)
-            group = self._group
+            group = self.group
             if group is None:
                 return self.model.logits(self.model.forward(step, self.caches), step)
             return group.run_step(
@@ -59,13 +51,13 @@ class ModelRunner:
 
     def assist(self) -> None:
         """Takes part in a step that only other ranks have tokens for, if there is one."""
-        group = self._group
+        group = self.group
         assert group is not None, "nobody calls a rank that is in no group"
         with paddle.no_grad():
             group.run_step(0, lambda: self.model.assist(group))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep large buffers (to 32 MiB each, 1 GiB in all) when they are freed.
 
     By default each goes back to the kernel and the next step faults the same pages in again.

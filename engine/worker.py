@@ -30,7 +30,6 @@ from .errors import ConfigError, FastDeployError
 from .messages import (
     AbortRequests,
     AddRequest,
-    ExpertParallelStats,
     Failed,
     FromWorker,
     Hello,
@@ -43,16 +42,15 @@ from .parent_death import die_with_parent
 
 if TYPE_CHECKING:
     from .engine import EngineCore
-    from .expert_parallel.group import ExpertGroup
-    from .model_runner import ModelRunner
+    from .expert_parallel.rank import Rank
 
 # Not __name__, which is __main__ here.
 _log = logging.getLogger("fastdeploy.worker")
 
 _ENVIRONMENT = ("FD_ENGINE_CONFIG", "FD_WORKER_ENDPOINT", "FD_WORKER_TOKEN", "FD_PARENT_PID")
 _PR_SET_NAME = 15
-#: Less than the API process has patience with a worker that ends.
-_LEAVE_SECONDS = 3.0
+#: An idle rank looks so often whether it is called. Only needed where somebody has removed its doorbell.
+_LOOK_SECONDS = 1.0
 #: Between two words about steps in which only others have work.
 _TELL_SECONDS = 1.0
 
@@ -126,18 +124,19 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
     )
     num_blocks = config.num_blocks(model_config)
     report(1.0, f"allocating a cache of {num_blocks} blocks")
-    group = None
-    if config.enable_expert_parallel and model_config.num_moe_layers:
-        from .expert_parallel.rank import join_group
-
-        report(1.0, f"joining the expert group {config.expert_parallel_group}")
-        group = join_group(config, model_config, weights, share)
-    runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks, group)
-    rank = None if group is None else Rank(group, runner)
-    engine = EngineCore(config, model_config, runner, num_blocks, None if rank is None else rank.stats)
+    runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks)
+    engine = EngineCore(config, model_config, runner, num_blocks)
     # What is alive now stays: a full collection would walk over all of it, and stop a step for 100 ms.
     gc.collect()
     gc.freeze()
+    rank = None
+    if config.enable_expert_parallel and model_config.num_moe_layers:
+        from .expert_parallel.rank import Rank
+
+        report(1.0, f"joining the expert group {config.expert_parallel_group}")
+        # The last of all: from here on the others wait for this rank.
+        rank = Rank.join(config, model_config, runner, share)
+        engine.read_group = rank.group.status
     api.send(Ready(num_blocks, config.block_size, config.max_model_len))
     _log.info(
         "ready: %s in %s, %d blocks of %d tokens, %d threads on %s",
@@ -161,7 +160,7 @@ def serve(engine: EngineCore, rank: Rank | None, api: ApiLink) -> None:
         return rank is not None and rank.is_wanted
 
     if rank is not None:
-        api.watch(rank.group.wakeups.fileno())
+        api.watch(rank.group.wakeups.fileno(), _LOOK_SECONDS)
         # Who is in the group is seen from the start.
         api.send(engine.rest())
     resting = True
@@ -192,51 +191,6 @@ def serve(engine: EngineCore, rank: Rank | None, api: ApiLink) -> None:
         rank.leave()
 
 
-class Rank:
-    """The worker as a member of a group: what it does there while it has no work of its own."""
-
-    def __init__(self, group: ExpertGroup, runner: ModelRunner) -> None:
-        self.group = group
-        self._runner = runner
-
-    @property
-    def is_wanted(self) -> bool:
-        """A step of the others has begun, or is about to."""
-        return self.group.awake or self.group.is_called
-
-    def assist(self) -> None:
-        self.group.attend()
-        if self.is_wanted:
-            self._runner.assist()
-
-    def stats(self) -> ExpertParallelStats:
-        status = self.group.status()
-        return ExpertParallelStats(
-            epoch=status.epoch,
-            active_seats=list(status.seats),
-            joins_total=status.joins,
-            leaves_total=status.leaves,
-            losses_total=status.losses,
-            restarted_steps_total=status.restarted_steps,
-            steps_total=status.steps,
-            step_seconds_total=status.step_seconds,
-            bytes_dispatched_total=status.bytes_dispatched,
-            bytes_combined_total=status.bytes_combined,
-            waited_seconds_total=list(status.waited_seconds),
-            expert_tokens_total=self.group.load(),
-        )
-
-    def leave(self) -> None:
-        """Lets the others take over this rank's experts, between two steps."""
-        self.group.request_leave()
-        deadline = time.monotonic() + _LEAVE_SECONDS
-        while self.group.is_member and time.monotonic() < deadline:
-            if not self.is_wanted:
-                self.group.wakeups.poll(0.1)
-            self.assist()
-        self.group.close()
-
-
 class ApiLink:
     """The socket to the API process, and what tells this process to stop: SIGTERM or `Shutdown`."""
 
@@ -253,6 +207,7 @@ class ApiLink:
         self._signalled, self._signal_sink = socket.socketpair()
         self._signalled.setblocking(False)
         self._signal_sink.setblocking(False)
+        self._patience_ms: int | None = None
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._signalled.fileno(), zmq.POLLIN)
@@ -267,15 +222,16 @@ class ApiLink:
     def send(self, message: FromWorker) -> None:
         self._socket.send(self._encoder.encode(message))
 
-    def watch(self, descriptor: int) -> None:
-        """Ends a wait in `receive` also when this is readable."""
+    def watch(self, descriptor: int, patience: float) -> None:
+        """Ends a wait in `receive` also when this is readable, or after `patience` seconds."""
         self._poller.register(descriptor, zmq.POLLIN)
+        self._patience_ms = int(patience * 1000)
 
     def receive(self, *, wait: bool) -> list[AddRequest | AbortRequests]:
         """What has arrived; with `wait` sleeps until something has, until a watched descriptor
         is readable, or the process is to stop."""
         if wait:
-            self._poller.poll()
+            self._poller.poll(self._patience_ms)
         messages: list[AddRequest | AbortRequests] = []
         while True:
             try:

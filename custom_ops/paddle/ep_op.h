@@ -1,8 +1,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
+#include "ep_exchange.h"
 #include "expert_groups.h"
 #include "moe_unpermute.h"
 #include "tensors.h"
@@ -40,15 +40,7 @@ inline std::vector<paddle::Tensor> run_ep_dispatch_send(const paddle::Tensor& x,
   const int32_t* const chosen = int32s(picks, count, "ep_dispatch_send: picks must be int32 [tokens, k]");
   require(std::all_of(chosen, chosen + count, [&](int32_t expert) { return -1 <= expert && expert < shape.num_experts; }),
           "ep_dispatch_send: an expert that does not exist");
-  auto* const rows = static_cast<uint8_t*>(group.token_rows(tokens, element));
-  if (rows == nullptr) throw GroupInterrupted();
-  const auto* const source = static_cast<const uint8_t*>(x.data());
-  const int64_t width = int64_t{hidden} * element;
-  run_team([&](Team& team) {
-    team.for_each(tokens, [&](int64_t token) { std::memcpy(rows + token * width, source + token * width, width); });
-  });
-  group.address(layer, chosen, tokens);
-  group.publish_tokens(tokens, element);
+  if (!ep_dispatch_send(group, layer, x.data(), chosen, tokens, element)) throw GroupInterrupted();
   paddle::Tensor targets = int_output({tokens, shape.k});
   std::copy_n(group.targets(), count, targets.data<int32_t>());
   return {targets};
@@ -60,17 +52,12 @@ inline Types type_dispatch_send(paddle::DataType, paddle::DataType picks) { retu
 inline std::vector<paddle::Tensor> run_ep_dispatch_receive(const paddle::Tensor& like, int64_t handle, int layer) {
   ExpertGroup& group = going(handle, layer);
   const int element = element_of(like);
-  if (!group.await_tokens()) throw GroupInterrupted();
-  const Received received = group.receive(Workspace::fresh(), layer, element);
+  Received received;
+  if (!ep_dispatch_receive(group, layer, element, Workspace::fresh(), received)) throw GroupInterrupted();
   const int64_t hidden = group.shape().hidden, num_experts = group.shape().num_experts;
   paddle::Tensor rows = paddle::empty({received.rows, hidden}, like.dtype(), paddle::CPUPlace());
   paddle::Tensor offsets = int_output({num_experts + 1}), origins = int_output({received.rows, 3});
-  auto* const out = static_cast<uint8_t*>(rows.data());
-  run_team([&](Team& team) {
-    team.for_each(received.rows, [&](int64_t row) {
-      std::memcpy(out + row * hidden * element, received.sources[row], hidden * element);
-    });
-  });
+  ep_gather(group, received, element, rows.data());
   std::copy_n(received.offsets, num_experts + 1, offsets.data<int32_t>());
   std::copy_n(received.origins, int64_t{received.rows} * 3, origins.data<int32_t>());
   return {rows, offsets, origins};
@@ -86,17 +73,7 @@ inline std::vector<paddle::Tensor> run_ep_combine_send(const paddle::Tensor& row
   const auto [count, hidden] = extent(rows, "ep_combine_send: rows");
   const int element = element_of(rows);
   require(hidden == group.shape().hidden, "ep_combine_send: rows have another width than the group");
-  auto* const results = static_cast<uint8_t*>(group.result_rows(count, element));
-  if (results == nullptr) throw GroupInterrupted();
-  const auto* const source = static_cast<const uint8_t*>(rows.data());
-  const int64_t width = int64_t{hidden} * element;
-  // They may have been computed where they belong.
-  if (source != results) {
-    run_team([&](Team& team) {
-      team.for_each(count, [&](int64_t row) { std::memcpy(results + row * width, source + row * width, width); });
-    });
-  }
-  group.publish_results();
+  if (!ep_combine_send(group, rows.data(), count, element)) throw GroupInterrupted();
   paddle::Tensor sent = int_output({1});
   *sent.data<int32_t>() = count;
   return {sent};
@@ -114,30 +91,8 @@ inline std::vector<paddle::Tensor> run_ep_combine_receive(const paddle::Tensor& 
           "ep_combine_receive: weights must be [tokens, k] of the group");
   const float* const factors = floats(weights, int64_t{tokens} * k, "ep_combine_receive: weights");
   const int element = element_of(like);
-  if (!group.await_results()) throw GroupInterrupted();
   paddle::Tensor out = float_output({tokens, hidden});
-  float* const sums = out.data<float>();
-  const Kernels& isa = kernels();
-  run_team([&](Team& team) {
-    team.for_each(tokens, [&](int64_t token) {
-      const void* rows[kMostPicks];
-      float used[kMostPicks];
-      int count = 0;
-      for (int j = 0; j < k; ++j) {
-        rows[count] = group.result(static_cast<int>(token), j, element);
-        used[count] = factors[token * k + j];
-        if (rows[count] != nullptr) ++count;
-      }
-      float* const sum = sums + token * hidden;
-      std::fill_n(sum, hidden, 0.0f);
-      if (element == 4) {
-        isa.combine(sum, reinterpret_cast<const float* const*>(rows), used, count, nullptr, static_cast<int>(hidden));
-      } else {
-        isa.combine_bfloat16(sum, reinterpret_cast<const uint16_t* const*>(rows), used, count,
-                             static_cast<int>(hidden));
-      }
-    });
-  });
+  if (!ep_combine_receive(group, factors, tokens, element, out.data<float>())) throw GroupInterrupted();
   return {out};
 }
 

@@ -3,6 +3,8 @@
 #include <map>
 #include <memory>
 
+#include "ep_exchange.h"
+
 namespace fd {
 namespace {
 
@@ -47,6 +49,30 @@ uint64_t fd_ep_lost(int64_t handle) { return fd::find_expert_group(handle)->lost
 int64_t fd_ep_missing_bytes(int64_t handle) { return fd::find_expert_group(handle)->missing_bytes(); }
 void fd_ep_ring(int64_t handle) { fd::find_expert_group(handle)->ring(); }
 const fd::ExpertGroup::Counters* fd_ep_counters(int64_t handle) { return &fd::find_expert_group(handle)->counters(); }
+
+// A whole dispatch and a whole combine without Paddle, for benchmarks: rows is large enough for whatever comes. They
+// return the number of rows, or -1 if the group is interrupted.
+int fd_ep_dispatch(int64_t handle, int layer, const void* x, const int32_t* picks, int tokens, int element, void* rows) {
+  fd::ExpertGroup& group = *fd::find_expert_group(handle);
+  fd::Received received;
+  if (!fd::ep_dispatch_send(group, layer, x, picks, tokens, element) ||
+      !fd::ep_dispatch_receive(group, layer, element, fd::Workspace::fresh(), received)) {
+    return -1;
+  }
+  fd::ep_gather(group, received, element, rows);
+  return received.rows;
+}
+
+int fd_ep_combine(int64_t handle, const void* rows, int count, const float* weights, int tokens, int element, float* out) {
+  fd::ExpertGroup& group = *fd::find_expert_group(handle);
+  const bool whole = fd::ep_combine_send(group, rows, count, element) &&
+                     fd::ep_combine_receive(group, weights, tokens, element, out);
+  return whole ? count : -1;
+}
+
+void* fd_ep_result_rows(int64_t handle, int rows, int element) {
+  return fd::find_expert_group(handle)->result_rows(rows, element);
+}
 
 void fd_ep_trap(int64_t handle, int phase, int layer, int nth, int signal) {
   fd::find_expert_group(handle)->trap(static_cast<fd::Phase>(phase), layer, nth, signal);

@@ -28,6 +28,7 @@ import numpy as np
 
 from ..custom_ops.expert_group import CHANGED, FULL, GOING, GroupShape, NativeGroup
 from ..errors import ConfigError, FastDeployError
+from ..messages import ExpertParallelStats
 from . import memory as shared
 from .membership import Membership, Record, SeatTaken, disagreement, planner
 from .memory import Layout, Memory, SeatState
@@ -67,23 +68,6 @@ class GroupOptions:
     stall_kill: float = 60.0
     #: Every rank has a CPU for each of its threads.
     spin: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class GroupStatus:
-    """What there is to be told about the group, by this rank."""
-
-    epoch: int
-    seats: tuple[int, ...]
-    joins: int
-    leaves: int
-    losses: int
-    restarted_steps: int
-    steps: int
-    step_seconds: float
-    waited_seconds: tuple[float, ...]
-    bytes_dispatched: int
-    bytes_combined: int
 
 
 class ExpertGroup:
@@ -236,23 +220,25 @@ class ExpertGroup:
         for peer in self._peers.values():
             peer.close()
 
-    def status(self) -> GroupStatus:
+    def status(self) -> ExpertParallelStats:
+        """What there is to be told about the group, by this rank."""
         header, counters = self._memory.header, self._native.counters
-        return GroupStatus(
+        return ExpertParallelStats(
             epoch=self._record.epoch,
-            seats=self._record.seats,
-            joins=header.joins,
-            leaves=header.leaves,
-            losses=header.losses,
-            restarted_steps=self._restarted_steps,
-            steps=self._steps,
-            step_seconds=self._step_seconds,
-            waited_seconds=tuple(ns * 1e-9 for ns in counters.waited_ns[: self._memory.layout.num_seats]),
-            bytes_dispatched=counters.bytes_dispatched,
-            bytes_combined=counters.bytes_combined,
+            active_seats=list(self._record.seats),
+            joins_total=header.joins,
+            leaves_total=header.leaves,
+            losses_total=header.losses,
+            restarted_steps_total=self._restarted_steps,
+            steps_total=self._steps,
+            step_seconds_total=self._step_seconds,
+            bytes_dispatched_total=counters.bytes_dispatched,
+            bytes_combined_total=counters.bytes_combined,
+            waited_seconds_total=[ns * 1e-9 for ns in counters.waited_ns[: self._memory.layout.num_seats]],
+            expert_tokens_total=self._served(),
         )
 
-    def load(self) -> list[int]:
+    def _served(self) -> list[int]:
         """Tokens that each expert has computed on this rank, over all layers. Cheap enough for every step."""
         layout = self._memory.layout
         served = np.frombuffer(

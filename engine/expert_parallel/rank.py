@@ -1,14 +1,16 @@
-"""A replica as a rank of an expert-parallel group: what all of them must agree on, and how it joins."""
+"""A replica as a rank of an expert-parallel group: what all of them must agree on, and what it does there."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 
 from ..config import EngineConfig, ModelConfig
 from ..cpu_share import CpuShare
 from ..custom_ops import instruction_set
-from ..models.ernie45 import MoEWeights, Weights
+from ..model_runner import ModelRunner
+from ..models.ernie45 import MoEWeights
 from ..weight_cache import Packing
 from .group import ExpertGroup, GroupOptions, join
 from .memory import Layout
@@ -17,20 +19,63 @@ from .residency import ExpertPages
 #: Tokens of a rank in one collective. A step with more takes several: what travels must fit into the shared
 #: memory that a container has, and for so many rows an expert's weights are well worth reading.
 _ROUND_TOKENS = 128
+#: Less than the API process has patience with a worker that ends.
+_LEAVE_SECONDS = 3.0
 
 
-def join_group(config: EngineConfig, model: ModelConfig, weights: Weights, share: CpuShare) -> ExpertGroup:
-    """Joins the group that `config` names, as the rank that it names.
+class Rank:
+    """A member, and what it does while it has no work of its own."""
 
-    Raises:
-        ConfigError: see `group.join`.
-    """
-    pages = [
-        ExpertPages((layer.mlp.experts.gate_up, layer.mlp.experts.down), model.moe_num_experts)
-        for layer in weights.layers
-        if isinstance(layer.mlp, MoEWeights)
-    ]
-    layout = Layout(
+    def __init__(self, group: ExpertGroup, runner: ModelRunner) -> None:
+        self.group = group
+        self._runner = runner
+
+    @classmethod
+    def join(cls, config: EngineConfig, model: ModelConfig, runner: ModelRunner, share: CpuShare) -> Rank:
+        """Joins the group that `config` names. From here on `runner` computes with the others.
+
+        Raises:
+            ConfigError: see `group.join`.
+        """
+        pages = [
+            ExpertPages((layer.mlp.experts.gate_up, layer.mlp.experts.down), model.moe_num_experts)
+            for layer in runner.model.weights.layers
+            if isinstance(layer.mlp, MoEWeights)
+        ]
+
+        def on_placement(mine: Sequence[frozenset[int]], taken: Sequence[frozenset[int]]) -> None:
+            for layer, held, new in zip(pages, mine, taken, strict=True):
+                layer.hold(held, new)
+
+        runner.group = join(
+            _options(config, share), _layout(config, model), _fingerprint(config), on_placement
+        )
+        return cls(runner.group, runner)
+
+    @property
+    def is_wanted(self) -> bool:
+        """A step of the others has begun, or is about to."""
+        return self.group.awake or self.group.is_called
+
+    def assist(self) -> None:
+        """Takes part in a step of the others, if there is one."""
+        self.group.attend()
+        if self.is_wanted:
+            self._runner.assist()
+
+    def leave(self) -> None:
+        """Lets the others take over this rank's experts, between two steps."""
+        self.group.request_leave()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while self.group.is_member and time.monotonic() < deadline:
+            if not self.is_wanted:
+                self.group.wakeups.poll(0.1)
+            self.assist()
+        self.group.close()
+
+
+def _layout(config: EngineConfig, model: ModelConfig) -> Layout:
+    return Layout(
         num_seats=config.data_parallel_size,
         num_layers=model.num_moe_layers,
         num_experts=model.moe_num_experts,
@@ -39,11 +84,9 @@ def join_group(config: EngineConfig, model: ModelConfig, weights: Weights, share
         hidden=model.hidden_size,
     )
 
-    def on_placement(mine: Sequence[frozenset[int]], taken: Sequence[frozenset[int]]) -> None:
-        for layer, held, new in zip(pages, mine, taken, strict=True):
-            layer.hold(held, new)
 
-    options = GroupOptions(
+def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
+    return GroupOptions(
         name=config.expert_parallel_group,
         seat=config.data_parallel_rank,
         redundant_experts=config.redundant_experts,
@@ -51,12 +94,6 @@ def join_group(config: EngineConfig, model: ModelConfig, weights: Weights, share
         stall_after=min(10.0, config.expert_parallel_stall_kill / 2),
         stall_kill=config.expert_parallel_stall_kill,
         spin=share.threads * config.data_parallel_size <= len(os.sched_getaffinity(0)),
-    )
-    return join(
-        options,
-        layout,
-        _fingerprint(config),
-        on_placement,
     )
 
 

@@ -110,6 +110,18 @@ def test_every_option_has_one_sentence_of_help() -> None:
             "4: parallel.tensor_parallel_size: is 2; it must be 1",
         ),
         (
+            model("[parallel]\nredundant_experts = -1\n"),
+            "4: parallel.redundant_experts: is -1; it must be at least 0",
+        ),
+        (
+            model("[parallel]\nbalance_experts = 1\n"),
+            "4: parallel.balance_experts: is 1; it must be a boolean",
+        ),
+        (
+            model("[parallel]\nstall_kill = 0\n"),
+            "4: parallel.stall_kill: is 0.0; it must be at least 1",
+        ),
+        (
             model("[engine]\nextra_args = '--x'\n"),
             "4: engine.extra_args: is '--x'; it must be a list of texts",
         ),

@@ -68,7 +68,7 @@ class World:
 
     # ---- the API process
 
-    def watch(self, descriptor: int) -> None:
+    def watch(self, descriptor: int, patience: float) -> None:
         pass
 
     def receive(self, *, wait: bool) -> list[AddRequest]:

@@ -9,8 +9,10 @@ import msgspec
 import zmq
 
 from fastdeploy.messages import (
+    PROTOCOL_VERSION,
     AbortRequests,
     AddRequest,
+    ExpertParallelStats,
     Failed,
     FromWorker,
     Hello,
@@ -27,6 +29,20 @@ from fastdeploy.request import FinishReason
 #: A token that has a text, in the tiny checkpoint's vocabulary.
 WORD = 40
 STATS = Stats(1, 0, 8, 7, 0, 0, 0, 1, 1, 8)
+GROUP = ExpertParallelStats(
+    epoch=5,
+    active_seats=[0, 2],
+    joins_total=3,
+    leaves_total=1,
+    losses_total=2,
+    restarted_steps_total=4,
+    steps_total=6,
+    step_seconds_total=0.5,
+    bytes_dispatched_total=1024,
+    bytes_combined_total=2048,
+    waited_seconds_total=[0.0, 0.0, 0.25],
+    expert_tokens_total=[7, 9],
+)
 
 socket = zmq.Context().socket(zmq.DEALER)
 socket.linger = 2000
@@ -41,8 +57,8 @@ def receive() -> ToWorker:
     return msgspec.msgpack.decode(socket.recv(), type=ToWorker)
 
 
-def step(*outputs: TokenOutput) -> None:
-    send(StepOutputs(list(outputs), STATS))
+def step(*outputs: TokenOutput, stats: Stats = STATS) -> None:
+    send(StepOutputs(list(outputs), stats))
 
 
 def serve(script: str) -> None:
@@ -83,7 +99,7 @@ def main(script: str) -> None:
     if script == "never says hello":
         time.sleep(600)
     token = "wrong" if script == "is a stranger" else os.environ["FD_WORKER_TOKEN"]
-    version = 999 if script == "is of another version" else 1
+    version = 999 if script == "is of another version" else PROTOCOL_VERSION
     send(Hello(token, os.getpid(), version))
     send(LoadProgress(0.5, "reading weights"))
     if script == "cannot load":
@@ -92,6 +108,8 @@ def main(script: str) -> None:
     if script == "loads for ever":
         time.sleep(600)
     send(Ready(num_blocks=8, block_size=64, max_model_len=512))
+    if script == "is a rank":
+        step(stats=msgspec.structs.replace(STATS, expert_parallel=GROUP))
     serve(script)
 
 

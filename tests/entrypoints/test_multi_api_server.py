@@ -63,6 +63,8 @@ def test_the_documented_command_gives_eight_servers_that_take_their_arguments() 
         assert config.engine_worker_queue_port == 25611 + 10 * index
         assert config.engine.data_parallel_rank == index
         assert config.engine.data_parallel_size == 8
+        assert config.engine.enable_expert_parallel
+        assert config.engine.expert_parallel_group == "port-1811"
         assert config.engine.max_model_len == 12288
         assert server.environment["FD_LOG_DIR"] == f"log/log_{index}"
         assert server.environment["FD_ENABLE_MULTI_API_SERVER"] == "1"
@@ -106,6 +108,23 @@ def test_each_server_gets_its_own_of_the_queue_ports(queue: str) -> None:
     assert [option(server, "--engine-worker-queue-port") for server in servers] == ["71", "72"]
     assert [option(server, "--controller-port") for server in servers] == ["91", "92"]
     assert servers[0].arguments[:2] == ("--model", "M")
+
+
+@pytest.mark.usefixtures("all_ports_free")
+@pytest.mark.parametrize(
+    ("flags", "group"),
+    [
+        ("--enable-expert-parallel", "port-81"),
+        ("--enable_expert_parallel", "port-81"),
+        ("--enable-expert-parallel --expert-parallel-group mine", "mine"),
+        ("--enable-expert-parallel --expert_parallel_group=mine", "mine"),
+        ("--expert-parallel-group mine", "mine"),
+        ("", "default"),
+    ],
+)
+def test_servers_of_one_launch_share_a_group_that_no_other_launch_has(flags: str, group: str) -> None:
+    for server in plan(f"--ports 81,82 --args --model {TINY} {flags}"):
+        assert parse_arguments(server.arguments).engine.expert_parallel_group == group
 
 
 @pytest.mark.usefixtures("all_ports_free")

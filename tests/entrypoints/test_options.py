@@ -35,6 +35,24 @@ def test_fastdeploys_documented_command_is_taken(caplog):
         assert flag in warning
 
 
+def test_the_flags_of_expert_parallelism_reach_the_engine():
+    engine = parse().engine
+    assert not engine.enable_expert_parallel
+    assert (engine.expert_parallel_group, engine.redundant_experts, engine.enable_eplb) == (
+        "default",
+        0,
+        False,
+    )
+    assert engine.expert_parallel_stall_kill == 60.0
+    engine = parse(
+        *("--enable-expert-parallel", "--expert-parallel-group", "mine", "--redundant-experts", "2"),
+        *("--enable-eplb", "--expert-parallel-stall-kill", "2.5"),
+    ).engine
+    assert engine.enable_expert_parallel
+    assert (engine.expert_parallel_group, engine.redundant_experts, engine.enable_eplb) == ("mine", 2, True)
+    assert engine.expert_parallel_stall_kill == 2.5
+
+
 def test_underscores_are_dashes_in_flags_only():
     config = parse("--max_model_len=100", "--served_model_name", "my_model")
     assert (config.engine.max_model_len, config.served_model_name) == (100, "my_model")
@@ -60,6 +78,11 @@ def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch):
         (("--quantization", "wint2"), "--quantization is 'wint2'; it must be 'wint8' or 'wint4'"),
         (("--dtype", "float16"), "--dtype is 'float16'; it must be 'bfloat16' or 'float32'"),
         (("--dtype", "float32", "--quantization", "wint4"), "--dtype float32 contradicts --quantization"),
+        (("--redundant-experts", "-1"), "--redundant-experts is -1; it must be 0 or more"),
+        (("--redundant-experts", "many"), "--redundant-experts"),
+        (("--expert-parallel-stall-kill", "0"), "--expert-parallel-stall-kill is 0; it must be more than 0"),
+        (("--expert-parallel-group",), "--expert-parallel-group"),
+        (("--enable-expert-parallel", "--data-parallel-size", "65"), "--data-parallel-size is 65"),
         (("--logprobs-mode", "processed"), "--logprobs-mode"),
         (("--chat-template", "/no/such/file"), "--chat-template"),
     ],

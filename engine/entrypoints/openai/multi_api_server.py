@@ -36,6 +36,7 @@ logger = logging.getLogger("fastdeploy.launcher")
 _STOP_SECONDS = 20.0
 _WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _QUEUE_FLAG = "--engine-worker-queue-port"
+_GROUP_FLAG = "--expert-parallel-group"
 #: What every server gets from the launcher, and how the launcher's own command line says it.
 _OWN_FLAGS = {
     "--port": "--ports",
@@ -120,6 +121,7 @@ def plan(
     found = (port for port in find_free(3 * count + len(askers)) if port not in askers)
     for flag in ("--port", "--metrics-port", _QUEUE_FLAG):
         given[flag] = given[flag] or [next(found) for _ in range(count)]
+    arguments = _with_expert_group(arguments, given["--port"][0])
     return [
         Server(
             index=index,
@@ -213,6 +215,14 @@ def _with_data_parallel_size(arguments: list[str], count: int) -> list[str]:
             "(all replicas run on this machine)"
         )
     return arguments
+
+
+def _with_expert_group(arguments: list[str], port: int) -> list[str]:
+    """One of this launch alone: the port is nobody else's on this machine."""
+    enabled = any(word.replace("_", "-") == "--enable-expert-parallel" for word in arguments)
+    if not enabled or _take(arguments, _GROUP_FLAG)[0] is not None:
+        return arguments
+    return [*arguments, f"{_GROUP_FLAG}=port-{port}"]
 
 
 def _ports(flag: str, text: str | None, count: int) -> list[int]:

@@ -1,0 +1,114 @@
+"""A rank that exchanges tokens with others and computes nothing, as a contender (contender.py)."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from fastdeploy.cpu_share import SINGLE_THREADED
+
+from .contender import Timing, answer_requests
+
+HIDDEN, EXPERTS, PICKS = 2560, 64, 6
+ELEMENT_BYTES = 2  # bfloat16
+
+
+class Rank:
+    """All ranks of a group are to be asked the same at the same time."""
+
+    def __init__(self, group: str, seat: int, num_seats: int, max_tokens: int) -> None:
+        # Before Paddle is imported, which reads them then.
+        os.environ.update(SINGLE_THREADED)
+
+        import paddle
+
+        from fastdeploy import custom_ops
+        from fastdeploy.expert_parallel.group import GroupOptions, join
+        from fastdeploy.expert_parallel.memory import Layout
+        from fastdeploy.model_runner import keep_freed_memory
+
+        keep_freed_memory()
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, cores // num_seats)
+        custom_ops.set_threads(threads)
+        layout = Layout(num_seats, 1, EXPERTS, max_tokens, PICKS, HIDDEN)
+        options = GroupOptions(group, seat, spin=threads * num_seats <= cores)
+        self._group = join(options, layout, {}, lambda mine, taken: None)
+        while len(self._group.status().active_seats) < num_seats:
+            self._group.wakeups.poll(0.1)
+            self._group.attend()
+        random = np.random.default_rng(seat)
+        picks = np.argsort(random.random((max_tokens, EXPERTS)), axis=1)[:, :PICKS]
+        self._x = paddle.to_tensor(random.random((max_tokens, HIDDEN), np.float32)).astype("bfloat16")
+        self._picks = paddle.to_tensor(picks.astype(np.int32))
+        self._weights = paddle.full([max_tokens, PICKS], 1 / PICKS, "float32")
+        self._out = paddle.zeros([max_tokens, HIDDEN], "float32")
+        self._most_rows = num_seats * max_tokens * PICKS
+        size = max_tokens * PICKS * HIDDEN * ELEMENT_BYTES
+        self._buffers = [np.ones(size, np.uint8) for _ in range(2)]
+
+    def operations(self, tokens: int, rounds: int) -> Timing:
+        """Dispatch and combine by Paddle's operations, so many times: each row comes back as it went."""
+        from fastdeploy import custom_ops
+
+        handle = self._group.handle
+        x, picks, weights = self._x[:tokens], self._picks[:tokens], self._weights[:tokens]
+
+        def operations() -> None:
+            for _ in range(rounds):
+                custom_ops.ep_dispatch_send(x, picks, handle, 0)
+                rows, _, _ = custom_ops.ep_dispatch_receive(x, handle, 0)
+                custom_ops.ep_combine_send(rows, handle)
+                custom_ops.ep_combine_receive(weights, x, handle)
+
+        return self._timed(tokens, rounds, operations)
+
+    def exchange(self, tokens: int, rounds: int) -> Timing:
+        """The same by the C++ interface; rows go where results are expected, as an expert would put them."""
+        native, x, picks = self._group.native, self._x.data_ptr(), self._picks.data_ptr()
+        weights, out = self._weights.data_ptr(), self._out.data_ptr()
+        rows = native.result_rows(self._most_rows, ELEMENT_BYTES)
+
+        def functions() -> None:
+            for _ in range(rounds):
+                count = native.dispatch(0, x, picks, tokens, ELEMENT_BYTES, rows)
+                native.combine(rows, count, weights, tokens, ELEMENT_BYTES, out)
+
+        return self._timed(tokens, rounds, functions)
+
+    def copy(self, tokens: int, rounds: int) -> Timing:
+        """memcpy of what this rank sends and gets back."""
+        size = tokens * PICKS * HIDDEN * ELEMENT_BYTES
+        source, target = (buffer.ctypes.data for buffer in self._buffers)
+
+        def copies() -> None:
+            for _ in range(2 * rounds):
+                ctypes.memmove(target, source, size)
+
+        return self._timed(tokens, rounds, copies)
+
+    def _timed(self, tokens: int, rounds: int, work: Callable[[], None]) -> Timing:
+        # This one is over when all have come.
+        self._group.run_step(1, lambda: None)
+        started = time.monotonic()
+        self._group.run_step(tokens, work)
+        return Timing(tokens * rounds, started, time.monotonic())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--group", required=True)
+    parser.add_argument("--seat", type=int, required=True)
+    parser.add_argument("--num-seats", type=int, required=True)
+    parser.add_argument("--max-tokens", type=int, required=True)
+    arguments = parser.parse_args()
+    answer_requests(lambda: Rank(arguments.group, arguments.seat, arguments.num_seats, arguments.max_tokens))
+
+
+if __name__ == "__main__":
+    main()

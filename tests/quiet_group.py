@@ -1,0 +1,52 @@
+"""An expert-parallel group whose ranks do nothing: processes that sleep, and rows that a test writes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+from fastdeploy.expert_parallel import memory as shared
+from fastdeploy.expert_parallel.membership import Membership, planner
+from fastdeploy.expert_parallel.memory import PHASES, Layout, SeatState
+
+LAYOUT = Layout(num_seats=4, num_layers=2, num_experts=8, max_tokens=16, k=2, hidden=64)
+
+
+class QuietGroup:
+    """`close` ends the ranks and removes what is left in `root`."""
+
+    def __init__(self, name: str, root: Path = shared.SHARED_MEMORY) -> None:
+        self.name = name
+        self.root = root
+        self.processes: list[subprocess.Popen[bytes]] = []
+        with shared.opened(name, LAYOUT, {}, patience=5.0, root=root) as self.memory:
+            self._membership = Membership(self.memory, planner(LAYOUT.num_experts, redundant=0))
+
+    def request(self, seat: int) -> None:
+        process = subprocess.Popen(["sleep", "600"])
+        self.processes.append(process)
+        entry, started = self.memory.entries[seat], shared.start_time(process.pid)
+        assert started is not None
+        entry.pid, entry.start_time = process.pid, started
+        self._membership.request(seat, SeatState.JOINING)
+
+    def join(self, *seats: int) -> None:
+        for seat in seats:
+            self.request(seat)
+        self._membership.grant()
+
+    def note(self, seat: int, phase: str, layer: int = 0, waits_for: int = 0, seconds: float = 0.0) -> None:
+        """`waits_for`: a bit for each seat."""
+        row = self.memory.rows[seat]
+        row.phase, row.layer, row.waiting_for = PHASES.index(phase), layer, waits_for
+        row.since_ns = time.monotonic_ns() - int(seconds * 1e9)
+
+    def kill(self, index: int) -> None:
+        self.processes[index].kill()
+        self.processes[index].wait()
+
+    def close(self) -> None:
+        for index in range(len(self.processes)):
+            self.kill(index)
+        shared.remove(self.memory)
