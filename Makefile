@@ -12,7 +12,7 @@ OPERATIONS := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl)
 TYPES  := .cache/types
 
 .PHONY: help serve model test check mypy format docs parity soak bench-serve bench-engine bench-context bench-replicas \
-        bench-long-prompt profile perplexity install clean
+        bench-long-prompt bench-ep chaos profile perplexity install clean
 
 help:
 	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
@@ -27,6 +27,8 @@ help:
 	@echo "make bench-context      decode speed against context and batch, as a plot in docs/"
 	@echo "make bench-replicas     eight engines against one on the same cores"
 	@echo "make bench-long-prompt  what a long prompt does to those who are reading"
+	@echo "make bench-ep           expert parallelism: what travels, throughput, memory, recovery from a kill"
+	@echo "make chaos              ranks of an expert group killed at every point of a step"
 	@echo "make profile            where the time of a decode step goes"
 	@echo "make perplexity         the demo model's perplexity in each weight format"
 	@echo "make install            install as a systemd service (as root)"
@@ -106,6 +108,13 @@ bench-long-prompt: $(VENV)/installed
 
 profile: $(VENV)/installed
 	@$(BIN)/python -m benchmarks.profile_step
+
+bench-ep: $(VENV)/installed model
+	@$(BIN)/python -m benchmarks.expert_parallel
+
+# Every point of a step, every pair of kills; some of it is in `make test` already.
+chaos: $(VENV)/installed
+	@$(BIN)/pytest -q -m chaos
 
 perplexity: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.perplexity

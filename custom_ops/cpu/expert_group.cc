@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <climits>
 #include <cstring>
 #include <stdexcept>
@@ -67,6 +68,7 @@ void ExpertGroup::set_members(uint64_t epoch, uint64_t active, const uint64_t* h
   pidfds_ = pidfds;
   spin_ns_ = spin_ns;
   step_ = collective_ = 0;
+  sent_tokens_ = received_rows_ = 0;
   lost_ = reported_ = killed_ = 0;
   status_ = kGoing;
 }
@@ -134,6 +136,7 @@ void ExpertGroup::address(int layer, const int32_t* picks, int tokens) {
 void ExpertGroup::publish_tokens(int tokens, int element) {
   ++collective_;
   ++counters_.collectives;
+  sent_tokens_ = tokens;
   row(seat_).tokens.store(static_cast<uint64_t>(tokens) << 8 | element, std::memory_order_relaxed);
   publish(&SeatRow::dispatched, stamp(collective_));
 }
@@ -168,7 +171,7 @@ Received ExpertGroup::receive(Workspace& workspace, int layer, int element) {
     received.offsets[expert + 1] = begin;
     begin += count;
   }
-  received.rows = begin;
+  received.rows = received_rows_ = begin;
   received.sources = workspace.take<const void*>(begin);
   received.origins = workspace.take<int32_t>(int64_t{begin} * 3);
   int32_t* const places = part<int32_t>(seat_, shape_.places);
@@ -328,13 +331,21 @@ void ExpertGroup::watch_stalls(uint64_t missing, int64_t waited) {
 void* ExpertGroup::grown(int64_t offset, int64_t bytes, int64_t limit, int64_t& size) {
   if (bytes > limit) throw std::invalid_argument("expert group: more rows than it was made for");
   if (bytes > size) {
-    const int64_t wanted = std::min(limit, (std::max(bytes, size * 2) + kGrowth - 1) / kGrowth * kGrowth);
-    if (fallocate(file_, 0, shape_.first_seat + seat_ * shape_.seat_bytes + offset, wanted) != 0) {
+    const auto in_steps = [&](int64_t count) { return std::min(limit, (count + kGrowth - 1) / kGrowth * kGrowth); };
+    const auto take = [&](int64_t wanted) {
+      int failed = 0;
+      do {
+        failed = fallocate(file_, 0, shape_.first_seat + seat_ * shape_.seat_bytes + offset, wanted);
+      } while (failed != 0 && errno == EINTR);
+      if (failed == 0) size = wanted;
+      return failed == 0;
+    };
+    // Where there is no room for twice as much, what is needed now may still fit.
+    if (!take(in_steps(std::max(bytes, size * 2))) && !take(in_steps(bytes))) {
       status_ = kFull;
-      missing_bytes_ = wanted - size;
+      missing_bytes_ = in_steps(bytes) - size;
       return nullptr;
     }
-    size = wanted;
   }
   return part<uint8_t>(seat_, offset);
 }

@@ -144,6 +144,10 @@ class ExpertGroup {
   // After await_results: the result of a pick of a token of this seat; null for -1.
   const void* result(int token, int pick, int element) const;
 
+  // Of the collective under way: the tokens that this seat has published, the rows that it has received.
+  int sent_tokens() const { return sent_tokens_; }
+  int received_rows() const { return received_rows_; }
+
   Status status() const { return status_; }
   // The members that have died, after kLost.
   uint64_t lost() const { return lost_; }
@@ -191,6 +195,7 @@ class ExpertGroup {
   const int* pidfds_ = nullptr;
   int64_t spin_ns_ = 0;
   uint64_t step_ = 0, collective_ = 0;
+  int sent_tokens_ = 0, received_rows_ = 0;
   int rounds_ = 0;
   uint64_t reported_ = 0, killed_ = 0;
   int64_t token_bytes_ = 0, result_bytes_ = 0;

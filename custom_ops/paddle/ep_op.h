@@ -73,6 +73,7 @@ inline std::vector<paddle::Tensor> run_ep_combine_send(const paddle::Tensor& row
   const auto [count, hidden] = extent(rows, "ep_combine_send: rows");
   const int element = element_of(rows);
   require(hidden == group.shape().hidden, "ep_combine_send: rows have another width than the group");
+  require(count == group.received_rows(), "ep_combine_send: rows must be as many as were received");
   if (!ep_combine_send(group, rows.data(), count, element)) throw GroupInterrupted();
   paddle::Tensor sent = int_output({1});
   *sent.data<int32_t>() = count;
@@ -87,8 +88,8 @@ inline std::vector<paddle::Tensor> run_ep_combine_receive(const paddle::Tensor& 
   ExpertGroup& group = going(handle, 0);
   const auto [tokens, k] = extent(weights, "ep_combine_receive: weights");
   const int64_t hidden = group.shape().hidden;
-  require(k == group.shape().k && k <= kMostPicks && tokens <= group.shape().max_tokens,
-          "ep_combine_receive: weights must be [tokens, k] of the group");
+  require(k == group.shape().k && k <= kMostPicks && tokens == group.sent_tokens(),
+          "ep_combine_receive: weights must be [tokens, k] of what was sent");
   const float* const factors = floats(weights, int64_t{tokens} * k, "ep_combine_receive: weights");
   const int element = element_of(like);
   paddle::Tensor out = float_output({tokens, hidden});

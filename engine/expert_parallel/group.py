@@ -13,11 +13,9 @@ afterwards.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +30,7 @@ from ..messages import ExpertParallelStats
 from . import memory as shared
 from .membership import Membership, Record, SeatTaken, disagreement, planner
 from .memory import Layout, Memory, SeatState
+from .peers import Peers
 
 T = TypeVar("T")
 
@@ -107,12 +106,8 @@ class ExpertGroup:
             options.stall_kill,
         )
         self._record = Record(0, (), ())
-        self._peers: dict[int, _Peer] = {}
+        self._peers = Peers(memory, self.seat)
         self._mine: list[frozenset[int]] = [frozenset()] * layout.num_layers
-        self._bell = _doorbell(memory.doorbell(self.seat))
-        #: Readable when somebody calls or dies; for a poller of those who sleep.
-        self.wakeups = select.epoll()
-        self.wakeups.register(self._bell, select.EPOLLIN)
         #: The last step had work: the next one follows without anybody being called.
         self.awake = False
         self._restarted_steps = self._steps = 0
@@ -123,6 +118,11 @@ class ExpertGroup:
     def handle(self) -> int:
         """What the operations `ep_*` are given."""
         return self._native.handle
+
+    @property
+    def wakeups(self) -> select.epoll:
+        """Readable when there is something to `attend` to; for a poller of those who sleep."""
+        return self._peers.wakeups
 
     @property
     def native(self) -> NativeGroup:
@@ -192,11 +192,7 @@ class ExpertGroup:
 
     def attend(self) -> None:
         """When `wakeups` is readable: takes calls, and buries the dead."""
-        ready = {descriptor for descriptor, _ in self.wakeups.poll(0)}
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._bell.recv(1)
-        if any(peer.pidfd in ready for peer in self._peers.values()):
+        if self._peers.answer():
             with self._memory.locked():
                 dead = self._membership.remove_dead()
             self._log_losses(dead)
@@ -215,10 +211,7 @@ class ExpertGroup:
             if self._membership.free(self.seat):
                 shared.remove(self._memory)
         self._native.close()
-        self.wakeups.close()
-        self._bell.close()
-        for peer in self._peers.values():
-            peer.close()
+        self._peers.close()
 
     def status(self) -> ExpertParallelStats:
         """What there is to be told about the group, by this rank."""
@@ -257,9 +250,11 @@ class ExpertGroup:
             self._settle()
             if not self.is_member:
                 return False
+            # Those who sleep are called by whoever begins first, with tokens or without.
+            is_first = not self.awake and not self.is_called
             self._native.announce(tokens)
-            if tokens and not self.awake:
-                self._call(self._record.seats)
+            if is_first or (tokens and not self.awake):
+                self._peers.call(self._record.seats)
             if self._native.begin() == GOING:
                 self.awake = self._native.busy
                 self._began = time.monotonic()
@@ -307,11 +302,9 @@ class ExpertGroup:
             if self.seat in record.seats:
                 self._settle()
             else:
-                # Longer than anybody takes to step, and short enough for whoever has lost the one that would
-                # admit.
-                self.wakeups.poll(0.2)
-                with contextlib.suppress(BlockingIOError):
-                    self._bell.recv(1)
+                # Nobody calls if the one that would have admitted this rank has died.
+                self._peers.wait(0.2)
+                self._peers.answer()
 
     def _settle(self) -> None:
         """Adopts the newest epoch, and returns when all its members have."""
@@ -322,9 +315,12 @@ class ExpertGroup:
             with self._memory.locked():
                 record = self._membership.read()
             self._adopt(record)
-            if not self.is_member or self._native.arrive() == GOING:
+            if not self.is_member:
                 continue
-            self._recover()
+            # Who has committed it may have been lost before it could call anybody.
+            self._peers.call(record.seats)
+            if self._native.arrive() != GOING:
+                self._recover()
 
     def _do_duties(self) -> None:
         """The lowest seat speaks for all, between two of its steps: nobody's step is lost then."""
@@ -348,36 +344,20 @@ class ExpertGroup:
         before = self._record
         self._record = record
         self.awake = False
-        for seat in set(self._peers) - set(record.seats):
-            peer = self._peers.pop(seat)
-            self.wakeups.unregister(peer.pidfd)
-            peer.close()
+        self._peers.follow(record.seats if self.is_member else ())
         if not self.is_member:
             return
-        for seat in record.seats:
-            # It may be another process than the one that had the seat before.
-            pid = self._memory.entries[seat].pid
-            if seat == self.seat or (seat in self._peers and self._peers[seat].pid == pid):
-                continue
-            if seat in self._peers:
-                self.wakeups.unregister(self._peers[seat].pidfd)
-                self._peers.pop(seat).close()
-            self._peers[seat] = _Peer(pid)
-            self.wakeups.register(self._peers[seat].pidfd, select.EPOLLIN)
         mine = [frozenset(placement.experts_of(self.seat)) for placement in record.placements]
         taken = [new - old for new, old in zip(mine, self._mine, strict=True)]
         self._on_placement(mine, taken)
         self._mine = mine
-        pidfds = [-1] * self._memory.layout.num_seats
-        for seat, peer in self._peers.items():
-            pidfds[seat] = peer.pidfd
         homes = [
             sum(1 << home.seat for home in homes)
             for placement in record.placements
             for homes in placement.homes
         ]
         spin = _SPIN_SECONDS if self.options.spin else 0.0
-        self._native.set_members(record.epoch, record.bitmap, homes, pidfds, spin)
+        self._native.set_members(record.epoch, record.bitmap, homes, self._peers.pidfds, spin)
         if record.seats != before.seats:
             _log.info(
                 "expert group %s: epoch %d, seats %s; %d experts taken over here",
@@ -385,9 +365,9 @@ class ExpertGroup:
             )
 
     def _require_member(self, record: Record) -> None:
-        if self.seat in record.seats:
-            return
-        if self._memory.entries[self.seat].state == SeatState.LEAVING:
+        entry = self._memory.entries[self.seat]
+        # Another process may have the seat by now.
+        if entry.pid == os.getpid() and (self.seat in record.seats or entry.state == SeatState.LEAVING):
             return
         raise RankLost(
             f"the expert group has gone on without seat {self.seat}: this process was stopped for too long"
@@ -416,38 +396,7 @@ class ExpertGroup:
     def _wake_all(self) -> None:
         """After a commit or a request: those in a collective, and those that sleep."""
         self._native.ring()
-        entries = enumerate(self._memory.entries)
-        self._call([seat for seat, entry in entries if entry.state != SeatState.FREE])
-
-    def _call(self, seats: Sequence[int]) -> None:
-        for seat in seats:
-            if seat == self.seat:
-                continue
-            try:
-                self._bell.sendto(b".", self._memory.doorbell(seat))
-            except BlockingIOError:
-                # So many calls are waiting there that one more changes nothing.
-                continue
-            except OSError as error:
-                # Its death is for the kernel to tell.
-                _log.debug("seat %d has no doorbell (%s)", seat, error.strerror)
-
-
-class _Peer:
-    """Another member's process."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        #: Readable when it is dead. For one that is gone already, the end of a pipe whose other end is
-        #: closed.
-        try:
-            self.pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self.pidfd, other = os.pipe2(os.O_CLOEXEC)
-            os.close(other)
-
-    def close(self) -> None:
-        os.close(self.pidfd)
+        self._peers.call_all()
 
 
 def join(
@@ -479,8 +428,8 @@ def join(
                 refusal = disagreement(seat, fingerprint, memory.read_fingerprint(), living)
                 if refusal is not None:
                     raise ConfigError(refusal)
+                memory.take_part(seat)
                 membership.register(seat, options.name)
-                memory.reserve(layout.seat(seat), layout.tokens)
                 group = ExpertGroup(memory, membership, options, on_placement)
             break
         except SeatTaken:
@@ -493,14 +442,6 @@ def join(
     )
     group._join()
     return group
-
-
-def _doorbell(path: str) -> socket.socket:
-    bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    # Left by the process that had the seat before.
-    Path(path).unlink(missing_ok=True)
-    bell.bind(path)
-    return bell
 
 
 def _listed(seats: Sequence[int]) -> str:

@@ -108,12 +108,14 @@ class Membership:
 
         It costs the others a step if it is a member's.
         """
-        record = self.read()
-        if seat in record.seats:
-            self._commit(record, set(record.seats) - {seat})
-        self._memory.entries[seat].state = SeatState.FREE
-        self._memory.header.pending &= ~(1 << seat)
-        return all(entry.state == SeatState.FREE for entry in self._memory.entries)
+        record, entry = self.read(), self._memory.entries[seat]
+        if entry.pid == os.getpid():
+            if seat in record.seats:
+                self._commit(record, set(record.seats) - {seat})
+            entry.state = SeatState.FREE
+            self._memory.header.pending &= ~(1 << seat)
+        # Who is dead and not buried yet will not remove what is left of the group.
+        return not any(map(is_alive, self._memory.entries))
 
     def grant(self) -> Record:
         """Admits who wants to join and lets go who wants to leave, in one commit."""

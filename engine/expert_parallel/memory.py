@@ -18,11 +18,13 @@ import json
 import mmap
 import os
 import re
+import signal
 import stat
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +243,23 @@ class Memory:
     def doorbell(self, seat: int) -> str:
         return str(self.directory / f"seat-{seat}")
 
-    def reserve(self, offset: int, size: int) -> None:
-        """Takes memory from the system. Raises ConfigError if there is none: a later write would be fatal."""
+    def take_part(self, seat: int) -> None:
+        """Takes the memory that a seat needs at once, where there is room for all that it may need later.
+
+        Raises:
+            ConfigError: there is not. A write where there is no memory would be fatal.
+        """
+        root, needed, begin = self.directory.parent, self.layout.seat_bytes, self.layout.seat(seat)
+        file_system = os.statvfs(self.directory)
+        free = file_system.f_bavail * file_system.f_frsize
+        # The part is there, as far as the process needed it that had the seat before.
+        others = _written(self.file, 0, begin) + _written(self.file, begin + needed, self.layout.file_bytes)
+        if free + os.fstat(self.file).st_blocks * 512 - others < needed:
+            raise _no_room(root, needed, f"{free >> 20} MB are free")
         try:
-            os.posix_fallocate(self.file, offset, size)
+            os.posix_fallocate(self.file, begin, self.layout.tokens)
         except OSError as error:
-            raise _no_room(self.directory.parent, size, error.strerror or str(error)) from None
+            raise _no_room(root, needed, error.strerror or str(error)) from None
 
 
 @contextmanager
@@ -264,19 +277,23 @@ def opened(
     text = json.dumps(fingerprint, sort_keys=True).encode()
     assert len(text) <= _FINGERPRINT_BYTES, "a fingerprint is a few lines"
     directory = group_directory(name, root)
-    _require_room(root, layout)
     descriptor = _open_locked(directory, patience)
     try:
         if not _has_living(descriptor):
             _format(descriptor, layout, text, root)
         memory = Memory(directory, descriptor, layout_of(descriptor), patience)
         memory.header.holder = os.getpid()
-        yield memory
+        try:
+            yield memory
+        finally:
+            memory.header.holder = 0
     except BaseException:
-        # The lock goes with it.
+        if not _has_living(descriptor):
+            _remove(directory, descriptor)
+        # Not only closed: a mapping has a descriptor of its own, and so the lock.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
         raise
-    memory.header.holder = 0
     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
@@ -295,10 +312,7 @@ def group_directory(name: str, root: Path = SHARED_MEMORY, user: int | None = No
 
 def remove(memory: Memory) -> None:
     """To be called under the lock by the last one: nothing of the group stays."""
-    for seat in range(memory.layout.num_seats):
-        Path(memory.doorbell(seat)).unlink(missing_ok=True)
-    (memory.directory / FILE).unlink(missing_ok=True)
-    memory.directory.rmdir()
+    _remove(memory.directory, memory.file)
 
 
 def start_time(pid: int) -> int | None:
@@ -338,25 +352,30 @@ def _open_locked(directory: Path, patience: float) -> int:
             ) from None
         except OSError as error:
             raise ConfigError(f"{directory}: no shared memory ({error.strerror})") from None
-        _lock(descriptor, patience, lambda descriptor=descriptor: _header(descriptor).holder)
+        _lock(descriptor, patience, partial(_holder, descriptor))
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)
 
 
-def _lock(descriptor: int, patience: float, holder: Any) -> None:
-    deadline = time.monotonic() + patience
+def _lock(descriptor: int, patience: float, holder: Callable[[], int]) -> None:
+    suspect, since = 0, time.monotonic()
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             time.sleep(_LOCK_POLL_SECONDS)
-        if time.monotonic() > deadline:
-            pid = holder()
-            if pid:
-                os.kill(pid, 9)
-            if time.monotonic() > deadline + 5:
+        pid, now = holder(), time.monotonic()
+        if pid != suspect:
+            # Patience begins anew with every holder.
+            suspect, since = pid, now
+        if now > since + patience:
+            # Another of those who wait may have done it.
+            with suppress(ProcessLookupError):
+                if pid:
+                    os.kill(pid, signal.SIGKILL)
+            if now > since + patience + 5:
                 raise LockStuck(
                     f"the lock of the expert group is held by pid {pid}, which does not end; kill it"
                 )
@@ -366,6 +385,10 @@ def _header(descriptor: int) -> Header:
     return Header.from_buffer_copy(
         os.pread(descriptor, ctypes.sizeof(Header), 0).ljust(ctypes.sizeof(Header), b"\0")
     )
+
+
+def _holder(descriptor: int) -> int:
+    return _header(descriptor).holder
 
 
 def _has_living(descriptor: int) -> bool:
@@ -403,14 +426,29 @@ def layout_of(descriptor: int) -> Layout:
     return Layout(*(getattr(header, field.name) for field in fields(Layout)))
 
 
-def _require_room(root: Path, layout: Layout) -> None:
-    try:
-        room = os.statvfs(root)
-    except OSError:
+def _remove(directory: Path, descriptor: int) -> None:
+    if os.fstat(descriptor).st_nlink == 0:
+        # It is removed, and what is there now is of another.
         return
-    needed = layout.first_seat + layout.seat_bytes
-    if room.f_bavail * room.f_frsize < needed:
-        raise _no_room(root, needed, f"{room.f_bavail * room.f_frsize >> 20} MB are free")
+    for doorbell in directory.glob("seat-*"):
+        doorbell.unlink(missing_ok=True)
+    (directory / FILE).unlink(missing_ok=True)
+    # From here on somebody may make the group anew.
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def _written(descriptor: int, begin: int, end: int) -> int:
+    """Bytes between the two, in pages that anybody has written to; others may have memory as well."""
+    total = 0
+    # The offset of a descriptor is used for nothing else.
+    with suppress(OSError):
+        while begin < end:
+            begin = os.lseek(descriptor, begin, os.SEEK_DATA)
+            hole = os.lseek(descriptor, begin, os.SEEK_HOLE)
+            total += max(0, min(hole, end) - begin)
+            begin = hole
+    return total
 
 
 def _no_room(root: Path, needed: int, why: str) -> ConfigError:

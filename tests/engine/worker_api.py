@@ -125,9 +125,15 @@ Texts = dict[str, list[int]]
 class Ranks:
     """The workers of an expert-parallel group. Texts of all of them are generated at the same time."""
 
-    def __init__(self, config: EngineConfig, count: int, group: str, logs: Path, **env: str) -> None:
+    def __init__(
+        self, config: EngineConfig, count: int, group: str, logs: Path, *, shared: bool = True, **env: str
+    ) -> None:
+        """
+        Args:
+            shared: False for workers that each have all experts.
+        """
         self._config = replace(
-            config, data_parallel_size=count, enable_expert_parallel=True, expert_parallel_group=group
+            config, data_parallel_size=count, enable_expert_parallel=shared, expert_parallel_group=group
         )
         self.group = group
         self._logs = logs
@@ -211,6 +217,13 @@ class Ranks:
     def lose(self, seat: int) -> Api:
         """This worker is not waited for any more, whatever becomes of it."""
         return self.apis.pop(seat)
+
+    def stop(self) -> None:
+        """As a replica that is told to end does it; nothing of the group stays behind."""
+        for api in self.apis.values():
+            api.process.terminate()
+        for api in self.apis.values():
+            assert api.process.wait(DEADLINE_S) == 0, api.log()
 
     def logs(self) -> str:
         return "".join(api.log() for api in self.all)

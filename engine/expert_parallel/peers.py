@@ -1,0 +1,98 @@
+"""How a rank reaches those that are in no collective with it: doorbells, and the kernel's word on deaths."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from .memory import Memory, SeatState
+
+_log = logging.getLogger(__name__)
+
+
+class Peers:
+    """The other processes of a group, as one rank sees them.
+
+    A doorbell is a datagram socket: a call that comes while its owner is about to fall asleep is still there
+    afterwards.
+    """
+
+    def __init__(self, memory: Memory, seat: int) -> None:
+        self._memory = memory
+        self._seat = seat
+        #: seat -> (pid, pidfd) of those that are followed.
+        self._followed: dict[int, tuple[int, int]] = {}
+        self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        # Left by the process that had the seat before.
+        Path(memory.doorbell(seat)).unlink(missing_ok=True)
+        self._bell.bind(memory.doorbell(seat))
+        #: Readable when somebody calls, or one that is followed has died; for a poller of those who sleep.
+        self.wakeups = select.epoll()
+        self.wakeups.register(self._bell, select.EPOLLIN)
+
+    @property
+    def pidfds(self) -> list[int]:
+        """By seat; -1 of those that are not followed."""
+        return [self._followed.get(seat, (0, -1))[1] for seat in range(self._memory.layout.num_seats)]
+
+    def follow(self, seats: Iterable[int]) -> None:
+        """To learn of the deaths of these, and of no others."""
+        wanted = {seat: self._memory.entries[seat].pid for seat in seats if seat != self._seat}
+        for seat, (pid, pidfd) in list(self._followed.items()):
+            # Another process may have the seat now.
+            if wanted.get(seat) != pid:
+                self.wakeups.unregister(pidfd)
+                os.close(pidfd)
+                del self._followed[seat]
+        for seat, pid in wanted.items():
+            if seat not in self._followed:
+                self._followed[seat] = (pid, _open(pid))
+                self.wakeups.register(self._followed[seat][1], select.EPOLLIN)
+
+    def call(self, seats: Iterable[int]) -> None:
+        for seat in seats:
+            if seat == self._seat:
+                continue
+            try:
+                self._bell.sendto(b".", self._memory.doorbell(seat))
+            except BlockingIOError:
+                # So many calls are waiting there that one more changes nothing.
+                continue
+            except OSError as error:
+                # Its death is for the kernel to tell.
+                _log.debug("seat %d has no doorbell (%s)", seat, error.strerror)
+
+    def call_all(self) -> None:
+        """Also those who are no members yet."""
+        self.call(seat for seat, entry in enumerate(self._memory.entries) if entry.state != SeatState.FREE)
+
+    def wait(self, seconds: float) -> None:
+        self.wakeups.poll(seconds)
+
+    def answer(self) -> bool:
+        """Takes all calls; true if somebody who is followed has died."""
+        ready = {descriptor for descriptor, _ in self.wakeups.poll(0)}
+        with contextlib.suppress(BlockingIOError):
+            while self._bell.fileno() in ready:
+                self._bell.recv(1)
+        return any(pidfd in ready for _, pidfd in self._followed.values())
+
+    def close(self) -> None:
+        self.follow(())
+        self.wakeups.close()
+        self._bell.close()
+
+
+def _open(pid: int) -> int:
+    """Readable when the process is dead; if it is already, an end of a pipe whose other end is closed."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        end, other = os.pipe2(os.O_CLOEXEC)
+        os.close(other)
+        return end
