@@ -30,7 +30,7 @@ class Rank:
 
         from fastdeploy import custom_ops
         from fastdeploy.expert_parallel.group import GroupOptions, join
-        from fastdeploy.expert_parallel.memory import Layout
+        from fastdeploy.expert_parallel.layout import Layout
         from fastdeploy.model_runner import keep_freed_memory
 
         keep_freed_memory()

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
-from ..expert_parallel.memory import PROTOCOL_VERSION
+from ..expert_parallel.layout import PROTOCOL_VERSION
 from .config import Config
 from .launch import HASH, MARKER
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .expert_parallel.memory import MOST_SEATS
+from .expert_parallel.layout import MOST_SEATS
 
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")

@@ -38,7 +38,7 @@ enum class Phase : uint64_t {
   kCombine,
 };
 
-// What one seat says to the others; engine/expert_parallel/memory.py has the same fields in the same order.
+// What one seat says to the others; engine/expert_parallel/layout.py has the same fields in the same order.
 struct alignas(64) SeatRow {
   std::atomic<uint64_t> arrived;     // the epoch it has adopted
   std::atomic<uint64_t> begun;       // of the step it has begun last: epoch << 40 | number
@@ -66,7 +66,7 @@ struct GroupWords {
 };
 static_assert(sizeof(GroupWords) == 192);
 
-// Sizes of the group, and where in the memory what is; the same for all ranks. engine/expert_parallel/memory.py
+// Sizes of the group, and where in the memory what is; the same for all ranks. engine/expert_parallel/layout.py
 // computes them.
 struct GroupShape {
   int64_t seat;

@@ -28,8 +28,9 @@ from ..custom_ops.expert_group import CHANGED, FULL, GOING, GroupShape, NativeGr
 from ..errors import ConfigError, FastDeployError
 from ..messages import ExpertParallelStats
 from . import memory as shared
+from .layout import PHASES, PROTOCOL_VERSION, Layout, SeatState
 from .membership import Membership, Record, SeatTaken, disagreement, planner
-from .memory import Layout, Memory, SeatState
+from .memory import Memory
 from .peers import Peers
 
 T = TypeVar("T")
@@ -388,7 +389,7 @@ class ExpertGroup:
         _log.warning(
             "expert group %s: seat %d (pid %d) has made no progress for %.1f s (%s, layer %d)%s",
             *(self.options.name, seat, self._memory.entries[seat].pid, seconds),
-            *(shared.PHASES[row.phase], row.layer, "; it is killed" if killed else ""),
+            *(PHASES[row.phase], row.layer, "; it is killed" if killed else ""),
         )
 
     # ---- waking others
@@ -417,7 +418,7 @@ def join(
     """
     seat = options.seat
     deadline = time.monotonic() + _SEAT_SECONDS
-    fingerprint = {"protocol": shared.PROTOCOL_VERSION, **asdict(layout), **fingerprint}
+    fingerprint = {"protocol": PROTOCOL_VERSION, **asdict(layout), **fingerprint}
     while True:
         try:
             with shared.opened(options.name, layout, fingerprint, options.stall_kill, root) as memory:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .memory import Memory, SeatState, is_alive, start_time
+from .layout import SeatState
+from .memory import Memory, is_alive, start_time
 from .placement import Home, Placement, plan
 
 #: (seats, load of each layer's experts, placements before or None, by load rather than by few moves) -> one

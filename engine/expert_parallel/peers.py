@@ -10,7 +10,8 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from .memory import Memory, SeatState
+from .layout import SeatState
+from .memory import Memory
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from ..model_runner import ModelRunner
 from ..models.ernie45 import MoEWeights
 from ..weight_cache import Packing
 from .group import ExpertGroup, GroupOptions, join
-from .memory import Layout
+from .layout import Layout
 from .residency import ExpertPages
 
 #: Tokens of a rank in one collective. A step with more takes several: what travels must fit into the shared

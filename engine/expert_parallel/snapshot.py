@@ -13,21 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from .layout import PHASES, GroupWords, Header, Layout, SeatEntry, SeatRow, SeatState
 from .membership import seats_of
-from .memory import (
-    FILE,
-    PHASES,
-    SHARED_MEMORY,
-    GroupWords,
-    Header,
-    Layout,
-    SeatEntry,
-    SeatRow,
-    SeatState,
-    group_directory,
-    is_alive,
-    layout_of,
-)
+from .memory import FILE, SHARED_MEMORY, group_directory, is_alive, layout_of
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,11 @@ import pytest
 
 from fastdeploy import custom_ops
 from fastdeploy.custom_ops import packed_matrix
+from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, join
+from fastdeploy.expert_parallel.memory import Layout
 
 from .draws import Packed, PackedMlp, PagedCache, Span, draw, integers, step, tensor
+from .ranks import group_of_its_own
 
 HIDDEN, EPSILON = 32, 1e-5
 RANDOM = np.random.default_rng(1)
@@ -70,6 +73,73 @@ def moe_block(
     stream, bias = ones(4, HIDDEN) if stream is None else stream, ones(3) if bias is None else bias
     blobs = (ROUTER, bias, experts.gate_up, experts.down, *shared)
     custom_ops.moe_block(stream, ones(HIDDEN), *blobs, EPSILON, k, 1e-12)
+
+
+#: A group of one rank, for up to four tokens with two of the three experts each.
+GROUPS: list[ExpertGroup] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    layout = Layout(num_seats=1, num_layers=1, num_experts=3, max_tokens=4, k=2, hidden=HIDDEN)
+    with group_of_its_own() as name:
+        GROUPS.append(join(GroupOptions(name, 0), layout, {}, lambda mine, taken: None))
+        GROUPS[0].run_step(4, lambda: None)
+        yield
+        GROUPS.pop().close()
+
+
+def dispatch_send(
+    *,
+    x: paddle.Tensor | None = None,
+    picks: paddle.Tensor | None = None,
+    handle: int | None = None,
+    layer: int = 0,
+) -> None:
+    x, picks = (
+        ones(4, HIDDEN) if x is None else x,
+        plan_of(0, 1, 2, -1, 0, 0, 1, 1) if picks is None else picks,
+    )
+    custom_ops.ep_dispatch_send(x, picks, GROUPS[0].handle if handle is None else handle, layer)
+
+
+def dispatch_receive(
+    *, like: paddle.Tensor | None = None, handle: int | None = None, layer: int = 0
+) -> paddle.Tensor:
+    dispatch_send()
+    like = ones(1, HIDDEN) if like is None else like
+    return custom_ops.ep_dispatch_receive(like, GROUPS[0].handle if handle is None else handle, layer)[0]
+
+
+def combine_send(*, rows: paddle.Tensor | None = None, handle: int | None = None) -> None:
+    received = dispatch_receive()
+    rows = received if rows is None else rows
+    custom_ops.ep_combine_send(rows, GROUPS[0].handle if handle is None else handle)
+
+
+def combine_receive(
+    *, weights: paddle.Tensor | None = None, like: paddle.Tensor | None = None, handle: int | None = None
+) -> paddle.Tensor:
+    combine_send()
+    weights, like = ones(4, 2) if weights is None else weights, ones(1, HIDDEN) if like is None else like
+    return custom_ops.ep_combine_receive(weights, like, GROUPS[0].handle if handle is None else handle)
+
+
+def ep_moe_block(
+    *,
+    stream: paddle.Tensor | None = None,
+    k: int = 2,
+    experts: PackedMlp = EXPERTS,
+    shared: tuple[paddle.Tensor | None, paddle.Tensor | None] = (None, None),
+    handle: int | None = None,
+    layer: int = 0,
+) -> None:
+    stream, handle = (
+        ones(4, HIDDEN) if stream is None else stream,
+        GROUPS[0].handle if handle is None else handle,
+    )
+    blobs = (ROUTER, ones(3), experts.gate_up, experts.down, *shared)
+    custom_ops.ep_moe_block(stream, ones(HIDDEN), *blobs, EPSILON, k, 1e-12, handle, layer)
 
 
 def sequence(start: int, count: int, *blocks: int) -> paddle.Tensor:
@@ -301,6 +371,118 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: moe_block(shared=(OTHER_MLP.gate_up, OTHER_MLP.down)),
         "do not fit each other",
     ),
+    "ep_dispatch_send: no group": (lambda: dispatch_send(handle=99), "not open in this process"),
+    "ep_dispatch_send: a layer that is not there": (lambda: dispatch_send(layer=1), "no such layer"),
+    "ep_dispatch_send: a negative layer": (lambda: dispatch_send(layer=-1), "no such layer"),
+    "ep_dispatch_send: another width": (
+        lambda: dispatch_send(x=ones(4, HIDDEN + 1)),
+        "x has another width than the group",
+    ),
+    "ep_dispatch_send: one dimension": (
+        lambda: dispatch_send(x=ones(4 * HIDDEN)),
+        "x must have 2 dimensions",
+    ),
+    "ep_dispatch_send: other numbers": (
+        lambda: dispatch_send(x=ones(4, HIDDEN).astype("float64")),
+        "must be float32 or bfloat16",
+    ),
+    "ep_dispatch_send: more tokens than there is room for": (
+        lambda: dispatch_send(x=ones(5, HIDDEN), picks=plan_of(*[0] * 10)),
+        "more tokens than it was made for",
+    ),
+    "ep_dispatch_send: picks of fewer tokens": (
+        lambda: dispatch_send(picks=plan_of(*[0] * 6)),
+        "picks must be int32 [tokens, k]",
+    ),
+    "ep_dispatch_send: more picks": (
+        lambda: dispatch_send(picks=plan_of(*[0] * 12)),
+        "picks must be int32 [tokens, k]",
+    ),
+    "ep_dispatch_send: picks that are no integers": (
+        lambda: dispatch_send(picks=ones(4, 2)),
+        "picks must be int32 [tokens, k]",
+    ),
+    "ep_dispatch_send: a pick that does not exist": (
+        lambda: dispatch_send(picks=plan_of(0, 1, 2, 3, 0, 0, 0, 0)),
+        "an expert that does not exist",
+    ),
+    "ep_dispatch_send: less than none": (
+        lambda: dispatch_send(picks=plan_of(0, 1, 2, -2, 0, 0, 0, 0)),
+        "an expert that does not exist",
+    ),
+    "ep_dispatch_receive: no group": (lambda: dispatch_receive(handle=99), "not open in this process"),
+    "ep_dispatch_receive: a layer that is not there": (
+        lambda: dispatch_receive(layer=1),
+        "no such layer",
+    ),
+    "ep_dispatch_receive: other numbers than were sent": (
+        lambda: dispatch_receive(like=ones(1, HIDDEN).astype("bfloat16")),
+        "a rank sends elements of another size",
+    ),
+    "ep_dispatch_receive: integers": (
+        lambda: dispatch_receive(like=integers(np.ones((1, HIDDEN)))),
+        "must be float32 or bfloat16",
+    ),
+    "ep_combine_send: no group": (lambda: combine_send(handle=99), "not open in this process"),
+    "ep_combine_send: another width": (
+        lambda: combine_send(rows=ones(7, HIDDEN + 1)),
+        "rows have another width than the group",
+    ),
+    "ep_combine_send: one dimension": (
+        lambda: combine_send(rows=ones(7 * HIDDEN)),
+        "rows must have 2 dimensions",
+    ),
+    "ep_combine_send: integers": (
+        lambda: combine_send(rows=integers(np.ones((7, HIDDEN)))),
+        "must be float32 or bfloat16",
+    ),
+    "ep_combine_send: fewer rows than were received": (
+        lambda: combine_send(rows=ones(6, HIDDEN)),
+        "rows must be as many as were received",
+    ),
+    "ep_combine_send: more rows": (
+        lambda: combine_send(rows=ones(8, HIDDEN)),
+        "rows must be as many as were received",
+    ),
+    "ep_combine_receive: no group": (lambda: combine_receive(handle=99), "not open in this process"),
+    "ep_combine_receive: weights of other tokens": (
+        lambda: combine_receive(weights=ones(3, 2)),
+        "weights must be [tokens, k] of what was sent",
+    ),
+    "ep_combine_receive: weights of other picks": (
+        lambda: combine_receive(weights=ones(4, 3)),
+        "weights must be [tokens, k] of what was sent",
+    ),
+    "ep_combine_receive: integers": (
+        lambda: combine_receive(weights=integers(np.ones((4, 2)))),
+        "weights must hold 8 float32",
+    ),
+    "ep_combine_receive: rows of integers": (
+        lambda: combine_receive(like=integers(np.ones((1, HIDDEN)))),
+        "must be float32 or bfloat16",
+    ),
+    "ep_moe_block: no group": (lambda: ep_moe_block(handle=99), "not open in this process"),
+    "ep_moe_block: a layer that is not there": (lambda: ep_moe_block(layer=1), "no such layer"),
+    "ep_moe_block: another width": (
+        lambda: ep_moe_block(stream=ones(4, HIDDEN + 1)),
+        "norm must hold 33 float32",
+    ),
+    "ep_moe_block: other picks than the group's": (
+        lambda: ep_moe_block(k=1),
+        "the group was made for another network",
+    ),
+    "ep_moe_block: more tokens than the step was begun with": (
+        lambda: ep_moe_block(stream=ones(5, HIDDEN)),
+        "the step was begun with fewer tokens",
+    ),
+    "ep_moe_block: experts of another router": (
+        lambda: ep_moe_block(experts=MLP),
+        "do not fit each other",
+    ),
+    "ep_moe_block: half of the shared experts": (
+        lambda: ep_moe_block(shared=(MLP.gate_up, None)),
+        "shared experts",
+    ),
 }
 
 
@@ -321,4 +503,6 @@ def test_what_the_wrong_calls_are_made_of_is_right() -> None:
     attention_block()
     custom_ops.mlp_block(ones(4, HIDDEN), ones(HIDDEN), MLP.gate_up, MLP.down, EPSILON)
     moe_block(shared=(MLP.gate_up, MLP.down))
+    assert combine_receive().shape == [4, HIDDEN]
+    ep_moe_block(shared=(MLP.gate_up, MLP.down))
     assert packed_matrix.PackedShape.of(MATRIX.numpy()).outputs == 32

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastdeploy.expert_parallel.memory import PHASES
+from fastdeploy.expert_parallel.layout import PHASES
 from fastdeploy.expert_parallel.snapshot import look
 
 from ..waiting import wait_until

@@ -14,7 +14,7 @@ def main() -> int:
     # As the worker does before it imports Paddle, which happens here already.
     os.environ.update(SINGLE_THREADED)
     from fastdeploy.expert_parallel import group
-    from fastdeploy.expert_parallel.memory import PHASES
+    from fastdeploy.expert_parallel.layout import PHASES
 
     phase, layer, nth, name = os.environ["FD_TEST_TRAP"].split(":")
 

@@ -1,0 +1,92 @@
+"""What ranks of a group bring into their collectives, and what they see there: for them and their tests.
+
+Nothing of a step is agreed on beforehand: all that its ranks must have in common is drawn from its stamp,
+which they find in the group's memory. So a step is checked whoever is in it, however often it was begun anew.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from fastdeploy.expert_parallel.memory import FILE, Layout, Memory, group_directory, layout_of
+
+from .draws import bfloat16
+
+#: Not a multiple of anything.
+HIDDEN, EXPERTS, LAYERS, K, MAX_TOKENS = 21, 7, 3, 3, 5
+
+
+def layout(num_seats: int) -> Layout:
+    return Layout(num_seats, LAYERS, EXPERTS, MAX_TOKENS, K, HIDDEN)
+
+
+def mapped(name: str) -> Memory:
+    """The memory of a group that is there."""
+    directory = group_directory(name)
+    descriptor = os.open(directory / FILE, os.O_RDWR | os.O_CLOEXEC)
+    return Memory(directory, descriptor, layout_of(descriptor), patience=60.0)
+
+
+class Plan(NamedTuple):
+    """What the ranks of one step have in common."""
+
+    wide: bool
+    layers: tuple[int, ...]
+
+    @classmethod
+    def draw(cls, seed: int, stamp: int) -> Plan:
+        random = np.random.default_rng([seed, stamp])
+        return cls(
+            bool(random.integers(2)), tuple(random.integers(LAYERS, size=random.integers(1, 3)).tolist())
+        )
+
+
+class Share(NamedTuple):
+    """What one rank brings into one collective; numbers that its type holds exactly."""
+
+    x: np.ndarray
+    picks: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def draw(cls, seed: int, stamp: int, index: int, seat: int, tokens: int, wide: bool) -> Share:
+        random = np.random.default_rng([seed, stamp, index, seat])
+        x = random.standard_normal((tokens, HIDDEN)).astype(np.float32)
+        # An expert may be picked twice by one token; that it is not is for the router to see to.
+        picks = random.integers(-1 if random.integers(2) else 0, EXPERTS, (tokens, K)).astype(np.int32)
+        if not random.integers(8):
+            picks[:] = random.integers(EXPERTS)
+        weights = random.standard_normal((tokens, K)).astype(np.float32)
+        return cls(x if wide else bfloat16(x).astype(np.float32), picks, weights)
+
+
+def draw_tokens(seed: int, stamp: int, seat: int, number: int) -> int:
+    """How many a rank has in its step of this number, which is the next after the one with the stamp."""
+    nobody_has_any = np.random.default_rng([seed, stamp, 1]).integers(8) == 0
+    own = np.random.default_rng([seed, seat, number]).integers(-1, MAX_TOKENS + 1)
+    return 0 if nobody_has_any else max(0, int(own))
+
+
+def computed(rows: np.ndarray, offsets: np.ndarray, layer: int, wide: bool) -> np.ndarray:
+    """In place of experts: something that is another for each, with one rounding."""
+    factors = np.repeat(np.arange(EXPERTS) + layer + 1, np.diff(offsets)).astype(np.float32)
+    results = rows * factors[:, None]
+    return results if wide else bfloat16(results).astype(np.float32)
+
+
+class Seen(NamedTuple):
+    """One collective as a rank has seen it."""
+
+    stamp: int
+    index: int
+    layer: int
+    seat: int
+    wide: bool
+    targets: np.ndarray
+    rows: np.ndarray
+    offsets: np.ndarray
+    origins: np.ndarray
+    sums: np.ndarray

@@ -1,0 +1,259 @@
+"""A rank of an expert-parallel group without an engine, for `test_expert_group`: it does what it is told.
+
+    python -m tests.custom_ops.ep_rank SOCKET
+
+Commands and answers are JSON; what the rank has seen in its steps goes into a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import select
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import paddle
+
+from fastdeploy import custom_ops
+from fastdeploy.custom_ops import packed_matrix
+from fastdeploy.expert_parallel import group as group_module
+from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, RankLost, join
+from fastdeploy.parent_death import die_with_parent
+
+from .collectives import HIDDEN, Plan, Seen, Share, computed, draw_tokens, layout, mapped
+
+#: Where a rank may stop or die in a collective.
+PLACES = ("before it sends", "sent", "received", "returned", "added up")
+
+
+@dataclass
+class Rank:
+    group: ExpertGroup
+    seed: int
+    #: What it has seen goes there when a step is over.
+    file: BinaryIO | None = None
+    #: Sends itself this signal when it first comes to this place in the step of this number, or later.
+    trap: tuple[int, str, int] | None = None
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self._row = mapped(self.group.options.name).rows[self.group.seat]
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.group.awake or self.group.is_called
+
+    def step(self, tokens: int) -> None:
+        seen = self.group.run_step(tokens, lambda: self._compute(tokens))
+        if seen and self.file is not None:
+            pickle.dump(seen, self.file)
+
+    def drawn_step(self) -> None:
+        self.number += 1
+        self.step(draw_tokens(self.seed, self._row.begun, self.group.seat, self.number))
+
+    def assist(self) -> None:
+        """As the worker does."""
+        self.group.attend()
+        if self.is_wanted:
+            self.step(0)
+
+    def wait_for(self, members: int) -> None:
+        while len(self.group.status().active_seats) < members:
+            if not self.is_wanted:
+                self.group.wakeups.poll()
+            self.assist()
+
+    def leave(self) -> None:
+        self.group.request_leave()
+        while self.group.is_member:
+            if not self.is_wanted:
+                self.group.wakeups.poll(0.1)
+            self.assist()
+        self.group.close()
+
+    def _compute(self, tokens: int) -> list[Seen]:
+        stamp = self._row.begun
+        plan = Plan.draw(self.seed, stamp)
+        try:
+            return [
+                self._collective(stamp, index, layer, tokens if index == 0 else min(tokens, index), plan.wide)
+                for index, layer in enumerate(plan.layers)
+            ]
+        except RuntimeError:
+            # Of an operation, which does not say whether the step is to be begun again.
+            self.group.check()
+            raise
+
+    def _collective(self, stamp: int, index: int, layer: int, tokens: int, wide: bool) -> Seen:
+        group, seat = self.group.handle, self.group.seat
+        share = Share.draw(self.seed, stamp, index, seat, tokens, wide)
+        self._come_to("before it sends")
+        targets = custom_ops.ep_dispatch_send(
+            sent(share.x, wide), paddle.to_tensor(share.picks), group, layer
+        )
+        self._come_to("sent")
+        like = sent(np.empty((0, HIDDEN), np.float32), wide)
+        rows, offsets, origins = custom_ops.ep_dispatch_receive(like, group, layer)
+        self._come_to("received")
+        rows, offsets = plain(rows), offsets.numpy()
+        custom_ops.ep_combine_send(sent(computed(rows, offsets, layer, wide), wide), group)
+        self._come_to("returned")
+        sums = custom_ops.ep_combine_receive(paddle.to_tensor(share.weights), like, group)
+        self._come_to("added up")
+        self.group.check()
+        return Seen(
+            stamp, index, layer, seat, wide, targets.numpy(), rows, offsets, origins.numpy(), sums.numpy()
+        )
+
+    def _come_to(self, place: str) -> None:
+        if self.trap is not None and self.trap[0] <= self.number and self.trap[1] == place:
+            number = self.trap[2]
+            self.trap = None
+            os.kill(os.getpid(), number)
+
+
+def sent(values: np.ndarray, wide: bool) -> paddle.Tensor:
+    # Paddle takes uint16 for bfloat16.
+    return paddle.to_tensor(values if wide else packed_matrix.to_bfloat16(values))
+
+
+def plain(tensor: paddle.Tensor) -> np.ndarray:
+    values = tensor.numpy()
+    return values if values.dtype == np.float32 else packed_matrix.from_bfloat16(values)
+
+
+# ---- what it can be told
+
+
+def steps(
+    link: socket.socket,
+    *,
+    name: str,
+    seat: int,
+    num_seats: int,
+    seed: int,
+    file: str,
+    lives: list[int | None],
+    together: int = 0,
+    redundant: int = 0,
+    rebalance: bool = False,
+    trap: tuple[int, str, int] | None = None,
+) -> int:
+    """Joins, takes part in so many steps, and leaves; once for each of `lives`.
+
+    Answers how often it began a step anew.
+
+    Args:
+        lives: None is until it is told that there are enough.
+        together: begins when the group has so many members.
+        rebalance: the experts move, by load, many times a second.
+    """
+    group_module._REBALANCE_SECONDS = 0.02
+    restarted = number = 0
+    # Unbuffered: it may be killed.
+    with open(file, "wb", buffering=0) as seen:
+        for count in lives:
+            options = GroupOptions(name, seat, redundant_experts=redundant, rebalance=rebalance)
+            rank = joined(options, num_seats, seed)
+            rank.file, rank.number, rank.trap = seen, number, trap and (trap[0], trap[1], trap[2])
+            try:
+                rank.wait_for(together)
+                if count is None:
+                    while orders(link) != ["enough"]:
+                        rank.drawn_step()
+                for _ in range(count or 0):
+                    rank.drawn_step()
+                restarted += rank.group.status().restarted_steps_total
+                rank.leave()
+            except RankLost:
+                rank.group.close()
+                raise
+            number = rank.number
+    return restarted
+
+
+def serve(link: socket.socket, *, name: str, seat: int, num_seats: int, seed: int) -> int:
+    """Sleeps until there is a token, as the worker does, and answers when it is computed.
+
+    Answers to `end` how many steps it was in.
+    """
+    options = GroupOptions(name, seat)
+    rank, tokens, left = joined(options, num_seats, seed), 0, list[str]()
+    answer(link, "joined")
+    poller = select.epoll()
+    poller.register(link, select.EPOLLIN)
+    poller.register(rank.group.wakeups, select.EPOLLIN)
+    while True:
+        if not tokens and not left and not rank.is_wanted:
+            poller.poll()
+        for order in orders(link):
+            if order == "token":
+                tokens += 1
+            else:
+                left.append(order)
+        if tokens:
+            rank.step(1)
+            tokens -= 1
+            answer(link, "done")
+        elif not left:
+            rank.assist()
+        elif left[0] == "close":
+            # Without leaving, and without ending.
+            rank.group.close()
+            return 0
+        else:
+            poller.unregister(rank.group.wakeups)
+            steps = rank.group.status().steps_total
+            rank.leave()
+            if left.pop(0) == "end":
+                return steps
+            rank = joined(options, num_seats, seed)
+            poller.register(rank.group.wakeups, select.EPOLLIN)
+            answer(link, "joined")
+
+
+def orders(link: socket.socket) -> list[str]:
+    """What has come."""
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(link.recv(64, socket.MSG_DONTWAIT).decode())
+    return found
+
+
+def joined(options: GroupOptions, num_seats: int, seed: int) -> Rank:
+    return Rank(join(options, layout(num_seats), {}, lambda mine, taken: None), seed)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"steps": steps, "serve": serve}
+
+
+def answer(link: socket.socket, what: Any) -> None:
+    link.send(json.dumps({"answer": what}).encode())
+
+
+def main(descriptor: int) -> None:
+    die_with_parent(os.getppid())
+    paddle.set_device("cpu")
+    link = socket.socket(fileno=descriptor)
+    answer(link, "ready")
+    while message := link.recv(1 << 16):
+        command = json.loads(message)
+        try:
+            answer(link, COMMANDS[command.pop("do")](link, **command))
+        except Exception as error:
+            traceback.print_exc()
+            link.send(json.dumps({"error": type(error).__name__, "said": str(error)}).encode())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,419 @@
+"""Collectives of groups of real processes against what numpy says of all ranks at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastdeploy import custom_ops
+from fastdeploy.custom_ops import reference
+from fastdeploy.expert_parallel.membership import Membership, planner
+from fastdeploy.expert_parallel.memory import Memory, group_directory
+from tests.waiting import wait_until
+
+from .collectives import EXPERTS, MAX_TOKENS, K, Plan, Seen, Share, computed, mapped
+from .ep_rank import PLACES
+from .ranks import RankFailed, RankProcess, Ranks, group_of_its_own
+
+#: Longer than anything that works takes, on a busy machine.
+PATIENCE = 60.0
+#: As long as nobody who is called may sleep.
+CALL_PATIENCE = 20.0
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    started = Ranks()
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def name(ranks: Ranks) -> Iterator[str]:
+    with group_of_its_own() as name:
+        yield name
+
+
+@pytest.fixture
+def seed() -> int:
+    # As in conftest.py: people look for new counterexamples, CI takes the same each time.
+    return 1 if os.environ.get("CI") else np.random.SeedSequence().entropy % 2**32
+
+
+# ---- the reference
+
+
+def test_the_fma_of_the_reference_rounds_once() -> None:
+    random = np.random.default_rng(1)
+    tiny = random.integers(-9, 10, 5000) * 2.0**-23
+    # Products next to half of the last bit of what they are added to: float64 takes them for just that.
+    a, b, c = (
+        values.astype(np.float32)
+        for values in (1 + tiny, (1 - tiny) * 2.0**-24, 1 + random.integers(0, 99, 5000) * 2.0**-23)
+    )
+    found = reference.fma(a, b, c)
+    rounded_twice = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert (found != rounded_twice).any()
+    for x, y, z, it in zip(a.tolist(), b.tolist(), c.tolist(), found, strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        below, above = (float(np.nextafter(it, np.float32(end))) for end in (-np.inf, np.inf))
+        off = abs(Fraction(float(it)) - exact)
+        assert off <= min(abs(Fraction(below) - exact), abs(Fraction(above) - exact))
+
+
+# ---- what every rank sees
+
+
+def start(
+    rank: RankProcess, seat: int, num_seats: int, name: str, file: Path, seed: int, **options: Any
+) -> Path:
+    """Lets it take a seat of a group; the file into which it writes what it sees."""
+    rank.start("steps", name=name, seat=seat, num_seats=num_seats, seed=seed, file=str(file), **options)
+    return file
+
+
+def load(files: Sequence[Path]) -> list[Seen]:
+    found: list[Seen] = []
+    for file in files:
+        with file.open("rb") as stream, contextlib.suppress(EOFError):
+            while True:
+                found += pickle.load(stream)
+    return found
+
+
+def assert_as_reference(seed: int, num_seats: int, seen: Sequence[Seen]) -> int:
+    """Compares every collective that ranks have seen to the end; the number of steps."""
+    collectives: dict[tuple[int, int], dict[int, Seen]] = defaultdict(dict)
+    for one in seen:
+        assert one.seat not in collectives[one.stamp, one.index], "a rank is in a step once"
+        collectives[one.stamp, one.index][one.seat] = one
+    for (stamp, index), members in collectives.items():
+        assert_collective(seed, num_seats, stamp, index, members)
+    return len({stamp for stamp, _ in collectives})
+
+
+def assert_collective(seed: int, num_seats: int, stamp: int, index: int, members: dict[int, Seen]) -> None:
+    plan = Plan.draw(seed, stamp)
+    layer = plan.layers[index]
+    shares = [
+        Share.draw(seed, stamp, index, seat, len(members[seat].sums) if seat in members else 0, plan.wide)
+        for seat in range(num_seats)
+    ]
+    nothing = np.empty((0, K), int)
+    targets = [members[seat].targets if seat in members else nothing for seat in range(num_seats)]
+    received = reference.ep_dispatch([share.x for share in shares], targets, EXPERTS)
+    results = [computed(part.rows, part.offsets, layer, plan.wide) for part in received]
+    sums = reference.ep_combine(received, results, [share.weights for share in shares])
+    for seat, one in members.items():
+        where = f"seed {seed}, seats {sorted(members)}, step {stamp:x}, collective {index}, seat {seat}"
+        assert (one.layer, one.wide) == (layer, plan.wide), where
+        picks = shares[seat].picks
+        same(np.where(one.targets < 0, -1, one.targets >> 6), picks, where)
+        assert {target & 63 for target in one.targets.flat if target >= 0} <= members.keys(), where
+        same(one.rows, received[seat].rows, where)
+        same(one.offsets, received[seat].offsets, where)
+        same(one.origins, received[seat].origins, where)
+        if custom_ops.instruction_set() == "generic":
+            # It rounds between product and sum.
+            np.testing.assert_allclose(one.sums, sums[seat], rtol=1e-5, atol=1e-4, err_msg=where)
+        else:
+            same(one.sums, sums[seat], where)
+
+
+def same(one: np.ndarray, other: np.ndarray, where: str) -> None:
+    # Ten times as fast as numpy's own, of which there would be 100,000.
+    if not np.array_equal(one, other):
+        np.testing.assert_array_equal(one, other, err_msg=where)
+
+
+@pytest.mark.parametrize(("num_seats", "steps"), [(1, 1500), (2, 1500), (3, 1000), (5, 600), (8, 400)])
+@pytest.mark.parametrize("redundant", [0, 3])
+def test_every_step_is_as_the_reference_says(
+    ranks: Ranks, name: str, seed: int, tmp_path: Path, num_seats: int, steps: int, redundant: int
+) -> None:
+    """Tokens of all ranks, of some or of none; float32 and bfloat16; one layer or two."""
+    started = ranks.take(num_seats)
+    options = {"lives": [steps], "together": num_seats, "redundant": redundant}
+    files = [
+        start(rank, seat, num_seats, name, tmp_path / str(seat), seed, **options)
+        for seat, rank in enumerate(started)
+    ]
+    for rank in started:
+        rank.finish(PATIENCE)
+    assert assert_as_reference(seed, num_seats, load(files)) > 0.5 * steps
+    assert not group_directory(name).exists()
+
+
+def test_ranks_come_and_go_while_others_compute(ranks: Ranks, name: str, seed: int, tmp_path: Path) -> None:
+    started, random = ranks.take(5), np.random.default_rng(seed)
+    files = []
+    for seat, rank in enumerate(started):
+        # One stays: a group that all have left begins with epoch 1 again.
+        lives = [None] if seat == 0 else random.integers(1, 60, 12).tolist()
+        files.append(start(rank, seat, 5, name, tmp_path / str(seat), seed, lives=lives))
+        time.sleep(random.random() / 10)
+    for rank in started[1:]:
+        rank.finish(PATIENCE)
+    started[0].tell("enough")
+    started[0].finish(PATIENCE)
+    assert assert_as_reference(seed, 5, load(files)) > 300
+    assert not group_directory(name).exists()
+
+
+def test_experts_move_while_ranks_compute(ranks: Ranks, name: str, seed: int, tmp_path: Path) -> None:
+    started = ranks.take(3)
+    options = {"lives": [600], "together": 3, "redundant": 2, "rebalance": True}
+    files = [
+        start(rank, seat, 3, name, tmp_path / str(seat), seed, **options) for seat, rank in enumerate(started)
+    ]
+    for rank in started:
+        rank.finish(PATIENCE)
+    seen = load(files)
+    assert assert_as_reference(seed, 3, seen) > 300
+    # Three for those that joined, as many for those that left.
+    assert len({one.stamp >> 40 for one in seen}) > 8
+
+
+def test_the_last_to_leave_and_the_first_to_come_do_not_disturb_each_other(
+    ranks: Ranks, name: str, seed: int, tmp_path: Path
+) -> None:
+    """The one removes the group's memory, the other makes it."""
+    started = ranks.take(3)
+    for seat, rank in enumerate(started):
+        start(rank, seat, 3, name, tmp_path / str(seat), seed, lives=[1] * 200)
+    for rank in started:
+        rank.finish(PATIENCE)
+    assert not group_directory(name).exists()
+
+
+# ---- ranks that are lost
+
+
+def start_with_trap(
+    started: Sequence[RankProcess], name: str, directory: Path, seed: int, place: str, signal: int
+) -> list[Path]:
+    """Three ranks in steps without end; the second sends itself a signal there."""
+    return [
+        start(
+            rank,
+            seat,
+            3,
+            name,
+            directory / str(seat),
+            seed,
+            lives=[None],
+            together=3,
+            trap=(20, place, signal) if seat == 1 else None,
+        )
+        for seat, rank in enumerate(started)
+    ]
+
+
+def wait_for_steps(memory: Memory, count: int) -> None:
+    row = memory.rows[0]
+    before = row.steps
+    wait_until(lambda: row.steps > before + count, deadline=PATIENCE)
+
+
+def finish(started: Sequence[RankProcess]) -> None:
+    for rank in started:
+        rank.tell("enough")
+    for rank in started:
+        rank.finish(PATIENCE)
+
+
+def told_of_by_all(seen: Sequence[Seen], lost: int) -> list[Seen]:
+    """Without the step that the others may have finished, and the lost seat did not live to tell of."""
+    last = max(one.stamp for one in seen if one.seat == lost)
+    known = [one for one in seen if one.stamp <= last or one.stamp >> 40 != last >> 40]
+    assert len({one.stamp for one in seen} - {one.stamp for one in known}) <= 1
+    return known
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_may_die_anywhere_in_a_collective(
+    ranks: Ranks, name: str, seed: int, tmp_path: Path, place: str
+) -> None:
+    started = ranks.take(3)
+    files = start_with_trap(started, name, tmp_path, seed, place, signal.SIGKILL)
+    assert started[1].process.wait(PATIENCE) == -signal.SIGKILL
+    wait_for_steps(mapped(name), 20)
+    finish([started[0], started[2]])
+    assert assert_as_reference(seed, 3, told_of_by_all(load(files), lost=1)) > 30
+    assert not group_directory(name).exists()
+
+
+def expel(memory: Memory, seat: int) -> None:
+    """As if the process were dead, and its pid another's."""
+    with memory.locked():
+        memory.entries[seat].start_time += 1
+        assert Membership(memory, planner(EXPERTS, 0)).remove_dead()
+
+
+@contextlib.contextmanager
+def late_writes(memory: Memory, seat: int, epoch: int) -> Iterator[None]:
+    """Lets a seat say all the time, in an epoch that is over, that it is further than anybody."""
+    ended = threading.Event()
+    layout, row = memory.layout, memory.rows[seat]
+    begin, end = (layout.seat(seat) + offset for offset in (layout.targets, layout.results))
+
+    def write() -> None:
+        while not ended.is_set():
+            row.arrived = epoch
+            row.begun = row.dispatched = row.combined = epoch << 40 | 1 << 39
+            row.tokens = MAX_TOKENS << 8 | 4
+            memory.pages[begin:end] = os.urandom(end - begin)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_that_the_others_have_gone_on_without_learns_of_it_and_reaches_nobody(
+    ranks: Ranks, name: str, seed: int, tmp_path: Path, place: str
+) -> None:
+    started = ranks.take(3)
+    files = start_with_trap(started, name, tmp_path, seed, place, signal.SIGSTOP)
+    wait_until(lambda: started[1].is_stopped, deadline=PATIENCE)
+    memory = mapped(name)
+    epoch = memory.words.epoch
+    expel(memory, 1)
+    wait_for_steps(memory, 20)
+    with late_writes(memory, 1, epoch):
+        wait_for_steps(memory, 20)
+        started[1].signal(signal.SIGCONT)
+        with pytest.raises(RankFailed, match=r"RankLost.*gone on without seat 1"):
+            started[1].finish(PATIENCE)
+        wait_for_steps(memory, 50)
+    finish([started[0], started[2]])
+    assert assert_as_reference(seed, 3, told_of_by_all(load(files), lost=1)) > 60
+    assert not group_directory(name).exists()
+
+
+def test_a_rank_whose_seat_another_has_taken_learns_of_it_and_leaves_it_to_the_other(
+    ranks: Ranks, name: str, seed: int, tmp_path: Path
+) -> None:
+    *started, successor = ranks.take(4)
+    files = start_with_trap(started, name, tmp_path, seed, "sent", signal.SIGSTOP)
+    wait_until(lambda: started[1].is_stopped, deadline=PATIENCE)
+    memory = mapped(name)
+    expel(memory, 1)
+    files.append(start(successor, 1, 3, name, tmp_path / "successor", seed, lives=[None], together=3))
+    wait_until(lambda: memory.header.joins == 4, deadline=PATIENCE)
+    wait_for_steps(memory, 20)
+    started[1].signal(signal.SIGCONT)
+    with pytest.raises(RankFailed, match=r"RankLost.*gone on without seat 1"):
+        started[1].finish(PATIENCE)
+    wait_for_steps(memory, 50)
+    assert (memory.header.losses, memory.header.leaves) == (1, 0)
+    finish([started[0], successor, started[2]])
+    assert assert_as_reference(seed, 3, told_of_by_all(load(files), lost=1)) > 60
+    assert not group_directory(name).exists()
+
+
+# ---- calls
+
+
+def serve(ranks: Ranks, name: str, num_seats: int, seed: int) -> list[RankProcess]:
+    started = ranks.take(num_seats)
+    for seat, rank in enumerate(started):
+        rank.start("serve", name=name, seat=seat, num_seats=num_seats, seed=seed)
+    for rank in started:
+        assert rank.hear(PATIENCE) == "joined"
+    return started
+
+
+def end(started: Sequence[RankProcess]) -> None:
+    for rank in started:
+        rank.tell("end")
+    for rank in started:
+        rank.finish(PATIENCE)
+
+
+def pause(random: np.random.Generator) -> None:
+    time.sleep(random.choice([0, 0, 50e-6, 200e-6, 1e-3]))
+
+
+def compute_tokens(started: Sequence[RankProcess], random: np.random.Generator, count: int) -> None:
+    """Tokens that come in batches, at any moments; the next batch when all are computed.
+
+    So a rank that is not called sleeps for good: nobody else's token wakes it in passing.
+    """
+    while count > 0:
+        batch = random.integers(len(started), size=random.integers(1, len(started) + 2))
+        count -= len(batch)
+        for seat in batch:
+            started[seat].tell("token")
+            pause(random)
+        for seat in batch:
+            assert started[seat].hear(CALL_PATIENCE) == "done"
+        pause(random)
+
+
+def compute_tokens_of_movers(started: Sequence[RankProcess], random: np.random.Generator, count: int) -> None:
+    """One rank leaves and comes back while a token is computed; then another token, to any rank."""
+    for _ in range(count):
+        first, mover, last = random.integers(len(started), size=3)
+        awaited: list[list[str]] = [[] for _ in started]
+        for seat, order, said in ((first, "token", "done"), (mover, "again", "joined")):
+            started[seat].tell(order)
+            awaited[seat].append(said)
+            pause(random)
+        for rank, answers in zip(started, awaited, strict=True):
+            assert sorted(rank.hear(CALL_PATIENCE) for _ in answers) == sorted(answers)
+        pause(random)
+        started[last].tell("token")
+        assert started[last].hear(CALL_PATIENCE) == "done"
+
+
+@pytest.mark.parametrize(("num_seats", "tokens"), [(2, 4000), (3, 3500), (5, 2500)])
+def test_no_call_is_lost(ranks: Ranks, name: str, seed: int, num_seats: int, tokens: int) -> None:
+    started = serve(ranks, name, num_seats, seed)
+    compute_tokens(started, np.random.default_rng(seed), tokens)
+    end(started)
+    assert not group_directory(name).exists()
+
+
+def test_no_call_is_lost_while_members_change(ranks: Ranks, name: str, seed: int) -> None:
+    """A rank without tokens that begins a step anew calls those who sleep, too: it cannot do without them."""
+    started = serve(ranks, name, 3, seed)
+    compute_tokens_of_movers(started, np.random.default_rng(seed), 200)
+    end(started)
+    assert not group_directory(name).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_no_call_is_lost_in_a_hundred_thousand(ranks: Ranks, name: str, seed: int) -> None:
+    started, random = serve(ranks, name, 4, seed), np.random.default_rng(seed)
+    for _ in range(10):
+        compute_tokens(started, random, 10_000)
+        compute_tokens_of_movers(started, random, 300)
+    end(started)
+
+
+def test_a_member_that_closes_and_lives_on_keeps_nobody_waiting(ranks: Ranks, name: str) -> None:
+    started = serve(ranks, name, 3, 1)
+    started[2].tell("close")
+    started[2].finish(PATIENCE)
+    # The others sleep, and the kernel does not call them: nobody has died.
+    started[0].tell("token")
+    assert started[0].hear(CALL_PATIENCE) == "done"
+    end(started[:2])

@@ -1,0 +1,45 @@
+"""A process beside the test that does one thing with an expert group's memory, and says so in a line.
+
+    python -m tests.engine.group_process lock GROUP PATIENCE SECONDS
+    python -m tests.engine.group_process seat GROUP SEAT SECONDS
+
+`lock` waits for the lock, and keeps it for so long; `seat` takes a seat, and ends after so long. With "stop"
+for the seconds it stops (SIGSTOP) instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from fastdeploy.expert_parallel.membership import Membership, planner
+from fastdeploy.expert_parallel.memory import FILE, Memory, group_directory, layout_of
+
+
+def main(what: str, name: str, argument: str, seconds: str) -> None:
+    descriptor = os.open(group_directory(name) / FILE, os.O_RDWR | os.O_CLOEXEC)
+    patience = float(argument) if what == "lock" else 60.0
+    memory = Memory(group_directory(name), descriptor, layout_of(descriptor), patience)
+    if what == "lock":
+        with memory.locked():
+            print("locked", flush=True)
+            wait(seconds)
+        print("unlocked", flush=True)
+    else:
+        with memory.locked():
+            Membership(memory, planner(memory.layout.num_experts, 0)).register(int(argument), name)
+        print("seated", flush=True)
+        wait(seconds)
+
+
+def wait(seconds: str) -> None:
+    if seconds == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        time.sleep(float(seconds))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,454 @@
+"""How a group is joined, or not; the record of its members, its lock, and the memory behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+import paddle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy import custom_ops
+from fastdeploy.errors import ConfigError
+from fastdeploy.expert_parallel import group as group_module
+from fastdeploy.expert_parallel import memory as shared
+from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, RankLost, join
+from fastdeploy.expert_parallel.membership import Membership, SeatTaken, planner
+from fastdeploy.expert_parallel.memory import (
+    MOST_SEATS,
+    GroupWords,
+    Header,
+    Layout,
+    Memory,
+    SeatEntry,
+    SeatRow,
+    SeatState,
+)
+from tests.custom_ops.ranks import group_of_its_own
+
+LAYOUT = Layout(num_seats=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
+#: Longer than anything that works takes, on a busy machine.
+PATIENCE = 60.0
+
+Join = Callable[..., ExpertGroup]
+Start = Callable[..., "subprocess.Popen[str]"]
+MemoryOf = Callable[..., Memory]
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    with group_of_its_own() as name:
+        yield name
+
+
+@pytest.fixture
+def joined(name: str) -> Iterator[Join]:
+    """Joins as a rank that is closed when the test is over."""
+    with contextlib.ExitStack() as stack:
+
+        def join_it(
+            seat: int = 0,
+            layout: Layout = LAYOUT,
+            root: Path = shared.SHARED_MEMORY,
+            stall_kill: float = 60.0,
+            **fingerprint: object,
+        ) -> ExpertGroup:
+            options = GroupOptions(name, seat, stall_kill=stall_kill)
+            group = join(options, layout, fingerprint, lambda mine, taken: None, root)
+            stack.callback(group.close)
+            return group
+
+        yield join_it
+
+
+@pytest.fixture
+def start(name: str) -> Iterator[Start]:
+    """Starts a `group_process`, and waits for its first line unless it cannot come yet."""
+    processes = []
+
+    def run(*arguments: object, says: str | None) -> subprocess.Popen[str]:
+        what, *rest = map(str, arguments)
+        command = [sys.executable, "-m", "tests.engine.group_process", what, name, *rest]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        if says is not None:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{says}\n"
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def memory(name: str) -> Memory:
+    """Of a group of which nobody is alive."""
+    fingerprint = {"protocol": shared.PROTOCOL_VERSION, **asdict(LAYOUT)}
+    with shared.opened(name, LAYOUT, fingerprint, patience=60.0) as memory:
+        return memory
+
+
+@pytest.fixture
+def small() -> Iterator[Callable[[int], Path]]:
+    """Mounts a file system of so many KiB."""
+    # Not pytest's directory: the name of a socket has to be short.
+    root = Path(mkdtemp())
+
+    def mount(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(root)]
+        if os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("only root can mount a small file system, and not everywhere")
+        return root
+
+    yield mount
+    # Lazily: this process has its files mapped.
+    subprocess.run(["umount", "-l", str(root)], capture_output=True, check=False)
+    root.rmdir()
+
+
+# ---- where there is no shared memory, or not enough
+
+
+def test_a_directory_that_is_missing_is_told(joined: Join, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path}/missing is missing.*mount a tmpfs"):
+        joined(root=tmp_path / "missing")
+
+
+def test_a_directory_that_others_may_read_is_refused(joined: Join, name: str, tmp_path: Path) -> None:
+    directory = shared.group_directory(name, tmp_path)
+    directory.mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match="not a directory of this user alone"):
+        joined(root=tmp_path)
+
+
+def test_a_name_that_cannot_be_a_directorys_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1 to 40 letters"):
+        shared.group_directory("../elsewhere")
+
+
+def test_too_little_memory_is_told_with_what_is_needed_and_leaves_nothing(
+    joined: Join, small: Callable[[int], Path]
+) -> None:
+    root, layout = small(1024), replace(LAYOUT, max_tokens=1024)
+    megabytes = -(-layout.seat_bytes >> 20)
+    with pytest.raises(ConfigError, match=rf"{root} has no room.*: {megabytes} MB are needed .*--shm-size"):
+        joined(root=root, layout=layout)
+    assert list(root.iterdir()) == []
+
+
+def test_a_seat_that_is_taken_again_needs_no_second_part(name: str, small: Callable[[int], Path]) -> None:
+    root = small((LAYOUT.first_seat + LAYOUT.seat_bytes) // 1024 * 4 // 3)
+    with shared.opened(name, LAYOUT, {}, 1.0, root) as memory:
+        memory.take_part(0)
+        memory.pages[LAYOUT.seat(0) : LAYOUT.seat(1)] = bytes(LAYOUT.seat_bytes)
+        memory.take_part(0)
+        with pytest.raises(ConfigError, match="no room"):
+            memory.take_part(1)
+
+
+def fill(root: Path, but: int) -> None:
+    """Leaves so many KiB."""
+    room = os.statvfs(root)
+    (root / "of another").write_bytes(bytes(room.f_bavail * room.f_frsize - (but << 10)))
+
+
+def dispatch(group: ExpertGroup, tokens: int) -> None:
+    x, picks = paddle.ones([tokens, LAYOUT.hidden]), paddle.full([tokens, LAYOUT.k], -1, "int32")
+
+    def compute() -> None:
+        try:
+            custom_ops.ep_dispatch_send(x, picks, group.handle, 0)
+        except RuntimeError:
+            group.check()
+
+    group.run_step(tokens, compute)
+
+
+def test_memory_that_runs_out_in_a_step_ends_the_rank_in_a_line(
+    joined: Join, small: Callable[[int], Path]
+) -> None:
+    root = small(2048)
+    group = joined(root=root)
+    fill(root, but=32)
+    with pytest.raises(RankLost, match=rf"{root} is full: 1 MB more are needed.*--shm-size"):
+        dispatch(group, 64)
+
+
+def test_what_fits_is_taken_where_twice_as_much_does_not(joined: Join, small: Callable[[int], Path]) -> None:
+    root = small(4096)
+    group = joined(root=root, layout=replace(LAYOUT, max_tokens=256))
+    # A KiB for each.
+    dispatch(group, 128)
+    fill(root, but=64)
+    dispatch(group, 190)
+    assert group.status().steps_total == 2
+
+
+# ---- who may join
+
+
+def test_ranks_that_disagree_are_told_who_and_about_what(joined: Join) -> None:
+    joined(0, weights="abc", balance=True)
+    with pytest.raises(ConfigError) as raised:
+        joined(1, weights="xyz", layout=replace(LAYOUT, max_tokens=32))
+    said = str(raised.value)
+    assert said.startswith(
+        f"seat 1 (pid {os.getpid()}) cannot join the expert group of seat 0 (pid {os.getpid()}): "
+    )
+    for difference in (
+        "balance is None here and True there",
+        "max_tokens is 32 here and 64 there",
+        "weights is 'xyz' here and 'abc' there",
+    ):
+        assert difference in said
+    assert "hidden" not in said
+
+
+def test_who_is_refused_leaves_the_lock_and_the_seat_to_others(joined: Join, memory_of: MemoryOf) -> None:
+    joined(0, weights="abc")
+    with pytest.raises(ConfigError) as raised:
+        joined(1, weights="xyz")
+    # While the error is not forgotten, and what it refers to.
+    with memory_of(patience=0.5).locked() as _:
+        assert raised.value is not None
+    assert memory_of().entries[1].state == SeatState.FREE
+
+
+def test_a_newer_protocol_is_told(joined: Join, memory_of: MemoryOf) -> None:
+    joined(0)
+    memory_of().header.version += 1
+    here, there = shared.PROTOCOL_VERSION, shared.PROTOCOL_VERSION + 1
+    with pytest.raises(
+        ConfigError, match=f"speaks protocol {there}, this process {here}; all ranks must run one"
+    ):
+        joined(1)
+
+
+def test_memory_of_a_newer_protocol_that_nobody_uses_is_made_anew(joined: Join, memory: Memory) -> None:
+    memory.header.version += 1
+    assert joined(0).is_member
+
+
+def test_a_seat_that_a_living_process_has_is_refused(joined: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_module, "_SEAT_SECONDS", 0.3)
+    # Longer than anybody may keep the lock.
+    joined(0, stall_kill=0.1)
+    with pytest.raises(
+        SeatTaken, match=f"seat 0 of expert group .* is held by pid {os.getpid()}, which is alive"
+    ):
+        joined(0, stall_kill=0.1)
+
+
+def test_a_seat_is_waited_for_while_its_process_ends(joined: Join, memory: Memory, start: Start) -> None:
+    start("seat", 0, 0.5, says="seated")
+    assert joined(0).is_member
+
+
+# ---- the lock
+
+
+@pytest.fixture
+def memory_of(name: str) -> Iterator[MemoryOf]:
+    """Another mapping of the memory."""
+    opened = []
+
+    def look(patience: float = 60.0) -> Memory:
+        descriptor = os.open(shared.group_directory(name) / shared.FILE, os.O_RDWR)
+        opened.append(descriptor)
+        return Memory(shared.group_directory(name), descriptor, shared.layout_of(descriptor), patience)
+
+    yield look
+    for descriptor in opened:
+        os.close(descriptor)
+
+
+def test_who_has_the_lock_and_is_stopped_is_killed_and_nobody_else(memory: Memory, start: Start) -> None:
+    stopped = start("lock", 60, "stop", says="locked")
+    # The others wait as long as each other, and then one after another has it for longer than they look.
+    waiting = [start("lock", 0.5, 0.1, says=None) for _ in range(4)]
+    for process in waiting:
+        assert process.communicate(timeout=PATIENCE)[0] == "locked\nunlocked\n"
+        assert process.returncode == 0
+    assert stopped.wait(PATIENCE) == -signal.SIGKILL
+
+
+def test_who_waits_for_the_lock_of_one_that_ends_in_time_kills_nobody(memory: Memory, start: Start) -> None:
+    holder = start("lock", 60, 0.5, says="locked")
+    waiting = start("lock", 30, 0, says="locked")
+    assert holder.wait(PATIENCE) == waiting.wait(PATIENCE) == 0
+
+
+def test_the_lock_goes_with_a_process_that_is_killed(memory: Memory, start: Start) -> None:
+    start("lock", 60, 60, says="locked").kill()
+    began = time.monotonic()
+    start("lock", 60, 0, says="locked")
+    assert time.monotonic() - began < 30
+
+
+# ---- who is in it
+
+
+@pytest.fixture
+def membership(memory: Memory) -> Membership:
+    return Membership(memory, planner(LAYOUT.num_experts, 0))
+
+
+def grant(memory: Memory, membership: Membership, *seats: int) -> None:
+    for seat in seats:
+        membership.register(seat, "a test")
+    membership.grant()
+
+
+def test_a_record_that_was_not_finished_is_not_in_force(memory: Memory, membership: Membership) -> None:
+    """Who has begun to write it has died; the epoch is raised after it."""
+    grant(memory, membership, 0, 2)
+    before = membership.read()
+    begin = LAYOUT.records + (before.epoch + 1) % 2 * LAYOUT.record_bytes
+    for end in (8, 16, 16 + LAYOUT.slots_bytes // 2, LAYOUT.record_bytes):
+        memory.pages[begin : begin + end] = os.urandom(end)
+        assert membership.read() == before
+    grant(memory, membership, 1)
+    after = membership.read()
+    assert (after.epoch, after.seats) == (before.epoch + 1, (0, 1, 2))
+    assert all(1 <= len(placement.experts_of(1)) <= 2 for placement in after.placements)
+
+
+def test_records_are_read_as_they_were_written(memory: Memory, membership: Membership) -> None:
+    epochs = []
+    for change in (
+        lambda: grant(memory, membership, 0),
+        lambda: grant(memory, membership, 1),
+        membership.restart_step,
+    ):
+        change()
+        record = membership.read()
+        epochs.append(record.epoch)
+        for placement in record.placements:
+            assert len(placement.homes) == LAYOUT.num_experts
+            assert {home.seat for homes in placement.homes for home in homes} == set(record.seats)
+    assert epochs == [1, 2, 3]
+
+
+def test_the_dead_lose_their_seats_and_their_experts(
+    memory: Memory, membership: Membership, start: Start
+) -> None:
+    grant(memory, membership, 0)
+    dying = start("seat", 1, 60, says="seated")
+    membership.grant()
+    assert membership.read().seats == (0, 1)
+    dying.kill()
+    dying.wait()
+    with memory.locked():
+        assert membership.remove_dead() == [(1, dying.pid)]
+        assert membership.remove_dead() == []
+    record = membership.read()
+    assert record.seats == (0,)
+    assert all(placement.experts_of(0) == tuple(range(LAYOUT.num_experts)) for placement in record.placements)
+    assert memory.header.losses == 1
+
+
+def test_who_wants_to_join_and_dies_is_not_admitted(
+    memory: Memory, membership: Membership, start: Start
+) -> None:
+    grant(memory, membership, 0)
+    dying = start("seat", 1, 60, says="seated")
+    dying.kill()
+    dying.wait()
+    membership.grant()
+    assert membership.read().seats == (0,)
+
+
+def test_a_pid_that_another_process_has_now_holds_no_seat(memory: Memory, membership: Membership) -> None:
+    grant(memory, membership, 0)
+    memory.entries[0].start_time += 1
+    assert membership.remove_dead() == [(0, os.getpid())]
+
+
+def test_the_last_one_removes_the_group_also_if_others_died_unseen(
+    joined: Join, memory: Memory, name: str, start: Start
+) -> None:
+    group = joined(0)
+    dying = start("seat", 1, 60, says="seated")
+    dying.kill()
+    dying.wait()
+    group.close()
+    assert not shared.group_directory(name).exists()
+
+
+def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memory: Memory) -> None:
+    """Memory of a group that is over, and of one that has its name."""
+    shared.remove(memory)
+    group = joined(0)
+    shared.remove(memory)
+    assert group.is_member
+    assert (shared.group_directory(name) / shared.FILE).exists()
+    assert Path(memory.doorbell(0)).exists()
+
+
+# ---- what lies where
+
+
+layouts = st.builds(
+    Layout,
+    num_seats=st.integers(1, MOST_SEATS),
+    num_layers=st.integers(0, 60),
+    num_experts=st.integers(1, 256),
+    max_tokens=st.integers(1, 4096),
+    k=st.integers(1, 8),
+    hidden=st.integers(1, 8192),
+)
+
+
+@given(layout=layouts)
+def test_parts_do_not_overlap_and_begin_where_they_may(layout: Layout) -> None:
+    """As `custom_ops/include/expert_group.h` has them: words in lines of their own, rows in pages."""
+    picks = layout.max_tokens * layout.k
+    file = {
+        0: ctypes.sizeof(Header),
+        layout.words: ctypes.sizeof(GroupWords),
+        layout.entries: MOST_SEATS * ctypes.sizeof(SeatEntry),
+        layout.fingerprint: 4096,
+        layout.records: layout.record_bytes,
+        layout.records + layout.record_bytes: layout.record_bytes,
+        layout.first_seat: layout.num_seats * layout.seat_bytes,
+        layout.file_bytes: 0,
+    }
+    seat = {
+        0: ctypes.sizeof(SeatRow),
+        layout.served: 8 * layout.num_layers * layout.num_experts,
+        layout.targets: 4 * picks,
+        layout.places: 4 * layout.num_seats * picks,
+        layout.tokens: 4 * layout.max_tokens * layout.hidden,
+        layout.results: 4 * layout.num_seats * picks * layout.hidden,
+        layout.seat_bytes: 0,
+    }
+    for parts in (file, seat):
+        offsets = list(parts)
+        for (begin, size), end in zip(parts.items(), offsets[1:], strict=False):
+            assert begin + size <= end
+        assert all(offset % 64 == 0 for offset in offsets)
+    # A part that is taken from the system is nobody else's.
+    assert all(
+        offset % 4096 == 0 for offset in (layout.first_seat, layout.tokens, layout.results, layout.seat_bytes)
+    )
+    assert layout.seat(layout.num_seats - 1) + layout.seat_bytes == layout.file_bytes
+    assert layout.record_bytes >= 16 + 2 * layout.num_layers * layout.num_experts * layout.num_seats
+
+
+def test_words_have_the_sizes_that_the_compiled_side_asserts() -> None:
+    assert (ctypes.sizeof(SeatRow), ctypes.sizeof(GroupWords)) == (128, 192)
+    assert [getattr(GroupWords, word).offset for word in ("epoch", "bell", "sleepers")] == [0, 64, 128]
+    assert ctypes.sizeof(SeatEntry) % 64 == 0
