@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from fastdeploy.expert_parallel import memory as shared
-from fastdeploy.expert_parallel.membership import Membership, planner
 from fastdeploy.expert_parallel.layout import PHASES, Layout, SeatState
+from fastdeploy.expert_parallel.membership import Membership, planner
 
 LAYOUT = Layout(num_seats=4, num_layers=2, num_experts=8, max_tokens=16, k=2, hidden=64)
 

@@ -44,7 +44,13 @@ def marked_processes(run: str) -> list[psutil.Process]:
 class System:
     """fd-dp below a directory of its own, on free ports."""
 
-    def __init__(self, prefix: Path, replicas: int, model: Path | str = TINY_MODEL) -> None:
+    def __init__(
+        self,
+        prefix: Path,
+        replicas: int,
+        model: Path | str = TINY_MODEL,
+        parallel: str = "expert_parallel = false",
+    ) -> None:
         self.prefix = prefix
         self.replicas = replicas
         self.run = uuid.uuid4().hex
@@ -63,7 +69,7 @@ served_name = "tiny"
 
 [parallel]
 data_parallel_size = {replicas}
-expert_parallel = false
+{parallel}
 
 [engine]
 ports = {self.ports}
@@ -150,9 +156,9 @@ backoff_first = 0.2
     def processes(self) -> list[psutil.Process]:
         return marked_processes(self.run)
 
-    def stop(self) -> None:
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """Ctrl-C, which promises to be done within 15 s and to leave no process."""
-        self.daemon.send_signal(signal.SIGINT)
+        self.daemon.send_signal(number)
         try:
             assert self.daemon.wait(timeout=15) == 0
             assert self.processes() == []
