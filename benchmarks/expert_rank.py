@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import os
 import time
@@ -40,6 +41,7 @@ class Rank:
         layout = Layout(num_seats, 1, EXPERTS, max_tokens, PICKS, HIDDEN)
         options = GroupOptions(group, seat, spin=threads * num_seats <= cores)
         self._group = join(options, layout, {}, lambda mine, taken: None)
+        atexit.register(self._group.close)
         while len(self._group.status().active_seats) < num_seats:
             self._group.wakeups.poll(0.1)
             self._group.attend()

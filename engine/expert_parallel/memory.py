@@ -118,6 +118,7 @@ def opened(
     text = json.dumps(fingerprint, sort_keys=True).encode()
     assert len(text) <= FINGERPRINT_BYTES, "a fingerprint is a few lines"
     directory = group_directory(name, root)
+    _remove_remains(directory)
     descriptor = _open_locked(directory, patience)
     try:
         if not _has_living(descriptor):
@@ -153,7 +154,7 @@ def group_directory(name: str, root: Path = SHARED_MEMORY, user: int | None = No
 
 def remove(memory: Memory) -> None:
     """To be called under the lock by the last one: nothing of the group stays."""
-    _remove(memory.directory, memory.file)
+    _remove_files(memory.directory)
 
 
 def start_time(pid: int) -> int | None:
@@ -197,6 +198,34 @@ def _open_locked(directory: Path, patience: float) -> int:
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)
+
+
+def _remove_remains(own: Path) -> None:
+    """Removes this user's groups whose ranks were all killed together, which left nobody to do it."""
+    namespace = own.name.partition("@")[2]
+    for directory in own.parent.glob(f"fd-ep-{os.getuid()}-*"):
+        # Of other namespaces the dead and the living cannot be told apart.
+        if directory == own or directory.name.partition("@")[2] != namespace:
+            continue
+        # Gone meanwhile, not ours, or somebody is at it: then it is alive.
+        with suppress(OSError):
+            descriptor = os.open(directory / FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                known = _header(descriptor).version in (0, PROTOCOL_VERSION)
+                if os.fstat(descriptor).st_nlink and known and not _has_living(descriptor):
+                    _remove_files(directory)
+            finally:
+                os.close(descriptor)
+
+
+def _remove_files(directory: Path) -> None:
+    for seat in directory.glob("seat-*"):
+        seat.unlink(missing_ok=True)
+    (directory / FILE).unlink(missing_ok=True)
+    # From here on somebody may make the group anew.
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _lock(descriptor: int, patience: float, holder: Callable[[], int]) -> None:

@@ -164,6 +164,20 @@ def test_nothing_is_left_when_all_have_ended(tmp_path: Path) -> None:
         assert not group_directory(ranks.group).exists()
 
 
+def test_what_a_group_leaves_that_was_killed_as_a_whole_is_removed_by_the_next(tmp_path: Path) -> None:
+    with ranks_of(2, tmp_path / "killed") as killed, ranks_of(1, tmp_path / "next") as following:
+        killed.start(0, 1)
+        killed.wait_ready()
+        for api in killed.apis.values():
+            api.process.kill()
+            api.process.wait()
+        assert group_directory(killed.group).exists()
+        following.start(0)
+        following.wait_ready()
+        assert not group_directory(killed.group).exists()
+        assert members(following) == (0,)
+
+
 def test_a_stopped_rank_is_killed_when_others_wait_for_it(expected: dict[int, Texts], tmp_path: Path) -> None:
     config = replace(EXPERT_CONFIG, expert_parallel_stall_kill=1.0)
     with ranks_of(3, tmp_path, config) as ranks:

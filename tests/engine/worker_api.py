@@ -42,7 +42,7 @@ class Api:
     """The API process's end: a ROUTER socket, and the worker as a child."""
 
     def __init__(self, config: EngineConfig, logs: Path, *arguments: str, **env: str) -> None:
-        logs.mkdir(exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
         self._log_file = logs / "worker.log"
         self._stderr = (logs / "stderr").open("w+")
         self._context = zmq.Context()
