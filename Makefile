@@ -89,7 +89,7 @@ $(PARITY)/installed: Makefile
 
 # FD_SOAK_SEED=n begins with the traffic that a failure named.
 soak: $(VENV)/installed
-	@$(BIN)/pytest -q -m slow tests/engine/test_soak.py
+	@$(BIN)/pytest -q -m slow tests/engine/test_soak.py tests/custom_ops/test_expert_group.py
 
 bench-serve: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.serve

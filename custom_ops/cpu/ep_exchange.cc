@@ -30,13 +30,16 @@ bool ep_dispatch_send(ExpertGroup& group, int layer, const void* x, const int32_
   const auto* const source = static_cast<const uint8_t*>(x);
   const int64_t width = group.shape().hidden * element;
   for_each_row(tokens, [&](int64_t token) { std::memcpy(rows + token * width, source + token * width, width); });
+  group.note(Phase::kHalfSent, layer);
   group.address(layer, picks, tokens);
   group.publish_tokens(tokens, element);
+  group.note(Phase::kSent, layer);
   return true;
 }
 
 bool ep_dispatch_receive(ExpertGroup& group, int layer, int element, Workspace& workspace, Received& received) {
   if (!group.await_tokens()) return false;
+  group.note(Phase::kExperts, layer);
   received = group.receive(workspace, layer, element);
   return true;
 }
@@ -56,12 +59,15 @@ bool ep_combine_send(ExpertGroup& group, const void* rows, int count, int elemen
   if (source != results) {
     for_each_row(count, [&](int64_t row) { std::memcpy(results + row * width, source + row * width, width); });
   }
+  group.note(Phase::kHalfReturned);
   group.publish_results();
+  group.note(Phase::kReturned);
   return true;
 }
 
 bool ep_combine_receive(ExpertGroup& group, const float* weights, int tokens, int element, float* out) {
   if (!group.await_results()) return false;
+  group.note(Phase::kCombine);
   const int k = static_cast<int>(group.shape().k), hidden = static_cast<int>(group.shape().hidden);
   const Kernels& isa = kernels();
   for_each_row(tokens, [&](int64_t token) {

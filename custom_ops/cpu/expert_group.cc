@@ -129,13 +129,15 @@ void ExpertGroup::address(int layer, const int32_t* picks, int tokens) {
     }
     targets[i] = expert << kSeatBits | seat;
   }
-  counters_.bytes_dispatched += remote * shape_.hidden * sizeof(float);
-  counters_.bytes_combined += remote * shape_.hidden * sizeof(float);
+  remote_picks_ = remote;
 }
 
 void ExpertGroup::publish_tokens(int tokens, int element) {
   ++collective_;
   ++counters_.collectives;
+  const uint64_t bytes = (tokens == 0 ? 0 : remote_picks_) * shape_.hidden * element;
+  counters_.bytes_dispatched += bytes;
+  counters_.bytes_combined += bytes;
   sent_tokens_ = tokens;
   row(seat_).tokens.store(static_cast<uint64_t>(tokens) << 8 | element, std::memory_order_relaxed);
   publish(&SeatRow::dispatched, stamp(collective_));
@@ -259,9 +261,9 @@ ExpertGroup::Status ExpertGroup::wait(Word word, uint64_t value) {
     missing = behind(word, value, missing);
     if (missing == 0) break;
     last = missing;
-    // Only now: when all have come, the step is whole whatever has changed since.
+    // Only if somebody is missing even now: when all have come, the step is whole whatever has changed since.
     if (group.epoch.load(std::memory_order_seq_cst) != epoch_) {
-      status_ = kChanged;
+      if (behind(word, value, missing) != 0) status_ = kChanged;
       break;
     }
     relax();

@@ -160,6 +160,8 @@ class ExpertGroup {
   SeatRow& row(int seat) const { return *part<SeatRow>(seat, 0); }
 
   void note(Phase phase, int layer);
+  // In the same layer as before.
+  void note(Phase phase) { note(phase, static_cast<int>(row(seat_).layer.load(std::memory_order_relaxed))); }
   // Wakes all that wait.
   void ring();
   // For tests: sends itself `signal` when it comes to this phase of this layer for the nth time.
@@ -196,6 +198,7 @@ class ExpertGroup {
   int64_t spin_ns_ = 0;
   uint64_t step_ = 0, collective_ = 0;
   int sent_tokens_ = 0, received_rows_ = 0;
+  uint64_t remote_picks_ = 0;  // of the tokens that were addressed last
   int rounds_ = 0;
   uint64_t reported_ = 0, killed_ = 0;
   int64_t token_bytes_ = 0, result_bytes_ = 0;

@@ -148,7 +148,7 @@ class ExpertGroup:
 
         Args:
             tokens: that this rank has in the step. The largest that `compute` passes to an operation.
-            compute: calls `check` after each layer; may be called again after that has raised.
+            compute: calls `check` after each layer; may be called again when that or an operation has raised.
 
         Returns:
             What `compute` does; None if no rank has tokens: there is no step then.
@@ -161,15 +161,16 @@ class ExpertGroup:
                 result = compute()
                 self._confirm()
                 return result
-            except GroupChanged:
-                self._restarted_steps += 1
-                self._recover()
             except RankLost:
                 raise
             except Exception:
-                # The others are in the middle of the step and wait for this rank.
+                # An operation may notice a change before `check` does. What is none is a fault of this rank, for
+                # which the others wait in the middle of the step.
+                is_fault = self._native.status == GOING
                 self._recover()
-                raise
+                if is_fault:
+                    raise
+                self._restarted_steps += 1
         return None
 
     def check(self) -> None:

@@ -154,7 +154,7 @@ def group_directory(name: str, root: Path = SHARED_MEMORY, user: int | None = No
 
 def remove(memory: Memory) -> None:
     """To be called under the lock by the last one: nothing of the group stays."""
-    _remove_files(memory.directory)
+    _remove(memory.directory, memory.file)
 
 
 def start_time(pid: int) -> int | None:
@@ -213,19 +213,10 @@ def _remove_remains(own: Path) -> None:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 known = _header(descriptor).version in (0, PROTOCOL_VERSION)
-                if os.fstat(descriptor).st_nlink and known and not _has_living(descriptor):
-                    _remove_files(directory)
+                if known and not _has_living(descriptor):
+                    _remove(directory, descriptor)
             finally:
                 os.close(descriptor)
-
-
-def _remove_files(directory: Path) -> None:
-    for seat in directory.glob("seat-*"):
-        seat.unlink(missing_ok=True)
-    (directory / FILE).unlink(missing_ok=True)
-    # From here on somebody may make the group anew.
-    with suppress(OSError):
-        directory.rmdir()
 
 
 def _lock(descriptor: int, patience: float, holder: Callable[[], int]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .layout import SeatState
-from .memory import Memory
+from .memory import Memory, start_time
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Peers:
                 del self._followed[seat]
         for seat, pid in wanted.items():
             if seat not in self._followed:
-                self._followed[seat] = (pid, _open(pid))
+                self._followed[seat] = (pid, _open(pid, self._memory.entries[seat].start_time))
                 self.wakeups.register(self._followed[seat][1], select.EPOLLIN)
 
     def call(self, seats: Iterable[int]) -> None:
@@ -89,11 +89,14 @@ class Peers:
         self._bell.close()
 
 
-def _open(pid: int) -> int:
+def _open(pid: int, started: int) -> int:
     """Readable when the process is dead; if it is already, an end of a pipe whose other end is closed."""
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        end, other = os.pipe2(os.O_CLOEXEC)
-        os.close(other)
-        return end
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        # Its pid may be somebody else's by now.
+        if start_time(pid) == started:
+            return pidfd
+        os.close(pidfd)
+    end, other = os.pipe2(os.O_CLOEXEC)
+    os.close(other)
+    return end
