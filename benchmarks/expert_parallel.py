@@ -7,6 +7,9 @@ eight; and how long a survivor waits for its next token when another rank is kil
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
+import statistics
 import tempfile
 import time
 import uuid
@@ -96,47 +99,54 @@ def _recovery_rows() -> Iterator[Row]:
     with _ranks(resolve_model_path("demo"), 8, shared=True, max_num_seqs=2) as ranks:
         asked = {seat: _requests(seat, 1, 48) for seat in range(8)}
         expected = ranks.generate(asked)
-        pauses, steps, lost = [], [], 0
+        pauses, usual, changed = [], [], 0
         for kill in range(KILLS):
             victim = 1 + kill % 7
             watch = _Watch(ranks, victim)
-            texts = ranks.generate(asked, watch.after, mortal=[victim])
-            pauses.append(watch.pause)
-            steps.append(watch.step)
-            lost += sum(texts[seat] != expected[seat] for seat in texts)
+            texts = ranks.generate(asked, watch.after, mortal=[victim], on_tokens=watch.on_tokens)
+            pauses.append(watch.pause())
+            usual.append(watch.usual())
+            changed += sum(texts[seat] != expected[seat] for seat in texts)
             ranks.start(victim)
             ranks.wait_ready(victim)
-    pauses.sort()
-    steps.sort()
     for quantile in (50, 99):
-        index = min(KILLS - 1, KILLS * quantile // 100)
-        yield Row(f"kill_to_next_token_p{quantile}", "ms", pauses[index] * 1e3, steps[index] * 1e3, "no kill")
-    yield Row("texts_of_survivors_changed", "texts", lost)
+        ours, peer = (
+            sorted(values)[min(KILLS - 1, KILLS * quantile // 100)] * 1e3 for values in (pauses, usual)
+        )
+        yield Row(f"pause_at_kill_p{quantile}", "ms", ours, peer, "between two tokens before it")
+    yield Row("texts_of_survivors_changed", "texts", changed)
 
 
 class _Watch:
-    """Kills a rank in the middle of a text, and times what comes next of the others."""
+    """Kills a rank in the middle of a text, and times the tokens of the others."""
 
     def __init__(self, ranks: Ranks, victim: int) -> None:
         self._ranks = ranks
         self._victim = victim
-        self._killed: float | None = None
-        self._last = time.monotonic()
-        #: From the kill to the next token of a survivor, and the longest time between two before it.
-        self.pause = self.step = 0.0
+        self._killed = math.inf
+        self._times: dict[int, list[float]] = {seat: [] for seat in range(8) if seat != victim}
+
+    def on_tokens(self, seat: int) -> None:
+        if seat != self._victim:
+            self._times[seat].append(time.monotonic())
 
     def after(self, tokens: int) -> None:
-        now = time.monotonic()
-        if self._killed is not None:
-            # What had been sent before the kill comes at once.
-            if not self.pause and now - self._killed > 0.002:
-                self.pause = now - self._killed
-        elif tokens > 100:
-            self._killed = now
+        if tokens > 100 and self._killed == math.inf:
+            self._killed = time.monotonic()
             self._ranks.apis[self._victim].process.kill()
-        elif tokens > 16:
-            self.step = max(self.step, now - self._last)
-        self._last = now
+
+    def pause(self) -> float:
+        """The longest time between two tokens of a survivor that the kill, or making it good, fell into."""
+        soon = self._killed + 0.2
+        return max(end - start for start, end in self._gaps() if end > self._killed and start < soon)
+
+    def usual(self) -> float:
+        """The time between two tokens before the kill."""
+        return statistics.median(end - start for start, end in self._gaps() if end < self._killed)
+
+    def _gaps(self) -> Iterator[tuple[float, float]]:
+        for times in self._times.values():
+            yield from itertools.pairwise(times)
 
 
 def _model_of_64_experts() -> Path:

@@ -164,8 +164,8 @@ class ExpertGroup:
             except RankLost:
                 raise
             except Exception:
-                # An operation may notice a change before `check` does. What is none is a fault of this rank, for
-                # which the others wait in the middle of the step.
+                # An operation may notice a change before `check` does. Anything else is a fault of this rank,
+                # for which the others wait in the middle of the step.
                 is_fault = self._native.status == GOING
                 self._recover()
                 if is_fault:

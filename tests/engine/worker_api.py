@@ -167,10 +167,12 @@ class Ranks:
         requests: Mapping[int, list[AddRequest]],
         after: Callable[[int], None] = lambda tokens: None,
         mortal: Collection[int] = (),
+        on_tokens: Callable[[int], None] = lambda seat: None,
     ) -> dict[int, Texts]:
         """
         Args:
             requests: of each seat.
+            on_tokens: called with the seat whose tokens have come.
             mortal: seats whose workers may end.
             after: called with the number of tokens that have come from all ranks, whenever some have.
 
@@ -203,7 +205,10 @@ class Ranks:
                     continue
                 message = api.receive()
                 assert not isinstance(message, Failed), message.message
-                for output in message.outputs if isinstance(message, StepOutputs) else ():
+                outputs = message.outputs if isinstance(message, StepOutputs) else []
+                if outputs:
+                    on_tokens(seat)
+                for output in outputs:
                     texts[seat][output.request_id] += output.token_ids
                     tokens += len(output.token_ids)
                     if output.finish_reason is not None:
