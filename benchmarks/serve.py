@@ -133,8 +133,10 @@ def wait_ready(prefix: Path, replicas: int, deadline: float = 600.0) -> None:
             check=False,
         )
         if answer.returncode == 0:
-            states = [replica["state"] for replica in json.loads(answer.stdout)["replicas"]]
-            if states == ["READY"] * replicas:
+            status = json.loads(answer.stdout)
+            states = [replica["state"] for replica in status["replicas"]]
+            # Of the daemon, too: only then does the router know them all.
+            if states == ["READY"] * replicas and status["daemon"]["state"] == "READY":
                 return
         time.sleep(0.2)
     raise SystemExit(f"not ready after {deadline:.0f} s; see {prefix}")

@@ -90,7 +90,7 @@ void moe_block(const MoeBlock& args) {
 namespace {
 
 // One collective of a block.
-void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer) {
+void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer, bool is_last) {
   constexpr int kElement = sizeof(float);
   Workspace& workspace = Workspace::fresh();
   const int tokens = args.num_tokens, hidden = args.hidden, k = args.k;
@@ -139,6 +139,9 @@ void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer) {
   group.note(Phase::kHalfReturned, layer);
   group.publish_results();
   group.note(Phase::kReturned, layer);
+  // A rank without tokens has nothing to add up, and no tokens that others might still read: it goes on to where it
+  // is needed next. In the end it stays with the others: who has finished a step may change who the members are.
+  if (group.assists() && !is_last) return;
   if (!group.await_results()) return;
   group.note(Phase::kCombine, layer);
   const Kernels& isa = kernels();
@@ -165,7 +168,7 @@ void ep_moe_block(const MoeBlock& args, ExpertGroup& group, int layer) {
     round.stream = args.stream + first * args.hidden;
     round.picks = args.picks + first * args.k;
     round.weights = args.weights + first * args.k;
-    ep_moe_round(round, group, layer);
+    ep_moe_round(round, group, layer, layer + 1 == group.shape().num_layers && i + 1 == group.rounds());
   }
 }
 

@@ -223,11 +223,19 @@ void ExpertGroup::trap(Phase phase, int layer, int nth, int signal) {
 }
 
 void ExpertGroup::ring() {
-  GroupWords& group = words();
-  group.bell.fetch_add(1, std::memory_order_seq_cst);
-  if (group.sleepers.load(std::memory_order_seq_cst) != 0) {
-    syscall(SYS_futex, &group.bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+  ring(words().bell);
+  ring(words().results_bell);
+}
+
+void ExpertGroup::ring(std::atomic<uint32_t>& bell) {
+  bell.fetch_add(1, std::memory_order_seq_cst);
+  if (words().sleepers.load(std::memory_order_seq_cst) != 0) {
+    syscall(SYS_futex, &bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
   }
+}
+
+std::atomic<uint32_t>& ExpertGroup::bell_of(Word word) const {
+  return word == &SeatRow::combined ? words().results_bell : words().bell;
 }
 
 // Whoever is the last to publish wakes the others, for whom there was nothing to do before. Each looks at all others
@@ -235,7 +243,7 @@ void ExpertGroup::ring() {
 void ExpertGroup::publish(Word word, uint64_t value) {
   if (status_ != kGoing) return;
   (row(seat_).*word).store(value, std::memory_order_seq_cst);
-  if (behind(word, value, active_) == 0) ring();
+  if (behind(word, value, active_) == 0) ring(bell_of(word));
 }
 
 uint64_t ExpertGroup::behind(Word word, uint64_t value, uint64_t seats) const {
@@ -281,9 +289,10 @@ ExpertGroup::Status ExpertGroup::wait(Word word, uint64_t value) {
     }
     mine.waiting_for.store(missing, std::memory_order_relaxed);
     group.sleepers.fetch_or(bit(seat_), std::memory_order_seq_cst);
-    const uint32_t bell = group.bell.load(std::memory_order_seq_cst);
+    std::atomic<uint32_t>& bell = bell_of(word);
+    const uint32_t heard = bell.load(std::memory_order_seq_cst);
     if (behind(word, value, missing) != 0 && group.epoch.load(std::memory_order_seq_cst) == epoch_) {
-      sleep_while(group.bell, bell, kLookNanoseconds);
+      sleep_while(bell, heard, kLookNanoseconds);
     }
     group.sleepers.fetch_and(~bit(seat_), std::memory_order_seq_cst);
     spins = -1;

@@ -61,7 +61,10 @@ static_assert(sizeof(SeatRow) == 128);
 // Words of the whole group.
 struct GroupWords {
   alignas(64) std::atomic<uint64_t> epoch;
-  alignas(64) std::atomic<uint32_t> bell;  // futex: changes when somebody may have to go on
+  // Futexes: change when somebody may have to go on, who waits for results, or for anything else. Apart, because a rank
+  // without tokens waits for no results.
+  alignas(64) std::atomic<uint32_t> bell;
+  std::atomic<uint32_t> results_bell;
   alignas(64) std::atomic<uint64_t> sleepers;
 };
 static_assert(sizeof(GroupWords) == 192);
@@ -125,6 +128,8 @@ class ExpertGroup {
   // Waits until all have announced it; `busy` tells then whether anybody has any tokens.
   Status begin();
   bool busy() const { return rounds_ > 0; }
+  // This seat has no tokens in the step.
+  bool assists() const { return row(seat_).step_tokens[step_ % 2].load(std::memory_order_relaxed) == 0; }
   // Collectives that each layer of the step takes: as many as the rank with the most tokens needs.
   int rounds() const { return rounds_; }
 
@@ -176,6 +181,8 @@ class ExpertGroup {
   }
   GroupWords& words() const { return *reinterpret_cast<GroupWords*>(memory_ + shape_.words); }
   uint64_t stamp(uint64_t number) const { return epoch_ << 40 | number; }
+  std::atomic<uint32_t>& bell_of(Word word) const;
+  void ring(std::atomic<uint32_t>& bell);
   void publish(Word word, uint64_t value);
   Status wait(Word word, uint64_t value);
   uint64_t behind(Word word, uint64_t value, uint64_t seats) const;

@@ -117,7 +117,8 @@ class GroupWords(ctypes.Structure):
         ("epoch", ctypes.c_uint64),
         ("_1", ctypes.c_uint64 * 7),
         ("bell", ctypes.c_uint32),
-        ("_2", ctypes.c_uint32 * 15),
+        ("results_bell", ctypes.c_uint32),
+        ("_2", ctypes.c_uint32 * 14),
         ("sleepers", ctypes.c_uint64),
         ("_3", ctypes.c_uint64 * 7),
     )
