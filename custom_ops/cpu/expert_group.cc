@@ -5,7 +5,6 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,6 +12,8 @@
 #include <climits>
 #include <cstring>
 #include <stdexcept>
+
+#include "waiting.h"
 
 namespace fd {
 namespace {
@@ -28,18 +29,6 @@ uint64_t bit(int seat) { return uint64_t{1} << seat; }
 template <class F>
 void for_each_seat(uint64_t seats, F&& f) {
   for (; seats != 0; seats &= seats - 1) f(__builtin_ctzll(seats));
-}
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-int64_t now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
 }
 
 void sleep_while(std::atomic<uint32_t>& word, uint32_t value, int64_t nanoseconds) {

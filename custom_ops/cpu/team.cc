@@ -4,7 +4,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <climits>
@@ -13,24 +12,14 @@
 #include <thread>
 #include <vector>
 
+#include "waiting.h"
+
 namespace fd {
 namespace {
 
 // A thread that waits spins this long before it sleeps. It bridges the Python between two operations of a
 // step; between two steps, and while other replicas need the core, threads sleep.
 constexpr int64_t kSpinNanoseconds = 40'000;
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-int64_t now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec * 1'000'000'000LL + time.tv_nsec;
-}
 
 // A number that threads wait on to change; waking costs a system call only if somebody sleeps.
 class Signal {

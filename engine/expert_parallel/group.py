@@ -130,18 +130,13 @@ class ExpertGroup:
         return self._native
 
     @property
-    def num_layers(self) -> int:
-        return self._memory.layout.num_layers
-
-    @property
     def is_member(self) -> bool:
         return self.seat in self._record.seats
 
     # ---- steps
 
     def run_step(self, tokens: int, compute: Callable[[], T]) -> T | None:
-        """Runs `compute` as this rank's part of a step of the group: as a transaction, which is repeated if
-        it has to.
+        """Runs `compute` as this rank's part of a step: a transaction, which is begun again if it has to be.
 
         Returns when all ranks have begun the step, `compute` has gone through all layers, and this rank was
         a member all the time.
@@ -251,6 +246,8 @@ class ExpertGroup:
         while True:
             self._settle()
             if not self.is_member:
+                if tokens:
+                    raise RankLost(f"seat {self.seat} has left the expert group, and still has work")
                 return False
             # Those who sleep are called by whoever begins first, with tokens or without.
             is_first = not self.awake and not self.is_called
