@@ -112,7 +112,7 @@ profile: $(VENV)/installed
 bench-ep: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.expert_parallel
 
-# Every point of a step, every pair of kills; some of it is in `make test` already.
+# Kills and stops at every point of a step, a second loss during the first; some of it is in `make test` already.
 chaos: $(VENV)/installed
 	@$(BIN)/pytest -q -m chaos
 
