@@ -84,6 +84,8 @@ class Seen(NamedTuple):
     index: int
     layer: int
     seat: int
+    #: The group's, as this rank knows them.
+    members: tuple[int, ...]
     wide: bool
     targets: np.ndarray
     rows: np.ndarray

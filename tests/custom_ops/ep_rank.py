@@ -95,6 +95,7 @@ class Rank:
 
     def _collective(self, stamp: int, index: int, layer: int, tokens: int, wide: bool) -> Seen:
         group, seat = self.group.handle, self.group.seat
+        members = tuple(self.group.status().active_seats)
         share = Share.draw(self.seed, stamp, index, seat, tokens, wide)
         self._come_to("before it sends")
         targets = custom_ops.ep_dispatch_send(
@@ -110,9 +111,8 @@ class Rank:
         sums = custom_ops.ep_combine_receive(paddle.to_tensor(share.weights), like, group)
         self._come_to("added up")
         self.group.check()
-        return Seen(
-            stamp, index, layer, seat, wide, targets.numpy(), rows, offsets, origins.numpy(), sums.numpy()
-        )
+        results = (targets.numpy(), rows, offsets, origins.numpy(), sums.numpy())
+        return Seen(stamp, index, layer, seat, members, wide, *results)
 
     def _come_to(self, place: str) -> None:
         if self.trap is not None and self.trap[0] <= self.number and self.trap[1] == place:

@@ -99,8 +99,12 @@ def assert_as_reference(seed: int, num_seats: int, seen: Sequence[Seen]) -> int:
     for one in seen:
         assert one.seat not in collectives[one.stamp, one.index], "a rank is in a step once"
         collectives[one.stamp, one.index][one.seat] = one
+    last = {(one.stamp >> 40, one.seat): one.stamp for one in sorted(seen, key=lambda one: one.stamp)}
     for (stamp, index), members in collectives.items():
         assert_collective(seed, num_seats, stamp, index, members)
+        # Who leaves has no tokens. It drops its last step if the others finish it, and go on, before it looks.
+        for seat in set(next(iter(members.values())).members) - members.keys():
+            assert last.get((stamp >> 40, seat), 0) < stamp, f"step {stamp:x} is not seat {seat}'s last"
     return len({stamp for stamp, _ in collectives})
 
 
@@ -121,7 +125,8 @@ def assert_collective(seed: int, num_seats: int, stamp: int, index: int, members
         assert (one.layer, one.wide) == (layer, plan.wide), where
         picks = shares[seat].picks
         same(np.where(one.targets < 0, -1, one.targets >> 6), picks, where)
-        assert {target & 63 for target in one.targets.flat if target >= 0} <= members.keys(), where
+        assert members.keys() <= set(one.members), where
+        assert {target & 63 for target in one.targets.flat if target >= 0} <= set(one.members), where
         same(one.rows, received[seat].rows, where)
         same(one.offsets, received[seat].offsets, where)
         same(one.origins, received[seat].origins, where)
