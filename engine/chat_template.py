@@ -35,8 +35,8 @@ _MAX_TEXT_CHARACTERS = 8 << 20
 _WALL_SECONDS = 30
 
 
-def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
-    """Returns the function that renders `source` with the given variables.
+def compile_template(source: str) -> Callable[[dict[str, Any], float | None], str]:
+    """Returns the function that renders `source` with the given variables, at the given time or now.
 
     Raises:
         RequestError: the template has a syntax error; the function raises it for any error while rendering.
@@ -48,9 +48,10 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
             f"the chat template cannot be compiled: {_one_line(error)}", "chat_template"
         ) from None
 
-    def render(variables: dict[str, Any]) -> str:
+    def render(variables: dict[str, Any], rendered_at: float | None = None) -> str:
+        moment = datetime.now() if rendered_at is None else datetime.fromtimestamp(rendered_at)
         try:
-            return template.render(variables)
+            return template.render({"strftime_now": moment.strftime} | variables)
         except _Refusal as error:
             raise RequestError(
                 f"the chat template refuses these messages: {_one_line(error)}", "messages"
@@ -72,7 +73,7 @@ def compile_template(source: str) -> Callable[[dict[str, Any]], str]:
     return render
 
 
-def render_untrusted(source: str, variables: dict[str, Any]) -> str:
+def render_untrusted(source: str, variables: dict[str, Any], rendered_at: float | None = None) -> str:
     """Renders a client's template in a child with limits on CPU time and memory. Costs about 0.1 s."""
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise RequestError(
@@ -82,7 +83,7 @@ def render_untrusted(source: str, variables: dict[str, Any]) -> str:
     try:
         child = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=json.dumps({"source": source, "variables": variables}).encode(),
+            input=json.dumps({"source": source, "variables": variables, "at": rendered_at}).encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=_WALL_SECONDS,
@@ -120,7 +121,6 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
 
 
@@ -153,7 +153,7 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        text = compile_template(job["source"])(job["variables"])
+        text = compile_template(job["source"])(job["variables"], job["at"])
         if len(text) > _MAX_TEXT_CHARACTERS:
             raise RequestError(
                 f"chat_template renders {len(text)} characters; at most {_MAX_TEXT_CHARACTERS} are taken",

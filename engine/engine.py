@@ -115,9 +115,12 @@ class EngineCore:
             self._scheduler.abort([request_id])
             raise RequestError(f"request id {request_id!r} is in use already; ids must be unique")
         # An id outside of the embedding would fail the step of everyone in the batch.
-        if prompt and not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
-            raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
-        self._scheduler.add(Sequence(request_id, prompt, request.params, request.arrival_time))
+        for token_ids in (prompt, request.output_token_ids):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+                raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
+        self._scheduler.add(
+            Sequence(request_id, prompt, request.params, request.arrival_time, [*request.output_token_ids])
+        )
 
     def _compute(self, batch: Batch) -> list[Sampled]:
         logits = self._runner.execute(batch)

@@ -37,3 +37,9 @@ def allow_open_files(needed: int, flag: str) -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def open_files_limit() -> int:
+    """The most files that this process may be allowed to have open."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 1 << 20 if hard == resource.RLIM_INFINITY else hard

@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 # ---- API process -> worker
@@ -24,6 +24,8 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_time: float
+    #: The beginning of the output, which another replica has drawn; it counts as if it had been drawn here.
+    output_token_ids: list[int] = []
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):

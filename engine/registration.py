@@ -1,17 +1,20 @@
 """Tells a router that this replica is there, again and again: FastDeploy's heartbeat (POST /register).
 
-There is no call to leave. A replica that is not healthy stops registering; the router sees the rest itself.
+A replica that is not healthy stops registering; the router sees the rest itself. One that is going to stop
+says so (POST /deregister), which FastDeploy's routers do not know and answer with 404.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import os
+import secrets
 import socket
 import threading
 import urllib.parse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import requests
@@ -25,6 +28,10 @@ _BEAT_SECONDS = 5.0
 #: Until the router knows us, ask more often: this is time in which a fresh replica gets no work.
 _FIRST_BEAT_SECONDS = 1.0
 _TIMEOUT_SECONDS = 5.0
+#: A router answers a farewell at once, or is not worth waiting for.
+FAREWELL_SECONDS = 2
+#: What a router may ask of this replica; see resumption.py.
+_FEATURES = ["resume", "progress"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +46,34 @@ class Address:
     replica: int
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One start of a replica: another start at the same address is somebody else."""
+
+    max_concurrency: int
+    instance: str = field(default_factory=lambda: secrets.token_hex(16))
+    #: Whoever shows it is a router that this replica has registered with.
+    token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+
 class Registration(threading.Thread):
-    """Registers while `is_healthy()` says yes, until `stop`. Failures are logged when they begin and end.
+    """Registers while `is_healthy()` says yes, until `stop` or `leave`. Failures are logged when they begin
+    and end.
 
     Raises:
         ConfigError: `router` is no address of a router.
     """
 
-    def __init__(self, router: str, address: Address, is_healthy: Callable[[], bool]) -> None:
+    def __init__(
+        self, router: str, address: Address, identity: Identity, is_healthy: Callable[[], bool]
+    ) -> None:
         super().__init__(name="registration", daemon=True)
         self._router = router_url(router)
         self._address = address
+        self._identity = identity
         self._is_healthy = is_healthy
         self._stopped = threading.Event()
+        self._is_leaving = False
         #: What was wrong with the last attempt; None after a success, empty before the first attempt.
         self._trouble: str | None = ""
 
@@ -59,18 +81,47 @@ class Registration(threading.Thread):
         with requests.Session() as session:
             # A proxy for the outside world has no business between a replica and its router.
             session.trust_env = False
+            # What a router asks replicas of other machines for.
+            if key := os.environ.get("FD_ROUTER_REGISTER_KEY"):
+                session.headers["Authorization"] = f"Bearer {key}"
             while not self._stopped.is_set():
                 if self._is_healthy():
                     self._note(self._register(session))
                 self._stopped.wait(_BEAT_SECONDS if self._trouble is None else _FIRST_BEAT_SECONDS)
+            # A beat that has failed may have arrived all the same.
+            if self._is_leaving and self._trouble != "":
+                self._deregister(session)
 
     def stop(self) -> None:
         """Ends the thread before its next beat; does not wait for one that is under way."""
         self._stopped.set()
 
+    def leave(self, timeout: float = FAREWELL_SECONDS) -> None:
+        """Registers no more and tells the router that this replica goes; returns after `timeout` seconds at
+        the latest, whatever the router does."""
+        self._is_leaving = True
+        self._stopped.set()
+        # The thread that registers says it, so that no beat can overtake it and bring the replica back.
+        self.join(timeout)
+
+    def _deregister(self, session: requests.Session) -> None:
+        try:
+            host_ip = advertised_ip(self._address.host, self._router)
+            farewell = {
+                "host_ip": host_ip,
+                "port": str(self._address.port),
+                "instance": self._identity.instance,
+            }
+            answer = session.post(f"{self._router}/deregister", json=farewell, timeout=FAREWELL_SECONDS)
+        except (requests.RequestException, OSError) as error:
+            logger.info("router %s was not told of the stop: %s", self._router, type(error).__name__)
+        else:
+            logger.info("told router %s of the stop: HTTP %d", self._router, answer.status_code)
+
     def _register(self, session: requests.Session) -> str | None:
         try:
-            info = register_info(self._address, advertised_ip(self._address.host, self._router))
+            host_ip = advertised_ip(self._address.host, self._router)
+            info = register_info(self._address, self._identity, host_ip)
             answer = session.post(f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS)
         except requests.Timeout:
             return f"no answer within {_TIMEOUT_SECONDS:.0f} s"
@@ -93,8 +144,8 @@ class Registration(threading.Thread):
             logger.warning("cannot register with router %s: %s; trying on", self._router, trouble)
 
 
-def register_info(address: Address, host_ip: str) -> dict[str, Any]:
-    """The body of POST /register: FastDeploy's InstanceInfo, and `replica` for routers that know it.
+def register_info(address: Address, identity: Identity, host_ip: str) -> dict[str, Any]:
+    """The body of POST /register: FastDeploy's InstanceInfo, and from `replica` on what our routers know.
 
     The fields for disaggregated serving (connector, RDMA) are left out: this engine does not do it.
     """
@@ -106,6 +157,10 @@ def register_info(address: Address, host_ip: str) -> dict[str, Any]:
         "engine_worker_queue_port": str(address.engine_worker_queue_port),
         "tp_size": 1,
         "replica": address.replica,
+        "instance": identity.instance,
+        "features": _FEATURES,
+        "max_concurrency": identity.max_concurrency,
+        "token": identity.token,
     }
 
 

@@ -60,11 +60,12 @@ class Scheduler:
         """Appends to the queue.
 
         Raises:
-            RequestError: the prompt is empty, or so long that no token could ever follow it.
+            RequestError: the prompt is empty, or it (and an output that it comes with) so long that no token
+                could ever follow.
         """
         assert sequence.request_id not in self._sequences, f"request {sequence.request_id} is already here"
-        length = len(sequence.prompt_token_ids)
-        if length == 0:
+        length = sequence.num_tokens
+        if not sequence.prompt_token_ids:
             raise RequestError("the prompt has no tokens; it must have at least one", "prompt")
         if length >= self.max_num_tokens:
             raise RequestError(
@@ -201,8 +202,9 @@ class Scheduler:
             sequence.block_ids = cached
             sequence.num_computed = len(cached) * self._pool.block_size
             if sequence.num_preemptions == 0:
-                sequence.num_cached = sequence.num_computed
-                self.prefix_cache_hit_tokens_total += sequence.num_cached
+                # An output that it came with may be cached, too.
+                sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_token_ids))
+                self.prefix_cache_hit_tokens_total += sequence.num_computed
                 self.prefix_cache_query_tokens_total += sequence.num_tokens
             rows.append(self._reserve(sequence, min(self._chunk(sequence, prefill), budget)))
             budget -= rows[-1].num_tokens

@@ -33,7 +33,7 @@ class Tokenizer:
     ) -> None:
         self._vocabulary = vocabulary
         self._named_tokens = named_tokens or {}
-        self._render: Callable[[dict[str, Any]], str] | None = None
+        self._render: Callable[[dict[str, Any], float | None], str] | None = None
         if chat_template is not None:
             self._render = compile_template(chat_template)
         self.eos_token_ids = eos_token_ids
@@ -114,12 +114,14 @@ class Tokenizer:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
+        rendered_at: float | None = None,
         **variables: Any,
     ) -> str:
         """The conversation as text, special tokens written out; `encode` makes ids of it.
 
         Args:
             chat_template: a client's own template in place of the checkpoint's; rendered under limits.
+            rendered_at: what a template that asks for the time is told, in seconds since 1970; None: now.
             variables: further names the template may use (`chat_template_kwargs` of a request).
 
         Raises:
@@ -134,14 +136,14 @@ class Tokenizer:
             "add_generation_prompt": add_generation_prompt,
         }
         if chat_template is not None:
-            return render_untrusted(chat_template, variables)
+            return render_untrusted(chat_template, variables, rendered_at)
         if self._render is None:
             raise RequestError(
                 "this checkpoint has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); send one as chat_template, or use /v1/completions",
                 "chat_template",
             )
-        return self._render(variables)
+        return self._render(variables, rendered_at)
 
 
 class IncrementalDetokenizer:

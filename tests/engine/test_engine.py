@@ -83,7 +83,8 @@ sampling = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_text_is_the_one_of_the_request_alone(data: st.DataObject) -> None:
-    """Whatever the batch, the chunks, the prefix hits, the preemptions and the aborts of others."""
+    """Whatever the batch, the chunks, the prefix hits, the preemptions and the aborts of others; and however
+    much of it another engine has written."""
     num_blocks = data.draw(st.integers(3, 24))
     engine, runner = build(
         num_blocks=num_blocks,
@@ -102,7 +103,9 @@ def test_every_text_is_the_one_of_the_request_alone(data: st.DataObject) -> None
             prompt, params = data.draw(prompts), data.draw(sampling)
             if len(prompt) < limit:
                 name = f"r{len(sent)}"
-                sent[name] = AddRequest(name, prompt, params, 0.0)
+                written, _ = generate_alone(prompt, params, limit)
+                known = data.draw(st.just(0) | st.integers(0, len(written) - 1))
+                sent[name] = AddRequest(name, prompt, params, 0.0, written[:known])
                 engine.add(sent[name])
         elif action == "step":
             texts.take(engine.step())
@@ -116,14 +119,32 @@ def test_every_text_is_the_one_of_the_request_alone(data: st.DataObject) -> None
     for name, one in sent.items():
         expected, reason = generate_alone(one.prompt_token_ids, one.params, limit)
         if name in texts.reasons:
-            assert (texts.token_ids[name], texts.reasons[name]) == (expected, reason)
+            written = one.output_token_ids + texts.token_ids[name]
+            assert (written, texts.reasons[name]) == (expected, reason)
         else:
             assert name in aborted
-            written = texts.token_ids.get(name, [])
+            written = one.output_token_ids + texts.token_ids.get(name, [])
             assert written == expected[: len(written)]
     last = steps[-1].stats
     assert (last.num_running, last.num_waiting, last.batch_tokens) == (0, 0, 0)
     assert last.num_free_blocks == num_blocks
+
+
+def test_cached_tokens_are_those_of_the_prompt_although_the_output_it_came_with_is_cached_too() -> None:
+    engine, _ = build(block_size=4)
+    engine.add(request("first", [1] * 6, max_tokens=12))
+    text = collect(engine).token_ids["first"]
+    engine.add(AddRequest("second", [1] * 6, SamplingParams(max_tokens=12, temperature=0.0), 0.0, text[:9]))
+    outputs = [output for step in drain(engine) for output in step.outputs]
+    assert [token for output in outputs for token in output.token_ids] == text[9:]
+    assert outputs[0].num_cached == 6
+
+
+@pytest.mark.parametrize("known", [[VOCAB_SIZE], [5] * 100], ids=["unknown token", "too long"])
+def test_an_output_that_does_not_fit_is_refused(known: list[int]) -> None:
+    engine, _ = build()
+    engine.add(AddRequest("a", [1, 2], SamplingParams(max_tokens=200), 0.0, known))
+    assert collect(engine).reasons == {"a": FinishReason.ERROR}
 
 
 def test_preemption_happens_under_pressure_and_changes_no_text() -> None:

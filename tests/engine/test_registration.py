@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from fastdeploy import registration
 from fastdeploy.errors import ConfigError
-from fastdeploy.registration import Address, Registration, advertised_ip, register_info, router_url
+from fastdeploy.registration import (
+    Address,
+    Identity,
+    Registration,
+    advertised_ip,
+    register_info,
+    router_url,
+)
 
+from ..fake_router import FakeRouter
 from ..waiting import wait_until as _wait_until
 
 ADDRESS = Address("127.0.0.1", 1844, 3401, 25641, replica=3)
-
-
-class Router:
-    """Keeps what was posted and answers with `status`."""
-
-    def __init__(self) -> None:
-        self.status = 200
-        self.posts: list[tuple[str, dict[str, object]]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.posts.append((self.path, json.loads(body)))
-                answer = b'{"code":503,"msg":"not healthy"}' if outer.status != 200 else b"{}"
-                self.send_response(outer.status)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+IDENTITY = Identity(max_concurrency=64)
 
 
 @pytest.fixture
-def router() -> Iterator[Router]:
-    router = Router()
+def router() -> Iterator[FakeRouter]:
+    router = FakeRouter()
     yield router
     router.close()
 
@@ -69,7 +46,7 @@ def start() -> Iterator[Callable[..., Registration]]:
     started: list[Registration] = []
 
     def start(router: str, is_healthy: Callable[[], bool] = lambda: True) -> Registration:
-        started.append(Registration(router, ADDRESS, is_healthy))
+        started.append(Registration(router, ADDRESS, IDENTITY, is_healthy))
         started[-1].start()
         return started[-1]
 
@@ -84,19 +61,19 @@ wait_until = partial(_wait_until, deadline=20.0)
 
 
 def test_a_healthy_replica_registers_again_and_again_and_says_so_once(
-    router: Router, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
+    router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fastdeploy.registration")
     start(router.address)
     wait_until(lambda: len(router.posts) >= 3)
     path, info = router.posts[-1]
     assert path == "/register"
-    assert info == register_info(ADDRESS, "127.0.0.1")
+    assert info == register_info(ADDRESS, IDENTITY, "127.0.0.1")
     assert [r.message for r in caplog.records] == [f"registered with router http://{router.address}"]
 
 
 def test_a_replica_that_is_not_healthy_keeps_silent(
-    router: Router, start: Callable[..., Registration]
+    router: FakeRouter, start: Callable[..., Registration]
 ) -> None:
     healthy = threading.Event()
     asked = threading.Event()
@@ -113,7 +90,7 @@ def test_a_replica_that_is_not_healthy_keeps_silent(
 
 
 def test_trouble_is_logged_when_it_begins_and_when_it_ends(
-    router: Router, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
+    router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fastdeploy.registration")
     router.status = 503
@@ -131,7 +108,8 @@ def test_trouble_is_logged_when_it_begins_and_when_it_ends(
 
 
 def test_info_is_what_fastdeploys_router_accepts() -> None:
-    assert register_info(ADDRESS, "10.0.0.7") == {
+    identity = Identity(512, instance="1f", token="2e")
+    assert register_info(ADDRESS, identity, "10.0.0.7") == {
         "role": "mixed",
         "host_ip": "10.0.0.7",
         "port": "1844",
@@ -139,7 +117,78 @@ def test_info_is_what_fastdeploys_router_accepts() -> None:
         "engine_worker_queue_port": "25641",
         "tp_size": 1,
         "replica": 3,
+        "instance": "1f",
+        "features": ["resume", "progress"],
+        "max_concurrency": 512,
+        "token": "2e",
     }
+
+
+def test_each_start_has_its_own_identity_and_shows_its_token_to_nobody() -> None:
+    one, other = Identity(1), Identity(1)
+    for value in (one.instance, one.token):
+        assert len(value) == 32
+        assert int(value, 16) >= 0
+    assert len({one.instance, one.token, other.instance, other.token}) == 4
+    assert one.token not in repr(one)
+
+
+def test_a_farewell_is_the_last_that_a_router_hears(
+    router: FakeRouter, start: Callable[..., Registration]
+) -> None:
+    registration = start(router.address)
+    wait_until(lambda: len(router.posts) >= 2)
+    registration.leave()
+    assert not registration.is_alive()
+    assert router.paths().index("/deregister") == len(router.posts) - 1
+    farewell = {"host_ip": "127.0.0.1", "port": "1844", "instance": IDENTITY.instance}
+    assert router.posts[-1] == ("/deregister", farewell)
+
+
+def test_a_farewell_never_overtakes_a_beat(router: FakeRouter, start: Callable[..., Registration]) -> None:
+    """It would bring the replica back."""
+    beats, go_on = threading.Event(), threading.Event()
+
+    def hold(path: str) -> None:
+        if path == "/register":
+            beats.set()
+            go_on.wait(20)
+
+    router.before_answer = hold
+    registration = start(router.address)
+    assert beats.wait(20)
+    # It does not wait for the router for ever.
+    registration.leave(timeout=0.05)
+    assert router.paths() == ["/register"]
+    go_on.set()
+    wait_until(lambda: router.paths() == ["/register", "/deregister"])
+
+
+def test_a_router_that_was_never_told_of_a_replica_is_not_told_of_its_end(
+    router: FakeRouter, start: Callable[..., Registration]
+) -> None:
+    start(router.address, lambda: False).leave()
+    assert router.posts == []
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_router_that_knows_no_farewell_is_left_all_the_same(
+    router: FakeRouter, start: Callable[..., Registration], status: int
+) -> None:
+    registration = start(router.address)
+    wait_until(lambda: router.posts)
+    router.status = status
+    registration.leave()
+    assert router.paths()[-1] == "/deregister"
+
+
+def test_a_router_that_is_away_is_left_all_the_same(start: Callable[..., Registration]) -> None:
+    router = FakeRouter()
+    registration = start(router.address)
+    wait_until(lambda: router.posts)
+    router.close()
+    registration.leave(timeout=20)
+    assert not registration.is_alive()
 
 
 @pytest.mark.parametrize(

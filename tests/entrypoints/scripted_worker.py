@@ -84,6 +84,11 @@ def serve(script: str) -> None:
                         message = receive()
                         assert message == AbortRequests([name]), message
                         script = "behaves"
+                    case "works for others until told":
+                        step(TokenOutput(name, [WORD]))
+                        while not socket.poll(20):
+                            step()
+                        assert receive() == AbortRequests([name])
                     case _:
                         step(TokenOutput(name, [1]))
                         step(TokenOutput("nobody's", [5]), TokenOutput(name, [2], FinishReason.LENGTH))

@@ -5,51 +5,11 @@ The worker is a scripted one, whose texts have no end: it serves nobody else bef
 
 import http.client
 import json
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
-from werkzeug.serving import make_server
 
-from fastdeploy.config import EngineConfig
-from fastdeploy.entrypoints.openai.app import create_app
-from fastdeploy.entrypoints.openai.engine_client import EngineClient, State
-from fastdeploy.entrypoints.openai.options import ServeConfig
-from fastdeploy.entrypoints.openai.replica import Replica
-
-from .conftest import TINY, wait_until
-
-SCRIPTED = Path(__file__).with_name("scripted_worker.py")
-
-
-@contextmanager
-def served_by(script: str) -> Iterator[tuple[Replica, int]]:
-    """The replica and the port of its API."""
-    config = EngineConfig(model=TINY)
-    engine = EngineClient(config, 0, print, [sys.executable, str(SCRIPTED), script])
-    replica = Replica(ServeConfig(config, "tiny"), engine)
-    app = create_app(replica)
-
-    def named_as_by_gunicorn(environ: dict[str, Any], start_response: Any) -> Any:
-        environ["gunicorn.socket"] = environ["werkzeug.socket"]
-        return app(environ, start_response)
-
-    engine.start()
-    server = make_server("127.0.0.1", 0, named_as_by_gunicorn, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        wait_until(lambda: engine.status.state is State.READY, "ready")
-        yield replica, server.port
-    finally:
-        engine.close(timeout=1)
-        server.shutdown()
-        thread.join()
-        server.server_close()
+from .conftest import wait_until
+from .scripted_replica import served_by
 
 
 def ask(port: int, stream: bool) -> http.client.HTTPConnection:

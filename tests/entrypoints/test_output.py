@@ -3,10 +3,11 @@
 import codecs
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.entrypoints.openai.output import ChoiceOutput, Delta
+from fastdeploy.entrypoints.openai.output import ChoiceOutput, Contradiction, Delta
 from fastdeploy.messages import Logprobs, TokenOutput
 from fastdeploy.request import FinishReason
 
@@ -60,6 +61,54 @@ def test_grouping_never_changes_text_tokens_or_finish_reason(data, text, stop, i
         assert [x for d in part_deltas for x in getattr(d, name)] == [
             x for d in whole_deltas for x in getattr(d, name)
         ]
+
+
+@given(data=st.data(), text=alphabet, stop=stops, include=st.booleans(), min_tokens=st.integers(0, 10))
+def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
+    data, text, stop, include, min_tokens
+):
+    """Not a byte is said twice or never, wherever it was cut; the same of log probabilities."""
+    ids = list(text.encode())
+    options = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
+    whole, deltas = run([[i] for i in ids] or [[]], FinishReason.LENGTH, **options)
+    cut = data.draw(st.integers(0, max(0, len(deltas) - 1)))
+    with_logprobs = data.draw(st.booleans())
+
+    choice = ChoiceOutput(ByteDetokenizer(), **options)
+    said = choice.replay(ids[:cut], with_logprobs=with_logprobs)
+    assert said.text == text_of(deltas[:cut])
+    assert list(said.token_ids) == [i for delta in deltas[:cut] for i in delta.token_ids]
+    assert choice.num_tokens == cut
+    rest = ids[cut - choice.num_repeated :]
+    more = []
+    for index, i in enumerate(rest):
+        reason = FinishReason.LENGTH if index == len(rest) - 1 else None
+        more.append(choice.push(TokenOutput("r", [i], reason, [Logprobs(i, -0.5, [])])))
+        if choice.finish_reason:
+            break
+    if rest:
+        assert choice.finish_reason == whole.finish_reason
+        assert choice.token_ids == whole.token_ids
+        ahead = deltas[cut:]
+        assert text_of(more) == text_of(ahead)
+        assert [i for d in more for i in d.token_ids] == [i for d in ahead for i in d.token_ids]
+        if with_logprobs:
+            assert [e for d in more for e in d.logprobs] == [e for d in ahead for e in d.logprobs]
+
+
+def test_tokens_that_hold_a_stop_string_cannot_be_taken_up():
+    choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
+    with pytest.raises(Contradiction):
+        choice.replay(list(b"the END"), with_logprobs=False)
+
+
+def test_a_token_that_is_drawn_again_must_be_the_same():
+    choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
+    choice.replay(list(b"the EN"), with_logprobs=True)
+    assert choice.num_repeated == 2
+    assert not choice.push(TokenOutput("r", list(b"E")))
+    with pytest.raises(Contradiction, match=r"token 78 .* token 77"):
+        choice.push(TokenOutput("r", list(b"M")))
 
 
 @given(text=alphabet, stop=stops)

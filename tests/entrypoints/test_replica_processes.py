@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPResponse
@@ -19,6 +20,7 @@ import pytest
 
 from fastdeploy.ports import find_free
 
+from ..fake_router import FakeRouter
 from .conftest import TINY, ApiServer, wait_until
 
 
@@ -223,3 +225,58 @@ def test_a_command_line_that_cannot_work_is_refused_at_once(flags, words):
     assert code == 2
     assert words in text.splitlines()[-1]
     assert "Traceback" not in text
+
+
+@pytest.fixture
+def router() -> Iterator[FakeRouter]:
+    router = FakeRouter()
+    yield router
+    router.close()
+
+
+def registered(tmp_path: Path, router: FakeRouter) -> ApiServer:
+    replica = ApiServer(tmp_path, "--router", router.address)
+    wait_until(lambda: "/register" in router.paths(), "registered")
+    return replica
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_told_the_router_before_anybody_is_refused(tmp_path, router: FakeRouter, stop):
+    served = []
+
+    def ask_while_it_is_told(path: str) -> None:
+        if path == "/deregister":
+            served.append(replica.health()[0])
+            served.append(replica.post("/v1/completions", {"prompt": "a", "max_tokens": 1})[0])
+
+    router.before_answer = ask_while_it_is_told
+    with registered(tmp_path, router) as replica:
+        stream = open_stream(replica, max_tokens=300)
+        replica.process.send_signal(stop)
+        assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
+        assert replica.process.wait(60) == 0
+    assert served == [200, 200]
+    first, *_ = router.bodies("/register")
+    farewell = {key: first[key] for key in ("host_ip", "port", "instance")}
+    assert router.posts[-1] == ("/deregister", farewell)
+    assert router.paths().count("/deregister") == 1
+
+
+def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path, router: FakeRouter):
+    go_on = threading.Event()
+    with registered(tmp_path, router) as replica:
+        router.before_answer = lambda path: go_on.wait(60)
+        # A second one, while the router is being told, changes nothing.
+        replica.process.terminate()
+        wait_until(lambda: "/deregister" in router.paths(), "the router is being told")
+        replica.process.terminate()
+        assert replica.process.wait(60) == 0
+    assert not go_on.is_set()
+    go_on.set()
+
+
+def test_a_router_that_is_away_does_not_hold_up_a_stop(tmp_path, router: FakeRouter):
+    with registered(tmp_path, router) as replica:
+        router.close()
+        assert replica.stop() == 0
+        assert "was not told of the stop: ConnectionError" in replica.log()

@@ -19,6 +19,8 @@ class AccessRecord:
     arrival: float = field(default_factory=time.monotonic)
     status: int = 0
     prompt_tokens: int = 0
+    #: Tokens of the output that another replica has sent.
+    resumed_tokens: int = 0
     output_tokens: int = 0
     first_token_seconds: float | None = None
     last_token_seconds: float = 0.0
@@ -46,6 +48,8 @@ class AccessRecord:
         parts = [f"request={self.request_id}", f"{self.method} {self.path}", f"status={self.status}"]
         if self.prompt_tokens:
             parts += [f"prompt={self.prompt_tokens}", f"output={self.output_tokens}"]
+        if self.resumed_tokens:
+            parts.append(f"resumed={self.resumed_tokens}")
         if self.first_token_seconds is not None:
             parts.append(f"ttft={self.first_token_seconds:.3f}s")
         parts.append(f"duration={self.seconds:.3f}s")

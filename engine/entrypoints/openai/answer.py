@@ -10,17 +10,24 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from ...errors import FastDeployError
 from ...messages import AddRequest
-from ...request import FinishReason
+from ...request import FinishReason, SamplingParams
+from ...resumption import Delivered, Resumption, mark
 from ..client_watch import watch
 from .access_log import AccessRecord
-from .output import ChoiceOutput, Delta
+from .errors import ApiError
+from .output import ChoiceOutput, Contradiction, Delta
+from .progress import Progress
 from .protocol import GenerationRequest
 from .replica import Replica
 
 # Two requests at once may carry one client's id; the engine's ids must differ.
 _serial = itertools.count()
+#: In place of a delta: nothing has come, but it is time for a sign of life.
+NOTHING = Delta("", (), ())
 
 
 class GenerationFailed(FastDeployError):
@@ -30,8 +37,13 @@ class GenerationFailed(FastDeployError):
 class Answer:
     """The choices of one request: n for each prompt, prompt by prompt. Leave it (``with``) in any case.
 
+    Args:
+        marked: a router wants to be told which tokens are behind each event.
+        resumption: what another replica has sent already. Its tokens are taken up as if they had been drawn
+            here, but nothing of them comes out again.
+
     Raises:
-        ApiError: a prompt is empty, has unknown token ids or is too long.
+        ApiError: a prompt is empty, has unknown token ids or is too long; or `resumption` does not fit.
         ReplicaUnavailable: the engine is not ready.
     """
 
@@ -43,19 +55,32 @@ class Answer:
         *,
         record: AccessRecord,
         seed: int,
+        created: int,
         client: socket.socket | None,
+        marked: bool,
+        progress: Progress | None,
+        resumption: Resumption | None,
     ) -> None:
         self.replica = replica
         self.request = request
         self.prompts = prompts
-        self.created = int(time.time())
+        self.created = created
+        self.id = f"{request.id_prefix}-{record.request_id}" if resumption is None else resumption.id
+        #: Of each choice that another replica has begun, what has been sent.
+        self.sent: dict[int, Delta] = {}
         self._record = record
+        self._is_marked = marked
+        self._progress = progress
         self._num_cached: dict[int, int] = {}
         self._ended = False
 
         engine_id = f"{record.request_id}.{next(_serial):x}"
         additions = []
         self._outputs: list[ChoiceOutput] = []
+        self._indexes: dict[str, int] = {}
+        begun = {} if resumption is None else resumption.choices
+        if begun and max(begun) >= len(prompts) * request.n:
+            raise _not_resumable(f"it has no choice {max(begun)}")
         for index in range(len(prompts) * request.n):
             prompt = prompts[index // request.n]
             params = request.sampling_params(
@@ -64,47 +89,79 @@ class Answer:
                 choice=index,
                 eos_token_ids=replica.tokenizer.eos_token_ids,
             )
-            additions.append(AddRequest(f"{engine_id}-{index}", prompt, params, time.time()))
-            self._outputs.append(
-                ChoiceOutput(
-                    replica.tokenizer.detokenizer(continues=request.continues_prompt),
-                    stop=request.stop,
-                    include_stop=request.include_stop_str_in_output,
-                    min_tokens=request.min_tokens,
-                )
+            output = ChoiceOutput(
+                replica.tokenizer.detokenizer(continues=request.continues_prompt),
+                stop=request.stop,
+                include_stop=request.include_stop_str_in_output,
+                min_tokens=request.min_tokens,
             )
-        self._indexes = {addition.request_id: index for index, addition in enumerate(additions)}
+            self._outputs.append(output)
+            addition = AddRequest(f"{engine_id}-{index}", prompt, params, time.time())
+            if index in begun:
+                self._take_up(index, begun[index], params)
+                if begun[index].finished:
+                    continue
+                known = output.token_ids[: output.num_tokens - output.num_repeated]
+                addition = msgspec.structs.replace(addition, output_token_ids=known)
+            additions.append(addition)
+            self._indexes[addition.request_id] = index
+        self._num_marked = [output.num_tokens for output in self._outputs]
         record.prompt_tokens = sum(map(len, prompts))
+        record.resumed_tokens = sum(self._num_marked)
         with ExitStack() as stack:
-            self._generation = stack.enter_context(replica.engine.generate(additions))
+            self._generation = stack.enter_context(
+                replica.engine.generate(additions, None if progress is None else progress.patience)
+            )
             if client is not None:
                 stack.enter_context(watch(client, self._generation.cancel))
             self._resources = stack.pop_all()
         replica.metrics.requests.inc()
         replica.metrics.prompt_tokens.inc(record.prompt_tokens)
-        replica.metrics.max_tokens.observe(additions[0].params.max_tokens)
-
-    @property
-    def id(self) -> str:
-        return self._record.request_id
+        replica.metrics.max_tokens.observe(params.max_tokens)
 
     def deltas(self) -> Iterator[tuple[int, Delta]]:
-        """What may be shown, as it comes: (index of the choice, delta). The last one has a finish reason."""
+        """What may be shown, as it comes: (index of the choice, delta). The last one has a finish reason.
+
+        In a stream that wants signs of life `NOTHING` means that one is due.
+        """
+        progress = self._progress
+        has_begun = False
         for output in self._generation:
-            if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise GenerationFailed(output.message or "the engine gave this request up")
-            index = self._indexes[output.request_id]
-            choice = self._outputs[index]
-            if not choice.num_tokens:
-                self._num_cached[index] = output.num_cached
-            delta = choice.push(output)
-            self._record.token_drawn()
-            if choice.finish_reason is not None:
-                # A stop string ends a choice that the engine would go on with.
-                self._generation.stop(output.request_id)
-                self._record.finish_reasons.append(choice.finish_reason)
-            if delta:
-                yield index, delta
+            if output is not None:
+                if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    raise GenerationFailed(output.message or "the engine gave this request up")
+                index = self._indexes[output.request_id]
+                choice = self._outputs[index]
+                if index not in self._num_cached:
+                    self._num_cached[index] = output.num_cached
+                delta = choice.push(output)
+                self._record.token_drawn()
+                if choice.finish_reason is not None:
+                    # A stop string ends a choice that the engine would go on with.
+                    self._generation.stop(output.request_id)
+                    self._record.finish_reasons.append(choice.finish_reason)
+                if delta:
+                    yield index, delta
+                    has_begun = True
+                    if progress is not None:
+                        progress.spoke()
+                    continue
+            if progress is not None and progress.is_due():
+                if has_begun and self.request.stream:
+                    yield 0, NOTHING
+                    progress.spoke()
+                else:
+                    progress.send_interim_head()
+
+    def mark(self, index: int, delta: Delta | None = None) -> bytes:
+        """What stands behind the event of this delta, or behind one without text that opens a choice."""
+        if not self._is_marked:
+            return b""
+        if delta is None:
+            return mark(index)
+        token_ids = self._outputs[index].token_ids
+        start, self._num_marked[index] = self._num_marked[index], len(token_ids)
+        return mark(index, token_ids[start:], finished=delta.finish_reason is not None)
 
     def usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self.prompts))
@@ -125,14 +182,14 @@ class Answer:
         self._ended = True
         self._resources.close()
         record, metrics = self._record, self.replica.metrics
-        record.output_tokens = sum(output.num_tokens for output in self._outputs)
+        record.output_tokens = sum(output.num_tokens for output in self._outputs) - record.resumed_tokens
         metrics.generation_tokens.inc(record.output_tokens)
         metrics.whole.observe(record.seconds)
         for prompt in self.prompts:
             metrics.prompt_length.observe(len(prompt))
         if record.first_token_seconds is not None:
             metrics.first_token.observe(record.first_token_seconds)
-        if len(record.finish_reasons) < len(self._outputs):
+        if len(record.finish_reasons) < len(self._indexes):
             if record.status == 200 and record.error is None:
                 # It had been sent before the client went.
                 record.status = 499
@@ -140,8 +197,23 @@ class Answer:
             metrics.successes.inc()
             for output in self._outputs:
                 metrics.generation_length.observe(output.num_tokens)
-            if (pace := record.seconds_per_token(len(self._outputs))) is not None:
+            if (pace := record.seconds_per_token(len(self._indexes) or 1)) is not None:
                 metrics.per_token.observe(pace)
+
+    def _take_up(self, index: int, delivered: Delivered, params: SamplingParams) -> None:
+        tokens, output = delivered.tokens, self._outputs[index]
+        if delivered.finished:
+            output.token_ids = tokens
+            self.sent[index] = NOTHING
+            return
+        if max(tokens, default=0) >= self.replica.model.vocab_size:
+            raise _not_resumable(f"choice {index} has token {max(tokens)}, which this model does not have")
+        if len(tokens) >= params.max_tokens:
+            raise _not_resumable(f"choice {index} has {len(tokens)} tokens, of {params.max_tokens} at most")
+        try:
+            self.sent[index] = output.replay(tokens, with_logprobs=params.logprobs is not None)
+        except Contradiction as error:
+            raise _not_resumable(f"choice {index}: {error}") from None
 
     def __enter__(self) -> Self:
         return self
@@ -150,3 +222,7 @@ class Answer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _not_resumable(why: str) -> ApiError:
+    return ApiError(409, f"this stream cannot be resumed here: {why}")

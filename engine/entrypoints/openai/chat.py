@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ...messages import Logprobs
-from .answer import Answer
+from .answer import NOTHING, Answer
+from .events import Event
 from .logprobs import chat_logprobs
 from .output import Delta
+from .progress import Progress
 from .protocol import ChatRequest
 from .replica import Replica
 
@@ -18,13 +20,35 @@ from .replica import Replica
 _foreign_templates = threading.BoundedSemaphore(2)
 
 
-def chat_prompts(replica: Replica, request: ChatRequest) -> list[list[int]]:
-    """The one prompt of this request, as token ids."""
-    with _foreign_templates if request.chat_template else nullcontext():
+def chat_prompts(
+    replica: Replica, request: ChatRequest, created: int, progress: Progress | None
+) -> list[list[int]]:
+    """The one prompt of this request, as token ids.
+
+    A template may ask what time it is: `created`, because a stream that is resumed needs the same prompt.
+    """
+    with _place_for_foreign_template(progress) if request.chat_template else nullcontext():
         text = replica.tokenizer.apply_chat_template(
-            request.messages, chat_template=request.chat_template, **request.chat_template_kwargs
+            request.messages,
+            chat_template=request.chat_template,
+            rendered_at=created,
+            **request.chat_template_kwargs,
         )
     return [replica.tokenizer.encode(text)]
+
+
+@contextmanager
+def _place_for_foreign_template(progress: Progress | None) -> Iterator[None]:
+    """Others may be many, and nobody is to take the replica for dead over them."""
+    if progress is None:
+        _foreign_templates.acquire()
+    else:
+        while not _foreign_templates.acquire(timeout=progress.patience()):
+            progress.send_interim_head()
+    try:
+        yield
+    finally:
+        _foreign_templates.release()
 
 
 def chat_completion(answer: Answer) -> dict[str, Any]:
@@ -39,24 +63,27 @@ def chat_completion(answer: Answer) -> dict[str, Any]:
     }
 
 
-def chat_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
+def chat_events(answer: Answer) -> Iterator[Event | None]:
     """The answer in the order of OpenAI's stream: role, deltas, finish reason, usage if it was asked for."""
     head = _head(answer, "chat.completion.chunk")
     if answer.request.include_usage:
         head["usage"] = None
-    started: set[int] = set()
+    started = set(answer.sent)
     for index, delta in answer.deltas():
+        if delta is NOTHING:
+            yield None
+            continue
         if index not in started:
             started.add(index)
-            yield head | {"choices": [_role(answer, index)]}
-        yield head | {"choices": [_chunk(answer, index, delta)]}
+            yield head | {"choices": [_role(answer, index)]}, answer.mark(index)
+        yield head | {"choices": [_chunk(answer, index, delta)]}, answer.mark(index, delta)
     if answer.request.include_usage:
-        yield head | {"choices": [], "usage": answer.usage()}
+        yield head | {"choices": [], "usage": answer.usage()}, b""
 
 
 def _head(answer: Answer, kind: str) -> dict[str, Any]:
     return {
-        "id": f"chatcmpl-{answer.id}",
+        "id": answer.id,
         "object": kind,
         "created": answer.created,
         "model": answer.replica.config.served_model_name,

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...messages import Logprobs
-from .answer import Answer
+from .answer import NOTHING, Answer
+from .events import Event
 from .logprobs import completion_logprobs
 from .output import Delta
 from .protocol import CompletionRequest
@@ -32,31 +33,35 @@ def completion(answer: Answer, request: CompletionRequest) -> dict[str, Any]:
     }
 
 
-def completion_chunks(answer: Answer, request: CompletionRequest) -> Iterator[dict[str, Any]]:
+def completion_events(answer: Answer, request: CompletionRequest) -> Iterator[Event | None]:
     """The answer as it comes; with `echo` a choice begins with its prompt."""
     head = _head(answer)
     if request.include_usage:
         head["usage"] = None
     #: Where the next token of each choice begins. Not what was sent: a token's text may be held back, for
     #: a stop string or for the rest of a character.
-    offsets: dict[int, int] = {}
+    offsets = {index: _length(answer, delta) for index, delta in answer.sent.items()}
     for index, delta in answer.deltas():
+        if delta is NOTHING:
+            yield None
+            continue
         if index not in offsets:
             offsets[index] = 0
             echo = _echo(answer, request, index)
             if echo or request.return_token_ids:
-                yield head | {"choices": [_first_chunk(answer, request, index, echo)]}
+                first = _first_chunk(answer, request, index, echo)
+                yield head | {"choices": [first]}, answer.mark(index)
         chunk = _chunk(answer, request, index, delta, offsets[index])
         if chunk["logprobs"] is not None:
             offsets[index] += sum(map(len, chunk["logprobs"]["tokens"]))
-        yield head | {"choices": [chunk]}
+        yield head | {"choices": [chunk]}, answer.mark(index, delta)
     if request.include_usage:
-        yield head | {"choices": [], "usage": answer.usage()}
+        yield head | {"choices": [], "usage": answer.usage()}, b""
 
 
 def _head(answer: Answer) -> dict[str, Any]:
     return {
-        "id": f"cmpl-{answer.id}",
+        "id": answer.id,
         "object": "text_completion",
         "created": answer.created,
         "model": answer.replica.config.served_model_name,
@@ -69,6 +74,11 @@ def _echo(answer: Answer, request: CompletionRequest, index: int) -> str:
     number = index // request.n
     prompt = request.prompts[number]
     return prompt if isinstance(prompt, str) else answer.replica.tokenizer.decode(prompt)
+
+
+def _length(answer: Answer, delta: Delta) -> int:
+    """Characters of its tokens."""
+    return sum(len(answer.replica.tokenizer.token_text(token_id)) for token_id in delta.token_ids)
 
 
 def _choice(answer: Answer, request: CompletionRequest, index: int, deltas: list[Delta]) -> dict[str, Any]:

@@ -122,13 +122,16 @@ class EngineClient:
         if status.state is not State.READY:
             raise ReplicaUnavailable(_unavailable(status))
 
-    def generate(self, requests: list[AddRequest]) -> Generation:
+    def generate(self, requests: list[AddRequest], patience: Callable[[], float] | None = None) -> Generation:
         """Sends the sequences of one client request; leave (``with``) or close what is returned.
+
+        Args:
+            patience: how long, in seconds, to wait for tokens before None is given out in their place.
 
         Raises:
             ReplicaUnavailable: the engine is loading, has failed or is being stopped.
         """
-        generation = Generation(self, [request.request_id for request in requests])
+        generation = Generation(self, [request.request_id for request in requests], patience)
         with self._lock:
             # Under the lock: after a failure nobody would come to end this generation.
             self.require_ready()
@@ -265,17 +268,25 @@ class Generation:
     """Tokens of the sequences of one client request, in the order in which they are drawn.
 
     Iterating ends when every sequence has ended. It raises `ReplicaUnavailable` when the engine fails and
-    `ClientGone` after `cancel()`.
+    `ClientGone` after `cancel()`. None means that nothing has come for as long as `patience` lasts.
     """
 
-    def __init__(self, engine: EngineClient, request_ids: list[str]) -> None:
+    def __init__(
+        self, engine: EngineClient, request_ids: list[str], patience: Callable[[], float] | None
+    ) -> None:
         self._engine = engine
+        self._patience = patience
         self._open = dict.fromkeys(request_ids)
         self._events: queue.SimpleQueue[TokenOutput | FastDeployError] = queue.SimpleQueue()
 
-    def __iter__(self) -> Iterator[TokenOutput]:
+    def __iter__(self) -> Iterator[TokenOutput | None]:
+        patience = self._patience
         while self._open:
-            event = self._events.get()
+            try:
+                event = self._events.get(timeout=None if patience is None else patience())
+            except queue.Empty:
+                yield None
+                continue
             if isinstance(event, FastDeployError):
                 raise event
             # Tokens of a sequence that was stopped meanwhile are dropped.

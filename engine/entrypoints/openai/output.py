@@ -7,9 +7,10 @@ all deltas joined is therefore the same with and without streaming.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ...errors import FastDeployError
 from ...messages import Logprobs, TokenOutput
 from ...request import FinishReason
 
@@ -20,6 +21,10 @@ class Detokenizer(Protocol):
     def push(self, token_ids: Iterable[int]) -> str: ...
 
     def flush(self) -> str: ...
+
+
+class Contradiction(FastDeployError):
+    """Tokens of an earlier run are none that this run could have drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,31 @@ class ChoiceOutput:
         #: Stop strings begin at or after this offset.
         self._stop_from = 0
         self._pending: list[_Token] = []
-        #: Tokens drawn, whether shown or not: what usage counts.
-        self.num_tokens = 0
+        #: Those drawn, whether shown or not: what usage counts.
+        self.token_ids: list[int] = []
+        #: So many of the last are to be drawn again: their log probabilities are wanted, and not known.
+        self.num_repeated = 0
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def replay(self, token_ids: list[int], *, with_logprobs: bool) -> Delta:
+        """Takes the tokens that another run has drawn, and handed out as far as it could; returns that part.
+
+        What that run has held back is held back here, too. Its log probabilities are lost, so `with_logprobs`
+        wants the last `num_repeated` tokens once more.
+
+        Raises:
+            Contradiction: they end the choice.
+        """
+        delta = self.push(TokenOutput("", token_ids))
+        if self.finish_reason is not None:
+            raise Contradiction("its tokens hold a stop string")
+        if with_logprobs:
+            self.num_repeated = len(self._pending)
+        return delta
 
     def push(self, output: TokenOutput) -> Delta:
         """Takes what one step drew. Nothing may follow once `finish_reason` is set."""
@@ -72,8 +99,11 @@ class ChoiceOutput:
             logprobs = output.logprobs[index] if output.logprobs else None
             # The text shows no stop token, so neither do its log probabilities.
             hidden = is_stop_token and not self._include_stop
+            if self.num_repeated:
+                self._repeat(token_id, logprobs)
+                continue
             self._pending.append(_Token(token_id, len(self._text), None if hidden else logprobs))
-            self.num_tokens += 1
+            self.token_ids.append(token_id)
             if not hidden and self._append(self._detokenizer.push((token_id,))):
                 return self._finish(FinishReason.STOP)
         if output.finish_reason is None:
@@ -82,11 +112,19 @@ class ChoiceOutput:
             return self._finish(FinishReason.STOP)
         return self._finish(output.finish_reason)
 
+    def _repeat(self, token_id: int, logprobs: Logprobs | None) -> None:
+        place = len(self._pending) - self.num_repeated
+        token = self._pending[place]
+        if token.token_id != token_id:
+            raise Contradiction(f"token {token.token_id} was drawn before, and token {token_id} now")
+        self._pending[place] = replace(token, logprobs=logprobs)
+        self.num_repeated -= 1
+
     def _append(self, piece: str) -> bool:
         """True when `piece` completes a stop string; the text and its tokens are cut there."""
         searched = len(self._text)
         self._text += piece
-        if self.num_tokens <= self._min_tokens:
+        if len(self.token_ids) <= self._min_tokens:
             self._stop_from = len(self._text)
             return False
         begin = max(self._stop_from, searched - self._longest + 1)

@@ -60,7 +60,7 @@ def _content(fields: Fields, role: str) -> str:
 
 def read_template_arguments(fields: Fields) -> dict[str, Any]:
     arguments = fields.as_dict()
-    for key in ("self", "messages", "tools", "chat_template"):
+    for key in ("self", "messages", "tools", "chat_template", "rendered_at"):
         if key in arguments:
             raise RequestError(f"{fields.name(key)} is reserved", fields.name(key))
     return arguments

@@ -87,6 +87,8 @@ class SamplingDefaults:
 class GenerationRequest:
     """What chat and completion requests have in common."""
 
+    #: Of the answer's id.
+    id_prefix: ClassVar[str]
     #: Where the prompt stands in the body.
     prompt_field: ClassVar[str]
     #: The answer goes on with the prompt's text, rather than being a text of its own.
@@ -138,6 +140,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
+    id_prefix = "chatcmpl"
     prompt_field = "messages"
     continues_prompt = False
     messages: list[dict[str, Any]]
@@ -163,6 +166,7 @@ class ChatRequest(GenerationRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
+    id_prefix = "cmpl"
     prompt_field = "prompt"
     continues_prompt = True
     #: Each is text or token ids.

@@ -12,6 +12,7 @@ from typing import Any
 from ...config import ModelConfig
 from ...errors import ReplicaUnavailable
 from ...metrics import ReplicaMetrics
+from ...registration import Identity
 from ...tokenizer import Tokenizer
 from .engine_client import EngineClient, State
 from .errors import ApiError
@@ -26,6 +27,7 @@ class Replica:
         directory = config.engine.model
         self.config = config
         self.engine = engine
+        self.identity = Identity(config.max_concurrency)
         self.model = ModelConfig.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory, config.chat_template)
         self.defaults = SamplingDefaults.from_directory(directory)

@@ -11,6 +11,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -25,7 +27,7 @@ from prometheus_client import start_http_server
 from ...errors import FastDeployError
 from ...file_limit import connections_of
 from ...parent_death import die_with_parent
-from ...registration import Address, Registration
+from ...registration import FAREWELL_SECONDS, Address, Registration
 from ..http_worker import HttpWorker
 from .app import create_app
 from .engine_client import EngineClient
@@ -39,6 +41,8 @@ EXIT_FAILED = 3
 _WORKER_STOP = 5
 #: Seconds for clients to be told that their requests have failed.
 _LAST_ANSWERS = 2.0
+#: Between what a router has been told and what it does with requests that it has in hand.
+_LAST_REQUESTS = 0.1
 #: Longer than routers keep idle connections (30 s in ours, 60 s in nginx): the side that has just sent a
 #: request must not find that the other has closed.
 _KEEPALIVE = 75
@@ -69,8 +73,9 @@ class _Application(BaseApplication):
             "keepalive": _KEEPALIVE,
             # The HTTP process is never killed for being busy; the daemon has probes for a hang.
             "timeout": 0,
-            # The arbiter waits longer than the HTTP process, which then stops its worker; see load().
-            "graceful_timeout": config.timeout_graceful_shutdown + _WORKER_STOP + 5,
+            # The arbiter waits longer than the HTTP process, which before tells its router and afterwards
+            # stops its worker; see load().
+            "graceful_timeout": FAREWELL_SECONDS + config.timeout_graceful_shutdown + _WORKER_STOP + 5,
             "limit_request_line": 4094,
             "limit_request_fields": 100,
             "limit_request_field_size": 8190,
@@ -118,7 +123,9 @@ class _Parts:
                 self.engine.port,
                 config.engine.data_parallel_rank,
             )
-            self.registration = Registration(config.router, address, self.replica.is_healthy)
+            self.registration = Registration(
+                config.router, address, self.replica.identity, self.replica.is_healthy
+            )
             self.registration.start()
 
     def close(self) -> None:
@@ -169,10 +176,31 @@ class _Arbiter(Arbiter):
 
 
 class _HttpProcess(HttpWorker):
+    """Before it stops it tells the router, and goes on serving until that knows."""
+
+    is_leaving = False
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # In the loop: a signal may come while this thread holds any lock.
+        self.method_queue.defer(self._leave)
+
+    def _leave(self) -> None:
+        parts: _Parts | None = self.app.parts
+        if parts is None or parts.registration is None:
+            self._stop()
+        elif not self.is_leaving:
+            self.is_leaving = True
+            threading.Thread(target=self._tell, args=(parts.registration,), daemon=True).start()
+
+    def _tell(self, registration: Registration) -> None:
+        registration.leave()
+        time.sleep(_LAST_REQUESTS)
+        self.method_queue.defer(self._stop)
+
+    def _stop(self) -> None:
         if self.app.parts is not None:
             self.app.parts.replica.draining = True
-        super().handle_exit(sig, frame)
+        super().handle_exit(signal.SIGTERM, None)
 
 
 class _Logger(Logger):

@@ -1,0 +1,54 @@
+"""An answer as server-sent events."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from flask import Response
+
+from ...errors import FastDeployError
+from .access_log import AccessRecord
+from .engine_client import ClientGone
+from .errors import ApiError
+
+_log = logging.getLogger(__name__)
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_SIGN_OF_LIFE = b":\n\n"
+
+
+#: Its data, and a comment line for the router with its end (see resumption.py), or nothing.
+Event = tuple[dict[str, Any], bytes]
+
+
+def event_stream(events: Iterator[Event | None], record: AccessRecord) -> Response:
+    """Where `events` has None a sign of life is sent."""
+    # Waits for it here, so that an error before the first token gets a status of its own: by a 503 a router
+    # knows that it can ask another replica. What is resumed may have nothing left to say.
+    first = list(itertools.islice(events, 1))
+    body = _encoded(itertools.chain(first, events), record)
+    return Response(body, mimetype="text/event-stream", headers=_HEADERS)
+
+
+def _encoded(events: Iterator[Event | None], record: AccessRecord) -> Iterator[bytes]:
+    try:
+        for event in events:
+            yield _SIGN_OF_LIFE if event is None else _block(*event)
+    except ClientGone:
+        return
+    except FastDeployError as error:
+        record.error = str(error)
+        yield _block(ApiError.of(error).body)
+    except Exception as error:
+        record.error = "internal error"
+        _log.exception("request=%s failed in an unforeseen way", record.request_id, exc_info=error)
+        yield _block(ApiError(500, "internal error; the server's log has the details").body)
+    yield b"data: [DONE]\n\n"
+
+
+def _block(data: dict[str, Any], mark: bytes = b"") -> bytes:
+    return b"data: %b\n%b\n" % (msgspec.json.encode(data), mark)

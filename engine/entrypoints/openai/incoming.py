@@ -1,0 +1,101 @@
+"""What the head and the body of a request say, read from Flask's current request and checked."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import socket
+import uuid
+
+from flask import request
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
+
+from ...errors import RequestError
+from ...resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
+from .engine_client import EngineClient
+from .errors import ApiError
+from .progress import Progress
+
+REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
+MAX_SEED = 2**63 - 1
+#: Of a body that is too large 64 MiB more are read and thrown away.
+_PIECE, _DISCARDED_PIECES = 1 << 20, 64
+_SECONDS = re.compile(r"\d{1,4}(\.\d{1,3})?", re.ASCII)
+
+
+def read_body(media_type: str = "application/json") -> bytes:
+    """All of it.
+
+    Raises:
+        ApiError: it is larger than Flask's MAX_CONTENT_LENGTH, or too slow.
+        RequestError: it is of another type, or broken off.
+    """
+    if request.mimetype and request.mimetype != media_type:
+        raise RequestError(f"Content-Type is {request.mimetype!r}; it must be {media_type!r}")
+    try:
+        return request.get_data(cache=False)
+    except RequestEntityTooLarge:
+        # Most clients look at the answer only when they have sent everything.
+        stream = request.environ["wsgi.input"]
+        for _ in range(_DISCARDED_PIECES):
+            if not stream.read(_PIECE):
+                break
+        limit = request.max_content_length
+        raise ApiError(413, f"the body is larger than {limit} bytes (--max-body-bytes)") from None
+    except ClientDisconnected as error:
+        # What Werkzeug makes of any trouble with the socket; here of the worker's limit (http_worker.py).
+        if isinstance(error.__context__, BlockingIOError):
+            raise ApiError(408, "the body did not arrive in time") from None
+        raise RequestError("the body ended before its Content-Length") from None
+    except (OSError, ParseException) as error:
+        raise RequestError(f"the body cannot be read: {error}") from None
+
+
+def request_id() -> str:
+    given = request.headers.get("X-Request-Id", "")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def header_seed() -> int | None:
+    given = request.headers.get("X-FD-Seed")
+    if given is None:
+        return None
+    if not given.isascii() or not given.isdecimal() or len(given) > 19 or int(given) > MAX_SEED:
+        raise RequestError(f"X-FD-Seed must be an integer between 0 and {MAX_SEED}", "X-FD-Seed")
+    return int(given)
+
+
+def wants_marks() -> bool:
+    return request.headers.get(MARKS_HEADER) == "1"
+
+
+def progress(engine: EngineClient) -> Progress | None:
+    """The signs of life that were asked for."""
+    given = request.headers.get(PROGRESS_HEADER)
+    if given is None:
+        return None
+    if not _SECONDS.fullmatch(given) or float(given) == 0:
+        raise RequestError(f"{PROGRESS_HEADER} must be a number of seconds", PROGRESS_HEADER)
+    knows_interim_heads = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    return Progress(float(given), lambda: engine.stats, client_socket() if knows_interim_heads else None)
+
+
+def client_socket() -> socket.socket | None:
+    return request.environ.get("gunicorn.socket")
+
+
+def authorize_client(keys: tuple[str, ...]) -> None:
+    if not keys:
+        return
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    # All keys are compared, each in constant time: how long it takes tells nothing about any of them.
+    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def authorize_router(token: str) -> None:
+    given = request.headers.get(TOKEN_HEADER, "")
+    if not hmac.compare_digest(given.encode(), token.encode()):
+        raise ApiError(401, f"for routers only: {TOKEN_HEADER} is not this replica's token")

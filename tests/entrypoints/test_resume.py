@@ -1,0 +1,382 @@
+"""A stream that breaks off anywhere and goes on at another replica is the one that would not have broken off.
+
+Two real replicas. Each request is streamed in full by the first, which tells with marks what is behind each
+event; then, for each event, the second is asked to go on from there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdeploy.resumption import Delivered, Resumption, encode_resumption, marks_of
+
+from ..fake_router import FakeRouter
+from .conftest import ApiServer, wait_until
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+DONE = b"data: [DONE]"
+TALK = {"messages": [{"role": "user", "content": "Tell me: é好?"}]}
+
+
+@dataclass(frozen=True)
+class Replica:
+    server: ApiServer
+    token: str
+
+    def post(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=60)
+        connection.request("POST", path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    def resume(self, resumption: Resumption, **headers: str) -> tuple[int, bytes]:
+        return self.post(
+            "/internal/resume",
+            encode_resumption(resumption),
+            {
+                "Content-Type": "application/msgpack",
+                "X-FD-Token": self.token,
+                "X-FD-Marks": "1",
+                "X-FD-Seed": "11",
+                **headers,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The events that some replica has sent, or the first of them."""
+
+    blocks: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, answer: bytes) -> Stream:
+        assert answer.endswith(DONE + b"\n\n"), answer
+        return cls(tuple(answer.removesuffix(b"\n\n").split(b"\n\n")))
+
+    def before(self, cut: int) -> Stream:
+        return Stream(self.blocks[:cut])
+
+    @cached_property
+    def events(self) -> list[bytes]:
+        """As a client sees them."""
+        return [block.partition(b"\n")[0] for block in self.blocks]
+
+    @property
+    def marks(self) -> list[bytes]:
+        return [mark for block in self.blocks if (mark := block.partition(b"\n: fd ")[2])]
+
+    def of_choices(self) -> dict[int | None, list[bytes]]:
+        """Events of each choice, and those of none. How choices are interleaved is nobody's promise."""
+        events = defaultdict(list)
+        for event in self.events:
+            choices = [] if event == DONE else data_of(event)["choices"]
+            events[choices[0]["index"] if choices else None].append(_without_cache(event))
+        return events
+
+    def resumption(self, path: str, body: bytes) -> Resumption:
+        head = data_of(self.events[0])
+        return Resumption(path, body, head["id"], head["created"], marks_of(self.marks))
+
+
+def data_of(event: bytes) -> dict[str, Any]:
+    return json.loads(event.removeprefix(b"data: "))
+
+
+def _without_cache(event: bytes) -> bytes:
+    """What is in the cache of whom is no part of the answer."""
+    if event == DONE or not (usage := (data := data_of(event)).get("usage")):
+        return event
+    cached = usage["prompt_tokens_details"].pop("cached_tokens")
+    assert 0 <= cached <= usage["prompt_tokens"]
+    return json.dumps(data).encode()
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Replica, Replica]]:
+    router = FakeRouter()
+    # Small blocks and few of them: tokens of both replicas share blocks, and long texts are preempted.
+    flags = ("--router", router.address, "--block-size", "16", "--num-gpu-blocks-override", "16")
+    with (
+        ApiServer(tmp_path_factory.mktemp("first"), *flags) as first,
+        ApiServer(tmp_path_factory.mktemp("second"), *flags) as second,
+    ):
+        wait_until(lambda: len({post["port"] for post in router.bodies("/register")}) == 2, "registered")
+        tokens = {post["port"]: post["token"] for post in router.bodies("/register")}
+        yield Replica(first, tokens[str(first.port)]), Replica(second, tokens[str(second.port)])
+        logs = b"".join(
+            file.read_bytes() for server in (first, second) for file in server.output.parent.iterdir()
+        )
+        assert b"POST /internal/resume" in logs
+        assert not [token for token in tokens.values() if token.encode() in logs]
+    router.close()
+
+
+def stream(replica: Replica, path: str, body: bytes, **headers: str) -> Stream:
+    wanted = {"Content-Type": "application/json", "X-FD-Marks": "1", "X-FD-Seed": "11", **headers}
+    status, answer = replica.post(path, body, wanted)
+    assert status == 200, answer
+    return Stream.of(answer)
+
+
+def check_cuts(
+    replicas: tuple[Replica, Replica], path: str, request: dict[str, Any], **headers: str
+) -> Stream:
+    """Cuts the stream of this request behind each of its events, but the last."""
+    first, second = replicas
+    body = json.dumps({"stream": True, "stream_options": {"include_usage": True}, **request}).encode()
+    whole = stream(first, path, body, **headers)
+
+    def check(cut: int) -> None:
+        before = whole.before(cut)
+        status, answer = second.resume(before.resumption(path, body), **headers)
+        assert status == 200, answer
+        after = Stream.of(answer)
+        joined = Stream(before.blocks + after.blocks)
+        assert joined.of_choices() == whole.of_choices(), f"cut behind event {cut}"
+        assert marks_of(joined.marks) == marks_of(whole.marks), f"cut behind event {cut}"
+
+    # The last two are the usage, which a client gets once, and [DONE].
+    cuts = range(1, len(whole.blocks) - 1)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, cuts))
+    return whole
+
+
+def text_of(whole: Stream) -> str:
+    return "".join(
+        data_of(event)["choices"][0].get("text", "")
+        for event in whole.events
+        if event != DONE and data_of(event)["choices"]
+    )
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"max_tokens": 12},
+        {"max_tokens": 12, "logprobs": True, "top_logprobs": 2, "return_token_ids": True},
+        {"max_tokens": 8, "n": 3, "temperature": 1.5, "top_k": 50, "seed": -5},
+        {"max_tokens": 9, "stream_options": None},
+        {"max_tokens": 9, "request_id": "mine"},
+    ],
+    ids=lambda request: " ".join(request),
+)
+def test_chats(replicas: tuple[Replica, Replica], request_: dict[str, Any]) -> None:
+    check_cuts(replicas, CHAT, TALK | request_)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"max_tokens": 10, "temperature": 0},
+        {"max_tokens": 10, "echo": True, "n": 2},
+        {"max_tokens": 10, "return_token_ids": True, "echo": True},
+        {"max_tokens": 14, "logprobs": 1},
+        {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 5},
+        {"prompt": [[40, 41, 42], [43]], "max_tokens": 5, "echo": True},
+        {"max_tokens": 14, "repetition_penalty": 1.8, "presence_penalty": 1.5, "frequency_penalty": 1.0},
+        # The likeliest tokens end the text, but are not to be drawn at first.
+        {"max_tokens": 20, "min_tokens": 9, "stop_token_ids": list(range(0, 512, 3))},
+        {"max_tokens": 10, "min_tokens": 6, "stop": ["e", "a", "t"], "include_stop_str_in_output": True},
+        {"max_tokens": 6, "n": 2, "ignore_eos": True, "top_p": 0.9, "min_p": 0.01},
+    ],
+    ids=lambda request: " ".join(request),
+)
+def test_completions(replicas: tuple[Replica, Replica], request_: dict[str, Any]) -> None:
+    check_cuts(replicas, COMPLETIONS, {"prompt": "Once upon a time"} | request_)
+
+
+def test_choices_of_which_some_are_over(replicas: tuple[Replica, Replica]) -> None:
+    request = {"max_tokens": 20, "n": 4, "stop": ["e", "a", "o", " "]}
+    marks = check_cuts(replicas, CHAT, TALK | request).marks
+    ends = [index for index, mark in enumerate(marks) if mark.endswith(b".")]
+    # The first is over long before the last.
+    assert ends[0] < len(marks) / 2
+
+
+texts = st.text(alphabet="ab é好", min_size=1, max_size=12)
+requests = st.fixed_dictionaries(
+    {"prompt": texts | st.lists(texts, min_size=1, max_size=2), "max_tokens": st.integers(1, 12)},
+    optional={
+        "n": st.integers(1, 3),
+        "temperature": st.sampled_from([0, 0.7, 2.0]),
+        "stop": st.lists(st.sampled_from(["e", " a", "ing", "\ufffd", "th", "\ufffd\ufffd!"]), max_size=3),
+        "stop_token_ids": st.lists(st.integers(0, 511), max_size=100),
+        "min_tokens": st.integers(1, 9),
+        "include_stop_str_in_output": st.booleans(),
+        "logprobs": st.integers(0, 3),
+        "return_token_ids": st.booleans(),
+        "ignore_eos": st.booleans(),
+        "repetition_penalty": st.sampled_from([0.7, 1.5]),
+        "presence_penalty": st.sampled_from([-1.0, 1.5]),
+        "top_k": st.integers(0, 60),
+    },
+).filter(lambda request: request.get("min_tokens", 0) <= request["max_tokens"])
+
+
+@settings(max_examples=80)
+@given(request_=requests, seed=st.integers(0, 2**63 - 1))
+def test_any_completion(replicas: tuple[Replica, Replica], request_: dict[str, Any], seed: int) -> None:
+    check_cuts(replicas, COMPLETIONS, request_, **{"X-FD-Seed": str(seed)})
+
+
+@pytest.mark.parametrize("extra", [{}, {"logprobs": 2, "return_token_ids": True}], ids=["plain", "logprobs"])
+def test_a_cut_within_what_may_become_a_stop_string(
+    replicas: tuple[Replica, Replica], extra: dict[str, Any]
+) -> None:
+    """The text that is held back is sent by the second, whether it became one or not."""
+    request = {"prompt": "x", "max_tokens": 16, "ignore_eos": True} | extra
+    text = text_of(check_cuts(replicas, COMPLETIONS, request))
+    almost, whole = text[2:7] + "☃", text[9:14]
+    held = check_cuts(replicas, COMPLETIONS, request | {"stop": [almost]})
+    assert text_of(held) == text
+    # Some tokens waited for those behind them.
+    assert any(len(mark.split()) > 2 for mark in held.marks)
+    # At any time the last characters could be the beginning of one, so that some tokens always wait.
+    always = [text[at : at + 5] + "☃" for at in range(min(16, len(text)))]
+    assert text_of(check_cuts(replicas, COMPLETIONS, request | {"stop": always})) == text
+    for include in (False, True):
+        options = {"stop": [almost, whole], "include_stop_str_in_output": include}
+        stopped = check_cuts(replicas, COMPLETIONS, request | options)
+        assert text_of(stopped) == text[: text.index(whole) + include * len(whole)]
+
+
+def test_a_cut_within_a_character(replicas: tuple[Replica, Replica]) -> None:
+    """Tokens of this model are often bytes of a character; a mark has them before their text is out."""
+    seeds = [str(seed) for seed in range(8)]
+    streams = [
+        check_cuts(
+            replicas, COMPLETIONS, {"prompt": "好é", "max_tokens": 10, "ignore_eos": True}, **{"X-FD-Seed": s}
+        )
+        for s in seeds
+    ]
+    assert any(len(mark.split()) > 2 for one in streams for mark in one.marks)
+
+
+def test_texts_that_are_preempted_and_cached(replicas: tuple[Replica, Replica]) -> None:
+    """Eight of them need more blocks than there are, so that some are computed again and again."""
+    _, second = replicas
+    path, body = COMPLETIONS, {"prompt": "a b c d " * 10, "max_tokens": 40, "n": 8, "ignore_eos": True}
+    data = json.dumps(body | {"stream": True, "stream_options": {}}).encode()
+    whole = stream(replicas[0], path, data)
+    before = second.server.metric("request_preempted_total")
+    for part in (0.1, 0.4, 0.7, 0.9):
+        cut = int(part * len(whole.blocks))
+        status, answer = second.resume(whole.before(cut).resumption(path, data))
+        assert status == 200
+        joined = Stream(whole.before(cut).blocks + Stream.of(answer).blocks)
+        assert joined.of_choices() == whole.of_choices()
+    assert second.server.metric("request_preempted_total") > before
+
+
+def test_a_stream_is_resumed_as_often_as_need_be(replicas: tuple[Replica, Replica]) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 12, "n": 2, "stream": True, "logprobs": 0}).encode()
+    whole = stream(replicas[0], COMPLETIONS, body)
+    got = whole.before(2)
+    for replica in itertools.islice(itertools.cycle(reversed(replicas)), 40):
+        status, answer = replica.resume(got.resumption(COMPLETIONS, body))
+        assert status == 200
+        more = Stream.of(answer)
+        got = Stream(got.blocks + more.blocks[:2])
+        if DONE in got.blocks:
+            break
+    assert got.of_choices() == whole.of_choices()
+
+
+# ---- what has no marks, and what is refused
+
+
+def test_marks_are_for_those_who_ask(replicas: tuple[Replica, Replica]) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 3, "stream": True, "temperature": 0}).encode()
+    marked = stream(replicas[0], COMPLETIONS, body)
+    plain = stream(replicas[0], COMPLETIONS, body, **{"X-FD-Marks": "0"})
+    assert marked.marks
+    assert plain.marks == []
+    assert [data_of(event)["choices"] for event in plain.events[:-1]] == [
+        data_of(event)["choices"] for event in marked.events[:-1]
+    ]
+    status, answer = replicas[0].post(
+        COMPLETIONS, body.replace(b"true", b"false"), {"Content-Type": "application/json", "X-FD-Marks": "1"}
+    )
+    assert status == 200
+    assert b": fd" not in answer
+    # Nobody could draw these tokens again.
+    status, answer = replicas[0].post(
+        COMPLETIONS, body, {"Content-Type": "application/json", "X-FD-Marks": "1"}
+    )
+    assert status == 200
+    assert Stream.of(answer).marks == []
+
+
+BODY = b'{"prompt": "x", "max_tokens": 5, "stream": true}'
+GOOD = Resumption(COMPLETIONS, BODY, "cmpl-1", 1700000000, {0: Delivered([40])})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"path": "/v1/embeddings"}, "/v1/embeddings"),
+        ({"body": b'{"prompt": "x"}'}, "only a stream"),
+        ({"choices": {1: Delivered([40])}}, "no choice 1"),
+        ({"choices": {0: Delivered([512])}}, "token 512"),
+        ({"choices": {0: Delivered([40] * 5)}}, "5 tokens, of 5"),
+        ({"body": BODY.replace(b"5", b'5, "stop": "E"')}, "stop string"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_resumed_is_409(
+    replicas: tuple[Replica, Replica], changes: dict[str, Any], words: str
+) -> None:
+    status, answer = replicas[1].resume(msgspec.structs.replace(GOOD, **changes))
+    assert status == 409, answer
+    message = json.loads(answer)["error"]["message"]
+    assert words in message
+    assert "\n" not in message
+
+
+def test_without_a_seed_is_409(replicas: tuple[Replica, Replica]) -> None:
+    headers = {"Content-Type": "application/msgpack", "X-FD-Token": replicas[1].token}
+    assert replicas[1].post("/internal/resume", encode_resumption(GOOD), headers)[0] == 409
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "the other's", "é"])
+def test_a_wrong_token_is_401(replicas: tuple[Replica, Replica], token: str) -> None:
+    token = replicas[0].token if token == "the other's" else token
+    status, answer = replicas[1].resume(GOOD, **{"X-FD-Token": token})
+    assert status == 401
+    assert json.loads(answer)["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"{}",
+        encode_resumption(GOOD)[:-2],
+        encode_resumption(msgspec.structs.replace(GOOD, choices={-1: Delivered([])})),
+        encode_resumption(msgspec.structs.replace(GOOD, choices={0: Delivered([-1])})),
+        encode_resumption(msgspec.structs.replace(GOOD, created=10**18)),
+        encode_resumption(msgspec.structs.replace(GOOD, body=b"{")),
+    ],
+    ids=["empty", "no MessagePack", "JSON", "cut", "choice -1", "token -1", "a late date", "no JSON within"],
+)
+def test_garbage_is_400(replicas: tuple[Replica, Replica], data: bytes) -> None:
+    headers = {"X-FD-Token": replicas[1].token, "X-FD-Seed": "11"}
+    status, answer = replicas[1].post("/internal/resume", data, headers)
+    assert status == 400
+    assert "\n" not in json.loads(answer)["error"]["message"]
