@@ -12,7 +12,7 @@ OPERATIONS := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl)
 TYPES  := .cache/types
 
 .PHONY: help serve model test check mypy format docs parity soak bench-serve bench-engine bench-context bench-replicas \
-        bench-long-prompt bench-ep chaos profile perplexity install clean
+        bench-long-prompt bench-ep bench-router bench-router-policies chaos profile perplexity install clean
 
 help:
 	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
@@ -21,13 +21,15 @@ help:
 	@echo "make format             ruff, writing"
 	@echo "make docs               write docs/configuration.md anew"
 	@echo "make parity             compare the network with transformers on random models (installs torch)"
-	@echo "make soak               random traffic over random models, every logit compared; FD_SOAK_MINUTES=3"
+	@echo "make soak               random traffic, every logit compared; a router whose replicas die; FD_SOAK_MINUTES=3"
 	@echo "make bench-serve        start-up time, memory and tokens/s of the whole system"
 	@echo "make bench-engine       the CPU engine against transformers and the hardware's limits (installs torch)"
 	@echo "make bench-context      decode speed against context and batch, as a plot in docs/"
 	@echo "make bench-replicas     eight engines against one on the same cores"
 	@echo "make bench-long-prompt  what a long prompt does to those who are reading"
 	@echo "make bench-ep           expert parallelism: what travels, throughput, memory, recovery from a kill"
+	@echo "make bench-router       our router beside sglang's, vLLM's and nginx (needs wrk; installs the first two)"
+	@echo "make bench-router-policies  which of the router's policies for which traffic, simulated, as a plot in docs/"
 	@echo "make chaos              ranks of an expert group killed at every point of a step"
 	@echo "make profile            where the time of a decode step goes"
 	@echo "make perplexity         the demo model's perplexity in each weight format"
@@ -89,7 +91,7 @@ $(PARITY)/installed: Makefile
 
 # FD_SOAK_SEED=n begins with the traffic that a failure named.
 soak: $(VENV)/installed
-	@$(BIN)/pytest -q -m slow tests/engine/test_soak.py tests/custom_ops/test_expert_group.py
+	@$(BIN)/pytest -q -m slow tests/engine/test_soak.py tests/custom_ops/test_expert_group.py tests/router
 
 bench-serve: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.serve
@@ -111,6 +113,13 @@ profile: $(VENV)/installed
 
 bench-ep: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.expert_parallel
+
+# ARGS="--quick --only unary" and the like: see python -m benchmarks.router --help.
+bench-router: $(VENV)/installed
+	@$(BIN)/python -m benchmarks.router $(ARGS)
+
+bench-router-policies: $(VENV)/bench-installed
+	@$(BIN)/python -m benchmarks.router_policies
 
 # Kills and stops at every point of a step, a second loss during the first; some of it is in `make test` already.
 chaos: $(VENV)/installed

@@ -138,7 +138,16 @@ class RouterSection:
     host: str = row("127.0.0.1", "Address to listen on; `0.0.0.0` opens it to the network.", not_empty)
     port: int = row(30000, "Port to listen on.", between(1, 65535))
     policy: str = row("request_num", "Which replica takes a request: " + _POLICIES + ".", one_of(*POLICIES))
-    request_timeout: float = row(1800.0, "Silence after which an answer is given up.", at_least(1), "s")
+    workers: int = row(1, "Processes that relay; one serves thousands of streams.", between(1, 16))
+    request_timeout: float = row(
+        1800.0,
+        "Silence after which the answer of a replica that gives no signs of life is given up.",
+        at_least(1),
+        "s",
+    )
+    progress_timeout: float = row(
+        90.0, "Silence after which a replica that gives them is taken for dead.", at_least(1), "s"
+    )
     api_keys_file: str = row("", "File with the keys that clients must show, one a line; empty: none.")
     extra_args: tuple[str, ...] = row((), "Further words for the router's command line.")
     env: Mapping[str, str] = row({}, "Further environment variables of the router.", environment_names)

@@ -142,7 +142,12 @@ def _router(config: Config) -> Program:
     argv = [str(Path(sys.executable).with_name("fd-router"))]
     argv += ["--host", router.host, "--port", str(router.port), "--policy", router.policy]
     argv += ["--registry-file", str(config.paths.state / "replicas.json")]
+    argv += ["--admin-socket", str(config.paths.run / "router.sock")]
     argv += ["--request-timeout-secs", f"{router.request_timeout:g}"]
+    if router.workers != 1:
+        argv += ["--workers", str(router.workers)]
+    if router.progress_timeout != 90.0:
+        argv += ["--progress-timeout-secs", f"{router.progress_timeout:g}"]
     argv += ["--graceful-timeout-secs", str(_ROUTER_GRACE)]
     if router.api_keys_file:
         argv += ["--api-keys-file", router.api_keys_file]

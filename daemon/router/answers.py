@@ -23,7 +23,13 @@ class Answer:
             return f"{self.status} Unknown"
 
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    501: "invalid_request_error",
+    505: "invalid_request_error",
+}
 
 
 def error_body(status: int, message: str, code: str | None = None) -> bytes:

@@ -1,80 +1,129 @@
-"""The router as a WSGI application: Flask for the control plane, the relay for /v1/."""
+"""The router's control plane, a Flask application: registrations, health, metrics, the operator's orders."""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from flask import Flask, Response, g, jsonify, request
-from gunicorn.http.errors import ParseException
+from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from . import health
 from .answers import error_body
-from .board import Board
-from .incoming import Environ
+from .board import Board, Seat, Status
 from .metrics import Metrics
-from .registration import AllowedAddresses, Instance, RegistrationError, parse
+from .registration import AllowedAddresses, Instance, RegistrationError, parse, parse_farewell
 from .registry import RegistryFile
-from .relay import Limits, Relay
 from .settings import Settings
-from .upstream import Connections
 
 logger = logging.getLogger(__name__)
 
 _MAX_REGISTRATION = 64 << 10
+_ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
+    "drain": Board.drain,
+    "undrain": Board.undrain,
+    "remove": Board.remove,
+}
 
 
 class Router:
-    """All that one router process holds. A WSGI application, once `start` was called, after the fork."""
+    """What one worker holds besides its event loop. A WSGI application, once `start` was called."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.board = Board()
-        self.metrics = Metrics(self.board)
+    def __init__(self, settings: Settings, board: Board) -> None:
+        self.settings = settings
+        self.board = board
+        self.metrics = Metrics(board)
+        self.registry = RegistryFile(settings.registry_file)
         self._allowed = AllowedAddresses(settings.allow_hosts)
-        self._registry = RegistryFile(settings.registry_file)
-        connections = Connections(settings.request_timeout)
-        self._monitor = health.Monitor(self.board, self._registry, connections, settings.health_interval)
-        limits = Limits(settings.max_body_bytes, settings.max_in_flight)
-        self._relay = Relay(self.board, settings.policy, connections, settings.keys, limits, self.metrics)
+        self._monitor = health.Monitor(board, self.registry, settings.policy, settings.health_interval)
         self._control = _control_plane(self)
 
     def start(self) -> None:
-        for instance in self._registry.load(self._allowed):
-            self.board.admit(instance, up=False)
+        """After the fork."""
+        self.board.open_column()
         self._monitor.start()
+        if self.settings.redis is not None:
+            # Slow to import, and few need it.
+            from .redis_board import RedisBoard
 
-    def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
-        if environ["PATH_INFO"].startswith("/v1/"):
-            return self._relay(environ, start_response)
+            RedisBoard(self.board, self.registry, self._allowed, self.settings.redis).start()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         return self._control.wsgi_app(environ, start_response)
 
-    def register(self, body: bytes, peer: str) -> Instance:
+    def register(self, body: bytes, peer: str, authorization: str) -> Instance:
         """A registration or a heartbeat, which are the same thing.
 
         Raises:
             RegistrationError: it is wrong, not allowed, or the instance is not healthy.
         """
-        # Both ends are looked at: someone elsewhere must not point the router at services of this machine.
-        self._check_allowed("the sender", peer)
+        self._check_sender(peer, authorization)
         instance = parse(body)
         self._check_allowed("host_ip", instance.host)
-        seat = self.board.seat_of(instance)
+        if instance.port == self.settings.port and self._allowed.is_own(instance.host):
+            raise RegistrationError(f"{instance.url} is the router itself")
+        seat = self.board.seat_of(instance.url)
+        is_new = seat is None or seat.instance.instance != instance.instance
         # One that is up is looked at all the time anyway: its heartbeat need not wait for another look.
-        if seat is None or not seat.up:
+        if seat is None or is_new or not self._is_up(seat):
             asked_at = time.monotonic()
             problem = health.check(instance)
             if problem is not None:
                 if seat is not None:
                     self.board.heard(seat)
                 raise RegistrationError(f"{instance.url} service is not healthy", 503)
-            if seat is not None:
+            if seat is not None and not is_new:
                 self.board.healthy(seat, asked_at)
         if self.board.admit(instance):
-            self._registry.save(self.board)
+            self.registry.save(self.board)
         return instance
+
+    def deregister(self, body: bytes, peer: str, authorization: str) -> bool:
+        """The farewell of a replica that is about to end: it gets nothing new. False if it is not known."""
+        self._check_sender(peer, authorization)
+        url, instance = parse_farewell(body)
+        if not self.board.deregister(url, instance):
+            return False
+        self.registry.save(self.board)
+        return True
+
+    def order(self, order: str, name: str) -> Status | None:
+        """Drains, undrains or removes a replica; how it is then, None if there is none of that name."""
+        row = next(
+            (row for row in self.board.status() if name in (row.instance.name, row.instance.authority)), None
+        )
+        if row is None or not _ORDERS[order](self.board, row.seat):
+            return None
+        self.registry.save(self.board)
+        return next((each for each in self.board.status() if each.seat == row.seat), row)
+
+    def may_give_orders(self, peer: str, authorization: str) -> bool:
+        """Over the unix socket, whose permissions decide; from this machine with a key."""
+        if not peer:
+            return True
+        keys = self.settings.admin_keys
+        return bool(keys) and ipaddress.ip_address(peer).is_loopback and keys.allow(authorization)
+
+    def _is_up(self, seat: Seat) -> bool:
+        return any(row.up for row in self.board.status() if row.seat == seat)
+
+    def _check_sender(self, peer: str, authorization: str) -> None:
+        """Both ends are looked at: nobody elsewhere may point the router at services of this machine."""
+        if not peer or self._allowed.is_own(peer):
+            return
+        self._check_allowed("the sender", peer)
+        keys = self.settings.register_keys
+        if not keys:
+            raise RegistrationError(
+                "replicas of other machines must show a key, and none is set: start fd-router with "
+                "--register-keys-file FILE, and the replicas with one of its keys in FD_ROUTER_REGISTER_KEY",
+                403,
+            )
+        if not keys.allow(authorization):
+            raise RegistrationError("no valid key: send Authorization: Bearer KEY", 401)
 
     def _check_allowed(self, what: str, address: str) -> None:
         if address not in self._allowed:
@@ -90,20 +139,10 @@ def _control_plane(router: Router) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = _MAX_REGISTRATION
     app.json.sort_keys = False  # type: ignore[attr-defined]
 
-    @app.before_request
-    def start_clock() -> None:
-        g.began = time.monotonic()
-
-    @app.after_request
-    def count(response: Response) -> Response:
-        seconds = time.monotonic() - g.began
-        router.metrics.answered(request.method, request.path, response.status_code, seconds)
-        return response
-
     @app.post("/register")
     def register() -> tuple[Response, int]:
         try:
-            router.register(_body(), request.remote_addr or "")
+            router.register(request.get_data(), request.remote_addr or "", _authorization())
         except RegistrationError as error:
             # 503 is told to every replica that is still loading, every second.
             if error.status < 500:
@@ -111,12 +150,33 @@ def _control_plane(router: Router) -> Flask:
             return jsonify(code=error.status, msg=str(error)), error.status
         return jsonify(code=200, msg="Register success"), 200
 
+    @app.post("/deregister")
+    def deregister() -> tuple[Response, int]:
+        try:
+            known = router.deregister(request.get_data(), request.remote_addr or "", _authorization())
+        except RegistrationError as error:
+            logger.warning("deregistration by %s refused: %r", request.remote_addr, str(error))
+            return jsonify(code=error.status, msg=str(error)), error.status
+        if not known:
+            return jsonify(code=404, msg="no such instance is registered"), 404
+        return jsonify(code=200, msg="Deregister success"), 200
+
+    @app.post("/admin/replicas/<path:name>/<any(drain, undrain, remove):order>")
+    def order(name: str, order: str) -> tuple[Response, int]:
+        if not router.may_give_orders(request.remote_addr or "", _authorization()):
+            message = "orders come over --admin-socket, or from this machine with a key of --admin-keys-file"
+            return jsonify(code=403, msg=message), 403
+        row = router.order(order, name)
+        if row is None:
+            names = ", ".join(row.instance.name for row in router.board.status()) or "none"
+            return jsonify(code=404, msg=f"no replica {name!r}; there are: {names}"), 404
+        return jsonify(code=200, msg=f"{order} {row.instance.name}", replica=_shown(row)), 200
+
     @app.get("/registered")
     def registered() -> Response:
-        rows = router.board.status()
         shown: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-        for row in rows:
-            shown[row.up].append({**row.instance.wire(), "in_flight": row.in_flight})
+        for row in router.board.status():
+            shown[row.up].append(_shown(row))
         return jsonify(code=200, msg="success", mixed=shown[True], prefill=[], decode=[], down=shown[False])
 
     @app.get("/registered_number")
@@ -152,12 +212,21 @@ def _control_plane(router: Router) -> Flask:
     return app
 
 
-def _body() -> bytes:
-    try:
-        return request.get_data()
-    except (OSError, ParseException) as error:
-        raise RegistrationError(f"the request body cannot be read: {error}") from None
+def _authorization() -> str:
+    return request.headers.get("Authorization", "")
+
+
+def _shown(row: Status) -> dict[str, Any]:
+    return {
+        **row.instance.wire(),
+        "state": row.state.name.lower(),
+        "draining": row.draining,
+        "leaving": row.leaving,
+        "in_flight": row.in_flight,
+        "in_flight_elsewhere": row.in_flight_elsewhere,
+        "weight": round(row.weight, 3),
+    }
 
 
 def _count_up(board: Board) -> int:
-    return sum(row.up for row in board.status())
+    return sum(row.up and not row.draining and not row.leaving for row in board.status())

@@ -1,183 +1,300 @@
 """Which replicas there are, which of them may be chosen, and how many requests each has in flight.
 
-    nobody -> UP      it registered and is healthy
-    nobody -> DOWN    read from the registry file: nobody has looked yet
-    UP -> DOWN        failed twice in a row, or nobody listens on its port
-    DOWN -> UP        answered a health check that began after its last failure
-    DOWN -> nobody    no heartbeat for minutes
-
-A replica that is DOWN keeps its seat: requests it still has in flight are counted down on that seat. One that
-comes back after it was forgotten gets a new seat, so that the end of an old request cannot count against it.
+One board for all workers of a router, in memory that they share. Choosing a replica and counting the request
+on it is one act, under a lock that the kernel takes back from whoever dies (kernel_locks.py). Each worker
+counts in a column of its own, which is cleared when it dies (columns.py): a count is always the number of
+requests that somebody alive has there. board_memory.py says what lies where, board_rows.py which states a
+replica has.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import os
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 
-from .policies import Candidate, Policy, RequestFacts
+from . import board_memory
+from .board_memory import WORKERS, BoardError, BoardMemory, Flag, Header, State
+from .board_rows import Rows
+from .board_view import Nobody, Status, View
+from .columns import Columns
+from .kernel_locks import KernelLocks
+from .lease import Lease, Seat
+from .measuring import Measuring
+from .policies import Policy, RequestFacts
+from .prefix_table import PrefixTable
 from .registration import Instance
+
+__all__ = ["Board", "BoardError", "Lease", "Nobody", "Seat", "State", "Status"]
 
 logger = logging.getLogger(__name__)
 
-#: One hiccup is not a death; two in a row are.
-FAILURES_TO_DOWN = 2
 #: Seconds without a heartbeat after which a replica that is down is forgotten.
 FORGET_AFTER = 300.0
-
-
-class Seat:
-    """A replica's place on the board. Only the board changes it, under its lock."""
-
-    __slots__ = ("failed_at", "failures", "heard_at", "in_flight", "instance", "last_pick", "picks", "up")
-
-    def __init__(self, instance: Instance, up: bool, now: float) -> None:
-        self.instance = instance
-        self.up = up
-        self.in_flight = 0
-        self.picks = 0
-        self.last_pick = 0
-        #: Failures in a row, and when the last one was.
-        self.failures = 0
-        self.failed_at = now
-        self.heard_at = now
-
-
-class Lease:
-    """One request's claim on a seat: counted when it was picked, given back once."""
-
-    def __init__(self, board: Board, seat: Seat) -> None:
-        self._board = board
-        self.seat = seat
-        self.instance = seat.instance
-        self._held = True
-
-    def release(self) -> None:
-        """May be called again; only the first call counts."""
-        with self._board.lock:
-            if self._held:
-                self._held = False
-                self.seat.in_flight -= 1
-                assert self.seat.in_flight >= 0, (
-                    f"replica {self.instance.name}: more requests ended than began"
-                )
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A seat as it was at one moment."""
-
-    instance: Instance
-    up: bool
-    in_flight: int
-    picks: int
+#: The mark of the worker that watches over the replicas; those below are the columns'.
+_LEADER = WORKERS
 
 
 class Board:
-    """Thread-safe. Nothing in here waits for a replica."""
+    """Thread-safe. Nothing in here waits for a replica, nor longer than microseconds for another process."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, descriptor: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """See `create` and `attach`. `clock` must be the same in all processes."""
+        self._memory = BoardMemory(descriptor)
         self._clock = clock
-        self._seats: dict[str, Seat] = {}
-        self._picks = 0
+        self._prefixes = PrefixTable(self._memory.prefix_table)
+        self._rows = Rows(self._memory, self._prefixes)
+        self._lock = KernelLocks(descriptor, after_fork=self._start_anew)
+        self._start_anew()
 
-    def pick(self, policy: Policy, facts: RequestFacts, exclude: Collection[Seat] = ()) -> Lease | None:
-        """Chooses a replica that is up and counts the request on it; None if there is none left.
+    def _start_anew(self) -> None:
+        self._leads = False
+        self._view: View | None = None
+        self._measuring = Measuring(self._memory, self._rows)
+        self._columns = Columns(self._memory, self._rows, self._lock, self._clock)
+
+    @classmethod
+    def create(cls, clock: Callable[[], float] = time.monotonic) -> Board:
+        """In the parent of all workers."""
+        return cls(board_memory.create(), clock)
+
+    @classmethod
+    def attach(cls, descriptor: int, clock: Callable[[], float] = time.monotonic) -> Board:
+        """One whose descriptor was inherited. Raises BoardError if it is none of this version."""
+        return cls(descriptor, clock)
+
+    @property
+    def descriptor(self) -> int:
+        return self._memory.descriptor
+
+    @property
+    def identity(self) -> str:
+        """Of the board, whichever of its processes is asked."""
+        return f"{self._memory.header[Header.IDENTITY]:016x}"
+
+    def close(self) -> None:
+        """Gives back what this process holds. Workers need not: the kernel does it when they end."""
+        self._lock.close()
+        os.close(self.descriptor)
+
+    # ---- workers
+
+    def open_column(self) -> int:
+        """A place for this process to count in; after the fork, before its first pick.
+
+        Raises BoardError if all are taken.
+        """
+        with self._lock:
+            return self._columns.open()
+
+    def drop_column_of(self, pid: int) -> None:
+        """That worker has died, and its requests with it; so for all others of whom that is true."""
+        with self._lock:
+            self._columns.drop_dead()
+
+    def lead(self) -> bool:
+        """Whether it falls to this process to watch over the replicas: to one at a time, for life."""
+        if not self._leads:
+            self._leads = self._lock.take_mark(_LEADER)
+        return self._leads
+
+    # ---- requests
+
+    def pick(self, policy: Policy, facts: RequestFacts, exclude: Collection[Seat] = ()) -> Lease | Nobody:
+        """Chooses a replica and counts the request on it.
 
         Both in one critical section: otherwise all requests of a burst see the same idle replica.
         """
-        with self.lock:
-            seats = [seat for seat in self._seats.values() if seat.up and seat not in exclude]
-            if not seats:
-                return None
-            candidates = [Candidate(seat.in_flight, seat.last_pick) for seat in seats]
-            seat = seats[policy(candidates, facts)]
-            self._picks += 1
-            seat.last_pick = self._picks
-            seat.picks += 1
-            seat.in_flight += 1
-            return Lease(self, seat)
+        own = self._columns.own
+        assert own is not None, "a worker opens its column before it picks"
+        with self._lock:
+            view = self._current()
+            row = view.choose(policy, facts, exclude)
+            if isinstance(row, Nobody):
+                return row
+            memory = self._memory
+            memory.last_pick[row] = memory.header[Header.PICKS] = memory.header[Header.PICKS] + 1
+            memory.picks[row] += 1
+            return own.begin(view.seats[row], facts.prompt_tokens, row in view.probing)
 
-    def seat_of(self, instance: Instance) -> Seat | None:
-        with self.lock:
-            return self._seats.get(instance.url)
+    def drain_rate(self) -> float:
+        """Requests that end per second, lately."""
+        return self._memory.drain_rate[0]
 
-    def admit(self, instance: Instance, up: bool = True) -> bool:
-        """Seats an instance, or replaces what is known about it. True if that changed who is on the board."""
-        with self.lock:
-            now = self._clock()
-            seat = self._seats.get(instance.url)
-            if seat is None:
-                self._seats[instance.url] = Seat(instance, up, now)
-                logger.info("replica=%s registered, url=%s", instance.name, instance.url)
-                return True
-            changed = seat.instance != instance
-            seat.instance = instance
-            seat.heard_at = now
-            return changed
-
-    def heard(self, seat: Seat) -> None:
-        """A heartbeat came, whatever the health check says."""
-        with self.lock:
-            seat.heard_at = self._clock()
-
-    def healthy(self, seat: Seat, asked_at: float) -> None:
-        """It answered a health check that began at `asked_at`, which says nothing about a later failure."""
-        with self.lock:
-            if asked_at < seat.failed_at:
-                return
-            seat.failures = 0
-            if not seat.up:
-                seat.up = True
-                logger.info("replica=%s is up", seat.instance.name)
-
-    def failed(self, seat: Seat, why: str) -> None:
-        """A health check or a request failed in a way that may be a hiccup."""
-        with self.lock:
-            self._fail(seat, why, enough=seat.failures + 1 >= FAILURES_TO_DOWN)
-
-    def unreachable(self, seat: Seat, why: str) -> None:
-        """Nobody accepts connections there: no request is sent to it until a health check succeeds."""
-        with self.lock:
-            self._fail(seat, why, enough=True)
-
-    def forget_lost(self) -> bool:
-        """Removes replicas that are down and have long been silent. True if there were any."""
-        with self.lock:
-            limit = self._clock() - FORGET_AFTER
-            lost = [seat for seat in self._seats.values() if not seat.up and seat.heard_at < limit]
-            for seat in lost:
-                del self._seats[seat.instance.url]
-                logger.warning(
-                    "replica=%s forgotten: down, and no heartbeat for %.0f s",
-                    seat.instance.name,
-                    FORGET_AFTER,
-                )
-            return bool(lost)
+    # ---- replicas
 
     def seats(self) -> list[Seat]:
-        with self.lock:
-            return list(self._seats.values())
+        with self._lock:
+            return list(self._current().seats.values())
+
+    def seat_of(self, url: str) -> Seat | None:
+        with self._lock:
+            return self._seat_of(url)
 
     def status(self) -> list[Status]:
         """Everybody on the board, in the order of replica numbers."""
-        with self.lock:
-            rows = [Status(s.instance, s.up, s.in_flight, s.picks) for s in self._seats.values()]
-        unnumbered = 1 << 16
-        return sorted(
-            rows,
-            key=lambda r: (unnumbered if r.instance.replica is None else r.instance.replica, r.instance.url),
-        )
+        with self._lock:
+            return sorted(self._current().statuses(), key=Status.order)
 
-    def _fail(self, seat: Seat, why: str, enough: bool) -> None:
-        seat.failures += 1
-        seat.failed_at = self._clock()
-        if seat.up and enough:
-            seat.up = False
-            logger.warning("replica=%s is down: %s", seat.instance.name, why)
-        elif seat.up:
-            logger.warning("replica=%s failed once, still in use: %s", seat.instance.name, why)
+    def admit(self, instance: Instance, up: bool = True, ago: float = 0.0) -> bool:
+        """Seats an instance, or replaces what is known about it. True if that changed who is on the board.
+
+        Another instance at a URL takes the place of the one before, with its operator's flag. One that was
+        replaced or has said farewell is not admitted again for a while.
+
+        Raises:
+            RegistrationError: there is no room for it.
+        """
+        with self._lock:
+            if self._rows.is_retired(instance, self._clock()):
+                return False
+            seat = self._seat_of(instance.url)
+            if seat is not None and seat.instance.instance == instance.instance:
+                self._rows.hear(seat.row, self._clock() - ago)
+                return self._rows.renew(seat.row, seat.instance, instance)
+            flags = Flag(0 if seat is None else self._memory.flags[seat.row]) & Flag.DRAINING
+            if seat is not None:
+                self._rows.retire(seat.instance, self._clock())
+                self._rows.give_up(seat.row)
+            self._rows.occupy(instance, up, flags, self._clock(), ago)
+            event = "registered" if seat is None else "has been started anew"
+            logger.info("replica=%s %s, url=%s", instance.name, event, instance.url)
+            return True
+
+    def heard(self, seat: Seat, ago: float = 0.0) -> None:
+        """A heartbeat came, `ago` seconds before now, whatever the health check says."""
+        with self._lock:
+            if self._is_there(seat):
+                self._rows.hear(seat.row, self._clock() - ago)
+
+    def deregister(self, url: str, instance_id: str) -> bool:
+        """The instance says that it is about to end: it gets nothing new. False if it is not there."""
+        with self._lock:
+            seat = self._seat_of(url)
+            if seat is None or seat.instance.instance != instance_id:
+                return False
+            self._rows.retire(seat.instance, self._clock())
+            self._rows.set_flag(seat.row, Flag.LEAVING, True)
+            self._rows.sweep()
+            logger.info("replica=%s is leaving", seat.instance.name)
+            return True
+
+    def has_left(self, instance: Instance) -> bool:
+        """Whether that start of it was replaced or said farewell lately."""
+        with self._lock:
+            return self._rows.is_retired(instance, self._clock())
+
+    def drain(self, seat: Seat) -> bool:
+        """The operator wants nothing new there, until `undrain`. False if the replica has gone."""
+        return self._set_draining(seat, True)
+
+    def undrain(self, seat: Seat) -> bool:
+        return self._set_draining(seat, False)
+
+    def remove(self, seat: Seat) -> bool:
+        """Takes it off the board, until its next heartbeat. Requests that it has go on."""
+        with self._lock:
+            if not self._is_there(seat):
+                return False
+            self._rows.give_up(seat.row)
+            logger.info("replica=%s removed", seat.instance.name)
+            return True
+
+    # ---- how they are
+
+    def healthy(self, seat: Seat, asked_at: float) -> None:
+        """It answered a health check that began at `asked_at`, which says nothing about a later failure."""
+        if self._is_well(seat):
+            return
+        with self._lock:
+            if self._is_there(seat):
+                self._say(seat, self._rows.heal(seat.row, asked_at, self._clock()))
+
+    def succeeded(self, seat: Seat) -> None:
+        """A request was answered there."""
+        if self._is_well(seat):
+            return
+        with self._lock:
+            if self._is_there(seat):
+                self._say(seat, self._rows.succeed(seat.row, self._clock()))
+
+    def failed(self, seat: Seat, why: str) -> None:
+        """A health check or a request failed in a way that may be a hiccup."""
+        self._fail(seat, why, at_once=False)
+
+    def unreachable(self, seat: Seat, why: str) -> None:
+        """Nobody accepts connections there: no request is sent to it until a health check succeeds."""
+        self._fail(seat, why, at_once=True)
+
+    def set_load(self, seat: Seat, running: int, waiting: int) -> None:
+        """What its metrics say just now."""
+        with self._lock:
+            if self._is_there(seat):
+                self._rows.set_load(seat.row, running, waiting)
+
+    def set_remote(self, loads: Mapping[Seat, tuple[int, int]]) -> None:
+        """What other routers have there: requests and prompt tokens. Nothing, where they are not named."""
+        with self._lock:
+            self._rows.set_remote({seat.row: load for seat, load in loads.items() if self._is_there(seat)})
+
+    def measure(self, now: float) -> None:
+        """Once a second, by the leader: weighs the replicas by their speed, and clears up after the dead."""
+        with self._lock:
+            self._columns.drop_dead()
+            self._rows.sweep()
+            self._measuring.measure(now)
+
+    def forget_lost(self) -> bool:
+        """Removes replicas that are down and have long been silent. True if there were any."""
+        with self._lock:
+            limit = self._clock() - FORGET_AFTER
+            lost = [
+                seat
+                for seat in self._current().seats.values()
+                if self._memory.state[seat.row] == State.DOWN and self._memory.heard_at[seat.row] < limit
+            ]
+            for seat in lost:
+                self._rows.give_up(seat.row)
+                name = seat.instance.name
+                logger.warning("replica=%s forgotten: down and silent for %.0f s", name, FORGET_AFTER)
+            return bool(lost)
+
+    # ---- under the lock
+
+    def _current(self) -> View:
+        if self._view is None or self._view.changes != self._memory.header[Header.CHANGES]:
+            self._view = View(self._memory, self._rows, self._prefixes, self._view)
+        return self._view
+
+    def _seat_of(self, url: str) -> Seat | None:
+        return next((seat for seat in self._current().seats.values() if seat.instance.url == url), None)
+
+    def _is_there(self, seat: Seat) -> bool:
+        return self._rows.is_in_use(seat.row) and self._memory.generation[seat.row] == seat.generation
+
+    def _is_well(self, seat: Seat) -> bool:
+        """Without the lock: the usual case, in which there is nothing to do."""
+        return self._memory.state[seat.row] == State.UP and self._memory.failures[seat.row] == 0
+
+    def _set_draining(self, seat: Seat, on: bool) -> bool:
+        with self._lock:
+            if not self._is_there(seat):
+                return False
+            self._rows.set_flag(seat.row, Flag.DRAINING, on)
+            logger.info("replica=%s %s", seat.instance.name, "drains" if on else "takes requests again")
+            return True
+
+    def _fail(self, seat: Seat, why: str, at_once: bool) -> None:
+        with self._lock:
+            if not self._is_there(seat):
+                return
+            if self._rows.fail(seat.row, at_once, self._clock()):
+                logger.warning("replica=%s is down: %s", seat.instance.name, why)
+            elif self._memory.state[seat.row] != State.DOWN:
+                logger.warning("replica=%s failed once, still in use: %s", seat.instance.name, why)
+
+    def _say(self, seat: Seat, state: State | None) -> None:
+        if state is not None:
+            news = "is up" if state == State.UP else "answers again: it gets one request to begin with"
+            logger.info("replica=%s %s", seat.instance.name, news)

@@ -3,57 +3,90 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
+from typing import NamedTuple
+
+import requests
+from urllib3.exceptions import HTTPError
 
 from .board import Board, Seat
+from .policies import Policy
 from .registration import Instance
 from .registry import RegistryFile
-from .upstream import Cancellation, Connections, Request, UpstreamError
 
 logger = logging.getLogger(__name__)
 
 #: Below the 5 s after which an instance gives up its registration, which waits for this.
 _TIMEOUT = 4.0
+_MEASURE_SECONDS = 1.0
+#: Of an answer, which comes from a machine that may not be ours.
+_MAX_METRICS = 4 << 20
+_PIECE = 64 << 10
 
 
-def check(instance: Instance) -> str | None:
-    """None if GET /health answers 200, else what is wrong. Blocks for seconds at most."""
-    try:
-        # A new connection each time: a listener that no longer accepts is part of the question.
-        reply = Connections(_TIMEOUT).send(instance, Request("GET", "/health", []), Cancellation())
-    except UpstreamError as error:
-        return str(error)
-    reply.close()
-    status = reply.response.status
-    return None if status == 200 else f"{instance.authority} answered /health with {status}"
+class Problem(NamedTuple):
+    """What is wrong with a replica."""
+
+    text: str
+    #: Nobody listens there.
+    refused: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check(instance: Instance) -> Problem | None:
+    """None if GET /health answers 200. Blocks for seconds at most."""
+    answer = _get(f"{instance.url}/health", 0)
+    if isinstance(answer, Problem):
+        return answer._replace(text=f"{instance.authority} {answer.text}")
+    if answer.status != 200:
+        return Problem(f"{instance.authority} answered /health with {answer.status}")
+    return None
+
+
+def read_load(instance: Instance) -> tuple[int, int] | None:
+    """Requests that run there and that wait, by its own metrics; None if it does not say."""
+    host = f"[{instance.host}]" if ":" in instance.host else instance.host
+    answer = _get(f"http://{host}:{instance.metrics_port or instance.port}/metrics", _MAX_METRICS)
+    if isinstance(answer, Problem) or answer.status != 200:
+        return None
+    running, waiting = (_value_of(name, answer.body) for name in ("running", "waiting"))
+    return None if running is None or waiting is None else (running, waiting)
 
 
 class Monitor:
-    """The thread that has every replica checked now and then, and forgets those that are lost."""
+    """Two threads that look after the replicas as long as this process leads."""
 
-    def __init__(
-        self, board: Board, registry: RegistryFile, connections: Connections, interval: float
-    ) -> None:
+    def __init__(self, board: Board, registry: RegistryFile, policy: Policy, interval: float) -> None:
         self._board = board
         self._registry = registry
-        self._connections = connections
+        self._policy = policy
         self._interval = interval
         self._lock = threading.Lock()
         self._being_checked: set[Seat] = set()
 
     def start(self) -> None:
         """After the fork: threads do not survive one."""
-        threading.Thread(target=self._run, name="monitor", daemon=True).start()
+        for target in (self._check_all, self._measure):
+            threading.Thread(target=target, name="monitor", daemon=True).start()
 
-    def _run(self) -> None:
+    def _check_all(self) -> None:
         while True:
-            for seat in self._board.seats():
-                threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
-            self._connections.sweep()
-            if self._board.forget_lost():
-                self._registry.save(self._board)
+            if self._board.lead():
+                for seat in self._board.seats():
+                    threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
+                if self._board.forget_lost():
+                    self._registry.save(self._board)
             time.sleep(self._interval)
+
+    def _measure(self) -> None:
+        while True:
+            if self._board.lead():
+                self._board.measure(time.monotonic())
+            time.sleep(_MEASURE_SECONDS)
 
     def _check(self, seat: Seat) -> None:
         with self._lock:
@@ -65,8 +98,66 @@ class Monitor:
             problem = check(seat.instance)
             if problem is None:
                 self._board.healthy(seat, asked_at)
+                if self._policy.needs_load and (load := read_load(seat.instance)) is not None:
+                    self._board.set_load(seat, *load)
+            elif problem.refused:
+                self._board.unreachable(seat, problem.text)
             else:
-                self._board.failed(seat, problem)
+                self._board.failed(seat, problem.text)
         finally:
             with self._lock:
                 self._being_checked.discard(seat)
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+
+
+def _get(url: str, most: int) -> _Answer | Problem:
+    """The answer and the first `most` bytes of its body, on a connection of its own.
+
+    A listener that no longer accepts is part of the question; so no connection is used twice.
+    """
+    end = time.monotonic() + _TIMEOUT
+    try:
+        with requests.Session() as session:
+            # A proxy for the outside world has no business between a router and its replicas.
+            session.trust_env = False
+            headers = {"Connection": "close", "Accept-Encoding": "identity"}
+            with session.get(
+                url, headers=headers, timeout=_TIMEOUT, allow_redirects=False, stream=True
+            ) as answer:
+                body = b""
+                while len(body) < most and (piece := answer.raw.read(_PIECE)):
+                    body += piece
+                    if time.monotonic() > end:
+                        raise requests.Timeout
+                return _Answer(answer.status_code, body)
+    except requests.Timeout:
+        return Problem(f"did not answer within {_TIMEOUT:.0f} s")
+    except requests.ConnectionError as error:
+        if _is_refused(error):
+            return Problem("accepts no connections", refused=True)
+        return Problem("broke off the connection or cannot be reached")
+    except (requests.RequestException, OSError, HTTPError) as error:
+        return Problem(f"answered badly ({type(error).__name__})")
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """requests wraps what the socket said, and tells it nowhere else."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _value_of(name: str, exposition: bytes) -> int | None:
+    """The sum over all labels: an engine with several ranks has a line for each."""
+    pattern = rb"^fastdeploy:num_requests_%s(?:\{[^}\n]*\})? ([0-9.eE+]+)" % name.encode()
+    found = re.findall(pattern, exposition, re.MULTILINE)
+    try:
+        return int(sum(map(float, found))) if found else None
+    except (ValueError, OverflowError):
+        return None

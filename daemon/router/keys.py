@@ -15,6 +15,9 @@ class ApiKeys:
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._keys = tuple(key.encode() for key in keys)
 
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
     def allow(self, authorization: str) -> bool:
         """Whether an Authorization header shows one of the keys; the time it takes gives nothing away."""
         if not self._keys:
@@ -27,8 +30,8 @@ class ApiKeys:
         return found and scheme.lower() == "bearer"
 
 
-def read_keys(file: Path | None, environment: str) -> ApiKeys:
-    """Keys from a file (one a line, # begins a comment) and from FD_API_KEY (separated by commas).
+def read_keys(flag: str, file: Path | None, environment: str) -> ApiKeys:
+    """Keys from the file of that flag (one a line, # begins a comment) and from the environment (by commas).
 
     Raises:
         ConfigError: the file cannot be read or holds no key. An empty file must not open the door.
@@ -38,9 +41,9 @@ def read_keys(file: Path | None, environment: str) -> ApiKeys:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-keys-file {file}: cannot be read ({error})") from None
+            raise ConfigError(f"{flag} {file}: cannot be read ({error})") from None
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:
-            raise ConfigError(f"--api-keys-file {file}: has no key in it; write one key a line")
+            raise ConfigError(f"{flag} {file}: has no key in it; write one key a line")
         keys += found
     return ApiKeys(keys)

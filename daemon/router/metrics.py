@@ -1,18 +1,26 @@
-"""The router's figures for Prometheus, under FastDeploy's names; those of our own begin with fd_router_."""
+"""The router's figures for Prometheus, under FastDeploy's names; those of our own begin with fd_router_.
+
+Several workers count into files of one directory (PROMETHEUS_MULTIPROC_DIR); whichever is asked adds them up.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.values import MultiProcessValue
 
 from .board import Board
+from .tally import CounterTally, HistogramTally
 
 #: Everything else is counted as "other": a label value for each path a client can invent would never end.
 _ENDPOINTS = frozenset(
     {
+        "/deregister",
         "/health",
         "/health_generate",
         "/metrics",
@@ -29,50 +37,112 @@ _ENDPOINTS = frozenset(
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"})
 #: A request lasts as long as its answer is generated.
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+#: The router's own work.
+_SHORT = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3, 0.1, 1.0, 10.0)
 
 
 class Metrics:
+    """Made after the fork. Counting and `flush` belong to the event loop's thread; `exposition` to any."""
+
     def __init__(self, board: Board) -> None:
+        self._board = board
+        pid = os.getpid()
+        # As it would choose by itself, but without asking the kernel for the pid at each count.
+        values.ValueClass = MultiProcessValue(lambda: pid)
+        # What is shown is what all workers have counted, from their files, and not this registry's.
         self._registry = CollectorRegistry()
-        self._registry.register(_BoardCollector(board))
         labels = ("method", "endpoint")
-        self._requests = Counter(
-            "http_requests", "Requests answered.", (*labels, "status_code"), registry=self._registry
+        self._requests = self._counter("http_requests", "Requests answered.", *labels, "status_code")
+        self._seconds = self._histogram(
+            "http_request_duration_seconds", "From a request to the end of its answer.", _SECONDS, *labels
         )
-        self._seconds = Histogram(
-            "http_request_duration_seconds",
-            "From a request to the end of its answer.",
-            labels,
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._inference = Counter(
+        self._inference = self._counter(
             "inference_requests",
             "Requests answered by a replica.",
-            ("mixed_worker", "prefill_worker", "decode_worker", "status_code"),
-            registry=self._registry,
+            *("mixed_worker", "prefill_worker", "decode_worker", "status_code"),
         )
-        self._retries = Counter(
-            "fd_router_retries",
-            "Attempts that were followed by one at another replica.",
-            ("replica",),
-            registry=self._registry,
+        self._retries = self._counter(
+            "fd_router_retries", "Attempts that were followed by one at another replica.", "replica"
         )
+        self._resumes = self._counter(
+            "fd_router_resumes", "Streams that were to go on at another replica, by the one lost.", "replica"
+        )
+        self._broken = self._counter(
+            "fd_router_broken_off", "Answers that had begun and could not be finished, by replica.", "replica"
+        )
+        waited = self._histogram(
+            "fd_router_queue_seconds", "Time in line, of those that had to wait.", _SECONDS
+        )
+        relay = self._histogram(
+            "fd_router_relay_seconds",
+            "From a whole request to its being sent, time in line included.",
+            _SHORT,
+        )
+        pick = self._histogram(
+            "fd_router_pick_seconds", "Choosing a replica and counting the request.", _SHORT
+        )
+        self._waited = HistogramTally(waited, _SECONDS)
+        self._relay = HistogramTally(relay, _SHORT)
+        self._pick = HistogramTally(pick, _SHORT)
+        self._answers: dict[tuple[str, str, int], tuple[CounterTally, HistogramTally]] = {}
+        self._inferences: dict[tuple[str, int], CounterTally] = {}
+        #: Seconds to be counted: from a whole request to its being sent; and for choosing a replica.
+        self.relayed = self._relay.observe
+        self.picked = self._pick.observe
+        self.waited = self._waited.observe
 
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
-        method = method if method in _METHODS else "other"
-        endpoint = path if path in _ENDPOINTS else "other"
-        self._requests.labels(method, endpoint, str(status)).inc()
-        self._seconds.labels(method, endpoint).observe(seconds)
+        tallies = self._answers.get((method, path, status)) or self._answer_tallies(method, path, status)
+        tallies[0].count += 1
+        tallies[1].observe(seconds)
 
     def inference(self, url: str, status: int) -> None:
-        self._inference.labels(url, "", "", str(status)).inc()
+        tally = self._inferences.get((url, status))
+        if tally is None:
+            child = self._inference.labels(url, "", "", str(status))
+            tally = self._inferences[url, status] = CounterTally(child)
+        tally.count += 1
 
     def retried(self, replica: str) -> None:
         self._retries.labels(replica).inc()
 
+    def resumed(self, replica: str) -> None:
+        self._resumes.labels(replica).inc()
+
+    def broken_off(self, replica: str) -> None:
+        self._broken.labels(replica).inc()
+
+    def flush(self) -> None:
+        """Shows what has been counted. Several times a second."""
+        for counter, histogram in self._answers.values():
+            counter.flush()
+            histogram.flush()
+        for counter in self._inferences.values():
+            counter.flush()
+        for tally in (self._waited, self._relay, self._pick):
+            tally.flush()
+
     def exposition(self) -> bytes:
-        return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        registry.register(_BoardCollector(self._board))
+        return generate_latest(registry)
+
+    def _answer_tallies(self, method: str, path: str, status: int) -> tuple[CounterTally, HistogramTally]:
+        key = (method if method in _METHODS else "other", path if path in _ENDPOINTS else "other", status)
+        tallies = self._answers.get(key)
+        if tallies is None:
+            tallies = self._answers[key] = (
+                CounterTally(self._requests.labels(key[0], key[1], str(status))),
+                HistogramTally(self._seconds.labels(key[0], key[1]), _SECONDS),
+            )
+        return tallies
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self._registry)
 
 
 class _BoardCollector(Collector):
@@ -85,10 +155,14 @@ class _BoardCollector(Collector):
         labels = ["replica", "url"]
         in_flight = GaugeMetricFamily("fd_router_in_flight", "Requests in flight.", labels=labels)
         up = GaugeMetricFamily("fd_router_replica_up", "1 if the replica may be chosen.", labels=labels)
+        draining = GaugeMetricFamily("fd_router_replica_draining", "1 if it gets nothing new.", labels=labels)
+        weight = GaugeMetricFamily("fd_router_replica_weight", "Its speed; 1 is normal.", labels=labels)
         picks = CounterMetricFamily("fd_router_picks", "Times the replica was chosen.", labels=labels)
         for row in self._board.status():
             values = [row.instance.name, row.instance.url]
             in_flight.add_metric(values, row.in_flight)
             up.add_metric(values, int(row.up))
+            draining.add_metric(values, int(row.draining or row.leaving))
+            weight.add_metric(values, row.weight)
             picks.add_metric(values, row.picks)
-        yield from (in_flight, up, picks)
+        yield from (in_flight, up, draining, weight, picks)

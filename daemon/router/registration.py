@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import FastDeployError
@@ -16,6 +17,9 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ROLES = ("mixed", "prefill", "decode")
 _PROTOCOLS = ("ipc", "rdma")
+#: Of each list; a registration must fit into a row of the board.
+_MAX_ITEMS = 32
+_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 class RegistrationError(FastDeployError):
@@ -28,7 +32,7 @@ class RegistrationError(FastDeployError):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One mixed instance. Its identity is the URL."""
+    """One mixed instance. Its identity is the URL, and the id of this start of it if it sends one."""
 
     host: str
     port: int
@@ -40,6 +44,14 @@ class Instance:
     transfer_protocol: tuple[str, ...] = ()
     rdma_ports: tuple[str, ...] = ()
     device_ids: tuple[str, ...] = ()
+    #: Drawn at each start of a replica: another one at the same URL is another process. FastDeploy's own
+    #: engines do not send this, nor what follows.
+    instance: str = ""
+    features: tuple[str, ...] = ()
+    #: Requests that it takes at a time.
+    max_concurrency: int | None = None
+    #: What /internal/resume asks for: whoever has it reads and writes other people's answers.
+    token: str = field(default="", repr=False)
 
     @property
     def url(self) -> str:
@@ -66,13 +78,17 @@ class Instance:
             "rdma_ports": list(self.rdma_ports),
             "device_ids": list(self.device_ids),
             "replica": self.replica,
+            "instance": self.instance,
+            "features": list(self.features),
+            "max_concurrency": self.max_concurrency,
         }
 
     def registration(self) -> dict[str, Any]:
-        """As it would register itself; `from_fields` reads it back."""
+        """As it would register itself, secrets and all; `from_fields` reads it back."""
         fields = self.wire()
         del fields["url"], fields["worker_type"]
-        return {"role": ROLES[0], "host_ip": self.host, "port": str(self.port), **fields}
+        own = {"role": ROLES[0], "host_ip": self.host, "port": str(self.port), "token": self.token}
+        return {**own, **fields}
 
 
 class AllowedAddresses:
@@ -82,13 +98,13 @@ class AllowedAddresses:
         self._networks = tuple(networks)
 
     def __contains__(self, address: str) -> bool:
-        try:
-            ip = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        return ip.is_loopback or any(ip in network for network in self._networks) or _is_own(ip)
+        ip = _ip(address)
+        return ip is not None and (any(ip in network for network in self._networks) or self.is_own(address))
+
+    def is_own(self, address: str) -> bool:
+        """It is an IP address of this machine."""
+        ip = _ip(address)
+        return ip is not None and (ip.is_loopback or _is_own(ip))
 
 
 def parse(body: bytes) -> Instance:
@@ -97,13 +113,21 @@ def parse(body: bytes) -> Instance:
     Raises:
         RegistrationError: with FastDeploy's text for that fault.
     """
+    return from_fields(_object(body))
+
+
+def parse_farewell(body: bytes) -> tuple[str, str]:
+    """The body of POST /deregister: the URL, and the id of that start of the replica ("" if it has none).
+
+    Raises:
+        RegistrationError: it is wrong.
+    """
+    fields = _object(body)
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RegistrationError(f"Invalid InstanceInfo JSON format: {error}") from None
-    if not isinstance(fields, dict):
-        raise RegistrationError("Invalid InstanceInfo JSON format: a JSON object is expected")
-    return from_fields(fields)
+        gone = Instance(_host(fields.get("host_ip")), _port("port", fields.get("port")))
+        return gone.url, _id("instance", fields.get("instance"))
+    except ValueError as error:
+        raise RegistrationError(f"invalid InstanceInfo format: {error}") from None
 
 
 def from_fields(fields: dict[str, Any]) -> Instance:
@@ -125,12 +149,36 @@ def from_fields(fields: dict[str, Any]) -> Instance:
             transfer_protocol=_protocols(fields.get("transfer_protocol")),
             rdma_ports=_texts("rdma_ports", fields.get("rdma_ports")),
             device_ids=_texts("device_ids", fields.get("device_ids")),
+            instance=_id("instance", fields.get("instance")),
+            features=_texts("features", fields.get("features")),
+            max_concurrency=_max_concurrency(fields.get("max_concurrency")),
+            token=_token(fields.get("token")),
         )
     except ValueError as error:
         raise RegistrationError(f"invalid InstanceInfo format: {error}") from None
     if role != ROLES[0]:
         raise RegistrationError("only MIXED instances are allowed")
     return instance
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RegistrationError(f"Invalid InstanceInfo JSON format: {error}") from None
+    if not isinstance(fields, dict):
+        raise RegistrationError("Invalid InstanceInfo JSON format: a JSON object is expected")
+    return fields
+
+
+def _ip(address: str) -> IPAddress | None:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return None
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped
+    return ip
 
 
 def _is_own(ip: IPAddress) -> bool:
@@ -190,6 +238,29 @@ def _replica(value: Any) -> int | None:
     return value
 
 
+def _id(name: str, value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str) or not _ID.fullmatch(value):
+        raise ValueError(f"invalid {name}: {_short(value)}")
+    return value
+
+
+def _token(value: Any) -> str:
+    try:
+        return _id("token", value)
+    except ValueError:
+        raise ValueError("invalid token") from None  # the log is no place for it, even for a wrong one
+
+
+def _max_concurrency(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+        raise ValueError(f"invalid max_concurrency: {_short(value)}")
+    return value
+
+
 def _protocols(value: Any) -> tuple[str, ...]:
     protocols = _texts("transfer_protocol", value)
     for protocol in protocols:
@@ -208,11 +279,10 @@ def _text(name: str, value: Any) -> str:
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    if not isinstance(value, list):
+    items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if not isinstance(items, list) or len(items) > _MAX_ITEMS:
         raise ValueError(f"invalid {name}: {_short(value)}")
-    return tuple(_scalar(name, item) for item in value)
+    return tuple(_scalar(name, item) for item in items)
 
 
 def _scalar(name: str, value: Any) -> str:

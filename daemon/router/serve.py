@@ -1,4 +1,4 @@
-"""fd-router: the command line, the listening socket and gunicorn's settings."""
+"""fd-router: the listening sockets and gunicorn's settings."""
 
 from __future__ import annotations
 
@@ -7,85 +7,123 @@ import ctypes
 import ipaddress
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
-from ... import __version__, log
-from ...command_line import CommandLine
+from ... import log
 from ...errors import ConfigError
-from ...file_limit import allow_open_files, connections_of, descriptors_of
-from .app import Router
-from .keys import read_keys
-from .policies import POLICIES, policy_named
-from .registration import IPNetwork
+from ...file_limit import allow_open_files
+from .board import Board, BoardError
+from .board_memory import WORKERS
+from .flags import files_needed, parser, settings_of
+from .registration import AllowedAddresses
 from .registry import RegistryFile
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .app import Router
 
 logger = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
 EXIT_ADDRESS = 5
+EXIT_UPGRADE = 6
 _PR_SET_PDEATHSIG = 1
-_LEVELS = ("debug", "info", "warning", "error")
+#: What the program that replaces this one finds: gunicorn's word that it is one, and the board.
+_REPLACES = "GUNICORN_PID"
+_BOARD = "FD_ROUTER_BOARD"
+_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     try:
-        arguments = _parser().parse_args(argv)
-        settings = _settings(arguments)
+        arguments = parser().parse_args(argv)
+        _require("uvloop", "httptools")
+        settings = settings_of(arguments)
         RegistryFile(settings.registry_file).prepare()
-        allow_open_files(descriptors_of(settings.threads), f"--threads {settings.threads}")
+        allow_open_files(files_needed(settings), f"--max-connections {settings.max_connections}")
         log.configure("router", "router.log")
         logging.getLogger().setLevel(arguments.log_level.upper())
     except ConfigError as error:
         _exit(EXIT_USAGE, error)
-    try:
-        listener = _listen(settings.host, settings.port)
-    except OSError as error:
-        reason = error.strerror or error
-        _exit(EXIT_ADDRESS, f"cannot listen on {settings.host} port {settings.port}: {str(reason).lower()}")
-    _Server(settings, listener).run()
+    if _REPLACES in os.environ:
+        # Started by SIGUSR2: the listening sockets, the board and the counters are those of the old program.
+        try:
+            _Server(arguments, settings, []).run()
+        except BoardError as error:
+            _exit(EXIT_UPGRADE, f"the old program cannot be replaced, it goes on: {error}")
+    listeners = [_listen_or_exit(settings)]
+    if settings.admin_socket is not None:
+        listeners.append(_listen_on_path_or_exit(settings.admin_socket))
+    board = Board.create()
+    RegistryFile(settings.registry_file).restore(board, AllowedAddresses(settings.allow_hosts))
+    os.environ[_BOARD] = str(board.descriptor)
+    # prometheus_client looks at it when it is imported: by the workers, later.
+    os.environ[_METRICS] = tempfile.mkdtemp(prefix="fd-router-metrics-")
+    _Server(arguments, settings, listeners).run()
 
 
 class _Server(BaseApplication):
-    """One gunicorn worker: the board lives in its memory."""
+    """gunicorn's arbiter. The board lives in memory that its workers share."""
 
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
-        self._settings = settings
-        self._descriptor = listener.detach()
+    def __init__(
+        self, arguments: argparse.Namespace, settings: Settings, listeners: Sequence[socket.socket]
+    ) -> None:
+        self._arguments = arguments
+        self.settings = settings
+        self._binds = [f"fd://{listener.detach()}" for listener in listeners]
+        self.board = Board.attach(int(os.environ[_BOARD]))
+        self._is_running = False
         super().__init__()
 
     def load_config(self) -> None:
-        settings = self._settings
+        if self._is_running:
+            self._read_again()
+        self._is_running = True
+        settings = self.settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         values = {
-            "bind": f"fd://{self._descriptor}",
+            "bind": self._binds or [f"{host}:{settings.port}"],
             "worker_class": "fastdeploy.daemon.router.worker.RouterWorker",
-            "workers": 1,
-            "threads": settings.threads,
-            "worker_connections": connections_of(settings.threads),
-            "keepalive": 60,
-            # The daemon decides about a router that hangs; requests last as long as they last.
-            "timeout": 0,
+            "workers": settings.workers,
+            # Of a worker that hangs; requests last as long as they last.
+            "timeout": settings.worker_timeout,
             "graceful_timeout": settings.graceful_timeout,
             "logger_class": _ThroughRoot,
             "proc_name": "fd-router",
             # Its default path is one for all gunicorns of a user, and nobody here asks it anything.
             "control_socket_disable": True,
-            "post_fork": _die_with_parent,
+            "pre_fork": _before_fork,
+            "post_fork": _after_fork,
             "post_worker_init": _start,
+            "on_exit": _ended,
         }
         for key, value in values.items():
             self.cfg.set(key, value)
 
     def load(self) -> Router:
-        return Router(self._settings)
+        # In the worker: its imports must find the directory of the metrics.
+        from .app import Router
+
+        return Router(self.settings, self.board)
+
+    def _read_again(self) -> None:
+        """On SIGHUP: keys and the certificate are read anew. What is wrong with them now changes nothing."""
+        try:
+            self.settings = settings_of(self._arguments)
+        except ConfigError as error:
+            logger.error("reload: %s; going on as before", error)
 
 
 class _ThroughRoot(Logger):
@@ -108,17 +146,43 @@ class _ThroughRoot(Logger):
 def _start(worker: Any) -> None:
     router: Router = worker.wsgi
     router.start()
-    settings: Settings = worker.app._settings
+    settings: Settings = worker.app.settings
     logger.info("listening on %s port %d", settings.host, settings.port)
     if ipaddress.ip_address(settings.host).is_loopback:
         logger.info("reachable from this machine only; --host 0.0.0.0 opens the router to the network")
 
 
-def _die_with_parent(server: Any, worker: Any) -> None:
-    """Otherwise a worker whose arbiter was killed would keep the port from the next router."""
+def _before_fork(server: Any, worker: Any) -> None:
+    """Reloads, again and again, while long streams run: the oldest of them must make room on the board."""
+    while len(server.WORKERS) >= WORKERS:
+        oldest = min(server.WORKERS, key=lambda pid: server.WORKERS[pid].age)
+        logger.warning("worker %d ends with what it has: %d workers are all there can be", oldest, WORKERS)
+        server.kill_worker(oldest, signal.SIGKILL)
+        while oldest in server.WORKERS:
+            server.reap_workers()
+            time.sleep(0.01)
+
+
+def _after_fork(server: Any, worker: Any) -> None:
+    """Dies with its parent: a worker whose arbiter was killed would keep the port from the next router."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != server.pid:
         os._exit(1)  # it died before the line above
+
+
+def _ended(server: Any) -> None:
+    """The last to use them removes the counters: not while there is a program that replaces this one, or one
+    that this one was to replace."""
+    if not server.reexec_pid and not server.master_pid:
+        shutil.rmtree(os.environ[_METRICS], ignore_errors=True)
+
+
+def _listen_or_exit(settings: Settings) -> socket.socket:
+    try:
+        return _listen(settings.host, settings.port)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        _exit(EXIT_ADDRESS, f"cannot listen on {settings.host} port {settings.port}: {reason}")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -130,102 +194,29 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    if arguments.splitwise:
-        raise ConfigError("--splitwise: disaggregated prefill and decode is not there; leave the flag out")
-    if arguments.config_path is not None:
-        raise ConfigError("--config_path: FastDeploy's YAML is not read; use the flags (fd-router --help)")
-    if arguments.workers != 1:
-        raise ConfigError(f"--workers is {arguments.workers}; the board lives in one process: use 1")
-    if arguments.log_level not in _LEVELS:
-        raise ConfigError(f"--log-level is {arguments.log_level!r}; it must be one of {', '.join(_LEVELS)}")
+def _listen_on_path_or_exit(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        host = str(ipaddress.ip_address("127.0.0.1" if arguments.host == "localhost" else arguments.host))
-    except ValueError:
+        # Left by one that was killed; a living router has the port, and we would not be here.
+        path.unlink(missing_ok=True)
+        before = os.umask(0o117)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as error:
+        _exit(EXIT_ADDRESS, f"cannot listen on {path}: {(error.strerror or str(error)).lower()}")
+    listener.listen(64)
+    return listener
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
         raise ConfigError(
-            f"--host is {arguments.host!r}; it must be an IP address, e.g. 127.0.0.1 or 0.0.0.0"
-        ) from None
-    return Settings(
-        host=host,
-        port=arguments.port,
-        policy=policy_named(arguments.policy),
-        threads=arguments.threads,
-        request_timeout=arguments.request_timeout_secs,
-        max_body_bytes=arguments.max_body_bytes,
-        keys=read_keys(arguments.api_keys_file, os.environ.get("FD_API_KEY", "")),
-        allow_hosts=tuple(_network(text) for text in arguments.allow_host),
-        registry_file=arguments.registry_file,
-        graceful_timeout=arguments.graceful_timeout_secs,
-        health_interval=arguments.health_check_interval_secs,
-    )
-
-
-def _network(text: str) -> IPNetwork:
-    try:
-        return ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise ConfigError(
-            f"--allow-host is {text!r}; it must be an address or a network, e.g. 10.0.0.0/24"
-        ) from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandLine(
-        prog="fd-router",
-        description="Spreads OpenAI requests over the replicas that have registered themselves.",
-        epilog="Exit codes: 0 after SIGTERM or SIGINT, 2 the command line is wrong, 5 the address cannot be "
-        "listened on. Environment: FD_API_KEY (keys, separated by commas), FD_LOG_DIR, FD_LOG_BACKUP_COUNT.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
-    add("--port", type=int, default=30000, help="port to listen on (default %(default)s)")
-    add("--policy", default="request_num", help=f"one of {', '.join(POLICIES)} (default %(default)s)")
-    add(
-        "--registry-file",
-        type=Path,
-        metavar="FILE",
-        help="remembers the replicas over a restart of the router",
-    )
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NET",
-        help="address or network from which replicas may register besides this machine; may be repeated",
-    )
-    add("--api-keys-file", type=Path, metavar="FILE", help="keys that /v1 asks for, one a line")
-    add(
-        "--threads",
-        type=int,
-        default=512,
-        help="requests and connections served at a time (default %(default)s)",
-    )
-    add("--workers", type=int, default=1, help="processes; only 1 for now")
-    add(
-        "--request-timeout-secs",
-        type=float,
-        default=1800.0,
-        help="silence after which a replica's answer is given up (default %(default)g)",
-    )
-    add("--max-body-bytes", type=int, default=10 << 20, help="largest request body (default %(default)s)")
-    add(
-        "--graceful-timeout-secs",
-        type=int,
-        default=10,
-        help="time that requests get to end after SIGTERM (default %(default)s)",
-    )
-    add(
-        "--health-check-interval-secs",
-        type=float,
-        default=2.0,
-        help="time between two looks at a replica (default %(default)g)",
-    )
-    add("--log-level", default="info", help=f"one of {', '.join(_LEVELS)} (default %(default)s)")
-    add("--splitwise", action="store_true", help=argparse.SUPPRESS)
-    add("--config_path", help=argparse.SUPPRESS)
-    add("--version", "-V", action="version", version=f"fd-router {__version__}")
-    return parser
+            f"the router needs {' and '.join(missing)}, which is not installed: "
+            f"{sys.executable} -m pip install {' '.join(missing)}"
+        )
 
 
 def _exit(code: int, message: object) -> NoReturn:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from ssl import SSLContext
+from typing import TYPE_CHECKING
 
 from ...errors import ConfigError
 from .keys import ApiKeys
 from .policies import Policy
 from .registration import IPNetwork
 
-#: Threads that no relayed request gets: registration and health checks go on when all others are taken.
-_RESERVED = 16
+if TYPE_CHECKING:
+    from .redis_board import RedisAddress
+
+#: As many as the board has columns for, and as many again while a reload replaces them.
+_MOST_WORKERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,34 +24,66 @@ class Settings:
     host: str
     port: int
     policy: Policy
-    threads: int
-    #: Seconds of silence after which a replica's answer is given up.
+    workers: int
+    #: Clients connected at a time, for each worker.
+    max_connections: int
+    #: Requests under way at a time, for each worker.
+    max_in_flight: int
+    #: Requests that wait for a replica that is not full, in each worker, and seconds that they do.
+    queue_size: int
+    queue_timeout: float
+    #: Seconds of silence after which an answer of a replica that gives no signs of life is given up,
     request_timeout: float
+    #: and one of a replica that does.
+    progress_timeout: float
     max_body_bytes: int
+    #: Seconds that a client gets for each step, and without a request between two.
+    client_timeout: float
+    keep_alive: float
+    #: What clients of /v1 must show; registrations from other machines; and those who drain replicas.
     keys: ApiKeys
+    register_keys: ApiKeys
+    admin_keys: ApiKeys
     allow_hosts: tuple[IPNetwork, ...]
     registry_file: Path | None
+    #: A unix socket on which no admin key is asked for.
+    admin_socket: Path | None
     #: Seconds that requests get to end after SIGTERM.
     graceful_timeout: int
+    #: Seconds without a sign of life after which a worker is replaced.
+    worker_timeout: int
     #: Seconds between two looks at a replica.
     health_interval: float
+    #: Shared with routers on other machines.
+    redis: RedisAddress | None
+    tls: SSLContext | None
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be 1..65535")
-        if self.threads <= _RESERVED:
-            raise ConfigError(f"--threads is {self.threads}; it must be more than {_RESERVED}")
-        if self.request_timeout <= 0:
-            raise ConfigError(f"--request-timeout-secs is {self.request_timeout:g}; it must be more than 0")
-        if self.max_body_bytes < 1:
-            raise ConfigError(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1")
-        if self.health_interval <= 0:
-            raise ConfigError(
-                f"--health-check-interval-secs is {self.health_interval:g}; it must be more than 0"
-            )
+        if not 1 <= self.workers <= _MOST_WORKERS:
+            raise ConfigError(f"--workers is {self.workers}; it must be 1..{_MOST_WORKERS}")
+        for name, number in (
+            ("--max-connections", self.max_connections),
+            ("--max-in-flight", self.max_in_flight),
+            ("--max-body-bytes", self.max_body_bytes),
+        ):
+            if number < 1:
+                raise ConfigError(f"{name} is {number}; it must be at least 1")
+        for name, seconds in (
+            ("--request-timeout-secs", self.request_timeout),
+            ("--progress-timeout-secs", self.progress_timeout),
+            ("--queue-timeout-secs", self.queue_timeout),
+            ("--client-timeout-secs", self.client_timeout),
+            ("--keep-alive-secs", self.keep_alive),
+            ("--health-check-interval-secs", self.health_interval),
+        ):
+            if seconds <= 0:
+                raise ConfigError(f"{name} is {seconds:g}; it must be more than 0")
+        if self.queue_size < 0:
+            raise ConfigError(f"--queue-size is {self.queue_size}; it must be at least 0")
         if self.graceful_timeout < 0:
             raise ConfigError(f"--graceful-timeout-secs is {self.graceful_timeout}; it must be at least 0")
-
-    @property
-    def max_in_flight(self) -> int:
-        return self.threads - _RESERVED
+        # It gives a sign of life each second.
+        if self.worker_timeout < 3:
+            raise ConfigError(f"--worker-timeout-secs is {self.worker_timeout}; it must be at least 3")

@@ -1,254 +1,334 @@
-"""Requests to replicas: one blocking exchange at a time on connections that are kept and used again."""
+"""Connections to replicas: one request at a time on each; they are kept and used again.
+
+Strict about what is an answer: a head or a body that ends early is a failure, never an answer that only looks
+complete. What has come is handed out without waiting for more.
+"""
 
 from __future__ import annotations
 
-import io
-import select
-import socket
-import threading
+import asyncio
+import enum
 import time
-from dataclasses import dataclass
-from typing import cast
+from collections import deque
+from typing import Protocol, cast
 
-from ...errors import FastDeployError
-from .registration import Instance
-from .response import PIECE, Cut, Headers, Response, ResponseError, Unanswered
+import httptools
+
+from .board import Seat
+from .incoming import RawHeaders
 
 _CONNECT_TIMEOUT = 5.0
 #: A kept connection that nobody used for so long is closed.
 _MAX_IDLE_SECONDS = 30.0
-_MAX_IDLE_PER_REPLICA = 64
-_BODILESS = ("GET", "HEAD", "OPTIONS", "DELETE")
+_MAX_IDLE_PER_REPLICA = 1024
+_MAX_HEAD = 128 << 10
+#: Bytes of a body that hold nothing: an endless chunk extension or trailer.
+_MAX_NOTHING = 128 << 10
 
 
-class Unreachable(FastDeployError):
-    """No connection: nothing was sent."""
+class Fault(enum.Enum):
+    #: No connection: nothing was sent.
+    UNREACHABLE = "unreachable"
+    #: The connection ended before a whole head had come.
+    UNANSWERED = "unanswered"
+    #: The body ended before its end.
+    CUT = "cut"
+    #: What came is not HTTP.
+    GARBLED = "garbled"
+    #: Nothing came for too long.
+    SILENT = "silent"
 
 
-class Silent(FastDeployError):
-    """Nothing came for longer than the request timeout."""
+class Reply(Protocol):
+    """Who gets the answer. Nothing is called any more once `failed` or `ended` was, or after `cancel`."""
+
+    def began(self, connection: ReplicaConnection) -> None:
+        """The head has come: `connection.status`, `.reason`, `.headers`."""
+
+    def received(self, body: bytes) -> None:
+        """A piece of the body, as it came."""
+
+    def ended(self) -> None:
+        """The answer is whole."""
+
+    def failed(self, fault: Fault, why: str) -> None: ...
 
 
-class Cancelled(FastDeployError):
-    """The client has gone; there is nobody to answer."""
+class ReplicaConnection(asyncio.Protocol):
+    """A socket to a replica. Callbacks come from the event loop."""
 
+    def __init__(self, pool: ConnectionPool, seat: Seat) -> None:
+        self.seat = seat
+        self.idle_since = 0.0
+        #: When bytes last came, or a request was sent.
+        self.heard_at = 0.0
+        self.status = 0
+        self.reason = b""
+        self.headers: RawHeaders = []
+        #: Of the answer, by its head; None without a length.
+        self.length: int | None = None
+        self.content_type = b""
+        self.has_retry_after = False
+        self._pool = pool
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._parser = httptools.HttpResponseParser(self)
+        self._reply: Reply | None = None
+        self._is_head = False
+        self._has_begun = False
+        self._until_close = False
+        self._head_bytes = 0
+        self._nothing_bytes = 0
+        self._pieces: list[bytes] = []
+        self._complete = False
+        self._extra = False
+        self._is_reusable = False
 
-#: Everything that can be wrong with a replica's answer. `Cancelled` is the client's doing.
-UpstreamError = (Unreachable, Silent, ResponseError)
+    # ---- for the one that has it
 
-
-class Cancellation:
-    """The socket that a request waits on just now, so that another thread can end the wait."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self.cancelled = False
+    def send(self, request: bytes, reply: Reply, is_head: bool = False) -> None:
+        """`is_head`: the request is a HEAD, so that there is no body whatever the head says."""
+        self._reply = reply
+        self._is_head = is_head
+        self._reset()
+        self.heard_at = time.monotonic()
+        self._transport.write(request)
 
     def cancel(self) -> None:
-        with self._lock:
-            self.cancelled = True
-            if self._socket is not None:
-                _shutdown(self._socket)
+        """Ends the connection, which cancels the request."""
+        self._reply = None
+        self._transport.abort()
 
-    def attach(self, sock: socket.socket) -> None:
-        """Raises Cancelled if it is too late."""
-        with self._lock:
-            if self.cancelled:
-                raise Cancelled("the client has gone")
-            self._socket = sock
+    def pause(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
 
-    def detach(self) -> None:
-        """Before the socket goes back to the others: a late cancel must not hit the next request on it."""
-        with self._lock:
-            self._socket = None
+    def resume(self) -> None:
+        if not self._transport.is_closing():
+            # What came meanwhile has not been read, and is no silence.
+            self.heard_at = time.monotonic()
+            self._transport.resume_reading()
 
+    @property
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is sent. Host and Content-Length are not among the headers: they follow from the rest."""
+    @property
+    def is_fresh(self) -> bool:
+        """No answer has come on it yet."""
+        return self.idle_since == 0.0
 
-    method: str
-    target: str
-    headers: Headers
-    body: bytes = b""
+    # ---- from the event loop
 
-    def head(self, authority: str) -> bytes:
-        lines = [f"{self.method} {self.target} HTTP/1.1", f"Host: {authority}"]
-        lines += [f"{name}: {value}" for name, value in self.headers]
-        if self.body or self.method not in _BODILESS:
-            lines.append(f"Content-Length: {len(self.body)}")
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
 
-
-class Connections:
-    """Kept connections to all replicas. Thread-safe; each connection belongs to one request at a time."""
-
-    def __init__(self, timeout: float) -> None:
-        """`timeout`: seconds of silence after which a replica's answer is given up."""
-        self._timeout = timeout
-        self._lock = threading.Lock()
-        self._idle: dict[str, list[tuple[socket.socket, float]]] = {}
-
-    def send(self, instance: Instance, request: Request, cancellation: Cancellation) -> Reply:
-        """Sends a request and waits for the head of the answer. The caller closes the reply.
-
-        Raises:
-            Unreachable, Silent, ResponseError: see there.
-            Cancelled: `cancellation` ended the wait.
-        """
-        kept = self._take(instance)
-        if kept is not None:
-            try:
-                return self._exchange(kept, instance, request, cancellation)
-            except Unanswered:
-                # A server may close a kept connection at the very moment it is used. Nothing was answered, so
-                # a new connection to the same replica decides whether the replica is there.
-                pass
-        return self._exchange(self._connect(instance), instance, request, cancellation)
-
-    def keep(self, sock: socket.socket, instance: Instance) -> None:
-        """Takes back a connection whose last answer was read to its end."""
-        with self._lock:
-            idle = self._idle.setdefault(instance.authority, [])
-            if len(idle) < _MAX_IDLE_PER_REPLICA:
-                idle.append((sock, time.monotonic()))
-                return
-        sock.close()
-
-    def sweep(self) -> None:
-        """Closes kept connections which the other side closed or nobody used for long. Call now and then."""
-        limit = time.monotonic() - _MAX_IDLE_SECONDS
-        with self._lock:
-            for authority in list(self._idle):
-                fit = []
-                for sock, since in self._idle.pop(authority):
-                    if since > limit and _is_quiet(sock):
-                        fit.append((sock, since))
-                    else:
-                        sock.close()
-                if fit:
-                    self._idle[authority] = fit
-
-    def _take(self, instance: Instance) -> socket.socket | None:
-        while True:
-            with self._lock:
-                idle = self._idle.get(instance.authority)
-                if not idle:
-                    return None
-                sock, _ = idle.pop()
-            if _is_quiet(sock):
-                return sock
-            sock.close()
-
-    def _connect(self, instance: Instance) -> socket.socket:
-        try:
-            sock = socket.create_connection((instance.host, instance.port), timeout=_CONNECT_TIMEOUT)
-        except OSError as error:
-            raise Unreachable(f"no connection to {instance.authority} ({_reason(error)})") from None
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(self._timeout)
-        return sock
-
-    def _exchange(
-        self, sock: socket.socket, instance: Instance, request: Request, cancellation: Cancellation
-    ) -> Reply:
-        try:
-            cancellation.attach(sock)
-            try:
-                head = request.head(instance.authority)
-                if len(request.body) < PIECE:
-                    sock.sendall(head + request.body)
-                else:
-                    sock.sendall(head)
-                    sock.sendall(request.body)
-            except (BrokenPipeError, ConnectionResetError):
-                # It may have answered (too large, not authorised) and closed without reading the whole body.
-                pass
-            return Reply(sock, instance, request.method, cancellation, self)
-        except BaseException as error:
-            cancellation.detach()
-            sock.close()
-            if cancellation.cancelled:
-                raise Cancelled("the client has gone") from None
-            if isinstance(error, TimeoutError):
-                raise Silent(f"{instance.authority} was silent for {self._timeout:.0f} s") from None
-            if isinstance(error, OSError):
-                raise Unanswered(f"{instance.authority} closed the connection ({_reason(error)})") from None
-            if isinstance(error, ResponseError):
-                raise type(error)(f"{instance.authority} did not answer: {error}") from None
-            raise
-
-
-class Reply:
-    """A replica's answer; its head has arrived."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        instance: Instance,
-        method: str,
-        cancellation: Cancellation,
-        connections: Connections,
-    ) -> None:
-        self._socket = sock
-        self._instance = instance
-        self._cancellation = cancellation
-        self._connections = connections
-        self._closed = False
-        self._file = cast(io.BufferedReader, sock.makefile("rb", PIECE))
-        try:
-            self.response = Response(self._file, method)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def read(self) -> bytes:
-        """The next piece of the body as it came; b"" at the end.
-
-        Raises:
-            Cut: the connection ended too early.
-            Silent: nothing came for too long.
-            Cancelled: the client has gone.
-        """
-        try:
-            return self.response.read()
-        except (OSError, Cut) as error:
-            if self._cancellation.cancelled:
-                raise Cancelled("the client has gone") from None
-            authority = self._instance.authority
-            if isinstance(error, TimeoutError):
-                raise Silent(f"{authority} fell silent in the middle of its answer") from None
-            detail = _reason(error) if isinstance(error, OSError) else error
-            raise Cut(f"{authority} did not finish its answer: {detail}") from None
-
-    def close(self) -> None:
-        """Keeps the connection if the answer was read to its end, else ends it: that cancels the request."""
-        if self._closed:
+    def data_received(self, data: bytes) -> None:
+        reply = self._reply
+        if reply is None:
+            # Bytes that nobody asked for: what comes next could be taken for another's answer.
+            self._pool.forget(self)
+            self._transport.abort()
             return
-        self._closed = True
-        self._cancellation.detach()
-        self._file.close()
-        if self.response.ended and self.response.reusable and not self._cancellation.cancelled:
-            self._connections.keep(self._socket, self._instance)
+        self.heard_at = time.monotonic()
+        if not self._has_begun:
+            self._head_bytes += len(data)
+        problem = None
+        try:
+            self._parser.feed_data(data)
+            if not self._has_begun and self._head_bytes > _MAX_HEAD:
+                problem = "its head has no end"
+        except httptools.HttpParserUpgrade:
+            problem = "it switched protocols unasked"
+        except httptools.HttpParserError as error:
+            problem = f"{data[:40]!r}: {error.__context__ or error}"
+        if self._reply is not reply:
+            return  # the head made the request end
+        if self._pieces:
+            self._nothing_bytes = 0
+            pieces = self._pieces
+            self._pieces = []
+            reply.received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            if self._reply is not reply:
+                return
+        elif self._has_begun:
+            self._nothing_bytes += len(data)
+            if self._nothing_bytes > _MAX_NOTHING:
+                problem = "something without end"
+        if self._complete:
+            self._finish(reply)
+        elif problem is not None:
+            # In the middle of a body it is no better than a cut.
+            fault = Fault.CUT if self._has_begun else Fault.GARBLED
+            self._fail(fault, f"{problem} came instead of an answer" if data[:1] else problem)
+
+    def eof_received(self) -> None:
+        return None  # the transport closes itself
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.forget(self)
+        reply = self._reply
+        if reply is None:
+            return
+        why = "the connection was closed" if exc is None else str(exc).lower()
+        if self._has_begun and self._until_close and exc is None:
+            self._reply = None
+            reply.ended()
         else:
-            _shutdown(self._socket)
-            self._socket.close()
+            self._fail(Fault.CUT if self._has_begun else Fault.UNANSWERED, why)
+
+    # ---- from the parser
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            self._extra = True
+
+    def on_status(self, status: bytes) -> None:
+        self.reason += status
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._complete and not self._has_begun:
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        reply = self._reply
+        if self._complete or reply is None:
+            return
+        status = self._parser.get_status_code()
+        if status < 100:
+            raise ValueError(f"there is no status {status}")
+        if status < 200:
+            # An interim answer: a sign of life.
+            self.reason, self.headers = b"", []
+            self._head_bytes = 0
+            return
+        self.status = status
+        self._read_framing()
+        self._has_begun = True
+        reply.began(self)
+
+    def on_body(self, body: bytes) -> None:
+        if self._complete:
+            self._extra = True
+        else:
+            self._pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._has_begun:
+            self._complete = True
+            # The parser knows it only now.
+            self._is_reusable = self._parser.should_keep_alive()
+
+    # ---- the rest
+
+    def _reset(self) -> None:
+        self.status, self.reason, self.headers, self.length = 0, b"", [], None
+        self.content_type, self.has_retry_after = b"", False
+        self._has_begun = self._complete = self._until_close = self._extra = self._is_reusable = False
+        self._head_bytes = self._nothing_bytes = 0
+        self._pieces = []
+
+    def _read_framing(self) -> None:
+        chunked = False
+        for name, value in self.headers:
+            if name == b"content-length":
+                self.length = int(value)
+            elif name == b"transfer-encoding":
+                chunked = True
+                if value.lower() != b"chunked":
+                    raise ValueError("the only transfer coding that is taken is chunked")
+            elif name == b"content-type":
+                self.content_type = value.lower()
+            elif name == b"retry-after":
+                self.has_retry_after = True
+        if chunked:
+            # Chunking overrides a length.
+            self.length = None
+        bodiless = self._is_head or self.status in (204, 304)
+        if self._is_head:
+            # The parser waits for a body that does not come.
+            self._complete = True
+        self._until_close = not chunked and self.length is None and not bodiless
+
+    def _finish(self, reply: Reply) -> None:
+        self._reply = None
+        keep = self._is_reusable and not self._extra
+        self.idle_since = time.monotonic()
+        if keep and not self._transport.is_closing():
+            # The client may have paused it with the very last piece, and is not the next one's.
+            self._transport.resume_reading()
+            self._pool.keep(self)
+        else:
+            self._transport.abort()
+        reply.ended()
+
+    def _fail(self, fault: Fault, why: str) -> None:
+        reply, self._reply = self._reply, None
+        self._transport.abort()
+        if reply is not None:
+            reply.failed(fault, why)
 
 
-def _is_quiet(sock: socket.socket) -> bool:
-    """Nothing to read: neither a close nor bytes that nobody asked for."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN | select.POLLRDHUP)
-    return not poll.poll(0)
+class ConnectionPool:
+    """All kept connections of one worker. Belongs to its event loop."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Seat, deque[ReplicaConnection]] = {}
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    def take(self, seat: Seat) -> ReplicaConnection | None:
+        """One that is kept, if there is."""
+        idle = self._idle.get(seat)
+        return idle.pop() if idle else None
+
+    def connect(self, seat: Seat, then: Connecting) -> None:
+        """Opens one and tells `then`."""
+        task = asyncio.get_running_loop().create_task(self._connect(seat, then))
+        # The loop itself holds tasks weakly.
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    def keep(self, connection: ReplicaConnection) -> None:
+        idle = self._idle.setdefault(connection.seat, deque())
+        idle.append(connection)
+        if len(idle) > _MAX_IDLE_PER_REPLICA:
+            idle.popleft().cancel()
+
+    def forget(self, connection: ReplicaConnection) -> None:
+        idle = self._idle.get(connection.seat)
+        if idle and connection in idle:
+            idle.remove(connection)
+
+    def sweep(self, now: float) -> None:
+        """Closes what nobody used for long, oldest first. Call now and then."""
+        for seat, idle in list(self._idle.items()):
+            while idle and idle[0].idle_since < now - _MAX_IDLE_SECONDS:
+                idle.popleft().cancel()
+            if not idle:
+                del self._idle[seat]
+
+    async def _connect(self, seat: Seat, then: Connecting) -> None:
+        instance = seat.instance
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    lambda: ReplicaConnection(self, seat), instance.host, instance.port
+                )
+        except TimeoutError:
+            then.unreachable(f"no connection to {instance.authority} within {_CONNECT_TIMEOUT:.0f} s")
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            then.unreachable(f"no connection to {instance.authority} ({reason})")
+        else:
+            if connection.is_closing:
+                # By a replica that died with it still in its backlog. Nothing more would be heard.
+                then.unreachable(f"{instance.authority} closed the connection at once")
+            else:
+                then.connected(connection)
 
 
-def _shutdown(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # the other side was faster
+class Connecting(Protocol):
+    """Who waits for a connection."""
 
+    def connected(self, connection: ReplicaConnection) -> None: ...
 
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error) or type(error).__name__).lower()
+    def unreachable(self, why: str) -> None: ...

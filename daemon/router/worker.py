@@ -1,14 +1,159 @@
-"""The gunicorn worker that runs the router: one thread for each request under way."""
+"""The gunicorn worker that runs the router: an event loop for the data plane, a few threads for the rest."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
+import logging
 import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ...entrypoints.http_worker import HttpWorker
+import uvloop
+from gunicorn.workers.base import Worker
+
+from .app import Router
+from .client import ClientConnection, Task
+from .delivery import Client
+from .incoming import ClientRequest
+from .relay import DataPlane
+from .wsgi import WsgiCall
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at what has taken too long.
+_TICK = 0.2
+#: Of the control plane: registrations, which wait for a health check of the one that registers.
+_THREADS = 64
+#: Seconds that streams may go on after a graceful reload; after SIGTERM the arbiter ends it earlier.
+_MOST_DRAINING = 3600.0
 
 
-class RouterWorker(HttpWorker):
-    def handle_quit(self, sig: int, frame: Any) -> None:
-        """SIGINT and SIGQUIT: end now. Leaving as Python does would wait for every thread's request."""
-        os._exit(0)
+class RouterWorker(Worker):
+    """Implements `client.Server`. What is not gunicorn's interface belongs to the event loop."""
+
+    is_stopping = False
+
+    def run(self) -> None:
+        self.connections: set[ClientConnection] = set()
+        # What is there now stays, and there is little garbage that only a collection would find.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+
+    def init_signals(self) -> None:
+        """The loop takes them over when it runs; until then the default ends a worker that is starting."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGWINCH, signal.SIG_IGN)
+
+    # ---- client.Server
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def opened(self, connection: ClientConnection) -> None:
+        self.connections.add(connection)
+        if len(self.connections) > self._max_connections:
+            # The one that has been without a whole request longest, be it that it says nothing or too slowly.
+            # It is this one, if all others have requests under way.
+            waiting = [
+                (since, id(each), each)
+                for each in self.connections
+                if (since := each.waits_since) is not None
+            ]
+            min(waiting)[2].close()
+
+    def closed(self, connection: ClientConnection) -> None:
+        self.connections.discard(connection)
+        if self.is_stopping and not self.connections:
+            self._ended.set()
+
+    def serve(self, client: Client, request: ClientRequest) -> Task:
+        if request.raw_path.startswith(b"/v1/"):
+            return self._plane.begin(client, request)
+        metrics = self._router.metrics
+        # Somebody may want to see them.
+        metrics.flush()
+        return WsgiCall(self._router, self._executor, metrics, client, request)
+
+    def refused(self, method: str, target: bytes, status: int) -> None:
+        self._router.metrics.answered(method, target.partition(b"?")[0].decode("latin-1"), status, 0.0)
+
+    # ---- its life
+
+    async def _serve(self) -> None:
+        self._router: Router = self.wsgi
+        settings = self._router.settings
+        self._max_connections = settings.max_connections
+        self.max_body_bytes = settings.max_body_bytes
+        self.client_timeout, self.keep_alive = settings.client_timeout, settings.keep_alive
+        self._plane = DataPlane(settings, self._router.board, self._router.metrics)
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="control")
+        self._ended = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._handle_signals()
+        servers = [await self._listen(listener) for listener in self.sockets]
+        ticking = asyncio.create_task(self._tick())
+        await self._stop.wait()
+        for server in servers:
+            server.close()
+        await self._drain()
+        ticking.cancel()
+        self._router.metrics.flush()
+        self._plane.access_log.flush()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _listen(self, listener: Any) -> asyncio.Server:
+        sock: socket.socket = listener.sock
+        # Read by the arbiter: one that is broken by the time of a reload must not keep workers down.
+        tls = self._router.settings.tls if sock.family != socket.AF_UNIX else None
+        return await asyncio.get_running_loop().create_server(
+            lambda: ClientConnection(self), sock=sock, ssl=tls, backlog=2048
+        )
+
+    async def _drain(self) -> None:
+        """What is under way ends; what is idle is closed."""
+        self.is_stopping = True
+        for connection in list(self.connections):
+            connection.stop()
+        if self.connections:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), _MOST_DRAINING)
+
+    async def _tick(self) -> None:
+        beat = 0.0
+        while True:
+            now = time.monotonic()
+            if now - beat >= 1.0 or self.is_stopping:
+                beat = now
+                self.notify()
+                for connection in list(self.connections):
+                    connection.watch(now)
+                if os.getppid() != self.ppid:
+                    self._stop.set()
+            try:
+                self._plane.tick(now)
+            except Exception:
+                # One request's fault must not end the beat, without which the arbiter kills all of them.
+                logger.exception("the clock of the data plane failed")
+            await asyncio.sleep(_TICK)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            loop.add_signal_handler(number, self._end_now, 0)
+        loop.add_signal_handler(signal.SIGABRT, self._end_now, 1)
+        loop.add_signal_handler(signal.SIGUSR1, self.log.reopen_files)
+
+    def _end_now(self, code: int) -> None:
+        """Leaving as Python does would wait for threads."""
+        self._plane.access_log.flush()
+        os._exit(code)

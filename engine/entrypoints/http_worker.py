@@ -1,4 +1,4 @@
-"""gunicorn's threaded worker with its rough edges filed off, for router and replicas alike.
+"""gunicorn's threaded worker with its rough edges filed off, for the replicas.
 
 * A connection costs a thread only while a request is on it. gunicorn lets a thread wait for the first bytes
   of each new one, so that idle ones, by the hundred, keep all others waiting.

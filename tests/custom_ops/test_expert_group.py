@@ -102,7 +102,7 @@ def assert_as_reference(seed: int, num_seats: int, seen: Sequence[Seen]) -> int:
     last = {(one.stamp >> 40, one.seat): one.stamp for one in sorted(seen, key=lambda one: one.stamp)}
     for (stamp, index), members in collectives.items():
         assert_collective(seed, num_seats, stamp, index, members)
-        # Who leaves has no tokens. It drops its last step if the others finish it, and go on, before it looks.
+        # Who leaves has no tokens: it drops its last step if the others finish it and go on before it looks.
         for seat in set(next(iter(members.values())).members) - members.keys():
             assert last.get((stamp >> 40, seat), 0) < stamp, f"step {stamp:x} is not seat {seat}'s last"
     return len({stamp for stamp, _ in collectives})

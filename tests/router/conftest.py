@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import requests
 
 from fastdeploy.ports import find_free
 
-from .fake_engine import FakeEngine, wait_until
+from .fake_engine import FakeEngine, answers, wait_until
+from .raw_client import RawClient
 
 FD_ROUTER = Path(sys.executable).with_name("fd-router")
 
@@ -62,6 +64,26 @@ class RouterProcess:
     def metric(self, name: str) -> list[str]:
         return [line for line in self.get("/metrics").text.splitlines() if line.startswith(name)]
 
+    def workers(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+
+    def memory(self) -> int:
+        return int(sum(worker.memory_info().rss for worker in self.workers()))
+
+    def worker_of(self, client: RawClient) -> psutil.Process:
+        """The one that has accepted the connection."""
+
+        def find() -> psutil.Process | None:
+            for worker in self.workers():
+                for connection in worker.net_connections("tcp"):
+                    if connection.raddr and connection.raddr.port == client.own_port:
+                        return worker
+            return None
+
+        worker: psutil.Process = wait_until(find, "the connection is accepted")
+        return worker
+
     def stop(self, sig: int = signal.SIGINT) -> int:
         """Ends it and waits until everything below it has ended too."""
         if self.process.poll() is None:
@@ -96,6 +118,54 @@ def start_router(tmp_path: Path) -> Iterator[Callable[..., RouterProcess]]:
 @pytest.fixture
 def router(start_router: Callable[..., RouterProcess]) -> RouterProcess:
     return start_router()
+
+
+@pytest.fixture(scope="module")
+def shared_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    """For tests that leave it as they found it."""
+    router = RouterProcess(tmp_path_factory.mktemp("router"))
+    yield router
+    router.stop()
+
+
+@pytest.fixture
+def lent_router(shared_router: RouterProcess) -> Iterator[RouterProcess]:
+    """Without replicas; those that a test adds leave it at its end."""
+    yield shared_router
+    entries = shared_router.get("/registered").json()
+    for entry in entries["mixed"] + entries["down"]:
+        host, _, port = entry["url"].removeprefix("http://").rpartition(":")
+        farewell = {"host_ip": host, "port": port, "instance": entry["instance"]}
+        requests.post(f"{shared_router.url}/deregister", json=farewell, timeout=20)
+    wait_until(lambda: not shared_router.urls() | shared_router.urls("down"), "all replicas have left")
+
+
+@pytest.fixture(scope="module")
+def _shared_engine(shared_router: RouterProcess) -> Iterator[FakeEngine]:
+    engine = FakeEngine()
+    shared_router.add(engine)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def replica(shared_router: RouterProcess, _shared_engine: FakeEngine) -> Iterator[FakeEngine]:
+    """The only one of `shared_router`. After the test the next two clients must notice nothing of it."""
+    engine = _shared_engine
+    engine.received.clear()
+    yield engine
+    engine.behaviour = answers
+    engine.received.clear()
+    wait_until(lambda: engine.register_with(shared_router.url).status_code == 200, "the replica is known")
+    wait_until(lambda: shared_router.urls() == {engine.url}, "the replica is in use again")
+    for _ in range(2):
+        with RawClient(shared_router.port) as client:
+            client.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+            answer = client.answer()
+        assert (answer.status, json.loads(answer.body)["engine"]) == (200, engine.name)
+        assert "x-evil" not in answer.headers
+    assert [received.body for received in engine.received] == [b"{}"] * 2
+    assert "Traceback" not in shared_router.log.read_text()
 
 
 @pytest.fixture

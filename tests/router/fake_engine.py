@@ -8,6 +8,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,8 @@ class Received:
     body: bytes
     connection: socket.socket
     engine: FakeEngine
+    #: Head and body as they came.
+    raw: bytes
     done: threading.Event = field(default_factory=threading.Event)
 
     def header(self, name: str) -> str | None:
@@ -104,6 +107,18 @@ def sends(data: bytes) -> Behaviour:
     def behave(received: Received) -> bool:
         received.send(data)
         return False
+
+    return behave
+
+
+def keeps(*pieces: bytes) -> Behaviour:
+    """Sends this, a moment between the pieces, and leaves the connection open."""
+
+    def behave(received: Received) -> bool:
+        for piece in pieces:
+            received.send(piece)
+            time.sleep(0.05)
+        return True
 
     return behave
 
@@ -230,16 +245,19 @@ class FakeEngine:
             self._open.discard(connection)
 
     def _receive(self, connection: socket.socket, file: Any) -> Received | None:
-        line = file.readline().decode()
-        if not line:
-            return None
-        method, target, _ = line.split()
+        head: list[bytes] = []
+        while not head or head[-1].strip():
+            head.append(file.readline())
+            if not head[-1]:
+                return None
+        method, target, _ = head[0].decode().split()
         headers = []
-        while (line := file.readline().decode("latin-1")).strip():
-            name, _, value = line.partition(":")
+        for line in head[1:-1]:
+            name, _, value = line.decode("latin-1").partition(":")
             headers.append((name, value.strip()))
         length = next((int(value) for name, value in headers if name.lower() == "content-length"), 0)
-        return Received(method, target, headers, file.read(length), connection, self)
+        body = file.read(length)
+        return Received(method, target, headers, body, connection, self, b"".join(head) + body)
 
 
 wait_until = partial(_wait_until, deadline=20.0)

@@ -26,11 +26,13 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_it_is_refused_with_an_openai_error_body(router: RouterProcess, sent: bytes, status: int) -> None:
-    with socket.create_connection(("127.0.0.1", router.port), timeout=20) as client:
+def test_it_is_refused_with_an_openai_error_body(
+    shared_router: RouterProcess, sent: bytes, status: int
+) -> None:
+    with socket.create_connection(("127.0.0.1", shared_router.port), timeout=20) as client:
         client.sendall(sent)
         answer = client.makefile("rb").read()
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status)
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
-    assert router.get("/health").status_code == 200
+    assert shared_router.get("/health").status_code == 200

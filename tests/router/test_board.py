@@ -1,47 +1,33 @@
-"""The board: pick and count are one act, counts are exact, states follow the table in board.py."""
+"""Requests on the board: pick and count are one act, counts are exact."""
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+import pytest
 
-from fastdeploy.daemon.router.board import FORGET_AFTER, Board, Lease
+from fastdeploy.daemon.router.board import Board, BoardError, Lease, Nobody
 from fastdeploy.daemon.router.policies import RequestFacts, policy_named
-from fastdeploy.daemon.router.registration import Instance
 
-FACTS = RequestFacts("/v1/completions", b"{}", 0)
-REQUEST_NUM = policy_named("request_num")
+from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
-def instance(number: int) -> Instance:
-    return Instance("127.0.0.1", 1000 + number, replica=number)
+@pytest.fixture
+def board(clock: Clock) -> Iterator[Board]:
+    board = Board.create(clock)
+    board.open_column()
+    yield board
+    board.close()
 
 
-def board_of(count: int, clock: Clock | None = None) -> Board:
-    board = Board(clock or Clock())
-    for number in range(count):
-        board.admit(instance(number))
-    return board
-
-
-def pick(board: Board, policy=REQUEST_NUM) -> Lease:
-    lease = board.pick(policy, FACTS)
-    assert lease is not None
-    return lease
-
-
-def test_d5_a_burst_over_idle_replicas_lands_evenly():
+def test_d5_a_burst_of_threads_over_idle_replicas_lands_evenly(board):
     """Upstream chose first and counted later: all of a burst saw the same idle worker."""
-    board = board_of(8)
+    seat_replicas(board, 8)
     leases: list[Lease] = []
     barrier = threading.Barrier(64)
 
@@ -54,169 +40,117 @@ def test_d5_a_burst_over_idle_replicas_lands_evenly():
         thread.start()
     for thread in threads:
         thread.join()
-    assert [row.in_flight for row in board.status()] == [8] * 8
+    assert in_flight(board) == [8] * 8
     for lease in leases:
         lease.release()
-    assert [row.in_flight for row in board.status()] == [0] * 8
+    assert in_flight(board) == [0] * 8
 
 
-def test_one_request_after_another_visits_everybody():
-    board = board_of(4)
+def test_one_request_after_another_visits_everybody(board):
+    seat_replicas(board, 4)
     names = []
     for _ in range(8):
         lease = pick(board)
         names.append(lease.instance.name)
         lease.release()
     assert Counter(names) == {"0": 2, "1": 2, "2": 2, "3": 2}
+    assert [row.picks for row in board.status()] == [2] * 4
 
 
-def test_round_robin_takes_turns_whatever_is_in_flight():
-    board = board_of(3)
+def test_round_robin_takes_turns_whatever_is_in_flight(board):
+    seat_replicas(board, 3)
     names = [pick(board, policy_named("round_robin")).instance.name for _ in range(6)]
     assert names == ["0", "1", "2", "0", "1", "2"]
 
 
-def test_a_lease_is_given_back_once():
-    board = board_of(1)
+def test_a_lease_is_given_back_once(board):
+    seat_replicas(board, 1)
     first, second = pick(board), pick(board)
     first.release()
     first.release()
-    assert board.status()[0].in_flight == 1
+    assert in_flight(board) == [1]
     second.release()
-    assert board.status()[0].in_flight == 0
+    assert in_flight(board) == [0]
 
 
-def test_d4_the_end_of_an_old_request_does_not_count_against_a_replica_that_came_back():
-    """Upstream's unsigned counter went to 2^64-1, and that worker was never picked again."""
-    clock = Clock()
-    board = board_of(1, clock)
-    old = pick(board)
-    board.unreachable(old.seat, "refused")
-    clock.now += FORGET_AFTER + 1
-    assert board.forget_lost()
-    assert board.status() == []
-    board.admit(instance(0))
-    new = pick(board)
-    old.release()
-    assert board.status()[0].in_flight == 1
-    new.release()
-    assert board.status()[0].in_flight == 0
+def test_prompt_tokens_are_counted_while_their_request_is_in_flight(board):
+    seat_replicas(board, 2)
+    long = pick(board, facts=RequestFacts(0, prompt_tokens=9000))
+    policy = policy_named("process_tokens")
+    short = [pick(board, policy, RequestFacts(0, prompt_tokens=100)) for _ in range(5)]
+    assert {lease.instance.name for lease in short} == {"1"}
+    assert [row.tokens for row in board.status()] == [9000, 500]
+    for lease in [long, *short]:
+        lease.release()
+    assert [row.tokens for row in board.status()] == [0, 0]
 
 
-def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not():
-    """Upstream removed an instance at its first failed probe."""
-    clock = Clock()
-    board = board_of(1, clock)
-    [seat] = board.seats()
-    board.failed(seat, "timeout")
-    assert board.status()[0].up
-    clock.now += 1
-    board.healthy(seat, clock.now)
-    board.failed(seat, "timeout")
-    assert board.status()[0].up
-    board.failed(seat, "timeout")
-    assert not board.status()[0].up
-    assert board.pick(REQUEST_NUM, FACTS) is None
+def test_prompts_that_begin_alike_go_where_the_first_of_them_went(board):
+    seat_replicas(board, 4)
+    policy, facts = policy_named("cache_aware"), RequestFacts(0, 100, prefix=(11, 12, 13))
+    names = set()
+    for _ in range(6):
+        lease = pick(board, policy, facts)
+        names.add(lease.instance.name)
+        lease.release()
+    assert len(names) == 1
 
 
-def test_a_refused_connection_takes_it_out_at_once_and_a_health_check_brings_it_back():
-    clock = Clock()
-    board = board_of(2, clock)
-    seat = board.seat_of(instance(0))
-    board.unreachable(seat, "refused")
-    assert [row.up for row in board.status()] == [False, True]
-    board.healthy(seat, clock.now - 1)  # began before the failure: says nothing
-    assert [row.up for row in board.status()] == [False, True]
-    clock.now += 1
-    board.healthy(seat, clock.now)
-    assert [row.up for row in board.status()] == [True, True]
+def test_a_replica_that_was_replaced_has_forgotten_what_it_had_cached(board):
+    seat_replicas(board, 2, start="a")
+    policy, facts = policy_named("cache_aware"), RequestFacts(0, 100, prefix=(11, 12, 13))
+    first = pick(board, policy, facts)
+    other = pick(board, exclude=[first.seat])
+    board.admit(instance(int(first.instance.name), "b"))
+    other.release()
+    pick(board, exclude=[other.seat])
+    assert pick(board, policy, facts).seat == other.seat
 
 
-def test_a_healthy_replica_without_heartbeats_is_kept():
-    clock = Clock()
-    board = board_of(1, clock)
-    clock.now += FORGET_AFTER + 1
-    assert not board.forget_lost()
-    assert board.status()[0].up
-
-
-def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board():
-    clock = Clock()
-    board = board_of(1, clock)
-    [seat] = board.seats()
-    board.unreachable(seat, "refused")
-    clock.now += FORGET_AFTER - 1
-    board.heard(seat)
-    clock.now += FORGET_AFTER - 1
-    assert not board.forget_lost()
-
-
-def test_registering_again_keeps_seat_and_count():
-    board = board_of(1)
-    lease = pick(board)
-    assert not board.admit(instance(0))
-    assert board.admit(Instance("127.0.0.1", 1000, replica=7))
-    [row] = board.status()
-    assert (row.instance.name, row.in_flight) == ("7", 1)
-    lease.release()
-
-
-def test_excluded_seats_are_never_picked():
-    board = board_of(3)
+def test_excluded_seats_are_never_picked(board):
+    seat_replicas(board, 3)
     tried = []
     while lease := board.pick(REQUEST_NUM, FACTS, tried):
         tried.append(lease.seat)
+    assert lease is Nobody.DOWN
     assert len(set(tried)) == len(tried) == 3
 
 
-class BoardMachine(RuleBasedStateMachine):
-    """Whatever happens in whatever order, a seat's count is the number of its leases that are held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = Clock()
-        self.board = Board(self.clock)
-        self.held: list[Lease] = []
-
-    @rule(number=st.integers(0, 4), up=st.booleans())
-    def register(self, number, up):
-        self.board.admit(instance(number), up)
-
-    @rule(name=st.sampled_from(["request_num", "round_robin"]))
-    def request(self, name):
-        lease = self.board.pick(policy_named(name), FACTS)
-        assert (lease is None) == (not any(row.up for row in self.board.status()))
-        if lease is not None:
-            self.held.append(lease)
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), twice=st.booleans())
-    def end(self, data, twice):
-        lease = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        lease.release()
-        if twice:
-            lease.release()
-
-    @precondition(lambda self: self.board.seats())
-    @rule(data=st.data(), kind=st.sampled_from(["failed", "unreachable", "healthy"]))
-    def health(self, data, kind):
-        seat = data.draw(st.sampled_from(self.board.seats()))
-        if kind == "healthy":
-            self.board.healthy(seat, self.clock.now)
-        else:
-            getattr(self.board, kind)(seat, "why")
-
-    @rule(seconds=st.sampled_from([1.0, FORGET_AFTER + 1]))
-    def time_passes(self, seconds):
-        self.clock.now += seconds
-        self.board.forget_lost()
-
-    @invariant()
-    def counts_are_exact(self):
-        for seat in self.board.seats():
-            assert seat.in_flight == sum(lease.seat is seat for lease in self.held)
-        assert all(lease.seat.in_flight > 0 for lease in self.held)
+def test_a_replica_gets_no_more_requests_than_it_takes_at_a_time(board):
+    seat_replicas(board, 2, limit=2)
+    leases = [pick(board) for _ in range(4)]
+    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    leases[0].release()
+    assert pick(board).seat == leases[0].seat
+    board.unreachable(leases[0].seat, "refused")
+    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    assert board.pick(REQUEST_NUM, FACTS, [leases[1].seat]) is Nobody.DOWN
 
 
-BoardMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestBoardMachine = BoardMachine.TestCase
+def test_requests_of_other_routers_count_too(board):
+    seat_replicas(board, 2, limit=4)
+    seats = board.seats()
+    board.set_remote({seats[0]: (3, 1000)})
+    assert [pick(board).seat for _ in range(3)] == [seats[1]] * 3
+    assert [pick(board).seat, pick(board).seat] == [seats[0], seats[1]]
+    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    assert [(row.in_flight, row.in_flight_elsewhere) for row in board.status()] == [(1, 3), (4, 0)]
+    board.set_remote({})
+    assert pick(board).seat == seats[0]
+
+
+def test_a_replicas_own_account_is_passed_to_the_policy(board):
+    seat_replicas(board, 2)
+    policy = policy_named("fd_metrics_score")
+    board.set_load(board.seats()[0], running=5, waiting=1)
+    assert [pick(board, policy).instance.name for _ in range(4)] == ["1"] * 4
+
+
+def test_what_is_no_board_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 25))
+    with path.open("r+b") as file, pytest.raises(BoardError, match="is no board of this version"):
+        Board.attach(file.fileno())
+    path.write_bytes(b"short")
+    with path.open("r+b") as file, pytest.raises(BoardError, match="is no board"):
+        Board.attach(file.fileno())

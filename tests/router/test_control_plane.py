@@ -119,8 +119,12 @@ def test_a_heartbeat_brings_a_replica_back(router, new_engine):
     engine.stop()
     wait_until(lambda: router.complete().status_code == 503, "it is found out")
     engine.restart()
-    assert engine.register_with(router.url).status_code == 200
-    assert router.urls() == {engine.url}
+
+    def beats() -> bool:
+        assert engine.register_with(router.url).status_code == 200
+        return router.urls() == {engine.url}
+
+    wait_until(beats, "it is back")
     assert router.complete().status_code == 200
 
 

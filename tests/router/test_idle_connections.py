@@ -1,4 +1,4 @@
-"""Connections on which nothing is asked: hundreds take neither thread nor place from those that ask."""
+"""Connections on which nothing is asked: hundreds do not take the place of those that ask."""
 
 import signal
 import socket
@@ -9,9 +9,9 @@ import pytest
 
 from .conftest import RouterProcess
 
-#: 24 threads, and room for 48 connections.
-FEW = ("--threads", "24")
-#: Seconds; far less than 400 connections would need if each held a thread for a few.
+#: Room for 48 connections.
+FEW = ("--max-connections", "48")
+#: Seconds.
 DEADLINE = 20
 
 

@@ -1,7 +1,6 @@
 """Requests that are too large, broken or not allowed: refused by the router, in OpenAI's form."""
 
 import json
-import re
 import socket
 
 import pytest
@@ -93,12 +92,11 @@ def test_bad_chunks_are_the_clients_fault_and_leave_their_traces(router, new_eng
     head = b"POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     status, _, body = exchange(router.port, head % b"/v1/completions" + chunks, half_close=True)
     assert (status, error_code(body)) == (400, "bad_body")
-    status, _, body = exchange(router.port, head % b"/register" + chunks, half_close=True)
-    assert (status, json.loads(body)["code"]) == (400, 400)
+    assert exchange(router.port, head % b"/register" + chunks, half_close=True)[0] == 400
     assert engine.received == []
     log = router.log.read_text()
     assert "POST /v1/completions status=400" in log
-    assert re.search(r"registration by 127\.0\.0\.1 refused: .the request body cannot be read", log)
+    assert "POST /register status=400" in log
     assert "Traceback" not in log
     for endpoint in ("/register", "/v1/completions"):
         [line] = router.metric(
@@ -186,28 +184,28 @@ def test_only_a_bearer_token_that_is_a_key_is_let_in(header):
 
 
 def test_without_keys_everybody_is_let_in():
-    assert read_keys(None, "").allow("")
-    assert read_keys(None, " a ,").allow("bearer a")
+    assert read_keys("--api-keys-file", None, "").allow("")
+    assert read_keys("--api-keys-file", None, " a ,").allow("bearer a")
 
 
 def test_an_empty_key_file_does_not_open_the_door(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match="has no key in it"):
-        read_keys(file, "")
+        read_keys("--api-keys-file", file, "")
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_keys(tmp_path / "none", "")
+        read_keys("--api-keys-file", tmp_path / "none", "")
 
 
 def test_headers_named_in_connection_belong_to_the_connection():
     headers = [
-        ("Connection", "close, X-A"),
-        ("x-a", "1"),
-        ("X-B", "2"),
-        ("Upgrade", "h2c"),
-        ("Keep-Alive", "5"),
+        (b"connection", b"close, X-A"),
+        (b"x-a", b"1"),
+        (b"x-b", b"2"),
+        (b"upgrade", b"h2c"),
+        (b"keep-alive", b"5"),
     ]
-    assert without_hop_by_hop(headers) == [("X-B", "2")]
+    assert without_hop_by_hop(headers) == [(b"x-b", b"2")]
 
 
 def test_clients_that_do_not_close_after_the_last_answer_hold_up_nobody(router, new_engine):

@@ -14,6 +14,7 @@ from fastdeploy.daemon.router.registration import (
     RegistrationError,
     from_fields,
     parse,
+    parse_farewell,
 )
 
 GOOD = {"role": "mixed", "host_ip": "127.0.0.1", "port": 1811}
@@ -32,6 +33,15 @@ FASTDEPLOY = {
     "is_paused": False,
     "version": "2.5.0",
     "connected_decodes": [],
+}
+
+
+#: What a replica of ours adds.
+OURS = {
+    "instance": "0123456789abcdef0123456789abcdef",
+    "features": ["resume", "progress"],
+    "max_concurrency": 512,
+    "token": "fedcba9876543210fedcba9876543210",
 }
 
 
@@ -55,6 +65,9 @@ def test_fastdeploys_own_registration_is_understood():
         "rdma_ports": ["7671", "7672"],
         "device_ids": ["0", "1"],
         "replica": None,
+        "instance": "",
+        "features": [],
+        "max_concurrency": None,
     }
     assert instance.name == "10.1.2.3:1811"
 
@@ -70,6 +83,29 @@ def test_the_metrics_port_falls_back_to_the_port():
 
 def test_a_replica_number_is_its_name():
     assert from_fields({**GOOD, "replica": 3}).name == "3"
+
+
+def test_what_our_replicas_add_is_understood():
+    instance = from_fields({**GOOD, **OURS})
+    assert (instance.instance, instance.features) == (OURS["instance"], ("resume", "progress"))
+    assert (instance.max_concurrency, instance.token) == (512, OURS["token"])
+
+
+def test_a_token_is_seen_only_where_it_must_be_kept():
+    instance = from_fields({**GOOD, **OURS})
+    assert instance.registration()["token"] == OURS["token"]
+    for text in (repr(instance), str(instance), json.dumps(instance.wire()), f"{instance}"):
+        assert OURS["token"] not in text
+    assert fault(token="secret but wrong") == "invalid InstanceInfo format: invalid token"
+
+
+def test_a_farewell_names_the_url_and_the_start_of_the_replica():
+    body = {"host_ip": "0.0.0.0", "port": "1811", "instance": OURS["instance"]}
+    assert parse_farewell(json.dumps(body).encode()) == ("http://127.0.0.1:1811", OURS["instance"])
+    del body["instance"]
+    assert parse_farewell(json.dumps(body).encode()) == ("http://127.0.0.1:1811", "")
+    with pytest.raises(RegistrationError, match="invalid InstanceInfo format: port is required"):
+        parse_farewell(b'{"host_ip": "127.0.0.1"}')
 
 
 def test_listening_on_all_interfaces_means_reachable_by_loopback():
@@ -103,6 +139,14 @@ def test_a_scheme_before_the_address_is_taken_off():
         ({"transfer_protocol": ["tcp"]}, "invalid protocol: tcp"),
         ({"rdma_ports": {"a": 1}}, "invalid rdma_ports: {'a': 1}"),
         ({"replica": -1}, "invalid replica: -1"),
+        ({"instance": "a b"}, "invalid instance: a b"),
+        ({"instance": 7}, "invalid instance: 7"),
+        ({"token": 7}, "invalid token"),
+        ({"features": 7}, "invalid features: 7"),
+        ({"features": [["resume"]]}, "invalid features: ['resume']"),
+        ({"max_concurrency": 0}, "invalid max_concurrency: 0"),
+        ({"max_concurrency": "512"}, "invalid max_concurrency: 512"),
+        ({"device_ids": list(range(33))}, f"invalid device_ids: {str(list(range(33)))[:77]}..."),
     ],
 )
 def test_a_wrong_field_is_named_in_fastdeploys_words(changes, text):
@@ -127,7 +171,10 @@ values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*FASTDEPLOY, "replica", "new"]), values), st.sampled_from([{}, GOOD]))
+@given(
+    st.dictionaries(st.sampled_from([*FASTDEPLOY, *OURS, "replica", "new"]), values),
+    st.sampled_from([{}, GOOD]),
+)
 def test_anything_is_either_an_instance_or_refused(changes, base):
     try:
         instance = from_fields({**base, **changes})

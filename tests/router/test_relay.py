@@ -366,8 +366,22 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_event(router, new_engine
     ],
 )
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_half_an_answer_never_looks_whole(router, new_engine, start, version):
-    router.add(new_engine(behaviour=sends(start)))
+def test_half_an_answer_goes_to_nobody(router, new_engine, start, version):
+    """What comes whole or not at all is held back until it is whole."""
+    router.add(new_engine(replica=0, behaviour=sends(start)))
+    head = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nConnection: close\r\n" % version
+    request = head + b"Content-Length: 2\r\n\r\n{}"
+    assert raw_exchange(router.port, request).startswith(b"HTTP/1.1 503 ")
+    alive = new_engine(replica=1)
+    router.add(alive)
+    answer = router.complete()
+    assert (answer.status_code, answer.headers["X-FD-Replica"]) == (200, "1")
+    router.wait_idle()
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_part_of_an_answer_too_large_to_hold_never_looks_whole(router, new_engine, version):
+    router.add(new_engine(behaviour=sends(json_head(9_000_000) + b"x" * 8_000_000)))
     request = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % version
     with pytest.raises(ConnectionResetError):
         raw_exchange(router.port, request)
@@ -441,8 +455,8 @@ def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(router, new_eng
     router.wait_idle()
 
 
-def test_when_all_threads_are_taken_more_requests_are_told_to_come_back(start_router, new_engine):
-    router = start_router("--threads", "20")  # 4 of them relay
+def test_when_as_many_are_in_flight_as_may_be_more_are_told_to_come_back(start_router, new_engine):
+    router = start_router("--max-in-flight", "4")
     gate = threading.Event()
     engine = new_engine(behaviour=waits_for(gate))
     router.add(engine)

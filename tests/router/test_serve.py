@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
 import requests
 
 from .conftest import FD_ROUTER
-from .fake_engine import EVENT_HEAD, wait_until, waits_for
+from .fake_engine import streams_for_ever, wait_until, waits_for
 
 
 def run(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -35,9 +36,12 @@ def run(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
         (["--policy", "fastest"], "it must be one of request_num, round_robin, random, power_of_two"),
         (["--splitwise"], "--splitwise: disaggregated prefill and decode is not there"),
         (["--config_path", "x.yaml"], "--config_path: FastDeploy's YAML is not read"),
-        (["--workers", "4"], "--workers is 4; the board lives in one process: use 1"),
-        (["--threads", "1"], "--threads is 1; it must be more than 16"),
-        (["--threads", "100000000"], "file descriptors and the limit is"),
+        (["--workers", "0"], "--workers is 0; it must be 1..16"),
+        (["--max-in-flight", "0"], "--max-in-flight is 0; it must be at least 1"),
+        (["--max-connections", "100000000"], "file descriptors and the limit is"),
+        (["--queue-size", "-1"], "--queue-size is -1; it must be at least 0"),
+        (["--certfile", "/etc/hostname"], "--certfile and --keyfile: TLS needs both"),
+        (["--admin-keys-file", "/nonexistent"], "--admin-keys-file /nonexistent: cannot be read"),
         (["--host", "example.org"], "--host is 'example.org'; it must be an IP address"),
         (
             ["--allow-host", "10.0.0.0/99"],
@@ -64,6 +68,24 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_5():
         ended = run("--port", str(port))
     assert ended.returncode == 5
     assert ended.stderr == f"fd-router: cannot listen on 127.0.0.1 port {port}: address already in use\n"
+
+
+@pytest.mark.parametrize("missing", [("uvloop",), ("uvloop", "httptools")])
+def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, missing):
+    hide = "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\n{hide}")
+    ended = run("--port", "1", PYTHONPATH=str(tmp_path))
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        f"fd-router: the router needs {' and '.join(missing)}, which is not installed: "
+        f"{sys.executable} -m pip install {' '.join(missing)}\n"
+    )
+
+
+def test_it_is_ready_in_a_moment(start_router):
+    began = time.monotonic()
+    start_router()
+    print(f"fd-router was ready after {time.monotonic() - began:.2f} s")
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
@@ -107,13 +129,7 @@ def test_sigterm_lets_running_requests_end(router, new_engine):
 def test_sigterm_does_not_wait_longer_than_it_was_told(start_router, new_engine):
     router = start_router("--graceful-timeout-secs", "1")
 
-    def streams_on(received) -> bool:
-        received.send(EVENT_HEAD)
-        received.wait_until_cancelled()
-        return False
-
-    engine = new_engine(behaviour=streams_on)
-    router.add(engine)
+    router.add(new_engine(behaviour=streams_for_ever))
     with router.complete(body={"stream": True}, stream=True):
         assert router.stop(signal.SIGTERM) == 0
 

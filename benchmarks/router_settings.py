@@ -1,0 +1,42 @@
+"""What the study of the router's policies compares: which policies, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from fastdeploy.daemon.router.policies import POLICIES, Candidate, Policy, RequestFacts
+
+from .router_traffic import bursts, chat, documents
+from .simulated_routers import Setting, Sharing
+
+_MIXTURE = {chat: 12.0, documents: 3.0, bursts: 5.0}
+#: As much as the replicas can bear if chance chooses among them: no queue grows for ever.
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        "chat": Setting({chat: 26.0}),
+        "documents": Setting({documents: 9.0}),
+        "bursts": Setting({bursts: 24.0}),
+        "mixture": Setting(_MIXTURE),
+        "one slow": Setting(_MIXTURE, one_is_slow=True),
+        "others' clients": Setting(
+            {kind: 0.8 * rate for kind, rate in _MIXTURE.items()}, past_the_routers=5.0
+        ),
+        "4 routers": Setting(_MIXTURE, routers=4),
+        "4 routers, reports": Setting(_MIXTURE, routers=4, sharing=Sharing.REPORTS),
+        "4 routers, guessing": Setting(_MIXTURE, routers=4, sharing=Sharing.GUESSING),
+        "no cache": Setting({kind: 0.6 * rate for kind, rate in _MIXTURE.items()}, cache_blocks=0),
+    }
+)
+
+
+def longest_prefix(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+    """What cache_aware is elsewhere: the longest prefix, until the load is uneven; then the fewest tokens."""
+    loads = [candidate.in_flight for candidate in candidates]
+    if max(loads) - min(loads) > 8 and max(loads) > 1.5 * min(loads):
+        return POLICIES["process_tokens"].choose(candidates, facts)
+    scores = [(-c.matched, c.tokens / c.weight, c.in_flight, c.last_pick) for c in candidates]
+    return scores.index(min(scores))
+
+
+CONTENDERS = (*POLICIES.values(), Policy("longest_prefix", longest_prefix, needs_prefix=True))

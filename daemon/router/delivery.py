@@ -1,0 +1,191 @@
+"""What the client gets: one answer, begun once and ended once, whichever replicas it came from.
+
+Nothing goes out before it has to. An answer that comes whole is held back until it is whole, and a stream
+until its first event is, so that the replica may die as late as that and be replaced unseen. From then on
+whole events are passed on as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ...resumption import Resumption
+from .answers import Answer, sse_error
+from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders, with_named_in_connection
+from .resume import Lines, Transcript
+from .upstream import ReplicaConnection
+
+#: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
+_MOST_HELD = 4 << 20
+_NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-fd-replica", b"x-fd-retries"}
+
+
+class Client(Protocol):
+    """The client's connection, as long as this request has it."""
+
+    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+        """A whole answer; `length` if it is not that of the body (HEAD)."""
+
+    def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
+        """The head of an answer that comes piece by piece; it goes out with the first."""
+
+    def send(self, piece: bytes) -> None: ...
+
+    def end(self, trailer: bytes = b"") -> None:
+        """The answer is whole. `trailer`: header lines behind it, where HTTP has a place for them."""
+
+    def abort(self) -> None:
+        """Nobody may take what the client got for a whole answer."""
+
+
+class Delivery:
+    """Of one request."""
+
+    def __init__(self, client: Client, request: ClientRequest, identity: str) -> None:
+        #: Of the answer; 0 before there is one.
+        self.status = 0
+        #: Bytes of body that the client was sent.
+        self.size = 0
+        #: Something has gone to the client: there is no way back.
+        self.has_begun = False
+        self.is_events = False
+        self._client = client
+        self._request = request
+        self._identity = identity
+        self._head: tuple[bytes, bytes, int | None] = (b"", b"", None)
+        self._held: list[bytes] = []
+        self._held_size = 0
+        self._transcript: Transcript | Lines | None = None
+
+    def expect(self, connection: ReplicaConnection, replica: str, retries: int, has_marks: bool) -> None:
+        """The head of a replica's answer has come; it is what the client will get.
+
+        Args:
+            retries: how many replicas have been tried in vain before.
+            has_marks: an event stream carries the marks of `resumption`.
+        """
+        self.status = connection.status
+        # With a length announced, nothing can be added to a stream that breaks off.
+        self.is_events = (
+            connection.length is None
+            and connection.status not in (204, 304)
+            and connection.content_type.startswith(b"text/event-stream")
+        )
+        self._transcript = (Transcript() if has_marks else Lines()) if self.is_events else None
+        lines = self._lines(connection.headers, replica)
+        if retries:
+            lines += b"x-fd-retries: %d\r\n" % retries
+        self._head = (b"%d %b" % (connection.status, connection.reason), lines, connection.length)
+
+    def receive(self, body: bytes) -> int:
+        """A piece of it, as it came. The number of bytes that went on to the client; see `problem`, too."""
+        if self._transcript is not None:
+            return self._pass_on(self._transcript.pass_on(body))
+        if self.has_begun:
+            return self._pass_on(body)
+        self._held.append(body)
+        self._held_size += len(body)
+        return self._pass_on(self._take_held()) if self._held_size > _MOST_HELD else 0
+
+    def finish(self, resumed_by: Sequence[str] = ()) -> None:
+        """The answer is whole. Which replicas have gone on with it stands in a trailer.
+
+        A comment in the stream would be in the way of clients that take every line for data.
+        """
+        if self._transcript is not None:
+            self._pass_on(self._transcript.rest)
+        if self.has_begun or self.is_events:
+            self._begin()
+            names = ", ".join(resumed_by)
+            self._client.end(b"x-fd-resumed: %b\r\n" % names.encode() if names else b"")
+            return
+        status, lines, length = self._head
+        body = self._take_held()
+        self.size = len(body)
+        self._client.give(status.strip(), lines, body, length if self._request.method == "HEAD" else None)
+
+    def give(self, answer: Answer) -> None:
+        """An answer of the router's own, whole."""
+        lines = b"".join(
+            b"%b: %b\r\n" % (name.encode("latin-1"), text.encode("latin-1")) for name, text in answer.headers
+        )
+        lines += b"X-Request-Id: %b\r\n" % self._identity.encode("latin-1")
+        self.status = answer.status
+        self.size = len(answer.body)
+        self._client.give(answer.status_line.encode(), lines, answer.body)
+
+    def break_off(self, why: str) -> None:
+        """What has begun cannot be finished: an event stream can say so, anything else is cut."""
+        if self.is_events:
+            self._client.send(sse_error(why))
+            self._client.end()
+        else:
+            self._client.abort()
+
+    def drop_partial(self) -> None:
+        """The replica is gone: what of its answer has not been passed on will come from another."""
+        self._take_held()
+        if self._transcript is not None:
+            self._transcript.drop_partial()
+            if not self.has_begun:
+                self._transcript = None
+                self.is_events = False
+
+    @property
+    def is_done(self) -> bool:
+        """The client has all of a stream that a replica could say: what happens to it does not matter."""
+        transcript = self._transcript
+        return (
+            self.has_begun
+            and transcript is not None
+            and (transcript.is_done or transcript.missing_end != b"")
+        )
+
+    @property
+    def problem(self) -> str:
+        """Why the replica will not bring its stream to an end; empty if it may."""
+        return self._transcript.problem if self._transcript is not None else ""
+
+    @property
+    def is_open(self) -> bool:
+        """It is a stream that must not end yet."""
+        return self._transcript is not None and self._transcript.is_open
+
+    def complete(self) -> None:
+        """Adds what is missing of a stream that `is_done`."""
+        if self._transcript is not None:
+            self._transcript.drop_partial()
+            self._pass_on(self._transcript.missing_end)
+
+    def resumption(self) -> Resumption | None:
+        """What another replica needs to go on with what has begun; None if none could."""
+        if self._transcript is None:
+            return None
+        return self._transcript.resumption(self._request.raw_path.decode("latin-1"), self._request.body)
+
+    def _pass_on(self, piece: bytes) -> int:
+        if piece:
+            self._begin()
+            self.size += len(piece)
+            self._client.send(piece)
+        return len(piece)
+
+    def _begin(self) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            status, lines, length = self._head
+            self._client.begin(status.strip(), lines, length)
+
+    def _take_held(self) -> bytes:
+        held = b"".join(self._held)
+        self._held, self._held_size = [], 0
+        return held
+
+    def _lines(self, headers: RawHeaders, replica: str) -> bytes:
+        dropped = with_named_in_connection(_NOT_PASSED_ON, headers)
+        lines = [b"%b: %b\r\n" % header for header in headers if header[0] not in dropped]
+        lines.append(b"x-fd-replica: %b\r\n" % replica.encode())
+        if all(name != b"x-request-id" for name, _ in headers):
+            lines.append(b"x-request-id: %b\r\n" % self._identity.encode("latin-1"))
+        return b"".join(lines)

@@ -1,0 +1,481 @@
+"""One request: choose a replica, send, and when that fails try again or go on elsewhere.
+
+    choose --> attempt --> the answer, whole: over
+      |          |
+      |          +-> refused (503, 502, 429 with Retry-After): choose again, within the retry budget
+      |          +-> the replica is lost, nothing has gone to the client: choose again
+      |          +-> the replica is lost, a stream has begun: choose again and resume, if it can be
+      +-> all are full: wait in line
+      +-> nobody is there: 503, or wait in line if something has begun
+
+No replica is tried twice, unless it has been started anew meanwhile, or the answer has come further.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ...resumption import Resumption
+from .answers import Answer, error
+from .board import Lease, Nobody, Seat
+from .delivery import Client, Delivery
+from .incoming import ClientRequest, Forwarded, Refused, forwarded, without_hop_by_hop
+from .policies import RequestFacts
+from .request_facts import facts_of
+from .retry import MOST_DEATHS, is_busy, is_death, is_overload
+from .upstream import Fault, ReplicaConnection
+
+if TYPE_CHECKING:
+    from .relay import DataPlane
+
+logger = logging.getLogger(__name__)
+
+#: Of a refusal that is kept while another replica is tried.
+_MOST_KEPT = 64 << 10
+#: Seconds between the signs of life that replicas are asked for.
+_SIGN_OF_LIFE = 5
+#: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
+_REST = 0.5
+#: Refusals to resume that every replica would repeat: it is the stream that cannot go on.
+_FINAL = frozenset({400, 404, 409, 413, 422})
+_SAID = {
+    Fault.UNANSWERED: "did not answer",
+    Fault.CUT: "did not finish its answer",
+    Fault.GARBLED: "does not speak HTTP",
+    Fault.SILENT: "fell silent",
+}
+
+
+class Exchange:
+    """Its callbacks come from the client's connection, the replica's, and the line."""
+
+    __slots__ = (
+        *("_began_at", "_busy", "_connection", "_deaths", "_delivery", "_facts", "_forwarded", "_id"),
+        *("_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_lease", "_name", "_plane"),
+        *("_problems", "_refusal", "_request", "_rests_until", "_resumed_by", "_resumption", "_tried"),
+        *("_waits_since", "deadline"),
+    )
+
+    def __init__(self, plane: DataPlane, client: Client, request: ClientRequest) -> None:
+        #: In the line; 0 before it joins for the first time, and whenever the answer has come further.
+        self.deadline = 0.0
+        self._rests_until = self._waits_since = 0.0
+        self._plane = plane
+        self._request = request
+        self._id = request.id
+        self._began_at = time.monotonic()
+        self._delivery = Delivery(client, request, self._id)
+        self._forwarded: Forwarded
+        self._facts: RequestFacts
+        # Of the attempt under way.
+        self._lease: Lease | None = None
+        self._connection: ReplicaConnection | None = None
+        self._is_reused = False
+        #: It ended without an answer on a kept connection, and is made again on a new one.
+        self._is_doubtful = False
+        self._refusal: list[bytes] | None = None
+        # Of all attempts.
+        #: Of the latest.
+        self._name = "-"
+        self._tried: list[Seat] = []
+        self._problems: list[str] = []
+        self._deaths = 0
+        #: What the client is told if there is nobody left: the last refusal, or that there was garbage.
+        self._busy: Answer | None = None
+        self._resumption: Resumption | None = None
+        self._resumed_by: list[str] = []
+        self._is_paused = False
+        self._is_over = False
+
+    def start(self) -> None:
+        try:
+            self._let_in()
+            self._forwarded = forwarded(self._request, self._id)
+        except Refused as refused:
+            self._give(refused.answer)
+            return
+        plane = self._plane
+        plane.exchanges.add(self)
+        plane.budget.deposit()
+        draw, request = random.getrandbits(64), self._request
+        self._facts = facts_of(plane.settings.policy, request.headers, request.body, draw)
+        if plane.line.has_others(self._began_at):
+            self._wait(Nobody.BUSY)
+        else:
+            self._choose()
+
+    # ---- from the client
+
+    def client_gone(self) -> None:
+        if not self._is_over:
+            self._plane.line.leave(self)
+            if not self._delivery.has_begun:
+                self._delivery.status = 499
+            self._end("client gone")
+
+    def pause(self) -> None:
+        """The client does not read as fast as its answer comes."""
+        self._is_paused = True
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        self._is_paused = False
+        if self._connection is not None:
+            self._connection.resume()
+
+    # ---- from the clock and the line
+
+    def pardon(self, now: float) -> None:
+        """It is not known whether the replica was silent: nobody has listened."""
+        if self._connection is not None:
+            self._connection.heard_at = now
+
+    def watch(self, now: float) -> None:
+        """Gives the replica up if it has been silent for too long."""
+        connection = self._connection
+        if connection is None or self._is_paused:
+            return
+        settings = self._plane.settings
+        says_so = "progress" in connection.seat.instance.features
+        patience = settings.progress_timeout if says_so else settings.request_timeout
+        if now - connection.heard_at > patience:
+            connection.cancel()
+            self.failed(Fault.SILENT, f"for {patience:g} s")
+
+    @property
+    def is_choosy(self) -> bool:
+        return bool(self._tried)
+
+    def try_again(self, now: float) -> Nobody | None:
+        if self._is_over:
+            return None
+        nobody = self._attempt() if now >= self._rests_until else Nobody.DOWN
+        if nobody is None:
+            self._plane.metrics.waited(now - self._waits_since)
+        return nobody
+
+    def give_up(self) -> None:
+        self._plane.metrics.waited(time.monotonic() - self._waits_since)
+        if self._delivery.has_begun:
+            self._break_off("no replica could go on with the answer in time")
+        else:
+            self._give(self._busy or self._too_many())
+
+    # ---- from the pool
+
+    def connected(self, connection: ReplicaConnection) -> None:
+        if self._lease is not None and self._lease.seat == connection.seat and self._connection is None:
+            self._send(connection)
+        else:
+            self._plane.pool.keep(connection)
+
+    def unreachable(self, why: str) -> None:
+        if self._lease is not None:
+            self.failed(Fault.UNREACHABLE, why)
+
+    # ---- from the replica
+
+    def began(self, connection: ReplicaConnection) -> None:
+        status = connection.status
+        lease = self._lease
+        assert lease is not None
+        if self._resumption is not None:
+            is_stream = connection.content_type.startswith(b"text/event-stream")
+            self._refusal = None if status == 200 and is_stream else []
+            if self._refusal is None:
+                self._resumed_by.append(lease.instance.name)
+        elif is_busy(status, connection.has_retry_after):
+            self._refusal = []
+        else:
+            has_marks = "resume" in lease.instance.features
+            self._delivery.expect(connection, lease.instance.name, len(self._problems), has_marks)
+
+    def received(self, body: bytes) -> None:
+        if self._refusal is not None:
+            if sum(map(len, self._refusal)) + len(body) <= _MOST_KEPT:
+                self._refusal.append(body)
+            return
+        if self._delivery.receive(body) and self._lease is not None:
+            self._lease.count_tokens(1)
+            # A stream that goes on is not what kills replicas, however many it outlives.
+            self._deaths = 0
+            self.deadline = 0.0
+            del self._tried[:-1]
+        if problem := self._delivery.problem:
+            self._drop_connection()
+            self.failed(Fault.CUT, problem)
+
+    def ended(self) -> None:
+        connection, lease = self._connection, self._lease
+        assert connection is not None
+        assert lease is not None
+        self._connection = None
+        if self._refusal is not None:
+            self._refused(connection, lease, b"".join(self._refusal))
+            return
+        if self._delivery.is_open:
+            self.failed(Fault.CUT, "the stream ended before its last event")
+            return
+        self._plane.board.succeeded(lease.seat)
+        self._delivery.finish(self._resumed_by)
+        self._end()
+
+    def failed(self, fault: Fault, why: str) -> None:
+        lease = self._lease
+        assert lease is not None
+        self._connection = None
+        if self._delivery.is_done:
+            self._delivery.complete()
+            self._delivery.finish(self._resumed_by)
+            self._end()
+            return
+        self._delivery.drop_partial()
+        if fault is Fault.UNANSWERED and self._is_reused:
+            # A server may close a kept connection at the very moment it is used. Nothing was answered, so a
+            # new connection to the same replica decides whether the replica is there.
+            self._is_reused, self._is_doubtful = False, True
+            self._plane.pool.connect(lease.seat, self)
+            return
+        problem = f"{lease.instance.authority} {_SAID[fault]}: {why}" if fault in _SAID else why
+        self._report(lease, fault, problem)
+        if fault is Fault.GARBLED:
+            self._busy = error(502, f"replica {lease.instance.name}: {problem}", "bad_gateway")
+        if self._delivery.has_begun and self._resumption_now() is None:
+            self._break_off(f"replica {lease.instance.name} was lost in the middle of the answer", problem)
+        elif (
+            fault is Fault.SILENT
+            and not self._delivery.has_begun
+            and "progress" not in lease.instance.features
+        ):
+            # It may be busy with this very request, for all that is known.
+            self._give(error(504, f"replica {lease.instance.name}: {problem}", "replica_timeout"))
+        else:
+            self._next(lease, problem)
+
+    # ---- choosing
+
+    def _let_in(self) -> None:
+        settings = self._plane.settings
+        is_open = not settings.keys or self._request.method == "OPTIONS"
+        if not is_open and not settings.keys.allow(self._request.authorization):
+            raise Refused(error(401, "no valid API key: send Authorization: Bearer KEY", "invalid_api_key"))
+        count = settings.max_in_flight
+        if len(self._plane.exchanges) >= count:
+            message = f"Too many requests,current max concurrency is {count}"
+            raise Refused(error(429, message, "too_many_requests", 1))
+
+    def _choose(self) -> None:
+        nobody = self._attempt()
+        if nobody is not None:
+            self._wait(nobody)
+
+    def _wait(self, nobody: Nobody) -> None:
+        """If there is something to wait for."""
+        now = self._waits_since = time.monotonic()
+        if not self.deadline:
+            self.deadline = now + self._plane.settings.queue_timeout
+        if self._delivery.has_begun:
+            if nobody is Nobody.DOWN:
+                # Whoever failed may be well again by then; MOST_DEATHS and the deadline end this.
+                self._tried.clear()
+                self._rests_until = now + _REST
+            self._plane.line.join(self, is_urgent=True)
+        elif nobody is Nobody.DOWN:
+            self._give(self._busy or self._nobody())
+        elif not self._plane.line.join(self):
+            self._give(self._busy or self._too_many())
+
+    def _attempt(self) -> Nobody | None:
+        """None if one is under way."""
+        plane = self._plane
+        exclude: Sequence[Seat] = self._tried
+        if self._resumption is not None:
+            cannot = [seat for seat in plane.board.seats() if "resume" not in seat.instance.features]
+            exclude = [*exclude, *cannot]
+        began = time.perf_counter()
+        picked = plane.board.pick(plane.settings.policy, self._facts, exclude)
+        plane.metrics.picked(time.perf_counter() - began)
+        if isinstance(picked, Nobody):
+            return picked
+        if logger.isEnabledFor(logging.DEBUG):
+            self._record_decision(picked)
+        self._lease = picked
+        self._is_doubtful = False
+        self._name = picked.instance.name
+        self._tried.append(picked.seat)
+        connection = plane.pool.take(picked.seat)
+        if connection is not None:
+            self._send(connection)
+        else:
+            plane.pool.connect(picked.seat, self)
+        return None
+
+    def _send(self, connection: ReplicaConnection) -> None:
+        lease = self._lease
+        assert lease is not None
+        self._connection = connection
+        self._is_reused = not connection.is_fresh
+        self._refusal = None
+        lines = _lines_for(lease.instance.features)
+        request = self._forwarded
+        if self._resumption is not None:
+            lines += b"X-FD-Token: %b\r\n" % lease.instance.token.encode()
+            request = _resuming(request, self._resumption)
+        if len(self._tried) == 1:
+            self._plane.metrics.relayed(time.monotonic() - self._began_at)
+        connection.send(request.to(lease.instance.authority, lines), self, self._request.method == "HEAD")
+        if self._is_paused:
+            connection.pause()
+
+    # ---- when it fails
+
+    def _report(self, lease: Lease, fault: Fault, problem: str) -> None:
+        # If nobody listens there any more, it was this request with which the kept connection ended.
+        self._deaths += is_death(fault) or self._is_doubtful
+        if fault is Fault.UNREACHABLE:
+            self._plane.board.unreachable(lease.seat, problem)
+        else:
+            self._plane.board.failed(lease.seat, problem)
+
+    def _refused(self, connection: ReplicaConnection, lease: Lease, body: bytes) -> None:
+        """The replica has said, and whole, that it does not take the request."""
+        if self._resumption is not None:
+            if connection.status in _FINAL:
+                self._break_off(f"replica {lease.instance.name} cannot go on with this answer")
+                return
+        else:
+            self._busy = _answer_of(connection, lease, body)
+            is_load = is_overload(connection.status, bool(lease.instance.instance))
+            if is_load and not self._plane.budget.withdraw(time.monotonic()):
+                self._give(self._busy)
+                return
+        self._next(lease, f"{lease.instance.authority} answered {connection.status}")
+
+    def _next(self, lease: Lease, problem: str) -> None:
+        """Another replica, if there is one."""
+        name = lease.instance.name
+        self._release()
+        self._problems.append(f"replica {name}: {problem}")
+        logger.warning("request=%s replica=%s did not take it: %s", self._id[:64], name, problem)
+        if self._deaths >= MOST_DEATHS:
+            why = f"{self._deaths} replicas in a row were lost over this request; it is not tried again"
+            self._problems.append(why)
+            if self._delivery.has_begun:
+                self._break_off(f"{why} (the last one: {problem})")
+            else:
+                self._give(self._nobody())
+            return
+        if self._delivery.has_begun:
+            self._resumption = self._resumption_now()
+            self._plane.metrics.resumed(name)
+        else:
+            self._plane.metrics.retried(name)
+        self._choose()
+
+    def _resumption_now(self) -> Resumption | None:
+        return self._delivery.resumption()
+
+    # ---- the end
+
+    def _give(self, answer: Answer) -> None:
+        self._delivery.give(answer)
+        self._end()
+
+    def _break_off(self, why: str, remark: str = "") -> None:
+        self._plane.metrics.broken_off(self._name)
+        self._delivery.break_off(why)
+        self._end(remark or why)
+
+    def _end(self, remark: str = "") -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._drop_connection()
+        instance = self._lease.instance if self._lease is not None else None
+        self._release()
+        plane, request, delivery = self._plane, self._request, self._delivery
+        plane.exchanges.discard(self)
+        seconds = time.monotonic() - self._began_at
+        path = request.raw_path.decode("latin-1")
+        plane.metrics.answered(request.method, path, delivery.status, seconds)
+        if instance is not None:
+            plane.metrics.inference(instance.url, delivery.status)
+        # The path as it was written: decoded, it could hold a line break.
+        plane.access_log.add(
+            f"request={self._id[:64]} replica={instance.name if instance else '-'} {request.method} {path} "
+            f"status={delivery.status} bytes={delivery.size} seconds={seconds:.3f}"
+            + (f" ({remark})" if remark else "")
+        )
+        if plane.line:
+            plane.line.advance(time.monotonic())
+
+    def _release(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _drop_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.cancel()
+            self._connection = None
+
+    def _too_many(self) -> Answer:
+        message = "all replicas are full, and so is the line in front of them"
+        return error(429, message, "too_many_requests", self._plane.retry_after())
+
+    def _nobody(self) -> Answer:
+        message = "no replica can take the request now"
+        if self._problems:
+            message += f" ({'; '.join(self._problems)})"
+        return error(503, message, "no_replica", retry_after=2)
+
+    def _record_decision(self, lease: Lease) -> None:
+        load = {row.instance.name: row.in_flight for row in self._plane.board.status() if row.up}
+        logger.debug(
+            "request=%s replica=%s chosen by %s, attempt=%d, tokens=%d, in flight, this one included: %s",
+            *(self._id[:64], lease.instance.name, self._plane.settings.policy.name, len(self._tried)),
+            *(self._facts.prompt_tokens, load),
+        )
+
+
+@functools.lru_cache
+def _lines_for(features: tuple[str, ...]) -> bytes:
+    """What a replica is asked for, of what it can do."""
+    lines = b""
+    if "resume" in features:
+        lines += b"X-FD-Marks: 1\r\n"
+    if "progress" in features:
+        lines += b"X-FD-Progress: %d\r\n" % _SIGN_OF_LIFE
+    return lines
+
+
+def _resuming(request: Forwarded, resumption: Resumption) -> Forwarded:
+    lines = b"".join(
+        line + b"\r\n"
+        for line in request.lines.split(b"\r\n")
+        if line and not line.lower().startswith(b"content-type:")
+    )
+    return Forwarded(
+        "POST",
+        b"/internal/resume",
+        lines + b"Content-Type: application/msgpack\r\n",
+        msgspec.msgpack.encode(resumption),
+    )
+
+
+def _answer_of(connection: ReplicaConnection, lease: Lease, body: bytes) -> Answer:
+    """A replica's "not now", to be passed on if no other replica says better."""
+    headers = [
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in without_hop_by_hop(connection.headers)
+        if name not in (b"content-length", b"x-fd-replica", b"x-request-id")
+    ]
+    return Answer(connection.status, body, (*headers, ("X-FD-Replica", lease.instance.name)))

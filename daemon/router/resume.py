@@ -1,0 +1,208 @@
+"""What a client has got of a stream, so that another replica can go on with it. Pure.
+
+A replica that can be resumed ends each event with a line that says which tokens it stood for
+(`engine/resumption.py`). Here these lines are taken out and kept; they are looked at only when the replica
+fails. Only whole events are let through, so that a stream breaks off, if it does, between two of them.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+
+import msgspec
+
+from ...resumption import Delivered, Resumption, marks_of
+
+_MARK = b"\n: fd "
+_MARK_LINE = re.compile(rb"\n: fd ([^\n]*)")
+#: Marks are folded into token numbers when there are so many: text is longer than numbers.
+_FOLD_AT = 1024
+#: Of one event, or of what comes instead of one.
+_LONGEST_EVENT = 4 << 20
+#: Tokens of all choices of one stream; a longer stream cannot be resumed.
+MOST_TOKENS = 1 << 18
+_DONE = b"data: [DONE]\n\n"
+_ERROR = b'data: {"error"'
+_ERROR_EVENT = re.compile(rb'^data: (\{"error".*)', re.MULTILINE)
+_SIGN_OF_LIFE = b"\n\n:\n\n"
+_SIGNS_OF_LIFE = re.compile(rb"(?:\A|(?<=\n\n))(?::\n\n)+")
+
+
+class _Head(msgspec.Struct):
+    """What all events of a stream have in common."""
+
+    id: str
+    created: int
+
+
+class _Choice:
+    """One of the answers that a stream carries. An array: a list takes nine times the memory."""
+
+    __slots__ = ("is_finished", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = array("I")
+        self.is_finished = False
+
+
+class Transcript:
+    """Of one stream."""
+
+    __slots__ = ("_choices", "_first", "_has_summary", "_marks", "_rest", "is_done", "is_whole", "problem")
+
+    def __init__(self) -> None:
+        #: Why the replica will not bring the stream to its end; empty if it may.
+        self.problem = ""
+        #: The last event has been passed on: what happens to the connection now does not matter.
+        self.is_done = False
+        #: Every event so far could be accounted for.
+        self.is_whole = True
+        self._has_summary = False
+        self._first = b""
+        self._marks: list[bytes] = []
+        self._choices: dict[int, _Choice] = {}
+        self._rest = b""
+
+    def pass_on(self, data: bytes) -> bytes:
+        """What of the stream so far can go to the client now: whole events, without marks."""
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        if not data.endswith(b"\n\n"):
+            end = data.rfind(b"\n\n") + 2
+            if end == 1:
+                end = 0
+            self._rest = data[end:]
+            if len(self._rest) > _LONGEST_EVENT:
+                self.problem = f"an event is longer than {_LONGEST_EVENT} bytes"
+            data = data[:end]
+        if data.startswith(b":") or _SIGN_OF_LIFE in data:
+            data = _SIGNS_OF_LIFE.sub(b"", data)
+        if _ERROR in data and (found := _ERROR_EVENT.search(data)):
+            # Its model has crashed, or the like: for the client no better than a lost connection.
+            self.problem = f"it says {found[1][:300].decode('utf-8', 'replace')}"
+            data = data[: found.start()]
+        if not data:
+            return data
+        start = data.find(_MARK)
+        if start >= 0:
+            if data.find(_MARK, start + 1) < 0:
+                end = data.index(b"\n", start + 1)
+                self._marks.append(data[start + len(_MARK) : end])
+                if end + 2 < len(data):
+                    self._look_at_last(data)
+                data = data[:start] + data[end:]
+            else:
+                self._marks += _MARK_LINE.findall(data)
+                self._look_at_last(data)
+                data = _MARK_LINE.sub(b"", data)
+            if len(self._marks) >= _FOLD_AT or not self.is_whole:
+                self._fold()
+        elif not self._first:
+            # An answer that cannot be resumed has no marks.
+            self.is_whole = False
+        else:
+            self._look_at_last(data)
+        if not self._first:
+            self._first = data.partition(b"\n\n")[0]
+        if data.endswith(_DONE):
+            self.is_done = True
+        return data
+
+    @property
+    def missing_end(self) -> bytes:
+        """What alone is missing of the stream, if that is all."""
+        return _DONE if self._has_summary and not self.is_done else b""
+
+    @property
+    def is_open(self) -> bool:
+        """It can be resumed, and its last event has not come."""
+        return self.is_whole and not self.is_done
+
+    def drop_partial(self) -> None:
+        """Forgets a part of an event: the replica that was sending it is gone, another begins it anew."""
+        self._rest = b""
+        self.problem = ""
+
+    @property
+    def rest(self) -> bytes:
+        """What has come since the last whole event."""
+        return self._rest
+
+    def resumption(self, path: str, body: bytes) -> Resumption | None:
+        """What another replica needs to go on; None if this stream cannot be resumed."""
+        if not self.is_whole or not self._first:
+            return None
+        self._fold()
+        if not self.is_whole:
+            return None
+        try:
+            head = msgspec.json.decode(self._first.removeprefix(b"data:").strip(), type=_Head)
+        except msgspec.DecodeError:
+            return None
+        choices = {
+            number: Delivered(choice.tokens.tolist(), choice.is_finished)
+            for number, choice in self._choices.items()
+        }
+        return Resumption(path, body, head.id, head.created, choices)
+
+    def _look_at_last(self, data: bytes) -> None:
+        """An event without a mark that is not the end comes right before it: the usage, or an error."""
+        begin = data.rfind(b"\n\n", 0, -2) + 2 if data.count(b"\n\n") > 1 else 0
+        last = data[begin:]
+        if last.startswith(b"data:") and last != _DONE and _MARK not in last:
+            self._has_summary = True
+
+    def _fold(self) -> None:
+        marks, self._marks = self._marks, []
+        if not self.is_whole:
+            return
+        try:
+            for number, delivered in marks_of(marks).items():
+                choice = self._choices.setdefault(number, _Choice())
+                choice.tokens.extend(delivered.tokens)
+                choice.is_finished |= delivered.finished
+        except (ValueError, OverflowError):
+            self.is_whole = False
+        if sum(len(choice.tokens) + 1 for choice in self._choices.values()) > MOST_TOKENS:
+            self.is_whole = False
+        if not self.is_whole:
+            self._choices = {}
+
+
+class Lines:
+    """A stream of a replica that knows nothing of this, so that it cannot go on elsewhere.
+
+    Whole lines are let through: where it breaks off, the client has no half line to choke on.
+    """
+
+    __slots__ = ("_line", "is_done")
+
+    problem = ""
+    missing_end = b""
+    is_open = False
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self._line: list[bytes] = []
+
+    def pass_on(self, data: bytes) -> bytes:
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        if not end:
+            self._line.append(data)
+            return b""
+        whole = b"".join([*self._line, data[:end]])
+        self._line = [data[end:]] if end < len(data) else []
+        self.is_done = whole.endswith(_DONE)
+        return whole
+
+    @property
+    def rest(self) -> bytes:
+        return b"".join(self._line)
+
+    def drop_partial(self) -> None:
+        self._line = []
+
+    def resumption(self, path: str, body: bytes) -> None:
+        return None

@@ -1,0 +1,59 @@
+"""When a request is tried at another replica, and how often. Pure, the clock is passed in.
+
+A death is followed by another attempt as long as there are replicas, but a request under which several
+replicas in a row have died is suspected of killing them. What merely moves load around (busy replicas) has a
+budget, or a fleet that is overloaded would get every request several times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .upstream import Fault
+
+#: Replicas that may be lost over one request; after that it is more likely the request's fault than theirs.
+MOST_DEATHS = 3
+_DEATHS = frozenset({Fault.UNANSWERED, Fault.CUT, Fault.SILENT})
+
+
+def is_death(fault: Fault) -> bool:
+    """The replica had the request when it failed."""
+    return fault in _DEATHS
+
+
+def is_busy(status: int, has_retry_after: bool) -> bool:
+    """An answer with which a replica, or what stands in front of it, says "not here, not now"."""
+    return status in (502, 503) or (status == 429 and has_retry_after)
+
+
+def is_overload(status: int, is_ours: bool) -> bool:
+    """That answer may be for want of room. A replica of ours says 503 only when it is not there any more: it
+    is starting, ending or has failed, and all its requests with it."""
+    return status == 429 or not is_ours
+
+
+@dataclass(slots=True)
+class RetryBudget:
+    """A token bucket: a share of the requests, and a few more so that a quiet router may retry at all.
+
+    After Finagle's retry budgets.
+    """
+
+    share: float = 0.2
+    per_second: float = 10.0
+    most: float = 100.0
+    _tokens: float = 100.0
+    _since: float = 0.0
+
+    def deposit(self) -> None:
+        """For each request that comes in."""
+        self._tokens = min(self.most, self._tokens + self.share)
+
+    def withdraw(self, now: float) -> bool:
+        """True if one more retry is within the budget."""
+        self._tokens = min(self.most, self._tokens + (now - self._since) * self.per_second)
+        self._since = now
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True

@@ -1,0 +1,108 @@
+"""The line of requests in front of replicas that are all full. Belongs to the event loop."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Protocol
+
+from .board import Nobody
+
+
+class Waiter(Protocol):
+    """A request in the line."""
+
+    #: When it gives up, on the clock that is passed in.
+    deadline: float
+
+    @property
+    def is_choosy(self) -> bool:
+        """There are replicas that it does not want any more: others may find room where it finds none."""
+
+    def try_again(self, now: float) -> Nobody | None:
+        """None if it need not wait any longer: it has got a replica, or does not want one any more."""
+
+    def give_up(self) -> None:
+        """Its deadline has come."""
+
+
+class WaitingLine:
+    """First come, first served; bounded in length and in time. Those whose answer has begun go before all
+    others and are always let in."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._urgent: deque[Waiter] = deque()
+        self._others: deque[Waiter] = deque()
+        self._is_full = False
+        self._is_advancing = False
+
+    def __len__(self) -> int:
+        return len(self._urgent) + len(self._others)
+
+    def join(self, waiter: Waiter, is_urgent: bool = False) -> bool:
+        """False if the line is as long as it may be."""
+        if is_urgent:
+            self._urgent.append(waiter)
+        elif len(self._others) >= self._longest:
+            return False
+        else:
+            self._others.append(waiter)
+        return True
+
+    def has_others(self, now: float) -> bool:
+        """Somebody came before one who comes now, wants the same, and still waits."""
+        if self._others:
+            self.advance(now)
+        return bool(self._others) and self._is_full
+
+    def leave(self, waiter: Waiter) -> None:
+        for waiters in (self._urgent, self._others):
+            if waiter in waiters:
+                waiters.remove(waiter)
+
+    def advance(self, now: float) -> None:
+        """When a request has ended, and now and then: those of other processes end unheard."""
+        if self._is_advancing:
+            return  # one that gives up has ended, too
+        self._is_advancing = True
+        try:
+            for waiters in (self._urgent, self._others):
+                self._is_full = _serve(waiters, now)
+                for waiter in [each for each in waiters if each.deadline <= now]:
+                    waiters.remove(waiter)
+                    waiter.give_up()
+        finally:
+            self._is_advancing = False
+
+
+def _serve(waiters: deque[Waiter], now: float) -> bool:
+    """Where one finds everything full, so do all behind it, but for what it alone does not want. Where there
+    is nobody for one, others go on. True if everything is full."""
+    staying = []
+    is_full = is_full_for_choosy = False
+    while waiters and not is_full:
+        waiter = waiters.popleft()
+        if waiter.is_choosy and is_full_for_choosy:
+            # Not quite the same for all of them, but many at a time come from the same replica.
+            staying.append(waiter)
+            continue
+        nobody = waiter.try_again(now)
+        if nobody is not None:
+            staying.append(waiter)
+        if nobody is Nobody.BUSY:
+            is_full_for_choosy = True
+            is_full = not waiter.is_choosy
+    waiters.extendleft(reversed(staying))
+    return is_full
+
+
+def retry_after(waiting: int, ended_per_second: float, most: float) -> int:
+    """Whole seconds until one who comes now would be served: as long as those before it will need.
+
+    Args:
+        most: what is said where nothing has ended lately.
+    """
+    if ended_per_second <= 0.0:
+        return max(1, math.ceil(most))
+    return max(1, min(math.ceil(most), math.ceil((waiting + 1) / ended_per_second)))

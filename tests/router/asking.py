@@ -1,0 +1,129 @@
+"""A client of the router that takes nothing for an answer that is not whole, and compares what it gets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from .generation import COMPLETIONS, DONE, Generation
+
+
+class Broken(Exception):
+    """The answer broke off."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    generation: Generation
+    status: int
+    #: Names in lower case.
+    headers: dict[str, str]
+    body: bytes
+    trailers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def resumed_by(self) -> list[str]:
+        found = self.trailers.get("x-fd-resumed")
+        return found.split(", ") if found else []
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """Of an answer that is one, or at the end of a stream."""
+        if self.body.endswith(DONE):
+            last = self.body.removesuffix(DONE).strip().rpartition(b"\n")[2].removeprefix(b"data: ")
+        else:
+            last = self.body
+        error: dict[str, Any] = json.loads(last)["error"]
+        return error
+
+    def check(self) -> None:
+        """It is, byte for byte, what one replica would have said that nothing happened to."""
+        assert self.status == 200, self.body
+        generation = self.generation
+        if not generation.request.get("stream"):
+            head = json.loads(self.body)
+            assert self.body == generation.whole(head["id"], head["created"])
+            return
+        assert self.body.startswith(b"data: "), self.body[:200]
+        head = json.loads(self.body[6:].partition(b"\n")[0])
+        assert self.body == generation.stream(head["id"], head["created"])
+        assert head["id"].startswith(f"cmpl-{self.headers['x-request-id']}-")
+
+
+def generation(path: str = COMPLETIONS, seed: int = 1, **request: Any) -> Generation:
+    return Generation(path, json.dumps({"stream": True, **request}).encode(), seed)
+
+
+def ask(port: int, request: Generation, identity: str = "", pause: float = 0.0) -> Answered:
+    return asyncio.run(asking(port, request, identity, pause))
+
+
+async def asking(port: int, request: Generation, identity: str = "", pause: float = 0.0) -> Answered:
+    """
+    Args:
+        pause: seconds between the head of the answer and its body.
+
+    Raises:
+        Broken: the answer is not whole.
+    """
+    return await converse(*await connect(port), request, identity, pause)
+
+
+async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", port)
+
+
+async def converse(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    request: Generation,
+    identity: str = "",
+    pause: float = 0.0,
+) -> Answered:
+    """As `asking`, on a connection that is there."""
+    try:
+        writer.write(request_bytes(request, identity))
+        head, headers = await _head(reader)
+        await asyncio.sleep(pause)
+        body, trailers = await _body(reader, headers)
+    except (OSError, asyncio.IncompleteReadError) as error:
+        raise Broken(f"{type(error).__name__}: {error}") from error
+    finally:
+        writer.close()
+    return Answered(request, int(head.split()[1]), headers, body, trailers)
+
+
+def request_bytes(request: Generation, identity: str = "") -> bytes:
+    lines = f"Host: x\r\nX-FD-Seed: {request.seed}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    # Replicas tell by it which faults they have had already.
+    lines += f"X-Request-Id: {identity or uuid.uuid4().hex}\r\n"
+    head = f"POST {request.path} HTTP/1.1\r\n{lines}Content-Length: {len(request.body)}\r\n\r\n"
+    return head.encode() + request.body
+
+
+async def _head(reader: asyncio.StreamReader) -> tuple[str, dict[str, str]]:
+    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
+    return first, _fields(lines)
+
+
+def _fields(lines: list[str]) -> dict[str, str]:
+    pairs = (line.partition(":") for line in lines)
+    return {name.lower(): value.strip() for name, _, value in pairs}
+
+
+async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+    """And the trailers."""
+    if "content-length" in headers:
+        return await reader.readexactly(int(headers["content-length"])), {}
+    assert headers["transfer-encoding"] == "chunked", headers
+    pieces = []
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        pieces.append(await reader.readexactly(size))
+        assert await reader.readexactly(2) == b"\r\n"
+    trailers = []
+    while line := (await reader.readuntil(b"\r\n")).decode("latin-1").strip():
+        trailers.append(line)
+    return b"".join(pieces), _fields(trailers)

@@ -1,0 +1,113 @@
+"""Load, and replicas that die under it. What is asserted: no request is lost, and no text is altered."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .asking import Answered, Broken, asking, generation
+from .conftest import RouterProcess
+from .fake_engine import wait_until
+from .generation import CHAT, COMPLETIONS, Generation
+from .replicas import Fleet
+
+#: For replicas that hang now and then, and the router in front of them.
+SIGNS = "--sign-every=0.2"
+PATIENCE = ("--progress-timeout-secs", "1")
+#: Clients at a time.
+_CLIENTS = 32
+#: Seconds between a replica's return and the next death, about. To return takes another half a second: a
+#: request during which three replicas die in a row would be taken for the cause of it.
+_PEACE = 0.1
+#: Seconds that one hangs before it is killed.
+_HANGING = 2.0
+
+
+def requests_of(chance: random.Random) -> Iterator[Generation]:
+    """For ever: short and long, streams and answers that come whole, one or several choices."""
+    while True:
+        stream = chance.random() < 0.7
+        yield generation(
+            chance.choice([CHAT, COMPLETIONS]),
+            seed=chance.getrandbits(50),
+            stream=stream,
+            n=chance.choice([1, 1, 2, 3]),
+            max_tokens=chance.randint(1, 40),
+            interval=chance.choice([0.0, 0.004, 0.012]) if stream else 0.0,
+            delay=chance.choice([0.0, 0.01, 0.1]),
+            frame=chance.choice([0, 0, 0, 50]),
+            step=chance.choice([1, 1, 1, 4]),
+            stream_options={"include_usage": stream and chance.random() < 0.5},
+        )
+
+
+@dataclass
+class Load:
+    router: RouterProcess
+    fleet: Fleet
+    chance: random.Random
+    #: How replicas end: by which signal, one of these.
+    ends: tuple[signal.Signals, ...] = (*[signal.SIGKILL] * 3, signal.SIGTERM)
+    #: Of the clients, so many leave before the end of their answer.
+    impatient: float = 0.0
+    done: Counter[str] = field(default_factory=Counter)
+
+    def run(self, count: int, seconds: float = 1e9) -> None:
+        """So many requests, or as many as fit into the time; then all counts are zero again."""
+        asyncio.run(self._run(self.done["requests"] + count, time.monotonic() + seconds))
+        self.router.wait_idle()
+
+    async def _run(self, count: int, end: float) -> None:
+        requests = requests_of(random.Random(self.chance.getrandbits(64)))
+        ended = threading.Event()
+
+        async def client() -> None:
+            while self.done["requests"] < count and time.monotonic() < end:
+                self.done["requests"] += 1
+                await self._ask(next(requests))
+
+        killing = asyncio.create_task(asyncio.to_thread(self._kill, ended))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(_CLIENTS):
+                    group.create_task(client())
+        finally:
+            ended.set()
+            await killing
+
+    async def _ask(self, request: Generation) -> None:
+        patience = self.chance.random() * 0.2 if self.chance.random() < self.impatient else None
+        try:
+            async with asyncio.timeout(patience):
+                answer = await asking(self.router.port, request)
+        except TimeoutError:
+            self.done["clients gone"] += 1
+        except Broken as broken:
+            broken.add_note(f"{request}")
+            raise
+        else:
+            answer.check()
+            self._count(answer)
+
+    def _count(self, answer: Answered) -> None:
+        self.done["streams"] += bool(answer.generation.request["stream"])
+        self.done["streams that went on elsewhere"] += bool(answer.resumed_by)
+        self.done["requests begun anew"] += "x-fd-retries" in answer.headers
+
+    def _kill(self, ended: threading.Event) -> None:
+        while not ended.wait(_PEACE * (0.5 + self.chance.random())):
+            replica, sig = self.chance.choice(self.fleet.replicas), self.chance.choice(self.ends)
+            starts = replica.starts
+            replica.send(sig)
+            if sig is signal.SIGSTOP:
+                ended.wait(_HANGING)
+                replica.send(signal.SIGKILL)
+            self.done[f"replicas ended by {sig.name}"] += 1
+            wait_until(lambda: replica.starts > starts, "another one is started")  # noqa: B023
+            self.fleet.wait_until_up()

@@ -1,0 +1,130 @@
+"""Processes of resumable_engine.py, started, killed and started again as the daemon does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from fastdeploy.ports import find_free
+
+from .conftest import RouterProcess
+from .fake_engine import wait_until
+
+_ROOT = Path(__file__).parents[2]
+
+
+class Replica:
+    """A place for a process: another one takes the place of one that has died, at the same port."""
+
+    def __init__(self, router: RouterProcess, number: int, port: int, *flags: str) -> None:
+        self.number = number
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.starts = 0
+        self._command = [
+            *(sys.executable, "-m", "tests.router.resumable_engine", "--port", str(port)),
+            *("--router", router.url, "--replica", str(number), "--once", str(router.directory), *flags),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.starts += 1
+        self._process = subprocess.Popen(
+            self._command, cwd=_ROOT, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(_ROOT)}
+        )
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def send(self, sig: int) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(sig)
+
+    def end(self, sig: int = signal.SIGKILL) -> None:
+        self.send(sig)
+        if self._process is not None:
+            self._process.wait(timeout=20)
+
+    def leave(self) -> None:
+        """As after SIGTERM; nobody waits for those that hang."""
+        self.send(signal.SIGTERM)
+        self.send(signal.SIGCONT)
+        try:
+            if self._process is not None:
+                self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            self.end()
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = requests.get(f"{self.url}/state", timeout=10).json()
+        return state
+
+    def renew(self) -> bool:
+        """False if it does not run."""
+        try:
+            return requests.get(f"{self.url}/renew", timeout=20).ok
+        except requests.ConnectionError:
+            return False
+
+    def received(self, path: str) -> list[dict[str, str]]:
+        """The headers of the requests there, with lower-case names."""
+        return [each["headers"] for each in self.state()["received"] if each["path"] == path]
+
+
+class Fleet:
+    """Several of them. Leave it (``with``): nothing is left behind."""
+
+    def __init__(self, router: RouterProcess, count: int, *flags: str, features: str | None = None) -> None:
+        self.router = router
+        flags = flags if features is None else (*flags, f"--features={features}")
+        self.replicas = [
+            Replica(router, number, port, *flags) for number, port in enumerate(find_free(count))
+        ]
+        #: Whether those that die are started again.
+        self.keeps_alive = True
+        self._is_ending = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> Fleet:
+        for replica in self.replicas:
+            replica.start()
+        self.wait_until_up()
+        self._keeper.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_ending.set()
+        self._keeper.join()
+        for replica in self.replicas:
+            replica.leave()
+
+    def __getitem__(self, number: int) -> Replica:
+        return self.replicas[number]
+
+    def wait_until_up(self) -> None:
+        urls = {replica.url for replica in self.replicas}
+        wait_until(lambda: urls <= self.router.urls(), "all replicas are registered")
+
+    def renew(self) -> None:
+        """As if all had been started anew."""
+        for replica in self.replicas:
+            wait_until(replica.renew, "it runs")
+        self.wait_until_up()
+
+    def resumes(self) -> float:
+        """What the router has counted."""
+        return sum(float(line.rpartition(" ")[2]) for line in self.router.metric("fd_router_resumes_total"))
+
+    def _keep(self) -> None:
+        while not self._is_ending.wait(0.02):
+            for replica in self.replicas:
+                if self.keeps_alive and not replica.is_alive:
+                    replica.start()

@@ -1,0 +1,70 @@
+"""Routers that share what they know of replicas, without Redis: each has a board, all talk in one place."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from fastdeploy.daemon.router.board import Board
+from fastdeploy.daemon.router.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.shared_replicas import Said, SharedReplicas
+
+from .boards import Clock
+
+LAN = AllowedAddresses([ipaddress.ip_network("10.0.0.0/8")])
+
+
+class Hub:
+    """What Redis does: it keeps what is said. Its clock is not the routers'."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.said = Said()
+
+    def now(self) -> float:
+        return 1.7e9 + self.clock.now
+
+
+class Router:
+    def __init__(self, hub: Hub, allowed: AllowedAddresses = LAN) -> None:
+        self.hub = hub
+        self.board = Board.create(hub.clock)
+        self.board.open_column()
+        self.shared = SharedReplicas(self.board, allowed, hub.clock)
+
+    def turn(self) -> None:
+        hub = self.hub
+        self.shared.learn(hub.said, hub.now())
+        news, outdated = self.shared.news(hub.now()), self.shared.outdated(hub.now())
+        said = hub.said.then(news)
+        hub.said = Said(
+            *(
+                {name: value for name, value in part.items() if name not in outdated}
+                for part in (said.entries, said.draining, said.heard)
+            )
+        )
+        self.shared.agree(news)
+
+    def hears(self, instance: Instance) -> None:
+        """A registration, or a heartbeat: it was found healthy before."""
+        self.board.admit(instance)
+
+    def checks_health(self) -> None:
+        for seat in self.board.seats():
+            self.board.healthy(seat, self.hub.clock.now)
+
+    def knows(self) -> list[str]:
+        return [row.instance.instance for row in self.board.status()]
+
+    def row(self, number: int = 0):
+        return self.board.status()[number]
+
+
+def replica(start: str = "a", number: int = 0, host: str = "10.0.0.1") -> Instance:
+    port = 8000 + number
+    return Instance(host, port, number, metrics_port=str(port), instance=start, token=f"token-{start}")
+
+
+def turns(*routers: Router) -> None:
+    for _ in range(2):
+        for router in routers:
+            router.turn()

@@ -1,0 +1,213 @@
+"""Workers that die at any instruction, and at any time, leave a board that works."""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fastdeploy.daemon.router.board import Board, Lease, State
+from fastdeploy.daemon.router.board_memory import WORKERS, Flag
+from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.registration import Instance
+
+from .forked import Forked
+
+REQUEST_NUM = policy_named("request_num")
+FACTS = RequestFacts(0, prompt_tokens=10)
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board.create()
+    yield board
+    board.close()
+
+
+def instance(number: int, start: str = "a") -> Instance:
+    return Instance("127.0.0.1", 1000 + number, replica=number, instance=start)
+
+
+def prepared() -> Board:
+    """Replicas 0, 3 and 4 have a request of the parent; 2 is tried out, 3 leaves, 4 was started anew."""
+    board = Board.create()
+    board.open_column()
+    for number in range(5):
+        board.admit(instance(number))
+    seats = board.seats()
+    board.pick(REQUEST_NUM, FACTS, seats[1:])
+    board.unreachable(seats[2], "refused")
+    board._memory.probe_at[seats[2].row] = 0.0
+    board.healthy(seats[2], time.monotonic())
+    board.pick(REQUEST_NUM, FACTS, [*seats[:3], seats[4]])
+    board.deregister(instance(3).url, "a")
+    board.pick(REQUEST_NUM, FACTS, seats[:4])
+    board.admit(instance(4, "b"))
+    return board
+
+
+PREFIX_FACTS = RequestFacts(0, 10, prefix=(5, 6, 7))
+OPERATIONS = {
+    "a new replica": lambda board: board.admit(instance(5)),
+    "a new instance": lambda board: board.admit(instance(1, "b")),
+    "another text": lambda board: board.admit(Instance("127.0.0.1", 1001, replica=9, instance="a")),
+    "farewell": lambda board: board.deregister(instance(1).url, "a"),
+    "drain": lambda board: board.drain(board.seats()[1]),
+    "remove": lambda board: board.remove(board.seats()[1]),
+    "pick and release": lambda board: board.pick(REQUEST_NUM, FACTS).release(),
+    "pick by prefix": lambda board: board.pick(policy_named("cache_aware"), PREFIX_FACTS),
+    "failures": lambda board: [board.failed(board.seats()[1], "why") for _ in range(2)],
+    "recovery": lambda board: board.succeeded(board.seats()[2]),
+    "load": lambda board: board.set_load(board.seats()[1], 3, 4),
+    "remote counts": lambda board: board.set_remote({board.seats()[1]: (3, 4)}),
+    "measuring": lambda board: [board.measure(time.monotonic() + second) for second in range(2)],
+    "forgetting": lambda board: board.forget_lost(),
+}
+
+
+def run_until(step: int, board: Board, operation: str) -> int:
+    """Kills itself before that instruction of the router's bytecode; how many there were, if it lives."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if "/daemon/router/" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+        return trace
+
+    sys.settrace(trace)
+    OPERATIONS[operation](board)
+    sys.settrace(None)
+    return count
+
+
+def instructions(operation: str) -> int:
+    board = prepared()
+
+    def work(child: Forked) -> None:
+        board.open_column()
+        child.send(run_until(-1, board, operation))
+
+    child = Forked(work)
+    count = child.receive()
+    child.wait()
+    board.close()
+    return count
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_whoever_dies_at_any_instruction_leaves_a_board_that_works(operation):
+    total = instructions(operation)
+    assert total > 50
+    # Each death takes a process; every instruction is somebody's in some run.
+    for step in sorted(random.sample(range(total), min(total, 15))):
+        board = prepared()
+
+        def work(child: Forked, board: Board = board, step: int = step) -> None:
+            board.open_column()
+            run_until(step, board, operation)
+
+        child = Forked(work)
+        assert child.wait() == -signal.SIGKILL, f"{operation}: step {step}"
+        board.drop_column_of(child.pid)
+        check(board, f"{operation}: died at instruction {step} of {total}")
+        board.close()
+
+
+def check(board: Board, why: str) -> None:
+    """Nothing of the parent's is lost, nothing of the dead is left, and everything can still be done."""
+    rows = board.status()
+    urls = [row.instance.url for row in rows]
+    assert len(set(urls)) == len(urls), why
+    held = {row.instance.url: row.in_flight for row in rows}
+    assert held[instance(0).url] == 1, why
+    assert held[instance(3).url] == 1, why
+    assert sum(held.values()) == 2, why
+    assert sum(sum(column.in_flight) for column in board._memory.columns[:WORKERS]) == 3, why
+    for number in (1, 2, 4, 5):
+        board.admit(instance(number, "z"))
+        seat = board.seat_of(instance(number).url)
+        board.undrain(seat)
+        lease = board.pick(REQUEST_NUM, FACTS, [other for other in board.seats() if other != seat])
+        assert isinstance(lease, Lease), why
+        assert lease.seat == seat, why
+        board.unreachable(seat, "refused")
+        lease.release()
+        assert board.remove(seat), why
+    board.measure(time.monotonic())
+    assert {row.instance.url for row in board.status()} == {instance(0).url, instance(3).url}, why
+    states = board._memory.state.tolist()
+    assert sum(state != State.FREE for state in states) == 3, why
+
+
+def act_at_random(board: Board, seed: int) -> None:
+    chance = random.Random(seed)
+    board.open_column()
+    leases: list[Lease] = []
+    policies = [policy_named(name) for name in ("request_num", "cache_aware", "process_tokens")]
+    while True:
+        number = chance.randrange(6)
+        seat = board.seat_of(instance(number).url)
+        match chance.choice(["pick"] * 12 + ["release"] * 11 + ["admit", "row", "order", "lead"]):
+            case "pick" if len(leases) < 50:
+                prefix = (chance.getrandbits(63), 5)
+                lease = board.pick(chance.choice(policies), RequestFacts(0, chance.randrange(99), prefix))
+                if isinstance(lease, Lease):
+                    leases.append(lease)
+            case "release" if leases:
+                leases.pop(chance.randrange(len(leases))).release()
+            case "admit":
+                board.admit(instance(number, chance.choice("abcdefgh") * chance.randrange(1, 9)))
+            case "row" if seat is not None:
+                getattr(board, chance.choice(["failed", "unreachable"]))(seat, "why")
+                board.healthy(seat, time.monotonic())
+                board.succeeded(seat)
+            case "order" if seat is not None:
+                match chance.choice(["leave", "drain", "undrain", "remove"]):
+                    case "leave":
+                        board.deregister(seat.instance.url, seat.instance.instance)
+                    case order:
+                        getattr(board, order)(seat)
+            case "lead":
+                if board.lead():
+                    board.measure(time.monotonic())
+                    board.forget_lost()
+
+
+def test_fuzz_workers_that_do_anything_and_are_killed_at_any_time_leave_all_counts_zero(board, caplog):
+    caplog.set_level("ERROR")
+    chance = random.Random(5)
+    workers = [Forked(lambda child, seed=seed: act_at_random(board, seed)) for seed in range(3)]
+    for seed in range(3, 150):
+        time.sleep(chance.uniform(0.0, 0.02))
+        victim = workers.pop(chance.randrange(len(workers)))
+        assert os.waitpid(victim.pid, os.WNOHANG) == (0, 0), "a worker has failed"
+        victim.kill()
+        if chance.random() < 0.8:
+            board.drop_column_of(victim.pid)
+        assert all(row.in_flight >= 0 for row in board.status())
+        workers.append(Forked(lambda child, seed=seed: act_at_random(board, seed)))
+    for worker in workers:
+        worker.kill()
+    board.measure(time.monotonic())
+    memory = board._memory
+    for column in memory.columns:
+        assert column.pid[0] == 0
+        for cells in (column.in_flight, column.tokens, column.probes):
+            assert not any(cells)
+    states, flags = memory.state.tolist(), memory.flags.tolist()
+    assert State.GONE not in states
+    assert not any(state and flag & Flag.LEAVING for state, flag in zip(states, flags, strict=True))
+    board.open_column()
+    board.admit(instance(0, "last"))
+    board.undrain(board.seat_of(instance(0).url))
+    assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)

@@ -1,0 +1,245 @@
+"""The board in several processes: counts are exact whoever counts, and whoever dies over it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fastdeploy.daemon.router.board import Board, BoardError, Lease, Nobody, State
+from fastdeploy.daemon.router.board_memory import WORKERS
+from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.registration import Instance
+
+from .forked import Forked
+
+REQUEST_NUM = policy_named("request_num")
+FACTS = RequestFacts(0, prompt_tokens=10)
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board.create()
+    yield board
+    board.close()
+
+
+def instance(number: int, start: str = "a") -> Instance:
+    return Instance("127.0.0.1", 1000 + number, replica=number, instance=start)
+
+
+def in_flight(board: Board) -> list[int]:
+    return [row.in_flight for row in board.status()]
+
+
+def start_worker(board: Board, picks: int = 0) -> Forked:
+    """A worker that has picked so many times; then it takes "pick" and "release" as orders."""
+
+    def work(child: Forked) -> None:
+        board.open_column()
+        leases = [board.pick(REQUEST_NUM, FACTS) for _ in range(picks)]
+        child.send("ready")
+        while (order := child.receive()) != "end":
+            if order == "pick":
+                leases.append(board.pick(REQUEST_NUM, FACTS))
+            else:
+                leases.pop().release()
+            child.send("done")
+
+    worker = Forked(work)
+    assert worker.receive() == "ready"
+    return worker
+
+
+def tell(worker: Forked, order: str) -> None:
+    worker.send(order)
+    assert worker.receive() == "done"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_d5_a_burst_over_idle_replicas_lands_evenly_however_many_workers_there_are(board, workers):
+    for number in range(8):
+        board.admit(instance(number))
+    gate_out, gate_in = os.pipe()
+
+    def work(child: Forked) -> None:
+        os.close(gate_in)
+        board.open_column()
+        child.send("ready")
+        os.read(gate_out, 1)  # until the parent closes its end: all begin at the same moment
+        leases = [board.pick(REQUEST_NUM, FACTS) for _ in range(64 // workers)]
+        child.send("picked")
+        child.receive()
+        for lease in leases:
+            lease.release()
+
+    children = [Forked(work) for _ in range(workers)]
+    for child in children:
+        assert child.receive() == "ready"
+    os.close(gate_in)
+    for child in children:
+        assert child.receive() == "picked"
+    assert in_flight(board) == [8] * 8
+    for child in children:
+        child.send("release")
+        assert child.wait() == 0
+    assert in_flight(board) == [0] * 8
+    os.close(gate_out)
+
+
+def test_what_one_worker_does_the_others_see(board):
+    worker = start_worker(board)
+    board.admit(instance(0))
+    board.admit(instance(1))
+    board.drain(board.seat_of(instance(0).url))
+    tell(worker, "pick")
+    board.undrain(board.seat_of(instance(0).url))
+    board.admit(instance(1, "b"))
+    tell(worker, "pick")
+    tell(worker, "pick")
+    assert [(row.instance.instance, row.in_flight) for row in board.status()] == [("a", 1), ("b", 1)]
+    worker.kill()
+
+
+def test_the_requests_of_a_killed_worker_end_with_it(board):
+    board.admit(instance(0))
+    board.open_column()
+    own = board.pick(REQUEST_NUM, FACTS)
+    worker = start_worker(board, picks=5)
+    assert in_flight(board) == [6]
+    worker.kill()
+    board.drop_column_of(worker.pid)
+    assert [(row.in_flight, row.tokens) for row in board.status()] == [(1, 10)]
+    own.release()
+    assert in_flight(board) == [0]
+
+
+def test_a_worker_whose_parent_does_not_notice_its_death_is_missed_by_the_leader(board):
+    board.admit(instance(0))
+    worker = start_worker(board, picks=5)
+    board.measure(1.0)
+    assert in_flight(board) == [5]
+    worker.kill()
+    board.measure(2.0)
+    assert in_flight(board) == [0]
+
+
+def test_a_worker_that_lives_keeps_its_requests_whatever_is_said_of_it(board):
+    board.admit(instance(0))
+    worker = start_worker(board, picks=3)
+    board.drop_column_of(worker.pid)
+    assert in_flight(board) == [3]
+    worker.kill()
+
+
+def test_a_probe_of_a_killed_worker_does_not_block_the_next(board):
+    board.admit(instance(0))
+    [seat] = board.seats()
+    board.unreachable(seat, "refused")
+    while board.status()[0].state != State.PROBING:
+        time.sleep(0.05)
+        board.healthy(seat, time.monotonic())
+    worker = start_worker(board, picks=1)
+    board.open_column()
+    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    worker.kill()
+    board.drop_column_of(worker.pid)
+    assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)
+
+
+def test_a_worker_killed_with_the_lock_in_its_hand_does_not_keep_it(board):
+    board.admit(instance(0))
+
+    def die(child: Forked) -> None:
+        board.open_column()
+        with board._lock:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert Forked(die).wait() == -signal.SIGKILL
+    board.open_column()
+    assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)
+
+
+def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_take_it(board):
+    board.admit(instance(0))
+    holds, may_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with board._lock:
+            holds.set()
+            may_go.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait()
+    worker = Forked(lambda child: child.send([board.open_column(), len(board.status())]))
+    may_go.set()
+    thread.join()
+    assert worker.receive() == [0, 1]
+    worker.wait()
+
+
+def test_there_is_room_for_a_number_of_workers_and_that_of_the_dead_is_used_again(board):
+    workers = [start_worker(board) for _ in range(WORKERS)]
+    with pytest.raises(BoardError, match=f"room for {WORKERS} workers"):
+        board.open_column()
+    workers.pop(7).kill()
+    assert board.open_column() == 7
+    assert board.open_column() == 7
+    for worker in workers:
+        worker.kill()
+
+
+def test_one_leads_and_another_when_it_is_dead(board):
+    def work(child: Forked) -> None:
+        while True:
+            child.send(board.lead())
+            child.receive()
+
+    workers = [Forked(work) for _ in range(3)]
+    leads = [worker.receive() for worker in workers]
+    assert leads.count(True) == 1
+    leader = leads.index(True)
+    workers.pop(leader).kill()
+    for worker in workers:
+        worker.send("again")
+    assert [worker.receive() for worker in workers].count(True) == 1
+    for worker in workers:
+        worker.kill()
+
+
+def test_a_program_that_replaces_the_router_goes_on_with_its_board(board):
+    board.admit(instance(0))
+    board.drain(board.seats()[0])
+    worker = start_worker(board)
+    program = """
+import sys
+from fastdeploy.daemon.router.board import Board
+from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+board = Board.attach(int(sys.argv[1]))
+board.open_column()
+[row] = board.status()
+assert row.draining and row.instance.instance == "a"
+board.undrain(row.seat)
+print([board.pick(policy_named("request_num"), RequestFacts(0)).instance.name for _ in range(2)], flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(board.descriptor)],
+        pass_fds=[board.descriptor],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "['0', '0']\n"
+    tell(worker, "pick")
+    assert in_flight(board) == [3]
+    process.communicate()
+    board.drop_column_of(process.pid)
+    assert in_flight(board) == [1]
+    worker.kill()

@@ -1,0 +1,225 @@
+"""The moves of a replica, by the table in board_rows.py; and all of them in any order."""
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fastdeploy.daemon.router.board import FORGET_AFTER, Board, Lease, Nobody, State
+from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+
+from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def board(clock: Clock) -> Iterator[Board]:
+    board = Board.create(clock)
+    board.open_column()
+    yield board
+    board.close()
+
+
+def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board, clock):
+    """Upstream removed an instance at its first failed probe."""
+    seat_replicas(board, 1)
+    [seat] = board.seats()
+    board.failed(seat, "timeout")
+    assert states(board) == [State.UP]
+    clock.now += 1
+    board.healthy(seat, clock.now)
+    board.failed(seat, "timeout")
+    assert states(board) == [State.UP]
+    board.succeeded(seat)
+    board.failed(seat, "timeout")
+    assert states(board) == [State.UP]
+    board.failed(seat, "timeout")
+    assert states(board) == [State.DOWN]
+    assert board.pick(REQUEST_NUM, FACTS) is Nobody.DOWN
+
+
+def test_one_read_from_the_registry_file_is_up_after_its_first_health_check(board, clock):
+    board.admit(instance(0), up=False)
+    [seat] = board.seats()
+    assert states(board) == [State.DOWN]
+    board.healthy(seat, clock.now)
+    assert states(board) == [State.UP]
+
+
+def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock):
+    seat_replicas(board, 1)
+    [seat] = board.seats()
+    board.unreachable(seat, "refused")
+    board.healthy(seat, clock.now - 1)  # began before the failure: says nothing
+    assert states(board) == [State.DOWN]
+    clock.now += 1
+    board.healthy(seat, clock.now)
+    assert states(board) == [State.PROBING]
+    assert [row.up for row in board.status()] == [True]
+    probe = pick(board)
+    assert probe.probing
+    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    probe.release()  # the client went away: nothing is known yet
+    probe = pick(board)
+    board.succeeded(seat)
+    assert states(board) == [State.UP]
+    assert not pick(board).probing
+    probe.release()
+    assert in_flight(board) == [1]
+
+
+def test_requests_from_before_it_went_down_do_not_keep_it_from_being_tried_out(board, clock):
+    seat_replicas(board, 1)
+    old = pick(board)
+    board.unreachable(old.seat, "refused")
+    clock.now += 1
+    board.healthy(old.seat, clock.now)
+    assert pick(board).probing
+
+
+def test_the_wait_before_it_is_tried_out_doubles_up_to_half_a_minute(board, clock):
+    seat_replicas(board, 1)
+    [seat] = board.seats()
+    board.unreachable(seat, "refused")
+    waits = []
+    for _ in range(7):
+        since = clock.now
+        while states(board) == [State.DOWN]:
+            clock.now += 0.5
+            board.healthy(seat, clock.now)
+        waits.append(clock.now - since)
+        board.failed(seat, "probe failed")
+        assert states(board) == [State.DOWN]
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_one_that_answers_every_other_request_is_tried_out_ever_less(board, clock):
+    seat_replicas(board, 1)
+    [seat] = board.seats()
+    waits = []
+    for _ in range(3):
+        board.unreachable(seat, "reset")
+        since = clock.now
+        while states(board) == [State.DOWN]:
+            clock.now += 0.5
+            board.healthy(seat, clock.now)
+        waits.append(clock.now - since)
+        board.succeeded(seat)
+        assert states(board) == [State.UP]
+        clock.now += 10
+    assert waits == [1, 2, 4]
+    clock.now += 30  # of good behaviour
+    board.unreachable(seat, "reset")
+    clock.now += 1
+    board.healthy(seat, clock.now)
+    assert states(board) == [State.PROBING]
+
+
+def test_one_in_good_health_that_gets_no_request_is_up_after_a_while(board, clock):
+    seat_replicas(board, 1)
+    [seat] = board.seats()
+    board.unreachable(seat, "refused")
+    for expected in (State.PROBING, State.PROBING, State.PROBING, State.UP):
+        clock.now += 2
+        board.healthy(seat, clock.now)
+        assert states(board) == [expected]
+
+
+def test_a_healthy_replica_without_heartbeats_is_kept(board, clock):
+    seat_replicas(board, 1)
+    clock.now += FORGET_AFTER + 1
+    assert not board.forget_lost()
+    assert states(board) == [State.UP]
+
+
+def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board(board, clock):
+    seat_replicas(board, 1)
+    [seat] = board.seats()
+    board.unreachable(seat, "refused")
+    clock.now += FORGET_AFTER - 1
+    board.heard(seat)
+    clock.now += FORGET_AFTER - 1
+    assert not board.forget_lost()
+
+
+class BoardMachine(RuleBasedStateMachine):
+    """Whatever happens in whatever order, a seat's count is the number of its leases that are held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.board = Board.create(self.clock)
+        self.board.open_column()
+        self.held: list[Lease] = []
+
+    def teardown(self) -> None:
+        self.board.close()
+
+    @rule(number=st.integers(0, 4), up=st.booleans(), start=st.sampled_from(["", "a", "b", "c"]))
+    def register(self, number, up, start):
+        self.board.admit(instance(number, start), up)
+
+    @rule(number=st.integers(0, 4), start=st.sampled_from(["", "a", "b"]))
+    def farewell(self, number, start):
+        self.board.deregister(instance(number).url, start)
+
+    @rule(name=st.sampled_from(["request_num", "round_robin", "process_tokens"]), tokens=st.integers(0, 9))
+    def request(self, name, tokens):
+        lease = self.board.pick(policy_named(name), RequestFacts(0, tokens))
+        rows = [row for row in self.board.status() if row.up and not row.draining and not row.leaving]
+        assert (lease is Nobody.DOWN) == (not rows)
+        assert lease is not Nobody.BUSY or all(row.state == State.PROBING for row in rows)
+        if isinstance(lease, Lease):
+            self.held.append(lease)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), twice=st.booleans())
+    def end(self, data, twice):
+        lease = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        lease.release()
+        if twice:
+            lease.release()
+
+    @precondition(lambda self: self.board.seats())
+    @rule(data=st.data(), kind=st.sampled_from(["failed", "unreachable", "healthy", "succeeded"]))
+    def health(self, data, kind):
+        seat = data.draw(st.sampled_from(self.board.seats()))
+        if kind == "healthy":
+            self.board.healthy(seat, self.clock.now)
+        elif kind == "succeeded":
+            self.board.succeeded(seat)
+        else:
+            getattr(self.board, kind)(seat, "why")
+
+    @precondition(lambda self: self.board.seats())
+    @rule(data=st.data(), order=st.sampled_from(["drain", "undrain", "remove"]))
+    def order(self, data, order):
+        assert getattr(self.board, order)(data.draw(st.sampled_from(self.board.seats())))
+
+    @rule(seconds=st.sampled_from([1.0, 10.0, FORGET_AFTER + 1]))
+    def time_passes(self, seconds):
+        self.clock.now += seconds
+        self.board.measure(self.clock.now)
+        self.board.forget_lost()
+
+    @invariant()
+    def counts_are_exact(self):
+        for row in self.board.status():
+            held = [lease for lease in self.held if lease.seat == row.seat]
+            assert row.in_flight == len(held)
+            assert row.tokens == sum(lease.tokens for lease in held)
+
+    @invariant()
+    def each_url_is_there_once(self):
+        urls = [row.instance.url for row in self.board.status()]
+        assert len(urls) == len(set(urls))
+
+
+BoardMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBoardMachine = BoardMachine.TestCase

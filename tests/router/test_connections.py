@@ -1,0 +1,171 @@
+"""What one connection can be used for: many requests, one at a time, in whatever dialect of HTTP/1."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from .conftest import RouterProcess
+from .fake_engine import (
+    EVENT_HEAD,
+    FakeEngine,
+    Received,
+    answers,
+    answers_status,
+    events,
+    json_head,
+    keeps,
+    wait_until,
+    waits_for,
+)
+from .raw_client import RawClient
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+POST = HEAD + b"Content-Length: 2\r\n\r\n{}"
+GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
+
+
+@pytest.fixture
+def client(shared_router: RouterProcess, replica: FakeEngine) -> Iterator[RawClient]:
+    with RawClient(shared_router.port) as client:
+        yield client
+
+
+def test_half_requests_on_all_connections_keep_nobody_out(start_router, new_engine):
+    """A connection that asks takes the place of the one that has been at its request longest."""
+    router = start_router("--max-connections", "40")
+    gate = threading.Event()
+    router.add(new_engine(behaviour=waits_for(gate)))
+    with ExitStack() as stack:
+        busy = stack.enter_context(RawClient(router.port))
+        busy.send(POST)
+        wait_until(lambda: any(router.in_flight().values()), "a request is under way")
+        for _ in range(100):
+            slow = stack.enter_context(RawClient(router.port))
+            slow.send_what_is_taken(HEAD)
+        for _ in range(3):
+            assert router.get("/health").status_code == 200
+        gate.set()
+        assert busy.answer().status == 200
+
+
+def test_a_thousand_requests_at_once_are_answered_in_their_order(shared_router, replica, client):
+    before = shared_router.memory()
+    count = 1000
+
+    def sends_all() -> None:
+        for number in range(count):
+            client.send(
+                b"GET /v1/models?%d HTTP/1.1\r\nHost: x\r\nX-Request-Id: %d\r\n\r\n" % (number, number)
+            )
+
+    sending = threading.Thread(target=sends_all)
+    sending.start()
+    assert [client.answer().headers["x-request-id"] for _ in range(count)] == [str(n) for n in range(count)]
+    sending.join()
+    assert [received.target for received in replica.received] == [f"/v1/models?{n}" for n in range(count)]
+    assert shared_router.memory() - before < 16 << 20
+
+
+def test_requests_of_one_connection_are_served_one_at_a_time(shared_router, replica, client):
+    gate = threading.Event()
+    replica.behaviour = waits_for(gate)
+    client.send(POST + POST)
+    wait_until(lambda: replica.received, "the first has arrived")
+    assert shared_router.get("/health").status_code == 200
+    assert len(replica.received) == 1
+    gate.set()
+    assert [client.answer().status for _ in range(2)] == [200, 200]
+
+
+def test_who_closes_its_sending_half_is_taken_as_gone(shared_router, replica, client):
+    """As nginx does by default; a reset tells it that nothing more will come."""
+    gone = []
+
+    def waits(received: Received) -> bool:
+        gone.append(received.wait_until_cancelled())
+        return False
+
+    replica.behaviour = waits
+    client.send(POST)
+    wait_until(lambda: replica.received, "it has arrived")
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.is_at_its_end()
+    wait_until(lambda: gone == [True], "the replica knows")
+    shared_router.wait_idle()
+
+
+def test_a_connection_is_used_again(replica, client):
+    ports = set()
+    for _ in range(5):
+        client.send(POST)
+        answer = client.answer()
+        assert answer.status == 200
+        assert "connection" not in answer.headers
+        ports.add(client.own_port)
+    assert len(ports) == 1
+
+
+def test_an_old_client_keeps_its_connection_if_it_says_so(replica, client):
+    request = b"GET /v1/models HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    for _ in range(2):
+        client.send(request)
+        answer = client.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "keep-alive")
+    client.send(request.replace(b"keep-alive", b"x"))
+    answer = client.answer()
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    assert client.is_at_its_end()
+
+
+def test_a_stream_for_an_old_client_that_would_keep_its_connection_ends_with_it(replica, client):
+    body = b'{"stream": true}'
+    head = b"POST /v1/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n"
+    client.send(head % len(body) + body)
+    answer = client.answer()
+    assert "transfer-encoding" not in answer.headers
+    assert answer.body == b"".join(events(body))
+
+
+def test_who_offers_another_protocol_is_served_in_this_one(replica, client):
+    """Java's HttpClient offers HTTP/2 with each first request, its body included."""
+    offer = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+    )
+    for body in (b"{}", b"x" * 50_000):
+        client.send(HEAD + offer + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert client.answer().status == 200
+        assert replica.received[-1].body == body
+        assert replica.received[-1].header("upgrade") is None
+        assert replica.received[-1].header("http2-settings") is None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_answer_to_head_is_a_head(replica, client, whole):
+    replica.behaviour = keeps(json_head(77) if whole else EVENT_HEAD)
+    for _ in range(2):
+        client.send(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        status, headers, _ = client.answer(to_head=True)
+        assert (status, headers.get("content-length")) == (200, "77" if whole else None)
+    client.send(b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert client.answer(to_head=True).status == 200
+    replica.behaviour = answers
+    client.send(GET)
+    assert client.answer().status == 200
+
+
+def test_options_are_the_replicas_affair(replica, client):
+    allowed = b"Access-Control-Allow-Origin: *\r\nAllow: POST\r\n"
+    replica.behaviour = answers_status("204 No Content", b"", allowed)
+    client.send(b"OPTIONS /v1/completions HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\n\r\n")
+    status, headers, body = client.answer()
+    assert (status, headers["access-control-allow-origin"], headers["allow"], body) == (204, "*", "POST", b"")
+    assert replica.received[0].header("origin") == "http://a"
+    client.send(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert client.answer().status == 404

@@ -1,0 +1,119 @@
+"""Answers that two parsers could read differently, or that are more than one: no client gets a wrong one.
+
+After each test the fixture asks twice more, on whatever connections to the replica there are.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from .conftest import RouterProcess
+from .fake_engine import answers, keeps, wait_until
+from .raw_client import RawAnswer, RawClient
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+OK = b"HTTP/1.1 200 OK\r\n"
+EVIL = b"HTTP/1.1 200 OK\r\nX-Evil: 1\r\nContent-Length: 4\r\n\r\nEVIL"
+SMALL = b"Content-Length: 2\r\n\r\n{}"
+ENDLESS = 4 << 20
+
+GARBLED = {
+    "length and chunks": OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "chunks and length": OK + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "two lengths": OK + b"Content-Length: 4\r\n" + SMALL,
+    "one length twice": OK + b"Content-Length: 2\r\n" + SMALL,
+    "length with sign": OK + b"Content-Length: +2\r\n\r\n{}",
+    "gzip, chunked": OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "identity": OK + b"Transfer-Encoding: identity\r\n\r\n{}",
+    "bare line feeds": b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",
+    "folded header": OK + b"X: a\r\n b\r\n" + SMALL,
+    "blank before the colon": OK + b"Content-Length : 2\r\n\r\n{}",
+    "NUL in a value": OK + b"X: \0\r\n" + SMALL,
+    "status below all": b"HTTP/1.1 099 No\r\n" + SMALL,
+    "status above all": b"HTTP/1.1 2000 No\r\n" + SMALL,
+    "switched protocols": b"HTTP/1.1 101 Yes\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n" + EVIL,
+    "switched protocols without a word": b"HTTP/1.1 101 Yes\r\n\r\n" + EVIL,
+    "headers without end": OK + b"X: y\r\n" * (ENDLESS // 6) + SMALL,
+    "header without end": OK + b"X: " + b"y" * ENDLESS,
+}  # fmt: skip
+
+
+def ask(router: RouterProcess) -> RawAnswer:
+    with RawClient(router.port) as client:
+        client.send(POST)
+        return client.answer()
+
+
+@pytest.mark.parametrize("answer", GARBLED)
+def test_an_answer_that_could_be_read_in_two_ways_is_a_bad_gateway(shared_router, replica, answer):
+    replica.behaviour = keeps(GARBLED[answer])
+    status, _, body = ask(shared_router)
+    assert (status, json.loads(body)["error"]["code"]) == (502, "bad_gateway")
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b"2;" + b"y" * ENDLESS, b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * (ENDLESS // 6)],
+    ids=["extension", "trailers"],
+)
+def test_an_answer_that_goes_on_for_ever_and_says_nothing_is_given_up(shared_router, replica, tail):
+    replica.behaviour = keeps(OK + b"Transfer-Encoding: chunked\r\n\r\n" + tail)
+    assert ask(shared_router)[0] == 503
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [EVIL, EVIL * 100, EVIL[:30], b"garbage", b"\r\n" + EVIL, b"HTTP/1.1 100 Continue\r\n\r\n", b"H", b"\0"],
+    ids=lambda extra: str(extra[:12]),
+)
+@pytest.mark.parametrize("when", ["at once", "later"])
+@pytest.mark.parametrize("framing", [SMALL, b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"])
+def test_what_follows_an_answer_is_nobodys_answer(shared_router, replica, extra, when, framing):
+    replica.behaviour = keeps(OK + framing + extra) if when == "at once" else keeps(OK + framing, extra)
+    assert ask(shared_router)[::2] == (200, b"{}")
+    if when == "later":
+        # It has come: the replica takes its time before it reads on.
+        wait_until(lambda: replica.received[0].done.is_set(), "the rest is sent")
+
+
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 4\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n4\r\n"]
+)
+def test_an_answer_that_has_no_body_has_none_whatever_follows(shared_router, replica, status, framing):
+    replica.behaviour = keeps(b"HTTP/1.1 " + status + b"\r\n" + framing + b"EVIL\r\n0\r\n\r\n")
+    got, headers, body = ask(shared_router)
+    assert (got, body) == (int(status[:3]), b"")
+    assert "transfer-encoding" not in headers
+
+
+def test_a_body_behind_the_answer_to_head_is_nobodys_answer(shared_router, replica):
+    replica.behaviour = keeps(OK + SMALL + EVIL)
+    with RawClient(shared_router.port) as client:
+        client.send(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = client.answer(to_head=True)
+        assert (answer.status, answer.headers["content-length"]) == (200, "2")
+        replica.behaviour = answers
+        client.send(POST)
+        assert client.answer().status == 200
+
+
+@pytest.mark.parametrize("count", [1, 20_000])
+def test_interim_answers_are_kept_from_the_client(shared_router, replica, count):
+    replica.behaviour = keeps(b"HTTP/1.1 103 Early Hints\r\nX-Evil: 1\r\n\r\n" * count + OK + SMALL)
+    status, headers, body = ask(shared_router)
+    assert (status, body) == (200, b"{}")
+    assert "x-evil" not in headers
+
+
+def test_headers_about_the_replicas_connection_stay_there(shared_router, replica):
+    replica.behaviour = keeps(
+        OK + b"Connection: X-Evil, keep-alive\r\nX-Evil: 1\r\nKeep-Alive: timeout=5\r\nUpgrade: h2c\r\n"
+        b"Proxy-Authenticate: Basic\r\nProxy-Connection: close\r\nTE: x\r\nTrailer: X-Evil\r\nX-Fine: 1\r\n"
+        + SMALL
+    )
+    status, headers, body = ask(shared_router)
+    assert (status, body) == (200, b"{}")
+    assert set(headers) == {"x-fine", "content-length", "x-request-id", "x-fd-replica"}

@@ -1,0 +1,95 @@
+"""Locks that processes and threads share, and that end with whoever holds them."""
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fastdeploy.daemon.router.kernel_locks import KernelLocks
+
+from .forked import Forked
+
+
+@pytest.fixture
+def descriptor() -> Iterator[int]:
+    descriptor = os.memfd_create("locks")
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    yield descriptor
+    os.close(descriptor)
+
+
+def nothing() -> None:
+    pass
+
+
+def test_threads_of_several_processes_exclude_each_other(descriptor):
+    locks = KernelLocks(descriptor, nothing)
+    count = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE)).cast("q")
+
+    def add() -> None:
+        for _ in range(200):
+            with locks:
+                seen = count[0]
+                time.sleep(0)
+                count[0] = seen + 1
+
+    def work(child: Forked) -> None:
+        threads = [threading.Thread(target=add) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    children = [Forked(work) for _ in range(3)]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    assert count[0] == 3 * 3 * 200
+    locks.close()
+
+
+def test_a_mark_says_whether_its_holder_lives(descriptor):
+    locks = KernelLocks(descriptor, nothing)
+
+    def work(child: Forked) -> None:
+        child.send([locks.take_mark(3), locks.take_mark(3), locks.is_marked(4)])
+        child.receive()
+
+    child = Forked(work)
+    assert child.receive() == [True, True, False]
+    assert locks.is_marked(3)
+    assert not locks.take_mark(3)
+    child.kill()
+    assert not locks.is_marked(3)
+    assert locks.take_mark(3)
+    locks.close()
+
+
+def test_a_child_has_none_of_its_parents_marks_and_does_not_keep_them_alive(descriptor):
+    forked = []
+    locks = KernelLocks(descriptor, lambda: forked.append(os.getpid()))
+
+    def parent(child: Forked) -> None:
+        assert locks.take_mark(1)
+        grandchild = Forked(
+            lambda grand: grand.send([locks.is_marked(1), locks.take_mark(1)]) or grand.receive()
+        )
+        child.send([grandchild.receive(), len(forked)])
+        child.receive()
+
+    child = Forked(parent)
+    assert child.receive() == [[True, False], 1]
+    child.kill()
+    assert not locks.is_marked(1)
+    assert forked == []
+    locks.close()
+
+
+def test_a_lock_does_not_outlive_an_error(descriptor):
+    locks = KernelLocks(descriptor, nothing)
+    with pytest.raises(LookupError), locks:
+        raise LookupError
+    with locks:
+        pass
+    locks.close()

@@ -1,0 +1,262 @@
+"""More requests than the replicas take: they wait in line, first come first served, or come back later."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from .conftest import RouterProcess
+from .fake_engine import FakeEngine, Received, answers, answers_status, wait_until
+from .raw_client import RawClient
+
+BODY = b"Content-Length: 2\r\n\r\n{}"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+class Gated:
+    """Answers as many requests as it was told to, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._may_answer = threading.Semaphore(0)
+
+    def __call__(self, received: Received) -> bool:
+        assert self._may_answer.acquire(timeout=30)
+        return answers(received)
+
+    def let(self, count: int) -> None:
+        self._may_answer.release(count)
+
+
+def names_of(engine: FakeEngine) -> list[str | None]:
+    return [received.header("x-request-id") for received in engine.received]
+
+
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def ask(held: ExitStack) -> Callable[[RouterProcess, str], RawClient]:
+    """Sends a request of that name, and returns once the router has read it."""
+
+    def ask(router: RouterProcess, name: str) -> RawClient:
+        client = held.enter_context(RawClient(router.port))
+        client.send(POST + b"X-Request-Id: %b\r\n" % name.encode() + BODY)
+        assert router.get("/health").status_code == 200
+        return client
+
+    return ask
+
+
+def register(router: RouterProcess, engine: FakeEngine, max_concurrency: int) -> None:
+    assert engine.register_with(router.url, max_concurrency=max_concurrency).status_code == 200
+
+
+def waited(router: RouterProcess) -> float:
+    lines = router.metric("fd_router_queue_seconds_count")
+    return sum(float(line.split()[1]) for line in lines)
+
+
+def was_logged(router: RouterProcess, *words: str) -> bool:
+    return any(all(word in line for word in words) for line in router.log.read_text().splitlines())
+
+
+def test_more_than_a_replica_takes_wait_in_line_and_are_served_in_their_order(lent_router, new_engine, ask):
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    register(lent_router, engine, max_concurrency=2)
+    before = waited(lent_router)
+    names = [str(number) for number in range(8)]
+    clients = [ask(lent_router, name) for name in names]
+    wait_until(lambda: len(engine.received) == 2, "as many as it takes have arrived")
+    assert lent_router.in_flight() == {engine.url: 2}
+    for number in range(6):
+        gated.let(1)
+        wait_until(lambda number=number: len(engine.received) == 3 + number, "the next one has its turn")
+        assert lent_router.in_flight() == {engine.url: 2}
+    gated.let(2)
+    assert [client.answer().status for client in clients] == [200] * 8
+    # Two are under way at a time: which of them arrives first is not the router's affair.
+    assert sorted(names_of(engine)[:2]) == names[:2]
+    assert names_of(engine)[2:] == names[2:]
+    wait_until(lambda: waited(lent_router) == before + 6, "their waiting is counted")
+
+
+def test_who_comes_does_not_overtake_who_waits(start_router, new_engine, ask):
+    """A place that becomes free by itself is noticed by the next who comes; it is not his."""
+    router = start_router()
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    register(router, engine, max_concurrency=1)
+    clients = [ask(router, name) for name in ("first", "second")]
+    wait_until(lambda: len(engine.received) == 1, "it is full")
+    register(router, engine, max_concurrency=2)
+    clients.append(ask(router, "third"))
+    wait_until(lambda: len(engine.received) == 2, "there was room for one more")
+    assert names_of(engine) == ["first", "second"]
+    gated.let(3)
+    assert [client.answer().status for client in clients] == [200] * 3
+
+
+def test_those_in_line_go_on_when_a_request_of_another_worker_ends(start_router, new_engine, held):
+    router = start_router("--workers", "2")
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    register(router, engine, max_concurrency=1)
+    wait_until(lambda: len(router.workers()) == 2, "both workers run")
+    clients = {}
+    while len(clients) < 2:
+        client = held.enter_context(RawClient(router.port))
+        clients[router.worker_of(client)] = client
+    first, second = clients.values()
+    first.send(POST + b"X-Request-Id: first\r\n" + BODY)
+    wait_until(lambda: engine.received, "the first is under way")
+    second.send(POST + b"X-Request-Id: second\r\n" + BODY)
+    # Others of that worker are answered after it has joined the line.
+    again = held.enter_context(RawClient(router.port))
+    while router.worker_of(again) != router.worker_of(second):
+        again = held.enter_context(RawClient(router.port))
+    again.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert again.answer().status == 200
+    assert len(engine.received) == 1
+    gated.let(2)
+    assert [first.answer().status, second.answer().status] == [200, 200]
+    assert names_of(engine) == ["first", "second"]
+
+
+def test_when_the_line_is_full_more_are_told_when_to_come_back(start_router, new_engine, ask):
+    router = start_router("--queue-size", "2", "--queue-timeout-secs", "7")
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    register(router, engine, max_concurrency=1)
+    clients = [ask(router, str(number)) for number in range(4)]
+    refused = clients[3].answer()
+    assert refused.status == 429
+    assert json.loads(refused.body)["error"]["type"] == "rate_limit_error"
+    # Nothing has ended yet, so that nothing better can be said than how long the line lasts at most.
+    assert refused.headers["retry-after"] == "7"
+    gated.let(3)
+    assert [client.answer().status for client in clients[:3]] == [200] * 3
+    assert names_of(engine) == ["0", "1", "2"]
+
+
+def test_without_a_line_nobody_waits(start_router, new_engine, ask):
+    router = start_router("--queue-size", "0")
+    gated = Gated()
+    register(router, new_engine(behaviour=gated), max_concurrency=1)
+    first, second = (ask(router, name) for name in ("first", "second"))
+    assert second.answer().status == 429
+    gated.let(1)
+    assert first.answer().status == 200
+
+
+def test_who_has_waited_long_enough_is_told_when_to_come_back(start_router, new_engine, ask):
+    router = start_router("--queue-timeout-secs", "0.5")
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    register(router, engine, max_concurrency=1)
+    first, second = (ask(router, name) for name in ("first", "second"))
+    late = second.answer()
+    assert (late.status, late.headers["retry-after"]) == (429, "1")
+    gated.let(2)
+    assert first.answer().status == 200
+    # Its place in line is gone as well.
+    assert ask(router, "third").answer().status == 200
+    assert names_of(engine) == ["first", "third"]
+
+
+def test_who_leaves_the_line_is_forgotten(lent_router, new_engine, ask):
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    register(lent_router, engine, max_concurrency=1)
+    first, leaving, last = (ask(lent_router, name) for name in ("first", "leaving", "last"))
+    leaving.close()
+    wait_until(lambda: was_logged(lent_router, "request=leaving", "status=499"), "its leaving is noticed")
+    gated.let(2)
+    assert [first.answer().status, last.answer().status] == [200, 200]
+    assert names_of(engine) == ["first", "last"]
+    lent_router.wait_idle()
+
+
+def test_those_in_line_go_to_a_replica_that_joins(lent_router, new_engine, ask):
+    gated = Gated()
+    full = new_engine(behaviour=gated)
+    register(lent_router, full, max_concurrency=1)
+    first, second = (ask(lent_router, name) for name in ("first", "second"))
+    other = new_engine(replica=7)
+    register(lent_router, other, max_concurrency=1)
+    assert second.answer().headers["x-fd-replica"] == "7"
+    gated.let(1)
+    assert first.answer().status == 200
+
+
+def test_a_replica_of_fastdeploys_that_says_no_number_gets_everything_at_once(lent_router, new_engine, ask):
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    lent_router.add(engine)
+    clients = [ask(lent_router, str(number)) for number in range(30)]
+    wait_until(lambda: len(engine.received) == 30, "all have arrived")
+    gated.let(30)
+    assert [client.answer().status for client in clients] == [200] * 30
+
+
+# ---- retries
+
+
+@pytest.mark.parametrize("status", ["503 Service Unavailable", "429 Too Many Requests"])
+def test_when_all_are_overloaded_retries_do_not_multiply_the_load(start_router, new_engine, status):
+    """Each request could be tried at eight replicas; the budget is for about one in five."""
+    router = start_router("--max-in-flight", "200")
+    refuses = answers_status(status, b"{}", b"Retry-After: 9\r\n")
+    engines = [new_engine(replica=number, behaviour=refuses) for number in range(8)]
+    router.add(*engines)
+    count = 400
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        got = list(pool.map(lambda _: router.complete(), range(count)))
+    seconds = time.monotonic() - began
+    assert {(answer.status_code, answer.headers["Retry-After"]) for answer in got} == {(int(status[:3]), "9")}
+    attempts = sum(len(engine.received) for engine in engines)
+    # The bucket is full in the beginning, and each request and each second put something in.
+    assert attempts <= count + 100 + 0.2 * count + 10 * seconds + 1
+    assert attempts > count
+    assert router.urls("down") == set()
+
+
+def test_a_replica_that_is_full_for_a_while_is_replaced_by_another(lent_router, new_engine):
+    full = new_engine(
+        replica=0, behaviour=answers_status("429 Too Many Requests", b"{}", b"Retry-After: 1\r\n")
+    )
+    lent_router.add(full, new_engine(replica=1))
+    assert [lent_router.complete().headers["X-FD-Replica"] for _ in range(6)] == ["1"] * 6
+    assert full.received
+
+
+def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(lent_router, new_engine):
+    """A key's quota, say: it would be used up at any replica."""
+    behaviour = answers_status("429 Too Many Requests", b"{}")
+    engines = [new_engine(replica=number, behaviour=behaviour) for number in range(2)]
+    lent_router.add(*engines)
+    assert lent_router.complete().status_code == 429
+    assert sum(len(engine.received) for engine in engines) == 1
+
+
+def test_those_in_line_count_as_in_flight(start_router, new_engine, ask):
+    router = start_router("--max-in-flight", "3")
+    gated = Gated()
+    engine = new_engine(behaviour=gated)
+    register(router, engine, max_concurrency=1)
+    clients = [ask(router, str(number)) for number in range(4)]
+    refused = clients[3].answer()
+    assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+    assert "current max concurrency is 3" in json.loads(refused.body)["error"]["message"]
+    gated.let(3)
+    assert [client.answer().status for client in clients[:3]] == [200] * 3

@@ -1,0 +1,93 @@
+"""The table of prefixes never knows more than it was told, and forgets what is old rather than grow."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon.router.prefix_table import BUCKETS, WAYS, PrefixTable
+
+
+def new_table() -> PrefixTable:
+    return PrefixTable(memoryview(bytearray(PrefixTable.BYTES)))
+
+
+def chain(*text: int) -> tuple[int, ...]:
+    """Hashes of a text whose blocks are these numbers: each stands for all before it."""
+    hashes, so_far = [], 1
+    for block in text:
+        so_far = (so_far * 1_000_003 + block + 1) % 2**64
+        hashes.append(so_far)
+    return tuple(hashes)
+
+
+#: Few different blocks, so that texts often begin alike.
+texts = st.lists(st.integers(0, 2), max_size=6)
+rows = st.sampled_from([0, 1, 7, 8, 63, 64, 255])
+
+
+@given(st.lists(st.tuples(texts, rows)), texts)
+def test_a_row_matches_as_far_as_a_prompt_that_it_was_sent_begins_alike(sent, text):
+    table = new_table()
+    for other, row in sent:
+        table.insert(chain(*other), row)
+    longest: dict[int, int] = {}
+    for other, row in sent:
+        alike = next((i for i, (a, b) in enumerate(zip(other, text, strict=False)) if a != b), None)
+        alike = min(len(other), len(text)) if alike is None else alike
+        longest[row] = max(longest.get(row, 0), alike)
+    assert table.match(chain(*text)) == {row: blocks for row, blocks in longest.items() if blocks}
+
+
+@given(st.lists(st.tuples(texts, rows)), rows, texts)
+def test_a_forgotten_row_has_nothing_and_the_others_keep_all(sent, gone, text):
+    table, without = new_table(), new_table()
+    for other, row in sent:
+        table.insert(chain(*other), row)
+        if row != gone:
+            without.insert(chain(*other), row)
+    table.forget_row(gone)
+    assert table.match(chain(*text)) == without.match(chain(*text))
+
+
+def in_one_bucket(count: int) -> list[int]:
+    return [3 + i * BUCKETS for i in range(count)]
+
+
+def test_in_a_full_bucket_the_block_used_longest_ago_makes_room():
+    table = new_table()
+    blocks = in_one_bucket(WAYS + 1)
+    for block in blocks[:WAYS]:
+        table.insert([block], 5)
+    table.insert([blocks[0]], 6)
+    table.insert([blocks[WAYS]], 7)
+    assert table.match([blocks[0]]) == {5: 1, 6: 1}
+    assert table.match([blocks[1]]) == {}
+    assert table.match([blocks[WAYS]]) == {7: 1}
+
+
+@given(st.lists(st.tuples(st.integers(0, 3 * WAYS), rows), max_size=100))
+def test_a_crowded_bucket_claims_nothing_that_it_was_not_told(sent):
+    table, told = new_table(), set()
+    blocks = in_one_bucket(3 * WAYS + 1)
+    for index, row in sent:
+        table.insert([blocks[index]], row)
+        told.add((index, row))
+        assert row in table.match([blocks[index]])
+    known = [(i, row) for i, block in enumerate(blocks) for row in table.match([block])]
+    assert set(known) <= told
+    assert len({i for i, _ in known}) <= WAYS
+
+
+def test_what_follows_a_lost_block_does_not_count():
+    table = new_table()
+    lost, *others = in_one_bucket(WAYS + 1)
+    prefix = [11, lost, 13]
+    table.insert(prefix, 1)
+    for block in others:
+        table.insert([block], 2)
+    assert table.match(prefix) == {1: 1}
+
+
+def test_all_tables_over_the_same_memory_are_one():
+    memory = bytearray(PrefixTable.BYTES)
+    PrefixTable(memoryview(memory)).insert(chain(1, 2), 9)
+    assert PrefixTable(memoryview(memory)).match(chain(1, 2, 3)) == {9: 2}

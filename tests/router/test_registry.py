@@ -1,0 +1,116 @@
+"""The registry file: what a router knows when it is started again."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from fastdeploy.daemon.router.board import Board, State
+from fastdeploy.daemon.router.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.registry import RegistryFile
+from fastdeploy.errors import ConfigError
+
+from .forked import Forked
+
+NOBODY_ELSE = AllowedAddresses()
+
+
+def instance(number: int) -> Instance:
+    return Instance(
+        *("127.0.0.1", 1000 + number),
+        replica=number,
+        metrics_port="3100",
+        instance=f"start-{number}",
+        features=("resume",),
+        token=f"secret-{number}",
+    )
+
+
+@pytest.fixture
+def boards():
+    boards = [Board.create(), Board.create()]
+    yield boards
+    for board in boards:
+        board.close()
+
+
+def test_what_was_saved_is_restored_with_tokens_and_the_operators_word(tmp_path, boards):
+    before, after = boards
+    file = RegistryFile(tmp_path / "registry.json")
+    for number in range(4):
+        before.admit(instance(number))
+    seats = before.seats()
+    before.drain(seats[1])
+    before.unreachable(seats[2], "refused")
+    before.open_column()
+    before.deregister(instance(3).url, "start-3")
+    file.save(before)
+    file.restore(after, NOBODY_ELSE)
+    assert [row.instance for row in after.status()] == [instance(number) for number in range(3)]
+    assert [row.draining for row in after.status()] == [False, True, False]
+    assert {row.state for row in after.status()} == {State.DOWN}
+
+
+def test_nobody_else_may_read_it(tmp_path, boards):
+    path = tmp_path / "registry.json"
+    path.write_text("{}")
+    path.chmod(0o644)
+    old = os.umask(0)
+    try:
+        boards[0].admit(instance(0))
+        RegistryFile(path).save(boards[0])
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "secret-0" in path.read_text()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["registry.json"]
+
+
+def test_addresses_that_are_not_allowed_any_more_are_left_out(tmp_path, boards):
+    path = tmp_path / "registry.json"
+    path.write_text(json.dumps({"instances": [{"role": "mixed", "host_ip": "10.1.2.3", "port": 1}]}))
+    RegistryFile(path).restore(boards[0], NOBODY_ELSE)
+    assert boards[0].status() == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"instances": 5}', '{"instances": [{}]}', "\udcff"])
+def test_a_broken_file_costs_a_line_in_the_log(tmp_path, boards, caplog, text):
+    path = tmp_path / "registry.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    RegistryFile(path).restore(boards[0], NOBODY_ELSE)
+    assert boards[0].status() == []
+    assert len(caplog.records) == 1
+    assert "ignored" in caplog.text
+
+
+def test_workers_that_save_at_the_same_time_leave_a_whole_file(tmp_path, boards):
+    board = boards[0]
+    path = tmp_path / "registry.json"
+
+    def work(child: Forked, number: int) -> None:
+        for round_ in range(20):
+            board.admit(Instance("127.0.0.1", 1000 + number, instance=f"{round_}"))
+            RegistryFile(path).save(board)
+
+    children = [Forked(lambda child, number=number: work(child, number)) for number in range(3)]
+    assert [child.wait() for child in children] == [0, 0, 0]
+    saved = json.loads(path.read_text())["instances"]
+    assert sorted((entry["port"], entry["instance"]) for entry in saved) == [
+        (str(1000 + number), "19") for number in range(3)
+    ]
+
+
+def test_without_a_path_nothing_is_kept(boards):
+    RegistryFile(None).save(boards[0])
+    RegistryFile(None).restore(boards[0], NOBODY_ELSE)
+
+
+def test_a_file_that_could_not_be_written_is_found_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match="must be a file"):
+        RegistryFile(tmp_path).prepare()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--registry-file"):
+        RegistryFile(tmp_path / "file" / "registry.json").prepare()
+    RegistryFile(tmp_path / "new" / "registry.json").prepare()
+    assert (tmp_path / "new").is_dir()

@@ -1,0 +1,93 @@
+"""SIGHUP: new keys, new workers, and no client notices."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from .fake_engine import EVENT_HEAD, Received, events, wait_until
+from .steady_load import Load, requests_counted, streams_or_answers
+
+
+def test_a_reload_loses_nothing(start_router, new_engine):
+    """SIGHUP: new workers take over, the old ones end what they have."""
+    router = start_router("--workers", "2")
+    engines = [new_engine(replica=number, behaviour=streams_or_answers) for number in range(2)]
+    router.add(*engines)
+    before = {worker.pid for worker in router.workers()}
+    with Load(router) as load:
+        for _ in range(2):
+            load.wait()
+            old = {worker.pid for worker in router.workers()}
+            router.process.send_signal(signal.SIGHUP)
+            load.wait()
+            wait_until(
+                lambda old=old: not old & {worker.pid for worker in router.workers()},
+                "the old workers have ended",
+            )
+            load.wait()
+    assert load.problems == []
+    assert not before & {worker.pid for worker in router.workers()}
+    assert router.urls() == {engine.url for engine in engines}
+    wait_until(lambda: requests_counted(router) == load.answered, "everything has been counted, once")
+    router.wait_idle()
+
+
+def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_router, new_engine, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("alpha\n")
+    router = start_router("--api-keys-file", str(keys))
+    gate = threading.Event()
+
+    def streams_till_the_gate_opens(received: Received) -> bool:
+        if b"long" not in received.body:
+            return streams_or_answers(received)
+        received.send(EVENT_HEAD)
+        first, *rest = events(received.body)
+        received.send_chunk(first)
+        assert gate.wait(30)
+        for event in rest:
+            received.send_chunk(event)
+        received.send(b"0\r\n\r\n")
+        return True
+
+    router.add(new_engine(behaviour=streams_till_the_gate_opens))
+
+    def status(key: str) -> int:
+        return router.complete(headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert [status(key) for key in ("alpha", "beta")] == [200, 401]
+    headers = {"Authorization": "Bearer alpha"}
+    with router.complete(body={"stream": True, "long": True}, headers=headers, stream=True) as stream:
+        lines = (line for line in stream.iter_lines(chunk_size=1) if line)
+        assert next(lines)
+        keys.write_text("beta\n")
+        router.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: status("beta") == 200, "the new key is let in")
+        wait_until(lambda: status("alpha") == 401, "the old one is not")
+        gate.set()
+        assert list(lines)[-1] == b"data: [DONE]"
+    keys.write_text("# nobody\n")
+    reloads = router.log.read_text().count("Booting worker")
+    router.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "has no key in it" in router.log.read_text(), "the fault is named")
+    wait_until(lambda: router.log.read_text().count("Booting worker") > reloads, "there is a new worker")
+    assert [status(key) for key in ("alpha", "beta")] == [401, 200]
+    assert router.process.poll() is None
+
+
+def test_workers_that_do_not_end_do_not_use_up_the_board(start_router):
+    """It has places for 32, those included that were told to end and still have long streams."""
+    router = start_router("--workers", "16", "--graceful-timeout-secs", "1")
+    for generation in (1, 2):
+        wait_until(
+            lambda generation=generation: router.log.read_text().count("listening on") == 16 * generation,
+            "all workers are there",
+        )
+        assert router.get("/health").status_code == 200
+        for worker in router.workers():
+            worker.suspend()
+        router.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: router.log.read_text().count("listening on") == 16 * 3, "all workers are there")
+    assert router.get("/health").status_code == 200
+    assert len(router.workers()) <= 32

@@ -1,0 +1,129 @@
+"""What a policy gets to know of a request, and that no body is too broken for it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon.router.policies import POLICIES, policy_named
+from fastdeploy.daemon.router.request_facts import BLOCK_ENDS, facts_of, prefix_hashes, prompt_text
+
+CACHE_AWARE, SESSION = policy_named("cache_aware"), policy_named("session")
+LONG = "It was a bright cold day in April, and the clocks were striking thirteen. " * 60
+
+
+def body_of(**fields) -> bytes:
+    return json.dumps({"model": "default", **fields}).encode()
+
+
+def chat(*contents: str, **fields) -> bytes:
+    roles = ["system", *["user", "assistant"] * len(contents)]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return body_of(messages=messages, **fields)
+
+
+def prefix(body: bytes) -> tuple[int, ...]:
+    return facts_of(CACHE_AWARE, (), body, 0).prefix
+
+
+def session(body: bytes, *headers: tuple[bytes, bytes]) -> bytes:
+    return facts_of(SESSION, headers, body, 0).session
+
+
+@given(st.binary(max_size=5000), st.binary(max_size=5000))
+def test_two_texts_share_the_hashes_of_the_blocks_that_they_share(one, two):
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+    )
+    blocks = sum(end <= shared for end in BLOCK_ENDS)
+    first, second = prefix_hashes(one), prefix_hashes(two)
+    assert first[:blocks] == second[:blocks]
+    assert not set(first[blocks:]) & set(second[blocks:])
+    assert len(first) == sum(end <= len(one) for end in BLOCK_ENDS)
+
+
+def test_blocks_of_a_long_prompt_are_few():
+    assert len(prefix_hashes(bytes(50_000))) < 64
+    assert len(prefix_hashes(bytes(10_000_000))) == len(BLOCK_ENDS)
+
+
+def test_the_next_turn_of_a_conversation_begins_with_the_last_one():
+    first = chat(LONG, "What was bright?")
+    second = chat(LONG, "What was bright?", "The day was.", "And the clocks?" + LONG, max_tokens=7, user="me")
+    assert len(prefix(first)) > 10
+    assert prefix(second)[: len(prefix(first))] == prefix(first)
+
+
+def test_what_a_prompt_is_made_from_tells_prompts_apart():
+    tools = [{"type": "function", "function": {"name": "strike"}}]
+    bodies = [
+        chat(LONG, "a"),
+        chat("Be brief. " + LONG, "a"),
+        chat(LONG, "a", tools=tools),
+        body_of(prompt=LONG),
+        body_of(prompt=[7] * 1000),
+    ]
+    assert len({prefix(body)[0] for body in bodies}) == len(bodies)
+
+
+def test_parts_of_a_message_are_text_like_any_other():
+    parts = [{"type": "text", "text": LONG}]
+    assert prefix(body_of(messages=[{"role": "user", "content": parts}]))
+
+
+def test_only_as_much_is_found_out_as_the_policy_needs():
+    body = chat(LONG, "a", user="me")
+    for policy in POLICIES.values():
+        facts = facts_of(policy, [(b"x-session-id", b"s")], body, 5)
+        assert facts.draw == 5
+        assert facts.prompt_tokens == len(body) // 4
+        assert bool(facts.prefix) == policy.needs_prefix
+        assert bool(facts.session) == policy.needs_session
+
+
+def test_a_session_is_named_by_the_header_else_by_the_user():
+    body = chat("a", "b", user="miller")
+    assert session(body, (b"host", b"h"), (b"x-session-id", b"42")) == b"42"
+    assert session(body, (b"x-session-id", b"")) == b"miller"
+    assert session(body) == b"miller"
+    assert session(chat("a", "b")) == b""
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_may_be_a_body(body):
+    prefix(body)
+    session(body)
+
+
+@given(st.data(), st.binary(max_size=3))
+def test_any_damage_may_come_to_a_body(data, damage):
+    body = chat("a", "b", user="miller", tools=[{"type": "function"}], prompt=[1, 2])
+    begin = data.draw(st.integers(0, len(body)))
+    end = data.draw(st.integers(begin, len(body)))
+    test_any_bytes_may_be_a_body.hypothesis.inner_test(body[:begin] + damage + body[end:])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'{"messages": ',
+        b'{"messages": {}, "user": 5}',
+        b'{"messages": ["a"], "user": ["b"]}',
+        b'{"messages": [5], "user": null}',
+        b'{"prompt": "\xff\xfe", "user": "\xff"}',
+        b'{"messages": [' + b"[" * 100_000,
+        b'{"messages": [{"content": ' + b"[" * 100_000,
+        b'{"user": "\\ud800"}',
+    ],
+)
+def test_a_broken_body_is_left_for_the_replica_to_refuse(body):
+    assert prefix(body) == ()
+    session(body)
+
+
+def test_a_prompt_is_read_as_it_was_sent():
+    assert prompt_text(b'{"prompt": "\\u4f60 \\n"}') == b'"\\u4f60 \\n"'

@@ -1,0 +1,230 @@
+"""A stream whose replica dies goes on at another, and its client does not notice: not one byte differs."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastdeploy.resumption import RESUME_PATH
+
+from .asking import Answered, ask, generation
+from .conftest import RouterProcess
+from .generation import CHAT, COMPLETIONS, Generation
+from .replicas import Fleet
+
+#: Two choices that end at different times, and a chunk that belongs to neither.
+SEVERAL: dict[str, Any] = {"n": 2, "max_tokens": 9, "stream_options": {"include_usage": True}}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    router = RouterProcess(tmp_path_factory.mktemp("router"), "--health-check-interval-secs", "0.2")
+    try:
+        with Fleet(router, 3) as fleet:
+            yield fleet
+    finally:
+        router.stop()
+
+
+@pytest.fixture
+def fleet(running: Fleet) -> Fleet:
+    """Replicas that have no past, for a new test."""
+    running.renew()
+    return running
+
+
+def faulty(at: str, how: str, *, event: int | str | None = None, **request: Any) -> Generation:
+    times = request.pop("times", 1)
+    return generation(faults=[{"at": at, "how": how, "event": event, "times": times}], **request)
+
+
+def all_positions(at: str, how: str, **request: Any) -> list[Generation]:
+    """One request for each of its events. The texts differ: a text depends on the body."""
+    requests = enumerate(faulty(at, how, event=event, **request) for event in itertools.count())
+    return [
+        each for _, each in itertools.takewhile(lambda pair: pair[0] < number_of_events(pair[1]), requests)
+    ]
+
+
+def number_of_events(request: Generation) -> int:
+    return len(list(request.events("", 0)))
+
+
+def undisturbed(fleet: Fleet, request: Generation, identity: str = "") -> Answered:
+    answer = ask(fleet.router.port, request, identity)
+    answer.check()
+    # Two failures in a row would take a replica out, and it is not the replicas that are tested.
+    for _ in fleet.replicas:
+        ask(fleet.router.port, generation(stream=False, max_tokens=1)).check()
+    return answer
+
+
+# ---- where it is cut
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_without_a_death_nothing_is_added_and_marks_reach_nobody(fleet, path):
+    answer = undisturbed(fleet, generation(path, **SEVERAL), "calm")
+    assert answer.trailers == {}
+    assert b"\n: fd" not in answer.body
+    assert "x-fd-retries" not in answer.headers
+    [headers] = [
+        each
+        for replica in fleet.replicas
+        for each in replica.received(path)
+        if each["x-request-id"] == "calm"
+    ]
+    assert (headers["x-fd-marks"], headers["x-fd-progress"]) == ("1", "5")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("at", ["half", "mark", "line", "frame", "event"])
+def test_a_stream_cut_at_any_event_goes_on_there(fleet, path, at):
+    """In the middle of it, before its mark, before its end, within a chunk, and after it."""
+    for event, request in enumerate(all_positions(at, "close", path=path, **SEVERAL)):
+        answer = undisturbed(fleet, request)
+        # Before the first event is out nothing has begun. After the last one there is nothing left to say.
+        has_begun = event > 0 or at == "event"
+        is_over = event == number_of_events(request) - 1 and at == "event"
+        assert len(answer.resumed_by) == (has_begun and not is_over)
+        assert answer.headers["x-fd-replica"] not in answer.resumed_by
+
+
+@pytest.mark.parametrize("how", ["reset", "garbage", "ends", "reborn", "failed"])
+def test_however_it_ends(fleet, how):
+    """A reset, no HTTP, an end that comes too early, a restart of the replica, or a crash of its model."""
+    for request in all_positions("event", how, n=2, max_tokens=7):
+        assert len(undisturbed(fleet, request).resumed_by) == 1
+
+
+def test_a_replica_that_is_killed(fleet):
+    for request in all_positions("event", "kill", max_tokens=3):
+        assert len(undisturbed(fleet, request).resumed_by) == 1
+        fleet.wait_until_up()
+
+
+@pytest.mark.parametrize(
+    ("at", "how"),
+    [*itertools.product(["head", "begun"], ["close", "reset", "reborn"]), ("head", 503), ("begun", "failed")],
+)
+def test_a_stream_that_has_not_begun_is_begun_anew(fleet, at, how):
+    answer = undisturbed(fleet, faulty(at, how, **SEVERAL))
+    assert answer.resumed_by == []
+    # A kept connection that ends without an answer is no sign of anything: the same replica is asked again.
+    assert answer.headers.get("x-fd-retries") == "1" or at == "head"
+
+
+@pytest.mark.parametrize("at", ["done", "end"])
+@pytest.mark.parametrize("how", ["close", "reset", "reborn"])
+def test_what_happens_after_the_last_event_does_not_matter(fleet, at, how):
+    before = fleet.resumes()
+    answer = undisturbed(fleet, faulty(at, how, **SEVERAL))
+    assert answer.resumed_by == []
+    assert fleet.resumes() == before
+
+
+# ---- how it comes
+
+
+@pytest.mark.parametrize("frame", [1, 3, 100, 1000])
+def test_chunks_that_are_no_events(fleet, frame):
+    for request in all_positions("event", "close", frame=frame, max_tokens=6, n=2):
+        undisturbed(fleet, request)
+
+
+def test_many_signs_of_life_between_events(fleet):
+    for event, request in enumerate(all_positions("event", "close", signs=7, max_tokens=4)):
+        undisturbed(fleet, request)
+        undisturbed(fleet, generation(signs=event, frame=4000))
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_several_tokens_at_a_time(fleet, step):
+    for request in all_positions("event", "close", step=step, max_tokens=16, n=3):
+        undisturbed(fleet, request)
+
+
+def test_a_long_stream_to_a_client_that_reads_slowly(fleet):
+    """More than all buffers on the way hold: the replica has to wait, and dies after that."""
+    request = faulty("event", "close", event=10_000, max_tokens=20_000)
+    answer = ask(fleet.router.port, request, pause=0.5)
+    answer.check()
+    assert len(answer.resumed_by) == 1
+
+
+# ---- how often
+
+
+def test_a_replica_that_was_lost_once_may_go_on_with_what_another_has_begun(fleet):
+    """There are three; four are needed, and nobody has to wait for one to be started anew."""
+    before = fleet.router.metric("fd_router_queue_seconds_count")
+    faults = [{"at": "event", "event": event, "how": "close"} for event in (1, 2, 3)]
+    answer = ask(fleet.router.port, generation(max_tokens=12, faults=faults))
+    answer.check()
+    assert answer.resumed_by[-1] == answer.headers["x-fd-replica"]
+    assert fleet.router.metric("fd_router_queue_seconds_count") == before
+
+
+@pytest.mark.parametrize("how", ["close", "reborn"])
+def test_a_replica_is_lost_after_every_single_event(fleet, how):
+    request = faulty("event", how, event="any", times=1000, **SEVERAL)
+    answer = undisturbed(fleet, request)
+    # All but the last one, after which the router needs nobody.
+    assert len(answer.resumed_by) == number_of_events(request) - 1
+
+
+def test_several_deaths_in_one_stream_some_of_them_on_the_way_to_the_next(fleet):
+    faults = [
+        {"at": "head", "how": "close"},
+        {"at": "event", "event": 2, "how": "kill"},
+        {"at": "resume", "how": "reset"},
+        {"at": "half", "event": 5, "how": "kill"},
+        {"at": "line", "event": 7, "how": "close"},
+        {"at": "resume", "how": 503, "times": 1},
+    ]
+    answer = undisturbed(fleet, generation(CHAT, faults=faults, **SEVERAL), "several")
+    assert len(answer.resumed_by) >= 3
+    fleet.wait_until_up()
+
+
+# ---- what is said about it
+
+
+def test_a_trailer_and_the_metric_tell_of_it(fleet):
+    before = fleet.resumes()
+    answer = undisturbed(fleet, faulty("event", "close", event=1), "told")
+    [name] = answer.resumed_by
+    assert name != answer.headers["x-fd-replica"]
+    assert fleet.resumes() == before + 1
+
+
+def test_the_other_replica_gets_the_same_request_and_its_own_token(fleet):
+    request = faulty("event", "close", event=1, seed=77)
+    [name] = undisturbed(fleet, request, "again").resumed_by
+    [headers] = [each for each in fleet[int(name)].received(RESUME_PATH) if each["x-request-id"] == "again"]
+    assert headers["x-fd-seed"] == "77"
+    assert headers["content-type"] == "application/msgpack"
+    assert headers["x-fd-marks"] == "1"
+    # It is nobody else's business.
+    token = headers["x-fd-token"]
+    assert len(token) == 32
+    for replica in fleet.replicas:
+        assert all("x-fd-token" not in each for each in replica.received(COMPLETIONS))
+    router = fleet.router
+    seen = [router.get(path).text for path in ("/registered", "/metrics")]
+    seen += [file.read_text() for file in router.directory.glob("*.log*")]
+    assert not any(token in text for text in seen)
+
+
+# ---- answers that come whole
+
+
+@pytest.mark.parametrize(
+    ("at", "how"),
+    [*itertools.product(["head", "body"], ["close", "reset", "reborn", "kill", "garbage"]), ("head", 503)],
+)
+def test_an_answer_that_comes_whole_is_begun_anew(fleet, at, how):
+    answer = undisturbed(fleet, faulty(at, how, stream=False, **SEVERAL))
+    assert answer.headers.get("x-fd-retries") == "1" or at == "head"
+    fleet.wait_until_up()

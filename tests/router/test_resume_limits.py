@@ -1,0 +1,260 @@
+"""What happens to a stream that breaks off when nobody can go on with it at once, or at all."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from fastdeploy.daemon.router.retry import MOST_DEATHS
+from fastdeploy.resumption import RESUME_PATH
+
+from .asking import Answered, ask, generation
+from .conftest import RouterProcess
+from .fake_engine import wait_until
+from .generation import COMPLETIONS, DONE, Generation
+from .replicas import Fleet
+
+#: Of replicas that give signs of life: seconds between them, and of silence after which they are given up.
+SIGNS = "--sign-every=0.1"
+PATIENCE = 0.6
+FLAGS = (
+    *("--health-check-interval-secs", "0.2", "--progress-timeout-secs", str(PATIENCE)),
+    *("--request-timeout-secs", "1", "--queue-timeout-secs", "4"),
+)
+#: Its client has three events by then.
+CUT = {"at": "event", "event": 2, "how": "close"}
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    router = RouterProcess(tmp_path_factory.mktemp("router"), *FLAGS)
+    yield router
+    router.stop()
+
+
+@pytest.fixture
+def start_fleet(router: RouterProcess) -> Iterator[Callable[..., Fleet]]:
+    fleets: list[Fleet] = []
+
+    def start(count: int, *flags: str, **options: str) -> Fleet:
+        fleets.append(Fleet(router, count, *flags, **options))
+        return fleets[-1].__enter__()
+
+    yield start
+    for fleet in fleets:
+        fleet.__exit__()
+    router.wait_idle()
+
+
+def told_of_the_end(answer: Answered, events: int = 3) -> str:
+    """The message of the error event that ends this stream; what came before is as it should be."""
+    assert answer.status == 200
+    assert answer.body.endswith(DONE)
+    assert answer.error["code"] == "replica_lost"
+    begun = b"".join(event + b"\n\n" for event in answer.body.split(b"\n\n")[:events])
+    head = begun.partition(b'"id":"')[2].partition(b'"')[0].decode()
+    created = int(begun.partition(b'"created":')[2].partition(b",")[0])
+    assert answer.generation.stream(head, created).startswith(begun)
+    assert answer.body.removeprefix(begun).count(b"data: ") == 2
+    message: str = answer.error["message"]
+    return message
+
+
+# ---- requests that kill
+
+
+def test_a_stream_under_which_several_replicas_die_in_a_row_ends_with_an_error(router, start_fleet):
+    fleet = start_fleet(MOST_DEATHS + 1)
+    faults = [CUT, {"at": "resume", "how": "close", "times": 99}]
+    message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
+    assert f"{MOST_DEATHS} replicas in a row were lost over this request" in message
+    # The replica that had it first, and those that were to go on with it.
+    begun = sum(len(replica.received(COMPLETIONS)) for replica in fleet.replicas)
+    resumed = sum(len(replica.received(RESUME_PATH)) for replica in fleet.replicas)
+    assert (begun, resumed) == (1, MOST_DEATHS - 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_kills_every_replica_gets_one_clear_answer_before_all_are_dead(
+    router, start_fleet, stream
+):
+    fleet = start_fleet(MOST_DEATHS + 2)
+    # There are kept connections to all: that one ends could be chance, but not that nobody listens then.
+    for _ in fleet.replicas:
+        ask(router.port, generation()).check()
+    fault = {"at": "head", "how": "kill", "times": 99}
+    answer = ask(router.port, generation(stream=stream, faults=[fault]), f"killer-{stream}")
+    assert (answer.status, answer.error["code"]) == (503, "no_replica")
+    assert f"{MOST_DEATHS} replicas in a row were lost over this request" in answer.error["message"]
+    assert len(list(router.directory.glob(f"killer-{stream}-*"))) == MOST_DEATHS
+
+
+def test_an_error_that_every_replica_reports_is_what_the_client_is_told(router, start_fleet):
+    start_fleet(MOST_DEATHS)
+    answer = ask(router.port, generation(faults=[{"at": "begun", "how": "failed", "times": 99}]))
+    assert (answer.status, answer.error["code"]) == (503, "no_replica")
+    assert "the engine has failed" in answer.error["message"]
+    faults = [{**CUT, "how": "failed"}, {"at": "resumed", "how": "failed", "times": 99}]
+    message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
+    assert "the engine has failed" in message
+
+
+# ---- streams that cannot go on
+
+
+def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(router, start_fleet):
+    start_fleet(2)
+    faults = [CUT, {"at": "resume", "how": 409, "times": 99}]
+    message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
+    assert "cannot go on with this answer" in message
+
+
+@pytest.mark.parametrize("features", ["", "progress"])
+def test_a_stream_of_a_plain_engine_ends_with_an_error(router, start_fleet, features):
+    start_fleet(2, features=features)
+    message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=[CUT])))
+    assert "was lost in the middle of the answer" in message
+
+
+def test_a_stream_never_goes_on_at_a_plain_engine(router, start_fleet):
+    plain = start_fleet(2, features="")
+    start_fleet(1)
+    answers = [ask(router.port, generation(max_tokens=9, faults=[CUT], seed=seed)) for seed in range(6)]
+    assert any(answer.resumed_by for answer in answers)
+    assert not any(replica.received(RESUME_PATH) for replica in plain.replicas)
+
+
+# ---- nobody there just now
+
+
+def test_the_only_replica_dies_and_comes_back(router, start_fleet):
+    fleet = start_fleet(1)
+    faults = [{"at": "event", "event": event, "how": "kill"} for event in (2, 4)]
+    answer = ask(router.port, generation(max_tokens=20, faults=faults))
+    answer.check()
+    assert answer.resumed_by == ["0", "0"]
+    assert fleet[0].starts == 3
+
+
+def test_the_only_replica_loses_the_connection_and_lives(router, start_fleet):
+    start_fleet(1)
+    answer = ask(router.port, generation(max_tokens=9, faults=[CUT]))
+    answer.check()
+    assert answer.resumed_by == ["0"]
+
+
+def test_nobody_comes_back_in_time(start_router):
+    router = start_router("--queue-timeout-secs", "0.5")
+    with Fleet(router, 1) as fleet:
+        fleet.keeps_alive = False
+        request = generation(max_tokens=9, faults=[{**CUT, "how": "kill"}])
+        assert "in time" in told_of_the_end(ask(router.port, request))
+        assert router.metric("fd_router_broken_off_total") == ['fd_router_broken_off_total{replica="0"} 1.0']
+        router.wait_idle()
+
+
+def test_replicas_that_cannot_take_it_now_are_asked_again_later(router, start_fleet):
+    start_fleet(2)
+    refusals = [{"at": "resume", "how": how} for how in (401, 429, 500, 503, "garbage")]
+    ask(router.port, generation(max_tokens=9, faults=[CUT, *refusals])).check()
+
+
+def test_streams_that_have_begun_go_before_requests_that_wait(router, start_fleet):
+    fleet = start_fleet(2, "--max-concurrency=1")
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        # It is cut while the others wait.
+        first = pool.submit(ask, router.port, generation(max_tokens=9, interval=0.1, faults=[CUT]))
+        wait_until(lambda: any(router.in_flight().values()), "it is under way")
+        others = [
+            pool.submit(ask, router.port, generation(stream=False, delay=0.2, seed=seed)) for seed in range(8)
+        ]
+        for answer in (first, *others):
+            answer.result().check()
+        [name] = first.result().resumed_by
+    paths = [each["path"] for each in fleet[int(name)].state()["received"]]
+    assert paths.index(RESUME_PATH) < len(paths) - 2
+
+
+# ---- silence
+
+
+@pytest.mark.parametrize(
+    ("place", "stream"),
+    [(CUT, True), ({"at": "begun"}, True), ({"at": "head"}, True), ({"at": "head"}, False)],
+)
+def test_a_replica_that_hangs_is_found_out(router, start_fleet, place, stream):
+    start_fleet(2, SIGNS)
+    request = generation(stream=stream, max_tokens=9, faults=[{**place, "how": "stop"}])
+    answer = ask(router.port, request)
+    answer.check()
+    assert bool(answer.resumed_by) == (place is CUT)
+    assert "fell silent" in router.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "slow",
+    [
+        {"stream": True, "interval": 1.5 * PATIENCE},
+        {"stream": True, "delay": 2 * PATIENCE},
+        {"stream": False, "delay": 2 * PATIENCE},
+    ],
+)
+def test_a_slow_replica_that_gives_signs_of_life_is_left_alone(router, start_fleet, slow):
+    start_fleet(2, SIGNS)
+    answer = ask(router.port, generation(max_tokens=2, **slow))
+    answer.check()
+    assert answer.resumed_by == []
+    assert "x-fd-retries" not in answer.headers
+
+
+def test_a_stream_of_a_replica_that_was_silent_and_owed_no_signs_goes_on_elsewhere(router, start_fleet):
+    start_fleet(2, features="resume")
+    answer = ask(router.port, generation(max_tokens=9, faults=[{**CUT, "how": "silence"}]))
+    answer.check()
+    assert len(answer.resumed_by) == 1
+
+
+def test_a_client_that_does_not_read_is_not_the_replicas_silence(router, start_fleet):
+    """Nobody reads the signs of life while the client's buffers are full."""
+    start_fleet(2, SIGNS)
+    answer = ask(router.port, generation(max_tokens=1000, pad=20_000), pause=3 * PATIENCE)
+    answer.check()
+    assert answer.resumed_by == []
+
+
+def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(router, start_fleet):
+    """What came meanwhile it has not read yet."""
+    start_fleet(2, SIGNS)
+    [worker] = psutil.Process(router.process.pid).children()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        streams = [
+            pool.submit(ask, router.port, generation(max_tokens=40, interval=0.1, seed=seed))
+            for seed in range(8)
+        ]
+        wait_until(lambda: sum(router.in_flight().values()) == 8, "they are under way")
+        worker.suspend()
+        time.sleep(5 * PATIENCE)
+        worker.resume()
+        for stream in streams:
+            stream.result().check()
+            assert stream.result().resumed_by == []
+
+
+# ---- many at once
+
+
+def test_all_requests_of_a_replica_whose_model_crashes_are_served_by_the_others(router, start_fleet):
+    """More than the retry budget would let through: that is for replicas that are too busy."""
+    start_fleet(2)
+
+    def one(seed: int) -> Answered:
+        return ask(router.port, crashing(seed))
+
+    def crashing(seed: int) -> Generation:
+        return generation(stream=False, seed=seed, faults=[{"at": "head", "how": 503}])
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for answer in pool.map(one, range(250)):
+            answer.check()

@@ -1,0 +1,166 @@
+"""Who may register what: nobody points the router at a machine that it was not told of."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from flask.testing import FlaskClient
+
+from fastdeploy.daemon.router.app import Router
+from fastdeploy.daemon.router.board import Board
+from fastdeploy.daemon.router.flags import parser, settings_of
+from fastdeploy.daemon.router.registration import AllowedAddresses
+
+from .fake_engine import FakeEngine, wait_until, waits_for
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "169.254.169.254",
+        "http://169.254.169.254",
+        "100.100.100.200",
+        "192.0.2.1",
+        "224.0.0.1",
+        "255.255.255.255",
+        "fd00:ec2::254",
+        "::ffff:169.254.169.254",
+        "64:ff9b::a9fe:a9fe",
+        "2002:a9fe:a9fe::",
+    ],
+)
+def test_nobody_points_the_router_at_another_machine(lent_router, host):
+    info = {"role": "mixed", "host_ip": host, "port": 80}
+    answer = requests.post(f"{lent_router.url}/register", json=info, timeout=20)
+    assert answer.status_code == 403
+    assert "start fd-router with --allow-host" in answer.json()["msg"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "127.0.0.9"])
+def test_nobody_points_the_router_at_itself(lent_router, host):
+    info = {"role": "mixed", "host_ip": host, "port": lent_router.port}
+    answer = requests.post(f"{lent_router.url}/register", json=info, timeout=20)
+    assert (answer.status_code, "is the router itself" in answer.json()["msg"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "metadata.google.internal",
+        "localhost",
+        "127.0.0.1.nip.io",
+        "2852039166",
+        "0xa9fea9fe",
+        "0251.0376.0251.0376",
+        "169.254.43518",
+        "127.1",
+        "127.0.0.1:80@evil",
+        "127.0.0.1/../..",
+        "127.0.0.1#",
+        "127.0.0.1\r\nX: y",
+        "[::1]evil",
+        "",
+    ],
+)
+def test_a_host_is_an_address_in_the_usual_spelling(lent_router, host):
+    info = {"role": "mixed", "host_ip": host, "port": 80}
+    answer = requests.post(f"{lent_router.url}/register", json=info, timeout=20)
+    assert answer.status_code == 400
+
+
+class InProcess:
+    """Routers that are asked without sockets: a test has none with addresses of other machines."""
+
+    def __init__(self, directory: Path, engine: FakeEngine) -> None:
+        self.keys = directory / "keys"
+        self.keys.write_text("alpha\nbeta\n")
+        self._engine = engine
+        self._boards: list[Board] = []
+
+    def start(self, *flags: str) -> FlaskClient:
+        self._boards.append(Board.create())
+        return Router(settings_of(parser().parse_args(flags)), self._boards[-1])._control.test_client()
+
+    def ask(self, client: FlaskClient, peer: str, key: str = "", path: str = "/register") -> tuple[int, str]:
+        answer = client.post(
+            path,
+            json=self._engine.instance_info(),
+            environ_base={"REMOTE_ADDR": peer},
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+        return answer.status_code, answer.get_json()["msg"]
+
+    def close(self) -> None:
+        for board in self._boards:
+            board.close()
+
+
+@pytest.fixture
+def in_process(new_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[InProcess]:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    in_process = InProcess(tmp_path, new_engine())
+    yield in_process
+    in_process.close()
+
+
+@pytest.mark.parametrize("path", ["/register", "/deregister"])
+def test_other_machines_are_not_heard_unless_their_network_is_named(in_process, path):
+    status, message = in_process.ask(in_process.start(), "192.0.2.7", path=path)
+    assert status == 403
+    assert message.startswith(
+        "the sender 192.0.2.7 is not on this machine; start fd-router with --allow-host"
+    )
+
+
+@pytest.mark.parametrize("path", ["/register", "/deregister"])
+def test_and_then_they_must_show_a_key(in_process, path):
+    network = ["--allow-host", "192.0.2.0/24"]
+    status, message = in_process.ask(in_process.start(*network), "192.0.2.7", path=path)
+    assert status == 403
+    assert "replicas of other machines must show a key, and none is set" in message
+    router = in_process.start(*network, "--register-keys-file", str(in_process.keys))
+    for key in ("", "alph", "alpha2"):
+        assert in_process.ask(router, "192.0.2.7", key, path)[0] == 401
+    assert in_process.ask(router, "198.51.100.7", "alpha", path)[0] == 403
+    if path == "/register":
+        assert in_process.ask(router, "192.0.2.7", "beta") == (200, "Register success")
+
+
+def test_who_is_on_this_machine_needs_no_key(in_process):
+    router = in_process.start("--register-keys-file", str(in_process.keys))
+    for peer in ("127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1", ""):
+        assert in_process.ask(router, peer) == (200, "Register success")
+
+
+def test_orders_come_from_loopback_only(in_process):
+    router = in_process.start("--admin-keys-file", str(in_process.keys))
+    path = "/admin/replicas/0/drain"
+    assert in_process.ask(router, "192.0.2.7", "alpha", path)[0] == 403
+    assert in_process.ask(router, "127.0.0.1", "alpha", path)[0] == 404
+    assert in_process.ask(router, "", "", path)[0] == 404
+
+
+def test_an_address_is_ones_own_if_the_machine_has_it():
+    allowed = AllowedAddresses()
+    assert allowed.is_own("127.0.0.2")
+    assert not allowed.is_own("192.0.2.7")
+    assert not allowed.is_own("")
+
+
+def test_many_replicas_that_hang_while_they_register_hold_up_nobody_else(lent_router, new_engine):
+    gate = threading.Event()
+    engines = [new_engine(replica=number) for number in range(24)]
+    for engine in engines:
+        engine.health = waits_for(gate)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        registering = [pool.submit(engine.register_with, lent_router.url) for engine in engines]
+        wait_until(lambda: sum(engine.health_checks for engine in engines) == 24, "all are being looked at")
+        assert lent_router.get("/health").status_code == 200
+        gate.set()
+        assert {each.result().status_code for each in registering} == {200}

@@ -1,0 +1,261 @@
+"""What several routers know together: who hears of a replica, who is told, who forgets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from fastdeploy.daemon.router import shared_replicas
+from fastdeploy.daemon.router.board import FORGET_AFTER, Nobody, State
+from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.shared_replicas import Said, SharedReplicas, shared_name
+
+from .boards import Clock
+from .talking import LAN, Hub, Router, replica, turns
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def hub(clock: Clock) -> Hub:
+    return Hub(clock)
+
+
+@pytest.fixture
+def routers(hub: Hub) -> Iterator[tuple[Router, Router]]:
+    routers = Router(hub), Router(hub)
+    yield routers
+    for router in routers:
+        router.board.close()
+
+
+def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(routers):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    assert other.row().instance == replica()
+    assert other.row().state == State.DOWN
+    other.checks_health()
+    assert other.row().state == State.UP
+
+
+def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, clock):
+    one, other = routers
+    one.hears(replica("a"))
+    turns(one, other)
+    clock.now += 5
+    other.hears(replica("b"))
+    turns(one, other)
+    assert (one.knows(), other.knows()) == (["b"], ["b"])
+    clock.now += 5
+    one.hears(replica("c"))
+    turns(other, one)
+    assert (one.knows(), other.knows()) == (["c"], ["c"])
+
+
+def test_a_farewell_said_to_one_is_heard_by_the_other(routers, clock):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    other.checks_health()
+    lease = other.board.pick(policy_named("request_num"), RequestFacts(0))
+    one.board.deregister(replica().url, "a")
+    turns(one, other)
+    assert one.knows() == []
+    assert [row.leaving for row in other.board.status()] == [True]
+    assert other.board.pick(policy_named("request_num"), RequestFacts(0)) is Nobody.DOWN
+    lease.release()
+    other.board.measure(clock.now)
+    turns(one, other)
+    assert (one.knows(), other.knows()) == ([], [])
+
+
+def test_a_farewell_with_requests_in_flight_is_a_farewell_for_the_other_too(routers):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    lease = one.board.pick(policy_named("request_num"), RequestFacts(0))
+    one.board.deregister(replica().url, "a")
+    turns(one, other)
+    assert [row.leaving for row in one.board.status()] == [True]
+    assert other.knows() == []
+    assert not other.board.admit(replica())  # its last heartbeat comes late
+    lease.release()
+
+
+def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(routers, clock):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    other.board.remove(other.row().seat)
+    turns(other, one)
+    assert (one.knows(), other.knows()) == ([], [])
+    clock.now += 5
+    one.hears(replica())
+    turns(one, other)
+    assert (one.knows(), other.knows()) == (["a"], ["a"])
+
+
+def test_the_operators_word_holds_at_both(routers):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    one.board.drain(one.row().seat)
+    turns(one, other)
+    assert (one.row().draining, other.row().draining) == (True, True)
+    other.board.undrain(other.row().seat)
+    turns(other, one)
+    assert (one.row().draining, other.row().draining) == (False, False)
+
+
+def test_a_router_that_starts_learns_it_all(routers, hub):
+    one, _ = routers
+    for number in range(3):
+        one.hears(replica("a", number))
+    one.board.drain(one.row(1).seat)
+    turns(one)
+    late = Router(hub)
+    turns(late)
+    assert [row.draining for row in late.board.status()] == [False, True, False]
+    late.board.close()
+
+
+def test_another_worker_that_takes_the_lead_changes_nothing(routers, hub, clock):
+    one, other = routers
+    one.hears(replica())
+    one.board.drain(one.row().seat)
+    turns(one, other)
+    clock.now += 100
+    one.shared = SharedReplicas(one.board, LAN, clock)
+    before = one.board.status(), hub.said
+    turns(one)
+    assert (one.board.status(), hub.said) == before
+
+
+def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(routers, clock):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    for _ in range(100):
+        clock.now += 5
+        one.hears(replica())
+        turns(one, other)
+        other.board.forget_lost()
+        one.board.forget_lost()
+    assert (one.knows(), other.knows()) == (["a"], ["a"])
+
+
+def test_what_one_router_forgets_the_other_may_keep(routers, clock):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    clock.now += FORGET_AFTER + 10
+    other.board.forget_lost()  # it cannot reach it, and nobody has heard of it
+    turns(other, one)
+    assert (one.knows(), other.knows()) == (["a"], [])
+    one.hears(replica())
+    turns(one, other)
+    assert (one.knows(), other.knows()) == (["a"], ["a"])
+
+
+def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
+    """What routers tell each other must grow old, too."""
+    one, other = routers
+    one.hears(replica())
+    for _ in range(100):
+        clock.now += 5
+        turns(one, other)
+    for router in routers:
+        router.board.unreachable(router.row().seat, "refused")
+        assert router.board.forget_lost()
+    turns(one, other)
+    assert (one.knows(), other.knows()) == ([], [])
+
+
+def test_when_what_was_said_is_lost_it_is_said_again(routers, hub):
+    one, other = routers
+    one.hears(replica("a", 0))
+    other.hears(replica("b", 1))
+    turns(one, other)
+    one.board.drain(one.row(0).seat)
+    turns(one, other)
+    hub.said = Said()
+    turns(other, one)
+    assert (one.knows(), other.knows()) == (["a", "b"], ["a", "b"])
+    assert set(hub.said.entries) == {replica("a", 0).url, replica("b", 1).url}
+    assert hub.said.draining == {replica("a", 0).url: "1"}
+
+
+def test_an_old_copy_of_what_was_said_changes_nothing(routers, hub, clock):
+    one, other = routers
+    one.hears(replica("a"))
+    turns(one, other)
+    old = hub.said
+    clock.now += 100
+    one.hears(replica("b"))
+    turns(one, other)
+    one.board.drain(one.row().seat)
+    turns(one, other)
+    hub.said = old
+    turns(other, one)
+    assert (one.knows(), other.knows()) == (["b"], ["b"])
+    assert (one.row().draining, other.row().draining) == (True, True)
+    assert json.loads(hub.said.entries[replica().url])["registration"]["instance"] == "b"
+
+
+def test_loopback_is_each_machines_own(routers, hub, monkeypatch):
+    one, other = routers
+    mine = Instance("127.0.0.1", 8000, instance="mine")
+    one.hears(mine)
+    turns(one, other)
+    assert other.knows() == ["mine"]  # another router of the same machine
+    monkeypatch.setattr(shared_replicas, "_here", lambda: "another machine")
+    shared_name.cache_clear()
+    elsewhere = Router(hub)
+    elsewhere.hears(Instance("127.0.0.1", 8000, instance="theirs"))
+    turns(elsewhere)
+    assert elsewhere.knows() == ["theirs"]
+    assert len(hub.said.entries) == 2
+    elsewhere.board.close()
+    shared_name.cache_clear()
+
+
+def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(hub, caplog):
+    open_one, closed = Router(hub), Router(hub, AllowedAddresses())
+    open_one.hears(replica())
+    for _ in range(3):
+        turns(open_one, closed)
+    assert (open_one.knows(), closed.knows()) == (["a"], [])
+    assert caplog.text.count("--allow-host 10.0.0.1") == 1
+    assert "token-a" not in caplog.text
+    for router in (open_one, closed):
+        router.board.close()
+
+
+@pytest.mark.parametrize(
+    "entry", ["", "[]", "{}", '{"registration": {}, "state": "here"}', '{"registration": 5}']
+)
+def test_nonsense_is_left_alone(routers, hub, entry):
+    one, _ = routers
+    hub.said = Said({"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"})
+    turns(one)
+    assert one.knows() == []
+    assert hub.said.entries.get("http://10.0.0.9:1", entry) == entry
+
+
+def test_what_has_gone_for_long_is_not_spoken_of(routers, hub, clock):
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    one.board.deregister(replica().url, "a")
+    turns(one, other)
+    assert hub.said.entries
+    clock.now += 3 * FORGET_AFTER
+    turns(one, other)
+    assert not hub.said

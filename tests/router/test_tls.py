@@ -1,0 +1,178 @@
+"""TLS towards clients, with a certificate that the test signs itself."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from fastdeploy.ports import find_free
+
+from .conftest import FD_ROUTER, RouterProcess
+from .fake_engine import EVENT_HEAD, FakeEngine, Received, events, streams_for_ever, wait_until
+
+
+def certify(certificate: Path, key: Path) -> None:
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    subprocess.run(
+        [
+            "openssl",
+            *words.split(),
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+
+class TlsRouter(RouterProcess):
+    """Its control plane is asked over TLS as well."""
+
+    def __init__(self, directory: Path, certificate: Path, key: Path) -> None:
+        self.certificate, self.key = certificate, key
+        super().__init__(
+            directory, "--certfile", str(certificate), "--keyfile", str(key), port=find_free(1)[0]
+        )
+
+    def get(self, path: str, **arguments: object) -> requests.Response:
+        url = f"https://127.0.0.1:{self.port}{path}"
+        return requests.get(url, timeout=20, verify=str(self.certificate), **arguments)  # type: ignore[arg-type]
+
+    def add(self, *engines: FakeEngine) -> None:
+        for engine in engines:
+            answer = requests.post(
+                f"https://127.0.0.1:{self.port}/register",
+                json=engine.instance_info(),
+                timeout=20,
+                verify=str(self.certificate),
+            )
+            assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture(scope="module")
+def shared_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsRouter]:
+    directory = tmp_path_factory.mktemp("tls")
+    certificate, key = directory / "certificate.pem", directory / "key.pem"
+    certify(certificate, key)
+    router = TlsRouter(directory, certificate, key)
+    yield router
+    router.stop()
+
+
+@pytest.fixture
+def engine(shared_router: TlsRouter, new_engine: type[FakeEngine]) -> FakeEngine:
+    engine = new_engine()
+    shared_router.add(engine)
+    return engine
+
+
+@pytest.fixture
+def connection(shared_router: TlsRouter) -> Iterator[http.client.HTTPSConnection]:
+    context = ssl.create_default_context(cafile=str(shared_router.certificate))
+    connection = http.client.HTTPSConnection("127.0.0.1", shared_router.port, timeout=20, context=context)
+    yield connection
+    connection.close()
+
+
+def test_requests_are_served_and_the_connection_is_kept(engine, connection):
+    connection.connect()
+    own = connection.sock.getsockname()
+    for body in (b"{}", b"x" * 2_000_000):
+        connection.request("POST", "/v1/completions", body)
+        answer = connection.getresponse()
+        assert (answer.status, answer.version) == (200, 11)
+        answer.read()
+        assert engine.received[-1].body == body
+    assert connection.sock.getsockname() == own
+
+
+def test_each_event_passes_before_the_next_exists(engine, connection):
+    seen = threading.Semaphore(0)
+
+    def steps(received: Received) -> bool:
+        received.send(EVENT_HEAD)
+        for event in events(received.body):
+            received.send_chunk(event)
+            assert seen.acquire(timeout=20)
+        received.send(b"0\r\n\r\n")
+        return True
+
+    engine.behaviour = steps
+    connection.request("POST", "/v1/completions", b'{"stream": true}')
+    answer = connection.getresponse()
+    for event in events(b'{"stream": true}'):
+        assert answer.readline() + answer.readline() == event
+        seen.release()
+    assert answer.read() == b""
+
+
+def test_a_client_that_goes_away_ends_the_request(shared_router, engine, connection):
+    engine.behaviour = streams_for_ever
+    connection.request("POST", "/v1/completions", b'{"stream": true}')
+    answer = connection.getresponse()
+    assert answer.readline() == b"data: first\n"
+    answer.close()
+    connection.close()
+    wait_until(lambda: engine.cancelled == [True], "the replica knows")
+    wait_until(lambda: not any(shared_router.in_flight().values()), "the count is zero")
+
+
+def test_who_speaks_no_tls_is_cut_off_and_nobody_else_is(shared_router, engine):
+    with socket.create_connection(("127.0.0.1", shared_router.port), timeout=20) as plain:
+        plain.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert b"HTTP/" not in plain.recv(1000)
+    assert shared_router.get("/v1/models").status_code == 200
+    assert engine.received[-1].target == "/v1/models"
+    assert "Traceback" not in shared_router.log.read_text()
+
+
+def test_a_certificate_that_is_none_is_one_line_and_exit_code_2(tmp_path, shared_router):
+    file = tmp_path / "certificate"
+    for text in (None, "none", shared_router.certificate.read_text()):
+        if text is not None:
+            file.write_text(text)
+        flags = ["--port", str(find_free(1)[0]), "--certfile", str(file), "--keyfile", str(file)]
+        ended = subprocess.run(
+            [str(FD_ROUTER), *flags], capture_output=True, text=True, timeout=30, check=False
+        )
+        assert ended.returncode == 2
+        assert ended.stderr.startswith(f"fd-router: --certfile {file}, --keyfile {file}: cannot be used (")
+        assert ended.stderr.count("\n") == 1
+
+
+def test_a_reload_takes_a_new_certificate_and_a_broken_one_changes_nothing(shared_router, engine):
+    def sign() -> str:
+        certify(shared_router.certificate, shared_router.key)
+        return ssl.PEM_cert_to_DER_cert(shared_router.certificate.read_text()).hex()
+
+    def shown() -> str:
+        return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("127.0.0.1", shared_router.port))).hex()
+
+    new = sign()
+    assert shown() != new
+    shared_router.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: shown() == new, "the new certificate is shown")
+    whole = shared_router.certificate.read_text()
+    shared_router.certificate.write_text("broken")
+    workers = shared_router.log.read_text().count("listening on")
+    shared_router.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "going on as before" in shared_router.log.read_text(), "the fault is named")
+    wait_until(lambda: shared_router.log.read_text().count("listening on") > workers, "there is a new worker")
+    assert shown() == new
+    shared_router.certificate.write_text(whole)
+    assert shared_router.get("/v1/models").status_code == 200

@@ -1,0 +1,155 @@
+"""What is kept of a stream that goes by: enough to go on elsewhere, and nothing of it is lost or altered."""
+
+import itertools
+import json
+import tracemalloc
+from typing import NamedTuple
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon.router.resume import MOST_TOKENS, Lines, Transcript
+from fastdeploy.resumption import Delivered, mark
+
+DONE = b"data: [DONE]\n\n"
+SIGN = b":\n\n"
+
+
+class Said(NamedTuple):
+    """An event as a replica sends it."""
+
+    text: str
+    choice: int = 0
+    tokens: tuple[int, ...] = (1,)
+    finished: bool = False
+    #: Signs of life before it.
+    signs: int = 0
+
+    @property
+    def clean(self) -> bytes:
+        data = {"id": "x", "created": 5, "choices": [{"index": self.choice, "text": self.text}]}
+        return b"data: %b\n\n" % json.dumps(data, ensure_ascii=False).encode()
+
+    @property
+    def raw(self) -> bytes:
+        line = mark(self.choice, self.tokens, finished=self.finished)
+        return SIGN * self.signs + self.clean[:-1] + line + b"\n"
+
+
+def delivered(said: list[Said]) -> dict[int, Delivered]:
+    """By the definition of marks."""
+    choices: dict[int, Delivered] = {}
+    for each in said:
+        before = choices.get(each.choice, Delivered([]))
+        choices[each.choice] = Delivered([*before.tokens, *each.tokens], before.finished or each.finished)
+    return choices
+
+
+def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[start:end] for start, end in itertools.pairwise(places)]
+
+
+events = st.builds(
+    Said,
+    # Anything that a model may write, marks and ends of streams included.
+    st.text(max_size=8) | st.sampled_from([": fd 0 1", "\n: fd 0 1 .\n\n", "data: [DONE]\n\n", ":\n\n"]),
+    st.integers(0, 3),
+    st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple),
+    st.booleans(),
+    st.integers(0, 5),
+)
+streams = st.lists(events, min_size=1, max_size=12)
+cuts = st.lists(st.integers(0, 4000), max_size=30)
+
+
+@given(streams, cuts, st.integers(0, 5), st.integers(0, 4000))
+@example([Said("a"), Said("b", signs=4)], [], 0, 0)
+def test_what_comes_out_is_the_stream_without_marks_and_signs_of_life(stream, cuts, signs, end):
+    """However it was cut up, and wherever it broke off: whole events, and tokens for exactly those."""
+    data = b"".join(each.raw for each in stream) + SIGN * signs
+    data = data[: len(data) - end % len(data)]
+    transcript = Transcript()
+    out = b"".join(map(transcript.pass_on, pieces_of(data, cuts)))
+    whole = [i for i in range(len(stream)) if len(b"".join(s.raw for s in stream[: i + 1])) <= len(data)]
+    come = stream[: len(whole)]
+    assert out == b"".join(each.clean for each in come)
+    resumption = transcript.resumption("/v1/completions", b"{}")
+    if not come:
+        assert resumption is None
+    else:
+        assert resumption is not None
+        assert (resumption.id, resumption.created) == ("x", 5)
+        assert resumption.choices == delivered(come)
+
+
+@given(streams, cuts, cuts, st.integers(0, 12), st.integers(1, 4000))
+def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(stream, cuts, others, count, lost):
+    count %= len(stream)
+    begun = b"".join(each.raw for each in stream[:count])
+    part = stream[count].raw[: lost % len(stream[count].raw)]
+    transcript = Transcript()
+    out = b"".join(map(transcript.pass_on, pieces_of(begun + part, cuts)))
+    transcript.drop_partial()
+    rest = b"".join(each.raw for each in stream[count:]) + DONE
+    out += b"".join(map(transcript.pass_on, pieces_of(rest, others)))
+    assert out == b"".join(each.clean for each in stream) + DONE
+    assert transcript.is_done
+    resumption = transcript.resumption("/v1/completions", b"{}")
+    assert resumption is not None
+    assert resumption.choices == delivered(stream)
+
+
+@given(st.binary(max_size=60).map(lambda data: data.replace(b"\r", b"\n")), cuts)
+def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data, cuts):
+    lines = Lines()
+    out = b"".join(map(lines.pass_on, pieces_of(data, cuts)))
+    assert data.startswith(out)
+    assert not out or out.endswith(b"\n")
+    assert out + lines.rest == data
+
+
+def test_an_answer_without_marks_passes_and_cannot_be_resumed():
+    transcript = Transcript()
+    assert transcript.pass_on(Said("a").clean) == Said("a").clean
+    assert transcript.pass_on(Said("b").raw) == Said("b").clean
+    assert transcript.resumption("/v1/completions", b"{}") is None
+
+
+@pytest.mark.parametrize("line", [b"", b"x 1", b"0 x", b"0 -1", b"0 99999999999999999999"])
+def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line):
+    transcript = Transcript()
+    transcript.pass_on(Said("a").raw)
+    bad = Said("b").clean[:-1] + b": fd " + line + b"\n\n"
+    assert transcript.pass_on(bad) == Said("b").clean
+    assert transcript.resumption("/v1/completions", b"{}") is None
+    for _ in range(3000):
+        assert transcript.pass_on(Said("c").raw) == Said("c").clean
+
+
+def test_an_event_without_end_is_given_up():
+    transcript = Transcript()
+    piece = b"data: " + b"x" * 100_000
+    assert [transcript.pass_on(piece) for _ in range(100)] == [b""] * 100
+    assert transcript.problem
+
+
+def test_a_long_stream_takes_little_memory_and_one_too_long_stops_taking_more():
+    """Ten thousand tokens as marks would be megabytes; as numbers they are four bytes each."""
+    one, many = Said("abc", tokens=(100_000,)).raw, Said("abc", tokens=tuple(range(100_000, 100_512))).raw
+    transcript = Transcript()
+    tracemalloc.start()
+    try:
+        for _ in range(10_000):
+            transcript.pass_on(one)
+        assert tracemalloc.get_traced_memory()[0] < 300_000
+        assert transcript.resumption("/v1/completions", b"{}") is not None
+        for _ in range(MOST_TOKENS // 512):
+            transcript.pass_on(many)
+        assert transcript.resumption("/v1/completions", b"{}") is None
+        for _ in range(MOST_TOKENS // 512):
+            transcript.pass_on(many)
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
