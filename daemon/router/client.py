@@ -231,9 +231,9 @@ class ClientConnection(asyncio.Protocol):
     def stop(self) -> None:
         """The server takes no more requests: this connection ends after the one that is under way.
 
-        Or after one that may be on its way: who has asked a moment ago may be asking again.
+        Unless its client was told already that it may go on: then one more may be on its way. So it may be
+        where one ended a moment ago.
         """
-        self._keep_alive = False
         if self.is_idle and self._server.now() - self.since > _PARTING_SECONDS:
             self._transport.close()
 
@@ -246,7 +246,7 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(parsed)
             return
         request, keep_alive = parsed
-        self._keep_alive = keep_alive and not self._server.is_stopping
+        self._keep_alive = keep_alive
         self._is_head_only = request.method == "HEAD"
         self._is_old = request.is_old
         self._is_chunked = False
@@ -301,6 +301,8 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
 
     def _connection_line(self) -> bytes:
+        if self._server.is_stopping:
+            self._keep_alive = False
         if not self._keep_alive:
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if self._is_old else b""

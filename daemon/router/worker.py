@@ -121,6 +121,8 @@ class RouterWorker(Worker):
     async def _drain(self) -> None:
         """What is under way ends; what is idle is closed."""
         self.is_stopping = True
+        # What was accepted just before shows up a moment later.
+        await asyncio.sleep(0.05)
         for connection in list(self.connections):
             connection.stop()
         if self.connections:

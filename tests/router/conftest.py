@@ -66,7 +66,7 @@ class RouterProcess:
 
     def workers(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        return [child for child in children if _is_alive(child)]
 
     def memory(self) -> int:
         return int(sum(worker.memory_info().rss for worker in self.workers()))
@@ -100,6 +100,13 @@ class RouterProcess:
             return self.get("/health").status_code == 200
         except requests.ConnectionError:
             return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
