@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -107,6 +108,7 @@ class _Server(BaseApplication):
             "pre_fork": _before_fork,
             "post_fork": _after_fork,
             "post_worker_init": _start,
+            "child_exit": _worker_ended,
             "on_exit": _ended,
         }
         for key, value in values.items():
@@ -161,6 +163,16 @@ def _before_fork(server: Any, worker: Any) -> None:
         while oldest in server.WORKERS:
             server.reap_workers()
             time.sleep(0.01)
+
+
+def _worker_ended(server: Any, worker: Any) -> None:
+    """Its counts leave the board with it.
+
+    In a thread: where another worker was stopped with the board's lock in its hand, the arbiter must be free
+    to kill that one.
+    """
+    board: Board = server.app.board
+    threading.Thread(target=board.drop_column_of, args=(worker.pid,), daemon=True).start()
 
 
 def _after_fork(server: Any, worker: Any) -> None:
