@@ -13,20 +13,18 @@ No replica is tried twice, unless it has been started anew meanwhile, or the ans
 
 from __future__ import annotations
 
-import functools
 import logging
 import random
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from ...resumption import Resumption
 from .answers import Answer, error
 from .board import Lease, Nobody, Seat
 from .delivery import Client, Delivery
-from .incoming import ClientRequest, Forwarded, Refused, forwarded, without_hop_by_hop
+from .incoming import ClientRequest, Refused, without_hop_by_hop
+from .outgoing import Forwarded, forwarded, lines_for, resuming
 from .policies import RequestFacts
 from .request_facts import facts_of
 from .retry import MOST_DEATHS, is_busy, is_death, is_overload
@@ -39,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: Of a refusal that is kept while another replica is tried.
 _MOST_KEPT = 64 << 10
-#: Seconds between the signs of life that replicas are asked for.
-_SIGN_OF_LIFE = 5
 #: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
 _REST = 0.5
 #: Refusals to resume that every replica would repeat: it is the stream that cannot go on.
@@ -324,11 +320,11 @@ class Exchange:
         self._connection = connection
         self._is_reused = not connection.is_fresh
         self._refusal = None
-        lines = _lines_for(lease.instance.features)
+        lines = lines_for(lease.instance.features)
         request = self._forwarded
         if self._resumption is not None:
             lines += b"X-FD-Token: %b\r\n" % lease.instance.token.encode()
-            request = _resuming(request, self._resumption)
+            request = resuming(request, self._resumption)
         if len(self._tried) == 1:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
         connection.send(request.to(lease.instance.authority, lines), self, self._request.method == "HEAD")
@@ -444,31 +440,6 @@ class Exchange:
             *(self._id[:64], lease.instance.name, self._plane.settings.policy.name, len(self._tried)),
             *(self._facts.prompt_tokens, load),
         )
-
-
-@functools.lru_cache
-def _lines_for(features: tuple[str, ...]) -> bytes:
-    """What a replica is asked for, of what it can do."""
-    lines = b""
-    if "resume" in features:
-        lines += b"X-FD-Marks: 1\r\n"
-    if "progress" in features:
-        lines += b"X-FD-Progress: %d\r\n" % _SIGN_OF_LIFE
-    return lines
-
-
-def _resuming(request: Forwarded, resumption: Resumption) -> Forwarded:
-    lines = b"".join(
-        line + b"\r\n"
-        for line in request.lines.split(b"\r\n")
-        if line and not line.lower().startswith(b"content-type:")
-    )
-    return Forwarded(
-        "POST",
-        b"/internal/resume",
-        lines + b"Content-Type: application/msgpack\r\n",
-        msgspec.msgpack.encode(resumption),
-    )
 
 
 def _answer_of(connection: ReplicaConnection, lease: Lease, body: bytes) -> Answer:

@@ -1,0 +1,105 @@
+"""What a replica is sent: the request, and what is between router and replica. Pure, but for the seed."""
+
+from __future__ import annotations
+
+import functools
+import random
+import urllib.parse
+from dataclasses import dataclass
+
+from ...resumption import RESUME_PATH, Resumption, encode_resumption
+from .answers import error
+from .incoming import HOP_BY_HOP, ClientRequest, Refused
+
+#: Seconds between the signs of life that replicas are asked for.
+_SIGN_OF_LIFE = 5
+#: Follow from the connection and the body that are used, or are between the router and its replicas only.
+_MADE_ANEW = frozenset(
+    {b"host", b"content-length", b"expect", b"x-fd-marks", b"x-fd-progress", b"x-fd-token"}
+)
+_NOT_FORWARDED = HOP_BY_HOP | _MADE_ANEW
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """What every replica that is tried gets, but for what differs between replicas."""
+
+    method: str
+    target: bytes
+    #: Header lines, each with its end.
+    lines: bytes
+    body: bytes
+
+    def to(self, authority: str, extra: bytes = b"") -> bytes:
+        """The bytes of the request for the replica there; `extra` are more header lines."""
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n%b" % (
+            self.method.encode(),
+            self.target,
+            authority.encode(),
+            self.lines,
+            extra,
+            _length_line(self.method, self.body),
+            self.body,
+        )
+
+
+def forwarded(request: ClientRequest, identity: str) -> Forwarded:
+    """The request as it came, but for what belongs to the connection.
+
+    A request id and a seed are added where the client sent none, so that every replica that is tried draws
+    the same tokens.
+
+    Raises:
+        Refused: no path of ours.
+    """
+    if _climbs(request.raw_path):
+        raise Refused(error(404, f"no such path: {request.raw_path.decode('latin-1')}", "not_found"))
+    dropped = _NOT_FORWARDED | request.dropped if request.dropped else _NOT_FORWARDED
+    lines = [b"%b: %b\r\n" % header for header in request.headers if header[0] not in dropped]
+    if b"x-request-id" not in request.special:
+        lines.append(b"x-request-id: %b\r\n" % identity.encode("latin-1"))
+    if b"x-fd-seed" not in request.special:
+        # 53 bits: exact wherever JSON numbers are doubles. It need not be secret, only the same everywhere.
+        lines.append(b"x-fd-seed: %d\r\n" % random.getrandbits(53))
+    return Forwarded(request.method, request.target, b"".join(lines), request.body)
+
+
+@functools.lru_cache
+def lines_for(features: tuple[str, ...]) -> bytes:
+    """What a replica is asked for, of what it can do."""
+    lines = b""
+    if "resume" in features:
+        lines += b"X-FD-Marks: 1\r\n"
+    if "progress" in features:
+        lines += b"X-FD-Progress: %d\r\n" % _SIGN_OF_LIFE
+    return lines
+
+
+def resuming(request: Forwarded, resumption: Resumption) -> Forwarded:
+    lines = b"".join(
+        line + b"\r\n"
+        for line in request.lines.split(b"\r\n")
+        if line and not line.lower().startswith(b"content-type:")
+    )
+    return Forwarded(
+        "POST",
+        RESUME_PATH.encode(),
+        lines + b"Content-Type: application/msgpack\r\n",
+        encode_resumption(resumption),
+    )
+
+
+def _climbs(path: bytes) -> bool:
+    """Out of /v1/: what a replica has besides is for its neighbours."""
+    if b"." not in path and b"%" not in path:
+        return False
+    # Whoever is in between may have decoded it once more.
+    while (plain := urllib.parse.unquote_to_bytes(path)) != path:
+        path = plain
+    return b".." in path.replace(b"\\", b"/").split(b"/")
+
+
+def _length_line(method: str, body: bytes) -> bytes:
+    if not body and method in ("GET", "HEAD", "OPTIONS", "DELETE"):
+        return b""
+    return b"Content-Length: %d\r\n" % len(body)
