@@ -12,7 +12,7 @@ import struct
 from collections import deque
 from typing import Protocol, cast
 
-from .answers import Answer, error
+from .answers import Answer, error, header_lines
 from .delivery import Client
 from .incoming import ClientRequest
 from .request_parser import Parsed, RequestParser
@@ -286,8 +286,7 @@ class ClientConnection(asyncio.Protocol):
         )
         self._is_busy = True
         self._keep_alive = self._is_head_only = False
-        lines = b"".join(b"%b: %b\r\n" % (name.encode(), text.encode()) for name, text in answer.headers)
-        self.give(answer.status_line.encode(), lines, answer.body)
+        self.give(answer.status_line.encode(), header_lines(answer.headers), answer.body)
 
     def _linger(self) -> None:
         """The last words have been said; the client may still be talking."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ...resumption import Resumption
-from .answers import Answer, sse_error
+from .answers import Answer, header_lines, sse_error
 from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders, with_named_in_connection
 from .resume import Lines, Transcript
 from .upstream import ReplicaConnection
@@ -107,10 +107,7 @@ class Delivery:
 
     def give(self, answer: Answer) -> None:
         """An answer of the router's own, whole."""
-        lines = b"".join(
-            b"%b: %b\r\n" % (name.encode("latin-1"), text.encode("latin-1")) for name, text in answer.headers
-        )
-        lines += b"X-Request-Id: %b\r\n" % self._identity.encode("latin-1")
+        lines = header_lines([*answer.headers, ("X-Request-Id", self._identity)])
         self.status = answer.status
         self.size = len(answer.body)
         self._client.give(answer.status_line.encode(), lines, answer.body)

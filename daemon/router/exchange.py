@@ -244,7 +244,9 @@ class Exchange:
         self._report(lease, fault, problem)
         if fault is Fault.GARBLED:
             self._busy = error(502, f"replica {lease.instance.name}: {problem}", "bad_gateway")
-        if self._delivery.has_begun and self._resumption_now() is None:
+        # Of a stream that has begun; others start from nothing again.
+        self._resumption = self._delivery.resumption() if self._delivery.has_begun else None
+        if self._delivery.has_begun and self._resumption is None:
             self._break_off(f"replica {lease.instance.name} was lost in the middle of the answer", problem)
         elif (
             fault is Fault.SILENT
@@ -323,8 +325,7 @@ class Exchange:
         lines = lines_for(lease.instance.features)
         request = self._forwarded
         if self._resumption is not None:
-            lines += b"X-FD-Token: %b\r\n" % lease.instance.token.encode()
-            request = resuming(request, self._resumption)
+            request = resuming(request, self._resumption, lease.instance.token)
         if len(self._tried) == 1:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
         connection.send(request.to(lease.instance.authority, lines), self, self._request.method == "HEAD")
@@ -370,14 +371,10 @@ class Exchange:
                 self._give(self._nobody())
             return
         if self._delivery.has_begun:
-            self._resumption = self._resumption_now()
             self._plane.metrics.resumed(name)
         else:
             self._plane.metrics.retried(name)
         self._choose()
-
-    def _resumption_now(self) -> Resumption | None:
-        return self._delivery.resumption()
 
     # ---- the end
 

@@ -88,8 +88,13 @@ def with_named_in_connection(names: frozenset[bytes], headers: RawHeaders) -> fr
     """These names, and those that a Connection header has."""
     for name, value in headers:
         if name == b"connection":
-            names = names | {word.strip().lower() for word in value.split(b",")}
+            names = names | named_in(value)
     return names
+
+
+def named_in(connection: bytes) -> frozenset[bytes]:
+    """The headers that a Connection header names."""
+    return frozenset(word.strip().lower() for word in connection.split(b","))
 
 
 def origin_form(target: bytes) -> bytes:

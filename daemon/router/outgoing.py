@@ -7,15 +7,23 @@ import random
 import urllib.parse
 from dataclasses import dataclass
 
-from ...resumption import RESUME_PATH, Resumption, encode_resumption
-from .answers import error
+from ...resumption import (
+    MARKS_HEADER,
+    PROGRESS_HEADER,
+    RESUME_PATH,
+    TOKEN_HEADER,
+    Resumption,
+    encode_resumption,
+)
+from .answers import error, header_lines
 from .incoming import HOP_BY_HOP, ClientRequest, Refused
 
 #: Seconds between the signs of life that replicas are asked for.
 _SIGN_OF_LIFE = 5
 #: Follow from the connection and the body that are used, or are between the router and its replicas only.
 _MADE_ANEW = frozenset(
-    {b"host", b"content-length", b"expect", b"x-fd-marks", b"x-fd-progress", b"x-fd-token"}
+    name.lower().encode()
+    for name in ("Host", "Content-Length", "Expect", MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER)
 )
 _NOT_FORWARDED = HOP_BY_HOP | _MADE_ANEW
 
@@ -67,15 +75,16 @@ def forwarded(request: ClientRequest, identity: str) -> Forwarded:
 @functools.lru_cache
 def lines_for(features: tuple[str, ...]) -> bytes:
     """What a replica is asked for, of what it can do."""
-    lines = b""
+    headers = []
     if "resume" in features:
-        lines += b"X-FD-Marks: 1\r\n"
+        headers.append((MARKS_HEADER, "1"))
     if "progress" in features:
-        lines += b"X-FD-Progress: %d\r\n" % _SIGN_OF_LIFE
-    return lines
+        headers.append((PROGRESS_HEADER, str(_SIGN_OF_LIFE)))
+    return header_lines(headers)
 
 
-def resuming(request: Forwarded, resumption: Resumption) -> Forwarded:
+def resuming(request: Forwarded, resumption: Resumption, token: str) -> Forwarded:
+    """The request for the rest of a stream, to the replica with that token."""
     lines = b"".join(
         line + b"\r\n"
         for line in request.lines.split(b"\r\n")
@@ -84,7 +93,7 @@ def resuming(request: Forwarded, resumption: Resumption) -> Forwarded:
     return Forwarded(
         "POST",
         RESUME_PATH.encode(),
-        lines + b"Content-Type: application/msgpack\r\n",
+        lines + header_lines([("Content-Type", "application/msgpack"), (TOKEN_HEADER, token)]),
         encode_resumption(resumption),
     )
 

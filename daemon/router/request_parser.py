@@ -13,7 +13,7 @@ from http import HTTPStatus
 import httptools
 
 from .answers import Answer, error
-from .incoming import ClientRequest, RawHeaders
+from .incoming import ClientRequest, RawHeaders, named_in
 
 _MOST_TARGET = 8 << 10
 _MOST_HEADERS = 128
@@ -208,7 +208,7 @@ class RequestParser:
             else:
                 self._special.setdefault(name, value)
                 if name == b"connection":
-                    self._dropped |= {word.strip().lower() for word in value.split(b",")}
+                    self._dropped |= named_in(value)
         if hosts > 1 or (hosts == 0 and not self._is_old):
             raise Rejected(HTTPStatus.BAD_REQUEST, f"one Host header is needed, and there are {hosts}")
         if is_chunked and self._is_old:

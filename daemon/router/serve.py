@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import ipaddress
 import logging
 import os
@@ -25,6 +24,7 @@ from gunicorn.glogging import Logger
 from ... import log
 from ...errors import ConfigError
 from ...file_limit import allow_open_files
+from ...parent_death import die_with_parent
 from .board import Board, BoardError
 from .board_memory import WORKERS
 from .flags import files_needed, parser, settings_of
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 EXIT_USAGE = 2
 EXIT_ADDRESS = 5
 EXIT_UPGRADE = 6
-_PR_SET_PDEATHSIG = 1
 #: What the program that replaces this one finds: gunicorn's word that it is one, and the board.
 _REPLACES = "GUNICORN_PID"
 _BOARD = "FD_ROUTER_BOARD"
@@ -176,10 +175,8 @@ def _worker_ended(server: Any, worker: Any) -> None:
 
 
 def _after_fork(server: Any, worker: Any) -> None:
-    """Dies with its parent: a worker whose arbiter was killed would keep the port from the next router."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != server.pid:
-        os._exit(1)  # it died before the line above
+    """A worker whose arbiter was killed would keep the port from the next router."""
+    die_with_parent(server.pid)
 
 
 def _ended(server: Any) -> None:

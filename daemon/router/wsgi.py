@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import Any
 
-from .answers import error
+from .answers import error, header_lines
 from .delivery import Client
 from .incoming import ClientRequest
 from .metrics import Metrics
@@ -57,10 +57,8 @@ class WsgiCall:
             logger.exception("the control plane failed")
             failure = error(500, "internal server error", "internal_error")
             status, headers, body = failure.status_line, list(failure.headers), failure.body
-        lines = b"".join(
-            b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1"))
-            for name, value in headers
-            if name.lower() not in ("content-length", "connection")
+        lines = header_lines(
+            header for header in headers if header[0].lower() not in ("content-length", "connection")
         )
         path = self._request.raw_path.decode("latin-1")
         self._metrics.answered(self._request.method, path, int(status[:3]), time.monotonic() - self._began_at)

@@ -15,8 +15,10 @@ import psutil
 import pytest
 import requests
 
+from fastdeploy.daemon.router.board import Board
 from fastdeploy.ports import find_free
 
+from .boards import Clock
 from .fake_engine import FakeEngine, answers, wait_until
 from .raw_client import RawClient
 
@@ -107,6 +109,19 @@ def _is_alive(process: psutil.Process) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def board(clock: Clock) -> Iterator[Board]:
+    board = Board.create(clock)
+    board.open_column()
+    yield board
+    board.close()
 
 
 @pytest.fixture

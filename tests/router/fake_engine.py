@@ -154,6 +154,20 @@ def waits_for(gate: threading.Event) -> Behaviour:
     return behave
 
 
+def waits_after_each_event(seen: threading.Semaphore) -> Behaviour:
+    """A stream whose next event comes when the one before has been seen."""
+
+    def behave(received: Received) -> bool:
+        received.send(EVENT_HEAD)
+        for event in events(received.body):
+            received.send_chunk(event)
+            assert seen.acquire(timeout=20)
+        received.send(b"0\r\n\r\n")
+        return True
+
+    return behave
+
+
 class FakeEngine:
     """Listens on a free port. `behaviour` answers /v1/..., `health` answers /health; both may be changed."""
 

@@ -2,27 +2,13 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from fastdeploy.daemon.router.board import Board, BoardError, Lease, Nobody
 from fastdeploy.daemon.router.policies import RequestFacts, policy_named
 
-from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def board(clock: Clock) -> Iterator[Board]:
-    board = Board.create(clock)
-    board.open_column()
-    yield board
-    board.close()
+from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas
 
 
 def test_d5_a_burst_of_threads_over_idle_replicas_lands_evenly(board):

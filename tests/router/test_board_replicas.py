@@ -1,27 +1,12 @@
 """Who is on the board, and what becomes of those who go and come back."""
 
-from collections.abc import Iterator
-
 import pytest
 
-from fastdeploy.daemon.router.board import FORGET_AFTER, Board, Nobody, State
+from fastdeploy.daemon.router.board import FORGET_AFTER, Nobody, State
 from fastdeploy.daemon.router.board_memory import ROWS
 from fastdeploy.daemon.router.registration import Instance, RegistrationError
 
-from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def board(clock: Clock) -> Iterator[Board]:
-    board = Board.create(clock)
-    board.open_column()
-    yield board
-    board.close()
+from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas, states
 
 
 def test_d4_the_end_of_an_old_request_does_not_count_against_a_replica_that_came_back(board, clock):

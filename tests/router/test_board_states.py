@@ -1,8 +1,5 @@
 """The moves of a replica, by the table in board_rows.py; and all of them in any order."""
 
-from collections.abc import Iterator
-
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -11,19 +8,6 @@ from fastdeploy.daemon.router.board import FORGET_AFTER, Board, Lease, Nobody, S
 from fastdeploy.daemon.router.policies import RequestFacts, policy_named
 
 from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def board(clock: Clock) -> Iterator[Board]:
-    board = Board.create(clock)
-    board.open_column()
-    yield board
-    board.close()
 
 
 def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board, clock):

@@ -18,13 +18,12 @@ from fastdeploy.ports import find_free
 
 from .conftest import RouterProcess
 from .fake_engine import (
-    EVENT_HEAD,
     FakeEngine,
-    Received,
     answers_status,
     events,
     streams_for_ever,
     wait_until,
+    waits_after_each_event,
 )
 from .raw_client import RawClient
 
@@ -101,15 +100,7 @@ def test_each_event_passes_before_the_next_exists(engine, client):
     """The replica sends an event only after the client has seen the one before: any buffer would lock up."""
     seen = threading.Semaphore(0)
 
-    def steps(received: Received) -> bool:
-        received.send(EVENT_HEAD)
-        for event in events(received.body):
-            received.send_chunk(event)
-            assert seen.acquire(timeout=20)
-        received.send(b"0\r\n\r\n")
-        return True
-
-    engine.behaviour = steps
+    engine.behaviour = waits_after_each_event(seen)
     client.send(STREAM)
     assert client.head()[0] == 200
     for event in events(b'{"stream": true}'):

@@ -1,7 +1,5 @@
 """How fast replicas are beside each other."""
 
-from collections.abc import Iterator
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,19 +8,6 @@ from fastdeploy.daemon.router.board import Board
 from fastdeploy.daemon.router.speed import Pace, weights
 
 from .boards import Clock, in_flight, pick, seat_replicas
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def board(clock: Clock) -> Iterator[Board]:
-    board = Board.create(clock)
-    board.open_column()
-    yield board
-    board.close()
 
 
 def stream(board: Board, clock: Clock, rates: list[float], seconds: int) -> None:

@@ -18,7 +18,13 @@ import requests
 from fastdeploy.ports import find_free
 
 from .conftest import FD_ROUTER, RouterProcess
-from .fake_engine import EVENT_HEAD, FakeEngine, Received, events, streams_for_ever, wait_until
+from .fake_engine import (
+    FakeEngine,
+    events,
+    streams_for_ever,
+    wait_until,
+    waits_after_each_event,
+)
 
 
 def certify(certificate: Path, key: Path) -> None:
@@ -103,15 +109,7 @@ def test_requests_are_served_and_the_connection_is_kept(engine, connection):
 def test_each_event_passes_before_the_next_exists(engine, connection):
     seen = threading.Semaphore(0)
 
-    def steps(received: Received) -> bool:
-        received.send(EVENT_HEAD)
-        for event in events(received.body):
-            received.send_chunk(event)
-            assert seen.acquire(timeout=20)
-        received.send(b"0\r\n\r\n")
-        return True
-
-    engine.behaviour = steps
+    engine.behaviour = waits_after_each_event(seen)
     connection.request("POST", "/v1/completions", b'{"stream": true}')
     answer = connection.getresponse()
     for event in events(b'{"stream": true}'):
