@@ -18,6 +18,7 @@ from ..ports import require_free
 from . import processes, supervisor
 from .adoption import Holds, running_programs
 from .config import Config
+from .metrics import Metrics
 from .probes import Probes, Reading
 from .programs import ROUTER, Program
 from .replica import Replica, State
@@ -56,6 +57,7 @@ class Fleet:
     ) -> None:
         self.config = config
         self.layout = client.layout
+        self.metrics = Metrics()
         self.supervisor = client
         self.wanted = list(programs)
         self.replicas: dict[str, Replica] = {}
