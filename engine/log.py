@@ -19,6 +19,8 @@ _MAX_BYTES = 50 << 20
 _LOOK_SECONDS = 1.0
 #: Attribute of a record that is many lines at once.
 _LINES = "fd_lines"
+#: And of the text that was made of them.
+_TEXT = "fd_text"
 
 
 def configure(context: str = "", file_name: str | None = None) -> None:
@@ -58,8 +60,13 @@ class _Formatter(logging.Formatter):
         messages: Sequence[str] | None = getattr(record, _LINES, None)
         if messages is None:
             return super().format(record)
-        prefix = super().format(record)
-        return "\n".join([prefix + message for message in messages])
+        text: str | None = getattr(record, _TEXT, None)
+        if text is None:
+            prefix = super().format(record)
+            text = prefix + f"\n{prefix}".join(messages)
+            # Both handlers want it.
+            setattr(record, _TEXT, text)
+        return text
 
 
 class _SharedFile(logging.handlers.RotatingFileHandler):

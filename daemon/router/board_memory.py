@@ -37,7 +37,7 @@ _TEXT_AREA = ROWS * 2 * _TEXT_BYTES
 BYTES = _CELL_BYTES + _TEXT_AREA + PrefixTable.BYTES
 _MAGIC = int.from_bytes(b"fd-board", "little")
 #: Changes with everything below: an old router must not hand its board to a new one that reads it otherwise.
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 class State(IntEnum):
@@ -69,6 +69,8 @@ class Header(IntEnum):
     RETIRED = 6
     #: A random number: which board this is.
     IDENTITY = 7
+    #: Other routers count in the column REMOTE.
+    HAS_REMOTE = 8
 
 
 class BoardError(FastDeployError):

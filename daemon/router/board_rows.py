@@ -8,7 +8,8 @@
     PROBING -> UP       a request succeeded; or there was none, and it was in good health for some seconds
     PROBING -> DOWN     failed
     any -> GONE         another instance is at its URL, it was removed, or it was DOWN and silent for minutes
-    GONE -> FREE        the last of its requests has ended; so it is for those that have said farewell
+    GONE -> FREE        the last of its requests has ended; so it is for those that have said farewell and that
+                        nobody drains
 
 A replica that is PROBING gets one request at a time. Its wait before that is 1 s; it doubles, up to 30 s,
 each time that it goes down while PROBING or within 30 s of having come up: one that answers every other
@@ -103,7 +104,9 @@ class Rows:
         memory = self._memory
         for row in range(memory.header[Header.ROWS]):
             state = memory.state[row]
-            left = state == State.GONE or (state in _IN_USE and memory.flags[row] & Flag.LEAVING)
+            # One that was drained keeps its row, so that whoever comes back at its URL is drained as well.
+            said_farewell = memory.flags[row] & (Flag.LEAVING | Flag.DRAINING) == Flag.LEAVING
+            left = state == State.GONE or (state in _IN_USE and said_farewell)
             if left and not self._has_requests(row):
                 self.changing()
                 memory.columns[REMOTE].in_flight[row] = memory.columns[REMOTE].tokens[row] = 0
@@ -161,7 +164,10 @@ class Rows:
 
     def set_remote(self, loads: Mapping[int, tuple[int, int]]) -> None:
         """What other routers have at each row: requests and prompt tokens."""
-        column = self._memory.columns[REMOTE]
+        header, column = self._memory.header, self._memory.columns[REMOTE]
+        if loads and not header[Header.HAS_REMOTE]:
+            self.changing()
+            header[Header.HAS_REMOTE] = 1
         for row in self.used():
             column.in_flight[row], column.tokens[row] = loads.get(row, (0, 0))
 

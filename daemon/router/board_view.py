@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import repeat
 from operator import add
 
 from .board_memory import REMOTE, WORKERS, BoardMemory, Flag, Header, State
@@ -99,8 +100,10 @@ class View:
             )
             for row, seat in self.seats.items()
         }
-        workers = [column for column in memory.columns[:WORKERS] if column.pid[0]]
-        columns = [*workers, memory.columns[REMOTE]]
+        self._known_of_choosable = _fields(self._known, self.choosable)
+        columns = [column for column in memory.columns[:WORKERS] if column.pid[0]]
+        if memory.header[Header.HAS_REMOTE]:
+            columns.append(memory.columns[REMOTE])
         self._in_flight = [column.in_flight[:count] for column in columns]
         self._tokens = [column.tokens[:count] for column in columns]
         self._last_pick = memory.last_pick[:count]
@@ -120,11 +123,16 @@ class View:
             rows = [row for row in rows if row not in self.probing or not self._rows.is_probed(row)]
         if not rows:
             return Nobody.BUSY
-        last_pick, tokens, known = self._last_pick.tolist(), _sums(self._tokens), self._known
-        # Candidate's own constructor takes twice as long.
-        candidates = [
-            _make(Candidate, (in_flight[row], last_pick[row], tokens[row], *known[row])) for row in rows
-        ]
+        last_pick = self._last_pick.tolist()
+        tokens = _sums(self._tokens) if policy.needs_tokens else None
+        fields = (
+            [in_flight[row] for row in rows],
+            [last_pick[row] for row in rows],
+            repeat(0) if tokens is None else [tokens[row] for row in rows],
+            *(self._known_of_choosable if rows is self.choosable else _fields(self._known, rows)),
+        )
+        # Candidate's own constructor takes four times as long.
+        candidates = [*map(_make, repeat(Candidate), zip(*fields, strict=False))]
         if not policy.needs_prefix:
             return rows[policy.choose(candidates, facts)]
         matched = self._prefixes.match(facts.prefix)
@@ -138,16 +146,16 @@ class View:
 
     def statuses(self) -> list[Status]:
         memory = self._memory
-        *workers, elsewhere = self._in_flight
+        own, elsewhere = memory.columns[:WORKERS], memory.columns[REMOTE]
         return [
             Status(
                 seat=seat,
                 state=State(memory.state[row]),
                 draining=bool(memory.flags[row] & Flag.DRAINING),
                 leaving=bool(memory.flags[row] & Flag.LEAVING),
-                in_flight=sum(cells[row] for cells in workers),
-                in_flight_elsewhere=elsewhere[row],
-                tokens=sum(cells[row] for cells in self._tokens[:-1]),
+                in_flight=sum(column.in_flight[row] for column in own),
+                in_flight_elsewhere=elsewhere.in_flight[row],
+                tokens=sum(column.tokens[row] for column in own),
                 picks=memory.picks[row],
                 weight=memory.weight[row],
                 running=memory.running[row],
@@ -160,6 +168,11 @@ class View:
 
 _make = tuple.__new__
 _NO_LIMIT = 1 << 62
+
+
+def _fields(known: Mapping[int, tuple[float, ...]], rows: Sequence[int]) -> list[tuple[float, ...]]:
+    """What is known of these rows, field by field."""
+    return [*zip(*(known[row] for row in rows), strict=True)]
 
 
 def _sums(columns: list[memoryview]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import urllib.parse
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...resumption import (
     MARKS_HEADER,
@@ -28,8 +28,7 @@ _MADE_ANEW = frozenset(
 _NOT_FORWARDED = HOP_BY_HOP | _MADE_ANEW
 
 
-@dataclass(frozen=True, slots=True)
-class Forwarded:
+class Forwarded(NamedTuple):
     """What every replica that is tried gets, but for what differs between replicas."""
 
     method: str

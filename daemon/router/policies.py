@@ -47,7 +47,9 @@ Choose = Callable[[Sequence[Candidate], RequestFacts], int]
 class Policy:
     name: str
     choose: Choose
-    #: Whether it looks at RequestFacts.prefix and Candidate.matched,
+    #: Whether it looks at Candidate.tokens,
+    needs_tokens: bool = False
+    #: at RequestFacts.prefix and Candidate.matched,
     needs_prefix: bool = False
     #: at RequestFacts.session,
     needs_session: bool = False
@@ -160,7 +162,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             Policy("round_robin", round_robin),
             Policy("random", random),
             Policy("power_of_two", power_of_two),
-            Policy("process_tokens", process_tokens),
+            Policy("process_tokens", process_tokens, needs_tokens=True),
             Policy("fd_metrics_score", fd_metrics_score, needs_load=True),
             Policy("cache_aware", cache_aware, needs_prefix=True),
             Policy("session", session, needs_session=True),
