@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
-from fastdeploy.daemon.router.policies import POLICIES, Candidate, Policy, RequestFacts
+from fastdeploy.daemon.router.policies import POLICIES, Candidates, Policy, RequestFacts
 
 from .router_traffic import bursts, chat, documents
 from .simulated_routers import Setting, Sharing
@@ -30,13 +30,20 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
 )
 
 
-def longest_prefix(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def longest_prefix(candidates: Candidates, facts: RequestFacts) -> int:
     """What cache_aware is elsewhere: the longest prefix, until the load is uneven; then the fewest tokens."""
-    loads = [candidate.in_flight for candidate in candidates]
+    loads = candidates.in_flight
     if max(loads) - min(loads) > 8 and max(loads) > 1.5 * min(loads):
         return POLICIES["process_tokens"].choose(candidates, facts)
-    scores = [(-c.matched, c.tokens / c.weight, c.in_flight, c.last_pick) for c in candidates]
+    columns = candidates.matched, candidates.tokens, candidates.weight, loads, candidates.last_pick
+    scores = [
+        (-matched, tokens / weight, count, last)
+        for matched, tokens, weight, count, last in zip(*columns, strict=True)
+    ]
     return scores.index(min(scores))
 
 
-CONTENDERS = (*POLICIES.values(), Policy("longest_prefix", longest_prefix, needs_prefix=True))
+CONTENDERS = (
+    *POLICIES.values(),
+    Policy("longest_prefix", longest_prefix, needs_tokens=True, needs_prefix=True),
+)

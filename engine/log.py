@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from .errors import ConfigError
 
@@ -42,6 +43,8 @@ def configure(context: str = "", file_name: str | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
         root.addHandler(handler)
+    if _is_journal(sys.stderr):
+        handlers[0].setFormatter(_JournalFormatter(formatter))
     root.setLevel(level)
     # Per-connection chatter of the client library would drown the lines that matter.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
@@ -67,6 +70,20 @@ class _Formatter(logging.Formatter):
             # Both handlers want it.
             setattr(record, _TEXT, text)
         return text
+
+
+class _JournalFormatter(logging.Formatter):
+    """Begins each line as sd-daemon(3) says, so that `journalctl -p err` finds the errors."""
+
+    _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in self._PRIORITIES if record.levelno >= level), 7)
+        return "\n".join([f"<{priority}>{line}" for line in self._inner.format(record).split("\n")])
 
 
 class _SharedFile(logging.handlers.RotatingFileHandler):
@@ -109,6 +126,15 @@ class _SharedFile(logging.handlers.RotatingFileHandler):
         if self.stream is not None:
             self.stream.close()
         self.stream = self._open()
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """systemd says which file the journal is; a child inherits the word, but perhaps another file."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def _file(name: str) -> logging.Handler:

@@ -17,6 +17,7 @@ from .board import Board, Seat, Status
 from .metrics import Metrics
 from .registration import AllowedAddresses, Instance, RegistrationError, parse, parse_farewell
 from .registry import RegistryFile
+from .reloads import Reloads
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,10 @@ _ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
 class Router:
     """What one worker holds besides its event loop. A WSGI application, once `start` was called."""
 
-    def __init__(self, settings: Settings, board: Board) -> None:
+    def __init__(self, settings: Settings, board: Board, reloads: Reloads) -> None:
         self.settings = settings
         self.board = board
+        self.reloads = reloads
         self.metrics = Metrics(board)
         self.registry = RegistryFile(settings.registry_file)
         self._allowed = AllowedAddresses(settings.allow_hosts)
@@ -185,7 +187,12 @@ def _control_plane(router: Router) -> Flask:
 
     @app.get("/health")
     def is_alive() -> Response:
-        return jsonify(status="ok", replicas_up=_count_up(router.board))
+        return jsonify(
+            status="ok",
+            replicas_up=_count_up(router.board),
+            flags=router.settings.flags,
+            reload=router.reloads.wire(),
+        )
 
     @app.get("/health_generate")
     def can_generate() -> tuple[Response, int]:

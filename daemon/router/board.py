@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds without a heartbeat after which a replica that is down is forgotten.
 FORGET_AFTER = 300.0
+# For every pick: plain numbers index in half the time that members of an enum take.
+_CHANGES, _PICKS = int(Header.CHANGES), int(Header.PICKS)
+_UP = int(State.UP)
 #: The mark of the worker that watches over the replicas; those below are the columns'.
 _LEADER = WORKERS
 
@@ -49,7 +53,8 @@ class Board:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._leads = False
+        self._leading = threading.Lock()
+        self._leads = self._has_resigned = False
         self._view: View | None = None
         self._measuring = Measuring(self._memory, self._rows)
         self._columns = Columns(self._memory, self._rows, self._lock, self._clock)
@@ -93,11 +98,24 @@ class Board:
         with self._lock:
             self._columns.drop_dead()
 
+    def pids(self) -> set[int]:
+        """Of the workers. Without the lock, which one of them may have been stopped with."""
+        return {pid for column in self._memory.columns[:WORKERS] if (pid := column.pid[0])}
+
     def lead(self) -> bool:
-        """Whether it falls to this process to watch over the replicas: to one at a time, for life."""
-        if not self._leads:
-            self._leads = self._lock.take_mark(_LEADER)
-        return self._leads
+        """Whether it falls to this process to watch over the replicas: to one at a time, until it resigns."""
+        with self._leading:
+            if not self._leads and not self._has_resigned:
+                self._leads = self._lock.take_mark(_LEADER)
+            return self._leads
+
+    def resign(self) -> None:
+        """This process leads no more: it has been replaced, and another one knows better how."""
+        with self._leading:
+            self._has_resigned = True
+            if self._leads:
+                self._leads = False
+                self._lock.give_back_mark(_LEADER)
 
     # ---- requests
 
@@ -114,7 +132,7 @@ class Board:
             if isinstance(row, Nobody):
                 return row
             memory = self._memory
-            memory.last_pick[row] = memory.header[Header.PICKS] = memory.header[Header.PICKS] + 1
+            memory.last_pick[row] = memory.header[_PICKS] = memory.header[_PICKS] + 1
             memory.picks[row] += 1
             return own.begin(view.seats[row], facts.prompt_tokens, row in view.probing)
 
@@ -263,7 +281,7 @@ class Board:
     # ---- under the lock
 
     def _current(self) -> View:
-        if self._view is None or self._view.changes != self._memory.header[Header.CHANGES]:
+        if self._view is None or self._view.changes != self._memory.header[_CHANGES]:
             self._view = View(self._memory, self._rows, self._prefixes, self._view)
         return self._view
 
@@ -275,7 +293,7 @@ class Board:
 
     def _is_well(self, seat: Seat) -> bool:
         """Without the lock: the usual case, in which there is nothing to do."""
-        return self._memory.state[seat.row] == State.UP and self._memory.failures[seat.row] == 0
+        return self._memory.state[seat.row] == _UP and self._memory.failures[seat.row] == 0
 
     def _set_draining(self, seat: Seat, on: bool) -> bool:
         with self._lock:

@@ -8,8 +8,8 @@
     PROBING -> UP       a request succeeded; or there was none, and it was in good health for some seconds
     PROBING -> DOWN     failed
     any -> GONE         another instance is at its URL, it was removed, or it was DOWN and silent for minutes
-    GONE -> FREE        the last of its requests has ended; so it is for those that have said farewell and that
-                        nobody drains
+    GONE -> FREE        the last of its requests has ended; so it is for those that have said farewell and are
+                        not drained
 
 A replica that is PROBING gets one request at a time. Its wait before that is 1 s; it doubles, up to 30 s,
 each time that it goes down while PROBING or within 30 s of having come up: one that answers every other

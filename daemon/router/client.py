@@ -15,6 +15,7 @@ from typing import Protocol, cast
 from .answers import Answer, error, header_lines
 from .delivery import Client
 from .incoming import ClientRequest
+from .outbox import Outbox
 from .request_parser import Parsed, RequestParser
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _WRITE_BUFFER = 256 << 10
 #: instead of the refusal.
 _LINGER_SECONDS = 5.0
 _MOST_LINGERING = 80 << 20
-#: Seconds that a connection gets for a last request, or to close, when the server stops.
+#: Seconds of that when the server stops.
 _PARTING_SECONDS = 1.0
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -46,11 +47,12 @@ class Server(Protocol):
     """What connections belong to."""
 
     max_body_bytes: int
+    outbox: Outbox
     #: Seconds for a whole head, from its first byte; without a byte of the body; with the answer left unread.
     client_timeout: float
     #: Seconds without a request.
     keep_alive: float
-    #: It takes no more requests.
+    #: Whatever is answered from now on is the last on its connection.
     is_stopping: bool
 
     def now(self) -> float: ...
@@ -72,6 +74,7 @@ class ClientConnection(asyncio.Protocol):
         #: When it last began to wait for the client.
         self.since = server.now()
         self._server = server
+        self._outbox = server.outbox
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._parser: RequestParser
         self._waiting: deque[Parsed | Answer] = deque()
@@ -88,11 +91,6 @@ class ClientConnection(asyncio.Protocol):
         self._keep_alive = True
 
     @property
-    def is_idle(self) -> bool:
-        """It may be closed without anybody's loss."""
-        return not self._is_busy and not self._parser.is_receiving
-
-    @property
     def waits_since(self) -> float | None:
         """When it began to wait for a whole request; None if one is under way."""
         if self._is_busy and self._lingering < 0:
@@ -105,7 +103,7 @@ class ClientConnection(asyncio.Protocol):
         if not status.startswith((b"204", b"304")):
             lines += b"Content-Length: %d\r\n" % (len(body) if length is None else length)
         head = b"HTTP/1.1 %b\r\n%b%b\r\n" % (status, lines, self._connection_line())
-        self._transport.write(head if self._is_head_only else head + body)
+        self._outbox.write(self._transport, head if self._is_head_only else head + body)
         self._answered()
 
     def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
@@ -124,7 +122,7 @@ class ClientConnection(asyncio.Protocol):
         elif self._head:
             piece = self._head + piece
         self._head = b""
-        self._transport.write(piece)
+        self._outbox.write(self._transport, piece)
 
     def end(self, trailer: bytes = b"") -> None:
         last = self._head
@@ -132,12 +130,13 @@ class ClientConnection(asyncio.Protocol):
             last += b"0\r\n%b\r\n" % trailer
         self._head = b""
         if last:
-            self._transport.write(last)
+            self._outbox.write(self._transport, last)
         self._answered()
 
     def abort(self) -> None:
         """By a reset: a plain close could be taken for the end."""
         self._task = None
+        self._outbox.flush()
         sock: socket.socket | None = self._transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
@@ -171,7 +170,7 @@ class ClientConnection(asyncio.Protocol):
             self._next()
         elif self._parser.expects_continue:
             self._parser.expects_continue = False
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._outbox.write(self._transport, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def eof_received(self) -> None:
         """Who shuts down its sending half is taken as gone, as nginx does."""
@@ -211,7 +210,7 @@ class ClientConnection(asyncio.Protocol):
         elif self._is_busy:
             return
         elif not self._parser.is_receiving:
-            if now - self.since > (_PARTING_SECONDS if self._server.is_stopping else self._server.keep_alive):
+            if now - self.since > self._server.keep_alive:
                 self._transport.close()
         elif self._is_late(now):
             part = "body" if self._parser.has_head else "head"
@@ -226,16 +225,8 @@ class ClientConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """What is still to be written is."""
+        self._outbox.flush()
         self._transport.close()
-
-    def stop(self) -> None:
-        """The server takes no more requests: this connection ends after the one that is under way.
-
-        Unless its client was told already that it may go on: then one more may be on its way. So it may be
-        where one ended a moment ago.
-        """
-        if self.is_idle and self._server.now() - self.since > _PARTING_SECONDS:
-            self._transport.close()
 
     # ---- one request after the other
 
@@ -294,6 +285,7 @@ class ClientConnection(asyncio.Protocol):
         self._waiting.clear()
         self._lingering = 0
         self._resume_reading()
+        self._outbox.flush()
         if self._transport.can_write_eof():
             self._transport.write_eof()
         else:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ...resumption import Resumption
 from .answers import Answer, header_lines, sse_error
-from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders, with_named_in_connection
+from .incoming import HOP_BY_HOP, ClientRequest
 from .resume import Lines, Transcript
 from .upstream import ReplicaConnection
 
@@ -73,7 +73,7 @@ class Delivery:
             and connection.content_type.startswith(b"text/event-stream")
         )
         self._transcript = (Transcript() if has_marks else Lines()) if self.is_events else None
-        lines = self._lines(connection.headers, replica)
+        lines = self._lines(connection, replica)
         if retries:
             lines += b"x-fd-retries: %d\r\n" % retries
         self._head = (b"%d %b" % (connection.status, connection.reason), lines, connection.length)
@@ -179,10 +179,10 @@ class Delivery:
         self._held, self._held_size = [], 0
         return held
 
-    def _lines(self, headers: RawHeaders, replica: str) -> bytes:
-        dropped = with_named_in_connection(_NOT_PASSED_ON, headers)
-        lines = [b"%b: %b\r\n" % header for header in headers if header[0] not in dropped]
+    def _lines(self, connection: ReplicaConnection, replica: str) -> bytes:
+        dropped = _NOT_PASSED_ON | connection.dropped if connection.dropped else _NOT_PASSED_ON
+        lines = [b"%b: %b\r\n" % header for header in connection.headers if header[0] not in dropped]
         lines.append(b"x-fd-replica: %b\r\n" % replica.encode())
-        if all(name != b"x-request-id" for name, _ in headers):
+        if not connection.has_request_id:
             lines.append(b"x-request-id: %b\r\n" % self._identity.encode("latin-1"))
         return b"".join(lines)

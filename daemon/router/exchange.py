@@ -187,12 +187,12 @@ class Exchange:
             is_stream = connection.content_type.startswith(b"text/event-stream")
             self._refusal = None if status == 200 and is_stream else []
             if self._refusal is None:
-                self._resumed_by.append(lease.instance.name)
+                self._resumed_by.append(lease.seat.name)
         elif is_busy(status, connection.has_retry_after):
             self._refusal = []
         else:
             has_marks = "resume" in lease.instance.features
-            self._delivery.expect(connection, lease.instance.name, len(self._problems), has_marks)
+            self._delivery.expect(connection, lease.seat.name, len(self._problems), has_marks)
 
     def received(self, body: bytes) -> None:
         if self._refusal is not None:
@@ -240,21 +240,21 @@ class Exchange:
             self._is_reused, self._is_doubtful = False, True
             self._plane.pool.connect(lease.seat, self)
             return
-        problem = f"{lease.instance.authority} {_SAID[fault]}: {why}" if fault in _SAID else why
+        problem = f"{lease.seat.authority} {_SAID[fault]}: {why}" if fault in _SAID else why
         self._report(lease, fault, problem)
         if fault is Fault.GARBLED:
-            self._busy = error(502, f"replica {lease.instance.name}: {problem}", "bad_gateway")
+            self._busy = error(502, f"replica {lease.seat.name}: {problem}", "bad_gateway")
         # Of a stream that has begun; others start from nothing again.
         self._resumption = self._delivery.resumption() if self._delivery.has_begun else None
         if self._delivery.has_begun and self._resumption is None:
-            self._break_off(f"replica {lease.instance.name} was lost in the middle of the answer", problem)
+            self._break_off(f"replica {lease.seat.name} was lost in the middle of the answer", problem)
         elif (
             fault is Fault.SILENT
             and not self._delivery.has_begun
             and "progress" not in lease.instance.features
         ):
             # It may be busy with this very request, for all that is known.
-            self._give(error(504, f"replica {lease.instance.name}: {problem}", "replica_timeout"))
+            self._give(error(504, f"replica {lease.seat.name}: {problem}", "replica_timeout"))
         else:
             self._next(lease, problem)
 
@@ -307,7 +307,7 @@ class Exchange:
             self._record_decision(picked)
         self._lease = picked
         self._is_doubtful = False
-        self._name = picked.instance.name
+        self._name = picked.seat.name
         self._tried.append(picked.seat)
         connection = plane.pool.take(picked.seat)
         if connection is not None:
@@ -328,7 +328,7 @@ class Exchange:
             request = resuming(request, self._resumption, lease.instance.token)
         if len(self._tried) == 1:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
-        connection.send(request.to(lease.instance.authority, lines), self, self._request.method == "HEAD")
+        connection.send(request.to(lease.seat.authority, lines), self, self._request.method == "HEAD")
         if self._is_paused:
             connection.pause()
 
@@ -346,7 +346,7 @@ class Exchange:
         """The replica has said, and whole, that it does not take the request."""
         if self._resumption is not None:
             if connection.status in _FINAL:
-                self._break_off(f"replica {lease.instance.name} cannot go on with this answer")
+                self._break_off(f"replica {lease.seat.name} cannot go on with this answer")
                 return
         else:
             self._busy = _answer_of(connection, lease, body)
@@ -354,11 +354,11 @@ class Exchange:
             if is_load and not self._plane.budget.withdraw(time.monotonic()):
                 self._give(self._busy)
                 return
-        self._next(lease, f"{lease.instance.authority} answered {connection.status}")
+        self._next(lease, f"{lease.seat.authority} answered {connection.status}")
 
     def _next(self, lease: Lease, problem: str) -> None:
         """Another replica, if there is one."""
-        name = lease.instance.name
+        name = lease.seat.name
         self._release()
         self._problems.append(f"replica {name}: {problem}")
         logger.warning("request=%s replica=%s did not take it: %s", self._id[:64], name, problem)
@@ -392,18 +392,18 @@ class Exchange:
             return
         self._is_over = True
         self._drop_connection()
-        instance = self._lease.instance if self._lease is not None else None
+        seat = self._lease.seat if self._lease is not None else None
         self._release()
         plane, request, delivery = self._plane, self._request, self._delivery
         plane.exchanges.discard(self)
         seconds = time.monotonic() - self._began_at
         path = request.raw_path.decode("latin-1")
         plane.metrics.answered(request.method, path, delivery.status, seconds)
-        if instance is not None:
-            plane.metrics.inference(instance.url, delivery.status)
+        if seat is not None:
+            plane.metrics.inference(seat.url, delivery.status)
         # The path as it was written: decoded, it could hold a line break.
         plane.access_log.add(
-            f"request={self._id[:64]} replica={instance.name if instance else '-'} {request.method} {path} "
+            f"request={self._id[:64]} replica={seat.name if seat else '-'} {request.method} {path} "
             f"status={delivery.status} bytes={delivery.size} seconds={seconds:.3f}"
             + (f" ({remark})" if remark else "")
         )
@@ -434,7 +434,7 @@ class Exchange:
         load = {row.instance.name: row.in_flight for row in self._plane.board.status() if row.up}
         logger.debug(
             "request=%s replica=%s chosen by %s, attempt=%d, tokens=%d, in flight, this one included: %s",
-            *(self._id[:64], lease.instance.name, self._plane.settings.policy.name, len(self._tried)),
+            *(self._id[:64], lease.seat.name, self._plane.settings.policy.name, len(self._tried)),
             *(self._facts.prompt_tokens, load),
         )
 
@@ -446,4 +446,4 @@ def _answer_of(connection: ReplicaConnection, lease: Lease, body: bytes) -> Answ
         for name, value in without_hop_by_hop(connection.headers)
         if name not in (b"content-length", b"x-fd-replica", b"x-request-id")
     ]
-    return Answer(connection.status, body, (*headers, ("X-FD-Replica", lease.instance.name)))
+    return Answer(connection.status, body, (*headers, ("X-FD-Replica", lease.seat.name)))

@@ -21,7 +21,7 @@ _flock.argtypes = (ctypes.c_int, ctypes.c_int)
 
 
 class KernelLocks:
-    """One lock that excludes threads and processes (a with-statement), and marks that are held for life.
+    """One lock that excludes threads and processes (a with-statement), and marks that outlive nobody.
 
     The exclusive lock is flock's. A mark is a record lock on one byte: it is held until its holder dies, so
     that "is it held?" answers "is its holder alive?", without pids that are used again. Record locks of the
@@ -59,18 +59,21 @@ class KernelLocks:
         self._threads.release()
 
     def take_mark(self, number: int) -> bool:
-        """Takes a mark for the rest of this process's life; False if another process has it."""
+        """Takes a mark until it is given back or this process dies; False if another process has it."""
         try:
-            fcntl.fcntl(self._own, fcntl.F_OFD_SETLK, _record(number))
+            fcntl.fcntl(self._own, fcntl.F_OFD_SETLK, _record(fcntl.F_WRLCK, number))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
             raise
         return True
 
+    def give_back_mark(self, number: int) -> None:
+        fcntl.fcntl(self._own, fcntl.F_OFD_SETLK, _record(fcntl.F_UNLCK, number))
+
     def is_marked(self, number: int) -> bool:
         """Whether another process has taken that mark and is alive."""
-        answer = fcntl.fcntl(self._own, fcntl.F_OFD_GETLK, _record(number))
+        answer = fcntl.fcntl(self._own, fcntl.F_OFD_GETLK, _record(fcntl.F_WRLCK, number))
         return bool(_RECORD.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
@@ -88,8 +91,8 @@ class KernelLocks:
 _everybody: weakref.WeakSet[KernelLocks] = weakref.WeakSet()
 
 
-def _record(number: int) -> bytes:
-    return _RECORD.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
+def _record(kind: int, number: int) -> bytes:
+    return _RECORD.pack(kind, os.SEEK_SET, number, 1, 0)
 
 
 def _leave_parent() -> None:

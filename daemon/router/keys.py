@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...errors import ConfigError
+from ...key_files import keys_in
 
 
 class ApiKeys:
@@ -33,17 +33,12 @@ class ApiKeys:
 def read_keys(flag: str, file: Path | None, environment: str) -> ApiKeys:
     """Keys from the file of that flag (one a line, # begins a comment) and from the environment (by commas).
 
+    `file` may be "credential:NAME".
+
     Raises:
         ConfigError: the file cannot be read or holds no key. An empty file must not open the door.
     """
     keys = [key.strip() for key in environment.split(",") if key.strip()]
     if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{flag} {file}: cannot be read ({error})") from None
-        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not found:
-            raise ConfigError(f"{flag} {file}: has no key in it; write one key a line")
-        keys += found
+        keys += keys_in(flag, file)
     return ApiKeys(keys)

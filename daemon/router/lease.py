@@ -18,8 +18,17 @@ class Seat:
     """A replica's place on the board. Once the replica has gone, nothing that is done with it has effect."""
 
     row: int
+    #: No other seat of this board has it, nor ever had.
     generation: int
     instance: Instance = field(compare=False)
+    # Of the instance, made once: every request wants them.
+    name: str = field(init=False, compare=False)
+    url: str = field(init=False, compare=False)
+    authority: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for what in ("name", "url", "authority"):
+            object.__setattr__(self, what, getattr(self.instance, what))
 
 
 class OwnColumn:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.values import MultiProcessValue
 
 from .board import Board
+from .counter_files import CounterFiles
 from .tally import CounterTally, HistogramTally
 
 #: Everything else is counted as "other": a label value for each path a client can invent would never end.
@@ -123,8 +123,12 @@ class Metrics:
             tally.flush()
 
     def exposition(self) -> bytes:
+        # What has not happened yet is 0: of a counter that begins with 1, Prometheus sees no increase.
+        for row in self._board.status():
+            for counter in (self._retries, self._resumes, self._broken):
+                counter.labels(row.instance.name)
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)
+        CounterFiles(registry)
         registry.register(_BoardCollector(self._board))
         return generate_latest(registry)
 

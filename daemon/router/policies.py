@@ -8,90 +8,97 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import add
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ...errors import ConfigError
 from .request_facts import BLOCK_ENDS, BYTES_PER_TOKEN, RequestFacts
 
-__all__ = ["POLICIES", "Candidate", "Policy", "RequestFacts", "policy_named"]
+__all__ = ["POLICIES", "Candidates", "Policy", "RequestFacts", "policy_named"]
 
 
-class Candidate(NamedTuple):
-    """A replica as a policy sees it."""
+class Candidates(NamedTuple):
+    """The replicas as a policy sees them, column by column: element i of each is about candidate i."""
 
     #: Requests that it has and that this board counts: exact, and of this moment.
-    in_flight: int
+    in_flight: Sequence[int]
     #: Number of the board's pick that chose it last; 0 if none did. Smaller is longer ago.
-    last_pick: int
+    last_pick: Sequence[int]
     #: Prompt tokens of the requests in flight.
-    tokens: int = 0
+    tokens: Sequence[int]
     #: Its speed: 1.0 is normal, 0.5 half of that. Never 0.
-    weight: float = 1.0
+    weight: Sequence[float]
     #: What it said of itself when its metrics were read last.
-    running: int = 0
-    waiting: int = 0
-    #: 64 bits that stand for it on every router, whatever its row is: a hash of its URL.
-    key: int = 0
-    #: Leading blocks of the request's prefix that it probably has in its cache.
-    matched: int = 0
+    running: Sequence[int]
+    waiting: Sequence[int]
     #: What in_flight was when running and waiting were read.
-    in_flight_then: int = 0
+    in_flight_then: Sequence[int]
+    #: 64 bits that stand for it on every router, whatever its row is: a hash of its URL.
+    key: Sequence[int]
+    #: Leading blocks of the request's prefix that it probably has in its cache.
+    matched: Sequence[int]
 
 
 #: Gets at least one candidate and returns the index of one.
-Choose = Callable[[Sequence[Candidate], RequestFacts], int]
+Choose = Callable[[Candidates, RequestFacts], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     name: str
     choose: Choose
-    #: Whether it looks at Candidate.tokens,
+    #: Whether it looks at Candidates.tokens,
     needs_tokens: bool = False
-    #: at RequestFacts.prefix and Candidate.matched,
+    #: at RequestFacts.prefix and Candidates.matched,
     needs_prefix: bool = False
     #: at RequestFacts.session,
     needs_session: bool = False
-    #: at Candidate.running and .waiting, for which somebody must read the replicas' metrics.
+    #: at Candidates.running and .waiting, for which somebody must read the replicas' metrics.
     needs_load: bool = False
 
 
-def request_num(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def request_num(candidates: Candidates, facts: RequestFacts) -> int:
     """Fewest in flight; among equals the one that was picked longest ago, so that a burst spreads evenly.
 
     Counted is what the replica would have with this request: so an idle slow one is no match for an idle
     fast one, and of two replicas the one of half the speed gets half the requests.
     """
-    return _least([((c.in_flight + 1) / c.weight, c.last_pick) for c in candidates])
+    return _least(_loads(candidates))
 
 
-def round_robin(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def round_robin(candidates: Candidates, facts: RequestFacts) -> int:
     """The one picked longest ago: turns without a counter, so replicas may come and go between them."""
-    return _least([candidate.last_pick for candidate in candidates])
+    return _least(candidates.last_pick)
 
 
-def random(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
-    return facts.draw % len(candidates)
+def random(candidates: Candidates, facts: RequestFacts) -> int:
+    return facts.draw % len(candidates.in_flight)
 
 
-def power_of_two(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def power_of_two(candidates: Candidates, facts: RequestFacts) -> int:
     """The less loaded of two drawn at random."""
-    count = len(candidates)
+    count = len(candidates.in_flight)
     if count == 1:
         return 0
     first = facts.draw % count
     second = (first + 1 + (facts.draw >> 32) % (count - 1)) % count
-    return min(first, second, key=lambda i: _requests(candidates[i]))
+    return min(first, second, key=_loads(candidates).__getitem__)
 
 
-def process_tokens(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def process_tokens(candidates: Candidates, facts: RequestFacts) -> int:
     """Fewest prompt tokens in flight: a long document weighs as much as many short questions."""
     more = facts.prompt_tokens
-    return _least([((c.tokens + more) / c.weight, c.in_flight, c.last_pick) for c in candidates])
+    columns = candidates.tokens, candidates.weight, candidates.in_flight, candidates.last_pick
+    return _least(
+        [
+            ((tokens + more) / weight, count, last)
+            for tokens, weight, count, last in zip(*columns, strict=True)
+        ]
+    )
 
 
-def fd_metrics_score(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def fd_metrics_score(candidates: Candidates, facts: RequestFacts) -> int:
     """Fewest running and waiting, by the replicas' own account: for those that have other clients too.
 
     That account is seconds old. Taken as it is, everything that comes until the next one would go to the
@@ -99,14 +106,13 @@ def fd_metrics_score(candidates: Sequence[Candidate], facts: RequestFacts) -> in
     ours. Our own are counted as they are now.
     """
 
-    def score(candidate: Candidate) -> tuple[float, int]:
-        others = candidate.running + WAITING_WEIGHT * candidate.waiting - candidate.in_flight_then
-        return (candidate.in_flight + max(0, others) + 1) / candidate.weight, candidate.last_pick
+    said = zip(candidates.running, candidates.waiting, candidates.in_flight_then, strict=True)
+    others = [max(0, running + WAITING_WEIGHT * waiting - ours) for running, waiting, ours in said]
+    everybody = [*map(add, candidates.in_flight, others)]
+    return _least(_loads(candidates._replace(in_flight=everybody)))
 
-    return _least([score(candidate) for candidate in candidates])
 
-
-def cache_aware(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def cache_aware(candidates: Candidates, facts: RequestFacts) -> int:
     """Where the request costs least: what must be computed there, times the requests that wait meanwhile.
 
     Computed are the part of the prompt that the replica has not cached, and the answer; that holds up all
@@ -114,15 +120,16 @@ def cache_aware(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
     work outweighs twice the requests. Without a prefix this is request_num.
     """
     prompt = facts.prompt_tokens + ANSWER_TOKENS
+    columns = candidates.matched, candidates.in_flight, candidates.weight, candidates.last_pick
     return _least(
         [
-            (max(prompt - _TOKENS[c.matched], ANSWER_TOKENS) * (c.in_flight + 1) / c.weight, c.last_pick)
-            for c in candidates
+            (max(prompt - _TOKENS[matched], ANSWER_TOKENS) * (count + 1) / weight, last)
+            for matched, count, weight, last in zip(*columns, strict=True)
         ]
     )
 
 
-def session(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
+def session(candidates: Candidates, facts: RequestFacts) -> int:
     """Always the same replica for a session, found by rendezvous hashing; without a session request_num.
 
     Each session ranks all replicas in an order of its own and takes the first that does not have far more
@@ -131,13 +138,14 @@ def session(candidates: Sequence[Candidate], facts: RequestFacts) -> int:
     """
     if not facts.session:
         return request_num(candidates, facts)
-    share = sum(candidate.in_flight for candidate in candidates) / sum(c.weight for c in candidates)
+    in_flight, weight = candidates.in_flight, candidates.weight
+    share = sum(in_flight) / sum(weight)
     limit = OVERLOADED_TIMES * share + OVERLOADED_BY
     own = int.from_bytes(blake2b(facts.session, digest_size=8).digest(), "little")
-    ranks = [mixed(own ^ candidate.key) for candidate in candidates]
-    order = sorted(range(len(candidates)), key=ranks.__getitem__)
+    ranks = [mixed(own ^ key) for key in candidates.key]
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
     # One of them is not above the average.
-    return next(i for i in order if candidates[i].in_flight <= limit * candidates[i].weight)
+    return next(i for i in order if in_flight[i] <= limit * weight[i])
 
 
 def mixed(bits: int) -> int:
@@ -188,8 +196,10 @@ _TOKENS = (0, *(end // BYTES_PER_TOKEN for end in BLOCK_ENDS))
 _64_BITS = (1 << 64) - 1
 
 
-def _requests(candidate: Candidate) -> tuple[float, int]:
-    return (candidate.in_flight + 1) / candidate.weight, candidate.last_pick
+def _loads(candidates: Candidates) -> list[tuple[float, int]]:
+    """What each would have with this request, by its speed; among equals, since when it was not picked."""
+    columns = zip(candidates.in_flight, candidates.weight, candidates.last_pick, strict=True)
+    return [((count + 1) / weight, last) for count, weight, last in columns]
 
 
 def _least(scores: Sequence[Any]) -> int:

@@ -101,7 +101,7 @@ class RedisBoard:
             socket_connect_timeout=_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
         )
-        while True:
+        while self._board.lead():
             try:
                 self._turn(client)
                 self._is_back()
@@ -109,6 +109,8 @@ class RedisBoard:
             except (redis.RedisError, OSError, UnicodeDecodeError) as error:
                 self._is_away(error)
                 time.sleep(_RETRY)
+        # Whoever leads next may have no Redis to ask.
+        self._board.set_remote({})
 
     def _turn(self, client: redis.Redis) -> None:
         rows = self._board.status()

@@ -79,7 +79,8 @@ class RegistryFile:
 
 
 def _staying(board: Board) -> list[Status]:
-    return [row for row in board.status() if not row.leaving]
+    """One that has left and is drained stays, for its flag's sake."""
+    return [row for row in board.status() if not row.leaving or row.draining]
 
 
 def _entry(registration: dict[str, Any], is_draining: bool) -> dict[str, Any]:

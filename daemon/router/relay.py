@@ -8,6 +8,7 @@ from .delivery import Client
 from .exchange import Exchange
 from .incoming import ClientRequest
 from .metrics import Metrics
+from .outbox import Outbox
 from .retry import RetryBudget
 from .settings import Settings
 from .upstream import ConnectionPool
@@ -24,7 +25,8 @@ class DataPlane:
         self.settings = settings
         self.board = board
         self.metrics = metrics
-        self.pool = ConnectionPool()
+        self.outbox = Outbox()
+        self.pool = ConnectionPool(self.outbox)
         self.access_log = AccessLog()
         self.budget = RetryBudget()
         self.line = WaitingLine(settings.queue_size)

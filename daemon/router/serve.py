@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
+import json
 import logging
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +21,13 @@ from gunicorn.glogging import Logger
 
 from ... import log
 from ...errors import ConfigError
-from ...file_limit import allow_open_files
 from ...parent_death import die_with_parent
+from .arbiter import RouterArbiter
 from .board import Board, BoardError
-from .board_memory import WORKERS
-from .flags import files_needed, parser, settings_of
+from .configuration import Configuration, check_fixed, read
 from .registration import AllowedAddresses
 from .registry import RegistryFile
+from .reloads import Reloads
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -40,28 +38,31 @@ logger = logging.getLogger(__name__)
 EXIT_USAGE = 2
 EXIT_ADDRESS = 5
 EXIT_UPGRADE = 6
-#: What the program that replaces this one finds: gunicorn's word that it is one, and the board.
+#: What the program that replaces this one finds: gunicorn's word that it is one, the board, and the
+#: flags that must not have changed.
 _REPLACES = "GUNICORN_PID"
 _BOARD = "FD_ROUTER_BOARD"
+_FIXED = "FD_ROUTER_FIXED"
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
+_MEMORY = "/dev/shm"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
     try:
-        arguments = parser().parse_args(argv)
         _require("uvloop", "httptools")
-        settings = settings_of(arguments)
+        configuration = read(words)
+        settings = configuration.settings
         RegistryFile(settings.registry_file).prepare()
-        allow_open_files(files_needed(settings), f"--max-connections {settings.max_connections}")
         log.configure("router", "router.log")
-        logging.getLogger().setLevel(arguments.log_level.upper())
     except ConfigError as error:
         _exit(EXIT_USAGE, error)
     if _REPLACES in os.environ:
         # Started by SIGUSR2: the listening sockets, the board and the counters are those of the old program.
         try:
-            _Server(arguments, settings, []).run()
-        except BoardError as error:
+            check_fixed(json.loads(os.environ.get(_FIXED, "{}")), configuration.fixed)
+            _Server(words, configuration, []).run()
+        except (BoardError, ConfigError) as error:
             _exit(EXIT_UPGRADE, f"the old program cannot be replaced, it goes on: {error}")
     listeners = [_listen_or_exit(settings)]
     if settings.admin_socket is not None:
@@ -69,29 +70,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     board = Board.create()
     RegistryFile(settings.registry_file).restore(board, AllowedAddresses(settings.allow_hosts))
     os.environ[_BOARD] = str(board.descriptor)
+    os.environ[_FIXED] = json.dumps(configuration.fixed)
     # prometheus_client looks at it when it is imported: by the workers, later.
     os.environ[_METRICS] = tempfile.mkdtemp(prefix="fd-router-metrics-")
-    _Server(arguments, settings, listeners).run()
+    _Server(words, configuration, listeners).run()
 
 
 class _Server(BaseApplication):
-    """gunicorn's arbiter. The board lives in memory that its workers share."""
+    """What gunicorn's arbiter runs. The board lives in memory that its workers share."""
 
     def __init__(
-        self, arguments: argparse.Namespace, settings: Settings, listeners: Sequence[socket.socket]
+        self, words: Sequence[str], configuration: Configuration, listeners: Sequence[socket.socket]
     ) -> None:
-        self._arguments = arguments
-        self.settings = settings
+        """`words`: the command line, which is read again at a reload, with all files that it names."""
+        self._words = words
+        self.configuration = configuration
         self._binds = [f"fd://{listener.detach()}" for listener in listeners]
         self.board = Board.attach(int(os.environ[_BOARD]))
-        self._is_running = False
+        self.reloads = Reloads()
         super().__init__()
 
+    @property
+    def settings(self) -> Settings:
+        return self.configuration.settings
+
     def load_config(self) -> None:
-        if self._is_running:
-            self._read_again()
-        self._is_running = True
         settings = self.settings
+        logging.getLogger().setLevel(settings.log_level)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         values = {
             "bind": self._binds or [f"{host}:{settings.port}"],
@@ -102,9 +107,10 @@ class _Server(BaseApplication):
             "graceful_timeout": settings.graceful_timeout,
             "logger_class": _ThroughRoot,
             "proc_name": "fd-router",
+            # Of the signs of life: on a disk that is slow just now they would be late.
+            "worker_tmp_dir": _MEMORY if os.access(_MEMORY, os.W_OK) else None,
             # Its default path is one for all gunicorns of a user, and nobody here asks it anything.
             "control_socket_disable": True,
-            "pre_fork": _before_fork,
             "post_fork": _after_fork,
             "post_worker_init": _start,
             "child_exit": _worker_ended,
@@ -117,14 +123,21 @@ class _Server(BaseApplication):
         # In the worker: its imports must find the directory of the metrics.
         from .app import Router
 
-        return Router(self.settings, self.board)
+        return Router(self.settings, self.board, self.reloads)
 
-    def _read_again(self) -> None:
-        """On SIGHUP: keys and the certificate are read anew. What is wrong with them now changes nothing."""
-        try:
-            self.settings = settings_of(self._arguments)
-        except ConfigError as error:
-            logger.error("reload: %s; going on as before", error)
+    def run(self) -> None:
+        RouterArbiter(self).run()
+
+    # ---- a reload
+
+    def read_again(self) -> Configuration:
+        configuration = read(self._words)
+        check_fixed(self.configuration.fixed, configuration.fixed)
+        return configuration
+
+    def use(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+        self.do_load_config()
 
 
 class _ThroughRoot(Logger):
@@ -153,25 +166,24 @@ def _start(worker: Any) -> None:
         logger.info("reachable from this machine only; --host 0.0.0.0 opens the router to the network")
 
 
-def _before_fork(server: Any, worker: Any) -> None:
-    """Reloads, again and again, while long streams run: the oldest of them must make room on the board."""
-    while len(server.WORKERS) >= WORKERS:
-        oldest = min(server.WORKERS, key=lambda pid: server.WORKERS[pid].age)
-        logger.warning("worker %d ends with what it has: %d workers are all there can be", oldest, WORKERS)
-        server.kill_worker(oldest, signal.SIGKILL)
-        while oldest in server.WORKERS:
-            server.reap_workers()
-            time.sleep(0.01)
-
-
 def _worker_ended(server: Any, worker: Any) -> None:
-    """Its counts leave the board with it.
+    """Its counts leave the board with it; what it has counted for Prometheus stays.
 
     In a thread: where another worker was stopped with the board's lock in its hand, the arbiter must be free
     to kill that one.
     """
-    board: Board = server.app.board
-    threading.Thread(target=board.drop_column_of, args=(worker.pid,), daemon=True).start()
+    threading.Thread(target=_clear_up_after, args=(server.app.board, worker.pid), daemon=True).start()
+
+
+def _clear_up_after(board: Board, pid: int) -> None:
+    # As late as the workers import it.
+    from .counter_files import bury
+
+    board.drop_column_of(pid)
+    try:
+        bury(Path(os.environ[_METRICS]), pid)
+    except OSError as error:
+        logger.warning("the figures of worker %d are not cleared up: %s", pid, error)
 
 
 def _after_fork(server: Any, worker: Any) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: As many as the board has columns for, and as many again while a reload replaces them.
 _MOST_WORKERS = 16
+_DAY = 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,9 @@ class Settings:
     #: Shared with routers on other machines.
     redis: RedisAddress | None
     tls: SSLContext | None
+    log_level: str
+    #: Fingerprint of the flags file; None if there is none.
+    flags: str | None
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
@@ -78,12 +82,14 @@ class Settings:
             ("--keep-alive-secs", self.keep_alive),
             ("--health-check-interval-secs", self.health_interval),
         ):
-            if seconds <= 0:
+            if not seconds > 0:
                 raise ConfigError(f"{name} is {seconds:g}; it must be more than 0")
         if self.queue_size < 0:
             raise ConfigError(f"--queue-size is {self.queue_size}; it must be at least 0")
-        if self.graceful_timeout < 0:
-            raise ConfigError(f"--graceful-timeout-secs is {self.graceful_timeout}; it must be at least 0")
-        # It gives a sign of life each second.
-        if self.worker_timeout < 3:
-            raise ConfigError(f"--worker-timeout-secs is {self.worker_timeout}; it must be at least 3")
+        # A worker gives a sign of life each second.
+        for name, number, least in (
+            ("--graceful-timeout-secs", self.graceful_timeout, 0),
+            ("--worker-timeout-secs", self.worker_timeout, 3),
+        ):
+            if not least <= number <= _DAY:
+                raise ConfigError(f"{name} is {number}; it must be {least}..{_DAY}")

@@ -15,7 +15,8 @@ from typing import Protocol, cast
 import httptools
 
 from .board import Seat
-from .incoming import RawHeaders
+from .incoming import RawHeaders, named_in
+from .outbox import Outbox
 
 _CONNECT_TIMEOUT = 5.0
 #: A kept connection that nobody used for so long is closed.
@@ -68,7 +69,9 @@ class ReplicaConnection(asyncio.Protocol):
         #: Of the answer, by its head; None without a length.
         self.length: int | None = None
         self.content_type = b""
-        self.has_retry_after = False
+        self.has_retry_after = self.has_request_id = False
+        #: Headers that a Connection header has named.
+        self.dropped: frozenset[bytes] = frozenset()
         self._pool = pool
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._parser = httptools.HttpResponseParser(self)
@@ -91,7 +94,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._is_head = is_head
         self._reset()
         self.heard_at = time.monotonic()
-        self._transport.write(request)
+        self._pool.outbox.write(self._transport, request)
 
     def cancel(self) -> None:
         """Ends the connection, which cancels the request."""
@@ -222,7 +225,8 @@ class ReplicaConnection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self.status, self.reason, self.headers, self.length = 0, b"", [], None
-        self.content_type, self.has_retry_after = b"", False
+        self.content_type, self.dropped = b"", frozenset()
+        self.has_retry_after = self.has_request_id = False
         self._has_begun = self._complete = self._until_close = self._extra = self._is_reusable = False
         self._head_bytes = self._nothing_bytes = 0
         self._pieces = []
@@ -238,8 +242,12 @@ class ReplicaConnection(asyncio.Protocol):
                     raise ValueError("the only transfer coding that is taken is chunked")
             elif name == b"content-type":
                 self.content_type = value.lower()
+            elif name == b"connection":
+                self.dropped |= named_in(value)
             elif name == b"retry-after":
                 self.has_retry_after = True
+            elif name == b"x-request-id":
+                self.has_request_id = True
         if chunked:
             # Chunking overrides a length.
             self.length = None
@@ -271,13 +279,15 @@ class ReplicaConnection(asyncio.Protocol):
 class ConnectionPool:
     """All kept connections of one worker. Belongs to its event loop."""
 
-    def __init__(self) -> None:
-        self._idle: dict[Seat, deque[ReplicaConnection]] = {}
+    def __init__(self, outbox: Outbox) -> None:
+        self.outbox = outbox
+        #: By the generation of the seat.
+        self._idle: dict[int, deque[ReplicaConnection]] = {}
         self._connecting: set[asyncio.Task[None]] = set()
 
     def take(self, seat: Seat) -> ReplicaConnection | None:
         """One that is kept, if there is."""
-        idle = self._idle.get(seat)
+        idle = self._idle.get(seat.generation)
         return idle.pop() if idle else None
 
     def connect(self, seat: Seat, then: Connecting) -> None:
@@ -288,23 +298,26 @@ class ConnectionPool:
         task.add_done_callback(self._connecting.discard)
 
     def keep(self, connection: ReplicaConnection) -> None:
-        idle = self._idle.setdefault(connection.seat, deque())
+        generation = connection.seat.generation
+        idle = self._idle.get(generation)
+        if idle is None:
+            idle = self._idle[generation] = deque()
         idle.append(connection)
         if len(idle) > _MAX_IDLE_PER_REPLICA:
             idle.popleft().cancel()
 
     def forget(self, connection: ReplicaConnection) -> None:
-        idle = self._idle.get(connection.seat)
+        idle = self._idle.get(connection.seat.generation)
         if idle and connection in idle:
             idle.remove(connection)
 
     def sweep(self, now: float) -> None:
         """Closes what nobody used for long, oldest first. Call now and then."""
-        for seat, idle in list(self._idle.items()):
+        for generation, idle in list(self._idle.items()):
             while idle and idle[0].idle_since < now - _MAX_IDLE_SECONDS:
                 idle.popleft().cancel()
             if not idle:
-                del self._idle[seat]
+                del self._idle[generation]
 
     async def _connect(self, seat: Seat, then: Connecting) -> None:
         instance = seat.instance

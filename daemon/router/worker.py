@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -29,14 +28,33 @@ logger = logging.getLogger(__name__)
 _TICK = 0.2
 #: Of the control plane: registrations, which wait for a health check of the one that registers.
 _THREADS = 64
-#: Seconds that streams may go on after a graceful reload; after SIGTERM the arbiter ends it earlier.
-_MOST_DRAINING = 3600.0
+#: Seconds in which what was accepted last shows up: a connection; and one that has yet to agree on TLS.
+_LATECOMERS, _HANDSHAKES = 0.05, 2.0
+#: Seconds without a request after which a connection is closed when there is no more time.
+_PARTING_SECONDS = 1.0
 
 
 class RouterWorker(Worker):
-    """Implements `client.Server`. What is not gunicorn's interface belongs to the event loop."""
+    """Implements `client.Server`. What is not gunicorn's interface belongs to the event loop.
+
+    It ends in two ways, both without the loss of a request that is under way. Replaced by another one
+    (SIGUSR2) it has time: connections without a request stay for as long as they were promised, because their
+    clients may just be sending the next one; its answer is their last. When the router ends (SIGTERM)
+    they get a second. Requests last as long as they last: who comes to a standstill, client or replica, is
+    given up by the limits that hold all the time.
+    """
 
     is_stopping = False
+
+    def __init__(self, *arguments: Any) -> None:
+        """In the arbiter, before the fork."""
+        super().__init__(*arguments)
+        self._made_at = self.tmp.last_update()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has given a sign of life; it listens before it does. Asked by the arbiter."""
+        return bool(self.tmp.last_update() != self._made_at)
 
     def run(self) -> None:
         self.connections: set[ClientConnection] = set()
@@ -72,8 +90,8 @@ class RouterWorker(Worker):
 
     def closed(self, connection: ClientConnection) -> None:
         self.connections.discard(connection)
-        if self.is_stopping and not self.connections:
-            self._ended.set()
+        if not self.connections:
+            self._is_empty.set()
 
     def serve(self, client: Client, request: ClientRequest) -> Task:
         if request.raw_path.startswith(b"/v1/"):
@@ -95,8 +113,9 @@ class RouterWorker(Worker):
         self.max_body_bytes = settings.max_body_bytes
         self.client_timeout, self.keep_alive = settings.client_timeout, settings.keep_alive
         self._plane = DataPlane(settings, self._router.board, self._router.metrics)
+        self.outbox = self._plane.outbox
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="control")
-        self._ended = asyncio.Event()
+        self._is_empty = asyncio.Event()
         self._stop = asyncio.Event()
         self._handle_signals()
         servers = [await self._listen(listener) for listener in self.sockets]
@@ -119,15 +138,14 @@ class RouterWorker(Worker):
         )
 
     async def _drain(self) -> None:
-        """What is under way ends; what is idle is closed."""
+        """Until the last connection has ended."""
         self.is_stopping = True
-        # What was accepted just before shows up a moment later.
-        await asyncio.sleep(0.05)
-        for connection in list(self.connections):
-            connection.stop()
-        if self.connections:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), _MOST_DRAINING)
+        is_in_a_hurry = self.keep_alive <= _PARTING_SECONDS
+        may_shake_hands = self._router.settings.tls is not None and not is_in_a_hurry
+        await asyncio.sleep(_HANDSHAKES if may_shake_hands else _LATECOMERS)
+        while self.connections:
+            self._is_empty.clear()
+            await self._is_empty.wait()
 
     async def _tick(self) -> None:
         beat = 0.0
@@ -139,7 +157,7 @@ class RouterWorker(Worker):
                 for connection in list(self.connections):
                     connection.watch(now)
                 if os.getppid() != self.ppid:
-                    self._stop.set()
+                    self._end_soon()
             try:
                 self._plane.tick(now)
             except Exception:
@@ -149,13 +167,23 @@ class RouterWorker(Worker):
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._end_soon)
+        loop.add_signal_handler(signal.SIGUSR2, self._end_some_time)
         for number in (signal.SIGINT, signal.SIGQUIT):
             loop.add_signal_handler(number, self._end_now, 0)
         loop.add_signal_handler(signal.SIGABRT, self._end_now, 1)
         loop.add_signal_handler(signal.SIGUSR1, self.log.reopen_files)
 
+    def _end_some_time(self) -> None:
+        self._router.board.resign()
+        self._stop.set()
+
+    def _end_soon(self) -> None:
+        self.keep_alive = min(self.keep_alive, _PARTING_SECONDS)
+        self._stop.set()
+
     def _end_now(self, code: int) -> None:
         """Leaving as Python does would wait for threads."""
+        self.outbox.flush()
         self._plane.access_log.flush()
         os._exit(code)

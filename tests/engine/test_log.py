@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,24 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             handler.close()
     root.handlers[:] = before
     root.setLevel(level)
+
+
+def test_the_journal_is_told_how_bad_each_line_is_and_other_files_are_not(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, is_journal in (("journal", True), ("pipe", False)):
+        with (directory / name).open("w") as stream:
+            found = os.fstat(stream.fileno())
+            monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino if is_journal else 0}")
+            monkeypatch.setattr(sys, "stderr", stream)
+            log.configure(file_name="x.log")
+            logging.getLogger("fastdeploy").error("lost")
+            log.info_together(logging.getLogger("fastdeploy"), ["one", "two"])
+        lines = (directory / name).read_text().splitlines()
+        assert [re.sub(r"\d{4}.* ", "", line) for line in lines] == (
+            ["<3>lost", "<6>one", "<6>two"] if is_journal else ["lost", "one", "two"]
+        )
+    assert "<" not in (directory / "x.log").read_text()
 
 
 def test_many_messages_logged_together_are_lines_like_any_other(directory: Path) -> None:

@@ -6,13 +6,19 @@ import asyncio
 import json
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .generation import COMPLETIONS, DONE, Generation
 
 
 class Broken(Exception):
     """The answer broke off."""
+
+
+class Head(NamedTuple):
+    status: int
+    #: Names in lower case.
+    headers: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,14 @@ async def converse(
     """As `asking`, on a connection that is there."""
     try:
         writer.write(request_bytes(request, identity))
-        head, headers = await _head(reader)
+        head = await read_head(reader)
         await asyncio.sleep(pause)
-        body, trailers = await _body(reader, headers)
+        body, trailers = await read_body(reader, head)
     except (OSError, asyncio.IncompleteReadError) as error:
         raise Broken(f"{type(error).__name__}: {error}") from error
     finally:
         writer.close()
-    return Answered(request, int(head.split()[1]), headers, body, trailers)
+    return Answered(request, *head, body, trailers)
 
 
 def request_bytes(request: Generation, identity: str = "") -> bytes:
@@ -104,9 +110,9 @@ def request_bytes(request: Generation, identity: str = "") -> bytes:
     return head.encode() + request.body
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[str, dict[str, str]]:
+async def read_head(reader: asyncio.StreamReader) -> Head:
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().split("\r\n")
-    return first, _fields(lines)
+    return Head(int(first.split()[1]), _fields(lines))
 
 
 def _fields(lines: list[str]) -> dict[str, str]:
@@ -114,8 +120,9 @@ def _fields(lines: list[str]) -> dict[str, str]:
     return {name.lower(): value.strip() for name, _, value in pairs}
 
 
-async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+async def read_body(reader: asyncio.StreamReader, head: Head) -> tuple[bytes, dict[str, str]]:
     """And the trailers."""
+    headers = head.headers
     if "content-length" in headers:
         return await reader.readexactly(int(headers["content-length"])), {}
     assert headers["transfer-encoding"] == "chunked", headers

@@ -206,7 +206,8 @@ def test_fuzz_workers_that_do_anything_and_are_killed_at_any_time_leave_all_coun
             assert not any(cells)
     states, flags = memory.state.tolist(), memory.flags.tolist()
     assert State.GONE not in states
-    assert not any(state and flag & Flag.LEAVING for state, flag in zip(states, flags, strict=True))
+    # One that drains stays for its operator to see.
+    assert not any(state and flag == Flag.LEAVING for state, flag in zip(states, flags, strict=True))
     board.open_column()
     board.admit(instance(0, "last"))
     board.undrain(board.seat_of(instance(0).url))

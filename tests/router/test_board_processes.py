@@ -195,6 +195,17 @@ def test_there_is_room_for_a_number_of_workers_and_that_of_the_dead_is_used_agai
         worker.kill()
 
 
+def test_one_that_resigns_never_leads_again_and_another_does(board):
+    def work(child: Forked) -> None:
+        child.send([board.lead(), board.resign(), board.lead()])
+        child.receive()
+
+    worker = Forked(work)
+    assert worker.receive() == [True, None, False]
+    assert board.lead()
+    worker.kill()
+
+
 def test_one_leads_and_another_when_it_is_dead(board):
     def work(child: Forked) -> None:
         while True:

@@ -179,6 +179,9 @@ def test_metrics_have_fastdeploys_names_and_the_boards_counts(router, new_engine
     assert router.metric("fd_router_in_flight") == [f'fd_router_in_flight{{replica="2",url="{url}"}} 0.0']
     assert router.metric("fd_router_replica_up") == [f'fd_router_replica_up{{replica="2",url="{url}"}} 1.0']
     assert router.metric("fd_router_picks_total") == [f'fd_router_picks_total{{replica="2",url="{url}"}} 1.0']
+    for never in ("retries", "resumes", "broken_off"):
+        name = f"fd_router_{never}_total"
+        assert router.metric(name) == [f'{name}{{replica="2"}} 0.0'], "its first time must be an increase"
 
 
 def test_unknown_paths_and_methods_get_an_openai_error(router):

@@ -66,6 +66,17 @@ def test_a_mark_says_whether_its_holder_lives(descriptor):
     locks.close()
 
 
+def test_a_mark_that_was_given_back_is_free_for_others(descriptor):
+    locks = KernelLocks(descriptor, nothing)
+    assert locks.take_mark(3)
+    locks.give_back_mark(3)
+    child = Forked(lambda child: child.send(locks.take_mark(3)) or child.receive())
+    assert child.receive()
+    assert not locks.take_mark(3)
+    child.kill()
+    locks.close()
+
+
 def test_a_child_has_none_of_its_parents_marks_and_does_not_keep_them_alive(descriptor):
     forked = []
     locks = KernelLocks(descriptor, lambda: forked.append(os.getpid()))

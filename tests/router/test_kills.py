@@ -31,10 +31,12 @@ def test_no_request_is_lost_and_no_text_altered_when_replicas_die(start_router, 
             load.ends = (*load.ends, signal.SIGSTOP)
         try:
             load.run(count)
+            # Chance, and a busy machine, may have left all streams in peace so far.
+            while not load.done["streams that went on elsewhere"]:
+                load.run(100)
         except BaseException as error:
             error.add_note(f"FD_SOAK_SEED={seed} has the same requests")
             raise
-    assert load.done["streams that went on elsewhere"] > 0
     assert "Traceback" not in router.log.read_text()
     if count > 1000:
         with capsys.disabled():

@@ -135,6 +135,7 @@ def test_over_loopback_an_order_needs_a_key(lent_router, new_engine):
     assert {(answer.status, answer.body) for answer in refused} == {(403, refused[0].body)}
     assert b"--admin-keys-file" in refused[0].body
     assert lent_router.get("/registered").json()["mixed"][0]["draining"] is True
+    assert tell(lent_router.port, "undrain", "6", key="alpha").status == 200
 
 
 def test_without_keys_there_are_no_orders_over_loopback(start_router, new_engine):
@@ -171,6 +172,29 @@ def test_who_says_farewell_gets_nothing_new_and_ends_what_it_has(lent_router, ne
     # A heartbeat that was on its way brings nobody back who has left.
     leaving.register_with(lent_router.url, instance="aaaa")
     assert lent_router.urls() == {staying.url}
+
+
+def test_a_drained_replica_is_drained_when_it_comes_back_after_its_farewell(lent_router, admin, new_engine):
+    engine = new_engine(replica=4)
+    assert engine.register_with(lent_router.url, instance="aaaa").status_code == 200
+    assert tell(admin, "drain", "4").status == 200
+    assert farewell(engine, lent_router, "aaaa").status_code == 200
+    assert engine.register_with(lent_router.url, instance="bbbb").status_code == 200
+    [entry] = lent_router.get("/registered").json()["mixed"]
+    assert (entry["instance"], entry["draining"], entry["leaving"]) == ("bbbb", True, False)
+    assert lent_router.complete().status_code == 503
+    assert tell(admin, "undrain", "4").status == 200
+    assert lent_router.complete().status_code == 200
+
+
+def test_one_that_is_drained_no_more_after_its_farewell_is_forgotten(lent_router, admin, new_engine):
+    engine = new_engine(replica=5)
+    assert engine.register_with(lent_router.url, instance="aaaa").status_code == 200
+    assert tell(admin, "drain", "5").status == 200
+    assert farewell(engine, lent_router, "aaaa").status_code == 200
+    assert engine.url in lent_router.urls() | lent_router.urls("down")
+    assert tell(admin, "undrain", "5").status == 200
+    wait_until(lambda: engine.url not in lent_router.urls() | lent_router.urls("down"), "its row is free")
 
 
 def test_a_replica_that_was_started_anew_is_used_at_once(lent_router, new_engine):

@@ -14,8 +14,10 @@ from flask.testing import FlaskClient
 
 from fastdeploy.daemon.router.app import Router
 from fastdeploy.daemon.router.board import Board
-from fastdeploy.daemon.router.flags import parser, settings_of
+from fastdeploy.daemon.router.configuration import settings_of
+from fastdeploy.daemon.router.flags import parser
 from fastdeploy.daemon.router.registration import AllowedAddresses
+from fastdeploy.daemon.router.reloads import Reloads
 
 from .fake_engine import FakeEngine, wait_until, waits_for
 
@@ -85,7 +87,8 @@ class InProcess:
 
     def start(self, *flags: str) -> FlaskClient:
         self._boards.append(Board.create())
-        return Router(settings_of(parser().parse_args(flags)), self._boards[-1])._control.test_client()
+        settings = settings_of(parser().parse_args(flags))
+        return Router(settings, self._boards[-1], Reloads())._control.test_client()
 
     def ask(self, client: FlaskClient, peer: str, key: str = "", path: str = "/register") -> tuple[int, str]:
         answer = client.post(

@@ -1,0 +1,164 @@
+"""The flags file, and which flags a router that runs can take anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon.router.configuration import read
+from fastdeploy.daemon.router.flags import changed, file_parser, fixed_in
+from fastdeploy.daemon.router.flags_file import fingerprint, read_flags_file
+from fastdeploy.errors import ConfigError
+
+
+def write(path: Path, content: object, mode: int = 0o600) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    path.chmod(mode)
+    return path
+
+
+# ---- the file
+
+
+def test_its_words_come_after_those_of_the_command_line(tmp_path):
+    file = write(tmp_path / "flags", ["--policy", "session", "--allow-host", "10.0.0.0/24"])
+    words = ["--policy", "random", "--port", "1234", "--allow-host", "10.1.0.0/24", "--flags-file", str(file)]
+    settings = read(words).settings
+    assert (settings.policy.name, settings.port) == ("session", 1234)
+    assert list(map(str, settings.allow_hosts)) == ["10.1.0.0/24", "10.0.0.0/24"]
+    assert settings.flags == fingerprint(file.read_bytes())
+
+
+def test_without_a_file_there_is_no_fingerprint():
+    assert read([]).settings.flags is None
+
+
+@given(content=st.binary(max_size=50))
+def test_the_fingerprint_is_the_first_12_digits_of_the_sha256_of_its_bytes(content):
+    assert fingerprint(content) == hashlib.sha256(content).hexdigest()[:12]
+
+
+@given(words=st.lists(st.text(max_size=8), max_size=5))
+def test_every_word_of_a_command_line_is_read_as_it_was_written(tmp_path_factory, words):
+    file = write(tmp_path_factory.mktemp("flags") / "flags", words)
+    try:
+        as_bytes = [word.encode() for word in words]
+        possible = not any(b"\0" in word for word in as_bytes)
+    except UnicodeEncodeError:
+        possible = False
+    if possible:
+        assert read_flags_file(file).words == tuple(words)
+    else:
+        with pytest.raises(ConfigError, match="is no word of a command line"):
+            read_flags_file(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        (b"--port 30000", 0o600, 'must be a JSON array of words, e.g. ["--policy", "session"]'),
+        (b"[" * 100_000, 0o600, "must be a JSON array of words"),
+        (b"\xff", 0o600, "must be a JSON array of words"),
+        ({"--port": 30000}, 0o600, "must be a JSON array of words"),
+        (["--port", 30000], 0o600, "must be a JSON array of words"),
+        (b" " * (1 << 20) + b"[]", 0o600, "is larger than 1 MiB"),
+        ([], 0o620, "others may write to it (mode 0620); chmod 600 it"),
+        ([], 0o602, "others may write to it (mode 0602)"),
+        (["--help"], 0o600, "unrecognized arguments: --help"),
+        (["-V"], 0o600, "unrecognized arguments: -V"),
+        (["--flags-file", "another"], 0o600, "unrecognized arguments: --flags-file"),
+        (["--port"], 0o600, "argument --port: expected one argument"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, mode, words):
+    file = write(tmp_path / "flags", content, mode)
+    with pytest.raises(ConfigError) as caught:
+        read(["--flags-file", str(file)])
+    assert str(caught.value).startswith(f"--flags-file {file}: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ConfigError, match="must be a file"):
+            read_flags_file(path)
+    with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\)"):
+        read_flags_file(tmp_path / "none")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_the_file_of_another_user_is_refused(tmp_path):
+    file = write(tmp_path / "flags", [])
+    os.chown(file, 65534, 65534)
+    with pytest.raises(ConfigError, match="belongs to user 65534; it must belong to root or to the user"):
+        read_flags_file(file)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_a_time_is_more_than_nothing(seconds):
+    with pytest.raises(ConfigError, match="it must be more than 0"):
+        read(["--keep-alive-secs", seconds])
+
+
+@pytest.mark.parametrize("flag", ["--worker-timeout-secs", "--graceful-timeout-secs"])
+def test_what_gunicorn_reckons_with_is_not_too_large_for_it(flag):
+    with pytest.raises(ConfigError, match=r"it must be \d\.\.86400"):
+        read([flag, "9" * 400])
+
+
+# ---- what can change
+
+
+def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
+    return changed(*(fixed_in(file_parser().parse_args(words)) for words in (old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        ([], [], ()),
+        ([], ["--port", "30000", "--host", "localhost"], ()),
+        (["--port", "1"], ["--port", "2"], ("--port",)),
+        (["--port", "1"], ["--port=2", "--port", "1"], ()),
+        ([], ["--admin-socket", "x", "--host", "0.0.0.0"], ("--admin-socket", "--host")),
+        (["--registry-file", "a"], [], ("--registry-file",)),
+        (["--certfile", "a", "--keyfile", "b"], ["--certfile", "c", "--keyfile", "d"], ()),
+        (["--certfile", "a", "--keyfile", "b"], [], ("--certfile",)),
+        (["--workers", "2"], ["--workers", "3", "--policy", "session", "--board", "redis://x"], ()),
+    ],
+)
+def test_a_change_is_live_unless_it_is_about_where_the_router_listens_or_its_registry(old, new, names):
+    assert keeps_it_from_changing(old, new) == names
+
+
+@given(data=st.data())
+def test_every_other_flag_can_change(data):
+    actions = [action for action in file_parser()._actions if action.nargs is None]
+    action = data.draw(st.sampled_from(actions))
+    value = {int: "7", float: "7.5"}.get(action.type, "seven")
+    flag = action.option_strings[0]
+    fixed = {"--host", "--port", "--admin-socket", "--registry-file", "--certfile"}
+    expected = (flag,) if flag in fixed else ()
+    assert keeps_it_from_changing([], [flag, value]) == expected
+    assert keeps_it_from_changing([flag, value], []) == expected
+
+
+def test_who_only_wants_to_know_need_not_load_a_server():
+    program = (
+        "import fastdeploy.daemon.router.flags, fastdeploy.daemon.router.flags_file, sys; "
+        "print({'flask', 'gunicorn', 'ssl', 'socket', 'asyncio', 'requests'} & set(sys.modules))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout.strip() == "set()"

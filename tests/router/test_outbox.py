@@ -1,0 +1,88 @@
+"""What is written in one turn of the loop goes out at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+import uvloop
+
+from fastdeploy.daemon.router.outbox import Outbox
+
+
+class Pair:
+    """A transport of the loop, and the other end of its socket."""
+
+    def __init__(self) -> None:
+        self._ours, self.other = socket.socketpair()
+        self.other.setblocking(False)
+        self.transport: asyncio.WriteTransport
+
+    async def open(self) -> Pair:
+        loop = asyncio.get_running_loop()
+        self.transport, _ = await loop.create_connection(asyncio.Protocol, sock=self._ours)
+        return self
+
+    def received(self) -> bytes:
+        try:
+            return self.other.recv(1 << 20)
+        except BlockingIOError:
+            return b""
+
+
+def run(coroutine) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(coroutine)
+
+
+def test_writes_wait_for_the_end_of_the_turn_and_keep_their_order() -> None:
+    async def scene() -> None:
+        outbox, pair = Outbox(), await Pair().open()
+        outbox.write(pair.transport, b"one ")
+        outbox.write(pair.transport, b"two")
+        assert pair.received() == b""
+        await asyncio.sleep(0)
+        assert pair.received() == b"one two"
+        outbox.write(pair.transport, b"three")
+        await asyncio.sleep(0)
+        assert pair.received() == b"three"
+
+    run(scene())
+
+
+def test_whoever_closes_a_transport_can_send_before() -> None:
+    async def scene() -> None:
+        outbox, pair = Outbox(), await Pair().open()
+        outbox.write(pair.transport, b"last words")
+        outbox.flush()
+        pair.transport.close()
+        await asyncio.sleep(0)
+        assert pair.received() == b"last words"
+
+    run(scene())
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_one_that_is_closed_costs_the_others_nothing(how: str) -> None:
+    async def scene() -> None:
+        outbox = Outbox()
+        gone, here = await Pair().open(), await Pair().open()
+        outbox.write(gone.transport, b"nobody reads this")
+        outbox.write(here.transport, b"but this")
+        getattr(gone.transport, how)()
+        await asyncio.sleep(0)
+        assert here.received() == b"but this"
+
+    run(scene())
+
+
+@pytest.mark.parametrize(("count", "size"), [(32, 10), (1, 20_000)], ids=["many", "large"])
+def test_many_writes_and_large_ones_do_not_wait(count: int, size: int) -> None:
+    async def scene() -> None:
+        outbox, pair = Outbox(), await Pair().open()
+        for _ in range(count):
+            outbox.write(pair.transport, bytes(size))
+        assert len(pair.received()) == count * size
+
+    run(scene())
