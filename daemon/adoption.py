@@ -1,4 +1,4 @@
-"""What a new daemon takes over from the one before it: the programs that run, and the operator's wishes."""
+"""What a new daemon takes over from the one before it: the programs that run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from . import processes, supervisor
@@ -24,7 +25,7 @@ def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str,
     """What supervisord runs, each with the program that it was started as.
 
     A process tells by its environment which launch file it was started from. If that file is gone, nobody
-    knows what it is, and it is ended.
+    knows what it is, and it is ended. Flags that were changed while it ran are those in its flags file.
     """
     known = {(program.name, program.hash): program for program in wanted}
     found = {}
@@ -33,7 +34,9 @@ def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str,
             continue
         hash_ = _hash_of(client, process)
         program = known.get((process.name, hash_)) or _read(client, f"{process.name}-{hash_}.json")
-        if program is not None:
+        if program is not None and program.flags_file:
+            found[process.name] = process, replace(program, flags=_flags_of(program))
+        elif program is not None:
             found[process.name] = process, program
         else:
             log.warning("%s: pid %d runs an unknown configuration; ending it", process.name, process.pid)
@@ -41,27 +44,11 @@ def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str,
     return found
 
 
-class Holds:
-    """Which programs the operator wants down: a file, so that it outlives the daemon."""
-
-    def __init__(self, state: Path) -> None:
-        self._file = state / "held.json"
-
-    def read(self) -> set[str]:
-        try:
-            names = json.loads(self._file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return set()
-        except (OSError, ValueError) as error:
-            log.warning("%s: cannot be read (%s); nothing is held", self._file, error)
-            return set()
-        return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
-
-    def write(self, names: set[str]) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._file.with_suffix(".new")
-        aside.write_text(json.dumps(sorted(names)), encoding="utf-8")
-        aside.rename(self._file)
+def _flags_of(program: Program) -> tuple[str, ...]:
+    """What it reads when it is started or gets a SIGHUP."""
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(map(str, json.loads(Path(program.flags_file).read_bytes())))
+    return program.flags
 
 
 def _hash_of(client: Supervisor, process: Process) -> str:

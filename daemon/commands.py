@@ -1,4 +1,8 @@
-"""fdctl's commands, and the one operation (reload, restart, start, stop) that may be under way."""
+"""fdctl's commands.
+
+At most one operation (reload, restart, start, stop) is under way; who asks for another is told which. What
+the operator wishes of a replica (drain, undrain, hold, release) holds at once, whatever is under way.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,23 @@ from typing import Any
 
 from ..errors import FastDeployError
 from . import config as dp_toml
-from . import control, rollout, status
+from . import control, live_flags, rollout, service, status
 from .config import Config
-from .control import Conversation
+from .conversations import Conversation
 from .fleet import Fleet
+from .intents import Intent
+from .operation import Operation, Told
+from .plan import Step, plan
 from .programs import Program
-from .replica import Replica
+from .replica import Replica, State
 from .supervisor import SupervisorError
+from .wishes import WISHES, grant, nobody_is_left, objection
 
 log = logging.getLogger("fd-dp")
+
+_OPERATIONS = {"start": rollout.start, "stop": rollout.stop, "restart": rollout.restart}
+#: Between two times that the router is told to read its flags file.
+_FLAGS_AGAIN = 30.0
 
 
 class Commands:
@@ -37,9 +49,16 @@ class Commands:
         self._prefix = prefix
         self._programs_for = programs_for
         self._describe = describe
-        self._operation: rollout.Operation | None = None
+        self._operation: Operation | None = None
         self._conversation: Conversation | None = None
         self._done: Callable[[str], None] = lambda problem: None
+        #: What is under way, and where it is, for whoever asks for something else.
+        self._what = self._where = ""
+        #: Those who wait until a replica is drained.
+        self._waiting: list[tuple[Operation, Conversation]] = []
+        #: Something was released that a reload had left as it was.
+        self._left_behind = False
+        self._flags_told = float("-inf")
 
     @property
     def busy(self) -> bool:
@@ -54,14 +73,17 @@ class Commands:
                 conversation.end(control.OK, why=status.why(self._fleet, replica, time.monotonic()))
         elif do == "reload":
             self.reload(conversation, dry_run=bool(command.get("dry_run")), wait=wait)
-        elif do in ("start", "stop", "restart"):
+        elif do in WISHES:
+            if replicas := self._named(command, conversation):
+                self._wish(str(do), replicas, conversation, wait)
+        elif do in _OPERATIONS:
             if not self._may_begin(conversation):
                 return
-            if names := [replica.name for replica in self._named(command, conversation)]:
-                operation = {"start": rollout.start, "stop": rollout.stop, "restart": rollout.restart}[do]
+            if replicas := self._named(command, conversation):
                 if not wait:
                     conversation.end(control.OK)
-                self._begin(operation(self._fleet, names), conversation if wait else None)
+                operation = _OPERATIONS[do](self._fleet, [replica.name for replica in replicas])
+                self._begin(f"{do} {command.get('name')}", operation, conversation if wait else None)
         else:
             conversation.end(control.USAGE, error=f"unknown command {do!r}")
 
@@ -69,48 +91,68 @@ class Commands:
         """Reads dp.toml again. A bad one changes nothing."""
         if not self._may_begin(conversation):
             return
+        began = time.monotonic()
         try:
             config = dp_toml.load(self._file, self._prefix)
             if config.paths != self._fleet.config.paths:
                 raise FastDeployError(f"{self._file}: [paths] cannot change while fd-dp runs; restart it")
             programs = self._programs_for(config)
+            steps = self._plan(programs)
         except FastDeployError as error:
             log.error("reload refused, everything goes on as it was: %s", error)
+            if not dry_run:
+                self._fleet.metrics.reloaded("refused", time.monotonic() - began)
             if conversation:
                 conversation.end(control.BAD_CONFIG, error=str(error))
             return
-        steps = self._plan(programs)
         for line in [str(step) for step in steps] or ["no program changes"]:
             log.info("reload: %s", line)
             if conversation:
                 conversation.line(line)
-        if conversation and (dry_run or not wait):
-            conversation.end(control.OK, changes=len(steps))
+        if conversation:
+            conversation.event({"kind": "plan", "steps": [step.event() for step in steps]})
+            for line in self._left_as_they_are(programs):
+                conversation.line(line)
+            if dry_run or not wait:
+                conversation.end(control.OK, changes=len(steps))
         if not dry_run:
-            self.roll_to(config, programs, conversation if wait else None)
+            self._roll(config, programs, steps, conversation if wait else None)
 
-    def roll_to(self, config: Config, programs: list[Program], conversation: Conversation | None) -> None:
-        """Brings what runs to `programs`, or back to what it was."""
-        old = self._fleet.config, self._fleet.wanted
-        steps = self._plan(programs)
+    def catch_up(self) -> None:
+        """Brings what runs to what is wanted; nobody has asked for it just now."""
+        fleet = self._fleet
+        try:
+            steps = self._plan(fleet.wanted)
+        except FastDeployError as error:
+            log.error("%s", error)
+            return
+        if steps:
+            log.info("what runs is not what is wanted: %s", "; ".join(map(str, steps)))
+            self._roll(fleet.config, fleet.wanted, steps, None)
+
+    def _roll(
+        self, config: Config, programs: list[Program], steps: list[Step], conversation: Conversation | None
+    ) -> None:
+        old, began = (self._fleet.config, self._fleet.wanted), time.monotonic()
         self._fleet.configure(config, programs)
 
         def done(problem: str) -> None:
+            self._fleet.metrics.reloaded("rolled_back" if problem else "done", time.monotonic() - began)
             if problem:
                 self._fleet.configure(*old)
+            else:
+                self._fleet.intents.keep_only(self._fleet.replicas)
 
-        self._begin(rollout.roll(self._fleet, steps), conversation, done)
+        self._begin("reload", rollout.roll(self._fleet, steps), conversation, done)
 
     def advance(self) -> None:
         """One move of the operation, after the fleet's step has seen the facts."""
+        self._waiting = [each for each in self._waiting if self._advance_waiting(*each)]
         if self._operation is None:
+            self._put_right()
             return
         try:
-            line = next(self._operation)
-            if line is not None:
-                log.info("%s", line)
-                if self._conversation:
-                    self._conversation.line(line)
+            self._tell(next(self._operation))
         except StopIteration as end:
             self._finish(end.value)
         except (SupervisorError, OSError) as error:
@@ -119,15 +161,33 @@ class Commands:
 
     def _begin(
         self,
-        operation: rollout.Operation,
+        what: str,
+        operation: Operation,
         conversation: Conversation | None,
         done: Callable[[str], None] = lambda problem: None,
     ) -> None:
+        self._what, self._where = what, ""
         self._operation, self._conversation, self._done = operation, conversation, done
+
+    def _tell(self, told: Told) -> None:
+        if isinstance(told, str):
+            log.info("%s", told)
+            if self._conversation:
+                self._conversation.line(told)
+        elif told is not None:
+            self._where = f", {told['index']} of {told['of']}: {told['label']}, {told['stage']}"
+            if self._conversation:
+                self._conversation.event(told)
 
     def _finish(self, problem: str) -> None:
         self._operation = None
-        self._done(problem)
+        # Whatever it has left drained: the router learns of it with its next look.
+        self._fleet.set_aside.clear()
+        self._flags_told = self._fleet.now
+        try:
+            self._done(problem)
+        except OSError as error:
+            problem = problem or f"done, but the operator's wishes cannot be kept: {error}"
         if problem:
             log.error("ERROR (%s)", problem)
         if self._conversation and problem:
@@ -136,13 +196,68 @@ class Commands:
             self._conversation.end(control.OK)
         self._conversation = None
 
+    def _put_right(self) -> None:
+        """What an operation that did not end well, or a daemon that was killed, has left undone."""
+        fleet = self._fleet
+        if not fleet.adopted or fleet.stopping:
+            return
+        for replica in fleet.replicas.values():
+            if replica.state is State.STOPPED and replica.intent is Intent.RUN:
+                fleet.want(replica, "start")
+        if self._left_behind:
+            self._left_behind = False
+            self.catch_up()
+        elif fleet.now - self._flags_told > _FLAGS_AGAIN and live_flags.are_old(fleet):
+            self._flags_told = fleet.now
+            try:
+                live_flags.tell_again(fleet)
+            except (SupervisorError, OSError) as error:
+                log.error("router: %s", error)
+
+    def _wish(self, do: str, replicas: list[Replica], conversation: Conversation, wait: bool) -> None:
+        fleet = self._fleet
+        if not fleet.adopted:
+            conversation.end(control.BUSY, error="fd-dp is starting; try again later")
+            return
+        if problem := next((f"{r.label}: {text}" for r in replicas if (text := objection(do, r))), ""):
+            conversation.end(control.FAILED, error=problem)
+            return
+        try:
+            grant(fleet, do, replicas)
+        except OSError as error:
+            log.error("%s: %s", do, error)
+            conversation.end(control.FAILED, error=str(error))
+            return
+        log.info("%s: %s", do, ", ".join(replica.label for replica in replicas))
+        self._left_behind = self._left_behind or do == "release"
+        if do == "drain" and nobody_is_left(fleet):
+            conversation.line("no replica takes requests now")
+        if do == "drain" and wait:
+            names = [replica.name for replica in replicas]
+            self._waiting.append((service.until_drained(fleet, names), conversation))
+        else:
+            conversation.end(control.OK)
+
+    def _advance_waiting(self, operation: Operation, conversation: Conversation) -> bool:
+        """Whether it goes on."""
+        try:
+            if isinstance(told := next(operation), str):
+                conversation.line(told)
+            return not conversation.is_over
+        except StopIteration as end:
+            if end.value:
+                conversation.end(control.FAILED, error=end.value)
+            else:
+                conversation.end(control.OK)
+            return False
+
     def _may_begin(self, conversation: Conversation | None) -> bool:
         if self._fleet.stopping:
             error = "fd-dp is stopping"
         elif not self._fleet.adopted:
             error = "fd-dp is starting; try again later"
         elif self.busy:
-            error = "another operation is under way; try again later"
+            error = f"another operation is under way ({self._what}{self._where}); try again later"
         else:
             return True
         log.warning("refused: %s", error)
@@ -150,8 +265,28 @@ class Commands:
             conversation.end(control.BUSY, error=error)
         return False
 
-    def _plan(self, programs: list[Program]) -> list[rollout.Step]:
-        return rollout.plan([replica.program for replica in self._fleet.replicas.values()], programs)
+    def _plan(self, programs: list[Program]) -> list[Step]:
+        """Those that are held stay as they are. Raises FastDeployError if one is in the way."""
+        replicas = self._fleet.replicas
+        held = {name for name, replica in replicas.items() if replica.intent is Intent.HELD}
+        wanted = [program for program in programs if program.name not in held]
+        wanted += [replicas[name].program for name in held]
+        down = {name for name, replica in replicas.items() if not replica.alive}
+        steps = plan([replica.program for replica in replicas.values()], wanted, down)
+        for step in steps:
+            if blocking := sorted(held & {*step.clears}):
+                label = replicas[blocking[0]].label
+                raise FastDeployError(
+                    f"{label} is held and has a port that {step.program.label} is to have; "
+                    f"fdctl release {blocking[0]}, then reload"
+                )
+        return steps
+
+    def _left_as_they_are(self, programs: list[Program]) -> list[str]:
+        replicas = self._fleet.replicas.values()
+        held = [replica.program for replica in replicas if replica.intent is Intent.HELD]
+        wanted = [program for program in programs if program.name in {each.name for each in held}]
+        return [f"not now, because it is held: {step}" for step in plan(held, wanted)]
 
     def _named(self, command: dict[str, Any], conversation: Conversation) -> list[Replica]:
         """ "3", "replica3", "router"; "all" are the replicas. The error is the answer if there is none."""

@@ -17,12 +17,14 @@ from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from ..errors import ConfigError
+from ..key_files import CREDENTIAL
 from .options import PORT_STEPS, SECTIONS, Config, PathsSection
 
 #: A unix socket's path may have 107 bytes; supervisord binds "supervisor.sock.<its pid>" before it renames.
 _LONGEST_RUN_DIRECTORY = 107 - len("/supervisor.sock.4194304")
-#: What supervisord cuts, expands or refuses in a path: comments, quotes, escapes, `%` (it expands twice).
-UNFIT_IN_INI = re.compile(r"[\x00-\x1f\x7f;#'\"\\%]")
+#: What supervisord cuts, expands or refuses in a path: comments, quotes, escapes, `%` (it expands twice), and
+#: space at its end.
+UNFIT_IN_INI = re.compile(r"[\x00-\x1f\x7f;#'\"\\%]|\s$")
 _SYSTEM_PATHS = {"state": Path("/var/lib/fd"), "run": Path("/run/fd"), "logs": Path("/var/log/fd")}
 _KINDS: dict[Any, str] = {
     str: "text",
@@ -169,22 +171,32 @@ def _typed(place: str, kind: Any, value: Any) -> Any:
     if kind == Mapping[str, str] and isinstance(value, dict):
         for name, word in value.items():
             if not isinstance(word, str):
-                raise ConfigError(f'{place}: {name} is {word!r}; it must be a text, {name} = "{word}"')
+                raise ConfigError(f'{place}: {name} is {_kind(word)}; it must be a text, {name} = "..."')
             _no_nul(place, word)
         return MappingProxyType(dict(value))
     if kind in (str, int, float, bool, Path) and type(value) is kind:
         if kind is str:
             _no_nul(place, value)
         return value
+    # What was to be a list of arguments or an environment may be a secret.
+    shown = _kind(value) if kind in (tuple[str, ...], Mapping[str, str]) else repr(value)
     raise ConfigError(
-        f"{place}: is {value!r}; it must be a {_KINDS[kind]}".replace("be a integer", "be an integer")
+        f"{place}: is {shown}; it must be a {_KINDS[kind]}".replace("be a integer", "be an integer")
     )
+
+
+def _kind(value: Any) -> str:
+    """Of which type it is, for people."""
+    if isinstance(value, list):
+        return "a list with something other than texts in it"
+    kind = _KINDS.get(type(value), "table" if isinstance(value, dict) else type(value).__name__)
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _no_nul(place: str, value: str) -> None:
     """execve() cannot carry it."""
     if "\0" in value:
-        raise ConfigError(f"{place}: is {value!r}; a text must not contain the character NUL")
+        raise ConfigError(f"{place}: must not contain the character NUL")
 
 
 def _ports(place: str, key: str, value: Any, count: int) -> tuple[int, ...]:
@@ -208,15 +220,19 @@ def _ports(place: str, key: str, value: Any, count: int) -> tuple[int, ...]:
 
 def _check_ports(where: _Where, config: Config) -> None:
     """Loopback and 0.0.0.0 overlap, so one number may be used once, whatever the addresses are."""
-    owner: dict[int, str] = {config.router.port: "router.port"}
+    used = [("router", "port", "router.port", config.router.port)]
     for key in PORT_STEPS:
-        for index, port in enumerate(getattr(config.engine, key)):
-            name = f"engine.{key}[{index}]"
-            if port in owner:
-                raise ConfigError(
-                    f"{where('engine', key)}: port {port} is {owner[port]} and {name}; use each port once"
-                )
-            owner[port] = name
+        ports = enumerate(getattr(config.engine, key))
+        used += [("engine", key, f"engine.{key}[{index}]", port) for index, port in ports]
+    if config.metrics.port:
+        used.append(("metrics", "port", "metrics.port", config.metrics.port))
+    owner: dict[int, str] = {}
+    for section, key, name, port in used:
+        if port in owner:
+            raise ConfigError(
+                f"{where(section, key)}: port {port} is {owner[port]} and {name}; use each port once"
+            )
+        owner[port] = name
 
 
 def _absolute(config: Config, prefix: Path | None, base: Path) -> Config:
@@ -226,12 +242,16 @@ def _absolute(config: Config, prefix: Path | None, base: Path) -> Config:
         default = prefix / name if prefix is not None else system
         given = getattr(config.paths, name)
         paths[name] = Path(os.path.abspath(base / (default if given == Path("") else given)))
-    model, router = config.model, config.router
+    model, engine, router = config.model, config.engine, config.router
     if model.path != "demo":
         model = replace(model, path=os.path.abspath(base / model.path))
-    if router.api_keys_file:
-        router = replace(router, api_keys_file=os.path.abspath(base / router.api_keys_file))
-    return replace(config, paths=PathsSection(**paths), model=model, router=router)
+    engine = replace(engine, api_keys_file=_absolute_keys_file(engine.api_keys_file, base))
+    router = replace(router, api_keys_file=_absolute_keys_file(router.api_keys_file, base))
+    return replace(config, paths=PathsSection(**paths), model=model, engine=engine, router=router)
+
+
+def _absolute_keys_file(name: str, base: Path) -> str:
+    return name if not name or name.startswith(CREDENTIAL) else os.path.abspath(base / name)
 
 
 def _check_paths(where: _Where, paths: PathsSection) -> None:
@@ -240,7 +260,7 @@ def _check_paths(where: _Where, paths: PathsSection) -> None:
         if found := re.search(UNFIT_IN_INI, path):
             raise ConfigError(
                 f"{where('paths', name)}: is {path!r}; "
-                f"supervisord's configuration cannot carry {found[0]!r} in a path"
+                f"supervisord's configuration cannot carry {found[0]!r} there"
             )
     length = len(os.fsencode(paths.run))
     if length > _LONGEST_RUN_DIRECTORY:

@@ -14,25 +14,34 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 from ..errors import FastDeployError
+from ..expert_parallel.snapshot import Snapshot, look
 from ..ports import require_free
-from . import processes, supervisor
-from .adoption import Holds, running_programs
+from . import causes, processes, supervisor
+from .adoption import running_programs
+from .causes import Cause, End
 from .config import Config
+from .health import Health
+from .inquest import Inquest
+from .intents import Intent, Intents, Wish
 from .metrics import Metrics
-from .probes import Probes, Reading
-from .programs import ROUTER, Program
+from .probes import Probes
+from .programs import ROUTER, Program, admin_socket
 from .replica import Replica, State
-from .restart import Restarts
+from .restart import Box, Restarts
+from .router_admin import Row
+from .router_link import Look, RouterLink
 from .supervisor import Process, Supervisor, SupervisorLost
 
 log = logging.getLogger("fd-dp")
 
+#: Notes of replicas that nobody starts.
+STOPPED = "stopped by the operator"
 HELD = "held by the operator"
 #: Replicas wait so long for the router's first answer; it needs a second or two.
 _ROUTER_HEAD_START = 10.0
 _LOADING_PROBE_INTERVAL = 0.25
-#: The router's readings say how many requests each replica has in flight: an operator looks at them.
-_ROUTER_PROBE_INTERVAL = 1.0
+#: The router says how many requests each replica has in flight: an operator looks at it, an operation waits.
+_ROUTER_INTERVAL, _WAITED_FOR_INTERVAL = 1.0, 0.1
 #: A step that comes this late means that the daemon itself was stopped; nobody else is to blame for the time.
 _OVERSLEPT = 5.0
 
@@ -42,6 +51,7 @@ class Fleet:
 
     Args:
         watch: told each new pid; must call `gone` when that process has ended.
+        look: at an expert-parallel group.
     """
 
     def __init__(
@@ -54,6 +64,7 @@ class Fleet:
         watch: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
         dice: Callable[[], float] = random.random,
+        look: Callable[[str], Snapshot | None] = look,
     ) -> None:
         self.config = config
         self.layout = client.layout
@@ -64,13 +75,17 @@ class Fleet:
         #: `adopt` is through: what is in `replicas` is all there is.
         self.adopted = False
         self.stopping = False
-        self._holds = Holds(config.paths.state)
+        self.intents = Intents(config.paths.state)
+        #: Names of replicas that the router gives nothing new because of an operation that is under way.
+        self.set_aside: set[str] = set()
+        self._link = RouterLink(admin_socket(config.paths.run))
         self._restarts: dict[str, Restarts] = {}
+        self._box = Box(config.supervise)
+        self._inquest = Inquest(client.layout)
+        self._health = Health(client.layout, probes, self.metrics, look)
         self._watch = watch
         self._clock = clock
         self._dice = dice
-        self._probes = probes
-        self._asked: dict[str, float] = {}
         self._gone: set[int] = set()
         self._processes: dict[str, Process] = {}
         self._last_step = clock()
@@ -84,27 +99,27 @@ class Fleet:
         self.replicas = {}
         wanted = {program.name: program for program in self.wanted}
         running = running_programs(self.supervisor, self.wanted)
-        held = self._holds.read()
         now = self._clock()
         for name in wanted.keys() | running.keys():
             replica = self._enlist(running[name][1] if name in running else wanted[name])
-            if name in held:
-                replica.held, replica.note = True, HELD
             if name in running:
                 process = running[name][0]
                 replica.pid, replica.started, replica.last_good = process.pid, process.started, now
                 replica.move(State.STARTING, "adopted", now)
+                replica.adopted = True
                 self._watch(process.pid)
                 log.info("%s: adopted pid %d", replica.label, process.pid)
-                if replica.held:
+                if replica.intent is Intent.STOPPED:
                     # The last daemon was killed between the operator's wish and its fulfilment.
-                    self.stop(replica, HELD)
+                    self.stop(replica, STOPPED)
+            elif replica.left_down:
+                replica.note = STOPPED if replica.intent is Intent.STOPPED else HELD
         self._bring_up_to_date(leave=running.keys())
         for replica in self.replicas.values():
-            if not replica.alive and not replica.held:
+            if not replica.alive and not replica.left_down:
                 self.want(replica, "start")
         self.adopted = True
-        return [n for n, (_, program) in running.items() if n not in wanted or program.hash != wanted[n].hash]
+        return [n for n, (_, program) in running.items() if n not in wanted or not program.runs_as(wanted[n])]
 
     def want(self, replica: Replica, why: str) -> None:
         """It shall run, when its turn comes."""
@@ -120,12 +135,10 @@ class Fleet:
         elif replica.state is not State.STOPPED:
             replica.move(State.STOPPED, why, self._clock())
 
-    def hold(self, replica: Replica, held: bool) -> None:
-        """The operator's wish, kept over restarts of the daemon. Raises OSError; then nothing is changed."""
-        if replica.held != held:
-            others = {name for name, other in self.replicas.items() if other.held and other is not replica}
-            self._holds.write(others | {replica.name} if held else others)
-            replica.held = held
+    def wish(self, replica: Replica, wish: Wish) -> None:
+        """What the operator wants of it, kept over restarts. Raises OSError, and then nothing is changed."""
+        self.intents.set(replica.name, wish)
+        replica.intent, replica.draining = wish.intent, wish.draining
 
     def put(self, name: str, program: Program | None) -> None:
         """Gives a replica that is down another program, or none.
@@ -143,6 +156,17 @@ class Fleet:
             self._enlist(program)
         self.supervisor.replace(name, add=program is not None)
 
+    def give_flags(self, program: Program) -> None:
+        """Lets a program that may be running read other flags: they are written, and it is told.
+
+        Raises SupervisorError, or OSError if they cannot be written, and then nothing is changed.
+        """
+        replica = self.replicas[program.name]
+        others = [other.program for other in self.replicas.values() if other is not replica]
+        supervisor.write(self.layout, [*others, program])
+        replica.program = program
+        self.supervisor.send_signal(program.name, "HUP")
+
     def write(self) -> None:
         """supervisord's files always say what runs now, not what a rollout has still to reach."""
         supervisor.write(self.layout, [replica.program for replica in self.replicas.values()])
@@ -151,6 +175,7 @@ class Fleet:
         """What is wanted from now on; the running programs change only by `put`."""
         self.config = config
         self.wanted = list(programs)
+        self._box.policy = config.supervise
         for restarts in self._restarts.values():
             restarts.policy = config.supervise
 
@@ -162,6 +187,11 @@ class Fleet:
                 replica.move(State.STOPPED, "supervisord ended", now)
             elif replica.alive:
                 replica.last_exit, replica.last_exit_time = "ended with supervisord", time.time()
+                replica.cause = Cause.SUPERVISORD
+                self.metrics.ended(replica.name, replica.cause)
+                if replica.intent is Intent.HELD:
+                    replica.move(State.STOPPED, f"supervisord ended; {HELD}, so not started again", now)
+                    continue
                 replica.restarts += 1
                 replica.move(State.WAITING, "supervisord ended", now)
         self._gone.clear()
@@ -171,17 +201,35 @@ class Fleet:
         """The kernel says that this process has ended; supervisord will know within a second."""
         self._gone.add(pid)
 
+    @property
+    def now(self) -> float:
+        """On the clock of all times in here."""
+        return self._clock()
+
+    @property
+    def routed(self) -> Look:
+        """What the router said last of the replicas: a second ago, while an operation waits for it sooner."""
+        return self._link.look
+
+    def row(self, replica: Replica) -> Row | None:
+        """None if the router does not know it, or does not answer."""
+        return self.routed.rows.get(replica.program.ports[0]) if replica.program.replica is not None else None
+
     def in_flight(self, replica: Replica) -> int | None:
-        """Requests that the router has given it, about a second ago; None if the router does not know it."""
-        router = self.replicas.get(ROUTER)
-        return router.health.get("in_flight", {}).get(replica.program.replica) if router else None
+        """Requests that the router has given it; None if the router does not know it, or not as healthy."""
+        row = self.row(replica)
+        return row.in_flight if row and row.up else None
 
     def all_registered(self) -> bool:
         """The router knows every READY replica: their heartbeats come a few seconds apart."""
         ready = (
             r for r in self.replicas.values() if r.state is State.READY and r.program.replica is not None
         )
-        return all(self.in_flight(replica) is not None for replica in ready)
+        return all((row := self.row(replica)) and row.up and not row.leaving for replica in ready)
+
+    def drains(self, replica: Replica) -> bool:
+        """Whether the router is to give it nothing new."""
+        return replica.draining or replica.name in self.set_aside
 
     def step(self) -> None:
         """Raises SupervisorLost if supervisord does not answer."""
@@ -190,12 +238,13 @@ class Fleet:
         self._processes = self.supervisor.processes()
         for replica in self.replicas.values():
             self._observe(replica, self._processes.get(replica.name), now)
-        for reading in self._probes.take():
-            self._read(reading, now)
+        self._inquest.look((r.pid for r in self.replicas.values() if r.pid), now)
+        self._health.step(self.replicas, self.config.supervise, now)
         for replica in self.replicas.values():
-            self._check_deadlines(replica, now)
+            self._check_times(replica, now)
         self._start_those_whose_turn_it_is(now)
-        self._ask(now)
+        self._health.ask(self.replicas.values(), self.config.supervise, now)
+        self._ask_the_router(now)
 
     def interval(self) -> float:
         """How long the next step may wait, if nothing wakes the loop."""
@@ -213,6 +262,7 @@ class Fleet:
             for replica in self.replicas.values():
                 replica.last_good += slept
                 replica.since += slept
+                replica.watch.forgive(slept)
 
     def _observe(self, replica: Replica, process: Process | None, now: float) -> None:
         if process is None or process.state in supervisor.DOWN:
@@ -242,71 +292,47 @@ class Fleet:
             log.info("%s: stopped (%s)", replica.label, how)
             replica.move(State.STOPPED, replica.note, now)
             return
-        reason = f"{replica.failing}; {how}" if replica.failing else how
-        replica.last_exit = reason
-        line = supervisor.last_error(self.layout.output(replica.name), replica.started)
-        said = f"; its last error: {line}" if line else ""
-        self._failed(replica, f"pid {replica.pid or '?'}: {reason}{said}", now)
+        if replica.failing:
+            # Nobody knows better than the daemon why it has killed it.
+            assert replica.cause is not None
+            cause, what = replica.cause, f"{replica.failing}; {how}"
+            replica.last_exit = what
+        else:
+            others = (name for name in self.replicas if name != replica.name)
+            verdict, told = self._inquest.hold(replica.program, how, replica.started, others)
+            cause, what = verdict.cause, f"{how} ({verdict.words})" if verdict.words else how
+            what += f"; its last error: {told}" if told else ""
+        self._failed(replica, f"pid {replica.pid or '?'}: {what}", cause, now)
 
-    def _failed(self, replica: Replica, what: str, now: float) -> None:
+    def _failed(self, replica: Replica, what: str, cause: Cause, now: float) -> None:
         if self.stopping:
             replica.move(State.STOPPED if replica.state is State.STOPPING else State.BACKOFF, what, now)
             replica.next_try = float("inf")
             return
-        decision = self._restarts[replica.name].failed(now)
+        replica.cause = cause
+        self.metrics.ended(replica.name, cause)
+        if replica.intent is Intent.HELD:
+            replica.move(State.STOPPED, f"{what}; {HELD}, so not started again", now)
+            log.error("%s: ERROR (%s)", replica.label, replica.note)
+            return
+        at_once = ""
+        # The router starts within a second and takes little: a try does no harm, and all depends on it.
+        if replica.name != ROUTER:
+            at_once = self._box.failed(now) or causes.HOPELESS.get(cause, "")
+        decision = self._restarts[replica.name].failed(now, at_once)
+        kind = ""
+        if decision.quarantined:
+            what, kind = f"{what}; quarantined: {decision.why}", "QUARANTINED, "
         replica.move(State.QUARANTINED if decision.quarantined else State.BACKOFF, what, now)
         replica.next_try = now + decision.delay
-        kind = "QUARANTINED, " if decision.quarantined else ""
         log.error("%s: ERROR (%s); %snext try in %.1f s", replica.label, what, kind, decision.delay)
 
-    def _read(self, reading: Reading, now: float) -> None:
-        replica = self.replicas.get(reading.name)
-        if (
-            replica is None
-            or replica.pid != reading.pid
-            or replica.state is State.STOPPING
-            or not replica.alive
-        ):
-            return
-        if reading.answered:
-            replica.health = reading.health
-        if not reading.ok:
-            # A port that refuses is a program that is still starting: nothing that its note must say.
-            if reading.answered or replica.state is not State.STARTING:
-                replica.note = reading.problem
-            return
-        replica.last_good = now
-        if replica.state is State.STARTING:
-            log.info("%s: READY after %.1f s, pid %d", replica.label, now - replica.since, replica.pid)
-            replica.move(State.READY, "", now)
-        elif replica.state is State.UNHEALTHY:
-            log.info("%s: READY again", replica.label)
-            replica.move(State.READY, "", now)
-        replica.note = ""
-
-    def _check_deadlines(self, replica: Replica, now: float) -> None:
-        supervise = self.config.supervise
-        state, age = replica.state, now - replica.since
-        if state is State.STARTING and age > supervise.startup_timeout:
-            self._kill(replica, f"not READY within {supervise.startup_timeout:g} s: {replica.note}", now)
-        elif state is State.READY and now - replica.last_good > supervise.stall_after:
-            note = replica.note or "no answer to health checks"
-            log.warning("%s: UNHEALTHY (%s)", replica.label, note)
-            replica.move(State.UNHEALTHY, note, now)
-        elif state is State.UNHEALTHY and now - replica.last_good > supervise.stall_kill:
-            self._kill(replica, f"no good health check for {supervise.stall_kill:g} s: {replica.note}", now)
-        elif state is State.READY and age > supervise.stable_after:
+    def _check_times(self, replica: Replica, now: float) -> None:
+        if replica.state is State.READY and now - replica.since > self.config.supervise.stable_after:
             self._restarts[replica.name].stable()
-        elif state in (State.BACKOFF, State.QUARANTINED) and now >= replica.next_try:
+        elif replica.state in (State.BACKOFF, State.QUARANTINED) and now >= replica.next_try:
             replica.restarts += 1
             replica.move(State.WAITING, f"try again after: {replica.note}", now)
-
-    def _kill(self, replica: Replica, why: str, now: float) -> None:
-        """A hang is not asked to finish what it has in hand."""
-        log.error("%s: ERROR (%s); killing pid %d", replica.label, why, replica.pid)
-        replica.move(State.STOPPING, why, now)
-        replica.failing = why
-        processes.kill_marked(self.layout.run, replica.name)
 
     def _start_those_whose_turn_it_is(self, now: float) -> None:
         if self.stopping:
@@ -332,7 +358,8 @@ class Fleet:
 
     def _start(self, replica: Replica, now: float) -> None:
         # Its worker may outlive its API process by a moment, and would hold ports and memory.
-        if processes.kill_marked(self.layout.run, replica.name):
+        if left := processes.kill_marked(self.layout.run, replica.name):
+            replica.note = f"waits for pid {left[0].pid} of its last run to end"
             return
         process = self._processes.get(replica.name)
         if process is not None and process.state not in supervisor.DOWN:
@@ -345,25 +372,27 @@ class Fleet:
         except SupervisorLost:
             raise
         except FastDeployError as error:
-            self._failed(replica, str(error), now)
+            self._failed(replica, str(error), causes.explain(End("", str(error))).cause, now)
             return
         replica.last_good = now
         replica.move(State.STARTING, "loading", now)
 
-    def _ask(self, now: float) -> None:
-        for replica in self.replicas.values():
-            if replica.state not in (State.STARTING, State.READY, State.UNHEALTHY) or not replica.pid:
-                continue
-            starting = replica.state is State.STARTING
-            hurry = starting or (replica.name == ROUTER and not self.all_registered())
-            interval = self.config.supervise.probe_interval
-            if hurry:
-                interval = _LOADING_PROBE_INTERVAL
-            elif replica.name == ROUTER:
-                interval = min(interval, _ROUTER_PROBE_INTERVAL)
-            if now - self._asked.get(replica.name, 0.0) >= interval:
-                self._asked[replica.name] = now
-                self._probes.ask(replica.program, replica.pid, token=starting)
+    def _ask_the_router(self, now: float) -> None:
+        router = self.replicas.get(ROUTER)
+        if router is None or not router.pid or not router.alive or router.state is State.STOPPING:
+            self._link.gone(now)
+            return
+        replicas = [r for r in self.replicas.values() if r.program.replica is not None]
+        # In a reload one that is down may have the port still that another has already.
+        replicas.sort(key=lambda replica: replica.alive)
+        wanted = {replica.program.ports[0]: self.drains(replica) for replica in replicas}
+        rows = self.routed.rows
+        wrong = any(row.draining != wanted.get(port, row.draining) for port, row in rows.items())
+        if self.set_aside or wrong:
+            interval = _WAITED_FOR_INTERVAL
+        else:
+            interval = _ROUTER_INTERVAL if self.all_registered() else _LOADING_PROBE_INTERVAL
+        self._link.step(wanted, now, interval)
 
     def _bring_up_to_date(self, leave: Collection[str]) -> None:
         """supervisord may have started with files that somebody else wrote, or that are older than ours."""
@@ -375,7 +404,10 @@ class Fleet:
     def _enlist(self, program: Program) -> Replica:
         replica = self.replicas.get(program.name)
         if replica is None:
-            replica = self.replicas[program.name] = Replica(program, since=self._clock())
+            wish = self.intents.of(program.name)
+            replica = self.replicas[program.name] = Replica(
+                program, since=self._clock(), intent=wish.intent, draining=wish.draining
+            )
             # Told to people in this order, and started in it.
             order = sorted(
                 self.replicas.values(), key=lambda r: -1 if r.program.replica is None else r.program.replica

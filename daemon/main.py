@@ -21,9 +21,11 @@ from . import config as dp_toml
 from . import control, processes, status, supervisor
 from .commands import Commands
 from .config import Config
+from .conversations import Server
 from .fleet import Fleet
+from .metrics_port import MetricsPort
 from .notify import Notifier
-from .preflight import checked_programs_of
+from .preflight import checked_programs_of, exposed_secrets
 from .probes import Probes
 from .programs import Program, address
 from .replica import State
@@ -39,6 +41,8 @@ log = logging.getLogger("fd-dp")
 _STOP_PATIENCE = 11.0
 _PROGRESS_INTERVAL = 3.0
 _BUSY_INTERVAL = 0.05
+#: While programs load for the first time, or an operation is under way, systemd is asked for more time.
+_MORE_TIME = 30.0
 #: EX_CONFIG of sysexits.h.
 _BAD_CONFIG = 78
 
@@ -77,12 +81,13 @@ class Daemon:
         )
         self._commands = Commands(self._fleet, file, prefix, programs_for, self._describe)
         self._notify = Notifier(dict(os.environ))
+        self._metrics_port = MetricsPort(self._fleet.metrics.exposition)
         #: What has to be done before the next step, and is tried until it succeeds.
         self._first: Callable[[], None] | None = self._take_over
         self._trouble = ""
         self._was_ready = False
         self._shown, self._show_next = "", 0.0
-        self._watchdog_next = 0.0
+        self._watchdog_next = self._more_time_next = 0.0
 
     def run(self) -> int:
         layout = self._fleet.layout
@@ -91,7 +96,7 @@ class Daemon:
             try:
                 self._supervisord.connect()
                 self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
-                server = control.Server(
+                server = Server(
                     control.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
                 try:
@@ -128,6 +133,8 @@ class Daemon:
                 self._trouble = str(error)
                 log.error("%s; trying again", error)
         self._commands.advance()
+        self._fleet.metrics.publish(self._fleet.replicas.values())
+        self._metrics_port.follow(self._fleet.config.metrics)
         self._tell()
         processes.reap(keep=self._supervisord.child)
         # An operation may have its next move to make although nothing has happened.
@@ -140,7 +147,7 @@ class Daemon:
         supervisor.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
             log.info("dp.toml has changed since these were started: %s", ", ".join(outdated))
-            self._commands.roll_to(self._fleet.config, self._fleet.wanted, None)
+            self._commands.catch_up()
 
     def _told_to_stop(self) -> bool:
         while self._wakeups.signals:
@@ -161,6 +168,9 @@ class Daemon:
         if self._notify.watchdog and now >= self._watchdog_next:
             self._notify.alive()
             self._watchdog_next = now + self._notify.watchdog
+        if now >= self._more_time_next and (self._commands.busy or status.first_try(self._fleet)):
+            self._notify.extend(_MORE_TIME)
+            self._more_time_next = now + _MORE_TIME / 3
         line = status.one_line(self._fleet)
         self._notify.status(line)
         if self._was_ready:
@@ -189,6 +199,7 @@ class Daemon:
         try:
             while any(replica.state is State.STOPPING for replica in fleet.replicas.values()):
                 fleet.step()
+                fleet.metrics.publish(fleet.replicas.values())
                 if time.monotonic() > deadline or {*self._wakeups.signals} - {signal.SIGHUP}:
                     log.warning("killing what has not ended: %s", status.one_line(fleet))
                     return
@@ -221,6 +232,8 @@ def run(
     configure(file_name="fd-dp.log")
     # Orphans of a supervisord that was killed become our children, so that their end can be waited for.
     processes.become_subreaper()
+    if warning := exposed_secrets(file, config):
+        log.warning("%s", warning)
     return Daemon(config, file, prefix, external, programs_for).run()
 
 

@@ -34,6 +34,10 @@ class Notifier:
         """Only the main loop calls this: a side thread would vouch for a loop that hangs."""
         self._send("WATCHDOG=1")
 
+    def extend(self, seconds: float) -> None:
+        """The start or the reload that is under way may last so much longer, whatever the unit allows."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
     def status(self, text: str) -> None:
         if text != self._status:
             self._status = text

@@ -7,6 +7,7 @@ from them.
 # ruff: noqa: RUF009 -- row() makes the field of a dataclass, as field() does.
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
+from . import masking
 from .launch import HASH, MARKER
 from .router.policies import POLICIES
 
@@ -44,6 +46,15 @@ def not_empty(value: str) -> str | None:
     return None if value else "it must not be empty"
 
 
+def ip_address(value: str) -> str | None:
+    """Where a name would be looked up in the loop, and nothing may keep it waiting."""
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return "it must be an IP address, as 127.0.0.1"
+    return None
+
+
 def environment_names(value: Mapping[str, str]) -> str | None:
     for name in value:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -53,13 +64,13 @@ def environment_names(value: Mapping[str, str]) -> str | None:
     return None
 
 
-def no_key(words: tuple[str, ...]) -> str | None:
-    if any(word.partition("=")[0] == "--api-key" for word in words):
-        return (
-            "it must not hold --api-key, which every user of this machine could read and health checks would "
-            'not know; write env = { FD_API_KEY = "..." }'
-        )
-    return None
+def no_secret(words: tuple[str, ...]) -> str | None:
+    found = masking.secret_in(words)
+    if found is None:
+        return None
+    what = f"it must not hold {found}: every user of this machine can read command lines"
+    is_api_key = "api-key".startswith(found.lstrip("-").replace("_", "-").lower())
+    return f"{what}; write {'api_keys_file = FILE' if is_api_key else 'it into env'}"
 
 
 def row(default: Any, help: str, check: Check | None = None, unit: str = "") -> Any:
@@ -90,8 +101,8 @@ class ParallelSection:
     redundant_experts: int = row(0, "Extra copies of the most used experts in each layer.", at_least(0))
     balance_experts: bool = row(False, "Move experts once a minute to even out their measured load.")
     stall_kill: float = row(
-        60.0,
-        "A rank that others wait for and that makes no progress for so long is killed.",
+        90.0,
+        "A rank that others wait for and that makes no progress for so long is killed by them.",
         at_least(1),
         "s",
     )
@@ -127,7 +138,11 @@ class EngineSection:
     pin_threads: bool = row(
         False, "Keep each thread on a CPU of its own, if there are enough for all replicas."
     )
-    extra_args: tuple[str, ...] = row((), "Further words for the replica's command line.", no_key)
+    api_keys_file: str = row(
+        "",
+        "File with the keys that replicas ask for, too, one a line, or `credential:NAME`; empty: none.",
+    )
+    extra_args: tuple[str, ...] = row((), "Further words for the replica's command line.", no_secret)
     env: Mapping[str, str] = row({}, "Further environment variables of the replicas.", environment_names)
 
 
@@ -148,8 +163,12 @@ class RouterSection:
     progress_timeout: float = row(
         90.0, "Silence after which a replica that gives them is taken for dead.", at_least(1), "s"
     )
-    api_keys_file: str = row("", "File with the keys that clients must show, one a line; empty: none.")
-    extra_args: tuple[str, ...] = row((), "Further words for the router's command line.")
+    api_keys_file: str = row(
+        "",
+        "File with the keys that clients must show, one a line, or `credential:NAME` for one of systemd's; "
+        "empty: none.",
+    )
+    extra_args: tuple[str, ...] = row((), "Further words for the router's command line.", no_secret)
     env: Mapping[str, str] = row({}, "Further environment variables of the router.", environment_names)
 
 
@@ -165,8 +184,26 @@ class SuperviseSection:
         60.0, "A replica that loads longer does not hold back the next.", at_least(0), "s"
     )
     probe_interval: float = row(5.0, "Between two health checks of a READY replica.", between(0.1, 3600), "s")
-    stall_after: float = row(30.0, "Without a good health check for so long: UNHEALTHY.", at_least(1), "s")
-    stall_kill: float = row(180.0, "Without a good health check for so long: killed.", at_least(1), "s")
+    stall_after: float = row(15.0, "Without a good health check for so long: UNHEALTHY.", at_least(1), "s")
+    stall_kill: float = row(60.0, "Without a good health check for so long: killed.", at_least(1), "s")
+    hang_after: float = row(
+        60.0,
+        "A replica that has requests and finishes no step for so long, and waits for no other, is killed.",
+        at_least(0.5),
+        "s",
+    )
+    idle_probe: float = row(
+        60.0,
+        "A replica that has had nothing to do for so long is asked for a token; 0: never.",
+        at_least(0),
+        "s",
+    )
+    drain_timeout: float = row(
+        30.0,
+        "Before a planned stop, what a replica has in hand gets so long to end; the rest goes on elsewhere.",
+        between(0, 86400),
+        "s",
+    )
     stop_timeout: float = row(
         30.0,
         "From being told to stop to being killed; changing it restarts every program.",
@@ -177,8 +214,21 @@ class SuperviseSection:
     backoff_max: float = row(60.0, "Longest time before a restart.", at_least(0), "s")
     stable_after: float = row(120.0, "READY for so long: earlier failures are forgotten.", at_least(1), "s")
     budget: int = row(10, "Failures within `budget_window` that put a replica into QUARANTINE.", at_least(1))
+    box_budget: int = row(
+        40,
+        "Failures of all replicas within `budget_window` after which each further one is QUARANTINED.",
+        at_least(1),
+    )
     budget_window: float = row(600.0, "The time in which failures are counted.", at_least(1), "s")
     quarantine: float = row(600.0, "Between two tries of a replica in quarantine.", at_least(1), "s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsSection:
+    """Where the daemon tells Prometheus what it sees and counts; router and replicas do so by themselves."""
+
+    host: str = row("127.0.0.1", "Address to listen on; `0.0.0.0` opens it to the network.", ip_address)
+    port: int = row(30001, "Port of the daemon's `/metrics`; 0: none.", between(0, 65535))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +249,7 @@ class Config:
     engine: EngineSection
     router: RouterSection
     supervise: SuperviseSection
+    metrics: MetricsSection
     paths: PathsSection
 
 

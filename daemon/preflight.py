@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import socket
+import stat
+from pathlib import Path
 
 from ..errors import ConfigError
+from ..key_files import CREDENTIAL, keys_in
+from . import masking
 from .config import Config
 from .programs import Program, programs_of
+from .router.configuration import settings_of
+from .router.flags import file_parser
 
 
 def checked_programs_of(config: Config) -> list[Program]:
-    """`programs_of`, after a look at addresses, at the replicas' command line and at the checkpoint.
+    """`programs_of`, after a look at addresses, keys, all command lines and the checkpoint.
 
     Raises:
         ConfigError: one of them is wrong, and every process started with it would fail.
     """
     _check_host("[engine] host", config.engine.host)
     _check_host("[router] host", config.router.host)
+    _check_keys("[engine] api_keys_file", config.engine.api_keys_file)
+    # A credential of the router's unit is none of ours.
+    if not config.router.api_keys_file.startswith(CREDENTIAL):
+        _check_keys("[router] api_keys_file", config.router.api_keys_file)
     programs = programs_of(config)
+    _check_router(next(program for program in programs if program.replica is None))
     _check_replica(next(program for program in programs if program.replica is not None))
     return programs
+
+
+def exposed_secrets(file: Path, config: Config) -> str:
+    """A warning if everybody can read secrets in dp.toml, else ""."""
+    mode = file.stat().st_mode
+    names = [name for section in (config.engine, config.router) for name in section.env]
+    secrets = sorted({name for name in names if masking.is_secret(name)})
+    if not mode & stat.S_IROTH or not secrets:
+        return ""
+    return (
+        f"{file}: every user of this machine can read it (mode {stat.S_IMODE(mode):04o}), and it holds "
+        f"{', '.join(secrets)}; chmod 640 it"
+    )
 
 
 def _check_host(option: str, host: str) -> None:
@@ -30,6 +54,21 @@ def _check_host(option: str, host: str) -> None:
         raise ConfigError(
             f"{option}: {host!r} is no address ({reason}); 127.0.0.1 and 0.0.0.0 are usual"
         ) from None
+
+
+def _check_keys(option: str, file: str) -> None:
+    if file:
+        keys_in(option, Path(file))
+
+
+def _check_router(program: Program) -> None:
+    arguments = file_parser().parse_args(program.flags)
+    # Keys may be its own credentials, which nobody else can read.
+    arguments.api_keys_file = arguments.register_keys_file = arguments.admin_keys_file = None
+    try:
+        settings_of(arguments)
+    except ConfigError as error:
+        raise ConfigError(f"the router could not start: {error}") from None
 
 
 def _check_replica(program: Program) -> None:

@@ -1,7 +1,7 @@
-"""How a program is: GET /health, and for a replica that says it is ready, one real token.
+"""How a program is: GET /health, and what only a real token can tell.
 
 Each probe is a thread of its own, so that neither the loop nor another probe waits for a replica that hangs;
-its reading comes back through a queue.
+its reading comes back through a queue. While a token is awaited, health checks go on.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .programs import Program
+from ..errors import ConfigError
+from ..key_files import keys_in
+from .programs import Program, flag_in
 
 #: A busy replica on a busy machine may be slow to answer; slow is not dead.
 _HEALTH_TIMEOUT = 10.0
 #: The first token may have to wait for others' prompts when a running replica is adopted.
 _TOKEN_TIMEOUT = 120.0
+#: By which the log of a replica tells them from what clients ask.
+_PROBE_ID = "fd-dp-probe"
+_KEYS_FILE = "--api-keys-file"
+_TOO_MANY_REQUESTS = 429
 _MAX_BODY = 1 << 20
+_NO_ANSWER = (OSError, ValueError, http.client.HTTPException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +39,10 @@ class Reading:
     name: str
     #: Of the process that was asked: a reading of its predecessor says nothing.
     pid: int
-    #: GET /health was 200, and, where it was asked for, a token came.
+    #: GET /health was 200, or the token came.
     ok: bool
+    #: A token was asked for, and nothing about its health.
+    token: bool = False
     #: It answered at all. A port that refuses is a program that is still starting.
     answered: bool = False
     #: The JSON body of /health.
@@ -47,13 +57,13 @@ class Probes:
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
         self._readings: queue.SimpleQueue[Reading] = queue.SimpleQueue()
-        self._asked: dict[str, int] = {}
+        self._asked: dict[tuple[str, bool], int] = {}
 
     def ask(self, program: Program, pid: int, token: bool) -> None:
-        """Starts a probe of this program, unless one of this process is still under way."""
-        if self._asked.get(program.name) == pid:
+        """Starts a probe of this program, unless one of this kind and of this process is still under way."""
+        if self._asked.get((program.name, token)) == pid:
             return
-        self._asked[program.name] = pid
+        self._asked[program.name, token] = pid
         # Not joined at exit: a probe of a replica that hangs ends with the daemon.
         threading.Thread(target=self._probe, args=(program, pid, token), daemon=True).start()
 
@@ -61,22 +71,19 @@ class Probes:
         readings = []
         while not self._readings.empty():
             reading = self._readings.get()
-            if self._asked.get(reading.name) == reading.pid:
-                del self._asked[reading.name]
+            if self._asked.get((reading.name, reading.token)) == reading.pid:
+                del self._asked[reading.name, reading.token]
             readings.append(reading)
         return readings
 
     def _probe(self, program: Program, pid: int, token: bool) -> None:
-        reading = probe(program, pid, token)
+        reading = (token_probe if token else health_probe)(program, pid)
         self._readings.put(reading)
         self._wake()
 
 
-def probe(program: Program, pid: int, token: bool) -> Reading:
-    """One health check; with `token`, also one generated token if a replica's health is good. Blocks.
-
-    Of the router it also asks which replicas it knows: `health["in_flight"]` is their number -> requests.
-    """
+def health_probe(program: Program, pid: int) -> Reading:
+    """One health check. Blocks for seconds at most."""
     try:
         status, health = _ask(program, "GET", "/health", None, _HEALTH_TIMEOUT)
         if status != 200:
@@ -86,31 +93,39 @@ def probe(program: Program, pid: int, token: bool) -> Reading:
                 or health.get("status")
                 or f"/health answered {status}"
             )
-            return Reading(program.name, pid, False, True, health, str(problem))
-        if program.replica is None:
-            _, known = _ask(program, "GET", "/registered", None, _HEALTH_TIMEOUT)
-            health["in_flight"] = {row.get("replica"): row.get("in_flight") for row in known.get("mixed", ())}
-        elif token:
-            body = {"prompt": "Hello", "max_tokens": 1, **({"model": program.model} if program.model else {})}
-            status, answer = _ask(program, "POST", "/v1/completions", body, _TOKEN_TIMEOUT)
-            if status != 200 or not answer.get("choices"):
-                error = answer.get("error")
-                detail = error.get("message") if isinstance(error, dict) else None
-                problem = f"its first token failed: {detail or f'/v1/completions answered {status}'}"
-                return Reading(program.name, pid, False, True, health, problem)
-        return Reading(program.name, pid, True, True, health)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+            return Reading(program.name, pid, False, answered=True, health=health, problem=str(problem))
+        return Reading(program.name, pid, True, answered=True, health=health)
+    except _NO_ANSWER as error:
         refused = isinstance(error, ConnectionRefusedError)
-        problem = f"no answer on port {program.ports[0]} ({error})"
-        return Reading(program.name, pid, False, not refused, {}, problem)
+        return Reading(program.name, pid, False, answered=not refused, problem=_silence(program, error))
+
+
+def token_probe(program: Program, pid: int) -> Reading:
+    """One generated token. Blocks for minutes if it does not come."""
+    body = {"prompt": "Hello", "max_tokens": 1, **({"model": program.model} if program.model else {})}
+    try:
+        status, answer = _ask(program, "POST", "/v1/completions", body, _TOKEN_TIMEOUT)
+    except _NO_ANSWER as error:
+        return Reading(program.name, pid, False, token=True, problem=_silence(program, error))
+    # It has so much to do that there is no room for one more.
+    if (status == 200 and answer.get("choices")) or status == _TOO_MANY_REQUESTS:
+        return Reading(program.name, pid, True, token=True, answered=True)
+    said = answer.get("error")
+    detail = said.get("message") if isinstance(said, dict) else None
+    problem = f"a token failed: {detail or f'/v1/completions answered {status}'}"
+    return Reading(program.name, pid, False, token=True, answered=True, problem=problem)
+
+
+def _silence(program: Program, error: Exception) -> str:
+    return f"no answer on port {program.ports[0]} ({error})"
 
 
 def _ask(program: Program, method: str, path: str, body: Any, timeout: float) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection(program.host, program.ports[0], timeout=timeout)
     try:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        if keys := program.env.get("FD_API_KEY") or os.environ.get("FD_API_KEY"):
-            headers["Authorization"] = f"Bearer {keys.partition(',')[0]}"
+        headers = {"Content-Type": "application/json", "X-Request-Id": _PROBE_ID} if body is not None else {}
+        if key := _key(program):
+            headers["Authorization"] = f"Bearer {key}"
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
         try:
@@ -120,3 +135,14 @@ def _ask(program: Program, method: str, path: str, body: Any, timeout: float) ->
         return response.status, answer if isinstance(answer, dict) else {}
     finally:
         connection.close()
+
+
+def _key(program: Program) -> str:
+    """One that a replica takes; empty if it asks for none. Raises ValueError if it cannot be read."""
+    if file := flag_in(program.argv, _KEYS_FILE):
+        try:
+            return keys_in(_KEYS_FILE, Path(file))[0]
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    keys = program.env.get("FD_API_KEY") or os.environ.get("FD_API_KEY", "")
+    return keys.partition(",")[0]

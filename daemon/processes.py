@@ -52,7 +52,7 @@ def kill_marked(run: Path, program: str | None = None, sig: int = signal.SIGKILL
     """Signals them once and returns those that were there: call again until none is."""
     processes = marked(run, program)
     for process in processes:
-        _signal_if_still(run, process, sig)
+        signal_if_still(run, process, sig)
     return processes
 
 
@@ -64,6 +64,21 @@ def end_marked(run: Path, deadline: float) -> list[Marked]:
             return left
         time.sleep(0.02)
     return []
+
+
+def signal_if_still(run: Path, process: Marked, sig: int) -> None:
+    """Through a pidfd, and looked at again after it is open: the pid may be someone else's by now."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if _read(run, process.pid) == process:
+            signal.pidfd_send_signal(descriptor, sig)
+    except (ProcessLookupError, PermissionError):
+        return
+    finally:
+        os.close(descriptor)
 
 
 def reap(keep: int | None = None) -> dict[int, int]:
@@ -97,18 +112,3 @@ def _read(run: Path, pid: int) -> Marked | None:
         elif entry.startswith(f"{HASH}=".encode()):
             hash_ = os.fsdecode(entry[len(HASH) + 1 :])
     return Marked(pid, program, hash_ or "") if program else None
-
-
-def _signal_if_still(run: Path, process: Marked, sig: int) -> None:
-    """Through a pidfd, and looked at again after it is open: the pid may be someone else's by now."""
-    try:
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    try:
-        if _read(run, process.pid) == process:
-            signal.pidfd_send_signal(descriptor, sig)
-    except (ProcessLookupError, PermissionError):
-        return
-    finally:
-        os.close(descriptor)

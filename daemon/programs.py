@@ -11,9 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 
+from ..errors import ConfigError
 from ..expert_parallel.layout import PROTOCOL_VERSION
 from .config import Config
 from .launch import HASH, MARKER
+from .router.flags import file_parser, fixed_in
+from .router.flags_file import fingerprint
 
 ROUTER = "router"
 
@@ -41,11 +44,17 @@ class Program:
     model: str = ""
     #: So many seconds after SIGTERM supervisord kills it. That, too, cannot be changed while it runs.
     stop_timeout: float = 30.0
+    #: A file with more words, which it reads at its start and again at SIGHUP; empty: there is none.
+    flags_file: str = ""
+    #: Those words, and what they say that SIGHUP cannot change.
+    flags: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     #: Changes whenever something changes that the running process would have to be restarted for.
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
         parts = [self.name, self.argv, dict(self.env), self.ports, self.host, self.stop_timeout]
+        parts += [self.flags_file, self.fixed] if self.flags_file else []
         text = json.dumps(parts, sort_keys=True)
         object.__setattr__(self, "hash", hashlib.sha256(text.encode()).hexdigest()[:12])
 
@@ -58,6 +67,24 @@ class Program:
     def label(self) -> str:
         """How people are told about it: "router", "replica 3"."""
         return ROUTER if self.replica is None else f"replica {self.replica}"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Its whole command line, wherever the words lie."""
+        return (*self.argv, *self.flags)
+
+    @property
+    def flags_text(self) -> str:
+        return json.dumps(self.flags)
+
+    @property
+    def flags_hash(self) -> str:
+        """What a process answers that has read `flags_text`."""
+        return fingerprint(self.flags_text.encode())
+
+    def runs_as(self, other: Program) -> bool:
+        """Whether a process of this program needs neither a restart nor SIGHUP to be one of `other`."""
+        return (self.hash, self.flags) == (other.hash, other.flags)
 
     @property
     def launch_name(self) -> str:
@@ -74,12 +101,17 @@ class Program:
             "host": self.host,
             "model": self.model,
             "stop_timeout": self.stop_timeout,
+            "flags_file": self.flags_file,
+            "fixed": self.fixed,
         }
         return json.dumps(content, indent=1)
 
     @classmethod
     def from_launch_text(cls, text: str) -> Program:
-        """Raises ValueError or KeyError for a text that `launch_text` did not write."""
+        """Without its `flags`: they lie elsewhere, and change while it runs.
+
+        Raises ValueError or KeyError for a text that `launch_text` did not write.
+        """
         content = json.loads(text)
         return cls(
             name=content["name"],
@@ -89,6 +121,8 @@ class Program:
             host=content["host"],
             model=content["model"],
             stop_timeout=content["stop_timeout"],
+            flags_file=content["flags_file"],
+            fixed=tuple(content["fixed"]),
         )
 
 
@@ -116,14 +150,24 @@ def expert_group_of(config: Config) -> str:
     return f"dp-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
+def admin_socket(run: Path) -> Path:
+    """On which the router takes orders."""
+    return run / "router.sock"
+
+
 def expert_group_in(argv: Sequence[str]) -> str | None:
-    """The group that a replica with this command line joins: the last, as `extra_args` may add another."""
-    name = None
+    """The group that a replica with this command line joins."""
+    return flag_in(argv, _GROUP_FLAG)
+
+
+def flag_in(argv: Sequence[str], name: str) -> str | None:
+    """The value of a flag: the last, as `extra_args` may add another."""
+    found = None
     for word, next_word in pairwise([*argv, ""]):
         flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == _GROUP_FLAG:
-            name = value if equals else next_word
-    return name
+        if flag.replace("_", "-") == name:
+            found = value if equals else next_word
+    return found
 
 
 def connectable(host: str) -> str:
@@ -139,21 +183,29 @@ def address(host: str, port: int) -> str:
 
 def _router(config: Config) -> Program:
     router = config.router
-    argv = [str(Path(sys.executable).with_name("fd-router"))]
-    argv += ["--host", router.host, "--port", str(router.port), "--policy", router.policy]
-    argv += ["--registry-file", str(config.paths.state / "replicas.json")]
-    argv += ["--admin-socket", str(config.paths.run / "router.sock")]
-    argv += ["--request-timeout-secs", f"{router.request_timeout:g}"]
+    flags = ["--host", router.host, "--port", str(router.port), "--policy", router.policy]
+    flags += ["--registry-file", str(config.paths.state / "replicas.json")]
+    flags += ["--admin-socket", str(admin_socket(config.paths.run))]
+    flags += ["--request-timeout-secs", f"{router.request_timeout:g}"]
     if router.workers != 1:
-        argv += ["--workers", str(router.workers)]
+        flags += ["--workers", str(router.workers)]
     if router.progress_timeout != 90.0:
-        argv += ["--progress-timeout-secs", f"{router.progress_timeout:g}"]
-    argv += ["--graceful-timeout-secs", str(_ROUTER_GRACE)]
+        flags += ["--progress-timeout-secs", f"{router.progress_timeout:g}"]
+    flags += ["--graceful-timeout-secs", str(_ROUTER_GRACE)]
     if router.api_keys_file:
-        argv += ["--api-keys-file", router.api_keys_file]
+        flags += ["--api-keys-file", router.api_keys_file]
+    flags += router.extra_args
+    try:
+        fixed = fixed_in(file_parser().parse_args(flags))
+    except ConfigError as error:
+        raise ConfigError(f"[router] extra_args: {error}") from None
+    flags_file = str(config.paths.run / "router-flags.json")
     return Program(
         name=ROUTER,
-        argv=(*argv, *router.extra_args),
+        argv=(str(Path(sys.executable).with_name("fd-router")), "--flags-file", flags_file),
+        flags_file=flags_file,
+        flags=tuple(flags),
+        fixed=tuple(f"{flag} {value}" for flag, value in sorted(fixed.items())),
         env=MappingProxyType({**router.env, "FD_LOG_DIR": str(config.paths.logs / ROUTER)}),
         ports=(router.port,),
         host=connectable(router.host),
@@ -170,8 +222,8 @@ def _replica(config: Config, index: int) -> Program:
         argv += ["--served-model-name", config.model.served_name]
     argv += ["--host", engine.host, "--port", str(engine.ports[index])]
     argv += ["--metrics-port", str(engine.metrics_ports[index])]
-    # The list of all, as FastDeploy takes it: replica i listens on the i-th.
-    argv += ["--engine-worker-queue-port", ",".join(map(str, engine.engine_worker_queue_ports))]
+    # Its own alone: a change of another's is none of this one.
+    argv += ["--engine-worker-queue-port", str(engine.engine_worker_queue_ports[index])]
     argv += ["--local-data-parallel-id", str(index)]
     argv += ["--data-parallel-size", str(parallel.data_parallel_size)]
     argv += ["--tensor-parallel-size", str(parallel.tensor_parallel_size)]
@@ -196,6 +248,8 @@ def _replica(config: Config, index: int) -> Program:
             argv.append("--enable-eplb")
         if parallel.stall_kill != 60.0:
             argv += ["--expert-parallel-stall-kill", f"{parallel.stall_kill:g}"]
+    if engine.api_keys_file:
+        argv += ["--api-keys-file", engine.api_keys_file]
     argv += ["--router", address(config.router.host, config.router.port)]
     argv += ["--timeout-graceful-shutdown", str(_REPLICA_GRACE)]
     return Program(

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from .causes import Cause
+from .hangs import Watch
+from .intents import Intent
 from .programs import Program
+from .stacks import Dump
 
 
 class State(StrEnum):
@@ -37,9 +41,10 @@ _FAILED = {_S.BACKOFF, _S.QUARANTINED}
 ARROWS: dict[State, frozenset[State]] = {
     _S.STOPPED: frozenset({_S.WAITING, _S.STARTING}),  # wanted; found running by a new daemon
     _S.WAITING: frozenset({_S.STARTING, _S.STOPPED} | _FAILED),  # its turn; held; its port is taken
-    _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.WAITING} | _FAILED),  # WAITING: supervisord is gone
-    _S.READY: frozenset({_S.UNHEALTHY, _S.STOPPING, _S.WAITING} | _FAILED),
-    _S.UNHEALTHY: frozenset({_S.READY, _S.STOPPING, _S.WAITING} | _FAILED),
+    # WAITING: supervisord is gone; STOPPED: it failed while the operator held it.
+    _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.WAITING, _S.STOPPED} | _FAILED),
+    _S.READY: frozenset({_S.UNHEALTHY, _S.STOPPING, _S.WAITING, _S.STOPPED} | _FAILED),
+    _S.UNHEALTHY: frozenset({_S.READY, _S.STOPPING, _S.WAITING, _S.STOPPED} | _FAILED),
     _S.STOPPING: frozenset({_S.STOPPED, _S.WAITING} | _FAILED),  # failed: it was stopped because it hung
     _S.BACKOFF: frozenset({_S.WAITING, _S.STOPPED}),
     _S.QUARANTINED: frozenset({_S.WAITING, _S.STOPPED}),
@@ -58,8 +63,9 @@ class Replica:
     since: float = 0.0
     #: Why it came into `state`, for people.
     note: str = ""
-    #: The operator stopped it: it stays down until the operator starts it.
-    held: bool = False
+    #: What the operator wants of it, and whether the router is to give it nothing new.
+    intent: Intent = Intent.RUN
+    draining: bool = False
     pid: int = 0
     #: Unix time at which its process started.
     started: int = 0
@@ -68,13 +74,19 @@ class Replica:
     next_try: float = 0.0
     #: When a health check was last good (or the process was started).
     last_good: float = 0.0
-    #: The last words of its health check: progress, stage, running, waiting.
+    #: The last words of its health check: progress, stage, worker.
     health: dict[str, Any] = field(default_factory=dict)
-    #: How it ended last, for `fdctl why`.
+    #: Whether it gets on with its work.
+    watch: Watch = field(default_factory=Watch)
+    #: It was started by another daemon, and when it became READY then nobody knows.
+    adopted: bool = False
+    #: How it ended last, for `fdctl why`, and the reason in a word; None if it never ended by itself.
     last_exit: str = ""
     last_exit_time: float = 0.0
-    #: Why it is being stopped, if that counts as a failure.
+    cause: Cause | None = None
+    #: Why it is being stopped, if that counts as a failure; and what it is given time for until it is killed.
     failing: str = ""
+    dump: Dump | None = None
 
     @property
     def name(self) -> str:
@@ -88,10 +100,18 @@ class Replica:
     def alive(self) -> bool:
         return self.state in ALIVE
 
+    @property
+    def left_down(self) -> bool:
+        """Nobody starts it: the operator has stopped it, or it has ended while it was held."""
+        ended = self.intent is Intent.HELD and self.state is State.STOPPED
+        return ended or self.intent is Intent.STOPPED
+
     def move(self, to: State, note: str, now: float) -> None:
         assert to in ARROWS[self.state], f"{self.label}: {self.state} -> {to} ({note})"
         self.state, self.note, self.since = to, note, now
         if to not in ALIVE:
             self.pid, self.started = 0, 0
             self.health = {}
-            self.failing = ""
+            self.watch = Watch()
+            self.adopted = False
+            self.failing, self.dump = "", None

@@ -1,124 +1,57 @@
-"""Two lists of programs -> the steps that lead from one to the other, and how they are carried out.
-
-The plan is pure. It is carried out as a generator which the daemon's loop resumes after each step of the
-fleet: it never waits by itself, and it sees the same facts as everything else.
-"""
+"""A plan carried out, and what fdctl can ask for besides. Never more than one replica is out of service for a
+plan's sake: its turn comes when the others are in service, see service.py."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
-
-from . import masking
-from .fleet import HELD, Fleet
+from . import live_flags
+from .fleet import STOPPED, Fleet
+from .intents import Intent, Wish
+from .operation import Operation, Place, insist, stage
+from .plan import Step, Verb
 from .programs import ROUTER, Program
-from .replica import State
-from .supervisor import SupervisorError, SupervisorLost
-
-#: What a running operation tells between its steps: a line for people, or None for "still waiting".
-#: Its end is "" or the reason why it failed.
-Operation = Generator[str | None, None, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One program is replaced (old and new), added (new) or removed (old)."""
-
-    old: Program | None
-    new: Program | None
-    #: What differs, for people: "--max-model-len: 2048 -> 4096".
-    why: tuple[str, ...] = ()
-    #: Programs that still hold a port which `new` needs; they end first, and come back in their own step.
-    clears: tuple[str, ...] = ()
-
-    @property
-    def program(self) -> Program:
-        program = self.new or self.old
-        assert program is not None
-        return program
-
-    def __str__(self) -> str:
-        verb = "replace" if self.old and self.new else "add" if self.new else "remove"
-        return f"{verb} {self.program.label}" + (f" ({'; '.join(self.why)})" if self.why else "")
-
-
-def plan(old: Iterable[Program], new: Iterable[Program]) -> list[Step]:
-    """Removals first, the highest first; then, router first and in order, replacements and additions."""
-    before = {program.name: program for program in old}
-    after = {program.name: program for program in new}
-    removed = [before[name] for name in before if name not in after]
-    steps = [Step(program, None) for program in sorted(removed, key=_order, reverse=True)]
-    current = {name: program for name, program in before.items() if name in after}
-    for program in sorted(after.values(), key=_order):
-        known = before.get(program.name)
-        if known is not None and known.hash == program.hash:
-            continue
-        others = (other for other in current.values() if other.name != program.name)
-        clears = tuple(other.name for other in others if set(other.ports) & set(program.ports))
-        steps.append(Step(known, program, differences(known, program) if known else (), clears))
-        current[program.name] = program
-    return steps
-
-
-def differences(old: Program, new: Program) -> tuple[str, ...]:
-    """Which arguments and environment variables differ, without the values that may be secrets."""
-    found = []
-    before, after = _arguments(old.argv), _arguments(new.argv)
-    for flag in dict.fromkeys((*before, *after)):
-        name = masking.word(flag)
-        if flag not in after:
-            found.append(f"{name}: removed")
-        elif masking.is_secret(flag) and before.get(flag) != after[flag]:
-            found.append(f"{name}: {'changed' if flag in before else 'added'}")
-        elif flag not in before:
-            found.append(f"{name}{after[flag] and ' ' + after[flag]}: added")
-        elif before[flag] != after[flag]:
-            found.append(f"{name}: {before[flag]} -> {after[flag]}")
-    for name in sorted(old.env.keys() | new.env.keys()):
-        if name not in new.env:
-            found.append(f"environment {name}: removed")
-        elif name not in old.env:
-            found.append(f"environment {name}: added")
-        elif old.env[name] != new.env[name]:
-            found.append(f"environment {name}: changed")
-    if old.stop_timeout != new.stop_timeout:
-        found.append(f"stop_timeout: {old.stop_timeout:g} -> {new.stop_timeout:g}")
-    if old.ports != new.ports and not found:
-        found.append(f"ports: {old.ports} -> {new.ports}")
-    return tuple(found)
+from .replica import Replica
+from .service import bring_up, drain, end, take_down, until_known, until_others_are_back
 
 
 def roll(fleet: Fleet, steps: list[Step]) -> Operation:
-    """One program at a time, the next only when the last is READY. All of it, or nothing.
+    """One step after the other. All of it, or nothing.
 
-    If a program fails with its new configuration, every program that was changed gets its old one back.
+    The first replica that is started with the new configuration is the canary. If it does not come up, or any
+    program after it, everything that was changed gets its old configuration back.
     """
+    yield from until_known(fleet)
     done: list[Step] = []
-    for step in steps:
-        yield str(step)
+    canary = True
+    for index, step in enumerate(steps, 1):
+        place, program = Place(index, len(steps)), step.program
+        yield f"{index}/{len(steps)}: {step.verb} {program.label}"
         done.append(step)
-        problem = yield from _apply(fleet, step)
+        problem = yield from _apply(fleet, step, place)
         if problem:
-            yield f"{step.program.label}: ERROR ({problem}); putting the old configuration back"
+            name = program.label + (", the canary" if canary and program.name != ROUTER else "")
+            yield stage(program, "failed", place, note=problem)
+            yield f"{name}: ERROR ({problem}); putting the old configuration back"
             for undo in reversed(done):
-                back = Step(undo.new, undo.old, clears=_clears(fleet, undo.old))
-                failed = yield from _apply(fleet, back)
-                yield f"{back.program.label}: " + (f"ERROR ({failed})" if failed else "as before")
-            return f"{step.program.label}: {problem}; the old configuration is back"
+                yield from _undo(fleet, undo, place)
+            return f"{name}: {problem}; the old configuration is back"
+        if program.name != ROUTER and step.new is not None:
+            canary = canary and fleet.replicas[program.name].left_down
     return ""
 
 
 def restart(fleet: Fleet, names: list[str]) -> Operation:
     """Ends and starts them, one at a time, each with the configuration that it has."""
-    for name in names:
-        replica = fleet.replicas[name]
-        if replica.held and len(names) > 1:
-            continue  # "all" is not a wish to start what was stopped by name
+    for index, name in enumerate(names, 1):
+        replica, place = fleet.replicas[name], Place(index, len(names))
+        if len(names) > 1:
+            if replica.intent is not Intent.RUN:
+                continue  # "all" is not a wish to touch what was stopped, or is held, by name
+            yield from until_others_are_back(fleet, name)
         yield f"restart {replica.label}"
-        fleet.hold(replica, False)
-        yield from _stop(fleet, name, "restart")
+        _no_longer_stopped(fleet, replica)
+        yield from take_down(fleet, name, "restart", place)
         fleet.want(replica, "restart")
-        problem = yield from _until_ready(fleet, name)
+        problem = yield from bring_up(fleet, name, place)
         if problem:
             return f"{replica.label}: {problem}"
     return ""
@@ -127,10 +60,10 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
 def start(fleet: Fleet, names: list[str]) -> Operation:
     """Starts those that do not run, together, and waits for each."""
     for name in names:
-        fleet.hold(fleet.replicas[name], False)
+        _no_longer_stopped(fleet, fleet.replicas[name])
         fleet.want(fleet.replicas[name], "start")
-    for name in names:
-        problem = yield from _until_ready(fleet, name)
+    for index, name in enumerate(names, 1):
+        problem = yield from bring_up(fleet, name, Place(index, len(names)))
         if problem:
             return f"{fleet.replicas[name].label}: {problem}"
         yield f"{fleet.replicas[name].label}: READY"
@@ -138,80 +71,55 @@ def start(fleet: Fleet, names: list[str]) -> Operation:
 
 
 def stop(fleet: Fleet, names: list[str]) -> Operation:
-    """Ends them, together, and keeps them down until someone starts them."""
+    """Drains and ends them, together, and keeps them down until someone starts them."""
     for name in names:
-        fleet.hold(fleet.replicas[name], True)
-        fleet.stop(fleet.replicas[name], HELD)
+        replica = fleet.replicas[name]
+        fleet.wish(replica, Wish(Intent.STOPPED, replica.draining))
+    yield from drain(fleet, names, Place())
     for name in names:
-        yield from _stop(fleet, name, HELD)
+        fleet.stop(fleet.replicas[name], STOPPED)
+    for index, name in enumerate(names, 1):
+        yield stage(fleet.replicas[name].program, "stop", Place(index, len(names)))
+        yield from end(fleet, name, STOPPED)
         yield f"{fleet.replicas[name].label}: stopped"
     return ""
 
 
-def _apply(fleet: Fleet, step: Step) -> Operation:
-    for name in (*step.clears, step.program.name):
-        yield from _stop(fleet, name, "new configuration")
-    while True:
-        try:
-            fleet.put(step.program.name, step.new)
-            break
-        except SupervisorLost:
-            # The loop starts it again, or waits until systemd has.
-            yield None
-        except (SupervisorError, OSError) as error:
-            # A full disk, mostly. What it was before can still be started.
-            if (known := fleet.replicas.get(step.program.name)) is not None and not known.held:
-                fleet.want(known, "new configuration failed")
-            return str(error)
-    if step.new is None:
+def _apply(fleet: Fleet, step: Step, place: Place) -> Operation:
+    if step.verb is Verb.RELOAD:
+        return (yield from live_flags.reload(fleet, step.program, place))
+    name = step.program.name
+    for each in (*step.clears, name):
+        yield from until_others_are_back(fleet, each)
+        yield from take_down(fleet, each, "new configuration", place, for_good=step.new is None)
+    problem = yield from insist(lambda: fleet.put(name, step.new))
+    if problem:
+        # A full disk, mostly. What it was before can still be started.
+        if (known := fleet.replicas.get(name)) is not None and not known.left_down:
+            fleet.want(known, "new configuration failed")
+        return problem
+    if step.new is None or fleet.replicas[name].intent is Intent.STOPPED:
         return ""
-    replica = fleet.replicas[step.new.name]
-    if replica.held:
-        return ""
-    fleet.want(replica, "new configuration")
-    return (yield from _until_ready(fleet, step.new.name))
+    fleet.want(fleet.replicas[name], "new configuration")
+    return (yield from bring_up(fleet, name, place))
 
 
-def _stop(fleet: Fleet, name: str, why: str) -> Generator[None, None, None]:
-    while (replica := fleet.replicas.get(name)) is not None:
-        fleet.stop(replica, why)
-        if not replica.alive:
-            return
-        yield None
+def _undo(fleet: Fleet, step: Step, place: Place) -> Operation:
+    back = Step(step.new, step.old, clears=_holders(fleet, step.old))
+    yield stage(back.program, "rollback", place)
+    failed = yield from _apply(fleet, back, place)
+    yield f"{back.program.label}: " + (f"ERROR ({failed})" if failed else "as before")
+    return failed
 
 
-def _until_ready(fleet: Fleet, name: str) -> Operation:
-    """Ends with READY or with its first failure; the fleet's startup timeout makes sure that it ends."""
-    while True:
-        replica = fleet.replicas[name]
-        if replica.state is State.READY:
-            return ""
-        if replica.state in (State.BACKOFF, State.QUARANTINED):
-            return replica.note
-        if replica.held or fleet.stopping:
-            return "was stopped"
-        yield None
-
-
-def _clears(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
+def _holders(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
+    """Others that have one of its ports."""
     if program is None:
         return ()
     others = (replica.program for replica in fleet.replicas.values() if replica.name != program.name)
     return tuple(other.name for other in others if set(other.ports) & set(program.ports))
 
 
-def _order(program: Program) -> int:
-    return -1 if program.name == ROUTER else program.replica or 0
-
-
-def _arguments(argv: tuple[str, ...]) -> dict[str, str]:
-    """--flag -> its words; what comes before the first flag is "program"."""
-    found: dict[str, str] = {}
-    flag = "program"
-    for word in argv:
-        if word.startswith("-"):
-            flag = word
-            found.setdefault(flag, "")
-        else:
-            found[flag] = f"{found[flag]} {word}" if found.get(flag) else word
-    return found
+def _no_longer_stopped(fleet: Fleet, replica: Replica) -> None:
+    if replica.intent is Intent.STOPPED:
+        fleet.wish(replica, Wish(Intent.RUN, replica.draining))

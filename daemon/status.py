@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from .. import __version__
-from . import masking
+from . import explain, masking
 from .fleet import Fleet
 from .programs import ROUTER, address
 from .replica import Replica, State
@@ -38,32 +38,46 @@ def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
     """What `fdctl why` adds to the status of one program."""
     return {
         **_entry(fleet, replica),
-        "last_exit": replica.last_exit or None,
+        "for": round(max(0.0, now - replica.since), 1),
+        "waits_for": explain.waits_for(fleet, replica, now) or None,
         "last_exit_time": replica.last_exit_time or None,
-        "next_try_in": max(0.0, round(replica.next_try - now, 1)) if _has_failed(replica) else None,
+        "next_try_in": explain.next_try_in(replica, now),
         "output": str(fleet.layout.output(replica.name)),
-        "argv": masking.argv(replica.program.argv),
+        "argv": masking.argv(replica.program.words),
     }
 
 
 def all_ready(fleet: Fleet) -> bool:
     """Everything that is not held answers, and the router knows all of it."""
-    wanted = (replica for replica in fleet.replicas.values() if not replica.held)
+    wanted = (replica for replica in fleet.replicas.values() if not replica.left_down)
     return (
         fleet.adopted and all(replica.state is State.READY for replica in wanted) and fleet.all_registered()
     )
 
 
 def usable(fleet: Fleet) -> bool:
-    """Requests are answered, and whatever cannot be started has been tried once."""
-    router = fleet.replicas.get(ROUTER)
-    states = {replica.state for replica in fleet.replicas.values() if replica is not router}
-    answered = State.READY in states and (router is None or router.state is State.READY)
-    return answered and not states & {State.WAITING, State.STARTING}
+    """Requests are answered, unless the operator wants none to be, and everything has been tried once."""
+    wanted = {replica.name: replica for replica in fleet.replicas.values() if not replica.left_down}
+    router = wanted.pop(ROUTER, None)
+    states = {replica.state for replica in wanted.values()}
+    if not fleet.adopted or states & {State.WAITING, State.STARTING}:
+        return False
+    # Until the router knows a replica it has nobody to give a request to.
+    if router is not None and not (router.state is State.READY and fleet.all_registered()):
+        return False
+    return State.READY in states or not states
+
+
+def first_try(fleet: Fleet) -> bool:
+    """Something has not been tried yet, or loads for the first time: there is more to wait for."""
+    return not fleet.adopted or any(
+        replica.state in (State.WAITING, State.STARTING) and not replica.restarts
+        for replica in fleet.replicas.values()
+    )
 
 
 def one_line(fleet: Fleet) -> str:
-    """ "7/8 ready; replica 4 loading 62%"."""
+    """ "7/8 ready, replica 4 loading 62%"."""
     replicas = [replica for replica in fleet.replicas.values() if replica.name != ROUTER]
     ready = sum(replica.state is State.READY for replica in replicas)
     words = [f"{ready}/{len(replicas)} ready"]
@@ -75,7 +89,7 @@ def one_line(fleet: Fleet) -> str:
             )
         elif replica.state not in (State.READY, State.WAITING):
             words.append(f"{replica.label} {replica.state}")
-    return "; ".join(words)
+    return ", ".join(words)
 
 
 def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
@@ -90,16 +104,15 @@ def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
         "restarts": replica.restarts,
         "host": replica.program.host,
         "port": replica.program.ports[0],
+        "metrics_port": replica.program.ports[0 if number is None else 1],
         "in_flight": fleet.in_flight(replica),
         "progress": progress if replica.state is State.STARTING else None,
-        "held": replica.held,
+        "intent": str(replica.intent),
+        "draining": replica.draining,
         "last_exit": replica.last_exit or None,
+        "cause": str(replica.cause) if replica.cause else None,
         "note": replica.note,
     }
-
-
-def _has_failed(replica: Replica) -> bool:
-    return replica.state in (State.BACKOFF, State.QUARANTINED)
 
 
 def _number(value: Any) -> float | None:

@@ -147,6 +147,8 @@ def write(layout: Layout, programs: Iterable[Program]) -> None:
     for program in programs:
         layout.output(program.name).parent.mkdir(parents=True, exist_ok=True)
         _write(layout.launch / program.launch_name, program.launch_text(layout.run))
+        if program.flags_file:
+            _write(Path(program.flags_file), program.flags_text)
     _write(layout.ini, render(layout, programs))
 
 
@@ -172,12 +174,18 @@ def last_error(file: Path, since: float) -> str:
     errors = [
         line.strip()
         for line in _tail(file).splitlines()
-        # gunicorn's own words say that it ends, not why. A line without a time is the last word of a start.
-        if re.search(r"\bERROR\b", line)
-        and "gunicorn.error" not in line
-        and not ((told := _TIME.match(line)) and told[0] < began)
+        # A line without a time is the last word of a start.
+        if re.search(r"\bERROR\b", line) and not ((told := _TIME.match(line)) and told[0] < began)
     ]
-    return errors[-1][:300] if errors else ""
+    # gunicorn's own words say that it ends; its reason is only of interest where nobody else tells one.
+    own = [line for line in errors if "gunicorn.error" not in line]
+    own = own or [line for line in errors if "Reason: " in line]
+    return own[-1][:300] if own else ""
+
+
+def tells(file: Path, pattern: str) -> bool:
+    """Whether one of the last lines of a program's output has this in it."""
+    return re.search(pattern, _tail(file), re.MULTILINE) is not None
 
 
 class Supervisor:
@@ -204,6 +212,11 @@ class Supervisor:
         """SIGTERM to its process group now, SIGKILL after the stop timeout. Returns at once."""
         with _ignoring("NOT_RUNNING"):
             self._call("stopProcess", name, False)
+
+    def send_signal(self, name: str, signal: str) -> None:
+        """Sends a signal ("HUP") to its process alone; whether it runs is seen by what follows."""
+        with _ignoring("NOT_RUNNING"):
+            self._call("signalProcess", name, signal)
 
     def replace(self, name: str, *, add: bool) -> None:
         """Takes a program that does not run out of supervisord and, with `add`, in again as the ini says.

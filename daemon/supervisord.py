@@ -24,6 +24,8 @@ from .supervisor import Supervisor, SupervisorError, SupervisorLost
 log = logging.getLogger("fd-dp")
 
 _START_PATIENCE = 20.0
+#: For one that systemd starts again. Meanwhile nobody is answered, systemd's watchdog included.
+_UNIT_PATIENCE = 5.0
 #: One that accepts connections but answers none for so long is killed.
 _HANGS = 30.0
 _KILL_PATIENCE = 3.0
@@ -63,10 +65,10 @@ class Supervisord:
         """Its pid if it is our child."""
         return self._child.pid if self._child else None
 
-    def connect(self) -> None:
+    def connect(self, patience: float = _START_PATIENCE) -> None:
         """Returns when it answers. Raises FastDeployError if it cannot be brought to that."""
         self.pid = 0
-        deadline = time.monotonic() + _START_PATIENCE
+        deadline = time.monotonic() + patience
         while True:
             try:
                 self.pid = self._client.pid()
@@ -105,7 +107,7 @@ class Supervisord:
         try:
             self._kill()
             self._sweep()
-            self.connect()
+            self.connect(_UNIT_PATIENCE if self._external else _START_PATIENCE)
         except (FastDeployError, OSError) as failure:
             log.error("%s; next try in %.1f s", failure, decision.delay)
             self._next_try = time.monotonic() + decision.delay

@@ -88,6 +88,8 @@ def render_untrusted(source: str, variables: dict[str, Any], rendered_at: float 
             stderr=subprocess.DEVNULL,
             timeout=_WALL_SECONDS,
             check=False,
+            # What tells a server's process group to end is for the server, which first answers what it has.
+            process_group=0,
         )
         answer = json.loads(child.stdout)
     except (subprocess.TimeoutExpired, json.JSONDecodeError):

@@ -14,6 +14,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .exposition import CONTENT_TYPE
 from .messages import ExpertParallelStats, Ready, Stats
 
 # Half of the lines would be times at which counters were made.
@@ -21,7 +22,7 @@ disable_created_metrics()
 
 # Wider than FastDeploy's, whose first-token buckets end at 1 s: a long prompt on a CPU takes a minute.
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
-_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
 
@@ -29,7 +30,7 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 class ReplicaMetrics:
     """`read_stats` and `read_sizes` give the worker's latest words, or None before it has spoken."""
 
-    content_type = "text/plain; version=0.0.4; charset=utf-8"
+    content_type = CONTENT_TYPE
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class ReplicaMetrics:
             "time_to_first_token_seconds", "From a request's arrival to its first token", _FIRST_TOKEN
         )
         self.per_token = histogram(
-            "time_per_output_token_seconds", "Mean time between a choice's tokens after the first", _PER_TOKEN
+            "time_per_output_token_seconds", "From one token of a choice to the next", _PER_TOKEN
         )
         self.whole = histogram("e2e_request_latency_seconds", "From a request's arrival to its end", _WHOLE)
         self.prompt_length = histogram("request_prompt_tokens", "Tokens of one prompt", _TOKENS)
@@ -101,6 +102,7 @@ class _EngineCollector(Collector):
         yield _gauge("hit_token_rate", "Part of prompt tokens found cached, 0..1", hit / max(queried, 1))
         yield _counter("request_preempted", "Sequences put back to make room", stats.preemptions_total)
         yield _counter("prefix_cache_token_num", "Prompt tokens found in the prefix cache", hit)
+        yield _counter("prefix_cache_query_token_num", "Prompt tokens looked up in the prefix cache", queried)
         if stats.expert_parallel is not None:
             yield from _of_group(stats.expert_parallel)
 

@@ -170,6 +170,8 @@ def serve(engine: EngineCore, rank: Rank | None, api: ApiLink) -> None:
             match message:
                 case AddRequest():
                     engine.add(message)
+                    # Whoever has sent it waits for a word, even if it is aborted before a step.
+                    resting = False
                 case AbortRequests():
                     engine.abort(message.request_ids)
         if engine.has_work:

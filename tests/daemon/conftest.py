@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,8 @@ class Running:
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.config = prefix / "dp.toml"
-        self.ports = find_free(16)
+        self.ports = find_free(26)
+        self.metrics_port = self.ports[25]
         self.daemon: subprocess.Popen[str] | None = None
         self.external = False
 
@@ -48,6 +50,7 @@ class Running:
         replicas: int = 2,
         extra_args: tuple[str, ...] = (),
         env: Mapping[str, str] | None = None,
+        router_args: tuple[str, ...] = (),
         **supervise: Any,
     ) -> None:
         supervise = {"backoff_first": 0.1, "probe_interval": 0.2, **supervise}
@@ -55,13 +58,15 @@ class Running:
             '[model]\npath = "demo"',
             f"[parallel]\ndata_parallel_size = {replicas}",
             f"[router]\nport = {self.ports[0]}",
+            f"extra_args = {json.dumps(list(router_args))}",
             "[engine]",
             f"ports = {self.ports[1 : 1 + replicas]}",
-            f"metrics_ports = {self.ports[6 : 6 + replicas]}",
-            f"engine_worker_queue_ports = {self.ports[11 : 11 + replicas]}",
+            f"metrics_ports = {self.ports[9 : 9 + replicas]}",
+            f"engine_worker_queue_ports = {self.ports[17 : 17 + replicas]}",
             f"extra_args = {json.dumps(list(extra_args))}",
             "[engine.env]",
             *(f"{key} = {json.dumps(value)}" for key, value in (env or {}).items()),
+            f"[metrics]\nport = {self.metrics_port}",
             "[supervise]",
             *(f"{key} = {value}" for key, value in supervise.items()),
         ]
@@ -111,6 +116,33 @@ class Running:
 
         return wait_until(again, f"{name} READY again")
 
+    def tell(self, do: str, **words: Any) -> list[dict[str, Any]]:
+        """All that the daemon answers to a command, the result last."""
+        command = {"do": do, "wait": True, **words}
+        return [*control.request(control.socket_path(self.prefix / "run"), command, 60.0)]
+
+    def do(self, do: str, name: str = "", **words: Any) -> None:
+        """As fdctl, without the time that a process takes. It must succeed."""
+        assert self.tell(do, name=name, **words)[-1]["code"] == control.OK
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """What the router knows of the replicas, by number; nothing while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[0]}/registered", timeout=20) as answer:
+                found = json.load(answer)
+        except OSError:
+            return {}
+        return {row["replica"]: row for row in [*found["mixed"], *found["down"]]}
+
+    def drained(self) -> set[int]:
+        return {number for number, row in self.rows().items() if row["draining"]}
+
+    def set_in_flight(self, replica: int, requests: int) -> None:
+        """What the fake router says of it."""
+        aside = self.prefix / "run" / "in-flight.new"
+        aside.write_text(str(requests))
+        aside.rename(self.prefix / "run" / f"in-flight-{replica}")
+
     def stop(self, sig: int = signal.SIGTERM) -> str:
         """Returns what the daemon has printed. It has promised to be gone, with everything, within 15 s."""
         assert self.daemon is not None
@@ -129,14 +161,47 @@ class Running:
         return (self.prefix / "logs" / "fd-dp.log").read_text()
 
 
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    system = Running(tmp_path)
-    system.write()
-    yield system
+def _end(system: Running) -> None:
     if system.daemon is not None and system.daemon.poll() is None:
         system.stop()
     left = system.left_over()
     for process in left:
         os.kill(process.pid, signal.SIGKILL)
     assert left == []
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    system = Running(tmp_path)
+    system.write()
+    yield system
+    _end(system)
+
+
+@pytest.fixture(scope="module")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    system = Running(tmp_path_factory.mktemp("shared"))
+    system.write()
+    system.start_and_wait()
+    yield system
+    _end(system)
+
+
+@pytest.fixture
+def lent(_shared: Running) -> Iterator[Running]:
+    """One that runs already. After the test everything is made as it was, for the next."""
+    ports = [*_shared.ports]
+    yield _shared
+    _shared.ports[:] = ports
+    for file in (_shared.prefix / "run").glob("in-flight-*"):
+        file.unlink()
+    if _shared.daemon is None or _shared.daemon.poll() is not None:
+        _shared.start()
+    # Not what a test that has failed has left under way.
+    wait_until(lambda: _shared.status()["daemon"]["state"] == "READY", "no operation is under way")
+    _shared.write()
+    for do in ("undrain", "release", "start"):
+        _shared.tell(do, name="all")
+    _shared.do("start", "router")
+    _shared.do("reload")
+    wait_until(lambda: _shared.ready() and not _shared.drained(), "everything is as it was")

@@ -1,16 +1,19 @@
-"""A program that behaves, on its ports, as a replica or a router does. Misbehaviour is asked for by flags.
+"""A program that behaves, on its ports, as a replica does. Misbehaviour is asked for by flags.
 
 --load-seconds S    /health says "loading" for so long
 --die-while-loading exits with code 3 instead of becoming ready
---no-token          /v1/completions answers 500
+--no-word           /v1/completions answers 500
 --grandchild        starts a process in a session of its own, which ignores SIGTERM
 --ignore-term       ignores SIGTERM itself
 --hang-file FILE    while FILE exists, /health does not answer
+--stuck-file FILE   has a worker, which is deadlocked: while FILE exists, it has a request in hand
+--unknown           does not register with the router
 
 A stream goes on until SIGTERM and --timeout-graceful-shutdown seconds more, and ends with an error event.
 """
 
 import argparse
+import http.client
 import http.server
 import json
 import os
@@ -24,16 +27,22 @@ from typing import Any
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int, required=True)
+parser.add_argument("--router")
+parser.add_argument("--local-data-parallel-id", type=int)
 parser.add_argument("--load-seconds", type=float, default=0.0)
 parser.add_argument("--hang-file", type=Path)
+parser.add_argument("--stuck-file", type=Path)
+parser.add_argument("--api-keys-file", type=Path)
 parser.add_argument("--timeout-graceful-shutdown", type=float, default=10.0)
-for flag in ("--die-while-loading", "--no-token", "--grandchild", "--ignore-term"):
+for flag in ("--die-while-loading", "--no-word", "--grandchild", "--ignore-term", "--unknown"):
     parser.add_argument(flag, action="store_true")
 # The rest of a replica's real command line means nothing here.
 options, _ = parser.parse_known_args()
 started = time.monotonic()
-key = os.environ.get("FD_API_KEY")
+key = options.api_keys_file.read_text().split()[0] if options.api_keys_file else os.environ.get("FD_API_KEY")
 streaming = ending = False
+#: No registration that is under way may arrive after the farewell.
+talking = threading.Lock()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -41,12 +50,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         while options.hang_file and options.hang_file.exists():
             time.sleep(0.05)
         loaded = time.monotonic() - started
-        if self.path == "/registered":
-            self._answer(200, {"mixed": [{"replica": number, "in_flight": 0} for number in range(64)]})
-        elif loaded < options.load_seconds:
+        if loaded < options.load_seconds:
             self._answer(503, {"status": "loading", "progress": loaded / options.load_seconds})
         else:
-            self._answer(200, {"status": "ready"})
+            self._answer(200, {"status": "ready", "worker": pulse()})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -54,7 +61,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._answer(401, {"error": {"message": "a valid API key is needed"}})
         elif body.get("stream"):
             self._stream()
-        elif options.no_token:
+        elif options.no_word:
             self._answer(500, {"error": {"message": "the network returns NaN"}})
         else:
             self._answer(200, {"choices": [{"text": " world"}]})
@@ -82,9 +89,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def pulse() -> dict[str, float]:
+    try:
+        silent = time.time() - options.stuck_file.stat().st_mtime
+    except (AttributeError, FileNotFoundError):
+        silent = 0.0
+    return {"pid": os.getpid(), "steps": 1, "requests": int(silent > 0), "silent": silent}
+
+
+def tell_router(path: str) -> bool:
+    host, _, port = options.router.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=2)
+    body = {"host_ip": "127.0.0.1", "port": options.port, "replica": options.local_data_parallel_id}
+    try:
+        connection.request("POST", path, json.dumps(body))
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def register() -> None:
+    time.sleep(options.load_seconds)
+    while not ending:
+        with talking:
+            known = not ending and tell_router("/register")
+        time.sleep(0.5 if known else 0.1)
+
+
 def end(*_: object) -> None:
     global ending
+    if ending:
+        return
     ending = True
+    if not options.unknown:
+        with talking:
+            tell_router("/deregister")
     if not streaming:
         os._exit(0)
 
@@ -93,6 +134,14 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN if options.ignore_term else end)
 if options.grandchild:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+if options.stuck_file:
+    code = """import faulthandler, signal, threading
+faulthandler.register(signal.SIGUSR2)
+def deadlocked(lock):
+    with lock, lock:
+        pass
+deadlocked(threading.Lock())"""
+    subprocess.Popen([sys.executable, "-c", code])
 print(f"fake replica on port {options.port}", flush=True)
 if options.die_while_loading:
     time.sleep(options.load_seconds)
@@ -100,5 +149,8 @@ if options.die_while_loading:
     sys.exit(3)
 server = http.server.ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
+if not options.unknown:
+    threading.Thread(target=register, daemon=True).start()
 while True:
-    signal.pause()
+    # A signal that came just before a wait without an end would be handled after it.
+    time.sleep(0.1)

@@ -9,15 +9,18 @@ from fastdeploy.daemon.config import Config
 from fastdeploy.daemon.programs import Program, programs_of
 from fastdeploy.errors import FastDeployError
 
-FAKE = str(Path(__file__).with_name("fake_replica.py"))
+FAKE_REPLICA = str(Path(__file__).with_name("fake_replica.py"))
+FAKE_ROUTER = str(Path(__file__).with_name("fake_fd_router.py"))
 
 
 def fake_programs(config: Config) -> list[Program]:
     """The same names, ports and arguments; only what is executed differs."""
     programs = []
     for program in programs_of(config):
-        words = program.argv[1:] if program.replica is None else program.argv[3:]
-        argv = (sys.executable, FAKE, *words)
+        if program.replica is None:
+            argv = (sys.executable, FAKE_ROUTER, *program.argv[1:])
+        else:
+            argv = (sys.executable, FAKE_REPLICA, *program.argv[3:])
         programs.append(replace(program, argv=argv))
     return programs
 

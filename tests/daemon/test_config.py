@@ -32,6 +32,11 @@ def test_a_model_is_enough_and_the_ports_are_those_of_fastdeploys_documentation(
     assert config.engine.metrics_ports == (3101, 3201, 3301, 3401, 3501, 3601, 3701, 3801)
     assert config.engine.engine_worker_queue_ports == (25611, 25621, 25631, 25641, 25651, 25661, 25671, 25681)
     assert config.router.port == 30000
+    assert (config.metrics.host, config.metrics.port) == ("127.0.0.1", 30001)
+
+
+def test_the_daemons_metrics_can_be_switched_off() -> None:
+    assert read(model("[metrics]\nport = 0\n")).metrics.port == 0
 
 
 def test_the_shipped_file_is_good_and_its_replicas_are_eight() -> None:
@@ -65,7 +70,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         (model("[engin]\n"), "3: engin: unknown section; did you mean 'engine'?"),
         (
             model("[zzz]\n"),
-            "3: zzz: unknown section; known are engine, model, parallel, paths, router, supervise",
+            "3: zzz: unknown section; known are engine, metrics, model, parallel, paths, router, supervise",
         ),
         (model("engine = 3\n"), "3: model.engine: unknown key; known are path, served_name"),
         ("engine = 3\n" + model(), "1: engine: is 3; it must be a section, [engine]"),
@@ -106,6 +111,22 @@ def test_every_option_has_one_sentence_of_help() -> None:
             "6: engine.ports: port 5000 is engine.ports[0] and engine.ports[1]; use each port once",
         ),
         (
+            model("[metrics]\nport = 30000\n"),
+            "4: metrics.port: port 30000 is router.port and metrics.port; use each port once",
+        ),
+        (
+            model("[router]\nport = 30001\n"),
+            "1: metrics.port: port 30001 is router.port and metrics.port; use each port once",
+        ),
+        (
+            model("[metrics]\nport = 3201\n"),
+            "4: metrics.port: port 3201 is engine.metrics_ports[1] and metrics.port; use each port once",
+        ),
+        (
+            model("[metrics]\nhost = 'localhost'\n"),
+            "4: metrics.host: is 'localhost'; it must be an IP address, as 127.0.0.1",
+        ),
+        (
             model("[parallel]\ntensor_parallel_size = 2\n"),
             "4: parallel.tensor_parallel_size: is 2; it must be 1",
         ),
@@ -123,18 +144,21 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\nextra_args = '--x'\n"),
-            "4: engine.extra_args: is '--x'; it must be a list of texts",
+            "4: engine.extra_args: is a text; it must be a list of texts",
         ),
         (
             model("[engine]\nextra_args = ['--api-key', '5ecret']\n"),
-            "4: engine.extra_args: it must not hold --api-key, which every user of this machine could read "
-            'and health checks would not know; write env = { FD_API_KEY = "..." }',
+            "4: engine.extra_args: it must not hold --api-key: every user of this machine can read command "
+            "lines; write api_keys_file = FILE",
         ),
         (
             model("[engine]\nextra_args = ['--api-key=x']\n"),
             "4: engine.extra_args: it must not hold --api-key",
         ),
-        (model("[engine]\nenv = { A = 1 }\n"), '4: engine.env: A is 1; it must be a text, A = "1"'),
+        (
+            model("[engine]\nenv = { A = 1 }\n"),
+            '4: engine.env: A is an integer; it must be a text, A = "..."',
+        ),
         (
             model("[engine.env]\n'A B' = '1'\n"),
             "3: engine.env: 'A B' cannot be the name of an environment variable",
@@ -142,7 +166,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         (model("[engine.env]\nFD_LOG_DIR = '/'\n"), "3: engine.env: FD_LOG_DIR is set by the daemon itself"),
         (
             model('[engine]\nextra_args = ["\\u0000"]\n'),
-            "4: engine.extra_args: is '\\x00'; a text must not contain",
+            "4: engine.extra_args: must not contain",
         ),
         (model("[router]\nport = 70000\n"), "4: router.port: is 70000; it must be between 1 and 65535"),
         (model("[router]\npolicy = 'magic'\n"), "4: router.policy: is 'magic'; it must be one of '"),

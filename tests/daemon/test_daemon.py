@@ -153,15 +153,16 @@ def test_the_health_check_shows_the_key_that_the_replicas_ask_for(running: Runni
     running.start_and_wait()
 
 
-def test_what_the_operator_held_is_stopped_even_if_the_daemon_died_before_it_did(running: Running) -> None:
+def test_what_the_operator_stopped_is_stopped_even_if_the_daemon_died_before_it_did(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     running.stop(signal.SIGKILL)
     (running.prefix / "state").mkdir(exist_ok=True)
-    (running.prefix / "state" / "held.json").write_text('["replica1"]')
+    wishes = {"replica1": {"intent": "stopped", "draining": False}}
+    (running.prefix / "state" / "intents.json").write_text(json.dumps(wishes))
     running.start()
     wait_until(lambda: running.programs().get("replica1", {}).get("state") == "STOPPED", "replica 1 stopped")
-    assert running.programs()["replica1"]["held"]
+    assert running.programs()["replica1"]["intent"] == "stopped"
     assert not alive(before["replica1"])
     wait_until(lambda: running.programs()["replica0"]["state"] == "READY", "replica 0 READY")
     assert running.pids()["replica0"] == before["replica0"]
@@ -261,15 +262,15 @@ def test_a_replica_that_cannot_load_is_quarantined_and_the_others_serve(running:
     entry = json.loads(running.fdctl("why", "0", "--json").stdout)
     assert entry["last_exit"] == "exit status 3"
     assert entry["lines"][-1] == "fake: ERROR (cannot load: no such checkpoint)"
-    assert 500 < entry["next_try_in"] <= 600
+    assert 400 < entry["next_try_in"] <= 600
     assert running.programs()["router"]["state"] == "READY"
 
 
 def test_a_replica_that_generates_no_token_is_not_ready(running: Running) -> None:
-    running.write(extra_args=("--no-token",), startup_timeout=1)
+    running.write(extra_args=("--no-word",), startup_timeout=4)
     running.start()
-    wait_until(lambda: "ERROR (not READY within 1 s" in _log(running), "replica given up")
-    assert "its first token failed: the network returns NaN" in running.log()
+    wait_until(lambda: "ERROR (not READY within 4 s" in _log(running), "replica given up")
+    assert "a token failed: the network returns NaN" in running.log()
 
 
 def test_a_replica_that_stops_answering_is_killed_and_started_again(running: Running, tmp_path: Path) -> None:

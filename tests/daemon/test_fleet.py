@@ -2,97 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 from pathlib import Path
-from typing import Any
 
-from fastdeploy.daemon.config import parse
-from fastdeploy.daemon.fleet import Fleet
-from fastdeploy.daemon.probes import Probes, Reading
-from fastdeploy.daemon.programs import Program, programs_of
+from fastdeploy.daemon import processes
+from fastdeploy.daemon.causes import Cause
+from fastdeploy.daemon.intents import Intent, Wish
+from fastdeploy.daemon.launch import HASH, MARKER
 from fastdeploy.daemon.replica import State
-from fastdeploy.daemon.supervisor import Layout, Process, Supervisor
-from fastdeploy.ports import find_free
 
-
-class FakeSupervisor(Supervisor):
-    """Starts nothing; a program that is started runs until the test says otherwise."""
-
-    def __init__(self, layout: Layout) -> None:
-        super().__init__(layout)
-        self.running: dict[str, Process] = {}
-
-    def processes(self) -> dict[str, Process]:
-        return dict(self.running)
-
-    def start(self, name: str) -> None:
-        # A pid that no process has: the kernel's are below 2**22.
-        self.running[name] = Process(name, "RUNNING", (1 << 22) + len(self.running) + 1, 1)
-
-    def stop(self, name: str) -> None:
-        self.end(name)
-
-    def replace(self, name: str, *, add: bool) -> None:
-        pass
-
-    def end(self, name: str) -> None:
-        process = self.running[name]
-        self.running[name] = Process(name, "EXITED", 0, process.started)
-
-
-class FakeProbes(Probes):
-    def __init__(self) -> None:
-        super().__init__(lambda: None)
-        self.good: set[str] = set()
-        self._waiting: list[Reading] = []
-
-    def ask(self, program: Program, pid: int, token: bool) -> None:
-        self._waiting.append(Reading(program.name, pid, program.name in self.good, True))
-
-    def take(self) -> list[Reading]:
-        readings, self._waiting = self._waiting, []
-        return readings
-
-
-class World:
-    def __init__(self, directory: Path, replicas: int, **supervise: Any) -> None:
-        ports = find_free(1 + 3 * replicas)
-        lines = [
-            '[model]\npath = "demo"',
-            f"[parallel]\ndata_parallel_size = {replicas}",
-            f"[router]\nport = {ports[0]}",
-            f"[engine]\nports = {ports[1 : 1 + replicas]}",
-            f"metrics_ports = {ports[1 + replicas : 1 + 2 * replicas]}",
-            f"engine_worker_queue_ports = {ports[1 + 2 * replicas :]}",
-            "[supervise]",
-            *(f"{key} = {value}" for key, value in supervise.items()),
-        ]
-        config = parse("\n".join(lines), "dp.toml", directory, directory)
-        self.now = 1000.0
-        self.supervisor = FakeSupervisor(Layout(config.paths.run, config.paths.logs))
-        self.probes = FakeProbes()
-        self.fleet = Fleet(
-            config,
-            programs_of(config),
-            self.supervisor,
-            self.probes,
-            watch=lambda pid: None,
-            clock=lambda: self.now,
-            dice=lambda: 1.0,
-        )
-        self.fleet.adopt()
-
-    def pass_time(self, seconds: float, step: float = 0.5) -> None:
-        end = self.now + seconds
-        while self.now < end:
-            self.now = min(end, self.now + step)
-            self.fleet.step()
-
-    def become_ready(self, *names: str) -> None:
-        self.probes.good |= set(names)
-        self.pass_time(2.0)
-
-    def names(self, state: State) -> set[str]:
-        return {name for name, replica in self.fleet.replicas.items() if replica.state is state}
+from .conftest import wait_until
+from .world import World
 
 
 def test_the_router_first_then_as_many_replicas_at_a_time_as_may_load(tmp_path: Path) -> None:
@@ -170,11 +92,80 @@ def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.hold(replica, True)
-    world.fleet.stop(replica, "held")
+    world.fleet.wish(replica, Wish(Intent.STOPPED))
+    world.fleet.stop(replica, "stopped")
     world.pass_time(1.0)
     assert replica.state is State.STOPPED
     world.supervisor.start("replica0")
     world.pass_time(1.0)
     assert world.supervisor.running["replica0"].state == "EXITED"
     assert replica.state is State.STOPPED
+
+
+def fail(world: World, name: str) -> None:
+    world.supervisor.end(name)
+    world.fleet.step()
+
+
+def test_when_many_replicas_fail_each_further_one_is_quarantined_and_the_router_is_not(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, 3, box_budget=4, backoff_first=1, parallel_starts=3)
+    names = ("replica0", "replica1", "replica2")
+    world.become_ready("router", *names)
+    for name in (*names, names[0]):
+        fail(world, name)
+        world.pass_time(8.0)
+    assert world.names(State.READY) == {"router", *names}
+    fail(world, "replica1")
+    fail(world, "router")
+    assert world.names(State.QUARANTINED) == {"replica1"}
+    assert "5 failures within 600 s on this machine" in world.fleet.replicas["replica1"].note
+    assert world.fleet.replicas["router"].state is State.BACKOFF
+    # Slowly, but it is tried.
+    world.pass_time(620.0)
+    assert world.fleet.replicas["replica1"].state is State.READY
+
+
+def test_a_wrong_flag_is_tried_again_slowly_from_the_first_and_says_so(tmp_path: Path) -> None:
+    world = World(tmp_path, 1, quarantine=500)
+    world.become_ready("router", "replica0")
+    replica = world.fleet.replicas["replica0"]
+    output = world.fleet.layout.output("replica0")
+    output.write_text("api_server: ERROR (unrecognized arguments: --surprise)\n")
+    world.supervisor.how = "exit status 2"
+    fail(world, "replica0")
+    assert (replica.state, replica.cause) == (State.QUARANTINED, Cause.FLAG)
+    assert replica.next_try - world.now == 500
+    assert "exit status 2 (wrong flag); its last error: api_server: ERROR (unrecognized" in replica.note
+    assert replica.note.endswith("quarantined: a wrong flag will not heal by itself")
+
+
+def test_each_end_is_counted_with_its_cause_and_each_start_with_its_time(tmp_path: Path) -> None:
+    world = World(tmp_path, 1)
+    world.become_ready("router", "replica0")
+    world.supervisor.how = "terminated by SIGSEGV"
+    fail(world, "replica0")
+    world.pass_time(5.0)
+    value = world.fleet.metrics.registry.get_sample_value
+    assert value("fd_dp_restarts_total", {"program": "replica0", "cause": "crash"}) == 1
+    assert value("fd_dp_ready_seconds_count", {"program": "replica0"}) == 2
+    assert value("fd_dp_restarts_total", {"program": "router", "cause": "crash"}) is None
+
+
+def test_nothing_is_started_while_the_old_process_of_its_seat_is_still_there(tmp_path: Path) -> None:
+    """It would hold ports and memory that the new one needs."""
+    world = World(tmp_path, 1, backoff_first=0)
+    world.become_ready("router", "replica0")
+    env = {**os.environ, MARKER: f"{world.fleet.layout.run}#replica0", HASH: "x"}
+    with subprocess.Popen(["sleep", "600"], env=env, start_new_session=True) as old:
+        wait_until(lambda: processes.marked(world.fleet.layout.run), "its mark")
+        fail(world, "replica0")
+        replica = world.fleet.replicas["replica0"]
+        assert (replica.state, replica.note) == (
+            State.WAITING,
+            f"waits for pid {old.pid} of its last run to end",
+        )
+        assert old.wait(20) == -signal.SIGKILL
+        world.fleet.step()
+        assert replica.state is State.STARTING

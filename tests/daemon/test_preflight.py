@@ -42,6 +42,8 @@ def test_replicas_are_told_the_precision_of_their_weights(tmp_path: Path) -> Non
         ({"engine": 'dtype = "float32"\nquantization = "wint8"'}, "--quantization"),
         ({"engine": 'host = "no.such.host.invalid"'}, "[engine] host"),
         ({"router": 'host = "no.such.host.invalid"'}, "[router] host"),
+        ({"router": 'extra_args = ["--bogus"]'}, "[router] extra_args: unrecognized arguments: --bogus"),
+        ({"router": 'extra_args = ["--queue-size", "-1"]'}, "the router could not start: --queue-size is -1"),
     ],
 )
 def test_what_every_replica_would_fail_with_is_one_line(tmp_path: Path, content: dict, said: str) -> None:

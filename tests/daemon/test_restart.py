@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.daemon.options import SuperviseSection
-from fastdeploy.daemon.restart import Restarts
+from fastdeploy.daemon.restart import Box, Restarts
 
 POLICY = SuperviseSection(
     backoff_first=1.0, backoff_max=8.0, budget=100, budget_window=60.0, quarantine=300.0
@@ -41,6 +41,33 @@ def test_too_many_failures_within_the_window_are_quarantine_and_older_ones_do_no
     assert quick.failed(4.0).delay == 300.0
     slow = Restarts(policy, lambda: 1.0)
     assert not any(slow.failed(now * 31.0).quarantined for now in range(20))
+
+
+def test_quarantine_lasts_until_it_has_been_stable_and_its_tries_are_spread() -> None:
+    policy = SuperviseSection(budget=2, budget_window=60.0, quarantine=300.0)
+    restarts = Restarts(policy, lambda: 0.0)
+    restarts.failed(0.0)
+    assert restarts.failed(1.0).quarantined
+    later = restarts.failed(1000.0)
+    assert (later.quarantined, later.delay) == (True, 225.0)
+    assert later.why == "failure 3 in a row, 1 failure within 60 s"
+    restarts.stable()
+    assert not restarts.failed(2000.0).quarantined
+
+
+def test_what_no_quick_try_can_mend_is_in_quarantine_at_once_and_only_for_that() -> None:
+    restarts = Restarts(SuperviseSection(), lambda: 1.0)
+    decision = restarts.failed(0.0, "a wrong flag will not heal by itself")
+    assert (decision.quarantined, decision.delay) == (True, 600.0)
+    assert decision.why == "a wrong flag will not heal by itself"
+    assert not restarts.failed(1.0).quarantined
+
+
+def test_too_many_failures_of_all_replicas_are_the_machine_s_until_the_window_is_over() -> None:
+    box = Box(SuperviseSection(box_budget=3, budget_window=60.0))
+    assert [box.failed(now) for now in (0.0, 1.0, 2.0)] == [""] * 3
+    assert box.failed(3.0) == "4 failures within 60 s on this machine, more than box_budget = 3"
+    assert box.failed(70.0) == ""
 
 
 @given(

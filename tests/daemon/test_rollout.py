@@ -1,111 +1,235 @@
-"""The plan of a reload."""
+"""A reload carried out: one at a time, the first as a canary, all or nothing, whatever dies meanwhile."""
 
 from __future__ import annotations
 
-from types import MappingProxyType
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from hypothesis import given
-from hypothesis import strategies as st
+from fastdeploy.daemon import control
+from fastdeploy.daemon.router_admin import Flags, flags
 
-from fastdeploy.daemon.programs import Program
-from fastdeploy.daemon.rollout import Step, differences, plan
+from .conftest import FDCTL, Running, wait_until
+from .test_drain import nobody_is_drained, stages
 
-
-def program(name: str, port: int, *words: str, **env: str) -> Program:
-    return Program(name, ("python", "-m", "x", *words), MappingProxyType(env), (port,))
-
-
-def fleet(count: int, *words: str, base: int = 5000) -> list[Program]:
-    return [program("router", 30000), *(program(f"replica{i}", base + i, *words) for i in range(count))]
-
-
-def test_nothing_changed_is_nothing_to_do() -> None:
-    assert plan(fleet(8), fleet(8)) == []
+SLOWER = ("--load-seconds", "0.2")
 
 
-def test_only_what_changed_is_replaced_in_order() -> None:
-    steps = plan(fleet(3), fleet(3, "--max-num-seqs", "8"))
-    assert [str(step) for step in steps] == [
-        f"replace replica {i} (--max-num-seqs 8: added)" for i in range(3)
+@contextmanager
+def watched(running: Running) -> Iterator[list[int]]:
+    """How many replicas are READY and take requests, looked at all the time."""
+    seen: list[int] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            # One is in service before the next is drained: so it is seen so before or after the states are.
+            before = running.rows().keys() - running.drained()
+            ready = {entry["replica"] for entry in running.status()["replicas"] if entry["state"] == "READY"}
+            seen.append(len(ready & (before | (running.rows().keys() - running.drained()))))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+
+
+def router_flags(running: Running) -> Flags:
+    return flags(running.prefix / "run" / "router.sock")
+
+
+def words_in_flags_file(running: Running) -> list[str]:
+    words: list[str] = json.loads((running.prefix / "run" / "router-flags.json").read_text())
+    return words
+
+
+# ---- replicas
+
+
+def test_a_reload_tells_its_plan_and_its_stages(lent: Running) -> None:
+    lent.write(env={"SOME_THING": "1"}, router_args=("--queue-size", "7"))
+    told = lent.tell("reload")
+    assert told[-1] == {"code": control.OK}
+    plan = next(message["event"] for message in told if message.get("event", {}).get("kind") == "plan")
+    assert plan["steps"] == [
+        {
+            "program": "router",
+            "label": "router",
+            "verb": "reload",
+            "why": ["--queue-size 7: added"],
+        },
+        *(
+            {
+                "program": f"replica{number}",
+                "label": f"replica {number}",
+                "verb": "replace",
+                "why": ["environment SOME_THING: added"],
+            }
+            for number in (0, 1)
+        ),
     ]
-
-
-def test_replicas_are_removed_from_the_end_before_anything_is_replaced_and_added_last() -> None:
-    down = plan(fleet(4), fleet(2, "--x"))
-    assert [str(step).split(" (")[0] for step in down] == [
-        *("remove replica 3", "remove replica 2", "replace replica 0", "replace replica 1"),
+    assert list(dict.fromkeys(stages(told))) == [
+        *(("router", stage) for stage in ("reload", "ready")),
+        *((f"replica{n}", stage) for n in (0, 1) for stage in ("drain", "stop", "start", "ready")),
     ]
-    up = plan(fleet(2), fleet(4))
-    assert [str(step) for step in up] == ["add replica 2", "add replica 3"]
+    nobody_is_drained(lent)
 
 
-def test_the_router_is_replaced_first() -> None:
-    old = fleet(1)
-    new = [program("router", 30001), program("replica0", 5000, "--router", "127.0.0.1:30001")]
-    assert [step.program.name for step in plan(old, new)] == ["router", "replica0"]
+def test_a_change_of_their_number_keeps_as_many_in_service_as_can_be(running: Running) -> None:
+    running.write(replicas=2)
+    running.start_and_wait()
+    running.write(replicas=4)
+    with watched(running) as in_service:
+        done = running.fdctl("reload")
+    assert done.returncode == control.OK
+    steps = [line.partition(" (")[0] for line in done.stdout.splitlines()][:4]
+    assert steps == ["add replica 2", "add replica 3", "replace replica 0", "replace replica 1"]
+    assert min(in_service) >= 2
+    running.write(replicas=2)
+    with watched(running) as in_service:
+        done = running.fdctl("reload")
+    steps = [line.partition(" (")[0] for line in done.stdout.splitlines()][:4]
+    assert steps == ["replace replica 0", "replace replica 1", "remove replica 3", "remove replica 2"]
+    assert min(in_service) >= 2
+    assert sorted(running.pids()) == ["replica0", "replica1", "router"]
+    nobody_is_drained(running)
 
 
-def test_a_program_that_holds_a_port_which_another_needs_ends_first() -> None:
-    old = [program("replica0", 1), program("replica1", 2)]
-    new = [program("replica0", 2), program("replica1", 1)]
-    steps = plan(old, new)
-    assert [(step.program.name, step.clears) for step in steps] == [
-        ("replica0", ("replica1",)),
-        ("replica1", ()),
+def test_the_first_replica_is_a_canary_and_its_failure_leaves_the_others_alone(lent: Running) -> None:
+    before = lent.pids()
+    lent.write(extra_args=("--die-while-loading",), router_args=("--queue-size", "7"))
+    told = lent.tell("reload")
+    assert told[-1]["code"] == control.FAILED
+    assert told[-1]["error"].startswith("replica 0, the canary: pid ")
+    assert told[-1]["error"].endswith("; the old configuration is back")
+    assert [stage for stage in stages(told) if stage[1] in ("failed", "rollback")] == [
+        *(("replica0", "failed"), ("replica0", "rollback"), ("router", "rollback")),
     ]
+    assert lent.ready()
+    assert {**lent.pids(), "replica0": 0} == {**before, "replica0": 0}
+    # Also the router has its old flags, and nobody is left drained.
+    assert "--queue-size" not in words_in_flags_file(lent)
+    nobody_is_drained(lent)
 
 
-def test_differences_name_flags_and_hide_the_values_of_the_environment() -> None:
-    old = program("replica0", 1, "--a", "1", "--b", "x", "y", "--gone", KEY="secret", OLD="1")
-    new = program("replica0", 1, "--a", "2", "--b", "x", "y", "--new", KEY="other", NEW="2")
-    assert differences(old, new) == (
-        "--a: 1 -> 2",
-        "--gone: removed",
-        "--new: added",
-        "environment KEY: changed",
-        "environment NEW: added",
-        "environment OLD: removed",
+def test_a_later_failure_gives_all_their_old_configuration_back(lent: Running) -> None:
+    ports = {entry["name"]: entry["port"] for entry in lent.status()["replicas"]}
+    lent.ports[1], lent.ports[2] = lent.ports[5], lent.ports[6]
+    lent.write()
+    with socket.create_server(("127.0.0.1", lent.ports[2])):
+        done = lent.fdctl("reload")
+    assert done.returncode == control.FAILED
+    assert f"ERROR (replica 1: dp.toml: port {lent.ports[2]}" in done.stderr
+    assert {entry["name"]: entry["port"] for entry in lent.status()["replicas"]} == ports
+    assert lent.ready()
+    wait_until(lambda: lent.drained() == set(), "nobody is drained")
+
+
+def test_a_daemon_that_is_killed_in_the_middle_leaves_the_rest_to_the_next(lent: Running) -> None:
+    before = lent.pids()
+    lent.write(extra_args=("--load-seconds", "1"))
+    lent.do("reload", wait=False)
+    wait_until(lambda: lent.programs()["replica0"]["state"] == "STARTING", "the reload is under way")
+    lent.stop(signal.SIGKILL)
+    lent.start()
+    for name in ("replica0", "replica1"):
+        lent.wait_ready_again(name, before[name])
+    wait_until(lambda: lent.status()["daemon"]["state"] == "READY", "done")
+    assert lent.pids()["router"] == before["router"]
+    assert lent.fdctl("reload", "--dry-run").stdout == "no program changes\n"
+    nobody_is_drained(lent)
+
+
+def test_who_no_longer_waits_for_a_reload_does_not_stop_it(lent: Running) -> None:
+    before = lent.pids()
+    lent.write(extra_args=SLOWER)
+    lent.set_in_flight(0, 1)
+    with subprocess.Popen(
+        [str(FDCTL), "--prefix", str(lent.prefix), "reload"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        wait_until(lambda: lent.drained() == {0}, "the reload is under way")
+        # Whoever else asks meanwhile is told what is under way.
+        refused = lent.fdctl("reload")
+        assert refused.returncode == control.BUSY
+        assert "(reload, 1 of 2: replica 0, drain)" in refused.stderr
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(20) == 130
+    lent.set_in_flight(0, 0)
+    lent.wait_ready_again("replica1", before["replica1"])
+    wait_until(lambda: lent.status()["daemon"]["state"] == "READY", "done")
+    assert lent.fdctl("reload", "--dry-run").stdout == "no program changes\n"
+
+
+# ---- the router
+
+
+def test_the_router_takes_new_flags_while_it_runs_and_the_next_daemon_knows(lent: Running) -> None:
+    before, old = lent.pids(), router_flags(lent)
+    lent.write(router_args=("--queue-size", "7"))
+    done = lent.fdctl("reload")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (
+        control.OK,
+        "reload router (--queue-size 7: added)",
     )
+    new = router_flags(lent)
+    assert (new.number, new.hash != old.hash) == (old.number + 1, True)
+    assert words_in_flags_file(lent)[-2:] == ["--queue-size", "7"]
+    assert lent.pids() == before
+    lent.stop(signal.SIGKILL)
+    lent.start()
+    wait_until(lent.ready, "everything adopted")
+    assert lent.fdctl("reload", "--dry-run").stdout == "no program changes\n"
+    assert lent.pids() == before
+    assert router_flags(lent) == new
+    # What it is started with, if it dies.
+    os.kill(before["router"], signal.SIGKILL)
+    lent.wait_ready_again("router", before["router"])
+    assert router_flags(lent).hash == new.hash
 
 
-def test_differences_hide_the_values_of_flags_that_may_be_secrets() -> None:
-    old = program("replica0", 1, "--hub-token", "a", "--old-secret=b")
-    new = program("replica0", 1, "--hub-token", "c", "--new-key", "d", "--max-num-batched-tokens", "512")
-    assert differences(old, new) == (
-        "--hub-token: changed",
-        "--old-secret=***: removed",
-        "--new-key: added",
-        "--max-num-batched-tokens 512: added",
-    )
+def test_flags_that_the_router_refuses_are_taken_back(lent: Running) -> None:
+    before, old = lent.pids(), router_flags(lent)
+    lent.write(router_args=("--queue-size", "-1"))
+    done = lent.fdctl("reload")
+    assert done.returncode == control.FAILED
+    assert "router: did not take its new flags; " in done.stderr
+    assert "router.log says why; the old configuration is back" in done.stderr
+    assert lent.pids() == before
+    wait_until(lambda: router_flags(lent).outcome == "done", "the old ones are read again")
+    assert router_flags(lent).hash == old.hash
 
 
-PROGRAMS = st.lists(
-    st.tuples(st.integers(0, 6), st.integers(1, 9), st.sampled_from(["", "--x", "--y"])),
-    unique_by=(lambda row: row[0], lambda row: row[1]),
-).map(lambda rows: [program(f"replica{number}", port, word) for number, port, word in rows])
+def test_a_router_that_was_not_told_of_its_flags_is_told_by_the_next_daemon(lent: Running) -> None:
+    """The daemon was killed between the file and the signal."""
+    before, old = lent.pids(), router_flags(lent)
+    lent.stop(signal.SIGKILL)
+    lent.write(router_args=("--queue-size", "7"))
+    assert lent.fdctl("render", "--write", str(lent.config)).returncode == control.OK
+    lent.start()
+    wait_until(lambda: router_flags(lent).number == old.number + 1, "the router is told")
+    wait_until(lent.ready, "everything adopted")
+    assert router_flags(lent).hash != old.hash
+    assert lent.pids() == before
 
 
-@given(PROGRAMS, PROGRAMS)
-def test_a_plan_leads_from_one_list_to_the_other_without_two_programs_on_a_port(
-    old: list[Program], new: list[Program]
-) -> None:
-    running = {one.name: one for one in old}
-    current = dict(running)
-    for step in plan(old, new):
-        assert step.old == current.get(step.program.name)
-        for name in (*step.clears, step.program.name):
-            running.pop(name, None)
-        current.pop(step.program.name, None)
-        if step.new is not None:
-            current[step.new.name] = running[step.new.name] = step.new
-        ports = [port for one in running.values() for port in one.ports]
-        assert len(ports) == len(set(ports))
-    assert current == {one.name: one for one in new}
-    # Whatever was ended for its port has been started again with its own step.
-    assert running == current
-
-
-def test_a_step_tells_its_program() -> None:
-    old, new = fleet(1)[1], fleet(1, "--x")[1]
-    assert Step(old, None).program is old
-    assert Step(old, new).program is new
+def test_another_port_of_the_router_needs_another_router(lent: Running) -> None:
+    before = lent.pids()
+    lent.ports[0] = lent.ports[7]
+    lent.write()
+    lent.do("reload")
+    assert lent.programs()["router"]["port"] == lent.ports[7]
+    assert not {*lent.pids().values()} & {*before.values()}
+    nobody_is_drained(lent)

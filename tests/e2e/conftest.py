@@ -50,15 +50,17 @@ class System:
         replicas: int,
         model: Path | str = TINY_MODEL,
         parallel: str = "expert_parallel = false",
+        engine: str = "",
+        supervise: str = "backoff_first = 0.2",
     ) -> None:
         self.prefix = prefix
         self.replicas = replicas
         self.run = uuid.uuid4().hex
-        ports = find_free(3 * replicas + 1)
+        ports = find_free(3 * replicas + 2)
         self.ports, self.metrics_ports, queue_ports = (
             ports[i * replicas : (i + 1) * replicas] for i in range(3)
         )
-        self.router_port = ports[-1]
+        self.router_port, self.metrics_port = ports[-2:]
         self.url = f"http://127.0.0.1:{self.router_port}"
         self.config = prefix / "dp.toml"
         self.config.write_text(
@@ -78,12 +80,16 @@ engine_worker_queue_ports = {queue_ports}
 max_model_len = 512
 max_num_seqs = 16
 num_gpu_blocks_override = 64
+{engine}
 
 [router]
 port = {self.router_port}
 
+[metrics]
+port = {self.metrics_port}
+
 [supervise]
-backoff_first = 0.2
+{supervise}
 """,
             encoding="utf-8",
         )
@@ -100,13 +106,13 @@ backoff_first = 0.2
             )
         return self.daemon
 
-    def fdctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def fdctl(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(BIN / "fdctl"), "--prefix", str(self.prefix), *arguments],
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=timeout,
         )
 
     def status(self) -> dict[str, Any] | None:

@@ -340,6 +340,10 @@ def test_a_worker_that_hangs_is_killed_by_those_that_wait_for_it_and_no_request_
     assert retries(system, victim) - tried >= len(asked) // len(SEATS)
     wait_replaced(system, group, victim, pid)
     assert snapshot(group).losses == losses + 1
+    # The daemon would have waited for longer; it knows whose signal 9 that was.
+    status = system.status()
+    assert status is not None
+    assert status["replicas"][victim]["cause"] == "hang"
 
 
 def test_without_a_daemon_replicas_survive_the_loss_of_one_and_the_next_daemon_brings_it_back(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fastdeploy.chat_template import MAX_TEMPLATE_CHARACTERS, compile_template
 from fastdeploy.errors import ConfigError, RequestError
 from fastdeploy.tokenizer import Tokenizer
+
+from ..waiting import wait_until
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -129,3 +136,18 @@ def test_a_template_of_the_request_is_rendered() -> None:
 def test_a_template_of_the_request_is_bounded(source: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Tokenizer.from_directory(TINY).apply_chat_template(HELLO, chat_template=source)
+
+
+def test_a_server_that_is_told_to_end_still_gets_the_text(tmp_path: Path) -> None:
+    """supervisord and terminals tell its whole process group."""
+    server = (
+        "import signal; from fastdeploy.chat_template import render_untrusted;"
+        "signal.signal(signal.SIGTERM, lambda *_: None);"
+        "print(render_untrusted('{% for i in range(99999) %}{% endfor %}done', {}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", server], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_until(psutil.Process(process.pid).children, "a child renders", deadline=60)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.communicate(timeout=60)[0] == "done\n"

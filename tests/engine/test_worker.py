@@ -108,6 +108,20 @@ def test_an_abort_frees_everything_and_says_so_at_once(start: Callable[..., Api]
     assert api.process.wait(DEADLINE_S) == 0
 
 
+def test_a_request_that_is_aborted_before_its_first_step_is_answered_with_a_word(
+    start: Callable[..., Api],
+) -> None:
+    """Or whoever looks for progress would wait for one for ever."""
+    api = start()
+    api.receive_until(Ready)
+    api.process.send_signal(signal.SIGSTOP)
+    api.send(request("one", [5, 6, 7]))
+    api.send(AbortRequests(["one"]))
+    api.process.send_signal(signal.SIGCONT)
+    word = api.receive_until(StepOutputs)
+    assert (word.stats.num_running, word.stats.num_waiting) == (0, 0)
+
+
 def test_shutdown_ends_with_0_also_while_loading(start: Callable[..., Api]) -> None:
     api = start()
     api.receive_until(Hello)

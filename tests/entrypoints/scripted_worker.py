@@ -1,5 +1,6 @@
 """A worker that says what its first argument tells it to: for what a real one does once in a year."""
 
+import itertools
 import os
 import signal
 import sys
@@ -57,8 +58,11 @@ def receive() -> ToWorker:
     return msgspec.msgpack.decode(socket.recv(), type=ToWorker)
 
 
+steps = itertools.count(1)
+
+
 def step(*outputs: TokenOutput, stats: Stats = STATS) -> None:
-    send(StepOutputs(list(outputs), stats))
+    send(StepOutputs(list(outputs), msgspec.structs.replace(stats, steps_total=next(steps))))
 
 
 def serve(script: str) -> None:
@@ -89,6 +93,7 @@ def serve(script: str) -> None:
                         while not socket.poll(20):
                             step()
                         assert receive() == AbortRequests([name])
+                        step()
                     case _:
                         step(TokenOutput(name, [1]))
                         step(TokenOutput("nobody's", [5]), TokenOutput(name, [2], FinishReason.LENGTH))

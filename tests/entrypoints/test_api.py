@@ -317,12 +317,34 @@ def test_parallel_requests_are_batched_and_counted(server: ApiServer):
     assert server.metric("time_to_first_token_seconds_count") > 0
 
 
+def test_tokens_are_counted_as_they_are_written(server: ApiServer):
+    """An answer may take minutes, and they are load all the time."""
+    names = (
+        "generation_tokens_total",
+        "time_to_first_token_seconds_count",
+        "time_per_output_token_seconds_count",
+    )
+    before = [server.metric(name) for name in names]
+    stream = server.client().completions.create(
+        model="tiny", prompt="a", n=8, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    now = [server.metric(name) for name in names]
+    assert before[0] < now[0] < before[0] + 8 * 400
+    assert now[1] == before[1] + 1
+    for _ in stream:
+        pass
+    expected = [before[0] + 8 * 400, before[1] + 1, before[2] + 8 * 399]
+    assert [server.metric(name) for name in names] == expected
+
+
 def test_a_repeated_prompt_is_found_in_the_prefix_cache(server: ApiServer):
     prompt = [7] * 200
     server.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
     again = server.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
     assert again.usage.prompt_tokens_details.cached_tokens >= 128
     assert server.metric("prefix_cache_token_num_total") >= 128
+    assert server.metric("prefix_cache_query_token_num_total") >= 400
 
 
 def test_every_request_leaves_one_line(server: ApiServer):
@@ -342,7 +364,11 @@ def test_a_path_cannot_forge_a_line_of_the_log(server: ApiServer):
 
 
 def test_health_and_ping(server: ApiServer):
-    assert server.health() == (200, {"status": "ready", "model": "tiny"})
+    status, health = server.health()
+    worker = health.pop("worker")
+    assert (status, health) == (200, {"status": "ready", "model": "tiny"})
+    assert worker["pid"] in [process.pid for process in server.children()]
+    assert (worker["requests"], worker["silent"]) == (0, 0)
     assert server.get("/ping")[0] == 200
     assert server.get("/metrics")[0] == 404, "it has a port of its own"
 

@@ -97,6 +97,30 @@ def test_a_client_that_goes_before_the_first_token_wakes_the_waiting_thread():
             list(generation)
 
 
+def test_a_worker_is_silent_only_while_it_owes_a_word():
+    with worker("is silent until told") as run:
+        engine = run.wait_ready()
+        assert (engine.pulse.requests, engine.pulse.silent) == (0, 0)
+        generation = engine.generate([request("a"), request("b")])
+        assert (engine.pulse.requests, engine.pulse.pid) == (2, engine.worker_pid)
+        wait_until(lambda: engine.pulse.silent > 0.1, "it is silent")
+        # Nobody waits any more, but it still has not said a word.
+        generation.close()
+        silent = engine.pulse.silent
+        assert engine.pulse.requests == 0
+        wait_until(lambda: engine.pulse.silent > silent, "it is still silent")
+
+
+def test_each_step_is_progress_and_the_last_one_leaves_nothing_owed():
+    with worker("works for others until told") as run:
+        engine = run.wait_ready()
+        with engine.generate([request("a")]) as generation:
+            next(iter(generation))
+            steps = engine.pulse.steps
+            wait_until(lambda: engine.pulse.steps > steps + 3, "steps")
+        wait_until(lambda: engine.pulse.silent == 0, "a last word")
+
+
 def test_a_worker_that_dies_ends_every_open_request():
     with worker("dies with a request") as run:
         generation = run.wait_ready().generate([request("a")])

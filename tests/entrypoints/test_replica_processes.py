@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -112,6 +113,19 @@ def test_a_replica_raises_its_own_limit_of_open_files(tmp_path):
         http, *_ = wait_until(replica.children, "the HTTP process")
         # A client, a watch on it, and idle connections besides: for each of 512 requests.
         assert http.rlimit(psutil.RLIMIT_NOFILE)[0] > 4 * 512
+
+
+def test_whoever_asks_where_its_threads_are_finds_it_in_the_log_and_disturbs_nobody(replica: ApiServer):
+    http, worker = replica.children()
+    stream = open_stream(replica, max_tokens=400)
+    # Many times: to look at stacks that change would be a crash before long.
+    for count in range(1, 6):
+        for process in (http, worker):
+            process.send_signal(signal.SIGUSR2)
+        for place in (r"engine_client\.py\", line \d+ in _run$", r"worker\.py\", line \d+ in serve$"):
+            wait_until(lambda: len(re.findall(place, replica.log(), re.MULTILINE)) >= count, place)  # noqa: B023
+    assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
+    assert replica.health()[0] == 200
 
 
 def test_killing_the_arbiter_ends_the_replica(replica: ApiServer):
@@ -260,6 +274,14 @@ def test_a_stop_is_told_the_router_before_anybody_is_refused(tmp_path, router: F
     farewell = {key: first[key] for key in ("host_ip", "port", "instance")}
     assert router.posts[-1] == ("/deregister", farewell)
     assert router.paths().count("/deregister") == 1
+
+
+def test_the_death_of_the_worker_is_told_the_router(tmp_path, router: FakeRouter):
+    with registered(tmp_path, router) as replica:
+        _, worker = replica.children()
+        worker.kill()
+        assert replica.process.wait(60) == 3
+    assert router.paths()[-1] == "/deregister"
 
 
 def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path, router: FakeRouter):

@@ -23,7 +23,6 @@ class AccessRecord:
     resumed_tokens: int = 0
     output_tokens: int = 0
     first_token_seconds: float | None = None
-    last_token_seconds: float = 0.0
     finish_reasons: list[str] = field(default_factory=list)
     #: What went wrong after the status had been sent, or why there was no answer at all.
     error: str | None = None
@@ -31,18 +30,6 @@ class AccessRecord:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.arrival
-
-    def token_drawn(self) -> None:
-        self.last_token_seconds = self.seconds
-        if self.first_token_seconds is None:
-            self.first_token_seconds = self.last_token_seconds
-
-    def seconds_per_token(self, num_choices: int) -> float | None:
-        """Mean time between the tokens of one choice; None when no choice had a second one."""
-        steps = self.output_tokens / num_choices - 1
-        if self.first_token_seconds is None or steps <= 0:
-            return None
-        return (self.last_token_seconds - self.first_token_seconds) / steps
 
     def log(self) -> None:
         parts = [f"request={self.request_id}", f"{self.method} {self.path}", f"status={self.status}"]

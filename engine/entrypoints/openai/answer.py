@@ -72,6 +72,8 @@ class Answer:
         self._is_marked = marked
         self._progress = progress
         self._num_cached: dict[int, int] = {}
+        #: When each choice got its latest token, in seconds since the request's arrival.
+        self._last_drawn: dict[int, float] = {}
         self._ended = False
 
         engine_id = f"{record.request_id}.{next(_serial):x}"
@@ -134,8 +136,9 @@ class Answer:
                 choice = self._outputs[index]
                 if index not in self._num_cached:
                     self._num_cached[index] = output.num_cached
+                before = choice.num_tokens
                 delta = choice.push(output)
-                self._record.token_drawn()
+                self._count(index, choice.num_tokens - before)
                 if choice.finish_reason is not None:
                     # A stop string ends a choice that the engine would go on with.
                     self._generation.stop(output.request_id)
@@ -183,12 +186,9 @@ class Answer:
         self._resources.close()
         record, metrics = self._record, self.replica.metrics
         record.output_tokens = sum(output.num_tokens for output in self._outputs) - record.resumed_tokens
-        metrics.generation_tokens.inc(record.output_tokens)
         metrics.whole.observe(record.seconds)
         for prompt in self.prompts:
             metrics.prompt_length.observe(len(prompt))
-        if record.first_token_seconds is not None:
-            metrics.first_token.observe(record.first_token_seconds)
         if len(record.finish_reasons) < len(self._indexes):
             if record.status == 200 and record.error is None:
                 # It had been sent before the client went.
@@ -197,8 +197,18 @@ class Answer:
             metrics.successes.inc()
             for output in self._outputs:
                 metrics.generation_length.observe(output.num_tokens)
-            if (pace := record.seconds_per_token(len(self._indexes) or 1)) is not None:
-                metrics.per_token.observe(pace)
+
+    def _count(self, index: int, num_tokens: int) -> None:
+        """What a step has drawn for this choice. At once: an answer may take minutes, and its load is now."""
+        record, metrics = self._record, self.replica.metrics
+        seconds = record.seconds
+        if record.first_token_seconds is None:
+            record.first_token_seconds = seconds
+            metrics.first_token.observe(seconds)
+        if index in self._last_drawn:
+            metrics.per_token.observe(seconds - self._last_drawn[index])
+        self._last_drawn[index] = seconds
+        metrics.generation_tokens.inc(num_tokens)
 
     def _take_up(self, index: int, delivered: Delivered, params: SamplingParams) -> None:
         tokens, output = delivered.tokens, self._outputs[index]

@@ -13,6 +13,7 @@ import os
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -60,6 +61,20 @@ class EngineStatus:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """By which one who asks twice can tell a worker that is busy from one that hangs."""
+
+    pid: int
+    #: That it has computed for its own requests, since it was started; a long prompt is many.
+    steps: int
+    #: Sequences that it has been given and has not finished.
+    requests: int
+    #: Seconds since it has last said anything, or since it was given something to do, if that was later; 0
+    #: while it has nothing to do.
+    silent: float
+
+
 class ClientGone(FastDeployError):
     """The client of this generation has left."""
 
@@ -98,6 +113,8 @@ class EngineClient:
         self._identity: bytes | None = None
         self._lock = threading.Lock()
         self._generations: dict[str, Generation] = {}
+        #: Since when the worker owes a word; None if it does not.
+        self._owes_since: float | None = None
         #: The latest statistics; None before the first step.
         self.stats: Stats | None = None
         #: Sizes of the cache; None before the worker is ready.
@@ -115,6 +132,13 @@ class EngineClient:
     @property
     def worker_pid(self) -> int:
         return self._worker.pid
+
+    @property
+    def pulse(self) -> Pulse:
+        owes_since = self._owes_since
+        silent = 0.0 if owes_since is None else time.monotonic() - owes_since
+        steps = 0 if self.stats is None else self.stats.steps_total
+        return Pulse(self._worker.pid, steps, len(self._generations), silent)
 
     def require_ready(self) -> None:
         """Raises ReplicaUnavailable, saying why, unless `generate` would be accepted now."""
@@ -138,6 +162,8 @@ class EngineClient:
             for request in requests:
                 assert request.request_id not in self._generations, "request ids are unique"
                 self._generations[request.request_id] = generation
+            if self._owes_since is None and requests:
+                self._owes_since = time.monotonic()
         for request in requests:
             self._send(request)
         return generation
@@ -219,6 +245,8 @@ class EngineClient:
                 self.stats = message.stats
                 for output in message.outputs:
                     self._hand_out(output)
+                with self._lock:
+                    self._owes_since = time.monotonic() if self._generations else None
             case LoadProgress():
                 if self.status.state is State.LOADING:
                     self.status = replace(self.status, progress=message.fraction, stage=message.stage)

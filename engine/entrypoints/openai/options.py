@@ -13,6 +13,7 @@ from ...command_line import CommandLine
 from ...config import EngineConfig
 from ...demo_model import resolve_model_path
 from ...errors import ConfigError
+from ...key_files import keys_in
 from ...registration import router_url
 
 _log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
             "--timeout-graceful-shutdown", 0, arguments.timeout_graceful_shutdown
         ),
         max_body_bytes=_at_least("--max-body-bytes", 1, arguments.max_body_bytes),
-        api_keys=_api_keys(arguments.api_key),
+        api_keys=_api_keys(arguments.api_key, arguments.api_keys_file),
         router=None if arguments.router is None else router_url(arguments.router),
         chat_template=_chat_template(arguments.chat_template),
     )
@@ -147,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--router", metavar="HOST:PORT", help="tell this router that the replica is here")
     serve.add_argument("--api-key", action="append", help="comma list; also FD_API_KEY. Only /v1 asks for it")
+    serve.add_argument(
+        "--api-keys-file", type=Path, metavar="FILE", help="keys, one a line, beside --api-key"
+    )
     serve.add_argument("--chat-template", help="a file, or the template itself, in place of the model's own")
     serve.add_argument("--max-concurrency", type=int, default=512, help="requests beyond it are told 429")
     serve.add_argument("--max-body-bytes", type=int, default=8 << 20, help="larger bodies are told 413")
@@ -250,12 +254,12 @@ def _at_least(flag: str, low: int, value: int) -> int:
     return value
 
 
-def _api_keys(flags: list[str] | None) -> tuple[str, ...]:
+def _api_keys(flags: list[str] | None, file: Path | None) -> tuple[str, ...]:
     texts = flags if flags is not None else [os.environ.get("FD_API_KEY", "")]
     keys = tuple(key.strip() for text in texts for key in text.split(",") if key.strip())
     if flags is not None and not keys:
         raise ConfigError("--api-key is empty; leave it out to let everybody in")
-    return keys
+    return keys if file is None else (*keys, *keys_in("--api-keys-file", file))
 
 
 def _chat_template(text: str | None) -> str | None:

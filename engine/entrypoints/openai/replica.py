@@ -117,6 +117,14 @@ class Replica:
             body |= {"progress": round(status.progress, 3), "stage": status.stage}
         if status.message:
             body["message"] = status.message
+        if status.state is State.READY:
+            pulse = self.engine.pulse
+            body["worker"] = {
+                "pid": pulse.pid,
+                "steps": pulse.steps,
+                "requests": pulse.requests,
+                "silent": round(pulse.silent, 3),
+            }
         if self.is_healthy():
             return 200, body | {"model": self.config.served_model_name}
         if os.environ.get("FD_COMPAT_HEALTH") == "1":

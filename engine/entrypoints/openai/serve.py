@@ -7,6 +7,7 @@ supervises the replica decides what comes next.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -22,9 +23,9 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
-from prometheus_client import start_http_server
 
 from ...errors import FastDeployError
+from ...exposition import Exposition
 from ...file_limit import connections_of
 from ...parent_death import die_with_parent
 from ...registration import FAREWELL_SECONDS, Address, Registration
@@ -92,6 +93,8 @@ class _Application(BaseApplication):
         """Called in the HTTP process, after the fork."""
         # Ctrl-C reaches the whole process group; the arbiter alone acts on it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # For one that hangs. USR1 is gunicorn's.
+        signal.signal(signal.SIGUSR2, _tell_stacks)
         # This process's copy of the settings: from here on it says how long open requests may take.
         self.cfg.set("graceful_timeout", self.config.timeout_graceful_shutdown)
         try:
@@ -113,7 +116,8 @@ class _Parts:
         self.replica = Replica(config, self.engine)
         self.registration: Registration | None = None
         if config.metrics_port is not None:
-            start_http_server(config.metrics_port, config.host, self.replica.metrics.registry)
+            # Until the process ends: how the last requests fare is worth knowing, too.
+            Exposition(config.host, config.metrics_port, self.replica.metrics.render)
         self.engine.start()
         if config.router is not None:
             address = Address(
@@ -137,6 +141,9 @@ class _Parts:
 
     def _fail(self, message: str) -> None:
         _log.error("replica stops: %s", message)
+        if self.registration is not None and self.registration.is_alive():
+            # Requests come as long as it does not know, the more of them the faster they fail.
+            self.registration.leave()
         self.replica.wait_until_idle(_LAST_ANSWERS)
         logging.shutdown()
         os._exit(EXIT_FAILED)
@@ -222,6 +229,13 @@ def _wait_for_any_child() -> tuple[int, int] | None:
 
 def _tie_to_arbiter(arbiter: Arbiter, http: HttpWorker) -> None:
     die_with_parent(http.ppid)
+
+
+def _tell_stacks(number: int, frame: FrameType | None) -> None:
+    """Where all threads are, to stderr. They stand still meanwhile; with faulthandler's own handler they do
+    not, and a look at stacks that change may be a crash.
+    """
+    faulthandler.dump_traceback()
 
 
 def _stop(arbiter: Arbiter, http: HttpWorker) -> None:

@@ -1,4 +1,4 @@
-"""`fdctl status` and `fdctl ep` on a terminal."""
+"""`fdctl status`, `fdctl ep` and `fdctl top` on a terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .control import OK
+from ..control import OK
 
 _COLOURS = {
     "READY": "green",
@@ -57,8 +57,56 @@ def of_status(status: dict[str, Any]) -> Table:
     return table
 
 
+def of_top(frame: dict[str, Any]) -> Group:
+    """A frame of top.py."""
+    daemon, router, box = frame["daemon"], frame["router"], frame["box"]
+    lines = [
+        f"{daemon['url']}  {daemon['ready']}/{daemon['replicas']} replicas READY  fd-dp {daemon['state']}",
+        f"router  {router['state']}  {_rate(router['requests_per_second'])} requests/s  "
+        f"{_number(router['retries'])} retries  {_number(router['resumes'])} resumes  "
+        f"{_number(router['in_flight'])} in flight",
+        f"box     CPU {_percent(box['cpu'])} of {box['cores']} cores  "
+        f"memory {_bytes(box['memory_used'])} of {_bytes(box['memory_total'])}",
+    ]
+    table = _titled("")
+    for name in ("replica", "state"):
+        table.add_column(name)
+    for name in ("in flight", "running", "queue", "tokens/s", "prompt/s", "KV use", "TTFT", "ITL", "EP step"):
+        table.add_column(name, justify="right")
+    table.add_column("restarts", justify="right")
+    for entry in frame["replicas"]:
+        table.add_row(
+            Text(str(entry["replica"])),
+            _state(entry),
+            Text(_number(entry["in_flight"])),
+            Text(_number(entry["running"])),
+            Text(_number(entry["queue"])),
+            Text(_rate(entry["tokens_per_second"])),
+            Text(_rate(entry["prompt_tokens_per_second"])),
+            Text(_percent(entry["kv_use"])),
+            Text(_time(entry["ttft"])),
+            Text(_time(entry["itl"])),
+            Text(_time(entry["ep_step"])),
+            Text(str(entry["restarts"])),
+        )
+    problem = [Text(frame["problem"], style="red")] if frame["problem"] else []
+    return Group(*(Text(line) for line in lines), *problem, table)
+
+
 def of_groups(found: dict[str, Any]) -> Group:
     return Group(*(_group(group) for group in found["groups"]))
+
+
+def duration(seconds: int | None) -> str:
+    if seconds is None:
+        return "-"
+    days, seconds = divmod(seconds, 86400)
+    hours, minutes = divmod(seconds // 60, 60)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds % 60:02}s"
 
 
 def _group(group: dict[str, Any]) -> Table:
@@ -116,26 +164,50 @@ def _titled(title: str) -> Table:
 
 
 def _row(entry: dict[str, Any]) -> list[Text]:
-    state = entry["state"]
-    progress = f" {100 * entry['progress']:.0f}%" if entry["progress"] is not None else ""
     note = entry["note"] or (f"last exit: {entry['last_exit']}" if entry["last_exit"] else "")
     words = [
         str(entry.get("replica", entry["name"])),
         "",
         _number(entry["pid"]),
-        _duration(entry["uptime"]),
+        duration(entry["uptime"]),
         str(entry["restarts"]),
         str(entry["port"]),
         _number(entry["in_flight"]),
         note,
     ]
     cells = [Text(word) for word in words]
-    cells[1] = Text(state + progress, style=_COLOURS.get(state, "red"))
+    cells[1] = _state(entry)
     return cells
+
+
+def _state(entry: dict[str, Any]) -> Text:
+    """ "STARTING 62%", "READY draining", "STOPPED by operator"."""
+    words = entry["state"]
+    if entry["progress"] is not None:
+        words += f" {100 * entry['progress']:.0f}%"
+    if entry["intent"] == "stopped" and entry["state"] == "STOPPED":
+        words += " by operator"
+    elif entry["intent"] == "held":
+        words += " held"
+    if entry["draining"]:
+        words += " draining"
+    return Text(words, style=_COLOURS.get(entry["state"], "red"))
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f}%"
+
+
+def _bytes(number: float | None) -> str:
+    return "-" if number is None else f"{number / 1e9:.1f} GB"
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -144,17 +216,5 @@ def _listed(numbers: Iterable[int]) -> str:
 
 def _time(seconds: float | None) -> str:
     if seconds is None or seconds >= 60:
-        return _duration(None if seconds is None else int(seconds))
+        return duration(None if seconds is None else int(seconds))
     return f"{seconds:.1f}s" if seconds >= 1 else f"{1000 * seconds:.0f}ms"
-
-
-def _duration(seconds: int | None) -> str:
-    if seconds is None:
-        return "-"
-    days, seconds = divmod(seconds, 86400)
-    hours, minutes = divmod(seconds // 60, 60)
-    if days:
-        return f"{days}d{hours:02}h"
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds % 60:02}s"

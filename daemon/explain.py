@@ -1,0 +1,86 @@
+"""What a program waits for, in words for the operator: `fdctl why`. It only looks."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from .fleet import Fleet
+from .intents import Intent
+from .programs import ROUTER
+from .replica import Replica, State
+
+
+def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
+    """Empty if it waits for nothing: it runs, and is meant to.
+
+    Args:
+        now: on the fleet's clock.
+    """
+    supervise = fleet.config.supervise
+    age = now - replica.since
+    word = _word(replica)
+    match replica.state:
+        case State.STOPPED:
+            return f"the operator: fdctl start {word}" if replica.left_down else "its turn in a reload"
+        case State.WAITING:
+            return _turn(fleet, replica)
+        case State.STARTING:
+            what = "its first answer" if replica.name == ROUTER else "its first token"
+            return f"{what}; it is given up in {_seconds(supervise.startup_timeout - age)}"
+        case State.READY:
+            return _in_good_health(fleet, replica)
+        case State.UNHEALTHY:
+            if replica.intent is Intent.HELD:
+                return f"a good health check, or the operator: fdctl release {word}"
+            patience = supervise.stall_kill - (now - replica.last_good)
+            return f"a good health check; it is killed in {_seconds(patience)}"
+        case State.STOPPING if replica.failing:
+            return "the stacks of its threads; then it is killed"
+        case State.STOPPING:
+            return f"its last requests; it is killed in {_seconds(replica.program.stop_timeout - age)}"
+        case State.BACKOFF | State.QUARANTINED:
+            left = next_try_in(replica, now)
+            return "the end of fd-dp" if left is None else f"its next try, in {_seconds(left)}"
+
+
+def next_try_in(replica: Replica, now: float) -> float | None:
+    """Seconds; None if it has not failed, or is not tried again as the daemon ends."""
+    if replica.state not in (State.BACKOFF, State.QUARANTINED) or not math.isfinite(replica.next_try):
+        return None
+    return max(0.0, round(replica.next_try - now, 1))
+
+
+def _turn(fleet: Fleet, replica: Replica) -> str:
+    router = fleet.replicas.get(ROUTER)
+    if replica.name != ROUTER and router is not None and router.state in (State.WAITING, State.STARTING):
+        return "the router, which starts first"
+    loading = [r.label for r in fleet.replicas.values() if r.state is State.STARTING and r.name != ROUTER]
+    if not loading or replica.name == ROUTER:
+        return "the end of its old process"
+    slots = fleet.config.supervise.parallel_starts
+    why = f"parallel_starts = {slots}" if slots else f"one per core, and there are {os.cpu_count()}"
+    return f"its turn to load, after {', '.join(loading)} ({why})"
+
+
+def _in_good_health(fleet: Fleet, replica: Replica) -> str:
+    """What a replica in good health may wait for."""
+    word = _word(replica)
+    if replica.draining:
+        rest = fleet.in_flight(replica)
+        left = f"the end of its requests ({rest} in flight), then for " if rest else ""
+        return f"{left}the operator: the router gives it nothing new; fdctl undrain {word}"
+    if fleet.drains(replica):
+        return f"the end of its requests ({fleet.in_flight(replica) or 0} in flight); then it is taken down"
+    if replica.intent is Intent.HELD:
+        return f"the operator: nobody else touches it; fdctl release {word}"
+    return ""
+
+
+def _word(replica: Replica) -> str:
+    """By which an operator names it."""
+    return replica.name if replica.program.replica is None else str(replica.program.replica)
+
+
+def _seconds(number: float) -> str:
+    return f"{max(0.0, number):.0f} s"

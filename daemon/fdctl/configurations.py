@@ -1,0 +1,62 @@
+"""`fdctl check` and `fdctl render`: what a dp.toml says, before anything runs with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import config as dp_toml
+from .. import masking, supervisor
+from ..control import OK
+from ..preflight import checked_programs_of, exposed_secrets
+from ..programs import Program, programs_of
+from . import asking
+
+
+def check(options: argparse.Namespace) -> int:
+    config = dp_toml.load(options.file.absolute(), asking.prefix(options))
+    checked_programs_of(config)
+    replicas = config.parallel.data_parallel_size
+    warning = exposed_secrets(options.file, config)
+    if options.json:
+        print(json.dumps({"file": str(options.file), "replicas": replicas, "warning": warning or None}))
+        return OK
+    print(f"{options.file}: good; {replicas} replicas")
+    if warning:
+        print(f"fdctl: warning: {warning}", file=sys.stderr)
+    return OK
+
+
+def render(options: argparse.Namespace) -> int:
+    """What would run, or with --write the files from which supervisord runs it."""
+    if options.file:
+        file, prefix = options.file, asking.prefix(options)
+    else:
+        file, prefix = asking.config_of_the_daemon(options)
+    config = dp_toml.load(file.absolute(), prefix)
+    programs = programs_of(config)
+    layout = supervisor.Layout(config.paths.run, config.paths.logs)
+    if options.write:
+        supervisor.write(layout, programs)
+        return OK
+    if options.json:
+        print(json.dumps([_shown(program, layout.run) for program in programs], indent=2))
+        return OK
+    print(f"; {layout.ini}")
+    print(supervisor.render(layout, programs))
+    for program in programs:
+        print(f"; {layout.launch / program.launch_name}")
+        print(json.dumps(_shown(program, layout.run), indent=1))
+    return OK
+
+
+def _shown(program: Program, run: Path) -> dict[str, Any]:
+    """A launch file as people may see it."""
+    content = json.loads(program.launch_text(run))
+    shown = {"argv": masking.argv(content["argv"]), "env": masking.env(content["env"])}
+    if program.flags_file:
+        shown["flags"] = masking.argv(program.flags)
+    return content | shown

@@ -1,0 +1,67 @@
+"""`fdctl generate`: a question to the model, through the router as any client's."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ...errors import FastDeployError
+from .. import control
+from . import asking
+
+_LONGEST_ERROR = 1 << 16
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Prints the answer as it comes; with --json when it is there."""
+    router = asking.status(options)["router"]
+    text, finish_reason = [], None
+    for choice in _choices(router["host"], router["port"], options.prompt, options.max_tokens):
+        text.append(choice.get("delta", {}).get("content") or "")
+        finish_reason = choice.get("finish_reason") or finish_reason
+        if not options.json:
+            print(text[-1], end="", flush=True)
+    print(json.dumps({"text": "".join(text), "finish_reason": finish_reason}) if options.json else "")
+    return control.OK
+
+
+def _choices(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[dict[str, Any]]:
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "stream": True,
+        "max_tokens": max_tokens,
+    }
+    connection = http.client.HTTPConnection(host, port)
+    try:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("FD_API_KEY"):
+            headers["Authorization"] = f"Bearer {key.partition(',')[0]}"
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            what = f"the router answered {response.status}: {_message(response.read(_LONGEST_ERROR))}"
+            if response.status == http.HTTPStatus.UNAUTHORIZED:
+                what += "; set FD_API_KEY"
+            raise FastDeployError(what)
+        for line in response:
+            if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise FastDeployError(f"the answer broke off: {_message(line[6:])}")
+            yield from event.get("choices", ())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise FastDeployError(f"the router at {host}:{port} does not answer ({error})") from None
+    finally:
+        connection.close()
+
+
+def _message(body: bytes) -> str:
+    try:
+        return json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:300]

@@ -1,0 +1,139 @@
+"""`fdctl why`: how a program is and why, what it waits for, how it ended last, and what it has printed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError, FastDeployError
+from ...expert_parallel.snapshot import Seat, Snapshot, look
+from .. import control
+from ..programs import expert_group_in
+from . import asking
+from .program_output import last_lines, stacks_in
+
+_LINES = 50
+_INTENTS = {"run": "running", "stopped": "down: stopped by the operator", "held": "held: nobody touches it"}
+
+
+def why(options: argparse.Namespace) -> int:
+    if options.replica == "all":
+        return _all(options)
+    found = _explained(options, options.replica)
+    # What the daemon knows is told even if its output is not ours to read.
+    lines, problem = [], ""
+    try:
+        lines = last_lines(Path(found["output"]), _LINES)
+    except FastDeployError as error:
+        problem = str(error)
+    if options.json:
+        print(json.dumps({**found, "lines": lines}, indent=2))
+        return control.OK
+    for line in _told(found):
+        print(line)
+    print(problem or f"last {len(lines)} lines of {found['output']}:")
+    for line in lines:
+        print(f"  {line}")
+    return control.OK
+
+
+def _all(options: argparse.Namespace) -> int:
+    """Everything that is not as it is meant to be."""
+    status = asking.status(options)
+    entries = [entry for entry in (status["router"], *status["replicas"]) if entry]
+    found = [_explained(options, entry["name"]) for entry in entries]
+    if options.json:
+        print(json.dumps({"programs": found}, indent=2))
+        return control.OK
+    notable = [one for one in found if one["state"] != "READY" or one["waits_for"]]
+    for one in notable:
+        for line in _told(one):
+            print(line)
+    if not notable:
+        print(f"all {len(found)} programs are READY")
+    return control.OK
+
+
+def _explained(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    found = asking.ask(options, {"do": "why", "name": name})["why"]
+    stacks = None
+    with contextlib.suppress(FastDeployError):
+        stacks = stacks_in(Path(found["output"]))
+    group = _group(found, asking.socket(options).parent) if "replica" in found else None
+    return {**found, "stacks": asdict(stacks) if stacks else None, "expert_group": group}
+
+
+def _told(found: dict[str, Any]) -> list[str]:
+    now = time.time()
+    lines = [f"{asking.label(found)}: {found['state']} for {_duration(found['for'])}"]
+    if found["note"]:
+        lines[0] += f": {found['note']}"
+    wanted = _INTENTS[found["intent"]] + ("; drained" if found["draining"] else "")
+    lines.append(f"  wanted: {wanted}")
+    if found["waits_for"]:
+        lines.append(f"  waits for: {found['waits_for']}")
+    if found["in_flight"]:
+        lines.append(f"  in flight: {found['in_flight']}")
+    if found["last_exit"]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["last_exit_time"]))
+        ago = _duration(now - found["last_exit_time"])
+        cause = f" (cause: {found['cause']})" if found["cause"] else ""
+        lines.append(f"  last exit: {found['last_exit']}{cause}, {when}, {ago} ago")
+    lines.append(f"  restarts: {found['restarts']}")
+    if group := found["expert_group"]:
+        lines.append(f"  expert group {group['name']}: {group['told']}")
+    if stacks := found["stacks"]:
+        word = found.get("replica", found["name"])
+        lines.append(
+            f"  stacks of {stacks['threads']} threads are in its output: "
+            f"fdctl logs {word} -n {stacks['lines_ago']}"
+        )
+    return lines
+
+
+def _group(found: dict[str, Any], run: Path) -> dict[str, Any] | None:
+    """The replica's seat in its expert group, seen from beside it; None if there is none to be seen."""
+    name = expert_group_in(found["argv"])
+    if name is None:
+        return None
+    try:
+        group = look(name, run.stat().st_uid)
+    except (ConfigError, OSError):
+        return None
+    seat = next((seat for seat in group.seats if seat.seat == found["replica"]), None) if group else None
+    if group is None or seat is None:
+        return None
+    waited_for_by = [other.seat for other in group.seats if seat.seat in other.waits_for]
+    return {
+        "name": name,
+        "state": seat.state,
+        "waits_for": list(seat.waits_for),
+        "waited_for_by": waited_for_by,
+        "told": _seat(seat, group, waited_for_by),
+    }
+
+
+def _seat(seat: Seat, group: Snapshot, waited_for_by: list[int]) -> str:
+    words = [f"{seat.state}, one of {len(group.active)}"]
+    if seat.waits_for:
+        words.append(f"waits for {_seats(seat.waits_for)}")
+    if waited_for_by:
+        words.append(f"{_seats(waited_for_by)} wait for it")
+    return "; ".join(words)
+
+
+def _seats(numbers: list[int] | tuple[int, ...]) -> str:
+    return f"seat{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

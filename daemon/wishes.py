@@ -1,0 +1,43 @@
+"""What the operator says of replicas and what is true at once: drain, undrain, hold, release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .fleet import HELD, Fleet
+from .intents import Intent, Wish
+from .replica import Replica, State
+
+#: The wish that follows from what the replica's was.
+WISHES: dict[str, Callable[[Replica], Wish]] = {
+    "drain": lambda replica: Wish(replica.intent, draining=True),
+    "undrain": lambda replica: Wish(replica.intent, draining=False),
+    "hold": lambda replica: Wish(Intent.HELD, replica.draining),
+    "release": lambda replica: Wish(
+        Intent.RUN if replica.intent is Intent.HELD else replica.intent, replica.draining
+    ),
+}
+
+
+def objection(do: str, replica: Replica) -> str:
+    """Why it cannot be wished, or ""."""
+    if do in ("drain", "undrain") and replica.program.replica is None:
+        return "only replicas can be drained"
+    if do == "hold" and replica.intent is Intent.STOPPED:
+        return f"it is stopped, and there is nothing to hold; fdctl start {replica.name} first"
+    return ""
+
+
+def grant(fleet: Fleet, do: str, replicas: list[Replica]) -> None:
+    """Raises OSError if it cannot be kept; then it does not hold for that one and those after it."""
+    for replica in replicas:
+        fleet.wish(replica, WISHES[do](replica))
+        if do == "hold" and replica.state in (State.BACKOFF, State.QUARANTINED):
+            # It has ended, and is not started again.
+            fleet.stop(replica, HELD)
+
+
+def nobody_is_left(fleet: Fleet) -> bool:
+    """Whether all that could take requests are drained."""
+    replicas = [replica for replica in fleet.replicas.values() if replica.program.replica is not None]
+    return all(replica.state is not State.READY or fleet.drains(replica) for replica in replicas)

@@ -1,0 +1,156 @@
+"""GET /metrics for Prometheus, from one thread that no client can hold up: neither one that says nothing, nor
+one that does not read, nor a thousand of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_log = logging.getLogger(__name__)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+#: A client that has not sent its request and read the answer after so many seconds is dropped.
+_PATIENCE = 5.0
+#: Those that are served at the same time; when another comes, the one that has been there longest goes.
+_MOST = 16
+_LONGEST_REQUEST = 8192
+#: Before the next try when the process has no descriptor left for a client.
+_PAUSE = 0.2
+
+
+class Exposition:
+    """Answers as soon as it is made, until `close`. One request for each connection.
+
+    Args:
+        host: an address or a name; ``::`` means IPv4, too.
+        render: called in the thread of this server, for each request; the text, as UTF-8.
+
+    Raises:
+        OSError: this cannot be listened on.
+    """
+
+    def __init__(self, host: str, port: int, render: Callable[[], bytes]) -> None:
+        self._render = render
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
+        self._listener.setblocking(False)
+        #: The one that was asked for, or the one the kernel chose in place of 0.
+        self.port = int(self._listener.getsockname()[1])
+        self._clients: dict[socket.socket, _Client] = {}
+        self._closed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._closed, selectors.EVENT_READ)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """The port is free when this returns; at most one `render` is waited for."""
+        os.eventfd_write(self._closed, 1)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select(self._patience()):
+                if key.fileobj == self._closed:
+                    self._end()
+                    return
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._clients:
+                    self._serve(key.fileobj)
+            now = time.monotonic()
+            for connection in [c for c, client in self._clients.items() if now >= client.deadline]:
+                self._drop(connection)
+
+    def _patience(self) -> float | None:
+        """Until the first of the clients has had its time."""
+        deadlines = [client.deadline for client in self._clients.values()]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            # It has gone again, or there is no descriptor for it.
+            time.sleep(_PAUSE)
+            return
+        connection.setblocking(False)
+        if len(self._clients) == _MOST:
+            self._drop(next(iter(self._clients)))
+        self._clients[connection] = _Client(time.monotonic() + _PATIENCE)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _serve(self, connection: socket.socket) -> None:
+        client = self._clients[connection]
+        try:
+            if not client.unsent:
+                data = connection.recv(_LONGEST_REQUEST)
+                client.request += data
+                complete = b"\r\n\r\n" in client.request or len(client.request) > _LONGEST_REQUEST
+                if complete:
+                    client.unsent = self._answer(bytes(client.request))
+                    self._selector.modify(connection, selectors.EVENT_WRITE)
+                elif not data:
+                    self._drop(connection)
+            else:
+                client.unsent = client.unsent[connection.send(client.unsent) :]
+                if not client.unsent:
+                    connection.shutdown(socket.SHUT_WR)
+                    self._drop(connection)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(connection)
+
+    def _answer(self, request: bytes) -> memoryview:
+        method, _, rest = request.partition(b"\r\n")[0].partition(b" ")
+        target, _, version = rest.partition(b" ")
+        if not version.startswith(b"HTTP/1."):
+            return _response("400 Bad Request", b"this is not HTTP/1.1\n")
+        if method not in (b"GET", b"HEAD"):
+            return _response("405 Method Not Allowed", b"GET /metrics\n")
+        if target.partition(b"?")[0] != b"/metrics":
+            return _response("404 Not Found", b"GET /metrics\n")
+        try:
+            text = self._render()
+        except Exception as error:
+            # Whatever is wrong with a figure, the next scrape must find somebody who answers.
+            _log.error("/metrics: ERROR (%s: %s)", type(error).__name__, error)
+            return _response("500 Internal Server Error", b"the log says why\n")
+        return _response("200 OK", text, head_only=method == b"HEAD")
+
+    def _drop(self, connection: socket.socket) -> None:
+        del self._clients[connection]
+        self._selector.unregister(connection)
+        connection.close()
+
+    def _end(self) -> None:
+        for connection in list(self._clients):
+            self._drop(connection)
+        self._selector.close()
+        self._listener.close()
+        os.close(self._closed)
+
+
+@dataclass(slots=True)
+class _Client:
+    #: Of the monotonic clock.
+    deadline: float
+    request: bytearray = field(default_factory=bytearray)
+    unsent: memoryview = field(default_factory=lambda: memoryview(b""))
+
+
+def _response(status: str, body: bytes, *, head_only: bool = False) -> memoryview:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return memoryview(head.encode() + (b"" if head_only else body))

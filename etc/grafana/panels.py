@@ -1,0 +1,348 @@
+"""What the dashboard shows: rows of panels, a few lines each. dashboard.py makes Grafana's JSON of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: The replicas that are chosen above: in what replicas and router tell, and in what the daemon tells.
+REPLICA = 'replica=~"$replica"'
+PROGRAM = 'program=~"router|replica($replica)"'
+#: In this order in the picture of states; the daemon's names, with a colour.
+STATES = {
+    "STOPPED": "text",
+    "WAITING": "light-blue",
+    "STARTING": "blue",
+    "READY": "green",
+    "UNHEALTHY": "yellow",
+    "STOPPING": "purple",
+    "BACKOFF": "orange",
+    "QUARANTINED": "red",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    title: str
+    #: Legend -> PromQL.
+    queries: dict[str, str]
+    #: Grafana's names: s, percentunit, bytes, reqps, ops, none.
+    unit: str = "none"
+    kind: str = "timeseries"
+    width: int = 8
+    stacked: bool = False
+    #: What it tells, in the corner of the panel.
+    help: str = ""
+
+
+def rate(metric: str, selector: str = "") -> str:
+    return f"rate({metric}{{{selector}}}[$__rate_interval])"
+
+
+def total(expression: str, by: str = "") -> str:
+    return f"sum by ({by}) ({expression})" if by else f"sum({expression})"
+
+
+def percentiles(histogram: str, selector: str = "") -> dict[str, str]:
+    buckets = total(rate(f"{histogram}_bucket", selector), "le")
+    return {f"p{q * 100:g}": f"histogram_quantile({q}, {buckets})" for q in (0.5, 0.95, 0.99)}
+
+
+def mean(of: str, by: str, selector: str = "") -> str:
+    """Of all that a histogram has seen; what happens once a day has no rate."""
+    return f"{total(f'{of}_sum{{{selector}}}', by)} / {total(f'{of}_count{{{selector}}}', by)}"
+
+
+FLEET = [
+    Panel(
+        title="Replicas ready",
+        queries={
+            "ready": 'sum(fd_dp_state{program=~"replica.*",state="READY"})',
+            "of": 'count(fd_dp_state{program=~"replica.*",state="READY"})',
+            "in quarantine": "fd_dp_quarantined",
+        },
+        kind="stat",
+        width=6,
+    ),
+    Panel(
+        title="States",
+        queries={
+            "{{program}}": total(
+                " or ".join(
+                    f'{code} * fd_dp_state{{{PROGRAM},state="{state}"}}' for code, state in enumerate(STATES)
+                ),
+                "program",
+            )
+        },
+        kind="state-timeline",
+        width=18,
+        help="As the daemon sees it: READY has generated a token and answers health checks.",
+    ),
+    Panel(
+        title="Restarts by cause",
+        queries={
+            "{{cause}}": total(f"increase(fd_dp_restarts_total{{{PROGRAM}}}[$__rate_interval])", "cause")
+        },
+        stacked=True,
+        help="Ends that nobody wanted. `fdctl why 3` tells more about the last of replica 3.",
+    ),
+    Panel(
+        title="Time to ready, mean",
+        queries={"{{program}}": mean("fd_dp_ready_seconds", "program", PROGRAM)},
+        unit="s",
+        kind="bargauge",
+        help="From a start to the first token, since the daemon was started.",
+    ),
+    Panel(
+        title="Next try",
+        queries={"{{program}}": f"fd_dp_next_try_seconds{{{PROGRAM}}}"},
+        unit="s",
+        help="Until a failed program is started again; 0 if it need not be.",
+    ),
+    Panel(
+        title="Reloads",
+        queries={"{{result}}": total("increase(fd_dp_reloads_total[$__range])", "result")},
+        kind="stat",
+    ),
+    Panel(
+        title="Time of a reload and of a drain, mean",
+        queries={
+            "reload": "fd_dp_reload_seconds_sum / fd_dp_reload_seconds_count",
+            "drain of {{program}}": mean("fd_dp_drain_seconds", "program", PROGRAM),
+        },
+        unit="s",
+        kind="bargauge",
+    ),
+    Panel(
+        title="Age of the daemon's view",
+        queries={"seconds": "time() - fd_dp_last_turn_timestamp_seconds"},
+        unit="s",
+        help="Its loop looks at everything once a second or more often; after some seconds it hangs.",
+    ),
+]
+
+LOAD = [
+    Panel(
+        title="Requests per second",
+        queries={
+            "{{endpoint}} {{status_code}}": total(
+                rate("http_requests_total", 'endpoint=~"/v1/.*"'), "endpoint, status_code"
+            )
+        },
+        unit="reqps",
+        stacked=True,
+        help="Answers of the router.",
+    ),
+    Panel(
+        title="In flight, by replica",
+        queries={"{{replica}}": f"fd_router_in_flight{{{REPLICA}}}"},
+        stacked=True,
+        help="As the router counts them, in the moment in which it chooses.",
+    ),
+    Panel(
+        title="Tokens generated per second, by replica",
+        queries={"{{replica}}": total(rate("fastdeploy:generation_tokens_total", REPLICA), "replica")},
+        unit="ops",
+        stacked=True,
+    ),
+    Panel(
+        title="Prompt tokens per second, by replica",
+        queries={"{{replica}}": total(rate("fastdeploy:prompt_tokens_total", REPLICA), "replica")},
+        unit="ops",
+        stacked=True,
+    ),
+    Panel(
+        title="Sequences running and waiting",
+        queries={
+            "running": f"sum(fastdeploy:num_requests_running{{{REPLICA}}})",
+            "waiting": f"sum(fastdeploy:num_requests_waiting{{{REPLICA}}})",
+            "room": f"sum(fastdeploy:max_batch_size{{{REPLICA}}})",
+        },
+        help="In the replicas' batches, and in front of them.",
+    ),
+    Panel(
+        title="Waiting, by replica",
+        queries={"{{replica}}": f"fastdeploy:num_requests_waiting{{{REPLICA}}}"},
+        stacked=True,
+    ),
+]
+
+LATENCY = [
+    Panel(
+        title="Time to first token",
+        queries=percentiles("fastdeploy:time_to_first_token_seconds", REPLICA),
+        unit="s",
+        help="In the replicas, from a request's arrival there; the time in the router's line comes on top.",
+    ),
+    Panel(
+        title="Time from token to token",
+        queries=percentiles("fastdeploy:time_per_output_token_seconds", REPLICA),
+        unit="s",
+        help="Each token after the first of each choice.",
+    ),
+    Panel(
+        title="Whole requests",
+        queries=percentiles("fastdeploy:e2e_request_latency_seconds", REPLICA),
+        unit="s",
+    ),
+    Panel(
+        title="Time to first token, p95, by replica",
+        queries={
+            "{{replica}}": "histogram_quantile(0.95, "
+            + total(rate("fastdeploy:time_to_first_token_seconds_bucket", REPLICA), "le, replica")
+            + ")"
+        },
+        unit="s",
+    ),
+    Panel(
+        title="Time in the router's line",
+        queries=percentiles("fd_router_queue_seconds"),
+        unit="s",
+        help="Of requests that had to wait because every replica was full.",
+    ),
+    Panel(
+        title="The router's own time",
+        queries=percentiles("fd_router_relay_seconds"),
+        unit="s",
+        help="From a whole request to its being sent, time in line included.",
+    ),
+]
+
+ROUTER = [
+    Panel(
+        title="Errors",
+        queries={
+            "{{status_code}}": total(rate("http_requests_total", 'status_code=~"[45].."'), "status_code")
+        },
+        unit="reqps",
+        stacked=True,
+    ),
+    Panel(
+        title="Retries, resumed streams, broken answers",
+        queries={
+            "tried again at another": total(
+                f"increase(fd_router_retries_total{{{REPLICA}}}[$__rate_interval])"
+            ),
+            "streams that went on at another": total(
+                f"increase(fd_router_resumes_total{{{REPLICA}}}[$__rate_interval])"
+            ),
+            "broken off": total(f"increase(fd_router_broken_off_total{{{REPLICA}}}[$__rate_interval])"),
+        },
+        help="By the replica that was lost. Clients notice only what is broken off.",
+    ),
+    Panel(
+        title="Replicas that may be chosen",
+        queries={
+            "up": f"sum(fd_router_replica_up{{{REPLICA}}})",
+            "draining": f"sum(fd_router_replica_draining{{{REPLICA}}})",
+        },
+    ),
+]
+
+CACHE = [
+    Panel(
+        title="KV cache in use",
+        queries={"{{replica}}": f"fastdeploy:gpu_cache_usage_perc{{{REPLICA}}}"},
+        unit="percentunit",
+    ),
+    Panel(
+        title="Prompt tokens found in the prefix cache",
+        queries={
+            "{{replica}}": total(rate("fastdeploy:prefix_cache_token_num_total", REPLICA), "replica")
+            + " / "
+            + total(rate("fastdeploy:prefix_cache_query_token_num_total", REPLICA), "replica")
+        },
+        unit="percentunit",
+    ),
+    Panel(
+        title="Preemptions per second",
+        queries={"{{replica}}": total(rate("fastdeploy:request_preempted_total", REPLICA), "replica")},
+        unit="ops",
+        stacked=True,
+        help="Sequences put back, and computed again later, because the KV cache was full.",
+    ),
+]
+
+EXPERTS = [
+    Panel(
+        title="Time of a step, mean",
+        queries={
+            "{{replica}}": total(rate("fastdeploy:ep_step_seconds_total", REPLICA), "replica")
+            + " / "
+            + total(rate("fastdeploy:ep_steps_total", REPLICA), "replica")
+        },
+        unit="s",
+    ),
+    Panel(
+        title="Waiting for a seat, part of the time",
+        queries={"seat {{seat}}": total(rate("fastdeploy:ep_waited_seconds_total", REPLICA), "seat")},
+        unit="percentunit",
+        stacked=True,
+        help="Sum over the ranks that wait: the seat that stands out is the slow one.",
+    ),
+    Panel(
+        title="Bytes between ranks per second",
+        queries={
+            "tokens sent": total(rate("fastdeploy:ep_dispatched_bytes_total", REPLICA)),
+            "results taken": total(rate("fastdeploy:ep_combined_bytes_total", REPLICA)),
+        },
+        unit="Bps",
+    ),
+    Panel(
+        title="Tokens by expert, per second",
+        queries={
+            "{{expert}}": f"sort_desc({total(rate('fastdeploy:ep_expert_tokens_total', REPLICA), 'expert')})"
+        },
+        unit="ops",
+        kind="bargauge",
+        help="How even the load of the experts is; those that are used most come first.",
+    ),
+    Panel(
+        title="Ranks in the group",
+        queries={"{{replica}} sees": f"fastdeploy:ep_active_seats{{{REPLICA}}}"},
+    ),
+    Panel(
+        title="Losses and steps begun again",
+        queries={
+            "ranks lost": f"max(increase(fastdeploy:ep_losses_total{{{REPLICA}}}[$__rate_interval]))",
+            "steps begun again": total(
+                f"increase(fastdeploy:ep_restarted_steps_total{{{REPLICA}}}[$__rate_interval])"
+            ),
+        },
+    ),
+]
+
+MACHINE = [
+    Panel(
+        title="Memory of its own, by program",
+        queries={
+            "{{program}}": f'fd_dp_memory_bytes{{{PROGRAM},kind="private"}}',
+            "fd-dp": 'process_resident_memory_bytes{job="fd-dp-daemon"}',
+        },
+        unit="bytes",
+        stacked=True,
+    ),
+    Panel(
+        title="Shared memory and files, by program",
+        queries={"{{program}}": f'fd_dp_memory_bytes{{{PROGRAM},kind="shared"}}'},
+        unit="bytes",
+        help="The weights are in memory once; each replica that uses them shows them here.",
+    ),
+    Panel(
+        title="Cores in use, by program",
+        queries={
+            "{{program}}": rate("fd_dp_cpu_seconds_total", PROGRAM),
+            "fd-dp": rate("process_cpu_seconds_total", 'job="fd-dp-daemon"'),
+        },
+        stacked=True,
+    ),
+]
+
+ROWS = {
+    "Fleet": FLEET,
+    "Load": LOAD,
+    "Latency": LATENCY,
+    "Router": ROUTER,
+    "KV cache": CACHE,
+    "Expert parallelism": EXPERTS,
+    "Machine": MACHINE,
+}

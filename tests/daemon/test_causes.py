@@ -1,0 +1,226 @@
+"""Why a program has ended: in the words of real ends, and of real replicas that cannot start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon import supervisor
+from fastdeploy.daemon.causes import Cause, End, explain, killed_worker
+from fastdeploy.daemon.inquest import Inquest
+from fastdeploy.daemon.programs import Program
+from fastdeploy.daemon.shortage import Shortage
+from fastdeploy.daemon.supervisor import Layout
+from fastdeploy.ports import find_free
+
+from .conftest import wait_until
+
+TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
+LOG = "2026-11-25 03:05:11,089 ERROR fastdeploy.entrypoints.openai.serve replica=1 pid=7 replica stops: "
+WORKER = f"{LOG}worker pid=12 was killed by "
+
+
+@pytest.mark.parametrize(
+    ("how", "told", "cause"),
+    [
+        (
+            "exit status 2",
+            "api_server: ERROR (--port: port 1811 on 127.0.0.1 is taken by pid 3 (nc))",
+            "port",
+        ),
+        ("", "dp.toml: port 1811 on 127.0.0.1 is taken; choose a free one", "port"),
+        ("exit status 5", "fd-router: ERROR (cannot listen on 10.0.0.9 port 30000: in use)", "port"),
+        ("exit status 2", "api_server: ERROR (unrecognized arguments: --surprise (x --help))", "flag"),
+        (
+            "exit status 2",
+            "api_server: ERROR (--dtype is 'int3'; it must be 'bfloat16' or 'float32')",
+            "flag",
+        ),
+        ("exit status 2", "api_server: ERROR (model '/x' is not a directory; give a checkpoint's)", "model"),
+        ("exit status 2", "api_server: ERROR (/x/config.json: no such file; a checkpoint needs it)", "model"),
+        ("exit status 3", f"{LOG}/models/m/weights: cannot be mapped ([Errno 5] I/O error)", "model"),
+        ("exit status 3", f"{LOG}/x/model.safetensors: not a safetensors file, or cut off", "model"),
+        ("exit status 3", f"{LOG}not enough memory", "memory"),
+        ("exit status 3", f"{LOG}Unable to allocate 3.2 GiB for an array with shape (8,)", "memory"),
+        ("exit status 3", f"{LOG}/dev/shm is full: 9 MB more are needed (docker: --shm-size)", "memory"),
+        ("exit status 3", f"{LOG}packed weights of /models/m cannot be written to /c (Quota)", "disk"),
+        ("exit status 3", f"{WORKER}SIGKILL", "killed"),
+        ("exit status 3", f"{WORKER}SIGSEGV", "crash"),
+        ("exit status 3", f"{LOG}worker pid=12 exited with code 0", "operator"),
+        ("exit status 3", f"{LOG}worker pid=12 exited with code 1", "exit"),
+        ("exit status 3", f"{LOG}the worker failed with KeyError; worker.log has the details", "exit"),
+        ("terminated by SIGKILL", "", "killed"),
+        ("terminated by SIGSEGV (core dumped)", "", "crash"),
+        ("terminated by SIGTERM", "", "operator"),
+        ("exit status 0", "", "operator"),
+        ("exit status 127", "", "exit"),
+        ("exit status 1", "", "exit"),
+        ("ended", "", "exit"),
+    ],
+)
+def test_each_end_has_a_cause(how: str, told: str, cause: str) -> None:
+    assert explain(End(how, told, model="/models/m")).cause == cause
+
+
+def test_no_more_is_claimed_about_a_signal_9_than_is_known() -> None:
+    told = f"{WORKER}SIGKILL"
+    assert killed_worker(told) == 12
+    unknown = explain(End("exit status 3", told))
+    assert (unknown.cause, "perhaps out of memory: see dmesg" in unknown.words) == (Cause.KILLED, True)
+    short = explain(End("exit status 3", told, out_of_memory="the kernel has just killed a process of x"))
+    assert (short.cause, short.words) == (
+        Cause.MEMORY,
+        "killed by signal 9, out of memory: the kernel has just killed a process of x",
+    )
+    # Whoever has killed it says so.
+    hung = explain(End("exit status 3", told, out_of_memory="somewhere", killed_by_rank=True))
+    assert hung.cause is Cause.HANG
+
+
+@given(st.text(), st.text(), st.text())
+def test_nothing_that_a_program_says_is_too_strange(how: str, told: str, model: str) -> None:
+    verdict = explain(End(how, told, model))
+    assert "\n" not in verdict.words
+
+
+# ---- what real replicas say
+
+
+def refusal(tmp_path: Path, *words: str) -> End:
+    """How a real api_server with these flags ends, as its supervisor would tell."""
+    output = tmp_path / "output.log"
+    with output.open("wb") as out:
+        ended = subprocess.run(
+            [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server", *words],
+            stdout=out,
+            stderr=out,
+            env={**os.environ, "FD_LOG_DIR": str(tmp_path)},
+            timeout=120,
+            check=False,
+        )
+    return End(f"exit status {ended.returncode}", supervisor.last_error(output, 0.0))
+
+
+def port() -> str:
+    return str(find_free(1)[0])
+
+
+def test_a_port_held_by_a_stranger(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        end = refusal(tmp_path, "--model", str(TINY), "--port", str(stranger.getsockname()[1]))
+    assert explain(end).cause is Cause.PORT
+    assert f"is taken by pid {os.getpid()}" in end.told
+
+
+@pytest.mark.parametrize(
+    "words", [("--surprise", "1"), ("--quantization", "int4"), ("--max-concurrency", "100000000")]
+)
+def test_a_wrong_flag(tmp_path: Path, words: tuple[str, str]) -> None:
+    end = refusal(tmp_path, "--model", str(TINY), "--port", port(), *words)
+    assert explain(end).cause is Cause.FLAG
+    assert words[0] in end.told
+
+
+@pytest.mark.parametrize("file", [None, "config.json", "model.safetensors", "tokenizer.json"])
+def test_an_unreadable_model(tmp_path: Path, file: str | None) -> None:
+    model = tmp_path / "checkpoint"
+    if file is not None:
+        model.mkdir()
+        for one in TINY.iterdir():
+            (model / one.name).write_bytes(one.read_bytes())
+        (model / file).write_bytes(b"not what it should be")
+    end = refusal(tmp_path, "--model", str(model), "--port", port())
+    assert explain(end).cause is Cause.MODEL, end
+
+
+# ---- what neighbours and the kernel say
+
+
+def test_a_worker_that_its_group_has_killed_hung(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, tmp_path)
+    for name, line in (
+        ("replica0", f"{WORKER}SIGKILL"),
+        (
+            "replica1",
+            "2026-11-25 03:05:10,000 WARNING x expert group dp-1: seat 0 (pid 12) has made no progress for "
+            "90.1 s (computing, layer 3); it is killed",
+        ),
+    ):
+        layout.output(name).parent.mkdir()
+        layout.output(name).write_text(line + "\n")
+    program = Program("replica0", ("x", "--model", str(TINY)), {}, (1,))
+    verdict, told = Inquest(layout).hold(program, "exit status 3", 0.0, ["replica1"])
+    assert (verdict.cause, told) == (Cause.HANG, f"{WORKER}SIGKILL")
+    alone, _ = Inquest(layout).hold(program, "exit status 3", 0.0, [])
+    assert alone.cause is Cause.KILLED
+
+
+def test_a_kill_for_want_of_memory_is_seen_for_some_seconds(tmp_path: Path) -> None:
+    counter = tmp_path / "vmstat"
+    counter.write_text("nr_free_pages 7\noom_kill 3\n")
+    shortage = Shortage(counter)
+    assert shortage.risen() == "", "before the first look"
+    shortage.look([], 0.0)
+    assert shortage.risen() == ""
+    counter.write_text("nr_free_pages 7\noom_kill 4\n")
+    assert shortage.risen() == "the kernel has just killed a process of this machine"
+    for now in (5.0, 10.0, 15.0):
+        shortage.look([], now)
+    assert shortage.risen() == ""
+    counter.unlink()
+    assert shortage.risen() == ""
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """A cgroup with 64 MB, of whichever version this machine lets us make one."""
+    for mount, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max"), ("unified", "memory.max")):
+        directory = Path("/sys/fs/cgroup") / mount / f"fd-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            directory.mkdir()
+            try:
+                (directory / limit).write_text(str(64 << 20))
+            except OSError:
+                directory.rmdir()
+                continue
+            yield directory
+            # The kernel needs a moment to forget the processes.
+            wait_until(lambda: _removed(directory), "cgroup removed")  # noqa: B023
+            return
+    pytest.skip("no cgroup with a limit of memory can be made here")
+
+
+def _removed(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+    return not directory.exists()
+
+
+def test_a_process_that_the_kernel_really_kills_for_want_of_memory(small_cgroup: Path) -> None:
+    hungry = "import sys; sys.stdin.readline(); print(len(bytearray(b'x') * (1 << 28)))"
+    shortage = Shortage(Path("/nowhere"))
+    with subprocess.Popen([sys.executable, "-c", hungry], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        (small_cgroup / "cgroup.procs").write_text(str(process.pid))
+        # Swap would let it live: as a container of that size would have it.
+        with contextlib.suppress(OSError):
+            (small_cgroup / "memory.memsw.limit_in_bytes").write_text(str(64 << 20))
+        with contextlib.suppress(OSError):
+            (small_cgroup / "memory.swap.max").write_text("0")
+        shortage.look([process.pid], time.monotonic())
+        assert shortage.risen() == ""
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.wait(60) == -signal.SIGKILL
+    assert shortage.risen() == f"the kernel has just killed a process of cgroup /{small_cgroup.name}"

@@ -1,0 +1,264 @@
+"""`fdctl top`: figures of programs that answer, and of those that do not."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import inspect
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon import control
+from fastdeploy.daemon.control import DaemonUnreachable
+from fastdeploy.daemon.fdctl import top
+from fastdeploy.daemon.fdctl.scrapes import Errands, History, Scrape
+from fastdeploy.daemon.router import metrics as router_metrics
+from fastdeploy.messages import ExpertParallelStats, Ready, Stats
+from fastdeploy.metrics import ReplicaMetrics
+from fastdeploy.ports import find_free
+
+from ..waiting import wait_until
+from .scripted_daemon import Terminal, scripted
+
+Serve = Callable[[Callable[[], str]], int]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts a program that answers /metrics with what a function returns; returns its port."""
+    servers = []
+
+    def start(text: Callable[[], str]) -> int:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = text().encode()
+                self.send_response(200 if self.path == "/metrics" else 404)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server.server_address[1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def entry(number: int | None, port: int, pid: int | None = 7, **other: Any) -> dict[str, Any]:
+    named = {"name": "router"} if number is None else {"name": f"replica{number}", "replica": number}
+    known = {"state": "READY", "intent": "run", "draining": False, "progress": None, "in_flight": 2}
+    where = {"pid": pid, "restarts": 3, "host": "127.0.0.1", "metrics_port": port}
+    return named | known | where | other
+
+
+def status(*entries: dict[str, Any]) -> dict[str, Any]:
+    replicas = [each for each in entries if "replica" in each]
+    router = next((each for each in entries if "replica" not in each), None)
+    daemon = {
+        "url": "http://127.0.0.1:1",
+        "state": "READY",
+        "ready": len(replicas),
+        "replicas": len(replicas),
+    }
+    return {"daemon": daemon, "router": router, "replicas": replicas}
+
+
+def replica_metrics() -> ReplicaMetrics:
+    """A replica's own exposition, as it is after a step."""
+    group = ExpertParallelStats(
+        epoch=1,
+        active_seats=[0, 1],
+        joins_total=2,
+        leaves_total=0,
+        losses_total=0,
+        restarted_steps_total=0,
+        steps_total=100,
+        step_seconds_total=5.0,
+        bytes_dispatched_total=1,
+        bytes_combined_total=1,
+        waited_seconds_total=[0.0, 1.0],
+        expert_tokens_total=[1],
+    )
+    stats = Stats(3, 4, 100, 75, 0, 0, 0, 100, 8, 8, group)
+    return ReplicaMetrics(lambda: stats, lambda: Ready(100, 64, 2048), 8)
+
+
+# ---- figures
+
+
+def test_a_frame_shows_what_a_replica_did_between_two_looks(serve: Serve) -> None:
+    metrics = replica_metrics()
+    port = serve(lambda: metrics.render().decode())
+    source = top.Source(lambda: status(entry(0, port)))
+    (before,) = source.frame()["replicas"]
+    assert (before["running"], before["queue"], before["kv_use"]) == (3, 4, 0.25)
+    assert (before["tokens_per_second"], before["ttft"]) == (None, None)
+    metrics.generation_tokens.inc(1000)
+    metrics.prompt_tokens.inc(100)
+    for seconds in (0.2, 0.4):
+        metrics.first_token.observe(seconds)
+    (after,) = source.frame()["replicas"]
+    assert after["tokens_per_second"] > 0
+    assert after["tokens_per_second"] == pytest.approx(10 * after["prompt_tokens_per_second"])
+    assert after["ttft"] == pytest.approx(0.3)
+    assert after["itl"] is None
+    assert (after["in_flight"], after["restarts"], after["state"]) == (2, 3, "READY")
+
+
+def test_every_name_that_is_looked_for_is_one_that_the_programs_tell() -> None:
+    source = inspect.getsource(top)
+    told = replica_metrics().render().decode()
+    for name in re.findall(r"fastdeploy:\w+", source):
+        assert re.search(rf"^{name}", told, re.MULTILINE), name
+    router = inspect.getsource(router_metrics)
+    for name in re.findall(r'"(fd_router_\w+|inference_requests)(?:_total)?"', source):
+        assert f'"{name.removesuffix("_total")}"' in router, name
+
+
+def test_the_router_and_the_box_have_a_line_each(serve: Serve) -> None:
+    counts = {"inference_requests_total": 10.0, "fd_router_retries_total": 1.0}
+
+    def text() -> str:
+        lines = [f'{name}{{replica="{each}"}} {count}' for name, count in counts.items() for each in "ab"]
+        return "\n".join(
+            [*lines, 'fd_router_in_flight{replica="a"} 3', 'fd_router_in_flight{replica="b"} 4', ""]
+        )
+
+    source = top.Source(lambda: status(entry(None, serve(text))))
+    assert source.frame()["router"]["requests_per_second"] is None
+    counts["inference_requests_total"] += 5
+    frame = source.frame()
+    router, box = frame["router"], frame["box"]
+    assert router["requests_per_second"] > 0
+    # Nothing was resumed: then there is no such line, and it is none rather than unknown.
+    assert (router["retries"], router["resumes"], router["in_flight"]) == (2, 0, 7)
+    assert 0 <= box["cpu"] <= 1
+    assert 0 < box["memory_used"] < box["memory_total"]
+
+
+def test_who_does_not_answer_has_a_row_without_figures_and_keeps_nobody_waiting(serve: Serve) -> None:
+    over = threading.Event()
+    ports = [
+        serve(lambda: replica_metrics().render().decode()),
+        serve(lambda: str(over.wait(60))),
+        find_free(1)[0],
+        serve(lambda: "{ this is no exposition"),
+    ]
+    rows = [entry(number, port) for number, port in enumerate(ports)]
+    source = top.Source(lambda: status(*rows, entry(4, 1, pid=None, state="STOPPED")))
+    began = time.monotonic()
+    for _ in range(3):
+        replicas = source.frame()["replicas"]
+    over.set()
+    # Far from the minute that one of them takes.
+    assert time.monotonic() - began < 30
+    assert [each["kv_use"] for each in replicas] == [0.25, None, None, None, None]
+    assert [each["in_flight"] for each in replicas] == [2, 2, 2, 2, 2]
+
+
+def test_a_daemon_that_does_not_answer_is_told_and_the_figures_go_on(serve: Serve) -> None:
+    port = serve(lambda: replica_metrics().render().decode())
+    answers = iter([status(entry(0, port))])
+
+    def ask() -> dict[str, Any]:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise DaemonUnreachable("fd-dp cannot be asked") from None
+
+    source = top.Source(ask)
+    source.frame()
+    frame = source.frame()
+    assert frame["problem"] == "fd-dp cannot be asked"
+    assert frame["replicas"][0]["kv_use"] == 0.25
+
+
+def test_a_replica_that_was_started_again_begins_anew(serve: Serve) -> None:
+    metrics = replica_metrics()
+    metrics.generation_tokens.inc(10**6)
+    port = serve(lambda: metrics.render().decode())
+    row = entry(0, port)
+    source = top.Source(lambda: status(dict(row)))
+    source.frame()
+    row["pid"] = 8
+    # The answer with the new pid comes with this frame, and its first figures with the next.
+    source.frame()
+    (again,) = source.frame()["replicas"]
+    assert again["tokens_per_second"] is None
+
+
+@given(st.lists(st.integers(0, 100), min_size=2, max_size=30))
+def test_a_rate_is_never_negative_and_never_more_than_was_counted(counts: list[int]) -> None:
+    history = History()
+    for second, count in enumerate(counts):
+        history.add(Scrape.parse(f"c_total {count}\n", float(second)))
+        assert len(history.scrapes) <= 12
+    rate = history.rate("c_total")
+    assert rate is not None
+    assert 0 <= rate <= max(counts)
+    if counts == sorted(counts) and len(counts) <= 10:
+        assert rate == pytest.approx((counts[-1] - counts[0]) / (len(counts) - 1))
+
+
+def test_an_errand_that_does_not_return_is_not_sent_twice() -> None:
+    over, sent = threading.Event(), []
+    errands = Errands()
+
+    def slow() -> str:
+        sent.append("slow")
+        over.wait(60)
+        return "late"
+
+    for _ in range(3):
+        errands.send({"slow": slow, "quick": lambda: "at once", "broken": lambda: 1 / 0})
+        results: dict[Any, Any] = {}
+        wait_until(lambda: results.update(errands.take(0.01)) or len(results) == 2, deadline=30)  # noqa: B023
+        assert results["quick"] == "at once"
+        assert isinstance(results["broken"], ZeroDivisionError)
+    assert sent == ["slow"]
+    over.set()
+    wait_until(lambda: errands.take(0.01) == {"slow": "late"}, deadline=30)
+
+
+# ---- the screen
+
+
+@contextlib.contextmanager
+def daemon(path: Path, serve: Serve) -> Iterator[None]:
+    port = serve(lambda: replica_metrics().render().decode())
+    answer = {"code": control.OK, "status": status(entry(None, port), entry(0, port, draining=True))}
+    with scripted(path, lambda _: [answer]):
+        yield
+
+
+@pytest.mark.parametrize(("key", "code"), [(b"q", control.OK), (b"\x03", control.DETACHED)])
+def test_it_goes_on_until_q_or_ctrl_c(key: bytes, code: int, tmp_path: Path, serve: Serve) -> None:
+    with daemon(tmp_path / "s", serve):
+        terminal = Terminal("--socket", str(tmp_path / "s"), "top")
+        text = terminal.shows(r"25%(?s:.*)25%")
+        assert re.search(r"0 +READY draining +2 +3 +4 +", text)
+        terminal.type(key)
+        assert terminal.end()[0] == code
+
+
+def test_without_a_daemon_to_begin_with_it_ends_at_once(tmp_path: Path) -> None:
+    terminal = Terminal("--socket", str(tmp_path / "s"), "top")
+    code, text = terminal.end()
+    assert code == control.NO_DAEMON
+    assert text.startswith("fdctl: ERROR (no fd-dp listens on")

@@ -1,0 +1,169 @@
+"""`fdctl why`: what is told about a program, in each state that it can be in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from fastdeploy.daemon.config import Config, parse
+from fastdeploy.daemon.explain import next_try_in, waits_for
+from fastdeploy.daemon.fdctl.program_output import last_lines, stacks_in
+from fastdeploy.daemon.intents import Intent
+from fastdeploy.daemon.programs import Program
+from fastdeploy.daemon.replica import Replica, State
+from fastdeploy.errors import FastDeployError
+
+from .conftest import Running, wait_until
+
+NOW = 1000.0
+
+
+def program(number: int | None) -> Program:
+    name = "router" if number is None else f"replica{number}"
+    return Program(name, ("x",), MappingProxyType({}), (5000,), stop_timeout=30.0)
+
+
+def config() -> Config:
+    text = (
+        '[model]\npath = "demo"\n[supervise]\nstartup_timeout = 600\nstall_kill = 60\nparallel_starts = 1\n'
+    )
+    return parse(text, "dp.toml", Path("/p"), Path("/p"))
+
+
+@dataclass
+class Seen:
+    """As much of a fleet as `waits_for` looks at."""
+
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    config: Config = field(default_factory=config)
+    busy: int | None = 0
+
+    def add(self, number: int | None, state: State, **other: Any) -> Replica:
+        one = Replica(program(number), state, since=NOW - 12, **other)
+        self.replicas[one.name] = one
+        return one
+
+    def in_flight(self, replica: Replica) -> int | None:
+        return self.busy
+
+    def drains(self, replica: Replica) -> bool:
+        return replica.draining
+
+
+@pytest.mark.parametrize(
+    ("state", "other", "told"),
+    [
+        (State.READY, {}, ""),
+        (
+            State.READY,
+            {"draining": True},
+            "the end of its requests (2 in flight), then for the operator: the router gives it nothing new; "
+            "fdctl undrain 1",
+        ),
+        (
+            State.READY,
+            {"intent": Intent.HELD},
+            "the operator: nobody else touches it; fdctl release 1",
+        ),
+        (State.STOPPED, {"intent": Intent.STOPPED}, "the operator: fdctl start 1"),
+        (State.STOPPED, {"intent": Intent.HELD}, "the operator: fdctl start 1"),
+        (State.STOPPED, {}, "its turn in a reload"),
+        (State.STARTING, {}, "its first token; it is given up in 588 s"),
+        (State.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),
+        (
+            State.UNHEALTHY,
+            {"last_good": NOW - 20, "intent": Intent.HELD},
+            "a good health check, or the operator: fdctl release 1",
+        ),
+        (State.STOPPING, {}, "its last requests; it is killed in 18 s"),
+        (State.STOPPING, {"failing": "hangs"}, "the stacks of its threads; then it is killed"),
+        (State.BACKOFF, {"next_try": NOW + 7.4}, "its next try, in 7 s"),
+        (State.QUARANTINED, {"next_try": NOW + 400}, "its next try, in 400 s"),
+        (State.BACKOFF, {"next_try": float("inf")}, "the end of fd-dp"),
+        (State.WAITING, {}, "the end of its old process"),
+    ],
+)
+def test_what_a_replica_waits_for(state: State, other: dict[str, Any], told: str) -> None:
+    fleet = Seen(busy=2)
+    fleet.add(None, State.READY)
+    assert waits_for(fleet, fleet.add(1, state, **other), NOW) == told  # type: ignore[arg-type]
+
+
+def test_a_replica_waits_for_the_router_and_then_for_those_that_load() -> None:
+    fleet = Seen()
+    router, waiting = fleet.add(None, State.STARTING), fleet.add(1, State.WAITING)
+    assert waits_for(fleet, waiting, NOW) == "the router, which starts first"  # type: ignore[arg-type]
+    router.state = State.READY
+    fleet.add(0, State.STARTING)
+    told = waits_for(fleet, waiting, NOW)  # type: ignore[arg-type]
+    assert told == "its turn to load, after replica 0 (parallel_starts = 1)"
+
+
+def test_the_next_try_is_a_number_that_json_can_carry() -> None:
+    fleet = Seen()
+    assert next_try_in(fleet.add(1, State.BACKOFF, next_try=NOW + 7.44), NOW) == 7.4
+    assert next_try_in(fleet.add(1, State.BACKOFF, next_try=float("inf")), NOW) is None
+    assert next_try_in(fleet.add(1, State.READY), NOW) is None
+
+
+def test_stacks_are_found_at_the_end_of_an_output(tmp_path: Path) -> None:
+    file = tmp_path / "output.log"
+    assert stacks_in(file) is None
+    before = "".join(f"line {number}\n" for number in range(100))
+    dump = (
+        "Thread 0x00007f12 (most recent call first):\n"
+        '  File "a.py", line 3 in wait\n'
+        "\n"
+        "Current thread 0x00007f34 (most recent call first):\n"
+        '  File "b.py", line 5 in <module>\n'
+    )
+    file.write_text(before)
+    assert stacks_in(file) is None
+    file.write_text(before + dump + "killed\n")
+    stacks = stacks_in(file)
+    assert stacks is not None
+    assert stacks.threads == 2
+    assert last_lines(file, stacks.lines_ago)[0].startswith("Thread 0x00007f12")
+
+
+def test_an_output_that_cannot_be_read_is_an_error_and_a_missing_one_is_empty(tmp_path: Path) -> None:
+    assert last_lines(tmp_path / "none", 5) == []
+    with pytest.raises(FastDeployError, match="cannot be read"):
+        last_lines(tmp_path, 5)
+
+
+def test_a_fleet_that_is_not_well_is_explained(running: Running) -> None:
+    running.write(replicas=3, backoff_first=60)
+    running.start_and_wait()
+    assert running.fdctl("why").stdout == "all 4 programs are READY\n"
+    os.kill(running.pids()["replica0"], signal.SIGKILL)
+    running.fdctl("stop", "1")
+    running.fdctl("drain", "2", "--no-wait")
+    wait_until(lambda: running.programs()["replica0"]["state"] == "BACKOFF", "exit noticed")
+    table = running.fdctl("status").stdout
+    assert "STOPPED by operator" in table
+    assert "READY draining" in table
+    told = running.fdctl("why").stdout
+    assert "router: " not in told
+    one, two, three = ("replica " + part for part in told.split("replica ")[1:])
+    assert one.startswith("replica 0: BACKOFF for ")
+    assert "waits for: its next try, in " in one
+    assert "last exit: terminated by SIGKILL (cause: killed), " in one
+    assert two.startswith("replica 1: STOPPED for ")
+    assert "wanted: down: stopped by the operator" in two
+    assert "waits for: the operator: fdctl start 1" in two
+    assert three.startswith("replica 2: READY for ")
+    assert "wanted: running; drained" in three
+    alone = running.fdctl("why", "0").stdout
+    assert alone.splitlines()[-2].startswith("last 1 lines of ")
+    assert alone.splitlines()[-1] == f"  fake replica on port {running.ports[1]}"
+    found = json.loads(running.fdctl("why", "0", "--json").stdout)
+    assert (found["cause"], found["intent"]) == ("killed", "run")
+    assert 0 < found["next_try_in"] <= 60

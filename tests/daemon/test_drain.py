@@ -1,0 +1,150 @@
+"""Planned stops lose nothing: who is to be stopped gets nothing new first, and nobody is left drained."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from fastdeploy.daemon import control
+from fastdeploy.daemon.programs import admin_socket
+from fastdeploy.daemon.router_admin import registered, set_draining
+
+from .conftest import Running, wait_until
+
+
+def stages(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    events = [message["event"] for message in messages if "event" in message]
+    return [(event["program"], event["stage"]) for event in events if event["kind"] == "stage"]
+
+
+def lines(messages: list[dict[str, Any]]) -> list[str]:
+    return [message["line"] for message in messages if "line" in message]
+
+
+def nobody_is_drained(running: Running) -> None:
+    wait_until(lambda: len(running.rows()) == 2 and not running.drained(), "all take requests")
+
+
+def test_a_restart_waits_for_what_is_in_flight_and_then_lets_the_router_use_it_again(
+    lent: Running,
+) -> None:
+    before = lent.pids()
+    lent.set_in_flight(0, 3)
+    lent.do("restart", "0", wait=False)
+    wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
+    lent.set_in_flight(0, 1)
+    wait_until(lambda: lent.programs()["replica0"]["in_flight"] == 1, "the daemon sees it")
+    assert lent.pids() == before
+    assert lent.status()["daemon"]["state"] == "BUSY"
+    lent.set_in_flight(0, 0)
+    lent.wait_ready_again("replica0", before["replica0"])
+    nobody_is_drained(lent)
+
+
+def test_the_stages_of_a_restart_are_told_with_what_is_in_flight(lent: Running) -> None:
+    lent.write(drain_timeout=0.5)
+    lent.do("reload")
+    lent.set_in_flight(1, 2)
+    told = lent.tell("restart", name="all")
+    assert told[-1] == {"code": control.OK}
+    assert list(dict.fromkeys(stages(told))) == [
+        (name, stage) for name in ("replica0", "replica1") for stage in ("drain", "stop", "start", "ready")
+    ]
+    drains = [message["event"] for message in told if message.get("event", {}).get("stage") == "drain"]
+    assert {(event["label"], event["index"], event["of"]) for event in drains} == {
+        *(("replica 0", 1, 2), ("replica 1", 2, 2)),
+    }
+    assert drains[-1]["in_flight"] == 2
+    # What is left when time is up goes on elsewhere, and somebody may want to know that.
+    assert "replica 1: 2 requests in flight after 0.5 s; going on elsewhere" in lines(told)
+    assert lent.ready()
+
+
+def test_with_a_drain_timeout_of_0_nothing_is_waited_for(lent: Running) -> None:
+    lent.write(drain_timeout=0)
+    lent.do("reload")
+    lent.set_in_flight(0, 3)
+    told = lent.tell("restart", name="0")
+    assert told[-1] == {"code": control.OK}
+    assert stages(told) == [("replica0", stage) for stage in ("stop", "start", "ready")]
+
+
+def test_the_only_replica_goes_on_until_it_has_nothing_in_flight(running: Running) -> None:
+    """Drained it would be as good as down, for all the time that its requests take."""
+    running.write(replicas=1)
+    running.start_and_wait()
+    before = running.pids()
+    running.set_in_flight(0, 1)
+    running.do("restart", "0", wait=False)
+    said = "replica 0: not drained: no other takes requests; it is stopped when it has none"
+    wait_until(lambda: said in running.log(), "it is told")
+    assert (running.drained(), running.pids()) == (set(), before)
+    running.set_in_flight(0, 0)
+    running.wait_ready_again("replica0", before["replica0"])
+
+
+def test_a_replica_that_is_to_stay_down_is_drained_even_if_it_is_the_last(lent: Running) -> None:
+    lent.set_in_flight(0, 1)
+    lent.do("stop", "all", wait=False)
+    wait_until(lambda: lent.drained() == {0, 1}, "both are drained")
+    assert lent.ready()
+    lent.set_in_flight(0, 0)
+    states = lambda: {entry["state"] for entry in lent.status()["replicas"]}  # noqa: E731
+    wait_until(lambda: states() == {"STOPPED"}, "both are down")
+    wait_until(lambda: lent.rows() == {}, "the router knows nobody any more")
+    lent.do("start", "all")
+    nobody_is_drained(lent)
+
+
+def test_without_a_router_a_restart_is_as_good_as_ever(lent: Running) -> None:
+    lent.do("stop", "router")
+    told = lent.tell("restart", name="0")
+    assert told[-1] == {"code": control.OK}
+    assert "replica 0: not drained: the router is down" in lines(told)
+
+
+def test_a_router_that_dies_while_a_replica_is_drained_changes_nothing(lent: Running) -> None:
+    before = lent.pids()
+    lent.set_in_flight(0, 3)
+    lent.do("restart", "0", wait=False)
+    wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
+    os.kill(before["router"], signal.SIGKILL)
+    lent.wait_ready_again("router", before["router"])
+    wait_until(lambda: lent.programs()["replica0"]["in_flight"] == 3, "the daemon asks the new one")
+    assert lent.drained() == {0}
+    assert lent.pids()["replica0"] == before["replica0"]
+    lent.set_in_flight(0, 0)
+    lent.wait_ready_again("replica0", before["replica0"])
+    nobody_is_drained(lent)
+
+
+def test_a_router_that_hangs_holds_up_nothing_for_long(lent: Running) -> None:
+    lent.write(drain_timeout=1)
+    lent.do("reload")
+    before = lent.pids()
+    os.kill(before["router"], signal.SIGSTOP)
+    lent.do("restart", "0", wait=False)
+    wait_until(lambda: lent.programs()["replica0"]["pid"] not in (None, before["replica0"]), "a new one")
+    os.kill(before["router"], signal.SIGCONT)
+    lent.wait_ready_again("replica0", before["replica0"])
+    nobody_is_drained(lent)
+
+
+def test_what_a_daemon_that_was_killed_has_left_drained_the_next_one_undrains(lent: Running) -> None:
+    before = lent.pids()
+    lent.set_in_flight(0, 1)
+    lent.do("restart", "0", wait=False)
+    wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
+    lent.stop(signal.SIGKILL)
+    lent.start()
+    nobody_is_drained(lent)
+    wait_until(lent.ready, "everything adopted")
+    assert lent.pids() == before
+
+
+def test_what_somebody_else_has_drained_is_undrained(lent: Running) -> None:
+    """The operator's word is with the daemon: what the router has been told besides does not hold."""
+    admin = admin_socket(lent.prefix / "run")
+    set_draining(admin, registered(admin)[lent.ports[1]], True)
+    nobody_is_drained(lent)

@@ -1,0 +1,375 @@
+"""Who is found to hang, and who is not: the decision by itself, and the fleet with a clock set by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon.causes import Cause
+from fastdeploy.daemon.config import parse
+from fastdeploy.daemon.hangs import Judgement, Pulse, Stuck, Watch, awaited_by, judge
+from fastdeploy.daemon.intents import Intent, Wish
+from fastdeploy.daemon.programs import expert_group_of
+from fastdeploy.daemon.replica import Replica, State
+from fastdeploy.expert_parallel.snapshot import Seat, Snapshot
+
+from .conftest import Running, alive, wait_until
+from .world import World
+
+GROUP = "dp-1"
+MEMBERS = {(GROUP, seat): f"replica{seat}" for seat in range(4)}
+
+
+def seat(
+    number: int,
+    *waits_for: int,
+    seconds: float | None = 70.0,
+    phase: str = "computing",
+    state: str = "active",
+) -> Seat:
+    return Seat(
+        number,
+        pid=100 + number,
+        state=state,
+        epoch=1,
+        steps=5,
+        phase=phase,
+        layer=1,
+        seconds=seconds,
+        tokens=8,
+        waits_for=waits_for,
+    )
+
+
+def snapshot(*seats: Seat) -> Snapshot:
+    active = tuple(one.seat for one in seats)
+    return Snapshot(GROUP, 1, active, 0, 0, 0, num_seats=8, seats=seats, awaited=None)
+
+
+def stuck(number: int, group: str | None = GROUP) -> Stuck:
+    return Stuck(f"replica{number}", 65.0, 3, group, number)
+
+
+def judged(numbers: tuple[int, ...], *seats: Seat) -> Judgement:
+    return judge([stuck(number) for number in numbers], {GROUP: snapshot(*seats)}, MEMBERS, 60.0)
+
+
+# ---- the decision
+
+
+def test_one_that_is_in_no_group_hangs() -> None:
+    found = judge([stuck(2, group=None)], {}, {}, 60.0)
+    assert found.guilty == {"replica2": "no step for 65 s, 3 in hand"}
+    # Its model has no experts, or nobody has come to the group yet.
+    assert judge([stuck(2)], {GROUP: None}, MEMBERS, 60.0).guilty.keys() == {"replica2"}
+    assert judge([stuck(2)], {GROUP: snapshot(seat(0))}, MEMBERS, 60.0).guilty.keys() == {"replica2"}
+
+
+def test_those_who_wait_are_excused_and_the_one_waited_for_is_to_blame() -> None:
+    found = judged((0, 1), seat(0, 2), seat(1, 2), seat(2))
+    assert found.guilty == {"replica2": "in the way of others for 65 s (computing, layer 1)"}
+    waits = "no step for 65 s, 3 in hand; waits for seat 2 (computing, layer 1)"
+    assert found.excused == {"replica0": waits, "replica1": waits}
+
+
+def test_whoever_has_work_itself_and_is_waited_for_is_blamed_once() -> None:
+    found = judged((0, 1, 2), seat(0, 1, 2), seat(1), seat(2, 1))
+    assert found.guilty.keys() == {"replica1"}
+    assert found.excused.keys() == {"replica0", "replica2"}
+
+
+def test_an_idle_one_that_does_not_hear_the_call_is_to_blame() -> None:
+    found = judged((0,), seat(0, 1), seat(1, phase="idle", seconds=3600.0))
+    assert found.guilty.keys() == {"replica1"}
+
+
+def test_a_step_that_goes_on_layer_by_layer_is_slow_and_not_dead() -> None:
+    found = judged((0, 1), seat(0, 1), seat(1, seconds=2.0))
+    assert found.guilty == {}
+    assert found.excused["replica1"] == "no step for 65 s, 3 in hand; its step goes on (computing, layer 1)"
+
+
+def test_of_two_that_wait_for_each_other_the_one_that_stopped_first_is_to_blame() -> None:
+    """It was stopped in a wait: what it waited for has come since."""
+    assert judged((0, 1), seat(0, 1, seconds=66.0), seat(1, 0, seconds=65.0)).guilty.keys() == {"replica0"}
+    assert judged((0, 1), seat(0, 1, seconds=65.0), seat(1, 0, seconds=66.0)).guilty.keys() == {"replica1"}
+
+
+def test_a_newcomer_that_never_arrives_is_to_blame() -> None:
+    found = judged((0,), seat(0, 3), seat(3, seconds=None, phase="idle", state="joining"))
+    assert found.guilty.keys() == {"replica3"}
+
+
+def test_a_dead_one_is_for_its_group_to_bury() -> None:
+    found = judged((0,), seat(0, 1), seat(1, state="dead"))
+    assert (found.guilty, found.excused.keys()) == ({}, {"replica0"})
+
+
+def test_nobody_is_blamed_when_the_group_cannot_be_looked_at_or_the_culprit_is_not_ours() -> None:
+    found = judge([stuck(0)], {}, MEMBERS, 60.0)
+    assert found.excused == {"replica0": "no step for 65 s, 3 in hand; its expert group cannot be looked at"}
+    assert judged((0,), seat(0, 7), seat(7)).guilty == {}
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 7),
+        st.tuples(st.sets(st.integers(0, 7), max_size=7), st.none() | st.floats(0, 1e6)),
+        min_size=1,
+    )
+)
+def test_somebody_is_always_awaited_and_never_one_that_waits_if_another_does_not(
+    waits: dict[int, tuple[set[int], float | None]],
+) -> None:
+    seats = {n: seat(n, *sorted(others - {n}), seconds=s) for n, (others, s) in waits.items()}
+    for one in seats.values():
+        found = awaited_by(one, seats)
+        assert found
+        assert len(found) == 1 or not any(other.waits_for for other in found)
+
+
+# ---- what is seen of one process
+
+
+def test_progress_is_a_new_step_or_having_nothing_to_do() -> None:
+    watch = Watch()
+    watch.saw(Pulse(5, 1, 100.0), 0.0)
+    assert watch.stuck(10.0) == 10.0, "it is not blamed for what was before"
+    watch.saw(Pulse(5, 1, 120.0), 20.0)
+    assert watch.stuck(20.0) == 20.0
+    watch.saw(Pulse(6, 1, 0.5), 30.0)
+    assert watch.stuck(40.0) == 0.5
+    watch.saw(Pulse(6, 0, 0.0), 40.0)
+    watch.saw(Pulse(6, 1, 3.0), 50.0)
+    assert watch.stuck(50.0) == 3.0
+
+
+def test_time_in_which_the_daemon_slept_is_forgiven() -> None:
+    watch = Watch()
+    watch.saw(Pulse(5, 1, 1.0), 0.0)
+    watch.tested = 0.0
+    watch.forgive(3600.0)
+    watch.saw(Pulse(5, 1, 3601.0), 3601.0)
+    assert watch.stuck(3601.0) == 1.0
+    watch.saw(Pulse(5, 1, 0.0), 3601.0)
+    assert watch.tested_for(3601.0) == 1.0
+
+
+@pytest.mark.parametrize("worker", [None, {}, [], 3, {"steps": "x", "requests": 1, "silent": 0}])
+def test_a_health_check_that_tells_nothing_of_a_worker_is_no_reason_for_anything(worker: object) -> None:
+    assert Pulse.of({"worker": worker}) is None
+    watch = Watch()
+    watch.saw(None, 5.0)
+    assert (watch.stuck(1e9), watch.idle(1e9)) == (0.0, 0.0)
+
+
+# ---- the fleet
+
+
+def started(tmp_path: Path, **supervise: float) -> tuple[World, Replica]:
+    world = World(tmp_path, 1, **{"hang_after": 20, "idle_probe": 0, **supervise})
+    world.become_ready("router", "replica0")
+    return world, world.fleet.replicas["replica0"]
+
+
+def test_one_that_has_work_and_makes_no_step_is_killed(tmp_path: Path) -> None:
+    world, replica = started(tmp_path)
+    world.work("replica0", requests=2)
+    world.pass_time(19.0)
+    assert replica.state is State.READY
+    world.pass_time(8.0)
+    assert (replica.state, replica.cause) == (State.STOPPING, Cause.HANG)
+    assert replica.failing.startswith("hangs: no step for ")
+    assert replica.failing.endswith("s, 2 in hand")
+    world.supervisor.end("replica0")
+    world.fleet.step()
+    assert replica.state is State.BACKOFF
+    assert "hangs: no step for" in replica.note
+    assert (
+        world.fleet.metrics.registry.get_sample_value(
+            "fd_dp_restarts_total", {"program": "replica0", "cause": "hang"}
+        )
+        == 1
+    )
+
+
+def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
+    world, replica = started(tmp_path)
+    for _ in range(20):
+        world.work("replica0")
+        world.pass_time(15.0)
+    assert replica.state is State.READY
+
+
+def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_path: Path) -> None:
+    world, replica = started(tmp_path)
+    world.fleet.wish(replica, Wish(Intent.HELD))
+    world.work("replica0")
+    world.pass_time(100.0)
+    assert replica.state is State.READY
+    assert replica.note.startswith("hangs: no step for ")
+
+
+def test_one_that_hangs_with_its_first_token_is_killed_long_before_the_startup_timeout(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, 1, hang_after=20, startup_timeout=600)
+    world.probes.silent.add("replica0")
+    world.probes.good |= {"router", "replica0"}
+    world.pass_time(3.0)
+    world.work("replica0")
+    world.pass_time(30.0)
+    assert world.fleet.replicas["replica0"].cause is Cause.HANG
+
+
+def test_a_machine_that_was_frozen_is_nobodys_fault(tmp_path: Path) -> None:
+    world, replica = started(tmp_path)
+    world.work("replica0")
+    world.pass_time(3.0)
+    world.now += 3600.0
+    world.pass_time(6.0)
+    world.work("replica0")
+    world.pass_time(6.0)
+    assert replica.state is State.READY
+
+
+def test_an_idle_one_is_asked_for_a_token_now_and_then_and_a_busy_one_is_not(tmp_path: Path) -> None:
+    world, _ = started(tmp_path, idle_probe=60)
+    world.work("replica0", requests=0)
+    first = world.probes.tokens["replica0"]
+    world.pass_time(55.0)
+    assert world.probes.tokens["replica0"] == first
+    world.pass_time(20.0)
+    assert world.probes.tokens["replica0"] > first
+    world.work("replica0", requests=0)
+    world.pass_time(6.0)
+    asked = world.probes.tokens["replica0"]
+    for _ in range(20):
+        world.pass_time(30.0)
+        world.work("replica0", requests=0)
+    assert world.probes.tokens["replica0"] == asked
+    world.work("replica0", requests=1)
+    world.pass_time(15.0)
+    assert world.probes.tokens["replica0"] == asked
+
+
+def test_an_idle_one_that_gives_no_token_is_unhealthy_and_then_killed(tmp_path: Path) -> None:
+    world, replica = started(tmp_path, idle_probe=60)
+    world.work("replica0", requests=0)
+    world.probes.wordless.add("replica0")
+    world.pass_time(75.0)
+    assert (replica.state, replica.note) == (State.UNHEALTHY, "no token")
+    world.pass_time(20.0)
+    assert replica.cause is Cause.HANG
+    assert replica.failing == "idle, and gave no token for 20 s: no token"
+
+
+def test_an_idle_one_that_gives_its_token_late_is_ready_again(tmp_path: Path) -> None:
+    world, replica = started(tmp_path, idle_probe=60)
+    world.work("replica0", requests=0)
+    world.probes.wordless.add("replica0")
+    world.pass_time(75.0)
+    world.probes.wordless.clear()
+    world.work("replica0", requests=0)
+    world.pass_time(8.0)
+    assert replica.state is State.READY
+    world.pass_time(40.0)
+    assert replica.state is State.READY
+
+
+def test_an_idle_one_that_keeps_its_token_waiting_is_killed(tmp_path: Path) -> None:
+    world, replica = started(tmp_path, idle_probe=60)
+    world.work("replica0", requests=0)
+    world.probes.silent.add("replica0")
+    world.pass_time(95.0)
+    assert replica.failing == "idle, and gave no token for 20 s"
+
+
+def test_an_idle_one_that_keeps_its_token_waiting_as_it_waits_for_others_is_excused(tmp_path: Path) -> None:
+    world = World(
+        tmp_path,
+        2,
+        "expert_parallel = true",
+        lambda name: snapshot(seat(0, 1), seat(1)),
+        hang_after=20,
+        idle_probe=60,
+    )
+    world.become_ready("router", "replica0", "replica1")
+    world.work("replica0", requests=0)
+    world.probes.silent.add("replica0")
+    world.pass_time(68.0)
+    world.work("replica0", requests=1)
+    world.pass_time(40.0)
+    assert world.names(State.STOPPING) == {"replica1"}
+
+
+def test_an_idle_one_to_which_work_has_come_before_its_token_is_left_alone(tmp_path: Path) -> None:
+    world, replica = started(tmp_path, idle_probe=60)
+    world.work("replica0", requests=0)
+    world.probes.silent.add("replica0")
+    world.pass_time(70.0)
+    for _ in range(20):
+        world.work("replica0", requests=2)
+        world.pass_time(10.0)
+    assert replica.state is State.READY
+
+
+def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def look(name: str) -> Snapshot:
+        seen.append(name)
+        return snapshot(seat(0, 2), seat(1, 2), seat(2))
+
+    world = World(tmp_path, 3, "expert_parallel = true", look, hang_after=20, idle_probe=0)
+    world.become_ready("router", "replica0", "replica1", "replica2")
+    for name in ("replica0", "replica1"):
+        world.work(name)
+    world.pass_time(10.0)
+    assert seen == [], "who makes progress is not looked at"
+    world.pass_time(20.0)
+    assert world.names(State.STOPPING) == {"replica2"}
+    assert set(seen) == {expert_group_of(world.fleet.config)}
+    assert "waits for seat 2" in world.fleet.replicas["replica0"].note
+
+
+def test_what_counts_as_a_hang_can_be_told_in_dp_toml(tmp_path: Path) -> None:
+    config = parse('[model]\npath = "demo"\n[supervise]\nhang_after = 2.5\n', "dp.toml", tmp_path, tmp_path)
+    assert (config.supervise.hang_after, config.supervise.idle_probe) == (2.5, 60.0)
+
+
+# ---- a real daemon, with processes that are not
+
+
+def test_a_process_that_hangs_tells_where_before_it_is_killed_and_comes_back(
+    running: Running, tmp_path: Path
+) -> None:
+    stuck_file = tmp_path / "stuck"
+    running.write(extra_args=("--stuck-file", str(stuck_file)), hang_after=1)
+    running.start_and_wait()
+    before = running.pids()
+    stuck_file.touch()
+    wait_until(lambda: not alive(before["replica0"]), "hanging replica 0 killed")
+    stuck_file.unlink()
+    entry = running.wait_ready_again("replica0", before["replica0"])
+    assert entry["cause"] == "hang"
+    assert re.search(r"replica 0: ERROR \(hangs: no step for \d+ s, 1 in hand\); killing pid", running.log())
+    output = (running.prefix / "logs" / "replica0" / "output.log").read_text()
+    assert "most recent call first" in output
+    assert "in deadlocked" in output
+
+
+def test_a_process_that_is_stopped_tells_where_it_was_and_comes_back(running: Running) -> None:
+    running.write(stall_after=1, stall_kill=2)
+    running.start_and_wait()
+    before = running.pids()
+    os.kill(before["replica1"], signal.SIGSTOP)
+    entry = running.wait_ready_again("replica1", before["replica1"])
+    assert entry["cause"] == "hang"
+    assert "no good health check for 2 s" in running.log()

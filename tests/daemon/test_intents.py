@@ -1,0 +1,185 @@
+"""What the operator wants of a replica holds over daemons, routers and reloads."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon import control
+from fastdeploy.daemon.intents import Intent, Intents, Wish
+from fastdeploy.daemon.replica import State
+
+from .conftest import Running, alive, wait_until
+from .world import World
+
+WISHES = st.dictionaries(
+    st.text(max_size=8), st.builds(Wish, st.sampled_from(Intent), st.booleans()), max_size=4
+)
+
+
+# ---- the file
+
+
+@given(WISHES)
+def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, wishes: dict) -> None:
+    state = tmp_path_factory.mktemp("state")
+    intents = Intents(state)
+    for name, wish in wishes.items():
+        intents.set(name, wish)
+    read = Intents(state)
+    assert {name: read.of(name) for name in wishes} == wishes
+    assert read.of("another") == Wish(Intent.RUN, draining=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"replica1": 5}', '{"replica1": {"intent": "dance", "draining": false}}', "\xff"]
+)
+def test_a_file_that_is_not_understood_is_no_wish(tmp_path: Path, text: str) -> None:
+    (tmp_path / "intents.json").write_text(text, encoding="latin-1")
+    assert Intents(tmp_path).of("replica1") == Wish()
+
+
+def test_a_wish_that_cannot_be_kept_does_not_hold(tmp_path: Path) -> None:
+    intents = Intents(tmp_path)
+    intents.set("replica1", Wish(Intent.HELD))
+    (tmp_path / "intents.new").mkdir()
+    with pytest.raises(OSError, match=r"intents\.new"):
+        intents.set("replica1", Wish(draining=True))
+    assert intents.of("replica1") == Intents(tmp_path).of("replica1") == Wish(Intent.HELD)
+
+
+def test_programs_that_are_no_more_have_no_wishes(tmp_path: Path) -> None:
+    intents = Intents(tmp_path)
+    intents.set("replica1", Wish(Intent.STOPPED))
+    intents.set("replica2", Wish(draining=True))
+    intents.keep_only({"router", "replica1"})
+    assert Intents(tmp_path).of("replica2") == Wish()
+    assert Intents(tmp_path).of("replica1") == Wish(Intent.STOPPED)
+
+
+# ---- drain
+
+
+def test_a_drained_replica_stays_so_over_its_own_the_routers_and_the_daemons_end(lent: Running) -> None:
+    before = lent.pids()
+    lent.set_in_flight(1, 1)
+    lent.do("drain", "1", wait=False)
+    wait_until(lambda: lent.drained() == {1}, "replica 1 is drained")
+    assert lent.programs()["replica1"]["draining"]
+    assert lent.programs()["replica1"]["state"] == "READY"
+
+    lent.stop(signal.SIGKILL)
+    lent.start()
+    wait_until(lent.ready, "everything adopted")
+    assert lent.drained() == {1}
+
+    # A router that knows nothing of it any more.
+    (lent.prefix / "state" / "replicas.json").unlink()
+    os.kill(before["router"], signal.SIGKILL)
+    lent.wait_ready_again("router", before["router"])
+    wait_until(lambda: lent.drained() == {1}, "it is told")
+
+    lent.set_in_flight(1, 0)
+    lent.do("restart", "1")
+    assert lent.pids()["replica1"] != before["replica1"]
+    assert lent.drained() == {1}
+    lent.do("undrain", "1")
+    wait_until(lambda: not lent.drained(), "replica 1 takes requests again")
+    assert not lent.programs()["replica1"]["draining"]
+
+
+def test_drain_can_be_waited_for_while_other_things_go_on(lent: Running) -> None:
+    lent.set_in_flight(0, 2)
+    lent.do("drain", "0", wait=False)
+    wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
+    lent.do("restart", "1")
+    lent.set_in_flight(0, 0)
+    told = lent.tell("drain", name="all")
+    assert (told[0], told[-1]) == ({"line": "no replica takes requests now"}, {"code": control.OK})
+    assert lent.drained() == {0, 1}
+
+
+def test_only_replicas_can_be_drained(lent: Running) -> None:
+    done = lent.fdctl("drain", "router")
+    assert (done.returncode, done.stderr) == (
+        control.FAILED,
+        "fdctl: ERROR (router: only replicas can be drained)\n",
+    )
+
+
+# ---- hold
+
+
+def test_a_held_replica_is_not_started_again_until_it_is_released(lent: Running) -> None:
+    before = lent.pids()
+    lent.do("hold", "1")
+    assert lent.programs()["replica1"]["intent"] == "held"
+    os.kill(before["replica1"], signal.SIGKILL)
+    wait_until(lambda: lent.programs()["replica1"]["state"] == "STOPPED", "its end is seen")
+    assert "held by the operator, so not started again" in lent.programs()["replica1"]["note"]
+
+    lent.stop(signal.SIGKILL)
+    lent.start()
+    wait_until(lambda: lent.programs().get("replica0", {}).get("state") == "READY", "replica 0 adopted")
+    assert lent.programs()["replica1"]["state"] == "STOPPED"
+    assert lent.programs()["replica1"]["intent"] == "held"
+    lent.do("restart", "all")
+    assert lent.programs()["replica1"]["pid"] is None
+
+    lent.do("release", "1")
+    lent.wait_ready_again("replica1", before["replica1"])
+    assert lent.programs()["replica1"]["intent"] == "run"
+
+
+def test_a_reload_leaves_a_held_replica_as_it_is_until_it_is_released(lent: Running) -> None:
+    before = lent.pids()
+    lent.do("hold", "0")
+    lent.write(env={"SOME_THING": "1"})
+    done = lent.fdctl("reload")
+    assert done.returncode == control.OK
+    assert "not now, because it is held: replace replica 0 (environment SOME_THING: added)" in done.stdout
+    after = lent.pids()
+    assert after["replica0"] == before["replica0"]
+    assert after["replica1"] != before["replica1"]
+    lent.do("release", "0")
+    lent.wait_ready_again("replica0", before["replica0"])
+    wait_until(lambda: lent.status()["daemon"]["state"] == "READY", "done")
+    assert lent.pids()["replica1"] == after["replica1"]
+    assert lent.fdctl("reload", "--dry-run").stdout == "no program changes\n"
+
+
+def test_a_reload_that_needs_a_port_of_a_held_replica_is_refused(lent: Running) -> None:
+    before = lent.pids()
+    lent.do("hold", "1")
+    lent.ports[1], lent.ports[2] = lent.ports[2], lent.ports[1]
+    lent.write()
+    done = lent.fdctl("reload")
+    assert done.returncode == control.BAD_CONFIG
+    assert "replica 1 is held and has a port that replica 0 is to have; fdctl release replica1" in done.stderr
+    assert lent.pids() == before
+
+
+def test_what_is_stopped_cannot_be_held(lent: Running) -> None:
+    lent.do("stop", "1")
+    done = lent.fdctl("hold", "1")
+    assert done.returncode == control.FAILED
+    assert "replica 1: it is stopped" in done.stderr
+    assert not alive(lent.programs()["replica1"]["pid"] or 0)
+
+
+def test_a_held_replica_is_not_killed_for_being_silent(tmp_path: Path) -> None:
+    world = World(tmp_path, 1, stall_after=30, stall_kill=60)
+    world.become_ready("router", "replica0")
+    replica = world.fleet.replicas["replica0"]
+    world.fleet.wish(replica, Wish(Intent.HELD))
+    world.probes.good.discard("replica0")
+    world.pass_time(1000.0)
+    assert world.names(State.UNHEALTHY) == {"replica0"}
+    world.fleet.wish(replica, Wish(Intent.RUN))
+    world.pass_time(1.0)
+    assert replica.state is State.STOPPING

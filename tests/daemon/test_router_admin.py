@@ -1,0 +1,160 @@
+"""What the daemon asks of a router, and of whatever may stand in its place."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.daemon import router_link
+from fastdeploy.daemon.router.flags_file import fingerprint
+from fastdeploy.daemon.router_admin import (
+    InBackground,
+    RouterSilent,
+    Row,
+    flags,
+    registered,
+    set_draining,
+)
+from fastdeploy.daemon.router_link import RouterLink
+
+from ..router.conftest import RouterProcess
+from ..router.fake_engine import FakeEngine
+from .conftest import wait_until
+
+
+@contextmanager
+def answering(path: Path, answer: str, status: int = 200) -> Iterator[None]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def address_string(self) -> str:
+            return "client"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(http.server.HTTPServer):
+        address_family = socket.AF_UNIX
+
+        def server_bind(self) -> None:
+            self.socket.bind(self.server_address)
+
+    with Server(str(path), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield
+        server.shutdown()
+
+
+def entry(url: str, **changed: object) -> dict[str, object]:
+    fields = {"url": url, "leaving": False, "draining": False, "in_flight": 0, "in_flight_elsewhere": 0}
+    return {**fields, **changed}
+
+
+def test_a_real_router_is_understood_and_obeys(tmp_path: Path) -> None:
+    admin, file = tmp_path / "admin", tmp_path / "flags"
+    file.write_text(json.dumps(["--admin-socket", str(admin)]))
+    file.chmod(0o600)
+    router = RouterProcess(tmp_path, "--flags-file", str(file))
+    engine = FakeEngine(replica=3)
+    try:
+        router.add(engine)
+        row = Row(f"127.0.0.1:{engine.port}", "127.0.0.1", engine.port, True, False, False, 0)
+        assert registered(admin) == {engine.port: row}
+        set_draining(admin, row, True)
+        assert registered(admin)[engine.port].draining
+        set_draining(admin, row, False)
+        assert registered(admin) == {engine.port: row}
+        # It may be gone by the time of the order.
+        set_draining(admin, Row("127.0.0.1:1", "127.0.0.1", 1, True, False, False, 0), True)
+        found = flags(admin)
+        assert (found.hash, found.number, found.outcome) == (fingerprint(file.read_bytes()), 0, "done")
+        router.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: flags(admin).number == 1 and flags(admin).outcome == "done", "it has reloaded")
+    finally:
+        engine.stop()
+        router.stop()
+
+
+def test_replicas_of_other_machines_are_none_of_ours_though_their_numbers_and_ports_are_the_same(
+    tmp_path: Path,
+) -> None:
+    up = [entry("http://127.0.0.1:1811", in_flight=1, in_flight_elsewhere=2), entry("http://192.0.2.1:1811")]
+    down = [entry("http://[::1]:1822", draining=True), entry("http://192.0.2.1:1822")]
+    with answering(tmp_path / "admin", json.dumps({"mixed": up, "down": down})):
+        assert registered(tmp_path / "admin") == {
+            1811: Row("127.0.0.1:1811", "127.0.0.1", 1811, True, False, False, 3),
+            1822: Row("[::1]:1822", "::1", 1822, False, False, True, 0),
+        }
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "[]", "{", '{"mixed": 5, "down": []}', '{"mixed": [{}], "down": []}', '{"mixed": []}']
+)
+@pytest.mark.parametrize("ask", [registered, flags])
+def test_an_answer_that_is_not_understood_is_none(
+    tmp_path: Path, answer: str, ask: Callable[[Path], object]
+) -> None:
+    with answering(tmp_path / "admin", answer), pytest.raises(RouterSilent):
+        ask(tmp_path / "admin")
+
+
+def test_an_answer_with_another_status_is_none(tmp_path: Path) -> None:
+    with (
+        answering(tmp_path / "admin", "{}", status=503),
+        pytest.raises(RouterSilent, match="answered GET /registered with 503"),
+    ):
+        registered(tmp_path / "admin")
+
+
+def test_where_nobody_listens_there_is_no_answer(tmp_path: Path) -> None:
+    with pytest.raises(RouterSilent, match="admin"):
+        registered(tmp_path / "admin")
+
+
+def test_a_router_that_hangs_is_given_up_and_holds_up_nobody_meanwhile(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "admin"))
+        listener.listen()
+        call = InBackground(lambda: registered(tmp_path / "admin"))
+        assert not call.is_done
+        wait_until(lambda: call.is_done, "it is given up")
+        with pytest.raises(RouterSilent, match="does not answer"):
+            call.result()
+
+
+def test_what_was_asked_of_a_router_that_has_ended_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("127.0.0.1:1811", "127.0.0.1", 1811, True, False, False, 0)
+    asked: list[Mapping[int, bool]] = []
+
+    def look(admin: Path, wanted: Mapping[int, bool]) -> Mapping[int, Row]:
+        asked.append(wanted)
+        return {1811: row}
+
+    monkeypatch.setattr(router_link, "_look_and_put_right", look)
+    link = RouterLink(tmp_path)
+    link.step({1811: False}, 10.0, 1.0)
+    wait_until(lambda: asked, "it is asked")
+    link.gone(10.5)
+    link.step({1811: False}, 10.6, 1.0)
+    assert link.look.problem == "the router is down"
+    link.step({1811: False}, 11.0, 1.0)
+    wait_until(lambda: len(asked) == 2, "the new one is asked")
+
+    def answered() -> bool:
+        link.step({1811: False}, 11.1, 1.0)
+        return link.look.rows == {1811: row}
+
+    wait_until(answered, "it has answered")

@@ -1,0 +1,203 @@
+"""In and out of service, with a clock that is set by hand: who is waited for, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastdeploy.daemon import rollout
+from fastdeploy.daemon.intents import Intent, Wish
+from fastdeploy.daemon.operation import Operation, Place
+from fastdeploy.daemon.plan import plan
+from fastdeploy.daemon.programs import programs_of
+from fastdeploy.daemon.replica import State
+from fastdeploy.daemon.router_admin import Row
+from fastdeploy.daemon.router_link import Look
+from fastdeploy.daemon.service import bring_up, take_down
+
+from .world import World
+
+
+class FakeRouter:
+    """Knows every replica that is READY, unless it is told otherwise."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.look = Look()
+        self.answers = True
+        #: Numbers of replicas that do not register; requests in flight by number.
+        self.unknown: set[int] = set()
+        self.in_flight: dict[int, int] = {}
+
+    def step(self, wanted: Mapping[int, bool], now: float, interval: float) -> None:
+        if not self.answers:
+            self.look = Look(now, {}, "the router does not answer")
+            return
+        rows = {}
+        for replica in self._world.fleet.replicas.values():
+            number, port = replica.program.replica, replica.program.ports[0]
+            if number is not None and number not in self.unknown and replica.state is State.READY:
+                in_flight = self.in_flight.get(number, 0)
+                rows[port] = Row("", "127.0.0.1", port, True, False, wanted[port], in_flight)
+        self.look = Look(now, rows, "")
+
+    def gone(self, now: float) -> None:
+        self.look = Look(now, {}, "the router is down")
+
+
+class Rolling:
+    """A world with an operation in it."""
+
+    def __init__(self, directory: Path, replicas: int, **supervise: Any) -> None:
+        self.world = World(directory, replicas, parallel_starts=replicas, **supervise)
+        self.router = FakeRouter(self.world)
+        self.world.fleet._link = self.router  # type: ignore[assignment]
+        self.world.become_ready("router", *(f"replica{number}" for number in range(replicas)))
+        self.told: list[Any] = []
+        self.result: str | None = None
+        self._operation: Operation | None = None
+
+    def begin(self, operation: Operation) -> None:
+        self.result, self._operation = None, operation
+
+    def pass_time(self, seconds: float) -> None:
+        """As the daemon's loop does: a step of the fleet, then a move of the operation."""
+        end = self.world.now + seconds
+        while self.world.now < end and self.result is None:
+            self.world.pass_time(0.1, step=0.1)
+            try:
+                assert self._operation is not None
+                if (told := next(self._operation)) is not None:
+                    self.told.append(told)
+            except StopIteration as end_of_it:
+                self.result = end_of_it.value or ""
+
+    def state(self, name: str) -> State:
+        return self.world.fleet.replicas[name].state
+
+    def restart(self, name: str) -> None:
+        self.begin(self._restart(name))
+
+    def _restart(self, name: str) -> Operation:
+        yield from take_down(self.world.fleet, name, "test", Place())
+        self.world.fleet.want(self.world.fleet.replicas[name], "test")
+        return (yield from bring_up(self.world.fleet, name, Place()))
+
+    def lines(self) -> list[str]:
+        return [told for told in self.told if isinstance(told, str)]
+
+
+def test_it_stays_up_for_as_long_as_it_has_requests_and_time(tmp_path: Path) -> None:
+    rolling = Rolling(tmp_path, 2, drain_timeout=20)
+    rolling.router.in_flight[0] = 1
+    rolling.restart("replica0")
+    rolling.pass_time(19.0)
+    assert rolling.state("replica0") is State.READY
+    assert rolling.world.fleet.set_aside == {"replica0"}
+    rolling.pass_time(10.0)
+    assert rolling.result == ""
+    assert rolling.lines() == ["replica 0: 1 request in flight after 20 s; going on elsewhere"]
+    assert rolling.world.fleet.set_aside == set()
+
+
+def test_a_router_that_is_silent_is_waited_for_a_little_and_fails_nothing(tmp_path: Path) -> None:
+    rolling = Rolling(tmp_path, 2, drain_timeout=1000)
+    rolling.router.answers = False
+    rolling.restart("replica0")
+    rolling.pass_time(9.0)
+    assert rolling.state("replica0") is State.READY
+    rolling.pass_time(30.0)
+    assert rolling.result == ""
+    assert rolling.lines() == [
+        "replica 0: not drained: the router does not answer",
+        "replica 0: READY, but nobody says whether it is used: the router does not answer",
+    ]
+
+
+def test_a_router_that_comes_back_in_time_drains_as_ever(tmp_path: Path) -> None:
+    rolling = Rolling(tmp_path, 2, drain_timeout=1000)
+    rolling.router.answers = False
+    rolling.router.in_flight[0] = 1
+    rolling.restart("replica0")
+    rolling.pass_time(8.0)
+    rolling.router.answers = True
+    rolling.pass_time(300.0)
+    assert rolling.state("replica0") is State.READY
+    assert rolling.result is None
+    rolling.router.in_flight[0] = 0
+    rolling.pass_time(30.0)
+    assert (rolling.result, rolling.lines()) == ("", [])
+
+
+def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> None:
+    """It is READY. But if that is what its new configuration does to it, then to the others as well."""
+    rolling = Rolling(tmp_path, 2)
+    rolling.router.unknown.add(0)
+    rolling.restart("replica0")
+    rolling.pass_time(60.0)
+    assert rolling.state("replica0") is State.READY
+    assert rolling.result == "READY, but not in use 30 s later; does it register with this router?"
+
+
+def test_one_that_dies_while_it_is_drained_is_not_waited_for(tmp_path: Path) -> None:
+    rolling = Rolling(tmp_path, 2, drain_timeout=1000)
+    rolling.router.in_flight[0] = 5
+    rolling.restart("replica0")
+    rolling.pass_time(1.0)
+    rolling.world.supervisor.end("replica0")
+    rolling.pass_time(30.0)
+    assert rolling.result == ""
+    assert rolling.lines() == ["replica 0: BACKOFF while it was drained"]
+
+
+def test_a_reload_stops_nobody_while_another_is_on_its_way_back(tmp_path: Path) -> None:
+    rolling = Rolling(tmp_path, 3, backoff_first=30)
+    fleet = rolling.world.fleet
+    rolling.world.supervisor.end("replica2")
+    rolling.world.pass_time(1.0)
+    assert rolling.state("replica2") is State.BACKOFF
+    rolling.begin(rollout.restart(fleet, ["replica0", "replica1"]))
+    rolling.pass_time(20.0)
+    assert rolling.world.names(State.READY) == {"router", "replica0", "replica1"}
+    assert rolling.lines() == ["replica 0: waits for replica 2 (BACKOFF)"]
+    rolling.pass_time(60.0)
+    assert rolling.result == ""
+
+
+def test_one_that_fails_for_ever_or_that_the_operator_stopped_is_not_waited_for(tmp_path: Path) -> None:
+    rolling = Rolling(tmp_path, 4, budget=1, quarantine=10_000)
+    fleet = rolling.world.fleet
+    rolling.world.supervisor.end("replica3")
+    fleet.wish(fleet.replicas["replica2"], Wish(Intent.STOPPED))
+    fleet.stop(fleet.replicas["replica2"], "stopped")
+    rolling.world.pass_time(1.0)
+    assert rolling.state("replica3") is State.QUARANTINED
+    rolling.begin(rollout.restart(fleet, ["replica0", "replica1"]))
+    rolling.pass_time(60.0)
+    assert (rolling.result, rolling.lines()) == ("", ["restart replica 0", "restart replica 1"])
+
+
+def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: Path) -> None:
+    """It costs nobody anything, and may be what the new configuration is for."""
+    rolling = Rolling(tmp_path, 2, budget=1, quarantine=10_000)
+    fleet = rolling.world.fleet
+    rolling.world.probes.good.discard("replica1")
+    rolling.world.supervisor.end("replica1")
+    rolling.world.pass_time(1.0)
+    new = [*programs_of(fleet.config)]
+    new[1:] = [replace(program, argv=(*program.argv, "--changed")) for program in new[1:]]
+    down = {name for name, replica in fleet.replicas.items() if not replica.alive}
+    steps = plan([replica.program for replica in fleet.replicas.values()], new, down)
+    rolling.begin(rollout.roll(fleet, steps))
+    rolling.pass_time(30.0)
+    assert rolling.world.names(State.STARTING) == {"replica1"}
+    assert rolling.world.names(State.READY) == {"router", "replica0"}
+    rolling.world.supervisor.end("replica1")
+    rolling.world.probes.good.add("replica1")
+    rolling.pass_time(60.0)
+    assert rolling.result is not None
+    assert rolling.result.startswith("replica 1, the canary: pid ")
+    assert rolling.world.names(State.READY) == {"router", "replica0", "replica1"}
+    assert [replica.program for replica in fleet.replicas.values()] == programs_of(fleet.config)

@@ -1,0 +1,150 @@
+"""A fleet whose processes, probes and clock are a test's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdeploy.daemon.config import parse
+from fastdeploy.daemon.fleet import Fleet
+from fastdeploy.daemon.probes import Probes, Reading
+from fastdeploy.daemon.programs import Program, programs_of
+from fastdeploy.daemon.replica import State
+from fastdeploy.daemon.supervisor import Layout, Process, Supervisor
+from fastdeploy.expert_parallel.snapshot import Snapshot
+from fastdeploy.ports import find_free
+
+
+class FakeSupervisor(Supervisor):
+    """Starts nothing; a program that is started runs until the test says otherwise."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self.running: dict[str, Process] = {}
+        #: How everything ends.
+        self.how = "ended"
+
+    def how_it_ended(self, name: str) -> str:
+        return self.how
+
+    def processes(self) -> dict[str, Process]:
+        return dict(self.running)
+
+    def start(self, name: str) -> None:
+        # A pid that no process has: the kernel's are below 2**22.
+        self.running[name] = Process(name, "RUNNING", (1 << 22) + len(self.running) + 1, 1)
+
+    def stop(self, name: str) -> None:
+        self.end(name)
+
+    def replace(self, name: str, *, add: bool) -> None:
+        pass
+
+    def end(self, name: str) -> None:
+        process = self.running[name]
+        self.running[name] = Process(name, "EXITED", 0, process.started)
+
+
+@dataclass
+class Worker:
+    """What a replica is to tell of its worker."""
+
+    steps: int = 0
+    requests: int = 0
+    #: When it has last said something, or was given something to do.
+    since: float = 0.0
+
+    def tell(self, now: float) -> dict[str, float]:
+        silent = now - self.since if self.requests else 0.0
+        return {"pid": 1, "steps": self.steps, "requests": self.requests, "silent": silent}
+
+
+class FakeProbes(Probes):
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(lambda: None)
+        self._clock = clock
+        self.good: set[str] = set()
+        #: Those that are in good health, and give no token.
+        self.wordless: set[str] = set()
+        #: Those that let it be waited for.
+        self.silent: set[str] = set()
+        self.workers: dict[str, Worker] = {}
+        #: Who was asked for a token, and how often.
+        self.tokens: Counter[str] = Counter()
+        self._waiting: list[Reading] = []
+
+    def ask(self, program: Program, pid: int, token: bool) -> None:
+        good = program.name in self.good
+        if token:
+            self.tokens[program.name] += 1
+            if program.name in self.silent:
+                return
+            good &= program.name not in self.wordless
+        worker = self.workers.get(program.name)
+        health = {} if token or worker is None else {"worker": worker.tell(self._clock())}
+        problem = "" if good else "no token" if token else "unwell"
+        self._waiting.append(Reading(program.name, pid, good, token, True, health, problem))
+
+    def take(self) -> list[Reading]:
+        readings, self._waiting = self._waiting, []
+        return readings
+
+
+class World:
+    """Args: `parallel` are further lines of [parallel]; `look` shows the expert groups."""
+
+    def __init__(
+        self,
+        directory: Path,
+        replicas: int,
+        parallel: str = "expert_parallel = false",
+        look: Callable[[str], Snapshot | None] = lambda name: None,
+        **supervise: Any,
+    ) -> None:
+        ports = find_free(1 + 3 * replicas)
+        lines = [
+            '[model]\npath = "demo"',
+            f"[parallel]\ndata_parallel_size = {replicas}\n{parallel}",
+            f"[router]\nport = {ports[0]}",
+            f"[engine]\nports = {ports[1 : 1 + replicas]}",
+            f"metrics_ports = {ports[1 + replicas : 1 + 2 * replicas]}",
+            f"engine_worker_queue_ports = {ports[1 + 2 * replicas :]}",
+            "[supervise]",
+            *(f"{key} = {value}" for key, value in supervise.items()),
+        ]
+        config = parse("\n".join(lines), "dp.toml", directory, directory)
+        self.now = 1000.0
+        self.supervisor = FakeSupervisor(Layout(config.paths.run, config.paths.logs))
+        self.probes = FakeProbes(lambda: self.now)
+        self.fleet = Fleet(
+            config,
+            programs_of(config),
+            self.supervisor,
+            self.probes,
+            watch=lambda pid: None,
+            clock=lambda: self.now,
+            dice=lambda: 1.0,
+            look=look,
+        )
+        self.fleet.adopt()
+
+    def pass_time(self, seconds: float, step: float = 0.5) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + step)
+            self.fleet.step()
+
+    def become_ready(self, *names: str) -> None:
+        self.probes.good |= set(names)
+        self.pass_time(3.0)
+
+    def work(self, name: str, requests: int = 1) -> None:
+        """It finishes a step, and has that many requests in hand then."""
+        worker = self.probes.workers.setdefault(name, Worker())
+        worker.steps, worker.requests, worker.since = worker.steps + 1, requests, self.now
+
+    def names(self, state: State) -> set[str]:
+        return {name for name, replica in self.fleet.replicas.items() if replica.state is state}

@@ -1,0 +1,115 @@
+"""Whoever scrapes gets an answer, whatever other clients do or leave undone."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from fastdeploy.exposition import CONTENT_TYPE, Exposition
+
+#: Larger than what the kernel takes for a client that does not read.
+TEXT = b"# a comment\n" + b"x" * (16 << 20) + b"\n"
+
+
+@pytest.fixture
+def server() -> Iterator[Exposition]:
+    exposition = Exposition("127.0.0.1", 0, lambda: TEXT)
+    yield exposition
+    exposition.close()
+
+
+def ask(port: int, method: str = "GET", path: str = "/metrics") -> tuple[int, str | None, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.getheader("Content-Type"), response.read()
+    finally:
+        connection.close()
+
+
+def connect(port: int, sent: bytes = b"") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    client.sendall(sent)
+    return client
+
+
+def test_a_scrape_gets_the_text_of_its_moment() -> None:
+    texts = [b"a 2\n", b"a 1\n"]
+    server = Exposition("127.0.0.1", 0, texts.pop)
+    try:
+        assert ask(server.port) == (200, CONTENT_TYPE, b"a 1\n")
+        assert ask(server.port, path="/metrics?name[]=a") == (200, CONTENT_TYPE, b"a 2\n")
+    finally:
+        server.close()
+
+
+def test_what_is_no_scrape_is_told_what_is(server: Exposition) -> None:
+    assert ask(server.port, path="/")[::2] == (404, b"GET /metrics\n")
+    assert ask(server.port, "DELETE")[::2] == (405, b"GET /metrics\n")
+    assert ask(server.port, "HEAD")[::2] == (200, b"")
+    with connect(server.port, b"hello\r\n\r\n") as client:
+        assert client.recv(100).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    with connect(server.port, b"GET /metrics HTTP/1.1\r\nx: " + b"y" * 9000) as client:
+        assert client.recv(100).startswith(b"HTTP/1.1 200 OK\r\n"), "a long request is not read to its end"
+
+
+def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: Exposition) -> None:
+    silent = [connect(server.port, b"GET /met") for _ in range(8)]
+    full = [connect(server.port, b"GET /metrics HTTP/1.1\r\n\r\n") for _ in range(8)]
+    assert ask(server.port)[2] == TEXT
+    for client in (*silent, *full):
+        client.close()
+
+
+def test_the_one_that_has_been_there_longest_makes_room(server: Exposition) -> None:
+    crowd = [connect(server.port) for _ in range(40)]
+    assert ask(server.port)[2] == TEXT
+    assert crowd[0].recv(1) == b""
+    for client in crowd:
+        client.close()
+
+
+def test_a_client_that_takes_too_long_is_dropped(server: Exposition, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdeploy.exposition._PATIENCE", 0.2)
+    with connect(server.port, b"GET /metrics HTTP/1.1\r\n") as client:
+        assert client.recv(1) == b""
+
+
+def test_a_figure_that_cannot_be_had_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
+    texts = [b"a 1\n"]
+    server = Exposition("127.0.0.1", 0, texts.pop)
+    try:
+        assert ask(server.port)[0] == 200
+        assert ask(server.port)[0] == 500
+        assert "/metrics: ERROR (IndexError: pop from empty list)" in caplog.text
+        texts.append(b"a 2\n")
+        assert ask(server.port)[2] == b"a 2\n"
+    finally:
+        server.close()
+
+
+def test_a_taken_port_is_an_error_at_once_and_a_closed_one_is_free() -> None:
+    server = Exposition("127.0.0.1", 0, lambda: b"a 1\n")
+    try:
+        with pytest.raises(OSError, match="in use"):
+            Exposition("127.0.0.1", server.port, lambda: b"")
+    finally:
+        server.close()
+    again = Exposition("127.0.0.1", server.port, lambda: b"a 2\n")
+    try:
+        assert ask(server.port)[2] == b"a 2\n"
+    finally:
+        again.close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_open_to_the_network_means_both_families() -> None:
+    server = Exposition("::", 0, lambda: b"a 1\n")
+    try:
+        assert ask(server.port)[2] == b"a 1\n"
+    finally:
+        server.close()
