@@ -1,49 +1,111 @@
 #!/bin/sh
 # make install: fd-dp as a service of this machine. Run again, it upgrades and keeps /etc/fd/dp.toml.
+#   install.sh                    all of it, as root
+#   install.sh --no-environment   all but the virtual environment, which is there already (a package, an image)
+#   install.sh --uninstall        takes it away; /etc/fd, /var/lib/fd with its models, /var/log/fd and user fd stay
 #   PREFIX_DIR  the virtual environment (default /opt/fd-dp)
 #   PYTHON      makes it; user fd must be able to execute it (default /usr/bin/python3)
-#   DESTDIR     stages the files of /etc there, for packagers; no environment, no user, no systemctl
+#   DESTDIR     stages the files of /etc and /usr/local there, for packagers; no environment, no user, no systemctl
+# Nothing for logrotate: whatever writes below /var/log/fd rotates what it writes, by size.
 set -eu
+umask 022
 PREFIX_DIR=${PREFIX_DIR:-/opt/fd-dp}
 PYTHON=${PYTHON:-/usr/bin/python3}
 DESTDIR=${DESTDIR:-}
 SOURCE=$(cd "$(dirname "$0")/.." && pwd)
+UNITS=/etc/systemd/system
+MAN=/usr/local/share/man
+COMPLETION=/usr/local/share/bash-completion/completions/fdctl
 
-if [ -z "$DESTDIR" ]; then
-    if [ "$(id -u)" != 0 ]; then
-        echo "install: ERROR (it writes to $PREFIX_DIR and /etc; run it as root, or set DESTDIR)" >&2
-        exit 1
-    fi
+fail() {
+    echo "install: ERROR ($1)" >&2
+    exit 1
+}
+
+install_environment() {
     [ -x "$PREFIX_DIR/bin/python" ] || "$PYTHON" -m venv "$PREFIX_DIR"
-    pip() { "$PREFIX_DIR/bin/python" -m pip --disable-pip-version-check "$@"; }
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+    pip() { "$PREFIX_DIR/bin/python" -m pip "$@"; }
     # The operations are compiled against the very Paddle that will load them.
     "$SOURCE/etc/build_requires.sh" | pip install -r /dev/stdin
     pip install --no-build-isolation --upgrade "$SOURCE"
+}
+
+install_files() {
+    mkdir -p "$DESTDIR/etc/fd" "$DESTDIR$UNITS" "$DESTDIR$MAN/man1" "$DESTDIR$MAN/man8" "$DESTDIR/usr/local/bin"
+    if [ -e "$DESTDIR/etc/fd/dp.toml" ]; then
+        echo "install: kept $DESTDIR/etc/fd/dp.toml"
+    else
+        install -m 0640 "$SOURCE/etc/dp.toml" "$DESTDIR/etc/fd/dp.toml"
+    fi
+    for unit in fd-dp.service fd-dp-engines.service; do
+        sed "s|/opt/fd-dp/|$PREFIX_DIR/|g" "$SOURCE/etc/$unit" >"$DESTDIR$UNITS/$unit"
+        chmod 0644 "$DESTDIR$UNITS/$unit"
+    done
+    install -m 0644 "$SOURCE/etc/fd-dp.8" "$DESTDIR$MAN/man8/fd-dp.8"
+    install -m 0644 "$SOURCE/etc/fdctl.1" "$DESTDIR$MAN/man1/fdctl.1"
+    ln -sfn "$PREFIX_DIR/bin/fdctl" "$DESTDIR/usr/local/bin/fdctl"
+    if "$PREFIX_DIR/bin/fdctl" completion bash >/dev/null 2>&1; then
+        mkdir -p "$DESTDIR${COMPLETION%/*}"
+        "$PREFIX_DIR/bin/fdctl" completion bash >"$DESTDIR$COMPLETION"
+    fi
+}
+
+# Members of group fd read dp.toml, which may hold keys; only root writes it.
+install_user() {
     id fd >/dev/null 2>&1 ||
         useradd --system --user-group --home-dir /var/lib/fd --no-create-home --shell /usr/sbin/nologin fd
-fi
+    chown root:fd /etc/fd /etc/fd/dp.toml
+    chmod 0750 /etc/fd
+    chmod 0640 /etc/fd/dp.toml
+}
 
-mkdir -p "$DESTDIR/etc/fd" "$DESTDIR/etc/systemd/system"
-if [ -e "$DESTDIR/etc/fd/dp.toml" ]; then
-    echo "install: kept $DESTDIR/etc/fd/dp.toml"
-else
-    install -m 0644 "$SOURCE/etc/dp.toml" "$DESTDIR/etc/fd/dp.toml"
-fi
-for unit in fd-dp.service fd-dp-engines.service; do
-    sed "s|/opt/fd-dp/|$PREFIX_DIR/|g" "$SOURCE/etc/$unit" >"$DESTDIR/etc/systemd/system/$unit"
-    chmod 0644 "$DESTDIR/etc/systemd/system/$unit"
-done
+# As user fd, which will read it; a checkpoint of your own needs nothing.
+install_demo_model() {
+    grep -q '^path *= *"demo"' /etc/fd/dp.toml || return 0
+    install -d -o fd -g fd -m 0750 /var/lib/fd /var/lib/fd/models
+    for step in fastdeploy.demo_model "fastdeploy.weight_cache demo"; do
+        # shellcheck disable=SC2086 -- a module and its words
+        setpriv --reuid=fd --regid=fd --init-groups env HOME=/var/lib/fd FD_MODEL_CACHE=/var/lib/fd/models \
+            "$PREFIX_DIR/bin/python" -m $step
+    done
+}
 
-if [ -z "$DESTDIR" ]; then
-    if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
-    # As user fd, which will read it; a checkpoint of your own needs nothing.
-    if grep -q '^path *= *"demo"' /etc/fd/dp.toml; then
-        install -d -o fd -g fd -m 0750 /var/lib/fd /var/lib/fd/models
-        for step in fastdeploy.demo_model "fastdeploy.weight_cache demo"; do
-            # shellcheck disable=SC2086 -- a module and its words
-            setpriv --reuid=fd --regid=fd --init-groups env HOME=/var/lib/fd FD_MODEL_CACHE=/var/lib/fd/models \
-                "$PREFIX_DIR/bin/python" -m $step
-        done
+uninstall() {
+    if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ] && [ -e "$UNITS/fd-dp.service" ]; then
+        systemctl disable --now fd-dp fd-dp-engines
     fi
-    echo "install: done. Edit /etc/fd/dp.toml, then: systemctl enable --now fd-dp; $PREFIX_DIR/bin/fdctl status"
+    rm -f "$DESTDIR$UNITS/fd-dp.service" "$DESTDIR$UNITS/fd-dp-engines.service" "$DESTDIR$COMPLETION" \
+        "$DESTDIR$MAN/man8/fd-dp.8" "$DESTDIR$MAN/man1/fdctl.1" "$DESTDIR/usr/local/bin/fdctl"
+    [ -n "$DESTDIR" ] && return
+    if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+    # Only what install_environment, or a like of it, has made.
+    if [ -e "$PREFIX_DIR/pyvenv.cfg" ]; then rm -rf "$PREFIX_DIR"; fi
+    rm -rf /run/fd
+    echo "install: removed fd-dp; /etc/fd, /var/lib/fd, /var/log/fd and user fd are still there"
+}
+
+[ -n "$DESTDIR" ] || [ "$(id -u)" = 0 ] || fail "it writes to $PREFIX_DIR and /etc; run it as root, or set DESTDIR"
+case "$#${1:-}" in
+0) [ -n "$DESTDIR" ] || install_environment ;;
+1--no-environment)
+    [ -x "$PREFIX_DIR/bin/fd-dp" ] || fail "$PREFIX_DIR/bin/fd-dp is not there; name its environment: PREFIX_DIR"
+    ;;
+1--uninstall)
+    uninstall
+    exit
+    ;;
+*) fail "$* is unknown; there are --no-environment and --uninstall" ;;
+esac
+
+install_files
+if [ -z "$DESTDIR" ]; then
+    install_user
+    install_demo_model
+    if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+    if systemctl is-active --quiet fd-dp 2>/dev/null; then
+        echo "install: done. It runs; to upgrade it: systemctl restart fd-dp; fdctl restart router; fdctl restart all"
+    else
+        echo "install: done. Edit /etc/fd/dp.toml, then: systemctl enable --now fd-dp; fdctl status"
+    fi
 fi
