@@ -21,7 +21,7 @@ from .fleet import Fleet
 from .intents import Intent
 from .operation import Operation, Told
 from .plan import Step, plan
-from .programs import Program
+from .programs import ROUTER, Program
 from .replica import Replica, State
 from .supervisor import SupervisorError
 from .wishes import WISHES, grant, nobody_is_left, objection
@@ -140,8 +140,10 @@ class Commands:
             self._fleet.metrics.reloaded("rolled_back" if problem else "done", time.monotonic() - began)
             if problem:
                 self._fleet.configure(*old)
-            else:
-                self._fleet.intents.keep_only(self._fleet.replicas)
+                return
+            self._fleet.intents.keep_only(self._fleet.replicas)
+            if config.router.api_keys_file and not any(step.program.name == ROUTER for step in steps):
+                live_flags.read_keys_again(self._fleet)
 
         self._begin("reload", rollout.roll(self._fleet, steps), conversation, done)
 
@@ -186,8 +188,8 @@ class Commands:
         self._flags_told = self._fleet.now
         try:
             self._done(problem)
-        except OSError as error:
-            problem = problem or f"done, but the operator's wishes cannot be kept: {error}"
+        except (SupervisorError, OSError) as error:
+            problem = problem or f"done, but not what follows from it: {error}"
         if problem:
             log.error("ERROR (%s)", problem)
         if self._conversation and problem:

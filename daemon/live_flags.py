@@ -63,6 +63,15 @@ def tell_again(fleet: Fleet) -> None:
     fleet.give_flags(fleet.replicas[ROUTER].program)
 
 
+def read_keys_again(fleet: Fleet) -> None:
+    """The names of its files are the same, but what stands in them may not be.
+
+    Raises SupervisorError.
+    """
+    if fleet.replicas[ROUTER].alive:
+        fleet.supervisor.send_signal(ROUTER, "HUP")
+
+
 def _was_turned_down(before: Flags | None, now: Flags | None) -> bool:
     if before is None or now is None or now.number <= before.number:
         return False

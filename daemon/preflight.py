@@ -24,9 +24,7 @@ def checked_programs_of(config: Config) -> list[Program]:
     _check_host("[engine] host", config.engine.host)
     _check_host("[router] host", config.router.host)
     _check_keys("[engine] api_keys_file", config.engine.api_keys_file)
-    # A credential of the router's unit is none of ours.
-    if not config.router.api_keys_file.startswith(CREDENTIAL):
-        _check_keys("[router] api_keys_file", config.router.api_keys_file)
+    _check_keys("[router] api_keys_file", config.router.api_keys_file)
     programs = programs_of(config)
     _check_router(next(program for program in programs if program.replica is None))
     _check_replica(next(program for program in programs if program.replica is not None))
@@ -57,7 +55,8 @@ def _check_host(option: str, host: str) -> None:
 
 
 def _check_keys(option: str, file: str) -> None:
-    if file:
+    """Credentials are those of the unit in which the programs run: nobody else can look at them."""
+    if file and not file.startswith(CREDENTIAL):
         keys_in(option, Path(file))
 
 

@@ -200,6 +200,18 @@ def test_the_router_takes_new_flags_while_it_runs_and_the_next_daemon_knows(lent
     assert router_flags(lent).hash == new.hash
 
 
+def test_a_reload_lets_the_router_read_keys_that_have_changed_in_their_file(lent: Running) -> None:
+    keys = lent.prefix / "keys"
+    keys.write_text("sesame\n")
+    lent.config.write_text(lent.config.read_text().replace("[router]", '[router]\napi_keys_file = "keys"'))
+    lent.do("reload")
+    before, pids = router_flags(lent).number, lent.pids()
+    keys.write_text("tahini\n")
+    assert lent.fdctl("reload").stdout == "no program changes\n"
+    wait_until(lambda: router_flags(lent).number == before + 1, "the router is told")
+    assert lent.pids() == pids
+
+
 def test_flags_that_the_router_refuses_are_taken_back(lent: Running) -> None:
     before, old = lent.pids(), router_flags(lent)
     lent.write(router_args=("--queue-size", "-1"))
