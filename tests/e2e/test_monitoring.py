@@ -30,8 +30,8 @@ pytestmark = [
 DASHBOARD = json.loads((ROOT / "etc/grafana/fd-dp.json").read_text())
 RULES = ROOT / "etc/prometheus-rules.yml"
 REPLICAS = 2
-#: What Grafana puts in place of its variables, if two replicas are chosen and each is scraped once a second.
-VARIABLES = {"$replica": "(0|1)", "$__rate_interval": "5s", "$__range": "60s"}
+#: What Grafana puts in place of its variables, if two replicas are chosen. A busy machine misses many a scrape.
+VARIABLES = {"$replica": "(0|1)", "$__rate_interval": "60s", "$__range": "60s"}
 
 
 class Prometheus:
@@ -201,5 +201,5 @@ def test_the_kill_and_the_reload_are_counted_once(prometheus: Prometheus) -> Non
     assert value('fd_dp_restarts_total{program="replica1",cause="killed"}') == 1
     assert value('fd_dp_reloads_total{result="done"}') == 1
     assert value("sum(fd_router_broken_off_total)") == 0
-    increase = "sum(increase(fd_dp_restarts_total[5s]))"
+    increase = "sum(increase(fd_dp_restarts_total[60s]))"
     assert max(float(at[1]) for at in prometheus.series(increase)[0]["values"]) > 0, "the first one, too"
