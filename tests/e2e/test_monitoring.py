@@ -30,7 +30,7 @@ pytestmark = [
 DASHBOARD = json.loads((ROOT / "etc/grafana/fd-dp.json").read_text())
 RULES = ROOT / "etc/prometheus-rules.yml"
 REPLICAS = 2
-#: What Grafana puts in place of its variables, if two replicas are chosen. A busy machine misses many a scrape.
+#: What Grafana puts in place of its variables for two replicas. A busy machine misses many a scrape.
 VARIABLES = {"$replica": "(0|1)", "$__rate_interval": "60s", "$__range": "60s"}
 
 
