@@ -8,6 +8,7 @@ replica; the next step does it. So a step that supervisord's death interrupts ca
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import time
@@ -253,7 +254,11 @@ class Fleet:
         states = {replica.state for replica in self.replicas.values()}
         if State.STOPPING in states:
             return 0.1
-        return 0.25 if states & {State.WAITING, State.STARTING} else 1.0
+        if states & {State.WAITING, State.STARTING}:
+            return 0.25
+        failed = (r for r in self.replicas.values() if r.state in (State.BACKOFF, State.QUARANTINED))
+        next_try = min((replica.next_try for replica in failed), default=math.inf)
+        return min(1.0, max(0.05, next_try - self._clock()))
 
     def _forgive(self, now: float) -> None:
         slept = now - self._last_step

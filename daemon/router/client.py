@@ -122,7 +122,7 @@ class ClientConnection(asyncio.Protocol):
         elif self._head:
             piece = self._head + piece
         self._head = b""
-        self._outbox.write(self._transport, piece)
+        self._outbox.write_now(self._transport, piece)
 
     def end(self, trailer: bytes = b"") -> None:
         last = self._head

@@ -28,6 +28,12 @@ class Outbox:
         if len(held) >= _MOST or len(data) > _LARGE:
             self.flush()
 
+    def write_now(self, transport: asyncio.WriteTransport, data: bytes) -> None:
+        """Of one that comes alone, as events of streams do: to hold it back would cost more than it saves."""
+        if self._held:
+            self.flush()
+        transport.write(data)
+
     def flush(self) -> None:
         """In the order of the writes. Those to transports that are closed have no effect."""
         held, self._held = self._held, []

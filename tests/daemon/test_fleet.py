@@ -88,6 +88,19 @@ def test_each_failure_waits_longer_and_a_stable_time_forgets(tmp_path: Path) -> 
     assert world.fleet.replicas["replica0"].next_try - world.now == 4
 
 
+def test_the_loop_wakes_when_the_next_try_is_due(tmp_path: Path) -> None:
+    world = World(tmp_path, 1, backoff_first=0.25)
+    world.become_ready("router", "replica0")
+    assert world.fleet.interval() == 1.0
+    world.supervisor.end("replica0")
+    world.fleet.step()
+    wait = world.fleet.interval()
+    assert wait == world.fleet.replicas["replica0"].next_try - world.now
+    world.now += wait
+    world.fleet.step()
+    assert world.names(State.STARTING) == {"replica0"}
+
+
 def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")

@@ -51,6 +51,16 @@ def test_writes_wait_for_the_end_of_the_turn_and_keep_their_order() -> None:
     run(scene())
 
 
+def test_one_that_does_not_wait_comes_after_those_that_do() -> None:
+    async def scene() -> None:
+        outbox, pair = Outbox(), await Pair().open()
+        outbox.write(pair.transport, b"one ")
+        outbox.write_now(pair.transport, b"two")
+        assert pair.received() == b"one two"
+
+    run(scene())
+
+
 def test_whoever_closes_a_transport_can_send_before() -> None:
     async def scene() -> None:
         outbox, pair = Outbox(), await Pair().open()

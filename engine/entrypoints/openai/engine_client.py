@@ -43,6 +43,9 @@ from .worker_process import WORKER_COMMAND, WorkerProcess
 
 _log = logging.getLogger(__name__)
 
+#: Milliseconds for what a dead worker has said to come through: one that has ended by itself, or was killed.
+_LAST_WORDS, _HASTE = 200, 10
+
 
 class State(enum.StrEnum):
     LOADING = "loading"
@@ -202,8 +205,10 @@ class EngineClient:
                 os.eventfd_read(self._wake)
                 self._send_queued()
             if self._worker.pidfd in ready:
-                # Its last words may still be on their way through ZeroMQ's own thread.
-                while self._socket.poll(200):
+                # Its last words may still be on their way through ZeroMQ's own thread. One that was killed
+                # had none to say, and its requests shall go on elsewhere soon.
+                patience = _HASTE if self._worker.was_killed() else _LAST_WORDS
+                while self._socket.poll(patience):
                     self._receive()
                 break
         self._worker_ended()

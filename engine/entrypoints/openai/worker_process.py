@@ -46,6 +46,10 @@ class WorkerProcess:
     def kill(self) -> None:
         self._process.kill()
 
+    def was_killed(self) -> bool:
+        """Waits for the end; true if a signal brought it."""
+        return self._process.wait() < 0
+
     def end(self) -> str:
         """Waits for the end and says how it came: "was killed by SIGKILL", "exited with code 1"."""
         code = self._process.wait()
