@@ -125,7 +125,8 @@ class Source:
         memory = _memory()
         return {
             "cores": os.cpu_count(),
-            "cpu": busy / total if total > 0 else None,
+            # The kernel's idle time may go backwards by a tick.
+            "cpu": min(1.0, max(0.0, busy / total)) if total > 0 else None,
             "memory_used": memory["MemTotal"] - memory["MemAvailable"],
             "memory_total": memory["MemTotal"],
         }
