@@ -104,6 +104,8 @@ def prometheus(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> I
     watching = Prometheus(tmp_path_factory.mktemp("prometheus"), system)
     try:
         system.wait_ready()
+        # Prometheus takes seconds to begin, and what it did not see rise from 0 has no rate.
+        wait_until(lambda: [*watching.now("up").values()] == [1.0] * (2 + REPLICAS), "everybody is scraped")
         live(system)
         ended = time.time()
         wait_until(lambda: min(watching.now("timestamp(up)").values()) > ended, "all of it is scraped")
