@@ -37,8 +37,8 @@ class Disturbance:
         self._system = system
         self._clients = clients
         self._chance = chance
-        #: A tenth of a second ago.
-        self._ready = 0
+        #: By the pids of their arbiters.
+        self._killed: set[int] = set()
 
     def reload(self, old: str, new: str) -> None:
         """With another dp.toml; returns when it is done."""
@@ -54,14 +54,14 @@ class Disturbance:
         """So many processes of replicas, at random moments, also while they load.
 
         The next falls when whatever waited for the beginning of its answer has got it, and half of the
-        replicas are READY: the router gives a request up over which one replica after the other dies, and a
-        fleet that is down answers nothing. Only within a `phase`.
+        replicas are in service, one of them afterwards, too: the router gives a request up over which one
+        replica after the other dies, and a fleet that is down answers nothing.
         """
         while count > 0:
             at_once = min(count, 1 + (self._chance.random() < _TWO_AT_ONCE))
-            wait_until(lambda: 2 * self._ready >= self._system.replicas, "half of the replicas are READY")
             time.sleep(self._chance.random() * _PEACE)
-            for replica in self._chance.sample(self._alive(), at_once):
+            for replica in wait_until(lambda: self._victims(at_once), "half of the replicas are in service"):  # noqa: B023
+                self._killed.add(replica["pid"])
                 count -= self._kill_part(replica)
             # Also what is sent before the router knows.
             time.sleep(_NEWS)
@@ -76,8 +76,8 @@ class Disturbance:
 
         def watch() -> None:
             while not over.wait(0.1):
-                self._ready = self._status()["daemon"]["ready"]
-                self.lowest_ready[name] = min(self._ready, self.lowest_ready.get(name, self._ready))
+                ready = self._status()["daemon"]["ready"]
+                self.lowest_ready[name] = min(ready, self.lowest_ready.get(name, ready))
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             watching = pool.submit(watch)
@@ -113,8 +113,20 @@ class Disturbance:
         self.done[f"{_PARTS[depth]} killed"] += 1
         return True
 
-    def _alive(self) -> list[dict[str, Any]]:
-        return [replica for replica in self._status()["replicas"] if replica["pid"]]
+    def _victims(self, count: int) -> list[dict[str, Any]]:
+        """Any that run; none while too few are in service."""
+        alive = [replica for replica in self._status()["replicas"] if replica["pid"]]
+        # The daemon learns of a death a moment later, and the router of a new replica.
+        serving = [
+            replica
+            for replica in alive
+            if replica["state"] == "READY"
+            and replica["in_flight"] is not None
+            and replica["pid"] not in self._killed
+        ]
+        victims = self._chance.sample(alive, min(count, len(alive)))
+        enough = 2 * len(serving) >= self._system.replicas
+        return victims if enough and any(replica not in victims for replica in serving) else []
 
     def _status(self) -> dict[str, Any]:
         """Without the second of CPU time that another fdctl takes."""
