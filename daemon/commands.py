@@ -142,8 +142,10 @@ class Commands:
                 self._fleet.configure(*old)
                 return
             self._fleet.intents.keep_only(self._fleet.replicas)
-            if config.router.api_keys_file and not any(step.program.name == ROUTER for step in steps):
-                live_flags.read_keys_again(self._fleet)
+            router = self._fleet.replicas[ROUTER]
+            if config.router.api_keys_file and router.alive and all(s.program.name != ROUTER for s in steps):
+                # The file's name is the same, but what stands in it may not be.
+                self._fleet.give_flags(router.program)
 
         self._begin("reload", rollout.roll(self._fleet, steps), conversation, done)
 

@@ -8,7 +8,7 @@ import os
 from .fleet import Fleet
 from .intents import Intent
 from .programs import ROUTER
-from .replica import Replica, State
+from .replica import FAILED, Replica, State
 
 
 def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
@@ -46,7 +46,7 @@ def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
 
 def next_try_in(replica: Replica, now: float) -> float | None:
     """Seconds; None if it has not failed, or is not tried again as the daemon ends."""
-    if replica.state not in (State.BACKOFF, State.QUARANTINED) or not math.isfinite(replica.next_try):
+    if replica.state not in FAILED or not math.isfinite(replica.next_try):
         return None
     return max(0.0, round(replica.next_try - now, 1))
 

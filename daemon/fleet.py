@@ -27,7 +27,7 @@ from .intents import Intent, Intents, Wish
 from .metrics import Metrics
 from .probes import Probes
 from .programs import ROUTER, Program, admin_socket
-from .replica import Replica, State
+from .replica import FAILED, Replica, State
 from .restart import Box, Restarts
 from .router_admin import Row
 from .router_link import Look, RouterLink
@@ -40,9 +40,8 @@ STOPPED = "stopped by the operator"
 HELD = "held by the operator"
 #: Replicas wait so long for the router's first answer; it needs a second or two.
 _ROUTER_HEAD_START = 10.0
-_LOADING_PROBE_INTERVAL = 0.25
 #: The router says how many requests each replica has in flight: an operator looks at it, an operation waits.
-_ROUTER_INTERVAL, _WAITED_FOR_INTERVAL = 1.0, 0.1
+_ROUTER_INTERVAL, _REGISTRATION_INTERVAL, _WAITED_FOR_INTERVAL = 1.0, 0.25, 0.1
 #: A step that comes this late means that the daemon itself was stopped; nobody else is to blame for the time.
 _OVERSLEPT = 5.0
 
@@ -124,7 +123,7 @@ class Fleet:
 
     def want(self, replica: Replica, why: str) -> None:
         """It shall run, when its turn comes."""
-        if replica.state in (State.STOPPED, State.BACKOFF, State.QUARANTINED):
+        if replica.state in {State.STOPPED, *FAILED}:
             replica.move(State.WAITING, why, self._clock())
 
     def stop(self, replica: Replica, why: str) -> None:
@@ -226,7 +225,7 @@ class Fleet:
         ready = (
             r for r in self.replicas.values() if r.state is State.READY and r.program.replica is not None
         )
-        return all((row := self.row(replica)) and row.up and not row.leaving for replica in ready)
+        return all((row := self.row(replica)) and row.is_there for replica in ready)
 
     def drains(self, replica: Replica) -> bool:
         """Whether the router is to give it nothing new."""
@@ -256,7 +255,7 @@ class Fleet:
             return 0.1
         if states & {State.WAITING, State.STARTING}:
             return 0.25
-        failed = (r for r in self.replicas.values() if r.state in (State.BACKOFF, State.QUARANTINED))
+        failed = (r for r in self.replicas.values() if r.state in FAILED)
         next_try = min((replica.next_try for replica in failed), default=math.inf)
         return min(1.0, max(0.05, next_try - self._clock()))
 
@@ -335,7 +334,7 @@ class Fleet:
     def _check_times(self, replica: Replica, now: float) -> None:
         if replica.state is State.READY and now - replica.since > self.config.supervise.stable_after:
             self._restarts[replica.name].stable()
-        elif replica.state in (State.BACKOFF, State.QUARANTINED) and now >= replica.next_try:
+        elif replica.state in FAILED and now >= replica.next_try:
             replica.restarts += 1
             replica.move(State.WAITING, f"try again after: {replica.note}", now)
 
@@ -396,7 +395,7 @@ class Fleet:
         if self.set_aside or wrong:
             interval = _WAITED_FOR_INTERVAL
         else:
-            interval = _ROUTER_INTERVAL if self.all_registered() else _LOADING_PROBE_INTERVAL
+            interval = _ROUTER_INTERVAL if self.all_registered() else _REGISTRATION_INTERVAL
         self._link.step(wanted, now, interval)
 
     def _bring_up_to_date(self, leave: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from . import router_admin
 from .fleet import Fleet
 from .operation import Operation, Place, insist, stage
 from .programs import ROUTER, Program, admin_socket
-from .replica import State
+from .replica import FAILED, State
 from .router_admin import Flags, InBackground, RouterSilent
 
 log = logging.getLogger("fd-dp")
@@ -38,7 +38,7 @@ def reload(fleet: Fleet, program: Program, place: Place) -> Operation:
         if fleet.now - began > _PATIENCE or fleet.stopping:
             return f"does not run with its new flags after {_PATIENCE:g} s"
         yield None
-    if replica.state in (State.BACKOFF, State.QUARANTINED):
+    if replica.state in FAILED:
         return replica.note
     yield stage(program, "ready", place)
     return ""
@@ -61,15 +61,6 @@ def tell_again(fleet: Fleet) -> None:
     """Raises SupervisorError or OSError."""
     log.warning("router: has other flags than those in its file; telling it")
     fleet.give_flags(fleet.replicas[ROUTER].program)
-
-
-def read_keys_again(fleet: Fleet) -> None:
-    """The names of its files are the same, but what stands in them may not be.
-
-    Raises SupervisorError.
-    """
-    if fleet.replicas[ROUTER].alive:
-        fleet.supervisor.send_signal(ROUTER, "HUP")
 
 
 def _was_turned_down(before: Flags | None, now: Flags | None) -> bool:

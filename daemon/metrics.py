@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 from .. import __version__
 from .causes import Cause
 from .intents import Intent
-from .replica import Replica, State
+from .replica import FAILED, Replica, State
 from .usage import Usage, of_family
 
 # Half of the lines would be times at which counters were made.
@@ -170,7 +170,7 @@ def _of_states(turn: _Turn) -> Iterator[Metric]:
         for intent in Intent:
             intents.add_metric((seen.program, intent), int(seen.intent is intent))
         draining.add_metric((seen.program,), int(seen.draining))
-        has_failed = seen.state in (State.BACKOFF, State.QUARANTINED) and math.isfinite(seen.next_try)
+        has_failed = seen.state in FAILED and math.isfinite(seen.next_try)
         next_try.add_metric((seen.program,), max(0.0, seen.next_try - now) if has_failed else 0.0)
     yield from (states, intents, draining, next_try)
 

@@ -36,16 +36,17 @@ class State(StrEnum):
 
 
 _S = State
-_FAILED = {_S.BACKOFF, _S.QUARANTINED}
+#: States in which it waits to be tried again.
+FAILED = frozenset({_S.BACKOFF, _S.QUARANTINED})
 #: From -> to. Whatever is not here is a mistake in this program, and `move` says so.
 ARROWS: dict[State, frozenset[State]] = {
     _S.STOPPED: frozenset({_S.WAITING, _S.STARTING}),  # wanted; found running by a new daemon
-    _S.WAITING: frozenset({_S.STARTING, _S.STOPPED} | _FAILED),  # its turn; held; its port is taken
+    _S.WAITING: frozenset({_S.STARTING, _S.STOPPED} | FAILED),  # its turn; held; its port is taken
     # WAITING: supervisord is gone; STOPPED: it failed while the operator held it.
-    _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.WAITING, _S.STOPPED} | _FAILED),
-    _S.READY: frozenset({_S.UNHEALTHY, _S.STOPPING, _S.WAITING, _S.STOPPED} | _FAILED),
-    _S.UNHEALTHY: frozenset({_S.READY, _S.STOPPING, _S.WAITING, _S.STOPPED} | _FAILED),
-    _S.STOPPING: frozenset({_S.STOPPED, _S.WAITING} | _FAILED),  # failed: it was stopped because it hung
+    _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.WAITING, _S.STOPPED} | FAILED),
+    _S.READY: frozenset({_S.UNHEALTHY, _S.STOPPING, _S.WAITING, _S.STOPPED} | FAILED),
+    _S.UNHEALTHY: frozenset({_S.READY, _S.STOPPING, _S.WAITING, _S.STOPPED} | FAILED),
+    _S.STOPPING: frozenset({_S.STOPPED, _S.WAITING} | FAILED),  # failed: it was stopped because it hung
     _S.BACKOFF: frozenset({_S.WAITING, _S.STOPPED}),
     _S.QUARANTINED: frozenset({_S.WAITING, _S.STOPPED}),
 }

@@ -49,8 +49,9 @@ class Row:
     in_flight: int
 
     @property
-    def takes_requests(self) -> bool:
-        return self.up and not self.leaving and not self.draining
+    def is_there(self) -> bool:
+        """It gets requests, unless it is drained."""
+        return self.up and not self.leaving
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from .fleet import Fleet
 from .intents import Intent
 from .operation import Operation, Passage, Place, stage
 from .programs import ROUTER
-from .replica import Replica, State
+from .replica import FAILED, Replica, State
 
 #: A router that is started anew needs a second or two. One that is silent for longer keeps nobody.
 _ROUTER_PATIENCE = 10.0
@@ -22,7 +22,6 @@ _ROUTER_PATIENCE = 10.0
 _SERVICE_PATIENCE = 30.0
 #: A new daemon has asked everybody once.
 _FIRST_ANSWERS = 15.0
-_FAILED = (State.BACKOFF, State.QUARANTINED)
 _ON_THE_WAY = (State.WAITING, State.STARTING, State.BACKOFF, State.STOPPING)
 
 
@@ -56,7 +55,7 @@ def bring_up(fleet: Fleet, name: str, place: Place) -> Operation:
     """
     yield stage(fleet.replicas[name].program, "start", place)
     while (replica := fleet.replicas[name]).state is not State.READY:
-        if replica.state in _FAILED or replica.state is State.STOPPED:
+        if replica.state in FAILED or replica.state is State.STOPPED:
             return replica.note or "was stopped"
         if fleet.stopping:
             return "fd-dp ends"
@@ -190,7 +189,7 @@ def _until_used(fleet: Fleet, replica: Replica) -> Operation:
         heard |= look.at > began and not look.problem
         if replica.state is not State.READY:
             return replica.note or f"{replica.state} soon after it was READY"
-        if row is not None and row.up and not row.leaving and row.draining == fleet.drains(replica):
+        if row is not None and row.is_there and row.draining == fleet.drains(replica):
             return ""
         waited = fleet.now - began
         if not heard and waited > _patience_with_router(fleet):
@@ -207,7 +206,7 @@ def _serves(fleet: Fleet, name: str) -> bool:
     if replica is None or replica.program.replica is None:
         return False
     row = fleet.row(replica)
-    used = replica.state is State.STARTING and row is not None and row.up and not row.leaving
+    used = replica.state is State.STARTING and row is not None and row.is_there
     return replica.state is State.READY or used
 
 

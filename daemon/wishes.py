@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .fleet import HELD, Fleet
 from .intents import Intent, Wish
-from .replica import Replica, State
+from .replica import FAILED, Replica, State
 
 #: The wish that follows from what the replica's was.
 WISHES: dict[str, Callable[[Replica], Wish]] = {
@@ -32,7 +32,7 @@ def grant(fleet: Fleet, do: str, replicas: list[Replica]) -> None:
     """Raises OSError if it cannot be kept; then it does not hold for that one and those after it."""
     for replica in replicas:
         fleet.wish(replica, WISHES[do](replica))
-        if do == "hold" and replica.state in (State.BACKOFF, State.QUARANTINED):
+        if do == "hold" and replica.state in FAILED:
             # It has ended, and is not started again.
             fleet.stop(replica, HELD)
 

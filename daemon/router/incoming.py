@@ -80,16 +80,8 @@ class ClientRequest:
 
 def without_hop_by_hop(headers: RawHeaders) -> RawHeaders:
     """Leaves out what is about one connection only, the headers named in Connection included."""
-    dropped = with_named_in_connection(HOP_BY_HOP, headers)
+    dropped = HOP_BY_HOP.union(*(named_in(value) for name, value in headers if name == b"connection"))
     return [header for header in headers if header[0] not in dropped]
-
-
-def with_named_in_connection(names: frozenset[bytes], headers: RawHeaders) -> frozenset[bytes]:
-    """These names, and those that a Connection header has."""
-    for name, value in headers:
-        if name == b"connection":
-            names = names | named_in(value)
-    return names
 
 
 def named_in(connection: bytes) -> frozenset[bytes]:

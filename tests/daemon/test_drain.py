@@ -26,13 +26,18 @@ def nobody_is_drained(running: Running) -> None:
     wait_until(lambda: len(running.rows()) == 2 and not running.drained(), "all take requests")
 
 
+def restart_while_in_flight(running: Running, requests: int) -> None:
+    """Replica 0, and so far that it is drained."""
+    running.set_in_flight(0, requests)
+    running.do("restart", "0", wait=False)
+    wait_until(lambda: running.drained() == {0}, "replica 0 is drained")
+
+
 def test_a_restart_waits_for_what_is_in_flight_and_then_lets_the_router_use_it_again(
     lent: Running,
 ) -> None:
     before = lent.pids()
-    lent.set_in_flight(0, 3)
-    lent.do("restart", "0", wait=False)
-    wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
+    restart_while_in_flight(lent, 3)
     lent.set_in_flight(0, 1)
     wait_until(lambda: lent.programs()["replica0"]["in_flight"] == 1, "the daemon sees it")
     assert lent.pids() == before
@@ -106,9 +111,7 @@ def test_without_a_router_a_restart_is_as_good_as_ever(lent: Running) -> None:
 
 def test_a_router_that_dies_while_a_replica_is_drained_changes_nothing(lent: Running) -> None:
     before = lent.pids()
-    lent.set_in_flight(0, 3)
-    lent.do("restart", "0", wait=False)
-    wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
+    restart_while_in_flight(lent, 3)
     os.kill(before["router"], signal.SIGKILL)
     lent.wait_ready_again("router", before["router"])
     wait_until(lambda: lent.programs()["replica0"]["in_flight"] == 3, "the daemon asks the new one")
@@ -133,9 +136,7 @@ def test_a_router_that_hangs_holds_up_nothing_for_long(lent: Running) -> None:
 
 def test_what_a_daemon_that_was_killed_has_left_drained_the_next_one_undrains(lent: Running) -> None:
     before = lent.pids()
-    lent.set_in_flight(0, 1)
-    lent.do("restart", "0", wait=False)
-    wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
+    restart_while_in_flight(lent, 1)
     lent.stop(signal.SIGKILL)
     lent.start()
     nobody_is_drained(lent)
