@@ -120,10 +120,14 @@ port = {self.metrics_port}
         return json.loads(answer.stdout) if answer.returncode == 0 else None
 
     def is_ready(self) -> bool:
-        """Every part READY, and every replica known to the router (its heartbeat may be a second behind)."""
+        """Every part READY, and every replica known to the router (its heartbeat may be a second behind).
+
+        What has just died is READY for the daemon until it notices, but its pid is nobody's.
+        """
         status = self.status()
         return (
             status is not None
+            and all(psutil.pid_exists(part["pid"] or 0) for part in (status["router"], *status["replicas"]))
             and status["router"]["state"] == "READY"
             and [replica["state"] for replica in status["replicas"]] == ["READY"] * self.replicas
             and [replica["in_flight"] for replica in status["replicas"]].count(None) == 0
