@@ -11,7 +11,7 @@ CONFIG ?= etc/dp.toml
 PREFIX ?= run
 PARITY := .cache/parity-venv
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-OPERATIONS := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl)
+COMPILED := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl daemon/router/*.cc)
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
@@ -50,7 +50,7 @@ test: $(VENV)/installed model
 
 # The stamp is newer than what decides which packages have to be there, and than what is compiled. Against the
 # very Paddle that will load it: hence no isolated environment for the build.
-$(VENV)/installed: setup.cfg setup.py pyproject.toml $(OPERATIONS)
+$(VENV)/installed: setup.cfg setup.py pyproject.toml $(COMPILED)
 	@echo "fd-dp: installing into $(VENV); the first time a few hundred MB are fetched"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@etc/build_requires.sh | $(PIP) install -r /dev/stdin

@@ -1,4 +1,5 @@
-"""Metadata lives in setup.cfg; here the operations are compiled, against the Paddle that is installed."""
+"""Metadata lives in setup.cfg; here the libraries are compiled: the operations, against the Paddle that is
+installed, and the router's fast path."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,8 @@ except ImportError as error:
 OPERATIONS = Path("custom_ops")
 
 
-class BuildOperations(build_ext):
-    """Compiles the sources side by side.
+class BuildLibraries(build_ext):
+    """Compiles the sources of an extension side by side.
 
     Not Paddle's own command, which is made for `setup.py install`: it leaves its object files in wheels, and
     has another name for the library in each way of installing.
@@ -38,7 +39,8 @@ class BuildOperations(build_ext):
         super().build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
-        # A library, not a module of Python: Paddle loads it. So it has no suffix of one interpreter.
+        # Libraries, not modules of Python: Paddle loads one, ctypes the other. So they have no suffix of one
+        # interpreter.
         return os.path.join(*fullname.split(".")) + ".so"
 
 
@@ -52,4 +54,11 @@ operations = CppExtension(
 )
 operations.name = "fastdeploy.custom_ops.libfd_ops"
 
-setup(ext_modules=[operations], cmdclass={"build_ext": BuildOperations})
+fast_path = Extension(
+    "fastdeploy.daemon.router.libfd_fast_path",
+    ["daemon/router/fast_path.cc"],
+    extra_compile_args=["-O2", "-g0", "-std=c++17", "-Wall", "-Wextra", "-pthread"],
+    language="c++",
+)
+
+setup(ext_modules=[operations, fast_path], cmdclass={"build_ext": BuildLibraries})

@@ -124,6 +124,22 @@ class ClientConnection(asyncio.Protocol):
         self._head = b""
         self._outbox.write_now(self._transport, piece)
 
+    @property
+    def chunked_transport(self) -> asyncio.Transport | None:
+        transport = self._transport
+        is_bare = (
+            self._is_chunked
+            and not self._head
+            # Who sends more requests meanwhile has to be read from, or not, as the event loop sees fit.
+            and transport.is_reading()
+            and transport.get_write_buffer_size() == 0
+            and transport.get_extra_info("sslcontext") is None
+        )
+        return transport if is_bare else None
+
+    def send_chunks(self, chunks: bytes) -> None:
+        self._outbox.write(self._transport, chunks)
+
     def end(self, trailer: bytes = b"") -> None:
         last = self._head
         if self._is_chunked and not self._is_head_only:

@@ -7,11 +7,13 @@ whole events are passed on as they come.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
 from ...resumption import Resumption
 from .answers import Answer, header_lines, sse_error
+from .fast_path import Passed
 from .incoming import HOP_BY_HOP, ClientRequest
 from .resume import Lines, Transcript
 from .upstream import ReplicaConnection
@@ -31,6 +33,13 @@ class Client(Protocol):
         """The head of an answer that comes piece by piece; it goes out with the first."""
 
     def send(self, piece: bytes) -> None: ...
+
+    @property
+    def chunked_transport(self) -> asyncio.Transport | None:
+        """For chunks that are sent past `send`; None if that is impossible, or something is still unsent."""
+
+    def send_chunks(self, chunks: bytes) -> None:
+        """What is left of such chunks."""
 
     def end(self, trailer: bytes = b"") -> None:
         """The answer is whole. `trailer`: header lines behind it, where HTTP has a place for them."""
@@ -87,6 +96,22 @@ class Delivery:
         self._held.append(body)
         self._held_size += len(body)
         return self._pass_on(self._take_held()) if self._held_size > _MOST_HELD else 0
+
+    @property
+    def fast_transport(self) -> asyncio.Transport | None:
+        """The client's, if the next events can go on it by the fast path."""
+        transcript = self._transcript
+        if not self.has_begun or transcript is None or not transcript.is_steady:
+            return None
+        return self._client.chunked_transport
+
+    def add(self, passed: Passed) -> None:
+        """What has gone by the fast path."""
+        assert self._transcript is not None
+        self.size += passed.size
+        self._transcript.note(passed.marks)
+        if passed.unsent:
+            self._client.send_chunks(passed.unsent)
 
     def finish(self, resumed_by: Sequence[str] = ()) -> None:
         """The answer is whole. Which replicas have gone on with it stands in a trailer.

@@ -13,6 +13,7 @@ No replica is tried twice, unless it has been started anew meanwhile, or the ans
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -23,6 +24,7 @@ from ...resumption import Resumption
 from .answers import Answer, error
 from .board import Lease, Nobody, Seat
 from .delivery import Client, Delivery
+from .fast_path import FastStream, Passed
 from .incoming import ClientRequest, Refused, without_hop_by_hop
 from .outgoing import Forwarded, forwarded, lines_for, resuming
 from .policies import RequestFacts
@@ -54,9 +56,9 @@ class Exchange:
 
     __slots__ = (
         *("_began_at", "_busy", "_connection", "_deaths", "_delivery", "_facts", "_forwarded", "_id"),
-        *("_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_lease", "_name", "_plane"),
-        *("_problems", "_refusal", "_request", "_rests_until", "_resumed_by", "_resumption", "_tried"),
-        *("_waits_since", "deadline"),
+        *("_fast", "_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_is_slow", "_lease", "_name"),
+        *("_plane", "_problems", "_refusal", "_request", "_rests_until", "_resumed_by", "_resumption"),
+        *("_tried", "_waits_since", "deadline"),
     )
 
     def __init__(self, plane: DataPlane, client: Client, request: ClientRequest) -> None:
@@ -77,6 +79,10 @@ class Exchange:
         #: It ended without an answer on a kept connection, and is made again on a new one.
         self._is_doubtful = False
         self._refusal: list[bytes] | None = None
+        #: The stream is on the fast path: it has both connections.
+        self._fast: FastStream | None = None
+        #: The fast path can do nothing for it.
+        self._is_slow = False
         # Of all attempts.
         #: Of the latest.
         self._name = "-"
@@ -111,6 +117,7 @@ class Exchange:
 
     def client_gone(self) -> None:
         if not self._is_over:
+            self._leave_fast_path()
             self._plane.line.leave(self)
             if not self._delivery.has_begun:
                 self._delivery.status = 499
@@ -139,10 +146,14 @@ class Exchange:
         connection = self._connection
         if connection is None or self._is_paused:
             return
+        if self._fast is not None:
+            connection.heard_at = max(connection.heard_at, self._fast.heard_at)
+            self._progressed(self._fast.new_events())
         settings = self._plane.settings
         says_so = "progress" in connection.seat.instance.features
         patience = settings.progress_timeout if says_so else settings.request_timeout
         if now - connection.heard_at > patience:
+            self._leave_fast_path()
             connection.cancel()
             self.failed(Fault.SILENT, f"for {patience:g} s")
 
@@ -199,12 +210,11 @@ class Exchange:
             if sum(map(len, self._refusal)) + len(body) <= _MOST_KEPT:
                 self._refusal.append(body)
             return
-        if self._delivery.receive(body) and self._lease is not None:
-            self._lease.count_tokens(1)
-            # A stream that goes on is not what kills replicas, however many it outlives.
-            self._deaths = 0
-            self.deadline = 0.0
-            del self._tried[:-1]
+        if self._delivery.receive(body):
+            self._progressed(1)
+            if not self._is_slow:
+                # By then it has been sent.
+                asyncio.get_running_loop().call_soon(self._take_fast_path)
         if problem := self._delivery.problem:
             self._drop_connection()
             self.failed(Fault.CUT, problem)
@@ -257,6 +267,46 @@ class Exchange:
             self._give(error(504, f"replica {lease.seat.name}: {problem}", "replica_timeout"))
         else:
             self._next(lease, problem)
+
+    # ---- the fast path
+
+    def given_back(self) -> None:
+        connection, passed = self._connection, self._leave_fast_path()
+        assert connection is not None
+        assert passed is not None
+        # Or it would come and go with each event.
+        self._is_slow = not passed.size
+        if passed.unread:
+            connection.data_received(passed.unread)
+
+    def _take_fast_path(self) -> None:
+        connection = self._connection
+        if connection is None or self._fast is not None or self._is_paused:
+            return
+        replica, client = connection.fast_transport, self._delivery.fast_transport
+        if replica is not None and client is not None:
+            self._fast = self._plane.fast_path.take(self, replica, client)
+            self._is_slow = self._fast is None
+
+    def _leave_fast_path(self) -> Passed | None:
+        fast, self._fast = self._fast, None
+        if fast is None:
+            return None
+        assert self._connection is not None
+        self._connection.heard_at = max(self._connection.heard_at, fast.heard_at)
+        passed = fast.take_back()
+        self._progressed(passed.new_events)
+        self._delivery.add(passed)
+        return passed
+
+    def _progressed(self, events: int) -> None:
+        """So many have gone to the client."""
+        if events and self._lease is not None:
+            self._lease.count_tokens(events)
+            # A stream that goes on is not what kills replicas, however many it outlives.
+            self._deaths = 0
+            self.deadline = 0.0
+            del self._tried[:-1]
 
     # ---- choosing
 
@@ -320,6 +370,7 @@ class Exchange:
         lease = self._lease
         assert lease is not None
         self._connection = connection
+        self._is_slow = False
         self._is_reused = not connection.is_fresh
         self._refusal = None
         lines = lines_for(lease.instance.features)

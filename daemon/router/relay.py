@@ -6,6 +6,7 @@ from .access_log import AccessLog
 from .board import Board
 from .delivery import Client
 from .exchange import Exchange
+from .fast_path import FastPath
 from .incoming import ClientRequest
 from .metrics import Metrics
 from .outbox import Outbox
@@ -26,6 +27,7 @@ class DataPlane:
         self.board = board
         self.metrics = metrics
         self.outbox = Outbox()
+        self.fast_path = FastPath(settings.max_in_flight)
         self.pool = ConnectionPool(self.outbox)
         self.access_log = AccessLog()
         self.budget = RetryBudget()

@@ -111,6 +111,17 @@ class Transcript:
         return data
 
     @property
+    def is_steady(self) -> bool:
+        """What it wants to know of further events is their marks."""
+        return self.is_whole and self._first != b"" and not (self._rest or self.problem or self._has_summary)
+
+    def note(self, marks: list[bytes]) -> None:
+        """Those of events that went to the client another way."""
+        self._marks += marks
+        if len(self._marks) >= _FOLD_AT:
+            self._fold()
+
+    @property
     def missing_end(self) -> bytes:
         """What alone is missing of the stream, if that is all."""
         return _DONE if self._has_summary and not self.is_done else b""
@@ -182,6 +193,7 @@ class Lines:
     problem = ""
     missing_end = b""
     is_open = False
+    is_steady = False
 
     def __init__(self) -> None:
         self.is_done = False
@@ -200,6 +212,9 @@ class Lines:
     @property
     def rest(self) -> bytes:
         return b"".join(self._line)
+
+    def note(self, marks: list[bytes]) -> None:
+        raise AssertionError("it has no marks")
 
     def drop_partial(self) -> None:
         self._line = []

@@ -22,6 +22,7 @@ from gunicorn.glogging import Logger
 from ... import log
 from ...errors import ConfigError
 from ...parent_death import die_with_parent
+from . import fast_path
 from .arbiter import RouterArbiter
 from .board import Board, BoardError
 from .configuration import Configuration, check_fixed, read
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     try:
         _require("uvloop", "httptools")
+        fast_path.require()
         configuration = read(words)
         settings = configuration.settings
         RegistryFile(settings.registry_file).prepare()

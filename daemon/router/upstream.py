@@ -85,6 +85,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._complete = False
         self._extra = False
         self._is_reusable = False
+        self._is_between_chunks = False
 
     # ---- for the one that has it
 
@@ -112,6 +113,12 @@ class ReplicaConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     @property
+    def fast_transport(self) -> asyncio.Transport | None:
+        """Its own, if the next byte begins a chunk, so that chunks can be read past the parser."""
+        is_there = self._is_between_chunks and not self._complete and self._reply is not None
+        return self._transport if is_there and not self._transport.is_closing() else None
+
+    @property
     def is_closing(self) -> bool:
         return self._transport.is_closing()
 
@@ -136,6 +143,8 @@ class ReplicaConnection(asyncio.Protocol):
         if not self._has_begun:
             self._head_bytes += len(data)
         problem = None
+        # Of a chunk's own head the parser says nothing before it is whole.
+        self._is_between_chunks = False
         try:
             self._parser.feed_data(data)
             if not self._has_begun and self._head_bytes > _MAX_HEAD:
@@ -146,6 +155,7 @@ class ReplicaConnection(asyncio.Protocol):
             problem = f"{data[:40]!r}: {error.__context__ or error}"
         if self._reply is not reply:
             return  # the head made the request end
+        self._is_between_chunks = self._is_between_chunks and data.endswith(b"\r\n")
         if self._pieces:
             self._nothing_bytes = 0
             pieces = self._pieces
@@ -208,6 +218,12 @@ class ReplicaConnection(asyncio.Protocol):
         self._read_framing()
         self._has_begun = True
         reply.began(self)
+
+    def on_chunk_header(self) -> None:
+        self._is_between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._is_between_chunks = True
 
     def on_body(self, body: bytes) -> None:
         if self._complete:
