@@ -54,7 +54,7 @@ $(VENV)/installed: setup.cfg setup.py pyproject.toml $(COMPILED)
 	@echo "fd-dp: installing into $(VENV); the first time a few hundred MB are fetched"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@etc/build_requires.sh | $(PIP) install -r /dev/stdin
-	@echo "fd-dp: compiling the operations, about half a minute on two cores"
+	@echo "fd-dp: compiling the operations and the router's fast path, about half a minute on two cores"
 	@$(PIP) install --no-build-isolation -e '.[test,check]'
 	@touch $@
 

@@ -125,7 +125,7 @@ class ClientConnection(asyncio.Protocol):
         self._outbox.write_now(self._transport, piece)
 
     @property
-    def chunked_transport(self) -> asyncio.Transport | None:
+    def fast_transport(self) -> asyncio.Transport | None:
         transport = self._transport
         is_bare = (
             self._is_chunked

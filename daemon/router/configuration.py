@@ -23,8 +23,9 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .redis_board import RedisAddress
 
-#: Descriptors of a connection and of the replica that answers it, and of all else.
+#: Descriptors: of a connection and the replica that answers it, their duplicates on the fast path, all else.
 _FILES_PER_CONNECTION = 2
+_FILES_PER_STREAM = 2
 _OTHER_FILES = 512
 
 
@@ -57,7 +58,8 @@ def read(words: Sequence[str] | None = None) -> Configuration:
             raise ConfigError(f"--flags-file {arguments.flags_file}: {error}") from None
         fingerprint = file.fingerprint
     settings = settings_of(arguments, fingerprint)
-    needed = settings.max_connections * _FILES_PER_CONNECTION + _OTHER_FILES
+    streams = min(settings.max_connections, settings.max_in_flight)
+    needed = settings.max_connections * _FILES_PER_CONNECTION + streams * _FILES_PER_STREAM + _OTHER_FILES
     allow_open_files(needed, f"--max-connections {settings.max_connections}")
     return Configuration(settings, fixed_in(arguments))
 
@@ -144,7 +146,8 @@ def _redis(url: str) -> RedisAddress | None:
 
 def _connections_that_fit() -> int:
     """Where open files are few, connections are; a number that was asked for is another matter."""
-    return max(1, min(MOST_CONNECTIONS, (open_files_limit() - _OTHER_FILES) // _FILES_PER_CONNECTION))
+    most_files = _FILES_PER_CONNECTION + _FILES_PER_STREAM
+    return max(1, min(MOST_CONNECTIONS, (open_files_limit() - _OTHER_FILES) // most_files))
 
 
 def _network(text: str) -> IPNetwork:

@@ -35,8 +35,8 @@ class Client(Protocol):
     def send(self, piece: bytes) -> None: ...
 
     @property
-    def chunked_transport(self) -> asyncio.Transport | None:
-        """For chunks that are sent past `send`; None if that is impossible, or something is still unsent."""
+    def fast_transport(self) -> asyncio.Transport | None:
+        """Where chunks can be sent past `send`; None if that is impossible, or something is still unsent."""
 
     def send_chunks(self, chunks: bytes) -> None:
         """What is left of such chunks."""
@@ -98,16 +98,21 @@ class Delivery:
         return self._pass_on(self._take_held()) if self._held_size > _MOST_HELD else 0
 
     @property
-    def fast_transport(self) -> asyncio.Transport | None:
-        """The client's, if the next events can go on it by the fast path."""
-        transcript = self._transcript
-        if not self.has_begun or transcript is None or not transcript.is_steady:
-            return None
-        return self._client.chunked_transport
+    def has_marks(self) -> bool:
+        """Its events can go by the fast path, once it has begun."""
+        return isinstance(self._transcript, Transcript)
 
-    def add(self, passed: Passed) -> None:
+    @property
+    def fast_transport(self) -> asyncio.Transport | None:
+        """The client's, if the next events can go by the fast path."""
+        transcript = self._transcript
+        if not self.has_begun or not isinstance(transcript, Transcript) or not transcript.is_steady:
+            return None
+        return self._client.fast_transport
+
+    def add_passed(self, passed: Passed) -> None:
         """What has gone by the fast path."""
-        assert self._transcript is not None
+        assert isinstance(self._transcript, Transcript)
         self.size += passed.size
         self._transcript.note(passed.marks)
         if passed.unsent:

@@ -56,7 +56,7 @@ class Exchange:
 
     __slots__ = (
         *("_began_at", "_busy", "_connection", "_deaths", "_delivery", "_facts", "_forwarded", "_id"),
-        *("_fast", "_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_is_slow", "_lease", "_name"),
+        *("_fast", "_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_stays", "_lease", "_name"),
         *("_plane", "_problems", "_refusal", "_request", "_rests_until", "_resumed_by", "_resumption"),
         *("_tried", "_waits_since", "deadline"),
     )
@@ -81,8 +81,8 @@ class Exchange:
         self._refusal: list[bytes] | None = None
         #: The stream is on the fast path: it has both connections.
         self._fast: FastStream | None = None
-        #: The fast path can do nothing for it.
-        self._is_slow = False
+        #: With the event loop: the fast path can do nothing for it.
+        self._stays = False
         # Of all attempts.
         #: Of the latest.
         self._name = "-"
@@ -153,7 +153,6 @@ class Exchange:
         says_so = "progress" in connection.seat.instance.features
         patience = settings.progress_timeout if says_so else settings.request_timeout
         if now - connection.heard_at > patience:
-            self._leave_fast_path()
             connection.cancel()
             self.failed(Fault.SILENT, f"for {patience:g} s")
 
@@ -204,6 +203,7 @@ class Exchange:
         else:
             has_marks = "resume" in lease.instance.features
             self._delivery.expect(connection, lease.seat.name, len(self._problems), has_marks)
+        self._stays = not self._delivery.has_marks
 
     def received(self, body: bytes) -> None:
         if self._refusal is not None:
@@ -212,7 +212,7 @@ class Exchange:
             return
         if self._delivery.receive(body):
             self._progressed(1)
-            if not self._is_slow:
+            if not self._stays:
                 # By then it has been sent.
                 asyncio.get_running_loop().call_soon(self._take_fast_path)
         if problem := self._delivery.problem:
@@ -237,6 +237,8 @@ class Exchange:
     def failed(self, fault: Fault, why: str) -> None:
         lease = self._lease
         assert lease is not None
+        # It may have failed at its other side: the request was still being written.
+        self._leave_fast_path()
         self._connection = None
         if self._delivery.is_done:
             self._delivery.complete()
@@ -275,7 +277,7 @@ class Exchange:
         assert connection is not None
         assert passed is not None
         # Or it would come and go with each event.
-        self._is_slow = not passed.size
+        self._stays = not passed.size
         if passed.unread:
             connection.data_received(passed.unread)
 
@@ -286,7 +288,7 @@ class Exchange:
         replica, client = connection.fast_transport, self._delivery.fast_transport
         if replica is not None and client is not None:
             self._fast = self._plane.fast_path.take(self, replica, client)
-            self._is_slow = self._fast is None
+            self._stays = self._fast is None
 
     def _leave_fast_path(self) -> Passed | None:
         fast, self._fast = self._fast, None
@@ -296,7 +298,7 @@ class Exchange:
         self._connection.heard_at = max(self._connection.heard_at, fast.heard_at)
         passed = fast.take_back()
         self._progressed(passed.new_events)
-        self._delivery.add(passed)
+        self._delivery.add_passed(passed)
         return passed
 
     def _progressed(self, events: int) -> None:
@@ -370,7 +372,6 @@ class Exchange:
         lease = self._lease
         assert lease is not None
         self._connection = connection
-        self._is_slow = False
         self._is_reused = not connection.is_fresh
         self._refusal = None
         lines = lines_for(lease.instance.features)

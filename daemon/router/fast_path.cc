@@ -45,10 +45,9 @@ constexpr int MOST_EVENTS = 64;
 enum class Side : uint64_t { REPLICA = 0, CLIENT = 1 };
 
 struct Stream {
-    enum State { FREE, TAKEN, GIVEN_BACK };
-
     std::mutex lock;
-    State state = FREE;
+    // From `take` to `give_back` or `take_back`.
+    bool is_taken = false;
     // So that what epoll still tells of an earlier stream in this place is not taken for this one's.
     uint32_t generation = 0;
     int replica = -1, client = -1;
@@ -116,9 +115,8 @@ class FastPath {
         if (wakeup_ >= 0) close(wakeup_);
     }
 
-    bool is_sound() const { return epoll_ >= 0 && wakeup_ >= 0; }
-
     bool start() {
+        if (epoll_ < 0 || wakeup_ < 0) return false;
         // Signals are for the thread that runs Python.
         sigset_t all, before;
         sigfillset(&all);
@@ -137,8 +135,13 @@ class FastPath {
     const std::atomic<int64_t>* events() const { return events_.data(); }
 
     int take(int replica, int client) {
-        int slot = pop(free_);
-        if (slot < 0) return -ENOSPC;
+        int slot;
+        {
+            std::lock_guard<std::mutex> lists(lists_);
+            if (free_.empty()) return -ENOSPC;
+            slot = free_.back();
+            free_.pop_back();
+        }
         Stream& stream = streams_[slot];
         std::lock_guard<std::mutex> guard(stream.lock);
         // Duplicates: whoever closes theirs too early cannot make these stand for another connection.
@@ -152,30 +155,33 @@ class FastPath {
             error = errno;
         }
         if (error) {
-            let_go(stream);
+            unwatch(stream);
             std::lock_guard<std::mutex> lists(lists_);
             free_.push_back(slot);
             return -error;
         }
-        stream.state = Stream::TAKEN;
+        stream.is_taken = true;
         stream.sent_bytes = 0;
         heard_at_[slot] = now();
         events_[slot] = 0;
         return slot;
     }
 
-    // A stream that the thread has given back; -1 if there is none.
+    // A stream that the thread has given back, told once; -1 if there is none.
     int next_given_back() {
         std::lock_guard<std::mutex> lists(lists_);
-        return given_back_.empty() ? -1 : given_back_.back();
+        if (given_back_.empty()) return -1;
+        int slot = given_back_.back();
+        given_back_.pop_back();
+        return slot;
     }
 
     // Whether the thread has given it back or not: from now on it does not touch it.
     Stream& take_back(int slot) {
         Stream& stream = streams_[slot];
         std::lock_guard<std::mutex> guard(stream.lock);
-        stream.state = Stream::GIVEN_BACK;
-        let_go(stream);
+        stream.is_taken = false;
+        unwatch(stream);
         std::lock_guard<std::mutex> lists(lists_);
         auto place = std::find(given_back_.begin(), given_back_.end(), slot);
         if (place != given_back_.end()) given_back_.erase(place);
@@ -185,7 +191,6 @@ class FastPath {
     void release(int slot) {
         Stream& stream = streams_[slot];
         std::lock_guard<std::mutex> guard(stream.lock);
-        stream.state = Stream::FREE;
         stream.generation++;
         // Their memory, too: most streams never need much.
         string().swap(stream.marks);
@@ -196,14 +201,6 @@ class FastPath {
     }
 
    private:
-    int pop(std::vector<int>& slots) {
-        std::lock_guard<std::mutex> lists(lists_);
-        if (slots.empty()) return -1;
-        int slot = slots.back();
-        slots.pop_back();
-        return slot;
-    }
-
     static int duplicate(int descriptor) { return fcntl(descriptor, F_DUPFD_CLOEXEC, 3); }
 
     bool watch(int slot, int descriptor, Side side, uint32_t events) {
@@ -213,7 +210,7 @@ class FastPath {
         return epoll_ctl(epoll_, EPOLL_CTL_ADD, descriptor, &event) == 0;
     }
 
-    void let_go(Stream& stream) {
+    void unwatch(Stream& stream) {
         for (int* descriptor : {&stream.replica, &stream.client}) {
             if (*descriptor < 0) continue;
             // Closing a duplicate does not end the watch.
@@ -236,13 +233,13 @@ class FastPath {
         int slot = uint32_t(key) >> 1;
         Stream& stream = streams_[slot];
         std::lock_guard<std::mutex> guard(stream.lock);
-        if (stream.state != Stream::TAKEN || stream.generation != key >> 32) return;
+        if (!stream.is_taken || stream.generation != key >> 32) return;
         if (Side(key & 1) == Side::CLIENT || !pass_on(stream, slot)) give_back(stream, slot);
     }
 
     void give_back(Stream& stream, int slot) {
-        let_go(stream);
-        stream.state = Stream::GIVEN_BACK;
+        unwatch(stream);
+        stream.is_taken = false;
         {
             std::lock_guard<std::mutex> lists(lists_);
             given_back_.push_back(slot);
@@ -332,7 +329,7 @@ struct fd_text {
 
 struct fd_given_back {
     fd_text marks, unread, unsent;
-    int64_t events, sent_bytes;
+    int64_t sent_bytes;
 };
 
 extern "C" {
@@ -341,7 +338,7 @@ extern "C" {
 // process.
 FastPath* fd_fast_path_start(int capacity) {
     FastPath* path = new FastPath(capacity);
-    if (!path->is_sound() || !path->start()) {
+    if (!path->start()) {
         delete path;
         return nullptr;
     }
@@ -360,8 +357,7 @@ int fd_fast_path_next(FastPath* path) { return path->next_given_back(); }
 void fd_fast_path_take_back(FastPath* path, int slot, fd_given_back* found) {
     const Stream& stream = path->take_back(slot);
     auto text = [](const string& from) { return fd_text{from.data(), from.size()}; };
-    *found = {text(stream.marks), text(stream.unread), text(stream.unsent), path->events()[slot],
-              stream.sent_bytes};
+    *found = {text(stream.marks), text(stream.unread), text(stream.unsent), stream.sent_bytes};
 }
 
 void fd_fast_path_release(FastPath* path, int slot) { path->release(slot); }

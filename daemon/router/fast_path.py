@@ -30,12 +30,12 @@ _LIBRARY = Path(__file__).with_name("libfd_fast_path.so")
 class Passed(NamedTuple):
     """What has become of a stream since it was taken."""
 
-    #: How many events were passed on since that was asked last.
-    new_events: int
     #: Those of `resumption`, one of each event that was passed on.
     marks: list[bytes]
     #: Bytes of all these events.
     size: int
+    #: How many of them `new_events` has not told yet.
+    new_events: int
     #: What has come from the replica behind them: it is the HTTP parser's.
     unread: bytes
     #: The end of what was passed on, which the client did not take yet, as chunks.
@@ -58,67 +58,62 @@ class FastPath:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._library = _library()
-        self._path = self._library.fd_fast_path_start(capacity)
-        if not self._path:
+        self.library = _library()
+        self.handle: int | None = self.library.fd_fast_path_start(capacity)
+        if self.handle is None:
             raise OSError(errno.EAGAIN, "the system does not let the router start a thread for event streams")
-        self._wakeup: int = self._library.fd_fast_path_wakeup(self._path)
-        self._heard_at = self._library.fd_fast_path_heard_at(self._path)
-        self._events = self._library.fd_fast_path_events(self._path)
-        self._owners: dict[int, Owner] = {}
-        asyncio.get_running_loop().add_reader(self._wakeup, self._look)
+        # Of each slot; the thread writes there.
+        self.heard_at = self.library.fd_fast_path_heard_at(self.handle)
+        self.events = self.library.fd_fast_path_events(self.handle)
+        self.streams: dict[int, FastStream] = {}
+        self._wakeup: int = self.library.fd_fast_path_wakeup(self.handle)
+        asyncio.get_running_loop().add_reader(self._wakeup, self._collect)
 
     def take(self, owner: Owner, replica: asyncio.Transport, client: asyncio.Transport) -> FastStream | None:
         """Has the events pass from here on. The transports are left alone until the stream is taken back.
 
-        The replica's must be between two chunks, and nothing may be left to be written to the client's, which
-        must be plain TCP with a chunked answer under way. None if that cannot be now.
+        The replica's must be between two chunks, and nothing may be left to be written to either. The
+        client's must be plain TCP with a chunked answer under way. None if that cannot be now.
         """
         numbers = [transport.get_extra_info("socket").fileno() for transport in (replica, client)]
-        slot = self._library.fd_fast_path_take(self._path, *numbers)
+        slot = self.library.fd_fast_path_take(self.handle, *numbers)
         if slot < 0:
             if -slot != errno.ENOSPC:
                 logger.warning("a stream stays with the event loop: %s", os.strerror(-slot))
             return None
         for transport in (replica, client):
             transport.pause_reading()
-        self._owners[slot] = owner
-        return FastStream(self, slot, replica, client)
+        stream = self.streams[slot] = FastStream(self, slot, owner, replica, client)
+        return stream
 
-    def heard_at(self, slot: int) -> float:
-        return self._heard_at[slot]
-
-    def events(self, slot: int) -> int:
-        return self._events[slot]
-
-    def take_back(self, slot: int) -> Passed:
-        found = _GivenBack()
-        del self._owners[slot]
-        self._library.fd_fast_path_take_back(self._path, slot, ctypes.byref(found))
-        try:
-            marks, unread, unsent = (bytes(each) for each in (found.marks, found.unread, found.unsent))
-        finally:
-            self._library.fd_fast_path_release(self._path, slot)
-        return Passed(found.events, marks.splitlines(), found.sent_bytes, unread, unsent)
-
-    def _look(self) -> None:
+    def _collect(self) -> None:
         os.read(self._wakeup, 8)
-        while (slot := self._library.fd_fast_path_next(self._path)) >= 0:
+        while (slot := self.library.fd_fast_path_next(self.handle)) >= 0:
+            stream = self.streams[slot]
             try:
-                self._owners[slot].given_back()
+                stream.owner.given_back()
             except Exception:
                 # One stream's fault must not hold up those behind it.
-                logger.exception("a stream that came back from the fast path failed")
+                logger.exception(
+                    "a stream that came back from the fast path failed; its connections are closed"
+                )
+                stream.abort()
 
 
 class FastStream:
     """One that is on the fast path."""
 
-    __slots__ = ("_client", "_counted", "_path", "_replica", "_slot")
+    __slots__ = ("_client", "_counted", "_path", "_replica", "_slot", "owner")
 
     def __init__(
-        self, path: FastPath, slot: int, replica: asyncio.Transport, client: asyncio.Transport
+        self,
+        path: FastPath,
+        slot: int,
+        owner: Owner,
+        replica: asyncio.Transport,
+        client: asyncio.Transport,
     ) -> None:
+        self.owner = owner
         self._path = path
         self._slot = slot
         self._replica = replica
@@ -128,21 +123,32 @@ class FastStream:
     @property
     def heard_at(self) -> float:
         """When bytes last came from the replica, by time.monotonic()."""
-        return self._path.heard_at(self._slot)
+        return self._path.heard_at[self._slot]
 
     def new_events(self) -> int:
         """How many were passed on since the last call."""
-        count = self._path.events(self._slot)
+        count = self._path.events[self._slot]
         new, self._counted = count - self._counted, count
         return new
 
     def take_back(self) -> Passed:
         """Both connections are the event loop's again, and it reads from them. To be called once."""
-        passed = self._path.take_back(self._slot)
+        path, found = self._path, _GivenBack()
+        del path.streams[self._slot]
+        path.library.fd_fast_path_take_back(path.handle, self._slot, ctypes.byref(found))
+        # Not by lines, which could also end at a carriage return.
+        marks = bytes(found.marks).split(b"\n")[:-1]
+        passed = Passed(marks, found.sent_bytes, self.new_events(), bytes(found.unread), bytes(found.unsent))
+        path.library.fd_fast_path_release(path.handle, self._slot)
         for transport in (self._replica, self._client):
             if not transport.is_closing():
                 transport.resume_reading()
-        return passed._replace(new_events=passed.new_events - self._counted)
+        return passed
+
+    def abort(self) -> None:
+        """Ends both connections; the owner hears of it from them."""
+        for transport in (self._replica, self._client):
+            transport.abort()
 
 
 def require() -> None:
@@ -152,7 +158,7 @@ def require() -> None:
     """
     try:
         _library()
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         raise ConfigError(
             f"the router's compiled part does not load ({error}); install fd-dp with pip, which compiles it"
         ) from None
@@ -168,13 +174,14 @@ class _Text(ctypes.Structure):
 class _GivenBack(ctypes.Structure):
     _fields_ = (
         *(("marks", _Text), ("unread", _Text), ("unsent", _Text)),
-        *(("events", ctypes.c_int64), ("sent_bytes", ctypes.c_int64)),
+        ("sent_bytes", ctypes.c_int64),
     )
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_LIBRARY))
+    # Its calls are short: who lets others have the interpreter meanwhile only has to wait for it afterwards.
+    library = ctypes.PyDLL(str(_LIBRARY))
     path, slot = ctypes.c_void_p, ctypes.c_int
     for name, result, arguments in (
         ("start", path, (ctypes.c_int,)),

@@ -27,7 +27,8 @@ class DataPlane:
         self.board = board
         self.metrics = metrics
         self.outbox = Outbox()
-        self.fast_path = FastPath(settings.max_in_flight)
+        # A connection has one request under way.
+        self.fast_path = FastPath(min(settings.max_in_flight, settings.max_connections))
         self.pool = ConnectionPool(self.outbox)
         self.access_log = AccessLog()
         self.budget = RetryBudget()

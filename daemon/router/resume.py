@@ -113,7 +113,8 @@ class Transcript:
     @property
     def is_steady(self) -> bool:
         """What it wants to know of further events is their marks."""
-        return self.is_whole and self._first != b"" and not (self._rest or self.problem or self._has_summary)
+        is_over = self.is_done or self._has_summary or self.problem != ""
+        return self.is_whole and self._first != b"" and self._rest == b"" and not is_over
 
     def note(self, marks: list[bytes]) -> None:
         """Those of events that went to the client another way."""
@@ -193,7 +194,6 @@ class Lines:
     problem = ""
     missing_end = b""
     is_open = False
-    is_steady = False
 
     def __init__(self) -> None:
         self.is_done = False
@@ -212,9 +212,6 @@ class Lines:
     @property
     def rest(self) -> bytes:
         return b"".join(self._line)
-
-    def note(self, marks: list[bytes]) -> None:
-        raise AssertionError("it has no marks")
 
     def drop_partial(self) -> None:
         self._line = []

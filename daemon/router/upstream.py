@@ -115,8 +115,11 @@ class ReplicaConnection(asyncio.Protocol):
     @property
     def fast_transport(self) -> asyncio.Transport | None:
         """Its own, if the next byte begins a chunk, so that chunks can be read past the parser."""
-        is_there = self._is_between_chunks and not self._complete and self._reply is not None
-        return self._transport if is_there and not self._transport.is_closing() else None
+        transport = self._transport
+        is_at_chunk = self._is_between_chunks and not self._complete and self._reply is not None
+        # A request that is still being written may fail at any time.
+        is_written = not transport.is_closing() and transport.get_write_buffer_size() == 0
+        return transport if is_at_chunk and is_written else None
 
     @property
     def is_closing(self) -> bool:
@@ -244,6 +247,7 @@ class ReplicaConnection(asyncio.Protocol):
         self.content_type, self.dropped = b"", frozenset()
         self.has_retry_after = self.has_request_id = False
         self._has_begun = self._complete = self._until_close = self._extra = self._is_reusable = False
+        self._is_between_chunks = False
         self._head_bytes = self._nothing_bytes = 0
         self._pieces = []
 

@@ -70,6 +70,9 @@ class RawClient:
         assert self._file.readline() == b"\r\n"
         return piece
 
+    def read(self, size: int) -> bytes:
+        return self._file.read(size)
+
     def rest(self) -> bytes:
         """Everything until the router closes the connection."""
         return self._file.read()
