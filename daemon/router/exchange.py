@@ -56,8 +56,8 @@ class Exchange:
 
     __slots__ = (
         *("_began_at", "_busy", "_connection", "_deaths", "_delivery", "_facts", "_forwarded", "_id"),
-        *("_fast", "_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_stays", "_lease", "_name"),
-        *("_plane", "_problems", "_refusal", "_request", "_rests_until", "_resumed_by", "_resumption"),
+        *("_fast", "_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_lease", "_name", "_plane"),
+        *("_problems", "_refusal", "_request", "_rests_until", "_resumed_by", "_resumption", "_stays"),
         *("_tried", "_waits_since", "deadline"),
     )
 
@@ -237,7 +237,7 @@ class Exchange:
     def failed(self, fault: Fault, why: str) -> None:
         lease = self._lease
         assert lease is not None
-        # It may have failed at its other side: the request was still being written.
+        # Where it may have fallen silent.
         self._leave_fast_path()
         self._connection = None
         if self._delivery.is_done:
