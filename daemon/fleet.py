@@ -104,7 +104,8 @@ class Fleet:
             replica = self._enlist(running[name][1] if name in running else wanted[name])
             if name in running:
                 process = running[name][0]
-                replica.pid, replica.started, replica.last_good = process.pid, process.started, now
+                replica.pid, replica.last_good = process.pid, now
+                replica.started = processes.started_at(process.pid) or process.started
                 replica.move(State.STARTING, "adopted", now)
                 replica.adopted = True
                 self._watch(process.pid)
@@ -282,7 +283,8 @@ class Fleet:
                     self.supervisor.stop(replica.name)
                 return
             if process.pid != replica.pid:
-                replica.pid, replica.started = process.pid, process.started
+                replica.pid = process.pid
+                replica.started = processes.started_at(process.pid) or process.started
                 self._watch(process.pid)
                 log.info("%s: started, pid %d", replica.label, process.pid)
             if replica.state is State.STOPPING and process.state in supervisor.UP and not replica.failing:

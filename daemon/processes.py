@@ -48,6 +48,19 @@ def running_hash(run: Path, pid: int) -> str | None:
     return process.hash if process else None
 
 
+def started_at(pid: int) -> float | None:
+    """Unix time, to a hundredth of a second; None if there is no such process.
+
+    supervisord tells it to a second, in which one may have died and the next begun.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    since_boot = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
 def kill_marked(run: Path, program: str | None = None, sig: int = signal.SIGKILL) -> list[Marked]:
     """Signals them once and returns those that were there: call again until none is."""
     processes = marked(run, program)

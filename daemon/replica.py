@@ -69,7 +69,7 @@ class Replica:
     draining: bool = False
     pid: int = 0
     #: Unix time at which its process started.
-    started: int = 0
+    started: float = 0.0
     #: How often the daemon has started it again.
     restarts: int = 0
     next_try: float = 0.0
@@ -111,7 +111,7 @@ class Replica:
         assert to in ARROWS[self.state], f"{self.label}: {self.state} -> {to} ({note})"
         self.state, self.note, self.since = to, note, now
         if to not in ALIVE:
-            self.pid, self.started = 0, 0
+            self.pid, self.started = 0, 0.0
             self.health = {}
             self.watch = Watch()
             self.adopted = False

@@ -100,7 +100,7 @@ def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
         "name": replica.name,
         "state": str(replica.state),
         "pid": replica.pid or None,
-        "uptime": max(0, int(time.time()) - replica.started) if replica.started else None,
+        "uptime": max(0, int(time.time() - replica.started)) if replica.started else None,
         "restarts": replica.restarts,
         "host": replica.program.host,
         "port": replica.program.ports[0],

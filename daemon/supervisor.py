@@ -31,7 +31,7 @@ from .programs import Program
 _TIMEOUT = 3.0
 _TAIL = 1 << 16
 #: How our log lines begin.
-_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:,\d{3})?")
 
 #: The last one is an answer that was cut off when supervisord was killed.
 _NO_ANSWER = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError)
@@ -170,12 +170,13 @@ def _write(file: Path, text: str) -> None:
 
 def last_error(file: Path, since: float) -> str:
     """The last error that a program has told after `since` (Unix time), cut to fit into a log line; or ""."""
-    began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    began = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))},{int(since % 1 * 1000):03d}"
     errors = [
         line.strip()
         for line in _tail(file).splitlines()
+        if re.search(r"\bERROR\b", line)
         # A line without a time is the last word of a start.
-        if re.search(r"\bERROR\b", line) and not ((told := _TIME.match(line)) and told[0] < began)
+        and not ((told := _TIME.match(line)) and told[0] < began[: len(told[0])])
     ]
     # gunicorn's own words say that it ends; its reason is only of interest where nobody else tells one.
     own = [line for line in errors if "gunicorn.error" not in line]

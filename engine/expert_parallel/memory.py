@@ -179,7 +179,9 @@ def _open_locked(directory: Path, patience: float) -> int:
     root = directory.parent
     while True:
         try:
-            directory.mkdir(mode=0o700, exist_ok=True)
+            # Not `exist_ok`, which looks again and fails if it has been removed meanwhile.
+            with suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
             status = directory.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
                 raise ConfigError(f"{directory} is not a directory of this user alone; remove it")

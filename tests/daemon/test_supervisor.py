@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import xmlrpc.client
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from supervisor.options import ServerOptions
 
 from fastdeploy.daemon import supervisor
 from fastdeploy.daemon.launch import HASH, MARKER, NOT_STARTED, USAGE
-from fastdeploy.daemon.processes import Marked, kill_marked, marked, running_hash
+from fastdeploy.daemon.processes import Marked, kill_marked, marked, running_hash, started_at
 from fastdeploy.daemon.programs import Program
 from fastdeploy.daemon.supervisor import Layout, Supervisor, SupervisorLost
 
@@ -190,3 +191,26 @@ def test_a_marked_process_is_found_in_any_session_and_only_by_its_own_daemon(tmp
     finally:
         child.kill()
         child.wait()
+
+
+def test_an_error_of_the_process_before_is_nobodys_even_if_both_ran_within_a_second(tmp_path: Path) -> None:
+    output = tmp_path / "output.log"
+    output.write_text(
+        "2026-11-28 00:09:12,049 ERROR fastdeploy replica=0 pid=1 killed by SIGSEGV\n"
+        "2026-11-28 00:09:12,410 INFO fastdeploy replica=0 pid=2 listening\n"
+    )
+    began = time.mktime((2026, 11, 28, 0, 9, 12, 0, 0, -1)) + 0.3
+    assert supervisor.last_error(output, began) == ""
+    with output.open("a") as out:
+        out.write("2026-11-28 00:09:12,900 ERROR fastdeploy replica=0 pid=2 no room\n")
+    assert supervisor.last_error(output, began).endswith("no room")
+
+
+def test_when_a_process_was_started_is_known_to_a_fraction_of_a_second() -> None:
+    earliest = time.time()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        latest = time.time()
+        # The kernel counts in hundredths.
+        assert earliest - 0.02 <= (started_at(process.pid) or 0) <= latest + 0.02
+        process.kill()
+    assert started_at(process.pid) is None
