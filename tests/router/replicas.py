@@ -67,6 +67,13 @@ class Replica:
         state: dict[str, Any] = requests.get(f"{self.url}/state", timeout=10).json()
         return state
 
+    def is_idle(self) -> bool:
+        """False while it is being started anew, too."""
+        try:
+            return not self.state()["busy"]
+        except requests.ConnectionError:
+            return False
+
     def renew(self) -> bool:
         """False if it does not run."""
         try:

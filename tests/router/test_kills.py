@@ -57,7 +57,7 @@ def test_a_worker_that_is_killed_takes_only_its_own_requests_with_it(start_route
                     answer.check()
             router.wait_idle()
             wait_until(
-                lambda: not any(replica.state()["busy"] for replica in fleet.replicas),
+                lambda: all(replica.is_idle() for replica in fleet.replicas),
                 "what the lost worker had asked for is cancelled",
             )
             wait_until(lambda: len(workers_of(router)) == 2, "there is another worker")

@@ -37,9 +37,7 @@ def test_traffic_leaves_nothing_behind_in_the_router(start_router, capsys):
         while time.monotonic() < end:
             load.run(10**9, _ROUND)
             looks.append([look_at(worker) for worker in psutil.Process(router.process.pid).children()])
-        wait_until(
-            lambda: not any(replica.state()["busy"] for replica in fleet.replicas), "nothing is under way"
-        )
+        wait_until(lambda: all(replica.is_idle() for replica in fleet.replicas), "nothing is under way")
     with capsys.disabled():
         print(f"\nsoak of {minutes:g} minutes, FD_SOAK_SEED={seed}: {dict(load.done)}")
     assert "Traceback" not in router.log.read_text()
