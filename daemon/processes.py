@@ -54,11 +54,16 @@ def started_at(pid: int) -> float | None:
     supervisord tells it to a second, in which one may have died and the next begun.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        since_boot = int(stat_fields(pid)[19]) / os.sysconf("SC_CLK_TCK")
     except OSError:
         return None
-    since_boot = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
+def stat_fields(pid: int) -> list[bytes]:
+    """Fields 3 and on of proc(5)'s stat. Raises OSError if there is no such process."""
+    # The name before them, in parentheses, may hold anything.
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 def kill_marked(run: Path, program: str | None = None, sig: int = signal.SIGKILL) -> list[Marked]:

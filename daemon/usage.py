@@ -6,6 +6,8 @@ import contextlib
 import os
 from dataclasses import dataclass
 
+from .processes import stat_fields
+
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -48,10 +50,8 @@ def of_family(pid: int) -> Usage:
 def _of(pid: int) -> Usage:
     with open(f"/proc/{pid}/statm", "rb") as file:
         _, resident, shared, *_ = map(int, file.read().split())
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        # The name, in parentheses, may hold anything. Then fields 3 and on of proc(5).
-        fields = file.read().rpartition(b")")[2].split()
-    return Usage(1, (resident - shared) * _PAGE, shared * _PAGE, sum(map(int, fields[11:15])) / _TICKS)
+    cpu = sum(map(int, stat_fields(pid)[11:15])) / _TICKS
+    return Usage(1, (resident - shared) * _PAGE, shared * _PAGE, cpu)
 
 
 def _children(pid: int) -> list[int]:

@@ -58,15 +58,15 @@ class FastPath:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.library = _library()
-        self.handle: int | None = self.library.fd_fast_path_start(capacity)
+        self.native = _library()
+        self.handle: int | None = self.native.fd_fast_path_start(capacity)
         if self.handle is None:
             raise OSError(errno.EAGAIN, "the system does not let the router start a thread for event streams")
         # Of each slot; the thread writes there.
-        self.heard_at = self.library.fd_fast_path_heard_at(self.handle)
-        self.events = self.library.fd_fast_path_events(self.handle)
+        self.heard_at = self.native.fd_fast_path_heard_at(self.handle)
+        self.events = self.native.fd_fast_path_events(self.handle)
         self.streams: dict[int, FastStream] = {}
-        self._wakeup: int = self.library.fd_fast_path_wakeup(self.handle)
+        self._wakeup: int = self.native.fd_fast_path_wakeup(self.handle)
         asyncio.get_running_loop().add_reader(self._wakeup, self._collect)
 
     def take(self, owner: Owner, replica: asyncio.Transport, client: asyncio.Transport) -> FastStream | None:
@@ -76,7 +76,7 @@ class FastPath:
         client's must be plain TCP with a chunked answer under way. None if that cannot be now.
         """
         numbers = [transport.get_extra_info("socket").fileno() for transport in (replica, client)]
-        slot = self.library.fd_fast_path_take(self.handle, *numbers)
+        slot = self.native.fd_fast_path_take(self.handle, *numbers)
         if slot < 0:
             if -slot != errno.ENOSPC:
                 logger.warning("a stream stays with the event loop: %s", os.strerror(-slot))
@@ -88,7 +88,7 @@ class FastPath:
 
     def _collect(self) -> None:
         os.read(self._wakeup, 8)
-        while (slot := self.library.fd_fast_path_next(self.handle)) >= 0:
+        while (slot := self.native.fd_fast_path_next(self.handle)) >= 0:
             stream = self.streams[slot]
             try:
                 stream.owner.given_back()
@@ -135,11 +135,11 @@ class FastStream:
         """Both connections are the event loop's again, and it reads from them. To be called once."""
         path, found = self._path, _GivenBack()
         del path.streams[self._slot]
-        path.library.fd_fast_path_take_back(path.handle, self._slot, ctypes.byref(found))
+        path.native.fd_fast_path_take_back(path.handle, self._slot, ctypes.byref(found))
         # Not by lines, which could also end at a carriage return.
         marks = bytes(found.marks).split(b"\n")[:-1]
         passed = Passed(marks, found.sent_bytes, self.new_events(), bytes(found.unread), bytes(found.unsent))
-        path.library.fd_fast_path_release(path.handle, self._slot)
+        path.native.fd_fast_path_release(path.handle, self._slot)
         for transport in (self._replica, self._client):
             if not transport.is_closing():
                 transport.resume_reading()

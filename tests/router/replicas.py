@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,17 @@ class Replica:
     def received(self, path: str) -> list[dict[str, str]]:
         """The headers of the requests there, with lower-case names."""
         return [each["headers"] for each in self.state()["received"] if each["path"] == path]
+
+
+@contextmanager
+def running_fleet(directory: Path, count: int) -> Iterator[Fleet]:
+    """Behind a router of its own."""
+    router = RouterProcess(directory, "--health-check-interval-secs", "0.2")
+    try:
+        with Fleet(router, count) as fleet:
+            yield fleet
+    finally:
+        router.stop()
 
 
 class Fleet:

@@ -23,7 +23,7 @@ from .asking import ask, generation
 from .conftest import RouterProcess
 from .fake_engine import EVENT_HEAD, Behaviour, FakeEngine, Received, answers, json_head, wait_until
 from .raw_client import RawClient
-from .replicas import Fleet
+from .replicas import Fleet, running_fleet
 from .test_tls import TlsRouter, certify
 from .test_transcript import DONE, SIGN, Said
 
@@ -263,12 +263,8 @@ def test_so_does_a_client_that_speaks_tls(tmp_path, new_engine):
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    router = RouterProcess(tmp_path_factory.mktemp("fleet"), "--health-check-interval-secs", "0.2")
-    try:
-        with Fleet(router, 3) as fleet:
-            yield fleet
-    finally:
-        router.stop()
+    with running_fleet(tmp_path_factory.mktemp("fleet"), 3) as fleet:
+        yield fleet
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import pytest
 from fastdeploy.resumption import RESUME_PATH
 
 from .asking import Answered, ask, generation
-from .conftest import RouterProcess
 from .generation import CHAT, COMPLETIONS, Generation
-from .replicas import Fleet
+from .replicas import Fleet, running_fleet
 
 #: Two choices that end at different times, and a chunk that belongs to neither.
 SEVERAL: dict[str, Any] = {"n": 2, "max_tokens": 9, "stream_options": {"include_usage": True}}
@@ -19,12 +18,8 @@ SEVERAL: dict[str, Any] = {"n": 2, "max_tokens": 9, "stream_options": {"include_
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    router = RouterProcess(tmp_path_factory.mktemp("router"), "--health-check-interval-secs", "0.2")
-    try:
-        with Fleet(router, 3) as fleet:
-            yield fleet
-    finally:
-        router.stop()
+    with running_fleet(tmp_path_factory.mktemp("router"), 3) as fleet:
+        yield fleet
 
 
 @pytest.fixture
