@@ -91,6 +91,11 @@ def test_a_request_behind_others_is_told_before_its_answer(busy: ApiServer, stre
     assert interim == INTERIM * interim.count(INTERIM)
 
 
+def test_an_answer_that_comes_whole_is_told_of_as_long_as_it_grows(server: ApiServer) -> None:
+    with asking(server.port, {"prompt": "a", "max_tokens": 400, "ignore_eos": True}) as reader:
+        assert reader.whole().count(INTERIM) >= 3
+
+
 @pytest.mark.parametrize(("progress", "version"), [(None, "1.1"), ("0.02", "1.0")])
 def test_nobody_is_told_who_has_not_asked_or_could_not_read_it(
     busy: ApiServer, progress: str | None, version: str

@@ -1,7 +1,7 @@
-"""A stream that breaks off anywhere and goes on at another replica is the one that would not have broken off.
+"""An answer that breaks off anywhere and goes on at another replica is the one that would not have.
 
-Two real replicas. Each request is streamed in full by the first, which tells with marks what is behind each
-event; then, for each event, the second is asked to go on from there.
+Two real replicas. Each request is answered in full by the first, which tells with marks what is behind each
+event, or how far an answer is that comes whole; then, for each mark, the second is asked to go on from there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import concurrent.futures
 import http.client
 import itertools
 import json
+import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -297,6 +298,94 @@ def test_a_stream_is_resumed_as_often_as_need_be(replicas: tuple[Replica, Replic
     assert got.of_choices() == whole.of_choices()
 
 
+# ---- answers that come whole
+
+
+def drafted(
+    replica: Replica, path: str, request: dict[str, Any] | bytes, **headers: str
+) -> tuple[list[Resumption], dict[str, Any]]:
+    """What the replica has said of its answer before it was whole, up to each time; and the answer."""
+    body = request if isinstance(request, bytes) else json.dumps(request).encode()
+    *interim, last, answer = raw_answer(replica, path, body, headers).split(b"\r\n\r\n")
+    assert last.startswith(b"HTTP/1.1 200 "), last
+    marks: list[bytes] = []
+    drafts = []
+    for each in interim:
+        status, *fields = each.split(b"\r\n")
+        assert status == b"HTTP/1.1 102 Processing"
+        if fields:
+            created, identity = fields[0].removeprefix(b"X-FD-Draft: ").split(b" ")
+            marks += [line.removeprefix(b"X-FD-Mark: ") for line in fields[1:]]
+            drafts.append(Resumption(path, body, identity.decode(), int(created), marks_of(marks)))
+    return drafts, json.loads(answer)
+
+
+def raw_answer(replica: Replica, path: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """With its interim heads."""
+    given = {"X-FD-Marks": "1", "X-FD-Progress": "0.001", "X-FD-Seed": "11", **headers}
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", f"Content-Length: {len(body)}"]
+    head = "\r\n".join([*lines, *(f"{name}: {value}" for name, value in given.items()), "", ""])
+    with socket.create_connection(("127.0.0.1", replica.server.port), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [
+        (CHAT, TALK | {"max_tokens": 60, "n": 2, "ignore_eos": True}),
+        (CHAT, TALK | {"max_tokens": 120, "n": 4, "stop": ["e", "th"], "return_token_ids": True}),
+        (COMPLETIONS, {"prompt": [[40, 41], [43]], "n": 2, "max_tokens": 40, "echo": True}),
+        (
+            COMPLETIONS,
+            {"prompt": "x", "max_tokens": 60, "min_tokens": 50, "presence_penalty": 1.5, "seed": 3},
+        ),
+    ],
+    ids=["chat", "stop strings", "prompts", "penalties"],
+)
+def test_an_answer_that_comes_whole_goes_on_from_each_draft(
+    replicas: tuple[Replica, Replica], path: str, request_: dict[str, Any]
+) -> None:
+    first, second = replicas
+    drafts, whole = drafted(first, path, request_)
+    assert len(drafts) > 3
+    assert sum(len(choice.tokens) for choice in drafts[-1].choices.values()) > 20
+    whole["usage"].pop("prompt_tokens_details")
+    for draft in (drafts[0], drafts[len(drafts) // 2], drafts[-1]):
+        status, answer = second.resume(draft)
+        assert status == 200, answer
+        resumed = json.loads(answer)
+        resumed["usage"].pop("prompt_tokens_details")
+        assert resumed == whole
+
+
+def test_who_goes_on_with_one_tells_of_what_it_has_added(replicas: tuple[Replica, Replica]) -> None:
+    request = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "return_token_ids": True}
+    drafts, whole = drafted(replicas[0], COMPLETIONS, request)
+    begun = drafts[len(drafts) // 2]
+    headers = {"Content-Type": "application/msgpack", "X-FD-Token": replicas[1].token}
+    more, resumed = drafted(replicas[1], "/internal/resume", encode_resumption(begun), **headers)
+    assert resumed["choices"] == whole["choices"]
+    tokens = begun.choices[0].tokens + more[-1].choices[0].tokens
+    assert tokens == whole["choices"][0]["completion_token_ids"][: len(tokens)]
+    assert {(each.id, each.created) for each in more} == {(begun.id, begun.created)}
+
+
+@pytest.mark.parametrize(
+    ("request_", "headers"),
+    [({"logprobs": 1}, {}), ({}, {"X-FD-Marks": "0"}), ({"stream": True}, {})],
+    ids=["log probabilities would be lost", "nobody has asked", "a stream has its own marks"],
+)
+def test_of_other_answers_there_are_no_drafts(
+    replicas: tuple[Replica, Replica], request_: dict[str, Any], headers: dict[str, str]
+) -> None:
+    request = {"prompt": "x", "max_tokens": 30, "ignore_eos": True, **request_}
+    body = json.dumps(request).encode()
+    answer = raw_answer(replicas[0], COMPLETIONS, body, headers)
+    assert b"HTTP/1.1 102 " in answer or "stream" in request
+    assert b"X-FD-Draft" not in answer
+
+
 # ---- what has no marks, and what is refused
 
 
@@ -330,7 +419,8 @@ GOOD = Resumption(COMPLETIONS, BODY, "cmpl-1", 1700000000, {0: Delivered([40])})
     ("changes", "words"),
     [
         ({"path": "/v1/embeddings"}, "/v1/embeddings"),
-        ({"body": b'{"prompt": "x"}'}, "only a stream"),
+        ({"body": b'{"prompt": "x", "logprobs": 1}'}, "log probabilities"),
+        ({"body": b'{"prompt": "x"}', "choices": {0: Delivered([40], finished=True)}}, "has finished"),
         ({"choices": {1: Delivered([40])}}, "no choice 1"),
         ({"choices": {0: Delivered([512])}}, "token 512"),
         ({"choices": {0: Delivered([40] * 5)}}, "5 tokens, of 5"),

@@ -15,7 +15,7 @@ import msgspec
 from ...errors import FastDeployError
 from ...messages import AddRequest
 from ...request import FinishReason, SamplingParams
-from ...resumption import Delivered, Resumption, mark
+from ...resumption import Delivered, Resumption, draft_lines, mark
 from ..client_watch import watch
 from .access_log import AccessRecord
 from .errors import ApiError
@@ -28,6 +28,8 @@ from .replica import Replica
 _serial = itertools.count()
 #: In place of a delta: nothing has come, but it is time for a sign of life.
 NOTHING = Delta("", (), ())
+#: Between two times at which the router is told of an answer that comes whole.
+_DRAFT_SECONDS = 1.0
 
 
 class GenerationFailed(FastDeployError):
@@ -38,9 +40,10 @@ class Answer:
     """The choices of one request: n for each prompt, prompt by prompt. Leave it (``with``) in any case.
 
     Args:
-        marked: a router wants to be told which tokens are behind each event.
-        resumption: what another replica has sent already. Its tokens are taken up as if they had been drawn
-            here, but nothing of them comes out again.
+        marked: a router wants to be told which tokens are behind each event, or of an answer that comes
+            whole every second which ones there are.
+        resumption: what another replica has drawn already. Its tokens are taken up as if they had been drawn
+            here, but `deltas` does not give them out again.
 
     Raises:
         ApiError: a prompt is empty, has unknown token ids or is too long; or `resumption` does not fit.
@@ -66,7 +69,7 @@ class Answer:
         self.prompts = prompts
         self.created = created
         self.id = f"{request.id_prefix}-{record.request_id}" if resumption is None else resumption.id
-        #: Of each choice that another replica has begun, what has been sent.
+        #: Of each choice that another replica has begun, what it has sent, or would have.
         self.sent: dict[int, Delta] = {}
         self._record = record
         self._is_marked = marked
@@ -108,6 +111,10 @@ class Answer:
             additions.append(addition)
             self._indexes[addition.request_id] = index
         self._num_marked = [output.num_tokens for output in self._outputs]
+        #: Tokens of choices that have finished, but for those of the last step.
+        self._num_before_end: dict[int, int] = {}
+        if marked and progress is not None and not request.stream:
+            progress.hasten(_DRAFT_SECONDS)
         record.prompt_tokens = sum(map(len, prompts))
         record.resumed_tokens = sum(self._num_marked)
         with ExitStack() as stack:
@@ -126,7 +133,7 @@ class Answer:
 
         In a stream that wants signs of life `NOTHING` means that one is due.
         """
-        progress = self._progress
+        progress, is_stream = self._progress, self.request.stream
         has_begun = False
         for output in self._generation:
             if output is not None:
@@ -140,21 +147,30 @@ class Answer:
                 delta = choice.push(output)
                 self._count(index, choice.num_tokens - before)
                 if choice.finish_reason is not None:
+                    self._num_before_end[index] = before
                     # A stop string ends a choice that the engine would go on with.
                     self._generation.stop(output.request_id)
                     self._record.finish_reasons.append(choice.finish_reason)
                 if delta:
                     yield index, delta
-                    has_begun = True
-                    if progress is not None:
-                        progress.spoke()
-                    continue
+                    if is_stream:
+                        has_begun = True
+                        if progress is not None:
+                            progress.spoke()
+                        continue
             if progress is not None and progress.is_due():
-                if has_begun and self.request.stream:
+                if has_begun:
                     yield 0, NOTHING
                     progress.spoke()
                 else:
-                    progress.send_interim_head()
+                    progress.send_interim_head(b"" if is_stream else self._draft())
+
+    def whole(self) -> list[list[Delta]]:
+        """All that there is to show, of each choice."""
+        parts = [[self.sent[index]] if index in self.sent else [] for index in range(len(self._outputs))]
+        for index, delta in self.deltas():
+            parts[index].append(delta)
+        return parts
 
     def mark(self, index: int, delta: Delta | None = None) -> bytes:
         """What stands behind the event of this delta, or behind one without text that opens a choice."""
@@ -210,8 +226,23 @@ class Answer:
         self._last_drawn[index] = seconds
         metrics.generation_tokens.inc(num_tokens)
 
+    def _draft(self) -> bytes:
+        """For an interim head: what has been drawn since the last one. Of a choice that has finished the last
+        step is left out: whoever takes this up draws it again, and sees by that why it has finished."""
+        if not self._is_marked:
+            return b""
+        new = {}
+        for index, output in enumerate(self._outputs):
+            start, end = self._num_marked[index], self._num_before_end.get(index, output.num_tokens)
+            if end > start:
+                self._num_marked[index] = end
+                new[index] = output.token_ids[start:end]
+        return draft_lines(self.created, self.id, new) if new else b""
+
     def _take_up(self, index: int, delivered: Delivered, params: SamplingParams) -> None:
         tokens, output = delivered.tokens, self._outputs[index]
+        if delivered.finished and not self.request.stream:
+            raise _not_resumable(f"choice {index} has finished, and how is known to nobody")
         if delivered.finished:
             output.token_ids = tokens
             self.sent[index] = NOTHING
@@ -235,4 +266,4 @@ class Answer:
 
 
 def _not_resumable(why: str) -> ApiError:
-    return ApiError(409, f"this stream cannot be resumed here: {why}")
+    return ApiError(409, f"this answer cannot be resumed here: {why}")

@@ -159,10 +159,11 @@ def _answer(
             raise RequestError("request_id may have letters, digits and . : @ / + = - _ only", "request_id")
         g.record.request_id = body.request_id
     seed = body.seed if body.seed is not None else incoming.header_seed()
-    # Another replica has to draw the same tokens.
-    is_resumable = body.stream and seed is not None
+    # Another replica has to draw the same tokens, and log probabilities that are not out are not known there.
+    is_resumable = seed is not None and (body.stream or body.logprobs is None)
     if resumption is not None and not is_resumable:
-        raise ApiError(409, "only a stream whose seed is known can be resumed")
+        what = "a seed" if seed is None else "its log probabilities so far"
+        raise ApiError(409, f"an answer cannot be resumed without {what}")
     answer = Answer(
         replica,
         body,

@@ -53,9 +53,7 @@ def _place_for_foreign_template(progress: Progress | None) -> Iterator[None]:
 
 def chat_completion(answer: Answer) -> dict[str, Any]:
     """The whole answer at once."""
-    deltas: list[list[Delta]] = [[] for _ in range(answer.request.n)]
-    for index, delta in answer.deltas():
-        deltas[index].append(delta)
+    deltas = answer.whole()
     return {
         **_head(answer, "chat.completion"),
         "choices": [_choice(answer, index, parts) for index, parts in enumerate(deltas)],

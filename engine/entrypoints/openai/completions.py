@@ -23,9 +23,7 @@ def completion_prompts(replica: Replica, request: CompletionRequest) -> list[lis
 
 def completion(answer: Answer, request: CompletionRequest) -> dict[str, Any]:
     """The whole answer at once."""
-    deltas: list[list[Delta]] = [[] for _ in range(len(answer.prompts) * request.n)]
-    for index, delta in answer.deltas():
-        deltas[index].append(delta)
+    deltas = answer.whole()
     return {
         **_head(answer),
         "choices": [_choice(answer, request, index, parts) for index, parts in enumerate(deltas)],

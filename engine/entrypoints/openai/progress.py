@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ...messages import Stats
 
-_INTERIM_HEAD = b"HTTP/1.1 102 Processing\r\n\r\n"
+_INTERIM_HEAD = b"HTTP/1.1 102 Processing\r\n%b\r\n"
 #: So often is a worker looked at that lets others wait.
 _LOOK_SECONDS = 0.5
 
@@ -41,6 +41,10 @@ class Progress:
         self._spoke_at = time.monotonic()
         self._seen = self._read_stats()
 
+    def hasten(self, interval: float) -> None:
+        """A sign is due after so many seconds already, if it is less."""
+        self._interval = min(self._interval, interval)
+
     def patience(self) -> float:
         """How long to wait for tokens before it is worth asking whether a sign is due."""
         left = self._spoke_at + self._interval - time.monotonic()
@@ -50,10 +54,10 @@ class Progress:
         quiet = time.monotonic() - self._spoke_at
         return quiet >= self._interval and self._read_stats() is not self._seen
 
-    def send_interim_head(self) -> None:
-        """The sign of life before an answer."""
+    def send_interim_head(self, lines: bytes = b"") -> None:
+        """The sign of life before an answer; `lines` are its headers."""
         self.spoke()
         if self._client is not None:
             # A client that has gone is somebody else's business (client_watch.py).
             with contextlib.suppress(OSError):
-                self._client.sendall(_INTERIM_HEAD)
+                self._client.sendall(_INTERIM_HEAD % lines)
