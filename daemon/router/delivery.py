@@ -14,13 +14,13 @@ from typing import Protocol
 from ...resumption import Resumption
 from .answers import Answer, header_lines, sse_error
 from .fast_path import Passed
-from .incoming import HOP_BY_HOP, ClientRequest
-from .resume import Lines, Transcript
+from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders
+from .resume import Draft, Lines, Transcript
 from .upstream import ReplicaConnection
 
 #: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
 _MOST_HELD = 4 << 20
-_NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-fd-replica", b"x-fd-retries"}
+_NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"}
 
 
 class Client(Protocol):
@@ -66,6 +66,7 @@ class Delivery:
         self._held: list[bytes] = []
         self._held_size = 0
         self._transcript: Transcript | Lines | None = None
+        self._draft: Draft | None = None
 
     def expect(self, connection: ReplicaConnection, replica: str, retries: int, has_marks: bool) -> None:
         """The head of a replica's answer has come; it is what the client will get.
@@ -97,6 +98,18 @@ class Delivery:
         self._held_size += len(body)
         return self._pass_on(self._take_held()) if self._held_size > _MOST_HELD else 0
 
+    def note_draft(self, headers: RawHeaders) -> int:
+        """A replica has told how far an answer is that comes whole; returns how many tokens further."""
+        if self.has_begun:
+            return 0
+        if self._draft is None:
+            self._draft = Draft()
+        return self._draft.note(headers)
+
+    def forget_draft(self) -> None:
+        """The answer is begun anew."""
+        self._draft = None
+
     @property
     def has_marks(self) -> bool:
         """Its events can go by the fast path, once it has begun."""
@@ -119,7 +132,7 @@ class Delivery:
             self._client.send_chunks(passed.unsent)
 
     def finish(self, resumed_by: Sequence[str] = ()) -> None:
-        """The answer is whole. Which replicas have gone on with it stands in a trailer.
+        """The answer is whole. Which replicas have gone on with it stands in a header or a stream's trailer.
 
         A comment in the stream would be in the way of clients that take every line for data.
         """
@@ -131,6 +144,8 @@ class Delivery:
             self._client.end(b"x-fd-resumed: %b\r\n" % names.encode() if names else b"")
             return
         status, lines, length = self._head
+        if resumed_by:
+            lines += b"x-fd-resumed: %b\r\n" % ", ".join(resumed_by).encode()
         body = self._take_held()
         self.size = len(body)
         self._client.give(status.strip(), lines, body, length if self._request.method == "HEAD" else None)
@@ -186,10 +201,11 @@ class Delivery:
             self._pass_on(self._transcript.missing_end)
 
     def resumption(self) -> Resumption | None:
-        """What another replica needs to go on with what has begun; None if none could."""
-        if self._transcript is None:
+        """What another replica needs to go on with the answer; None if none could."""
+        source = self._transcript if self.has_begun else self._draft
+        if source is None:
             return None
-        return self._transcript.resumption(self._request.raw_path.decode("latin-1"), self._request.body)
+        return source.resumption(self._request.raw_path.decode("latin-1"), self._request.body)
 
     def _pass_on(self, piece: bytes) -> int:
         if piece:

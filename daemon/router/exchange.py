@@ -3,10 +3,10 @@
     choose --> attempt --> the answer, whole: over
       |          |
       |          +-> refused (503, 502, 429 with Retry-After): choose again, within the retry budget
-      |          +-> the replica is lost, nothing has gone to the client: choose again
-      |          +-> the replica is lost, a stream has begun: choose again and resume, if it can be
+      |          +-> the replica is lost, nothing is known of its answer: choose again
+      |          +-> the replica is lost, a part of its answer is known: choose again and resume, if it can be
       +-> all are full: wait in line
-      +-> nobody is there: 503, or wait in line if something has begun
+      +-> nobody is there: 503, or wait in line if there is a part of the answer
 
 No replica is tried twice, unless it has been started anew meanwhile, or the answer has come further.
 """
@@ -25,7 +25,7 @@ from .answers import Answer, error
 from .board import Lease, Nobody, Seat
 from .delivery import Client, Delivery
 from .fast_path import FastStream, Passed
-from .incoming import ClientRequest, Refused, without_hop_by_hop
+from .incoming import ClientRequest, RawHeaders, Refused, without_hop_by_hop
 from .outgoing import Forwarded, forwarded, lines_for, resuming
 from .policies import RequestFacts
 from .request_facts import facts_of
@@ -92,7 +92,7 @@ class Exchange:
         #: What the client is told if there is nobody left: the last refusal, or that there was garbage.
         self._busy: Answer | None = None
         self._resumption: Resumption | None = None
-        self._resumed_by: list[str] = []
+        self._resumed_by: list[Seat] = []
         self._is_paused = False
         self._is_over = False
 
@@ -173,7 +173,8 @@ class Exchange:
         if self._delivery.has_begun:
             self._break_off("no replica could go on with the answer in time")
         else:
-            self._give(self._busy or self._too_many())
+            nothing = self._too_many() if self._resumption is None else self._nobody()
+            self._give(self._busy or nothing)
 
     # ---- from the pool
 
@@ -189,18 +190,30 @@ class Exchange:
 
     # ---- from the replica
 
+    def informed(self, headers: RawHeaders) -> None:
+        # It has the request: whether the kept connection was still good is no question any more.
+        self._is_reused = False
+        lease = self._lease
+        assert lease is not None
+        if "resume" in lease.instance.features:
+            tokens = self._delivery.note_draft(headers)
+            self._progressed(tokens)
+            if tokens and self._resumption is not None:
+                self._has_gone_on(lease)
+
     def began(self, connection: ReplicaConnection) -> None:
         status = connection.status
         lease = self._lease
         assert lease is not None
         if self._resumption is not None:
             is_stream = connection.content_type.startswith(b"text/event-stream")
-            self._refusal = None if status == 200 and is_stream else []
-            if self._refusal is None:
-                self._resumed_by.append(lease.seat.name)
+            is_rest = status == 200 and (is_stream or not self._delivery.has_begun)
+            self._refusal = None if is_rest else []
+            if is_rest:
+                self._has_gone_on(lease)
         elif is_busy(status, connection.has_retry_after):
             self._refusal = []
-        else:
+        if self._refusal is None and not self._delivery.has_begun:
             has_marks = "resume" in lease.instance.features
             self._delivery.expect(connection, lease.seat.name, len(self._problems), has_marks)
         self._stays = not self._delivery.has_marks
@@ -231,7 +244,7 @@ class Exchange:
             self.failed(Fault.CUT, "the stream ended before its last event")
             return
         self._plane.board.succeeded(lease.seat)
-        self._delivery.finish(self._resumed_by)
+        self._delivery.finish([seat.name for seat in self._resumed_by])
         self._end()
 
     def failed(self, fault: Fault, why: str) -> None:
@@ -242,7 +255,7 @@ class Exchange:
         self._connection = None
         if self._delivery.is_done:
             self._delivery.complete()
-            self._delivery.finish(self._resumed_by)
+            self._delivery.finish([seat.name for seat in self._resumed_by])
             self._end()
             return
         self._delivery.drop_partial()
@@ -256,15 +269,8 @@ class Exchange:
         self._report(lease, fault, problem)
         if fault is Fault.GARBLED:
             self._busy = error(502, f"replica {lease.seat.name}: {problem}", "bad_gateway")
-        # Of a stream that has begun; others start from nothing again.
-        self._resumption = self._delivery.resumption() if self._delivery.has_begun else None
-        if self._delivery.has_begun and self._resumption is None:
-            self._break_off(f"replica {lease.seat.name} was lost in the middle of the answer", problem)
-        elif (
-            fault is Fault.SILENT
-            and not self._delivery.has_begun
-            and "progress" not in lease.instance.features
-        ):
+        is_patient = fault is Fault.SILENT and not self._delivery.has_begun
+        if is_patient and "progress" not in lease.instance.features:
             # It may be busy with this very request, for all that is known.
             self._give(error(504, f"replica {lease.seat.name}: {problem}", "replica_timeout"))
         else:
@@ -302,13 +308,17 @@ class Exchange:
         return passed
 
     def _progressed(self, events: int) -> None:
-        """So many have gone to the client."""
+        """So many have gone to the client, or would have if its answer did not come whole."""
         if events and self._lease is not None:
             self._lease.count_tokens(events)
             # A stream that goes on is not what kills replicas, however many it outlives.
             self._deaths = 0
             self.deadline = 0.0
             del self._tried[:-1]
+
+    def _has_gone_on(self, lease: Lease) -> None:
+        if lease.seat not in self._resumed_by[-1:]:
+            self._resumed_by.append(lease.seat)
 
     # ---- choosing
 
@@ -332,7 +342,7 @@ class Exchange:
         now = self._waits_since = time.monotonic()
         if not self.deadline:
             self.deadline = now + self._plane.settings.queue_timeout
-        if self._delivery.has_begun:
+        if self._delivery.has_begun or self._resumption is not None:
             if nobody is Nobody.DOWN:
                 # Whoever failed may be well again by then; MOST_DEATHS and the deadline end this.
                 self._tried.clear()
@@ -347,7 +357,7 @@ class Exchange:
         """None if one is under way."""
         plane = self._plane
         exclude: Sequence[Seat] = self._tried
-        if self._resumption is not None:
+        if self._delivery.has_begun:
             cannot = [seat for seat in plane.board.seats() if "resume" not in seat.instance.features]
             exclude = [*exclude, *cannot]
         began = time.perf_counter()
@@ -376,8 +386,12 @@ class Exchange:
         self._refusal = None
         lines = lines_for(lease.instance.features)
         request = self._forwarded
+        if "resume" not in lease.instance.features:
+            self._resumption = None
         if self._resumption is not None:
             request = resuming(request, self._resumption, lease.instance.token)
+        else:
+            self._delivery.forget_draft()
         if len(self._tried) == 1:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
         connection.send(request.to(lease.seat.authority, lines), self, self._request.method == "HEAD")
@@ -397,9 +411,13 @@ class Exchange:
     def _refused(self, connection: ReplicaConnection, lease: Lease, body: bytes) -> None:
         """The replica has said, and whole, that it does not take the request."""
         if self._resumption is not None:
-            if connection.status in _FINAL:
+            if connection.status in _FINAL and self._delivery.has_begun:
                 self._break_off(f"replica {lease.seat.name} cannot go on with this answer")
                 return
+            if connection.status in _FINAL:
+                # Nobody has seen anything of it. It is begun anew, and why not here.
+                self._delivery.forget_draft()
+                self._tried.remove(lease.seat)
         else:
             self._busy = _answer_of(connection, lease, body)
             is_load = is_overload(connection.status, bool(lease.instance.instance))
@@ -411,6 +429,10 @@ class Exchange:
     def _next(self, lease: Lease, problem: str) -> None:
         """Another replica, if there is one."""
         name = lease.seat.name
+        self._resumption = self._delivery.resumption()
+        if self._delivery.has_begun and self._resumption is None:
+            self._break_off(f"replica {name} was lost in the middle of the answer", problem)
+            return
         self._release()
         self._problems.append(f"replica {name}: {problem}")
         logger.warning("request=%s replica=%s did not take it: %s", self._id[:64], name, problem)
@@ -422,7 +444,7 @@ class Exchange:
             else:
                 self._give(self._nobody())
             return
-        if self._delivery.has_begun:
+        if self._resumption is not None:
             self._plane.metrics.resumed(name)
         else:
             self._plane.metrics.retried(name)

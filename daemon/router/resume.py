@@ -1,8 +1,9 @@
-"""What a client has got of a stream, so that another replica can go on with it. Pure.
+"""How far an answer is, so that another replica can go on with it. Pure.
 
-A replica that can be resumed ends each event with a line that says which tokens it stood for
+A replica that can be resumed ends each event of a stream with a line that says which tokens it stood for
 (`engine/resumption.py`). Here these lines are taken out and kept; they are looked at only when the replica
-fails. Only whole events are let through, so that a stream breaks off, if it does, between two of them.
+fails. Only whole events are let through, so that a stream breaks off, if it does, between two of them. Of an
+answer that comes whole the replica tells now and then which tokens it has (`Draft`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from array import array
 
 import msgspec
 
-from ...resumption import Delivered, Resumption, marks_of
+from ...resumption import DRAFT_HEADER, DRAFT_MARK_HEADER, Delivered, Resumption, marks_of
+from .incoming import RawHeaders
 
+_DRAFT, _DRAFT_MARK = DRAFT_HEADER.lower().encode(), DRAFT_MARK_HEADER.lower().encode()
 _MARK = b"\n: fd "
 _MARK_LINE = re.compile(rb"\n: fd ([^\n]*)")
 #: Marks are folded into token numbers when there are so many: text is longer than numbers.
 _FOLD_AT = 1024
 #: Of one event, or of what comes instead of one.
 _LONGEST_EVENT = 4 << 20
-#: Tokens of all choices of one stream; a longer stream cannot be resumed.
+#: Tokens of all choices of one answer; a longer one cannot be resumed.
 MOST_TOKENS = 1 << 18
 _DONE = b"data: [DONE]\n\n"
 _ERROR = b'data: {"error"'
@@ -37,7 +40,7 @@ class _Head(msgspec.Struct):
 
 
 class _Choice:
-    """One of the answers that a stream carries. An array: a list takes nine times the memory."""
+    """One of the texts that an answer carries. An array: a list takes nine times the memory."""
 
     __slots__ = ("is_finished", "tokens")
 
@@ -46,22 +49,98 @@ class _Choice:
         self.is_finished = False
 
 
-class Transcript:
-    """Of one stream."""
+class Marks:
+    """Of one answer."""
 
-    __slots__ = ("_choices", "_first", "_has_summary", "_marks", "_rest", "is_done", "is_whole", "problem")
+    __slots__ = ("_choices", "_lines", "is_whole")
+
+    def __init__(self) -> None:
+        #: All of them could be read, and there are not too many tokens.
+        self.is_whole = True
+        self._lines: list[bytes] = []
+        self._choices: dict[int, _Choice] = {}
+
+    def add(self, line: bytes) -> None:
+        self._lines.append(line)
+        if len(self._lines) >= _FOLD_AT or not self.is_whole:
+            self._fold()
+
+    def extend(self, lines: list[bytes]) -> None:
+        self._lines += lines
+        if len(self._lines) >= _FOLD_AT or not self.is_whole:
+            self._fold()
+
+    def choices(self) -> dict[int, Delivered] | None:
+        """What they say; None if that cannot be told."""
+        self._fold()
+        if not self.is_whole:
+            return None
+        return {
+            number: Delivered(choice.tokens.tolist(), choice.is_finished)
+            for number, choice in self._choices.items()
+        }
+
+    def _fold(self) -> None:
+        lines, self._lines = self._lines, []
+        if not self.is_whole:
+            return
+        try:
+            for number, delivered in marks_of(lines).items():
+                choice = self._choices.setdefault(number, _Choice())
+                choice.tokens.extend(delivered.tokens)
+                choice.is_finished |= delivered.finished
+        except (ValueError, OverflowError):
+            self.is_whole = False
+        if sum(len(choice.tokens) + 1 for choice in self._choices.values()) > MOST_TOKENS:
+            self.is_whole = False
+        if not self.is_whole:
+            self._choices = {}
+
+
+class Draft:
+    """Of an answer that comes whole: what its replica has told of it before."""
+
+    __slots__ = ("_head", "_marks")
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._marks = Marks()
+
+    def note(self, headers: RawHeaders) -> int:
+        """Takes those of an interim head; returns of how many tokens they tell."""
+        count = 0
+        for name, value in headers:
+            if name == _DRAFT:
+                self._head = value
+            elif name == _DRAFT_MARK:
+                self._marks.add(value)
+                count += value.count(b" ")
+        return count
+
+    def resumption(self, path: str, body: bytes) -> Resumption | None:
+        """What another replica needs to go on; None if it has to begin anew."""
+        choices = self._marks.choices()
+        created, _, identity = self._head.partition(b" ")
+        if not choices or not created.isdigit():
+            return None
+        return Resumption(path, body, identity.decode("latin-1"), int(created), choices)
+
+
+class Transcript:
+    """Of one stream: what its client has got."""
+
+    __slots__ = ("_first", "_has_marks", "_has_summary", "_marks", "_rest", "is_done", "problem")
 
     def __init__(self) -> None:
         #: Why the replica will not bring the stream to its end; empty if it may.
         self.problem = ""
         #: The last event has been passed on: what happens to the connection now does not matter.
         self.is_done = False
-        #: Every event so far could be accounted for.
-        self.is_whole = True
+        #: Since its first event.
+        self._has_marks = True
         self._has_summary = False
         self._first = b""
-        self._marks: list[bytes] = []
-        self._choices: dict[int, _Choice] = {}
+        self._marks = Marks()
         self._rest = b""
 
     def pass_on(self, data: bytes) -> bytes:
@@ -89,19 +168,17 @@ class Transcript:
         if start >= 0:
             if data.find(_MARK, start + 1) < 0:
                 end = data.index(b"\n", start + 1)
-                self._marks.append(data[start + len(_MARK) : end])
+                self._marks.add(data[start + len(_MARK) : end])
                 if end + 2 < len(data):
                     self._look_at_last(data)
                 data = data[:start] + data[end:]
             else:
-                self._marks += _MARK_LINE.findall(data)
+                self._marks.extend(_MARK_LINE.findall(data))
                 self._look_at_last(data)
                 data = _MARK_LINE.sub(b"", data)
-            if len(self._marks) >= _FOLD_AT or not self.is_whole:
-                self._fold()
         elif not self._first:
             # An answer that cannot be resumed has no marks.
-            self.is_whole = False
+            self._has_marks = False
         else:
             self._look_at_last(data)
         if not self._first:
@@ -114,13 +191,11 @@ class Transcript:
     def is_steady(self) -> bool:
         """What it wants to know of further events is their marks."""
         is_over = self.is_done or self._has_summary or self.problem != ""
-        return self.is_whole and self._first != b"" and self._rest == b"" and not is_over
+        return self._is_whole and self._first != b"" and self._rest == b"" and not is_over
 
     def note(self, marks: list[bytes]) -> None:
         """Those of events that went to the client another way."""
-        self._marks += marks
-        if len(self._marks) >= _FOLD_AT:
-            self._fold()
+        self._marks.extend(marks)
 
     @property
     def missing_end(self) -> bytes:
@@ -130,7 +205,7 @@ class Transcript:
     @property
     def is_open(self) -> bool:
         """It can be resumed, and its last event has not come."""
-        return self.is_whole and not self.is_done
+        return self._is_whole and not self.is_done
 
     def drop_partial(self) -> None:
         """Forgets a part of an event: the replica that was sending it is gone, another begins it anew."""
@@ -144,20 +219,19 @@ class Transcript:
 
     def resumption(self, path: str, body: bytes) -> Resumption | None:
         """What another replica needs to go on; None if this stream cannot be resumed."""
-        if not self.is_whole or not self._first:
-            return None
-        self._fold()
-        if not self.is_whole:
+        choices = self._marks.choices()
+        if choices is None or not self._has_marks or not self._first:
             return None
         try:
             head = msgspec.json.decode(self._first.removeprefix(b"data:").strip(), type=_Head)
         except msgspec.DecodeError:
             return None
-        choices = {
-            number: Delivered(choice.tokens.tolist(), choice.is_finished)
-            for number, choice in self._choices.items()
-        }
         return Resumption(path, body, head.id, head.created, choices)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Every event so far could be accounted for."""
+        return self._has_marks and self._marks.is_whole
 
     def _look_at_last(self, data: bytes) -> None:
         """An event without a mark that is not the end comes right before it: the usage, or an error."""
@@ -165,22 +239,6 @@ class Transcript:
         last = data[begin:]
         if last.startswith(b"data:") and last != _DONE and _MARK not in last:
             self._has_summary = True
-
-    def _fold(self) -> None:
-        marks, self._marks = self._marks, []
-        if not self.is_whole:
-            return
-        try:
-            for number, delivered in marks_of(marks).items():
-                choice = self._choices.setdefault(number, _Choice())
-                choice.tokens.extend(delivered.tokens)
-                choice.is_finished |= delivered.finished
-        except (ValueError, OverflowError):
-            self.is_whole = False
-        if sum(len(choice.tokens) + 1 for choice in self._choices.values()) > MOST_TOKENS:
-            self.is_whole = False
-        if not self.is_whole:
-            self._choices = {}
 
 
 class Lines:

@@ -32,7 +32,7 @@ class Answered:
 
     @property
     def resumed_by(self) -> list[str]:
-        found = self.trailers.get("x-fd-resumed")
+        found = self.trailers.get("x-fd-resumed") or self.headers.get("x-fd-resumed")
         return found.split(", ") if found else []
 
     @property
@@ -52,6 +52,7 @@ class Answered:
         if not generation.request.get("stream"):
             head = json.loads(self.body)
             assert self.body == generation.whole(head["id"], head["created"])
+            assert head["id"].startswith(f"cmpl-{self.headers['x-request-id']}-")
             return
         assert self.body.startswith(b"data: "), self.body[:200]
         head = json.loads(self.body[6:].partition(b"\n")[0])

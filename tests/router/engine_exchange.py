@@ -6,14 +6,16 @@
            after the head, or "resumed"; "body", in the middle of an answer that comes whole; for each event
            "half", in the middle of it, "mark", before its mark, "line", before its empty line, "frame", in
            the middle of its chunk, and "event", after it; "done", after the last event; "end", after the
-           answer
-    event  for those at an event: which one of the whole stream, from 0; "any"
+           answer; "draft", after the interim head that tells of one
+    event  for those at an event: which one of the whole stream, from 0; "any"; so for those at a draft
     how    "kill", "stop", "close", "reset", "ends", "silence", "garbage", "reborn", "failed", or the status
            of a refusal
     times  so often, by whichever replica it is (1)
 
 `interval` and `delay` are seconds between events and before the head, `signs` the signs of life before each
-event, `frame` the bytes of each chunk in place of an event, `pad` bytes that each event has more.
+event, `frame` the bytes of each chunk in place of an event, `pad` bytes that each event has more. `drafts` is
+how often it tells of an answer that comes whole, `interval` seconds apart, and `interim` other headers for
+those heads.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeploy.errors import RequestError
-from fastdeploy.resumption import RESUME_PATH, Delivered, decode_resumption
+from fastdeploy.resumption import RESUME_PATH, Delivered, decode_resumption, draft_lines
 
 from .generation import DONE, Event, Generation
 
@@ -46,7 +48,16 @@ class Over(Exception):
 
 
 class Exchange:
-    def __init__(self, connection: Connection, path: str, headers: dict[str, str], body: bytes) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        path: str,
+        headers: dict[str, str],
+        body: bytes,
+        num_delivered: dict[int, int],
+    ) -> None:
+        """`num_delivered`: where it is noted how many tokens are there of each choice."""
+        self._num_delivered = num_delivered
         self._connection = connection
         self._options = connection.engine.options
         self._engine = connection.engine
@@ -74,6 +85,7 @@ class Exchange:
                 return self._connection.answer(400, json.dumps({"error": {"message": str(error)}}).encode())
             self._body, path = resumption.body, resumption.path
             identity, created, delivered = resumption.id, resumption.created, resumption.choices
+            self._num_delivered |= {choice: len(part.tokens) for choice, part in delivered.items()}
         else:
             path = self._path
         generation = Generation(path, self._body, int(self._headers.get("x-fd-seed", "0")))
@@ -84,6 +96,14 @@ class Exchange:
             return self._connection.answer(409, json.dumps({"error": {"message": problem}}).encode())
         await self._pause(request.get("delay", 0.0), b"HTTP/1.1 102 Processing\r\n\r\n")
         if not request.get("stream"):
+            for number, tokens in generation.drafts(request.get("drafts", 0), delivered):
+                await asyncio.sleep(request.get("interval", 0.0))
+                if self._is_marked:
+                    lines = draft_lines(created, identity, tokens)
+                    if "interim" in request:
+                        lines = b"%b\r\n" % request["interim"].encode()
+                    await self._connection.write(b"HTTP/1.1 102 Processing\r\n%b\r\n" % lines)
+                await self._may_fail("draft", number)
             await self._answer_whole(generation.whole(identity, created))
             return None
         self._frame = request.get("frame", 0)

@@ -114,6 +114,24 @@ class Generation:
         choices = [self._choice(i, self.text(i), self._reason(i)) for i in range(len(self.choices))]
         return _encode({**self._head(identity, created), "choices": choices, "usage": self._usage()})
 
+    def drafts(
+        self, count: int, delivered: dict[int, Delivered] | None = None
+    ) -> list[tuple[int, dict[int, list[int]]]]:
+        """What is told of an answer that comes whole while it grows: number and new tokens of each time, of
+        `count` times in all; what is known already is left out. No choice comes to its end."""
+        known = {choice: len(part.tokens) for choice, part in (delivered or {}).items()}
+        drafts = []
+        for number in range(count):
+            new = {}
+            for choice, tokens in enumerate(self.choices):
+                start, end = known.get(choice, 0), (len(tokens) - 1) * (number + 1) // count
+                if end > start:
+                    known[choice] = end
+                    new[choice] = tokens[start:end]
+            if new:
+                drafts.append((number, new))
+        return drafts
+
     def text(self, choice: int) -> str:
         return _bytes_of(self.choices[choice]).decode("utf-8", "replace")
 

@@ -39,7 +39,8 @@ def requests_of(chance: random.Random) -> Iterator[Generation]:
             stream=stream,
             n=chance.choice([1, 1, 2, 3]),
             max_tokens=chance.randint(1, 40),
-            interval=chance.choice([0.0, 0.004, 0.012]) if stream else 0.0,
+            interval=chance.choice([0.0, 0.004, 0.012]),
+            drafts=chance.choice([0, 3, 20]),
             delay=chance.choice([0.0, 0.01, 0.1]),
             frame=chance.choice([0, 0, 0, 50]),
             step=chance.choice([1, 1, 1, 4]),
@@ -96,8 +97,9 @@ class Load:
             self._count(answer)
 
     def _count(self, answer: Answered) -> None:
-        self.done["streams"] += bool(answer.generation.request["stream"])
-        self.done["streams that went on elsewhere"] += bool(answer.resumed_by)
+        kind = "streams" if answer.generation.request["stream"] else "whole answers"
+        self.done[kind] += 1
+        self.done[f"{kind} that went on elsewhere"] += bool(answer.resumed_by)
         self.done["requests begun anew"] += "x-fd-retries" in answer.headers
 
     def _kill(self, ended: threading.Event) -> None:

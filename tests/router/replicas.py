@@ -15,6 +15,7 @@ from typing import Any
 import requests
 
 from fastdeploy.ports import find_free
+from fastdeploy.resumption import RESUME_PATH
 
 from .conftest import RouterProcess
 from .fake_engine import wait_until
@@ -86,6 +87,14 @@ class Replica:
     def received(self, path: str) -> list[dict[str, str]]:
         """The headers of the requests there, with lower-case names."""
         return [each["headers"] for each in self.state()["received"] if each["path"] == path]
+
+    def delivered(self, identity: str) -> list[int]:
+        """Tokens of the first choice that were there already when it was to go on with that answer."""
+        return [
+            each["delivered"].get("0", 0)
+            for each in self.state()["received"]
+            if each["path"] == RESUME_PATH and each["headers"]["x-request-id"] == identity
+        ]
 
 
 @contextmanager

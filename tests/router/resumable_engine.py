@@ -36,7 +36,8 @@ class Engine:
         self.connections: set[Connection] = set()
         #: Requests under way, and those of which the router has cancelled.
         self.busy = self.cancelled = 0
-        #: The latest: path, and headers with lower-case names.
+        #: The latest: path, headers with lower-case names, and of those for the rest of an answer how many
+        #: tokens of each choice are there.
         self.received: deque[dict[str, Any]] = deque(maxlen=200)
         self._is_leaving = asyncio.Event()
         self.be_born()
@@ -156,8 +157,9 @@ class Connection(asyncio.Protocol):
         elif path == "/state":
             self.answer(200, self.engine.state())
         else:
-            self.engine.received.append({"path": path, "headers": self._headers})
-            exchange = Exchange(self, path, self._headers, bytes(self._body))
+            record: dict[str, Any] = {"path": path, "headers": self._headers, "delivered": {}}
+            self.engine.received.append(record)
+            exchange = Exchange(self, path, self._headers, bytes(self._body), record["delivered"])
             self._task = asyncio.create_task(self._run(exchange))
 
     async def _renew(self) -> None:

@@ -1,4 +1,4 @@
-"""The router and real replicas: what kills a replica there does not end its streams.
+"""The router and real replicas: what kills a replica there does not end its answers.
 
 All else is tested with replicas that have no model; here is what shows that those are like real ones.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import signal
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -98,6 +99,41 @@ def test_streams_go_on_however_a_replica_ends(router, start_replica, count):
             assert [stream.result() for stream in streams] == 2 * undisturbed, how
     # Not each time, perhaps: on a busy machine a stream may end before its replica.
     assert resumes(router) > before
+
+
+def test_an_answer_that_comes_whole_goes_on_when_its_replica_dies(router, start_replica):
+    """Long enough for the replica to tell of it, which it does each second."""
+    fields = {"prompt": "a", "n": 24, "max_tokens": 480, "ignore_eos": True, "seed": 5, "temperature": 1.2}
+    replicas = [start_replica(0)]
+    wait_until(lambda: replicas[0].url in router.urls(), "it is there", deadline=90)
+    _, undisturbed = whole(router, fields)
+    for number in range(1, 6):
+        replicas.append(start_replica(number))
+        wait_until(lambda: replicas[-1].url in router.urls(), "another one is there", deadline=90)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(whole, router, fields)
+            wait_until(lambda: any(map(is_busy, replicas)), "one of them has it")
+            [busy] = filter(is_busy, replicas)
+            time.sleep(1.2)
+            busy.children()[1].kill()
+            replicas.remove(busy)
+            resumed_by, choices = answer.result()
+        assert choices == undisturbed
+        if resumed_by is not None:
+            return
+    pytest.fail("it was begun anew each time")
+
+
+def whole(router: RouterProcess, fields: dict[str, object]) -> tuple[str | None, list[object]]:
+    """Who has gone on with it, if anybody has, and its choices."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(router.url + "/v1/completions", json.dumps(fields).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.headers["X-FD-Resumed"], json.load(answer)["choices"]
+
+
+def is_busy(replica: ApiServer) -> bool:
+    return replica.metric("num_requests_running") > 0
 
 
 def resumes(router: RouterProcess) -> float:
