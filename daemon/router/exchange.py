@@ -6,7 +6,7 @@
       |          +-> the replica is lost, nothing is known of its answer: choose again
       |          +-> the replica is lost, a part of its answer is known: choose again and resume, if it can be
       +-> all are full: wait in line
-      +-> nobody is there: 503, or wait in line if there is a part of the answer
+      +-> nobody is there: 503, or wait in line if some replica has had it
 
 No replica is tried twice, unless it has been started anew meanwhile, or the answer has come further.
 """
@@ -173,8 +173,7 @@ class Exchange:
         if self._delivery.has_begun:
             self._break_off("no replica could go on with the answer in time")
         else:
-            nothing = self._too_many() if self._resumption is None else self._nobody()
-            self._give(self._busy or nothing)
+            self._give(self._busy or (self._nobody() if self._has_been_taken else self._too_many()))
 
     # ---- from the pool
 
@@ -342,7 +341,7 @@ class Exchange:
         now = self._waits_since = time.monotonic()
         if not self.deadline:
             self.deadline = now + self._plane.settings.queue_timeout
-        if self._delivery.has_begun or self._resumption is not None:
+        if self._has_been_taken:
             if nobody is Nobody.DOWN:
                 # Whoever failed may be well again by then; MOST_DEATHS and the deadline end this.
                 self._tried.clear()
@@ -352,6 +351,11 @@ class Exchange:
             self._give(self._busy or self._nobody())
         elif not self._plane.line.join(self):
             self._give(self._busy or self._too_many())
+
+    @property
+    def _has_been_taken(self) -> bool:
+        """A replica has died with it, or there is a part of its answer: it is not turned away any more."""
+        return self._deaths > 0 or self._resumption is not None
 
     def _attempt(self) -> Nobody | None:
         """None if one is under way."""

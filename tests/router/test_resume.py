@@ -183,6 +183,17 @@ def test_several_deaths_in_one_stream_some_of_them_on_the_way_to_the_next(fleet)
     fleet.wait_until_up()
 
 
+@pytest.mark.parametrize(("stream", "at"), [(True, "begun"), (False, "body")])
+def test_when_nobody_is_left_a_request_that_was_taken_waits_for_one_to_come_back(fleet, stream, at):
+    faults = [{"at": at, "how": "kill", "times": 2}, {"at": "head", "how": 503}]
+    before = fleet.router.metric("fd_router_queue_seconds_count")
+    answer = ask(fleet.router.port, generation(stream=stream, faults=faults))
+    answer.check()
+    assert answer.headers["x-fd-retries"] == str(len(fleet.replicas))
+    assert fleet.router.metric("fd_router_queue_seconds_count") != before
+    fleet.wait_until_up()
+
+
 # ---- what is said about it
 
 
