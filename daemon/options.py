@@ -152,7 +152,7 @@ class RouterSection:
 
     host: str = row("127.0.0.1", "Address to listen on; `0.0.0.0` opens it to the network.", not_empty)
     port: int = row(30000, "Port to listen on.", between(1, 65535))
-    policy: str = row("request_num", "Which replica takes a request: " + _POLICIES + ".", one_of(*POLICIES))
+    policy: str = row("cache_aware", "Which replica takes a request: " + _POLICIES + ".", one_of(*POLICIES))
     workers: int = row(1, "Processes that relay; one serves thousands of streams.", between(1, 16))
     request_timeout: float = row(
         1800.0,

@@ -21,11 +21,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...resumption import Resumption
-from .answers import Answer, error
+from . import refusals
+from .answers import Answer
 from .board import Lease, Nobody, Seat
 from .delivery import Client, Delivery
 from .fast_path import FastStream, Passed
-from .incoming import ClientRequest, RawHeaders, Refused, without_hop_by_hop
+from .incoming import ClientRequest, RawHeaders, Refused
 from .outgoing import Forwarded, forwarded, lines_for, resuming
 from .policies import RequestFacts
 from .request_facts import facts_of
@@ -172,8 +173,10 @@ class Exchange:
         self._plane.metrics.waited(time.monotonic() - self._waits_since)
         if self._delivery.has_begun:
             self._break_off("no replica could go on with the answer in time")
+        elif self._has_been_taken:
+            self._give(self._busy or refusals.nobody(self._problems))
         else:
-            self._give(self._busy or (self._nobody() if self._has_been_taken else self._too_many()))
+            self._give(self._busy or refusals.line_is_full(self._plane.retry_after()))
 
     # ---- from the pool
 
@@ -267,11 +270,11 @@ class Exchange:
         problem = f"{lease.seat.authority} {_SAID[fault]}: {why}" if fault in _SAID else why
         self._report(lease, fault, problem)
         if fault is Fault.GARBLED:
-            self._busy = error(502, f"replica {lease.seat.name}: {problem}", "bad_gateway")
+            self._busy = refusals.garbled(lease.seat.name, problem)
         is_patient = fault is Fault.SILENT and not self._delivery.has_begun
         if is_patient and "progress" not in lease.instance.features:
             # It may be busy with this very request, for all that is known.
-            self._give(error(504, f"replica {lease.seat.name}: {problem}", "replica_timeout"))
+            self._give(refusals.silent(lease.seat.name, problem))
         else:
             self._next(lease, problem)
 
@@ -325,11 +328,10 @@ class Exchange:
         settings = self._plane.settings
         is_open = not settings.keys or self._request.method == "OPTIONS"
         if not is_open and not settings.keys.allow(self._request.authorization):
-            raise Refused(error(401, "no valid API key: send Authorization: Bearer KEY", "invalid_api_key"))
+            raise Refused(refusals.no_key())
         count = settings.max_in_flight
         if len(self._plane.exchanges) >= count:
-            message = f"Too many requests,current max concurrency is {count}"
-            raise Refused(error(429, message, "too_many_requests", 1))
+            raise Refused(refusals.too_many_in_flight(count))
 
     def _choose(self) -> None:
         nobody = self._attempt()
@@ -348,9 +350,9 @@ class Exchange:
                 self._rests_until = now + _REST
             self._plane.line.join(self, is_urgent=True)
         elif nobody is Nobody.DOWN:
-            self._give(self._busy or self._nobody())
+            self._give(self._busy or refusals.nobody(self._problems))
         elif not self._plane.line.join(self):
-            self._give(self._busy or self._too_many())
+            self._give(self._busy or refusals.line_is_full(self._plane.retry_after()))
 
     @property
     def _has_been_taken(self) -> bool:
@@ -423,7 +425,7 @@ class Exchange:
                 self._delivery.forget_draft()
                 self._tried.remove(lease.seat)
         else:
-            self._busy = _answer_of(connection, lease, body)
+            self._busy = refusals.not_now(connection, lease.seat.name, body)
             is_load = is_overload(connection.status, bool(lease.instance.instance))
             if is_load and not self._plane.budget.withdraw(time.monotonic()):
                 self._give(self._busy)
@@ -446,7 +448,7 @@ class Exchange:
             if self._delivery.has_begun:
                 self._break_off(f"{why} (the last one: {problem})")
             else:
-                self._give(self._nobody())
+                self._give(refusals.nobody(self._problems))
             return
         if self._resumption is not None:
             self._plane.metrics.resumed(name)
@@ -498,16 +500,6 @@ class Exchange:
             self._connection.cancel()
             self._connection = None
 
-    def _too_many(self) -> Answer:
-        message = "all replicas are full, and so is the line in front of them"
-        return error(429, message, "too_many_requests", self._plane.retry_after())
-
-    def _nobody(self) -> Answer:
-        message = "no replica can take the request now"
-        if self._problems:
-            message += f" ({'; '.join(self._problems)})"
-        return error(503, message, "no_replica", retry_after=2)
-
     def _record_decision(self, lease: Lease) -> None:
         load = {row.instance.name: row.in_flight for row in self._plane.board.status() if row.up}
         logger.debug(
@@ -515,13 +507,3 @@ class Exchange:
             *(self._id[:64], lease.seat.name, self._plane.settings.policy.name, len(self._tried)),
             *(self._facts.prompt_tokens, load),
         )
-
-
-def _answer_of(connection: ReplicaConnection, lease: Lease, body: bytes) -> Answer:
-    """A replica's "not now", to be passed on if no other replica says better."""
-    headers = [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in without_hop_by_hop(connection.headers)
-        if name not in (b"content-length", b"x-fd-replica", b"x-request-id")
-    ]
-    return Answer(connection.status, body, (*headers, ("X-FD-Replica", lease.seat.name)))
