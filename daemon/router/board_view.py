@@ -123,22 +123,18 @@ class View:
             rows = [row for row in rows if row not in self.probing or not self._rows.is_probed(row)]
         if not rows:
             return Nobody.BUSY
-        last_pick = self._last_pick.tolist()
         nothing = [0] * len(rows)
-        tokens = _sums(self._tokens) if policy.needs_tokens else nothing
         matched: Mapping[int, int] = self._prefixes.match(facts.prefix) if policy.needs_prefix else {}
         known = self._known_of_choosable if rows is self.choosable else _columns(self._known, rows)
-        weight, running, waiting, in_flight_then, key = known
-        candidates = Candidates(
-            in_flight=[in_flight[row] for row in rows],
-            last_pick=[last_pick[row] for row in rows],
-            tokens=[tokens[row] for row in rows] if policy.needs_tokens else nothing,
-            weight=weight,
-            running=running,
-            waiting=waiting,
-            in_flight_then=in_flight_then,
-            key=key,
-            matched=[matched.get(row, 0) for row in rows] if matched else nothing,
+        # By position: names would cost as much as all of the columns do.
+        candidates = Candidates._make(
+            (
+                _of(rows, in_flight),
+                _of(rows, self._last_pick.tolist()),
+                _of(rows, _sums(self._tokens)) if policy.needs_tokens else nothing,
+                *known,
+                [matched.get(row, 0) for row in rows] if matched else nothing,
+            )
         )
         row = rows[policy.choose(candidates, facts)]
         if policy.needs_prefix:
@@ -174,9 +170,14 @@ def _columns(known: Mapping[int, tuple[Any, ...]], rows: Sequence[int]) -> list[
     return [*zip(*(known[row] for row in rows), strict=True)]
 
 
+def _of(rows: Sequence[int], values: list[int]) -> list[int]:
+    """Those of some rows, in their order, out of those of all."""
+    return values if len(rows) == len(values) else [values[row] for row in rows]
+
+
 def _sums(columns: list[memoryview]) -> list[int]:
     """Of each row, over all columns. Each column is read in one go."""
-    first, *others = [cells.tolist() for cells in columns]
-    for other in others:
-        first = [*map(add, first, other)]
-    return first
+    sums: list[int] = columns[0].tolist()
+    for cells in columns[1:]:
+        sums = [*map(add, sums, cells.tolist())]
+    return sums
