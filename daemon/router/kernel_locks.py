@@ -15,9 +15,10 @@ from types import TracebackType
 #: struct flock of 64-bit Linux: type, whence, start, length, pid.
 _RECORD = struct.Struct("hhqqi4x")
 # Python's own lets other threads run meanwhile, and gets its turn again after 5 ms if one of them is busy:
-# all other processes would wait for that. This one is for calls that do not block.
+# all other processes would wait for that. This one is for calls that do not block. Without
+# argument types, which would be checked at each call: integers are taken for C's int.
 _flock = ctypes.PyDLL(None).flock
-_flock.argtypes = (ctypes.c_int, ctypes.c_int)
+_LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
 class KernelLocks:
@@ -46,7 +47,7 @@ class KernelLocks:
     def __enter__(self) -> None:
         self._threads.acquire()
         try:
-            if _flock(self._own, fcntl.LOCK_EX | fcntl.LOCK_NB) != 0:
+            if _flock(self._own, _LOCK) != 0:
                 fcntl.flock(self._own, fcntl.LOCK_EX)
         except BaseException:
             self._threads.release()
@@ -55,7 +56,7 @@ class KernelLocks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _flock(self._own, fcntl.LOCK_UN)
+        _flock(self._own, _UNLOCK)
         self._threads.release()
 
     def take_mark(self, number: int) -> bool:
