@@ -67,7 +67,8 @@ class RequestParser:
         self.size = 0
         #: Bytes of the call of `feed` under way, and of the request so far, about.
         self._fed = self._came = 0
-        self._begin()
+        self.on_message_begin()
+        self.is_receiving = False
 
     def feed(self, data: bytes) -> Sequence[Parsed | Answer]:
         """The requests that these bytes make whole; an answer, the last, is to something that is none."""
@@ -76,7 +77,8 @@ class RequestParser:
         try:
             while data:
                 data = self._feed(data)
-            self._count_overhead()
+            if self.is_receiving:
+                self._count_overhead()
             if self._header_bytes > _MOST_HEADER_BYTES:
                 raise self._too_much_head()
         except httptools.HttpParserError as fault:
@@ -100,8 +102,15 @@ class RequestParser:
     # ---- from the parser
 
     def on_message_begin(self) -> None:
-        self._begin()
         self.is_receiving = True
+        self.has_head = self.expects_continue = self._is_old = False
+        self.size = self._header_bytes = 0
+        self.method = ""
+        self.target = b""
+        self._headers: RawHeaders = []
+        self._special: dict[bytes, bytes] = {}
+        self._dropped: frozenset[bytes] = frozenset()
+        self._body: list[bytes] = []
         # What belongs to the requests before is not told apart: the count begins with what comes next.
         self._came = -self._fed
 
@@ -145,19 +154,6 @@ class RequestParser:
             self._complete(self._parser.should_keep_alive())
 
     # ---- the rest
-
-    def _begin(self) -> None:
-        self.has_head = self.expects_continue = False
-        self.size = 0
-        self.method = ""
-        self.target = b""
-        self._headers: RawHeaders = []
-        self._special: dict[bytes, bytes] = {}
-        self._dropped: frozenset[bytes] = frozenset()
-        self._header_bytes = 0
-        self._body: list[bytes] = []
-        self._is_old = False
-        self._came = 0
 
     def _complete(self, keep_alive: bool) -> None:
         self.is_receiving = self.expects_continue = False
@@ -221,7 +217,7 @@ class RequestParser:
 
     def _count_overhead(self) -> None:
         self._came += self._fed
-        if self.is_receiving and self._came > _MOST_OVERHEAD + _MOST_OVERHEAD_RATIO * self.size:
+        if self._came > _MOST_OVERHEAD + _MOST_OVERHEAD_RATIO * self.size:
             if not self.has_head:
                 raise self._too_much_head()
             raise Rejected(HTTPStatus.BAD_REQUEST, "the body is lost in what cuts it into chunks", "bad_body")
