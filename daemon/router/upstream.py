@@ -285,7 +285,7 @@ class ReplicaConnection(asyncio.Protocol):
     def _finish(self, reply: Reply) -> None:
         self._reply = None
         keep = self._is_reusable and not self._extra
-        self.idle_since = time.monotonic()
+        self.idle_since = self.heard_at
         if keep and not self._transport.is_closing():
             # The client may have paused it with the very last piece, and is not the next one's.
             self._transport.resume_reading()
