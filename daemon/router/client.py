@@ -102,8 +102,10 @@ class ClientConnection(asyncio.Protocol):
     def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
         if not status.startswith((b"204", b"304")):
             lines += b"Content-Length: %d\r\n" % (len(body) if length is None else length)
-        head = b"HTTP/1.1 %b\r\n%b%b\r\n" % (status, lines, self._connection_line())
-        self._outbox.write(self._transport, head if self._is_head_only else head + body)
+        if self._is_head_only:
+            body = b""
+        parts = (b"HTTP/1.1 ", status, b"\r\n", lines, self._connection_line(), b"\r\n", body)
+        self._outbox.write(self._transport, b"".join(parts))
         self._answered()
 
     def begin(self, status: bytes, lines: bytes, length: int | None) -> None:

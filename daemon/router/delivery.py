@@ -14,7 +14,7 @@ from typing import Protocol
 from ...resumption import Resumption
 from .answers import Answer, header_lines, sse_error
 from .fast_path import Passed
-from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders
+from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders, lines_without
 from .resume import Draft, Lines, Transcript
 from .upstream import ReplicaConnection
 
@@ -227,8 +227,7 @@ class Delivery:
 
     def _lines(self, connection: ReplicaConnection, replica: str) -> bytes:
         dropped = _NOT_PASSED_ON | connection.dropped if connection.dropped else _NOT_PASSED_ON
-        lines = [b"%b: %b\r\n" % header for header in connection.headers if header[0] not in dropped]
-        lines.append(b"x-fd-replica: %b\r\n" % replica.encode())
+        added = f"x-fd-replica: {replica}\r\n"
         if not connection.has_request_id:
-            lines.append(b"x-request-id: %b\r\n" % self._identity.encode("latin-1"))
-        return b"".join(lines)
+            added += f"x-request-id: {self._identity}\r\n"
+        return lines_without(dropped, connection.headers) + added.encode("latin-1")

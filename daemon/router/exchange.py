@@ -390,17 +390,18 @@ class Exchange:
         self._connection = connection
         self._is_reused = not connection.is_fresh
         self._refusal = None
-        lines = lines_for(lease.instance.features)
+        seat = lease.seat
         request = self._forwarded
-        if "resume" not in lease.instance.features:
+        if self._resumption is not None and "resume" in seat.instance.features:
+            request = resuming(request, self._resumption, seat.instance.token)
+        elif self._problems:
+            # It is begun anew.
             self._resumption = None
-        if self._resumption is not None:
-            request = resuming(request, self._resumption, lease.instance.token)
-        else:
             self._delivery.forget_draft()
         if len(self._tried) == 1:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
-        connection.send(request.to(lease.seat.authority, lines), self, self._request.method == "HEAD")
+        lines = lines_for(seat.authority, seat.instance.features)
+        connection.send(request.to(lines), self, self._request.method == "HEAD")
         if self._is_paused:
             connection.pause()
 

@@ -84,6 +84,15 @@ def without_hop_by_hop(headers: RawHeaders) -> RawHeaders:
     return [header for header in headers if header[0] not in dropped]
 
 
+def lines_without(dropped: frozenset[bytes], headers: RawHeaders) -> bytes:
+    """As they stand in a head, each with its end, but for those that are dropped."""
+    pieces: list[bytes] = []
+    for name, value in headers:
+        if name not in dropped:
+            pieces += (name, b": ", value, b"\r\n")
+    return b"".join(pieces)
+
+
 def named_in(connection: bytes) -> frozenset[bytes]:
     """The headers that a Connection header names."""
     return frozenset(word.strip().lower() for word in connection.split(b","))

@@ -16,7 +16,7 @@ from ...resumption import (
     encode_resumption,
 )
 from .answers import error, header_lines
-from .incoming import HOP_BY_HOP, ClientRequest, Refused
+from .incoming import HOP_BY_HOP, ClientRequest, Refused, lines_without
 
 #: Seconds between the signs of life that replicas are asked for.
 _SIGN_OF_LIFE = 5
@@ -37,16 +37,14 @@ class Forwarded(NamedTuple):
     lines: bytes
     body: bytes
 
-    def to(self, authority: str, extra: bytes = b"") -> bytes:
-        """The bytes of the request for the replica there; `extra` are more header lines."""
-        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b%b%b\r\n%b" % (
-            self.method.encode(),
-            self.target,
-            authority.encode(),
-            self.lines,
-            extra,
-            _length_line(self.method, self.body),
-            self.body,
+    def to(self, lines: bytes) -> bytes:
+        """The bytes of the request for the replica of which `lines_for` says these."""
+        method, target, own_lines, body = self
+        return b"".join(
+            (
+                *(method.encode(), b" ", target, b" HTTP/1.1\r\n", lines, own_lines),
+                *(_length_line(method, body), b"\r\n", body),
+            )
         )
 
 
@@ -62,19 +60,21 @@ def forwarded(request: ClientRequest, identity: str) -> Forwarded:
     if _climbs(request.raw_path):
         raise Refused(error(404, f"no such path: {request.raw_path.decode('latin-1')}", "not_found"))
     dropped = _NOT_FORWARDED | request.dropped if request.dropped else _NOT_FORWARDED
-    lines = [b"%b: %b\r\n" % header for header in request.headers if header[0] not in dropped]
+    added = ""
     if b"x-request-id" not in request.special:
-        lines.append(b"x-request-id: %b\r\n" % identity.encode("latin-1"))
+        added = f"x-request-id: {identity}\r\n"
     if b"x-fd-seed" not in request.special:
         # 53 bits: exact wherever JSON numbers are doubles. It need not be secret, only the same everywhere.
-        lines.append(b"x-fd-seed: %d\r\n" % random.getrandbits(53))
-    return Forwarded(request.method, request.target, b"".join(lines), request.body)
+        added += f"x-fd-seed: {random.getrandbits(53)}\r\n"
+    lines = lines_without(dropped, request.headers) + added.encode("latin-1")
+    return Forwarded(request.method, request.target, lines, request.body)
 
 
-@functools.lru_cache
-def lines_for(features: tuple[str, ...]) -> bytes:
-    """What a replica is asked for, of what it can do."""
-    headers = []
+# For more replicas than a board has rows.
+@functools.lru_cache(maxsize=1024)
+def lines_for(authority: str, features: tuple[str, ...]) -> bytes:
+    """Which replica is meant, and what it is asked for of what it can do."""
+    headers = [("Host", authority)]
     if "resume" in features:
         headers.append((MARKS_HEADER, "1"))
     if "progress" in features:
