@@ -205,7 +205,7 @@ class Delivery:
         source = self._transcript if self.has_begun else self._draft
         if source is None:
             return None
-        return source.resumption(self._request.raw_path.decode("latin-1"), self._request.body)
+        return source.resumption(self._request.path, self._request.body)
 
     def _pass_on(self, piece: bytes) -> int:
         if piece:

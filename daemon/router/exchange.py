@@ -216,7 +216,7 @@ class Exchange:
         elif is_busy(status, connection.has_retry_after):
             self._refusal = []
         if self._refusal is None and not self._delivery.has_begun:
-            has_marks = "resume" in lease.instance.features
+            has_marks = "resume" in lease.seat.instance.features
             self._delivery.expect(connection, lease.seat.name, len(self._problems), has_marks)
         self._stays = not self._delivery.has_marks
 
@@ -475,21 +475,25 @@ class Exchange:
         self._drop_connection()
         seat = self._lease.seat if self._lease is not None else None
         self._release()
-        plane, request, delivery = self._plane, self._request, self._delivery
+        plane, method, path, status = (
+            self._plane,
+            self._request.method,
+            self._request.path,
+            self._delivery.status,
+        )
         plane.exchanges.discard(self)
-        seconds = time.monotonic() - self._began_at
-        path = request.raw_path.decode("latin-1")
-        plane.metrics.answered(request.method, path, delivery.status, seconds)
+        now = time.monotonic()
+        seconds = now - self._began_at
+        plane.metrics.answered(method, path, status, seconds)
         if seat is not None:
-            plane.metrics.inference(seat.url, delivery.status)
-        # The path as it was written: decoded, it could hold a line break.
+            plane.metrics.inference(seat.url, status)
         plane.access_log.add(
-            f"request={self._id[:64]} replica={seat.name if seat else '-'} {request.method} {path} "
-            f"status={delivery.status} bytes={delivery.size} seconds={seconds:.3f}"
+            f"request={self._id[:64]} replica={seat.name if seat else '-'} {method} {path} "
+            f"status={status} bytes={self._delivery.size} seconds={seconds:.3f}"
             + (f" ({remark})" if remark else "")
         )
         if plane.line:
-            plane.line.advance(time.monotonic())
+            plane.line.advance(now)
 
     def _release(self) -> None:
         if self._lease is not None:

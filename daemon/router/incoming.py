@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import lru_cache
 
 from ...errors import FastDeployError
 from .answers import Answer
@@ -39,7 +40,9 @@ class Refused(FastDeployError):
 class ClientRequest:
     """A whole request of a client."""
 
-    __slots__ = ("body", "dropped", "headers", "is_old", "method", "peer", "raw_path", "special", "target")
+    __slots__ = (
+        *("body", "dropped", "headers", "is_old", "method", "path", "peer", "raw_path", "special", "target"),
+    )
 
     def __init__(
         self,
@@ -54,9 +57,12 @@ class ClientRequest:
     ) -> None:
         self.method = method
         #: As it was written, with its query, but in origin form: /path?query.
-        self.target = origin_form(target)
-        #: The path without the query, encoded as it was.
-        self.raw_path = self.target.partition(b"?")[0]
+        self.target: bytes
+        #: The path without the query, encoded as it was; and the same as text: decoded, it could hold a line
+        #: break.
+        self.raw_path: bytes
+        self.path: str
+        self.target, self.raw_path, self.path = _forms_of(target)
         self.headers = headers
         #: The first value of each header that the router itself looks at.
         self.special = special
@@ -96,6 +102,14 @@ def lines_without(dropped: frozenset[bytes], headers: RawHeaders) -> bytes:
 def named_in(connection: bytes) -> frozenset[bytes]:
     """The headers that a Connection header names."""
     return frozenset(word.strip().lower() for word in connection.split(b","))
+
+
+# Clients ask for the same few again and again.
+@lru_cache(maxsize=256)
+def _forms_of(target: bytes) -> tuple[bytes, bytes, str]:
+    target = origin_form(target)
+    path = target.partition(b"?")[0]
+    return target, path, path.decode("latin-1")
 
 
 def origin_form(target: bytes) -> bytes:

@@ -58,7 +58,7 @@ def forwarded(request: ClientRequest, identity: str) -> Forwarded:
         Refused: no path of ours.
     """
     if _climbs(request.raw_path):
-        raise Refused(error(404, f"no such path: {request.raw_path.decode('latin-1')}", "not_found"))
+        raise Refused(error(404, f"no such path: {request.path}", "not_found"))
     dropped = _NOT_FORWARDED | request.dropped if request.dropped else _NOT_FORWARDED
     added = ""
     if b"x-request-id" not in request.special:

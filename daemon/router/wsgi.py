@@ -60,8 +60,8 @@ class WsgiCall:
         lines = header_lines(
             header for header in headers if header[0].lower() not in ("content-length", "connection")
         )
-        path = self._request.raw_path.decode("latin-1")
-        self._metrics.answered(self._request.method, path, int(status[:3]), time.monotonic() - self._began_at)
+        seconds = time.monotonic() - self._began_at
+        self._metrics.answered(self._request.method, self._request.path, int(status[:3]), seconds)
         if self._client is not None:
             self._client.give(status.encode("latin-1"), lines, body)
 
