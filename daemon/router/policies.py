@@ -198,6 +198,9 @@ _64_BITS = (1 << 64) - 1
 
 def _loads(candidates: Candidates) -> list[tuple[float, int]]:
     """What each would have with this request, by its speed; among equals, since when it was not picked."""
+    if min(candidates.weight) == max(candidates.weight):
+        # As nearly always: their order is that of the counts themselves.
+        return [*zip(candidates.in_flight, candidates.last_pick, strict=True)]
     columns = zip(candidates.in_flight, candidates.weight, candidates.last_pick, strict=True)
     return [((count + 1) / weight, last) for count, weight, last in columns]
 
