@@ -472,9 +472,12 @@ class Exchange:
         if self._is_over:
             return
         self._is_over = True
-        self._drop_connection()
-        seat = self._lease.seat if self._lease is not None else None
-        self._release()
+        if self._connection is not None:
+            self._drop_connection()
+        seat = None
+        if self._lease is not None:
+            seat = self._lease.seat
+            self._release()
         plane, method, path, status = (
             self._plane,
             self._request.method,

@@ -57,12 +57,12 @@ class OwnColumn:
                 return
             lease.held = False
             # A row is not given to another replica before the last of its requests has ended.
-            cells.in_flight[row] -= 1
+            cells.in_flight[row] = left = cells.in_flight[row] - 1
             cells.tokens[row] -= lease.tokens
             if lease.probing:
                 cells.probes[row] -= 1
             cells.ended[0] += 1
-            assert cells.in_flight[row] >= 0, f"replica {lease.instance.name}: more requests ended than began"
+            assert left >= 0, f"replica {lease.instance.name}: more requests ended than began"
 
     def count(self, lease: Lease, tokens: int, seconds: float) -> None:
         row, cells = lease.seat.row, self._cells

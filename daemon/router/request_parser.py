@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from http import HTTPStatus
 
 import httptools
@@ -187,7 +188,7 @@ class RequestParser:
                 continue
             if name == b"host":
                 hosts += 1
-                if not _HOST.fullmatch(value):
+                if not _is_host(value):
                     raise Rejected(HTTPStatus.BAD_REQUEST, "the Host header is no host")
             elif name == b"content-length":
                 length = int(value)
@@ -234,6 +235,12 @@ class RequestParser:
             f"the request body is larger than {self._max_body_bytes} bytes (--max-body-bytes)",
             "body_too_large",
         )
+
+
+# A client sends the same with each request.
+@lru_cache(maxsize=256)
+def _is_host(value: bytes) -> bool:
+    return _HOST.fullmatch(value) is not None
 
 
 def _rejected(fault: httptools.HttpParserError, code: str) -> Rejected:
