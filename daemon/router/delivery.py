@@ -51,6 +51,11 @@ class Client(Protocol):
 class Delivery:
     """Of one request."""
 
+    __slots__ = (
+        *("_client", "_head", "_held", "_held_size", "_identity", "_request", "_transcript"),
+        *("has_begun", "is_events", "size", "status"),
+    )
+
     def __init__(self, client: Client, request: ClientRequest, identity: str) -> None:
         #: Of the answer; 0 before there is one.
         self.status = 0

@@ -47,7 +47,8 @@ class RetryBudget:
 
     def deposit(self) -> None:
         """For each request that comes in."""
-        self._tokens = min(self.most, self._tokens + self.share)
+        if self._tokens < self.most:
+            self._tokens = min(self.most, self._tokens + self.share)
 
     def withdraw(self, now: float) -> bool:
         """True if one more retry is within the budget."""
