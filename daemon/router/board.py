@@ -129,7 +129,7 @@ class Board:
         with self._lock:
             view = self._current()
             row = view.choose(policy, facts, exclude)
-            if isinstance(row, Nobody):
+            if not isinstance(row, int):
                 return row
             memory = self._memory
             memory.last_pick[row] = memory.header[_PICKS] = memory.header[_PICKS] + 1

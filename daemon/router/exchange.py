@@ -369,7 +369,7 @@ class Exchange:
         began = time.perf_counter()
         picked = plane.board.pick(plane.settings.policy, self._facts, exclude)
         plane.metrics.picked(time.perf_counter() - began)
-        if isinstance(picked, Nobody):
+        if not isinstance(picked, Lease):
             return picked
         if logger.isEnabledFor(logging.DEBUG):
             self._record_decision(picked)
