@@ -52,7 +52,7 @@ class Delivery:
     """Of one request."""
 
     __slots__ = (
-        *("_client", "_head", "_held", "_held_size", "_identity", "_request", "_transcript"),
+        *("_client", "_draft", "_head", "_held", "_held_size", "_identity", "_request", "_transcript"),
         *("has_begun", "is_events", "size", "status"),
     )
 

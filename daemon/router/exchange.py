@@ -478,25 +478,7 @@ class Exchange:
         if self._lease is not None:
             seat = self._lease.seat
             self._release()
-        plane, method, path, status = (
-            self._plane,
-            self._request.method,
-            self._request.path,
-            self._delivery.status,
-        )
-        plane.exchanges.discard(self)
-        now = time.monotonic()
-        seconds = now - self._began_at
-        plane.metrics.answered(method, path, status, seconds)
-        if seat is not None:
-            plane.metrics.inference(seat.url, status)
-        plane.access_log.add(
-            f"request={self._id[:64]} replica={seat.name if seat else '-'} {method} {path} "
-            f"status={status} bytes={self._delivery.size} seconds={seconds:.3f}"
-            + (f" ({remark})" if remark else "")
-        )
-        if plane.line:
-            plane.line.advance(now)
+        self._plane.over(self, self._request, self._id, seat, self._delivery, self._began_at, remark)
 
     def _release(self) -> None:
         if self._lease is not None:

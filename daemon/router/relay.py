@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from .access_log import AccessLog
-from .board import Board
-from .delivery import Client
+from .board import Board, Seat
+from .delivery import Client, Delivery
 from .exchange import Exchange
 from .fast_path import FastPath
 from .incoming import ClientRequest
@@ -40,6 +42,31 @@ class DataPlane:
         exchange = Exchange(self, client, request)
         exchange.start()
         return exchange
+
+    def over(
+        self,
+        exchange: Exchange,
+        request: ClientRequest,
+        identity: str,
+        seat: Seat | None,
+        delivery: Delivery,
+        began_at: float,
+        remark: str,
+    ) -> None:
+        """It is accounted for, and makes room. `seat`: where it was last, if a replica has it or had it."""
+        self.exchanges.discard(exchange)
+        now = time.monotonic()
+        seconds, method, path, status = now - began_at, request.method, request.path, delivery.status
+        self.metrics.answered(method, path, status, seconds)
+        if seat is not None:
+            self.metrics.inference(seat.url, status)
+        self.access_log.add(
+            f"request={identity[:64]} replica={seat.name if seat else '-'} {method} {path} "
+            f"status={status} bytes={delivery.size} seconds={seconds:.3f}"
+            + (f" ({remark})" if remark else "")
+        )
+        if self.line:
+            self.line.advance(now)
 
     def tick(self, now: float) -> None:
         """Several times a second."""

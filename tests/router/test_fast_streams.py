@@ -52,9 +52,10 @@ class Told:
     def __call__(self, received: Received) -> bool:
         if b"stream" not in received.body:
             return answers(received)
+        # Before its first event, by which the test knows that it is there.
+        self.under_way.append(received)
         received.send(EVENT_HEAD)
         received.send_chunk(event(0).raw)
-        self.under_way.append(received)
         return self._is_over.wait(30)
 
     def say(self, *events: Said) -> None:
