@@ -37,15 +37,16 @@ DRAFT_HEADER = "X-FD-Draft"
 DRAFT_MARK_HEADER = "X-FD-Mark"
 
 _FINISHED = b"."
-_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+#: Of a choice, or of a token.
+Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 #: Any that a calendar has.
-_Moment = Annotated[int, msgspec.Meta(ge=0, lt=1 << 36)]
+Moment = Annotated[int, msgspec.Meta(ge=0, lt=1 << 36)]
 
 
 class Delivered(msgspec.Struct, frozen=True):
     """What is behind the events of one choice so far."""
 
-    tokens: list[_Number]
+    tokens: list[Number]
     finished: bool = False
 
 
@@ -58,9 +59,9 @@ class Resumption(msgspec.Struct, frozen=True):
     body: bytes
     #: As the answer so far has them.
     id: str
-    created: _Moment
+    created: Moment
     #: Those that have begun; all others start from nothing.
-    choices: dict[_Number, Delivered]
+    choices: dict[Number, Delivered]
 
 
 def encode_resumption(resumption: Resumption) -> bytes:

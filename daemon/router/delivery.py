@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ...resumption import Resumption
 from .answers import Answer, header_lines, sse_error
+from .board import Seat
 from .fast_path import Passed
 from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders, lines_without
 from .resume import Draft, Lines, Transcript
@@ -52,8 +53,8 @@ class Delivery:
     """Of one request."""
 
     __slots__ = (
-        *("_client", "_draft", "_head", "_held", "_held_size", "_identity", "_request", "_transcript"),
-        *("has_begun", "is_events", "size", "status"),
+        *("_client", "_draft", "_furthest", "_head", "_held", "_held_size", "_identity", "_request"),
+        *("_transcript", "has_begun", "is_events", "size", "status"),
     )
 
     def __init__(self, client: Client, request: ClientRequest, identity: str) -> None:
@@ -72,12 +73,21 @@ class Delivery:
         self._held_size = 0
         self._transcript: Transcript | Lines | None = None
         self._draft: Draft | None = None
+        #: Tokens that any replica has told of.
+        self._furthest = 0
 
-    def expect(self, connection: ReplicaConnection, replica: str, retries: int, has_marks: bool) -> None:
+    def expect(
+        self,
+        connection: ReplicaConnection,
+        retries: int,
+        has_marks: bool,
+        resumed_by: Sequence[Seat],
+    ) -> None:
         """The head of a replica's answer has come; it is what the client will get.
 
         Args:
             retries: how many replicas have been tried in vain before.
+            resumed_by: the replicas that have gone on with it, this one included.
             has_marks: an event stream carries the marks of `resumption`.
         """
         self.status = connection.status
@@ -88,9 +98,11 @@ class Delivery:
             and connection.content_type.startswith(b"text/event-stream")
         )
         self._transcript = (Transcript() if has_marks else Lines()) if self.is_events else None
-        lines = self._lines(connection, replica)
+        lines = self._lines(connection)
         if retries:
             lines += b"x-fd-retries: %d\r\n" % retries
+        if resumed_by:
+            lines += _resumed(resumed_by)
         self._head = (b"%d %b" % (connection.status, connection.reason), lines, connection.length)
 
     def receive(self, body: bytes) -> int:
@@ -104,12 +116,15 @@ class Delivery:
         return self._pass_on(self._take_held()) if self._held_size > _MOST_HELD else 0
 
     def note_draft(self, headers: RawHeaders) -> int:
-        """A replica has told how far an answer is that comes whole; returns how many tokens further."""
+        """A replica has told how far an answer is that comes whole; returns by how many tokens it is further
+        than it has ever been."""
         if self.has_begun:
             return 0
         if self._draft is None:
             self._draft = Draft()
-        return self._draft.note(headers)
+        self._draft.note(headers)
+        before, self._furthest = self._furthest, max(self._furthest, self._draft.size)
+        return self._furthest - before
 
     def forget_draft(self) -> None:
         """The answer is begun anew."""
@@ -136,8 +151,8 @@ class Delivery:
         if passed.unsent:
             self._client.send_chunks(passed.unsent)
 
-    def finish(self, resumed_by: Sequence[str] = ()) -> None:
-        """The answer is whole. Which replicas have gone on with it stands in a header or a stream's trailer.
+    def finish(self, resumed_by: Sequence[Seat] = ()) -> None:
+        """The answer is whole. Which replicas have gone on with a stream stands in a trailer.
 
         A comment in the stream would be in the way of clients that take every line for data.
         """
@@ -145,12 +160,9 @@ class Delivery:
             self._pass_on(self._transcript.rest)
         if self.has_begun or self.is_events:
             self._begin()
-            names = ", ".join(resumed_by)
-            self._client.end(b"x-fd-resumed: %b\r\n" % names.encode() if names else b"")
+            self._client.end(_resumed(resumed_by) if resumed_by and self.is_events else b"")
             return
         status, lines, length = self._head
-        if resumed_by:
-            lines += b"x-fd-resumed: %b\r\n" % ", ".join(resumed_by).encode()
         body = self._take_held()
         self.size = len(body)
         self._client.give(status.strip(), lines, body, length if self._request.method == "HEAD" else None)
@@ -230,9 +242,13 @@ class Delivery:
         self._held, self._held_size = [], 0
         return held
 
-    def _lines(self, connection: ReplicaConnection, replica: str) -> bytes:
+    def _lines(self, connection: ReplicaConnection) -> bytes:
         dropped = _NOT_PASSED_ON | connection.dropped if connection.dropped else _NOT_PASSED_ON
-        added = f"x-fd-replica: {replica}\r\n"
+        added = f"x-fd-replica: {connection.seat.name}\r\n"
         if not connection.has_request_id:
             added += f"x-request-id: {self._identity}\r\n"
         return lines_without(dropped, connection.headers) + added.encode("latin-1")
+
+
+def _resumed(by: Sequence[Seat]) -> bytes:
+    return b"x-fd-resumed: %b\r\n" % ", ".join(seat.name for seat in by).encode()

@@ -57,15 +57,25 @@ class Exchange:
 
     __slots__ = (
         *("_began_at", "_busy", "_connection", "_deaths", "_delivery", "_facts", "_forwarded", "_id"),
-        *("_fast", "_is_doubtful", "_is_over", "_is_paused", "_is_reused", "_lease", "_name", "_plane"),
-        *("_problems", "_refusal", "_request", "_rests_until", "_resumed_by", "_resumption", "_stays"),
+        *(
+            "_fast",
+            "_has_been_taken",
+            "_is_doubtful",
+            "_is_over",
+            "_is_paused",
+            "_is_reused",
+            "_lease",
+            "_name",
+            "_plane",
+        ),
+        *("_problems", "_refusal", "_request", "_resumed_by", "_resumption", "_stays"),
         *("_tried", "_waits_since", "deadline"),
     )
 
     def __init__(self, plane: DataPlane, client: Client, request: ClientRequest) -> None:
         #: In the line; 0 before it joins for the first time, and whenever the answer has come further.
         self.deadline = 0.0
-        self._rests_until = self._waits_since = 0.0
+        self._waits_since = 0.0
         self._plane = plane
         self._request = request
         self._id = request.id
@@ -90,6 +100,8 @@ class Exchange:
         self._tried: list[Seat] = []
         self._problems: list[str] = []
         self._deaths = 0
+        #: A replica has died with it, or there was a part of its answer: it is not turned away any more.
+        self._has_been_taken = False
         #: What the client is told if there is nobody left: the last refusal, or that there was garbage.
         self._busy: Answer | None = None
         self._resumption: Resumption | None = None
@@ -164,7 +176,10 @@ class Exchange:
     def try_again(self, now: float) -> Nobody | None:
         if self._is_over:
             return None
-        nobody = self._attempt() if now >= self._rests_until else Nobody.DOWN
+        if self._has_been_taken and now - self._waits_since >= _REST:
+            # Whoever failed may be well again by now; MOST_DEATHS and the deadline end this.
+            self._tried.clear()
+        nobody = self._attempt()
         if nobody is None:
             self._plane.metrics.waited(now - self._waits_since)
         return nobody
@@ -217,7 +232,7 @@ class Exchange:
             self._refusal = []
         if self._refusal is None and not self._delivery.has_begun:
             has_marks = "resume" in lease.seat.instance.features
-            self._delivery.expect(connection, lease.seat.name, len(self._problems), has_marks)
+            self._delivery.expect(connection, len(self._problems), has_marks, self._resumed_by)
         self._stays = not self._delivery.has_marks
 
     def received(self, body: bytes) -> None:
@@ -246,7 +261,7 @@ class Exchange:
             self.failed(Fault.CUT, "the stream ended before its last event")
             return
         self._plane.board.succeeded(lease.seat)
-        self._delivery.finish([seat.name for seat in self._resumed_by])
+        self._delivery.finish(self._resumed_by)
         self._end()
 
     def failed(self, fault: Fault, why: str) -> None:
@@ -257,7 +272,7 @@ class Exchange:
         self._connection = None
         if self._delivery.is_done:
             self._delivery.complete()
-            self._delivery.finish([seat.name for seat in self._resumed_by])
+            self._delivery.finish(self._resumed_by)
             self._end()
             return
         self._delivery.drop_partial()
@@ -344,30 +359,24 @@ class Exchange:
         if not self.deadline:
             self.deadline = now + self._plane.settings.queue_timeout
         if self._has_been_taken:
-            if nobody is Nobody.DOWN:
-                # Whoever failed may be well again by then; MOST_DEATHS and the deadline end this.
-                self._tried.clear()
-                self._rests_until = now + _REST
             self._plane.line.join(self, is_urgent=True)
         elif nobody is Nobody.DOWN:
             self._give(self._busy or refusals.nobody(self._problems))
         elif not self._plane.line.join(self):
             self._give(self._busy or refusals.line_is_full(self._plane.retry_after()))
 
-    @property
-    def _has_been_taken(self) -> bool:
-        """A replica has died with it, or there is a part of its answer: it is not turned away any more."""
-        return self._deaths > 0 or self._resumption is not None
-
     def _attempt(self) -> Nobody | None:
         """None if one is under way."""
         plane = self._plane
         exclude: Sequence[Seat] = self._tried
-        if self._delivery.has_begun:
+        if self._resumption is not None:
             cannot = [seat for seat in plane.board.seats() if "resume" not in seat.instance.features]
             exclude = [*exclude, *cannot]
         began = time.perf_counter()
         picked = plane.board.pick(plane.settings.policy, self._facts, exclude)
+        if not picked and self._resumption is not None and not self._delivery.has_begun:
+            # Better begun anew than not at all.
+            picked = plane.board.pick(plane.settings.policy, self._facts, self._tried)
         plane.metrics.picked(time.perf_counter() - began)
         if not isinstance(picked, Lease):
             return picked
@@ -398,7 +407,8 @@ class Exchange:
             # It is begun anew.
             self._resumption = None
             self._delivery.forget_draft()
-        if len(self._tried) == 1:
+            self._resumed_by.clear()
+        elif not self._is_doubtful:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
         lines = lines_for(seat.authority, seat.instance.features)
         connection.send(request.to(lines), self, self._request.method == "HEAD")
@@ -409,7 +419,10 @@ class Exchange:
 
     def _report(self, lease: Lease, fault: Fault, problem: str) -> None:
         # If nobody listens there any more, it was this request with which the kept connection ended.
-        self._deaths += is_death(fault) or self._is_doubtful
+        if is_death(fault) or self._is_doubtful:
+            self._deaths += 1
+            # What it has waited so far is not to be held against it.
+            self.deadline = 0.0
         if fault is Fault.UNREACHABLE:
             self._plane.board.unreachable(lease.seat, problem)
         else:
@@ -418,10 +431,11 @@ class Exchange:
     def _refused(self, connection: ReplicaConnection, lease: Lease, body: bytes) -> None:
         """The replica has said, and whole, that it does not take the request."""
         if self._resumption is not None:
-            if connection.status in _FINAL and self._delivery.has_begun:
+            is_begun, status = self._delivery.has_begun, connection.status
+            if is_begun and status in _FINAL:
                 self._break_off(f"replica {lease.seat.name} cannot go on with this answer")
                 return
-            if connection.status in _FINAL:
+            if not is_begun and status != 401 and not is_busy(status, connection.has_retry_after):
                 # Nobody has seen anything of it. It is begun anew, and why not here.
                 self._delivery.forget_draft()
                 self._tried.remove(lease.seat)
@@ -437,6 +451,7 @@ class Exchange:
         """Another replica, if there is one."""
         name = lease.seat.name
         self._resumption = self._delivery.resumption()
+        self._has_been_taken |= self._deaths > 0 or self._resumption is not None
         if self._delivery.has_begun and self._resumption is None:
             self._break_off(f"replica {name} was lost in the middle of the answer", problem)
             return

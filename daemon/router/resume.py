@@ -13,14 +13,16 @@ from array import array
 
 import msgspec
 
-from ...resumption import DRAFT_HEADER, DRAFT_MARK_HEADER, Delivered, Resumption, marks_of
+from ...resumption import DRAFT_HEADER, DRAFT_MARK_HEADER, Delivered, Moment, Number, Resumption, marks_of
 from .incoming import RawHeaders
 
 _DRAFT, _DRAFT_MARK = DRAFT_HEADER.lower().encode(), DRAFT_MARK_HEADER.lower().encode()
 _MARK = b"\n: fd "
 _MARK_LINE = re.compile(rb"\n: fd ([^\n]*)")
-#: Marks are folded into token numbers when there are so many: text is longer than numbers.
-_FOLD_AT = 1024
+#: Marks are folded into token numbers when there are so many, or so many bytes: text is longer than numbers.
+_FOLD_AT, _FOLD_AT_BYTES = 1024, 32 << 10
+#: Digits of a Unix time.
+_LONGEST_MOMENT = 10
 #: Of one event, or of what comes instead of one.
 _LONGEST_EVENT = 4 << 20
 #: Tokens of all choices of one answer; a longer one cannot be resumed.
@@ -36,7 +38,7 @@ class _Head(msgspec.Struct):
     """What all events of a stream have in common."""
 
     id: str
-    created: int
+    created: Moment
 
 
 class _Choice:
@@ -52,23 +54,24 @@ class _Choice:
 class Marks:
     """Of one answer."""
 
-    __slots__ = ("_choices", "_lines", "is_whole")
+    __slots__ = ("_choices", "_lines", "_size", "is_whole")
 
     def __init__(self) -> None:
         #: All of them could be read, and there are not too many tokens.
         self.is_whole = True
         self._lines: list[bytes] = []
+        self._size = 0
         self._choices: dict[int, _Choice] = {}
 
     def add(self, line: bytes) -> None:
         self._lines.append(line)
-        if len(self._lines) >= _FOLD_AT or not self.is_whole:
-            self._fold()
+        self._size += len(line)
+        self._fold_if_due()
 
     def extend(self, lines: list[bytes]) -> None:
         self._lines += lines
-        if len(self._lines) >= _FOLD_AT or not self.is_whole:
-            self._fold()
+        self._size += sum(map(len, lines))
+        self._fold_if_due()
 
     def choices(self) -> dict[int, Delivered] | None:
         """What they say; None if that cannot be told."""
@@ -80,16 +83,21 @@ class Marks:
             for number, choice in self._choices.items()
         }
 
+    def _fold_if_due(self) -> None:
+        if len(self._lines) >= _FOLD_AT or self._size >= _FOLD_AT_BYTES or not self.is_whole:
+            self._fold()
+
     def _fold(self) -> None:
-        lines, self._lines = self._lines, []
+        lines, self._lines, self._size = self._lines, [], 0
         if not self.is_whole:
             return
         try:
             for number, delivered in marks_of(lines).items():
+                msgspec.convert(number, Number)
                 choice = self._choices.setdefault(number, _Choice())
                 choice.tokens.extend(delivered.tokens)
                 choice.is_finished |= delivered.finished
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError):  # msgspec's are ValueErrors, too
             self.is_whole = False
         if sum(len(choice.tokens) + 1 for choice in self._choices.values()) > MOST_TOKENS:
             self.is_whole = False
@@ -100,28 +108,28 @@ class Marks:
 class Draft:
     """Of an answer that comes whole: what its replica has told of it before."""
 
-    __slots__ = ("_head", "_marks")
+    __slots__ = ("_head", "_marks", "size")
 
     def __init__(self) -> None:
+        #: Tokens of all choices so far.
+        self.size = 0
         self._head = b""
         self._marks = Marks()
 
-    def note(self, headers: RawHeaders) -> int:
-        """Takes those of an interim head; returns of how many tokens they tell."""
-        count = 0
+    def note(self, headers: RawHeaders) -> None:
+        """Takes what an interim head says."""
         for name, value in headers:
             if name == _DRAFT:
                 self._head = value
             elif name == _DRAFT_MARK:
                 self._marks.add(value)
-                count += value.count(b" ")
-        return count
+                self.size += value.count(b" ")
 
     def resumption(self, path: str, body: bytes) -> Resumption | None:
         """What another replica needs to go on; None if it has to begin anew."""
         choices = self._marks.choices()
         created, _, identity = self._head.partition(b" ")
-        if not choices or not created.isdigit():
+        if not choices or not created.isdigit() or len(created) > _LONGEST_MOMENT:
             return None
         return Resumption(path, body, identity.decode("latin-1"), int(created), choices)
 

@@ -44,7 +44,7 @@ class Reply(Protocol):
     """Who gets the answer. Nothing is called any more once `failed` or `ended` was, or after `cancel`."""
 
     def informed(self, headers: RawHeaders) -> None:
-        """An interim answer with headers has come."""
+        """An interim answer has come."""
 
     def began(self, connection: ReplicaConnection) -> None:
         """The head has come: `connection.status`, `.reason`, `.headers`."""
@@ -217,8 +217,7 @@ class ReplicaConnection(asyncio.Protocol):
             raise ValueError(f"there is no status {status}")
         if status < 200:
             # An interim answer: a sign of life.
-            if self.headers:
-                reply.informed(self.headers)
+            reply.informed(self.headers)
             self.reason, self.headers = b"", []
             self._head_bytes = 0
             return

@@ -27,8 +27,8 @@ class Waiter(Protocol):
 
 
 class WaitingLine:
-    """First come, first served; bounded in length and in time. Those whose answer has begun go before all
-    others and are always let in."""
+    """First come, first served; bounded in length and in time. Those that a replica has had already go
+    before all others and are always let in."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest

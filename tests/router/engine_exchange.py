@@ -7,7 +7,8 @@
            "half", in the middle of it, "mark", before its mark, "line", before its empty line, "frame", in
            the middle of its chunk, and "event", after it; "done", after the last event; "end", after the
            answer; "draft", after the interim head that tells of one
-    event  for those at an event: which one of the whole stream, from 0; "any"; so for those at a draft
+    event  for those at an event: which one of the whole stream, from 0; "any"; so for those at a draft; for
+           those at "resume", if not at each: how many tokens of the first choice are there
     how    "kill", "stop", "close", "reset", "ends", "silence", "garbage", "reborn", "failed", or the status
            of a refusal
     times  so often, by whichever replica it is (1)
@@ -91,7 +92,11 @@ class Exchange:
         generation = Generation(path, self._body, int(self._headers.get("x-fd-seed", "0")))
         request = generation.request
         self._faults = request.get("faults", [])
-        await self._may_fail("resume" if self._path == RESUME_PATH else "head")
+        if self._path == RESUME_PATH:
+            await self._may_fail("resume")
+            await self._may_fail("resume", self._num_delivered.get(0))
+        else:
+            await self._may_fail("head")
         if problem := generation.contradiction(delivered):
             return self._connection.answer(409, json.dumps({"error": {"message": problem}}).encode())
         await self._pause(request.get("delay", 0.0), b"HTTP/1.1 102 Processing\r\n\r\n")

@@ -1,4 +1,4 @@
-"""An answer whose replica dies goes on at another, and its client does not notice: not one byte differs."""
+"""A stream whose replica dies goes on at another, and its client does not notice: not one byte differs."""
 
 import itertools
 from collections.abc import Iterator
@@ -221,77 +221,3 @@ def test_the_other_replica_gets_the_same_request_and_its_own_token(fleet):
     seen = [router.get(path).text for path in ("/registered", "/metrics")]
     seen += [file.read_text() for file in router.directory.glob("*.log*")]
     assert not any(token in text for text in seen)
-
-
-# ---- answers that come whole
-
-#: Choices that end at different times.
-WHOLE: dict[str, Any] = {"stream": False, "n": 2, "max_tokens": 40, "drafts": 4}
-
-
-@pytest.mark.parametrize(
-    ("at", "how"),
-    [*itertools.product(["head", "body"], ["close", "reset", "reborn", "kill", "garbage"]), ("head", 503)],
-)
-def test_an_answer_of_which_nothing_is_known_is_begun_anew(fleet, at, how):
-    answer = undisturbed(fleet, faulty(at, how, stream=False, **SEVERAL))
-    assert answer.headers.get("x-fd-retries") == "1" or at == "head"
-    assert answer.resumed_by == []
-    fleet.wait_until_up()
-
-
-@pytest.mark.parametrize("how", ["close", "reset", "reborn", "kill", "garbage", 503])
-def test_one_that_has_been_told_of_goes_on_from_there(fleet, how):
-    before = fleet.resumes()
-    for event in range(4):
-        answer = undisturbed(fleet, faulty("draft", how, event=event, **WHOLE), f"draft-{how}-{event}")
-        assert answer.headers["x-fd-retries"] == "1"
-        assert answer.resumed_by == [answer.headers["x-fd-replica"]]
-        # Only the rest of it is computed there.
-        [name] = answer.resumed_by
-        assert fleet[int(name)].delivered(f"draft-{how}-{event}") == [39 * (event + 1) // 4]
-        fleet.wait_until_up()
-    assert fleet.resumes() == before + 4
-
-
-def test_one_that_is_lost_in_its_body_goes_on_from_the_last_time_it_was_told_of(fleet):
-    for how in ("close", "reset", "reborn", "garbage"):
-        answer = undisturbed(fleet, faulty("body", how, **WHOLE), f"body-{how}")
-        [name] = answer.resumed_by
-        assert fleet[int(name)].delivered(f"body-{how}") == [39]
-
-
-@pytest.mark.parametrize("how", ["close", "reborn"])
-def test_one_that_is_lost_after_every_single_time(fleet, how):
-    """Nobody is to blame for that, so it goes on for more often than a request may fail."""
-    answer = undisturbed(fleet, faulty("draft", how, event="any", times=1000, **{**WHOLE, "drafts": 7}))
-    assert len(answer.resumed_by) == 7
-
-
-def test_nobody_is_there_to_go_on_with_one_for_a_while(fleet):
-    """Its work is waited for, as the rest of a stream is: nothing of it is to be done again."""
-    faults = [
-        {"at": "draft", "event": 1, "how": "kill"},
-        {"at": "resume", "how": "kill"},
-        {"at": "resume", "how": 503},
-    ]
-    answer = undisturbed(fleet, generation(faults=faults, **WHOLE), "for a while")
-    assert len(answer.resumed_by) == 1
-    assert answer.headers["x-fd-retries"] == "3"
-    fleet.wait_until_up()
-
-
-@pytest.mark.parametrize("refusal", [400, 409])
-def test_who_cannot_go_on_with_one_begins_it_anew(fleet, refusal):
-    faults = [{"at": "draft", "event": 1, "how": "close"}, {"at": "resume", "how": refusal, "times": 1000}]
-    answer = undisturbed(fleet, generation(faults=faults, **WHOLE))
-    assert answer.resumed_by == []
-
-
-@pytest.mark.parametrize(
-    "lines",
-    ["X-FD-Mark: 0 1", "X-FD-Draft: x y\r\nX-FD-Mark: 0 1", "X-FD-Draft: 1 y\r\nX-FD-Mark: 0 x", "X: y"],
-)
-def test_what_is_no_draft_begins_it_anew(fleet, lines):
-    answer = undisturbed(fleet, faulty("draft", "close", event=3, interim=lines, **WHOLE))
-    assert answer.resumed_by == []

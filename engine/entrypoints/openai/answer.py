@@ -28,6 +28,8 @@ from .replica import Replica
 _serial = itertools.count()
 #: In place of a delta: nothing has come, but it is time for a sign of life.
 NOTHING = Delta("", (), ())
+#: Tokens in one interim head, about: a router reads heads of 128 KiB. The rest is for the next one.
+_MOST_DRAFTED = 8192
 #: Between two times at which the router is told of an answer that comes whole.
 _DRAFT_SECONDS = 1.0
 
@@ -231,10 +233,13 @@ class Answer:
         step is left out: whoever takes this up draws it again, and sees by that why it has finished."""
         if not self._is_marked:
             return b""
-        new = {}
+        new: dict[int, list[int]] = {}
+        room = _MOST_DRAFTED
         for index, output in enumerate(self._outputs):
             start, end = self._num_marked[index], self._num_before_end.get(index, output.num_tokens)
+            end = min(end, start + room)
             if end > start:
+                room -= end - start
                 self._num_marked[index] = end
                 new[index] = output.token_ids[start:end]
         return draft_lines(self.created, self.id, new) if new else b""

@@ -1,0 +1,199 @@
+"""An answer that comes whole goes on at another replica from where it was told of last, unseen by clients."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from .asking import ask, generation, request_bytes
+from .conftest import RouterProcess
+from .fake_engine import wait_until
+from .generation import COMPLETIONS
+from .raw_client import RawClient
+from .replicas import Fleet, running_fleet
+from .test_resume import SEVERAL, faulty, undisturbed
+
+#: Choices that end at different times.
+WHOLE: dict[str, Any] = {"stream": False, "n": 2, "max_tokens": 40, "drafts": 4}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with running_fleet(tmp_path_factory.mktemp("router"), 3) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def fleet(running: Fleet) -> Fleet:
+    """Replicas that have no past, for a new test."""
+    running.renew()
+    return running
+
+
+@pytest.mark.parametrize(
+    ("at", "how"),
+    [*itertools.product(["head", "body"], ["close", "reset", "reborn", "kill", "garbage"]), ("head", 503)],
+)
+def test_an_answer_of_which_nothing_is_known_is_begun_anew(fleet, at, how):
+    answer = undisturbed(fleet, faulty(at, how, stream=False, **SEVERAL))
+    assert answer.headers.get("x-fd-retries") == "1" or at == "head"
+    assert answer.resumed_by == []
+    fleet.wait_until_up()
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "reborn", "kill", "garbage", 503])
+def test_one_that_has_been_told_of_goes_on_from_there(fleet, how):
+    before = fleet.resumes()
+    for event in range(4):
+        answer = undisturbed(fleet, faulty("draft", how, event=event, **WHOLE), f"draft-{how}-{event}")
+        assert answer.headers["x-fd-retries"] == "1"
+        assert answer.resumed_by == [answer.headers["x-fd-replica"]]
+        # Only the rest of it is computed there.
+        [name] = answer.resumed_by
+        assert fleet[int(name)].delivered(f"draft-{how}-{event}") == [39 * (event + 1) // 4]
+        fleet.wait_until_up()
+    assert fleet.resumes() == before + 4
+
+
+def test_one_that_is_lost_in_its_body_goes_on_from_the_last_time_it_was_told_of(fleet):
+    for how in ("close", "reset", "reborn", "garbage"):
+        answer = undisturbed(fleet, faulty("body", how, **WHOLE), f"body-{how}")
+        [name] = answer.resumed_by
+        assert fleet[int(name)].delivered(f"body-{how}") == [39]
+
+
+@pytest.mark.parametrize("how", ["close", "reborn"])
+def test_one_that_is_lost_after_every_single_time(fleet, how):
+    """Nobody is to blame for that, so it goes on for more often than a request may fail."""
+    answer = undisturbed(fleet, faulty("draft", how, event="any", times=1000, **{**WHOLE, "drafts": 7}))
+    assert len(answer.resumed_by) == 7
+
+
+def test_nobody_is_there_to_go_on_with_one_for_a_while(fleet):
+    """Its work is waited for, as the rest of a stream is: nothing of it is to be done again."""
+    faults = [
+        {"at": "draft", "event": 1, "how": "kill"},
+        {"at": "resume", "how": "kill"},
+        {"at": "resume", "how": 503},
+    ]
+    answer = undisturbed(fleet, generation(faults=faults, **WHOLE), "for a while")
+    assert len(answer.resumed_by) == 1
+    assert answer.headers["x-fd-retries"] == "3"
+    fleet.wait_until_up()
+
+
+# ---- when it is begun anew
+
+
+@pytest.mark.parametrize("refusal", [400, 409, 500])
+def test_who_cannot_go_on_with_one_begins_it_anew(fleet, refusal):
+    faults = [{"at": "draft", "event": 1, "how": "close"}, {"at": "resume", "how": refusal, "times": 1000}]
+    before = relayed(fleet.router)
+    answer = undisturbed(fleet, generation(faults=faults, **WHOLE))
+    assert answer.resumed_by == []
+    # It, and those with which `undisturbed` makes up for the failure.
+    assert relayed(fleet.router) == before + 1 + len(fleet.replicas)
+
+
+def test_nobody_has_gone_on_with_what_was_thrown_away(fleet):
+    faults = [
+        {"at": "draft", "event": 0, "how": "close"},
+        {"at": "draft", "event": 2, "how": "close"},
+        {"at": "resume", "event": 29, "how": 409, "times": 1000},
+    ]
+    answer = undisturbed(fleet, generation(faults=faults, **WHOLE), "thrown away")
+    # Somebody had, before it was.
+    assert sum(len(replica.delivered("thrown away")) for replica in fleet.replicas) > 1
+    assert answer.resumed_by == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "X: y",
+        "X-FD-Mark: 0 1",
+        "X-FD-Draft: x y\r\nX-FD-Mark: 0 1",
+        f"X-FD-Draft: {'1' * 5000} y\r\nX-FD-Mark: 0 1",
+        f"X-FD-Draft: {1 << 64} y\r\nX-FD-Mark: 0 1",
+        "X-FD-Draft: 1 y\r\nX-FD-Mark: 0 x",
+        "X-FD-Draft: 1 y\r\nX-FD-Mark: 0 -1",
+        "X-FD-Draft: 1 y\r\nX-FD-Mark: -1 1",
+        f"X-FD-Draft: 1 y\r\nX-FD-Mark: {1 << 64} 1",
+    ],
+    ids=["other", "no head", "no time", "long", "late", "no token", "token -1", "choice -1", "choice"],
+)
+def test_what_is_no_draft_begins_it_anew(fleet, lines):
+    answer = undisturbed(fleet, faulty("draft", "close", event=3, interim=lines, **WHOLE))
+    assert answer.resumed_by == []
+
+
+def test_one_that_is_lost_again_and_again_before_it_has_come_further_is_not_tried_for_ever(fleet):
+    """Whoever tells of it and dies then would otherwise be followed by the next, as long as there are any."""
+    faults = [{"at": "draft", "event": 1, "how": "close", "times": 1000}]
+    faults += [{"at": "resume", "how": 409, "times": 1000}]
+    answer = ask(fleet.router.port, generation(faults=faults, **WHOLE), "poison")
+    assert answer.status == 503
+    assert "3 replicas in a row" in answer.error["message"]
+    attempts = [each for replica in fleet.replicas for each in replica.received(COMPLETIONS)]
+    assert sum(each["x-request-id"] == "poison" for each in attempts) <= 4
+    fleet.renew()
+
+
+def test_a_kept_connection_that_ends_after_a_sign_of_life_was_no_old_one(fleet):
+    for _ in fleet.replicas:
+        ask(fleet.router.port, generation(stream=False, max_tokens=1)).check()
+    answer = undisturbed(fleet, faulty("draft", "close", event=0, drafts=1, interim="X: y", stream=False))
+    assert answer.headers["x-fd-retries"] == "1"
+
+
+def test_a_large_one_tells_in_its_head_who_has_gone_on_with_it(fleet):
+    """It is passed on before it is whole, and has no trailer."""
+    answer = undisturbed(fleet, faulty("draft", "close", event=3, pad=6 << 20, **WHOLE))
+    assert answer.resumed_by == [answer.headers["x-fd-replica"]]
+
+
+# ---- when there is nobody to go on with it
+
+
+@pytest.fixture
+def small_fleet(start_router) -> Iterator[Callable[[int], Fleet]]:
+    """Replicas that take one request at a time."""
+    with ExitStack() as stack:
+
+        def start(count: int) -> Fleet:
+            router = start_router("--health-check-interval-secs", "0.2", "--queue-timeout-secs", "3")
+            return stack.enter_context(Fleet(router, count, "--max-concurrency=1"))
+
+        yield start
+
+
+@pytest.mark.parametrize("kind", ["begun anew", "gone on with", "a stream"])
+def test_while_the_others_are_full_the_replica_that_has_lost_it_is_tried_again(small_fleet, kind):
+    fleet = small_fleet(2)
+    request = {
+        "begun anew": faulty("body", "close", stream=False),
+        "gone on with": faulty("draft", "close", event=2, **WHOLE),
+        "a stream": faulty("event", "close", event=2),
+    }[kind]
+    with RawClient(fleet.router.port) as other:
+        other.send(request_bytes(generation(stream=False, delay=60.0)))
+        wait_until(lambda: not all(replica.is_idle() for replica in fleet.replicas), "one of them is full")
+        ask(fleet.router.port, request).check()
+
+
+def test_the_time_in_line_before_its_replica_took_it_is_not_held_against_it(small_fleet):
+    fleet = small_fleet(1)
+    first = threading.Thread(target=ask, args=(fleet.router.port, generation(stream=False, delay=0.5)))
+    first.start()
+    wait_until(lambda: not all(replica.is_idle() for replica in fleet.replicas), "it is under way")
+    # It is lost when all of the three seconds for which it may wait are over.
+    ask(fleet.router.port, faulty("body", "kill", stream=False, delay=3.2)).check()
+    first.join()
+
+
+def relayed(router: RouterProcess) -> float:
+    [line] = router.metric("fd_router_relay_seconds_count")
+    return float(line.rpartition(" ")[2])
