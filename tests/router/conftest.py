@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -21,6 +21,9 @@ from fastdeploy.ports import find_free
 from .boards import Clock
 from .fake_engine import FakeEngine, answers, wait_until
 from .raw_client import RawClient
+
+if TYPE_CHECKING:
+    from .replicas import Fleet
 
 FD_ROUTER = Path(sys.executable).with_name("fd-router")
 
@@ -204,3 +207,20 @@ def new_engine() -> Iterator[Callable[..., FakeEngine]]:
             engine.stop()
         except OSError:
             continue  # stopped by the test
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Three of resumable_engine.py, behind a router of their own."""
+    # It needs this room's router.
+    from .replicas import running_fleet
+
+    with running_fleet(tmp_path_factory.mktemp("router"), 3) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def fleet(running: Fleet) -> Fleet:
+    """Replicas that have no past, for a new test."""
+    running.renew()
+    return running

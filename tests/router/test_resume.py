@@ -1,7 +1,6 @@
 """A stream whose replica dies goes on at another, and its client does not notice: not one byte differs."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,23 +9,10 @@ from fastdeploy.resumption import RESUME_PATH
 
 from .asking import Answered, ask, generation
 from .generation import CHAT, COMPLETIONS, Generation
-from .replicas import Fleet, running_fleet
+from .replicas import Fleet
 
 #: Two choices that end at different times, and a chunk that belongs to neither.
 SEVERAL: dict[str, Any] = {"n": 2, "max_tokens": 9, "stream_options": {"include_usage": True}}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with running_fleet(tmp_path_factory.mktemp("router"), 3) as fleet:
-        yield fleet
-
-
-@pytest.fixture
-def fleet(running: Fleet) -> Fleet:
-    """Replicas that have no past, for a new test."""
-    running.renew()
-    return running
 
 
 def faulty(at: str, how: str, *, event: int | str | None = None, **request: Any) -> Generation:

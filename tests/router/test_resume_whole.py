@@ -13,24 +13,11 @@ from .conftest import RouterProcess
 from .fake_engine import wait_until
 from .generation import COMPLETIONS
 from .raw_client import RawClient
-from .replicas import Fleet, running_fleet
+from .replicas import Fleet
 from .test_resume import SEVERAL, faulty, undisturbed
 
 #: Choices that end at different times.
 WHOLE: dict[str, Any] = {"stream": False, "n": 2, "max_tokens": 40, "drafts": 4}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    with running_fleet(tmp_path_factory.mktemp("router"), 3) as fleet:
-        yield fleet
-
-
-@pytest.fixture
-def fleet(running: Fleet) -> Fleet:
-    """Replicas that have no past, for a new test."""
-    running.renew()
-    return running
 
 
 @pytest.mark.parametrize(
