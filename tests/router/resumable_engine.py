@@ -127,8 +127,8 @@ class Connection(asyncio.Protocol):
         self.engine.connections.discard(self)
         self.may_write.set()
         if self._task is not None and not self._task.done():
-            self.engine.cancelled += 1
             self._task.cancel()
+            self._count_cancelled()
 
     def pause_writing(self) -> None:
         self.may_write.clear()
@@ -177,9 +177,17 @@ class Connection(asyncio.Protocol):
 
     async def write(self, data: bytes) -> None:
         if self.transport.is_closing():
+            # A failed write tells it to the transport before the loop tells `connection_lost`.
+            self._count_cancelled()
             raise Over
         self.transport.write(data)
         await self.may_write.wait()
+
+    def _count_cancelled(self) -> None:
+        """Once, and not if the engine itself has closed the connection."""
+        if self._task is not None:
+            self._task = None
+            self.engine.cancelled += 1
 
     def answer(self, status: int, body: bytes, extra: str = "") -> None:
         head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
