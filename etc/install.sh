@@ -53,8 +53,10 @@ install_files() {
 
 # Members of group fd read dp.toml, which may hold keys; only root writes it.
 install_user() {
+    # It is there if somebody else is in it: it outlives the user then.
+    if getent group fd >/dev/null; then group=--gid=fd; else group=--user-group; fi
     id fd >/dev/null 2>&1 ||
-        useradd --system --user-group --home-dir /var/lib/fd --no-create-home --shell /usr/sbin/nologin fd
+        useradd --system "$group" --home-dir /var/lib/fd --no-create-home --shell /usr/sbin/nologin fd
     chown root:fd /etc/fd /etc/fd/dp.toml
     chmod 0750 /etc/fd
     chmod 0640 /etc/fd/dp.toml

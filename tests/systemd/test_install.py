@@ -33,13 +33,19 @@ print(answer.status, answer.read().decode())
 def fresh(machine: Machine) -> Iterator[Service]:
     """As a machine is before `make install`, but for the virtual environment."""
     installed.install_environment(machine)
-    machine.run("userdel", "fd", code=None)
+    remove_user(machine)
     service = Service(machine)
     yield service
     if service.show("LoadState") == "loaded":
         service.stop()
     service.override_nothing()
+    remove_user(machine)
+
+
+def remove_user(machine: Machine) -> None:
     machine.run("userdel", "fd", code=None)
+    # It goes with the user unless somebody else is in it.
+    machine.run("groupdel", "fd", code=None)
 
 
 def ask(service: Service, key: str = "") -> str:
@@ -70,6 +76,7 @@ def test_install_puts_everything_in_place_and_uninstall_leaves_what_is_the_opera
 
 def test_real_replicas_serve_with_keys_from_a_credential_and_go_on_over_an_upgrade(fresh: Service) -> None:
     machine, root = fresh.machine, fresh.machine.root
+    machine.run("groupadd", "--system", "fd")
     machine.write("/etc/fd/api-keys", f"{_KEY}\n", 0o600)
     machine.write(CONFIG, f'{installed.SMALL}[router]\napi_keys_file = "credential:api-keys"\n')
     installed.install(machine)
