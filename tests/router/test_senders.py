@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import requests
 from flask.testing import FlaskClient
+from prometheus_client import values
 
 from fastdeploy.daemon.router.app import Router
 from fastdeploy.daemon.router.board import Board
@@ -107,6 +108,8 @@ class InProcess:
 @pytest.fixture
 def in_process(new_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[InProcess]:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    # A worker sets it for its whole process; this one lives on.
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
     in_process = InProcess(tmp_path, new_engine())
     yield in_process
     in_process.close()
