@@ -1,14 +1,12 @@
 """One request: choose a replica, send, and when that fails try again or go on elsewhere.
 
-    choose --> attempt --> the answer, whole: over
-      |          |
-      |          +-> refused (503, 502, 429 with Retry-After): choose again, within the retry budget
-      |          +-> the replica is lost, nothing is known of its answer: choose again
-      |          +-> the replica is lost, a part of its answer is known: choose again and resume, if it can be
-      +-> all are full: wait in line
-      +-> nobody is there: 503, or wait in line if some replica has had it
-
-No replica is tried twice, unless it has been started anew meanwhile, or the answer has come further.
+choose --> attempt --> the answer, whole: over
+  |          |
+  |          +-> refused (503, 502, 429 with Retry-After): choose again, within the retry budget
+  |          +-> the replica is lost, nothing is known of its answer: choose again
+  |          +-> the replica is lost, a part of its answer is known: choose again and resume, if it can be
+  +-> all are full: wait in line
+  +-> nobody is there: 503, or wait in line if some replica has had it
 """
 
 from __future__ import annotations
@@ -17,20 +15,19 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...resumption import Resumption
 from . import refusals
 from .answers import Answer
-from .board import Lease, Nobody, Seat
+from .attempts import Attempts
+from .board import Lease, Nobody
 from .delivery import Client, Delivery
 from .fast_path import FastStream, Passed
 from .incoming import ClientRequest, RawHeaders, Refused
 from .outgoing import Forwarded, forwarded, lines_for, resuming
 from .policies import RequestFacts
 from .request_facts import facts_of
-from .retry import MOST_DEATHS, is_busy, is_death, is_overload
+from .retry import cannot_be_resumed, in_words, is_busy, is_death, is_overload
 from .upstream import Fault, ReplicaConnection
 
 if TYPE_CHECKING:
@@ -42,34 +39,15 @@ logger = logging.getLogger(__name__)
 _MOST_KEPT = 64 << 10
 #: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
 _REST = 0.5
-#: Refusals to resume that every replica would repeat: it is the stream that cannot go on.
-_FINAL = frozenset({400, 404, 409, 413, 422})
-_SAID = {
-    Fault.UNANSWERED: "did not answer",
-    Fault.CUT: "did not finish its answer",
-    Fault.GARBLED: "does not speak HTTP",
-    Fault.SILENT: "fell silent",
-}
 
 
 class Exchange:
     """Its callbacks come from the client's connection, the replica's, and the line."""
 
     __slots__ = (
-        *("_began_at", "_busy", "_connection", "_deaths", "_delivery", "_facts", "_forwarded", "_id"),
-        *(
-            "_fast",
-            "_has_been_taken",
-            "_is_doubtful",
-            "_is_over",
-            "_is_paused",
-            "_is_reused",
-            "_lease",
-            "_name",
-            "_plane",
-        ),
-        *("_problems", "_refusal", "_request", "_resumed_by", "_resumption", "_stays"),
-        *("_tried", "_waits_since", "deadline"),
+        *("_began_at", "_connection", "_delivery", "_facts", "_fast", "_forwarded", "_id", "_is_doubtful"),
+        *("_is_over", "_is_paused", "_is_reused", "_lease", "_name", "_past", "_plane", "_refusal"),
+        *("_request", "_stays", "_waits_since", "deadline"),
     )
 
     def __init__(self, plane: DataPlane, client: Client, request: ClientRequest) -> None:
@@ -95,31 +73,23 @@ class Exchange:
         #: With the event loop: the fast path can do nothing for it.
         self._stays = False
         # Of all attempts.
-        #: Of the latest.
+        #: Of the latest one's replica.
         self._name = "-"
-        self._tried: list[Seat] = []
-        self._problems: list[str] = []
-        self._deaths = 0
-        #: A replica has died with it, or there was a part of its answer: it is not turned away any more.
-        self._has_been_taken = False
-        #: What the client is told if there is nobody left: the last refusal, or that there was garbage.
-        self._busy: Answer | None = None
-        self._resumption: Resumption | None = None
-        self._resumed_by: list[Seat] = []
+        self._past = Attempts()
         self._is_paused = False
         self._is_over = False
 
     def start(self) -> None:
+        plane, request = self._plane, self._request
         try:
-            self._let_in()
-            self._forwarded = forwarded(self._request, self._id)
+            plane.admit(request)
+            self._forwarded = forwarded(request, self._id)
         except Refused as refused:
             self._give(refused.answer)
             return
-        plane = self._plane
         plane.exchanges.add(self)
         plane.budget.deposit()
-        draw, request = random.getrandbits(64), self._request
+        draw = random.getrandbits(64)
         self._facts = facts_of(plane.settings.policy, request.headers, request.body, draw)
         if plane.line.has_others(self._began_at):
             self._wait(Nobody.BUSY)
@@ -171,14 +141,14 @@ class Exchange:
 
     @property
     def is_choosy(self) -> bool:
-        return bool(self._tried)
+        return bool(self._past.tried)
 
     def try_again(self, now: float) -> Nobody | None:
         if self._is_over:
             return None
-        if self._has_been_taken and now - self._waits_since >= _REST:
-            # Whoever failed may be well again by now; MOST_DEATHS and the deadline end this.
-            self._tried.clear()
+        if self._past.has_been_taken and now - self._waits_since >= _REST:
+            # Whoever failed may be well again by now; the deadline ends this, and too many deaths.
+            self._past.forgive()
         nobody = self._attempt()
         if nobody is None:
             self._plane.metrics.waited(now - self._waits_since)
@@ -188,10 +158,10 @@ class Exchange:
         self._plane.metrics.waited(time.monotonic() - self._waits_since)
         if self._delivery.has_begun:
             self._break_off("no replica could go on with the answer in time")
-        elif self._has_been_taken:
-            self._give(self._busy or refusals.nobody(self._problems))
+        elif self._past.has_been_taken:
+            self._give(self._past.nobody())
         else:
-            self._give(self._busy or refusals.line_is_full(self._plane.retry_after()))
+            self._turn_away()
 
     # ---- from the pool
 
@@ -215,24 +185,24 @@ class Exchange:
         if "resume" in lease.instance.features:
             tokens = self._delivery.note_draft(headers)
             self._progressed(tokens)
-            if tokens and self._resumption is not None:
-                self._has_gone_on(lease)
+            if tokens and self._past.resumption is not None:
+                self._past.has_gone_on(lease.seat)
 
     def began(self, connection: ReplicaConnection) -> None:
         status = connection.status
         lease = self._lease
         assert lease is not None
-        if self._resumption is not None:
+        if self._past.resumption is not None:
             is_stream = connection.content_type.startswith(b"text/event-stream")
             is_rest = status == 200 and (is_stream or not self._delivery.has_begun)
             self._refusal = None if is_rest else []
             if is_rest:
-                self._has_gone_on(lease)
+                self._past.has_gone_on(lease.seat)
         elif is_busy(status, connection.has_retry_after):
             self._refusal = []
         if self._refusal is None and not self._delivery.has_begun:
             has_marks = "resume" in lease.seat.instance.features
-            self._delivery.expect(connection, len(self._problems), has_marks, self._resumed_by)
+            self._delivery.expect(connection, len(self._past.problems), has_marks, self._past.resumed_by)
         self._stays = not self._delivery.has_marks
 
     def received(self, body: bytes) -> None:
@@ -261,7 +231,7 @@ class Exchange:
             self.failed(Fault.CUT, "the stream ended before its last event")
             return
         self._plane.board.succeeded(lease.seat)
-        self._delivery.finish(self._resumed_by)
+        self._delivery.finish(self._past.resumed_by)
         self._end()
 
     def failed(self, fault: Fault, why: str) -> None:
@@ -272,7 +242,7 @@ class Exchange:
         self._connection = None
         if self._delivery.is_done:
             self._delivery.complete()
-            self._delivery.finish(self._resumed_by)
+            self._delivery.finish(self._past.resumed_by)
             self._end()
             return
         self._delivery.drop_partial()
@@ -282,10 +252,10 @@ class Exchange:
             self._is_reused, self._is_doubtful = False, True
             self._plane.pool.connect(lease.seat, self)
             return
-        problem = f"{lease.seat.authority} {_SAID[fault]}: {why}" if fault in _SAID else why
+        problem = in_words(fault, lease.seat.authority, why)
         self._report(lease, fault, problem)
         if fault is Fault.GARBLED:
-            self._busy = refusals.garbled(lease.seat.name, problem)
+            self._past.refusal = refusals.garbled(lease.seat.name, problem)
         is_patient = fault is Fault.SILENT and not self._delivery.has_begun
         if is_patient and "progress" not in lease.instance.features:
             # It may be busy with this very request, for all that is known.
@@ -328,25 +298,10 @@ class Exchange:
         """So many have gone to the client, or would have if its answer did not come whole."""
         if events and self._lease is not None:
             self._lease.count_tokens(events)
-            # A stream that goes on is not what kills replicas, however many it outlives.
-            self._deaths = 0
+            self._past.came_further()
             self.deadline = 0.0
-            del self._tried[:-1]
-
-    def _has_gone_on(self, lease: Lease) -> None:
-        if lease.seat not in self._resumed_by[-1:]:
-            self._resumed_by.append(lease.seat)
 
     # ---- choosing
-
-    def _let_in(self) -> None:
-        settings = self._plane.settings
-        is_open = not settings.keys or self._request.method == "OPTIONS"
-        if not is_open and not settings.keys.allow(self._request.authorization):
-            raise Refused(refusals.no_key())
-        count = settings.max_in_flight
-        if len(self._plane.exchanges) >= count:
-            raise Refused(refusals.too_many_in_flight(count))
 
     def _choose(self) -> None:
         nobody = self._attempt()
@@ -358,25 +313,21 @@ class Exchange:
         now = self._waits_since = time.monotonic()
         if not self.deadline:
             self.deadline = now + self._plane.settings.queue_timeout
-        if self._has_been_taken:
+        if self._past.has_been_taken:
             self._plane.line.join(self, is_urgent=True)
         elif nobody is Nobody.DOWN:
-            self._give(self._busy or refusals.nobody(self._problems))
+            self._give(self._past.nobody())
         elif not self._plane.line.join(self):
-            self._give(self._busy or refusals.line_is_full(self._plane.retry_after()))
+            self._turn_away()
 
     def _attempt(self) -> Nobody | None:
         """None if one is under way."""
-        plane = self._plane
-        exclude: Sequence[Seat] = self._tried
-        if self._resumption is not None:
-            cannot = [seat for seat in plane.board.seats() if "resume" not in seat.instance.features]
-            exclude = [*exclude, *cannot]
+        plane, past = self._plane, self._past
         began = time.perf_counter()
-        picked = plane.board.pick(plane.settings.policy, self._facts, exclude)
-        if not picked and self._resumption is not None and not self._delivery.has_begun:
+        picked = plane.board.pick(plane.settings.policy, self._facts, past.to_avoid(plane.board))
+        if not picked and past.resumption is not None and not self._delivery.has_begun:
             # Better begun anew than not at all.
-            picked = plane.board.pick(plane.settings.policy, self._facts, self._tried)
+            picked = plane.board.pick(plane.settings.policy, self._facts, past.tried)
         plane.metrics.picked(time.perf_counter() - began)
         if not isinstance(picked, Lease):
             return picked
@@ -385,7 +336,7 @@ class Exchange:
         self._lease = picked
         self._is_doubtful = False
         self._name = picked.seat.name
-        self._tried.append(picked.seat)
+        past.tried.append(picked.seat)
         connection = plane.pool.take(picked.seat)
         if connection is not None:
             self._send(connection)
@@ -401,13 +352,12 @@ class Exchange:
         self._refusal = None
         seat = lease.seat
         request = self._forwarded
-        if self._resumption is not None and "resume" in seat.instance.features:
-            request = resuming(request, self._resumption, seat.instance.token)
-        elif self._problems:
-            # It is begun anew.
-            self._resumption = None
+        past = self._past
+        if past.resumption is not None and "resume" in seat.instance.features:
+            request = resuming(request, past.resumption, seat.instance.token)
+        elif past.problems:
+            past.begin_anew()
             self._delivery.forget_draft()
-            self._resumed_by.clear()
         elif not self._is_doubtful:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
         lines = lines_for(seat.authority, seat.instance.features)
@@ -420,7 +370,7 @@ class Exchange:
     def _report(self, lease: Lease, fault: Fault, problem: str) -> None:
         # If nobody listens there any more, it was this request with which the kept connection ended.
         if is_death(fault) or self._is_doubtful:
-            self._deaths += 1
+            self._past.died()
             # What it has waited so far is not to be held against it.
             self.deadline = 0.0
         if fault is Fault.UNREACHABLE:
@@ -430,49 +380,49 @@ class Exchange:
 
     def _refused(self, connection: ReplicaConnection, lease: Lease, body: bytes) -> None:
         """The replica has said, and whole, that it does not take the request."""
-        if self._resumption is not None:
+        past = self._past
+        if past.resumption is not None:
             is_begun, status = self._delivery.has_begun, connection.status
-            if is_begun and status in _FINAL:
+            if is_begun and cannot_be_resumed(status):
                 self._break_off(f"replica {lease.seat.name} cannot go on with this answer")
                 return
             if not is_begun and status != 401 and not is_busy(status, connection.has_retry_after):
                 # Nobody has seen anything of it. It is begun anew, and why not here.
                 self._delivery.forget_draft()
-                self._tried.remove(lease.seat)
+                past.forgive(lease.seat)
         else:
-            self._busy = refusals.not_now(connection, lease.seat.name, body)
+            past.refusal = refusals.not_now(connection, lease.seat.name, body)
             is_load = is_overload(connection.status, bool(lease.instance.instance))
             if is_load and not self._plane.budget.withdraw(time.monotonic()):
-                self._give(self._busy)
+                self._give(past.refusal)
                 return
         self._next(lease, f"{lease.seat.authority} answered {connection.status}")
 
     def _next(self, lease: Lease, problem: str) -> None:
         """Another replica, if there is one."""
-        name = lease.seat.name
-        self._resumption = self._delivery.resumption()
-        self._has_been_taken |= self._deaths > 0 or self._resumption is not None
-        if self._delivery.has_begun and self._resumption is None:
+        name, past, delivery = lease.seat.name, self._past, self._delivery
+        past.failed(f"replica {name}: {problem}", delivery.resumption())
+        if delivery.has_begun and past.resumption is None:
             self._break_off(f"replica {name} was lost in the middle of the answer", problem)
             return
         self._release()
-        self._problems.append(f"replica {name}: {problem}")
         logger.warning("request=%s replica=%s did not take it: %s", self._id[:64], name, problem)
-        if self._deaths >= MOST_DEATHS:
-            why = f"{self._deaths} replicas in a row were lost over this request; it is not tried again"
-            self._problems.append(why)
-            if self._delivery.has_begun:
+        if why := past.deadly():
+            if delivery.has_begun:
                 self._break_off(f"{why} (the last one: {problem})")
             else:
-                self._give(refusals.nobody(self._problems))
+                self._give(refusals.nobody([*past.problems, why]))
             return
-        if self._resumption is not None:
+        if past.resumption is not None:
             self._plane.metrics.resumed(name)
         else:
             self._plane.metrics.retried(name)
         self._choose()
 
     # ---- the end
+
+    def _turn_away(self) -> None:
+        self._give(self._past.refusal or refusals.line_is_full(self._plane.retry_after()))
 
     def _give(self, answer: Answer) -> None:
         self._delivery.give(answer)
@@ -509,6 +459,6 @@ class Exchange:
         load = {row.instance.name: row.in_flight for row in self._plane.board.status() if row.up}
         logger.debug(
             "request=%s replica=%s chosen by %s, attempt=%d, tokens=%d, in flight, this one included: %s",
-            *(self._id[:64], lease.seat.name, self._plane.settings.policy.name, len(self._tried)),
+            *(self._id[:64], lease.seat.name, self._plane.settings.policy.name, len(self._past.tried)),
             *(self._facts.prompt_tokens, load),
         )

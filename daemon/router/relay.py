@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
+from . import refusals
 from .access_log import AccessLog
 from .board import Board, Seat
 from .delivery import Client, Delivery
 from .exchange import Exchange
 from .fast_path import FastPath
-from .incoming import ClientRequest
+from .incoming import ClientRequest, Refused
 from .metrics import Metrics
 from .outbox import Outbox
 from .retry import RetryBudget
@@ -42,6 +43,18 @@ class DataPlane:
         exchange = Exchange(self, client, request)
         exchange.start()
         return exchange
+
+    def admit(self, request: ClientRequest) -> None:
+        """
+        Raises:
+            Refused: it has no valid key, or one more is too many.
+        """
+        settings = self.settings
+        is_open = not settings.keys or request.method == "OPTIONS"
+        if not is_open and not settings.keys.allow(request.authorization):
+            raise Refused(refusals.no_key())
+        if len(self.exchanges) >= settings.max_in_flight:
+            raise Refused(refusals.too_many_in_flight(settings.max_in_flight))
 
     def over(
         self,

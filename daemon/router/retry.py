@@ -14,11 +14,25 @@ from .upstream import Fault
 #: Replicas that may be lost over one request; after that it is more likely the request's fault than theirs.
 MOST_DEATHS = 3
 _DEATHS = frozenset({Fault.UNANSWERED, Fault.CUT, Fault.SILENT})
+_SAID = {
+    Fault.UNANSWERED: "did not answer",
+    Fault.CUT: "did not finish its answer",
+    Fault.GARBLED: "does not speak HTTP",
+    Fault.SILENT: "fell silent",
+}
 
 
 def is_death(fault: Fault) -> bool:
     """The replica had the request when it failed."""
     return fault in _DEATHS
+
+
+def in_words(fault: Fault, authority: str, why: str) -> str:
+    """
+    Args:
+        why: names the replica itself if it could not be reached.
+    """
+    return f"{authority} {_SAID[fault]}: {why}" if fault in _SAID else why
 
 
 def is_busy(status: int, has_retry_after: bool) -> bool:
@@ -30,6 +44,11 @@ def is_overload(status: int, is_ours: bool) -> bool:
     """That answer may be for want of room. A replica of ours says 503 only when it is not there any more: it
     is starting, ending or has failed, and all its requests with it."""
     return status == 429 or not is_ours
+
+
+def cannot_be_resumed(status: int) -> bool:
+    """A refusal to resume that every replica would repeat: it is the stream that cannot go on."""
+    return status in (400, 404, 409, 413, 422)
 
 
 @dataclass(slots=True)
