@@ -145,7 +145,7 @@ def _live(source: Source) -> int:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """What is typed within so many seconds; Ctrl-C stays Ctrl-C."""
+    """What is typed within so many seconds; Ctrl-C stays Ctrl-C, and the end of the terminal is a q."""
 
     def sleep(seconds: float) -> str:
         time.sleep(seconds)
@@ -158,14 +158,15 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
     def pressed(seconds: float) -> str:
         ready, _, _ = select.select([terminal], [], [], seconds)
-        return os.read(terminal, 64).decode(errors="replace") if ready else ""
+        return (os.read(terminal, 64).decode(errors="replace") or "q") if ready else ""
 
     before = termios.tcgetattr(terminal)
     tty.setcbreak(terminal)
     try:
         yield pressed
     finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):  # it may be gone
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _scraper(entry: dict[str, Any]) -> Callable[[], Scrape]:

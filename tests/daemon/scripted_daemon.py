@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import socket
 import subprocess
 import threading
@@ -57,11 +58,22 @@ def scripted(path: Path, script: Script) -> Iterator[list[dict[str, Any]]]:
 
 
 class Terminal:
-    """fdctl on a terminal of 120 columns."""
+    """fdctl on a terminal of 120 columns.
 
-    def __init__(self, *words: str) -> None:
+    Args:
+        nohup: it is to live on when the terminal is gone.
+    """
+
+    def __init__(self, *words: str, nohup: bool = False) -> None:
         self._master, slave = pty.openpty()
         env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+
+        def prepare() -> None:
+            # Or Ctrl-C would be a character like others.
+            os.close(os.open(os.ttyname(0), os.O_RDWR))
+            if nohup:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
         self.process = subprocess.Popen(
             [str(FDCTL), *words],
             stdin=slave,
@@ -69,14 +81,16 @@ class Terminal:
             stderr=slave,
             env=env,
             start_new_session=True,
-            # Or Ctrl-C would be a character like others.
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+            preexec_fn=prepare,
         )
         os.close(slave)
         self._output = b""
 
     def type(self, keys: bytes) -> None:
         os.write(self._master, keys)
+
+    def hang_up(self) -> None:
+        os.close(self._master)
 
     def shows(self, pattern: str, deadline: float = 40.0) -> str:
         """Waits until it has been shown; returns all that was."""

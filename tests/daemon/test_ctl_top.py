@@ -259,6 +259,18 @@ def test_it_goes_on_until_q_or_ctrl_c(key: bytes, code: int, tmp_path: Path, ser
         assert terminal.end()[0] == code
 
 
+def test_it_does_not_outlive_its_terminal(tmp_path: Path, serve: Serve) -> None:
+    """Not even under nohup, when no SIGHUP ends it: what nobody can see need not be drawn."""
+    with daemon(tmp_path / "s", serve):
+        terminal = Terminal("--socket", str(tmp_path / "s"), "top", nohup=True)
+        terminal.shows("READY")
+        terminal.hang_up()
+        try:
+            assert terminal.process.wait(timeout=40) in (control.OK, control.FAILED)
+        finally:
+            terminal.process.kill()
+
+
 def test_without_a_daemon_to_begin_with_it_ends_at_once(tmp_path: Path) -> None:
     terminal = Terminal("--socket", str(tmp_path / "s"), "top")
     code, text = terminal.end()
