@@ -120,9 +120,12 @@ def test_whoever_asks_where_its_threads_are_finds_it_in_the_log_and_disturbs_nob
     stream = open_stream(replica, max_tokens=400)
     # Many times: to look at stacks that change would be a crash before long.
     for count in range(1, 6):
-        for process in (http, worker):
+        # One after the other: they write to the same file, a word at a time.
+        for process, place in (
+            (http, r"engine_client\.py\", line \d+ in _run$"),
+            (worker, r"worker\.py\", line \d+ in serve$"),
+        ):
             process.send_signal(signal.SIGUSR2)
-        for place in (r"engine_client\.py\", line \d+ in _run$", r"worker\.py\", line \d+ in serve$"):
             wait_until(lambda: len(re.findall(place, replica.log(), re.MULTILINE)) >= count, place)  # noqa: B023
     assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
     assert replica.health()[0] == 200
