@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +14,9 @@ from pathlib import Path
 from .errors import ConfigError
 
 _LISTEN = "0A"
+#: Of those that are looked for: below it many are some service's own.
+_LOWEST = 20_000
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def require_free(host: str, port: int, flag: str) -> None:
@@ -36,12 +41,33 @@ def require_free(host: str, port: int, flag: str) -> None:
 
 
 def find_free(count: int) -> list[int]:
-    """Ports of loopback that were free a moment ago; all held at once, so that they differ."""
+    """Ports of loopback that were free a moment ago; all held at once, so that they differ.
+
+    The kernel gives none of them to a connection by itself: while a server is down, nobody gets its port.
+    """
+    first, last = _range_of_connections()
+    ports = [*range(_LOWEST, first), *range(last + 1, 1 << 16)]
+    # Not with the seed that somebody has given to all of this process.
+    random.Random().shuffle(ports)
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        found: list[int] = []
+        # At last, any will do.
+        for port in (*ports, *[0] * count):
+            if len(found) == count:
+                break
+            one = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # it is taken
+                one.bind(("127.0.0.1", port))
+                found.append(one.getsockname()[1])
+        return found
+
+
+def _range_of_connections() -> tuple[int, int]:
+    try:
+        first, last = _RANGE.read_text().split()
+    except FileNotFoundError:
+        return 32768, 60999  # Linux's own, where a sandbox does not tell
+    return int(first), int(last)
 
 
 def _by_whom(port: int) -> str:

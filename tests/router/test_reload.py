@@ -58,6 +58,7 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_ro
         return router.complete(headers={"Authorization": f"Bearer {key}"}).status_code
 
     assert [status(key) for key in ("alpha", "beta")] == [200, 401]
+    old = {worker.pid for worker in router.workers()}
     headers = {"Authorization": "Bearer alpha"}
     with router.complete(body={"stream": True, "long": True}, headers=headers, stream=True) as stream:
         lines = (line for line in stream.iter_lines(chunk_size=1) if line)
@@ -68,6 +69,7 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_ro
         wait_until(lambda: status("alpha") == 401, "the old one is not")
         gate.set()
         assert list(lines)[-1] == b"data: [DONE]"
+    wait_until(lambda: not old & {worker.pid for worker in router.workers()}, "who let alpha in has ended")
     keys.write_text("# nobody\n")
     router.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "has no key in it" in router.log.read_text(), "the fault is named")
