@@ -59,7 +59,8 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_ro
 
     assert [status(key) for key in ("alpha", "beta")] == [200, 401]
     old = {worker.pid for worker in router.workers()}
-    headers = {"Authorization": "Bearer alpha"}
+    # Or its worker would wait for one more request on that connection.
+    headers = {"Authorization": "Bearer alpha", "Connection": "close"}
     with router.complete(body={"stream": True, "long": True}, headers=headers, stream=True) as stream:
         lines = (line for line in stream.iter_lines(chunk_size=1) if line)
         assert next(lines)
