@@ -45,9 +45,10 @@ help:
 serve: $(VENV)/installed model
 	@exec $(BIN)/fd-dp --config $(CONFIG) --prefix $(PREFIX)
 
-# Two files at a time: the tests wait for half of their time. In order, so that the long ones are not the last.
+# Two files at a time, for most tests wait for half of their time; those of the whole system have all cores busy.
 test: $(VENV)/installed model
-	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/e2e
+	@$(BIN)/pytest tests/e2e
 
 # The stamp is newer than what decides which packages have to be there, and than what is compiled. Against the
 # very Paddle that will load it: hence no isolated environment for the build.
