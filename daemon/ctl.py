@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -59,11 +58,8 @@ def main() -> int:
         return asking.fail(str(error), FAILED, as_json=options.json)
     except KeyboardInterrupt:
         return DETACHED
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
-            raise
-        # The reader of our output (head, less) has seen enough, or the terminal is gone: not even the exit
-        # may write to it.
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough; not even the exit may write to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 

@@ -51,15 +51,17 @@ def find_free(count: int) -> list[int]:
     random.Random().shuffle(ports)
     with ExitStack() as stack:
         found: list[int] = []
-        # At last, any will do.
-        for port in (*ports, *[0] * count):
-            if len(found) == count:
-                break
-            one = stack.enter_context(socket.socket())
+        while ports and len(found) < count:
             with contextlib.suppress(OSError):  # it is taken
-                one.bind(("127.0.0.1", port))
-                found.append(one.getsockname()[1])
-        return found
+                found.append(_hold(ports.pop(), stack))
+        # At last, any will do.
+        return found + [_hold(0, stack) for _ in range(count - len(found))]
+
+
+def _hold(port: int, stack: ExitStack) -> int:
+    one = stack.enter_context(socket.socket())
+    one.bind(("127.0.0.1", port))
+    return one.getsockname()[1]
 
 
 def _range_of_connections() -> tuple[int, int]:

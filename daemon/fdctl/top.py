@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import select
@@ -137,9 +138,14 @@ def _live(source: Source) -> int:
 
     from . import table
 
-    with _keys() as pressed, Live(table.of_top(source.frame()), auto_refresh=False, screen=True) as live:
-        while "q" not in pressed(_INTERVAL):
-            live.update(table.of_top(source.frame()), refresh=True)
+    try:
+        with _keys() as pressed, Live(table.of_top(source.frame()), auto_refresh=False, screen=True) as live:
+            while "q" not in pressed(_INTERVAL):
+                live.update(table.of_top(source.frame()), refresh=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise BrokenPipeError("the terminal is gone") from None
     return control.OK
 
 

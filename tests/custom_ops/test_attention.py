@@ -116,7 +116,7 @@ shares_of_a_step = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     heads=st.builds(
         lambda keys, group, half: Heads(keys * group, keys, 2 * half),
