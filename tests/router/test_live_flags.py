@@ -396,7 +396,8 @@ def test_sigterm_ends_streams_of_old_workers_in_time_as_well(live, new_engine):
     one = live("--graceful-timeout-secs", "1")
     one.router.add(new_engine(behaviour=streams_for_ever))
     with one.router.complete(body={"stream": True}, stream=True) as stream:
-        assert next(stream.iter_lines(chunk_size=1))
+        lines = stream.iter_lines(chunk_size=1)
+        assert next(lines)
         assert one.reload() == "done"
         assert len(one.pids()) == 2
         assert one.router.stop(signal.SIGTERM) == 0
