@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from fastdeploy.daemon import control, processes
-from fastdeploy.ports import find_free
 
+from ..ports import free_ports
 from ..waiting import wait_until as _wait_until
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -40,7 +40,7 @@ class Running:
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.config = prefix / "dp.toml"
-        self.ports = find_free(26)
+        self.ports = free_ports(26)
         self.metrics_port = self.ports[25]
         self.daemon: subprocess.Popen[str] | None = None
         self.external = False

@@ -22,8 +22,8 @@ from fastdeploy.daemon.inquest import Inquest
 from fastdeploy.daemon.programs import Program
 from fastdeploy.daemon.shortage import Shortage
 from fastdeploy.daemon.supervisor import Layout
-from fastdeploy.ports import find_free
 
+from ..ports import free_ports
 from .conftest import wait_until
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
@@ -113,7 +113,7 @@ def refusal(tmp_path: Path, *words: str) -> End:
 
 
 def port() -> str:
-    return str(find_free(1)[0])
+    return str(free_ports(1)[0])
 
 
 def test_a_port_held_by_a_stranger(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from fastdeploy.daemon.fdctl.scrapes import Errands, History, Scrape
 from fastdeploy.daemon.router import metrics as router_metrics
 from fastdeploy.messages import ExpertParallelStats, Ready, Stats
 from fastdeploy.metrics import ReplicaMetrics
-from fastdeploy.ports import find_free
 
+from ..ports import free_ports
 from ..waiting import wait_until
 from .scripted_daemon import Terminal, scripted
 
@@ -159,7 +159,7 @@ def test_who_does_not_answer_has_a_row_without_figures_and_keeps_nobody_waiting(
     ports = [
         serve(lambda: replica_metrics().render().decode()),
         serve(lambda: str(over.wait(60))),
-        find_free(1)[0],
+        free_ports(1)[0],
         serve(lambda: "{ this is no exposition"),
     ]
     rows = [entry(number, port) for number, port in enumerate(ports)]

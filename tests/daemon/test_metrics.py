@@ -22,8 +22,8 @@ from fastdeploy.daemon.metrics import Metrics
 from fastdeploy.daemon.programs import Program
 from fastdeploy.daemon.replica import Replica, State
 from fastdeploy.daemon.usage import Usage, of_family
-from fastdeploy.ports import find_free
 
+from ..ports import free_ports
 from .conftest import Running, wait_until
 
 
@@ -196,7 +196,7 @@ def test_a_taken_port_is_said_once_and_had_as_soon_as_it_is_free(running: Runnin
 def test_a_reload_moves_the_port_and_takes_it_away(running: Running) -> None:
     running.start_and_wait()
     pids = running.pids()
-    old, running.metrics_port = running.metrics_port, find_free(1)[0]
+    old, running.metrics_port = running.metrics_port, free_ports(1)[0]
     running.write()
     assert running.fdctl("reload", "--wait").returncode == 0
     wait_until(lambda: scrape(running.metrics_port), "it answers at the new port")

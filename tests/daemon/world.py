@@ -15,7 +15,8 @@ from fastdeploy.daemon.programs import Program, programs_of
 from fastdeploy.daemon.replica import State
 from fastdeploy.daemon.supervisor import Layout, Process, Supervisor
 from fastdeploy.expert_parallel.snapshot import Snapshot
-from fastdeploy.ports import find_free
+
+from ..ports import free_ports
 
 
 class FakeSupervisor(Supervisor):
@@ -104,7 +105,7 @@ class World:
         look: Callable[[str], Snapshot | None] = lambda name: None,
         **supervise: Any,
     ) -> None:
-        ports = find_free(1 + 3 * replicas)
+        ports = free_ports(1 + 3 * replicas)
         lines = [
             '[model]\npath = "demo"',
             f"[parallel]\ndata_parallel_size = {replicas}\n{parallel}",

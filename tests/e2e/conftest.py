@@ -16,8 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fastdeploy.ports import find_free
-
+from ..ports import free_ports
 from ..waiting import wait_until as _wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +55,7 @@ class System:
         self.prefix = prefix
         self.replicas = replicas
         self.run = uuid.uuid4().hex
-        ports = find_free(3 * replicas + 2)
+        ports = free_ports(3 * replicas + 2)
         self.ports, self.metrics_ports, queue_ports = (
             ports[i * replicas : (i + 1) * replicas] for i in range(3)
         )

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from fastdeploy.ports import find_free
-
+from ..ports import free_ports
 from .conftest import BIN, MARKER, TINY_MODEL, marked_processes, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -27,7 +26,7 @@ class Launched:
 
     def __init__(self, directory: Path) -> None:
         self.run = directory.name
-        ports = find_free(2 * SERVERS + 1)
+        ports = free_ports(2 * SERVERS + 1)
         self.ports, queue_ports, router_port = ports[:SERVERS], ports[SERVERS:-1], ports[-1]
         self.url = f"http://127.0.0.1:{router_port}"
         environment = {**os.environ, MARKER: self.run, "FD_LOG_DIR": str(directory)}

@@ -25,9 +25,9 @@ from fastdeploy.daemon import config as dp_toml
 from fastdeploy.daemon.programs import expert_group_of
 from fastdeploy.expert_parallel.memory import group_directory
 from fastdeploy.expert_parallel.snapshot import Snapshot, look
-from fastdeploy.ports import find_free
 
 from ..checkpoints import config_json, draw_tensors, write_checkpoint
+from ..ports import free_ports
 from .conftest import BIN, MARKER, TINY_MODEL, System, marked_processes, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -178,7 +178,7 @@ def commands(directory: Path, *groups: str) -> Iterator[Start]:
 def expected(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Expected:
     """Undisturbed texts, of one replica that has all experts."""
     with commands(tmp_path_factory.mktemp("alone")) as start:
-        ports = find_free(1)
+        ports = free_ports(1)
         server = start(ports, "api_server", "--model", TINY_MODEL, "--port", ports[0], "--max-num-seqs", 16)
         server.wait_ready()
         asked = [ask(server.port, number, tokens) for number in NUMBERS for tokens in (LONG, SHORT)]
@@ -425,7 +425,7 @@ class ByHand:
         self.second_for_a_seat = self.start(0)
 
     def start(self, seat: int, model: Path = TINY_MODEL) -> Command:
-        ports = find_free(1)
+        ports = free_ports(1)
         words = ["--model", model, "--port", ports[0], "--data-parallel-size", 3]
         words += ["--local-data-parallel-id", seat]
         words += ["--enable-expert-parallel", "--expert-parallel-group", self.group]
@@ -453,7 +453,7 @@ def test_servers_that_are_started_by_hand_join_one_after_the_other(
 
 
 def test_servers_of_one_launcher_form_a_group_and_leave_nothing(tmp_path: Path, expected: Expected) -> None:
-    ports = find_free(2)
+    ports = free_ports(2)
     group = f"port-{ports[0]}"
     with commands(tmp_path, group) as start:
         words = ("--args", "--model", TINY_MODEL, "--enable-expert-parallel")

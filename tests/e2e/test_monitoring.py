@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import requests
 
-from fastdeploy.ports import find_free
-
+from ..ports import free_ports
 from .conftest import ROOT, System, wait_until
 
 PROMETHEUS = shutil.which("prometheus")
@@ -41,7 +40,7 @@ class Prometheus:
         self.began = time.time()
         (directory / "prometheus.yml").write_text(configuration(system))
         shutil.copy(RULES, directory)
-        port = find_free(1)[0]
+        port = free_ports(1)[0]
         self._url = f"http://127.0.0.1:{port}"
         with (directory / "prometheus.out").open("w") as output:
             self._process = subprocess.Popen(

@@ -14,8 +14,7 @@ import psutil
 import pytest
 import requests
 
-from fastdeploy.ports import find_free
-
+from ..ports import free_ports
 from .conftest import MARKER, TINY_MODEL, marked_processes, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -26,7 +25,7 @@ class Launcher:
 
     def __init__(self, directory: Path) -> None:
         self.run = uuid.uuid4().hex
-        self.ports = find_free(2)
+        self.ports = free_ports(2)
         self.log = directory / "launcher.log"
         command = [sys.executable, "-m", "fastdeploy.entrypoints.openai.multi_api_server"]
         command += ["--num-servers", "2", "--ports", ",".join(map(str, self.ports))]

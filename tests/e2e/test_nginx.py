@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.ports import find_free
-
+from ..ports import free_ports
 from .conftest import wait_until
 
 CONFIG = Path(__file__).parents[2] / "etc" / "nginx.conf"
@@ -81,7 +80,7 @@ def nginx(replicas: list[Replica], tmp_path: Path) -> Iterator[int]:
     assert shutil.which("nginx"), (
         "nginx is not installed; this test needs the package: apt-get install nginx-light"
     )
-    (port,) = find_free(1)
+    (port,) = free_ports(1)
     lines = CONFIG.read_text().replace("listen 127.0.0.1:8080", f"listen 127.0.0.1:{port}").splitlines()
     servers = [line for line in lines if line.strip().startswith("server 127.0.0.1:")]
     assert len(servers) == 8

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from fastdeploy.parent_death import die_with_parent
-from fastdeploy.ports import find_free
 
+from ..ports import free_ports
 from ..waiting import wait_until as _wait_until
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
@@ -35,7 +35,7 @@ class ApiServer:
     """One api_server process and its children."""
 
     def __init__(self, logs: Path, *flags: str, env: dict[str, str] | None = None) -> None:
-        self.port, self.metrics_port = find_free(2)
+        self.port, self.metrics_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = logs / "out"
         with self.output.open("wb") as out:

@@ -19,9 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fastdeploy.ports import find_free
-
 from ..fake_router import FakeRouter
+from ..ports import free_ports
 from .conftest import TINY, ApiServer, wait_until
 
 
@@ -227,7 +226,7 @@ def start_and_fail(*flags: str) -> tuple[int, str]:
 def test_a_taken_port_is_one_line_with_flag_port_and_holder(flag):
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        code, text = start_and_fail("--model", str(TINY), "--port", str(find_free(1)[0]), flag, str(port))
+        code, text = start_and_fail("--model", str(TINY), "--port", str(free_ports(1)[0]), flag, str(port))
     assert code == 2
     assert f"{flag}: port {port} on 127.0.0.1 is taken by pid {os.getpid()}" in text.splitlines()[-1]
     assert "Traceback" not in text

@@ -16,8 +16,8 @@ import pytest
 import requests
 
 from fastdeploy.daemon.router.board import Board
-from fastdeploy.ports import find_free
 
+from ..ports import free_ports
 from .boards import Clock
 from .fake_engine import FakeEngine, answers, wait_until
 from .raw_client import RawClient
@@ -33,7 +33,7 @@ class RouterProcess:
         self, directory: Path, *flags: str, port: int | None = None, env: dict[str, str] | None = None
     ) -> None:
         self.directory = directory
-        self.port = port or find_free(1)[0]
+        self.port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / "router.log"
         self.process = subprocess.Popen(

@@ -14,9 +14,9 @@ from typing import Any
 
 import requests
 
-from fastdeploy.ports import find_free
 from fastdeploy.resumption import RESUME_PATH
 
+from ..ports import free_ports
 from .conftest import RouterProcess
 from .fake_engine import wait_until
 
@@ -115,7 +115,7 @@ class Fleet:
         self.router = router
         flags = flags if features is None else (*flags, f"--features={features}")
         self.replicas = [
-            Replica(router, number, port, *flags) for number, port in enumerate(find_free(count))
+            Replica(router, number, port, *flags) for number, port in enumerate(free_ports(count))
         ]
         #: Whether those that die are started again.
         self.keeps_alive = True

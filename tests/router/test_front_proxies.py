@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.ports import find_free
-
+from ..ports import free_ports
 from .conftest import RouterProcess
 from .fake_engine import (
     FakeEngine,
@@ -64,7 +63,7 @@ def front(request, shared_router: RouterProcess, tmp_path_factory) -> Iterator[i
     name = request.param.__name__
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed (apt-get install {name})")
-    port = find_free(1)[0]
+    port = free_ports(1)[0]
     command = request.param(tmp_path_factory.mktemp(name), port, shared_router.port)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:

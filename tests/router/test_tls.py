@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from fastdeploy.ports import find_free
-
+from ..ports import free_ports
 from .conftest import FD_ROUTER, RouterProcess
 from .fake_engine import (
     FakeEngine,
@@ -51,7 +50,7 @@ class TlsRouter(RouterProcess):
     def __init__(self, directory: Path, certificate: Path, key: Path) -> None:
         self.certificate, self.key = certificate, key
         super().__init__(
-            directory, "--certfile", str(certificate), "--keyfile", str(key), port=find_free(1)[0]
+            directory, "--certfile", str(certificate), "--keyfile", str(key), port=free_ports(1)[0]
         )
 
     def get(self, path: str, **arguments: object) -> requests.Response:
@@ -144,7 +143,7 @@ def test_a_certificate_that_is_none_is_one_line_and_exit_code_2(tmp_path, shared
     for text in (None, "none", shared_router.certificate.read_text()):
         if text is not None:
             file.write_text(text)
-        flags = ["--port", str(find_free(1)[0]), "--certfile", str(file), "--keyfile", str(file)]
+        flags = ["--port", str(free_ports(1)[0]), "--certfile", str(file), "--keyfile", str(file)]
         ended = subprocess.run(
             [str(FD_ROUTER), *flags], capture_output=True, text=True, timeout=30, check=False
         )
