@@ -27,6 +27,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ class Exchange:
             await self._may_fail("head")
         if problem := generation.contradiction(delivered):
             return self._connection.answer(409, json.dumps({"error": {"message": problem}}).encode())
-        await self._pause(request.get("delay", 0.0), b"HTTP/1.1 102 Processing\r\n\r\n")
+        await self._pause(request.get("delay", 0.0), self._say_in_interim)
         if not request.get("stream"):
             for number, tokens in generation.drafts(request.get("drafts", 0), delivered):
                 await asyncio.sleep(request.get("interval", 0.0))
@@ -117,9 +118,9 @@ class Exchange:
         events = list(generation.events(identity, created, delivered))
         number = len(list(generation.events("", 0))) - len(events)
         for event in events:
-            await self._pause(request.get("interval", 0.0), b"3\r\n:\n\n\r\n")
+            await self._pause(request.get("interval", 0.0), self._say_between_events)
             for _ in range(request.get("signs", 0)):
-                await self._connection.write(b"3\r\n:\n\n\r\n")
+                await self._say_between_events()
             await self._send_event(event if self._is_marked else event._replace(mark=b""), number)
             number += 1
         await self._send(DONE, is_last=True)
@@ -159,14 +160,20 @@ class Exchange:
             # By itself, as far as that can be had.
             await asyncio.sleep(0)
 
-    async def _pause(self, seconds: float, sign: bytes) -> None:
+    async def _pause(self, seconds: float, say_so: Callable[[], Awaitable[None]]) -> None:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             due = self._spoke_at + self._sign_every - time.monotonic()
             await asyncio.sleep(max(0.0, min(left, due)))
             if time.monotonic() >= self._spoke_at + self._sign_every:
-                await self._connection.write(sign)
+                await say_so()
                 self._spoke_at = time.monotonic()
+
+    async def _say_in_interim(self) -> None:
+        await self._connection.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+
+    async def _say_between_events(self) -> None:
+        await self._send(b":\n\n", is_last=True)
 
     # ---- faults
 
