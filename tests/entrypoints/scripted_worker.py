@@ -45,7 +45,8 @@ GROUP = ExpertParallelStats(
     expert_tokens_total=[7, 9],
 )
 
-socket = zmq.Context().socket(zmq.DEALER)
+context = zmq.Context()
+socket = context.socket(zmq.DEALER)
 socket.linger = 2000
 socket.connect(os.environ["FD_WORKER_ENDPOINT"])
 
@@ -125,3 +126,5 @@ def main(script: str) -> None:
 
 main(sys.argv[1])
 socket.close()
+# Not by itself at the end of the process: what was said last would not be waited for.
+context.term()
