@@ -132,7 +132,7 @@ def test_whoever_asks_where_its_threads_are_finds_it_in_the_log_and_disturbs_nob
             process.send_signal(signal.SIGUSR2)
             asked += 1
             # To the last line, before the other one writes to the same file.
-            wait_until(lambda: stacks().count("in _run_module_as_main\n") == asked, "it is told")  # noqa: B023
+            wait_until(lambda asked=asked: stacks().count("in _run_module_as_main\n") == asked, "it is told")
             assert len(re.findall(place, stacks(), re.MULTILINE)) == count
     assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
     assert replica.health()[0] == 200

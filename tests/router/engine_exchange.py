@@ -167,9 +167,9 @@ class Exchange:
             await asyncio.sleep(max(0.0, min(left, due)))
             if time.monotonic() >= self._spoke_at + self._sign_every:
                 await say_so()
-                self._spoke_at = time.monotonic()
 
     async def _say_in_interim(self) -> None:
+        self._spoke_at = time.monotonic()
         await self._connection.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
     async def _say_between_events(self) -> None:

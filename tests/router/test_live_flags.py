@@ -396,6 +396,7 @@ def test_sigterm_ends_streams_of_old_workers_in_time_as_well(live, new_engine):
     one = live("--graceful-timeout-secs", "1")
     one.router.add(new_engine(behaviour=streams_for_ever))
     with one.router.complete(body={"stream": True}, stream=True) as stream:
+        # Kept: with the iterator the connection would be closed.
         lines = stream.iter_lines(chunk_size=1)
         assert next(lines)
         assert one.reload() == "done"
