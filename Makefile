@@ -21,7 +21,7 @@ TYPES  := .cache/types
 help:
 	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
 	@echo "make test               set up everything and run all tests"
-	@echo "make check              ruff and mypy"
+	@echo "make check              ruff, mypy and codespell"
 	@echo "make format             ruff, writing"
 	@echo "make docs               write docs/configuration.md and etc/grafana/fd-dp.json anew"
 	@echo "make parity             compare the network with transformers on random models (installs torch)"
@@ -68,6 +68,7 @@ model: $(VENV)/installed
 check: $(VENV)/installed mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/codespell
 
 mypy: $(VENV)/installed
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fastdeploy
