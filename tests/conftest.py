@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# A shell starts background work with SIGINT ignored, and each process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _USER_MODEL_CACHE = os.environ.get("FD_MODEL_CACHE")
 

@@ -15,9 +15,11 @@ import pytest
 
 from fastdeploy.daemon.config import load
 
+from ..system_packages import needs
+
 ETC = Path(__file__).parents[2] / "etc"
 PROMTOOL = shutil.which("promtool")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="no promtool: apt-get install prometheus")
+needs_promtool = needs("promtool")
 
 
 def promtool(*words: str | Path) -> None:

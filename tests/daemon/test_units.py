@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ..system_packages import needs
+
 ROOT = Path(__file__).parents[2]
 UNITS = ("fd-dp.service", "fd-dp-engines.service")
 
@@ -33,12 +35,14 @@ def share(staged: Path) -> Path:
     return staged.parent / "usr/local/share"
 
 
+@needs("systemd-analyze")
 def test_systemd_finds_nothing_wrong_with_the_units(staged: Path) -> None:
     done = run("systemd-analyze", "verify", "--man=no", *(staged / "systemd/system" / unit for unit in UNITS))
     ours = [line for line in done.stderr.splitlines() if "fd-dp" in line]
     assert (done.returncode, ours) == (0, [])
 
 
+@needs("systemd-analyze")
 @pytest.mark.parametrize("unit", UNITS)
 def test_the_units_are_hardened(unit: str, staged: Path) -> None:
     done = run("systemd-analyze", "security", "--offline=true", staged / "systemd/system" / unit)
@@ -68,6 +72,7 @@ def test_a_dp_toml_that_is_there_is_kept_and_the_shipped_one_is_good(
     assert (staged / "fd/dp.toml").read_text() == "# mine\n"
 
 
+@needs("mandoc")
 def test_the_pages_of_the_manual_are_in_order_and_name_all_that_there_is(staged: Path, share: Path) -> None:
     pages = share / "man/man8/fd-dp.8", share / "man/man1/fdctl.1"
     assert run("mandoc", "-Tlint", "-Wstyle", *pages).stdout == ""

@@ -17,13 +17,14 @@ import pytest
 import requests
 
 from ..ports import free_ports
+from ..system_packages import needs
 from .conftest import ROOT, System, wait_until
 
 PROMETHEUS = shutil.which("prometheus")
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(300),
-    pytest.mark.skipif(PROMETHEUS is None, reason="there is no prometheus: apt-get install prometheus"),
+    needs("prometheus"),
 ]
 
 DASHBOARD = json.loads((ROOT / "etc/grafana/fd-dp.json").read_text())

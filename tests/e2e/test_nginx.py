@@ -6,7 +6,6 @@ import http.client
 import json
 import re
 import select
-import shutil
 import socket
 import subprocess
 import threading
@@ -18,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from ..ports import free_ports
+from ..system_packages import needs
 from .conftest import wait_until
 
 CONFIG = Path(__file__).parents[2] / "etc" / "nginx.conf"
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, needs("nginx")]
 
 
 class Replica:
@@ -77,9 +77,6 @@ def replicas() -> Iterator[list[Replica]]:
 @pytest.fixture
 def nginx(replicas: list[Replica], tmp_path: Path) -> Iterator[int]:
     """Its port. The shipped file, only with other ports, and as many replicas as there are."""
-    assert shutil.which("nginx"), (
-        "nginx is not installed; this test needs the package: apt-get install nginx-light"
-    )
     (port,) = free_ports(1)
     lines = CONFIG.read_text().replace("listen 127.0.0.1:8080", f"listen 127.0.0.1:{port}").splitlines()
     servers = [line for line in lines if line.strip().startswith("server 127.0.0.1:")]
@@ -116,9 +113,6 @@ def post(port: int, body: bytes = b"{}", path: str = "/v1/chat/completions") -> 
 
 
 def test_the_shipped_file_is_valid_and_names_the_eight_documented_ports(tmp_path: Path) -> None:
-    assert shutil.which("nginx"), (
-        "nginx is not installed; this test needs the package: apt-get install nginx-light"
-    )
     command = ["nginx", "-t", "-p", str(tmp_path), "-e", "stderr", "-c", str(CONFIG)]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr

@@ -23,10 +23,11 @@ from fastdeploy.daemon.router.registry import RegistryFile
 from fastdeploy.errors import ConfigError
 
 from .. import waiting
+from ..system_packages import needs
 from .forked import Forked
 
 SERVER = shutil.which("redis-server")
-needs_redis = pytest.mark.skipif(SERVER is None, reason="redis-server is not installed")
+needs_redis = needs("redis-server")
 PASSWORD = "open-sesame"
 pytestmark = pytest.mark.timeout(120)
 

@@ -1,0 +1,24 @@
+"""System commands that some tests need. A test whose command is missing is skipped, and its package named."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+_PACKAGES = {
+    "mandoc": "mandoc",
+    "nginx": "nginx-light",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "redis-server": "redis-server",
+    "systemd-analyze": "systemd",
+}
+
+
+def needs(command: str) -> pytest.MarkDecorator:
+    """Mark a test that runs `command`."""
+    package = _PACKAGES[command]
+    return pytest.mark.skipif(
+        shutil.which(command) is None, reason=f"{command} is not installed: apt-get install {package}"
+    )
