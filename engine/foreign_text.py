@@ -1,0 +1,12 @@
+"""Text of another process, a file or a client, as it may stand in an error or a log line."""
+
+from __future__ import annotations
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Return `text` in one line of about `limit` characters, with what cannot be printed escaped."""
+    whole = str(text)
+    shown = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in whole[:limit]
+    )
+    return f"{shown}... ({len(whole)} characters)" if len(whole) > limit else shown
