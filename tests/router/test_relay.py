@@ -100,9 +100,7 @@ def test_a_replica_gets_one_seed_and_one_id(router, new_engine, lines, seed):
     engine = new_engine()
     router.add(engine)
     with RawClient(router.port) as client:
-        client.send(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + lines + b"Content-Length: 2\r\n\r\n{}"
-        )
+        client.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + lines + b"Content-Length: 2\r\n\r\n{}")
         assert client.answer().status == 200
     [received] = engine.received
     names = [name.lower() for name, _ in received.headers]
