@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from .native import library
 
-GOING, CHANGED, LOST, FULL = range(4)
+GOING, CHANGED, LOST, FULL, FAULTY = range(5)
 _MOST_SEATS = 64
 
 #: seat, seconds without progress, whether it is killed now.
@@ -108,6 +108,11 @@ class NativeGroup:
     def missing_bytes(self) -> int:
         return self._library.fd_ep_missing_bytes(self.handle)
 
+    @property
+    def fault(self) -> tuple[int, str]:
+        """After FAULTY: the seat whose part of the memory is faulty, and what is wrong with it."""
+        return self._library.fd_ep_faulty(self.handle), self._library.fd_ep_fault(self.handle).decode()
+
     def ring(self) -> None:
         self._library.fd_ep_ring(self.handle)
 
@@ -144,6 +149,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         "status": (ctypes.c_int, [number]),
         "lost": (ctypes.c_uint64, [number]),
         "missing_bytes": (number, [number]),
+        "faulty": (ctypes.c_int, [number]),
+        "fault": (ctypes.c_char_p, [number]),
         "ring": (None, [number]),
         "counters": (ctypes.POINTER(Counters), [number]),
         "dispatch": (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from ..foreign_text import parse_json
 from . import processes, supervisor
 from .programs import Program
 from .supervisor import Process, Supervisor, SupervisorError
@@ -46,8 +46,8 @@ def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str,
 
 def _flags_of(program: Program) -> tuple[str, ...]:
     """What it reads when it is started or gets a SIGHUP."""
-    with contextlib.suppress(OSError, ValueError):
-        return tuple(map(str, json.loads(Path(program.flags_file).read_bytes())))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return tuple(map(str, parse_json(Path(program.flags_file).read_bytes())))
     return program.flags
 
 
@@ -61,7 +61,7 @@ def _hash_of(client: Supervisor, process: Process) -> str:
 
 
 def _read(client: Supervisor, launch_name: str) -> Program | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError):
         return Program.from_launch_text((client.layout.launch / launch_name).read_text(encoding="utf-8"))
     return None
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastDeployError
+from ..foreign_text import parse_json, printable
 from . import peers
 
 #: Exit codes of fdctl, and the `code` of every answer.
@@ -56,7 +57,9 @@ def request(path: Path, command: dict[str, Any], timeout: float | None) -> Itera
                 connection.sendall(json.dumps(command).encode() + b"\n")
             with connection.makefile("rb") as stream:
                 for line in stream:
-                    message = json.loads(line)
+                    message = parse_json(line)
+                    if not isinstance(message, dict):
+                        raise ValueError("a JSON object is expected")
                     yield message
                     if "code" in message:
                         return
@@ -66,6 +69,10 @@ def request(path: Path, command: dict[str, Any], timeout: float | None) -> Itera
             raise NotAllowed(_not_allowed(path)) from None
         except OSError as error:
             raise DaemonUnreachable(f"fd-dp on {path} cannot be asked ({error})") from None
+        except ValueError as error:
+            raise DaemonUnreachable(
+                f"what listens on {path} does not answer like fd-dp ({printable(error)})"
+            ) from None
         raise DaemonUnreachable(f"fd-dp on {path} ended before it answered")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..foreign_text import parse_json
 from . import peers
 from .control import BUSY, DENIED, USAGE
 from .peers import Peer
@@ -240,10 +241,7 @@ def _command_in(received: bytes, complete: bool) -> dict[str, Any] | None:
         if complete or len(received) > _LONGEST_LINE:
             raise ValueError("a command is one line of JSON")
         return None
-    try:
-        command = json.loads(line)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    command = parse_json(line)
     if not isinstance(command, dict) or not all(isinstance(v, str | bool) for v in command.values()):
         raise ValueError("a command is a JSON object of texts and booleans")
     return command

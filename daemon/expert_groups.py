@@ -37,7 +37,7 @@ def names_of(run: Path) -> list[str]:
     names = set()
     for file in files:
         # Removed meanwhile, or of another version.
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        with contextlib.suppress(FileNotFoundError, ValueError):
             names.add(expert_group_in(Program.from_launch_text(file.read_text(encoding="ascii")).argv))
     return sorted(name for name in names if name)
 

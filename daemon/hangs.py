@@ -13,6 +13,9 @@ from typing import Any
 
 from ..expert_parallel.snapshot import Seat, Snapshot
 
+#: Seconds that no process has been silent for.
+_FOREVER = 1e9
+
 
 @dataclass(frozen=True, slots=True)
 class Pulse:
@@ -28,10 +31,13 @@ class Pulse:
     def of(cls, health: Mapping[str, Any]) -> Pulse | None:
         """None if it tells nothing: it is loading, or it is no engine of ours."""
         worker = health.get("worker")
-        try:
-            return cls(int(worker["steps"]), int(worker["requests"]), float(worker["silent"]))  # type: ignore[index]
-        except (TypeError, KeyError, ValueError):
+        if not isinstance(worker, dict):
             return None
+        steps, requests, silent = (worker.get(name) for name in ("steps", "requests", "silent"))
+        if type(steps) is not int or type(requests) is not int or not isinstance(silent, int | float):
+            return None
+        # NaN is in no such range, and would be neither long nor short.
+        return cls(steps, requests, float(silent)) if requests >= 0 and 0 <= silent < _FOREVER else None
 
 
 @dataclass(slots=True)

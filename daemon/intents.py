@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from ..foreign_text import parse_json, printable
+
 log = logging.getLogger("fd-dp")
 
 
@@ -53,7 +55,7 @@ class Intents:
 
     def _read(self) -> dict[str, Wish]:
         try:
-            entries = json.loads(self._file.read_text(encoding="utf-8"))
+            entries = parse_json(self._file.read_text(encoding="utf-8"))
             return {
                 name: Wish(Intent(entry["intent"]), entry["draining"] is True)
                 for name, entry in entries.items()
@@ -62,7 +64,9 @@ class Intents:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.error(
-                "%s: cannot be read (%s); every program is wanted and none is drained", self._file, error
+                "%s: cannot be read (%s); every program is wanted and none is drained",
+                self._file,
+                printable(error),
             )
             return {}
 

@@ -39,7 +39,7 @@ def main() -> int:
     try:
         content = json.loads(file.read_text(encoding="ascii"))
         argv, env = content["argv"], content["env"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         print(f"fd-run: {file}: not a launch file ({error}); fdctl render --write makes it", file=sys.stderr)
         return NOT_STARTED
     inherited = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import queue
 import threading
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..foreign_text import parse_json, printable
 from ..key_files import keys_in
 from .programs import Program, flag_in
+
+log = logging.getLogger("fd-dp")
 
 #: A busy replica on a busy machine may be slow to answer; slow is not dead.
 _HEALTH_TIMEOUT = 10.0
@@ -77,7 +81,14 @@ class Probes:
         return readings
 
     def _probe(self, program: Program, pid: int, token: bool) -> None:
-        reading = (token_probe if token else health_probe)(program, pid)
+        try:
+            reading = (token_probe if token else health_probe)(program, pid)
+        except Exception as fault:
+            # It would never be asked again if this thread just ended.
+            log.exception("%s: a probe failed", program.label)
+            reading = Reading(
+                program.name, pid, False, token=token, problem=f"the probe failed ({printable(repr(fault))})"
+            )
         self._readings.put(reading)
         self._wake()
 
@@ -93,7 +104,9 @@ def health_probe(program: Program, pid: int) -> Reading:
                 or health.get("status")
                 or f"/health answered {status}"
             )
-            return Reading(program.name, pid, False, answered=True, health=health, problem=str(problem))
+            return Reading(
+                program.name, pid, False, answered=True, health=health, problem=printable(problem, 300)
+            )
         return Reading(program.name, pid, True, answered=True, health=health)
     except _NO_ANSWER as error:
         refused = isinstance(error, ConnectionRefusedError)
@@ -112,12 +125,12 @@ def token_probe(program: Program, pid: int) -> Reading:
         return Reading(program.name, pid, True, token=True, answered=True)
     said = answer.get("error")
     detail = said.get("message") if isinstance(said, dict) else None
-    problem = f"a token failed: {detail or f'/v1/completions answered {status}'}"
+    problem = f"a token failed: {printable(detail or f'/v1/completions answered {status}', 300)}"
     return Reading(program.name, pid, False, token=True, answered=True, problem=problem)
 
 
 def _silence(program: Program, error: Exception) -> str:
-    return f"no answer on port {program.ports[0]} ({error})"
+    return f"no answer on port {program.ports[0]} ({printable(error)})"
 
 
 def _ask(program: Program, method: str, path: str, body: Any, timeout: float) -> tuple[int, dict[str, Any]]:
@@ -129,7 +142,7 @@ def _ask(program: Program, method: str, path: str, body: Any, timeout: float) ->
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
         try:
-            answer = json.loads(response.read(_MAX_BODY))
+            answer = parse_json(response.read(_MAX_BODY))
         except ValueError:
             answer = {}
         return response.status, answer if isinstance(answer, dict) else {}

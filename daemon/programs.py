@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import ConfigError
 from ..expert_parallel.layout import PROTOCOL_VERSION
+from ..foreign_text import parse_json, printable
 from .config import Config
 from .launch import HASH, MARKER
 from .router.flags import file_parser, fixed_in
@@ -110,20 +112,33 @@ class Program:
     def from_launch_text(cls, text: str) -> Program:
         """Without its `flags`: they lie elsewhere, and change while it runs.
 
-        Raises ValueError or KeyError for a text that `launch_text` did not write.
+        Raises ValueError for a text that `launch_text` did not write.
         """
-        content = json.loads(text)
+        content = parse_json(text)
+        try:
+            return cls._from_launch(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no launch file ({printable(repr(error))})") from None
+
+    @classmethod
+    def _from_launch(cls, content: Any) -> Program:
         return cls(
             name=content["name"],
-            argv=tuple(content["argv"]),
+            argv=tuple(map(_text, content["argv"])),
             env=MappingProxyType({k: v for k, v in content["env"].items() if k not in (MARKER, HASH)}),
-            ports=tuple(content["ports"]),
+            ports=tuple(map(int, content["ports"])),
             host=content["host"],
             model=content["model"],
-            stop_timeout=content["stop_timeout"],
+            stop_timeout=float(content["stop_timeout"]),
             flags_file=content["flags_file"],
             fixed=tuple(content["fixed"]),
         )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text expected, not {value!r}")
+    return value
 
 
 def programs_of(config: Config) -> list[Program]:

@@ -6,7 +6,6 @@ Everything in here blocks, for seconds if the router hangs: the loop calls it th
 from __future__ import annotations
 
 import http.client
-import json
 import logging
 import socket
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..errors import FastDeployError
+from ..foreign_text import parse_json, printable
 from .router.registration import AllowedAddresses
 
 log = logging.getLogger("fd-dp")
@@ -74,7 +74,7 @@ def registered(admin: Path) -> dict[int, Row]:
     try:
         rows = [_row(entry, up) for up in (True, False) for entry in answer["mixed" if up else "down"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RouterSilent(f"the router's /registered is not understood ({error!r})") from None
+        raise RouterSilent(f"the router's /registered is not understood ({printable(repr(error))})") from None
     own = AllowedAddresses()
     return {row.port: row for row in rows if own.is_own(row.host)}
 
@@ -89,9 +89,10 @@ def flags(admin: Path) -> Flags:
     """Raises RouterSilent."""
     answer = _ask(admin, "GET", "/health")
     try:
-        return Flags(str(answer["flags"]), answer["reload"]["number"], answer["reload"]["outcome"])
+        told = answer["reload"]
+        return Flags(str(answer["flags"]), _of(int, told["number"]), _of(str, told["outcome"]))
     except (KeyError, TypeError) as error:
-        raise RouterSilent(f"the router's /health is not understood ({error!r})") from None
+        raise RouterSilent(f"the router's /health is not understood ({printable(repr(error))})") from None
 
 
 class InBackground(Generic[T]):
@@ -145,10 +146,17 @@ def _row(entry: dict[str, Any], up: bool) -> Row:
         host=url.hostname or "",
         port=url.port or 0,
         up=up,
-        leaving=entry["leaving"],
-        draining=entry["draining"],
-        in_flight=entry["in_flight"] + entry["in_flight_elsewhere"],
+        leaving=_of(bool, entry["leaving"]),
+        draining=_of(bool, entry["draining"]),
+        in_flight=_of(int, entry["in_flight"]) + _of(int, entry["in_flight_elsewhere"]),
     )
+
+
+def _of(kind: type[T], value: Any) -> T:
+    """Raises TypeError if it is of another type."""
+    if type(value) is not kind:
+        raise TypeError(f"{kind.__name__} expected, not {value!r}")
+    return value
 
 
 def _ask(admin: Path, method: str, path: str, also: int = _OK) -> dict[str, Any]:
@@ -157,7 +165,7 @@ def _ask(admin: Path, method: str, path: str, also: int = _OK) -> dict[str, Any]
     try:
         connection.request(method, path, headers={"Connection": "close"})
         response = connection.getresponse()
-        answer = json.loads(response.read(_MAX_BODY))
+        answer = parse_json(response.read(_MAX_BODY))
         if response.status not in (_OK, also):
             raise RouterSilent(f"the router answered {method} {path} with {response.status}")
         if not isinstance(answer, dict):
@@ -165,7 +173,7 @@ def _ask(admin: Path, method: str, path: str, also: int = _OK) -> dict[str, Any]
         return answer
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise RouterSilent(
-            f"the router does not answer on {admin} ({error or type(error).__name__})"
+            f"the router does not answer on {admin} ({printable(error) or type(error).__name__})"
         ) from None
     finally:
         connection.close()

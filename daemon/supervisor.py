@@ -18,24 +18,30 @@ import sys
 import time
 import xml.parsers.expat
 import xmlrpc.client
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ConfigError, FastDeployError
+from ..foreign_text import printable
 from .config import UNFIT_IN_INI
 from .programs import Program
 
 #: supervisord answers in milliseconds; a stopped one must not stop the daemon as well.
 _TIMEOUT = 3.0
 _TAIL = 1 << 16
+T = TypeVar("T")
+
 #: How our log lines begin.
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:,\d{3})?")
 
-#: The last one is an answer that was cut off when supervisord was killed.
-_NO_ANSWER = (OSError, http.client.HTTPException, xmlrpc.client.Error, xml.parsers.expat.ExpatError)
+#: ExpatError: an answer that was cut off when supervisord was killed.
+_NO_ANSWER = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError, xml.parsers.expat.ExpatError)
+#: Raised by xmlrpc.client for an answer of another kind than it expects, and by what reads its values.
+_NOT_UNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, xmlrpc.client.Error)
 
+_STATES = frozenset({"STOPPING", "UNKNOWN", "STARTING", "RUNNING", "STOPPED", "EXITED", "FATAL", "BACKOFF"})
 UP = frozenset({"STARTING", "RUNNING"})
 DOWN = frozenset({"STOPPED", "EXITED", "FATAL", "BACKOFF"})
 
@@ -181,7 +187,7 @@ def last_error(file: Path, since: float) -> str:
     # gunicorn's own words say that it ends; its reason is only of interest where nobody else tells one.
     own = [line for line in errors if "gunicorn.error" not in line]
     own = own or [line for line in errors if "Reason: " in line]
-    return own[-1][:300] if own else ""
+    return printable(own[-1], 300) if own else ""
 
 
 def tells(file: Path, pattern: str) -> bool:
@@ -196,13 +202,10 @@ class Supervisor:
         self.layout = layout
 
     def pid(self) -> int:
-        return int(self._call("getPID"))
+        return self._call("getPID", read=_number)
 
     def processes(self) -> dict[str, Process]:
-        return {
-            info["name"]: Process(info["name"], info["statename"], info["pid"], info["start"])
-            for info in self._call("getAllProcessInfo")
-        }
+        return self._call("getAllProcessInfo", read=_processes)
 
     def start(self, name: str) -> None:
         """Returns at once: waiting would block for every other program as well."""
@@ -241,15 +244,15 @@ class Supervisor:
         found = re.findall(pattern, _tail(self.layout.log), re.MULTILINE)
         return found[-1] if found else "ended"
 
-    def _call(self, method: str, *arguments: Any) -> Any:
+    def _call(self, method: str, *arguments: Any, read: Callable[[Any], T] = lambda answer: answer) -> T:
         # A new connection for each call: one whose connect failed once would fail for ever.
         proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(self.layout.socket))
         with proxy:
             try:
-                return getattr(proxy.supervisor, method)(*arguments)
+                return read(getattr(proxy.supervisor, method)(*arguments))
             except xmlrpc.client.Fault as fault:
                 # "NAME" or "NAME: detail"; the detail of CANT_REREAD is long and lists our whole environment.
-                name = fault.faultString.partition(":")[0]
+                name = printable(str(fault.faultString).partition(":")[0])
                 if name == "SHUTDOWN_STATE":
                     # Somebody has told it to end. Until it is gone it refuses everything.
                     raise SupervisorLost("supervisord is shutting down", hangs=True, fault=name) from None
@@ -258,8 +261,33 @@ class Supervisor:
             except _NO_ANSWER as error:
                 hangs = isinstance(error, TimeoutError)
                 raise SupervisorLost(
-                    f"supervisord does not answer on {self.layout.socket} ({error})", hangs
+                    f"supervisord does not answer on {self.layout.socket} ({printable(error)})", hangs
                 ) from None
+            except _NOT_UNDERSTOOD as error:
+                # Something accepts connections there: it is not dead.
+                raise SupervisorLost(
+                    f"supervisord's answer to {method} on {self.layout.socket} is not understood "
+                    f"({printable(repr(error))})",
+                    hangs=True,
+                ) from None
+
+
+def _number(value: Any) -> int:
+    """A pid, or a time."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"a number is expected, not {value!r}")
+    return value
+
+
+def _processes(answer: Any) -> dict[str, Process]:
+    return {process.name: process for process in map(_process, answer)}
+
+
+def _process(info: Any) -> Process:
+    name, state = info["name"], info["statename"]
+    if not isinstance(name, str) or state not in _STATES:
+        raise ValueError(f"a process is expected, not {name!r} in state {state!r}")
+    return Process(name, state, _number(info["pid"]), _number(info["start"]))
 
 
 class _Transport(xmlrpc.client.Transport):

@@ -26,11 +26,14 @@ import jinja2.parser
 import jinja2.sandbox
 
 from .errors import RequestError
+from .foreign_text import printable
 
 MAX_TEMPLATE_CHARACTERS = 64 * 1024
 _CPU_SECONDS = 2
 _MEMORY_BYTES = 512 << 20
 _MAX_TEXT_CHARACTERS = 8 << 20
+#: Of what a template says with `raise_exception`, or of Jinja's own words.
+_MAX_ERROR_CHARACTERS = 500
 #: The child computes for _CPU_SECONDS at most; this covers a machine too busy to run it.
 _WALL_SECONDS = 30
 
@@ -43,7 +46,14 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
     """
     try:
         template = _environment().from_string(source)
-    except jinja2.TemplateError as error:
+    except (RecursionError, MemoryError):
+        raise RequestError(
+            "the chat template cannot be compiled: its expressions are nested too deep, or too large",
+            "chat_template",
+        ) from None
+    # Not only TemplateError: Jinja makes Python of it, whose compiler has errors of its own (a break outside
+    # of a loop, a number of too many digits).
+    except Exception as error:
         raise RequestError(
             f"the chat template cannot be compiled: {_one_line(error)}", "chat_template"
         ) from None
@@ -56,19 +66,13 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
             raise RequestError(
                 f"the chat template refuses these messages: {_one_line(error)}", "messages"
             ) from None
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
-            raise RequestError(f"the chat template failed: {_one_line(error)}", "messages") from None
         except (RecursionError, MemoryError):
             raise RequestError(
                 "the chat template failed: it needs too much memory", "chat_template"
             ) from None
+        # It runs as Python, so it can raise whatever Python does.
+        except Exception as error:
+            raise RequestError(f"the chat template failed: {_one_line(error)}", "messages") from None
 
     return render
 
@@ -144,7 +148,11 @@ def _refuse(message: str) -> None:
 
 def _one_line(error: Exception) -> str:
     line = getattr(error, "lineno", None)
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        # Its line is one of the Python that Jinja has made of the template.
+        line, text = None, error.msg
+    text = printable(text or type(error).__name__, _MAX_ERROR_CHARACTERS)
     return f"line {line}: {text}" if line else text
 
 

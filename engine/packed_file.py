@@ -1,7 +1,8 @@
 """A file of packed weights: safetensors whose tensors begin at pages, so that processes compute on the map.
 
 Any reader of safetensors can look into one. The gaps that the alignment leaves, which that format does not
-know, are tensors named ``gap.N``. The metadata say what the file was made of, and the SHA-256 of all tensors.
+know, are tensors named ``gap.N``. The metadata say what the file was made of, the SHA-256 of all tensors, and
+that of the header itself, in which its own place is filled with zeros.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ Piece = Callable[[], Bytes]
 _ITEM_SIZE = {"U8": 1, "BF16": 2, "F32": 4}
 _ALIGNMENT = 4096
 _CHECKSUM = "sha256"
+_HEADER_CHECKSUM = "header_sha256"
+_ZEROS = "0" * 64
 #: More threads would wait for the one that writes, and hold more memory meanwhile.
 _MAX_THREADS = 8
 _READ_BYTES = 8 << 20
@@ -66,7 +69,7 @@ def write(
         OSError: the file cannot be written.
     """
     sizes = [_rounded_up(tensor.nbytes) for tensor in tensors]
-    header = _header(tensors, sizes, metadata, checksum="0" * 64)
+    header = _header(tensors, sizes, metadata, _ZEROS)
     with file.open("wb") as stream, closing(_made(tensors)) as made:
         # A disk that cannot take it says so now and not after minutes.
         os.posix_fallocate(stream.fileno(), 0, len(header) + sum(sizes))
@@ -85,7 +88,7 @@ def write(
 
 
 def read(file: Path) -> StoredFile:
-    """Maps a file that `write` has made; no page of the tensors is touched.
+    """Maps a file that `write` has made, of whatever version; no page of the tensors is touched.
 
     Raises:
         CheckpointError: it is damaged, as far as its header and size tell.
@@ -97,13 +100,32 @@ def read(file: Path) -> StoredFile:
     return found
 
 
+def check_header(file: Path, found: StoredFile) -> None:
+    """Compares the header of a file that `read` has found with its checksum.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    expected = found.metadata.get(_HEADER_CHECKSUM, "")
+    try:
+        with file.open("rb") as stream:
+            length = stream.read(8)
+            header = length + stream.read(int.from_bytes(length, "little"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+    if not expected or _header_digest(header.replace(expected.encode(), _ZEROS.encode())) != expected:
+        raise CheckpointError(f"{file}: the header has another SHA-256 than it says")
+
+
 def verify(file: Path, progress: Callable[[float], None]) -> None:
     """Compares every byte with the checksum.
 
     Raises:
         CheckpointError: they differ, or the file cannot be read.
     """
-    expected = read(file).metadata[_CHECKSUM]
+    found = read(file)
+    check_header(file, found)
+    expected = found.metadata[_CHECKSUM]
     digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
@@ -121,7 +143,17 @@ def verify(file: Path, progress: Callable[[float], None]) -> None:
 def _header(
     tensors: Sequence[PackedTensor], sizes: Sequence[int], metadata: dict[str, str], checksum: str
 ) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": metadata | {_CHECKSUM: checksum}}
+    checksums = {_CHECKSUM: checksum, _HEADER_CHECKSUM: _ZEROS}
+    header = _render(tensors, sizes, metadata | checksums)
+    return _render(tensors, sizes, metadata | checksums | {_HEADER_CHECKSUM: _header_digest(header)})
+
+
+def _header_digest(header: bytes) -> str:
+    return hashlib.sha256(header).hexdigest()
+
+
+def _render(tensors: Sequence[PackedTensor], sizes: Sequence[int], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for index, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
         end = start + tensor.nbytes

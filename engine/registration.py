@@ -20,6 +20,7 @@ from typing import Any
 import requests
 
 from .errors import ConfigError
+from .foreign_text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Registration(threading.Thread):
         except (requests.RequestException, OSError) as error:
             return f"{type(error).__name__}: {error}"
         if not answer.ok:
-            return f"HTTP {answer.status_code}: {answer.text[:200].strip()}"
+            return f"HTTP {answer.status_code}: {printable(answer.text.strip())}"
         return None
 
     def _note(self, trouble: str | None) -> None:

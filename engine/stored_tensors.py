@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError
+from .foreign_text import printable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -30,6 +31,10 @@ _ITEM_SIZE = {
 }
 _ITEM_SIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 _MAX_HEADER = 100 << 20
+#: numpy takes no more.
+_MAX_DIMENSIONS = 64
+#: Raised by `json.loads` and by the reading of what it returns, if that is damaged.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 #: What weights can be stored as -> its view in numpy, which has no bfloat16.
 _FLOATS = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}
 
@@ -49,7 +54,8 @@ class StoredTensor:
         """Raises CheckpointError if `float32` cannot be: what is quantised is not for this engine."""
         if self.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{self.file}: tensor {self.name} has dtype {self.dtype}; F32, BF16 and F16 can be loaded"
+                f"{self.file}: tensor {printable(self.name)} has dtype {printable(self.dtype)}; "
+                "F32, BF16 and F16 can be loaded"
             )
 
     def float32(self, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
@@ -66,7 +72,9 @@ class StoredTensor:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         values = values.astype(np.float32, copy=False)
         if values.size and not np.isfinite([values.min(), values.max()]).all():
-            raise CheckpointError(f"{self.file}: tensor {self.name} holds values that are not finite numbers")
+            raise CheckpointError(
+                f"{self.file}: tensor {printable(self.name)} holds values that are not finite numbers"
+            )
         return values
 
 
@@ -125,33 +133,56 @@ def open_file(file: Path) -> StoredFile:
         )
     try:
         header: dict[str, Any] = json.loads(mapped[8 : 8 + header_size].tobytes())
-        metadata = dict(header.pop("__metadata__", None) or {})
+        metadata = {str(name): str(value) for name, value in (header.pop("__metadata__", None) or {}).items()}
         body = mapped[8 + header_size :]
         tensors = {name: _tensor(name, entry, file, body) for name, entry in header.items()}
         return StoredFile(tensors, metadata, len(body))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: the safetensors header is damaged ({error!r})") from None
+    except _DAMAGED as error:
+        raise CheckpointError(f"{file}: the safetensors header is damaged ({_what(error)})") from None
 
 
 def _shards(index: Path) -> set[str]:
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: cannot be read as an index with a weight_map ({error!r})") from None
+    except (OSError, *_DAMAGED) as error:
+        raise CheckpointError(
+            f"{index}: cannot be read as an index with a weight_map ({_what(error)})"
+        ) from None
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: weight_map names {shard!r}; it must be a file beside the index")
+            raise CheckpointError(
+                f"{index}: weight_map names '{printable(shard)}'; it must be a file beside the index"
+            )
     return shards
 
 
 def _tensor(name: str, entry: dict[str, Any], file: Path, body: np.ndarray) -> StoredTensor:
     begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    dtype = entry["dtype"]
-    if not 0 <= begin <= end or end - begin != math.prod(shape) * _ITEM_SIZE.get(dtype, end - begin):
+    dtype, sizes = entry["dtype"], entry["shape"]
+    shown = f"{file}: tensor {printable(name)}"
+    if not isinstance(dtype, str) or not isinstance(sizes, list) or not _are_sizes(begin, end, *sizes):
+        raise CheckpointError(f"{shown}: its dtype, shape or data_offsets are damaged")
+    shape = tuple(sizes)
+    # numpy counts the elements without regard to a size of 0.
+    if math.prod(size or 1 for size in shape) >= 1 << 60:
+        raise CheckpointError(f"{shown} has more elements than there can be: {printable(list(shape))}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise CheckpointError(f"{shown} has {len(shape)} dimensions; at most {_MAX_DIMENSIONS} can be loaded")
+    if begin > end or end - begin != math.prod(shape) * _ITEM_SIZE.get(dtype, end - begin):
         raise CheckpointError(
-            f"{file}: tensor {name}: bytes {begin}..{end} do not hold {dtype} of shape {list(shape)}"
+            f"{shown}: bytes {begin}..{end} do not hold {printable(dtype)} of shape {printable(list(shape))}"
         )
     if end > len(body):
-        raise CheckpointError(f"{file}: cut off: tensor {name} ends at byte {end} of {len(body)}")
+        raise CheckpointError(f"{file}: cut off: tensor {printable(name)} ends at byte {end} of {len(body)}")
     return StoredTensor(name, file, dtype, shape, body[begin:end])
+
+
+def _are_sizes(*numbers: object) -> bool:
+    """All are integers that a file can have bytes or a tensor elements of."""
+    return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+
+
+def _what(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its values are nested too deep"
+    return printable(repr(error))

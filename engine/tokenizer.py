@@ -64,7 +64,8 @@ class Tokenizer:
             template = chat_template or _read_chat_template(path, settings)
             return cls(vocabulary, named, tuple(dict.fromkeys(eos)), template)
         except RequestError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            where = "--chat-template" if chat_template else _chat_template_file(path)
+            raise ConfigError(f"{where}: {error}") from None
 
     @property
     def vocab_size(self) -> int:
@@ -207,6 +208,12 @@ def _read_vocabulary(
     raise ConfigError(
         f"{path}: no tokenizer; one of tokenizer.json, {', '.join(_SENTENCEPIECE_FILES)} is needed"
     )
+
+
+def _chat_template_file(path: Path) -> Path:
+    """Where the checkpoint's own template stands, if it has one."""
+    file = path / "chat_template.jinja"
+    return file if file.exists() else path / "tokenizer_config.json"
 
 
 def _read_chat_template(path: Path, settings: dict[str, Any]) -> str | None:

@@ -23,7 +23,8 @@ from .command_line import CommandLine
 from .config import EngineConfig, ModelConfig
 from .demo_model import model_cache, resolve_model_path
 from .errors import CheckpointError, FastDeployError
-from .packed_file import read, verify, write
+from .foreign_text import printable
+from .packed_file import check_header, read, verify, write
 from .stored_tensors import INDEX_FILE, StoredTensor, weight_files
 
 _log = logging.getLogger("fastdeploy.weight_cache")
@@ -32,7 +33,7 @@ Progress = Callable[[float, str], None]
 
 #: packed_matrix.LAYOUT_VERSION, and after it the version of the set of tensors and their names. Written down
 #: here, because whoever only maps a file has no need of what packs one.
-VERSION = "2.1"
+VERSION = "2.2"
 
 _DIRECTORY_NAME = "packed"
 _POLL_SECONDS = 0.1
@@ -183,6 +184,10 @@ def _find(file: Path, expected: dict[str, str]) -> dict[str, StoredTensor] | str
         return f"what is there is damaged: {error}"
     if (version := stored.metadata.get("version")) != VERSION:
         return f"what is there has layout {version}, now it is {VERSION}"
+    try:
+        check_header(file, stored)
+    except CheckpointError as error:
+        return f"what is there is damaged: {error}"
     if any(stored.metadata.get(key) != value for key, value in expected.items()):
         return "the checkpoint has changed"
     return stored.tensors
@@ -199,8 +204,8 @@ def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                fraction, _, stage = os.pread(descriptor, _NOTE_BYTES, 0).decode().strip(" \0").partition(" ")
-                progress(float(fraction or 0), f"waiting for {stage or 'another process'}")
+                fraction, stage = _read_note(os.pread(descriptor, _NOTE_BYTES, 0))
+                progress(fraction, f"waiting for {stage or 'another process'}")
                 time.sleep(_POLL_SECONDS)
 
         def report(fraction: float, stage: str) -> None:
@@ -212,6 +217,16 @@ def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
         yield report
     finally:
         os.close(descriptor)
+
+
+def _read_note(note: bytes) -> tuple[float, str]:
+    """How far the packer is and what it says of it; nothing if that is not a note."""
+    first, _, stage = note.decode(errors="replace").strip(" \0").partition(" ")
+    try:
+        fraction = float(first or 0)
+    except ValueError:
+        return 0.0, ""
+    return (fraction, printable(stage)) if 0 <= fraction <= 1 else (0.0, "")
 
 
 def _pack(packing: Packing, config: ModelConfig, expected: dict[str, str], report: Progress) -> None:

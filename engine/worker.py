@@ -27,6 +27,7 @@ from . import log
 from .config import EngineConfig, ModelConfig
 from .cpu_share import SINGLE_THREADED, share_of
 from .errors import ConfigError, FastDeployError
+from .foreign_text import printable
 from .messages import (
     AbortRequests,
     AddRequest,
@@ -237,9 +238,16 @@ class ApiLink:
         messages: list[AddRequest | AbortRequests] = []
         while True:
             try:
-                message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+                received = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return messages
+            try:
+                message = self._decoder.decode(received)
+            except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+                # It may have been a request, whose client would wait for ever.
+                raise FastDeployError(
+                    f"the API process sent an unreadable message ({printable(error)})"
+                ) from None
             if isinstance(message, Shutdown):
                 self.stopping = True
             else:

@@ -126,7 +126,8 @@ void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer, bool is_l
   }
   if (!group.await_tokens()) return;
   group.note(Phase::kExperts, layer);
-  const Received received = group.receive(workspace, layer, kElement);
+  Received received;
+  if (!group.receive(workspace, layer, kElement, received)) return;
   if (received.rows > 0) {
     auto* const results = static_cast<float*>(group.result_rows(received.rows, kElement));
     if (results == nullptr) return;
@@ -155,6 +156,7 @@ void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer, bool is_l
                   shared_rows == nullptr ? nullptr : shared_rows + token * hidden, hidden);
     });
   });
+  group.results_are_whole();
 }
 
 }  // namespace

@@ -40,8 +40,7 @@ bool ep_dispatch_send(ExpertGroup& group, int layer, const void* x, const int32_
 bool ep_dispatch_receive(ExpertGroup& group, int layer, int element, Workspace& workspace, Received& received) {
   if (!group.await_tokens()) return false;
   group.note(Phase::kExperts, layer);
-  received = group.receive(workspace, layer, element);
-  return true;
+  return group.receive(workspace, layer, element, received);
 }
 
 void ep_gather(const ExpertGroup& group, const Received& received, int element, void* rows) {
@@ -87,7 +86,7 @@ bool ep_combine_receive(ExpertGroup& group, const float* weights, int tokens, in
       isa.combine_bfloat16(sum, reinterpret_cast<const uint16_t* const*>(rows), used, count, hidden);
     }
   });
-  return true;
+  return group.results_are_whole();
 }
 
 }  // namespace fd

@@ -59,6 +59,8 @@ void ExpertGroup::set_members(uint64_t epoch, uint64_t active, const uint64_t* h
   step_ = collective_ = 0;
   sent_tokens_ = received_rows_ = 0;
   lost_ = reported_ = killed_ = 0;
+  faulty_ = -1;
+  fault_ = "";
   status_ = kGoing;
 }
 
@@ -71,6 +73,7 @@ ExpertGroup::Status ExpertGroup::arrive() {
 }
 
 void ExpertGroup::announce(int tokens) {
+  if (tokens > kMostStepTokens) throw std::invalid_argument("expert group: more tokens than a step may have");
   note(Phase::kBegin, 0);
   ++step_;
   row(seat_).step_tokens[step_ % 2].store(tokens, std::memory_order_relaxed);
@@ -81,8 +84,14 @@ ExpertGroup::Status ExpertGroup::begin() {
   uint64_t most = 0;
   if (wait(&SeatRow::begun, stamp(step_)) == kGoing) {
     for_each_seat(active_, [&](int seat) {
-      most = std::max(most, row(seat).step_tokens[step_ % 2].load(std::memory_order_relaxed));
+      const uint64_t tokens = row(seat).step_tokens[step_ % 2].load(std::memory_order_relaxed);
+      if (tokens > kMostStepTokens) blame(seat, "the number of tokens in its step");
+      most = std::max(most, tokens);
     });
+    if (faulty() >= 0) {
+      status_ = kFaulty;
+      most = 0;
+    }
     row(seat_).steps.fetch_add(most > 0, std::memory_order_relaxed);
   }
   rounds_ = static_cast<int>((most + shape_.max_tokens - 1) / shape_.max_tokens);
@@ -134,26 +143,47 @@ void ExpertGroup::publish_tokens(int tokens, int element) {
 
 bool ExpertGroup::await_tokens() { return wait(&SeatRow::dispatched, stamp(collective_)) == kGoing; }
 
-Received ExpertGroup::receive(Workspace& workspace, int layer, int element) {
+bool ExpertGroup::receive(Workspace& workspace, int layer, int element, Received& received) {
   const int64_t num_experts = shape_.num_experts, k = shape_.k;
-  Received received;
+  int64_t counts[kMostSeats], total = 0;
+  for_each_seat(active_, [&](int seat) {
+    const uint64_t word = row(seat).tokens.load(std::memory_order_relaxed);
+    if ((word & 0xff) != static_cast<uint64_t>(element)) blame(seat, "the size of an element of its tokens");
+    if (word >> 8 > static_cast<uint64_t>(shape_.max_tokens)) blame(seat, "the number of its tokens");
+    counts[seat] = static_cast<int64_t>(word >> 8) * k;
+    total += counts[seat];
+  });
+  if (faulty() >= 0) {
+    status_ = kFaulty;
+    return false;
+  }
+  // Counting sort, as in moe_permute.cc; what is sorted is a copy, which nobody else can change meanwhile.
+  struct Mine {
+    int32_t pick, expert;
+  };
+  Mine* const mine = workspace.take<Mine>(total);
+  int64_t ends[kMostSeats], found = 0;
   received.offsets = workspace.take<int32_t>(num_experts + 1);
   std::fill_n(received.offsets, num_experts + 1, 0);
-  const auto for_each_mine = [&](auto&& f) {
-    for_each_seat(active_, [&](int seat) {
-      const uint64_t word = row(seat).tokens.load(std::memory_order_relaxed);
-      if ((word & 0xff) != static_cast<uint64_t>(element)) {
-        throw std::invalid_argument("expert group: a rank sends elements of another size");
+  for_each_seat(active_, [&](int seat) {
+    const int32_t* const targets = part<int32_t>(seat, shape_.targets);
+    for (int64_t i = 0; i < counts[seat]; ++i) {
+      const int32_t target = __atomic_load_n(targets + i, __ATOMIC_RELAXED);
+      if (target < 0 || (target & (kMostSeats - 1)) != seat_) continue;
+      const int32_t expert = target >> kSeatBits;
+      if (expert >= num_experts) {
+        blame(seat, "the expert that a token of it is for");
+        break;
       }
-      const int32_t* const targets = part<int32_t>(seat, shape_.targets);
-      const int64_t count = static_cast<int64_t>(word >> 8) * k;
-      for (int64_t i = 0; i < count; ++i) {
-        if (targets[i] >= 0 && (targets[i] & (kMostSeats - 1)) == seat_) f(seat, i, targets[i] >> kSeatBits);
-      }
-    });
-  };
-  // Counting sort, as in moe_permute.cc.
-  for_each_mine([&](int, int64_t, int expert) { ++received.offsets[expert + 1]; });
+      ++received.offsets[expert + 1];
+      mine[found++] = {static_cast<int32_t>(i), expert};
+    }
+    ends[seat] = found;
+  });
+  if (faulty() >= 0) {
+    status_ = kFaulty;
+    return false;
+  }
   uint64_t* const served = part<uint64_t>(seat_, shape_.served) + layer * num_experts;
   int32_t begin = 0;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
@@ -166,16 +196,20 @@ Received ExpertGroup::receive(Workspace& workspace, int layer, int element) {
   received.sources = workspace.take<const void*>(begin);
   received.origins = workspace.take<int32_t>(int64_t{begin} * 3);
   int32_t* const places = part<int32_t>(seat_, shape_.places);
-  for_each_mine([&](int seat, int64_t i, int expert) {
-    const int32_t row = received.offsets[expert + 1]++;
-    const int64_t token = i / k;
-    received.sources[row] = part<uint8_t>(seat, shape_.tokens) + token * shape_.hidden * element;
-    received.origins[row * 3] = seat;
-    received.origins[row * 3 + 1] = static_cast<int32_t>(token);
-    received.origins[row * 3 + 2] = static_cast<int32_t>(i % k);
-    places[seat * shape_.max_tokens * k + i] = row;
+  int64_t next = 0;
+  for_each_seat(active_, [&](int seat) {
+    for (; next < ends[seat]; ++next) {
+      const int64_t i = mine[next].pick;
+      const int32_t row = received.offsets[mine[next].expert + 1]++;
+      const int64_t token = i / k;
+      received.sources[row] = part<uint8_t>(seat, shape_.tokens) + token * shape_.hidden * element;
+      received.origins[row * 3] = seat;
+      received.origins[row * 3 + 1] = static_cast<int32_t>(token);
+      received.origins[row * 3 + 2] = static_cast<int32_t>(i % k);
+      places[seat * shape_.max_tokens * k + i] = row;
+    }
   });
-  return received;
+  return true;
 }
 
 void* ExpertGroup::result_rows(int rows, int element) {
@@ -188,12 +222,32 @@ void ExpertGroup::publish_results() { publish(&SeatRow::combined, stamp(collecti
 bool ExpertGroup::await_results() { return wait(&SeatRow::combined, stamp(collective_)) == kGoing; }
 
 const void* ExpertGroup::result(int token, int pick, int element) const {
-  const int64_t i = token * shape_.k + pick;
-  const int32_t target = targets()[i];
+  const int64_t i = token * shape_.k + pick, most = shape_.num_seats * shape_.max_tokens * shape_.k;
+  const int32_t target = __atomic_load_n(targets() + i, __ATOMIC_RELAXED);
   if (target < 0) return nullptr;
   const int seat = target & (kMostSeats - 1);
-  const int64_t place = part<int32_t>(seat, shape_.places)[seat_ * shape_.max_tokens * shape_.k + i];
-  return part<uint8_t>(seat, shape_.results) + place * shape_.hidden * element;
+  int64_t place = 0;
+  if ((active_ & bit(seat)) == 0) {
+    blame(seat_, "the seat that its own token was sent to");
+  } else {
+    place = __atomic_load_n(part<int32_t>(seat, shape_.places) + seat_ * shape_.max_tokens * shape_.k + i,
+                            __ATOMIC_RELAXED);
+    if (0 <= place && place < most) return part<uint8_t>(seat, shape_.results) + place * shape_.hidden * element;
+    blame(seat, "the place of a result");
+  }
+  // This seat has written a first token.
+  return part<uint8_t>(seat_, shape_.tokens);
+}
+
+bool ExpertGroup::results_are_whole() {
+  if (faulty() < 0) return true;
+  status_ = kFaulty;
+  return false;
+}
+
+void ExpertGroup::blame(int seat, const char* fault) const {
+  int none = -1;
+  if (faulty_.compare_exchange_strong(none, seat)) fault_ = fault;
 }
 
 void ExpertGroup::note(Phase phase, int layer) {
@@ -239,12 +293,21 @@ uint64_t ExpertGroup::behind(Word word, uint64_t value, uint64_t seats) const {
   uint64_t missing = 0;
   for_each_seat(seats, [&](int seat) {
     const uint64_t theirs = (row(seat).*word).load(std::memory_order_seq_cst);
-    // A later number is fine, as nobody comes to one before all have come to this. A later epoch is not: the others
-    // may have gone on without this seat, and write again what it is about to read.
-    const bool has = word == &SeatRow::arrived ? theirs == value : theirs >= value && theirs >> 40 == epoch_;
-    if (!has) missing |= bit(seat);
+    // The next number is fine, and nobody comes to the one after it before this seat does. A later epoch is not: the
+    // others may have gone on without this seat, and write again what it is about to read.
+    if (theirs - value > (word == &SeatRow::arrived ? 0 : 1)) missing |= bit(seat);
   });
   return missing;
+}
+
+// A number of this epoch that no seat can have come to.
+bool ExpertGroup::find_impossible(Word word, uint64_t value, uint64_t seats) const {
+  if (word == &SeatRow::arrived) return false;
+  for_each_seat(seats, [&](int seat) {
+    const uint64_t theirs = (row(seat).*word).load(std::memory_order_relaxed);
+    if (theirs >> 40 == epoch_ && theirs > value + 1) blame(seat, "how far it has come");
+  });
+  return faulty() >= 0;
 }
 
 ExpertGroup::Status ExpertGroup::wait(Word word, uint64_t value) {
@@ -272,6 +335,10 @@ ExpertGroup::Status ExpertGroup::wait(Word word, uint64_t value) {
       looked = time;
       if ((lost_ = dead(missing)) != 0) {
         status_ = kLost;
+        break;
+      }
+      if (find_impossible(word, value, missing)) {
+        status_ = kFaulty;
         break;
       }
       watch_stalls(missing, time - began);
@@ -315,7 +382,9 @@ uint64_t ExpertGroup::dead(uint64_t seats) const {
 void ExpertGroup::watch_stalls(uint64_t missing, int64_t waited) {
   if (waited < stall_after_ns_) return;
   for_each_seat(missing, [&](int seat) {
-    const int64_t still = std::min(waited, now() - static_cast<int64_t>(row(seat).since_ns.load()));
+    // One that claims to have begun something in the future is not excused by it.
+    const uint64_t since = row(seat).since_ns.load(), time = now();
+    const int64_t still = since > time ? waited : std::min(waited, static_cast<int64_t>(time - since));
     if (still >= stall_kill_ns_ && (killed_ & bit(seat)) == 0) {
       killed_ |= bit(seat);
       on_stall_(seat, still * 1e-9, 1);

@@ -13,6 +13,9 @@
 // which one is in force is written by engine/expert_parallel/group.py. Who waits looks at it, and at the kernel's word
 // on whether those it waits for are alive, so a wait ends in one of three ways: all have come, the members have
 // changed, or some have died.
+//
+// Everything that is read from the part of a seat is checked where it is read, and read once: it is another process's,
+// which may have a fault. What is out of range ends the collective with kFaulty, and names the seat.
 #pragma once
 
 #include <atomic>
@@ -23,6 +26,8 @@
 namespace fd {
 
 constexpr int kMostSeats = 64;
+// Tokens of one rank in one step. A step has as many rounds as the largest needs, so it bounds these for all.
+constexpr int kMostStepTokens = 1 << 20;
 
 // Where a rank is. Those before kBegin are outside of a step.
 enum class Phase : uint64_t {
@@ -100,7 +105,7 @@ struct Received {
 
 class ExpertGroup {
  public:
-  enum Status { kGoing = 0, kChanged = 1, kLost = 2, kFull = 3 };
+  enum Status { kGoing = 0, kChanged = 1, kLost = 2, kFull = 3, kFaulty = 4 };
 
   struct Counters {
     uint64_t waited_ns[kMostSeats];  // for the seat that came last
@@ -117,7 +122,8 @@ class ExpertGroup {
               int64_t stall_kill_ns);
 
   // The members of `epoch`, this seat among them. homes[layer * num_experts + expert]: a bit for each seat that
-  // computes the expert. pidfds[seat] of each other member. Waits spin for `spin_ns` before they sleep.
+  // computes the expert, members only and at least one. pidfds[seat] of each other member. Waits spin for `spin_ns`
+  // before they sleep.
   void set_members(uint64_t epoch, uint64_t active, const uint64_t* homes, const int* pidfds, int64_t spin_ns);
 
   // Waits until all members have adopted the epoch. Until then no part may be written: those that were in a step
@@ -141,13 +147,15 @@ class ExpertGroup {
   void address(int layer, const int32_t* picks, int tokens);
   void publish_tokens(int tokens, int element);
   bool await_tokens();
-  // Those that are for this seat. All of the other seats' elements must have this size.
-  Received receive(Workspace& workspace, int layer, int element);
+  // Those that are for this seat. False if the part of a seat is faulty; all elements must have this size.
+  bool receive(Workspace& workspace, int layer, int element, Received& received);
   void* result_rows(int rows, int element);
   void publish_results();
   bool await_results();
-  // After await_results: the result of a pick of a token of this seat; null for -1.
+  // After await_results: the result of a pick of a token of this seat; null for -1. On any thread. Where the part of a
+  // seat is faulty, a row that can be read but means nothing: `results_are_whole` tells afterwards.
   const void* result(int token, int pick, int element) const;
+  bool results_are_whole();
 
   // Of the collective under way: the tokens that this seat has published, the rows that it has received.
   int sent_tokens() const { return sent_tokens_; }
@@ -158,6 +166,9 @@ class ExpertGroup {
   uint64_t lost() const { return lost_; }
   // What was missing, after kFull.
   int64_t missing_bytes() const { return missing_bytes_; }
+  // After kFaulty: the seat whose part is faulty, and what is wrong with it.
+  int faulty() const { return faulty_.load(std::memory_order_relaxed); }
+  const char* fault() const { return fault_.load(std::memory_order_relaxed); }
 
   const GroupShape& shape() const { return shape_; }
   const Counters& counters() const { return counters_; }
@@ -187,6 +198,9 @@ class ExpertGroup {
   Status wait(Word word, uint64_t value);
   uint64_t behind(Word word, uint64_t value, uint64_t seats) const;
   uint64_t dead(uint64_t seats) const;
+  bool find_impossible(Word word, uint64_t value, uint64_t seats) const;
+  // The first fault of a collective is the one that is told.
+  void blame(int seat, const char* fault) const;
   void watch_stalls(uint64_t missing, int64_t waited);
   void* grown(int64_t offset, int64_t bytes, int64_t limit, int64_t& size);
 
@@ -200,6 +214,8 @@ class ExpertGroup {
   Status status_ = kChanged;
   uint64_t epoch_ = 0, active_ = 0, lost_ = 0;
   int64_t missing_bytes_ = 0;
+  mutable std::atomic<int> faulty_{-1};
+  mutable std::atomic<const char*> fault_{""};
   const uint64_t* homes_ = nullptr;
   const int* pidfds_ = nullptr;
   int64_t spin_ns_ = 0;

@@ -47,6 +47,8 @@ int fd_ep_busy(int64_t handle) { return fd::find_expert_group(handle)->busy(); }
 int fd_ep_status(int64_t handle) { return fd::find_expert_group(handle)->status(); }
 uint64_t fd_ep_lost(int64_t handle) { return fd::find_expert_group(handle)->lost(); }
 int64_t fd_ep_missing_bytes(int64_t handle) { return fd::find_expert_group(handle)->missing_bytes(); }
+int fd_ep_faulty(int64_t handle) { return fd::find_expert_group(handle)->faulty(); }
+const char* fd_ep_fault(int64_t handle) { return fd::find_expert_group(handle)->fault(); }
 void fd_ep_ring(int64_t handle) { fd::find_expert_group(handle)->ring(); }
 const fd::ExpertGroup::Counters* fd_ep_counters(int64_t handle) { return &fd::find_expert_group(handle)->counters(); }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import FastDeployError
+from ...foreign_text import parse_json, printable
 from .. import control
 from . import asking
 
@@ -50,18 +51,21 @@ def _choices(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[dic
         for line in response:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                 continue
-            event = json.loads(line[6:])
+            event = parse_json(line[6:])
+            if not isinstance(event, dict):
+                raise ValueError(f"an event is no JSON object: {event!r}")
             if "error" in event:
                 raise FastDeployError(f"the answer broke off: {_message(line[6:])}")
             yield from event.get("choices", ())
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FastDeployError(f"the router at {host}:{port} does not answer ({error})") from None
+        raise FastDeployError(f"the router at {host}:{port} does not answer ({printable(error)})") from None
     finally:
         connection.close()
 
 
 def _message(body: bytes) -> str:
     try:
-        return json.loads(body)["error"]["message"]
+        message = parse_json(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return body.decode(errors="replace")[:300]
+        message = body.decode(errors="replace")
+    return printable(message, 300)

@@ -22,6 +22,8 @@ _MEASURE_SECONDS = 1.0
 #: Of an answer, which comes from a machine that may not be ours.
 _MAX_METRICS = 4 << 20
 _PIECE = 64 << 10
+#: Of one replica, running or waiting; more than that is no count.
+_MOST_REQUESTS = 1 << 31
 
 
 class Problem(NamedTuple):
@@ -134,7 +136,8 @@ def _get(host: str, port: int, path: str, most: int) -> _Answer | Problem:
         return Problem("accepts no connections", refused=True)
     except OSError:
         return Problem("broke off the connection or cannot be reached")
-    except http.client.HTTPException as error:
+    # ValueError: of a header that http.client does not expect.
+    except (http.client.HTTPException, ValueError) as error:
         return Problem(f"answered badly ({type(error).__name__})")
     finally:
         connection.close()
@@ -145,6 +148,7 @@ def _value_of(name: str, exposition: bytes) -> int | None:
     pattern = rb"^fastdeploy:num_requests_%s(?:\{[^}\n]*\})? ([0-9.eE+]+)" % name.encode()
     found = re.findall(pattern, exposition, re.MULTILINE)
     try:
-        return int(sum(map(float, found))) if found else None
+        value = int(sum(map(float, found))) if found else None
     except (ValueError, OverflowError):
         return None
+    return value if value is None or value < _MOST_REQUESTS else None

@@ -23,7 +23,10 @@ _SIGN_OF_LIFE = 5
 #: Follow from the connection and the body that are used, or are between the router and its replicas only.
 _MADE_ANEW = frozenset(
     name.lower().encode()
-    for name in ("Host", "Content-Length", "Expect", MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER)
+    for name in (
+        *("Host", "Content-Length", "Expect", "X-Request-Id", "X-FD-Seed"),
+        *(MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER),
+    )
 )
 _NOT_FORWARDED = HOP_BY_HOP | _MADE_ANEW
 
@@ -51,8 +54,8 @@ class Forwarded(NamedTuple):
 def forwarded(request: ClientRequest, identity: str) -> Forwarded:
     """The request as it came, but for what belongs to the connection.
 
-    A request id and a seed are added where the client sent none, so that every replica that is tried draws
-    the same tokens.
+    It has one request id and one seed: the client's first, or else one of the router, so that every replica
+    that is tried draws the same tokens.
 
     Raises:
         Refused: no path of ours.
@@ -60,13 +63,14 @@ def forwarded(request: ClientRequest, identity: str) -> Forwarded:
     if _climbs(request.raw_path):
         raise Refused(error(404, f"no such path: {request.path}", "not_found"))
     dropped = _NOT_FORWARDED | request.dropped if request.dropped else _NOT_FORWARDED
-    added = ""
-    if b"x-request-id" not in request.special:
-        added = f"x-request-id: {identity}\r\n"
-    if b"x-fd-seed" not in request.special:
+    # The id of this request in the log, whether the client means it for the next hop or not.
+    own = request.special.get(b"x-request-id") or identity.encode("latin-1")
+    seed = None if b"x-fd-seed" in request.dropped else request.special.get(b"x-fd-seed")
+    if seed is None:
         # 53 bits: exact wherever JSON numbers are doubles. It need not be secret, only the same everywhere.
-        added += f"x-fd-seed: {random.getrandbits(53)}\r\n"
-    lines = lines_without(dropped, request.headers) + added.encode("latin-1")
+        seed = b"%d" % random.getrandbits(53)
+    added = b"x-request-id: %b\r\nx-fd-seed: %b\r\n" % (own, seed)
+    lines = lines_without(dropped, request.headers) + added
     return Forwarded(request.method, request.target, lines, request.body)
 
 

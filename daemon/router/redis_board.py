@@ -30,6 +30,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ...errors import ConfigError
+from ...foreign_text import parse_json, printable
 from .board import Board, Seat
 from .registration import AllowedAddresses
 from .registry import RegistryFile
@@ -37,6 +38,8 @@ from .shared_replicas import Said, SharedReplicas, shared_name
 
 logger = logging.getLogger(__name__)
 
+#: Of one router at one replica, requests or prompt tokens; more than that is no count.
+_MOST_ELSEWHERE = 1 << 40
 #: Seconds between two turns; while Redis is away, and while another worker leads.
 _EVERY, _RETRY, _IDLE = 0.05, 0.5, 1.0
 #: Seconds for which a router's counts hold.
@@ -106,7 +109,8 @@ class RedisBoard:
                 self._turn(client)
                 self._is_back()
                 time.sleep(_EVERY)
-            except (redis.RedisError, OSError, UnicodeDecodeError) as error:
+            # The last two: what another writes there is not what a router does.
+            except (redis.RedisError, OSError, ValueError, TypeError) as error:
                 self._is_away(error)
                 time.sleep(_RETRY)
         # Whoever leads next may have no Redis to ask.
@@ -182,9 +186,11 @@ def _sum(counts: list[str], seats: dict[str, Seat]) -> dict[Seat, tuple[int, int
     tokens: defaultdict[Seat, int] = defaultdict(int)
     for text in counts:
         try:
-            load = {name: (int(one), int(other)) for name, (one, other) in json.loads(text).items()}
-        except (ValueError, TypeError, AttributeError):
+            load = {name: (int(one), int(other)) for name, (one, other) in parse_json(text).items()}
+        except (ValueError, TypeError, AttributeError, OverflowError):
             continue  # of another version
+        if any(not 0 <= number < _MOST_ELSEWHERE for pair in load.values() for number in pair):
+            continue
         for name, (in_flight, prompt) in load.items():
             if (seat := seats.get(name)) is not None:
                 requests[seat] += in_flight
@@ -193,4 +199,4 @@ def _sum(counts: list[str], seats: dict[str, Seat]) -> dict[Seat, tuple[int, int
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return printable(error) or type(error).__name__

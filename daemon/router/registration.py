@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import socket
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import FastDeployError
+from ...foreign_text import parse_json, printable
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -163,8 +163,8 @@ def from_fields(fields: dict[str, Any]) -> Instance:
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(body)
+    except ValueError as error:
         raise RegistrationError(f"Invalid InstanceInfo JSON format: {error}") from None
     if not isinstance(fields, dict):
         raise RegistrationError("Invalid InstanceInfo JSON format: a JSON object is expected")
@@ -286,11 +286,16 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _scalar(name: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str) or len(str(value)) > 64:
+    if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"invalid {name}: {_short(value)}")
-    return str(value)
+    text = str(value)
+    if len(text) > 64 or not text.isprintable():
+        raise ValueError(f"invalid {name}: {_short(value)}")
+    return text
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return printable(value if isinstance(value, str) else repr(value), 77)
+    except RecursionError:
+        return "it is nested too deep"

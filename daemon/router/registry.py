@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...foreign_text import parse_json, printable
 from .board import Board, Status
 from .registration import AllowedAddresses, Instance, RegistrationError, from_fields
 
@@ -58,10 +59,12 @@ class RegistryFile:
         if self._path is None or not self._path.exists():
             return []
         try:
-            entries = json.loads(self._path.read_text(encoding="utf-8"))["instances"]
+            entries = parse_json(self._path.read_text(encoding="utf-8"))["instances"]
             return [(from_fields(entry), entry.get("draining") is True) for entry in entries]
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RegistrationError) as error:
-            logger.warning("registry file %s ignored: %s: %s", self._path, type(error).__name__, error)
+            logger.warning(
+                "registry file %s ignored: %s: %s", self._path, type(error).__name__, printable(error)
+            )
             return []
 
     def prepare(self) -> None:

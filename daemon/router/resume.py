@@ -13,12 +13,13 @@ from array import array
 
 import msgspec
 
+from ...foreign_text import printable
 from ...resumption import DRAFT_HEADER, DRAFT_MARK_HEADER, Delivered, Moment, Number, Resumption, marks_of
 from .incoming import RawHeaders
 
 _DRAFT, _DRAFT_MARK = DRAFT_HEADER.lower().encode(), DRAFT_MARK_HEADER.lower().encode()
 _MARK = b"\n: fd "
-_MARK_LINE = re.compile(rb"\n: fd ([^\n]*)")
+_MARK_ALONE = b": fd "
 #: Marks are folded into token numbers when there are so many, or so many bytes: text is longer than numbers.
 _FOLD_AT, _FOLD_AT_BYTES = 1024, 32 << 10
 #: Digits of a Unix time.
@@ -27,11 +28,11 @@ _LONGEST_MOMENT = 10
 _LONGEST_EVENT = 4 << 20
 #: Tokens of all choices of one answer; a longer one cannot be resumed.
 MOST_TOKENS = 1 << 18
-_DONE = b"data: [DONE]\n\n"
+_DONE_EVENT = b"data: [DONE]"
+_DONE = _DONE_EVENT + b"\n\n"
 _ERROR = b'data: {"error"'
 _ERROR_EVENT = re.compile(rb'^data: (\{"error".*)', re.MULTILINE)
-_SIGN_OF_LIFE = b"\n\n:\n\n"
-_SIGNS_OF_LIFE = re.compile(rb"(?:\A|(?<=\n\n))(?::\n\n)+")
+_SIGN_OF_LIFE = b":"
 
 
 class _Head(msgspec.Struct):
@@ -152,48 +153,52 @@ class Transcript:
         self._rest = b""
 
     def pass_on(self, data: bytes) -> bytes:
-        """What of the stream so far can go to the client now: whole events, without marks."""
-        if self._rest:
-            data = self._rest + data
-            self._rest = b""
-        if not data.endswith(b"\n\n"):
-            end = data.rfind(b"\n\n") + 2
-            if end == 1:
-                end = 0
-            self._rest = data[end:]
-            if len(self._rest) > _LONGEST_EVENT:
-                self.problem = f"an event is longer than {_LONGEST_EVENT} bytes"
-            data = data[:end]
-        if data.startswith(b":") or _SIGN_OF_LIFE in data:
-            data = _SIGNS_OF_LIFE.sub(b"", data)
-        if _ERROR in data and (found := _ERROR_EVENT.search(data)):
-            # Its model has crashed, or the like: for the client no better than a lost connection.
-            self.problem = f"it says {found[1][:300].decode('utf-8', 'replace')}"
-            data = data[: found.start()]
-        if not data:
-            return data
-        start = data.find(_MARK)
-        if start >= 0:
-            if data.find(_MARK, start + 1) < 0:
-                end = data.index(b"\n", start + 1)
-                self._marks.add(data[start + len(_MARK) : end])
-                if end + 2 < len(data):
-                    self._look_at_last(data)
-                data = data[:start] + data[end:]
-            else:
-                self._marks.extend(_MARK_LINE.findall(data))
-                self._look_at_last(data)
-                data = _MARK_LINE.sub(b"", data)
-        elif not self._first:
-            # An answer that cannot be resumed has no marks.
-            self._has_marks = False
+        """What of the stream so far can go to the client now: whole events, without marks.
+
+        It does not depend on how the stream was cut into pieces.
+        """
+        if self.problem:
+            return b""
+        *events, self._rest = (self._rest + data).split(b"\n\n")
+        if len(self._rest) > _LONGEST_EVENT:
+            self.problem = f"an event is longer than {_LONGEST_EVENT} bytes"
+        passed: list[bytes] = []
+        for event in events:
+            if _ERROR in event and (found := _ERROR_EVENT.search(event)):
+                # Its model has crashed, or the like: for the client no better than a lost connection.
+                self.problem = f"it says {printable(found[1].decode('utf-8', 'replace'), 300)}"
+                self._rest = b""
+                break
+            if event != _SIGN_OF_LIFE and (event := self._read(event)):
+                passed += (event, b"\n\n")
+        return b"".join(passed)
+
+    def _read(self, event: bytes) -> bytes:
+        """Returns the event without its marks; nothing if it consists of them."""
+        start = event.find(_MARK)
+        is_marked = True
+        if start > 0 and event.find(b"\n", start + 1) < 0:
+            self._marks.add(event[start + len(_MARK) :])
+            event = event[:start]
+        elif start >= 0 or event.startswith(_MARK_ALONE):
+            lines = event.split(b"\n")
+            self._marks.extend([line[len(_MARK_ALONE) :] for line in lines if line.startswith(_MARK_ALONE)])
+            event = b"\n".join(line for line in lines if not line.startswith(_MARK_ALONE))
+            if not event:
+                return event
         else:
-            self._look_at_last(data)
-        if not self._first:
-            self._first = data.partition(b"\n\n")[0]
-        if data.endswith(_DONE):
+            is_marked = False
+        if event == _DONE_EVENT:
             self.is_done = True
-        return data
+        if not self._first:
+            # An answer that cannot be resumed has no marks.
+            self._first, self._has_marks = event, is_marked
+        elif is_marked:
+            self._has_summary = False
+        elif event != _DONE_EVENT and event.startswith(b"data:"):
+            # An event without a mark that is not the end comes right before it: the usage, or an error.
+            self._has_summary = self._has_marks
+        return event
 
     @property
     def is_steady(self) -> bool:
@@ -241,13 +246,6 @@ class Transcript:
         """Every event so far could be accounted for."""
         return self._has_marks and self._marks.is_whole
 
-    def _look_at_last(self, data: bytes) -> None:
-        """An event without a mark that is not the end comes right before it: the usage, or an error."""
-        begin = data.rfind(b"\n\n", 0, -2) + 2 if data.count(b"\n\n") > 1 else 0
-        last = data[begin:]
-        if last.startswith(b"data:") and last != _DONE and _MARK not in last:
-            self._has_summary = True
-
 
 class Lines:
     """A stream of a replica that knows nothing of this, so that it cannot go on elsewhere.
@@ -255,7 +253,7 @@ class Lines:
     Whole lines are let through: where it breaks off, the client has no half line to choke on.
     """
 
-    __slots__ = ("_line", "is_done")
+    __slots__ = ("_line", "_recent", "is_done")
 
     problem = ""
     missing_end = b""
@@ -264,6 +262,8 @@ class Lines:
     def __init__(self) -> None:
         self.is_done = False
         self._line: list[bytes] = []
+        #: The end of what has been passed on, in which the last event may have begun.
+        self._recent = b"\n"
 
     def pass_on(self, data: bytes) -> bytes:
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
@@ -272,7 +272,9 @@ class Lines:
             return b""
         whole = b"".join([*self._line, data[:end]])
         self._line = [data[end:]] if end < len(data) else []
-        self.is_done = whole.endswith(_DONE)
+        recent = self._recent + whole
+        self.is_done = self.is_done or b"\n" + _DONE in recent
+        self._recent = recent[-len(_DONE) :]
         return whole
 
     @property

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 
+from ...foreign_text import parse_json, printable
 from .board import FORGET_AFTER, Board, Status
 from .registration import AllowedAddresses, Instance, RegistrationError, from_fields
 
@@ -159,7 +161,9 @@ class SharedReplicas:
             if shared_name(instance) != name:
                 raise RegistrationError(f"it is of {instance.url}")
         except RegistrationError as error:
-            logger.warning("what is said of replica %s is not understood: %s", name, error)
+            logger.warning(
+                "what is said of replica %s is not understood: %s", printable(name), printable(error)
+            )
             self._not_ours.add(name)
             return False
         if _state(entry) != _HERE:
@@ -220,21 +224,22 @@ def _entry(instance: Instance, state: str) -> str:
 def _instance(entry: str) -> Instance:
     """Raises RegistrationError if it is not understood."""
     try:
-        return from_fields(json.loads(entry)["registration"])
+        return from_fields(parse_json(entry)["registration"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RegistrationError(f"{type(error).__name__}: {error}") from None
+        raise RegistrationError(f"{type(error).__name__}: {printable(error)}") from None
 
 
 @lru_cache(maxsize=1024)
 def _state(entry: str) -> str:
     try:
-        return str(json.loads(entry)["state"])
+        return str(parse_json(entry)["state"])
     except (ValueError, TypeError, KeyError):
         return ""
 
 
 def _heard(said: Said, name: str) -> float:
     try:
-        return float(said.heard.get(name, 0))
+        heard = float(said.heard.get(name, 0))
     except ValueError:
         return 0.0
+    return heard if math.isfinite(heard) else 0.0

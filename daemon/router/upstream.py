@@ -25,6 +25,11 @@ _MAX_IDLE_PER_REPLICA = 1024
 _MAX_HEAD = 128 << 10
 #: Bytes of a body that hold nothing: an endless chunk extension or trailer.
 _MAX_NOTHING = 128 << 10
+#: Interim heads before the answer. Our replicas send one every few seconds: this is half a day.
+_MAX_INTERIM = 10_000
+
+
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class Fault(enum.Enum):
@@ -83,6 +88,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._has_begun = False
         self._until_close = False
         self._head_bytes = 0
+        self._interim_heads = 0
         self._nothing_bytes = 0
         self._pieces: list[bytes] = []
         self._complete = False
@@ -154,11 +160,11 @@ class ReplicaConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
             if not self._has_begun and self._head_bytes > _MAX_HEAD:
-                problem = "its head has no end"
+                problem = f"a head of more than {_MAX_HEAD} bytes"
         except httptools.HttpParserUpgrade:
-            problem = "it switched protocols unasked"
+            problem = "a switch of protocols"
         except httptools.HttpParserError as error:
-            problem = f"{data[:40]!r}: {error.__context__ or error}"
+            problem = f"{data[:40]!r} ({error.__context__ or error})"
         if self._reply is not reply:
             return  # the head made the request end
         self._is_between_chunks = self._is_between_chunks and data.endswith(b"\r\n")
@@ -172,13 +178,13 @@ class ReplicaConnection(asyncio.Protocol):
         elif self._has_begun:
             self._nothing_bytes += len(data)
             if self._nothing_bytes > _MAX_NOTHING:
-                problem = "something without end"
+                problem = f"more than {_MAX_NOTHING} bytes between two pieces of the body"
         if self._complete:
             self._finish(reply)
         elif problem is not None:
             # In the middle of a body it is no better than a cut.
             fault = Fault.CUT if self._has_begun else Fault.GARBLED
-            self._fail(fault, f"{problem} came instead of an answer" if data[:1] else problem)
+            self._fail(fault, f"it sent {problem}")
 
     def eof_received(self) -> None:
         return None  # the transport closes itself
@@ -216,7 +222,7 @@ class ReplicaConnection(asyncio.Protocol):
         if status < 100:
             raise ValueError(f"there is no status {status}")
         if status < 200:
-            # An interim answer: a sign of life.
+            self._read_interim(status)
             reply.informed(self.headers)
             self.reason, self.headers = b"", []
             self._head_bytes = 0
@@ -235,6 +241,8 @@ class ReplicaConnection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         if self._complete:
             self._extra = True
+        elif not self._has_begun:
+            raise ValueError("an interim answer has no body")
         else:
             self._pieces.append(body)
 
@@ -252,8 +260,18 @@ class ReplicaConnection(asyncio.Protocol):
         self.has_retry_after = self.has_request_id = False
         self._has_begun = self._complete = self._until_close = self._extra = self._is_reusable = False
         self._is_between_chunks = False
-        self._head_bytes = self._nothing_bytes = 0
+        self._head_bytes = self._interim_heads = self._nothing_bytes = 0
         self._pieces = []
+
+    def _read_interim(self, status: int) -> None:
+        """A sign of life. It has no body (RFC 9110, 15.2), and llhttp reads one if the head announces it."""
+        if status == 101:
+            raise ValueError("it switches protocols, which nobody asked for")
+        if any(name in _FRAMING for name, _ in self.headers):
+            raise ValueError("an interim answer has no body")
+        self._interim_heads += 1
+        if self._interim_heads > _MAX_INTERIM:
+            raise ValueError(f"more than {_MAX_INTERIM} interim answers")
 
     def _read_framing(self) -> None:
         chunked = False

@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..custom_ops.expert_group import CHANGED, FULL, GOING, GroupShape, NativeGroup
+from ..custom_ops.expert_group import CHANGED, FAULTY, FULL, GOING, GroupShape, NativeGroup
 from ..errors import ConfigError, FastDeployError
 from ..messages import ExpertParallelStats
 from . import memory as shared
-from .layout import PHASES, PROTOCOL_VERSION, Layout, SeatState
-from .membership import Membership, Record, SeatTaken, disagreement, planner
+from .layout import PROTOCOL_VERSION, Layout, SeatState, phase_name
+from .membership import Membership, RankLost, Record, SeatTaken, disagreement, planner
 from .memory import Memory
 from .peers import Peers
 
@@ -49,10 +49,6 @@ OnPlacement = Callable[[Sequence[frozenset[int]], Sequence[frozenset[int]]], Non
 
 class GroupChanged(FastDeployError):
     """The step cannot be finished: members have come, gone or died. It is to be begun again."""
-
-
-class RankLost(FastDeployError):
-    """This rank cannot go on in its group, and has to end: the others do without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,12 +274,35 @@ class ExpertGroup:
             )
         if status == CHANGED:
             return
+        if status == FAULTY:
+            self._expel(*self._native.fault)
+            return
         with self._memory.locked():
             dead = self._membership.remove_dead()
             if not dead and status == GOING and self._membership.epoch == self._record.epoch:
                 # A fault of this rank alone, in the middle of a step in which the others wait for it.
                 self._membership.restart_step()
         self._log_losses(dead)
+        self._wake_all()
+
+    def _expel(self, seat: int, fault: str) -> None:
+        """Goes on without a seat whose part of the memory says what cannot be."""
+        what = f"{fault}, in its part of the memory, is out of range"
+        if seat == self.seat:
+            raise RankLost(f"seat {seat} of the expert group is this rank's: {what}")
+        with self._memory.locked():
+            pid = self._memory.entries[seat].pid
+            # Another rank may have been faster.
+            is_first = self._membership.epoch == self._record.epoch
+            if is_first:
+                self._membership.expel(seat)
+        if is_first:
+            _log.error(
+                "expert group %s: seat %d (pid %d) is removed: %s; the others go on",
+                *(self.options.name, seat, pid, what),
+            )
+            # It may sleep, and is not among those that `_wake_all` calls any more.
+            self._peers.call([seat])
         self._wake_all()
 
     # ---- membership
@@ -369,7 +388,8 @@ class ExpertGroup:
         if entry.pid == os.getpid() and (self.seat in record.seats or entry.state == SeatState.LEAVING):
             return
         raise RankLost(
-            f"the expert group has gone on without seat {self.seat}: this process was stopped for too long"
+            f"the expert group has gone on without seat {self.seat}: this process was stopped for too long, "
+            "or its part of the memory was found faulty; then the log of another rank says why"
         )
 
     def _announce_members(self, what: str, record: Record) -> None:
@@ -387,7 +407,7 @@ class ExpertGroup:
         _log.warning(
             "expert group %s: seat %d (pid %d) has made no progress for %.1f s (%s, layer %d)%s",
             *(self.options.name, seat, self._memory.entries[seat].pid, seconds),
-            *(PHASES[row.phase], row.layer, "; it is killed" if killed else ""),
+            *(phase_name(row.phase), row.layer, "; it is killed" if killed else ""),
         )
 
     # ---- waking others

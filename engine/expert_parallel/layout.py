@@ -16,7 +16,7 @@ import ctypes
 from dataclasses import dataclass, fields
 
 #: Rises with every change of what lies where, and of what it means.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MOST_SEATS = 64
 FINGERPRINT_BYTES = 8192
 
@@ -102,6 +102,8 @@ class Header(ctypes.Structure):
         *((field.name, ctypes.c_uint64) for field in fields(Layout)),
         #: Of the process that has the lock, in case it is stopped while it does.
         ("holder", ctypes.c_uint64),
+        #: Start time of the holder, as in /proc; written after its pid.
+        ("holder_started", ctypes.c_uint64),
         #: Seats that want to join or to leave.
         ("pending", ctypes.c_uint64),
         ("joins", ctypes.c_uint64),
@@ -133,6 +135,11 @@ class SeatState:
     LEAVING = 3
     NAMES = ("free", "joining", "active", "leaving")
 
+    @classmethod
+    def name_of(cls, number: int) -> str:
+        """Return the name of a state, or "unknown" for a number that no rank writes."""
+        return cls.NAMES[number] if number < len(cls.NAMES) else "unknown"
+
 
 class SeatEntry(ctypes.Structure):
     """Who holds a seat."""
@@ -163,6 +170,11 @@ class SeatRow(ctypes.Structure):
         ("steps", ctypes.c_uint64),
         ("_pad", ctypes.c_uint64 * 4),
     )
+
+
+def phase_name(number: int) -> str:
+    """Return the name of a phase, or "unknown" for a number that no rank writes."""
+    return PHASES[number] if number < len(PHASES) else "unknown"
 
 
 PHASES = (

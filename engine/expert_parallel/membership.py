@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import array
 import ctypes
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FastDeployError
 from .layout import SeatState
 from .memory import Memory, is_alive, start_time
 from .placement import Home, Placement, plan
@@ -25,6 +26,16 @@ from .placement import Home, Placement, plan
 Planner = Callable[
     [Sequence[int], Sequence[Sequence[float]], Sequence[Placement] | None, bool], list[Placement]
 ]
+
+
+_log = logging.getLogger(__name__)
+
+#: A step's number has the other 40 bits of a word.
+_MOST_EPOCHS = 1 << 23
+
+
+class RankLost(FastDeployError):
+    """This rank cannot go on in its group, and has to end: the others do without it."""
 
 
 class SeatTaken(ConfigError):
@@ -60,6 +71,8 @@ class Membership:
     def __init__(self, memory: Memory, planner: Planner) -> None:
         self._memory = memory
         self._planner = planner
+        #: The last one that this process has read or written, and that was whole.
+        self._last = Record(0, (), ())
 
     @property
     def epoch(self) -> int:
@@ -71,18 +84,59 @@ class Membership:
         return self._memory.header.pending != 0
 
     def read(self) -> Record:
-        memory, layout = self._memory, self._memory.layout
+        """The record in force; if it is damaged, the newest one that is not is put into force again.
+
+        Raises:
+            RankLost: there is none.
+        """
         epoch = self.epoch
-        if epoch == 0:
-            return Record(0, (), ())
+        record = self._last if epoch == self._last.epoch == 0 else None
+        if max(1, self._last.epoch) <= epoch < _MOST_EPOCHS:
+            record = self._whole(epoch)
+        if record is None:
+            record = self._repair(epoch)
+        self._last = record
+        return record
+
+    def _whole(self, epoch: int) -> Record | None:
+        """The record of this epoch; None if that is not what lies in its place."""
+        memory, layout = self._memory, self._memory.layout
         start = self._offset(epoch)
+        if int.from_bytes(memory.pages[start : start + 8], "little") != epoch:
+            return None
         seats = seats_of(int.from_bytes(memory.pages[start + 8 : start + 16], "little"))
         slots = array.array("h", memory.pages[start + 16 : start + 16 + layout.slots_bytes])
         placements = []
         for layer in range(layout.num_layers):
             first = layer * layout.num_experts * layout.num_seats
             placements.append(_placement(slots, first, layout.num_experts, layout.num_seats))
+        members = set(seats)
+        are_placed = all(
+            homes and members.issuperset(home.seat for home in homes)
+            for placement in placements
+            for homes in placement.homes
+        )
+        if not members <= set(range(layout.num_seats)) or (seats and not are_placed):
+            return None
         return Record(epoch, seats, tuple(placements))
+
+    def _repair(self, epoch: int) -> Record:
+        memory = self._memory
+        written = (
+            int.from_bytes(memory.pages[start : start + 8], "little") for start in map(self._offset, (0, 1))
+        )
+        found = [self._whole(number) for number in written if 0 < number < _MOST_EPOCHS]
+        whole = [record for record in found if record is not None and record.seats]
+        newest = max([*whole, self._last], key=lambda record: record.epoch)
+        if not newest.seats:
+            raise RankLost(f"{memory.directory}: the records of the expert group are damaged")
+        _log.error(
+            "%s: the record of epoch %d of the expert group is damaged; that of epoch %d takes its place",
+            *(memory.directory, epoch, newest.epoch),
+        )
+        # Without those that have left since; the dead are for `remove_dead`.
+        held = {seat for seat in newest.seats if memory.entries[seat].state != SeatState.FREE}
+        return self._commit(newest, held)
 
     def register(self, seat: int, group: str) -> None:
         """Takes the seat for this process, which is to be admitted.
@@ -122,7 +176,7 @@ class Membership:
         """Admits who wants to join and lets go who wants to leave, in one commit."""
         header, entries = self._memory.header, self._memory.entries
         record = self.read()
-        pending = seats_of(header.pending)
+        pending = [seat for seat in seats_of(header.pending) if seat < self._memory.layout.num_seats]
         joining = [
             seat for seat in pending if entries[seat].state == SeatState.JOINING and is_alive(entries[seat])
         ]
@@ -150,6 +204,15 @@ class Membership:
             self._memory.header.losses += len(dead)
             self._commit(record, set(record.seats) - {seat for seat, _ in dead})
         return dead
+
+    def expel(self, seat: int) -> None:
+        """Commits the group without a member whose part of the memory is faulty."""
+        record = self.read()
+        self._memory.entries[seat].state = SeatState.FREE
+        self._memory.header.pending &= ~(1 << seat)
+        self._memory.words.sleepers &= ~(1 << seat)
+        self._memory.header.losses += 1
+        self._commit(record, set(record.seats) - {seat})
 
     def restart_step(self) -> None:
         """The same members in a new epoch: whatever step is under way is begun again by all."""
@@ -200,6 +263,7 @@ class Membership:
         memory.pages[start + 16 : start + 16 + layout.slots_bytes] = slots.tobytes()
         # The commit: one aligned word, after everything that it stands for.
         memory.words.epoch = record.epoch
+        self._last = record
 
     def _offset(self, epoch: int) -> int:
         return self._memory.layout.records + epoch % 2 * self._memory.layout.record_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import mmap
@@ -69,8 +70,8 @@ class Memory:
         Raises:
             LockStuck: not even that has helped.
         """
-        _lock(self.file, self._patience, lambda: int(self.header.holder))
-        self.header.holder = os.getpid()
+        _lock(self.file, self._patience, lambda: _holder_in(self.header))
+        _sign(self.header)
         try:
             yield
         finally:
@@ -78,8 +79,15 @@ class Memory:
             fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def read_fingerprint(self) -> dict[str, Any]:
-        start = self.layout.fingerprint
-        return json.loads(self.pages[start : start + self.header.fingerprint_bytes])
+        """Raises ConfigError if it is damaged."""
+        start, size = self.layout.fingerprint, self.header.fingerprint_bytes
+        try:
+            found = json.loads(self.pages[start : start + min(size, FINGERPRINT_BYTES)])
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise _damaged(self.directory, "the fingerprint")
+        return found
 
     def doorbell(self, seat: int) -> str:
         return str(self.directory / f"seat-{seat}")
@@ -123,8 +131,8 @@ def opened(
     try:
         if not _has_living(descriptor):
             _format(descriptor, layout, text, root)
-        memory = Memory(directory, descriptor, layout_of(descriptor), patience)
-        memory.header.holder = os.getpid()
+        memory = Memory(directory, descriptor, layout_of(descriptor, directory), patience)
+        _sign(memory.header)
         try:
             yield memory
         finally:
@@ -170,6 +178,24 @@ def start_time(pid: int) -> int | None:
 
 def is_alive(entry: SeatEntry) -> bool:
     return entry.state != SeatState.FREE and start_time(entry.pid) == entry.start_time
+
+
+def pidfd_of(pid: int, started: int) -> int | None:
+    """Return a pidfd of the process with this pid and start time; None if there is none."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    # A number that no process can have is a fault of who has written it.
+    except (ProcessLookupError, OverflowError):
+        return None
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    # Read after it is open: from here on the number cannot pass to another process.
+    if start_time(pid) == started:
+        return pidfd
+    os.close(pidfd)
+    return None
 
 
 # ---- the file
@@ -221,26 +247,34 @@ def _remove_remains(own: Path) -> None:
                 os.close(descriptor)
 
 
-def _lock(descriptor: int, patience: float, holder: Callable[[], int]) -> None:
-    suspect, since = 0, time.monotonic()
+def _lock(descriptor: int, patience: float, holder: Callable[[], tuple[int, int]]) -> None:
+    """`holder`: pid and start time of the process that has the lock."""
+    suspect, since = (0, 0), time.monotonic()
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             time.sleep(_LOCK_POLL_SECONDS)
-        pid, now = holder(), time.monotonic()
-        if pid != suspect:
+        found, now = holder(), time.monotonic()
+        if found != suspect:
             # Patience begins anew with every holder.
-            suspect, since = pid, now
+            suspect, since = found, now
         if now > since + patience:
-            # Another of those who wait may have done it.
-            with suppress(ProcessLookupError):
-                if pid:
-                    os.kill(pid, signal.SIGKILL)
+            # Another of those who wait may have done it. Or a holder was stopped before it had signed: what
+            # is found is its predecessor then, whose pid may be that of any process by now.
+            pidfd = pidfd_of(*found)
+            if pidfd is not None:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
             if now > since + patience + 5:
+                if pidfd is None:
+                    raise LockStuck(
+                        "the lock of the expert group is held by an unknown process; kill all its ranks"
+                    )
                 raise LockStuck(
-                    f"the lock of the expert group is held by pid {pid}, which does not end; kill it"
+                    f"the lock of the expert group is held by pid {found[0]}, which does not end; kill it"
                 )
 
 
@@ -250,8 +284,21 @@ def _header(descriptor: int) -> Header:
     )
 
 
-def _holder(descriptor: int) -> int:
-    return _header(descriptor).holder
+def _sign(header: Header) -> None:
+    """Write who has the lock. In this order a pid never stands beside its predecessor's start time."""
+    started = start_time(os.getpid())
+    assert started is not None, "this process runs"
+    header.holder_started = 0
+    header.holder = os.getpid()
+    header.holder_started = started
+
+
+def _holder_in(header: Header) -> tuple[int, int]:
+    return header.holder, header.holder_started
+
+
+def _holder(descriptor: int) -> tuple[int, int]:
+    return _holder_in(_header(descriptor))
 
 
 def _has_living(descriptor: int) -> bool:
@@ -278,15 +325,25 @@ def _format(descriptor: int, layout: Layout, fingerprint: bytes, root: Path) -> 
     os.pwrite(descriptor, bytes(header), 0)
 
 
-def layout_of(descriptor: int) -> Layout:
-    """Of the group as it is: a rank with other sizes must still be able to read who it disagrees with."""
+def layout_of(descriptor: int, directory: Path) -> Layout:
+    """Of the group as it is: a rank with other sizes must still be able to read who it disagrees with.
+
+    Raises:
+        ConfigError: another protocol, or sizes that are not those of the file.
+    """
     header = _header(descriptor)
     if header.magic != _MAGIC or header.version != PROTOCOL_VERSION:
         raise ConfigError(
             f"the expert group there speaks protocol {header.version}, this process {PROTOCOL_VERSION}; "
             "all ranks must run one version, or be in groups of their own (--expert-parallel-group)"
         )
-    return Layout(*(getattr(header, field.name) for field in fields(Layout)))
+    sizes = [getattr(header, field.name) for field in fields(Layout)]
+    layout = Layout(*sizes)
+    # Whatever is read by them lies within the file, then.
+    is_whole = layout.num_seats <= MOST_SEATS and layout.file_bytes == os.fstat(descriptor).st_size
+    if not is_whole or 0 in sizes:
+        raise _damaged(directory, "the header")
+    return layout
 
 
 def _remove(directory: Path, descriptor: int) -> None:
@@ -312,6 +369,12 @@ def _written(descriptor: int, begin: int, end: int) -> int:
             total += max(0, min(hole, end) - begin)
             begin = hole
     return total
+
+
+def _damaged(directory: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"{directory / FILE}: {what} of the expert group is damaged; end all its ranks, then it is made again"
+    )
 
 
 def _no_room(root: Path, needed: int, why: str) -> ConfigError:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .layout import SeatState
-from .memory import Memory, start_time
+from .memory import Memory, pidfd_of
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,11 @@ class Peers:
 
     def call_all(self) -> None:
         """Also those who are no members yet."""
-        self.call(seat for seat, entry in enumerate(self._memory.entries) if entry.state != SeatState.FREE)
+        self.call(
+            seat
+            for seat, entry in enumerate(self._memory.entries[: self._memory.layout.num_seats])
+            if entry.state != SeatState.FREE
+        )
 
     def wait(self, seconds: float) -> None:
         self.wakeups.poll(seconds)
@@ -91,12 +95,9 @@ class Peers:
 
 def _open(pid: int, started: int) -> int:
     """Readable when the process is dead; if it is already, an end of a pipe whose other end is closed."""
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        # Its pid may be somebody else's by now.
-        if start_time(pid) == started:
-            return pidfd
-        os.close(pidfd)
+    pidfd = pidfd_of(pid, started)
+    if pidfd is not None:
+        return pidfd
     end, other = os.pipe2(os.O_CLOEXEC)
     os.close(other)
     return end

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from .layout import PHASES, GroupWords, Header, Layout, SeatEntry, SeatRow, SeatState
+from .layout import GroupWords, Header, Layout, SeatEntry, SeatRow, SeatState, phase_name
 from .membership import seats_of
 from .memory import FILE, SHARED_MEMORY, group_directory, is_alive, layout_of
+
+#: An epoch is read again when its record has been written over meanwhile, which takes two commits.
+_MOST_TRIES = 100
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
@@ -26,7 +29,7 @@ class Seat:
 
     seat: int
     pid: int
-    #: joining, active, leaving; dead until another rank has noticed.
+    #: joining, active, leaving; dead until another rank has noticed; unknown for any other number.
     state: str
     #: The newest that it has adopted.
     epoch: int
@@ -71,11 +74,12 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
         user: whose group it is; None: this process's user.
 
     Raises:
-        ConfigError: the name cannot be one, or the group speaks another protocol.
+        ConfigError: the name cannot be one, the group speaks another protocol, or its memory is damaged.
         OSError: its memory cannot be read.
     """
+    directory = group_directory(name, root, user)
     try:
-        file = os.open(group_directory(name, root, user) / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = os.open(directory / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return None
     try:
@@ -83,7 +87,7 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
         if not header.magic:
             # It is being made.
             return None
-        layout = layout_of(file)
+        layout = layout_of(file, directory)
         epoch, active = _members(file, layout)
         found = (_seat(file, layout, seat, seat in active) for seat in range(layout.num_seats))
         seats = tuple(seat for seat in found if seat is not None)
@@ -105,12 +109,20 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
 
 
 def _members(file: int, layout: Layout) -> tuple[int, tuple[int, ...]]:
-    while True:
+    """The epoch in force and its members; no members if the record of it is damaged."""
+    for _ in range(_MOST_TRIES):
         epoch = _read(file, GroupWords, layout.words).epoch
         record = os.pread(file, 16, layout.records + epoch % 2 * layout.record_bytes)
         # Two epochs later another is written over it.
         if int.from_bytes(record[:8], "little") == epoch:
-            return epoch, seats_of(int.from_bytes(record[8:], "little"))
+            break
+    else:
+        return epoch, ()
+    return epoch, _seats_in(int.from_bytes(record[8:], "little"), layout)
+
+
+def _seats_in(bitmap: int, layout: Layout) -> tuple[int, ...]:
+    return seats_of(bitmap & (1 << layout.num_seats) - 1)
 
 
 def _seat(file: int, layout: Layout, seat: int, is_member: bool) -> Seat | None:
@@ -119,21 +131,21 @@ def _seat(file: int, layout: Layout, seat: int, is_member: bool) -> Seat | None:
         return None
     row = _read(file, SeatRow, layout.seat(seat))
     alive = is_alive(entry)
-    phase = PHASES[row.phase]
+    phase = phase_name(row.phase)
     # What is in the row of a newcomer is its predecessor's.
     noted = is_member and row.since_ns > 0
     in_step = noted and phase not in ("idle", "arriving")
     return Seat(
         seat=seat,
         pid=entry.pid,
-        state=SeatState.NAMES[entry.state] if alive else "dead",
+        state=SeatState.name_of(entry.state) if alive else "dead",
         epoch=row.arrived,
         steps=row.steps,
         phase=phase if noted else None,
         layer=row.layer if in_step and phase != "beginning" else None,
         seconds=max(0, time.monotonic_ns() - row.since_ns) * 1e-9 if noted else None,
         tokens=row.step_tokens[row.begun % 2] if in_step else None,
-        waits_for=seats_of(row.waiting_for) if noted and alive else (),
+        waits_for=_seats_in(row.waiting_for, layout) if noted and alive else (),
     )
 
 

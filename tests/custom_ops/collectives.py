@@ -27,7 +27,7 @@ def mapped(name: str) -> Memory:
     """The memory of a group that is there."""
     directory = group_directory(name)
     descriptor = os.open(directory / FILE, os.O_RDWR | os.O_CLOEXEC)
-    return Memory(directory, descriptor, layout_of(descriptor), patience=60.0)
+    return Memory(directory, descriptor, layout_of(descriptor, directory), patience=60.0)
 
 
 class Plan(NamedTuple):

@@ -21,7 +21,7 @@ from fastdeploy.expert_parallel.memory import FILE, Memory, group_directory, lay
 def main(what: str, name: str, argument: str, seconds: str) -> None:
     descriptor = os.open(group_directory(name) / FILE, os.O_RDWR | os.O_CLOEXEC)
     patience = float(argument) if what == "lock" else 60.0
-    memory = Memory(group_directory(name), descriptor, layout_of(descriptor), patience)
+    memory = Memory(group_directory(name), descriptor, layout_of(descriptor, group_directory(name)), patience)
     if what == "lock":
         with memory.locked():
             print("locked", flush=True)

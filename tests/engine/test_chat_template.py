@@ -83,6 +83,34 @@ def test_a_checkpoint_with_a_broken_template_does_not_start(tmp_path: Path) -> N
         checkpoint(tmp_path, chat_template="{% if %}")
 
 
+NOT_PYTHON = {
+    "{% break %}": "cannot be compiled: 'break' outside loop",
+    "{{ " + "(" * 5000: "cannot be compiled: its expressions are nested too deep",
+    "{{ 2**100000 }}": "cannot be compiled: Exceeds the limit",
+}
+
+
+@pytest.mark.parametrize("source", NOT_PYTHON, ids=lambda source: source[:11])
+def test_a_template_that_python_cannot_compile_is_one_line(tmp_path: Path, source: str) -> None:
+    for refused in (
+        lambda: compile_template(source),
+        lambda: Tokenizer.from_directory(TINY).apply_chat_template(HELLO, chat_template=source),
+    ):
+        with pytest.raises(RequestError, match=NOT_PYTHON[source]) as caught:
+            refused()
+        assert caught.value.param == "chat_template"
+    with pytest.raises(ConfigError, match=NOT_PYTHON[source]) as failed:
+        checkpoint(tmp_path, chat_template=source)
+    assert str(failed.value).startswith(str(tmp_path / "tokenizer_config.json"))
+
+
+def test_a_long_refusal_of_a_template_is_cut() -> None:
+    with pytest.raises(RequestError, match=r"refuses these messages: a b.* \(\d+ characters\)$") as caught:
+        compile_template("{{ raise_exception('a\nb\x1b' * 100000) }}")({})
+    assert len(str(caught.value)) < 2000
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

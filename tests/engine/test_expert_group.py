@@ -268,7 +268,8 @@ def memory_of(name: str) -> Iterator[MemoryOf]:
     def look(patience: float = 60.0) -> Memory:
         descriptor = os.open(shared.group_directory(name) / shared.FILE, os.O_RDWR)
         opened.append(descriptor)
-        return Memory(shared.group_directory(name), descriptor, shared.layout_of(descriptor), patience)
+        directory = shared.group_directory(name)
+        return Memory(directory, descriptor, shared.layout_of(descriptor, directory), patience)
 
     yield look
     for descriptor in opened:
@@ -289,6 +290,29 @@ def test_who_waits_for_the_lock_of_one_that_ends_in_time_kills_nobody(memory: Me
     holder = start("lock", 60, 0.5, says="locked")
     waiting = start("lock", 30, 0, says="locked")
     assert holder.wait(PATIENCE) == waiting.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("pid", [None, 0, 1 << 31, (1 << 64) - 1])
+def test_a_pid_that_is_not_the_holders_is_not_killed(
+    memory: Memory, start: Start, memory_of: MemoryOf, pid: int | None
+) -> None:
+    """What an earlier holder has left, whose pid another process has by now; or what is no pid."""
+    other = start("lock", 60, 60, says=None)
+    with memory_of().locked():
+        memory.header.holder = other.pid if pid is None else pid
+        waiting = start("lock", 0.05, 0, says=None)
+        time.sleep(1)
+        assert (other.poll(), waiting.poll()) == (None, None)
+
+
+@pytest.mark.parametrize("fingerprint", [b"", b"[" * 8192, b"1", b"\xff"])
+def test_a_damaged_fingerprint_is_one_line(joined: Join, memory_of: MemoryOf, fingerprint: bytes) -> None:
+    joined(0)
+    found = memory_of()
+    found.header.fingerprint_bytes = len(fingerprint) or 1 << 63
+    found.pages[LAYOUT.fingerprint : LAYOUT.fingerprint + len(fingerprint)] = fingerprint
+    with pytest.raises(ConfigError, match="the fingerprint of the expert group is damaged"):
+        joined(1)
 
 
 def test_the_lock_goes_with_a_process_that_is_killed(memory: Memory, start: Start) -> None:

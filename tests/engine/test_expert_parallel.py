@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastdeploy.expert_parallel.memory import group_directory
 from fastdeploy.expert_parallel.snapshot import Snapshot, look
 from fastdeploy.messages import Failed, LoadProgress, Ready, StepOutputs
 
+from ..custom_ops.collectives import mapped
 from ..waiting import wait_until
 from .expert_ranks import EXPERT_CONFIG, ranks_of, requests_of, undisturbed
 from .worker_api import DEADLINE_S, Ranks, Texts, request
@@ -192,6 +194,43 @@ def test_a_stopped_rank_is_killed_when_others_wait_for_it(expected: dict[int, Te
         assert texts == {seat: expected[seat] for seat in (0, 2)}
         assert ranks.all[1].process.wait(DEADLINE_S) == -signal.SIGKILL
         assert "has made no progress" in ranks.logs()
+
+
+@pytest.mark.parametrize("word", ["tokens", "targets"])
+def test_survivors_of_a_rank_whose_memory_is_scribbled_over_write_on(
+    word: str, expected: dict[int, Texts], tmp_path: Path
+) -> None:
+    with ranks_of(3, tmp_path) as ranks:
+        ranks.start(*range(3))
+        ranks.wait_ready()
+        memory, lost, ended = mapped(ranks.group), ranks.apis[1], threading.Event()
+        first, last = (memory.layout.seat(1) + at for at in (memory.layout.targets, memory.layout.places))
+        nonsense = (1 << 30).to_bytes(4, "little") * ((last - first) // 4)
+
+        def scribble() -> None:
+            while not ended.is_set():
+                if word == "tokens":
+                    memory.rows[1].tokens = 100_000 << 8 | 4
+                else:
+                    # For an expert that does not exist, at seat 0.
+                    memory.pages[first:last] = nonsense
+
+        thread = threading.Thread(target=scribble)
+
+        def after(tokens: int) -> None:
+            if tokens > 30 and 1 in ranks.apis:
+                ranks.lose(1)
+                thread.start()
+
+        try:
+            texts = ranks.generate(requests_for(ranks), after)
+            assert lost.process.wait(DEADLINE_S) == 1
+        finally:
+            ended.set()
+            thread.join()
+        assert texts == {seat: expected[seat] for seat in (0, 2)}
+        assert members(ranks) == (0, 2)
+        assert "is out of range; the others go on" in ranks.logs()
 
 
 def test_a_rank_with_another_model_is_refused_and_the_others_go_on(

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from fastdeploy.errors import ConfigError
 from fastdeploy.expert_parallel import memory as shared
+from fastdeploy.expert_parallel.layout import Layout
 from fastdeploy.expert_parallel.snapshot import Awaited, Seat, Snapshot, look
 
 from ..quiet_group import QuietGroup
@@ -110,7 +112,34 @@ def test_there_is_none_where_nothing_is_or_where_it_is_being_made(group: QuietGr
 
 def test_another_protocol_is_one_line(group: QuietGroup) -> None:
     group.memory.header.version = 99
-    with pytest.raises(ConfigError, match="speaks protocol 99, this process 1"):
+    with pytest.raises(ConfigError, match="speaks protocol 99, this process 2"):
+        look("test", root=group.root)
+
+
+def test_numbers_that_no_rank_writes_are_unknown(group: QuietGroup) -> None:
+    group.join(0, 1)
+    group.note(1, "experts", waits_for=0b1)
+    group.memory.rows[1].phase = 10
+    group.memory.entries[0].state = 4
+    assert (seat_of(group, 1).phase, seat_of(group, 0).state) == ("unknown", "unknown")
+    row = group.memory.rows[1]
+    row.phase = row.waiting_for = row.since_ns = row.layer = (1 << 64) - 1
+    assert seat_of(group, 1).waits_for == (0, 1, 2, 3)
+
+
+def test_an_epoch_without_a_record_has_no_members(group: QuietGroup) -> None:
+    group.join(0, 1)
+    group.memory.words.epoch = 3
+    found = look_at(group)
+    assert (found.epoch, found.active) == (3, ())
+    assert [seat.state for seat in found.seats] == ["active", "active"]
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Layout)])
+@pytest.mark.parametrize("number", [0, 1 << 20, (1 << 63) - 1])
+def test_a_damaged_header_is_one_line(group: QuietGroup, field: str, number: int) -> None:
+    setattr(group.memory.header, field, number)
+    with pytest.raises(ConfigError, match=r"/memory: the header of the expert group is damaged; end all"):
         look("test", root=group.root)
 
 

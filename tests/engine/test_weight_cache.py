@@ -190,6 +190,13 @@ def test_an_end_in_the_middle_leaves_nothing_behind(cache: Path, checkpoint: Pat
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+def _exchange_norms(raw: bytes) -> bytes:
+    """Two tensors of one size under each other's name."""
+    names = b'"layers.0.input_norm"', b'"layers.1.input_norm"'
+    assert all(raw.count(name) == 1 for name in names)
+    return raw.replace(names[0], b"?").replace(names[1], names[0]).replace(b"?", names[1], 1)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -200,6 +207,10 @@ def test_an_end_in_the_middle_leaves_nothing_behind(cache: Path, checkpoint: Pat
         (lambda raw: raw[:300], "damaged: .* cut off"),
         (lambda raw: raw[:8] + b"?" + raw[9:], "damaged: .* header is damaged"),
         (lambda raw: raw.replace(b'"sha256"', b'"sha257"'), "damaged: "),
+        (lambda raw: raw.replace(b'"final_norm"', b'"finel_norm"'), "damaged: .*: the header has another"),
+        (lambda raw: raw.replace(b'"F32"', b'"F16"', 1), "do not hold F16|the header has another"),
+        (_exchange_norms, "damaged: .*: the header has another"),
+        (lambda raw: raw.replace(b'"header_sha256":"', b'"header_sha256":"0', 1), "damaged: "),
         (
             lambda raw: raw.replace(f'"version":"{weight_cache.VERSION}"'.encode(), b'"version":"0.1"'),
             f"layout 0.1, now it is {weight_cache.VERSION}",

@@ -24,6 +24,7 @@ from .fake_engine import (
     wait_until,
     waits_for,
 )
+from .raw_client import RawClient
 
 
 def raw_exchange(port: int, request: bytes) -> bytes:
@@ -85,6 +86,28 @@ def test_a_request_without_id_and_seed_gets_both(router, new_engine):
     [received] = engine.received
     assert received.header("x-request-id") == answer.headers["X-Request-Id"]
     assert 0 <= int(received.header("x-fd-seed")) < 2**53
+
+
+@pytest.mark.parametrize(
+    ("lines", "seed"),
+    [
+        (b"Connection: x-fd-seed, x-request-id\r\nX-FD-Seed: 7\r\nX-Request-Id: a\r\n", None),
+        (b"X-FD-Seed: 7\r\nX-FD-Seed: 8\r\nX-Request-Id: a\r\nX-Request-Id: b\r\n", 7),
+    ],
+    ids=["named in Connection", "twice"],
+)
+def test_a_replica_gets_one_seed_and_one_id(router, new_engine, lines, seed):
+    engine = new_engine()
+    router.add(engine)
+    with RawClient(router.port) as client:
+        client.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + lines + b"Content-Length: 2\r\n\r\n{}")
+        assert client.answer().status == 200
+    [received] = engine.received
+    names = [name.lower() for name, _ in received.headers]
+    assert (names.count("x-fd-seed"), names.count("x-request-id")) == (1, 1)
+    assert received.header("x-request-id") == "a"
+    assert 0 <= int(received.header("x-fd-seed")) < 2**53
+    assert seed is None or received.header("x-fd-seed") == str(seed)
 
 
 def test_the_answers_headers_come_back_without_those_of_the_connection(router, new_engine):

@@ -110,6 +110,53 @@ def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data, cuts
     assert out + lines.rest == data
 
 
+#: What no engine of ours sends, beside what one sends.
+lines_of_any_kind = st.sampled_from(
+    [
+        b": fd 0 1",
+        b": fd 0",
+        b": fd x",
+        b":",
+        b": x",
+        b"data: [DONE]",
+        b"data: {}",
+        b"event: x",
+        b"",
+        b"x: fd 0",
+    ]
+)
+
+
+@given(st.lists(lines_of_any_kind, max_size=20), cuts)
+@example([b"data: {}", b": fd 0 1", b"", b": fd 0", b""], [18])
+@example([b"data: [DONE]", b"", b": x", b""], [])
+@example([b"data: {}", b"", b"data: {}", b": fd 0 1", b""], [10])
+def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines, cuts):
+    data = b"".join(line + b"\n" for line in lines)
+    for kind in (Transcript, Lines):
+        cut, whole = kind(), kind()
+        assert b"".join(map(cut.pass_on, pieces_of(data, cuts))) == whole.pass_on(data)
+        for attribute in ("is_done", "is_open", "missing_end", "problem", "rest"):
+            assert getattr(cut, attribute) == getattr(whole, attribute), attribute
+        args = ("/v1/completions", b"{}")
+        assert cut.resumption(*args) == whole.resumption(*args)
+
+
+def test_a_mark_that_comes_alone_is_kept_from_the_client():
+    transcript = Transcript()
+    assert transcript.pass_on(Said("a").raw + b": fd 0 2 .\n\n") == Said("a").clean
+    resumption = transcript.resumption("/v1/completions", b"{}")
+    assert resumption is not None
+    assert resumption.choices == {0: Delivered([1, 2], True)}
+
+
+def test_an_answer_without_marks_that_breaks_off_is_not_taken_for_whole():
+    transcript = Transcript()
+    transcript.pass_on(Said("a").clean)
+    transcript.pass_on(Said("b").clean)
+    assert (transcript.missing_end, transcript.is_done, transcript.is_open) == (b"", False, False)
+
+
 def test_an_answer_without_marks_passes_and_cannot_be_resumed():
     transcript = Transcript()
     assert transcript.pass_on(Said("a").clean) == Said("a").clean

@@ -24,6 +24,7 @@ import zmq
 
 from ...config import EngineConfig
 from ...errors import FastDeployError, ReplicaUnavailable
+from ...foreign_text import printable
 from ...messages import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -226,10 +227,10 @@ class EngineClient:
         identity, *frames = self._socket.recv_multipart()
         try:
             message = _decoder.decode(b"".join(frames))
-        except (msgspec.MsgspecError, UnicodeError) as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             if identity == self._identity:
                 # A lost message is a hole in some client's text, so there is no going on.
-                self._fail(f"worker pid={self._worker.pid} sent an unreadable message ({error})")
+                self._fail(f"worker pid={self._worker.pid} sent an unreadable message ({printable(error)})")
             return
         if identity == self._identity:
             self._dispatch(message)
