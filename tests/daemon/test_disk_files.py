@@ -220,10 +220,10 @@ def test_a_program_that_supervisord_cannot_start_is_named_with_the_reason(tmp_pa
         try:
             wait_until(layout.socket.exists, "supervisord listens")
             client = Supervisor(layout)
-            with pytest.raises(SupervisorError, match="startProcess replica0: NO_FILE: .*/nowhere"):
+            with pytest.raises(SupervisorError, match=r"startProcess replica0: NO_FILE: .*/nowhere"):
                 client.start("replica0")
             layout.output("replica1").parent.rmdir()
-            with pytest.raises(SupervisorError, match="cannot start replica1: .*dispatchers.*: ENOENT"):
+            with pytest.raises(SupervisorError, match=r"cannot start replica1: .*dispatchers.*: ENOENT"):
                 client.start("replica1")
         finally:
             process.terminate()

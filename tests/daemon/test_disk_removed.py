@@ -132,3 +132,20 @@ def test_a_drain_that_the_router_does_not_hear_says_so(running: Running) -> None
     assert "READY to be drained" in shown
     assert words in shown
     assert "waits for: the router, which still gives it requests" in running.fdctl("why", "1").stdout
+
+
+def test_fdctl_names_what_is_missing(lent: Running) -> None:
+    assert lent.daemon is not None
+    missing = lent.prefix / "nowhere"
+    done = lent.fdctl("--prefix", str(missing), "status")
+    assert done.stderr.startswith(
+        f"fdctl: ERROR (no fd-dp listens on {missing}/run/fd-dp.sock: there is no directory "
+    )
+    os.kill(lent.daemon.pid, signal.SIGSTOP)
+    try:
+        (lent.prefix / "run" / "fd-dp.sock").unlink()
+        done = lent.fdctl("status")
+    finally:
+        os.kill(lent.daemon.pid, signal.SIGCONT)
+    assert f"run/fd-dp.sock, but fd-dp, pid {lent.daemon.pid}, runs; " in done.stderr
+    wait_until(lent.ready, "it listens again")

@@ -15,8 +15,6 @@ from fastdeploy.daemon import control
 
 from .conftest import Running, alive, wait_until
 
-BIN = Path(sys.executable).parent
-
 
 class Engines:
     """The engines unit: what its ExecStartPre and ExecStart do."""
@@ -30,7 +28,7 @@ class Engines:
         assert (rendered.returncode, rendered.stderr) == (0, "")
         ini = self._running.prefix / "run" / "supervisord.conf"
         self.process = subprocess.Popen(
-            [str(BIN / "supervisord"), "-n", "-c", str(ini)],
+            [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(ini)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )
