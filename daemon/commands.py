@@ -70,7 +70,10 @@ class Commands:
             conversation.end(control.OK, status=self._describe())
         elif do == "why":
             for replica in self._named(command, conversation)[:1]:
-                conversation.end(control.OK, why=status.why(self._fleet, replica, time.monotonic()))
+                found = status.why(self._fleet, replica, time.monotonic())
+                conversation.end(
+                    control.OK, why={**found, "problems": self._describe()["daemon"]["problems"]}
+                )
         elif do == "reload":
             self.reload(conversation, dry_run=bool(command.get("dry_run")), wait=wait)
         elif do in WISHES:
@@ -226,12 +229,8 @@ class Commands:
         if problem := next((f"{r.label}: {text}" for r in replicas if (text := objection(do, r))), ""):
             conversation.end(control.FAILED, error=problem)
             return
-        try:
-            grant(fleet, do, replicas)
-        except OSError as error:
-            log.error("%s: %s", do, error)
-            conversation.end(control.FAILED, error=str(error))
-            return
+        if problem := grant(fleet, do, replicas):
+            conversation.line(problem)
         log.info("%s: %s", do, ", ".join(replica.label for replica in replicas))
         self._left_behind = self._left_behind or do == "release"
         if do == "drain" and nobody_is_left(fleet):

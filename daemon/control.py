@@ -64,7 +64,7 @@ def request(path: Path, command: dict[str, Any], timeout: float | None) -> Itera
                     if "code" in message:
                         return
         except (FileNotFoundError, ConnectionRefusedError):
-            raise DaemonUnreachable(f"no fd-dp listens on {path}; start it, or give its --prefix") from None
+            raise DaemonUnreachable(_what_is_missing(path)) from None
         except PermissionError:
             raise NotAllowed(_not_allowed(path)) from None
         except OSError as error:
@@ -87,6 +87,28 @@ def _connect(connection: socket.socket, path: Path, timeout: float | None) -> No
             if time.monotonic() > deadline:
                 raise
             time.sleep(_AGAIN)
+
+
+def _what_is_missing(path: Path) -> str:
+    nobody, remedy = f"no fd-dp listens on {path}", "start it, or give its --prefix"
+    if not path.parent.is_dir():
+        return f"{nobody}: there is no directory {path.parent}; {remedy}"
+    if pid := _holder(path.parent / "fd-dp.lock"):
+        return f"{nobody}, but fd-dp, pid {pid}, runs; it listens there again as soon as it can, see its log"
+    return f"{nobody}; {remedy}"
+
+
+def _holder(lock: Path) -> int | None:
+    """Return the pid of the process that has locked a file. Asking the lock itself could get in its way."""
+    try:
+        inode = lock.stat().st_ino
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    # "1: FLOCK  ADVISORY  WRITE 1234 00:2d:567 0 EOF"
+    fields = (line.split() for line in lines)
+    holders = (int(f[4]) for f in fields if f[1] == "FLOCK" and f[5].rpartition(":")[2] == str(inode))
+    return next((pid for pid in holders if pid > 0), None)
 
 
 def _not_allowed(path: Path) -> str:

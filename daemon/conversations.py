@@ -19,6 +19,7 @@ from ..foreign_text import parse_json
 from . import peers
 from .control import BUSY, DENIED, USAGE
 from .peers import Peer
+from .unix_listener import UnixListener
 
 log = logging.getLogger("fd-dp")
 
@@ -176,30 +177,37 @@ class Server:
         self._handle = handle
         #: In the order in which they came.
         self._conversations: list[Conversation] = []
-        path.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old = os.umask(0o177)
+        self._is_watched = False
+        self._listener = UnixListener(path, 0o660, backlog=_MOST_CLIENTS)
+        self.listen()
+
+    def listen(self) -> str:
+        """Bind the path if it is not there, or not any more. Return why that failed, or ""."""
+        if self._listener.is_bound():
+            return ""
+        if self._is_watched:
+            self._selector.unregister(self._listener.socket)
         try:
-            self._listener.bind(str(path))
+            self._listener.bind()
+            self._is_watched = True
+        except OSError as error:
+            return f"cannot listen on {self._path}: {error.strerror or error}"
         finally:
-            os.umask(old)
-        # A directory with the setgid bit would have given it another group.
-        os.chown(path, -1, os.getegid())
-        path.chmod(0o660)
-        self._listener.listen(_MOST_CLIENTS)
-        self._listener.setblocking(False)
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            # After a failure, too: the path may come back by itself, as one that was mounted over does.
+            if self._is_watched:
+                self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
+        return ""
 
     def close(self) -> None:
-        self._selector.unregister(self._listener)
+        if self._is_watched:
+            self._selector.unregister(self._listener.socket)
         self._listener.close()
-        self._path.unlink(missing_ok=True)
         for conversation in self._conversations:
             conversation.close()
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = self._listener.socket.accept()
             peer = peers.peer_of(connection)
         except OSError as error:
             # It has gone already, or we are out of descriptors.

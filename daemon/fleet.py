@@ -136,10 +136,11 @@ class Fleet:
         elif replica.state is not State.STOPPED:
             replica.move(State.STOPPED, why, self._clock())
 
-    def wish(self, replica: Replica, wish: Wish) -> None:
-        """What the operator wants of it, kept over restarts. Raises OSError, and then nothing is changed."""
-        self.intents.set(replica.name, wish)
+    def wish(self, replica: Replica, wish: Wish) -> str:
+        """Take in what the operator wants of it. Return why a restart would lose that, or ""."""
+        problem = self.intents.set(replica.name, wish)
         replica.intent, replica.draining = wish.intent, wish.draining
+        return problem
 
     def put(self, name: str, program: Program | None) -> None:
         """Gives a replica that is down another program, or none.
@@ -211,6 +212,11 @@ class Fleet:
     def routed(self) -> Look:
         """What the router said last of the replicas: a second ago, while an operation waits for it sooner."""
         return self._link.look
+
+    def router_has_been_up(self, seconds: float) -> bool:
+        """Return whether the router has been READY for so long, by its own account on its port."""
+        router = self.replicas.get(ROUTER)
+        return router is not None and router.state is State.READY and self.now - router.since > seconds
 
     def row(self, replica: Replica) -> Row | None:
         """None if the router does not know it, or does not answer."""
@@ -371,6 +377,15 @@ class Fleet:
         if process is not None and process.state not in supervisor.DOWN:
             return
         program = replica.program
+        programs = [each.program for each in self.replicas.values()]
+        supervisor.make_log_directories(self.layout, programs)
+        if not supervisor.are_in_place(self.layout, programs):
+            try:
+                self.write()
+            except OSError as error:
+                # No failure of the program: it is started as soon as its files can be written.
+                replica.note = f"waits for its files: {error}"
+                return
         try:
             for port in program.ports:
                 require_free(program.host, port, "dp.toml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -34,24 +35,48 @@ class Wish:
 
 
 class Intents:
-    """The wishes that differ from `Wish()`, by the programs' names. Changed only together with the file."""
+    """The wishes that differ from `Wish()`, by the programs' names.
+
+    They hold at once. What cannot be written is kept in memory, and `save` tries again.
+    """
 
     def __init__(self, state: Path) -> None:
         self._file = state / "intents.json"
         self._wishes = self._read()
+        self._written = True
 
     def of(self, name: str) -> Wish:
         return self._wishes.get(name, Wish())
 
-    def set(self, name: str, wish: Wish) -> None:
-        """Raises OSError if it cannot be kept; then nothing is changed."""
-        if wish != self.of(name):
-            self._write({**self._wishes, name: wish})
+    def set(self, name: str, wish: Wish) -> str:
+        """Return why it could not be written, or ""."""
+        if wish == self.of(name):
+            return ""
+        return self._change({**self._wishes, name: wish})
 
-    def keep_only(self, names: Collection[str]) -> None:
-        """Programs that are no more have no wishes. Raises OSError, and then nothing is changed."""
-        if not self._wishes.keys() <= set(names):
-            self._write({name: wish for name, wish in self._wishes.items() if name in names})
+    def keep_only(self, names: Collection[str]) -> str:
+        """Forget programs that are no more. Return why that could not be written, or ""."""
+        if self._wishes.keys() <= set(names):
+            return ""
+        return self._change({name: wish for name, wish in self._wishes.items() if name in names})
+
+    def save(self) -> str:
+        """Write what has not been written yet, or was removed. Return why that failed, or ""."""
+        if self._written and not (self._wishes and _is_missing(self._file)):
+            return ""
+        try:
+            self._write()
+        except OSError as error:
+            return (
+                f"cannot write {self._file}: {error.strerror or error}; the wishes in it are kept in memory"
+            )
+        self._written = True
+        return ""
+
+    def _change(self, wishes: dict[str, Wish]) -> str:
+        self._wishes = {name: wish for name, wish in sorted(wishes.items()) if wish != Wish()}
+        self._written = False
+        return self.save()
 
     def _read(self) -> dict[str, Wish]:
         try:
@@ -70,20 +95,35 @@ class Intents:
             )
             return {}
 
-    def _write(self, wishes: dict[str, Wish]) -> None:
+    def _write(self) -> None:
         """Aside, to the disk, then renamed: after a power failure there is the old file or the new one."""
-        wishes = {name: wish for name, wish in sorted(wishes.items()) if wish != Wish()}
-        entries = {name: {"intent": wish.intent, "draining": wish.draining} for name, wish in wishes.items()}
+        entries = {
+            name: {"intent": wish.intent, "draining": wish.draining} for name, wish in self._wishes.items()
+        }
         self._file.parent.mkdir(parents=True, exist_ok=True)
         aside = self._file.with_suffix(".new")
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(entries, indent=1) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.rename(self._file)
+        try:
+            with aside.open("w", encoding="utf-8") as stream:
+                stream.write(json.dumps(entries, indent=1) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.rename(self._file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
         directory = os.open(self._file.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
-        self._wishes = wishes
+
+
+def _is_missing(file: Path) -> bool:
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from .. import __version__
 from ..errors import ConfigError, FastDeployError
@@ -31,6 +30,8 @@ from .programs import Program, address
 from .replica import State
 from .supervisor import Layout, Supervisor, SupervisorError, SupervisorLost
 from .supervisord import Supervisord
+from .troubles import Troubles
+from .upkeep import Lock, Upkeep
 from .wakeups import Wakeups
 
 log = logging.getLogger("fd-dp")
@@ -84,14 +85,15 @@ class Daemon:
         self._metrics_port = MetricsPort(self._fleet.metrics.exposition)
         #: What has to be done before the next step, and is tried until it succeeds.
         self._first: Callable[[], None] | None = self._take_over
-        self._trouble = ""
+        self._troubles = Troubles()
         self._was_ready = False
         self._shown, self._show_next = "", 0.0
         self._watchdog_next = self._more_time_next = 0.0
 
     def run(self) -> int:
         layout = self._fleet.layout
-        with _lock(layout.run):
+        lock = Lock(layout.run)
+        try:
             self._notify.status("waiting for supervisord")
             try:
                 self._supervisord.connect()
@@ -99,6 +101,7 @@ class Daemon:
                 server = Server(
                     control.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
+                self._upkeep = Upkeep(self._fleet, server, lock, self._troubles)
                 try:
                     while not self._told_to_stop():
                         self._turn()
@@ -112,6 +115,8 @@ class Daemon:
                 if not self._external and (self._supervisord.pid or self._supervisord.child):
                     self._supervisord.end()
                 processes.reap()
+        finally:
+            lock.release()
         log.info("stopped")
         return 0
 
@@ -122,16 +127,21 @@ class Daemon:
                 self._first = None
             self._fleet.step()
             self._supervisord.answered()
-            self._trouble = ""
+            self._troubles.report("supervisord", "")
+            self._troubles.report("step", "")
         except SupervisorLost as error:
+            pid, alive = self._supervisord.pid, self._supervisord.is_alive
+            outlook = (
+                f"pid {pid} lives, and its programs go on" if alive else "it has ended; starting another"
+            )
+            self._troubles.report("supervisord", f"{error}; {outlook}")
             if self._supervisord.recover(error):
                 self._first = self._first or self._fleet.begin_again
                 self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
         except (SupervisorError, OSError) as error:
             # A full disk, mostly. Whatever runs goes on, and the next turn tries again.
-            if str(error) != self._trouble:
-                self._trouble = str(error)
-                log.error("%s; trying again", error)
+            self._troubles.report("step", f"{error}; trying again")
+        self._upkeep.step()
         self._commands.advance()
         self._fleet.metrics.publish(self._fleet.replicas.values())
         self._metrics_port.follow(self._fleet.config.metrics)
@@ -198,7 +208,12 @@ class Daemon:
             fleet.stop(replica, "fd-dp ends")
         try:
             while any(replica.state is State.STOPPING for replica in fleet.replicas.values()):
-                fleet.step()
+                try:
+                    fleet.step()
+                except SupervisorLost:
+                    # Its socket was removed, and is there again within a second.
+                    if not self._supervisord.is_alive:
+                        raise
                 fleet.metrics.publish(fleet.replicas.values())
                 if time.monotonic() > deadline or {*self._wakeups.signals} - {signal.SIGHUP}:
                     log.warning("killing what has not ended: %s", status.one_line(fleet))
@@ -220,6 +235,7 @@ class Daemon:
             config=str(self._file),
             prefix=str(self._prefix) if self._prefix else None,
             supervisord=self._supervisord.pid,
+            problems=self._troubles.lines(),
         )
 
 
@@ -257,30 +273,12 @@ def main() -> int:
     prefix = options.prefix.absolute() if options.prefix else None
     try:
         return run(options.config.absolute(), prefix, options.supervisord == "external")
-    except FastDeployError as error:
+    except (FastDeployError, OSError) as error:
+        # OSError: a disk on which nothing can be written for a start.
         print(f"fd-dp: ERROR ({error})", file=sys.stderr)
         return _BAD_CONFIG if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130  # before the loop took over the signals: nothing had been started
-
-
-def _lock(run_directory: Path) -> IO[str]:
-    """Held until the process ends, however it ends."""
-    run_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stream = (run_directory / "fd-dp.lock").open("a+", encoding="ascii")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "?"
-        stream.close()
-        raise FastDeployError(
-            f"another fd-dp, pid {holder}, works in {run_directory}; stop it or give another --prefix"
-        ) from None
-    stream.truncate(0)
-    stream.write(str(os.getpid()))
-    stream.flush()
-    return stream
 
 
 def _signals(external: bool) -> tuple[signal.Signals, ...]:

@@ -42,6 +42,20 @@ def marked(run: Path, program: str | None = None) -> list[Marked]:
     return [process for process in found if process and program in (None, process.program)]
 
 
+def supervisord_of(ini: Path) -> int | None:
+    """Return the pid of a living supervisord with this configuration file; its socket does not matter."""
+    words = [b"-c", os.fsencode(ini)]
+    for pid in _pids():
+        try:
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_supervisord = any(word.endswith(b"supervisord") for word in argv)
+        if is_supervisord and any(argv[at : at + 2] == words for at in range(len(argv))):
+            return pid
+    return None
+
+
 def running_hash(run: Path, pid: int) -> str | None:
     """The hash of the launch file that process `pid` was started from; None before fd-run has become it."""
     process = _read(run, pid)

@@ -60,7 +60,8 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
 def start(fleet: Fleet, names: list[str]) -> Operation:
     """Starts those that do not run, together, and waits for each."""
     for name in names:
-        _no_longer_stopped(fleet, fleet.replicas[name])
+        if problem := _no_longer_stopped(fleet, fleet.replicas[name]):
+            yield problem
         fleet.want(fleet.replicas[name], "start")
     for index, name in enumerate(names, 1):
         problem = yield from bring_up(fleet, name, Place(index, len(names)))
@@ -74,7 +75,8 @@ def stop(fleet: Fleet, names: list[str]) -> Operation:
     """Drains and ends them, together, and keeps them down until someone starts them."""
     for name in names:
         replica = fleet.replicas[name]
-        fleet.wish(replica, Wish(Intent.STOPPED, replica.draining))
+        if problem := fleet.wish(replica, Wish(Intent.STOPPED, replica.draining)):
+            yield problem
     yield from drain(fleet, names, Place())
     for name in names:
         fleet.stop(fleet.replicas[name], STOPPED)
@@ -120,6 +122,8 @@ def _holders(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
     return tuple(other.name for other in others if set(other.ports) & set(program.ports))
 
 
-def _no_longer_stopped(fleet: Fleet, replica: Replica) -> None:
-    if replica.intent is Intent.STOPPED:
-        fleet.wish(replica, Wish(Intent.RUN, replica.draining))
+def _no_longer_stopped(fleet: Fleet, replica: Replica) -> str:
+    """Return why a restart of the daemon would lose it, or ""."""
+    if replica.intent is not Intent.STOPPED:
+        return ""
+    return fleet.wish(replica, Wish(Intent.RUN, replica.draining))

@@ -105,6 +105,7 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
     """Waits until nothing is in flight at those that the operator has drained, for as long as that takes."""
     began = fleet.now
     told: dict[str, int] = {}
+    complained = ""
     while left := [name for name in names if name in fleet.replicas and not is_drained(fleet, name, began)]:
         for name in left:
             replica = fleet.replicas[name]
@@ -114,6 +115,9 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
             if row is not None and row.draining and told.get(name, 0) != row.in_flight:
                 told[name] = row.in_flight
                 yield f"{replica.label}: {_requests(row.in_flight)} in flight"
+        if fleet.routed.problem not in ("", complained):
+            complained = fleet.routed.problem
+            yield f"{complained}; it still gives them requests, and drains them as soon as it answers"
         if not told and fleet.routed.problem and fleet.now - began > _patience_with_router(fleet):
             return f"{fleet.routed.problem}; it is told as soon as it does"
         yield None

@@ -13,7 +13,15 @@ from .programs import ROUTER, address
 from .replica import Replica, State
 
 
-def status(fleet: Fleet, *, state: str, config: str, prefix: str | None, supervisord: int) -> dict[str, Any]:
+def status(
+    fleet: Fleet,
+    *,
+    state: str,
+    config: str,
+    prefix: str | None,
+    supervisord: int,
+    problems: list[str],
+) -> dict[str, Any]:
     replicas = [_entry(fleet, replica) for replica in fleet.replicas.values() if replica.name != ROUTER]
     router = fleet.replicas.get(ROUTER)
     return {
@@ -28,6 +36,7 @@ def status(fleet: Fleet, *, state: str, config: str, prefix: str | None, supervi
             "ready": sum(replica["state"] == State.READY for replica in replicas),
             "replicas": len(replicas),
             "logs": str(fleet.layout.logs),
+            "problems": problems,
         },
         "router": _entry(fleet, router) if router else None,
         "replicas": replicas,
@@ -109,10 +118,19 @@ def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
         "progress": progress if replica.state is State.STARTING else None,
         "intent": str(replica.intent),
         "draining": replica.draining,
+        "drain_confirmed": _drain_confirmed(fleet, replica),
         "last_exit": replica.last_exit or None,
         "cause": str(replica.cause) if replica.cause else None,
         "note": replica.note,
     }
+
+
+def _drain_confirmed(fleet: Fleet, replica: Replica) -> bool | None:
+    """Return whether the router says that it gives it nothing new; None if it is not to be drained."""
+    if not replica.draining:
+        return None
+    row = fleet.row(replica)
+    return row.draining if row is not None else not fleet.routed.problem
 
 
 def _number(value: Any) -> float | None:

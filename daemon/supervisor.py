@@ -18,7 +18,7 @@ import sys
 import time
 import xml.parsers.expat
 import xmlrpc.client
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,9 @@ _NO_ANSWER = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError, x
 _NOT_UNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, xmlrpc.client.Error)
 
 _STATES = frozenset({"STOPPING", "UNKNOWN", "STARTING", "RUNNING", "STOPPED", "EXITED", "FATAL", "BACKOFF"})
+#: Reasons of supervisord with a short detail.
+_TELLING = frozenset({"NO_FILE", "NOT_EXECUTABLE"})
+
 UP = frozenset({"STARTING", "RUNNING"})
 DOWN = frozenset({"STOPPED", "EXITED", "FATAL", "BACKOFF"})
 
@@ -113,12 +116,15 @@ def render(layout: Layout, programs: Iterable[Program]) -> str:
         "logfile_maxbytes=10MB",
         "logfile_backups=3",
         f"pidfile={layout.run / 'supervisord.pid'}",
-        f"childlogdir={layout.logs}",
+        f"childlogdir={layout.run}",
+        "nocleanup=true",
         "[unix_http_server]",
         f"file={layout.socket}",
         "chmod=0600",
         "[rpcinterface:supervisor]",
         "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
+        "[rpcinterface:fd]",
+        "supervisor.rpcinterface_factory=fastdeploy.daemon.ends_interface:make_ends_interface",
     ]
     fd_run = str(Path(sys.executable).with_name("fd-run"))
     if found := UNFIT_IN_INI.search(fd_run):
@@ -145,17 +151,36 @@ def render(layout: Layout, programs: Iterable[Program]) -> str:
 
 
 def write(layout: Layout, programs: Iterable[Program]) -> None:
-    """Launch files, ini, and the log directories without which supervisord does not start."""
+    """Launch files, ini and log directories. What is there already is not written again.
+
+    So a full disk keeps nothing from starting that has been started before. Raises OSError.
+    """
     programs = list(programs)
-    layout.run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    layout.launch.mkdir(mode=0o700, exist_ok=True)
-    layout.logs.mkdir(parents=True, exist_ok=True)
+    layout.launch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_log_directories(layout, programs)
+    for file, text in _texts(layout, programs):
+        if not _holds(file, text):
+            _write(file, text)
+
+
+def make_log_directories(layout: Layout, programs: Iterable[Program]) -> None:
+    """A program runs without them as well; who looks after the directories reports what is wrong there."""
     for program in programs:
-        layout.output(program.name).parent.mkdir(parents=True, exist_ok=True)
-        _write(layout.launch / program.launch_name, program.launch_text(layout.run))
+        with contextlib.suppress(OSError):
+            layout.output(program.name).parent.mkdir(parents=True, exist_ok=True)
+
+
+def are_in_place(layout: Layout, programs: Iterable[Program]) -> bool:
+    """Return whether every file of `write` exists, whatever it holds."""
+    return all(os.path.exists(file) for file, _ in _texts(layout, list(programs)))
+
+
+def _texts(layout: Layout, programs: list[Program]) -> Iterator[tuple[Path, str]]:
+    for program in programs:
+        yield layout.launch / program.launch_name, program.launch_text(layout.run)
         if program.flags_file:
-            _write(Path(program.flags_file), program.flags_text)
-    _write(layout.ini, render(layout, programs))
+            yield Path(program.flags_file), program.flags_text
+    yield layout.ini, render(layout, programs)
 
 
 def remove_stale_launch_files(layout: Layout, programs: Iterable[Program]) -> None:
@@ -169,9 +194,22 @@ def _write(file: Path, text: str) -> None:
     """Aside, 0600 (an environment may hold keys), then renamed: nobody reads half a file."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:
-        stream.write(text)
-    aside.rename(file)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:
+            stream.write(text)
+        aside.rename(file)
+    except OSError:
+        # Half a file on a full disk takes the room that the next try needs.
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        return file.read_bytes() == text.encode("utf-8", "surrogateescape")
+    except OSError:
+        return False
 
 
 def last_error(file: Path, since: float) -> str:
@@ -209,8 +247,14 @@ class Supervisor:
 
     def start(self, name: str) -> None:
         """Returns at once: waiting would block for every other program as well."""
-        with _ignoring("ALREADY_STARTED"):
-            self._call("startProcess", name, False)
+        try:
+            with _ignoring("ALREADY_STARTED"):
+                self._call("startProcess", name, False)
+        except SupervisorError as error:
+            if error.fault != "SPAWN_ERROR":
+                raise
+            reason = self._call("getProcessInfo", name)["spawnerr"]
+            raise SupervisorError(f"supervisord cannot start {name}: {reason}", error.fault) from None
 
     def stop(self, name: str) -> None:
         """SIGTERM to its process group now, SIGKILL after the stop timeout. Returns at once."""
@@ -239,25 +283,38 @@ class Supervisor:
             self._call("shutdown")
 
     def how_it_ended(self, name: str) -> str:
-        """ "exit status 3", "terminated by SIGKILL": supervisord tells the signal nowhere but in its log."""
-        pattern = rf"(?:exited|stopped): {re.escape(name)} \((.*?)(?:; (?:not )?expected)?\)$"
-        found = re.findall(pattern, _tail(self.layout.log), re.MULTILINE)
-        return found[-1] if found else "ended"
+        """Return "exit status 3", "terminated by SIGKILL"."""
+        try:
+            return self._call("howItEnded", name, namespace="fd") or "ended"
+        except SupervisorLost:
+            raise
+        except SupervisorError:
+            # An older supervisord, adopted after an upgrade: it writes the signal to its log alone.
+            pattern = rf"(?:exited|stopped): {re.escape(name)} \((.*?)(?:; (?:not )?expected)?\)$"
+            found = re.findall(pattern, _tail(self.layout.log), re.MULTILINE)
+            return found[-1] if found else "ended"
 
-    def _call(self, method: str, *arguments: Any, read: Callable[[Any], T] = lambda answer: answer) -> T:
+    def _call(
+        self,
+        method: str,
+        *arguments: Any,
+        namespace: str = "supervisor",
+        read: Callable[[Any], T] = lambda answer: answer,
+    ) -> T:
         # A new connection for each call: one whose connect failed once would fail for ever.
         proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(self.layout.socket))
         with proxy:
             try:
-                return read(getattr(proxy.supervisor, method)(*arguments))
+                return read(getattr(getattr(proxy, namespace), method)(*arguments))
             except xmlrpc.client.Fault as fault:
                 # "NAME" or "NAME: detail"; the detail of CANT_REREAD is long and lists our whole environment.
-                name = printable(str(fault.faultString).partition(":")[0])
+                name, _, detail = printable(str(fault.faultString)).partition(": ")
                 if name == "SHUTDOWN_STATE":
                     # Somebody has told it to end. Until it is gone it refuses everything.
                     raise SupervisorLost("supervisord is shutting down", hangs=True, fault=name) from None
                 what = " ".join((method, *map(str, arguments[:1])))
-                raise SupervisorError(f"supervisord refused {what}: {name}", name) from None
+                why = f"{name}: {detail}" if name in _TELLING else name
+                raise SupervisorError(f"supervisord refused {what}: {why}", name) from None
             except _NO_ANSWER as error:
                 hangs = isinstance(error, TimeoutError)
                 raise SupervisorLost(

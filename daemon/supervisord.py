@@ -2,10 +2,14 @@
 
 When supervisord dies its children live on, out of anybody's control, and a new supervisord would start a
 second set beside them. So whatever carries our mark is ended before a new one starts.
+
+supervisord is dead when its process is. One that cannot be reached because its socket was removed is waited
+for, and its programs go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -29,6 +33,7 @@ _UNIT_PATIENCE = 5.0
 #: One that accepts connections but answers none for so long is killed.
 _HANGS = 30.0
 _KILL_PATIENCE = 3.0
+_LAST_WORDS = 1 << 16
 
 
 class Supervisord:
@@ -57,7 +62,11 @@ class Supervisord:
         self._interrupted = interrupted
         self._child: subprocess.Popen[bytes] | None = None
         self._restarts = Restarts(policy, lambda: 1.0)
-        self._silent_since: float | None = None
+        #: Readable when the process that answered last has ended.
+        self._pidfd: int | None = None
+        #: Its stdout and stderr, in memory: a full disk must not end it.
+        self._output = os.memfd_create("supervisord.out")
+        self._hangs_since: float | None = None
         self._next_try = 0.0
 
     @property
@@ -69,6 +78,7 @@ class Supervisord:
         """Returns when it answers. Raises FastDeployError if it cannot be brought to that."""
         self.pid = 0
         deadline = time.monotonic() + patience
+        alive: int | None = None
         while True:
             try:
                 self.pid = self._client.pid()
@@ -77,45 +87,64 @@ class Supervisord:
                 if self._child is not None and self._child.poll() is not None:
                     raise FastDeployError(f"supervisord ended: {self._last_words()}") from None
                 if self._child is None and not error.hangs:
-                    self._sweep()
-                    if not self._external:
-                        self._start()
+                    before, alive = alive, processes.supervisord_of(self._client.layout.ini)
+                    if alive is not None and alive != before:
+                        log.warning("%s; waiting for pid %d, which lives", error, alive)
+                    if alive is None:
+                        self._sweep()
+                        if not self._external:
+                            self._start()
                 if time.monotonic() > deadline or self._interrupted():
+                    if alive is not None:
+                        raise SupervisorLost(f"{error}, but pid {alive} runs", error.hangs) from None
                     raise
             time.sleep(0.05)
-        self._silent_since = None
+        self._watch_process()
+        self._hangs_since = None
         if self._child is None:
             log.info("adopted supervisord, pid %d", self.pid)
+
+    @property
+    def is_alive(self) -> bool:
+        """The process that answered last still runs, whether it answers now or not."""
+        return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
 
     def recover(self, error: SupervisorLost) -> bool:
         """After a call that failed: True if it was dead, and another one answers now and runs nothing yet.
 
-        False: it hangs and may come back, or the other one has failed as well; call again when a call fails.
-        Raises FastDeployError when that has happened too often.
+        False: it lives and may answer again, or the other one has failed as well; call again when a call
+        fails. Raises FastDeployError when that has happened too often.
         """
         now = time.monotonic()
-        if self._silent_since is None:
-            self._silent_since = now
-            log.error("%s", error)
-        if error.hangs and now - self._silent_since < _HANGS:
+        if not error.hangs:
+            self._hangs_since = None
+        elif self._hangs_since is None:
+            self._hangs_since = now
+        if self.is_alive and (self._hangs_since is None or now - self._hangs_since < _HANGS):
             return False
         if now < self._next_try:
+            return False
+        try:
+            self._kill()
+            self._sweep()
+            if not self._external and self._child is None:
+                self._write()
+        except (FastDeployError, OSError) as failure:
+            # No fault of supervisord's, so it does not count against it.
+            self._wait_and_try_again(failure, self._restarts.policy.backoff_first)
             return False
         decision = self._restarts.failed(now)
         if decision.quarantined:
             raise FastDeployError(f"supervisord keeps ending; see {self._client.layout.log}")
         try:
-            self._kill()
-            self._sweep()
             self.connect(_UNIT_PATIENCE if self._external else _START_PATIENCE)
         except (FastDeployError, OSError) as failure:
-            log.error("%s; next try in %.1f s", failure, decision.delay)
-            self._next_try = time.monotonic() + decision.delay
+            self._wait_and_try_again(failure, decision.delay)
             return False
         return True
 
     def answered(self) -> None:
-        self._silent_since = None
+        self._hangs_since = None
         failures, policy = self._restarts.failures, self._restarts.policy
         if failures and time.monotonic() - failures[-1] > policy.stable_after:
             self._restarts.stable()
@@ -138,30 +167,39 @@ class Supervisord:
     def _start(self) -> None:
         self._write()
         layout = self._client.layout
-        with (layout.logs / "supervisord.out").open("wb") as output:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "supervisor.supervisord", "-c", str(layout.ini)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                # Ctrl-C in the terminal is for the daemon, which stops things in order.
-                start_new_session=True,
-            )
+        os.ftruncate(self._output, 0)
+        os.lseek(self._output, 0, os.SEEK_SET)
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=self._output,
+            # Ctrl-C in the terminal is for the daemon, which stops things in order.
+            start_new_session=True,
+        )
         log.info("started supervisord, pid %d", self._child.pid)
+
+    def _watch_process(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        # One that has died since it answered is found dead by `is_alive`.
+        with contextlib.suppress(ProcessLookupError):
+            self._pidfd = os.pidfd_open(self.pid)
+
+    def _wait_and_try_again(self, failure: Exception, delay: float) -> None:
+        log.error("%s; next try in %.1f s", failure, delay)
+        self._next_try = time.monotonic() + delay
 
     def _kill(self) -> None:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
             self._child = None
-        elif self.pid:
-            try:
-                descriptor = os.pidfd_open(self.pid)
-            except ProcessLookupError:
-                return
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            os.close(descriptor)
-            _wait_for_end(self.pid, _KILL_PATIENCE)
+        elif self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            select.select([self._pidfd], [], [], _KILL_PATIENCE)
 
     def _sweep(self) -> None:
         run = self._client.layout.run
@@ -172,7 +210,7 @@ class Supervisord:
             raise FastDeployError(f"pid {left[0].pid} ({left[0].program}) cannot be killed; end it by hand")
 
     def _last_words(self) -> str:
-        text = (self._client.layout.logs / "supervisord.out").read_text(errors="replace")
+        text = os.pread(self._output, _LAST_WORDS, 0).decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else f"see {self._client.layout.log}"
 

@@ -28,13 +28,15 @@ def objection(do: str, replica: Replica) -> str:
     return ""
 
 
-def grant(fleet: Fleet, do: str, replicas: list[Replica]) -> None:
-    """Raises OSError if it cannot be kept; then it does not hold for that one and those after it."""
+def grant(fleet: Fleet, do: str, replicas: list[Replica]) -> str:
+    """Return why a restart of the daemon would lose it, or ""."""
+    problem = ""
     for replica in replicas:
-        fleet.wish(replica, WISHES[do](replica))
+        problem = fleet.wish(replica, WISHES[do](replica))
         if do == "hold" and replica.state in FAILED:
             # It has ended, and is not started again.
             fleet.stop(replica, HELD)
+    return problem
 
 
 def nobody_is_left(fleet: Fleet) -> bool:

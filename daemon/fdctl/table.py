@@ -41,7 +41,7 @@ def show(
             live.update(draw(ask()), refresh=True)
 
 
-def of_status(status: dict[str, Any]) -> Table:
+def of_status(status: dict[str, Any]) -> Group:
     daemon = status["daemon"]
     table = _titled(
         f"{daemon['url']}  {daemon['ready']}/{daemon['replicas']} replicas READY  fd-dp {daemon['state']}"
@@ -54,7 +54,7 @@ def of_status(status: dict[str, Any]) -> Table:
     for entry in [status["router"], *status["replicas"]]:
         if entry is not None:
             table.add_row(*_row(entry))
-    return table
+    return Group(table, *(Text(problem, style="red") for problem in daemon["problems"]))
 
 
 def of_top(frame: dict[str, Any]) -> Group:
@@ -190,7 +190,7 @@ def _state(entry: dict[str, Any]) -> Text:
     elif entry["intent"] == "held":
         words += " held"
     if entry["draining"]:
-        words += " draining"
+        words += " draining" if entry["drain_confirmed"] else " to be drained"
     return Text(words, style=_COLOURS.get(entry["state"], "red"))
 
 

@@ -108,7 +108,8 @@ class Source:
 
     def _of_replica(self, entry: dict[str, Any]) -> dict[str, Any]:
         history = self._history(entry)
-        told = ("replica", "state", "intent", "draining", "progress", "in_flight", "restarts")
+        told = ["replica", "state", "intent", "draining", "drain_confirmed"]
+        told += ["progress", "in_flight", "restarts"]
         return {key: entry[key] for key in told} | {
             "running": _now(history, "fastdeploy:num_requests_running"),
             "queue": _now(history, "fastdeploy:num_requests_waiting"),

@@ -34,7 +34,7 @@ def why(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**found, "lines": lines}, indent=2))
         return control.OK
-    for line in _told(found):
+    for line in (*_told(found), *(f"  {trouble}" for trouble in found["problems"])):
         print(line)
     print(problem or f"last {len(lines)} lines of {found['output']}:")
     for line in lines:
@@ -54,6 +54,8 @@ def _all(options: argparse.Namespace) -> int:
     for one in notable:
         for line in _told(one):
             print(line)
+    for problem in status["daemon"]["problems"]:
+        print(problem)
     if not notable:
         print(f"all {len(found)} programs are READY")
     return control.OK

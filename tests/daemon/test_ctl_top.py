@@ -63,6 +63,7 @@ def serve() -> Iterator[Serve]:
 def entry(number: int | None, port: int, pid: int | None = 7, **other: Any) -> dict[str, Any]:
     named = {"name": "router"} if number is None else {"name": f"replica{number}", "replica": number}
     known = {"state": "READY", "intent": "run", "draining": False, "progress": None, "in_flight": 2}
+    known["drain_confirmed"] = None
     where = {"pid": pid, "restarts": 3, "host": "127.0.0.1", "metrics_port": port}
     return named | known | where | other
 
@@ -244,7 +245,10 @@ def test_an_errand_that_does_not_return_is_not_sent_twice() -> None:
 @contextlib.contextmanager
 def daemon(path: Path, serve: Serve) -> Iterator[None]:
     port = serve(lambda: replica_metrics().render().decode())
-    answer = {"code": control.OK, "status": status(entry(None, port), entry(0, port, draining=True))}
+    answer = {
+        "code": control.OK,
+        "status": status(entry(None, port), entry(0, port, draining=True, drain_confirmed=True)),
+    }
     with scripted(path, lambda _: [answer]):
         yield
 

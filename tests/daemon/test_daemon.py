@@ -107,6 +107,7 @@ def test_a_supervisord_that_cannot_be_started_for_want_of_disk_is_tried_again(ru
     assert running.daemon is not None
     in_the_way = running.prefix / "run" / f".supervisord.conf.{running.daemon.pid}"
     in_the_way.mkdir()
+    (running.prefix / "run" / "supervisord.conf").unlink()
     os.kill(running.status()["daemon"]["supervisord"], signal.SIGKILL)
     wait_until(lambda: f"{in_the_way}'; next try in" in running.log(), "failure noticed")
     in_the_way.rmdir()

@@ -7,15 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from fastdeploy.daemon import control
 
 from .conftest import Running, alive, wait_until
-
-BIN = Path(sys.executable).parent
 
 
 class Engines:
@@ -30,7 +27,7 @@ class Engines:
         assert (rendered.returncode, rendered.stderr) == (0, "")
         ini = self._running.prefix / "run" / "supervisord.conf"
         self.process = subprocess.Popen(
-            [str(BIN / "supervisord"), "-n", "-c", str(ini)],
+            [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(ini)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )

@@ -44,13 +44,26 @@ def test_a_file_that_is_not_understood_is_no_wish(tmp_path: Path, text: str) -> 
     assert Intents(tmp_path).of("replica1") == Wish()
 
 
-def test_a_wish_that_cannot_be_kept_does_not_hold(tmp_path: Path) -> None:
+def test_a_wish_that_cannot_be_written_holds_and_is_written_later(tmp_path: Path) -> None:
+    intents = Intents(tmp_path)
+    assert intents.set("replica1", Wish(Intent.HELD)) == ""
+    (tmp_path / "intents.new").mkdir()
+    problem = intents.set("replica1", Wish(draining=True))
+    assert problem.startswith(f"cannot write {tmp_path}/intents.json: ")
+    assert intents.save() == problem
+    assert intents.of("replica1") == Wish(draining=True)
+    assert Intents(tmp_path).of("replica1") == Wish(Intent.HELD)
+    (tmp_path / "intents.new").rmdir()
+    assert intents.save() == ""
+    assert Intents(tmp_path).of("replica1") == Wish(draining=True)
+
+
+def test_a_removed_file_is_written_again(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
     intents.set("replica1", Wish(Intent.HELD))
-    (tmp_path / "intents.new").mkdir()
-    with pytest.raises(OSError, match=r"intents\.new"):
-        intents.set("replica1", Wish(draining=True))
-    assert intents.of("replica1") == Intents(tmp_path).of("replica1") == Wish(Intent.HELD)
+    (tmp_path / "intents.json").unlink()
+    assert intents.save() == ""
+    assert Intents(tmp_path).of("replica1") == Wish(Intent.HELD)
 
 
 def test_programs_that_are_no_more_have_no_wishes(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""Log files of supervisord and of the programs' output: a disk that fails costs lines, never the process.
+
+supervisor's own handler writes to stderr when a write fails, closes a program's output for good when that
+fails as well, and never opens a file again that was removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from supervisor import loggers
+
+#: Seconds from a failure to open or rotate the file to the next try.
+_RETRY_SECONDS = 1.0
+_TIME = "%Y-%m-%d %H:%M:%S"
+
+
+class OutputFile(loggers.RotatingFileHandler):
+    """Handler that drops what cannot be written, and says how much that was when it can write again."""
+
+    def __init__(self, filename: str, mode: str = "ab", maxBytes: int = 0, backupCount: int = 0) -> None:
+        loggers.Handler.__init__(self)
+        self.baseFilename = filename
+        self.maxBytes = maxBytes
+        self.backupCount = backupCount
+        self._descriptor: int | None = None
+        self._size = 0
+        self._next_try = 0.0
+        self._cut = False
+        self._lost = 0
+        self._lost_since = ""
+        self._problem = ""
+
+    def emit(self, record: loggers.LogRecord) -> None:
+        output = self._text(record)
+        pending = self._note() + output
+        try:
+            self._look()
+            while pending:
+                pending = pending[self._write(pending) :]
+        except OSError as error:
+            self._problem = error.strerror or str(error)
+            self._lost_since = self._lost_since or time.strftime(_TIME)
+            noted = len(pending) <= len(output)
+            self._lost = len(pending) if noted else self._lost + len(output)
+        else:
+            self._lost, self._lost_since = 0, ""
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def reopen(self) -> None:
+        self.close()
+        self._next_try = 0.0
+
+    def remove(self) -> None:
+        self.close()
+        with contextlib.suppress(OSError):
+            os.remove(self.baseFilename)
+
+    def _text(self, record: loggers.LogRecord) -> bytes:
+        # A program's output arrives as bytes, which need not be text.
+        if isinstance(record.msg, bytes):
+            return record.msg
+        return (self.fmt % record.asdict()).encode("utf-8", "replace")
+
+    def _look(self) -> None:
+        """Open the file if it is not open or has lost its name; rotate it if it is large."""
+        has_its_name = self._has_its_name()
+        if has_its_name and (not self.maxBytes or self._size < self.maxBytes):
+            return
+        if time.monotonic() < self._next_try:
+            if not has_its_name:
+                raise OSError(0, self._problem)
+            return
+        self._next_try = time.monotonic() + _RETRY_SECONDS
+        if has_its_name:
+            self._rotate()
+        else:
+            self._open()
+
+    def _has_its_name(self) -> bool:
+        if self._descriptor is None:
+            return False
+        try:
+            return os.path.samestat(os.stat(self.baseFilename), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+        except OSError:
+            # The file may be there; what is open can be written to.
+            return True
+
+    def _open(self) -> None:
+        os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(self.baseFilename, flags, 0o666)
+        self.close()
+        self._descriptor = descriptor
+        self._next_try = 0.0
+        self._size = os.fstat(descriptor).st_size
+        self._cut = False
+
+    def _rotate(self) -> None:
+        # What fails is tried again; until then the file grows.
+        with contextlib.suppress(OSError):
+            for number in range(self.backupCount - 1, -1, -1):
+                older = f"{self.baseFilename}.{number}" if number else self.baseFilename
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(older, f"{self.baseFilename}.{number + 1}")
+            self._open()
+
+    def _write(self, data: bytes) -> int:
+        assert self._descriptor is not None, "opened by _look"
+        written = os.write(self._descriptor, data)
+        self._size += written
+        self._cut = data[written - 1] != ord("\n")
+        return written
+
+    def _note(self) -> bytes:
+        """What is to be said of output that was lost, or nothing."""
+        if not self._lost:
+            return b""
+        line_end = "\n" if self._cut else ""
+        note = f"{self._lost} bytes of output were lost since {self._lost_since}: {self._problem}"
+        return f"{line_end}{time.strftime(_TIME)} WARNING supervisord {note}\n".encode("utf-8", "replace")

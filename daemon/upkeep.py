@@ -1,0 +1,149 @@
+"""Keeps what the daemon has on disk there: directories, its lock, its socket, the files of the programs.
+
+Sweepers of /run and /tmp remove such things, people do, and disks fill. Each is looked at once a second, made
+again if it is gone, and reported for as long as it cannot be made.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from ..errors import FastDeployError
+from . import supervisor
+from .conversations import Server
+from .fleet import Fleet
+from .router_link import Look
+from .troubles import Troubles
+
+_INTERVAL = 1.0
+#: At most the room of a file system's block, so that success means room for some lines.
+_PROBE = bytes(4096)
+#: A look at the router takes up to 2 s; one that fails may be a restart.
+_ROUTER_PATIENCE = 4.0
+
+
+class Lock:
+    """The right to work in a run directory, held until the process ends, however it ends.
+
+    Raises FastDeployError if another daemon has it, or the file cannot be made.
+    """
+
+    def __init__(self, run_directory: Path) -> None:
+        self._file = run_directory / "fd-dp.lock"
+        try:
+            self._held = self._take()
+        except OSError as error:
+            raise FastDeployError(f"cannot write {self._file}: {error.strerror or error}") from None
+
+    def keep(self) -> str:
+        """Make the file again if it is gone. Return why that failed, or ""."""
+        try:
+            if os.path.samestat(self._file.stat(), os.fstat(self._held.fileno())):
+                return ""
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return ""
+        try:
+            taken = self._take()
+        except OSError as error:
+            return f"cannot write {self._file}: {error.strerror or error}; another fd-dp could start there"
+        except FastDeployError as error:
+            return str(error)
+        self._held.close()
+        self._held = taken
+        return ""
+
+    def release(self) -> None:
+        self._held.close()
+
+    def _take(self) -> IO[str]:
+        self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stream = self._file.open("a+", encoding="ascii")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().strip() or "?"
+            stream.close()
+            raise FastDeployError(
+                f"another fd-dp, pid {holder}, works in {self._file.parent}; stop it or give another --prefix"
+            ) from None
+        try:
+            stream.truncate(0)
+            os.write(stream.fileno(), str(os.getpid()).encode())
+        except OSError:
+            # The pid is a courtesy to people; the lock holds on a full disk as well.
+            pass
+        return stream
+
+
+class Upkeep:
+    """Belongs to the loop, which calls `step` in each turn."""
+
+    def __init__(self, fleet: Fleet, server: Server, lock: Lock, troubles: Troubles) -> None:
+        self._fleet = fleet
+        self._server = server
+        self._lock = lock
+        self._troubles = troubles
+        self._next = 0.0
+
+    def step(self) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _INTERVAL
+        fleet, report = self._fleet, self._troubles.report
+        paths = fleet.config.paths
+        for directory, mode in ((paths.state, 0o777), (paths.run, 0o700), (paths.logs, 0o777)):
+            report(str(directory), write_problem(directory, mode))
+        report("lock", self._lock.keep())
+        report("socket", self._server.listen())
+        report("files", self._files_problem())
+        report("intents", fleet.intents.save())
+        report("router", _router_problem(fleet.routed, fleet.router_has_been_up(_ROUTER_PATIENCE)))
+
+    def _files_problem(self) -> str:
+        programs = [replica.program for replica in self._fleet.replicas.values()]
+        supervisor.make_log_directories(self._fleet.layout, programs)
+        if not self._fleet.adopted or supervisor.are_in_place(self._fleet.layout, programs):
+            return ""
+        try:
+            self._fleet.write()
+        except OSError as error:
+            return f"cannot write the files that programs start from: {error}"
+        return ""
+
+
+def write_problem(directory: Path, mode: int = 0o777) -> str:
+    """Return why nothing can be written in a directory, or "". Makes the directory if it is missing."""
+    try:
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        with _unnamed_file(directory) as descriptor:
+            os.write(descriptor.fileno(), _PROBE)
+    except OSError as error:
+        return f"cannot write {directory}: {error.strerror or error}"
+    return ""
+
+
+def _unnamed_file(directory: Path) -> IO[bytes]:
+    """Open a file that no directory entry names, where the file system can."""
+    try:
+        descriptor = os.open(directory, os.O_TMPFILE | os.O_WRONLY, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        return tempfile.TemporaryFile(dir=directory, buffering=0)
+    return open(descriptor, "wb", buffering=0)
+
+
+def _router_problem(look: Look, has_been_up: bool) -> str:
+    if not look.problem or not has_been_up:
+        return ""
+    return f"{look.problem}; nothing is drained meanwhile"

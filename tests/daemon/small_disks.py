@@ -1,0 +1,120 @@
+"""The daemon with a small file system of its own for each of its directories, to be filled and taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.daemon import processes
+
+from .conftest import LAUNCHER, Running, wait_until
+
+_MOUNT = """for name in state run logs; do
+    mkdir -p "$1/$name"
+    mount -t tmpfs -o size=512k tmpfs "$1/$name" || exit
+done"""
+
+
+class SmallDisks(Running):
+    """After `start` its `prefix` is the daemon's view, which is a mount namespace of its own."""
+
+    def __init__(self, prefix: Path) -> None:
+        super().__init__(prefix)
+        self.real = prefix
+
+    def start(self, *words: str) -> None:
+        script = f'{_MOUNT}; shift; exec "$@"'
+        command = [sys.executable, str(LAUNCHER), str(self.config), str(self.real), *words]
+        # Not a pipe: nobody reads it while a test runs.
+        with (self.real / "output").open("w") as output:
+            self.daemon = subprocess.Popen(
+                [
+                    "unshare",
+                    "-m",
+                    "--propagation",
+                    "private",
+                    "sh",
+                    "-c",
+                    script,
+                    "sh",
+                    str(self.real),
+                    *command,
+                ],
+                stdout=output,
+                stderr=output,
+                text=True,
+            )
+        self.prefix = Path(f"/proc/{self.daemon.pid}/root{self.real}")
+
+    def left_over(self) -> list[processes.Marked]:
+        return processes.marked(self.real / "run")
+
+    def log(self) -> str:
+        """What the daemon has printed: its own log may be on a disk that fails."""
+        return (self.real / "output").read_text()
+
+    def problems(self) -> list[str]:
+        found: list[str] = self.status()["daemon"].get("problems", [])
+        return found
+
+    @contextlib.contextmanager
+    def full(self, name: str) -> Iterator[None]:
+        """Leave not a byte on one of the three disks."""
+        filler = self.prefix / name / "filler"
+        with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while True:
+                stream.write(bytes(4096))
+        yield
+        filler.unlink()
+
+    @contextlib.contextmanager
+    def read_only(self, name: str) -> Iterator[None]:
+        """Mount an empty read-only file system over one of the three."""
+        self._inside("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(self.real / name))
+        yield
+        self._inside("umount", str(self.real / name))
+
+    def _inside(self, *command: str) -> None:
+        assert self.daemon is not None
+        subprocess.run(["nsenter", "-m", "-t", str(self.daemon.pid), *command], check=True)
+
+
+@cache
+def why_not() -> str:
+    """Return why no file system can be mounted here, or ""."""
+    tried = subprocess.run(
+        ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+@contextlib.contextmanager
+def small_disks(directory: Path) -> Iterator[SmallDisks]:
+    if reason := why_not():
+        pytest.skip(f"no file system can be mounted: {reason}")
+    system = SmallDisks(directory)
+    system.write()
+    system.start_and_wait()
+    yield system
+    assert system.daemon is not None
+    system.daemon.terminate()
+    system.daemon.wait(timeout=20)
+    left = system.left_over()
+    for process in left:
+        os.kill(process.pid, 9)
+    assert left == []
+
+
+def heals(system: Running) -> None:
+    """Wait until nothing is reported any more and everything is READY."""
+    wait_until(lambda: system.ready() and not system.status()["daemon"]["problems"], "everything is well")

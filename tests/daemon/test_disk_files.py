@@ -1,0 +1,245 @@
+"""The files of supervisord and of the daemon, each with every way in which a disk refuses them."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from supervisor.loggers import LogRecord
+
+from fastdeploy.daemon import supervisor
+from fastdeploy.daemon.intents import Intent, Intents, Wish
+from fastdeploy.daemon.output_files import OutputFile
+from fastdeploy.daemon.supervisor import Layout, Supervisor, SupervisorError
+from fastdeploy.daemon.troubles import Troubles
+from fastdeploy.daemon.unix_listener import UnixListener
+from fastdeploy.daemon.upkeep import Lock, write_problem
+from fastdeploy.errors import FastDeployError
+
+from .conftest import wait_until
+from .test_supervisor import program
+
+_NOBODY = 65534
+_SPAWN = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def forbidden() -> Iterator[Path]:
+    """A directory of root's in which another user may read."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def as_nobody(call: Callable[[], str]) -> str:
+    """What it returns in a process to which permission bits apply."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    receiver, sender = _SPAWN.Pipe(duplex=False)
+
+    def run() -> None:
+        os.setgroups([])
+        os.setgid(_NOBODY)
+        os.setuid(_NOBODY)
+        sender.send(call())
+
+    child = _SPAWN.Process(target=run)
+    child.start()
+    try:
+        assert receiver.poll(20), "the child has failed"
+        answer: str = receiver.recv()
+        return answer
+    finally:
+        child.join()
+
+
+def written(handler: OutputFile, text: str) -> None:
+    handler.emit(LogRecord(20, text.encode()))
+
+
+# ---- a log file of supervisord
+
+
+def test_output_that_finds_no_room_is_counted_when_there_is_some(tmp_path: Path) -> None:
+    file = tmp_path / "output.log"
+    file.symlink_to("/dev/full")
+    handler = OutputFile(str(file), maxBytes=1000, backupCount=1)
+    written(handler, "one\n")
+    written(handler, "two\n")
+    file.unlink()
+    written(handler, "three\n")
+    note, line = file.read_text().splitlines()
+    assert "WARNING supervisord 8 bytes of output were lost since 20" in note
+    assert note.endswith(": No space left on device")
+    assert line == "three"
+    written(handler, "four\n")
+    assert file.read_text().splitlines()[2:] == ["four"]
+
+
+def test_a_log_file_is_made_again_with_its_directory(tmp_path: Path) -> None:
+    file = tmp_path / "replica0" / "output.log"
+    handler = OutputFile(str(file), maxBytes=1000, backupCount=1)
+    written(handler, "one\n")
+    file.unlink()
+    file.parent.rmdir()
+    written(handler, "two\n")
+    assert file.read_text() == "two\n"
+
+
+def test_a_log_file_rotates(tmp_path: Path) -> None:
+    file = tmp_path / "output.log"
+    handler = OutputFile(str(file), maxBytes=4, backupCount=2)
+    for text in ("one\n", "two\n", "three\n", "four\n"):
+        written(handler, text)
+    kept = [(tmp_path / name).read_text() for name in ("output.log", "output.log.1", "output.log.2")]
+    assert kept == ["four\n", "three\n", "two\n"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_log_file_that_may_not_be_made_costs_lines_alone(forbidden: Path) -> None:
+    def call() -> str:
+        handler = OutputFile(str(forbidden / "x" / "output.log"))
+        written(handler, "one\n")
+        return handler._problem
+
+    assert as_nobody(call) == "Permission denied"
+
+
+# ---- directories, sockets, the lock
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_directory_without_permission_is_named(forbidden: Path, missing: bool) -> None:
+    directory = forbidden / "logs" if missing else forbidden
+    assert as_nobody(lambda: write_problem(directory)) == f"cannot write {directory}: Permission denied"
+
+
+def test_a_missing_directory_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    assert write_problem(tmp_path / "a" / "b") == ""
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_file_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    assert write_problem(tmp_path / "logs") == f"cannot write {tmp_path}/logs: File exists"
+
+
+def test_a_listener_without_permission_keeps_its_old_socket(forbidden: Path) -> None:
+    listener = UnixListener(forbidden / "x.sock", 0o600)
+    listener.bind()
+    (forbidden / "x.sock").unlink()
+
+    def call() -> str:
+        try:
+            listener.bind()
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return "bound"
+
+    assert as_nobody(call) == "EACCES"
+    assert not listener.is_bound()
+    listener.bind()
+    assert listener.is_bound()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(forbidden / "x.sock"))
+        assert (forbidden / "x.sock").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in forbidden.iterdir()] == ["x.sock"]
+    listener.close()
+    assert list(forbidden.iterdir()) == []
+
+
+def test_a_lock_without_permission_is_refused_in_one_line(forbidden: Path) -> None:
+    def call() -> str:
+        try:
+            Lock(forbidden)
+        except FastDeployError as error:
+            return str(error)
+        return "taken"
+
+    assert as_nobody(call) == f"cannot write {forbidden}/fd-dp.lock: Permission denied"
+
+
+def test_a_removed_lock_is_taken_again(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    (tmp_path / "fd-dp.lock").unlink()
+    assert lock.keep() == ""
+    with pytest.raises(FastDeployError, match=f"another fd-dp, pid {os.getpid()}, works in"):
+        Lock(tmp_path)
+    lock.release()
+
+
+def test_wishes_without_permission_are_kept_in_memory(forbidden: Path) -> None:
+    def call() -> str:
+        intents = Intents(forbidden)
+        problem = intents.set("replica0", Wish(Intent.HELD))
+        return f"{problem} {intents.of('replica0').intent}"
+
+    told = as_nobody(call)
+    assert told.startswith(f"cannot write {forbidden}/intents.json: Permission denied")
+    assert told.endswith(" held")
+
+
+# ---- the files that programs start from
+
+
+def test_files_that_are_in_place_are_not_written_again(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    supervisor.write(layout, [program()])
+    before = {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")}
+    supervisor.write(layout, [program()])
+    assert {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")} == before
+    assert supervisor.are_in_place(layout, [program()])
+    layout.ini.unlink()
+    assert not supervisor.are_in_place(layout, [program()])
+
+
+def test_half_a_file_is_not_left_behind(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    layout.ini.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        supervisor.write(layout, [])
+    assert sorted(path.name for path in layout.run.iterdir()) == ["launch", "supervisord.conf"]
+
+
+def test_a_program_that_supervisord_cannot_start_is_named_with_the_reason(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    programs = [program(name="replica0"), program(name="replica1")]
+    supervisor.write(layout, programs)
+    layout.ini.write_text(supervisor.render(layout, programs).replace("command=", "command=/nowhere", 1))
+    # supervisor's own, as one that an older fd-dp has started.
+    command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(layout.ini)]
+    with subprocess.Popen(command) as process:
+        try:
+            wait_until(layout.socket.exists, "supervisord listens")
+            client = Supervisor(layout)
+            with pytest.raises(SupervisorError, match=r"startProcess replica0: NO_FILE: .*/nowhere"):
+                client.start("replica0")
+            layout.output("replica1").parent.rmdir()
+            with pytest.raises(SupervisorError, match=r"cannot start replica1: .*dispatchers.*: ENOENT"):
+                client.start("replica1")
+        finally:
+            process.terminate()
+
+
+# ---- what is told
+
+
+def test_a_trouble_is_told_with_its_begin_until_it_is_over() -> None:
+    now = 1e9
+    troubles = Troubles(lambda: now)
+    troubles.report("logs", "cannot write /logs: No space left on device")
+    first = troubles.lines()
+    assert first[0].startswith("cannot write /logs: No space left on device; since ")
+    now += 3600
+    troubles.report("logs", "cannot write /logs: Read-only file system")
+    assert troubles.lines()[0].rpartition(";")[2] == first[0].rpartition(";")[2]
+    troubles.report("logs", "")
+    assert troubles.lines() == []

@@ -1,0 +1,104 @@
+"""A disk without room, or one that has become read-only, ends nothing, is reported, and heals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from .conftest import alive, wait_until
+from .small_disks import SmallDisks, heals, small_disks
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisks]:
+    with small_disks(tmp_path_factory.mktemp("disks")) as found:
+        yield found
+
+
+def supervisord(system: SmallDisks) -> int:
+    found: int = system.status()["daemon"]["supervisord"]
+    return found
+
+
+@pytest.mark.parametrize("disk", ["logs", "run", "state"])
+def test_a_replica_comes_back_on_a_full_disk(system: SmallDisks, disk: str) -> None:
+    before, manager = system.pids(), supervisord(system)
+    with system.full(disk):
+        wait_until(system.problems, "the full disk is reported")
+        words = f"cannot write {system.real / disk}: No space left on device; since "
+        assert system.problems()[0].startswith(words)
+        assert words in system.fdctl("status").stdout
+        assert words in system.fdctl("why").stdout
+        assert words in system.fdctl("why", "1").stdout
+        os.kill(before["replica0"], signal.SIGKILL)
+        entry = system.wait_ready_again("replica0", before["replica0"])
+        assert entry["last_exit"] == "terminated by SIGKILL"
+        assert {**system.pids(), "replica0": before["replica0"]} == before
+        assert supervisord(system) == manager
+    heals(system)
+
+
+def test_supervisord_logs_again_when_there_is_room(system: SmallDisks) -> None:
+    log = system.prefix / "logs" / "supervisord.log"
+    with system.full("logs"):
+        # More than fits into the block that its log has begun.
+        while log.stat().st_size % 4096:
+            system.do("restart", "0")
+    system.do("restart", "0")
+    assert re.search(
+        r"WARNING supervisord \d+ bytes of output were lost since .*: No space left", log.read_text()
+    )
+    heals(system)
+
+
+def test_a_drain_on_a_full_state_disk_holds_and_is_written_later(system: SmallDisks) -> None:
+    file = system.prefix / "state" / "intents.json"
+    with system.full("state"):
+        done = system.fdctl("drain", "1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "No space left on device; the wishes in it are kept in memory" in done.stdout
+        assert system.drained() == {1}
+        assert not file.exists()
+    wait_until(file.exists, "it is written")
+    wait_until(lambda: "replica1" in json.loads(file.read_text()), "the wish is written")
+    system.do("undrain", "1")
+    heals(system)
+
+
+def test_a_dead_supervisord_is_replaced_on_full_disks(system: SmallDisks) -> None:
+    before, manager = system.pids(), supervisord(system)
+    with system.full("logs"), system.full("run"), system.full("state"):
+        os.kill(manager, signal.SIGKILL)
+        for name, pid in before.items():
+            system.wait_ready_again(name, pid)
+        assert not any(alive(pid) for pid in before.values())
+    heals(system)
+
+
+@pytest.mark.parametrize("disk", ["logs", "state"])
+def test_a_replica_comes_back_on_a_read_only_disk(system: SmallDisks, disk: str) -> None:
+    before, manager = system.pids(), supervisord(system)
+    with system.read_only(disk):
+        words = f"cannot write {system.real / disk}: Read-only file system; since "
+        wait_until(lambda: [line for line in system.problems() if line.startswith(words)], "it is reported")
+        os.kill(before["replica0"], signal.SIGKILL)
+        system.wait_ready_again("replica0", before["replica0"])
+        assert {**system.pids(), "replica0": before["replica0"]} == before
+        assert supervisord(system) == manager
+    heals(system)
+
+
+def test_nothing_ends_while_the_run_directory_is_read_only(system: SmallDisks) -> None:
+    before, manager = system.pids(), supervisord(system)
+    with system.read_only("run"):
+        wait_until(lambda: "supervisord does not answer" in system.log(), "supervisord is missed")
+        wait_until(lambda: f"cannot listen on {system.real}" in system.log(), "its own socket is missed")
+        assert all(alive(pid) for pid in [*before.values(), manager])
+    wait_until(lambda: system.pids() == before, "everything is as before")
+    assert supervisord(system) == manager
+    heals(system)
