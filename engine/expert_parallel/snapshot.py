@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from . import removed_memory
 from .layout import PHASES, GroupWords, Header, Layout, SeatEntry, SeatRow, SeatState
 from .membership import seats_of
 from .memory import FILE, SHARED_MEMORY, group_directory, is_alive, layout_of
@@ -74,9 +75,14 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
         ConfigError: the name cannot be one, or the group speaks another protocol.
         OSError: its memory cannot be read.
     """
-    try:
-        file = os.open(group_directory(name, root, user) / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    path = group_directory(name, root, user) / FILE
+    file = _open(path)
+    if file is None or not _read(file, Header, 0).magic:
+        # Removed by somebody, or not made yet.
+        if file is not None:
+            os.close(file)
+        file = removed_memory.find(path, os.getuid() if user is None else user, os.O_RDONLY)
+    if file is None:
         return None
     try:
         header = _read(file, Header, 0)
@@ -102,6 +108,13 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
         seats=seats,
         awaited=_awaited(seats),
     )
+
+
+def _open(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
 
 
 def _members(file: int, layout: Layout) -> tuple[int, tuple[int, ...]]:
