@@ -24,6 +24,7 @@ from .config import EngineConfig, ModelConfig
 from .demo_model import model_cache, resolve_model_path
 from .errors import CheckpointError, FastDeployError
 from .packed_file import read, verify, write
+from .paddle_import import import_paddle
 from .stored_tensors import INDEX_FILE, StoredTensor, weight_files
 
 _log = logging.getLogger("fastdeploy.weight_cache")
@@ -216,6 +217,7 @@ def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
 
 def _pack(packing: Packing, config: ModelConfig, expected: dict[str, str], report: Progress) -> None:
     # Late, because it brings Paddle along: who only maps a file, or finds it there, can do without.
+    import_paddle()
     from .checkpoint_matrices import read_directory
     from .packing import packed
 
