@@ -176,7 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _find(file: Path, expected: dict[str, str]) -> dict[str, StoredTensor] | str:
     """The tensors of `file`, or why they cannot be used."""
-    if not file.exists():
+    if not os.path.exists(file):
         return "for the first time"
     try:
         stored = read(file)
