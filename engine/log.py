@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import logging.handlers
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from .errors import ConfigError
+from .errors import ConfigError, is_disk_condition
+from .log_file import SharedFile, StandardError
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s{context} pid=%(process)d %(message)s"
 _MAX_BYTES = 50 << 20
-#: Seconds between two looks at the file's size and whether it still has its name.
-_LOOK_SECONDS = 1.0
 #: Attribute of a record that is many lines at once.
 _LINES = "fd_lines"
 #: And of the text that was made of them.
@@ -35,9 +31,9 @@ def configure(context: str = "", file_name: str | None = None) -> None:
     """
     level = logging.DEBUG if os.environ.get("FD_DEBUG") == "1" else logging.INFO
     formatter = _Formatter(_FORMAT.format(context=f" {context}" if context else ""))
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [StandardError(sys.stderr)]
     if file_name is not None:
-        handlers.append(_file(file_name))
+        handlers.append(_file(file_name, fallback=handlers[0]))
     root = logging.getLogger()
     root.handlers.clear()
     for handler in handlers:
@@ -86,48 +82,6 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join([f"<{priority}>{line}" for line in self._inner.format(record).split("\n")])
 
 
-class _SharedFile(logging.handlers.RotatingFileHandler):
-    """Several processes may write to it: one of them rotates it, the others follow."""
-
-    _looked_at = 0.0
-
-    def shouldRollover(self, record: logging.LogRecord) -> int:
-        now = time.monotonic()
-        if now - self._looked_at < _LOOK_SECONDS:
-            return 0
-        self._looked_at = now
-        if not self._has_its_name():
-            self._open_again()
-        assert self.stream is not None, "opened when it was made, and again whenever it is closed"
-        return os.fstat(self.stream.fileno()).st_size >= self.maxBytes
-
-    def doRollover(self) -> None:
-        directory = os.open(os.path.dirname(self.baseFilename), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
-            if self._has_its_name():
-                super().doRollover()
-            else:
-                self._open_again()
-        finally:
-            os.close(directory)
-
-    def _has_its_name(self) -> bool:
-        if self.stream is None:
-            return False
-        try:
-            named = os.stat(self.baseFilename)
-        except FileNotFoundError:
-            return False
-        own = os.fstat(self.stream.fileno())
-        return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)
-
-    def _open_again(self) -> None:
-        if self.stream is not None:
-            self.stream.close()
-        self.stream = self._open()
-
-
 def _is_journal(stream: TextIO) -> bool:
     """systemd says which file the journal is; a child inherits the word, but perhaps another file."""
     try:
@@ -137,15 +91,18 @@ def _is_journal(stream: TextIO) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def _file(name: str) -> logging.Handler:
+def _file(name: str, fallback: logging.Handler) -> logging.Handler:
     directory = Path(os.environ.get("FD_LOG_DIR") or "log")
     kept = os.environ.get("FD_LOG_BACKUP_COUNT", "7")
     if not kept.isdecimal():
         raise ConfigError(f"FD_LOG_BACKUP_COUNT is {kept!r}; it must be the number of old logs to keep")
+    handler = SharedFile(directory / name, _MAX_BYTES, int(kept), fallback)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        return _SharedFile(directory / name, maxBytes=_MAX_BYTES, backupCount=int(kept), encoding="utf-8")
+        handler.open()
     except OSError as error:
-        raise ConfigError(
-            f"FD_LOG_DIR is {str(directory)!r}; it must be a directory for logs ({error.strerror})"
-        ) from None
+        # A disk that is full or read-only just now is no reason not to start.
+        if not is_disk_condition(error):
+            raise ConfigError(
+                f"FD_LOG_DIR is {str(directory)!r}; it must be a directory for logs ({error.strerror})"
+            ) from None
+    return handler

@@ -25,6 +25,7 @@ from .demo_model import model_cache, resolve_model_path
 from .errors import CheckpointError, FastDeployError
 from .foreign_text import printable
 from .packed_file import check_header, read, verify, write
+from .paddle_import import import_paddle
 from .stored_tensors import INDEX_FILE, StoredTensor, weight_files
 
 _log = logging.getLogger("fastdeploy.weight_cache")
@@ -176,7 +177,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _find(file: Path, expected: dict[str, str]) -> dict[str, StoredTensor] | str:
     """The tensors of `file`, or why they cannot be used."""
-    if not file.exists():
+    if not os.path.exists(file):
         return "for the first time"
     try:
         stored = read(file)
@@ -231,6 +232,7 @@ def _read_note(note: bytes) -> tuple[float, str]:
 
 def _pack(packing: Packing, config: ModelConfig, expected: dict[str, str], report: Progress) -> None:
     # Late, because it brings Paddle along: who only maps a file, or finds it there, can do without.
+    import_paddle()
     from .checkpoint_matrices import read_directory
     from .packing import packed
 

@@ -39,6 +39,7 @@ from .messages import (
     Shutdown,
     ToWorker,
 )
+from .paddle_import import import_paddle
 from .parent_death import die_with_parent
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
     # signals of faulthandler. A SIGTERM that comes meanwhile waits until ours is back.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
+        import_paddle()
         import paddle
     except ImportError as error:
         raise ConfigError(

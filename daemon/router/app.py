@@ -14,6 +14,7 @@ from werkzeug.exceptions import HTTPException
 from . import health
 from .answers import error_body
 from .board import Board, Seat, Status
+from .counter_memory import CounterMemory
 from .metrics import Metrics
 from .registration import AllowedAddresses, Instance, RegistrationError, parse, parse_farewell
 from .registry import RegistryFile
@@ -33,11 +34,11 @@ _ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
 class Router:
     """What one worker holds besides its event loop. A WSGI application, once `start` was called."""
 
-    def __init__(self, settings: Settings, board: Board, reloads: Reloads) -> None:
+    def __init__(self, settings: Settings, board: Board, counters: CounterMemory, reloads: Reloads) -> None:
         self.settings = settings
         self.board = board
         self.reloads = reloads
-        self.metrics = Metrics(board)
+        self.metrics = Metrics(board, counters)
         self.registry = RegistryFile(settings.registry_file)
         self._allowed = AllowedAddresses(settings.allow_hosts)
         self._monitor = health.Monitor(board, self.registry, settings.policy, settings.health_interval)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import time
 from typing import Protocol
 
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
+from gunicorn.sock import UnixSocket
 
 from ...errors import ConfigError
+from .admin_socket import AdminSocket
 from .board import Board
 from .board_memory import WORKERS
 from .configuration import Configuration
@@ -60,6 +63,8 @@ class RouterArbiter(Arbiter):
         self._hurried: set[int] = set()
         self._may_spawn_at = 0.0
         self._lacks_room = False
+        path = app.configuration.settings.admin_socket
+        self._admin_socket = AdminSocket(path) if path is not None else None
         super().__init__(app)
 
     def reload(self) -> None:
@@ -85,8 +90,18 @@ class RouterArbiter(Arbiter):
         self._generations[pid], self._starting[pid] = generation, now
         return pid
 
+    def stop(self, graceful: bool = True) -> None:
+        """gunicorn would remove the admin socket's path, and fail if that is gone."""
+        if self._admin_socket is not None and self._is_only_program:
+            self._admin_socket.remove()
+        for listener in self._admin_listeners():
+            listener.close()
+            self.LISTENERS.remove(listener)
+        super().stop(graceful)
+
     def manage_workers(self) -> None:
         """Starts workers that are missing, and ends those that are too many."""
+        self._keep_admin_socket()
         self._look_at_those_that_start()
         fresh = sum(self._is_fresh(pid) for pid in self._serving())
         self._spawn(self.num_workers - fresh)
@@ -115,6 +130,29 @@ class RouterArbiter(Arbiter):
     def wait_for_signals(self, timeout: float = 1.0) -> list[int]:
         signals: list[int] = super().wait_for_signals(_LOOK if self._starting else timeout)
         return signals
+
+    @property
+    def _is_only_program(self) -> bool:
+        """No program replaces this one, nor does this one replace another."""
+        return bool(self.reexec_pid == self.master_pid == 0)
+
+    def _admin_listeners(self) -> list[UnixSocket]:
+        return [listener for listener in self.LISTENERS if listener.sock.family == socket.AF_UNIX]
+
+    def _keep_admin_socket(self) -> None:
+        """Listens again if the path was removed: workers get the new socket, later ones inherit it."""
+        if self._admin_socket is None or not self._is_only_program:
+            return
+        listener = self._admin_socket.bind_if_lost()
+        if listener is None:
+            return
+        for old in self._admin_listeners():
+            old.close()
+            self.LISTENERS.remove(old)
+        path = str(self._admin_socket.path)
+        self.LISTENERS.append(UnixSocket(path, self.cfg, self.log, fd=listener.detach()))
+        for worker in self.WORKERS.values():
+            worker.pass_listener(self.LISTENERS[-1].sock)
 
     def _switch(self, generation: int, configuration: Configuration) -> None:
         self._generation = generation

@@ -77,8 +77,8 @@ class Monitor:
             if self._board.lead():
                 for seat in self._board.seats():
                     threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
-                if self._board.forget_lost():
-                    self._registry.save(self._board)
+                self._board.forget_lost()
+                self._registry.keep(self._board)
             time.sleep(self._interval)
 
     def _measure(self) -> None:

@@ -1,20 +1,19 @@
 """The router's figures for Prometheus, under FastDeploy's names; those of our own begin with fd_router_.
 
-Several workers count into files of one directory (PROMETHEUS_MULTIPROC_DIR); whichever is asked adds them up.
+Several workers count in memory that they share (counter_memory.py); whichever is asked adds them up.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.values import MultiProcessValue
 
 from .board import Board
-from .counter_files import CounterFiles
+from .counter_memory import CounterMemory, value_class
 from .tally import CounterTally, HistogramTally
 
 #: Everything else is counted as "other": a label value for each path a client can invent would never end.
@@ -44,12 +43,11 @@ _SHORT = (20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3, 
 class Metrics:
     """Made after the fork. Counting and `flush` belong to the event loop's thread; `exposition` to any."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, counters: CounterMemory) -> None:
         self._board = board
-        pid = os.getpid()
-        # As it would choose by itself, but without asking the kernel for the pid at each count.
-        values.ValueClass = MultiProcessValue(lambda: pid)
-        # What is shown is what all workers have counted, from their files, and not this registry's.
+        self._counters = counters
+        values.ValueClass = value_class(counters.own_section())
+        # What is shown is what all workers have counted, and not this registry's.
         self._registry = CollectorRegistry()
         labels = ("method", "endpoint")
         self._requests = self._counter("http_requests", "Requests answered.", *labels, "status_code")
@@ -128,7 +126,7 @@ class Metrics:
             for counter in (self._retries, self._resumes, self._broken):
                 counter.labels(row.instance.name)
         registry = CollectorRegistry()
-        CounterFiles(registry)
+        registry.register(_CounterCollector(self._counters))
         registry.register(_BoardCollector(self._board))
         return generate_latest(registry)
 
@@ -170,3 +168,29 @@ class _BoardCollector(Collector):
             weight.add_metric(values, row.weight)
             picks.add_metric(values, row.picks)
         yield from (in_flight, up, draining, weight, picks)
+
+
+class _CounterCollector(Collector):
+    """Metrics made of the counters of all workers."""
+
+    def __init__(self, memory: CounterMemory) -> None:
+        self._memory = memory
+
+    def collect(self) -> Iterable[Metric]:
+        metrics: dict[str, Metric] = {}
+        buckets: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[str, float]]] = {}
+        decode: Callable[[bytes], tuple[str, str, str, str, dict[str, str]]] = msgspec.json.decode
+        for key, value in self._memory.read().items():
+            kind, name, help_text, sample, labels = decode(key)
+            metric = metrics.setdefault(name, Metric(name, help_text, kind))
+            if (bound := labels.pop("le", None)) is None:
+                metric.add_sample(sample, labels, value)
+            else:
+                buckets.setdefault((name, tuple(labels.items())), []).append((bound, value))
+        for (name, label_items), counts in buckets.items():
+            total = 0.0
+            for bound, value in sorted(counts, key=lambda count: float(count[0])):
+                total += value
+                metrics[name].add_sample(f"{name}_bucket", {**dict(label_items), "le": bound}, total)
+            metrics[name].add_sample(f"{name}_count", dict(label_items), total)
+        return metrics.values()

@@ -8,11 +8,11 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, is_disk_condition
 from ...foreign_text import parse_json, printable
 from .board import Board, Status
 from .registration import AllowedAddresses, Instance, RegistrationError, from_fields
@@ -21,11 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 class RegistryFile:
-    """JSON in the form of the registrations themselves, secrets and all. Without a path nothing is kept."""
+    """JSON in the form of the registrations themselves, secrets and all. Without a path nothing is kept.
+
+    The board is what counts: `keep` writes a file that was removed, or could not be written, when it can.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._is_failing = False
 
     def restore(self, board: Board, allowed: AllowedAddresses) -> None:
         """Seats what was saved; nobody has looked yet whether it is up.
@@ -39,28 +43,63 @@ class RegistryFile:
                     board.drain(seat)
 
     def save(self, board: Board) -> None:
-        """Writes the board as it is now; readers see the old file or the new one, never a part."""
+        """Writes the board as it is now, if it can; readers see the old file or the new one, never a part."""
+        # What cannot be written now is for `keep` to write, and to report.
+        with suppress(OSError):
+            self._write(board)
+
+    def keep(self, board: Board) -> None:
+        """Writes the board unless the file says the same. To be called regularly, by one process."""
         if self._path is None:
             return
         try:
-            with self._lock, _locked(self._path.parent):
-                # Read under the lock: otherwise the older of two savers could write last.
-                instances = [_entry(row.instance.registration(), row.draining) for row in _staying(board)]
-                text = json.dumps({"instances": instances}, indent=2) + "\n"
-                draft = self._path.with_name(self._path.name + ".new")
-                draft.unlink(missing_ok=True)
-                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                    file.write(text)
-                os.replace(draft, self._path)
+            if not self._is_current(board):
+                self._write(board)
         except OSError as error:
-            logger.error("registry file %s not written: %s", self._path, error)
+            if not self._is_failing:
+                logger.error(
+                    "registry file %s cannot be written (%s): registrations and drains stay in memory until "
+                    "it can; a router that starts meanwhile waits for its replicas to register",
+                    *(self._path, error.strerror or error),
+                )
+            self._is_failing = True
+            return
+        if self._is_failing:
+            logger.warning("registry file %s is written again", self._path)
+        self._is_failing = False
+
+    def _is_current(self, board: Board) -> bool:
+        assert self._path is not None, "asked for a file"
+        try:
+            return self._path.read_bytes() == _content(board)
+        except FileNotFoundError:
+            return False
+
+    def _write(self, board: Board) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, _locked(self._path.parent):
+            # Read under the lock: otherwise the older of two savers could write last.
+            content = _content(board)
+            draft = self._path.with_name(self._path.name + ".new")
+            draft.unlink(missing_ok=True)
+            try:
+                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(content)
+                os.replace(draft, self._path)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
 
     def _read(self) -> list[tuple[Instance, bool]]:
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return []
         try:
             entries = parse_json(self._path.read_text(encoding="utf-8"))["instances"]
             return [(from_fields(entry), entry.get("draining") is True) for entry in entries]
+        except FileNotFoundError:
+            return []
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RegistrationError) as error:
             logger.warning(
                 "registry file %s ignored: %s: %s", self._path, type(error).__name__, printable(error)
@@ -68,17 +107,31 @@ class RegistryFile:
             return []
 
     def prepare(self) -> None:
-        """Raises ConfigError if it could not be written later."""
+        """Raises ConfigError if it could not be written later.
+
+        A disk that is full or read-only just now is no reason not to start.
+        """
         if self._path is None:
             return
+        probe = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            probe.unlink()
         except OSError as error:
-            raise ConfigError(f"--registry-file {self._path}: {error.strerror}") from None
-        if self._path.is_dir() or not os.access(self._path.parent, os.W_OK):
-            raise ConfigError(
-                f"--registry-file {self._path}: must be a file in a directory that can be written"
-            )
+            if not is_disk_condition(error):
+                raise ConfigError(
+                    f"--registry-file {self._path}: must be in a directory that can be written "
+                    f"({error.strerror})"
+                ) from None
+        if self._path.is_dir():
+            raise ConfigError(f"--registry-file {self._path}: must be a file, and is a directory")
+
+
+def _content(board: Board) -> bytes:
+    """What the file is to say."""
+    instances = [_entry(row.instance.registration(), row.draining) for row in _staying(board)]
+    return (json.dumps({"instances": instances}, indent=2) + "\n").encode()
 
 
 def _staying(board: Board) -> list[Status]:

@@ -6,10 +6,8 @@ import ipaddress
 import json
 import logging
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
-from ... import log
+from ... import log, worker_heartbeat
 from ...errors import ConfigError
 from ...parent_death import die_with_parent
-from . import fast_path
+from . import admin_socket, counter_memory, fast_path
 from .arbiter import RouterArbiter
 from .board import Board, BoardError
 from .configuration import Configuration, check_fixed, read
+from .counter_memory import CounterMemory
 from .registration import AllowedAddresses
 from .registry import RegistryFile
 from .reloads import Reloads
@@ -39,13 +38,12 @@ logger = logging.getLogger(__name__)
 EXIT_USAGE = 2
 EXIT_ADDRESS = 5
 EXIT_UPGRADE = 6
-#: What the program that replaces this one finds: gunicorn's word that it is one, the board, and the
-#: flags that must not have changed.
+#: What the program that replaces this one finds: gunicorn's word that it is one, the board, the counters, and
+#: the flags that must not have changed.
 _REPLACES = "GUNICORN_PID"
 _BOARD = "FD_ROUTER_BOARD"
 _FIXED = "FD_ROUTER_FIXED"
-_METRICS = "PROMETHEUS_MULTIPROC_DIR"
-_MEMORY = "/dev/shm"
+_COUNTERS = "FD_ROUTER_COUNTERS"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,13 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     RegistryFile(settings.registry_file).restore(board, AllowedAddresses(settings.allow_hosts))
     os.environ[_BOARD] = str(board.descriptor)
     os.environ[_FIXED] = json.dumps(configuration.fixed)
-    # prometheus_client looks at it when it is imported: by the workers, later.
-    os.environ[_METRICS] = tempfile.mkdtemp(prefix="fd-router-metrics-")
+    os.environ[_COUNTERS] = str(counter_memory.create())
     _Server(words, configuration, listeners).run()
 
 
 class _Server(BaseApplication):
-    """What gunicorn's arbiter runs. The board lives in memory that its workers share."""
+    """What gunicorn's arbiter runs. Board and counters live in memory that its workers share."""
 
     def __init__(
         self, words: Sequence[str], configuration: Configuration, listeners: Sequence[socket.socket]
@@ -89,6 +86,8 @@ class _Server(BaseApplication):
         self.configuration = configuration
         self._binds = [f"fd://{listener.detach()}" for listener in listeners]
         self.board = Board.attach(int(os.environ[_BOARD]))
+        # A router of an older version kept its counters elsewhere.
+        self.counters = CounterMemory(int(os.environ.get(_COUNTERS, "-1")))
         self.reloads = Reloads()
         super().__init__()
 
@@ -109,25 +108,23 @@ class _Server(BaseApplication):
             "graceful_timeout": settings.graceful_timeout,
             "logger_class": _ThroughRoot,
             "proc_name": "fd-router",
-            # Of the signs of life: on a disk that is slow just now they would be late.
-            "worker_tmp_dir": _MEMORY if os.access(_MEMORY, os.W_OK) else None,
             # Its default path is one for all gunicorns of a user, and nobody here asks it anything.
             "control_socket_disable": True,
             "post_fork": _after_fork,
             "post_worker_init": _start,
             "child_exit": _worker_ended,
-            "on_exit": _ended,
         }
         for key, value in values.items():
             self.cfg.set(key, value)
 
     def load(self) -> Router:
-        # In the worker: its imports must find the directory of the metrics.
+        # Late: what is wrong with the command line is said without Flask.
         from .app import Router
 
-        return Router(self.settings, self.board, self.reloads)
+        return Router(self.settings, self.board, self.counters, self.reloads)
 
     def run(self) -> None:
+        worker_heartbeat.keep_in_memory()
         RouterArbiter(self).run()
 
     # ---- a reload
@@ -174,30 +171,17 @@ def _worker_ended(server: Any, worker: Any) -> None:
     In a thread: where another worker was stopped with the board's lock in its hand, the arbiter must be free
     to kill that one.
     """
-    threading.Thread(target=_clear_up_after, args=(server.app.board, worker.pid), daemon=True).start()
 
+    def clear_up() -> None:
+        server.app.board.drop_column_of(worker.pid)
+        server.app.counters.collect_from_dead()
 
-def _clear_up_after(board: Board, pid: int) -> None:
-    # As late as the workers import it.
-    from .counter_files import bury
-
-    board.drop_column_of(pid)
-    try:
-        bury(Path(os.environ[_METRICS]), pid)
-    except OSError as error:
-        logger.warning("the figures of worker %d are not cleared up: %s", pid, error)
+    threading.Thread(target=clear_up, daemon=True).start()
 
 
 def _after_fork(server: Any, worker: Any) -> None:
     """A worker whose arbiter was killed would keep the port from the next router."""
     die_with_parent(server.pid)
-
-
-def _ended(server: Any) -> None:
-    """The last to use them removes the counters: not while there is a program that replaces this one, or one
-    that this one was to replace."""
-    if not server.reexec_pid and not server.master_pid:
-        shutil.rmtree(os.environ[_METRICS], ignore_errors=True)
 
 
 def _listen_or_exit(settings: Settings) -> socket.socket:
@@ -218,19 +202,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _listen_on_path_or_exit(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Left by one that was killed; a living router has the port, and we would not be here.
-        path.unlink(missing_ok=True)
-        before = os.umask(0o117)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
+        return admin_socket.bind(path)
     except OSError as error:
-        _exit(EXIT_ADDRESS, f"cannot listen on {path}: {(error.strerror or str(error)).lower()}")
-    listener.listen(64)
-    return listener
+        reason = (error.strerror or str(error)).lower()
+        _exit(
+            EXIT_ADDRESS,
+            f"cannot listen on {path}: {reason}; --admin-socket must be in a directory that can be written",
+        )
 
 
 def _require(*modules: str) -> None:

@@ -50,11 +50,21 @@ class RouterWorker(Worker):
         """In the arbiter, before the fork."""
         super().__init__(*arguments)
         self._made_at = self.tmp.last_update()
+        self._to_worker, self._from_arbiter = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for end in (self._to_worker, self._from_arbiter):
+            end.setblocking(False)
 
     @property
     def is_ready(self) -> bool:
         """Whether it has given a sign of life; it listens before it does. Asked by the arbiter."""
         return bool(self.tmp.last_update() != self._made_at)
+
+    def pass_listener(self, listener: socket.socket) -> None:
+        """Gives the worker this admin socket in place of the one that it has. Called in the arbiter."""
+        try:
+            socket.send_fds(self._to_worker, [b"."], [listener.fileno()])
+        except OSError as error:
+            logger.warning("worker %s does not take the new admin socket: %s", self.pid, error)
 
     def run(self) -> None:
         self.connections: set[ClientConnection] = set()
@@ -118,10 +128,12 @@ class RouterWorker(Worker):
         self._is_empty = asyncio.Event()
         self._stop = asyncio.Event()
         self._handle_signals()
-        servers = [await self._listen(listener) for listener in self.sockets]
+        servers = {listener.sock.family: await self._listen(listener.sock) for listener in self.sockets}
+        replacing = asyncio.create_task(self._replace_admin_socket(servers))
         ticking = asyncio.create_task(self._tick())
         await self._stop.wait()
-        for server in servers:
+        replacing.cancel()
+        for server in servers.values():
             server.close()
         await self._drain()
         ticking.cancel()
@@ -129,13 +141,29 @@ class RouterWorker(Worker):
         self._plane.access_log.flush()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _listen(self, listener: Any) -> asyncio.Server:
-        sock: socket.socket = listener.sock
+    async def _listen(self, sock: socket.socket) -> asyncio.Server:
         # Read by the arbiter: one that is broken by the time of a reload must not keep workers down.
         tls = self._router.settings.tls if sock.family != socket.AF_UNIX else None
         return await asyncio.get_running_loop().create_server(
             lambda: ClientConnection(self), sock=sock, ssl=tls, backlog=2048
         )
+
+    async def _replace_admin_socket(self, servers: dict[int, asyncio.Server]) -> None:
+        """Listens on what the arbiter passes after somebody has removed the admin socket."""
+        arrived = asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._from_arbiter, arrived.set)
+        while True:
+            await arrived.wait()
+            arrived.clear()
+            try:
+                _, descriptors, *_ = socket.recv_fds(self._from_arbiter, 1, 1)
+                for descriptor in descriptors:
+                    servers[socket.AF_UNIX].close()
+                    servers[socket.AF_UNIX] = await self._listen(socket.socket(fileno=descriptor))
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                logger.error("the new admin socket cannot be used by this worker: %s", error)
 
     async def _drain(self) -> None:
         """Until the last connection has ended."""

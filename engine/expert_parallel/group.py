@@ -185,6 +185,7 @@ class ExpertGroup:
 
     def attend(self) -> None:
         """When `wakeups` is readable: takes calls, and buries the dead."""
+        self._peers.keep_doorbell()
         if self._peers.answer():
             with self._memory.locked():
                 dead = self._membership.remove_dead()

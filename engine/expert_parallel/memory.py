@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FastDeployError
+from . import removed_memory
 from .layout import (
     FINGERPRINT_BYTES,
     MOST_SEATS,
@@ -129,6 +130,9 @@ def opened(
     _remove_remains(directory)
     descriptor = _open_locked(directory, patience)
     try:
+        if not _has_living(descriptor) and (removed := _locked_removed(directory, patience)) is not None:
+            os.close(descriptor)
+            descriptor = removed
         if not _has_living(descriptor):
             _format(descriptor, layout, text, root)
         memory = Memory(directory, descriptor, layout_of(descriptor, directory), patience)
@@ -226,6 +230,22 @@ def _open_locked(directory: Path, patience: float) -> int:
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)
+
+
+def _locked_removed(directory: Path, patience: float) -> int | None:
+    """The memory of living ranks whose file was removed, locked; None if there is none."""
+    descriptor = removed_memory.find(directory / FILE, os.getuid(), os.O_RDWR)
+    if descriptor is None:
+        return None
+    try:
+        _lock(descriptor, patience, partial(_holder, descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if _has_living(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _remove_remains(own: Path) -> None:
@@ -347,7 +367,7 @@ def layout_of(descriptor: int, directory: Path) -> Layout:
 
 
 def _remove(directory: Path, descriptor: int) -> None:
-    if os.fstat(descriptor).st_nlink == 0:
+    if os.fstat(descriptor).st_nlink == 0 and not _is_unused(directory / FILE):
         # It is removed, and what is there now is of another.
         return
     for doorbell in directory.glob("seat-*"):
@@ -356,6 +376,21 @@ def _remove(directory: Path, descriptor: int) -> None:
     # From here on somebody may make the group anew.
     with suppress(OSError):
         directory.rmdir()
+
+
+def _is_unused(path: Path) -> bool:
+    """True if nobody has made a group of this file: it was opened by ranks that found a removed one."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return not _header(descriptor).magic
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _written(descriptor: int, begin: int, end: int) -> int:

@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from .layout import SeatState
 from .memory import Memory, pidfd_of
 
 _log = logging.getLogger(__name__)
+
+#: Between two looks at whether the own doorbell is there.
+_LOOK_SECONDS = 1.0
 
 
 class Peers:
@@ -28,10 +32,9 @@ class Peers:
         self._seat = seat
         #: seat -> (pid, pidfd) of those that are followed.
         self._followed: dict[int, tuple[int, int]] = {}
-        self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        # Left by the process that had the seat before.
-        Path(memory.doorbell(seat)).unlink(missing_ok=True)
-        self._bell.bind(memory.doorbell(seat))
+        self._bell = _bind(Path(memory.doorbell(seat)))
+        self._looked_at = time.monotonic()
+        self._is_failing = False
         #: Readable when somebody calls, or one that is followed has died; for a poller of those who sleep.
         self.wakeups = select.epoll()
         self.wakeups.register(self._bell, select.EPOLLIN)
@@ -87,10 +90,45 @@ class Peers:
                 self._bell.recv(1)
         return any(pidfd in ready for _, pidfd in self._followed.values())
 
+    def keep_doorbell(self) -> None:
+        """Makes a removed doorbell again. Without it this rank hears a call up to a second late."""
+        now, path = time.monotonic(), Path(self._memory.doorbell(self._seat))
+        if now < self._looked_at + _LOOK_SECONDS:
+            return
+        self._looked_at = now
+        if path.exists():
+            return
+        try:
+            with contextlib.suppress(FileExistsError):
+                path.parent.mkdir(mode=0o700)
+            bell = _bind(path)
+        except OSError as error:
+            if not self._is_failing:
+                _log.warning("%s was removed and cannot be made again (%s)", path, error.strerror)
+            self._is_failing = True
+            return
+        self.wakeups.unregister(self._bell)
+        self._bell.close()
+        self._bell, self._is_failing = bell, False
+        self.wakeups.register(bell, select.EPOLLIN)
+        _log.warning("%s was removed and is made again; the group keeps the memory that it has", path)
+
     def close(self) -> None:
         self.follow(())
         self.wakeups.close()
         self._bell.close()
+
+
+def _bind(path: Path) -> socket.socket:
+    bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    try:
+        # Left by the process that had the seat before.
+        path.unlink(missing_ok=True)
+        bell.bind(str(path))
+    except OSError:
+        bell.close()
+        raise
+    return bell
 
 
 def _open(pid: int, started: int) -> int:

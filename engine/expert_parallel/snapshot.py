@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from . import removed_memory
 from .layout import GroupWords, Header, Layout, SeatEntry, SeatRow, SeatState, phase_name
 from .membership import seats_of
 from .memory import FILE, SHARED_MEMORY, group_directory, is_alive, layout_of
@@ -77,17 +79,16 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
         ConfigError: the name cannot be one, the group speaks another protocol, or its memory is damaged.
         OSError: its memory cannot be read.
     """
-    directory = group_directory(name, root, user)
-    try:
-        file = os.open(directory / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    path = group_directory(name, root, user) / FILE
+    file = _open(path, os.getuid() if user is None else user)
+    if file is None:
         return None
     try:
         header = _read(file, Header, 0)
         if not header.magic:
             # It is being made.
             return None
-        layout = layout_of(file, directory)
+        layout = layout_of(file, path.parent)
         epoch, active = _members(file, layout)
         found = (_seat(file, layout, seat, seat in active) for seat in range(layout.num_seats))
         seats = tuple(seat for seat in found if seat is not None)
@@ -106,6 +107,16 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
         seats=seats,
         awaited=_awaited(seats),
     )
+
+
+def _open(path: Path, user: int) -> int | None:
+    """Open the group's memory at its path, or through a rank that has it mapped if the file was removed."""
+    with suppress(FileNotFoundError):
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if _read(file, Header, 0).magic:
+            return file
+        os.close(file)
+    return removed_memory.find(path, user, os.O_RDONLY)
 
 
 def _members(file: int, layout: Layout) -> tuple[int, tuple[int, ...]]:

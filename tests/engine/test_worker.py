@@ -191,6 +191,16 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(
     assert "Traceback" not in api.log()
 
 
+def test_a_home_directory_that_cannot_be_written_is_no_obstacle(
+    start: Callable[..., Api], tmp_path: Path
+) -> None:
+    # For root as well: nothing can be made below a file.
+    (tmp_path / ".cache").touch()
+    api = start(HOME=str(tmp_path), TMPDIR="/nonexistent")
+    api.receive_until(Ready)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == [".cache"]
+
+
 def test_a_damaged_checkpoint_is_named(start: Callable[..., Api], tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -231,21 +230,24 @@ def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
 
 
 def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
-    """Here they do not find the directory that their counters need."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    one = live(env={"TMPDIR": str(temporary)})
+    """Here they end right after the fork."""
+    is_broken = tmp_path / "broken"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        f"end = lambda: os.path.exists({str(is_broken)!r}) and os._exit(3)\n"
+        "os.register_at_fork(after_in_child=end)\n"
+    )
+    one = live(env={"PYTHONPATH": str(tmp_path)})
     one.router.add(new_engine())
     flags, pids = one.health()["flags"], one.pids()
-    [counters] = temporary.glob("fd-router-metrics-*")
-    shutil.rmtree(counters)
+    is_broken.touch()
     one.write("--policy", "session")
     assert one.reload() == "failed"
     assert "a new worker ended before it served; going on as before" in one.router.log.read_text()
     assert one.router.complete().status_code == 200
     assert one.health()["flags"] == flags
     wait_until(lambda: one.pids() == pids, "those that did not come up are gone")
-    counters.mkdir()
+    is_broken.unlink()
     assert one.reload() == "done"
     assert one.health()["flags"] == fingerprint(one.file.read_bytes())
 

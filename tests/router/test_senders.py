@@ -13,9 +13,11 @@ import requests
 from flask.testing import FlaskClient
 from prometheus_client import values
 
+from fastdeploy.daemon.router import counter_memory
 from fastdeploy.daemon.router.app import Router
 from fastdeploy.daemon.router.board import Board
 from fastdeploy.daemon.router.configuration import settings_of
+from fastdeploy.daemon.router.counter_memory import CounterMemory
 from fastdeploy.daemon.router.flags import parser
 from fastdeploy.daemon.router.registration import AllowedAddresses
 from fastdeploy.daemon.router.reloads import Reloads
@@ -89,7 +91,8 @@ class InProcess:
     def start(self, *flags: str) -> FlaskClient:
         self._boards.append(Board.create())
         settings = settings_of(parser().parse_args(flags))
-        return Router(settings, self._boards[-1], Reloads())._control.test_client()
+        counters = CounterMemory(counter_memory.create())
+        return Router(settings, self._boards[-1], counters, Reloads())._control.test_client()
 
     def ask(self, client: FlaskClient, peer: str, key: str = "", path: str = "/register") -> tuple[int, str]:
         answer = client.post(
@@ -107,7 +110,6 @@ class InProcess:
 
 @pytest.fixture
 def in_process(new_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[InProcess]:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     # A worker sets it for its whole process; this one lives on.
     monkeypatch.setattr(values, "ValueClass", values.ValueClass)
     in_process = InProcess(tmp_path, new_engine())

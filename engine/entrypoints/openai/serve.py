@@ -24,6 +24,7 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 from gunicorn.glogging import Logger
 
+from ... import worker_heartbeat
 from ...errors import FastDeployError
 from ...exposition import Exposition
 from ...file_limit import connections_of
@@ -105,6 +106,7 @@ class _Application(BaseApplication):
         return create_app(self.parts.replica)
 
     def run(self) -> None:
+        worker_heartbeat.keep_in_memory()
         _Arbiter(self).run()
 
 

@@ -1,0 +1,101 @@
+"""The unix socket for orders, and what becomes of it when somebody removes its path."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import stat
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 64
+
+
+def bind(path: Path) -> socket.socket:
+    """Return a socket that listens on `path`, where what is there already is replaced. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        before = os.umask(0o117)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class AdminSocket:
+    """The path of a socket that listens. A listening socket does not learn that its path is gone."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is that of a socket of this program."""
+        self.path = path
+        self._found = _identity(path)
+        self._directory_mode = stat.S_IMODE(path.parent.stat().st_mode) if path.parent.is_dir() else 0o755
+        self._is_failing = False
+        #: A socket of another program that has the path now.
+        self._foreign: tuple[int, int] | None = None
+
+    def bind_if_lost(self) -> socket.socket | None:
+        """Return a new socket if the path leads to the old one no more; None if it does, or if that fails."""
+        found = _identity(self.path)
+        if found is not None and (found in (self._found, self._foreign) or self._belongs_to_another(found)):
+            return None
+        try:
+            self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
+            listener = bind(self.path)
+        except OSError as error:
+            if not self._is_failing:
+                logger.error(
+                    "admin socket %s was removed and cannot be made again (%s); tried once a second",
+                    *(self.path, error.strerror or error),
+                )
+            self._is_failing = True
+            return None
+        self._found, self._is_failing = _identity(self.path), False
+        logger.warning("admin socket %s was removed; it is made again", self.path)
+        return listener
+
+    def _belongs_to_another(self, found: tuple[int, int]) -> bool:
+        if not _answers(self.path):
+            return False
+        self._foreign = found
+        logger.error("another program listens on admin socket %s now; end one of the two", self.path)
+        return True
+
+    def remove(self) -> None:
+        """Remove the path, unless it leads elsewhere by now."""
+        if self._found is None or _identity(self.path) != self._found:
+            return
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("admin socket %s stays behind: %s", self.path, error.strerror)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells this file from a later one with its name; None if there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _answers(path: Path) -> bool:
+    """True if a program listens there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,314 @@
+"""The router outlives full, read-only and removed files and directories, and puts right what it can."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import requests
+
+from ..ports import free_ports
+from ..small_disk import SmallDisk, unprivileged
+from .conftest import FD_ROUTER, RouterProcess
+from .fake_engine import wait_until
+from .raw_client import RawClient
+from .steady_load import requests_counted
+from .test_upgrade import upgraded
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+def order(path: Path, words: str) -> int | None:
+    """The status of an order over the admin socket; None if nothing listens there."""
+    try:
+        with RawClient(path) as client:
+            client.send(f"POST /admin/replicas/{words} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            return int(client.answer().status)
+    except OSError:
+        return None
+
+
+def lines(router: RouterProcess, *words: str) -> list[str]:
+    """Lines of the log that have all these words in them."""
+    return [line for line in router.log.read_text().splitlines() if all(word in line for word in words)]
+
+
+def saved(path: Path) -> list[bool]:
+    """Of each replica in the registry file, whether it is drained."""
+    try:
+        return [entry.get("draining", False) for entry in json.loads(path.read_text())["instances"]]
+    except FileNotFoundError:
+        return []
+
+
+# ---- counters, and what gunicorn keeps for its workers
+
+
+def test_nothing_of_a_killed_router_stays_in_temporary_directories(start_router, new_engine, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    shared = set(os.listdir("/dev/shm"))
+    router = start_router(env={"TMPDIR": str(temporary)})
+    router.add(new_engine())
+    assert router.complete().status_code == 200
+    assert list(temporary.iterdir()) == []
+    [worker] = router.workers()
+    for pid in (router.process.pid, worker.pid):
+        links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+        assert [link for link in links if link.startswith(("/tmp/wgunicorn", "/dev/shm"))] == []
+    router.process.kill()
+    router.process.wait(20)
+    assert list(temporary.iterdir()) == []
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_removed_temporary_directories_cost_neither_counts_nor_workers(start_router, new_engine, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    router = start_router(env={"TMPDIR": str(temporary)})
+    router.add(new_engine())
+    assert router.complete().status_code == 200
+    wait_until(lambda: requests_counted(router) == 1, "it is counted")
+    shutil.rmtree(temporary)
+    [old] = router.workers()
+    old.kill()
+    wait_until(lambda: [each for each in router.workers() if each.pid != old.pid], "there is a new worker")
+    wait_until(lambda: requests_counted(router) == 1, "it knows what the old one has counted")
+    router.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: lines(router, "reload: done"), "the reload is done")
+    assert requests_counted(router) == 1
+
+
+# ---- the admin socket
+
+
+@pytest.mark.parametrize("removed", ["the socket", "its directory"])
+def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path, removed):
+    admin = tmp_path / "run" / "router.sock"
+    admin.parent.mkdir(mode=0o750)
+    router = start_router("--workers", "2", "--admin-socket", str(admin))
+    router.add(new_engine(replica=3))
+    assert order(admin, "3/drain") == 200
+    if removed == "the socket":
+        admin.unlink()
+    else:
+        shutil.rmtree(admin.parent)
+    wait_until(admin.exists, "the socket is there again")
+    assert (admin.stat().st_mode & 0o777, admin.parent.stat().st_mode & 0o777) == (0o660, 0o750)
+    # Each worker takes some of the connections.
+    for _ in range(10):
+        wait_until(lambda: order(admin, "3/undrain") == 200, "a worker answers")
+    assert len(lines(router, "admin socket", "was removed")) == 1
+    for worker in router.workers():
+        worker.kill()
+    wait_until(lambda: order(admin, "3/drain") == 200, "workers that start later have it")
+    router.process.send_signal(signal.SIGTERM)
+    assert router.process.wait(30) == 0
+    assert not admin.exists()
+    assert lines(router, "Traceback") == []
+
+
+def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, tmp_path):
+    admin = tmp_path / "run" / "router.sock"
+    admin.parent.mkdir()
+    router = start_router("--admin-socket", str(admin), prefix=unprivileged())
+    admin.unlink()
+    admin.parent.chmod(0o500)
+    wait_until(lambda: lines(router, "cannot be made again (Permission denied)"), "that is said")
+    router.process.send_signal(signal.SIGTERM)
+    assert router.process.wait(30) == 0
+    assert lines(router, "Traceback") == []
+
+
+def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engine, tmp_path, disk):
+    admin = tmp_path / "disk" / "router.sock"
+    router = start_router("--admin-socket", str(admin), prefix=disk.prefix)
+    router.add(new_engine(replica=3))
+    outside = disk.path / "router.sock"
+    outside.unlink()
+    disk.make_read_only()
+    wait_until(lambda: lines(router, "cannot be made again (Read-only file system)"), "that is said")
+    disk.make_writable()
+    wait_until(lambda: order(outside, "3/drain") == 200, "there is a socket again")
+    outside.unlink()
+    disk.use_up_inodes()
+    wait_until(lambda: lines(router, "cannot be made again (No space left on device)"), "that is said")
+    assert router.complete().status_code == 503, "its one replica is drained"
+    disk.make_room()
+    wait_until(lambda: order(outside, "3/undrain") == 200, "there is a socket again")
+    assert router.complete().status_code == 200
+    assert len(lines(router, "cannot be made again")) == 2
+
+
+def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_router, tmp_path):
+    admin = tmp_path / "router.sock"
+    first = start_router("--admin-socket", str(admin))
+    # It removes what is there, as that of a dead router would be.
+    second = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
+    try:
+        wait_until(lambda: lines(first, "another program listens on admin socket"), "that is said")
+        identity = admin.stat().st_ino
+        first.process.send_signal(signal.SIGTERM)
+        assert first.process.wait(30) == 0
+        assert admin.stat().st_ino == identity
+        assert order(admin, "3/drain") == 404
+    finally:
+        second.stop()
+
+
+def test_the_admin_socket_is_made_again_after_an_upgrade(start_router, new_engine, tmp_path):
+    admin = tmp_path / "router.sock"
+    router = start_router("--admin-socket", str(admin))
+    router.add(new_engine(replica=3))
+    with upgraded(router):
+        admin.unlink()
+        router.process.send_signal(signal.SIGTERM)
+        assert router.process.wait(30) == 0
+        wait_until(lambda: order(admin, "3/drain") == 200, "the successor has made it again")
+
+
+# ---- the registry file
+
+
+@pytest.fixture
+def start_with_registry(start_router, tmp_path) -> Callable[..., RouterProcess]:
+    """Starts a router with this registry file, which has two replicas then, and an admin key."""
+    keys = tmp_path / "keys"
+    keys.write_text("alpha\n")
+
+    def start(file: Path, prefix: Sequence[str] = ()) -> RouterProcess:
+        flags = ["--registry-file", str(file), "--admin-keys-file", str(keys)]
+        return start_router(*flags, "--health-check-interval-secs", "0.2", prefix=prefix)
+
+    return start
+
+
+def drain(router: RouterProcess, name: str) -> int:
+    url, headers = f"{router.url}/admin/replicas/{name}/drain", {"Authorization": "Bearer alpha"}
+    return requests.post(url, headers=headers, timeout=20).status_code
+
+
+def test_what_a_full_disk_does_not_take_is_saved_later(start_with_registry, new_engine, tmp_path, disk):
+    router = start_with_registry(tmp_path / "disk" / "registry.json", disk.prefix)
+    router.add(new_engine(replica=0), new_engine(replica=1))
+    file = disk.path / "registry.json"
+    wait_until(lambda: saved(file) == [False, False], "both are saved")
+    disk.fill()
+    assert drain(router, "0") == 200
+    wait_until(lambda: lines(router, "registry file", "cannot be written (No space left"), "that is said")
+    assert saved(file) == [False, False], "readers see the old file or the new one"
+    assert router.complete().headers["X-FD-Replica"] == "1"
+    disk.make_room()
+    wait_until(lambda: saved(file) == [True, False], "the drain is saved")
+    wait_until(lambda: lines(router, "registry file", "is written again"), "that is said")
+    assert len(lines(router, "registry file", "cannot be written")) == 1
+    assert [each.name for each in disk.path.iterdir()] == ["registry.json"]
+
+
+def test_what_a_read_only_disk_does_not_take_is_saved_later(start_with_registry, new_engine, tmp_path, disk):
+    """It may be read-only when the router starts as well."""
+    disk.make_read_only()
+    router = start_with_registry(tmp_path / "disk" / "state" / "registry.json", disk.prefix)
+    router.add(new_engine(replica=0))
+    assert drain(router, "0") == 200
+    wait_until(lambda: lines(router, "registry file", "cannot be written (Read-only"), "that is said")
+    disk.make_writable()
+    wait_until(lambda: saved(disk.path / "state" / "registry.json") == [True], "it is saved")
+
+
+@pytest.mark.parametrize("removed", ["the file", "its directory"])
+def test_a_removed_registry_file_is_written_again(start_with_registry, new_engine, tmp_path, removed):
+    file = tmp_path / "state" / "registry.json"
+    router = start_with_registry(file)
+    router.add(new_engine(replica=0))
+    assert drain(router, "0") == 200
+    wait_until(lambda: saved(file) == [True], "it is saved")
+    if removed == "the file":
+        file.unlink()
+    else:
+        shutil.rmtree(file.parent)
+    wait_until(lambda: saved(file) == [True], "it is saved again")
+
+
+def test_a_registry_file_without_permission_is_saved_when_it_has_one(
+    start_with_registry, new_engine, tmp_path
+):
+    file = tmp_path / "state" / "registry.json"
+    router = start_with_registry(file, unprivileged())
+    file.parent.chmod(0o500)
+    router.add(new_engine(replica=0))
+    assert drain(router, "0") == 200
+    wait_until(
+        lambda: lines(router, "registry file", "cannot be written (Permission denied)"), "that is said"
+    )
+    file.parent.chmod(0o700)
+    wait_until(lambda: saved(file) == [True], "it is saved")
+
+
+# ---- the log, and the start
+
+
+def test_requests_go_on_while_the_log_disk_is_full(start_router, new_engine, tmp_path, disk):
+    logs = tmp_path / "disk" / "logs"
+    router = start_router("--workers", "2", env={"FD_LOG_DIR": str(logs)}, prefix=disk.prefix)
+    router.log = disk.path / "logs" / "router.log"
+    router.add(new_engine())
+    disk.fill()
+    for _ in range(40):
+        assert router.complete().status_code == 200
+    [old, _] = router.workers()
+    old.kill()
+    wait_until(lambda: len(router.workers()) == 2, "there is a new worker")
+    disk.make_room()
+    wait_until(
+        lambda: router.complete().status_code == 200 and lines(router, "lines lost since"),
+        "lines are written again, and it is said how many were lost",
+    )
+
+
+def refused(*flags: str, **env: str) -> tuple[int, str]:
+    [port] = free_ports(1)
+    ended = subprocess.run(
+        [*unprivileged(), str(FD_ROUTER), "--port", str(port), *flags],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, **env},
+    )
+    return ended.returncode, ended.stderr
+
+
+def test_a_directory_that_cannot_be_written_is_named_at_the_start(tmp_path):
+    directory = tmp_path / "directory"
+    directory.mkdir(mode=0o500)
+    for flags, code, words in (
+        (
+            ["--registry-file", f"{directory}/registry.json"],
+            2,
+            f"--registry-file {directory}/registry.json: must be in a directory that can be written "
+            "(Permission denied)",
+        ),
+        (
+            ["--admin-socket", f"{directory}/socket"],
+            5,
+            f"cannot listen on {directory}/socket: permission denied; --admin-socket must be in a directory "
+            "that can be written",
+        ),
+    ):
+        assert refused(*flags, FD_LOG_DIR=str(tmp_path)) == (code, f"fd-router: {words}\n")
+    assert refused(FD_LOG_DIR=str(directory)) == (
+        2,
+        f"fd-router: FD_LOG_DIR is '{directory}'; it must be a directory for logs (Permission denied)\n",
+    )
