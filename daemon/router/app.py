@@ -138,7 +138,11 @@ class Router:
 
 def _control_plane(router: Router) -> Flask:
     app = Flask("fd-router", static_folder=None)
+    # Not by FLASK_DEBUG.
+    app.debug = False
     app.config["MAX_CONTENT_LENGTH"] = _MAX_REGISTRATION
+    # No redirects: paths come in canonical form (incoming.py).
+    app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
 
     @app.post("/register")
@@ -209,7 +213,8 @@ def _control_plane(router: Router) -> Flask:
         status = fault.code or 500
         if status == 500:
             return Response('{"code":500,"msg":"Internal server error"}', 500, mimetype="application/json")
-        message = f"{request.method} {request.path}: {fault.name.lower()}"
+        path = request.environ["RAW_URI"].partition("?")[0]
+        message = f"{request.method} {path}: {fault.name.lower()}"
         response = Response(error_body(status, message, fault.name.lower().replace(" ", "_")), status)
         response.mimetype = "application/json"
         if "Allow" in (headers := dict(fault.get_headers())):

@@ -14,10 +14,8 @@ import signal
 import time
 from typing import Protocol
 
-from gunicorn.arbiter import Arbiter
-from gunicorn.errors import HaltServer
-
 from ...errors import ConfigError
+from ...gunicorn_base import Arbiter, HaltServer
 from .board import Board
 from .board_memory import WORKERS
 from .configuration import Configuration

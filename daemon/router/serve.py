@@ -16,11 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gunicorn.app.base import BaseApplication
-from gunicorn.glogging import Logger
-
 from ... import log
 from ...errors import ConfigError
+from ...gunicorn_base import BaseApplication, Logger, forget_inherited_sockets
 from ...parent_death import die_with_parent
 from . import fast_path
 from .arbiter import RouterArbiter
@@ -59,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.configure("router", "router.log")
     except ConfigError as error:
         _exit(EXIT_USAGE, error)
-    if _REPLACES in os.environ:
+    if _REPLACES in os.environ and _BOARD in os.environ:
         # Started by SIGUSR2: the listening sockets, the board and the counters are those of the old program.
         try:
             check_fixed(json.loads(os.environ.get(_FIXED, "{}")), configuration.fixed)
             _Server(words, configuration, []).run()
         except (BoardError, ConfigError) as error:
             _exit(EXIT_UPGRADE, f"the old program cannot be replaced, it goes on: {error}")
+    forget_inherited_sockets()
     listeners = [_listen_or_exit(settings)]
     if settings.admin_socket is not None:
         listeners.append(_listen_on_path_or_exit(settings.admin_socket))

@@ -60,7 +60,8 @@ class ServeConfig:
     max_concurrency: int = 512
     #: Seconds that open requests have after SIGTERM.
     timeout_graceful_shutdown: int = 10
-    max_body_bytes: int = 8 << 20
+    #: As the router's.
+    max_body_bytes: int = 10 << 20
     #: Empty lets everybody in.
     api_keys: tuple[str, ...] = ()
     #: URL of the router that is told of this replica.
@@ -153,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--chat-template", help="a file, or the template itself, in place of the model's own")
     serve.add_argument("--max-concurrency", type=int, default=512, help="requests beyond it are told 429")
-    serve.add_argument("--max-body-bytes", type=int, default=8 << 20, help="larger bodies are told 413")
+    serve.add_argument("--max-body-bytes", type=int, default=10 << 20, help="larger bodies are told 413")
     serve.add_argument(
         "--timeout-graceful-shutdown", type=int, default=10, help="seconds for open requests after SIGTERM"
     )

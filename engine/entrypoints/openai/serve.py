@@ -19,14 +19,11 @@ from typing import Any
 
 import zmq
 from flask import Flask
-from gunicorn.app.base import BaseApplication
-from gunicorn.arbiter import Arbiter
-from gunicorn.errors import HaltServer
-from gunicorn.glogging import Logger
 
 from ...errors import FastDeployError
 from ...exposition import Exposition
 from ...file_limit import connections_of
+from ...gunicorn_base import Arbiter, BaseApplication, HaltServer, Logger, forget_inherited_sockets
 from ...parent_death import die_with_parent
 from ...registration import FAREWELL_SECONDS, Address, Registration
 from ..http_worker import HttpWorker
@@ -47,6 +44,32 @@ _LAST_REQUESTS = 0.1
 #: Longer than routers keep idle connections (30 s in ours, 60 s in nginx): the side that has just sent a
 #: request must not find that the other has closed.
 _KEEPALIVE = 75
+#: gunicorn's settings that decide what becomes of a request. The router has checked a request before a replica
+#: sees it, so the limits lie above the router's (request_parser.py), with room for the headers that it adds.
+HTTP_SETTINGS: dict[str, Any] = {
+    # gunicorn's maximum.
+    "limit_request_line": 8190,
+    "limit_request_fields": 160,
+    "limit_request_field_size": 66 << 10,
+    # The other parser is a package that may or may not be installed, with other limits.
+    "http_parser": "python",
+    "http_protocols": "h1",
+    "http2_cleartext": "off",
+    "proxy_protocol": "off",
+    # No peer is a trusted proxy: neither scheme nor path prefix of a request comes from its headers.
+    "forwarded_allow_ips": "",
+    "secure_scheme_headers": {},
+    "forwarder_headers": "",
+    # A header name with an underscore could pose as another header.
+    "header_map": "drop",
+    "strip_header_spaces": False,
+    "permit_obsolete_folding": False,
+    "permit_unconventional_http_method": False,
+    "permit_unconventional_http_version": False,
+    "casefold_http_method": False,
+    # No answer is a file.
+    "sendfile": False,
+}
 
 
 def serve(config: ServeConfig) -> None:
@@ -77,16 +100,13 @@ class _Application(BaseApplication):
             # The arbiter waits longer than the HTTP process, which before tells its router and afterwards
             # stops its worker; see load().
             "graceful_timeout": FAREWELL_SECONDS + config.timeout_graceful_shutdown + _WORKER_STOP + 5,
-            "limit_request_line": 4094,
-            "limit_request_fields": 100,
-            "limit_request_field_size": 8190,
             "control_socket_disable": True,
             "logger_class": _Logger,
             "loglevel": "warning",
             "post_fork": _tie_to_arbiter,
             "worker_exit": _stop,
         }
-        for name, value in settings.items():
+        for name, value in (HTTP_SETTINGS | settings).items():
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
@@ -105,6 +125,7 @@ class _Application(BaseApplication):
         return create_app(self.parts.replica)
 
     def run(self) -> None:
+        forget_inherited_sockets()
         _Arbiter(self).run()
 
 
