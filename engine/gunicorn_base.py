@@ -1,9 +1,9 @@
 """gunicorn's base classes, imported without the environment variables that would change its behaviour.
 
-gunicorn reads some variables when it is imported and fails with a stack trace if their values are not what it
-expects (``WEB_CONCURRENCY=auto``). SCRIPT_NAME it reads at each request: every path without that prefix fails.
-Container images and hosting platforms set them for other programs. Router and replica take their settings from
-their command lines only, so import gunicorn's arbiter, application and logger from here.
+gunicorn reads some variables when it is imported and fails with a stack trace if their values are not what
+it expects (``WEB_CONCURRENCY=auto``). It reads SCRIPT_NAME at each request: every path without that prefix
+fails. Container images and hosting platforms set them for other programs. Router and replica take their
+settings from their command lines only, so import gunicorn's arbiter, application and logger from here.
 """
 
 # ruff: noqa: E402 -- the variables have to go before the import.

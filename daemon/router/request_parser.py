@@ -16,7 +16,7 @@ import httptools
 from .answers import Answer, error
 from .incoming import ClientRequest, RawHeaders, named_in
 
-#: With method and version it must fit into gunicorn's longest request line, 8190 bytes: a replica has no more.
+#: With method and version it must fit into a replica's longest request line, which is gunicorn's: 8190 bytes.
 _MOST_TARGET = 8000
 _MOST_HEADERS = 128
 _MOST_HEADER_BYTES = 64 << 10

@@ -28,7 +28,7 @@ def is_death(fault: Fault) -> bool:
 
 
 def in_words(fault: Fault, why: str) -> str:
-    """Describe the fault for clients and logs, which name the replica: its address is no client's business."""
+    """Describe the fault without the replica's address, for clients and logs, which name the replica."""
     return f"{_SAID[fault]}: {why}" if fault in _SAID else why
 
 

@@ -1,4 +1,4 @@
-"""Variables and files by which libraries would be configured: replica, router and daemon do not follow them."""
+"""Variables and files that configure libraries do not configure replica, router and daemon."""
 
 from __future__ import annotations
 

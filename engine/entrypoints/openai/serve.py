@@ -44,8 +44,8 @@ _LAST_REQUESTS = 0.1
 #: Longer than routers keep idle connections (30 s in ours, 60 s in nginx): the side that has just sent a
 #: request must not find that the other has closed.
 _KEEPALIVE = 75
-#: gunicorn's settings that decide what becomes of a request. The router has checked a request before a replica
-#: sees it, so the limits lie above the router's (request_parser.py), with room for the headers that it adds.
+#: gunicorn's settings that decide what becomes of a request. The router has checked a request before a
+#: replica sees it: the limits lie above the router's (request_parser.py) and leave room for what it adds.
 HTTP_SETTINGS: dict[str, Any] = {
     # gunicorn's maximum.
     "limit_request_line": 8190,
