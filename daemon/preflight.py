@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..key_files import CREDENTIAL, keys_in
+from ..key_files import CREDENTIAL, keys_in, keys_in_variable
 from . import masking
 from .config import Config
 from .programs import Program, programs_of
 from .router.configuration import settings_of
 from .router.flags import file_parser
+
+_KEY_VARIABLES = ("FD_API_KEY", "FD_ROUTER_REGISTER_KEY", "FD_ROUTER_ADMIN_KEY")
 
 
 def checked_programs_of(config: Config) -> list[Program]:
@@ -25,6 +28,12 @@ def checked_programs_of(config: Config) -> list[Program]:
     _check_host("[router] host", config.router.host)
     _check_keys("[engine] api_keys_file", config.engine.api_keys_file)
     _check_keys("[router] api_keys_file", config.router.api_keys_file)
+    for section, env in (("engine", config.engine.env), ("router", config.router.env)):
+        for name in _KEY_VARIABLES:
+            try:
+                keys_in_variable(name, {**os.environ, **env})
+            except ConfigError as error:
+                raise ConfigError(f"[{section}] env: {error}") from None
     programs = programs_of(config)
     _check_router(next(program for program in programs if program.replica is None))
     _check_replica(next(program for program in programs if program.replica is not None))

@@ -20,6 +20,7 @@ from typing import Any
 import requests
 
 from .errors import ConfigError
+from .key_files import keys_in_variable
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Registration(threading.Thread):
     and end.
 
     Raises:
-        ConfigError: `router` is no address of a router.
+        ConfigError: `router` is no address of a router, or FD_ROUTER_REGISTER_KEY no key.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Registration(threading.Thread):
     ) -> None:
         super().__init__(name="registration", daemon=True)
         self._router = router_url(router)
+        self._keys = keys_in_variable("FD_ROUTER_REGISTER_KEY", os.environ)
         self._address = address
         self._identity = identity
         self._is_healthy = is_healthy
@@ -82,8 +84,8 @@ class Registration(threading.Thread):
             # A proxy for the outside world has no business between a replica and its router.
             session.trust_env = False
             # What a router asks replicas of other machines for.
-            if key := os.environ.get("FD_ROUTER_REGISTER_KEY"):
-                session.headers["Authorization"] = f"Bearer {key}"
+            if self._keys:
+                session.headers["Authorization"] = f"Bearer {self._keys[0]}"
             while not self._stopped.is_set():
                 if self._is_healthy():
                     self._note(self._register(session))
@@ -112,7 +114,9 @@ class Registration(threading.Thread):
                 "port": str(self._address.port),
                 "instance": self._identity.instance,
             }
-            answer = session.post(f"{self._router}/deregister", json=farewell, timeout=FAREWELL_SECONDS)
+            answer = session.post(
+                f"{self._router}/deregister", json=farewell, timeout=FAREWELL_SECONDS, allow_redirects=False
+            )
         except (requests.RequestException, OSError) as error:
             logger.info("router %s was not told of the stop: %s", self._router, type(error).__name__)
         else:
@@ -122,7 +126,9 @@ class Registration(threading.Thread):
         try:
             host_ip = advertised_ip(self._address.host, self._router)
             info = register_info(self._address, self._identity, host_ip)
-            answer = session.post(f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS)
+            answer = session.post(
+                f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS, allow_redirects=False
+            )
         except requests.Timeout:
             return f"no answer within {_TIMEOUT_SECONDS:.0f} s"
         except requests.ConnectionError:
@@ -130,7 +136,8 @@ class Registration(threading.Thread):
             return "cannot connect"
         except (requests.RequestException, OSError) as error:
             return f"{type(error).__name__}: {error}"
-        if not answer.ok:
+        # Redirects are not followed: the registration holds a secret.
+        if not 200 <= answer.status_code < 300:
             return f"HTTP {answer.status_code}: {answer.text[:200].strip()}"
         return None
 

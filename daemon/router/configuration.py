@@ -99,13 +99,11 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         max_body_bytes=arguments.max_body_bytes,
         client_timeout=arguments.client_timeout_secs,
         keep_alive=arguments.keep_alive_secs,
-        keys=read_keys("--api-keys-file", arguments.api_keys_file, os.environ.get("FD_API_KEY", "")),
+        keys=read_keys("--api-keys-file", arguments.api_keys_file, "FD_API_KEY"),
         register_keys=read_keys(
-            "--register-keys-file", arguments.register_keys_file, os.environ.get("FD_ROUTER_REGISTER_KEY", "")
+            "--register-keys-file", arguments.register_keys_file, "FD_ROUTER_REGISTER_KEY"
         ),
-        admin_keys=read_keys(
-            "--admin-keys-file", arguments.admin_keys_file, os.environ.get("FD_ROUTER_ADMIN_KEY", "")
-        ),
+        admin_keys=read_keys("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
         registry_file=arguments.registry_file,
         admin_socket=arguments.admin_socket,

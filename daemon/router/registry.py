@@ -58,9 +58,17 @@ class RegistryFile:
         if self._path is None or not self._path.exists():
             return []
         try:
-            entries = json.loads(self._path.read_text(encoding="utf-8"))["instances"]
+            entries = json.loads(self._path.read_text(encoding="utf-8-sig"))["instances"]
             return [(from_fields(entry), entry.get("draining") is True) for entry in entries]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RegistrationError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            RegistrationError,
+        ) as error:
             logger.warning("registry file %s ignored: %s: %s", self._path, type(error).__name__, error)
             return []
 

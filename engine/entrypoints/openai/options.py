@@ -13,8 +13,9 @@ from ...command_line import CommandLine
 from ...config import EngineConfig
 from ...demo_model import resolve_model_path
 from ...errors import ConfigError
-from ...key_files import keys_in
+from ...key_files import keys_in, keys_in_variable, keys_of
 from ...registration import router_url
+from ...text_files import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -256,10 +257,12 @@ def _at_least(flag: str, low: int, value: int) -> int:
 
 
 def _api_keys(flags: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    texts = flags if flags is not None else [os.environ.get("FD_API_KEY", "")]
-    keys = tuple(key.strip() for text in texts for key in text.split(",") if key.strip())
-    if flags is not None and not keys:
-        raise ConfigError("--api-key is empty; leave it out to let everybody in")
+    if flags is None:
+        keys = tuple(keys_in_variable("FD_API_KEY", os.environ))
+    else:
+        keys = tuple(key for text in flags for key in keys_of("--api-key", text))
+        if not keys:
+            raise ConfigError("--api-key is empty; leave it out to let everybody in")
     return keys if file is None else (*keys, *keys_in("--api-keys-file", file))
 
 
@@ -267,7 +270,4 @@ def _chat_template(text: str | None) -> str | None:
     """FastDeploy takes a path or the template itself."""
     if text is None or "{" in text:
         return text
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template: {text} cannot be read ({error})") from None
+    return read_text(Path(text), f"--chat-template {text}")
