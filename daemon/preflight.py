@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 from pathlib import Path
 
+from ..addresses import addresses_of
 from ..errors import ConfigError
 from ..key_files import CREDENTIAL, keys_in, keys_in_variable
 from . import masking
@@ -55,12 +55,9 @@ def exposed_secrets(file: Path, config: Config) -> str:
 
 def _check_host(option: str, host: str) -> None:
     try:
-        socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{option}: {host!r} is no address ({reason}); 127.0.0.1 and 0.0.0.0 are usual"
-        ) from None
+        addresses_of(host)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def _check_keys(option: str, file: str) -> None:

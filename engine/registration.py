@@ -6,19 +6,20 @@ says so (POST /deregister), which FastDeploy's routers do not know and answer wi
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 
+from .addresses import is_loopback, is_wildcard
 from .errors import ConfigError
 from .key_files import keys_in_variable
 
@@ -37,9 +38,10 @@ _FEATURES = ["resume", "progress"]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where this replica listens, as its command line says it."""
+    """Where this replica listens."""
 
-    host: str
+    #: IP addresses, all of which are bound.
+    addresses: tuple[str, ...]
     port: int
     metrics_port: int
     engine_worker_queue_port: int
@@ -108,7 +110,7 @@ class Registration(threading.Thread):
 
     def _deregister(self, session: requests.Session) -> None:
         try:
-            host_ip = advertised_ip(self._address.host, self._router)
+            host_ip = advertised_ip(self._address.addresses, self._router)
             farewell = {
                 "host_ip": host_ip,
                 "port": str(self._address.port),
@@ -124,7 +126,7 @@ class Registration(threading.Thread):
 
     def _register(self, session: requests.Session) -> str | None:
         try:
-            host_ip = advertised_ip(self._address.host, self._router)
+            host_ip = advertised_ip(self._address.addresses, self._router)
             info = register_info(self._address, self._identity, host_ip)
             answer = session.post(
                 f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS, allow_redirects=False
@@ -183,38 +185,54 @@ def router_url(text: str) -> str:
         raise ConfigError(wanted)
     if port == 0 or (port is None and "://" not in text):
         raise ConfigError(wanted)
-    if _is_wildcard(host):
+    if is_wildcard(host):
         host = "::1" if ":" in host else "127.0.0.1"
     if ":" in host:
         host = f"[{host}]"
     return f"{url.scheme}://{host}{f':{port}' if port else ''}{url.path.rstrip('/')}"
 
 
-def advertised_ip(host: str, router: str) -> str:
-    """The IP under which the router reaches a replica that listens on `host`: routers refuse names.
+def advertised_ip(listening: Sequence[str], router: str) -> str:
+    """Return the IP address under which the router reaches a replica: routers refuse names.
 
-    For a replica that listens everywhere it is the address this machine uses on the way to the router.
+    It is one that the replica listens on: the one that this machine uses on the way to the router, if that
+    is possible.
+
+    Args:
+        listening: IP addresses that are bound.
 
     Raises:
-        OSError: a name does not resolve, or there is no route at present.
+        OSError: the router's name does not resolve, there is no route at present, or the router has only
+            addresses of the family that the replica does not listen on.
     """
-    if not _is_wildcard(host):
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    own = _own_addresses_towards(router)
+    for address in own:
+        if address in listening or any(_includes(wildcard, address) for wildcard in listening):
+            return address
+    single = [address for address in listening if not is_wildcard(address)]
+    if single:
+        is_far = any(not is_loopback(address) for address in own)
+        return next((address for address in single if is_far and not is_loopback(address)), single[0])
+    if any(map(is_loopback, own)):
+        # The router is on this machine, and any address of this machine will do.
+        return "::1" if ":" in listening[0] else "127.0.0.1"
+    raise OSError(f"no way from {router} to a replica that listens on {' and '.join(listening)}")
+
+
+def _own_addresses_towards(router: str) -> list[str]:
+    """The addresses that this machine uses on the way to each address of the router."""
     target = urllib.parse.urlsplit(router)
-    family, kind, _, _, sockaddr = socket.getaddrinfo(
-        target.hostname,
-        target.port or 80,
-        family=socket.AF_INET if ":" not in host else 0,
-        type=socket.SOCK_DGRAM,
-    )[0]
-    with socket.socket(family, kind) as probe:
-        # Connecting a datagram socket sends nothing; it only looks up the route.
-        probe.connect(sockaddr)
-        return probe.getsockname()[0]
+    own = []
+    for family, kind, _, _, sockaddr in socket.getaddrinfo(
+        target.hostname, target.port or 80, type=socket.SOCK_DGRAM
+    ):
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            # Connecting a datagram socket sends nothing; it only looks up the route.
+            probe.connect(sockaddr)
+            own.append(str(probe.getsockname()[0]))
+    return own
 
 
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
+def _includes(wildcard: str, address: str) -> bool:
+    """``::`` is bound for IPv4, too."""
+    return is_wildcard(wildcard) and (":" in wildcard or ":" not in address)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
+from ...addresses import is_loopback
 from . import health
 from .answers import error_body
 from .board import Board, Seat, Status
@@ -107,7 +107,7 @@ class Router:
         if not peer:
             return True
         keys = self.settings.admin_keys
-        return bool(keys) and ipaddress.ip_address(peer).is_loopback and keys.allow(authorization)
+        return bool(keys) and is_loopback(peer) and keys.allow(authorization)
 
     def _is_up(self, seat: Seat) -> bool:
         return any(row.up for row in self.board.status() if row.seat == seat)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...addresses import addresses_of
 from ...errors import ConfigError
 from ...file_limit import allow_open_files, open_files_limit
 from .flags import LEVELS, MOST_CONNECTIONS, changed, file_parser, fixed_in, parser
@@ -80,13 +81,13 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
     if arguments.log_level not in LEVELS:
         raise ConfigError(f"--log-level is {arguments.log_level!r}; it must be one of {', '.join(LEVELS)}")
     try:
-        host = str(ipaddress.ip_address("127.0.0.1" if arguments.host == "localhost" else arguments.host))
+        addresses = _addresses(arguments.host)
     except ValueError:
         raise ConfigError(
             f"--host is {arguments.host!r}; it must be an IP address, e.g. 127.0.0.1 or 0.0.0.0"
         ) from None
     return Settings(
-        host=host,
+        addresses=addresses,
         port=arguments.port,
         policy=policy_named(arguments.policy),
         workers=arguments.workers,
@@ -115,6 +116,11 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         log_level=arguments.log_level.upper(),
         flags=fingerprint,
     )
+
+
+def _addresses(host: str) -> tuple[str, ...]:
+    """Raises ValueError."""
+    return addresses_of(host) if host == "localhost" else (str(ipaddress.ip_address(host)),)
 
 
 def _tls(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:

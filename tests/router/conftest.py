@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +30,20 @@ FD_ROUTER = Path(sys.executable).with_name("fd-router")
 
 class RouterProcess:
     def __init__(
-        self, directory: Path, *flags: str, port: int | None = None, env: dict[str, str] | None = None
+        self,
+        directory: Path,
+        *flags: str,
+        port: int | None = None,
+        env: dict[str, str] | None = None,
+        launcher: Sequence[str] = (),
     ) -> None:
+        """`launcher` is a command that executes the one behind it."""
         self.directory = directory
         self.port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / "router.log"
         self.process = subprocess.Popen(
-            [str(FD_ROUTER), "--port", str(self.port), *flags],
+            [*launcher, str(FD_ROUTER), "--port", str(self.port), *flags],
             cwd=directory,
             env={**os.environ, "FD_LOG_DIR": str(directory), **(env or {})},
             stderr=subprocess.DEVNULL,

@@ -14,12 +14,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import zmq
 from flask import Flask
 
+from ...addresses import authority
 from ...errors import FastDeployError
 from ...exposition import Exposition
 from ...file_limit import connections_of
@@ -72,23 +74,27 @@ HTTP_SETTINGS: dict[str, Any] = {
 }
 
 
-def serve(config: ServeConfig) -> None:
-    """Runs until SIGTERM or SIGINT, and exits the process: 0 then, 3 when the replica has failed."""
-    _Application(config).run()
+def serve(config: ServeConfig, addresses: Sequence[str]) -> None:
+    """Run until SIGTERM or SIGINT, and exit the process: 0 then, 3 when the replica has failed.
+
+    Args:
+        addresses: those of `config.host`, all of which are listened on.
+    """
+    _Application(config, addresses).run()
 
 
 class _Application(BaseApplication):
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, addresses: Sequence[str]) -> None:
         self.config = config
+        self.addresses = addresses
         #: Of the HTTP process; None in the arbiter.
         self.parts: _Parts | None = None
         super().__init__()
 
     def load_config(self) -> None:
         config = self.config
-        host = f"[{config.host}]" if ":" in config.host else config.host
         settings: dict[str, Any] = {
-            "bind": f"{host}:{config.port}",
+            "bind": [authority(address, config.port) for address in self.addresses],
             "proc_name": f"replica {config.engine.data_parallel_rank}",
             "worker_class": _HttpProcess,
             "workers": 1,
@@ -118,7 +124,7 @@ class _Application(BaseApplication):
         # This process's copy of the settings: from here on it says how long open requests may take.
         self.cfg.set("graceful_timeout", self.config.timeout_graceful_shutdown)
         try:
-            self.parts = _Parts(self.config)
+            self.parts = _Parts(self.config, self.addresses)
         except (FastDeployError, OSError, zmq.ZMQError) as error:
             _log.error("%s", error)
             sys.exit(EXIT_FAILED)
@@ -132,17 +138,17 @@ class _Application(BaseApplication):
 class _Parts:
     """What the HTTP process consists of besides its threads for requests."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, addresses: Sequence[str]) -> None:
         self.engine = EngineClient(config.engine, config.engine_worker_queue_port, self._fail)
         self.replica = Replica(config, self.engine)
         self.registration: Registration | None = None
         if config.metrics_port is not None:
             # Until the process ends: how the last requests fare is worth knowing, too.
-            Exposition(config.host, config.metrics_port, self.replica.metrics.render)
+            Exposition(addresses, config.metrics_port, self.replica.metrics.render)
         self.engine.start()
         if config.router is not None:
             address = Address(
-                config.host,
+                tuple(addresses),
                 config.port,
                 config.metrics_port or config.port,
                 self.engine.port,
