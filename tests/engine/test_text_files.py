@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from fastdeploy.errors import ConfigError
 from fastdeploy.text_files import decode, read_object, read_text
 from fastdeploy.tokenizer import Tokenizer
 
+from ..ports import free_ports
 from .test_tokenizer import sentencepiece_directory
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
@@ -208,3 +212,20 @@ def test_a_token_id_beyond_all_models_is_refused(model: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ConfigError, match=r"tokenizer\.json: not a tokenizer"):
         load(model)
+
+
+def test_a_replica_that_cannot_read_its_template_ends_with_one_line(model: Path) -> None:
+    (model / "chat_template.jinja").write_bytes(b"{% for m in messages %}caf\xe9{% endfor %}")
+    command = [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server", "--model", str(model)]
+    port = free_ports(1)[0]
+    run = subprocess.run(
+        [*command, "--port", str(port)],
+        cwd=model,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "FD_LOG_DIR": str(model)},
+    )
+    assert run.returncode == 3, run.stderr
+    assert f"{model / 'chat_template.jinja'}: byte 26 (line 1) is not UTF-8" in run.stderr
+    assert "Traceback" not in run.stderr
