@@ -35,8 +35,8 @@ def checked_programs_of(config: Config) -> list[Program]:
             except ConfigError as error:
                 raise ConfigError(f"[{section}] env: {error}") from None
     programs = programs_of(config)
-    _check_router(next(program for program in programs if program.replica is None))
-    _check_replica(next(program for program in programs if program.replica is not None))
+    largest_body = _check_router(next(program for program in programs if program.replica is None))
+    _check_replica(next(program for program in programs if program.replica is not None), largest_body)
     return programs
 
 
@@ -66,17 +66,18 @@ def _check_keys(option: str, file: str) -> None:
         keys_in(option, Path(file))
 
 
-def _check_router(program: Program) -> None:
+def _check_router(program: Program) -> int:
+    """Return the size of the largest body that it lets pass."""
     arguments = file_parser().parse_args(program.flags)
     # Keys may be its own credentials, which nobody else can read.
     arguments.api_keys_file = arguments.register_keys_file = arguments.admin_keys_file = None
     try:
-        settings_of(arguments)
+        return settings_of(arguments).max_body_bytes
     except ConfigError as error:
         raise ConfigError(f"the router could not start: {error}") from None
 
 
-def _check_replica(program: Program) -> None:
+def _check_replica(program: Program, largest_body: int) -> None:
     """One stands for all: they differ in their ports only."""
     # The demo model may be kept elsewhere for the replicas than for us.
     if "FD_MODEL_CACHE" in program.env:
@@ -87,6 +88,12 @@ def _check_replica(program: Program) -> None:
 
     module = program.argv.index("-m") + 2
     try:
-        ModelConfig.from_directory(parse_arguments(program.argv[module:]).engine.model)
+        config = parse_arguments(program.argv[module:])
+        ModelConfig.from_directory(config.engine.model)
     except ConfigError as error:
         raise ConfigError(f"the replicas could not start: {error}") from None
+    if config.max_body_bytes < largest_body:
+        raise ConfigError(
+            f"[engine] extra_args: --max-body-bytes of the replicas is {config.max_body_bytes}, and the "
+            f"router lets bodies of {largest_body} bytes pass; give both the same"
+        )
