@@ -83,7 +83,8 @@ _MEMORY = re.compile(
 _DISK = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|cannot be written to")
 #: In front of what a checkpoint is refused for stands one of its files.
 _MODEL = re.compile(
-    r"\bmodel '|\b(?:config|generation_config|tokenizer_config|tokenizer)\.json\b|\.safetensors\b|: tensor "
+    r"\bmodel '|\b(?:config|generation_config|tokenizer_config|special_tokens_map|added_tokens|tokenizer)"
+    r"\.json\b|\bchat_template\.jinja\b|\b(?:tokenizer|spm)\.model\b|\.safetensors\b|: tensor "
     r"|: no weights\b|: no tokenizer\b|\bwas changed while it was packed\b"
 )
 

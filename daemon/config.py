@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 from ..errors import ConfigError
 from ..key_files import CREDENTIAL
+from ..text_files import decode
 from .options import PORT_STEPS, SECTIONS, Config, PathsSection
 
 #: A unix socket's path may have 107 bytes; supervisord binds "supervisor.sock.<its pid>" before it renames.
@@ -49,14 +50,14 @@ def load(file: Path, prefix: Path | None = None) -> Config:
         ConfigError: ``FILE:LINE: key: what is wrong; what would be right``.
     """
     try:
-        text = file.read_bytes().decode("utf-8")
+        content = file.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be read ({error.strerror}); give a dp.toml with --config"
         ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: byte {error.start} is not UTF-8; TOML files are UTF-8") from None
-    return parse(text, str(file), prefix, base=prefix if prefix is not None else file.parent)
+    return parse(
+        decode(content, str(file)), str(file), prefix, base=prefix if prefix is not None else file.parent
+    )
 
 
 def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
@@ -108,7 +109,8 @@ class _Where:
         self._name = name
         self._lines: dict[str, int] = {}
         section = ""
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not splitlines(), which counts further characters as ends of lines.
+        for number, line in enumerate(text.split("\n"), start=1):
             if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
                 section = header[1].replace('"', "").replace("'", "")
                 self._lines.setdefault(section, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 
+from ..addresses import authority
 from .fleet import Fleet
 from .intents import Intent
 from .programs import ROUTER
@@ -44,6 +45,24 @@ def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
             return "the end of fd-dp" if left is None else f"its next try, in {_seconds(left)}"
 
 
+def missing_at_the_router(fleet: Fleet, replica: Replica) -> str:
+    """Why a READY replica gets no requests though nobody has drained it; empty if it does.
+
+    A router that does not answer has a state of its own to say so.
+    """
+    if replica.name == ROUTER or replica.state is not State.READY or fleet.routed.problem:
+        return ""
+    row = fleet.row(replica)
+    if row is not None and row.is_there:
+        return ""
+    # The router was asked before the replica was there.
+    if fleet.routed.at <= replica.since:
+        return ""
+    if row is None or row.leaving:
+        return f"the router does not have it: it has not registered; fdctl logs {_word(replica)} says why"
+    return f"the router cannot use it: no good health check at {authority(row.host, row.port)}"
+
+
 def next_try_in(replica: Replica, now: float) -> float | None:
     """Seconds; None if it has not failed, or is not tried again as the daemon ends."""
     if replica.state not in FAILED or not math.isfinite(replica.next_try):
@@ -74,6 +93,8 @@ def _in_good_health(fleet: Fleet, replica: Replica) -> str:
         return f"{left}the operator: the router gives it nothing new; fdctl undrain {word}"
     if fleet.drains(replica):
         return f"the end of its requests ({fleet.in_flight(replica) or 0} in flight); then it is taken down"
+    if missing_at_the_router(fleet, replica):
+        return "the router, which has no way to it so far"
     if replica.intent is Intent.HELD:
         return f"the operator: nobody else touches it; fdctl release {word}"
     return ""

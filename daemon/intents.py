@@ -80,14 +80,14 @@ class Intents:
 
     def _read(self) -> dict[str, Wish]:
         try:
-            entries = parse_json(self._file.read_text(encoding="utf-8"))
+            entries = parse_json(self._file.read_text(encoding="utf-8-sig"))
             return {
                 name: Wish(Intent(entry["intent"]), entry["draining"] is True)
                 for name, entry in entries.items()
             }
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             log.error(
                 "%s: cannot be read (%s); every program is wanted and none is drained",
                 self._file,

@@ -18,7 +18,12 @@ MARKER = "FD_DP_PROGRAM"
 #: Beside it: which launch file the process was started from.
 HASH = "FD_DP_HASH"
 #: The daemon's own talk with systemd, and supervisord's; a program that used them would speak for the daemon.
+#: And what only another server on gunicorn or another user of prometheus_client can have meant.
 _NOT_INHERITED = (
+    "GUNICORN_PID",
+    "GUNICORN_FD",
+    "PROMETHEUS_MULTIPROC_DIR",
+    "prometheus_multiproc_dir",
     "NOTIFY_SOCKET",
     "WATCHDOG_PID",
     "WATCHDOG_USEC",

@@ -18,6 +18,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -30,6 +31,8 @@ from .usage import Usage, of_family
 
 # Half of the lines would be times at which counters were made.
 disable_created_metrics()
+# Counts begin at 0 with the process, also where FastDeploy's users have PROMETHEUS_MULTIPROC_DIR exported.
+values.ValueClass = values.MutexValue
 
 #: Loading takes seconds for a small model, many minutes for a large one.
 _LOADING_SECONDS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)

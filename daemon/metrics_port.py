@@ -39,7 +39,7 @@ class MetricsPort:
             return
         where = address(wanted.host, wanted.port)
         try:
-            self._server = Exposition(wanted.host, wanted.port, self._render)
+            self._server = Exposition([wanted.host], wanted.port, self._render)
             log.info("metrics: at http://%s/metrics", where)
         except OSError as error:
             self._next_try = now + _RETRY_SECONDS

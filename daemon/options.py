@@ -116,7 +116,10 @@ class EngineSection:
         "auto", "`cpu`, or `auto`: the same, until there are operations for GPUs.", one_of("auto", "cpu")
     )
     host: str = row(
-        "127.0.0.1", "Address to listen on; `0.0.0.0` opens the replicas to the network.", not_empty
+        "127.0.0.1",
+        "Address to listen on, or a name of this machine: all of its addresses; `0.0.0.0` opens the replicas "
+        "to the network.",
+        not_empty,
     )
     ports: tuple[int, ...] = row(1811, "OpenAI API; a base b means b, b+11, b+22, ...")
     metrics_ports: tuple[int, ...] = row(3101, "Prometheus metrics; a base b means b, b+100, b+200, ...")

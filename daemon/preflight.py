@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import stat
 from pathlib import Path
 
+from ..addresses import addresses_of
 from ..errors import ConfigError
-from ..key_files import CREDENTIAL, keys_in
+from ..key_files import CREDENTIAL, keys_in, keys_in_variable
 from . import masking
 from .config import Config
 from .programs import Program, programs_of
 from .router.configuration import settings_of
 from .router.flags import file_parser
+
+_KEY_VARIABLES = ("FD_API_KEY", "FD_ROUTER_REGISTER_KEY", "FD_ROUTER_ADMIN_KEY")
 
 
 def checked_programs_of(config: Config) -> list[Program]:
@@ -25,9 +28,15 @@ def checked_programs_of(config: Config) -> list[Program]:
     _check_host("[router] host", config.router.host)
     _check_keys("[engine] api_keys_file", config.engine.api_keys_file)
     _check_keys("[router] api_keys_file", config.router.api_keys_file)
+    for section, env in (("engine", config.engine.env), ("router", config.router.env)):
+        for name in _KEY_VARIABLES:
+            try:
+                keys_in_variable(name, {**os.environ, **env})
+            except ConfigError as error:
+                raise ConfigError(f"[{section}] env: {error}") from None
     programs = programs_of(config)
-    _check_router(next(program for program in programs if program.replica is None))
-    _check_replica(next(program for program in programs if program.replica is not None))
+    largest_body = _check_router(next(program for program in programs if program.replica is None))
+    _check_replica(next(program for program in programs if program.replica is not None), largest_body)
     return programs
 
 
@@ -46,12 +55,9 @@ def exposed_secrets(file: Path, config: Config) -> str:
 
 def _check_host(option: str, host: str) -> None:
     try:
-        socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{option}: {host!r} is no address ({reason}); 127.0.0.1 and 0.0.0.0 are usual"
-        ) from None
+        addresses_of(host)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def _check_keys(option: str, file: str) -> None:
@@ -60,17 +66,18 @@ def _check_keys(option: str, file: str) -> None:
         keys_in(option, Path(file))
 
 
-def _check_router(program: Program) -> None:
+def _check_router(program: Program) -> int:
+    """Return the size of the largest body that it lets pass."""
     arguments = file_parser().parse_args(program.flags)
     # Keys may be its own credentials, which nobody else can read.
     arguments.api_keys_file = arguments.register_keys_file = arguments.admin_keys_file = None
     try:
-        settings_of(arguments)
+        return settings_of(arguments).max_body_bytes
     except ConfigError as error:
         raise ConfigError(f"the router could not start: {error}") from None
 
 
-def _check_replica(program: Program) -> None:
+def _check_replica(program: Program, largest_body: int) -> None:
     """One stands for all: they differ in their ports only."""
     # The demo model may be kept elsewhere for the replicas than for us.
     if "FD_MODEL_CACHE" in program.env:
@@ -81,6 +88,12 @@ def _check_replica(program: Program) -> None:
 
     module = program.argv.index("-m") + 2
     try:
-        ModelConfig.from_directory(parse_arguments(program.argv[module:]).engine.model)
+        config = parse_arguments(program.argv[module:])
+        ModelConfig.from_directory(config.engine.model)
     except ConfigError as error:
         raise ConfigError(f"the replicas could not start: {error}") from None
+    if config.max_body_bytes < largest_body:
+        raise ConfigError(
+            f"[engine] extra_args: --max-body-bytes of the replicas is {config.max_body_bytes}, and the "
+            f"router lets bodies of {largest_body} bytes pass; give both the same"
+        )

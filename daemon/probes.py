@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..foreign_text import parse_json, printable
-from ..key_files import keys_in
+from ..key_files import keys_in, keys_in_variable
 from .programs import Program, flag_in
 
 log = logging.getLogger("fd-dp")
@@ -152,10 +152,9 @@ def _ask(program: Program, method: str, path: str, body: Any, timeout: float) ->
 
 def _key(program: Program) -> str:
     """One that a replica takes; empty if it asks for none. Raises ValueError if it cannot be read."""
-    if file := flag_in(program.argv, _KEYS_FILE):
-        try:
+    try:
+        if file := flag_in(program.argv, _KEYS_FILE):
             return keys_in(_KEYS_FILE, Path(file))[0]
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-    keys = program.env.get("FD_API_KEY") or os.environ.get("FD_API_KEY", "")
-    return keys.partition(",")[0]
+        return next(iter(keys_in_variable("FD_API_KEY", {**os.environ, **program.env})), "")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None

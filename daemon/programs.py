@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..addresses import authority, is_wildcard
 from ..errors import ConfigError
 from ..expert_parallel.layout import PROTOCOL_VERSION
 from ..foreign_text import parse_json, printable
@@ -187,13 +188,14 @@ def flag_in(argv: Sequence[str], name: str) -> str | None:
 
 def connectable(host: str) -> str:
     """The address under which a listener on `host` is reached from this machine."""
-    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    if not host or is_wildcard(host):
+        return "::1" if ":" in host else "127.0.0.1"
+    return host
 
 
 def address(host: str, port: int) -> str:
     """HOST:PORT, with the brackets that an IPv6 address needs."""
-    host = connectable(host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return authority(connectable(host), port)
 
 
 def _router(config: Config) -> Program:

@@ -121,7 +121,7 @@ def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
         "drain_confirmed": _drain_confirmed(fleet, replica),
         "last_exit": replica.last_exit or None,
         "cause": str(replica.cause) if replica.cause else None,
-        "note": replica.note,
+        "note": replica.note or explain.missing_at_the_router(fleet, replica),
     }
 
 

@@ -6,15 +6,14 @@ that says what is wrong, where, and what would be right.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .errors import ConfigError
 from .expert_parallel.layout import MOST_SEATS
+from .text_files import JsonObject, read_object, read_optional_object
 
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")
@@ -57,59 +56,49 @@ class ModelConfig:
                 cannot have. The message names file and key.
         """
         file = path / "config.json"
-        raw = _read_json(file)
-        architecture = (raw.get("architectures") or [raw.get("model_type", "?")])[0]
-        if "ernie4_5" not in str(raw.get("model_type", "")) and "Ernie4_5" not in str(architecture):
+        raw = read_object(file)
+        model_type = raw.text("model_type") or "?"
+        architecture = (raw.items("architectures") or [model_type])[0]
+        if "ernie4_5" not in model_type and "Ernie4_5" not in str(architecture):
             raise ConfigError(
                 f"{file}: architectures is {architecture!r}; this engine runs ERNIE-4.5 text models "
                 "(Ernie4_5ForCausalLM, Ernie4_5_MoeForCausalLM)"
             )
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{file}: hidden_act is {raw['hidden_act']!r}; ERNIE-4.5 uses 'silu'")
+        if (activation := raw.text("hidden_act", "silu")) != "silu":
+            raise ConfigError(f"{file}: hidden_act is {activation!r}; ERNIE-4.5 uses 'silu'")
+        rope = raw.object("rope_parameters" if raw.values.get("rope_parameters") else "rope_scaling")
+        if (kind := rope.text("rope_type", "default")) != "default":
+            raise ConfigError(f"{file}: rope_type is {kind!r}; only 'default' is implemented")
 
-        def integer(*names: str, default: int | None = None) -> int:
-            for name in names:
-                if raw.get(name) is not None:
-                    value = raw[name]
-                    if isinstance(value, bool) or not isinstance(value, int):
-                        raise ConfigError(f"{file}: {name} is {value!r}; it must be an integer")
-                    return value
-            if default is None:
-                raise ConfigError(f"{file}: {names[0]} is missing")
-            return default
-
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ConfigError(f"{file}: rope_type is {rope['rope_type']!r}; only 'default' is implemented")
-
-        layers = integer("num_hidden_layers")
-        heads = integer("num_attention_heads")
-        hidden = integer("hidden_size")
+        integer = raw.integer
+        layers = integer("num_hidden_layers", least=1)
+        heads = integer("num_attention_heads", least=1)
+        hidden = integer("hidden_size", least=1)
         experts = integer("moe_num_experts", "num_experts", default=0)
-        end = integer("moe_layer_end_index", default=-1)
+        end = integer("moe_layer_end_index", default=-1, least=-1)
         config = cls(
             hidden_size=hidden,
             num_hidden_layers=layers,
-            vocab_size=integer("vocab_size"),
+            vocab_size=integer("vocab_size", least=1),
             num_attention_heads=heads,
-            num_key_value_heads=integer("num_key_value_heads", default=heads),
-            head_dim=integer("head_dim", default=hidden // heads),
-            intermediate_size=integer("intermediate_size"),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-5)),
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 500000.0))),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
-            use_bias=bool(raw.get("use_bias", False)),
-            max_position_embeddings=integer("max_position_embeddings", default=131072),
+            num_key_value_heads=integer("num_key_value_heads", default=heads, least=1),
+            head_dim=integer("head_dim", default=hidden // heads, least=1),
+            intermediate_size=integer("intermediate_size", least=1),
+            rms_norm_eps=raw.number("rms_norm_eps", 1e-5),
+            rope_theta=rope.number("rope_theta", raw.number("rope_theta", 500000.0, above=0), above=0),
+            tie_word_embeddings=raw.boolean("tie_word_embeddings", True),
+            use_bias=raw.boolean("use_bias", False),
+            max_position_embeddings=integer("max_position_embeddings", default=131072, least=1),
             eos_token_ids=_eos_token_ids(path, raw),
-            bos_token_id=raw.get("bos_token_id"),
+            bos_token_id=next(iter(raw.integers("bos_token_id")), None),
             moe_num_experts=experts,
             moe_k=integer("moe_k", "num_experts_per_tok", default=0 if experts == 0 else None),
             moe_intermediate_size=integer("moe_intermediate_size", default=0 if experts == 0 else None),
             moe_num_shared_experts=integer("moe_num_shared_experts", default=0 if experts == 0 else 2),
             moe_layer_start_index=integer("moe_layer_start_index", default=1),
             moe_layer_end_index=layers - 1 if end == -1 else end,
-            moe_layer_interval=integer("moe_layer_interval", default=1),
-            moe_norm_min=float(raw.get("moe_norm_min", 1e-12)),
+            moe_layer_interval=integer("moe_layer_interval", default=1, least=1),
+            moe_norm_min=raw.number("moe_norm_min", 1e-12),
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise ConfigError(
@@ -263,25 +252,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; a checkpoint directory needs it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a JSON object is expected, found {type(value).__name__}")
-    return value
-
-
-def _eos_token_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def _eos_token_ids(path: Path, config: JsonObject) -> tuple[int, ...]:
     """Union of both files: chat models list the end-of-turn id in generation_config.json only."""
-    values: list[int] = []
-    sources = [config]
-    if (path / "generation_config.json").exists():
-        sources.append(_read_json(path / "generation_config.json"))
-    for source in sources:
-        found = source.get("eos_token_id")
-        values += found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(dict.fromkeys(int(v) for v in values))
+    sources = [config, read_optional_object(path / "generation_config.json")]
+    return tuple(dict.fromkeys(value for source in sources for value in source.integers("eos_token_id")))

@@ -10,8 +10,10 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from .addresses import listen
 
 _log = logging.getLogger(__name__)
 
@@ -29,25 +31,24 @@ class Exposition:
     """Answers as soon as it is made, until `close`. One request for each connection.
 
     Args:
-        host: an address or a name; ``::`` means IPv4, too.
+        addresses: IP addresses to listen on; ``::`` means IPv4, too.
         render: called in the thread of this server, for each request; the text, as UTF-8.
 
     Raises:
         OSError: this cannot be listened on.
     """
 
-    def __init__(self, host: str, port: int, render: Callable[[], bytes]) -> None:
+    def __init__(self, addresses: Sequence[str], port: int, render: Callable[[], bytes]) -> None:
         self._render = render
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
-        self._listener.setblocking(False)
+        self._listeners = _listen(addresses, port)
         #: The one that was asked for, or the one the kernel chose in place of 0.
-        self.port = int(self._listener.getsockname()[1])
+        self.port = int(self._listeners[0].getsockname()[1])
         self._clients: dict[socket.socket, _Client] = {}
         self._closed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._closed, selectors.EVENT_READ)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        for listener in self._listeners:
+            self._selector.register(listener, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
@@ -62,9 +63,11 @@ class Exposition:
                 if key.fileobj == self._closed:
                     self._end()
                     return
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._clients:
+                if not isinstance(key.fileobj, socket.socket):
+                    continue
+                if key.fileobj in self._listeners:
+                    self._accept(key.fileobj)
+                elif key.fileobj in self._clients:
                     self._serve(key.fileobj)
             now = time.monotonic()
             for connection in [c for c, client in self._clients.items() if now >= client.deadline]:
@@ -75,9 +78,9 @@ class Exposition:
         deadlines = [client.deadline for client in self._clients.values()]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            connection, _ = self._listener.accept()
+            connection, _ = listener.accept()
         except OSError:
             # It has gone again, or there is no descriptor for it.
             time.sleep(_PAUSE)
@@ -136,8 +139,22 @@ class Exposition:
         for connection in list(self._clients):
             self._drop(connection)
         self._selector.close()
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         os.close(self._closed)
+
+
+def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
+    listeners: list[socket.socket] = []
+    try:
+        for address in addresses:
+            listeners.append(listen(address, port))
+            listeners[-1].setblocking(False)
+    except OSError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
 
 
 @dataclass(slots=True)

@@ -1,11 +1,17 @@
-"""Files with API keys: secrets come from them, as everybody on a machine can read command lines."""
+"""API keys as they are configured: in files, or in environment variables. All users can read command lines.
+
+A key is a run of printable ASCII characters. HTTP libraries disagree on how to encode others in a header, and
+one server would accept such a key that the next one refuses: so it is refused where it is read.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .errors import ConfigError
+from .text_files import read_text
 
 #: In place of a file's path: what follows is the name of a credential, as systemd's LoadCredential= gives it.
 CREDENTIAL = "credential:"
@@ -17,17 +23,44 @@ def keys_in(flag: str, file: Path) -> list[str]:
     Raises:
         ConfigError: it cannot be read or holds no key. An empty file must not open the door.
     """
-    try:
-        lines = _path(flag, file).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{flag} {file}: cannot be read ({error})") from None
-    except UnicodeDecodeError:
-        # The error's own words would show some of it.
-        raise ConfigError(f"{flag} {file}: cannot be read (it is not UTF-8)") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    lines = enumerate(read_text(_path(flag, file), f"{flag} {file}").split("\n"), start=1)
+    keys = [
+        _checked(f"{flag} {file}: the key in line {number}", line.strip())
+        for number, line in lines
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
     if not keys:
         raise ConfigError(f"{flag} {file}: has no key in it; write one key a line")
     return keys
+
+
+def keys_in_variable(name: str, environment: Mapping[str, str]) -> list[str]:
+    """Return the keys in an environment variable, separated by commas; none if it is not set or empty.
+
+    Raises:
+        ConfigError: a key cannot be one, or the variable is set and has none: it must not open the door.
+    """
+    text = environment.get(name, "")
+    keys = keys_of(name, text)
+    if text and not keys:
+        raise ConfigError(f"{name} is set and has no key in it; unset it to let everybody in")
+    return keys
+
+
+def keys_of(what: str, text: str) -> list[str]:
+    """Return keys that are separated by commas. Raises ConfigError; `what` names their source in it."""
+    return [_checked(f"{what}: key {number}", key) for number, key in enumerate(_split(text), start=1)]
+
+
+def _split(text: str) -> Iterable[str]:
+    return (key.strip() for key in text.split(",") if key.strip())
+
+
+def _checked(what: str, key: str) -> str:
+    if not (key.isascii() and key.isprintable()):
+        # Without the key: the line goes to a log.
+        raise ConfigError(f"{what} has a character that is not printable ASCII; use letters and digits")
+    return key
 
 
 def _path(flag: str, file: Path) -> Path:

@@ -10,6 +10,7 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -19,6 +20,8 @@ from .messages import ExpertParallelStats, Ready, Stats
 
 # Half of the lines would be times at which counters were made.
 disable_created_metrics()
+# Counts begin at 0 with the process, also where FastDeploy's users have PROMETHEUS_MULTIPROC_DIR exported.
+values.ValueClass = values.MutexValue
 
 # Wider than FastDeploy's, whose first-token buckets end at 1 s: a long prompt on a CPU takes a minute.
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from .addresses import addresses_of, listen
 from .errors import ConfigError
 
 _LISTEN = "0A"
@@ -20,24 +21,21 @@ _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def require_free(host: str, port: int, flag: str) -> None:
-    """Returns when it is.
+    """Return when it is, on all addresses of the host.
 
     Raises:
         ConfigError: the port cannot be listened on; one line with the flag that asked for it and the holder.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the server itself will do: connections of an earlier run in TIME_WAIT are no obstacle.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for address in addresses_of(host):
         try:
-            probe.bind((host, port))
-            probe.listen(1)
+            # As the server itself will do: connections of an earlier run in TIME_WAIT are no obstacle.
+            listen(address, port).close()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConfigError(
-                    f"{flag}: port {port} on {host} is taken{_by_whom(port)}; choose a free one"
+                    f"{flag}: port {port} on {address} is taken{_by_whom(port)}; choose a free one"
                 ) from None
-            raise ConfigError(f"{flag}: cannot listen on {host} port {port}: {error.strerror}") from None
+            raise ConfigError(f"{flag}: cannot listen on {address} port {port}: {error.strerror}") from None
 
 
 def find_free(count: int) -> list[int]:

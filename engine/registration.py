@@ -6,21 +6,23 @@ says so (POST /deregister), which FastDeploy's routers do not know and answer wi
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
 import logging
 import os
 import secrets
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 
+from .addresses import is_loopback, is_wildcard
 from .errors import ConfigError
 from .foreign_text import printable
+from .key_files import keys_in_variable
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +39,10 @@ _FEATURES = ["resume", "progress"]
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where this replica listens, as its command line says it."""
+    """Where this replica listens."""
 
-    host: str
+    #: IP addresses, all of which are bound.
+    addresses: tuple[str, ...]
     port: int
     metrics_port: int
     engine_worker_queue_port: int
@@ -62,7 +65,7 @@ class Registration(threading.Thread):
     and end.
 
     Raises:
-        ConfigError: `router` is no address of a router.
+        ConfigError: `router` is no address of a router, or FD_ROUTER_REGISTER_KEY no key.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Registration(threading.Thread):
     ) -> None:
         super().__init__(name="registration", daemon=True)
         self._router = router_url(router)
+        self._keys = keys_in_variable("FD_ROUTER_REGISTER_KEY", os.environ)
         self._address = address
         self._identity = identity
         self._is_healthy = is_healthy
@@ -83,8 +87,8 @@ class Registration(threading.Thread):
             # A proxy for the outside world has no business between a replica and its router.
             session.trust_env = False
             # What a router asks replicas of other machines for.
-            if key := os.environ.get("FD_ROUTER_REGISTER_KEY"):
-                session.headers["Authorization"] = f"Bearer {key}"
+            if self._keys:
+                session.headers["Authorization"] = f"Bearer {self._keys[0]}"
             while not self._stopped.is_set():
                 if self._is_healthy():
                     self._note(self._register(session))
@@ -107,13 +111,15 @@ class Registration(threading.Thread):
 
     def _deregister(self, session: requests.Session) -> None:
         try:
-            host_ip = advertised_ip(self._address.host, self._router)
+            host_ip = advertised_ip(self._address.addresses, self._router)
             farewell = {
                 "host_ip": host_ip,
                 "port": str(self._address.port),
                 "instance": self._identity.instance,
             }
-            answer = session.post(f"{self._router}/deregister", json=farewell, timeout=FAREWELL_SECONDS)
+            answer = session.post(
+                f"{self._router}/deregister", json=farewell, timeout=FAREWELL_SECONDS, allow_redirects=False
+            )
         except (requests.RequestException, OSError) as error:
             logger.info("router %s was not told of the stop: %s", self._router, type(error).__name__)
         else:
@@ -121,9 +127,11 @@ class Registration(threading.Thread):
 
     def _register(self, session: requests.Session) -> str | None:
         try:
-            host_ip = advertised_ip(self._address.host, self._router)
+            host_ip = advertised_ip(self._address.addresses, self._router)
             info = register_info(self._address, self._identity, host_ip)
-            answer = session.post(f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS)
+            answer = session.post(
+                f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS, allow_redirects=False
+            )
         except requests.Timeout:
             return f"no answer within {_TIMEOUT_SECONDS:.0f} s"
         except requests.ConnectionError:
@@ -131,7 +139,8 @@ class Registration(threading.Thread):
             return "cannot connect"
         except (requests.RequestException, OSError) as error:
             return f"{type(error).__name__}: {error}"
-        if not answer.ok:
+        # Redirects are not followed: the registration holds a secret.
+        if not 200 <= answer.status_code < 300:
             return f"HTTP {answer.status_code}: {printable(answer.text.strip())}"
         return None
 
@@ -177,38 +186,54 @@ def router_url(text: str) -> str:
         raise ConfigError(wanted)
     if port == 0 or (port is None and "://" not in text):
         raise ConfigError(wanted)
-    if _is_wildcard(host):
+    if is_wildcard(host):
         host = "::1" if ":" in host else "127.0.0.1"
     if ":" in host:
         host = f"[{host}]"
     return f"{url.scheme}://{host}{f':{port}' if port else ''}{url.path.rstrip('/')}"
 
 
-def advertised_ip(host: str, router: str) -> str:
-    """The IP under which the router reaches a replica that listens on `host`: routers refuse names.
+def advertised_ip(listening: Sequence[str], router: str) -> str:
+    """Return the IP address under which the router reaches a replica: routers refuse names.
 
-    For a replica that listens everywhere it is the address this machine uses on the way to the router.
+    It is one that the replica listens on: the one that this machine uses on the way to the router, if that
+    is possible.
+
+    Args:
+        listening: IP addresses that are bound.
 
     Raises:
-        OSError: a name does not resolve, or there is no route at present.
+        OSError: the router's name does not resolve, there is no route at present, or the router has only
+            addresses of the family that the replica does not listen on.
     """
-    if not _is_wildcard(host):
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    own = _own_addresses_towards(router)
+    for address in own:
+        if address in listening or any(_includes(wildcard, address) for wildcard in listening):
+            return address
+    single = [address for address in listening if not is_wildcard(address)]
+    if single:
+        is_far = any(not is_loopback(address) for address in own)
+        return next((address for address in single if is_far and not is_loopback(address)), single[0])
+    if any(map(is_loopback, own)):
+        # The router is on this machine, and any address of this machine will do.
+        return "::1" if ":" in listening[0] else "127.0.0.1"
+    raise OSError(f"no way from {router} to a replica that listens on {' and '.join(listening)}")
+
+
+def _own_addresses_towards(router: str) -> list[str]:
+    """The addresses that this machine uses on the way to each address of the router."""
     target = urllib.parse.urlsplit(router)
-    family, kind, _, _, sockaddr = socket.getaddrinfo(
-        target.hostname,
-        target.port or 80,
-        family=socket.AF_INET if ":" not in host else 0,
-        type=socket.SOCK_DGRAM,
-    )[0]
-    with socket.socket(family, kind) as probe:
-        # Connecting a datagram socket sends nothing; it only looks up the route.
-        probe.connect(sockaddr)
-        return probe.getsockname()[0]
+    own = []
+    for family, kind, _, _, sockaddr in socket.getaddrinfo(
+        target.hostname, target.port or 80, type=socket.SOCK_DGRAM
+    ):
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            # Connecting a datagram socket sends nothing; it only looks up the route.
+            probe.connect(sockaddr)
+            own.append(str(probe.getsockname()[0]))
+    return own
 
 
-def _is_wildcard(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False
+def _includes(wildcard: str, address: str) -> bool:
+    """``::`` is bound for IPv4, too."""
+    return is_wildcard(wildcard) and (":" in wildcard or ":" not in address)

@@ -8,16 +8,17 @@ fallback, byte-level BPE), and streaming then is exact and cheap: no window of t
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from .chat_template import compile_template, render_untrusted
 from .errors import ConfigError, RequestError
-from .vocabulary import HuggingFaceVocabulary, SentencePieceVocabulary, Vocabulary
+from .text_files import JsonObject, read_optional_object, read_text
+from .vocabulary import MAX_TOKEN_ID, HuggingFaceVocabulary, SentencePieceVocabulary, Vocabulary
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FURTHER_TOKENS = "additional_special_tokens"
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
 
 
@@ -48,24 +49,28 @@ class Tokenizer:
         Raises:
             ConfigError: there is none, or a file cannot be read; one line that names it.
         """
-        settings = _read_object(path / "tokenizer_config.json")
-        special = {**settings, **_read_object(path / "special_tokens_map.json")}
-        named = {key: _content(special[key]) for key in _NAMED_TOKENS if special.get(key)}
+        settings = read_optional_object(path / "tokenizer_config.json")
+        special = read_optional_object(path / "special_tokens_map.json")
+        named = {
+            key: token
+            for key in _NAMED_TOKENS
+            if (token := _token(special, key) or _token(settings, key)) is not None
+        }
         vocabulary = _read_vocabulary(path, settings, special, named)
 
         eos: list[int] = []
         if "eos_token" in named and (found := vocabulary.token_id(named["eos_token"])) is not None:
             eos.append(found)
         for name in ("config.json", "generation_config.json"):
-            value = _read_object(path / name).get("eos_token_id")
-            eos += value if isinstance(value, list) else [] if value is None else [value]
+            eos += read_optional_object(path / name).integers("eos_token_id")
 
+        source, template = Path("--chat-template"), chat_template
+        if not template:
+            source, template = _read_chat_template(path, settings)
         try:
-            template = chat_template or _read_chat_template(path, settings)
             return cls(vocabulary, named, tuple(dict.fromkeys(eos)), template)
         except RequestError as error:
-            where = "--chat-template" if chat_template else _chat_template_file(path)
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{source}: {error}") from None
 
     @property
     def vocab_size(self) -> int:
@@ -193,52 +198,58 @@ def _with_text_content(message: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _read_vocabulary(
-    path: Path, settings: dict[str, Any], special: dict[str, Any], named: dict[str, str]
+    path: Path, settings: JsonObject, special: JsonObject, named: dict[str, str]
 ) -> Vocabulary:
     if (path / "tokenizer.json").exists():
         return HuggingFaceVocabulary(path / "tokenizer.json")
     for name in _SENTENCEPIECE_FILES:
         if (path / name).exists():
-            known = {token: int(i) for token, i in _read_object(path / "added_tokens.json").items()}
-            for i, token in settings.get("added_tokens_decoder", {}).items():
-                known[_content(token)] = int(i)
-            further = [_content(t) for t in special.get("additional_special_tokens") or ()]
-            bos = named.get("bos_token") if settings.get("add_bos_token") else None
+            added = read_optional_object(path / "added_tokens.json")
+            known = {token: added.integer(token, most=MAX_TOKEN_ID) for token in added.values}
+            decoder = settings.object("added_tokens_decoder")
+            for number in decoder.values:
+                if not (number.isascii() and number.isdecimal() and int(number) <= MAX_TOKEN_ID):
+                    raise ConfigError(
+                        f"{settings.file}: added_tokens_decoder.{number} is no token id (0..{MAX_TOKEN_ID})"
+                    )
+                if (token := _token(decoder, number)) is not None:
+                    known[token] = int(number)
+            source = special if special.items(_FURTHER_TOKENS) else settings
+            further = [_content(source, _FURTHER_TOKENS, each) for each in source.items(_FURTHER_TOKENS)]
+            bos = named.get("bos_token") if settings.boolean("add_bos_token", False) else None
             return SentencePieceVocabulary(path / name, known, [*named.values(), *further], bos)
     raise ConfigError(
         f"{path}: no tokenizer; one of tokenizer.json, {', '.join(_SENTENCEPIECE_FILES)} is needed"
     )
 
 
-def _chat_template_file(path: Path) -> Path:
-    """Where the checkpoint's own template stands, if it has one."""
-    file = path / "chat_template.jinja"
-    return file if file.exists() else path / "tokenizer_config.json"
-
-
-def _read_chat_template(path: Path, settings: dict[str, Any]) -> str | None:
+def _read_chat_template(path: Path, settings: JsonObject) -> tuple[Path, str | None]:
+    """Return the file that has the template, and the template, None if there is none."""
     file = path / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
-    found = settings.get("chat_template")
-    if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found
+        return file, read_text(file)
+    if not isinstance(settings.values.get("chat_template"), list):
+        return settings.file, settings.text("chat_template")
+    for entry in settings.items("chat_template"):
+        match entry:
+            case {"name": str(name), "template": str(template)}:
+                if name == "default":
+                    return settings.file, template
+            case _:
+                raise settings.wrong("chat_template", 'a text, or a list of {"name": ..., "template": ...}')
+    return settings.file, None
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    """Special tokens are written as plain strings or as {"content": ..., "lstrip": ...} objects."""
-    return token if isinstance(token, str) else token["content"]
+def _token(source: JsonObject, key: str) -> str | None:
+    """Return the text of a special token; None if it is missing or empty."""
+    value = source.values.get(key)
+    return _content(source, key, value) or None if value is not None else None
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file: all of these files are optional."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a JSON object is expected, found {type(value).__name__}")
-    return value
+def _content(source: JsonObject, key: str, token: Any) -> str:
+    """Return the text of a token, which is a plain string or a {"content": ..., "lstrip": ...} object."""
+    match token:
+        case str(text) | {"content": str(text)}:
+            return text
+        case _:
+            raise source.wrong(key, 'a text or {"content": ...}')

@@ -11,9 +11,14 @@ import sentencepiece
 import tokenizers
 
 from .errors import ConfigError
+from .text_files import read_text
 
 #: SentencePiece writes a space as this character (U+2581).
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+#: There is a table with an entry for each id up to the largest; no model has that many.
+MAX_TOKEN_ID = (1 << 24) - 1
 
 
 class Vocabulary(Protocol):
@@ -33,11 +38,12 @@ class HuggingFaceVocabulary:
     """tokenizer.json, by the `tokenizers` library."""
 
     def __init__(self, file: Path) -> None:
+        text = read_text(file)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            decoder = json.loads(file.read_text(encoding="utf-8")).get("decoder")
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
             raise ConfigError(f"{file}: not a tokenizer ({error})") from None
+        decoder = json.loads(text).get("decoder")
         # A file may ask for the lengths its training used; a server must not cut prompts in silence.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -45,6 +51,8 @@ class HuggingFaceVocabulary:
         to_bytes, self.strips_first_space = _piece_reader(file, decoder)
         added = self._tokenizer.get_added_tokens_decoder()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary or max(vocabulary.values()) > MAX_TOKEN_ID:
+            raise ConfigError(f"{file}: not a tokenizer (its token ids must be 0..{MAX_TOKEN_ID})")
         self.pieces = [b""] * (max(vocabulary.values()) + 1)
         for piece, i in vocabulary.items():
             self.pieces[i] = added[i].content.encode() if i in added else to_bytes(piece)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import FastDeployError
 from ...foreign_text import parse_json, printable
+from ...key_files import keys_in_variable
 from .. import control
 from . import asking
 
@@ -39,8 +40,8 @@ def _choices(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[dic
     connection = http.client.HTTPConnection(host, port)
     try:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("FD_API_KEY"):
-            headers["Authorization"] = f"Bearer {key.partition(',')[0]}"
+        if keys := keys_in_variable("FD_API_KEY", os.environ):
+            headers["Authorization"] = f"Bearer {keys[0]}"
         connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != http.HTTPStatus.OK:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from typing import Any
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
+from ...addresses import is_loopback
 from . import health
 from .answers import error_body
 from .board import Board, Seat, Status
@@ -108,7 +108,7 @@ class Router:
         if not peer:
             return True
         keys = self.settings.admin_keys
-        return bool(keys) and ipaddress.ip_address(peer).is_loopback and keys.allow(authorization)
+        return bool(keys) and is_loopback(peer) and keys.allow(authorization)
 
     def _is_up(self, seat: Seat) -> bool:
         return any(row.up for row in self.board.status() if row.seat == seat)
@@ -139,7 +139,11 @@ class Router:
 
 def _control_plane(router: Router) -> Flask:
     app = Flask("fd-router", static_folder=None)
+    # Not by FLASK_DEBUG.
+    app.debug = False
     app.config["MAX_CONTENT_LENGTH"] = _MAX_REGISTRATION
+    # No redirects: paths come in canonical form (incoming.py).
+    app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
 
     @app.post("/register")
@@ -210,7 +214,8 @@ def _control_plane(router: Router) -> Flask:
         status = fault.code or 500
         if status == 500:
             return Response('{"code":500,"msg":"Internal server error"}', 500, mimetype="application/json")
-        message = f"{request.method} {request.path}: {fault.name.lower()}"
+        path = request.environ["RAW_URI"].partition("?")[0]
+        message = f"{request.method} {path}: {fault.name.lower()}"
         response = Response(error_body(status, message, fault.name.lower().replace(" ", "_")), status)
         response.mimetype = "application/json"
         if "Allow" in (headers := dict(fault.get_headers())):

@@ -15,11 +15,10 @@ import socket
 import time
 from typing import Protocol
 
-from gunicorn.arbiter import Arbiter
-from gunicorn.errors import HaltServer
 from gunicorn.sock import UnixSocket
 
 from ...errors import ConfigError
+from ...gunicorn_base import Arbiter, HaltServer
 from .admin_socket import AdminSocket
 from .board import Board
 from .board_memory import WORKERS

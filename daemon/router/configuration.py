@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...addresses import addresses_of
 from ...errors import ConfigError
 from ...file_limit import allow_open_files, open_files_limit
 from .flags import LEVELS, MOST_CONNECTIONS, changed, file_parser, fixed_in, parser
@@ -80,13 +81,13 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
     if arguments.log_level not in LEVELS:
         raise ConfigError(f"--log-level is {arguments.log_level!r}; it must be one of {', '.join(LEVELS)}")
     try:
-        host = str(ipaddress.ip_address("127.0.0.1" if arguments.host == "localhost" else arguments.host))
+        addresses = _addresses(arguments.host)
     except ValueError:
         raise ConfigError(
             f"--host is {arguments.host!r}; it must be an IP address, e.g. 127.0.0.1 or 0.0.0.0"
         ) from None
     return Settings(
-        host=host,
+        addresses=addresses,
         port=arguments.port,
         policy=policy_named(arguments.policy),
         workers=arguments.workers,
@@ -99,13 +100,11 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         max_body_bytes=arguments.max_body_bytes,
         client_timeout=arguments.client_timeout_secs,
         keep_alive=arguments.keep_alive_secs,
-        keys=read_keys("--api-keys-file", arguments.api_keys_file, os.environ.get("FD_API_KEY", "")),
+        keys=read_keys("--api-keys-file", arguments.api_keys_file, "FD_API_KEY"),
         register_keys=read_keys(
-            "--register-keys-file", arguments.register_keys_file, os.environ.get("FD_ROUTER_REGISTER_KEY", "")
+            "--register-keys-file", arguments.register_keys_file, "FD_ROUTER_REGISTER_KEY"
         ),
-        admin_keys=read_keys(
-            "--admin-keys-file", arguments.admin_keys_file, os.environ.get("FD_ROUTER_ADMIN_KEY", "")
-        ),
+        admin_keys=read_keys("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
         registry_file=arguments.registry_file,
         admin_socket=arguments.admin_socket,
@@ -117,6 +116,11 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         log_level=arguments.log_level.upper(),
         flags=fingerprint,
     )
+
+
+def _addresses(host: str) -> tuple[str, ...]:
+    """Raises ValueError."""
+    return addresses_of(host) if host == "localhost" else (str(ipaddress.ip_address(host)),)
 
 
 def _tls(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:

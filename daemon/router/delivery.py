@@ -21,6 +21,7 @@ from .upstream import ReplicaConnection
 
 #: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
 _MOST_HELD = 4 << 20
+_REDIRECTS = frozenset({201, *range(300, 400)})
 _NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"}
 
 
@@ -247,7 +248,21 @@ class Delivery:
         added = f"x-fd-replica: {connection.seat.name}\r\n"
         if not connection.has_request_id:
             added += f"x-request-id: {self._identity}\r\n"
-        return lines_without(dropped, connection.headers) + added.encode("latin-1")
+        headers = connection.headers
+        if connection.status in _REDIRECTS:
+            headers = [_without_authority(header, connection.seat.authority) for header in headers]
+        return lines_without(dropped, headers) + added.encode("latin-1")
+
+
+def _without_authority(header: tuple[bytes, bytes], authority: str) -> tuple[bytes, bytes]:
+    """Make a redirect that names the replica's address one that leads to the router again."""
+    name, value = header
+    if name != b"location":
+        return header
+    scheme, colon, rest = value.partition(b"://")
+    named, slash, path = rest.partition(b"/")
+    is_own = colon and scheme.lower() in (b"http", b"https") and named.decode("latin-1") == authority
+    return (name, slash + path or b"/") if is_own else header
 
 
 def _resumed(by: Sequence[Seat]) -> bytes:

@@ -252,7 +252,7 @@ class Exchange:
             self._is_reused, self._is_doubtful = False, True
             self._plane.pool.connect(lease.seat, self)
             return
-        problem = in_words(fault, lease.seat.authority, why)
+        problem = in_words(fault, why)
         self._report(lease, fault, problem)
         if fault is Fault.GARBLED:
             self._past.refusal = refusals.garbled(lease.seat.name, problem)
@@ -396,7 +396,7 @@ class Exchange:
             if is_load and not self._plane.budget.withdraw(time.monotonic()):
                 self._give(past.refusal)
                 return
-        self._next(lease, f"{lease.seat.authority} answered {connection.status}")
+        self._next(lease, f"answered {connection.status}")
 
     def _next(self, lease: Lease, problem: str) -> None:
         """Another replica, if there is one."""

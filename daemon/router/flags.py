@@ -21,7 +21,7 @@ def fixed_in(arguments: argparse.Namespace) -> dict[str, str]:
     Another certificate is fine, but nobody can tell clients that TLS comes or goes.
     """
     return {
-        "--host": {"localhost": "127.0.0.1"}.get(arguments.host, arguments.host),
+        "--host": arguments.host,
         "--port": str(arguments.port),
         "--registry-file": str(arguments.registry_file),
         "--admin-socket": str(arguments.admin_socket),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import urllib.parse
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -27,6 +29,9 @@ HOP_BY_HOP = frozenset(
     }
 )
 _LONGEST_ID = 256
+#: Escapes of characters that need none, and of the slash: WSGI and ASGI decode it before they look at a path.
+_NEEDLESS_ESCAPE = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])")
+_SLASHES = re.compile(rb"//+")
 
 
 class Refused(FastDeployError):
@@ -56,10 +61,10 @@ class ClientRequest:
         peer: str,
     ) -> None:
         self.method = method
-        #: As it was written, with its query, but in origin form: /path?query.
+        #: In origin form, /path?query, the path in canonical form.
         self.target: bytes
-        #: The path without the query, encoded as it was; and the same as text: decoded, it could hold a line
-        #: break.
+        #: The path without the query, in canonical form; and the same as text, still encoded: decoded, it
+        #: could hold a line break.
         self.raw_path: bytes
         self.path: str
         self.target, self.raw_path, self.path = _forms_of(target)
@@ -107,9 +112,19 @@ def named_in(connection: bytes) -> frozenset[bytes]:
 # Clients ask for the same few again and again.
 @lru_cache(maxsize=256)
 def _forms_of(target: bytes) -> tuple[bytes, bytes, str]:
-    target = origin_form(target)
-    path = target.partition(b"?")[0]
-    return target, path, path.decode("latin-1")
+    path, mark, query = origin_form(target).partition(b"?")
+    path = canonical_path(path)
+    return path + mark + query, path, path.decode("latin-1")
+
+
+def canonical_path(path: bytes) -> bytes:
+    """Return the one spelling of a path by which the router and every replica decide alike.
+
+    Several slashes count as one, and what need not be escaped is not.
+    """
+    if b"%" in path:
+        path = _NEEDLESS_ESCAPE.sub(lambda found: urllib.parse.unquote_to_bytes(found[0]), path)
+    return _SLASHES.sub(b"/", path)
 
 
 def origin_form(target: bytes) -> bytes:

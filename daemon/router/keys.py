@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hmac
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...key_files import keys_in
+from ...key_files import keys_in, keys_in_variable
 
 
 class ApiKeys:
@@ -30,15 +31,16 @@ class ApiKeys:
         return found and scheme.lower() == "bearer"
 
 
-def read_keys(flag: str, file: Path | None, environment: str) -> ApiKeys:
-    """Keys from the file of that flag (one a line, # begins a comment) and from the environment (by commas).
+def read_keys(flag: str, file: Path | None, variable: str) -> ApiKeys:
+    """Read keys from the file of that flag (one a line, # begins a comment) and from a variable (by commas).
 
     `file` may be "credential:NAME".
 
     Raises:
-        ConfigError: the file cannot be read or holds no key. An empty file must not open the door.
+        ConfigError: a key cannot be one, or a source is there and holds no key. An empty file must not open
+            the door.
     """
-    keys = [key.strip() for key in environment.split(",") if key.strip()]
+    keys = keys_in_variable(variable, os.environ)
     if file is not None:
         keys += keys_in(flag, file)
     return ApiKeys(keys)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...addresses import authority
 from ...errors import FastDeployError
 from ...foreign_text import parse_json, printable
 
@@ -59,7 +60,7 @@ class Instance:
 
     @property
     def authority(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return authority(self.host, self.port)
 
     @property
     def name(self) -> str:

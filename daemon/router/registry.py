@@ -96,7 +96,7 @@ class RegistryFile:
         if self._path is None:
             return []
         try:
-            entries = parse_json(self._path.read_text(encoding="utf-8"))["instances"]
+            entries = parse_json(self._path.read_text(encoding="utf-8-sig"))["instances"]
             return [(from_fields(entry), entry.get("draining") is True) for entry in entries]
         except FileNotFoundError:
             return []

@@ -16,7 +16,8 @@ import httptools
 from .answers import Answer, error
 from .incoming import ClientRequest, RawHeaders, named_in
 
-_MOST_TARGET = 8 << 10
+#: With method and version it must fit into a replica's longest request line, which is gunicorn's: 8190 bytes.
+_MOST_TARGET = 8000
 _MOST_HEADERS = 128
 _MOST_HEADER_BYTES = 64 << 10
 #: Bytes of a request besides its body, and how many times as many as of the body: for what cuts it up.
@@ -29,7 +30,7 @@ _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
 
 _LOOKED_AT = frozenset(
     {
-        *(b"host", b"content-length", b"transfer-encoding", b"expect"),
+        *(b"host", b"content-length", b"content-type", b"transfer-encoding", b"expect"),
         *(b"connection", b"authorization", b"x-request-id", b"x-fd-seed"),
     }
 )
@@ -181,7 +182,7 @@ class RequestParser:
 
     def _check_headers(self) -> int:
         """The length of the body as it is announced."""
-        length = hosts = 0
+        length = hosts = types = 0
         is_chunked = False
         for name, value in self._headers:
             if name not in _LOOKED_AT:
@@ -192,6 +193,8 @@ class RequestParser:
                     raise Rejected(HTTPStatus.BAD_REQUEST, "the Host header is no host")
             elif name == b"content-length":
                 length = int(value)
+            elif name == b"content-type":
+                types += 1
             elif name == b"transfer-encoding":
                 is_chunked = True
                 if value.strip().lower() != b"chunked":
@@ -208,6 +211,9 @@ class RequestParser:
                     self._dropped |= named_in(value)
         if hosts > 1 or (hosts == 0 and not self._is_old):
             raise Rejected(HTTPStatus.BAD_REQUEST, f"one Host header is needed, and there are {hosts}")
+        if types > 1:
+            # Each replica would have to choose one.
+            raise Rejected(HTTPStatus.BAD_REQUEST, f"there are {types} Content-Type headers; send one")
         if is_chunked and self._is_old:
             raise Rejected(HTTPStatus.BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")
         if is_chunked and self._parser.should_upgrade():

@@ -27,12 +27,9 @@ def is_death(fault: Fault) -> bool:
     return fault in _DEATHS
 
 
-def in_words(fault: Fault, authority: str, why: str) -> str:
-    """
-    Args:
-        why: names the replica itself if it could not be reached.
-    """
-    return f"{authority} {_SAID[fault]}: {why}" if fault in _SAID else why
+def in_words(fault: Fault, why: str) -> str:
+    """Describe the fault without the replica's address, for clients and logs, which name the replica."""
+    return f"{_SAID[fault]}: {why}" if fault in _SAID else why
 
 
 def is_busy(status: int, has_retry_after: bool) -> bool:

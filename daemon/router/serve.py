@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import os
@@ -14,11 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gunicorn.app.base import BaseApplication
-from gunicorn.glogging import Logger
-
 from ... import log, worker_heartbeat
+from ...addresses import authority, is_loopback, listen
 from ...errors import ConfigError
+from ...gunicorn_base import BaseApplication, Logger, forget_inherited_sockets
 from ...parent_death import die_with_parent
 from . import admin_socket, counter_memory, fast_path
 from .arbiter import RouterArbiter
@@ -57,14 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.configure("router", "router.log")
     except ConfigError as error:
         _exit(EXIT_USAGE, error)
-    if _REPLACES in os.environ:
+    if _REPLACES in os.environ and _BOARD in os.environ:
         # Started by SIGUSR2: the listening sockets, the board and the counters are those of the old program.
         try:
             check_fixed(json.loads(os.environ.get(_FIXED, "{}")), configuration.fixed)
             _Server(words, configuration, []).run()
         except (BoardError, ConfigError) as error:
             _exit(EXIT_UPGRADE, f"the old program cannot be replaced, it goes on: {error}")
-    listeners = [_listen_or_exit(settings)]
+    forget_inherited_sockets()
+    listeners = [_listen_or_exit(address, settings.port) for address in settings.addresses]
     if settings.admin_socket is not None:
         listeners.append(_listen_on_path_or_exit(settings.admin_socket))
     board = Board.create()
@@ -98,9 +97,8 @@ class _Server(BaseApplication):
     def load_config(self) -> None:
         settings = self.settings
         logging.getLogger().setLevel(settings.log_level)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         values = {
-            "bind": self._binds or [f"{host}:{settings.port}"],
+            "bind": self._binds or [authority(address, settings.port) for address in settings.addresses],
             "worker_class": "fastdeploy.daemon.router.worker.RouterWorker",
             "workers": settings.workers,
             # Of a worker that hangs; requests last as long as they last.
@@ -160,8 +158,8 @@ def _start(worker: Any) -> None:
     router: Router = worker.wsgi
     router.start()
     settings: Settings = worker.app.settings
-    logger.info("listening on %s port %d", settings.host, settings.port)
-    if ipaddress.ip_address(settings.host).is_loopback:
+    logger.info("listening on %s port %d", " and ".join(settings.addresses), settings.port)
+    if all(map(is_loopback, settings.addresses)):
         logger.info("reachable from this machine only; --host 0.0.0.0 opens the router to the network")
 
 
@@ -184,21 +182,12 @@ def _after_fork(server: Any, worker: Any) -> None:
     die_with_parent(server.pid)
 
 
-def _listen_or_exit(settings: Settings) -> socket.socket:
+def _listen_or_exit(address: str, port: int) -> socket.socket:
     try:
-        return _listen(settings.host, settings.port)
+        return listen(address, port, backlog=2048)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        _exit(EXIT_ADDRESS, f"cannot listen on {settings.host} port {settings.port}: {reason}")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.listen(2048)
-    return listener
+        _exit(EXIT_ADDRESS, f"cannot listen on {address} port {port}: {reason}")
 
 
 def _listen_on_path_or_exit(path: Path) -> socket.socket:

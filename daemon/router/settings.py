@@ -22,7 +22,8 @@ _DAY = 86400
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    host: str
+    #: IP addresses to listen on.
+    addresses: tuple[str, ...]
     port: int
     policy: Policy
     workers: int

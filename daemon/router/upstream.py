@@ -369,14 +369,14 @@ class ConnectionPool:
                     lambda: ReplicaConnection(self, seat), instance.host, instance.port
                 )
         except TimeoutError:
-            then.unreachable(f"no connection to {instance.authority} within {_CONNECT_TIMEOUT:.0f} s")
+            then.unreachable(f"no connection within {_CONNECT_TIMEOUT:.0f} s")
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            then.unreachable(f"no connection to {instance.authority} ({reason})")
+            then.unreachable(f"no connection ({reason})")
         else:
             if connection.is_closing:
                 # By a replica that died with it still in its backlog. Nothing more would be heard.
-                then.unreachable(f"{instance.authority} closed the connection at once")
+                then.unreachable("closed the connection at once")
             else:
                 then.connected(connection)
 

@@ -198,7 +198,7 @@ def test_a_missing_file_and_one_that_is_not_utf8_are_one_line_too(tmp_path: Path
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "dp.toml")
     (tmp_path / "dp.toml").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match="byte 0 is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"byte 0 \(line 1\) is not UTF-8"):
         load(tmp_path / "dp.toml")
 
 

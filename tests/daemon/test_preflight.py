@@ -43,6 +43,10 @@ def test_replicas_are_told_the_precision_of_their_weights(tmp_path: Path) -> Non
         ({"engine": 'host = "no.such.host.invalid"'}, "[engine] host"),
         ({"router": 'host = "no.such.host.invalid"'}, "[router] host"),
         ({"router": 'extra_args = ["--bogus"]'}, "[router] extra_args: unrecognized arguments: --bogus"),
+        ({"router": 'extra_args = ["--max-body-bytes", "20000000"]'}, "give both the same"),
+        ({"engine": 'extra_args = ["--max-body-bytes", "1000"]'}, "of the replicas is 1000"),
+        ({"engine": 'env = {FD_API_KEY = "caf\u00e9"}'}, "[engine] env: FD_API_KEY: key 1 has a character"),
+        ({"router": 'env = {FD_ROUTER_ADMIN_KEY = " , "}'}, "[router] env: FD_ROUTER_ADMIN_KEY is set"),
         ({"router": 'extra_args = ["--queue-size", "-1"]'}, "the router could not start: --queue-size is -1"),
     ],
 )

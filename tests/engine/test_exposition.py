@@ -16,7 +16,7 @@ TEXT = b"# a comment\n" + b"x" * (16 << 20) + b"\n"
 
 @pytest.fixture
 def server() -> Iterator[Exposition]:
-    exposition = Exposition("127.0.0.1", 0, lambda: TEXT)
+    exposition = Exposition(["127.0.0.1"], 0, lambda: TEXT)
     yield exposition
     exposition.close()
 
@@ -39,7 +39,7 @@ def connect(port: int, sent: bytes = b"") -> socket.socket:
 
 def test_a_scrape_gets_the_text_of_its_moment() -> None:
     texts = [b"a 2\n", b"a 1\n"]
-    server = Exposition("127.0.0.1", 0, texts.pop)
+    server = Exposition(["127.0.0.1"], 0, texts.pop)
     try:
         assert ask(server.port) == (200, CONTENT_TYPE, b"a 1\n")
         assert ask(server.port, path="/metrics?name[]=a") == (200, CONTENT_TYPE, b"a 2\n")
@@ -81,7 +81,7 @@ def test_a_client_that_takes_too_long_is_dropped(server: Exposition, monkeypatch
 
 def test_a_figure_that_cannot_be_had_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
     texts = [b"a 1\n"]
-    server = Exposition("127.0.0.1", 0, texts.pop)
+    server = Exposition(["127.0.0.1"], 0, texts.pop)
     try:
         assert ask(server.port)[0] == 200
         assert ask(server.port)[0] == 500
@@ -93,13 +93,13 @@ def test_a_figure_that_cannot_be_had_costs_one_scrape(caplog: pytest.LogCaptureF
 
 
 def test_a_taken_port_is_an_error_at_once_and_a_closed_one_is_free() -> None:
-    server = Exposition("127.0.0.1", 0, lambda: b"a 1\n")
+    server = Exposition(["127.0.0.1"], 0, lambda: b"a 1\n")
     try:
         with pytest.raises(OSError, match="in use"):
-            Exposition("127.0.0.1", server.port, lambda: b"")
+            Exposition(["127.0.0.1"], server.port, lambda: b"")
     finally:
         server.close()
-    again = Exposition("127.0.0.1", server.port, lambda: b"a 2\n")
+    again = Exposition(["127.0.0.1"], server.port, lambda: b"a 2\n")
     try:
         assert ask(server.port)[2] == b"a 2\n"
     finally:
@@ -108,7 +108,7 @@ def test_a_taken_port_is_an_error_at_once_and_a_closed_one_is_free() -> None:
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_open_to_the_network_means_both_families() -> None:
-    server = Exposition("::", 0, lambda: b"a 1\n")
+    server = Exposition(["::"], 0, lambda: b"a 1\n")
     try:
         assert ask(server.port)[2] == b"a 1\n"
     finally:

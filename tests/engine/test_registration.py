@@ -24,7 +24,7 @@ from fastdeploy.registration import (
 from ..fake_router import FakeRouter
 from ..waiting import wait_until as _wait_until
 
-ADDRESS = Address("127.0.0.1", 1844, 3401, 25641, replica=3)
+ADDRESS = Address(("127.0.0.1",), 1844, 3401, 25641, replica=3)
 IDENTITY = Identity(max_concurrency=64)
 
 
@@ -216,14 +216,34 @@ def test_what_is_no_address_of_a_router_is_refused(text: str) -> None:
         router_url(text)
 
 
-def test_a_replica_on_one_address_gives_that_one() -> None:
-    assert advertised_ip("127.0.0.1", "http://10.0.0.1:30000") == "127.0.0.1"
-    assert advertised_ip("localhost", "http://10.0.0.1:30000") in ("127.0.0.1", "::1")
+@pytest.mark.parametrize(
+    ("listening", "router", "advertised"),
+    [
+        (["127.0.0.1"], "http://10.0.0.1:30000", "127.0.0.1"),
+        (["127.0.0.1"], "http://127.0.0.1:30000", "127.0.0.1"),
+        (["127.0.0.1", "::1"], "http://127.0.0.1:30000", "127.0.0.1"),
+        (["127.0.0.1", "::1"], "http://[::1]:30000", "::1"),
+        (["127.0.0.1"], "http://[::1]:30000", "127.0.0.1"),
+        (["::1"], "http://127.0.0.1:30000", "::1"),
+        (["127.0.0.2"], "http://127.0.0.1:30000", "127.0.0.2"),
+        (["0.0.0.0"], "http://127.0.0.1:30000", "127.0.0.1"),
+        (["0.0.0.0"], "http://[::1]:30000", "127.0.0.1"),
+        (["::"], "http://127.0.0.1:30000", "127.0.0.1"),
+        (["::"], "http://[::1]:30000", "::1"),
+    ],
+)
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_an_address_that_is_bound_is_advertised(listening: list[str], router: str, advertised: str) -> None:
+    assert advertised_ip(listening, router) == advertised
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_a_replica_on_all_addresses_gives_the_one_that_routes_to_the_router(host: str) -> None:
-    assert advertised_ip(host, "http://127.0.0.1:30000") == "127.0.0.1"
+def test_a_router_that_redirects_has_not_registered_anybody(
+    router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
+) -> None:
+    router.status = 307
+    start(router.address)
+    wait_until(lambda: "HTTP 307" in caplog.text)
+    assert set(router.paths()) == {"/register"}
 
 
 def test_a_name_that_does_not_resolve_is_trouble_not_the_end(

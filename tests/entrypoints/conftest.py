@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,17 @@ wait_until = partial(_wait_until, deadline=60.0)
 class ApiServer:
     """One api_server process and its children."""
 
-    def __init__(self, logs: Path, *flags: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, logs: Path, *flags: str, env: dict[str, str] | None = None, launcher: Sequence[str] = ()
+    ) -> None:
+        """`launcher` is a command that executes the one behind it."""
         self.port, self.metrics_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = logs / "out"
         with self.output.open("wb") as out:
             self.process = subprocess.Popen(
                 [
+                    *launcher,
                     *(sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server"),
                     *(
                         "--model",

@@ -35,15 +35,15 @@ class RouterProcess:
         *flags: str,
         port: int | None = None,
         env: dict[str, str] | None = None,
-        prefix: Sequence[str] = (),
+        launcher: Sequence[str] = (),
     ) -> None:
-        """`prefix`: words before the command, which replace their process by it."""
+        """`launcher` is a command that executes the one behind it."""
         self.directory = directory
         self.port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / "router.log"
         self.process = subprocess.Popen(
-            [*prefix, str(FD_ROUTER), "--port", str(self.port), *flags],
+            [*launcher, str(FD_ROUTER), "--port", str(self.port), *flags],
             cwd=directory,
             env={**os.environ, "FD_LOG_DIR": str(directory), **(env or {})},
             stderr=subprocess.DEVNULL,

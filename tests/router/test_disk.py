@@ -122,7 +122,7 @@ def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path
 def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, tmp_path):
     admin = tmp_path / "run" / "router.sock"
     admin.parent.mkdir()
-    router = start_router("--admin-socket", str(admin), prefix=unprivileged())
+    router = start_router("--admin-socket", str(admin), launcher=unprivileged())
     admin.unlink()
     admin.parent.chmod(0o500)
     wait_until(lambda: lines(router, "cannot be made again (Permission denied)"), "that is said")
@@ -133,7 +133,7 @@ def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, 
 
 def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engine, tmp_path, disk):
     admin = tmp_path / "disk" / "router.sock"
-    router = start_router("--admin-socket", str(admin), prefix=disk.prefix)
+    router = start_router("--admin-socket", str(admin), launcher=disk.prefix)
     router.add(new_engine(replica=3))
     outside = disk.path / "router.sock"
     outside.unlink()
@@ -189,7 +189,7 @@ def start_with_registry(start_router, tmp_path) -> Callable[..., RouterProcess]:
 
     def start(file: Path, prefix: Sequence[str] = ()) -> RouterProcess:
         flags = ["--registry-file", str(file), "--admin-keys-file", str(keys)]
-        return start_router(*flags, "--health-check-interval-secs", "0.2", prefix=prefix)
+        return start_router(*flags, "--health-check-interval-secs", "0.2", launcher=prefix)
 
     return start
 
@@ -261,7 +261,7 @@ def test_a_registry_file_without_permission_is_saved_when_it_has_one(
 
 def test_requests_go_on_while_the_log_disk_is_full(start_router, new_engine, tmp_path, disk):
     logs = tmp_path / "disk" / "logs"
-    router = start_router("--workers", "2", env={"FD_LOG_DIR": str(logs)}, prefix=disk.prefix)
+    router = start_router("--workers", "2", env={"FD_LOG_DIR": str(logs)}, launcher=disk.prefix)
     router.log = disk.path / "logs" / "router.log"
     router.add(new_engine())
     disk.fill()

@@ -183,18 +183,21 @@ def test_only_a_bearer_token_that_is_a_key_is_let_in(header):
     assert not ApiKeys(["alpha"]).allow(header)
 
 
-def test_without_keys_everybody_is_let_in():
-    assert read_keys("--api-keys-file", None, "").allow("")
-    assert read_keys("--api-keys-file", None, " a ,").allow("bearer a")
+def test_without_keys_everybody_is_let_in(monkeypatch):
+    monkeypatch.delenv("FD_API_KEY", raising=False)
+    assert read_keys("--api-keys-file", None, "FD_API_KEY").allow("")
+    monkeypatch.setenv("FD_API_KEY", " a ,")
+    keys = read_keys("--api-keys-file", None, "FD_API_KEY")
+    assert (keys.allow("bearer a"), keys.allow("")) == (True, False)
 
 
 def test_an_empty_key_file_does_not_open_the_door(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match="has no key in it"):
-        read_keys("--api-keys-file", file, "")
+        read_keys("--api-keys-file", file, "FD_API_KEY")
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_keys("--api-keys-file", tmp_path / "none", "")
+        read_keys("--api-keys-file", tmp_path / "none", "FD_API_KEY")
 
 
 def test_headers_named_in_connection_belong_to_the_connection():

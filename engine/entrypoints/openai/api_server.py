@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ... import log
+from ...addresses import addresses_of, is_loopback
 from ...config import ModelConfig
 from ...errors import ConfigError
 from ...file_limit import allow_open_files, descriptors_of
@@ -28,16 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_arguments(sys.argv[1:] if argv is None else argv)
         log.configure(f"replica={config.engine.data_parallel_rank}", "api_server.log")
-        _check(config)
+        addresses = _check(config)
     except (ConfigError, OSError) as error:
         print(f"api_server: ERROR ({error})", file=sys.stderr)
         return EXIT_USAGE
-    serve(config)
+    serve(config, addresses)
     return 0
 
 
-def _check(config: ServeConfig) -> None:
-    """Finds out now what would otherwise fail in some process later."""
+def _check(config: ServeConfig) -> tuple[str, ...]:
+    """Find out now what would otherwise fail in some process later. Return the addresses to listen on."""
+    try:
+        addresses = addresses_of(config.host)
+    except ConfigError as error:
+        raise ConfigError(f"--host: {error}") from None
     ModelConfig.from_directory(config.engine.model)
     allow_open_files(descriptors_of(config.threads), f"--max-concurrency {config.max_concurrency}")
     require_free(config.host, config.port, "--port")
@@ -45,10 +50,12 @@ def _check(config: ServeConfig) -> None:
         require_free(config.host, config.metrics_port, "--metrics-port")
     if config.engine_worker_queue_port:
         require_free("127.0.0.1", config.engine_worker_queue_port, "--engine-worker-queue-port")
-    if config.host in ("127.0.0.1", "localhost", "::1"):
-        _log.info("listening on %s only; --host 0.0.0.0 opens it to the network", config.host)
+    shown = " and ".join(addresses)
+    if all(map(is_loopback, addresses)):
+        _log.info("listening on %s only; --host 0.0.0.0 opens it to the network", shown)
     elif not config.api_keys:
-        _log.warning("listening on %s without an API key; --api-key asks for one", config.host)
+        _log.warning("listening on %s without an API key; --api-key asks for one", shown)
+    return addresses
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import msgspec
@@ -28,15 +30,24 @@ from .progress import Progress
 from .protocol import ChatRequest, CompletionRequest
 from .replica import Replica
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
 _log = logging.getLogger(__name__)
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+_SLASHES = re.compile(r"//+")
 
 
 def create_app(replica: Replica) -> Flask:
-    app = Flask("fastdeploy")
+    app = Flask("fastdeploy", static_folder=None)
+    # Not by FLASK_DEBUG.
+    app.debug = False
     app.config["MAX_CONTENT_LENGTH"] = replica.config.max_body_bytes
+    # No redirects: their addresses are those of the replica, which the router's clients cannot reach.
+    app.url_map.merge_slashes = False
+    app.wsgi_app = _OneSlash(app.wsgi_app)  # type: ignore[method-assign]
 
     @app.before_request
     def begin() -> None:
@@ -117,6 +128,17 @@ def create_app(replica: Replica) -> Flask:
         return _error(ApiError(500, "internal error; the server's log has the details"))
 
     return app
+
+
+class _OneSlash:
+    """WSGI middleware: several slashes in a path count as one, as in the router."""
+
+    def __init__(self, application: WSGIApplication) -> None:
+        self._application = application
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ["PATH_INFO"] = _SLASHES.sub("/", environ["PATH_INFO"])
+        return self._application(environ, start_response)
 
 
 def _chat(replica: Replica, data: bytes, resumption: Resumption | None = None) -> Response:

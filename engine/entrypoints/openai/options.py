@@ -13,8 +13,9 @@ from ...command_line import CommandLine
 from ...config import EngineConfig
 from ...demo_model import resolve_model_path
 from ...errors import ConfigError
-from ...key_files import keys_in
+from ...key_files import keys_in, keys_in_variable, keys_of
 from ...registration import router_url
+from ...text_files import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class ServeConfig:
     max_concurrency: int = 512
     #: Seconds that open requests have after SIGTERM.
     timeout_graceful_shutdown: int = 10
-    max_body_bytes: int = 8 << 20
+    #: As the router's.
+    max_body_bytes: int = 10 << 20
     #: Empty lets everybody in.
     api_keys: tuple[str, ...] = ()
     #: URL of the router that is told of this replica.
@@ -153,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--chat-template", help="a file, or the template itself, in place of the model's own")
     serve.add_argument("--max-concurrency", type=int, default=512, help="requests beyond it are told 429")
-    serve.add_argument("--max-body-bytes", type=int, default=8 << 20, help="larger bodies are told 413")
+    serve.add_argument("--max-body-bytes", type=int, default=10 << 20, help="larger bodies are told 413")
     serve.add_argument(
         "--timeout-graceful-shutdown", type=int, default=10, help="seconds for open requests after SIGTERM"
     )
@@ -255,10 +257,12 @@ def _at_least(flag: str, low: int, value: int) -> int:
 
 
 def _api_keys(flags: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    texts = flags if flags is not None else [os.environ.get("FD_API_KEY", "")]
-    keys = tuple(key.strip() for text in texts for key in text.split(",") if key.strip())
-    if flags is not None and not keys:
-        raise ConfigError("--api-key is empty; leave it out to let everybody in")
+    if flags is None:
+        keys = tuple(keys_in_variable("FD_API_KEY", os.environ))
+    else:
+        keys = tuple(key for text in flags for key in keys_of("--api-key", text))
+        if not keys:
+            raise ConfigError("--api-key is empty; leave it out to let everybody in")
     return keys if file is None else (*keys, *keys_in("--api-keys-file", file))
 
 
@@ -266,7 +270,4 @@ def _chat_template(text: str | None) -> str | None:
     """FastDeploy takes a path or the template itself."""
     if text is None or "{" in text:
         return text
-    try:
-        return Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template: {text} cannot be read ({error})") from None
+    return read_text(Path(text), f"--chat-template {text}")

@@ -6,13 +6,13 @@ not implement are refused as soon as their value would change the answer: silenc
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import ConfigError, RequestError
 from ...request import SamplingParams
+from ...text_files import read_object
 from .fields import Fields
 from .prompts import MAX_TOKEN, is_token_id, read_messages, read_prompts, read_template_arguments
 
@@ -70,7 +70,7 @@ class SamplingDefaults:
         if not file.exists():
             return cls()
         try:
-            fields = Fields(json.loads(file.read_text(encoding="utf-8")))
+            fields = Fields(read_object(file).values)
             temperature = fields.number("temperature", cls().temperature, 0.0)
             return cls(
                 # A checkpoint that says do_sample=false means greedy, whatever temperature stands beside it.
@@ -79,7 +79,7 @@ class SamplingDefaults:
                 top_k=fields.integer("top_k", cls().top_k, 0, MAX_TOKEN) or 0,
                 repetition_penalty=fields.number("repetition_penalty", cls().repetition_penalty, 0.01, 10.0),
             )
-        except (OSError, ValueError, RequestError) as error:
+        except RequestError as error:
             raise ConfigError(f"{file}: {error}") from None
 
 

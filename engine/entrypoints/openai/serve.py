@@ -14,20 +14,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import zmq
 from flask import Flask
-from gunicorn.app.base import BaseApplication
-from gunicorn.arbiter import Arbiter
-from gunicorn.errors import HaltServer
-from gunicorn.glogging import Logger
 
 from ... import worker_heartbeat
+from ...addresses import authority
 from ...errors import FastDeployError
 from ...exposition import Exposition
 from ...file_limit import connections_of
+from ...gunicorn_base import Arbiter, BaseApplication, HaltServer, Logger, forget_inherited_sockets
 from ...parent_death import die_with_parent
 from ...registration import FAREWELL_SECONDS, Address, Registration
 from ..http_worker import HttpWorker
@@ -48,25 +47,55 @@ _LAST_REQUESTS = 0.1
 #: Longer than routers keep idle connections (30 s in ours, 60 s in nginx): the side that has just sent a
 #: request must not find that the other has closed.
 _KEEPALIVE = 75
+#: gunicorn's settings that decide what becomes of a request. The router has checked a request before a
+#: replica sees it: the limits lie above the router's (request_parser.py) and leave room for what it adds.
+HTTP_SETTINGS: dict[str, Any] = {
+    # gunicorn's maximum.
+    "limit_request_line": 8190,
+    "limit_request_fields": 160,
+    "limit_request_field_size": 66 << 10,
+    # The other parser is a package that may or may not be installed, with other limits.
+    "http_parser": "python",
+    "http_protocols": "h1",
+    "http2_cleartext": "off",
+    "proxy_protocol": "off",
+    # No peer is a trusted proxy: neither scheme nor path prefix of a request comes from its headers.
+    "forwarded_allow_ips": "",
+    "secure_scheme_headers": {},
+    "forwarder_headers": "",
+    # A header name with an underscore could pose as another header.
+    "header_map": "drop",
+    "strip_header_spaces": False,
+    "permit_obsolete_folding": False,
+    "permit_unconventional_http_method": False,
+    "permit_unconventional_http_version": False,
+    "casefold_http_method": False,
+    # No answer is a file.
+    "sendfile": False,
+}
 
 
-def serve(config: ServeConfig) -> None:
-    """Runs until SIGTERM or SIGINT, and exits the process: 0 then, 3 when the replica has failed."""
-    _Application(config).run()
+def serve(config: ServeConfig, addresses: Sequence[str]) -> None:
+    """Run until SIGTERM or SIGINT, and exit the process: 0 then, 3 when the replica has failed.
+
+    Args:
+        addresses: those of `config.host`, all of which are listened on.
+    """
+    _Application(config, addresses).run()
 
 
 class _Application(BaseApplication):
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, addresses: Sequence[str]) -> None:
         self.config = config
+        self.addresses = addresses
         #: Of the HTTP process; None in the arbiter.
         self.parts: _Parts | None = None
         super().__init__()
 
     def load_config(self) -> None:
         config = self.config
-        host = f"[{config.host}]" if ":" in config.host else config.host
         settings: dict[str, Any] = {
-            "bind": f"{host}:{config.port}",
+            "bind": [authority(address, config.port) for address in self.addresses],
             "proc_name": f"replica {config.engine.data_parallel_rank}",
             "worker_class": _HttpProcess,
             "workers": 1,
@@ -78,16 +107,13 @@ class _Application(BaseApplication):
             # The arbiter waits longer than the HTTP process, which before tells its router and afterwards
             # stops its worker; see load().
             "graceful_timeout": FAREWELL_SECONDS + config.timeout_graceful_shutdown + _WORKER_STOP + 5,
-            "limit_request_line": 4094,
-            "limit_request_fields": 100,
-            "limit_request_field_size": 8190,
             "control_socket_disable": True,
             "logger_class": _Logger,
             "loglevel": "warning",
             "post_fork": _tie_to_arbiter,
             "worker_exit": _stop,
         }
-        for name, value in settings.items():
+        for name, value in (HTTP_SETTINGS | settings).items():
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
@@ -99,7 +125,7 @@ class _Application(BaseApplication):
         # This process's copy of the settings: from here on it says how long open requests may take.
         self.cfg.set("graceful_timeout", self.config.timeout_graceful_shutdown)
         try:
-            self.parts = _Parts(self.config)
+            self.parts = _Parts(self.config, self.addresses)
         except (FastDeployError, OSError, zmq.ZMQError) as error:
             _log.error("%s", error)
             sys.exit(EXIT_FAILED)
@@ -107,23 +133,24 @@ class _Application(BaseApplication):
 
     def run(self) -> None:
         worker_heartbeat.keep_in_memory()
+        forget_inherited_sockets()
         _Arbiter(self).run()
 
 
 class _Parts:
     """What the HTTP process consists of besides its threads for requests."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, addresses: Sequence[str]) -> None:
         self.engine = EngineClient(config.engine, config.engine_worker_queue_port, self._fail)
         self.replica = Replica(config, self.engine)
         self.registration: Registration | None = None
         if config.metrics_port is not None:
             # Until the process ends: how the last requests fare is worth knowing, too.
-            Exposition(config.host, config.metrics_port, self.replica.metrics.render)
+            Exposition(addresses, config.metrics_port, self.replica.metrics.render)
         self.engine.start()
         if config.router is not None:
             address = Address(
-                config.host,
+                tuple(addresses),
                 config.port,
                 config.metrics_port or config.port,
                 self.engine.port,

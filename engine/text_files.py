@@ -1,0 +1,187 @@
+"""Text and JSON of files that people edit or a checkpoint brings.
+
+Whatever is wrong with such a file becomes a `ConfigError` of one line that names the file and the place. A
+byte order mark at the beginning is accepted: Windows editors write it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import ConfigError
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+#: Of a refused value, in an error.
+_MAX_SHOWN = 60
+
+T = TypeVar("T")
+
+
+def read_text(file: Path, name: str = "") -> str:
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        name: what errors call the file; its path by default.
+
+    Raises:
+        ConfigError: it cannot be read or is no UTF-8 text.
+    """
+    name = name or str(file)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
+    return decode(content, name)
+
+
+def decode(content: bytes, name: str) -> str:
+    """Return the text of these bytes, without a byte order mark.
+
+    Raises:
+        ConfigError: they are no UTF-8 text. None of them is shown: they may be a secret.
+    """
+    if content.startswith(_UTF_16):
+        raise ConfigError(f"{name}: is UTF-16; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Without the mark, if there is one: the error counts from behind it.
+        start = error.start + len(content) - len(error.object)
+        line = content.count(b"\n", 0, start) + 1
+        raise ConfigError(f"{name}: byte {start} (line {line}) is not UTF-8; save it as UTF-8") from None
+    if (nul := text.find("\0")) >= 0:
+        line = text.count("\n", 0, nul) + 1
+        raise ConfigError(f"{name}: line {line} holds the character NUL; save it as UTF-8 text")
+    return text
+
+
+def read_object(file: Path) -> JsonObject:
+    """Read a file that holds a JSON object. Raises ConfigError."""
+    if not file.exists():
+        raise ConfigError(f"{file}: no such file; a checkpoint directory needs it")
+    return _parsed(file, read_text(file))
+
+
+def read_optional_object(file: Path) -> JsonObject:
+    """Read a file that holds a JSON object; an empty one if there is no such file. Raises ConfigError."""
+    return read_object(file) if file.exists() else JsonObject(file, {})
+
+
+def _parsed(file: Path, text: str) -> JsonObject:
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{file}: holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{file}: cannot be read as JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: a JSON object is expected, found {kind_of(value)}")
+    return JsonObject(file, value)
+
+
+class JsonObject:
+    """The keys of a JSON object, each read as what it must be.
+
+    All methods raise ConfigError for a value of another type. A key with null counts as missing. `at` says
+    where in the file the object is: "" for the whole file, else a dotted path.
+    """
+
+    def __init__(self, file: Path, values: dict[str, Any], at: str = "") -> None:
+        self.file = file
+        self.values = values
+        self._at = at
+
+    def wrong(self, key: str, must_be: str) -> ConfigError:
+        """The error for a key whose value is not what it must be."""
+        value = self.values.get(key)
+        shown = repr(value) if isinstance(value, str | int | float | None) else kind_of(value)
+        if len(shown) > _MAX_SHOWN:
+            shown = shown[:_MAX_SHOWN] + "..."
+        return ConfigError(f"{self.file}: {self._at}{key} is {shown}; it must be {must_be}")
+
+    def integer(
+        self, *names: str, default: int | None = None, least: int = 0, most: int | None = None
+    ) -> int:
+        """The value of the first of these keys that is there. Without a default one of them must be."""
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if type(value) is not int:
+                raise self.wrong(name, "an integer")
+            if value < least or (most is not None and value > most):
+                raise self.wrong(name, f"at least {least}" if most is None else f"between {least} and {most}")
+            return value
+        if default is None:
+            raise ConfigError(f"{self.file}: {self._at}{names[0]} is missing")
+        return default
+
+    def number(self, name: str, default: float, above: float | None = None) -> float:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        # A large integer has no float.
+        if type(value) not in (int, float) or abs(value) > 1e300 or math.isnan(value):
+            raise self.wrong(name, "a finite number")
+        if above is not None and value <= above:
+            raise self.wrong(name, f"more than {above:g}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        return self._typed(name, bool, "true or false", lambda: default)
+
+    def text(self, name: str, default: str | None = None) -> str | None:
+        return self._typed(name, str, "a text", lambda: default)
+
+    def object(self, name: str) -> JsonObject:
+        """Empty if it is missing."""
+        values = self._typed(name, dict, "an object", dict)
+        return JsonObject(self.file, values, f"{self._at}{name}.")
+
+    def items(self, name: str) -> list[Any]:
+        """Empty if it is missing."""
+        return self._typed(name, list, "a list", list)
+
+    def integers(self, name: str) -> list[int]:
+        """One integer or a list of them; empty if it is missing."""
+        value = self.values.get(name)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(each) is not int or each < 0 for each in found):
+            raise self.wrong(name, "a token id or a list of token ids")
+        return found
+
+    def _typed(self, name: str, kind: type, must_be: str, default: Callable[[], T]) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            return default()
+        if not isinstance(value, kind):
+            raise self.wrong(name, must_be)
+        return value
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, in words."""
+    match value:
+        case dict():
+            return "an object"
+        case list():
+            return "a list"
+        case str():
+            return "a text"
+        case bool():
+            return "true" if value else "false"
+        case None:
+            return "null"
+        case _:
+            return "a number"

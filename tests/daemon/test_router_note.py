@@ -1,0 +1,65 @@
+"""`fdctl status` and `why` say so when the router has no use for a READY replica."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdeploy.daemon import status
+from fastdeploy.daemon.replica import State
+from fastdeploy.daemon.router_admin import Row
+from fastdeploy.daemon.router_link import Look
+
+from .world import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path, replicas=2)
+    world.become_ready("router", "replica0", "replica1")
+    world.pass_time(3.0)
+    assert world.names(State.READY) == {"router", "replica0", "replica1"}
+    return world
+
+
+def notes(world: World, look: Look) -> list[str]:
+    world.fleet._link.look = look
+    shown = status.status(world.fleet, state="READY", config="", prefix=None, supervisord=1)
+    return [replica["note"] for replica in shown["replicas"]]
+
+
+def row(world: World, name: str, **changes: Any) -> tuple[int, Row]:
+    port = world.fleet.replicas[name].program.ports[0]
+    fields = {"up": True, "leaving": False, "draining": False, "in_flight": 0, **changes}
+    return port, Row(f"[::1]:{port}", "::1", port, **fields)
+
+
+def test_a_ready_replica_that_the_router_lacks_has_a_note(world: World) -> None:
+    rows = dict([row(world, "replica0")])
+    had, lacked = notes(world, Look(world.now, rows, ""))
+    assert had == ""
+    assert lacked == "the router does not have it: it has not registered; fdctl logs 1 says why"
+    missing = status.why(world.fleet, world.fleet.replicas["replica1"], world.now)
+    assert missing["waits_for"] == "the router, which has no way to it so far"
+
+
+def test_a_ready_replica_that_the_router_cannot_use_has_a_note(world: World) -> None:
+    port, down = row(world, "replica0", up=False)
+    rows = dict([(port, down), row(world, "replica1", leaving=True)])
+    assert notes(world, Look(world.now, rows, "")) == [
+        f"the router cannot use it: no good health check at [::1]:{port}",
+        "the router does not have it: it has not registered; fdctl logs 1 says why",
+    ]
+
+
+def test_a_router_that_was_asked_before_or_is_silent_gives_no_note(world: World) -> None:
+    ready_since = world.fleet.replicas["replica0"].since
+    assert notes(world, Look(ready_since - 1.0, {}, "")) == ["", ""]
+    assert notes(world, Look(world.now, {}, "the router is down")) == ["", ""]
+
+
+def test_a_replica_that_is_drained_has_no_such_note(world: World) -> None:
+    rows = dict([row(world, "replica0", draining=True), row(world, "replica1")])
+    assert notes(world, Look(world.now, rows, "")) == ["", ""]

@@ -1,0 +1,84 @@
+"""API keys: one rule for all that read them, and a file of any editor works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.daemon import probes
+from fastdeploy.daemon.programs import Program
+from fastdeploy.daemon.router.keys import read_keys
+from fastdeploy.entrypoints.openai.options import parse_arguments
+from fastdeploy.errors import ConfigError
+from fastdeploy.key_files import keys_in, keys_in_variable
+
+TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
+FLAG, VARIABLE = "--api-keys-file", "FD_API_KEY"
+
+
+def write(directory: Path, content: bytes) -> Path:
+    (directory / "keys").write_bytes(content)
+    return directory / "keys"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfsecret-one\r\nsecret-two\r\n",
+        b"\xef\xbb\xbf# a comment\r\n\r\nsecret-one\r\n  secret-two",
+        b"# caf\xc3\xa9\nsecret-one\nsecret-two\n",
+    ],
+)
+def test_a_file_of_any_editor_holds_its_keys(tmp_path: Path, content: bytes) -> None:
+    assert keys_in(FLAG, write(tmp_path, content)) == ["secret-one", "secret-two"]
+    assert read_keys(FLAG, tmp_path / "keys", VARIABLE).allow("Bearer secret-one")
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("good\ncaf\u00e9\n".encode(), "the key in line 2 has a character that is not printable ASCII"),
+        ("good\ncaf\u00e9\n".encode("latin-1"), r"byte 8 \(line 2\) is not UTF-8"),
+        ("one\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (b"one\x0btwo\n", "the key in line 1 has a character"),
+        (b"one\0", "line 1 holds the character NUL"),
+        (b"\xef\xbb\xbf", "has no key in it"),
+    ],
+)
+def test_a_file_that_cannot_hold_keys_is_told_without_a_key(
+    tmp_path: Path, content: bytes, place: str
+) -> None:
+    with pytest.raises(ConfigError, match=place) as refused:
+        keys_in(FLAG, write(tmp_path, content))
+    assert str(refused.value).startswith(f"{FLAG} {tmp_path / 'keys'}")
+    assert "caf" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9", "a,\u043a\u043b\u044e\u0447", "a\tb", "a\x7f", " , "])
+def test_router_replica_and_probe_refuse_the_same_keys(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    replica = Program("replica0", ("api_server",), {}, (1,))
+    for read in (
+        lambda: read_keys(FLAG, None, VARIABLE),
+        lambda: parse_arguments(["--model", str(TINY)]),
+        lambda: parse_arguments(["--model", str(TINY), "--api-key", text]),
+        lambda: probes._key(replica),
+    ):
+        with pytest.raises((ConfigError, ValueError), match=r"ASCII|no key|empty") as refused:
+            read()
+        assert "caf" not in str(refused.value)
+
+
+def test_router_replica_and_probe_read_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, " , one two,three ")
+    keys = keys_in_variable(VARIABLE, {VARIABLE: " , one two,three "})
+    assert keys == ["one two", "three"]
+    assert parse_arguments(["--model", str(TINY)]).api_keys == ("one two", "three")
+    assert probes._key(Program("replica0", ("api_server",), {}, (1,))) == "one two"
+    router = read_keys(FLAG, None, VARIABLE)
+    assert all(router.allow(f"Bearer {key}") for key in keys)
+
+
+def test_a_variable_that_is_not_set_or_empty_has_no_keys() -> None:
+    assert keys_in_variable(VARIABLE, {}) == keys_in_variable(VARIABLE, {VARIABLE: ""}) == []

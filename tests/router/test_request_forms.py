@@ -1,0 +1,204 @@
+"""What the router lets pass, a real replica accepts: its HTTP server refuses no request for its form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ..entrypoints.conftest import ApiServer
+from .conftest import RouterProcess
+from .fake_engine import answers_status, closes, sends, wait_until
+from .raw_client import RawAnswer, RawClient
+
+#: Of a server that does not like how a request is written; of the API none of them comes from these requests.
+REFUSALS_OF_FORM = {301, 302, 307, 308, 411, 414, 417, 431, 500, 501, 505}
+#: What load balancers, meshes and browsers add, and what WSGI servers listen to.
+PROXY_HEADERS = [
+    "X-Forwarded-Proto: https",
+    "X-Forwarded-Protocol: https",
+    "X-Forwarded-Protocol: ssl",
+    "X-Forwarded-Ssl: on",
+    "X-Forwarded-For: 10.0.0.1, 10.0.0.2",
+    "X-Forwarded-Host: example.org",
+    "X-Forwarded-Prefix: /api",
+    "X-Script-Name: /api",
+    "Script-Name: /api",
+    "Path-Info: /api",
+    "Forwarded: for=1.2.3.4;proto=https",
+    "Front-End-Https: on",
+    "X-Http-Method-Override: DELETE",
+    "X-Original-Url: /admin",
+    "Range: bytes=0-1",
+    "If-None-Match: *",
+    "If-Modified-Since: Thu, 01 Jan 1970 00:00:00 GMT",
+    "Accept-Encoding: gzip, br, zstd",
+    "Content-Encoding: identity",
+    "Cookie: a=b; a=c",
+    "Proxy: http://127.0.0.1:1",
+    "Sec-Fetch-Site: cross-site",
+    "Origin: null",
+]
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    router = RouterProcess(tmp_path_factory.mktemp("router"))
+    with ApiServer(tmp_path_factory.mktemp("replica"), "--router", router.url) as replica:
+        wait_until(lambda: replica.url in router.urls(), "the replica is there", deadline=90)
+        yield router
+        replica.stop()
+    router.stop()
+
+
+def ask(router: RouterProcess, raw: bytes) -> RawAnswer:
+    with RawClient(router.port) as client:
+        client.send_what_is_taken(raw)
+        return client.answer(to_head=raw.startswith(b"HEAD"))
+
+
+def request(method: str, target: str, *headers: str, body: str = "") -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", "Host: x", *headers]
+    if body:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, "", body]).encode("latin-1")
+
+
+def assert_its_form_is_accepted(answer: RawAnswer) -> None:
+    """Every other answer is the router's own."""
+    assert "location" not in answer.headers
+    if "x-fd-replica" in answer.headers:
+        assert answer.status not in REFUSALS_OF_FORM, answer
+        assert b"bad_http" not in answer.body
+        assert b"127.0.0.1" not in answer.body
+
+
+@pytest.mark.parametrize("header", PROXY_HEADERS)
+def test_headers_of_proxies_change_nothing(router, header):
+    assert ask(router, request("GET", "/v1/models", header)).status == 200
+
+
+def test_contradictory_scheme_headers_are_not_judged(router):
+    headers = ["X-Forwarded-Proto: https", "X-Forwarded-Protocol: https", "X-Forwarded-Ssl: off"]
+    assert ask(router, request("GET", "/v1/models", *headers)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "headers"),
+    [
+        ("GET", "/v1/models", ["Cookie: " + "a" * 9000]),
+        ("GET", "/v1/models", ["Authorization: Bearer " + "a" * 60000]),
+        ("GET", "/v1/models", [f"x-{number}: {'a' * 490}" for number in range(125)]),
+        ("GET", "/v1/models?" + "q" * (8000 - len("/v1/models?")), []),
+        ("OPTIONS", "/v1/models?" + "q" * (8000 - len("/v1/models?")), []),
+    ],
+    ids=["cookie", "token", "many headers", "long target", "long target of the longest method"],
+)
+def test_what_is_as_large_as_the_router_allows_is_accepted(router, method, target, headers):
+    answer = ask(router, request(method, target, *headers))
+    assert (answer.status, "x-fd-replica" in answer.headers) == (200, True), answer
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (request("GET", "/v1/models?" + "q" * 8000), 414),
+        (request("GET", "/v1/models", *[f"x-{number}: a" for number in range(129)]), 431),
+        (request("GET", "/v1/models", "Cookie: " + "a" * (65 << 10)), 431),
+        (request("GET", "/v1/models", "Content-Type: a/b", "Content-Type: a/c"), 400),
+    ],
+)
+def test_what_is_too_much_is_refused_by_the_router_itself(router, raw, status):
+    answer = ask(router, raw)
+    assert (answer.status, "x-fd-replica" in answer.headers) == (status, False)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("//v1/models", "/v1//models", "///v1///models", "/%761/models", "/v1%2Fmodels", "/v1/%6dodels"),
+        *("/v1/models?x=//", "http://example.org//v1//models"),
+    ],
+)
+def test_every_spelling_of_a_path_has_one_answer(router, target):
+    answer = ask(router, request("GET", target))
+    assert (answer.status, "x-fd-replica" in answer.headers) == (200, True)
+    assert json.loads(answer.body)["object"] == "list"
+
+
+@pytest.mark.parametrize("target", ["//v1//completions", "/v1/%63ompletions", "/v1/chat//completions"])
+def test_every_spelling_of_a_path_generates(router, target):
+    fields = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+    if "chat" not in target:
+        del fields["messages"]
+    else:
+        del fields["prompt"]
+    answer = ask(router, request("POST", target, body=json.dumps(fields)))
+    assert (answer.status, "location" in answer.headers) == (200, False), answer
+
+
+@pytest.mark.parametrize("target", ["/v2//models", "/nowhere%0a%20x", "/static/x", "/v1/models/"])
+def test_an_unknown_path_is_named_in_the_error(router, target):
+    answer = ask(router, request("POST", target, body="{}"))
+    message = json.loads(answer.body)["error"]["message"]
+    assert answer.status == 404
+    assert target.replace("//", "/") in message
+
+
+def test_a_redirect_of_a_replica_leads_to_the_router(lent_router, new_engine):
+    """FastAPI, which FastDeploy's own engines use, redirects a path with a slash at its end."""
+    engine = new_engine()
+    lent_router.add(engine)
+    for sent, received in [
+        (engine.url + "/v1/models?a=//b", "/v1/models?a=//b"),
+        (engine.url, "/"),
+        ("http://elsewhere.example/x", "http://elsewhere.example/x"),
+        ("/relative", "/relative"),
+    ]:
+        engine.behaviour = answers_status("307 Temporary Redirect", b"", f"Location: {sent}\r\n".encode())
+        with RawClient(lent_router.port) as client:
+            client.send(request("GET", "/v1/models/"))
+            assert client.answer().headers["location"] == received
+
+
+def test_errors_name_a_replica_by_its_number(lent_router, new_engine):
+    engine = new_engine(replica=5)
+    lent_router.add(engine)
+    for behaviour in (closes, answers_status("503 Service Unavailable"), sends(b"no HTTP\r\n\r\n"), None):
+        engine.behaviour = behaviour or engine.behaviour
+        if behaviour is None:
+            engine.stop()
+        answer = lent_router.complete()
+        assert answer.status_code in (502, 503)
+        assert "127.0.0.1" not in answer.text
+        assert str(engine.port) not in answer.text
+
+
+TOKEN = st.text("!#$%&'*+-.^`|~0aZ", min_size=1, max_size=20)
+VALUE = st.text([*map(chr, range(0x20, 0x7F)), *map(chr, range(0x80, 0x100)), "\t"], max_size=60)
+PATH = st.text("/vV1.~%2Fabc:;@!$&'()*+,=[]{}|^`\\\"<>-_?", max_size=40)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    method=st.sampled_from(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]),
+    path=st.one_of(
+        PATH, st.sampled_from(["models", "/models", "chat/completions", "models/%ff", "models/%00"])
+    ),
+    headers=st.lists(st.tuples(TOKEN, VALUE), max_size=8),
+    body=st.text('{}[]"a1:', max_size=20),
+)
+@example(method="GET", path="%", headers=[], body="")
+@example(method="GET", path="//[", headers=[], body="")
+@example(method="GET", path="models%", headers=[("a", "")], body="")
+@example(method="PATCH", path="models", headers=[("a", "\x80\xff")], body="{")
+def test_no_replica_refuses_a_form_that_the_router_accepts(router, method, path, headers, body):
+    lines = [f"{name}: {value}" for name, value in headers]
+    assert_its_form_is_accepted(ask(router, request(method, f"/v1/{path}", *lines, body=body)))
