@@ -196,6 +196,27 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
+    def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:
+        """The field `usage` of an event of this choice, if the request asks for it there.
+
+        It leaves out what depends on a replica's cache, so that a resumed stream continues with the counts
+        that it would have had.
+
+        Args:
+            has_begun: False for an event without tokens that opens the choice.
+        """
+        if not self.request.continuous_usage:
+            return {}
+        prompt = len(self.prompts[index // self.request.n])
+        completion = self._outputs[index].num_tokens if has_begun else 0
+        return {
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            }
+        }
+
     def close(self) -> None:
         """Frees what the engine still holds, and accounts for the request."""
         if self._ended:

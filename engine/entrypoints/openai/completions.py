@@ -48,11 +48,12 @@ def completion_events(answer: Answer, request: CompletionRequest) -> Iterator[Ev
             echo = _echo(answer, request, index)
             if echo or request.return_token_ids:
                 first = _first_chunk(answer, request, index, echo)
-                yield head | {"choices": [first]}, answer.mark(index)
+                usage = answer.usage_so_far(index, has_begun=False)
+                yield head | {"choices": [first]} | usage, answer.mark(index)
         chunk = _chunk(answer, request, index, delta, offsets[index])
         if chunk["logprobs"] is not None:
             offsets[index] += sum(map(len, chunk["logprobs"]["tokens"]))
-        yield head | {"choices": [chunk]}, answer.mark(index, delta)
+        yield head | {"choices": [chunk]} | answer.usage_so_far(index), answer.mark(index, delta)
     if request.include_usage:
         yield head | {"choices": [], "usage": answer.usage()}, b""
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ...errors import ConfigError, RequestError
 from ...request import SamplingParams
-from .fields import Fields
+from .fields import Fields, without_nulls
 from .prompts import MAX_TOKEN, is_token_id, read_messages, read_prompts, read_template_arguments
 
 MAX_CHOICES = 128
@@ -29,7 +29,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"}, {}),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -50,7 +50,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "use_beam_search": (False,),
     "modalities": (["text"], []),
-    "audio": (),
+    "audio": ({},),
     "web_search_options": (),
 }
 
@@ -113,7 +113,10 @@ class GenerationRequest:
     #: None: no log probabilities; 0: of the drawn tokens; n: and of the n most likely ones.
     logprobs: int | None
     stream: bool
+    #: An event with the usage of the whole request stands at the end of the stream.
     include_usage: bool
+    #: Each event of a choice has the choice's usage so far.
+    continuous_usage: bool
     return_token_ids: bool
     request_id: str | None
 
@@ -211,6 +214,7 @@ def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
         )
     top_k = fields.integer("top_k", defaults.top_k, -1, MAX_TOKEN) or 0
     stream = fields.boolean("stream")
+    include_usage, continuous_usage = _usage_options(fields, stream)
     return {
         "model": fields.string("model", 1024),
         "n": fields.integer("n", 1, 1, MAX_CHOICES),
@@ -230,7 +234,8 @@ def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
         "ignore_eos": fields.boolean("ignore_eos"),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
         "stream": stream,
-        "include_usage": _include_usage(fields, stream),
+        "include_usage": include_usage,
+        "continuous_usage": continuous_usage,
         "return_token_ids": fields.boolean("return_token_ids"),
         "request_id": fields.string("request_id", 128),
     }
@@ -238,7 +243,7 @@ def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
 
 def _refuse_unsupported(fields: Fields) -> None:
     for key, harmless in _UNSUPPORTED.items():
-        value = fields.get(key)
+        value = without_nulls(fields.get(key))
         # `1 == True` and `0 == False` in Python; JSON's 0 and false are both harmless here.
         if value is not None and value not in harmless:
             raise RequestError(f"{key} is not supported by this server; leave it out", key)
@@ -271,14 +276,12 @@ def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _usage_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
+    """include_usage and continuous_usage_stats."""
     options = fields.object("stream_options")
     if options is None:
-        return False
+        return False, False
     if not stream:
         raise RequestError("stream_options is allowed only together with stream: true", "stream_options")
-    if options.boolean("continuous_usage_stats"):
-        name = options.name("continuous_usage_stats")
-        raise RequestError(f"{name} is not supported; include_usage sends the usage once, at the end", name)
-    # Who gives the object wants the usage, as with FastDeploy.
-    return options.boolean("include_usage", default=True)
+    # The object alone asks for the usage, as with FastDeploy.
+    return options.boolean("include_usage", default=True), options.boolean("continuous_usage_stats")
