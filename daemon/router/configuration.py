@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...cors import CorsPolicy
 from ...errors import ConfigError
 from ...file_limit import allow_open_files, open_files_limit
 from .flags import LEVELS, MOST_CONNECTIONS, changed, file_parser, fixed_in, parser
@@ -107,6 +108,7 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
             "--admin-keys-file", arguments.admin_keys_file, os.environ.get("FD_ROUTER_ADMIN_KEY", "")
         ),
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
+        cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         registry_file=arguments.registry_file,
         admin_socket=arguments.admin_socket,
         graceful_timeout=arguments.graceful_timeout_secs,

@@ -26,6 +26,20 @@ HOP_BY_HOP = frozenset(
         b"http2-settings",
     }
 )
+#: Which web pages may read an answer is the router's decision, not a replica's.
+CORS = frozenset(
+    b"access-control-" + name
+    for name in (
+        *(
+            b"allow-origin",
+            b"allow-credentials",
+            b"allow-methods",
+            b"allow-headers",
+            b"allow-private-network",
+        ),
+        *(b"expose-headers", b"max-age"),
+    )
+)
 _LONGEST_ID = 256
 
 

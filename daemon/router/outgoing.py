@@ -20,10 +20,11 @@ from .incoming import HOP_BY_HOP, ClientRequest, Refused, lines_without
 
 #: Seconds between the signs of life that replicas are asked for.
 _SIGN_OF_LIFE = 5
-#: Follow from the connection and the body that are used, or are between the router and its replicas only.
+#: Follow from the connection and the body that are used, or are between the router and its replicas only. And
+#: Origin, which the router answers for.
 _MADE_ANEW = frozenset(
     name.lower().encode()
-    for name in ("Host", "Content-Length", "Expect", MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER)
+    for name in ("Host", "Content-Length", "Expect", "Origin", MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER)
 )
 _NOT_FORWARDED = HOP_BY_HOP | _MADE_ANEW
 

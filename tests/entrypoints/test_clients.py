@@ -100,3 +100,43 @@ def test_an_answer_of_openais_client_comes_back_as_history(server: ApiServer) ->
         extra_body={"response_format": {"type": "text", "json_schema": None}},
     )
     assert answer.choices
+
+
+PAGE = "http://localhost:3000"
+
+
+def asked(server: ApiServer, method: str, path: str, **headers: str) -> tuple[int, Message]:
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(server.url + path, headers=names, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/nothing"])
+def test_a_page_of_this_machine_is_shown_answers(server: ApiServer, path: str) -> None:
+    _, headers = asked(server, "GET", path, Origin=PAGE)
+    assert headers.get_all("Access-Control-Allow-Origin") == [PAGE]
+    assert headers["Vary"] == "Origin"
+    assert "Access-Control-Allow-Credentials" not in headers
+    _, headers = asked(server, "GET", path, Origin="http://app.example")
+    assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_a_page_asks_before_it_sends(server: ApiServer) -> None:
+    wanted = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
+    status, headers = asked(server, "OPTIONS", "/v1/completions", Origin=PAGE, **wanted)
+    assert (status, headers["Access-Control-Allow-Headers"]) == (204, "authorization")
+    assert headers.get_all("Access-Control-Allow-Origin") == [PAGE]
+    assert asked(server, "OPTIONS", "/v1/completions", Origin="http://app.example", **wanted)[0] == 403
+
+
+def test_a_page_may_read_a_stream(server: ApiServer) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 2, "stream": True}).encode()
+    headers = {"Content-Type": "application/json", "Origin": PAGE}
+    request = urllib.request.Request(f"{server.url}/v1/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.headers["Access-Control-Allow-Origin"] == PAGE
+        assert answer.read().endswith(b"data: [DONE]\n\n")

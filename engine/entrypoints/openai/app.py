@@ -13,6 +13,7 @@ import msgspec
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
+from ...cors import CorsPolicy, refusal_of
 from ...errors import FastDeployError, RequestError
 from ...metrics import ReplicaMetrics
 from ...resumption import RESUME_PATH, Resumption, decode_resumption
@@ -39,18 +40,23 @@ def create_app(replica: Replica) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = replica.config.max_body_bytes
 
     @app.before_request
-    def begin() -> None:
+    def begin() -> Response | None:
         g.record = AccessRecord(incoming.request_id(), request.method, _path())
         #: What this request holds, until its last byte has been sent.
         g.resources = ExitStack()
+        if incoming.is_preflight():
+            return _preflight(replica.config.cors)
         if request.path.startswith("/v1") and request.method != "OPTIONS":
             incoming.authorize_client(replica.config.api_keys)
+        return None
 
     @app.after_request
     def finish(response: Response) -> Response:
         record: AccessRecord = g.record
         record.status = response.status_code
         response.headers["X-Request-Id"] = record.request_id
+        if "Origin" in request.headers and request.path.startswith("/v1/") and not incoming.is_preflight():
+            response.headers.update(replica.config.cors.headers(request.headers["Origin"]))
         # Not left to a `finally` of the stream: a generator that was never started runs none.
         response.call_on_close(g.resources.close)
         if request.path.startswith(("/v1", RESUME_PATH)):
@@ -177,6 +183,17 @@ def _answer(
         resumption=resumption,
     )
     return g.resources.enter_context(answer)
+
+
+def _preflight(policy: CorsPolicy) -> Response:
+    """No key is asked for: browsers send none with a preflight."""
+    origin, wanted = request.headers["Origin"], request.headers.get("Access-Control-Request-Headers", "")
+    if policy.allows(origin):
+        response = Response(status=204)
+    else:
+        response = _error(ApiError(403, refusal_of(origin), code="origin_not_allowed"))
+    response.headers.update(policy.preflight_headers(origin, wanted))
+    return response
 
 
 def _path() -> str:

@@ -73,6 +73,16 @@ def _quoted(header: str) -> str:
     return repr(header[:100])
 
 
+def is_preflight() -> bool:
+    """A browser asks whether a web page may send a request to the API."""
+    return (
+        request.method == "OPTIONS"
+        and request.path.startswith("/v1/")
+        and "Origin" in request.headers
+        and "Access-Control-Request-Method" in request.headers
+    )
+
+
 def request_id() -> str:
     given = request.headers.get("X-Request-Id", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
