@@ -53,11 +53,10 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("stop_token_ids", [True]),
     ("stop_token_ids", [0] * 1000),
     ("min_tokens", -1),
-    ("max_tokens", 0),
     ("max_tokens", -5),
     ("max_tokens", 1.5),
     ("max_tokens", "10"),
-    ("max_completion_tokens", 0),
+    ("max_completion_tokens", -1),
     ("n", 0),
     ("n", 1000),
     ("n", True),
@@ -116,6 +115,8 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(parse, field, value
             {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
             "messages[0].content[0]",
         ),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -148,7 +149,7 @@ def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(fields, par
         ({"logprobs": 21}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"echo": "x"}, "echo"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"max_tokens": 0, "min_tokens": 1}, "min_tokens"),
     ],
 )
 def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields, param):
@@ -174,6 +175,20 @@ def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields
 @pytest.mark.parametrize("parse", [chat, completion])
 def test_what_changes_nothing_is_let_through(parse, fields):
     assert parse(**fields).n == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"echo": True, "logprobs": 2}, 2),
+        ({"echo": True, "logprobs": 0}, 0),
+        ({"echo": True, "logprobs": -1}, None),
+        ({"echo": True}, None),
+        ({"logprobs": 2}, None),
+    ],
+)
+def test_echo_with_logprobs_asks_for_those_of_the_prompt(fields, wanted):
+    assert completion(max_tokens=0, **fields).prompt_logprobs == wanted
 
 
 @pytest.mark.parametrize("parse", [chat, completion])

@@ -120,6 +120,11 @@ class GenerationRequest:
     return_token_ids: bool
     request_id: str | None
 
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """As `logprobs`, of the prompt's tokens."""
+        return None
+
     def sampling_params(
         self, *, max_tokens: int, seed: int, choice: int, eos_token_ids: tuple[int, ...]
     ) -> SamplingParams:
@@ -138,6 +143,7 @@ class GenerationRequest:
             choice=choice,
             stop_token_ids=tuple(dict.fromkeys(ends)),
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -176,12 +182,16 @@ class CompletionRequest(GenerationRequest):
     prompts: tuple[str | list[int], ...]
     echo: bool
 
+    @property
+    def prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
     @classmethod
     def parse(cls, body: dict[str, Any], defaults: SamplingDefaults) -> CompletionRequest:
         fields = Fields(body)
         _refuse_unsupported(fields)
         logprobs = fields.integer("logprobs", None, -1, MAX_LOGPROBS)
-        common = _common(fields, defaults)
+        common = _common(fields, defaults, fewest_tokens=0)
         best_of = fields.integer("best_of", common["n"], 1, MAX_CHOICES)
         if best_of != common["n"]:
             raise RequestError(f"best_of is {best_of}; only best_of equal to n is implemented", "best_of")
@@ -191,22 +201,17 @@ class CompletionRequest(GenerationRequest):
                 f"{len(prompts)} prompts times n = {common['n']} is more than {MAX_SEQUENCES} choices",
                 "prompt",
             )
-        echo = fields.boolean("echo")
-        if echo and logprobs is not None and logprobs >= 0:
-            raise RequestError(
-                "echo cannot be combined with logprobs: prompts have no log probabilities here", "echo"
-            )
         return cls(
             prompts=prompts,
-            echo=echo,
+            echo=fields.boolean("echo"),
             logprobs=None if logprobs is None or logprobs < 0 else logprobs,
             **common,
         )
 
 
-def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
-    max_tokens = fields.integer("max_tokens", None, 1, MAX_TOKEN)
-    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, MAX_TOKEN)
+def _common(fields: Fields, defaults: SamplingDefaults, fewest_tokens: int = 1) -> dict[str, Any]:
+    max_tokens = fields.integer("max_tokens", None, fewest_tokens, MAX_TOKEN)
+    max_tokens = fields.integer("max_completion_tokens", max_tokens, fewest_tokens, MAX_TOKEN)
     min_tokens = fields.integer("min_tokens", 0, 0, MAX_TOKEN) or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise RequestError(
