@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -238,7 +239,7 @@ def _require(*modules: str) -> None:
     if missing:
         raise ConfigError(
             f"the router needs {' and '.join(missing)}, which is not installed: "
-            f"{sys.executable} -m pip install {' '.join(missing)}"
+            + shlex.join([sys.executable, "-m", "pip", "install", *missing])
         )
 
 

@@ -1,6 +1,7 @@
 """What clients of OpenAI, vLLM and FastDeploy send besides the plain request, against a real replica."""
 
 import gzip
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -140,3 +141,14 @@ def test_a_page_may_read_a_stream(server: ApiServer) -> None:
     with urllib.request.urlopen(request, timeout=60) as answer:
         assert answer.headers["Access-Control-Allow-Origin"] == PAGE
         assert answer.read().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("path", ["/v1/nothing//here", "/nothing%0A%20", "/v1/a/./b"])
+def test_a_path_that_is_not_found_is_told_as_it_was_sent(server: ApiServer, path: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.putrequest("GET", f"{path}?x=1")
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status == 404
+    assert json.load(answer)["error"]["message"] == f"GET {path}: Not Found"
+    connection.close()

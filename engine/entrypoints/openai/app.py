@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
+#: Of a path in an error.
+_LONGEST_PATH = 200
 
 
 def create_app(replica: Replica) -> Flask:
@@ -112,7 +114,7 @@ def create_app(replica: Replica) -> Flask:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        response = _error(ApiError(error.code or 500, f"{request.method} {_path()}: {error.name}"))
+        response = _error(ApiError(error.code or 500, f"{request.method} {_sent_path()}: {error.name}"))
         if "Allow" in (headers := dict(error.get_headers())):
             response.headers["Allow"] = headers["Allow"]
         return response
@@ -199,6 +201,12 @@ def _preflight(policy: CorsPolicy) -> Response:
 def _path() -> str:
     """In one line: decoded, as Flask has it, a path may hold line breaks."""
     return quote(request.path)
+
+
+def _sent_path() -> str:
+    """As the client wrote it: Werkzeug's path has single slashes where there were several."""
+    sent: str = request.environ.get("RAW_URI", _path())
+    return quote(sent.partition("?")[0][:_LONGEST_PATH], safe="/%:@!$&'()*+,;=~")
 
 
 def _model_card(replica: Replica) -> dict[str, Any]:
