@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -285,7 +286,9 @@ def _shown(option: Any) -> str:
         return f"`{str(value).lower()}`"
     if isinstance(value, str):
         return f'`"{value}"`'
-    return "`{}`" if isinstance(value, Mapping) else "`[]`" if value == () else f"`{value:g}`"
+    if isinstance(value, tuple):
+        return f"`{json.dumps(value)}`"
+    return "`{}`" if isinstance(value, Mapping) else f"`{value:g}`"
 
 
 if __name__ == "__main__":

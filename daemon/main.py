@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -298,15 +299,16 @@ def _welcome(fleet: Fleet, prefix: Path | None) -> str:
     router = fleet.config.router
     url = f"http://{address(router.host, router.port)}"
     question = '{"messages":[{"role":"user","content":"What is the capital of France?"}]}'
-    key = " -H 'Authorization: Bearer KEY'" if router.api_keys_file or "FD_API_KEY" in os.environ else ""
-    fdctl = Path(sys.executable).with_name("fdctl")
-    option = f" --prefix {prefix}" if prefix else ""
+    curl = ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    if router.api_keys_file or "FD_API_KEY" in os.environ:
+        curl += ["-H", "Authorization: Bearer KEY"]
+    fdctl = [str(Path(sys.executable).with_name("fdctl")), *(["--prefix", str(prefix)] if prefix else [])]
     return f"""
 fd-dp: {status.one_line(fleet)}, behind {url}
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{question}'
+  {shlex.join([*curl, "-d", question])}
 
-  {fdctl}{option} status
+  {shlex.join([*fdctl, "status"])}
 
 Ctrl-C stops everything.
 """

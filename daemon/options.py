@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
+from .. import cors
 from . import masking
 from .launch import HASH, MARKER
 from .router.policies import POLICIES
@@ -62,6 +63,10 @@ def environment_names(value: Mapping[str, str]) -> str | None:
         if name in RESERVED_ENVIRONMENT:
             return f"{name} is set by the daemon itself; remove it"
     return None
+
+
+def web_origins(values: tuple[str, ...]) -> str | None:
+    return next((problem for value in values if (problem := cors.problem_of(value))), None)
 
 
 def no_secret(words: tuple[str, ...]) -> str | None:
@@ -170,6 +175,12 @@ class RouterSection:
         "",
         "File with the keys that clients must show, one a line, or `credential:NAME` for one of systemd's; "
         "empty: none.",
+    )
+    cors_origins: tuple[str, ...] = row(
+        cors.DEFAULT,
+        "Web pages that may read answers: origins such as `https://app.example`, `loopback` for those of "
+        "this machine, `*` for all; an empty list: none.",
+        web_origins,
     )
     extra_args: tuple[str, ...] = row((), "Further words for the router's command line.", no_secret)
     env: Mapping[str, str] = row({}, "Further environment variables of the router.", environment_names)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..addresses import authority, is_wildcard
+from ..cors import DEFAULT
 from ..errors import ConfigError
 from ..expert_parallel.layout import PROTOCOL_VERSION
 from ..foreign_text import parse_json, printable
@@ -211,6 +212,8 @@ def _router(config: Config) -> Program:
     flags += ["--graceful-timeout-secs", str(_ROUTER_GRACE)]
     if router.api_keys_file:
         flags += ["--api-keys-file", router.api_keys_file]
+    if router.cors_origins != DEFAULT:
+        flags += ["--cors-origins", ",".join(router.cors_origins)]
     flags += router.extra_args
     try:
         fixed = fixed_in(file_parser().parse_args(flags))

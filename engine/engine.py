@@ -12,7 +12,7 @@ from .block_pool import BlockPool
 from .config import EngineConfig, ModelConfig
 from .errors import FastDeployError, RequestError
 from .expert_parallel.group import RankLost
-from .messages import AddRequest, ExpertParallelStats, Stats, StepOutputs, TokenOutput
+from .messages import AddRequest, ExpertParallelStats, Logprobs, Stats, StepOutputs, TokenOutput
 from .request import Batch, FinishReason, Sequence
 from .sampler import Sampled, Sampler
 from .scheduler import Scheduler
@@ -32,13 +32,14 @@ class Runner(Protocol):
     """Computes a batch. The only thing that the engine knows of tensors and of the memory of the cache."""
 
     def execute(self, batch: Batch) -> paddle.Tensor:
-        """Writes keys and values of every row and returns logits of those rows that sample.
+        """Writes keys and values of every row and returns logits of rows that sample and scored positions.
 
         Position p of a sequence lives in block `block_ids[p // block_size]` at offset `p % block_size`.
         Positions before `start` are there already, and no other slot may be written to.
 
         Returns:
-            float32 [rows that sample, vocabulary], in batch order.
+            float32 [rows that sample and scored positions, vocabulary]: first those of the rows, then those
+            of the positions, both in batch order.
         """
         ...
 
@@ -89,14 +90,14 @@ class EngineCore:
         if batch:
             self._steps_total += 1
             try:
-                sampled = self._compute(batch)
+                sampled, prompt_logprobs = self._compute(batch)
             except RankLost:
                 raise
             except Exception as error:
                 outputs += self._fail(batch, error)
             else:
                 self._failed_steps = 0
-                outputs += self._commit(batch, sampled)
+                outputs += self._commit(batch, sampled, prompt_logprobs)
         return StepOutputs(outputs, self._stats(batch.num_tokens))
 
     def rest(self) -> StepOutputs:
@@ -122,21 +123,23 @@ class EngineCore:
             Sequence(request_id, prompt, request.params, request.arrival_time, [*request.output_token_ids])
         )
 
-    def _compute(self, batch: Batch) -> list[Sampled]:
+    def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:
         logits = self._runner.execute(batch)
-        return self._sampler.sample(logits, [row.sequence for row in batch.rows if row.samples])
-
-    def _commit(self, batch: Batch, sampled: list[Sampled]) -> list[TokenOutput]:
         sequences = [row.sequence for row in batch.rows if row.samples]
-        reasons = self._scheduler.commit(batch, [one.token_id for one in sampled])
+        scored = [row for row in batch.rows if row.scored]
+        if not scored:
+            return self._sampler.sample(logits, sequences), []
+        count = len(sequences)
+        sampled = self._sampler.sample(logits[:count], sequences) if sequences else []
+        return sampled, self._sampler.score(logits[count:], scored)
+
+    def _commit(
+        self, batch: Batch, sampled: list[Sampled], prompt_logprobs: list[Logprobs]
+    ) -> list[TokenOutput]:
+        sequences = [row.sequence for row in batch.rows if row.samples]
+        reasons = self._scheduler.commit(batch, [one.token_id for one in sampled], prompt_logprobs)
         return [
-            TokenOutput(
-                request_id=sequence.request_id,
-                token_ids=[one.token_id],
-                finish_reason=reason,
-                logprobs=None if one.logprobs is None else [one.logprobs],
-                num_cached=sequence.num_cached,
-            )
+            _output(sequence, one, reason)
             for sequence, one, reason in zip(sequences, sampled, reasons, strict=True)
         ]
 
@@ -168,6 +171,20 @@ class EngineCore:
             max_num_seqs=self._config.max_num_seqs,
             expert_parallel=None if self.read_group is None else self.read_group(),
         )
+
+
+def _output(sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -> TokenOutput:
+    params = sequence.params
+    is_first = len(sequence.output_token_ids) <= 1
+    is_kept = params.max_tokens > 0
+    return TokenOutput(
+        request_id=sequence.request_id,
+        token_ids=[sampled.token_id] if is_kept else [],
+        finish_reason=reason,
+        logprobs=[sampled.logprobs] if is_kept and sampled.logprobs is not None else None,
+        num_cached=sequence.num_cached,
+        prompt_logprobs=sequence.prompt_logprobs if is_first and params.prompt_logprobs is not None else None,
+    )
 
 
 def _error(request_id: str, message: str) -> TokenOutput:

@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 # ---- API process -> worker
@@ -87,6 +87,8 @@ class TokenOutput(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[Logprobs] | None = None
+    #: Of the prompt's tokens from the second on; only in the first output of a request that asks for them.
+    prompt_logprobs: list[Logprobs] | None = None
     #: Prompt tokens found in the prefix cache; meaningful in a request's first output.
     num_cached: int = 0
     #: Why, when finish_reason is ERROR.

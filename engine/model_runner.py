@@ -36,8 +36,9 @@ class ModelRunner:
         """Computes one step.
 
         Returns:
-            float32 logits [rows that sample, vocabulary] in the order of the batch; with `every_position`
-            of all tokens of all rows instead, row after row.
+            float32 logits [rows that sample and scored positions, vocabulary]: of the rows that sample in the
+            order of the batch, then of the scored positions row after row. With `every_position` of all
+            tokens of all rows instead.
         """
         with paddle.no_grad():
             step = self._step.write(batch, every_position=every_position)

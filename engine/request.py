@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from .messages import Logprobs
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are drawn. Values are validated where they enter (entrypoints/openai/protocol.py)."""
 
+    #: 0: the prompt is computed, for its log probabilities, and nothing is drawn.
     max_tokens: int
     min_tokens: int = 0
     #: 0 means greedy.
@@ -31,6 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     #: None: no log probabilities. 0: of the drawn token only. n: and of the n most likely tokens.
     logprobs: int | None = None
+    #: The same for the tokens of the prompt, but for the first, which follows nothing.
+    prompt_logprobs: int | None = None
 
 
 class FinishReason(enum.StrEnum):
@@ -57,12 +64,21 @@ class Sequence:
     #: Prompt tokens whose keys and values were found in the prefix cache at first admission.
     num_cached: int = 0
     num_preemptions: int = 0
+    #: Of the prompt's tokens from the second on, as far as they are known: entry i is of the token at
+    #: position i + 1, from the logits of position i. They stay when the sequence is preempted.
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
     #: Chained hashes of the first full blocks, as far as needed. They stay valid: the text only grows.
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_scored(self) -> bool:
+        """Log probabilities of its prompt are wanted and not all known."""
+        num_wanted = len(self.prompt_token_ids) - 1
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < num_wanted
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Ids at positions start..end-1, of prompt and output as one text."""
@@ -86,6 +102,8 @@ class ScheduledSequence:
     start: int
     num_tokens: int
     samples: bool
+    #: Positions whose logits give the log probability of the prompt token behind them.
+    scored: range = range(0)
 
     @property
     def end(self) -> int:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fastdeploy import custom_ops
 
 from .messages import Logprobs
-from .request import SamplingParams, Sequence
+from .request import SamplingParams, ScheduledSequence, Sequence
 from .token_counts import TokenCounts
 
 _MAX_INT32 = 2**31 - 1
@@ -68,6 +68,30 @@ class Sampler:
                 logprobs = _logprobs(ids[index, :end].tolist(), values[index, :end].tolist())
                 sampled[index] = Sampled(token_ids[index], logprobs)
         return sampled
+
+    def score(self, logits: paddle.Tensor, rows: Many[ScheduledSequence]) -> list[Logprobs]:
+        """The log probabilities of prompt tokens, each from the logits of the position before it.
+
+        Args:
+            logits: float32 [scored positions of `rows`, vocabulary].
+            rows: those of a batch that score positions.
+
+        Raises:
+            FloatingPointError: as `sample`.
+        """
+        owners = [row.sequence for row in rows for _ in row.scored]
+        given = [i for row in rows for i in row.sequence.token_ids(row.scored.start + 1, row.scored.stop + 1)]
+        wanted = np.zeros(len(given), custom_ops.SAMPLING_ROW)
+        wanted["given"] = np.array(given) + 1
+        wanted["logprobs"] = [owner.params.prompt_logprobs for owner in owners]
+        width = 1 + int(wanted["logprobs"].max())
+        token_ids, ids, values = custom_ops.sample(logits, wanted, np.zeros((1, 2), np.int32), width)
+        _check(token_ids.tolist(), owners)
+        ends = 1 + np.minimum(wanted["logprobs"], logits.shape[1])
+        return [
+            _logprobs(ids[:end], values[:end])
+            for end, ids, values in zip(ends.tolist(), ids.tolist(), values.tolist(), strict=True)
+        ]
 
     def _recipe(self, sequence: Sequence) -> _Recipe:
         recipe = self._recipes.get(sequence)

@@ -16,11 +16,21 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
+from itertools import islice
+from typing import TYPE_CHECKING
 
 from .block_pool import ROOT_HASH, BlockPool, hash_block
 from .config import EngineConfig
 from .errors import RequestError
 from .request import Batch, FinishReason, ScheduledSequence, Sequence
+
+if TYPE_CHECKING:
+    from .messages import Logprobs
+
+
+#: Positions whose logits one step keeps for log probabilities of prompts. A row of logits is as long as the
+#: vocabulary, so this bounds a step's memory; what it computes does not depend on where prompts are cut.
+MAX_SCORED = 256
 
 
 class Scheduler:
@@ -65,9 +75,10 @@ class Scheduler:
         """
         assert sequence.request_id not in self._sequences, f"request {sequence.request_id} is already here"
         length = sequence.num_tokens
+        room = self.max_num_tokens if sequence.params.max_tokens == 0 else self.max_num_tokens - 1
         if not sequence.prompt_token_ids:
             raise RequestError("the prompt has no tokens; it must have at least one", "prompt")
-        if length >= self.max_num_tokens:
+        if length > room:
             raise RequestError(
                 f"the prompt has {length} tokens; prompt and output together may have {self.max_num_tokens} "
                 f"here ({self._limit()})",
@@ -95,40 +106,51 @@ class Scheduler:
         """
         budget = self._config.max_num_batched_tokens
         prefill = self._prefill_budget()
+        scored = MAX_SCORED
         rows: list[ScheduledSequence] = []
         # By index: making room removes sequences from the end, which then have no row yet.
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
-            count = self._make_room(sequence, min(self._chunk(sequence, prefill), budget))
+            count = min(self._chunk(sequence, prefill), budget, self._scorable(sequence, scored))
+            count = self._make_room(sequence, count)
             if count > 0:
                 rows.append(self._reserve(sequence, count))
                 budget -= count
                 prefill -= self._prefill_cost(rows[-1])
+                scored -= len(rows[-1].scored)
             index += 1
-        rows += self._admit(budget, prefill)
+        rows += self._admit(budget, prefill, scored)
         assert rows or not self._sequences, "sequences are left and none can be computed"
         return Batch(tuple(rows))
 
-    def commit(self, batch: Batch, token_ids: Many[int]) -> list[FinishReason | None]:
-        """Takes the results of a step: one token for each row that samples, in batch order.
+    def commit(
+        self, batch: Batch, token_ids: Many[int], prompt_logprobs: Many[Logprobs] = ()
+    ) -> list[FinishReason | None]:
+        """Takes the results of a step: one token for each row that samples, in batch order, and the log
+        probabilities of prompt tokens, one for each scored position, in batch order.
 
         Returns:
             For each of those tokens whether, and why, it ended its sequence, which then is forgotten.
         """
         assert len(token_ids) == sum(row.samples for row in batch.rows), "one token for each row that samples"
+        assert len(prompt_logprobs) == sum(len(row.scored) for row in batch.rows), (
+            "one for each that is scored"
+        )
         reasons: list[FinishReason | None] = []
-        drawn = iter(token_ids)
+        drawn, scores = iter(token_ids), iter(prompt_logprobs)
         for row in batch.rows:
             sequence = row.sequence
             assert sequence.num_computed == row.start, (
                 f"request {sequence.request_id} changed since it was scheduled"
             )
             sequence.num_computed = row.end
+            sequence.prompt_logprobs += islice(scores, len(row.scored))
             self._publish(row)
             if row.samples:
                 token_id = next(drawn)
-                sequence.output_token_ids.append(token_id)
+                if sequence.params.max_tokens > 0:
+                    sequence.output_token_ids.append(token_id)
                 reasons.append(self._finish_reason(sequence, token_id))
                 if reasons[-1] is not None:
                     self.abort([sequence.request_id])
@@ -154,6 +176,13 @@ class Scheduler:
         affordable = math.ceil(prefill / (1 + sequence.num_computed / self._context_of_double_cost))
         return min(left, max(0, affordable))
 
+    def _scorable(self, sequence: Sequence, scored: int) -> int:
+        """Tokens of the sequence that a step computes at most which may score so many positions."""
+        left = sequence.num_tokens - sequence.num_computed
+        if not sequence.is_scored or len(_scored(sequence, sequence.num_tokens)) <= scored:
+            return left
+        return len(sequence.prompt_logprobs) - sequence.num_computed + scored
+
     def _prefill_cost(self, row: ScheduledSequence) -> float:
         if row.num_tokens == 1:
             return 0
@@ -177,7 +206,8 @@ class Scheduler:
         end = sequence.num_computed + count
         missing = self._config.blocks_for(end) - len(sequence.block_ids)
         sequence.block_ids += self._pool.allocate(max(0, missing))
-        return ScheduledSequence(sequence, sequence.num_computed, count, samples=end == sequence.num_tokens)
+        samples = end == sequence.num_tokens
+        return ScheduledSequence(sequence, sequence.num_computed, count, samples, _scored(sequence, end))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -186,10 +216,12 @@ class Scheduler:
         self.preemptions_total += 1
         self._waiting.appendleft(sequence)
 
-    def _admit(self, budget: int, prefill: float) -> list[ScheduledSequence]:
+    def _admit(self, budget: int, prefill: float, scored: int) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
         while self._waiting and budget > 0 and prefill > 0 and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
+            if sequence.is_scored and scored <= 0:
+                break
             cached = self._find_prefix(sequence)
             # The whole text must fit, not only its first chunk, and each running sequence must be able to
             # grow by a block: what is admitted with less is soon preempted, and its prefill was for nothing.
@@ -206,9 +238,11 @@ class Scheduler:
                 sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_token_ids))
                 self.prefix_cache_hit_tokens_total += sequence.num_computed
                 self.prefix_cache_query_tokens_total += sequence.num_tokens
-            rows.append(self._reserve(sequence, min(self._chunk(sequence, prefill), budget)))
+            count = min(self._chunk(sequence, prefill), budget, self._scorable(sequence, scored))
+            rows.append(self._reserve(sequence, count))
             budget -= rows[-1].num_tokens
             prefill -= self._prefill_cost(rows[-1])
+            scored -= len(rows[-1].scored)
         return rows
 
     def _release(self, sequence: Sequence) -> None:
@@ -222,6 +256,9 @@ class Scheduler:
             return []
         # The last token is always computed: its logits draw the next one, and the cache holds no logits.
         count = (sequence.num_tokens - 1) // self._pool.block_size
+        if sequence.is_scored:
+            # The same holds for every position that is still to be scored.
+            count = min(count, len(sequence.prompt_logprobs) // self._pool.block_size)
         self._extend_hashes(sequence, count)
         return self._pool.find(sequence.block_hashes[:count])
 
@@ -255,3 +292,11 @@ class Scheduler:
         if self.max_num_tokens == self._config.max_model_len:
             return f"--max-model-len {self._config.max_model_len}"
         return f"{self._pool.num_blocks} blocks of {self._pool.block_size} tokens, --num-gpu-blocks-override"
+
+
+def _scored(sequence: Sequence, end: int) -> range:
+    """The positions before `end` that are still to be scored; the prompt's last token has none behind it."""
+    if not sequence.is_scored:
+        return range(0)
+    first = len(sequence.prompt_logprobs)
+    return range(first, max(first, min(end, len(sequence.prompt_token_ids) - 1)))

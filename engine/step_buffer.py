@@ -23,7 +23,8 @@ class StepBuffer:
     def write(self, batch: Batch, *, every_position: bool = False) -> paddle.Tensor:
         """
         Args:
-            every_position: logits of all tokens are wanted, rather than of the last of each row that samples.
+            every_position: logits of all tokens are wanted, rather than of the last of each row that samples
+                and then of those positions that are scored.
 
         Returns:
             The step, valid until the next call.
@@ -33,11 +34,17 @@ class StepBuffer:
         counts = [row.num_tokens for row in rows]
         num_tokens, width = sum(counts), max(widths)
         ends = np.cumsum(counts)
-        wanted = (
-            np.arange(num_tokens)
-            if every_position
-            else ends[[index for index, row in enumerate(rows) if row.samples]] - 1
-        )
+        if every_position:
+            wanted = np.arange(num_tokens)
+        else:
+            wanted = ends[[index for index, row in enumerate(rows) if row.samples]] - 1
+            scored = [
+                np.arange(row.scored.start, row.scored.stop) + (end - row.end)
+                for end, row in zip(ends, rows, strict=True)
+                if row.scored
+            ]
+            if scored:
+                wanted = np.concatenate([wanted, *scored])
         sizes = [4, len(rows) + 1, len(rows), len(rows) * width, num_tokens, len(wanted)]
         if sum(sizes) > len(self._array):
             self._grow(2 * sum(sizes))

@@ -101,6 +101,10 @@ class Tokenizer:
         """For people and log probabilities: a token that is half a character shows U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def is_special(self, token_id: int) -> bool:
+        """It is left out of the text that a reader is shown."""
+        return token_id in self._vocabulary.special_ids
+
     def detokenizer(
         self, skip_special_tokens: bool = True, *, continues: bool = False
     ) -> IncrementalDetokenizer:

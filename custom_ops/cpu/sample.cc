@@ -220,6 +220,11 @@ void write_logprobs(const Sampling& args, int64_t index, const Scratch& scratch)
 
 void sample_row(const Sampling& args, int64_t index, const Scratch& scratch) {
   const SamplingRow& params = args.params[index];
+  if (params.given > 0) {
+    args.drawn[index] = params.given - 1;
+    if (params.logprobs >= 0) write_logprobs(args, index, scratch);
+    return;
+  }
   const float* logits = args.logits + index * args.vocabulary;
   const Row row = Row::of(adjusted(logits, args.vocabulary, params, args.tokens, scratch), args.vocabulary,
                           scratch.maxima);

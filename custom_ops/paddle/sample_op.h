@@ -7,7 +7,7 @@
 namespace fd::binding {
 
 // One SamplingRow for each row, all of whose tokens are there.
-inline const SamplingRow* sampling_rows(const paddle::Tensor& rows, int64_t count,
+inline const SamplingRow* sampling_rows(const paddle::Tensor& rows, int64_t count, int64_t vocabulary,
                                         const paddle::Tensor& tokens, int width) {
   require(rows.dtype() == paddle::DataType::UINT8 && rows.numel() == count * int64_t{sizeof(SamplingRow)},
           "sample: rows must hold the bytes of one SamplingRow for each row of logits");
@@ -18,6 +18,7 @@ inline const SamplingRow* sampling_rows(const paddle::Tensor& rows, int64_t coun
                 int64_t{row->first_token} + row->num_seen + row->num_masked <= tokens.numel() / 2,
             "sample: the tokens of a row reach beyond the end");
     require(row->logprobs < width, "sample: a row wants more log probabilities than the width has room for");
+    require(row->given >= 0 && row->given <= vocabulary, "sample: a given token is not in the vocabulary");
   }
   return params;
 }
@@ -33,7 +34,7 @@ inline std::vector<paddle::Tensor> run_sample(const paddle::Tensor& logits, cons
       .logits = floats(logits, count * vocabulary, "sample: logits"),
       .rows = count,
       .vocabulary = vocabulary,
-      .params = sampling_rows(rows, count, tokens, width),
+      .params = sampling_rows(rows, count, vocabulary, tokens, width),
       .tokens = reinterpret_cast<const TokenCount*>(tokens.data<int32_t>()),
       .drawn = drawn.data<int64_t>(),
       .top_tokens = top_tokens.data<int32_t>(),

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -69,6 +70,13 @@ def config_of_the_daemon(options: argparse.Namespace) -> tuple[Path, Path | None
     except (control.DaemonUnreachable, control.NotAllowed):
         return _SYSTEM_CONFIG, prefix(options)
     return Path(daemon["config"]), Path(daemon["prefix"]) if daemon["prefix"] else None
+
+
+def command_line(options: argparse.Namespace, *words: str) -> str:
+    """A command of fdctl for the same daemon, to be copied into a shell."""
+    place = ["--prefix", str(options.prefix)] if options.prefix else []
+    place += ["--socket", str(options.socket)] if options.socket else []
+    return shlex.join(["fdctl", *place, *words])
 
 
 def show_json(look: Callable[[], dict[str, Any]], watch: bool) -> int:

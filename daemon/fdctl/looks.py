@@ -34,7 +34,8 @@ def ep(options: argparse.Namespace) -> int:
         user = run.stat().st_uid
         nobody = f"nobody is in an expert group of {run}: "
         if names:
-            nobody += "replicas are loading or down (fdctl status), or their model has no experts"
+            look_up = asking.command_line(options, "status")
+            nobody += f"replicas are loading or down ({look_up}), or their model has no experts"
         else:
             nobody += "[parallel] expert_parallel is off"
 

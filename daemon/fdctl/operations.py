@@ -31,7 +31,7 @@ def _carry_out(options: argparse.Namespace, command: dict[str, Any]) -> int:
         answer = _talk(options, command)
     except KeyboardInterrupt:
         # The daemon does not look whether somebody still waits.
-        what = f"detached; the {command['do']} goes on: fdctl status"
+        what = f"detached; the {command['do']} goes on: {asking.command_line(options, 'status')}"
         if options.json:
             print(json.dumps({"code": control.DETACHED, "error": what}), flush=True)
         print(f"fdctl: {what}", file=sys.stderr)

@@ -23,7 +23,9 @@ _COLOURS = {
 }
 _SEAT_COLOURS = {"active": "green", "joining": "yellow", "leaving": "yellow", "free": "dim"}
 
-_UNLIMITED = 1000
+#: Characters of a line into a pipe or a file, which rich would fold, and of the note in it: `fdctl why` and
+#: --json have all of it.
+_UNLIMITED, _NOTE_IN_A_PIPE = 1000, 100
 
 
 def show(
@@ -31,9 +33,12 @@ def show(
 ) -> int:
     """Once, or until the user has seen enough; the caller turns Ctrl-C into an exit code."""
     if not watch:
-        # Into a pipe or a file a line is as long as it is.
         console = Console() if sys.stdout.isatty() else Console(width=_UNLIMITED)
-        console.print(draw(ask()))
+        with console.capture() as captured:
+            console.print(draw(ask()))
+        # A table fills its last column up with spaces.
+        for line in captured.get().splitlines():
+            print(line.rstrip())
         return OK
     with Live(draw(ask()), auto_refresh=False, screen=True) as live:
         while True:
@@ -42,15 +47,17 @@ def show(
 
 
 def of_status(status: dict[str, Any]) -> Group:
+    """On a terminal the note gets what the other columns leave of the width."""
     daemon = status["daemon"]
     table = _titled(
         f"{daemon['url']}  {daemon['ready']}/{daemon['replicas']} replicas READY  fd-dp {daemon['state']}"
     )
+    table.expand = sys.stdout.isatty()
     for name in ("replica", "state"):
         table.add_column(name)
     for name in ("pid", "uptime", "restarts", "port", "in flight"):
         table.add_column(name, justify="right")
-    table.add_column("note", no_wrap=True, overflow="ellipsis")
+    table.add_column("note", no_wrap=True, overflow="ellipsis", ratio=1)
     for entry in [status["router"], *status["replicas"]]:
         if entry is not None:
             table.add_row(*_row(entry))
@@ -165,6 +172,8 @@ def _titled(title: str) -> Table:
 
 def _row(entry: dict[str, Any]) -> list[Text]:
     note = entry["note"] or (f"last exit: {entry['last_exit']}" if entry["last_exit"] else "")
+    if len(note) > _NOTE_IN_A_PIPE and not sys.stdout.isatty():
+        note = note[: _NOTE_IN_A_PIPE - 3] + "..."
     words = [
         str(entry.get("replica", entry["name"])),
         "",

@@ -34,7 +34,7 @@ def why(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**found, "lines": lines}, indent=2))
         return control.OK
-    for line in (*_told(found), *(f"  {trouble}" for trouble in found["problems"])):
+    for line in (*_told(options, found), *(f"  {trouble}" for trouble in found["problems"])):
         print(line)
     print(problem or f"last {len(lines)} lines of {found['output']}:")
     for line in lines:
@@ -52,7 +52,7 @@ def _all(options: argparse.Namespace) -> int:
         return control.OK
     notable = [one for one in found if one["state"] != "READY" or one["waits_for"]]
     for one in notable:
-        for line in _told(one):
+        for line in _told(options, one):
             print(line)
     for problem in status["daemon"]["problems"]:
         print(problem)
@@ -70,7 +70,7 @@ def _explained(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return {**found, "stacks": asdict(stacks) if stacks else None, "expert_group": group}
 
 
-def _told(found: dict[str, Any]) -> list[str]:
+def _told(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     now = time.time()
     lines = [f"{asking.label(found)}: {found['state']} for {_duration(found['for'])}"]
     if found["note"]:
@@ -91,10 +91,8 @@ def _told(found: dict[str, Any]) -> list[str]:
         lines.append(f"  expert group {group['name']}: {group['told']}")
     if stacks := found["stacks"]:
         word = found.get("replica", found["name"])
-        lines.append(
-            f"  stacks of {stacks['threads']} threads are in its output: "
-            f"fdctl logs {word} -n {stacks['lines_ago']}"
-        )
+        logs = asking.command_line(options, "logs", str(word), "-n", str(stacks["lines_ago"]))
+        lines.append(f"  stacks of {stacks['threads']} threads are in its output: {logs}")
     return lines
 
 

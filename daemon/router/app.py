@@ -24,6 +24,8 @@ from .settings import Settings
 logger = logging.getLogger(__name__)
 
 _MAX_REGISTRATION = 64 << 10
+#: Of a path in an error.
+_LONGEST_PATH = 200
 _ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
     "drain": Board.drain,
     "undrain": Board.undrain,
@@ -214,7 +216,8 @@ def _control_plane(router: Router) -> Flask:
         status = fault.code or 500
         if status == 500:
             return Response('{"code":500,"msg":"Internal server error"}', 500, mimetype="application/json")
-        path = request.environ["RAW_URI"].partition("?")[0]
+        # As it was sent: Werkzeug's path has single slashes where there were several.
+        path = request.environ["RAW_URI"].partition("?")[0][:_LONGEST_PATH]
         message = f"{request.method} {path}: {fault.name.lower()}"
         response = Response(error_body(status, message, fault.name.lower().replace(" ", "_")), status)
         response.mimetype = "application/json"

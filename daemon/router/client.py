@@ -66,6 +66,9 @@ class Server(Protocol):
     def refused(self, method: str, target: bytes, status: int) -> None:
         """A request that is none; method and target may be empty."""
 
+    def cors_lines(self, target: bytes, origin: bytes) -> bytes:
+        """Header lines without which a browser hides the answer from the web page of that origin."""
+
 
 class ClientConnection(asyncio.Protocol):
     """Implements `Client` for the request that is under way."""
@@ -295,7 +298,10 @@ class ClientConnection(asyncio.Protocol):
         )
         self._is_busy = True
         self._keep_alive = self._is_head_only = False
-        self.give(answer.status_line.encode(), header_lines(answer.headers), answer.body)
+        lines = header_lines(answer.headers)
+        if origin := self._parser.origin:
+            lines += self._server.cors_lines(target, origin)
+        self.give(answer.status_line.encode(), lines, answer.body)
 
     def _linger(self) -> None:
         """The last words have been said; the client may still be talking."""

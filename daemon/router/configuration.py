@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...addresses import addresses_of
+from ...cors import CorsPolicy
 from ...errors import ConfigError
 from ...file_limit import allow_open_files, open_files_limit
 from .flags import LEVELS, MOST_CONNECTIONS, changed, file_parser, fixed_in, parser
@@ -106,6 +107,7 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         ),
         admin_keys=read_keys("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
+        cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         registry_file=arguments.registry_file,
         admin_socket=arguments.admin_socket,
         graceful_timeout=arguments.graceful_timeout_secs,

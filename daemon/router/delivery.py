@@ -15,14 +15,14 @@ from ...resumption import Resumption
 from .answers import Answer, header_lines, sse_error
 from .board import Seat
 from .fast_path import Passed
-from .incoming import HOP_BY_HOP, ClientRequest, RawHeaders, lines_without
+from .incoming import CORS, HOP_BY_HOP, ClientRequest, RawHeaders, lines_without
 from .resume import Draft, Lines, Transcript
 from .upstream import ReplicaConnection
 
 #: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
 _MOST_HELD = 4 << 20
 _REDIRECTS = frozenset({201, *range(300, 400)})
-_NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"}
+_NOT_PASSED_ON = HOP_BY_HOP | CORS | {b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"}
 
 
 class Client(Protocol):

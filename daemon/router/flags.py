@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ... import __version__
 from ...command_line import CommandLine
+from ...cors import DEFAULT
 from .policies import POLICIES
 
 #: Clients of a worker, if nobody says how many.
@@ -83,6 +84,13 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         help="address or network from which replicas may register besides this machine; may be repeated",
     )
     add("--api-keys-file", type=Path, metavar="FILE", help="keys that /v1 asks for, one a line")
+    add(
+        "--cors-origins",
+        default=",".join(DEFAULT),
+        metavar="LIST",
+        help="web pages that may read answers of /v1: origins with commas between them, loopback for those "
+        "of this machine, * for all, empty for none (default %(default)s)",
+    )
     add("--workers", type=int, default=1, help="processes that serve (default %(default)s)")
     add(
         "--max-connections",

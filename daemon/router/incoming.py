@@ -28,6 +28,20 @@ HOP_BY_HOP = frozenset(
         b"http2-settings",
     }
 )
+#: Which web pages may read an answer is the router's decision, not a replica's.
+CORS = frozenset(
+    b"access-control-" + name
+    for name in (
+        *(
+            b"allow-origin",
+            b"allow-credentials",
+            b"allow-methods",
+            b"allow-headers",
+            b"allow-private-network",
+        ),
+        *(b"expose-headers", b"max-age"),
+    )
+)
 _LONGEST_ID = 256
 #: Escapes of characters that need none, and of the slash: WSGI and ASGI decode it before they look at a path.
 _NEEDLESS_ESCAPE = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])")

@@ -20,11 +20,12 @@ from .incoming import HOP_BY_HOP, ClientRequest, Refused, lines_without
 
 #: Seconds between the signs of life that replicas are asked for.
 _SIGN_OF_LIFE = 5
-#: Follow from the connection and the body that are used, or are between the router and its replicas only.
+#: Follow from the connection and the body that are used, or are between the router and its replicas only. And
+#: Origin, which the router answers for.
 _MADE_ANEW = frozenset(
     name.lower().encode()
     for name in (
-        *("Host", "Content-Length", "Expect", "X-Request-Id", "X-FD-Seed"),
+        *("Host", "Content-Length", "Expect", "Origin", "X-Request-Id", "X-FD-Seed"),
         *(MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER),
     )
 )

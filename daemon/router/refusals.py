@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .answers import Answer, error
-from .incoming import without_hop_by_hop
+from .incoming import CORS, without_hop_by_hop
 from .upstream import ReplicaConnection
 
-_BETWEEN_US = (b"content-length", b"x-fd-replica", b"x-request-id")
+_BETWEEN_US = CORS | {b"content-length", b"x-fd-replica", b"x-request-id"}
 
 
 def no_key() -> Answer:

@@ -32,6 +32,7 @@ _LOOKED_AT = frozenset(
     {
         *(b"host", b"content-length", b"content-type", b"transfer-encoding", b"expect"),
         *(b"connection", b"authorization", b"x-request-id", b"x-fd-seed"),
+        *(b"origin", b"access-control-request-method", b"access-control-request-headers"),
     }
 )
 
@@ -71,6 +72,11 @@ class RequestParser:
         self._fed = self._came = 0
         self.on_message_begin()
         self.is_receiving = False
+
+    @property
+    def origin(self) -> bytes:
+        """The web page that sends the request, as far as it has come; empty if none is named."""
+        return self._special.get(b"origin", b"")
 
     def feed(self, data: bytes) -> Sequence[Parsed | Answer]:
         """The requests that these bytes make whole; an answer, the last, is to something that is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -206,7 +207,7 @@ def _require(*modules: str) -> None:
     if missing:
         raise ConfigError(
             f"the router needs {' and '.join(missing)}, which is not installed: "
-            f"{sys.executable} -m pip install {' '.join(missing)}"
+            + shlex.join([sys.executable, "-m", "pip", "install", *missing])
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import TYPE_CHECKING
 
+from ...cors import CorsPolicy
 from ...errors import ConfigError
 from .keys import ApiKeys
 from .policies import Policy
@@ -47,6 +48,8 @@ class Settings:
     register_keys: ApiKeys
     admin_keys: ApiKeys
     allow_hosts: tuple[IPNetwork, ...]
+    #: Web pages that may read answers of /v1.
+    cors: CorsPolicy
     registry_file: Path | None
     #: A unix socket on which no admin key is asked for.
     admin_socket: Path | None

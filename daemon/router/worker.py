@@ -15,8 +15,10 @@ from typing import Any
 import uvloop
 from gunicorn.workers.base import Worker
 
+from .answers import header_lines
 from .app import Router
 from .client import ClientConnection, Task
+from .cors import CorsClient, Preflight, cors_lines, is_preflight, preflight_answer
 from .delivery import Client
 from .incoming import ClientRequest
 from .relay import DataPlane
@@ -105,6 +107,10 @@ class RouterWorker(Worker):
 
     def serve(self, client: Client, request: ClientRequest) -> Task:
         if request.raw_path.startswith(b"/v1/"):
+            if b"origin" in request.special:
+                if is_preflight(request):
+                    return self._answer_preflight(client, request)
+                client = CorsClient(client, self.cors_lines(request.raw_path, request.special[b"origin"]))
             return self._plane.begin(client, request)
         metrics = self._router.metrics
         # Somebody may want to see them.
@@ -113,6 +119,15 @@ class RouterWorker(Worker):
 
     def refused(self, method: str, target: bytes, status: int) -> None:
         self._router.metrics.answered(method, target.partition(b"?")[0].decode("latin-1"), status, 0.0)
+
+    def cors_lines(self, target: bytes, origin: bytes) -> bytes:
+        return cors_lines(self._router.settings.cors, target, origin)
+
+    def _answer_preflight(self, client: Client, request: ClientRequest) -> Task:
+        answer = preflight_answer(self._router.settings.cors, request)
+        client.give(answer.status_line.encode(), header_lines(answer.headers), answer.body)
+        self._router.metrics.answered(request.method, request.path, answer.status, 0.0)
+        return Preflight()
 
     # ---- its life
 

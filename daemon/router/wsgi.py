@@ -73,8 +73,9 @@ def environ_of(request: ClientRequest) -> Environ:
         "REQUEST_METHOD": request.method,
         "SCRIPT_NAME": "",
         "PATH_INFO": urllib.parse.unquote_to_bytes(path).decode("latin-1"),
-        "QUERY_STRING": query.decode("latin-1"),
+        # Not of PEP 3333; servers and Werkzeug know it by this name.
         "RAW_URI": request.target.decode("latin-1"),
+        "QUERY_STRING": query.decode("latin-1"),
         "SERVER_NAME": "fd-router",
         "SERVER_PORT": "0",
         "SERVER_PROTOCOL": "HTTP/1.0" if request.is_old else "HTTP/1.1",

@@ -258,3 +258,26 @@ def test_wrong_sizes_are_refused_before_memory_is_read() -> None:
     telling["logprobs"] = 1
     with pytest.raises(ValueError, match="more log probabilities than the width"):
         custom_ops.sample(logits, telling, tokens, 1)
+
+
+@given(any_rows(), st.data())
+def test_a_given_token_takes_the_place_of_a_draw(rows: list[Row], data: st.DataObject) -> None:
+    """Its log probability is that of the same token when it is drawn, to the bit."""
+    for row in rows:
+        row.fields["logprobs"] = max(row.fields["logprobs"], 0)
+    drawn, top, logprobs = sample(rows)
+    for row, token in zip(rows, drawn, strict=True):
+        # Neither penalties nor masks nor the temperature matter.
+        row.fields |= {"given": 1 + token, "temperature": data.draw(st.sampled_from([0.0, 0.7]))}
+        row.masked = [token]
+    again, top_again, logprobs_again = sample(rows)
+    assert again == drawn
+    for index, row in enumerate(rows):
+        end = 1 + min(int(row.fields["logprobs"]), len(row.logits))
+        assert top_again[index, :end].tolist() == top[index, :end].tolist()
+        assert logprobs_again[index, :end].tobytes() == logprobs[index, :end].tobytes()
+
+
+def test_a_given_token_of_a_broken_row_is_told_as_broken() -> None:
+    row = Row(np.full(70, np.nan), fields={"given": 3, "logprobs": 0})
+    assert sample([row])[0] == [custom_ops.BROKEN_ROW]

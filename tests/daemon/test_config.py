@@ -147,6 +147,10 @@ def test_every_option_has_one_sentence_of_help() -> None:
             "4: engine.extra_args: is a text; it must be a list of texts",
         ),
         (
+            model("[router]\ncors_origins = ['*', 'http://app.example/']\n"),
+            "4: router.cors_origins: 'http://app.example/' is not an origin as browsers send it",
+        ),
+        (
             model("[engine]\nextra_args = ['--api-key', '5ecret']\n"),
             "4: engine.extra_args: it must not hold --api-key: every user of this machine can read command "
             "lines; write api_keys_file = FILE",

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,6 +31,26 @@ def test_everything_becomes_ready_and_a_signal_leaves_no_process(running: Runnin
     assert running.left_over() == []
     assert not alive(supervisord)
     assert f"curl http://127.0.0.1:{running.ports[0]}/v1/chat/completions" in output
+
+
+def test_what_is_printed_to_be_copied_can_be_copied(tmp_path: Path) -> None:
+    running = Running(tmp_path / "my run & $HOME")
+    running.prefix.mkdir()
+    running.write()
+    try:
+        running.start_and_wait()
+        assert running.daemon is not None
+        assert running.daemon.stdout is not None
+        printed = iter(running.daemon.stdout.readline, "Ctrl-C stops everything.\n")
+        lines = [line.strip() for line in printed]
+        [curl] = [line for line in lines if line.startswith("curl ")]
+        [status] = [line for line in lines if line.endswith(" status")]
+        shown = subprocess.run(["/bin/sh", "-c", status], capture_output=True, text=True, timeout=60)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert "2/2 replicas READY" in shown.stdout
+        assert json.loads(shlex.split(curl)[-1])["messages"]
+    finally:
+        running.stop()
 
 
 def test_the_router_starts_before_the_replicas(running: Running) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fastdeploy.cors import CorsPolicy
 from fastdeploy.daemon.config import Config, parse
 from fastdeploy.daemon.programs import expert_group_in, expert_group_of, programs_of
+from fastdeploy.daemon.router.flags import file_parser
 from fastdeploy.entrypoints.openai.options import parse_arguments
 from fastdeploy.expert_parallel.memory import group_directory
 
@@ -89,3 +91,19 @@ def test_extra_args_may_name_another_group(words: str) -> None:
     argv = programs_of(read(engine=f"extra_args = {words}"))[1].argv
     assert expert_group_in(argv) == "mine"
     assert parse_arguments(argv[3:]).engine.expert_parallel_group == "mine"
+
+
+@pytest.mark.parametrize(
+    ("line", "origins"),
+    [
+        ("", {"loopback"}),
+        ("cors_origins = []", set()),
+        ('cors_origins = ["*"]', {"*"}),
+        ('cors_origins = ["loopback", "https://app.example"]', {"loopback", "https://app.example"}),
+    ],
+)
+def test_the_router_allows_the_web_pages_of_dp_toml(line: str, origins: set[str]) -> None:
+    config = parse(f'[model]\npath = "demo"\n[router]\n{line}\n', "dp.toml", Path("/tmp"), Path("/tmp"))
+    router = programs_of(config)[0]
+    flags = file_parser().parse_args(router.flags)
+    assert CorsPolicy.parse("--cors-origins", flags.cors_origins).origins == origins

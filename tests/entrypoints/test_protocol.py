@@ -53,11 +53,10 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("stop_token_ids", [True]),
     ("stop_token_ids", [0] * 1000),
     ("min_tokens", -1),
-    ("max_tokens", 0),
     ("max_tokens", -5),
     ("max_tokens", 1.5),
     ("max_tokens", "10"),
-    ("max_completion_tokens", 0),
+    ("max_completion_tokens", -1),
     ("n", 0),
     ("n", 1000),
     ("n", True),
@@ -111,13 +110,20 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(parse, field, value
         ),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "refusal": 5}]}, "messages[0].refusal"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"chat_template": 5}, "chat_template"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
-        ({"chat_template_kwargs": {"self": None}}, "chat_template_kwargs.self"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self"),
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
     ],
 )
@@ -143,7 +149,7 @@ def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(fields, par
         ({"logprobs": 21}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"echo": "x"}, "echo"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"max_tokens": 0, "min_tokens": 1}, "min_tokens"),
     ],
 )
 def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields, param):
@@ -157,6 +163,9 @@ def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields
     [
         {"tools": [], "tool_choice": "none"},
         {"response_format": {"type": "text"}},
+        {"response_format": {"type": "text", "json_schema": None}},
+        {"response_format": {"type": None}},
+        {"logit_bias": {"5": None}, "audio": {"voice": None}},
         {"temperature": None, "stop": None, "n": None, "seed": None},
         {"a_field_of_tomorrow": {"x": 1}, "metadata": {"a": "b"}, "user": "me"},
         {"top_k": -1, "seed": -1, "logit_bias": {}},
@@ -166,6 +175,20 @@ def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields
 @pytest.mark.parametrize("parse", [chat, completion])
 def test_what_changes_nothing_is_let_through(parse, fields):
     assert parse(**fields).n == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"echo": True, "logprobs": 2}, 2),
+        ({"echo": True, "logprobs": 0}, 0),
+        ({"echo": True, "logprobs": -1}, None),
+        ({"echo": True}, None),
+        ({"logprobs": 2}, None),
+    ],
+)
+def test_echo_with_logprobs_asks_for_those_of_the_prompt(fields, wanted):
+    assert completion(max_tokens=0, **fields).prompt_logprobs == wanted
 
 
 @pytest.mark.parametrize("parse", [chat, completion])
@@ -187,6 +210,36 @@ def test_fastdeploys_whole_range_of_temperature_and_top_p_is_open(parse):
 @pytest.mark.parametrize("parse", [chat, completion])
 def test_stream_options_ask_for_the_usage_unless_they_say_no(parse, options, wanted):
     assert parse(stream=True, **options).include_usage is wanted
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_usage_in_each_chunk_has_to_be_asked_for(parse, wanted):
+    options = {"continuous_usage_stats": wanted, "include_usage": None}
+    request = parse(stream=True, stream_options=options)
+    assert (request.continuous_usage, request.include_usage) == (wanted is True, True)
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"content": "hi", "refusal": None, "annotations": [], "audio": None, "function_call": None}, "hi"),
+        ({"content": "hi", "tool_calls": None, "reasoning_content": None, "name": None}, "hi"),
+        ({"content": "hi", "tool_calls": [], "function_call": {"name": None, "arguments": None}}, "hi"),
+        ({"content": None, "refusal": "I will not."}, "I will not."),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"content": [{"type": "text", "text": "hi", "annotations": None}]}, "hi"),
+        ({"content": None}, ""),
+    ],
+)
+def test_what_an_answer_holds_may_come_back_as_history(message, content):
+    request = chat(messages=[*HELLO, {"role": "assistant", **message}, *HELLO])
+    assert request.messages[1] == {"role": "assistant", "content": content}
+
+
+def test_a_null_template_argument_is_absent_at_every_level():
+    arguments = {"self": None, "thinking": None, "options": {"depth": 1, "width": None}}
+    assert chat(chat_template_kwargs=arguments).chat_template_kwargs == {"options": {"depth": 1}}
 
 
 def test_the_newer_name_of_the_token_limit_wins():

@@ -101,7 +101,7 @@ def _without_cache(event: bytes) -> bytes:
     """What is in the cache of whom is no part of the answer."""
     if event == DONE or not (usage := (data := data_of(event)).get("usage")):
         return event
-    cached = usage["prompt_tokens_details"].pop("cached_tokens")
+    cached = usage.get("prompt_tokens_details", {}).pop("cached_tokens", 0)
     assert 0 <= cached <= usage["prompt_tokens"]
     return json.dumps(data).encode()
 
@@ -173,6 +173,7 @@ def text_of(whole: Stream) -> str:
         {"max_tokens": 8, "n": 3, "temperature": 1.5, "top_k": 50, "seed": -5},
         {"max_tokens": 9, "stream_options": None},
         {"max_tokens": 9, "request_id": "mine"},
+        {"max_tokens": 9, "n": 2, "stop": ["e", "th"], "stream_options": {"continuous_usage_stats": True}},
     ],
     ids=lambda request: " ".join(request),
 )
@@ -186,7 +187,10 @@ def test_chats(replicas: tuple[Replica, Replica], request_: dict[str, Any]) -> N
         {"max_tokens": 10, "temperature": 0},
         {"max_tokens": 10, "echo": True, "n": 2},
         {"max_tokens": 10, "return_token_ids": True, "echo": True},
+        {"max_tokens": 9, "echo": True, "stream_options": {"continuous_usage_stats": True}},
         {"max_tokens": 14, "logprobs": 1},
+        {"max_tokens": 8, "logprobs": 1, "echo": True, "n": 2},
+        {"max_tokens": 8, "logprobs": 1, "echo": True, "stop": ["e", "th"], "stop_token_ids": [5, 6, 7]},
         {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 5},
         {"prompt": [[40, 41, 42], [43]], "max_tokens": 5, "echo": True},
         {"max_tokens": 14, "repetition_penalty": 1.8, "presence_penalty": 1.5, "frequency_penalty": 1.0},

@@ -7,6 +7,7 @@ import pytest
 import requests
 
 from .fake_engine import answers, answers_status, closes, wait_until
+from .raw_client import RawClient
 
 
 def register(router, **fields) -> requests.Response:
@@ -190,3 +191,12 @@ def test_unknown_paths_and_methods_get_an_openai_error(router):
     answer = requests.delete(f"{router.url}/register", timeout=10)
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
     assert "POST" in answer.headers["Allow"]
+
+
+@pytest.mark.parametrize("path", ["/nothing//here", "//nothing", "/no%20thing%0A", "/a/./b"])
+def test_a_path_that_is_not_found_is_told_as_it_was_sent(shared_router, path):
+    with RawClient(shared_router.port) as client:
+        client.send(f"GET {path}?x=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        answer = client.answer()
+    assert answer.status == 404
+    assert json.loads(answer.body)["error"]["message"] == f"GET {path}: not found"

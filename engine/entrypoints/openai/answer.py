@@ -13,7 +13,7 @@ from typing import Any, Self
 import msgspec
 
 from ...errors import FastDeployError
-from ...messages import AddRequest
+from ...messages import AddRequest, Logprobs
 from ...request import FinishReason, SamplingParams
 from ...resumption import Delivered, Resumption, draft_lines, mark
 from ..client_watch import watch
@@ -77,6 +77,8 @@ class Answer:
         self._is_marked = marked
         self._progress = progress
         self._num_cached: dict[int, int] = {}
+        #: Of each choice that has drawn its first token, if the request asks for them.
+        self._prompt_logprobs: dict[int, list[Logprobs]] = {}
         #: When each choice got its latest token, in seconds since the request's arrival.
         self._last_drawn: dict[int, float] = {}
         self._ended = False
@@ -101,6 +103,7 @@ class Answer:
                 stop=request.stop,
                 include_stop=request.include_stop_str_in_output,
                 min_tokens=request.min_tokens,
+                tells_stop_token=request.prompt_logprobs is not None,
             )
             self._outputs.append(output)
             addition = AddRequest(f"{engine_id}-{index}", prompt, params, time.time())
@@ -109,7 +112,9 @@ class Answer:
                 if begun[index].finished:
                     continue
                 known = output.token_ids[: output.num_tokens - output.num_repeated]
-                addition = msgspec.structs.replace(addition, output_token_ids=known)
+                # The client has those of the prompt already.
+                params = msgspec.structs.replace(params, prompt_logprobs=None)
+                addition = msgspec.structs.replace(addition, params=params, output_token_ids=known)
             additions.append(addition)
             self._indexes[addition.request_id] = index
         self._num_marked = [output.num_tokens for output in self._outputs]
@@ -145,9 +150,12 @@ class Answer:
                 choice = self._outputs[index]
                 if index not in self._num_cached:
                     self._num_cached[index] = output.num_cached
+                if output.prompt_logprobs is not None:
+                    self._prompt_logprobs[index] = output.prompt_logprobs
                 before = choice.num_tokens
                 delta = choice.push(output)
-                self._count(index, choice.num_tokens - before)
+                if choice.num_tokens > before:
+                    self._count(index, choice.num_tokens - before)
                 if choice.finish_reason is not None:
                     self._num_before_end[index] = before
                     # A stop string ends a choice that the engine would go on with.
@@ -174,6 +182,10 @@ class Answer:
             parts[index].append(delta)
         return parts
 
+    def prompt_logprobs(self, index: int) -> list[Logprobs]:
+        """Of the prompt of a choice that has come, from the second token on."""
+        return self._prompt_logprobs[index]
+
     def mark(self, index: int, delta: Delta | None = None) -> bytes:
         """What stands behind the event of this delta, or behind one without text that opens a choice."""
         if not self._is_marked:
@@ -194,6 +206,27 @@ class Answer:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:
+        """The field `usage` of an event of this choice, if the request asks for it there.
+
+        It leaves out what depends on a replica's cache, so that a resumed stream continues with the counts
+        that it would have had.
+
+        Args:
+            has_begun: False for an event without tokens that opens the choice.
+        """
+        if not self.request.continuous_usage:
+            return {}
+        prompt = len(self.prompts[index // self.request.n])
+        completion = self._outputs[index].num_tokens if has_begun else 0
+        return {
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            }
         }
 
     def close(self) -> None:

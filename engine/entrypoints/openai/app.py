@@ -15,6 +15,7 @@ import msgspec
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
+from ...cors import CorsPolicy, refusal_of
 from ...errors import FastDeployError, RequestError
 from ...metrics import ReplicaMetrics
 from ...resumption import RESUME_PATH, Resumption, decode_resumption
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 _SLASHES = re.compile(r"//+")
+#: Of a path in an error.
+_LONGEST_PATH = 200
 
 
 def create_app(replica: Replica) -> Flask:
@@ -50,18 +53,23 @@ def create_app(replica: Replica) -> Flask:
     app.wsgi_app = _OneSlash(app.wsgi_app)  # type: ignore[method-assign]
 
     @app.before_request
-    def begin() -> None:
+    def begin() -> Response | None:
         g.record = AccessRecord(incoming.request_id(), request.method, _path())
         #: What this request holds, until its last byte has been sent.
         g.resources = ExitStack()
+        if incoming.is_preflight():
+            return _preflight(replica.config.cors)
         if request.path.startswith("/v1") and request.method != "OPTIONS":
             incoming.authorize_client(replica.config.api_keys)
+        return None
 
     @app.after_request
     def finish(response: Response) -> Response:
         record: AccessRecord = g.record
         record.status = response.status_code
         response.headers["X-Request-Id"] = record.request_id
+        if "Origin" in request.headers and request.path.startswith("/v1/") and not incoming.is_preflight():
+            response.headers.update(replica.config.cors.headers(request.headers["Origin"]))
         # Not left to a `finally` of the stream: a generator that was never started runs none.
         response.call_on_close(g.resources.close)
         if request.path.startswith(("/v1", RESUME_PATH)):
@@ -117,7 +125,7 @@ def create_app(replica: Replica) -> Flask:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        response = _error(ApiError(error.code or 500, f"{request.method} {_path()}: {error.name}"))
+        response = _error(ApiError(error.code or 500, f"{request.method} {_sent_path()}: {error.name}"))
         if "Allow" in (headers := dict(error.get_headers())):
             response.headers["Allow"] = headers["Allow"]
         return response
@@ -201,9 +209,26 @@ def _answer(
     return g.resources.enter_context(answer)
 
 
+def _preflight(policy: CorsPolicy) -> Response:
+    """No key is asked for: browsers send none with a preflight."""
+    origin, wanted = request.headers["Origin"], request.headers.get("Access-Control-Request-Headers", "")
+    if policy.allows(origin):
+        response = Response(status=204)
+    else:
+        response = _error(ApiError(403, refusal_of(origin), code="origin_not_allowed"))
+    response.headers.update(policy.preflight_headers(origin, wanted))
+    return response
+
+
 def _path() -> str:
     """In one line: decoded, as Flask has it, a path may hold line breaks."""
     return quote(request.path)
+
+
+def _sent_path() -> str:
+    """As the client wrote it: Werkzeug's path has single slashes where there were several."""
+    sent: str = request.environ.get("RAW_URI", _path())
+    return quote(sent.partition("?")[0][:_LONGEST_PATH], safe="/%:@!$&'()*+,;=~")
 
 
 def _model_card(replica: Replica) -> dict[str, Any]:

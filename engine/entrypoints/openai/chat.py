@@ -73,8 +73,10 @@ def chat_events(answer: Answer) -> Iterator[Event | None]:
             continue
         if index not in started:
             started.add(index)
-            yield head | {"choices": [_role(answer, index)]}, answer.mark(index)
-        yield head | {"choices": [_chunk(answer, index, delta)]}, answer.mark(index, delta)
+            usage = answer.usage_so_far(index, has_begun=False)
+            yield head | {"choices": [_role(answer, index)]} | usage, answer.mark(index)
+        event = head | {"choices": [_chunk(answer, index, delta)]} | answer.usage_so_far(index)
+        yield event, answer.mark(index, delta)
     if answer.request.include_usage:
         yield head | {"choices": [], "usage": answer.usage()}, b""
 

@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ...errors import RequestError
 from ...messages import Logprobs
 from .answer import NOTHING, Answer
 from .events import Event
-from .logprobs import completion_logprobs
+from .logprobs import completion_logprobs, joined, prompt_logprobs
 from .output import Delta
 from .protocol import CompletionRequest
 from .replica import Replica
 
+#: Log probabilities of prompts in one answer, those of the most likely tokens in each place included; and of
+#: one prompt in a stream, where they come in one event.
+_MOST_IN_AN_ANSWER, _MOST_IN_AN_EVENT = 1 << 20, 1 << 15
+
 
 def completion_prompts(replica: Replica, request: CompletionRequest) -> list[list[int]]:
-    return [
+    """The prompts as token ids.
+
+    Raises:
+        RequestError: log probabilities are wanted of more prompt tokens than an answer may hold.
+    """
+    prompts = [
         replica.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         for prompt in request.prompts
     ]
+    if request.prompt_logprobs is not None:
+        _check_size(prompts, request, request.prompt_logprobs)
+    return prompts
 
 
 def completion(answer: Answer, request: CompletionRequest) -> dict[str, Any]:
@@ -38,21 +51,25 @@ def completion_events(answer: Answer, request: CompletionRequest) -> Iterator[Ev
         head["usage"] = None
     #: Where the next token of each choice begins. Not what was sent: a token's text may be held back, for
     #: a stop string or for the rest of a character.
-    offsets = {index: _length(answer, delta) for index, delta in answer.sent.items()}
+    offsets = {
+        index: len(_scored_echo(answer, request, index)) + _length(answer, delta)
+        for index, delta in answer.sent.items()
+    }
     for index, delta in answer.deltas():
         if delta is NOTHING:
             yield None
             continue
         if index not in offsets:
-            offsets[index] = 0
+            offsets[index] = len(_scored_echo(answer, request, index))
             echo = _echo(answer, request, index)
             if echo or request.return_token_ids:
                 first = _first_chunk(answer, request, index, echo)
-                yield head | {"choices": [first]}, answer.mark(index)
+                usage = answer.usage_so_far(index, has_begun=False)
+                yield head | {"choices": [first]} | usage, answer.mark(index)
         chunk = _chunk(answer, request, index, delta, offsets[index])
         if chunk["logprobs"] is not None:
             offsets[index] += sum(map(len, chunk["logprobs"]["tokens"]))
-        yield head | {"choices": [chunk]}, answer.mark(index, delta)
+        yield head | {"choices": [chunk]} | answer.usage_so_far(index), answer.mark(index, delta)
     if request.include_usage:
         yield head | {"choices": [], "usage": answer.usage()}, b""
 
@@ -74,16 +91,46 @@ def _echo(answer: Answer, request: CompletionRequest, index: int) -> str:
     return prompt if isinstance(prompt, str) else answer.replica.tokenizer.decode(prompt)
 
 
+def _scored_echo(answer: Answer, request: CompletionRequest, index: int) -> str:
+    """The prompt of a choice, if its log probabilities begin with those of the prompt."""
+    return "" if request.prompt_logprobs is None else _echo(answer, request, index)
+
+
+def _echoed_logprobs(
+    answer: Answer, request: CompletionRequest, index: int, echo: str
+) -> dict[str, Any] | None:
+    if request.prompt_logprobs is None:
+        return None
+    prompt = answer.prompts[index // request.n]
+    return prompt_logprobs(answer.replica.tokenizer, prompt, answer.prompt_logprobs(index), echo)
+
+
+def _check_size(prompts: list[list[int]], request: CompletionRequest, logprobs: int) -> None:
+    each = 1 + logprobs
+    longest, total = max(map(len, prompts)) * each, sum(map(len, prompts)) * request.n * each
+    most, size = (_MOST_IN_AN_EVENT, longest) if request.stream else (_MOST_IN_AN_ANSWER, total)
+    if size > most:
+        where = "one event of a stream" if request.stream else "one answer"
+        raise RequestError(
+            f"echo with logprobs would put {size} log probabilities of prompts into {where}; at most {most} "
+            f"are possible: ask for fewer logprobs or prompts" + (", or not as a stream" * request.stream),
+            "echo",
+        )
+
+
 def _length(answer: Answer, delta: Delta) -> int:
     """Characters of its tokens."""
     return sum(len(answer.replica.tokenizer.token_text(token_id)) for token_id in delta.token_ids)
 
 
 def _choice(answer: Answer, request: CompletionRequest, index: int, deltas: list[Delta]) -> dict[str, Any]:
+    echo = _echo(answer, request, index)
+    entries = [entry for delta in deltas for entry in delta.logprobs]
+    start = len(_scored_echo(answer, request, index))
     choice = {
         "index": index,
-        "text": _echo(answer, request, index) + "".join(delta.text for delta in deltas),
-        "logprobs": _logprobs(answer, [entry for delta in deltas for entry in delta.logprobs], 0),
+        "text": echo + "".join(delta.text for delta in deltas),
+        "logprobs": joined(_echoed_logprobs(answer, request, index, echo), _logprobs(answer, entries, start)),
         "finish_reason": deltas[-1].finish_reason,
     }
     if request.return_token_ids:
@@ -93,7 +140,12 @@ def _choice(answer: Answer, request: CompletionRequest, index: int, deltas: list
 
 
 def _first_chunk(answer: Answer, request: CompletionRequest, index: int, echo: str) -> dict[str, Any]:
-    choice = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
+    choice = {
+        "index": index,
+        "text": echo,
+        "logprobs": _echoed_logprobs(answer, request, index, echo),
+        "finish_reason": None,
+    }
     if request.return_token_ids:
         choice["prompt_token_ids"] = answer.prompts[index // request.n]
     return choice

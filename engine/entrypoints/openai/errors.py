@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import FastDeployError, ReplicaUnavailable, RequestError
@@ -16,12 +18,19 @@ class ApiError(FastDeployError):
     """An answer other than success, with the status it has over HTTP."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self._headers = headers
 
     @classmethod
     def of(cls, error: FastDeployError) -> ApiError:
@@ -47,8 +56,8 @@ class ApiError(FastDeployError):
     def headers(self) -> dict[str, str]:
         match self.status:
             case 401:
-                return {"WWW-Authenticate": "Bearer"}
+                return {"WWW-Authenticate": "Bearer", **self._headers}
             case 429 | 503:
-                return {"Retry-After": str(RETRY_AFTER)}
+                return {"Retry-After": str(RETRY_AFTER), **self._headers}
             case _:
-                return {}
+                return dict(self._headers)

@@ -30,6 +30,15 @@ def decode_object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def without_nulls(value: Any) -> Any:
+    """`value` without the fields that are null, in objects at every level."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 class Fields:
     """A JSON object of the request. A field that is null counts as absent, as OpenAI's clients mean it."""
 
@@ -71,13 +80,13 @@ class Fields:
             raise self.wrong(key, "true or false")
         return value
 
-    def string(self, key: str, max_length: int) -> str | None:
+    def string(self, key: str, max_length: int | None = None) -> str | None:
         value = self.get(key)
         if value is None:
             return None
         if not isinstance(value, str):
             raise self.wrong(key, "a string")
-        if len(value) > max_length:
+        if max_length is not None and len(value) > max_length:
             raise RequestError(
                 f"{self.name(key)} has {len(value)} characters; it may have {max_length}", self.name(key)
             )
@@ -92,7 +101,7 @@ class Fields:
         return Fields(value, self.name(key))
 
     def as_dict(self) -> dict[str, Any]:
-        return dict(self._values)
+        return without_nulls(self._values)
 
     def wrong(self, key: str, expected: str) -> RequestError:
         return RequestError(

@@ -28,11 +28,17 @@ def read_body(media_type: str = "application/json") -> bytes:
     """All of it.
 
     Raises:
-        ApiError: it is larger than Flask's MAX_CONTENT_LENGTH, or too slow.
-        RequestError: it is of another type, or broken off.
+        ApiError: it is compressed, of another type, larger than Flask's MAX_CONTENT_LENGTH, or too slow.
+        RequestError: it is broken off.
     """
+    _check_encoding()
     if request.mimetype and request.mimetype != media_type:
-        raise RequestError(f"Content-Type is {request.mimetype!r}; it must be {media_type!r}")
+        raise ApiError(
+            415,
+            f"Content-Type is {_quoted(request.mimetype)}; it must be {media_type!r}",
+            code="unsupported_media_type",
+            headers={"Accept": media_type},
+        )
     try:
         return request.get_data(cache=False)
     except RequestEntityTooLarge:
@@ -50,6 +56,31 @@ def read_body(media_type: str = "application/json") -> bytes:
         raise RequestError("the body ended before its Content-Length") from None
     except (OSError, ParseException) as error:
         raise RequestError(f"the body cannot be read: {error}") from None
+
+
+def _check_encoding() -> None:
+    given = request.headers.get("Content-Encoding", "")
+    if any(coding.strip().lower() not in ("", "identity") for coding in given.split(",")):
+        raise ApiError(
+            415,
+            f"Content-Encoding is {_quoted(given)}; send the body uncompressed",
+            code="unsupported_content_encoding",
+            headers={"Accept-Encoding": "identity"},
+        )
+
+
+def _quoted(header: str) -> str:
+    return repr(header[:100])
+
+
+def is_preflight() -> bool:
+    """A browser asks whether a web page may send a request to the API."""
+    return (
+        request.method == "OPTIONS"
+        and request.path.startswith("/v1/")
+        and "Origin" in request.headers
+        and "Access-Control-Request-Method" in request.headers
+    )
 
 
 def request_id() -> str:

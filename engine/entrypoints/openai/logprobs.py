@@ -23,15 +23,84 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs]) -> dict[str
 
 def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], offset: int) -> dict[str, Any]:
     """`offset`: characters of the tokens that stand before the first of `entries`."""
-    tokens, values, tops, offsets = [], [], [], []
+    parts = _Columns()
     for entry in entries:
         text = tokenizer.token_text(entry.token_id)
-        tokens.append(text)
-        values.append(_finite(entry.logprob))
-        tops.append({tokenizer.token_text(token_id): _finite(value) for token_id, value in entry.top})
-        offsets.append(offset)
+        parts.add(text, _finite(entry.logprob), _top(tokenizer, entry), offset)
         offset += len(text)
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+    return parts.shown()
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, prompt: list[int], entries: list[Logprobs], text: str
+) -> dict[str, Any]:
+    """In the shape of `completion_logprobs`. The first token has none, as it follows nothing.
+
+    Args:
+        entries: of the tokens from the second on.
+        text: the prompt as the answer repeats it.
+    """
+    parts = _Columns()
+    offsets = _offsets(tokenizer, prompt, text)
+    parts.add(tokenizer.token_text(prompt[0]), None, None, offsets[0])
+    for entry, offset in zip(entries, offsets[1:], strict=True):
+        parts.add(
+            tokenizer.token_text(entry.token_id), _finite(entry.logprob), _top(tokenizer, entry), offset
+        )
+    return parts.shown()
+
+
+def joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Log probabilities of a completion in one, of which either part may be missing."""
+    if first is None or second is None:
+        return first or second
+    return {name: first[name] + second[name] for name in first}
+
+
+class _Columns:
+    """OpenAI's shape for completions: a list for each property of a token."""
+
+    def __init__(self) -> None:
+        self._tokens: list[str] = []
+        self._values: list[float | None] = []
+        self._tops: list[dict[str, float] | None] = []
+        self._offsets: list[int] = []
+
+    def add(self, token: str, value: float | None, top: dict[str, float] | None, offset: int) -> None:
+        self._tokens.append(token)
+        self._values.append(value)
+        self._tops.append(top)
+        self._offsets.append(offset)
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "tokens": self._tokens,
+            "token_logprobs": self._values,
+            "top_logprobs": self._tops,
+            "text_offset": self._offsets,
+        }
+
+
+def _top(tokenizer: Tokenizer, entry: Logprobs) -> dict[str, float]:
+    top: dict[str, float] = {}
+    for token_id, value in entry.top:
+        # Parts of characters look alike; of those the most likely stays.
+        top.setdefault(tokenizer.token_text(token_id), _finite(value))
+    return top
+
+
+def _offsets(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
+    """Where each token begins in `text`. Special tokens take room there only if it writes them out."""
+    detokenizer = tokenizer.detokenizer()
+    offsets, offset = [], 0
+    for token_id in prompt:
+        offsets.append(min(offset, len(text)))
+        piece = detokenizer.push((token_id,))
+        if tokenizer.is_special(token_id):
+            name = tokenizer.token_text(token_id)
+            piece = name if text.startswith(name, offset) else ""
+        offset += len(piece)
+    return offsets
 
 
 def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:

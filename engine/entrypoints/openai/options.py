@@ -6,11 +6,13 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...command_line import CommandLine
 from ...config import EngineConfig
+from ...cors import DEFAULT as CORS_DEFAULT
+from ...cors import CorsPolicy
 from ...demo_model import resolve_model_path
 from ...errors import ConfigError
 from ...key_files import keys_in, keys_in_variable, keys_of
@@ -67,6 +69,8 @@ class ServeConfig:
     api_keys: tuple[str, ...] = ()
     #: URL of the router that is told of this replica.
     router: str | None = None
+    #: Web pages that may read answers of /v1.
+    cors: CorsPolicy = field(default_factory=CorsPolicy)
     #: In place of the checkpoint's own.
     chat_template: str | None = None
 
@@ -127,6 +131,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         max_body_bytes=_at_least("--max-body-bytes", 1, arguments.max_body_bytes),
         api_keys=_api_keys(arguments.api_key, arguments.api_keys_file),
         router=None if arguments.router is None else router_url(arguments.router),
+        cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         chat_template=_chat_template(arguments.chat_template),
     )
 
@@ -152,6 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--api-key", action="append", help="comma list; also FD_API_KEY. Only /v1 asks for it")
     serve.add_argument(
         "--api-keys-file", type=Path, metavar="FILE", help="keys, one a line, beside --api-key"
+    )
+    serve.add_argument(
+        "--cors-origins",
+        default=",".join(CORS_DEFAULT),
+        metavar="LIST",
+        help="web pages that may read answers of /v1: origins with commas between them, loopback for those "
+        "of this machine, * for all, empty for none (default %(default)s)",
     )
     serve.add_argument("--chat-template", help="a file, or the template itself, in place of the model's own")
     serve.add_argument("--max-concurrency", type=int, default=512, help="requests beyond it are told 429")

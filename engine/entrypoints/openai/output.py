@@ -54,12 +54,18 @@ class ChoiceOutput:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        tells_stop_token: bool = False,
     ) -> None:
+        """
+        Args:
+            tells_stop_token: log probabilities are told of a stop token, too, that the text does not show.
+        """
         self._detokenizer = detokenizer
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
+        self._tells_stop_token = tells_stop_token
         self._text = ""
         self._released = 0
         #: Stop strings begin at or after this offset.
@@ -97,12 +103,14 @@ class ChoiceOutput:
         for index, token_id in enumerate(output.token_ids):
             is_stop_token = output.finish_reason is FinishReason.STOP and index == len(output.token_ids) - 1
             logprobs = output.logprobs[index] if output.logprobs else None
-            # The text shows no stop token, so neither do its log probabilities.
             hidden = is_stop_token and not self._include_stop
+            # The text shows no stop token, so neither do its log probabilities.
+            if hidden and not self._tells_stop_token:
+                logprobs = None
             if self.num_repeated:
                 self._repeat(token_id, logprobs)
                 continue
-            self._pending.append(_Token(token_id, len(self._text), None if hidden else logprobs))
+            self._pending.append(_Token(token_id, len(self._text), logprobs))
             self.token_ids.append(token_id)
             if not hidden and self._append(self._detokenizer.push((token_id,))):
                 return self._finish(FinishReason.STOP)

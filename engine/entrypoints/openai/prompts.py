@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import RequestError
-from .fields import Fields
+from .fields import Fields, without_nulls
 
 #: Tokens are numbered and counted in 32 bits by the engine.
 MAX_TOKEN = 2**31 - 1
@@ -30,7 +30,7 @@ def _message(value: Any, path: str) -> dict[str, Any]:
     if role not in _ROLES:
         raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
     for key in ("tool_calls", "function_call", "audio"):
-        if fields.get(key):
+        if without_nulls(fields.get(key)):
             raise RequestError(f"{fields.name(key)} is not supported by this server", fields.name(key))
     # "developer" is OpenAI's newer word; the templates of open models know "system".
     message = {"role": "system" if role == "developer" else role, "content": _content(fields, role)}
@@ -43,14 +43,17 @@ def _content(fields: Fields, role: str) -> str:
     if isinstance(content, str):
         return content
     if content is None and role == "assistant":
-        return ""
+        # An answer of OpenAI's has either content or a refusal.
+        return fields.string("refusal") or ""
     if not isinstance(content, list):
         raise fields.wrong("content", "a string or a list of text parts")
     texts = []
     for index, part in enumerate(content):
         path = f"{fields.name('content')}[{index}]"
-        if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+        kind = part.get("type") if isinstance(part, dict) else None
+        is_readable = kind == "text" or (kind == "refusal" and role == "assistant")
+        if is_readable and isinstance(part.get(kind), str):
+            texts.append(part[kind])
         else:
             raise RequestError(
                 f'{path} must be {{"type": "text", "text": ...}}; this model reads text only', path

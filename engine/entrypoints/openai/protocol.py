@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from ...errors import ConfigError, RequestError
 from ...request import SamplingParams
 from ...text_files import read_object
-from .fields import Fields
+from .fields import Fields, without_nulls
 from .prompts import MAX_TOKEN, is_token_id, read_messages, read_prompts, read_template_arguments
 
 MAX_CHOICES = 128
@@ -29,7 +29,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "response_format": ({"type": "text"}, {}),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -50,7 +50,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "use_beam_search": (False,),
     "modalities": (["text"], []),
-    "audio": (),
+    "audio": ({},),
     "web_search_options": (),
 }
 
@@ -113,9 +113,17 @@ class GenerationRequest:
     #: None: no log probabilities; 0: of the drawn tokens; n: and of the n most likely ones.
     logprobs: int | None
     stream: bool
+    #: An event with the usage of the whole request stands at the end of the stream.
     include_usage: bool
+    #: Each event of a choice has the choice's usage so far.
+    continuous_usage: bool
     return_token_ids: bool
     request_id: str | None
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """As `logprobs`, of the prompt's tokens."""
+        return None
 
     def sampling_params(
         self, *, max_tokens: int, seed: int, choice: int, eos_token_ids: tuple[int, ...]
@@ -135,6 +143,7 @@ class GenerationRequest:
             choice=choice,
             stop_token_ids=tuple(dict.fromkeys(ends)),
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -173,12 +182,16 @@ class CompletionRequest(GenerationRequest):
     prompts: tuple[str | list[int], ...]
     echo: bool
 
+    @property
+    def prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
     @classmethod
     def parse(cls, body: dict[str, Any], defaults: SamplingDefaults) -> CompletionRequest:
         fields = Fields(body)
         _refuse_unsupported(fields)
         logprobs = fields.integer("logprobs", None, -1, MAX_LOGPROBS)
-        common = _common(fields, defaults)
+        common = _common(fields, defaults, fewest_tokens=0)
         best_of = fields.integer("best_of", common["n"], 1, MAX_CHOICES)
         if best_of != common["n"]:
             raise RequestError(f"best_of is {best_of}; only best_of equal to n is implemented", "best_of")
@@ -188,22 +201,17 @@ class CompletionRequest(GenerationRequest):
                 f"{len(prompts)} prompts times n = {common['n']} is more than {MAX_SEQUENCES} choices",
                 "prompt",
             )
-        echo = fields.boolean("echo")
-        if echo and logprobs is not None and logprobs >= 0:
-            raise RequestError(
-                "echo cannot be combined with logprobs: prompts have no log probabilities here", "echo"
-            )
         return cls(
             prompts=prompts,
-            echo=echo,
+            echo=fields.boolean("echo"),
             logprobs=None if logprobs is None or logprobs < 0 else logprobs,
             **common,
         )
 
 
-def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
-    max_tokens = fields.integer("max_tokens", None, 1, MAX_TOKEN)
-    max_tokens = fields.integer("max_completion_tokens", max_tokens, 1, MAX_TOKEN)
+def _common(fields: Fields, defaults: SamplingDefaults, fewest_tokens: int = 1) -> dict[str, Any]:
+    max_tokens = fields.integer("max_tokens", None, fewest_tokens, MAX_TOKEN)
+    max_tokens = fields.integer("max_completion_tokens", max_tokens, fewest_tokens, MAX_TOKEN)
     min_tokens = fields.integer("min_tokens", 0, 0, MAX_TOKEN) or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise RequestError(
@@ -211,6 +219,7 @@ def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
         )
     top_k = fields.integer("top_k", defaults.top_k, -1, MAX_TOKEN) or 0
     stream = fields.boolean("stream")
+    include_usage, continuous_usage = _usage_options(fields, stream)
     return {
         "model": fields.string("model", 1024),
         "n": fields.integer("n", 1, 1, MAX_CHOICES),
@@ -230,7 +239,8 @@ def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
         "ignore_eos": fields.boolean("ignore_eos"),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
         "stream": stream,
-        "include_usage": _include_usage(fields, stream),
+        "include_usage": include_usage,
+        "continuous_usage": continuous_usage,
         "return_token_ids": fields.boolean("return_token_ids"),
         "request_id": fields.string("request_id", 128),
     }
@@ -238,7 +248,7 @@ def _common(fields: Fields, defaults: SamplingDefaults) -> dict[str, Any]:
 
 def _refuse_unsupported(fields: Fields) -> None:
     for key, harmless in _UNSUPPORTED.items():
-        value = fields.get(key)
+        value = without_nulls(fields.get(key))
         # `1 == True` and `0 == False` in Python; JSON's 0 and false are both harmless here.
         if value is not None and value not in harmless:
             raise RequestError(f"{key} is not supported by this server; leave it out", key)
@@ -271,14 +281,12 @@ def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _usage_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
+    """include_usage and continuous_usage_stats."""
     options = fields.object("stream_options")
     if options is None:
-        return False
+        return False, False
     if not stream:
         raise RequestError("stream_options is allowed only together with stream: true", "stream_options")
-    if options.boolean("continuous_usage_stats"):
-        name = options.name("continuous_usage_stats")
-        raise RequestError(f"{name} is not supported; include_usage sends the usage once, at the end", name)
-    # Who gives the object wants the usage, as with FastDeploy.
-    return options.boolean("include_usage", default=True)
+    # The object alone asks for the usage, as with FastDeploy.
+    return options.boolean("include_usage", default=True), options.boolean("continuous_usage_stats")

@@ -71,7 +71,8 @@ class Replica:
         """How many tokens may follow `prompt`: what was asked for, or less where the room ends.
 
         Raises:
-            ApiError: the prompt is empty, has ids that the model does not know, or leaves room for no token.
+            ApiError: the prompt is empty, has ids that the model does not know, or leaves room for no token
+                although one is wanted.
         """
         sizes = self.engine.ready
         assert sizes is not None, "requests are admitted after the worker is ready"
@@ -85,11 +86,12 @@ class Replica:
             )
         cache = sizes.num_blocks * sizes.block_size
         limit = min(sizes.max_model_len, cache)
-        if len(prompt) >= limit:
+        if len(prompt) + (max_tokens != 0) > limit:
             whose = "the KV cache" if cache < sizes.max_model_len else "this model's context"
             raise ApiError(
                 400,
-                f"{field} has {len(prompt)} tokens; {whose} holds {limit}, one of them for the answer",
+                f"{field} has {len(prompt)} tokens; {whose} holds {limit}"
+                + (", one of them for the answer" if max_tokens != 0 else ""),
                 param=field,
                 code="context_length_exceeded",
             )

@@ -1,0 +1,113 @@
+"""Cross-origin resource sharing: which web pages may read what a router or a replica answers.
+
+A browser sends the page's origin with each request to another host, and shows the page an answer only if its
+headers name that origin. Keys travel in a header that pages set themselves, never in cookies, so no answer
+allows credentials.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+#: Pages of this machine, and all pages; anything else in a list is an origin.
+LOOPBACK, EVERY = "loopback", "*"
+DEFAULT = (LOOPBACK,)
+
+Headers = tuple[tuple[str, str], ...]
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._~:\[\]-]+", re.ASCII)
+_LOOPBACK_ORIGIN = re.compile(
+    r"https?://(?:(?:[a-z0-9-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.ASCII
+)
+#: Names of headers with commas between them.
+_HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~, -]{1,4096}", re.ASCII)
+_METHODS = "GET, POST, OPTIONS"
+#: What a page may read besides the body and the headers that it always may.
+_EXPOSED = "X-Request-Id, Retry-After"
+#: Seconds for which a browser need not ask again.
+_MAX_AGE = "600"
+
+
+def problem_of(origin: str) -> str | None:
+    """Why this cannot stand in a list of origins; None if it can."""
+    if origin in (LOOPBACK, EVERY) or _ORIGIN.fullmatch(origin):
+        return None
+    return (
+        f"{origin!r} is not an origin as browsers send it; write SCHEME://HOST or SCHEME://HOST:PORT in "
+        f'lower case and without a path, "{LOOPBACK}" for pages of this machine, or "{EVERY}" for all'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CorsPolicy:
+    """The origins that are allowed."""
+
+    origins: frozenset[str] = frozenset(DEFAULT)
+
+    @classmethod
+    def parse(cls, flag: str, text: str) -> CorsPolicy:
+        """The policy in a comma list; an empty one allows no origin.
+
+        Raises:
+            ConfigError: a word is no origin.
+        """
+        origins = [word.strip() for word in text.split(",") if word.strip()]
+        _check(flag, origins)
+        return cls(frozenset(origins))
+
+    def allows(self, origin: str) -> bool:
+        if EVERY in self.origins:
+            return True
+        if LOOPBACK in self.origins and _LOOPBACK_ORIGIN.fullmatch(origin):
+            return True
+        return origin in self.origins and origin != LOOPBACK
+
+    def headers(self, origin: str) -> Headers:
+        """What an answer to a request with this Origin header carries."""
+        allowed, vary = self._allowed(origin), self._vary()
+        return (*allowed, ("Access-Control-Expose-Headers", _EXPOSED), *vary) if allowed else vary
+
+    def preflight_headers(self, origin: str, wanted: str) -> Headers:
+        """What the answer to a preflight carries; nothing but Vary if the origin is not allowed.
+
+        Args:
+            wanted: the names of headers in Access-Control-Request-Headers. All are allowed: which headers a
+                page may send is no secret, and clients send many of their own.
+        """
+        allowed, vary = self._allowed(origin), self._vary()
+        if not allowed:
+            return vary
+        names = (("Access-Control-Allow-Headers", wanted),) if _HEADER_NAMES.fullmatch(wanted) else ()
+        return (
+            *allowed,
+            ("Access-Control-Allow-Methods", _METHODS),
+            *names,
+            ("Access-Control-Max-Age", _MAX_AGE),
+            *vary,
+        )
+
+    def _allowed(self, origin: str) -> Headers:
+        if not self.allows(origin):
+            return ()
+        return (("Access-Control-Allow-Origin", EVERY if EVERY in self.origins else origin),)
+
+    def _vary(self) -> Headers:
+        return () if EVERY in self.origins else (("Vary", "Origin"),)
+
+
+def refusal_of(origin: str) -> str:
+    """What a preflight from an origin that is not allowed is told."""
+    return (
+        f"the origin {origin[:200]!r} is not allowed; add it to --cors-origins, which fd-dp takes from "
+        "cors_origins of [router] in dp.toml"
+    )
+
+
+def _check(flag: str, origins: Iterable[str]) -> None:
+    for origin in origins:
+        if problem := problem_of(origin):
+            raise ConfigError(f"{flag}: {problem}")
