@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import peers
-from .control import BUSY, DENIED, USAGE
+from .control import BUSY, DENIED, FAILED, USAGE
 from .peers import Peer
 
 log = logging.getLogger("fd-dp")
@@ -133,7 +133,11 @@ class Conversation:
             return
         if command is not None:
             self._asked = True
-            self._heard(command, self)
+            try:
+                self._heard(command, self)
+            except Exception as fault:
+                log.exception("the command %s failed", json.dumps(command)[:_TOLD])
+                self.end(FAILED, error=f"fd-dp failed while it did this ({fault!r}); its log has the details")
 
     def _has_said_more(self, data: bytes) -> None:
         """It has closed its end, mostly. Whether it still reads, sending nothing tells."""

@@ -87,6 +87,8 @@ class Fleet:
         self._clock = clock
         self._dice = dice
         self._gone: set[int] = set()
+        #: By replica and what failed: the fault that was logged last.
+        self._faults: dict[tuple[str, str], str] = {}
         self._processes: dict[str, Process] = {}
         self._last_step = clock()
 
@@ -237,15 +239,28 @@ class Fleet:
         now = self._clock()
         self._forgive(now)
         self._processes = self.supervisor.processes()
-        for replica in self.replicas.values():
-            self._observe(replica, self._processes.get(replica.name), now)
+        self._for_each("observe", lambda replica: self._observe(replica, now))
         self._inquest.look((r.pid for r in self.replicas.values() if r.pid), now)
         self._health.step(self.replicas, self.config.supervise, now)
-        for replica in self.replicas.values():
-            self._check_times(replica, now)
+        self._for_each("check", lambda replica: self._check_times(replica, now))
         self._start_those_whose_turn_it_is(now)
         self._health.ask(self.replicas.values(), self.config.supervise, now)
         self._ask_the_router(now)
+
+    def _for_each(
+        self, what: str, act: Callable[[Replica], None], replicas: Iterable[Replica] | None = None
+    ) -> None:
+        """A fault of one replica is logged once and keeps no other from being looked after."""
+        for replica in list(self.replicas.values() if replicas is None else replicas):
+            try:
+                act(replica)
+                self._faults.pop((replica.name, what), None)
+            except SupervisorLost:
+                raise
+            except Exception as fault:
+                if self._faults.get((replica.name, what)) != repr(fault):
+                    self._faults[replica.name, what] = repr(fault)
+                    log.exception("%s: fd-dp cannot %s it; trying again", replica.label, what)
 
     def interval(self) -> float:
         """How long the next step may wait, if nothing wakes the loop."""
@@ -269,7 +284,8 @@ class Fleet:
                 replica.since += slept
                 replica.watch.forgive(slept)
 
-    def _observe(self, replica: Replica, process: Process | None, now: float) -> None:
+    def _observe(self, replica: Replica, now: float) -> None:
+        process = self._processes.get(replica.name)
         if process is None or process.state in supervisor.DOWN:
             if replica.alive:
                 self._ended(replica, now)
@@ -359,8 +375,7 @@ class Fleet:
         ]
         free = (supervise.parallel_starts or os.cpu_count() or 1) - len(loading)
         waiting = [r for r in self.replicas.values() if r.state is State.WAITING and r.name != ROUTER]
-        for replica in waiting[: max(0, free)]:
-            self._start(replica, now)
+        self._for_each("start", lambda replica: self._start(replica, now), waiting[: max(0, free)])
 
     def _start(self, replica: Replica, now: float) -> None:
         # Its worker may outlive its API process by a moment, and would hold ports and memory.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import queue
 import threading
@@ -19,6 +20,8 @@ from typing import Any
 from ..errors import ConfigError
 from ..key_files import keys_in
 from .programs import Program, flag_in
+
+log = logging.getLogger("fd-dp")
 
 #: A busy replica on a busy machine may be slow to answer; slow is not dead.
 _HEALTH_TIMEOUT = 10.0
@@ -77,7 +80,12 @@ class Probes:
         return readings
 
     def _probe(self, program: Program, pid: int, token: bool) -> None:
-        reading = (token_probe if token else health_probe)(program, pid)
+        try:
+            reading = (token_probe if token else health_probe)(program, pid)
+        except Exception as fault:
+            # Without a reading this program would never be asked again.
+            log.exception("%s: a probe failed", program.label)
+            reading = Reading(program.name, pid, False, token=token, problem=f"cannot be probed ({fault!r})")
         self._readings.put(reading)
         self._wake()
 

@@ -182,6 +182,18 @@ class Delivery:
         else:
             self._client.abort()
 
+    def crash(self, answer: Answer, why: str) -> None:
+        """Ends the answer after an exception in the router: with `answer`, or broken off if it has begun."""
+        try:
+            if self.has_begun:
+                self.break_off(why)
+            else:
+                self.give(answer)
+        except Exception:
+            # What has gone out is unknown, so it must not look whole.
+            self._client.abort()
+            raise
+
     def drop_partial(self) -> None:
         """The replica is gone: what of its answer has not been passed on will come from another."""
         self._take_held()

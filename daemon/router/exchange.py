@@ -12,10 +12,13 @@ choose --> attempt --> the answer, whole: over
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import random
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from . import refusals
 from .answers import Answer
@@ -35,10 +38,32 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 #: Of a refusal that is kept while another replica is tried.
 _MOST_KEPT = 64 << 10
 #: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
 _REST = 0.5
+
+
+def _entry(
+    method: Callable[Concatenate[Exchange, P], R],
+) -> Callable[Concatenate[Exchange, P], R | None]:
+    """Marks a method that others call: an exception in it ends this request and reaches no caller.
+
+    The callers serve many requests: the clock, the wait queue, the event loop's protocols and tasks.
+    """
+
+    @functools.wraps(method)
+    def guarded(self: Exchange, *arguments: P.args, **named: P.kwargs) -> R | None:
+        try:
+            return method(self, *arguments, **named)
+        except Exception:
+            self.crash()
+            return None
+
+    return guarded
 
 
 class Exchange:
@@ -79,6 +104,7 @@ class Exchange:
         self._is_paused = False
         self._is_over = False
 
+    @_entry
     def start(self) -> None:
         plane, request = self._plane, self._request
         try:
@@ -98,6 +124,7 @@ class Exchange:
 
     # ---- from the client
 
+    @_entry
     def client_gone(self) -> None:
         if not self._is_over:
             self._leave_fast_path()
@@ -106,12 +133,14 @@ class Exchange:
                 self._delivery.status = 499
             self._end("client gone")
 
+    @_entry
     def pause(self) -> None:
         """The client does not read as fast as its answer comes."""
         self._is_paused = True
         if self._connection is not None:
             self._connection.pause()
 
+    @_entry
     def resume(self) -> None:
         self._is_paused = False
         if self._connection is not None:
@@ -119,11 +148,13 @@ class Exchange:
 
     # ---- from the clock and the line
 
+    @_entry
     def pardon(self, now: float) -> None:
         """It is not known whether the replica was silent: nobody has listened."""
         if self._connection is not None:
             self._connection.heard_at = now
 
+    @_entry
     def watch(self, now: float) -> None:
         """Gives the replica up if it has been silent for too long."""
         connection = self._connection
@@ -143,6 +174,7 @@ class Exchange:
     def is_choosy(self) -> bool:
         return bool(self._past.tried)
 
+    @_entry
     def try_again(self, now: float) -> Nobody | None:
         if self._is_over:
             return None
@@ -154,6 +186,7 @@ class Exchange:
             self._plane.metrics.waited(now - self._waits_since)
         return nobody
 
+    @_entry
     def give_up(self) -> None:
         self._plane.metrics.waited(time.monotonic() - self._waits_since)
         if self._delivery.has_begun:
@@ -165,18 +198,21 @@ class Exchange:
 
     # ---- from the pool
 
+    @_entry
     def connected(self, connection: ReplicaConnection) -> None:
         if self._lease is not None and self._lease.seat == connection.seat and self._connection is None:
             self._send(connection)
         else:
             self._plane.pool.keep(connection)
 
+    @_entry
     def unreachable(self, why: str) -> None:
         if self._lease is not None:
             self.failed(Fault.UNREACHABLE, why)
 
     # ---- from the replica
 
+    @_entry
     def informed(self, headers: RawHeaders) -> None:
         # It has the request: whether the kept connection was still good is no question any more.
         self._is_reused = False
@@ -188,6 +224,7 @@ class Exchange:
             if tokens and self._past.resumption is not None:
                 self._past.has_gone_on(lease.seat)
 
+    @_entry
     def began(self, connection: ReplicaConnection) -> None:
         status = connection.status
         lease = self._lease
@@ -205,6 +242,7 @@ class Exchange:
             self._delivery.expect(connection, len(self._past.problems), has_marks, self._past.resumed_by)
         self._stays = not self._delivery.has_marks
 
+    @_entry
     def received(self, body: bytes) -> None:
         if self._refusal is not None:
             if sum(map(len, self._refusal)) + len(body) <= _MOST_KEPT:
@@ -219,6 +257,7 @@ class Exchange:
             self._drop_connection()
             self.failed(Fault.CUT, problem)
 
+    @_entry
     def ended(self) -> None:
         connection, lease = self._connection, self._lease
         assert connection is not None
@@ -234,6 +273,7 @@ class Exchange:
         self._delivery.finish(self._past.resumed_by)
         self._end()
 
+    @_entry
     def failed(self, fault: Fault, why: str) -> None:
         lease = self._lease
         assert lease is not None
@@ -265,6 +305,7 @@ class Exchange:
 
     # ---- the fast path
 
+    @_entry
     def given_back(self) -> None:
         connection, passed = self._connection, self._leave_fast_path()
         assert connection is not None
@@ -274,6 +315,7 @@ class Exchange:
         if passed.unread:
             connection.data_received(passed.unread)
 
+    @_entry
     def _take_fast_path(self) -> None:
         connection = self._connection
         if connection is None or self._fast is not None or self._is_paused:
@@ -433,27 +475,44 @@ class Exchange:
         self._delivery.break_off(why)
         self._end(remark or why)
 
+    def crash(self) -> None:
+        """Ends the request after an exception in the router's own code; call it from the `except` clause."""
+        logger.exception("request=%s failed in the router", self._id[:64])
+        if self._is_over:
+            return
+        why = f"the router failed while it had this request ({self._id[:64]}); its log has the details"
+        for step in (
+            self._leave_fast_path,
+            lambda: self._plane.line.leave(self),
+            lambda: self._delivery.crash(refusals.router_failed(why), why),
+            lambda: self._end("an exception in the router"),
+        ):
+            # One part of the request is broken, perhaps more than one; the rest is still given back.
+            with contextlib.suppress(Exception):
+                step()
+
     def _end(self, remark: str = "") -> None:
         if self._is_over:
             return
         self._is_over = True
-        if self._connection is not None:
+        seat = self._lease.seat if self._lease is not None else None
+        try:
             self._drop_connection()
-        seat = None
-        if self._lease is not None:
-            seat = self._lease.seat
-            self._release()
-        self._plane.over(self, self._request, self._id, seat, self._delivery, self._began_at, remark)
+        finally:
+            try:
+                self._release()
+            finally:
+                self._plane.over(self, self._request, self._id, seat, self._delivery, self._began_at, remark)
 
     def _release(self) -> None:
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
 
     def _drop_connection(self) -> None:
-        if self._connection is not None:
-            self._connection.cancel()
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.cancel()
 
     def _record_decision(self, lease: Lease) -> None:
         load = {row.instance.name: row.in_flight for row in self._plane.board.status() if row.up}

@@ -35,6 +35,10 @@ def nobody(problems: Sequence[str]) -> Answer:
     return error(503, message, "no_replica", retry_after=2)
 
 
+def router_failed(why: str) -> Answer:
+    return error(500, why, "router_failed")
+
+
 def garbled(replica: str, problem: str) -> Answer:
     return error(502, f"replica {replica}: {problem}", "bad_gateway")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import time
 from collections import deque
 from typing import Protocol, cast
@@ -17,6 +18,8 @@ import httptools
 from .board import Seat
 from .incoming import RawHeaders, named_in
 from .outbox import Outbox
+
+logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT = 5.0
 #: A kept connection that nobody used for so long is closed.
@@ -355,6 +358,10 @@ class ConnectionPool:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             then.unreachable(f"no connection to {instance.authority} ({reason})")
+        except Exception as error:
+            # An address that the system does not take, for one. Nobody awaits this task.
+            logger.exception("a connection to %s cannot be opened", instance.authority)
+            then.unreachable(f"no connection to {instance.authority} ({type(error).__name__})")
         else:
             if connection.is_closing:
                 # By a replica that died with it still in its backlog. Nothing more would be heard.
