@@ -10,7 +10,6 @@ import signal
 import socket
 from collections.abc import Callable
 
-
 log = logging.getLogger("fd-dp")
 
 

@@ -23,3 +23,7 @@ class RequestError(FastDeployError):
 
 class ReplicaUnavailable(FastDeployError):
     """The replica cannot take this request now (HTTP 503): loading, full, draining or broken."""
+
+
+class EngineLost(ReplicaUnavailable):
+    """The worker ended while it had this request (HTTP 503)."""

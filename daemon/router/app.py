@@ -6,14 +6,15 @@ import ipaddress
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from . import health
 from .answers import error_body
-from .board import Board, Seat, Status
+from .board import Board, Ending, Seat, Status
 from .metrics import Metrics
 from .registration import AllowedAddresses, Instance, RegistrationError, parse, parse_farewell
 from .registry import RegistryFile
@@ -28,6 +29,15 @@ _ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
     "undrain": Board.undrain,
     "remove": Board.remove,
 }
+
+
+class _EndingWord(msgspec.Struct, forbid_unknown_fields=True):
+    """What fd-dp says about a replica that has ended."""
+
+    url: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    #: Its start, by the id with which it registered.
+    instance: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    from_outside: bool
 
 
 class Router:
@@ -174,6 +184,18 @@ def _control_plane(router: Router) -> Flask:
             return jsonify(code=404, msg=f"no replica {name!r}; there are: {names}"), 404
         return jsonify(code=200, msg=f"{order} {row.instance.name}", replica=_shown(row)), 200
 
+    @app.post("/admin/endings")
+    def ending() -> tuple[Response, int]:
+        if not router.may_give_orders(request.remote_addr or "", _authorization()):
+            return jsonify(code=403, msg="this comes from fd-dp, over --admin-socket"), 403
+        try:
+            word = msgspec.json.decode(request.get_data(), type=_EndingWord)
+        except msgspec.MsgspecError as error:
+            return jsonify(code=400, msg=str(error)), 400
+        ending = Ending.FROM_OUTSIDE if word.from_outside else Ending.ITS_OWN
+        router.board.note_ending(word.url, word.instance, ending)
+        return jsonify(code=200, msg="noted"), 200
+
     @app.get("/registered")
     def registered() -> Response:
         shown: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
@@ -229,6 +251,7 @@ def _shown(row: Status) -> dict[str, Any]:
         "state": row.state.name.lower(),
         "draining": row.draining,
         "leaving": row.leaving,
+        "reserved": row.reserved,
         "in_flight": row.in_flight,
         "in_flight_elsewhere": row.in_flight_elsewhere,
         "weight": round(row.weight, 3),

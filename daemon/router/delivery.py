@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from ...resumption import Resumption
+from ...resumption import LOST_HEADER, Resumption
 from .answers import Answer, header_lines, sse_error
 from .board import Seat
 from .fast_path import Passed
@@ -21,7 +21,13 @@ from .upstream import ReplicaConnection
 
 #: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
 _MOST_HELD = 4 << 20
-_NOT_PASSED_ON = HOP_BY_HOP | {b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"}
+_NOT_PASSED_ON = HOP_BY_HOP | {
+    b"content-length",
+    b"x-fd-replica",
+    b"x-fd-retries",
+    b"x-fd-resumed",
+    LOST_HEADER.lower().encode(),
+}
 
 
 class Client(Protocol):

@@ -2,32 +2,35 @@
 
 choose --> attempt --> the answer, whole: over
   |          |
+  |          +-> made way for a suspect, at a replica that is reserved for it: choose again and resume
   |          +-> refused (503, 502, 429 with Retry-After): choose again, within the retry budget
   |          +-> the replica is lost, nothing is known of its answer: choose again
   |          +-> the replica is lost, a part of its answer is known: choose again and resume, if it can be
   +-> all are full: wait in line
-  +-> nobody is there: 503, or wait in line if some replica has had it
+  +-> nobody is there: 503, or wait in line if some replica has had it or one was lost just now
+  +-> it is suspected of killing replicas (suspicion.py): attempt, once it can be alone at one; or an error
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import random
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from . import refusals
 from .answers import Answer
 from .attempts import Attempts
-from .board import Lease, Nobody
+from .board import Lease, Nobody, Seat
 from .delivery import Client, Delivery
 from .fast_path import FastStream, Passed
+from .guarded import entry
 from .incoming import ClientRequest, RawHeaders, Refused
 from .outgoing import Forwarded, forwarded, lines_for, resuming
+from .placement import Placement
 from .policies import RequestFacts
 from .request_facts import facts_of
 from .retry import cannot_be_resumed, in_words, is_busy, is_death, is_overload
@@ -38,32 +41,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 #: Of a refusal that is kept while another replica is tried.
 _MOST_KEPT = 64 << 10
+#: Requests that a replica has had wait longer for one to come back: it may have to load.
+_TIMES_LONGER = 4
 #: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
 _REST = 0.5
-
-
-def _entry(
-    method: Callable[Concatenate[Exchange, P], R],
-) -> Callable[Concatenate[Exchange, P], R | None]:
-    """Marks a method that others call: an exception in it ends this request and reaches no caller.
-
-    The callers serve many requests: the clock, the wait queue, the event loop's protocols and tasks.
-    """
-
-    @functools.wraps(method)
-    def guarded(self: Exchange, *arguments: P.args, **named: P.kwargs) -> R | None:
-        try:
-            return method(self, *arguments, **named)
-        except Exception:
-            self.crash()
-            return None
-
-    return guarded
 
 
 class Exchange:
@@ -72,6 +55,7 @@ class Exchange:
     __slots__ = (
         *("_began_at", "_connection", "_delivery", "_facts", "_fast", "_forwarded", "_id", "_is_doubtful"),
         *("_is_over", "_is_paused", "_is_reused", "_lease", "_name", "_past", "_plane", "_refusal"),
+        *("_found", "_placement"),
         *("_request", "_stays", "_waits_since", "deadline"),
     )
 
@@ -79,6 +63,8 @@ class Exchange:
         #: In the line; 0 before it joins for the first time, and whenever the answer has come further.
         self.deadline = 0.0
         self._waits_since = 0.0
+        #: Why it waits.
+        self._found: Nobody | None = None
         self._plane = plane
         self._request = request
         self._id = request.id
@@ -101,10 +87,11 @@ class Exchange:
         #: Of the latest one's replica.
         self._name = "-"
         self._past = Attempts()
+        self._placement = Placement(plane, self._past)
         self._is_paused = False
         self._is_over = False
 
-    @_entry
+    @entry
     def start(self) -> None:
         plane, request = self._plane, self._request
         try:
@@ -124,7 +111,7 @@ class Exchange:
 
     # ---- from the client
 
-    @_entry
+    @entry
     def client_gone(self) -> None:
         if not self._is_over:
             self._leave_fast_path()
@@ -133,14 +120,14 @@ class Exchange:
                 self._delivery.status = 499
             self._end("client gone")
 
-    @_entry
+    @entry
     def pause(self) -> None:
         """The client does not read as fast as its answer comes."""
         self._is_paused = True
         if self._connection is not None:
             self._connection.pause()
 
-    @_entry
+    @entry
     def resume(self) -> None:
         self._is_paused = False
         if self._connection is not None:
@@ -148,13 +135,13 @@ class Exchange:
 
     # ---- from the clock and the line
 
-    @_entry
+    @entry
     def pardon(self, now: float) -> None:
         """It is not known whether the replica was silent: nobody has listened."""
         if self._connection is not None:
             self._connection.heard_at = now
 
-    @_entry
+    @entry
     def watch(self, now: float) -> None:
         """Gives the replica up if it has been silent for too long."""
         connection = self._connection
@@ -170,11 +157,32 @@ class Exchange:
             connection.cancel()
             self.failed(Fault.SILENT, f"for {patience:g} s")
 
+    @entry
+    def make_way(self, seats: Collection[Seat]) -> None:
+        """Goes on elsewhere if its replica is one of these, reserved for others, and if it can be resumed."""
+        lease = self._lease
+        if lease is None or self._connection is None or lease.seat not in seats:
+            return
+        if self._placement.is_reserved(lease.seat) or self._delivery.is_done:
+            return
+        self._leave_fast_path()
+        resumption = self._delivery.resumption()
+        if resumption is None:
+            return
+        self._drop_connection()
+        self._delivery.drop_partial()
+        name = lease.seat.name
+        self._past.failed(f"replica {name}: made way for a request that is tried alone", resumption)
+        logger.info("request=%s replica=%s makes way, goes on elsewhere", self._id[:64], name)
+        self._release()
+        self._plane.metrics.resumed(name)
+        self._choose()
+
     @property
     def is_choosy(self) -> bool:
         return bool(self._past.tried)
 
-    @_entry
+    @entry
     def try_again(self, now: float) -> Nobody | None:
         if self._is_over:
             return None
@@ -184,35 +192,37 @@ class Exchange:
         nobody = self._attempt()
         if nobody is None:
             self._plane.metrics.waited(now - self._waits_since)
+        else:
+            self._found = nobody
         return nobody
 
-    @_entry
+    @entry
     def give_up(self) -> None:
         self._plane.metrics.waited(time.monotonic() - self._waits_since)
         if self._delivery.has_begun:
             self._break_off("no replica could go on with the answer in time")
-        elif self._past.has_been_taken:
+        elif self._past.has_been_taken or self._found is Nobody.DOWN:
             self._give(self._past.nobody())
         else:
             self._turn_away()
 
     # ---- from the pool
 
-    @_entry
+    @entry
     def connected(self, connection: ReplicaConnection) -> None:
         if self._lease is not None and self._lease.seat == connection.seat and self._connection is None:
             self._send(connection)
         else:
             self._plane.pool.keep(connection)
 
-    @_entry
+    @entry
     def unreachable(self, why: str) -> None:
         if self._lease is not None:
             self.failed(Fault.UNREACHABLE, why)
 
     # ---- from the replica
 
-    @_entry
+    @entry
     def informed(self, headers: RawHeaders) -> None:
         # It has the request: whether the kept connection was still good is no question any more.
         self._is_reused = False
@@ -224,7 +234,7 @@ class Exchange:
             if tokens and self._past.resumption is not None:
                 self._past.has_gone_on(lease.seat)
 
-    @_entry
+    @entry
     def began(self, connection: ReplicaConnection) -> None:
         status = connection.status
         lease = self._lease
@@ -242,7 +252,7 @@ class Exchange:
             self._delivery.expect(connection, len(self._past.problems), has_marks, self._past.resumed_by)
         self._stays = not self._delivery.has_marks
 
-    @_entry
+    @entry
     def received(self, body: bytes) -> None:
         if self._refusal is not None:
             if sum(map(len, self._refusal)) + len(body) <= _MOST_KEPT:
@@ -257,7 +267,7 @@ class Exchange:
             self._drop_connection()
             self.failed(Fault.CUT, problem)
 
-    @_entry
+    @entry
     def ended(self) -> None:
         connection, lease = self._connection, self._lease
         assert connection is not None
@@ -273,7 +283,7 @@ class Exchange:
         self._delivery.finish(self._past.resumed_by)
         self._end()
 
-    @_entry
+    @entry
     def failed(self, fault: Fault, why: str) -> None:
         lease = self._lease
         assert lease is not None
@@ -305,7 +315,7 @@ class Exchange:
 
     # ---- the fast path
 
-    @_entry
+    @entry
     def given_back(self) -> None:
         connection, passed = self._connection, self._leave_fast_path()
         assert connection is not None
@@ -315,7 +325,7 @@ class Exchange:
         if passed.unread:
             connection.data_received(passed.unread)
 
-    @_entry
+    @entry
     def _take_fast_path(self) -> None:
         connection = self._connection
         if connection is None or self._fast is not None or self._is_paused:
@@ -341,6 +351,7 @@ class Exchange:
         if events and self._lease is not None:
             self._lease.count_tokens(events)
             self._past.came_further()
+            self._placement.unreserve()
             self.deadline = 0.0
 
     # ---- choosing
@@ -353,11 +364,12 @@ class Exchange:
     def _wait(self, nobody: Nobody) -> None:
         """If there is something to wait for."""
         now = self._waits_since = time.monotonic()
+        self._found, patience = nobody, self._plane.settings.queue_timeout
         if not self.deadline:
-            self.deadline = now + self._plane.settings.queue_timeout
+            self.deadline = now + patience * (_TIMES_LONGER if self._past.has_been_taken else 1)
         if self._past.has_been_taken:
             self._plane.line.join(self, is_urgent=True)
-        elif nobody is Nobody.DOWN:
+        elif nobody is Nobody.DOWN and not self._plane.board.has_lost_one_since(now - patience):
             self._give(self._past.nobody())
         elif not self._plane.line.join(self):
             self._turn_away()
@@ -365,12 +377,10 @@ class Exchange:
     def _attempt(self) -> Nobody | None:
         """None if one is under way."""
         plane, past = self._plane, self._past
-        began = time.perf_counter()
-        picked = plane.board.pick(plane.settings.policy, self._facts, past.to_avoid(plane.board))
-        if not picked and past.resumption is not None and not self._delivery.has_begun:
-            # Better begun anew than not at all.
-            picked = plane.board.pick(plane.settings.policy, self._facts, past.tried)
-        plane.metrics.picked(time.perf_counter() - began)
+        picked = self._placement.pick(self._facts, has_begun=self._delivery.has_begun)
+        if picked is None:
+            self._end_deadly()
+            return None
         if not isinstance(picked, Lease):
             return picked
         if logger.isEnabledFor(logging.DEBUG):
@@ -412,17 +422,30 @@ class Exchange:
     def _report(self, lease: Lease, fault: Fault, problem: str) -> None:
         # If nobody listens there any more, it was this request with which the kept connection ended.
         if is_death(fault) or self._is_doubtful:
-            self._past.died()
-            # What it has waited so far is not to be held against it.
-            self.deadline = 0.0
+            self._died(lease)
         if fault is Fault.UNREACHABLE:
             self._plane.board.unreachable(lease.seat, problem)
         else:
             self._plane.board.failed(lease.seat, problem)
 
+    def _died(self, lease: Lease) -> None:
+        self._past.died(lease.seat, self._placement.is_reserved(lease.seat), time.monotonic())
+        # What it has waited so far is not to be held against it.
+        self.deadline = 0.0
+
     def _refused(self, connection: ReplicaConnection, lease: Lease, body: bytes) -> None:
         """The replica has said, and whole, that it does not take the request."""
         past = self._past
+        if connection.has_lost_engine:
+            # As if it had not answered: its API process has outlived its worker by a moment.
+            self._died(lease)
+            problem = f"{lease.seat.authority} has lost its engine"
+            self._plane.board.failed(lease.seat, problem)
+            self._next(lease, problem)
+            return
+        if connection.status == 503 and lease.instance.instance:
+            # A replica of ours that is ending: the next one may have to be waited for.
+            past.has_been_taken = True
         if past.resumption is not None:
             is_begun, status = self._delivery.has_begun, connection.status
             if is_begun and cannot_be_resumed(status):
@@ -449,17 +472,19 @@ class Exchange:
             return
         self._release()
         logger.warning("request=%s replica=%s did not take it: %s", self._id[:64], name, problem)
-        if why := past.deadly():
-            if delivery.has_begun:
-                self._break_off(f"{why} (the last one: {problem})")
-            else:
-                self._give(refusals.nobody([*past.problems, why]))
-            return
         if past.resumption is not None:
             self._plane.metrics.resumed(name)
         else:
             self._plane.metrics.retried(name)
         self._choose()
+
+    def _end_deadly(self) -> None:
+        why = self._past.deadly()
+        logger.error("request=%s %s", self._id[:64], why)
+        if self._delivery.has_begun:
+            self._break_off(f"request {self._id[:64]}: {why}", "deadly")
+        else:
+            self._give(refusals.deadly(why, self._id[:64]))
 
     # ---- the end
 
@@ -506,8 +531,11 @@ class Exchange:
 
     def _release(self) -> None:
         lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.release()
+        try:
+            if lease is not None:
+                lease.release()
+        finally:
+            self._placement.unreserve()
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None

@@ -53,6 +53,13 @@ class OwnColumn:
                 cells.probes[row] += 1
         return Lease(self, seat, tokens, probing)
 
+    def reserve(self, row: int, now: float) -> None:
+        """0: no longer."""
+        self._cells.reserved[row] = now
+
+    def has_reserved(self, row: int) -> bool:
+        return self._cells.reserved[row] != 0.0
+
     def end(self, lease: Lease) -> None:
         row, cells = lease.seat.row, self._cells
         with self._lock:

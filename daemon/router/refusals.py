@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .answers import Answer, error
 from .incoming import without_hop_by_hop
@@ -37,6 +38,12 @@ def nobody(problems: Sequence[str]) -> Answer:
 
 def router_failed(why: str) -> Answer:
     return error(500, why, "router_failed")
+
+
+def deadly(why: str, identity: str) -> Answer:
+    """OpenAI's clients send a request again after a 500, unless the header says that it is in vain."""
+    answer = error(500, f"request {identity}: {why}", "replicas_lost")
+    return replace(answer, headers=(*answer.headers, ("X-Should-Retry", "false")))
 
 
 def garbled(replica: str, problem: str) -> Answer:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two ticks that do not come about by themselves: this process was stopped, or starved.
 _AWAY = 2.0
+#: Seconds for which the requests of a replica that is reserved may end by themselves.
+_MAKE_WAY_AFTER = 1.0
 
 
 class DataPlane:
@@ -100,6 +102,9 @@ class DataPlane:
             if was_away:
                 exchange.pardon(now)
             exchange.watch(now)
+        if reserved := self.board.reserved_before(now - _MAKE_WAY_AFTER):
+            for exchange in list(self.exchanges):
+                exchange.make_way(reserved)
 
     def retry_after(self) -> int:
         """Seconds after which a request that finds everything full may come again."""

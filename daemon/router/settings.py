@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: As many as the board has columns for, and as many again while a reload replaces them.
 _MOST_WORKERS = 16
 _DAY = 86400
+#: fd-dp knows it within a second or two, later on a machine that is busy with restarts.
+_ENDING_PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,11 @@ class Settings:
     log_level: str
     #: Fingerprint of the flags file; None if there is none.
     flags: str | None
+
+    @property
+    def ending_patience(self) -> float:
+        """Seconds for which the reason of a replica's end is awaited; it comes over the admin socket."""
+        return _ENDING_PATIENCE if self.admin_socket is not None else 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

@@ -11,7 +11,8 @@ from typing import Any
 
 from fastdeploy.daemon.router.client import ClientConnection
 from fastdeploy.daemon.router.delivery import Delivery
-from fastdeploy.daemon.router.exchange import Exchange, _entry
+from fastdeploy.daemon.router.exchange import Exchange
+from fastdeploy.daemon.router.guarded import entry
 from fastdeploy.daemon.router.incoming import ClientRequest
 
 #: Methods of an exchange that the clock, the wait queue, and either connection call.
@@ -27,7 +28,7 @@ CLIENT_WATCH = "client-watch"
 def install() -> None:
     for name in ENTRIES:
         inner = getattr(Exchange, name).__wrapped__
-        setattr(Exchange, name, _entry(_raising(name, inner, lambda exchange: exchange._request)))
+        setattr(Exchange, name, entry(_raising(name, inner, lambda exchange: exchange._request)))
     for name in DELIVERY:
         setattr(Delivery, name, _raising(name, getattr(Delivery, name), lambda delivery: delivery._request))
     ClientConnection.watch = _raising(  # type: ignore[method-assign]

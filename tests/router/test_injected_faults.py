@@ -153,14 +153,15 @@ def test_a_fault_in_the_wait_queue_costs_no_other_its_turn(faulty, engine, fault
     faulty_place.behaviour = behave
     assert faulty_place.register_with(faulty.url, max_concurrency=1, instance="one").status_code == 200
     try:
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
             first = pool.submit(faulty.complete)
             wait_until(lambda: faulty.in_flight()[faulty_place.url] == 1, "the replica is full")
             culprit = pool.submit(faulty.complete, headers={"X-Fault": fault})
-            waiting = [pool.submit(faulty.complete) for _ in range(2)]
             assert culprit.result().status_code == 500
             assert "the router failed" in culprit.result().json()["error"]["message"]
-            # What waits behind it is told in time that there is no room, or is served.
+            # What waits after it gets an answer in time: that there is no room, or its turn.
+            waiting = [pool.submit(faulty.complete) for _ in range(2)]
+            assert pool.submit(faulty.complete).result().status_code == 429
             gate.set()
             assert first.result().status_code == 200
             assert {answer.result().status_code for answer in waiting} <= {200, 429}

@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from ...config import EngineConfig
-from ...errors import FastDeployError, ReplicaUnavailable
+from ...errors import EngineLost, FastDeployError, ReplicaUnavailable
 from ...messages import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -317,7 +317,8 @@ class EngineClient:
             open_generations = set(self._generations.values())
             self._generations.clear()
         for generation in open_generations:
-            generation._events.put(ReplicaUnavailable(_unavailable(status)))
+            lost = EngineLost if status.state is State.FAILED else ReplicaUnavailable
+            generation._events.put(lost(_unavailable(status)))
 
 
 class Generation:

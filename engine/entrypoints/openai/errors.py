@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import FastDeployError, ReplicaUnavailable, RequestError
+from ...errors import EngineLost, FastDeployError, ReplicaUnavailable, RequestError
+from ...resumption import LOST_HEADER
 from .engine_client import ClientGone
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -16,12 +17,19 @@ class ApiError(FastDeployError):
     """An answer other than success, with the status it has over HTTP."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        is_engine_lost: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.is_engine_lost = is_engine_lost
 
     @classmethod
     def of(cls, error: FastDeployError) -> ApiError:
@@ -31,7 +39,7 @@ class ApiError(FastDeployError):
             case RequestError():
                 return cls(400, str(error), param=error.param)
             case ReplicaUnavailable():
-                return cls(503, str(error))
+                return cls(503, str(error), is_engine_lost=isinstance(error, EngineLost))
             case ClientGone():
                 # nginx's number for it; it reaches the log only.
                 return cls(499, str(error))
@@ -49,6 +57,7 @@ class ApiError(FastDeployError):
             case 401:
                 return {"WWW-Authenticate": "Bearer"}
             case 429 | 503:
-                return {"Retry-After": str(RETRY_AFTER)}
+                lost = {LOST_HEADER: "1"} if self.is_engine_lost else {}
+                return {"Retry-After": str(RETRY_AFTER), **lost}
             case _:
                 return {}
