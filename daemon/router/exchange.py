@@ -369,10 +369,14 @@ class Exchange:
             self.deadline = now + patience * (_TIMES_LONGER if self._past.has_been_taken else 1)
         if self._past.has_been_taken:
             self._plane.line.join(self, is_urgent=True)
-        elif nobody is Nobody.DOWN and not self._plane.board.has_lost_one_since(now - patience):
+        elif nobody is Nobody.DOWN and not self._is_one_coming_back(now - patience):
             self._give(self._past.nobody())
         elif not self._plane.line.join(self):
             self._turn_away()
+
+    def _is_one_coming_back(self, lost_since: float) -> bool:
+        plane = self._plane
+        return plane.settings.is_supervised and plane.board.has_lost_one_since(lost_since)
 
     def _attempt(self) -> Nobody | None:
         """None if one is under way."""

@@ -65,9 +65,14 @@ class Settings:
     flags: str | None
 
     @property
+    def is_supervised(self) -> bool:
+        """fd-dp, which gives its orders over the admin socket, starts lost replicas again."""
+        return self.admin_socket is not None
+
+    @property
     def ending_patience(self) -> float:
-        """Seconds for which the reason of a replica's end is awaited; it comes over the admin socket."""
-        return _ENDING_PATIENCE if self.admin_socket is not None else 0.0
+        """Seconds for which fd-dp's word about the end of a replica is awaited."""
+        return _ENDING_PATIENCE if self.is_supervised else 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

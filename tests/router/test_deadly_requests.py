@@ -184,3 +184,13 @@ def test_a_word_about_an_end_is_checked_and_comes_over_the_admin_socket(
         head = f"POST /admin/endings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         client.send(head.encode() + body)
         assert client.answer().status == status
+
+
+def test_a_new_request_waits_for_replicas_that_fd_dp_starts_again(told_router):
+    with Fleet(told_router, 1) as fleet, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        fleet.keeps_alive = False
+        fleet[0].end(signal.SIGKILL)
+        wait_until(lambda: not told_router.urls(), "the router knows")
+        answer = pool.submit(ask, told_router.port, generation())
+        fleet.keeps_alive = True
+        answer.result().check()
