@@ -38,6 +38,9 @@ class Cause(StrEnum):
     EXIT = "exit"
 
 
+#: Ends for which a program is not the reason, so that no request of it can be.
+FROM_OUTSIDE = frozenset({Cause.KILLED, Cause.OPERATOR, Cause.SUPERVISORD})
+
 #: To try again at once would be in vain: only a person can change them.
 HOPELESS = {
     Cause.MODEL: "a model that cannot be read will not heal by itself",

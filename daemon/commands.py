@@ -165,6 +165,9 @@ class Commands:
         except (SupervisorError, OSError) as error:
             # OSError: a full disk. What runs goes on.
             self._finish(str(error))
+        except Exception as fault:
+            log.exception("%s failed", self._what)
+            self._finish(f"{self._what} failed in fd-dp ({fault!r}); its log has the details")
 
     def _begin(
         self,
@@ -252,6 +255,11 @@ class Commands:
                 conversation.end(control.FAILED, error=end.value)
             else:
                 conversation.end(control.OK)
+            return False
+        except Exception as fault:
+            # Those that wait behind it go on.
+            log.exception("a command that waited failed")
+            conversation.end(control.FAILED, error=f"it failed in fd-dp ({fault!r}); its log has the details")
             return False
 
     def _may_begin(self, conversation: Conversation | None) -> bool:

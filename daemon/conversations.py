@@ -17,7 +17,7 @@ from typing import Any
 
 from ..foreign_text import parse_json
 from . import peers
-from .control import BUSY, DENIED, USAGE
+from .control import BUSY, DENIED, FAILED, USAGE
 from .peers import Peer
 from .unix_listener import UnixListener
 
@@ -135,7 +135,11 @@ class Conversation:
             return
         if command is not None:
             self._asked = True
-            self._heard(command, self)
+            try:
+                self._heard(command, self)
+            except Exception as fault:
+                log.exception("the command %s failed", json.dumps(command)[:_TOLD])
+                self.end(FAILED, error=f"fd-dp failed while it did this ({fault!r}); its log has the details")
 
     def _has_said_more(self, data: bytes) -> None:
         """It has closed its end, mostly. Whether it still reads, sending nothing tells."""

@@ -40,6 +40,8 @@ def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
             return "the stacks of its threads; then it is killed"
         case State.STOPPING:
             return f"its last requests; it is killed in {_seconds(replica.program.stop_timeout - age)}"
+        case State.QUARANTINED if replica.paused:
+            return _calm(supervise.box_calm, replica.next_try - now)
         case State.BACKOFF | State.QUARANTINED:
             left = next_try_in(replica, now)
             return "the end of fd-dp" if left is None else f"its next try, in {_seconds(left)}"
@@ -61,6 +63,12 @@ def missing_at_the_router(fleet: Fleet, replica: Replica) -> str:
     if row is None or row.leaving:
         return f"the router does not have it: it has not registered; fdctl logs {_word(replica)} says why"
     return f"the router cannot use it: no good health check at {authority(row.host, row.port)}"
+
+
+def _calm(box_calm: float, left: float) -> str:
+    if left > 0:
+        return f"the machine to be calm: no failure of any replica for {box_calm:g} s, {_seconds(left)} to go"
+    return "its turn to come back: the replicas that were paused start one at a time"
 
 
 def next_try_in(replica: Replica, now: float) -> float | None:

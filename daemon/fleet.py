@@ -87,6 +87,8 @@ class Fleet:
         self._clock = clock
         self._dice = dice
         self._gone: set[int] = set()
+        #: By replica and what failed: the fault that was logged last.
+        self._faults: dict[tuple[str, str], str] = {}
         self._processes: dict[str, Process] = {}
         self._last_step = clock()
 
@@ -111,7 +113,7 @@ class Fleet:
                 self._watch(process.pid)
                 log.info("%s: adopted pid %d", replica.label, process.pid)
                 if replica.intent is Intent.STOPPED:
-                    # The last daemon was killed between the operator's wish and its fulfilment.
+                    # The last daemon was killed between the operator's wish and its fulfillment.
                     self.stop(replica, STOPPED)
             elif replica.left_down:
                 replica.note = STOPPED if replica.intent is Intent.STOPPED else HELD
@@ -243,20 +245,35 @@ class Fleet:
         now = self._clock()
         self._forgive(now)
         self._processes = self.supervisor.processes()
-        for replica in self.replicas.values():
-            self._observe(replica, self._processes.get(replica.name), now)
+        self._for_each("observe", lambda replica: self._observe(replica, now))
         self._inquest.look((r.pid for r in self.replicas.values() if r.pid), now)
         self._health.step(self.replicas, self.config.supervise, now)
-        for replica in self.replicas.values():
-            self._check_times(replica, now)
+        self._for_each("check", lambda replica: self._check_times(replica, now))
         self._start_those_whose_turn_it_is(now)
         self._health.ask(self.replicas.values(), self.config.supervise, now)
         self._ask_the_router(now)
+
+    def _for_each(
+        self, what: str, act: Callable[[Replica], None], replicas: Iterable[Replica] | None = None
+    ) -> None:
+        """A fault of one replica is logged once and keeps no other from being looked after."""
+        for replica in list(self.replicas.values() if replicas is None else replicas):
+            try:
+                act(replica)
+                self._faults.pop((replica.name, what), None)
+            except SupervisorLost:
+                raise
+            except Exception as fault:
+                if self._faults.get((replica.name, what)) != repr(fault):
+                    self._faults[replica.name, what] = repr(fault)
+                    log.exception("%s: fd-dp cannot %s it; trying again", replica.label, what)
 
     def interval(self) -> float:
         """How long the next step may wait, if nothing wakes the loop."""
         if self._gone & {replica.pid for replica in self.replicas.values()}:
             return 0.05
+        if self._link.has_news:
+            return _WAITED_FOR_INTERVAL
         states = {replica.state for replica in self.replicas.values()}
         if State.STOPPING in states:
             return 0.1
@@ -275,7 +292,8 @@ class Fleet:
                 replica.since += slept
                 replica.watch.forgive(slept)
 
-    def _observe(self, replica: Replica, process: Process | None, now: float) -> None:
+    def _observe(self, replica: Replica, now: float) -> None:
+        process = self._processes.get(replica.name)
         if process is None or process.state in supervisor.DOWN:
             if replica.alive:
                 self._ended(replica, now)
@@ -301,6 +319,7 @@ class Fleet:
         self._gone.discard(replica.pid)
         replica.last_exit, replica.last_exit_time = how, time.time()
         if replica.state is State.STOPPING and not replica.failing:
+            self._tell_of_end(replica, from_outside=True)
             log.info("%s: stopped (%s)", replica.label, how)
             replica.move(State.STOPPED, replica.note, now)
             return
@@ -314,6 +333,7 @@ class Fleet:
             verdict, told = self._inquest.hold(replica.program, how, replica.started, others)
             cause, what = verdict.cause, f"{how} ({verdict.words})" if verdict.words else how
             what += f"; its last error: {told}" if told else ""
+        self._tell_of_end(replica, from_outside=cause in causes.FROM_OUTSIDE)
         self._failed(replica, f"pid {replica.pid or '?'}: {what}", cause, now)
 
     def _failed(self, replica: Replica, what: str, cause: Cause, now: float) -> None:
@@ -327,11 +347,19 @@ class Fleet:
             replica.move(State.STOPPED, f"{what}; {HELD}, so not started again", now)
             log.error("%s: ERROR (%s)", replica.label, replica.note)
             return
-        at_once = ""
+        at_once = crowd = ""
         # The router starts within a second and takes little: a try does no harm, and all depends on it.
         if replica.name != ROUTER:
-            at_once = self._box.failed(now) or causes.HOPELESS.get(cause, "")
+            crowd = self._box.failed(now)
+            at_once = causes.HOPELESS.get(cause, "")
         decision = self._restarts[replica.name].failed(now, at_once)
+        if crowd and not decision.quarantined and self._has_others_in_use(replica):
+            calm = self.config.supervise.box_calm
+            what = f"{what}; paused until no replica has failed for {calm:g} s: {crowd}"
+            replica.move(State.QUARANTINED, what, now)
+            replica.paused, replica.next_try = True, self._box.calm_at
+            log.error("%s: ERROR (%s)", replica.label, what)
+            return
         kind = ""
         if decision.quarantined:
             what, kind = f"{what}; quarantined: {decision.why}", "QUARANTINED, "
@@ -339,9 +367,32 @@ class Fleet:
         replica.next_try = now + decision.delay
         log.error("%s: ERROR (%s); %snext try in %.1f s", replica.label, what, kind, decision.delay)
 
+    def _has_others_in_use(self, replica: Replica) -> bool:
+        """The last one is tried again whatever the machine is like: without it nothing is served."""
+        return any(
+            other.alive or other.state in (State.WAITING, State.BACKOFF)
+            for other in self.replicas.values()
+            if other is not replica and other.name != ROUTER and other.state is not State.STOPPING
+        )
+
+    def _may_come_back(self, replica: Replica, now: float) -> bool:
+        """A paused one, when the machine has been calm: one at a time, each when the one before is READY."""
+        replica.next_try = self._box.calm_at
+        return now >= replica.next_try and not any(
+            other.state in (State.WAITING, State.STARTING)
+            for other in self.replicas.values()
+            if other.name != ROUTER
+        )
+
+    def _tell_of_end(self, replica: Replica, *, from_outside: bool) -> None:
+        if replica.program.replica is not None:
+            self._link.ended(replica.program.ports[0], from_outside)
+
     def _check_times(self, replica: Replica, now: float) -> None:
         if replica.state is State.READY and now - replica.since > self.config.supervise.stable_after:
             self._restarts[replica.name].stable()
+        elif replica.paused and not self._may_come_back(replica, now):
+            return
         elif replica.state in FAILED and now >= replica.next_try:
             replica.restarts += 1
             replica.move(State.WAITING, f"try again after: {replica.note}", now)
@@ -365,8 +416,7 @@ class Fleet:
         ]
         free = (supervise.parallel_starts or os.cpu_count() or 1) - len(loading)
         waiting = [r for r in self.replicas.values() if r.state is State.WAITING and r.name != ROUTER]
-        for replica in waiting[: max(0, free)]:
-            self._start(replica, now)
+        self._for_each("start", lambda replica: self._start(replica, now), waiting[: max(0, free)])
 
     def _start(self, replica: Replica, now: float) -> None:
         # Its worker may outlive its API process by a moment, and would hold ports and memory.
@@ -409,7 +459,7 @@ class Fleet:
         wanted = {replica.program.ports[0]: self.drains(replica) for replica in replicas}
         rows = self.routed.rows
         wrong = any(row.draining != wanted.get(port, row.draining) for port, row in rows.items())
-        if self.set_aside or wrong:
+        if self.set_aside or wrong or self._link.has_news:
             interval = _WAITED_FOR_INTERVAL
         else:
             interval = _ROUTER_INTERVAL if self.all_registered() else _REGISTRATION_INTERVAL

@@ -51,8 +51,13 @@ class Health:
         for reading in self._probes.take():
             replica = replicas.get(reading.name)
             # What it says is of no interest any more if it is of another process, or of one that ends.
-            if replica is not None and replica.pid == reading.pid and replica.state in _ASKED:
+            if replica is None or replica.pid != reading.pid or replica.state not in _ASKED:
+                continue
+            try:
                 self._read(replica, reading, now)
+            except Exception:
+                # What one says must not keep the others from being heard.
+                log.exception("%s: what it says of its health cannot be used", replica.label)
         for replica in replicas.values():
             if replica.failing and (replica.dump is None or replica.dump.is_done(now)):
                 processes.kill_marked(self._layout.run, replica.name)

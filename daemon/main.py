@@ -87,6 +87,8 @@ class Daemon:
         #: What has to be done before the next step, and is tried until it succeeds.
         self._first: Callable[[], None] | None = self._take_over
         self._troubles = Troubles()
+        #: By part of a turn: the fault that was logged last.
+        self._faults: dict[str, str] = {}
         self._was_ready = False
         self._shown, self._show_next = "", 0.0
         self._watchdog_next = self._more_time_next = 0.0
@@ -142,15 +144,29 @@ class Daemon:
         except (SupervisorError, OSError) as error:
             # A full disk, mostly. Whatever runs goes on, and the next turn tries again.
             self._troubles.report("step", f"{error}; trying again")
-        self._upkeep.step()
-        self._commands.advance()
-        self._fleet.metrics.publish(self._fleet.replicas.values())
-        self._metrics_port.follow(self._fleet.config.metrics)
-        self._tell()
+        except Exception as fault:
+            self._failed("step", fault)
+        for name, part in (
+            ("upkeep", self._upkeep.step),
+            ("operation", self._commands.advance),
+            ("metrics", lambda: self._fleet.metrics.publish(self._fleet.replicas.values())),
+            ("metrics port", lambda: self._metrics_port.follow(self._fleet.config.metrics)),
+            ("status", self._tell),
+        ):
+            try:
+                part()
+            except Exception as fault:
+                self._failed(name, fault)
         processes.reap(keep=self._supervisord.child)
         # An operation may have its next move to make although nothing has happened.
         interval = _BUSY_INTERVAL if self._commands.busy else self._fleet.interval()
         self._wakeups.wait(min(interval, self._notify.watchdog or interval))
+
+    def _failed(self, part: str, fault: Exception) -> None:
+        """A part of a turn has failed. The programs are still looked after: the next turn tries again."""
+        if self._faults.get(part) != repr(fault):
+            self._faults[part] = repr(fault)
+            log.error("a part of the loop failed (%s); trying again", part, exc_info=fault)
 
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()

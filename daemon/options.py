@@ -230,8 +230,14 @@ class SuperviseSection:
     budget: int = row(10, "Failures within `budget_window` that put a replica into QUARANTINE.", at_least(1))
     box_budget: int = row(
         40,
-        "Failures of all replicas within `budget_window` after which each further one is QUARANTINED.",
+        "Failures of all replicas within `budget_window` after which each further one is paused.",
         at_least(1),
+    )
+    box_calm: float = row(
+        60.0,
+        "Without a failure of any replica for so long, those that are paused come back, one at a time.",
+        at_least(1),
+        "s",
     )
     budget_window: float = row(600.0, "The time in which failures are counted.", at_least(1), "s")
     quarantine: float = row(600.0, "Between two tries of a replica in quarantine.", at_least(1), "s")

@@ -84,10 +84,10 @@ class Probes:
         try:
             reading = (token_probe if token else health_probe)(program, pid)
         except Exception as fault:
-            # It would never be asked again if this thread just ended.
+            # Without a reading this program would never be asked again.
             log.exception("%s: a probe failed", program.label)
             reading = Reading(
-                program.name, pid, False, token=token, problem=f"the probe failed ({printable(repr(fault))})"
+                program.name, pid, False, token=token, problem=f"cannot be probed ({printable(repr(fault))})"
             )
         self._readings.put(reading)
         self._wake()

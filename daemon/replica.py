@@ -31,7 +31,7 @@ class State(StrEnum):
     STOPPING = "STOPPING"
     #: It failed; it is tried again at `next_try`.
     BACKOFF = "BACKOFF"
-    #: It failed too often; it is tried again at `next_try`, which is long.
+    #: It failed too often, and is tried again at `next_try`, which is long; or too many others did.
     QUARANTINED = "QUARANTINED"
 
 
@@ -73,6 +73,8 @@ class Replica:
     #: How often the daemon has started it again.
     restarts: int = 0
     next_try: float = 0.0
+    #: QUARANTINED because of the machine, not because of itself: it comes back when that is calm.
+    paused: bool = False
     #: When a health check was last good (or the process was started).
     last_good: float = 0.0
     #: The last words of its health check: progress, stage, worker.
@@ -109,7 +111,7 @@ class Replica:
 
     def move(self, to: State, note: str, now: float) -> None:
         assert to in ARROWS[self.state], f"{self.label}: {self.state} -> {to} ({note})"
-        self.state, self.note, self.since = to, note, now
+        self.state, self.note, self.since, self.paused = to, note, now, False
         if to not in ALIVE:
             self.pid, self.started = 0, 0.0
             self.health = {}

@@ -63,20 +63,26 @@ class Restarts:
 class Box:
     """The failures of all replicas of the machine: when there are many, it is the machine that fails.
 
-    To start everything again at once would make that worse, so whatever fails from then on is in quarantine.
+    To start everything again at once would make that worse, so whatever fails from then on is paused. The
+    pause ends by itself when no replica has failed for `box_calm`.
     """
 
     policy: SuperviseSection
     failures: list[float] = field(default_factory=list)
 
     def failed(self, now: float) -> str:
-        """Why what has failed just now must not be tried at once; empty while there are not too many."""
+        """Why what has failed just now is paused; empty while there are not too many."""
         policy = self.policy
         self.failures = _recent(self.failures, now, policy.budget_window)
         self.failures.append(now)
         if len(self.failures) <= policy.box_budget:
             return ""
         return f"{_count(self.failures, policy)} on this machine, more than box_budget = {policy.box_budget}"
+
+    @property
+    def calm_at(self) -> float:
+        """When the machine will have been calm for long enough, if nothing fails until then."""
+        return self.failures[-1] + self.policy.box_calm if self.failures else 0.0
 
 
 def _recent(failures: list[float], now: float, window: float) -> list[float]:

@@ -6,6 +6,7 @@ Everything in here blocks, for seconds if the router hangs: the loop calls it th
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 import socket
 import threading
@@ -47,11 +48,22 @@ class Row:
     draining: bool
     #: Requests that it has, those that other routers have given it included.
     in_flight: int
+    #: Which start of it that is; empty if it does not say.
+    instance: str = ""
 
     @property
     def is_there(self) -> bool:
         """It gets requests, unless it is drained."""
         return self.up and not self.leaving
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A start of a replica that has ended, and whether something else than itself was the reason."""
+
+    url: str
+    instance: str
+    from_outside: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,13 @@ def set_draining(admin: Path, row: Row, draining: bool) -> None:
     """Nothing happens if the router does not know it any more. Raises RouterSilent."""
     name = urllib.parse.quote(row.authority, safe=":")
     _ask(admin, "POST", f"/admin/replicas/{name}/{'drain' if draining else 'undrain'}", also=_NOT_FOUND)
+
+
+def tell_of_end(admin: Path, ended: Ended) -> None:
+    """A request under which it was lost is not to blame if it was ended from outside. Raises RouterSilent."""
+    word = {"url": ended.url, "instance": ended.instance, "from_outside": ended.from_outside}
+    # An older router, which an upgrade has left running, does not know this.
+    _ask(admin, "POST", "/admin/endings", also=_NOT_FOUND, body=json.dumps(word))
 
 
 def flags(admin: Path) -> Flags:
@@ -149,6 +168,7 @@ def _row(entry: dict[str, Any], up: bool) -> Row:
         leaving=_of(bool, entry["leaving"]),
         draining=_of(bool, entry["draining"]),
         in_flight=_of(int, entry["in_flight"]) + _of(int, entry["in_flight_elsewhere"]),
+        instance=str(entry.get("instance") or ""),
     )
 
 
@@ -159,11 +179,11 @@ def _of(kind: type[T], value: Any) -> T:
     return value
 
 
-def _ask(admin: Path, method: str, path: str, also: int = _OK) -> dict[str, Any]:
+def _ask(admin: Path, method: str, path: str, also: int = _OK, body: str | None = None) -> dict[str, Any]:
     """`also`: a status beside 200 that is no fault."""
     connection = _Connection(admin)
     try:
-        connection.request(method, path, headers={"Connection": "close"})
+        connection.request(method, path, body, headers={"Connection": "close"})
         response = connection.getresponse()
         answer = parse_json(response.read(_MAX_BODY))
         if response.status not in (_OK, also):

@@ -8,14 +8,18 @@ left drained, the next one undrains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import router_admin
-from .router_admin import InBackground, RouterSilent, Row
+from .router_admin import Ended, InBackground, RouterSilent, Row
 
 log = logging.getLogger("fd-dp")
+
+#: Ends of replicas that the router has yet to be told, and starts whose end it was told: the latest.
+_MOST_ENDS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,23 @@ class RouterLink:
         self._began = self._gone = float("-inf")
         #: All that were ever wanted.
         self._ports: set[int] = set()
+        #: By port: URL and id of the start that is registered.
+        self._starts: dict[int, tuple[str, str]] = {}
+        self._being_told: Sequence[Ended] = ()
+        self._ends: deque[Ended] = deque(maxlen=_MOST_ENDS)
+        self._told: deque[str] = deque(maxlen=_MOST_ENDS)
+
+    @property
+    def has_news(self) -> bool:
+        """The router does not know yet how a replica has ended."""
+        return bool(self._ends)
+
+    def ended(self, port: int, from_outside: bool) -> None:
+        """A replica has ended; the next step tells the router, if that knew it."""
+        url, instance = self._starts.pop(port, ("", ""))
+        if instance:
+            self._told.append(instance)
+            self._ends.append(Ended(url, instance, from_outside))
 
     def step(self, wanted: Mapping[int, bool], now: float, interval: float) -> None:
         """Takes in what has been seen, and begins another look when it is time.
@@ -50,6 +71,7 @@ class RouterLink:
         if self._call is not None and self._call.is_done:
             try:
                 look = Look(self._began, self._call.result(), "")
+                self._take_in(look)
             except RouterSilent as error:
                 look = Look(self._began, {}, str(error))
             self._call = None
@@ -60,17 +82,35 @@ class RouterLink:
             # Nobody wants anything of a port that a reload has given up.
             self._ports |= wanted.keys()
             snapshot = {**dict.fromkeys(self._ports, False), **wanted}
-            self._call = InBackground(lambda: _look_and_put_right(self._admin, snapshot))
+            self._being_told = tuple(self._ends)
+            ends = self._being_told
+            self._call = InBackground(lambda: _tell_and_look(self._admin, ends, snapshot))
 
     def gone(self, now: float) -> None:
         """The router's process has ended: nobody knows anything."""
         self._gone = now
         self.look = Look(now, {}, "the router is down")
+        self._ends.clear()
+
+    def _take_in(self, look: Look) -> None:
+        for ended in self._being_told:
+            if ended in self._ends:
+                self._ends.remove(ended)
+        for port, row in look.rows.items():
+            # One whose end was told may be up for the router for a moment longer.
+            if row.is_there and row.instance and row.instance not in self._told:
+                self._starts[port] = (f"http://{row.authority}", row.instance)
 
 
 def _shall_drain(row: Row, wanted: Mapping[int, bool]) -> bool:
     """The router keeps a place for one that has left only as long as it is drained."""
     return wanted.get(row.port, row.draining and not row.leaving)
+
+
+def _tell_and_look(admin: Path, ends: Sequence[Ended], wanted: Mapping[int, bool]) -> Mapping[int, Row]:
+    for ended in ends:
+        router_admin.tell_of_end(admin, ended)
+    return _look_and_put_right(admin, wanted)
 
 
 def _look_and_put_right(admin: Path, wanted: Mapping[int, bool]) -> Mapping[int, Row]:

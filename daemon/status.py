@@ -97,7 +97,7 @@ def one_line(fleet: Fleet) -> str:
                 f"{replica.label} loading" + (f" {100 * progress:.0f}%" if progress is not None else "")
             )
         elif replica.state not in (State.READY, State.WAITING):
-            words.append(f"{replica.label} {replica.state}")
+            words.append(f"{replica.label} {'paused' if replica.paused else replica.state}")
     return ", ".join(words)
 
 

@@ -253,7 +253,7 @@ class Supervisor:
         except SupervisorError as error:
             if error.fault != "SPAWN_ERROR":
                 raise
-            reason = self._call("getProcessInfo", name)["spawnerr"]
+            reason = printable(self._call("getProcessInfo", name, read=_spawn_error))
             raise SupervisorError(f"supervisord cannot start {name}: {reason}", error.fault) from None
 
     def stop(self, name: str) -> None:
@@ -327,6 +327,10 @@ class Supervisor:
                     f"({printable(repr(error))})",
                     hangs=True,
                 ) from None
+
+
+def _spawn_error(answer: Any) -> str:
+    return str(answer["spawnerr"])
 
 
 def _number(value: Any) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
 import signal
 import socket
 from collections.abc import Callable
+
+log = logging.getLogger("fd-dp")
 
 
 class Wakeups:
@@ -46,7 +49,11 @@ class Wakeups:
 
     def wait(self, timeout: float) -> None:
         for key, _ in self.selector.select(timeout):
-            key.data()
+            try:
+                key.data()
+            except Exception:
+                # Of one client, or one process: those behind it in this round must not wait for the next.
+                log.exception("a wake-up failed")
 
     def _signalled(self, number: int, frame: object) -> None:
         self.signals.append(signal.Signals(number))

@@ -73,6 +73,11 @@ class EngineCore:
             self._add(request)
         except RequestError as error:
             self._refusals.append(_error(request.request_id, str(error)))
+        except Exception as error:
+            # It would end the loop, and with it the requests of all others.
+            _log.error("request=%s cannot be queued", request.request_id, exc_info=error)
+            self._scheduler.abort([request.request_id])
+            self._refusals.append(_error(request.request_id, "the engine failed to queue this request"))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Frees everything of these requests at once; nothing more is said about them."""

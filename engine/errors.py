@@ -33,3 +33,7 @@ class ReplicaUnavailable(FastDeployError):
 def is_disk_condition(error: OSError) -> bool:
     """Return whether the state of a disk is to blame, rather than a wrong path or missing rights."""
     return error.errno in _DISK_CONDITIONS
+
+
+class EngineLost(ReplicaUnavailable):
+    """The worker ended while it had this request (HTTP 503)."""

@@ -90,8 +90,12 @@ class Registration(threading.Thread):
             if self._keys:
                 session.headers["Authorization"] = f"Bearer {self._keys[0]}"
             while not self._stopped.is_set():
-                if self._is_healthy():
-                    self._note(self._register(session))
+                try:
+                    if self._is_healthy():
+                        self._note(self._register(session))
+                except Exception as error:
+                    # Without this thread the router would forget a replica that works.
+                    self._note(f"{type(error).__name__}: {error}")
                 self._stopped.wait(_BEAT_SECONDS if self._trouble is None else _FIRST_BEAT_SECONDS)
             # A beat that has failed may have arrived all the same.
             if self._is_leaving and self._trouble != "":

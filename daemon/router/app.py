@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from ...addresses import is_loopback
 from . import health
 from .answers import error_body
-from .board import Board, Seat, Status
+from .board import Board, Ending, Seat, Status
 from .counter_memory import CounterMemory
 from .metrics import Metrics
 from .registration import AllowedAddresses, Instance, RegistrationError, parse, parse_farewell
@@ -31,6 +32,15 @@ _ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
     "undrain": Board.undrain,
     "remove": Board.remove,
 }
+
+
+class _EndingWord(msgspec.Struct, forbid_unknown_fields=True):
+    """What fd-dp says about a replica that has ended."""
+
+    url: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    #: Its start, by the id with which it registered.
+    instance: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    from_outside: bool
 
 
 class Router:
@@ -181,6 +191,18 @@ def _control_plane(router: Router) -> Flask:
             return jsonify(code=404, msg=f"no replica {name!r}; there are: {names}"), 404
         return jsonify(code=200, msg=f"{order} {row.instance.name}", replica=_shown(row)), 200
 
+    @app.post("/admin/endings")
+    def ending() -> tuple[Response, int]:
+        if not router.may_give_orders(request.remote_addr or "", _authorization()):
+            return jsonify(code=403, msg="this comes from fd-dp, over --admin-socket"), 403
+        try:
+            word = msgspec.json.decode(request.get_data(), type=_EndingWord)
+        except msgspec.MsgspecError as error:
+            return jsonify(code=400, msg=str(error)), 400
+        ending = Ending.FROM_OUTSIDE if word.from_outside else Ending.ITS_OWN
+        router.board.note_ending(word.url, word.instance, ending)
+        return jsonify(code=200, msg="noted"), 200
+
     @app.get("/registered")
     def registered() -> Response:
         shown: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
@@ -238,6 +260,7 @@ def _shown(row: Status) -> dict[str, Any]:
         "state": row.state.name.lower(),
         "draining": row.draining,
         "leaving": row.leaving,
+        "reserved": row.reserved,
         "in_flight": row.in_flight,
         "in_flight_elsewhere": row.in_flight_elsewhere,
         "weight": round(row.weight, 3),

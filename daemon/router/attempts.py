@@ -11,13 +11,13 @@ from ...resumption import Resumption
 from . import refusals
 from .answers import Answer
 from .board import Board, Seat
-from .retry import MOST_DEATHS
+from .suspicion import Death, Suspicion, Verdict
 
 
 class Attempts:
     """Belongs to the exchange."""
 
-    __slots__ = ("_deaths", "has_been_taken", "problems", "refusal", "resumed_by", "resumption", "tried")
+    __slots__ = ("has_been_taken", "problems", "refusal", "resumed_by", "resumption", "suspicion", "tried")
 
     def __init__(self) -> None:
         #: What each one failed of, in words.
@@ -33,9 +33,13 @@ class Attempts:
         self.resumed_by: list[Seat] = []
         #: Since the answer came further.
         self.tried: list[Seat] = []
-        self._deaths = 0
+        self.suspicion = Suspicion()
 
     # ---- the next one
+
+    def verdict(self, board: Board, now: float, patience: float) -> Verdict:
+        """Whether it may be tried, and where. `patience`: for fd-dp's word, in seconds."""
+        return self.suspicion.verdict(board.ending_of, now, patience)
 
     def to_avoid(self, board: Board) -> Sequence[Seat]:
         if self.resumption is None:
@@ -50,7 +54,7 @@ class Attempts:
 
     def came_further(self) -> None:
         # A stream that goes on is not what kills replicas, however many it outlives.
-        self._deaths = 0
+        self.suspicion.deaths.clear()
         del self.tried[:-1]
 
     def has_gone_on(self, seat: Seat) -> None:
@@ -59,9 +63,9 @@ class Attempts:
 
     # ---- when it fails
 
-    def died(self) -> None:
-        """Its replica, with it."""
-        self._deaths += 1
+    def died(self, seat: Seat, alone: bool, now: float) -> None:
+        """The replica was lost with the request. `alone`: it had nothing else."""
+        self.suspicion.deaths.append(Death(seat, alone, now))
 
     def failed(self, problem: str, resumption: Resumption | None) -> None:
         """
@@ -70,7 +74,7 @@ class Attempts:
         """
         self.problems.append(problem)
         self.resumption = resumption
-        self.has_been_taken |= self._deaths > 0 or resumption is not None
+        self.has_been_taken |= bool(self.suspicion.deaths) or resumption is not None
 
     def forgive(self, seat: Seat | None = None) -> None:
         """It, or all, may be tried again."""
@@ -80,10 +84,12 @@ class Attempts:
             self.tried.remove(seat)
 
     def deadly(self) -> str:
-        """Empty, or why the request is not tried any more: it looks as if it killed replicas."""
-        if self._deaths < MOST_DEATHS:
-            return ""
-        return f"{self._deaths} replicas in a row were lost over this request; it is not tried again"
+        """Why the request is not tried any more."""
+        deaths = self.suspicion.deaths
+        return (
+            f"{len(deaths)} replicas in a row were lost over this request, the last one while it had nothing "
+            f"else; it is not tried again ({'; '.join(self.problems[-len(deaths) :])})"
+        )
 
     def nobody(self) -> Answer:
         return self.refusal or refusals.nobody(self.problems)

@@ -16,18 +16,18 @@ import time
 from collections.abc import Callable, Collection, Mapping
 
 from . import board_memory
-from .board_memory import WORKERS, BoardError, BoardMemory, Flag, Header, State
+from .board_memory import WORKERS, BoardError, BoardMemory, Ending, Flag, Header, State
 from .board_rows import Rows
 from .board_view import Nobody, Status, View
 from .columns import Columns
 from .kernel_locks import KernelLocks
-from .lease import Lease, Seat
+from .lease import Lease, OwnColumn, Seat
 from .measuring import Measuring
 from .policies import Policy, RequestFacts
 from .prefix_table import PrefixTable
 from .registration import Instance
 
-__all__ = ["Board", "BoardError", "Lease", "Nobody", "Seat", "State", "Status"]
+__all__ = ["Board", "BoardError", "Ending", "Lease", "Nobody", "Seat", "State", "Status"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +131,57 @@ class Board:
             row = view.choose(policy, facts, exclude)
             if not isinstance(row, int):
                 return row
-            memory = self._memory
-            memory.last_pick[row] = memory.header[_PICKS] = memory.header[_PICKS] + 1
-            memory.picks[row] += 1
-            return own.begin(view.seats[row], facts.prompt_tokens, row in view.probing)
+            return self._begin(own, view, row, facts)
+
+    def reserve(self, exclude: Collection[Seat] = ()) -> Seat | None:
+        """Keeps a replica for one request of this worker: it takes nothing new until `unreserve`.
+
+        None if none can be spared. A worker that dies reserves nothing any more.
+        """
+        own = self._columns.own
+        assert own is not None, "a worker opens its column before it reserves"
+        with self._lock:
+            view = self._current()
+            row = view.choose_to_reserve(exclude)
+            if row is None:
+                return None
+            self._rows.changing()
+            own.reserve(row, self._clock())
+            return view.seats[row]
+
+    def pick_reserved(self, seat: Seat, facts: RequestFacts) -> Lease | Nobody:
+        """Counts the request on the replica that was reserved for it, once that has nothing else.
+
+        DOWN if it may not be chosen any more, and then it is not reserved any more either.
+        """
+        own = self._columns.own
+        assert own is not None, "a worker opens its column before it picks"
+        with self._lock:
+            view = self._current()
+            if not self._is_there(seat) or seat.row not in view.usable:
+                self._unreserve(seat)
+                return Nobody.DOWN
+            if view.has_requests(seat.row):
+                return Nobody.BUSY
+            return self._begin(own, view, seat.row, facts)
+
+    def unreserve(self, seat: Seat) -> None:
+        with self._lock:
+            self._unreserve(seat)
+
+    def reserved_before(self, moment: float) -> set[Seat]:
+        """Replicas that have been reserved since before then: what they have shall make way."""
+        with self._lock:
+            view, columns = self._current(), self._memory.columns[:WORKERS]
+            return {
+                view.seats[row]
+                for row in view.reserved
+                if any(0.0 < column.reserved[row] < moment for column in columns)
+            }
+
+    def has_lost_one_since(self, moment: float) -> bool:
+        """A replica has gone down or has left since then."""
+        return self._memory.lost_at[0] > moment
 
     def drain_rate(self) -> float:
         """Requests that end per second, lately."""
@@ -193,6 +240,7 @@ class Board:
             if seat is None or seat.instance.instance != instance_id:
                 return False
             self._rows.retire(seat.instance, self._clock())
+            self._memory.lost_at[0] = self._clock()
             self._rows.set_flag(seat.row, Flag.LEAVING, True)
             self._rows.sweep()
             logger.info("replica=%s is leaving", seat.instance.name)
@@ -202,6 +250,16 @@ class Board:
         """Whether that start of it was replaced or said farewell lately."""
         with self._lock:
             return self._rows.is_retired(instance, self._clock())
+
+    def note_ending(self, url: str, instance_id: str, ending: Ending) -> None:
+        """fd-dp says why that start of a replica has ended."""
+        with self._lock:
+            self._rows.note_ending(url, instance_id, ending)
+            logger.info("replica at %s has ended: %s", url, ending.name.lower().replace("_", " "))
+
+    def ending_of(self, seat: Seat) -> Ending:
+        with self._lock:
+            return self._rows.ending_of(seat.instance)
 
     def drain(self, seat: Seat) -> bool:
         """The operator wants nothing new there, until `undrain`. False if the replica has gone."""
@@ -279,6 +337,18 @@ class Board:
             return bool(lost)
 
     # ---- under the lock
+
+    def _begin(self, own: OwnColumn, view: View, row: int, facts: RequestFacts) -> Lease:
+        memory = self._memory
+        memory.last_pick[row] = memory.header[_PICKS] = memory.header[_PICKS] + 1
+        memory.picks[row] += 1
+        return own.begin(view.seats[row], facts.prompt_tokens, row in view.probing)
+
+    def _unreserve(self, seat: Seat) -> None:
+        own = self._columns.own
+        if own is not None and own.has_reserved(seat.row):
+            self._rows.changing()
+            own.reserve(seat.row, 0.0)
 
     def _current(self) -> View:
         if self._view is None or self._view.changes != self._memory.header[_CHANGES]:

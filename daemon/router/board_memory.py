@@ -28,6 +28,7 @@ ROWS = 256
 #: One for each worker; a gunicorn that replaces itself runs twice as many for a while.
 WORKERS = 32
 RETIRED = 256
+ENDINGS = 256
 #: The column for what other routers have in flight.
 REMOTE = WORKERS
 #: More than all cells need; what is not touched takes no memory.
@@ -37,7 +38,7 @@ _TEXT_AREA = ROWS * 2 * _TEXT_BYTES
 BYTES = _CELL_BYTES + _TEXT_AREA + PrefixTable.BYTES
 _MAGIC = int.from_bytes(b"fd-board", "little")
 #: Changes with everything below: an old router must not hand its board to a new one that reads it otherwise.
-_LAYOUT = 2
+_LAYOUT = 3
 
 
 class State(IntEnum):
@@ -53,6 +54,16 @@ class State(IntEnum):
 class Flag(IntFlag):
     DRAINING = 1
     LEAVING = 2
+
+
+class Ending(IntEnum):
+    """Why a replica was lost, by the word of fd-dp."""
+
+    UNKNOWN = 0
+    #: It crashed, hung or ran out of memory.
+    ITS_OWN = 1
+    #: Something else ended it: a signal 9 from outside, or a planned stop.
+    FROM_OUTSIDE = 2
 
 
 class Header(IntEnum):
@@ -71,6 +82,7 @@ class Header(IntEnum):
     IDENTITY = 7
     #: Other routers count in the column REMOTE.
     HAS_REMOTE = 8
+    ENDINGS = 9
 
 
 class BoardError(FastDeployError):
@@ -89,6 +101,8 @@ class Column:
         #: Of streams: tokens that were passed on, and the seconds that took.
         self.passed = cells.ints(ROWS)
         self.seconds = cells.floats(ROWS)
+        #: Since when a replica is reserved for one request of this worker; 0 if it is not.
+        self.reserved = cells.floats(ROWS)
         # A cache line of its own.
         own = cells.ints(8)
         #: Whose column it is; 0 if nobody's.
@@ -97,7 +111,10 @@ class Column:
         self.ended = own[1:2]
 
     def clear(self) -> None:
-        for cells in (self.in_flight, self.tokens, self.probes, self.passed, self.seconds, self.ended):
+        for cells in (
+            *(self.in_flight, self.tokens, self.probes, self.passed, self.seconds, self.reserved),
+            self.ended,
+        ):
             cells.cast("B")[:] = bytes(cells.nbytes)
 
 
@@ -116,6 +133,10 @@ class BoardMemory:
         self.header = cells.ints(len(Header))
         #: A ring: hashes of instances that are not admitted again for a while, and since when.
         self.retired, self.retired_at = cells.ints(RETIRED), cells.floats(RETIRED)
+        #: A ring: hashes of starts of replicas, and what fd-dp has said of their ends.
+        self.ended_start, self.ending = cells.ints(ENDINGS), cells.ints(ENDINGS)
+        #: When a replica was last lost; 0 if none ever was.
+        self.lost_at = cells.floats(1)
         #: Requests that ended per second, lately.
         self.drain_rate = cells.floats(1)
         self.state, self.flags, self.generation, self.text = (cells.ints(ROWS) for _ in range(4))

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import blake2b
 
-from .board_memory import REMOTE, RETIRED, ROWS, BoardMemory, Flag, Header, State, text_of
+from .board_memory import ENDINGS, REMOTE, RETIRED, ROWS, BoardMemory, Ending, Flag, Header, State, text_of
 from .prefix_table import PrefixTable
 from .registration import Instance, RegistrationError
 
@@ -133,6 +133,7 @@ class Rows:
         calm = state == State.UP and (wait == 0.0 or now - memory.since[row] >= CALM_AFTER)
         wait = FIRST_WAIT if calm else max(FIRST_WAIT, min(LONGEST_WAIT, 2 * wait))
         memory.probe_at[row], memory.probe_wait[row] = now + wait, wait
+        memory.lost_at[0] = now
         self._move(row, State.DOWN, now)
         return True
 
@@ -187,6 +188,25 @@ class Rows:
             one == start and now - then < RETIRED_FOR for one, then in zip(retired, since, strict=True)
         )
 
+    def note_ending(self, url: str, instance: str, ending: Ending) -> None:
+        """The last word about a start of a replica counts. A slot is valid with its last store."""
+        memory = self._memory
+        number = memory.header[Header.ENDINGS]
+        slot = number % ENDINGS
+        memory.ended_start[slot] = 0
+        memory.ending[slot] = ending
+        memory.ended_start[slot] = _start(url, instance)
+        memory.header[Header.ENDINGS] = number + 1
+
+    def ending_of(self, instance: Instance) -> Ending:
+        if not instance.instance:
+            return Ending.UNKNOWN
+        memory = self._memory
+        starts, start = memory.ended_start.tolist(), _start_of(instance)
+        newest = memory.header[Header.ENDINGS] - 1
+        slots = (number % ENDINGS for number in range(newest, max(-1, newest - ENDINGS), -1))
+        return next((Ending(memory.ending[slot]) for slot in slots if starts[slot] == start), Ending.UNKNOWN)
+
     def changing(self) -> None:
         """Before anything is stored that workers keep a copy of."""
         self._memory.header[Header.CHANGES] += 1
@@ -214,5 +234,9 @@ def key_of(url: str) -> int:
 
 def _start_of(instance: Instance) -> int:
     """What stands for this start of this replica; signed, as the cells are."""
-    text = f"{instance.url} {instance.instance}"
+    return _start(instance.url, instance.instance)
+
+
+def _start(url: str, instance: str) -> int:
+    text = f"{url} {instance}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -37,6 +37,8 @@ class Status:
     #: Its operator wants no new requests there; it itself wants none.
     draining: bool
     leaving: bool
+    #: It takes nothing new until a request that is suspected of killing replicas was tried there alone.
+    reserved: bool
     #: Of this router's requests, and what other routers said last of theirs.
     in_flight: int
     in_flight_elsewhere: int
@@ -82,9 +84,13 @@ class View:
                 self.seats[row] = before.seats[row]
             else:
                 self.seats[row] = Seat(row, memory.generation[row], memory.read_instance(row))
-        self.choosable = [
+        columns = [column for column in memory.columns[:WORKERS] if column.pid[0]]
+        self.reserved = frozenset(row for row in used if any(column.reserved[row] for column in columns))
+        #: With those that are reserved.
+        self.usable = [
             row for row in used if memory.state[row] in (State.UP, State.PROBING) and not memory.flags[row]
         ]
+        self.choosable = [row for row in self.usable if row not in self.reserved]
         self.probing = frozenset(row for row in self.choosable if memory.state[row] == State.PROBING)
         self._limits = {
             row: seat.instance.max_concurrency
@@ -101,7 +107,7 @@ class View:
             for row, seat in self.seats.items()
         }
         self._known_of_choosable = _columns(self._known, self.choosable)
-        columns = [column for column in memory.columns[:WORKERS] if column.pid[0]]
+        self._own_in_flight = [column.in_flight[:count] for column in columns]
         if memory.header[Header.HAS_REMOTE]:
             columns.append(memory.columns[REMOTE])
         self._in_flight = [column.in_flight[:count] for column in columns]
@@ -114,7 +120,8 @@ class View:
         if exclude:
             rows = [row for row in rows if self.seats[row] not in exclude]
         if not rows:
-            return Nobody.DOWN
+            will_be_free = any(self.seats[row] not in exclude for row in self.usable if row in self.reserved)
+            return Nobody.BUSY if will_be_free else Nobody.DOWN
         in_flight = _sums(self._in_flight)
         if max(in_flight) >= self._least_limit:
             limits = self._limits
@@ -141,6 +148,18 @@ class View:
             self._prefixes.insert(facts.prefix, row)
         return row
 
+    def choose_to_reserve(self, exclude: Collection[Seat]) -> int | None:
+        """The row with the least to do; None if there is none to spare: half of them stay for the others."""
+        if len(self.reserved.intersection(self.usable)) >= max(1, len(self.usable) // 2):
+            return None
+        rows = [row for row in self.choosable if self.seats[row] not in exclude]
+        in_flight, last_pick = _sums(self._own_in_flight), self._last_pick
+        return min(rows, key=lambda row: (in_flight[row], last_pick[row]), default=None)
+
+    def has_requests(self, row: int) -> bool:
+        """Of this router."""
+        return any(column[row] for column in self._own_in_flight)
+
     def statuses(self) -> list[Status]:
         memory = self._memory
         own, elsewhere = memory.columns[:WORKERS], memory.columns[REMOTE]
@@ -150,6 +169,7 @@ class View:
                 state=State(memory.state[row]),
                 draining=bool(memory.flags[row] & Flag.DRAINING),
                 leaving=bool(memory.flags[row] & Flag.LEAVING),
+                reserved=row in self.reserved,
                 in_flight=sum(column.in_flight[row] for column in own),
                 in_flight_elsewhere=elsewhere.in_flight[row],
                 tokens=sum(column.tokens[row] for column in own),

@@ -262,7 +262,13 @@ class ClientConnection(asyncio.Protocol):
         self._is_head_only = request.method == "HEAD"
         self._is_old = request.is_old
         self._is_chunked = False
-        task = self._server.serve(self, request)
+        try:
+            task = self._server.serve(self, request)
+        except Exception:
+            # This may be called from the loop itself, where the client would wait for ever.
+            logger.exception("request=%s failed in the router before it began", request.id[:64])
+            self.abort()
+            return
         # It may be answered already.
         if self._is_busy and self._lingering < 0 and not self._transport.is_closing():
             self._task = task

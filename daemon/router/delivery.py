@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
-from ...resumption import Resumption
+from ...resumption import LOST_HEADER, Resumption
 from .answers import Answer, header_lines, sse_error
 from .board import Seat
 from .fast_path import Passed
@@ -22,7 +22,13 @@ from .upstream import ReplicaConnection
 #: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
 _MOST_HELD = 4 << 20
 _REDIRECTS = frozenset({201, *range(300, 400)})
-_NOT_PASSED_ON = HOP_BY_HOP | CORS | {b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"}
+_NOT_PASSED_ON = frozenset(
+    {
+        *(HOP_BY_HOP | CORS),
+        *(b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"),
+        LOST_HEADER.lower().encode(),
+    }
+)
 
 
 class Client(Protocol):
@@ -182,6 +188,18 @@ class Delivery:
             self._client.end()
         else:
             self._client.abort()
+
+    def crash(self, answer: Answer, why: str) -> None:
+        """Ends the answer after an exception in the router: with `answer`, or broken off if it has begun."""
+        try:
+            if self.has_begun:
+                self.break_off(why)
+            else:
+                self.give(answer)
+        except Exception:
+            # What has gone out is unknown, so it must not look whole.
+            self._client.abort()
+            raise
 
     def drop_partial(self) -> None:
         """The replica is gone: what of its answer has not been passed on will come from another."""

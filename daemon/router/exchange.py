@@ -2,29 +2,35 @@
 
 choose --> attempt --> the answer, whole: over
   |          |
+  |          +-> made way for a suspect, at a replica that is reserved for it: choose again and resume
   |          +-> refused (503, 502, 429 with Retry-After): choose again, within the retry budget
   |          +-> the replica is lost, nothing is known of its answer: choose again
   |          +-> the replica is lost, a part of its answer is known: choose again and resume, if it can be
   +-> all are full: wait in line
-  +-> nobody is there: 503, or wait in line if some replica has had it
+  +-> nobody is there: 503, or wait in line if some replica has had it or one was lost just now
+  +-> it is suspected of killing replicas (suspicion.py): attempt, once it can be alone at one; or an error
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from . import refusals
 from .answers import Answer
 from .attempts import Attempts
-from .board import Lease, Nobody
+from .board import Lease, Nobody, Seat
 from .delivery import Client, Delivery
 from .fast_path import FastStream, Passed
+from .guarded import entry
 from .incoming import ClientRequest, RawHeaders, Refused
 from .outgoing import Forwarded, forwarded, lines_for, resuming
+from .placement import Placement
 from .policies import RequestFacts
 from .request_facts import facts_of
 from .retry import cannot_be_resumed, in_words, is_busy, is_death, is_overload
@@ -37,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 #: Of a refusal that is kept while another replica is tried.
 _MOST_KEPT = 64 << 10
+#: Requests that a replica has had wait longer for one to come back: it may have to load.
+_TIMES_LONGER = 4
 #: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
 _REST = 0.5
 
@@ -47,6 +55,7 @@ class Exchange:
     __slots__ = (
         *("_began_at", "_connection", "_delivery", "_facts", "_fast", "_forwarded", "_id", "_is_doubtful"),
         *("_is_over", "_is_paused", "_is_reused", "_lease", "_name", "_past", "_plane", "_refusal"),
+        *("_found", "_placement"),
         *("_request", "_stays", "_waits_since", "deadline"),
     )
 
@@ -54,6 +63,8 @@ class Exchange:
         #: In the line; 0 before it joins for the first time, and whenever the answer has come further.
         self.deadline = 0.0
         self._waits_since = 0.0
+        #: Why it waits.
+        self._found: Nobody | None = None
         self._plane = plane
         self._request = request
         self._id = request.id
@@ -76,9 +87,11 @@ class Exchange:
         #: Of the latest one's replica.
         self._name = "-"
         self._past = Attempts()
+        self._placement = Placement(plane, self._past)
         self._is_paused = False
         self._is_over = False
 
+    @entry
     def start(self) -> None:
         plane, request = self._plane, self._request
         try:
@@ -98,6 +111,7 @@ class Exchange:
 
     # ---- from the client
 
+    @entry
     def client_gone(self) -> None:
         if not self._is_over:
             self._leave_fast_path()
@@ -106,12 +120,14 @@ class Exchange:
                 self._delivery.status = 499
             self._end("client gone")
 
+    @entry
     def pause(self) -> None:
         """The client does not read as fast as its answer comes."""
         self._is_paused = True
         if self._connection is not None:
             self._connection.pause()
 
+    @entry
     def resume(self) -> None:
         self._is_paused = False
         if self._connection is not None:
@@ -119,11 +135,13 @@ class Exchange:
 
     # ---- from the clock and the line
 
+    @entry
     def pardon(self, now: float) -> None:
         """It is not known whether the replica was silent: nobody has listened."""
         if self._connection is not None:
             self._connection.heard_at = now
 
+    @entry
     def watch(self, now: float) -> None:
         """Gives the replica up if it has been silent for too long."""
         connection = self._connection
@@ -139,10 +157,32 @@ class Exchange:
             connection.cancel()
             self.failed(Fault.SILENT, f"for {patience:g} s")
 
+    @entry
+    def make_way(self, seats: Collection[Seat]) -> None:
+        """Goes on elsewhere if its replica is one of these, reserved for others, and if it can be resumed."""
+        lease = self._lease
+        if lease is None or self._connection is None or lease.seat not in seats:
+            return
+        if self._placement.is_reserved(lease.seat) or self._delivery.is_done:
+            return
+        self._leave_fast_path()
+        resumption = self._delivery.resumption()
+        if resumption is None:
+            return
+        self._drop_connection()
+        self._delivery.drop_partial()
+        name = lease.seat.name
+        self._past.failed(f"replica {name}: made way for a request that is tried alone", resumption)
+        logger.info("request=%s replica=%s makes way, goes on elsewhere", self._id[:64], name)
+        self._release()
+        self._plane.metrics.resumed(name)
+        self._choose()
+
     @property
     def is_choosy(self) -> bool:
         return bool(self._past.tried)
 
+    @entry
     def try_again(self, now: float) -> Nobody | None:
         if self._is_over:
             return None
@@ -152,31 +192,37 @@ class Exchange:
         nobody = self._attempt()
         if nobody is None:
             self._plane.metrics.waited(now - self._waits_since)
+        else:
+            self._found = nobody
         return nobody
 
+    @entry
     def give_up(self) -> None:
         self._plane.metrics.waited(time.monotonic() - self._waits_since)
         if self._delivery.has_begun:
             self._break_off("no replica could go on with the answer in time")
-        elif self._past.has_been_taken:
+        elif self._past.has_been_taken or self._found is Nobody.DOWN:
             self._give(self._past.nobody())
         else:
             self._turn_away()
 
     # ---- from the pool
 
+    @entry
     def connected(self, connection: ReplicaConnection) -> None:
         if self._lease is not None and self._lease.seat == connection.seat and self._connection is None:
             self._send(connection)
         else:
             self._plane.pool.keep(connection)
 
+    @entry
     def unreachable(self, why: str) -> None:
         if self._lease is not None:
             self.failed(Fault.UNREACHABLE, why)
 
     # ---- from the replica
 
+    @entry
     def informed(self, headers: RawHeaders) -> None:
         # It has the request: whether the kept connection was still good is no question any more.
         self._is_reused = False
@@ -188,6 +234,7 @@ class Exchange:
             if tokens and self._past.resumption is not None:
                 self._past.has_gone_on(lease.seat)
 
+    @entry
     def began(self, connection: ReplicaConnection) -> None:
         status = connection.status
         lease = self._lease
@@ -205,6 +252,7 @@ class Exchange:
             self._delivery.expect(connection, len(self._past.problems), has_marks, self._past.resumed_by)
         self._stays = not self._delivery.has_marks
 
+    @entry
     def received(self, body: bytes) -> None:
         if self._refusal is not None:
             if sum(map(len, self._refusal)) + len(body) <= _MOST_KEPT:
@@ -219,6 +267,7 @@ class Exchange:
             self._drop_connection()
             self.failed(Fault.CUT, problem)
 
+    @entry
     def ended(self) -> None:
         connection, lease = self._connection, self._lease
         assert connection is not None
@@ -234,6 +283,7 @@ class Exchange:
         self._delivery.finish(self._past.resumed_by)
         self._end()
 
+    @entry
     def failed(self, fault: Fault, why: str) -> None:
         lease = self._lease
         assert lease is not None
@@ -265,6 +315,7 @@ class Exchange:
 
     # ---- the fast path
 
+    @entry
     def given_back(self) -> None:
         connection, passed = self._connection, self._leave_fast_path()
         assert connection is not None
@@ -274,6 +325,7 @@ class Exchange:
         if passed.unread:
             connection.data_received(passed.unread)
 
+    @entry
     def _take_fast_path(self) -> None:
         connection = self._connection
         if connection is None or self._fast is not None or self._is_paused:
@@ -299,6 +351,7 @@ class Exchange:
         if events and self._lease is not None:
             self._lease.count_tokens(events)
             self._past.came_further()
+            self._placement.unreserve()
             self.deadline = 0.0
 
     # ---- choosing
@@ -311,24 +364,27 @@ class Exchange:
     def _wait(self, nobody: Nobody) -> None:
         """If there is something to wait for."""
         now = self._waits_since = time.monotonic()
+        self._found, patience = nobody, self._plane.settings.queue_timeout
         if not self.deadline:
-            self.deadline = now + self._plane.settings.queue_timeout
+            self.deadline = now + patience * (_TIMES_LONGER if self._past.has_been_taken else 1)
         if self._past.has_been_taken:
             self._plane.line.join(self, is_urgent=True)
-        elif nobody is Nobody.DOWN:
+        elif nobody is Nobody.DOWN and not self._is_one_coming_back(now - patience):
             self._give(self._past.nobody())
         elif not self._plane.line.join(self):
             self._turn_away()
 
+    def _is_one_coming_back(self, lost_since: float) -> bool:
+        plane = self._plane
+        return plane.settings.is_supervised and plane.board.has_lost_one_since(lost_since)
+
     def _attempt(self) -> Nobody | None:
         """None if one is under way."""
         plane, past = self._plane, self._past
-        began = time.perf_counter()
-        picked = plane.board.pick(plane.settings.policy, self._facts, past.to_avoid(plane.board))
-        if not picked and past.resumption is not None and not self._delivery.has_begun:
-            # Better begun anew than not at all.
-            picked = plane.board.pick(plane.settings.policy, self._facts, past.tried)
-        plane.metrics.picked(time.perf_counter() - began)
+        picked = self._placement.pick(self._facts, has_begun=self._delivery.has_begun)
+        if picked is None:
+            self._end_deadly()
+            return None
         if not isinstance(picked, Lease):
             return picked
         if logger.isEnabledFor(logging.DEBUG):
@@ -370,17 +426,30 @@ class Exchange:
     def _report(self, lease: Lease, fault: Fault, problem: str) -> None:
         # If nobody listens there any more, it was this request with which the kept connection ended.
         if is_death(fault) or self._is_doubtful:
-            self._past.died()
-            # What it has waited so far is not to be held against it.
-            self.deadline = 0.0
+            self._died(lease)
         if fault is Fault.UNREACHABLE:
             self._plane.board.unreachable(lease.seat, problem)
         else:
             self._plane.board.failed(lease.seat, problem)
 
+    def _died(self, lease: Lease) -> None:
+        self._past.died(lease.seat, self._placement.is_reserved(lease.seat), time.monotonic())
+        # What it has waited so far is not to be held against it.
+        self.deadline = 0.0
+
     def _refused(self, connection: ReplicaConnection, lease: Lease, body: bytes) -> None:
         """The replica has said, and whole, that it does not take the request."""
         past = self._past
+        if connection.has_lost_engine:
+            # As if it had not answered: its API process has outlived its worker by a moment.
+            self._died(lease)
+            problem = f"{lease.seat.authority} has lost its engine"
+            self._plane.board.failed(lease.seat, problem)
+            self._next(lease, problem)
+            return
+        if connection.status == 503 and lease.instance.instance:
+            # A replica of ours that is ending: the next one may have to be waited for.
+            past.has_been_taken = True
         if past.resumption is not None:
             is_begun, status = self._delivery.has_begun, connection.status
             if is_begun and cannot_be_resumed(status):
@@ -407,17 +476,19 @@ class Exchange:
             return
         self._release()
         logger.warning("request=%s replica=%s did not take it: %s", self._id[:64], name, problem)
-        if why := past.deadly():
-            if delivery.has_begun:
-                self._break_off(f"{why} (the last one: {problem})")
-            else:
-                self._give(refusals.nobody([*past.problems, why]))
-            return
         if past.resumption is not None:
             self._plane.metrics.resumed(name)
         else:
             self._plane.metrics.retried(name)
         self._choose()
+
+    def _end_deadly(self) -> None:
+        why = self._past.deadly()
+        logger.error("request=%s %s", self._id[:64], why)
+        if self._delivery.has_begun:
+            self._break_off(f"request {self._id[:64]}: {why}", "deadly")
+        else:
+            self._give(refusals.deadly(why, self._id[:64]))
 
     # ---- the end
 
@@ -433,27 +504,47 @@ class Exchange:
         self._delivery.break_off(why)
         self._end(remark or why)
 
+    def crash(self) -> None:
+        """Ends the request after an exception in the router's own code; call it from the `except` clause."""
+        logger.exception("request=%s failed in the router", self._id[:64])
+        if self._is_over:
+            return
+        why = f"the router failed while it had this request ({self._id[:64]}); its log has the details"
+        for step in (
+            self._leave_fast_path,
+            lambda: self._plane.line.leave(self),
+            lambda: self._delivery.crash(refusals.router_failed(why), why),
+            lambda: self._end("an exception in the router"),
+        ):
+            # One part of the request is broken, perhaps more than one; the rest is still given back.
+            with contextlib.suppress(Exception):
+                step()
+
     def _end(self, remark: str = "") -> None:
         if self._is_over:
             return
         self._is_over = True
-        if self._connection is not None:
+        seat = self._lease.seat if self._lease is not None else None
+        try:
             self._drop_connection()
-        seat = None
-        if self._lease is not None:
-            seat = self._lease.seat
-            self._release()
-        self._plane.over(self, self._request, self._id, seat, self._delivery, self._began_at, remark)
+        finally:
+            try:
+                self._release()
+            finally:
+                self._plane.over(self, self._request, self._id, seat, self._delivery, self._began_at, remark)
 
     def _release(self) -> None:
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
+        lease, self._lease = self._lease, None
+        try:
+            if lease is not None:
+                lease.release()
+        finally:
+            self._placement.unreserve()
 
     def _drop_connection(self) -> None:
-        if self._connection is not None:
-            self._connection.cancel()
-            self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.cancel()
 
     def _record_decision(self, lease: Lease) -> None:
         load = {row.instance.name: row.in_flight for row in self._plane.board.status() if row.up}

@@ -74,17 +74,28 @@ class Monitor:
 
     def _check_all(self) -> None:
         while True:
-            if self._board.lead():
-                for seat in self._board.seats():
-                    threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
-                self._board.forget_lost()
-                self._registry.keep(self._board)
+            try:
+                self._check_each()
+            except Exception:
+                # The thread is the only one that looks after the replicas.
+                logger.exception("a round of health checks failed; the next one follows")
             time.sleep(self._interval)
+
+    def _check_each(self) -> None:
+        if not self._board.lead():
+            return
+        for seat in self._board.seats():
+            threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
+        self._board.forget_lost()
+        self._registry.keep(self._board)
 
     def _measure(self) -> None:
         while True:
-            if self._board.lead():
-                self._board.measure(time.monotonic())
+            try:
+                if self._board.lead():
+                    self._board.measure(time.monotonic())
+            except Exception:
+                logger.exception("a measurement of the replicas failed; the next one follows")
             time.sleep(_MEASURE_SECONDS)
 
     def _check(self, seat: Seat) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .board_memory import Column
 from .registration import Instance
+
+logger = logging.getLogger(__name__)
 
 #: A stream's tokens are counted at most this often: the board is not touched for each.
 _COUNT_SECONDS = 0.25
@@ -50,6 +53,13 @@ class OwnColumn:
                 cells.probes[row] += 1
         return Lease(self, seat, tokens, probing)
 
+    def reserve(self, row: int, now: float) -> None:
+        """0: no longer."""
+        self._cells.reserved[row] = now
+
+    def has_reserved(self, row: int) -> bool:
+        return self._cells.reserved[row] != 0.0
+
     def end(self, lease: Lease) -> None:
         row, cells = lease.seat.row, self._cells
         with self._lock:
@@ -57,12 +67,15 @@ class OwnColumn:
                 return
             lease.held = False
             # A row is not given to another replica before the last of its requests has ended.
-            cells.in_flight[row] = left = cells.in_flight[row] - 1
+            left = cells.in_flight[row] - 1
+            if left < 0:
+                # A count below zero would draw every request to this replica.
+                logger.error("replica=%s more requests ended than began", lease.instance.name)
+            cells.in_flight[row] = max(0, left)
             cells.tokens[row] -= lease.tokens
             if lease.probing:
                 cells.probes[row] -= 1
             cells.ended[0] += 1
-            assert left >= 0, f"replica {lease.instance.name}: more requests ended than began"
 
     def count(self, lease: Lease, tokens: int, seconds: float) -> None:
         row, cells = lease.seat.row, self._cells
@@ -108,9 +121,11 @@ class Lease:
 
     def release(self) -> None:
         """May be called again; only the first call counts."""
-        if self._passed:
-            self._note(self._column.clock())
-        self._column.end(self)
+        try:
+            if self._passed:
+                self._note(self._column.clock())
+        finally:
+            self._column.end(self)
 
     def _note(self, now: float) -> None:
         self._column.count(self, self._passed, now - self._since)

@@ -7,6 +7,9 @@ at once, find their reader awake: measured, this saves a seventh of what an answ
 from __future__ import annotations
 
 import asyncio
+import logging
+
+logger = logging.getLogger(__name__)
 
 #: The first of so many writes is not held back any longer, however much there is to do: about a millisecond.
 _MOST = 32
@@ -38,6 +41,11 @@ class Outbox:
         """In the order of the writes. Those to transports that are closed have no effect."""
         held, self._held = self._held, []
         for transport, data in held:
-            # uvloop raises if it is; the others must not suffer for it.
-            if not transport.is_closing():
-                transport.write(data)
+            try:
+                # uvloop raises if it is.
+                if not transport.is_closing():
+                    transport.write(data)
+            except Exception:
+                # The others must not lose their bytes for it.
+                logger.exception("a connection cannot be written to; it is closed")
+                transport.abort()

@@ -109,8 +109,10 @@ class RedisBoard:
                 self._turn(client)
                 self._is_back()
                 time.sleep(_EVERY)
-            # The last two: what another writes there is not what a router does.
-            except (redis.RedisError, OSError, ValueError, TypeError) as error:
+            except Exception as error:
+                if not isinstance(error, redis.RedisError | OSError | UnicodeDecodeError):
+                    # What another router has written there, for one; the next turn may find it mended.
+                    logger.exception("a turn with %s failed", self._address)
                 self._is_away(error)
                 time.sleep(_RETRY)
         # Whoever leads next may have no Redis to ask.

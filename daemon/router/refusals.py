@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .answers import Answer, error
 from .incoming import CORS, without_hop_by_hop
@@ -33,6 +34,16 @@ def nobody(problems: Sequence[str]) -> Answer:
     if problems:
         message += f" ({'; '.join(problems)})"
     return error(503, message, "no_replica", retry_after=2)
+
+
+def router_failed(why: str) -> Answer:
+    return error(500, why, "router_failed")
+
+
+def deadly(why: str, identity: str) -> Answer:
+    """OpenAI's clients send a request again after a 500, unless the header says that it is in vain."""
+    answer = error(500, f"request {identity}: {why}", "replicas_lost")
+    return replace(answer, headers=(*answer.headers, ("X-Should-Retry", "false")))
 
 
 def garbled(replica: str, problem: str) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from . import refusals
@@ -18,8 +19,12 @@ from .settings import Settings
 from .upstream import ConnectionPool
 from .waiting import WaitingLine, retry_after
 
+logger = logging.getLogger(__name__)
+
 #: Seconds between two ticks that do not come about by themselves: this process was stopped, or starved.
 _AWAY = 2.0
+#: Seconds for which the requests of a replica that is reserved may end by themselves.
+_MAKE_WAY_AFTER = 1.0
 
 
 class DataPlane:
@@ -70,28 +75,36 @@ class DataPlane:
         self.exchanges.discard(exchange)
         now = time.monotonic()
         seconds, method, path, status = now - began_at, request.method, request.path, delivery.status
-        self.metrics.answered(method, path, status, seconds)
-        if seat is not None:
-            self.metrics.inference(seat.url, status)
-        self.access_log.add(
-            f"request={identity[:64]} replica={seat.name if seat else '-'} {method} {path} "
-            f"status={status} bytes={delivery.size} seconds={seconds:.3f}"
-            + (f" ({remark})" if remark else "")
-        )
-        if self.line:
-            self.line.advance(now)
+        try:
+            self.metrics.answered(method, path, status, seconds)
+            if seat is not None:
+                self.metrics.inference(seat.url, status)
+            self.access_log.add(
+                f"request={identity[:64]} replica={seat.name if seat else '-'} {method} {path} "
+                f"status={status} bytes={delivery.size} seconds={seconds:.3f}"
+                + (f" ({remark})" if remark else "")
+            )
+        finally:
+            # Its place is free, whatever becomes of the accounts.
+            if self.line:
+                self.line.advance(now)
 
     def tick(self, now: float) -> None:
-        """Several times a second."""
-        self.pool.sweep(now)
-        self.metrics.flush()
-        self.line.advance(now)
+        """Several times a second. A part that fails is logged, and the others are done all the same."""
+        for part in (lambda: self.pool.sweep(now), self.metrics.flush, lambda: self.line.advance(now)):
+            try:
+                part()
+            except Exception:
+                logger.exception("a part of the data plane's clock failed")
         was_away = now - self._ticked_at > _AWAY
         self._ticked_at = now
         for exchange in list(self.exchanges):
             if was_away:
                 exchange.pardon(now)
             exchange.watch(now)
+        if reserved := self.board.reserved_before(now - _MAKE_WAY_AFTER):
+            for exchange in list(self.exchanges):
+                exchange.make_way(reserved)
 
     def retry_after(self) -> int:
         """Seconds after which a request that finds everything full may come again."""

@@ -1,8 +1,8 @@
 """When a request is tried at another replica, and how often. Pure, the clock is passed in.
 
-A death is followed by another attempt as long as there are replicas, but a request under which several
-replicas in a row have died is suspected of killing them. What merely moves load around (busy replicas) has a
-budget, or a fleet that is overloaded would get every request several times.
+A death is followed by another attempt as long as there are replicas (suspicion.py limits it). What merely
+moves load around (busy replicas) has a budget, or a fleet that is overloaded would get every request several
+times.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from .upstream import Fault
 
-#: Replicas that may be lost over one request; after that it is more likely the request's fault than theirs.
-MOST_DEATHS = 3
 _DEATHS = frozenset({Fault.UNANSWERED, Fault.CUT, Fault.SILENT})
 _SAID = {
     Fault.UNANSWERED: "did not answer",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: As many as the board has columns for, and as many again while a reload replaces them.
 _MOST_WORKERS = 16
 _DAY = 86400
+#: fd-dp knows it within a second or two, later on a machine that is busy with restarts.
+_ENDING_PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,16 @@ class Settings:
     log_level: str
     #: Fingerprint of the flags file; None if there is none.
     flags: str | None
+
+    @property
+    def is_supervised(self) -> bool:
+        """fd-dp, which gives its orders over the admin socket, starts lost replicas again."""
+        return self.admin_socket is not None
+
+    @property
+    def ending_patience(self) -> float:
+        """Seconds for which fd-dp's word about the end of a replica is awaited."""
+        return _ENDING_PATIENCE if self.is_supervised else 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

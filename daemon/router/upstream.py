@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import time
 from collections import deque
 from typing import Protocol, cast
 
 import httptools
 
+from ...resumption import LOST_HEADER
 from .board import Seat
 from .incoming import RawHeaders, named_in
 from .outbox import Outbox
 
+logger = logging.getLogger(__name__)
+
+_LOST = LOST_HEADER.lower().encode()
 _CONNECT_TIMEOUT = 5.0
 #: A kept connection that nobody used for so long is closed.
 _MAX_IDLE_SECONDS = 30.0
@@ -77,7 +82,7 @@ class ReplicaConnection(asyncio.Protocol):
         #: Of the answer, by its head; None without a length.
         self.length: int | None = None
         self.content_type = b""
-        self.has_retry_after = self.has_request_id = False
+        self.has_retry_after = self.has_request_id = self.has_lost_engine = False
         #: Headers that a Connection header has named.
         self.dropped: frozenset[bytes] = frozenset()
         self._pool = pool
@@ -257,7 +262,7 @@ class ReplicaConnection(asyncio.Protocol):
     def _reset(self) -> None:
         self.status, self.reason, self.headers, self.length = 0, b"", [], None
         self.content_type, self.dropped = b"", frozenset()
-        self.has_retry_after = self.has_request_id = False
+        self.has_retry_after = self.has_request_id = self.has_lost_engine = False
         self._has_begun = self._complete = self._until_close = self._extra = self._is_reusable = False
         self._is_between_chunks = False
         self._head_bytes = self._interim_heads = self._nothing_bytes = 0
@@ -290,6 +295,8 @@ class ReplicaConnection(asyncio.Protocol):
                 self.has_retry_after = True
             elif name == b"x-request-id":
                 self.has_request_id = True
+            elif name == _LOST:
+                self.has_lost_engine = True
         if chunked:
             # Chunking overrides a length.
             self.length = None
@@ -373,6 +380,10 @@ class ConnectionPool:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             then.unreachable(f"no connection ({reason})")
+        except Exception as error:
+            # An address that the system does not take, for one. Nothing awaits this task.
+            logger.exception("a connection to %s cannot be opened", instance.authority)
+            then.unreachable(f"no connection ({type(error).__name__})")
         else:
             if connection.is_closing:
                 # By a replica that died with it still in its backlog. Nothing more would be heard.

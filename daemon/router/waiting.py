@@ -25,6 +25,9 @@ class Waiter(Protocol):
     def give_up(self) -> None:
         """Its deadline has come."""
 
+    def crash(self) -> None:
+        """One of its methods has raised: it ends. Called in the `except` clause."""
+
 
 class WaitingLine:
     """First come, first served; bounded in length and in time. Those that a replica has had already go
@@ -70,8 +73,10 @@ class WaitingLine:
             for waiters in (self._urgent, self._others):
                 self._is_full = _serve(waiters, now)
                 for waiter in [each for each in waiters if each.deadline <= now]:
-                    waiters.remove(waiter)
-                    waiter.give_up()
+                    # The end of one before it may have ended it, too.
+                    if waiter in waiters:
+                        waiters.remove(waiter)
+                        _give_up(waiter)
         finally:
             self._is_advancing = False
 
@@ -79,22 +84,39 @@ class WaitingLine:
 def _serve(waiters: deque[Waiter], now: float) -> bool:
     """Where one finds everything full, so do all behind it, but for what it alone does not want. Where there
     is nobody for one, others go on. True if everything is full."""
-    staying = []
+    staying: list[Waiter] = []
     is_full = is_full_for_choosy = False
-    while waiters and not is_full:
-        waiter = waiters.popleft()
-        if waiter.is_choosy and is_full_for_choosy:
-            # Not quite the same for all of them, but many at a time come from the same replica.
-            staying.append(waiter)
-            continue
-        nobody = waiter.try_again(now)
-        if nobody is not None:
-            staying.append(waiter)
-        if nobody is Nobody.BUSY:
-            is_full_for_choosy = True
-            is_full = not waiter.is_choosy
-    waiters.extendleft(reversed(staying))
+    try:
+        while waiters and not is_full:
+            waiter = waiters.popleft()
+            if waiter.is_choosy and is_full_for_choosy:
+                # Not quite the same for all of them, but many at a time come from the same replica.
+                staying.append(waiter)
+                continue
+            nobody = _try_again(waiter, now)
+            if nobody is not None:
+                staying.append(waiter)
+            if nobody is Nobody.BUSY:
+                is_full_for_choosy = True
+                is_full = not waiter.is_choosy
+    finally:
+        waiters.extendleft(reversed(staying))
     return is_full
+
+
+def _try_again(waiter: Waiter, now: float) -> Nobody | None:
+    try:
+        return waiter.try_again(now)
+    except Exception:
+        waiter.crash()
+        return None
+
+
+def _give_up(waiter: Waiter) -> None:
+    try:
+        waiter.give_up()
+    except Exception:
+        waiter.crash()
 
 
 def retry_after(waiting: int, ended_per_second: float, most: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -194,19 +195,29 @@ class RouterWorker(Worker):
         beat = 0.0
         while True:
             now = time.monotonic()
-            if now - beat >= 1.0 or self.is_stopping:
-                beat = now
-                self.notify()
-                for connection in list(self.connections):
-                    connection.watch(now)
-                if os.getppid() != self.ppid:
-                    self._end_soon()
             try:
+                if now - beat >= 1.0 or self.is_stopping:
+                    beat = now
+                    self.notify()
+                    self._watch_connections(now)
+                    if os.getppid() != self.ppid:
+                        self._end_soon()
                 self._plane.tick(now)
             except Exception:
                 # One request's fault must not end the beat, without which the arbiter kills all of them.
-                logger.exception("the clock of the data plane failed")
+                logger.exception("the clock of the worker failed")
             await asyncio.sleep(_TICK)
+
+    def _watch_connections(self, now: float) -> None:
+        for connection in list(self.connections):
+            try:
+                connection.watch(now)
+            except Exception:
+                logger.exception("a client's connection failed in the router; it is closed")
+                # Its state is unknown: met again at the next beat it would fail again.
+                self.connections.discard(connection)
+                with contextlib.suppress(Exception):
+                    connection.abort_for("has a broken connection")
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -9,11 +9,13 @@
 * A client that stops in the middle of its request, or of reading its answer, does not keep a thread for ever.
 * What is no HTTP is refused with the error body that clients of the API know, not with a page.
 * An answer that was broken off ends in a reset; a plain close could be taken for its end.
+* An exception about one connection is logged; gunicorn ends the loop over it, and all requests with it.
 * A worker that is stopping lets go of its port at once, and does not wait for connections without a request.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import selectors
 import socket
@@ -31,6 +33,8 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 _READ_TIMEOUT = struct.pack("ll", 30, 0)
 #: Seconds that a client may leave its answer unread when the kernel's buffers are full.
 _WRITE_TIMEOUT = struct.pack("ll", 60, 0)
+#: Seconds before the next try when the process has no descriptor left for a client.
+_NO_DESCRIPTOR_PAUSE = 0.2
 
 #: Of requests that cannot be parsed; 400 for all others.
 _STATUSES = {
@@ -85,7 +89,15 @@ class HttpWorker(ThreadWorker):
             self.log.debug("the client was not told: %s", failure)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        super().wait_for_and_dispatch_events(timeout)
+        for key, _ in self.poller.select(timeout):
+            try:
+                key.data(key.fileobj)
+            except Exception as error:
+                # One connection's, or no descriptor left for a new one. gunicorn would end the loop, and with
+                # it every request of the replica.
+                self.log.error("a connection failed: %s: %s", type(error).__name__, error)
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(_NO_DESCRIPTOR_PAUSE)
         # Here rather than on accepting: at the limit gunicorn would not even look for new connections.
         self._make_room()
 

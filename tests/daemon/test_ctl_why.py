@@ -77,6 +77,16 @@ class Seen:
         (State.STOPPED, {"intent": Intent.STOPPED}, "the operator: fdctl start 1"),
         (State.STOPPED, {"intent": Intent.HELD}, "the operator: fdctl start 1"),
         (State.STOPPED, {}, "its turn in a reload"),
+        (
+            State.QUARANTINED,
+            {"paused": True, "next_try": NOW + 42},
+            "the machine to be calm: no failure of any replica for 60 s, 42 s to go",
+        ),
+        (
+            State.QUARANTINED,
+            {"paused": True, "next_try": NOW - 1},
+            "its turn to come back: the replicas that were paused start one at a time",
+        ),
         (State.STARTING, {}, "its first token; it is given up in 588 s"),
         (State.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),
         (

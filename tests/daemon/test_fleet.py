@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from fastdeploy.daemon import processes
 from fastdeploy.daemon.causes import Cause
@@ -120,24 +123,75 @@ def fail(world: World, name: str) -> None:
     world.fleet.step()
 
 
-def test_when_many_replicas_fail_each_further_one_is_quarantined_and_the_router_is_not(
-    tmp_path: Path,
-) -> None:
-    world = World(tmp_path, 3, box_budget=4, backoff_first=1, parallel_starts=3)
+def world_with_a_spent_box_budget(directory: Path, **supervise: Any) -> World:
+    """Three replicas, all READY after four failures, of which there may be no more."""
+    options = {"box_budget": 4, "box_calm": 30, "backoff_first": 1, "parallel_starts": 3, **supervise}
+    world = World(directory, 3, **options)
     names = ("replica0", "replica1", "replica2")
     world.become_ready("router", *names)
     for name in (*names, names[0]):
         fail(world, name)
         world.pass_time(8.0)
     assert world.names(State.READY) == {"router", *names}
+    return world
+
+
+def test_after_box_budget_failures_a_further_one_pauses_its_replica(tmp_path: Path) -> None:
+    world = world_with_a_spent_box_budget(tmp_path)
     fail(world, "replica1")
     fail(world, "router")
     assert world.names(State.QUARANTINED) == {"replica1"}
-    assert "5 failures within 600 s on this machine" in world.fleet.replicas["replica1"].note
+    note = world.fleet.replicas["replica1"].note
+    assert "paused until no replica has failed for 30 s: 5 failures within 600 s on this machine" in note
+    # The router is tried all the same.
     assert world.fleet.replicas["router"].state is State.BACKOFF
-    # Slowly, but it is tried.
-    world.pass_time(620.0)
-    assert world.fleet.replicas["replica1"].state is State.READY
+
+
+def test_paused_replicas_come_back_one_at_a_time_when_the_machine_is_calm(tmp_path: Path) -> None:
+    world = world_with_a_spent_box_budget(tmp_path)
+    fail(world, "replica0")
+    world.pass_time(10.0)
+    fail(world, "replica1")
+    assert world.names(State.QUARANTINED) == {"replica0", "replica1"}
+    # Each failure begins the calm anew, for all of them.
+    world.pass_time(25.0)
+    assert world.names(State.QUARANTINED) == {"replica0", "replica1"}
+    world.probes.good -= {"replica0", "replica1"}
+    world.pass_time(10.0)
+    assert world.names(State.STARTING) == {"replica0"}
+    assert world.names(State.QUARANTINED) == {"replica1"}
+    world.become_ready("replica0")
+    assert world.names(State.STARTING) == {"replica1"} or world.names(State.READY) > {"replica1"}
+    world.become_ready("replica1")
+    assert world.names(State.READY) == {"router", "replica0", "replica1", "replica2"}
+
+
+def test_a_paused_replica_that_fails_again_waits_for_calm_again(tmp_path: Path) -> None:
+    world = world_with_a_spent_box_budget(tmp_path)
+    fail(world, "replica0")
+    world.probes.good.discard("replica0")
+    world.pass_time(31.0)
+    assert world.names(State.STARTING) == {"replica0"}
+    fail(world, "replica0")
+    assert world.names(State.QUARANTINED) == {"replica0"}
+    assert world.fleet.replicas["replica0"].next_try == pytest.approx(world.now + 30.0)
+
+
+def test_the_last_replica_is_never_paused(tmp_path: Path) -> None:
+    world = world_with_a_spent_box_budget(tmp_path)
+    for name in ("replica0", "replica1", "replica2"):
+        fail(world, name)
+    assert world.names(State.QUARANTINED) == {"replica0", "replica1"}
+    assert world.names(State.BACKOFF) == {"replica2"}
+
+
+def test_a_crash_loop_is_quarantined_for_itself_and_does_not_end_with_calm(tmp_path: Path) -> None:
+    world = world_with_a_spent_box_budget(tmp_path, budget=3, quarantine=600)
+    fail(world, "replica0")
+    replica = world.fleet.replicas["replica0"]
+    assert "quarantined: failure 3 in a row" in replica.note
+    world.pass_time(100.0)
+    assert replica.state is State.QUARANTINED
 
 
 def test_a_wrong_flag_is_tried_again_slowly_from_the_first_and_says_so(tmp_path: Path) -> None:

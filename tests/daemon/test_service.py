@@ -46,6 +46,11 @@ class FakeRouter:
     def gone(self, now: float) -> None:
         self.look = Look(now, {}, "the router is down")
 
+    has_news = False
+
+    def ended(self, port: int, from_outside: bool) -> None:
+        pass
+
 
 class Rolling:
     """A world with an operation in it."""

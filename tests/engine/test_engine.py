@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastdeploy.engine import EngineBroken, EngineCore
 from fastdeploy.messages import AddRequest, StepOutputs, TokenOutput
-from fastdeploy.request import Batch, FinishReason, SamplingParams
+from fastdeploy.request import Batch, FinishReason, SamplingParams, Sequence
 
 from .paged_oracle import MODEL_CONFIG, VOCAB_SIZE, PagedOracle, engine_config, generate_alone
 
@@ -269,3 +269,20 @@ def test_logits_that_are_not_finite_fail_the_step() -> None:
     engine = EngineCore(engine_config(), MODEL_CONFIG, Broken(32, 4), 32)
     engine.add(request("one", [1]))
     assert collect(engine).reasons == {"one": FinishReason.ERROR}
+
+
+def test_a_request_that_cannot_be_queued_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = build()
+    add = engine._scheduler.add
+
+    def broken(sequence: Sequence) -> None:
+        if sequence.request_id == "broken":
+            raise RuntimeError("injected")
+        add(sequence)
+
+    monkeypatch.setattr(engine._scheduler, "add", broken)
+    for name in ("a", "broken", "b"):
+        engine.add(request(name, [1, 2]))
+    texts = collect(engine)
+    assert texts.reasons["broken"] is FinishReason.ERROR
+    assert [len(texts.token_ids[name]) for name in "ab"] == [8, 8]

@@ -9,8 +9,8 @@
            answer; "draft", after the interim head that tells of one
     event  for those at an event: which one of the whole stream, from 0; "any"; so for those at a draft; for
            those at "resume", if not at each: how many tokens of the first choice are there
-    how    "kill", "stop", "close", "reset", "ends", "silence", "garbage", "reborn", "failed", or the status
-           of a refusal
+    how    "kill", "stop", "close", "reset", "ends", "silence", "garbage", "reborn", "failed", "lost" (a 503
+           of one whose worker has died), or the status of a refusal
     times  so often, by whichever replica it is (1)
 
 `interval` and `delay` are seconds between events and before the head, `signs` the signs of life before each
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdeploy.errors import RequestError
-from fastdeploy.resumption import RESUME_PATH, Delivered, decode_resumption, draft_lines
+from fastdeploy.resumption import LOST_HEADER, RESUME_PATH, Delivered, decode_resumption, draft_lines
 
 from .generation import DONE, Event, Generation
 
@@ -215,6 +215,9 @@ class Exchange:
                 await self._send(error)
                 await self._send(DONE, is_last=True)
                 connection.transport.write(b"0\r\n\r\n")
+            case "lost":
+                extra = f"Retry-After: 1\r\n{LOST_HEADER}: 1\r\n"
+                connection.answer(503, b'{"error":{"message":"the engine was lost"}}', extra)
             case int():
                 extra = "Retry-After: 1\r\n" if how in (429, 503) else ""
                 connection.answer(how, b'{"error":{"message":"no"}}', extra)

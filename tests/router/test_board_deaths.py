@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.board import Board, Lease, State
+from fastdeploy.daemon.router.board import Board, Ending, Lease, State
 from fastdeploy.daemon.router.board_memory import WORKERS, Flag
 from fastdeploy.daemon.router.policies import RequestFacts, policy_named
 from fastdeploy.daemon.router.registration import Instance
@@ -59,6 +59,10 @@ OPERATIONS = {
     "drain": lambda board: board.drain(board.seats()[1]),
     "remove": lambda board: board.remove(board.seats()[1]),
     "pick and release": lambda board: board.pick(REQUEST_NUM, FACTS).release(),
+    "reserve": lambda board: board.reserve(),
+    "reserve and pick": lambda board: board.pick_reserved(board.reserve(), FACTS),
+    "reserve and give back": lambda board: board.unreserve(board.reserve()),
+    "word of an end": lambda board: board.note_ending(instance(1).url, "a", Ending.ITS_OWN),
     "pick by prefix": lambda board: board.pick(policy_named("cache_aware"), PREFIX_FACTS),
     "failures": lambda board: [board.failed(board.seats()[1], "why") for _ in range(2)],
     "recovery": lambda board: board.succeeded(board.seats()[2]),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from fastdeploy.daemon.router.retry import MOST_DEATHS
+from fastdeploy.daemon.router.suspicion import SUSPECT_AFTER
 from fastdeploy.resumption import RESUME_PATH
 
 from .asking import Answered, ask, generation
@@ -19,6 +19,8 @@ from .replicas import Fleet
 #: Of replicas that give signs of life: seconds between them, and of silence after which they are given up.
 SIGNS = "--sign-every=0.1"
 PATIENCE = 0.6
+#: The last one while it had nothing else.
+MOST_DEATHS = SUSPECT_AFTER + 1
 FLAGS = (
     *("--health-check-interval-secs", "0.2", "--progress-timeout-secs", str(PATIENCE)),
     *("--request-timeout-secs", "1", "--queue-timeout-secs", "4"),
@@ -86,15 +88,18 @@ def test_a_request_that_kills_every_replica_gets_one_clear_answer_before_all_are
         ask(router.port, generation()).check()
     fault = {"at": "head", "how": "kill", "times": 99}
     answer = ask(router.port, generation(stream=stream, faults=[fault]), f"killer-{stream}")
-    assert (answer.status, answer.error["code"]) == (503, "no_replica")
-    assert f"{MOST_DEATHS} replicas in a row were lost over this request" in answer.error["message"]
+    assert (answer.status, answer.error["code"]) == (500, "replicas_lost")
+    assert answer.headers["x-should-retry"] == "false"
+    identity = answer.headers["x-request-id"]
+    message = f"request {identity}: {MOST_DEATHS} replicas in a row were lost over this request, the last one"
+    assert answer.error["message"].startswith(message)
     assert len(list(router.directory.glob(f"killer-{stream}-*"))) == MOST_DEATHS
 
 
 def test_an_error_that_every_replica_reports_is_what_the_client_is_told(router, start_fleet):
     start_fleet(MOST_DEATHS)
     answer = ask(router.port, generation(faults=[{"at": "begun", "how": "failed", "times": 99}]))
-    assert (answer.status, answer.error["code"]) == (503, "no_replica")
+    assert (answer.status, answer.error["code"]) == (500, "replicas_lost")
     assert "the engine has failed" in answer.error["message"]
     faults = [{**CUT, "how": "failed"}, {"at": "resumed", "how": "failed", "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))

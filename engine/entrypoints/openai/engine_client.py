@@ -23,7 +23,7 @@ import msgspec
 import zmq
 
 from ...config import EngineConfig
-from ...errors import FastDeployError, ReplicaUnavailable
+from ...errors import EngineLost, FastDeployError, ReplicaUnavailable
 from ...foreign_text import printable
 from ...messages import (
     PROTOCOL_VERSION,
@@ -40,6 +40,7 @@ from ...messages import (
     TokenOutput,
     ToWorker,
 )
+from ...request import FinishReason
 from .worker_process import WORKER_COMMAND, WorkerProcess
 
 _log = logging.getLogger(__name__)
@@ -195,6 +196,16 @@ class EngineClient:
     # ---- the I/O thread
 
     def _run(self) -> None:
+        try:
+            self._serve_socket()
+        except Exception as fault:
+            # Without this thread every open request would wait for ever: the replica ends and is restarted.
+            _log.exception("the thread that talks to the worker failed")
+            self._fail(f"the thread that talks to worker pid={self._worker.pid} failed ({fault!r})")
+        self._worker_ended()
+
+    def _serve_socket(self) -> None:
+        """Until the worker has ended."""
         poller = zmq.Poller()
         for source in (self._socket, self._wake, self._worker.pidfd):
             poller.register(source, zmq.POLLIN)
@@ -211,17 +222,29 @@ class EngineClient:
                 patience = _HASTE if self._worker.was_killed() else _LAST_WORDS
                 while self._socket.poll(patience):
                     self._receive()
-                break
-        self._worker_ended()
+                return
 
     def _send_queued(self) -> None:
         while not self._outgoing.empty():
             message = self._outgoing.get()
             if self._identity is not None:
-                self._socket.send_multipart([self._identity, _encoder.encode(message)])
+                self._send_now(self._identity, message)
             elif isinstance(message, Shutdown):
                 # It has not even said hello, so it listens to nothing else.
                 self._worker.kill()
+
+    def _send_now(self, identity: bytes, message: ToWorker) -> None:
+        try:
+            data = _encoder.encode(message)
+        except Exception as fault:
+            if not isinstance(message, AddRequest):
+                raise
+            # A number that no message can carry, for one: it is this request's fault, not its neighbours'.
+            _log.exception("request=%s cannot be sent to the worker", message.request_id)
+            why = f"the request cannot be sent to the engine ({type(fault).__name__})"
+            self._hand_out(TokenOutput(message.request_id, [], FinishReason.ERROR, message=why))
+        else:
+            self._socket.send_multipart([identity, data])
 
     def _receive(self) -> None:
         identity, *frames = self._socket.recv_multipart()
@@ -295,7 +318,8 @@ class EngineClient:
             open_generations = set(self._generations.values())
             self._generations.clear()
         for generation in open_generations:
-            generation._events.put(ReplicaUnavailable(_unavailable(status)))
+            lost = EngineLost if status.state is State.FAILED else ReplicaUnavailable
+            generation._events.put(lost(_unavailable(status)))
 
 
 class Generation:

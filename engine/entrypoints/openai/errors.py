@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ...errors import FastDeployError, ReplicaUnavailable, RequestError
+from ...errors import EngineLost, FastDeployError, ReplicaUnavailable, RequestError
+from ...resumption import LOST_HEADER
 from .engine_client import ClientGone
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -40,7 +41,8 @@ class ApiError(FastDeployError):
             case RequestError():
                 return cls(400, str(error), param=error.param)
             case ReplicaUnavailable():
-                return cls(503, str(error))
+                lost = {LOST_HEADER: "1"} if isinstance(error, EngineLost) else {}
+                return cls(503, str(error), headers=lost)
             case ClientGone():
                 # nginx's number for it; it reaches the log only.
                 return cls(499, str(error))

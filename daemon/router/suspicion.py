@@ -1,0 +1,72 @@
+"""Suspicion that a request kills the replicas that it is given to. Pure, the clock is passed in.
+
+    innocent   few replicas were lost with it: it is tried anywhere
+    suspect    several in a row: it is tried alone, at a replica that takes nothing else meanwhile
+    deadly     it was alone, and the replica was lost again: it is not tried any more
+
+Any progress of its answer ends the suspicion: a request that kills its replica gives no token there. A death
+that fd-dp explains as brought about from outside (a signal 9, a stop) counts for little: it takes several of
+them to make a suspect, and several more, all while it was alone, to call it deadly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from .board_memory import Ending
+from .lease import Seat
+
+#: Deaths in a row that make a suspect: unexplained ones, and of any kind.
+SUSPECT_AFTER, SUSPECT_AFTER_ANY = 2, 5
+#: Deaths of any kind while it was alone; an unexplained one is enough by itself.
+MOST_ALONE = 4
+
+
+class Verdict(Enum):
+    INNOCENT = auto()
+    SUSPECT = auto()
+    #: A replica was lost while it was alone there, and the reason is not known yet.
+    PENDING = auto()
+    DEADLY = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The loss of a replica that had the request."""
+
+    seat: Seat
+    #: It had nothing else.
+    alone: bool
+    at: float
+
+
+class Suspicion:
+    """Of one request, since its answer last came further."""
+
+    __slots__ = ("deaths",)
+
+    def __init__(self) -> None:
+        self.deaths: list[Death] = []
+
+    def verdict(self, ending_of: Callable[[Seat], Ending], now: float, patience: float) -> Verdict:
+        """
+        Args:
+            ending_of: what fd-dp says about the end of a replica.
+            patience: seconds for which its word is awaited; 0 if there is no fd-dp.
+        """
+        if not self.deaths:
+            return Verdict.INNOCENT
+        endings = [(death, ending_of(death.seat)) for death in self.deaths]
+        own = [(death, ending) for death, ending in endings if ending is not Ending.FROM_OUTSIDE]
+        alone = [(death, ending) for death, ending in own if death.alone]
+        if any(ending is Ending.ITS_OWN or now - death.at >= patience for death, ending in alone):
+            return Verdict.DEADLY
+        if alone:
+            return Verdict.PENDING
+        if sum(death.alone for death in self.deaths) >= MOST_ALONE:
+            return Verdict.DEADLY
+        if len(own) >= SUSPECT_AFTER or len(self.deaths) >= SUSPECT_AFTER_ANY:
+            return Verdict.SUSPECT
+        return Verdict.INNOCENT

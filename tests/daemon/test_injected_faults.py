@@ -1,0 +1,111 @@
+"""A fault about one replica, one client or one process ends neither the loop nor what it does for others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.daemon import control
+from fastdeploy.daemon.conversations import Conversation, Server
+from fastdeploy.daemon.health import Health
+from fastdeploy.daemon.probes import Probes
+from fastdeploy.daemon.replica import Replica, State
+from fastdeploy.daemon.wakeups import Wakeups
+
+from .conftest import wait_until
+from .world import World
+
+
+@pytest.mark.parametrize("part", ["_observe", "_check_times", "_start"])
+def test_a_fault_about_one_replica_leaves_the_others_supervised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    world = World(tmp_path, 2, backoff_first=1)
+    world.become_ready("router", "replica0", "replica1")
+    method = getattr(world.fleet, part)
+
+    def faulty(replica: Replica, now: float) -> None:
+        if replica.name == "replica0":
+            raise RuntimeError("injected")
+        method(replica, now)
+
+    monkeypatch.setattr(world.fleet, part, faulty)
+    for name in ("replica0", "replica1"):
+        world.supervisor.end(name)
+    world.pass_time(10.0)
+    assert world.fleet.replicas["replica1"].state is State.READY
+    assert world.fleet.replicas["replica1"].restarts == 1
+    # Once, not at every step.
+    assert caplog.text.count("RuntimeError: injected") == 1
+
+
+def test_a_reading_that_cannot_be_used_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, 2)
+    read = Health._read
+
+    def faulty(health: Health, replica: Replica, reading: object, now: float) -> None:
+        if replica.name == "replica0":
+            raise RuntimeError("injected")
+        read(health, replica, reading, now)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Health, "_read", faulty)
+    world.become_ready("router", "replica0", "replica1")
+    assert world.names(State.READY) == {"router", "replica1"}
+
+
+def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, 1)
+    monkeypatch.setattr("fastdeploy.daemon.probes.health_probe", lambda program, pid: 1 / 0)
+    probes = Probes(lambda: None)
+    for _ in range(2):
+        # It is asked again afterwards.
+        probes.ask(world.fleet.replicas["replica0"].program, 7, token=False)
+        [reading] = wait_until(probes.take, "a reading")
+        assert not reading.ok
+        assert "ZeroDivisionError" in reading.problem
+
+
+@pytest.fixture
+def wakeups() -> Wakeups:
+    handler = signal.getsignal(signal.SIGUSR1)
+    yield (made := Wakeups((signal.SIGUSR1,)))
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGUSR1, handler)
+    made.selector.close()
+
+
+def test_a_wake_up_that_raises_holds_up_no_other(wakeups: Wakeups) -> None:
+    ended: list[int] = []
+
+    def broken(pid: int) -> None:
+        raise RuntimeError("injected")
+
+    pids = [os.spawnlp(os.P_NOWAIT, "true", "true") for _ in range(3)]
+    for pid, callback in zip(pids, (broken, ended.append, broken), strict=True):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        wakeups.watch(pid, callback)
+    wakeups.wait(1.0)
+    assert ended == [pids[1]]
+    for pid in pids:
+        os.waitpid(pid, 0)
+
+
+def test_a_command_that_raises_is_answered(tmp_path: Path, wakeups: Wakeups) -> None:
+    def broken(command: dict[str, object], conversation: Conversation) -> None:
+        raise RuntimeError("injected")
+
+    path = tmp_path / "fd-dp.sock"
+    server = Server(path, wakeups.selector, broken)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.sendall(b'{"do": "status"}\n')
+        for _ in range(3):
+            wakeups.wait(0.2)
+        assert b'"code": %d' % control.FAILED in client.recv(4096)
+    server.close()

@@ -1,0 +1,50 @@
+"""Faults for a router under test, whose `sitecustomize.py` calls `install`.
+
+A request with the header `X-Fault: NAME` makes that method of its own exchange, delivery or client connection
+raise each time that it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastdeploy.daemon.router.client import ClientConnection
+from fastdeploy.daemon.router.delivery import Delivery
+from fastdeploy.daemon.router.exchange import Exchange
+from fastdeploy.daemon.router.guarded import entry
+from fastdeploy.daemon.router.incoming import ClientRequest
+
+#: Methods of an exchange that the clock, the wait queue, and either connection call.
+ENTRIES = (
+    *("start", "watch", "try_again", "give_up", "connected", "unreachable", "informed", "began"),
+    *("received", "ended", "failed", "client_gone"),
+)
+#: Methods that it calls itself, some of them on its way out.
+DELIVERY = ("expect", "receive", "finish", "give", "break_off", "resumption")
+CLIENT_WATCH = "client-watch"
+
+
+def install() -> None:
+    for name in ENTRIES:
+        inner = getattr(Exchange, name).__wrapped__
+        setattr(Exchange, name, entry(_raising(name, inner, lambda exchange: exchange._request)))
+    for name in DELIVERY:
+        setattr(Delivery, name, _raising(name, getattr(Delivery, name), lambda delivery: delivery._request))
+    ClientConnection.watch = _raising(  # type: ignore[method-assign]
+        CLIENT_WATCH, ClientConnection.watch, lambda connection: getattr(connection._task, "_request", None)
+    )
+
+
+def _raising(
+    name: str, method: Callable[..., Any], request_of: Callable[[Any], ClientRequest | None]
+) -> Callable[..., Any]:
+    def raising(self: Any, *arguments: Any, **named: Any) -> Any:
+        request = request_of(self)
+        if request is not None and any(
+            key.lower() == b"x-fault" and value == name.encode() for key, value in request.headers
+        ):
+            raise RuntimeError(f"injected into {name}")
+        return method(self, *arguments, **named)
+
+    return raising

@@ -1,0 +1,122 @@
+"""A replica that one request has to itself, and what fd-dp says of replicas that have ended."""
+
+from __future__ import annotations
+
+from fastdeploy.daemon.router.board import Board, Ending, Lease, Nobody
+from fastdeploy.daemon.router.board_memory import ENDINGS
+
+from .boards import FACTS, REQUEST_NUM, Clock, instance, pick, seat_replicas
+from .forked import Forked
+
+
+def test_a_reserved_replica_takes_nothing_else(board: Board) -> None:
+    seat_replicas(board, 2)
+    seat = board.reserve()
+    assert seat is not None
+    others = [pick(board) for _ in range(5)]
+    assert {lease.seat for lease in others} == {each for each in board.seats() if each != seat}
+    # None of them is turned away: they wait.
+    assert board.pick(REQUEST_NUM, FACTS, [others[0].seat]) is Nobody.BUSY
+    assert [row.reserved for row in board.status()] == [row.seat == seat for row in board.status()]
+    board.unreserve(seat)
+    assert pick(board).seat == seat
+
+
+def test_the_least_loaded_replica_is_reserved_and_picked_once_it_is_empty(board: Board) -> None:
+    seat_replicas(board, 2)
+    leases = [pick(board) for _ in range(3)]
+    seat = board.reserve()
+    assert seat == leases[1].seat
+    assert board.pick_reserved(seat, FACTS) is Nobody.BUSY
+    leases[1].release()
+    lone = board.pick_reserved(seat, FACTS)
+    assert isinstance(lone, Lease)
+    assert lone.seat == seat
+    assert [row.in_flight for row in board.status()] == [2, 1]
+
+
+def test_half_of_the_replicas_stay_for_the_others_and_a_single_one_can_be_reserved(board: Board) -> None:
+    seat_replicas(board, 1)
+    assert board.reserve() is not None
+    assert board.reserve() is None
+    seat_replicas(board, 5)
+    assert board.reserve() is not None
+    assert board.reserve() is None
+
+
+def test_what_is_excluded_is_not_reserved(board: Board) -> None:
+    seat_replicas(board, 2)
+    first, second = board.seats()
+    assert board.reserve([first]) == second
+    board.unreserve(second)
+    assert board.reserve([first, second]) is None
+
+
+def test_a_reserved_replica_that_goes_down_is_free_for_all_when_it_comes_back(board: Board) -> None:
+    seat_replicas(board, 2)
+    seat = board.reserve()
+    assert seat is not None
+    board.unreachable(seat, "refused")
+    assert board.pick_reserved(seat, FACTS) is Nobody.DOWN
+    assert not any(row.reserved for row in board.status())
+
+
+def test_another_start_of_a_reserved_replica_is_not_reserved_for_long(board: Board) -> None:
+    seat_replicas(board, 1, "a")
+    seat = board.reserve()
+    assert seat is not None
+    board.admit(instance(0, "b"))
+    assert board.pick_reserved(seat, FACTS) is Nobody.DOWN
+    assert pick(board).instance.instance == "b"
+
+
+def test_requests_make_way_after_a_while(board: Board, clock: Clock) -> None:
+    seat_replicas(board, 2)
+    seat = board.reserve()
+    assert board.reserved_before(clock.now) == set()
+    clock.now += 1.0
+    assert board.reserved_before(clock.now) == {seat}
+
+
+def test_a_worker_that_dies_reserves_nothing_any_more(board: Board) -> None:
+    seat_replicas(board, 2)
+
+    def work(child: Forked) -> None:
+        board.open_column()
+        child.send(board.reserve() is not None)
+        child.receive()
+
+    worker = Forked(work)
+    assert worker.receive()
+    assert any(row.reserved for row in board.status())
+    worker.kill()
+    board.drop_column_of(worker.pid)
+    assert not any(row.reserved for row in board.status())
+
+
+def test_what_is_said_of_an_end_is_about_that_start_alone(board: Board) -> None:
+    seat_replicas(board, 2, "a")
+    seats = board.seats()
+    assert board.ending_of(seats[0]) is Ending.UNKNOWN
+    board.note_ending(seats[0].url, "a", Ending.FROM_OUTSIDE)
+    assert [board.ending_of(seat) for seat in seats] == [Ending.FROM_OUTSIDE, Ending.UNKNOWN]
+    board.admit(instance(0, "b"))
+    assert board.ending_of(board.seat_of(seats[0].url)) is Ending.UNKNOWN
+
+
+def test_the_latest_word_counts_and_old_ones_are_forgotten(board: Board) -> None:
+    seat_replicas(board, 1, "a")
+    [seat] = board.seats()
+    for ending in (Ending.FROM_OUTSIDE, Ending.ITS_OWN):
+        board.note_ending(seat.url, "a", ending)
+    assert board.ending_of(seat) is Ending.ITS_OWN
+    for number in range(ENDINGS):
+        board.note_ending(seat.url, f"other {number}", Ending.ITS_OWN)
+    assert board.ending_of(seat) is Ending.UNKNOWN
+
+
+def test_a_replica_without_an_id_is_never_explained(board: Board) -> None:
+    seat_replicas(board, 1)
+    [seat] = board.seats()
+    board.note_ending(seat.url, "", Ending.FROM_OUTSIDE)
+    assert board.ending_of(seat) is Ending.UNKNOWN

@@ -1,0 +1,280 @@
+"""An exception in one request's callback ends that request, and no clock, wait queue or neighbour."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from fastdeploy.daemon.router.board import Nobody
+from fastdeploy.daemon.router.outbox import Outbox
+from fastdeploy.daemon.router.waiting import WaitingLine
+
+from .conftest import RouterProcess
+from .fake_engine import (
+    EVENT_HEAD,
+    FakeEngine,
+    Received,
+    answers,
+    closes,
+    events,
+    never_answers,
+    wait_until,
+)
+from .faulty_router import CLIENT_WATCH, DELIVERY, ENTRIES
+from .raw_client import RawClient
+
+_ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
+    """With one place in its wait queue's replica, so that requests wait."""
+    directory = tmp_path_factory.mktemp("router")
+    lines = f"import sys; sys.path.insert(0, {str(_ROOT)!r})\nfrom tests.router import faulty_router\n"
+    (directory / "sitecustomize.py").write_text(lines + "faulty_router.install()\n")
+    router = RouterProcess(
+        directory,
+        *("--queue-timeout-secs", "0.6", "--request-timeout-secs", "2"),
+        env={"PYTHONPATH": str(directory)},
+    )
+    yield router
+    router.stop()
+
+
+@pytest.fixture(scope="module")
+def _engine(faulty: RouterProcess) -> Iterator[FakeEngine]:
+    engine = FakeEngine()
+    faulty.add(engine)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def engine(faulty: RouterProcess, _engine: FakeEngine) -> FakeEngine:
+    _engine.behaviour = answers
+    wait_until(lambda: _engine.register_with(faulty.url).status_code == 200, "the engine is known")
+    wait_until(lambda: faulty.urls() == {_engine.url}, "the engine is in use")
+    return _engine
+
+
+def request(fault: str = "", body: bytes = b'{"stream": true}') -> bytes:
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Fault: {fault}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def behaving(gate: threading.Event, fault: str):
+    """Streams wait for the gate in their middle; a faulty one meets what makes its method called."""
+
+    def behave(received: Received) -> bool:
+        if not received.header("X-Fault"):
+            sent = events(received.body)
+            received.send(EVENT_HEAD)
+            received.send_chunk(sent[0])
+            assert gate.wait(30)
+            for event in sent[1:]:
+                received.send_chunk(event)
+            received.send(b"0\r\n\r\n")
+            return True
+        if fault in ("failed", "resumption"):
+            return closes(received)
+        if fault in ("watch", CLIENT_WATCH, "client_gone"):
+            return never_answers(received)
+        if fault == "informed":
+            received.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+        if fault == "break_off":
+            received.send(EVENT_HEAD)
+            received.send_chunk(events(received.body)[0])
+            return False
+        return answers(received)
+
+    return behave
+
+
+REACHED = [
+    *(name for name in ENTRIES if name not in ("try_again", "give_up", "unreachable")),
+    *(name for name in DELIVERY if name != "give"),
+    CLIENT_WATCH,
+]
+
+
+@pytest.mark.parametrize("fault", REACHED)
+def test_a_fault_in_one_request_leaves_the_others_alone(faulty, engine, fault):
+    [worker] = faulty.workers()
+    gate = threading.Event()
+    engine.behaviour = behaving(gate, fault)
+    body = b'{"prompt": "x"}' if fault in ("give", "finish") else b'{"stream": true}'
+    with RawClient(faulty.port) as innocent, RawClient(faulty.port) as culprit:
+        innocent.send(request())
+        assert innocent.head()[0] == 200
+        assert innocent.chunk() == events(b'{"stream": true}')[0]
+        culprit.send(request(fault, body))
+        if fault == "client_gone":
+            wait_until(lambda: faulty.in_flight()[engine.url] == 2, "it is under way")
+            culprit.sock.shutdown(socket.SHUT_RDWR)
+        else:
+            # An error or a connection that ends: never silence, and never what looks whole.
+            said = first_answer(culprit)
+            assert not said or b"the router failed" in said or b"was lost in the middle" in said
+        wait_until(lambda: faulty.in_flight()[engine.url] == 1, "its place is free again")
+        gate.set()
+        assert b"".join(iter(innocent.chunk, b"")) == b"".join(events(b'{"stream": true}')[1:])
+    faulty.wait_idle()
+    assert faulty.workers() == [worker]
+    assert faulty.urls() == {engine.url}
+
+
+def first_answer(client: RawClient) -> bytes:
+    try:
+        return client.answer().body
+    except (AssertionError, ConnectionError, ValueError):
+        return b""
+
+
+@pytest.mark.parametrize("fault", ["try_again", "give_up"])
+def test_a_fault_in_the_wait_queue_costs_no_other_its_turn(faulty, engine, fault):
+    faulty_place = FakeEngine()
+    engine.stop()
+    wait_until(lambda: not faulty.urls(), "the engine is down")
+    gate = threading.Event()
+
+    def behave(received: Received) -> bool:
+        assert gate.wait(30)
+        return answers(received)
+
+    faulty_place.behaviour = behave
+    assert faulty_place.register_with(faulty.url, max_concurrency=1, instance="one").status_code == 200
+    try:
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            first = pool.submit(faulty.complete)
+            wait_until(lambda: faulty.in_flight()[faulty_place.url] == 1, "the replica is full")
+            culprit = pool.submit(faulty.complete, headers={"X-Fault": fault})
+            assert culprit.result().status_code == 500
+            assert "the router failed" in culprit.result().json()["error"]["message"]
+            # What waits after it gets an answer in time: that there is no room, or its turn.
+            waiting = [pool.submit(faulty.complete) for _ in range(2)]
+            assert pool.submit(faulty.complete).result().status_code == 429
+            gate.set()
+            assert first.result().status_code == 200
+            assert {answer.result().status_code for answer in waiting} <= {200, 429}
+    finally:
+        faulty_place.stop()
+        engine.restart()
+    wait_until(lambda: not any(faulty.in_flight().values()), "nothing is in flight")
+
+
+def test_a_fault_while_a_replica_is_unreachable_ends_with_an_error(faulty, engine):
+    engine.stop()
+    try:
+        answer = faulty.complete(headers={"X-Fault": "unreachable"})
+        assert answer.status_code in (500, 503)
+    finally:
+        engine.restart()
+    faulty.wait_idle()
+
+
+def test_the_time_limits_hold_after_faults_in_the_clock(faulty, engine):
+    """Those behind one whose `watch` raises are watched all the same."""
+    engine.behaviour = never_answers
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        faults = [pool.submit(faulty.complete, headers={"X-Fault": "watch"}) for _ in range(4)]
+        others = [pool.submit(faulty.complete) for _ in range(4)]
+        assert {answer.result().status_code for answer in faults} == {500}
+        # Given up by its own timeout, or in the wait queue when the replica is taken for dead.
+        assert {answer.result().status_code for answer in others} <= {504, 503, 429}
+
+
+# ---- the parts by themselves
+
+
+class Waiter:
+    is_choosy = False
+
+    def __init__(self, name: str, served: list[str], deadline: float = 100.0) -> None:
+        self.name, self.served, self.deadline = name, served, deadline
+
+    def try_again(self, now: float) -> Nobody | None:
+        if "broken" in self.name:
+            raise RuntimeError(self.name)
+        if "stays" in self.name:
+            return Nobody.DOWN
+        self.served.append(self.name)
+        return None
+
+    def give_up(self) -> None:
+        if "broken" in self.name:
+            raise RuntimeError(self.name)
+        self.served.append(f"{self.name} gave up")
+
+    def crash(self) -> None:
+        self.served.append(f"{self.name} crashed")
+
+
+def test_a_waiter_that_raises_ends_and_none_is_lost():
+    line, served = WaitingLine(10), []
+    for name in ("stays 1", "broken", "stays 2", "a"):
+        assert line.join(Waiter(name, served))
+    line.advance(0.0)
+    assert served == ["broken crashed", "a"]
+    assert [waiter.name for waiter in line._others] == ["stays 1", "stays 2"]
+
+
+def test_a_waiter_whose_end_raises_does_not_keep_the_others_waiting():
+    line, served = WaitingLine(10), []
+    for name in ("stays broken", "stays"):
+        waiter = Waiter(name, served, deadline=1.0)
+        waiter.try_again = lambda now: Nobody.DOWN
+        assert line.join(waiter)
+    line.advance(2.0)
+    assert served == ["stays broken crashed", "stays gave up"]
+    assert len(line) == 0
+
+
+def test_a_waiter_whose_crash_raises_loses_none_of_those_that_stay():
+    line, served = WaitingLine(10), []
+    for name in ("stays 1", "broken", "stays 2"):
+        assert line.join(Waiter(name, served))
+
+    def crash() -> None:
+        raise RuntimeError("again")
+
+    line._others[1].crash = crash
+    with pytest.raises(RuntimeError, match="again"):
+        line.advance(0.0)
+    assert [waiter.name for waiter in line._others] == ["stays 1", "stays 2"]
+
+
+def test_a_write_that_raises_costs_the_others_nothing():
+    class Broken:
+        aborted = False
+
+        def is_closing(self) -> bool:
+            return False
+
+        def write(self, data: bytes) -> None:
+            raise RuntimeError("no")
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    async def scene() -> None:
+        outbox, broken = Outbox(), Broken()
+        ours, other = socket.socketpair()
+        transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=ours)
+        outbox.write(broken, b"nobody reads this")
+        outbox.write(transport, b"but this")
+        outbox.flush()
+        assert other.recv(100) == b"but this"
+        assert broken.aborted
+        transport.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scene())
