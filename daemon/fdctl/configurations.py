@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ...errors import FastDeployError
 from .. import config as dp_toml
 from .. import masking, supervisor
 from ..control import OK
@@ -40,7 +41,10 @@ def render(options: argparse.Namespace) -> int:
     programs = programs_of(config)
     layout = supervisor.Layout(config.paths.run, config.paths.logs)
     if options.write:
-        supervisor.write(layout, programs)
+        try:
+            supervisor.write(layout, programs)
+        except OSError as error:
+            raise FastDeployError(f"cannot write {error.filename or layout.run}: {error.strerror}") from None
         return OK
     if options.json:
         print(json.dumps([_shown(program, layout.run) for program in programs], indent=2))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ...errors import FastDeployError
 from .. import control
@@ -74,19 +75,34 @@ def _follow(file: Path, position: int) -> Iterator[str]:
     stream = None
     rest = b""
     while True:
-        if stream is None and file.exists():
-            stream = file.open("rb")
+        if stream is None and (stream := _opened(file)) is not None:
             stream.seek(position)
         if stream is not None:
             while data := stream.read(1 << 16):
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     yield line.decode(errors="replace")
-            if not file.exists() or not os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+            if not _has_its_name(stream, file):
                 stream.close()
-                stream = file.open("rb") if file.exists() else None
+                position = 0
+                stream = _opened(file)
                 continue
         time.sleep(_POLL)
+
+
+def _opened(file: Path) -> IO[bytes] | None:
+    try:
+        return file.open("rb")
+    except OSError:
+        # It may be rotated, or its directory may be gone, at any moment.
+        return None
+
+
+def _has_its_name(stream: IO[bytes], file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), file.stat())
+    except OSError:
+        return False
 
 
 def _show(line: str, as_json: bool) -> None:

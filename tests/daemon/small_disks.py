@@ -31,26 +31,17 @@ class SmallDisks(Running):
 
     def start(self, *words: str) -> None:
         script = f'{_MOUNT}; shift; exec "$@"'
-        command = [sys.executable, str(LAUNCHER), str(self.config), str(self.real), *words]
+        self._launch(["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", str(self.real)])
+
+    def start_another(self, beside: int) -> None:
+        """Start a daemon with the disks that process `beside` has."""
+        self._launch(["nsenter", "-m", "-t", str(beside)])
+
+    def _launch(self, prefix: list[str]) -> None:
+        command = [*prefix, sys.executable, str(LAUNCHER), str(self.config), str(self.real)]
         # Not a pipe: nobody reads it while a test runs.
-        with (self.real / "output").open("w") as output:
-            self.daemon = subprocess.Popen(
-                [
-                    "unshare",
-                    "-m",
-                    "--propagation",
-                    "private",
-                    "sh",
-                    "-c",
-                    script,
-                    "sh",
-                    str(self.real),
-                    *command,
-                ],
-                stdout=output,
-                stderr=output,
-                text=True,
-            )
+        with (self.real / "output").open("a") as output:
+            self.daemon = subprocess.Popen(command, stdout=output, stderr=output, text=True)
         self.prefix = Path(f"/proc/{self.daemon.pid}/root{self.real}")
 
     def left_over(self) -> list[processes.Marked]:
@@ -67,12 +58,12 @@ class SmallDisks(Running):
     @contextlib.contextmanager
     def full(self, name: str) -> Iterator[None]:
         """Leave not a byte on one of the three disks."""
-        filler = self.prefix / name / "filler"
-        with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        with (self.prefix / name / "filler").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
             while True:
                 stream.write(bytes(4096))
         yield
-        filler.unlink()
+        # Its prefix is another one if the daemon was started again meanwhile.
+        (self.prefix / name / "filler").unlink()
 
     @contextlib.contextmanager
     def read_only(self, name: str) -> Iterator[None]:

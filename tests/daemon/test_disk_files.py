@@ -24,7 +24,8 @@ from fastdeploy.daemon.unix_listener import UnixListener
 from fastdeploy.daemon.upkeep import Lock, write_problem
 from fastdeploy.errors import FastDeployError
 
-from .conftest import wait_until
+from .conftest import FDCTL, wait_until
+from .small_disks import why_not
 from .test_supervisor import program
 
 _NOBODY = 65534
@@ -59,6 +60,13 @@ def as_nobody(call: Callable[[], str]) -> str:
         return answer
     finally:
         child.join()
+
+
+def answers(layout: Layout) -> bool:
+    try:
+        return Supervisor(layout).pid() > 0
+    except SupervisorError:
+        return False
 
 
 def written(handler: OutputFile, text: str) -> None:
@@ -218,7 +226,7 @@ def test_a_program_that_supervisord_cannot_start_is_named_with_the_reason(tmp_pa
     command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(layout.ini)]
     with subprocess.Popen(command) as process:
         try:
-            wait_until(layout.socket.exists, "supervisord listens")
+            wait_until(lambda: answers(layout), "supervisord answers")
             client = Supervisor(layout)
             with pytest.raises(SupervisorError, match=r"startProcess replica0: NO_FILE: .*/nowhere"):
                 client.start("replica0")
@@ -243,3 +251,30 @@ def test_a_trouble_is_told_with_its_begin_until_it_is_over() -> None:
     assert troubles.lines()[0].rpartition(";")[2] == first[0].rpartition(";")[2]
     troubles.report("logs", "")
     assert troubles.lines() == []
+
+
+def test_supervisord_needs_no_temporary_directory() -> None:
+    if reason := why_not():
+        pytest.skip(f"no file system can be mounted: {reason}")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        layout = Layout(Path(name, "run"), Path(name, "logs"))
+        supervisor.write(layout, [program()])
+        mounts = "for place in /tmp /var/tmp; do mount -t tmpfs -o ro tmpfs $place || exit; done"
+        # Nor can anything be written in the current directory.
+        command = ["unshare", "-m", "sh", "-c", f'{mounts}; cd /proc; exec "$@"', "sh", sys.executable]
+        command += ["-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)]
+        with subprocess.Popen(command) as process:
+            try:
+                wait_until(lambda: answers(layout) or process.poll() is not None, "it answers")
+                assert Supervisor(layout).pid() == process.pid
+            finally:
+                process.terminate()
+
+
+def test_render_that_cannot_write_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    (tmp_path / "dp.toml").write_text('[model]\npath = "demo"\n')
+    command = [str(FDCTL), "--prefix", str(tmp_path), "render", "--write", str(tmp_path / "dp.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"{tmp_path}/run" in done.stderr

@@ -102,3 +102,15 @@ def test_nothing_ends_while_the_run_directory_is_read_only(system: SmallDisks) -
     wait_until(lambda: system.pids() == before, "everything is as before")
     assert supervisord(system) == manager
     heals(system)
+
+
+def test_a_new_daemon_adopts_everything_on_full_disks(system: SmallDisks) -> None:
+    before, manager = system.pids(), supervisord(system)
+    with system.full("logs"), system.full("run"), system.full("state"):
+        assert system.daemon is not None
+        system.daemon.kill()
+        system.daemon.wait()
+        system.start_another(manager)
+        wait_until(system.ready, "everything is adopted")
+        assert (system.pids(), supervisord(system)) == (before, manager)
+    heals(system)
