@@ -34,10 +34,10 @@ class AdminSocket:
     """The path of a socket that listens. A listening socket does not learn that its path is gone."""
 
     def __init__(self, path: Path) -> None:
-        """`path` is that of a socket of this program."""
+        """A socket that answers at `path` is this program's: nothing else has come between."""
         self.path = path
-        self._found = _identity(path)
-        self._directory_mode = stat.S_IMODE(path.parent.stat().st_mode) if path.parent.is_dir() else 0o755
+        self._found = _identity(path) if _answers(path) else None
+        self._directory_mode = stat.S_IMODE(path.parent.stat().st_mode) if path.parent.is_dir() else 0o700
         self._is_failing = False
         #: A socket of another program that has the path now.
         self._foreign: tuple[int, int] | None = None
@@ -52,21 +52,21 @@ class AdminSocket:
             listener = bind(self.path)
         except OSError as error:
             if not self._is_failing:
-                logger.error(
-                    "admin socket %s was removed and cannot be made again (%s); tried once a second",
+                logger.warning(
+                    "admin socket %s is missing and cannot be made (%s); tried once a second",
                     *(self.path, error.strerror or error),
                 )
             self._is_failing = True
             return None
         self._found, self._is_failing = _identity(self.path), False
-        logger.warning("admin socket %s was removed; it is made again", self.path)
+        logger.warning("admin socket %s was missing; it is made again", self.path)
         return listener
 
     def _belongs_to_another(self, found: tuple[int, int]) -> bool:
         if not _answers(self.path):
             return False
         self._foreign = found
-        logger.error("another program listens on admin socket %s now; end one of the two", self.path)
+        logger.warning("another program listens on admin socket %s now; end one of the two", self.path)
         return True
 
     def remove(self) -> None:

@@ -56,7 +56,7 @@ class RegistryFile:
                 self._write(board)
         except OSError as error:
             if not self._is_failing:
-                logger.error(
+                logger.warning(
                     "registry file %s cannot be written (%s): registrations and drains stay in memory until "
                     "it can; a router that starts meanwhile waits for its replicas to register",
                     *(self._path, error.strerror or error),

@@ -18,7 +18,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from ... import log, worker_heartbeat
-from ...errors import ConfigError
+from ...errors import ConfigError, is_disk_condition
 from ...parent_death import die_with_parent
 from . import admin_socket, counter_memory, fast_path
 from .arbiter import RouterArbiter
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _exit(EXIT_UPGRADE, f"the old program cannot be replaced, it goes on: {error}")
     listeners = [_listen_or_exit(settings)]
     if settings.admin_socket is not None:
-        listeners.append(_listen_on_path_or_exit(settings.admin_socket))
+        listeners += _listen_on_path_or_exit(settings.admin_socket)
     board = Board.create()
     RegistryFile(settings.registry_file).restore(board, AllowedAddresses(settings.allow_hosts))
     os.environ[_BOARD] = str(board.descriptor)
@@ -201,14 +201,18 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _listen_on_path_or_exit(path: Path) -> socket.socket:
+def _listen_on_path_or_exit(path: Path) -> list[socket.socket]:
+    """Empty if the disk is full or read-only just now: the arbiter makes the socket when it can."""
     try:
-        return admin_socket.bind(path)
+        return [admin_socket.bind(path)]
     except OSError as error:
+        if is_disk_condition(error):
+            return []
         reason = (error.strerror or str(error)).lower()
         _exit(
             EXIT_ADDRESS,
-            f"cannot listen on {path}: {reason}; --admin-socket must be in a directory that can be written",
+            f"--admin-socket {path}: cannot be made ({reason}); it must be in a directory that can be "
+            "written",
         )
 
 

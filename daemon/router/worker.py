@@ -158,7 +158,8 @@ class RouterWorker(Worker):
             try:
                 _, descriptors, *_ = socket.recv_fds(self._from_arbiter, 1, 1)
                 for descriptor in descriptors:
-                    servers[socket.AF_UNIX].close()
+                    if (old := servers.pop(socket.AF_UNIX, None)) is not None:
+                        old.close()
                     servers[socket.AF_UNIX] = await self._listen(socket.socket(fileno=descriptor))
             except BlockingIOError:
                 continue
