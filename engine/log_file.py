@@ -37,7 +37,7 @@ class SharedFile(logging.Handler):
         self._lost_since = self._reason = ""
 
     def open(self) -> None:
-        """Open the file at the start, to report a wrong path at once; otherwise `emit` does. Raises OSError."""
+        """Open the file now, to report a wrong path at once; otherwise `emit` does it. Raises OSError."""
         self._open()
         self._directory_mode = stat.S_IMODE(self._path.parent.stat().st_mode)
 
@@ -149,7 +149,7 @@ class SharedFile(logging.Handler):
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            # The file may be fine for those who have it open.
+            # The open file may be fine.
             return True
         own = os.fstat(self._descriptor)
         return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)

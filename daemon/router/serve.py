@@ -118,7 +118,7 @@ class _Server(BaseApplication):
             self.cfg.set(key, value)
 
     def load(self) -> Router:
-        # Late: what is wrong with the command line is said without Flask.
+        # Late: errors of the command line are reported without importing Flask.
         from .app import Router
 
         return Router(self.settings, self.board, self.counters, self.reloads)

@@ -78,7 +78,7 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
     path = group_directory(name, root, user) / FILE
     file = _open(path)
     if file is None or not _read(file, Header, 0).magic:
-        # Removed by somebody, or not made yet.
+        # It was removed, or is not made yet.
         if file is not None:
             os.close(file)
         file = removed_memory.find(path, os.getuid() if user is None else user, os.O_RDONLY)

@@ -157,7 +157,7 @@ def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engin
 def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_router, tmp_path):
     admin = tmp_path / "router.sock"
     first = start_router("--admin-socket", str(admin))
-    # It removes what is there, as that of a dead router would be.
+    # It takes the path, as from a dead router.
     second = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
     try:
         wait_until(lambda: lines(first, "another program listens on admin socket"), "that is said")
