@@ -200,8 +200,8 @@ def _open_locked(directory: Path, patience: float) -> int:
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"{directory}: no shared memory ({error.strerror}); expert parallelism needs a tmpfs on {root} "
-                "that can be written"
+                f"{directory}: no shared memory ({error.strerror}); expert parallelism needs a tmpfs "
+                f"on {root} that can be written"
             ) from None
         _lock(descriptor, patience, partial(_holder, descriptor))
         if os.fstat(descriptor).st_nlink:
