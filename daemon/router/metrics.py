@@ -47,7 +47,7 @@ class Metrics:
         self._board = board
         self._counters = counters
         values.ValueClass = value_class(counters.own_section())
-        # What is shown is what all workers have counted, and not this registry's.
+        # This registry is not exposed: `exposition` adds up the counters of all workers.
         self._registry = CollectorRegistry()
         labels = ("method", "endpoint")
         self._requests = self._counter("http_requests", "Requests answered.", *labels, "status_code")

@@ -44,7 +44,7 @@ class RegistryFile:
 
     def save(self, board: Board) -> None:
         """Writes the board as it is now, if it can; readers see the old file or the new one, never a part."""
-        # What cannot be written now is for `keep` to write, and to report.
+        # `keep` reports the failure and tries again.
         with suppress(OSError):
             self._write(board)
 
@@ -57,7 +57,7 @@ class RegistryFile:
                 self._write(board)
         except OSError as error:
             if not self._is_failing:
-                logger.error(
+                logger.warning(
                     "registry file %s cannot be written (%s): registrations and drains stay in memory until "
                     "it can; a router that starts meanwhile waits for its replicas to register",
                     *(self._path, error.strerror or error),
@@ -129,7 +129,7 @@ class RegistryFile:
 
 
 def _content(board: Board) -> bytes:
-    """What the file is to say."""
+    """Return the content of the file for the board as it is now."""
     instances = [_entry(row.instance.registration(), row.draining) for row in _staying(board)]
     return (json.dumps({"instances": instances}, indent=2) + "\n").encode()
 

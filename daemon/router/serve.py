@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ... import log, worker_heartbeat
 from ...addresses import authority, is_loopback, listen
-from ...errors import ConfigError
+from ...errors import ConfigError, is_disk_condition
 from ...gunicorn_base import BaseApplication, Logger, forget_inherited_sockets
 from ...parent_death import die_with_parent
 from . import admin_socket, counter_memory, fast_path
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     forget_inherited_sockets()
     listeners = [_listen_or_exit(address, settings.port) for address in settings.addresses]
     if settings.admin_socket is not None:
-        listeners.append(_listen_on_path_or_exit(settings.admin_socket))
+        listeners += _listen_on_path_or_exit(settings.admin_socket)
     board = Board.create()
     RegistryFile(settings.registry_file).restore(board, AllowedAddresses(settings.allow_hosts))
     os.environ[_BOARD] = str(board.descriptor)
@@ -117,7 +117,7 @@ class _Server(BaseApplication):
             self.cfg.set(key, value)
 
     def load(self) -> Router:
-        # Late: what is wrong with the command line is said without Flask.
+        # Late: errors of the command line are reported without importing Flask.
         from .app import Router
 
         return Router(self.settings, self.board, self.counters, self.reloads)
@@ -191,14 +191,18 @@ def _listen_or_exit(address: str, port: int) -> socket.socket:
         _exit(EXIT_ADDRESS, f"cannot listen on {address} port {port}: {reason}")
 
 
-def _listen_on_path_or_exit(path: Path) -> socket.socket:
+def _listen_on_path_or_exit(path: Path) -> list[socket.socket]:
+    """Empty if the disk is full or read-only just now: the arbiter makes the socket when it can."""
     try:
-        return admin_socket.bind(path)
+        return [admin_socket.bind(path)]
     except OSError as error:
+        if is_disk_condition(error):
+            return []
         reason = (error.strerror or str(error)).lower()
         _exit(
             EXIT_ADDRESS,
-            f"cannot listen on {path}: {reason}; --admin-socket must be in a directory that can be written",
+            f"--admin-socket {path}: cannot be made ({reason}); it must be in a directory that can be "
+            "written",
         )
 
 

@@ -63,7 +63,7 @@ class RouterWorker(Worker):
         return bool(self.tmp.last_update() != self._made_at)
 
     def pass_listener(self, listener: socket.socket) -> None:
-        """Gives the worker this admin socket in place of the one that it has. Called in the arbiter."""
+        """Passes a new admin socket to the worker. Called in the arbiter."""
         try:
             socket.send_fds(self._to_worker, [b"."], [listener.fileno()])
         except OSError as error:
@@ -165,7 +165,7 @@ class RouterWorker(Worker):
         )
 
     async def _replace_admin_socket(self, servers: dict[int, asyncio.Server]) -> None:
-        """Listens on what the arbiter passes after somebody has removed the admin socket."""
+        """Listens on each socket that the arbiter passes in place of a removed admin socket."""
         arrived = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._from_arbiter, arrived.set)
         while True:
@@ -174,7 +174,8 @@ class RouterWorker(Worker):
             try:
                 _, descriptors, *_ = socket.recv_fds(self._from_arbiter, 1, 1)
                 for descriptor in descriptors:
-                    servers[socket.AF_UNIX].close()
+                    if (old := servers.pop(socket.AF_UNIX, None)) is not None:
+                        old.close()
                     servers[socket.AF_UNIX] = await self._listen(socket.socket(fileno=descriptor))
             except BlockingIOError:
                 continue

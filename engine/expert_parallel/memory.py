@@ -225,7 +225,10 @@ def _open_locked(directory: Path, patience: float) -> int:
                 f"{root} is missing; expert parallelism needs shared memory there: mount a tmpfs on it"
             ) from None
         except OSError as error:
-            raise ConfigError(f"{directory}: no shared memory ({error.strerror})") from None
+            raise ConfigError(
+                f"{directory}: no shared memory ({error.strerror}); expert parallelism needs a tmpfs "
+                f"on {root} that can be written"
+            ) from None
         _lock(descriptor, patience, partial(_holder, descriptor))
         if os.fstat(descriptor).st_nlink:
             return descriptor
@@ -233,7 +236,7 @@ def _open_locked(directory: Path, patience: float) -> int:
 
 
 def _locked_removed(directory: Path, patience: float) -> int | None:
-    """The memory of living ranks whose file was removed, locked; None if there is none."""
+    """Return the memory of living ranks whose file was removed, locked; None if there is none."""
     descriptor = removed_memory.find(directory / FILE, os.getuid(), os.O_RDWR)
     if descriptor is None:
         return None
@@ -379,7 +382,7 @@ def _remove(directory: Path, descriptor: int) -> None:
 
 
 def _is_unused(path: Path) -> bool:
-    """True if nobody has made a group of this file: it was opened by ranks that found a removed one."""
+    """Return True if the file is empty: ranks that found removed memory have opened it, and left it so."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:

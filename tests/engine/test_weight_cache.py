@@ -343,7 +343,7 @@ def test_a_cache_is_made_as_soon_as_its_disk_allows_it(
     assert ask()[0] == 0
     disk.fill()
     disk.make_read_only()
-    assert ask() == (0, ""), "what is there needs no disk that can be written"
+    assert ask() == (0, ""), "a packed file needs no disk that can be written"
     disk.close()
 
 

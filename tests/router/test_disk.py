@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path
     # Each worker takes some of the connections.
     for _ in range(10):
         wait_until(lambda: order(admin, "3/undrain") == 200, "a worker answers")
-    assert len(lines(router, "admin socket", "was removed")) == 1
+    assert len(lines(router, "admin socket", "was missing")) == 1
     for worker in router.workers():
         worker.kill()
     wait_until(lambda: order(admin, "3/drain") == 200, "workers that start later have it")
@@ -125,7 +126,7 @@ def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, 
     router = start_router("--admin-socket", str(admin), launcher=unprivileged())
     admin.unlink()
     admin.parent.chmod(0o500)
-    wait_until(lambda: lines(router, "cannot be made again (Permission denied)"), "that is said")
+    wait_until(lambda: lines(router, "cannot be made (Permission denied)"), "that is said")
     router.process.send_signal(signal.SIGTERM)
     assert router.process.wait(30) == 0
     assert lines(router, "Traceback") == []
@@ -133,28 +134,30 @@ def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, 
 
 def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engine, tmp_path, disk):
     admin = tmp_path / "disk" / "router.sock"
+    outside = disk.path / "router.sock"
+    # As a router leaves it that was killed.
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(outside))
+    disk.make_read_only()
     router = start_router("--admin-socket", str(admin), launcher=disk.prefix)
     router.add(new_engine(replica=3))
-    outside = disk.path / "router.sock"
-    outside.unlink()
-    disk.make_read_only()
-    wait_until(lambda: lines(router, "cannot be made again (Read-only file system)"), "that is said")
+    wait_until(lambda: lines(router, "cannot be made (Read-only file system)"), "that is said")
     disk.make_writable()
     wait_until(lambda: order(outside, "3/drain") == 200, "there is a socket again")
     outside.unlink()
     disk.use_up_inodes()
-    wait_until(lambda: lines(router, "cannot be made again (No space left on device)"), "that is said")
+    wait_until(lambda: lines(router, "cannot be made (No space left on device)"), "that is said")
     assert router.complete().status_code == 503, "its one replica is drained"
     disk.make_room()
     wait_until(lambda: order(outside, "3/undrain") == 200, "there is a socket again")
     assert router.complete().status_code == 200
-    assert len(lines(router, "cannot be made again")) == 2
+    assert len(lines(router, "cannot be made")) == 2
 
 
 def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_router, tmp_path):
     admin = tmp_path / "router.sock"
     first = start_router("--admin-socket", str(admin))
-    # It removes what is there, as that of a dead router would be.
+    # It takes the path, as from a dead router.
     second = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
     try:
         wait_until(lambda: lines(first, "another program listens on admin socket"), "that is said")
@@ -303,8 +306,8 @@ def test_a_directory_that_cannot_be_written_is_named_at_the_start(tmp_path):
         (
             ["--admin-socket", f"{directory}/socket"],
             5,
-            f"cannot listen on {directory}/socket: permission denied; --admin-socket must be in a directory "
-            "that can be written",
+            f"--admin-socket {directory}/socket: cannot be made (permission denied); it must be in a "
+            "directory that can be written",
         ),
     ):
         assert refused(*flags, FD_LOG_DIR=str(tmp_path)) == (code, f"fd-router: {words}\n")
