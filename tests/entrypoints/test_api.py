@@ -204,7 +204,7 @@ def test_the_model_may_be_named_or_not(server: ApiServer, name):
         ("/v1/completions", {"prompt": [100_000]}, {}, 400, "prompt"),
         ("/v1/completions", {"prompt": "a"}, {"X-FD-Seed": "-1"}, 400, "X-FD-Seed"),
         ("/v1/completions", {"prompt": "a", "request_id": "a b"}, {}, 400, "request_id"),
-        ("/v1/completions", b'"' + b"x" * (9 << 20) + b'"', {}, 413, None),
+        ("/v1/completions", b'"' + b"x" * (11 << 20) + b'"', {}, 413, None),
         ("/v1/nothing", {}, {}, 404, None),
         ("/v1/no%0Athing", {}, {}, 404, None),
         ("/v1/models", {}, {}, 405, None),
