@@ -216,6 +216,11 @@ def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
 
 def _pack(packing: Packing, config: ModelConfig, expected: dict[str, str], report: Progress) -> None:
     # Late, because it brings Paddle along: who only maps a file, or finds it there, can do without.
+    if "paddle" not in sys.modules:
+        import paddle
+
+        # In a process that had no use for Paddle before. SIGTERM would end it with a stack trace of C++.
+        paddle.disable_signal_handler()
     from .checkpoint_matrices import read_directory
     from .packing import packed
 
