@@ -219,7 +219,7 @@ def _pack(packing: Packing, config: ModelConfig, expected: dict[str, str], repor
     if "paddle" not in sys.modules:
         import paddle
 
-        # In a process that had no use for Paddle before. SIGTERM would end it with a stack trace of C++.
+        # Paddle's own handler would print a stack trace of C++ at SIGTERM. A worker has set its own by now.
         paddle.disable_signal_handler()
     from .checkpoint_matrices import read_directory
     from .packing import packed
