@@ -130,6 +130,8 @@ def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
     from fastdeploy.model_runner import ModelRunner
     from fastdeploy.models.ernie45 import Ernie45
 
+    # SIGTERM would end the process with a stack trace of C++.
+    paddle.disable_signal_handler()
     paddle.set_device("cpu")
     weights = load_weights(
         config.model,

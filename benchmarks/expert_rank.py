@@ -29,6 +29,8 @@ class Rank:
 
         import paddle
 
+        # SIGTERM would end the process with a stack trace of C++.
+        paddle.disable_signal_handler()
         from fastdeploy import custom_ops
         from fastdeploy.expert_parallel.group import GroupOptions, join
         from fastdeploy.expert_parallel.layout import Layout

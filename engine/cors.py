@@ -33,7 +33,7 @@ _MAX_AGE = "600"
 
 
 def problem_of(origin: str) -> str | None:
-    """Why this cannot stand in a list of origins; None if it can."""
+    """Return why this cannot be in a list of origins; None if it can."""
     if origin in (LOOPBACK, EVERY) or _ORIGIN.fullmatch(origin):
         return None
     return (
@@ -50,7 +50,7 @@ class CorsPolicy:
 
     @classmethod
     def parse(cls, flag: str, text: str) -> CorsPolicy:
-        """The policy in a comma list; an empty one allows no origin.
+        """Return the policy of a comma list; an empty list allows no origin.
 
         Raises:
             ConfigError: a word is no origin.
@@ -67,12 +67,12 @@ class CorsPolicy:
         return origin in self.origins and origin != LOOPBACK
 
     def headers(self, origin: str) -> Headers:
-        """What an answer to a request with this Origin header carries."""
+        """Return the headers of an answer to a request with this Origin header."""
         allowed, vary = self._allowed(origin), self._vary()
         return (*allowed, ("Access-Control-Expose-Headers", _EXPOSED), *vary) if allowed else vary
 
     def preflight_headers(self, origin: str, wanted: str) -> Headers:
-        """What the answer to a preflight carries; nothing but Vary if the origin is not allowed.
+        """Return the headers of the answer to a preflight; only Vary if the origin is not allowed.
 
         Args:
             wanted: the names of headers in Access-Control-Request-Headers. All are allowed: which headers a
@@ -100,7 +100,7 @@ class CorsPolicy:
 
 
 def refusal_of(origin: str) -> str:
-    """What a preflight from an origin that is not allowed is told."""
+    """Return the error message for a preflight from an origin that is not allowed."""
     return (
         f"the origin {origin[:200]!r} is not allowed; add it to --cors-origins, which fd-dp takes from "
         "cors_origins of [router] in dp.toml"

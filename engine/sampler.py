@@ -70,7 +70,7 @@ class Sampler:
         return sampled
 
     def score(self, logits: paddle.Tensor, rows: Many[ScheduledSequence]) -> list[Logprobs]:
-        """The log probabilities of prompt tokens, each from the logits of the position before it.
+        """Return the log probabilities of prompt tokens, each from the logits of the position before it.
 
         Args:
             logits: float32 [scored positions of `rows`, vocabulary].

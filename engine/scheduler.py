@@ -177,7 +177,7 @@ class Scheduler:
         return min(left, max(0, affordable))
 
     def _scorable(self, sequence: Sequence, scored: int) -> int:
-        """Tokens of the sequence that a step computes at most which may score so many positions."""
+        """Return how many tokens a step may compute of the sequence if it may score `scored` positions."""
         left = sequence.num_tokens - sequence.num_computed
         if not sequence.is_scored or len(_scored(sequence, sequence.num_tokens)) <= scored:
             return left
@@ -295,7 +295,7 @@ class Scheduler:
 
 
 def _scored(sequence: Sequence, end: int) -> range:
-    """The positions before `end` that are still to be scored; the prompt's last token has none behind it."""
+    """Return the positions before `end` that are still to be scored. The prompt's last is never one."""
     if not sequence.is_scored:
         return range(0)
     first = len(sequence.prompt_logprobs)

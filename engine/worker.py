@@ -306,8 +306,8 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
 
 
 def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
-    # Paddle puts its own handlers on SIGTERM, which would end the process with a stack trace, and on the
-    # signals of faulthandler. A SIGTERM that comes meanwhile waits until ours is back.
+    # The import takes our handlers of SIGTERM and of faulthandler's signals away. A SIGTERM that comes
+    # meanwhile waits until ours is back.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         import_paddle()
@@ -316,7 +316,6 @@ def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
         raise ConfigError(
             f"Paddle cannot be imported ({error}); install paddlepaddle or paddlepaddle-gpu"
         ) from None
-    paddle.disable_signal_handler()
     faulthandler.enable()
     api.handle_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -73,7 +73,7 @@ def config_of_the_daemon(options: argparse.Namespace) -> tuple[Path, Path | None
 
 
 def command_line(options: argparse.Namespace, *words: str) -> str:
-    """A command of fdctl for the same daemon, to be copied into a shell."""
+    """Return a command line of fdctl for the same daemon, quoted for a shell."""
     place = ["--prefix", str(options.prefix)] if options.prefix else []
     place += ["--socket", str(options.socket)] if options.socket else []
     return shlex.join(["fdctl", *place, *words])

@@ -67,7 +67,7 @@ class Server(Protocol):
         """A request that is none; method and target may be empty."""
 
     def cors_lines(self, target: bytes, origin: bytes) -> bytes:
-        """Header lines without which a browser hides the answer from the web page of that origin."""
+        """Return the header lines that an answer needs so that a web page of that origin may read it."""
 
 
 class ClientConnection(asyncio.Protocol):

@@ -10,13 +10,13 @@ from .delivery import Client
 from .incoming import ClientRequest
 
 
-def cors_lines(policy: CorsPolicy, path: bytes, origin: bytes) -> bytes:
-    """Header lines of an answer to a page of this origin; none beside the API, which alone is for pages."""
-    return header_lines(policy.headers(_text(origin))) if path.startswith(b"/v1/") else b""
+def cors_lines(policy: CorsPolicy, origin: bytes) -> bytes:
+    """Return the header lines of an answer to a page of this origin."""
+    return header_lines(policy.headers(_text(origin)))
 
 
 class CorsClient:
-    """Implements `Client`: adds the headers for browsers to whatever head goes out."""
+    """Implements `Client`: adds the headers for browsers to the head of the answer."""
 
     __slots__ = ("_client", "_lines")
 
@@ -48,7 +48,7 @@ class CorsClient:
 
 
 class Preflight:
-    """A task that is over when it is made: a browser's question whether a page may send a request."""
+    """A finished task: the preflight is answered at once."""
 
     def client_gone(self) -> None: ...
 
@@ -58,11 +58,12 @@ class Preflight:
 
 
 def is_preflight(request: ClientRequest) -> bool:
+    """Return True if a browser asks whether a page may send a request. The request has an Origin header."""
     return request.method == "OPTIONS" and b"access-control-request-method" in request.special
 
 
 def preflight_answer(policy: CorsPolicy, request: ClientRequest) -> Answer:
-    """No key is asked for: browsers send none with a preflight."""
+    """Return the answer to a preflight. It needs no key, because browsers send none with it."""
     origin = _text(request.special[b"origin"])
     wanted = _text(request.special.get(b"access-control-request-headers", b""))
     headers = policy.preflight_headers(origin, wanted)

@@ -75,7 +75,7 @@ class RequestParser:
 
     @property
     def origin(self) -> bytes:
-        """The web page that sends the request, as far as it has come; empty if none is named."""
+        """The Origin header of the request that comes just now; empty if it has none."""
         return self._special.get(b"origin", b"")
 
     def feed(self, data: bytes) -> Sequence[Parsed | Answer]:

@@ -111,7 +111,8 @@ class RouterWorker(Worker):
             if b"origin" in request.special:
                 if is_preflight(request):
                     return self._answer_preflight(client, request)
-                client = CorsClient(client, self.cors_lines(request.raw_path, request.special[b"origin"]))
+                lines = cors_lines(self._router.settings.cors, request.special[b"origin"])
+                client = CorsClient(client, lines)
             return self._plane.begin(client, request)
         metrics = self._router.metrics
         # Somebody may want to see them.
@@ -122,7 +123,8 @@ class RouterWorker(Worker):
         self._router.metrics.answered(method, target.partition(b"?")[0].decode("latin-1"), status, 0.0)
 
     def cors_lines(self, target: bytes, origin: bytes) -> bytes:
-        return cors_lines(self._router.settings.cors, target, origin)
+        # Only the API is for web pages: the rest of the router is for replicas and operators.
+        return cors_lines(self._router.settings.cors, origin) if target.startswith(b"/v1/") else b""
 
     def _answer_preflight(self, client: Client, request: ClientRequest) -> Task:
         answer = preflight_answer(self._router.settings.cors, request)

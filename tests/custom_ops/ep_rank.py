@@ -243,6 +243,8 @@ def answer(link: socket.socket, what: Any) -> None:
 
 def main(descriptor: int) -> None:
     die_with_parent(os.getppid())
+    # SIGTERM would end the process with a stack trace of C++.
+    paddle.disable_signal_handler()
     paddle.set_device("cpu")
     link = socket.socket(fileno=descriptor)
     answer(link, "ready")

@@ -180,6 +180,17 @@ def test_after_a_killed_packer_the_next_one_goes_on(
     assert run(checkpoint, "--verify").returncode == 0
 
 
+def test_a_packer_that_is_terminated_says_nothing(cache: Path, checkpoint: Path) -> None:
+    """Paddle's own handler would print a stack trace of C++."""
+    command = [*STALLS, str(checkpoint)]
+    packer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert packer.stdout is not None
+    assert packer.stdout.readline().startswith("packing ")
+    packer.terminate()
+    assert packer.communicate(timeout=60) == ("", "")
+    assert packer.returncode == -signal.SIGTERM
+
+
 def test_an_end_in_the_middle_leaves_nothing_behind(cache: Path, checkpoint: Path) -> None:
     """As a worker ends that is told to stop while it loads."""
 

@@ -77,7 +77,7 @@ class Answer:
         self._is_marked = marked
         self._progress = progress
         self._num_cached: dict[int, int] = {}
-        #: Of each choice that has drawn its first token, if the request asks for them.
+        #: By choice, from its first output on, if the request asks for them.
         self._prompt_logprobs: dict[int, list[Logprobs]] = {}
         #: When each choice got its latest token, in seconds since the request's arrival.
         self._last_drawn: dict[int, float] = {}
@@ -183,7 +183,7 @@ class Answer:
         return parts
 
     def prompt_logprobs(self, index: int) -> list[Logprobs]:
-        """Of the prompt of a choice that has come, from the second token on."""
+        """Return those of the prompt of a choice that has begun, from the second token on."""
         return self._prompt_logprobs[index]
 
     def mark(self, index: int, delta: Delta | None = None) -> bytes:
@@ -209,7 +209,7 @@ class Answer:
         }
 
     def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:
-        """The field `usage` of an event of this choice, if the request asks for it there.
+        """Return the field `usage` for an event of this choice; nothing unless the request asks for it.
 
         It leaves out what depends on a replica's cache, so that a resumed stream continues with the counts
         that it would have had.

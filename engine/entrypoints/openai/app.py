@@ -210,7 +210,7 @@ def _answer(
 
 
 def _preflight(policy: CorsPolicy) -> Response:
-    """No key is asked for: browsers send none with a preflight."""
+    """Return the answer to a preflight. It needs no key, because browsers send none with it."""
     origin, wanted = request.headers["Origin"], request.headers.get("Access-Control-Request-Headers", "")
     if policy.allows(origin):
         response = Response(status=204)
@@ -226,7 +226,7 @@ def _path() -> str:
 
 
 def _sent_path() -> str:
-    """As the client wrote it: Werkzeug's path has single slashes where there were several."""
+    """Return the path as the client wrote it. Werkzeug's has one slash where there were several."""
     sent: str = request.environ.get("RAW_URI", _path())
     return quote(sent.partition("?")[0][:_LONGEST_PATH], safe="/%:@!$&'()*+,;=~")
 

@@ -20,7 +20,7 @@ _MOST_IN_AN_ANSWER, _MOST_IN_AN_EVENT = 1 << 20, 1 << 15
 
 
 def completion_prompts(replica: Replica, request: CompletionRequest) -> list[list[int]]:
-    """The prompts as token ids.
+    """Return the prompts as token ids.
 
     Raises:
         RequestError: log probabilities are wanted of more prompt tokens than an answer may hold.
@@ -92,7 +92,7 @@ def _echo(answer: Answer, request: CompletionRequest, index: int) -> str:
 
 
 def _scored_echo(answer: Answer, request: CompletionRequest, index: int) -> str:
-    """The prompt of a choice, if its log probabilities begin with those of the prompt."""
+    """Return the prompt of a choice whose log probabilities begin with those of the prompt, else nothing."""
     return "" if request.prompt_logprobs is None else _echo(answer, request, index)
 
 

@@ -31,7 +31,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the fields that are null, in objects at every level."""
+    """Return `value` without the fields that are null, in objects at every level."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

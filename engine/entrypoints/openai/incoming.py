@@ -74,7 +74,7 @@ def _quoted(header: str) -> str:
 
 
 def is_preflight() -> bool:
-    """A browser asks whether a web page may send a request to the API."""
+    """Return True if a browser asks whether a web page may send a request to the API."""
     return (
         request.method == "OPTIONS"
         and request.path.startswith("/v1/")

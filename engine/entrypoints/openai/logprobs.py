@@ -34,7 +34,7 @@ def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], offse
 def prompt_logprobs(
     tokenizer: Tokenizer, prompt: list[int], entries: list[Logprobs], text: str
 ) -> dict[str, Any]:
-    """In the shape of `completion_logprobs`. The first token has none, as it follows nothing.
+    """Return them in the shape of `completion_logprobs`. The first token follows nothing, so it has null.
 
     Args:
         entries: of the tokens from the second on.
@@ -51,7 +51,7 @@ def prompt_logprobs(
 
 
 def joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Log probabilities of a completion in one, of which either part may be missing."""
+    """Return the log probabilities of prompt and answer as one object; either part may be missing."""
     if first is None or second is None:
         return first or second
     return {name: first[name] + second[name] for name in first}
@@ -84,13 +84,13 @@ class _Columns:
 def _top(tokenizer: Tokenizer, entry: Logprobs) -> dict[str, float]:
     top: dict[str, float] = {}
     for token_id, value in entry.top:
-        # Parts of characters look alike; of those the most likely stays.
+        # Parts of characters have the same text; the most likely one is kept.
         top.setdefault(tokenizer.token_text(token_id), _finite(value))
     return top
 
 
 def _offsets(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
-    """Where each token begins in `text`. Special tokens take room there only if it writes them out."""
+    """Return where each token begins in `text`. A special token has a length only where the text names it."""
     detokenizer = tokenizer.detokenizer()
     offsets, offset = [], 0
     for token_id in prompt:

@@ -58,7 +58,7 @@ class ChoiceOutput:
     ) -> None:
         """
         Args:
-            tells_stop_token: log probabilities are told of a stop token, too, that the text does not show.
+            tells_stop_token: a stop token that the text does not show has log probabilities all the same.
         """
         self._detokenizer = detokenizer
         self._stop = stop
