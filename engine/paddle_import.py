@@ -10,9 +10,9 @@ import tempfile
 def import_paddle() -> None:
     """Import Paddle without its directory for data sets and without its signal handlers.
 
-    Paddle makes the directory in the home directory or in /tmp, and fails where it cannot: a full or read-only
-    disk would keep replicas from starting. Its handlers print a stack trace of C++ at SIGTERM. Call this
-    before other threads run and before signal handlers are set.
+    Paddle makes the directory in the home directory or in /tmp, and fails where it cannot: a full or
+    read-only disk would keep replicas from starting. Its handlers print a stack trace of C++ at SIGTERM. Call
+    this before other threads run and before signal handlers are set.
     """
     if "paddle" in sys.modules:
         return
