@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 #: Of a refusal that is kept while another replica is tried.
 _MOST_KEPT = 64 << 10
-#: Requests that a replica has had wait longer for one to come back: it may have to load.
+#: The time in the wait queue is so many times longer for a replica to come back, which may have to load, than
+#: for a place at one.
 _TIMES_LONGER = 4
 #: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
 _REST = 0.5
@@ -193,6 +194,9 @@ class Exchange:
         if nobody is None:
             self._plane.metrics.waited(now - self._waits_since)
         else:
+            if nobody is Nobody.DOWN and self._found is Nobody.BUSY and self._is_one_coming_back(now):
+                # What it waited for a place was no wait for a replica.
+                self.deadline = now + self._patience(nobody)
             self._found = nobody
         return nobody
 
@@ -364,19 +368,26 @@ class Exchange:
     def _wait(self, nobody: Nobody) -> None:
         """If there is something to wait for."""
         now = self._waits_since = time.monotonic()
-        self._found, patience = nobody, self._plane.settings.queue_timeout
+        self._found = nobody
         if not self.deadline:
-            self.deadline = now + patience * (_TIMES_LONGER if self._past.has_been_taken else 1)
+            self.deadline = now + self._patience(nobody)
         if self._past.has_been_taken:
             self._plane.line.join(self, is_urgent=True)
-        elif nobody is Nobody.DOWN and not self._is_one_coming_back(now - patience):
+        elif nobody is Nobody.DOWN and not self._is_one_coming_back(now):
             self._give(self._past.nobody())
         elif not self._plane.line.join(self):
             self._turn_away()
 
-    def _is_one_coming_back(self, lost_since: float) -> bool:
+    def _patience(self, nobody: Nobody) -> float:
+        is_longer = self._past.has_been_taken or nobody is Nobody.DOWN
+        return self._plane.settings.queue_timeout * (_TIMES_LONGER if is_longer else 1)
+
+    def _is_one_coming_back(self, now: float) -> bool:
+        """fd-dp starts what was lost; a while after the last loss nobody counts on it any more."""
         plane = self._plane
-        return plane.settings.is_supervised and plane.board.has_lost_one_since(lost_since)
+        return plane.settings.is_supervised and plane.board.has_lost_one_since(
+            now - self._patience(Nobody.DOWN)
+        )
 
     def _attempt(self) -> Nobody | None:
         """None if one is under way."""
