@@ -15,7 +15,7 @@ COMPILED := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl dae
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
-.PHONY: help serve model test check mypy format docs parity soak bench-serve bench-engine bench-context bench-replicas \
+.PHONY: help serve model test check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install uninstall clean
 
 help:
@@ -27,6 +27,8 @@ help:
 	@echo "make parity             compare the network with transformers on random models (installs torch)"
 	@echo "make soak               random traffic, every logit compared; a router whose replicas die; the whole system"
 	@echo "                        reloaded and killed under load; FD_SOAK_MINUTES=3"
+	@echo "make fuzz               any bytes for whatever reads those of others: libFuzzer (needs clang) and property"
+	@echo "                        tests; FD_FUZZ_MINUTES=5"
 	@echo "make bench-serve        start-up time, memory and tokens/s of the whole system"
 	@echo "make bench-engine       the CPU engine against transformers and the hardware's limits (installs torch)"
 	@echo "make bench-context      decode speed against context and batch, as a plot in docs/"
@@ -107,6 +109,10 @@ $(PARITY)/installed: Makefile
 soak: $(VENV)/installed
 	@$(BIN)/pytest -q -m slow tests/engine/test_soak.py tests/custom_ops/test_expert_group.py tests/router \
 	    tests/e2e/test_unbroken.py
+
+# In seconds it is part of `make test`. What it finds lies in .cache/fuzz.
+fuzz: $(VENV)/installed
+	@$(BIN)/python -m tests.fuzz
 
 bench-serve: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.serve

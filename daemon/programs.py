@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ ROUTER = "router"
 _REPLICA_GRACE = 5
 _ROUTER_GRACE = 8
 _GROUP_FLAG = "--expert-parallel-group"
+_NAME = re.compile(r"router|replica[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,22 +126,29 @@ class Program:
 
     @classmethod
     def _from_launch(cls, content: Any) -> Program:
-        return cls(
-            name=content["name"],
-            argv=tuple(map(_text, content["argv"])),
-            env=MappingProxyType({k: v for k, v in content["env"].items() if k not in (MARKER, HASH)}),
-            ports=tuple(map(int, content["ports"])),
-            host=content["host"],
-            model=content["model"],
-            stop_timeout=float(content["stop_timeout"]),
-            flags_file=content["flags_file"],
-            fixed=tuple(content["fixed"]),
+        # Nothing is converted: the hash tells 30 from 30.0.
+        program = cls(
+            name=_of(str, content["name"]),
+            argv=tuple(_of(str, word) for word in content["argv"]),
+            env=MappingProxyType(
+                {k: _of(str, v) for k, v in content["env"].items() if k not in (MARKER, HASH)}
+            ),
+            ports=tuple(_of(int, port) for port in content["ports"]),
+            host=_of(str, content["host"]),
+            model=_of(str, content["model"]),
+            stop_timeout=_of((int, float), content["stop_timeout"]),
+            flags_file=_of(str, content["flags_file"]),
+            fixed=tuple(_of(str, word) for word in content["fixed"]),
         )
+        if not program.argv or not program.ports or not _NAME.fullmatch(program.name):
+            raise TypeError("a name, words and ports are expected")
+        return program
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"text expected, not {value!r}")
+def _of(kind: Any, value: Any) -> Any:
+    """Raises TypeError if it is of another type."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"another type is expected than that of {value!r}")
     return value
 
 

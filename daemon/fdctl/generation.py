@@ -7,7 +7,8 @@ import http.client
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+
+import msgspec
 
 from ...errors import FastDeployError
 from ...foreign_text import parse_json, printable
@@ -18,20 +19,35 @@ from . import asking
 _LONGEST_ERROR = 1 << 16
 
 
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta = msgspec.field(default_factory=_Delta)
+    finish_reason: str | None = None
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
 def generate(options: argparse.Namespace) -> int:
     """Prints the answer as it comes; with --json when it is there."""
     router = asking.status(options)["router"]
     text, finish_reason = [], None
-    for choice in _choices(router["host"], router["port"], options.prompt, options.max_tokens):
-        text.append(choice.get("delta", {}).get("content") or "")
-        finish_reason = choice.get("finish_reason") or finish_reason
+    for piece, reason in _pieces(router["host"], router["port"], options.prompt, options.max_tokens):
+        text.append(piece)
+        finish_reason = reason or finish_reason
         if not options.json:
             print(text[-1], end="", flush=True)
     print(json.dumps({"text": "".join(text), "finish_reason": finish_reason}) if options.json else "")
     return control.OK
 
 
-def _choices(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[dict[str, Any]]:
+def _pieces(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
+    """The text as it comes, and with its end the reason."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,
@@ -52,12 +68,14 @@ def _choices(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[dic
         for line in response:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                 continue
-            event = parse_json(line[6:])
-            if not isinstance(event, dict):
-                raise ValueError(f"an event is no JSON object: {event!r}")
-            if "error" in event:
+            try:
+                event = msgspec.json.decode(line[6:], type=_Event)
+            except RecursionError:
+                raise ValueError("an event is nested too deep") from None
+            if event.error is not msgspec.UNSET:
                 raise FastDeployError(f"the answer broke off: {_message(line[6:])}")
-            yield from event.get("choices", ())
+            for choice in event.choices:
+                yield choice.delta.content or "", choice.finish_reason
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise FastDeployError(f"the router at {host}:{port} does not answer ({printable(error)})") from None
     finally:

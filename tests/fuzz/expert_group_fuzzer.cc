@@ -1,0 +1,140 @@
+// libFuzzer target: one rank of an expert-parallel group, whose other rank writes anything at any moment.
+//
+// The input is a list of words that are written into the other rank's part. The rank under test may read them as it
+// likes; it must not touch memory outside of the group's, write into any part but its own, or wait for ever.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "expert_group.h"
+
+namespace {
+
+constexpr int kSeats = 3, kExperts = 4, kMaxTokens = 4, kPicks = 2, kHidden = 8, kElement = 4, kTokens = 3;
+constexpr int64_t kPage = 4096, kFirstSeat = kPage, kSeatBytes = 3 * kPage, kBytes = kFirstSeat + kSeats * kSeatBytes;
+constexpr int64_t kServed = 128, kTargets = 192, kPlaces = 256, kTokenRows = kPage, kResults = 2 * kPage;
+constexpr uint64_t kEpoch = 1, kStamp = kEpoch << 40 | 1;
+
+const fd::GroupShape kShape{0, kSeats, 1, kExperts, kMaxTokens, kPicks, kHidden, 0, kFirstSeat, kSeatBytes,
+                            kServed, kTargets, kPlaces, kTokenRows, kResults};
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+
+struct Memory {
+  Memory() {
+    file = memfd_create("group", MFD_CLOEXEC);
+    require(file >= 0 && ftruncate(file, kBytes) == 0, "no memory for the group");
+    // With pages on both sides that nobody may touch.
+    auto* const whole = static_cast<uint8_t*>(mmap(nullptr, kBytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    bytes = static_cast<uint8_t*>(mmap(whole + kPage, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0));
+    int ends[2];
+    require(bytes != MAP_FAILED && pipe(ends) == 0, "no memory for the group");
+    close(ends[1]);
+    // Like the pidfd of a process that is dead, so that no wait for it lasts.
+    dead = ends[0];
+  }
+
+  uint8_t* part(int seat) const { return bytes + kFirstSeat + seat * kSeatBytes; }
+
+  // Every rank without a fault.
+  void reset() const {
+    std::memset(bytes, 0, kBytes);
+    reinterpret_cast<fd::GroupWords*>(bytes)->epoch = kEpoch;
+    for (int seat = 1; seat < kSeats; ++seat) {
+      auto& row = *reinterpret_cast<fd::SeatRow*>(part(seat));
+      row.arrived = kEpoch;
+      row.begun = row.dispatched = row.combined = kStamp;
+      row.step_tokens[1] = kTokens;
+      row.tokens = kTokens << 8 | kElement;
+      auto* const targets = reinterpret_cast<int32_t*>(part(seat) + kTargets);
+      for (int i = 0; i < kTokens * kPicks; ++i) targets[i] = i % kExperts << 6 | i % kSeats;
+    }
+  }
+
+  int file, dead;
+  uint8_t* bytes;
+};
+
+struct Input {
+  const uint8_t* data;
+  size_t size;
+
+  // Writes the next words, up to one that says that it is enough for now.
+  void corrupt(const Memory& memory) {
+    while (size >= 11) {
+      const int seat = 1 + data[0] % (kSeats - 1);
+      const bool is_last = data[0] & 0x80;
+      // Of its row, targets and places.
+      const int64_t offset = (data[1] | data[2] << 8) % kPage / 4 * 4;
+      std::memcpy(memory.part(seat) + std::min<int64_t>(offset, kPage - 8), data + 3, 8);
+      data += 11;
+      size -= 11;
+      if (is_last) return;
+    }
+  }
+};
+
+void run(const Memory& memory, Input input, int32_t picks_of) {
+  const uint64_t homes[kExperts] = {1, 2, 4, 3};
+  const int pidfds[kSeats] = {-1, memory.dead, memory.dead};
+  fd::ExpertGroup group(kShape, memory.bytes, memory.file, [](int, double, int) {}, 1'000'000'000, 2'000'000'000);
+  group.set_members(kEpoch, 0b111, homes, pidfds, 0);
+  input.corrupt(memory);
+  group.announce(kTokens);
+  if (group.begin() != fd::ExpertGroup::kGoing) return;
+  require(0 < group.rounds() && group.rounds() <= fd::kMostStepTokens, "rounds without end");
+  require(group.token_rows(kTokens, kElement) != nullptr, "no room for tokens");
+  int32_t picks[kTokens * kPicks];
+  for (int i = 0; i < kTokens * kPicks; ++i) picks[i] = (picks_of >> 2 * i & 7) % (kExperts + 1) - 1;
+  group.address(0, picks, kTokens);
+  group.publish_tokens(kTokens, kElement);
+  input.corrupt(memory);
+  if (!group.await_tokens()) return;
+  std::vector<uint8_t> others(memory.part(1), memory.bytes + kBytes);
+  fd::Received received;
+  const bool is_whole = group.receive(fd::Workspace::fresh(), 0, kElement, received);
+  require(std::memcmp(others.data(), memory.part(1), others.size()) == 0, "it has written into the part of another");
+  if (!is_whole) return;
+  require(0 <= received.rows && received.rows <= kSeats * kMaxTokens * kPicks, "more rows than there can be");
+  require(received.offsets[0] == 0 && received.offsets[kExperts] == received.rows, "offsets that are none");
+  double sum = 0;
+  for (int row = 0; row < received.rows; ++row) {
+    for (int i = 0; i < kHidden; ++i) sum += static_cast<const float*>(received.sources[row])[i];
+    require(0 <= received.origins[row * 3] && received.origins[row * 3] < kSeats, "a row of no seat");
+    require(0 <= received.origins[row * 3 + 1] && received.origins[row * 3 + 1] < kMaxTokens, "a row of no token");
+  }
+  if (received.rows > 0) require(group.result_rows(received.rows, kElement) != nullptr, "no room for results");
+  group.publish_results();
+  input.corrupt(memory);
+  if (!group.await_results()) return;
+  for (int token = 0; token < kTokens; ++token) {
+    for (int pick = 0; pick < kPicks; ++pick) {
+      const auto* const row = static_cast<const float*>(group.result(token, pick, kElement));
+      for (int i = 0; row != nullptr && i < kHidden; ++i) sum += row[i];
+    }
+  }
+  volatile double keep = sum;
+  (void)keep;
+  if (!group.results_are_whole()) require(0 <= group.faulty() && group.faulty() < kSeats, "a fault of no seat");
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static const Memory memory;
+  if (size < 4) return 0;
+  int32_t picks;
+  std::memcpy(&picks, data, 4);
+  memory.reset();
+  run(memory, {data + 4, size - 4}, picks);
+  return 0;
+}

@@ -1,0 +1,121 @@
+"""Any words in the memory of an expert group: it is shown and repaired, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdeploy.daemon.expert_groups import seen
+from fastdeploy.daemon.hangs import Stuck, judge
+from fastdeploy.errors import ConfigError
+from fastdeploy.expert_parallel import memory as shared
+from fastdeploy.expert_parallel.layout import Layout, SeatState
+from fastdeploy.expert_parallel.membership import Membership, RankLost, planner
+from fastdeploy.expert_parallel.memory import Memory
+from fastdeploy.expert_parallel.snapshot import Snapshot, look
+
+from .foreign import one_line
+
+_LAYOUT = Layout(num_seats=3, num_layers=2, num_experts=4, max_tokens=8, k=2, hidden=8)
+_DIRECTORY = tempfile.TemporaryDirectory()
+_NAME = "fuzz"
+
+
+@cache
+def group() -> tuple[Memory, bytes]:
+    """A group whose only process is this one, in all seats; and its memory as it should be."""
+    with shared.opened(_NAME, _LAYOUT, {"a": 1}, 5.0, Path(_DIRECTORY.name)) as memory:
+        membership = Membership(memory, planner(_LAYOUT.num_experts, 0))
+        for seat in range(_LAYOUT.num_seats):
+            entry, started = memory.entries[seat], shared.start_time(os.getpid())
+            assert started is not None
+            entry.pid, entry.start_time = os.getpid(), started
+            membership.request(seat, SeatState.JOINING)
+        membership.grant()
+        for row in memory.rows:
+            row.phase, row.since_ns, row.waiting_for = 5, 1, 1
+    return memory, bytes(memory.pages)
+
+
+#: Where words are that somebody reads: of the header, the words, entries, records and rows.
+_PLACES = [
+    *range(0, 256, 8),
+    *range(Layout.words, Layout.words + 192, 8),
+    *range(Layout.entries, Layout.entries + 4 * 64, 8),
+    *range(Layout.fingerprint, Layout.fingerprint + 16, 8),
+    *(_LAYOUT.records + record * _LAYOUT.record_bytes + at for record in (0, 1) for at in range(0, 64, 8)),
+    *(_LAYOUT.seat(seat) + at for seat in range(_LAYOUT.num_seats) for at in range(0, 128, 8)),
+]
+_WORDS = (
+    st.integers(0, 2**64 - 1)
+    | st.integers(0, 12)
+    | st.sampled_from([2**63 - 1, 2**63, 2**64 - 1, 2**32, 2**40])
+)
+corruptions = st.lists(st.tuples(st.sampled_from(_PLACES), _WORDS), min_size=1, max_size=6)
+
+
+def corrupted(words: list[tuple[int, int]]) -> Memory:
+    memory, whole = group()
+    memory.pages[:] = whole
+    for place, word in words:
+        struct.pack_into("<Q", memory.pages, place, word)
+    return memory
+
+
+@given(corruptions)
+def test_a_snapshot_of_any_memory_is_one_or_one_line(words: list[tuple[int, int]]) -> None:
+    corrupted(words)
+
+    def look_here(name: str) -> Snapshot | None:
+        return look(name, root=Path(_DIRECTORY.name))
+
+    try:
+        found = look_here(_NAME)
+    except ConfigError as error:
+        one_line(str(error))
+    else:
+        json.dumps(None if found is None else asdict(found))
+    stuck = [Stuck(f"replica{seat}", 99.0, 1, _NAME, seat) for seat in range(_LAYOUT.num_seats)]
+    members = {(_NAME, each.seat): each.name for each in stuck}
+    judge(stuck, seen([_NAME], look_here), members, 60.0)
+
+
+@given(corruptions, st.booleans())
+def test_a_record_is_whole_or_the_rank_is_lost(words: list[tuple[int, int]], knows_it: bool) -> None:
+    memory = corrupted([])
+    membership = Membership(memory, planner(_LAYOUT.num_experts, 0))
+    if knows_it:
+        membership.read()
+    corrupted(words)
+    try:
+        record = membership.read()
+    except RankLost as error:
+        one_line(str(error))
+        assert not knows_it
+        return
+    assert set(record.seats) <= set(range(_LAYOUT.num_seats))
+    for placement in record.placements if record.seats else ():
+        assert len(placement.homes) == _LAYOUT.num_experts
+        for homes in placement.homes:
+            assert homes
+            assert {home.seat for home in homes} <= set(record.seats)
+    assert Membership(memory, planner(_LAYOUT.num_experts, 0)).read() == record
+
+
+@given(corruptions)
+def test_who_comes_to_any_memory_joins_or_has_one_line(words: list[tuple[int, int]]) -> None:
+    memory = corrupted(words)
+    try:
+        layout = shared.layout_of(memory.file, memory.directory)
+        with shared.opened(_NAME, layout, {"a": 1}, 0.1, Path(_DIRECTORY.name)) as found:
+            found.read_fingerprint()
+    except (ConfigError, shared.LockStuck) as error:
+        one_line(str(error))
