@@ -146,12 +146,12 @@ class RouterWorker(Worker):
         self._is_empty = asyncio.Event()
         self._stop = asyncio.Event()
         self._handle_signals()
-        servers = {listener.sock.family: await self._listen(listener.sock) for listener in self.sockets}
+        servers = [await self._listen(listener.sock) for listener in self.sockets]
         replacing = asyncio.create_task(self._replace_admin_socket(servers))
         ticking = asyncio.create_task(self._tick())
         await self._stop.wait()
         replacing.cancel()
-        for server in servers.values():
+        for server in servers:
             server.close()
         await self._drain()
         ticking.cancel()
@@ -166,7 +166,7 @@ class RouterWorker(Worker):
             lambda: ClientConnection(self), sock=sock, ssl=tls, backlog=2048
         )
 
-    async def _replace_admin_socket(self, servers: dict[int, asyncio.Server]) -> None:
+    async def _replace_admin_socket(self, servers: list[asyncio.Server]) -> None:
         """Listens on each socket that the arbiter passes in place of a removed admin socket."""
         arrived = asyncio.Event()
         asyncio.get_running_loop().add_reader(self._from_arbiter, arrived.set)
@@ -176,9 +176,10 @@ class RouterWorker(Worker):
             try:
                 _, descriptors, *_ = socket.recv_fds(self._from_arbiter, 1, 1)
                 for descriptor in descriptors:
-                    if (old := servers.pop(socket.AF_UNIX, None)) is not None:
+                    for old in [server for server in servers if _is_admin(server)]:
+                        servers.remove(old)
                         old.close()
-                    servers[socket.AF_UNIX] = await self._listen(socket.socket(fileno=descriptor))
+                    servers.append(await self._listen(socket.socket(fileno=descriptor)))
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -244,3 +245,7 @@ class RouterWorker(Worker):
         self.outbox.flush()
         self._plane.access_log.flush()
         os._exit(code)
+
+
+def _is_admin(server: asyncio.Server) -> bool:
+    return any(listener.family == socket.AF_UNIX for listener in server.sockets)
