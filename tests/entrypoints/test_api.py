@@ -226,7 +226,7 @@ def test_errors_have_openais_shape(server: ApiServer, path, body, headers, statu
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{}",
         b"GARBAGE\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000 + b"\r\n\r\n",
     ],
 )
 def test_broken_http_is_the_clients_fault(server: ApiServer, text):
