@@ -67,7 +67,7 @@ def _in_good_health(fleet: Fleet, replica: Replica) -> str:
     """What a replica in good health may wait for."""
     word = _word(replica)
     if replica.draining and fleet.routed.problem:
-        return f"the router, which still gives it requests: {fleet.routed.problem}"
+        return f"the router, which still sends it requests: {fleet.routed.problem}"
     if replica.draining:
         rest = fleet.in_flight(replica)
         left = f"the end of its requests ({rest} in flight), then for " if rest else ""
