@@ -236,7 +236,7 @@ class Commands:
             conversation.line(problem)
         log.info("%s: %s", do, ", ".join(replica.label for replica in replicas))
         self._left_behind = self._left_behind or do == "release"
-        if do == "drain" and nobody_is_left(fleet):
+        if do == "drain" and not fleet.routed.problem and nobody_is_left(fleet):
             conversation.line("no replica takes requests now")
         if do == "drain" and wait:
             names = [replica.name for replica in replicas]

@@ -90,12 +90,12 @@ def _connect(connection: socket.socket, path: Path, timeout: float | None) -> No
 
 
 def _what_is_missing(path: Path) -> str:
-    nobody, remedy = f"no fd-dp listens on {path}", "start it, or give its --prefix"
+    missing, remedy = f"no fd-dp listens on {path}", "start it, or give its --prefix"
     if not path.parent.is_dir():
-        return f"{nobody}: there is no directory {path.parent}; {remedy}"
+        return f"{missing}: there is no directory {path.parent}; {remedy}"
     if pid := _holder(path.parent / "fd-dp.lock"):
-        return f"{nobody}, but fd-dp, pid {pid}, runs; it listens there again as soon as it can, see its log"
-    return f"{nobody}; {remedy}"
+        return f"{missing}, but fd-dp, pid {pid}, is alive; it listens again as soon as it can, see its log"
+    return f"{missing}; {remedy}"
 
 
 def _holder(lock: Path) -> int | None:

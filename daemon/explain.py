@@ -11,6 +11,9 @@ from .intents import Intent
 from .programs import ROUTER
 from .replica import FAILED, Replica, State
 
+#: Notes of replicas that could not be started begin with it.
+_WAITS_FOR = "waits for "
+
 
 def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
     """Empty if it waits for nothing: it runs, and is meant to.
@@ -83,6 +86,8 @@ def _turn(fleet: Fleet, replica: Replica) -> str:
     if replica.name != ROUTER and router is not None and router.state in (State.WAITING, State.STARTING):
         return "the router, which starts first"
     loading = [r.label for r in fleet.replicas.values() if r.state is State.STARTING and r.name != ROUTER]
+    if replica.note.startswith(_WAITS_FOR):
+        return replica.note.removeprefix(_WAITS_FOR)
     if not loading or replica.name == ROUTER:
         return "the end of its old process"
     slots = fleet.config.supervise.parallel_starts
@@ -94,7 +99,7 @@ def _in_good_health(fleet: Fleet, replica: Replica) -> str:
     """What a replica in good health may wait for."""
     word = _word(replica)
     if replica.draining and fleet.routed.problem:
-        return f"the router, which still gives it requests: {fleet.routed.problem}"
+        return f"the router, which still sends it requests: {fleet.routed.problem}"
     if replica.draining:
         rest = fleet.in_flight(replica)
         left = f"the end of its requests ({rest} in flight), then for " if rest else ""

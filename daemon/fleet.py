@@ -216,7 +216,7 @@ class Fleet:
         return self._link.look
 
     def router_has_been_up(self, seconds: float) -> bool:
-        """Return whether the router has been READY for so long, by its own account on its port."""
+        """Return whether the router has been READY for that long, by its own account on its port."""
         router = self.replicas.get(ROUTER)
         return router is not None and router.state is State.READY and self.now - router.since > seconds
 

@@ -135,7 +135,9 @@ class Daemon:
         except SupervisorLost as error:
             pid, alive = self._supervisord.pid, self._supervisord.is_alive
             outlook = (
-                f"pid {pid} lives, and its programs go on" if alive else "it has ended; starting another"
+                f"pid {pid} is alive and its programs keep running"
+                if alive
+                else "it has ended; starting another"
             )
             self._troubles.report("supervisord", f"{error}; {outlook}")
             if self._supervisord.recover(error):

@@ -4,7 +4,7 @@ When supervisord dies its children live on, out of anybody's control, and a new 
 second set beside them. So whatever carries our mark is ended before a new one starts.
 
 supervisord is dead when its process is. One that cannot be reached because its socket was removed is waited
-for, and its programs go on.
+for, and its programs keep running.
 """
 
 from __future__ import annotations

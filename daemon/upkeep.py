@@ -146,4 +146,4 @@ def _unnamed_file(directory: Path) -> IO[bytes]:
 def _router_problem(look: Look, has_been_up: bool) -> str:
     if not look.problem or not has_been_up:
         return ""
-    return f"{look.problem}; nothing is drained meanwhile"
+    return f"{look.problem}; drain and undrain have no effect"

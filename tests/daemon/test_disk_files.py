@@ -217,7 +217,7 @@ def test_half_a_file_is_not_left_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in layout.run.iterdir()) == ["launch", "supervisord.conf"]
 
 
-def test_a_program_that_supervisord_cannot_start_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_started_is_named_with_the_reason(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     programs = [program(name="replica0"), program(name="replica1")]
     supervisor.write(layout, programs)
@@ -237,7 +237,7 @@ def test_a_program_that_supervisord_cannot_start_is_named_with_the_reason(tmp_pa
             process.terminate()
 
 
-# ---- what is told
+# ---- reports
 
 
 def test_a_trouble_is_told_with_its_begin_until_it_is_over() -> None:

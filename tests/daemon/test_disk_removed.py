@@ -85,7 +85,7 @@ def test_a_supervisord_out_of_reach_is_reported_and_not_replaced(lent: Running) 
     os.kill(manager, signal.SIGSTOP)
     try:
         (lent.prefix / "run" / "supervisor.sock").unlink()
-        words = f"pid {manager} lives, and its programs go on; since "
+        words = f"pid {manager} is alive and its programs keep running; since "
         wait_until(lambda: words in lent.fdctl("status").stdout, "status says so")
         assert words in lent.fdctl("why").stdout
     finally:
@@ -131,7 +131,7 @@ def test_a_drain_that_the_router_does_not_hear_says_so(running: Running) -> None
     shown = running.fdctl("status").stdout
     assert "READY to be drained" in shown
     assert words in shown
-    assert "waits for: the router, which still gives it requests" in running.fdctl("why", "1").stdout
+    assert "waits for: the router, which still sends it requests" in running.fdctl("why", "1").stdout
 
 
 def test_fdctl_names_what_is_missing(lent: Running) -> None:
@@ -147,5 +147,24 @@ def test_fdctl_names_what_is_missing(lent: Running) -> None:
         done = lent.fdctl("status")
     finally:
         os.kill(lent.daemon.pid, signal.SIGCONT)
-    assert f"run/fd-dp.sock, but fd-dp, pid {lent.daemon.pid}, runs; " in done.stderr
+    assert f"run/fd-dp.sock, but fd-dp, pid {lent.daemon.pid}, is alive; " in done.stderr
     wait_until(lent.ready, "it listens again")
+
+
+def test_a_replica_without_its_files_waits_and_has_not_failed(lent: Running) -> None:
+    assert lent.daemon is not None
+    before, launch = lent.programs()["replica0"], lent.prefix / "run" / "launch"
+    os.kill(lent.daemon.pid, signal.SIGSTOP)
+    # No directory can be made where a file is.
+    shutil.rmtree(launch)
+    launch.touch()
+    os.kill(lent.daemon.pid, signal.SIGCONT)
+    os.kill(before["pid"], signal.SIGKILL)
+    wait_until(lambda: lent.programs()["replica0"]["note"].startswith("waits for its files: "), "it waits")
+    entry = lent.programs()["replica0"]
+    assert (entry["state"], entry["restarts"]) == ("WAITING", before["restarts"] + 1)
+    assert lent.status()["daemon"]["problems"][0].startswith(
+        "cannot write the files that programs start from: "
+    )
+    launch.unlink()
+    lent.wait_ready_again("replica0", before["pid"])
