@@ -18,6 +18,7 @@ from fastdeploy.daemon.fdctl.program_output import last_lines, stacks_in
 from fastdeploy.daemon.intents import Intent
 from fastdeploy.daemon.programs import Program
 from fastdeploy.daemon.replica import Replica, State
+from fastdeploy.daemon.router_link import Look
 from fastdeploy.errors import FastDeployError
 
 from .conftest import Running, wait_until
@@ -44,6 +45,8 @@ class Seen:
     replicas: dict[str, Replica] = field(default_factory=dict)
     config: Config = field(default_factory=config)
     busy: int | None = 0
+    #: The router has not been asked.
+    routed: Look = field(default_factory=Look)
 
     def add(self, number: int | None, state: State, **other: Any) -> Replica:
         one = Replica(program(number), state, since=NOW - 12, **other)
