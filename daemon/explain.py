@@ -106,10 +106,10 @@ def _in_good_health(fleet: Fleet, replica: Replica) -> str:
         return f"{left}the operator: the router gives it nothing new; fdctl undrain {word}"
     if fleet.drains(replica):
         return f"the end of its requests ({fleet.in_flight(replica) or 0} in flight); then it is taken down"
-    if missing_at_the_router(fleet, replica):
-        return "the router, which has no way to it so far"
     if replica.intent is Intent.HELD:
         return f"the operator: nobody else touches it; fdctl release {word}"
+    if missing_at_the_router(fleet, replica):
+        return "the router, which has no way to it so far"
     return ""
 
 
