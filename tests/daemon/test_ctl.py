@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -265,7 +266,8 @@ def test_ctrl_c_is_130_and_what_was_asked_for_goes_on(standing: Running) -> None
         fdctl.send_signal(signal.SIGINT)
         _, told = fdctl.communicate(timeout=30)
     assert fdctl.returncode == control.DETACHED
-    assert told == "fdctl: detached; the reload goes on: fdctl status\n"
+    status = shlex.join(["fdctl", "--prefix", str(standing.prefix), "status"])
+    assert told == f"fdctl: detached; the reload goes on: {status}\n"
     busy = standing.fdctl("restart", "0")
     assert busy.returncode == control.BUSY
     assert "another operation is under way" in busy.stderr

@@ -157,7 +157,8 @@ def test_ctrl_c_on_a_terminal_detaches(tmp_path: Path, resumed: threading.Event)
         terminal.type(b"\x03")
         code, text = terminal.end()
     assert code == control.DETACHED
-    assert text.rstrip().endswith("fdctl: detached; the reload goes on: fdctl status")
+    status = f"fdctl --socket {tmp_path / 's'} status"
+    assert text.rstrip().endswith(f"fdctl: detached; the reload goes on: {status}")
 
 
 def test_without_a_terminal_there_are_only_the_lines(tmp_path: Path) -> None:

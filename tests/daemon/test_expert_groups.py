@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -118,7 +119,7 @@ def test_where_there_is_no_group_one_line_says_why_and_the_exit_code_is_its_own(
     done = fdctl("ep", "--json")
     assert done.returncode == control.NO_GROUP
     assert json.loads(done.stdout)["code"] == control.NO_GROUP
-    assert "replicas are loading or down (fdctl status)" in done.stderr
+    assert re.search(r"replicas are loading or down \(fdctl --prefix \S+ status\)", done.stderr)
     assert done.stderr.count("\n") == 1
     assert fdctl("ep", "no such").returncode == control.FAILED
     assert "6    no expert group" in fdctl("--help").stdout
