@@ -5,8 +5,9 @@
     deadly     it was alone, and the replica was lost again: it is not tried any more
 
 Any progress of its answer ends the suspicion: a request that kills its replica gives no token there. A death
-that fd-dp explains as brought about from outside (a signal 9, a stop) counts for little: it takes several of
-them to make a suspect, and several more, all while it was alone, to call it deadly.
+that fd-dp explains as brought about from outside (a signal 9, a stop) counts for little: in a storm of kills
+a suspect would keep the last replicas from all others. Something outside that always kills over the same
+request, as a watchdog of memory does, meets a bound that no storm reaches by chance.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .board_memory import Ending
 from .lease import Seat
 
 #: Deaths in a row that make a suspect: unexplained ones, and of any kind.
-SUSPECT_AFTER, SUSPECT_AFTER_ANY = 2, 5
+SUSPECT_AFTER, SUSPECT_AFTER_ANY = 2, 20
 #: Deaths of any kind while it was alone; an unexplained one is enough by itself.
 MOST_ALONE = 4
 

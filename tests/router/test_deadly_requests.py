@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import requests
 
-from fastdeploy.daemon.router.suspicion import SUSPECT_AFTER, SUSPECT_AFTER_ANY
+from fastdeploy.daemon.router.suspicion import SUSPECT_AFTER
 from fastdeploy.daemon.router_admin import Ended, registered, tell_of_end
 
 from .asking import Answered, ask, asking, generation
@@ -138,11 +138,11 @@ def holder(fleet: Fleet) -> Replica | None:
 
 
 def test_an_innocent_request_outlives_kills_from_outside(told_router):
-    """More than make a deadly one, and so many that it is tried alone in the end."""
+    """More of them than deaths that make a deadly one."""
     request = generation(max_tokens=3, delay=1.5)
     with Fleet(told_router, 3) as fleet, concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, told_router.port, request)
-        for _ in range(SUSPECT_AFTER_ANY + 1):
+        for _ in range(MOST_DEATHS + 1):
             replica = wait_until(lambda: holder(fleet), "a replica has it")
             starts = replica.starts
             kill_from_outside(told_router, replica)

@@ -74,5 +74,5 @@ def test_one_whose_replica_was_killed_from_outside_is_tried_again() -> None:
 
 
 def test_kills_from_outside_that_always_hit_the_suspect_are_bounded() -> None:
-    assert verdict([OUTSIDE] * 5, [OUTSIDE] * (MOST_ALONE - 1)) is Verdict.SUSPECT
-    assert verdict([OUTSIDE] * 5, [OUTSIDE] * MOST_ALONE) is Verdict.DEADLY
+    assert verdict([OUTSIDE] * SUSPECT_AFTER_ANY, [OUTSIDE] * (MOST_ALONE - 1)) is Verdict.SUSPECT
+    assert verdict([OUTSIDE] * SUSPECT_AFTER_ANY, [OUTSIDE] * MOST_ALONE) is Verdict.DEADLY
