@@ -47,6 +47,9 @@ class Seen:
     busy: int | None = 0
     routed: Look = field(default_factory=lambda: Look(problem=""))
 
+    def row(self, replica: Replica) -> None:
+        """The router has not been asked."""
+
     def add(self, number: int | None, state: State, **other: Any) -> Replica:
         one = Replica(program(number), state, since=NOW - 12, **other)
         self.replicas[one.name] = one

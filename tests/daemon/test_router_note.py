@@ -26,7 +26,7 @@ def world(tmp_path: Path) -> World:
 
 def notes(world: World, look: Look) -> list[str]:
     world.fleet._link.look = look
-    shown = status.status(world.fleet, state="READY", config="", prefix=None, supervisord=1)
+    shown = status.status(world.fleet, state="READY", config="", prefix=None, supervisord=1, problems=[])
     return [replica["note"] for replica in shown["replicas"]]
 
 
