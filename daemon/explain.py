@@ -10,6 +10,9 @@ from .intents import Intent
 from .programs import ROUTER
 from .replica import FAILED, Replica, State
 
+#: Notes of replicas that could not be started begin with it.
+_WAITS_FOR = "waits for "
+
 
 def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
     """Empty if it waits for nothing: it runs, and is meant to.
@@ -56,6 +59,8 @@ def _turn(fleet: Fleet, replica: Replica) -> str:
     if replica.name != ROUTER and router is not None and router.state in (State.WAITING, State.STARTING):
         return "the router, which starts first"
     loading = [r.label for r in fleet.replicas.values() if r.state is State.STARTING and r.name != ROUTER]
+    if replica.note.startswith(_WAITS_FOR):
+        return replica.note.removeprefix(_WAITS_FOR)
     if not loading or replica.name == ROUTER:
         return "the end of its old process"
     slots = fleet.config.supervise.parallel_starts

@@ -76,6 +76,7 @@ class Seen:
         ),
         (State.STOPPED, {"intent": Intent.STOPPED}, "the operator: fdctl start 1"),
         (State.STOPPED, {"intent": Intent.HELD}, "the operator: fdctl start 1"),
+        (State.WAITING, {"note": "waits for its files: disk full"}, "its files: disk full"),
         (State.STOPPED, {}, "its turn in a reload"),
         (State.STARTING, {}, "its first token; it is given up in 588 s"),
         (State.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),

@@ -149,3 +149,26 @@ def test_fdctl_names_what_is_missing(lent: Running) -> None:
         os.kill(lent.daemon.pid, signal.SIGCONT)
     assert f"run/fd-dp.sock, but fd-dp, pid {lent.daemon.pid}, is alive; " in done.stderr
     wait_until(lent.ready, "it listens again")
+
+
+def test_a_replica_without_its_files_waits_and_has_not_failed(lent: Running) -> None:
+    assert lent.daemon is not None
+    before, launch = lent.programs()["replica0"], lent.prefix / "run" / "launch"
+    os.kill(lent.daemon.pid, signal.SIGSTOP)
+    # No directory can be made where a file is.
+    shutil.rmtree(launch)
+    launch.touch()
+    os.kill(lent.daemon.pid, signal.SIGCONT)
+    try:
+        os.kill(before["pid"], signal.SIGKILL)
+        wait_until(
+            lambda: lent.programs()["replica0"]["note"].startswith("waits for its files: "), "it waits"
+        )
+        entry = lent.programs()["replica0"]
+        assert (entry["state"], entry["restarts"]) == ("WAITING", before["restarts"] + 1)
+        wait_until(lambda: lent.status()["daemon"]["problems"], "the problem is listed")
+        problem = lent.status()["daemon"]["problems"][0]
+        assert problem.startswith("cannot write the files that programs start from: ")
+    finally:
+        launch.unlink()
+    lent.wait_ready_again("replica0", before["pid"])
