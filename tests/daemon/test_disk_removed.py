@@ -159,12 +159,16 @@ def test_a_replica_without_its_files_waits_and_has_not_failed(lent: Running) -> 
     shutil.rmtree(launch)
     launch.touch()
     os.kill(lent.daemon.pid, signal.SIGCONT)
-    os.kill(before["pid"], signal.SIGKILL)
-    wait_until(lambda: lent.programs()["replica0"]["note"].startswith("waits for its files: "), "it waits")
-    entry = lent.programs()["replica0"]
-    assert (entry["state"], entry["restarts"]) == ("WAITING", before["restarts"] + 1)
-    assert lent.status()["daemon"]["problems"][0].startswith(
-        "cannot write the files that programs start from: "
-    )
-    launch.unlink()
+    try:
+        os.kill(before["pid"], signal.SIGKILL)
+        wait_until(
+            lambda: lent.programs()["replica0"]["note"].startswith("waits for its files: "), "it waits"
+        )
+        entry = lent.programs()["replica0"]
+        assert (entry["state"], entry["restarts"]) == ("WAITING", before["restarts"] + 1)
+        wait_until(lambda: lent.status()["daemon"]["problems"], "the problem is listed")
+        problem = lent.status()["daemon"]["problems"][0]
+        assert problem.startswith("cannot write the files that programs start from: ")
+    finally:
+        launch.unlink()
     lent.wait_ready_again("replica0", before["pid"])
