@@ -180,8 +180,10 @@ class Board:
             }
 
     def has_lost_one_since(self, moment: float) -> bool:
-        """A replica has gone down or has left since then."""
-        return self._memory.lost_at[0] > moment
+        """A replica has gone down or has left since then, and no operator keeps requests from replicas."""
+        with self._lock:
+            flags = (self._memory.flags[row] for row in self._current().seats)
+            return self._memory.lost_at[0] > moment and not any(flag & Flag.DRAINING for flag in flags)
 
     def drain_rate(self) -> float:
         """Requests that end per second, lately."""

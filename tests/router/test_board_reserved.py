@@ -120,3 +120,14 @@ def test_a_replica_without_an_id_is_never_explained(board: Board) -> None:
     [seat] = board.seats()
     board.note_ending(seat.url, "", Ending.FROM_OUTSIDE)
     assert board.ending_of(seat) is Ending.UNKNOWN
+
+
+def test_a_loss_is_remembered_and_a_drain_is_none(board: Board, clock: Clock) -> None:
+    seat_replicas(board, 2, "a")
+    first, second = board.seats()
+    assert not board.has_lost_one_since(0.0)
+    board.deregister(first.url, "a")
+    assert board.has_lost_one_since(clock.now - 1.0)
+    assert not board.has_lost_one_since(clock.now)
+    board.drain(second)
+    assert not board.has_lost_one_since(clock.now - 1.0)

@@ -6,6 +6,7 @@ import json
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -203,12 +204,14 @@ def test_a_replica_that_was_started_anew_is_used_at_once(lent_router, new_engine
     engine = new_engine(replica=2)
     assert engine.register_with(lent_router.url, instance="old").status_code == 200
     engine.stop()
-    assert lent_router.complete().status_code == 503
-    assert lent_router.urls("down") == {engine.url}
-    engine.restart()
-    engine.behaviour = waits_for(gate)
-    assert engine.register_with(lent_router.url, instance="new").status_code == 200
-    gate.set()
-    assert lent_router.complete().status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        # It waits for what is started again.
+        waiting = pool.submit(lent_router.complete)
+        wait_until(lambda: lent_router.urls("down") == {engine.url}, "it is found out")
+        engine.restart()
+        engine.behaviour = waits_for(gate)
+        assert engine.register_with(lent_router.url, instance="new").status_code == 200
+        gate.set()
+        assert waiting.result().status_code == 200
     [entry] = lent_router.get("/registered").json()["mixed"]
     assert (entry["instance"], entry["in_flight"]) == ("new", 0)
