@@ -256,7 +256,7 @@ class Fleet:
     def _for_each(
         self, what: str, act: Callable[[Replica], None], replicas: Iterable[Replica] | None = None
     ) -> None:
-        """A fault of one replica is logged once and keeps no other from being looked after."""
+        """Call `act` for each replica. An error is logged once and does not affect the other replicas."""
         for replica in list(self.replicas.values() if replicas is None else replicas):
             try:
                 act(replica)
@@ -266,7 +266,14 @@ class Fleet:
             except Exception as fault:
                 if self._faults.get((replica.name, what)) != repr(fault):
                     self._faults[replica.name, what] = repr(fault)
-                    log.exception("%s: fd-dp cannot %s it; trying again", replica.label, what)
+                    is_expected = isinstance(fault, FastDeployError | OSError)
+                    log.error(
+                        "%s: fd-dp cannot %s it (%s); trying again",
+                        replica.label,
+                        what,
+                        fault if is_expected else repr(fault),
+                        exc_info=None if is_expected else fault,
+                    )
 
     def interval(self) -> float:
         """How long the next step may wait, if nothing wakes the loop."""
@@ -427,9 +434,8 @@ class Fleet:
         if process is not None and process.state not in supervisor.DOWN:
             return
         program = replica.program
-        programs = [each.program for each in self.replicas.values()]
-        supervisor.make_log_directories(self.layout, programs)
-        if not supervisor.are_in_place(self.layout, programs):
+        supervisor.make_log_directories(self.layout, [program])
+        if not supervisor.are_in_place(self.layout, [program]):
             try:
                 self.write()
             except OSError as error:
