@@ -3,8 +3,8 @@
 When supervisord dies its children live on, out of anybody's control, and a new supervisord would start a
 second set beside them. So whatever carries our mark is ended before a new one starts.
 
-supervisord is dead when its process is. One that cannot be reached because its socket was removed is waited
-for, and its programs keep running.
+supervisord is dead when its process is. While it is alive but its socket was removed, the daemon waits, and
+the programs keep running.
 """
 
 from __future__ import annotations
