@@ -38,7 +38,7 @@ class Cause(StrEnum):
     EXIT = "exit"
 
 
-#: Ends for which a program is not the reason, so that no request of it can be.
+#: Causes outside the program: no request is to blame for such an end.
 FROM_OUTSIDE = frozenset({Cause.KILLED, Cause.OPERATOR, Cause.SUPERVISORD})
 
 #: To try again at once would be in vain: only a person can change them.

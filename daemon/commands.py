@@ -167,7 +167,7 @@ class Commands:
             self._finish(str(error))
         except Exception as fault:
             log.exception("%s failed", self._what)
-            self._finish(f"{self._what} failed in fd-dp ({fault!r}); its log has the details")
+            self._finish(_internal_error(fault))
 
     def _begin(
         self,
@@ -198,6 +198,9 @@ class Commands:
             self._done(problem)
         except (SupervisorError, OSError) as error:
             problem = problem or f"done, but not what follows from it: {error}"
+        except Exception as fault:
+            log.exception("what follows %s failed", self._what)
+            problem = problem or f"done, but then: {_internal_error(fault)}"
         if problem:
             log.error("ERROR (%s)", problem)
         if self._conversation and problem:
@@ -257,9 +260,9 @@ class Commands:
                 conversation.end(control.OK)
             return False
         except Exception as fault:
-            # Those that wait behind it go on.
-            log.exception("a command that waited failed")
-            conversation.end(control.FAILED, error=f"it failed in fd-dp ({fault!r}); its log has the details")
+            # The other commands that wait are not affected.
+            log.exception("a command that waits for a drain failed")
+            conversation.end(control.FAILED, error=_internal_error(fault))
             return False
 
     def _may_begin(self, conversation: Conversation | None) -> bool:
@@ -311,3 +314,7 @@ class Commands:
         error = f"no such replica; there are router, {', '.join(numbers)}, all"
         conversation.end(control.USAGE, error=f"{name}: ERROR ({error})")
         return []
+
+
+def _internal_error(fault: Exception) -> str:
+    return f"internal error in fd-dp ({fault!r}); its log has the stack trace"

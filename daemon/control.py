@@ -71,7 +71,7 @@ def request(path: Path, command: dict[str, Any], timeout: float | None) -> Itera
             raise DaemonUnreachable(f"fd-dp on {path} cannot be asked ({error})") from None
         except ValueError as error:
             raise DaemonUnreachable(
-                f"what listens on {path} does not answer like fd-dp ({printable(error)})"
+                f"the process that listens on {path} does not answer as fd-dp does ({printable(error)})"
             ) from None
         raise DaemonUnreachable(f"fd-dp on {path} ended before it answered")
 
@@ -94,12 +94,12 @@ def _what_is_missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"{missing}: there is no directory {path.parent}; {remedy}"
     if pid := _holder(path.parent / "fd-dp.lock"):
-        return f"{missing}, but fd-dp, pid {pid}, is alive; it listens again as soon as it can, see its log"
+        return f"{missing}, but fd-dp, pid {pid}, is alive; it tries again every second, and its log says why"
     return f"{missing}; {remedy}"
 
 
 def _holder(lock: Path) -> int | None:
-    """Return the pid of the process that has locked a file. Asking the lock itself could get in its way."""
+    """Return the pid of the process that holds a lock. To try the lock could refuse it to a new fd-dp."""
     try:
         inode = lock.stat().st_ino
         lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()

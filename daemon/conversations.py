@@ -139,7 +139,7 @@ class Conversation:
                 self._heard(command, self)
             except Exception as fault:
                 log.exception("the command %s failed", json.dumps(command)[:_TOLD])
-                self.end(FAILED, error=f"fd-dp failed while it did this ({fault!r}); its log has the details")
+                self.end(FAILED, error=f"internal error in fd-dp ({fault!r}); its log has the stack trace")
 
     def _has_said_more(self, data: bytes) -> None:
         """It has closed its end, mostly. Whether it still reads, sending nothing tells."""
@@ -186,7 +186,7 @@ class Server:
         self.listen()
 
     def listen(self) -> str:
-        """Bind the path if it is not there, or not any more. Return why that failed, or ""."""
+        """Bind the path unless it is bound and still there. Return why that failed, or ""."""
         if self._listener.is_bound():
             return ""
         if self._is_watched:
@@ -197,7 +197,7 @@ class Server:
         except OSError as error:
             return f"cannot listen on {self._path}: {error.strerror or error}"
         finally:
-            # After a failure, too: the path may come back by itself, as one that was mounted over does.
+            # After a failure, too: the path can come back, for example when a mount over it goes.
             if self._is_watched:
                 self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
         return ""

@@ -1,4 +1,4 @@
-"""How programs ended, over supervisord's XML-RPC: supervisor itself writes the signal only to its log."""
+"""Addition to supervisord's XML-RPC: how programs ended. supervisor writes the signal only to its log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from supervisor.xmlrpc import Faults, RPCError
 
 
 class EndsInterface:
-    """Namespace "fd" of the XML-RPC interface."""
+    """Methods of the namespace "fd"."""
 
     def __init__(self, ends: dict[str, str] | None) -> None:
         self._ends = ends

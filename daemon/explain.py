@@ -11,7 +11,7 @@ from .intents import Intent
 from .programs import ROUTER
 from .replica import FAILED, Replica, State
 
-#: Notes of replicas that could not be started begin with it.
+#: Beginning of the note of a replica that cannot be started yet.
 _WAITS_FOR = "waits for "
 
 
@@ -51,27 +51,27 @@ def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
 
 
 def missing_at_the_router(fleet: Fleet, replica: Replica) -> str:
-    """Why a READY replica gets no requests though nobody has drained it; empty if it does.
+    """Return why the router does not use a READY replica, or "".
 
-    A router that does not answer has a state of its own to say so.
+    Also "" while the router does not answer: that is a problem of its own in `fdctl status`.
     """
     if replica.name == ROUTER or replica.state is not State.READY or fleet.routed.problem:
         return ""
     row = fleet.row(replica)
     if row is not None and row.is_there:
         return ""
-    # The router was asked before the replica was there.
+    # The router's answer is older than the state READY.
     if fleet.routed.at <= replica.since:
         return ""
     if row is None or row.leaving:
-        return f"the router does not have it: it has not registered; fdctl logs {_word(replica)} says why"
-    return f"the router cannot use it: no good health check at {authority(row.host, row.port)}"
+        return f"not registered at the router; fdctl logs {_word(replica)} says why"
+    return f"the router's health checks at {authority(row.host, row.port)} fail"
 
 
 def _calm(box_calm: float, left: float) -> str:
     if left > 0:
-        return f"the machine to be calm: no failure of any replica for {box_calm:g} s, {_seconds(left)} to go"
-    return "its turn to come back: the replicas that were paused start one at a time"
+        return f"{box_calm:g} s without a failure of any replica, {_seconds(left)} left"
+    return "its turn: paused replicas start one at a time"
 
 
 def next_try_in(replica: Replica, now: float) -> float | None:
@@ -109,7 +109,7 @@ def _in_good_health(fleet: Fleet, replica: Replica) -> str:
     if replica.intent is Intent.HELD:
         return f"the operator: nobody else touches it; fdctl release {word}"
     if missing_at_the_router(fleet, replica):
-        return "the router, which has no way to it so far"
+        return "the router, which does not use it yet"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The process supervisord: supervisor's, made to outlive the loss of its files.
+"""supervisor's supervisord, changed so that it survives the loss of its files.
 
 fd-dp, or systemd, runs it as ``python -m fastdeploy.daemon.fd_supervisord -n -c FILE``. All programs are its
 children, so it must not end because a disk is full, its log directory is gone, or its socket was removed.
@@ -21,13 +21,13 @@ from supervisor import datatypes, loggers, options, supervisord
 from .output_files import OutputFile
 from .unix_listener import UnixListener
 
-#: Beyond this, words for stderr are dropped: the file is memory.
+#: Bytes written to stderr in all; the rest is dropped, because fd-dp keeps the file in memory.
 _MAX_STDERR = 1 << 16
 _SOCKET_MODE = 0o600
 
 
 class Options(options.ServerOptions):
-    """Remembers how each program ended, which supervisor itself writes only to its log."""
+    """Options that remember how each program ended; supervisor itself writes that only to its log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Options(options.ServerOptions):
 
 
 class Supervisor(supervisord.Supervisor):
-    """Binds its socket again when the path is gone."""
+    """supervisord that binds its socket again when the path is gone."""
 
     def runforever(self) -> None:
         self._listeners = [
@@ -66,14 +66,14 @@ class Supervisor(supervisord.Supervisor):
         except OSError as error:
             if str(error) != self._problem:
                 self._problem = str(error)
-                self.options.logger.error(f"the socket's path is gone and cannot be made again: {error}")
+                self.options.logger.error(f"the socket was removed and cannot be bound again: {error}")
         else:
             self._problem = ""
-            self.options.logger.warn("the socket's path was gone; bound again")
+            self.options.logger.warn("the socket was removed; bound it again")
 
 
 class _Stderr(io.TextIOBase):
-    """stdout and stderr whose loss is no error."""
+    """Standard output and error that drop what cannot be written."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -85,16 +85,16 @@ class _Stderr(io.TextIOBase):
         try:
             os.write(self._descriptor, data)
         except OSError:
-            # Nothing is left to say it with.
+            # There is no other place to report it.
             return len(text)
         return len(text)
 
 
 def main() -> None:
     sys.stdout = sys.stderr = _Stderr(2)
-    # supervisor asks for a directory for temporary files, without one it ends, and it never uses it here.
+    # supervisor ends if it finds no directory for temporary files, although it needs none here.
     tempfile.tempdir = "/"
-    # supervisor has no setting for these: the class of its log files, and what it demands of directories.
+    # supervisor has no setting for the class of its log files, and none to allow missing directories.
     loggers.RotatingFileHandler = OutputFile
     for module in (datatypes, options):
         module.existing_dirpath = module.existing_directory = os.path.expanduser

@@ -139,7 +139,7 @@ class Fleet:
             replica.move(State.STOPPED, why, self._clock())
 
     def wish(self, replica: Replica, wish: Wish) -> str:
-        """Take in what the operator wants of it. Return why a restart would lose that, or ""."""
+        """Record what the operator wants of a replica. Return why it could not be saved, or ""."""
         problem = self.intents.set(replica.name, wish)
         replica.intent, replica.draining = wish.intent, wish.draining
         return problem
@@ -216,7 +216,7 @@ class Fleet:
         return self._link.look
 
     def router_has_been_up(self, seconds: float) -> bool:
-        """Return whether the router has been READY for that long, by its own account on its port."""
+        """Return whether the router has been READY, as its health checks say, for that long."""
         router = self.replicas.get(ROUTER)
         return router is not None and router.state is State.READY and self.now - router.since > seconds
 
@@ -256,7 +256,7 @@ class Fleet:
     def _for_each(
         self, what: str, act: Callable[[Replica], None], replicas: Iterable[Replica] | None = None
     ) -> None:
-        """A fault of one replica is logged once and keeps no other from being looked after."""
+        """Call `act` for each replica. An error is logged once and does not affect the other replicas."""
         for replica in list(self.replicas.values() if replicas is None else replicas):
             try:
                 act(replica)
@@ -266,7 +266,14 @@ class Fleet:
             except Exception as fault:
                 if self._faults.get((replica.name, what)) != repr(fault):
                     self._faults[replica.name, what] = repr(fault)
-                    log.exception("%s: fd-dp cannot %s it; trying again", replica.label, what)
+                    is_expected = isinstance(fault, FastDeployError | OSError)
+                    log.error(
+                        "%s: fd-dp cannot %s it (%s); trying again",
+                        replica.label,
+                        what,
+                        fault if is_expected else repr(fault),
+                        exc_info=None if is_expected else fault,
+                    )
 
     def interval(self) -> float:
         """How long the next step may wait, if nothing wakes the loop."""
@@ -368,7 +375,7 @@ class Fleet:
         log.error("%s: ERROR (%s); %snext try in %.1f s", replica.label, what, kind, decision.delay)
 
     def _has_others_in_use(self, replica: Replica) -> bool:
-        """The last one is tried again whatever the machine is like: without it nothing is served."""
+        """Return whether another replica is in use. The last one is never paused: nothing would be served."""
         return any(
             other.alive or other.state in (State.WAITING, State.BACKOFF)
             for other in self.replicas.values()
@@ -376,7 +383,7 @@ class Fleet:
         )
 
     def _may_come_back(self, replica: Replica, now: float) -> bool:
-        """A paused one, when the machine has been calm: one at a time, each when the one before is READY."""
+        """Return whether a paused replica may start: the machine is calm, and no other one is starting."""
         replica.next_try = self._box.calm_at
         return now >= replica.next_try and not any(
             other.state in (State.WAITING, State.STARTING)
@@ -427,13 +434,12 @@ class Fleet:
         if process is not None and process.state not in supervisor.DOWN:
             return
         program = replica.program
-        programs = [each.program for each in self.replicas.values()]
-        supervisor.make_log_directories(self.layout, programs)
-        if not supervisor.are_in_place(self.layout, programs):
+        supervisor.make_log_directories(self.layout, [program])
+        if not supervisor.are_in_place(self.layout, [program]):
             try:
                 self.write()
             except OSError as error:
-                # No failure of the program: it is started as soon as its files can be written.
+                # Not a failure of the program, which starts as soon as its files can be written.
                 replica.note = f"waits for its files: {error}"
                 return
         try:

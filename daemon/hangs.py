@@ -13,7 +13,7 @@ from typing import Any
 
 from ..expert_parallel.snapshot import Seat, Snapshot
 
-#: Seconds that no process has been silent for.
+#: Seconds. A longer silence is not a plausible answer.
 _FOREVER = 1e9
 
 
@@ -36,7 +36,7 @@ class Pulse:
         steps, requests, silent = (worker.get(name) for name in ("steps", "requests", "silent"))
         if type(steps) is not int or type(requests) is not int or not isinstance(silent, int | float):
             return None
-        # NaN is in no such range, and would be neither long nor short.
+        # The range excludes NaN as well.
         return cls(steps, requests, float(silent)) if requests >= 0 and 0 <= silent < _FOREVER else None
 
 

@@ -56,8 +56,8 @@ class Health:
             try:
                 self._read(replica, reading, now)
             except Exception:
-                # What one says must not keep the others from being heard.
-                log.exception("%s: what it says of its health cannot be used", replica.label)
+                # One bad answer must not hide those of the others.
+                log.exception("%s: its health answer cannot be used", replica.label)
         for replica in replicas.values():
             if replica.failing and (replica.dump is None or replica.dump.is_done(now)):
                 processes.kill_marked(self._layout.run, replica.name)

@@ -37,7 +37,7 @@ class Wish:
 class Intents:
     """The wishes that differ from `Wish()`, by the programs' names.
 
-    They hold at once. What cannot be written is kept in memory, and `save` tries again.
+    They take effect at once. What cannot be written is kept in memory, and `save` tries again.
     """
 
     def __init__(self, state: Path) -> None:
@@ -51,7 +51,7 @@ class Intents:
     def set(self, name: str, wish: Wish) -> str:
         """Return why it could not be written, or ""."""
         if wish == self.of(name):
-            return ""
+            return self.save()
         return self._change({**self._wishes, name: wish})
 
     def keep_only(self, names: Collection[str]) -> str:
@@ -61,15 +61,14 @@ class Intents:
         return self._change({name: wish for name, wish in self._wishes.items() if name in names})
 
     def save(self) -> str:
-        """Write what has not been written yet, or was removed. Return why that failed, or ""."""
+        """Write the file if it is out of date or was removed. Return why that failed, or ""."""
         if self._written and not (self._wishes and _is_missing(self._file)):
             return ""
         try:
             self._write()
         except OSError as error:
-            return (
-                f"cannot write {self._file}: {error.strerror or error}; the wishes in it are kept in memory"
-            )
+            reason = error.strerror or error
+            return f"cannot write {self._file}: {reason}; its content is kept in memory and written later"
         self._written = True
         return ""
 

@@ -18,7 +18,7 @@ MARKER = "FD_DP_PROGRAM"
 #: Beside it: which launch file the process was started from.
 HASH = "FD_DP_HASH"
 #: The daemon's own talk with systemd, and supervisord's; a program that used them would speak for the daemon.
-#: And what only another server on gunicorn or another user of prometheus_client can have meant.
+#: And settings of gunicorn and prometheus_client, which can only be meant for other servers.
 _NOT_INHERITED = (
     "GUNICORN_PID",
     "GUNICORN_FD",

@@ -87,8 +87,6 @@ class Daemon:
         #: What has to be done before the next step, and is tried until it succeeds.
         self._first: Callable[[], None] | None = self._take_over
         self._troubles = Troubles()
-        #: By part of a turn: the fault that was logged last.
-        self._faults: dict[str, str] = {}
         self._was_ready = False
         self._shown, self._show_next = "", 0.0
         self._watchdog_next = self._more_time_next = 0.0
@@ -137,7 +135,7 @@ class Daemon:
             outlook = (
                 f"pid {pid} is alive and its programs keep running"
                 if alive
-                else "it has ended; starting another"
+                else "it has ended and is replaced"
             )
             self._troubles.report("supervisord", f"{error}; {outlook}")
             if self._supervisord.recover(error):
@@ -148,6 +146,7 @@ class Daemon:
             self._troubles.report("step", f"{error}; trying again")
         except Exception as fault:
             self._failed("step", fault)
+        # An error in one part leaves the others working; the next turn tries it again.
         for name, part in (
             ("upkeep", self._upkeep.step),
             ("operation", self._commands.advance),
@@ -159,16 +158,15 @@ class Daemon:
                 part()
             except Exception as fault:
                 self._failed(name, fault)
+            else:
+                self._troubles.report(name, "")
         processes.reap(keep=self._supervisord.child)
         # An operation may have its next move to make although nothing has happened.
         interval = _BUSY_INTERVAL if self._commands.busy else self._fleet.interval()
         self._wakeups.wait(min(interval, self._notify.watchdog or interval))
 
     def _failed(self, part: str, fault: Exception) -> None:
-        """A part of a turn has failed. The programs are still looked after: the next turn tries again."""
-        if self._faults.get(part) != repr(fault):
-            self._faults[part] = repr(fault)
-            log.error("a part of the loop failed (%s); trying again", part, exc_info=fault)
+        self._troubles.report(part, f"internal error in fd-dp, {part}: {fault!r}; trying again", fault)
 
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
@@ -229,16 +227,16 @@ class Daemon:
             while any(replica.state is State.STOPPING for replica in fleet.replicas.values()):
                 try:
                     fleet.step()
-                except SupervisorLost:
-                    # Its socket was removed, and is there again within a second.
-                    if not self._supervisord.is_alive:
+                except SupervisorLost as error:
+                    # It binds a socket that was removed again within a second. One that hangs is killed.
+                    if error.hangs or not self._supervisord.is_alive:
                         raise
                 fleet.metrics.publish(fleet.replicas.values())
                 if time.monotonic() > deadline or {*self._wakeups.signals} - {signal.SIGHUP}:
                     log.warning("killing what has not ended: %s", status.one_line(fleet))
                     return
                 self._wakeups.wait(0.1)
-        except SupervisorError as error:
+        except (SupervisorError, OSError) as error:
             log.error("%s", error)
 
     def _describe(self) -> dict[str, Any]:
@@ -293,7 +291,7 @@ def main() -> int:
     try:
         return run(options.config.absolute(), prefix, options.supervisord == "external")
     except (FastDeployError, OSError) as error:
-        # OSError: a disk on which nothing can be written for a start.
+        # OSError: a full disk, for example.
         print(f"fd-dp: ERROR ({error})", file=sys.stderr)
         return _BAD_CONFIG if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:

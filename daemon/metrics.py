@@ -31,7 +31,7 @@ from .usage import Usage, of_family
 
 # Half of the lines would be times at which counters were made.
 disable_created_metrics()
-# Counts begin at 0 with the process, also where FastDeploy's users have PROMETHEUS_MULTIPROC_DIR exported.
+# Count in memory even if PROMETHEUS_MULTIPROC_DIR is set, as it often is for FastDeploy.
 values.ValueClass = values.MutexValue
 
 #: Loading takes seconds for a small model, many minutes for a large one.

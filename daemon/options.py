@@ -122,8 +122,8 @@ class EngineSection:
     )
     host: str = row(
         "127.0.0.1",
-        "Address to listen on, or a name of this machine: all of its addresses; `0.0.0.0` opens the replicas "
-        "to the network.",
+        "Address to listen on, or a name of this machine, which means all addresses of that name; `0.0.0.0` "
+        "opens the replicas to the network.",
         not_empty,
     )
     ports: tuple[int, ...] = row(1811, "OpenAI API; a base b means b, b+11, b+22, ...")
@@ -178,8 +178,8 @@ class RouterSection:
     )
     cors_origins: tuple[str, ...] = row(
         cors.DEFAULT,
-        "Web pages that may read answers: origins such as `https://app.example`, `loopback` for those of "
-        "this machine, `*` for all; an empty list: none.",
+        "Origins of the web pages that may read answers, such as `https://app.example`; `loopback` for pages "
+        "of this machine, `*` for all; an empty list: none.",
         web_origins,
     )
     extra_args: tuple[str, ...] = row((), "Further words for the router's command line.", no_secret)
@@ -235,7 +235,7 @@ class SuperviseSection:
     )
     box_calm: float = row(
         60.0,
-        "Without a failure of any replica for so long, those that are paused come back, one at a time.",
+        "Paused replicas start again, one at a time, after this time without a failure of any replica.",
         at_least(1),
         "s",
     )

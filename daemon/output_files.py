@@ -1,7 +1,7 @@
-"""Log files of supervisord and of the programs' output: a disk that fails costs lines, never the process.
+"""Log files of supervisord and of the programs' output. A failing disk costs lines but ends no process.
 
 supervisor's own handler writes to stderr when a write fails, closes a program's output for good when that
-fails as well, and never opens a file again that was removed.
+fails as well, and never opens a removed file again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TIME = "%Y-%m-%d %H:%M:%S"
 
 
 class OutputFile(loggers.RotatingFileHandler):
-    """Handler that drops what cannot be written, and says how much that was when it can write again."""
+    """Handler that drops what it cannot write, and reports how much that was when it can write again."""
 
     def __init__(self, filename: str, mode: str = "ab", maxBytes: int = 0, backupCount: int = 0) -> None:
         loggers.Handler.__init__(self)
@@ -95,7 +95,7 @@ class OutputFile(loggers.RotatingFileHandler):
         except FileNotFoundError:
             return False
         except OSError:
-            # The file may be there; what is open can be written to.
+            # The file may still be there, and the open one can be written to.
             return True
 
     def _open(self) -> None:
@@ -109,7 +109,7 @@ class OutputFile(loggers.RotatingFileHandler):
         self._cut = False
 
     def _rotate(self) -> None:
-        # What fails is tried again; until then the file grows.
+        # The file grows until a later try succeeds.
         with contextlib.suppress(OSError):
             for number in range(self.backupCount - 1, -1, -1):
                 older = f"{self.baseFilename}.{number}" if number else self.baseFilename
@@ -125,7 +125,7 @@ class OutputFile(loggers.RotatingFileHandler):
         return written
 
     def _note(self) -> bytes:
-        """What is to be said of output that was lost, or nothing."""
+        """Return the line that reports lost output, or b""."""
         if not self._lost:
             return b""
         line_end = "\n" if self._cut else ""

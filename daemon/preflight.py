@@ -67,7 +67,7 @@ def _check_keys(option: str, file: str) -> None:
 
 
 def _check_router(program: Program) -> int:
-    """Return the size of the largest body that it lets pass."""
+    """Return the size of the largest request body that it forwards."""
     arguments = file_parser().parse_args(program.flags)
     # Keys may be its own credentials, which nobody else can read.
     arguments.api_keys_file = arguments.register_keys_file = arguments.admin_keys_file = None
@@ -94,6 +94,6 @@ def _check_replica(program: Program, largest_body: int) -> None:
         raise ConfigError(f"the replicas could not start: {error}") from None
     if config.max_body_bytes < largest_body:
         raise ConfigError(
-            f"[engine] extra_args: --max-body-bytes of the replicas is {config.max_body_bytes}, and the "
-            f"router lets bodies of {largest_body} bytes pass; give both the same"
+            f"[engine] extra_args: --max-body-bytes is {config.max_body_bytes} for the replicas and "
+            f"{largest_body} for the router; the replicas' must not be less"
         )

@@ -43,10 +43,15 @@ def marked(run: Path, program: str | None = None) -> list[Marked]:
 
 
 def supervisord_of(ini: Path) -> int | None:
-    """Return the pid of a living supervisord with this configuration file; its socket does not matter."""
+    """Return the pid of a living supervisord of ours with this configuration file.
+
+    Only processes of our own user count: others could keep the daemon from starting with a command line.
+    """
     words = [b"-c", os.fsencode(ini)]
     for pid in _pids():
         try:
+            if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+                continue
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             continue

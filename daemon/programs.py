@@ -122,11 +122,11 @@ class Program:
         try:
             return cls._from_launch(content)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no launch file ({printable(repr(error))})") from None
+            raise ValueError(f"not a launch file ({printable(repr(error))})") from None
 
     @classmethod
     def _from_launch(cls, content: Any) -> Program:
-        # Nothing is converted: the hash tells 30 from 30.0.
+        # No conversions: 30 and 30.0 have different hashes.
         program = cls(
             name=_of(str, content["name"]),
             argv=tuple(_of(str, word) for word in content["argv"]),
@@ -146,9 +146,9 @@ class Program:
 
 
 def _of(kind: Any, value: Any) -> Any:
-    """Raises TypeError if it is of another type."""
+    """Return `value` if it is of this kind. Raises TypeError."""
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"another type is expected than that of {value!r}")
+        raise TypeError(f"{value!r} has the wrong type")
     return value
 
 

@@ -31,7 +31,7 @@ class State(StrEnum):
     STOPPING = "STOPPING"
     #: It failed; it is tried again at `next_try`.
     BACKOFF = "BACKOFF"
-    #: It failed too often, and is tried again at `next_try`, which is long; or too many others did.
+    #: It failed too often and is tried again at `next_try`, much later; or it is paused.
     QUARANTINED = "QUARANTINED"
 
 
@@ -73,7 +73,7 @@ class Replica:
     #: How often the daemon has started it again.
     restarts: int = 0
     next_try: float = 0.0
-    #: QUARANTINED because of the machine, not because of itself: it comes back when that is calm.
+    #: QUARANTINED because too many replicas failed; it starts again when the machine is calm.
     paused: bool = False
     #: When a health check was last good (or the process was started).
     last_good: float = 0.0

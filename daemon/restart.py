@@ -71,7 +71,7 @@ class Box:
     failures: list[float] = field(default_factory=list)
 
     def failed(self, now: float) -> str:
-        """Why what has failed just now is paused; empty while there are not too many."""
+        """Record a failure. Return why its replica is paused, or "" while there are not too many failures."""
         policy = self.policy
         self.failures = _recent(self.failures, now, policy.budget_window)
         self.failures.append(now)
@@ -81,7 +81,7 @@ class Box:
 
     @property
     def calm_at(self) -> float:
-        """When the machine will have been calm for long enough, if nothing fails until then."""
+        """Time at which the pause ends if no replica fails before it."""
         return self.failures[-1] + self.policy.box_calm if self.failures else 0.0
 
 

@@ -48,7 +48,8 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
                 continue  # "all" is not a wish to touch what was stopped, or is held, by name
             yield from until_others_are_back(fleet, name)
         yield f"restart {replica.label}"
-        _no_longer_stopped(fleet, replica)
+        if problem := _no_longer_stopped(fleet, replica):
+            yield problem
         yield from take_down(fleet, name, "restart", place)
         fleet.want(replica, "restart")
         problem = yield from bring_up(fleet, name, place)
@@ -123,7 +124,7 @@ def _holders(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
 
 
 def _no_longer_stopped(fleet: Fleet, replica: Replica) -> str:
-    """Return why a restart of the daemon would lose it, or ""."""
+    """End the wish STOPPED. Return why that could not be saved, or ""."""
     if replica.intent is not Intent.STOPPED:
         return ""
     return fleet.wish(replica, Wish(Intent.RUN, replica.draining))

@@ -48,7 +48,7 @@ class Row:
     draining: bool
     #: Requests that it has, those that other routers have given it included.
     in_flight: int
-    #: Which start of it that is; empty if it does not say.
+    #: Id of this start of the replica; empty if it gives none.
     instance: str = ""
 
     @property
@@ -59,10 +59,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A start of a replica that has ended, and whether something else than itself was the reason."""
+    """The end of one start of a replica."""
 
     url: str
     instance: str
+    #: The reason was not the replica itself.
     from_outside: bool
 
 
@@ -98,9 +99,12 @@ def set_draining(admin: Path, row: Row, draining: bool) -> None:
 
 
 def tell_of_end(admin: Path, ended: Ended) -> None:
-    """A request under which it was lost is not to blame if it was ended from outside. Raises RouterSilent."""
+    """Tell the router how a replica ended: no request is to blame for an end from outside.
+
+    Raises RouterSilent.
+    """
     word = {"url": ended.url, "instance": ended.instance, "from_outside": ended.from_outside}
-    # An older router, which an upgrade has left running, does not know this.
+    # 404: an older router that still runs after an upgrade.
     _ask(admin, "POST", "/admin/endings", also=_NOT_FOUND, body=json.dumps(word))
 
 
@@ -173,7 +177,7 @@ def _row(entry: dict[str, Any], up: bool) -> Row:
 
 
 def _of(kind: type[T], value: Any) -> T:
-    """Raises TypeError if it is of another type."""
+    """Return `value` if it has exactly this type. Raises TypeError."""
     if type(value) is not kind:
         raise TypeError(f"{kind.__name__} expected, not {value!r}")
     return value

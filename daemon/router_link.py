@@ -18,7 +18,7 @@ from .router_admin import Ended, InBackground, RouterSilent, Row
 
 log = logging.getLogger("fd-dp")
 
-#: Ends of replicas that the router has yet to be told, and starts whose end it was told: the latest.
+#: Most ends that are kept until the router knows them, and most starts whose end is remembered.
 _MOST_ENDS = 64
 
 
@@ -51,11 +51,11 @@ class RouterLink:
 
     @property
     def has_news(self) -> bool:
-        """The router does not know yet how a replica has ended."""
+        """True while the router has yet to be told how a replica ended."""
         return bool(self._ends)
 
     def ended(self, port: int, from_outside: bool) -> None:
-        """A replica has ended; the next step tells the router, if that knew it."""
+        """Note that a replica ended. The next step tells the router, if the replica was registered there."""
         url, instance = self._starts.pop(port, ("", ""))
         if instance:
             self._told.append(instance)
@@ -97,7 +97,7 @@ class RouterLink:
             if ended in self._ends:
                 self._ends.remove(ended)
         for port, row in look.rows.items():
-            # One whose end was told may be up for the router for a moment longer.
+            # The router may list a replica for a moment after its end.
             if row.is_there and row.instance and row.instance not in self._told:
                 self._starts[port] = (f"http://{row.authority}", row.instance)
 

@@ -117,7 +117,7 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
                 yield f"{replica.label}: {_requests(row.in_flight)} in flight"
         if fleet.routed.problem not in ("", complained):
             complained = fleet.routed.problem
-            yield f"{complained}; until it answers, it keeps sending requests there"
+            yield f"{complained}; until it does, it keeps sending requests to what is to be drained"
         if not told and fleet.routed.problem and fleet.now - began > _patience_with_router(fleet):
             return f"{fleet.routed.problem}; it is told as soon as it does"
         yield None

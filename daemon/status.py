@@ -126,7 +126,7 @@ def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
 
 
 def _drain_confirmed(fleet: Fleet, replica: Replica) -> bool | None:
-    """Return whether the router says that it gives it nothing new; None if it is not to be drained."""
+    """Return whether the router confirms that it drains the replica; None if it is not to be drained."""
     if not replica.draining:
         return None
     row = fleet.row(replica)

@@ -38,7 +38,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:,\d{3})?")
 
 #: ExpatError: an answer that was cut off when supervisord was killed.
 _NO_ANSWER = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError, xml.parsers.expat.ExpatError)
-#: Raised by xmlrpc.client for an answer of another kind than it expects, and by what reads its values.
+#: A malformed answer: raised by xmlrpc.client, and by the functions that read it.
 _NOT_UNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, xmlrpc.client.Error)
 
 _STATES = frozenset({"STOPPING", "UNKNOWN", "STARTING", "RUNNING", "STOPPED", "EXITED", "FATAL", "BACKOFF"})
@@ -151,12 +151,14 @@ def render(layout: Layout, programs: Iterable[Program]) -> str:
 
 
 def write(layout: Layout, programs: Iterable[Program]) -> None:
-    """Launch files, ini and log directories. What is there already is not written again.
+    """Write launch files and ini, and make the log directories. Raises OSError.
 
-    So a full disk keeps nothing from starting that has been started before. Raises OSError.
+    A file that has not changed is not written again: programs can start on a full disk.
     """
     programs = list(programs)
-    layout.launch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Each by itself: `mode` does not apply to `parents`.
+    layout.run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    layout.launch.mkdir(mode=0o700, exist_ok=True)
     make_log_directories(layout, programs)
     for file, text in _texts(layout, programs):
         if not _holds(file, text):
@@ -164,7 +166,7 @@ def write(layout: Layout, programs: Iterable[Program]) -> None:
 
 
 def make_log_directories(layout: Layout, programs: Iterable[Program]) -> None:
-    """A program runs without them as well; who looks after the directories reports what is wrong there."""
+    """Make those that can be made. Programs run without them, and upkeep.py reports what is wrong."""
     for program in programs:
         with contextlib.suppress(OSError):
             layout.output(program.name).parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +201,7 @@ def _write(file: Path, text: str) -> None:
             stream.write(text)
         aside.rename(file)
     except OSError:
-        # Half a file on a full disk takes the room that the next try needs.
+        # On a full disk the next try needs the space.
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
@@ -321,7 +323,7 @@ class Supervisor:
                     f"supervisord does not answer on {self.layout.socket} ({printable(error)})", hangs
                 ) from None
             except _NOT_UNDERSTOOD as error:
-                # Something accepts connections there: it is not dead.
+                # A process accepts connections there, so supervisord is not dead.
                 raise SupervisorLost(
                     f"supervisord's answer to {method} on {self.layout.socket} is not understood "
                     f"({printable(repr(error))})",

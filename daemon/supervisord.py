@@ -3,8 +3,8 @@
 When supervisord dies its children live on, out of anybody's control, and a new supervisord would start a
 second set beside them. So whatever carries our mark is ended before a new one starts.
 
-supervisord is dead when its process is. One that cannot be reached because its socket was removed is waited
-for, and its programs keep running.
+supervisord is dead when its process is. While it is alive but its socket was removed, the daemon waits, and
+the programs keep running.
 """
 
 from __future__ import annotations
@@ -89,14 +89,14 @@ class Supervisord:
                 if self._child is None and not error.hangs:
                     before, alive = alive, processes.supervisord_of(self._client.layout.ini)
                     if alive is not None and alive != before:
-                        log.warning("%s; waiting for pid %d, which lives", error, alive)
+                        log.warning("%s; waiting for pid %d, which is alive", error, alive)
                     if alive is None:
                         self._sweep()
                         if not self._external:
                             self._start()
                 if time.monotonic() > deadline or self._interrupted():
                     if alive is not None:
-                        raise SupervisorLost(f"{error}, but pid {alive} runs", error.hangs) from None
+                        raise SupervisorLost(f"{error}, but pid {alive} is alive", error.hangs) from None
                     raise
             time.sleep(0.05)
         self._watch_process()
@@ -112,7 +112,7 @@ class Supervisord:
     def recover(self, error: SupervisorLost) -> bool:
         """After a call that failed: True if it was dead, and another one answers now and runs nothing yet.
 
-        False: it lives and may answer again, or the other one has failed as well; call again when a call
+        False: it is alive and may answer again, or the new one has failed as well; call again when a call
         fails. Raises FastDeployError when that has happened too often.
         """
         now = time.monotonic()
@@ -127,10 +127,10 @@ class Supervisord:
         try:
             self._kill()
             self._sweep()
-            if not self._external and self._child is None:
+            if not self._external:
                 self._write()
         except (FastDeployError, OSError) as failure:
-            # No fault of supervisord's, so it does not count against it.
+            # Not a failure of supervisord, so it does not count as one.
             self._wait_and_try_again(failure, self._restarts.policy.backoff_first)
             return False
         decision = self._restarts.failed(now)

@@ -1,4 +1,4 @@
-"""Conditions around the programs that heal when their cause goes: full disks, missing directories."""
+"""Problems of the daemon that end when their cause does: full disks, missing directories."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ class _Trouble:
 
 
 class Troubles:
-    """Logs the beginning and the end of each, and lists those that last, for `fdctl status` and `why`."""
+    """Log of the beginning and the end of each, and list of those that last, for `fdctl status` and `why`."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lasting: dict[str, _Trouble] = {}
 
-    def report(self, what: str, problem: str) -> None:
+    def report(self, what: str, problem: str, fault: Exception | None = None) -> None:
         """Record the state of one thing.
 
         Args:
-            what: names it, the same each time.
-            problem: a sentence without its end, or "" if there is none.
+            what: its name, the same each time.
+            problem: a sentence without its full stop, or "" if there is none.
+            fault: an unexpected exception; its stack trace goes to the log.
         """
         known = self._lasting.get(what)
         if not problem:
@@ -41,7 +42,7 @@ class Troubles:
         elif known is None or known.text != problem:
             since = known.since if known is not None else self._clock()
             self._lasting[what] = _Trouble(problem, since)
-            log.error("ERROR (%s)", problem)
+            log.error("ERROR (%s)", problem, exc_info=fault)
 
     def lines(self) -> list[str]:
         """Return "cannot write /var/log/fd: No space left on device; since 12:03", one for each."""

@@ -1,4 +1,4 @@
-"""A listening unix socket whose path can be made again when it was removed."""
+"""A listening unix socket that can be bound again after its path was removed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class UnixListener:
         self._bound = _identity(path) if listening else None
 
     def is_bound(self) -> bool:
-        """Return False if a client that connects to the path would not reach this socket."""
+        """Return whether the path leads to this socket."""
         try:
             return self._bound is not None and _identity(self._path) == self._bound
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            # The path cannot be looked at; that does not say that it is gone.
+            # The path cannot be checked, which does not mean that it is gone.
             return True
 
     def bind(self) -> None:

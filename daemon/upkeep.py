@@ -1,7 +1,7 @@
-"""Keeps what the daemon has on disk there: directories, its lock, its socket, the files of the programs.
+"""Upkeep of the daemon's directories, its lock, its socket, and the files that programs start from.
 
-Sweepers of /run and /tmp remove such things, people do, and disks fill. Each is looked at once a second, made
-again if it is gone, and reported for as long as it cannot be made.
+People and cleanup jobs for /run and /tmp remove them, and disks fill. Each is checked once a second, made
+again if it is gone, and reported while it cannot be made.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .router_link import Look
 from .troubles import Troubles
 
 _INTERVAL = 1.0
-#: At most the room of a file system's block, so that success means room for some lines.
+#: A file system's block: if it can be written, so can a few lines of a log.
 _PROBE = bytes(4096)
-#: A look at the router takes up to 2 s; one that fails may be a restart.
+#: Seconds. A look at the router takes up to 2 s, and one failed look may mean that it restarts.
 _ROUTER_PATIENCE = 4.0
 
 
 class Lock:
-    """The right to work in a run directory, held until the process ends, however it ends.
+    """Lock of a run directory. The kernel releases it when the process ends.
 
     Raises FastDeployError if another daemon has it, or the file cannot be made.
     """
@@ -53,7 +53,7 @@ class Lock:
         try:
             taken = self._take()
         except OSError as error:
-            return f"cannot write {self._file}: {error.strerror or error}; another fd-dp could start there"
+            return f"cannot write {self._file}: {error.strerror or error}; a second fd-dp could start there"
         except FastDeployError as error:
             return str(error)
         self._held.close()
@@ -79,13 +79,13 @@ class Lock:
             stream.truncate(0)
             os.write(stream.fileno(), str(os.getpid()).encode())
         except OSError:
-            # The pid is a courtesy to people; the lock holds on a full disk as well.
+            # The pid is only for people; the lock also holds on a full disk.
             pass
         return stream
 
 
 class Upkeep:
-    """Belongs to the loop, which calls `step` in each turn."""
+    """Checks and repairs. The loop calls `step` in each turn."""
 
     def __init__(self, fleet: Fleet, server: Server, lock: Lock, troubles: Troubles) -> None:
         self._fleet = fleet

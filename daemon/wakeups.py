@@ -52,8 +52,8 @@ class Wakeups:
             try:
                 key.data()
             except Exception:
-                # Of one client, or one process: those behind it in this round must not wait for the next.
-                log.exception("a wake-up failed")
+                # An error about one client or process must not delay the others.
+                log.exception("the handler of a wake-up failed")
 
     def _signalled(self, number: int, frame: object) -> None:
         self.signals.append(signal.Signals(number))

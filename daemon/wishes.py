@@ -29,7 +29,7 @@ def objection(do: str, replica: Replica) -> str:
 
 
 def grant(fleet: Fleet, do: str, replicas: list[Replica]) -> str:
-    """Return why a restart of the daemon would lose it, or ""."""
+    """Record and apply a wish. Return why it could not be saved, or ""."""
     problem = ""
     for replica in replicas:
         problem = fleet.wish(replica, WISHES[do](replica))

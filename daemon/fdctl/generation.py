@@ -47,7 +47,7 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _pieces(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
-    """The text as it comes, and with its end the reason."""
+    """Yield pieces of the answer's text, the last one with the finish reason."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,

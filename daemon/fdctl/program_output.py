@@ -94,7 +94,7 @@ def _opened(file: Path) -> IO[bytes] | None:
     try:
         return file.open("rb")
     except OSError:
-        # It may be rotated, or its directory may be gone, at any moment.
+        # Its rotation or the loss of its directory can come at any moment.
         return None
 
 

@@ -23,8 +23,8 @@ _COLOURS = {
 }
 _SEAT_COLOURS = {"active": "green", "joining": "yellow", "leaving": "yellow", "free": "dim"}
 
-#: Characters of a line into a pipe or a file, which rich would fold, and of the note in it: `fdctl why` and
-#: --json have all of it.
+#: Characters of a line that goes into a pipe or a file, so that rich does not fold it, and of the note in it.
+#: `fdctl why` and --json show the whole note.
 _UNLIMITED, _NOTE_IN_A_PIPE = 1000, 100
 
 
@@ -36,7 +36,7 @@ def show(
         console = Console() if sys.stdout.isatty() else Console(width=_UNLIMITED)
         with console.capture() as captured:
             console.print(draw(ask()))
-        # A table fills its last column up with spaces.
+        # rich pads the last column with spaces.
         for line in captured.get().splitlines():
             print(line.rstrip())
         return OK

@@ -205,7 +205,7 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     in_the_way.mkdir(parents=True)
     done = running.fdctl("hold", "1")
     assert (done.returncode, done.stderr) == (control.OK, "")
-    assert "intents.json: Is a directory; the wishes in it are kept in memory" in done.stdout
+    assert "intents.json: Is a directory; its content is kept in memory" in done.stdout
     assert (running.pids(), running.programs()["replica1"]["intent"]) == (before, "held")
     in_the_way.rmdir()
     running.do("release", "1")

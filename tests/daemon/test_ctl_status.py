@@ -41,7 +41,7 @@ def program(number: int, state: str, note: str = "") -> dict[str, Any]:
 
 
 STATUS = {
-    "daemon": {"url": "http://127.0.0.1:30000", "ready": 1, "replicas": 3, "state": "READY"},
+    "daemon": {"url": "http://127.0.0.1:30000", "ready": 1, "replicas": 3, "state": "READY", "problems": []},
     "router": None,
     "replicas": [program(0, "READY"), program(1, "QUARANTINED", LONG), program(2, "BACKOFF", "a short note")],
 }

@@ -84,12 +84,12 @@ class Seen:
         (
             State.QUARANTINED,
             {"paused": True, "next_try": NOW + 42},
-            "the machine to be calm: no failure of any replica for 60 s, 42 s to go",
+            "60 s without a failure of any replica, 42 s left",
         ),
         (
             State.QUARANTINED,
             {"paused": True, "next_try": NOW - 1},
-            "its turn to come back: the replicas that were paused start one at a time",
+            "its turn: paused replicas start one at a time",
         ),
         (State.STARTING, {}, "its first token; it is given up in 588 s"),
         (State.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),

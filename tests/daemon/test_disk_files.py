@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from supervisor.loggers import LogRecord
 
-from fastdeploy.daemon import supervisor
+from fastdeploy.daemon import processes, supervisor
 from fastdeploy.daemon.intents import Intent, Intents, Wish
 from fastdeploy.daemon.output_files import OutputFile
 from fastdeploy.daemon.supervisor import Layout, Supervisor, SupervisorError
@@ -209,6 +209,13 @@ def test_files_that_are_in_place_are_not_written_again(tmp_path: Path) -> None:
     assert not supervisor.are_in_place(layout, [program()])
 
 
+def test_a_missing_run_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "run", tmp_path / "logs")
+    supervisor.write(layout, [program("replica0")])
+    assert layout.run.stat().st_mode & 0o777 == 0o700
+    assert layout.launch.stat().st_mode & 0o777 == 0o700
+
+
 def test_half_a_file_is_not_left_behind(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     layout.ini.mkdir(parents=True)
@@ -251,6 +258,31 @@ def test_a_trouble_is_told_with_its_begin_until_it_is_over() -> None:
     assert troubles.lines()[0].rpartition(";")[2] == first[0].rpartition(";")[2]
     troubles.report("logs", "")
     assert troubles.lines() == []
+
+
+def test_a_fault_is_logged_once_with_its_stack_and_again_when_it_returns(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    troubles = Troubles()
+    for problem in ("internal error", "internal error", "", "internal error"):
+        try:
+            raise RuntimeError("injected")
+        except RuntimeError as fault:
+            troubles.report("metrics", problem, fault)
+    assert caplog.text.count("RuntimeError: injected") == 2
+    assert [line.partition(";")[0] for line in troubles.lines()] == ["internal error"]
+
+
+def test_a_process_of_another_user_does_not_pass_for_supervisord(tmp_path: Path) -> None:
+    ini = tmp_path / "supervisord.conf"
+    words = [sys.executable, "-c", "input()", "fd_supervisord", "-c", str(ini)]
+    own = subprocess.Popen(words, stdin=subprocess.PIPE)
+    try:
+        wait_until(lambda: processes.supervisord_of(ini) == own.pid, "the process")
+        assert as_nobody(lambda: str(processes.supervisord_of(ini))) == "None"
+    finally:
+        own.kill()
+        own.communicate()
 
 
 def test_supervisord_needs_no_temporary_directory() -> None:

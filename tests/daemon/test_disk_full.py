@@ -62,7 +62,7 @@ def test_a_drain_on_a_full_state_disk_holds_and_is_written_later(system: SmallDi
     with system.full("state"):
         done = system.fdctl("drain", "1")
         assert (done.returncode, done.stderr) == (0, "")
-        assert "No space left on device; the wishes in it are kept in memory" in done.stdout
+        assert "No space left on device; its content is kept in memory" in done.stdout
         assert system.drained() == {1}
         assert not file.exists()
     wait_until(file.exists, "it is written")

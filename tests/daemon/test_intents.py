@@ -51,6 +51,8 @@ def test_a_wish_that_cannot_be_written_holds_and_is_written_later(tmp_path: Path
     problem = intents.set("replica1", Wish(draining=True))
     assert problem.startswith(f"cannot write {tmp_path}/intents.json: ")
     assert intents.save() == problem
+    # To wish the same again does not hide it.
+    assert intents.set("replica1", Wish(draining=True)) == problem
     assert intents.of("replica1") == Wish(draining=True)
     assert Intents(tmp_path).of("replica1") == Wish(Intent.HELD)
     (tmp_path / "intents.new").rmdir()

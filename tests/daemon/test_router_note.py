@@ -40,17 +40,17 @@ def test_a_ready_replica_that_the_router_lacks_has_a_note(world: World) -> None:
     rows = dict([row(world, "replica0")])
     had, lacked = notes(world, Look(world.now, rows, ""))
     assert had == ""
-    assert lacked == "the router does not have it: it has not registered; fdctl logs 1 says why"
+    assert lacked == "not registered at the router; fdctl logs 1 says why"
     missing = status.why(world.fleet, world.fleet.replicas["replica1"], world.now)
-    assert missing["waits_for"] == "the router, which has no way to it so far"
+    assert missing["waits_for"] == "the router, which does not use it yet"
 
 
 def test_a_ready_replica_that_the_router_cannot_use_has_a_note(world: World) -> None:
     port, down = row(world, "replica0", up=False)
     rows = dict([(port, down), row(world, "replica1", leaving=True)])
     assert notes(world, Look(world.now, rows, "")) == [
-        f"the router cannot use it: no good health check at [::1]:{port}",
-        "the router does not have it: it has not registered; fdctl logs 1 says why",
+        f"the router's health checks at [::1]:{port} fail",
+        "not registered at the router; fdctl logs 1 says why",
     ]
 
 
