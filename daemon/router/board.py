@@ -181,7 +181,8 @@ class Board:
 
     def has_lost_one_since(self, moment: float) -> bool:
         """A replica has gone down or has left since then."""
-        return self._memory.lost_at[0] > moment
+        # Soon after the machine has started, the moment may be negative, and 0 means never.
+        return self._memory.lost_at[0] > max(0.0, moment)
 
     def drain_rate(self) -> float:
         """Requests that end per second, lately."""
