@@ -45,7 +45,7 @@ class AdminSocket:
     def bind_if_lost(self) -> socket.socket | None:
         """Return a new socket if the path leads to the old one no more; None if it does, or if that fails."""
         found = _identity(self.path)
-        if found is not None and (found in (self._found, self._foreign) or self._belongs_to_another(found)):
+        if found is not None and (found == self._found or self._belongs_to_another(found)):
             return None
         try:
             self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
@@ -65,8 +65,9 @@ class AdminSocket:
     def _belongs_to_another(self, found: tuple[int, int]) -> bool:
         if not _answers(self.path):
             return False
+        if found != self._foreign:
+            logger.warning("another program now listens on admin socket %s; stop one of the two", self.path)
         self._foreign = found
-        logger.warning("another program listens on admin socket %s now; end one of the two", self.path)
         return True
 
     def remove(self) -> None:

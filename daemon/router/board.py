@@ -181,9 +181,12 @@ class Board:
 
     def has_lost_one_since(self, moment: float) -> bool:
         """A replica has gone down or has left since then, and no operator keeps requests from replicas."""
+        # Soon after the machine has started, the moment may be negative, and 0 means never.
+        if self._memory.lost_at[0] <= max(0.0, moment):
+            return False
         with self._lock:
             flags = (self._memory.flags[row] for row in self._current().seats)
-            return self._memory.lost_at[0] > moment and not any(flag & Flag.DRAINING for flag in flags)
+            return not any(flag & Flag.DRAINING for flag in flags)
 
     def drain_rate(self) -> float:
         """Requests that end per second, lately."""

@@ -91,7 +91,7 @@ class View:
             row for row in used if memory.state[row] in (State.UP, State.PROBING) and not memory.flags[row]
         ]
         self.choosable = [row for row in self.usable if row not in self.reserved]
-        self.probing = frozenset(row for row in self.choosable if memory.state[row] == State.PROBING)
+        self.probing = frozenset(row for row in self.usable if memory.state[row] == State.PROBING)
         self._limits = {
             row: seat.instance.max_concurrency
             for row, seat in self.seats.items()

@@ -278,9 +278,10 @@ def _without_authority(header: tuple[bytes, bytes], authority: str) -> tuple[byt
     if name != b"location":
         return header
     scheme, colon, rest = value.partition(b"://")
-    named, slash, path = rest.partition(b"/")
+    named, _, path = rest.partition(b"/")
     is_own = colon and scheme.lower() in (b"http", b"https") and named.decode("latin-1") == authority
-    return (name, slash + path or b"/") if is_own else header
+    # Two slashes would begin the name of another host.
+    return (name, b"/" + path.lstrip(b"/")) if is_own else header
 
 
 def _resumed(by: Sequence[Seat]) -> bytes:

@@ -187,7 +187,8 @@ class Exchange:
     def try_again(self, now: float) -> Nobody | None:
         if self._is_over:
             return None
-        if self._past.has_been_taken and now - self._waits_since >= _REST:
+        waits_for_replica = self._past.has_been_taken or self._found is Nobody.DOWN
+        if waits_for_replica and now - self._waits_since >= _REST:
             # Whoever failed may be well again by now; the deadline ends this, and too many deaths.
             self._past.forgive()
         nobody = self._attempt()
@@ -195,8 +196,9 @@ class Exchange:
             self._plane.metrics.waited(now - self._waits_since)
         else:
             if nobody is Nobody.DOWN and self._found is Nobody.BUSY and self._is_one_coming_back(now):
-                # What it waited for a place was no wait for a replica.
-                self.deadline = now + self._patience(nobody)
+                # The time for a replica begins now, but not again and again while replicas come and go.
+                latest = self._waits_since + self._plane.settings.queue_timeout
+                self.deadline = min(now, latest) + self._patience(nobody)
             self._found = nobody
         return nobody
 
@@ -346,8 +348,8 @@ class Exchange:
         assert self._connection is not None
         self._connection.heard_at = max(self._connection.heard_at, fast.heard_at)
         passed = fast.take_back()
-        self._progressed(passed.new_events)
         self._delivery.add_passed(passed)
+        self._progressed(passed.new_events)
         return passed
 
     def _progressed(self, events: int) -> None:
@@ -373,7 +375,7 @@ class Exchange:
             self.deadline = now + self._patience(nobody)
         if self._past.has_been_taken:
             self._plane.line.join(self, is_urgent=True)
-        elif nobody is Nobody.DOWN and not self._is_one_coming_back(now):
+        elif nobody is Nobody.DOWN and (self._past.refusal or not self._is_one_coming_back(now)):
             self._give(self._past.nobody())
         elif not self._plane.line.join(self):
             self._turn_away()
@@ -398,9 +400,9 @@ class Exchange:
             return None
         if not isinstance(picked, Lease):
             return picked
+        self._lease = picked
         if logger.isEnabledFor(logging.DEBUG):
             self._record_decision(picked)
-        self._lease = picked
         self._is_doubtful = False
         self._name = picked.seat.name
         past.tried.append(picked.seat)
@@ -454,7 +456,7 @@ class Exchange:
         if connection.has_lost_engine:
             # As if it had not answered: its API process has outlived its worker by a moment.
             self._died(lease)
-            problem = f"{lease.seat.authority} has lost its engine"
+            problem = "lost its engine"
             self._plane.board.failed(lease.seat, problem)
             self._next(lease, problem)
             return

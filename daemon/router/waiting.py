@@ -8,9 +8,13 @@ from typing import Protocol
 
 from .board import Nobody
 
+#: Seconds between two passes over a line for which there is no replica. A pass takes time in a long line,
+#: and each request that comes or goes would cause one.
+_REST = 0.1
+
 
 class Waiter(Protocol):
-    """A request in the line."""
+    """A request in the line. Its methods deal with their own exceptions: the line serves all others, too."""
 
     #: When it gives up, on the clock that is passed in.
     deadline: float
@@ -25,9 +29,6 @@ class Waiter(Protocol):
     def give_up(self) -> None:
         """Its deadline has come."""
 
-    def crash(self) -> None:
-        """One of its methods has raised: it ends. Called in the `except` clause."""
-
 
 class WaitingLine:
     """First come, first served; bounded in length and in time. Those that a replica has had already go
@@ -39,6 +40,8 @@ class WaitingLine:
         self._others: deque[Waiter] = deque()
         self._is_full = False
         self._is_advancing = False
+        #: No use in trying all of them again before then.
+        self._rests_until = 0.0
 
     def __len__(self) -> int:
         return len(self._urgent) + len(self._others)
@@ -66,24 +69,29 @@ class WaitingLine:
 
     def advance(self, now: float) -> None:
         """When a request has ended, and now and then: those of other processes end unheard."""
-        if self._is_advancing:
+        if self._is_advancing or now < self._rests_until:
             return  # one that gives up has ended, too
         self._is_advancing = True
         try:
+            waiting, is_any_full = len(self), False
             for waiters in (self._urgent, self._others):
-                self._is_full = _serve(waiters, now)
+                self._is_full, is_full_for_some = _serve(waiters, now)
+                is_any_full |= is_full_for_some
                 for waiter in [each for each in waiters if each.deadline <= now]:
                     # The end of one before it may have ended it, too.
                     if waiter in waiters:
                         waiters.remove(waiter)
-                        _give_up(waiter)
+                        waiter.give_up()
+            if waiting == len(self) and not is_any_full:
+                # There is no replica for any of them, and a request that ends does not bring one.
+                self._rests_until = now + _REST
         finally:
             self._is_advancing = False
 
 
-def _serve(waiters: deque[Waiter], now: float) -> bool:
+def _serve(waiters: deque[Waiter], now: float) -> tuple[bool, bool]:
     """Where one finds everything full, so do all behind it, but for what it alone does not want. Where there
-    is nobody for one, others go on. True if everything is full."""
+    is nobody for one, others go on. Return whether everything is full, and whether it is for some."""
     staying: list[Waiter] = []
     is_full = is_full_for_choosy = False
     try:
@@ -93,7 +101,7 @@ def _serve(waiters: deque[Waiter], now: float) -> bool:
                 # Not quite the same for all of them, but many at a time come from the same replica.
                 staying.append(waiter)
                 continue
-            nobody = _try_again(waiter, now)
+            nobody = waiter.try_again(now)
             if nobody is not None:
                 staying.append(waiter)
             if nobody is Nobody.BUSY:
@@ -101,22 +109,7 @@ def _serve(waiters: deque[Waiter], now: float) -> bool:
                 is_full = not waiter.is_choosy
     finally:
         waiters.extendleft(reversed(staying))
-    return is_full
-
-
-def _try_again(waiter: Waiter, now: float) -> Nobody | None:
-    try:
-        return waiter.try_again(now)
-    except Exception:
-        waiter.crash()
-        return None
-
-
-def _give_up(waiter: Waiter) -> None:
-    try:
-        waiter.give_up()
-    except Exception:
-        waiter.crash()
+    return is_full, is_full_for_choosy
 
 
 def retry_after(waiting: int, ended_per_second: float, most: float) -> int:

@@ -169,21 +169,26 @@ class RouterWorker(Worker):
     async def _replace_admin_socket(self, servers: list[asyncio.Server]) -> None:
         """Listens on each socket that the arbiter passes in place of a removed admin socket."""
         arrived = asyncio.Event()
-        asyncio.get_running_loop().add_reader(self._from_arbiter, arrived.set)
-        while True:
-            await arrived.wait()
-            arrived.clear()
-            try:
-                _, descriptors, *_ = socket.recv_fds(self._from_arbiter, 1, 1)
-                for descriptor in descriptors:
-                    for old in [server for server in servers if _is_admin(server)]:
-                        servers.remove(old)
-                        old.close()
-                    servers.append(await self._listen(socket.socket(fileno=descriptor)))
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                logger.error("the new admin socket cannot be used by this worker: %s", error)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._from_arbiter, arrived.set)
+        try:
+            while True:
+                await arrived.wait()
+                arrived.clear()
+                try:
+                    _, descriptors, *_ = socket.recv_fds(self._from_arbiter, 1, 1)
+                    for descriptor in descriptors:
+                        for old in [server for server in servers if _is_admin(server)]:
+                            servers.remove(old)
+                            old.close()
+                        servers.append(await self._listen(socket.socket(fileno=descriptor)))
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    logger.error("the new admin socket cannot be used by this worker: %s", error)
+        finally:
+            # A socket that arrives while the worker drains would wake the loop again and again.
+            loop.remove_reader(self._from_arbiter)
 
     async def _drain(self) -> None:
         """Until the last connection has ended."""

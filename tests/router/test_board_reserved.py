@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastdeploy.daemon.router.board import Board, Ending, Lease, Nobody
+from fastdeploy.daemon.router.board import Board, Ending, Lease, Nobody, State
 from fastdeploy.daemon.router.board_memory import ENDINGS
 
-from .boards import FACTS, REQUEST_NUM, Clock, instance, pick, seat_replicas
+from .boards import FACTS, REQUEST_NUM, Clock, instance, pick, seat_replicas, states
 from .forked import Forked
 
 
@@ -131,3 +131,25 @@ def test_a_loss_is_remembered_and_a_drain_is_none(board: Board, clock: Clock) ->
     assert not board.has_lost_one_since(clock.now)
     board.drain(second)
     assert not board.has_lost_one_since(clock.now - 1.0)
+
+
+def test_a_suspect_at_a_replica_on_probation_is_its_probe(board: Board, clock: Clock) -> None:
+    seat_replicas(board, 1)
+    (seat,) = board.seats()
+    board.unreachable(seat, "refused")
+    clock.now += 60.0
+    board.healthy(seat, asked_at=clock.now)
+    assert states(board) == [State.PROBING]
+    assert board.reserve() == seat
+    lease = board.pick_reserved(seat, FACTS)
+    assert isinstance(lease, Lease)
+    board.unreserve(seat)
+    # Its answer has begun, and has not ended.
+    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+
+
+def test_no_replica_is_lost_before_the_first_one(board: Board) -> None:
+    seat_replicas(board, 1)
+    assert not board.has_lost_one_since(-100.0), "the machine started a moment ago"
+    board.unreachable(board.seats()[0], "refused")
+    assert board.has_lost_one_since(-100.0)

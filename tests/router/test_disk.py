@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import requests
 from ..ports import free_ports
 from ..small_disk import SmallDisk, unprivileged
 from .conftest import FD_ROUTER, RouterProcess
-from .fake_engine import wait_until
+from .fake_engine import streams_for_ever, wait_until
 from .raw_client import RawClient
 from .steady_load import requests_counted
 from .test_upgrade import upgraded
@@ -160,7 +161,7 @@ def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_rout
     # It takes the path, as from a dead router.
     second = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
     try:
-        wait_until(lambda: lines(first, "another program listens on admin socket"), "that is said")
+        wait_until(lambda: lines(first, "listens on admin socket"), "that is said")
         identity = admin.stat().st_ino
         first.process.send_signal(signal.SIGTERM)
         assert first.process.wait(30) == 0
@@ -168,6 +169,40 @@ def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_rout
         assert order(admin, "3/drain") == 404
     finally:
         second.stop()
+
+
+def test_an_admin_socket_is_taken_back_from_a_program_that_was_killed(start_router, tmp_path):
+    admin = tmp_path / "router.sock"
+    router = start_router("--admin-socket", str(admin))
+    other = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
+    wait_until(lambda: lines(router, "another program", "listens on admin socket"), "that is said")
+    other.stop(signal.SIGKILL)
+    wait_until(lambda: order(admin, "3/drain") == 404, "the first router has the path again")
+    assert len(lines(router, "another program", "listens on admin socket")) == 1
+
+
+def seconds_runnable(pid: int) -> float:
+    """Time in which the process ran or waited for a processor, which other load does not hide."""
+    running, waiting, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
+    return (int(running) + int(waiting)) / 1e9
+
+
+def test_a_worker_that_drains_does_not_spin_for_a_new_admin_socket(start_router, new_engine, tmp_path):
+    admin = tmp_path / "router.sock"
+    router = start_router("--admin-socket", str(admin))
+    router.add(new_engine(behaviour=streams_for_ever))
+    (old,) = router.workers()
+    with router.complete(body={"stream": True}, stream=True) as stream:
+        pieces = stream.iter_content(1)
+        assert next(pieces)
+        router.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: lines(router, "reload: done"), "a new worker serves")
+        admin.unlink()
+        wait_until(lambda: order(admin, "3/drain") == 404, "it has the new admin socket")
+        before = seconds_runnable(old.pid)
+        time.sleep(1.0)
+        assert seconds_runnable(old.pid) - before < 0.5
+        assert old.is_running()
 
 
 def test_the_admin_socket_is_made_again_after_an_upgrade(start_router, new_engine, tmp_path):

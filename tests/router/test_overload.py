@@ -260,3 +260,32 @@ def test_those_in_line_count_as_in_flight(start_router, new_engine, ask):
     assert "current max concurrency is 3" in json.loads(refused.body)["error"]["message"]
     gated.let(3)
     assert [client.answer().status for client in clients[:3]] == [200] * 3
+
+
+# ---- a fleet that fd-dp looks after
+
+
+def test_one_that_could_not_connect_waits_for_the_same_replica(start_router, new_engine, tmp_path):
+    flags = ("--health-check-interval-secs", "0.2", "--queue-timeout-secs", "2")
+    router = start_router("--admin-socket", str(tmp_path / "admin"), *flags)
+    engine = new_engine()
+    router.add(engine)
+    engine.stop()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(router.complete)
+        wait_until(lambda: router.get("/registered").json()["down"], "the replica is down")
+        engine.restart()
+        assert answer.result().status_code == 200
+
+
+def test_a_refusal_is_not_kept_back_until_a_lost_replica_returns(start_router, new_engine, tmp_path):
+    flags = ("--health-check-interval-secs", "0.2", "--queue-timeout-secs", "1")
+    router = start_router("--admin-socket", str(tmp_path / "admin"), *flags)
+    refuses = new_engine(behaviour=answers_status("429 Too Many Requests", extra=b"Retry-After: 7\r\n"))
+    lost = new_engine()
+    router.add(refuses, lost)
+    lost.stop()
+    wait_until(lambda: router.get("/registered").json()["down"], "the replica is down")
+    answer = router.complete()
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+    assert router.metric("fd_router_queue_seconds_count") == ["fd_router_queue_seconds_count 0.0"]

@@ -155,6 +155,7 @@ def test_a_redirect_of_a_replica_leads_to_the_router(lent_router, new_engine):
     for sent, received in [
         (engine.url + "/v1/models?a=//b", "/v1/models?a=//b"),
         (engine.url, "/"),
+        (engine.url + "//elsewhere.example/x", "/elsewhere.example/x"),
         ("http://elsewhere.example/x", "http://elsewhere.example/x"),
         ("/relative", "/relative"),
     ]:

@@ -98,6 +98,29 @@ def test_one_that_does_not_want_every_replica_holds_up_nobody_else():
     assert place.room == 1
 
 
+def test_a_line_without_any_replica_is_not_tried_for_each_arrival():
+    place = new_place()
+    tries = []
+
+    class Stranded(Waiter):
+        def try_again(self, now: float) -> Nobody | None:
+            tries.append(now)
+            return super().try_again(now)
+
+    waiters = [Stranded(name, place, is_stranded=True) for name in "ab"]
+    place.line.join(waiters[0])
+    place.line.join(waiters[1], is_urgent=True)
+    for _ in range(10):
+        place.line.advance(1.0)
+        assert not place.line.has_others(1.0)
+    assert tries == [1.0, 1.0]
+    for waiter in waiters:
+        waiter.is_stranded = False
+    place.room = 2
+    place.line.advance(1.2)
+    assert place.served == ["b", "a"]
+
+
 def test_who_comes_now_goes_behind_those_that_want_the_same_and_behind_no_others():
     place = new_place()
     assert not place.line.has_others(0.0)
