@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -161,6 +162,8 @@ class SharedFile(logging.Handler):
         self._descriptor = os.open(self._path, flags, 0o666)
 
     def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            # Closed even if this fails: the number may be another file's at once.
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

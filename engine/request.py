@@ -77,8 +77,10 @@ class Sequence:
     @property
     def is_scored(self) -> bool:
         """Log probabilities of its prompt are wanted and not all known."""
-        num_wanted = len(self.prompt_token_ids) - 1
-        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < num_wanted
+        return (
+            self.params.prompt_logprobs is not None
+            and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
+        )
 
     def token_ids(self, start: int, end: int) -> list[int]:
         """Ids at positions start..end-1, of prompt and output as one text."""

@@ -163,11 +163,11 @@ def _tensor(name: str, entry: dict[str, Any], file: Path, body: np.ndarray) -> S
     if not isinstance(dtype, str) or not isinstance(sizes, list) or not _are_sizes(begin, end, *sizes):
         raise CheckpointError(f"{shown}: its dtype, shape or data_offsets are damaged")
     shape = tuple(sizes)
-    # numpy counts the elements without regard to a size of 0.
-    if math.prod(size or 1 for size in shape) >= 1 << 60:
-        raise CheckpointError(f"{shown} has more elements than there can be: {printable(list(shape))}")
     if len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(f"{shown} has {len(shape)} dimensions; at most {_MAX_DIMENSIONS} can be loaded")
+    # numpy counts the elements without regard to a size of 0.
+    if math.prod(size or 1 for size in shape) >= 1 << 60:
+        raise CheckpointError(f"{shown} has too many elements: {printable(list(shape))}")
     if begin > end or end - begin != math.prod(shape) * _ITEM_SIZE.get(dtype, end - begin):
         raise CheckpointError(
             f"{shown}: bytes {begin}..{end} do not hold {printable(dtype)} of shape {printable(list(shape))}"

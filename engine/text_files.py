@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ConfigError
+from .foreign_text import printable
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 #: Of a refused value, in an error.
@@ -106,9 +107,9 @@ class JsonObject:
         """The error for a key whose value is not what it must be."""
         value = self.values.get(key)
         shown = repr(value) if isinstance(value, str | int | float | None) else kind_of(value)
-        if len(shown) > _MAX_SHOWN:
-            shown = shown[:_MAX_SHOWN] + "..."
-        return ConfigError(f"{self.file}: {self._at}{key} is {shown}; it must be {must_be}")
+        return ConfigError(
+            f"{self.file}: {self._at}{key} is {printable(shown, _MAX_SHOWN)}; it must be {must_be}"
+        )
 
     def integer(
         self, *names: str, default: int | None = None, least: int = 0, most: int | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 from .chat_template import compile_template, render_untrusted
 from .errors import ConfigError, RequestError
+from .foreign_text import printable
 from .text_files import JsonObject, read_optional_object, read_text
 from .vocabulary import MAX_TOKEN_ID, HuggingFaceVocabulary, SentencePieceVocabulary, Vocabulary
 
@@ -212,9 +213,10 @@ def _read_vocabulary(
             known = {token: added.integer(token, most=MAX_TOKEN_ID) for token in added.values}
             decoder = settings.object("added_tokens_decoder")
             for number in decoder.values:
-                if not (number.isascii() and number.isdecimal() and int(number) <= MAX_TOKEN_ID):
+                if not _is_token_id(number):
                     raise ConfigError(
-                        f"{settings.file}: added_tokens_decoder.{number} is no token id (0..{MAX_TOKEN_ID})"
+                        f"{settings.file}: added_tokens_decoder.{printable(number)} is not a token id "
+                        f"(0..{MAX_TOKEN_ID})"
                     )
                 if (token := _token(decoder, number)) is not None:
                     known[token] = int(number)
@@ -242,6 +244,12 @@ def _read_chat_template(path: Path, settings: JsonObject) -> tuple[Path, str | N
             case _:
                 raise settings.wrong("chat_template", 'a text, or a list of {"name": ..., "template": ...}')
     return settings.file, None
+
+
+def _is_token_id(text: str) -> bool:
+    # Python refuses to convert thousands of digits.
+    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_TOKEN_ID))
+    return is_number and int(text) <= MAX_TOKEN_ID
 
 
 def _token(source: JsonObject, key: str) -> str | None:

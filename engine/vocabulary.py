@@ -11,6 +11,7 @@ import sentencepiece
 import tokenizers
 
 from .errors import ConfigError
+from .foreign_text import printable
 from .text_files import read_text
 
 #: SentencePiece writes a space as this character (U+2581).
@@ -41,9 +42,9 @@ class HuggingFaceVocabulary:
         text = read_text(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            decoder = json.loads(text).get("decoder")
         except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
-            raise ConfigError(f"{file}: not a tokenizer ({error})") from None
-        decoder = json.loads(text).get("decoder")
+            raise ConfigError(f"{file}: not a tokenizer ({printable(error)})") from None
         # A file may ask for the lengths its training used; a server must not cut prompts in silence.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -121,7 +121,8 @@ def packed_tensors(packing: Packing, config: ModelConfig, progress: Progress) ->
 def main() -> int:
     try:
         return _run(_parser().parse_args())
-    except FastDeployError as error:
+    # OSError: a damaged file on a read-only disk, which cannot be removed.
+    except (FastDeployError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

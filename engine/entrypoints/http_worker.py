@@ -33,8 +33,10 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 _READ_TIMEOUT = struct.pack("ll", 30, 0)
 #: Seconds that a client may leave its answer unread when the kernel's buffers are full.
 _WRITE_TIMEOUT = struct.pack("ll", 60, 0)
-#: Seconds before the next try when the process has no descriptor left for a client.
-_NO_DESCRIPTOR_PAUSE = 0.2
+#: What accept(2) reports as long as there is no descriptor or memory for a new connection, and the seconds
+#: before the next try.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_SHORTAGE_PAUSE = 0.2
 
 #: Of requests that cannot be parsed; 400 for all others.
 _STATUSES = {
@@ -96,8 +98,8 @@ class HttpWorker(ThreadWorker):
                 # One connection's, or no descriptor left for a new one. gunicorn would end the loop, and with
                 # it every request of the replica.
                 self.log.error("a connection failed: %s: %s", type(error).__name__, error)
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    time.sleep(_NO_DESCRIPTOR_PAUSE)
+                if isinstance(error, OSError) and error.errno in _SHORTAGES:
+                    time.sleep(_SHORTAGE_PAUSE)
         # Here rather than on accepting: at the limit gunicorn would not even look for new connections.
         self._make_room()
 

@@ -96,7 +96,7 @@ class Peers:
         if now < self._looked_at + _LOOK_SECONDS:
             return
         self._looked_at = now
-        if path.exists():
+        if os.path.exists(path):
             return
         try:
             with contextlib.suppress(FileExistsError):

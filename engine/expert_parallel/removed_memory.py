@@ -7,6 +7,7 @@ ranks do not notice; but one that starts afterwards would begin a group of its o
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +20,11 @@ def find(path: Path, user: int, flags: int) -> int | None:
     """
     for link in _links(f"{path} (deleted)", user):
         with suppress(OSError):
-            descriptor = os.open(link, flags | os.O_CLOEXEC)
+            # Another user's process may name its pipe so: the opening of one must not block.
+            descriptor = os.open(link, flags | os.O_CLOEXEC | os.O_NONBLOCK)
             found = os.fstat(descriptor)
             # The name that /proc shows may be the true name of another file.
-            if found.st_nlink == 0 and found.st_uid == user:
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 0 and found.st_uid == user:
                 return descriptor
             os.close(descriptor)
     return None
@@ -30,7 +32,7 @@ def find(path: Path, user: int, flags: int) -> int | None:
 
 def _links(name: str, user: int) -> Iterator[str]:
     for process in os.scandir("/proc"):
-        # Processes end while they are looked at.
+        # Processes end while they are examined.
         with suppress(OSError):
             if not process.name.isdecimal() or process.stat().st_uid != user:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -291,6 +292,23 @@ def test_a_rotation_that_fails_halfway_is_made_up_for(
     assert (directory / "x.log.2").read_text() == "old"
     assert len((directory / "x.log.1").read_text().splitlines()) == 10
     assert (directory / "x.log").read_text().endswith("line=10\n")
+
+
+def test_a_close_that_fails_costs_no_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel has closed the descriptor all the same; its number may be another file's by then."""
+    monkeypatch.setattr(log_file, "LOOK_SECONDS", 0.0)
+    log.configure("", "x.log")
+    close = os.close
+
+    def fail_to_close(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    (directory / "x.log").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", fail_to_close)
+        logging.getLogger("test").info("one")
+    assert message((directory / "x.log").read_text()) == "one\n"
 
 
 def test_standard_error_on_a_full_disk_costs_lines_only(tmp_path: Path, disk: SmallDisk) -> None:

@@ -151,6 +151,16 @@ def test_a_stream_without_an_answer_ends_with_its_reason(server: ApiServer) -> N
     assert first.choices[0].logprobs == complete(server, prompt=PROMPT).choices[0].logprobs
 
 
+def test_a_stream_scores_a_prompt_that_has_no_text(server: ApiServer) -> None:
+    """Special tokens are not shown, and have log probabilities all the same."""
+    prompt = [2, 2, 2]
+    first, last = complete(server, prompt=prompt, stream=True)
+    assert first.choices[0].text == ""
+    assert first.choices[0].logprobs == complete(server, prompt=prompt).choices[0].logprobs
+    assert len(first.choices[0].logprobs.tokens) == len(prompt)
+    assert last.choices[0].finish_reason == "length"
+
+
 def test_no_tokens_may_be_wanted_without_echo(server: ApiServer) -> None:
     answer = complete(server, prompt=PROMPT, echo=False, logprobs=None)
     assert (answer.choices[0].text, answer.usage.completion_tokens) == ("", 0)

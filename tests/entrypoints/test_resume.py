@@ -190,6 +190,7 @@ def test_chats(replicas: tuple[Replica, Replica], request_: dict[str, Any]) -> N
         {"max_tokens": 9, "echo": True, "stream_options": {"continuous_usage_stats": True}},
         {"max_tokens": 14, "logprobs": 1},
         {"max_tokens": 8, "logprobs": 1, "echo": True, "n": 2},
+        {"max_tokens": 0, "logprobs": 1, "echo": True, "n": 2},
         {"max_tokens": 8, "logprobs": 1, "echo": True, "stop": ["e", "th"], "stop_token_ids": [5, 6, 7]},
         {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 5},
         {"prompt": [[40, 41, 42], [43]], "max_tokens": 5, "echo": True},

@@ -287,7 +287,8 @@ class Answer:
             return
         if max(tokens, default=0) >= self.replica.model.vocab_size:
             raise _not_resumable(f"choice {index} has token {max(tokens)}, which this model does not have")
-        if len(tokens) >= params.max_tokens:
+        # With max_tokens 0 a choice begins with its prompt and ends without a token.
+        if len(tokens) >= max(1, params.max_tokens):
             raise _not_resumable(f"choice {index} has {len(tokens)} tokens, of {params.max_tokens} at most")
         try:
             self.sent[index] = output.replay(tokens, with_logprobs=params.logprobs is not None)

@@ -62,7 +62,8 @@ def completion_events(answer: Answer, request: CompletionRequest) -> Iterator[Ev
         if index not in offsets:
             offsets[index] = len(_scored_echo(answer, request, index))
             echo = _echo(answer, request, index)
-            if echo or request.return_token_ids:
+            # A prompt of special tokens has no text, and yet log probabilities.
+            if echo or request.return_token_ids or request.prompt_logprobs is not None:
                 first = _first_chunk(answer, request, index, echo)
                 usage = answer.usage_so_far(index, has_begun=False)
                 yield head | {"choices": [first]} | usage, answer.mark(index)
