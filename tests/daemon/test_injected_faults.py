@@ -77,9 +77,10 @@ def test_a_probe_whose_thread_cannot_start_is_tried_again(
 ) -> None:
     program = World(tmp_path, 1).fleet.replicas["replica0"].program
     probes = Probes(lambda: None)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+    with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", lambda thread: _no_thread())
-        probes.ask(program, 7, token=False)
+        with pytest.raises(RuntimeError):
+            probes.ask(program, 7, token=False)
     probes.ask(program, 7, token=False)
     assert wait_until(probes.take, "a reading")
 
