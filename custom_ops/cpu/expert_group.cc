@@ -137,6 +137,7 @@ void ExpertGroup::publish_tokens(int tokens, int element) {
   counters_.bytes_dispatched += bytes;
   counters_.bytes_combined += bytes;
   sent_tokens_ = tokens;
+  sent_element_ = element;
   row(seat_).tokens.store(static_cast<uint64_t>(tokens) << 8 | element, std::memory_order_relaxed);
   publish(&SeatRow::dispatched, stamp(collective_));
 }
@@ -144,6 +145,8 @@ void ExpertGroup::publish_tokens(int tokens, int element) {
 bool ExpertGroup::await_tokens() { return wait(&SeatRow::dispatched, stamp(collective_)) == kGoing; }
 
 bool ExpertGroup::receive(Workspace& workspace, int layer, int element, Received& received) {
+  // The caller's fault, not that of a rank.
+  if (element != sent_element_) throw std::invalid_argument("expert group: elements of another size than were sent");
   const int64_t num_experts = shape_.num_experts, k = shape_.k;
   int64_t counts[kMostSeats], total = 0;
   for_each_seat(active_, [&](int seat) {

@@ -220,7 +220,7 @@ class ExpertGroup {
   const int* pidfds_ = nullptr;
   int64_t spin_ns_ = 0;
   uint64_t step_ = 0, collective_ = 0;
-  int sent_tokens_ = 0, received_rows_ = 0;
+  int sent_tokens_ = 0, sent_element_ = 0, received_rows_ = 0;
   uint64_t remote_picks_ = 0;  // of the tokens that were addressed last
   int rounds_ = 0;
   uint64_t reported_ = 0, killed_ = 0;

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -93,22 +93,27 @@ def load(files: Sequence[Path]) -> list[Seen]:
     return found
 
 
-def assert_as_reference(seed: int, num_seats: int, seen: Sequence[Seen]) -> int:
-    """Compares every collective that ranks have seen to the end; the number of steps."""
+def assert_as_reference(seed: int, num_seats: int, seen: Sequence[Seen], faulty: Collection[int] = ()) -> int:
+    """Compare every collective that ranks have seen to the end; return the number of steps.
+
+    What `faulty` seats have seen is not compared: their own part of the memory is damaged.
+    """
     collectives: dict[tuple[int, int], dict[int, Seen]] = defaultdict(dict)
     for one in seen:
         assert one.seat not in collectives[one.stamp, one.index], "a rank is in a step once"
         collectives[one.stamp, one.index][one.seat] = one
     last = {(one.stamp >> 40, one.seat): one.stamp for one in sorted(seen, key=lambda one: one.stamp)}
     for (stamp, index), members in collectives.items():
-        assert_collective(seed, num_seats, stamp, index, members)
+        assert_collective(seed, num_seats, stamp, index, members, faulty)
         # Who leaves has no tokens: it drops its last step if the others finish it and go on before it looks.
         for seat in set(next(iter(members.values())).members) - members.keys():
             assert last.get((stamp >> 40, seat), 0) < stamp, f"step {stamp:x} is not seat {seat}'s last"
     return len({stamp for stamp, _ in collectives})
 
 
-def assert_collective(seed: int, num_seats: int, stamp: int, index: int, members: dict[int, Seen]) -> None:
+def assert_collective(
+    seed: int, num_seats: int, stamp: int, index: int, members: dict[int, Seen], faulty: Collection[int]
+) -> None:
     plan = Plan.draw(seed, stamp)
     layer = plan.layers[index]
     shares = [
@@ -121,6 +126,8 @@ def assert_collective(seed: int, num_seats: int, stamp: int, index: int, members
     results = [computed(part.rows, part.offsets, layer, plan.wide) for part in received]
     sums = reference.ep_combine(received, results, [share.weights for share in shares])
     for seat, one in members.items():
+        if seat in faulty:
+            continue
         where = f"seed {seed}, seats {sorted(members)}, step {stamp:x}, collective {index}, seat {seat}"
         assert (one.layer, one.wide) == (layer, plan.wide), where
         picks = shares[seat].picks
