@@ -67,9 +67,10 @@ class Probes:
         """Starts a probe of this program, unless one of this kind and of this process is still under way."""
         if self._asked.get((program.name, token)) == pid:
             return
-        self._asked[program.name, token] = pid
         # Not joined at exit: a probe of a replica that hangs ends with the daemon.
         threading.Thread(target=self._probe, args=(program, pid, token), daemon=True).start()
+        # Last, so that a thread that cannot be started is tried again.
+        self._asked[program.name, token] = pid
 
     def take(self) -> list[Reading]:
         readings = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,23 @@ def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest
         [reading] = wait_until(probes.take, "a reading")
         assert not reading.ok
         assert "ZeroDivisionError" in reading.problem
+
+
+def test_a_probe_whose_thread_cannot_start_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = World(tmp_path, 1).fleet.replicas["replica0"].program
+    probes = Probes(lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_thread)
+        with pytest.raises(RuntimeError):
+            probes.ask(program, 7, token=False)
+    probes.ask(program, 7, token=False)
+    assert wait_until(probes.take, "a reading")
+
+
+def _no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.fixture
