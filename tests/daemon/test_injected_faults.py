@@ -78,14 +78,14 @@ def test_a_probe_whose_thread_cannot_start_is_tried_again(
     program = World(tmp_path, 1).fleet.replicas["replica0"].program
     probes = Probes(lambda: None)
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", lambda thread: _no_thread())
+        patch.setattr(threading.Thread, "start", _no_thread)
         with pytest.raises(RuntimeError):
             probes.ask(program, 7, token=False)
     probes.ask(program, 7, token=False)
     assert wait_until(probes.take, "a reading")
 
 
-def _no_thread() -> None:
+def _no_thread(thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
