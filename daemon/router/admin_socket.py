@@ -14,7 +14,7 @@ _BACKLOG = 64
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a socket that listens on `path`, in place of an old file there. Raises OSError."""
+    """Return a socket that listens on `path`, and replaces an old file there. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def bind(path: Path) -> socket.socket:
 
 
 class AdminSocket:
-    """The path of a listening socket, which does not learn from the kernel that its path is gone."""
+    """The path of the admin socket: no error tells a listening socket that its path was removed."""
 
     def __init__(self, path: Path) -> None:
         """A socket that answers at `path` belongs to this program, which has just bound or inherited it."""
@@ -43,7 +43,7 @@ class AdminSocket:
         self._foreign: tuple[int, int] | None = None
 
     def bind_if_lost(self) -> socket.socket | None:
-        """Return a new socket if the path leads to the old one no more; None if it does, or if that fails."""
+        """Return a new socket if the path no longer leads to the old one; None if it does, or on failure."""
         found = _identity(self.path)
         if found is not None and (found == self._found or self._belongs_to_another(found)):
             return None
@@ -53,13 +53,13 @@ class AdminSocket:
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
-                    "admin socket %s is missing and cannot be made (%s); tried once a second",
+                    "admin socket %s is missing and cannot be made (%s); the router tries again every second",
                     *(self.path, error.strerror or error),
                 )
             self._is_failing = True
             return None
         self._found, self._is_failing = _identity(self.path), False
-        logger.warning("admin socket %s was missing; it is made again", self.path)
+        logger.warning("admin socket %s was missing and has been made again", self.path)
         return listener
 
     def _belongs_to_another(self, found: tuple[int, int]) -> bool:
@@ -71,13 +71,13 @@ class AdminSocket:
         return True
 
     def remove(self) -> None:
-        """Remove the path, unless it leads elsewhere by now."""
+        """Remove the path, unless it leads to another socket now."""
         if self._found is None or _identity(self.path) != self._found:
             return
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("admin socket %s stays behind: %s", self.path, error.strerror)
+            logger.warning("admin socket %s cannot be removed: %s", self.path, error.strerror)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

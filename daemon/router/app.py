@@ -25,7 +25,7 @@ from .settings import Settings
 logger = logging.getLogger(__name__)
 
 _MAX_REGISTRATION = 64 << 10
-#: Of a path in an error.
+#: Characters of a path in an error message.
 _LONGEST_PATH = 200
 _ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
     "drain": Board.drain,
@@ -35,10 +35,10 @@ _ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
 
 
 class _EndingWord(msgspec.Struct, forbid_unknown_fields=True):
-    """What fd-dp says about a replica that has ended."""
+    """A report of fd-dp on a replica that has ended."""
 
     url: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-    #: Its start, by the id with which it registered.
+    #: The id with which this start of the replica registered.
     instance: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
     from_outside: bool
 
@@ -151,7 +151,7 @@ class Router:
 
 def _control_plane(router: Router) -> Flask:
     app = Flask("fd-router", static_folder=None)
-    # Not by FLASK_DEBUG.
+    # FLASK_DEBUG must not turn it on.
     app.debug = False
     app.config["MAX_CONTENT_LENGTH"] = _MAX_REGISTRATION
     # No redirects: paths come in canonical form (incoming.py).
@@ -194,7 +194,7 @@ def _control_plane(router: Router) -> Flask:
     @app.post("/admin/endings")
     def ending() -> tuple[Response, int]:
         if not router.may_give_orders(request.remote_addr or "", _authorization()):
-            return jsonify(code=403, msg="this comes from fd-dp, over --admin-socket"), 403
+            return jsonify(code=403, msg="only fd-dp reports endings, over --admin-socket"), 403
         try:
             word = msgspec.json.decode(request.get_data(), type=_EndingWord)
         except msgspec.MsgspecError as error:

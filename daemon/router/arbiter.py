@@ -90,7 +90,7 @@ class RouterArbiter(Arbiter):
         return pid
 
     def stop(self, graceful: bool = True) -> None:
-        """gunicorn would remove the admin socket's path, and fail if that is gone."""
+        """Remove the admin socket first: gunicorn's own code fails if the path is gone."""
         if self._admin_socket is not None and self._is_only_program:
             self._admin_socket.remove()
         for listener in self._admin_listeners():
@@ -132,14 +132,14 @@ class RouterArbiter(Arbiter):
 
     @property
     def _is_only_program(self) -> bool:
-        """No program replaces this one, nor does this one replace another."""
+        """No upgrade is under way: this program neither replaces another nor is being replaced."""
         return bool(self.reexec_pid == self.master_pid == 0)
 
     def _admin_listeners(self) -> list[UnixSocket]:
         return [listener for listener in self.LISTENERS if listener.sock.family == socket.AF_UNIX]
 
     def _keep_admin_socket(self) -> None:
-        """Listens again if the path was removed: workers get the new socket, later ones inherit it."""
+        """Listen again if the path was removed: workers get the new socket, later ones inherit it."""
         if self._admin_socket is None or not self._is_only_program:
             return
         listener = self._admin_socket.bind_if_lost()

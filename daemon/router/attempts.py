@@ -38,7 +38,7 @@ class Attempts:
     # ---- the next one
 
     def verdict(self, board: Board, now: float, patience: float) -> Verdict:
-        """Whether it may be tried, and where. `patience`: for fd-dp's word, in seconds."""
+        """Return whether it may be tried, and where. `patience`: seconds to wait for fd-dp's report."""
         return self.suspicion.verdict(board.ending_of, now, patience)
 
     def to_avoid(self, board: Board) -> Sequence[Seat]:
@@ -63,9 +63,9 @@ class Attempts:
 
     # ---- when it fails
 
-    def died(self, seat: Seat, alone: bool, now: float) -> None:
+    def died(self, seat: Seat, alone: bool, now: float, problem: str) -> None:
         """The replica was lost with the request. `alone`: it had nothing else."""
-        self.suspicion.deaths.append(Death(seat, alone, now))
+        self.suspicion.deaths.append(Death(seat, alone, now, problem))
 
     def failed(self, problem: str, resumption: Resumption | None) -> None:
         """
@@ -84,11 +84,12 @@ class Attempts:
             self.tried.remove(seat)
 
     def deadly(self) -> str:
-        """Why the request is not tried any more."""
+        """Return why the request is not tried again, for the client."""
         deaths = self.suspicion.deaths
         return (
-            f"{len(deaths)} replicas in a row were lost over this request, the last one while it had nothing "
-            f"else; it is not tried again ({'; '.join(self.problems[-len(deaths) :])})"
+            f"{len(deaths)} replicas in a row were lost while serving this request, the last one while "
+            "serving no other; the request is not tried again "
+            f"({'; '.join(death.problem for death in deaths)})"
         )
 
     def nobody(self) -> Answer:

@@ -134,9 +134,9 @@ class Board:
             return self._begin(own, view, row, facts)
 
     def reserve(self, exclude: Collection[Seat] = ()) -> Seat | None:
-        """Keeps a replica for one request of this worker: it takes nothing new until `unreserve`.
+        """Reserve a replica for one request of this worker: it gets no other request until `unreserve`.
 
-        None if none can be spared. A worker that dies reserves nothing any more.
+        Return None if no replica can be spared. A reservation ends with its worker.
         """
         own = self._columns.own
         assert own is not None, "a worker opens its column before it reserves"
@@ -150,9 +150,10 @@ class Board:
             return view.seats[row]
 
     def pick_reserved(self, seat: Seat, facts: RequestFacts) -> Lease | Nobody:
-        """Counts the request on the replica that was reserved for it, once that has nothing else.
+        """Count the request on the replica that is reserved for it.
 
-        DOWN if it may not be chosen any more, and then it is not reserved any more either.
+        Return BUSY while the replica has other requests, and DOWN if it may no longer be chosen; then the
+        reservation has ended.
         """
         own = self._columns.own
         assert own is not None, "a worker opens its column before it picks"
@@ -170,7 +171,7 @@ class Board:
             self._unreserve(seat)
 
     def reserved_before(self, moment: float) -> set[Seat]:
-        """Replicas that have been reserved since before then: what they have shall make way."""
+        """Return the replicas that were reserved before `moment`: their other requests have to make way."""
         with self._lock:
             view, columns = self._current(), self._memory.columns[:WORKERS]
             return {
@@ -180,7 +181,7 @@ class Board:
             }
 
     def has_lost_one_since(self, moment: float) -> bool:
-        """A replica has gone down or has left since then, and no operator keeps requests from replicas."""
+        """Return True if a replica has gone down or left after `moment`, and no operator drains any replica."""
         # Soon after the machine has started, the moment may be negative, and 0 means never.
         if self._memory.lost_at[0] <= max(0.0, moment):
             return False
@@ -257,7 +258,7 @@ class Board:
             return self._rows.is_retired(instance, self._clock())
 
     def note_ending(self, url: str, instance_id: str, ending: Ending) -> None:
-        """fd-dp says why that start of a replica has ended."""
+        """Record how that start of a replica ended, as fd-dp reports it."""
         with self._lock:
             self._rows.note_ending(url, instance_id, ending)
             logger.info("replica at %s has ended: %s", url, ending.name.lower().replace("_", " "))

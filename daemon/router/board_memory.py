@@ -57,7 +57,7 @@ class Flag(IntFlag):
 
 
 class Ending(IntEnum):
-    """Why a replica was lost, by the word of fd-dp."""
+    """How a replica ended, as fd-dp reports it."""
 
     UNKNOWN = 0
     #: It crashed, hung or ran out of memory.
@@ -101,7 +101,7 @@ class Column:
         #: Of streams: tokens that were passed on, and the seconds that took.
         self.passed = cells.ints(ROWS)
         self.seconds = cells.floats(ROWS)
-        #: Since when a replica is reserved for one request of this worker; 0 if it is not.
+        #: When a replica was reserved for one request of this worker; 0 if it is not reserved.
         self.reserved = cells.floats(ROWS)
         # A cache line of its own.
         own = cells.ints(8)
@@ -133,7 +133,7 @@ class BoardMemory:
         self.header = cells.ints(len(Header))
         #: A ring: hashes of instances that are not admitted again for a while, and since when.
         self.retired, self.retired_at = cells.ints(RETIRED), cells.floats(RETIRED)
-        #: A ring: hashes of starts of replicas, and what fd-dp has said of their ends.
+        #: A ring: hashes of starts of replicas, and how they ended.
         self.ended_start, self.ending = cells.ints(ENDINGS), cells.ints(ENDINGS)
         #: When a replica was last lost; 0 if none ever was.
         self.lost_at = cells.floats(1)

@@ -189,7 +189,7 @@ class Rows:
         )
 
     def note_ending(self, url: str, instance: str, ending: Ending) -> None:
-        """The last word about a start of a replica counts. A slot is valid with its last store."""
+        """Record an ending; a later report replaces an earlier one. The last store makes the slot valid."""
         memory = self._memory
         number = memory.header[Header.ENDINGS]
         slot = number % ENDINGS

@@ -37,7 +37,7 @@ class Status:
     #: Its operator wants no new requests there; it itself wants none.
     draining: bool
     leaving: bool
-    #: It takes nothing new until a request that is suspected of killing replicas was tried there alone.
+    #: It gets no new requests until a request that may kill replicas has been tried there alone.
     reserved: bool
     #: Of this router's requests, and what other routers said last of theirs.
     in_flight: int
@@ -86,7 +86,7 @@ class View:
                 self.seats[row] = Seat(row, memory.generation[row], memory.read_instance(row))
         columns = [column for column in memory.columns[:WORKERS] if column.pid[0]]
         self.reserved = frozenset(row for row in used if any(column.reserved[row] for column in columns))
-        #: With those that are reserved.
+        #: Rows that may be chosen, and those that are reserved.
         self.usable = [
             row for row in used if memory.state[row] in (State.UP, State.PROBING) and not memory.flags[row]
         ]
@@ -149,7 +149,7 @@ class View:
         return row
 
     def choose_to_reserve(self, exclude: Collection[Seat]) -> int | None:
-        """The row with the least to do; None if there is none to spare: half of them stay for the others."""
+        """Return the row with the fewest requests; None if half of the replicas are reserved already."""
         if len(self.reserved.intersection(self.usable)) >= max(1, len(self.usable) // 2):
             return None
         rows = [row for row in self.choosable if self.seats[row] not in exclude]
@@ -157,7 +157,7 @@ class View:
         return min(rows, key=lambda row: (in_flight[row], last_pick[row]), default=None)
 
     def has_requests(self, row: int) -> bool:
-        """Of this router."""
+        """Return True if the replica has requests of this router."""
         return any(column[row] for column in self._own_in_flight)
 
     def statuses(self) -> list[Status]:

@@ -190,7 +190,7 @@ class Delivery:
             self._client.abort()
 
     def crash(self, answer: Answer, why: str) -> None:
-        """Ends the answer after an exception in the router: with `answer`, or broken off if it has begun."""
+        """End the answer after an exception in the router: with `answer`, or cut off if it has begun."""
         try:
             if self.has_begun:
                 self.break_off(why)

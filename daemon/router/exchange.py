@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 #: Of a refusal that is kept while another replica is tried.
 _MOST_KEPT = 64 << 10
-#: The time in the wait queue is so many times longer for a replica to come back, which may have to load, than
-#: for a place at one.
+#: A request waits this many times longer for a replica to come back, which may have to load its model, than
+#: for a free place.
 _TIMES_LONGER = 4
 #: Seconds for which a stream that nobody could take up rests, before those that failed it are tried again.
 _REST = 0.5
@@ -64,7 +64,7 @@ class Exchange:
         #: In the line; 0 before it joins for the first time, and whenever the answer has come further.
         self.deadline = 0.0
         self._waits_since = 0.0
-        #: Why it waits.
+        #: Why it waits: the result of the last attempt to place it.
         self._found: Nobody | None = None
         self._plane = plane
         self._request = request
@@ -160,7 +160,7 @@ class Exchange:
 
     @entry
     def make_way(self, seats: Collection[Seat]) -> None:
-        """Goes on elsewhere if its replica is one of these, reserved for others, and if it can be resumed."""
+        """Continue elsewhere if the answer can be, and the replica is one of `seats`, reserved for others."""
         lease = self._lease
         if lease is None or self._connection is None or lease.seat not in seats:
             return
@@ -173,8 +173,8 @@ class Exchange:
         self._drop_connection()
         self._delivery.drop_partial()
         name = lease.seat.name
-        self._past.failed(f"replica {name}: made way for a request that is tried alone", resumption)
-        logger.info("request=%s replica=%s makes way, goes on elsewhere", self._id[:64], name)
+        self._past.failed(f"replica {name}: reserved for another request", resumption)
+        logger.info("request=%s replica=%s makes way for a suspect, continues elsewhere", self._id[:64], name)
         self._release()
         self._plane.metrics.resumed(name)
         self._choose()
@@ -385,7 +385,7 @@ class Exchange:
         return self._plane.settings.queue_timeout * (_TIMES_LONGER if is_longer else 1)
 
     def _is_one_coming_back(self, now: float) -> bool:
-        """fd-dp starts what was lost; a while after the last loss nobody counts on it any more."""
+        """Return True if fd-dp may still be starting a lost replica, which takes a limited time."""
         plane = self._plane
         return plane.settings.is_supervised and plane.board.has_lost_one_since(
             now - self._patience(Nobody.DOWN)
@@ -439,14 +439,16 @@ class Exchange:
     def _report(self, lease: Lease, fault: Fault, problem: str) -> None:
         # If nobody listens there any more, it was this request with which the kept connection ended.
         if is_death(fault) or self._is_doubtful:
-            self._died(lease)
+            self._died(lease, problem)
         if fault is Fault.UNREACHABLE:
             self._plane.board.unreachable(lease.seat, problem)
         else:
             self._plane.board.failed(lease.seat, problem)
 
-    def _died(self, lease: Lease) -> None:
-        self._past.died(lease.seat, self._placement.is_reserved(lease.seat), time.monotonic())
+    def _died(self, lease: Lease, problem: str) -> None:
+        seat = lease.seat
+        alone = self._placement.is_reserved(seat)
+        self._past.died(seat, alone, time.monotonic(), f"replica {seat.name}: {problem}")
         # What it has waited so far is not to be held against it.
         self.deadline = 0.0
 
@@ -454,14 +456,14 @@ class Exchange:
         """The replica has said, and whole, that it does not take the request."""
         past = self._past
         if connection.has_lost_engine:
-            # As if it had not answered: its API process has outlived its worker by a moment.
-            self._died(lease)
+            # The same as no answer: the API process has outlived its worker for a moment.
             problem = "lost its engine"
+            self._died(lease, problem)
             self._plane.board.failed(lease.seat, problem)
             self._next(lease, problem)
             return
         if connection.status == 503 and lease.instance.instance:
-            # A replica of ours that is ending: the next one may have to be waited for.
+            # A replica of fd-dp that is ending: the request may have to wait for the next one.
             past.has_been_taken = True
         if past.resumption is not None:
             is_begun, status = self._delivery.has_begun, connection.status
@@ -518,18 +520,18 @@ class Exchange:
         self._end(remark or why)
 
     def crash(self) -> None:
-        """Ends the request after an exception in the router's own code; call it from the `except` clause."""
+        """End the request after an exception in the router's own code. Call it in the `except` clause."""
         logger.exception("request=%s failed in the router", self._id[:64])
         if self._is_over:
             return
-        why = f"the router failed while it had this request ({self._id[:64]}); its log has the details"
+        why = f"internal error of the router in request {self._id[:64]}; the router's log has the details"
         for step in (
             self._leave_fast_path,
             lambda: self._plane.line.leave(self),
             lambda: self._delivery.crash(refusals.router_failed(why), why),
             lambda: self._end("an exception in the router"),
         ):
-            # One part of the request is broken, perhaps more than one; the rest is still given back.
+            # A step may fail, too; the others must still give back what the request has.
             with contextlib.suppress(Exception):
                 step()
 

@@ -88,8 +88,8 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--cors-origins",
         default=",".join(DEFAULT),
         metavar="LIST",
-        help="web pages that may read answers of /v1: origins with commas between them, loopback for those "
-        "of this machine, * for all, empty for none (default %(default)s)",
+        help="origins of web pages that may read answers of /v1, separated by commas; loopback for pages of "
+        "this machine, * for all pages, empty for none (default %(default)s)",
     )
     add("--workers", type=int, default=1, help="processes that serve (default %(default)s)")
     add(

@@ -1,4 +1,4 @@
-"""Keeps an exception in one request from reaching those who serve others."""
+"""A guard around the methods of a request: its exceptions do not reach code that serves other requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 class Crashing(Protocol):
     def crash(self) -> None:
-        """Ends with an error; called in the `except` clause."""
+        """End with an error. Called in the `except` clause."""
 
 
 S = TypeVar("S", bound=Crashing)
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 def entry(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R | None]:
-    """Marks a method that others call: an exception in it ends this request and reaches no caller.
+    """Mark a method that other objects call: an exception in it ends this request and reaches no caller.
 
     The callers serve many requests: the clock, the wait queue, the event loop's protocols and tasks.
     """

@@ -22,7 +22,7 @@ _MEASURE_SECONDS = 1.0
 #: Of an answer, which comes from a machine that may not be ours.
 _MAX_METRICS = 4 << 20
 _PIECE = 64 << 10
-#: Of one replica, running or waiting; more than that is no count.
+#: More running or waiting requests of one replica than this are not believed.
 _MOST_REQUESTS = 1 << 31
 
 
@@ -147,7 +147,7 @@ def _get(host: str, port: int, path: str, most: int) -> _Answer | Problem:
         return Problem("accepts no connections", refused=True)
     except OSError:
         return Problem("broke off the connection or cannot be reached")
-    # ValueError: of a header that http.client does not expect.
+    # http.client raises ValueError for some malformed headers.
     except (http.client.HTTPException, ValueError) as error:
         return Problem(f"answered badly ({type(error).__name__})")
     finally:

@@ -37,8 +37,8 @@ def read_keys(flag: str, file: Path | None, variable: str) -> ApiKeys:
     `file` may be "credential:NAME".
 
     Raises:
-        ConfigError: a key cannot be one, or a source is there and holds no key. An empty file must not open
-            the door.
+        ConfigError: a key is malformed, or a source exists and holds no key: an empty file must not let
+            all clients in.
     """
     keys = keys_in_variable(variable, os.environ)
     if file is not None:

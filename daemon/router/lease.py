@@ -54,7 +54,7 @@ class OwnColumn:
         return Lease(self, seat, tokens, probing)
 
     def reserve(self, row: int, now: float) -> None:
-        """0: no longer."""
+        """`now`: 0 ends the reservation."""
         self._cells.reserved[row] = now
 
     def has_reserved(self, row: int) -> bool:

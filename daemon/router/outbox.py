@@ -42,10 +42,10 @@ class Outbox:
         held, self._held = self._held, []
         for transport, data in held:
             try:
-                # uvloop raises if it is.
+                # uvloop raises if it is closing.
                 if not transport.is_closing():
                     transport.write(data)
             except Exception:
                 # The others must not lose their bytes for it.
-                logger.exception("a connection cannot be written to; it is closed")
+                logger.exception("a write to a connection failed; the connection is closed")
                 transport.abort()

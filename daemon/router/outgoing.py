@@ -21,7 +21,7 @@ from .incoming import HOP_BY_HOP, ClientRequest, Refused, lines_without
 #: Seconds between the signs of life that replicas are asked for.
 _SIGN_OF_LIFE = 5
 #: Follow from the connection and the body that are used, or are between the router and its replicas only. And
-#: Origin, which the router answers for.
+#: Origin: the router alone decides about web pages.
 _MADE_ANEW = frozenset(
     name.lower().encode()
     for name in (
@@ -64,7 +64,7 @@ def forwarded(request: ClientRequest, identity: str) -> Forwarded:
     if _climbs(request.raw_path):
         raise Refused(error(404, f"no such path: {request.path}", "not_found"))
     dropped = _NOT_FORWARDED | request.dropped if request.dropped else _NOT_FORWARDED
-    # The id of this request in the log, whether the client means it for the next hop or not.
+    # The log names the request by this id, so it is kept even if a Connection header lists it.
     own = request.special.get(b"x-request-id") or identity.encode("latin-1")
     seed = None if b"x-fd-seed" in request.dropped else request.special.get(b"x-fd-seed")
     if seed is None:

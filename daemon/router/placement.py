@@ -23,11 +23,11 @@ class Placement:
     def __init__(self, plane: DataPlane, past: Attempts) -> None:
         self._plane = plane
         self._past = past
-        #: A replica that takes nothing new until this request, a suspect, has been tried there.
+        #: A replica that gets no other request until this one, a suspect, has been tried there.
         self._reserved: Seat | None = None
 
     def pick(self, facts: RequestFacts, *, has_begun: bool) -> Lease | Nobody | None:
-        """Chooses a replica and counts the request on it; None if the request must not be tried any more.
+        """Choose a replica and count the request on it; None if the request must not be tried again.
 
         A suspect that has to wait gets DOWN, never BUSY: those behind it in the wait queue are not affected.
         """
@@ -49,7 +49,7 @@ class Placement:
         return picked
 
     def is_reserved(self, seat: Seat) -> bool:
-        """It has nothing but this request."""
+        """Return True if this request has the replica to itself."""
         return seat == self._reserved
 
     def unreserve(self) -> None:

@@ -38,7 +38,7 @@ from .shared_replicas import Said, SharedReplicas, shared_name
 
 logger = logging.getLogger(__name__)
 
-#: Of one router at one replica, requests or prompt tokens; more than that is no count.
+#: More requests or prompt tokens of one router at one replica than this are not believed.
 _MOST_ELSEWHERE = 1 << 40
 #: Seconds between two turns; while Redis is away, and while another worker leads.
 _EVERY, _RETRY, _IDLE = 0.05, 0.5, 1.0
@@ -111,8 +111,8 @@ class RedisBoard:
                 time.sleep(_EVERY)
             except Exception as error:
                 if not isinstance(error, redis.RedisError | OSError | UnicodeDecodeError):
-                    # What another router has written there, for one; the next turn may find it mended.
-                    logger.exception("a turn with %s failed", self._address)
+                    # For example, another router has written nonsense; it may be corrected by the next turn.
+                    logger.exception("an exchange with %s failed", self._address)
                 self._is_away(error)
                 time.sleep(_RETRY)
         # Whoever leads next may have no Redis to ask.

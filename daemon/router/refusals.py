@@ -41,7 +41,7 @@ def router_failed(why: str) -> Answer:
 
 
 def deadly(why: str, identity: str) -> Answer:
-    """OpenAI's clients send a request again after a 500, unless the header says that it is in vain."""
+    """OpenAI's clients send a request again after a 500 unless a header forbids it."""
     answer = error(500, f"request {identity}: {why}", "replicas_lost")
     return replace(answer, headers=(*answer.headers, ("X-Should-Retry", "false")))
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class RegistryFile:
     """JSON in the form of the registrations themselves, secrets and all. Without a path nothing is kept.
 
-    The board is what counts: `keep` writes a file that was removed, or could not be written, when it can.
+    The file follows the board: `keep` writes it again after it was removed or could not be written.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -49,7 +49,7 @@ class RegistryFile:
             self._write(board)
 
     def keep(self, board: Board) -> None:
-        """Writes the board unless the file says the same. To be called regularly, by one process."""
+        """Write the board unless the file says the same. One process calls this at regular intervals."""
         if self._path is None:
             return
         try:
@@ -109,7 +109,7 @@ class RegistryFile:
     def prepare(self) -> None:
         """Raises ConfigError if it could not be written later.
 
-        A disk that is full or read-only just now is no reason not to start.
+        A disk that is full or read-only does not prevent the start: that may pass.
         """
         if self._path is None:
             return
@@ -125,7 +125,7 @@ class RegistryFile:
                     f"({error.strerror})"
                 ) from None
         if self._path.is_dir():
-            raise ConfigError(f"--registry-file {self._path}: must be a file, and is a directory")
+            raise ConfigError(f"--registry-file {self._path}: must be a file; it is a directory")
 
 
 def _content(board: Board) -> bytes:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two ticks that do not come about by themselves: this process was stopped, or starved.
 _AWAY = 2.0
-#: Seconds for which the requests of a replica that is reserved may end by themselves.
+#: Seconds in which the requests of a reserved replica may end before they have to make way.
 _MAKE_WAY_AFTER = 1.0
 
 
@@ -85,17 +85,17 @@ class DataPlane:
                 + (f" ({remark})" if remark else "")
             )
         finally:
-            # Its place is free, whatever becomes of the accounts.
+            # Its place is free even if the accounting fails.
             if self.line:
                 self.line.advance(now)
 
     def tick(self, now: float) -> None:
-        """Several times a second. A part that fails is logged, and the others are done all the same."""
+        """Several times a second. A part that fails is logged, and the others still run."""
         for part in (lambda: self.pool.sweep(now), self.metrics.flush, lambda: self.line.advance(now)):
             try:
                 part()
             except Exception:
-                logger.exception("a part of the data plane's clock failed")
+                logger.exception("a periodic task of the data plane failed")
         was_away = now - self._ticked_at > _AWAY
         self._ticked_at = now
         for exchange in list(self.exchanges):

@@ -75,7 +75,7 @@ class RequestParser:
 
     @property
     def origin(self) -> bytes:
-        """The Origin header of the request that comes just now; empty if it has none."""
+        """The Origin header of the request that is being received; empty if it has none."""
         return self._special.get(b"origin", b"")
 
     def feed(self, data: bytes) -> Sequence[Parsed | Answer]:
@@ -218,7 +218,7 @@ class RequestParser:
         if hosts > 1 or (hosts == 0 and not self._is_old):
             raise Rejected(HTTPStatus.BAD_REQUEST, f"one Host header is needed, and there are {hosts}")
         if types > 1:
-            # Each replica would have to choose one.
+            # Replicas might choose different ones.
             raise Rejected(HTTPStatus.BAD_REQUEST, f"there are {types} Content-Type headers; send one")
         if is_chunked and self._is_old:
             raise Rejected(HTTPStatus.BAD_REQUEST, "HTTP/1.0 has no Transfer-Encoding")

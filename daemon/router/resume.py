@@ -155,7 +155,7 @@ class Transcript:
     def pass_on(self, data: bytes) -> bytes:
         """What of the stream so far can go to the client now: whole events, without marks.
 
-        It does not depend on how the stream was cut into pieces.
+        The result does not depend on how the stream was cut into pieces.
         """
         if self.problem:
             return b""
@@ -174,7 +174,7 @@ class Transcript:
         return b"".join(passed)
 
     def _read(self, event: bytes) -> bytes:
-        """Returns the event without its marks; nothing if it consists of them."""
+        """Return the event without its marks; nothing if it has only marks."""
         start = event.find(_MARK)
         is_marked = True
         if start > 0 and event.find(b"\n", start + 1) < 0:

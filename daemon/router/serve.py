@@ -192,7 +192,7 @@ def _listen_or_exit(address: str, port: int) -> socket.socket:
 
 
 def _listen_on_path_or_exit(path: Path) -> list[socket.socket]:
-    """Empty if the disk is full or read-only just now: the arbiter makes the socket when it can."""
+    """Return no socket if the disk is full or read-only: the arbiter makes the socket when it can."""
     try:
         return [admin_socket.bind(path)]
     except OSError as error:
@@ -201,8 +201,7 @@ def _listen_on_path_or_exit(path: Path) -> list[socket.socket]:
         reason = (error.strerror or str(error)).lower()
         _exit(
             EXIT_ADDRESS,
-            f"--admin-socket {path}: cannot be made ({reason}); it must be in a directory that can be "
-            "written",
+            f"--admin-socket {path}: cannot be made ({reason}); its directory must exist and be writable",
         )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: As many as the board has columns for, and as many again while a reload replaces them.
 _MOST_WORKERS = 16
 _DAY = 86400
-#: fd-dp knows it within a second or two, later on a machine that is busy with restarts.
+#: fd-dp reports an ending within a second or two, later on a machine that is busy with restarts.
 _ENDING_PATIENCE = 10.0
 
 
@@ -70,12 +70,12 @@ class Settings:
 
     @property
     def is_supervised(self) -> bool:
-        """fd-dp, which gives its orders over the admin socket, starts lost replicas again."""
+        """Replicas are started again after a loss: by fd-dp, which is there if there is an admin socket."""
         return self.admin_socket is not None
 
     @property
     def ending_patience(self) -> float:
-        """Seconds for which fd-dp's word about the end of a replica is awaited."""
+        """Seconds to wait for fd-dp's report on how a replica ended."""
         return _ENDING_PATIENCE if self.is_supervised else 0.0
 
     def __post_init__(self) -> None:

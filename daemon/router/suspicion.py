@@ -1,13 +1,13 @@
-"""Suspicion that a request kills the replicas that it is given to. Pure, the clock is passed in.
+"""Suspicion that a request kills the replicas that serve it. Pure, the clock is passed in.
 
     innocent   few replicas were lost with it: it is tried anywhere
-    suspect    several in a row: it is tried alone, at a replica that takes nothing else meanwhile
-    deadly     it was alone, and the replica was lost again: it is not tried any more
+    suspect    several in a row: it is tried alone, at a replica that gets no other request meanwhile
+    deadly     it was alone, and the replica was lost again: it is not tried again
 
-Any progress of its answer ends the suspicion: a request that kills its replica gives no token there. A death
-that fd-dp explains as brought about from outside (a signal 9, a stop) counts for little: in a storm of kills
-a suspect would keep the last replicas from all others. Something outside that always kills over the same
-request, as a watchdog of memory does, meets a bound that no storm reaches by chance.
+Any progress of the answer ends the suspicion: a request that kills its replica yields no token there. A death
+that fd-dp reports as caused from outside (a signal 9, a stop) counts little: if many replicas are killed from
+outside, suspects would reserve the last ones. It does count a little, because a memory watchdog kills from
+outside, too, and over the same request each time. The limits are too high to be reached by chance.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from enum import Enum, auto
 from .board_memory import Ending
 from .lease import Seat
 
-#: Deaths in a row that make a suspect: unexplained ones, and of any kind.
+#: Deaths in a row that make a suspect: those not caused from outside, and those of any kind.
 SUSPECT_AFTER, SUSPECT_AFTER_ANY = 2, 20
-#: Deaths of any kind while it was alone; an unexplained one is enough by itself.
+#: Deaths of any kind while it was alone; one that was not caused from outside is enough.
 MOST_ALONE = 4
 
 
@@ -41,10 +41,12 @@ class Death:
     #: It had nothing else.
     alone: bool
     at: float
+    #: For the client.
+    problem: str
 
 
 class Suspicion:
-    """Of one request, since its answer last came further."""
+    """The deaths under one request since its answer last came further."""
 
     __slots__ = ("deaths",)
 
@@ -54,8 +56,8 @@ class Suspicion:
     def verdict(self, ending_of: Callable[[Seat], Ending], now: float, patience: float) -> Verdict:
         """
         Args:
-            ending_of: what fd-dp says about the end of a replica.
-            patience: seconds for which its word is awaited; 0 if there is no fd-dp.
+            ending_of: how a replica ended, as fd-dp reports it.
+            patience: seconds to wait for that report; 0 if there is no fd-dp.
         """
         if not self.deaths:
             return Verdict.INNOCENT

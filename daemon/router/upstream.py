@@ -32,8 +32,6 @@ _MAX_HEAD = 128 << 10
 _MAX_NOTHING = 128 << 10
 #: Interim heads before the answer. Our replicas send one every few seconds: this is half a day.
 _MAX_INTERIM = 10_000
-
-
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -271,7 +269,7 @@ class ReplicaConnection(asyncio.Protocol):
     def _read_interim(self, status: int) -> None:
         """A sign of life. It has no body (RFC 9110, 15.2), and llhttp reads one if the head announces it."""
         if status == 101:
-            raise ValueError("it switches protocols, which nobody asked for")
+            raise ValueError("it switches protocols, which no request asks for")
         if any(name in _FRAMING for name, _ in self.headers):
             raise ValueError("an interim answer has no body")
         self._interim_heads += 1
@@ -381,7 +379,7 @@ class ConnectionPool:
             reason = (error.strerror or str(error)).lower()
             then.unreachable(f"no connection ({reason})")
         except Exception as error:
-            # An address that the system does not take, for one. Nothing awaits this task.
+            # For example, the system rejects the address. No caller awaits this task.
             logger.exception("a connection to %s cannot be opened", instance.authority)
             then.unreachable(f"no connection ({type(error).__name__})")
         else:

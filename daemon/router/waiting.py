@@ -78,7 +78,7 @@ class WaitingLine:
                 self._is_full, is_full_for_some = _serve(waiters, now)
                 is_any_full |= is_full_for_some
                 for waiter in [each for each in waiters if each.deadline <= now]:
-                    # The end of one before it may have ended it, too.
+                    # It may have ended together with one before it.
                     if waiter in waiters:
                         waiters.remove(waiter)
                         waiter.give_up()

@@ -63,11 +63,11 @@ class RouterWorker(Worker):
         return bool(self.tmp.last_update() != self._made_at)
 
     def pass_listener(self, listener: socket.socket) -> None:
-        """Passes a new admin socket to the worker. Called in the arbiter."""
+        """Pass a new admin socket to the worker. Called in the arbiter."""
         try:
             socket.send_fds(self._to_worker, [b"."], [listener.fileno()])
         except OSError as error:
-            logger.warning("worker %s does not take the new admin socket: %s", self.pid, error)
+            logger.warning("the new admin socket cannot be passed to worker %s: %s", self.pid, error)
 
     def run(self) -> None:
         self.connections: set[ClientConnection] = set()
@@ -167,7 +167,7 @@ class RouterWorker(Worker):
         )
 
     async def _replace_admin_socket(self, servers: list[asyncio.Server]) -> None:
-        """Listens on each socket that the arbiter passes in place of a removed admin socket."""
+        """Listen on each socket that the arbiter passes in place of a removed admin socket."""
         arrived = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_reader(self._from_arbiter, arrived.set)
@@ -214,7 +214,7 @@ class RouterWorker(Worker):
                 self._plane.tick(now)
             except Exception:
                 # One request's fault must not end the beat, without which the arbiter kills all of them.
-                logger.exception("the clock of the worker failed")
+                logger.exception("a periodic task of the worker failed")
             await asyncio.sleep(_TICK)
 
     def _watch_connections(self, now: float) -> None:
@@ -222,8 +222,8 @@ class RouterWorker(Worker):
             try:
                 connection.watch(now)
             except Exception:
-                logger.exception("a client's connection failed in the router; it is closed")
-                # Its state is unknown: met again at the next beat it would fail again.
+                logger.exception("internal error in a client's connection; the connection is closed")
+                # Its state is unknown, and it would fail again at the next beat.
                 self.connections.discard(connection)
                 with contextlib.suppress(Exception):
                     connection.abort_for("has a broken connection")

@@ -61,7 +61,9 @@ def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(start_rout
             answer.check()
         assert sum(replica.starts - 1 for replica in fleet.replicas) == MOST_DEATHS
     message = told.error["message"]
-    assert message.startswith(f"request deadly: {MOST_DEATHS} replicas in a row were lost over this request")
+    assert message.startswith(
+        f"request deadly: {MOST_DEATHS} replicas in a row were lost while serving this request"
+    )
     if kind == "at once":
         assert (told.status, told.error["code"]) == (500, "replicas_lost")
         assert told.headers["x-should-retry"] == "false"

@@ -341,8 +341,8 @@ def test_a_directory_that_cannot_be_written_is_named_at_the_start(tmp_path):
         (
             ["--admin-socket", f"{directory}/socket"],
             5,
-            f"--admin-socket {directory}/socket: cannot be made (permission denied); it must be in a "
-            "directory that can be written",
+            f"--admin-socket {directory}/socket: cannot be made (permission denied); its directory "
+            "must exist and be writable",
         ),
     ):
         assert refused(*flags, FD_LOG_DIR=str(tmp_path)) == (code, f"fd-router: {words}\n")

@@ -107,7 +107,7 @@ def test_without_a_path_nothing_is_kept(boards):
 
 
 def test_a_file_that_could_not_be_written_is_found_at_the_start(tmp_path):
-    with pytest.raises(ConfigError, match="must be a file, and is a directory"):
+    with pytest.raises(ConfigError, match="must be a file; it is a directory"):
         RegistryFile(tmp_path).prepare()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--registry-file"):

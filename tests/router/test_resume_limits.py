@@ -71,7 +71,7 @@ def test_a_stream_under_which_several_replicas_die_in_a_row_ends_with_an_error(r
     fleet = start_fleet(MOST_DEATHS + 1)
     faults = [CUT, {"at": "resume", "how": "close", "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
-    assert f"{MOST_DEATHS} replicas in a row were lost over this request" in message
+    assert f"{MOST_DEATHS} replicas in a row were lost while serving this request" in message
     # The replica that had it first, and those that were to go on with it.
     begun = sum(len(replica.received(COMPLETIONS)) for replica in fleet.replicas)
     resumed = sum(len(replica.received(RESUME_PATH)) for replica in fleet.replicas)
@@ -91,7 +91,7 @@ def test_a_request_that_kills_every_replica_gets_one_clear_answer_before_all_are
     assert (answer.status, answer.error["code"]) == (500, "replicas_lost")
     assert answer.headers["x-should-retry"] == "false"
     identity = answer.headers["x-request-id"]
-    message = f"request {identity}: {MOST_DEATHS} replicas in a row were lost over this request, the last one"
+    message = f"request {identity}: {MOST_DEATHS} replicas in a row were lost while serving this request, "
     assert answer.error["message"].startswith(message)
     assert len(list(router.directory.glob(f"killer-{stream}-*"))) == MOST_DEATHS
 

@@ -29,7 +29,7 @@ def verdict(
     suspicion, endings = Suspicion(), {}
     for number, ending in enumerate([*shared, *alone]):
         seat = Seat(number, number, instance(number))
-        suspicion.deaths.append(Death(seat, number >= len(shared), at=100.0))
+        suspicion.deaths.append(Death(seat, number >= len(shared), at=100.0, problem="lost"))
         endings[seat] = ending
     return suspicion.verdict(endings.__getitem__, 100.0 + waited, patience)
 
