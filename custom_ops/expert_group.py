@@ -110,7 +110,7 @@ class NativeGroup:
 
     @property
     def fault(self) -> tuple[int, str]:
-        """After FAULTY: the seat whose part of the memory is faulty, and what is wrong with it."""
+        """After FAULTY: the seat whose part of the memory is faulty, and the value that is out of range."""
         return self._library.fd_ep_faulty(self.handle), self._library.fd_ep_fault(self.handle).decode()
 
     def ring(self) -> None:

@@ -44,8 +44,8 @@ def sample(
             logprobs is -1 for none, else how many of the most likely tokens are to be told of.
         tokens: [n, 2] of token id and count. A row's `num_seen` pairs from `first_token` on are the tokens of
             its text and how often the output has them (0: the prompt alone does); the `num_masked` pairs
-            behind are ids that must not be drawn. Where `given` is not 0 nothing is drawn: token `given - 1`
-            takes the drawn token's place.
+            behind are ids that must not be drawn. Where `given` is not 0 nothing is drawn, and token
+            `given - 1` is scored instead.
         width: 1 + the highest `logprobs` of all rows.
 
     Returns:

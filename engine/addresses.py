@@ -1,6 +1,6 @@
-"""Addresses to listen on. A name may stand for several, of both families: a server listens on all of them.
+"""Addresses to listen on. A name may have several, of both families: a server listens on all of them.
 
-Otherwise clients that resolve the name find an address where nobody listens, or where another program does.
+Otherwise clients that resolve the name may find an address where nothing or another program listens.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from .errors import ConfigError
 
 
 def addresses_of(host: str) -> tuple[str, ...]:
-    """Return the IP addresses that a host to listen on stands for, IPv4 first.
+    """Return the IP addresses of a host to listen on, IPv4 first.
 
-    An address stands for itself. Addresses of a name that this machine does not have are left out: hosts
-    files name ``::1`` also where IPv6 is off.
+    Addresses of a name that this machine does not have are left out: hosts files name ``::1`` also where
+    IPv6 is off.
 
     Raises:
         ConfigError: it is neither an address nor a name of this machine.
@@ -31,7 +31,7 @@ def addresses_of(host: str) -> tuple[str, ...]:
     own = sorted(filter(_can_be_bound, addresses), key=lambda address: ":" in address)
     if not own:
         raise ConfigError(
-            f"{host!r} is {', '.join(addresses)}, which this machine does not have; "
+            f"{host!r} resolves to {', '.join(addresses)}, which this machine does not have; "
             "127.0.0.1 and 0.0.0.0 are usual"
         )
     return tuple(own)
@@ -46,12 +46,12 @@ def is_address(host: str) -> bool:
 
 
 def is_wildcard(host: str) -> bool:
-    """True for the address that means all addresses of the machine."""
+    """Return True for the address that means all addresses of the machine."""
     return is_address(host) and ipaddress.ip_address(host).is_unspecified
 
 
 def is_loopback(host: str) -> bool:
-    """True for an address of loopback, also for an IPv4 address in IPv6 form."""
+    """Return True for a loopback address, also for an IPv4 address in IPv6 form."""
     if not is_address(host):
         return False
     address = ipaddress.ip_address(host)
@@ -60,7 +60,7 @@ def is_loopback(host: str) -> bool:
 
 
 def authority(host: str, port: int) -> str:
-    """HOST:PORT, with the brackets that an IPv6 address needs."""
+    """Return HOST:PORT, with the brackets that an IPv6 address needs."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -32,7 +32,7 @@ MAX_TEMPLATE_CHARACTERS = 64 * 1024
 _CPU_SECONDS = 2
 _MEMORY_BYTES = 512 << 20
 _MAX_TEXT_CHARACTERS = 8 << 20
-#: Of what a template says with `raise_exception`, or of Jinja's own words.
+#: Characters of a message of `raise_exception` or of Jinja.
 _MAX_ERROR_CHARACTERS = 500
 #: The child computes for _CPU_SECONDS at most; this covers a machine too busy to run it.
 _WALL_SECONDS = 30
@@ -51,8 +51,8 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
             "the chat template cannot be compiled: its expressions are nested too deep, or too large",
             "chat_template",
         ) from None
-    # Not only TemplateError: Jinja makes Python of it, whose compiler has errors of its own (a break outside
-    # of a loop, a number of too many digits).
+    # Not only TemplateError: Jinja translates it to Python, whose compiler raises errors of its own (a break
+    # outside of a loop, a number of too many digits).
     except Exception as error:
         raise RequestError(
             f"the chat template cannot be compiled: {_one_line(error)}", "chat_template"
@@ -150,7 +150,7 @@ def _one_line(error: Exception) -> str:
     line = getattr(error, "lineno", None)
     text = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
-        # Its line is one of the Python that Jinja has made of the template.
+        # Its line number belongs to the Python that Jinja has generated.
         line, text = None, error.msg
     text = printable(text or type(error).__name__, _MAX_ERROR_CHARACTERS)
     return f"line {line}: {text}" if line else text

@@ -32,7 +32,7 @@ class Runner(Protocol):
     """Computes a batch. The only thing that the engine knows of tensors and of the memory of the cache."""
 
     def execute(self, batch: Batch) -> paddle.Tensor:
-        """Writes keys and values of every row and returns logits of rows that sample and scored positions.
+        """Writes keys and values of every row; returns logits of rows that sample and of scored positions.
 
         Position p of a sequence lives in block `block_ids[p // block_size]` at offset `p % block_size`.
         Positions before `start` are there already, and no other slot may be written to.
@@ -74,7 +74,7 @@ class EngineCore:
         except RequestError as error:
             self._refusals.append(_error(request.request_id, str(error)))
         except Exception as error:
-            # It would end the loop, and with it the requests of all others.
+            # Uncaught, it would end the loop, and with it all other requests.
             _log.error("request=%s cannot be queued", request.request_id, exc_info=error)
             self._scheduler.abort([request.request_id])
             self._refusals.append(_error(request.request_id, "the engine failed to queue this request"))

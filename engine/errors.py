@@ -2,7 +2,7 @@
 
 import errno
 
-#: What a disk says that is full, read-only or broken, and may not be tomorrow.
+#: Errors of a disk that is full, read-only or broken at present.
 _DISK_CONDITIONS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 
 
@@ -31,7 +31,7 @@ class ReplicaUnavailable(FastDeployError):
 
 
 def is_disk_condition(error: OSError) -> bool:
-    """Return whether the state of a disk is to blame, rather than a wrong path or missing rights."""
+    """Return True if the cause is the state of a disk, rather than a wrong path or a missing permission."""
     return error.errno in _DISK_CONDITIONS
 
 

@@ -1,7 +1,7 @@
-"""API keys as they are configured: in files, or in environment variables. All users can read command lines.
+"""API keys from files and environment variables. Command lines are readable by all users.
 
-A key is a run of printable ASCII characters. HTTP libraries disagree on how to encode others in a header, and
-one server would accept such a key that the next one refuses: so it is refused where it is read.
+A key has printable ASCII characters only. HTTP libraries disagree on how to encode others in a header, so one
+server would accept a key that another refuses. Such a key is refused where it is read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def keys_in_variable(name: str, environment: Mapping[str, str]) -> list[str]:
     """Return the keys in an environment variable, separated by commas; none if it is not set or empty.
 
     Raises:
-        ConfigError: a key cannot be one, or the variable is set and has none: it must not open the door.
+        ConfigError: a key is invalid, or the variable is set without a key, which must not disable the check.
     """
     text = environment.get(name, "")
     keys = keys_of(name, text)
@@ -48,7 +48,7 @@ def keys_in_variable(name: str, environment: Mapping[str, str]) -> list[str]:
 
 
 def keys_of(what: str, text: str) -> list[str]:
-    """Return keys that are separated by commas. Raises ConfigError; `what` names their source in it."""
+    """Return the keys in a list with commas. Raises ConfigError, in which `what` names the source."""
     return [_checked(f"{what}: key {number}", key) for number, key in enumerate(_split(text), start=1)]
 
 

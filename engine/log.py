@@ -100,7 +100,7 @@ def _file(name: str, fallback: logging.Handler) -> logging.Handler:
     try:
         handler.open()
     except OSError as error:
-        # A disk that is full or read-only just now is no reason not to start.
+        # A disk that is full or read-only at present must not prevent the start.
         if not is_disk_condition(error):
             raise ConfigError(
                 f"FD_LOG_DIR is {str(directory)!r}; it must be a directory for logs ({error.strerror})"

@@ -17,12 +17,12 @@ LOOK_SECONDS = 1.0
 class SharedFile(logging.Handler):
     """Several processes may write to it: one of them rotates it, the others follow.
 
-    A file or a directory that is removed is made again. Lines that find no room are dropped; when there is
-    room again, one line says how many.
+    A removed file or directory is created again. Lines that cannot be written are dropped; when writing
+    succeeds again, one line tells how many.
     """
 
     def __init__(self, path: Path, max_bytes: int, kept: int, fallback: logging.Handler) -> None:
-        """`fallback` handles the records about the file itself: it cannot be written, or can again."""
+        """`fallback` handles the records that the file cannot be written, or can be written again."""
         super().__init__()
         self._path = path.absolute()
         self._max_bytes = max_bytes
@@ -44,7 +44,7 @@ class SharedFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._pid != os.getpid():
-            # Lines that the parent has lost are for the parent to report.
+            # The parent reports the lines that it has lost.
             self._pid, self._lost = os.getpid(), 0
         try:
             lines = self._lines_of(record)
@@ -73,8 +73,8 @@ class SharedFile(logging.Handler):
         return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
 
     def _write(self, descriptor: int, lines: bytes) -> None:
-        """Write all of it. Raises OSError; a part may be written then."""
-        # Without a buffer, which would keep what cannot be written.
+        """Write all lines. Raises OSError, after which a part may be written."""
+        # Unbuffered: a buffer would keep what cannot be written.
         rest = b"\n" + lines if self._is_torn else lines
         while rest:
             written = os.write(descriptor, rest)
@@ -110,7 +110,7 @@ class SharedFile(logging.Handler):
         return self._descriptor
 
     def _rotate(self) -> None:
-        """If that is not possible, lines go to the old file and the next look tries it again."""
+        """Rotate the file. If that fails, lines go to the old file and the next look tries again."""
         try:
             directory = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -136,7 +136,7 @@ class SharedFile(logging.Handler):
             self._path.unlink()
             return
         old = [self._path.with_name(f"{self._path.name}.{number}") for number in range(1, self._kept + 1)]
-        # Up to a gap, which an attempt that failed halfway has left: the files behind it need not move.
+        # Up to a gap, which a rotation that failed halfway has left: older files need not move.
         gap = next((number for number, file in enumerate(old) if not file.exists()), len(old) - 1)
         for number in range(gap, 0, -1):
             old[number - 1].replace(old[number])
@@ -150,7 +150,7 @@ class SharedFile(logging.Handler):
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            # The open file may be fine.
+            # The open file may still be usable.
             return True
         own = os.fstat(self._descriptor)
         return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)

@@ -20,7 +20,7 @@ from .messages import ExpertParallelStats, Ready, Stats
 
 # Half of the lines would be times at which counters were made.
 disable_created_metrics()
-# Counts begin at 0 with the process, also where FastDeploy's users have PROMETHEUS_MULTIPROC_DIR exported.
+# Counts begin at 0 with the process, even if PROMETHEUS_MULTIPROC_DIR is set, as FastDeploy's users do.
 values.ValueClass = values.MutexValue
 
 # Wider than FastDeploy's, whose first-token buckets end at 1 s: a long prompt on a CPU takes a minute.

@@ -2,7 +2,7 @@
 
 Any reader of safetensors can look into one. The gaps that the alignment leaves, which that format does not
 know, are tensors named ``gap.N``. The metadata say what the file was made of, the SHA-256 of all tensors, and
-that of the header itself, in which its own place is filled with zeros.
+the SHA-256 of the header, computed with zeros in its own place.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def write(
 
 
 def read(file: Path) -> StoredFile:
-    """Maps a file that `write` has made, of whatever version; no page of the tensors is touched.
+    """Map a file that `write` has made, of any version; no page of the tensors is touched.
 
     Raises:
         CheckpointError: it is damaged, as far as its header and size tell.
@@ -101,7 +101,7 @@ def read(file: Path) -> StoredFile:
 
 
 def check_header(file: Path, found: StoredFile) -> None:
-    """Compares the header of a file that `read` has found with its checksum.
+    """Compare the header of a file that `read` has returned with its checksum.
 
     Raises:
         CheckpointError: they differ.
@@ -114,7 +114,7 @@ def check_header(file: Path, found: StoredFile) -> None:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
     if not expected or _header_digest(header.replace(expected.encode(), _ZEROS.encode())) != expected:
-        raise CheckpointError(f"{file}: the header has another SHA-256 than it says")
+        raise CheckpointError(f"{file}: the SHA-256 of the header does not match")
 
 
 def verify(file: Path, progress: Callable[[float], None]) -> None:

@@ -1,4 +1,4 @@
-"""The import of Paddle, without what it does besides."""
+"""The import of Paddle without its side effects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def import_paddle() -> None:
         return
     make, temporary = os.makedirs, tempfile.tempdir
     os.makedirs = lambda *_, **__: None
-    # Otherwise the search for a directory that can be written fails in the same way.
+    # Otherwise the search for a writable directory fails in the same way.
     tempfile.tempdir = tempfile.tempdir or "/tmp"
     try:
         import paddle

@@ -94,7 +94,7 @@ class Registration(threading.Thread):
                     if self._is_healthy():
                         self._note(self._register(session))
                 except Exception as error:
-                    # Without this thread the router would forget a replica that works.
+                    # If this thread ended, the router would forget a working replica.
                     self._note(f"{type(error).__name__}: {error}")
                 self._stopped.wait(_BEAT_SECONDS if self._trouble is None else _FIRST_BEAT_SECONDS)
             # A beat that has failed may have arrived all the same.
@@ -198,13 +198,12 @@ def router_url(text: str) -> str:
 
 
 def advertised_ip(listening: Sequence[str], router: str) -> str:
-    """Return the IP address under which the router reaches a replica: routers refuse names.
+    """Return the IP address under which the router reaches a replica; routers refuse names.
 
-    It is one that the replica listens on: the one that this machine uses on the way to the router, if that
-    is possible.
+    The replica listens on it. If possible it is the address that this machine uses on the way to the router.
 
     Args:
-        listening: IP addresses that are bound.
+        listening: IP addresses that the replica listens on.
 
     Raises:
         OSError: the router's name does not resolve, there is no route at present, or the router has only
@@ -221,11 +220,11 @@ def advertised_ip(listening: Sequence[str], router: str) -> str:
     if any(map(is_loopback, own)):
         # The router is on this machine, and any address of this machine will do.
         return "::1" if ":" in listening[0] else "127.0.0.1"
-    raise OSError(f"no way from {router} to a replica that listens on {' and '.join(listening)}")
+    raise OSError(f"{router} cannot reach a replica that listens on {' and '.join(listening)}")
 
 
 def _own_addresses_towards(router: str) -> list[str]:
-    """The addresses that this machine uses on the way to each address of the router."""
+    """Return the addresses that this machine uses on the way to each address of the router."""
     target = urllib.parse.urlsplit(router)
     own = []
     for family, kind, _, _, sockaddr in socket.getaddrinfo(
@@ -239,5 +238,5 @@ def _own_addresses_towards(router: str) -> list[str]:
 
 
 def _includes(wildcard: str, address: str) -> bool:
-    """``::`` is bound for IPv4, too."""
+    """Return True if a listener on `wildcard` has this address; ``::`` includes IPv4."""
     return is_wildcard(wildcard) and (":" in wildcard or ":" not in address)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are drawn. Values are validated where they enter (entrypoints/openai/protocol.py)."""
 
-    #: 0: the prompt is computed, for its log probabilities, and nothing is drawn.
+    #: 0: compute the prompt for its log probabilities and draw nothing.
     max_tokens: int
     min_tokens: int = 0
     #: 0 means greedy.
@@ -36,7 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     #: None: no log probabilities. 0: of the drawn token only. n: and of the n most likely tokens.
     logprobs: int | None = None
-    #: The same for the tokens of the prompt, but for the first, which follows nothing.
+    #: The same for the tokens of the prompt except the first, which follows nothing.
     prompt_logprobs: int | None = None
 
 
@@ -64,8 +64,8 @@ class Sequence:
     #: Prompt tokens whose keys and values were found in the prefix cache at first admission.
     num_cached: int = 0
     num_preemptions: int = 0
-    #: Of the prompt's tokens from the second on, as far as they are known: entry i is of the token at
-    #: position i + 1, from the logits of position i. They stay when the sequence is preempted.
+    #: Of the prompt's tokens from the second on, as far as they are known: entry i belongs to the token at
+    #: position i + 1 and comes from the logits of position i. Preemption keeps them.
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     #: Chained hashes of the first full blocks, as far as needed. They stay valid: the text only grows.
     block_hashes: list[bytes] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Sequence:
 
     @property
     def is_scored(self) -> bool:
-        """Log probabilities of its prompt are wanted and not all known."""
+        """True while log probabilities of its prompt are wanted and not all known."""
         return (
             self.params.prompt_logprobs is not None
             and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1

@@ -35,7 +35,7 @@ PROGRESS_HEADER = "X-FD-Progress"
 #: Of interim heads: when the answer was begun (Unix time, seconds) and its id; and a mark for each choice.
 DRAFT_HEADER = "X-FD-Draft"
 DRAFT_MARK_HEADER = "X-FD-Mark"
-#: Of a 503: the engine was lost while it had the request. Any other 503 of a replica took no request in.
+#: Of a 503: the engine was lost while it had the request. With any other 503 the replica has not taken it.
 LOST_HEADER = "X-FD-Engine-Lost"
 
 _FINISHED = b"."

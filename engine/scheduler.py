@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .messages import Logprobs
 
 
-#: Positions whose logits one step keeps for log probabilities of prompts. A row of logits is as long as the
-#: vocabulary, so this bounds a step's memory; what it computes does not depend on where prompts are cut.
+#: Positions of prompts whose logits one step keeps for log probabilities. A row of logits is as long as the
+#: vocabulary, so this limits the memory of a step. The results do not depend on where a prompt is cut.
 MAX_SCORED = 256
 
 
@@ -135,7 +135,7 @@ class Scheduler:
         """
         assert len(token_ids) == sum(row.samples for row in batch.rows), "one token for each row that samples"
         assert len(prompt_logprobs) == sum(len(row.scored) for row in batch.rows), (
-            "one for each that is scored"
+            "one for each scored position"
         )
         reasons: list[FinishReason | None] = []
         drawn, scores = iter(token_ids), iter(prompt_logprobs)

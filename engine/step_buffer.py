@@ -23,8 +23,8 @@ class StepBuffer:
     def write(self, batch: Batch, *, every_position: bool = False) -> paddle.Tensor:
         """
         Args:
-            every_position: logits of all tokens are wanted, rather than of the last of each row that samples
-                and then of those positions that are scored.
+            every_position: logits of all tokens are wanted, rather than of the last token of each row that
+                samples and then of the scored positions.
 
         Returns:
             The step, valid until the next call.

@@ -31,9 +31,9 @@ _ITEM_SIZE = {
 }
 _ITEM_SIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 _MAX_HEADER = 100 << 20
-#: numpy takes no more.
+#: The maximum of numpy.
 _MAX_DIMENSIONS = 64
-#: Raised by `json.loads` and by the reading of what it returns, if that is damaged.
+#: Raised by `json.loads` and by reading its result if a header is damaged.
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 #: What weights can be stored as -> its view in numpy, which has no bfloat16.
 _FLOATS = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}
@@ -178,7 +178,7 @@ def _tensor(name: str, entry: dict[str, Any], file: Path, body: np.ndarray) -> S
 
 
 def _are_sizes(*numbers: object) -> bool:
-    """All are integers that a file can have bytes or a tensor elements of."""
+    """Return True if all are integers that can count the bytes of a file or the elements of a tensor."""
     return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
 
 

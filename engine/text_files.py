@@ -1,7 +1,7 @@
-"""Text and JSON of files that people edit or a checkpoint brings.
+"""Text and JSON files that users edit or that belong to a checkpoint.
 
-Whatever is wrong with such a file becomes a `ConfigError` of one line that names the file and the place. A
-byte order mark at the beginning is accepted: Windows editors write it.
+Each error is a `ConfigError` of one line that names the file and the place. A byte order mark at the
+beginning is accepted, because Windows editors write one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .foreign_text import printable
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-#: Of a refused value, in an error.
+#: Characters of a refused value in an error.
 _MAX_SHOWN = 60
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def read_text(file: Path, name: str = "") -> str:
         name: what errors call the file; its path by default.
 
     Raises:
-        ConfigError: it cannot be read or is no UTF-8 text.
+        ConfigError: it cannot be read or is not UTF-8 text.
     """
     name = name or str(file)
     try:
@@ -44,14 +44,14 @@ def decode(content: bytes, name: str) -> str:
     """Return the text of these bytes, without a byte order mark.
 
     Raises:
-        ConfigError: they are no UTF-8 text. None of them is shown: they may be a secret.
+        ConfigError: they are not UTF-8 text. The error shows none of them, because they may be a secret.
     """
     if content.startswith(_UTF_16):
         raise ConfigError(f"{name}: is UTF-16; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # Without the mark, if there is one: the error counts from behind it.
+        # The error counts from behind a byte order mark.
         start = error.start + len(content) - len(error.object)
         line = content.count(b"\n", 0, start) + 1
         raise ConfigError(f"{name}: byte {start} (line {line}) is not UTF-8; save it as UTF-8") from None
@@ -92,10 +92,10 @@ def _parsed(file: Path, text: str) -> JsonObject:
 
 
 class JsonObject:
-    """The keys of a JSON object, each read as what it must be.
+    """Typed access to the keys of a JSON object.
 
-    All methods raise ConfigError for a value of another type. A key with null counts as missing. `at` says
-    where in the file the object is: "" for the whole file, else a dotted path.
+    All methods raise ConfigError for a value of another type. A key with null counts as missing. `at` is the
+    place of the object in the file: "" for the whole file, else a dotted path.
     """
 
     def __init__(self, file: Path, values: dict[str, Any], at: str = "") -> None:
@@ -104,7 +104,7 @@ class JsonObject:
         self._at = at
 
     def wrong(self, key: str, must_be: str) -> ConfigError:
-        """The error for a key whose value is not what it must be."""
+        """Return the error for a key with a wrong value."""
         value = self.values.get(key)
         shown = repr(value) if isinstance(value, str | int | float | None) else kind_of(value)
         return ConfigError(
@@ -114,7 +114,7 @@ class JsonObject:
     def integer(
         self, *names: str, default: int | None = None, least: int = 0, most: int | None = None
     ) -> int:
-        """The value of the first of these keys that is there. Without a default one of them must be."""
+        """Return the value of the first of these keys that exists; without a default one of them must."""
         for name in names:
             value = self.values.get(name)
             if value is None:
@@ -146,16 +146,16 @@ class JsonObject:
         return self._typed(name, str, "a text", lambda: default)
 
     def object(self, name: str) -> JsonObject:
-        """Empty if it is missing."""
+        """Return an object; empty if the key is missing."""
         values = self._typed(name, dict, "an object", dict)
         return JsonObject(self.file, values, f"{self._at}{name}.")
 
     def items(self, name: str) -> list[Any]:
-        """Empty if it is missing."""
+        """Return a list; empty if the key is missing."""
         return self._typed(name, list, "a list", list)
 
     def integers(self, name: str) -> list[int]:
-        """One integer or a list of them; empty if it is missing."""
+        """Return one integer or a list of integers as a list; empty if the key is missing."""
         value = self.values.get(name)
         found = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(each) is not int or each < 0 for each in found):
@@ -172,7 +172,7 @@ class JsonObject:
 
 
 def kind_of(value: Any) -> str:
-    """The JSON type of a value, in words."""
+    """Return the JSON type of a value, in words."""
     match value:
         case dict():
             return "an object"

@@ -103,7 +103,7 @@ class Tokenizer:
         return self.token_bytes(token_id).decode(errors="replace")
 
     def is_special(self, token_id: int) -> bool:
-        """It is left out of the text that a reader is shown."""
+        """Return True if texts for readers leave the token out."""
         return token_id in self._vocabulary.special_ids
 
     def detokenizer(

@@ -18,7 +18,7 @@ from .text_files import read_text
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
-#: There is a table with an entry for each id up to the largest; no model has that many.
+#: A table has an entry for each id up to the largest; no model has this many.
 MAX_TOKEN_ID = (1 << 24) - 1
 
 

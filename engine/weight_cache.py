@@ -121,7 +121,7 @@ def packed_tensors(packing: Packing, config: ModelConfig, progress: Progress) ->
 def main() -> int:
     try:
         return _run(_parser().parse_args())
-    # OSError: a damaged file on a read-only disk, which cannot be removed.
+    # OSError: a damaged file on a read-only disk cannot be removed.
     except (FastDeployError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -222,7 +222,7 @@ def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
 
 
 def _read_note(note: bytes) -> tuple[float, str]:
-    """How far the packer is and what it says of it; nothing if that is not a note."""
+    """Return the fraction and the stage in a packer's note; 0 and "" if it is damaged."""
     first, _, stage = note.decode(errors="replace").strip(" \0").partition(" ")
     try:
         fraction = float(first or 0)

@@ -245,7 +245,7 @@ class ApiLink:
             try:
                 message = self._decoder.decode(received)
             except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-                # It may have been a request, whose client would wait for ever.
+                # If it was a request, its client would wait for ever.
                 raise FastDeployError(
                     f"the API process sent an unreadable message ({printable(error)})"
                 ) from None
@@ -306,8 +306,8 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
 
 
 def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
-    # The import takes our handlers of SIGTERM and of faulthandler's signals away. A SIGTERM that comes
-    # meanwhile waits until ours is back.
+    # The import removes our handlers of SIGTERM and of faulthandler's signals. A SIGTERM in the meantime
+    # waits until ours is installed again.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         import_paddle()

@@ -9,7 +9,7 @@ from gunicorn.workers.workertmp import WorkerTmp
 
 
 class _MemoryHeartbeat(WorkerTmp):
-    """Replaces a file in /tmp, without which no worker starts."""
+    """Heartbeat without the file in /tmp that every worker needs otherwise."""
 
     def __init__(self, cfg: object) -> None:
         self._tmp = os.fdopen(os.memfd_create("worker-heartbeat"), "w+b", 0)

@@ -85,7 +85,7 @@ ExpertGroup::Status ExpertGroup::begin() {
   if (wait(&SeatRow::begun, stamp(step_)) == kGoing) {
     for_each_seat(active_, [&](int seat) {
       const uint64_t tokens = row(seat).step_tokens[step_ % 2].load(std::memory_order_relaxed);
-      if (tokens > kMostStepTokens) blame(seat, "the number of tokens in its step");
+      if (tokens > kMostStepTokens) blame(seat, "the token count of its step");
       most = std::max(most, tokens);
     });
     if (faulty() >= 0) {
@@ -151,8 +151,8 @@ bool ExpertGroup::receive(Workspace& workspace, int layer, int element, Received
   int64_t counts[kMostSeats], total = 0;
   for_each_seat(active_, [&](int seat) {
     const uint64_t word = row(seat).tokens.load(std::memory_order_relaxed);
-    if ((word & 0xff) != static_cast<uint64_t>(element)) blame(seat, "the size of an element of its tokens");
-    if (word >> 8 > static_cast<uint64_t>(shape_.max_tokens)) blame(seat, "the number of its tokens");
+    if ((word & 0xff) != static_cast<uint64_t>(element)) blame(seat, "the element size of its tokens");
+    if (word >> 8 > static_cast<uint64_t>(shape_.max_tokens)) blame(seat, "its token count");
     counts[seat] = static_cast<int64_t>(word >> 8) * k;
     total += counts[seat];
   });
@@ -160,7 +160,7 @@ bool ExpertGroup::receive(Workspace& workspace, int layer, int element, Received
     status_ = kFaulty;
     return false;
   }
-  // Counting sort, as in moe_permute.cc; what is sorted is a copy, which nobody else can change meanwhile.
+  // Counting sort, as in moe_permute.cc; it sorts a copy, which no other process can change meanwhile.
   struct Mine {
     int32_t pick, expert;
   };
@@ -175,7 +175,7 @@ bool ExpertGroup::receive(Workspace& workspace, int layer, int element, Received
       if (target < 0 || (target & (kMostSeats - 1)) != seat_) continue;
       const int32_t expert = target >> kSeatBits;
       if (expert >= num_experts) {
-        blame(seat, "the expert that a token of it is for");
+        blame(seat, "the target expert of a token");
         break;
       }
       ++received.offsets[expert + 1];
@@ -231,14 +231,14 @@ const void* ExpertGroup::result(int token, int pick, int element) const {
   const int seat = target & (kMostSeats - 1);
   int64_t place = 0;
   if ((active_ & bit(seat)) == 0) {
-    blame(seat_, "the seat that its own token was sent to");
+    blame(seat_, "the target seat of a token");
   } else {
     place = __atomic_load_n(part<int32_t>(seat, shape_.places) + seat_ * shape_.max_tokens * shape_.k + i,
                             __ATOMIC_RELAXED);
     if (0 <= place && place < most) return part<uint8_t>(seat, shape_.results) + place * shape_.hidden * element;
     blame(seat, "the place of a result");
   }
-  // This seat has written a first token.
+  // Always readable: this seat has written at least one token.
   return part<uint8_t>(seat_, shape_.tokens);
 }
 
@@ -296,19 +296,19 @@ uint64_t ExpertGroup::behind(Word word, uint64_t value, uint64_t seats) const {
   uint64_t missing = 0;
   for_each_seat(seats, [&](int seat) {
     const uint64_t theirs = (row(seat).*word).load(std::memory_order_seq_cst);
-    // The next number is fine, and nobody comes to the one after it before this seat does. A later epoch is not: the
-    // others may have gone on without this seat, and write again what it is about to read.
+    // A seat may be one number ahead, but not two, because that step needs this seat. A later epoch counts as missing:
+    // the others may have gone on without this seat, and overwrite what it is about to read.
     if (theirs - value > (word == &SeatRow::arrived ? 0 : 1)) missing |= bit(seat);
   });
   return missing;
 }
 
-// A number of this epoch that no seat can have come to.
+// Finds a number of this epoch that no seat can have reached.
 bool ExpertGroup::find_impossible(Word word, uint64_t value, uint64_t seats) const {
   if (word == &SeatRow::arrived) return false;
   for_each_seat(seats, [&](int seat) {
     const uint64_t theirs = (row(seat).*word).load(std::memory_order_relaxed);
-    if (theirs >> 40 == epoch_ && theirs > value + 1) blame(seat, "how far it has come");
+    if (theirs >> 40 == epoch_ && theirs > value + 1) blame(seat, "its step number");
   });
   return faulty() >= 0;
 }
@@ -385,7 +385,7 @@ uint64_t ExpertGroup::dead(uint64_t seats) const {
 void ExpertGroup::watch_stalls(uint64_t missing, int64_t waited) {
   if (waited < stall_after_ns_) return;
   for_each_seat(missing, [&](int seat) {
-    // One that claims to have begun something in the future is not excused by it.
+    // A start time in the future does not excuse a seat.
     const uint64_t since = row(seat).since_ns.load(), time = now();
     const int64_t still = since > time ? waited : std::min(waited, static_cast<int64_t>(time - since));
     if (still >= stall_kill_ns_ && (killed_ & bit(seat)) == 0) {

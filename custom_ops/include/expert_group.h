@@ -14,8 +14,8 @@
 // on whether those it waits for are alive, so a wait ends in one of three ways: all have come, the members have
 // changed, or some have died.
 //
-// Everything that is read from the part of a seat is checked where it is read, and read once: it is another process's,
-// which may have a fault. What is out of range ends the collective with kFaulty, and names the seat.
+// Each value in the part of another seat is read once and checked there, because the process that wrote it may be
+// faulty. A value out of range ends the collective with kFaulty and names the seat.
 #pragma once
 
 #include <atomic>
@@ -26,7 +26,7 @@
 namespace fd {
 
 constexpr int kMostSeats = 64;
-// Tokens of one rank in one step. A step has as many rounds as the largest needs, so it bounds these for all.
+// Limit of the tokens of one rank in one step, and so of the rounds of the step, which all ranks take part in.
 constexpr int kMostStepTokens = 1 << 20;
 
 // Where a rank is. Those before kBegin are outside of a step.
@@ -147,13 +147,13 @@ class ExpertGroup {
   void address(int layer, const int32_t* picks, int tokens);
   void publish_tokens(int tokens, int element);
   bool await_tokens();
-  // Those that are for this seat. False if the part of a seat is faulty; all elements must have this size.
+  // Collects the tokens for this seat. False if the part of a seat is faulty; all elements must have this size.
   bool receive(Workspace& workspace, int layer, int element, Received& received);
   void* result_rows(int rows, int element);
   void publish_results();
   bool await_results();
-  // After await_results: the result of a pick of a token of this seat; null for -1. On any thread. Where the part of a
-  // seat is faulty, a row that can be read but means nothing: `results_are_whole` tells afterwards.
+  // After await_results: the result of a pick of a token of this seat; null for -1. On any thread. If the part of a
+  // seat is faulty, the row is readable but meaningless, and `results_are_whole` returns false afterwards.
   const void* result(int token, int pick, int element) const;
   bool results_are_whole();
 
@@ -166,7 +166,7 @@ class ExpertGroup {
   uint64_t lost() const { return lost_; }
   // What was missing, after kFull.
   int64_t missing_bytes() const { return missing_bytes_; }
-  // After kFaulty: the seat whose part is faulty, and what is wrong with it.
+  // After kFaulty: the seat whose part is faulty, and the value that is out of range.
   int faulty() const { return faulty_.load(std::memory_order_relaxed); }
   const char* fault() const { return fault_.load(std::memory_order_relaxed); }
 
@@ -199,7 +199,7 @@ class ExpertGroup {
   uint64_t behind(Word word, uint64_t value, uint64_t seats) const;
   uint64_t dead(uint64_t seats) const;
   bool find_impossible(Word word, uint64_t value, uint64_t seats) const;
-  // The first fault of a collective is the one that is told.
+  // Keeps the first fault of a collective; later ones are ignored.
   void blame(int seat, const char* fault) const;
   void watch_stalls(uint64_t missing, int64_t waited);
   void* grown(int64_t offset, int64_t bytes, int64_t limit, int64_t& size);

@@ -28,7 +28,7 @@ struct SamplingRow {
   int32_t first_token;
   int32_t num_seen;
   int32_t num_masked;
-  int32_t given;  // 0: a token is drawn; else 1 + the token that takes its place
+  int32_t given;  // 0: draw a token; else 1 + the token to score instead
 };
 
 struct TokenCount {

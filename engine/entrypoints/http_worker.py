@@ -9,7 +9,7 @@
 * A client that stops in the middle of its request, or of reading its answer, does not keep a thread for ever.
 * What is no HTTP is refused with the error body that clients of the API know, not with a page.
 * An answer that was broken off ends in a reset; a plain close could be taken for its end.
-* An exception about one connection is logged; gunicorn ends the loop over it, and all requests with it.
+* An exception of one connection is logged; in gunicorn it would end the loop, and with it all requests.
 * A worker that is stopping lets go of its port at once, and does not wait for connections without a request.
 """
 
@@ -95,8 +95,6 @@ class HttpWorker(ThreadWorker):
             try:
                 key.data(key.fileobj)
             except Exception as error:
-                # One connection's, or no descriptor left for a new one. gunicorn would end the loop, and with
-                # it every request of the replica.
                 self.log.error("a connection failed: %s: %s", type(error).__name__, error)
                 if isinstance(error, OSError) and error.errno in _SHORTAGES:
                     time.sleep(_SHORTAGE_PAUSE)

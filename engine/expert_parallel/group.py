@@ -287,10 +287,10 @@ class ExpertGroup:
         self._wake_all()
 
     def _expel(self, seat: int, fault: str) -> None:
-        """Goes on without a seat whose part of the memory says what cannot be."""
-        what = f"{fault}, in its part of the memory, is out of range"
+        """Continue without a seat whose part of the memory is faulty."""
+        what = f"{fault} is out of range in its part of the shared memory"
         if seat == self.seat:
-            raise RankLost(f"seat {seat} of the expert group is this rank's: {what}")
+            raise RankLost(f"faulty data that this rank wrote for the expert group: {what}")
         with self._memory.locked():
             pid = self._memory.entries[seat].pid
             # Another rank may have been faster.
@@ -299,10 +299,10 @@ class ExpertGroup:
                 self._membership.expel(seat)
         if is_first:
             _log.error(
-                "expert group %s: seat %d (pid %d) is removed: %s; the others go on",
+                "expert group %s: seat %d (pid %d) is removed: %s; the others continue",
                 *(self.options.name, seat, pid, what),
             )
-            # It may sleep, and is not among those that `_wake_all` calls any more.
+            # It may sleep, and `_wake_all` no longer calls it.
             self._peers.call([seat])
         self._wake_all()
 
@@ -390,7 +390,7 @@ class ExpertGroup:
             return
         raise RankLost(
             f"the expert group has gone on without seat {self.seat}: this process was stopped for too long, "
-            "or its part of the memory was found faulty; then the log of another rank says why"
+            "or another rank found faulty data in its part of the memory; see the log of that rank"
         )
 
     def _announce_members(self, what: str, record: Record) -> None:

@@ -30,12 +30,12 @@ Planner = Callable[
 
 _log = logging.getLogger(__name__)
 
-#: A step's number has the other 40 bits of a word.
+#: The other 40 bits of a word are the step number.
 _MOST_EPOCHS = 1 << 23
 
 
 class RankLost(FastDeployError):
-    """This rank cannot go on in its group, and has to end: the others do without it."""
+    """This rank cannot continue in its group and has to exit; the others continue without it."""
 
 
 class SeatTaken(ConfigError):
@@ -71,7 +71,7 @@ class Membership:
     def __init__(self, memory: Memory, planner: Planner) -> None:
         self._memory = memory
         self._planner = planner
-        #: The last one that this process has read or written, and that was whole.
+        #: The last intact record that this process has read or written.
         self._last = Record(0, (), ())
 
     @property
@@ -84,10 +84,10 @@ class Membership:
         return self._memory.header.pending != 0
 
     def read(self) -> Record:
-        """The record in force; if it is damaged, the newest one that is not is put into force again.
+        """Return the record in force. If it is damaged, put the newest intact one into force again.
 
         Raises:
-            RankLost: there is none.
+            RankLost: no record is intact.
         """
         epoch = self.epoch
         record = self._last if epoch == self._last.epoch == 0 else None
@@ -99,7 +99,7 @@ class Membership:
         return record
 
     def _whole(self, epoch: int) -> Record | None:
-        """The record of this epoch; None if that is not what lies in its place."""
+        """Return the record of this epoch; None if it is damaged or overwritten."""
         memory, layout = self._memory, self._memory.layout
         start = self._offset(epoch)
         if int.from_bytes(memory.pages[start : start + 8], "little") != epoch:
@@ -134,7 +134,7 @@ class Membership:
             "%s: the record of epoch %d of the expert group is damaged; that of epoch %d takes its place",
             *(memory.directory, epoch, newest.epoch),
         )
-        # Without those that have left since; the dead are for `remove_dead`.
+        # Without members that have left since; `remove_dead` removes the dead ones.
         held = {seat for seat in newest.seats if memory.entries[seat].state != SeatState.FREE}
         return self._commit(newest, held)
 
@@ -206,7 +206,7 @@ class Membership:
         return dead
 
     def expel(self, seat: int) -> None:
-        """Commits the group without a member whose part of the memory is faulty."""
+        """Commit the group without a member whose part of the memory is faulty."""
         record = self.read()
         self._memory.entries[seat].state = SeatState.FREE
         self._memory.header.pending &= ~(1 << seat)

@@ -188,14 +188,14 @@ def pidfd_of(pid: int, started: int) -> int | None:
     """Return a pidfd of the process with this pid and start time; None if there is none."""
     try:
         pidfd = os.pidfd_open(pid)
-    # A number that no process can have is a fault of who has written it.
+    # Not a possible pid: the memory is faulty.
     except (ProcessLookupError, OverflowError):
         return None
     except OSError as error:
         if error.errno == errno.EINVAL:
             return None
         raise
-    # Read after it is open: from here on the number cannot pass to another process.
+    # Compared after the opening: from then on the pid cannot pass to another process.
     if start_time(pid) == started:
         return pidfd
     os.close(pidfd)
@@ -226,8 +226,8 @@ def _open_locked(directory: Path, patience: float) -> int:
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"{directory}: no shared memory ({error.strerror}); expert parallelism needs a tmpfs "
-                f"on {root} that can be written"
+                f"{directory}: no shared memory ({error.strerror}); expert parallelism needs "
+                f"a writable tmpfs on {root}"
             ) from None
         _lock(descriptor, patience, partial(_holder, descriptor))
         if os.fstat(descriptor).st_nlink:
@@ -271,7 +271,7 @@ def _remove_remains(own: Path) -> None:
 
 
 def _lock(descriptor: int, patience: float, holder: Callable[[], tuple[int, int]]) -> None:
-    """`holder`: pid and start time of the process that has the lock."""
+    """`holder` returns pid and start time of the process that holds the lock."""
     suspect, since = (0, 0), time.monotonic()
     while True:
         try:
@@ -284,8 +284,8 @@ def _lock(descriptor: int, patience: float, holder: Callable[[], tuple[int, int]
             # Patience begins anew with every holder.
             suspect, since = found, now
         if now > since + patience:
-            # Another of those who wait may have done it. Or a holder was stopped before it had signed: what
-            # is found is its predecessor then, whose pid may be that of any process by now.
+            # Another waiting process may have killed it. A holder that was stopped before it signed shows
+            # the pid of its predecessor, which any process may have by now.
             pidfd = pidfd_of(*found)
             if pidfd is not None:
                 with suppress(ProcessLookupError):
@@ -294,7 +294,8 @@ def _lock(descriptor: int, patience: float, holder: Callable[[], tuple[int, int]
             if now > since + patience + 5:
                 if pidfd is None:
                     raise LockStuck(
-                        "the lock of the expert group is held by an unknown process; kill all its ranks"
+                        "the lock of the expert group is held by an unknown process; "
+                        "kill all ranks of the group"
                     )
                 raise LockStuck(
                     f"the lock of the expert group is held by pid {found[0]}, which does not end; kill it"
@@ -308,7 +309,7 @@ def _header(descriptor: int) -> Header:
 
 
 def _sign(header: Header) -> None:
-    """Write who has the lock. In this order a pid never stands beside its predecessor's start time."""
+    """Record this process as the holder. In this order a pid never stands beside an older start time."""
     started = start_time(os.getpid())
     assert started is not None, "this process runs"
     header.holder_started = 0
@@ -362,7 +363,7 @@ def layout_of(descriptor: int, directory: Path) -> Layout:
         )
     sizes = [getattr(header, field.name) for field in fields(Layout)]
     layout = Layout(*sizes)
-    # Whatever is read by them lies within the file, then.
+    # Then everything that these sizes locate lies within the file.
     is_whole = layout.num_seats <= MOST_SEATS and layout.file_bytes == os.fstat(descriptor).st_size
     if not is_whole or 0 in sizes:
         raise _damaged(directory, "the header")
@@ -382,7 +383,7 @@ def _remove(directory: Path, descriptor: int) -> None:
 
 
 def _is_unused(path: Path) -> bool:
-    """Return True if the file is empty: ranks that found removed memory have opened it, and left it so."""
+    """Return True if the file is missing or empty; ranks that join removed memory leave an empty one."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -411,7 +412,8 @@ def _written(descriptor: int, begin: int, end: int) -> int:
 
 def _damaged(directory: Path, what: str) -> ConfigError:
     return ConfigError(
-        f"{directory / FILE}: {what} of the expert group is damaged; end all its ranks, then it is made again"
+        f"{directory / FILE}: {what} of the expert group is damaged; stop all ranks of the group, "
+        "then start them again"
     )
 
 

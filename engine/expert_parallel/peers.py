@@ -16,7 +16,7 @@ from .memory import Memory, pidfd_of
 
 _log = logging.getLogger(__name__)
 
-#: Between two looks at whether the own doorbell is there.
+#: Between two checks that this rank's doorbell exists.
 _LOOK_SECONDS = 1.0
 
 
@@ -91,7 +91,7 @@ class Peers:
         return any(pidfd in ready for _, pidfd in self._followed.values())
 
     def keep_doorbell(self) -> None:
-        """Makes a removed doorbell again. Without it this rank hears a call up to a second late."""
+        """Create a removed doorbell again. Without it this rank notices a call up to a second late."""
         now, path = time.monotonic(), Path(self._memory.doorbell(self._seat))
         if now < self._looked_at + _LOOK_SECONDS:
             return
@@ -104,14 +104,14 @@ class Peers:
             bell = _bind(path)
         except OSError as error:
             if not self._is_failing:
-                _log.warning("%s was removed and cannot be made again (%s)", path, error.strerror)
+                _log.warning("%s was removed and cannot be created again (%s)", path, error.strerror)
             self._is_failing = True
             return
         self.wakeups.unregister(self._bell)
         self._bell.close()
         self._bell, self._is_failing = bell, False
         self.wakeups.register(bell, select.EPOLLIN)
-        _log.warning("%s was removed and is made again; the group keeps the memory that it has", path)
+        _log.warning("%s was removed and has been created again; the group keeps its memory", path)
 
     def close(self) -> None:
         self.follow(())

@@ -1,7 +1,7 @@
 """A group's memory whose file was removed while ranks have it mapped, found again through those ranks.
 
 systemd-logind removes what a user has in /dev/shm when that user logs out, and other cleaners exist. The
-ranks do not notice; but one that starts afterwards would begin a group of its own beside theirs.
+ranks do not notice, but a rank that starts afterwards would form a second group.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .layout import GroupWords, Header, Layout, SeatEntry, SeatRow, SeatState, p
 from .membership import seats_of
 from .memory import FILE, SHARED_MEMORY, group_directory, is_alive, layout_of
 
-#: An epoch is read again when its record has been written over meanwhile, which takes two commits.
+#: Of reading an epoch whose record was overwritten meanwhile, which takes two commits.
 _MOST_TRIES = 100
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
@@ -120,7 +120,7 @@ def _open(path: Path, user: int) -> int | None:
 
 
 def _members(file: int, layout: Layout) -> tuple[int, tuple[int, ...]]:
-    """The epoch in force and its members; no members if the record of it is damaged."""
+    """Return the epoch in force and its members; no members if its record is damaged."""
     for _ in range(_MOST_TRIES):
         epoch = _read(file, GroupWords, layout.words).epoch
         record = os.pread(file, 16, layout.records + epoch % 2 * layout.record_bytes)

@@ -102,7 +102,7 @@ def test_a_part_without_fault_is_read_to_the_end(pair: Pair) -> None:
 def test_a_step_of_impossibly_many_tokens_is_a_fault(pair: Pair, tokens: int) -> None:
     pair.row.step_tokens[1] = tokens
     assert pair.begin() == FAULTY
-    assert pair.native.fault == (1, "the number of tokens in its step")
+    assert pair.native.fault == (1, "the token count of its step")
     assert not pair.native.busy
 
 
@@ -112,7 +112,7 @@ def test_a_number_that_no_rank_can_have_come_to_is_a_fault(pair: Pair, word: str
     if pair.begin() == GOING and (count := pair.dispatch()) >= 0:
         pair.combine(count)
     assert pair.native.status == FAULTY
-    assert pair.native.fault == (1, "how far it has come")
+    assert pair.native.fault == (1, "its step number")
 
 
 @pytest.mark.parametrize("target", [EXPERTS << 6, 300_000 << 6, 1_000_000 << 6, 0x7FFFFFC0])
@@ -122,7 +122,7 @@ def test_a_token_for_an_expert_that_does_not_exist_is_a_fault(pair: Pair, index:
     pair.targets[index] = target
     assert pair.dispatch() == -1
     assert pair.native.status == FAULTY
-    assert pair.native.fault == (1, "the expert that a token of it is for")
+    assert pair.native.fault == (1, "the target expert of a token")
 
 
 @pytest.mark.parametrize("tokens", [MAX_TOKENS + 1, 9, 100_000, (1 << 56) - 1])
@@ -130,7 +130,7 @@ def test_more_tokens_than_a_collective_has_are_a_fault(pair: Pair, tokens: int) 
     pair.begin()
     pair.row.tokens = tokens << 8 | ELEMENT
     assert pair.dispatch() == -1
-    assert pair.native.fault == (1, "the number of its tokens")
+    assert pair.native.fault == (1, "its token count")
 
 
 @pytest.mark.parametrize("element", [0, 2, 255])
@@ -138,7 +138,7 @@ def test_elements_of_another_size_are_a_fault(pair: Pair, element: int) -> None:
     pair.begin()
     pair.row.tokens = TOKENS << 8 | element
     assert pair.dispatch() == -1
-    assert pair.native.fault == (1, "the size of an element of its tokens")
+    assert pair.native.fault == (1, "the element size of its tokens")
 
 
 @pytest.mark.parametrize("place", [SEATS * MAX_TOKENS * K, 1_000_000, -1, -5_000_000, -(1 << 31)])
@@ -156,7 +156,7 @@ def test_a_rank_finds_the_fault_in_its_own_part(pair: Pair) -> None:
     count = pair.dispatch()
     pair.own_targets[0] = 1 << 6 | 63
     assert pair.combine(count) == -1
-    assert pair.native.fault == (0, "the seat that its own token was sent to")
+    assert pair.native.fault == (0, "the target seat of a token")
 
 
 def test_a_fault_is_forgotten_with_the_next_members(pair: Pair) -> None:
@@ -270,7 +270,7 @@ def test_a_rank_whose_part_is_scribbled_over_is_out_and_reaches_no_sum(
 ) -> None:
     with three_ranks(ranks, tmp_path, faulty=[1]) as (started, memory):
         with scribbling(CORRUPTED[corrupted], memory, 1):
-            with pytest.raises(RankFailed, match=r"RankLost.*(gone on without seat 1|is this rank's)"):
+            with pytest.raises(RankFailed, match=r"RankLost.*(gone on without seat 1|this rank wrote)"):
                 started[1].finish(PATIENCE)
             wait_for_steps(memory, 20)
         finish([started[0], started[2]])

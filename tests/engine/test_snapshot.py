@@ -139,7 +139,7 @@ def test_an_epoch_without_a_record_has_no_members(group: QuietGroup) -> None:
 @pytest.mark.parametrize("number", [0, 1 << 20, (1 << 63) - 1])
 def test_a_damaged_header_is_one_line(group: QuietGroup, field: str, number: int) -> None:
     setattr(group.memory.header, field, number)
-    with pytest.raises(ConfigError, match=r"/memory: the header of the expert group is damaged; end all"):
+    with pytest.raises(ConfigError, match=r"/memory: the header of the expert group is damaged; stop all"):
         look("test", root=group.root)
 
 

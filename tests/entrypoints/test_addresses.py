@@ -82,7 +82,7 @@ def test_a_name_of_another_machine_is_refused_in_one_line(tmp_path, with_hosts, 
     if command is LAUNCHER:
         arguments = ["--ports", str(port), "--args", "--model", str(TINY), "--host", "foreign"]
     run = start_in_vain([*with_hosts, *command, *arguments], tmp_path)
-    assert "'foreign' is 203.0.113.9, which this machine does not have" in run
+    assert "'foreign' resolves to 203.0.113.9, which this machine does not have" in run
 
 
 def test_a_port_that_is_taken_on_one_address_of_a_name_is_refused(tmp_path, with_hosts):

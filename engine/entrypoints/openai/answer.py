@@ -77,7 +77,7 @@ class Answer:
         self._is_marked = marked
         self._progress = progress
         self._num_cached: dict[int, int] = {}
-        #: By choice, from its first output on, if the request asks for them.
+        #: By choice; filled by its first output if the request asks for them.
         self._prompt_logprobs: dict[int, list[Logprobs]] = {}
         #: When each choice got its latest token, in seconds since the request's arrival.
         self._last_drawn: dict[int, float] = {}
@@ -112,7 +112,7 @@ class Answer:
                 if begun[index].finished:
                     continue
                 known = output.token_ids[: output.num_tokens - output.num_repeated]
-                # The client has those of the prompt already.
+                # The client already has the log probabilities of the prompt.
                 params = msgspec.structs.replace(params, prompt_logprobs=None)
                 addition = msgspec.structs.replace(addition, params=params, output_token_ids=known)
             additions.append(addition)
@@ -183,7 +183,7 @@ class Answer:
         return parts
 
     def prompt_logprobs(self, index: int) -> list[Logprobs]:
-        """Return those of the prompt of a choice that has begun, from the second token on."""
+        """Return the log probabilities of the prompt of a begun choice, from the second token on."""
         return self._prompt_logprobs[index]
 
     def mark(self, index: int, delta: Delta | None = None) -> bytes:
@@ -211,8 +211,7 @@ class Answer:
     def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:
         """Return the field `usage` for an event of this choice; nothing unless the request asks for it.
 
-        It leaves out what depends on a replica's cache, so that a resumed stream continues with the counts
-        that it would have had.
+        It has no counts of a replica's cache, so that a resumed stream continues with the same counts.
 
         Args:
             has_begun: False for an event without tokens that opens the choice.

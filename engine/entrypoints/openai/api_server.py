@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(config: ServeConfig) -> tuple[str, ...]:
-    """Find out now what would otherwise fail in some process later. Return the addresses to listen on."""
+    """Check at once what would otherwise fail later in some process. Return the addresses to listen on."""
     try:
         addresses = addresses_of(config.host)
     except ConfigError as error:

@@ -39,16 +39,16 @@ _log = logging.getLogger(__name__)
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 _SLASHES = re.compile(r"//+")
-#: Of a path in an error.
+#: Characters of a path in an error.
 _LONGEST_PATH = 200
 
 
 def create_app(replica: Replica) -> Flask:
     app = Flask("fastdeploy", static_folder=None)
-    # Not by FLASK_DEBUG.
+    # Otherwise FLASK_DEBUG decides.
     app.debug = False
     app.config["MAX_CONTENT_LENGTH"] = replica.config.max_body_bytes
-    # No redirects: their addresses are those of the replica, which the router's clients cannot reach.
+    # No redirects: they name the address of the replica, which clients of the router cannot reach.
     app.url_map.merge_slashes = False
     app.wsgi_app = _OneSlash(app.wsgi_app)  # type: ignore[method-assign]
 

@@ -14,8 +14,8 @@ from .output import Delta
 from .protocol import CompletionRequest
 from .replica import Replica
 
-#: Log probabilities of prompts in one answer, those of the most likely tokens in each place included; and of
-#: one prompt in a stream, where they come in one event.
+#: Limits of the log probabilities of all prompts in one answer, and of one prompt in a stream, which sends
+#: them in one event. Those of the most likely tokens in each place count as well.
 _MOST_IN_AN_ANSWER, _MOST_IN_AN_EVENT = 1 << 20, 1 << 15
 
 
@@ -23,7 +23,7 @@ def completion_prompts(replica: Replica, request: CompletionRequest) -> list[lis
     """Return the prompts as token ids.
 
     Raises:
-        RequestError: log probabilities are wanted of more prompt tokens than an answer may hold.
+        RequestError: the answer would hold too many log probabilities of prompts.
     """
     prompts = [
         replica.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
@@ -62,7 +62,7 @@ def completion_events(answer: Answer, request: CompletionRequest) -> Iterator[Ev
         if index not in offsets:
             offsets[index] = len(_scored_echo(answer, request, index))
             echo = _echo(answer, request, index)
-            # A prompt of special tokens has no text, and yet log probabilities.
+            # A prompt of special tokens has log probabilities but no text.
             if echo or request.return_token_ids or request.prompt_logprobs is not None:
                 first = _first_chunk(answer, request, index, echo)
                 usage = answer.usage_so_far(index, has_begun=False)
@@ -93,7 +93,7 @@ def _echo(answer: Answer, request: CompletionRequest, index: int) -> str:
 
 
 def _scored_echo(answer: Answer, request: CompletionRequest, index: int) -> str:
-    """Return the prompt of a choice whose log probabilities begin with those of the prompt, else nothing."""
+    """Return the prompt of a choice if its log probabilities begin with those of the prompt, else ""."""
     return "" if request.prompt_logprobs is None else _echo(answer, request, index)
 
 
@@ -113,8 +113,8 @@ def _check_size(prompts: list[list[int]], request: CompletionRequest, logprobs: 
     if size > most:
         where = "one event of a stream" if request.stream else "one answer"
         raise RequestError(
-            f"echo with logprobs would put {size} log probabilities of prompts into {where}; at most {most} "
-            f"are possible: ask for fewer logprobs or prompts" + (", or not as a stream" * request.stream),
+            f"echo with logprobs would put {size} log probabilities of prompts into {where}; the limit is "
+            f"{most}: request fewer logprobs or prompts" + (", or no stream" * request.stream),
             "echo",
         )
 

@@ -199,13 +199,13 @@ class EngineClient:
         try:
             self._serve_socket()
         except Exception as fault:
-            # Without this thread every open request would wait for ever: the replica ends and is restarted.
+            # Without this thread every open request would wait for ever, so the replica exits.
             _log.exception("the thread that talks to the worker failed")
             self._fail(f"the thread that talks to worker pid={self._worker.pid} failed ({fault!r})")
         self._worker_ended()
 
     def _serve_socket(self) -> None:
-        """Until the worker has ended."""
+        """Serve the worker's socket until the worker has ended."""
         poller = zmq.Poller()
         for source in (self._socket, self._wake, self._worker.pidfd):
             poller.register(source, zmq.POLLIN)
@@ -239,7 +239,7 @@ class EngineClient:
         except Exception as fault:
             if not isinstance(message, AddRequest):
                 raise
-            # A number that no message can carry, for one: it is this request's fault, not its neighbours'.
+            # For example a number too large for a message. Only this request fails.
             _log.exception("request=%s cannot be sent to the worker", message.request_id)
             why = f"the request cannot be sent to the engine ({type(fault).__name__})"
             self._hand_out(TokenOutput(message.request_id, [], FinishReason.ERROR, message=why))

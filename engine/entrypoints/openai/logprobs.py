@@ -34,11 +34,11 @@ def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], offse
 def prompt_logprobs(
     tokenizer: Tokenizer, prompt: list[int], entries: list[Logprobs], text: str
 ) -> dict[str, Any]:
-    """Return them in the shape of `completion_logprobs`. The first token follows nothing, so it has null.
+    """Return log probabilities of a prompt in the shape of `completion_logprobs`; null for its first token.
 
     Args:
-        entries: of the tokens from the second on.
-        text: the prompt as the answer repeats it.
+        entries: log probabilities of the tokens from the second on.
+        text: the prompt as the answer shows it.
     """
     parts = _Columns()
     offsets = _offsets(tokenizer, prompt, text)

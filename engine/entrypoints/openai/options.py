@@ -63,7 +63,7 @@ class ServeConfig:
     max_concurrency: int = 512
     #: Seconds that open requests have after SIGTERM.
     timeout_graceful_shutdown: int = 10
-    #: As the router's.
+    #: The same as the router's.
     max_body_bytes: int = 10 << 20
     #: Empty lets everybody in.
     api_keys: tuple[str, ...] = ()

@@ -58,7 +58,7 @@ class ChoiceOutput:
     ) -> None:
         """
         Args:
-            tells_stop_token: a stop token that the text does not show has log probabilities all the same.
+            tells_stop_token: return log probabilities of a stop token although the text does not show it.
         """
         self._detokenizer = detokenizer
         self._stop = stop

@@ -113,7 +113,7 @@ class GenerationRequest:
     #: None: no log probabilities; 0: of the drawn tokens; n: and of the n most likely ones.
     logprobs: int | None
     stream: bool
-    #: An event with the usage of the whole request stands at the end of the stream.
+    #: The stream ends with an event that has the usage of the whole request.
     include_usage: bool
     #: Each event of a choice has the choice's usage so far.
     continuous_usage: bool
@@ -122,7 +122,7 @@ class GenerationRequest:
 
     @property
     def prompt_logprobs(self) -> int | None:
-        """As `logprobs`, of the prompt's tokens."""
+        """As `logprobs`, for the tokens of the prompt."""
         return None
 
     def sampling_params(
@@ -282,7 +282,7 @@ def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
 
 
 def _usage_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
-    """include_usage and continuous_usage_stats."""
+    """Return include_usage and continuous_usage_stats."""
     options = fields.object("stream_options")
     if options is None:
         return False, False

@@ -47,14 +47,14 @@ _LAST_REQUESTS = 0.1
 #: Longer than routers keep idle connections (30 s in ours, 60 s in nginx): the side that has just sent a
 #: request must not find that the other has closed.
 _KEEPALIVE = 75
-#: gunicorn's settings that decide what becomes of a request. The router has checked a request before a
-#: replica sees it: the limits lie above the router's (request_parser.py) and leave room for what it adds.
+#: gunicorn's settings that decide whether and how a request is read. The router checks requests first, so
+#: these limits are above its own (request_parser.py) and leave room for the headers that it adds.
 HTTP_SETTINGS: dict[str, Any] = {
     # gunicorn's maximum.
     "limit_request_line": 8190,
     "limit_request_fields": 160,
     "limit_request_field_size": 66 << 10,
-    # The other parser is a package that may or may not be installed, with other limits.
+    # The other parser is an optional package with other limits.
     "http_parser": "python",
     "http_protocols": "h1",
     "http2_cleartext": "off",
@@ -79,7 +79,7 @@ def serve(config: ServeConfig, addresses: Sequence[str]) -> None:
     """Run until SIGTERM or SIGINT, and exit the process: 0 then, 3 when the replica has failed.
 
     Args:
-        addresses: those of `config.host`, all of which are listened on.
+        addresses: all addresses of `config.host`; the replica listens on each.
     """
     _Application(config, addresses).run()
 
