@@ -181,7 +181,7 @@ class Board:
             }
 
     def has_lost_one_since(self, moment: float) -> bool:
-        """Return True if a replica has gone down or left after `moment`, and no operator drains any replica."""
+        """Return True if a replica was lost or left after `moment`, and no operator drains any replica."""
         # Soon after the machine has started, the moment may be negative, and 0 means never.
         if self._memory.lost_at[0] <= max(0.0, moment):
             return False
