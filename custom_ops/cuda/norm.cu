@@ -1,0 +1,143 @@
+#include "norm.h"
+
+#include "hopper.cuh"
+#include "launch.h"
+#include "step.cuh"
+
+namespace fd::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+__device__ float warp_sum(float x) {
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+  return x;
+}
+
+// The same tree for every row, whatever else the block does. `sums` is for kWarps floats.
+__device__ float block_sum(float x, float* sums) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  float all = 0.0f;
+  for (int warp = 0; warp < kWarps; ++warp) all += sums[warp];
+  return all;
+}
+
+// Normalises a row into `normed` (bfloat16, width filled up with zeros to whole blocks).
+__device__ void normalise(const Norm& args, int row, __nv_bfloat16* normed, float* sums) {
+  const float* const x = args.stream + int64_t{args.rows == nullptr ? row : args.rows[row]} * args.width;
+  float squares = 0.0f;
+  for (int i = threadIdx.x; i < args.width; i += kThreads) squares = __fmaf_rn(x[i], x[i], squares);
+  const float factor = rsqrtf(block_sum(squares, sums) / static_cast<float>(args.width) + args.epsilon);
+  for (int i = threadIdx.x; i < round_up(args.width, kBlockK); i += kThreads) {
+    normed[i] = __float2bfloat16_rn(i < args.width ? x[i] * factor * args.weight[i] : 0.0f);
+  }
+  __syncthreads();
+}
+
+__device__ void write_row(const Norm& args, int row, const __nv_bfloat16* normed) {
+  const int k_blocks = ceil_div(args.width, kBlockK);
+  for (int piece = threadIdx.x; piece < k_blocks * 8; piece += kThreads) {
+    *reinterpret_cast<uint4*>(args.out + in_activations(row, piece * 8, k_blocks)) =
+        *reinterpret_cast<const uint4*>(normed + piece * 8);
+  }
+}
+
+__global__ __launch_bounds__(kThreads) void norm_kernel(const __grid_constant__ Norm args) {
+  extern __shared__ __align__(16) __nv_bfloat16 normed[];
+  __shared__ float sums[kWarps];
+  let_successor_start();
+  wait_for_predecessor();
+  const int count = *args.count;
+  for (int row = blockIdx.x; row < count; row += gridDim.x) {
+    normalise(args, row, normed, sums);
+    write_row(args, row, normed);
+    __syncthreads();
+  }
+}
+
+// kRows rows of the batch share each weight that is read. blockIdx.y has every gridDim.y-th eight of experts.
+template <int kRows>
+__global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant__ Norm args, Router router) {
+  extern __shared__ __align__(16) __nv_bfloat16 normed[];
+  __shared__ float sums[kWarps];
+  let_successor_start();
+  wait_for_predecessor();
+  if (blockIdx.x == 0 && blockIdx.y == 0) {
+    for (int i = threadIdx.x; i < router.experts; i += kThreads) router.counts[i] = 0;
+  }
+  const int first = blockIdx.x * kRows, rows = min(kRows, *args.count - first), width = round_up(args.width, kBlockK);
+  if (rows <= 0) return;
+  for (int i = 0; i < rows; ++i) {
+    normalise(args, first + i, normed + i * width, sums);
+    if (blockIdx.y == 0) write_row(args, first + i, normed + i * width);
+  }
+  const int lane = threadIdx.x % 32;
+  for (int expert = blockIdx.y * kWarps + threadIdx.x / 32; expert < router.experts; expert += gridDim.y * kWarps) {
+    const float* const weights = router.weights + int64_t{expert} * args.width;
+    float dots[kRows] = {};
+    for (int k = lane * 2; k < args.width; k += 64) {
+      const float2 weight = *reinterpret_cast<const float2*>(weights + k);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(normed + i * width + k));
+        dots[i] = __fmaf_rn(x.y, weight.y, __fmaf_rn(x.x, weight.x, dots[i]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const float dot = warp_sum(dots[i]);
+      if (lane == 0 && i < rows) router.logits[int64_t{first + i} * router.experts + expert] = dot;
+    }
+  }
+}
+
+__global__ __launch_bounds__(kThreads) void embedding_kernel(const __grid_constant__ Embedding args) {
+  let_successor_start();
+  wait_for_predecessor();
+  const StepView step(args.step);
+  for (int token = blockIdx.x; token < step.num_tokens; token += gridDim.x) {
+    const int id = min(max(step.token_ids[token], 0), args.vocabulary - 1);
+    const __nv_bfloat16* const row = static_cast<const __nv_bfloat16*>(args.table) + int64_t{id} * args.width;
+    for (int i = threadIdx.x; i < args.width; i += kThreads) {
+      args.stream[int64_t{token} * args.width + i] = __bfloat162float(row[i]);
+    }
+  }
+}
+
+// From so many rows on, weights are read for eight of them at once; few rows spread over all multiprocessors instead.
+constexpr int kManyRows = 128, kSharingRows = 8;
+
+}  // namespace
+
+cudaError_t norm(const Norm& args, int capacity, cudaStream_t stream) {
+  const int memory = round_up(args.width, kBlockK) * 2;
+  return launch(norm_kernel, dim3(capacity), kThreads, memory, 1, stream, args);
+}
+
+cudaError_t norm_and_router(const Norm& args, const Router& router, int capacity, cudaStream_t stream) {
+  const int memory = round_up(args.width, kBlockK) * 2, eights = ceil_div(router.experts, kWarps);
+  if (capacity < kManyRows) {
+    return launch(router_kernel<1>, dim3(capacity, eights), kThreads, memory, 1, stream, args, router);
+  }
+  return launch(router_kernel<kSharingRows>, dim3(ceil_div(capacity, kSharingRows)), kThreads, memory * kSharingRows, 1,
+                stream, args, router);
+}
+
+cudaError_t embedding(const Embedding& args, int capacity, cudaStream_t stream) {
+  return launch(embedding_kernel, dim3(capacity), kThreads, 0, 1, stream, args);
+}
+
+cudaError_t prepare_norm() {
+  const int memory = kWidestRow * 2;
+  cudaError_t error = prepare(reinterpret_cast<const void*>(norm_kernel), memory);
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<1>), memory);
+  // 227 KB at most.
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows>), 227 * 1024 - 64);
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(embedding_kernel), 0);
+  return error;
+}
+
+}  // namespace fd::cuda
