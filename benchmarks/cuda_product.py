@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--all-tiles", action="store_true", help="measure every tile, not only the chosen one"
     )
+    parser.add_argument("--dense", action="store_true", help="leave out the experts")
     args = parser.parse_args()
     ceiling = read_bandwidth()
     print(
@@ -180,7 +181,7 @@ def main() -> None:
     tiles = list(range(fd.library().fd_tiles())) if args.all_tiles else []
     for name in DENSE:
         dense(name, ceiling, tiles)
-    for name in ("experts gate+up", "experts down"):
+    for name in () if args.dense else ("experts gate+up", "experts down"):
         grouped(name, ceiling, tiles)
 
 

@@ -96,13 +96,14 @@ int fd_product(void* stream, const fd_product_args* args) {
 
 int fd_embedding(void* stream, const fd_embedding_args* args) {
   if (args->capacity < 1 || args->vocabulary < 1) return refuse("embedding: a capacity and a vocabulary of at least 1");
+  if (args->width % 2 != 0) return refuse("embedding: an even width");
   return status("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->stream},
                                        args->capacity, stream_of(stream)));
 }
 
 int fd_norm(void* stream, const fd_norm_args* args) {
   if (args->capacity < 1) return refuse("norm: a capacity of at least 1");
-  if (args->width < 2 || args->width > kWidestRow || args->width % 2 != 0) return refuse("norm: an even width up to 16384");
+  if (args->width < 4 || args->width > kWidestRow || args->width % 4 != 0) return refuse("norm: a width that is a multiple of 4, up to 16384");
   const Norm norm_args{args->stream, args->weight, args->epsilon, args->width, args->rows, args->count,
                        static_cast<uint8_t*>(args->out)};
   if (args->router == nullptr) return status("norm", norm(norm_args, args->capacity, stream_of(stream)));

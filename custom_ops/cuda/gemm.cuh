@@ -19,7 +19,11 @@ struct TileShape {
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kConsumers = kWarpgroups * 128;
   // Two warpgroups of consumers take registers from the producer's: that works for whole warpgroups only.
+  // What the three have together must not exceed what the kernel starts with, or raising waits for ever.
   static constexpr bool kShiftsRegisters = kWarpgroups == 2;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
+  static_assert(!kShiftsRegisters || kBlocksPerSm == 1);
   static constexpr int kThreads = kConsumers + (kShiftsRegisters ? 128 : 32);
   static constexpr int kWeightBytes = kWarpgroups * kBlockBytes;
   static constexpr int kTokenBytes = kTokens * 128;
@@ -342,14 +346,14 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) void product_
 
   const int tiles = groups.first_tile[args.groups];
   if (!is_consumer) {
-    if constexpr (Shape::kShiftsRegisters) lower_registers<Shape::kBlocksPerSm == 1 ? 56 : 40>();
+    if constexpr (Shape::kShiftsRegisters) lower_registers<Shape::kProducerRegisters>();
     if (is_producer && lane == 0) {
       produce<Shape>(args, groups, ring, first_tile, tile_step, prefetched, first_block, last_block);
     }
     if (blocks > 1) attend_cluster_barriers();
     return;
   }
-  if constexpr (Shape::kShiftsRegisters) raise_registers<Shape::kBlocksPerSm == 1 ? 224 : 104>();
+  if constexpr (Shape::kShiftsRegisters) raise_registers<Shape::kConsumerRegisters>();
   const int warpgroup = warp / 4;
   // Not set to zero: the first wgmma of a chain does not add, and other writes would serialise them all.
   float sum[Shape::kTokens / 2];

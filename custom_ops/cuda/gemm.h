@@ -36,7 +36,7 @@ struct Product {
 };
 
 // Tiles, outputs x tokens. They all give the same bits.
-enum class Tile { k64x8, k64x16, k64x32, k64x64, k128x64, k128x128, kCount };
+enum class Tile { k64x8, k64x16, k64x32, k64x64, k128x128, kCount };
 
 // For a product of `capacity` rows at most, spread over `groups` groups.
 Tile choose_tile(int capacity, int groups);

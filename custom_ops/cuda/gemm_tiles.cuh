@@ -28,7 +28,6 @@ ProductKernel product_kernel_of(Tile tile) {
     case Tile::k64x16: return product_kernel_of<TileShape<1, 16, 7, 3>, kOutput>();
     case Tile::k64x32: return product_kernel_of<TileShape<1, 32, 6, 3>, kOutput>();
     case Tile::k64x64: return product_kernel_of<TileShape<1, 64, 6, 2>, kOutput>();
-    case Tile::k128x64: return product_kernel_of<TileShape<2, 64, 4, 2>, kOutput>();
     case Tile::k128x128: return product_kernel_of<TileShape<2, 128, 6, 1>, kOutput>();
     case Tile::kCount: break;
   }

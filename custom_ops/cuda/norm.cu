@@ -27,12 +27,25 @@ __device__ float block_sum(float x, float* sums) {
 
 // Normalises a row into `normed` (bfloat16, width filled up with zeros to whole blocks).
 __device__ void normalise(const Norm& args, int row, __nv_bfloat16* normed, float* sums) {
-  const float* const x = args.stream + int64_t{args.rows == nullptr ? row : args.rows[row]} * args.width;
+  const float4* const x = reinterpret_cast<const float4*>(
+      args.stream + int64_t{args.rows == nullptr ? row : args.rows[row]} * args.width);
+  const float4* const weight = reinterpret_cast<const float4*>(args.weight);
+  const int fours = args.width / 4;
   float squares = 0.0f;
-  for (int i = threadIdx.x; i < args.width; i += kThreads) squares = __fmaf_rn(x[i], x[i], squares);
+  // A single row waits for memory only: loads must be under way together.
+#pragma unroll 4
+  for (int i = threadIdx.x; i < fours; i += kThreads) {
+    const float4 v = x[i];
+    squares = __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmaf_rn(v.x, v.x, squares))));
+  }
   const float factor = rsqrtf(block_sum(squares, sums) / static_cast<float>(args.width) + args.epsilon);
-  for (int i = threadIdx.x; i < round_up(args.width, kBlockK); i += kThreads) {
-    normed[i] = __float2bfloat16_rn(i < args.width ? x[i] * factor * args.weight[i] : 0.0f);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < round_up(args.width, kBlockK) / 4; i += kThreads) {
+    const bool is_there = i < fours;
+    const float4 v = is_there ? x[i] : float4{}, w = is_there ? weight[i] : float4{};
+    __nv_bfloat162* const place = reinterpret_cast<__nv_bfloat162*>(normed) + 2 * i;
+    place[0] = __floats2bfloat162_rn(v.x * factor * w.x, v.y * factor * w.y);
+    place[1] = __floats2bfloat162_rn(v.z * factor * w.z, v.w * factor * w.w);
   }
   __syncthreads();
 }
@@ -78,12 +91,15 @@ __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant_
   for (int expert = blockIdx.y * kWarps + threadIdx.x / 32; expert < router.experts; expert += gridDim.y * kWarps) {
     const float* const weights = router.weights + int64_t{expert} * args.width;
     float dots[kRows] = {};
-    for (int k = lane * 2; k < args.width; k += 64) {
-      const float2 weight = *reinterpret_cast<const float2*>(weights + k);
+#pragma unroll 5
+    for (int k = lane * 4; k < args.width; k += 128) {
+      const float4 weight = *reinterpret_cast<const float4*>(weights + k);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(normed + i * width + k));
-        dots[i] = __fmaf_rn(x.y, weight.y, __fmaf_rn(x.x, weight.x, dots[i]));
+        const __nv_bfloat162* const x = reinterpret_cast<const __nv_bfloat162*>(normed + i * width + k);
+        const float2 low = __bfloat1622float2(x[0]), high = __bfloat1622float2(x[1]);
+        dots[i] = __fmaf_rn(low.y, weight.y, __fmaf_rn(low.x, weight.x, dots[i]));
+        dots[i] = __fmaf_rn(high.y, weight.w, __fmaf_rn(high.x, weight.z, dots[i]));
       }
     }
 #pragma unroll
@@ -101,8 +117,9 @@ __global__ __launch_bounds__(kThreads) void embedding_kernel(const __grid_consta
   for (int token = blockIdx.x; token < step.num_tokens; token += gridDim.x) {
     const int id = min(max(step.token_ids[token], 0), args.vocabulary - 1);
     const __nv_bfloat16* const row = static_cast<const __nv_bfloat16*>(args.table) + int64_t{id} * args.width;
-    for (int i = threadIdx.x; i < args.width; i += kThreads) {
-      args.stream[int64_t{token} * args.width + i] = __bfloat162float(row[i]);
+    for (int i = threadIdx.x * 2; i < args.width; i += kThreads * 2) {
+      *reinterpret_cast<float2*>(args.stream + int64_t{token} * args.width + i) =
+          __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(row + i));
     }
   }
 }

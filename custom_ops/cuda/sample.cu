@@ -37,6 +37,7 @@ struct Shared {
 __device__ Best block_best(const float* scores, int count, Best limit, Shared& shared) {
   Best best{-INFINITY, count};
   bool is_sound = true;
+#pragma unroll 8
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const Best each{scores[i], i};
     is_sound &= !isnan(each.score);

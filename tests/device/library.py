@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,46 @@ class ProductArgs(ctypes.Structure):
     ]
 
 
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+P, I = c_void_p, c_int32  # noqa: E741
+EmbeddingArgs = _structure(
+    "EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, stream=P, capacity=I
+)
+NormArgs = _structure(
+    "NormArgs", stream=P, weight=P, rows=P, count=P, out=P, router=P, router_logits=P, expert_rows=P,
+    epsilon=c_float, width=I, experts=I, capacity=I,
+)  # fmt: skip
+RotationArgs = _structure("RotationArgs", step=P, turns=P, places=P, theta=c_float, head_dim=I, capacity=I)
+AttentionArgs = _structure(
+    "AttentionArgs", step=P, turns=P, places=P, qkv=P, keys=P, values=P, out=P, work=P, work_bytes=c_int64,
+    heads=I, kv_heads=I, head_dim=I, capacity=I, has_prompts=I, reserved=I,
+)  # fmt: skip
+RouteArgs = _structure(
+    "RouteArgs", logits=P, bias=P, count=P, x=P, picks=P, weights=P, counts=P, places=P, rows=P,
+    assignments=P, norm_min=c_float, experts=I, k=I, width=I, alignment=I, capacity=I,
+)  # fmt: skip
+CombineArgs = _structure(
+    "CombineArgs", results=P, weights=P, shared=P, count=P, stream=P, k=I, width=I, capacity=I
+)
+DrawArgs = _structure(
+    "DrawArgs", logits=P, count=P, rows=P, tokens=P, drawn=P, top_tokens=P, logprobs=P, work=P,
+    vocabulary=I, width=I, capacity=I,
+)  # fmt: skip
+
+
 def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY.resolve()))
     library.fd_last_error.restype = ctypes.c_char_p
     library.fd_matrix_bytes.restype = c_int64
+    library.fd_cache_bytes.restype = c_int64
+    library.fd_cache_bytes.argtypes = [c_int64, c_int32, c_int32]
+    library.fd_attention_work_bytes.restype = c_int64
+    library.fd_attention_work_bytes.argtypes = [c_int64, c_int32, c_int32]
+    library.fd_expert_rows.restype = c_int64
+    library.fd_draw_work_bytes.restype = c_int64
     library.fd_activation_bytes.restype = c_int64
     library.fd_activation_bytes.argtypes = [c_int64, c_int32]
     torch.cuda.init()
@@ -88,12 +124,14 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 def fill(structure: type[ctypes.Structure], **fields: Any) -> Any:
-    """Return the structure with tensors replaced by their addresses."""
+    """Return the structure with tensors replaced by their addresses; it keeps them alive."""
     values = {name: address(v) if isinstance(v, torch.Tensor) else v for name, v in fields.items()}
-    return structure(**values)
+    filled = structure(**values)
+    filled.tensors = fields
+    return filled
 
 
-# ---- the layouts of custom_ops/cuda/layout.h, once more and slowly ---------------------------------------------------
+# ---- the layouts of custom_ops/cuda/layout.h, once more and slowly -------------------------------------
 
 
 def blocks(matrix: torch.Tensor) -> torch.Tensor:
@@ -139,6 +177,16 @@ def tiled_matrix(weights: torch.Tensor) -> torch.Tensor:
 def interleaved(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return gate and up [width, inputs] in turns of eight rows."""
     return torch.stack([gate.reshape(-1, 8, gate.shape[1]), up.reshape(-1, 8, up.shape[1])], 1).flatten(0, 2)
+
+
+def counts(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def drawn(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Return random bfloat16 [rows, columns]."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(rows, columns, device="cuda", generator=generator).bfloat16()
 
 
 def error(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -6,19 +6,11 @@ import pytest
 import torch
 
 from . import library as fd
+from .library import counts, drawn
 
-TILES = range(6)
+TILES = range(5)
 #: Of K: one part, two and four; edges of panels and blocks.
 SHAPES = [(2560, 2560), (6144, 1536), (8320, 192), (200, 1088), (130, 72), (2, 64)]
-
-
-def drawn(rows: int, columns: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(rows, columns, device="cuda", generator=generator).bfloat16()
-
-
-def counts(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
 def dense(weights: torch.Tensor, x: torch.Tensor, tile: int, output: int = fd.FLOAT) -> torch.Tensor:
@@ -40,7 +32,7 @@ def dense(weights: torch.Tensor, x: torch.Tensor, tile: int, output: int = fd.FL
     return out[: x.shape[0]]
 
 
-@pytest.mark.parametrize("outputs,inputs", SHAPES)
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 7, 8, 64, 65, 200])
 def test_a_product_is_right_and_has_the_same_bits_in_every_tile(outputs: int, inputs: int, rows: int) -> None:
     weights, x = drawn(outputs, inputs, 1), drawn(rows, inputs, 2)
@@ -50,13 +42,13 @@ def test_a_product_is_right_and_has_the_same_bits_in_every_tile(outputs: int, in
     for tile in TILES:
         assert torch.equal(dense(weights, x, tile), first)
     assert torch.equal(dense(weights, x, 0, fd.BFLOAT16), first.bfloat16())
-    assert torch.equal(dense(weights, x, 5, fd.BFLOAT16), first.bfloat16())
+    assert torch.equal(dense(weights, x, 4, fd.BFLOAT16), first.bfloat16())
 
 
 @pytest.mark.parametrize("outputs", [2560, 8320])
 def test_a_row_has_the_same_bits_at_every_place(outputs: int) -> None:
     weights, x = drawn(outputs, 2560, 3), drawn(130, 2560, 4)
-    everywhere = dense(weights, x, 5)
+    everywhere = dense(weights, x, 4)
     for row in (0, 1, 77, 129):
         assert torch.equal(dense(weights, x[row : row + 1], 0), everywhere[row : row + 1])
     order = torch.randperm(130, device="cuda")
@@ -117,7 +109,7 @@ def test_groups_of_rows_each_have_their_matrix(tile: int) -> None:
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("width,inputs", [(1536, 2560), (96, 64)])
+@pytest.mark.parametrize(("width", "inputs"), [(1536, 2560), (96, 64)])
 def test_swiglu_writes_activations(tile: int, width: int, inputs: int) -> None:
     gate, up, x = drawn(width, inputs, 11), drawn(width, inputs, 12), drawn(70, inputs, 13)
     both = fd.interleaved(gate, up)
@@ -142,7 +134,7 @@ def test_swiglu_writes_activations(tile: int, width: int, inputs: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("outputs,inputs", [(256, 128), (130, 72), (48, 200)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(256, 128), (130, 72), (48, 200)])
 def test_matrices_are_retiled(dtype: torch.dtype, transposed: bool, outputs: int, inputs: int) -> None:
     weights = torch.randn(outputs, inputs, device="cuda").to(dtype)
     source = weights.T.contiguous().T if transposed else weights
