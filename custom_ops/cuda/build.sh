@@ -4,7 +4,7 @@ set -e
 cd "$(dirname "$0")/../.."
 out=build/cuda
 mkdir -p "$out"
-flags="-gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -Xptxas -v -lineinfo -Xcompiler -fPIC,-Wall -Icustom_ops/cuda"
+flags="-gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -fmad=false -Xptxas -v -lineinfo -Xcompiler -fPIC,-Wall -Icustom_ops/cuda"
 for source in custom_ops/cuda/*.cu; do
   object="$out/$(basename "$source" .cu).o"
   newest=$(ls -t "$object" "$source" custom_ops/cuda/*.h custom_ops/cuda/*.cuh custom_ops/include/fd_device.h 2>/dev/null | head -1)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "../include/fd_device.h"
 #include "attention.h"
@@ -13,23 +14,35 @@
 #include "rope.h"
 #include "route.h"
 #include "sample.h"
+#include "status.h"
 
 namespace fd::cuda {
 namespace {
 
 thread_local std::string last_error;
 
-int refuse(const char* message) {
-  last_error = message;
-  return FD_BAD_ARGUMENT;
+}  // namespace
+
+int fail(int status, std::string message) {
+  last_error = std::move(message);
+  return status;
 }
 
-int status(const char* operation, cudaError_t error) {
+int status_of(const std::string& operation, cudaError_t error) {
   if (error == cudaSuccess) return FD_OK;
-  last_error = std::string(operation) + ": " + cudaGetErrorString(error);
-  if (error == cudaErrorMemoryAllocation) return FD_NO_MEMORY;
-  return error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ? FD_BAD_ARGUMENT : FD_BROKEN;
+  const int status = error == cudaErrorMemoryAllocation ? FD_NO_MEMORY
+                     : error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
+                             error == cudaErrorInvalidDevice
+                         ? FD_BAD_ARGUMENT
+                         : FD_BROKEN;
+  // Or the next call that asks would find it again.
+  cudaGetLastError();
+  return fail(status, operation + ": " + cudaGetErrorString(error));
 }
+
+namespace {
+
+int refuse(const char* message) { return fail(FD_BAD_ARGUMENT, message); }
 
 cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 
@@ -45,7 +58,7 @@ const char* fd_last_error(void) { return last_error.c_str(); }
 int fd_prepare(void) {
   for (const auto prepare : {prepare_products, prepare_retile, prepare_norm, prepare_rope, prepare_attention,
                              prepare_route, prepare_draw}) {
-    const int result = status("loading kernels", prepare());
+    const int result = status_of("loading kernels", prepare());
     if (result != FD_OK) return result;
   }
   return FD_OK;
@@ -62,7 +75,7 @@ int fd_retile(void* stream, const fd_retile_args* args) {
     return refuse("retile: the part does not lie inside the matrix");
   }
   if (args->turn != FD_PLAIN && args->outputs % 16 != 0) return refuse("retile: gate and up need a multiple of 8 rows each");
-  return status("retile", retile({args->source, static_cast<Source>(args->source_type), args->row_stride,
+  return status_of("retile", retile({args->source, static_cast<Source>(args->source_type), args->row_stride,
                                   args->column_stride, args->rows, args->inputs, static_cast<uint8_t*>(args->matrix),
                                   args->outputs, args->first_row, static_cast<Turn>(args->turn)},
                                  stream_of(stream)));
@@ -90,14 +103,14 @@ int fd_product(void* stream, const fd_product_args* args) {
                              static_cast<const uint8_t*>(args->tokens), args->counts, args->groups, args->alignment,
                              args->outputs, args->inputs, k_segments(args->outputs, args->inputs), args->bias,
                              args->rows, args->out, args->out_stride};
-  return status("product", product(product_args, static_cast<Output>(args->output), args->capacity,
+  return status_of("product", product(product_args, static_cast<Output>(args->output), args->capacity,
                                    static_cast<Tile>(args->tile), stream_of(stream)));
 }
 
 int fd_embedding(void* stream, const fd_embedding_args* args) {
   if (args->capacity < 1 || args->vocabulary < 1) return refuse("embedding: a capacity and a vocabulary of at least 1");
   if (args->width % 2 != 0) return refuse("embedding: an even width");
-  return status("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->stream},
+  return status_of("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->stream},
                                        args->capacity, stream_of(stream)));
 }
 
@@ -106,15 +119,15 @@ int fd_norm(void* stream, const fd_norm_args* args) {
   if (args->width < 4 || args->width > kWidestRow || args->width % 4 != 0) return refuse("norm: a width that is a multiple of 4, up to 16384");
   const Norm norm_args{args->stream, args->weight, args->epsilon, args->width, args->rows, args->count,
                        static_cast<uint8_t*>(args->out)};
-  if (args->router == nullptr) return status("norm", norm(norm_args, args->capacity, stream_of(stream)));
+  if (args->router == nullptr) return status_of("norm", norm(norm_args, args->capacity, stream_of(stream)));
   if (args->experts < 1 || args->experts > kMostExperts) return refuse("norm: between 1 and 256 experts");
-  return status("norm", norm_and_router(norm_args, {args->router, args->experts, args->router_logits, args->expert_rows},
+  return status_of("norm", norm_and_router(norm_args, {args->router, args->experts, args->router_logits, args->expert_rows},
                                         args->capacity, stream_of(stream)));
 }
 
 int fd_rotation(void* stream, const fd_rotation_args* args) {
   if (args->capacity < 1) return refuse("rotation: a capacity of at least 1");
-  return status("rotation", rotation({args->step, args->theta, args->head_dim, args->turns, args->places},
+  return status_of("rotation", rotation({args->step, args->theta, args->head_dim, args->turns, args->places},
                                      args->capacity, stream_of(stream)));
 }
 
@@ -136,11 +149,11 @@ int fd_attention(void* stream, const fd_attention_args* args) {
   const Rope rope_args{args->step,     args->turns,    args->places,
                        args->qkv,      args->heads,    args->kv_heads,
                        args->head_dim, static_cast<uint8_t*>(args->keys), static_cast<uint8_t*>(args->values)};
-  const int result = status("rope", rope(rope_args, args->capacity, to));
+  const int result = status_of("rope", rope(rope_args, args->capacity, to));
   if (result != FD_OK) return result;
   int* const arrived = static_cast<int*>(args->work);
   const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(args->head_dim));
-  return status("attention", attention({args->step, args->qkv, static_cast<const uint8_t*>(args->keys),
+  return status_of("attention", attention({args->step, args->qkv, static_cast<const uint8_t*>(args->keys),
                                         static_cast<const uint8_t*>(args->values), static_cast<uint8_t*>(args->out),
                                         args->heads, args->kv_heads, scale,
                                         reinterpret_cast<float*>(arrived + kMostSequences * args->kv_heads), arrived},
@@ -157,11 +170,11 @@ int fd_route(void* stream, const fd_route_args* args) {
   if (args->experts < 1 || args->experts > kMostExperts) return refuse("route: between 1 and 256 experts");
   if (args->k < 1 || args->k > kMostPicks || args->k > args->experts) return refuse("route: between 1 and 16 picks");
   const cudaStream_t to = stream_of(stream);
-  const int result = status("route", route({args->logits, args->bias, args->norm_min, args->experts, args->k, args->count,
+  const int result = status_of("route", route({args->logits, args->bias, args->norm_min, args->experts, args->k, args->count,
                                             args->picks, args->weights, args->counts, args->places},
                                            args->capacity, to));
   if (result != FD_OK) return result;
-  return status("permute", permute({static_cast<const uint8_t*>(args->x), args->picks, args->places, args->counts,
+  return status_of("permute", permute({static_cast<const uint8_t*>(args->x), args->picks, args->places, args->counts,
                                     args->count, args->experts, args->k, args->width, args->alignment,
                                     static_cast<uint8_t*>(args->rows), args->assignments},
                                    args->capacity, to));
@@ -169,7 +182,7 @@ int fd_route(void* stream, const fd_route_args* args) {
 
 int fd_combine(void* stream, const fd_combine_args* args) {
   if (args->capacity < 1 || args->width % 2 != 0) return refuse("combine: a capacity of at least 1 and an even width");
-  return status("combine", combine({args->results, args->weights, args->shared, args->count, args->k, args->width,
+  return status_of("combine", combine({args->results, args->weights, args->shared, args->count, args->k, args->width,
                                     args->stream},
                                    args->capacity, stream_of(stream)));
 }
@@ -179,7 +192,7 @@ int64_t fd_draw_work_bytes(int32_t vocabulary) { return draw_work(vocabulary); }
 int fd_draw(void* stream, const fd_draw_args* args) {
   if (args->capacity < 1) return refuse("draw: a capacity of at least 1");
   if (args->vocabulary < 1 || args->vocabulary > 1 << 20) return refuse("draw: a vocabulary of 1 to 1048576 tokens");
-  return status("draw", draw({args->logits, args->vocabulary, args->count, args->rows, args->tokens, args->drawn,
+  return status_of("draw", draw({args->logits, args->vocabulary, args->count, args->rows, args->tokens, args->drawn,
                               args->top_tokens, args->logprobs, args->width, args->work},
                              args->capacity, stream_of(stream)));
 }

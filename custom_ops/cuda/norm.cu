@@ -126,6 +126,7 @@ __global__ __launch_bounds__(kThreads) void embedding_kernel(const __grid_consta
 
 // From so many rows on, weights are read for eight of them at once; few rows spread over all multiprocessors instead.
 constexpr int kManyRows = 128, kSharingRows = 8;
+constexpr int kMostMemory = 227 * 1024 - 64;
 
 }  // namespace
 
@@ -136,7 +137,7 @@ cudaError_t norm(const Norm& args, int capacity, cudaStream_t stream) {
 
 cudaError_t norm_and_router(const Norm& args, const Router& router, int capacity, cudaStream_t stream) {
   const int memory = round_up(args.width, kBlockK) * 2, eights = ceil_div(router.experts, kWarps);
-  if (capacity < kManyRows) {
+  if (capacity < kManyRows || memory * kSharingRows > kMostMemory) {
     return launch(router_kernel<1>, dim3(capacity, eights), kThreads, memory, 1, stream, args, router);
   }
   return launch(router_kernel<kSharingRows>, dim3(ceil_div(capacity, kSharingRows)), kThreads, memory * kSharingRows, 1,
@@ -151,8 +152,7 @@ cudaError_t prepare_norm() {
   const int memory = kWidestRow * 2;
   cudaError_t error = prepare(reinterpret_cast<const void*>(norm_kernel), memory);
   if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<1>), memory);
-  // 227 KB at most.
-  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows>), 227 * 1024 - 64);
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows>), kMostMemory);
   if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(embedding_kernel), 0);
   return error;
 }

@@ -18,6 +18,7 @@ typedef enum {
   FD_BAD_ARGUMENT,
   FD_NO_MEMORY,
   FD_BROKEN, /* the device or its context cannot be used any more: the process must end */
+  FD_NO_GRAPH,
 } fd_status;
 
 /* One line about the last call of this thread that did not return FD_OK. */
@@ -25,6 +26,50 @@ const char* fd_last_error(void);
 
 /* Loads every kernel of the library into the current context, so that nothing is loaded inside a step. */
 int fd_prepare(void);
+
+/* ---- the device -------------------------------------------------------------------------------------------------- */
+
+typedef struct fd_device fd_device;
+typedef struct {
+  uint64_t address;
+  int64_t bytes;
+} fd_buffer;
+
+typedef struct {
+  char name[64];
+  char numeric_version[16];
+  int32_t layout_version;
+  int32_t multiprocessors;
+  int64_t bytes_free;
+  int64_t bytes_total;
+} fd_info_t;
+
+/* Opens GPU `ordinal` of those that the process sees, for one thread at a time. Another than a Hopper GPU is refused. */
+int fd_open(int32_t ordinal, fd_device** device);
+void fd_close(fd_device* device);
+int fd_info(fd_device* device, fd_info_t* info);
+
+/* Where the device's steps run, for the operations below. */
+void* fd_stream(fd_device* device);
+
+enum { FD_WEIGHTS, FD_CACHE, FD_WORK, FD_EXCHANGE };
+
+/* Memory of one kind, zeroed; once each, before the first step. */
+int fd_arena(fd_device* device, int32_t kind, int64_t bytes, fd_buffer* buffer);
+
+/* A step: begin() copies the plan to the device, then the operations or a graph of them are enqueued, end() fetches the
+ * results, wait() returns them. Two steps may be under way, and plan and results lie at one place in device memory for
+ * all of them: the stream keeps their order. */
+int fd_steps(fd_device* device, int64_t plan_bytes, int64_t result_bytes, fd_buffer* plan, fd_buffer* results);
+int fd_step_begin(fd_device* device, const void* plan, int64_t bytes, uint64_t* ticket);
+int fd_step_end(fd_device* device, uint64_t ticket);
+/* `results` are the host's until the slot's next step begins. */
+int fd_step_wait(fd_device* device, uint64_t ticket, const void** results);
+
+enum { FD_BEGIN_CAPTURE, FD_END_CAPTURE, FD_LAUNCH, FD_FORGET_ALL };
+
+/* What is enqueued between the first two verbs becomes the graph of `key`; FD_NO_GRAPH where there is none to launch. */
+int fd_graph(fd_device* device, int32_t verb, uint64_t key);
 
 /* ---- weights ---------------------------------------------------------------------------------------------------- */
 
