@@ -1,4 +1,4 @@
-"""Attention of ERNIE-4.5-21B-A3B's shape: decoding against the read bandwidth, prompts beside torch's kernels.
+"""Attention of ERNIE-4.5-21B-A3B's shape: decoding against the read bandwidth, prompts beside torch's.
 
 Run from the repository's root: python3 -m benchmarks.cuda_attention
 """
@@ -6,14 +6,14 @@ Run from the repository's root: python3 -m benchmarks.cuda_attention
 from __future__ import annotations
 
 import torch
-
-from benchmarks.cuda_product import read_bandwidth, seconds
 from tests.device import library as fd
 from tests.device.test_attention import ERNIE, Cache, Part
 
+from benchmarks.cuda_product import read_bandwidth, seconds
+
 
 class Layers:
-    """So many layers' caches that none is found in the L2 cache, and one step's attention over each of them."""
+    """Caches of enough layers that none is found in the L2 cache, and one step's attention over each."""
 
     def __init__(self, count: int, texts: list[int], parts: list[Part]) -> None:
         self.caches = [Cache(ERNIE, texts, i) for i in range(count)]
@@ -27,7 +27,9 @@ class Layers:
         self.qkv = torch.randn(self.tokens, ERNIE.width, device="cuda").bfloat16()
         self.turns = torch.ones(self.tokens, ERNIE.columns, device="cuda")
         self.places = torch.zeros(self.tokens, dtype=torch.int32, device="cuda")
-        self.out = fd.activations(torch.zeros(self.tokens, ERNIE.queries * ERNIE.columns, device="cuda").bfloat16())
+        self.out = fd.activations(
+            torch.zeros(self.tokens, ERNIE.queries * ERNIE.columns, device="cuda").bfloat16()
+        )
         args = fd.fill(
             fd.RotationArgs, step=self.step, turns=self.turns, places=self.places, theta=5e5,
             head_dim=ERNIE.columns, capacity=self.tokens,
@@ -47,13 +49,15 @@ class Layers:
 
 def main() -> None:
     ceiling = read_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: reads {ceiling / 1e12:.3f} TB/s; rope, cache and attention of a layer")
+    print(f"{torch.cuda.get_device_name()}: reads {ceiling / 1e12:.3f} TB/s; rope, cache and attention")
     for batch, context in ((1, 2048), (8, 2048), (32, 2048), (32, 4096), (128, 2048), (1, 32768)):
         moved = batch * context * ERNIE.keys * ERNIE.columns * 4
         count = max(2, min(24, int(6e8 / moved)))
         layers = Layers(count, [context] * batch, [Part(i, context - 1, 1) for i in range(batch)])
         time = seconds(layers.run) / count
-        print(f"decode {batch:4} x {context:<6} {time * 1e6:8.1f} us, {moved / time / ceiling:.2f} of the limit")
+        print(
+            f"decode {batch:4} x {context:<6} {time * 1e6:8.1f} us, {moved / time / ceiling:.2f} of the limit"
+        )
         del layers
         torch.cuda.empty_cache()
     for length in (2048, 8192, 32768):

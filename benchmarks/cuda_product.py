@@ -1,7 +1,7 @@
-"""Dense and grouped products of ERNIE-4.5-21B-A3B against the read bandwidth of the card, beside torch's (cuBLAS).
+"""Dense and grouped products of ERNIE-4.5-21B-A3B against the read bandwidth, beside torch's.
 
-Weights rotate over more copies than fit the L2 cache; a captured graph goes over all of them, and the median of its
-replays counts. Run from the repository's root: python3 -m benchmarks.cuda_product
+Weights rotate over more copies than fit the L2 cache; a captured graph goes over all of them, and the
+median of its replays counts. Run from the repository's root: python3 -m benchmarks.cuda_product
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
-
 from tests.device import library as fd
 
 HIDDEN, EXPERTS, PICKS, WIDTH = 2560, 64, 6, 1536
@@ -24,7 +24,11 @@ DENSE = {
     "shared down": (HIDDEN, 3072),
     "head": (103424, HIDDEN),
 }
-SMALL = (1, 8, 16, 32, 64, 128)
+GROUPED = {
+    "experts gate+up": ((2 * WIDTH, HIDDEN), fd.SWIGLU),
+    "experts down": ((HIDDEN, WIDTH), fd.BFLOAT16),
+}
+TOKENS = (1, 8, 16, 32, 64, 128, 4096)
 
 
 def seconds(enqueue: Callable[[], None], replays: int = 15) -> float:
@@ -58,130 +62,99 @@ def read_bandwidth() -> float:
 
     def enqueue() -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        assert (
-            reader.fd_bench_read(
-                stream, ctypes.c_void_p(data.data_ptr()), size, ctypes.c_void_p(sink.data_ptr())
-            )
-            == 0
-        )
+        address, place = ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(sink.data_ptr())
+        assert reader.fd_bench_read(stream, address, size, place) == 0
 
     return data.numel() * 4 / seconds(enqueue)
 
 
-def random_tiles(count: int, outputs: int, inputs: int) -> torch.Tensor:
-    return torch.randn(count, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
+def random_matrices(count: int, outputs: int, inputs: int) -> torch.Tensor:
+    return torch.empty(count, outputs, inputs, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02)
 
 
-def dense(name: str, ceiling: float, tiles: list[int]) -> None:
+class Case:
+    """One product at one number of rows, over all copies of its weights."""
+
+    def __init__(self, weights: torch.Tensor, count: torch.Tensor, output: int) -> None:
+        self.weights, self.count, self.output = weights, count, output
+        self.outputs, self.inputs = weights.shape[-2:]
+        self.tokens = int(count.sum())
+        rows = int(((count + 63) // 64 * 64).sum())
+        self.plain = torch.randn(self.tokens, self.inputs, device="cuda").bfloat16()
+        self.x = fd.activations(torch.randn(rows, self.inputs, device="cuda").bfloat16())
+        self.width = self.outputs // 2 if output == fd.SWIGLU else self.outputs
+        self.out = torch.empty(rows, self.width, dtype=torch.bfloat16, device="cuda")
+        self.chosen = fd.library().fd_tile(self.tokens, len(count))
+
+    def bytes(self) -> int:
+        read = int((self.count > 0).sum()) * self.outputs * self.inputs
+        return 2 * (read + self.tokens * (self.inputs + self.width))
+
+    def flops(self) -> int:
+        return 2 * self.tokens * self.outputs * self.inputs
+
+    def ours(self, tile: int) -> None:
+        for copy in self.weights:
+            fd.product(
+                copy, self.x, self.count, self.out, self.outputs, self.inputs, self.output, self.tokens, tile
+            )
+
+    def cublas(self) -> None:
+        out = self.out[: self.tokens]
+        for copy in self.weights:
+            torch.mm(self.plain, copy.T, out=out)
+
+    def grouped_mm(self) -> None:
+        ends = self.count.cumsum(0).int()
+        for copy in self.weights:
+            torch._grouped_mm(self.plain, copy.transpose(1, 2), offs=ends)
+
+    def report(self, name: str, ceiling: float, tiles: Iterable[int], peer: Callable[[], None]) -> None:
+        def cell(label: str, time: float) -> str:
+            rate = self.flops() / time / 1e12
+            return f"{label} {time * 1e6:.1f} us {self.bytes() / time / ceiling:.2f} {rate:.0f} TFLOP/s"
+
+        copies, mean = len(self.weights), self.tokens / len(self.count)
+        cells = []
+        for tile in tiles or [self.chosen]:
+            # Many tiles across are not what a small one is for.
+            if tile == self.chosen or mean <= 2 * fd.library().fd_tile_tokens(tile):
+                time = seconds(partial(self.ours, tile)) / copies
+                cells.append(cell(f"{'*' if tile == self.chosen else ''}tile {tile}:", time))
+        cells.append(cell("torch:", seconds(peer) / copies))
+        print(f"{name}: " + " | ".join(cells), flush=True)
+
+
+def dense(name: str, ceiling: float, tiles: Iterable[int]) -> None:
     outputs, inputs = DENSE[name]
-    size = outputs * inputs * 2
-    copies = max(2, min(48, int(1e9 / size)))
-    weights = random_tiles(copies, outputs, inputs)
-    for tokens in (*SMALL, 4096):
-        x = torch.randn(fd.round_up(tokens, 64), inputs, device="cuda").bfloat16()
-        packed, plain = fd.activations(x), x[:tokens].contiguous()
-        count = torch.tensor([tokens], dtype=torch.int32, device="cuda")
-        out = torch.empty(tokens, outputs, dtype=torch.bfloat16, device="cuda")
-        moved = size + tokens * (inputs + outputs) * 2
-        chosen = fd.library().fd_tile(tokens, 1)
-        best = {}
-        for tile in tiles or [chosen]:
-            # More than four tiles across is not what a small tile is for.
-            if tokens > 2 * fd.library().fd_tile_tokens(tile) and tile != chosen:
-                continue
-
-            def enqueue(tile: int = tile) -> None:
-                for copy in weights:
-                    fd.product(copy, packed, count, out, outputs, inputs, fd.BFLOAT16, tokens, tile)
-
-            best[tile] = seconds(enqueue) / copies
-
-        def peer() -> None:
-            for copy in weights:
-                torch.mm(plain, copy.T, out=out)
-
-        torch_time = seconds(peer) / copies
-        flops = 2 * tokens * outputs * inputs
-        row = "  ".join(
-            f"{'*' if t == chosen else ''}{t}: {s * 1e6:.2f} us {moved / s / ceiling:.2f}"
-            for t, s in best.items()
-        )
-        ours = best.get(chosen) or min(best.values(), default=float("nan"))
-        print(
-            f"{name:15} T={tokens:<5} {row} | torch {torch_time * 1e6:.2f} us {moved / torch_time / ceiling:.2f}"
-            f" | chosen {flops / ours / 1e12:.0f} TFLOP/s, torch {flops / torch_time / 1e12:.0f}",
-            flush=True,
-        )
-        del out, x, packed, plain
+    weights = random_matrices(max(2, min(48, int(1e9 / (outputs * inputs * 2)))), outputs, inputs)
+    for tokens in TOKENS:
+        case = Case(weights, fd.counts(tokens), fd.BFLOAT16)
+        case.report(f"{name} T={tokens}", ceiling, tiles, case.cublas)
 
 
-def grouped(name: str, ceiling: float, tiles: list[int]) -> None:
-    outputs, inputs = (2 * WIDTH, HIDDEN) if name == "experts gate+up" else (HIDDEN, WIDTH)
-    output = fd.SWIGLU if name == "experts gate+up" else fd.BFLOAT16
-    copies = 3
-    weights = random_tiles(copies * EXPERTS, outputs, inputs).view(copies, EXPERTS, outputs, inputs)
+def grouped(name: str, ceiling: float, tiles: Iterable[int]) -> None:
+    (outputs, inputs), output = GROUPED[name]
+    weights = random_matrices(3 * EXPERTS, outputs, inputs).view(3, EXPERTS, outputs, inputs)
     torch.manual_seed(0)
-    for tokens in (*SMALL, 4096):
+    for tokens in TOKENS:
         picks = torch.rand(tokens, EXPERTS, device="cuda").topk(PICKS).indices
         count = torch.bincount(picks.flatten(), minlength=EXPERTS).int()
-        rows = int((((count + 63) // 64) * 64).sum())
-        x = fd.activations(torch.randn(rows, inputs, device="cuda").bfloat16())
-        out = torch.empty(
-            rows, inputs if output == fd.BFLOAT16 else WIDTH, dtype=torch.bfloat16, device="cuda"
-        )
-        if output == fd.BFLOAT16:
-            out = torch.empty(rows, outputs, dtype=torch.bfloat16, device="cuda")
+        case = Case(weights, count, output)
         active = int((count > 0).sum())
-        moved = active * outputs * inputs * 2 + tokens * PICKS * (inputs + out.shape[1]) * 2
-        chosen = fd.library().fd_tile(tokens * PICKS, EXPERTS)
-        best = {}
-        for tile in tiles or [chosen]:
-            if tokens * PICKS / EXPERTS > 4 * fd.library().fd_tile_tokens(tile) and tile != chosen:
-                continue
-
-            def enqueue(tile: int = tile) -> None:
-                for copy in weights:
-                    fd.product(copy, x, count, out, outputs, inputs, output, tokens * PICKS, tile)
-
-            best[tile] = seconds(enqueue) / copies
-        row = "  ".join(
-            f"{'*' if t == chosen else ''}{t}: {s * 1e6:.1f} us {moved / s / ceiling:.2f}"
-            for t, s in best.items()
-        )
-        flops = 2 * tokens * PICKS * outputs * inputs
-        ours = best.get(chosen) or min(best.values(), default=float("nan"))
-        line = f"{name:15} T={tokens:<5} {active} experts  {row} | chosen {flops / ours / 1e12:.0f} TFLOP/s"
-        if hasattr(torch, "_grouped_mm"):
-            ends = count.cumsum(0).int()
-            plain = torch.randn(tokens * PICKS, inputs, device="cuda").bfloat16()
-
-            def peer() -> None:
-                for copy in weights:
-                    torch._grouped_mm(plain, copy.transpose(1, 2), offs=ends)
-
-            try:
-                torch_time = seconds(peer) / copies
-                line += f", torch._grouped_mm {torch_time * 1e6:.1f} us {moved / torch_time / ceiling:.2f}"
-            except RuntimeError as problem:
-                line += f", torch._grouped_mm: {str(problem).splitlines()[0][:60]}"
-        print(line, flush=True)
+        case.report(f"{name} T={tokens}, {active} experts", ceiling, tiles, case.grouped_mm)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--all-tiles", action="store_true", help="measure every tile, not only the chosen one"
-    )
-    parser.add_argument("--dense", action="store_true", help="leave out the experts")
+    parser.add_argument("--all-tiles", action="store_true", help="every tile, not only the chosen one")
     args = parser.parse_args()
     ceiling = read_bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}: reads {ceiling / 1e12:.3f} TB/s; times are us, then the ratio to that"
-    )
-    tiles = list(range(fd.library().fd_tiles())) if args.all_tiles else []
+    print(f"{torch.cuda.get_device_name()} reads {ceiling / 1e12:.3f} TB/s: times and ratios to that")
+    tiles = range(fd.library().fd_tiles()) if args.all_tiles else ()
     for name in DENSE:
         dense(name, ceiling, tiles)
-    for name in () if args.dense else ("experts gate+up", "experts down"):
+    for name in GROUPED:
         grouped(name, ceiling, tiles)
 
 

@@ -17,9 +17,9 @@ cudaError_t prepare_shape() {
 }
 
 template <int kHeadDim>
-using Decoding = AttentionShape<kHeadDim, 1, 2 * 128 / kHeadDim, true>;
+using Decoding = AttentionShape<kHeadDim, 1, 5 * 128 / kHeadDim, true>;
 template <int kHeadDim>
-using Prompts = AttentionShape<kHeadDim, 2, 4, false>;
+using Prompts = AttentionShape<kHeadDim, 2, 8, false>;
 
 template <int kHeadDim>
 cudaError_t start_both(const Attention& args, bool has_prompts, cudaStream_t stream) {

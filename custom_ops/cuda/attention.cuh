@@ -11,11 +11,11 @@
 
 namespace fd::cuda {
 
-template <int kHeadDim_, int kWarpgroups_, int kStages_, bool kDecodes_>
+template <int kHeadDim_, int kWarpgroups_, int kSlots_, bool kDecodes_>
 struct AttentionShape {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
-  static constexpr int kStages = kStages_;
+  static constexpr int kSlots = kSlots_;  // of the ring: tiles of keys or of values
   static constexpr bool kDecodes = kDecodes_;
   static constexpr int kHalves = kHeadDim / kBlockK;
   static constexpr int kRows = kWarpgroups * 64;
@@ -25,7 +25,7 @@ struct AttentionShape {
   static constexpr int kThreads = kConsumers + (kShiftsRegisters ? 128 : 32);
   static constexpr int kTileBytes = kHalves * kBlockBytes;  // of keys, and of values
   static constexpr int kMemory =
-      1024 + (kWarpgroups + 2 * kStages) * kTileBytes + kStages * 16 + (kMostSequences + 1) * 4 + 16;
+      1024 + (kWarpgroups + kSlots) * kTileBytes + kSlots * 16 + (kMostSequences + 1) * 4 + 16;
 };
 
 // What a block works on.
@@ -136,12 +136,9 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// One tile. `position`: of this thread's two rows; keys behind it are not seen.
+// Starts scores = queries keys^T of one tile.
 template <int kHeadDim>
-__device__ __forceinline__ void attend_tile(Partial<kHeadDim>& state, const uint8_t* queries, const uint8_t* keys,
-                                            const uint8_t* values, float scale, int first_key,
-                                            const int (&position)[2], bool is_edge) {
-  float scores[32];
+__device__ __forceinline__ void start_scores(float (&scores)[32], const uint8_t* queries, const uint8_t* keys) {
   const uint64_t q = operand(queries), k = operand(keys);
   wgmma_fence();
 #pragma unroll
@@ -150,65 +147,119 @@ __device__ __forceinline__ void attend_tile(Partial<kHeadDim>& state, const uint
     wgmma<64>(scores, q + at, k + at, step > 0);
   }
   wgmma_commit();
-  wgmma_wait<0>();
-  if (is_edge) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int key = first_key + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      if (key > position[i / 2 % 2]) scores[i] = -INFINITY;
-    }
-  }
-  uint32_t weights[4][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float highest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) highest = fmaxf(highest, scores[i / 2 * 4 + half * 2 + i % 2]);
-    const float maximum = fmaxf(state.maximum[half], __fmul_rn(row_maximum(highest), scale));
-    const float base = maximum == -INFINITY ? 0.0f : maximum;
-    const float factor = exp2_fast(state.maximum[half] - base);
-    state.maximum[half] = maximum;
-    float sum = 0.0f;
-#pragma unroll
-    for (int eight = 0; eight < 8; ++eight) {
-      const float low = exp2_fast(__fmaf_rn(scores[eight * 4 + half * 2], scale, -base));
-      const float high = exp2_fast(__fmaf_rn(scores[eight * 4 + half * 2 + 1], scale, -base));
-      const uint32_t pair = pack_bfloat16(low, high);
-      weights[eight / 2][eight % 2 * 2 + half] = pair;
-      // The sum is that of the weights as they are multiplied.
-      sum += __uint_as_float(pair << 16);
-      sum += __uint_as_float(pair & 0xffff0000);
-    }
-    state.sum[half] = __fmaf_rn(state.sum[half], factor, sum);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) state.out[i / 2 * 4 + half * 2 + i % 2] *= factor;
-  }
+}
+
+// Starts out += weights values of one tile.
+template <int kHeadDim>
+__device__ __forceinline__ void start_values(float (&out)[kHeadDim / 2], const uint32_t (&weights)[4][4],
+                                             const uint8_t* values) {
   const uint64_t v = operand(values, kBlockBytes);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) wgmma_transposed<kHeadDim>(state.out, weights[step], v + step * 128, 1);
+  for (int step = 0; step < 4; ++step) wgmma_transposed<kHeadDim>(out, weights[step], v + step * 128, 1);
   wgmma_commit();
-  wgmma_wait<0>();
 }
+
+// Maxima and sums of this thread's two rows in the running segment. A sum is this thread's part of the row's.
+struct Softmax {
+  float maximum[2];
+  float sum[2];
+
+  __device__ __forceinline__ void clear() {
+    for (int half = 0; half < 2; ++half) maximum[half] = -INFINITY, sum[half] = 0.0f;
+  }
+
+  // Takes in a tile: scores become weights, rounded to bfloat16; `factor` is for what has been added up before.
+  __device__ __forceinline__ void add(float (&scores)[32], float scale, float (&factor)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) highest = fmaxf(highest, scores[i / 2 * 4 + half * 2 + i % 2]);
+      const float now = fmaxf(maximum[half], __fmul_rn(row_maximum(highest), scale));
+      const float base = now == -INFINITY ? 0.0f : now;
+      factor[half] = exp2_fast(maximum[half] - base);
+      maximum[half] = now;
+      float added = 0.0f;
+#pragma unroll
+      for (int eight = 0; eight < 8; ++eight) {
+        float &low = scores[eight * 4 + half * 2], &high = scores[eight * 4 + half * 2 + 1];
+        const uint32_t pair =
+            pack_bfloat16(exp2_fast(__fmaf_rn(low, scale, -base)), exp2_fast(__fmaf_rn(high, scale, -base)));
+        low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000);
+        // The sum is that of the weights as they are multiplied.
+        added += low;
+        added += high;
+      }
+      sum[half] = __fmaf_rn(sum[half], factor[half], added);
+    }
+  }
+};
+
+// Rounded weights as wgmma takes them. Apart from Softmax::add, because what a wgmma reads must not be written while
+// another one is under way.
+__device__ __forceinline__ void pack_weights(const float (&rounded)[32], uint32_t (&weights)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    weights[i / 4][i % 4] = __byte_perm(__float_as_uint(rounded[2 * i]), __float_as_uint(rounded[2 * i + 1]), 0x7632);
+  }
+}
+
+// Hides from this thread's two rows the keys of a tile behind their positions.
+__device__ __forceinline__ void hide_keys(float (&scores)[32], int first_key, const int (&position)[2]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int key = first_key + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    if (key > position[i / 2 % 2]) scores[i] = -INFINITY;
+  }
+}
+
+// The ring of tiles, as one side sees it. Keys are one tile ahead of values: k0 k1 v0 k2 v1 ...
+template <class Shape>
+struct TileRing {
+  uint8_t* slots;
+  uint64_t* full;
+  uint64_t* empty;
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ uint8_t* tile() const { return slots + slot * Shape::kTileBytes; }
+  __device__ void advance() {
+    if (++slot == Shape::kSlots) slot = 0, phase ^= 1;
+  }
+  // For consumers. Returns the slot, which take() leaves behind and release() gives back.
+  __device__ int take() {
+    barrier_wait(full + slot, phase);
+    const int taken = slot;
+    advance();
+    return taken;
+  }
+  __device__ void release(int taken) const {
+    if (threadIdx.x % 128 == 0) barrier_arrive(empty + taken);
+  }
+  __device__ const uint8_t* at(int taken) const { return slots + taken * Shape::kTileBytes; }
+  __device__ void skip() { release(take()); }
+};
 
 // One thread: streams the tiles of all items of this block.
 template <class Shape>
-__device__ void produce_tiles(const StepView& step, const Attention& args, const int* first_item, uint8_t* stages,
-                              uint64_t* full, uint64_t* empty) {
-  int stage = 0;
-  uint32_t phase = 0;
+__device__ void produce_tiles(const StepView& step, const Attention& args, const int* first_item,
+                              TileRing<Shape> ring) {
   const int items = first_item[step.num_sequences];
   for (int index = blockIdx.x; index < items; index += gridDim.x) {
     const AttentionItem item = item_at<Shape>(step, args, first_item, index);
     const int32_t* const table = step.block_tables + int64_t{item.sequence} * step.table_width;
+    const auto fetch = [&](const uint8_t* cache, int tile) {
+      barrier_wait(ring.empty + ring.slot, ring.phase ^ 1);
+      barrier_arrive_expect(ring.full + ring.slot, Shape::kTileBytes);
+      bulk_copy(ring.tile(), cache + in_cache(table[tile], args.kv_heads, item.head, Shape::kHeadDim, 0, 0),
+                Shape::kTileBytes, ring.full + ring.slot);
+      ring.advance();
+    };
+    fetch(args.keys, item.first_tile);
     for (int tile = item.first_tile; tile < item.last_tile; ++tile) {
-      barrier_wait(empty + stage, phase ^ 1);
-      barrier_arrive_expect(full + stage, 2 * Shape::kTileBytes);
-      uint8_t* const to = stages + stage * 2 * Shape::kTileBytes;
-      const int64_t from = in_cache(table[tile], args.kv_heads, item.head, Shape::kHeadDim, 0, 0);
-      bulk_copy(to, args.keys + from, Shape::kTileBytes, full + stage);
-      bulk_copy(to + Shape::kTileBytes, args.values + from, Shape::kTileBytes, full + stage);
-      if (++stage == Shape::kStages) stage = 0, phase ^= 1;
+      if (tile + 1 < item.last_tile) fetch(args.keys, tile + 1);
+      fetch(args.values, tile);
     }
   }
 }
@@ -283,45 +334,138 @@ __device__ __forceinline__ void save_partial(const Attention& args, const Attent
   }
 }
 
-// The last block of a sequence and head to finish: merges all segments in their order.
+// The last block of a sequence and head to finish: merges all segments in their order. Several are read at once, or
+// waiting for memory would take longer than the segments themselves.
 template <class Shape>
 __device__ __forceinline__ void merge_segments(const StepView& step, const Attention& args, const AttentionItem& item,
                                                int first_index) {
+  constexpr int kAtOnce = 2;
   const int group = args.heads / args.kv_heads;
-  for (int i = threadIdx.x * 2; i < item.rows * Shape::kHeadDim; i += 256) {
+  for (int i = threadIdx.x * 4; i < item.rows * Shape::kHeadDim; i += 512) {
     const int row = i / Shape::kHeadDim, column = i % Shape::kHeadDim;
-    float low = 0.0f, high = 0.0f, maximum = -INFINITY, sum = 0.0f;
-    for (int segment = 0; segment < item.segments; ++segment) {
-      const float* const part = partial_at<Shape>(args, first_index + segment * args.kv_heads);
-      // Other blocks have written it: past the first cache.
-      const float2 out = __ldcg(reinterpret_cast<const float2*>(part + row * Shape::kHeadDim + column));
-      const Merger merge(maximum, __ldcg(part + kMostGroupHeads * Shape::kHeadDim + row));
-      low = merge(low, out.x), high = merge(high, out.y);
-      sum = merge(sum, __ldcg(part + kMostGroupHeads * (Shape::kHeadDim + 1) + row));
-      maximum = merge.maximum;
+    float out[4] = {}, maximum = -INFINITY, sum = 0.0f;
+    for (int first = 0; first < item.segments; first += kAtOnce) {
+      float4 outs[kAtOnce];
+      float maxima[kAtOnce], sums[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + j >= item.segments) break;
+        const float* const part = partial_at<Shape>(args, first_index + (first + j) * args.kv_heads);
+        // Other blocks have written it: past the first cache.
+        outs[j] = __ldcg(reinterpret_cast<const float4*>(part + row * Shape::kHeadDim + column));
+        maxima[j] = __ldcg(part + kMostGroupHeads * Shape::kHeadDim + row);
+        sums[j] = __ldcg(part + kMostGroupHeads * (Shape::kHeadDim + 1) + row);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first + j >= item.segments) break;
+        const Merger merge(maximum, maxima[j]);
+        out[0] = merge(out[0], outs[j].x), out[1] = merge(out[1], outs[j].y);
+        out[2] = merge(out[2], outs[j].z), out[3] = merge(out[3], outs[j].w);
+        sum = merge(sum, sums[j]);
+        maximum = merge.maximum;
+      }
     }
-    *reinterpret_cast<uint32_t*>(out_place<Shape>(args, step.first_token[item.sequence], item.head * group + row,
-                                                  column)) = pack_bfloat16(__fdiv_rn(low, sum), __fdiv_rn(high, sum));
+    *reinterpret_cast<uint2*>(out_place<Shape>(args, step.first_token[item.sequence], item.head * group + row, column)) =
+        make_uint2(pack_bfloat16(__fdiv_rn(out[0], sum), __fdiv_rn(out[1], sum)),
+                   pack_bfloat16(__fdiv_rn(out[2], sum), __fdiv_rn(out[3], sum)));
   }
+}
+
+// Attends to tiles [first, last) for 64 rows, last > first: a part of the keys, or in a prompt all of them, segment by
+// segment. The scores of a tile are multiplied while the one before it is weighed, and that one's values while the
+// next is. `skips`: the ring holds tiles behind `last`, which are for the other warpgroup alone.
+template <class Shape>
+__device__ __forceinline__ void attend(Partial<Shape::kHeadDim>& result, TileRing<Shape>& ring, const uint8_t* queries,
+                                       float scale, int first, int last, const int (&position)[2], int first_position,
+                                       bool skips) {
+  constexpr int kHeadDim = Shape::kHeadDim;
+  float scores[32], out[kHeadDim / 2], factor[2];
+  uint32_t weights[4][4];
+  Softmax softmax;
+  softmax.clear();
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
+
+  const auto weigh = [&](int tile) {
+    if (tile * kCacheBlock + kCacheBlock - 1 > first_position) hide_keys(scores, tile * kCacheBlock, position);
+    softmax.add(scores, scale, factor);
+  };
+  const auto merge = [&](const Softmax& ended) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Shape::kDecodes) {
+        // One segment: what merging it with nothing would give.
+        result.maximum[half] = ended.maximum[half], result.sum[half] = row_sum(ended.sum[half]);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 4; ++i) result.out[i / 2 * 4 + half * 2 + i % 2] = out[i / 2 * 4 + half * 2 + i % 2];
+        continue;
+      }
+      const Merger merger(result.maximum[half], ended.maximum[half]);
+      result.maximum[half] = merger.maximum;
+      result.sum[half] = merger(result.sum[half], row_sum(ended.sum[half]));
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 4; ++i) {
+        const int at = i / 2 * 4 + half * 2 + i % 2;
+        result.out[at] = merger(result.out[at], out[at]);
+      }
+    }
+  };
+
+  int keys = ring.take();
+  start_scores<kHeadDim>(scores, queries, ring.at(keys));
+  wgmma_wait<0>();
+  ring.release(keys);
+  weigh(first);
+  pack_weights(scores, weights);
+  for (int tile = first; tile + 1 < last; ++tile) {
+    keys = ring.take();
+    start_scores<kHeadDim>(scores, queries, ring.at(keys));
+    const int values = ring.take();
+    start_values<kHeadDim>(out, weights, ring.at(values));
+    wgmma_wait<1>();
+    ring.release(keys);
+    const bool ends = !Shape::kDecodes && tile % kSegmentTiles == kSegmentTiles - 1;
+    const Softmax ended = softmax;
+    if (ends) softmax.clear();
+    weigh(tile + 1);
+    wgmma_wait<0>();
+    ring.release(values);
+    if (ends) {
+      merge(ended);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+    }
+    pack_weights(scores, weights);
+  }
+  if (skips) ring.skip();
+  const int values = ring.take();
+  start_values<kHeadDim>(out, weights, ring.at(values));
+  wgmma_wait<0>();
+  ring.release(values);
+  merge(softmax);
 }
 
 template <class Shape>
 __global__ __launch_bounds__(Shape::kThreads, Shape::kDecodes ? 2 : 1) void attention_kernel(
     const __grid_constant__ Attention args) {
-  constexpr int kHeadDim = Shape::kHeadDim;
   extern __shared__ uint8_t memory[];
   uint8_t* const queries = memory + (1024 - shared_address(memory) % 1024) % 1024;
-  uint8_t* const stages = queries + Shape::kWarpgroups * Shape::kTileBytes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + Shape::kStages * 2 * Shape::kTileBytes);
-  uint64_t* const empty = full + Shape::kStages;
-  int* const first_item = reinterpret_cast<int*>(empty + Shape::kStages);
+  uint8_t* const slots = queries + Shape::kWarpgroups * Shape::kTileBytes;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(slots + Shape::kSlots * Shape::kTileBytes);
+  uint64_t* const empty = full + Shape::kSlots;
+  int* const first_item = reinterpret_cast<int*>(empty + Shape::kSlots);
   int* const is_last = first_item + kMostSequences + 1;
+  TileRing<Shape> ring{slots, full, empty};
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool is_producer = warp == Shape::kConsumers / 32;
   let_successor_start();
   if (is_producer && lane == 0) {
-    for (int i = 0; i < Shape::kStages; ++i) {
+    for (int i = 0; i < Shape::kSlots; ++i) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, Shape::kWarpgroups);
     }
@@ -336,19 +480,13 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kDecodes ? 2 : 1) void atte
   __syncthreads();
   if (warp >= Shape::kConsumers / 32) {
     if constexpr (Shape::kShiftsRegisters) lower_registers<40>();
-    if (is_producer && lane == 0) produce_tiles<Shape>(step, args, first_item, stages, full, empty);
+    if (is_producer && lane == 0) produce_tiles<Shape>(step, args, first_item, ring);
     return;
   }
   if constexpr (Shape::kShiftsRegisters) raise_registers<232>();
 
   const int warpgroup = warp / 4, group = args.heads / args.kv_heads, items = first_item[step.num_sequences];
   uint8_t* const own_queries = queries + warpgroup * Shape::kTileBytes;
-  int stage = 0;
-  uint32_t phase = 0;
-  const auto release = [&] {
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + stage);
-    if (++stage == Shape::kStages) stage = 0, phase ^= 1;
-  };
   for (int index = blockIdx.x; index < items; index += gridDim.x) {
     const AttentionItem item = item_at<Shape>(step, args, first_item, index);
     const int first_row = item.first_row + warpgroup * 64, start = step.start[item.sequence];
@@ -357,60 +495,39 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kDecodes ? 2 : 1) void atte
     named_barrier(1 + warpgroup, 128);
 
     int position[2];
-    for (int half = 0; half < 2; ++half) position[half] = start + (first_row + warp % 4 * 16 + lane / 4 + half * 8) / group;
+    for (int half = 0; half < 2; ++half) {
+      position[half] = start + (first_row + warp % 4 * 16 + lane / 4 + half * 8) / group;
+    }
     const int first_position = start + first_row / group;
     const int last_position = start + (min(item.rows, first_row + 64) - 1) / group;
-    // A warpgroup whose rows lie behind the others has nothing to see in the last tiles.
-    const int own_last = first_row < item.rows ? min(item.last_tile, last_position / kCacheBlock + 1) : item.first_tile;
-    Partial<kHeadDim> state, running;
-    state.clear();
-    if constexpr (!Shape::kDecodes) running.clear();
-    for (int tile = item.first_tile; tile < item.last_tile; ++tile) {
-      barrier_wait(full + stage, phase);
-      if (tile < own_last) {
-        const uint8_t* const keys = stages + stage * 2 * Shape::kTileBytes;
-        attend_tile(state, own_queries, keys, keys + Shape::kTileBytes, args.scale, tile * kCacheBlock, position,
-                    tile * kCacheBlock + kCacheBlock - 1 > first_position);
-      }
-      release();
-      if constexpr (!Shape::kDecodes) {
-        if (tile < own_last && (tile % kSegmentTiles == kSegmentTiles - 1 || tile + 1 == own_last)) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Merger merge(running.maximum[half], state.maximum[half]);
-            running.maximum[half] = merge.maximum;
-            running.sum[half] = merge(running.sum[half], row_sum(state.sum[half]));
-#pragma unroll
-            for (int i = 0; i < kHeadDim / 4; ++i) {
-              const int at = i / 2 * 4 + half * 2 + i % 2;
-              running.out[at] = merge(running.out[at], state.out[at]);
-            }
-          }
-          state.clear();
-        }
-      }
-    }
-    if constexpr (!Shape::kDecodes) {
-      write_rows<Shape>(step, args, item, first_row, running);
+    // A warpgroup whose rows lie before the others' has nothing to see in the last tiles.
+    const int last = first_row < item.rows ? min(item.last_tile, last_position / kCacheBlock + 1) : item.first_tile;
+    Partial<Shape::kHeadDim> result;
+    result.clear();
+    if (last > item.first_tile) {
+      attend<Shape>(result, ring, own_queries, args.scale, item.first_tile, last, position, first_position,
+                    last < item.last_tile);
     } else {
-      for (int half = 0; half < 2; ++half) state.sum[half] = row_sum(state.sum[half]);
-      if (item.segments == 1) {
-        write_rows<Shape>(step, args, item, first_row, state);
-      } else {
-        save_partial<Shape>(args, item, index, state);
+      ring.skip();
+    }
+    for (int tile = last; tile < item.last_tile; ++tile) {
+      if (tile + 1 < item.last_tile) ring.skip();
+      ring.skip();
+    }
+    if (!Shape::kDecodes || item.segments == 1) {
+      write_rows<Shape>(step, args, item, first_row, result);
+    } else {
+      save_partial<Shape>(args, item, index, result);
+      __threadfence();
+      named_barrier(1, 128);
+      int* const arrived = args.arrived + item.sequence * args.kv_heads + item.head;
+      if (threadIdx.x == 0) {
+        *is_last = atomicAdd(arrived, 1) == item.segments - 1;
+        if (*is_last) *arrived = 0;
         __threadfence();
-        named_barrier(1, 128);
-        int* const arrived = args.arrived + item.sequence * args.kv_heads + item.head;
-        if (threadIdx.x == 0) {
-          *is_last = atomicAdd(arrived, 1) == item.segments - 1;
-          if (*is_last) *arrived = 0;
-          __threadfence();
-        }
-        named_barrier(1, 128);
-        if (*is_last) {
-          merge_segments<Shape>(step, args, item, first_item[item.sequence] + item.head);
-        }
       }
+      named_barrier(1, 128);
+      if (*is_last) merge_segments<Shape>(step, args, item, first_item[item.sequence] + item.head);
     }
     // The next item's queries go where these are read.
     named_barrier(1 + warpgroup, 128);

@@ -102,7 +102,7 @@ int fd_info(fd_device* device, fd_info_t* info) {
   int result = status_of("asking for the GPU's properties", cudaGetDeviceProperties(&properties, device->ordinal));
   if (result == FD_OK) result = status_of("asking for the GPU's memory", cudaMemGetInfo(&free, &total));
   if (result != FD_OK) return result;
-  std::snprintf(info->name, sizeof info->name, "%s", properties.name);
+  std::snprintf(info->name, sizeof info->name, "%.63s", properties.name);
   std::snprintf(info->numeric_version, sizeof info->numeric_version, "%s", kNumericVersion);
   info->layout_version = kLayoutVersion;
   info->multiprocessors = properties.multiProcessorCount;

@@ -74,6 +74,9 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
 // Orders this thread's ordinary writes to shared memory before reads of them by wgmma or the copy engine.
 __device__ __forceinline__ void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Asks for the line that holds this address to be brought into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
+
 // ---- dependent launches -----------------------------------------------------------------------------------------
 
 // Waits until the kernel before this one in the stream has ended and its writes can be seen.

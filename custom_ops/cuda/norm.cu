@@ -1,5 +1,7 @@
 #include "norm.h"
 
+#include <algorithm>
+
 #include "hopper.cuh"
 #include "launch.h"
 #include "step.cuh"
@@ -71,12 +73,22 @@ __global__ __launch_bounds__(kThreads) void norm_kernel(const __grid_constant__ 
   }
 }
 
-// kRows rows of the batch share each weight that is read. blockIdx.y has every gridDim.y-th eight of experts.
-template <int kRows>
+// kRows rows of the batch share each weight that is read, and kExperts experts of a warp each row. blockIdx.y has every
+// gridDim.y-th group of experts.
+template <int kRows, int kExperts>
 __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant__ Norm args, Router router) {
+  constexpr int kGroup = kWarps * kExperts;
   extern __shared__ __align__(16) __nv_bfloat16 normed[];
   __shared__ float sums[kWarps];
+  const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * kExperts;
   let_successor_start();
+  if (kRows == 1) {
+    // One row waits for memory only; weights do not depend on the kernel before.
+    const int expert = blockIdx.y * kGroup + own;
+    for (int k = lane * 32; expert < router.experts && k < args.width; k += 1024) {
+      prefetch(router.weights + int64_t{expert} * args.width + k);
+    }
+  }
   wait_for_predecessor();
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = threadIdx.x; i < router.experts; i += kThreads) router.counts[i] = 0;
@@ -87,25 +99,37 @@ __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant_
     normalise(args, first + i, normed + i * width, sums);
     if (blockIdx.y == 0) write_row(args, first + i, normed + i * width);
   }
-  const int lane = threadIdx.x % 32;
-  for (int expert = blockIdx.y * kWarps + threadIdx.x / 32; expert < router.experts; expert += gridDim.y * kWarps) {
+  for (int expert = blockIdx.y * kGroup + own; expert < router.experts; expert += gridDim.y * kGroup) {
     const float* const weights = router.weights + int64_t{expert} * args.width;
-    float dots[kRows] = {};
-#pragma unroll 5
+    // The last expert of an odd number is multiplied twice.
+    const int64_t next = kExperts > 1 && expert + 1 < router.experts ? args.width : 0;
+    float dots[kRows][kExperts] = {};
+#pragma unroll(kRows == 1 ? 10 : 1)
     for (int k = lane * 4; k < args.width; k += 128) {
-      const float4 weight = *reinterpret_cast<const float4*>(weights + k);
+      float4 weight[kExperts];
+#pragma unroll
+      for (int e = 0; e < kExperts; ++e) weight[e] = *reinterpret_cast<const float4*>(weights + e * next + k);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const __nv_bfloat162* const x = reinterpret_cast<const __nv_bfloat162*>(normed + i * width + k);
         const float2 low = __bfloat1622float2(x[0]), high = __bfloat1622float2(x[1]);
-        dots[i] = __fmaf_rn(low.y, weight.y, __fmaf_rn(low.x, weight.x, dots[i]));
-        dots[i] = __fmaf_rn(high.y, weight.w, __fmaf_rn(high.x, weight.z, dots[i]));
+#pragma unroll
+        for (int e = 0; e < kExperts; ++e) {
+          float& dot = dots[i][e];
+          dot = __fmaf_rn(low.y, weight[e].y, __fmaf_rn(low.x, weight[e].x, dot));
+          dot = __fmaf_rn(high.y, weight[e].w, __fmaf_rn(high.x, weight[e].z, dot));
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const float dot = warp_sum(dots[i]);
-      if (lane == 0 && i < rows) router.logits[int64_t{first + i} * router.experts + expert] = dot;
+#pragma unroll
+      for (int e = 0; e < kExperts; ++e) {
+        const float dot = warp_sum(dots[i][e]);
+        if (lane == 0 && i < rows && expert + e < router.experts) {
+          router.logits[int64_t{first + i} * router.experts + expert + e] = dot;
+        }
+      }
     }
   }
 }
@@ -125,7 +149,7 @@ __global__ __launch_bounds__(kThreads) void embedding_kernel(const __grid_consta
 }
 
 // From so many rows on, weights are read for eight of them at once; few rows spread over all multiprocessors instead.
-constexpr int kManyRows = 128, kSharingRows = 8;
+constexpr int kManyRows = 128, kSharingRows = 8, kSharingExperts = 2;
 constexpr int kMostMemory = 227 * 1024 - 64;
 
 }  // namespace
@@ -136,12 +160,14 @@ cudaError_t norm(const Norm& args, int capacity, cudaStream_t stream) {
 }
 
 cudaError_t norm_and_router(const Norm& args, const Router& router, int capacity, cudaStream_t stream) {
-  const int memory = round_up(args.width, kBlockK) * 2, eights = ceil_div(router.experts, kWarps);
+  const int memory = round_up(args.width, kBlockK) * 2;
   if (capacity < kManyRows || memory * kSharingRows > kMostMemory) {
-    return launch(router_kernel<1>, dim3(capacity, eights), kThreads, memory, 1, stream, args, router);
+    return launch(router_kernel<1, 1>, dim3(capacity, ceil_div(router.experts, kWarps)), kThreads, memory, 1, stream, args, router);
   }
-  return launch(router_kernel<kSharingRows>, dim3(ceil_div(capacity, kSharingRows)), kThreads, memory * kSharingRows, 1,
-                stream, args, router);
+  // As many blocks for the experts as it takes to give every multiprocessor something.
+  const int across = ceil_div(capacity, kSharingRows), groups = ceil_div(router.experts, kWarps * kSharingExperts);
+  const int down = std::min(groups, ceil_div(multiprocessors(), across));
+  return launch(router_kernel<kSharingRows, kSharingExperts>, dim3(across, down), kThreads, memory * kSharingRows, 1, stream, args, router);
 }
 
 cudaError_t embedding(const Embedding& args, int capacity, cudaStream_t stream) {
@@ -151,8 +177,8 @@ cudaError_t embedding(const Embedding& args, int capacity, cudaStream_t stream) 
 cudaError_t prepare_norm() {
   const int memory = kWidestRow * 2;
   cudaError_t error = prepare(reinterpret_cast<const void*>(norm_kernel), memory);
-  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<1>), memory);
-  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows>), kMostMemory);
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<1, 1>), memory);
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows, kSharingExperts>), kMostMemory);
   if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(embedding_kernel), 0);
   return error;
 }

@@ -58,9 +58,7 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 P, I = c_void_p, c_int32  # noqa: E741
-EmbeddingArgs = _structure(
-    "EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, stream=P, capacity=I
-)
+EmbeddingArgs = _structure("EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, stream=P, capacity=I)
 NormArgs = _structure(
     "NormArgs", stream=P, weight=P, rows=P, count=P, out=P, router=P, router_logits=P, expert_rows=P,
     epsilon=c_float, width=I, experts=I, capacity=I,

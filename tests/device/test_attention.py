@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Cache:
-    """One layer's cache with as many blocks as the texts need, shuffled; what is unused holds large numbers."""
+    """One layer's cache with the blocks that the texts need, shuffled; the rest holds large numbers."""
 
     def __init__(self, heads: Heads, texts: Sequence[int], seed: int = 0) -> None:
         torch.manual_seed(seed)

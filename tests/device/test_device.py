@@ -20,11 +20,11 @@ RESULT_BYTES = 4 * CAPACITY
 
 
 class Buffer(ctypes.Structure):
-    _fields_ = [("address", c_uint64), ("bytes", c_int64)]  # noqa: RUF012
+    _fields_ = [("address", c_uint64), ("bytes", c_int64)]
 
 
 class Info(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", ctypes.c_char * 64),
         ("numeric_version", ctypes.c_char * 16),
         ("layout_version", c_int32),
@@ -108,8 +108,8 @@ class Network:
         )  # fmt: skip
         assert self.device.library.fd_embedding(stream, byref(args)) == 0
         args = fd.fill(
-            fd.DrawArgs, logits=self.stream, count=self.device.plan.address, drawn=self.device.results.address,
-            vocabulary=WIDTH, capacity=CAPACITY,
+            fd.DrawArgs, logits=self.stream, count=self.device.plan.address,
+            drawn=self.device.results.address, vocabulary=WIDTH, capacity=CAPACITY,
         )  # fmt: skip
         assert self.device.library.fd_draw(stream, byref(args)) == 0
 
@@ -126,7 +126,7 @@ def test_an_arena_is_zeroed_and_there_once(device: Device) -> None:
     device.steps()
     status, buffer = device.arena(2, CAPACITY * WIDTH * 4)
     assert status == 0
-    # The best of equals is the first: column 0 wherever there are zeros, and -1 where something is not a number.
+    # Of zeros the first is the best one, and what is not a number would give -1.
     args = fd.fill(
         fd.DrawArgs, logits=buffer.address, count=device.plan.address, drawn=device.results.address,
         vocabulary=WIDTH, capacity=CAPACITY,

@@ -19,7 +19,10 @@ ROW = np.dtype(
         *((name, np.float64) for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")),
         ("seed", np.uint64),
         *((name, np.uint32) for name in ("choice", "position")),
-        *((name, np.int32) for name in ("top_k", "logprobs", "first_token", "num_seen", "num_masked", "reserved")),
+        *(
+            (name, np.int32)
+            for name in ("top_k", "logprobs", "first_token", "num_seen", "num_masked", "reserved")
+        ),
     ]
 )
 
@@ -53,7 +56,9 @@ def draw(
     drawn = torch.full((batch,), -7, dtype=torch.int32, device="cuda")
     top_tokens = torch.full((batch, width), -7, dtype=torch.int32, device="cuda")
     logprobs = torch.full((batch, width), float("nan"), dtype=torch.float64, device="cuda")
-    work = torch.full((batch * int(fd.library().fd_draw_work_bytes(vocabulary)),), 255, dtype=torch.uint8).cuda()
+    work = torch.full(
+        (batch * int(fd.library().fd_draw_work_bytes(vocabulary)),), 255, dtype=torch.uint8
+    ).cuda()
     pairs = torch.tensor(tokens or [(0, 0)], dtype=torch.int32, device="cuda")
     params = None if rows is None else torch.from_numpy(rows.view(np.uint8).copy()).cuda()
     fd.call(

@@ -167,7 +167,9 @@ def test_a_block_of_experts_is_the_same_in_every_batch() -> None:
     gate, up = drawn(experts * width, hidden, 5) * 0.1, drawn(experts * width, hidden, 6) * 0.1
     down = drawn(experts * hidden, width, 7) * 0.1
     split = [m.view(experts, -1, m.shape[1]) for m in (gate, up, down)]
-    gate_up = torch.stack([fd.tiled_matrix(fd.interleaved(g, u)) for g, u in zip(split[0], split[1], strict=True)])
+    gate_up = torch.stack(
+        [fd.tiled_matrix(fd.interleaved(g, u)) for g, u in zip(split[0], split[1], strict=True)]
+    )
     downs = torch.stack([fd.tiled_matrix(d) for d in split[2]])
 
     def block(x: torch.Tensor) -> torch.Tensor:
@@ -202,7 +204,9 @@ def test_a_block_of_experts_is_the_same_in_every_batch() -> None:
     normed = norm(stream, weight, router)
     x, (probabilities, picks) = normed.rows.double(), normed.logits.double().softmax(1).topk(k)
     g, u, d = (m.double() for m in split)
-    hidden_rows = torch.nn.functional.silu(torch.einsum("th,ewh->tew", x, g)) * torch.einsum("th,ewh->tew", x, u)
+    hidden_rows = torch.nn.functional.silu(torch.einsum("th,ewh->tew", x, g)) * torch.einsum(
+        "th,ewh->tew", x, u
+    )
     each = torch.einsum("tew,ehw->teh", hidden_rows, d).gather(1, picks[..., None].expand(-1, -1, hidden))
     expected = stream + (each * (probabilities / probabilities.sum(1, keepdim=True))[..., None]).sum(1)
     assert fd.error(together, expected) < 3e-3
