@@ -334,41 +334,25 @@ __device__ __forceinline__ void save_partial(const Attention& args, const Attent
   }
 }
 
-// The last block of a sequence and head to finish: merges all segments in their order. Several are read at once, or
-// waiting for memory would take longer than the segments themselves.
+// The last block of a sequence and head to finish: merges all segments in their order.
 template <class Shape>
 __device__ __forceinline__ void merge_segments(const StepView& step, const Attention& args, const AttentionItem& item,
                                                int first_index) {
-  constexpr int kAtOnce = 2;
   const int group = args.heads / args.kv_heads;
-  for (int i = threadIdx.x * 4; i < item.rows * Shape::kHeadDim; i += 512) {
+  for (int i = threadIdx.x * 2; i < item.rows * Shape::kHeadDim; i += 256) {
     const int row = i / Shape::kHeadDim, column = i % Shape::kHeadDim;
-    float out[4] = {}, maximum = -INFINITY, sum = 0.0f;
-    for (int first = 0; first < item.segments; first += kAtOnce) {
-      float4 outs[kAtOnce];
-      float maxima[kAtOnce], sums[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (first + j >= item.segments) break;
-        const float* const part = partial_at<Shape>(args, first_index + (first + j) * args.kv_heads);
-        // Other blocks have written it: past the first cache.
-        outs[j] = __ldcg(reinterpret_cast<const float4*>(part + row * Shape::kHeadDim + column));
-        maxima[j] = __ldcg(part + kMostGroupHeads * Shape::kHeadDim + row);
-        sums[j] = __ldcg(part + kMostGroupHeads * (Shape::kHeadDim + 1) + row);
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (first + j >= item.segments) break;
-        const Merger merge(maximum, maxima[j]);
-        out[0] = merge(out[0], outs[j].x), out[1] = merge(out[1], outs[j].y);
-        out[2] = merge(out[2], outs[j].z), out[3] = merge(out[3], outs[j].w);
-        sum = merge(sum, sums[j]);
-        maximum = merge.maximum;
-      }
+    float low = 0.0f, high = 0.0f, maximum = -INFINITY, sum = 0.0f;
+    for (int segment = 0; segment < item.segments; ++segment) {
+      const float* const part = partial_at<Shape>(args, first_index + segment * args.kv_heads);
+      // Other blocks have written it: past the first cache.
+      const float2 out = __ldcg(reinterpret_cast<const float2*>(part + row * Shape::kHeadDim + column));
+      const Merger merge(maximum, __ldcg(part + kMostGroupHeads * Shape::kHeadDim + row));
+      low = merge(low, out.x), high = merge(high, out.y);
+      sum = merge(sum, __ldcg(part + kMostGroupHeads * (Shape::kHeadDim + 1) + row));
+      maximum = merge.maximum;
     }
-    *reinterpret_cast<uint2*>(out_place<Shape>(args, step.first_token[item.sequence], item.head * group + row, column)) =
-        make_uint2(pack_bfloat16(__fdiv_rn(out[0], sum), __fdiv_rn(out[1], sum)),
-                   pack_bfloat16(__fdiv_rn(out[2], sum), __fdiv_rn(out[3], sum)));
+    *reinterpret_cast<uint32_t*>(out_place<Shape>(args, step.first_token[item.sequence], item.head * group + row,
+                                                  column)) = pack_bfloat16(__fdiv_rn(low, sum), __fdiv_rn(high, sum));
   }
 }
 
