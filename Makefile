@@ -16,7 +16,8 @@ COMPILED := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl dae
 TYPES  := .cache/types
 
 .PHONY: help serve model test check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
-        bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install uninstall clean
+        bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \
+        uninstall clean check-cuda test-gpu bench-gpu-product bench-gpu-attention bench-gpu-step
 
 help:
 	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
@@ -41,6 +42,9 @@ help:
 	@echo "make chaos              ranks of an expert group killed at every point of a step"
 	@echo "make profile            where the time of a decode step goes"
 	@echo "make perplexity         the demo model's perplexity in each weight format"
+	@echo "make check-cuda         compile the kernels for Hopper and look for spilled registers (needs nvcc, no GPU)"
+	@echo "make test-gpu           test the kernels on a Hopper GPU (needs nvcc and a python3 with torch)"
+	@echo "make bench-gpu-product  the products beside cuBLAS; bench-gpu-attention; bench-gpu-step: whole decode steps"
 	@echo "make install            install as a systemd service (as root); again: upgrade"
 	@echo "make uninstall          take it away again; configuration, models and logs stay"
 
@@ -151,6 +155,18 @@ chaos: $(VENV)/installed
 
 perplexity: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.perplexity
+
+check-cuda:
+	@custom_ops/cuda/check.sh
+
+# With the system's Python, which has torch where there is a GPU; without tests/conftest.py, which wants the engine.
+test-gpu:
+	@custom_ops/cuda/build.sh
+	@python3 -m pytest -q --confcutdir=tests/device tests/device
+
+bench-gpu-product bench-gpu-attention bench-gpu-step: bench-gpu-%:
+	@custom_ops/cuda/build.sh --bench
+	@python3 -m benchmarks.cuda_$* $(ARGS)
 
 $(VENV)/bench-installed: $(VENV)/installed
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[bench]'

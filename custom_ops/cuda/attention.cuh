@@ -1,0 +1,521 @@
+// Attention of 64 rows per warpgroup, a row being one query head of one token, against tiles of 64 keys.
+//
+// Decoding and prompts are one kernel, so that they have the same bits: S = Q K^T and O = P V by wgmma, softmax online
+// in base 2 within segments of 512 keys, then merged in order (numeric contract sm90-1). A prompt's block walks all
+// segments of its rows. In decoding each segment is a block's, and the last one to finish merges.
+#pragma once
+
+#include "attention.h"
+#include "hopper.cuh"
+#include "step.cuh"
+
+namespace fd::cuda {
+
+template <int kHeadDim_, int kWarpgroups_, int kSlots_, bool kDecodes_>
+struct AttentionShape {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kSlots = kSlots_;  // of the ring: tiles of keys or of values
+  static constexpr bool kDecodes = kDecodes_;
+  static constexpr int kHalves = kHeadDim / kBlockK;
+  static constexpr int kRows = kWarpgroups * 64;
+  static constexpr int kConsumers = kWarpgroups * 128;
+  // Two warpgroups of consumers take registers from the producer's: that works for whole warpgroups only.
+  static constexpr bool kShiftsRegisters = kWarpgroups == 2;
+  static constexpr int kThreads = kConsumers + (kShiftsRegisters ? 128 : 32);
+  static constexpr int kTileBytes = kHalves * kBlockBytes;  // of keys, and of values
+  static constexpr int kMemory =
+      1024 + (kWarpgroups + kSlots) * kTileBytes + kSlots * 16 + (kMostSequences + 1) * 4 + 16;
+};
+
+// What a block works on.
+struct AttentionItem {
+  int sequence;
+  int head;       // of keys and values
+  int first_row;  // among the rows of this sequence and head
+  int rows;       // of the sequence and head, all
+  int first_tile;
+  int last_tile;  // exclusive
+  int segments;   // of the sequence, in decoding
+};
+
+template <class Shape>
+__device__ __forceinline__ int items_of(const StepView& step, const Attention& args, int sequence) {
+  const int length = step.length(sequence), context = step.start[sequence] + length;
+  if (Shape::kDecodes != (length == 1)) return 0;
+  const int parts = Shape::kDecodes ? ceil_div(context, kCacheBlock * kSegmentTiles)
+                                    : ceil_div(length * (args.heads / args.kv_heads), Shape::kRows);
+  return parts * args.kv_heads;
+}
+
+// One warp: first_item[s] for all sequences.
+template <class Shape>
+__device__ __forceinline__ void find_items(const StepView& step, const Attention& args, int* first_item, int lane) {
+  int before = 0;
+  for (int first = 0; first < step.num_sequences; first += 32) {
+    const int sequence = first + lane;
+    const int items = sequence < step.num_sequences ? items_of<Shape>(step, args, sequence) : 0;
+    int until = items;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(~0u, until, distance);
+      if (lane >= distance) until += other;
+    }
+    if (sequence < step.num_sequences) first_item[sequence] = before + until - items;
+    before += __shfl_sync(~0u, until, 31);
+  }
+  if (lane == 0) first_item[step.num_sequences] = before;
+}
+
+template <class Shape>
+__device__ __forceinline__ AttentionItem item_at(const StepView& step, const Attention& args, const int* first_item,
+                                                 int index) {
+  int low = 0;
+  for (int high = step.num_sequences; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (first_item[middle] <= index ? low : high) = middle;
+  }
+  const int group = args.heads / args.kv_heads, length = step.length(low), local = index - first_item[low];
+  AttentionItem item{low, local % args.kv_heads, 0, length * group, 0, 0, 0};
+  const int part = local / args.kv_heads;
+  if constexpr (Shape::kDecodes) {
+    const int tiles = ceil_div(step.start[low] + 1, kCacheBlock);
+    item.segments = ceil_div(tiles, kSegmentTiles);
+    item.first_tile = part * kSegmentTiles;
+    item.last_tile = min(tiles, item.first_tile + kSegmentTiles);
+  } else {
+    // Those with the longest context come first, so that the short ones fill up the end.
+    item.first_row = (ceil_div(item.rows, Shape::kRows) - 1 - part) * Shape::kRows;
+    const int last_row = min(item.rows, item.first_row + Shape::kRows) - 1;
+    item.last_tile = (step.start[low] + last_row / group) / kCacheBlock + 1;
+  }
+  return item;
+}
+
+// Softmax of a part of the keys, not yet normalised, of rows r and r + 8 of each thread.
+template <int kHeadDim>
+struct Partial {
+  float out[kHeadDim / 2];
+  float maximum[2];
+  float sum[2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
+    for (int half = 0; half < 2; ++half) maximum[half] = -INFINITY, sum[half] = 0.0f;
+  }
+};
+
+// How a running result and a later part are weighted in their merger. A part that sees no key has maximum -infinity.
+struct Merger {
+  float maximum, running, later;
+
+  __device__ __forceinline__ Merger(float running_maximum, float later_maximum)
+      : maximum(fmaxf(running_maximum, later_maximum)) {
+    const float base = maximum == -INFINITY ? 0.0f : maximum;
+    running = exp2_fast(running_maximum - base);
+    later = exp2_fast(later_maximum - base);
+  }
+  __device__ __forceinline__ float operator()(float a, float b) const {
+    return __fmaf_rn(b, later, __fmul_rn(a, running));
+  }
+};
+
+// The sum over the four threads that share a row.
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ float row_maximum(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Starts scores = queries keys^T of one tile.
+template <int kHeadDim>
+__device__ __forceinline__ void start_scores(float (&scores)[32], const uint8_t* queries, const uint8_t* keys) {
+  const uint64_t q = operand(queries), k = operand(keys);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; ++step) {
+    const int at = step / 4 * (kBlockBytes / 16) + step % 4 * 2;
+    wgmma<64>(scores, q + at, k + at, step > 0);
+  }
+  wgmma_commit();
+}
+
+// Starts out += weights values of one tile.
+template <int kHeadDim>
+__device__ __forceinline__ void start_values(float (&out)[kHeadDim / 2], const uint32_t (&weights)[4][4],
+                                             const uint8_t* values) {
+  const uint64_t v = operand(values, kBlockBytes);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) wgmma_transposed<kHeadDim>(out, weights[step], v + step * 128, 1);
+  wgmma_commit();
+}
+
+// Maxima and sums of this thread's two rows in the running segment. A sum is this thread's part of the row's.
+struct Softmax {
+  float maximum[2];
+  float sum[2];
+
+  __device__ __forceinline__ void clear() {
+    for (int half = 0; half < 2; ++half) maximum[half] = -INFINITY, sum[half] = 0.0f;
+  }
+
+  // Takes in a tile: scores become weights, rounded to bfloat16; `factor` is for what has been added up before.
+  __device__ __forceinline__ void add(float (&scores)[32], float scale, float (&factor)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) highest = fmaxf(highest, scores[i / 2 * 4 + half * 2 + i % 2]);
+      const float now = fmaxf(maximum[half], __fmul_rn(row_maximum(highest), scale));
+      const float base = now == -INFINITY ? 0.0f : now;
+      factor[half] = exp2_fast(maximum[half] - base);
+      maximum[half] = now;
+      float added = 0.0f;
+#pragma unroll
+      for (int eight = 0; eight < 8; ++eight) {
+        float &low = scores[eight * 4 + half * 2], &high = scores[eight * 4 + half * 2 + 1];
+        const uint32_t pair =
+            pack_bfloat16(exp2_fast(__fmaf_rn(low, scale, -base)), exp2_fast(__fmaf_rn(high, scale, -base)));
+        low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000);
+        // The sum is that of the weights as they are multiplied.
+        added += low;
+        added += high;
+      }
+      sum[half] = __fmaf_rn(sum[half], factor[half], added);
+    }
+  }
+};
+
+// Rounded weights as wgmma takes them. Apart from Softmax::add, because what a wgmma reads must not be written while
+// another one is under way.
+__device__ __forceinline__ void pack_weights(const float (&rounded)[32], uint32_t (&weights)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    weights[i / 4][i % 4] = __byte_perm(__float_as_uint(rounded[2 * i]), __float_as_uint(rounded[2 * i + 1]), 0x7632);
+  }
+}
+
+// Hides from this thread's two rows the keys of a tile behind their positions.
+__device__ __forceinline__ void hide_keys(float (&scores)[32], int first_key, const int (&position)[2]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int key = first_key + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    if (key > position[i / 2 % 2]) scores[i] = -INFINITY;
+  }
+}
+
+// The ring of tiles, as one side sees it. Keys are one tile ahead of values: k0 k1 v0 k2 v1 ...
+template <class Shape>
+struct TileRing {
+  uint8_t* slots;
+  uint64_t* full;
+  uint64_t* empty;
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ uint8_t* tile() const { return slots + slot * Shape::kTileBytes; }
+  __device__ void advance() {
+    if (++slot == Shape::kSlots) slot = 0, phase ^= 1;
+  }
+  // For consumers. Returns the slot, which take() leaves behind and release() gives back.
+  __device__ int take() {
+    barrier_wait(full + slot, phase);
+    const int taken = slot;
+    advance();
+    return taken;
+  }
+  __device__ void release(int taken) const {
+    if (threadIdx.x % 128 == 0) barrier_arrive(empty + taken);
+  }
+  __device__ const uint8_t* at(int taken) const { return slots + taken * Shape::kTileBytes; }
+  __device__ void skip() { release(take()); }
+};
+
+// One thread: streams the tiles of all items of this block.
+template <class Shape>
+__device__ void produce_tiles(const StepView& step, const Attention& args, const int* first_item,
+                              TileRing<Shape> ring) {
+  const int items = first_item[step.num_sequences];
+  for (int index = blockIdx.x; index < items; index += gridDim.x) {
+    const AttentionItem item = item_at<Shape>(step, args, first_item, index);
+    const int32_t* const table = step.block_tables + int64_t{item.sequence} * step.table_width;
+    const auto fetch = [&](const uint8_t* cache, int tile) {
+      barrier_wait(ring.empty + ring.slot, ring.phase ^ 1);
+      barrier_arrive_expect(ring.full + ring.slot, Shape::kTileBytes);
+      bulk_copy(ring.tile(), cache + in_cache(table[tile], args.kv_heads, item.head, Shape::kHeadDim, 0, 0),
+                Shape::kTileBytes, ring.full + ring.slot);
+      ring.advance();
+    };
+    fetch(args.keys, item.first_tile);
+    for (int tile = item.first_tile; tile < item.last_tile; ++tile) {
+      if (tile + 1 < item.last_tile) fetch(args.keys, tile + 1);
+      fetch(args.values, tile);
+    }
+  }
+}
+
+// Copies 64 rows of queries to shared memory; rows that are not there become zeros.
+template <class Shape>
+__device__ __forceinline__ void fetch_queries(const StepView& step, const Attention& args, const AttentionItem& item,
+                                              int first_row, uint8_t* queries) {
+  const int group = args.heads / args.kv_heads, first_token = step.first_token[item.sequence];
+  const int64_t stride = int64_t{args.heads + 2 * args.kv_heads} * Shape::kHeadDim;
+  for (int i = threadIdx.x % 128; i < 64 * Shape::kHeadDim / 8; i += 128) {
+    const int row = i / (Shape::kHeadDim / 8), k = i % (Shape::kHeadDim / 8) * 8;
+    uint4 piece{};
+    if (first_row + row < item.rows) {
+      const int token = first_token + (first_row + row) / group, head = item.head * group + (first_row + row) % group;
+      piece = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(args.qkv) + token * stride +
+                                              head * Shape::kHeadDim + k);
+    }
+    *reinterpret_cast<uint4*>(queries + k / kBlockK * kBlockBytes + in_block(row, k % kBlockK)) = piece;
+  }
+}
+
+template <class Shape>
+__device__ __forceinline__ uint8_t* out_place(const Attention& args, int token, int head, int i) {
+  const int width = args.heads * Shape::kHeadDim;
+  return args.out + in_activations(token, head * Shape::kHeadDim + i, width / kBlockK);
+}
+
+template <class Shape>
+__device__ __forceinline__ void write_rows(const StepView& step, const Attention& args, const AttentionItem& item,
+                                           int first_row, const Partial<Shape::kHeadDim>& state) {
+  const int group = args.heads / args.kv_heads;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + half * 8;
+    if (row >= item.rows) continue;
+    const int token = step.first_token[item.sequence] + row / group, head = item.head * group + row % group;
+#pragma unroll
+    for (int eight = 0; eight < Shape::kHeadDim / 8; ++eight) {
+      *reinterpret_cast<uint32_t*>(out_place<Shape>(args, token, head, eight * 8 + threadIdx.x % 4 * 2)) =
+          pack_bfloat16(__fdiv_rn(state.out[eight * 4 + half * 2], state.sum[half]),
+                        __fdiv_rn(state.out[eight * 4 + half * 2 + 1], state.sum[half]));
+    }
+  }
+}
+
+// A segment's part: [kMostGroupHeads][head_dim] results, then their maxima and sums.
+template <class Shape>
+__device__ __forceinline__ float* partial_at(const Attention& args, int item) {
+  return args.partial + int64_t{item} * kMostGroupHeads * (Shape::kHeadDim + 2);
+}
+
+template <class Shape>
+__device__ __forceinline__ void save_partial(const Attention& args, const AttentionItem& item, int index,
+                                             const Partial<Shape::kHeadDim>& state) {
+  // Rows 0 to 15 are the first warp's.
+  if (threadIdx.x >= 32) return;
+  float* const place = partial_at<Shape>(args, index);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = threadIdx.x / 4 + half * 8;
+    if (row >= item.rows) continue;
+#pragma unroll
+    for (int eight = 0; eight < Shape::kHeadDim / 8; ++eight) {
+      *reinterpret_cast<float2*>(place + row * Shape::kHeadDim + eight * 8 + threadIdx.x % 4 * 2) =
+          make_float2(state.out[eight * 4 + half * 2], state.out[eight * 4 + half * 2 + 1]);
+    }
+    if (threadIdx.x % 4 == 0) {
+      place[kMostGroupHeads * Shape::kHeadDim + row] = state.maximum[half];
+      place[kMostGroupHeads * (Shape::kHeadDim + 1) + row] = state.sum[half];
+    }
+  }
+}
+
+// The last block of a sequence and head to finish: merges all segments in their order.
+template <class Shape>
+__device__ __forceinline__ void merge_segments(const StepView& step, const Attention& args, const AttentionItem& item,
+                                               int first_index) {
+  const int group = args.heads / args.kv_heads;
+  for (int i = threadIdx.x * 2; i < item.rows * Shape::kHeadDim; i += 256) {
+    const int row = i / Shape::kHeadDim, column = i % Shape::kHeadDim;
+    float low = 0.0f, high = 0.0f, maximum = -INFINITY, sum = 0.0f;
+    for (int segment = 0; segment < item.segments; ++segment) {
+      const float* const part = partial_at<Shape>(args, first_index + segment * args.kv_heads);
+      // Other blocks have written it: past the first cache.
+      const float2 out = __ldcg(reinterpret_cast<const float2*>(part + row * Shape::kHeadDim + column));
+      const Merger merge(maximum, __ldcg(part + kMostGroupHeads * Shape::kHeadDim + row));
+      low = merge(low, out.x), high = merge(high, out.y);
+      sum = merge(sum, __ldcg(part + kMostGroupHeads * (Shape::kHeadDim + 1) + row));
+      maximum = merge.maximum;
+    }
+    *reinterpret_cast<uint32_t*>(out_place<Shape>(args, step.first_token[item.sequence], item.head * group + row,
+                                                  column)) = pack_bfloat16(__fdiv_rn(low, sum), __fdiv_rn(high, sum));
+  }
+}
+
+// Attends to tiles [first, last) for 64 rows, last > first: a part of the keys, or in a prompt all of them, segment by
+// segment. The scores of a tile are multiplied while the one before it is weighed, and that one's values while the
+// next is. `skips`: the ring holds tiles behind `last`, which are for the other warpgroup alone.
+template <class Shape>
+__device__ __forceinline__ void attend(Partial<Shape::kHeadDim>& result, TileRing<Shape>& ring, const uint8_t* queries,
+                                       float scale, int first, int last, const int (&position)[2], int first_position,
+                                       bool skips) {
+  constexpr int kHeadDim = Shape::kHeadDim;
+  float scores[32], out[kHeadDim / 2], factor[2];
+  uint32_t weights[4][4];
+  Softmax softmax;
+  softmax.clear();
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
+
+  const auto weigh = [&](int tile) {
+    if (tile * kCacheBlock + kCacheBlock - 1 > first_position) hide_keys(scores, tile * kCacheBlock, position);
+    softmax.add(scores, scale, factor);
+  };
+  const auto merge = [&](const Softmax& ended) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Shape::kDecodes) {
+        // One segment: what merging it with nothing would give.
+        result.maximum[half] = ended.maximum[half], result.sum[half] = row_sum(ended.sum[half]);
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 4; ++i) result.out[i / 2 * 4 + half * 2 + i % 2] = out[i / 2 * 4 + half * 2 + i % 2];
+        continue;
+      }
+      const Merger merger(result.maximum[half], ended.maximum[half]);
+      result.maximum[half] = merger.maximum;
+      result.sum[half] = merger(result.sum[half], row_sum(ended.sum[half]));
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 4; ++i) {
+        const int at = i / 2 * 4 + half * 2 + i % 2;
+        result.out[at] = merger(result.out[at], out[at]);
+      }
+    }
+  };
+
+  int keys = ring.take();
+  start_scores<kHeadDim>(scores, queries, ring.at(keys));
+  wgmma_wait<0>();
+  ring.release(keys);
+  weigh(first);
+  pack_weights(scores, weights);
+  for (int tile = first; tile + 1 < last; ++tile) {
+    keys = ring.take();
+    start_scores<kHeadDim>(scores, queries, ring.at(keys));
+    const int values = ring.take();
+    start_values<kHeadDim>(out, weights, ring.at(values));
+    wgmma_wait<1>();
+    ring.release(keys);
+    const bool ends = !Shape::kDecodes && tile % kSegmentTiles == kSegmentTiles - 1;
+    const Softmax ended = softmax;
+    if (ends) softmax.clear();
+    weigh(tile + 1);
+    wgmma_wait<0>();
+    ring.release(values);
+    if (ends) {
+      merge(ended);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+    }
+    pack_weights(scores, weights);
+  }
+  if (skips) ring.skip();
+  const int values = ring.take();
+  start_values<kHeadDim>(out, weights, ring.at(values));
+  wgmma_wait<0>();
+  ring.release(values);
+  merge(softmax);
+}
+
+template <class Shape>
+__global__ __launch_bounds__(Shape::kThreads, Shape::kDecodes ? 2 : 1) void attention_kernel(
+    const __grid_constant__ Attention args) {
+  extern __shared__ uint8_t memory[];
+  uint8_t* const queries = memory + (1024 - shared_address(memory) % 1024) % 1024;
+  uint8_t* const slots = queries + Shape::kWarpgroups * Shape::kTileBytes;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(slots + Shape::kSlots * Shape::kTileBytes);
+  uint64_t* const empty = full + Shape::kSlots;
+  int* const first_item = reinterpret_cast<int*>(empty + Shape::kSlots);
+  int* const is_last = first_item + kMostSequences + 1;
+  TileRing<Shape> ring{slots, full, empty};
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool is_producer = warp == Shape::kConsumers / 32;
+  let_successor_start();
+  if (is_producer && lane == 0) {
+    for (int i = 0; i < Shape::kSlots; ++i) {
+      barrier_init(full + i, 1);
+      barrier_init(empty + i, Shape::kWarpgroups);
+    }
+    barrier_init_fence();
+  }
+  wait_for_predecessor();
+  const StepView step(args.step);
+  if (is_producer) {
+    __syncwarp();
+    find_items<Shape>(step, args, first_item, lane);
+  }
+  __syncthreads();
+  if (warp >= Shape::kConsumers / 32) {
+    if constexpr (Shape::kShiftsRegisters) lower_registers<40>();
+    if (is_producer && lane == 0) produce_tiles<Shape>(step, args, first_item, ring);
+    return;
+  }
+  if constexpr (Shape::kShiftsRegisters) raise_registers<232>();
+
+  const int warpgroup = warp / 4, group = args.heads / args.kv_heads, items = first_item[step.num_sequences];
+  uint8_t* const own_queries = queries + warpgroup * Shape::kTileBytes;
+  for (int index = blockIdx.x; index < items; index += gridDim.x) {
+    const AttentionItem item = item_at<Shape>(step, args, first_item, index);
+    const int first_row = item.first_row + warpgroup * 64, start = step.start[item.sequence];
+    fetch_queries<Shape>(step, args, item, first_row, own_queries);
+    shared_proxy_fence();
+    named_barrier(1 + warpgroup, 128);
+
+    int position[2];
+    for (int half = 0; half < 2; ++half) {
+      position[half] = start + (first_row + warp % 4 * 16 + lane / 4 + half * 8) / group;
+    }
+    const int first_position = start + first_row / group;
+    const int last_position = start + (min(item.rows, first_row + 64) - 1) / group;
+    // A warpgroup whose rows lie before the others' has nothing to see in the last tiles.
+    const int last = first_row < item.rows ? min(item.last_tile, last_position / kCacheBlock + 1) : item.first_tile;
+    Partial<Shape::kHeadDim> result;
+    result.clear();
+    if (last > item.first_tile) {
+      attend<Shape>(result, ring, own_queries, args.scale, item.first_tile, last, position, first_position,
+                    last < item.last_tile);
+    } else {
+      ring.skip();
+    }
+    for (int tile = last; tile < item.last_tile; ++tile) {
+      if (tile + 1 < item.last_tile) ring.skip();
+      ring.skip();
+    }
+    if (!Shape::kDecodes || item.segments == 1) {
+      write_rows<Shape>(step, args, item, first_row, result);
+    } else {
+      save_partial<Shape>(args, item, index, result);
+      __threadfence();
+      named_barrier(1, 128);
+      int* const arrived = args.arrived + item.sequence * args.kv_heads + item.head;
+      if (threadIdx.x == 0) {
+        *is_last = atomicAdd(arrived, 1) == item.segments - 1;
+        if (*is_last) *arrived = 0;
+        __threadfence();
+      }
+      named_barrier(1, 128);
+      if (*is_last) merge_segments<Shape>(step, args, item, first_item[item.sequence] + item.head);
+    }
+    // The next item's queries go where these are read.
+    named_barrier(1 + warpgroup, 128);
+  }
+}
+
+}  // namespace fd::cuda

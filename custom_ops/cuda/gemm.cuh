@@ -1,0 +1,382 @@
+// The product kernel: weights on wgmma's M side, tokens on its N side.
+//
+// One producer warp streams tiles of weights and tokens through a ring of stages in shared memory; one or two consumer
+// warpgroups, each with 64 outputs, multiply. Blocks are persistent. A block walks the segments of K one after the
+// other, or the blocks of a cluster take one each and the first adds up: the same bits (layout.h).
+#pragma once
+
+#include "gemm.h"
+#include "hopper.cuh"
+
+namespace fd::cuda {
+
+template <int kWarpgroups_, int kTokens_, int kStages_, int kBlocksPerSm_>
+struct TileShape {
+  static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
+  static constexpr int kOutputs = kWarpgroups * 64;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kConsumers = kWarpgroups * 128;
+  // Two warpgroups of consumers take registers from the producer's: that works for whole warpgroups only.
+  // What the three have together must not exceed what the kernel starts with, or raising waits for ever.
+  static constexpr bool kShiftsRegisters = kWarpgroups == 2;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
+  static_assert(!kShiftsRegisters || kBlocksPerSm == 1);
+  static constexpr int kThreads = kConsumers + (kShiftsRegisters ? 128 : 32);
+  static constexpr int kWeightBytes = kWarpgroups * kBlockBytes;
+  static constexpr int kTokenBytes = kTokens * 128;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  // Rows of a tile that lie in one block of activations.
+  static constexpr int kPieceRows = kTokens < kBlockRows ? kTokens : kBlockRows;
+  static constexpr int kPieces = kTokens / kPieceRows;
+};
+
+// Where the rows and tiles of each group begin.
+struct Groups {
+  int* first_row;
+  int* first_tile;
+  int* count;
+
+  __device__ Groups(void* memory, int groups)
+      : first_row(static_cast<int*>(memory)), first_tile(first_row + groups), count(first_tile + groups + 1) {}
+};
+
+template <class Shape>
+constexpr int product_memory(int groups) {
+  return 1024 + Shape::kStages * (Shape::kStageBytes + 16) + (3 * groups + 1) * 4;
+}
+
+struct TileAt {
+  int matrix;
+  int first_output;
+  int first_row;  // in the activations
+  int rows;       // of the group from there on; may exceed the tile
+};
+
+template <class Shape>
+__device__ __forceinline__ TileAt tile_at(const Product& args, const Groups& groups, int tile) {
+  int low = 0;
+  for (int high = args.groups; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (groups.first_tile[middle] <= tile ? low : high) = middle;
+  }
+  // Tiles that share weights are neighbours, so that the second one finds them in the L2 cache.
+  const int across = ceil_div(groups.count[low], Shape::kTokens), index = tile - groups.first_tile[low];
+  const int begin = index % across * Shape::kTokens;
+  return {args.slots == nullptr ? low : args.slots[low], index / across * Shape::kOutputs,
+          groups.first_row[low] + begin, groups.count[low] - begin};
+}
+
+// One warp: sums over the counts of all groups.
+template <class Shape>
+__device__ __forceinline__ void find_groups(const Product& args, const Groups& groups, int lane) {
+  const int down = round_up(args.outputs, kPanelOutputs) / Shape::kOutputs;
+  int row = 0, tile = 0;
+  for (int first = 0; first < args.groups; first += 32) {
+    const int group = first + lane;
+    const int count = group < args.groups ? args.counts[group] : 0;
+    const int rows = round_up(count, args.alignment), tiles = ceil_div(count, Shape::kTokens) * down;
+    int rows_until = rows, tiles_until = tiles;
+    for (int step = 1; step < 32; step *= 2) {
+      const int r = __shfl_up_sync(~0u, rows_until, step), t = __shfl_up_sync(~0u, tiles_until, step);
+      if (lane >= step) rows_until += r, tiles_until += t;
+    }
+    if (group < args.groups) {
+      groups.count[group] = count;
+      groups.first_row[group] = row + rows_until - rows;
+      groups.first_tile[group] = tile + tiles_until - tiles;
+    }
+    row += __shfl_sync(~0u, rows_until, 31);
+    tile += __shfl_sync(~0u, tiles_until, 31);
+  }
+  if (lane == 0) groups.first_tile[args.groups] = tile;
+}
+
+// The ring of stages, as one side sees it.
+template <class Shape>
+struct Ring {
+  uint8_t* stages;
+  uint64_t* full;
+  uint64_t* empty;
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ uint8_t* weights() const { return stages + stage * Shape::kStageBytes; }
+  __device__ uint8_t* tokens() const { return weights() + Shape::kWeightBytes; }
+  __device__ void advance() {
+    if (++stage == Shape::kStages) stage = 0, phase ^= 1;
+  }
+};
+
+template <class Shape>
+__device__ __forceinline__ void fetch_weights(const Product& args, const Ring<Shape>& ring, const uint8_t* matrix,
+                                              int first_output, int k_block) {
+  const int64_t block = (int64_t{first_output / kPanelOutputs} * ceil_div(args.inputs, kBlockK) + k_block) * 2 +
+                        first_output / kBlockRows % 2;
+  bulk_copy(ring.weights(), matrix + block * kBlockBytes, Shape::kWeightBytes, ring.full + ring.stage);
+}
+
+template <class Shape>
+__device__ __forceinline__ void fetch_tokens(const Product& args, const Ring<Shape>& ring, const TileAt& at,
+                                             int k_block, int pieces) {
+  const int k_blocks = ceil_div(args.inputs, kBlockK);
+  for (int piece = 0; piece < pieces; ++piece) {
+    const int row = at.first_row + piece * Shape::kPieceRows;
+    const int64_t block = int64_t{row / kBlockRows} * k_blocks + k_block;
+    bulk_copy(ring.tokens() + piece * Shape::kPieceRows * 128,
+              args.tokens + block * kBlockBytes + row % kBlockRows * 128, Shape::kPieceRows * 128,
+              ring.full + ring.stage);
+  }
+}
+
+template <class Shape>
+__device__ __forceinline__ int pieces_of(const TileAt& at) {
+  return min(Shape::kPieces, ceil_div(at.rows, Shape::kPieceRows));
+}
+
+// One thread. `first_block`, `last_block`: the part of K that this block of threads multiplies.
+template <class Shape>
+__device__ void produce(const Product& args, const Groups& groups, Ring<Shape> ring, int first_tile, int tile_step,
+                        int prefetched, int first_block, int last_block) {
+  const int64_t bytes = matrix_bytes(args.outputs, args.inputs);
+  const int tiles = groups.first_tile[args.groups];
+  if (first_tile >= tiles) {
+    // Nothing to multiply with: wait for what is on its way, or it would arrive in another block's memory.
+    for (int i = 0; i < prefetched; ++i, ring.advance()) {
+      barrier_arrive(ring.full + ring.stage);
+      barrier_wait(ring.full + ring.stage, ring.phase);
+    }
+    return;
+  }
+  for (int tile = first_tile; tile < tiles; tile += tile_step) {
+    const TileAt at = tile_at<Shape>(args, groups, tile);
+    const int pieces = pieces_of<Shape>(at);
+    const uint32_t token_bytes = pieces * Shape::kPieceRows * 128;
+    for (int k = first_block; k < last_block; ++k, ring.advance()) {
+      if (prefetched > 0) {
+        --prefetched;
+        barrier_arrive_expect(ring.full + ring.stage, token_bytes);
+      } else {
+        barrier_wait(ring.empty + ring.stage, ring.phase ^ 1);
+        barrier_arrive_expect(ring.full + ring.stage, Shape::kWeightBytes + token_bytes);
+        fetch_weights(args, ring, args.weights + at.matrix * bytes, at.first_output, k);
+      }
+      fetch_tokens(args, ring, at, k, pieces);
+    }
+  }
+}
+
+// Multiplies blocks [first, last) of K: one chain.
+template <class Shape>
+__device__ __forceinline__ void multiply(float (&sum)[Shape::kTokens / 2], Ring<Shape>& ring, int warpgroup, int first,
+                                         int last) {
+  uint64_t* before = nullptr;
+  for (int k = first; k < last; ++k, ring.advance()) {
+    barrier_wait(ring.full + ring.stage, ring.phase);
+    const uint64_t a = operand(ring.weights() + warpgroup * kBlockBytes), b = operand(ring.tokens());
+    wgmma_fence();
+#pragma unroll
+    // 16 elements of K are 32 bytes of a row, and addresses count 16 bytes.
+    for (int step = 0; step < 4; ++step) wgmma<Shape::kTokens>(sum, a + 2 * step, b + 2 * step, k > first || step > 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (before != nullptr && threadIdx.x % 128 == 0) barrier_arrive(before);
+    before = ring.empty + ring.stage;
+  }
+  wgmma_wait<0>();
+  if (before != nullptr && threadIdx.x % 128 == 0) barrier_arrive(before);
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// Writes eight tokens of outputs [first_output, + 64) of one warpgroup. Lane i of warp w holds outputs 16 w + i / 4 and
+// eight further, for tokens 2 (i % 4) and the next one.
+template <Output kOutput>
+__device__ __forceinline__ void write_eight(const Product& args, const float (&x)[4], const TileAt& at,
+                                            int first_output, int eight, int rows) {
+  const int lane = threadIdx.x % 32, first = first_output + threadIdx.x / 32 % 4 * 16;
+  const auto out_row = [&](int row) {
+    return (args.rows == nullptr ? at.first_row + row : args.rows[at.first_row + row]) * args.out_stride;
+  };
+  float bias[2] = {};
+  if (args.bias != nullptr) {
+    for (int half = 0; half < 2; ++half) {
+      const int output = first + lane / 4 + half * 8;
+      if (output < args.outputs) bias[half] = args.bias[output];
+    }
+  }
+  if constexpr (kOutput == Output::kFloat || kOutput == Output::kAdd) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = eight * 8 + lane % 4 * 2 + i % 2, output = first + lane / 4 + i / 2 * 8;
+      if (row >= rows || output >= args.outputs) continue;
+      float* const place = static_cast<float*>(args.out) + out_row(row) + output;
+      const float value = x[i] + bias[i / 2];
+      *place = kOutput == Output::kAdd ? *place + value : value;
+    }
+  } else {
+    // After the transposition a lane holds two neighbouring outputs of token lane / 4.
+    const int row = eight * 8 + lane / 4;
+    if constexpr (kOutput == Output::kSwiglu) {
+      const float low = silu(x[0] + bias[0]) * (x[2] + bias[1]), high = silu(x[1] + bias[0]) * (x[3] + bias[1]);
+      const uint32_t pair = transpose_fragment(pack(low, high));
+      const int column = first / 2 + lane % 4 * 2, width = round_up(args.outputs / 2, kBlockK);
+      if (row >= rows || column >= width) return;
+      *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(args.out) +
+                                   in_activations(at.first_row + row, column, width / kBlockK)) = pair;
+    } else {
+      const uint32_t pairs[2] = {transpose_fragment(pack(x[0] + bias[0], x[1] + bias[0])),
+                                 transpose_fragment(pack(x[2] + bias[1], x[3] + bias[1]))};
+      if (row >= rows) return;
+      for (int half = 0; half < 2; ++half) {
+        const int output = first + half * 8 + lane % 4 * 2;
+        // The launcher asks for an even number of outputs.
+        if (output >= args.outputs) continue;
+        *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(args.out) + out_row(row) + output) = pairs[half];
+      }
+    }
+  }
+}
+
+template <class Shape, Output kOutput>
+__device__ __forceinline__ void write(const Product& args, const float (&sum)[Shape::kTokens / 2], const TileAt& at,
+                                      int warpgroup) {
+  const int rows = min(at.rows, Shape::kTokens);
+#pragma unroll
+  for (int eight = 0; eight < Shape::kTokens / 8; ++eight) {
+    const float x[4] = {sum[4 * eight], sum[4 * eight + 1], sum[4 * eight + 2], sum[4 * eight + 3]};
+    write_eight<kOutput>(args, x, at, at.first_output + warpgroup * 64, eight, rows);
+  }
+}
+
+// The blocks of a cluster have one segment each. Block r adds up, in the order of segments, every eight of tokens e
+// with e % segments == r, so that all of them read and write. For consumers; the others attend_cluster_barriers().
+template <class Shape, Output kOutput>
+__device__ __forceinline__ void add_up_and_write(const Product& args, const float (&sum)[Shape::kTokens / 2],
+                                                 float4* parts, const TileAt& at) {
+  // All stages have been multiplied and nothing more is on its way: their memory is free.
+  named_barrier(1, Shape::kConsumers);
+#pragma unroll
+  for (int eight = 0; eight < Shape::kTokens / 8; ++eight) {
+    parts[eight * Shape::kConsumers + threadIdx.x] =
+        make_float4(sum[4 * eight], sum[4 * eight + 1], sum[4 * eight + 2], sum[4 * eight + 3]);
+  }
+  __syncwarp();
+  cluster_barrier();
+  const int rows = min(at.rows, Shape::kTokens);
+  for (int eight = cluster_rank(); eight * 8 < rows; eight += args.segments) {
+    float4 part[kMostSegments];
+#pragma unroll
+    for (int segment = 0; segment < kMostSegments; ++segment) {
+      if (segment < args.segments) part[segment] = read_remote(parts + eight * Shape::kConsumers + threadIdx.x, segment);
+    }
+    float x[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
+#pragma unroll
+    for (int segment = 1; segment < kMostSegments; ++segment) {
+      if (segment >= args.segments) break;
+      x[0] += part[segment].x, x[1] += part[segment].y, x[2] += part[segment].z, x[3] += part[segment].w;
+    }
+    write_eight<kOutput>(args, x, at, at.first_output + threadIdx.x / 128 * 64, eight, rows);
+  }
+  __syncwarp();
+  // A block's memory must outlive its being read.
+  cluster_barrier();
+}
+
+// What threads that do not multiply have to do meanwhile.
+__device__ __forceinline__ void attend_cluster_barriers() {
+  __syncwarp();
+  cluster_barrier();
+  cluster_barrier();
+}
+
+// `may_prefetch`: the launcher knows that there is one group and one tile across, so that weights can be asked for
+// before the number of tokens is known.
+template <class Shape, Output kOutput>
+__global__ __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) void product_kernel(
+    const __grid_constant__ Product args, bool may_prefetch) {
+  extern __shared__ uint8_t memory[];
+  uint8_t* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
+  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + Shape::kStages * Shape::kStageBytes);
+  uint64_t* const empty = full + Shape::kStages;
+  const Groups groups(empty + Shape::kStages, args.groups);
+  Ring<Shape> ring{stages, full, empty};
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool is_producer = warp == Shape::kConsumers / 32, is_consumer = warp < Shape::kConsumers / 32;
+  const int blocks = cluster_size(), rank = cluster_rank();
+  const int k_blocks = ceil_div(args.inputs, kBlockK);
+  const int first_block = blocks > 1 ? segment_start(rank, args.segments, k_blocks) : 0;
+  const int last_block = blocks > 1 ? segment_start(rank + 1, args.segments, k_blocks) : k_blocks;
+  const int first_tile = blockIdx.x / blocks, tile_step = gridDim.x / blocks;
+
+  let_successor_start();
+  int prefetched = 0;
+  if (is_producer) {
+    if (lane == 0) {
+      for (int i = 0; i < Shape::kStages; ++i) {
+        barrier_init(full + i, 1);
+        barrier_init(empty + i, Shape::kWarpgroups);
+      }
+      barrier_init_fence();
+      if (may_prefetch) {
+        const uint8_t* const matrix =
+            args.weights + (args.slots == nullptr ? 0 : args.slots[0]) * matrix_bytes(args.outputs, args.inputs);
+        Ring<Shape> ahead = ring;
+        for (int k = first_block; k < last_block && prefetched < Shape::kStages; ++k, ++prefetched, ahead.advance()) {
+          barrier_expect(full + ahead.stage, Shape::kWeightBytes);
+          fetch_weights(args, ahead, matrix, first_tile * Shape::kOutputs, k);
+        }
+      }
+    }
+    __syncwarp();
+    wait_for_predecessor();
+    find_groups<Shape>(args, groups, lane);
+  } else {
+    wait_for_predecessor();
+  }
+  __syncthreads();
+
+  const int tiles = groups.first_tile[args.groups];
+  if (!is_consumer) {
+    if constexpr (Shape::kShiftsRegisters) lower_registers<Shape::kProducerRegisters>();
+    if (is_producer && lane == 0) {
+      produce<Shape>(args, groups, ring, first_tile, tile_step, prefetched, first_block, last_block);
+    }
+    if (blocks > 1) attend_cluster_barriers();
+    return;
+  }
+  if constexpr (Shape::kShiftsRegisters) raise_registers<Shape::kConsumerRegisters>();
+  const int warpgroup = warp / 4;
+  // Not set to zero: the first wgmma of a chain does not add, and other writes would serialise them all.
+  float sum[Shape::kTokens / 2];
+  if (blocks > 1) {
+    TileAt at{};
+    if (first_tile < tiles) {
+      multiply<Shape>(sum, ring, warpgroup, first_block, last_block);
+      at = tile_at<Shape>(args, groups, first_tile);
+    }
+    add_up_and_write<Shape, kOutput>(args, sum, reinterpret_cast<float4*>(stages), at);
+    return;
+  }
+  for (int tile = first_tile; tile < tiles; tile += tile_step) {
+    multiply<Shape>(sum, ring, warpgroup, 0, segment_start(1, args.segments, k_blocks));
+    for (int segment = 1; segment < args.segments; ++segment) {
+      float part[Shape::kTokens / 2];
+      multiply<Shape>(part, ring, warpgroup, segment_start(segment, args.segments, k_blocks),
+                      segment_start(segment + 1, args.segments, k_blocks));
+#pragma unroll
+      for (int i = 0; i < Shape::kTokens / 2; ++i) sum[i] += part[i];
+    }
+    write<Shape, kOutput>(args, sum, tile_at<Shape>(args, groups, tile), warpgroup);
+  }
+}
+
+}  // namespace fd::cuda
