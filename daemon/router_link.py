@@ -109,7 +109,12 @@ def _shall_drain(row: Row, wanted: Mapping[int, bool]) -> bool:
 
 def _tell_and_look(admin: Path, ends: Sequence[Ended], wanted: Mapping[int, bool]) -> Mapping[int, Row]:
     for ended in ends:
-        router_admin.tell_of_end(admin, ended)
+        try:
+            router_admin.tell_of_end(admin, ended)
+        except RouterSilent as error:
+            # If the router is silent altogether the look fails, too, and this is tried again. If it is this
+            # word alone that it does not take, the drains must not suffer for it.
+            log.warning("the router was not told how %s has ended: %s", ended.url, error)
     return _look_and_put_right(admin, wanted)
 
 
