@@ -163,9 +163,8 @@ def test_a_fleet_that_is_not_well_is_explained(running: Running) -> None:
     running.fdctl("stop", "1")
     running.fdctl("drain", "2", "--no-wait")
     wait_until(lambda: running.programs()["replica0"]["state"] == "BACKOFF", "exit noticed")
-    table = running.fdctl("status").stdout
-    assert "STOPPED by operator" in table
-    assert "READY draining" in table
+    wait_until(lambda: "READY draining" in running.fdctl("status").stdout, "the router drains")
+    assert "STOPPED by operator" in running.fdctl("status").stdout
     told = running.fdctl("why").stdout
     assert "router: " not in told
     one, two, three = ("replica " + part for part in told.split("replica ")[1:])

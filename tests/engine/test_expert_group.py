@@ -130,7 +130,9 @@ def test_a_directory_that_is_missing_is_told(joined: Join, tmp_path: Path) -> No
 def test_shared_memory_that_cannot_be_written_is_named(joined: Join, small: Callable[[int], Path]) -> None:
     root = small(1024)
     subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
-    with pytest.raises(ConfigError, match=rf"{root}/fd-ep-.*Read-only file system.*needs a tmpfs on {root}"):
+    with pytest.raises(
+        ConfigError, match=rf"{root}/fd-ep-.*Read-only file system.*needs a writable tmpfs on {root}"
+    ):
         joined(root=root)
 
 

@@ -230,7 +230,7 @@ def test_survivors_of_a_rank_whose_memory_is_scribbled_over_write_on(
             thread.join()
         assert texts == {seat: expected[seat] for seat in (0, 2)}
         assert members(ranks) == (0, 2)
-        assert "is out of range; the others go on" in ranks.logs()
+        assert "is out of range in its part of the shared memory; the others continue" in ranks.logs()
 
 
 def test_a_rank_with_another_model_is_refused_and_the_others_go_on(

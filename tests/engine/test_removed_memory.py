@@ -46,7 +46,7 @@ def test_a_rank_that_starts_after_the_removal_joins_the_others(ranks: Ranks, tmp
     ranks.wait_ready(1)
     wait_until(lambda: active(ranks) == (0, 1), "one group", deadline=DEADLINE_S)
     assert ranks.generate(requests) == expected
-    assert ranks.logs().count("was removed and is made again") == 2
+    assert ranks.logs().count("was removed and has been created again") == 2
     ranks.stop()
     assert not directory.exists(), "nothing of the group stays behind"
 

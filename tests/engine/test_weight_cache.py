@@ -220,9 +220,15 @@ def _exchange_norms(raw: bytes) -> bytes:
         (lambda raw: raw[:300], "damaged: .* cut off"),
         (lambda raw: raw[:8] + b"?" + raw[9:], "damaged: .* header is damaged"),
         (lambda raw: raw.replace(b'"sha256"', b'"sha257"'), "damaged: "),
-        (lambda raw: raw.replace(b'"final_norm"', b'"finel_norm"'), "damaged: .*: the header has another"),
-        (lambda raw: raw.replace(b'"F32"', b'"F16"', 1), "do not hold F16|the header has another"),
-        (_exchange_norms, "damaged: .*: the header has another"),
+        (
+            lambda raw: raw.replace(b'"final_norm"', b'"finel_norm"'),
+            "damaged: .*: the SHA-256 of the header does not match",
+        ),
+        (
+            lambda raw: raw.replace(b'"F32"', b'"F16"', 1),
+            "do not hold F16|the SHA-256 of the header does not match",
+        ),
+        (_exchange_norms, "damaged: .*: the SHA-256 of the header does not match"),
         (lambda raw: raw.replace(b'"header_sha256":"', b'"header_sha256":"0', 1), "damaged: "),
         (
             lambda raw: raw.replace(f'"version":"{weight_cache.VERSION}"'.encode(), b'"version":"0.1"'),
