@@ -131,7 +131,7 @@ def test_shared_memory_that_cannot_be_written_is_named(joined: Join, small: Call
     root = small(1024)
     subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
     with pytest.raises(
-        ConfigError, match=rf"{root}/fd-ep-.*Read-only file system.*needs a writable tmpfs on {root}"
+        ConfigError, match=rf"{root}/fd-ep-.*Read-only file system.*a writable tmpfs on {root}"
     ):
         joined(root=root)
 
