@@ -60,7 +60,8 @@ class ClientRequest:
     """A whole request of a client."""
 
     __slots__ = (
-        *("body", "dropped", "headers", "is_old", "method", "path", "peer", "raw_path", "special", "target"),
+        *("body", "dropped", "headers", "is_old", "method", "path", "peer", "raw_path", "sent_target"),
+        *("special", "target"),
     )
 
     def __init__(
@@ -75,6 +76,8 @@ class ClientRequest:
         peer: str,
     ) -> None:
         self.method = method
+        #: As it came, for error messages.
+        self.sent_target = target
         #: In origin form, /path?query, the path in canonical form.
         self.target: bytes
         #: The path without the query, in canonical form; and the same as text, still encoded: decoded, it

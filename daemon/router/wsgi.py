@@ -74,7 +74,7 @@ def environ_of(request: ClientRequest) -> Environ:
         "SCRIPT_NAME": "",
         "PATH_INFO": urllib.parse.unquote_to_bytes(path).decode("latin-1"),
         # Not of PEP 3333; servers and Werkzeug know it by this name.
-        "RAW_URI": request.target.decode("latin-1"),
+        "RAW_URI": request.sent_target.decode("latin-1"),
         "QUERY_STRING": query.decode("latin-1"),
         "SERVER_NAME": "fd-router",
         "SERVER_PORT": "0",
