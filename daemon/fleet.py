@@ -354,12 +354,16 @@ class Fleet:
             replica.move(State.STOPPED, f"{what}; {HELD}, so not started again", now)
             log.error("%s: ERROR (%s)", replica.label, replica.note)
             return
-        at_once = crowd = ""
-        # The router starts within a second and takes little: a try does no harm, and all depends on it.
-        if replica.name != ROUTER:
+        crowd = ""
+        restarts = self._restarts[replica.name]
+        if cause in causes.FROM_OUTSIDE:
+            decision = restarts.interrupted()
+        elif replica.name == ROUTER:
+            # It starts within a second and takes little: a try does no harm, and all depends on it.
+            decision = restarts.failed(now)
+        else:
             crowd = self._box.failed(now)
-            at_once = causes.HOPELESS.get(cause, "")
-        decision = self._restarts[replica.name].failed(now, at_once)
+            decision = restarts.failed(now, causes.HOPELESS.get(cause, ""))
         if crowd and not decision.quarantined and self._has_others_in_use(replica):
             calm = self.config.supervise.box_calm
             what = f"{what}; paused until no replica has failed for {calm:g} s: {crowd}"

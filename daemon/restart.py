@@ -49,6 +49,10 @@ class Restarts:
         exponential = policy.backoff_first * 2.0 ** min(self.in_a_row - 1, 60)
         return Decision(self._spread(min(exponential, policy.backoff_max)), quarantined=False)
 
+    def interrupted(self) -> Decision:
+        """Decide after an end from outside, such as a signal 9: it says nothing about the program."""
+        return Decision(self._spread(self.policy.backoff_first), quarantined=False)
+
     def stable(self) -> None:
         """It has been READY for `stable_after`: the next failure is a first one."""
         self.in_a_row = 0
