@@ -34,7 +34,7 @@ def test_everything_becomes_ready_and_a_signal_leaves_no_process(running: Runnin
 
 
 def test_what_is_printed_to_be_copied_can_be_copied(tmp_path: Path) -> None:
-    running = Running(tmp_path / "my run & $HOME")
+    running = Running(tmp_path / "$1 & b")
     running.prefix.mkdir()
     running.write()
     try:
