@@ -427,6 +427,8 @@ class Fleet:
         ]
         free = (supervise.parallel_starts or os.cpu_count() or 1) - len(loading)
         waiting = [r for r in self.replicas.values() if r.state is State.WAITING and r.name != ROUTER]
+        # Longest wait first: a replica that fails again and again must not keep the others from starting.
+        waiting.sort(key=lambda replica: replica.since)
         self._for_each("start", lambda replica: self._start(replica, now), waiting[: max(0, free)])
 
     def _start(self, replica: Replica, now: float) -> None:

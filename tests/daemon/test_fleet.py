@@ -49,6 +49,18 @@ def test_a_replica_that_loads_for_long_does_not_hold_back_the_next(tmp_path: Pat
     assert world.names(State.STARTING) == {"replica0", "replica1"}
 
 
+def test_the_replica_that_has_waited_longest_starts_first(tmp_path: Path) -> None:
+    world = World(tmp_path, 3, parallel_starts=1, backoff_first=1)
+    world.become_ready("router")
+    world.supervisor.end("replica0")
+    world.pass_time(3.0)
+    assert world.names(State.STARTING) == {"replica1"}
+    assert world.names(State.WAITING) == {"replica0", "replica2"}
+    world.supervisor.end("replica1")
+    world.pass_time(0.5)
+    assert world.names(State.STARTING) == {"replica2"}
+
+
 def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it_ready(
     tmp_path: Path,
 ) -> None:
