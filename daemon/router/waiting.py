@@ -82,7 +82,7 @@ class WaitingLine:
                     if waiter in waiters:
                         waiters.remove(waiter)
                         waiter.give_up()
-            if waiting == len(self) and not is_any_full:
+            if waiting and waiting == len(self) and not is_any_full:
                 # There is no replica for any of them, and a request that ends does not bring one.
                 self._rests_until = now + _REST
         finally:

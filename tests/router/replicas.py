@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ class Replica:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.starts = 0
+        #: Time of the last start but one, as in the router's log.
+        self.previous_start = self._last_start = 0.0
         self._command = [
             *(sys.executable, "-m", "tests.router.resumable_engine", "--port", str(port)),
             *("--router", router.url, "--replica", str(number), "--once", str(router.directory), *flags),
@@ -39,6 +42,7 @@ class Replica:
 
     def start(self) -> None:
         self.starts += 1
+        self.previous_start, self._last_start = self._last_start, time.time()
         self._process = subprocess.Popen(
             self._command, cwd=_ROOT, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(_ROOT)}
         )

@@ -75,16 +75,17 @@ def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(start_rout
     # With the last one nothing else was lost.
     lost = [line for line in log.splitlines() if "did not take it" in line]
     *_, last = [line for line in lost if "request=deadly" in line]
+    last_replica = fleet[replica_in(last)]
     with_it = [
         line
         for line in lost
-        if replica_in(line) == replica_in(last) and abs(second_of(line) - second_of(last)) < 0.3
+        if replica_in(line) == last_replica.number and second_of(line) > last_replica.previous_start
     ]
     assert with_it == [last]
 
 
-def replica_in(line: str) -> str:
-    return line.partition("replica=")[2].partition(" ")[0]
+def replica_in(line: str) -> int:
+    return int(line.partition("replica=")[2].partition(" ")[0])
 
 
 def second_of(line: str) -> float:

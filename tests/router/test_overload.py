@@ -49,6 +49,9 @@ def ask(held: ExitStack) -> Callable[[RouterProcess, str], RawClient]:
 
     def ask(router: RouterProcess, name: str) -> RawClient:
         client = held.enter_context(RawClient(router.port))
+        # The router accepts connections in order, but may read the second one first.
+        client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.answer().status == 200
         client.send(POST + b"X-Request-Id: %b\r\n" % name.encode() + BODY)
         assert router.get("/health").status_code == 200
         return client

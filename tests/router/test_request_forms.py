@@ -145,7 +145,7 @@ def test_an_unknown_path_is_named_in_the_error(router, target):
     answer = ask(router, request("POST", target, body="{}"))
     message = json.loads(answer.body)["error"]["message"]
     assert answer.status == 404
-    assert target.replace("//", "/") in message
+    assert target in message
 
 
 def test_a_redirect_of_a_replica_leads_to_the_router(lent_router, new_engine):

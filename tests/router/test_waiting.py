@@ -57,6 +57,15 @@ def test_first_come_first_served():
     assert (place.served, len(place.line)) == (["a", "b"], 1)
 
 
+def test_a_pass_over_an_empty_queue_does_not_delay_the_next_one():
+    place = new_place()
+    place.line.advance(0.0)
+    place.line.join(Waiter("first", place))
+    place.room = 1
+    assert not place.line.has_others(0.01)
+    assert place.served == ["first"]
+
+
 def test_those_whose_answer_has_begun_come_first_and_always_get_in():
     place = new_place(longest=1)
     assert place.line.join(Waiter("a", place))
