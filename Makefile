@@ -11,7 +11,8 @@ CONFIG ?= etc/dp.toml
 PREFIX ?= run
 PARITY := .cache/parity-venv
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-COMPILED := $(wildcard custom_ops/*/*.cc custom_ops/*/*.h custom_ops/*/*.inl daemon/router/*.cc)
+COMPILED := $(wildcard $(foreach folder,include paddle cpu cpu/*,$(foreach kind,cc h inl,custom_ops/$(folder)/*.$(kind))) \
+              daemon/router/http/*.cc)
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
@@ -82,7 +83,7 @@ mypy: $(VENV)/installed
 	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy
 
 docs: $(VENV)/installed
-	@$(BIN)/python -m fastdeploy.daemon.config > docs/configuration.md
+	@$(BIN)/python -m fastdeploy.daemon.config.loader > docs/configuration.md
 	@$(BIN)/python etc/grafana/dashboard.py > etc/grafana/fd-dp.json
 
 # As root; PREFIX_DIR, PYTHON and DESTDIR as etc/install.sh says.

@@ -45,7 +45,7 @@ class BuildLibraries(build_ext):
 
 
 operations = CppExtension(
-    sources=sorted(str(file) for folder in ("cpu", "paddle") for file in (OPERATIONS / folder).glob("*.cc")),
+    sources=sorted(str(file) for folder in ("cpu", "paddle") for file in (OPERATIONS / folder).rglob("*.cc")),
     include_dirs=[str(OPERATIONS / folder) for folder in ("include", "cpu", "paddle")],
     depends=sorted(str(file) for file in OPERATIONS.rglob("*") if file.suffix in (".h", ".inl")),
     # Fused multiply-adds are written where they are meant: if the compiler chose them, the bits of a sum
@@ -55,8 +55,8 @@ operations = CppExtension(
 operations.name = "fastdeploy.custom_ops.libfd_ops"
 
 fast_path = Extension(
-    "fastdeploy.daemon.router.libfd_fast_path",
-    ["daemon/router/fast_path.cc"],
+    "fastdeploy.daemon.router.http.libfd_fast_path",
+    ["daemon/router/http/fast_path.cc"],
     extra_compile_args=["-O2", "-g0", "-std=c++17", "-Wall", "-Wextra", "-pthread"],
     language="c++",
 )

@@ -18,7 +18,7 @@ mpl.use("svg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from fastdeploy.request import Batch, SamplingParams, ScheduledSequence, Sequence
+from fastdeploy.common.request import Batch, SamplingParams, ScheduledSequence, Sequence
 
 from .driver import WEIGHT_FORMATS, Driver, engine_config, fill_cache
 from .limits import Machine, decode_work

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdeploy.common.messages import AddRequest, TokenOutput
+from fastdeploy.common.request import Batch, SamplingParams
 from fastdeploy.config import EngineConfig, ModelConfig
-from fastdeploy.cpu_share import SINGLE_THREADED, share_of
-from fastdeploy.messages import AddRequest, TokenOutput
-from fastdeploy.request import Batch, SamplingParams
+from fastdeploy.core.cpu_share import SINGLE_THREADED, share_of
 
 from .contender import Timing
 
 if TYPE_CHECKING:
-    from fastdeploy.model_runner import ModelRunner
+    from fastdeploy.core.model_runner import ModelRunner
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
 
@@ -32,12 +32,12 @@ class Driver:
         os.environ.update(SINGLE_THREADED)
 
         from fastdeploy import custom_ops
+        from fastdeploy.core.engine import EngineCore
         from fastdeploy.custom_ops import set_threads
-        from fastdeploy.engine import EngineCore
 
         share = share_of(config, sorted(os.sched_getaffinity(0)))
         custom_ops.set_threads(share.threads, share.pinned)
-        from fastdeploy.sampler import Sampler
+        from fastdeploy.core.sampler import Sampler
 
         share = share_of(config, sorted(os.sched_getaffinity(0)))
         set_threads(share.threads, share.pinned)
@@ -126,9 +126,9 @@ def engine_config(
 def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
     import paddle
 
-    from fastdeploy.checkpoint import load_weights
-    from fastdeploy.model_runner import ModelRunner
+    from fastdeploy.core.model_runner import ModelRunner
     from fastdeploy.models.ernie45 import Ernie45
+    from fastdeploy.weights.checkpoint import load_weights
 
     # SIGTERM would end the process with a stack trace of C++.
     paddle.disable_signal_handler()

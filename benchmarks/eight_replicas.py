@@ -24,9 +24,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fastdeploy.common.ports import find_free
 from fastdeploy.config import ModelConfig
-from fastdeploy.demo_model import resolve_model_path
-from fastdeploy.ports import find_free
+from fastdeploy.demo_model.model import resolve_model_path
 
 from .contender import ContenderProcess, Timing
 from .driver import WEIGHT_FORMATS

@@ -20,9 +20,9 @@ from pathlib import Path
 from tests.checkpoints import config_json, draw_tensors, write_checkpoint
 from tests.engine.worker_api import Ranks, request
 
+from fastdeploy.common.messages import AddRequest
 from fastdeploy.config import EngineConfig
-from fastdeploy.demo_model import resolve_model_path
-from fastdeploy.messages import AddRequest
+from fastdeploy.demo_model.model import resolve_model_path
 
 from .eight_replicas import memory
 from .expert_exchange import exchange_rows

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fastdeploy.cpu_share import SINGLE_THREADED
+from fastdeploy.core.cpu_share import SINGLE_THREADED
 
 from .contender import Timing, answer_requests
 
@@ -32,9 +32,9 @@ class Rank:
         # SIGTERM would end the process with a stack trace of C++.
         paddle.disable_signal_handler()
         from fastdeploy import custom_ops
+        from fastdeploy.core.model_runner import keep_freed_memory
         from fastdeploy.expert_parallel.group import GroupOptions, join
         from fastdeploy.expert_parallel.layout import Layout
-        from fastdeploy.model_runner import keep_freed_memory
 
         keep_freed_memory()
         cores = len(os.sched_getaffinity(0))

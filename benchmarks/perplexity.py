@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeploy.common.request import Batch, SamplingParams, ScheduledSequence, Sequence
 from fastdeploy.config import ModelConfig
-from fastdeploy.demo_model import resolve_model_path
-from fastdeploy.request import Batch, SamplingParams, ScheduledSequence, Sequence
-from fastdeploy.tokenizer import Tokenizer
+from fastdeploy.demo_model.model import resolve_model_path
+from fastdeploy.tokenizer.tokenizer import Tokenizer
 
 from .driver import WEIGHT_FORMATS, engine_config, open_runner
 from .rows import Row, report

@@ -82,9 +82,9 @@ def instrumented(stopwatch: Stopwatch) -> Iterator[None]:
     """Times the engine's parts, each where its callers look it up."""
     import paddle
 
-    from fastdeploy.engine import EngineCore
-    from fastdeploy.sampler import Sampler
-    from fastdeploy.scheduler import Scheduler
+    from fastdeploy.core.engine import EngineCore
+    from fastdeploy.core.sampler import Sampler
+    from fastdeploy.core.scheduler import Scheduler
 
     places = [
         (EngineCore, "step", "Python"),

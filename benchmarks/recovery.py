@@ -37,10 +37,10 @@ from typing import Any
 import psutil
 import requests
 
-from fastdeploy.daemon import config as dp_toml
-from fastdeploy.daemon import control
-from fastdeploy.daemon.programs import programs_of
-from fastdeploy.daemon.supervisor import Layout, Supervisor, write
+from fastdeploy.daemon.config import loader as dp_toml
+from fastdeploy.daemon.config.programs import programs_of
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, write
 
 from .rows import Row, report
 from .serve import BIN, start_daemon, stop_daemon, wait_ready, write_config
@@ -276,7 +276,7 @@ def _until_ready(prefix: Path) -> float:
 
 
 def _status(prefix: Path) -> dict[str, Any]:
-    *_, last = control.request(control.socket_path(prefix / "run"), {"do": "status"}, timeout=60)
+    *_, last = protocol.request(protocol.socket_path(prefix / "run"), {"do": "status"}, timeout=60)
     status: dict[str, Any] = last["status"]
     return status
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import requests
 
-from fastdeploy.ports import find_free
+from fastdeploy.common.ports import find_free
 
 from .mock_engines import Heartbeat, MockEngines
 from .router_peers import NotInstalledError, installed

@@ -23,9 +23,9 @@ from typing import Any
 import psutil
 import requests
 
+from fastdeploy.common.ports import find_free
 from fastdeploy.config import ModelConfig
-from fastdeploy.demo_model import resolve_model_path
-from fastdeploy.ports import find_free
+from fastdeploy.demo_model.model import resolve_model_path
 
 from .limits import Machine, decode_work
 from .rows import ROOT, Row, report
@@ -146,7 +146,7 @@ def memory_of_workers(daemon_pid: int) -> tuple[list[int], list[int]]:
     """RSS and PSS in bytes of each Paddle process below the daemon."""
     rss, pss = [], []
     for process in psutil.Process(daemon_pid).children(recursive=True):
-        if "fastdeploy.worker" in process.cmdline():
+        if "fastdeploy.core.worker" in process.cmdline():
             memory = process.memory_full_info()
             rss.append(memory.rss)
             pss.append(memory.pss)

@@ -9,9 +9,9 @@ from enum import Enum, auto
 from functools import partial
 from random import Random
 
-from fastdeploy.daemon.router.board import Board, Lease, Seat
-from fastdeploy.daemon.router.policies import Policy
-from fastdeploy.daemon.router.registration import Instance
+from fastdeploy.daemon.router.board.board import Board, Lease, Seat
+from fastdeploy.daemon.router.control.registration import Instance
+from fastdeploy.daemon.router.policy.policies import Policy
 
 from .router_traffic import Conversation, Kind, Turn, chat, traffic
 from .simulated_replica import Job, Replica, Timeline

@@ -15,22 +15,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import __version__
-from ..errors import ConfigError, FastDeployError
-from ..log import configure
-from . import config as dp_toml
-from . import control, processes, status, supervisor
-from .commands import Commands
-from .config import Config
-from .conversations import Server
-from .fleet import Fleet
+from ..common.errors import ConfigError, FastDeployError
+from ..common.log import configure
+from .config import loader as dp_toml
+from .config.loader import Config
+from .config.preflight import checked_programs_of, exposed_secrets
+from .config.programs import Program, address
+from .control import protocol, status
+from .control.server import Server
 from .metrics_port import MetricsPort
 from .notify import Notifier
-from .preflight import checked_programs_of, exposed_secrets
-from .probes import Probes
-from .programs import Program, address
-from .replica import State
-from .supervisor import Layout, Supervisor, SupervisorError, SupervisorLost
-from .supervisord import Supervisord
+from .operations.commands import Commands
+from .process import proc, supervisor_client
+from .process.supervisor_client import Layout, Supervisor, SupervisorError, SupervisorLost
+from .process.supervisord import Supervisord
+from .supervision.fleet import Fleet
+from .supervision.probes import Probes
+from .supervision.program_state import State
 from .troubles import Troubles
 from .upkeep import Lock, Upkeep
 from .wakeups import Wakeups
@@ -100,7 +101,7 @@ class Daemon:
                 self._supervisord.connect()
                 self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
                 server = Server(
-                    control.socket_path(layout.run), self._wakeups.selector, self._commands.handle
+                    protocol.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
                 self._upkeep = Upkeep(self._fleet, server, lock, self._troubles)
                 try:
@@ -115,7 +116,7 @@ class Daemon:
                 # Not what we could not talk to: it may be at work for somebody.
                 if not self._external and (self._supervisord.pid or self._supervisord.child):
                     self._supervisord.end()
-                processes.reap()
+                proc.reap()
         finally:
             lock.release()
         log.info("stopped")
@@ -160,7 +161,7 @@ class Daemon:
                 self._failed(name, fault)
             else:
                 self._troubles.report(name, "")
-        processes.reap(keep=self._supervisord.child)
+        proc.reap(keep=self._supervisord.child)
         # An operation may have its next move to make although nothing has happened.
         interval = _BUSY_INTERVAL if self._commands.busy else self._fleet.interval()
         self._wakeups.wait(min(interval, self._notify.watchdog or interval))
@@ -171,7 +172,7 @@ class Daemon:
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
         running = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
+        supervisor_client.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
             log.info("dp.toml has changed since these were started: %s", ", ".join(outdated))
             self._commands.catch_up()
@@ -264,7 +265,7 @@ def run(
     os.environ["FD_LOG_DIR"] = str(config.paths.logs)
     configure(file_name="fd-dp.log")
     # Orphans of a supervisord that was killed become our children, so that their end can be waited for.
-    processes.become_subreaper()
+    proc.become_subreaper()
     if warning := exposed_secrets(file, config):
         log.warning("%s", warning)
     return Daemon(config, file, prefix, external, programs_for).run()

@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..exposition import Exposition
-from .options import MetricsSection
-from .programs import address
+from ..common.metrics_server import Exposition
+from .config.options import MetricsSection
+from .config.programs import address
 
 log = logging.getLogger("fd-dp")
 

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import IO
 
-from ..errors import FastDeployError
-from . import supervisor
-from .conversations import Server
-from .fleet import Fleet
-from .router_link import Look
+from ..common.errors import FastDeployError
+from .control.server import Server
+from .process import supervisor_client
+from .supervision.fleet import Fleet
+from .supervision.router_sync import Look
 from .troubles import Troubles
 
 _INTERVAL = 1.0
@@ -111,8 +111,8 @@ class Upkeep:
 
     def _files_problem(self) -> str:
         programs = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor.make_log_directories(self._fleet.layout, programs)
-        if not self._fleet.adopted or supervisor.are_in_place(self._fleet.layout, programs):
+        supervisor_client.make_log_directories(self._fleet.layout, programs)
+        if not self._fleet.adopted or supervisor_client.are_in_place(self._fleet.layout, programs):
             return ""
         try:
             self._fleet.write()

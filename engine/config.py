@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import ConfigError
+from .common.errors import ConfigError
+from .common.text_files import JsonObject, read_object, read_optional_object
 from .expert_parallel.layout import MOST_SEATS
-from .text_files import JsonObject, read_object, read_optional_object
 
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")

@@ -10,11 +10,11 @@ from unittest import mock
 import numpy as np
 
 from fastdeploy import custom_ops
-from fastdeploy.checkpoint import load_weights
+from fastdeploy.common.request import Batch, SamplingParams, ScheduledSequence, Sequence
 from fastdeploy.config import EngineConfig, ModelConfig
-from fastdeploy.model_runner import ModelRunner
+from fastdeploy.core.model_runner import ModelRunner
 from fastdeploy.models.ernie45 import Ernie45
-from fastdeploy.request import Batch, SamplingParams, ScheduledSequence, Sequence
+from fastdeploy.weights.checkpoint import load_weights
 
 
 class Network:

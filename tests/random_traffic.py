@@ -15,14 +15,14 @@ import numpy as np
 import paddle
 
 from fastdeploy import custom_ops
-from fastdeploy.checkpoint import load_weights
+from fastdeploy.common.messages import AddRequest, Stats, StepOutputs
+from fastdeploy.common.request import Batch, FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig, ModelConfig
-from fastdeploy.engine import EngineCore
-from fastdeploy.kv_cache import KVCache
-from fastdeploy.messages import AddRequest, Stats, StepOutputs
-from fastdeploy.model_runner import ModelRunner
+from fastdeploy.core.engine import EngineCore
+from fastdeploy.core.model_runner import ModelRunner
 from fastdeploy.models.ernie45 import Ernie45
-from fastdeploy.request import Batch, FinishReason, SamplingParams
+from fastdeploy.models.kv_cache import KVCache
+from fastdeploy.weights.checkpoint import load_weights
 
 from .checkpoints import config_json, draw_tensors, write_checkpoint
 

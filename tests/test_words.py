@@ -10,8 +10,8 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
-from fastdeploy.daemon import ctl
-from fastdeploy.daemon.options import SECTIONS
+from fastdeploy.daemon.config.options import SECTIONS
+from fastdeploy.daemon.fdctl import main
 from fastdeploy.entrypoints.openai import options
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +67,7 @@ def test_every_flag_that_is_named_exists() -> None:
 
 def test_every_variable_that_is_named_is_one_of_the_code() -> None:
     exact = {text for text, _ in texts()}
-    native = "".join(file.read_text() for file in ROOT.glob("custom_ops/cpu/*.cc"))
+    native = "".join(file.read_text() for file in ROOT.glob("custom_ops/cpu/**/*.cc"))
     wanted = named(r"\b(FD_[A-Z_]+[A-Z])\b")
     unknown = {name: file for name, file in wanted.items() if name not in exact and f'"{name}"' not in native}
     assert unknown == {}
@@ -82,7 +82,7 @@ def test_every_option_of_dp_toml_that_is_named_exists() -> None:
 
 
 def test_every_command_that_is_named_exists() -> None:
-    [commands] = [a.choices for a in ctl._parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    [commands] = [a.choices for a in main._parser()._actions if isinstance(a, argparse._SubParsersAction)]
     wanted = named(r"\bfdctl ([a-z]+)")
     assert {word: file for word, file in wanted.items() if word not in {*commands, *VERBS}} == {}
     targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -1,6 +1,6 @@
 #include "moe_unpermute.h"
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace fd {
 

@@ -4,7 +4,7 @@
 #include <cfloat>
 #include <cstring>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace fd {
 namespace {

@@ -70,7 +70,7 @@ __device__ double block_sum(double x, Shared& shared) {
   return all;
 }
 
-// 2^x for x <= 0: the polynomial of custom_ops/cpu/sampling.inl; exactly 1 at 0, never above 1, 0 below -1000.
+// 2^x for x <= 0: the polynomial of custom_ops/cpu/kernels/sampling.inl; exactly 1 at 0, never above 1, 0 below -1000.
 __device__ double exp2_of(double x) {
   constexpr double kShift = 6755399441055744.0;
   if (!(x >= -1000.0)) return 0.0;

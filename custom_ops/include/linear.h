@@ -1,7 +1,7 @@
 // y = x W^T + bias with packed weights.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "team.h"
 #include "workspace.h"
 

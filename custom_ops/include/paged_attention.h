@@ -1,7 +1,7 @@
 // Causal softmax attention over the paged cache, prefill chunks and decode rows in one call.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "step.h"
 #include "team.h"
 #include "workspace.h"

@@ -1,7 +1,7 @@
 // Rotary position embedding (Su et al., 2021), interleaved pairs, and the write into the paged cache.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "step.h"
 #include "team.h"
 

@@ -1,4 +1,4 @@
-// What one step computes, as engine/model_runner.py writes it: a few integers per sequence.
+// What one step computes, as engine/core/model_runner.py writes it: a few integers per sequence.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 #include "matrix.h"
 #include "paddle/common/enforce.h"
 #include "paddle/phi/api/all.h"

@@ -7,9 +7,9 @@ import contextlib
 import json
 import os
 
-from ...errors import FastDeployError
-from .. import control
-from . import asking
+from ...common.errors import FastDeployError
+from ..control import protocol
+from . import client
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -24,7 +24,7 @@ def completion(options: argparse.Namespace) -> int:
 
     script = argcomplete.shellcode(["fdctl"], shell=options.shell)
     print(json.dumps({"shell": options.shell, "script": script}) if options.json else script)
-    return control.OK
+    return protocol.OK
 
 
 def answer_the_shell(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def replicas(*, parsed_args: argparse.Namespace, **_: object) -> list[str]:
     """A completer as argcomplete calls them; it must never fail."""
     found = ["all", "router"]
     with contextlib.suppress(FastDeployError):
-        status = asking.ask(parsed_args, {"do": "status"}, _TIMEOUT)["status"]
+        status = client.ask(parsed_args, {"do": "status"}, _TIMEOUT)["status"]
         found += [str(entry["replica"]) for entry in status["replicas"]]
     return found
 

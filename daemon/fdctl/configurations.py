@@ -8,17 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ...errors import FastDeployError
-from .. import config as dp_toml
-from .. import masking, supervisor
-from ..control import OK
-from ..preflight import checked_programs_of, exposed_secrets
-from ..programs import Program, programs_of
-from . import asking
+from ...common.errors import FastDeployError
+from ..config import loader as dp_toml
+from ..config import masking
+from ..config.preflight import checked_programs_of, exposed_secrets
+from ..config.programs import Program, programs_of
+from ..control.protocol import OK
+from ..process import supervisor_client
+from . import client
 
 
 def check(options: argparse.Namespace) -> int:
-    config = dp_toml.load(options.file.absolute(), asking.prefix(options))
+    config = dp_toml.load(options.file.absolute(), client.prefix(options))
     checked_programs_of(config)
     replicas = config.parallel.data_parallel_size
     warning = exposed_secrets(options.file, config)
@@ -34,15 +35,15 @@ def check(options: argparse.Namespace) -> int:
 def render(options: argparse.Namespace) -> int:
     """What would run, or with --write the files from which supervisord runs it."""
     if options.file:
-        file, prefix = options.file, asking.prefix(options)
+        file, prefix = options.file, client.prefix(options)
     else:
-        file, prefix = asking.config_of_the_daemon(options)
+        file, prefix = client.config_of_the_daemon(options)
     config = dp_toml.load(file.absolute(), prefix)
     programs = programs_of(config)
-    layout = supervisor.Layout(config.paths.run, config.paths.logs)
+    layout = supervisor_client.Layout(config.paths.run, config.paths.logs)
     if options.write:
         try:
-            supervisor.write(layout, programs)
+            supervisor_client.write(layout, programs)
         except OSError as error:
             raise FastDeployError(f"cannot write {error.filename or layout.run}: {error.strerror}") from None
         return OK
@@ -50,7 +51,7 @@ def render(options: argparse.Namespace) -> int:
         print(json.dumps([_shown(program, layout.run) for program in programs], indent=2))
         return OK
     print(f"; {layout.ini}")
-    print(supervisor.render(layout, programs))
+    print(supervisor_client.render(layout, programs))
     for program in programs:
         print(f"; {layout.launch / program.launch_name}")
         print(json.dumps(_shown(program, layout.run), indent=1))

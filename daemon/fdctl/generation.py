@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from ...errors import FastDeployError
-from ...foreign_text import parse_json, printable
-from ...key_files import keys_in_variable
-from .. import control
-from . import asking
+from ...common.errors import FastDeployError
+from ...common.foreign_text import parse_json, printable
+from ...common.key_files import keys_in_variable
+from ..control import protocol
+from . import client
 
 _LONGEST_ERROR = 1 << 16
 
@@ -35,7 +35,7 @@ class _Event(msgspec.Struct):
 
 def generate(options: argparse.Namespace) -> int:
     """Prints the answer as it comes; with --json when it is there."""
-    router = asking.status(options)["router"]
+    router = client.status(options)["router"]
     text, finish_reason = [], None
     for piece, reason in _pieces(router["host"], router["port"], options.prompt, options.max_tokens):
         text.append(piece)
@@ -43,7 +43,7 @@ def generate(options: argparse.Namespace) -> int:
         if not options.json:
             print(text[-1], end="", flush=True)
     print(json.dumps({"text": "".join(text), "finish_reason": finish_reason}) if options.json else "")
-    return control.OK
+    return protocol.OK
 
 
 def _pieces(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .. import control
-from . import asking
+from ..control import protocol
+from . import client
 
 #: What a message of the daemon is given to.
 Show = Callable[[dict[str, Any]], None]
@@ -31,20 +31,20 @@ def _carry_out(options: argparse.Namespace, command: dict[str, Any]) -> int:
         answer = _talk(options, command)
     except KeyboardInterrupt:
         # The daemon does not look whether somebody still waits.
-        what = f"detached; the {command['do']} goes on: {asking.command_line(options, 'status')}"
+        what = f"detached; the {command['do']} goes on: {client.command_line(options, 'status')}"
         if options.json:
-            print(json.dumps({"code": control.DETACHED, "error": what}), flush=True)
+            print(json.dumps({"code": protocol.DETACHED, "error": what}), flush=True)
         print(f"fdctl: {what}", file=sys.stderr)
-        return control.DETACHED
-    if answer["code"] != control.OK:
-        return asking.fail(answer["error"], answer["code"])
-    return control.OK
+        return protocol.DETACHED
+    if answer["code"] != protocol.OK:
+        return client.fail(answer["error"], answer["code"])
+    return protocol.OK
 
 
 def _talk(options: argparse.Namespace, command: dict[str, Any]) -> dict[str, Any]:
     """Shows what comes, and returns the result."""
-    timeout = None if command["wait"] else asking.TIMEOUT
-    messages = control.request(asking.socket(options), command, timeout)
+    timeout = None if command["wait"] else client.TIMEOUT
+    messages = protocol.request(client.socket(options), command, timeout)
     answer: dict[str, Any] = {}
     if options.json or not sys.stdout.isatty():
         for answer in messages:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ...errors import FastDeployError
-from .. import control
-from . import asking
+from ...common.errors import FastDeployError
+from ..control import protocol
+from . import client
 
 _BYTES_PER_LINE = 400
 _STACKS_TAIL = 1 << 18
@@ -34,7 +34,7 @@ class Stacks:
 
 
 def logs(options: argparse.Namespace) -> int:
-    found = asking.ask(options, {"do": "why", "name": options.replica})["why"]
+    found = client.ask(options, {"do": "why", "name": options.replica})["why"]
     file = Path(found["output"])
     lines, end = _tail(file, _BYTES_PER_LINE * max(options.lines, 1))
     for line in lines[-options.lines :] if options.lines > 0 else []:
@@ -42,7 +42,7 @@ def logs(options: argparse.Namespace) -> int:
     if options.follow:
         for line in _follow(file, end):
             _show(line, options.json)
-    return control.OK
+    return protocol.OK
 
 
 def last_lines(file: Path, count: int) -> list[str]:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..control import OK
+from ..control.protocol import OK
 
 _COLOURS = {
     "READY": "green",

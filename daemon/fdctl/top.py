@@ -16,8 +16,8 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import control
-from . import asking
+from ..control import protocol
+from . import client
 from .scrapes import Errands, History, Scrape, scrape
 
 _INTERVAL = 1.0
@@ -32,14 +32,14 @@ _TOKENS = "fastdeploy:generation_tokens_total"
 
 
 def top(options: argparse.Namespace) -> int:
-    source = Source(lambda: asking.ask(options, {"do": "status"}, _DAEMON_TIMEOUT)["status"])
+    source = Source(lambda: client.ask(options, {"do": "status"}, _DAEMON_TIMEOUT)["status"])
     if options.json or options.once or not sys.stdout.isatty():
         source.frame()
         time.sleep(_INTERVAL)
         frame = source.frame()
         if options.json:
             print(json.dumps(frame, indent=2))
-            return control.OK
+            return protocol.OK
         from . import table
 
         return table.show(lambda: frame, table.of_top, watch=False)
@@ -147,7 +147,7 @@ def _live(source: Source) -> int:
         if error.errno != errno.EIO:
             raise
         raise BrokenPipeError("the terminal is gone") from None
-    return control.OK
+    return protocol.OK
 
 
 @contextlib.contextmanager

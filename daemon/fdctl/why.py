@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, FastDeployError
+from ...common.errors import ConfigError, FastDeployError
 from ...expert_parallel.snapshot import Seat, Snapshot, look
-from .. import control
-from ..programs import expert_group_in
-from . import asking
+from ..config.programs import expert_group_in
+from ..control import protocol
+from . import client
 from .program_output import last_lines, stacks_in
 
 _LINES = 50
@@ -33,23 +33,23 @@ def why(options: argparse.Namespace) -> int:
         problem = str(error)
     if options.json:
         print(json.dumps({**found, "lines": lines}, indent=2))
-        return control.OK
+        return protocol.OK
     for line in (*_told(options, found), *(f"  {trouble}" for trouble in found["problems"])):
         print(line)
     print(problem or f"last {len(lines)} lines of {found['output']}:")
     for line in lines:
         print(f"  {line}")
-    return control.OK
+    return protocol.OK
 
 
 def _all(options: argparse.Namespace) -> int:
     """Everything that is not as it is meant to be."""
-    status = asking.status(options)
+    status = client.status(options)
     entries = [entry for entry in (status["router"], *status["replicas"]) if entry]
     found = [_explained(options, entry["name"]) for entry in entries]
     if options.json:
         print(json.dumps({"programs": found}, indent=2))
-        return control.OK
+        return protocol.OK
     notable = [one for one in found if one["state"] != "READY" or one["waits_for"]]
     for one in notable:
         for line in _told(options, one):
@@ -58,21 +58,21 @@ def _all(options: argparse.Namespace) -> int:
         print(problem)
     if not notable:
         print(f"all {len(found)} programs are READY")
-    return control.OK
+    return protocol.OK
 
 
 def _explained(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    found = asking.ask(options, {"do": "why", "name": name})["why"]
+    found = client.ask(options, {"do": "why", "name": name})["why"]
     stacks = None
     with contextlib.suppress(FastDeployError):
         stacks = stacks_in(Path(found["output"]))
-    group = _group(found, asking.socket(options).parent) if "replica" in found else None
+    group = _group(found, client.socket(options).parent) if "replica" in found else None
     return {**found, "stacks": asdict(stacks) if stacks else None, "expert_group": group}
 
 
 def _told(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     now = time.time()
-    lines = [f"{asking.label(found)}: {found['state']} for {_duration(found['for'])}"]
+    lines = [f"{client.label(found)}: {found['state']} for {_duration(found['for'])}"]
     if found["note"]:
         lines[0] += f": {found['note']}"
     wanted = _INTENTS[found["intent"]] + ("; drained" if found["draining"] else "")
@@ -91,7 +91,7 @@ def _told(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
         lines.append(f"  expert group {group['name']}: {group['told']}")
     if stacks := found["stacks"]:
         word = found.get("replica", found["name"])
-        logs = asking.command_line(options, "logs", str(word), "-n", str(stacks["lines_ago"]))
+        logs = client.command_line(options, "logs", str(word), "-n", str(stacks["lines_ago"]))
         lines.append(f"  stacks of {stacks['threads']} threads are in its output: {logs}")
     return lines
 

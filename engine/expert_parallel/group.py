@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..common.errors import ConfigError, FastDeployError
+from ..common.messages import ExpertParallelStats
 from ..custom_ops.expert_group import CHANGED, FAULTY, FULL, GOING, GroupShape, NativeGroup
-from ..errors import ConfigError, FastDeployError
-from ..messages import ExpertParallelStats
 from . import memory as shared
 from .layout import PROTOCOL_VERSION, Layout, SeatState, phase_name
 from .membership import Membership, RankLost, Record, SeatTaken, disagreement, planner

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError, FastDeployError
+from ..common.errors import ConfigError, FastDeployError
 from .layout import SeatState
 from .memory import Memory, is_alive, start_time
 from .placement import Home, Placement, plan

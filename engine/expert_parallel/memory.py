@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, FastDeployError
+from ..common.errors import ConfigError, FastDeployError
 from . import removed_memory
 from .layout import (
     FINGERPRINT_BYTES,

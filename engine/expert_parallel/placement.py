@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import FastDeployError
+from ..common.errors import FastDeployError
 
 #: An exchange has to lower the load of the heaviest seat by this share. Loads are measured, with noise, and
 #: every expert that moves has to be read anew.

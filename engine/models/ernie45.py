@@ -10,7 +10,7 @@ import paddle
 
 from .. import custom_ops
 from ..config import ModelConfig
-from ..kv_cache import KVCache
+from .kv_cache import KVCache
 
 if TYPE_CHECKING:
     from ..expert_parallel.group import ExpertGroup

@@ -19,7 +19,7 @@ from benchmarks.router_cases import UnaryCase
 from benchmarks.router_contenders import DIRECT
 from benchmarks.router_load import LoadError, run_sse_load, unary
 from benchmarks.router_report import Findings, rows_of
-from fastdeploy.resumption import Delivered, marks_of
+from fastdeploy.common.resumption import Delivered, marks_of
 
 from ..router.fake_engine import EVENT_HEAD, FakeEngine, Received, answers_status
 

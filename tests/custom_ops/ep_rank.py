@@ -23,10 +23,10 @@ import numpy as np
 import paddle
 
 from fastdeploy import custom_ops
+from fastdeploy.common.process_control import die_with_parent
 from fastdeploy.custom_ops import packed_matrix
 from fastdeploy.expert_parallel import group as group_module
 from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, RankLost, join
-from fastdeploy.parent_death import die_with_parent
 
 from .collectives import HIDDEN, Plan, Seen, Share, computed, draw_tokens, layout, mapped
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastdeploy.cpu_share import SINGLE_THREADED
+from fastdeploy.core.cpu_share import SINGLE_THREADED
 from fastdeploy.expert_parallel.memory import group_directory
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.daemon import control, processes
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.process import proc
 
 from ..ports import free_ports
 from ..waiting import wait_until as _wait_until
@@ -93,8 +94,8 @@ class Running:
     def status(self) -> dict[str, Any]:
         """Asked as fdctl asks; empty while no daemon answers."""
         try:
-            *_, answer = control.request(control.socket_path(self.prefix / "run"), {"do": "status"}, 20.0)
-        except control.DaemonUnreachable:
+            *_, answer = protocol.request(protocol.socket_path(self.prefix / "run"), {"do": "status"}, 20.0)
+        except protocol.DaemonUnreachable:
             return {"daemon": {"supervisord": 0}, "router": None, "replicas": []}
         return answer["status"]
 
@@ -119,11 +120,11 @@ class Running:
     def tell(self, do: str, **words: Any) -> list[dict[str, Any]]:
         """All that the daemon answers to a command, the result last."""
         command = {"do": do, "wait": True, **words}
-        return [*control.request(control.socket_path(self.prefix / "run"), command, 60.0)]
+        return [*protocol.request(protocol.socket_path(self.prefix / "run"), command, 60.0)]
 
     def do(self, do: str, name: str = "", **words: Any) -> None:
         """As fdctl, without the time that a process takes. It must succeed."""
-        assert self.tell(do, name=name, **words)[-1]["code"] == control.OK
+        assert self.tell(do, name=name, **words)[-1]["code"] == protocol.OK
 
     def rows(self) -> dict[int, dict[str, Any]]:
         """What the router knows of the replicas, by number; nothing while it does not answer."""
@@ -154,8 +155,8 @@ class Running:
             assert not supervisord or not alive(supervisord)
         return output
 
-    def left_over(self) -> list[processes.Marked]:
-        return processes.marked(self.prefix / "run")
+    def left_over(self) -> list[proc.Marked]:
+        return proc.marked(self.prefix / "run")
 
     def log(self) -> str:
         return (self.prefix / "logs" / "fd-dp.log").read_text()

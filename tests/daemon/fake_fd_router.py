@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastdeploy.daemon.router.flags_file import fingerprint
+from fastdeploy.daemon.router.config.flags_file import fingerprint
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--port", type=int, required=True)

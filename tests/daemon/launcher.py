@@ -4,10 +4,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from fastdeploy.common.errors import FastDeployError
 from fastdeploy.daemon import main as daemon
-from fastdeploy.daemon.config import Config
-from fastdeploy.daemon.programs import Program, programs_of
-from fastdeploy.errors import FastDeployError
+from fastdeploy.daemon.config.loader import Config
+from fastdeploy.daemon.config.programs import Program, programs_of
 
 FAKE_REPLICA = str(Path(__file__).with_name("fake_replica.py"))
 FAKE_ROUTER = str(Path(__file__).with_name("fake_fd_router.py"))

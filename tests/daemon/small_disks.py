@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import processes
+from fastdeploy.daemon.process import proc
 
 from .conftest import LAUNCHER, Running, wait_until
 
@@ -44,8 +44,8 @@ class SmallDisks(Running):
             self.daemon = subprocess.Popen(command, stdout=output, stderr=output, text=True)
         self.prefix = Path(f"/proc/{self.daemon.pid}/root{self.real}")
 
-    def left_over(self) -> list[processes.Marked]:
-        return processes.marked(self.real / "run")
+    def left_over(self) -> list[proc.Marked]:
+        return proc.marked(self.real / "run")
 
     def log(self) -> str:
         """What the daemon has printed: its own log may be on a disk that fails."""

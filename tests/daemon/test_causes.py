@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import supervisor
-from fastdeploy.daemon.causes import Cause, End, explain, killed_worker
-from fastdeploy.daemon.inquest import Inquest
-from fastdeploy.daemon.programs import Program
-from fastdeploy.daemon.shortage import Shortage
-from fastdeploy.daemon.supervisor import Layout
+from fastdeploy.daemon.config.programs import Program
+from fastdeploy.daemon.diagnosis.exit_cause import Cause, End, explain, killed_worker
+from fastdeploy.daemon.diagnosis.exit_diagnosis import Inquest
+from fastdeploy.daemon.diagnosis.oom import Shortage
+from fastdeploy.daemon.process import supervisor_client
+from fastdeploy.daemon.process.supervisor_client import Layout
 
 from ..ports import free_ports
 from .conftest import wait_until
@@ -109,7 +109,7 @@ def refusal(tmp_path: Path, *words: str) -> End:
             timeout=120,
             check=False,
         )
-    return End(f"exit status {ended.returncode}", supervisor.last_error(output, 0.0))
+    return End(f"exit status {ended.returncode}", supervisor_client.last_error(output, 0.0))
 
 
 def port() -> str:

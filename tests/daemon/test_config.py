@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import config as dp_toml
-from fastdeploy.daemon.config import Config, document, load, parse
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.config import loader as dp_toml
+from fastdeploy.daemon.config.loader import Config, document, load, parse
 
 ROOT = Path(__file__).parents[2]
 PREFIX = Path("/tmp/fd")

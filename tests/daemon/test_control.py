@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 
 from .conftest import Running, wait_until
 
@@ -32,7 +32,7 @@ def test_status_is_a_table_for_people_and_a_schema_for_programs(running: Running
 def test_stop_keeps_a_replica_down_over_a_restart_of_the_daemon_until_start(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
-    assert running.fdctl("stop", "1").returncode == control.OK
+    assert running.fdctl("stop", "1").returncode == protocol.OK
     assert running.programs()["replica1"]["state"] == "STOPPED"
     running.stop(signal.SIGKILL)
     running.start()
@@ -40,7 +40,7 @@ def test_stop_keeps_a_replica_down_over_a_restart_of_the_daemon_until_start(runn
     assert running.programs()["replica1"]["state"] == "STOPPED"
     assert running.programs()["replica1"]["intent"] == "stopped"
     assert running.programs()["replica1"]["note"] == "stopped by the operator"
-    assert running.fdctl("start", "1").returncode == control.OK
+    assert running.fdctl("start", "1").returncode == protocol.OK
     assert running.ready()
     assert running.pids()["replica0"] == before["replica0"]
 
@@ -49,7 +49,7 @@ def test_restart_gives_one_replica_a_new_process(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     done = running.fdctl("restart", "replica0")
-    assert (done.returncode, done.stderr) == (control.OK, "")
+    assert (done.returncode, done.stderr) == (protocol.OK, "")
     after = running.pids()
     assert after["replica0"] != before["replica0"]
     assert {**after, "replica0": before["replica0"]} == before
@@ -67,21 +67,21 @@ def test_restart_all_is_rolling_and_leaves_the_router(running: Running) -> None:
 
 def test_an_operation_need_not_be_waited_for(running: Running) -> None:
     running.start_and_wait()
-    assert running.fdctl("stop", "1", "--no-wait").returncode == control.OK
+    assert running.fdctl("stop", "1", "--no-wait").returncode == protocol.OK
     wait_until(lambda: running.programs()["replica1"]["state"] == "STOPPED", "replica 1 stopped")
 
 
 def test_render_shows_what_the_running_daemon_runs(running: Running) -> None:
     running.start_and_wait()
     done = running.fdctl("render")
-    assert done.returncode == control.OK
+    assert done.returncode == protocol.OK
     assert "[program:replica1]" in done.stdout
 
 
 def test_an_unknown_replica_is_a_usage_error_that_names_the_known(running: Running) -> None:
     running.start_and_wait()
     done = running.fdctl("restart", "7")
-    assert done.returncode == control.USAGE
+    assert done.returncode == protocol.USAGE
     assert done.stderr == "7: ERROR (no such replica; there are router, 0, 1, all)\n"
 
 
@@ -96,7 +96,7 @@ def test_reload_applies_a_change_to_the_programs_that_it_changes(running: Runnin
     # Ranks whose arguments differ might disagree.
     assert all("--expert-parallel-group: dp-" in line for line in lines)
     assert running.pids() == before
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload").returncode == protocol.OK
     assert running.ready()
     after = running.pids()
     assert after["router"] == before["router"]
@@ -117,7 +117,7 @@ def test_reload_replaces_one_replica_at_a_time(running: Running) -> None:
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload").returncode == protocol.OK
     over.set()
     watcher.join()
     assert max(down) == 1
@@ -128,7 +128,7 @@ def test_a_bad_file_is_refused_and_everything_goes_on(running: Running) -> None:
     before = running.pids()
     running.config.write_text(running.config.read_text().replace("extra_args", "extra_arg"))
     done = running.fdctl("reload")
-    assert done.returncode == control.BAD_CONFIG
+    assert done.returncode == protocol.BAD_CONFIG
     assert "engine.extra_arg: unknown key; did you mean 'extra_args'?" in done.stderr
     assert running.pids() == before
 
@@ -138,7 +138,7 @@ def test_a_configuration_with_which_a_replica_fails_is_rolled_back(running: Runn
     before = running.pids()
     running.write(extra_args=("--die-while-loading",))
     done = running.fdctl("reload")
-    assert done.returncode == control.FAILED
+    assert done.returncode == protocol.FAILED
     assert "exit status 3" in done.stderr
     assert "its last error: fake: ERROR (cannot load: no such checkpoint)" in done.stderr
     assert "the old configuration is back" in done.stderr
@@ -153,7 +153,7 @@ def test_a_configuration_with_which_a_replica_fails_is_rolled_back(running: Runn
 def test_reload_adds_and_removes_replicas(running: Running) -> None:
     running.start_and_wait()
     running.write(replicas=3)
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload").returncode == protocol.OK
     assert sorted(running.pids()) == ["replica0", "replica1", "replica2", "router"]
     assert running.ready()
     running.write(replicas=1)
@@ -168,7 +168,7 @@ def test_reload_swaps_two_replicas_ports(running: Running) -> None:
     running.start_and_wait()
     running.ports[1], running.ports[2] = running.ports[2], running.ports[1]
     running.write()
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload").returncode == protocol.OK
     assert running.programs()["replica0"]["port"] == running.ports[1]
     assert running.ready()
 
@@ -176,9 +176,9 @@ def test_reload_swaps_two_replicas_ports(running: Running) -> None:
 def test_a_second_operation_is_refused_while_one_is_under_way(running: Running) -> None:
     running.start_and_wait()
     running.write(extra_args=("--load-seconds", "1"))
-    assert running.fdctl("reload", "--no-wait").returncode == control.OK
+    assert running.fdctl("reload", "--no-wait").returncode == protocol.OK
     refused = running.fdctl("restart", "1")
-    assert refused.returncode == control.BUSY
+    assert refused.returncode == protocol.BUSY
     wait_until(lambda: running.status()["daemon"]["state"] == "READY", "reload done")
 
 
@@ -190,7 +190,7 @@ def test_reload_applies_a_changed_stop_timeout(running: Running) -> None:
         f"replace {label} (stop_timeout: 30 -> 20)" for label in ("router", "replica 0", "replica 1")
     ]
     before = running.pids()
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload").returncode == protocol.OK
     assert not {*running.pids().values()} & {*before.values()}
     ini = (running.prefix / "run" / "supervisord.conf").read_text()
     assert ini.count("stopwaitsecs=20") == ini.count("stopwaitsecs=") == 3
@@ -204,7 +204,7 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     in_the_way = running.prefix / "state" / "intents.new"
     in_the_way.mkdir(parents=True)
     done = running.fdctl("hold", "1")
-    assert (done.returncode, done.stderr) == (control.OK, "")
+    assert (done.returncode, done.stderr) == (protocol.OK, "")
     assert "intents.json: Is a directory; its content is kept in memory" in done.stdout
     assert (running.pids(), running.programs()["replica1"]["intent"]) == (before, "held")
     in_the_way.rmdir()
@@ -214,12 +214,12 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     in_the_way.mkdir()
     running.write(extra_args=("--load-seconds", "0.1"))
     done = running.fdctl("reload")
-    assert done.returncode == control.FAILED
+    assert done.returncode == protocol.FAILED
     assert str(in_the_way) in done.stderr
     running.wait_ready_again("replica0", before["replica0"])
     assert running.pids()["replica1"] == before["replica1"]
     in_the_way.rmdir()
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload").returncode == protocol.OK
     assert running.ready()
 
 
@@ -229,7 +229,7 @@ def test_supervisord_killed_in_the_middle_of_a_reload_ends_with_the_new_configur
     running.start_and_wait()
     before, supervisord = running.pids(), running.status()["daemon"]["supervisord"]
     running.write(extra_args=("--load-seconds", "1"))
-    assert running.fdctl("reload").returncode == control.OK
+    assert running.fdctl("reload").returncode == protocol.OK
     os.kill(supervisord, signal.SIGKILL)
     for name, pid in before.items():
         running.wait_ready_again(name, pid)
@@ -248,7 +248,7 @@ def test_logs_and_why_show_what_a_replica_printed(running: Running) -> None:
 
 def test_nonsense_on_the_socket_is_answered_and_harms_nobody(running: Running) -> None:
     running.start_and_wait()
-    path = str(control.socket_path(running.prefix / "run"))
+    path = str(protocol.socket_path(running.prefix / "run"))
     for nonsense in (
         b"\n",
         b"[]\n",
@@ -266,7 +266,7 @@ def test_nonsense_on_the_socket_is_answered_and_harms_nobody(running: Running) -
                 answer = json.loads(client.makefile("rb").readline())
             except (BrokenPipeError, ConnectionResetError):
                 continue
-        assert answer["code"] == control.USAGE
+        assert answer["code"] == protocol.USAGE
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(path)
         assert running.ready()
@@ -285,6 +285,6 @@ def test_the_sockets_and_launch_files_are_closed_to_others(running: Running) -> 
 def test_the_daemon_stops_in_the_middle_of_a_reload(running: Running) -> None:
     running.start_and_wait()
     running.write(extra_args=("--load-seconds", "60"))
-    assert running.fdctl("reload", "--no-wait").returncode == control.OK
+    assert running.fdctl("reload", "--no-wait").returncode == protocol.OK
     running.stop()
     assert running.left_over() == []

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.daemon import control, ctl
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.fdctl import main
 
 from .conftest import FDCTL, Running, wait_until
 
@@ -38,7 +39,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    parser = ctl._parser()
+    parser = main._parser()
     (action,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
     return dict(action.choices)
 
@@ -70,17 +71,24 @@ def test_every_command_in_the_guide_does_what_it_says(example: str, standing: Ru
     words = [str(standing.prefix / "good.toml") if word == "dp.toml" else word for word in words]
     done = standing.fdctl(*words)
     # The replicas are fakes: they are in no expert group, and their router relays nothing.
-    expected = {"ep": control.NO_GROUP, "generate": control.FAILED}.get(words[0], control.OK)
+    expected = {"ep": protocol.NO_GROUP, "generate": protocol.FAILED}.get(words[0], protocol.OK)
     assert done.returncode == expected, done.stdout + done.stderr
-    assert bool(done.stderr) == (expected != control.OK)
+    assert bool(done.stderr) == (expected != protocol.OK)
 
 
 def test_the_guide_and_the_help_tell_the_same_exit_codes() -> None:
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", GUIDE, re.MULTILINE)
-    told = re.findall(r"^  (\d+) +(.*)$", ctl._EPILOG, re.MULTILINE)
+    told = re.findall(r"^  (\d+) +(.*)$", main._EPILOG, re.MULTILINE)
     assert rows == [(code, text.replace("the line", "one line")) for code, text in told]
-    named = {control.OK, control.FAILED, control.USAGE, control.NO_DAEMON, control.BAD_CONFIG, control.BUSY}
-    named |= {control.NO_GROUP, control.DENIED, control.DETACHED}
+    named = {
+        protocol.OK,
+        protocol.FAILED,
+        protocol.USAGE,
+        protocol.NO_DAEMON,
+        protocol.BAD_CONFIG,
+        protocol.BUSY,
+    }
+    named |= {protocol.NO_GROUP, protocol.DENIED, protocol.DETACHED}
     assert {int(code) for code, _ in rows} == named
 
 
@@ -95,7 +103,7 @@ def test_every_command_takes_json() -> None:
 def test_what_json_has_is_what_the_guide_says(command: str, standing: Running) -> None:
     assert PROGRAM
     done = standing.fdctl(*command.replace("dp.toml", str(standing.prefix / "good.toml")).split(), "--json")
-    assert (done.returncode, done.stderr) == (control.OK, "")
+    assert (done.returncode, done.stderr) == (protocol.OK, "")
     found = json.loads(done.stdout)
     row = next(
         line
@@ -130,22 +138,22 @@ def test_lines_and_lists_as_json(standing: Running) -> None:
 def test_what_an_operation_tells_comes_as_lines_of_json_with_the_result_last(standing: Running) -> None:
     done = standing.fdctl("restart", "1", "--json")
     messages = [json.loads(line) for line in done.stdout.splitlines()]
-    assert messages[-1] == {"code": control.OK}
+    assert messages[-1] == {"code": protocol.OK}
     stages = [message["event"]["stage"] for message in messages if "event" in message]
     assert stages[-3:] == ["stop", "start", "ready"]
     plan = standing.fdctl("reload", "--dry-run", "--json").stdout.splitlines()
-    assert json.loads(plan[-1]) == {"code": control.OK, "changes": 0}
+    assert json.loads(plan[-1]) == {"code": protocol.OK, "changes": 0}
 
 
 @pytest.mark.parametrize(
     ("words", "code"),
     [
-        ("stop 7 --json", control.USAGE),
-        ("why 7 --json", control.USAGE),
-        ("ep --json", control.NO_GROUP),
-        ("check /nowhere --json", control.BAD_CONFIG),
-        ("generate x --json", control.FAILED),
-        ("--prefix /nowhere status --json", control.NO_DAEMON),
+        ("stop 7 --json", protocol.USAGE),
+        ("why 7 --json", protocol.USAGE),
+        ("ep --json", protocol.NO_GROUP),
+        ("check /nowhere --json", protocol.BAD_CONFIG),
+        ("generate x --json", protocol.FAILED),
+        ("--prefix /nowhere status --json", protocol.NO_DAEMON),
     ],
 )
 def test_an_error_is_json_on_stdout_and_a_line_for_people_on_stderr(
@@ -165,7 +173,7 @@ def test_an_error_is_json_on_stdout_and_a_line_for_people_on_stderr(
     "words", ["", "dance", "stop", "restart 7", "logs x", "completion tcsh", "status --x"]
 )
 def test_wrong_usage_is_2(words: str, standing: Running) -> None:
-    assert standing.fdctl(*words.split()).returncode == control.USAGE
+    assert standing.fdctl(*words.split()).returncode == protocol.USAGE
 
 
 def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
         command = [FDCTL, "--socket", str(path), "status"]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
-    assert fdctl().returncode == control.NO_DAEMON
+    assert fdctl().returncode == protocol.NO_DAEMON
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -189,7 +197,7 @@ def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
         server.start()
         done = fdctl()
         server.join()
-    assert (done.returncode, done.stderr.count("\n")) == (control.NO_DAEMON, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (protocol.NO_DAEMON, 1)
     assert "ended before it answered" in done.stderr
 
 
@@ -206,9 +214,9 @@ def test_output_that_is_not_ours_to_read_is_one_line_and_the_rest_is_told(
     finally:
         output.rmdir()
         aside.rename(output)
-    assert (logs.returncode, logs.stderr.count("\n")) == (control.FAILED, 1)
+    assert (logs.returncode, logs.stderr.count("\n")) == (protocol.FAILED, 1)
     assert "cannot be read (Is a directory)" in logs.stderr
-    assert told.returncode == control.OK
+    assert told.returncode == protocol.OK
     assert "replica 1: READY" in told.stdout
 
 
@@ -231,7 +239,7 @@ def test_a_log_is_followed_over_its_rotation(standing: Running) -> None:
         output.write_text("after it\n")
         assert next_line() == "after it"
         follower.send_signal(signal.SIGINT)
-        assert follower.wait(timeout=30) == control.DETACHED
+        assert follower.wait(timeout=30) == protocol.DETACHED
     output.with_suffix(".1").rename(output)
 
 
@@ -240,7 +248,7 @@ def test_a_bad_dp_toml_is_4_and_changes_nothing(standing: Running) -> None:
     standing.config.write_text(text.replace("[router]", "[router]\nprot = 1"))
     done = standing.fdctl("reload")
     standing.config.write_text(text)
-    assert done.returncode == control.BAD_CONFIG
+    assert done.returncode == protocol.BAD_CONFIG
     assert "router.prot: unknown key; did you mean 'port'?" in done.stderr
     assert standing.pids() == before
 
@@ -249,7 +257,7 @@ def test_a_program_that_fails_with_its_new_configuration_is_1_and_says_why(stand
     standing.write(extra_args=("--die-while-loading",))
     done = standing.fdctl("reload")
     standing.write()
-    assert done.returncode == control.FAILED
+    assert done.returncode == protocol.FAILED
     (line,) = done.stderr.splitlines()
     assert line.startswith("fdctl: ERROR (replica 0")
     assert "no such checkpoint" in line
@@ -265,11 +273,11 @@ def test_ctrl_c_is_130_and_what_was_asked_for_goes_on(standing: Running) -> None
         assert fdctl.stdout.readline().startswith("replace replica 0 (")
         fdctl.send_signal(signal.SIGINT)
         _, told = fdctl.communicate(timeout=30)
-    assert fdctl.returncode == control.DETACHED
+    assert fdctl.returncode == protocol.DETACHED
     status = shlex.join(["fdctl", "--prefix", str(standing.prefix), "status"])
     assert told == f"fdctl: detached; the reload goes on: {status}\n"
     busy = standing.fdctl("restart", "0")
-    assert busy.returncode == control.BUSY
+    assert busy.returncode == protocol.BUSY
     assert "another operation is under way" in busy.stderr
     wait_until(lambda: standing.status()["daemon"]["state"] == "READY", "the reload is done")
     assert not {standing.pids()[name] for name in ("replica0", "replica1")} & {*before.values()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 from fastdeploy.daemon.fdctl.completion import SHELLS
 
 from .conftest import FDCTL
@@ -41,7 +41,7 @@ def test_commands_flags_and_shells_are_completed(tmp_path: Path) -> None:
 def test_replicas_are_completed_as_they_are_just_now(tmp_path: Path) -> None:
     status = {"replicas": [{"replica": 0}, {"replica": 3}]}
     socket = tmp_path / "s"
-    with scripted(socket, lambda _: [{"code": control.OK, "status": status}]):
+    with scripted(socket, lambda _: [{"code": protocol.OK, "status": status}]):
         assert completed(f"--socket {socket} why ") == {"0", "3", "all", "router", *FLAGS}
     # Without a daemon there is still what every one has.
     assert completed(f"--socket {socket} drain ") == {"all", "router", "--wait", "--no-wait", *FLAGS}

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 from fastdeploy.daemon.fdctl.progress import Progress
 
 from .conftest import FDCTL
@@ -81,7 +81,7 @@ def test_a_time_stands_still_when_its_program_is_done() -> None:
     progress.event(stage("replica0", "ready"))
     progress.event(stage("replica1", "stop"))
     clock.now += 5
-    progress.end(control.OK)
+    progress.end(protocol.OK)
     clock.now += 60
     one, two, _ = shown(progress)
     assert (one, two) == ("✓  replica 0  replace  READY  0m00s", "✓  replica 1  remove  stopped  0m05s")
@@ -91,7 +91,7 @@ def test_what_was_under_way_when_it_failed_is_marked() -> None:
     progress = Progress(Clock())
     progress.event(plan(replica0="replace", replica1="replace"))
     progress.event(stage("replica0", "start"))
-    progress.end(control.FAILED)
+    progress.end(protocol.FAILED)
     one, two, bar = shown(progress)
     assert one == "✗  replica 0  replace  failed  0m00s"
     assert two == "·  replica 1  replace"
@@ -113,7 +113,7 @@ def test_any_order_of_events_can_be_shown(events: list[dict[str, Any]]) -> None:
     for event in events:
         progress.event(event)
         shown(progress)
-    progress.end(control.OK)
+    progress.end(protocol.OK)
     assert progress.done <= len(progress.rows)
 
 
@@ -135,14 +135,14 @@ def resumed() -> Iterator[threading.Event]:
 def test_on_a_terminal_lines_go_by_above_and_the_programs_stay_below(
     tmp_path: Path, resumed: threading.Event
 ) -> None:
-    end = [{"event": stage("replica1", "ready")}, {"code": control.OK}]
+    end = [{"event": stage("replica1", "ready")}, {"code": protocol.OK}]
     with scripted(tmp_path / "s", lambda _: [*MESSAGES, lambda: resumed.wait(60), *end]) as commands:
         terminal = Terminal("--socket", str(tmp_path / "s"), "reload")
         terminal.shows(r"replica 1 +replace +draining, 7 in flight")
         resumed.set()
         code, text = terminal.end()
     assert commands == [{"do": "reload", "dry_run": False, "wait": True}]
-    assert code == control.OK
+    assert code == protocol.OK
     assert "replace replica 0 ([bold]--x: 1 -> 2)" in text
     assert re.search(r"✓ +replica 0 +replace +READY", text)
     last = text.rstrip().splitlines()
@@ -156,15 +156,15 @@ def test_ctrl_c_on_a_terminal_detaches(tmp_path: Path, resumed: threading.Event)
         terminal.shows(r"draining, 7 in flight")
         terminal.type(b"\x03")
         code, text = terminal.end()
-    assert code == control.DETACHED
+    assert code == protocol.DETACHED
     status = f"fdctl --socket {tmp_path / 's'} status"
     assert text.rstrip().endswith(f"fdctl: detached; the reload goes on: {status}")
 
 
 def test_without_a_terminal_there_are_only_the_lines(tmp_path: Path) -> None:
-    end = {"code": control.FAILED, "error": "replica 1: exit status 3"}
+    end = {"code": protocol.FAILED, "error": "replica 1: exit status 3"}
     with scripted(tmp_path / "s", lambda _: [*MESSAGES, end]):
         command = [str(FDCTL), "--socket", str(tmp_path / "s"), "reload"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "replace replica 0 ([bold]--x: 1 -> 2)\n"
-    assert (done.returncode, done.stderr) == (control.FAILED, "fdctl: ERROR (replica 1: exit status 3)\n")
+    assert (done.returncode, done.stderr) == (protocol.FAILED, "fdctl: ERROR (replica 1: exit status 3)\n")

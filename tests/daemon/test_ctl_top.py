@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import control
-from fastdeploy.daemon.control import DaemonUnreachable
+from fastdeploy.common.messages import ExpertParallelStats, Ready, Stats
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.control.protocol import DaemonUnreachable
 from fastdeploy.daemon.fdctl import top
 from fastdeploy.daemon.fdctl.scrapes import Errands, History, Scrape
-from fastdeploy.daemon.router import metrics as router_metrics
-from fastdeploy.messages import ExpertParallelStats, Ready, Stats
-from fastdeploy.metrics import ReplicaMetrics
+from fastdeploy.daemon.router.metrics import metrics as router_metrics
+from fastdeploy.entrypoints.metrics import ReplicaMetrics
 
 from ..ports import free_ports
 from ..waiting import wait_until
@@ -246,14 +246,14 @@ def test_an_errand_that_does_not_return_is_not_sent_twice() -> None:
 def daemon(path: Path, serve: Serve) -> Iterator[None]:
     port = serve(lambda: replica_metrics().render().decode())
     answer = {
-        "code": control.OK,
+        "code": protocol.OK,
         "status": status(entry(None, port), entry(0, port, draining=True, drain_confirmed=True)),
     }
     with scripted(path, lambda _: [answer]):
         yield
 
 
-@pytest.mark.parametrize(("key", "code"), [(b"q", control.OK), (b"\x03", control.DETACHED)])
+@pytest.mark.parametrize(("key", "code"), [(b"q", protocol.OK), (b"\x03", protocol.DETACHED)])
 def test_it_goes_on_until_q_or_ctrl_c(key: bytes, code: int, tmp_path: Path, serve: Serve) -> None:
     with daemon(tmp_path / "s", serve):
         terminal = Terminal("--socket", str(tmp_path / "s"), "top")
@@ -270,7 +270,7 @@ def test_it_does_not_outlive_its_terminal(tmp_path: Path, serve: Serve) -> None:
         terminal.shows("READY")
         terminal.hang_up()
         try:
-            assert terminal.process.wait(timeout=40) in (control.OK, control.FAILED)
+            assert terminal.process.wait(timeout=40) in (protocol.OK, protocol.FAILED)
         finally:
             terminal.process.kill()
 
@@ -278,5 +278,5 @@ def test_it_does_not_outlive_its_terminal(tmp_path: Path, serve: Serve) -> None:
 def test_without_a_daemon_to_begin_with_it_ends_at_once(tmp_path: Path) -> None:
     terminal = Terminal("--socket", str(tmp_path / "s"), "top")
     code, text = terminal.end()
-    assert code == control.NO_DAEMON
+    assert code == protocol.NO_DAEMON
     assert text.startswith("fdctl: ERROR (no fd-dp listens on")

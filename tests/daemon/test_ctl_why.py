@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.daemon.config import Config, parse
-from fastdeploy.daemon.explain import next_try_in, waits_for
+from fastdeploy.common.errors import FastDeployError
+from fastdeploy.daemon.config.loader import Config, parse
+from fastdeploy.daemon.config.programs import Program
+from fastdeploy.daemon.control.waiting_reason import next_try_in, waits_for
 from fastdeploy.daemon.fdctl.program_output import last_lines, stacks_in
-from fastdeploy.daemon.intents import Intent
-from fastdeploy.daemon.programs import Program
-from fastdeploy.daemon.replica import Replica, State
-from fastdeploy.daemon.router_link import Look
-from fastdeploy.errors import FastDeployError
+from fastdeploy.daemon.supervision.intents import Intent
+from fastdeploy.daemon.supervision.program_state import Replica, State
+from fastdeploy.daemon.supervision.router_sync import Look
 
 from .conftest import Running, wait_until
 

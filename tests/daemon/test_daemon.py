@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 
 from .conftest import Running, alive, wait_until
 
@@ -195,7 +195,7 @@ def test_a_killed_daemon_leaves_the_replicas_alone_and_the_next_one_adopts_them(
     before = running.pids(), running.status()["daemon"]["supervisord"]
     running.stop(signal.SIGKILL)
     assert all(alive(pid) for pid in before[0].values())
-    assert running.fdctl("status").returncode == control.NO_DAEMON
+    assert running.fdctl("status").returncode == protocol.NO_DAEMON
     running.start_and_wait()
     assert (running.pids(), running.status()["daemon"]["supervisord"]) == before
     assert {entry["restarts"] for entry in running.programs().values()} == {0}

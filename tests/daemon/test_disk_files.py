@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from supervisor.loggers import LogRecord
 
-from fastdeploy.daemon import processes, supervisor
-from fastdeploy.daemon.intents import Intent, Intents, Wish
-from fastdeploy.daemon.output_files import OutputFile
-from fastdeploy.daemon.supervisor import Layout, Supervisor, SupervisorError
+from fastdeploy.common.errors import FastDeployError
+from fastdeploy.daemon.process import proc, supervisor_client
+from fastdeploy.daemon.process.output_files import OutputFile
+from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, SupervisorError
+from fastdeploy.daemon.process.unix_listener import UnixListener
+from fastdeploy.daemon.supervision.intents import Intent, Intents, Wish
 from fastdeploy.daemon.troubles import Troubles
-from fastdeploy.daemon.unix_listener import UnixListener
 from fastdeploy.daemon.upkeep import Lock, write_problem
-from fastdeploy.errors import FastDeployError
 
 from .conftest import FDCTL, wait_until
 from .small_disks import why_not
@@ -200,18 +200,18 @@ def test_wishes_without_permission_are_kept_in_memory(forbidden: Path) -> None:
 
 def test_files_that_are_in_place_are_not_written_again(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
-    supervisor.write(layout, [program()])
+    supervisor_client.write(layout, [program()])
     before = {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")}
-    supervisor.write(layout, [program()])
+    supervisor_client.write(layout, [program()])
     assert {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")} == before
-    assert supervisor.are_in_place(layout, [program()])
+    assert supervisor_client.are_in_place(layout, [program()])
     layout.ini.unlink()
-    assert not supervisor.are_in_place(layout, [program()])
+    assert not supervisor_client.are_in_place(layout, [program()])
 
 
 def test_a_missing_run_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
-    supervisor.write(layout, [program("replica0")])
+    supervisor_client.write(layout, [program("replica0")])
     assert layout.run.stat().st_mode & 0o777 == 0o700
     assert layout.launch.stat().st_mode & 0o777 == 0o700
 
@@ -220,15 +220,17 @@ def test_half_a_file_is_not_left_behind(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     layout.ini.mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
-        supervisor.write(layout, [])
+        supervisor_client.write(layout, [])
     assert sorted(path.name for path in layout.run.iterdir()) == ["launch", "supervisord.conf"]
 
 
 def test_a_program_that_cannot_be_started_is_named_with_the_reason(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     programs = [program(name="replica0"), program(name="replica1")]
-    supervisor.write(layout, programs)
-    layout.ini.write_text(supervisor.render(layout, programs).replace("command=", "command=/nowhere", 1))
+    supervisor_client.write(layout, programs)
+    layout.ini.write_text(
+        supervisor_client.render(layout, programs).replace("command=", "command=/nowhere", 1)
+    )
     # supervisor's own, as one that an older fd-dp has started.
     command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(layout.ini)]
     with subprocess.Popen(command) as process:
@@ -278,8 +280,8 @@ def test_a_process_of_another_user_does_not_pass_for_supervisord(tmp_path: Path)
     words = [sys.executable, "-c", "input()", "fd_supervisord", "-c", str(ini)]
     own = subprocess.Popen(words, stdin=subprocess.PIPE)
     try:
-        wait_until(lambda: processes.supervisord_of(ini) == own.pid, "the process")
-        assert as_nobody(lambda: str(processes.supervisord_of(ini))) == "None"
+        wait_until(lambda: proc.supervisord_of(ini) == own.pid, "the process")
+        assert as_nobody(lambda: str(proc.supervisord_of(ini))) == "None"
     finally:
         own.kill()
         own.communicate()
@@ -290,11 +292,11 @@ def test_supervisord_needs_no_temporary_directory() -> None:
         pytest.skip(f"no file system can be mounted: {reason}")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         layout = Layout(Path(name, "run"), Path(name, "logs"))
-        supervisor.write(layout, [program()])
+        supervisor_client.write(layout, [program()])
         mounts = "for place in /tmp /var/tmp; do mount -t tmpfs -o ro tmpfs $place || exit; done"
         # Nor can anything be written in the current directory.
         command = ["unshare", "-m", "sh", "-c", f'{mounts}; cd /proc; exec "$@"', "sh", sys.executable]
-        command += ["-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)]
+        command += ["-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(layout.ini)]
         with subprocess.Popen(command) as process:
             try:
                 wait_until(lambda: answers(layout) or process.poll() is not None, "it answers")

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 
 from .conftest import Running, alive, wait_until
 
@@ -120,9 +120,9 @@ def test_a_drain_that_the_router_does_not_hear_says_so(running: Running) -> None
     running.start_and_wait()
     (running.prefix / "run" / "router.sock").unlink()
     done = running.fdctl("drain", "1", "--no-wait")
-    assert done.returncode == control.OK
-    path = control.socket_path(running.prefix / "run")
-    told = next(control.request(path, {"do": "drain", "name": "1", "wait": True}, 20.0))
+    assert done.returncode == protocol.OK
+    path = protocol.socket_path(running.prefix / "run")
+    told = next(protocol.request(path, {"do": "drain", "name": "1", "wait": True}, 20.0))
     assert "the router does not answer on " in told["line"]
     entry = running.programs()["replica1"]
     assert (entry["draining"], entry["drain_confirmed"]) == (True, False)

@@ -6,9 +6,9 @@ import os
 import signal
 from typing import Any
 
-from fastdeploy.daemon import control
-from fastdeploy.daemon.programs import admin_socket
-from fastdeploy.daemon.router_admin import registered, set_draining
+from fastdeploy.daemon.config.programs import admin_socket
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.supervision.router_client import registered, set_draining
 
 from .conftest import Running, wait_until
 
@@ -52,7 +52,7 @@ def test_the_stages_of_a_restart_are_told_with_what_is_in_flight(lent: Running) 
     lent.do("reload")
     lent.set_in_flight(1, 2)
     told = lent.tell("restart", name="all")
-    assert told[-1] == {"code": control.OK}
+    assert told[-1] == {"code": protocol.OK}
     assert list(dict.fromkeys(stages(told))) == [
         (name, stage) for name in ("replica0", "replica1") for stage in ("drain", "stop", "start", "ready")
     ]
@@ -71,7 +71,7 @@ def test_with_a_drain_timeout_of_0_nothing_is_waited_for(lent: Running) -> None:
     lent.do("reload")
     lent.set_in_flight(0, 3)
     told = lent.tell("restart", name="0")
-    assert told[-1] == {"code": control.OK}
+    assert told[-1] == {"code": protocol.OK}
     assert stages(told) == [("replica0", stage) for stage in ("stop", "start", "ready")]
 
 
@@ -105,7 +105,7 @@ def test_a_replica_that_is_to_stay_down_is_drained_even_if_it_is_the_last(lent: 
 def test_without_a_router_a_restart_is_as_good_as_ever(lent: Running) -> None:
     lent.do("stop", "router")
     told = lent.tell("restart", name="0")
-    assert told[-1] == {"code": control.OK}
+    assert told[-1] == {"code": protocol.OK}
     assert "replica 0: not drained: the router is down" in lines(told)
 
 

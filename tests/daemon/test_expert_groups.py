@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import config as dp_toml
-from fastdeploy.daemon import control, supervisor
-from fastdeploy.daemon.programs import expert_group_of, programs_of
+from fastdeploy.daemon.config import loader as dp_toml
+from fastdeploy.daemon.config.programs import expert_group_of, programs_of
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.process import supervisor_client
 
 from ..quiet_group import QuietGroup
 from .conftest import FDCTL
@@ -35,7 +36,9 @@ def launched(prefix: Path, parallel: str = "") -> str:
     """As if a daemon had written its files; returns the name of the replicas' group."""
     text = f'[model]\npath = "demo"\n[parallel]\ndata_parallel_size = 4\n{parallel}\n'
     config = dp_toml.parse(text, "dp.toml", prefix, prefix)
-    supervisor.write(supervisor.Layout(config.paths.run, config.paths.logs), programs_of(config))
+    supervisor_client.write(
+        supervisor_client.Layout(config.paths.run, config.paths.logs), programs_of(config)
+    )
     return expert_group_of(config)
 
 
@@ -61,7 +64,7 @@ def test_every_seat_has_a_row_and_who_is_most_waited_for_is_named(
     group.note(1, "sent", layer=1, waits_for=0b1, seconds=20)
     group.note(3, "idle")
     done = fdctl("ep")
-    assert (done.returncode, done.stderr) == (control.OK, "")
+    assert (done.returncode, done.stderr) == (protocol.OK, "")
     title, head, *rows, last = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert title == f"{group.name} epoch 1 active seats 0,1,3 joins 3 leaves 0 losses 0"
     assert head == "seat pid state epoch steps phase layer for tokens waits for"
@@ -105,23 +108,23 @@ def test_where_there_is_no_group_one_line_says_why_and_the_exit_code_is_its_own(
     fdctl: Fdctl, tmp_path: Path, new_group: Callable[[str], QuietGroup]
 ) -> None:
     done = fdctl("ep")
-    assert done.returncode == control.NO_DAEMON
+    assert done.returncode == protocol.NO_DAEMON
     assert f"no fd-dp has been in {tmp_path}/run" in done.stderr
 
     launched(tmp_path, "expert_parallel = false")
     done = fdctl("ep")
-    assert (done.returncode, done.stdout) == (control.NO_GROUP, "")
+    assert (done.returncode, done.stdout) == (protocol.NO_GROUP, "")
     assert done.stderr.endswith("[parallel] expert_parallel is off)\n")
 
     group = new_group(launched(tmp_path))
     group.join(0)
     group.kill(0)
     done = fdctl("ep", "--json")
-    assert done.returncode == control.NO_GROUP
-    assert json.loads(done.stdout)["code"] == control.NO_GROUP
+    assert done.returncode == protocol.NO_GROUP
+    assert json.loads(done.stdout)["code"] == protocol.NO_GROUP
     assert re.search(r"replicas are loading or down \(fdctl --prefix \S+ status\)", done.stderr)
     assert done.stderr.count("\n") == 1
-    assert fdctl("ep", "no such").returncode == control.FAILED
+    assert fdctl("ep", "no such").returncode == protocol.FAILED
     assert "6    no expert group" in fdctl("--help").stdout
 
 

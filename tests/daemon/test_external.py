@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 
 from .conftest import Running, alive, wait_until
 
@@ -27,7 +27,7 @@ class Engines:
         assert (rendered.returncode, rendered.stderr) == (0, "")
         ini = self._running.prefix / "run" / "supervisord.conf"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(ini)],
+            [sys.executable, "-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(ini)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )
@@ -106,4 +106,4 @@ def test_a_supervisord_that_is_stopped_for_a_moment_is_not_replaced(
     os.kill(before["replica0"], signal.SIGKILL)
     running.wait_ready_again("replica0", before["replica0"])
     assert running.pids()["replica1"] == before["replica1"]
-    assert running.fdctl("restart", "1").returncode == control.OK
+    assert running.fdctl("restart", "1").returncode == protocol.OK

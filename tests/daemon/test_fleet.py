@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.daemon import processes
-from fastdeploy.daemon.causes import Cause
-from fastdeploy.daemon.intents import Intent, Wish
-from fastdeploy.daemon.launch import HASH, MARKER
-from fastdeploy.daemon.replica import State
+from fastdeploy.daemon.config.launch import HASH, MARKER
+from fastdeploy.daemon.diagnosis.exit_cause import Cause
+from fastdeploy.daemon.process import proc
+from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.program_state import State
 
 from .conftest import wait_until
 from .world import World
@@ -238,7 +238,7 @@ def test_nothing_is_started_while_the_old_process_of_its_seat_is_still_there(tmp
     world.become_ready("router", "replica0")
     env = {**os.environ, MARKER: f"{world.fleet.layout.run}#replica0", HASH: "x"}
     with subprocess.Popen(["sleep", "600"], env=env, start_new_session=True) as old:
-        wait_until(lambda: processes.marked(world.fleet.layout.run), "its mark")
+        wait_until(lambda: proc.marked(world.fleet.layout.run), "its mark")
         fail(world, "replica0")
         replica = world.fleet.replicas["replica0"]
         assert (replica.state, replica.note) == (

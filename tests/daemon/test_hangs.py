@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.causes import Cause
-from fastdeploy.daemon.config import parse
-from fastdeploy.daemon.hangs import Judgement, Pulse, Stuck, Watch, awaited_by, judge
-from fastdeploy.daemon.intents import Intent, Wish
-from fastdeploy.daemon.programs import expert_group_of
-from fastdeploy.daemon.replica import Replica, State
+from fastdeploy.daemon.config.loader import parse
+from fastdeploy.daemon.config.programs import expert_group_of
+from fastdeploy.daemon.diagnosis.exit_cause import Cause
+from fastdeploy.daemon.supervision.hang_detection import Judgement, Pulse, Stuck, Watch, awaited_by, judge
+from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.program_state import Replica, State
 from fastdeploy.expert_parallel.snapshot import Seat, Snapshot
 
 from .conftest import Running, alive, wait_until

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import control
-from fastdeploy.daemon.conversations import Conversation, Server
-from fastdeploy.daemon.health import Health
-from fastdeploy.daemon.probes import Probes
-from fastdeploy.daemon.replica import Replica, State
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.control.server import Conversation, Server
+from fastdeploy.daemon.supervision.health import Health
+from fastdeploy.daemon.supervision.probes import Probes
+from fastdeploy.daemon.supervision.program_state import Replica, State
 from fastdeploy.daemon.wakeups import Wakeups
 
 from .conftest import wait_until
@@ -62,7 +62,7 @@ def test_a_reading_that_cannot_be_used_hides_no_other(
 
 def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, 1)
-    monkeypatch.setattr("fastdeploy.daemon.probes.health_probe", lambda program, pid: 1 / 0)
+    monkeypatch.setattr("fastdeploy.daemon.supervision.probes.health_probe", lambda program, pid: 1 / 0)
     probes = Probes(lambda: None)
     for _ in range(2):
         # It is asked again afterwards.
@@ -125,5 +125,5 @@ def test_a_command_that_raises_is_answered(tmp_path: Path, wakeups: Wakeups) -> 
         client.sendall(b'{"do": "status"}\n')
         for _ in range(3):
             wakeups.wait(0.2)
-        assert b'"code": %d' % control.FAILED in client.recv(4096)
+        assert b'"code": %d' % protocol.FAILED in client.recv(4096)
     server.close()

@@ -18,12 +18,13 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import launch, supervisor
-from fastdeploy.daemon.config import Config, parse
-from fastdeploy.daemon.launch import HASH, MARKER
-from fastdeploy.daemon.programs import Program, programs_of
-from fastdeploy.daemon.supervisor import Layout, Supervisor, SupervisorError
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.config import launch
+from fastdeploy.daemon.config.launch import HASH, MARKER
+from fastdeploy.daemon.config.loader import Config, parse
+from fastdeploy.daemon.config.programs import Program, programs_of
+from fastdeploy.daemon.process import supervisor_client
+from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, SupervisorError
 
 from .conftest import wait_until
 from .test_supervisor import FD_RUN, parsed
@@ -199,7 +200,7 @@ def test_no_text_of_dp_toml_changes_which_programs_run_or_what_they_are_told(
     extra = tuple(options["engine.extra_args"])
     assert programs[2].argv[len(programs[2].argv) - len(extra) :] == extra
     layout = Layout(config.paths.run, config.paths.logs)
-    supervisor.write(layout, programs)
+    supervisor_client.write(layout, programs)
     assert_runs_exactly(programs, layout)
 
 
@@ -217,7 +218,7 @@ def test_each_case_reaches_the_program_as_it_was_written(case: str, tmp_path: Pa
     router, replica, _ = programs = programs_of(config)
     assert (router.env["X"], replica.env["X"], replica.argv[-1]) == (case, case, case)
     layout = Layout(config.paths.run, config.paths.logs)
-    supervisor.write(layout, programs)
+    supervisor_client.write(layout, programs)
     assert_runs_exactly(programs, layout)
 
 
@@ -235,7 +236,7 @@ def test_a_path_is_refused_or_means_what_it_says(run: str, logs: str, state: str
     layout = Layout(config.paths.run, config.paths.logs)
     programs = programs_of(config)
     try:
-        supervisor.write(layout, programs)
+        supervisor_client.write(layout, programs)
     except OSError:
         return  # longer than a file system's names may be
     assert_runs_exactly(programs, layout)
@@ -262,10 +263,10 @@ def test_a_real_supervisord_passes_every_word_on(tmp_path: Path) -> None:
         )
         for program in programs_of(config)
     ]
-    supervisor.write(layout, programs)
+    supervisor_client.write(layout, programs)
     inherited = {**os.environ, "EVIL": "100% %(x)s", "EVIL_2": "a\n[program:evil]\ncommand=/bin/false"}
     supervisord = subprocess.Popen(
-        [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)],
+        [sys.executable, "-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(layout.ini)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,
         env=inherited,

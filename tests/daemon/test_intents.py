@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import control
-from fastdeploy.daemon.intents import Intent, Intents, Wish
-from fastdeploy.daemon.replica import State
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.supervision.intents import Intent, Intents, Wish
+from fastdeploy.daemon.supervision.program_state import State
 
 from .conftest import Running, alive, wait_until
 from .world import World
@@ -115,14 +115,14 @@ def test_drain_can_be_waited_for_while_other_things_go_on(lent: Running) -> None
     lent.do("restart", "1")
     lent.set_in_flight(0, 0)
     told = lent.tell("drain", name="all")
-    assert (told[0], told[-1]) == ({"line": "no replica takes requests now"}, {"code": control.OK})
+    assert (told[0], told[-1]) == ({"line": "no replica takes requests now"}, {"code": protocol.OK})
     assert lent.drained() == {0, 1}
 
 
 def test_only_replicas_can_be_drained(lent: Running) -> None:
     done = lent.fdctl("drain", "router")
     assert (done.returncode, done.stderr) == (
-        control.FAILED,
+        protocol.FAILED,
         "fdctl: ERROR (router: only replicas can be drained)\n",
     )
 
@@ -156,7 +156,7 @@ def test_a_reload_leaves_a_held_replica_as_it_is_until_it_is_released(lent: Runn
     lent.do("hold", "0")
     lent.write(env={"SOME_THING": "1"})
     done = lent.fdctl("reload")
-    assert done.returncode == control.OK
+    assert done.returncode == protocol.OK
     assert "not now, because it is held: replace replica 0 (environment SOME_THING: added)" in done.stdout
     after = lent.pids()
     assert after["replica0"] == before["replica0"]
@@ -174,7 +174,7 @@ def test_a_reload_that_needs_a_port_of_a_held_replica_is_refused(lent: Running) 
     lent.ports[1], lent.ports[2] = lent.ports[2], lent.ports[1]
     lent.write()
     done = lent.fdctl("reload")
-    assert done.returncode == control.BAD_CONFIG
+    assert done.returncode == protocol.BAD_CONFIG
     assert "replica 1 is held and has a port that replica 0 is to have; fdctl release replica1" in done.stderr
     assert lent.pids() == before
 
@@ -182,7 +182,7 @@ def test_a_reload_that_needs_a_port_of_a_held_replica_is_refused(lent: Running) 
 def test_what_is_stopped_cannot_be_held(lent: Running) -> None:
     lent.do("stop", "1")
     done = lent.fdctl("hold", "1")
-    assert done.returncode == control.FAILED
+    assert done.returncode == protocol.FAILED
     assert "replica 1: it is stopped" in done.stderr
     assert not alive(lent.programs()["replica1"]["pid"] or 0)
 

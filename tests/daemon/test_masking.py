@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import masking
+from fastdeploy.daemon.config import masking
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fastdeploy.daemon.causes import Cause
-from fastdeploy.daemon.intents import Intent
-from fastdeploy.daemon.metrics import Metrics
-from fastdeploy.daemon.programs import Program
-from fastdeploy.daemon.replica import Replica, State
-from fastdeploy.daemon.usage import Usage, of_family
+from fastdeploy.daemon.config.programs import Program
+from fastdeploy.daemon.diagnosis.exit_cause import Cause
+from fastdeploy.daemon.process.usage import Usage, of_family
+from fastdeploy.daemon.supervision.intents import Intent
+from fastdeploy.daemon.supervision.metrics import Metrics
+from fastdeploy.daemon.supervision.program_state import Replica, State
 
 from ..ports import free_ports
 from .conftest import Running, wait_until

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon.config import load
+from fastdeploy.daemon.config.loader import load
 
 from ..system_packages import needs
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.config import parse
-from fastdeploy.daemon.plan import Step, Verb, differences, plan
-from fastdeploy.daemon.programs import ROUTER, Program, programs_of
+from fastdeploy.daemon.config.loader import parse
+from fastdeploy.daemon.config.programs import ROUTER, Program, programs_of
+from fastdeploy.daemon.operations.plan import Step, Verb, differences, plan
 
 PREFIX = Path("/tmp/fd")
 

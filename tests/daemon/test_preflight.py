@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import config as dp_toml
-from fastdeploy.daemon.preflight import checked_programs_of
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.config import loader as dp_toml
+from fastdeploy.daemon.config.preflight import checked_programs_of
 
 TINY = Path(__file__).parents[1] / "fixtures" / "tiny"
 

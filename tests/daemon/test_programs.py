@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.cors import CorsPolicy
-from fastdeploy.daemon.config import Config, parse
-from fastdeploy.daemon.programs import expert_group_in, expert_group_of, programs_of
-from fastdeploy.daemon.router.flags import file_parser
+from fastdeploy.common.cors import CorsPolicy
+from fastdeploy.daemon.config.loader import Config, parse
+from fastdeploy.daemon.config.programs import expert_group_in, expert_group_of, programs_of
+from fastdeploy.daemon.router.config.flags import file_parser
 from fastdeploy.entrypoints.openai.options import parse_arguments
 from fastdeploy.expert_parallel.memory import group_directory
 

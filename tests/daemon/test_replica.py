@@ -6,8 +6,8 @@ from types import MappingProxyType
 
 import pytest
 
-from fastdeploy.daemon.programs import Program
-from fastdeploy.daemon.replica import ALIVE, ARROWS, Replica, State
+from fastdeploy.daemon.config.programs import Program
+from fastdeploy.daemon.supervision.program_state import ALIVE, ARROWS, Replica, State
 
 
 def replica(state: State) -> Replica:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.options import SuperviseSection
-from fastdeploy.daemon.restart import Box, Restarts
+from fastdeploy.daemon.config.options import SuperviseSection
+from fastdeploy.daemon.process.restart_policy import Box, Restarts
 
 POLICY = SuperviseSection(
     backoff_first=1.0, backoff_max=8.0, budget=100, budget_window=60.0, quarantine=300.0

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastdeploy.daemon import control
-from fastdeploy.daemon.router_admin import Flags, flags
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.supervision.router_client import Flags, flags
 
 from .conftest import FDCTL, Running, wait_until
 from .test_drain import nobody_is_drained, stages
@@ -59,7 +59,7 @@ def words_in_flags_file(running: Running) -> list[str]:
 def test_a_reload_tells_its_plan_and_its_stages(lent: Running) -> None:
     lent.write(env={"SOME_THING": "1"}, router_args=("--queue-size", "7"))
     told = lent.tell("reload")
-    assert told[-1] == {"code": control.OK}
+    assert told[-1] == {"code": protocol.OK}
     plan = next(message["event"] for message in told if message.get("event", {}).get("kind") == "plan")
     assert plan["steps"] == [
         {
@@ -91,7 +91,7 @@ def test_a_change_of_their_number_keeps_as_many_in_service_as_can_be(running: Ru
     running.write(replicas=4)
     with watched(running) as in_service:
         done = running.fdctl("reload")
-    assert done.returncode == control.OK
+    assert done.returncode == protocol.OK
     steps = [line.partition(" (")[0] for line in done.stdout.splitlines()][:4]
     assert steps == ["add replica 2", "add replica 3", "replace replica 0", "replace replica 1"]
     assert min(in_service) >= 2
@@ -109,7 +109,7 @@ def test_the_first_replica_is_a_canary_and_its_failure_leaves_the_others_alone(l
     before = lent.pids()
     lent.write(extra_args=("--die-while-loading",), router_args=("--queue-size", "7"))
     told = lent.tell("reload")
-    assert told[-1]["code"] == control.FAILED
+    assert told[-1]["code"] == protocol.FAILED
     assert told[-1]["error"].startswith("replica 0, the canary: pid ")
     assert told[-1]["error"].endswith("; the old configuration is back")
     assert [stage for stage in stages(told) if stage[1] in ("failed", "rollback")] == [
@@ -128,7 +128,7 @@ def test_a_later_failure_gives_all_their_old_configuration_back(lent: Running) -
     lent.write()
     with socket.create_server(("127.0.0.1", lent.ports[2])):
         done = lent.fdctl("reload")
-    assert done.returncode == control.FAILED
+    assert done.returncode == protocol.FAILED
     assert f"ERROR (replica 1: dp.toml: port {lent.ports[2]}" in done.stderr
     assert {entry["name"]: entry["port"] for entry in lent.status()["replicas"]} == ports
     assert lent.ready()
@@ -163,7 +163,7 @@ def test_who_no_longer_waits_for_a_reload_does_not_stop_it(lent: Running) -> Non
         wait_until(lambda: lent.drained() == {0}, "the reload is under way")
         # Whoever else asks meanwhile is told what is under way.
         refused = lent.fdctl("reload")
-        assert refused.returncode == control.BUSY
+        assert refused.returncode == protocol.BUSY
         assert "(reload, 1 of 2: replica 0, drain)" in refused.stderr
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(20) == 130
@@ -181,7 +181,7 @@ def test_the_router_takes_new_flags_while_it_runs_and_the_next_daemon_knows(lent
     lent.write(router_args=("--queue-size", "7"))
     done = lent.fdctl("reload")
     assert (done.returncode, done.stdout.splitlines()[0]) == (
-        control.OK,
+        protocol.OK,
         "reload router (--queue-size 7: added)",
     )
     new = router_flags(lent)
@@ -216,7 +216,7 @@ def test_flags_that_the_router_refuses_are_taken_back(lent: Running) -> None:
     before, old = lent.pids(), router_flags(lent)
     lent.write(router_args=("--queue-size", "-1"))
     done = lent.fdctl("reload")
-    assert done.returncode == control.FAILED
+    assert done.returncode == protocol.FAILED
     assert "router: did not take its new flags; " in done.stderr
     assert "router.log says why; the old configuration is back" in done.stderr
     assert lent.pids() == before
@@ -229,7 +229,7 @@ def test_a_router_that_was_not_told_of_its_flags_is_told_by_the_next_daemon(lent
     before, old = lent.pids(), router_flags(lent)
     lent.stop(signal.SIGKILL)
     lent.write(router_args=("--queue-size", "7"))
-    assert lent.fdctl("render", "--write", str(lent.config)).returncode == control.OK
+    assert lent.fdctl("render", "--write", str(lent.config)).returncode == protocol.OK
     lent.start()
     wait_until(lambda: router_flags(lent).number == old.number + 1, "the router is told")
     wait_until(lent.ready, "everything adopted")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import router_link
-from fastdeploy.daemon.router.flags_file import fingerprint
-from fastdeploy.daemon.router_admin import (
+from fastdeploy.daemon.router.config.flags_file import fingerprint
+from fastdeploy.daemon.supervision import router_sync
+from fastdeploy.daemon.supervision.router_client import (
     InBackground,
     RouterSilent,
     Row,
@@ -23,7 +23,7 @@ from fastdeploy.daemon.router_admin import (
     registered,
     set_draining,
 )
-from fastdeploy.daemon.router_link import RouterLink
+from fastdeploy.daemon.supervision.router_sync import RouterLink
 
 from ..router.conftest import RouterProcess
 from ..router.fake_engine import FakeEngine
@@ -143,7 +143,7 @@ def test_what_was_asked_of_a_router_that_has_ended_is_forgotten(
         asked.append(wanted)
         return {1811: row}
 
-    monkeypatch.setattr(router_link, "_look_and_put_right", look)
+    monkeypatch.setattr(router_sync, "_look_and_put_right", look)
     link = RouterLink(tmp_path)
     link.step({1811: False}, 10.0, 1.0)
     wait_until(lambda: asked, "it is asked")

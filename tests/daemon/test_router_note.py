@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.daemon import status
-from fastdeploy.daemon.replica import State
-from fastdeploy.daemon.router_admin import Row
-from fastdeploy.daemon.router_link import Look
+from fastdeploy.daemon.control import status
+from fastdeploy.daemon.supervision.program_state import State
+from fastdeploy.daemon.supervision.router_client import Row
+from fastdeploy.daemon.supervision.router_sync import Look
 
 from .world import World
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import control, masking
-from fastdeploy.daemon.config import parse
-from fastdeploy.daemon.preflight import exposed_secrets
-from fastdeploy.daemon.probes import token_probe
-from fastdeploy.daemon.programs import programs_of
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.common.key_files import keys_in
+from fastdeploy.daemon.config import masking
+from fastdeploy.daemon.config.loader import parse
+from fastdeploy.daemon.config.preflight import exposed_secrets
+from fastdeploy.daemon.config.programs import programs_of
+from fastdeploy.daemon.control import protocol
+from fastdeploy.daemon.supervision.probes import token_probe
 from fastdeploy.entrypoints.openai.options import parse_arguments
-from fastdeploy.errors import ConfigError
-from fastdeploy.key_files import keys_in
 
 from .conftest import Running, wait_until
 
@@ -51,7 +52,7 @@ def test_secrets_are_in_no_command_line_no_log_and_nothing_that_fdctl_prints(run
         changed = changed.replace(secret, secret + "-new")
     running.config.write_text(changed)
     said = [running.fdctl("reload")]
-    assert said[0].returncode == control.OK
+    assert said[0].returncode == protocol.OK
     assert "environment HF_TOKEN: changed" in said[0].stdout
     running.config.write_text(changed.replace("extra_args = []", 'extra_args = ["--api-key", "5ecret-x"]'))
     commands = (

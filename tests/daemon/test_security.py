@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import control, ctl, peers
-from fastdeploy.daemon.conversations import Conversation, Server
-from fastdeploy.daemon.peers import Peer
+from fastdeploy.daemon.control import peer_credentials, protocol
+from fastdeploy.daemon.control.peer_credentials import Peer
+from fastdeploy.daemon.control.server import Conversation, Server
+from fastdeploy.daemon.fdctl import main
 
 from .conftest import Running
 
@@ -106,15 +107,15 @@ def as_nobody(endpoint: Endpoint, do: Callable[[], int], *groups: int) -> int:
 def test_root_the_daemons_user_and_the_members_of_its_group_may_give_orders(
     uid: int, gid: int, groups: frozenset[int]
 ) -> None:
-    assert peers.may_command(Peer(1, 0, groups), uid, gid)
-    assert peers.may_command(Peer(1, uid, groups), uid, gid)
-    assert peers.may_command(Peer(1, uid + 1, groups), uid, gid) == (gid in groups)
+    assert peer_credentials.may_command(Peer(1, 0, groups), uid, gid)
+    assert peer_credentials.may_command(Peer(1, uid, groups), uid, gid)
+    assert peer_credentials.may_command(Peer(1, uid + 1, groups), uid, gid) == (gid in groups)
 
 
 def test_a_peer_is_who_the_kernel_says(endpoint: Endpoint) -> None:
     here, there = socket.socketpair()
     with here, there:
-        peer = peers.peer_of(here)
+        peer = peer_credentials.peer_of(here)
     assert (peer.pid, peer.uid) == (os.getpid(), os.geteuid())
     assert peer.groups == {os.getegid(), *os.getgroups()}
     assert f"(uid {os.geteuid()}, pid {os.getpid()})" in str(peer)
@@ -143,22 +144,22 @@ def test_another_user_is_told_who_may_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["fdctl", "--socket", str(endpoint.path), "stop", "all"])
     # The socket's mode keeps others out already...
-    assert as_nobody(endpoint, ctl.main) == control.DENIED
+    assert as_nobody(endpoint, main.main) == protocol.DENIED
     # ... and where somebody has opened it, the daemon asks the kernel who is there.
     endpoint.path.chmod(0o666)
-    assert as_nobody(endpoint, ctl.main) == control.DENIED
+    assert as_nobody(endpoint, main.main) == protocol.DENIED
     assert endpoint.commands == []
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"refused to talk to nobody (uid {NOBODY}, pid ")
-    assert line.endswith(f"only {peers.own_rights()} may")
+    assert line.endswith(f"only {peer_credentials.own_rights()} may")
 
 
 @needs_root
 def test_one_line_says_that_the_socket_is_not_open_to_this_user(endpoint: Endpoint) -> None:
     def refused() -> int:
         try:
-            list(control.request(endpoint.path, {"do": "status"}, 10.0))
-        except control.NotAllowed as error:
+            list(protocol.request(endpoint.path, {"do": "status"}, 10.0))
+        except protocol.NotAllowed as error:
             told = str(error)
         return 0 if f"{endpoint.path} is not open to nobody: only root and members" in told else 1
 
@@ -187,10 +188,10 @@ def test_a_user_in_more_groups_than_the_kernel_tells_at_once_is_judged_by_those_
     endpoint.path.chmod(0o666)
 
     def ask() -> int:
-        answer = list(control.request(endpoint.path, {"do": "stop"}, 10.0))[-1]
+        answer = list(protocol.request(endpoint.path, {"do": "stop"}, 10.0))[-1]
         return int(answer["code"])
 
-    assert as_nobody(endpoint, ask, *range(1000, 1400)) == control.DENIED
+    assert as_nobody(endpoint, ask, *range(1000, 1400)) == protocol.DENIED
 
 
 def test_who_has_asked_for_a_change_is_told_to_the_log_and_who_looks_is_not(
@@ -200,7 +201,7 @@ def test_who_has_asked_for_a_change_is_told_to_the_log_and_who_looks_is_not(
     for command in ({"do": "status"}, {"do": "why", "name": "3"}, {"do": "stop", "name": "3\nERROR x"}):
         endpoint.client(json.dumps(command).encode() + b"\n").close()
     (line,) = [record.getMessage() for record in caplog.records]
-    who = f"{peers.user_name(os.geteuid())} (uid {os.geteuid()}, pid {os.getpid()})"
+    who = f"{peer_credentials.user_name(os.geteuid())} (uid {os.geteuid()}, pid {os.getpid()})"
     assert line == f'{who} asks for {{"do": "stop", "name": "3\\nERROR x"}}'
 
 
@@ -213,7 +214,7 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting_and_loses_nothing(endp
     told = [f"{number} " + "x" * 500 for number in range(1000)]
     for line in told:
         conversation.line(line)
-    conversation.end(control.OK)
+    conversation.end(protocol.OK)
     assert not conversation.is_over
     received = b""
     while chunk := client.recv(1 << 16):
@@ -221,7 +222,7 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting_and_loses_nothing(endp
         endpoint.settle()
     client.close()
     messages = [json.loads(line) for line in received.splitlines()]
-    assert messages == [*({"line": line} for line in told), {"code": control.OK}]
+    assert messages == [*({"line": line} for line in told), {"code": protocol.OK}]
     assert conversation.is_over
 
 
@@ -245,8 +246,8 @@ def test_a_client_that_leaves_is_noticed_and_one_that_only_has_nothing_more_to_s
     left, stays = (conversation for _, conversation in endpoint.commands)
     assert left.is_over
     left.line("to nobody")
-    stays.end(control.OK)
-    assert read(quiet) == [{"code": control.OK}]
+    stays.end(protocol.OK)
+    assert read(quiet) == [{"code": protocol.OK}]
 
 
 def test_whoever_says_nothing_gives_way_when_there_are_too_many(endpoint: Endpoint) -> None:
@@ -265,7 +266,7 @@ def test_whoever_says_nothing_gives_way_when_there_are_too_many(endpoint: Endpoi
 def test_those_who_wait_for_an_operation_are_not_driven_out(endpoint: Endpoint) -> None:
     waiting = [endpoint.client(b'{"do": "reload"}\n') for _ in range(64)]
     (answer,) = read(endpoint.client(b'{"do": "status"}\n'))
-    assert answer["code"] == control.BUSY
+    assert answer["code"] == protocol.BUSY
     assert not any(conversation.is_over for _, conversation in endpoint.commands)
     for client in waiting:
         client.close()
@@ -273,7 +274,7 @@ def test_those_who_wait_for_an_operation_are_not_driven_out(endpoint: Endpoint) 
 
 def test_the_daemon_goes_on_while_clients_do_whatever_they_like(running: Running) -> None:
     running.start_and_wait()
-    path = str(control.socket_path(running.prefix / "run"))
+    path = str(protocol.socket_path(running.prefix / "run"))
     clients = []
     for number in range(300):
         client = socket.socket(socket.AF_UNIX)
@@ -282,6 +283,6 @@ def test_the_daemon_goes_on_while_clients_do_whatever_they_like(running: Running
             client.sendall((b"", b"{", b'{"do": "status"}\n', b"\xff\n")[number % 4])
         clients.append(client)
     assert running.ready()
-    assert running.fdctl("status").returncode == control.OK
+    assert running.fdctl("status").returncode == protocol.OK
     for client in clients:
         client.close()

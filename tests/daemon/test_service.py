@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastdeploy.daemon import rollout
-from fastdeploy.daemon.intents import Intent, Wish
-from fastdeploy.daemon.operation import Operation, Place
-from fastdeploy.daemon.plan import plan
-from fastdeploy.daemon.programs import programs_of
-from fastdeploy.daemon.replica import State
-from fastdeploy.daemon.router_admin import Row
-from fastdeploy.daemon.router_link import Look
-from fastdeploy.daemon.service import bring_up, take_down
+from fastdeploy.daemon.config.programs import programs_of
+from fastdeploy.daemon.operations import rollout
+from fastdeploy.daemon.operations.maintenance import bring_up, take_down
+from fastdeploy.daemon.operations.operation import Operation, Place
+from fastdeploy.daemon.operations.plan import plan
+from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.program_state import State
+from fastdeploy.daemon.supervision.router_client import Row
+from fastdeploy.daemon.supervision.router_sync import Look
 
 from .world import World
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdeploy.daemon.config import parse
-from fastdeploy.daemon.fleet import Fleet
-from fastdeploy.daemon.probes import Probes, Reading
-from fastdeploy.daemon.programs import Program, programs_of
-from fastdeploy.daemon.replica import State
-from fastdeploy.daemon.supervisor import Layout, Process, Supervisor
+from fastdeploy.daemon.config.loader import parse
+from fastdeploy.daemon.config.programs import Program, programs_of
+from fastdeploy.daemon.process.supervisor_client import Layout, Process, Supervisor
+from fastdeploy.daemon.supervision.fleet import Fleet
+from fastdeploy.daemon.supervision.probes import Probes, Reading
+from fastdeploy.daemon.supervision.program_state import State
 from fastdeploy.expert_parallel.snapshot import Snapshot
 
 from ..ports import free_ports

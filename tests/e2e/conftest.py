@@ -150,14 +150,14 @@ port = {self.metrics_port}
 
     def worker_process(self, replica: int) -> psutil.Process:
         family = self.replica_process(replica).children(recursive=True)
-        return next(process for process in family if "fastdeploy.worker" in process.cmdline())
+        return next(process for process in family if "fastdeploy.core.worker" in process.cmdline())
 
     def supervisord(self) -> psutil.Process:
         return next(
             process
             for process in marked_processes(self.run)
             if any(
-                Path(word).name == "supervisord" or word == "fastdeploy.daemon.fd_supervisord"
+                Path(word).name == "supervisord" or word == "fastdeploy.daemon.process.fd_supervisord"
                 for word in process.cmdline()
             )
         )

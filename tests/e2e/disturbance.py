@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 
 from .conftest import System, wait_until
 from .steady_clients import Clients
@@ -130,7 +130,7 @@ class Disturbance:
 
     def _status(self) -> dict[str, Any]:
         """Without the second of CPU time that another fdctl takes."""
-        path = control.socket_path(self._system.prefix / "run")
-        *_, last = control.request(path, {"do": "status"}, timeout=60)
+        path = protocol.socket_path(self._system.prefix / "run")
+        *_, last = protocol.request(path, {"do": "status"}, timeout=60)
         status: dict[str, Any] = last["status"]
         return status

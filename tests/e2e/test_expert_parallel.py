@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from fastdeploy.daemon import config as dp_toml
-from fastdeploy.daemon.programs import expert_group_of
+from fastdeploy.daemon.config import loader as dp_toml
+from fastdeploy.daemon.config.programs import expert_group_of
 from fastdeploy.expert_parallel.memory import group_directory
 from fastdeploy.expert_parallel.snapshot import Snapshot, look
 

@@ -14,7 +14,7 @@ from random import Random
 import psutil
 import pytest
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 
 from .asks import TEMPLATE, draw_requests
 from .conftest import System, wait_until
@@ -82,7 +82,7 @@ def kill_workers(system: System, chance: Random, scale: Scale) -> int:
         ready = wait_until(lambda: ready_replicas(system), "a replica is READY")
         with contextlib.suppress(psutil.NoSuchProcess):
             family = psutil.Process(chance.choice(ready)).children(recursive=True)
-            workers = [each for each in family if "fastdeploy.worker" in each.cmdline()]
+            workers = [each for each in family if "fastdeploy.core.worker" in each.cmdline()]
             for worker in workers:
                 worker.kill()
             killed += len(workers)
@@ -91,5 +91,5 @@ def kill_workers(system: System, chance: Random, scale: Scale) -> int:
 
 def ready_replicas(system: System) -> list[int]:
     """Their pids."""
-    *_, last = control.request(control.socket_path(system.prefix / "run"), {"do": "status"}, timeout=60)
+    *_, last = protocol.request(protocol.socket_path(system.prefix / "run"), {"do": "status"}, timeout=60)
     return [each["pid"] for each in last["status"]["replicas"] if each["state"] == "READY"]

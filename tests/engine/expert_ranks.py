@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdeploy.common.messages import AddRequest, Ready
 from fastdeploy.config import EngineConfig
 from fastdeploy.expert_parallel.memory import group_directory
-from fastdeploy.messages import AddRequest, Ready
 
 from .worker_api import CONFIG, Api, Ranks, Texts, request
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
 from fastdeploy.config import EngineConfig, ModelConfig
-from fastdeploy.request import Batch, FinishReason, SamplingParams, Sequence
-from fastdeploy.sampler import Sampler
+from fastdeploy.core.sampler import Sampler
 
 VOCAB_SIZE = 61
 
@@ -55,7 +55,7 @@ def logits_after(token_ids: Iterable[int]) -> np.ndarray:
 
 
 class PagedOracle:
-    """A runner (see `fastdeploy.engine.Runner`) over a cache of token ids."""
+    """A runner (see `fastdeploy.core.engine.Runner`) over a cache of token ids."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from fastdeploy import worker
-from fastdeploy.messages import AddRequest, FromWorker
-from fastdeploy.request import SamplingParams
+from fastdeploy.common.messages import AddRequest, FromWorker
+from fastdeploy.common.request import SamplingParams
+from fastdeploy.core import worker
 
 STEP_SECONDS = 0.01
 

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastdeploy.block_pool import ROOT_HASH, BlockPool, hash_block
+from fastdeploy.core.block_pool import ROOT_HASH, BlockPool, hash_block
 
 
 def test_untouched_memory_is_used_last() -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastdeploy.chat_template import MAX_TEMPLATE_CHARACTERS, compile_template
-from fastdeploy.errors import ConfigError, RequestError
-from fastdeploy.tokenizer import Tokenizer
+from fastdeploy.common.errors import ConfigError, RequestError
+from fastdeploy.tokenizer.chat_template import MAX_TEMPLATE_CHARACTERS, compile_template
+from fastdeploy.tokenizer.tokenizer import Tokenizer
 
 from ..waiting import wait_until
 
@@ -169,7 +169,7 @@ def test_a_template_of_the_request_is_bounded(source: str, message: str) -> None
 def test_a_server_that_is_told_to_end_still_gets_the_text(tmp_path: Path) -> None:
     """supervisord and terminals tell its whole process group."""
     server = (
-        "import signal; from fastdeploy.chat_template import render_untrusted;"
+        "import signal; from fastdeploy.tokenizer.chat_template import render_untrusted;"
         "signal.signal(signal.SIGTERM, lambda *_: None);"
         "print(render_untrusted('{% for i in range(99999) %}{% endfor %}done', {}))"
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.config import EngineConfig
-from fastdeploy.cpu_share import share_of
+from fastdeploy.core.cpu_share import share_of
 
 CONFIG = EngineConfig(model=Path("m"), data_parallel_size=2, data_parallel_rank=1)
 

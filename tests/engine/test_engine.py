@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeploy.engine import EngineBroken, EngineCore
-from fastdeploy.messages import AddRequest, StepOutputs, TokenOutput
-from fastdeploy.request import Batch, FinishReason, SamplingParams, Sequence
+from fastdeploy.common.messages import AddRequest, StepOutputs, TokenOutput
+from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
+from fastdeploy.core.engine import EngineBroken, EngineCore
 
 from .paged_oracle import MODEL_CONFIG, VOCAB_SIZE, PagedOracle, engine_config, generate_alone
 

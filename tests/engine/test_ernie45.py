@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdeploy.request import Batch, ScheduledSequence, Sequence
+from fastdeploy.common.request import Batch, ScheduledSequence, Sequence
 from tests.network import Network, recorded_routes
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy import custom_ops
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
 from fastdeploy.expert_parallel import group as group_module
 from fastdeploy.expert_parallel import memory as shared
 from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, RankLost, join

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fastdeploy.common.messages import Failed, LoadProgress, Ready, StepOutputs
 from fastdeploy.expert_parallel.memory import group_directory
 from fastdeploy.expert_parallel.snapshot import Snapshot, look
-from fastdeploy.messages import Failed, LoadProgress, Ready, StepOutputs
 
 from ..custom_ops.collectives import mapped
 from ..waiting import wait_until

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.exposition import CONTENT_TYPE, Exposition
+from fastdeploy.common.metrics_server import CONTENT_TYPE, Exposition
 
 #: Larger than what the kernel takes for a client that does not read.
 TEXT = b"# a comment\n" + b"x" * (16 << 20) + b"\n"
@@ -74,7 +74,7 @@ def test_the_one_that_has_been_there_longest_makes_room(server: Exposition) -> N
 
 
 def test_a_client_that_takes_too_long_is_dropped(server: Exposition, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdeploy.exposition._PATIENCE", 0.2)
+    monkeypatch.setattr("fastdeploy.common.metrics_server._PATIENCE", 0.2)
     with connect(server.port, b"GET /metrics HTTP/1.1\r\n") as client:
         assert client.recv(1) == b""
 

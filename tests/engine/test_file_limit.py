@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from fastdeploy.errors import ConfigError
-from fastdeploy.file_limit import allow_open_files
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.common.file_limit import allow_open_files
 
 
 def test_the_soft_limit_is_raised_as_far_as_needed_and_never_lowered():
     """In a process of its own, whose limit is the test's to change."""
     program = """
 import resource
-from fastdeploy.file_limit import allow_open_files
+from fastdeploy.common.file_limit import allow_open_files
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
 for needed in (50, 120, 110):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon import probes
-from fastdeploy.daemon.programs import Program
-from fastdeploy.daemon.router.keys import read_keys
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.common.key_files import keys_in, keys_in_variable
+from fastdeploy.daemon.config.programs import Program
+from fastdeploy.daemon.router.config.keys import read_keys
+from fastdeploy.daemon.supervision import probes
 from fastdeploy.entrypoints.openai.options import parse_arguments
-from fastdeploy.errors import ConfigError
-from fastdeploy.key_files import keys_in, keys_in_variable
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
 FLAG, VARIABLE = "--api-keys-file", "FD_API_KEY"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy import log, log_file
+from fastdeploy.common import log, log_file
 
 from ..small_disk import SmallDisk, unprivileged
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeploy.errors import FastDeployError
+from fastdeploy.common.errors import FastDeployError
 from fastdeploy.expert_parallel.placement import Home, NoRoom, Placement, plan
 
 

@@ -4,7 +4,7 @@ import random
 import socket
 from pathlib import Path
 
-from fastdeploy import ports
+from fastdeploy.common import ports
 
 
 def test_ports_that_are_found_differ_and_can_be_listened_on():

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdeploy import custom_ops
+from fastdeploy.common.messages import AddRequest, Logprobs, TokenOutput
+from fastdeploy.common.request import Batch, FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.core.engine import EngineCore
+from fastdeploy.core.model_runner import ModelRunner
+from fastdeploy.core.scheduler import MAX_SCORED
 from fastdeploy.custom_ops import reference
-from fastdeploy.engine import EngineCore
-from fastdeploy.messages import AddRequest, Logprobs, TokenOutput
-from fastdeploy.model_runner import ModelRunner
-from fastdeploy.request import Batch, FinishReason, SamplingParams
-from fastdeploy.scheduler import MAX_SCORED
 
 from ..checkpoints import config_json, draw_tensors, write_checkpoint
 from ..network import Network

@@ -10,9 +10,9 @@ from functools import partial
 
 import pytest
 
-from fastdeploy import registration
-from fastdeploy.errors import ConfigError
-from fastdeploy.registration import (
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.entrypoints import registration
+from fastdeploy.entrypoints.registration import (
     Address,
     Identity,
     Registration,
@@ -63,7 +63,7 @@ wait_until = partial(_wait_until, deadline=20.0)
 def test_a_healthy_replica_registers_again_and_again_and_says_so_once(
     router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "fastdeploy.registration")
+    caplog.set_level(logging.INFO, "fastdeploy.entrypoints.registration")
     start(router.address)
     wait_until(lambda: len(router.posts) >= 3)
     path, info = router.posts[-1]
@@ -92,7 +92,7 @@ def test_a_replica_that_is_not_healthy_keeps_silent(
 def test_trouble_is_logged_when_it_begins_and_when_it_ends(
     router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "fastdeploy.registration")
+    caplog.set_level(logging.INFO, "fastdeploy.entrypoints.registration")
     router.status = 503
     start(router.address)
     wait_until(lambda: len(router.posts) >= 3)

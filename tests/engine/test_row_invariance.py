@@ -10,8 +10,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from fastdeploy import custom_ops
-from fastdeploy.messages import AddRequest
-from fastdeploy.request import SamplingParams
+from fastdeploy.common.messages import AddRequest
+from fastdeploy.common.request import SamplingParams
 from tests.random_traffic import (
     WEIGHT_FORMATS,
     Alone,

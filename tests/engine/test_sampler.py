@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdeploy.common.request import SamplingParams, Sequence
+from fastdeploy.core.sampler import Sampled, Sampler
 from fastdeploy.custom_ops import SAMPLING_ROW, reference
-from fastdeploy.request import SamplingParams, Sequence
-from fastdeploy.sampler import Sampled, Sampler
 
 
 def sequence(prompt: list[int] | None = None, outputs: list[int] | None = None, **params: object) -> Sequence:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeploy.block_pool import BlockPool
-from fastdeploy.errors import RequestError
-from fastdeploy.request import Batch, FinishReason, SamplingParams, Sequence
-from fastdeploy.scheduler import Scheduler
+from fastdeploy.common.errors import RequestError
+from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
+from fastdeploy.core.block_pool import BlockPool
+from fastdeploy.core.scheduler import Scheduler
 
 from .paged_oracle import engine_config
 

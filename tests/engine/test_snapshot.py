@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
 from fastdeploy.expert_parallel import memory as shared
 from fastdeploy.expert_parallel.layout import Layout
 from fastdeploy.expert_parallel.snapshot import Awaited, Seat, Snapshot, look

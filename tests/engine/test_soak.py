@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastdeploy import custom_ops
-from fastdeploy.messages import AddRequest
+from fastdeploy.common.messages import AddRequest
 from tests.random_traffic import (
     WEIGHT_FORMATS,
     Alone,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.errors import CheckpointError
-from fastdeploy.stored_tensors import INDEX_FILE, open_file, weight_files
+from fastdeploy.common.errors import CheckpointError
+from fastdeploy.weights.stored_tensors import INDEX_FILE, open_file, weight_files
 
 
 def written(file: Path, header: bytes, body: bytes = bytes(16)) -> Path:

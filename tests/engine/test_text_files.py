@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.common.text_files import decode, read_object, read_text
 from fastdeploy.config import ModelConfig
-from fastdeploy.daemon.causes import Cause, End, explain
+from fastdeploy.daemon.diagnosis.exit_cause import Cause, End, explain
 from fastdeploy.entrypoints.openai.protocol import SamplingDefaults
-from fastdeploy.errors import ConfigError
-from fastdeploy.text_files import decode, read_object, read_text
-from fastdeploy.tokenizer import Tokenizer
+from fastdeploy.tokenizer.tokenizer import Tokenizer
 
 from ..ports import free_ports
 from .test_tokenizer import sentencepiece_directory

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.token_counts import TokenCounts
+from fastdeploy.core.token_counts import TokenCounts
 
 texts = st.lists(st.integers(0, 30) | st.integers(0, 10**6), max_size=300)
 

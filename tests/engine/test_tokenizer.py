@@ -15,8 +15,8 @@ import tokenizers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastdeploy.errors import ConfigError, RequestError
-from fastdeploy.tokenizer import Tokenizer
+from fastdeploy.common.errors import ConfigError, RequestError
+from fastdeploy.tokenizer.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 CORPUS = ["hello world, this is a text", "the quick brown fox", "日本語 text と 中文", "naïve café"] * 20

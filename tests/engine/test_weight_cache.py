@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from fastdeploy import weight_cache
+from fastdeploy.common.errors import CheckpointError
 from fastdeploy.config import ModelConfig
 from fastdeploy.custom_ops.packed_matrix import LAYOUT_VERSION
-from fastdeploy.errors import CheckpointError
-from fastdeploy.weight_cache import Packing, packed_tensors
+from fastdeploy.weights import weight_cache
+from fastdeploy.weights.weight_cache import Packing, packed_tensors
 from tests.checkpoints import config_json, draw_tensors, write_checkpoint
 from tests.small_disk import SmallDisk
 
@@ -36,7 +36,7 @@ STALLS = (
 import sys, time
 from pathlib import Path
 from fastdeploy.config import ModelConfig
-from fastdeploy.weight_cache import Packing, packed_tensors
+from fastdeploy.weights.weight_cache import Packing, packed_tensors
 
 def stall(fraction, stage):
     if fraction > 0.4:

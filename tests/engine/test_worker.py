@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdeploy.config import EngineConfig
-from fastdeploy.messages import (
+from fastdeploy.common.messages import (
     AbortRequests,
     Failed,
     Hello,
@@ -25,7 +24,8 @@ from fastdeploy.messages import (
     Shutdown,
     StepOutputs,
 )
-from fastdeploy.request import FinishReason
+from fastdeploy.common.request import FinishReason
+from fastdeploy.config import EngineConfig
 
 from .worker_api import AS_MODULE, CONFIG, DEADLINE_S, FIXTURES, TOKEN, Api, request
 
@@ -241,8 +241,8 @@ def test_sigusr2_shows_where_it_is_and_changes_nothing(start: Callable[..., Api]
 def test_steps_that_keep_failing_end_the_worker_and_it_says_why(start: Callable[..., Api]) -> None:
     broken = (
         "import sys\n"
-        "from fastdeploy.model_runner import ModelRunner\n"
-        "from fastdeploy.worker import main\n"
+        "from fastdeploy.core.model_runner import ModelRunner\n"
+        "from fastdeploy.core.worker import main\n"
         "def execute(self, batch): raise RuntimeError('no such kernel')\n"
         "ModelRunner.execute = execute\n"
         "sys.exit(main())"
@@ -263,7 +263,7 @@ def test_steps_that_keep_failing_end_the_worker_and_it_says_why(start: Callable[
 def test_by_hand_it_tells_who_starts_it() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FD_")}
     done = subprocess.run(
-        [sys.executable, "-m", "fastdeploy.worker"],
+        [sys.executable, "-m", "fastdeploy.core.worker"],
         env=environment,
         capture_output=True,
         text=True,
@@ -271,5 +271,5 @@ def test_by_hand_it_tells_who_starts_it() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "fastdeploy.worker: FD_ENGINE_CONFIG is not set; this process is started by the API server"
+        "fastdeploy.core.worker: FD_ENGINE_CONFIG is not set; this process is started by the API server"
     )

@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 
-from fastdeploy import worker
-from fastdeploy.cpu_share import SINGLE_THREADED
+from fastdeploy.core import worker
+from fastdeploy.core.cpu_share import SINGLE_THREADED
 
 
 def main() -> int:

@@ -14,10 +14,10 @@ from typing import TypeVar
 import msgspec
 import zmq
 
+from fastdeploy.common.messages import AddRequest, Failed, FromWorker, Ready, StepOutputs, ToWorker
+from fastdeploy.common.request import FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig
 from fastdeploy.entrypoints.openai.worker_process import encode_config
-from fastdeploy.messages import AddRequest, Failed, FromWorker, Ready, StepOutputs, ToWorker
-from fastdeploy.request import FinishReason, SamplingParams
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CONFIG = EngineConfig(
@@ -31,7 +31,7 @@ CONFIG = EngineConfig(
     max_num_batched_tokens=64,
 )
 TOKEN = "a token of this test"
-AS_MODULE = ("-m", "fastdeploy.worker")
+AS_MODULE = ("-m", "fastdeploy.core.worker")
 # Generous: a machine may be busy with something else. Nothing waits that long when all is well.
 DEADLINE_S = 60.0
 

@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 
-from fastdeploy.parent_death import die_with_parent
+from fastdeploy.common.process_control import die_with_parent
 
 from ..ports import free_ports
 from ..waiting import wait_until as _wait_until

@@ -9,7 +9,7 @@ import time
 import msgspec
 import zmq
 
-from fastdeploy.messages import (
+from fastdeploy.common.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
     AddRequest,
@@ -25,7 +25,7 @@ from fastdeploy.messages import (
     TokenOutput,
     ToWorker,
 )
-from fastdeploy.request import FinishReason
+from fastdeploy.common.request import FinishReason
 
 #: A token that has a text, in the tiny checkpoint's vocabulary.
 WORD = 40

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.addresses import addresses_of, authority, is_loopback, is_wildcard
-from fastdeploy.daemon.programs import address, connectable
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.addresses import addresses_of, authority, is_loopback, is_wildcard
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.config.programs import address, connectable
 
 from ..ports import free_ports
 from ..router.conftest import RouterProcess

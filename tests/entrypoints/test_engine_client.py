@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fastdeploy.common.errors import ReplicaUnavailable
+from fastdeploy.common.messages import AddRequest
+from fastdeploy.common.request import FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig
 from fastdeploy.entrypoints.openai.engine_client import ClientGone, EngineClient, State
-from fastdeploy.errors import ReplicaUnavailable
-from fastdeploy.messages import AddRequest
-from fastdeploy.request import FinishReason, SamplingParams
 
 from .conftest import TINY, wait_until
 

@@ -68,7 +68,9 @@ def test_the_environment_changes_no_server(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
 def test_the_daemon_counts_in_its_own_memory(name):
-    program = "from fastdeploy.daemon.metrics import Metrics; print(Metrics().exposition().decode())"
+    program = (
+        "from fastdeploy.daemon.supervision.metrics import Metrics; print(Metrics().exposition().decode())"
+    )
     environment = {**os.environ, name: "/nonexistent"}
     run = subprocess.run(
         [sys.executable, "-c", program],

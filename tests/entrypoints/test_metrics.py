@@ -8,8 +8,8 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastdeploy.config import EngineConfig
+from fastdeploy.entrypoints.metrics import ReplicaMetrics
 from fastdeploy.entrypoints.openai.engine_client import EngineClient
-from fastdeploy.metrics import ReplicaMetrics
 
 from .conftest import TINY, wait_until
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.common.ports import find_free
 from fastdeploy.entrypoints.openai import multi_api_server
 from fastdeploy.entrypoints.openai.multi_api_server import Server
 from fastdeploy.entrypoints.openai.options import parse_arguments
-from fastdeploy.errors import ConfigError
-from fastdeploy.ports import find_free
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 LOG = Path("log")

@@ -2,8 +2,8 @@
 
 import pytest
 
+from fastdeploy.common.errors import ConfigError
 from fastdeploy.entrypoints.openai.options import parse_arguments
-from fastdeploy.errors import ConfigError
 
 from .conftest import TINY
 

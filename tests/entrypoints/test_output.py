@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdeploy.common.messages import Logprobs, TokenOutput
+from fastdeploy.common.request import FinishReason
 from fastdeploy.entrypoints.openai.output import ChoiceOutput, Contradiction, Delta
-from fastdeploy.messages import Logprobs, TokenOutput
-from fastdeploy.request import FinishReason
 
 
 class ByteDetokenizer:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdeploy.common.errors import ConfigError, RequestError
 from fastdeploy.entrypoints.openai.fields import decode_object
 from fastdeploy.entrypoints.openai.protocol import ChatRequest, CompletionRequest, SamplingDefaults
-from fastdeploy.errors import ConfigError, RequestError
 
 DEFAULTS = SamplingDefaults()
 HELLO = [{"role": "user", "content": "hello"}]

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdeploy.resumption import Delivered, Resumption, encode_resumption, marks_of
+from fastdeploy.common.resumption import Delivered, Resumption, encode_resumption, marks_of
 
 from ..fake_router import FakeRouter
 from .conftest import ApiServer, wait_until

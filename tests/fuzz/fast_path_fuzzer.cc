@@ -14,7 +14,7 @@
 #include <vector>
 
 #define private public
-#include "../../daemon/router/fast_path.cc"
+#include "../../daemon/router/http/fast_path.cc"
 #undef private
 
 namespace {

@@ -43,7 +43,7 @@ TARGETS = (
     Target(
         "fast_path",
         (),
-        ("daemon/router/fast_path.cc",),
+        ("daemon/router/http/fast_path.cc",),
         (
             b"\1\xff" + b"\xff".join([_EVENT, b":\n\n", _EVENT]),
             b"\0\7" + b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT) * 3 + b"0\r\n\r\n",
@@ -52,8 +52,11 @@ TARGETS = (
     ),
     Target(
         "expert_group",
-        ("custom_ops/cpu/expert_group.cc", "custom_ops/cpu/workspace.cc"),
-        ("custom_ops/include/expert_group.h", "custom_ops/include/workspace.h", "custom_ops/cpu/waiting.h"),
+        ("custom_ops/cpu/collective/expert_group.cc", "custom_ops/cpu/runtime/workspace.cc"),
+        (
+            *("custom_ops/include/expert_group.h", "custom_ops/include/workspace.h"),
+            "custom_ops/cpu/runtime/waiting.h",
+        ),
         # Picks; then a seat and whether that is all for now, an offset, and a word.
         (
             bytes(4),

@@ -14,30 +14,31 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon import control, conversations, probes, router_admin
-from fastdeploy.daemon.adoption import _flags_of
+from fastdeploy.common.errors import ConfigError, FastDeployError, RequestError
+from fastdeploy.common.messages import AbortRequests, LoadProgress, StepOutputs
+from fastdeploy.common.resumption import Delivered, Resumption, decode_resumption, encode_resumption
+from fastdeploy.daemon.config.programs import Program
+from fastdeploy.daemon.control import protocol, server
 from fastdeploy.daemon.fdctl import generation, scrapes
-from fastdeploy.daemon.hangs import Pulse, Watch
-from fastdeploy.daemon.intents import Intents, Wish
-from fastdeploy.daemon.programs import Program
-from fastdeploy.daemon.router import health
-from fastdeploy.daemon.router.board_memory import text_of
-from fastdeploy.daemon.router.flags_file import read_flags_file
-from fastdeploy.daemon.router.redis_board import _sum
-from fastdeploy.daemon.router.registration import (
+from fastdeploy.daemon.process.supervisor_client import Layout, Process, Supervisor, SupervisorError
+from fastdeploy.daemon.router.board.memory import text_of
+from fastdeploy.daemon.router.config.flags_file import read_flags_file
+from fastdeploy.daemon.router.control import health
+from fastdeploy.daemon.router.control.redis_board import _sum
+from fastdeploy.daemon.router.control.registration import (
     Instance,
     RegistrationError,
     from_fields,
     parse,
     parse_farewell,
 )
-from fastdeploy.daemon.router.registry import RegistryFile
-from fastdeploy.daemon.router.shared_replicas import Said, _heard, _instance, _state
-from fastdeploy.daemon.supervisor import Layout, Process, Supervisor, SupervisorError
+from fastdeploy.daemon.router.control.registry import RegistryFile
+from fastdeploy.daemon.router.control.shared_replicas import Said, _heard, _instance, _state
+from fastdeploy.daemon.supervision import probes, router_client
+from fastdeploy.daemon.supervision.adoption import _flags_of
+from fastdeploy.daemon.supervision.hang_detection import Pulse, Watch
+from fastdeploy.daemon.supervision.intents import Intents, Wish
 from fastdeploy.entrypoints.openai import engine_client
-from fastdeploy.errors import ConfigError, FastDeployError, RequestError
-from fastdeploy.messages import AbortRequests, LoadProgress, StepOutputs
-from fastdeploy.resumption import Delivered, Resumption, decode_resumption, encode_resumption
 
 from .foreign import Answering, answering, any_json, damaged, http_answer, json_of, mutated, one_line
 
@@ -111,13 +112,13 @@ def test_a_probe_ends_with_a_reading(answer: bytes) -> None:
 def test_the_routers_admin_answers_are_understood_or_it_is_silent(answer: bytes) -> None:
     server = _server("admin")
     server.answer = answer
-    for ask in (router_admin.flags, router_admin.registered):
+    for ask in (router_client.flags, router_client.registered):
         try:
             found: Any = ask(_directory() / "admin")
-        except router_admin.RouterSilent as error:
+        except router_client.RouterSilent as error:
             one_line(str(error))
             continue
-        if isinstance(found, router_admin.Flags):
+        if isinstance(found, router_client.Flags):
             assert (type(found.number), type(found.outcome)) == (int, str)
         else:
             assert all(type(row.in_flight) is int and type(row.leaving) is bool for row in found.values())
@@ -204,7 +205,7 @@ def test_a_flags_file_is_words_or_one_line(content: bytes) -> None:
 @given(json_of({"do": "restart", "name": "all", "wait": True}).map(lambda line: line + b"\n"))
 def test_a_command_is_texts_and_booleans_or_none(received: bytes) -> None:
     try:
-        command = conversations._command_in(received, complete=True)
+        command = server._command_in(received, complete=True)
     except ValueError as error:
         one_line(str(error))
     else:
@@ -217,7 +218,7 @@ def test_what_is_no_answer_of_fd_dp_is_one_line(answer: bytes) -> None:
     server = _server("fd-dp.sock")
     server.answer = answer
     try:
-        messages = list(control.request(_directory() / "fd-dp.sock", {"do": "status"}, 10.0))
+        messages = list(protocol.request(_directory() / "fd-dp.sock", {"do": "status"}, 10.0))
     except FastDeployError as error:
         one_line(str(error))
     else:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy import packed_file
-from fastdeploy.errors import CheckpointError
-from fastdeploy.stored_tensors import INDEX_FILE, open_directory, open_file
+from fastdeploy.common.errors import CheckpointError
+from fastdeploy.weights import packed_file
+from fastdeploy.weights.stored_tensors import INDEX_FILE, open_directory, open_file
 
 from .foreign import json_of, mutated, one_line
 

@@ -9,11 +9,11 @@ import h11
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.board import Seat
-from fastdeploy.daemon.router.incoming import ClientRequest, RawHeaders, Refused
-from fastdeploy.daemon.router.outgoing import forwarded, lines_for
-from fastdeploy.daemon.router.request_parser import RequestParser
-from fastdeploy.daemon.router.upstream import ConnectionPool, Fault, ReplicaConnection
+from fastdeploy.daemon.router.board.board import Seat
+from fastdeploy.daemon.router.http.request import ClientRequest, RawHeaders, Refused
+from fastdeploy.daemon.router.http.request_parser import RequestParser
+from fastdeploy.daemon.router.http.upstream import ConnectionPool, Fault, ReplicaConnection
+from fastdeploy.daemon.router.http.upstream_request import forwarded, lines_for
 
 from .foreign import cuts, mutated, pieces_of
 

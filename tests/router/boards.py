@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fastdeploy.daemon.router.board import Board, Lease, Seat, State
-from fastdeploy.daemon.router.policies import Policy, RequestFacts, policy_named
-from fastdeploy.daemon.router.registration import Instance
+from fastdeploy.daemon.router.board.board import Board, Lease, Seat, State
+from fastdeploy.daemon.router.control.registration import Instance
+from fastdeploy.daemon.router.policy.policies import Policy, RequestFacts, policy_named
 
 FACTS = RequestFacts(0)
 REQUEST_NUM = policy_named("request_num")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import requests
 
-from fastdeploy.daemon.router.board import Board
+from fastdeploy.daemon.router.board.board import Board
 
 from ..ports import free_ports
 from .boards import Clock

@@ -31,8 +31,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdeploy.errors import RequestError
-from fastdeploy.resumption import LOST_HEADER, RESUME_PATH, Delivered, decode_resumption, draft_lines
+from fastdeploy.common.errors import RequestError
+from fastdeploy.common.resumption import LOST_HEADER, RESUME_PATH, Delivered, decode_resumption, draft_lines
 
 from .generation import DONE, Event, Generation
 

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 
 import uvloop
 
-from fastdeploy.daemon.router.fast_path import FastPath, FastStream, Passed
+from fastdeploy.daemon.router.http.fast_path import FastPath, FastStream, Passed
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 

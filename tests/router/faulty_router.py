@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdeploy.daemon.router.client import ClientConnection
-from fastdeploy.daemon.router.delivery import Delivery
-from fastdeploy.daemon.router.exchange import Exchange
-from fastdeploy.daemon.router.guarded import entry
-from fastdeploy.daemon.router.incoming import ClientRequest
+from fastdeploy.daemon.router.http.client import ClientConnection
+from fastdeploy.daemon.router.http.request import ClientRequest
+from fastdeploy.daemon.router.relay.delivery import Delivery
+from fastdeploy.daemon.router.relay.exchange import Exchange
+from fastdeploy.daemon.router.relay.guarded import entry
 
 #: Methods of an exchange that the clock, the wait queue, and either connection call.
 ENTRIES = (

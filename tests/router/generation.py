@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from fastdeploy.resumption import Delivered, mark
+from fastdeploy.common.resumption import Delivered, mark
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -15,7 +15,7 @@ from typing import Any
 
 import requests
 
-from fastdeploy.resumption import RESUME_PATH
+from fastdeploy.common.resumption import RESUME_PATH
 
 from ..ports import free_ports
 from .conftest import RouterProcess

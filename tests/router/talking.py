@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 
-from fastdeploy.daemon.router.board import Board
-from fastdeploy.daemon.router.registration import AllowedAddresses, Instance
-from fastdeploy.daemon.router.shared_replicas import Said, SharedReplicas
+from fastdeploy.daemon.router.board.board import Board
+from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas
 
 from .boards import Clock
 

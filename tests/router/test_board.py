@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from fastdeploy.daemon.router.board import Board, BoardError, Lease, Nobody
-from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, Nobody
+from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 
 from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas
 

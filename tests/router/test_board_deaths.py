@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.board import Board, Ending, Lease, State
-from fastdeploy.daemon.router.board_memory import WORKERS, Flag
-from fastdeploy.daemon.router.policies import RequestFacts, policy_named
-from fastdeploy.daemon.router.registration import Instance
+from fastdeploy.daemon.router.board.board import Board, Ending, Lease, State
+from fastdeploy.daemon.router.board.memory import WORKERS, Flag
+from fastdeploy.daemon.router.control.registration import Instance
+from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 
 from .forked import Forked
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.board import Board, BoardError, Lease, Nobody, State
-from fastdeploy.daemon.router.board_memory import WORKERS
-from fastdeploy.daemon.router.policies import RequestFacts, policy_named
-from fastdeploy.daemon.router.registration import Instance
+from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, Nobody, State
+from fastdeploy.daemon.router.board.memory import WORKERS
+from fastdeploy.daemon.router.control.registration import Instance
+from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 
 from .forked import Forked
 
@@ -230,8 +230,8 @@ def test_a_program_that_replaces_the_router_goes_on_with_its_board(board):
     worker = start_worker(board)
     program = """
 import sys
-from fastdeploy.daemon.router.board import Board
-from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.board.board import Board
+from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 board = Board.attach(int(sys.argv[1]))
 board.open_column()
 [row] = board.status()

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fastdeploy.daemon.router.board import FORGET_AFTER, Nobody, State
-from fastdeploy.daemon.router.board_memory import ROWS
-from fastdeploy.daemon.router.registration import Instance, RegistrationError
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, Nobody, State
+from fastdeploy.daemon.router.board.memory import ROWS
+from fastdeploy.daemon.router.control.registration import Instance, RegistrationError
 
 from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas, states
 

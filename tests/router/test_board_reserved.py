@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastdeploy.daemon.router.board import Board, Ending, Lease, Nobody, State
-from fastdeploy.daemon.router.board_memory import ENDINGS
+from fastdeploy.daemon.router.board.board import Board, Ending, Lease, Nobody, State
+from fastdeploy.daemon.router.board.memory import ENDINGS
 
 from .boards import FACTS, REQUEST_NUM, Clock, instance, pick, seat_replicas, states
 from .forked import Forked

@@ -1,11 +1,11 @@
-"""The moves of a replica, by the table in board_rows.py; and all of them in any order."""
+"""The moves of a replica, by the table in rows.py; and all of them in any order."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastdeploy.daemon.router.board import FORGET_AFTER, Board, Lease, Nobody, State
-from fastdeploy.daemon.router.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, Board, Lease, Nobody, State
+from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 
 from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import requests
 
-from fastdeploy.cors import CorsPolicy
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.cors import CorsPolicy
+from fastdeploy.common.errors import ConfigError
 
 from .conftest import RouterProcess
 from .fake_engine import answers_status, wait_until

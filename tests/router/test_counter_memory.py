@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router import counter_memory
-from fastdeploy.daemon.router.board import BoardError
-from fastdeploy.daemon.router.counter_memory import CounterMemory
+from fastdeploy.daemon.router.board.board import BoardError
+from fastdeploy.daemon.router.metrics import counter_memory
+from fastdeploy.daemon.router.metrics.counter_memory import CounterMemory
 
 from .fake_engine import wait_until
 from .forked import Forked

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import requests
 
-from fastdeploy.daemon.router.suspicion import SUSPECT_AFTER
-from fastdeploy.daemon.router_admin import Ended, registered, tell_of_end
+from fastdeploy.daemon.router.relay.suspicion import SUSPECT_AFTER
+from fastdeploy.daemon.supervision.router_client import Ended, registered, tell_of_end
 
 from .asking import Answered, ask, asking, generation
 from .conftest import RouterProcess

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 import fastdeploy.daemon
-from fastdeploy.daemon.router.fast_path import Passed
+from fastdeploy.daemon.router.http.fast_path import Passed
 
 from .conftest import FD_ROUTER
 from .fast_stage import Link, Passage, Stage, await_without_the_loop, until

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.board import Seat
-from fastdeploy.daemon.router.fast_path import FastPath, FastStream
-from fastdeploy.daemon.router.outbox import Outbox
-from fastdeploy.daemon.router.resume import Transcript
-from fastdeploy.daemon.router.upstream import ConnectionPool, Fault, ReplicaConnection
-from fastdeploy.resumption import Resumption
+from fastdeploy.common.resumption import Resumption
+from fastdeploy.daemon.router.board.board import Seat
+from fastdeploy.daemon.router.http.fast_path import FastPath, FastStream
+from fastdeploy.daemon.router.http.upstream import ConnectionPool, Fault, ReplicaConnection
+from fastdeploy.daemon.router.http.write_batcher import Outbox
+from fastdeploy.daemon.router.relay.transcript import Transcript
 
 from .boards import instance
 from .fake_engine import EVENT_HEAD

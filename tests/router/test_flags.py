@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.configuration import read
-from fastdeploy.daemon.router.flags import changed, file_parser, fixed_in
-from fastdeploy.daemon.router.flags_file import fingerprint, read_flags_file
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.router.config.flags import changed, file_parser, fixed_in
+from fastdeploy.daemon.router.config.flags_file import fingerprint, read_flags_file
+from fastdeploy.daemon.router.config.loader import read
 
 
 def write(path: Path, content: object, mode: int = 0o600) -> Path:
@@ -157,7 +157,7 @@ def test_every_other_flag_can_change(data):
 
 def test_who_only_wants_to_know_need_not_load_a_server():
     program = (
-        "import fastdeploy.daemon.router.flags, fastdeploy.daemon.router.flags_file, sys; "
+        "import fastdeploy.daemon.router.config.flags, fastdeploy.daemon.router.config.flags_file, sys; "
         "print({'flask', 'gunicorn', 'ssl', 'socket', 'asyncio', 'requests'} & set(sys.modules))"
     )
     ended = subprocess.run(

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon.router.board import Board, State
-from fastdeploy.daemon.router.health import Monitor, check, read_load
-from fastdeploy.daemon.router.policies import policy_named
-from fastdeploy.daemon.router.registration import Instance
-from fastdeploy.daemon.router.registry import RegistryFile
+from fastdeploy.daemon.router.board.board import Board, State
+from fastdeploy.daemon.router.control.health import Monitor, check, read_load
+from fastdeploy.daemon.router.control.registration import Instance
+from fastdeploy.daemon.router.control.registry import RegistryFile
+from fastdeploy.daemon.router.policy.policies import policy_named
 
 from .. import waiting
 from .forked import Forked
@@ -146,7 +146,7 @@ def test_nobody_listening_is_told_from_a_broken_connection():
 
 
 def test_a_silent_replica_is_given_up(monkeypatch):
-    monkeypatch.setattr("fastdeploy.daemon.router.health._TIMEOUT", 0.2)
+    monkeypatch.setattr("fastdeploy.daemon.router.control.health._TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         instance = Instance("127.0.0.1", listener.getsockname()[1])
         problem = check(instance)

@@ -6,9 +6,9 @@ import socket
 import pytest
 import requests
 
-from fastdeploy.daemon.router.incoming import without_hop_by_hop
-from fastdeploy.daemon.router.keys import ApiKeys, read_keys
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.router.config.keys import ApiKeys, read_keys
+from fastdeploy.daemon.router.http.request import without_hop_by_hop
 
 from .fake_engine import wait_until
 

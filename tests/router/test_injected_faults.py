@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from fastdeploy.daemon.router.board import Nobody
-from fastdeploy.daemon.router.outbox import Outbox
-from fastdeploy.daemon.router.waiting import WaitingLine
+from fastdeploy.daemon.router.board.board import Nobody
+from fastdeploy.daemon.router.http.write_batcher import Outbox
+from fastdeploy.daemon.router.relay.wait_queue import WaitingLine
 
 from .conftest import RouterProcess
 from .fake_engine import (

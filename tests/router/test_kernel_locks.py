@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.kernel_locks import KernelLocks
+from fastdeploy.daemon.router.board.locks import KernelLocks
 
 from .forked import Forked
 

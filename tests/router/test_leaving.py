@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fastdeploy.resumption import RESUME_PATH
+from fastdeploy.common.resumption import RESUME_PATH
 
 from .asking import ask, generation, request_bytes
 from .conftest import RouterProcess

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fastdeploy.daemon.router.board import Board
-from fastdeploy.daemon.router.board_memory import WORKERS
-from fastdeploy.daemon.router.flags_file import fingerprint
+from fastdeploy.daemon.router.board.board import Board
+from fastdeploy.daemon.router.board.memory import WORKERS
+from fastdeploy.daemon.router.config.flags_file import fingerprint
 
 from .conftest import FD_ROUTER, RouterProcess
 from .fake_engine import EVENT_HEAD, Received, events, streams_for_ever, wait_until

@@ -8,7 +8,7 @@ import socket
 import pytest
 import uvloop
 
-from fastdeploy.daemon.router.outbox import Outbox
+from fastdeploy.daemon.router.http.write_batcher import Outbox
 
 
 class Pair:

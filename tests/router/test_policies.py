@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.policies import POLICIES, Candidates, RequestFacts, policy_named
-from fastdeploy.daemon.router.request_facts import BLOCK_ENDS, BYTES_PER_TOKEN
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.router.policy.policies import POLICIES, Candidates, RequestFacts, policy_named
+from fastdeploy.daemon.router.policy.request_facts import BLOCK_ENDS, BYTES_PER_TOKEN
 
 
 class Candidate(NamedTuple):

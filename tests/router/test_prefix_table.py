@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.prefix_table import BUCKETS, WAYS, PrefixTable
+from fastdeploy.daemon.router.policy.prefix_table import BUCKETS, WAYS, PrefixTable
 
 
 def new_table() -> PrefixTable:

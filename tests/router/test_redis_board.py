@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import redis
 
-from fastdeploy.daemon.router.board import Board, Lease
-from fastdeploy.daemon.router.policies import RequestFacts, policy_named
-from fastdeploy.daemon.router.redis_board import RedisAddress, RedisBoard
-from fastdeploy.daemon.router.registration import AllowedAddresses, Instance
-from fastdeploy.daemon.router.registry import RegistryFile
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.router.board.board import Board, Lease
+from fastdeploy.daemon.router.control.redis_board import RedisAddress, RedisBoard
+from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.control.registry import RegistryFile
+from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 
 from .. import waiting
 from ..system_packages import needs

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.registration import (
+from fastdeploy.daemon.router.control.registration import (
     AllowedAddresses,
     Instance,
     RegistrationError,

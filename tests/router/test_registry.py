@@ -6,10 +6,10 @@ import stat
 
 import pytest
 
-from fastdeploy.daemon.router.board import Board, State
-from fastdeploy.daemon.router.registration import AllowedAddresses, Instance
-from fastdeploy.daemon.router.registry import RegistryFile
-from fastdeploy.errors import ConfigError
+from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.router.board.board import Board, State
+from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.control.registry import RegistryFile
 
 from .forked import Forked
 

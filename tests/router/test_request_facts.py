@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.policies import POLICIES, policy_named
-from fastdeploy.daemon.router.request_facts import BLOCK_ENDS, facts_of, prefix_hashes, prompt_text
+from fastdeploy.daemon.router.policy.policies import POLICIES, policy_named
+from fastdeploy.daemon.router.policy.request_facts import BLOCK_ENDS, facts_of, prefix_hashes, prompt_text
 
 CACHE_AWARE, SESSION = policy_named("cache_aware"), policy_named("session")
 LONG = "It was a bright cold day in April, and the clocks were striking thirteen. " * 60

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fastdeploy.resumption import RESUME_PATH
+from fastdeploy.common.resumption import RESUME_PATH
 
 from .asking import Answered, ask, generation
 from .generation import CHAT, COMPLETIONS, Generation

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from fastdeploy.daemon.router.suspicion import SUSPECT_AFTER
-from fastdeploy.resumption import RESUME_PATH
+from fastdeploy.common.resumption import RESUME_PATH
+from fastdeploy.daemon.router.relay.suspicion import SUSPECT_AFTER
 
 from .asking import Answered, ask, generation
 from .conftest import RouterProcess

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from fastdeploy.daemon.router.registration import Instance
-from fastdeploy.daemon.router.shared_replicas import Said, SharedReplicas
+from fastdeploy.daemon.router.control.registration import Instance
+from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas
 
 from .boards import Clock
 from .talking import LAN, Hub, Router, replica

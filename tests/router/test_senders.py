@@ -13,14 +13,14 @@ import requests
 from flask.testing import FlaskClient
 from prometheus_client import values
 
-from fastdeploy.daemon.router import counter_memory
-from fastdeploy.daemon.router.app import Router
-from fastdeploy.daemon.router.board import Board
-from fastdeploy.daemon.router.configuration import settings_of
-from fastdeploy.daemon.router.counter_memory import CounterMemory
-from fastdeploy.daemon.router.flags import parser
-from fastdeploy.daemon.router.registration import AllowedAddresses
-from fastdeploy.daemon.router.reloads import Reloads
+from fastdeploy.daemon.router.board.board import Board
+from fastdeploy.daemon.router.config.flags import parser
+from fastdeploy.daemon.router.config.loader import settings_of
+from fastdeploy.daemon.router.control.app import Router
+from fastdeploy.daemon.router.control.registration import AllowedAddresses
+from fastdeploy.daemon.router.control.reload_status import Reloads
+from fastdeploy.daemon.router.metrics import counter_memory
+from fastdeploy.daemon.router.metrics.counter_memory import CounterMemory
 
 from .fake_engine import FakeEngine, wait_until, waits_for
 

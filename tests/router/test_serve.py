@@ -95,7 +95,9 @@ def test_the_version_is_printed(flag):
 
 
 def test_it_loads_neither_paddle_nor_numpy():
-    program = "import fastdeploy.daemon.router.serve, sys; print({'paddle', 'numpy'} & set(sys.modules))"
+    program = (
+        "import fastdeploy.daemon.router.server.main, sys; print({'paddle', 'numpy'} & set(sys.modules))"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router import shared_replicas
-from fastdeploy.daemon.router.board import FORGET_AFTER, Nobody, State
-from fastdeploy.daemon.router.policies import RequestFacts, policy_named
-from fastdeploy.daemon.router.registration import AllowedAddresses, Instance
-from fastdeploy.daemon.router.shared_replicas import Said, SharedReplicas, shared_name
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, Nobody, State
+from fastdeploy.daemon.router.control import shared_replicas
+from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas, shared_name
+from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 
 from .boards import Clock
 from .talking import LAN, Hub, Router, replica, turns

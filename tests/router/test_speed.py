@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.board import Board
-from fastdeploy.daemon.router.speed import Pace, weights
+from fastdeploy.daemon.router.board.board import Board
+from fastdeploy.daemon.router.policy.speed import Pace, weights
 
 from .boards import Clock, in_flight, pick, seat_replicas
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from fastdeploy.daemon.router.board import Ending, Seat
-from fastdeploy.daemon.router.suspicion import (
+from fastdeploy.daemon.router.board.board import Ending, Seat
+from fastdeploy.daemon.router.relay.suspicion import (
     MOST_ALONE,
     SUSPECT_AFTER,
     SUSPECT_AFTER_ANY,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.resume import MOST_TOKENS, Lines, Transcript
-from fastdeploy.resumption import Delivered, mark
+from fastdeploy.common.resumption import Delivered, mark
+from fastdeploy.daemon.router.relay.transcript import MOST_TOKENS, Lines, Transcript
 
 DONE = b"data: [DONE]\n\n"
 SIGN = b":\n\n"

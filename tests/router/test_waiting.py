@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdeploy.daemon.router.board import Nobody
-from fastdeploy.daemon.router.waiting import WaitingLine, retry_after
+from fastdeploy.daemon.router.board.board import Nobody
+from fastdeploy.daemon.router.relay.wait_queue import WaitingLine, retry_after
 
 
 class Place:

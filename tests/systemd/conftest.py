@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastdeploy import demo_model
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
+from fastdeploy.demo_model import model
 
 from ..waiting import wait_until as _wait_until
 from . import booted, installed
@@ -20,7 +20,7 @@ wait_until = partial(_wait_until, deadline=60.0)
 
 CONFIG = "/etc/fd/dp.toml"
 #: Before any fixture has set another: the one of whoever runs the tests, with the demo model.
-_MODELS = demo_model.model_cache()
+_MODELS = model.model_cache()
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +76,8 @@ class Service:
     def ask(self, **command: str | bool) -> dict[str, Any]:
         """Of the daemon, as fdctl asks; empty while none answers."""
         try:
-            *_, answer = control.request(self.machine.root / "run/fd/fd-dp.sock", dict(command), 20.0)
-        except control.DaemonUnreachable:
+            *_, answer = protocol.request(self.machine.root / "run/fd/fd-dp.sock", dict(command), 20.0)
+        except protocol.DaemonUnreachable:
             return {}
         return answer
 

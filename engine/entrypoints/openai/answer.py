@@ -12,10 +12,10 @@ from typing import Any, Self
 
 import msgspec
 
-from ...errors import FastDeployError
-from ...messages import AddRequest, Logprobs
-from ...request import FinishReason, SamplingParams
-from ...resumption import Delivered, Resumption, draft_lines, mark
+from ...common.errors import FastDeployError
+from ...common.messages import AddRequest, Logprobs
+from ...common.request import FinishReason, SamplingParams
+from ...common.resumption import Delivered, Resumption, draft_lines, mark
 from ..client_watch import watch
 from .access_log import AccessRecord
 from .errors import ApiError

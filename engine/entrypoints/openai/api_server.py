@@ -6,12 +6,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ... import log
-from ...addresses import addresses_of, is_loopback
+from ...common import log
+from ...common.addresses import addresses_of, is_loopback
+from ...common.errors import ConfigError
+from ...common.file_limit import allow_open_files, descriptors_of
+from ...common.ports import require_free
 from ...config import ModelConfig
-from ...errors import ConfigError
-from ...file_limit import allow_open_files, descriptors_of
-from ...ports import require_free
 from .options import ServeConfig, parse_arguments
 from .serve import serve
 

@@ -15,10 +15,10 @@ import msgspec
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
-from ...cors import CorsPolicy, refusal_of
-from ...errors import FastDeployError, RequestError
-from ...metrics import ReplicaMetrics
-from ...resumption import RESUME_PATH, Resumption, decode_resumption
+from ...common.cors import CorsPolicy, refusal_of
+from ...common.errors import FastDeployError, RequestError
+from ...common.resumption import RESUME_PATH, Resumption, decode_resumption
+from ..metrics import ReplicaMetrics
 from . import incoming
 from .access_log import AccessRecord
 from .answer import Answer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from ...messages import Logprobs
+from ...common.messages import Logprobs
 from .answer import NOTHING, Answer
 from .events import Event
 from .logprobs import chat_logprobs

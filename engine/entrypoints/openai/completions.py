@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...errors import RequestError
-from ...messages import Logprobs
+from ...common.errors import RequestError
+from ...common.messages import Logprobs
 from .answer import NOTHING, Answer
 from .events import Event
 from .logprobs import completion_logprobs, joined, prompt_logprobs

@@ -22,10 +22,9 @@ from typing import Self
 import msgspec
 import zmq
 
-from ...config import EngineConfig
-from ...errors import EngineLost, FastDeployError, ReplicaUnavailable
-from ...foreign_text import printable
-from ...messages import (
+from ...common.errors import EngineLost, FastDeployError, ReplicaUnavailable
+from ...common.foreign_text import printable
+from ...common.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
     AddRequest,
@@ -40,7 +39,8 @@ from ...messages import (
     TokenOutput,
     ToWorker,
 )
-from ...request import FinishReason
+from ...common.request import FinishReason
+from ...config import EngineConfig
 from .worker_process import WORKER_COMMAND, WorkerProcess
 
 _log = logging.getLogger(__name__)

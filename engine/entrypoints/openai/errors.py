@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ...errors import EngineLost, FastDeployError, ReplicaUnavailable, RequestError
-from ...resumption import LOST_HEADER
+from ...common.errors import EngineLost, FastDeployError, ReplicaUnavailable, RequestError
+from ...common.resumption import LOST_HEADER
 from .engine_client import ClientGone
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from flask import Response
 
-from ...errors import FastDeployError
+from ...common.errors import FastDeployError
 from .access_log import AccessRecord
 from .engine_client import ClientGone
 from .errors import ApiError

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ...errors import RequestError
+from ...common.errors import RequestError
 
 
 def decode_object(body: bytes) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from flask import request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
-from ...errors import RequestError
-from ...resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
+from ...common.errors import RequestError
+from ...common.resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
 from .engine_client import EngineClient
 from .errors import ApiError
 from .progress import Progress

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ...messages import Logprobs
-from ...tokenizer import Tokenizer
+from ...common.messages import Logprobs
+from ...tokenizer.tokenizer import Tokenizer
 
 #: JSON has no infinity; OpenAI writes a token that cannot occur like this.
 _IMPOSSIBLE = -9999.0

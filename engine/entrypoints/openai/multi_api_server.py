@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ... import log
-from ...command_line import CommandLine
-from ...errors import ConfigError
-from ...parent_death import die_with_parent
-from ...ports import find_free, require_free
+from ...common import log
+from ...common.cli import CommandLine
+from ...common.errors import ConfigError
+from ...common.ports import find_free, require_free
+from ...common.process_control import die_with_parent
 from .options import parse_arguments
 
 logger = logging.getLogger("fastdeploy.launcher")

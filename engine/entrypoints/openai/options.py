@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...command_line import CommandLine
+from ...common.cli import CommandLine
+from ...common.cors import DEFAULT as CORS_DEFAULT
+from ...common.cors import CorsPolicy
+from ...common.errors import ConfigError
+from ...common.key_files import keys_in, keys_in_variable, keys_of
+from ...common.text_files import read_text
 from ...config import EngineConfig
-from ...cors import DEFAULT as CORS_DEFAULT
-from ...cors import CorsPolicy
-from ...demo_model import resolve_model_path
-from ...errors import ConfigError
-from ...key_files import keys_in, keys_in_variable, keys_of
-from ...registration import router_url
-from ...text_files import read_text
+from ...demo_model.model import resolve_model_path
+from ..registration import router_url
 
 _log = logging.getLogger(__name__)
 

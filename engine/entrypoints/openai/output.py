@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ...errors import FastDeployError
-from ...messages import Logprobs, TokenOutput
-from ...request import FinishReason
+from ...common.errors import FastDeployError
+from ...common.messages import Logprobs, TokenOutput
+from ...common.request import FinishReason
 
 
 class Detokenizer(Protocol):

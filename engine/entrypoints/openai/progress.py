@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 
-from ...messages import Stats
+from ...common.messages import Stats
 
 _INTERIM_HEAD = b"HTTP/1.1 102 Processing\r\n%b\r\n"
 #: So often is a worker looked at that lets others wait.

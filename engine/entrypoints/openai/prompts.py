@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import RequestError
+from ...common.errors import RequestError
 from .fields import Fields, without_nulls
 
 #: Tokens are numbered and counted in 32 bits by the engine.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...errors import ConfigError, RequestError
-from ...request import SamplingParams
-from ...text_files import read_object
+from ...common.errors import ConfigError, RequestError
+from ...common.request import SamplingParams
+from ...common.text_files import read_object
 from .fields import Fields, without_nulls
 from .prompts import MAX_TOKEN, is_token_id, read_messages, read_prompts, read_template_arguments
 

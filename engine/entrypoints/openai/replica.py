@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ...common.errors import ReplicaUnavailable
 from ...config import ModelConfig
-from ...errors import ReplicaUnavailable
-from ...metrics import ReplicaMetrics
-from ...registration import Identity
-from ...tokenizer import Tokenizer
+from ...tokenizer.tokenizer import Tokenizer
+from ..metrics import ReplicaMetrics
+from ..registration import Identity
 from .engine_client import EngineClient, State
 from .errors import ApiError
 from .options import ServeConfig

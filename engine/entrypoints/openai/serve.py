@@ -21,15 +21,15 @@ from typing import Any
 import zmq
 from flask import Flask
 
-from ... import worker_heartbeat
-from ...addresses import authority
-from ...errors import FastDeployError
-from ...exposition import Exposition
-from ...file_limit import connections_of
-from ...gunicorn_base import Arbiter, BaseApplication, HaltServer, Logger, forget_inherited_sockets
-from ...parent_death import die_with_parent
-from ...registration import FAREWELL_SECONDS, Address, Registration
+from ...common import worker_heartbeat
+from ...common.addresses import authority
+from ...common.errors import FastDeployError
+from ...common.file_limit import connections_of
+from ...common.gunicorn_base import Arbiter, BaseApplication, HaltServer, Logger, forget_inherited_sockets
+from ...common.metrics_server import Exposition
+from ...common.process_control import die_with_parent
 from ..http_worker import HttpWorker
+from ..registration import FAREWELL_SECONDS, Address, Registration
 from .app import create_app
 from .engine_client import EngineClient
 from .options import ServeConfig

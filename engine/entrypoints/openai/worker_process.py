@@ -13,7 +13,7 @@ import msgspec
 
 from ...config import EngineConfig
 
-WORKER_COMMAND = (sys.executable, "-m", "fastdeploy.worker")
+WORKER_COMMAND = (sys.executable, "-m", "fastdeploy.core.worker")
 
 
 class WorkerProcess:

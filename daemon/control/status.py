@@ -1,0 +1,138 @@
+"""What the daemon says about itself: the stable schema of `fdctl status --json`, and one line of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from ... import __version__
+from ..config import masking
+from ..config.programs import ROUTER, address
+from ..supervision.fleet import Fleet
+from ..supervision.program_state import Replica, State
+from . import waiting_reason
+
+
+def status(
+    fleet: Fleet,
+    *,
+    state: str,
+    config: str,
+    prefix: str | None,
+    supervisord: int,
+    problems: list[str],
+) -> dict[str, Any]:
+    replicas = [_entry(fleet, replica) for replica in fleet.replicas.values() if replica.name != ROUTER]
+    router = fleet.replicas.get(ROUTER)
+    return {
+        "daemon": {
+            "pid": os.getpid(),
+            "version": __version__,
+            "state": state,
+            "config": config,
+            "prefix": prefix,
+            "supervisord": supervisord,
+            "url": f"http://{address(fleet.config.router.host, fleet.config.router.port)}",
+            "ready": sum(replica["state"] == State.READY for replica in replicas),
+            "replicas": len(replicas),
+            "logs": str(fleet.layout.logs),
+            "problems": problems,
+        },
+        "router": _entry(fleet, router) if router else None,
+        "replicas": replicas,
+    }
+
+
+def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
+    """What `fdctl why` adds to the status of one program."""
+    return {
+        **_entry(fleet, replica),
+        "for": round(max(0.0, now - replica.since), 1),
+        "waits_for": waiting_reason.waits_for(fleet, replica, now) or None,
+        "last_exit_time": replica.last_exit_time or None,
+        "next_try_in": waiting_reason.next_try_in(replica, now),
+        "output": str(fleet.layout.output(replica.name)),
+        "argv": masking.argv(replica.program.words),
+    }
+
+
+def all_ready(fleet: Fleet) -> bool:
+    """Everything that is not held answers, and the router knows all of it."""
+    wanted = (replica for replica in fleet.replicas.values() if not replica.left_down)
+    return (
+        fleet.adopted and all(replica.state is State.READY for replica in wanted) and fleet.all_registered()
+    )
+
+
+def usable(fleet: Fleet) -> bool:
+    """Requests are answered, unless the operator wants none to be, and everything has been tried once."""
+    wanted = {replica.name: replica for replica in fleet.replicas.values() if not replica.left_down}
+    router = wanted.pop(ROUTER, None)
+    states = {replica.state for replica in wanted.values()}
+    if not fleet.adopted or states & {State.WAITING, State.STARTING}:
+        return False
+    # Until the router knows a replica it has nobody to give a request to.
+    if router is not None and not (router.state is State.READY and fleet.all_registered()):
+        return False
+    return State.READY in states or not states
+
+
+def first_try(fleet: Fleet) -> bool:
+    """Something has not been tried yet, or loads for the first time: there is more to wait for."""
+    return not fleet.adopted or any(
+        replica.state in (State.WAITING, State.STARTING) and not replica.restarts
+        for replica in fleet.replicas.values()
+    )
+
+
+def one_line(fleet: Fleet) -> str:
+    """ "7/8 ready, replica 4 loading 62%"."""
+    replicas = [replica for replica in fleet.replicas.values() if replica.name != ROUTER]
+    ready = sum(replica.state is State.READY for replica in replicas)
+    words = [f"{ready}/{len(replicas)} ready"]
+    for replica in fleet.replicas.values():
+        if replica.state is State.STARTING:
+            progress = _number(replica.health.get("progress"))
+            words.append(
+                f"{replica.label} loading" + (f" {100 * progress:.0f}%" if progress is not None else "")
+            )
+        elif replica.state not in (State.READY, State.WAITING):
+            words.append(f"{replica.label} {'paused' if replica.paused else replica.state}")
+    return ", ".join(words)
+
+
+def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
+    number = replica.program.replica
+    entry: dict[str, Any] = {} if number is None else {"replica": number}
+    progress = _number(replica.health.get("progress"))
+    return entry | {
+        "name": replica.name,
+        "state": str(replica.state),
+        "pid": replica.pid or None,
+        "uptime": max(0, int(time.time() - replica.started)) if replica.started else None,
+        "restarts": replica.restarts,
+        "host": replica.program.host,
+        "port": replica.program.ports[0],
+        "metrics_port": replica.program.ports[0 if number is None else 1],
+        "in_flight": fleet.in_flight(replica),
+        "progress": progress if replica.state is State.STARTING else None,
+        "intent": str(replica.intent),
+        "draining": replica.draining,
+        "drain_confirmed": _drain_confirmed(fleet, replica),
+        "last_exit": replica.last_exit or None,
+        "cause": str(replica.cause) if replica.cause else None,
+        "note": replica.note or waiting_reason.missing_at_the_router(fleet, replica),
+    }
+
+
+def _drain_confirmed(fleet: Fleet, replica: Replica) -> bool | None:
+    """Return whether the router confirms that it drains the replica; None if it is not to be drained."""
+    if not replica.draining:
+        return None
+    row = fleet.row(replica)
+    return row.draining if row is not None else not fleet.routed.problem
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,122 @@
+"""What a program waits for, in words for the operator: `fdctl why`. It only looks."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from ...common.addresses import authority
+from ..config.programs import ROUTER
+from ..supervision.fleet import Fleet
+from ..supervision.intents import Intent
+from ..supervision.program_state import FAILED, Replica, State
+
+#: Beginning of the note of a replica that cannot be started yet.
+_WAITS_FOR = "waits for "
+
+
+def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
+    """Empty if it waits for nothing: it runs, and is meant to.
+
+    Args:
+        now: on the fleet's clock.
+    """
+    supervise = fleet.config.supervise
+    age = now - replica.since
+    word = _word(replica)
+    match replica.state:
+        case State.STOPPED:
+            return f"the operator: fdctl start {word}" if replica.left_down else "its turn in a reload"
+        case State.WAITING:
+            return _turn(fleet, replica)
+        case State.STARTING:
+            what = "its first answer" if replica.name == ROUTER else "its first token"
+            return f"{what}; it is given up in {_seconds(supervise.startup_timeout - age)}"
+        case State.READY:
+            return _in_good_health(fleet, replica)
+        case State.UNHEALTHY:
+            if replica.intent is Intent.HELD:
+                return f"a good health check, or the operator: fdctl release {word}"
+            patience = supervise.stall_kill - (now - replica.last_good)
+            return f"a good health check; it is killed in {_seconds(patience)}"
+        case State.STOPPING if replica.failing:
+            return "the stacks of its threads; then it is killed"
+        case State.STOPPING:
+            return f"its last requests; it is killed in {_seconds(replica.program.stop_timeout - age)}"
+        case State.QUARANTINED if replica.paused:
+            return _calm(supervise.box_calm, replica.next_try - now)
+        case State.BACKOFF | State.QUARANTINED:
+            left = next_try_in(replica, now)
+            return "the end of fd-dp" if left is None else f"its next try, in {_seconds(left)}"
+
+
+def missing_at_the_router(fleet: Fleet, replica: Replica) -> str:
+    """Return why the router does not use a READY replica, or "".
+
+    Also "" while the router does not answer: that is a problem of its own in `fdctl status`.
+    """
+    if replica.name == ROUTER or replica.state is not State.READY or fleet.routed.problem:
+        return ""
+    row = fleet.row(replica)
+    if row is not None and row.is_there:
+        return ""
+    # The router's answer is older than the state READY.
+    if fleet.routed.at <= replica.since:
+        return ""
+    if row is None or row.leaving:
+        return f"not registered at the router; fdctl logs {_word(replica)} says why"
+    return f"the router's health checks at {authority(row.host, row.port)} fail"
+
+
+def _calm(box_calm: float, left: float) -> str:
+    if left > 0:
+        return f"{box_calm:g} s without a failure of any replica, {_seconds(left)} left"
+    return "its turn: paused replicas start one at a time"
+
+
+def next_try_in(replica: Replica, now: float) -> float | None:
+    """Seconds; None if it has not failed, or is not tried again as the daemon ends."""
+    if replica.state not in FAILED or not math.isfinite(replica.next_try):
+        return None
+    return max(0.0, round(replica.next_try - now, 1))
+
+
+def _turn(fleet: Fleet, replica: Replica) -> str:
+    router = fleet.replicas.get(ROUTER)
+    if replica.name != ROUTER and router is not None and router.state in (State.WAITING, State.STARTING):
+        return "the router, which starts first"
+    loading = [r.label for r in fleet.replicas.values() if r.state is State.STARTING and r.name != ROUTER]
+    if replica.note.startswith(_WAITS_FOR):
+        return replica.note.removeprefix(_WAITS_FOR)
+    if not loading or replica.name == ROUTER:
+        return "the end of its old process"
+    slots = fleet.config.supervise.parallel_starts
+    why = f"parallel_starts = {slots}" if slots else f"one per core, and there are {os.cpu_count()}"
+    return f"its turn to load, after {', '.join(loading)} ({why})"
+
+
+def _in_good_health(fleet: Fleet, replica: Replica) -> str:
+    """What a replica in good health may wait for."""
+    word = _word(replica)
+    if replica.draining and fleet.routed.problem:
+        return f"the router, which still sends it requests: {fleet.routed.problem}"
+    if replica.draining:
+        rest = fleet.in_flight(replica)
+        left = f"the end of its requests ({rest} in flight), then for " if rest else ""
+        return f"{left}the operator: the router gives it nothing new; fdctl undrain {word}"
+    if fleet.drains(replica):
+        return f"the end of its requests ({fleet.in_flight(replica) or 0} in flight); then it is taken down"
+    if replica.intent is Intent.HELD:
+        return f"the operator: nobody else touches it; fdctl release {word}"
+    if missing_at_the_router(fleet, replica):
+        return "the router, which does not use it yet"
+    return ""
+
+
+def _word(replica: Replica) -> str:
+    """By which an operator names it."""
+    return replica.name if replica.program.replica is None else str(replica.program.replica)
+
+
+def _seconds(number: float) -> str:
+    return f"{max(0.0, number):.0f} s"

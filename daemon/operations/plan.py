@@ -1,0 +1,170 @@
+"""Two lists of programs -> the steps that lead from one to the other. Pure.
+
+The order keeps as many replicas READY as can be, and the router first: replicas that have its new address
+must find it there.
+
+* Additions come before replacements: each makes one more that can take requests while another is replaced,
+  and one that fails has cost nobody anything.
+* Of the replacements those come first that do not run anyway: they cost no capacity.
+* Removals come last: up to then the replicas that are to go stand in for those that are being replaced.
+
+So from 8 to 4, with each of the four changed, there are never fewer than 7 until the removals begin, and with
+removals first there would be 3. What has to wait for a port goes after the step that frees it, whatever that
+is. Only where ports go round in a circle are two replicas down together: the first step `clears` them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from ..config import masking
+from ..config.programs import ROUTER, Program
+
+
+class Verb(StrEnum):
+    ADD = "add"
+    REPLACE = "replace"
+    REMOVE = "remove"
+    #: It takes what is new while it runs.
+    RELOAD = "reload"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One program is replaced or reloaded (old and new), added (new) or removed (old)."""
+
+    old: Program | None
+    new: Program | None
+    #: What differs, for people: "--max-model-len: 2048 -> 4096".
+    why: tuple[str, ...] = ()
+    #: Programs that still hold a port which `new` needs; they end first, and come back in their own step.
+    clears: tuple[str, ...] = ()
+
+    @property
+    def program(self) -> Program:
+        program = self.new or self.old
+        assert program is not None
+        return program
+
+    @property
+    def verb(self) -> Verb:
+        if self.old is None or self.new is None:
+            return Verb.REMOVE if self.new is None else Verb.ADD
+        return Verb.RELOAD if self.old.hash == self.new.hash else Verb.REPLACE
+
+    def event(self) -> dict[str, Any]:
+        """As fdctl is told of it."""
+        program = self.program
+        return {"program": program.name, "label": program.label, "verb": self.verb, "why": list(self.why)}
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.program.label}" + (f" ({'; '.join(self.why)})" if self.why else "")
+
+
+def plan(old: Iterable[Program], new: Iterable[Program], down: Collection[str] = ()) -> list[Step]:
+    """`down`: names of those of `old` that do not run just now."""
+    before = {program.name: program for program in old}
+    after = {program.name: program for program in new}
+    names = before.keys() | after.keys()
+    pending = [Step(before.get(name), after.get(name)) for name in names if _differ(before, after, name)]
+    pending.sort(key=lambda step: _order(step, down))
+    holders = {port: name for name, program in before.items() for port in program.ports}
+    stopped: set[str] = set()
+    steps = []
+    while pending:
+        step = _next(pending, holders, stopped)
+        pending.remove(step)
+        clears = tuple(sorted(_holds_back(step, holders)))
+        stopped |= {*clears, step.program.name}
+        holders = {port: name for port, name in holders.items() if name not in stopped}
+        if step.new is not None:
+            holders |= dict.fromkeys(step.new.ports, step.new.name)
+            stopped.discard(step.new.name)
+        why = differences(step.old, step.new) if step.old and step.new else ()
+        steps.append(Step(step.old, step.new, why, clears))
+    return steps
+
+
+def differences(old: Program, new: Program) -> tuple[str, ...]:
+    """Which arguments and environment variables differ, without the values that may be secrets."""
+    found = []
+    before, after = _arguments(old.words), _arguments(new.words)
+    shown = masking.value
+    for flag in dict.fromkeys((*before, *after)):
+        name = masking.word(flag)
+        if flag not in after:
+            found.append(f"{name}: removed")
+        elif masking.is_secret(flag) and before.get(flag) != after[flag]:
+            found.append(f"{name}: {'changed' if flag in before else 'added'}")
+        elif flag not in before:
+            found.append(f"{name}{after[flag] and ' ' + shown(after[flag])}: added")
+        elif before[flag] != after[flag]:
+            found.append(f"{name}: {shown(before[flag])} -> {shown(after[flag])}")
+    for name in sorted(old.env.keys() | new.env.keys()):
+        if name not in new.env:
+            found.append(f"environment {name}: removed")
+        elif name not in old.env:
+            found.append(f"environment {name}: added")
+        elif old.env[name] != new.env[name]:
+            found.append(f"environment {name}: changed")
+    if old.stop_timeout != new.stop_timeout:
+        found.append(f"stop_timeout: {old.stop_timeout:g} -> {new.stop_timeout:g}")
+    if old.ports != new.ports and not found:
+        found.append(f"ports: {old.ports} -> {new.ports}")
+    return tuple(found)
+
+
+def _differ(before: dict[str, Program], after: dict[str, Program], name: str) -> bool:
+    if name not in before or name not in after:
+        return True
+    return not before[name].runs_as(after[name])
+
+
+def _order(step: Step, down: Collection[str]) -> tuple[int, int]:
+    program = step.program
+    number = program.replica or 0
+    if program.name == ROUTER:
+        return 0, 0
+    match step.verb:
+        case Verb.ADD:
+            return 1, number
+        case Verb.REMOVE:
+            return 4, -number
+        case _:
+            return (2 if program.name in down else 3), number
+
+
+def _next(pending: list[Step], holders: dict[int, str], stopped: Collection[str]) -> Step:
+    """The first that need not wait for a port, best of all one that is down for another's sake."""
+    free = [step for step in pending if not _holds_back(step, holders)]
+    if free:
+        return min(free, key=lambda step: step.program.name not in stopped)
+    # Whoever waits for it leads to a circle, and only a step in a circle is worth stopping others for.
+    waiting = {step.program.name: step for step in pending}
+    step, passed = pending[0], set[str]()
+    while step.program.name not in passed:
+        passed.add(step.program.name)
+        step = waiting.get(min(_holds_back(step, holders)), step)
+    return step
+
+
+def _holds_back(step: Step, holders: dict[int, str]) -> set[str]:
+    """Who has a port that it needs."""
+    ports = step.new.ports if step.new is not None else ()
+    return {holders[port] for port in ports if port in holders} - {step.program.name}
+
+
+def _arguments(argv: tuple[str, ...]) -> dict[str, str]:
+    """--flag -> its words; what comes before the first flag is "program"."""
+    found: dict[str, str] = {}
+    flag = "program"
+    for word in argv:
+        if word.startswith("-"):
+            flag = word
+            found.setdefault(flag, "")
+        else:
+            found[flag] = f"{found[flag]} {word}" if found.get(flag) else word
+    return found

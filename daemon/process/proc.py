@@ -1,0 +1,151 @@
+"""Processes as the kernel knows them: what a program left behind, and its end.
+
+A program is found by the mark that fd-run puts into its environment, not by its parent: children survive
+their parents, move to sessions of their own and are adopted by others, but they keep their environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.launch import HASH, MARKER
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A living process that belongs to one of our programs."""
+
+    pid: int
+    program: str
+    hash: str
+
+
+def become_subreaper() -> None:
+    """Processes whose parent dies become our children, so that their end can be waited for."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def marked(run: Path, program: str | None = None) -> list[Marked]:
+    """All living processes of the programs (or of one program) of the daemon whose run directory is `run`."""
+    own = os.getpid()
+    found = (_read(run, pid) for pid in _pids() if pid != own)
+    return [process for process in found if process and program in (None, process.program)]
+
+
+def supervisord_of(ini: Path) -> int | None:
+    """Return the pid of a living supervisord of ours with this configuration file.
+
+    Only processes of our own user count: others could keep the daemon from starting with a command line.
+    """
+    words = [b"-c", os.fsencode(ini)]
+    for pid in _pids():
+        try:
+            if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+                continue
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_supervisord = any(word.endswith(b"supervisord") for word in argv)
+        if is_supervisord and any(argv[at : at + 2] == words for at in range(len(argv))):
+            return pid
+    return None
+
+
+def running_hash(run: Path, pid: int) -> str | None:
+    """The hash of the launch file that process `pid` was started from; None before fd-run has become it."""
+    process = _read(run, pid)
+    return process.hash if process else None
+
+
+def started_at(pid: int) -> float | None:
+    """Unix time, to a hundredth of a second; None if there is no such process.
+
+    supervisord tells it to a second, in which one may have died and the next begun.
+    """
+    try:
+        since_boot = int(stat_fields(pid)[19]) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return None
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
+def stat_fields(pid: int) -> list[bytes]:
+    """Fields 3 and on of proc(5)'s stat. Raises OSError if there is no such process."""
+    # The name before them, in parentheses, may hold anything.
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+
+
+def kill_marked(run: Path, program: str | None = None, sig: int = signal.SIGKILL) -> list[Marked]:
+    """Signals them once and returns those that were there: call again until none is."""
+    processes = marked(run, program)
+    for process in processes:
+        signal_if_still(run, process, sig)
+    return processes
+
+
+def end_marked(run: Path, deadline: float) -> list[Marked]:
+    """SIGKILLs all of them and waits until none lives, or the (monotonic) deadline; returns the rest."""
+    while left := kill_marked(run):
+        reap()
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.02)
+    return []
+
+
+def signal_if_still(run: Path, process: Marked, sig: int) -> None:
+    """Through a pidfd, and looked at again after it is open: the pid may be someone else's by now."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if _read(run, process.pid) == process:
+            signal.pidfd_send_signal(descriptor, sig)
+    except (ProcessLookupError, PermissionError):
+        return
+    finally:
+        os.close(descriptor)
+
+
+def reap(keep: int | None = None) -> dict[int, int]:
+    """Collects every dead child: pid -> wait status. `keep` is left to the one who waits for it by itself."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return ended
+        if info is None or info.si_pid == keep:
+            return ended
+        pid, status = os.waitpid(info.si_pid, 0)
+        ended[pid] = status
+
+
+def _pids() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _read(run: Path, pid: int) -> Marked | None:
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return None
+    prefix = f"{MARKER}={run}#".encode(errors="surrogateescape")
+    program = hash_ = None
+    for entry in environ.split(b"\0"):
+        if entry.startswith(prefix):
+            program = os.fsdecode(entry[len(prefix) :])
+        elif entry.startswith(f"{HASH}=".encode()):
+            hash_ = os.fsdecode(entry[len(HASH) + 1 :])
+    return Marked(pid, program, hash_ or "") if program else None

@@ -1,0 +1,271 @@
+"""The router's control plane, a Flask application: registrations, health, metrics, the operator's orders."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
+
+import msgspec
+from flask import Flask, Response, jsonify, request
+from werkzeug.exceptions import HTTPException
+
+from ....common.addresses import is_loopback
+from ..board.board import Board, Ending, Seat, Status
+from ..config.settings import Settings
+from ..http.responses import error_body
+from ..metrics.counter_memory import CounterMemory
+from ..metrics.metrics import Metrics
+from . import health
+from .registration import AllowedAddresses, Instance, RegistrationError, parse, parse_farewell
+from .registry import RegistryFile
+from .reload_status import Reloads
+
+logger = logging.getLogger(__name__)
+
+_MAX_REGISTRATION = 64 << 10
+#: Characters of a path in an error message.
+_LONGEST_PATH = 200
+_ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
+    "drain": Board.drain,
+    "undrain": Board.undrain,
+    "remove": Board.remove,
+}
+
+
+class _EndingWord(msgspec.Struct, forbid_unknown_fields=True):
+    """A report of fd-dp on a replica that has ended."""
+
+    url: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    #: The id with which this start of the replica registered.
+    instance: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    from_outside: bool
+
+
+class Router:
+    """What one worker holds besides its event loop. A WSGI application, once `start` was called."""
+
+    def __init__(self, settings: Settings, board: Board, counters: CounterMemory, reloads: Reloads) -> None:
+        self.settings = settings
+        self.board = board
+        self.reloads = reloads
+        self.metrics = Metrics(board, counters)
+        self.registry = RegistryFile(settings.registry_file)
+        self._allowed = AllowedAddresses(settings.allow_hosts)
+        self._monitor = health.Monitor(board, self.registry, settings.policy, settings.health_interval)
+        self._control = _control_plane(self)
+
+    def start(self) -> None:
+        """After the fork."""
+        self.board.open_column()
+        self._monitor.start()
+        if self.settings.redis is not None:
+            # Slow to import, and few need it.
+            from .redis_board import RedisBoard
+
+            RedisBoard(self.board, self.registry, self._allowed, self.settings.redis).start()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        return self._control.wsgi_app(environ, start_response)
+
+    def register(self, body: bytes, peer: str, authorization: str) -> Instance:
+        """A registration or a heartbeat, which are the same thing.
+
+        Raises:
+            RegistrationError: it is wrong, not allowed, or the instance is not healthy.
+        """
+        self._check_sender(peer, authorization)
+        instance = parse(body)
+        self._check_allowed("host_ip", instance.host)
+        if instance.port == self.settings.port and self._allowed.is_own(instance.host):
+            raise RegistrationError(f"{instance.url} is the router itself")
+        seat = self.board.seat_of(instance.url)
+        is_new = seat is None or seat.instance.instance != instance.instance
+        # One that is up is looked at all the time anyway: its heartbeat need not wait for another look.
+        if seat is None or is_new or not self._is_up(seat):
+            asked_at = time.monotonic()
+            problem = health.check(instance)
+            if problem is not None:
+                if seat is not None:
+                    self.board.heard(seat)
+                raise RegistrationError(f"{instance.url} service is not healthy", 503)
+            if seat is not None and not is_new:
+                self.board.healthy(seat, asked_at)
+        if self.board.admit(instance):
+            self.registry.save(self.board)
+        return instance
+
+    def deregister(self, body: bytes, peer: str, authorization: str) -> bool:
+        """The farewell of a replica that is about to end: it gets nothing new. False if it is not known."""
+        self._check_sender(peer, authorization)
+        url, instance = parse_farewell(body)
+        if not self.board.deregister(url, instance):
+            return False
+        self.registry.save(self.board)
+        return True
+
+    def order(self, order: str, name: str) -> Status | None:
+        """Drains, undrains or removes a replica; how it is then, None if there is none of that name."""
+        row = next(
+            (row for row in self.board.status() if name in (row.instance.name, row.instance.authority)), None
+        )
+        if row is None or not _ORDERS[order](self.board, row.seat):
+            return None
+        self.registry.save(self.board)
+        return next((each for each in self.board.status() if each.seat == row.seat), row)
+
+    def may_give_orders(self, peer: str, authorization: str) -> bool:
+        """Over the unix socket, whose permissions decide; from this machine with a key."""
+        if not peer:
+            return True
+        keys = self.settings.admin_keys
+        return bool(keys) and is_loopback(peer) and keys.allow(authorization)
+
+    def _is_up(self, seat: Seat) -> bool:
+        return any(row.up for row in self.board.status() if row.seat == seat)
+
+    def _check_sender(self, peer: str, authorization: str) -> None:
+        """Both ends are looked at: nobody elsewhere may point the router at services of this machine."""
+        if not peer or self._allowed.is_own(peer):
+            return
+        self._check_allowed("the sender", peer)
+        keys = self.settings.register_keys
+        if not keys:
+            raise RegistrationError(
+                "replicas of other machines must show a key, and none is set: start fd-router with "
+                "--register-keys-file FILE, and the replicas with one of its keys in FD_ROUTER_REGISTER_KEY",
+                403,
+            )
+        if not keys.allow(authorization):
+            raise RegistrationError("no valid key: send Authorization: Bearer KEY", 401)
+
+    def _check_allowed(self, what: str, address: str) -> None:
+        if address not in self._allowed:
+            raise RegistrationError(
+                f"{what} {address} is not on this machine; start fd-router with --allow-host {address} "
+                "(or a network such as 10.0.0.0/24) to accept it",
+                403,
+            )
+
+
+def _control_plane(router: Router) -> Flask:
+    app = Flask("fd-router", static_folder=None)
+    # FLASK_DEBUG must not turn it on.
+    app.debug = False
+    app.config["MAX_CONTENT_LENGTH"] = _MAX_REGISTRATION
+    # No redirects: paths come in canonical form (incoming.py).
+    app.url_map.merge_slashes = False
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+
+    @app.post("/register")
+    def register() -> tuple[Response, int]:
+        try:
+            router.register(request.get_data(), request.remote_addr or "", _authorization())
+        except RegistrationError as error:
+            # 503 is told to every replica that is still loading, every second.
+            if error.status < 500:
+                logger.warning("registration by %s refused: %r", request.remote_addr, str(error))
+            return jsonify(code=error.status, msg=str(error)), error.status
+        return jsonify(code=200, msg="Register success"), 200
+
+    @app.post("/deregister")
+    def deregister() -> tuple[Response, int]:
+        try:
+            known = router.deregister(request.get_data(), request.remote_addr or "", _authorization())
+        except RegistrationError as error:
+            logger.warning("deregistration by %s refused: %r", request.remote_addr, str(error))
+            return jsonify(code=error.status, msg=str(error)), error.status
+        if not known:
+            return jsonify(code=404, msg="no such instance is registered"), 404
+        return jsonify(code=200, msg="Deregister success"), 200
+
+    @app.post("/admin/replicas/<path:name>/<any(drain, undrain, remove):order>")
+    def order(name: str, order: str) -> tuple[Response, int]:
+        if not router.may_give_orders(request.remote_addr or "", _authorization()):
+            message = "orders come over --admin-socket, or from this machine with a key of --admin-keys-file"
+            return jsonify(code=403, msg=message), 403
+        row = router.order(order, name)
+        if row is None:
+            names = ", ".join(row.instance.name for row in router.board.status()) or "none"
+            return jsonify(code=404, msg=f"no replica {name!r}; there are: {names}"), 404
+        return jsonify(code=200, msg=f"{order} {row.instance.name}", replica=_shown(row)), 200
+
+    @app.post("/admin/endings")
+    def ending() -> tuple[Response, int]:
+        if not router.may_give_orders(request.remote_addr or "", _authorization()):
+            return jsonify(code=403, msg="only fd-dp reports endings, over --admin-socket"), 403
+        try:
+            word = msgspec.json.decode(request.get_data(), type=_EndingWord)
+        except msgspec.MsgspecError as error:
+            return jsonify(code=400, msg=str(error)), 400
+        ending = Ending.FROM_OUTSIDE if word.from_outside else Ending.ITS_OWN
+        router.board.note_ending(word.url, word.instance, ending)
+        return jsonify(code=200, msg="noted"), 200
+
+    @app.get("/registered")
+    def registered() -> Response:
+        shown: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for row in router.board.status():
+            shown[row.up].append(_shown(row))
+        return jsonify(code=200, msg="success", mixed=shown[True], prefill=[], decode=[], down=shown[False])
+
+    @app.get("/registered_number")
+    def registered_number() -> Response:
+        return jsonify(mixed=_count_up(router.board), prefill=0, decode=0)
+
+    @app.get("/health")
+    def is_alive() -> Response:
+        return jsonify(
+            status="ok",
+            replicas_up=_count_up(router.board),
+            flags=router.settings.flags,
+            reload=router.reloads.wire(),
+        )
+
+    @app.get("/health_generate")
+    def can_generate() -> tuple[Response, int]:
+        if _count_up(router.board):
+            return jsonify(code=200, msg="Health check complete"), 200
+        return jsonify(code=503, msg="no healthy instance"), 503
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(router.metrics.exposition(), mimetype="text/plain; version=0.0.4")
+
+    @app.errorhandler(HTTPException)
+    def refuse(fault: HTTPException) -> Response:
+        status = fault.code or 500
+        if status == 500:
+            return Response('{"code":500,"msg":"Internal server error"}', 500, mimetype="application/json")
+        # As it was sent: Werkzeug's path has single slashes where there were several.
+        path = request.environ["RAW_URI"].partition("?")[0][:_LONGEST_PATH]
+        message = f"{request.method} {path}: {fault.name.lower()}"
+        response = Response(error_body(status, message, fault.name.lower().replace(" ", "_")), status)
+        response.mimetype = "application/json"
+        if "Allow" in (headers := dict(fault.get_headers())):
+            response.headers["Allow"] = headers["Allow"]
+        return response
+
+    return app
+
+
+def _authorization() -> str:
+    return request.headers.get("Authorization", "")
+
+
+def _shown(row: Status) -> dict[str, Any]:
+    return {
+        **row.instance.wire(),
+        "state": row.state.name.lower(),
+        "draining": row.draining,
+        "leaving": row.leaving,
+        "reserved": row.reserved,
+        "in_flight": row.in_flight,
+        "in_flight_elsewhere": row.in_flight_elsewhere,
+        "weight": round(row.weight, 3),
+    }
+
+
+def _count_up(board: Board) -> int:
+    return sum(row.up and not row.draining and not row.leaving for row in board.status())

@@ -1,0 +1,165 @@
+"""Asks the replicas how they are: each for itself, so that one that hangs holds up no other."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import re
+import threading
+import time
+from typing import NamedTuple
+
+from ..board.board import Board, Seat
+from ..policy.policies import Policy
+from .registration import Instance
+from .registry import RegistryFile
+
+logger = logging.getLogger(__name__)
+
+#: Below the 5 s after which an instance gives up its registration, which waits for this.
+_TIMEOUT = 4.0
+_MEASURE_SECONDS = 1.0
+#: Of an answer, which comes from a machine that may not be ours.
+_MAX_METRICS = 4 << 20
+_PIECE = 64 << 10
+#: More running or waiting requests of one replica than this are not believed.
+_MOST_REQUESTS = 1 << 31
+
+
+class Problem(NamedTuple):
+    """What is wrong with a replica."""
+
+    text: str
+    #: Nobody listens there.
+    refused: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check(instance: Instance) -> Problem | None:
+    """None if GET /health answers 200. Blocks for seconds at most."""
+    answer = _get(instance.host, instance.port, "/health", 0)
+    if isinstance(answer, Problem):
+        return answer._replace(text=f"{instance.authority} {answer.text}")
+    if answer.status != 200:
+        return Problem(f"{instance.authority} answered /health with {answer.status}")
+    return None
+
+
+def read_load(instance: Instance) -> tuple[int, int] | None:
+    """Requests that run there and that wait, by its own metrics; None if it does not say."""
+    answer = _get(instance.host, int(instance.metrics_port or instance.port), "/metrics", _MAX_METRICS)
+    if isinstance(answer, Problem) or answer.status != 200:
+        return None
+    running, waiting = (_value_of(name, answer.body) for name in ("running", "waiting"))
+    return None if running is None or waiting is None else (running, waiting)
+
+
+class Monitor:
+    """Two threads that look after the replicas as long as this process leads."""
+
+    def __init__(self, board: Board, registry: RegistryFile, policy: Policy, interval: float) -> None:
+        self._board = board
+        self._registry = registry
+        self._policy = policy
+        self._interval = interval
+        self._lock = threading.Lock()
+        self._being_checked: set[Seat] = set()
+
+    def start(self) -> None:
+        """After the fork: threads do not survive one."""
+        for target in (self._check_all, self._measure):
+            threading.Thread(target=target, name="monitor", daemon=True).start()
+
+    def _check_all(self) -> None:
+        while True:
+            try:
+                self._check_each()
+            except Exception:
+                # The thread is the only one that looks after the replicas.
+                logger.exception("a round of health checks failed; the next one follows")
+            time.sleep(self._interval)
+
+    def _check_each(self) -> None:
+        if not self._board.lead():
+            return
+        for seat in self._board.seats():
+            threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
+        self._board.forget_lost()
+        self._registry.keep(self._board)
+
+    def _measure(self) -> None:
+        while True:
+            try:
+                if self._board.lead():
+                    self._board.measure(time.monotonic())
+            except Exception:
+                logger.exception("a measurement of the replicas failed; the next one follows")
+            time.sleep(_MEASURE_SECONDS)
+
+    def _check(self, seat: Seat) -> None:
+        with self._lock:
+            if seat in self._being_checked:
+                return  # the look before this one is still waiting
+            self._being_checked.add(seat)
+        try:
+            asked_at = time.monotonic()
+            problem = check(seat.instance)
+            if problem is None:
+                self._board.healthy(seat, asked_at)
+                if self._policy.needs_load and (load := read_load(seat.instance)) is not None:
+                    self._board.set_load(seat, *load)
+            elif problem.refused:
+                self._board.unreachable(seat, problem.text)
+            else:
+                self._board.failed(seat, problem.text)
+        finally:
+            with self._lock:
+                self._being_checked.discard(seat)
+
+
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+
+
+def _get(host: str, port: int, path: str, most: int) -> _Answer | Problem:
+    """The answer and the first `most` bytes of its body, on a connection of its own.
+
+    A listener that no longer accepts is part of the question; so no connection is used twice. And with
+    http.client: what `requests` does besides takes six times as long, from threads that hold up the relay.
+    """
+    end = time.monotonic() + _TIMEOUT
+    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        answer = connection.getresponse()
+        body = b""
+        while len(body) < most and (piece := answer.read1(_PIECE)):
+            body += piece
+            if time.monotonic() > end:
+                raise TimeoutError
+        return _Answer(answer.status, body)
+    except TimeoutError:
+        return Problem(f"did not answer within {_TIMEOUT:.0f} s")
+    except ConnectionRefusedError:
+        return Problem("accepts no connections", refused=True)
+    except OSError:
+        return Problem("broke off the connection or cannot be reached")
+    # http.client raises ValueError for some malformed headers.
+    except (http.client.HTTPException, ValueError) as error:
+        return Problem(f"answered badly ({type(error).__name__})")
+    finally:
+        connection.close()
+
+
+def _value_of(name: str, exposition: bytes) -> int | None:
+    """The sum over all labels: an engine with several ranks has a line for each."""
+    pattern = rb"^fastdeploy:num_requests_%s(?:\{[^}\n]*\})? ([0-9.eE+]+)" % name.encode()
+    found = re.findall(pattern, exposition, re.MULTILINE)
+    try:
+        value = int(sum(map(float, found))) if found else None
+    except (ValueError, OverflowError):
+        return None
+    return value if value is None or value < _MOST_REQUESTS else None

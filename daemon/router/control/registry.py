@@ -1,0 +1,154 @@
+"""The registry file: who was registered, so that a restarted router knows its replicas at once."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ....common.errors import ConfigError, is_disk_condition
+from ....common.foreign_text import parse_json, printable
+from ..board.board import Board, Status
+from .registration import AllowedAddresses, Instance, RegistrationError, from_fields
+
+logger = logging.getLogger(__name__)
+
+
+class RegistryFile:
+    """JSON in the form of the registrations themselves, secrets and all. Without a path nothing is kept.
+
+    The file follows the board: `keep` writes it again after it was removed or could not be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._is_failing = False
+
+    def restore(self, board: Board, allowed: AllowedAddresses) -> None:
+        """Seats what was saved; nobody has looked yet whether it is up.
+
+        A broken file costs one line in the log: replicas register again within seconds.
+        """
+        for instance, is_draining in self._read():
+            if instance.host in allowed:
+                board.admit(instance, up=False)
+                if is_draining and (seat := board.seat_of(instance.url)) is not None:
+                    board.drain(seat)
+
+    def save(self, board: Board) -> None:
+        """Writes the board as it is now, if it can; readers see the old file or the new one, never a part."""
+        # `keep` reports the failure and tries again.
+        with suppress(OSError):
+            self._write(board)
+
+    def keep(self, board: Board) -> None:
+        """Write the board unless the file says the same. One process calls this at regular intervals."""
+        if self._path is None:
+            return
+        try:
+            if not self._is_current(board):
+                self._write(board)
+        except OSError as error:
+            if not self._is_failing:
+                logger.warning(
+                    "registry file %s cannot be written (%s): registrations and drains stay in memory until "
+                    "it can; a router that starts meanwhile waits for its replicas to register",
+                    *(self._path, error.strerror or error),
+                )
+            self._is_failing = True
+            return
+        if self._is_failing:
+            logger.warning("registry file %s is written again", self._path)
+        self._is_failing = False
+
+    def _is_current(self, board: Board) -> bool:
+        assert self._path is not None, "asked for a file"
+        try:
+            return self._path.read_bytes() == _content(board)
+        except FileNotFoundError:
+            return False
+
+    def _write(self, board: Board) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock, _locked(self._path.parent):
+            # Read under the lock: otherwise the older of two savers could write last.
+            content = _content(board)
+            draft = self._path.with_name(self._path.name + ".new")
+            draft.unlink(missing_ok=True)
+            try:
+                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                    file.write(content)
+                os.replace(draft, self._path)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
+
+    def _read(self) -> list[tuple[Instance, bool]]:
+        if self._path is None:
+            return []
+        try:
+            entries = parse_json(self._path.read_text(encoding="utf-8-sig"))["instances"]
+            return [(from_fields(entry), entry.get("draining") is True) for entry in entries]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RegistrationError) as error:
+            logger.warning(
+                "registry file %s ignored: %s: %s", self._path, type(error).__name__, printable(error)
+            )
+            return []
+
+    def prepare(self) -> None:
+        """Raises ConfigError if it could not be written later.
+
+        A disk that is full or read-only does not prevent the start: that may pass.
+        """
+        if self._path is None:
+            return
+        probe = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            probe.unlink()
+        except OSError as error:
+            if not is_disk_condition(error):
+                raise ConfigError(
+                    f"--registry-file {self._path}: must be in a directory that can be written "
+                    f"({error.strerror})"
+                ) from None
+        if self._path.is_dir():
+            raise ConfigError(f"--registry-file {self._path}: must be a file; it is a directory")
+
+
+def _content(board: Board) -> bytes:
+    """Return the content of the file for the board as it is now."""
+    instances = [_entry(row.instance.registration(), row.draining) for row in _staying(board)]
+    return (json.dumps({"instances": instances}, indent=2) + "\n").encode()
+
+
+def _staying(board: Board) -> list[Status]:
+    """One that has left and is drained stays, for its flag's sake."""
+    return [row for row in board.status() if not row.leaving or row.draining]
+
+
+def _entry(registration: dict[str, Any], is_draining: bool) -> dict[str, Any]:
+    return {**registration, "draining": True} if is_draining else registration
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Excludes other workers. It is the directory that is locked: the file is replaced each time."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,336 @@
+"""A client's connection: requests in, answers out, and limits for those that are slow at either.
+
+One request of a connection is under way at a time; those that follow it wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections import deque
+from typing import Protocol, cast
+
+from ..relay.delivery import Client
+from .request import ClientRequest
+from .request_parser import Parsed, RequestParser
+from .responses import Answer, error, header_lines
+from .write_batcher import Outbox
+
+logger = logging.getLogger(__name__)
+
+#: Bytes a second that a body has to come at, on the whole, once it takes longer than a client may pause.
+_BODY_RATE = 1000.0
+#: Bytes of an answer that wait for a slow client before its replica has to wait.
+_WRITE_BUFFER = 256 << 10
+#: Seconds, and bytes, for which a client that was refused may go on sending. Otherwise it would see a reset
+#: instead of the refusal.
+_LINGER_SECONDS = 5.0
+_MOST_LINGERING = 80 << 20
+#: Seconds of that when the server stops.
+_PARTING_SECONDS = 1.0
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class Task(Protocol):
+    """What answers a request."""
+
+    def client_gone(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+class Server(Protocol):
+    """What connections belong to."""
+
+    max_body_bytes: int
+    outbox: Outbox
+    #: Seconds for a whole head, from its first byte; without a byte of the body; with the answer left unread.
+    client_timeout: float
+    #: Seconds without a request.
+    keep_alive: float
+    #: Whatever is answered from now on is the last on its connection.
+    is_stopping: bool
+
+    def now(self) -> float: ...
+
+    def opened(self, connection: ClientConnection) -> None: ...
+
+    def closed(self, connection: ClientConnection) -> None: ...
+
+    def serve(self, client: Client, request: ClientRequest) -> Task: ...
+
+    def refused(self, method: str, target: bytes, status: int) -> None:
+        """A request that is none; method and target may be empty."""
+
+    def cors_lines(self, target: bytes, origin: bytes) -> bytes:
+        """Return the header lines that an answer needs so that a web page of that origin may read it."""
+
+
+class ClientConnection(asyncio.Protocol):
+    """Implements `Client` for the request that is under way."""
+
+    def __init__(self, server: Server) -> None:
+        #: When it last began to wait for the client.
+        self.since = server.now()
+        self._server = server
+        self._outbox = server.outbox
+        self._transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._parser: RequestParser
+        self._waiting: deque[Parsed | Answer] = deque()
+        self._task: Task | None = None
+        self._is_busy = False
+        self._lingering = -1
+        self._receiving_since = 0.0
+        self._blocked_since: float | None = None
+        # Of the answer under way.
+        self._head = b""
+        self._is_chunked = False
+        self._is_head_only = False
+        self._is_old = False
+        self._keep_alive = True
+
+    @property
+    def waits_since(self) -> float | None:
+        """When it began to wait for a whole request; None if one is under way."""
+        if self._is_busy and self._lingering < 0:
+            return None
+        return self._receiving_since if self._parser.is_receiving else self.since
+
+    # ---- Client
+
+    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+        if not status.startswith((b"204", b"304")):
+            lines += b"Content-Length: %d\r\n" % (len(body) if length is None else length)
+        if self._is_head_only:
+            body = b""
+        parts = (b"HTTP/1.1 ", status, b"\r\n", lines, self._connection_line(), b"\r\n", body)
+        self._outbox.write(self._transport, b"".join(parts))
+        self._answered()
+
+    def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
+        self._is_chunked = length is None and not self._is_old
+        if length is not None:
+            lines += b"Content-Length: %d\r\n" % length
+        elif self._is_chunked:
+            lines += b"Transfer-Encoding: chunked\r\n"
+        else:
+            self._keep_alive = False
+        self._head = b"HTTP/1.1 %b\r\n%b%b\r\n" % (status, lines, self._connection_line())
+
+    def send(self, piece: bytes) -> None:
+        if self._is_chunked:
+            piece = b"%b%x\r\n%b\r\n" % (self._head, len(piece), piece)
+        elif self._head:
+            piece = self._head + piece
+        self._head = b""
+        self._outbox.write_now(self._transport, piece)
+
+    @property
+    def fast_transport(self) -> asyncio.Transport | None:
+        transport = self._transport
+        is_bare = (
+            self._is_chunked
+            and not self._head
+            # Who sends more requests meanwhile has to be read from, or not, as the event loop sees fit.
+            and transport.is_reading()
+            and transport.get_write_buffer_size() == 0
+            and transport.get_extra_info("sslcontext") is None
+        )
+        return transport if is_bare else None
+
+    def send_chunks(self, chunks: bytes) -> None:
+        self._outbox.write(self._transport, chunks)
+
+    def end(self, trailer: bytes = b"") -> None:
+        last = self._head
+        if self._is_chunked and not self._is_head_only:
+            last += b"0\r\n%b\r\n" % trailer
+        self._head = b""
+        if last:
+            self._outbox.write(self._transport, last)
+        self._answered()
+
+    def abort(self) -> None:
+        """By a reset: a plain close could be taken for the end."""
+        self._task = None
+        self._outbox.flush()
+        sock: socket.socket | None = self._transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        self._transport.abort()
+
+    # ---- from the event loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(_WRITE_BUFFER)
+        peer = transport.get_extra_info("peername")
+        address = peer[0] if isinstance(peer, tuple) else ""
+        self._parser = RequestParser(address, self._server.max_body_bytes)
+        self._server.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering >= 0:
+            self._lingering += len(data)
+            if self._lingering > _MOST_LINGERING:
+                self._transport.close()
+            return
+        now = self._server.now()
+        if not self._parser.is_receiving:
+            self._receiving_since = now
+        self.since = now
+        self._waiting.extend(self._parser.feed(data))
+        if self._is_busy:
+            if self._waiting:
+                self._transport.pause_reading()
+        elif self._waiting:
+            self._next()
+        elif self._parser.expects_continue:
+            self._parser.expects_continue = False
+            self._outbox.write(self._transport, b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def eof_received(self) -> None:
+        """Who shuts down its sending half is taken as gone, as nginx does."""
+        if self._task is not None:
+            self._task.client_gone()
+            # It may still read: what it has must not look whole.
+            self.abort()
+        elif self._parser.is_receiving and not self._is_busy:
+            part = "body" if self._parser.has_head else "head"
+            self._refuse(error(400, f"the request ended in the middle of its {part}", "bad_body"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.closed(self)
+        task, self._task = self._task, None
+        self._is_busy = True
+        if task is not None:
+            task.client_gone()
+
+    def pause_writing(self) -> None:
+        self._blocked_since = self._server.now()
+        if self._task is not None:
+            self._task.pause()
+
+    def resume_writing(self) -> None:
+        self._blocked_since = None
+        if self._task is not None:
+            self._task.resume()
+
+    def watch(self, now: float) -> None:
+        """Ends it if the client takes too long for what it has to do. Call now and then."""
+        if self._blocked_since is not None:
+            if now - self._blocked_since > self._server.client_timeout:
+                self.abort_for("does not read its answer")
+        elif self._lingering >= 0:
+            if now - self.since > (_PARTING_SECONDS if self._server.is_stopping else _LINGER_SECONDS):
+                self._transport.close()
+        elif self._is_busy:
+            return
+        elif not self._parser.is_receiving:
+            if now - self.since > self._server.keep_alive:
+                self._transport.close()
+        elif self._is_late(now):
+            part = "body" if self._parser.has_head else "head"
+            self._refuse(error(408, f"the request {part} did not arrive in time", "request_timeout"))
+
+    def abort_for(self, why: str) -> None:
+        logger.warning("a connection is closed: its client %s", why)
+        task, self._task = self._task, None
+        if task is not None:
+            task.client_gone()
+        self.abort()
+
+    def close(self) -> None:
+        """What is still to be written is."""
+        self._outbox.flush()
+        self._transport.close()
+
+    # ---- one request after the other
+
+    def _next(self) -> None:
+        parsed = self._waiting.popleft()
+        self._is_busy = True
+        if isinstance(parsed, Answer):
+            self._refuse(parsed)
+            return
+        request, keep_alive = parsed
+        self._keep_alive = keep_alive
+        self._is_head_only = request.method == "HEAD"
+        self._is_old = request.is_old
+        self._is_chunked = False
+        try:
+            task = self._server.serve(self, request)
+        except Exception:
+            # This may be called from the loop itself, where the client would wait for ever.
+            logger.exception("request=%s failed in the router before it began", request.id[:64])
+            self.abort()
+            return
+        # It may be answered already.
+        if self._is_busy and self._lingering < 0 and not self._transport.is_closing():
+            self._task = task
+
+    def _answered(self) -> None:
+        self._task = None
+        self._is_busy = False
+        self.since = self._server.now()
+        if not self._keep_alive:
+            self._linger()
+        elif self._waiting:
+            # From the loop: a client that sends many requests at once must not make the stack grow.
+            self._is_busy = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+        else:
+            self._resume_reading()
+
+    def _go_on(self) -> None:
+        if not self._transport.is_closing():
+            self._resume_reading()
+            self._next()
+
+    def _resume_reading(self) -> None:
+        if not self._transport.is_reading() and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _refuse(self, answer: Answer) -> None:
+        method, target = self._parser.method, self._parser.target
+        self._server.refused(method, target, answer.status)
+        logger.warning(
+            "refused what %s sent: %s %s status=%d",
+            *(self._parser.peer or "a client", method or "-", target[:200].decode("latin-1"), answer.status),
+        )
+        self._is_busy = True
+        self._keep_alive = self._is_head_only = False
+        lines = header_lines(answer.headers)
+        if origin := self._parser.origin:
+            lines += self._server.cors_lines(target, origin)
+        self.give(answer.status_line.encode(), lines, answer.body)
+
+    def _linger(self) -> None:
+        """The last words have been said; the client may still be talking."""
+        self._is_busy = True
+        self._waiting.clear()
+        self._lingering = 0
+        self._resume_reading()
+        self._outbox.flush()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def _connection_line(self) -> bytes:
+        if self._server.is_stopping:
+            self._keep_alive = False
+        if not self._keep_alive:
+            return b"Connection: close\r\n"
+        return b"Connection: keep-alive\r\n" if self._is_old else b""
+
+    def _is_late(self, now: float) -> bool:
+        seconds, patience = now - self._receiving_since, self._server.client_timeout
+        if not self._parser.has_head:
+            return seconds > patience
+        is_slow = seconds > patience and self._parser.size < seconds * _BODY_RATE
+        return is_slow or now - self.since > patience

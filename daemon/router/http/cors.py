@@ -1,0 +1,77 @@
+"""Answers to web pages: the client's connection with headers for browsers, and preflights."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ....common.cors import CorsPolicy, refusal_of
+from ..relay.delivery import Client
+from .request import ClientRequest
+from .responses import Answer, error, header_lines
+
+
+def cors_lines(policy: CorsPolicy, origin: bytes) -> bytes:
+    """Return the header lines of an answer to a page of this origin."""
+    return header_lines(policy.headers(_text(origin)))
+
+
+class CorsClient:
+    """Implements `Client`: adds the headers for browsers to the head of the answer."""
+
+    __slots__ = ("_client", "_lines")
+
+    def __init__(self, client: Client, lines: bytes) -> None:
+        self._client = client
+        self._lines = lines
+
+    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+        self._client.give(status, lines + self._lines, body, length)
+
+    def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
+        self._client.begin(status, lines + self._lines, length)
+
+    def send(self, piece: bytes) -> None:
+        self._client.send(piece)
+
+    @property
+    def fast_transport(self) -> asyncio.Transport | None:
+        return self._client.fast_transport
+
+    def send_chunks(self, chunks: bytes) -> None:
+        self._client.send_chunks(chunks)
+
+    def end(self, trailer: bytes = b"") -> None:
+        self._client.end(trailer)
+
+    def abort(self) -> None:
+        self._client.abort()
+
+
+class Preflight:
+    """A finished task: the preflight is answered at once."""
+
+    def client_gone(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+def is_preflight(request: ClientRequest) -> bool:
+    """Return True if a browser asks whether a page may send a request. The request has an Origin header."""
+    return request.method == "OPTIONS" and b"access-control-request-method" in request.special
+
+
+def preflight_answer(policy: CorsPolicy, request: ClientRequest) -> Answer:
+    """Return the answer to a preflight. It needs no key, because browsers send none with it."""
+    origin = _text(request.special[b"origin"])
+    wanted = _text(request.special.get(b"access-control-request-headers", b""))
+    headers = policy.preflight_headers(origin, wanted)
+    if policy.allows(origin):
+        return Answer(204, b"", headers)
+    answer = error(403, refusal_of(origin), "origin_not_allowed")
+    return Answer(answer.status, answer.body, (*answer.headers, *headers))
+
+
+def _text(value: bytes) -> str:
+    return value.decode("latin-1")

@@ -1,0 +1,153 @@
+"""A client's request as it was parsed, and what all requests and answers have in common: headers. Pure."""
+
+from __future__ import annotations
+
+import random
+import re
+import urllib.parse
+from collections.abc import Mapping
+from functools import lru_cache
+
+from ....common.errors import FastDeployError
+from .responses import Answer
+
+#: In their order; names in lower case.
+RawHeaders = list[tuple[bytes, bytes]]
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    }
+)
+#: Which web pages may read an answer is the router's decision, not a replica's.
+CORS = frozenset(
+    b"access-control-" + name
+    for name in (
+        *(
+            b"allow-origin",
+            b"allow-credentials",
+            b"allow-methods",
+            b"allow-headers",
+            b"allow-private-network",
+        ),
+        *(b"expose-headers", b"max-age"),
+    )
+)
+_LONGEST_ID = 256
+#: Escapes of characters that need none, and of the slash: WSGI and ASGI decode it before they look at a path.
+_NEEDLESS_ESCAPE = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])")
+_SLASHES = re.compile(rb"//+")
+
+
+class Refused(FastDeployError):
+    """A request that goes to no replica; `answer` says why."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status_line)
+        self.answer = answer
+
+
+class ClientRequest:
+    """A whole request of a client."""
+
+    __slots__ = (
+        *("body", "dropped", "headers", "is_old", "method", "path", "peer", "raw_path", "sent_target"),
+        *("special", "target"),
+    )
+
+    def __init__(
+        self,
+        method: str,
+        target: bytes,
+        headers: RawHeaders,
+        special: Mapping[bytes, bytes],
+        dropped: frozenset[bytes],
+        body: bytes,
+        is_old: bool,
+        peer: str,
+    ) -> None:
+        self.method = method
+        #: As it came, for error messages.
+        self.sent_target = target
+        #: In origin form, /path?query, the path in canonical form.
+        self.target: bytes
+        #: The path without the query, in canonical form; and the same as text, still encoded: decoded, it
+        #: could hold a line break.
+        self.raw_path: bytes
+        self.path: str
+        self.target, self.raw_path, self.path = _forms_of(target)
+        self.headers = headers
+        #: The first value of each header that the router itself looks at.
+        self.special = special
+        #: Headers that a Connection header has named.
+        self.dropped = dropped
+        self.body = body
+        #: HTTP/1.0 knows no chunks.
+        self.is_old = is_old
+        #: IP address; empty on the unix socket.
+        self.peer = peer
+
+    @property
+    def id(self) -> str:
+        given = self.special.get(b"x-request-id")
+        return given.decode("latin-1")[:_LONGEST_ID] if given else f"{random.getrandbits(128):032x}"
+
+    @property
+    def authorization(self) -> str:
+        return self.special.get(b"authorization", b"").decode("latin-1")
+
+
+def without_hop_by_hop(headers: RawHeaders) -> RawHeaders:
+    """Leaves out what is about one connection only, the headers named in Connection included."""
+    dropped = HOP_BY_HOP.union(*(named_in(value) for name, value in headers if name == b"connection"))
+    return [header for header in headers if header[0] not in dropped]
+
+
+def lines_without(dropped: frozenset[bytes], headers: RawHeaders) -> bytes:
+    """As they stand in a head, each with its end, but for those that are dropped."""
+    pieces: list[bytes] = []
+    for name, value in headers:
+        if name not in dropped:
+            pieces += (name, b": ", value, b"\r\n")
+    return b"".join(pieces)
+
+
+def named_in(connection: bytes) -> frozenset[bytes]:
+    """The headers that a Connection header names."""
+    return frozenset(word.strip().lower() for word in connection.split(b","))
+
+
+# Clients ask for the same few again and again.
+@lru_cache(maxsize=256)
+def _forms_of(target: bytes) -> tuple[bytes, bytes, str]:
+    path, mark, query = origin_form(target).partition(b"?")
+    path = canonical_path(path)
+    return path + mark + query, path, path.decode("latin-1")
+
+
+def canonical_path(path: bytes) -> bytes:
+    """Return the one spelling of a path by which the router and every replica decide alike.
+
+    Several slashes count as one, and what need not be escaped is not.
+    """
+    if b"%" in path:
+        path = _NEEDLESS_ESCAPE.sub(lambda found: urllib.parse.unquote_to_bytes(found[0]), path)
+    return _SLASHES.sub(b"/", path)
+
+
+def origin_form(target: bytes) -> bytes:
+    """/path?query of an absolute target, too; decoding and encoding again could change it."""
+    if target.startswith(b"/") and b"#" not in target:
+        return target
+    if not target.startswith(b"/"):
+        target = b"/" + target.partition(b"://")[2].partition(b"/")[2]
+    return target.partition(b"#")[0]

@@ -1,0 +1,75 @@
+"""Suspicion that a request kills the replicas that serve it. Pure, the clock is passed in.
+
+    innocent   few replicas were lost with it: it is tried anywhere
+    suspect    several in a row: it is tried alone, at a replica that gets no other request meanwhile
+    deadly     it was alone, and the replica was lost again: it is not tried again
+
+Any progress of the answer ends the suspicion: a request that kills its replica yields no token there. A death
+that fd-dp reports as caused from outside (a signal 9, a stop) counts little: if many replicas are killed from
+outside, suspects would reserve the last ones. It does count a little, because a memory watchdog kills from
+outside, too, and over the same request each time. The limits are too high to be reached by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from ..board.lease import Seat
+from ..board.memory import Ending
+
+#: Deaths in a row that make a suspect: those not caused from outside, and those of any kind.
+SUSPECT_AFTER, SUSPECT_AFTER_ANY = 2, 20
+#: Deaths of any kind while it was alone; one that was not caused from outside is enough.
+MOST_ALONE = 4
+
+
+class Verdict(Enum):
+    INNOCENT = auto()
+    SUSPECT = auto()
+    #: A replica was lost while it was alone there, and the reason is not known yet.
+    PENDING = auto()
+    DEADLY = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The loss of a replica that had the request."""
+
+    seat: Seat
+    #: It had nothing else.
+    alone: bool
+    at: float
+    #: For the client.
+    problem: str
+
+
+class Suspicion:
+    """The deaths under one request since its answer last came further."""
+
+    __slots__ = ("deaths",)
+
+    def __init__(self) -> None:
+        self.deaths: list[Death] = []
+
+    def verdict(self, ending_of: Callable[[Seat], Ending], now: float, patience: float) -> Verdict:
+        """
+        Args:
+            ending_of: how a replica ended, as fd-dp reports it.
+            patience: seconds to wait for that report; 0 if there is no fd-dp.
+        """
+        if not self.deaths:
+            return Verdict.INNOCENT
+        endings = [(death, ending_of(death.seat)) for death in self.deaths]
+        own = [(death, ending) for death, ending in endings if ending is not Ending.FROM_OUTSIDE]
+        alone = [(death, ending) for death, ending in own if death.alone]
+        if any(ending is Ending.ITS_OWN or now - death.at >= patience for death, ending in alone):
+            return Verdict.DEADLY
+        if alone:
+            return Verdict.PENDING
+        if sum(death.alone for death in self.deaths) >= MOST_ALONE:
+            return Verdict.DEADLY
+        if len(own) >= SUSPECT_AFTER or len(self.deaths) >= SUSPECT_AFTER_ANY:
+            return Verdict.SUSPECT
+        return Verdict.INNOCENT

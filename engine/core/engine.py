@@ -1,0 +1,196 @@
+"""The engine: requests go in, and each step computes one batch and gives out tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import paddle
+
+from ..common.errors import FastDeployError, RequestError
+from ..common.messages import AddRequest, ExpertParallelStats, Logprobs, Stats, StepOutputs, TokenOutput
+from ..common.request import Batch, FinishReason, Sequence
+from ..config import EngineConfig, ModelConfig
+from ..expert_parallel.group import RankLost
+from .block_pool import BlockPool
+from .sampler import Sampled, Sampler
+from .scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
+
+#: A bad request or a passing shortage of memory fails one step. When so many fail in a row the process itself
+#: is broken, and a fresh one serves better.
+_MAX_FAILED_STEPS = 3
+
+
+class EngineBroken(FastDeployError):
+    """Steps fail one after the other: the process should end and be started anew."""
+
+
+class Runner(Protocol):
+    """Computes a batch. The only thing that the engine knows of tensors and of the memory of the cache."""
+
+    def execute(self, batch: Batch) -> paddle.Tensor:
+        """Writes keys and values of every row; returns logits of rows that sample and of scored positions.
+
+        Position p of a sequence lives in block `block_ids[p // block_size]` at offset `p % block_size`.
+        Positions before `start` are there already, and no other slot may be written to.
+
+        Returns:
+            float32 [rows that sample and scored positions, vocabulary]: first those of the rows, then those
+            of the positions, both in batch order.
+        """
+        ...
+
+
+class EngineCore:
+    """Scheduler, runner and sampler as one loop body. Single-threaded: the caller decides when to step."""
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, runner: Runner, num_blocks: int
+    ) -> None:
+        self._config = config
+        #: What is to be told about the expert-parallel group, if the runner is in one.
+        self.read_group: Callable[[], ExpertParallelStats] | None = None
+        self._vocab_size = model_config.vocab_size
+        self._runner = runner
+        self._pool = BlockPool(num_blocks, config.block_size)
+        self._scheduler = Scheduler(config, self._pool, model_config.context_of_double_cost())
+        self._sampler = Sampler()
+        # Answers to requests that were never queued; they go out with the next step.
+        self._refusals: list[TokenOutput] = []
+        self._steps_total = 0
+        self._failed_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._refusals or self._scheduler.num_running or self._scheduler.num_waiting)
+
+    def add(self, request: AddRequest) -> None:
+        """Queues a request; one that can never be served is answered with an error in the next step."""
+        try:
+            self._add(request)
+        except RequestError as error:
+            self._refusals.append(_error(request.request_id, str(error)))
+        except Exception as error:
+            # Uncaught, it would end the loop, and with it all other requests.
+            _log.error("request=%s cannot be queued", request.request_id, exc_info=error)
+            self._scheduler.abort([request.request_id])
+            self._refusals.append(_error(request.request_id, "the engine failed to queue this request"))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Frees everything of these requests at once; nothing more is said about them."""
+        self._scheduler.abort(request_ids)
+
+    def step(self) -> StepOutputs:
+        """Computes one batch. If that fails its requests end with an error, and the engine goes on.
+
+        Raises:
+            EngineBroken: too many steps in a row have failed.
+            RankLost: the other ranks go on without this one.
+        """
+        outputs, self._refusals = self._refusals, []
+        batch = self._scheduler.schedule()
+        if batch:
+            self._steps_total += 1
+            try:
+                sampled, prompt_logprobs = self._compute(batch)
+            except RankLost:
+                raise
+            except Exception as error:
+                outputs += self._fail(batch, error)
+            else:
+                self._failed_steps = 0
+                outputs += self._commit(batch, sampled, prompt_logprobs)
+        return StepOutputs(outputs, self._stats(batch.num_tokens))
+
+    def rest(self) -> StepOutputs:
+        """To be called when the work has run out: audits the cache's books and reports the gauges at zero.
+
+        Raises:
+            AssertionError: a block has leaked or is held twice. Going on could mix up texts.
+        """
+        self._scheduler.check()
+        return StepOutputs([], self._stats(batch_tokens=0))
+
+    def _add(self, request: AddRequest) -> None:
+        request_id, prompt = request.request_id, request.prompt_token_ids
+        if request_id in self._scheduler:
+            # The id no longer names one text, and the error below ends whichever the API process knows by it.
+            self._scheduler.abort([request_id])
+            raise RequestError(f"request id {request_id!r} is in use already; ids must be unique")
+        # An id outside of the embedding would fail the step of everyone in the batch.
+        for token_ids in (prompt, request.output_token_ids):
+            if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+                raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
+        self._scheduler.add(
+            Sequence(request_id, prompt, request.params, request.arrival_time, [*request.output_token_ids])
+        )
+
+    def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:
+        logits = self._runner.execute(batch)
+        sequences = [row.sequence for row in batch.rows if row.samples]
+        scored = [row for row in batch.rows if row.scored]
+        if not scored:
+            return self._sampler.sample(logits, sequences), []
+        count = len(sequences)
+        sampled = self._sampler.sample(logits[:count], sequences) if sequences else []
+        return sampled, self._sampler.score(logits[count:], scored)
+
+    def _commit(
+        self, batch: Batch, sampled: list[Sampled], prompt_logprobs: list[Logprobs]
+    ) -> list[TokenOutput]:
+        sequences = [row.sequence for row in batch.rows if row.samples]
+        reasons = self._scheduler.commit(batch, [one.token_id for one in sampled], prompt_logprobs)
+        return [
+            _output(sequence, one, reason)
+            for sequence, one, reason in zip(sequences, sampled, reasons, strict=True)
+        ]
+
+    def _fail(self, batch: Batch, error: Exception) -> list[TokenOutput]:
+        self._failed_steps += 1
+        request_ids = [row.sequence.request_id for row in batch.rows]
+        _log.error(
+            "step failed, %s tokens, requests %s", batch.num_tokens, " ".join(request_ids), exc_info=error
+        )
+        if self._failed_steps >= _MAX_FAILED_STEPS:
+            raise EngineBroken(f"{self._failed_steps} steps in a row have failed, the last with {error!r}")
+        self._scheduler.abort(request_ids)
+        return [
+            _error(request_id, "the engine failed while computing this request") for request_id in request_ids
+        ]
+
+    def _stats(self, batch_tokens: int) -> Stats:
+        scheduler = self._scheduler
+        return Stats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            preemptions_total=scheduler.preemptions_total,
+            prefix_cache_hit_tokens_total=scheduler.prefix_cache_hit_tokens_total,
+            prefix_cache_query_tokens_total=scheduler.prefix_cache_query_tokens_total,
+            steps_total=self._steps_total,
+            batch_tokens=batch_tokens,
+            max_num_seqs=self._config.max_num_seqs,
+            expert_parallel=None if self.read_group is None else self.read_group(),
+        )
+
+
+def _output(sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -> TokenOutput:
+    params = sequence.params
+    is_first = len(sequence.output_token_ids) <= 1
+    is_kept = params.max_tokens > 0
+    return TokenOutput(
+        request_id=sequence.request_id,
+        token_ids=[sampled.token_id] if is_kept else [],
+        finish_reason=reason,
+        logprobs=[sampled.logprobs] if is_kept and sampled.logprobs is not None else None,
+        num_cached=sequence.num_cached,
+        prompt_logprobs=sequence.prompt_logprobs if is_first and params.prompt_logprobs is not None else None,
+    )
+
+
+def _error(request_id: str, message: str) -> TokenOutput:
+    return TokenOutput(request_id, [], FinishReason.ERROR, message=message)

@@ -1,0 +1,110 @@
+"""A replica as a rank of an expert-parallel group: what all of them must agree on, and what it does there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+from ..config import EngineConfig, ModelConfig
+from ..custom_ops import instruction_set
+from ..expert_parallel.group import ExpertGroup, GroupOptions, join
+from ..expert_parallel.layout import Layout
+from ..expert_parallel.residency import ExpertPages
+from ..models.ernie45 import MoEWeights
+from ..weights.weight_cache import Packing
+from .cpu_share import CpuShare
+from .model_runner import ModelRunner
+
+#: Tokens of a rank in one collective. A step with more takes several: what travels must fit into the shared
+#: memory that a container has, and for so many rows an expert's weights are well worth reading.
+_ROUND_TOKENS = 128
+#: Less than the API process has patience with a worker that ends.
+_LEAVE_SECONDS = 3.0
+
+
+class Rank:
+    """A member, and what it does while it has no work of its own."""
+
+    def __init__(self, group: ExpertGroup, runner: ModelRunner) -> None:
+        self.group = group
+        self._runner = runner
+
+    @classmethod
+    def join(cls, config: EngineConfig, model: ModelConfig, runner: ModelRunner, share: CpuShare) -> Rank:
+        """Joins the group that `config` names. From here on `runner` computes with the others.
+
+        Raises:
+            ConfigError: see `group.join`.
+        """
+        pages = [
+            ExpertPages((layer.mlp.experts.gate_up, layer.mlp.experts.down), model.moe_num_experts)
+            for layer in runner.model.weights.layers
+            if isinstance(layer.mlp, MoEWeights)
+        ]
+
+        def on_placement(mine: Sequence[frozenset[int]], taken: Sequence[frozenset[int]]) -> None:
+            for layer, held, new in zip(pages, mine, taken, strict=True):
+                layer.hold(held, new)
+
+        runner.group = join(
+            _options(config, share), _layout(config, model), _fingerprint(config), on_placement
+        )
+        return cls(runner.group, runner)
+
+    @property
+    def is_wanted(self) -> bool:
+        """A step of the others has begun, or is about to."""
+        return self.group.awake or self.group.is_called
+
+    def assist(self) -> None:
+        """Takes part in a step of the others, if there is one."""
+        self.group.attend()
+        if self.is_wanted:
+            self._runner.assist()
+
+    def leave(self) -> None:
+        """Lets the others take over this rank's experts, between two steps."""
+        self.group.request_leave()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while self.group.is_member and time.monotonic() < deadline:
+            if not self.is_wanted:
+                self.group.wakeups.poll(0.1)
+            self.assist()
+        self.group.close()
+
+
+def _layout(config: EngineConfig, model: ModelConfig) -> Layout:
+    return Layout(
+        num_seats=config.data_parallel_size,
+        num_layers=model.num_moe_layers,
+        num_experts=model.moe_num_experts,
+        max_tokens=min(_ROUND_TOKENS, config.max_num_batched_tokens),
+        k=model.moe_k,
+        hidden=model.hidden_size,
+    )
+
+
+def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
+    return GroupOptions(
+        name=config.expert_parallel_group,
+        seat=config.data_parallel_rank,
+        redundant_experts=config.redundant_experts,
+        rebalance=config.enable_eplb,
+        stall_after=min(10.0, config.expert_parallel_stall_kill / 2),
+        stall_kill=config.expert_parallel_stall_kill,
+        spin=share.threads * config.data_parallel_size <= len(os.sched_getaffinity(0)),
+    )
+
+
+def _fingerprint(config: EngineConfig) -> dict[str, object]:
+    """What texts depend on."""
+    packing = Packing(config.model, config.weight_format, config.qkv_order).metadata()
+    return {
+        "checkpoint": packing["checkpoint"],
+        "weights": packing["source"][:16],
+        "weight_format": config.weight_format,
+        "qkv_order": config.qkv_order,
+        "instruction_set": instruction_set(),
+        "redundant_experts": config.redundant_experts,
+    }

@@ -1,0 +1,302 @@
+"""Which sequences compute what in the next step. Pure: no clock, no I/O, no tensors.
+
+A step is a transaction: `schedule` reserves blocks and describes the step, `commit` makes its results visible
+(tokens, computed positions, prefix hashes). A step that failed is simply not committed; its sequences can be
+scheduled again or aborted.
+
+Sequences stand in arrival order, those that run before those that wait, and nothing ever changes that order.
+When blocks run out the youngest that runs gives all of its blocks back and becomes the first that waits; its
+text so far is computed again later (from the prefix cache, where it survived). The oldest is therefore never
+held up by another one, and since it ends at some point, every sequence becomes the oldest: nobody starves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from ..common.errors import RequestError
+from ..common.request import Batch, FinishReason, ScheduledSequence, Sequence
+from ..config import EngineConfig
+from .block_pool import ROOT_HASH, BlockPool, hash_block
+
+if TYPE_CHECKING:
+    from ..common.messages import Logprobs
+
+
+#: Positions of prompts whose logits one step keeps for log probabilities. A row of logits is as long as the
+#: vocabulary, so this limits the memory of a step. The results do not depend on where a prompt is cut.
+MAX_SCORED = 256
+
+
+class Scheduler:
+    """Owner of all live sequences and, through them, of the blocks of the cache."""
+
+    def __init__(
+        self, config: EngineConfig, pool: BlockPool, context_of_double_cost: float = math.inf
+    ) -> None:
+        """
+        Args:
+            context_of_double_cost: see `ModelConfig.context_of_double_cost`.
+        """
+        self._config = config
+        self._pool = pool
+        self._context_of_double_cost = context_of_double_cost
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        #: Tokens of prompt and output together. With few blocks the cache is the limit, not --max-model-len.
+        self.max_num_tokens = min(config.max_model_len, pool.num_tokens)
+        self.preemptions_total = 0
+        self.prefix_cache_hit_tokens_total = 0
+        self.prefix_cache_query_tokens_total = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._sequences
+
+    def add(self, sequence: Sequence) -> None:
+        """Appends to the queue.
+
+        Raises:
+            RequestError: the prompt is empty, or it (and an output that it comes with) so long that no token
+                could ever follow.
+        """
+        assert sequence.request_id not in self._sequences, f"request {sequence.request_id} is already here"
+        length = sequence.num_tokens
+        room = self.max_num_tokens if sequence.params.max_tokens == 0 else self.max_num_tokens - 1
+        if not sequence.prompt_token_ids:
+            raise RequestError("the prompt has no tokens; it must have at least one", "prompt")
+        if length > room:
+            raise RequestError(
+                f"the prompt has {length} tokens; prompt and output together may have {self.max_num_tokens} "
+                f"here ({self._limit()})",
+                "prompt",
+            )
+        self._sequences[sequence.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forgets these sequences and frees their blocks; ids that have already ended are ignored."""
+        for request_id in request_ids:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is None:
+                continue
+            if sequence.block_ids:
+                self._running.remove(sequence)
+                self._release(sequence)
+            else:
+                self._waiting.remove(sequence)
+
+    def schedule(self) -> Batch:
+        """The next step: running sequences first, then waiting ones as far as tokens, seats and blocks allow.
+
+        Empty only when there is no sequence at all.
+        """
+        budget = self._config.max_num_batched_tokens
+        prefill = self._prefill_budget()
+        scored = MAX_SCORED
+        rows: list[ScheduledSequence] = []
+        # By index: making room removes sequences from the end, which then have no row yet.
+        index = 0
+        while index < len(self._running) and budget > 0:
+            sequence = self._running[index]
+            count = min(self._chunk(sequence, prefill), budget, self._scorable(sequence, scored))
+            count = self._make_room(sequence, count)
+            if count > 0:
+                rows.append(self._reserve(sequence, count))
+                budget -= count
+                prefill -= self._prefill_cost(rows[-1])
+                scored -= len(rows[-1].scored)
+            index += 1
+        rows += self._admit(budget, prefill, scored)
+        assert rows or not self._sequences, "sequences are left and none can be computed"
+        return Batch(tuple(rows))
+
+    def commit(
+        self, batch: Batch, token_ids: Many[int], prompt_logprobs: Many[Logprobs] = ()
+    ) -> list[FinishReason | None]:
+        """Takes the results of a step: one token for each row that samples, in batch order, and the log
+        probabilities of prompt tokens, one for each scored position, in batch order.
+
+        Returns:
+            For each of those tokens whether, and why, it ended its sequence, which then is forgotten.
+        """
+        assert len(token_ids) == sum(row.samples for row in batch.rows), "one token for each row that samples"
+        assert len(prompt_logprobs) == sum(len(row.scored) for row in batch.rows), (
+            "one for each scored position"
+        )
+        reasons: list[FinishReason | None] = []
+        drawn, scores = iter(token_ids), iter(prompt_logprobs)
+        for row in batch.rows:
+            sequence = row.sequence
+            assert sequence.num_computed == row.start, (
+                f"request {sequence.request_id} changed since it was scheduled"
+            )
+            sequence.num_computed = row.end
+            sequence.prompt_logprobs += islice(scores, len(row.scored))
+            self._publish(row)
+            if row.samples:
+                token_id = next(drawn)
+                if sequence.params.max_tokens > 0:
+                    sequence.output_token_ids.append(token_id)
+                reasons.append(self._finish_reason(sequence, token_id))
+                if reasons[-1] is not None:
+                    self.abort([sequence.request_id])
+        return reasons
+
+    def check(self) -> None:
+        """Audits the block pool against the sequences; see `BlockPool.check`."""
+        self._pool.check(sequence.block_ids for sequence in self._sequences.values())
+
+    # ---- prefill beside decode
+
+    def _prefill_budget(self) -> float:
+        """What chunks of this step may cost, in tokens without a context."""
+        decoding = any(sequence.num_tokens - sequence.num_computed == 1 for sequence in self._running)
+        return self._config.max_prefill_beside_decode if decoding else math.inf
+
+    def _chunk(self, sequence: Sequence, prefill: float) -> int:
+        """Tokens of the sequence that a step with this much left for prefill computes at most."""
+        left = sequence.num_tokens - sequence.num_computed
+        if left == 1 or prefill == math.inf:
+            return left
+        # One at least while anything is left, or a text with a very long context would never be read.
+        affordable = math.ceil(prefill / (1 + sequence.num_computed / self._context_of_double_cost))
+        return min(left, max(0, affordable))
+
+    def _scorable(self, sequence: Sequence, scored: int) -> int:
+        """Return how many tokens a step may compute of the sequence if it may score `scored` positions."""
+        left = sequence.num_tokens - sequence.num_computed
+        if not sequence.is_scored or len(_scored(sequence, sequence.num_tokens)) <= scored:
+            return left
+        return len(sequence.prompt_logprobs) - sequence.num_computed + scored
+
+    def _prefill_cost(self, row: ScheduledSequence) -> float:
+        if row.num_tokens == 1:
+            return 0
+        return row.num_tokens * (1 + row.start / self._context_of_double_cost)
+
+    # ---- blocks
+
+    def _make_room(self, sequence: Sequence, count: int) -> int:
+        """How many of `count` tokens get blocks, after preempting younger sequences if need be.
+
+        The youngest preempts nobody. It keeps what it has and waits for the next step, because that costs
+        nothing as long as nobody older needs its blocks.
+        """
+        missing = self._config.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
+        while missing > self._pool.num_free and self._running[-1] is not sequence:
+            self._preempt(self._running.pop())
+        room = (len(sequence.block_ids) + self._pool.num_free) * self._pool.block_size
+        return min(count, room - sequence.num_computed)
+
+    def _reserve(self, sequence: Sequence, count: int) -> ScheduledSequence:
+        end = sequence.num_computed + count
+        missing = self._config.blocks_for(end) - len(sequence.block_ids)
+        sequence.block_ids += self._pool.allocate(max(0, missing))
+        samples = end == sequence.num_tokens
+        return ScheduledSequence(sequence, sequence.num_computed, count, samples, _scored(sequence, end))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.preemptions_total += 1
+        self._waiting.appendleft(sequence)
+
+    def _admit(self, budget: int, prefill: float, scored: int) -> list[ScheduledSequence]:
+        rows: list[ScheduledSequence] = []
+        while self._waiting and budget > 0 and prefill > 0 and len(self._running) < self._config.max_num_seqs:
+            sequence = self._waiting[0]
+            if sequence.is_scored and scored <= 0:
+                break
+            cached = self._find_prefix(sequence)
+            # The whole text must fit, not only its first chunk, and each running sequence must be able to
+            # grow by a block: what is admitted with less is soon preempted, and its prefill was for nothing.
+            # It also keeps out what this step has preempted, as somebody took a block of it.
+            missing = self._config.blocks_for(sequence.num_tokens) - len(cached) + len(self._running)
+            if missing > self._pool.num_free - self._pool.num_free_among(cached):
+                break
+            self._running.append(self._waiting.popleft())
+            self._pool.share(cached)
+            sequence.block_ids = cached
+            sequence.num_computed = len(cached) * self._pool.block_size
+            if sequence.num_preemptions == 0:
+                # An output that it came with may be cached, too.
+                sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_token_ids))
+                self.prefix_cache_hit_tokens_total += sequence.num_computed
+                self.prefix_cache_query_tokens_total += sequence.num_tokens
+            count = min(self._chunk(sequence, prefill), budget, self._scorable(sequence, scored))
+            rows.append(self._reserve(sequence, count))
+            budget -= rows[-1].num_tokens
+            prefill -= self._prefill_cost(rows[-1])
+            scored -= len(rows[-1].scored)
+        return rows
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_ids)
+        sequence.block_ids = []
+
+    # ---- prefix cache
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        if not self._config.enable_prefix_caching:
+            return []
+        # The last token is always computed: its logits draw the next one, and the cache holds no logits.
+        count = (sequence.num_tokens - 1) // self._pool.block_size
+        if sequence.is_scored:
+            # The same holds for every position that is still to be scored.
+            count = min(count, len(sequence.prompt_logprobs) // self._pool.block_size)
+        self._extend_hashes(sequence, count)
+        return self._pool.find(sequence.block_hashes[:count])
+
+    def _publish(self, row: ScheduledSequence) -> None:
+        if not self._config.enable_prefix_caching:
+            return
+        sequence = row.sequence
+        full = row.end // self._pool.block_size
+        self._extend_hashes(sequence, full)
+        for index in range(row.start // self._pool.block_size, full):
+            self._pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
+
+    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
+        hashes, size = sequence.block_hashes, self._pool.block_size
+        for index in range(len(hashes), count):
+            parent = hashes[-1] if hashes else ROOT_HASH
+            hashes.append(hash_block(parent, sequence.token_ids(index * size, (index + 1) * size)))
+
+    # ---- ends
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        params = sequence.params
+        num_outputs = len(sequence.output_token_ids)
+        if token_id in params.stop_token_ids and num_outputs > params.min_tokens:
+            return FinishReason.STOP
+        if num_outputs >= params.max_tokens or sequence.num_tokens >= self.max_num_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _limit(self) -> str:
+        if self.max_num_tokens == self._config.max_model_len:
+            return f"--max-model-len {self._config.max_model_len}"
+        return f"{self._pool.num_blocks} blocks of {self._pool.block_size} tokens, --num-gpu-blocks-override"
+
+
+def _scored(sequence: Sequence, end: int) -> range:
+    """Return the positions before `end` that are still to be scored. The prompt's last is never one."""
+    if not sequence.is_scored:
+        return range(0)
+    first = len(sequence.prompt_logprobs)
+    return range(first, max(first, min(end, len(sequence.prompt_token_ids) - 1)))
