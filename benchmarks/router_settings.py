@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fastdeploy.daemon.router.policy.policies import POLICIES, Candidates, Policy, RequestFacts
+from fastdeploy.daemon.router.policy.policies import POLICIES
+from fastdeploy.daemon.router.policy.policy import Candidates, Policy, RequestFacts
 
 from .router_traffic import bursts, chat, documents
 from .simulated_routers import Setting, Sharing

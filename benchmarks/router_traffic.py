@@ -13,7 +13,8 @@ from random import Random
 
 import msgspec
 
-from fastdeploy.daemon.router.policy.policies import Policy, RequestFacts, request_num
+from fastdeploy.daemon.router.policy.policies import request_num
+from fastdeploy.daemon.router.policy.policy import Policy, RequestFacts
 from fastdeploy.daemon.router.policy.request_facts import BYTES_PER_TOKEN, facts_of
 
 #: Tokens of a block in the replicas' prefix caches.

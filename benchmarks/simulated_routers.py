@@ -9,9 +9,9 @@ from enum import Enum, auto
 from functools import partial
 from random import Random
 
-from fastdeploy.daemon.router.board.board import Board, Lease, Seat
-from fastdeploy.daemon.router.control.registration import Instance
-from fastdeploy.daemon.router.policy.policies import Policy
+from fastdeploy.daemon.router.board.board import Board, Lease
+from fastdeploy.daemon.router.instance import Instance, ReplicaHandle
+from fastdeploy.daemon.router.policy.policy import Policy
 
 from .router_traffic import Conversation, Kind, Turn, chat, traffic
 from .simulated_replica import Job, Replica, Timeline
@@ -179,10 +179,10 @@ _Load = tuple[int, int]
 class _Others:
     """What the other routers said that they had in flight, and what the own one had at that moment."""
 
-    said: Mapping[Seat, _Load] = field(default_factory=dict)
-    own_then: Mapping[Seat, _Load] = field(default_factory=dict)
+    said: Mapping[ReplicaHandle, _Load] = field(default_factory=dict)
+    own_then: Mapping[ReplicaHandle, _Load] = field(default_factory=dict)
 
-    def by_now(self, own: Mapping[Seat, _Load], routers: int) -> dict[Seat, _Load]:
+    def by_now(self, own: Mapping[ReplicaHandle, _Load], routers: int) -> dict[ReplicaHandle, _Load]:
         """If each of them has meanwhile done what the own one did."""
         return {
             seat: (
@@ -193,7 +193,7 @@ class _Others:
         }
 
 
-def _loads(board: Board) -> dict[Seat, _Load]:
+def _loads(board: Board) -> dict[ReplicaHandle, _Load]:
     return {row.seat: (row.in_flight, row.tokens) for row in board.status()}
 
 

@@ -6,8 +6,7 @@ import argparse
 from typing import Any
 
 from ..control.protocol import NO_GROUP
-from ..supervision import expert_groups
-from . import client
+from . import client, expert_groups
 
 
 def status(options: argparse.Namespace) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 
-from ...expert_parallel.snapshot import Snapshot
+from ...common.errors import ConfigError
+from ...expert_parallel.snapshot import Snapshot, look
 from ..config.options import SuperviseSection
 from ..config.programs import ROUTER, expert_group_in
 from ..diagnosis.exit_cause import Cause
@@ -18,7 +19,6 @@ from ..process import proc, supervisor_client
 from ..process.stacks import Dump
 from ..process.supervisor_client import Layout
 from . import hang_detection
-from .expert_groups import seen
 from .hang_detection import Pulse, Stuck
 from .intents import Intent
 from .metrics import Metrics
@@ -183,3 +183,14 @@ class Health:
         log.error("%s: ERROR (%s); killing pid %d%s", replica.label, why, replica.pid, where)
         replica.move(State.STOPPING, why, now)
         replica.failing, replica.cause = why, cause
+
+
+def seen(names: Iterable[str], look: Callable[[str], Snapshot | None] = look) -> dict[str, Snapshot | None]:
+    """Those that can be looked at; None for one that nobody is in."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = look(name)
+        except (ConfigError, OSError) as error:
+            log.warning("expert group %s cannot be looked at: %s", name, error)
+    return found

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from ...common.errors import FastDeployError
 from ...common.foreign_text import parse_json, printable
-from ..router.control.registration import AllowedAddresses
+from ..router.addresses import AllowedAddresses
 
 log = logging.getLogger("fd-dp")
 

@@ -6,7 +6,8 @@ from benchmarks.router_settings import CONTENDERS, SETTINGS
 from benchmarks.router_traffic import BLOCK, Turn, chat
 from benchmarks.simulated_replica import CHUNK, MAX_TEXTS, STEP_SECONDS, Job, Replica, Timeline
 from benchmarks.simulated_routers import Scene, Setting, figures_of, simulate
-from fastdeploy.daemon.router.policy.policies import POLICIES, RequestFacts
+from fastdeploy.daemon.router.policy.policies import POLICIES
+from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 SECONDS = 30.0
 

@@ -25,15 +25,10 @@ from fastdeploy.daemon.router.board.memory import text_of
 from fastdeploy.daemon.router.config.flags_file import read_flags_file
 from fastdeploy.daemon.router.control import health
 from fastdeploy.daemon.router.control.redis_board import _sum
-from fastdeploy.daemon.router.control.registration import (
-    Instance,
-    RegistrationError,
-    from_fields,
-    parse,
-    parse_farewell,
-)
+from fastdeploy.daemon.router.control.registration import from_fields, parse, parse_farewell
 from fastdeploy.daemon.router.control.registry import RegistryFile
 from fastdeploy.daemon.router.control.shared_replicas import Said, _heard, _instance, _state
+from fastdeploy.daemon.router.instance import Instance, RegistrationError
 from fastdeploy.daemon.supervision import probes, router_client
 from fastdeploy.daemon.supervision.adoption import _flags_of
 from fastdeploy.daemon.supervision.hang_detection import Pulse, Watch

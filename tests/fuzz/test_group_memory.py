@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.daemon.supervision.expert_groups import seen
 from fastdeploy.daemon.supervision.hang_detection import Stuck, judge
+from fastdeploy.daemon.supervision.health import seen
 from fastdeploy.expert_parallel import memory as shared
 from fastdeploy.expert_parallel.layout import Layout, SeatState
 from fastdeploy.expert_parallel.membership import Membership, RankLost, planner

@@ -9,11 +9,11 @@ import h11
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.board.board import Seat
 from fastdeploy.daemon.router.http.request import ClientRequest, RawHeaders, Refused
 from fastdeploy.daemon.router.http.request_parser import RequestParser
 from fastdeploy.daemon.router.http.upstream import ConnectionPool, Fault, ReplicaConnection
 from fastdeploy.daemon.router.http.upstream_request import forwarded, lines_for
+from fastdeploy.daemon.router.instance import ReplicaHandle
 
 from .foreign import cuts, mutated, pieces_of
 
@@ -171,7 +171,7 @@ class _Reply:
 def relayed(pieces: list[bytes]) -> tuple[_Reply, bool]:
     """What comes of an answer, and whether its connection is used again."""
     pool, reply = _Pool(), _Reply()
-    connection = ReplicaConnection(cast(ConnectionPool, pool), cast(Seat, None))
+    connection = ReplicaConnection(cast(ConnectionPool, pool), cast(ReplicaHandle, None))
     connection.connection_made(cast(Any, _Transport()))
     connection.send(b"", reply)
     for piece in pieces:

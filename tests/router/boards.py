@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fastdeploy.daemon.router.board.board import Board, Lease, Seat, State
-from fastdeploy.daemon.router.control.registration import Instance
-from fastdeploy.daemon.router.policy.policies import Policy, RequestFacts, policy_named
+from fastdeploy.daemon.router.board.board import Board, Lease, State
+from fastdeploy.daemon.router.instance import Instance, ReplicaHandle
+from fastdeploy.daemon.router.policy.policies import policy_named
+from fastdeploy.daemon.router.policy.policy import Policy, RequestFacts
 
 FACTS = RequestFacts(0)
 REQUEST_NUM = policy_named("request_num")
@@ -32,7 +33,7 @@ def pick(
     board: Board,
     policy: Policy = REQUEST_NUM,
     facts: RequestFacts = FACTS,
-    exclude: Collection[Seat] = (),
+    exclude: Collection[ReplicaHandle] = (),
 ) -> Lease:
     lease = board.pick(policy, facts, exclude)
     assert isinstance(lease, Lease)

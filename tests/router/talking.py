@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 
+from fastdeploy.daemon.router.addresses import AllowedAddresses
 from fastdeploy.daemon.router.board.board import Board
-from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
 from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas
+from fastdeploy.daemon.router.instance import Instance
 
 from .boards import Clock
 
@@ -49,8 +50,8 @@ class Router:
         self.board.admit(instance)
 
     def checks_health(self) -> None:
-        for seat in self.board.seats():
-            self.board.healthy(seat, self.hub.clock.now)
+        for handle in self.board.handles():
+            self.board.healthy(handle, self.hub.clock.now)
 
     def knows(self) -> list[str]:
         return [row.instance.instance for row in self.board.status()]

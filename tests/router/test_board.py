@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, Nobody
-from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, PickFailure
+from fastdeploy.daemon.router.policy.policies import policy_named
+from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas
 
@@ -86,49 +87,49 @@ def test_a_replica_that_was_replaced_has_forgotten_what_it_had_cached(board):
     seat_replicas(board, 2, start="a")
     policy, facts = policy_named("cache_aware"), RequestFacts(0, 100, prefix=(11, 12, 13))
     first = pick(board, policy, facts)
-    other = pick(board, exclude=[first.seat])
+    other = pick(board, exclude=[first.handle])
     board.admit(instance(int(first.instance.name), "b"))
     other.release()
-    pick(board, exclude=[other.seat])
-    assert pick(board, policy, facts).seat == other.seat
+    pick(board, exclude=[other.handle])
+    assert pick(board, policy, facts).handle == other.handle
 
 
 def test_excluded_seats_are_never_picked(board):
     seat_replicas(board, 3)
     tried = []
     while lease := board.pick(REQUEST_NUM, FACTS, tried):
-        tried.append(lease.seat)
-    assert lease is Nobody.DOWN
+        tried.append(lease.handle)
+    assert lease is PickFailure.DOWN
     assert len(set(tried)) == len(tried) == 3
 
 
 def test_a_replica_gets_no_more_requests_than_it_takes_at_a_time(board):
     seat_replicas(board, 2, limit=2)
     leases = [pick(board) for _ in range(4)]
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
     leases[0].release()
-    assert pick(board).seat == leases[0].seat
-    board.unreachable(leases[0].seat, "refused")
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
-    assert board.pick(REQUEST_NUM, FACTS, [leases[1].seat]) is Nobody.DOWN
+    assert pick(board).handle == leases[0].handle
+    board.unreachable(leases[0].handle, "refused")
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
+    assert board.pick(REQUEST_NUM, FACTS, [leases[1].handle]) is PickFailure.DOWN
 
 
 def test_requests_of_other_routers_count_too(board):
     seat_replicas(board, 2, limit=4)
-    seats = board.seats()
-    board.set_remote({seats[0]: (3, 1000)})
-    assert [pick(board).seat for _ in range(3)] == [seats[1]] * 3
-    assert [pick(board).seat, pick(board).seat] == [seats[0], seats[1]]
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    handles = board.handles()
+    board.set_remote({handles[0]: (3, 1000)})
+    assert [pick(board).handle for _ in range(3)] == [handles[1]] * 3
+    assert [pick(board).handle, pick(board).handle] == [handles[0], handles[1]]
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
     assert [(row.in_flight, row.in_flight_elsewhere) for row in board.status()] == [(1, 3), (4, 0)]
     board.set_remote({})
-    assert pick(board).seat == seats[0]
+    assert pick(board).handle == handles[0]
 
 
 def test_a_replicas_own_account_is_passed_to_the_policy(board):
     seat_replicas(board, 2)
     policy = policy_named("fd_metrics_score")
-    board.set_load(board.seats()[0], running=5, waiting=1)
+    board.set_load(board.handles()[0], running=5, waiting=1)
     assert [pick(board, policy).instance.name for _ in range(4)] == ["1"] * 4
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from fastdeploy.daemon.router.board.board import Board, Ending, Lease, State
 from fastdeploy.daemon.router.board.memory import WORKERS, Flag
-from fastdeploy.daemon.router.control.registration import Instance
-from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.instance import Instance
+from fastdeploy.daemon.router.policy.policies import policy_named
+from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 from .forked import Forked
 
@@ -38,14 +39,14 @@ def prepared() -> Board:
     board.open_column()
     for number in range(5):
         board.admit(instance(number))
-    seats = board.seats()
-    board.pick(REQUEST_NUM, FACTS, seats[1:])
-    board.unreachable(seats[2], "refused")
-    board._memory.probe_at[seats[2].row] = 0.0
-    board.healthy(seats[2], time.monotonic())
-    board.pick(REQUEST_NUM, FACTS, [*seats[:3], seats[4]])
+    handles = board.handles()
+    board.pick(REQUEST_NUM, FACTS, handles[1:])
+    board.unreachable(handles[2], "refused")
+    board._memory.probe_at[handles[2].row] = 0.0
+    board.healthy(handles[2], time.monotonic())
+    board.pick(REQUEST_NUM, FACTS, [*handles[:3], handles[4]])
     board.deregister(instance(3).url, "a")
-    board.pick(REQUEST_NUM, FACTS, seats[:4])
+    board.pick(REQUEST_NUM, FACTS, handles[:4])
     board.admit(instance(4, "b"))
     return board
 
@@ -56,18 +57,18 @@ OPERATIONS = {
     "a new instance": lambda board: board.admit(instance(1, "b")),
     "another text": lambda board: board.admit(Instance("127.0.0.1", 1001, replica=9, instance="a")),
     "farewell": lambda board: board.deregister(instance(1).url, "a"),
-    "drain": lambda board: board.drain(board.seats()[1]),
-    "remove": lambda board: board.remove(board.seats()[1]),
+    "drain": lambda board: board.drain(board.handles()[1]),
+    "remove": lambda board: board.remove(board.handles()[1]),
     "pick and release": lambda board: board.pick(REQUEST_NUM, FACTS).release(),
     "reserve": lambda board: board.reserve(),
     "reserve and pick": lambda board: board.pick_reserved(board.reserve(), FACTS),
     "reserve and give back": lambda board: board.unreserve(board.reserve()),
     "word of an end": lambda board: board.note_ending(instance(1).url, "a", Ending.ITS_OWN),
     "pick by prefix": lambda board: board.pick(policy_named("cache_aware"), PREFIX_FACTS),
-    "failures": lambda board: [board.failed(board.seats()[1], "why") for _ in range(2)],
-    "recovery": lambda board: board.succeeded(board.seats()[2]),
-    "load": lambda board: board.set_load(board.seats()[1], 3, 4),
-    "remote counts": lambda board: board.set_remote({board.seats()[1]: (3, 4)}),
+    "failures": lambda board: [board.failed(board.handles()[1], "why") for _ in range(2)],
+    "recovery": lambda board: board.succeeded(board.handles()[2]),
+    "load": lambda board: board.set_load(board.handles()[1], 3, 4),
+    "remote counts": lambda board: board.set_remote({board.handles()[1]: (3, 4)}),
     "measuring": lambda board: [board.measure(time.monotonic() + second) for second in range(2)],
     "forgetting": lambda board: board.forget_lost(),
 }
@@ -139,14 +140,14 @@ def check(board: Board, why: str) -> None:
     assert sum(sum(column.in_flight) for column in board._memory.columns[:WORKERS]) == 3, why
     for number in (1, 2, 4, 5):
         board.admit(instance(number, "z"))
-        seat = board.seat_of(instance(number).url)
-        board.undrain(seat)
-        lease = board.pick(REQUEST_NUM, FACTS, [other for other in board.seats() if other != seat])
+        handle = board.seat_of(instance(number).url)
+        board.undrain(handle)
+        lease = board.pick(REQUEST_NUM, FACTS, [other for other in board.handles() if other != handle])
         assert isinstance(lease, Lease), why
-        assert lease.seat == seat, why
-        board.unreachable(seat, "refused")
+        assert lease.handle == handle, why
+        board.unreachable(handle, "refused")
         lease.release()
-        assert board.remove(seat), why
+        assert board.remove(handle), why
     board.measure(time.monotonic())
     assert {row.instance.url for row in board.status()} == {instance(0).url, instance(3).url}, why
     states = board._memory.state.tolist()
@@ -160,7 +161,7 @@ def act_at_random(board: Board, seed: int) -> None:
     policies = [policy_named(name) for name in ("request_num", "cache_aware", "process_tokens")]
     while True:
         number = chance.randrange(6)
-        seat = board.seat_of(instance(number).url)
+        handle = board.seat_of(instance(number).url)
         match chance.choice(["pick"] * 12 + ["release"] * 11 + ["admit", "row", "order", "lead"]):
             case "pick" if len(leases) < 50:
                 prefix = (chance.getrandbits(63), 5)
@@ -171,16 +172,16 @@ def act_at_random(board: Board, seed: int) -> None:
                 leases.pop(chance.randrange(len(leases))).release()
             case "admit":
                 board.admit(instance(number, chance.choice("abcdefgh") * chance.randrange(1, 9)))
-            case "row" if seat is not None:
-                getattr(board, chance.choice(["failed", "unreachable"]))(seat, "why")
-                board.healthy(seat, time.monotonic())
-                board.succeeded(seat)
-            case "order" if seat is not None:
+            case "row" if handle is not None:
+                getattr(board, chance.choice(["failed", "unreachable"]))(handle, "why")
+                board.healthy(handle, time.monotonic())
+                board.succeeded(handle)
+            case "order" if handle is not None:
                 match chance.choice(["leave", "drain", "undrain", "remove"]):
                     case "leave":
-                        board.deregister(seat.instance.url, seat.instance.instance)
+                        board.deregister(handle.instance.url, handle.instance.instance)
                     case order:
-                        getattr(board, order)(seat)
+                        getattr(board, order)(handle)
             case "lead":
                 if board.lead():
                     board.measure(time.monotonic())

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, Nobody, State
+from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, PickFailure, State
 from fastdeploy.daemon.router.board.memory import WORKERS
-from fastdeploy.daemon.router.control.registration import Instance
-from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.instance import Instance
+from fastdeploy.daemon.router.policy.policies import policy_named
+from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 from .forked import Forked
 
@@ -139,14 +140,14 @@ def test_a_worker_that_lives_keeps_its_requests_whatever_is_said_of_it(board):
 
 def test_a_probe_of_a_killed_worker_does_not_block_the_next(board):
     board.admit(instance(0))
-    [seat] = board.seats()
-    board.unreachable(seat, "refused")
+    [handle] = board.handles()
+    board.unreachable(handle, "refused")
     while board.status()[0].state != State.PROBING:
         time.sleep(0.05)
-        board.healthy(seat, time.monotonic())
+        board.healthy(handle, time.monotonic())
     worker = start_worker(board, picks=1)
     board.open_column()
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
     worker.kill()
     board.drop_column_of(worker.pid)
     assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)
@@ -226,7 +227,7 @@ def test_one_leads_and_another_when_it_is_dead(board):
 
 def test_a_program_that_replaces_the_router_goes_on_with_its_board(board):
     board.admit(instance(0))
-    board.drain(board.seats()[0])
+    board.drain(board.handles()[0])
     worker = start_worker(board)
     program = """
 import sys

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, Nobody, State
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, State
 from fastdeploy.daemon.router.board.memory import ROWS
-from fastdeploy.daemon.router.control.registration import Instance, RegistrationError
+from fastdeploy.daemon.router.instance import Instance, RegistrationError
 
 from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas, states
 
@@ -13,7 +13,7 @@ def test_d4_the_end_of_an_old_request_does_not_count_against_a_replica_that_came
     """Upstream's unsigned counter went to 2^64-1, and that worker was never picked again."""
     seat_replicas(board, 1)
     old = pick(board)
-    board.unreachable(old.seat, "refused")
+    board.unreachable(old.handle, "refused")
     clock.now += FORGET_AFTER + 1
     assert board.forget_lost()
     assert board.status() == []
@@ -28,11 +28,11 @@ def test_d4_the_end_of_an_old_request_does_not_count_against_a_replica_that_came
 def test_a_replica_that_was_started_anew_is_another_one_at_once(board):
     board.admit(instance(0, "a", limit=1))
     old = pick(board)
-    board.failed(old.seat, "connection reset")
+    board.failed(old.handle, "connection reset")
     assert board.admit(instance(0, "b", limit=1))
     new = pick(board)
-    assert new.seat != old.seat
-    board.unreachable(old.seat, "connection reset")
+    assert new.handle != old.handle
+    board.unreachable(old.handle, "connection reset")
     assert states(board) == [State.UP]
     old.release()
     assert in_flight(board) == [1]
@@ -63,7 +63,7 @@ def test_one_that_says_farewell_gets_nothing_new_and_is_gone_with_its_last_reque
     lease = pick(board)
     assert not board.deregister(instance(0).url, "another")
     assert board.deregister(instance(0).url, "a")
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.DOWN
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.DOWN
     assert not board.admit(instance(0, "a"))
     [row] = board.status()
     assert (row.leaving, row.in_flight) == (True, 1)
@@ -76,22 +76,22 @@ def test_one_that_says_farewell_gets_nothing_new_and_is_gone_with_its_last_reque
 
 def test_a_draining_replica_gets_nothing_new_even_when_it_is_started_anew(board):
     board.admit(instance(0, "a"))
-    [seat] = board.seats()
-    assert board.drain(seat)
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.DOWN
+    [handle] = board.handles()
+    assert board.drain(handle)
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.DOWN
     board.admit(instance(0, "b"))
     [row] = board.status()
     assert row.draining
-    assert not board.undrain(seat)
-    assert board.undrain(row.seat)
+    assert not board.undrain(handle)
+    assert board.undrain(row.handle)
     assert pick(board).instance.instance == "b"
 
 
 def test_a_removed_replica_comes_back_with_its_next_heartbeat(board):
     board.admit(instance(0, "a"))
     lease = pick(board)
-    assert board.remove(lease.seat)
-    assert not board.remove(lease.seat)
+    assert board.remove(lease.handle)
+    assert not board.remove(lease.handle)
     assert board.status() == []
     assert board.seat_of(instance(0).url) is None
     assert board.admit(instance(0, "a"))

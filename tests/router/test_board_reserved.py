@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdeploy.daemon.router.board.board import Board, Ending, Lease, Nobody, State
+from fastdeploy.daemon.router.board.board import Board, Ending, Lease, PickFailure, State
 from fastdeploy.daemon.router.board.memory import ENDINGS
 
 from .boards import FACTS, REQUEST_NUM, Clock, instance, pick, seat_replicas, states
@@ -11,27 +11,27 @@ from .forked import Forked
 
 def test_a_reserved_replica_takes_nothing_else(board: Board) -> None:
     seat_replicas(board, 2)
-    seat = board.reserve()
-    assert seat is not None
+    handle = board.reserve()
+    assert handle is not None
     others = [pick(board) for _ in range(5)]
-    assert {lease.seat for lease in others} == {each for each in board.seats() if each != seat}
+    assert {lease.handle for lease in others} == {each for each in board.handles() if each != handle}
     # None of them is turned away: they wait.
-    assert board.pick(REQUEST_NUM, FACTS, [others[0].seat]) is Nobody.BUSY
-    assert [row.reserved for row in board.status()] == [row.seat == seat for row in board.status()]
-    board.unreserve(seat)
-    assert pick(board).seat == seat
+    assert board.pick(REQUEST_NUM, FACTS, [others[0].handle]) is PickFailure.BUSY
+    assert [row.reserved for row in board.status()] == [row.handle == handle for row in board.status()]
+    board.unreserve(handle)
+    assert pick(board).handle == handle
 
 
 def test_the_least_loaded_replica_is_reserved_and_picked_once_it_is_empty(board: Board) -> None:
     seat_replicas(board, 2)
     leases = [pick(board) for _ in range(3)]
-    seat = board.reserve()
-    assert seat == leases[1].seat
-    assert board.pick_reserved(seat, FACTS) is Nobody.BUSY
+    handle = board.reserve()
+    assert handle == leases[1].handle
+    assert board.pick_reserved(handle, FACTS) is PickFailure.BUSY
     leases[1].release()
-    lone = board.pick_reserved(seat, FACTS)
+    lone = board.pick_reserved(handle, FACTS)
     assert isinstance(lone, Lease)
-    assert lone.seat == seat
+    assert lone.handle == handle
     assert [row.in_flight for row in board.status()] == [2, 1]
 
 
@@ -46,7 +46,7 @@ def test_half_of_the_replicas_stay_for_the_others_and_a_single_one_can_be_reserv
 
 def test_what_is_excluded_is_not_reserved(board: Board) -> None:
     seat_replicas(board, 2)
-    first, second = board.seats()
+    first, second = board.handles()
     assert board.reserve([first]) == second
     board.unreserve(second)
     assert board.reserve([first, second]) is None
@@ -54,28 +54,28 @@ def test_what_is_excluded_is_not_reserved(board: Board) -> None:
 
 def test_a_reserved_replica_that_goes_down_is_free_for_all_when_it_comes_back(board: Board) -> None:
     seat_replicas(board, 2)
-    seat = board.reserve()
-    assert seat is not None
-    board.unreachable(seat, "refused")
-    assert board.pick_reserved(seat, FACTS) is Nobody.DOWN
+    handle = board.reserve()
+    assert handle is not None
+    board.unreachable(handle, "refused")
+    assert board.pick_reserved(handle, FACTS) is PickFailure.DOWN
     assert not any(row.reserved for row in board.status())
 
 
 def test_another_start_of_a_reserved_replica_is_not_reserved_for_long(board: Board) -> None:
     seat_replicas(board, 1, "a")
-    seat = board.reserve()
-    assert seat is not None
+    handle = board.reserve()
+    assert handle is not None
     board.admit(instance(0, "b"))
-    assert board.pick_reserved(seat, FACTS) is Nobody.DOWN
+    assert board.pick_reserved(handle, FACTS) is PickFailure.DOWN
     assert pick(board).instance.instance == "b"
 
 
 def test_requests_make_way_after_a_while(board: Board, clock: Clock) -> None:
     seat_replicas(board, 2)
-    seat = board.reserve()
+    handle = board.reserve()
     assert board.reserved_before(clock.now) == set()
     clock.now += 1.0
-    assert board.reserved_before(clock.now) == {seat}
+    assert board.reserved_before(clock.now) == {handle}
 
 
 def test_a_worker_that_dies_reserves_nothing_any_more(board: Board) -> None:
@@ -96,35 +96,35 @@ def test_a_worker_that_dies_reserves_nothing_any_more(board: Board) -> None:
 
 def test_what_is_said_of_an_end_is_about_that_start_alone(board: Board) -> None:
     seat_replicas(board, 2, "a")
-    seats = board.seats()
-    assert board.ending_of(seats[0]) is Ending.UNKNOWN
-    board.note_ending(seats[0].url, "a", Ending.FROM_OUTSIDE)
-    assert [board.ending_of(seat) for seat in seats] == [Ending.FROM_OUTSIDE, Ending.UNKNOWN]
+    handles = board.handles()
+    assert board.ending_of(handles[0]) is Ending.UNKNOWN
+    board.note_ending(handles[0].url, "a", Ending.FROM_OUTSIDE)
+    assert [board.ending_of(handle) for handle in handles] == [Ending.FROM_OUTSIDE, Ending.UNKNOWN]
     board.admit(instance(0, "b"))
-    assert board.ending_of(board.seat_of(seats[0].url)) is Ending.UNKNOWN
+    assert board.ending_of(board.seat_of(handles[0].url)) is Ending.UNKNOWN
 
 
 def test_the_latest_word_counts_and_old_ones_are_forgotten(board: Board) -> None:
     seat_replicas(board, 1, "a")
-    [seat] = board.seats()
+    [handle] = board.handles()
     for ending in (Ending.FROM_OUTSIDE, Ending.ITS_OWN):
-        board.note_ending(seat.url, "a", ending)
-    assert board.ending_of(seat) is Ending.ITS_OWN
+        board.note_ending(handle.url, "a", ending)
+    assert board.ending_of(handle) is Ending.ITS_OWN
     for number in range(ENDINGS):
-        board.note_ending(seat.url, f"other {number}", Ending.ITS_OWN)
-    assert board.ending_of(seat) is Ending.UNKNOWN
+        board.note_ending(handle.url, f"other {number}", Ending.ITS_OWN)
+    assert board.ending_of(handle) is Ending.UNKNOWN
 
 
 def test_a_replica_without_an_id_is_never_explained(board: Board) -> None:
     seat_replicas(board, 1)
-    [seat] = board.seats()
-    board.note_ending(seat.url, "", Ending.FROM_OUTSIDE)
-    assert board.ending_of(seat) is Ending.UNKNOWN
+    [handle] = board.handles()
+    board.note_ending(handle.url, "", Ending.FROM_OUTSIDE)
+    assert board.ending_of(handle) is Ending.UNKNOWN
 
 
 def test_a_loss_is_remembered_and_a_drain_is_none(board: Board, clock: Clock) -> None:
     seat_replicas(board, 2, "a")
-    first, second = board.seats()
+    first, second = board.handles()
     assert not board.has_lost_one_since(0.0)
     board.deregister(first.url, "a")
     assert board.has_lost_one_since(clock.now - 1.0)
@@ -135,21 +135,21 @@ def test_a_loss_is_remembered_and_a_drain_is_none(board: Board, clock: Clock) ->
 
 def test_a_suspect_at_a_replica_on_probation_is_its_probe(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
-    (seat,) = board.seats()
-    board.unreachable(seat, "refused")
+    (handle,) = board.handles()
+    board.unreachable(handle, "refused")
     clock.now += 60.0
-    board.healthy(seat, asked_at=clock.now)
+    board.healthy(handle, asked_at=clock.now)
     assert states(board) == [State.PROBING]
-    assert board.reserve() == seat
-    lease = board.pick_reserved(seat, FACTS)
+    assert board.reserve() == handle
+    lease = board.pick_reserved(handle, FACTS)
     assert isinstance(lease, Lease)
-    board.unreserve(seat)
+    board.unreserve(handle)
     # Its answer has begun, and has not ended.
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
 
 
 def test_no_replica_is_lost_before_the_first_one(board: Board) -> None:
     seat_replicas(board, 1)
     assert not board.has_lost_one_since(-100.0), "the machine started a moment ago"
-    board.unreachable(board.seats()[0], "refused")
+    board.unreachable(board.handles()[0], "refused")
     assert board.has_lost_one_since(-100.0)

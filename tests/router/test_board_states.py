@@ -4,8 +4,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, Board, Lease, Nobody, State
-from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, Board, Lease, PickFailure, State
+from fastdeploy.daemon.router.policy.policies import policy_named
+from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
 
@@ -13,45 +14,45 @@ from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_r
 def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board, clock):
     """Upstream removed an instance at its first failed probe."""
     seat_replicas(board, 1)
-    [seat] = board.seats()
-    board.failed(seat, "timeout")
+    [handle] = board.handles()
+    board.failed(handle, "timeout")
     assert states(board) == [State.UP]
     clock.now += 1
-    board.healthy(seat, clock.now)
-    board.failed(seat, "timeout")
+    board.healthy(handle, clock.now)
+    board.failed(handle, "timeout")
     assert states(board) == [State.UP]
-    board.succeeded(seat)
-    board.failed(seat, "timeout")
+    board.succeeded(handle)
+    board.failed(handle, "timeout")
     assert states(board) == [State.UP]
-    board.failed(seat, "timeout")
+    board.failed(handle, "timeout")
     assert states(board) == [State.DOWN]
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.DOWN
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.DOWN
 
 
 def test_one_read_from_the_registry_file_is_up_after_its_first_health_check(board, clock):
     board.admit(instance(0), up=False)
-    [seat] = board.seats()
+    [handle] = board.handles()
     assert states(board) == [State.DOWN]
-    board.healthy(seat, clock.now)
+    board.healthy(handle, clock.now)
     assert states(board) == [State.UP]
 
 
 def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock):
     seat_replicas(board, 1)
-    [seat] = board.seats()
-    board.unreachable(seat, "refused")
-    board.healthy(seat, clock.now - 1)  # began before the failure: says nothing
+    [handle] = board.handles()
+    board.unreachable(handle, "refused")
+    board.healthy(handle, clock.now - 1)  # began before the failure: says nothing
     assert states(board) == [State.DOWN]
     clock.now += 1
-    board.healthy(seat, clock.now)
+    board.healthy(handle, clock.now)
     assert states(board) == [State.PROBING]
     assert [row.up for row in board.status()] == [True]
     probe = pick(board)
     assert probe.probing
-    assert board.pick(REQUEST_NUM, FACTS) is Nobody.BUSY
+    assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
     probe.release()  # the client went away: nothing is known yet
     probe = pick(board)
-    board.succeeded(seat)
+    board.succeeded(handle)
     assert states(board) == [State.UP]
     assert not pick(board).probing
     probe.release()
@@ -61,57 +62,57 @@ def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock)
 def test_requests_from_before_it_went_down_do_not_keep_it_from_being_tried_out(board, clock):
     seat_replicas(board, 1)
     old = pick(board)
-    board.unreachable(old.seat, "refused")
+    board.unreachable(old.handle, "refused")
     clock.now += 1
-    board.healthy(old.seat, clock.now)
+    board.healthy(old.handle, clock.now)
     assert pick(board).probing
 
 
 def test_the_wait_before_it_is_tried_out_doubles_up_to_half_a_minute(board, clock):
     seat_replicas(board, 1)
-    [seat] = board.seats()
-    board.unreachable(seat, "refused")
+    [handle] = board.handles()
+    board.unreachable(handle, "refused")
     waits = []
     for _ in range(7):
         since = clock.now
         while states(board) == [State.DOWN]:
             clock.now += 0.5
-            board.healthy(seat, clock.now)
+            board.healthy(handle, clock.now)
         waits.append(clock.now - since)
-        board.failed(seat, "probe failed")
+        board.failed(handle, "probe failed")
         assert states(board) == [State.DOWN]
     assert waits == [1, 2, 4, 8, 16, 30, 30]
 
 
 def test_one_that_answers_every_other_request_is_tried_out_ever_less(board, clock):
     seat_replicas(board, 1)
-    [seat] = board.seats()
+    [handle] = board.handles()
     waits = []
     for _ in range(3):
-        board.unreachable(seat, "reset")
+        board.unreachable(handle, "reset")
         since = clock.now
         while states(board) == [State.DOWN]:
             clock.now += 0.5
-            board.healthy(seat, clock.now)
+            board.healthy(handle, clock.now)
         waits.append(clock.now - since)
-        board.succeeded(seat)
+        board.succeeded(handle)
         assert states(board) == [State.UP]
         clock.now += 10
     assert waits == [1, 2, 4]
     clock.now += 30  # of good behaviour
-    board.unreachable(seat, "reset")
+    board.unreachable(handle, "reset")
     clock.now += 1
-    board.healthy(seat, clock.now)
+    board.healthy(handle, clock.now)
     assert states(board) == [State.PROBING]
 
 
 def test_one_in_good_health_that_gets_no_request_is_up_after_a_while(board, clock):
     seat_replicas(board, 1)
-    [seat] = board.seats()
-    board.unreachable(seat, "refused")
+    [handle] = board.handles()
+    board.unreachable(handle, "refused")
     for expected in (State.PROBING, State.PROBING, State.PROBING, State.UP):
         clock.now += 2
-        board.healthy(seat, clock.now)
+        board.healthy(handle, clock.now)
         assert states(board) == [expected]
 
 
@@ -124,10 +125,10 @@ def test_a_healthy_replica_without_heartbeats_is_kept(board, clock):
 
 def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board(board, clock):
     seat_replicas(board, 1)
-    [seat] = board.seats()
-    board.unreachable(seat, "refused")
+    [handle] = board.handles()
+    board.unreachable(handle, "refused")
     clock.now += FORGET_AFTER - 1
-    board.heard(seat)
+    board.heard(handle)
     clock.now += FORGET_AFTER - 1
     assert not board.forget_lost()
 
@@ -157,8 +158,8 @@ class BoardMachine(RuleBasedStateMachine):
     def request(self, name, tokens):
         lease = self.board.pick(policy_named(name), RequestFacts(0, tokens))
         rows = [row for row in self.board.status() if row.up and not row.draining and not row.leaving]
-        assert (lease is Nobody.DOWN) == (not rows)
-        assert lease is not Nobody.BUSY or all(row.state == State.PROBING for row in rows)
+        assert (lease is PickFailure.DOWN) == (not rows)
+        assert lease is not PickFailure.BUSY or all(row.state == State.PROBING for row in rows)
         if isinstance(lease, Lease):
             self.held.append(lease)
 
@@ -170,21 +171,21 @@ class BoardMachine(RuleBasedStateMachine):
         if twice:
             lease.release()
 
-    @precondition(lambda self: self.board.seats())
+    @precondition(lambda self: self.board.handles())
     @rule(data=st.data(), kind=st.sampled_from(["failed", "unreachable", "healthy", "succeeded"]))
     def health(self, data, kind):
-        seat = data.draw(st.sampled_from(self.board.seats()))
+        handle = data.draw(st.sampled_from(self.board.handles()))
         if kind == "healthy":
-            self.board.healthy(seat, self.clock.now)
+            self.board.healthy(handle, self.clock.now)
         elif kind == "succeeded":
-            self.board.succeeded(seat)
+            self.board.succeeded(handle)
         else:
-            getattr(self.board, kind)(seat, "why")
+            getattr(self.board, kind)(handle, "why")
 
-    @precondition(lambda self: self.board.seats())
+    @precondition(lambda self: self.board.handles())
     @rule(data=st.data(), order=st.sampled_from(["drain", "undrain", "remove"]))
     def order(self, data, order):
-        assert getattr(self.board, order)(data.draw(st.sampled_from(self.board.seats())))
+        assert getattr(self.board, order)(data.draw(st.sampled_from(self.board.handles())))
 
     @rule(seconds=st.sampled_from([1.0, 10.0, FORGET_AFTER + 1]))
     def time_passes(self, seconds):
@@ -195,7 +196,7 @@ class BoardMachine(RuleBasedStateMachine):
     @invariant()
     def counts_are_exact(self):
         for row in self.board.status():
-            held = [lease for lease in self.held if lease.seat == row.seat]
+            held = [lease for lease in self.held if lease.handle == row.handle]
             assert row.in_flight == len(held)
             assert row.tokens == sum(lease.tokens for lease in held)
 

@@ -13,10 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastdeploy.common.resumption import Resumption
-from fastdeploy.daemon.router.board.board import Seat
 from fastdeploy.daemon.router.http.fast_path import FastPath, FastStream
 from fastdeploy.daemon.router.http.upstream import ConnectionPool, Fault, ReplicaConnection
-from fastdeploy.daemon.router.http.write_batcher import Outbox
+from fastdeploy.daemon.router.http.write_batcher import WriteBatcher
+from fastdeploy.daemon.router.instance import ReplicaHandle
 from fastdeploy.daemon.router.relay.transcript import Transcript
 
 from .boards import instance
@@ -151,8 +151,8 @@ async def relayed(
     """
     client = await Link().open(receive_buffer=receive_buffer)
     relay = Relayed(stage.fast_path, client)
-    pool = ConnectionPool(Outbox())
-    relay.connection = ReplicaConnection(pool, Seat(0, 1, instance(0)))
+    pool = ConnectionPool(WriteBatcher())
+    relay.connection = ReplicaConnection(pool, ReplicaHandle(0, 1, instance(0)))
     replica = await Link().open(relay.connection)
     relay.connection.send(b"GET / HTTP/1.1\r\n\r\n", relay)
     for number, piece in enumerate(pieces):
@@ -183,7 +183,7 @@ async def relayed(
 def decoded(chunks: bytes) -> bytes:
     """As a client does it."""
 
-    class Answer:
+    class Response:
         body = b""
         is_whole = False
 
@@ -193,7 +193,7 @@ def decoded(chunks: bytes) -> bytes:
         def on_message_complete(self) -> None:
             self.is_whole = True
 
-    answer = Answer()
+    answer = Response()
     httptools.HttpResponseParser(answer).feed_data(EVENT_HEAD + chunks + b"0\r\n\r\n")
     assert answer.is_whole
     return answer.body

@@ -12,8 +12,8 @@ import pytest
 
 from fastdeploy.daemon.router.board.board import Board, State
 from fastdeploy.daemon.router.control.health import Monitor, check, read_load
-from fastdeploy.daemon.router.control.registration import Instance
 from fastdeploy.daemon.router.control.registry import RegistryFile
+from fastdeploy.daemon.router.instance import Instance
 from fastdeploy.daemon.router.policy.policies import policy_named
 
 from .. import waiting

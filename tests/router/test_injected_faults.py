@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from fastdeploy.daemon.router.board.board import Nobody
-from fastdeploy.daemon.router.http.write_batcher import Outbox
-from fastdeploy.daemon.router.relay.wait_queue import WaitingLine
+from fastdeploy.daemon.router.board.board import PickFailure
+from fastdeploy.daemon.router.http.write_batcher import WriteBatcher
+from fastdeploy.daemon.router.relay.wait_queue import WaitQueue
 
 from .conftest import RouterProcess
 from .fake_engine import (
@@ -202,16 +202,16 @@ class Waiter:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def try_again(self, now: float) -> Nobody | None:
+    def try_again(self, now: float) -> PickFailure | None:
         if self.name == "broken":
             raise RuntimeError(self.name)
-        return Nobody.DOWN
+        return PickFailure.DOWN
 
     def give_up(self) -> None: ...
 
 
 def test_a_waiter_that_raises_loses_none_of_those_that_stay():
-    line = WaitingLine(10)
+    line = WaitQueue(10)
     for name in ("stays 1", "broken", "stays 2"):
         assert line.join(Waiter(name))
     with pytest.raises(RuntimeError, match="broken"):
@@ -233,7 +233,7 @@ def test_a_write_that_raises_costs_the_others_nothing():
             self.aborted = True
 
     async def scene() -> None:
-        outbox, broken = Outbox(), Broken()
+        outbox, broken = WriteBatcher(), Broken()
         ours, other = socket.socketpair()
         transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=ours)
         outbox.write(broken, b"nobody reads this")

@@ -8,7 +8,7 @@ import socket
 import pytest
 import uvloop
 
-from fastdeploy.daemon.router.http.write_batcher import Outbox
+from fastdeploy.daemon.router.http.write_batcher import WriteBatcher
 
 
 class Pair:
@@ -38,7 +38,7 @@ def run(coroutine) -> None:
 
 def test_writes_wait_for_the_end_of_the_turn_and_keep_their_order() -> None:
     async def scene() -> None:
-        outbox, pair = Outbox(), await Pair().open()
+        outbox, pair = WriteBatcher(), await Pair().open()
         outbox.write(pair.transport, b"one ")
         outbox.write(pair.transport, b"two")
         assert pair.received() == b""
@@ -53,7 +53,7 @@ def test_writes_wait_for_the_end_of_the_turn_and_keep_their_order() -> None:
 
 def test_one_that_does_not_wait_comes_after_those_that_do() -> None:
     async def scene() -> None:
-        outbox, pair = Outbox(), await Pair().open()
+        outbox, pair = WriteBatcher(), await Pair().open()
         outbox.write(pair.transport, b"one ")
         outbox.write_now(pair.transport, b"two")
         assert pair.received() == b"one two"
@@ -63,7 +63,7 @@ def test_one_that_does_not_wait_comes_after_those_that_do() -> None:
 
 def test_whoever_closes_a_transport_can_send_before() -> None:
     async def scene() -> None:
-        outbox, pair = Outbox(), await Pair().open()
+        outbox, pair = WriteBatcher(), await Pair().open()
         outbox.write(pair.transport, b"last words")
         outbox.flush()
         pair.transport.close()
@@ -76,7 +76,7 @@ def test_whoever_closes_a_transport_can_send_before() -> None:
 @pytest.mark.parametrize("how", ["close", "abort"])
 def test_one_that_is_closed_costs_the_others_nothing(how: str) -> None:
     async def scene() -> None:
-        outbox = Outbox()
+        outbox = WriteBatcher()
         gone, here = await Pair().open(), await Pair().open()
         outbox.write(gone.transport, b"nobody reads this")
         outbox.write(here.transport, b"but this")
@@ -90,7 +90,7 @@ def test_one_that_is_closed_costs_the_others_nothing(how: str) -> None:
 @pytest.mark.parametrize(("count", "size"), [(32, 10), (1, 20_000)], ids=["many", "large"])
 def test_many_writes_and_large_ones_do_not_wait(count: int, size: int) -> None:
     async def scene() -> None:
-        outbox, pair = Outbox(), await Pair().open()
+        outbox, pair = WriteBatcher(), await Pair().open()
         for _ in range(count):
             outbox.write(pair.transport, bytes(size))
         assert len(pair.received()) == count * size

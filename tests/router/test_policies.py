@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.daemon.router.policy.policies import POLICIES, Candidates, RequestFacts, policy_named
+from fastdeploy.daemon.router.policy.policies import POLICIES, policy_named
+from fastdeploy.daemon.router.policy.policy import Candidates, RequestFacts
 from fastdeploy.daemon.router.policy.request_facts import BLOCK_ENDS, BYTES_PER_TOKEN
 
 

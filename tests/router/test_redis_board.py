@@ -16,11 +16,14 @@ import pytest
 import redis
 
 from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.router.addresses import AllowedAddresses
 from fastdeploy.daemon.router.board.board import Board, Lease
-from fastdeploy.daemon.router.control.redis_board import RedisAddress, RedisBoard
-from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
+from fastdeploy.daemon.router.config.redis_address import RedisAddress
+from fastdeploy.daemon.router.control.redis_board import RedisBoard
 from fastdeploy.daemon.router.control.registry import RegistryFile
-from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.instance import Instance
+from fastdeploy.daemon.router.policy.policies import policy_named
+from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 from .. import waiting
 from ..system_packages import needs
@@ -112,7 +115,7 @@ class Router:
 
 
 def act(board: Board, leases: list[Lease], order: str, number: int = 0) -> Any:
-    seat = board.seat_of(instance(number).url)
+    handle = board.seat_of(instance(number).url)
     match order:
         case "admit":
             return board.admit(instance(number))
@@ -126,11 +129,11 @@ def act(board: Board, leases: list[Lease], order: str, number: int = 0) -> Any:
         case "leave":
             return board.deregister(instance(number).url, instance(number).instance)
         case "drain":
-            assert seat is not None
-            return board.drain(seat)
+            assert handle is not None
+            return board.drain(handle)
         case "healthy":
-            assert seat is not None
-            board.healthy(seat, float("inf"))
+            assert handle is not None
+            board.healthy(handle, float("inf"))
         case "status":
             return [
                 {

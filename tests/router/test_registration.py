@@ -8,14 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.router.control.registration import (
-    AllowedAddresses,
-    Instance,
-    RegistrationError,
-    from_fields,
-    parse,
-    parse_farewell,
-)
+from fastdeploy.daemon.router.addresses import AllowedAddresses
+from fastdeploy.daemon.router.control.registration import from_fields, parse, parse_farewell
+from fastdeploy.daemon.router.instance import Instance, RegistrationError
 
 GOOD = {"role": "mixed", "host_ip": "127.0.0.1", "port": 1811}
 #: What an engine of FastDeploy 2.5 sends.

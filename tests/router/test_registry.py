@@ -7,9 +7,10 @@ import stat
 import pytest
 
 from fastdeploy.common.errors import ConfigError
+from fastdeploy.daemon.router.addresses import AllowedAddresses
 from fastdeploy.daemon.router.board.board import Board, State
-from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
 from fastdeploy.daemon.router.control.registry import RegistryFile
+from fastdeploy.daemon.router.instance import Instance
 
 from .forked import Forked
 
@@ -40,9 +41,9 @@ def test_what_was_saved_is_restored_with_tokens_and_the_operators_word(tmp_path,
     file = RegistryFile(tmp_path / "registry.json")
     for number in range(4):
         before.admit(instance(number))
-    seats = before.seats()
-    before.drain(seats[1])
-    before.unreachable(seats[2], "refused")
+    handles = before.handles()
+    before.drain(handles[1])
+    before.unreachable(handles[2], "refused")
     before.open_column()
     before.deregister(instance(3).url, "start-3")
     file.save(before)

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from fastdeploy.daemon.router.control.registration import Instance
 from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas
+from fastdeploy.daemon.router.instance import Instance
 
 from .boards import Clock
 from .talking import LAN, Hub, Router, replica
@@ -63,9 +63,9 @@ class Talk(RuleBasedStateMachine):
     )
     def order(self, at, number, order):
         board = self.routers[at].board
-        seat = board.seat_of(self.instance(number).url)
-        if seat is not None:
-            getattr(board, order)(seat)
+        handle = board.seat_of(self.instance(number).url)
+        if handle is not None:
+            getattr(board, order)(handle)
 
     @rule(seconds=st.sampled_from([1.0, 30.0]))
     def time_passes(self, seconds):

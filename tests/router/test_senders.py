@@ -13,11 +13,11 @@ import requests
 from flask.testing import FlaskClient
 from prometheus_client import values
 
+from fastdeploy.daemon.router.addresses import AllowedAddresses
 from fastdeploy.daemon.router.board.board import Board
 from fastdeploy.daemon.router.config.flags import parser
 from fastdeploy.daemon.router.config.loader import settings_of
-from fastdeploy.daemon.router.control.app import Router
-from fastdeploy.daemon.router.control.registration import AllowedAddresses
+from fastdeploy.daemon.router.control.app import ControlPlane
 from fastdeploy.daemon.router.control.reload_status import Reloads
 from fastdeploy.daemon.router.metrics import counter_memory
 from fastdeploy.daemon.router.metrics.counter_memory import CounterMemory
@@ -92,7 +92,7 @@ class InProcess:
         self._boards.append(Board.create())
         settings = settings_of(parser().parse_args(flags))
         counters = CounterMemory(counter_memory.create())
-        return Router(settings, self._boards[-1], counters, Reloads())._control.test_client()
+        return ControlPlane(settings, self._boards[-1], counters, Reloads())._control.test_client()
 
     def ask(self, client: FlaskClient, peer: str, key: str = "", path: str = "/register") -> tuple[int, str]:
         answer = client.post(

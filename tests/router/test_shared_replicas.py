@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, Nobody, State
+from fastdeploy.daemon.router.addresses import AllowedAddresses
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, State
 from fastdeploy.daemon.router.control import shared_replicas
-from fastdeploy.daemon.router.control.registration import AllowedAddresses, Instance
 from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas, shared_name
-from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
+from fastdeploy.daemon.router.instance import Instance
+from fastdeploy.daemon.router.policy.policies import policy_named
+from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 from .boards import Clock
 from .talking import LAN, Hub, Router, replica, turns
@@ -69,7 +71,7 @@ def test_a_farewell_said_to_one_is_heard_by_the_other(routers, clock):
     turns(one, other)
     assert one.knows() == []
     assert [row.leaving for row in other.board.status()] == [True]
-    assert other.board.pick(policy_named("request_num"), RequestFacts(0)) is Nobody.DOWN
+    assert other.board.pick(policy_named("request_num"), RequestFacts(0)) is PickFailure.DOWN
     lease.release()
     other.board.measure(clock.now)
     turns(one, other)
@@ -93,7 +95,7 @@ def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(routers, clock
     one, other = routers
     one.hears(replica())
     turns(one, other)
-    other.board.remove(other.row().seat)
+    other.board.remove(other.row().handle)
     turns(other, one)
     assert (one.knows(), other.knows()) == ([], [])
     clock.now += 5
@@ -106,10 +108,10 @@ def test_the_operators_word_holds_at_both(routers):
     one, other = routers
     one.hears(replica())
     turns(one, other)
-    one.board.drain(one.row().seat)
+    one.board.drain(one.row().handle)
     turns(one, other)
     assert (one.row().draining, other.row().draining) == (True, True)
-    other.board.undrain(other.row().seat)
+    other.board.undrain(other.row().handle)
     turns(other, one)
     assert (one.row().draining, other.row().draining) == (False, False)
 
@@ -118,7 +120,7 @@ def test_a_router_that_starts_learns_it_all(routers, hub):
     one, _ = routers
     for number in range(3):
         one.hears(replica("a", number))
-    one.board.drain(one.row(1).seat)
+    one.board.drain(one.row(1).handle)
     turns(one)
     late = Router(hub)
     turns(late)
@@ -129,7 +131,7 @@ def test_a_router_that_starts_learns_it_all(routers, hub):
 def test_another_worker_that_takes_the_lead_changes_nothing(routers, hub, clock):
     one, other = routers
     one.hears(replica())
-    one.board.drain(one.row().seat)
+    one.board.drain(one.row().handle)
     turns(one, other)
     clock.now += 100
     one.shared = SharedReplicas(one.board, LAN, clock)
@@ -172,7 +174,7 @@ def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
         clock.now += 5
         turns(one, other)
     for router in routers:
-        router.board.unreachable(router.row().seat, "refused")
+        router.board.unreachable(router.row().handle, "refused")
         assert router.board.forget_lost()
     turns(one, other)
     assert (one.knows(), other.knows()) == ([], [])
@@ -183,7 +185,7 @@ def test_when_what_was_said_is_lost_it_is_said_again(routers, hub):
     one.hears(replica("a", 0))
     other.hears(replica("b", 1))
     turns(one, other)
-    one.board.drain(one.row(0).seat)
+    one.board.drain(one.row(0).handle)
     turns(one, other)
     hub.said = Said()
     turns(other, one)
@@ -200,7 +202,7 @@ def test_an_old_copy_of_what_was_said_changes_nothing(routers, hub, clock):
     clock.now += 100
     one.hears(replica("b"))
     turns(one, other)
-    one.board.drain(one.row().seat)
+    one.board.drain(one.row().handle)
     turns(one, other)
     hub.said = old
     turns(other, one)

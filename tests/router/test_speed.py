@@ -13,7 +13,8 @@ from .boards import Clock, in_flight, pick, seat_replicas
 def stream(board: Board, clock: Clock, rates: list[float], seconds: int) -> None:
     """One stream at each replica, with so many tokens a second, measured once a second."""
     leases = [
-        pick(board, exclude=[seat for seat in board.seats() if seat.row != row]) for row in range(len(rates))
+        pick(board, exclude=[handle for handle in board.handles() if handle.row != row])
+        for row in range(len(rates))
     ]
     sent = [0.0] * len(rates)
     for _ in range(seconds * 10):

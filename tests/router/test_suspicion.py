@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import Ending, Seat
+from fastdeploy.daemon.router.board.board import Ending
+from fastdeploy.daemon.router.instance import ReplicaHandle
 from fastdeploy.daemon.router.relay.suspicion import (
     MOST_ALONE,
     SUSPECT_AFTER,
@@ -28,9 +29,9 @@ def verdict(
     """After so many deaths, of which fd-dp says this, `waited` seconds after the last one."""
     suspicion, endings = Suspicion(), {}
     for number, ending in enumerate([*shared, *alone]):
-        seat = Seat(number, number, instance(number))
-        suspicion.deaths.append(Death(seat, number >= len(shared), at=100.0, problem="lost"))
-        endings[seat] = ending
+        handle = ReplicaHandle(number, number, instance(number))
+        suspicion.deaths.append(Death(handle, number >= len(shared), at=100.0, problem="lost"))
+        endings[handle] = ending
     return suspicion.verdict(endings.__getitem__, 100.0 + waited, patience)
 
 

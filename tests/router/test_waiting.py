@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdeploy.daemon.router.board.board import Nobody
-from fastdeploy.daemon.router.relay.wait_queue import WaitingLine, retry_after
+from fastdeploy.daemon.router.board.board import PickFailure
+from fastdeploy.daemon.router.relay.wait_queue import WaitQueue, retry_after
 
 
 class Place:
     """With room for a few. Whoever gives up ends, as a request does: it tells the line."""
 
-    def __init__(self, line: WaitingLine) -> None:
+    def __init__(self, line: WaitQueue) -> None:
         self.line = line
         #: Of it the last is at a replica that the choosy do not want.
         self.room = 0
@@ -28,11 +28,11 @@ class Waiter:
     is_stranded: bool = False
     is_choosy: bool = False
 
-    def try_again(self, now: float) -> Nobody | None:
+    def try_again(self, now: float) -> PickFailure | None:
         if self.is_stranded:
-            return Nobody.DOWN
+            return PickFailure.DOWN
         if not self.place.room or (self.is_choosy and self.place.room < 2):
-            return Nobody.BUSY
+            return PickFailure.BUSY
         self.place.room -= 1
         self.place.served.append(self.name)
         return None
@@ -43,7 +43,7 @@ class Waiter:
 
 
 def new_place(longest: int = 100) -> Place:
-    return Place(WaitingLine(longest))
+    return Place(WaitQueue(longest))
 
 
 def test_first_come_first_served():
@@ -112,7 +112,7 @@ def test_a_line_without_any_replica_is_not_tried_for_each_arrival():
     tries = []
 
     class Stranded(Waiter):
-        def try_again(self, now: float) -> Nobody | None:
+        def try_again(self, now: float) -> PickFailure | None:
             tries.append(now)
             return super().try_again(now)
 

@@ -14,19 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from ..control.registration import Instance
-from ..policy.policies import Policy, RequestFacts
+from ..instance import Instance, ReplicaHandle
+from ..policy.policy import Policy, RequestFacts
 from ..policy.prefix_table import PrefixTable
 from . import memory
-from .lease import Lease, OwnColumn, Seat
+from .lease import Lease, OwnCounters
 from .locks import KernelLocks
 from .memory import WORKERS, BoardError, BoardMemory, Ending, Flag, Header, State
 from .rates import Measuring
 from .rows import Rows
-from .view import Nobody, Status, View
+from .view import PickFailure, Status, View
 from .worker_counters import Columns
 
-__all__ = ["Board", "BoardError", "Ending", "Lease", "Nobody", "Seat", "State", "Status"]
+__all__ = ["Board", "BoardError", "Ending", "Lease", "PickFailure", "ReplicaHandle", "State", "Status"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,9 @@ class Board:
 
     # ---- requests
 
-    def pick(self, policy: Policy, facts: RequestFacts, exclude: Collection[Seat] = ()) -> Lease | Nobody:
+    def pick(
+        self, policy: Policy, facts: RequestFacts, exclude: Collection[ReplicaHandle] = ()
+    ) -> Lease | PickFailure:
         """Chooses a replica and counts the request on it.
 
         Both in one critical section: otherwise all requests of a burst see the same idle replica.
@@ -132,7 +134,7 @@ class Board:
                 return row
             return self._begin(own, view, row, facts)
 
-    def reserve(self, exclude: Collection[Seat] = ()) -> Seat | None:
+    def reserve(self, exclude: Collection[ReplicaHandle] = ()) -> ReplicaHandle | None:
         """Reserve a replica for one request of this worker: it gets no other request until `unreserve`.
 
         Return None if no replica can be spared. A reservation ends with its worker.
@@ -146,9 +148,9 @@ class Board:
                 return None
             self._rows.changing()
             own.reserve(row, self._clock())
-            return view.seats[row]
+            return view.handles[row]
 
-    def pick_reserved(self, seat: Seat, facts: RequestFacts) -> Lease | Nobody:
+    def pick_reserved(self, handle: ReplicaHandle, facts: RequestFacts) -> Lease | PickFailure:
         """Count the request on the replica that is reserved for it.
 
         Return BUSY while the replica has other requests, and DOWN if it may no longer be chosen; then the
@@ -158,23 +160,23 @@ class Board:
         assert own is not None, "a worker opens its column before it picks"
         with self._lock:
             view = self._current()
-            if not self._is_there(seat) or seat.row not in view.usable:
-                self._unreserve(seat)
-                return Nobody.DOWN
-            if view.has_requests(seat.row):
-                return Nobody.BUSY
-            return self._begin(own, view, seat.row, facts)
+            if not self._is_there(handle) or handle.row not in view.usable:
+                self._unreserve(handle)
+                return PickFailure.DOWN
+            if view.has_requests(handle.row):
+                return PickFailure.BUSY
+            return self._begin(own, view, handle.row, facts)
 
-    def unreserve(self, seat: Seat) -> None:
+    def unreserve(self, handle: ReplicaHandle) -> None:
         with self._lock:
-            self._unreserve(seat)
+            self._unreserve(handle)
 
-    def reserved_before(self, moment: float) -> set[Seat]:
+    def reserved_before(self, moment: float) -> set[ReplicaHandle]:
         """Return the replicas that were reserved before `moment`: their other requests have to make way."""
         with self._lock:
             view, columns = self._current(), self._memory.columns[:WORKERS]
             return {
-                view.seats[row]
+                view.handles[row]
                 for row in view.reserved
                 if any(0.0 < column.reserved[row] < moment for column in columns)
             }
@@ -185,7 +187,7 @@ class Board:
         if self._memory.lost_at[0] <= max(0.0, moment):
             return False
         with self._lock:
-            flags = (self._memory.flags[row] for row in self._current().seats)
+            flags = (self._memory.flags[row] for row in self._current().handles)
             return not any(flag & Flag.DRAINING for flag in flags)
 
     def drain_rate(self) -> float:
@@ -194,11 +196,11 @@ class Board:
 
     # ---- replicas
 
-    def seats(self) -> list[Seat]:
+    def handles(self) -> list[ReplicaHandle]:
         with self._lock:
-            return list(self._current().seats.values())
+            return list(self._current().handles.values())
 
-    def seat_of(self, url: str) -> Seat | None:
+    def seat_of(self, url: str) -> ReplicaHandle | None:
         with self._lock:
             return self._seat_of(url)
 
@@ -219,36 +221,36 @@ class Board:
         with self._lock:
             if self._rows.is_retired(instance, self._clock()):
                 return False
-            seat = self._seat_of(instance.url)
-            if seat is not None and seat.instance.instance == instance.instance:
-                self._rows.hear(seat.row, self._clock() - ago)
-                return self._rows.renew(seat.row, seat.instance, instance)
-            flags = Flag(0 if seat is None else self._memory.flags[seat.row]) & Flag.DRAINING
-            if seat is not None:
-                self._rows.retire(seat.instance, self._clock())
-                self._rows.give_up(seat.row)
+            handle = self._seat_of(instance.url)
+            if handle is not None and handle.instance.instance == instance.instance:
+                self._rows.hear(handle.row, self._clock() - ago)
+                return self._rows.renew(handle.row, handle.instance, instance)
+            flags = Flag(0 if handle is None else self._memory.flags[handle.row]) & Flag.DRAINING
+            if handle is not None:
+                self._rows.retire(handle.instance, self._clock())
+                self._rows.give_up(handle.row)
             self._rows.occupy(instance, up, flags, self._clock(), ago)
-            event = "registered" if seat is None else "has been started anew"
+            event = "registered" if handle is None else "has been started anew"
             logger.info("replica=%s %s, url=%s", instance.name, event, instance.url)
             return True
 
-    def heard(self, seat: Seat, ago: float = 0.0) -> None:
+    def heard(self, handle: ReplicaHandle, ago: float = 0.0) -> None:
         """A heartbeat came, `ago` seconds before now, whatever the health check says."""
         with self._lock:
-            if self._is_there(seat):
-                self._rows.hear(seat.row, self._clock() - ago)
+            if self._is_there(handle):
+                self._rows.hear(handle.row, self._clock() - ago)
 
     def deregister(self, url: str, instance_id: str) -> bool:
         """The instance says that it is about to end: it gets nothing new. False if it is not there."""
         with self._lock:
-            seat = self._seat_of(url)
-            if seat is None or seat.instance.instance != instance_id:
+            handle = self._seat_of(url)
+            if handle is None or handle.instance.instance != instance_id:
                 return False
-            self._rows.retire(seat.instance, self._clock())
+            self._rows.retire(handle.instance, self._clock())
             self._memory.lost_at[0] = self._clock()
-            self._rows.set_flag(seat.row, Flag.LEAVING, True)
+            self._rows.set_flag(handle.row, Flag.LEAVING, True)
             self._rows.sweep()
-            logger.info("replica=%s is leaving", seat.instance.name)
+            logger.info("replica=%s is leaving", handle.instance.name)
             return True
 
     def has_left(self, instance: Instance) -> bool:
@@ -262,62 +264,64 @@ class Board:
             self._rows.note_ending(url, instance_id, ending)
             logger.info("replica at %s has ended: %s", url, ending.name.lower().replace("_", " "))
 
-    def ending_of(self, seat: Seat) -> Ending:
+    def ending_of(self, handle: ReplicaHandle) -> Ending:
         with self._lock:
-            return self._rows.ending_of(seat.instance)
+            return self._rows.ending_of(handle.instance)
 
-    def drain(self, seat: Seat) -> bool:
+    def drain(self, handle: ReplicaHandle) -> bool:
         """The operator wants nothing new there, until `undrain`. False if the replica has gone."""
-        return self._set_draining(seat, True)
+        return self._set_draining(handle, True)
 
-    def undrain(self, seat: Seat) -> bool:
-        return self._set_draining(seat, False)
+    def undrain(self, handle: ReplicaHandle) -> bool:
+        return self._set_draining(handle, False)
 
-    def remove(self, seat: Seat) -> bool:
+    def remove(self, handle: ReplicaHandle) -> bool:
         """Takes it off the board, until its next heartbeat. Requests that it has go on."""
         with self._lock:
-            if not self._is_there(seat):
+            if not self._is_there(handle):
                 return False
-            self._rows.give_up(seat.row)
-            logger.info("replica=%s removed", seat.instance.name)
+            self._rows.give_up(handle.row)
+            logger.info("replica=%s removed", handle.instance.name)
             return True
 
     # ---- how they are
 
-    def healthy(self, seat: Seat, asked_at: float) -> None:
+    def healthy(self, handle: ReplicaHandle, asked_at: float) -> None:
         """It answered a health check that began at `asked_at`, which says nothing about a later failure."""
-        if self._is_well(seat):
+        if self._is_well(handle):
             return
         with self._lock:
-            if self._is_there(seat):
-                self._say(seat, self._rows.heal(seat.row, asked_at, self._clock()))
+            if self._is_there(handle):
+                self._say(handle, self._rows.heal(handle.row, asked_at, self._clock()))
 
-    def succeeded(self, seat: Seat) -> None:
+    def succeeded(self, handle: ReplicaHandle) -> None:
         """A request was answered there."""
-        if self._is_well(seat):
+        if self._is_well(handle):
             return
         with self._lock:
-            if self._is_there(seat):
-                self._say(seat, self._rows.succeed(seat.row, self._clock()))
+            if self._is_there(handle):
+                self._say(handle, self._rows.succeed(handle.row, self._clock()))
 
-    def failed(self, seat: Seat, why: str) -> None:
+    def failed(self, handle: ReplicaHandle, why: str) -> None:
         """A health check or a request failed in a way that may be a hiccup."""
-        self._fail(seat, why, at_once=False)
+        self._fail(handle, why, at_once=False)
 
-    def unreachable(self, seat: Seat, why: str) -> None:
+    def unreachable(self, handle: ReplicaHandle, why: str) -> None:
         """Nobody accepts connections there: no request is sent to it until a health check succeeds."""
-        self._fail(seat, why, at_once=True)
+        self._fail(handle, why, at_once=True)
 
-    def set_load(self, seat: Seat, running: int, waiting: int) -> None:
+    def set_load(self, handle: ReplicaHandle, running: int, waiting: int) -> None:
         """What its metrics say just now."""
         with self._lock:
-            if self._is_there(seat):
-                self._rows.set_load(seat.row, running, waiting)
+            if self._is_there(handle):
+                self._rows.set_load(handle.row, running, waiting)
 
-    def set_remote(self, loads: Mapping[Seat, tuple[int, int]]) -> None:
+    def set_remote(self, loads: Mapping[ReplicaHandle, tuple[int, int]]) -> None:
         """What other routers have there: requests and prompt tokens. Nothing, where they are not named."""
         with self._lock:
-            self._rows.set_remote({seat.row: load for seat, load in loads.items() if self._is_there(seat)})
+            self._rows.set_remote(
+                {handle.row: load for handle, load in loads.items() if self._is_there(handle)}
+            )
 
     def measure(self, now: float) -> None:
         """Once a second, by the leader: weighs the replicas by their speed, and clears up after the dead."""
@@ -331,63 +335,65 @@ class Board:
         with self._lock:
             limit = self._clock() - FORGET_AFTER
             lost = [
-                seat
-                for seat in self._current().seats.values()
-                if self._memory.state[seat.row] == State.DOWN and self._memory.heard_at[seat.row] < limit
+                handle
+                for handle in self._current().handles.values()
+                if self._memory.state[handle.row] == State.DOWN and self._memory.heard_at[handle.row] < limit
             ]
-            for seat in lost:
-                self._rows.give_up(seat.row)
-                name = seat.instance.name
+            for handle in lost:
+                self._rows.give_up(handle.row)
+                name = handle.instance.name
                 logger.warning("replica=%s forgotten: down and silent for %.0f s", name, FORGET_AFTER)
             return bool(lost)
 
     # ---- under the lock
 
-    def _begin(self, own: OwnColumn, view: View, row: int, facts: RequestFacts) -> Lease:
+    def _begin(self, own: OwnCounters, view: View, row: int, facts: RequestFacts) -> Lease:
         memory = self._memory
         memory.last_pick[row] = memory.header[_PICKS] = memory.header[_PICKS] + 1
         memory.picks[row] += 1
-        return own.begin(view.seats[row], facts.prompt_tokens, row in view.probing)
+        return own.begin(view.handles[row], facts.prompt_tokens, row in view.probing)
 
-    def _unreserve(self, seat: Seat) -> None:
+    def _unreserve(self, handle: ReplicaHandle) -> None:
         own = self._columns.own
-        if own is not None and own.has_reserved(seat.row):
+        if own is not None and own.has_reserved(handle.row):
             self._rows.changing()
-            own.reserve(seat.row, 0.0)
+            own.reserve(handle.row, 0.0)
 
     def _current(self) -> View:
         if self._view is None or self._view.changes != self._memory.header[_CHANGES]:
             self._view = View(self._memory, self._rows, self._prefixes, self._view)
         return self._view
 
-    def _seat_of(self, url: str) -> Seat | None:
-        return next((seat for seat in self._current().seats.values() if seat.instance.url == url), None)
+    def _seat_of(self, url: str) -> ReplicaHandle | None:
+        return next(
+            (handle for handle in self._current().handles.values() if handle.instance.url == url), None
+        )
 
-    def _is_there(self, seat: Seat) -> bool:
-        return self._rows.is_in_use(seat.row) and self._memory.generation[seat.row] == seat.generation
+    def _is_there(self, handle: ReplicaHandle) -> bool:
+        return self._rows.is_in_use(handle.row) and self._memory.generation[handle.row] == handle.generation
 
-    def _is_well(self, seat: Seat) -> bool:
+    def _is_well(self, handle: ReplicaHandle) -> bool:
         """Without the lock: the usual case, in which there is nothing to do."""
-        return self._memory.state[seat.row] == _UP and self._memory.failures[seat.row] == 0
+        return self._memory.state[handle.row] == _UP and self._memory.failures[handle.row] == 0
 
-    def _set_draining(self, seat: Seat, on: bool) -> bool:
+    def _set_draining(self, handle: ReplicaHandle, on: bool) -> bool:
         with self._lock:
-            if not self._is_there(seat):
+            if not self._is_there(handle):
                 return False
-            self._rows.set_flag(seat.row, Flag.DRAINING, on)
-            logger.info("replica=%s %s", seat.instance.name, "drains" if on else "takes requests again")
+            self._rows.set_flag(handle.row, Flag.DRAINING, on)
+            logger.info("replica=%s %s", handle.instance.name, "drains" if on else "takes requests again")
             return True
 
-    def _fail(self, seat: Seat, why: str, at_once: bool) -> None:
+    def _fail(self, handle: ReplicaHandle, why: str, at_once: bool) -> None:
         with self._lock:
-            if not self._is_there(seat):
+            if not self._is_there(handle):
                 return
-            if self._rows.fail(seat.row, at_once, self._clock()):
-                logger.warning("replica=%s is down: %s", seat.instance.name, why)
-            elif self._memory.state[seat.row] != State.DOWN:
-                logger.warning("replica=%s failed once, still in use: %s", seat.instance.name, why)
+            if self._rows.fail(handle.row, at_once, self._clock()):
+                logger.warning("replica=%s is down: %s", handle.instance.name, why)
+            elif self._memory.state[handle.row] != State.DOWN:
+                logger.warning("replica=%s failed once, still in use: %s", handle.instance.name, why)
 
-    def _say(self, seat: Seat, state: State | None) -> None:
+    def _say(self, handle: ReplicaHandle, state: State | None) -> None:
         if state is not None:
             news = "is up" if state == State.UP else "answers again: it gets one request to begin with"
-            logger.info("replica=%s %s", seat.instance.name, news)
+            logger.info("replica=%s %s", handle.instance.name, news)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from ..control.registration import Instance
+from ..instance import Instance, ReplicaHandle
 from .memory import Column
 
 logger = logging.getLogger(__name__)
@@ -16,25 +15,7 @@ logger = logging.getLogger(__name__)
 _COUNT_SECONDS = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """A replica's place on the board. Once the replica has gone, nothing that is done with it has effect."""
-
-    row: int
-    #: No other seat of this board has it, nor ever had.
-    generation: int
-    instance: Instance = field(compare=False)
-    # Of the instance, made once: every request wants them.
-    name: str = field(init=False, compare=False)
-    url: str = field(init=False, compare=False)
-    authority: str = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        for what in ("name", "url", "authority"):
-            object.__setattr__(self, what, getattr(self.instance, what))
-
-
-class OwnColumn:
+class OwnCounters:
     """This process's counters. Nobody else writes them, so that they need no lock between processes."""
 
     def __init__(self, index: int, cells: Column, clock: Callable[[], float]) -> None:
@@ -44,14 +25,14 @@ class OwnColumn:
         #: Threads of this process.
         self._lock = threading.Lock()
 
-    def begin(self, seat: Seat, tokens: int, probing: bool) -> Lease:
-        row, cells = seat.row, self._cells
+    def begin(self, handle: ReplicaHandle, tokens: int, probing: bool) -> Lease:
+        row, cells = handle.row, self._cells
         with self._lock:
             cells.in_flight[row] += 1
             cells.tokens[row] += tokens
             if probing:
                 cells.probes[row] += 1
-        return Lease(self, seat, tokens, probing)
+        return Lease(self, handle, tokens, probing)
 
     def reserve(self, row: int, now: float) -> None:
         """`now`: 0 ends the reservation."""
@@ -61,7 +42,7 @@ class OwnColumn:
         return self._cells.reserved[row] != 0.0
 
     def end(self, lease: Lease) -> None:
-        row, cells = lease.seat.row, self._cells
+        row, cells = lease.handle.row, self._cells
         with self._lock:
             if not lease.held:
                 return
@@ -78,7 +59,7 @@ class OwnColumn:
             cells.ended[0] += 1
 
     def count(self, lease: Lease, tokens: int, seconds: float) -> None:
-        row, cells = lease.seat.row, self._cells
+        row, cells = lease.handle.row, self._cells
         with self._lock:
             if lease.held:
                 cells.passed[row] += tokens
@@ -88,11 +69,11 @@ class OwnColumn:
 class Lease:
     """Counted when the replica was picked, given back once."""
 
-    __slots__ = ("_column", "_due", "_passed", "_since", "held", "probing", "seat", "tokens")
+    __slots__ = ("_column", "_due", "_passed", "_since", "handle", "held", "probing", "tokens")
 
-    def __init__(self, column: OwnColumn, seat: Seat, tokens: int, probing: bool) -> None:
+    def __init__(self, column: OwnCounters, handle: ReplicaHandle, tokens: int, probing: bool) -> None:
         self._column = column
-        self.seat = seat
+        self.handle = handle
         #: Of the prompt.
         self.tokens = tokens
         #: It tries the replica out: what becomes of it decides whether others follow.
@@ -103,7 +84,7 @@ class Lease:
 
     @property
     def instance(self) -> Instance:
-        return self.seat.instance
+        return self.handle.instance
 
     def count_tokens(self, count: int) -> None:
         """So many tokens of a stream were passed on, just now.

@@ -21,7 +21,7 @@ from enum import IntEnum, IntFlag
 import msgspec
 
 from ....common.errors import FastDeployError
-from ..control.registration import Instance, RegistrationError
+from ..instance import Instance, RegistrationError
 from ..policy.prefix_table import PrefixTable
 
 ROWS = 256

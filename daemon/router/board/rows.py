@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from hashlib import blake2b
 
-from ..control.registration import Instance, RegistrationError
+from ..instance import Instance, RegistrationError
 from ..policy.prefix_table import PrefixTable
 from .memory import ENDINGS, REMOTE, RETIRED, ROWS, BoardMemory, Ending, Flag, Header, State, text_of
 

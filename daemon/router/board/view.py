@@ -8,15 +8,14 @@ from enum import Enum, auto
 from operator import add
 from typing import Any
 
-from ..control.registration import Instance
-from ..policy.policies import Candidates, Policy, RequestFacts
+from ..instance import Instance, ReplicaHandle
+from ..policy.policy import Candidates, Policy, RequestFacts
 from ..policy.prefix_table import PrefixTable
-from .lease import Seat
 from .memory import REMOTE, WORKERS, BoardMemory, Flag, Header, State
 from .rows import Rows, key_of
 
 
-class Nobody(Enum):
+class PickFailure(Enum):
     """Why no replica was picked. False, where a lease is true."""
 
     #: None may be chosen.
@@ -32,7 +31,7 @@ class Nobody(Enum):
 class Status:
     """A replica as it was at one moment."""
 
-    seat: Seat
+    handle: ReplicaHandle
     state: State
     #: Its operator wants no new requests there; it itself wants none.
     draining: bool
@@ -53,7 +52,7 @@ class Status:
 
     @property
     def instance(self) -> Instance:
-        return self.seat.instance
+        return self.handle.instance
 
     @property
     def up(self) -> bool:
@@ -78,12 +77,12 @@ class View:
         #: By the text that a row had, which never has the same version twice.
         self._texts = {row: memory.text[row] for row in used}
         known = before._texts if before is not None else {}
-        self.seats: dict[int, Seat] = {}
+        self.handles: dict[int, ReplicaHandle] = {}
         for row in used:
             if before is not None and known.get(row) == self._texts[row]:
-                self.seats[row] = before.seats[row]
+                self.handles[row] = before.handles[row]
             else:
-                self.seats[row] = Seat(row, memory.generation[row], memory.read_instance(row))
+                self.handles[row] = ReplicaHandle(row, memory.generation[row], memory.read_instance(row))
         columns = [column for column in memory.columns[:WORKERS] if column.pid[0]]
         self.reserved = frozenset(row for row in used if any(column.reserved[row] for column in columns))
         #: Rows that may be chosen, and those that are reserved.
@@ -93,18 +92,18 @@ class View:
         self.choosable = [row for row in self.usable if row not in self.reserved]
         self.probing = frozenset(row for row in self.usable if memory.state[row] == State.PROBING)
         self._limits = {
-            row: seat.instance.max_concurrency
-            for row, seat in self.seats.items()
-            if seat.instance.max_concurrency is not None
+            row: handle.instance.max_concurrency
+            for row, handle in self.handles.items()
+            if handle.instance.max_concurrency is not None
         }
         self._least_limit = min(self._limits.values(), default=_NO_LIMIT)
         #: In the order of Candidates' columns: what does not move with every request.
         self._known = {
             row: (
                 *(memory.weight[row], memory.running[row], memory.waiting[row]),
-                *(memory.in_flight_then[row], key_of(seat.url)),
+                *(memory.in_flight_then[row], key_of(handle.url)),
             )
-            for row, seat in self.seats.items()
+            for row, handle in self.handles.items()
         }
         self._known_of_choosable = _columns(self._known, self.choosable)
         self._own_in_flight = [column.in_flight[:count] for column in columns]
@@ -114,14 +113,18 @@ class View:
         self._tokens = [column.tokens[:count] for column in columns]
         self._last_pick = memory.last_pick[:count]
 
-    def choose(self, policy: Policy, facts: RequestFacts, exclude: Collection[Seat]) -> int | Nobody:
+    def choose(
+        self, policy: Policy, facts: RequestFacts, exclude: Collection[ReplicaHandle]
+    ) -> int | PickFailure:
         """A row."""
         rows = self.choosable
         if exclude:
-            rows = [row for row in rows if self.seats[row] not in exclude]
+            rows = [row for row in rows if self.handles[row] not in exclude]
         if not rows:
-            will_be_free = any(self.seats[row] not in exclude for row in self.usable if row in self.reserved)
-            return Nobody.BUSY if will_be_free else Nobody.DOWN
+            will_be_free = any(
+                self.handles[row] not in exclude for row in self.usable if row in self.reserved
+            )
+            return PickFailure.BUSY if will_be_free else PickFailure.DOWN
         in_flight = _sums(self._in_flight)
         if max(in_flight) >= self._least_limit:
             limits = self._limits
@@ -129,7 +132,7 @@ class View:
         if self.probing:
             rows = [row for row in rows if row not in self.probing or not self._rows.is_probed(row)]
         if not rows:
-            return Nobody.BUSY
+            return PickFailure.BUSY
         nothing = [0] * len(rows)
         matched: Mapping[int, int] = self._prefixes.match(facts.prefix) if policy.needs_prefix else {}
         known = self._known_of_choosable if rows is self.choosable else _columns(self._known, rows)
@@ -148,11 +151,11 @@ class View:
             self._prefixes.insert(facts.prefix, row)
         return row
 
-    def choose_to_reserve(self, exclude: Collection[Seat]) -> int | None:
+    def choose_to_reserve(self, exclude: Collection[ReplicaHandle]) -> int | None:
         """Return the row with the fewest requests; None if half of the replicas are reserved already."""
         if len(self.reserved.intersection(self.usable)) >= max(1, len(self.usable) // 2):
             return None
-        rows = [row for row in self.choosable if self.seats[row] not in exclude]
+        rows = [row for row in self.choosable if self.handles[row] not in exclude]
         in_flight, last_pick = _sums(self._own_in_flight), self._last_pick
         return min(rows, key=lambda row: (in_flight[row], last_pick[row]), default=None)
 
@@ -165,7 +168,7 @@ class View:
         own, elsewhere = memory.columns[:WORKERS], memory.columns[REMOTE]
         return [
             Status(
-                seat=seat,
+                handle=handle,
                 state=State(memory.state[row]),
                 draining=bool(memory.flags[row] & Flag.DRAINING),
                 leaving=bool(memory.flags[row] & Flag.LEAVING),
@@ -179,7 +182,7 @@ class View:
                 waiting=memory.waiting[row],
                 heard_at=memory.heard_at[row],
             )
-            for row, seat in self.seats.items()
+            for row, handle in self.handles.items()
         ]
 
 

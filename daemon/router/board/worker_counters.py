@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from .lease import OwnColumn
+from .lease import OwnCounters
 from .locks import KernelLocks
 from .memory import WORKERS, BoardError, BoardMemory
 from .rows import Rows
@@ -27,7 +27,7 @@ class Columns:
         self._rows = rows
         self._locks = locks
         self._clock = clock
-        self.own: OwnColumn | None = None
+        self.own: OwnCounters | None = None
 
     def open(self) -> int:
         """Raises BoardError if all are taken."""
@@ -39,7 +39,7 @@ class Columns:
                 self._rows.changing()
                 column.clear()
                 column.pid[0] = os.getpid()
-                self.own = OwnColumn(index, column, self._clock)
+                self.own = OwnCounters(index, column, self._clock)
                 return index
         raise BoardError(f"the board has room for {WORKERS} workers, and all of it is taken")
 

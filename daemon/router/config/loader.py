@@ -15,7 +15,7 @@ from ....common.addresses import addresses_of
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
 from ....common.file_limit import allow_open_files, open_files_limit
-from ..control.registration import IPNetwork
+from ..addresses import IPNetwork
 from ..policy.policies import policy_named
 from .flags import LEVELS, MOST_CONNECTIONS, changed, file_parser, fixed_in, parser
 from .flags_file import read_flags_file
@@ -23,7 +23,7 @@ from .keys import read_keys
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..control.redis_board import RedisAddress
+    from .redis_address import RedisAddress
 
 #: Descriptors: of a connection and the replica that answers it, their duplicates on the fast path, all else.
 _FILES_PER_CONNECTION = 2
@@ -145,7 +145,7 @@ def _redis(url: str) -> RedisAddress | None:
     if not url:
         return None
     # Slow to import, and few need it.
-    from ..control.redis_board import RedisAddress
+    from .redis_address import RedisAddress
 
     return RedisAddress.parse(url)
 

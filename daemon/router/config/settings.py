@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
-from ..control.registration import IPNetwork
-from ..policy.policies import Policy
+from ..addresses import IPNetwork
+from ..policy.policy import Policy
 from .keys import ApiKeys
 
 if TYPE_CHECKING:
-    from ..control.redis_board import RedisAddress
+    from .redis_address import RedisAddress
 
 #: As many as the board has columns for, and as many again while a reload replaces them.
 _MOST_WORKERS = 16

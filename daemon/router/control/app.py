@@ -12,13 +12,15 @@ from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from ....common.addresses import is_loopback
-from ..board.board import Board, Ending, Seat, Status
+from ..addresses import AllowedAddresses
+from ..board.board import Board, Ending, Status
 from ..config.settings import Settings
 from ..http.responses import error_body
+from ..instance import Instance, RegistrationError, ReplicaHandle
 from ..metrics.counter_memory import CounterMemory
 from ..metrics.metrics import Metrics
 from . import health
-from .registration import AllowedAddresses, Instance, RegistrationError, parse, parse_farewell
+from .registration import parse, parse_farewell
 from .registry import RegistryFile
 from .reload_status import Reloads
 
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 _MAX_REGISTRATION = 64 << 10
 #: Characters of a path in an error message.
 _LONGEST_PATH = 200
-_ORDERS: dict[str, Callable[[Board, Seat], bool]] = {
+_ORDERS: dict[str, Callable[[Board, ReplicaHandle], bool]] = {
     "drain": Board.drain,
     "undrain": Board.undrain,
     "remove": Board.remove,
@@ -43,7 +45,7 @@ class _EndingWord(msgspec.Struct, forbid_unknown_fields=True):
     from_outside: bool
 
 
-class Router:
+class ControlPlane:
     """What one worker holds besides its event loop. A WSGI application, once `start` was called."""
 
     def __init__(self, settings: Settings, board: Board, counters: CounterMemory, reloads: Reloads) -> None:
@@ -80,18 +82,18 @@ class Router:
         self._check_allowed("host_ip", instance.host)
         if instance.port == self.settings.port and self._allowed.is_own(instance.host):
             raise RegistrationError(f"{instance.url} is the router itself")
-        seat = self.board.seat_of(instance.url)
-        is_new = seat is None or seat.instance.instance != instance.instance
+        handle = self.board.seat_of(instance.url)
+        is_new = handle is None or handle.instance.instance != instance.instance
         # One that is up is looked at all the time anyway: its heartbeat need not wait for another look.
-        if seat is None or is_new or not self._is_up(seat):
+        if handle is None or is_new or not self._is_up(handle):
             asked_at = time.monotonic()
             problem = health.check(instance)
             if problem is not None:
-                if seat is not None:
-                    self.board.heard(seat)
+                if handle is not None:
+                    self.board.heard(handle)
                 raise RegistrationError(f"{instance.url} service is not healthy", 503)
-            if seat is not None and not is_new:
-                self.board.healthy(seat, asked_at)
+            if handle is not None and not is_new:
+                self.board.healthy(handle, asked_at)
         if self.board.admit(instance):
             self.registry.save(self.board)
         return instance
@@ -110,10 +112,10 @@ class Router:
         row = next(
             (row for row in self.board.status() if name in (row.instance.name, row.instance.authority)), None
         )
-        if row is None or not _ORDERS[order](self.board, row.seat):
+        if row is None or not _ORDERS[order](self.board, row.handle):
             return None
         self.registry.save(self.board)
-        return next((each for each in self.board.status() if each.seat == row.seat), row)
+        return next((each for each in self.board.status() if each.handle == row.handle), row)
 
     def may_give_orders(self, peer: str, authorization: str) -> bool:
         """Over the unix socket, whose permissions decide; from this machine with a key."""
@@ -122,8 +124,8 @@ class Router:
         keys = self.settings.admin_keys
         return bool(keys) and is_loopback(peer) and keys.allow(authorization)
 
-    def _is_up(self, seat: Seat) -> bool:
-        return any(row.up for row in self.board.status() if row.seat == seat)
+    def _is_up(self, handle: ReplicaHandle) -> bool:
+        return any(row.up for row in self.board.status() if row.handle == handle)
 
     def _check_sender(self, peer: str, authorization: str) -> None:
         """Both ends are looked at: nobody elsewhere may point the router at services of this machine."""
@@ -149,7 +151,7 @@ class Router:
             )
 
 
-def _control_plane(router: Router) -> Flask:
+def _control_plane(router: ControlPlane) -> Flask:
     app = Flask("fd-router", static_folder=None)
     # FLASK_DEBUG must not turn it on.
     app.debug = False

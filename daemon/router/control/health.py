@@ -9,9 +9,9 @@ import threading
 import time
 from typing import NamedTuple
 
-from ..board.board import Board, Seat
-from ..policy.policies import Policy
-from .registration import Instance
+from ..board.board import Board
+from ..instance import Instance, ReplicaHandle
+from ..policy.policy import Policy
 from .registry import RegistryFile
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Monitor:
         self._policy = policy
         self._interval = interval
         self._lock = threading.Lock()
-        self._being_checked: set[Seat] = set()
+        self._being_checked: set[ReplicaHandle] = set()
 
     def start(self) -> None:
         """After the fork: threads do not survive one."""
@@ -84,8 +84,8 @@ class Monitor:
     def _check_each(self) -> None:
         if not self._board.lead():
             return
-        for seat in self._board.seats():
-            threading.Thread(target=self._check, args=(seat,), name="health", daemon=True).start()
+        for handle in self._board.handles():
+            threading.Thread(target=self._check, args=(handle,), name="health", daemon=True).start()
         self._board.forget_lost()
         self._registry.keep(self._board)
 
@@ -98,25 +98,25 @@ class Monitor:
                 logger.exception("a measurement of the replicas failed; the next one follows")
             time.sleep(_MEASURE_SECONDS)
 
-    def _check(self, seat: Seat) -> None:
+    def _check(self, handle: ReplicaHandle) -> None:
         with self._lock:
-            if seat in self._being_checked:
+            if handle in self._being_checked:
                 return  # the look before this one is still waiting
-            self._being_checked.add(seat)
+            self._being_checked.add(handle)
         try:
             asked_at = time.monotonic()
-            problem = check(seat.instance)
+            problem = check(handle.instance)
             if problem is None:
-                self._board.healthy(seat, asked_at)
-                if self._policy.needs_load and (load := read_load(seat.instance)) is not None:
-                    self._board.set_load(seat, *load)
+                self._board.healthy(handle, asked_at)
+                if self._policy.needs_load and (load := read_load(handle.instance)) is not None:
+                    self._board.set_load(handle, *load)
             elif problem.refused:
-                self._board.unreachable(seat, problem.text)
+                self._board.unreachable(handle, problem.text)
             else:
-                self._board.failed(seat, problem.text)
+                self._board.failed(handle, problem.text)
         finally:
             with self._lock:
-                self._being_checked.discard(seat)
+                self._being_checked.discard(handle)
 
 
 class _Answer(NamedTuple):

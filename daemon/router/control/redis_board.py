@@ -22,17 +22,16 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ....common.errors import ConfigError
 from ....common.foreign_text import parse_json, printable
-from ..board.board import Board, Seat
-from .registration import AllowedAddresses
+from ..addresses import AllowedAddresses
+from ..board.board import Board
+from ..config.redis_address import RedisAddress
+from ..instance import ReplicaHandle
 from .registry import RegistryFile
 from .shared_replicas import Said, SharedReplicas, shared_name
 
@@ -43,30 +42,9 @@ _MOST_ELSEWHERE = 1 << 40
 #: Seconds between two turns; while Redis is away, and while another worker leads.
 _EVERY, _RETRY, _IDLE = 0.05, 0.5, 1.0
 #: Seconds for which a router's counts hold.
-LEASE = 3.0
+COUNT_TTL = 3.0
 _TIMEOUT = 1.0
 _PREFIX = "fd-router:"
-
-
-@dataclass(frozen=True, slots=True)
-class RedisAddress:
-    """Shown without its password."""
-
-    url: str = field(repr=False)
-    shown: str
-
-    def __str__(self) -> str:
-        return self.shown
-
-    @classmethod
-    def parse(cls, url: str) -> RedisAddress:
-        """Raises ConfigError, which does not show the URL either."""
-        try:
-            parts: dict[str, Any] = redis.connection.parse_url(url)
-            where = parts.get("path") or f"{parts.get('host', 'localhost')}:{parts.get('port', 6379)}"
-            return cls(url, f"redis at {where}, database {parts.get('db', 0)}")
-        except (ValueError, TypeError):
-            raise ConfigError("--board must be redis://HOST:PORT/DB, rediss:// or unix://") from None
 
 
 class RedisBoard:
@@ -127,15 +105,15 @@ class RedisBoard:
         }
         pipe = client.pipeline(transaction=False)
         pipe.sadd(f"{_PREFIX}routers", self._board.identity)
-        pipe.set(self._key(self._board.identity), json.dumps(own), px=int(LEASE * 1000))
+        pipe.set(self._key(self._board.identity), json.dumps(own), px=int(COUNT_TTL * 1000))
         pipe.smembers(f"{_PREFIX}routers")
         pipe.get(f"{_PREFIX}changes")
         pipe.time()
         # Those that were there last time: a new one is heard in the next turn.
         pipe.mget([self._key(self._board.identity), *map(self._key, self._others)])
         *_, routers, changes, (seconds, micros), counts = pipe.execute()
-        seats = {shared_name(row.instance): row.seat for row in rows}
-        self._board.set_remote(_sum([text for text in counts[1:] if text], seats))
+        handles = {shared_name(row.instance): row.handle for row in rows}
+        self._board.set_remote(_sum([text for text in counts[1:] if text], handles))
         dead = [router for router, text in zip(self._others, counts[1:], strict=True) if text is None]
         if dead:
             client.srem(f"{_PREFIX}routers", *dead)
@@ -170,7 +148,7 @@ class RedisBoard:
         if self._away_since is None:
             self._away_since = now
             logger.warning("%s is away (%s); going on alone", self._address, _reason(error))
-        if now - self._away_since >= LEASE:
+        if now - self._away_since >= COUNT_TTL:
             self._board.set_remote({})
 
     def _is_back(self) -> None:
@@ -182,10 +160,10 @@ class RedisBoard:
         return f"{_PREFIX}counts:{router}"
 
 
-def _sum(counts: list[str], seats: dict[str, Seat]) -> dict[Seat, tuple[int, int]]:
+def _sum(counts: list[str], handles: dict[str, ReplicaHandle]) -> dict[ReplicaHandle, tuple[int, int]]:
     """What the other routers have at the replicas that we know."""
-    requests: defaultdict[Seat, int] = defaultdict(int)
-    tokens: defaultdict[Seat, int] = defaultdict(int)
+    requests: defaultdict[ReplicaHandle, int] = defaultdict(int)
+    tokens: defaultdict[ReplicaHandle, int] = defaultdict(int)
     for text in counts:
         try:
             load = {name: (int(one), int(other)) for name, (one, other) in parse_json(text).items()}
@@ -194,10 +172,10 @@ def _sum(counts: list[str], seats: dict[str, Seat]) -> dict[Seat, tuple[int, int
         if any(not 0 <= number < _MOST_ELSEWHERE for pair in load.values() for number in pair):
             continue
         for name, (in_flight, prompt) in load.items():
-            if (seat := seats.get(name)) is not None:
-                requests[seat] += in_flight
-                tokens[seat] += prompt
-    return {seat: (requests[seat], tokens[seat]) for seat in requests}
+            if (handle := handles.get(name)) is not None:
+                requests[handle] += in_flight
+                tokens[handle] += prompt
+    return {handle: (requests[handle], tokens[handle]) for handle in requests}
 
 
 def _reason(error: Exception) -> str:

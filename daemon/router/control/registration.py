@@ -4,108 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import socket
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-from ....common.addresses import authority
-from ....common.errors import FastDeployError
 from ....common.foreign_text import parse_json, printable
+from ..instance import ROLES, Instance, RegistrationError
 
-IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-ROLES = ("mixed", "prefill", "decode")
 _PROTOCOLS = ("ipc", "rdma")
 #: Of each list; a registration must fit into a row of the board.
 _MAX_ITEMS = 32
 _ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
-
-
-class RegistrationError(FastDeployError):
-    """A registration that is refused. The text is the `msg` of the answer, FastDeploy's where it has one."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Instance:
-    """One mixed instance. Its identity is the URL, and the id of this start of it if it sends one."""
-
-    host: str
-    port: int
-    #: Its number among the replicas of one system (DP rank); FastDeploy's own engines do not send one.
-    replica: int | None = None
-    metrics_port: str = ""
-    connector_port: str = ""
-    engine_worker_queue_port: str = ""
-    transfer_protocol: tuple[str, ...] = ()
-    rdma_ports: tuple[str, ...] = ()
-    device_ids: tuple[str, ...] = ()
-    #: Drawn at each start of a replica: another one at the same URL is another process. FastDeploy's own
-    #: engines do not send this, nor what follows.
-    instance: str = ""
-    features: tuple[str, ...] = ()
-    #: Requests that it takes at a time.
-    max_concurrency: int | None = None
-    #: What /internal/resume asks for: whoever has it reads and writes other people's answers.
-    token: str = field(default="", repr=False)
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.authority}"
-
-    @property
-    def authority(self) -> str:
-        return authority(self.host, self.port)
-
-    @property
-    def name(self) -> str:
-        """Its name in logs, metrics and X-FD-Replica."""
-        return self.authority if self.replica is None else str(self.replica)
-
-    def wire(self) -> dict[str, Any]:
-        """As GET /registered shows it."""
-        return {
-            "url": self.url,
-            "worker_type": ROLES[0],
-            "metrics_port": self.metrics_port,
-            "connector_port": self.connector_port,
-            "engine_worker_queue_port": self.engine_worker_queue_port,
-            "transfer_protocol": list(self.transfer_protocol),
-            "rdma_ports": list(self.rdma_ports),
-            "device_ids": list(self.device_ids),
-            "replica": self.replica,
-            "instance": self.instance,
-            "features": list(self.features),
-            "max_concurrency": self.max_concurrency,
-        }
-
-    def registration(self) -> dict[str, Any]:
-        """As it would register itself, secrets and all; `from_fields` reads it back."""
-        fields = self.wire()
-        del fields["url"], fields["worker_type"]
-        own = {"role": ROLES[0], "host_ip": self.host, "port": str(self.port), "token": self.token}
-        return {**own, **fields}
-
-
-class AllowedAddresses:
-    """Who may be a replica: this machine, and the networks that were named with --allow-host."""
-
-    def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
-        self._networks = tuple(networks)
-
-    def __contains__(self, address: str) -> bool:
-        ip = _ip(address)
-        return ip is not None and (any(ip in network for network in self._networks) or self.is_own(address))
-
-    def is_own(self, address: str) -> bool:
-        """It is an IP address of this machine."""
-        ip = _ip(address)
-        return ip is not None and (ip.is_loopback or _is_own(ip))
 
 
 def parse(body: bytes) -> Instance:
@@ -170,28 +77,6 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise RegistrationError("Invalid InstanceInfo JSON format: a JSON object is expected")
     return fields
-
-
-def _ip(address: str) -> IPAddress | None:
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return None
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        return ip.ipv4_mapped
-    return ip
-
-
-def _is_own(ip: IPAddress) -> bool:
-    """Whether this machine has the address: to such a one, and no other, it goes from that address itself."""
-    with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-        try:
-            # A datagram socket looks up the route and sends nothing. A bind would tell as much, except for
-            # broadcast and multicast addresses, and where net.ipv4.ip_nonlocal_bind is set.
-            probe.connect((str(ip), 9))
-        except OSError:
-            return False  # no route, or no address of one machine
-        return bool(ipaddress.ip_address(probe.getsockname()[0]) == ip)
 
 
 def _role(value: Any) -> str:

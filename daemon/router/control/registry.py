@@ -14,8 +14,10 @@ from typing import Any
 
 from ....common.errors import ConfigError, is_disk_condition
 from ....common.foreign_text import parse_json, printable
+from ..addresses import AllowedAddresses
 from ..board.board import Board, Status
-from .registration import AllowedAddresses, Instance, RegistrationError, from_fields
+from ..instance import Instance, RegistrationError
+from .registration import from_fields
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ class RegistryFile:
         for instance, is_draining in self._read():
             if instance.host in allowed:
                 board.admit(instance, up=False)
-                if is_draining and (seat := board.seat_of(instance.url)) is not None:
-                    board.drain(seat)
+                if is_draining and (handle := board.seat_of(instance.url)) is not None:
+                    board.drain(handle)
 
     def save(self, board: Board) -> None:
         """Writes the board as it is now, if it can; readers see the old file or the new one, never a part."""

@@ -18,8 +18,10 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from ....common.foreign_text import parse_json, printable
+from ..addresses import AllowedAddresses
 from ..board.board import FORGET_AFTER, Board, Status
-from .registration import AllowedAddresses, Instance, RegistrationError, from_fields
+from ..instance import Instance, RegistrationError
+from .registration import from_fields
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class SharedReplicas:
                     continue  # it changed here as well, and works: the others will learn that from us
             elif row is not None and is_news and self._is_gone(entry):
                 # Ours is an older start of it, or that one.
-                changed |= {name} if self._board.remove(row.seat) else set()
+                changed |= {name} if self._board.remove(row.handle) else set()
                 continue
             ago = max(0.0, now - _heard(said, name))
             if (is_news or is_back) and self._learn_entry(name, entry, row, ago):
@@ -99,9 +101,9 @@ class SharedReplicas:
                 continue
             draining = said.draining.get(name)
             if draining is not None and (before.draining.get(name) != draining or name in changed):
-                (self._board.drain if draining == "1" else self._board.undrain)(row.seat)
+                (self._board.drain if draining == "1" else self._board.undrain)(row.handle)
             if said.entries.get(name) == _entry(row.instance, _HERE):
-                self._board.heard(row.seat, ago=max(0.0, now - _heard(said, name)))
+                self._board.heard(row.handle, ago=max(0.0, now - _heard(said, name)))
         return bool(changed)
 
     def news(self, now: float) -> Said:
@@ -171,7 +173,7 @@ class SharedReplicas:
                 return False
             if _state(entry) == _LEAVING:
                 return self._board.deregister(instance.url, instance.instance)
-            return self._board.remove(row.seat)
+            return self._board.remove(row.handle)
         if row is not None and _entry(row.instance, _HERE) == entry:
             return False
         return self._admit(name, instance, ago)

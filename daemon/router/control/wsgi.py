@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import Any
 
+from ..http.protocols import Client
 from ..http.request import ClientRequest
 from ..http.responses import error, header_lines
 from ..metrics.metrics import Metrics
-from ..relay.delivery import Client
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def environ_of(request: ClientRequest) -> Environ:
         "QUERY_STRING": query.decode("latin-1"),
         "SERVER_NAME": "fd-router",
         "SERVER_PORT": "0",
-        "SERVER_PROTOCOL": "HTTP/1.0" if request.is_old else "HTTP/1.1",
+        "SERVER_PROTOCOL": "HTTP/1.0" if request.is_http_1_0 else "HTTP/1.1",
         "REMOTE_ADDR": request.peer,
         "CONTENT_LENGTH": str(len(request.body)),
         "wsgi.version": (1, 0),

@@ -12,11 +12,11 @@ import struct
 from collections import deque
 from typing import Protocol, cast
 
-from ..relay.delivery import Client
+from .protocols import Client
 from .request import ClientRequest
 from .request_parser import Parsed, RequestParser
-from .responses import Answer, error, header_lines
-from .write_batcher import Outbox
+from .responses import Response, error, header_lines
+from .write_batcher import WriteBatcher
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Server(Protocol):
     """What connections belong to."""
 
     max_body_bytes: int
-    outbox: Outbox
+    outbox: WriteBatcher
     #: Seconds for a whole head, from its first byte; without a byte of the body; with the answer left unread.
     client_timeout: float
     #: Seconds without a request.
@@ -80,7 +80,7 @@ class ClientConnection(asyncio.Protocol):
         self._outbox = server.outbox
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._parser: RequestParser
-        self._waiting: deque[Parsed | Answer] = deque()
+        self._waiting: deque[Parsed | Response] = deque()
         self._task: Task | None = None
         self._is_busy = False
         self._lingering = -1
@@ -254,13 +254,13 @@ class ClientConnection(asyncio.Protocol):
     def _next(self) -> None:
         parsed = self._waiting.popleft()
         self._is_busy = True
-        if isinstance(parsed, Answer):
+        if isinstance(parsed, Response):
             self._refuse(parsed)
             return
         request, keep_alive = parsed
         self._keep_alive = keep_alive
         self._is_head_only = request.method == "HEAD"
-        self._is_old = request.is_old
+        self._is_old = request.is_http_1_0
         self._is_chunked = False
         try:
             task = self._server.serve(self, request)
@@ -295,7 +295,7 @@ class ClientConnection(asyncio.Protocol):
         if not self._transport.is_reading() and not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def _refuse(self, answer: Answer) -> None:
+    def _refuse(self, answer: Response) -> None:
         method, target = self._parser.method, self._parser.target
         self._server.refused(method, target, answer.status)
         logger.warning(

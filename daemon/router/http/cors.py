@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from ....common.cors import CorsPolicy, refusal_of
-from ..relay.delivery import Client
+from .protocols import Client
 from .request import ClientRequest
-from .responses import Answer, error, header_lines
+from .responses import Response, error, header_lines
 
 
 def cors_lines(policy: CorsPolicy, origin: bytes) -> bytes:
@@ -62,15 +62,15 @@ def is_preflight(request: ClientRequest) -> bool:
     return request.method == "OPTIONS" and b"access-control-request-method" in request.special
 
 
-def preflight_answer(policy: CorsPolicy, request: ClientRequest) -> Answer:
+def preflight_answer(policy: CorsPolicy, request: ClientRequest) -> Response:
     """Return the answer to a preflight. It needs no key, because browsers send none with it."""
     origin = _text(request.special[b"origin"])
     wanted = _text(request.special.get(b"access-control-request-headers", b""))
     headers = policy.preflight_headers(origin, wanted)
     if policy.allows(origin):
-        return Answer(204, b"", headers)
+        return Response(204, b"", headers)
     answer = error(403, refusal_of(origin), "origin_not_allowed")
-    return Answer(answer.status, answer.body, (*answer.headers, *headers))
+    return Response(answer.status, answer.body, (*answer.headers, *headers))
 
 
 def _text(value: bytes) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from ....common.errors import FastDeployError
-from .responses import Answer
+from .responses import Response
 
 #: In their order; names in lower case.
 RawHeaders = list[tuple[bytes, bytes]]
@@ -51,7 +51,7 @@ _SLASHES = re.compile(rb"//+")
 class Refused(FastDeployError):
     """A request that goes to no replica; `answer` says why."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Response) -> None:
         super().__init__(answer.status_line)
         self.answer = answer
 
@@ -60,7 +60,7 @@ class ClientRequest:
     """A whole request of a client."""
 
     __slots__ = (
-        *("body", "dropped", "headers", "is_old", "method", "path", "peer", "raw_path", "sent_target"),
+        *("body", "dropped", "headers", "is_http_1_0", "method", "path", "peer", "raw_path", "sent_target"),
         *("special", "target"),
     )
 
@@ -72,7 +72,7 @@ class ClientRequest:
         special: Mapping[bytes, bytes],
         dropped: frozenset[bytes],
         body: bytes,
-        is_old: bool,
+        is_http_1_0: bool,
         peer: str,
     ) -> None:
         self.method = method
@@ -92,7 +92,7 @@ class ClientRequest:
         self.dropped = dropped
         self.body = body
         #: HTTP/1.0 knows no chunks.
-        self.is_old = is_old
+        self.is_http_1_0 = is_http_1_0
         #: IP address; empty on the unix socket.
         self.peer = peer
 

@@ -14,7 +14,7 @@ from http import HTTPStatus
 import httptools
 
 from .request import ClientRequest, RawHeaders, named_in
-from .responses import Answer, error
+from .responses import Response, error
 
 #: With method and version it must fit into a replica's longest request line, which is gunicorn's: 8190 bytes.
 _MOST_TARGET = 8000
@@ -45,7 +45,7 @@ class Rejected(Exception):
 
     def __init__(self, status: HTTPStatus, message: str, code: str = "bad_http") -> None:
         super().__init__(message)
-        self.answer: Answer = error(status, message, code)
+        self.answer: Response = error(status, message, code)
 
 
 class RequestParser:
@@ -55,7 +55,7 @@ class RequestParser:
         self.peer = peer
         self._max_body_bytes = max_body_bytes
         self._parser = httptools.HttpRequestParser(self)
-        self._whole: list[Parsed | Answer] = []
+        self._whole: list[Parsed | Response] = []
         #: Bytes of a body that are read here: llhttp takes what follows an Upgrade for another protocol.
         self._raw_left = 0
         self._raw_keep_alive = True
@@ -78,7 +78,7 @@ class RequestParser:
         """The Origin header of the request that is being received; empty if it has none."""
         return self._special.get(b"origin", b"")
 
-    def feed(self, data: bytes) -> Sequence[Parsed | Answer]:
+    def feed(self, data: bytes) -> Sequence[Parsed | Response]:
         """The requests that these bytes make whole; an answer, the last, is to something that is none."""
         self._whole = []
         self._fed = len(data)

@@ -9,7 +9,7 @@ from http import HTTPStatus
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """A whole response."""
 
     status: int
@@ -43,14 +43,14 @@ def error_body(status: int, message: str, code: str | None = None) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 
-def error(status: int, message: str, code: str | None = None, retry_after: int | None = None) -> Answer:
+def error(status: int, message: str, code: str | None = None, retry_after: int | None = None) -> Response:
     """An OpenAI error; `retry_after` is in seconds."""
     headers = [("Content-Type", "application/json")]
     if retry_after is not None:
         headers.append(("Retry-After", str(retry_after)))
     if status == 401:
         headers.append(("WWW-Authenticate", "Bearer"))
-    return Answer(status, error_body(status, message, code), tuple(headers))
+    return Response(status, error_body(status, message, code), tuple(headers))
 
 
 def sse_error(message: str) -> bytes:

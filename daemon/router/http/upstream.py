@@ -16,9 +16,9 @@ from typing import Protocol, cast
 import httptools
 
 from ....common.resumption import LOST_HEADER
-from ..board.board import Seat
+from ..instance import ReplicaHandle
 from .request import RawHeaders, named_in
-from .write_batcher import Outbox
+from .write_batcher import WriteBatcher
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class Reply(Protocol):
 class ReplicaConnection(asyncio.Protocol):
     """A socket to a replica. Callbacks come from the event loop."""
 
-    def __init__(self, pool: ConnectionPool, seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, pool: ConnectionPool, handle: ReplicaHandle) -> None:
+        self.handle = handle
         self.idle_since = 0.0
         #: When bytes last came, or a request was sent.
         self.heard_at = 0.0
@@ -326,26 +326,26 @@ class ReplicaConnection(asyncio.Protocol):
 class ConnectionPool:
     """All kept connections of one worker. Belongs to its event loop."""
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: WriteBatcher) -> None:
         self.outbox = outbox
         #: By the generation of the seat.
         self._idle: dict[int, deque[ReplicaConnection]] = {}
         self._connecting: set[asyncio.Task[None]] = set()
 
-    def take(self, seat: Seat) -> ReplicaConnection | None:
+    def take(self, handle: ReplicaHandle) -> ReplicaConnection | None:
         """One that is kept, if there is."""
-        idle = self._idle.get(seat.generation)
+        idle = self._idle.get(handle.generation)
         return idle.pop() if idle else None
 
-    def connect(self, seat: Seat, then: Connecting) -> None:
+    def connect(self, handle: ReplicaHandle, then: Connecting) -> None:
         """Opens one and tells `then`."""
-        task = asyncio.get_running_loop().create_task(self._connect(seat, then))
+        task = asyncio.get_running_loop().create_task(self._connect(handle, then))
         # The loop itself holds tasks weakly.
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
     def keep(self, connection: ReplicaConnection) -> None:
-        generation = connection.seat.generation
+        generation = connection.handle.generation
         idle = self._idle.get(generation)
         if idle is None:
             idle = self._idle[generation] = deque()
@@ -354,7 +354,7 @@ class ConnectionPool:
             idle.popleft().cancel()
 
     def forget(self, connection: ReplicaConnection) -> None:
-        idle = self._idle.get(connection.seat.generation)
+        idle = self._idle.get(connection.handle.generation)
         if idle and connection in idle:
             idle.remove(connection)
 
@@ -366,12 +366,12 @@ class ConnectionPool:
             if not idle:
                 del self._idle[generation]
 
-    async def _connect(self, seat: Seat, then: Connecting) -> None:
-        instance = seat.instance
+    async def _connect(self, handle: ReplicaHandle, then: Connecting) -> None:
+        instance = handle.instance
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT):
                 _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: ReplicaConnection(self, seat), instance.host, instance.port
+                    lambda: ReplicaConnection(self, handle), instance.host, instance.port
                 )
         except TimeoutError:
             then.unreachable(f"no connection within {_CONNECT_TIMEOUT:.0f} s")

@@ -17,7 +17,7 @@ _MOST = 32
 _LARGE = 16 << 10
 
 
-class Outbox:
+class WriteBatcher:
     """Of one event loop. Who closes a transport after a write has to `flush` in between."""
 
     def __init__(self) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha1
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-if TYPE_CHECKING:
-    from .policies import Policy
+from .policy import Policy, RequestFacts
 
 #: Names the conversation, so that its requests meet at one replica.
 SESSION_HEADER = b"x-session-id"
@@ -25,19 +23,6 @@ BYTES_PER_TOKEN = 4
 FIRST_BLOCK, BLOCKS_OF_A_SIZE, SIZES = 256, 16, 6
 #: Where blocks end, in bytes. What comes after the last, at 252 KB, decides nothing any more.
 BLOCK_ENDS = tuple(accumulate(FIRST_BLOCK << size for size in range(SIZES) for _ in range(BLOCKS_OF_A_SIZE)))
-
-
-class RequestFacts(NamedTuple):
-    """What a policy may know of a request."""
-
-    #: 64 random bits: the chance in a policy comes from outside, so that the policy stays a function.
-    draw: int
-    #: An estimate.
-    prompt_tokens: int = 0
-    #: A hash for each leading block of the prompt, each of all text up to the block's end.
-    prefix: tuple[int, ...] = ()
-    #: What stands for the conversation or its user; nothing if the request names neither.
-    session: bytes = b""
 
 
 def facts_of(policy: Policy, headers: Sequence[tuple[bytes, bytes]], body: bytes, draw: int) -> RequestFacts:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ....common.resumption import Resumption
-from ..board.board import Board, Seat
+from ..board.board import Board
 from ..http import refusals
-from ..http.responses import Answer
+from ..http.responses import Response
+from ..instance import ReplicaHandle
 from .suspicion import Death, Suspicion, Verdict
 
 
@@ -26,13 +27,13 @@ class Attempts:
         #: more.
         self.has_been_taken = False
         #: What the client is told if there is nobody left: a replica's own words, or that there was garbage.
-        self.refusal: Answer | None = None
+        self.refusal: Response | None = None
         #: Where the next one goes on; None if the answer is begun (anew).
         self.resumption: Resumption | None = None
         #: Who has gone on with the answer, one after the other.
-        self.resumed_by: list[Seat] = []
+        self.resumed_by: list[ReplicaHandle] = []
         #: Since the answer came further.
-        self.tried: list[Seat] = []
+        self.tried: list[ReplicaHandle] = []
         self.suspicion = Suspicion()
 
     # ---- the next one
@@ -41,10 +42,13 @@ class Attempts:
         """Return whether it may be tried, and where. `patience`: seconds to wait for fd-dp's report."""
         return self.suspicion.verdict(board.ending_of, now, patience)
 
-    def to_avoid(self, board: Board) -> Sequence[Seat]:
+    def to_avoid(self, board: Board) -> Sequence[ReplicaHandle]:
         if self.resumption is None:
             return self.tried
-        return [*self.tried, *(seat for seat in board.seats() if "resume" not in seat.instance.features)]
+        return [
+            *self.tried,
+            *(handle for handle in board.handles() if "resume" not in handle.instance.features),
+        ]
 
     def begin_anew(self) -> None:
         self.resumption = None
@@ -57,15 +61,15 @@ class Attempts:
         self.suspicion.deaths.clear()
         del self.tried[:-1]
 
-    def has_gone_on(self, seat: Seat) -> None:
-        if seat not in self.resumed_by[-1:]:
-            self.resumed_by.append(seat)
+    def has_gone_on(self, handle: ReplicaHandle) -> None:
+        if handle not in self.resumed_by[-1:]:
+            self.resumed_by.append(handle)
 
     # ---- when it fails
 
-    def died(self, seat: Seat, alone: bool, now: float, problem: str) -> None:
+    def died(self, handle: ReplicaHandle, alone: bool, now: float, problem: str) -> None:
         """The replica was lost with the request. `alone`: it had nothing else."""
-        self.suspicion.deaths.append(Death(seat, alone, now, problem))
+        self.suspicion.deaths.append(Death(handle, alone, now, problem))
 
     def failed(self, problem: str, resumption: Resumption | None) -> None:
         """
@@ -76,12 +80,12 @@ class Attempts:
         self.resumption = resumption
         self.has_been_taken |= bool(self.suspicion.deaths) or resumption is not None
 
-    def forgive(self, seat: Seat | None = None) -> None:
+    def forgive(self, handle: ReplicaHandle | None = None) -> None:
         """It, or all, may be tried again."""
-        if seat is None:
+        if handle is None:
             self.tried.clear()
         else:
-            self.tried.remove(seat)
+            self.tried.remove(handle)
 
     def deadly(self) -> str:
         """Return why the request is not tried again, for the client."""
@@ -92,5 +96,5 @@ class Attempts:
             f"({'; '.join(death.problem for death in deaths)})"
         )
 
-    def nobody(self) -> Answer:
+    def nobody(self) -> Response:
         return self.refusal or refusals.nobody(self.problems)

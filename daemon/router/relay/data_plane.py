@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import time
 
-from ..board.board import Board, Seat
+from ..board.board import Board
 from ..config.settings import Settings
 from ..http import refusals
 from ..http.fast_path import FastPath
+from ..http.protocols import Client
 from ..http.request import ClientRequest, Refused
 from ..http.upstream import ConnectionPool
-from ..http.write_batcher import Outbox
+from ..http.write_batcher import WriteBatcher
+from ..instance import ReplicaHandle
 from ..metrics.access_log import AccessLog
 from ..metrics.metrics import Metrics
-from .delivery import Client, Delivery
+from .delivery import Delivery
 from .exchange import Exchange
 from .retry import RetryBudget
-from .wait_queue import WaitingLine, retry_after
+from .wait_queue import WaitQueue, retry_after
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,13 @@ class DataPlane:
         self.settings = settings
         self.board = board
         self.metrics = metrics
-        self.outbox = Outbox()
+        self.outbox = WriteBatcher()
         # A connection has one request under way.
         self.fast_path = FastPath(min(settings.max_in_flight, settings.max_connections))
         self.pool = ConnectionPool(self.outbox)
         self.access_log = AccessLog()
         self.budget = RetryBudget()
-        self.line = WaitingLine(settings.queue_size)
+        self.line = WaitQueue(settings.queue_size)
         self.exchanges: set[Exchange] = set()
         self._ticked_at = 0.0
 
@@ -66,7 +68,7 @@ class DataPlane:
         exchange: Exchange,
         request: ClientRequest,
         identity: str,
-        seat: Seat | None,
+        handle: ReplicaHandle | None,
         delivery: Delivery,
         began_at: float,
         remark: str,
@@ -77,10 +79,10 @@ class DataPlane:
         seconds, method, path, status = now - began_at, request.method, request.path, delivery.status
         try:
             self.metrics.answered(method, path, status, seconds)
-            if seat is not None:
-                self.metrics.inference(seat.url, status)
+            if handle is not None:
+                self.metrics.inference(handle.url, status)
             self.access_log.add(
-                f"request={identity[:64]} replica={seat.name if seat else '-'} {method} {path} "
+                f"request={identity[:64]} replica={handle.name if handle else '-'} {method} {path} "
                 f"status={status} bytes={delivery.size} seconds={seconds:.3f}"
                 + (f" ({remark})" if remark else "")
             )

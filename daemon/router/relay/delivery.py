@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol
 
 from ....common.resumption import LOST_HEADER, Resumption
-from ..board.board import Seat
 from ..http.fast_path import Passed
+from ..http.protocols import Client
 from ..http.request import CORS, HOP_BY_HOP, ClientRequest, RawHeaders, lines_without
-from ..http.responses import Answer, header_lines, sse_error
+from ..http.responses import Response, header_lines, sse_error
 from ..http.upstream import ReplicaConnection
+from ..instance import ReplicaHandle
 from .transcript import Draft, Lines, Transcript
 
 #: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
@@ -29,31 +29,6 @@ _NOT_PASSED_ON = frozenset(
         LOST_HEADER.lower().encode(),
     }
 )
-
-
-class Client(Protocol):
-    """The client's connection, as long as this request has it."""
-
-    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
-        """A whole answer; `length` if it is not that of the body (HEAD)."""
-
-    def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
-        """The head of an answer that comes piece by piece; it goes out with the first."""
-
-    def send(self, piece: bytes) -> None: ...
-
-    @property
-    def fast_transport(self) -> asyncio.Transport | None:
-        """Where chunks can be sent past `send`; None if that is impossible, or something is still unsent."""
-
-    def send_chunks(self, chunks: bytes) -> None:
-        """What is left of such chunks."""
-
-    def end(self, trailer: bytes = b"") -> None:
-        """The answer is whole. `trailer`: header lines behind it, where HTTP has a place for them."""
-
-    def abort(self) -> None:
-        """Nobody may take what the client got for a whole answer."""
 
 
 class Delivery:
@@ -88,7 +63,7 @@ class Delivery:
         connection: ReplicaConnection,
         retries: int,
         has_marks: bool,
-        resumed_by: Sequence[Seat],
+        resumed_by: Sequence[ReplicaHandle],
     ) -> None:
         """The head of a replica's answer has come; it is what the client will get.
 
@@ -158,7 +133,7 @@ class Delivery:
         if passed.unsent:
             self._client.send_chunks(passed.unsent)
 
-    def finish(self, resumed_by: Sequence[Seat] = ()) -> None:
+    def finish(self, resumed_by: Sequence[ReplicaHandle] = ()) -> None:
         """The answer is whole. Which replicas have gone on with a stream stands in a trailer.
 
         A comment in the stream would be in the way of clients that take every line for data.
@@ -174,7 +149,7 @@ class Delivery:
         self.size = len(body)
         self._client.give(status.strip(), lines, body, length if self._request.method == "HEAD" else None)
 
-    def give(self, answer: Answer) -> None:
+    def give(self, answer: Response) -> None:
         """An answer of the router's own, whole."""
         lines = header_lines([*answer.headers, ("X-Request-Id", self._identity)])
         self.status = answer.status
@@ -189,7 +164,7 @@ class Delivery:
         else:
             self._client.abort()
 
-    def crash(self, answer: Answer, why: str) -> None:
+    def crash(self, answer: Response, why: str) -> None:
         """End the answer after an exception in the router: with `answer`, or cut off if it has begun."""
         try:
             if self.has_begun:
@@ -263,12 +238,12 @@ class Delivery:
 
     def _lines(self, connection: ReplicaConnection) -> bytes:
         dropped = _NOT_PASSED_ON | connection.dropped if connection.dropped else _NOT_PASSED_ON
-        added = f"x-fd-replica: {connection.seat.name}\r\n"
+        added = f"x-fd-replica: {connection.handle.name}\r\n"
         if not connection.has_request_id:
             added += f"x-request-id: {self._identity}\r\n"
         headers = connection.headers
         if connection.status in _REDIRECTS:
-            headers = [_without_authority(header, connection.seat.authority) for header in headers]
+            headers = [_without_authority(header, connection.handle.authority) for header in headers]
         return lines_without(dropped, headers) + added.encode("latin-1")
 
 
@@ -284,5 +259,5 @@ def _without_authority(header: tuple[bytes, bytes], authority: str) -> tuple[byt
     return (name, b"/" + path.lstrip(b"/")) if is_own else header
 
 
-def _resumed(by: Sequence[Seat]) -> bytes:
-    return b"x-fd-resumed: %b\r\n" % ", ".join(seat.name for seat in by).encode()
+def _resumed(by: Sequence[ReplicaHandle]) -> bytes:
+    return b"x-fd-resumed: %b\r\n" % ", ".join(handle.name for handle in by).encode()

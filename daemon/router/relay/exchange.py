@@ -21,17 +21,19 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from ..board.board import Lease, Nobody, Seat
+from ..board.board import Lease, PickFailure
 from ..http import refusals
 from ..http.fast_path import FastStream, Passed
+from ..http.protocols import Client
 from ..http.request import ClientRequest, RawHeaders, Refused
-from ..http.responses import Answer
+from ..http.responses import Response
 from ..http.upstream import Fault, ReplicaConnection
 from ..http.upstream_request import Forwarded, forwarded, lines_for, resuming
-from ..policy.policies import RequestFacts
+from ..instance import ReplicaHandle
+from ..policy.policy import RequestFacts
 from ..policy.request_facts import facts_of
 from .attempts import Attempts
-from .delivery import Client, Delivery
+from .delivery import Delivery
 from .guarded import entry
 from .placement import Placement
 from .retry import cannot_be_resumed, in_words, is_busy, is_death, is_overload
@@ -65,7 +67,7 @@ class Exchange:
         self.deadline = 0.0
         self._waits_since = 0.0
         #: Why it waits: the result of the last attempt to place it.
-        self._found: Nobody | None = None
+        self._found: PickFailure | None = None
         self._plane = plane
         self._request = request
         self._id = request.id
@@ -106,7 +108,7 @@ class Exchange:
         draw = random.getrandbits(64)
         self._facts = facts_of(plane.settings.policy, request.headers, request.body, draw)
         if plane.line.has_others(self._began_at):
-            self._wait(Nobody.BUSY)
+            self._wait(PickFailure.BUSY)
         else:
             self._choose()
 
@@ -152,19 +154,19 @@ class Exchange:
             connection.heard_at = max(connection.heard_at, self._fast.heard_at)
             self._progressed(self._fast.new_events())
         settings = self._plane.settings
-        says_so = "progress" in connection.seat.instance.features
+        says_so = "progress" in connection.handle.instance.features
         patience = settings.progress_timeout if says_so else settings.request_timeout
         if now - connection.heard_at > patience:
             connection.cancel()
             self.failed(Fault.SILENT, f"for {patience:g} s")
 
     @entry
-    def make_way(self, seats: Collection[Seat]) -> None:
+    def make_way(self, handles: Collection[ReplicaHandle]) -> None:
         """Continue elsewhere if the answer can be, and the replica is one of `seats`, reserved for others."""
         lease = self._lease
-        if lease is None or self._connection is None or lease.seat not in seats:
+        if lease is None or self._connection is None or lease.handle not in handles:
             return
-        if self._placement.is_reserved(lease.seat) or self._delivery.is_done:
+        if self._placement.is_reserved(lease.handle) or self._delivery.is_done:
             return
         self._leave_fast_path()
         resumption = self._delivery.resumption()
@@ -172,7 +174,7 @@ class Exchange:
             return
         self._drop_connection()
         self._delivery.drop_partial()
-        name = lease.seat.name
+        name = lease.handle.name
         self._past.failed(f"replica {name}: reserved for another request", resumption)
         logger.info("request=%s replica=%s makes way for a suspect, continues elsewhere", self._id[:64], name)
         self._release()
@@ -184,10 +186,10 @@ class Exchange:
         return bool(self._past.tried)
 
     @entry
-    def try_again(self, now: float) -> Nobody | None:
+    def try_again(self, now: float) -> PickFailure | None:
         if self._is_over:
             return None
-        waits_for_replica = self._past.has_been_taken or self._found is Nobody.DOWN
+        waits_for_replica = self._past.has_been_taken or self._found is PickFailure.DOWN
         if waits_for_replica and now - self._waits_since >= _REST:
             # Whoever failed may be well again by now; the deadline ends this, and too many deaths.
             self._past.forgive()
@@ -195,7 +197,11 @@ class Exchange:
         if nobody is None:
             self._plane.metrics.waited(now - self._waits_since)
         else:
-            if nobody is Nobody.DOWN and self._found is Nobody.BUSY and self._is_one_coming_back(now):
+            if (
+                nobody is PickFailure.DOWN
+                and self._found is PickFailure.BUSY
+                and self._is_one_coming_back(now)
+            ):
                 # The time for a replica begins now, but not again and again while replicas come and go.
                 latest = self._waits_since + self._plane.settings.queue_timeout
                 self.deadline = min(now, latest) + self._patience(nobody)
@@ -207,7 +213,7 @@ class Exchange:
         self._plane.metrics.waited(time.monotonic() - self._waits_since)
         if self._delivery.has_begun:
             self._break_off("no replica could go on with the answer in time")
-        elif self._past.has_been_taken or self._found is Nobody.DOWN:
+        elif self._past.has_been_taken or self._found is PickFailure.DOWN:
             self._give(self._past.nobody())
         else:
             self._turn_away()
@@ -216,7 +222,7 @@ class Exchange:
 
     @entry
     def connected(self, connection: ReplicaConnection) -> None:
-        if self._lease is not None and self._lease.seat == connection.seat and self._connection is None:
+        if self._lease is not None and self._lease.handle == connection.handle and self._connection is None:
             self._send(connection)
         else:
             self._plane.pool.keep(connection)
@@ -238,7 +244,7 @@ class Exchange:
             tokens = self._delivery.note_draft(headers)
             self._progressed(tokens)
             if tokens and self._past.resumption is not None:
-                self._past.has_gone_on(lease.seat)
+                self._past.has_gone_on(lease.handle)
 
     @entry
     def began(self, connection: ReplicaConnection) -> None:
@@ -250,11 +256,11 @@ class Exchange:
             is_rest = status == 200 and (is_stream or not self._delivery.has_begun)
             self._refusal = None if is_rest else []
             if is_rest:
-                self._past.has_gone_on(lease.seat)
+                self._past.has_gone_on(lease.handle)
         elif is_busy(status, connection.has_retry_after):
             self._refusal = []
         if self._refusal is None and not self._delivery.has_begun:
-            has_marks = "resume" in lease.seat.instance.features
+            has_marks = "resume" in lease.handle.instance.features
             self._delivery.expect(connection, len(self._past.problems), has_marks, self._past.resumed_by)
         self._stays = not self._delivery.has_marks
 
@@ -285,7 +291,7 @@ class Exchange:
         if self._delivery.is_open:
             self.failed(Fault.CUT, "the stream ended before its last event")
             return
-        self._plane.board.succeeded(lease.seat)
+        self._plane.board.succeeded(lease.handle)
         self._delivery.finish(self._past.resumed_by)
         self._end()
 
@@ -306,16 +312,16 @@ class Exchange:
             # A server may close a kept connection at the very moment it is used. Nothing was answered, so a
             # new connection to the same replica decides whether the replica is there.
             self._is_reused, self._is_doubtful = False, True
-            self._plane.pool.connect(lease.seat, self)
+            self._plane.pool.connect(lease.handle, self)
             return
         problem = in_words(fault, why)
         self._report(lease, fault, problem)
         if fault is Fault.GARBLED:
-            self._past.refusal = refusals.garbled(lease.seat.name, problem)
+            self._past.refusal = refusals.garbled(lease.handle.name, problem)
         is_patient = fault is Fault.SILENT and not self._delivery.has_begun
         if is_patient and "progress" not in lease.instance.features:
             # It may be busy with this very request, for all that is known.
-            self._give(refusals.silent(lease.seat.name, problem))
+            self._give(refusals.silent(lease.handle.name, problem))
         else:
             self._next(lease, problem)
 
@@ -367,7 +373,7 @@ class Exchange:
         if nobody is not None:
             self._wait(nobody)
 
-    def _wait(self, nobody: Nobody) -> None:
+    def _wait(self, nobody: PickFailure) -> None:
         """If there is something to wait for."""
         now = self._waits_since = time.monotonic()
         self._found = nobody
@@ -375,23 +381,23 @@ class Exchange:
             self.deadline = now + self._patience(nobody)
         if self._past.has_been_taken:
             self._plane.line.join(self, is_urgent=True)
-        elif nobody is Nobody.DOWN and (self._past.refusal or not self._is_one_coming_back(now)):
+        elif nobody is PickFailure.DOWN and (self._past.refusal or not self._is_one_coming_back(now)):
             self._give(self._past.nobody())
         elif not self._plane.line.join(self):
             self._turn_away()
 
-    def _patience(self, nobody: Nobody) -> float:
-        is_longer = self._past.has_been_taken or nobody is Nobody.DOWN
+    def _patience(self, nobody: PickFailure) -> float:
+        is_longer = self._past.has_been_taken or nobody is PickFailure.DOWN
         return self._plane.settings.queue_timeout * (_TIMES_LONGER if is_longer else 1)
 
     def _is_one_coming_back(self, now: float) -> bool:
         """Return True if fd-dp may still be starting a lost replica, which takes a limited time."""
         plane = self._plane
         return plane.settings.is_supervised and plane.board.has_lost_one_since(
-            now - self._patience(Nobody.DOWN)
+            now - self._patience(PickFailure.DOWN)
         )
 
-    def _attempt(self) -> Nobody | None:
+    def _attempt(self) -> PickFailure | None:
         """None if one is under way."""
         plane, past = self._plane, self._past
         picked = self._placement.pick(self._facts, has_begun=self._delivery.has_begun)
@@ -404,13 +410,13 @@ class Exchange:
         if logger.isEnabledFor(logging.DEBUG):
             self._record_decision(picked)
         self._is_doubtful = False
-        self._name = picked.seat.name
-        past.tried.append(picked.seat)
-        connection = plane.pool.take(picked.seat)
+        self._name = picked.handle.name
+        past.tried.append(picked.handle)
+        connection = plane.pool.take(picked.handle)
         if connection is not None:
             self._send(connection)
         else:
-            plane.pool.connect(picked.seat, self)
+            plane.pool.connect(picked.handle, self)
         return None
 
     def _send(self, connection: ReplicaConnection) -> None:
@@ -419,17 +425,17 @@ class Exchange:
         self._connection = connection
         self._is_reused = not connection.is_fresh
         self._refusal = None
-        seat = lease.seat
+        handle = lease.handle
         request = self._forwarded
         past = self._past
-        if past.resumption is not None and "resume" in seat.instance.features:
-            request = resuming(request, past.resumption, seat.instance.token)
+        if past.resumption is not None and "resume" in handle.instance.features:
+            request = resuming(request, past.resumption, handle.instance.token)
         elif past.problems:
             past.begin_anew()
             self._delivery.forget_draft()
         elif not self._is_doubtful:
             self._plane.metrics.relayed(time.monotonic() - self._began_at)
-        lines = lines_for(seat.authority, seat.instance.features)
+        lines = lines_for(handle.authority, handle.instance.features)
         connection.send(request.to(lines), self, self._request.method == "HEAD")
         if self._is_paused:
             connection.pause()
@@ -441,14 +447,14 @@ class Exchange:
         if is_death(fault) or self._is_doubtful:
             self._died(lease, problem)
         if fault is Fault.UNREACHABLE:
-            self._plane.board.unreachable(lease.seat, problem)
+            self._plane.board.unreachable(lease.handle, problem)
         else:
-            self._plane.board.failed(lease.seat, problem)
+            self._plane.board.failed(lease.handle, problem)
 
     def _died(self, lease: Lease, problem: str) -> None:
-        seat = lease.seat
-        alone = self._placement.is_reserved(seat)
-        self._past.died(seat, alone, time.monotonic(), f"replica {seat.name}: {problem}")
+        handle = lease.handle
+        alone = self._placement.is_reserved(handle)
+        self._past.died(handle, alone, time.monotonic(), f"replica {handle.name}: {problem}")
         # What it has waited so far is not to be held against it.
         self.deadline = 0.0
 
@@ -459,7 +465,7 @@ class Exchange:
             # The same as no answer: the API process has outlived its worker for a moment.
             problem = "lost its engine"
             self._died(lease, problem)
-            self._plane.board.failed(lease.seat, problem)
+            self._plane.board.failed(lease.handle, problem)
             self._next(lease, problem)
             return
         if connection.status == 503 and lease.instance.instance:
@@ -468,14 +474,14 @@ class Exchange:
         if past.resumption is not None:
             is_begun, status = self._delivery.has_begun, connection.status
             if is_begun and cannot_be_resumed(status):
-                self._break_off(f"replica {lease.seat.name} cannot go on with this answer")
+                self._break_off(f"replica {lease.handle.name} cannot go on with this answer")
                 return
             if not is_begun and status != 401 and not is_busy(status, connection.has_retry_after):
                 # Nobody has seen anything of it. It is begun anew, and why not here.
                 self._delivery.forget_draft()
-                past.forgive(lease.seat)
+                past.forgive(lease.handle)
         else:
-            past.refusal = refusals.not_now(connection, lease.seat.name, body)
+            past.refusal = refusals.not_now(connection, lease.handle.name, body)
             is_load = is_overload(connection.status, bool(lease.instance.instance))
             if is_load and not self._plane.budget.withdraw(time.monotonic()):
                 self._give(past.refusal)
@@ -484,7 +490,7 @@ class Exchange:
 
     def _next(self, lease: Lease, problem: str) -> None:
         """Another replica, if there is one."""
-        name, past, delivery = lease.seat.name, self._past, self._delivery
+        name, past, delivery = lease.handle.name, self._past, self._delivery
         past.failed(f"replica {name}: {problem}", delivery.resumption())
         if delivery.has_begun and past.resumption is None:
             self._break_off(f"replica {name} was lost in the middle of the answer", problem)
@@ -510,7 +516,7 @@ class Exchange:
     def _turn_away(self) -> None:
         self._give(self._past.refusal or refusals.line_is_full(self._plane.retry_after()))
 
-    def _give(self, answer: Answer) -> None:
+    def _give(self, answer: Response) -> None:
         self._delivery.give(answer)
         self._end()
 
@@ -539,14 +545,16 @@ class Exchange:
         if self._is_over:
             return
         self._is_over = True
-        seat = self._lease.seat if self._lease is not None else None
+        handle = self._lease.handle if self._lease is not None else None
         try:
             self._drop_connection()
         finally:
             try:
                 self._release()
             finally:
-                self._plane.over(self, self._request, self._id, seat, self._delivery, self._began_at, remark)
+                self._plane.over(
+                    self, self._request, self._id, handle, self._delivery, self._began_at, remark
+                )
 
     def _release(self) -> None:
         lease, self._lease = self._lease, None
@@ -565,6 +573,6 @@ class Exchange:
         load = {row.instance.name: row.in_flight for row in self._plane.board.status() if row.up}
         logger.debug(
             "request=%s replica=%s chosen by %s, attempt=%d, tokens=%d, in flight, this one included: %s",
-            *(self._id[:64], lease.seat.name, self._plane.settings.policy.name, len(self._past.tried)),
+            *(self._id[:64], lease.handle.name, self._plane.settings.policy.name, len(self._past.tried)),
             *(self._facts.prompt_tokens, load),
         )

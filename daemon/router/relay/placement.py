@@ -6,8 +6,9 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from ..board.board import Lease, Nobody, Seat
-from ..policy.policies import RequestFacts
+from ..board.board import Lease, PickFailure
+from ..instance import ReplicaHandle
+from ..policy.policy import RequestFacts
 from .attempts import Attempts
 from .suspicion import Verdict
 
@@ -24,9 +25,9 @@ class Placement:
         self._plane = plane
         self._past = past
         #: A replica that gets no other request until this one, a suspect, has been tried there.
-        self._reserved: Seat | None = None
+        self._reserved: ReplicaHandle | None = None
 
-    def pick(self, facts: RequestFacts, *, has_begun: bool) -> Lease | Nobody | None:
+    def pick(self, facts: RequestFacts, *, has_begun: bool) -> Lease | PickFailure | None:
         """Choose a replica and count the request on it; None if the request must not be tried again.
 
         A suspect that has to wait gets DOWN, never BUSY: those behind it in the wait queue are not affected.
@@ -38,7 +39,7 @@ class Placement:
         if verdict is Verdict.DEADLY:
             return None
         if verdict is Verdict.PENDING:
-            return Nobody.DOWN
+            return PickFailure.DOWN
         began = time.perf_counter()
         choose = self._alone if verdict is Verdict.SUSPECT else self._anywhere
         picked = choose(facts, past.to_avoid(board))
@@ -48,25 +49,25 @@ class Placement:
         self._plane.metrics.picked(time.perf_counter() - began)
         return picked
 
-    def is_reserved(self, seat: Seat) -> bool:
+    def is_reserved(self, handle: ReplicaHandle) -> bool:
         """Return True if this request has the replica to itself."""
-        return seat == self._reserved
+        return handle == self._reserved
 
     def unreserve(self) -> None:
-        seat, self._reserved = self._reserved, None
-        if seat is not None:
-            self._plane.board.unreserve(seat)
+        handle, self._reserved = self._reserved, None
+        if handle is not None:
+            self._plane.board.unreserve(handle)
 
-    def _anywhere(self, facts: RequestFacts, avoid: Collection[Seat]) -> Lease | Nobody:
+    def _anywhere(self, facts: RequestFacts, avoid: Collection[ReplicaHandle]) -> Lease | PickFailure:
         return self._plane.board.pick(self._plane.settings.policy, facts, avoid)
 
-    def _alone(self, facts: RequestFacts, avoid: Collection[Seat]) -> Lease | Nobody:
+    def _alone(self, facts: RequestFacts, avoid: Collection[ReplicaHandle]) -> Lease | PickFailure:
         board = self._plane.board
         if self._reserved is None:
             self._reserved = board.reserve(avoid)
         if self._reserved is None:
-            return Nobody.DOWN
+            return PickFailure.DOWN
         picked = board.pick_reserved(self._reserved, facts)
-        if picked is Nobody.DOWN:
+        if picked is PickFailure.DOWN:
             self._reserved = None
-        return picked or Nobody.DOWN
+        return picked or PickFailure.DOWN

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from ..board.lease import Seat
 from ..board.memory import Ending
+from ..instance import ReplicaHandle
 
 #: Deaths in a row that make a suspect: those not caused from outside, and those of any kind.
 SUSPECT_AFTER, SUSPECT_AFTER_ANY = 2, 20
@@ -37,7 +37,7 @@ class Verdict(Enum):
 class Death:
     """The loss of a replica that had the request."""
 
-    seat: Seat
+    handle: ReplicaHandle
     #: It had nothing else.
     alone: bool
     at: float
@@ -53,7 +53,7 @@ class Suspicion:
     def __init__(self) -> None:
         self.deaths: list[Death] = []
 
-    def verdict(self, ending_of: Callable[[Seat], Ending], now: float, patience: float) -> Verdict:
+    def verdict(self, ending_of: Callable[[ReplicaHandle], Ending], now: float, patience: float) -> Verdict:
         """
         Args:
             ending_of: how a replica ended, as fd-dp reports it.
@@ -61,7 +61,7 @@ class Suspicion:
         """
         if not self.deaths:
             return Verdict.INNOCENT
-        endings = [(death, ending_of(death.seat)) for death in self.deaths]
+        endings = [(death, ending_of(death.handle)) for death in self.deaths]
         own = [(death, ending) for death, ending in endings if ending is not Ending.FROM_OUTSIDE]
         alone = [(death, ending) for death, ending in own if death.alone]
         if any(ending is Ending.ITS_OWN or now - death.at >= patience for death, ending in alone):

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from typing import Protocol
 
-from ..board.board import Nobody
+from ..board.board import PickFailure
 
 #: Seconds between two passes over a line for which there is no replica. A pass takes time in a long line,
 #: and each request that comes or goes would cause one.
@@ -23,14 +23,14 @@ class Waiter(Protocol):
     def is_choosy(self) -> bool:
         """There are replicas that it does not want any more: others may find room where it finds none."""
 
-    def try_again(self, now: float) -> Nobody | None:
+    def try_again(self, now: float) -> PickFailure | None:
         """None if it need not wait any longer: it has got a replica, or does not want one any more."""
 
     def give_up(self) -> None:
         """Its deadline has come."""
 
 
-class WaitingLine:
+class WaitQueue:
     """First come, first served; bounded in length and in time. Those that a replica has had already go
     before all others and are always let in."""
 
@@ -104,7 +104,7 @@ def _serve(waiters: deque[Waiter], now: float) -> tuple[bool, bool]:
             nobody = waiter.try_again(now)
             if nobody is not None:
                 staying.append(waiter)
-            if nobody is Nobody.BUSY:
+            if nobody is PickFailure.BUSY:
                 is_full_for_choosy = True
                 is_full = not waiter.is_choosy
     finally:

@@ -19,11 +19,11 @@ from ....common.addresses import authority, is_loopback, listen
 from ....common.errors import ConfigError, is_disk_condition
 from ....common.gunicorn_base import BaseApplication, Logger, forget_inherited_sockets
 from ....common.process_control import die_with_parent
+from ..addresses import AllowedAddresses
 from ..board.board import Board, BoardError
 from ..config.loader import Configuration, check_fixed, read
 from ..config.settings import Settings
 from ..control import admin_socket
-from ..control.registration import AllowedAddresses
 from ..control.registry import RegistryFile
 from ..control.reload_status import Reloads
 from ..http import fast_path
@@ -32,7 +32,7 @@ from ..metrics.counter_memory import CounterMemory
 from .arbiter import RouterArbiter
 
 if TYPE_CHECKING:
-    from ..control.app import Router
+    from ..control.app import ControlPlane
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +118,11 @@ class _Server(BaseApplication):
         for key, value in values.items():
             self.cfg.set(key, value)
 
-    def load(self) -> Router:
+    def load(self) -> ControlPlane:
         # Late: errors of the command line are reported without importing Flask.
-        from ..control.app import Router
+        from ..control.app import ControlPlane
 
-        return Router(self.settings, self.board, self.counters, self.reloads)
+        return ControlPlane(self.settings, self.board, self.counters, self.reloads)
 
     def run(self) -> None:
         worker_heartbeat.keep_in_memory()
@@ -158,7 +158,7 @@ class _ThroughRoot(Logger):
 
 
 def _start(worker: Any) -> None:
-    router: Router = worker.wsgi
+    router: ControlPlane = worker.wsgi
     router.start()
     settings: Settings = worker.app.settings
     logger.info("listening on %s port %d", " and ".join(settings.addresses), settings.port)

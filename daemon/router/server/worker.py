@@ -16,14 +16,14 @@ from typing import Any
 import uvloop
 from gunicorn.workers.base import Worker
 
-from ..control.app import Router
+from ..control.app import ControlPlane
 from ..control.wsgi import WsgiCall
 from ..http.client import ClientConnection, Task
 from ..http.cors import CorsClient, Preflight, cors_lines, is_preflight, preflight_answer
+from ..http.protocols import Client
 from ..http.request import ClientRequest
 from ..http.responses import header_lines
 from ..relay.data_plane import DataPlane
-from ..relay.delivery import Client
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class RouterWorker(Worker):
     # ---- its life
 
     async def _serve(self) -> None:
-        self._router: Router = self.wsgi
+        self._router: ControlPlane = self.wsgi
         settings = self._router.settings
         self._max_connections = settings.max_connections
         self.max_body_bytes = settings.max_body_bytes

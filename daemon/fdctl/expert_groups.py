@@ -6,18 +6,14 @@ Neither the daemon nor a rank is asked, so it tells about those that hang, too.
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import ConfigError, FastDeployError
-from ...expert_parallel.snapshot import Snapshot, look
+from ...expert_parallel.snapshot import look
 from ..config.programs import Program, expert_group_in
 from ..control.protocol import DaemonUnreachable
-
-log = logging.getLogger("fd-dp")
 
 
 def names_of(run: Path) -> list[str]:
@@ -40,17 +36,6 @@ def names_of(run: Path) -> list[str]:
         with contextlib.suppress(FileNotFoundError, ValueError):
             names.add(expert_group_in(Program.from_launch_text(file.read_text(encoding="ascii")).argv))
     return sorted(name for name in names if name)
-
-
-def seen(names: Iterable[str], look: Callable[[str], Snapshot | None] = look) -> dict[str, Snapshot | None]:
-    """Those that can be looked at; None for one that nobody is in."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = look(name)
-        except (ConfigError, OSError) as error:
-            log.warning("expert group %s cannot be looked at: %s", name, error)
-    return found
 
 
 def groups(names: list[str], user: int | None) -> dict[str, Any]:
