@@ -22,7 +22,7 @@ from .config.loader import Config
 from .config.preflight import checked_programs_of, exposed_secrets
 from .config.programs import Program, address
 from .control import protocol, status
-from .control.server import Server
+from .control.server import ControlServer
 from .metrics_port import MetricsPort
 from .notify import Notifier
 from .operations.commands import Commands
@@ -31,7 +31,7 @@ from .process.supervisor_client import Layout, Supervisor, SupervisorError, Supe
 from .process.supervisord import Supervisord
 from .supervision.fleet import Fleet
 from .supervision.probes import Probes
-from .supervision.program_state import State
+from .supervision.program_state import ProgramState
 from .troubles import Troubles
 from .upkeep import Lock, Upkeep
 from .wakeups import Wakeups
@@ -100,7 +100,7 @@ class Daemon:
             try:
                 self._supervisord.connect()
                 self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
-                server = Server(
+                server = ControlServer(
                     protocol.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
                 self._upkeep = Upkeep(self._fleet, server, lock, self._troubles)
@@ -225,7 +225,7 @@ class Daemon:
         for replica in fleet.replicas.values():
             fleet.stop(replica, "fd-dp ends")
         try:
-            while any(replica.state is State.STOPPING for replica in fleet.replicas.values()):
+            while any(replica.state is ProgramState.STOPPING for replica in fleet.replicas.values()):
                 try:
                     fleet.step()
                 except SupervisorLost as error:

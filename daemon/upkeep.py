@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import IO
 
 from ..common.errors import FastDeployError
-from .control.server import Server
+from .control.server import ControlServer
 from .process import supervisor_client
 from .supervision.fleet import Fleet
-from .supervision.router_sync import Look
+from .supervision.router_sync import RouterSnapshot
 from .troubles import Troubles
 
 _INTERVAL = 1.0
@@ -87,7 +87,7 @@ class Lock:
 class Upkeep:
     """Checks and repairs. The loop calls `step` in each turn."""
 
-    def __init__(self, fleet: Fleet, server: Server, lock: Lock, troubles: Troubles) -> None:
+    def __init__(self, fleet: Fleet, server: ControlServer, lock: Lock, troubles: Troubles) -> None:
         self._fleet = fleet
         self._server = server
         self._lock = lock
@@ -143,7 +143,7 @@ def _unnamed_file(directory: Path) -> IO[bytes]:
     return open(descriptor, "wb", buffering=0)
 
 
-def _router_problem(look: Look, has_been_up: bool) -> str:
+def _router_problem(look: RouterSnapshot, has_been_up: bool) -> str:
     if not look.problem or not has_been_up:
         return ""
     return f"{look.problem}; drain and undrain have no effect"

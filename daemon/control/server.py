@@ -167,7 +167,7 @@ class Conversation:
         self._watched = wanted
 
 
-class Server:
+class ControlServer:
     """The daemon's end. The caller holds the lock of the run directory: a socket found there is stale."""
 
     def __init__(

@@ -10,7 +10,7 @@ from ... import __version__
 from ..config import masking
 from ..config.programs import ROUTER, address
 from ..supervision.fleet import Fleet
-from ..supervision.program_state import Replica, State
+from ..supervision.program_state import ProgramState, SupervisedProgram
 from . import waiting_reason
 
 
@@ -34,7 +34,7 @@ def status(
             "prefix": prefix,
             "supervisord": supervisord,
             "url": f"http://{address(fleet.config.router.host, fleet.config.router.port)}",
-            "ready": sum(replica["state"] == State.READY for replica in replicas),
+            "ready": sum(replica["state"] == ProgramState.READY for replica in replicas),
             "replicas": len(replicas),
             "logs": str(fleet.layout.logs),
             "problems": problems,
@@ -44,7 +44,7 @@ def status(
     }
 
 
-def why(fleet: Fleet, replica: Replica, now: float) -> dict[str, Any]:
+def why(fleet: Fleet, replica: SupervisedProgram, now: float) -> dict[str, Any]:
     """What `fdctl why` adds to the status of one program."""
     return {
         **_entry(fleet, replica),
@@ -61,7 +61,9 @@ def all_ready(fleet: Fleet) -> bool:
     """Everything that is not held answers, and the router knows all of it."""
     wanted = (replica for replica in fleet.replicas.values() if not replica.left_down)
     return (
-        fleet.adopted and all(replica.state is State.READY for replica in wanted) and fleet.all_registered()
+        fleet.adopted
+        and all(replica.state is ProgramState.READY for replica in wanted)
+        and fleet.all_registered()
     )
 
 
@@ -70,18 +72,18 @@ def usable(fleet: Fleet) -> bool:
     wanted = {replica.name: replica for replica in fleet.replicas.values() if not replica.left_down}
     router = wanted.pop(ROUTER, None)
     states = {replica.state for replica in wanted.values()}
-    if not fleet.adopted or states & {State.WAITING, State.STARTING}:
+    if not fleet.adopted or states & {ProgramState.WAITING, ProgramState.STARTING}:
         return False
     # Until the router knows a replica it has nobody to give a request to.
-    if router is not None and not (router.state is State.READY and fleet.all_registered()):
+    if router is not None and not (router.state is ProgramState.READY and fleet.all_registered()):
         return False
-    return State.READY in states or not states
+    return ProgramState.READY in states or not states
 
 
 def first_try(fleet: Fleet) -> bool:
     """Something has not been tried yet, or loads for the first time: there is more to wait for."""
     return not fleet.adopted or any(
-        replica.state in (State.WAITING, State.STARTING) and not replica.restarts
+        replica.state in (ProgramState.WAITING, ProgramState.STARTING) and not replica.restarts
         for replica in fleet.replicas.values()
     )
 
@@ -89,20 +91,20 @@ def first_try(fleet: Fleet) -> bool:
 def one_line(fleet: Fleet) -> str:
     """ "7/8 ready, replica 4 loading 62%"."""
     replicas = [replica for replica in fleet.replicas.values() if replica.name != ROUTER]
-    ready = sum(replica.state is State.READY for replica in replicas)
+    ready = sum(replica.state is ProgramState.READY for replica in replicas)
     words = [f"{ready}/{len(replicas)} ready"]
     for replica in fleet.replicas.values():
-        if replica.state is State.STARTING:
+        if replica.state is ProgramState.STARTING:
             progress = _number(replica.health.get("progress"))
             words.append(
                 f"{replica.label} loading" + (f" {100 * progress:.0f}%" if progress is not None else "")
             )
-        elif replica.state not in (State.READY, State.WAITING):
+        elif replica.state not in (ProgramState.READY, ProgramState.WAITING):
             words.append(f"{replica.label} {'paused' if replica.paused else replica.state}")
     return ", ".join(words)
 
 
-def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
+def _entry(fleet: Fleet, replica: SupervisedProgram) -> dict[str, Any]:
     number = replica.program.replica
     entry: dict[str, Any] = {} if number is None else {"replica": number}
     progress = _number(replica.health.get("progress"))
@@ -116,7 +118,7 @@ def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
         "port": replica.program.ports[0],
         "metrics_port": replica.program.ports[0 if number is None else 1],
         "in_flight": fleet.in_flight(replica),
-        "progress": progress if replica.state is State.STARTING else None,
+        "progress": progress if replica.state is ProgramState.STARTING else None,
         "intent": str(replica.intent),
         "draining": replica.draining,
         "drain_confirmed": _drain_confirmed(fleet, replica),
@@ -126,7 +128,7 @@ def _entry(fleet: Fleet, replica: Replica) -> dict[str, Any]:
     }
 
 
-def _drain_confirmed(fleet: Fleet, replica: Replica) -> bool | None:
+def _drain_confirmed(fleet: Fleet, replica: SupervisedProgram) -> bool | None:
     """Return whether the router confirms that it drains the replica; None if it is not to be drained."""
     if not replica.draining:
         return None

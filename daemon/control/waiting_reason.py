@@ -9,13 +9,13 @@ from ...common.addresses import authority
 from ..config.programs import ROUTER
 from ..supervision.fleet import Fleet
 from ..supervision.intents import Intent
-from ..supervision.program_state import FAILED, Replica, State
+from ..supervision.program_state import FAILED, ProgramState, SupervisedProgram
 
 #: Beginning of the note of a replica that cannot be started yet.
 _WAITS_FOR = "waits for "
 
 
-def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
+def waits_for(fleet: Fleet, replica: SupervisedProgram, now: float) -> str:
     """Empty if it waits for nothing: it runs, and is meant to.
 
     Args:
@@ -25,37 +25,37 @@ def waits_for(fleet: Fleet, replica: Replica, now: float) -> str:
     age = now - replica.since
     word = _word(replica)
     match replica.state:
-        case State.STOPPED:
+        case ProgramState.STOPPED:
             return f"the operator: fdctl start {word}" if replica.left_down else "its turn in a reload"
-        case State.WAITING:
+        case ProgramState.WAITING:
             return _turn(fleet, replica)
-        case State.STARTING:
+        case ProgramState.STARTING:
             what = "its first answer" if replica.name == ROUTER else "its first token"
             return f"{what}; it is given up in {_seconds(supervise.startup_timeout - age)}"
-        case State.READY:
+        case ProgramState.READY:
             return _in_good_health(fleet, replica)
-        case State.UNHEALTHY:
+        case ProgramState.UNHEALTHY:
             if replica.intent is Intent.HELD:
                 return f"a good health check, or the operator: fdctl release {word}"
             patience = supervise.stall_kill - (now - replica.last_good)
             return f"a good health check; it is killed in {_seconds(patience)}"
-        case State.STOPPING if replica.failing:
+        case ProgramState.STOPPING if replica.failing:
             return "the stacks of its threads; then it is killed"
-        case State.STOPPING:
+        case ProgramState.STOPPING:
             return f"its last requests; it is killed in {_seconds(replica.program.stop_timeout - age)}"
-        case State.QUARANTINED if replica.paused:
+        case ProgramState.QUARANTINED if replica.paused:
             return _calm(supervise.box_calm, replica.next_try - now)
-        case State.BACKOFF | State.QUARANTINED:
+        case ProgramState.BACKOFF | ProgramState.QUARANTINED:
             left = next_try_in(replica, now)
             return "the end of fd-dp" if left is None else f"its next try, in {_seconds(left)}"
 
 
-def missing_at_the_router(fleet: Fleet, replica: Replica) -> str:
+def missing_at_the_router(fleet: Fleet, replica: SupervisedProgram) -> str:
     """Return why the router does not use a READY replica, or "".
 
     Also "" while the router does not answer: that is a problem of its own in `fdctl status`.
     """
-    if replica.name == ROUTER or replica.state is not State.READY or fleet.routed.problem:
+    if replica.name == ROUTER or replica.state is not ProgramState.READY or fleet.routed.problem:
         return ""
     row = fleet.row(replica)
     if row is not None and row.is_there:
@@ -74,18 +74,24 @@ def _calm(box_calm: float, left: float) -> str:
     return "its turn: paused replicas start one at a time"
 
 
-def next_try_in(replica: Replica, now: float) -> float | None:
+def next_try_in(replica: SupervisedProgram, now: float) -> float | None:
     """Seconds; None if it has not failed, or is not tried again as the daemon ends."""
     if replica.state not in FAILED or not math.isfinite(replica.next_try):
         return None
     return max(0.0, round(replica.next_try - now, 1))
 
 
-def _turn(fleet: Fleet, replica: Replica) -> str:
+def _turn(fleet: Fleet, replica: SupervisedProgram) -> str:
     router = fleet.replicas.get(ROUTER)
-    if replica.name != ROUTER and router is not None and router.state in (State.WAITING, State.STARTING):
+    if (
+        replica.name != ROUTER
+        and router is not None
+        and router.state in (ProgramState.WAITING, ProgramState.STARTING)
+    ):
         return "the router, which starts first"
-    loading = [r.label for r in fleet.replicas.values() if r.state is State.STARTING and r.name != ROUTER]
+    loading = [
+        r.label for r in fleet.replicas.values() if r.state is ProgramState.STARTING and r.name != ROUTER
+    ]
     if replica.note.startswith(_WAITS_FOR):
         return replica.note.removeprefix(_WAITS_FOR)
     if not loading or replica.name == ROUTER:
@@ -95,7 +101,7 @@ def _turn(fleet: Fleet, replica: Replica) -> str:
     return f"its turn to load, after {', '.join(loading)} ({why})"
 
 
-def _in_good_health(fleet: Fleet, replica: Replica) -> str:
+def _in_good_health(fleet: Fleet, replica: SupervisedProgram) -> str:
     """What a replica in good health may wait for."""
     word = _word(replica)
     if replica.draining and fleet.routed.problem:
@@ -113,7 +119,7 @@ def _in_good_health(fleet: Fleet, replica: Replica) -> str:
     return ""
 
 
-def _word(replica: Replica) -> str:
+def _word(replica: SupervisedProgram) -> str:
     """By which an operator names it."""
     return replica.name if replica.program.replica is None else str(replica.program.replica)
 

@@ -10,13 +10,13 @@ from ..process import supervisor_client
 from ..process.supervisor_client import Layout
 from . import exit_cause
 from .exit_cause import End, Verdict
-from .oom import Shortage
+from .oom import OomWatcher
 
 
-class Inquest:
+class ExitDiagnosis:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._shortage = Shortage()
+        self._shortage = OomWatcher()
 
     def look(self, pids: Iterable[int], now: float) -> None:
         """To be called again and again while they live: afterwards it is too late for some of it."""

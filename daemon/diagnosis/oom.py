@@ -21,7 +21,7 @@ _MOUNTS = Path("/sys/fs/cgroup")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
-class Shortage:
+class OomWatcher:
     def __init__(self, machine: Path = Path("/proc/vmstat")) -> None:
         #: Where somebody may be killed -> the file that counts it.
         self._files = {_MACHINE: machine}

@@ -21,7 +21,7 @@ from ..control.server import Conversation
 from ..process.supervisor_client import SupervisorError
 from ..supervision.fleet import Fleet
 from ..supervision.intents import Intent
-from ..supervision.program_state import Replica, State
+from ..supervision.program_state import ProgramState, SupervisedProgram
 from . import maintenance, rollout, router_reload
 from .intent_commands import WISHES, grant, nobody_is_left, objection
 from .operation import Operation, Told
@@ -216,7 +216,7 @@ class Commands:
         if not fleet.adopted or fleet.stopping:
             return
         for replica in fleet.replicas.values():
-            if replica.state is State.STOPPED and replica.intent is Intent.RUN:
+            if replica.state is ProgramState.STOPPED and replica.intent is Intent.RUN:
                 fleet.want(replica, "start")
         if self._left_behind:
             self._left_behind = False
@@ -228,7 +228,9 @@ class Commands:
             except (SupervisorError, OSError) as error:
                 log.error("router: %s", error)
 
-    def _wish(self, do: str, replicas: list[Replica], conversation: Conversation, wait: bool) -> None:
+    def _wish(
+        self, do: str, replicas: list[SupervisedProgram], conversation: Conversation, wait: bool
+    ) -> None:
         fleet = self._fleet
         if not fleet.adopted:
             conversation.end(protocol.BUSY, error="fd-dp is starting; try again later")
@@ -303,7 +305,7 @@ class Commands:
         wanted = [program for program in programs if program.name in {each.name for each in held}]
         return [f"not now, because it is held: {step}" for step in plan(held, wanted)]
 
-    def _named(self, command: dict[str, Any], conversation: Conversation) -> list[Replica]:
+    def _named(self, command: dict[str, Any], conversation: Conversation) -> list[SupervisedProgram]:
         """ "3", "replica3", "router"; "all" are the replicas. The error is the answer if there is none."""
         name = str(command.get("name", ""))
         replicas = self._fleet.replicas

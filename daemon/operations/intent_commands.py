@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from ..supervision.fleet import HELD, Fleet
 from ..supervision.intents import Intent, Wish
-from ..supervision.program_state import FAILED, Replica, State
+from ..supervision.program_state import FAILED, ProgramState, SupervisedProgram
 
 #: The wish that follows from what the replica's was.
-WISHES: dict[str, Callable[[Replica], Wish]] = {
+WISHES: dict[str, Callable[[SupervisedProgram], Wish]] = {
     "drain": lambda replica: Wish(replica.intent, draining=True),
     "undrain": lambda replica: Wish(replica.intent, draining=False),
     "hold": lambda replica: Wish(Intent.HELD, replica.draining),
@@ -19,7 +19,7 @@ WISHES: dict[str, Callable[[Replica], Wish]] = {
 }
 
 
-def objection(do: str, replica: Replica) -> str:
+def objection(do: str, replica: SupervisedProgram) -> str:
     """Why it cannot be wished, or ""."""
     if do in ("drain", "undrain") and replica.program.replica is None:
         return "only replicas can be drained"
@@ -28,7 +28,7 @@ def objection(do: str, replica: Replica) -> str:
     return ""
 
 
-def grant(fleet: Fleet, do: str, replicas: list[Replica]) -> str:
+def grant(fleet: Fleet, do: str, replicas: list[SupervisedProgram]) -> str:
     """Record and apply a wish. Return why it could not be saved, or ""."""
     problem = ""
     for replica in replicas:
@@ -42,4 +42,4 @@ def grant(fleet: Fleet, do: str, replicas: list[Replica]) -> str:
 def nobody_is_left(fleet: Fleet) -> bool:
     """Whether all that could take requests are drained."""
     replicas = [replica for replica in fleet.replicas.values() if replica.program.replica is not None]
-    return all(replica.state is not State.READY or fleet.drains(replica) for replica in replicas)
+    return all(replica.state is not ProgramState.READY or fleet.drains(replica) for replica in replicas)

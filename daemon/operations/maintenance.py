@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from ..config.programs import ROUTER
 from ..supervision.fleet import Fleet
 from ..supervision.intents import Intent
-from ..supervision.program_state import FAILED, Replica, State
+from ..supervision.program_state import FAILED, ProgramState, SupervisedProgram
 from .operation import Operation, Passage, Place, stage
 
 #: A router that is started anew needs a second or two. One that is silent for longer keeps nobody.
@@ -22,7 +22,7 @@ _ROUTER_PATIENCE = 10.0
 _SERVICE_PATIENCE = 30.0
 #: A new daemon has asked everybody once.
 _FIRST_ANSWERS = 15.0
-_ON_THE_WAY = (State.WAITING, State.STARTING, State.BACKOFF, State.STOPPING)
+_ON_THE_WAY = (ProgramState.WAITING, ProgramState.STARTING, ProgramState.BACKOFF, ProgramState.STOPPING)
 
 
 def take_down(fleet: Fleet, name: str, why: str, place: Place, *, for_good: bool = False) -> Passage:
@@ -54,8 +54,8 @@ def bring_up(fleet: Fleet, name: str, place: Place) -> Operation:
     The fleet's startup timeout makes sure that this ends.
     """
     yield stage(fleet.replicas[name].program, "start", place)
-    while (replica := fleet.replicas[name]).state is not State.READY:
-        if replica.state in FAILED or replica.state is State.STOPPED:
+    while (replica := fleet.replicas[name]).state is not ProgramState.READY:
+        if replica.state in FAILED or replica.state is ProgramState.STOPPED:
             return replica.note or "was stopped"
         if fleet.stopping:
             return "fd-dp ends"
@@ -136,7 +136,7 @@ def until_known(fleet: Fleet) -> Passage:
     """A new daemon does not know yet which of the programs that it has found are at work."""
     began = fleet.now
     while fleet.now - began < _FIRST_ANSWERS and any(
-        replica.state is State.STARTING and not replica.health for replica in fleet.replicas.values()
+        replica.state is ProgramState.STARTING and not replica.health for replica in fleet.replicas.values()
     ):
         yield None
 
@@ -160,7 +160,7 @@ def until_others_are_back(fleet: Fleet, name: str) -> Passage:
         yield None
 
 
-def _await_quiet(fleet: Fleet, replica: Replica, place: Place) -> Passage:
+def _await_quiet(fleet: Fleet, replica: SupervisedProgram, place: Place) -> Passage:
     """Nobody else could take what it is not given: it goes on up to a moment without requests."""
     timeout = fleet.config.supervise.drain_timeout
     if not timeout:
@@ -179,7 +179,7 @@ def _await_quiet(fleet: Fleet, replica: Replica, place: Place) -> Passage:
         yield None
 
 
-def _until_used(fleet: Fleet, replica: Replica) -> Operation:
+def _until_used(fleet: Fleet, replica: SupervisedProgram) -> Operation:
     """Until the router gives it requests, or has been silent for long: that is no fault of the replica.
 
     To be READY and not known to the router may well be the fault of a new configuration, and what happens to
@@ -191,7 +191,7 @@ def _until_used(fleet: Fleet, replica: Replica) -> Operation:
     while True:
         look, row = fleet.routed, fleet.row(replica)
         heard |= look.at > began and not look.problem
-        if replica.state is not State.READY:
+        if replica.state is not ProgramState.READY:
             return replica.note or f"{replica.state} soon after it was READY"
         if row is not None and row.is_there and row.draining == fleet.drains(replica):
             return ""
@@ -210,8 +210,8 @@ def _serves(fleet: Fleet, name: str) -> bool:
     if replica is None or replica.program.replica is None:
         return False
     row = fleet.row(replica)
-    used = replica.state is State.STARTING and row is not None and row.is_there
-    return replica.state is State.READY or used
+    used = replica.state is ProgramState.STARTING and row is not None and row.is_there
+    return replica.state is ProgramState.READY or used
 
 
 def _stand_ins(fleet: Fleet, name: str) -> bool:

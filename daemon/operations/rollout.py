@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..config.programs import ROUTER, Program
 from ..supervision.fleet import STOPPED, Fleet
 from ..supervision.intents import Intent, Wish
-from ..supervision.program_state import Replica
+from ..supervision.program_state import SupervisedProgram
 from . import router_reload
 from .maintenance import bring_up, drain, end, take_down, until_known, until_others_are_back
 from .operation import Operation, Place, insist, stage
@@ -123,7 +123,7 @@ def _holders(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
     return tuple(other.name for other in others if set(other.ports) & set(program.ports))
 
 
-def _no_longer_stopped(fleet: Fleet, replica: Replica) -> str:
+def _no_longer_stopped(fleet: Fleet, replica: SupervisedProgram) -> str:
     """End the wish STOPPED. Return why that could not be saved, or ""."""
     if replica.intent is not Intent.STOPPED:
         return ""

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from ..config.programs import ROUTER, Program, admin_socket
 from ..supervision import router_client
 from ..supervision.fleet import Fleet
-from ..supervision.program_state import FAILED, State
+from ..supervision.program_state import FAILED, ProgramState
 from ..supervision.router_client import Flags, InBackground, RouterSilent
 from .operation import Operation, Place, insist, stage
 
@@ -50,7 +50,7 @@ def are_old(fleet: Fleet) -> bool:
     A daemon that was killed after it had written them has not sent the signal.
     """
     router = fleet.replicas.get(ROUTER)
-    if router is None or router.state is not State.READY:
+    if router is None or router.state is not ProgramState.READY:
         return False
     told = router.health.get("reload")
     taken = isinstance(told, dict) and told.get("outcome") == "done"

@@ -64,7 +64,7 @@ class Restarts:
 
 
 @dataclass(slots=True)
-class Box:
+class HostFailureBudget:
     """The failures of all replicas of the machine: when there are many, it is the machine that fails.
 
     To start everything again at once would make that worse, so whatever fails from then on is paused. The

@@ -21,18 +21,18 @@ from ..config.loader import Config
 from ..config.programs import ROUTER, Program, admin_socket
 from ..diagnosis import exit_cause
 from ..diagnosis.exit_cause import Cause, End
-from ..diagnosis.exit_diagnosis import Inquest
+from ..diagnosis.exit_diagnosis import ExitDiagnosis
 from ..process import proc, supervisor_client
-from ..process.restart_policy import Box, Restarts
+from ..process.restart_policy import HostFailureBudget, Restarts
 from ..process.supervisor_client import Process, Supervisor, SupervisorLost
 from .adoption import running_programs
 from .health import Health
 from .intents import Intent, Intents, Wish
 from .metrics import Metrics
 from .probes import Probes
-from .program_state import FAILED, Replica, State
+from .program_state import FAILED, ProgramState, SupervisedProgram
 from .router_client import Row
-from .router_sync import Look, RouterLink
+from .router_sync import RouterSnapshot, RouterSync
 
 log = logging.getLogger("fd-dp")
 
@@ -48,7 +48,7 @@ _OVERSLEPT = 5.0
 
 
 class Fleet:
-    """Owner of every `Replica`, the router's included.
+    """Owner of every `SupervisedProgram`, the router's included.
 
     Args:
         watch: told each new pid; must call `gone` when that process has ended.
@@ -72,17 +72,17 @@ class Fleet:
         self.metrics = Metrics()
         self.supervisor = client
         self.wanted = list(programs)
-        self.replicas: dict[str, Replica] = {}
+        self.replicas: dict[str, SupervisedProgram] = {}
         #: `adopt` is through: what is in `replicas` is all there is.
         self.adopted = False
         self.stopping = False
         self.intents = Intents(config.paths.state)
         #: Names of replicas that the router gives nothing new because of an operation that is under way.
         self.set_aside: set[str] = set()
-        self._link = RouterLink(admin_socket(config.paths.run))
+        self._link = RouterSync(admin_socket(config.paths.run))
         self._restarts: dict[str, Restarts] = {}
-        self._box = Box(config.supervise)
-        self._inquest = Inquest(client.layout)
+        self._box = HostFailureBudget(config.supervise)
+        self._inquest = ExitDiagnosis(client.layout)
         self._health = Health(client.layout, probes, self.metrics, look)
         self._watch = watch
         self._clock = clock
@@ -109,7 +109,7 @@ class Fleet:
                 process = running[name][0]
                 replica.pid, replica.last_good = process.pid, now
                 replica.started = proc.started_at(process.pid) or process.started
-                replica.move(State.STARTING, "adopted", now)
+                replica.move(ProgramState.STARTING, "adopted", now)
                 replica.adopted = True
                 self._watch(process.pid)
                 log.info("%s: adopted pid %d", replica.label, process.pid)
@@ -125,21 +125,21 @@ class Fleet:
         self.adopted = True
         return [n for n, (_, program) in running.items() if n not in wanted or not program.runs_as(wanted[n])]
 
-    def want(self, replica: Replica, why: str) -> None:
+    def want(self, replica: SupervisedProgram, why: str) -> None:
         """It shall run, when its turn comes."""
-        if replica.state in {State.STOPPED, *FAILED}:
-            replica.move(State.WAITING, why, self._clock())
+        if replica.state in {ProgramState.STOPPED, *FAILED}:
+            replica.move(ProgramState.WAITING, why, self._clock())
 
-    def stop(self, replica: Replica, why: str) -> None:
+    def stop(self, replica: SupervisedProgram, why: str) -> None:
         """It shall end. supervisord kills what is left after the stop timeout."""
         if replica.alive:
-            if replica.state is not State.STOPPING:
-                replica.move(State.STOPPING, why, self._clock())
+            if replica.state is not ProgramState.STOPPING:
+                replica.move(ProgramState.STOPPING, why, self._clock())
             replica.failing = ""
-        elif replica.state is not State.STOPPED:
-            replica.move(State.STOPPED, why, self._clock())
+        elif replica.state is not ProgramState.STOPPED:
+            replica.move(ProgramState.STOPPED, why, self._clock())
 
-    def wish(self, replica: Replica, wish: Wish) -> str:
+    def wish(self, replica: SupervisedProgram, wish: Wish) -> str:
         """Record what the operator wants of a replica. Return why it could not be saved, or ""."""
         problem = self.intents.set(replica.name, wish)
         replica.intent, replica.draining = wish.intent, wish.draining
@@ -188,17 +188,19 @@ class Fleet:
         """A new supervisord answers; the old one is dead and so is everything that it had started."""
         now = self._clock()
         for replica in self.replicas.values():
-            if replica.state is State.STOPPING and not replica.failing:
-                replica.move(State.STOPPED, "supervisord ended", now)
+            if replica.state is ProgramState.STOPPING and not replica.failing:
+                replica.move(ProgramState.STOPPED, "supervisord ended", now)
             elif replica.alive:
                 replica.last_exit, replica.last_exit_time = "ended with supervisord", time.time()
                 replica.cause = Cause.SUPERVISORD
                 self.metrics.ended(replica.name, replica.cause)
                 if replica.intent is Intent.HELD:
-                    replica.move(State.STOPPED, f"supervisord ended; {HELD}, so not started again", now)
+                    replica.move(
+                        ProgramState.STOPPED, f"supervisord ended; {HELD}, so not started again", now
+                    )
                     continue
                 replica.restarts += 1
-                replica.move(State.WAITING, "supervisord ended", now)
+                replica.move(ProgramState.WAITING, "supervisord ended", now)
         self._gone.clear()
         self._bring_up_to_date(leave=frozenset())
 
@@ -212,20 +214,20 @@ class Fleet:
         return self._clock()
 
     @property
-    def routed(self) -> Look:
+    def routed(self) -> RouterSnapshot:
         """What the router said last of the replicas: a second ago, while an operation waits for it sooner."""
         return self._link.look
 
     def router_has_been_up(self, seconds: float) -> bool:
         """Return whether the router has been READY, as its health checks say, for that long."""
         router = self.replicas.get(ROUTER)
-        return router is not None and router.state is State.READY and self.now - router.since > seconds
+        return router is not None and router.state is ProgramState.READY and self.now - router.since > seconds
 
-    def row(self, replica: Replica) -> Row | None:
+    def row(self, replica: SupervisedProgram) -> Row | None:
         """None if the router does not know it, or does not answer."""
         return self.routed.rows.get(replica.program.ports[0]) if replica.program.replica is not None else None
 
-    def in_flight(self, replica: Replica) -> int | None:
+    def in_flight(self, replica: SupervisedProgram) -> int | None:
         """Requests that the router has given it; None if the router does not know it, or not as healthy."""
         row = self.row(replica)
         return row.in_flight if row and row.up else None
@@ -233,11 +235,13 @@ class Fleet:
     def all_registered(self) -> bool:
         """The router knows every READY replica: their heartbeats come a few seconds apart."""
         ready = (
-            r for r in self.replicas.values() if r.state is State.READY and r.program.replica is not None
+            r
+            for r in self.replicas.values()
+            if r.state is ProgramState.READY and r.program.replica is not None
         )
         return all((row := self.row(replica)) and row.is_there for replica in ready)
 
-    def drains(self, replica: Replica) -> bool:
+    def drains(self, replica: SupervisedProgram) -> bool:
         """Whether the router is to give it nothing new."""
         return replica.draining or replica.name in self.set_aside
 
@@ -255,7 +259,10 @@ class Fleet:
         self._ask_the_router(now)
 
     def _for_each(
-        self, what: str, act: Callable[[Replica], None], replicas: Iterable[Replica] | None = None
+        self,
+        what: str,
+        act: Callable[[SupervisedProgram], None],
+        replicas: Iterable[SupervisedProgram] | None = None,
     ) -> None:
         """Call `act` for each replica. An error is logged once and does not affect the other replicas."""
         for replica in list(self.replicas.values() if replicas is None else replicas):
@@ -283,9 +290,9 @@ class Fleet:
         if self._link.has_news:
             return _WAITED_FOR_INTERVAL
         states = {replica.state for replica in self.replicas.values()}
-        if State.STOPPING in states:
+        if ProgramState.STOPPING in states:
             return 0.1
-        if states & {State.WAITING, State.STARTING}:
+        if states & {ProgramState.WAITING, ProgramState.STARTING}:
             return 0.25
         failed = (r for r in self.replicas.values() if r.state in FAILED)
         next_try = min((replica.next_try for replica in failed), default=math.inf)
@@ -300,7 +307,7 @@ class Fleet:
                 replica.since += slept
                 replica.watch.forgive(slept)
 
-    def _observe(self, replica: Replica, now: float) -> None:
+    def _observe(self, replica: SupervisedProgram, now: float) -> None:
         process = self._processes.get(replica.name)
         if process is None or process.state in supervisor_client.DOWN:
             if replica.alive:
@@ -320,20 +327,20 @@ class Fleet:
                 self._watch(process.pid)
                 log.info("%s: started, pid %d", replica.label, process.pid)
             if (
-                replica.state is State.STOPPING
+                replica.state is ProgramState.STOPPING
                 and process.state in supervisor_client.UP
                 and not replica.failing
             ):
                 self.supervisor.stop(replica.name)
 
-    def _ended(self, replica: Replica, now: float) -> None:
+    def _ended(self, replica: SupervisedProgram, now: float) -> None:
         how = self.supervisor.how_it_ended(replica.name)
         self._gone.discard(replica.pid)
         replica.last_exit, replica.last_exit_time = how, time.time()
-        if replica.state is State.STOPPING and not replica.failing:
+        if replica.state is ProgramState.STOPPING and not replica.failing:
             self._tell_of_end(replica, from_outside=True)
             log.info("%s: stopped (%s)", replica.label, how)
-            replica.move(State.STOPPED, replica.note, now)
+            replica.move(ProgramState.STOPPED, replica.note, now)
             return
         if replica.failing:
             # Nobody knows better than the daemon why it has killed it.
@@ -348,15 +355,19 @@ class Fleet:
         self._tell_of_end(replica, from_outside=cause in exit_cause.FROM_OUTSIDE)
         self._failed(replica, f"pid {replica.pid or '?'}: {what}", cause, now)
 
-    def _failed(self, replica: Replica, what: str, cause: Cause, now: float) -> None:
+    def _failed(self, replica: SupervisedProgram, what: str, cause: Cause, now: float) -> None:
         if self.stopping:
-            replica.move(State.STOPPED if replica.state is State.STOPPING else State.BACKOFF, what, now)
+            replica.move(
+                ProgramState.STOPPED if replica.state is ProgramState.STOPPING else ProgramState.BACKOFF,
+                what,
+                now,
+            )
             replica.next_try = float("inf")
             return
         replica.cause = cause
         self.metrics.ended(replica.name, cause)
         if replica.intent is Intent.HELD:
-            replica.move(State.STOPPED, f"{what}; {HELD}, so not started again", now)
+            replica.move(ProgramState.STOPPED, f"{what}; {HELD}, so not started again", now)
             log.error("%s: ERROR (%s)", replica.label, replica.note)
             return
         crowd = ""
@@ -372,46 +383,46 @@ class Fleet:
         if crowd and not decision.quarantined and self._has_others_in_use(replica):
             calm = self.config.supervise.box_calm
             what = f"{what}; paused until no replica has failed for {calm:g} s: {crowd}"
-            replica.move(State.QUARANTINED, what, now)
+            replica.move(ProgramState.QUARANTINED, what, now)
             replica.paused, replica.next_try = True, self._box.calm_at
             log.error("%s: ERROR (%s)", replica.label, what)
             return
         kind = ""
         if decision.quarantined:
             what, kind = f"{what}; quarantined: {decision.why}", "QUARANTINED, "
-        replica.move(State.QUARANTINED if decision.quarantined else State.BACKOFF, what, now)
+        replica.move(ProgramState.QUARANTINED if decision.quarantined else ProgramState.BACKOFF, what, now)
         replica.next_try = now + decision.delay
         log.error("%s: ERROR (%s); %snext try in %.1f s", replica.label, what, kind, decision.delay)
 
-    def _has_others_in_use(self, replica: Replica) -> bool:
+    def _has_others_in_use(self, replica: SupervisedProgram) -> bool:
         """Return whether another replica is in use. The last one is never paused: nothing would be served."""
         return any(
-            other.alive or other.state in (State.WAITING, State.BACKOFF)
+            other.alive or other.state in (ProgramState.WAITING, ProgramState.BACKOFF)
             for other in self.replicas.values()
-            if other is not replica and other.name != ROUTER and other.state is not State.STOPPING
+            if other is not replica and other.name != ROUTER and other.state is not ProgramState.STOPPING
         )
 
-    def _may_come_back(self, replica: Replica, now: float) -> bool:
+    def _may_come_back(self, replica: SupervisedProgram, now: float) -> bool:
         """Return whether a paused replica may start: the machine is calm, and no other one is starting."""
         replica.next_try = self._box.calm_at
         return now >= replica.next_try and not any(
-            other.state in (State.WAITING, State.STARTING)
+            other.state in (ProgramState.WAITING, ProgramState.STARTING)
             for other in self.replicas.values()
             if other.name != ROUTER
         )
 
-    def _tell_of_end(self, replica: Replica, *, from_outside: bool) -> None:
+    def _tell_of_end(self, replica: SupervisedProgram, *, from_outside: bool) -> None:
         if replica.program.replica is not None:
             self._link.ended(replica.program.ports[0], from_outside)
 
-    def _check_times(self, replica: Replica, now: float) -> None:
-        if replica.state is State.READY and now - replica.since > self.config.supervise.stable_after:
+    def _check_times(self, replica: SupervisedProgram, now: float) -> None:
+        if replica.state is ProgramState.READY and now - replica.since > self.config.supervise.stable_after:
             self._restarts[replica.name].stable()
         elif replica.paused and not self._may_come_back(replica, now):
             return
         elif replica.state in FAILED and now >= replica.next_try:
             replica.restarts += 1
-            replica.move(State.WAITING, f"try again after: {replica.note}", now)
+            replica.move(ProgramState.WAITING, f"try again after: {replica.note}", now)
 
     def _start_those_whose_turn_it_is(self, now: float) -> None:
         if self.stopping:
@@ -419,24 +430,24 @@ class Fleet:
         supervise = self.config.supervise
         router = self.replicas.get(ROUTER)
         if router is not None:
-            if router.state is State.WAITING:
+            if router.state is ProgramState.WAITING:
                 self._start(router, now)
-            if router.state is State.STARTING and now - router.since < _ROUTER_HEAD_START:
+            if router.state is ProgramState.STARTING and now - router.since < _ROUTER_HEAD_START:
                 return
         loading = [
             replica
             for replica in self.replicas.values()
-            if replica.state is State.STARTING
+            if replica.state is ProgramState.STARTING
             and replica.name != ROUTER
             and now - replica.since < supervise.start_slot
         ]
         free = (supervise.parallel_starts or os.cpu_count() or 1) - len(loading)
-        waiting = [r for r in self.replicas.values() if r.state is State.WAITING and r.name != ROUTER]
+        waiting = [r for r in self.replicas.values() if r.state is ProgramState.WAITING and r.name != ROUTER]
         # Longest wait first: a replica that fails again and again must not keep the others from starting.
         waiting.sort(key=lambda replica: replica.since)
         self._for_each("start", lambda replica: self._start(replica, now), waiting[: max(0, free)])
 
-    def _start(self, replica: Replica, now: float) -> None:
+    def _start(self, replica: SupervisedProgram, now: float) -> None:
         # Its worker may outlive its API process by a moment, and would hold ports and memory.
         if left := proc.kill_marked(self.layout.run, replica.name):
             replica.note = f"waits for pid {left[0].pid} of its last run to end"
@@ -463,11 +474,11 @@ class Fleet:
             self._failed(replica, str(error), exit_cause.explain(End("", str(error))).cause, now)
             return
         replica.last_good = now
-        replica.move(State.STARTING, "loading", now)
+        replica.move(ProgramState.STARTING, "loading", now)
 
     def _ask_the_router(self, now: float) -> None:
         router = self.replicas.get(ROUTER)
-        if router is None or not router.pid or not router.alive or router.state is State.STOPPING:
+        if router is None or not router.pid or not router.alive or router.state is ProgramState.STOPPING:
             self._link.gone(now)
             return
         replicas = [r for r in self.replicas.values() if r.program.replica is not None]
@@ -489,11 +500,11 @@ class Fleet:
             if name not in leave:
                 self.supervisor.replace(name, add=name in self.replicas)
 
-    def _enlist(self, program: Program) -> Replica:
+    def _enlist(self, program: Program) -> SupervisedProgram:
         replica = self.replicas.get(program.name)
         if replica is None:
             wish = self.intents.of(program.name)
-            replica = self.replicas[program.name] = Replica(
+            replica = self.replicas[program.name] = SupervisedProgram(
                 program, since=self._clock(), intent=wish.intent, draining=wish.draining
             )
             # Told to people in this order, and started in it.

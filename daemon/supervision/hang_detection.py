@@ -18,7 +18,7 @@ _FOREVER = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
+class WorkerProgress:
     """What /health tells of the worker."""
 
     steps: int
@@ -28,7 +28,7 @@ class Pulse:
     silent: float
 
     @classmethod
-    def of(cls, health: Mapping[str, Any]) -> Pulse | None:
+    def of(cls, health: Mapping[str, Any]) -> WorkerProgress | None:
         """None if it tells nothing: it is loading, or it is no engine of ours."""
         worker = health.get("worker")
         if not isinstance(worker, dict):
@@ -41,10 +41,10 @@ class Pulse:
 
 
 @dataclass(slots=True)
-class Watch:
+class ProgressTracker:
     """What has been seen of one process. Times are the daemon's own, so that it can be forgiving."""
 
-    pulse: Pulse | None = None
+    pulse: WorkerProgress | None = None
     #: When it was last seen to have finished a step, or to have nothing to do.
     moved: float = 0.0
     #: When it was last seen to have finished a step.
@@ -54,7 +54,7 @@ class Watch:
     #: Instead of the token there has come an error.
     refused: bool = False
 
-    def saw(self, pulse: Pulse | None, now: float) -> None:
+    def saw(self, pulse: WorkerProgress | None, now: float) -> None:
         if pulse is None:
             return
         if self.pulse is None or pulse.steps != self.pulse.steps:

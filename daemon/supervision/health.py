@@ -19,17 +19,17 @@ from ..process import proc, supervisor_client
 from ..process.stacks import Dump
 from ..process.supervisor_client import Layout
 from . import hang_detection
-from .hang_detection import Pulse, Stuck
+from .hang_detection import Stuck, WorkerProgress
 from .intents import Intent
 from .metrics import Metrics
 from .probes import Probes, Reading
-from .program_state import Replica, State
+from .program_state import ProgramState, SupervisedProgram
 
 log = logging.getLogger("fd-dp")
 
 _LOADING_PROBE_INTERVAL = 0.25
 #: States in which a program is asked how it is.
-_ASKED = frozenset({State.STARTING, State.READY, State.UNHEALTHY})
+_ASKED = frozenset({ProgramState.STARTING, ProgramState.READY, ProgramState.UNHEALTHY})
 
 
 class Health:
@@ -48,7 +48,9 @@ class Health:
         self._look = look
         self._asked: dict[str, float] = {}
 
-    def step(self, replicas: Mapping[str, Replica], supervise: SuperviseSection, now: float) -> None:
+    def step(
+        self, replicas: Mapping[str, SupervisedProgram], supervise: SuperviseSection, now: float
+    ) -> None:
         for reading in self._probes.take():
             replica = replicas.get(reading.name)
             # What it says is of no interest any more if it is of another process, or of one that ends.
@@ -66,84 +68,84 @@ class Health:
                 self._check_deadlines(replica, supervise, now)
         self._end_hangs(replicas, supervise.hang_after, now)
 
-    def ask(self, replicas: Iterable[Replica], supervise: SuperviseSection, now: float) -> None:
+    def ask(self, replicas: Iterable[SupervisedProgram], supervise: SuperviseSection, now: float) -> None:
         for replica in replicas:
             if replica.state not in _ASKED or not replica.pid:
                 continue
             interval = min(supervise.probe_interval, supervise.hang_after / 4)
-            if replica.state is State.STARTING:
+            if replica.state is ProgramState.STARTING:
                 interval = _LOADING_PROBE_INTERVAL
             if now - self._asked.get(replica.name, 0.0) < interval:
                 continue
             self._asked[replica.name] = now
             self._probes.ask(replica.program, replica.pid, token=False)
             watch, idle_probe = replica.watch, supervise.idle_probe
-            if idle_probe and replica.state is State.READY and watch.idle(now) > idle_probe:
+            if idle_probe and replica.state is ProgramState.READY and watch.idle(now) > idle_probe:
                 watch.tested = now if watch.tested is None else watch.tested
             if watch.tested is not None:
                 self._probes.ask(replica.program, replica.pid, token=True)
 
-    def _read(self, replica: Replica, reading: Reading, now: float) -> None:
+    def _read(self, replica: SupervisedProgram, reading: Reading, now: float) -> None:
         if reading.token:
             self._read_token(replica, reading, now)
             return
         if reading.answered:
             replica.health = reading.health
-            replica.watch.saw(Pulse.of(reading.health), now)
+            replica.watch.saw(WorkerProgress.of(reading.health), now)
         if not reading.ok:
             # A port that refuses is a program that is still starting: nothing that its note must say.
-            if reading.answered or replica.state is not State.STARTING:
+            if reading.answered or replica.state is not ProgramState.STARTING:
                 replica.note = reading.problem
             return
         replica.last_good = now
-        if replica.state is State.STARTING and replica.name != ROUTER:
+        if replica.state is ProgramState.STARTING and replica.name != ROUTER:
             # In good health, but has it ever computed anything?
             self._probes.ask(replica.program, replica.pid, token=True)
         elif not replica.watch.refused:
             self._is_good(replica, now)
 
-    def _read_token(self, replica: Replica, reading: Reading, now: float) -> None:
+    def _read_token(self, replica: SupervisedProgram, reading: Reading, now: float) -> None:
         replica.watch.refused = not reading.ok
         if reading.ok:
             replica.watch.tested = None
             self._is_good(replica, now)
             return
         replica.note = reading.problem
-        if replica.state is State.READY:
+        if replica.state is ProgramState.READY:
             self._is_unhealthy(replica, now)
 
-    def _is_good(self, replica: Replica, now: float) -> None:
-        if replica.state is State.STARTING:
+    def _is_good(self, replica: SupervisedProgram, now: float) -> None:
+        if replica.state is ProgramState.STARTING:
             seconds = now - replica.since
             log.info("%s: READY after %.1f s, pid %d", replica.label, seconds, replica.pid)
             if not replica.adopted:
                 self._metrics.ready(replica.name, seconds)
-            replica.move(State.READY, "", now)
-        elif replica.state is State.UNHEALTHY:
+            replica.move(ProgramState.READY, "", now)
+        elif replica.state is ProgramState.UNHEALTHY:
             log.info("%s: READY again", replica.label)
-            replica.move(State.READY, "", now)
+            replica.move(ProgramState.READY, "", now)
         replica.note = ""
 
-    def _is_unhealthy(self, replica: Replica, now: float) -> None:
+    def _is_unhealthy(self, replica: SupervisedProgram, now: float) -> None:
         note = replica.note or "no answer to health checks"
         log.warning("%s: UNHEALTHY (%s)", replica.label, note)
-        replica.move(State.UNHEALTHY, note, now)
+        replica.move(ProgramState.UNHEALTHY, note, now)
 
-    def _check_deadlines(self, replica: Replica, supervise: SuperviseSection, now: float) -> None:
+    def _check_deadlines(self, replica: SupervisedProgram, supervise: SuperviseSection, now: float) -> None:
         silent = now - replica.last_good
-        if replica.state is State.STARTING and now - replica.since > supervise.startup_timeout:
+        if replica.state is ProgramState.STARTING and now - replica.since > supervise.startup_timeout:
             why = f"not READY within {supervise.startup_timeout:g} s"
             self._kill(replica, f"{why}: {replica.note}", Cause.STARTUP, now)
         elif replica.watch.tested_for(now) > supervise.hang_after:
             why = f"idle, and gave no token for {supervise.hang_after:g} s"
             self._kill(replica, f"{why}: {replica.note}" if replica.note else why, Cause.HANG, now)
-        elif replica.state is State.READY and silent > supervise.stall_after:
+        elif replica.state is ProgramState.READY and silent > supervise.stall_after:
             self._is_unhealthy(replica, now)
-        elif replica.state is State.UNHEALTHY and silent > supervise.stall_kill:
+        elif replica.state is ProgramState.UNHEALTHY and silent > supervise.stall_kill:
             why = f"no good health check for {supervise.stall_kill:g} s"
             self._kill(replica, f"{why}: {replica.note}", Cause.HANG, now)
 
-    def _end_hangs(self, replicas: Mapping[str, Replica], hang_after: float, now: float) -> None:
+    def _end_hangs(self, replicas: Mapping[str, SupervisedProgram], hang_after: float, now: float) -> None:
         stuck, members = [], {}
         for replica in replicas.values():
             seat, pulse = replica.program.replica, replica.watch.pulse
@@ -164,7 +166,7 @@ class Health:
         for name, why in judgement.guilty.items():
             self._kill(replicas[name], f"hangs: {why}", Cause.HANG, now)
 
-    def _kill(self, replica: Replica, why: str, cause: Cause, now: float) -> None:
+    def _kill(self, replica: SupervisedProgram, why: str, cause: Cause, now: float) -> None:
         """It is not asked to finish what it has in hand, only where it is; then it is killed.
 
         One that the operator holds is left as it is, and says what is wrong with it.
@@ -181,7 +183,7 @@ class Health:
             replica.dump = Dump(self._layout.run, replica.name, replica.pid, output, now)
             where = f", its stacks are in {output}" if replica.dump.asked else ""
         log.error("%s: ERROR (%s); killing pid %d%s", replica.label, why, replica.pid, where)
-        replica.move(State.STOPPING, why, now)
+        replica.move(ProgramState.STOPPING, why, now)
         replica.failing, replica.cause = why, cause
 
 

@@ -27,7 +27,7 @@ from ... import __version__
 from ..diagnosis.exit_cause import Cause
 from ..process.usage import Usage, of_family
 from .intents import Intent
-from .program_state import FAILED, Replica, State
+from .program_state import FAILED, ProgramState, SupervisedProgram
 
 # Half of the lines would be times at which counters were made.
 disable_created_metrics()
@@ -93,7 +93,7 @@ class Metrics:
     def drained(self, program: str, seconds: float) -> None:
         self._drain.labels(program).observe(seconds)
 
-    def publish(self, replicas: Iterable[Replica]) -> None:
+    def publish(self, replicas: Iterable[SupervisedProgram]) -> None:
         """How the fleet is now, for whoever scrapes before the next turn."""
         programs = (_Seen(r.name, r.state, r.intent, r.draining, r.pid, r.next_try) for r in replicas)
         turn = _Turn(time.time(), tuple(programs))
@@ -118,7 +118,7 @@ class _Seen:
     """One program, as it was at the end of a turn."""
 
     program: str
-    state: State
+    state: ProgramState
     intent: Intent
     draining: bool
     pid: int
@@ -149,7 +149,7 @@ class _FleetCollector(Collector):
             "When the loop last looked at everything; it does so at least once a second.",
             value=turn.at,
         )
-        quarantined = sum(seen.state is State.QUARANTINED for seen in turn.programs)
+        quarantined = sum(seen.state is ProgramState.QUARANTINED for seen in turn.programs)
         yield GaugeMetricFamily("fd_dp_quarantined", "Programs that failed too often.", value=quarantined)
         yield from _of_states(turn)
         yield from _of_usage(turn)
@@ -168,7 +168,7 @@ def _of_states(turn: _Turn) -> Iterator[Metric]:
     )
     now = time.monotonic()
     for seen in turn.programs:
-        for state in State:
+        for state in ProgramState:
             states.add_metric((seen.program, state), int(seen.state is state))
         for intent in Intent:
             intents.add_metric((seen.program, intent), int(seen.intent is intent))

@@ -12,11 +12,11 @@ from typing import Any
 from ..config.programs import Program
 from ..diagnosis.exit_cause import Cause
 from ..process.stacks import Dump
-from .hang_detection import Watch
+from .hang_detection import ProgressTracker
 from .intents import Intent
 
 
-class State(StrEnum):
+class ProgramState(StrEnum):
     #: Not running, and not wanted: not its turn yet, or held by the operator.
     STOPPED = "STOPPED"
     #: Wanted; its turn to start has not come.
@@ -35,11 +35,11 @@ class State(StrEnum):
     QUARANTINED = "QUARANTINED"
 
 
-_S = State
+_S = ProgramState
 #: States in which it waits to be tried again.
 FAILED = frozenset({_S.BACKOFF, _S.QUARANTINED})
 #: From -> to. Whatever is not here is a mistake in this program, and `move` says so.
-ARROWS: dict[State, frozenset[State]] = {
+ARROWS: dict[ProgramState, frozenset[ProgramState]] = {
     _S.STOPPED: frozenset({_S.WAITING, _S.STARTING}),  # wanted; found running by a new daemon
     _S.WAITING: frozenset({_S.STARTING, _S.STOPPED} | FAILED),  # its turn; held; its port is taken
     # WAITING: supervisord is gone; STOPPED: it failed while the operator held it.
@@ -55,11 +55,11 @@ ALIVE = frozenset({_S.STARTING, _S.READY, _S.UNHEALTHY, _S.STOPPING})
 
 
 @dataclass(slots=True)
-class Replica:
+class SupervisedProgram:
     """What the daemon knows about one program. Times are of the monotonic clock unless they say otherwise."""
 
     program: Program
-    state: State = State.STOPPED
+    state: ProgramState = ProgramState.STOPPED
     #: When it came into `state`.
     since: float = 0.0
     #: Why it came into `state`, for people.
@@ -80,7 +80,7 @@ class Replica:
     #: The last words of its health check: progress, stage, worker.
     health: dict[str, Any] = field(default_factory=dict)
     #: Whether it gets on with its work.
-    watch: Watch = field(default_factory=Watch)
+    watch: ProgressTracker = field(default_factory=ProgressTracker)
     #: It was started by another daemon, and when it became READY then nobody knows.
     adopted: bool = False
     #: How it ended last, for `fdctl why`, and the reason in a word; None if it never ended by itself.
@@ -106,15 +106,15 @@ class Replica:
     @property
     def left_down(self) -> bool:
         """Nobody starts it: the operator has stopped it, or it has ended while it was held."""
-        ended = self.intent is Intent.HELD and self.state is State.STOPPED
+        ended = self.intent is Intent.HELD and self.state is ProgramState.STOPPED
         return ended or self.intent is Intent.STOPPED
 
-    def move(self, to: State, note: str, now: float) -> None:
+    def move(self, to: ProgramState, note: str, now: float) -> None:
         assert to in ARROWS[self.state], f"{self.label}: {self.state} -> {to} ({note})"
         self.state, self.note, self.since, self.paused = to, note, now, False
         if to not in ALIVE:
             self.pid, self.started = 0, 0.0
             self.health = {}
-            self.watch = Watch()
+            self.watch = ProgressTracker()
             self.adopted = False
             self.failing, self.dump = "", None

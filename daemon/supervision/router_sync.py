@@ -23,7 +23,7 @@ _MOST_ENDS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class RouterSnapshot:
     #: When it began, on the loop's clock.
     at: float = float("-inf")
     #: By port; without those that the router does not know.
@@ -32,13 +32,13 @@ class Look:
     problem: str = "the router has not been asked"
 
 
-class RouterLink:
+class RouterSync:
     """Belongs to the loop, which never waits for it."""
 
     def __init__(self, admin: Path) -> None:
         self._admin = admin
         #: The last look that is over.
-        self.look = Look()
+        self.look = RouterSnapshot()
         self._call: InBackground[Mapping[int, Row]] | None = None
         self._began = self._gone = float("-inf")
         #: All that were ever wanted.
@@ -70,10 +70,10 @@ class RouterLink:
         """
         if self._call is not None and self._call.is_done:
             try:
-                look = Look(self._began, self._call.result(), "")
+                look = RouterSnapshot(self._began, self._call.result(), "")
                 self._take_in(look)
             except RouterSilent as error:
-                look = Look(self._began, {}, str(error))
+                look = RouterSnapshot(self._began, {}, str(error))
             self._call = None
             if look.at > self._gone:
                 self.look = look
@@ -89,10 +89,10 @@ class RouterLink:
     def gone(self, now: float) -> None:
         """The router's process has ended: nobody knows anything."""
         self._gone = now
-        self.look = Look(now, {}, "the router is down")
+        self.look = RouterSnapshot(now, {}, "the router is down")
         self._ends.clear()
 
-    def _take_in(self, look: Look) -> None:
+    def _take_in(self, look: RouterSnapshot) -> None:
         for ended in self._being_told:
             if ended in self._ends:
                 self._ends.remove(ended)

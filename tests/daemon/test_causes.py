@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from fastdeploy.daemon.config.programs import Program
 from fastdeploy.daemon.diagnosis.exit_cause import Cause, End, explain, killed_worker
-from fastdeploy.daemon.diagnosis.exit_diagnosis import Inquest
-from fastdeploy.daemon.diagnosis.oom import Shortage
+from fastdeploy.daemon.diagnosis.exit_diagnosis import ExitDiagnosis
+from fastdeploy.daemon.diagnosis.oom import OomWatcher
 from fastdeploy.daemon.process import supervisor_client
 from fastdeploy.daemon.process.supervisor_client import Layout
 
@@ -160,16 +160,16 @@ def test_a_worker_that_its_group_has_killed_hung(tmp_path: Path) -> None:
         layout.output(name).parent.mkdir()
         layout.output(name).write_text(line + "\n")
     program = Program("replica0", ("x", "--model", str(TINY)), {}, (1,))
-    verdict, told = Inquest(layout).hold(program, "exit status 3", 0.0, ["replica1"])
+    verdict, told = ExitDiagnosis(layout).hold(program, "exit status 3", 0.0, ["replica1"])
     assert (verdict.cause, told) == (Cause.HANG, f"{WORKER}SIGKILL")
-    alone, _ = Inquest(layout).hold(program, "exit status 3", 0.0, [])
+    alone, _ = ExitDiagnosis(layout).hold(program, "exit status 3", 0.0, [])
     assert alone.cause is Cause.KILLED
 
 
 def test_a_kill_for_want_of_memory_is_seen_for_some_seconds(tmp_path: Path) -> None:
     counter = tmp_path / "vmstat"
     counter.write_text("nr_free_pages 7\noom_kill 3\n")
-    shortage = Shortage(counter)
+    shortage = OomWatcher(counter)
     assert shortage.risen() == "", "before the first look"
     shortage.look([], 0.0)
     assert shortage.risen() == ""
@@ -209,7 +209,7 @@ def _removed(directory: Path) -> bool:
 
 def test_a_process_that_the_kernel_really_kills_for_want_of_memory(small_cgroup: Path) -> None:
     hungry = "import sys; sys.stdin.readline(); print(len(bytearray(b'x') * (1 << 28)))"
-    shortage = Shortage(Path("/nowhere"))
+    shortage = OomWatcher(Path("/nowhere"))
     with subprocess.Popen([sys.executable, "-c", hungry], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         (small_cgroup / "cgroup.procs").write_text(str(process.pid))

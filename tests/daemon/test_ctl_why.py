@@ -18,8 +18,8 @@ from fastdeploy.daemon.config.programs import Program
 from fastdeploy.daemon.control.waiting_reason import next_try_in, waits_for
 from fastdeploy.daemon.fdctl.program_output import last_lines, stacks_in
 from fastdeploy.daemon.supervision.intents import Intent
-from fastdeploy.daemon.supervision.program_state import Replica, State
-from fastdeploy.daemon.supervision.router_sync import Look
+from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
+from fastdeploy.daemon.supervision.router_sync import RouterSnapshot
 
 from .conftest import Running, wait_until
 
@@ -42,91 +42,91 @@ def config() -> Config:
 class Seen:
     """As much of a fleet as `waits_for` looks at."""
 
-    replicas: dict[str, Replica] = field(default_factory=dict)
+    replicas: dict[str, SupervisedProgram] = field(default_factory=dict)
     config: Config = field(default_factory=config)
     busy: int | None = 0
-    routed: Look = field(default_factory=lambda: Look(problem=""))
+    routed: RouterSnapshot = field(default_factory=lambda: RouterSnapshot(problem=""))
 
-    def row(self, replica: Replica) -> None:
+    def row(self, replica: SupervisedProgram) -> None:
         """The router has not been asked."""
 
-    def add(self, number: int | None, state: State, **other: Any) -> Replica:
-        one = Replica(program(number), state, since=NOW - 12, **other)
+    def add(self, number: int | None, state: ProgramState, **other: Any) -> SupervisedProgram:
+        one = SupervisedProgram(program(number), state, since=NOW - 12, **other)
         self.replicas[one.name] = one
         return one
 
-    def in_flight(self, replica: Replica) -> int | None:
+    def in_flight(self, replica: SupervisedProgram) -> int | None:
         return self.busy
 
-    def drains(self, replica: Replica) -> bool:
+    def drains(self, replica: SupervisedProgram) -> bool:
         return replica.draining
 
 
 @pytest.mark.parametrize(
     ("state", "other", "told"),
     [
-        (State.READY, {}, ""),
+        (ProgramState.READY, {}, ""),
         (
-            State.READY,
+            ProgramState.READY,
             {"draining": True},
             "the end of its requests (2 in flight), then for the operator: the router gives it nothing new; "
             "fdctl undrain 1",
         ),
         (
-            State.READY,
+            ProgramState.READY,
             {"intent": Intent.HELD},
             "the operator: nobody else touches it; fdctl release 1",
         ),
-        (State.STOPPED, {"intent": Intent.STOPPED}, "the operator: fdctl start 1"),
-        (State.STOPPED, {"intent": Intent.HELD}, "the operator: fdctl start 1"),
-        (State.WAITING, {"note": "waits for its files: disk full"}, "its files: disk full"),
-        (State.STOPPED, {}, "its turn in a reload"),
+        (ProgramState.STOPPED, {"intent": Intent.STOPPED}, "the operator: fdctl start 1"),
+        (ProgramState.STOPPED, {"intent": Intent.HELD}, "the operator: fdctl start 1"),
+        (ProgramState.WAITING, {"note": "waits for its files: disk full"}, "its files: disk full"),
+        (ProgramState.STOPPED, {}, "its turn in a reload"),
         (
-            State.QUARANTINED,
+            ProgramState.QUARANTINED,
             {"paused": True, "next_try": NOW + 42},
             "60 s without a failure of any replica, 42 s left",
         ),
         (
-            State.QUARANTINED,
+            ProgramState.QUARANTINED,
             {"paused": True, "next_try": NOW - 1},
             "its turn: paused replicas start one at a time",
         ),
-        (State.STARTING, {}, "its first token; it is given up in 588 s"),
-        (State.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),
+        (ProgramState.STARTING, {}, "its first token; it is given up in 588 s"),
+        (ProgramState.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),
         (
-            State.UNHEALTHY,
+            ProgramState.UNHEALTHY,
             {"last_good": NOW - 20, "intent": Intent.HELD},
             "a good health check, or the operator: fdctl release 1",
         ),
-        (State.STOPPING, {}, "its last requests; it is killed in 18 s"),
-        (State.STOPPING, {"failing": "hangs"}, "the stacks of its threads; then it is killed"),
-        (State.BACKOFF, {"next_try": NOW + 7.4}, "its next try, in 7 s"),
-        (State.QUARANTINED, {"next_try": NOW + 400}, "its next try, in 400 s"),
-        (State.BACKOFF, {"next_try": float("inf")}, "the end of fd-dp"),
-        (State.WAITING, {}, "the end of its old process"),
+        (ProgramState.STOPPING, {}, "its last requests; it is killed in 18 s"),
+        (ProgramState.STOPPING, {"failing": "hangs"}, "the stacks of its threads; then it is killed"),
+        (ProgramState.BACKOFF, {"next_try": NOW + 7.4}, "its next try, in 7 s"),
+        (ProgramState.QUARANTINED, {"next_try": NOW + 400}, "its next try, in 400 s"),
+        (ProgramState.BACKOFF, {"next_try": float("inf")}, "the end of fd-dp"),
+        (ProgramState.WAITING, {}, "the end of its old process"),
     ],
 )
-def test_what_a_replica_waits_for(state: State, other: dict[str, Any], told: str) -> None:
+def test_what_a_replica_waits_for(state: ProgramState, other: dict[str, Any], told: str) -> None:
     fleet = Seen(busy=2)
-    fleet.add(None, State.READY)
+    fleet.add(None, ProgramState.READY)
     assert waits_for(fleet, fleet.add(1, state, **other), NOW) == told  # type: ignore[arg-type]
 
 
 def test_a_replica_waits_for_the_router_and_then_for_those_that_load() -> None:
     fleet = Seen()
-    router, waiting = fleet.add(None, State.STARTING), fleet.add(1, State.WAITING)
+    router, waiting = fleet.add(None, ProgramState.STARTING), fleet.add(1, ProgramState.WAITING)
     assert waits_for(fleet, waiting, NOW) == "the router, which starts first"  # type: ignore[arg-type]
-    router.state = State.READY
-    fleet.add(0, State.STARTING)
+    router.state = ProgramState.READY
+    fleet.add(0, ProgramState.STARTING)
     told = waits_for(fleet, waiting, NOW)  # type: ignore[arg-type]
     assert told == "its turn to load, after replica 0 (parallel_starts = 1)"
 
 
 def test_the_next_try_is_a_number_that_json_can_carry() -> None:
     fleet = Seen()
-    assert next_try_in(fleet.add(1, State.BACKOFF, next_try=NOW + 7.44), NOW) == 7.4
-    assert next_try_in(fleet.add(1, State.BACKOFF, next_try=float("inf")), NOW) is None
-    assert next_try_in(fleet.add(1, State.READY), NOW) is None
+    assert next_try_in(fleet.add(1, ProgramState.BACKOFF, next_try=NOW + 7.44), NOW) == 7.4
+    assert next_try_in(fleet.add(1, ProgramState.BACKOFF, next_try=float("inf")), NOW) is None
+    assert next_try_in(fleet.add(1, ProgramState.READY), NOW) is None
 
 
 def test_stacks_are_found_at_the_end_of_an_output(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fastdeploy.daemon.config.launch import HASH, MARKER
 from fastdeploy.daemon.diagnosis.exit_cause import Cause
 from fastdeploy.daemon.process import proc
 from fastdeploy.daemon.supervision.intents import Intent, Wish
-from fastdeploy.daemon.supervision.program_state import State
+from fastdeploy.daemon.supervision.program_state import ProgramState
 
 from .conftest import wait_until
 from .world import World
@@ -23,30 +23,30 @@ from .world import World
 def test_the_router_first_then_as_many_replicas_at_a_time_as_may_load(tmp_path: Path) -> None:
     world = World(tmp_path, 3, parallel_starts=2)
     world.pass_time(2.0)
-    assert world.names(State.STARTING) == {"router"}
+    assert world.names(ProgramState.STARTING) == {"router"}
     world.become_ready("router")
-    assert world.names(State.STARTING) == {"replica0", "replica1"}
+    assert world.names(ProgramState.STARTING) == {"replica0", "replica1"}
     world.become_ready("replica1")
-    assert world.names(State.STARTING) == {"replica0", "replica2"}
+    assert world.names(ProgramState.STARTING) == {"replica0", "replica2"}
     world.become_ready("replica0", "replica2")
-    assert world.names(State.READY) == {"router", "replica0", "replica1", "replica2"}
+    assert world.names(ProgramState.READY) == {"router", "replica0", "replica1", "replica2"}
 
 
 def test_a_router_that_does_not_come_up_holds_the_replicas_back_for_a_moment_only(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.pass_time(5.0)
-    assert world.names(State.WAITING) == {"replica0"}
+    assert world.names(ProgramState.WAITING) == {"replica0"}
     world.pass_time(10.0)
-    assert world.names(State.STARTING) == {"router", "replica0"}
+    assert world.names(ProgramState.STARTING) == {"router", "replica0"}
 
 
 def test_a_replica_that_loads_for_long_does_not_hold_back_the_next(tmp_path: Path) -> None:
     world = World(tmp_path, 2, parallel_starts=1, start_slot=30)
     world.become_ready("router")
     world.pass_time(20.0)
-    assert world.names(State.STARTING) == {"replica0"}
+    assert world.names(ProgramState.STARTING) == {"replica0"}
     world.pass_time(15.0)
-    assert world.names(State.STARTING) == {"replica0", "replica1"}
+    assert world.names(ProgramState.STARTING) == {"replica0", "replica1"}
 
 
 def test_the_replica_that_has_waited_longest_starts_first(tmp_path: Path) -> None:
@@ -54,11 +54,11 @@ def test_the_replica_that_has_waited_longest_starts_first(tmp_path: Path) -> Non
     world.become_ready("router")
     world.supervisor.end("replica0")
     world.pass_time(3.0)
-    assert world.names(State.STARTING) == {"replica1"}
-    assert world.names(State.WAITING) == {"replica0", "replica2"}
+    assert world.names(ProgramState.STARTING) == {"replica1"}
+    assert world.names(ProgramState.WAITING) == {"replica0", "replica2"}
     world.supervisor.end("replica1")
     world.pass_time(0.5)
-    assert world.names(State.STARTING) == {"replica2"}
+    assert world.names(ProgramState.STARTING) == {"replica2"}
 
 
 def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it_ready(
@@ -68,12 +68,12 @@ def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it
     world.become_ready("router", "replica0")
     world.probes.good.discard("replica0")
     world.pass_time(20.0)
-    assert world.names(State.READY) == {"router", "replica0"}
+    assert world.names(ProgramState.READY) == {"router", "replica0"}
     world.pass_time(20.0)
-    assert world.names(State.UNHEALTHY) == {"replica0"}
+    assert world.names(ProgramState.UNHEALTHY) == {"replica0"}
     world.become_ready("replica0")
     world.pass_time(6.0)
-    assert world.names(State.READY) == {"router", "replica0"}
+    assert world.names(ProgramState.READY) == {"router", "replica0"}
 
 
 def test_a_daemon_that_was_stopped_itself_blames_nobody_for_the_time(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_daemon_that_was_stopped_itself_blames_nobody_for_the_time(tmp_path: P
     world.become_ready("router", "replica0")
     world.now += 3600.0
     world.fleet.step()
-    assert world.names(State.READY) == {"router", "replica0"}
+    assert world.names(ProgramState.READY) == {"router", "replica0"}
 
 
 def test_each_failure_waits_longer_and_a_stable_time_forgets(tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ def test_each_failure_waits_longer_and_a_stable_time_forgets(tmp_path: Path) -> 
     for _ in range(3):
         world.supervisor.end("replica0")
         world.fleet.step()
-        assert world.names(State.BACKOFF) == {"replica0"}
+        assert world.names(ProgramState.BACKOFF) == {"replica0"}
         waits.append(world.fleet.replicas["replica0"].next_try - world.now)
         world.pass_time(waits[-1] + 3.0)
-        assert world.names(State.READY) == {"router", "replica0"}
+        assert world.names(ProgramState.READY) == {"router", "replica0"}
     assert waits == [4, 8, 16]
     world.pass_time(70.0)
     world.supervisor.end("replica0")
@@ -113,7 +113,7 @@ def test_the_loop_wakes_when_the_next_try_is_due(tmp_path: Path) -> None:
     assert wait == world.fleet.replicas["replica0"].next_try - world.now
     world.now += wait
     world.fleet.step()
-    assert world.names(State.STARTING) == {"replica0"}
+    assert world.names(ProgramState.STARTING) == {"replica0"}
 
 
 def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world.fleet.wish(replica, Wish(Intent.STOPPED))
     world.fleet.stop(replica, "stopped")
     world.pass_time(1.0)
-    assert replica.state is State.STOPPED
+    assert replica.state is ProgramState.STOPPED
     world.supervisor.start("replica0")
     world.pass_time(1.0)
     assert world.supervisor.running["replica0"].state == "EXITED"
-    assert replica.state is State.STOPPED
+    assert replica.state is ProgramState.STOPPED
 
 
 def fail(world: World, name: str) -> None:
@@ -144,7 +144,7 @@ def world_with_a_spent_box_budget(directory: Path, **supervise: Any) -> World:
     for name in (*names, names[0]):
         fail(world, name)
         world.pass_time(8.0)
-    assert world.names(State.READY) == {"router", *names}
+    assert world.names(ProgramState.READY) == {"router", *names}
     return world
 
 
@@ -152,11 +152,11 @@ def test_after_box_budget_failures_a_further_one_pauses_its_replica(tmp_path: Pa
     world = world_with_a_spent_box_budget(tmp_path)
     fail(world, "replica1")
     fail(world, "router")
-    assert world.names(State.QUARANTINED) == {"replica1"}
+    assert world.names(ProgramState.QUARANTINED) == {"replica1"}
     note = world.fleet.replicas["replica1"].note
     assert "paused until no replica has failed for 30 s: 5 failures within 600 s on this machine" in note
     # The router is tried all the same.
-    assert world.fleet.replicas["router"].state is State.BACKOFF
+    assert world.fleet.replicas["router"].state is ProgramState.BACKOFF
 
 
 def test_paused_replicas_come_back_one_at_a_time_when_the_machine_is_calm(tmp_path: Path) -> None:
@@ -164,18 +164,20 @@ def test_paused_replicas_come_back_one_at_a_time_when_the_machine_is_calm(tmp_pa
     fail(world, "replica0")
     world.pass_time(10.0)
     fail(world, "replica1")
-    assert world.names(State.QUARANTINED) == {"replica0", "replica1"}
+    assert world.names(ProgramState.QUARANTINED) == {"replica0", "replica1"}
     # Each failure begins the calm anew, for all of them.
     world.pass_time(25.0)
-    assert world.names(State.QUARANTINED) == {"replica0", "replica1"}
+    assert world.names(ProgramState.QUARANTINED) == {"replica0", "replica1"}
     world.probes.good -= {"replica0", "replica1"}
     world.pass_time(10.0)
-    assert world.names(State.STARTING) == {"replica0"}
-    assert world.names(State.QUARANTINED) == {"replica1"}
+    assert world.names(ProgramState.STARTING) == {"replica0"}
+    assert world.names(ProgramState.QUARANTINED) == {"replica1"}
     world.become_ready("replica0")
-    assert world.names(State.STARTING) == {"replica1"} or world.names(State.READY) > {"replica1"}
+    assert world.names(ProgramState.STARTING) == {"replica1"} or world.names(ProgramState.READY) > {
+        "replica1"
+    }
     world.become_ready("replica1")
-    assert world.names(State.READY) == {"router", "replica0", "replica1", "replica2"}
+    assert world.names(ProgramState.READY) == {"router", "replica0", "replica1", "replica2"}
 
 
 def test_a_paused_replica_that_fails_again_waits_for_calm_again(tmp_path: Path) -> None:
@@ -183,9 +185,9 @@ def test_a_paused_replica_that_fails_again_waits_for_calm_again(tmp_path: Path) 
     fail(world, "replica0")
     world.probes.good.discard("replica0")
     world.pass_time(31.0)
-    assert world.names(State.STARTING) == {"replica0"}
+    assert world.names(ProgramState.STARTING) == {"replica0"}
     fail(world, "replica0")
-    assert world.names(State.QUARANTINED) == {"replica0"}
+    assert world.names(ProgramState.QUARANTINED) == {"replica0"}
     assert world.fleet.replicas["replica0"].next_try == pytest.approx(world.now + 30.0)
 
 
@@ -193,8 +195,8 @@ def test_the_last_replica_is_never_paused(tmp_path: Path) -> None:
     world = world_with_a_spent_box_budget(tmp_path)
     for name in ("replica0", "replica1", "replica2"):
         fail(world, name)
-    assert world.names(State.QUARANTINED) == {"replica0", "replica1"}
-    assert world.names(State.BACKOFF) == {"replica2"}
+    assert world.names(ProgramState.QUARANTINED) == {"replica0", "replica1"}
+    assert world.names(ProgramState.BACKOFF) == {"replica2"}
 
 
 def test_a_crash_loop_is_quarantined_for_itself_and_does_not_end_with_calm(tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_a_crash_loop_is_quarantined_for_itself_and_does_not_end_with_calm(tmp_p
     replica = world.fleet.replicas["replica0"]
     assert "quarantined: failure 3 in a row" in replica.note
     world.pass_time(100.0)
-    assert replica.state is State.QUARANTINED
+    assert replica.state is ProgramState.QUARANTINED
 
 
 def test_a_wrong_flag_is_tried_again_slowly_from_the_first_and_says_so(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_a_wrong_flag_is_tried_again_slowly_from_the_first_and_says_so(tmp_path:
     output.write_text("api_server: ERROR (unrecognized arguments: --surprise)\n")
     world.supervisor.how = "exit status 2"
     fail(world, "replica0")
-    assert (replica.state, replica.cause) == (State.QUARANTINED, Cause.FLAG)
+    assert (replica.state, replica.cause) == (ProgramState.QUARANTINED, Cause.FLAG)
     assert replica.next_try - world.now == 500
     assert "exit status 2 (wrong flag); its last error: api_server: ERROR (unrecognized" in replica.note
     assert replica.note.endswith("quarantined: a wrong flag will not heal by itself")
@@ -242,9 +244,9 @@ def test_nothing_is_started_while_the_old_process_of_its_seat_is_still_there(tmp
         fail(world, "replica0")
         replica = world.fleet.replicas["replica0"]
         assert (replica.state, replica.note) == (
-            State.WAITING,
+            ProgramState.WAITING,
             f"waits for pid {old.pid} of its last run to end",
         )
         assert old.wait(20) == -signal.SIGKILL
         world.fleet.step()
-        assert replica.state is State.STARTING
+        assert replica.state is ProgramState.STARTING

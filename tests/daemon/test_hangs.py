@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 from fastdeploy.daemon.config.loader import parse
 from fastdeploy.daemon.config.programs import expert_group_of
 from fastdeploy.daemon.diagnosis.exit_cause import Cause
-from fastdeploy.daemon.supervision.hang_detection import Judgement, Pulse, Stuck, Watch, awaited_by, judge
+from fastdeploy.daemon.supervision.hang_detection import (
+    Judgement,
+    ProgressTracker,
+    Stuck,
+    WorkerProgress,
+    awaited_by,
+    judge,
+)
 from fastdeploy.daemon.supervision.intents import Intent, Wish
-from fastdeploy.daemon.supervision.program_state import Replica, State
+from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
 from fastdeploy.expert_parallel.snapshot import Seat, Snapshot
 
 from .conftest import Running, alive, wait_until
@@ -138,33 +145,33 @@ def test_somebody_is_always_awaited_and_never_one_that_waits_if_another_does_not
 
 
 def test_progress_is_a_new_step_or_having_nothing_to_do() -> None:
-    watch = Watch()
-    watch.saw(Pulse(5, 1, 100.0), 0.0)
+    watch = ProgressTracker()
+    watch.saw(WorkerProgress(5, 1, 100.0), 0.0)
     assert watch.stuck(10.0) == 10.0, "it is not blamed for what was before"
-    watch.saw(Pulse(5, 1, 120.0), 20.0)
+    watch.saw(WorkerProgress(5, 1, 120.0), 20.0)
     assert watch.stuck(20.0) == 20.0
-    watch.saw(Pulse(6, 1, 0.5), 30.0)
+    watch.saw(WorkerProgress(6, 1, 0.5), 30.0)
     assert watch.stuck(40.0) == 0.5
-    watch.saw(Pulse(6, 0, 0.0), 40.0)
-    watch.saw(Pulse(6, 1, 3.0), 50.0)
+    watch.saw(WorkerProgress(6, 0, 0.0), 40.0)
+    watch.saw(WorkerProgress(6, 1, 3.0), 50.0)
     assert watch.stuck(50.0) == 3.0
 
 
 def test_time_in_which_the_daemon_slept_is_forgiven() -> None:
-    watch = Watch()
-    watch.saw(Pulse(5, 1, 1.0), 0.0)
+    watch = ProgressTracker()
+    watch.saw(WorkerProgress(5, 1, 1.0), 0.0)
     watch.tested = 0.0
     watch.forgive(3600.0)
-    watch.saw(Pulse(5, 1, 3601.0), 3601.0)
+    watch.saw(WorkerProgress(5, 1, 3601.0), 3601.0)
     assert watch.stuck(3601.0) == 1.0
-    watch.saw(Pulse(5, 1, 0.0), 3601.0)
+    watch.saw(WorkerProgress(5, 1, 0.0), 3601.0)
     assert watch.tested_for(3601.0) == 1.0
 
 
 @pytest.mark.parametrize("worker", [None, {}, [], 3, {"steps": "x", "requests": 1, "silent": 0}])
 def test_a_health_check_that_tells_nothing_of_a_worker_is_no_reason_for_anything(worker: object) -> None:
-    assert Pulse.of({"worker": worker}) is None
-    watch = Watch()
+    assert WorkerProgress.of({"worker": worker}) is None
+    watch = ProgressTracker()
     watch.saw(None, 5.0)
     assert (watch.stuck(1e9), watch.idle(1e9)) == (0.0, 0.0)
 
@@ -172,7 +179,7 @@ def test_a_health_check_that_tells_nothing_of_a_worker_is_no_reason_for_anything
 # ---- the fleet
 
 
-def started(tmp_path: Path, **supervise: float) -> tuple[World, Replica]:
+def started(tmp_path: Path, **supervise: float) -> tuple[World, SupervisedProgram]:
     world = World(tmp_path, 1, **{"hang_after": 20, "idle_probe": 0, **supervise})
     world.become_ready("router", "replica0")
     return world, world.fleet.replicas["replica0"]
@@ -182,14 +189,14 @@ def test_one_that_has_work_and_makes_no_step_is_killed(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
     world.work("replica0", requests=2)
     world.pass_time(19.0)
-    assert replica.state is State.READY
+    assert replica.state is ProgramState.READY
     world.pass_time(8.0)
-    assert (replica.state, replica.cause) == (State.STOPPING, Cause.HANG)
+    assert (replica.state, replica.cause) == (ProgramState.STOPPING, Cause.HANG)
     assert replica.failing.startswith("hangs: no step for ")
     assert replica.failing.endswith("s, 2 in hand")
     world.supervisor.end("replica0")
     world.fleet.step()
-    assert replica.state is State.BACKOFF
+    assert replica.state is ProgramState.BACKOFF
     assert "hangs: no step for" in replica.note
     assert (
         world.fleet.metrics.registry.get_sample_value(
@@ -204,7 +211,7 @@ def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
     for _ in range(20):
         world.work("replica0")
         world.pass_time(15.0)
-    assert replica.state is State.READY
+    assert replica.state is ProgramState.READY
 
 
 def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_path: Path) -> None:
@@ -212,7 +219,7 @@ def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_pa
     world.fleet.wish(replica, Wish(Intent.HELD))
     world.work("replica0")
     world.pass_time(100.0)
-    assert replica.state is State.READY
+    assert replica.state is ProgramState.READY
     assert replica.note.startswith("hangs: no step for ")
 
 
@@ -236,7 +243,7 @@ def test_a_machine_that_was_frozen_is_nobodys_fault(tmp_path: Path) -> None:
     world.pass_time(6.0)
     world.work("replica0")
     world.pass_time(6.0)
-    assert replica.state is State.READY
+    assert replica.state is ProgramState.READY
 
 
 def test_an_idle_one_is_asked_for_a_token_now_and_then_and_a_busy_one_is_not(tmp_path: Path) -> None:
@@ -264,7 +271,7 @@ def test_an_idle_one_that_gives_no_token_is_unhealthy_and_then_killed(tmp_path: 
     world.work("replica0", requests=0)
     world.probes.wordless.add("replica0")
     world.pass_time(75.0)
-    assert (replica.state, replica.note) == (State.UNHEALTHY, "no token")
+    assert (replica.state, replica.note) == (ProgramState.UNHEALTHY, "no token")
     world.pass_time(20.0)
     assert replica.cause is Cause.HANG
     assert replica.failing == "idle, and gave no token for 20 s: no token"
@@ -278,9 +285,9 @@ def test_an_idle_one_that_gives_its_token_late_is_ready_again(tmp_path: Path) ->
     world.probes.wordless.clear()
     world.work("replica0", requests=0)
     world.pass_time(8.0)
-    assert replica.state is State.READY
+    assert replica.state is ProgramState.READY
     world.pass_time(40.0)
-    assert replica.state is State.READY
+    assert replica.state is ProgramState.READY
 
 
 def test_an_idle_one_that_keeps_its_token_waiting_is_killed(tmp_path: Path) -> None:
@@ -306,7 +313,7 @@ def test_an_idle_one_that_keeps_its_token_waiting_as_it_waits_for_others_is_excu
     world.pass_time(68.0)
     world.work("replica0", requests=1)
     world.pass_time(40.0)
-    assert world.names(State.STOPPING) == {"replica1"}
+    assert world.names(ProgramState.STOPPING) == {"replica1"}
 
 
 def test_an_idle_one_to_which_work_has_come_before_its_token_is_left_alone(tmp_path: Path) -> None:
@@ -317,7 +324,7 @@ def test_an_idle_one_to_which_work_has_come_before_its_token_is_left_alone(tmp_p
     for _ in range(20):
         world.work("replica0", requests=2)
         world.pass_time(10.0)
-    assert replica.state is State.READY
+    assert replica.state is ProgramState.READY
 
 
 def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Path) -> None:
@@ -334,7 +341,7 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Pa
     world.pass_time(10.0)
     assert seen == [], "who makes progress is not looked at"
     world.pass_time(20.0)
-    assert world.names(State.STOPPING) == {"replica2"}
+    assert world.names(ProgramState.STOPPING) == {"replica2"}
     assert set(seen) == {expert_group_of(world.fleet.config)}
     assert "waits for seat 2" in world.fleet.replicas["replica0"].note
 

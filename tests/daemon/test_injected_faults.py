@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from fastdeploy.daemon.control import protocol
-from fastdeploy.daemon.control.server import Conversation, Server
+from fastdeploy.daemon.control.server import ControlServer, Conversation
 from fastdeploy.daemon.supervision.health import Health
 from fastdeploy.daemon.supervision.probes import Probes
-from fastdeploy.daemon.supervision.program_state import Replica, State
+from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
 from fastdeploy.daemon.wakeups import Wakeups
 
 from .conftest import wait_until
@@ -29,7 +29,7 @@ def test_a_fault_about_one_replica_leaves_the_others_supervised(
     world.become_ready("router", "replica0", "replica1")
     method = getattr(world.fleet, part)
 
-    def faulty(replica: Replica, now: float) -> None:
+    def faulty(replica: SupervisedProgram, now: float) -> None:
         if replica.name == "replica0":
             raise RuntimeError("injected")
         method(replica, now)
@@ -38,7 +38,7 @@ def test_a_fault_about_one_replica_leaves_the_others_supervised(
     for name in ("replica0", "replica1"):
         world.supervisor.end(name)
     world.pass_time(10.0)
-    assert world.fleet.replicas["replica1"].state is State.READY
+    assert world.fleet.replicas["replica1"].state is ProgramState.READY
     assert world.fleet.replicas["replica1"].restarts == 1
     # Once, not at every step.
     assert caplog.text.count("RuntimeError: injected") == 1
@@ -50,14 +50,14 @@ def test_a_reading_that_cannot_be_used_hides_no_other(
     world = World(tmp_path, 2)
     read = Health._read
 
-    def faulty(health: Health, replica: Replica, reading: object, now: float) -> None:
+    def faulty(health: Health, replica: SupervisedProgram, reading: object, now: float) -> None:
         if replica.name == "replica0":
             raise RuntimeError("injected")
         read(health, replica, reading, now)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Health, "_read", faulty)
     world.become_ready("router", "replica0", "replica1")
-    assert world.names(State.READY) == {"router", "replica1"}
+    assert world.names(ProgramState.READY) == {"router", "replica1"}
 
 
 def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_a_command_that_raises_is_answered(tmp_path: Path, wakeups: Wakeups) -> 
         raise RuntimeError("injected")
 
     path = tmp_path / "fd-dp.sock"
-    server = Server(path, wakeups.selector, broken)
+    server = ControlServer(path, wakeups.selector, broken)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         client.sendall(b'{"do": "status"}\n')

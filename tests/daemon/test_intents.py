@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastdeploy.daemon.control import protocol
 from fastdeploy.daemon.supervision.intents import Intent, Intents, Wish
-from fastdeploy.daemon.supervision.program_state import State
+from fastdeploy.daemon.supervision.program_state import ProgramState
 
 from .conftest import Running, alive, wait_until
 from .world import World
@@ -194,7 +194,7 @@ def test_a_held_replica_is_not_killed_for_being_silent(tmp_path: Path) -> None:
     world.fleet.wish(replica, Wish(Intent.HELD))
     world.probes.good.discard("replica0")
     world.pass_time(1000.0)
-    assert world.names(State.UNHEALTHY) == {"replica0"}
+    assert world.names(ProgramState.UNHEALTHY) == {"replica0"}
     world.fleet.wish(replica, Wish(Intent.RUN))
     world.pass_time(1.0)
-    assert replica.state is State.STOPPING
+    assert replica.state is ProgramState.STOPPING

@@ -21,7 +21,7 @@ from fastdeploy.daemon.diagnosis.exit_cause import Cause
 from fastdeploy.daemon.process.usage import Usage, of_family
 from fastdeploy.daemon.supervision.intents import Intent
 from fastdeploy.daemon.supervision.metrics import Metrics
-from fastdeploy.daemon.supervision.program_state import Replica, State
+from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
 
 from ..ports import free_ports
 from .conftest import Running, wait_until
@@ -56,8 +56,8 @@ def scraped(port: int) -> Samples:
     return samples
 
 
-def replica(number: int, state: State, **what: object) -> Replica:
-    one = Replica(Program(f"replica{number}", ("x",), {}, (1,)), state)
+def replica(number: int, state: ProgramState, **what: object) -> SupervisedProgram:
+    one = SupervisedProgram(Program(f"replica{number}", ("x",), {}, (1,)), state)
     for name, value in what.items():
         setattr(one, name, value)
     return one
@@ -67,18 +67,18 @@ def test_a_fleet_is_told_as_its_last_turn_left_it() -> None:
     metrics = Metrics()
     assert not [name for name, _ in Samples(metrics.exposition()).values if name == "fd_dp_state"]
     fleet = [
-        replica(0, State.READY, pid=os.getpid(), draining=True),
-        replica(1, State.QUARANTINED, next_try=time.monotonic() + 500),
-        replica(2, State.STOPPED, intent=Intent.STOPPED, next_try=time.monotonic() + 500),
-        replica(3, State.BACKOFF, next_try=float("inf")),
+        replica(0, ProgramState.READY, pid=os.getpid(), draining=True),
+        replica(1, ProgramState.QUARANTINED, next_try=time.monotonic() + 500),
+        replica(2, ProgramState.STOPPED, intent=Intent.STOPPED, next_try=time.monotonic() + 500),
+        replica(3, ProgramState.BACKOFF, next_try=float("inf")),
     ]
     metrics.publish(fleet)
-    fleet[0].state = State.STOPPING
+    fleet[0].state = ProgramState.STOPPING
 
     samples = Samples(metrics.exposition())
 
     for one, state in zip(fleet, ("READY", "QUARANTINED", "STOPPED", "BACKOFF"), strict=True):
-        told = {other: samples("fd_dp_state", program=one.name, state=other) for other in State}
+        told = {other: samples("fd_dp_state", program=one.name, state=other) for other in ProgramState}
         assert {other for other, value in told.items() if value} == {state}
     assert samples("fd_dp_quarantined") == 1
     assert 490 < samples("fd_dp_next_try_seconds", program="replica1") <= 500
@@ -97,7 +97,7 @@ def test_a_fleet_is_told_as_its_last_turn_left_it() -> None:
 
 def test_what_happens_is_counted() -> None:
     metrics = Metrics()
-    metrics.publish([replica(3, State.READY)])
+    metrics.publish([replica(3, ProgramState.READY)])
     before = Samples(metrics.exposition())
     assert before("fd_dp_reloads_total", result="rolled_back") == 0
     assert before("fd_dp_restarts_total", program="replica3", cause="killed") == 0

@@ -7,22 +7,24 @@ from types import MappingProxyType
 import pytest
 
 from fastdeploy.daemon.config.programs import Program
-from fastdeploy.daemon.supervision.program_state import ALIVE, ARROWS, Replica, State
+from fastdeploy.daemon.supervision.program_state import ALIVE, ARROWS, ProgramState, SupervisedProgram
 
 
-def replica(state: State) -> Replica:
-    return Replica(Program("replica3", ("x",), MappingProxyType({}), (1,)), state=state, pid=7, failing="x")
+def replica(state: ProgramState) -> SupervisedProgram:
+    return SupervisedProgram(
+        Program("replica3", ("x",), MappingProxyType({}), (1,)), state=state, pid=7, failing="x"
+    )
 
 
 def test_every_state_can_be_reached_and_left() -> None:
-    assert set(ARROWS) == set(State)
-    assert set().union(*ARROWS.values()) == set(State)
+    assert set(ARROWS) == set(ProgramState)
+    assert set().union(*ARROWS.values()) == set(ProgramState)
     assert all(ARROWS.values())
 
 
-@pytest.mark.parametrize("start", State)
-@pytest.mark.parametrize("to", State)
-def test_only_the_arrows_of_the_table_are_moves(start: State, to: State) -> None:
+@pytest.mark.parametrize("start", ProgramState)
+@pytest.mark.parametrize("to", ProgramState)
+def test_only_the_arrows_of_the_table_are_moves(start: ProgramState, to: ProgramState) -> None:
     one = replica(start)
     if to not in ARROWS[start]:
         with pytest.raises(AssertionError, match=f"replica 3: {start} -> {to}"):
@@ -34,4 +36,7 @@ def test_only_the_arrows_of_the_table_are_moves(start: State, to: State) -> None
 
 
 def test_nothing_becomes_ready_but_what_was_starting_or_unhealthy() -> None:
-    assert {start for start in State if State.READY in ARROWS[start]} == {State.STARTING, State.UNHEALTHY}
+    assert {start for start in ProgramState if ProgramState.READY in ARROWS[start]} == {
+        ProgramState.STARTING,
+        ProgramState.UNHEALTHY,
+    }

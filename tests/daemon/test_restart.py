@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.daemon.config.options import SuperviseSection
-from fastdeploy.daemon.process.restart_policy import Box, Restarts
+from fastdeploy.daemon.process.restart_policy import HostFailureBudget, Restarts
 
 POLICY = SuperviseSection(
     backoff_first=1.0, backoff_max=8.0, budget=100, budget_window=60.0, quarantine=300.0
@@ -64,7 +64,7 @@ def test_what_no_quick_try_can_mend_is_in_quarantine_at_once_and_only_for_that()
 
 
 def test_too_many_failures_of_all_replicas_are_the_machine_s_until_the_window_is_over() -> None:
-    box = Box(SuperviseSection(box_budget=3, budget_window=60.0, box_calm=20.0))
+    box = HostFailureBudget(SuperviseSection(box_budget=3, budget_window=60.0, box_calm=20.0))
     assert box.calm_at == 0.0
     assert [box.failed(now) for now in (0.0, 1.0, 2.0)] == [""] * 3
     assert box.failed(3.0) == "4 failures within 60 s on this machine, more than box_budget = 3"

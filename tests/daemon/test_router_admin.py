@@ -23,7 +23,7 @@ from fastdeploy.daemon.supervision.router_client import (
     registered,
     set_draining,
 )
-from fastdeploy.daemon.supervision.router_sync import RouterLink
+from fastdeploy.daemon.supervision.router_sync import RouterSync
 
 from ..router.conftest import RouterProcess
 from ..router.fake_engine import FakeEngine
@@ -44,13 +44,13 @@ def answering(path: Path, answer: str, status: int = 200) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             pass
 
-    class Server(http.server.HTTPServer):
+    class ControlServer(http.server.HTTPServer):
         address_family = socket.AF_UNIX
 
         def server_bind(self) -> None:
             self.socket.bind(self.server_address)
 
-    with Server(str(path), Handler) as server:
+    with ControlServer(str(path), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield
         server.shutdown()
@@ -144,7 +144,7 @@ def test_what_was_asked_of_a_router_that_has_ended_is_forgotten(
         return {1811: row}
 
     monkeypatch.setattr(router_sync, "_look_and_put_right", look)
-    link = RouterLink(tmp_path)
+    link = RouterSync(tmp_path)
     link.step({1811: False}, 10.0, 1.0)
     wait_until(lambda: asked, "it is asked")
     link.gone(10.5)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fastdeploy.daemon.control import status
-from fastdeploy.daemon.supervision.program_state import State
+from fastdeploy.daemon.supervision.program_state import ProgramState
 from fastdeploy.daemon.supervision.router_client import Row
-from fastdeploy.daemon.supervision.router_sync import Look
+from fastdeploy.daemon.supervision.router_sync import RouterSnapshot
 
 from .world import World
 
@@ -20,11 +20,11 @@ def world(tmp_path: Path) -> World:
     world = World(tmp_path, replicas=2)
     world.become_ready("router", "replica0", "replica1")
     world.pass_time(3.0)
-    assert world.names(State.READY) == {"router", "replica0", "replica1"}
+    assert world.names(ProgramState.READY) == {"router", "replica0", "replica1"}
     return world
 
 
-def notes(world: World, look: Look) -> list[str]:
+def notes(world: World, look: RouterSnapshot) -> list[str]:
     world.fleet._link.look = look
     shown = status.status(world.fleet, state="READY", config="", prefix=None, supervisord=1, problems=[])
     return [replica["note"] for replica in shown["replicas"]]
@@ -38,7 +38,7 @@ def row(world: World, name: str, **changes: Any) -> tuple[int, Row]:
 
 def test_a_ready_replica_that_the_router_lacks_has_a_note(world: World) -> None:
     rows = dict([row(world, "replica0")])
-    had, lacked = notes(world, Look(world.now, rows, ""))
+    had, lacked = notes(world, RouterSnapshot(world.now, rows, ""))
     assert had == ""
     assert lacked == "not registered at the router; fdctl logs 1 says why"
     missing = status.why(world.fleet, world.fleet.replicas["replica1"], world.now)
@@ -48,7 +48,7 @@ def test_a_ready_replica_that_the_router_lacks_has_a_note(world: World) -> None:
 def test_a_ready_replica_that_the_router_cannot_use_has_a_note(world: World) -> None:
     port, down = row(world, "replica0", up=False)
     rows = dict([(port, down), row(world, "replica1", leaving=True)])
-    assert notes(world, Look(world.now, rows, "")) == [
+    assert notes(world, RouterSnapshot(world.now, rows, "")) == [
         f"the router's health checks at [::1]:{port} fail",
         "not registered at the router; fdctl logs 1 says why",
     ]
@@ -56,10 +56,10 @@ def test_a_ready_replica_that_the_router_cannot_use_has_a_note(world: World) -> 
 
 def test_a_router_that_was_asked_before_or_is_silent_gives_no_note(world: World) -> None:
     ready_since = world.fleet.replicas["replica0"].since
-    assert notes(world, Look(ready_since - 1.0, {}, "")) == ["", ""]
-    assert notes(world, Look(world.now, {}, "the router is down")) == ["", ""]
+    assert notes(world, RouterSnapshot(ready_since - 1.0, {}, "")) == ["", ""]
+    assert notes(world, RouterSnapshot(world.now, {}, "the router is down")) == ["", ""]
 
 
 def test_a_replica_that_is_drained_has_no_such_note(world: World) -> None:
     rows = dict([row(world, "replica0", draining=True), row(world, "replica1")])
-    assert notes(world, Look(world.now, rows, "")) == ["", ""]
+    assert notes(world, RouterSnapshot(world.now, rows, "")) == ["", ""]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from fastdeploy.daemon.control import peer_credentials, protocol
 from fastdeploy.daemon.control.peer_credentials import Peer
-from fastdeploy.daemon.control.server import Conversation, Server
+from fastdeploy.daemon.control.server import ControlServer, Conversation
 from fastdeploy.daemon.fdctl import main
 
 from .conftest import Running
@@ -37,7 +37,7 @@ class Endpoint:
         self.path = path
         self.selector = selectors.DefaultSelector()
         self.commands: list[tuple[dict[str, Any], Conversation]] = []
-        self.server = Server(
+        self.server = ControlServer(
             path, self.selector, lambda command, conversation: self.commands.append((command, conversation))
         )
 

@@ -13,9 +13,9 @@ from fastdeploy.daemon.operations.maintenance import bring_up, take_down
 from fastdeploy.daemon.operations.operation import Operation, Place
 from fastdeploy.daemon.operations.plan import plan
 from fastdeploy.daemon.supervision.intents import Intent, Wish
-from fastdeploy.daemon.supervision.program_state import State
+from fastdeploy.daemon.supervision.program_state import ProgramState
 from fastdeploy.daemon.supervision.router_client import Row
-from fastdeploy.daemon.supervision.router_sync import Look
+from fastdeploy.daemon.supervision.router_sync import RouterSnapshot
 
 from .world import World
 
@@ -25,7 +25,7 @@ class FakeRouter:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.look = Look()
+        self.look = RouterSnapshot()
         self.answers = True
         #: Numbers of replicas that do not register; requests in flight by number.
         self.unknown: set[int] = set()
@@ -33,18 +33,18 @@ class FakeRouter:
 
     def step(self, wanted: Mapping[int, bool], now: float, interval: float) -> None:
         if not self.answers:
-            self.look = Look(now, {}, "the router does not answer")
+            self.look = RouterSnapshot(now, {}, "the router does not answer")
             return
         rows = {}
         for replica in self._world.fleet.replicas.values():
             number, port = replica.program.replica, replica.program.ports[0]
-            if number is not None and number not in self.unknown and replica.state is State.READY:
+            if number is not None and number not in self.unknown and replica.state is ProgramState.READY:
                 in_flight = self.in_flight.get(number, 0)
                 rows[port] = Row("", "127.0.0.1", port, True, False, wanted[port], in_flight)
-        self.look = Look(now, rows, "")
+        self.look = RouterSnapshot(now, rows, "")
 
     def gone(self, now: float) -> None:
-        self.look = Look(now, {}, "the router is down")
+        self.look = RouterSnapshot(now, {}, "the router is down")
 
     has_news = False
 
@@ -79,7 +79,7 @@ class Rolling:
             except StopIteration as end_of_it:
                 self.result = end_of_it.value or ""
 
-    def state(self, name: str) -> State:
+    def state(self, name: str) -> ProgramState:
         return self.world.fleet.replicas[name].state
 
     def restart(self, name: str) -> None:
@@ -99,7 +99,7 @@ def test_it_stays_up_for_as_long_as_it_has_requests_and_time(tmp_path: Path) -> 
     rolling.router.in_flight[0] = 1
     rolling.restart("replica0")
     rolling.pass_time(19.0)
-    assert rolling.state("replica0") is State.READY
+    assert rolling.state("replica0") is ProgramState.READY
     assert rolling.world.fleet.set_aside == {"replica0"}
     rolling.pass_time(10.0)
     assert rolling.result == ""
@@ -112,7 +112,7 @@ def test_a_router_that_is_silent_is_waited_for_a_little_and_fails_nothing(tmp_pa
     rolling.router.answers = False
     rolling.restart("replica0")
     rolling.pass_time(9.0)
-    assert rolling.state("replica0") is State.READY
+    assert rolling.state("replica0") is ProgramState.READY
     rolling.pass_time(30.0)
     assert rolling.result == ""
     assert rolling.lines() == [
@@ -129,7 +129,7 @@ def test_a_router_that_comes_back_in_time_drains_as_ever(tmp_path: Path) -> None
     rolling.pass_time(8.0)
     rolling.router.answers = True
     rolling.pass_time(300.0)
-    assert rolling.state("replica0") is State.READY
+    assert rolling.state("replica0") is ProgramState.READY
     assert rolling.result is None
     rolling.router.in_flight[0] = 0
     rolling.pass_time(30.0)
@@ -142,7 +142,7 @@ def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> N
     rolling.router.unknown.add(0)
     rolling.restart("replica0")
     rolling.pass_time(60.0)
-    assert rolling.state("replica0") is State.READY
+    assert rolling.state("replica0") is ProgramState.READY
     assert rolling.result == "READY, but not in use 30 s later; does it register with this router?"
 
 
@@ -162,10 +162,10 @@ def test_a_reload_stops_nobody_while_another_is_on_its_way_back(tmp_path: Path) 
     fleet = rolling.world.fleet
     rolling.world.supervisor.end("replica2")
     rolling.world.pass_time(1.0)
-    assert rolling.state("replica2") is State.BACKOFF
+    assert rolling.state("replica2") is ProgramState.BACKOFF
     rolling.begin(rollout.restart(fleet, ["replica0", "replica1"]))
     rolling.pass_time(20.0)
-    assert rolling.world.names(State.READY) == {"router", "replica0", "replica1"}
+    assert rolling.world.names(ProgramState.READY) == {"router", "replica0", "replica1"}
     assert rolling.lines() == ["replica 0: waits for replica 2 (BACKOFF)"]
     rolling.pass_time(60.0)
     assert rolling.result == ""
@@ -178,7 +178,7 @@ def test_one_that_fails_for_ever_or_that_the_operator_stopped_is_not_waited_for(
     fleet.wish(fleet.replicas["replica2"], Wish(Intent.STOPPED))
     fleet.stop(fleet.replicas["replica2"], "stopped")
     rolling.world.pass_time(1.0)
-    assert rolling.state("replica3") is State.QUARANTINED
+    assert rolling.state("replica3") is ProgramState.QUARANTINED
     rolling.begin(rollout.restart(fleet, ["replica0", "replica1"]))
     rolling.pass_time(60.0)
     assert (rolling.result, rolling.lines()) == ("", ["restart replica 0", "restart replica 1"])
@@ -197,12 +197,12 @@ def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: P
     steps = plan([replica.program for replica in fleet.replicas.values()], new, down)
     rolling.begin(rollout.roll(fleet, steps))
     rolling.pass_time(30.0)
-    assert rolling.world.names(State.STARTING) == {"replica1"}
-    assert rolling.world.names(State.READY) == {"router", "replica0"}
+    assert rolling.world.names(ProgramState.STARTING) == {"replica1"}
+    assert rolling.world.names(ProgramState.READY) == {"router", "replica0"}
     rolling.world.supervisor.end("replica1")
     rolling.world.probes.good.add("replica1")
     rolling.pass_time(60.0)
     assert rolling.result is not None
     assert rolling.result.startswith("replica 1, the canary: pid ")
-    assert rolling.world.names(State.READY) == {"router", "replica0", "replica1"}
+    assert rolling.world.names(ProgramState.READY) == {"router", "replica0", "replica1"}
     assert [replica.program for replica in fleet.replicas.values()] == programs_of(fleet.config)

@@ -13,7 +13,7 @@ from fastdeploy.daemon.config.programs import Program, programs_of
 from fastdeploy.daemon.process.supervisor_client import Layout, Process, Supervisor
 from fastdeploy.daemon.supervision.fleet import Fleet
 from fastdeploy.daemon.supervision.probes import Probes, Reading
-from fastdeploy.daemon.supervision.program_state import State
+from fastdeploy.daemon.supervision.program_state import ProgramState
 from fastdeploy.expert_parallel.snapshot import Snapshot
 
 from ..ports import free_ports
@@ -147,5 +147,5 @@ class World:
         worker = self.probes.workers.setdefault(name, Worker())
         worker.steps, worker.requests, worker.since = worker.steps + 1, requests, self.now
 
-    def names(self, state: State) -> set[str]:
+    def names(self, state: ProgramState) -> set[str]:
         return {name for name, replica in self.fleet.replicas.items() if replica.state is state}

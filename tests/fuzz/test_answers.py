@@ -31,7 +31,7 @@ from fastdeploy.daemon.router.control.shared_replicas import Said, _heard, _inst
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 from fastdeploy.daemon.supervision import probes, router_client
 from fastdeploy.daemon.supervision.adoption import _flags_of
-from fastdeploy.daemon.supervision.hang_detection import Pulse, Watch
+from fastdeploy.daemon.supervision.hang_detection import ProgressTracker, WorkerProgress
 from fastdeploy.daemon.supervision.intents import Intents, Wish
 from fastdeploy.entrypoints.openai import engine_client
 
@@ -85,8 +85,8 @@ def answers_of(valid: Any) -> st.SearchStrategy[bytes]:
 
 @given(damaged(HEALTH) | any_json)
 def test_the_pulse_of_a_worker_is_a_number_or_nothing(told: Any) -> None:
-    pulse = Pulse.of(told) if isinstance(told, dict) else None
-    watch = Watch()
+    pulse = WorkerProgress.of(told) if isinstance(told, dict) else None
+    watch = ProgressTracker()
     watch.saw(pulse, 5.0)
     assert pulse is None or (pulse.requests >= 0 and pulse.silent >= 0 and math.isfinite(pulse.silent))
     assert math.isfinite(watch.stuck(6.0))
