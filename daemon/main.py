@@ -26,9 +26,10 @@ from .control.server import ControlServer
 from .metrics_port import MetricsPort
 from .notify import Notifier
 from .operations.commands import Commands
-from .process import proc, supervisor_client
-from .process.supervisor_client import Layout, Supervisor, SupervisorError, SupervisorLost
+from .process import proc, supervisord_config
+from .process.supervisor_client import Supervisor, SupervisorError, SupervisorLost
 from .process.supervisord import Supervisord
+from .process.supervisord_config import Layout
 from .supervision.fleet import Fleet
 from .supervision.probes import Probes
 from .supervision.program_state import ProgramState
@@ -172,7 +173,7 @@ class Daemon:
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
         running = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor_client.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
+        supervisord_config.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
             log.info("dp.toml has changed since these were started: %s", ", ".join(outdated))
             self._commands.catch_up()

@@ -16,7 +16,7 @@ from typing import IO
 
 from ..common.errors import FastDeployError
 from .control.server import ControlServer
-from .process import supervisor_client
+from .process import supervisord_config
 from .supervision.fleet import Fleet
 from .supervision.router_sync import RouterSnapshot
 from .troubles import Troubles
@@ -111,8 +111,8 @@ class Upkeep:
 
     def _files_problem(self) -> str:
         programs = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor_client.make_log_directories(self._fleet.layout, programs)
-        if not self._fleet.adopted or supervisor_client.are_in_place(self._fleet.layout, programs):
+        supervisord_config.make_log_directories(self._fleet.layout, programs)
+        if not self._fleet.adopted or supervisord_config.files_exist(self._fleet.layout, programs):
             return ""
         try:
             self._fleet.write()

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable
 
 from ..config.programs import Program, flag_in
-from ..process import supervisor_client
-from ..process.supervisor_client import Layout
+from ..process import output_tail
+from ..process.supervisord_config import Layout
 from . import exit_cause
 from .exit_cause import End, Verdict
 from .oom import OomWatcher
@@ -30,7 +30,7 @@ class ExitDiagnosis:
             since: Unix time at which it was started.
             others: programs that may have killed its worker because it hung.
         """
-        told = supervisor_client.last_error(self._layout.output(program.name), since)
+        told = output_tail.last_error(self._layout.output(program.name), since)
         worker = exit_cause.killed_worker(told)
         end = End(
             how,
@@ -43,7 +43,7 @@ class ExitDiagnosis:
 
     def _has_killed(self, name: str, worker: int) -> bool:
         # In the words of `ExpertGroup._report_stall`.
-        return supervisor_client.tells(
+        return output_tail.matches(
             self._layout.output(name), rf"\(pid {worker}\) has made no progress .*; it is killed$"
         )
 

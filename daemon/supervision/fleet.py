@@ -22,7 +22,7 @@ from ..config.programs import ROUTER, Program, admin_socket
 from ..diagnosis import exit_cause
 from ..diagnosis.exit_cause import Cause, End
 from ..diagnosis.exit_diagnosis import ExitDiagnosis
-from ..process import proc, supervisor_client
+from ..process import proc, supervisor_client, supervisord_config
 from ..process.restart_policy import HostFailureBudget, Restarts
 from ..process.supervisor_client import Process, Supervisor, SupervisorLost
 from .adoption import running_programs
@@ -153,7 +153,7 @@ class Fleet:
         known = self.replicas.get(name)
         assert known is None or not known.alive, name
         others = [replica.program for replica in self.replicas.values() if replica is not known]
-        supervisor_client.write(self.layout, others if program is None else [*others, program])
+        supervisord_config.write_files(self.layout, others if program is None else [*others, program])
         if program is None:
             self.replicas.pop(name, None)
             self._restarts.pop(name, None)
@@ -168,13 +168,13 @@ class Fleet:
         """
         replica = self.replicas[program.name]
         others = [other.program for other in self.replicas.values() if other is not replica]
-        supervisor_client.write(self.layout, [*others, program])
+        supervisord_config.write_files(self.layout, [*others, program])
         replica.program = program
         self.supervisor.send_signal(program.name, "HUP")
 
     def write(self) -> None:
         """supervisord's files always say what runs now, not what a rollout has still to reach."""
-        supervisor_client.write(self.layout, [replica.program for replica in self.replicas.values()])
+        supervisord_config.write_files(self.layout, [replica.program for replica in self.replicas.values()])
 
     def configure(self, config: Config, programs: Iterable[Program]) -> None:
         """What is wanted from now on; the running programs change only by `put`."""
@@ -456,8 +456,8 @@ class Fleet:
         if process is not None and process.state not in supervisor_client.DOWN:
             return
         program = replica.program
-        supervisor_client.make_log_directories(self.layout, [program])
-        if not supervisor_client.are_in_place(self.layout, [program]):
+        supervisord_config.make_log_directories(self.layout, [program])
+        if not supervisord_config.files_exist(self.layout, [program]):
             try:
                 self.write()
             except OSError as error:

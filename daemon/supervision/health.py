@@ -15,9 +15,9 @@ from ...expert_parallel.snapshot import Snapshot, look
 from ..config.options import SuperviseSection
 from ..config.programs import ROUTER, expert_group_in
 from ..diagnosis.exit_cause import Cause
-from ..process import proc, supervisor_client
+from ..process import output_tail, proc
 from ..process.stacks import Dump
-from ..process.supervisor_client import Layout
+from ..process.supervisord_config import Layout
 from . import hang_detection
 from .hang_detection import Stuck, WorkerProgress
 from .intents import Intent
@@ -175,7 +175,7 @@ class Health:
             replica.note = why
             return
         output = self._layout.output(replica.name)
-        if told := supervisor_client.last_error(output, replica.started):
+        if told := output_tail.last_error(output, replica.started):
             why = f"{why}; its last error: {told}"
         where = ""
         # The signals of a router's processes are orders.

@@ -20,8 +20,8 @@ from fastdeploy.daemon.config.programs import Program
 from fastdeploy.daemon.diagnosis.exit_cause import Cause, End, explain, killed_worker
 from fastdeploy.daemon.diagnosis.exit_diagnosis import ExitDiagnosis
 from fastdeploy.daemon.diagnosis.oom import OomWatcher
-from fastdeploy.daemon.process import supervisor_client
-from fastdeploy.daemon.process.supervisor_client import Layout
+from fastdeploy.daemon.process import output_tail
+from fastdeploy.daemon.process.supervisord_config import Layout
 
 from ..ports import free_ports
 from .conftest import wait_until
@@ -109,7 +109,7 @@ def refusal(tmp_path: Path, *words: str) -> End:
             timeout=120,
             check=False,
         )
-    return End(f"exit status {ended.returncode}", supervisor_client.last_error(output, 0.0))
+    return End(f"exit status {ended.returncode}", output_tail.last_error(output, 0.0))
 
 
 def port() -> str:

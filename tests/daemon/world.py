@@ -10,7 +10,8 @@ from typing import Any
 
 from fastdeploy.daemon.config.loader import parse
 from fastdeploy.daemon.config.programs import Program, programs_of
-from fastdeploy.daemon.process.supervisor_client import Layout, Process, Supervisor
+from fastdeploy.daemon.process.supervisor_client import Process, Supervisor
+from fastdeploy.daemon.process.supervisord_config import Layout
 from fastdeploy.daemon.supervision.fleet import Fleet
 from fastdeploy.daemon.supervision.probes import Probes, Reading
 from fastdeploy.daemon.supervision.program_state import ProgramState

@@ -20,7 +20,8 @@ from fastdeploy.common.resumption import Delivered, Resumption, decode_resumptio
 from fastdeploy.daemon.config.programs import Program
 from fastdeploy.daemon.control import protocol, server
 from fastdeploy.daemon.fdctl import generation, scrapes
-from fastdeploy.daemon.process.supervisor_client import Layout, Process, Supervisor, SupervisorError
+from fastdeploy.daemon.process.supervisor_client import Process, Supervisor, SupervisorError
+from fastdeploy.daemon.process.supervisord_config import Layout
 from fastdeploy.daemon.router.board.memory import text_of
 from fastdeploy.daemon.router.config.flags_file import read_flags_file
 from fastdeploy.daemon.router.control import health
