@@ -74,13 +74,13 @@ class Daemon:
             programs_for(config),
             client,
             Probes(self._wakeups.wake),
-            watch=lambda pid: self._wakeups.watch(pid, self._fleet.gone),
+            watch=lambda pid: self._wakeups.watch(pid, self._fleet.on_process_exit),
         )
         self._supervisord = Supervisord(
             client,
             config.supervise,
             external=external,
-            write=self._fleet.write,
+            write=self._fleet.write_files,
             interrupted=lambda: any(self._is_stop(number) for number in self._wakeups.signals),
         )
         self._commands = Commands(self._fleet, file, prefix, programs_for, self._describe)
@@ -100,7 +100,7 @@ class Daemon:
             self._notify.status("waiting for supervisord")
             try:
                 self._supervisord.connect()
-                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+                self._wakeups.watch(self._supervisord.pid, self._fleet.on_process_exit)
                 server = ControlServer(
                     protocol.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
@@ -141,8 +141,8 @@ class Daemon:
             )
             self._troubles.report("supervisord", f"{error}; {outlook}")
             if self._supervisord.recover(error):
-                self._first = self._first or self._fleet.begin_again
-                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+                self._first = self._first or self._fleet.on_supervisord_restarted
+                self._wakeups.watch(self._supervisord.pid, self._fleet.on_process_exit)
         except (SupervisorError, OSError) as error:
             # A full disk, mostly. Whatever runs goes on, and the next turn tries again.
             self._troubles.report("step", f"{error}; trying again")
@@ -152,7 +152,7 @@ class Daemon:
         for name, part in (
             ("upkeep", self._upkeep.step),
             ("operation", self._commands.advance),
-            ("metrics", lambda: self._fleet.metrics.publish(self._fleet.replicas.values())),
+            ("metrics", lambda: self._fleet.metrics.publish(self._fleet.programs.values())),
             ("metrics port", lambda: self._metrics_port.follow(self._fleet.config.metrics)),
             ("status", self._tell),
         ):
@@ -172,7 +172,7 @@ class Daemon:
 
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
-        running = [replica.program for replica in self._fleet.replicas.values()]
+        running = [replica.program for replica in self._fleet.programs.values()]
         supervisord_config.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
             log.info("dp.toml has changed since these were started: %s", ", ".join(outdated))
@@ -223,10 +223,10 @@ class Daemon:
         fleet = self._fleet
         fleet.stopping = True
         deadline = time.monotonic() + _STOP_PATIENCE
-        for replica in fleet.replicas.values():
+        for replica in fleet.programs.values():
             fleet.stop(replica, "fd-dp ends")
         try:
-            while any(replica.state is ProgramState.STOPPING for replica in fleet.replicas.values()):
+            while any(replica.state is ProgramState.STOPPING for replica in fleet.programs.values()):
                 try:
                     fleet.step()
                 except SupervisorLost as error:

@@ -107,15 +107,15 @@ class Upkeep:
         report("socket", self._server.listen())
         report("files", self._files_problem())
         report("intents", fleet.intents.save())
-        report("router", _router_problem(fleet.routed, fleet.router_has_been_up(_ROUTER_PATIENCE)))
+        report("router", _router_problem(fleet.router.snapshot, fleet.router_has_been_up(_ROUTER_PATIENCE)))
 
     def _files_problem(self) -> str:
-        programs = [replica.program for replica in self._fleet.replicas.values()]
+        programs = [replica.program for replica in self._fleet.programs.values()]
         supervisord_config.make_log_directories(self._fleet.layout, programs)
         if not self._fleet.adopted or supervisord_config.files_exist(self._fleet.layout, programs):
             return ""
         try:
-            self._fleet.write()
+            self._fleet.write_files()
         except OSError as error:
             return f"cannot write the files that programs start from: {error}"
         return ""

@@ -145,11 +145,11 @@ class Commands:
             if problem:
                 self._fleet.configure(*old)
                 return
-            self._fleet.intents.keep_only(self._fleet.replicas)
-            router = self._fleet.replicas[ROUTER]
+            self._fleet.intents.keep_only(self._fleet.programs)
+            router = self._fleet.programs[ROUTER]
             if config.router.api_keys_file and router.alive and all(s.program.name != ROUTER for s in steps):
                 # The file's name is the same, but what stands in it may not be.
-                self._fleet.give_flags(router.program)
+                self._fleet.update_router_flags(router.program)
 
         self._begin("reload", rollout.roll(self._fleet, steps), conversation, done)
 
@@ -193,7 +193,7 @@ class Commands:
     def _finish(self, problem: str) -> None:
         self._operation = None
         # Whatever it has left drained: the router learns of it with its next look.
-        self._fleet.set_aside.clear()
+        self._fleet.router.maintenance.clear()
         self._flags_told = self._fleet.now
         try:
             self._done(problem)
@@ -215,9 +215,9 @@ class Commands:
         fleet = self._fleet
         if not fleet.adopted or fleet.stopping:
             return
-        for replica in fleet.replicas.values():
+        for replica in fleet.programs.values():
             if replica.state is ProgramState.STOPPED and replica.intent is Intent.RUN:
-                fleet.want(replica, "start")
+                fleet.request_start(replica, "start")
         if self._left_behind:
             self._left_behind = False
             self.catch_up()
@@ -242,7 +242,7 @@ class Commands:
             conversation.line(problem)
         log.info("%s: %s", do, ", ".join(replica.label for replica in replicas))
         self._left_behind = self._left_behind or do == "release"
-        if do == "drain" and not fleet.routed.problem and nobody_is_left(fleet):
+        if do == "drain" and not fleet.router.snapshot.problem and nobody_is_left(fleet):
             conversation.line("no replica takes requests now")
         if do == "drain" and wait:
             names = [replica.name for replica in replicas]
@@ -284,7 +284,7 @@ class Commands:
 
     def _plan(self, programs: list[Program]) -> list[Step]:
         """Those that are held stay as they are. Raises FastDeployError if one is in the way."""
-        replicas = self._fleet.replicas
+        replicas = self._fleet.programs
         held = {name for name, replica in replicas.items() if replica.intent is Intent.HELD}
         wanted = [program for program in programs if program.name not in held]
         wanted += [replicas[name].program for name in held]
@@ -300,7 +300,7 @@ class Commands:
         return steps
 
     def _left_as_they_are(self, programs: list[Program]) -> list[str]:
-        replicas = self._fleet.replicas.values()
+        replicas = self._fleet.programs.values()
         held = [replica.program for replica in replicas if replica.intent is Intent.HELD]
         wanted = [program for program in programs if program.name in {each.name for each in held}]
         return [f"not now, because it is held: {step}" for step in plan(held, wanted)]
@@ -308,7 +308,7 @@ class Commands:
     def _named(self, command: dict[str, Any], conversation: Conversation) -> list[SupervisedProgram]:
         """ "3", "replica3", "router"; "all" are the replicas. The error is the answer if there is none."""
         name = str(command.get("name", ""))
-        replicas = self._fleet.replicas
+        replicas = self._fleet.programs
         if name == "all":
             return [replica for replica in replicas.values() if replica.program.replica is not None]
         if found := replicas.get(name) or replicas.get(f"replica{name}"):

@@ -41,5 +41,7 @@ def grant(fleet: Fleet, do: str, replicas: list[SupervisedProgram]) -> str:
 
 def nobody_is_left(fleet: Fleet) -> bool:
     """Whether all that could take requests are drained."""
-    replicas = [replica for replica in fleet.replicas.values() if replica.program.replica is not None]
-    return all(replica.state is not ProgramState.READY or fleet.drains(replica) for replica in replicas)
+    replicas = fleet.replicas.values()
+    return all(
+        replica.state is not ProgramState.READY or fleet.router.drains(replica) for replica in replicas
+    )

@@ -27,7 +27,7 @@ _ON_THE_WAY = (ProgramState.WAITING, ProgramState.STARTING, ProgramState.BACKOFF
 
 def take_down(fleet: Fleet, name: str, why: str, place: Place, *, for_good: bool = False) -> Passage:
     """Until it is down. `for_good`: nobody waits for its return, so that it is drained in any case."""
-    replica = fleet.replicas.get(name)
+    replica = fleet.programs.get(name)
     if replica is None:
         return
     if for_good or _stand_ins(fleet, name):
@@ -41,7 +41,7 @@ def take_down(fleet: Fleet, name: str, why: str, place: Place, *, for_good: bool
 
 def end(fleet: Fleet, name: str, why: str) -> Passage:
     """Without draining it."""
-    while (replica := fleet.replicas.get(name)) is not None:
+    while (replica := fleet.programs.get(name)) is not None:
         fleet.stop(replica, why)
         if not replica.alive:
             return
@@ -53,14 +53,14 @@ def bring_up(fleet: Fleet, name: str, place: Place) -> Operation:
 
     The fleet's startup timeout makes sure that this ends.
     """
-    yield stage(fleet.replicas[name].program, "start", place)
-    while (replica := fleet.replicas[name]).state is not ProgramState.READY:
+    yield stage(fleet.programs[name].program, "start", place)
+    while (replica := fleet.programs[name]).state is not ProgramState.READY:
         if replica.state in FAILED or replica.state is ProgramState.STOPPED:
             return replica.note or "was stopped"
         if fleet.stopping:
             return "fd-dp ends"
         yield None
-    fleet.set_aside.discard(name)
+    fleet.router.maintenance.discard(name)
     problem = yield from _until_used(fleet, replica)
     if not problem:
         yield stage(replica.program, "ready", place)
@@ -75,27 +75,30 @@ def drain(fleet: Fleet, names: Iterable[str], place: Place) -> Passage:
         return
     began = heard = fleet.now
     told: dict[str, int] = {}
-    fleet.set_aside.update(left)
+    fleet.router.maintenance.update(left)
     while left:
         for name in left:
-            in_flight = fleet.in_flight(fleet.replicas[name]) or 0
+            in_flight = fleet.router.in_flight(fleet.programs[name]) or 0
             if told.get(name) != in_flight:
                 told[name] = in_flight
-                yield stage(fleet.replicas[name].program, "drain", place, in_flight)
+                yield stage(fleet.programs[name].program, "drain", place, in_flight)
         yield None
-        heard = heard if fleet.routed.problem else fleet.now
+        heard = heard if fleet.router.snapshot.problem else fleet.now
         for name in [*left]:
             took = fleet.now - began
-            label, rest = fleet.replicas[name].label, _requests(fleet.in_flight(fleet.replicas[name]) or 0)
+            label, rest = (
+                fleet.programs[name].label,
+                _requests(fleet.router.in_flight(fleet.programs[name]) or 0),
+            )
             if not _serves(fleet, name):
-                yield f"{label}: {fleet.replicas[name].state} while it was drained"
+                yield f"{label}: {fleet.programs[name].state} while it was drained"
             elif is_drained(fleet, name, began):
                 fleet.metrics.drained(name, took)
             elif took >= timeout:
                 fleet.metrics.drained(name, took)
                 yield f"{label}: {rest} in flight after {timeout:g} s; going on elsewhere"
             elif fleet.now - heard > _patience_with_router(fleet):
-                yield f"{label}: not drained: {fleet.routed.problem}"
+                yield f"{label}: not drained: {fleet.router.snapshot.problem}"
             else:
                 continue
             left.remove(name)
@@ -106,27 +109,27 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
     began = fleet.now
     told: dict[str, int] = {}
     complained = ""
-    while left := [name for name in names if name in fleet.replicas and not is_drained(fleet, name, began)]:
+    while left := [name for name in names if name in fleet.programs and not is_drained(fleet, name, began)]:
         for name in left:
-            replica = fleet.replicas[name]
+            replica = fleet.programs[name]
             if not replica.draining:
                 return f"{replica.label}: is drained no more"
-            row = fleet.row(replica)
+            row = fleet.router.row(replica)
             if row is not None and row.draining and told.get(name, 0) != row.in_flight:
                 told[name] = row.in_flight
                 yield f"{replica.label}: {_requests(row.in_flight)} in flight"
-        if fleet.routed.problem not in ("", complained):
-            complained = fleet.routed.problem
+        if fleet.router.snapshot.problem not in ("", complained):
+            complained = fleet.router.snapshot.problem
             yield f"{complained}; until it does, it keeps sending requests to what is to be drained"
-        if not told and fleet.routed.problem and fleet.now - began > _patience_with_router(fleet):
-            return f"{fleet.routed.problem}; it is told as soon as it does"
+        if not told and fleet.router.snapshot.problem and fleet.now - began > _patience_with_router(fleet):
+            return f"{fleet.router.snapshot.problem}; it is told as soon as it does"
         yield None
     return ""
 
 
 def is_drained(fleet: Fleet, name: str, since: float) -> bool:
     """The router has said after `since` that it gives it nothing new and has nothing there, or knows none."""
-    look, row = fleet.routed, fleet.row(fleet.replicas[name])
+    look, row = fleet.router.snapshot, fleet.router.row(fleet.programs[name])
     if look.problem or look.at < since:
         return False
     return row is None or (row.draining and row.in_flight == 0)
@@ -136,7 +139,7 @@ def until_known(fleet: Fleet) -> Passage:
     """A new daemon does not know yet which of the programs that it has found are at work."""
     began = fleet.now
     while fleet.now - began < _FIRST_ANSWERS and any(
-        replica.state is ProgramState.STARTING and not replica.health for replica in fleet.replicas.values()
+        replica.state is ProgramState.STARTING and not replica.health for replica in fleet.programs.values()
     ):
         yield None
 
@@ -149,14 +152,14 @@ def until_others_are_back(fleet: Fleet, name: str) -> Passage:
         missing = [
             f"{other.label} ({other.state})"
             for other in fleet.replicas.values()
-            if other.name != name and other.program.replica is not None
+            if other.name != name
             if other.intent is Intent.RUN and other.state in _ON_THE_WAY and not _serves(fleet, other.name)
         ]
         if not missing or fleet.stopping:
             return
         if not told:
             told = True
-            yield f"{fleet.replicas[name].label}: waits for {', '.join(missing)}"
+            yield f"{fleet.programs[name].label}: waits for {', '.join(missing)}"
         yield None
 
 
@@ -168,8 +171,8 @@ def _await_quiet(fleet: Fleet, replica: SupervisedProgram, place: Place) -> Pass
     yield f"{replica.label}: not drained: no other takes requests; it is stopped when it has none"
     began, told = fleet.now, -1
     while _serves(fleet, replica.name) and (took := fleet.now - began) < timeout:
-        in_flight = fleet.in_flight(replica)
-        if in_flight == 0 and fleet.routed.at > began:
+        in_flight = fleet.router.in_flight(replica)
+        if in_flight == 0 and fleet.router.snapshot.at > began:
             return
         if in_flight is None and took > _patience_with_router(fleet):
             return
@@ -189,11 +192,11 @@ def _until_used(fleet: Fleet, replica: SupervisedProgram) -> Operation:
         return ""
     began, heard = fleet.now, False
     while True:
-        look, row = fleet.routed, fleet.row(replica)
+        look, row = fleet.router.snapshot, fleet.router.row(replica)
         heard |= look.at > began and not look.problem
         if replica.state is not ProgramState.READY:
             return replica.note or f"{replica.state} soon after it was READY"
-        if row is not None and row.is_there and row.draining == fleet.drains(replica):
+        if row is not None and row.in_service and row.draining == fleet.router.drains(replica):
             return ""
         waited = fleet.now - began
         if not heard and waited > _patience_with_router(fleet):
@@ -206,23 +209,23 @@ def _until_used(fleet: Fleet, replica: SupervisedProgram) -> Operation:
 
 def _serves(fleet: Fleet, name: str) -> bool:
     """READY, or found at work by a new daemon that still waits for its first token."""
-    replica = fleet.replicas.get(name)
+    replica = fleet.programs.get(name)
     if replica is None or replica.program.replica is None:
         return False
-    row = fleet.row(replica)
-    used = replica.state is ProgramState.STARTING and row is not None and row.is_there
+    row = fleet.router.row(replica)
+    used = replica.state is ProgramState.STARTING and row is not None and row.in_service
     return replica.state is ProgramState.READY or used
 
 
 def _stand_ins(fleet: Fleet, name: str) -> bool:
     """Whether another replica can take its requests."""
     others = (other for other in fleet.replicas.values() if other.name != name)
-    return any(_serves(fleet, other.name) and not fleet.drains(other) for other in others)
+    return any(_serves(fleet, other.name) and not fleet.router.drains(other) for other in others)
 
 
 def _patience_with_router(fleet: Fleet) -> float:
     """Seconds."""
-    router = fleet.replicas.get(ROUTER)
+    router = fleet.programs.get(ROUTER)
     return _ROUTER_PATIENCE if router is not None and not router.left_down else 0.0
 
 

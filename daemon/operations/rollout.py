@@ -35,14 +35,14 @@ def roll(fleet: Fleet, steps: list[Step]) -> Operation:
                 yield from _undo(fleet, undo, place)
             return f"{name}: {problem}; the old configuration is back"
         if program.name != ROUTER and step.new is not None:
-            canary = canary and fleet.replicas[program.name].left_down
+            canary = canary and fleet.programs[program.name].left_down
     return ""
 
 
 def restart(fleet: Fleet, names: list[str]) -> Operation:
     """Ends and starts them, one at a time, each with the configuration that it has."""
     for index, name in enumerate(names, 1):
-        replica, place = fleet.replicas[name], Place(index, len(names))
+        replica, place = fleet.programs[name], Place(index, len(names))
         if len(names) > 1:
             if replica.intent is not Intent.RUN:
                 continue  # "all" is not a wish to touch what was stopped, or is held, by name
@@ -51,7 +51,7 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
         if problem := _no_longer_stopped(fleet, replica):
             yield problem
         yield from take_down(fleet, name, "restart", place)
-        fleet.want(replica, "restart")
+        fleet.request_start(replica, "restart")
         problem = yield from bring_up(fleet, name, place)
         if problem:
             return f"{replica.label}: {problem}"
@@ -61,30 +61,30 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
 def start(fleet: Fleet, names: list[str]) -> Operation:
     """Starts those that do not run, together, and waits for each."""
     for name in names:
-        if problem := _no_longer_stopped(fleet, fleet.replicas[name]):
+        if problem := _no_longer_stopped(fleet, fleet.programs[name]):
             yield problem
-        fleet.want(fleet.replicas[name], "start")
+        fleet.request_start(fleet.programs[name], "start")
     for index, name in enumerate(names, 1):
         problem = yield from bring_up(fleet, name, Place(index, len(names)))
         if problem:
-            return f"{fleet.replicas[name].label}: {problem}"
-        yield f"{fleet.replicas[name].label}: READY"
+            return f"{fleet.programs[name].label}: {problem}"
+        yield f"{fleet.programs[name].label}: READY"
     return ""
 
 
 def stop(fleet: Fleet, names: list[str]) -> Operation:
     """Drains and ends them, together, and keeps them down until someone starts them."""
     for name in names:
-        replica = fleet.replicas[name]
+        replica = fleet.programs[name]
         if problem := fleet.wish(replica, Wish(Intent.STOPPED, replica.draining)):
             yield problem
     yield from drain(fleet, names, Place())
     for name in names:
-        fleet.stop(fleet.replicas[name], STOPPED)
+        fleet.stop(fleet.programs[name], STOPPED)
     for index, name in enumerate(names, 1):
-        yield stage(fleet.replicas[name].program, "stop", Place(index, len(names)))
+        yield stage(fleet.programs[name].program, "stop", Place(index, len(names)))
         yield from end(fleet, name, STOPPED)
-        yield f"{fleet.replicas[name].label}: stopped"
+        yield f"{fleet.programs[name].label}: stopped"
     return ""
 
 
@@ -95,15 +95,15 @@ def _apply(fleet: Fleet, step: Step, place: Place) -> Operation:
     for each in (*step.clears, name):
         yield from until_others_are_back(fleet, each)
         yield from take_down(fleet, each, "new configuration", place, for_good=step.new is None)
-    problem = yield from insist(lambda: fleet.put(name, step.new))
+    problem = yield from insist(lambda: fleet.replace_program(name, step.new))
     if problem:
         # A full disk, mostly. What it was before can still be started.
-        if (known := fleet.replicas.get(name)) is not None and not known.left_down:
-            fleet.want(known, "new configuration failed")
+        if (known := fleet.programs.get(name)) is not None and not known.left_down:
+            fleet.request_start(known, "new configuration failed")
         return problem
-    if step.new is None or fleet.replicas[name].intent is Intent.STOPPED:
+    if step.new is None or fleet.programs[name].intent is Intent.STOPPED:
         return ""
-    fleet.want(fleet.replicas[name], "new configuration")
+    fleet.request_start(fleet.programs[name], "new configuration")
     return (yield from bring_up(fleet, name, place))
 
 
@@ -119,7 +119,7 @@ def _holders(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
     """Others that have one of its ports."""
     if program is None:
         return ()
-    others = (replica.program for replica in fleet.replicas.values() if replica.name != program.name)
+    others = (replica.program for replica in fleet.programs.values() if replica.name != program.name)
     return tuple(other.name for other in others if set(other.ports) & set(program.ports))
 
 

@@ -9,7 +9,7 @@ from ..config.programs import ROUTER, Program, admin_socket
 from ..supervision import router_client
 from ..supervision.fleet import Fleet
 from ..supervision.program_state import FAILED, ProgramState
-from ..supervision.router_client import Flags, InBackground, RouterSilent
+from ..supervision.router_client import BackgroundCall, Flags, RouterUnavailable
 from .operation import Operation, Place, insist, stage
 
 log = logging.getLogger("fd-dp")
@@ -20,10 +20,10 @@ _PATIENCE = 90.0
 
 def reload(fleet: Fleet, program: Program, place: Place) -> Operation:
     """Until all of its workers run with them. If they do not, the caller gives it the old ones back."""
-    replica = fleet.replicas[program.name]
+    replica = fleet.programs[program.name]
     yield stage(program, "reload", place)
     before = yield from _ask(fleet)
-    problem = yield from insist(lambda: fleet.give_flags(program))
+    problem = yield from insist(lambda: fleet.update_router_flags(program))
     if problem:
         return problem
     began = fleet.now
@@ -49,7 +49,7 @@ def are_old(fleet: Fleet) -> bool:
 
     A daemon that was killed after it had written them has not sent the signal.
     """
-    router = fleet.replicas.get(ROUTER)
+    router = fleet.programs.get(ROUTER)
     if router is None or router.state is not ProgramState.READY:
         return False
     told = router.health.get("reload")
@@ -60,7 +60,7 @@ def are_old(fleet: Fleet) -> bool:
 def tell_again(fleet: Fleet) -> None:
     """Raises SupervisorError or OSError."""
     log.warning("router: has other flags than those in its file; telling it")
-    fleet.give_flags(fleet.replicas[ROUTER].program)
+    fleet.update_router_flags(fleet.programs[ROUTER].program)
 
 
 def _was_turned_down(before: Flags | None, now: Flags | None) -> bool:
@@ -70,10 +70,10 @@ def _was_turned_down(before: Flags | None, now: Flags | None) -> bool:
 
 
 def _ask(fleet: Fleet) -> Generator[None, None, Flags | None]:
-    call = InBackground(lambda: router_client.flags(admin_socket(fleet.layout.run)))
+    call = BackgroundCall(lambda: router_client.flags(admin_socket(fleet.layout.run)))
     while not call.is_done:
         yield None
     try:
         return call.result()
-    except RouterSilent:
+    except RouterUnavailable:
         return None

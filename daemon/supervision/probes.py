@@ -126,7 +126,7 @@ def token_probe(program: Program, pid: int) -> Reading:
         return Reading(program.name, pid, True, token=True, answered=True)
     said = answer.get("error")
     detail = said.get("message") if isinstance(said, dict) else None
-    problem = f"a token failed: {printable(detail or f'/v1/completions answered {status}', 300)}"
+    problem = f"token probe failed: {printable(detail or f'/v1/completions answered {status}', 300)}"
     return Reading(program.name, pid, False, token=True, answered=True, problem=problem)
 
 

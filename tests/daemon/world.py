@@ -128,7 +128,7 @@ class World:
             self.probes,
             watch=lambda pid: None,
             clock=lambda: self.now,
-            dice=lambda: 1.0,
+            rng=lambda: 1.0,
             look=look,
         )
         self.fleet.adopt()
@@ -149,4 +149,4 @@ class World:
         worker.steps, worker.requests, worker.since = worker.steps + 1, requests, self.now
 
     def names(self, state: ProgramState) -> set[str]:
-        return {name for name, replica in self.fleet.replicas.items() if replica.state is state}
+        return {name for name, replica in self.fleet.programs.items() if replica.state is state}
