@@ -131,7 +131,9 @@ def test_a_worker_that_is_stopped_under_work_tells_where_it_was_and_comes_back(s
 
     after = wait_back(system, victim, arbiter)
     assert (after["cause"], after["restarts"]) == ("hang", 1)
-    assert re.search(rf"replica {victim}: ERROR \(hangs: no step for \d+ s, requests in flight: 1\)", log(system))
+    assert re.search(
+        rf"replica {victim}: ERROR \(hangs: no step for \d+ s, requests in flight: 1\)", log(system)
+    )
     told = output(system, victim)
     assert re.search(r'File ".*/worker\.py", line \d+ in serve$', told, re.MULTILINE), "the worker's stacks"
     assert re.search(r'File ".*/engine_client\.py", line \d+ in _run$', told, re.MULTILINE), (
