@@ -27,7 +27,7 @@ from ..process.restart_policy import HostFailureBudget, Restarts
 from ..process.supervisor_client import Process, Supervisor, SupervisorLost
 from .adoption import running_programs
 from .health import Health
-from .intents import Intent, Intents, Wish
+from .intents import DesiredState, Intent, Intents
 from .metrics import Metrics
 from .probes import Probes
 from .program_state import FAILED, ProgramState, SupervisedProgram
@@ -139,7 +139,7 @@ class Fleet:
         elif replica.state is not ProgramState.STOPPED:
             replica.move(ProgramState.STOPPED, why, self._clock())
 
-    def wish(self, replica: SupervisedProgram, wish: Wish) -> str:
+    def wish(self, replica: SupervisedProgram, wish: DesiredState) -> str:
         """Record what the operator wants of a replica. Return why it could not be saved, or ""."""
         problem = self.intents.set(replica.name, wish)
         replica.intent, replica.draining = wish.intent, wish.draining

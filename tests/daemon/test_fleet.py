@@ -13,7 +13,7 @@ import pytest
 from fastdeploy.daemon.config.launch import HASH, MARKER
 from fastdeploy.daemon.diagnosis.exit_cause import Cause
 from fastdeploy.daemon.process import proc
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState
 
 from .conftest import wait_until
@@ -120,7 +120,7 @@ def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.wish(replica, Wish(Intent.STOPPED))
+    world.fleet.wish(replica, DesiredState(Intent.STOPPED))
     world.fleet.stop(replica, "stopped")
     world.pass_time(1.0)
     assert replica.state is ProgramState.STOPPED

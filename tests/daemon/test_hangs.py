@@ -22,7 +22,7 @@ from fastdeploy.daemon.supervision.hang_detection import (
     awaited_by,
     judge,
 )
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
 from fastdeploy.expert_parallel.snapshot import Seat, Snapshot
 
@@ -216,7 +216,7 @@ def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
 
 def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
-    world.fleet.wish(replica, Wish(Intent.HELD))
+    world.fleet.wish(replica, DesiredState(Intent.HELD))
     world.work("replica0")
     world.pass_time(100.0)
     assert replica.state is ProgramState.READY
