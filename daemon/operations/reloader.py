@@ -63,6 +63,8 @@ class Reloader:
             if conversation:
                 conversation.end(protocol.BAD_CONFIG, error=str(error))
             return
+        for notice in config.deprecations:
+            log.warning("%s", notice)
         for line in [str(step) for step in steps] or ["no program changes"]:
             log.info("reload: %s", line)
             if conversation:

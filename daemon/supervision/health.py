@@ -66,13 +66,13 @@ class Health:
                 proc.kill_marked(self._layout.run, replica.name)
             elif replica.state in _ASKED:
                 self._check_deadlines(replica, supervise, now)
-        self._end_hangs(replicas, supervise.hang_after, now)
+        self._end_hangs(replicas, supervise.no_progress_timeout, now)
 
     def ask(self, replicas: Iterable[SupervisedProgram], supervise: SuperviseSection, now: float) -> None:
         for replica in replicas:
             if replica.state not in _ASKED or not replica.pid:
                 continue
-            interval = min(supervise.probe_interval, supervise.hang_after / 4)
+            interval = min(supervise.probe_interval, supervise.no_progress_timeout / 4)
             if replica.state is ProgramState.STARTING:
                 interval = _LOADING_PROBE_INTERVAL
             if now - self._asked.get(replica.name, 0.0) < interval:
@@ -136,13 +136,13 @@ class Health:
         if replica.state is ProgramState.STARTING and now - replica.since > supervise.startup_timeout:
             why = f"not READY within {supervise.startup_timeout:g} s"
             self._kill(replica, f"{why}: {replica.note}", Cause.STARTUP, now)
-        elif replica.watch.tested_for(now) > supervise.hang_after:
-            why = f"idle, and gave no token for {supervise.hang_after:g} s"
+        elif replica.watch.tested_for(now) > supervise.no_progress_timeout:
+            why = f"idle, and gave no token for {supervise.no_progress_timeout:g} s"
             self._kill(replica, f"{why}: {replica.note}" if replica.note else why, Cause.HANG, now)
-        elif replica.state is ProgramState.READY and silent > supervise.stall_after:
+        elif replica.state is ProgramState.READY and silent > supervise.unhealthy_after:
             self._is_unhealthy(replica, now)
-        elif replica.state is ProgramState.UNHEALTHY and silent > supervise.stall_kill:
-            why = f"no good health check for {supervise.stall_kill:g} s"
+        elif replica.state is ProgramState.UNHEALTHY and silent > supervise.unhealthy_kill_after:
+            why = f"no good health check for {supervise.unhealthy_kill_after:g} s"
             self._kill(replica, f"{why}: {replica.note}", Cause.HANG, now)
 
     def _end_hangs(self, replicas: Mapping[str, SupervisedProgram], hang_after: float, now: float) -> None:

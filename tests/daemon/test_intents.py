@@ -188,7 +188,7 @@ def test_what_is_stopped_cannot_be_held(lent: Running) -> None:
 
 
 def test_a_held_replica_is_not_killed_for_being_silent(tmp_path: Path) -> None:
-    world = World(tmp_path, 1, stall_after=30, stall_kill=60)
+    world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=60)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
     world.fleet.wish(replica, DesiredState(Intent.HELD))

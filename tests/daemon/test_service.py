@@ -143,7 +143,10 @@ def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> N
     rolling.restart("replica0")
     rolling.pass_time(60.0)
     assert rolling.state("replica0") is ProgramState.READY
-    assert rolling.result == "READY, but the router does not use it after 30 s; does it register with this router?"
+    assert (
+        rolling.result
+        == "READY, but the router does not use it after 30 s; does it register with this router?"
+    )
 
 
 def test_one_that_dies_while_it_is_drained_is_not_waited_for(tmp_path: Path) -> None:
