@@ -67,7 +67,7 @@ def all_ready(fleet: Fleet) -> bool:
     )
 
 
-def usable(fleet: Fleet) -> bool:
+def is_usable(fleet: Fleet) -> bool:
     """Requests are answered, unless the operator wants none to be, and everything has been tried once."""
     wanted = {replica.name: replica for replica in fleet.programs.values() if not replica.left_down}
     router = wanted.pop(ROUTER, None)
@@ -82,7 +82,7 @@ def usable(fleet: Fleet) -> bool:
     return ProgramState.READY in states or not states
 
 
-def first_try(fleet: Fleet) -> bool:
+def is_first_start(fleet: Fleet) -> bool:
     """Something has not been tried yet, or loads for the first time: there is more to wait for."""
     return not fleet.adopted or any(
         replica.state in (ProgramState.WAITING, ProgramState.STARTING) and not replica.restarts

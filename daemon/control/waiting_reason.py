@@ -37,7 +37,7 @@ def waits_for(fleet: Fleet, replica: SupervisedProgram, now: float) -> str:
         case ProgramState.UNHEALTHY:
             if replica.intent is Intent.HELD:
                 return f"a good health check, or the operator: fdctl release {word}"
-            patience = supervise.stall_kill - (now - replica.last_good)
+            patience = supervise.unhealthy_kill_after - (now - replica.last_good)
             return f"a good health check; it is killed in {_seconds(patience)}"
         case ProgramState.STOPPING if replica.kill_reason:
             return "the stacks of its threads; then it is killed"

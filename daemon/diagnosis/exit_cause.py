@@ -127,7 +127,7 @@ def _explain_signal(name: str, end: Exit) -> Verdict:
     if name != "SIGKILL":
         return Verdict(Cause.CRASH, f"crashed with {name}")
     if end.killed_by_rank:
-        return Verdict(Cause.HANG, "killed by a rank that waited for it: stall_kill")
+        return Verdict(Cause.HANG, "killed by a rank that waited for it: collective_timeout")
     if end.out_of_memory:
         return Verdict(Cause.MEMORY, f"killed by signal 9, out of memory: {end.out_of_memory}")
     return Verdict(Cause.KILLED, "killed by signal 9, not from fd-dp; perhaps out of memory: see dmesg")

@@ -24,7 +24,7 @@ from ..process import proc, supervisor_client, supervisord_config
 from ..process.supervisor_client import Process, Supervisor, SupervisorLost
 from .adoption import running_programs
 from .health import Health
-from .intents import Intent, Intents, Wish
+from .intents import DesiredState, Intent, Intents
 from .metrics import Metrics
 from .probes import Probes
 from .program_state import FAILED, ProgramState, Retry, SupervisedProgram
@@ -138,7 +138,7 @@ class Fleet:
         elif program.state is not ProgramState.STOPPED:
             program.move(ProgramState.STOPPED, why, self._clock())
 
-    def wish(self, replica: SupervisedProgram, wish: Wish) -> str:
+    def wish(self, replica: SupervisedProgram, wish: DesiredState) -> str:
         """Record what the operator wants of a replica. Return why it could not be saved, or ""."""
         problem = self.intents.set(replica.name, wish)
         replica.set_desired(wish.intent, wish.draining)

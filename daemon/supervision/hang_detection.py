@@ -109,7 +109,7 @@ class ProgressTracker:
 
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """A replica that has made no progress for longer than `hang_after`."""
+    """A replica that has made no progress for longer than `no_progress_timeout`."""
 
     name: str
     seconds: float
@@ -133,14 +133,14 @@ def find_hung(
     stalled: Iterable[Stalled],
     groups: Mapping[str, Snapshot | None],
     members: Mapping[tuple[str, int], str],
-    hang_after: float,
+    no_progress_timeout: float,
 ) -> HangReport:
     """Tell hung replicas from those that wait for a hung one.
 
     Args:
         groups: snapshots by group name; None for a group without members. Missing if it could not be read.
         members: (group, rank) -> name of the replica.
-        hang_after: seconds without progress after which a rank is hung.
+        no_progress_timeout: seconds without progress after which a rank is hung.
     """
     report = HangReport()
     for one in stalled:
@@ -154,7 +154,9 @@ def find_hung(
             report.hung[one.name] = what
             continue
         for blocker in root_blockers(seats[one.rank], seats):
-            _attribute(report, one, what, blocker, members.get((one.group, blocker.seat)), hang_after)
+            _attribute(
+                report, one, what, blocker, members.get((one.group, blocker.seat)), no_progress_timeout
+            )
     for name in report.hung:
         report.blocked.pop(name, None)
     return report
@@ -180,7 +182,7 @@ def root_blockers(seat: Seat, seats: Mapping[int, Seat]) -> list[Seat]:
 
 
 def _attribute(
-    report: HangReport, one: Stalled, what: str, blocker: Seat, name: str | None, hang_after: float
+    report: HangReport, one: Stalled, what: str, blocker: Seat, name: str | None, no_progress_timeout: float
 ) -> None:
     """Enter the stalled replica `one` and its blocker, the replica `name`, into the report."""
     # A joining rank may have written no time yet; then that of the waiting rank counts.
@@ -192,7 +194,7 @@ def _attribute(
     if blocker.state == "dead":
         # The group notices by itself and continues without the dead rank.
         report.blocked[one.name] = waits
-    elif seconds < hang_after:
+    elif seconds < no_progress_timeout:
         is_itself = name == one.name
         report.blocked[one.name] = f"{what}; its step makes progress ({where})" if is_itself else waits
     elif name == one.name:

@@ -65,14 +65,14 @@ class Health:
                 proc.kill_marked(self._layout.run, program.name)
             elif program.state in _PROBED:
                 self._check_deadlines(program, supervise, now)
-        self._kill_hung(programs, supervise.hang_after, now)
+        self._kill_hung(programs, supervise.no_progress_timeout, now)
 
     def ask(self, programs: Iterable[SupervisedProgram], supervise: SuperviseSection, now: float) -> None:
         """Begin the probes that are due."""
         for program in programs:
             if program.state not in _PROBED or not program.pid:
                 continue
-            interval = min(supervise.probe_interval, supervise.hang_after / 4)
+            interval = min(supervise.probe_interval, supervise.no_progress_timeout / 4)
             if program.state is ProgramState.STARTING:
                 interval = _LOADING_PROBE_INTERVAL
             if now - self._last_probe.get(program.name, 0.0) < interval:
@@ -134,16 +134,18 @@ class Health:
         if program.state is ProgramState.STARTING and now - program.since > supervise.startup_timeout:
             why = f"not READY within {supervise.startup_timeout:g} s"
             self._kill(program, f"{why}: {program.note}", Cause.STARTUP, now)
-        elif program.progress.token_overdue_for(now) > supervise.hang_after:
-            why = f"idle, but no token within {supervise.hang_after:g} s"
+        elif program.progress.token_overdue_for(now) > supervise.no_progress_timeout:
+            why = f"idle, but no token within {supervise.no_progress_timeout:g} s"
             self._kill(program, f"{why}: {program.note}" if program.note else why, Cause.HANG, now)
-        elif program.state is ProgramState.READY and silent > supervise.stall_after:
+        elif program.state is ProgramState.READY and silent > supervise.unhealthy_after:
             self._make_unhealthy(program, now)
-        elif program.state is ProgramState.UNHEALTHY and silent > supervise.stall_kill:
-            why = f"no successful health check for {supervise.stall_kill:g} s"
+        elif program.state is ProgramState.UNHEALTHY and silent > supervise.unhealthy_kill_after:
+            why = f"no successful health check for {supervise.unhealthy_kill_after:g} s"
             self._kill(program, f"{why}: {program.note}", Cause.HANG, now)
 
-    def _kill_hung(self, programs: Mapping[str, SupervisedProgram], hang_after: float, now: float) -> None:
+    def _kill_hung(
+        self, programs: Mapping[str, SupervisedProgram], no_progress_timeout: float, now: float
+    ) -> None:
         stalled, members = [], {}
         for program in programs.values():
             rank, last = program.program.replica, program.progress.last
@@ -153,12 +155,12 @@ class Health:
             if group is not None:
                 members[group, rank] = program.name
             seconds = program.progress.stalled_for(now)
-            if last is not None and seconds > hang_after:
+            if last is not None and seconds > no_progress_timeout:
                 stalled.append(Stalled(program.name, seconds, last.requests, group, rank))
         if not stalled:
             return
         groups = group_snapshots({one.group for one in stalled if one.group is not None}, self._look)
-        report = find_hung(stalled, groups, members, hang_after)
+        report = find_hung(stalled, groups, members, no_progress_timeout)
         for name, why in report.blocked.items():
             programs[name].set_note(why)
         for name, why in report.hung.items():

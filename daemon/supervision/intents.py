@@ -26,7 +26,7 @@ class Intent(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class DesiredState:
     """What is wanted of one program."""
 
     intent: Intent = Intent.RUN
@@ -35,7 +35,7 @@ class Wish:
 
 
 class Intents:
-    """The wishes that differ from `Wish()`, by the programs' names.
+    """The wishes that differ from `DesiredState()`, by the programs' names.
 
     They take effect at once. What cannot be written is kept in memory, and `save` tries again.
     """
@@ -45,10 +45,10 @@ class Intents:
         self._wishes = self._read()
         self._written = True
 
-    def of(self, name: str) -> Wish:
-        return self._wishes.get(name, Wish())
+    def of(self, name: str) -> DesiredState:
+        return self._wishes.get(name, DesiredState())
 
-    def set(self, name: str, wish: Wish) -> str:
+    def set(self, name: str, wish: DesiredState) -> str:
         """Return why it could not be written, or ""."""
         if wish == self.of(name):
             return self.save()
@@ -72,16 +72,16 @@ class Intents:
         self._written = True
         return ""
 
-    def _change(self, wishes: dict[str, Wish]) -> str:
-        self._wishes = {name: wish for name, wish in sorted(wishes.items()) if wish != Wish()}
+    def _change(self, wishes: dict[str, DesiredState]) -> str:
+        self._wishes = {name: wish for name, wish in sorted(wishes.items()) if wish != DesiredState()}
         self._written = False
         return self.save()
 
-    def _read(self) -> dict[str, Wish]:
+    def _read(self) -> dict[str, DesiredState]:
         try:
             entries = parse_json(self._file.read_text(encoding="utf-8-sig"))
             return {
-                name: Wish(Intent(entry["intent"]), entry["draining"] is True)
+                name: DesiredState(Intent(entry["intent"]), entry["draining"] is True)
                 for name, entry in entries.items()
             }
         except FileNotFoundError:

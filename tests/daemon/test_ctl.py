@@ -278,7 +278,7 @@ def test_ctrl_c_is_130_and_what_was_asked_for_goes_on(standing: Running) -> None
     assert told == f"fdctl: detached; the reload goes on: {status}\n"
     busy = standing.fdctl("restart", "0")
     assert busy.returncode == protocol.BUSY
-    assert "another operation is under way" in busy.stderr
+    assert "another operation is in progress" in busy.stderr
     wait_until(lambda: standing.status()["daemon"]["state"] == "READY", "the reload is done")
     assert not {standing.pids()[name] for name in ("replica0", "replica1")} & {*before.values()}
     assert "no program changes" in standing.fdctl("reload", "--dry-run").stdout

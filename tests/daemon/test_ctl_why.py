@@ -32,9 +32,8 @@ def program(number: int | None) -> Program:
 
 
 def config() -> Config:
-    text = (
-        '[model]\npath = "demo"\n[supervise]\nstartup_timeout = 600\nstall_kill = 60\nparallel_starts = 1\n'
-    )
+    text = '[model]\npath = "demo"\n[supervise]\nstartup_timeout = 600\n'
+    text += "unhealthy_kill_after = 60\nparallel_starts = 1\n"
     return parse(text, "dp.toml", Path("/p"), Path("/p"))
 
 

@@ -297,7 +297,7 @@ def test_a_replica_that_generates_no_token_is_not_ready(running: Running) -> Non
 
 def test_a_replica_that_stops_answering_is_killed_and_started_again(running: Running, tmp_path: Path) -> None:
     hang = tmp_path / "hang"
-    running.write(extra_args=("--hang-file", str(hang)), stall_after=1, stall_kill=2)
+    running.write(extra_args=("--hang-file", str(hang)), unhealthy_after=1, unhealthy_kill_after=2)
     running.start_and_wait()
     before = running.pids()
     hang.touch()

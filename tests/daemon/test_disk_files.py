@@ -21,7 +21,7 @@ from fastdeploy.daemon.process.output_files import OutputFile
 from fastdeploy.daemon.process.supervisor_client import Supervisor, SupervisorError
 from fastdeploy.daemon.process.supervisord_config import Layout
 from fastdeploy.daemon.process.unix_listener import UnixListener
-from fastdeploy.daemon.supervision.intents import Intent, Intents, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent, Intents
 from fastdeploy.daemon.troubles import Troubles
 from fastdeploy.daemon.upkeep import Lock, write_problem
 
@@ -188,7 +188,7 @@ def test_a_removed_lock_is_taken_again(tmp_path: Path) -> None:
 def test_wishes_without_permission_are_kept_in_memory(forbidden: Path) -> None:
     def call() -> str:
         intents = Intents(forbidden)
-        problem = intents.set("replica0", Wish(Intent.HELD))
+        problem = intents.set("replica0", DesiredState(Intent.HELD))
         return f"{problem} {intents.of('replica0').intent}"
 
     told = as_nobody(call)

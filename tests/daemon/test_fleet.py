@@ -13,7 +13,7 @@ import pytest
 from fastdeploy.daemon.config.launch import HASH, MARKER
 from fastdeploy.daemon.diagnosis.exit_cause import Cause
 from fastdeploy.daemon.process import proc
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState
 
 from .conftest import wait_until
@@ -64,7 +64,7 @@ def test_the_replica_that_has_waited_longest_starts_first(tmp_path: Path) -> Non
 def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it_ready(
     tmp_path: Path,
 ) -> None:
-    world = World(tmp_path, 1, stall_after=30, stall_kill=180)
+    world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=180)
     world.become_ready("router", "replica0")
     world.probes.good.discard("replica0")
     world.pass_time(20.0)
@@ -78,7 +78,7 @@ def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it
 
 def test_a_daemon_that_was_stopped_itself_blames_nobody_for_the_time(tmp_path: Path) -> None:
     """A laptop's lid, a debugger, a machine without memory: the replicas could not be asked meanwhile."""
-    world = World(tmp_path, 1, stall_after=30, stall_kill=180)
+    world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=180)
     world.become_ready("router", "replica0")
     world.now += 3600.0
     world.fleet.step()
@@ -120,7 +120,7 @@ def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.wish(replica, Wish(Intent.STOPPED))
+    world.fleet.wish(replica, DesiredState(Intent.STOPPED))
     world.fleet.stop(replica, "stopped")
     world.pass_time(1.0)
     assert replica.state is ProgramState.STOPPED

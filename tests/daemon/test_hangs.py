@@ -22,7 +22,7 @@ from fastdeploy.daemon.supervision.hang_detection import (
     find_hung,
     root_blockers,
 )
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
 from fastdeploy.expert_parallel.snapshot import Seat, Snapshot
 
@@ -185,7 +185,7 @@ def test_a_health_check_that_tells_nothing_of_a_worker_is_no_reason_for_anything
 
 
 def started(tmp_path: Path, **supervise: float) -> tuple[World, SupervisedProgram]:
-    world = World(tmp_path, 1, **{"hang_after": 20, "idle_probe": 0, **supervise})
+    world = World(tmp_path, 1, **{"no_progress_timeout": 20, "idle_probe": 0, **supervise})
     world.become_ready("router", "replica0")
     return world, world.fleet.replicas["replica0"]
 
@@ -221,7 +221,7 @@ def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
 
 def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
-    world.fleet.wish(replica, Wish(Intent.HELD))
+    world.fleet.wish(replica, DesiredState(Intent.HELD))
     world.work("replica0")
     world.pass_time(100.0)
     assert replica.state is ProgramState.READY
@@ -231,7 +231,7 @@ def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_pa
 def test_one_that_hangs_with_its_first_token_is_killed_long_before_the_startup_timeout(
     tmp_path: Path,
 ) -> None:
-    world = World(tmp_path, 1, hang_after=20, startup_timeout=600)
+    world = World(tmp_path, 1, no_progress_timeout=20, startup_timeout=600)
     world.probes.silent.add("replica0")
     world.probes.good |= {"router", "replica0"}
     world.pass_time(3.0)
@@ -309,7 +309,7 @@ def test_an_idle_one_that_keeps_its_token_waiting_as_it_waits_for_others_is_excu
         2,
         "expert_parallel = true",
         lambda name: snapshot(seat(0, 1), seat(1)),
-        hang_after=20,
+        no_progress_timeout=20,
         idle_probe=60,
     )
     world.become_ready("router", "replica0", "replica1")
@@ -339,7 +339,7 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Pa
         seen.append(name)
         return snapshot(seat(0, 2), seat(1, 2), seat(2))
 
-    world = World(tmp_path, 3, "expert_parallel = true", look, hang_after=20, idle_probe=0)
+    world = World(tmp_path, 3, "expert_parallel = true", look, no_progress_timeout=20, idle_probe=0)
     world.become_ready("router", "replica0", "replica1", "replica2")
     for name in ("replica0", "replica1"):
         world.work(name)
@@ -352,8 +352,10 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Pa
 
 
 def test_what_counts_as_a_hang_can_be_told_in_dp_toml(tmp_path: Path) -> None:
-    config = parse('[model]\npath = "demo"\n[supervise]\nhang_after = 2.5\n', "dp.toml", tmp_path, tmp_path)
-    assert (config.supervise.hang_after, config.supervise.idle_probe) == (2.5, 60.0)
+    config = parse(
+        '[model]\npath = "demo"\n[supervise]\nno_progress_timeout = 2.5\n', "dp.toml", tmp_path, tmp_path
+    )
+    assert (config.supervise.no_progress_timeout, config.supervise.idle_probe) == (2.5, 60.0)
 
 
 # ---- a real daemon, with processes that are not
@@ -363,7 +365,7 @@ def test_a_process_that_hangs_tells_where_before_it_is_killed_and_comes_back(
     running: Running, tmp_path: Path
 ) -> None:
     stuck_file = tmp_path / "stuck"
-    running.write(extra_args=("--stuck-file", str(stuck_file)), hang_after=1)
+    running.write(extra_args=("--stuck-file", str(stuck_file)), no_progress_timeout=1)
     running.start_and_wait()
     before = running.pids()
     stuck_file.touch()
@@ -380,7 +382,7 @@ def test_a_process_that_hangs_tells_where_before_it_is_killed_and_comes_back(
 
 
 def test_a_process_that_is_stopped_tells_where_it_was_and_comes_back(running: Running) -> None:
-    running.write(stall_after=1, stall_kill=2)
+    running.write(unhealthy_after=1, unhealthy_kill_after=2)
     running.start_and_wait()
     before = running.pids()
     os.kill(before["replica1"], signal.SIGSTOP)

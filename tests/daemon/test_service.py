@@ -10,9 +10,9 @@ from typing import Any
 from fastdeploy.daemon.config.programs import programs_of
 from fastdeploy.daemon.operations import rollout
 from fastdeploy.daemon.operations.maintenance import bring_up, take_down
-from fastdeploy.daemon.operations.operation import Operation, Place
+from fastdeploy.daemon.operations.operation import Operation, StepPosition
 from fastdeploy.daemon.operations.plan import plan
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState
 from fastdeploy.daemon.supervision.router_client import RegisteredReplica
 from fastdeploy.daemon.supervision.router_sync import RouterSnapshot, RouterSync
@@ -78,9 +78,9 @@ class Rolling:
         self.begin(self._restart(name))
 
     def _restart(self, name: str) -> Operation:
-        yield from take_down(self.world.fleet, name, "test", Place())
+        yield from take_down(self.world.fleet, name, "test", StepPosition())
         self.world.fleet.request_start(self.world.fleet.programs[name], "test")
-        return (yield from bring_up(self.world.fleet, name, Place()))
+        return (yield from bring_up(self.world.fleet, name, StepPosition()))
 
     def lines(self) -> list[str]:
         return [told for told in self.told if isinstance(told, str)]
@@ -95,7 +95,7 @@ def test_it_stays_up_for_as_long_as_it_has_requests_and_time(tmp_path: Path) -> 
     assert rolling.world.fleet.router.maintenance == {"replica0"}
     rolling.pass_time(10.0)
     assert rolling.result == ""
-    assert rolling.lines() == ["replica 0: 1 request in flight after 20 s; going on elsewhere"]
+    assert rolling.lines() == ["replica 0: 1 request in flight after 20 s; resumed on other replicas"]
     assert rolling.world.fleet.router.maintenance == set()
 
 
@@ -109,7 +109,7 @@ def test_a_router_that_is_silent_is_waited_for_a_little_and_fails_nothing(tmp_pa
     assert rolling.result == ""
     assert rolling.lines() == [
         "replica 0: not drained: the router does not answer",
-        "replica 0: READY, but nobody says whether it is used: the router does not answer",
+        "replica 0: READY; whether the router uses it is unknown: the router does not answer",
     ]
 
 
@@ -135,7 +135,10 @@ def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> N
     rolling.restart("replica0")
     rolling.pass_time(60.0)
     assert rolling.state("replica0") is ProgramState.READY
-    assert rolling.result == "READY, but not in use 30 s later; does it register with this router?"
+    assert (
+        rolling.result
+        == "READY, but the router does not use it after 30 s; does it register with this router?"
+    )
 
 
 def test_one_that_dies_while_it_is_drained_is_not_waited_for(tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def test_one_that_fails_for_ever_or_that_the_operator_stopped_is_not_waited_for(
     rolling = Rolling(tmp_path, 4, budget=1, quarantine=10_000)
     fleet = rolling.world.fleet
     rolling.world.supervisor.end("replica3")
-    fleet.wish(fleet.replicas["replica2"], Wish(Intent.STOPPED))
+    fleet.wish(fleet.replicas["replica2"], DesiredState(Intent.STOPPED))
     fleet.stop(fleet.replicas["replica2"], "stopped")
     rolling.world.pass_time(1.0)
     assert rolling.state("replica3") is ProgramState.QUARANTINED

@@ -33,7 +33,7 @@ from fastdeploy.daemon.router.instance import Instance, RegistrationError
 from fastdeploy.daemon.supervision import probes, router_client
 from fastdeploy.daemon.supervision.adoption import _flags_of
 from fastdeploy.daemon.supervision.hang_detection import ProgressTracker, WorkerProgress
-from fastdeploy.daemon.supervision.intents import Intents, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intents
 from fastdeploy.entrypoints.openai import engine_client
 
 from .foreign import Answering, answering, any_json, damaged, http_answer, json_of, mutated, one_line
@@ -168,7 +168,7 @@ def test_files_of_before_are_read_or_left_alone(registry: bytes, intents: bytes)
     file.write_bytes(registry)
     assert all(isinstance(instance, Instance) for instance, _ in RegistryFile(file)._read())
     (_directory() / "intents.json").write_bytes(intents)
-    assert isinstance(Intents(_directory()).of("replica0"), Wish)
+    assert isinstance(Intents(_directory()).of("replica0"), DesiredState)
 
 
 @given(json_of(LAUNCH))
