@@ -1,7 +1,7 @@
 """Classification of unexpected exits: a cause and a few words for people. Without I/O.
 
 The evidence is the exit status, the last error line, and what the kernel and the other ranks report. The
-sender of a signal 9 remains unknown, because the kernel does not tell it.
+sender of a signal 9 remains unknown, because the kernel does not report it.
 """
 
 from __future__ import annotations

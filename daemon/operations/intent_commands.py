@@ -79,7 +79,7 @@ def apply(fleet: Fleet, command: str, replicas: list[SupervisedProgram]) -> str:
     """Record and apply a desired state. Return why it could not be saved, or ""."""
     problem = ""
     for replica in replicas:
-        problem = fleet.wish(replica, DESIRED_STATES[command](replica))
+        problem = fleet.set_desired(replica, DESIRED_STATES[command](replica))
         if command == "hold" and replica.state in FAILED:
             # It has ended, and a held program is not started again.
             fleet.stop(replica, HELD)

@@ -78,7 +78,7 @@ def stop(fleet: Fleet, names: list[str]) -> Operation:
     """Drain and stop programs at the same time, and keep them down until `start` or `restart`."""
     for name in names:
         replica = fleet.programs[name]
-        if problem := fleet.wish(replica, DesiredState(Intent.STOPPED, replica.draining)):
+        if problem := fleet.set_desired(replica, DesiredState(Intent.STOPPED, replica.draining)):
             yield problem
     yield from drain(fleet, names, StepPosition())
     for name in names:
@@ -129,4 +129,4 @@ def _clear_stopped(fleet: Fleet, replica: SupervisedProgram) -> str:
     """Reset the intent STOPPED to RUN. Return why that could not be saved, or ""."""
     if replica.intent is not Intent.STOPPED:
         return ""
-    return fleet.wish(replica, DesiredState(Intent.RUN, replica.draining))
+    return fleet.set_desired(replica, DesiredState(Intent.RUN, replica.draining))

@@ -138,10 +138,10 @@ class Fleet:
         elif program.state is not ProgramState.STOPPED:
             program.move(ProgramState.STOPPED, why, self._clock())
 
-    def wish(self, replica: SupervisedProgram, wish: DesiredState) -> str:
-        """Record what the operator wants of a replica. Return why it could not be saved, or ""."""
-        problem = self.intents.set(replica.name, wish)
-        replica.set_desired(wish.intent, wish.draining)
+    def set_desired(self, program: SupervisedProgram, desired: DesiredState) -> str:
+        """Record the operator's wish. It takes effect even if it cannot be saved; return why, or ""."""
+        problem = self.intents.set(program.name, desired)
+        program.set_desired(desired.intent, desired.draining)
         return problem
 
     def replace_program(self, name: str, program: Program | None) -> None:
@@ -368,9 +368,9 @@ class Fleet:
     def _add(self, spec: Program) -> SupervisedProgram:
         program = self.programs.get(spec.name)
         if program is None:
-            wish = self.intents.of(spec.name)
+            desired = self.intents.of(spec.name)
             program = self.programs[spec.name] = SupervisedProgram(
-                spec, since=self._clock(), intent=wish.intent, draining=wish.draining
+                spec, since=self._clock(), intent=desired.intent, draining=desired.draining
             )
             # Programs are shown and started in this order.
             order = sorted(

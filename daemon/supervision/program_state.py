@@ -128,7 +128,7 @@ class SupervisedProgram:
 
     @property
     def left_down(self) -> bool:
-        """Whether the daemon does not start it: the operator stopped it, or it ended while held."""
+        """True if the daemon does not start it: the operator stopped it, or it ended while held."""
         ended = self.intent is Intent.HELD and self.state is ProgramState.STOPPED
         return ended or self.intent is Intent.STOPPED
 

@@ -55,7 +55,7 @@ class RegisteredReplica:
 
     @property
     def in_service(self) -> bool:
-        """Whether it gets requests unless it is drained."""
+        """True if it gets requests unless it is drained."""
         return self.up and not self.leaving
 
 

@@ -58,7 +58,7 @@ class RouterSync:
 
     @property
     def has_news(self) -> bool:
-        """Whether an exit is still to be reported to the router."""
+        """True if an exit is still to be reported to the router."""
         return bool(self._exits)
 
     def row(self, replica: SupervisedProgram) -> RegisteredReplica | None:

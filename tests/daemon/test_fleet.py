@@ -120,7 +120,7 @@ def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.wish(replica, DesiredState(Intent.STOPPED))
+    world.fleet.set_desired(replica, DesiredState(Intent.STOPPED))
     world.fleet.stop(replica, "stopped")
     world.pass_time(1.0)
     assert replica.state is ProgramState.STOPPED

@@ -221,7 +221,7 @@ def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
 
 def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
-    world.fleet.wish(replica, DesiredState(Intent.HELD))
+    world.fleet.set_desired(replica, DesiredState(Intent.HELD))
     world.work("replica0")
     world.pass_time(100.0)
     assert replica.state is ProgramState.READY

@@ -170,7 +170,7 @@ def test_one_that_fails_for_ever_or_that_the_operator_stopped_is_not_waited_for(
     rolling = Rolling(tmp_path, 4, budget=1, quarantine=10_000)
     fleet = rolling.world.fleet
     rolling.world.supervisor.end("replica3")
-    fleet.wish(fleet.replicas["replica2"], DesiredState(Intent.STOPPED))
+    fleet.set_desired(fleet.replicas["replica2"], DesiredState(Intent.STOPPED))
     fleet.stop(fleet.replicas["replica2"], "stopped")
     rolling.world.pass_time(1.0)
     assert rolling.state("replica3") is ProgramState.QUARANTINED
