@@ -1,4 +1,4 @@
-"""Listening unix socket that can be bound again after its path was removed."""
+"""A listening unix socket that can be bound again after its path was removed."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class UnixListener:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
-            # The path cannot be checked. It may still exist.
+            # The path cannot be checked, which does not mean that it is gone.
             return True
 
     def bind(self) -> None:
-        """Listen on the path and replace any file there. The descriptor's number stays the same.
+        """Listen on the path, in place of whatever is there. The descriptor's number stays the same.
 
-        The caller must register the descriptor again: epoll has forgotten it. Raises OSError.
+        An epoll object forgets the descriptor; it has to be registered again. Raises OSError.
         """
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
@@ -48,8 +48,8 @@ class UnixListener:
             fresh.setblocking(False)
             try:
                 fresh.bind(str(aside))
-                # Clients cannot connect before `listen`, so the mode is never too permissive.
-                # A setgid directory would give the socket another group.
+                # No client connects before `listen`, so the mode is never too wide.
+                # A directory with the setgid bit would have given it another group.
                 os.chown(aside, -1, os.getegid())
                 aside.chmod(self._mode)
                 fresh.listen(self._backlog)
