@@ -105,6 +105,56 @@ def test_nothing_ends_while_the_run_directory_is_read_only(system: SmallDisks) -
     heals(system)
 
 
+def test_a_read_only_remount_costs_only_what_has_to_be_written(system: SmallDisks) -> None:
+    before, manager = system.pids(), supervisord(system)
+    file = system.prefix / "state" / "intents.json"
+    system.do("drain", "0")
+    with system.remounted_read_only("state", "run"):
+        for disk in ("state", "run"):
+            words = f"cannot write {system.real / disk}: Read-only file system; since "
+            wait_until(lambda words=words: words in system.fdctl("status").stdout, "it is reported")
+        done = system.fdctl("drain", "1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Read-only file system; its content is kept in memory" in done.stdout
+        assert system.drained() == {0, 1}
+        assert set(json.loads(file.read_text())) == {"replica0"}
+        os.kill(before["replica0"], signal.SIGKILL)
+        system.wait_ready_again("replica0", before["replica0"])
+        system.write(extra_args=("--load-seconds", "0.1"))
+        assert "Read-only file system" in system.tell("reload")[-1]["error"]
+        wait_until(system.ready, "the replicas have their old configuration")
+        assert supervisord(system) == manager
+    wait_until(lambda: set(json.loads(file.read_text())) == {"replica0", "replica1"}, "it is written")
+    system.write()
+    for replica in ("0", "1"):
+        system.do("undrain", replica)
+    heals(system)
+
+
+def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDisks) -> None:
+    assert system.daemon is not None
+    before, manager, run = system.pids(), supervisord(system), system.prefix / "run"
+    with system.without_inodes("run"):
+        # The removal of a file would make room for one.
+        for name in ("fd-dp.sock", "supervisor.sock"):
+            (run / name).rename(run / f"old-{name}")
+        for name in ("fd-dp.sock",):
+            words = f"cannot listen on {system.real}/run/{name}: No space left on device"
+            wait_until(lambda words=words: words in system.log(), "it is said")
+        words = f"pid {manager} is alive and its programs keep running"
+        wait_until(lambda: words in system.log(), "supervisord is missed")
+        shown = system.fdctl("status").stderr
+        assert shown.count("\n") == 1
+        print(shown)
+        assert not (run / "fd-dp.sock").exists()
+    for name in ("fd-dp.sock", "supervisor.sock"):
+        wait_until((run / name).exists, "it is bound")
+        (run / f"old-{name}").unlink()
+    heals(system)
+    assert (system.pids(), supervisord(system)) == (before, manager)
+    system.do("restart", "0")
+
+
 def test_a_new_daemon_adopts_everything_on_full_disks(system: SmallDisks) -> None:
     before, manager = system.pids(), supervisord(system)
     with system.full("logs"), system.full("run"), system.full("state"):
