@@ -38,8 +38,12 @@ def forbidden(*directories: Path) -> Iterator[None]:
         directory.chmod(0o700)
 
 
-def reported(system: Running, words: str) -> None:
-    wait_until(lambda: words in str(system.status()["daemon"]["problems"]), f"{words!r} is reported")
+def reported(system: Running, *words: str) -> None:
+    def found() -> bool:
+        problems = str(system.status()["daemon"]["problems"])
+        return all(line in problems for line in words)
+
+    wait_until(found, f"{words} are reported")
 
 
 def supervisord(system: Running) -> int:
@@ -55,38 +59,41 @@ def open_files(pid: int) -> list[str]:
     return found
 
 
-def test_wishes_hold_and_are_written_later(system: Running) -> None:
-    file = system.prefix / "state" / "intents.json"
-    with forbidden(file.parent):
-        reported(system, f"cannot write {file.parent}: Permission denied; since ")
-        done = system.fdctl("drain", "1")
+def test_what_cannot_be_written_is_reported_and_written_later(system: Running) -> None:
+    before, manager = system.programs(), supervisord(system)
+    state, run, logs = (system.prefix / name for name in ("state", "run", "logs"))
+    output = logs / "replica0" / "output.log"
+    with forbidden(state, run, run / "launch", logs, output.parent):
+        for file in (logs / "fd-dp.log", logs / "supervisord.log", output):
+            file.unlink()
+        words = [f"cannot write {directory}: Permission denied; since " for directory in (state, run, logs)]
+        reported(system, *words)
+        done = system.fdctl("drain", "1", "--no-wait")
         assert (done.returncode, done.stderr) == (0, "")
         assert "Permission denied; its content is kept in memory" in done.stdout
-        assert system.drained() == {1}
-        assert not file.exists()
-    wait_until(file.exists, "it is written")
-    assert set(json.loads(file.read_text())) == {"replica1"}
-    system.do("undrain", "1")
-    heals(system)
-
-
-def test_a_replica_waits_for_files_that_cannot_be_written(system: Running) -> None:
-    before, run = system.programs()["replica0"], system.prefix / "run"
-    with forbidden(run, run / "launch"):
-        reported(system, f"cannot write {run}: Permission denied; since ")
-        os.kill(before["pid"], signal.SIGKILL)
-        entry = system.wait_ready_again("replica0", before["pid"])
-        # Not what is needed at once: a file that is missing is noticed before the next start.
+        wait_until(lambda: system.drained() == {1}, "the router knows")
+        # Its files are in place.
+        os.kill(before["replica0"]["pid"], signal.SIGKILL)
+        entry = system.wait_ready_again("replica0", before["replica0"]["pid"])
         for file in [*run.glob("launch/replica0-*.json"), run / "supervisord.conf"]:
             file.unlink()
         reported(system, "cannot write the files that programs start from: [Errno 13] Permission denied")
         os.kill(entry["pid"], signal.SIGKILL)
-        wait_until(
-            lambda: system.programs()["replica0"]["note"].startswith("waits for its files: "), "it waits"
-        )
-        assert system.programs()["replica0"]["restarts"] == entry["restarts"] + 1
-    system.wait_ready_again("replica0", entry["pid"])
+        note = "waits for its files: [Errno 13] Permission denied"
+        wait_until(lambda: system.programs()["replica0"]["note"].startswith(note), "it waits")
+        shown = system.fdctl("why").stdout
+        assert all(line in shown for line in words)
+        assert [*logs.glob("*.log"), *state.glob("intents.*")] == []
+    assert system.wait_ready_again("replica0", entry["pid"])["restarts"] == entry["restarts"] + 1
     heals(system)
+    others = {name: pid for name, pid in system.pids().items() if name != "replica0"}
+    assert others == {name: before[name]["pid"] for name in others}
+    assert supervisord(system) == manager
+    assert "replica1" in json.loads((state / "intents.json").read_text())
+    assert "lines lost since " in system.log()
+    assert "bytes of output were lost since " in output.read_text()
+    assert open_files(manager).count(str(output)) == 1, "one for each restart would be too many"
+    system.do("undrain", "1")
 
 
 def test_files_that_cannot_be_read_are_written_again(system: Running) -> None:
@@ -118,27 +125,6 @@ def test_sockets_are_bound_when_their_directory_allows_it(system: Running) -> No
     heals(system)
     assert (system.pids(), supervisord(system)) == (before, manager)
     system.do("restart", "0")
-
-
-def test_a_log_directory_without_permission_costs_lines_alone(system: Running) -> None:
-    before, logs = system.pids(), system.prefix / "logs"
-    output = logs / "replica0" / "output.log"
-    with forbidden(logs, output.parent):
-        for file in (logs / "fd-dp.log", logs / "supervisord.log", output):
-            file.unlink()
-        reported(system, f"cannot write {logs}: Permission denied; since ")
-        os.kill(before["replica0"], signal.SIGKILL)
-        system.wait_ready_again("replica0", before["replica0"])
-        assert list(logs.glob("*.log")) == []
-    wait_until(
-        lambda: (logs / "fd-dp.log").exists() and "lines lost since " in system.log(),
-        "the daemon's log is made again",
-    )
-    system.do("restart", "0")
-    assert "bytes of output were lost since" in output.read_text()
-    assert open_files(supervisord(system)).count(str(output)) == 1, "one for each restart would be too many"
-    heals(system)
-    assert {**system.pids(), "replica0": 0} == {**before, "replica0": 0}
 
 
 def test_a_log_that_may_not_be_written_ends_a_start_in_one_line(system: Running) -> None:

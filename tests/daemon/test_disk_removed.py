@@ -83,14 +83,14 @@ def test_an_emptied_run_directory_is_filled_again(lent: Running) -> None:
 
 def test_a_removed_state_directory_is_made_again_with_all_wishes(lent: Running) -> None:
     file = lent.prefix / "state" / "intents.json"
-    lent.do("drain", "1")
+    lent.tell("drain", name="1", wait=False)
     shutil.rmtree(file.parent)
     wait_until(file.exists, "the wishes are written again")
     assert json.loads(file.read_text()) == {"replica1": {"intent": "run", "draining": True}}
-    assert lent.drained() == {1}
     shutil.rmtree(file.parent)
-    lent.do("stop", "0")
+    lent.do("hold", "0")
     assert set(json.loads(file.read_text())) == {"replica0", "replica1"}
+    wait_until(lambda: lent.drained() == {1}, "the router knows")
     assert lent.status()["daemon"]["problems"] == []
 
 
