@@ -96,15 +96,23 @@ def test_what_cannot_be_written_is_reported_and_written_later(system: Running) -
     system.do("undrain", "1")
 
 
-def test_files_that_cannot_be_read_are_written_again(system: Running) -> None:
-    run = system.prefix / "run"
-    files = [run / "supervisord.conf", *run.glob("launch/replica0-*.json"), *run.glob("router-flags*")]
-    assert len(files) == 3
-    for file in files:
+def test_files_without_permission_are_written_again_or_reported(system: Running) -> None:
+    run, intents = system.prefix / "run", system.prefix / "state" / "intents.json"
+    output = system.prefix / "logs" / "replica0" / "output.log"
+    system.do("hold", "1")
+    files = [intents, run / "supervisord.conf", *run.glob("launch/replica0-*"), *run.glob("router-flags*")]
+    assert len(files) == 4
+    for file in (*files, output):
         file.chmod(0)
     wait_until(lambda: all(file.stat().st_mode & 0o400 for file in files), "they are written again")
-    system.do("restart", "0")
+    # A log is not replaced: it may be open in another process.
+    reported(system, f"cannot write {output}: Permission denied; since ")
+    with forbidden(output.parent):
+        output.unlink()
+        reported(system, f"cannot write {output.parent}: Permission denied; since ")
+        system.do("restart", "0")
     system.do("restart", "router")
+    system.do("release", "1")
     heals(system)
 
 
