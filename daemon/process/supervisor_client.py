@@ -173,8 +173,8 @@ def make_log_directories(layout: Layout, programs: Iterable[Program]) -> None:
 
 
 def are_in_place(layout: Layout, programs: Iterable[Program]) -> bool:
-    """Return whether every file of `write` exists, whatever it holds."""
-    return all(os.path.exists(file) for file, _ in _texts(layout, list(programs)))
+    """Return whether every file of `write` exists and can be read, whatever it holds."""
+    return all(os.access(file, os.R_OK) for file, _ in _texts(layout, list(programs)))
 
 
 def _texts(layout: Layout, programs: list[Program]) -> Iterator[tuple[Path, str]]:
