@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon import control
+from fastdeploy.daemon.control import protocol
 
 from .conftest import alive, wait_until
 from .small_disks import SmallDisks, heals, small_disks
@@ -141,7 +141,7 @@ def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDi
         (run / "fd-dp.sock").rename(run / "old2.sock")
 
         def problems() -> str:
-            [answer] = control.request(run / "old2.sock", {"do": "status"}, 20.0)
+            [answer] = protocol.request(run / "old2.sock", {"do": "status"}, 20.0)
             return str(answer["status"]["daemon"]["problems"])
 
         for words in (
