@@ -109,7 +109,7 @@ def test_where_there_is_no_group_one_line_says_why_and_the_exit_code_is_its_own(
 ) -> None:
     done = fdctl("ep")
     assert done.returncode == protocol.NO_DAEMON
-    assert f"no fd-dp has been in {tmp_path}/run" in done.stderr
+    assert f"no fd-dp has used {tmp_path}/run" in done.stderr
 
     launched(tmp_path, "expert_parallel = false")
     done = fdctl("ep")
