@@ -18,6 +18,7 @@ from typing import Any
 
 from ...common.errors import FastDeployError
 from ...common.foreign_text import parse_json, printable
+from ..config.loader import MAX_SOCKET_PATH
 from . import peer_credentials
 
 #: Exit codes of fdctl, and the `code` of every result.
@@ -47,6 +48,11 @@ def request(path: Path, command: dict[str, Any], timeout: float | None) -> Itera
     Raises:
         DaemonUnreachable, NotAllowed: the text names a remedy.
     """
+    if (length := len(os.fsencode(path))) > MAX_SOCKET_PATH:
+        raise DaemonUnreachable(
+            f"{path} has {length} bytes, but the path of a socket may have at most {MAX_SOCKET_PATH}; "
+            "use a shorter --prefix or --socket"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
@@ -114,7 +120,7 @@ def _why_not_allowed(path: Path) -> str:
     try:
         directory = path.parent.stat()
     except OSError:
-        return f"no access to {path.parent}; run fdctl as root or as the user of fd-dp"
+        return f"no access to {path.parent}; try again as root or as the user of fd-dp"
     permitted = peer_credentials.permitted(directory.st_uid, directory.st_gid)
     user = peer_credentials.user_name(os.geteuid())
     return f"{user} has no access to fd-dp on {path}: only {permitted} may talk to it"

@@ -25,8 +25,8 @@ from . import (
 
 _LOG_LINES = 50
 _EPILOG = """\
-REPLICA is a number or router. Without --prefix, fdctl uses $FD_PREFIX, else ./run if a daemon has used it,
-else the system's daemon. With --json, output is JSON; an error is {"code": ..., "error": ...}.
+REPLICA is a number or router. Default of --prefix: $FD_PREFIX, else ./run if a daemon has used it, else the
+system's daemon. With --json, output is JSON; an error is {"code": ..., "error": ...}.
 
 Exit codes:
   0    done

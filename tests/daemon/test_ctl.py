@@ -176,6 +176,17 @@ def test_wrong_usage_is_2(words: str, standing: Running) -> None:
     assert standing.fdctl(*words.split()).returncode == protocol.USAGE
 
 
+def test_a_socket_path_that_is_too_long_is_one_line_with_length_and_limit() -> None:
+    path = "/" + "x" * 107
+    command = [FDCTL, "--socket", path, "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == protocol.NO_DAEMON
+    assert done.stderr == (
+        f"fdctl: ERROR ({path} has 108 bytes, but the path of a socket may have at most 107; "
+        "use a shorter --prefix or --socket)\n"
+    )
+
+
 def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
     path = tmp_path / "s"
 

@@ -151,9 +151,9 @@ def test_neither_the_daemon_nor_fdctl_imports_paddle_or_numpy(
     new_group(launched(tmp_path)).join(0)
     program = (
         "import sys, fastdeploy.daemon.main\n"
-        "from fastdeploy.daemon import ctl\n"
+        "from fastdeploy.daemon.fdctl import main\n"
         f"sys.argv = ['fdctl', '--prefix', {str(tmp_path)!r}, 'ep']\n"
-        "code = ctl.main()\n"
+        "code = main.main()\n"
         "print(code, *{'paddle', 'numpy'} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

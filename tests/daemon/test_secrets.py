@@ -62,7 +62,7 @@ def test_secrets_are_in_no_command_line_no_log_and_nothing_that_fdctl_prints(run
     )
     said += [running.fdctl(*command.split()) for command in commands]
     printed = "".join(done.stdout + done.stderr for done in said)
-    assert "must not hold --api-key" in printed
+    assert "must not contain --api-key" in printed
     logs = "".join(
         file.read_text(errors="replace") for file in running.prefix.glob("logs/**/*") if file.is_file()
     )
