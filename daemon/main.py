@@ -26,9 +26,10 @@ from .control.server import ControlServer
 from .metrics_port import MetricsPort
 from .notify import Notifier
 from .operations.commands import Commands
-from .process import proc, supervisor_client
-from .process.supervisor_client import Layout, Supervisor, SupervisorError, SupervisorLost
+from .process import proc, supervisord_config
+from .process.supervisor_client import Supervisor, SupervisorError, SupervisorLost
 from .process.supervisord import Supervisord
+from .process.supervisord_config import Layout
 from .supervision.fleet import Fleet
 from .supervision.probes import Probes
 from .supervision.program_state import ProgramState
@@ -75,13 +76,13 @@ class Daemon:
             programs_for(config),
             client,
             Probes(self._wakeups.wake),
-            watch=lambda pid: self._wakeups.watch(pid, self._fleet.gone),
+            watch=lambda pid: self._wakeups.watch(pid, self._fleet.on_process_exit),
         )
         self._supervisord = Supervisord(
             client,
             config.supervise,
             external=external,
-            write=self._fleet.write,
+            write=self._fleet.write_files,
             interrupted=lambda: any(self._is_stop(number) for number in self._wakeups.signals),
         )
         self._commands = Commands(self._fleet, file, prefix, programs_for, self._describe)
@@ -101,7 +102,7 @@ class Daemon:
             self._notify.status("waiting for supervisord")
             try:
                 self._supervisord.connect()
-                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+                self._wakeups.watch(self._supervisord.pid, self._fleet.on_process_exit)
                 server = ControlServer(
                     protocol.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
@@ -142,8 +143,8 @@ class Daemon:
             )
             self._troubles.report("supervisord", f"{error}; {outlook}")
             if self._supervisord.recover(error):
-                self._before_step = self._before_step or self._fleet.begin_again
-                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+                self._before_step = self._before_step or self._fleet.on_supervisord_restarted
+                self._wakeups.watch(self._supervisord.pid, self._fleet.on_process_exit)
         except (SupervisorError, OSError) as error:
             # Usually a full disk. Programs keep running.
             self._troubles.report("step", f"{error}; trying again")
@@ -153,7 +154,7 @@ class Daemon:
         for name, part in (
             ("upkeep", self._upkeep.step),
             ("operation", self._commands.advance),
-            ("metrics", lambda: self._fleet.metrics.publish(self._fleet.replicas.values())),
+            ("metrics", lambda: self._fleet.metrics.publish(self._fleet.programs.values())),
             ("metrics port", lambda: self._metrics_port.follow(self._fleet.config.metrics)),
             ("status", self._publish_status),
         ):
@@ -173,8 +174,8 @@ class Daemon:
 
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
-        running = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor_client.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
+        running = [replica.program for replica in self._fleet.programs.values()]
+        supervisord_config.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
             log.info("started with an older configuration than dp.toml: %s", ", ".join(outdated))
             self._commands.catch_up()
@@ -226,17 +227,17 @@ class Daemon:
         fleet = self._fleet
         fleet.stopping = True
         deadline = time.monotonic() + _SHUTDOWN_GRACE
-        for replica in fleet.replicas.values():
+        for replica in fleet.programs.values():
             fleet.stop(replica, "fd-dp is stopping")
         try:
-            while any(replica.state is ProgramState.STOPPING for replica in fleet.replicas.values()):
+            while any(replica.state is ProgramState.STOPPING for replica in fleet.programs.values()):
                 try:
                     fleet.step()
                 except SupervisorLost as error:
                     # supervisord binds a removed socket again within a second. If it hangs, it is killed.
                     if error.hangs or not self._supervisord.is_alive:
                         raise
-                fleet.metrics.publish(fleet.replicas.values())
+                fleet.metrics.publish(fleet.programs.values())
                 if time.monotonic() > deadline or {*self._wakeups.signals} - {signal.SIGHUP}:
                     log.warning("killing programs that have not ended: %s", status.one_line(fleet))
                     return

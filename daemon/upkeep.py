@@ -1,5 +1,6 @@
 """Upkeep of the daemon's directories, lock, socket and launch files.
- Users and cleanup jobs remove files in /run and /tmp, and disks fill up. Once a second each file is checked
+
+Users and cleanup jobs remove files in /run and /tmp, and disks fill up. Once a second each file is checked
 and, if it is gone, made again. Failures are reported.
 """
 
@@ -15,7 +16,7 @@ from typing import IO
 
 from ..common.errors import FastDeployError
 from .control.server import ControlServer
-from .process import supervisor_client
+from .process import supervisord_config
 from .supervision.fleet import Fleet
 from .supervision.router_sync import RouterSnapshot
 from .troubles import Troubles
@@ -107,15 +108,15 @@ class Upkeep:
         report("socket", self._server.listen())
         report("files", self._files_problem())
         report("intents", fleet.intents.save())
-        report("router", _router_problem(fleet.routed, fleet.router_has_been_up(_ROUTER_GRACE)))
+        report("router", _router_problem(fleet.router.snapshot, fleet.router_has_been_up(_ROUTER_GRACE)))
 
     def _files_problem(self) -> str:
-        programs = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor_client.make_log_directories(self._fleet.layout, programs)
-        if not self._fleet.adopted or supervisor_client.are_in_place(self._fleet.layout, programs):
+        programs = [replica.program for replica in self._fleet.programs.values()]
+        supervisord_config.make_log_directories(self._fleet.layout, programs)
+        if not self._fleet.adopted or supervisord_config.files_exist(self._fleet.layout, programs):
             return ""
         try:
-            self._fleet.write()
+            self._fleet.write_files()
         except OSError as error:
             return f"cannot write the launch files of programs: {error}"
         return ""

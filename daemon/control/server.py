@@ -1,5 +1,6 @@
 """The daemon's end of the control socket; protocol.py describes the protocol.
- Clients cannot block the daemon: unread messages are buffered up to a limit, and when there are too many
+
+Clients cannot block the daemon: unread messages are buffered up to a limit, and when there are too many
 clients, an idle one is disconnected.
 """
 

@@ -24,8 +24,8 @@ def status(
     problems: list[str],
 ) -> dict[str, Any]:
     """Return the answer to the command `status`. docs/fdctl.md describes its fields."""
-    replicas = [_entry(fleet, replica) for replica in fleet.replicas.values() if replica.name != ROUTER]
-    router = fleet.replicas.get(ROUTER)
+    replicas = [_entry(fleet, replica) for replica in fleet.replicas.values()]
+    router = fleet.programs.get(ROUTER)
     return {
         "daemon": {
             "pid": os.getpid(),
@@ -60,11 +60,11 @@ def why(fleet: Fleet, replica: SupervisedProgram, now: float) -> dict[str, Any]:
 
 def all_ready(fleet: Fleet) -> bool:
     """Return whether every program that should run is READY and every replica is registered."""
-    wanted = (replica for replica in fleet.replicas.values() if not replica.left_down)
+    wanted = (replica for replica in fleet.programs.values() if not replica.left_down)
     return (
         fleet.adopted
         and all(replica.state is ProgramState.READY for replica in wanted)
-        and fleet.all_registered()
+        and fleet.router.has_registered(fleet.replicas.values())
     )
 
 
@@ -73,13 +73,15 @@ def is_usable(fleet: Fleet) -> bool:
 
     The latter does not count if the operator has stopped all replicas.
     """
-    wanted = {replica.name: replica for replica in fleet.replicas.values() if not replica.left_down}
+    wanted = {replica.name: replica for replica in fleet.programs.values() if not replica.left_down}
     router = wanted.pop(ROUTER, None)
     states = {replica.state for replica in wanted.values()}
     if not fleet.adopted or states & {ProgramState.WAITING, ProgramState.STARTING}:
         return False
     # The router cannot use a replica that has not registered.
-    if router is not None and not (router.state is ProgramState.READY and fleet.all_registered()):
+    if router is not None and not (
+        router.state is ProgramState.READY and fleet.router.has_registered(fleet.replicas.values())
+    ):
         return False
     return ProgramState.READY in states or not states
 
@@ -88,16 +90,15 @@ def is_first_start(fleet: Fleet) -> bool:
     """Return whether a program has not been started yet, or is loading for the first time."""
     return not fleet.adopted or any(
         replica.state in (ProgramState.WAITING, ProgramState.STARTING) and not replica.restarts
-        for replica in fleet.replicas.values()
+        for replica in fleet.programs.values()
     )
 
 
 def one_line(fleet: Fleet) -> str:
     """ "7/8 ready, replica 4 loading 62%"."""
-    replicas = [replica for replica in fleet.replicas.values() if replica.name != ROUTER]
-    ready = sum(replica.state is ProgramState.READY for replica in replicas)
-    words = [f"{ready}/{len(replicas)} ready"]
-    for replica in fleet.replicas.values():
+    ready = sum(replica.state is ProgramState.READY for replica in fleet.replicas.values())
+    words = [f"{ready}/{len(fleet.replicas)} ready"]
+    for replica in fleet.programs.values():
         if replica.state is ProgramState.STARTING:
             progress = _number(replica.health.get("progress"))
             words.append(
@@ -121,7 +122,7 @@ def _entry(fleet: Fleet, replica: SupervisedProgram) -> dict[str, Any]:
         "host": replica.program.host,
         "port": replica.program.ports[0],
         "metrics_port": replica.program.ports[0 if number is None else 1],
-        "in_flight": fleet.in_flight(replica),
+        "in_flight": fleet.router.in_flight(replica),
         "progress": progress if replica.state is ProgramState.STARTING else None,
         "intent": str(replica.intent),
         "draining": replica.draining,
@@ -136,8 +137,8 @@ def _drain_confirmed(fleet: Fleet, replica: SupervisedProgram) -> bool | None:
     """Return whether the router confirms that it drains the replica; None if it should not be drained."""
     if not replica.draining:
         return None
-    row = fleet.row(replica)
-    return row.draining if row is not None else not fleet.routed.problem
+    row = fleet.router.row(replica)
+    return row.draining if row is not None else not fleet.router.snapshot.problem
 
 
 def _number(value: Any) -> float | None:

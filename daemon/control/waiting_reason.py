@@ -39,7 +39,7 @@ def waits_for(fleet: Fleet, replica: SupervisedProgram, now: float) -> str:
                 return f"a successful health check, or the operator: fdctl release {word}"
             left = supervise.unhealthy_kill_after - (now - replica.last_good)
             return f"a successful health check; it is killed in {_seconds(left)}"
-        case ProgramState.STOPPING if replica.failing:
+        case ProgramState.STOPPING if replica.kill_reason:
             return "its thread stacks; then it is killed"
         case ProgramState.STOPPING:
             return f"its last requests; it is killed in {_seconds(replica.program.stop_timeout - age)}"
@@ -55,13 +55,13 @@ def missing_at_the_router(fleet: Fleet, replica: SupervisedProgram) -> str:
 
     Return "" while the router does not answer, too: `fdctl status` reports that separately.
     """
-    if replica.name == ROUTER or replica.state is not ProgramState.READY or fleet.routed.problem:
+    if replica.name == ROUTER or replica.state is not ProgramState.READY or fleet.router.snapshot.problem:
         return ""
-    row = fleet.row(replica)
-    if row is not None and row.is_there:
+    row = fleet.router.row(replica)
+    if row is not None and row.in_service:
         return ""
     # The router was asked before the replica became READY.
-    if fleet.routed.at <= replica.since:
+    if fleet.router.snapshot.at <= replica.since:
         return ""
     if row is None or row.leaving:
         return f"not registered at the router; fdctl logs {_word(replica)} says why"
@@ -82,16 +82,14 @@ def next_try_in(replica: SupervisedProgram, now: float) -> float | None:
 
 
 def _turn(fleet: Fleet, replica: SupervisedProgram) -> str:
-    router = fleet.replicas.get(ROUTER)
+    router = fleet.programs.get(ROUTER)
     if (
         replica.name != ROUTER
         and router is not None
         and router.state in (ProgramState.WAITING, ProgramState.STARTING)
     ):
         return "the router, which starts first"
-    loading = [
-        r.label for r in fleet.replicas.values() if r.state is ProgramState.STARTING and r.name != ROUTER
-    ]
+    loading = [r.label for r in fleet.replicas.values() if r.state is ProgramState.STARTING]
     if replica.note.startswith(_WAITS_FOR):
         return replica.note.removeprefix(_WAITS_FOR)
     if not loading or replica.name == ROUTER:
@@ -104,14 +102,16 @@ def _turn(fleet: Fleet, replica: SupervisedProgram) -> str:
 def _ready_waits_for(fleet: Fleet, replica: SupervisedProgram) -> str:
     """Return what a READY replica waits for, or ""."""
     word = _word(replica)
-    if replica.draining and fleet.routed.problem:
-        return f"the router, which still sends it requests: {fleet.routed.problem}"
+    if replica.draining and fleet.router.snapshot.problem:
+        return f"the router, which still sends it requests: {fleet.router.snapshot.problem}"
     if replica.draining:
-        rest = fleet.in_flight(replica)
+        rest = fleet.router.in_flight(replica)
         left = f"the end of its requests ({rest} in flight), then for " if rest else ""
         return f"{left}the operator, who has drained it; fdctl undrain {word}"
-    if fleet.drains(replica):
-        return f"the end of its requests ({fleet.in_flight(replica) or 0} in flight); then it is stopped"
+    if fleet.router.drains(replica):
+        return (
+            f"the end of its requests ({fleet.router.in_flight(replica) or 0} in flight); then it is stopped"
+        )
     if replica.intent is Intent.HELD:
         return f"the operator, who holds it; fdctl release {word}"
     if missing_at_the_router(fleet, replica):

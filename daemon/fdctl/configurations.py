@@ -14,7 +14,7 @@ from ..config import masking
 from ..config.preflight import checked_programs_of, exposed_secrets
 from ..config.programs import Program, programs_of
 from ..control.protocol import OK
-from ..process import supervisor_client
+from ..process import supervisord_config
 from . import client
 
 
@@ -41,10 +41,10 @@ def render(options: argparse.Namespace) -> int:
         file, prefix = client.config_of_the_daemon(options)
     config = dp_toml.load(file.absolute(), prefix)
     programs = programs_of(config)
-    layout = supervisor_client.Layout(config.paths.run, config.paths.logs)
+    layout = supervisord_config.Layout(config.paths.run, config.paths.logs)
     if options.write:
         try:
-            supervisor_client.write(layout, programs)
+            supervisord_config.write_files(layout, programs)
         except OSError as error:
             raise FastDeployError(f"cannot write {error.filename or layout.run}: {error.strerror}") from None
         return OK
@@ -52,7 +52,7 @@ def render(options: argparse.Namespace) -> int:
         print(json.dumps([_shown(program, layout.run) for program in programs], indent=2))
         return OK
     print(f"; {layout.ini}")
-    print(supervisor_client.render(layout, programs))
+    print(supervisord_config.render(layout, programs))
     for program in programs:
         print(f"; {layout.launch / program.launch_name}")
         print(json.dumps(_shown(program, layout.run), indent=1))

@@ -115,7 +115,7 @@ class Commands:
         If there is none, the conversation ends with an error and the list is empty.
         """
         name = str(command.get("name", ""))
-        replicas = self._fleet.replicas
+        replicas = self._fleet.programs
         if name == "all":
             return [replica for replica in replicas.values() if replica.program.replica is not None]
         if found := replicas.get(name) or replicas.get(f"replica{name}"):

@@ -53,7 +53,7 @@ class IntentCommands:
             conversation.line(problem)
         log.info("%s: %s", command, ", ".join(replica.label for replica in replicas))
         self.has_released = self.has_released or command == "release"
-        if command == "drain" and not fleet.routed.problem and no_replica_accepting(fleet):
+        if command == "drain" and not fleet.router.snapshot.problem and no_replica_accepting(fleet):
             conversation.line("no replica takes requests now")
         if command == "drain" and wait:
             names = [replica.name for replica in replicas]
@@ -79,7 +79,7 @@ def apply(fleet: Fleet, command: str, replicas: list[SupervisedProgram]) -> str:
     """Record and apply a desired state. Return why it could not be saved, or ""."""
     problem = ""
     for replica in replicas:
-        problem = fleet.wish(replica, DESIRED_STATES[command](replica))
+        problem = fleet.set_desired(replica, DESIRED_STATES[command](replica))
         if command == "hold" and replica.state in FAILED:
             # It has ended, and a held program is not started again.
             fleet.stop(replica, HELD)
@@ -88,8 +88,10 @@ def apply(fleet: Fleet, command: str, replicas: list[SupervisedProgram]) -> str:
 
 def no_replica_accepting(fleet: Fleet) -> bool:
     """Return whether every READY replica is drained."""
-    replicas = [replica for replica in fleet.replicas.values() if replica.program.replica is not None]
-    return all(replica.state is not ProgramState.READY or fleet.drains(replica) for replica in replicas)
+    replicas = fleet.replicas.values()
+    return all(
+        replica.state is not ProgramState.READY or fleet.router.drains(replica) for replica in replicas
+    )
 
 
 def _advance(operation: Operation, conversation: Conversation) -> bool:

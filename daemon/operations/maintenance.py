@@ -33,7 +33,7 @@ def take_down(
     Args:
         for_good: it does not return, so drain it even if no other replica can take its requests.
     """
-    replica = fleet.replicas.get(name)
+    replica = fleet.programs.get(name)
     if replica is None:
         return
     if for_good or _has_substitute(fleet, name):
@@ -47,7 +47,7 @@ def take_down(
 
 def end(fleet: Fleet, name: str, why: str) -> Waiting:
     """Stop a program without draining it."""
-    while (replica := fleet.replicas.get(name)) is not None:
+    while (replica := fleet.programs.get(name)) is not None:
         fleet.stop(replica, why)
         if not replica.alive:
             return
@@ -59,14 +59,14 @@ def bring_up(fleet: Fleet, name: str, position: StepPosition) -> Operation:
 
     `startup_timeout` limits the wait.
     """
-    yield stage_event(fleet.replicas[name].program, "start", position)
-    while (replica := fleet.replicas[name]).state is not ProgramState.READY:
+    yield stage_event(fleet.programs[name].program, "start", position)
+    while (replica := fleet.programs[name]).state is not ProgramState.READY:
         if replica.state in FAILED or replica.state is ProgramState.STOPPED:
             return replica.note or "was stopped"
         if fleet.stopping:
             return "fd-dp is stopping"
         yield None
-    fleet.set_aside.discard(name)
+    fleet.router.maintenance.discard(name)
     problem = yield from _until_in_use(fleet, replica)
     if not problem:
         yield stage_event(replica.program, "ready", position)
@@ -81,27 +81,28 @@ def drain(fleet: Fleet, names: Iterable[str], position: StepPosition) -> Waiting
         return
     began = last_answer = fleet.now
     shown: dict[str, int] = {}
-    fleet.set_aside.update(left)
+    fleet.router.maintenance.update(left)
     while left:
         for name in left:
-            in_flight = fleet.in_flight(fleet.replicas[name]) or 0
+            in_flight = fleet.router.in_flight(fleet.programs[name]) or 0
             if shown.get(name) != in_flight:
                 shown[name] = in_flight
-                yield stage_event(fleet.replicas[name].program, "drain", position, in_flight)
+                yield stage_event(fleet.programs[name].program, "drain", position, in_flight)
         yield None
-        last_answer = last_answer if fleet.routed.problem else fleet.now
+        last_answer = last_answer if fleet.router.snapshot.problem else fleet.now
         for name in [*left]:
             took = fleet.now - began
-            label, rest = fleet.replicas[name].label, _requests(fleet.in_flight(fleet.replicas[name]) or 0)
+            label = fleet.programs[name].label
+            rest = _requests(fleet.router.in_flight(fleet.programs[name]) or 0)
             if not _serves(fleet, name):
-                yield f"{label}: {fleet.replicas[name].state} while it was drained"
+                yield f"{label}: {fleet.programs[name].state} while it was drained"
             elif is_drained(fleet, name, began):
                 fleet.metrics.drained(name, took)
             elif took >= timeout:
                 fleet.metrics.drained(name, took)
                 yield f"{label}: {rest} in flight after {timeout:g} s; resumed on other replicas"
             elif fleet.now - last_answer > _router_timeout(fleet):
-                yield f"{label}: not drained: {fleet.routed.problem}"
+                yield f"{label}: not drained: {fleet.router.snapshot.problem}"
             else:
                 continue
             left.remove(name)
@@ -112,27 +113,27 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
     began = fleet.now
     shown: dict[str, int] = {}
     reported = ""
-    while left := [name for name in names if name in fleet.replicas and not is_drained(fleet, name, began)]:
+    while left := [name for name in names if name in fleet.programs and not is_drained(fleet, name, began)]:
         for name in left:
-            replica = fleet.replicas[name]
+            replica = fleet.programs[name]
             if not replica.draining:
                 return f"{replica.label}: is no longer drained"
-            row = fleet.row(replica)
+            row = fleet.router.row(replica)
             if row is not None and row.draining and shown.get(name, 0) != row.in_flight:
                 shown[name] = row.in_flight
                 yield f"{replica.label}: {_requests(row.in_flight)} in flight"
-        if fleet.routed.problem not in ("", reported):
-            reported = fleet.routed.problem
+        if fleet.router.snapshot.problem not in ("", reported):
+            reported = fleet.router.snapshot.problem
             yield f"{reported}; until it does, it keeps sending requests to these replicas"
-        if not shown and fleet.routed.problem and fleet.now - began > _router_timeout(fleet):
-            return f"{fleet.routed.problem}; the drain takes effect as soon as it does"
+        if not shown and fleet.router.snapshot.problem and fleet.now - began > _router_timeout(fleet):
+            return f"{fleet.router.snapshot.problem}; the drain takes effect as soon as it does"
         yield None
     return ""
 
 
 def is_drained(fleet: Fleet, name: str, since: float) -> bool:
     """Return whether the router has confirmed the drain after `since`, or does not know the replica."""
-    look, row = fleet.routed, fleet.row(fleet.replicas[name])
+    look, row = fleet.router.snapshot, fleet.router.row(fleet.programs[name])
     if look.problem or look.at < since:
         return False
     return row is None or (row.draining and row.in_flight == 0)
@@ -142,7 +143,7 @@ def until_probed(fleet: Fleet) -> Waiting:
     """Wait until a new daemon knows which of the adopted programs are READY."""
     began = fleet.now
     while fleet.now - began < _FIRST_PROBES and any(
-        replica.state is ProgramState.STARTING and not replica.health for replica in fleet.replicas.values()
+        replica.state is ProgramState.STARTING and not replica.health for replica in fleet.programs.values()
     ):
         yield None
 
@@ -157,14 +158,14 @@ def until_others_are_back(fleet: Fleet, name: str) -> Waiting:
         missing = [
             f"{other.label} ({other.state})"
             for other in fleet.replicas.values()
-            if other.name != name and other.program.replica is not None
+            if other.name != name
             if other.intent is Intent.RUN and other.state in _RETURNING and not _serves(fleet, other.name)
         ]
         if not missing or fleet.stopping:
             return
         if not shown:
             shown = True
-            yield f"{fleet.replicas[name].label}: waits for {', '.join(missing)}"
+            yield f"{fleet.programs[name].label}: waits for {', '.join(missing)}"
         yield None
 
 
@@ -176,8 +177,8 @@ def _until_idle(fleet: Fleet, replica: SupervisedProgram, position: StepPosition
     yield f"{replica.label}: not drained, as no other replica takes requests; it is stopped when it has none"
     began, shown = fleet.now, -1
     while _serves(fleet, replica.name) and (took := fleet.now - began) < timeout:
-        in_flight = fleet.in_flight(replica)
-        if in_flight == 0 and fleet.routed.at > began:
+        in_flight = fleet.router.in_flight(replica)
+        if in_flight == 0 and fleet.router.snapshot.at > began:
             return
         if in_flight is None and took > _router_timeout(fleet):
             return
@@ -197,11 +198,11 @@ def _until_in_use(fleet: Fleet, replica: SupervisedProgram) -> Operation:
         return ""
     began, has_answered = fleet.now, False
     while True:
-        look, row = fleet.routed, fleet.row(replica)
+        look, row = fleet.router.snapshot, fleet.router.row(replica)
         has_answered |= look.at > began and not look.problem
         if replica.state is not ProgramState.READY:
             return replica.note or f"{replica.state} soon after it was READY"
-        if row is not None and row.is_there and row.draining == fleet.drains(replica):
+        if row is not None and row.in_service and row.draining == fleet.router.drains(replica):
             return ""
         waited = fleet.now - began
         if not has_answered and waited > _router_timeout(fleet):
@@ -217,22 +218,22 @@ def _until_in_use(fleet: Fleet, replica: SupervisedProgram) -> Operation:
 
 def _serves(fleet: Fleet, name: str) -> bool:
     """Return whether a replica is READY, or was adopted in use and not yet probed for a token."""
-    replica = fleet.replicas.get(name)
+    replica = fleet.programs.get(name)
     if replica is None or replica.program.replica is None:
         return False
-    row = fleet.row(replica)
-    used = replica.state is ProgramState.STARTING and row is not None and row.is_there
+    row = fleet.router.row(replica)
+    used = replica.state is ProgramState.STARTING and row is not None and row.in_service
     return replica.state is ProgramState.READY or used
 
 
 def _has_substitute(fleet: Fleet, name: str) -> bool:
     """Return whether another replica can take the requests of this one."""
     others = (other for other in fleet.replicas.values() if other.name != name)
-    return any(_serves(fleet, other.name) and not fleet.drains(other) for other in others)
+    return any(_serves(fleet, other.name) and not fleet.router.drains(other) for other in others)
 
 
 def _router_timeout(fleet: Fleet) -> float:
-    router = fleet.replicas.get(ROUTER)
+    router = fleet.programs.get(ROUTER)
     return _ROUTER_TIMEOUT if router is not None and not router.left_down else 0.0
 
 

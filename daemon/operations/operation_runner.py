@@ -89,7 +89,7 @@ class OperationRunner:
     def _finish(self, running: _Running, problem: str) -> None:
         self._running = None
         # The router learns of it when it is asked next.
-        self._fleet.set_aside.clear()
+        self._fleet.router.maintenance.clear()
         self.last_end = self._fleet.now
         try:
             running.on_end(problem)

@@ -105,11 +105,11 @@ class Reloader:
             if problem:
                 self._fleet.configure(*old)
                 return
-            self._fleet.intents.keep_only(self._fleet.replicas)
-            router = self._fleet.replicas[ROUTER]
+            self._fleet.intents.keep_only(self._fleet.programs)
+            router = self._fleet.programs[ROUTER]
             if config.router.api_keys_file and router.alive and all(s.program.name != ROUTER for s in steps):
                 # The key file may have changed although its name has not.
-                self._fleet.give_flags(router.program)
+                self._fleet.update_router_flags(router.program)
 
         self._runner.begin("reload", rollout.roll(self._fleet, steps), conversation, on_end)
 
@@ -118,7 +118,7 @@ class Reloader:
 
         Raises FastDeployError if a step needs the port of a held program.
         """
-        replicas = self._fleet.replicas
+        replicas = self._fleet.programs
         held = {name for name, replica in replicas.items() if replica.intent is Intent.HELD}
         wanted = [program for program in programs if program.name not in held]
         wanted += [replicas[name].program for name in held]
@@ -135,7 +135,7 @@ class Reloader:
 
     def _postponed(self, programs: list[Program]) -> list[str]:
         """Return a line for each step that waits for the release of its program."""
-        replicas = self._fleet.replicas.values()
+        replicas = self._fleet.programs.values()
         held = [replica.program for replica in replicas if replica.intent is Intent.HELD]
         wanted = [program for program in programs if program.name in {each.name for each in held}]
         return [f"postponed until it is released: {step}" for step in plan(held, wanted)]

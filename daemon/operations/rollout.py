@@ -37,14 +37,14 @@ def roll(fleet: Fleet, steps: list[Step]) -> Operation:
                 yield from _undo(fleet, undo, position)
             return f"{name}: {problem}; the old configuration is restored"
         if program.name != ROUTER and step.new is not None:
-            canary = canary and fleet.replicas[program.name].left_down
+            canary = canary and fleet.programs[program.name].left_down
     return ""
 
 
 def restart(fleet: Fleet, names: list[str]) -> Operation:
     """Stop and start programs, one at a time, each with its current configuration."""
     for index, name in enumerate(names, 1):
-        replica, position = fleet.replicas[name], StepPosition(index, len(names))
+        replica, position = fleet.programs[name], StepPosition(index, len(names))
         if len(names) > 1:
             if replica.intent is not Intent.RUN:
                 continue  # stopped and held programs are restarted only by name
@@ -53,7 +53,7 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
         if problem := _clear_stopped(fleet, replica):
             yield problem
         yield from take_down(fleet, name, "restart", position)
-        fleet.want(replica, "restart")
+        fleet.request_start(replica, "restart")
         problem = yield from bring_up(fleet, name, position)
         if problem:
             return f"{replica.label}: {problem}"
@@ -63,30 +63,30 @@ def restart(fleet: Fleet, names: list[str]) -> Operation:
 def start(fleet: Fleet, names: list[str]) -> Operation:
     """Start programs at the same time and wait for each."""
     for name in names:
-        if problem := _clear_stopped(fleet, fleet.replicas[name]):
+        if problem := _clear_stopped(fleet, fleet.programs[name]):
             yield problem
-        fleet.want(fleet.replicas[name], "start")
+        fleet.request_start(fleet.programs[name], "start")
     for index, name in enumerate(names, 1):
         problem = yield from bring_up(fleet, name, StepPosition(index, len(names)))
         if problem:
-            return f"{fleet.replicas[name].label}: {problem}"
-        yield f"{fleet.replicas[name].label}: READY"
+            return f"{fleet.programs[name].label}: {problem}"
+        yield f"{fleet.programs[name].label}: READY"
     return ""
 
 
 def stop(fleet: Fleet, names: list[str]) -> Operation:
     """Drain and stop programs at the same time, and keep them down until `start` or `restart`."""
     for name in names:
-        replica = fleet.replicas[name]
-        if problem := fleet.wish(replica, DesiredState(Intent.STOPPED, replica.draining)):
+        replica = fleet.programs[name]
+        if problem := fleet.set_desired(replica, DesiredState(Intent.STOPPED, replica.draining)):
             yield problem
     yield from drain(fleet, names, StepPosition())
     for name in names:
-        fleet.stop(fleet.replicas[name], STOPPED)
+        fleet.stop(fleet.programs[name], STOPPED)
     for index, name in enumerate(names, 1):
-        yield stage_event(fleet.replicas[name].program, "stop", StepPosition(index, len(names)))
+        yield stage_event(fleet.programs[name].program, "stop", StepPosition(index, len(names)))
         yield from end(fleet, name, STOPPED)
-        yield f"{fleet.replicas[name].label}: stopped"
+        yield f"{fleet.programs[name].label}: stopped"
     return ""
 
 
@@ -97,15 +97,15 @@ def _apply(fleet: Fleet, step: Step, position: StepPosition) -> Operation:
     for each in (*step.clears, name):
         yield from until_others_are_back(fleet, each)
         yield from take_down(fleet, each, "new configuration", position, for_good=step.new is None)
-    problem = yield from retry_until_accepted(lambda: fleet.put(name, step.new))
+    problem = yield from retry_until_accepted(lambda: fleet.replace_program(name, step.new))
     if problem:
         # Usually a full disk. The old configuration can still be started.
-        if (known := fleet.replicas.get(name)) is not None and not known.left_down:
-            fleet.want(known, "new configuration failed")
+        if (known := fleet.programs.get(name)) is not None and not known.left_down:
+            fleet.request_start(known, "new configuration failed")
         return problem
-    if step.new is None or fleet.replicas[name].intent is Intent.STOPPED:
+    if step.new is None or fleet.programs[name].intent is Intent.STOPPED:
         return ""
-    fleet.want(fleet.replicas[name], "new configuration")
+    fleet.request_start(fleet.programs[name], "new configuration")
     return (yield from bring_up(fleet, name, position))
 
 
@@ -121,7 +121,7 @@ def _port_holders(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
     """Return the names of other programs that have one of its ports."""
     if program is None:
         return ()
-    others = (replica.program for replica in fleet.replicas.values() if replica.name != program.name)
+    others = (replica.program for replica in fleet.programs.values() if replica.name != program.name)
     return tuple(other.name for other in others if set(other.ports) & set(program.ports))
 
 
@@ -129,4 +129,4 @@ def _clear_stopped(fleet: Fleet, replica: SupervisedProgram) -> str:
     """Reset the intent STOPPED to RUN. Return why that could not be saved, or ""."""
     if replica.intent is not Intent.STOPPED:
         return ""
-    return fleet.wish(replica, DesiredState(Intent.RUN, replica.draining))
+    return fleet.set_desired(replica, DesiredState(Intent.RUN, replica.draining))

@@ -9,7 +9,7 @@ from ..config.programs import ROUTER, Program, admin_socket
 from ..supervision import router_client
 from ..supervision.fleet import Fleet
 from ..supervision.program_state import FAILED, ProgramState
-from ..supervision.router_client import Flags, InBackground, RouterSilent
+from ..supervision.router_client import BackgroundCall, Flags, RouterUnavailable
 from .operation import Operation, StepPosition, retry_until_accepted, stage_event
 
 log = logging.getLogger("fd-dp")
@@ -23,10 +23,10 @@ def reload(fleet: Fleet, program: Program, position: StepPosition) -> Operation:
 
     On failure the caller rolls back.
     """
-    replica = fleet.replicas[program.name]
+    replica = fleet.programs[program.name]
     yield stage_event(program, "reload", position)
     before = yield from _ask(fleet)
-    problem = yield from retry_until_accepted(lambda: fleet.give_flags(program))
+    problem = yield from retry_until_accepted(lambda: fleet.update_router_flags(program))
     if problem:
         return problem
     began = fleet.now
@@ -52,7 +52,7 @@ def has_old_flags(fleet: Fleet) -> bool:
 
     This happens when a daemon is killed after it has written the file and before it sends the signal.
     """
-    router = fleet.replicas.get(ROUTER)
+    router = fleet.programs.get(ROUTER)
     if router is None or router.state is not ProgramState.READY:
         return False
     last = router.health.get("reload")
@@ -63,7 +63,7 @@ def has_old_flags(fleet: Fleet) -> bool:
 def signal_again(fleet: Fleet) -> None:
     """Tell the router to read its flags file. Raises SupervisorError or OSError."""
     log.warning("router: its flags differ from those in its file; sending SIGHUP")
-    fleet.give_flags(fleet.replicas[ROUTER].program)
+    fleet.update_router_flags(fleet.programs[ROUTER].program)
 
 
 def _was_rejected(before: Flags | None, now: Flags | None) -> bool:
@@ -73,10 +73,10 @@ def _was_rejected(before: Flags | None, now: Flags | None) -> bool:
 
 
 def _ask(fleet: Fleet) -> Generator[None, None, Flags | None]:
-    call = InBackground(lambda: router_client.flags(admin_socket(fleet.layout.run)))
+    call = BackgroundCall(lambda: router_client.flags(admin_socket(fleet.layout.run)))
     while not call.is_done:
         yield None
     try:
         return call.result()
-    except RouterSilent:
+    except RouterUnavailable:
         return None

@@ -41,17 +41,25 @@ def config() -> Config:
 class Seen:
     """As much of a fleet as `waits_for` looks at."""
 
-    replicas: dict[str, SupervisedProgram] = field(default_factory=dict)
+    programs: dict[str, SupervisedProgram] = field(default_factory=dict)
     config: Config = field(default_factory=config)
     busy: int | None = 0
-    routed: RouterSnapshot = field(default_factory=lambda: RouterSnapshot(problem=""))
+    snapshot: RouterSnapshot = field(default_factory=lambda: RouterSnapshot(problem=""))
+
+    @property
+    def replicas(self) -> dict[str, SupervisedProgram]:
+        return {name: one for name, one in self.programs.items() if not one.is_router}
+
+    @property
+    def router(self) -> Seen:
+        return self
 
     def row(self, replica: SupervisedProgram) -> None:
         """The router has not been asked."""
 
     def add(self, number: int | None, state: ProgramState, **other: Any) -> SupervisedProgram:
         one = SupervisedProgram(program(number), state, since=NOW - 12, **other)
-        self.replicas[one.name] = one
+        self.programs[one.name] = one
         return one
 
     def in_flight(self, replica: SupervisedProgram) -> int | None:
@@ -98,7 +106,7 @@ class Seen:
             "a successful health check, or the operator: fdctl release 1",
         ),
         (ProgramState.STOPPING, {}, "its last requests; it is killed in 18 s"),
-        (ProgramState.STOPPING, {"failing": "hangs"}, "its thread stacks; then it is killed"),
+        (ProgramState.STOPPING, {"kill_reason": "hangs"}, "its thread stacks; then it is killed"),
         (ProgramState.BACKOFF, {"next_try": NOW + 7.4}, "its next restart, in 7 s"),
         (ProgramState.QUARANTINED, {"next_try": NOW + 400}, "its next restart, in 400 s"),
         (ProgramState.BACKOFF, {"next_try": float("inf")}, "the end of fd-dp"),

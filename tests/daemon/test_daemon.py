@@ -292,7 +292,7 @@ def test_a_replica_that_generates_no_token_is_not_ready(running: Running) -> Non
     running.write(extra_args=("--no-word",), startup_timeout=4)
     running.start()
     wait_until(lambda: "ERROR (not READY within 4 s" in _log(running), "replica given up")
-    assert "a token failed: the network returns NaN" in running.log()
+    assert "token probe failed: the network returns NaN" in running.log()
 
 
 def test_a_replica_that_stops_answering_is_killed_and_started_again(running: Running, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_a_replica_that_stops_answering_is_killed_and_started_again(running: Run
     wait_until(lambda: not alive(before["replica0"]), "hanging replica 0 killed")
     hang.unlink()
     running.wait_ready_again("replica0", before["replica0"])
-    assert "no good health check for 2 s" in running.log()
+    assert "no successful health check for 2 s" in running.log()
 
 
 def test_sd_notify_reports_status_ready_and_stopping_and_children_cannot(running: Running) -> None:

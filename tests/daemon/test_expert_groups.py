@@ -15,7 +15,7 @@ import pytest
 from fastdeploy.daemon.config import loader as dp_toml
 from fastdeploy.daemon.config.programs import expert_group_of, programs_of
 from fastdeploy.daemon.control import protocol
-from fastdeploy.daemon.process import supervisor_client
+from fastdeploy.daemon.process import supervisord_config
 
 from ..quiet_group import QuietGroup
 from .conftest import FDCTL
@@ -36,8 +36,8 @@ def launched(prefix: Path, parallel: str = "") -> str:
     """As if a daemon had written its files; returns the name of the replicas' group."""
     text = f'[model]\npath = "demo"\n[parallel]\ndata_parallel_size = 4\n{parallel}\n'
     config = dp_toml.parse(text, "dp.toml", prefix, prefix)
-    supervisor_client.write(
-        supervisor_client.Layout(config.paths.run, config.paths.logs), programs_of(config)
+    supervisord_config.write_files(
+        supervisord_config.Layout(config.paths.run, config.paths.logs), programs_of(config)
     )
     return expert_group_of(config)
 

@@ -120,7 +120,7 @@ def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.wish(replica, DesiredState(Intent.STOPPED))
+    world.fleet.set_desired(replica, DesiredState(Intent.STOPPED))
     world.fleet.stop(replica, "stopped")
     world.pass_time(1.0)
     assert replica.state is ProgramState.STOPPED
@@ -156,7 +156,7 @@ def test_after_box_budget_failures_a_further_one_pauses_its_replica(tmp_path: Pa
     note = world.fleet.replicas["replica1"].note
     assert "paused until no replica has failed for 30 s: 5 failures within 600 s on this machine" in note
     # The router is tried all the same.
-    assert world.fleet.replicas["router"].state is ProgramState.BACKOFF
+    assert world.fleet.programs["router"].state is ProgramState.BACKOFF
 
 
 def test_paused_replicas_come_back_one_at_a_time_when_the_machine_is_calm(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_wrong_flag_is_tried_again_slowly_from_the_first_and_says_so(tmp_path:
     assert (replica.state, replica.cause) == (ProgramState.QUARANTINED, Cause.FLAG)
     assert replica.next_try - world.now == 500
     assert "exit status 2 (wrong flag); its last error: api_server: ERROR (unrecognized" in replica.note
-    assert replica.note.endswith("quarantined: a wrong flag will not heal by itself")
+    assert replica.note.endswith("quarantined: a retry cannot fix a wrong flag")
 
 
 def test_each_end_is_counted_with_its_cause_and_each_start_with_its_time(tmp_path: Path) -> None:

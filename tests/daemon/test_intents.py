@@ -191,10 +191,10 @@ def test_a_held_replica_is_not_killed_for_being_silent(tmp_path: Path) -> None:
     world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=60)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.wish(replica, DesiredState(Intent.HELD))
+    world.fleet.set_desired(replica, DesiredState(Intent.HELD))
     world.probes.good.discard("replica0")
     world.pass_time(1000.0)
     assert world.names(ProgramState.UNHEALTHY) == {"replica0"}
-    world.fleet.wish(replica, DesiredState(Intent.RUN))
+    world.fleet.set_desired(replica, DesiredState(Intent.RUN))
     world.pass_time(1.0)
     assert replica.state is ProgramState.STOPPING

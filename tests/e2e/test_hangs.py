@@ -131,7 +131,9 @@ def test_a_worker_that_is_stopped_under_work_tells_where_it_was_and_comes_back(s
 
     after = wait_back(system, victim, arbiter)
     assert (after["cause"], after["restarts"]) == ("hang", 1)
-    assert re.search(rf"replica {victim}: ERROR \(hangs: no step for \d+ s, 1 in hand\)", log(system))
+    assert re.search(
+        rf"replica {victim}: ERROR \(hangs: no step for \d+ s, requests in flight: 1\)", log(system)
+    )
     told = output(system, victim)
     assert re.search(r'File ".*/worker\.py", line \d+ in serve$', told, re.MULTILINE), "the worker's stacks"
     assert re.search(r'File ".*/engine_client\.py", line \d+ in _run$', told, re.MULTILINE), (
@@ -152,7 +154,7 @@ def test_an_http_process_that_is_stopped_is_found_by_its_silence(system: System)
     assert wait_back(system, 0, arbiter)["cause"] == "hang"
     # Whichever is noticed first.
     assert re.search(
-        r"replica 0: ERROR \((no good health check for 6 s|idle, and gave no token)", log(system)
+        r"replica 0: ERROR \((no successful health check for 6 s|idle, but no token)", log(system)
     )
     assert output(system, 0).count("in select") > before, "its loop's stack"
 
@@ -190,6 +192,6 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(
         assert answer.status_code == 200
         assert wait_back(system, 1, arbiters[1])["cause"] == "hang"
         assert system.replica_process(0).pid == arbiters[0].pid
-        assert "replica 1: ERROR (hangs: in the way of others" in log(system)
+        assert "replica 1: ERROR (hangs: other ranks have waited" in log(system)
     finally:
         system.stop()
