@@ -26,8 +26,8 @@ from .loader import Config
 ROUTER = "router"
 
 #: Seconds that in-flight requests get after SIGTERM; then their streams end with an error event. The router
-#: forwards that event, so it lives longer than the replicas. The sum, with the time a worker needs to end, is
-#: less than the daemon's shutdown grace period. `extra_args` can override both.
+#: forwards that event, so it gets more time than the replicas. Both are less than the daemon's shutdown grace
+#: period (main.py). `extra_args` can override them.
 _REPLICA_GRACE = 5
 _ROUTER_GRACE = 8
 _GROUP_FLAG = "--expert-parallel-group"

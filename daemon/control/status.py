@@ -1,4 +1,4 @@
-"""What the daemon says about itself: the stable schema of `fdctl status --json`, and one line of it."""
+"""The daemon's status: the stable schema of `fdctl status --json`, and a one-line summary."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def status(
     supervisord: int,
     problems: list[str],
 ) -> dict[str, Any]:
+    """Return the answer to the command `status`. docs/fdctl.md describes its fields."""
     replicas = [_entry(fleet, replica) for replica in fleet.replicas.values()]
     router = fleet.programs.get(ROUTER)
     return {
@@ -45,7 +46,7 @@ def status(
 
 
 def why(fleet: Fleet, replica: SupervisedProgram, now: float) -> dict[str, Any]:
-    """What `fdctl why` adds to the status of one program."""
+    """Return the answer to the command `why`: the status of a program and more about it."""
     return {
         **_entry(fleet, replica),
         "for": round(max(0.0, now - replica.since), 1),
@@ -58,7 +59,7 @@ def why(fleet: Fleet, replica: SupervisedProgram, now: float) -> dict[str, Any]:
 
 
 def all_ready(fleet: Fleet) -> bool:
-    """Everything that is not held answers, and the router knows all of it."""
+    """Return whether every program that should run is READY and every replica is registered."""
     wanted = (replica for replica in fleet.programs.values() if not replica.left_down)
     return (
         fleet.adopted
@@ -68,13 +69,16 @@ def all_ready(fleet: Fleet) -> bool:
 
 
 def is_usable(fleet: Fleet) -> bool:
-    """Requests are answered, unless the operator wants none to be, and everything has been tried once."""
+    """Return whether every program has been started once and requests are answered.
+
+    The latter does not count if the operator has stopped all replicas.
+    """
     wanted = {replica.name: replica for replica in fleet.programs.values() if not replica.left_down}
     router = wanted.pop(ROUTER, None)
     states = {replica.state for replica in wanted.values()}
     if not fleet.adopted or states & {ProgramState.WAITING, ProgramState.STARTING}:
         return False
-    # Until the router knows a replica it has nobody to give a request to.
+    # The router cannot use a replica that has not registered.
     if router is not None and not (
         router.state is ProgramState.READY and fleet.router.has_registered(fleet.replicas.values())
     ):
@@ -83,7 +87,7 @@ def is_usable(fleet: Fleet) -> bool:
 
 
 def is_first_start(fleet: Fleet) -> bool:
-    """Something has not been tried yet, or loads for the first time: there is more to wait for."""
+    """Return whether a program has not been started yet, or is loading for the first time."""
     return not fleet.adopted or any(
         replica.state in (ProgramState.WAITING, ProgramState.STARTING) and not replica.restarts
         for replica in fleet.programs.values()
@@ -130,7 +134,7 @@ def _entry(fleet: Fleet, replica: SupervisedProgram) -> dict[str, Any]:
 
 
 def _drain_confirmed(fleet: Fleet, replica: SupervisedProgram) -> bool | None:
-    """Return whether the router confirms that it drains the replica; None if it is not to be drained."""
+    """Return whether the router confirms that it drains the replica; None if it should not be drained."""
     if not replica.draining:
         return None
     row = fleet.router.row(replica)

@@ -30,10 +30,12 @@ _OPERATIONS = {"start": rollout.start, "stop": rollout.stop, "restart": rollout.
 
 
 class Commands:
-    """Args:
-    prefix: as in `config.loader.load`.
-    programs_for: returns the programs of a configuration, or raises ConfigError.
-    describe: returns the answer to the command `status`.
+    """Carries out commands of fdctl, and reloads on SIGHUP.
+
+    Args:
+        prefix: as in `config.loader.load`.
+        programs_for: returns the programs of a configuration, or raises ConfigError.
+        describe: returns the answer to the command `status`.
     """
 
     def __init__(

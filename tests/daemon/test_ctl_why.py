@@ -76,13 +76,13 @@ class Seen:
         (
             ProgramState.READY,
             {"draining": True},
-            "the end of its requests (2 in flight), then for the operator: the router gives it nothing new; "
+            "the end of its requests (2 in flight), then for the operator, who has drained it; "
             "fdctl undrain 1",
         ),
         (
             ProgramState.READY,
             {"intent": Intent.HELD},
-            "the operator: nobody else touches it; fdctl release 1",
+            "the operator, who holds it; fdctl release 1",
         ),
         (ProgramState.STOPPED, {"intent": Intent.STOPPED}, "the operator: fdctl start 1"),
         (ProgramState.STOPPED, {"intent": Intent.HELD}, "the operator: fdctl start 1"),
@@ -98,17 +98,17 @@ class Seen:
             {"paused": True, "next_try": NOW - 1},
             "its turn: paused replicas start one at a time",
         ),
-        (ProgramState.STARTING, {}, "its first token; it is given up in 588 s"),
-        (ProgramState.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),
+        (ProgramState.STARTING, {}, "its first token; it counts as failed in 588 s"),
+        (ProgramState.UNHEALTHY, {"last_good": NOW - 20}, "a successful health check; it is killed in 40 s"),
         (
             ProgramState.UNHEALTHY,
             {"last_good": NOW - 20, "intent": Intent.HELD},
-            "a good health check, or the operator: fdctl release 1",
+            "a successful health check, or the operator: fdctl release 1",
         ),
         (ProgramState.STOPPING, {}, "its last requests; it is killed in 18 s"),
-        (ProgramState.STOPPING, {"kill_reason": "hangs"}, "the stacks of its threads; then it is killed"),
-        (ProgramState.BACKOFF, {"next_try": NOW + 7.4}, "its next try, in 7 s"),
-        (ProgramState.QUARANTINED, {"next_try": NOW + 400}, "its next try, in 400 s"),
+        (ProgramState.STOPPING, {"kill_reason": "hangs"}, "its thread stacks; then it is killed"),
+        (ProgramState.BACKOFF, {"next_try": NOW + 7.4}, "its next restart, in 7 s"),
+        (ProgramState.QUARANTINED, {"next_try": NOW + 400}, "its next restart, in 400 s"),
         (ProgramState.BACKOFF, {"next_try": float("inf")}, "the end of fd-dp"),
         (ProgramState.WAITING, {}, "the end of its old process"),
     ],
@@ -176,7 +176,7 @@ def test_a_fleet_that_is_not_well_is_explained(running: Running) -> None:
     assert "router: " not in told
     one, two, three = ("replica " + part for part in told.split("replica ")[1:])
     assert one.startswith("replica 0: BACKOFF for ")
-    assert "waits for: its next try, in " in one
+    assert "waits for: its next restart, in " in one
     assert "last exit: terminated by SIGKILL (cause: killed), " in one
     assert two.startswith("replica 1: STOPPED for ")
     assert "wanted: down: stopped by the operator" in two

@@ -246,7 +246,7 @@ def test_a_second_daemon_on_the_same_prefix_is_refused_in_one_line(running: Runn
     output, _ = second.communicate(timeout=20)
     assert second.returncode == 1
     assert output.count("\n") == 1
-    assert f"another fd-dp, pid {first.pid}, works in" in output
+    assert f"another fd-dp, pid {first.pid}, uses" in output
     assert running.pids() == before
 
 

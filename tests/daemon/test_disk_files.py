@@ -197,7 +197,7 @@ def test_a_removed_lock_is_taken_again(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     (tmp_path / "fd-dp.lock").unlink()
     assert lock.keep() == ""
-    with pytest.raises(FastDeployError, match=f"another fd-dp, pid {os.getpid()}, works in"):
+    with pytest.raises(FastDeployError, match=f"another fd-dp, pid {os.getpid()}, uses"):
         Lock(tmp_path)
     lock.release()
 

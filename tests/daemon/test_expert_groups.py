@@ -109,7 +109,7 @@ def test_where_there_is_no_group_one_line_says_why_and_the_exit_code_is_its_own(
 ) -> None:
     done = fdctl("ep")
     assert done.returncode == protocol.NO_DAEMON
-    assert f"no fd-dp has been in {tmp_path}/run" in done.stderr
+    assert f"no fd-dp has used {tmp_path}/run" in done.stderr
 
     launched(tmp_path, "expert_parallel = false")
     done = fdctl("ep")
@@ -151,9 +151,9 @@ def test_neither_the_daemon_nor_fdctl_imports_paddle_or_numpy(
     new_group(launched(tmp_path)).join(0)
     program = (
         "import sys, fastdeploy.daemon.main\n"
-        "from fastdeploy.daemon import ctl\n"
+        "from fastdeploy.daemon.fdctl import main\n"
         f"sys.argv = ['fdctl', '--prefix', {str(tmp_path)!r}, 'ep']\n"
-        "code = ctl.main()\n"
+        "code = main.main()\n"
         "print(code, *{'paddle', 'numpy'} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
