@@ -1,4 +1,4 @@
-"""A replica as a rank of an expert-parallel group: what all of them must agree on, and what it does there."""
+"""A replica as a rank of an expert-parallel group."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from ..weights.weight_cache import Packing
 from .cpu_share import CpuShare
 from .model_runner import ModelRunner
 
-#: Tokens of a rank in one collective. A step with more takes several: what travels must fit into the shared
-#: memory that a container has, and for so many rows an expert's weights are well worth reading.
+#: Maximum tokens of a rank in one collective; a step with more takes several. The exchange buffers must fit
+#: into the shared memory of a container, and 128 rows are enough to amortise reading the weights of an
+#: expert.
 _ROUND_TOKENS = 128
-#: Less than the API process has patience with a worker that ends.
+#: Less than the time that the API process gives a worker to end.
 _LEAVE_SECONDS = 3.0
 
 
 class Rank:
-    """A member, and what it does while it has no work of its own."""
+    """A member of the group and its work for the other ranks."""
 
     def __init__(self, group: ExpertGroup, runner: ModelRunner) -> None:
         self.group = group
@@ -32,7 +33,7 @@ class Rank:
 
     @classmethod
     def join(cls, config: EngineConfig, model: ModelConfig, runner: ModelRunner, share: CpuShare) -> Rank:
-        """Joins the group that `config` names. From here on `runner` computes with the others.
+        """Join the group named by `config`; `runner` then computes together with the other ranks.
 
         Raises:
             ConfigError: see `group.join`.
@@ -54,23 +55,23 @@ class Rank:
 
     @property
     def is_wanted(self) -> bool:
-        """A step of the others has begun, or is about to."""
+        """True if another rank has begun a step or is about to."""
         return self.group.awake or self.group.is_called
 
-    def assist(self) -> None:
-        """Takes part in a step of the others, if there is one."""
+    def execute_dummy_batch(self) -> None:
+        """Take part in a step of the other ranks, if there is one."""
         self.group.attend()
         if self.is_wanted:
-            self._runner.assist()
+            self._runner.execute_dummy_batch()
 
     def leave(self) -> None:
-        """Lets the others take over this rank's experts, between two steps."""
+        """Leave the group between two steps; the other ranks take over this rank's experts."""
         self.group.request_leave()
         deadline = time.monotonic() + _LEAVE_SECONDS
         while self.group.is_member and time.monotonic() < deadline:
             if not self.is_wanted:
                 self.group.wakeups.poll(0.1)
-            self.assist()
+            self.execute_dummy_batch()
         self.group.close()
 
 
@@ -98,7 +99,7 @@ def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
 
 
 def _fingerprint(config: EngineConfig) -> dict[str, object]:
-    """What texts depend on."""
+    """Return everything that the generated texts depend on; all ranks must agree on it."""
     packing = Packing(config.model, config.weight_format, config.qkv_order).metadata()
     return {
         "checkpoint": packing["checkpoint"],

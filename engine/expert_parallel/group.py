@@ -80,19 +80,19 @@ class ExpertGroup:
         layout = memory.layout
         self._native = NativeGroup(
             GroupShape(
-                seat=options.seat,
-                num_seats=layout.num_seats,
+                rank=options.seat,
+                num_ranks=layout.num_seats,
                 num_layers=layout.num_layers,
                 num_experts=layout.num_experts,
                 max_tokens=layout.max_tokens,
                 k=layout.k,
                 hidden=layout.hidden,
                 words=layout.words,
-                first_seat=layout.first_seat,
-                seat_bytes=layout.seat_bytes,
-                served=layout.served,
-                targets=layout.targets,
-                places=layout.places,
+                first_rank_offset=layout.first_seat,
+                rank_bytes=layout.seat_bytes,
+                expert_token_counts=layout.expert_token_counts,
+                dispatch_targets=layout.dispatch_targets,
+                return_slots=layout.return_slots,
                 tokens=layout.tokens,
                 results=layout.results,
             ),
@@ -232,7 +232,7 @@ class ExpertGroup:
             self._memory.pages,
             np.uint64,
             layout.num_layers * layout.num_experts,
-            layout.seat(self.seat) + layout.served,
+            layout.seat(self.seat) + layout.expert_token_counts,
         )
         return served.reshape(layout.num_layers, layout.num_experts).sum(axis=0).tolist()
 
@@ -415,7 +415,7 @@ class ExpertGroup:
 
     def _wake_all(self) -> None:
         """After a commit or a request: those in a collective, and those that sleep."""
-        self._native.ring()
+        self._native.wake_waiters()
         self._peers.call_all()
 
 

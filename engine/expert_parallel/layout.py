@@ -58,20 +58,20 @@ class Layout:
     # ---- within the part of a seat
 
     @property
-    def served(self) -> int:
+    def expert_token_counts(self) -> int:
         return _ROW_BYTES
 
     @property
-    def targets(self) -> int:
-        return self.served + _rounded_up(8 * self.num_layers * self.num_experts, _ALIGNMENT)
+    def dispatch_targets(self) -> int:
+        return self.expert_token_counts + _rounded_up(8 * self.num_layers * self.num_experts, _ALIGNMENT)
 
     @property
-    def places(self) -> int:
-        return self.targets + _rounded_up(4 * self.max_tokens * self.k, _ALIGNMENT)
+    def return_slots(self) -> int:
+        return self.dispatch_targets + _rounded_up(4 * self.max_tokens * self.k, _ALIGNMENT)
 
     @property
     def tokens(self) -> int:
-        return _rounded_up(self.places + 4 * self.num_seats * self.max_tokens * self.k, _PAGE)
+        return _rounded_up(self.return_slots + 4 * self.num_seats * self.max_tokens * self.k, _PAGE)
 
     @property
     def results(self) -> int:

@@ -235,7 +235,7 @@ class Membership:
         total = [0] * count
         for seat in seats:
             served = (ctypes.c_uint64 * count).from_buffer(
-                self._memory.pages, layout.seat(seat) + layout.served
+                self._memory.pages, layout.seat(seat) + layout.expert_token_counts
             )
             total = [sum(pair) for pair in zip(total, served, strict=True)]
         return [total[i : i + layout.num_experts] for i in range(0, count, layout.num_experts)]

@@ -40,14 +40,18 @@ class Pair:
         self.row.arrived, self.row.begun, self.row.dispatched, self.row.combined = EPOCH, stamp, stamp, stamp
         self.row.step_tokens[1] = TOKENS
         self.row.tokens = TOKENS << 8 | ELEMENT
-        self.targets = self._numbers(1, layout.targets, MAX_TOKENS * K)
-        self.places = self._numbers(1, layout.places, SEATS * MAX_TOKENS * K)
+        self.dispatch_targets = self._numbers(1, layout.dispatch_targets, MAX_TOKENS * K)
+        self.return_slots = self._numbers(1, layout.return_slots, SEATS * MAX_TOKENS * K)
         # To each of the four experts, of which a seat has every other.
-        self.targets[:] = [expert % EXPERTS << 6 | expert % SEATS for expert in range(MAX_TOKENS * K)]
-        self.places[:] = np.arange(SEATS * MAX_TOKENS * K) % (MAX_TOKENS * K)
-        self.own_targets = self._numbers(0, layout.targets, MAX_TOKENS * K)
+        self.dispatch_targets[:] = [
+            expert % EXPERTS << 6 | expert % SEATS for expert in range(MAX_TOKENS * K)
+        ]
+        self.return_slots[:] = np.arange(SEATS * MAX_TOKENS * K) % (MAX_TOKENS * K)
+        self.own_targets = self._numbers(0, layout.dispatch_targets, MAX_TOKENS * K)
         names = [name for name, _ in GroupShape._fields_]
-        shape = GroupShape(**{name: getattr(layout, name) for name in names if name != "seat"}, seat=0)
+        sizes = {"num_ranks": "num_seats", "first_rank_offset": "first_seat", "rank_bytes": "seat_bytes"}
+        offsets = {name: getattr(layout, sizes.get(name, name)) for name in names if name != "rank"}
+        shape = GroupShape(**offsets, rank=0)
         self._pidfd = os.pidfd_open(os.getpid())
         self.native = NativeGroup(shape, memory.address, memory.file, lambda *_: None, 1000, 1000)
         homes = [1 << expert % SEATS for expert in range(EXPERTS)]
@@ -119,7 +123,7 @@ def test_a_number_that_no_rank_can_have_come_to_is_a_fault(pair: Pair, word: str
 @pytest.mark.parametrize("index", [0, TOKENS * K - 1])
 def test_a_token_for_an_expert_that_does_not_exist_is_a_fault(pair: Pair, index: int, target: int) -> None:
     pair.begin()
-    pair.targets[index] = target
+    pair.dispatch_targets[index] = target
     assert pair.dispatch() == -1
     assert pair.native.status == FAULTY
     assert pair.native.fault == (1, "the target expert of a token")
@@ -145,10 +149,10 @@ def test_elements_of_another_size_are_a_fault(pair: Pair, element: int) -> None:
 def test_a_result_at_a_place_that_is_none_is_a_fault(pair: Pair, place: int) -> None:
     pair.begin()
     count = pair.dispatch()
-    pair.places[1] = place
+    pair.return_slots[1] = place
     assert pair.combine(count) == -1
     assert pair.native.status == FAULTY
-    assert pair.native.fault == (1, "the place of a result")
+    assert pair.native.fault == (1, "the return slot of a result")
 
 
 def test_a_rank_finds_the_fault_in_its_own_part(pair: Pair) -> None:
@@ -156,7 +160,7 @@ def test_a_rank_finds_the_fault_in_its_own_part(pair: Pair) -> None:
     count = pair.dispatch()
     pair.own_targets[0] = 1 << 6 | 63
     assert pair.combine(count) == -1
-    assert pair.native.fault == (0, "the target seat of a token")
+    assert pair.native.fault == (0, "the target rank of a token")
 
 
 def test_a_fault_is_forgotten_with_the_next_members(pair: Pair) -> None:
@@ -204,8 +208,8 @@ CORRUPTED: dict[str, Corrupt] = {
     "tokens": _many_tokens,
     "step_tokens": _many_step_tokens,
     # For the other two; its own results are not found either.
-    "targets": _fill("targets", "places", GROUP_EXPERTS << 6),
-    "places": _fill("places", "tokens", -5_000_000),
+    "dispatch_targets": _fill("dispatch_targets", "return_slots", GROUP_EXPERTS << 6),
+    "return_slots": _fill("return_slots", "tokens", -5_000_000),
 }
 
 

@@ -461,9 +461,9 @@ def test_parts_do_not_overlap_and_begin_where_they_may(layout: Layout) -> None:
     }
     seat = {
         0: ctypes.sizeof(SeatRow),
-        layout.served: 8 * layout.num_layers * layout.num_experts,
-        layout.targets: 4 * picks,
-        layout.places: 4 * layout.num_seats * picks,
+        layout.expert_token_counts: 8 * layout.num_layers * layout.num_experts,
+        layout.dispatch_targets: 4 * picks,
+        layout.return_slots: 4 * layout.num_seats * picks,
         layout.tokens: 4 * layout.max_tokens * layout.hidden,
         layout.results: 4 * layout.num_seats * picks * layout.hidden,
         layout.seat_bytes: 0,

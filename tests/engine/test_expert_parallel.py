@@ -204,7 +204,9 @@ def test_survivors_of_a_rank_whose_memory_is_scribbled_over_write_on(
         ranks.start(*range(3))
         ranks.wait_ready()
         memory, lost, ended = mapped(ranks.group), ranks.apis[1], threading.Event()
-        first, last = (memory.layout.seat(1) + at for at in (memory.layout.targets, memory.layout.places))
+        first, last = (
+            memory.layout.seat(1) + at for at in (memory.layout.dispatch_targets, memory.layout.return_slots)
+        )
         nonsense = (1 << 30).to_bytes(4, "little") * ((last - first) // 4)
 
         def scribble() -> None:
