@@ -1,6 +1,6 @@
-"""Attention of ERNIE-4.5-21B-A3B's shape: decoding against the read bandwidth, prompts beside torch's.
+"""Attention in the shape of ERNIE-4.5-21B-A3B: decoding against the read bandwidth, prompts against torch.
 
-Run from the repository's root: python3 -m benchmarks.cuda_attention
+Run it from the repository root: python3 -m benchmarks.cuda_attention
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.cuda_product import read_bandwidth, seconds
 
 
 class Layers:
-    """Caches of enough layers that none is found in the L2 cache, and one step's attention over each."""
+    """Attention of one step over the caches of enough layers to defeat the L2 cache."""
 
     def __init__(self, count: int, texts: list[int], parts: list[Part]) -> None:
         self.caches = [Cache(ERNIE, texts, i) for i in range(count)]

@@ -1,8 +1,8 @@
-"""Decode steps and prompts of a random ERNIE-4.5-21B-A3B against the limit that reading its bytes once sets.
+"""Decode steps and prompts of a random ERNIE-4.5-21B-A3B against the memory bandwidth limit.
 
-A decode step is one captured graph of all 28 layers, head and greedy draw. The limit is the weights that the
-step's picks need and the KV cache, read once at the bandwidth measured in the same run. Run from the
-repository's root: python3 -m benchmarks.cuda_step
+A decode step is one captured graph of all 28 layers, head and greedy draw. The limit is the time to read the
+KV cache and the weights of the selected experts once, at the bandwidth measured in the same run. Run it from
+the repository root: python3 -m benchmarks.cuda_step
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def activations(rows: int, width: int) -> torch.Tensor:
 
 
 class Model:
-    """Random weights; experts of all layers are drawn apart, so that none is found in the L2 cache."""
+    """Random weights, different for each layer, so that the L2 cache does not help."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [self._layer(i) for i in range(layers)]
@@ -57,7 +57,7 @@ class Model:
 
 
 class Step:
-    """Buffers and launches of one step: `sequences` of `length` new tokens each behind `context` others."""
+    """Buffers and launches of one step: `sequences` of `length` new tokens each, after `context` tokens."""
 
     def __init__(self, model: Model, sequences: int, length: int, context: int) -> None:
         self.model, self.tokens, self.sequences = model, sequences * length, sequences
@@ -145,7 +145,7 @@ class Step:
             expert_rows=counts,
             experts=EXPERTS,
         )
-        # The shared experts need no picks: they are multiplied while the picks are found.
+        # The shared experts do not depend on the routing: compute them concurrently with it.
         main = torch.cuda.current_stream()
         self.beside.wait_stream(main)
         with torch.cuda.stream(self.beside):
@@ -202,7 +202,7 @@ class Step:
         fd.call("fd_draw", args)
 
     def bytes(self) -> int:
-        """Return what the step just run has to read: weights of picked experts, everything else, cache."""
+        """Return the bytes read by the last step: selected experts, other weights, cache."""
         active = int((self.expert_counts > 0).sum())
         total = active * 3 * EXPERT_WIDTH * HIDDEN * 2 + self.model.head.numel() * 2 + self.cache_bytes
         for layer in self.model.layers:
@@ -211,7 +211,7 @@ class Step:
 
 
 def flops(tokens: int, context: int) -> float:
-    """Return those of one prompt of `tokens` from position 0, without the head."""
+    """Return the operations of one prompt of `tokens` from position 0, without the head."""
     expert_layer = (QKV_WIDTH + HEADS * HEAD_DIM) * HIDDEN + 3 * HIDDEN * (
         PICKS * EXPERT_WIDTH + SHARED_WIDTH
     )
