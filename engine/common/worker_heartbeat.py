@@ -1,4 +1,4 @@
-"""The heartbeat of gunicorn's workers, in memory instead of a file."""
+"""Keeps the heartbeat of gunicorn's workers in memory instead of a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gunicorn.workers.workertmp import WorkerTmp
 
 
 class _MemoryHeartbeat(WorkerTmp):
-    """Heartbeat without the file in /tmp that every worker needs otherwise."""
+    """A heartbeat that needs no file in /tmp."""
 
     def __init__(self, cfg: object) -> None:
         self._tmp = os.fdopen(os.memfd_create("worker-heartbeat"), "w+b", 0)
