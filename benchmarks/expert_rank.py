@@ -32,8 +32,9 @@ class Rank:
 
         from fastdeploy import custom_ops
         from fastdeploy.core.model_runner import keep_freed_memory
-        from fastdeploy.expert_parallel.group import GroupOptions, join
+        from fastdeploy.expert_parallel.join import join
         from fastdeploy.expert_parallel.layout import Layout
+        from fastdeploy.expert_parallel.options import GroupOptions
 
         keep_freed_memory()
         cores = len(os.sched_getaffinity(0))
@@ -45,7 +46,7 @@ class Rank:
         atexit.register(self._group.close)
         while len(self._group.status().active_seats) < num_seats:
             self._group.wakeups.poll(0.1)
-            self._group.attend()
+            self._group.handle_wakeups()
         random = np.random.default_rng(seat)
         topk_ids = np.argsort(random.random((max_tokens, EXPERTS)), axis=1)[:, :TOP_K]
         self._x = paddle.to_tensor(random.random((max_tokens, HIDDEN), np.float32)).astype("bfloat16")

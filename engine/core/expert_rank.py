@@ -8,24 +8,25 @@ from collections.abc import Sequence
 
 from ..config import EngineConfig, ModelConfig
 from ..custom_ops import instruction_set
-from ..expert_parallel.group import ExpertGroup, GroupOptions, join
+from ..expert_parallel.group import ExpertGroup
+from ..expert_parallel.join import join
 from ..expert_parallel.layout import Layout
+from ..expert_parallel.options import GroupOptions
 from ..expert_parallel.residency import ExpertPages
 from ..models.ernie45 import MoEWeights
 from ..weights.weight_cache import Packing
 from .cpu_share import CpuShare
 from .model_runner import ModelRunner
 
-#: Maximum tokens of a rank in one collective; a step with more takes several. The exchange buffers must fit
-#: into the shared memory of a container, and 128 rows are enough to amortise reading the weights of an
-#: expert.
+#: Limit of a rank's tokens in one collective; larger steps take several. It keeps exchange buffers within the
+#: shared memory of a container, and is large enough to amortise reading an expert's weights.
 _ROUND_TOKENS = 128
-#: Less than the time that the API process gives a worker to end.
+#: Less than the time after which the API process kills a stopping worker.
 _LEAVE_SECONDS = 3.0
 
 
 class Rank:
-    """A member of the group and its work for the other ranks."""
+    """Member of an expert group; takes part in steps of other ranks while it has no work of its own."""
 
     def __init__(self, group: ExpertGroup, runner: ModelRunner) -> None:
         self.group = group
@@ -33,10 +34,10 @@ class Rank:
 
     @classmethod
     def join(cls, config: EngineConfig, model: ModelConfig, runner: ModelRunner, share: CpuShare) -> Rank:
-        """Join the group named by `config`; `runner` then computes together with the other ranks.
+        """Join the group that `config` names. From here on `runner` computes with the other ranks.
 
         Raises:
-            ConfigError: see `group.join`.
+            ConfigError: see `join.join`.
         """
         pages = [
             ExpertPages((layer.mlp.experts.gate_up, layer.mlp.experts.down), model.moe_num_experts)
@@ -44,9 +45,9 @@ class Rank:
             if isinstance(layer.mlp, MoEWeights)
         ]
 
-        def on_placement(mine: Sequence[frozenset[int]], taken: Sequence[frozenset[int]]) -> None:
-            for layer, held, new in zip(pages, mine, taken, strict=True):
-                layer.hold(held, new)
+        def on_placement(held: Sequence[frozenset[int]], added: Sequence[frozenset[int]]) -> None:
+            for layer, experts, new in zip(pages, held, added, strict=True):
+                layer.hold(experts, new)
 
         runner.group = join(
             _options(config, share), _layout(config, model), _fingerprint(config), on_placement
@@ -55,17 +56,17 @@ class Rank:
 
     @property
     def is_wanted(self) -> bool:
-        """True if another rank has begun a step or is about to."""
-        return self.group.awake or self.group.is_called
+        """True if a step of other ranks has begun or is about to begin."""
+        return self.group.awake or self.group.is_awaited
 
     def execute_dummy_batch(self) -> None:
-        """Take part in a step of the other ranks, if there is one."""
-        self.group.attend()
+        """Take part in a step of other ranks, if there is one."""
+        self.group.handle_wakeups()
         if self.is_wanted:
             self._runner.execute_dummy_batch()
 
     def leave(self) -> None:
-        """Leave the group between two steps; the other ranks take over this rank's experts."""
+        """Leave the group between two steps, so that the others take over this rank's experts."""
         self.group.request_leave()
         deadline = time.monotonic() + _LEAVE_SECONDS
         while self.group.is_member and time.monotonic() < deadline:
@@ -77,7 +78,7 @@ class Rank:
 
 def _layout(config: EngineConfig, model: ModelConfig) -> Layout:
     return Layout(
-        num_seats=config.data_parallel_size,
+        num_ranks=config.data_parallel_size,
         num_layers=model.num_moe_layers,
         num_experts=model.moe_num_experts,
         max_tokens=min(_ROUND_TOKENS, config.max_num_batched_tokens),
@@ -89,7 +90,7 @@ def _layout(config: EngineConfig, model: ModelConfig) -> Layout:
 def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
     return GroupOptions(
         name=config.expert_parallel_group,
-        seat=config.data_parallel_rank,
+        rank=config.data_parallel_rank,
         redundant_experts=config.redundant_experts,
         rebalance=config.enable_eplb,
         stall_after=min(10.0, config.expert_parallel_stall_kill / 2),
@@ -99,7 +100,7 @@ def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
 
 
 def _fingerprint(config: EngineConfig) -> dict[str, object]:
-    """Return everything that the generated texts depend on; all ranks must agree on it."""
+    """Return everything that changes the generated tokens, so all ranks must agree on it."""
     packing = Packing(config.model, config.weight_format, config.qkv_order).metadata()
     return {
         "checkpoint": packing["checkpoint"],

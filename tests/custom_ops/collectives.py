@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdeploy.expert_parallel.memory import FILE, Layout, Memory, group_directory, layout_of
+from fastdeploy.expert_parallel.layout import Layout
+from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
+from fastdeploy.expert_parallel.memory_file import group_directory
 
 from .draws import bfloat16
 
