@@ -138,8 +138,8 @@ def grouped(name: str, ceiling: float, tiles: Iterable[int]) -> None:
     weights = random_matrices(3 * EXPERTS, outputs, inputs).view(3, EXPERTS, outputs, inputs)
     torch.manual_seed(0)
     for tokens in TOKENS:
-        picks = torch.rand(tokens, EXPERTS, device="cuda").topk(PICKS).indices
-        count = torch.bincount(picks.flatten(), minlength=EXPERTS).int()
+        topk_ids = torch.rand(tokens, EXPERTS, device="cuda").topk(PICKS).indices
+        count = torch.bincount(topk_ids.flatten(), minlength=EXPERTS).int()
         case = Case(weights, count, output)
         active = int((count > 0).sum())
         case.report(f"{name} T={tokens}, {active} experts", ceiling, tiles, case.grouped_mm)
