@@ -16,7 +16,7 @@ _CORES_FOR_TWO_WORKERS = 4
 #: Metrics only for the table: they show whether the load could be sustained.
 _UNTOLD = ("chunks_per_s", "gap_p99_ms")
 #: Resolution of added latency in ms; smaller values are noise.
-_LEAST_MS = 0.01
+_MIN_MS = 0.01
 
 
 class Findings:
@@ -47,7 +47,7 @@ class Findings:
         if figures is None or direct is None:
             return figures
         return {
-            metric: max(_LEAST_MS, value - direct[metric]) if metric.endswith("_ms") else value
+            metric: max(_MIN_MS, value - direct[metric]) if metric.endswith("_ms") else value
             for metric, value in figures.items()
         }
 

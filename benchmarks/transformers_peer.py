@@ -24,7 +24,7 @@ from .contender import Timing, answer_requests
 
 _EXPERTS = ("eager", "grouped_mm", "batched_mm")
 #: Not batched_mm, which copies the weights of an expert for each of its tokens: 5 times slower with 8 tokens.
-_MOST_BATCHED_TOKENS = 4
+_MAX_BATCHED_TOKENS = 4
 _TRIAL_TOKENS = 6
 
 
@@ -74,7 +74,7 @@ class Transformers:
     def _quickest(self, tokens: int, trial: Callable[[Manner], Timing]) -> Manner:
         rates: dict[Manner, float] = {}
         for manner in itertools.starmap(Manner, itertools.product(_EXPERTS, (False, True))):
-            if manner.experts == "batched_mm" and tokens > _MOST_BATCHED_TOKENS:
+            if manner.experts == "batched_mm" and tokens > _MAX_BATCHED_TOKENS:
                 continue
             rates[manner] = max(trial(manner).tokens_per_second for _ in range(2))
         best = max(rates, key=rates.__getitem__)
