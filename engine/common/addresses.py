@@ -15,8 +15,8 @@ from .errors import ConfigError
 def addresses_of(host: str) -> tuple[str, ...]:
     """Return the IP addresses of a host to listen on, IPv4 first.
 
-    Addresses that this machine does not have are omitted: hosts files contain ``::1`` even if IPv6 is
-        disabled.
+    Addresses that this machine does not have are omitted, because hosts files contain ``::1`` even if IPv6
+    is disabled.
 
     Raises:
         ConfigError: `host` is neither an IP address nor a name of this machine.

@@ -15,8 +15,8 @@ def connections_of(threads: int) -> int:
 def descriptors_of(threads: int) -> int:
     """Return the number of files that an HTTP server with `threads` may have open.
 
-    Three per request (client, its watch, upstream connection or a replacement), one per connection, and a
-    reserve.
+    Three per request (client, its watch, upstream connection or a replacement), one per connection, and some
+    in reserve.
     """
     return 3 * threads + connections_of(threads) + 256
 

@@ -24,8 +24,7 @@ def require_free(host: str, port: int, flag: str) -> None:
     """Check that a port is free on all addresses of the host.
 
     Raises:
-        ConfigError: the port is not free. The message names the flag that set it and the process that holds
-            it.
+        ConfigError: the port is not free. The message names the flag that set it and its holder.
     """
     for address in addresses_of(host):
         try:

@@ -86,7 +86,7 @@ class BlockPool:
         """Remove one holder from each block of a sequence.
 
         The last block becomes free first: a prefix is found from its head, so its tail should be evicted
-            first.
+        first.
         """
         for block in reversed(blocks):
             assert self._holders[block] > 0, f"block {block} is released but not held"

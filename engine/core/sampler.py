@@ -1,9 +1,8 @@
 """Samples tokens from logits.
 
 The order is that of vLLM: repetition penalty, frequency and presence penalty, mask of stop tokens until
-    `min_tokens`, then (unless greedy) temperature, min_p, top_k, top_p, and one draw. One operation does all
-    this for
-the whole batch (custom_ops/include/sample.h); this module prepares its arguments.
+`min_tokens`, then (unless greedy) temperature, min_p, top_k, top_p, and one draw. One operation does all this
+for the whole batch (custom_ops/include/sample.h); this module prepares its arguments.
 
 Rows are independent, and their random numbers depend only on seed, choice and position. A text therefore does
 not depend on the other texts in the batch.

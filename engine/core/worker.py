@@ -1,9 +1,8 @@
 """The worker process of a replica: the engine behind a socket (``python -m fastdeploy.core.worker``).
 
 The API process starts it with its configuration in the environment: FD_ENGINE_CONFIG (JSON),
-    FD_WORKER_ENDPOINT,
-FD_WORKER_TOKEN and FD_PARENT_PID. Paddle and NumPy are imported only after their thread counts are set (see
-cpu_share.py).
+FD_WORKER_ENDPOINT, FD_WORKER_TOKEN and FD_PARENT_PID. Paddle and NumPy are imported only after their thread
+counts are set (see cpu_share.py).
 """
 
 from __future__ import annotations
@@ -62,9 +61,8 @@ def main() -> int:
     """Load the model and serve until SIGTERM or `Shutdown`.
 
     Returns:
-        Exit status: 0 after SIGTERM or `Shutdown`, 1 after a failure that was reported to the API process, 2
-            if
-        not started by an API process.
+        The exit status: 0 after SIGTERM or `Shutdown`, 1 after a failure that was reported to the API
+        process, 2 if not started by an API process.
     """
     try:
         config_json, endpoint, token, parent_pid = (os.environ[name] for name in _ENVIRONMENT)

@@ -131,8 +131,7 @@ class Tokenizer:
         """Return the conversation as text with special tokens spelled out, for `encode`.
 
         Args:
-            chat_template: a client's template, which replaces the checkpoint's; rendered with resource
-                limits.
+            chat_template: a client's template instead of the checkpoint's; rendered with resource limits.
             rendered_at: Unix time in seconds that the template sees as the current time; None: now.
             variables: further variables of the template (`chat_template_kwargs` of a request).
 

@@ -103,9 +103,8 @@ def read_directory(path: Path, config: ModelConfig, qkv_order: str) -> list[Matr
     """Return the tensors that `config` requires; others (multi-token prediction) are ignored.
 
     Names: ``embedding``, ``final_norm``, ``lm_head``; below ``layers.N.``: ``input_norm``, ``qkv``,
-        ``attention_output``, ``post_attention_norm``; below ``layers.N.mlp.``: ``gate_up`` and ``down`` of a
-        dense
-    layer, or ``router``, ``correction_bias`` and both matrices below ``experts.`` and ``shared.``.
+    ``attention_output``, ``post_attention_norm``; below ``layers.N.mlp.``: ``gate_up`` and ``down`` of a
+    dense layer, or ``router``, ``correction_bias`` and both matrices below ``experts.`` and ``shared.``.
 
     Args:
         qkv_order: layout of a fused qkv tensor: "plain" (all q, all k, all v) or "grouped" (per kv head: its
