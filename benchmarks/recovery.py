@@ -4,10 +4,10 @@ Runs fd-dp with a copy of etc/dp.toml on free ports: the demo model on eight rep
 otherwise idle. In this order:
 
 * Memory of the daemon, and its CPU time over 20 s without requests, compared with supervisord.
-* `kill_to_serving`: from kill -9 of a replica (the process that supervisord started; its children die with it)
-  to the next token from its port, a different replica each time. The peer runs the same commands, including
-  the router, under supervisord alone with autorestart=true, in the same run. `kill_to_ready` is the time until
-  the daemon reports READY.
+* `kill_to_serving`: from kill -9 of a replica (the process that supervisord started; its children die with
+  it) to the next token from its port, a different replica each time. The peer runs the same commands,
+  including the router, under supervisord alone with autorestart=true, in the same run. `kill_to_ready` is the
+  time until the daemon reports READY.
 * `rolling_reload`: `fdctl reload --wait` after a change of max_num_seqs, and the lowest number of READY
   replicas meanwhile, sampled twenty times per second.
 * `chosen_after_kill_of`: one process of a replica is killed under RATE requests per second that replicas
