@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...expert_parallel.snapshot import Seat, Snapshot
+from ...expert_parallel.snapshot import RankSnapshot, Snapshot
 
 #: Seconds. Larger values are rejected as implausible.
 _MAX_SILENCE = 1e9
@@ -162,13 +162,13 @@ def find_hung(
     return report
 
 
-def root_blockers(seat: Seat, seats: Mapping[int, Seat]) -> list[Seat]:
+def root_blockers(seat: RankSnapshot, seats: Mapping[int, RankSnapshot]) -> list[RankSnapshot]:
     """Return the ranks at the end of the chains of waits from `seat`, which may be `seat` itself.
 
     If the ranks wait in a cycle, the one that has waited longest is hung: what the others waited for has
     changed since, so they continued, and it would have noticed as well.
     """
-    reached: dict[int, Seat] = {}
+    reached: dict[int, RankSnapshot] = {}
     ahead = [seat.seat]
     while ahead:
         number = ahead.pop()
@@ -182,7 +182,12 @@ def root_blockers(seat: Seat, seats: Mapping[int, Seat]) -> list[Seat]:
 
 
 def _attribute(
-    report: HangReport, one: Stalled, what: str, blocker: Seat, name: str | None, no_progress_timeout: float
+    report: HangReport,
+    one: Stalled,
+    what: str,
+    blocker: RankSnapshot,
+    name: str | None,
+    no_progress_timeout: float,
 ) -> None:
     """Enter the stalled replica `one` and its blocker, the replica `name`, into the report."""
     # A joining rank may have written no time yet; then that of the waiting rank counts.

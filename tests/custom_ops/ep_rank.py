@@ -25,8 +25,11 @@ import paddle
 from fastdeploy import custom_ops
 from fastdeploy.common.process_control import die_with_parent
 from fastdeploy.custom_ops import packed_matrix
-from fastdeploy.expert_parallel import group as group_module
-from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, RankLost, join
+from fastdeploy.expert_parallel import member
+from fastdeploy.expert_parallel.group import ExpertGroup
+from fastdeploy.expert_parallel.join import join
+from fastdeploy.expert_parallel.membership import RankLost
+from fastdeploy.expert_parallel.options import GroupOptions
 
 from .collectives import HIDDEN, Plan, Seen, Share, computed, draw_tokens, layout, mapped
 
@@ -45,11 +48,11 @@ class Rank:
     number: int = 0
 
     def __post_init__(self) -> None:
-        self._row = mapped(self.group.options.name).rows[self.group.seat]
+        self._row = mapped(self.group.options.name).rows[self.group.rank]
 
     @property
     def is_wanted(self) -> bool:
-        return self.group.awake or self.group.is_called
+        return self.group.awake or self.group.is_awaited
 
     def step(self, tokens: int) -> None:
         seen = self.group.run_step(tokens, lambda: self._compute(tokens))
@@ -58,11 +61,11 @@ class Rank:
 
     def drawn_step(self) -> None:
         self.number += 1
-        self.step(draw_tokens(self.seed, self._row.begun, self.group.seat, self.number))
+        self.step(draw_tokens(self.seed, self._row.begun, self.group.rank, self.number))
 
-    def assist(self) -> None:
+    def execute_dummy_step(self) -> None:
         """As the worker does."""
-        self.group.attend()
+        self.group.handle_wakeups()
         if self.is_wanted:
             self.step(0)
 
@@ -70,14 +73,14 @@ class Rank:
         while len(self.group.status().active_seats) < members:
             if not self.is_wanted:
                 self.group.wakeups.poll()
-            self.assist()
+            self.execute_dummy_step()
 
     def leave(self) -> None:
         self.group.request_leave()
         while self.group.is_member:
             if not self.is_wanted:
                 self.group.wakeups.poll(0.1)
-            self.assist()
+            self.execute_dummy_step()
         self.group.close()
 
     def _compute(self, tokens: int) -> list[Seen]:
@@ -94,16 +97,16 @@ class Rank:
             raise
 
     def _collective(self, stamp: int, index: int, layer: int, tokens: int, wide: bool) -> Seen:
-        group, seat = self.group.handle, self.group.seat
+        group, seat = self.group.handle, self.group.rank
         members = tuple(self.group.status().active_seats)
         share = Share.draw(self.seed, stamp, index, seat, tokens, wide)
         self._come_to("before it sends")
-        targets = custom_ops.ep_dispatch_send(
-            sent(share.x, wide), paddle.to_tensor(share.picks), group, layer
+        dispatch_targets = custom_ops.ep_dispatch_send(
+            sent(share.x, wide), paddle.to_tensor(share.topk_ids), group, layer
         )
         self._come_to("sent")
         like = sent(np.empty((0, HIDDEN), np.float32), wide)
-        rows, offsets, origins = custom_ops.ep_dispatch_receive(like, group, layer)
+        rows, offsets, source_token_index = custom_ops.ep_dispatch_receive(like, group, layer)
         self._come_to("received")
         rows, offsets = plain(rows), offsets.numpy()
         custom_ops.ep_combine_send(sent(computed(rows, offsets, layer, wide), wide), group)
@@ -111,7 +114,7 @@ class Rank:
         sums = custom_ops.ep_combine_receive(paddle.to_tensor(share.weights), like, group)
         self._come_to("added up")
         self.group.check()
-        results = (targets.numpy(), rows, offsets, origins.numpy(), sums.numpy())
+        results = (dispatch_targets.numpy(), rows, offsets, source_token_index.numpy(), sums.numpy())
         return Seen(stamp, index, layer, seat, members, wide, *results)
 
     def _come_to(self, place: str) -> None:
@@ -157,7 +160,7 @@ def steps(
         together: begins when the group has so many members.
         rebalance: the experts move, by load, many times a second.
     """
-    group_module._REBALANCE_SECONDS = 0.02
+    member._REBALANCE_SECONDS = 0.02
     restarted = number = 0
     # Unbuffered: it may be killed.
     with open(file, "wb", buffering=0) as seen:
@@ -205,7 +208,7 @@ def serve(link: socket.socket, *, name: str, seat: int, num_seats: int, seed: in
             tokens -= 1
             answer(link, "done")
         elif not left:
-            rank.assist()
+            rank.execute_dummy_step()
         elif left[0] == "close":
             # Without leaving, and without ending.
             rank.group.close()

@@ -15,7 +15,8 @@ import sys
 import time
 
 from fastdeploy.expert_parallel.membership import Membership, planner
-from fastdeploy.expert_parallel.memory import FILE, Memory, group_directory, layout_of
+from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
+from fastdeploy.expert_parallel.memory_file import group_directory
 
 
 def main(what: str, name: str, argument: str, seconds: str) -> None:
