@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...common.atomic_file import write_atomically
 from ...common.errors import ConfigError
 from ..config.loader import UNFIT_IN_INI
 from ..config.programs import Program
@@ -107,8 +108,9 @@ def write_files(layout: Layout, programs: Iterable[Program]) -> None:
     layout.launch.mkdir(mode=0o700, exist_ok=True)
     make_log_directories(layout, programs)
     for file, text in _contents(layout, programs):
-        if not _has_content(file, text):
-            _write(file, text)
+        content = text.encode("utf-8", "surrogateescape")
+        if not _has_content(file, content):
+            write_atomically(file, content)
 
 
 def make_log_directories(layout: Layout, programs: Iterable[Program]) -> None:
@@ -138,23 +140,8 @@ def _contents(layout: Layout, programs: list[Program]) -> Iterator[tuple[Path, s
     yield layout.ini, render(layout, programs)
 
 
-def _write(file: Path, text: str) -> None:
-    """Write a temporary file with mode 0600 (an environment may hold keys) and rename it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+def _has_content(file: Path, content: bytes) -> bool:
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:
-            stream.write(text)
-        aside.rename(file)
-    except OSError:
-        # On a full disk the next try needs the space.
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
-
-
-def _has_content(file: Path, text: str) -> bool:
-    try:
-        return file.read_bytes() == text.encode("utf-8", "surrogateescape")
+        return file.read_bytes() == content
     except OSError:
         return False
