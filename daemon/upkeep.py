@@ -102,13 +102,31 @@ class Upkeep:
         self._next = now + _INTERVAL
         fleet, report = self._fleet, self._troubles.report
         paths = fleet.config.paths
-        for directory, mode in ((paths.state, 0o777), (paths.run, 0o700), (paths.logs, 0o777)):
+        for directory, mode in ((paths.state, 0o777), (paths.run, 0o700)):
             report(str(directory), write_problem(directory, mode))
+        logs_problem = write_problem(paths.logs)
+        report(str(paths.logs), logs_problem)
+        # One line is enough for a full disk.
+        report("log files", "" if logs_problem else self._log_file_problem())
         report("lock", self._lock.keep())
         report("socket", self._server.listen())
         report("files", self._files_problem())
         report("intents", fleet.intents.save())
         report("router", _router_problem(fleet.router.snapshot, fleet.router_has_been_up(_ROUTER_GRACE)))
+
+    def _log_file_problem(self) -> str:
+        """Return why a log file cannot be opened for its next lines, or ""."""
+        layout = self._fleet.layout
+        for file in (layout.logs / "fd-dp.log", layout.log, *map(layout.output, self._fleet.replicas)):
+            try:
+                os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
+            except FileNotFoundError:
+                # It is made with its next line.
+                if problem := write_problem(file.parent):
+                    return problem
+            except OSError as error:
+                return f"cannot write {file}: {error.strerror or error}"
+        return ""
 
     def _files_problem(self) -> str:
         programs = [replica.program for replica in self._fleet.programs.values()]

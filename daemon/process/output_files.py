@@ -32,6 +32,8 @@ class OutputFile(loggers.RotatingFileHandler):
         self._lost = 0
         self._lost_since = ""
         self._problem = ""
+        self._replace(_latest.get(filename))
+        _latest[filename] = self
 
     def emit(self, record: loggers.LogRecord) -> None:
         output = self._text(record)
@@ -65,6 +67,13 @@ class OutputFile(loggers.RotatingFileHandler):
         self.close()
         with contextlib.suppress(OSError):
             os.remove(self.baseFilename)
+
+    def _replace(self, previous: OutputFile | None) -> None:
+        """Close the file of the program's previous run, and take over its report of lost output."""
+        if previous is not None:
+            previous.close()
+            self._lost, self._lost_since = previous._lost, previous._lost_since
+            self._problem = previous._problem
 
     def _text(self, record: loggers.LogRecord) -> bytes:
         # The output of programs arrives as bytes.
@@ -131,3 +140,7 @@ class OutputFile(loggers.RotatingFileHandler):
         line_end = "\n" if self._mid_line else ""
         note = f"{self._lost} bytes of output were lost since {self._lost_since}: {self._problem}"
         return f"{line_end}{time.strftime(_TIME)} WARNING supervisord {note}\n".encode("utf-8", "replace")
+
+
+#: File name -> newest handler. supervisor makes one for each run of a program and never closes it.
+_latest: dict[str, OutputFile] = {}

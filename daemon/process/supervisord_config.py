@@ -119,8 +119,8 @@ def make_log_directories(layout: Layout, programs: Iterable[Program]) -> None:
 
 
 def files_exist(layout: Layout, programs: Iterable[Program]) -> bool:
-    """Return whether every file of `write_files` exists, whatever its content."""
-    return all(os.path.exists(file) for file, _ in _contents(layout, list(programs)))
+    """Return whether every file of `write_files` can be read, whatever its content."""
+    return all(os.access(file, os.R_OK) for file, _ in _contents(layout, list(programs)))
 
 
 def remove_stale_launch_files(layout: Layout, programs: Iterable[Program]) -> None:

@@ -61,8 +61,8 @@ class Intents:
         return self._change({name: state for name, state in self._states.items() if name in names})
 
     def save(self) -> str:
-        """Write the file if it is out of date or was removed. Return why that failed, or ""."""
-        if self._saved and not (self._states and _is_missing(self._file)):
+        """Write the file if it is out of date or cannot be read. Return why that failed, or ""."""
+        if self._saved and (not self._states or os.access(self._file, os.R_OK)):
             return ""
         try:
             self._write()
@@ -116,13 +116,3 @@ class Intents:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def _is_missing(file: Path) -> bool:
-    try:
-        file.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -113,6 +113,23 @@ def test_a_log_file_rotates(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_run_of_a_program_leaves_no_open_file_and_its_loss_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "output.log"
+    for run in range(3):
+        written(OutputFile(str(file)), f"{run}\n")
+    assert [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()].count(
+        str(file)
+    ) == 1
+    file.unlink()
+    file.symlink_to("/dev/full")
+    written(OutputFile(str(file)), "three\n")
+    file.unlink()
+    written(OutputFile(str(file)), "four\n")
+    note, line = file.read_text().splitlines()
+    assert "WARNING supervisord 6 bytes of output were lost since 20" in note
+    assert line == "four"
+
+
 def test_a_log_file_that_may_not_be_made_costs_lines_alone(forbidden: Path) -> None:
     def call() -> str:
         handler = OutputFile(str(forbidden / "x" / "output.log"))

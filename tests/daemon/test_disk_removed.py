@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -78,6 +79,19 @@ def test_an_emptied_run_directory_is_filled_again(lent: Running) -> None:
     assert {**lent.pids(), "replica0": before["replica0"]} == before
     assert supervisord(lent) == manager
     assert (run / "supervisord.conf").exists()
+
+
+def test_a_removed_state_directory_is_made_again_with_all_wishes(lent: Running) -> None:
+    file = lent.prefix / "state" / "intents.json"
+    lent.tell("drain", name="1", wait=False)
+    shutil.rmtree(file.parent)
+    wait_until(file.exists, "the wishes are written again")
+    assert json.loads(file.read_text()) == {"replica1": {"intent": "run", "draining": True}}
+    shutil.rmtree(file.parent)
+    lent.do("hold", "0")
+    assert set(json.loads(file.read_text())) == {"replica0", "replica1"}
+    wait_until(lambda: lent.drained() == {1}, "the router knows")
+    assert lent.status()["daemon"]["problems"] == []
 
 
 def test_a_supervisord_out_of_reach_is_reported_and_not_replaced(lent: Running) -> None:
