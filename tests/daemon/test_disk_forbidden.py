@@ -128,7 +128,7 @@ def test_sockets_are_bound_when_their_directory_allows_it(system: Running) -> No
         ):
             wait_until(lambda words=words: words in system.log(), "it is said")
         told = system.fdctl("status").stderr
-        assert f"run/fd-dp.sock, but fd-dp, pid {system.daemon.pid}, is alive; " in told
+        assert f"run/fd-dp.sock, but fd-dp runs with pid {system.daemon.pid}; " in told
         assert told.count("\n") == 1
     heals(system)
     assert (system.pids(), supervisord(system)) == (before, manager)
