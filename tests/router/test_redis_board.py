@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,12 @@ def test_the_password_is_never_shown():
         with pytest.raises(ConfigError, match="--board must be redis://HOST:PORT/DB") as raised:
             RedisAddress.parse(url)
         assert "open-sesame" not in str(raised.value)
+
+
+def test_a_missing_redis_package_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "redis.connection", None)
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'fd-dp\[redis\]'"):
+        RedisAddress.parse("redis://:open-sesame@10.0.0.5:6380/2")
 
 
 @needs_redis

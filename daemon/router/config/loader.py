@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....common.addresses import addresses_of
+from ....common.api_keys import ApiKeys
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
 from ....common.file_limit import allow_open_files, open_files_limit
@@ -19,7 +20,6 @@ from ..addresses import IPNetwork
 from ..policy.policies import policy_named
 from .flags import LEVELS, MOST_CONNECTIONS, changed, file_parser, fixed_in, parser
 from .flags_file import read_flags_file
-from .keys import read_keys
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         max_body_bytes=arguments.max_body_bytes,
         client_timeout=arguments.client_timeout_secs,
         keep_alive=arguments.keep_alive_secs,
-        keys=read_keys("--api-keys-file", arguments.api_keys_file, "FD_API_KEY"),
-        register_keys=read_keys(
+        keys=ApiKeys.read("--api-keys-file", arguments.api_keys_file, "FD_API_KEY"),
+        register_keys=ApiKeys.read(
             "--register-keys-file", arguments.register_keys_file, "FD_ROUTER_REGISTER_KEY"
         ),
-        admin_keys=read_keys("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
+        admin_keys=ApiKeys.read("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
         cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         registry_file=arguments.registry_file,

@@ -7,11 +7,11 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import TYPE_CHECKING
 
+from ....common.api_keys import ApiKeys
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
 from ..addresses import IPNetwork
 from ..policy.policy import Policy
-from .keys import ApiKeys
 
 if TYPE_CHECKING:
     from .redis_address import RedisAddress
