@@ -139,7 +139,7 @@ class _Simulation:
 
     def _new_board(self) -> Board:
         board = Board.create(clock=lambda: self._time.now)
-        board.open_column()
+        board.open_counters()
         for number in range(REPLICAS):
             board.admit(Instance("127.0.0.1", 8000 + number, replica=number))
         return board

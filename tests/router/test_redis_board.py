@@ -94,7 +94,7 @@ class Router:
 
         def work(child: Forked) -> None:
             logging.basicConfig(filename=self.log, level="DEBUG", force=True)
-            board.open_column()
+            board.open_counters()
             allowed = AllowedAddresses([ipaddress.ip_network("10.0.0.0/8")])
             RedisBoard(board, RegistryFile(None), allowed, RedisAddress.parse(url)).start()
             leases: list[Lease] = []
@@ -116,7 +116,7 @@ class Router:
 
 
 def act(board: Board, leases: list[Lease], order: str, number: int = 0) -> Any:
-    handle = board.seat_of(instance(number).url)
+    handle = board.handle_of(instance(number).url)
     match order:
         case "admit":
             return board.admit(instance(number))
@@ -223,7 +223,7 @@ def test_another_worker_of_a_router_takes_the_lead_and_nothing_is_counted_twice(
     second("pick")
     wait_until(lambda: other.remote() == [1], "the other counts it")
     first.kill()
-    board.drop_column_of(first.pid)
+    board.drop_dead_workers()
     second("pick")
     wait_until(lambda: other.remote() == [2], "the other counts that as well")
     assert second.remote() == [0]

@@ -63,7 +63,7 @@ class Talk(RuleBasedStateMachine):
     )
     def order(self, at, number, order):
         board = self.routers[at].board
-        handle = board.seat_of(self.instance(number).url)
+        handle = board.handle_of(self.instance(number).url)
         if handle is not None:
             getattr(board, order)(handle)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from fastdeploy.daemon.router.addresses import AllowedAddresses
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, State
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, ReplicaState
 from fastdeploy.daemon.router.control import shared_replicas
 from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas, shared_name
 from fastdeploy.daemon.router.instance import Instance
@@ -42,9 +42,9 @@ def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(routers)
     one.hears(replica())
     turns(one, other)
     assert other.row().instance == replica()
-    assert other.row().state == State.DOWN
+    assert other.row().state == ReplicaState.DOWN
     other.checks_health()
-    assert other.row().state == State.UP
+    assert other.row().state == ReplicaState.UP
 
 
 def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, clock):
