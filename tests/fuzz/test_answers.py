@@ -27,7 +27,7 @@ from fastdeploy.daemon.router.control import health
 from fastdeploy.daemon.router.control.redis_board import _sum
 from fastdeploy.daemon.router.control.registration import from_fields, parse, parse_deregistration
 from fastdeploy.daemon.router.control.registry import RegistryFile
-from fastdeploy.daemon.router.control.shared_replicas import Said, _heard, _instance, _state
+from fastdeploy.daemon.router.control.shared_replicas import SharedState, _heard, _instance, _state
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 from fastdeploy.daemon.supervision import probes, router_client
 from fastdeploy.daemon.supervision.adoption import _flags_of
@@ -240,7 +240,7 @@ def test_what_other_routers_say_is_understood_or_left_alone(entry: bytes, heard:
     with suppress(RegistrationError):
         assert isinstance(_instance(text), Instance)
     assert isinstance(_state(text), str)
-    assert math.isfinite(_heard(Said({}, {}, {"x": str(heard)}), "x"))
+    assert math.isfinite(_heard(SharedState({}, {}, {"x": str(heard)}), "x"))
     _sum([counts.decode(errors="replace")], {})
 
 

@@ -234,10 +234,10 @@ import sys
 from fastdeploy.daemon.router.board.board import Board
 from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 board = Board.attach(int(sys.argv[1]))
-board.open_column()
+board.open_counters()
 [row] = board.status()
 assert row.draining and row.instance.instance == "a"
-board.undrain(row.seat)
+board.undrain(row.handle)
 print([board.pick(policy_named("request_num"), RequestFacts(0)).instance.name for _ in range(2)], flush=True)
 sys.stdin.read()
 """

@@ -221,7 +221,7 @@ def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
     one.write("--policy", "session")
     one.file.chmod(0o666)
     assert one.reload() == "refused"
-    assert "others may write to it (mode 0666); chmod 600 it; going on" in one.router.log.read_text()
+    assert "others may write to it (mode 0666); chmod 600 it; nothing has changed" in one.router.log.read_text()
     assert (one.health()["flags"], one.pids()) == (flags, pids)
     assert one.replicas_of("a") == {"0", "1"}
     one.file.chmod(0o600)

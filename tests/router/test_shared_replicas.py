@@ -10,7 +10,7 @@ import pytest
 from fastdeploy.daemon.router.addresses import AllowedAddresses
 from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, ReplicaState
 from fastdeploy.daemon.router.control import shared_replicas
-from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas, shared_name
+from fastdeploy.daemon.router.control.shared_replicas import SharedReplicas, SharedState, shared_name
 from fastdeploy.daemon.router.instance import Instance
 from fastdeploy.daemon.router.policy.policies import policy_named
 from fastdeploy.daemon.router.policy.policy import RequestFacts
@@ -187,7 +187,7 @@ def test_when_what_was_said_is_lost_it_is_said_again(routers, hub):
     turns(one, other)
     one.board.drain(one.row(0).handle)
     turns(one, other)
-    hub.said = Said()
+    hub.said = SharedState()
     turns(other, one)
     assert (one.knows(), other.knows()) == (["a", "b"], ["a", "b"])
     assert set(hub.said.entries) == {replica("a", 0).url, replica("b", 1).url}
@@ -245,7 +245,9 @@ def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(hub, caplog):
 )
 def test_nonsense_is_left_alone(routers, hub, entry):
     one, _ = routers
-    hub.said = Said({"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"})
+    hub.said = SharedState(
+        {"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"}
+    )
     turns(one)
     assert one.knows() == []
     assert hub.said.entries.get("http://10.0.0.9:1", entry) == entry

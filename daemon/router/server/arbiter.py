@@ -1,10 +1,10 @@
 """gunicorn's arbiter with a reload that drops no request and rolls back.
 
 Old workers serve until the same number of new ones is ready. If the new ones do not start, or the
-configuration is invalid, nothing changes. A replaced worker no longer counts and may run until its last stream
-ends. gunicorn's own reload stops the old workers before the new ones are ready, blocks the arbiter meanwhile,
-does not replace a worker that dies while an old one still streams, and ends the program if a new worker does
-not start.
+configuration is invalid, nothing changes. A replaced worker no longer counts and may run until its last
+stream ends. gunicorn's own reload stops the old workers before the new ones are ready, blocks the arbiter
+meanwhile, does not replace a worker that dies while an old one still streams, and ends the program if a new
+worker does not start.
 """
 
 from __future__ import annotations
