@@ -61,7 +61,7 @@ class ControlPlane:
         self._control = _control_plane(self)
 
     def start(self) -> None:
-        """Start the threads. Call this after the fork."""
+        """Open the worker's counters and start its threads. Call this after the fork."""
         self.board.open_counters()
         self._monitor.start()
         if self.settings.redis is not None:

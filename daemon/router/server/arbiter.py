@@ -76,7 +76,7 @@ class RouterArbiter(Arbiter):
         except Exception as error:
             # No error in a file may end the router.
             why = str(error) if isinstance(error, ConfigError) else repr(error)
-            logger.error("reload: %s; nothing has changed", why)
+            logger.error("reload: %s; keeping the old configuration", why)
             self.app.reloads.end(number, Outcome.REFUSED)
             return
         if self._previous is None:
@@ -118,7 +118,7 @@ class RouterArbiter(Arbiter):
             logger.info("reload: done")
 
     def reap_workers(self) -> None:
-        """End the router if a worker cannot start only if none is ready: when it starts, not in a reload."""
+        """End the router if a worker cannot start, unless another one is ready, as in a reload."""
         while True:
             try:
                 super().reap_workers()
@@ -181,7 +181,7 @@ class RouterArbiter(Arbiter):
 
     def _roll_back(self, why: str) -> None:
         if self._previous is not None:
-            logger.error("reload: %s; nothing has changed", why)
+            logger.error("reload: %s; keeping the old configuration", why)
             self.app.reloads.end(self._generation, Outcome.FAILED)
             self._switch(*self._previous)
             self._previous = None
