@@ -137,7 +137,7 @@ def check(board: Board, why: str) -> None:
     assert held[instance(0).url] == 1, why
     assert held[instance(3).url] == 1, why
     assert sum(held.values()) == 2, why
-    assert sum(sum(column.in_flight) for column in board._memory.counters[:WORKERS]) == 3, why
+    assert sum(sum(cells.in_flight) for cells in board._memory.counters[:WORKERS]) == 3, why
     for number in (1, 2, 4, 5):
         board.admit(instance(number, "z"))
         handle = board.handle_of(instance(number).url)
@@ -205,9 +205,9 @@ def test_fuzz_workers_that_do_anything_and_are_killed_at_any_time_leave_all_coun
         worker.kill()
     board.measure(time.monotonic())
     memory = board._memory
-    for column in memory.counters:
-        assert column.pid[0] == 0
-        for cells in (column.in_flight, column.tokens, column.probes):
+    for counters in memory.counters:
+        assert counters.pid[0] == 0
+        for cells in (counters.in_flight, counters.tokens, counters.probes):
             assert not any(cells)
     states, flags = memory.state.tolist(), memory.flags.tolist()
     assert ReplicaState.GONE not in states

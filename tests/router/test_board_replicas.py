@@ -58,7 +58,7 @@ def test_registering_again_keeps_seat_and_count(board):
     assert in_flight(board) == [0]
 
 
-def test_one_that_says_farewell_gets_nothing_new_and_is_gone_with_its_last_request(board, clock):
+def test_a_deregistered_replica_is_gone_with_its_last_request(board, clock):
     board.admit(instance(0, "a"))
     lease = pick(board)
     assert not board.deregister(instance(0).url, "another")

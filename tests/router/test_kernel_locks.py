@@ -49,7 +49,7 @@ def test_threads_of_several_processes_exclude_each_other(descriptor):
     locks.close()
 
 
-def test_a_mark_says_whether_its_holder_lives(descriptor):
+def test_a_liveness_lock_shows_whether_its_holder_lives(descriptor):
     locks = KernelLocks(descriptor, nothing)
 
     def work(child: Forked) -> None:
@@ -66,7 +66,7 @@ def test_a_mark_says_whether_its_holder_lives(descriptor):
     locks.close()
 
 
-def test_a_mark_that_was_given_back_is_free_for_others(descriptor):
+def test_a_released_liveness_lock_is_free_for_others(descriptor):
     locks = KernelLocks(descriptor, nothing)
     assert locks.take_liveness(3)
     locks.release_liveness(3)
@@ -77,7 +77,7 @@ def test_a_mark_that_was_given_back_is_free_for_others(descriptor):
     locks.close()
 
 
-def test_a_child_has_none_of_its_parents_marks_and_does_not_keep_them_alive(descriptor):
+def test_a_child_neither_inherits_nor_keeps_its_parents_liveness_locks(descriptor):
     forked = []
     locks = KernelLocks(descriptor, lambda: forked.append(os.getpid()))
 

@@ -230,7 +230,7 @@ def test_another_worker_of_a_router_takes_the_lead_and_nothing_is_counted_twice(
 
 
 @needs_redis
-def test_a_farewell_and_a_drain_reach_the_other(start_router):
+def test_a_deregistration_and_a_drain_reach_the_other(start_router):
     one, other = start_router(), start_router()
     for number in range(2):
         one("admit", number)

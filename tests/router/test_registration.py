@@ -94,7 +94,7 @@ def test_a_token_is_seen_only_where_it_must_be_kept():
     assert fault(token="secret but wrong") == "invalid InstanceInfo format: invalid token"
 
 
-def test_a_farewell_names_the_url_and_the_start_of_the_replica():
+def test_a_deregistration_names_the_url_and_the_instance():
     body = {"host_ip": "0.0.0.0", "port": "1811", "instance": OURS["instance"]}
     assert parse_deregistration(json.dumps(body).encode()) == ("http://127.0.0.1:1811", OURS["instance"])
     del body["instance"]

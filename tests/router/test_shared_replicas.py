@@ -61,7 +61,7 @@ def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, 
     assert (one.knows(), other.knows()) == (["c"], ["c"])
 
 
-def test_a_farewell_said_to_one_is_heard_by_the_other(routers, clock):
+def test_a_deregistration_at_one_reaches_the_other(routers, clock):
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -78,7 +78,7 @@ def test_a_farewell_said_to_one_is_heard_by_the_other(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_a_farewell_with_requests_in_flight_is_a_farewell_for_the_other_too(routers):
+def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers):
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -180,7 +180,7 @@ def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_when_what_was_said_is_lost_it_is_said_again(routers, hub):
+def test_lost_shared_state_is_published_again(routers, hub):
     one, other = routers
     one.hears(replica("a", 0))
     other.hears(replica("b", 1))
@@ -194,7 +194,7 @@ def test_when_what_was_said_is_lost_it_is_said_again(routers, hub):
     assert hub.said.draining == {replica("a", 0).url: "1"}
 
 
-def test_an_old_copy_of_what_was_said_changes_nothing(routers, hub, clock):
+def test_an_old_copy_of_the_shared_state_changes_nothing(routers, hub, clock):
     one, other = routers
     one.hears(replica("a"))
     turns(one, other)

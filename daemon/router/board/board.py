@@ -385,7 +385,8 @@ class Board:
             if not self._is_current(handle):
                 return False
             self._rows.set_flag(handle.row, Flag.DRAINING, on)
-            logger.info("replica=%s %s", handle.instance.name, "is drained" if on else "takes requests again")
+            news = "is draining" if on else "takes requests again"
+            logger.info("replica=%s %s", handle.instance.name, news)
             return True
 
     def _fail(self, handle: ReplicaHandle, why: str, at_once: bool) -> None:

@@ -85,13 +85,13 @@ class RedisBoard:
         while self._board.lead():
             try:
                 self._exchange(client)
-                self._log_back()
+                self._on_success()
                 time.sleep(_INTERVAL)
             except Exception as error:
                 if not isinstance(error, redis.RedisError | OSError | UnicodeDecodeError):
                     # For example, another router has written an invalid value, which it may correct.
                     logger.exception("an exchange with %s failed", self._address)
-                self._log_away(error)
+                self._on_failure(error)
                 time.sleep(_RETRY_INTERVAL)
         # The next leader may run without Redis.
         self._board.set_remote({})
@@ -143,7 +143,7 @@ class RedisBoard:
         # The next exchange reads everything again, including what others wrote in between.
         self._replicas.published(updates)
 
-    def _log_away(self, error: Exception) -> None:
+    def _on_failure(self, error: Exception) -> None:
         now = self._clock()
         if self._away_since is None:
             self._away_since = now
@@ -151,7 +151,7 @@ class RedisBoard:
         if now - self._away_since >= COUNT_TTL:
             self._board.set_remote({})
 
-    def _log_back(self) -> None:
+    def _on_success(self) -> None:
         if self._away_since is not None:
             logger.info("%s is back after %.0f s", self._address, self._clock() - self._away_since)
             self._away_since = None

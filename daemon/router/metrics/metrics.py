@@ -63,7 +63,7 @@ class Metrics:
             *("mixed_worker", "prefill_worker", "decode_worker", "status_code"),
         )
         self._retries = self._counter(
-            "fd_router_retries", "Requests retried on another replica, by failed replica.", "replica"
+            "fd_router_retries", "Attempts retried on another replica, by failed replica.", "replica"
         )
         self._resumes = self._counter(
             "fd_router_resumes", "Streams resumed on another replica, by lost replica.", "replica"
