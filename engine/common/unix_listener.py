@@ -10,12 +10,36 @@ from pathlib import Path
 _Identity = tuple[int, int]
 
 
-class SocketPath:
-    """Path of a listening socket.
+def listen(path: Path, mode: int, *, group: int | None = None, backlog: int = 64) -> socket.socket:
+    """Return a new socket that listens on `path`, in place of whatever is there.
 
     Args:
         mode: permission bits of the path.
         group: its group; by default the group that new files get in that directory.
+
+    Raises:
+        OSError: the socket cannot be made.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        # No client can connect before `listen`, so the permissions are never too wide.
+        if group is not None:
+            os.chown(path, -1, group)
+        path.chmod(mode)
+        listener.listen(backlog)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class SocketPath:
+    """Path of a listening socket.
+
+    Args:
+        mode, group, backlog: see `listen`.
         directory_mode: permission bits of its directory, should that have to be made.
         is_bound: True if the caller has a socket that listens there already.
     """
@@ -46,21 +70,10 @@ class SocketPath:
             return True
 
     def bind(self) -> socket.socket:
-        """Return a new socket that listens on the path, in place of whatever is there. Raises OSError."""
+        """Return a new socket that listens on the path, whose directory is made if missing. Raises OSError."""
         self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.path.unlink(missing_ok=True)
-            listener.bind(str(self.path))
-            # No client can connect before `listen`, so the permissions are never too wide.
-            if self._group is not None:
-                os.chown(self.path, -1, self._group)
-            self.path.chmod(self._mode)
-            listener.listen(self._backlog)
-            self._bound = identity(self.path)
-        except OSError:
-            listener.close()
-            raise
+        listener = listen(self.path, self._mode, group=self._group, backlog=self._backlog)
+        self._bound = identity(self.path)
         return listener
 
     def remove(self) -> None:

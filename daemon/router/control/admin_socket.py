@@ -7,7 +7,7 @@ import socket
 import stat
 from pathlib import Path
 
-from ....common.unix_listener import SocketPath, identity
+from ....common.unix_listener import SocketPath, identity, listen
 
 logger = logging.getLogger(__name__)
 
@@ -16,8 +16,8 @@ _MODE = 0o660
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a socket that listens on `path`, and replaces an old file there. Raises OSError."""
-    return SocketPath(path, _MODE).bind()
+    """Return a socket that listens on `path`, in place of an old one. Raises OSError."""
+    return listen(path, _MODE)
 
 
 class AdminSocket:

@@ -58,7 +58,7 @@ class RouterArbiter(Arbiter):
         self._generations: dict[int, int] = {}
         #: Workers without a heartbeat so far -> time of their start.
         self._starting: dict[int, float] = {}
-        #: Workers that were told to end, and those that were told to end soon.
+        #: Workers that were told to end (SIGUSR2), and those of them that were told to hurry (SIGTERM).
         self._leaving: set[int] = set()
         self._hurried: set[int] = set()
         self._may_spawn_at = 0.0

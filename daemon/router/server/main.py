@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Started by SIGUSR2: use the listening sockets, the board and the counters of the old program.
         try:
             check_fixed(json.loads(os.environ.get(_FIXED, "{}")), configuration.fixed)
-            _Server(words, configuration, []).run()
+            _RouterApplication(words, configuration, []).run()
         except (BoardError, ConfigError) as error:
             _exit(EXIT_UPGRADE, f"the old program cannot be replaced and continues: {error}")
     forget_inherited_sockets()
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ[_BOARD] = str(board.descriptor)
     os.environ[_FIXED] = json.dumps(configuration.fixed)
     os.environ[_COUNTERS] = str(counter_memory.create())
-    _Server(words, configuration, listeners).run()
+    _RouterApplication(words, configuration, listeners).run()
 
 
-class _Server(BaseApplication):
+class _RouterApplication(BaseApplication):
     """gunicorn application. Board and counters are in memory that its workers share."""
 
     def __init__(

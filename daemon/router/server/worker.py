@@ -58,7 +58,7 @@ class RouterWorker(Worker):
 
     @property
     def is_ready(self) -> bool:
-        """True after the first heartbeat, before which the worker listens. Read in the arbiter."""
+        """True after the first heartbeat, which a worker sends once it listens. Read in the arbiter."""
         return bool(self.tmp.last_update() != self._made_at)
 
     def pass_listener(self, listener: socket.socket) -> None:
