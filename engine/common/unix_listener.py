@@ -70,7 +70,7 @@ class SocketPath:
             return True
 
     def bind(self) -> socket.socket:
-        """Return a new socket that listens on the path, whose directory is made if missing. Raises OSError."""
+        """Return a new socket that listens on the path; make its directory if missing. Raises OSError."""
         self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
         listener = listen(self.path, self._mode, group=self._group, backlog=self._backlog)
         self._bound = identity(self.path)
