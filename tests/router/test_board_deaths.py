@@ -183,7 +183,7 @@ def act_at_random(board: Board, seed: int) -> None:
                     case order:
                         getattr(board, order)(handle)
             case "lead":
-                if board.lead():
+                if board.try_lead():
                     board.measure(time.monotonic())
                     board.forget_lost()
 

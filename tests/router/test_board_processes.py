@@ -198,19 +198,19 @@ def test_there_is_room_for_a_number_of_workers_and_that_of_the_dead_is_used_agai
 
 def test_one_that_resigns_never_leads_again_and_another_does(board):
     def work(child: Forked) -> None:
-        child.send([board.lead(), board.resign(), board.lead()])
+        child.send([board.try_lead(), board.resign(), board.try_lead()])
         child.receive()
 
     worker = Forked(work)
     assert worker.receive() == [True, None, False]
-    assert board.lead()
+    assert board.try_lead()
     worker.kill()
 
 
 def test_one_leads_and_another_when_it_is_dead(board):
     def work(child: Forked) -> None:
         while True:
-            child.send(board.lead())
+            child.send(board.try_lead())
             child.receive()
 
     workers = [Forked(work) for _ in range(3)]

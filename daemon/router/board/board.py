@@ -101,7 +101,7 @@ class Board:
         """Return the pids of the workers. Lock-free: a stopped worker may hold the lock."""
         return {pid for cells in self._memory.counters[:WORKERS] if (pid := cells.pid[0])}
 
-    def lead(self) -> bool:
+    def try_lead(self) -> bool:
         """Try to become the leader, the one process that monitors the replicas; True while it leads."""
         with self._leading:
             if not self._leads and not self._has_resigned:

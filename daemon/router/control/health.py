@@ -82,7 +82,7 @@ class Monitor:
             time.sleep(self._interval)
 
     def _check_each(self) -> None:
-        if not self._board.lead():
+        if not self._board.try_lead():
             return
         for handle in self._board.handles():
             threading.Thread(target=self._check, args=(handle,), name="health", daemon=True).start()
@@ -92,7 +92,7 @@ class Monitor:
     def _measure(self) -> None:
         while True:
             try:
-                if self._board.lead():
+                if self._board.try_lead():
                     self._board.measure(time.monotonic())
             except Exception:
                 logger.exception("a measurement of the replicas failed; the next one follows")

@@ -72,7 +72,7 @@ class RedisBoard:
         threading.Thread(target=self._run, name="redis", daemon=True).start()
 
     def _run(self) -> None:
-        while not self._board.lead():
+        while not self._board.try_lead():
             time.sleep(_IDLE_INTERVAL)
         # No retries by the client: they would be silent, and the next exchange follows soon.
         client = redis.Redis.from_url(
@@ -82,7 +82,7 @@ class RedisBoard:
             socket_connect_timeout=_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
         )
-        while self._board.lead():
+        while self._board.try_lead():
             try:
                 self._exchange(client)
                 self._on_success()
