@@ -258,8 +258,8 @@ def test_without_redis_each_goes_on_alone_and_says_so_once(start_router, server,
     wait_until(lambda: sum(other.remote()) == 3, "the other counts them again")
     for router in (one, other):
         log = router.log.read_text()
-        assert log.count("is away") == 1
-        assert log.count("is back after") == 1
+        assert log.count("cannot be reached") == 1
+        assert log.count("can be reached again after") == 1
         assert PASSWORD not in log
         assert "secret" not in log
 
@@ -281,6 +281,6 @@ def test_nonsense_in_redis_does_no_harm(start_router, server):
 @needs_redis
 def test_a_wrong_password_is_a_line_in_the_log_and_not_shown(server, tmp_path):
     router = Router(server.url.replace(PASSWORD, "wrong-guess"), tmp_path)
-    wait_until(lambda: "is away" in router.log.read_text(), "it says so")
+    wait_until(lambda: "cannot be reached" in router.log.read_text(), "it says so")
     assert "wrong-guess" not in router.log.read_text()
     router.kill()

@@ -65,7 +65,7 @@ class RedisBoard:
         self._replicas = SharedReplicas(board, allowed, clock)
         self._changes: str | None = ""
         self._others: list[str] = []
-        self._away_since: float | None = None
+        self._failing_since: float | None = None
 
     def start(self) -> None:
         """Start the thread. Call this after the fork."""
@@ -145,16 +145,17 @@ class RedisBoard:
 
     def _on_failure(self, error: Exception) -> None:
         now = self._clock()
-        if self._away_since is None:
-            self._away_since = now
-            logger.warning("%s is away (%s); continuing without it", self._address, _reason(error))
-        if now - self._away_since >= COUNT_TTL:
+        if self._failing_since is None:
+            self._failing_since = now
+            logger.warning("%s cannot be reached (%s); continuing without it", self._address, _reason(error))
+        if now - self._failing_since >= COUNT_TTL:
             self._board.set_remote({})
 
     def _on_success(self) -> None:
-        if self._away_since is not None:
-            logger.info("%s is back after %.0f s", self._address, self._clock() - self._away_since)
-            self._away_since = None
+        if self._failing_since is not None:
+            seconds = self._clock() - self._failing_since
+            logger.info("%s can be reached again after %.0f s", self._address, seconds)
+            self._failing_since = None
 
     def _key(self, router: str) -> str:
         return f"{_PREFIX}counts:{router}"
