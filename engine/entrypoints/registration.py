@@ -20,9 +20,9 @@ from typing import Any
 import requests
 
 from ..common.addresses import is_loopback, is_wildcard
+from ..common.api_keys import keys_in_variable
 from ..common.errors import ConfigError
 from ..common.foreign_text import printable
-from ..common.key_files import keys_in_variable
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdeploy.common.api_keys import ApiKeys, keys_in
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.common.key_files import keys_in
 from fastdeploy.daemon.config import masking
 from fastdeploy.daemon.config.loader import parse
 from fastdeploy.daemon.config.preflight import exposed_secrets
@@ -173,7 +173,7 @@ def test_a_credential_of_systemd_is_as_good_as_a_file(
     assert "LoadCredential=keys:FILE" in reading.problem
     # A directory that systemd makes for each unit.
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    assert parse_arguments(words).api_keys == ("sesame",)
+    assert parse_arguments(words).api_keys == ApiKeys(["sesame"])
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff5ecret"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, State
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, ReplicaState
 from fastdeploy.daemon.router.board.memory import ROWS
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 
@@ -33,7 +33,7 @@ def test_a_replica_that_was_started_anew_is_another_one_at_once(board):
     new = pick(board)
     assert new.handle != old.handle
     board.unreachable(old.handle, "connection reset")
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
     old.release()
     assert in_flight(board) == [1]
     new.release()
@@ -58,7 +58,7 @@ def test_registering_again_keeps_seat_and_count(board):
     assert in_flight(board) == [0]
 
 
-def test_one_that_says_farewell_gets_nothing_new_and_is_gone_with_its_last_request(board, clock):
+def test_a_deregistered_replica_is_gone_with_its_last_request(board, clock):
     board.admit(instance(0, "a"))
     lease = pick(board)
     assert not board.deregister(instance(0).url, "another")
@@ -93,7 +93,7 @@ def test_a_removed_replica_comes_back_with_its_next_heartbeat(board):
     assert board.remove(lease.handle)
     assert not board.remove(lease.handle)
     assert board.status() == []
-    assert board.seat_of(instance(0).url) is None
+    assert board.handle_of(instance(0).url) is None
     assert board.admit(instance(0, "a"))
     lease.release()
     assert in_flight(board) == [0]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.daemon.router.config.flags import changed, file_parser, fixed_in
+from fastdeploy.daemon.router.config.flags import changed_flags, file_parser, fixed_flags
 from fastdeploy.daemon.router.config.flags_file import fingerprint, read_flags_file
 from fastdeploy.daemon.router.config.loader import read
 
@@ -57,7 +57,7 @@ def test_every_word_of_a_command_line_is_read_as_it_was_written(tmp_path_factory
     if possible:
         assert read_flags_file(file).words == tuple(words)
     else:
-        with pytest.raises(ConfigError, match="is no word of a command line"):
+        with pytest.raises(ConfigError, match="cannot be an argument of a command"):
             read_flags_file(file)
 
 
@@ -120,7 +120,7 @@ def test_what_gunicorn_reckons_with_is_not_too_large_for_it(flag):
 
 
 def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
-    return changed(*(fixed_in(file_parser().parse_args(words)) for words in (old, new)))
+    return changed_flags(*(fixed_flags(file_parser().parse_args(words)) for words in (old, new)))
 
 
 @pytest.mark.parametrize(

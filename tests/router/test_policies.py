@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
     weight: float = 1.0
     running: int = 0
     waiting: int = 0
-    in_flight_then: int = 0
+    in_flight_at_poll: int = 0
     key: int = 0
     matched: int = 0
 
@@ -38,7 +38,7 @@ candidate = st.builds(
     waiting=st.integers(0, 50),
     key=st.integers(0, 2**64 - 1),
     matched=st.integers(0, len(BLOCK_ENDS)),
-    in_flight_then=st.integers(0, 50),
+    in_flight_at_poll=st.integers(0, 50),
 )
 candidates = st.lists(candidate, min_size=1, max_size=16)
 #: As most replicas are.
@@ -152,7 +152,7 @@ def test_fd_metrics_score_counts_what_others_have_there():
 @given(st.integers(0, 30))
 def test_fd_metrics_score_does_not_count_our_own_requests_twice(running):
     """Seconds ago it had some of ours, which have ended since."""
-    was_busy = Candidate(1, 0, running=running, waiting=0, in_flight_then=running)
+    was_busy = Candidate(1, 0, running=running, waiting=0, in_flight_at_poll=running)
     assert choose("fd_metrics_score", [Candidate(2, 0), was_busy]) == was_busy
 
 

@@ -167,7 +167,7 @@ def test_a_reload_takes_a_new_certificate_and_a_broken_one_changes_nothing(share
     whole = shared_router.certificate.read_text()
     shared_router.certificate.write_text("broken")
     shared_router.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "going on as before" in shared_router.log.read_text(), "the fault is named")
+    wait_until(lambda: "keeping the old configuration" in shared_router.log.read_text(), "the fault is named")
     assert shown() == new
     shared_router.certificate.write_text(whole)
     assert shared_router.get("/v1/models").status_code == 200

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...common.api_keys import ApiKeys, keys_in, keys_in_variable, keys_of
 from ...common.cli import CommandLine
 from ...common.cors import DEFAULT as CORS_DEFAULT
 from ...common.cors import CorsPolicy
 from ...common.errors import ConfigError
-from ...common.key_files import keys_in, keys_in_variable, keys_of
 from ...common.text_files import read_text
 from ...config import EngineConfig
 from ...demo_model.model import resolve_model_path
@@ -65,8 +65,7 @@ class ServeConfig:
     timeout_graceful_shutdown: int = 10
     #: The same as the router's.
     max_body_bytes: int = 10 << 20
-    #: Empty lets everybody in.
-    api_keys: tuple[str, ...] = ()
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
     #: URL of the router that is told of this replica.
     router: str | None = None
     #: Web pages that may read answers of /v1.
@@ -268,14 +267,14 @@ def _at_least(flag: str, low: int, value: int) -> int:
     return value
 
 
-def _api_keys(flags: list[str] | None, file: Path | None) -> tuple[str, ...]:
+def _api_keys(flags: list[str] | None, file: Path | None) -> ApiKeys:
     if flags is None:
-        keys = tuple(keys_in_variable("FD_API_KEY", os.environ))
+        keys = keys_in_variable("FD_API_KEY", os.environ)
     else:
-        keys = tuple(key for text in flags for key in keys_of("--api-key", text))
+        keys = [key for text in flags for key in keys_of("--api-key", text)]
         if not keys:
             raise ConfigError("--api-key is empty; leave it out to let everybody in")
-    return keys if file is None else (*keys, *keys_in("--api-keys-file", file))
+    return ApiKeys(keys if file is None else keys + keys_in("--api-keys-file", file))
 
 
 def _chat_template(text: str | None) -> str | None:
