@@ -113,7 +113,7 @@ def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(router, start_fleet
     start_fleet(2)
     faults = [CUT, {"at": "resume", "how": 409, "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
-    assert "cannot go on with this answer" in message
+    assert "cannot resume this answer" in message
 
 
 @pytest.mark.parametrize("features", ["", "progress"])

@@ -26,12 +26,12 @@ class Waiter:
     deadline: float = 100.0
     #: There is no replica at all for it.
     is_stranded: bool = False
-    is_choosy: bool = False
+    has_exclusions: bool = False
 
     def try_again(self, now: float) -> PickFailure | None:
         if self.is_stranded:
             return PickFailure.DOWN
-        if not self.place.room or (self.is_choosy and self.place.room < 2):
+        if not self.place.room or (self.has_exclusions and self.place.room < 2):
             return PickFailure.BUSY
         self.place.room -= 1
         self.place.served.append(self.name)
@@ -97,7 +97,7 @@ def test_one_for_whom_there_is_nobody_holds_up_nobody_and_keeps_its_place():
 def test_one_that_does_not_want_every_replica_holds_up_nobody_else():
     place = new_place()
     for name in "abc":
-        place.line.join(Waiter(name, place, is_choosy=name != "b"))
+        place.line.join(Waiter(name, place, has_exclusions=name != "b"))
     place.room = 1
     place.line.advance(0.0)
     assert place.served == ["b"]
@@ -135,7 +135,7 @@ def test_who_comes_now_goes_behind_those_that_want_the_same_and_behind_no_others
     assert not place.line.has_others(0.0)
     stranded = Waiter("a", place, is_stranded=True)
     place.line.join(stranded)
-    place.line.join(Waiter("b", place, is_choosy=True))
+    place.line.join(Waiter("b", place, has_exclusions=True))
     assert not place.line.has_others(0.0)
     place.line.join(Waiter("c", place))
     assert place.line.has_others(0.0)
@@ -169,7 +169,7 @@ def test_who_leaves_is_not_served():
 
 
 def test_retry_after_is_the_time_that_those_before_will_need():
-    assert retry_after(waiting=9, ended_per_second=2.0, most=30.0) == 5
-    assert retry_after(waiting=0, ended_per_second=1000.0, most=30.0) == 1
-    assert retry_after(waiting=1000, ended_per_second=1.0, most=30.0) == 30
-    assert retry_after(waiting=5, ended_per_second=0.0, most=30.0) == 30
+    assert retry_after(waiting=9, ended_per_second=2.0, limit=30.0) == 5
+    assert retry_after(waiting=0, ended_per_second=1000.0, limit=30.0) == 1
+    assert retry_after(waiting=1000, ended_per_second=1.0, limit=30.0) == 30
+    assert retry_after(waiting=5, ended_per_second=0.0, limit=30.0) == 30

@@ -102,7 +102,7 @@ class ClientConnection(asyncio.Protocol):
 
     # ---- Client
 
-    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+    def respond(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
         if not status.startswith((b"204", b"304")):
             lines += b"Content-Length: %d\r\n" % (len(body) if length is None else length)
         if self._is_head_only:
@@ -307,7 +307,7 @@ class ClientConnection(asyncio.Protocol):
         lines = header_lines(answer.headers)
         if origin := self._parser.origin:
             lines += self._server.cors_lines(target, origin)
-        self.give(answer.status_line.encode(), lines, answer.body)
+        self.respond(answer.status_line.encode(), lines, answer.body)
 
     def _linger(self) -> None:
         """The last words have been said; the client may still be talking."""

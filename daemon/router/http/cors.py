@@ -24,8 +24,8 @@ class CorsClient:
         self._client = client
         self._lines = lines
 
-    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
-        self._client.give(status, lines + self._lines, body, length)
+    def respond(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+        self._client.respond(status, lines + self._lines, body, length)
 
     def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
         self._client.begin(status, lines + self._lines, length)

@@ -9,7 +9,7 @@ from typing import Protocol
 class Client(Protocol):
     """The client's connection, as long as this request has it."""
 
-    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+    def respond(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
         """A whole answer; `length` if it is not that of the body (HEAD)."""
 
     def begin(self, status: bytes, lines: bytes, length: int | None) -> None:

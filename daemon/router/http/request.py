@@ -49,11 +49,11 @@ _SLASHES = re.compile(rb"//+")
 
 
 class Refused(FastDeployError):
-    """A request that goes to no replica; `answer` says why."""
+    """A request that the router does not forward; `response` says why."""
 
-    def __init__(self, answer: Response) -> None:
-        super().__init__(answer.status_line)
-        self.answer = answer
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status_line)
+        self.response = response
 
 
 class ClientRequest:
