@@ -18,7 +18,7 @@ from ....common.resumption import (
 from .request import HOP_BY_HOP, ClientRequest, Refused, lines_without
 from .responses import error, header_lines
 
-#: Seconds between the keep-alives that are requested from replicas.
+#: Seconds between the keep-alive messages requested from replicas.
 _KEEP_ALIVE = 5
 #: Headers that the router sets itself: those of the connection and the body, and those of its protocol with
 #: the replicas. Origin is dropped, because the router alone decides about CORS.

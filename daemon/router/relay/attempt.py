@@ -152,7 +152,7 @@ class Attempt:
         timeout = settings.progress_timeout if has_keep_alive else settings.request_timeout
         if now - connection.heard_at > timeout:
             connection.cancel()
-            self.failed(Fault.SILENT, f"for {timeout:g} s")
+            self.failed(Fault.SILENT, f"no data for {timeout:g} s")
 
     def crash(self) -> None:
         self._owner.crash()

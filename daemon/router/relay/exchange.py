@@ -218,7 +218,7 @@ class Exchange:
             self._retry.refusal = refusals.garbled(handle.name, problem)
         is_timeout = fault is Fault.SILENT and not self._delivery.has_begun
         if is_timeout and "progress" not in handle.instance.features:
-            # Without keep-alives the replica may be busy with this request, so it is not sent twice.
+            # Without keep-alive messages the replica may be busy with this request, so it is not sent twice.
             self._respond(refusals.silent(handle.name, problem))
         else:
             self._retry_elsewhere(handle, problem)

@@ -15,7 +15,7 @@ _DESCRIPTIONS = {
     Fault.UNANSWERED: "did not answer",
     Fault.CUT: "did not finish its answer",
     Fault.GARBLED: "does not speak HTTP",
-    Fault.SILENT: "fell silent",
+    Fault.SILENT: "timed out",
 }
 
 
