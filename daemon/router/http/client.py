@@ -83,6 +83,7 @@ class ClientConnection(asyncio.Protocol):
         self._waiting: deque[Parsed | Response] = deque()
         self._task: Task | None = None
         self._is_busy = False
+        #: Bytes discarded after the last response; -1 before it.
         self._lingering = -1
         self._receiving_since = 0.0
         self._blocked_since: float | None = None
