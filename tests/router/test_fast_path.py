@@ -427,7 +427,7 @@ def test_a_router_without_it_says_in_one_line_what_to_do(tmp_path, library, reas
     shutil.copytree(fastdeploy.__path__[0], package, ignore=without)
     shutil.copytree(fastdeploy.daemon.__path__[0], package / "daemon", ignore=without)
     if library is not None:
-        (package / "daemon" / "router" / "libfd_fast_path.so").write_bytes(library)
+        (package / "daemon" / "router" / "http" / "libfd_fast_path.so").write_bytes(library)
     ended = subprocess.run(
         [str(FD_ROUTER), "--port", "1"],
         capture_output=True,
@@ -437,7 +437,9 @@ def test_a_router_without_it_says_in_one_line_what_to_do(tmp_path, library, reas
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert ended.returncode == 2
-    assert ended.stderr.startswith(f"fd-router: the router's compiled part does not load ({package}/daemon/")
+    assert ended.stderr.startswith(
+        f"fd-router: the router's compiled library cannot be loaded ({package}/daemon/"
+    )
     assert reason in ended.stderr
     assert ended.stderr.endswith("; install fd-dp with pip, which compiles it\n")
     assert ended.stderr.count("\n") == 1

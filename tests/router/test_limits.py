@@ -217,7 +217,7 @@ def test_who_stops_reading_stops_the_replica_and_is_cut_off(start_router, new_en
         router.add(other)
         assert router.complete().status_code == 200
         assert stream.is_cut.wait(20)
-        assert "its client does not read its answer" in router.log.read_text()
+        assert "its client does not read its response" in router.log.read_text()
         with pytest.raises(ConnectionResetError):
             client.rest()
     router.wait_idle()

@@ -64,7 +64,7 @@ class WsgiCall:
         seconds = time.monotonic() - self._began_at
         self._metrics.answered(self._request.method, self._request.path, int(status[:3]), seconds)
         if self._client is not None:
-            self._client.give(status.encode("latin-1"), lines, body)
+            self._client.respond(status.encode("latin-1"), lines, body)
 
 
 def environ_of(request: ClientRequest) -> Environ:

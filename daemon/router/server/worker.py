@@ -127,7 +127,7 @@ class RouterWorker(Worker):
 
     def _answer_preflight(self, client: Client, request: ClientRequest) -> Task:
         answer = preflight_answer(self._router.settings.cors, request)
-        client.give(answer.status_line.encode(), header_lines(answer.headers), answer.body)
+        client.respond(answer.status_line.encode(), header_lines(answer.headers), answer.body)
         self._router.metrics.answered(request.method, request.path, answer.status, 0.0)
         return Preflight()
 
