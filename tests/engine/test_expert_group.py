@@ -28,9 +28,9 @@ from fastdeploy.expert_parallel.join import group_fingerprint, join
 from fastdeploy.expert_parallel.layout import (
     MAX_RANKS,
     PROTOCOL_VERSION,
+    GroupHeader,
+    GroupLayout,
     GroupWords,
-    Header,
-    Layout,
     RankRow,
     RankSlot,
     RankSlotState,
@@ -40,7 +40,7 @@ from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
 from fastdeploy.expert_parallel.options import GroupOptions
 from tests.custom_ops.ranks import group_of_its_own
 
-LAYOUT = Layout(num_ranks=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
+LAYOUT = GroupLayout(num_ranks=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
 #: Longer than anything that works takes, on a busy machine.
 PATIENCE = 60.0
 
@@ -62,7 +62,7 @@ def joined(name: str) -> Iterator[Join]:
 
         def join_it(
             rank: int = 0,
-            layout: Layout = LAYOUT,
+            layout: GroupLayout = LAYOUT,
             root: Path = memory_file.SHARED_MEMORY,
             stall_kill: float = 60.0,
             **fingerprint: object,
@@ -440,7 +440,7 @@ def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memor
 
 
 layouts = st.builds(
-    Layout,
+    GroupLayout,
     num_ranks=st.integers(1, MAX_RANKS),
     num_layers=st.integers(0, 60),
     num_experts=st.integers(1, 256),
@@ -451,11 +451,11 @@ layouts = st.builds(
 
 
 @given(layout=layouts)
-def test_parts_do_not_overlap_and_begin_where_they_may(layout: Layout) -> None:
+def test_parts_do_not_overlap_and_begin_where_they_may(layout: GroupLayout) -> None:
     """As `custom_ops/include/expert_group.h` has them: words in lines of their own, rows in pages."""
     picks = layout.max_tokens * layout.k
     file = {
-        0: ctypes.sizeof(Header),
+        0: ctypes.sizeof(GroupHeader),
         layout.words: ctypes.sizeof(GroupWords),
         layout.rank_slots: MAX_RANKS * ctypes.sizeof(RankSlot),
         layout.fingerprint: 4096,
