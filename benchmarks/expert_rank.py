@@ -33,20 +33,21 @@ class Rank:
         paddle.disable_signal_handler()
         from fastdeploy import custom_ops
         from fastdeploy.core.model_runner import keep_freed_memory
-        from fastdeploy.expert_parallel.group import GroupOptions, join
-        from fastdeploy.expert_parallel.layout import Layout
+        from fastdeploy.expert_parallel.join import join
+        from fastdeploy.expert_parallel.layout import GroupLayout
+        from fastdeploy.expert_parallel.options import GroupOptions
 
         keep_freed_memory()
         cores = len(os.sched_getaffinity(0))
         threads = max(1, cores // num_seats)
         custom_ops.set_threads(threads)
-        layout = Layout(num_seats, 1, EXPERTS, max_tokens, PICKS, HIDDEN)
+        layout = GroupLayout(num_seats, 1, EXPERTS, max_tokens, PICKS, HIDDEN)
         options = GroupOptions(group, seat, spin=threads * num_seats <= cores)
         self._group = join(options, layout, {}, lambda mine, taken: None)
         atexit.register(self._group.close)
         while len(self._group.status().active_seats) < num_seats:
             self._group.wakeups.poll(0.1)
-            self._group.attend()
+            self._group.handle_wakeups()
         random = np.random.default_rng(seat)
         picks = np.argsort(random.random((max_tokens, EXPERTS)), axis=1)[:, :PICKS]
         self._x = paddle.to_tensor(random.random((max_tokens, HIDDEN), np.float32)).astype("bfloat16")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .common.errors import ConfigError
 from .common.text_files import JsonObject, read_object, read_optional_object
-from .expert_parallel.layout import MOST_SEATS
+from .expert_parallel.layout import MAX_RANKS
 
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")
@@ -198,10 +198,10 @@ class EngineConfig:
                 f"--expert-parallel-stall-kill is {self.expert_parallel_stall_kill:g}; it must be more than "
                 "0 seconds"
             )
-        if self.enable_expert_parallel and self.data_parallel_size > MOST_SEATS:
+        if self.enable_expert_parallel and self.data_parallel_size > MAX_RANKS:
             raise ConfigError(
                 f"--data-parallel-size is {self.data_parallel_size}; an expert-parallel group has "
-                f"{MOST_SEATS} ranks at most"
+                f"{MAX_RANKS} ranks at most"
             )
         if self.threads < 0:
             raise ConfigError(f"--threads is {self.threads}; it must be 0 (divide the cores) or more")

@@ -6,35 +6,36 @@ import subprocess
 import time
 from pathlib import Path
 
-from fastdeploy.expert_parallel import memory as shared
-from fastdeploy.expert_parallel.layout import PHASES, Layout, SeatState
+from fastdeploy.expert_parallel import memory_file
+from fastdeploy.expert_parallel.layout import PHASES, GroupLayout, RankSlotState
 from fastdeploy.expert_parallel.membership import Membership, planner
+from fastdeploy.expert_parallel.processes import start_time
 
-LAYOUT = Layout(num_seats=4, num_layers=2, num_experts=8, max_tokens=16, k=2, hidden=64)
+LAYOUT = GroupLayout(num_ranks=4, num_layers=2, num_experts=8, max_tokens=16, k=2, hidden=64)
 
 
 class QuietGroup:
     """`close` ends the ranks and removes what is left in `root`."""
 
-    def __init__(self, name: str, root: Path = shared.SHARED_MEMORY) -> None:
+    def __init__(self, name: str, root: Path = memory_file.SHARED_MEMORY) -> None:
         self.name = name
         self.root = root
         self.processes: list[subprocess.Popen[bytes]] = []
-        with shared.opened(name, LAYOUT, {}, patience=5.0, root=root) as self.memory:
+        with memory_file.open_locked(name, LAYOUT, {}, patience=5.0, root=root) as self.memory:
             self._membership = Membership(self.memory, planner(LAYOUT.num_experts, redundant=0))
 
     def request(self, seat: int) -> None:
         process = subprocess.Popen(["sleep", "600"])
         self.processes.append(process)
-        entry, started = self.memory.entries[seat], shared.start_time(process.pid)
+        entry, started = self.memory.rank_slots[seat], start_time(process.pid)
         assert started is not None
         entry.pid, entry.start_time = process.pid, started
-        self._membership.request(seat, SeatState.JOINING)
+        self._membership.request(seat, RankSlotState.JOINING)
 
-    def join(self, *seats: int) -> None:
-        for seat in seats:
+    def join(self, *ranks: int) -> None:
+        for seat in ranks:
             self.request(seat)
-        self._membership.grant()
+        self._membership.apply_requests()
 
     def note(self, seat: int, phase: str, layer: int = 0, waits_for: int = 0, seconds: float = 0.0) -> None:
         """`waits_for`: a bit for each seat."""
@@ -49,4 +50,4 @@ class QuietGroup:
     def close(self) -> None:
         for index in range(len(self.processes)):
             self.kill(index)
-        shared.remove(self.memory)
+        memory_file.remove(self.memory)

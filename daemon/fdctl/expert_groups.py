@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import ConfigError, FastDeployError
-from ...expert_parallel.snapshot import look
+from ...expert_parallel.snapshot import read_snapshot
 from ..config.programs import Program, expert_group_in
 from ..control.protocol import DaemonUnreachable
 
@@ -45,7 +45,7 @@ def groups(names: list[str], user: int | None) -> dict[str, Any]:
         FastDeployError: one cannot be looked at.
     """
     try:
-        found = [look(name, user) for name in names]
+        found = [read_snapshot(name, user) for name in names]
     except (ConfigError, OSError) as error:
         raise FastDeployError(str(error)) from None
     return {"groups": [asdict(group) for group in found if group is not None]}

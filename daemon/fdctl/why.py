@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import ConfigError, FastDeployError
-from ...expert_parallel.snapshot import Seat, Snapshot, look
+from ...expert_parallel.snapshot import RankSnapshot, Snapshot, read_snapshot
 from ..config.programs import expert_group_in
 from ..control import protocol
 from . import client
@@ -102,7 +102,7 @@ def _group(found: dict[str, Any], run: Path) -> dict[str, Any] | None:
     if name is None:
         return None
     try:
-        group = look(name, run.stat().st_uid)
+        group = read_snapshot(name, run.stat().st_uid)
     except (ConfigError, OSError):
         return None
     seat = next((seat for seat in group.seats if seat.seat == found["replica"]), None) if group else None
@@ -118,7 +118,7 @@ def _group(found: dict[str, Any], run: Path) -> dict[str, Any] | None:
     }
 
 
-def _seat(seat: Seat, group: Snapshot, waited_for_by: list[int]) -> str:
+def _seat(seat: RankSnapshot, group: Snapshot, waited_for_by: list[int]) -> str:
     words = [f"{seat.state}, one of {len(group.active)}"]
     if seat.waits_for:
         words.append(f"waits for {_seats(seat.waits_for)}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from ...common.errors import FastDeployError
 from ...common.ports import require_free
-from ...expert_parallel.snapshot import Snapshot, look
+from ...expert_parallel.snapshot import Snapshot, read_snapshot
 from ..config.loader import Config
 from ..config.programs import ROUTER, Program, admin_socket
 from ..diagnosis import exit_cause
@@ -65,7 +65,7 @@ class Fleet:
         watch: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
         dice: Callable[[], float] = random.random,
-        look: Callable[[str], Snapshot | None] = look,
+        look: Callable[[str], Snapshot | None] = read_snapshot,
     ) -> None:
         self.config = config
         self.layout = client.layout

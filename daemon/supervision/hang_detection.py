@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...expert_parallel.snapshot import Seat, Snapshot
+from ...expert_parallel.snapshot import RankSnapshot, Snapshot
 
 #: Seconds. A longer silence is not a plausible answer.
 _FOREVER = 1e9
@@ -140,13 +140,13 @@ def judge(
     return judgement
 
 
-def awaited_by(seat: Seat, seats: Mapping[int, Seat]) -> list[Seat]:
+def awaited_by(seat: RankSnapshot, seats: Mapping[int, RankSnapshot]) -> list[RankSnapshot]:
     """For whom it waits in the end, by way of others: those that wait for nobody. It may be one of them.
 
     Where they wait for each other, the one that has done so for longest: all others have gone on since, and
     it would have, had it looked.
     """
-    seen: dict[int, Seat] = {}
+    seen: dict[int, RankSnapshot] = {}
     ahead = [seat.seat]
     while ahead:
         number = ahead.pop()
@@ -160,7 +160,7 @@ def awaited_by(seat: Seat, seats: Mapping[int, Seat]) -> list[Seat]:
 
 
 def _weigh(
-    judgement: Judgement, one: Stuck, what: str, culprit: Seat, name: str | None, hang_after: float
+    judgement: Judgement, one: Stuck, what: str, culprit: RankSnapshot, name: str | None, hang_after: float
 ) -> None:
     # What a newcomer has not written yet is told by those who wait for it.
     seconds = one.seconds if culprit.seconds is None else culprit.seconds

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from ...common.errors import ConfigError
-from ...expert_parallel.snapshot import Snapshot, look
+from ...expert_parallel.snapshot import Snapshot, read_snapshot
 from ..config.options import SuperviseSection
 from ..config.programs import ROUTER, expert_group_in
 from ..diagnosis.exit_cause import Cause
@@ -187,7 +187,9 @@ class Health:
         replica.failing, replica.cause = why, cause
 
 
-def seen(names: Iterable[str], look: Callable[[str], Snapshot | None] = look) -> dict[str, Snapshot | None]:
+def seen(
+    names: Iterable[str], look: Callable[[str], Snapshot | None] = read_snapshot
+) -> dict[str, Snapshot | None]:
     """Those that can be looked at; None for one that nobody is in."""
     found = {}
     for name in names:

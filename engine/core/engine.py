@@ -12,7 +12,7 @@ from ..common.errors import FastDeployError, RequestError
 from ..common.messages import AddRequest, ExpertParallelStats, Logprobs, Stats, StepOutputs, TokenOutput
 from ..common.request import Batch, FinishReason, Sequence
 from ..config import EngineConfig, ModelConfig
-from ..expert_parallel.group import RankLost
+from ..expert_parallel.membership import RankLost
 from .block_pool import BlockPool
 from .sampler import Sampled, Sampler
 from .scheduler import Scheduler

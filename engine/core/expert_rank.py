@@ -1,4 +1,4 @@
-"""A replica as a rank of an expert-parallel group: what all of them must agree on, and what it does there."""
+"""A replica as a rank of an expert-parallel group."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from collections.abc import Sequence
 
 from ..config import EngineConfig, ModelConfig
 from ..custom_ops import instruction_set
-from ..expert_parallel.group import ExpertGroup, GroupOptions, join
-from ..expert_parallel.layout import Layout
+from ..expert_parallel.group import ExpertGroup
+from ..expert_parallel.join import join
+from ..expert_parallel.layout import GroupLayout
+from ..expert_parallel.options import GroupOptions
 from ..expert_parallel.residency import ExpertPages
 from ..models.ernie45 import MoEWeights
 from ..weights.weight_cache import Packing
 from .cpu_share import CpuShare
 from .model_runner import ModelRunner
 
-#: Tokens of a rank in one collective. A step with more takes several: what travels must fit into the shared
-#: memory that a container has, and for so many rows an expert's weights are well worth reading.
+#: Limit of a rank's tokens in one collective; larger steps take several. It keeps exchange buffers within the
+#: shared memory of a container, and is large enough to amortise reading an expert's weights.
 _ROUND_TOKENS = 128
-#: Less than the API process has patience with a worker that ends.
+#: Less than the time after which the API process kills a stopping worker.
 _LEAVE_SECONDS = 3.0
 
 
 class Rank:
-    """A member, and what it does while it has no work of its own."""
+    """Member of an expert group; takes part in steps of other ranks while it has no work of its own."""
 
     def __init__(self, group: ExpertGroup, runner: ModelRunner) -> None:
         self.group = group
@@ -32,10 +34,10 @@ class Rank:
 
     @classmethod
     def join(cls, config: EngineConfig, model: ModelConfig, runner: ModelRunner, share: CpuShare) -> Rank:
-        """Joins the group that `config` names. From here on `runner` computes with the others.
+        """Join the group that `config` names. From here on `runner` computes with the other ranks.
 
         Raises:
-            ConfigError: see `group.join`.
+            ConfigError: see `join.join`.
         """
         pages = [
             ExpertPages((layer.mlp.experts.gate_up, layer.mlp.experts.down), model.moe_num_experts)
@@ -43,9 +45,9 @@ class Rank:
             if isinstance(layer.mlp, MoEWeights)
         ]
 
-        def on_placement(mine: Sequence[frozenset[int]], taken: Sequence[frozenset[int]]) -> None:
-            for layer, held, new in zip(pages, mine, taken, strict=True):
-                layer.hold(held, new)
+        def on_placement(held: Sequence[frozenset[int]], added: Sequence[frozenset[int]]) -> None:
+            for layer, experts, new in zip(pages, held, added, strict=True):
+                layer.hold(experts, new)
 
         runner.group = join(
             _options(config, share), _layout(config, model), _fingerprint(config), on_placement
@@ -54,17 +56,17 @@ class Rank:
 
     @property
     def is_wanted(self) -> bool:
-        """A step of the others has begun, or is about to."""
-        return self.group.awake or self.group.is_called
+        """True if a step of other ranks has begun or is about to begin."""
+        return self.group.awake or self.group.is_awaited
 
     def assist(self) -> None:
-        """Takes part in a step of the others, if there is one."""
-        self.group.attend()
+        """Take part in a step of other ranks, if there is one."""
+        self.group.handle_wakeups()
         if self.is_wanted:
             self._runner.assist()
 
     def leave(self) -> None:
-        """Lets the others take over this rank's experts, between two steps."""
+        """Leave the group between two steps, so that the others take over this rank's experts."""
         self.group.request_leave()
         deadline = time.monotonic() + _LEAVE_SECONDS
         while self.group.is_member and time.monotonic() < deadline:
@@ -74,9 +76,9 @@ class Rank:
         self.group.close()
 
 
-def _layout(config: EngineConfig, model: ModelConfig) -> Layout:
-    return Layout(
-        num_seats=config.data_parallel_size,
+def _layout(config: EngineConfig, model: ModelConfig) -> GroupLayout:
+    return GroupLayout(
+        num_ranks=config.data_parallel_size,
         num_layers=model.num_moe_layers,
         num_experts=model.moe_num_experts,
         max_tokens=min(_ROUND_TOKENS, config.max_num_batched_tokens),
@@ -88,7 +90,7 @@ def _layout(config: EngineConfig, model: ModelConfig) -> Layout:
 def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
     return GroupOptions(
         name=config.expert_parallel_group,
-        seat=config.data_parallel_rank,
+        rank=config.data_parallel_rank,
         redundant_experts=config.redundant_experts,
         rebalance=config.enable_eplb,
         stall_after=min(10.0, config.expert_parallel_stall_kill / 2),
@@ -98,7 +100,7 @@ def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
 
 
 def _fingerprint(config: EngineConfig) -> dict[str, object]:
-    """What texts depend on."""
+    """Return everything that changes the generated tokens, so all ranks must agree on it."""
     packing = Packing(config.model, config.weight_format, config.qkv_order).metadata()
     return {
         "checkpoint": packing["checkpoint"],

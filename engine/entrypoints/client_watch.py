@@ -1,9 +1,8 @@
-"""Learns from the kernel that a client has gone, while its handler is busy with something else.
+"""Callbacks for clients that disconnect while their handler waits for something else.
 
-A thread that waits for tokens or for an upstream server finds out that its client left only when it next
-writes, which may be minutes later. One daemon thread per process watches all client sockets instead.
-Bytes that arrive are left alone; only the other side's closing counts. A client that shuts down just its
-sending half is taken as gone, as nginx does.
+A thread that waits for tokens would notice a disconnect only at its next write, which may be minutes later.
+Instead, one daemon thread per process polls all client sockets with epoll. It does not read from them. A
+client that shuts down only its sending side counts as disconnected, as in nginx.
 """
 
 from __future__ import annotations
@@ -20,26 +19,25 @@ from typing import Self
 _log = logging.getLogger(__name__)
 
 
-def watch(sock: socket.socket | int, callback: Callable[[], object]) -> Watch:
-    """Calls `callback` once, in the watching thread, when the peer of `sock` closes or resets.
+def on_disconnect(sock: socket.socket | int, callback: Callable[[], object]) -> DisconnectCallback:
+    """Call `callback` once, in the watching thread, when the peer of `sock` closes or resets.
 
-    Returns a handle; leave it (``with``) or `close()` it when the request is over. Once `close()` has
-    returned the callback is neither running nor going to run, so what it touches may be reused. For the
-    same reason the callback must be short and must not wait for whoever calls `close()`.
+    Leave the returned handle (``with``) or `close()` it when the request has ended. After `close()` has
+    returned, the callback is not running and will not run. The callback must therefore be short and must not
+    wait for a thread that calls `close()`.
     """
     return _current_watcher().add(sock if isinstance(sock, int) else sock.fileno(), callback)
 
 
-class Watch:
-    """One client being watched."""
+class DisconnectCallback:
+    """Registration of one client socket."""
 
     def __init__(self, watcher: _Watcher, fd: int, callback: Callable[[], object]) -> None:
         self._watcher = watcher
-        # Our own descriptor: the number stays ours although the server closes its side, and may be given
-        # to another connection, at any time.
+        # A duplicate: the server may close its descriptor at any time, and its number may be reused.
         self._fd = os.dup(fd)
         self._callback = callback
-        # Held while the callback runs. Reentrant: the callback may close its own watch.
+        # Held while the callback runs. Reentrant: the callback may call `close`.
         self._running = threading.RLock()
 
     def close(self) -> None:
@@ -59,25 +57,24 @@ class _Watcher:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._epoll = select.epoll()
-        self._watches: dict[int, Watch] = {}
+        self._entries: dict[int, DisconnectCallback] = {}
         threading.Thread(target=self._run, name="client-watch", daemon=True).start()
 
-    def add(self, fd: int, callback: Callable[[], object]) -> Watch:
-        watched = Watch(self, fd, callback)
+    def add(self, fd: int, callback: Callable[[], object]) -> DisconnectCallback:
+        entry = DisconnectCallback(self, fd, callback)
         with self._lock:
-            self._watches[watched._fd] = watched
-            # Takes effect at once, although the thread is waiting on the same epoll.
-            self._epoll.register(watched._fd, select.EPOLLRDHUP)
-        return watched
+            self._entries[entry._fd] = entry
+            # Takes effect at once, even while the thread waits on this epoll.
+            self._epoll.register(entry._fd, select.EPOLLRDHUP)
+        return entry
 
-    def remove(self, fd: int, watched: Watch) -> bool:
-        """True for the one caller that took it out; nothing happens when it was out already."""
+    def remove(self, fd: int, entry: DisconnectCallback) -> bool:
+        """Remove a registration; return False if it was already removed."""
         with self._lock:
-            if self._watches.get(fd) is not watched:
+            if self._entries.get(fd) is not entry:
                 return False
-            del self._watches[fd]
-            # Before the close: while the server's own descriptor is open, closing ours would leave the
-            # registration behind.
+            del self._entries[fd]
+            # Before the close: epoll keeps the registration while the server's descriptor is open.
             self._epoll.unregister(fd)
             os.close(fd)
             return True
@@ -86,31 +83,31 @@ class _Watcher:
         while True:
             for fd, _ in self._epoll.poll(maxevents=1):
                 with self._lock:
-                    watched = self._watches.get(fd)
-                if watched is not None:
-                    self._fire(fd, watched)
+                    entry = self._entries.get(fd)
+                if entry is not None:
+                    self._fire(fd, entry)
 
-    def _fire(self, fd: int, watched: Watch) -> None:
-        with watched._running:
-            # The event may be about an earlier watch which had this descriptor number and was closed since
-            # the poll returned; so ask again, now that nobody can close this one.
+    def _fire(self, fd: int, entry: DisconnectCallback) -> None:
+        with entry._running:
+            # The event may belong to an earlier registration with the same descriptor number, closed since
+            # the poll returned. Check again while this one cannot be closed.
             with self._lock:
-                if self._watches.get(fd) is not watched or not _peer_is_gone(fd):
+                if self._entries.get(fd) is not entry or not _is_disconnected(fd):
                     return
-            self.remove(fd, watched)
+            self.remove(fd, entry)
             try:
-                watched._callback()
+                entry._callback()
             except Exception as error:
-                _log.error("callback for a client that has gone failed: %s: %s", type(error).__name__, error)
+                _log.error("disconnect callback failed: %s: %s", type(error).__name__, error)
 
-    def forget(self) -> None:
-        """In a forked child: lets go of the parent's descriptors without touching the parent's epoll."""
+    def discard(self) -> None:
+        """Close the parent's descriptors in a forked child, without changing the parent's epoll."""
         self._epoll.close()
-        for fd in self._watches:
+        for fd in self._entries:
             os.close(fd)
 
 
-def _peer_is_gone(fd: int) -> bool:
+def _is_disconnected(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLRDHUP)
     return any(events & (select.POLLRDHUP | select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
@@ -129,10 +126,10 @@ def _current_watcher() -> _Watcher:
 
 
 def _reset_after_fork() -> None:
-    # A fork copies the epoll but not the thread: the child starts afresh at its first watch.
+    # A fork copies the epoll but not the thread: the child creates both at its first registration.
     global _watcher, _watcher_lock
     if _watcher is not None:
-        _watcher.forget()
+        _watcher.discard()
     _watcher, _watcher_lock = None, threading.Lock()
 
 

@@ -1,16 +1,16 @@
-"""gunicorn's threaded worker with its rough edges filed off, for the replicas.
+"""gunicorn's threaded worker for replicas, with these differences:
 
-* A connection costs a thread only while a request is on it. gunicorn lets a thread wait for the first bytes
-  of each new one, so that idle ones, by the hundred, keep all others waiting.
-* Where connections are at their limit the one that has been idle longest is closed. gunicorn stops accepting
-  instead, and whoever opens enough connections has the server to himself.
-* The last words on a connection are waited for in its own thread. gunicorn does it in the loop that accepts,
-  where one client which does not close holds up all others for two seconds.
-* A client that stops in the middle of its request, or of reading its answer, does not keep a thread for ever.
-* What is no HTTP is refused with the error body that clients of the API know, not with a page.
-* An answer that was broken off ends in a reset; a plain close could be taken for its end.
-* An exception of one connection is logged; in gunicorn it would end the loop, and with it all requests.
-* A worker that is stopping lets go of its port at once, and does not wait for connections without a request.
+* A connection occupies a thread only while it has a request. In gunicorn a thread waits for the first bytes
+  of each new connection, so that idle connections block all others.
+* At the connection limit the connection that has been idle longest is closed. gunicorn stops accepting
+  instead, so that one client can occupy the whole server.
+* A closing connection lingers in its own thread. In gunicorn it lingers in the accept loop, where one client
+  that does not close delays all others by two seconds.
+* A client that stops sending its request or reading its response does not hold a thread forever.
+* Malformed HTTP gets an error body in the API's format, not an HTML page.
+* A response that was cut off ends with a reset; a normal close could be taken for its end.
+* An exception of one connection is logged. In gunicorn it would end the loop, and with it all requests.
+* A stopping worker closes its port at once and does not wait for connections without a request.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from gunicorn import util
 from gunicorn.http import errors
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 
-#: Seconds that a client may make us wait for its next bytes.
+#: `struct timeval`: limit of the wait for a client's next bytes.
 _READ_TIMEOUT = struct.pack("ll", 30, 0)
-#: Seconds that a client may leave its answer unread when the kernel's buffers are full.
+#: `struct timeval`: limit of the wait for a client to read, once the kernel's buffers are full.
 _WRITE_TIMEOUT = struct.pack("ll", 60, 0)
-#: What accept(2) reports as long as there is no descriptor or memory for a new connection, and the seconds
-#: before the next try.
-_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_SHORTAGE_PAUSE = 0.2
+#: Errors of accept(2) without a descriptor or memory for a connection, and the seconds before a retry.
+_RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_RETRY_SECONDS = 0.2
 
-#: Of requests that cannot be parsed; 400 for all others.
+#: Parse error -> HTTP status; 400 for all others.
 _STATUSES = {
     errors.LimitRequestLine: HTTPStatus.REQUEST_URI_TOO_LONG,
     errors.ExpectationFailed: HTTPStatus.EXPECTATION_FAILED,
@@ -48,10 +47,11 @@ _STATUSES = {
 
 
 class HttpWorker(ThreadWorker):
-    """Everything but `handle` runs in the loop's thread, which alone knows the idle connections.
+    """Worker with one event loop and a pool of request threads.
 
-    There are two kinds, each oldest first: `pending_conns` have sent nothing yet, `keepalived_conns` have
-    had an answer. gunicorn closes either when its `timeout` has come.
+    Everything but `handle` runs in the loop's thread, which owns the idle connections, oldest first:
+    `pending_conns` have sent nothing yet, `keepalived_conns` have had a response. gunicorn closes both kinds
+    at their `timeout`.
     """
 
     def enqueue_req(self, conn: Any) -> None:
@@ -61,14 +61,14 @@ class HttpWorker(ThreadWorker):
             self._wait_for_first_bytes(conn)
 
     def handle(self, conn: Any) -> Any:
-        """Runs in a thread of the pool."""
-        # The kernel's timeouts: they hold in gunicorn's parser and in the application alike.
+        """Serve one request, in a thread of the pool."""
+        # Kernel timeouts apply to gunicorn's parser and to the application.
         conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _READ_TIMEOUT)
         conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _WRITE_TIMEOUT)
         keep = super().handle(conn)
         if keep is False:
-            _farewell(conn.sock)
-            # The loop will close the connection's socket: it gets one for which there is nothing to wait.
+            _close_gracefully(conn.sock)
+            # The loop closes the connection's socket and lingers: give it one that closes at once.
             conn.sock = socket.socket()
         return keep
 
@@ -78,7 +78,9 @@ class HttpWorker(ThreadWorker):
             super().handle_error(req, client, addr, exc)
             return
         status = _STATUSES.get(type(exc), HTTPStatus.BAD_REQUEST)
-        self.log.warning("refused what %s sent: %d %s", addr[0] if addr else "a client", status, exc)
+        self.log.warning(
+            "refused a malformed request of %s: %d %s", addr[0] if addr else "a client", status, exc
+        )
         error = {"message": str(exc), "type": "invalid_request_error", "param": None, "code": "bad_http"}
         body = json.dumps({"error": error}).encode()
         head = (
@@ -88,39 +90,39 @@ class HttpWorker(ThreadWorker):
         try:
             util.write_nonblock(client, head.encode() + body)
         except OSError as failure:
-            self.log.debug("the client was not told: %s", failure)
+            self.log.debug("the error response was not sent: %s", failure)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         for key, _ in self.poller.select(timeout):
             try:
                 key.data(key.fileobj)
             except Exception as error:
-                self.log.error("a connection failed: %s: %s", type(error).__name__, error)
-                if isinstance(error, OSError) and error.errno in _SHORTAGES:
-                    time.sleep(_SHORTAGE_PAUSE)
-        # Here rather than on accepting: at the limit gunicorn would not even look for new connections.
+                self.log.error("connection failed: %s: %s", type(error).__name__, error)
+                if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
+                    time.sleep(_RETRY_SECONDS)
+        # Not on accept: at the limit gunicorn no longer polls for new connections.
         self._make_room()
 
     def set_accept_enabled(self, enabled: bool) -> None:
         super().set_accept_enabled(enabled)
         if not self.alive:
-            # Left open, as gunicorn has it, the port would go on taking connections that nobody serves.
+            # gunicorn leaves the port open, so that the kernel accepts connections that no thread serves.
             for listener in self.sockets:
                 listener.close()
-            # gunicorn limits its wait for kept connections only.
+            # gunicorn limits the wait for keep-alive connections only.
             soon = time.monotonic() + STOP_KEEPALIVE_LINGER
             for conn in self.pending_conns:
                 conn.timeout = min(conn.timeout, soon)
 
     def _wait_for_first_bytes(self, conn: Any) -> None:
-        """What gunicorn does after its wait in a thread was in vain."""
+        """Poll a new connection in the loop, as gunicorn does after its wait in a thread."""
         conn.set_timeout()
         self.pending_conns.append(conn)
         readable = partial(self.on_pending_socket_readable, conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, readable)
 
     def _make_room(self) -> None:
-        """For one more connection, if any is idle; one that has sent something is not."""
+        """At the connection limit, close the connection that has been idle longest."""
         while self.nr_conns >= self.worker_connections:
             idle = [conns[0] for conns in (self.pending_conns, self.keepalived_conns) if conns]
             if not idle:
@@ -130,7 +132,7 @@ class HttpWorker(ThreadWorker):
             self.murder_keepalived()
 
 
-def _farewell(sock: socket.socket) -> None:
+def _close_gracefully(sock: socket.socket) -> None:
     if sock.fileno() < 0:
         return
     on, seconds = struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))

@@ -1,7 +1,7 @@
-"""Tells a router that this replica is there, again and again: FastDeploy's heartbeat (POST /register).
+"""Periodic registration of this replica with a router: FastDeploy's heartbeat (POST /register).
 
-A replica that is not healthy stops registering; the router sees the rest itself. One that is going to stop
-says so (POST /deregister), which FastDeploy's routers do not know and answer with 404.
+An unhealthy replica stops registering; the router detects failures itself. A stopping replica deregisters
+(POST /deregister), which FastDeploy's own routers answer with 404.
 """
 
 from __future__ import annotations
@@ -26,46 +26,47 @@ from ..common.foreign_text import printable
 
 logger = logging.getLogger(__name__)
 
-#: FastDeploy's rhythm; its routers forget an instance only when a health check fails.
-_BEAT_SECONDS = 5.0
-#: Until the router knows us, ask more often: this is time in which a fresh replica gets no work.
-_FIRST_BEAT_SECONDS = 1.0
+#: FastDeploy's interval; its routers remove an instance only when a health check fails.
+_INTERVAL_SECONDS = 5.0
+#: Interval until a registration succeeds; shorter, because the replica gets no requests in this time.
+_RETRY_SECONDS = 1.0
 _TIMEOUT_SECONDS = 5.0
-#: A router answers a farewell at once, or is not worth waiting for.
-FAREWELL_SECONDS = 2
-#: What a router may ask of this replica; see resumption.py.
+#: Limit of a deregistration, which a router answers at once.
+DEREGISTER_SECONDS = 2
+#: Optional features that a router may use; see resumption.py.
 _FEATURES = ["resume", "progress"]
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where this replica listens."""
+    """Addresses and ports of this replica."""
 
-    #: IP addresses, all of which are bound.
+    #: All bound IP addresses.
     addresses: tuple[str, ...]
     port: int
     metrics_port: int
     engine_worker_queue_port: int
-    #: Its number among the replicas (DP rank).
+    #: Data-parallel rank.
     replica: int
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One start of a replica: another start at the same address is somebody else."""
+    """Identity of one start of a replica; another start at the same address has another."""
 
     max_concurrency: int
     instance: str = field(default_factory=lambda: secrets.token_hex(16))
-    #: Whoever shows it is a router that this replica has registered with.
+    #: Secret that authenticates routers which this replica has registered with.
     token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
 
 class Registration(threading.Thread):
-    """Registers while `is_healthy()` says yes, until `stop` or `leave`. Failures are logged when they begin
-    and end.
+    """Thread that registers while `is_healthy()` returns True, until `stop` or `leave`.
+
+    It logs failures when they begin, change or end.
 
     Raises:
-        ConfigError: `router` is no address of a router, or FD_ROUTER_REGISTER_KEY no key.
+        ConfigError: `router` is not the address of a router, or FD_ROUTER_REGISTER_KEY is not a key.
     """
 
     def __init__(
@@ -79,89 +80,89 @@ class Registration(threading.Thread):
         self._is_healthy = is_healthy
         self._stopped = threading.Event()
         self._is_leaving = False
-        #: What was wrong with the last attempt; None after a success, empty before the first attempt.
-        self._trouble: str | None = ""
+        #: Problem of the last attempt; None after a success, empty before the first attempt.
+        self._problem: str | None = ""
 
     def run(self) -> None:
         with requests.Session() as session:
-            # A proxy for the outside world has no business between a replica and its router.
+            # Ignore proxy settings: they are for connections to the internet.
             session.trust_env = False
-            # What a router asks replicas of other machines for.
+            # Routers require it of replicas on other machines.
             if self._keys:
                 session.headers["Authorization"] = f"Bearer {self._keys[0]}"
             while not self._stopped.is_set():
                 try:
                     if self._is_healthy():
-                        self._note(self._register(session))
+                        self._log_change(self._register(session))
                 except Exception as error:
-                    # If this thread ended, the router would forget a working replica.
-                    self._note(f"{type(error).__name__}: {error}")
-                self._stopped.wait(_BEAT_SECONDS if self._trouble is None else _FIRST_BEAT_SECONDS)
-            # A beat that has failed may have arrived all the same.
-            if self._is_leaving and self._trouble != "":
+                    # If this thread ended, the router would lose a working replica.
+                    self._log_change(f"{type(error).__name__}: {error}")
+                self._stopped.wait(_INTERVAL_SECONDS if self._problem is None else _RETRY_SECONDS)
+            # A registration that failed may still have arrived.
+            if self._is_leaving and self._problem != "":
                 self._deregister(session)
 
     def stop(self) -> None:
-        """Ends the thread before its next beat; does not wait for one that is under way."""
+        """End the thread before its next registration, without waiting for a pending one."""
         self._stopped.set()
 
-    def leave(self, timeout: float = FAREWELL_SECONDS) -> None:
-        """Registers no more and tells the router that this replica goes; returns after `timeout` seconds at
-        the latest, whatever the router does."""
+    def leave(self, timeout: float = DEREGISTER_SECONDS) -> None:
+        """Stop registering and deregister. Return after at most `timeout` seconds."""
         self._is_leaving = True
         self._stopped.set()
-        # The thread that registers says it, so that no beat can overtake it and bring the replica back.
+        # Deregister in the same thread, so that no later registration can bring the replica back.
         self.join(timeout)
 
     def _deregister(self, session: requests.Session) -> None:
         try:
             host_ip = advertised_ip(self._address.addresses, self._router)
-            farewell = {
+            body = {
                 "host_ip": host_ip,
                 "port": str(self._address.port),
                 "instance": self._identity.instance,
             }
-            answer = session.post(
-                f"{self._router}/deregister", json=farewell, timeout=FAREWELL_SECONDS, allow_redirects=False
+            response = session.post(
+                f"{self._router}/deregister", json=body, timeout=DEREGISTER_SECONDS, allow_redirects=False
             )
         except (requests.RequestException, OSError) as error:
-            logger.info("router %s was not told of the stop: %s", self._router, type(error).__name__)
+            logger.info("could not deregister from router %s: %s", self._router, type(error).__name__)
         else:
-            logger.info("told router %s of the stop: HTTP %d", self._router, answer.status_code)
+            logger.info("deregistered from router %s: HTTP %d", self._router, response.status_code)
 
     def _register(self, session: requests.Session) -> str | None:
         try:
             host_ip = advertised_ip(self._address.addresses, self._router)
             info = register_info(self._address, self._identity, host_ip)
-            answer = session.post(
+            response = session.post(
                 f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS, allow_redirects=False
             )
         except requests.Timeout:
-            return f"no answer within {_TIMEOUT_SECONDS:.0f} s"
+            return f"no response within {_TIMEOUT_SECONDS:.0f} s"
         except requests.ConnectionError:
-            # Its text names objects by address and would look new every time.
+            # Its text contains object addresses, so it would be logged as new each time.
             return "cannot connect"
         except (requests.RequestException, OSError) as error:
             return f"{type(error).__name__}: {error}"
         # Redirects are not followed: the registration holds a secret.
-        if not 200 <= answer.status_code < 300:
-            return f"HTTP {answer.status_code}: {printable(answer.text.strip())}"
+        if not 200 <= response.status_code < 300:
+            return f"HTTP {response.status_code}: {printable(response.text.strip())}"
         return None
 
-    def _note(self, trouble: str | None) -> None:
-        if trouble == self._trouble:
+    def _log_change(self, problem: str | None) -> None:
+        if problem == self._problem:
             return
-        self._trouble = trouble
-        if trouble is None:
+        self._problem = problem
+        if problem is None:
             logger.info("registered with router %s", self._router)
         else:
-            logger.warning("cannot register with router %s: %s; trying on", self._router, trouble)
+            logger.warning("cannot register with router %s: %s; retrying", self._router, problem)
 
 
 def register_info(address: Address, identity: Identity, host_ip: str) -> dict[str, Any]:
-    """The body of POST /register: FastDeploy's InstanceInfo, and from `replica` on what our routers know.
+    """Return the body of POST /register: FastDeploy's InstanceInfo, and from `replica` on our own fields.
 
-    The fields for disaggregated serving (connector, RDMA) are left out: this engine does not do it.
+    FastDeploy's fields for disaggregated serving (connector, RDMA) are omitted: this engine does not support
+    it.
     """
     return {
         "role": "mixed",
@@ -179,7 +180,11 @@ def register_info(address: Address, identity: Identity, host_ip: str) -> dict[st
 
 
 def router_url(text: str) -> str:
-    """FastDeploy writes `--router "0.0.0.0:30000"`: no scheme, and every address where one is meant."""
+    """Return the URL of a router. FastDeploy's `--router "0.0.0.0:30000"` has no scheme and a wildcard host.
+
+    Raises:
+        ConfigError: `text` is not HOST:PORT or an HTTP URL.
+    """
     wanted = f"--router is {text!r}; it must be HOST:PORT or http://HOST:PORT"
     try:
         url = urllib.parse.urlsplit(text if "://" in text else f"http://{text}")
@@ -198,16 +203,16 @@ def router_url(text: str) -> str:
 
 
 def advertised_ip(listening: Sequence[str], router: str) -> str:
-    """Return the IP address under which the router reaches a replica; routers refuse names.
+    """Return an IP address under which the router reaches this replica; routers refuse host names.
 
-    The replica listens on it. If possible it is the address that this machine uses on the way to the router.
+    The replica listens on it. If possible it is the address that this machine uses to connect to the router.
 
     Args:
         listening: IP addresses that the replica listens on.
 
     Raises:
-        OSError: the router's name does not resolve, there is no route at present, or the router has only
-            addresses of the family that the replica does not listen on.
+        OSError: the router's name does not resolve, there is no route, or the replica does not listen on any
+            address family of the router.
     """
     own = _own_addresses_towards(router)
     for address in own:
@@ -224,14 +229,14 @@ def advertised_ip(listening: Sequence[str], router: str) -> str:
 
 
 def _own_addresses_towards(router: str) -> list[str]:
-    """Return the addresses that this machine uses on the way to each address of the router."""
+    """Return the source addresses that this machine uses to reach each address of the router."""
     target = urllib.parse.urlsplit(router)
     own = []
     for family, kind, _, _, sockaddr in socket.getaddrinfo(
         target.hostname, target.port or 80, type=socket.SOCK_DGRAM
     ):
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            # Connecting a datagram socket sends nothing; it only looks up the route.
+            # Connecting a datagram socket sends nothing; the kernel only looks up the route.
             probe.connect(sockaddr)
             own.append(str(probe.getsockname()[0]))
     return own

@@ -1,13 +1,13 @@
-"""What lies where in the memory that all ranks of an expert-parallel group map.
+"""Layout of the shared memory that all ranks of an expert-parallel group map.
 
-    header        what the group is, and its words
-    entries       who holds which seat; written under the group's lock
+    header        sizes of the group, and its words
+    rank slots    the process of each rank; written under the group's lock
     fingerprint   JSON: what all ranks must agree on
     two records   members and placement of the newest epoch and of the one before; written under the lock
-    seats         a part for each, written by the rank in it alone: `custom_ops/include/expert_group.h`
+    ranks         one part per rank, written by its process only: `custom_ops/include/expert_group.h`
 
-Whoever reads needs no lock for a single word. Nothing here needs Paddle: `fdctl ep` looks at a group that is
-running.
+A reader needs no lock for a single word. This module does not import Paddle, because `fdctl ep` reads the
+memory of a running group.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, fields
 
-#: Rises with every change of what lies where, and of what it means.
+#: Increases with every change of the layout or of its meaning.
 PROTOCOL_VERSION = 2
-MOST_SEATS = 64
+MAX_RANKS = 64
 FINGERPRINT_BYTES = 8192
 
 _PAGE = 4096
@@ -26,85 +26,86 @@ _ROW_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Sizes and offsets, in bytes; a pure function of what the ranks agree on. Nothing grows beyond it."""
+class GroupLayout:
+    """Sizes and offsets in bytes, as a function of what the ranks agree on. Nothing outgrows them."""
 
-    num_seats: int
+    num_ranks: int
     num_layers: int
     num_experts: int
-    #: Of one rank in one collective.
+    #: Limit of one rank in one collective.
     max_tokens: int
     k: int
     hidden: int
 
+    #: Offsets within the file.
     words = 1024
-    entries = _PAGE
+    rank_slots = _PAGE
     fingerprint = 2 * _PAGE
     records = fingerprint + FINGERPRINT_BYTES
 
     @property
-    def slots_bytes(self) -> int:
-        """Of a record's placement: int16 [num_layers, num_experts, num_seats], -1 where there is none."""
-        return 2 * self.num_layers * self.num_experts * self.num_seats
+    def placement_bytes(self) -> int:
+        """Size of a record's placement: int16 slots [num_layers, num_experts, num_ranks]; -1: not placed."""
+        return 2 * self.num_layers * self.num_experts * self.num_ranks
 
     @property
     def record_bytes(self) -> int:
-        return _rounded_up(16 + self.slots_bytes, _PAGE)
+        return _rounded_up(16 + self.placement_bytes, _PAGE)
 
     @property
-    def first_seat(self) -> int:
+    def first_rank_offset(self) -> int:
         return self.records + 2 * self.record_bytes
 
-    # ---- within the part of a seat
+    # ---- offsets within the part of a rank
 
     @property
-    def served(self) -> int:
+    def expert_token_counts(self) -> int:
         return _ROW_BYTES
 
     @property
-    def targets(self) -> int:
-        return self.served + _rounded_up(8 * self.num_layers * self.num_experts, _ALIGNMENT)
+    def dispatch_targets(self) -> int:
+        return self.expert_token_counts + _rounded_up(8 * self.num_layers * self.num_experts, _ALIGNMENT)
 
     @property
-    def places(self) -> int:
-        return self.targets + _rounded_up(4 * self.max_tokens * self.k, _ALIGNMENT)
+    def return_slots(self) -> int:
+        return self.dispatch_targets + _rounded_up(4 * self.max_tokens * self.k, _ALIGNMENT)
 
     @property
     def tokens(self) -> int:
-        return _rounded_up(self.places + 4 * self.num_seats * self.max_tokens * self.k, _PAGE)
+        return _rounded_up(self.return_slots + 4 * self.num_ranks * self.max_tokens * self.k, _PAGE)
 
     @property
     def results(self) -> int:
         return _rounded_up(self.tokens + 4 * self.max_tokens * self.hidden, _PAGE)
 
     @property
-    def seat_bytes(self) -> int:
-        """At most: when all seats compute as many tokens as they may, and each wants experts of this seat."""
-        rows = self.num_seats * self.max_tokens * self.k
+    def rank_bytes(self) -> int:
+        """Size of a rank's part if all ranks have `max_tokens`, all of them for experts of this rank."""
+        rows = self.num_ranks * self.max_tokens * self.k
         return _rounded_up(self.results + 4 * rows * self.hidden, _PAGE)
 
     @property
     def file_bytes(self) -> int:
-        return self.first_seat + self.num_seats * self.seat_bytes
+        return self.first_rank_offset + self.num_ranks * self.rank_bytes
 
-    def seat(self, seat: int) -> int:
-        return self.first_seat + seat * self.seat_bytes
+    def rank_offset(self, rank: int) -> int:
+        return self.first_rank_offset + rank * self.rank_bytes
 
 
-class Header(ctypes.Structure):
-    """The first page, without the words."""
+class GroupHeader(ctypes.Structure):
+    """The first page, up to the words."""
 
     _fields_ = (
         ("magic", ctypes.c_char * 8),
         ("version", ctypes.c_uint64),
         ("fingerprint_bytes", ctypes.c_uint64),
-        # Of the layout.
-        *((field.name, ctypes.c_uint64) for field in fields(Layout)),
-        #: Of the process that has the lock, in case it is stopped while it does.
+        # The layout.
+        *((field.name, ctypes.c_uint64) for field in fields(GroupLayout)),
+        #: Pid of the process that holds the lock.
         ("holder", ctypes.c_uint64),
         #: Start time of the holder, as in /proc; written after its pid.
         ("holder_started", ctypes.c_uint64),
-        #: Seats that want to join or to leave.
+        #: Bitmap of the ranks that request to join or to leave.
         ("pending", ctypes.c_uint64),
         ("joins", ctypes.c_uint64),
         ("leaves", ctypes.c_uint64),
@@ -113,7 +114,7 @@ class Header(ctypes.Structure):
 
 
 class GroupWords(ctypes.Structure):
-    """Fields and offsets as in `expert_group.h`."""
+    """Words of the whole group; fields and offsets as in `expert_group.h`."""
 
     _fields_ = (
         ("epoch", ctypes.c_uint64),
@@ -126,8 +127,8 @@ class GroupWords(ctypes.Structure):
     )
 
 
-class SeatState:
-    """Of an entry: FREE -> JOINING -> ACTIVE -> LEAVING -> FREE; and to FREE from anywhere by death."""
+class RankSlotState:
+    """States of a rank slot: FREE -> JOINING -> ACTIVE -> LEAVING -> FREE; any state -> FREE by death."""
 
     FREE = 0
     JOINING = 1
@@ -141,20 +142,20 @@ class SeatState:
         return cls.NAMES[number] if number < len(cls.NAMES) else "unknown"
 
 
-class SeatEntry(ctypes.Structure):
-    """Who holds a seat."""
+class RankSlot(ctypes.Structure):
+    """Process of a rank."""
 
     _fields_ = (
         ("state", ctypes.c_uint64),
         ("pid", ctypes.c_uint64),
-        #: As in /proc: a pid may be given to another process later.
+        #: As in /proc; tells the process from a later one with the same pid.
         ("start_time", ctypes.c_uint64),
         ("_pad", ctypes.c_uint64 * 5),
     )
 
 
-class SeatRow(ctypes.Structure):
-    """What one seat says to the others; fields as in `expert_group.h`."""
+class RankRow(ctypes.Structure):
+    """Progress of one rank, for the others to read; fields as in `expert_group.h`."""
 
     _fields_ = (
         ("arrived", ctypes.c_uint64),

@@ -1,9 +1,8 @@
-"""Who is in an expert-parallel group, and who holds which experts: the record that all ranks go by.
+"""Members and expert placement of an expert-parallel group: a record in shared memory.
 
-Every change is a commit: under the group's lock a new record is written beside the one in force, and then
-the epoch is raised to it. Who dies in the middle of that leaves the old one in force. Whoever has a reason
-commits: a newcomer when nobody is there, the lowest seat for those that want to join or to leave, anybody
-for the dead.
+Every change is a commit: under the group's lock a new record is written beside the one in force, then the
+epoch is raised. If the writer dies in between, the old record stays in force. The first rank commits itself,
+the lowest member commits joins and leaves, and any rank commits the removal of dead members.
 """
 
 from __future__ import annotations
@@ -17,33 +16,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import ConfigError, FastDeployError
-from .layout import SeatState
-from .memory import Memory, is_alive, start_time
-from .placement import Home, Placement, plan
+from .layout import RankSlotState
+from .memory import Memory
+from .placement import ExpertReplica, Placement, plan
+from .processes import is_alive, own_start_time
 
-#: (seats, load of each layer's experts, placements before or None, by load rather than by few moves) -> one
-#: for each layer.
+#: (ranks, load of each layer's experts, previous placements or None, rebalance) -> placement of each layer.
 Planner = Callable[
     [Sequence[int], Sequence[Sequence[float]], Sequence[Placement] | None, bool], list[Placement]
 ]
 
-
 _log = logging.getLogger(__name__)
 
-#: The other 40 bits of a word are the step number.
-_MOST_EPOCHS = 1 << 23
+#: The lower 40 bits of a stamp are the step number.
+_MAX_EPOCHS = 1 << 23
 
 
 class RankLost(FastDeployError):
-    """This rank cannot continue in its group and has to exit; the others continue without it."""
+    """This rank cannot continue in its group and must exit; the others continue without it."""
 
 
-class SeatTaken(ConfigError):
-    """A living process holds the seat."""
+class RankTaken(ConfigError):
+    """A living process already has this rank."""
 
-    def __init__(self, seat: int, pid: int, group: str) -> None:
+    def __init__(self, rank: int, pid: int, group: str) -> None:
         super().__init__(
-            f"seat {seat} of expert group {group} is held by pid {pid}, which is alive; end it, "
+            f"rank {rank} of expert group {group} is held by pid {pid}, which is alive; end it, "
             "or give this deployment a group of its own with --expert-parallel-group"
         )
         self.pid = pid
@@ -54,18 +52,18 @@ class Record:
     """Members and placement of one epoch."""
 
     epoch: int
-    seats: tuple[int, ...]
+    ranks: tuple[int, ...]
     placements: tuple[Placement, ...]
 
     @property
     def bitmap(self) -> int:
-        return bitmap_of(self.seats)
+        return bitmap_of(self.ranks)
 
 
 class Membership:
     """Reads and commits records.
 
-    Every method but `epoch` and `pending` is to be called under `memory.locked()`.
+    Hold `memory.locked()` for everything except `epoch` and `pending`.
     """
 
     def __init__(self, memory: Memory, planner: Planner) -> None:
@@ -80,188 +78,190 @@ class Membership:
 
     @property
     def pending(self) -> bool:
-        """Somebody wants to join or to leave."""
+        """True if a rank requests to join or to leave."""
         return self._memory.header.pending != 0
 
     def read(self) -> Record:
-        """Return the record in force. If it is damaged, put the newest intact one into force again.
+        """Return the record in force. If it is damaged, commit the newest intact one again.
 
         Raises:
             RankLost: no record is intact.
         """
         epoch = self.epoch
         record = self._last if epoch == self._last.epoch == 0 else None
-        if max(1, self._last.epoch) <= epoch < _MOST_EPOCHS:
-            record = self._whole(epoch)
+        if max(1, self._last.epoch) <= epoch < _MAX_EPOCHS:
+            record = self._intact(epoch)
         if record is None:
             record = self._repair(epoch)
         self._last = record
         return record
 
-    def _whole(self, epoch: int) -> Record | None:
+    def _intact(self, epoch: int) -> Record | None:
         """Return the record of this epoch; None if it is damaged or overwritten."""
         memory, layout = self._memory, self._memory.layout
         start = self._offset(epoch)
         if int.from_bytes(memory.pages[start : start + 8], "little") != epoch:
             return None
-        seats = seats_of(int.from_bytes(memory.pages[start + 8 : start + 16], "little"))
-        slots = array.array("h", memory.pages[start + 16 : start + 16 + layout.slots_bytes])
+        ranks = ranks_of(int.from_bytes(memory.pages[start + 8 : start + 16], "little"))
+        slots = array.array("h", memory.pages[start + 16 : start + 16 + layout.placement_bytes])
         placements = []
         for layer in range(layout.num_layers):
-            first = layer * layout.num_experts * layout.num_seats
-            placements.append(_placement(slots, first, layout.num_experts, layout.num_seats))
-        members = set(seats)
+            first = layer * layout.num_experts * layout.num_ranks
+            placements.append(_placement(slots, first, layout.num_experts, layout.num_ranks))
+        members = set(ranks)
         are_placed = all(
-            homes and members.issuperset(home.seat for home in homes)
+            replicas and members.issuperset(replica.rank for replica in replicas)
             for placement in placements
-            for homes in placement.homes
+            for replicas in placement.replicas
         )
-        if not members <= set(range(layout.num_seats)) or (seats and not are_placed):
+        if not members <= set(range(layout.num_ranks)) or (ranks and not are_placed):
             return None
-        return Record(epoch, seats, tuple(placements))
+        return Record(epoch, ranks, tuple(placements))
 
     def _repair(self, epoch: int) -> Record:
         memory = self._memory
         written = (
             int.from_bytes(memory.pages[start : start + 8], "little") for start in map(self._offset, (0, 1))
         )
-        found = [self._whole(number) for number in written if 0 < number < _MOST_EPOCHS]
-        whole = [record for record in found if record is not None and record.seats]
+        found = [self._intact(number) for number in written if 0 < number < _MAX_EPOCHS]
+        whole = [record for record in found if record is not None and record.ranks]
         newest = max([*whole, self._last], key=lambda record: record.epoch)
-        if not newest.seats:
+        if not newest.ranks:
             raise RankLost(f"{memory.directory}: the records of the expert group are damaged")
         _log.error(
-            "%s: the record of epoch %d of the expert group is damaged; that of epoch %d takes its place",
+            "%s: the record of epoch %d of the expert group is damaged; that of epoch %d replaces it",
             *(memory.directory, epoch, newest.epoch),
         )
-        # Without members that have left since; `remove_dead` removes the dead ones.
-        held = {seat for seat in newest.seats if memory.entries[seat].state != SeatState.FREE}
+        # Omit members that have left since; `remove_dead` removes the dead ones.
+        held = {rank for rank in newest.ranks if memory.rank_slots[rank].state != RankSlotState.FREE}
         return self._commit(newest, held)
 
-    def register(self, seat: int, group: str) -> None:
-        """Takes the seat for this process, which is to be admitted.
+    def register(self, rank: int, group: str) -> None:
+        """Take a rank for this process and request to join.
 
         Raises:
-            SeatTaken: another process has it.
+            RankTaken: another process has the rank.
         """
-        entry = self._memory.entries[seat]
-        if is_alive(entry):
-            raise SeatTaken(seat, entry.pid, group)
+        slot = self._memory.rank_slots[rank]
+        if is_alive(slot):
+            raise RankTaken(rank, slot.pid, group)
         self.remove_dead()
-        started = start_time(os.getpid())
-        assert started is not None, "this process runs"
-        entry.pid, entry.start_time = os.getpid(), started
-        self.request(seat, SeatState.JOINING)
+        slot.pid, slot.start_time = os.getpid(), own_start_time()
+        self.request(rank, RankSlotState.JOINING)
 
-    def request(self, seat: int, state: int) -> None:
-        """JOINING or LEAVING: the lowest member grants it before its next step."""
-        self._memory.entries[seat].state = state
-        self._memory.header.pending |= 1 << seat
+    def request(self, rank: int, state: int) -> None:
+        """Request to join (JOINING) or to leave (LEAVING). The lowest member commits it before a step."""
+        self._memory.rank_slots[rank].state = state
+        self._memory.header.pending |= 1 << rank
 
-    def free(self, seat: int) -> bool:
-        """Gives the seat back; True if it was the last that anybody held.
+    def release(self, rank: int) -> bool:
+        """Free this process's rank. Return True if no living process is left.
 
-        It costs the others a step if it is a member's.
+        If it is a member, the others repeat the step under way.
         """
-        record, entry = self.read(), self._memory.entries[seat]
-        if entry.pid == os.getpid():
-            if seat in record.seats:
-                self._commit(record, set(record.seats) - {seat})
-            entry.state = SeatState.FREE
-            self._memory.header.pending &= ~(1 << seat)
-        # Who is dead and not buried yet will not remove what is left of the group.
-        return not any(map(is_alive, self._memory.entries))
+        record, slot = self.read(), self._memory.rank_slots[rank]
+        if slot.pid == os.getpid():
+            if rank in record.ranks:
+                self._commit(record, set(record.ranks) - {rank})
+            slot.state = RankSlotState.FREE
+            self._memory.header.pending &= ~(1 << rank)
+        # Dead processes count as gone even before `remove_dead`: they cannot remove the group's files.
+        return not any(map(is_alive, self._memory.rank_slots))
 
-    def grant(self) -> Record:
-        """Admits who wants to join and lets go who wants to leave, in one commit."""
-        header, entries = self._memory.header, self._memory.entries
+    def apply_requests(self) -> Record:
+        """Commit all requests to join and to leave."""
+        header, rank_slots = self._memory.header, self._memory.rank_slots
         record = self.read()
-        pending = [seat for seat in seats_of(header.pending) if seat < self._memory.layout.num_seats]
+        pending = [rank for rank in ranks_of(header.pending) if rank < self._memory.layout.num_ranks]
         joining = [
-            seat for seat in pending if entries[seat].state == SeatState.JOINING and is_alive(entries[seat])
+            rank
+            for rank in pending
+            if rank_slots[rank].state == RankSlotState.JOINING and is_alive(rank_slots[rank])
         ]
-        leaving = [seat for seat in pending if entries[seat].state == SeatState.LEAVING]
+        leaving = [rank for rank in pending if rank_slots[rank].state == RankSlotState.LEAVING]
         header.pending = 0
         header.joins += len(joining)
         header.leaves += len(leaving)
-        for seat in joining:
-            entries[seat].state = SeatState.ACTIVE
-        return self._commit(record, (set(record.seats) | set(joining)) - set(leaving))
+        for rank in joining:
+            rank_slots[rank].state = RankSlotState.ACTIVE
+        return self._commit(record, (set(record.ranks) | set(joining)) - set(leaving))
 
     def remove_dead(self) -> list[tuple[int, int]]:
-        """Commits the group without its dead members: (seat, pid) of each. Frees other dead seats, too."""
+        """Free all dead slots and commit the group without its dead members; return (rank, pid) of those."""
         record = self.read()
         dead: list[tuple[int, int]] = []
-        for seat, entry in enumerate(self._memory.entries):
-            if entry.state == SeatState.FREE or is_alive(entry):
+        for rank, slot in enumerate(self._memory.rank_slots):
+            if slot.state == RankSlotState.FREE or is_alive(slot):
                 continue
-            if seat in record.seats:
-                dead.append((seat, entry.pid))
-            entry.state = SeatState.FREE
-            self._memory.header.pending &= ~(1 << seat)
-            self._memory.words.sleepers &= ~(1 << seat)
+            if rank in record.ranks:
+                dead.append((rank, slot.pid))
+            slot.state = RankSlotState.FREE
+            self._memory.header.pending &= ~(1 << rank)
+            self._memory.words.sleepers &= ~(1 << rank)
         if dead:
             self._memory.header.losses += len(dead)
-            self._commit(record, set(record.seats) - {seat for seat, _ in dead})
+            self._commit(record, set(record.ranks) - {rank for rank, _ in dead})
         return dead
 
-    def expel(self, seat: int) -> None:
+    def expel(self, rank: int) -> None:
         """Commit the group without a member whose part of the memory is faulty."""
         record = self.read()
-        self._memory.entries[seat].state = SeatState.FREE
-        self._memory.header.pending &= ~(1 << seat)
-        self._memory.words.sleepers &= ~(1 << seat)
+        self._memory.rank_slots[rank].state = RankSlotState.FREE
+        self._memory.header.pending &= ~(1 << rank)
+        self._memory.words.sleepers &= ~(1 << rank)
         self._memory.header.losses += 1
-        self._commit(record, set(record.seats) - {seat})
+        self._commit(record, set(record.ranks) - {rank})
 
     def restart_step(self) -> None:
-        """The same members in a new epoch: whatever step is under way is begun again by all."""
+        """Commit a new epoch with the same members, so that all ranks repeat the step under way."""
         record = self.read()
-        self._write(Record(record.epoch + 1, record.seats, record.placements))
+        self._write(Record(record.epoch + 1, record.ranks, record.placements))
 
     def rebalance(self) -> bool:
-        """Places the experts by the load that was measured; False if that would change nothing."""
+        """Place the experts by their measured load. Return False if that changes nothing."""
         record = self.read()
-        placements = tuple(self._planner(record.seats, self.load(record.seats), record.placements, True))
+        placements = tuple(self._planner(record.ranks, self.load(record.ranks), record.placements, True))
         if placements == record.placements:
             return False
-        self._write(Record(record.epoch + 1, record.seats, placements))
+        self._write(Record(record.epoch + 1, record.ranks, placements))
         return True
 
-    def load(self, seats: Iterable[int]) -> list[list[int]]:
-        """Tokens that the experts of each layer have computed, at all of `seats` together."""
+    def load(self, ranks: Iterable[int]) -> list[list[int]]:
+        """Return the tokens that each expert of each layer has computed, summed over `ranks`."""
         layout = self._memory.layout
         count = layout.num_layers * layout.num_experts
         total = [0] * count
-        for seat in seats:
-            served = (ctypes.c_uint64 * count).from_buffer(
-                self._memory.pages, layout.seat(seat) + layout.served
+        for rank in ranks:
+            expert_token_counts = (ctypes.c_uint64 * count).from_buffer(
+                self._memory.pages, layout.rank_offset(rank) + layout.expert_token_counts
             )
-            total = [sum(pair) for pair in zip(total, served, strict=True)]
+            total = [sum(pair) for pair in zip(total, expert_token_counts, strict=True)]
         return [total[i : i + layout.num_experts] for i in range(0, count, layout.num_experts)]
 
-    def _commit(self, record: Record, seats: set[int]) -> Record:
-        members = tuple(sorted(seats))
+    def _commit(self, record: Record, ranks: set[int]) -> Record:
+        members = tuple(sorted(ranks))
         placements: Sequence[Placement] = ()
         if members:
-            before = record.placements if record.seats else None
-            placements = self._planner(members, self.load(record.seats or members), before, False)
+            before = record.placements if record.ranks else None
+            placements = self._planner(members, self.load(record.ranks or members), before, False)
         new = Record(record.epoch + 1, members, tuple(placements))
         self._write(new)
         return new
 
     def _write(self, record: Record) -> None:
         memory, layout = self._memory, self._memory.layout
-        slots = array.array("h", [-1]) * (layout.slots_bytes // 2)
+        slots = array.array("h", [-1]) * (layout.placement_bytes // 2)
         for layer, placement in enumerate(record.placements):
-            for expert, homes in enumerate(placement.homes):
-                for home in homes:
-                    slots[(layer * layout.num_experts + expert) * layout.num_seats + home.seat] = home.slot
+            for expert, replicas in enumerate(placement.replicas):
+                for replica in replicas:
+                    slots[(layer * layout.num_experts + expert) * layout.num_ranks + replica.rank] = (
+                        replica.slot
+                    )
         start = self._offset(record.epoch)
         memory.pages[start : start + 8] = record.epoch.to_bytes(8, "little")
         memory.pages[start + 8 : start + 16] = record.bitmap.to_bytes(8, "little")
-        memory.pages[start + 16 : start + 16 + layout.slots_bytes] = slots.tobytes()
-        # The commit: one aligned word, after everything that it stands for.
+        memory.pages[start + 16 : start + 16 + layout.placement_bytes] = slots.tobytes()
+        # The commit: one aligned word, written after the record.
         memory.words.epoch = record.epoch
         self._last = record
 
@@ -270,10 +270,10 @@ class Membership:
 
 
 def planner(num_experts: int, redundant: int) -> Planner:
-    """Places the experts of each layer by that layer's load."""
+    """Return a planner that places the experts of each layer by that layer's load."""
 
     def plan_layers(
-        seats: Sequence[int],
+        ranks: Sequence[int],
         load: Sequence[Sequence[float]],
         previous: Sequence[Placement] | None,
         rebalance: bool,
@@ -281,7 +281,7 @@ def planner(num_experts: int, redundant: int) -> Planner:
         return [
             plan(
                 num_experts,
-                seats,
+                ranks,
                 load=layer_load,
                 redundant=redundant,
                 previous=None if previous is None else previous[layer],
@@ -294,11 +294,14 @@ def planner(num_experts: int, redundant: int) -> Planner:
 
 
 def disagreement(
-    seat: int, mine: Mapping[str, Any], theirs: Mapping[str, Any], members: Sequence[tuple[int, int]]
+    rank: int, mine: Mapping[str, Any], theirs: Mapping[str, Any], members: Sequence[tuple[int, int]]
 ) -> str | None:
-    """What keeps a rank from joining those that are there, in one line that names both sides.
+    """Return one line that says how two fingerprints differ; None if they are equal.
 
-    None if nothing does.
+    Args:
+        mine: fingerprint of `rank`.
+        theirs: fingerprint of the group.
+        members: (rank, pid) of the living ranks of the group.
     """
     differences = [
         f"{key} is {mine.get(key)!r} here and {theirs.get(key)!r} there"
@@ -307,24 +310,24 @@ def disagreement(
     ]
     if not differences:
         return None
-    there = ", ".join(f"seat {other} (pid {pid})" for other, pid in members)
+    there = ", ".join(f"rank {other} (pid {pid})" for other, pid in members)
     return (
-        f"seat {seat} (pid {os.getpid()}) cannot join the expert group of {there}: {'; '.join(differences)}; "
+        f"rank {rank} (pid {os.getpid()}) cannot join the expert group of {there}: {'; '.join(differences)}; "
         "start all ranks with the same model and options, or in groups of their own (--expert-parallel-group)"
     )
 
 
-def bitmap_of(seats: Iterable[int]) -> int:
-    return sum(1 << seat for seat in seats)
+def bitmap_of(ranks: Iterable[int]) -> int:
+    return sum(1 << rank for rank in ranks)
 
 
-def seats_of(bitmap: int) -> tuple[int, ...]:
-    return tuple(seat for seat in range(bitmap.bit_length()) if bitmap >> seat & 1)
+def ranks_of(bitmap: int) -> tuple[int, ...]:
+    return tuple(rank for rank in range(bitmap.bit_length()) if bitmap >> rank & 1)
 
 
-def _placement(slots: Sequence[int], first: int, num_experts: int, num_seats: int) -> Placement:
-    homes = []
-    for start in range(first, first + num_experts * num_seats, num_seats):
-        row = slots[start : start + num_seats]
-        homes.append(tuple(Home(seat, slot) for seat, slot in enumerate(row) if slot >= 0))
-    return Placement(tuple(homes))
+def _placement(slots: Sequence[int], first: int, num_experts: int, num_ranks: int) -> Placement:
+    replicas = []
+    for start in range(first, first + num_experts * num_ranks, num_ranks):
+        row = slots[start : start + num_ranks]
+        replicas.append(tuple(ExpertReplica(rank, slot) for rank, slot in enumerate(row) if slot >= 0))
+    return Placement(tuple(replicas))

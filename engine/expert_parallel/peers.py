@@ -1,4 +1,4 @@
-"""How a rank reaches those that are in no collective with it: doorbells, and the kernel's word on deaths."""
+"""Signals between ranks outside of collectives: doorbells, and process deaths reported by the kernel."""
 
 from __future__ import annotations
 
@@ -11,128 +11,129 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from .layout import SeatState
-from .memory import Memory, pidfd_of
+from .layout import RankSlotState
+from .memory import Memory
+from .processes import pidfd_of
 
 _log = logging.getLogger(__name__)
 
-#: Between two checks that this rank's doorbell exists.
-_LOOK_SECONDS = 1.0
+#: Interval between checks that this rank's doorbell exists.
+_CHECK_SECONDS = 1.0
 
 
 class Peers:
-    """The other processes of a group, as one rank sees them.
+    """The other processes of a group, as seen by one rank.
 
-    A doorbell is a datagram socket: a call that comes while its owner is about to fall asleep is still there
-    afterwards.
+    A doorbell is a datagram socket, so a wake-up that arrives while its owner is falling asleep is not lost.
     """
 
-    def __init__(self, memory: Memory, seat: int) -> None:
+    def __init__(self, memory: Memory, rank: int) -> None:
         self._memory = memory
-        self._seat = seat
-        #: seat -> (pid, pidfd) of those that are followed.
-        self._followed: dict[int, tuple[int, int]] = {}
-        self._bell = _bind(Path(memory.doorbell(seat)))
-        self._looked_at = time.monotonic()
+        self._rank = rank
+        #: Rank -> (pid, pidfd) of the watched processes.
+        self._watched: dict[int, tuple[int, int]] = {}
+        self._doorbell = _bind(Path(memory.doorbell(rank)))
+        self._checked_at = time.monotonic()
         self._is_failing = False
-        #: Readable when somebody calls, or one that is followed has died; for a poller of those who sleep.
+        #: Readable after a wake-up or the death of a watched process.
         self.wakeups = select.epoll()
-        self.wakeups.register(self._bell, select.EPOLLIN)
+        self.wakeups.register(self._doorbell, select.EPOLLIN)
 
     @property
     def pidfds(self) -> list[int]:
-        """By seat; -1 of those that are not followed."""
-        return [self._followed.get(seat, (0, -1))[1] for seat in range(self._memory.layout.num_seats)]
+        """Pidfd of each rank; -1 if it is not watched."""
+        return [self._watched.get(rank, (0, -1))[1] for rank in range(self._memory.layout.num_ranks)]
 
-    def follow(self, seats: Iterable[int]) -> None:
-        """To learn of the deaths of these, and of no others."""
-        wanted = {seat: self._memory.entries[seat].pid for seat in seats if seat != self._seat}
-        for seat, (pid, pidfd) in list(self._followed.items()):
-            # Another process may have the seat now.
-            if wanted.get(seat) != pid:
+    def watch(self, ranks: Iterable[int]) -> None:
+        """Watch the processes of these ranks, and no others."""
+        wanted = {rank: self._memory.rank_slots[rank].pid for rank in ranks if rank != self._rank}
+        for rank, (pid, pidfd) in list(self._watched.items()):
+            # Another process may have taken the rank.
+            if wanted.get(rank) != pid:
                 self.wakeups.unregister(pidfd)
                 os.close(pidfd)
-                del self._followed[seat]
-        for seat, pid in wanted.items():
-            if seat not in self._followed:
-                self._followed[seat] = (pid, _open(pid, self._memory.entries[seat].start_time))
-                self.wakeups.register(self._followed[seat][1], select.EPOLLIN)
+                del self._watched[rank]
+        for rank, pid in wanted.items():
+            if rank not in self._watched:
+                self._watched[rank] = (pid, _open_pidfd(pid, self._memory.rank_slots[rank].start_time))
+                self.wakeups.register(self._watched[rank][1], select.EPOLLIN)
 
-    def call(self, seats: Iterable[int]) -> None:
-        for seat in seats:
-            if seat == self._seat:
+    def wake(self, ranks: Iterable[int]) -> None:
+        """Send a wake-up to other ranks."""
+        for rank in ranks:
+            if rank == self._rank:
                 continue
             try:
-                self._bell.sendto(b".", self._memory.doorbell(seat))
+                self._doorbell.sendto(b".", self._memory.doorbell(rank))
             except BlockingIOError:
-                # So many calls are waiting there that one more changes nothing.
+                # The socket is full, so a wake-up is already pending.
                 continue
             except OSError as error:
-                # Its death is for the kernel to tell.
-                _log.debug("seat %d has no doorbell (%s)", seat, error.strerror)
+                # The kernel reports a dead process.
+                _log.debug("rank %d has no doorbell (%s)", rank, error.strerror)
 
-    def call_all(self) -> None:
-        """Also those who are no members yet."""
-        self.call(
-            seat
-            for seat, entry in enumerate(self._memory.entries[: self._memory.layout.num_seats])
-            if entry.state != SeatState.FREE
+    def wake_all(self) -> None:
+        """Send a wake-up to all ranks, including those that are not members yet."""
+        self.wake(
+            rank
+            for rank, slot in enumerate(self._memory.rank_slots[: self._memory.layout.num_ranks])
+            if slot.state != RankSlotState.FREE
         )
 
     def wait(self, seconds: float) -> None:
         self.wakeups.poll(seconds)
 
-    def answer(self) -> bool:
-        """Takes all calls; true if somebody who is followed has died."""
+    def drain(self) -> bool:
+        """Read all wake-ups. Return True if a watched process has died."""
         ready = {descriptor for descriptor, _ in self.wakeups.poll(0)}
         with contextlib.suppress(BlockingIOError):
-            while self._bell.fileno() in ready:
-                self._bell.recv(1)
-        return any(pidfd in ready for _, pidfd in self._followed.values())
+            while self._doorbell.fileno() in ready:
+                self._doorbell.recv(1)
+        return any(pidfd in ready for _, pidfd in self._watched.values())
 
-    def keep_doorbell(self) -> None:
-        """Create a removed doorbell again. Without it this rank notices a call up to a second late."""
-        now, path = time.monotonic(), Path(self._memory.doorbell(self._seat))
-        if now < self._looked_at + _LOOK_SECONDS:
+    def ensure_doorbell(self) -> None:
+        """Create a removed doorbell again. Without one, this rank notices a wake-up up to a second late."""
+        now, path = time.monotonic(), Path(self._memory.doorbell(self._rank))
+        if now < self._checked_at + _CHECK_SECONDS:
             return
-        self._looked_at = now
+        self._checked_at = now
         if os.path.exists(path):
             return
         try:
             with contextlib.suppress(FileExistsError):
                 path.parent.mkdir(mode=0o700)
-            bell = _bind(path)
+            doorbell = _bind(path)
         except OSError as error:
             if not self._is_failing:
                 _log.warning("%s was removed and cannot be created again (%s)", path, error.strerror)
             self._is_failing = True
             return
-        self.wakeups.unregister(self._bell)
-        self._bell.close()
-        self._bell, self._is_failing = bell, False
-        self.wakeups.register(bell, select.EPOLLIN)
+        self.wakeups.unregister(self._doorbell)
+        self._doorbell.close()
+        self._doorbell, self._is_failing = doorbell, False
+        self.wakeups.register(doorbell, select.EPOLLIN)
         _log.warning("%s was removed and has been created again; the group keeps its memory", path)
 
     def close(self) -> None:
-        self.follow(())
+        self.watch(())
         self.wakeups.close()
-        self._bell.close()
+        self._doorbell.close()
 
 
 def _bind(path: Path) -> socket.socket:
-    bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    doorbell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
-        # Left by the process that had the seat before.
+        # A previous process of this rank may have left it.
         path.unlink(missing_ok=True)
-        bell.bind(str(path))
+        doorbell.bind(str(path))
     except OSError:
-        bell.close()
+        doorbell.close()
         raise
-    return bell
+    return doorbell
 
 
-def _open(pid: int, started: int) -> int:
-    """Readable when the process is dead; if it is already, an end of a pipe whose other end is closed."""
+def _open_pidfd(pid: int, started: int) -> int:
+    """Return a pidfd. If the process is already dead, return a pipe that is readable like its pidfd."""
     pidfd = pidfd_of(pid, started)
     if pidfd is not None:
         return pidfd

@@ -1,8 +1,8 @@
-"""Which seats of an expert-parallel group hold which experts of one MoE layer. Pure: no clock, no I/O.
+"""Placement of the experts of one MoE layer on the ranks of a group. Pure: no clock, no I/O.
 
-A seat is a rank's fixed number. Every seat makes the plan for itself, so it depends on nothing but the
-arguments. Two balances are kept: of numbers, always (each seat holds as many replicas as any other, or one
-more: that is what memory is sized for), and within it, of load.
+Every rank can compute the plan, so it depends on nothing but the arguments. Numbers are always balanced: each
+rank holds as many replicas as any other, or one more, because memory is sized for that. Within this limit the
+load is balanced.
 """
 
 from __future__ import annotations
@@ -14,48 +14,54 @@ from dataclasses import dataclass
 
 from ..common.errors import FastDeployError
 
-#: An exchange has to lower the load of the heaviest seat by this share. Loads are measured, with noise, and
-#: every expert that moves has to be read anew.
-WORTHWHILE = 0.01
+#: A trade must lower the load of the heaviest rank by this fraction. Measured loads are noisy, and each
+#: expert that moves must be read from the weight file.
+MIN_GAIN = 0.01
 
-#: Less load than this in total is none. An average that decays while nothing happens ends in subnormal
-#: numbers, whose hundredth is zero: trades could go on for ever.
+#: A smaller total load counts as zero. An average that decays without traffic ends in subnormal numbers, one
+#: percent of which is zero, so that trades might never end.
 NEGLIGIBLE = 1e-200
 
 
-class NoRoom(FastDeployError):
-    """The seats have together fewer slots than the layer has experts."""
+class TooFewSlots(FastDeployError):
+    """All ranks together have fewer slots than the layer has experts."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Home:
-    """Where a replica of an expert lies: `slot` is the index into the seat's expert memory of this layer."""
+class ExpertReplica:
+    """Location of one copy of an expert: `slot` is an index into the rank's expert memory of this layer."""
 
-    seat: int
+    rank: int
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`homes[e]`: where expert `e` can be computed; at least one, ascending by seat, at most one per seat."""
+    """`replicas[e]`: the copies of expert `e`, ascending by rank; at least one, at most one per rank."""
 
-    homes: tuple[tuple[Home, ...], ...]
+    replicas: tuple[tuple[ExpertReplica, ...], ...]
 
-    def experts_of(self, seat: int) -> tuple[int, ...]:
-        """What a seat holds, ascending."""
-        return tuple(e for e, homes in enumerate(self.homes) if any(home.seat == seat for home in homes))
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """Return the experts on a rank, ascending."""
+        return tuple(
+            expert
+            for expert, replicas in enumerate(self.replicas)
+            if any(replica.rank == rank for replica in replicas)
+        )
 
     def moves_from(self, old: Placement) -> int:
-        """How many experts seats have to take over on the way from `old` to here."""
+        """Return how many replicas change rank between `old` and this placement."""
         return len(self._pairs() - old._pairs())
 
     def _pairs(self) -> set[tuple[int, int]]:
-        return {(expert, home.seat) for expert, homes in enumerate(self.homes) for home in homes}
+        return {
+            (expert, replica.rank) for expert, replicas in enumerate(self.replicas) for replica in replicas
+        }
 
 
 def plan(
     num_experts: int,
-    seats: Sequence[int],
+    ranks: Sequence[int],
     *,
     load: Sequence[float] | None = None,
     redundant: int = 0,
@@ -63,253 +69,254 @@ def plan(
     previous: Placement | None = None,
     rebalance: bool = False,
 ) -> Placement:
-    """Gives every expert a seat, and the heaviest ones more than one.
+    """Place each expert on a rank, and the most used ones on several.
 
-    Replicas are counted and dealt like in EPLB (https://github.com/deepseek-ai/EPLB, `replicate_experts` and
-    `balanced_packing`): each redundant one goes to the expert with the highest load per replica, then the
-    heaviest replica first to the least loaded seat that has room (longest processing time first, Graham
-    1969). EPLB plans from nothing each time. Here experts stay where they are:
+    The number of replicas and their assignment follow EPLB (https://github.com/deepseek-ai/EPLB,
+    `replicate_experts` and `balanced_packing`): each redundant replica goes to the expert with the highest
+    load per replica; then the heaviest replica goes first, to the least loaded rank that has room (longest
+    processing time first, Graham 1969). EPLB plans from scratch each time. Here experts keep their ranks:
 
-    - without `rebalance`, seats have come or gone. Only replicas that have no seat any more, are new or must
-      make room for equal numbers are dealt; without redundant ones that is the least possible.
-    - with `rebalance`, and in a first plan, the heaviest seat then trades with lighter ones as long as the
-      maximum falls.
+    - Without `rebalance`, ranks have joined or left. Only replicas that lost their rank, are new or must move
+    to
+      keep the numbers equal are assigned. Without redundant experts this is the minimum of moves.
+    - With `rebalance`, and in a first plan, the heaviest rank then trades with lighter ones while that lowers
+      the maximum load.
 
     Args:
-        seats: those that are there, in any order, not necessarily consecutive.
-        load: of each expert, in any unit; None or (next to) nothing: all are alike.
-        redundant: replicas beyond one per expert; those that do not fit are left out.
-        slots: of each seat; None: as many as there are experts.
-        previous: what to depart from; it may know seats that have gone.
-        rebalance: move for the sake of load, too. The heaviest seat is then never heavier than with
-            `previous`, if that has as many replicas, in equal numbers, on these seats; should its choice of
-            the experts that have several be the better one, all stays as it is.
+        ranks: the members, in any order, not necessarily consecutive.
+        load: load of each expert, in any unit; None or a negligible sum: equal loads.
+        redundant: replicas beyond one per expert; those that do not fit are omitted.
+        slots: slots of each rank; None: as many as experts.
+        previous: the placement in force; it may contain ranks that have left.
+        rebalance: move experts to balance the load. The maximum load is never higher than with `previous`, if
+            that has as many replicas, in equal numbers, on these ranks. If its choice of replicated experts
+            is better, it is returned unchanged.
 
     Raises:
-        NoRoom: there are more experts than slots.
+        TooFewSlots: there are more experts than slots.
     """
-    present = sorted(set(seats))
-    assert present, "a plan is made by a seat, so there is at least one"
+    present = sorted(set(ranks))
+    assert present, "a rank makes the plan, so there is at least one"
     assert load is None or len(load) == num_experts, "every expert has a load"
-    assert previous is None or len(previous.homes) == num_experts, "a layer keeps its experts"
+    assert previous is None or len(previous.replicas) == num_experts, "a layer keeps its experts"
     room = num_experts if slots is None else slots
     if num_experts > room * len(present):
-        raise NoRoom(
-            f"{num_experts} experts do not fit on {len(present)} seats of {room} slots each: "
-            f"at least {-(-num_experts // len(present))} slots per seat are needed"
+        raise TooFewSlots(
+            f"{num_experts} experts do not fit on {len(present)} ranks of {room} slots each: "
+            f"at least {-(-num_experts // len(present))} slots per rank are needed"
         )
     if load is None or math.fsum(load) < NEGLIGIBLE:
         load = [1.0] * num_experts
     total = min(num_experts + redundant, min(num_experts, room) * len(present))
-    replicas = _count_replicas(load, len(present), total)
-    before: _Slots = {seat: {} for seat in present}
-    for expert, homes in enumerate(previous.homes if previous else ()):
-        for home in homes:
-            if home.seat in before:
-                before[home.seat][expert] = home.slot
+    counts = _replica_counts(load, len(present), total)
+    before: _Slots = {rank: {} for rank in present}
+    for expert, replicas in enumerate(previous.replicas if previous else ()):
+        for replica in replicas:
+            if replica.rank in before:
+                before[replica.rank][expert] = replica.slot
 
-    table = _Table(before, load, replicas)
-    table.drop_unwanted()
-    table.make_room()
-    table.deal()
+    table = _Table(before, load, counts)
+    table.drop_surplus()
+    table.even_out_numbers()
+    table.assign_missing()
     if rebalance or previous is None:
-        table.level()
+        table.balance_load()
     if rebalance and previous is not None and _fits(previous, before, total, room):
-        as_it_was = _Table(before, load, [len(homes) for homes in previous.homes])
-        # Possible only where other experts have several replicas than now would be chosen.
+        as_it_was = _Table(before, load, [len(replicas) for replicas in previous.replicas])
+        # Possible only if `previous` replicates other experts than `counts` does.
         if table.maximum() > as_it_was.maximum():
             return previous
     return _with_slots(num_experts, table.held, before, room)
 
 
-#: Seat → expert that it holds → slot.
+#: Rank -> expert on it -> slot.
 _Slots = dict[int, dict[int, int]]
 
 
-def _count_replicas(load: Sequence[float], most: int, total: int) -> list[int]:
-    """Shares out `total` replicas, at least one and at most `most` for each expert."""
-    replicas = [1] * len(load)
+def _replica_counts(load: Sequence[float], limit: int, total: int) -> list[int]:
+    """Distribute `total` replicas, at least one and at most `limit` per expert."""
+    counts = [1] * len(load)
     heaviest = [(-one, expert) for expert, one in enumerate(load)]
     heapq.heapify(heaviest)
     for _ in range(total - len(load)):
         _, expert = heapq.heappop(heaviest)
-        replicas[expert] += 1
-        if replicas[expert] < most:
-            heapq.heappush(heaviest, (-load[expert] / replicas[expert], expert))
-    return replicas
+        counts[expert] += 1
+        if counts[expert] < limit:
+            heapq.heappush(heaviest, (-load[expert] / counts[expert], expert))
+    return counts
 
 
 def _fits(placement: Placement, present: _Slots, total: int, room: int) -> bool:
-    """Whether all replicas are on seats present, as many as wanted, in equal numbers and valid slots."""
+    """Return True if all replicas are on present ranks, `total` of them, in equal numbers and valid slots."""
     counts = [len(experts) for experts in present.values()]
     return (
-        sum(map(len, placement.homes)) == sum(counts) == total
+        sum(map(len, placement.replicas)) == sum(counts) == total
         and max(counts) - min(counts) <= 1
         and all(slot < room for experts in present.values() for slot in experts.values())
     )
 
 
 def _with_slots(num_experts: int, held: dict[int, set[int]], before: _Slots, room: int) -> Placement:
-    """Who stays keeps the slot; newcomers get the lowest free ones."""
-    homes: list[list[Home]] = [[] for _ in range(num_experts)]
-    for seat, experts in held.items():
-        kept = {e: slot for e, slot in before[seat].items() if e in experts and slot < room}
+    """Return the placement: experts that stay keep their slots, others get the lowest free ones."""
+    replicas: list[list[ExpertReplica]] = [[] for _ in range(num_experts)]
+    for rank, experts in held.items():
+        kept = {e: slot for e, slot in before[rank].items() if e in experts and slot < room}
         free = iter(sorted(set(range(len(experts))).difference(kept.values())))
         for expert in sorted(experts):
-            homes[expert].append(Home(seat, kept[expert] if expert in kept else next(free)))
-    assert all(homes), "every expert has a home"
-    return Placement(tuple(map(tuple, homes)))
+            replicas[expert].append(ExpertReplica(rank, kept[expert] if expert in kept else next(free)))
+    assert all(replicas), "every expert has a replica"
+    return Placement(tuple(map(tuple, replicas)))
 
 
 class _Table:
-    """Who holds what while a plan is being made."""
+    """Experts on each rank while a plan is being made."""
 
-    def __init__(self, before: _Slots, load: Sequence[float], replicas: list[int]) -> None:
+    def __init__(self, before: _Slots, load: Sequence[float], counts: list[int]) -> None:
         """
         Args:
-            before: seat → what it holds at the start. Ascending, as is everything that is derived from it.
-            load: of each expert, all its replicas together.
-            replicas: of each expert, that there will be.
+            before: the experts on each rank at the start, with ranks ascending.
+            load: load of each expert, for all its replicas together.
+            counts: number of replicas that each expert will have.
         """
         self._before = before
-        self._replicas = replicas
-        self._weights = [one / count for one, count in zip(load, replicas, strict=True)]
+        self._counts = counts
+        self._weights = [one / count for one, count in zip(load, counts, strict=True)]
         self._mean_load = math.fsum(load) / len(before)
-        # Each seat is to hold the base, and so many of them one more.
-        self._base, self._num_larger = divmod(sum(replicas), len(before))
-        self.held = {seat: set(experts) for seat, experts in before.items()}
-        self._load = {seat: self._sum(experts) for seat, experts in self.held.items()}
+        # Each rank will hold `base` replicas, and `num_larger` ranks one more.
+        self._base, self._num_larger = divmod(sum(counts), len(before))
+        self.held = {rank: set(experts) for rank, experts in before.items()}
+        self._load = {rank: self._sum(experts) for rank, experts in self.held.items()}
 
     def maximum(self) -> float:
         return max(self._load.values())
 
-    def drop_unwanted(self) -> None:
-        """Takes away the replicas that an expert has beyond those wanted, from the fullest seats."""
-        for expert, wanted in enumerate(self._replicas):
+    def drop_surplus(self) -> None:
+        """Remove surplus replicas of each expert, from the fullest ranks."""
+        for expert, wanted in enumerate(self._counts):
             holders = self._holders(expert)
             for _ in range(len(holders) - wanted):
-                fullest = max(holders, key=lambda seat: (len(self.held[seat]), self._load[seat], seat))
+                fullest = max(holders, key=lambda rank: (len(self.held[rank]), self._load[rank], rank))
                 holders.remove(fullest)
                 self._take(fullest, expert)
 
-    def make_room(self) -> None:
-        """Takes what is too many from each seat.
+    def even_out_numbers(self) -> None:
+        """Remove replicas from ranks that hold too many.
 
-        Any seat above the base keeps one expert more by being one of the larger seats, so all are equally
-        good for the number of moves, and the choice is free for the load: the lightest.
+        Any rank above the base may be one of the larger ranks, which saves one move. All choices need equally
+        many moves, so the lightest ranks are chosen, to balance the load.
         """
-        above = [seat for seat, experts in self.held.items() if len(experts) > self._base]
-        above.sort(key=lambda seat: (self._load[seat], seat))
-        for index, seat in enumerate(above):
+        above = [rank for rank, experts in self.held.items() if len(experts) > self._base]
+        above.sort(key=lambda rank: (self._load[rank], rank))
+        for index, rank in enumerate(above):
             quota = self._base + (index < self._num_larger)
-            for left in range(len(self.held[seat]) - quota, 0, -1):
-                # Not simply the heaviest: together they would be too much for the seat that has just joined.
-                share = (self._load[seat] - self._mean_load) / left
-                self._take(seat, min(self.held[seat], key=lambda e: (abs(self._weights[e] - share), e)))
+            for left in range(len(self.held[rank]) - quota, 0, -1):
+                # Not the heaviest ones: together they would overload a rank that has just joined.
+                share = (self._load[rank] - self._mean_load) / left
+                self._take(rank, min(self.held[rank], key=lambda e: (abs(self._weights[e] - share), e)))
 
-    def deal(self) -> None:
-        """Gives out what nobody holds: the heaviest replica first, each to the lightest seat with room."""
+    def assign_missing(self) -> None:
+        """Assign missing replicas: the heaviest first, each to the lightest rank with room."""
         missing = [
             expert
-            for expert, wanted in enumerate(self._replicas)
+            for expert, wanted in enumerate(self._counts)
             for _ in range(wanted - len(self._holders(expert)))
         ]
         for expert in sorted(missing, key=lambda e: (-self._weights[e], e)):
-            open_to_any = self._seats_with_room()
-            seats = [seat for seat in open_to_any if expert not in self.held[seat]]
-            if seats:
-                self._put(self._lightest(seats), expert)
+            with_room = self._ranks_with_room()
+            ranks = [rank for rank in with_room if expert not in self.held[rank]]
+            if ranks:
+                self._put(self._lightest(ranks), expert)
             else:
-                self._put_by_swap(self._lightest(open_to_any), expert)
+                self._put_by_swap(self._lightest(with_room), expert)
 
-    def level(self) -> None:
-        """Lets the heaviest seat trade with others, and keeps the trades up to the last fall of the maximum.
+    def balance_load(self) -> None:
+        """Let the heaviest rank trade with others, and keep the trades up to the last fall of the maximum.
 
-        A trade may leave the maximum as it is, because another seat is as heavy: then it has to fall as well.
-        It ends because each trade lowers the sum of the squared loads by a minimum.
+        A trade may leave the maximum unchanged if another rank is as heavy; later trades then lower that one
+        too. The loop ends because each trade lowers the sum of the squared loads by a minimum.
         """
         best, lowest = self._copy(), self.maximum()
         while self._trade():
             if self.maximum() < lowest:
                 best, lowest = self._copy(), self.maximum()
         self.held = best
-        self._load = {seat: self._sum(experts) for seat, experts in best.items()}
+        self._load = {rank: self._sum(experts) for rank, experts in best.items()}
 
     def _trade(self) -> bool:
-        heaviest = max(self.held, key=lambda seat: (self._load[seat], seat))
-        worthwhile = WORTHWHILE * self._load[heaviest]
-        for lighter in sorted(self.held, key=lambda seat: (self._load[seat], seat)):
+        heaviest = max(self.held, key=lambda rank: (self._load[rank], rank))
+        min_gain = MIN_GAIN * self._load[heaviest]
+        for lighter in sorted(self.held, key=lambda rank: (self._load[rank], rank)):
             gap = self._load[heaviest] - self._load[lighter]
-            if gap <= 2 * worthwhile:
+            if gap <= 2 * min_gain:
                 return False
             mine, theirs = self.held[heaviest], self.held[lighter]
             gifts = [(self._weights[e], e) for e in mine - theirs]
             returns: list[tuple[float, tuple[int, ...]]] = [(self._weights[e], (e,)) for e in theirs - mine]
             if len(mine) > len(theirs):
-                # Nothing in return: that only exchanges who is one of the larger seats.
+                # A gift without a return only changes which of the two is a larger rank.
                 returns.append((0.0, ()))
-            # Half the gap is what would make the two equal.
+            # Moving half the gap would make the two equal.
             trades = (
                 (abs(gap / 2 - gift + back), taken, given) for back, taken in returns for gift, given in gifts
             )
             off, taken, given = min(trades, default=(math.inf, (), 0))
-            if off < gap / 2 - worthwhile:
+            if off < gap / 2 - min_gain:
                 for expert in taken:
                     self._move(expert, lighter, heaviest)
                 self._move(given, heaviest, lighter)
                 return True
         return False
 
-    def _put_by_swap(self, seat: int, expert: int) -> None:
-        """Places an expert that all seats with room hold: another seat takes it and gives one to `seat`.
+    def _put_by_swap(self, rank: int, expert: int) -> None:
+        """Place an expert that all ranks with room hold: another rank takes it and gives one to `rank`.
 
-        That seat exists since no expert has more replicas than there are seats, and has one to give since it
-        holds more than `seat` does, which in turn holds something it does not: the expert.
+        Such a rank exists because no expert has more replicas than there are ranks. It has an expert to give
+        because it holds more than `rank` does, and `rank` holds one that it does not: `expert`.
         """
         swaps = (
             (
                 given in self._before[other],
                 max(
                     self._load[other] + self._weights[expert] - self._weights[given],
-                    self._load[seat] + self._weights[given],
+                    self._load[rank] + self._weights[given],
                 ),
                 other,
                 given,
             )
             for other in self.held
             if expert not in self.held[other]
-            for given in self.held[other] - self.held[seat]
+            for given in self.held[other] - self.held[rank]
         )
         *_, other, given = min(swaps)
-        self._move(given, other, seat)
+        self._move(given, other, rank)
         self._put(other, expert)
 
     def _holders(self, expert: int) -> list[int]:
-        return [seat for seat, experts in self.held.items() if expert in experts]
+        return [rank for rank, experts in self.held.items() if expert in experts]
 
-    def _seats_with_room(self) -> list[int]:
+    def _ranks_with_room(self) -> list[int]:
         num_larger = sum(len(experts) > self._base for experts in self.held.values())
         limit = self._base + (num_larger < self._num_larger)
-        return [seat for seat, experts in self.held.items() if len(experts) < limit]
+        return [rank for rank, experts in self.held.items() if len(experts) < limit]
 
-    def _lightest(self, seats: list[int]) -> int:
-        return min(seats, key=lambda seat: (self._load[seat], len(self.held[seat]), seat))
+    def _lightest(self, ranks: list[int]) -> int:
+        return min(ranks, key=lambda rank: (self._load[rank], len(self.held[rank]), rank))
 
-    def _put(self, seat: int, expert: int) -> None:
-        self.held[seat].add(expert)
-        self._load[seat] = self._sum(self.held[seat])
+    def _put(self, rank: int, expert: int) -> None:
+        self.held[rank].add(expert)
+        self._load[rank] = self._sum(self.held[rank])
 
-    def _take(self, seat: int, expert: int) -> None:
-        self.held[seat].remove(expert)
-        self._load[seat] = self._sum(self.held[seat])
+    def _take(self, rank: int, expert: int) -> None:
+        self.held[rank].remove(expert)
+        self._load[rank] = self._sum(self.held[rank])
 
     def _move(self, expert: int, source: int, target: int) -> None:
         self._take(source, expert)
         self._put(target, expert)
 
     def _copy(self) -> dict[int, set[int]]:
-        return {seat: set(experts) for seat, experts in self.held.items()}
+        return {rank: set(experts) for rank, experts in self.held.items()}
 
     def _sum(self, experts: set[int]) -> float:
-        # Exact, hence the same for any order and any history of a set.
+        # fsum is exact, so the result does not depend on the order of the set.
         return math.fsum(self._weights[expert] for expert in experts)

@@ -1,7 +1,7 @@
-"""A group's memory whose file was removed while ranks have it mapped, found again through those ranks.
+"""Access to a group's memory whose file was removed, through the ranks that have it mapped.
 
-systemd-logind removes what a user has in /dev/shm when that user logs out, and other cleaners exist. The
-ranks do not notice, but a rank that starts afterwards would form a second group.
+systemd-logind removes a user's files from /dev/shm when that user logs out, and other cleaners exist. The
+ranks continue, but a rank that starts afterwards would form a second group.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def find(path: Path, user: int, flags: int) -> int | None:
     """
     for link in _links(f"{path} (deleted)", user):
         with suppress(OSError):
-            # Another user's process may name its pipe so: the opening of one must not block.
+            # O_NONBLOCK: another process may have a pipe with this name.
             descriptor = os.open(link, flags | os.O_CLOEXEC | os.O_NONBLOCK)
             found = os.fstat(descriptor)
-            # The name that /proc shows may be the true name of another file.
+            # The name in /proc may be the real name of another file.
             if stat.S_ISREG(found.st_mode) and found.st_nlink == 0 and found.st_uid == user:
                 return descriptor
             os.close(descriptor)
@@ -32,7 +32,7 @@ def find(path: Path, user: int, flags: int) -> int | None:
 
 def _links(name: str, user: int) -> Iterator[str]:
     for process in os.scandir("/proc"):
-        # Processes end while they are examined.
+        # Processes exit while they are examined.
         with suppress(OSError):
             if not process.name.isdecimal() or process.stat().st_uid != user:
                 continue

@@ -1,8 +1,7 @@
-"""Which experts' pages a rank keeps mapped: its own, and no others.
+"""Resident pages of experts: a rank keeps those of its own experts in memory, and no others.
 
-All weights are one file that every rank maps, so an expert can be computed anywhere at once. What counts is
-which of its pages a process has in its tables: those of experts that came are faulted in before the next
-step, all at once, and those of experts that went are given back.
+Every rank maps the whole weight file, so any rank can compute any expert at once. When experts move, the
+pages of new ones are faulted in before the next step, and the pages of others are released.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _PAGE = 4096
 _MADV_WILLNEED = 3
 _MADV_DONTNEED = 4
 _MADV_NOHUGEPAGE = 15
-#: Linux 5.14; before it, the pages are read ahead and faulted in as they are needed.
+#: Linux 5.14; older kernels read ahead and fault in pages on demand.
 _MADV_POPULATE_READ = 22
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,28 +27,32 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 @dataclass(frozen=True, slots=True)
 class ExpertPages:
-    """The stacks of matrices of one layer's experts, as they are mapped."""
+    """Mapped weight matrices of one layer; each tensor has those of all experts, one after another."""
 
     stacks: tuple[paddle.Tensor, ...]
     num_experts: int
 
-    def hold(self, experts: frozenset[int], taken: frozenset[int]) -> None:
-        """Keeps the pages of `experts`, of which those in `taken` are new, and gives back all others."""
+    def hold(self, experts: frozenset[int], added: frozenset[int]) -> None:
+        """Keep the pages of `experts` and release all others.
+
+        Args:
+            added: experts whose pages are not resident yet.
+        """
         for stack in self.stacks:
             size = (stack.size - HEADER_BYTES) // self.num_experts
             start = stack.data_ptr() + HEADER_BYTES
-            # A huge page would bring many experts along.
+            # A huge page would contain many experts.
             _libc.madvise(
                 -(-start // _PAGE) * _PAGE, self.num_experts * size // _PAGE * _PAGE, _MADV_NOHUGEPAGE
             )
-            for expert in taken:
+            for expert in added:
                 first = (start + expert * size) // _PAGE * _PAGE
                 length = start + (expert + 1) * size - first
                 if _libc.madvise(first, length, _MADV_POPULATE_READ) != 0:
                     _libc.madvise(first, length, _MADV_WILLNEED)
-            # Not only what this rank has given away: the kernel maps pages around those that are asked for.
+            # All other experts, not only removed ones: the kernel also maps pages around a fault.
             for begin, end in _runs(set(range(self.num_experts)) - experts):
-                # The pages at the ends are the neighbours' too.
+                # Pages at the ends are shared with the neighbours.
                 first = -(-(start + begin * size) // _PAGE) * _PAGE
                 last = (start + end * size) // _PAGE * _PAGE
                 if first < last:
@@ -57,7 +60,7 @@ class ExpertPages:
 
 
 def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """As ranges, each from its first number to behind its last."""
+    """Return half-open ranges of consecutive numbers."""
     runs: list[tuple[int, int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number:

@@ -1,7 +1,9 @@
-"""What a group is doing right now, for people.
+"""Snapshot of an expert-parallel group for `fdctl ep` and for hang detection.
 
-Read from the group's file, not mapped: to look at a page that nobody has used yet would take memory that the
-ranks may be short of, and a group that is made anew at that moment would be fatal to whoever has it mapped.
+It is read from the group's file without a mapping: touching an unused page would allocate memory that the
+ranks may need, and a process that has the file mapped dies (SIGBUS) if a new group truncates it.
+
+`fdctl ep --json` prints these classes, so their fields are a stable interface: there a rank is a `seat`.
 """
 
 from __future__ import annotations
@@ -15,40 +17,42 @@ from pathlib import Path
 from typing import TypeVar
 
 from . import removed_memory
-from .layout import GroupWords, Header, Layout, SeatEntry, SeatRow, SeatState, phase_name
-from .membership import seats_of
-from .memory import FILE, SHARED_MEMORY, group_directory, is_alive, layout_of
+from .layout import GroupHeader, GroupLayout, GroupWords, RankRow, RankSlot, RankSlotState, phase_name
+from .membership import ranks_of
+from .memory import FILE, layout_of
+from .memory_file import SHARED_MEMORY, group_directory
+from .processes import is_alive
 
-#: Of reading an epoch whose record was overwritten meanwhile, which takes two commits.
-_MOST_TRIES = 100
+#: Limit of attempts to read the record of an epoch before two commits overwrite it.
+_MAX_TRIES = 100
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """A seat that a process holds, and what that was doing; None for what does not apply."""
+class RankSnapshot:
+    """State of a rank's process; None for what does not apply."""
 
     seat: int
     pid: int
-    #: joining, active, leaving; dead until another rank has noticed; unknown for any other number.
+    #: joining, active, leaving; dead until another rank has noticed; unknown if it is damaged.
     state: str
-    #: The newest that it has adopted.
+    #: The newest epoch that it has adopted.
     epoch: int
-    #: That had work for somebody, of all that have held the seat.
+    #: Steps with work since the group exists, including those of previous processes of the rank.
     steps: int
     phase: str | None
     layer: int | None
-    #: In this phase.
+    #: Time in this phase.
     seconds: float | None
-    #: Its own in the step that is under way.
+    #: Its tokens in the step under way.
     tokens: int | None
     waits_for: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The seat that more others wait for than for any other, and how long they have at most."""
+    """The rank that most others wait for, and the longest time that one has waited."""
 
     seat: int
     by: tuple[int, ...]
@@ -65,18 +69,18 @@ class Snapshot:
     leaves: int
     losses: int
     num_seats: int
-    seats: tuple[Seat, ...]
+    seats: tuple[RankSnapshot, ...]
     awaited: Awaited | None
 
 
-def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snapshot | None:
-    """The group as it is; None if there is none, or nobody alive in it.
+def read_snapshot(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snapshot | None:
+    """Return the state of a group; None if there is none, or none of its ranks is alive.
 
     Args:
-        user: whose group it is; None: this process's user.
+        user: owner of the group; None: this process's user.
 
     Raises:
-        ConfigError: the name cannot be one, the group speaks another protocol, or its memory is damaged.
+        ConfigError: the name is not valid, the group has another protocol version, or its memory is damaged.
         OSError: its memory cannot be read.
     """
     path = group_directory(name, root, user) / FILE
@@ -84,17 +88,17 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
     if file is None:
         return None
     try:
-        header = _read(file, Header, 0)
+        header = _read(file, GroupHeader, 0)
         if not header.magic:
-            # It is being made.
+            # The file is being initialised.
             return None
         layout = layout_of(file, path.parent)
         epoch, active = _members(file, layout)
-        found = (_seat(file, layout, seat, seat in active) for seat in range(layout.num_seats))
-        seats = tuple(seat for seat in found if seat is not None)
+        found = (_rank_snapshot(file, layout, rank, rank in active) for rank in range(layout.num_ranks))
+        ranks = tuple(one for one in found if one is not None)
     finally:
         os.close(file)
-    if all(seat.state == "dead" for seat in seats):
+    if all(one.state == "dead" for one in ranks):
         return None
     return Snapshot(
         name=name,
@@ -103,9 +107,9 @@ def look(name: str, user: int | None = None, root: Path = SHARED_MEMORY) -> Snap
         joins=header.joins,
         leaves=header.leaves,
         losses=header.losses,
-        num_seats=layout.num_seats,
-        seats=seats,
-        awaited=_awaited(seats),
+        num_seats=layout.num_ranks,
+        seats=ranks,
+        awaited=_awaited(ranks),
     )
 
 
@@ -113,64 +117,64 @@ def _open(path: Path, user: int) -> int | None:
     """Open the group's memory at its path, or through a rank that has it mapped if the file was removed."""
     with suppress(FileNotFoundError):
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        if _read(file, Header, 0).magic:
+        if _read(file, GroupHeader, 0).magic:
             return file
         os.close(file)
     return removed_memory.find(path, user, os.O_RDONLY)
 
 
-def _members(file: int, layout: Layout) -> tuple[int, tuple[int, ...]]:
+def _members(file: int, layout: GroupLayout) -> tuple[int, tuple[int, ...]]:
     """Return the epoch in force and its members; no members if its record is damaged."""
-    for _ in range(_MOST_TRIES):
+    for _ in range(_MAX_TRIES):
         epoch = _read(file, GroupWords, layout.words).epoch
         record = os.pread(file, 16, layout.records + epoch % 2 * layout.record_bytes)
-        # Two epochs later another is written over it.
+        # False if a later epoch has overwritten the record.
         if int.from_bytes(record[:8], "little") == epoch:
             break
     else:
         return epoch, ()
-    return epoch, _seats_in(int.from_bytes(record[8:], "little"), layout)
+    return epoch, _ranks_in(int.from_bytes(record[8:], "little"), layout)
 
 
-def _seats_in(bitmap: int, layout: Layout) -> tuple[int, ...]:
-    return seats_of(bitmap & (1 << layout.num_seats) - 1)
+def _ranks_in(bitmap: int, layout: GroupLayout) -> tuple[int, ...]:
+    return ranks_of(bitmap & (1 << layout.num_ranks) - 1)
 
 
-def _seat(file: int, layout: Layout, seat: int, is_member: bool) -> Seat | None:
-    entry = _read(file, SeatEntry, layout.entries + seat * ctypes.sizeof(SeatEntry))
-    if entry.state == SeatState.FREE:
+def _rank_snapshot(file: int, layout: GroupLayout, rank: int, is_member: bool) -> RankSnapshot | None:
+    slot = _read(file, RankSlot, layout.rank_slots + rank * ctypes.sizeof(RankSlot))
+    if slot.state == RankSlotState.FREE:
         return None
-    row = _read(file, SeatRow, layout.seat(seat))
-    alive = is_alive(entry)
+    row = _read(file, RankRow, layout.rank_offset(rank))
+    alive = is_alive(slot)
     phase = phase_name(row.phase)
-    # What is in the row of a newcomer is its predecessor's.
-    noted = is_member and row.since_ns > 0
-    in_step = noted and phase not in ("idle", "arriving")
-    return Seat(
-        seat=seat,
-        pid=entry.pid,
-        state=SeatState.name_of(entry.state) if alive else "dead",
+    # Until a rank is a member, the row has values of a previous process.
+    is_valid = is_member and row.since_ns > 0
+    in_step = is_valid and phase not in ("idle", "arriving")
+    return RankSnapshot(
+        seat=rank,
+        pid=slot.pid,
+        state=RankSlotState.name_of(slot.state) if alive else "dead",
         epoch=row.arrived,
         steps=row.steps,
-        phase=phase if noted else None,
+        phase=phase if is_valid else None,
         layer=row.layer if in_step and phase != "beginning" else None,
-        seconds=max(0, time.monotonic_ns() - row.since_ns) * 1e-9 if noted else None,
+        seconds=max(0, time.monotonic_ns() - row.since_ns) * 1e-9 if is_valid else None,
         tokens=row.step_tokens[row.begun % 2] if in_step else None,
-        waits_for=_seats_in(row.waiting_for, layout) if noted and alive else (),
+        waits_for=_ranks_in(row.waiting_for, layout) if is_valid and alive else (),
     )
 
 
-def _awaited(seats: tuple[Seat, ...]) -> Awaited | None:
-    """Of several the one that waits for nobody: the others may all be waiting for it."""
-    by: dict[int, list[Seat]] = {}
-    for seat in seats:
-        for other in seat.waits_for:
-            by.setdefault(other, []).append(seat)
+def _awaited(ranks: tuple[RankSnapshot, ...]) -> Awaited | None:
+    """Return the rank that most others wait for; of several, one that waits for no rank."""
+    by: dict[int, list[RankSnapshot]] = {}
+    for one in ranks:
+        for other in one.waits_for:
+            by.setdefault(other, []).append(one)
     if not by:
         return None
-    waiting = {seat.seat for seat in seats if seat.waits_for}
-    most = max(by, key=lambda seat: (len(by[seat]), seat not in waiting))
-    return Awaited(most, tuple(seat.seat for seat in by[most]), max(seat.seconds or 0.0 for seat in by[most]))
+    waiting = {one.seat for one in ranks if one.waits_for}
+    most = max(by, key=lambda rank: (len(by[rank]), rank not in waiting))
+    return Awaited(most, tuple(one.seat for one in by[most]), max(one.seconds or 0.0 for one in by[most]))
 
 
 def _read(file: int, kind: type[Structure], offset: int) -> Structure:

@@ -25,8 +25,11 @@ import paddle
 from fastdeploy import custom_ops
 from fastdeploy.common.process_control import die_with_parent
 from fastdeploy.custom_ops import packed_matrix
-from fastdeploy.expert_parallel import group as group_module
-from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, RankLost, join
+from fastdeploy.expert_parallel import member
+from fastdeploy.expert_parallel.group import ExpertGroup
+from fastdeploy.expert_parallel.join import join
+from fastdeploy.expert_parallel.membership import RankLost
+from fastdeploy.expert_parallel.options import GroupOptions
 
 from .collectives import HIDDEN, Plan, Seen, Share, computed, draw_tokens, layout, mapped
 
@@ -45,11 +48,11 @@ class Rank:
     number: int = 0
 
     def __post_init__(self) -> None:
-        self._row = mapped(self.group.options.name).rows[self.group.seat]
+        self._row = mapped(self.group.options.name).rows[self.group.rank]
 
     @property
     def is_wanted(self) -> bool:
-        return self.group.awake or self.group.is_called
+        return self.group.awake or self.group.is_awaited
 
     def step(self, tokens: int) -> None:
         seen = self.group.run_step(tokens, lambda: self._compute(tokens))
@@ -58,11 +61,11 @@ class Rank:
 
     def drawn_step(self) -> None:
         self.number += 1
-        self.step(draw_tokens(self.seed, self._row.begun, self.group.seat, self.number))
+        self.step(draw_tokens(self.seed, self._row.begun, self.group.rank, self.number))
 
     def assist(self) -> None:
         """As the worker does."""
-        self.group.attend()
+        self.group.handle_wakeups()
         if self.is_wanted:
             self.step(0)
 
@@ -94,7 +97,7 @@ class Rank:
             raise
 
     def _collective(self, stamp: int, index: int, layer: int, tokens: int, wide: bool) -> Seen:
-        group, seat = self.group.handle, self.group.seat
+        group, seat = self.group.handle, self.group.rank
         members = tuple(self.group.status().active_seats)
         share = Share.draw(self.seed, stamp, index, seat, tokens, wide)
         self._come_to("before it sends")
@@ -157,7 +160,7 @@ def steps(
         together: begins when the group has so many members.
         rebalance: the experts move, by load, many times a second.
     """
-    group_module._REBALANCE_SECONDS = 0.02
+    member._REBALANCE_SECONDS = 0.02
     restarted = number = 0
     # Unbuffered: it may be killed.
     with open(file, "wb", buffering=0) as seen:

@@ -9,13 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastdeploy.core.cpu_share import SINGLE_THREADED
-from fastdeploy.expert_parallel.memory import group_directory
+from fastdeploy.expert_parallel.memory_file import group_directory
 
 
 class RankFailed(Exception):
@@ -108,6 +109,24 @@ class Ranks:
     def end(self) -> None:
         for process in self._processes:
             process.end()
+
+
+@contextlib.contextmanager
+def repeating(write: Callable[[], None]) -> Iterator[None]:
+    """Call `write` continuously in a thread for the duration of the block."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            write()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import os
 import pickle
 import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -20,24 +19,18 @@ import pytest
 from fastdeploy import custom_ops
 from fastdeploy.custom_ops import reference
 from fastdeploy.expert_parallel.membership import Membership, planner
-from fastdeploy.expert_parallel.memory import Memory, group_directory
+from fastdeploy.expert_parallel.memory import Memory
+from fastdeploy.expert_parallel.memory_file import group_directory
 from tests.waiting import wait_until
 
 from .collectives import EXPERTS, MAX_TOKENS, K, Plan, Seen, Share, computed, mapped
 from .ep_rank import PLACES
-from .ranks import RankFailed, RankProcess, Ranks, group_of_its_own
+from .ranks import RankFailed, RankProcess, Ranks, group_of_its_own, repeating
 
 #: Longer than anything that works takes, on a busy machine.
 PATIENCE = 60.0
 #: As long as nobody who is called may sleep.
 CALL_PATIENCE = 20.0
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    started = Ranks()
-    yield started
-    started.end()
 
 
 @pytest.fixture
@@ -270,31 +263,24 @@ def test_a_rank_may_die_anywhere_in_a_collective(
 def expel(memory: Memory, seat: int) -> None:
     """As if the process were dead, and its pid another's."""
     with memory.locked():
-        memory.entries[seat].start_time += 1
+        memory.rank_slots[seat].start_time += 1
         assert Membership(memory, planner(EXPERTS, 0)).remove_dead()
 
 
 @contextlib.contextmanager
 def late_writes(memory: Memory, seat: int, epoch: int) -> Iterator[None]:
-    """Lets a seat say all the time, in an epoch that is over, that it is further than anybody."""
-    ended = threading.Event()
+    """Write continuously, in an epoch that is over, that a rank is ahead of all others."""
     layout, row = memory.layout, memory.rows[seat]
-    begin, end = (layout.seat(seat) + offset for offset in (layout.targets, layout.results))
+    begin, end = (layout.rank_offset(seat) + offset for offset in (layout.dispatch_targets, layout.results))
 
     def write() -> None:
-        while not ended.is_set():
-            row.arrived = epoch
-            row.begun = row.dispatched = row.combined = epoch << 40 | 1 << 39
-            row.tokens = MAX_TOKENS << 8 | 4
-            memory.pages[begin:end] = os.urandom(end - begin)
+        row.arrived = epoch
+        row.begun = row.dispatched = row.combined = epoch << 40 | 1 << 39
+        row.tokens = MAX_TOKENS << 8 | 4
+        memory.pages[begin:end] = os.urandom(end - begin)
 
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
+    with repeating(write):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -311,7 +297,7 @@ def test_a_rank_that_the_others_have_gone_on_without_learns_of_it_and_reaches_no
     with late_writes(memory, 1, epoch):
         wait_for_steps(memory, 20)
         started[1].signal(signal.SIGCONT)
-        with pytest.raises(RankFailed, match=r"RankLost.*gone on without seat 1"):
+        with pytest.raises(RankFailed, match=r"RankLost.*continued without rank 1"):
             started[1].finish(PATIENCE)
         wait_for_steps(memory, 50)
     finish([started[0], started[2]])
@@ -331,7 +317,7 @@ def test_a_rank_whose_seat_another_has_taken_learns_of_it_and_leaves_it_to_the_o
     wait_until(lambda: memory.header.joins == 4, deadline=PATIENCE)
     wait_for_steps(memory, 20)
     started[1].signal(signal.SIGCONT)
-    with pytest.raises(RankFailed, match=r"RankLost.*gone on without seat 1"):
+    with pytest.raises(RankFailed, match=r"RankLost.*continued without rank 1"):
         started[1].finish(PATIENCE)
     wait_for_steps(memory, 50)
     assert (memory.header.losses, memory.header.leaves) == (1, 0)

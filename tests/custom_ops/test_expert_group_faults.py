@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdeploy.custom_ops.expert_group import FAULTY, GOING, GroupShape, NativeGroup
-from fastdeploy.expert_parallel import memory as shared
-from fastdeploy.expert_parallel.layout import Layout
+from fastdeploy.custom_ops.expert_group import FAULTY, GOING, NativeGroup
+from fastdeploy.expert_parallel import memory_file
+from fastdeploy.expert_parallel.layout import GroupLayout
+from fastdeploy.expert_parallel.member import group_shape
 from fastdeploy.expert_parallel.memory import Memory
-from fastdeploy.expert_parallel.snapshot import look
+from fastdeploy.expert_parallel.snapshot import read_snapshot
 from tests.waiting import wait_until
 
 from .collectives import EXPERTS as GROUP_EXPERTS
 from .collectives import mapped
-from .ranks import RankFailed, RankProcess, Ranks, group_of_its_own
+from .ranks import RankFailed, RankProcess, Ranks, group_of_its_own, repeating
 from .test_expert_group import PATIENCE, assert_as_reference, finish, load, start, wait_for_steps
 
 SEATS, EXPERTS, MAX_TOKENS, K, HIDDEN, TOKENS = 2, 4, 4, 2, 8, 3
@@ -30,7 +30,7 @@ EPOCH = 1
 
 
 class Pair:
-    """Seat 0 is a rank; the part of seat 1 is written by the test, which is a rank without fault at first."""
+    """Rank 0 is real; the test writes the part of rank 1, at first without faults."""
 
     def __init__(self, memory: Memory) -> None:
         layout = memory.layout
@@ -40,16 +40,16 @@ class Pair:
         self.row.arrived, self.row.begun, self.row.dispatched, self.row.combined = EPOCH, stamp, stamp, stamp
         self.row.step_tokens[1] = TOKENS
         self.row.tokens = TOKENS << 8 | ELEMENT
-        self.targets = self._numbers(1, layout.targets, MAX_TOKENS * K)
-        self.places = self._numbers(1, layout.places, SEATS * MAX_TOKENS * K)
+        self.targets = self._numbers(1, layout.dispatch_targets, MAX_TOKENS * K)
+        self.places = self._numbers(1, layout.return_slots, SEATS * MAX_TOKENS * K)
         # To each of the four experts, of which a seat has every other.
         self.targets[:] = [expert % EXPERTS << 6 | expert % SEATS for expert in range(MAX_TOKENS * K)]
         self.places[:] = np.arange(SEATS * MAX_TOKENS * K) % (MAX_TOKENS * K)
-        self.own_targets = self._numbers(0, layout.targets, MAX_TOKENS * K)
-        names = [name for name, _ in GroupShape._fields_]
-        shape = GroupShape(**{name: getattr(layout, name) for name in names if name != "seat"}, seat=0)
+        self.own_targets = self._numbers(0, layout.dispatch_targets, MAX_TOKENS * K)
         self._pidfd = os.pidfd_open(os.getpid())
-        self.native = NativeGroup(shape, memory.address, memory.file, lambda *_: None, 1000, 1000)
+        self.native = NativeGroup(
+            group_shape(layout, 0), memory.address, memory.file, lambda *_: None, 1000, 1000
+        )
         homes = [1 << expert % SEATS for expert in range(EXPERTS)]
         self.native.set_members(EPOCH, 0b11, homes, [-1, self._pidfd], 0.0)
 
@@ -76,15 +76,17 @@ class Pair:
         os.close(self._pidfd)
 
     def _numbers(self, seat: int, offset: int, count: int) -> np.ndarray:
-        return np.frombuffer(self.memory.pages, np.int32, count, self.memory.layout.seat(seat) + offset)
+        return np.frombuffer(
+            self.memory.pages, np.int32, count, self.memory.layout.rank_offset(seat) + offset
+        )
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    layout = Layout(SEATS, 1, EXPERTS, MAX_TOKENS, K, HIDDEN)
-    with shared.opened("pair", layout, {}, 60.0, tmp_path) as memory:
+    layout = GroupLayout(SEATS, 1, EXPERTS, MAX_TOKENS, K, HIDDEN)
+    with memory_file.open_locked("pair", layout, {}, 60.0, tmp_path) as memory:
         for seat in range(SEATS):
-            memory.take_part(seat)
+            memory.allocate(seat)
         made = Pair(memory)
     yield made
     made.close()
@@ -191,7 +193,7 @@ def _many_step_tokens(memory: Memory, seat: int) -> None:
 def _fill(begin: str, end: str, number: int) -> Corrupt:
     def corrupt(memory: Memory, seat: int) -> None:
         layout = memory.layout
-        first, last = (layout.seat(seat) + getattr(layout, offset) for offset in (begin, end))
+        first, last = (layout.rank_offset(seat) + getattr(layout, offset) for offset in (begin, end))
         memory.pages[first:last] = number.to_bytes(4, "little", signed=True) * ((last - first) // 4)
 
     return corrupt
@@ -204,34 +206,9 @@ CORRUPTED: dict[str, Corrupt] = {
     "tokens": _many_tokens,
     "step_tokens": _many_step_tokens,
     # For the other two; its own results are not found either.
-    "targets": _fill("targets", "places", GROUP_EXPERTS << 6),
-    "places": _fill("places", "tokens", -5_000_000),
+    "targets": _fill("dispatch_targets", "return_slots", GROUP_EXPERTS << 6),
+    "places": _fill("return_slots", "tokens", -5_000_000),
 }
-
-
-@contextmanager
-def scribbling(corrupt: Corrupt, memory: Memory, seat: int) -> Iterator[None]:
-    """Writes it again and again: the rank writes the same words."""
-    ended = threading.Event()
-
-    def write() -> None:
-        while not ended.is_set():
-            corrupt(memory, seat)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    started = Ranks()
-    yield started
-    started.end()
 
 
 def assert_steps_as_reference(files: Sequence[Path], faulty: Collection[int]) -> None:
@@ -258,7 +235,7 @@ def three_ranks(
             start(rank, seat, 3, name, tmp_path / str(seat), 1, lives=[None], together=3)
             for seat, rank in enumerate(started)
         ]
-        wait_until(lambda: look(name) is not None, deadline=PATIENCE)
+        wait_until(lambda: read_snapshot(name) is not None, deadline=PATIENCE)
         wait_until(lambda: mapped(name).rows[0].steps > 20, deadline=PATIENCE)
         yield started, mapped(name)
     assert_steps_as_reference(files, faulty)
@@ -269,8 +246,9 @@ def test_a_rank_whose_part_is_scribbled_over_is_out_and_reaches_no_sum(
     ranks: Ranks, tmp_path: Path, corrupted: str
 ) -> None:
     with three_ranks(ranks, tmp_path, faulty=[1]) as (started, memory):
-        with scribbling(CORRUPTED[corrupted], memory, 1):
-            with pytest.raises(RankFailed, match=r"RankLost.*(gone on without seat 1|this rank wrote)"):
+        # Continuously, because the rank overwrites the same words.
+        with repeating(lambda: CORRUPTED[corrupted](memory, 1)):
+            with pytest.raises(RankFailed, match=r"RankLost.*(continued without rank 1|this rank wrote)"):
                 started[1].finish(PATIENCE)
             wait_for_steps(memory, 20)
         finish([started[0], started[2]])

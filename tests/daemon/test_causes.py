@@ -153,7 +153,7 @@ def test_a_worker_that_its_group_has_killed_hung(tmp_path: Path) -> None:
         ("replica0", f"{WORKER}SIGKILL"),
         (
             "replica1",
-            "2026-11-25 03:05:10,000 WARNING x expert group dp-1: seat 0 (pid 12) has made no progress for "
+            "2026-11-25 03:05:10,000 WARNING x expert group dp-1: rank 0 (pid 12) has made no progress for "
             "90.1 s (computing, layer 3); it is killed",
         ),
     ):

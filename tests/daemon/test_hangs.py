@@ -24,7 +24,7 @@ from fastdeploy.daemon.supervision.hang_detection import (
 )
 from fastdeploy.daemon.supervision.intents import Intent, Wish
 from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
-from fastdeploy.expert_parallel.snapshot import Seat, Snapshot
+from fastdeploy.expert_parallel.snapshot import RankSnapshot, Snapshot
 
 from .conftest import Running, alive, wait_until
 from .world import World
@@ -39,8 +39,8 @@ def seat(
     seconds: float | None = 70.0,
     phase: str = "computing",
     state: str = "active",
-) -> Seat:
-    return Seat(
+) -> RankSnapshot:
+    return RankSnapshot(
         number,
         pid=100 + number,
         state=state,
@@ -54,7 +54,7 @@ def seat(
     )
 
 
-def snapshot(*seats: Seat) -> Snapshot:
+def snapshot(*seats: RankSnapshot) -> Snapshot:
     active = tuple(one.seat for one in seats)
     return Snapshot(GROUP, 1, active, 0, 0, 0, num_seats=8, seats=seats, awaited=None)
 
@@ -63,7 +63,7 @@ def stuck(number: int, group: str | None = GROUP) -> Stuck:
     return Stuck(f"replica{number}", 65.0, 3, group, number)
 
 
-def judged(numbers: tuple[int, ...], *seats: Seat) -> Judgement:
+def judged(numbers: tuple[int, ...], *seats: RankSnapshot) -> Judgement:
     return judge([stuck(number) for number in numbers], {GROUP: snapshot(*seats)}, MEMBERS, 60.0)
 
 

@@ -11,7 +11,7 @@ from fastdeploy.daemon.config.loader import Config, parse
 from fastdeploy.daemon.config.programs import expert_group_in, expert_group_of, programs_of
 from fastdeploy.daemon.router.config.flags import file_parser
 from fastdeploy.entrypoints.openai.options import parse_arguments
-from fastdeploy.expert_parallel.memory import group_directory
+from fastdeploy.expert_parallel.memory_file import group_directory
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 

@@ -23,8 +23,8 @@ import requests
 
 from fastdeploy.daemon.config import loader as dp_toml
 from fastdeploy.daemon.config.programs import expert_group_of
-from fastdeploy.expert_parallel.memory import group_directory
-from fastdeploy.expert_parallel.snapshot import Snapshot, look
+from fastdeploy.expert_parallel.memory_file import group_directory
+from fastdeploy.expert_parallel.snapshot import Snapshot, read_snapshot
 
 from ..checkpoints import config_json, draw_tensors, write_checkpoint
 from ..ports import free_ports
@@ -206,13 +206,13 @@ def group_of(system: System) -> str:
 
 
 def snapshot(group: str) -> Snapshot:
-    found = look(group)
+    found = read_snapshot(group)
     assert found is not None
     return found
 
 
 def active(group: str) -> tuple[int, ...]:
-    found = look(group)
+    found = read_snapshot(group)
     return () if found is None else found.active
 
 
@@ -384,7 +384,7 @@ def test_a_reload_moves_the_replicas_one_by_one_to_a_new_group_and_no_request_fa
             # No more than end within the time that a replica gives to what it has in hand.
             if sum(not one.ended for one in asked) < len(SEATS):
                 asked.append(Asked(system.url, len(asked) % len(NUMBERS), SHORT, stream=len(asked) % 2 == 0))
-            if found := look(old):
+            if found := read_snapshot(old):
                 losses.add(found.losses)
             if (now := (active(old), active(new))) not in seen:
                 seen.append(now)
@@ -480,12 +480,12 @@ def test_a_server_that_cannot_be_in_the_group_says_why_in_one_line_and_the_group
     before, holder = snapshot(by_hand.group), workers(by_hand.group)[0]
 
     line = by_hand.start(1, model=tmp_path).reason()
-    assert "replica stops: seat 1 (pid " in line
-    assert f"cannot join the expert group of seat 0 (pid {holder})" in line
+    assert "replica stops: rank 1 (pid " in line
+    assert f"cannot join the expert group of rank 0 (pid {holder})" in line
     assert f"checkpoint is '{tmp_path}' here and '{TINY_MODEL}' there" in line
     assert "num_experts is 4 here and 8 there" in line
     line = by_hand.second_for_a_seat.reason()
-    assert f"seat 0 of expert group {by_hand.group} is held by pid {holder}" in line
+    assert f"rank 0 of expert group {by_hand.group} is held by pid {holder}" in line
 
     after = snapshot(by_hand.group)
     assert (after.epoch, after.active, after.losses) == (before.epoch, before.active, 0)

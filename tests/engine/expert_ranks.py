@@ -12,7 +12,7 @@ import numpy as np
 
 from fastdeploy.common.messages import AddRequest, Ready
 from fastdeploy.config import EngineConfig
-from fastdeploy.expert_parallel.memory import group_directory
+from fastdeploy.expert_parallel.memory_file import group_directory
 
 from .worker_api import CONFIG, Api, Ranks, Texts, request
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -21,23 +21,26 @@ from hypothesis import strategies as st
 
 from fastdeploy import custom_ops
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.expert_parallel import group as group_module
-from fastdeploy.expert_parallel import memory as shared
-from fastdeploy.expert_parallel.group import ExpertGroup, GroupOptions, RankLost, join
-from fastdeploy.expert_parallel.membership import Membership, SeatTaken, planner
-from fastdeploy.expert_parallel.memory import (
-    MOST_SEATS,
+from fastdeploy.expert_parallel import join as join_module
+from fastdeploy.expert_parallel import memory_file
+from fastdeploy.expert_parallel.group import ExpertGroup
+from fastdeploy.expert_parallel.join import group_fingerprint, join
+from fastdeploy.expert_parallel.layout import (
+    MAX_RANKS,
+    PROTOCOL_VERSION,
+    GroupHeader,
+    GroupLayout,
     GroupWords,
-    Header,
-    Layout,
-    Memory,
-    SeatEntry,
-    SeatRow,
-    SeatState,
+    RankRow,
+    RankSlot,
+    RankSlotState,
 )
+from fastdeploy.expert_parallel.membership import Membership, RankLost, RankTaken, planner
+from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
+from fastdeploy.expert_parallel.options import GroupOptions
 from tests.custom_ops.ranks import group_of_its_own
 
-LAYOUT = Layout(num_seats=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
+LAYOUT = GroupLayout(num_ranks=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
 #: Longer than anything that works takes, on a busy machine.
 PATIENCE = 60.0
 
@@ -58,13 +61,13 @@ def joined(name: str) -> Iterator[Join]:
     with contextlib.ExitStack() as stack:
 
         def join_it(
-            seat: int = 0,
-            layout: Layout = LAYOUT,
-            root: Path = shared.SHARED_MEMORY,
+            rank: int = 0,
+            layout: GroupLayout = LAYOUT,
+            root: Path = memory_file.SHARED_MEMORY,
             stall_kill: float = 60.0,
             **fingerprint: object,
         ) -> ExpertGroup:
-            options = GroupOptions(name, seat, stall_kill=stall_kill)
+            options = GroupOptions(name, rank, stall_kill=stall_kill)
             group = join(options, layout, fingerprint, lambda mine, taken: None, root)
             stack.callback(group.close)
             return group
@@ -96,8 +99,8 @@ def start(name: str) -> Iterator[Start]:
 @pytest.fixture
 def memory(name: str) -> Memory:
     """Of a group of which nobody is alive."""
-    fingerprint = {"protocol": shared.PROTOCOL_VERSION, **asdict(LAYOUT)}
-    with shared.opened(name, LAYOUT, fingerprint, patience=60.0) as memory:
+    fingerprint = group_fingerprint(LAYOUT, {})
+    with memory_file.open_locked(name, LAYOUT, fingerprint, patience=60.0) as memory:
         return memory
 
 
@@ -137,7 +140,7 @@ def test_shared_memory_that_cannot_be_written_is_named(joined: Join, small: Call
 
 
 def test_a_directory_that_others_may_read_is_refused(joined: Join, name: str, tmp_path: Path) -> None:
-    directory = shared.group_directory(name, tmp_path)
+    directory = memory_file.group_directory(name, tmp_path)
     directory.mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="not a directory of this user alone"):
         joined(root=tmp_path)
@@ -145,27 +148,27 @@ def test_a_directory_that_others_may_read_is_refused(joined: Join, name: str, tm
 
 def test_a_name_that_cannot_be_a_directorys_is_refused() -> None:
     with pytest.raises(ConfigError, match="1 to 40 letters"):
-        shared.group_directory("../elsewhere")
+        memory_file.group_directory("../elsewhere")
 
 
 def test_too_little_memory_is_told_with_what_is_needed_and_leaves_nothing(
     joined: Join, small: Callable[[int], Path]
 ) -> None:
     root, layout = small(1024), replace(LAYOUT, max_tokens=1024)
-    megabytes = -(-layout.seat_bytes >> 20)
+    megabytes = -(-layout.rank_bytes >> 20)
     with pytest.raises(ConfigError, match=rf"{root} has no room.*: {megabytes} MB are needed .*--shm-size"):
         joined(root=root, layout=layout)
     assert list(root.iterdir()) == []
 
 
-def test_a_seat_that_is_taken_again_needs_no_second_part(name: str, small: Callable[[int], Path]) -> None:
-    root = small((LAYOUT.first_seat + LAYOUT.seat_bytes) // 1024 * 4 // 3)
-    with shared.opened(name, LAYOUT, {}, 1.0, root) as memory:
-        memory.take_part(0)
-        memory.pages[LAYOUT.seat(0) : LAYOUT.seat(1)] = bytes(LAYOUT.seat_bytes)
-        memory.take_part(0)
+def test_a_rank_that_is_taken_again_needs_no_second_part(name: str, small: Callable[[int], Path]) -> None:
+    root = small((LAYOUT.first_rank_offset + LAYOUT.rank_bytes) // 1024 * 4 // 3)
+    with memory_file.open_locked(name, LAYOUT, {}, 1.0, root) as memory:
+        memory.allocate(0)
+        memory.pages[LAYOUT.rank_offset(0) : LAYOUT.rank_offset(1)] = bytes(LAYOUT.rank_bytes)
+        memory.allocate(0)
         with pytest.raises(ConfigError, match="no room"):
-            memory.take_part(1)
+            memory.allocate(1)
 
 
 def fill(root: Path, but: int) -> None:
@@ -215,7 +218,7 @@ def test_ranks_that_disagree_are_told_who_and_about_what(joined: Join) -> None:
         joined(1, weights="xyz", layout=replace(LAYOUT, max_tokens=32))
     said = str(raised.value)
     assert said.startswith(
-        f"seat 1 (pid {os.getpid()}) cannot join the expert group of seat 0 (pid {os.getpid()}): "
+        f"rank 1 (pid {os.getpid()}) cannot join the expert group of rank 0 (pid {os.getpid()}): "
     )
     for difference in (
         "balance is None here and True there",
@@ -226,20 +229,20 @@ def test_ranks_that_disagree_are_told_who_and_about_what(joined: Join) -> None:
     assert "hidden" not in said
 
 
-def test_who_is_refused_leaves_the_lock_and_the_seat_to_others(joined: Join, memory_of: MemoryOf) -> None:
+def test_who_is_refused_leaves_the_lock_and_the_rank_to_others(joined: Join, memory_of: MemoryOf) -> None:
     joined(0, weights="abc")
     with pytest.raises(ConfigError) as raised:
         joined(1, weights="xyz")
     # While the error is not forgotten, and what it refers to.
     with memory_of(patience=0.5).locked() as _:
         assert raised.value is not None
-    assert memory_of().entries[1].state == SeatState.FREE
+    assert memory_of().rank_slots[1].state == RankSlotState.FREE
 
 
 def test_a_newer_protocol_is_told(joined: Join, memory_of: MemoryOf) -> None:
     joined(0)
     memory_of().header.version += 1
-    here, there = shared.PROTOCOL_VERSION, shared.PROTOCOL_VERSION + 1
+    here, there = PROTOCOL_VERSION, PROTOCOL_VERSION + 1
     with pytest.raises(
         ConfigError, match=f"speaks protocol {there}, this process {here}; all ranks must run one"
     ):
@@ -251,18 +254,18 @@ def test_memory_of_a_newer_protocol_that_nobody_uses_is_made_anew(joined: Join, 
     assert joined(0).is_member
 
 
-def test_a_seat_that_a_living_process_has_is_refused(joined: Join, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "_SEAT_SECONDS", 0.3)
+def test_a_rank_that_a_living_process_has_is_refused(joined: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join_module, "_TAKEOVER_SECONDS", 0.3)
     # Longer than anybody may keep the lock.
     joined(0, stall_kill=0.1)
     with pytest.raises(
-        SeatTaken, match=f"seat 0 of expert group .* is held by pid {os.getpid()}, which is alive"
+        RankTaken, match=f"rank 0 of expert group .* is held by pid {os.getpid()}, which is alive"
     ):
         joined(0, stall_kill=0.1)
 
 
-def test_a_seat_is_waited_for_while_its_process_ends(joined: Join, memory: Memory, start: Start) -> None:
-    start("seat", 0, 0.5, says="seated")
+def test_a_rank_is_waited_for_while_its_process_ends(joined: Join, memory: Memory, start: Start) -> None:
+    start("rank", 0, 0.5, says="registered")
     assert joined(0).is_member
 
 
@@ -275,10 +278,10 @@ def memory_of(name: str) -> Iterator[MemoryOf]:
     opened = []
 
     def look(patience: float = 60.0) -> Memory:
-        descriptor = os.open(shared.group_directory(name) / shared.FILE, os.O_RDWR)
+        descriptor = os.open(memory_file.group_directory(name) / FILE, os.O_RDWR)
         opened.append(descriptor)
-        directory = shared.group_directory(name)
-        return Memory(directory, descriptor, shared.layout_of(descriptor, directory), patience)
+        directory = memory_file.group_directory(name)
+        return Memory(directory, descriptor, layout_of(descriptor, directory), patience)
 
     yield look
     for descriptor in opened:
@@ -339,56 +342,58 @@ def membership(memory: Memory) -> Membership:
     return Membership(memory, planner(LAYOUT.num_experts, 0))
 
 
-def grant(memory: Memory, membership: Membership, *seats: int) -> None:
-    for seat in seats:
-        membership.register(seat, "a test")
-    membership.grant()
+def admit(memory: Memory, membership: Membership, *ranks: int) -> None:
+    for rank in ranks:
+        membership.register(rank, "a test")
+    membership.apply_requests()
 
 
 def test_a_record_that_was_not_finished_is_not_in_force(memory: Memory, membership: Membership) -> None:
     """Who has begun to write it has died; the epoch is raised after it."""
-    grant(memory, membership, 0, 2)
+    admit(memory, membership, 0, 2)
     before = membership.read()
     begin = LAYOUT.records + (before.epoch + 1) % 2 * LAYOUT.record_bytes
-    for end in (8, 16, 16 + LAYOUT.slots_bytes // 2, LAYOUT.record_bytes):
+    for end in (8, 16, 16 + LAYOUT.placement_bytes // 2, LAYOUT.record_bytes):
         memory.pages[begin : begin + end] = os.urandom(end)
         assert membership.read() == before
-    grant(memory, membership, 1)
+    admit(memory, membership, 1)
     after = membership.read()
-    assert (after.epoch, after.seats) == (before.epoch + 1, (0, 1, 2))
+    assert (after.epoch, after.ranks) == (before.epoch + 1, (0, 1, 2))
     assert all(1 <= len(placement.experts_of(1)) <= 2 for placement in after.placements)
 
 
 def test_records_are_read_as_they_were_written(memory: Memory, membership: Membership) -> None:
     epochs = []
     for change in (
-        lambda: grant(memory, membership, 0),
-        lambda: grant(memory, membership, 1),
+        lambda: admit(memory, membership, 0),
+        lambda: admit(memory, membership, 1),
         membership.restart_step,
     ):
         change()
         record = membership.read()
         epochs.append(record.epoch)
         for placement in record.placements:
-            assert len(placement.homes) == LAYOUT.num_experts
-            assert {home.seat for homes in placement.homes for home in homes} == set(record.seats)
+            assert len(placement.replicas) == LAYOUT.num_experts
+            assert {replica.rank for replicas in placement.replicas for replica in replicas} == set(
+                record.ranks
+            )
     assert epochs == [1, 2, 3]
 
 
-def test_the_dead_lose_their_seats_and_their_experts(
+def test_the_dead_lose_their_ranks_and_their_experts(
     memory: Memory, membership: Membership, start: Start
 ) -> None:
-    grant(memory, membership, 0)
-    dying = start("seat", 1, 60, says="seated")
-    membership.grant()
-    assert membership.read().seats == (0, 1)
+    admit(memory, membership, 0)
+    dying = start("rank", 1, 60, says="registered")
+    membership.apply_requests()
+    assert membership.read().ranks == (0, 1)
     dying.kill()
     dying.wait()
     with memory.locked():
         assert membership.remove_dead() == [(1, dying.pid)]
         assert membership.remove_dead() == []
     record = membership.read()
-    assert record.seats == (0,)
+    assert record.ranks == (0,)
     assert all(placement.experts_of(0) == tuple(range(LAYOUT.num_experts)) for placement in record.placements)
     assert memory.header.losses == 1
 
@@ -396,17 +401,17 @@ def test_the_dead_lose_their_seats_and_their_experts(
 def test_who_wants_to_join_and_dies_is_not_admitted(
     memory: Memory, membership: Membership, start: Start
 ) -> None:
-    grant(memory, membership, 0)
-    dying = start("seat", 1, 60, says="seated")
+    admit(memory, membership, 0)
+    dying = start("rank", 1, 60, says="registered")
     dying.kill()
     dying.wait()
-    membership.grant()
-    assert membership.read().seats == (0,)
+    membership.apply_requests()
+    assert membership.read().ranks == (0,)
 
 
-def test_a_pid_that_another_process_has_now_holds_no_seat(memory: Memory, membership: Membership) -> None:
-    grant(memory, membership, 0)
-    memory.entries[0].start_time += 1
+def test_a_pid_that_another_process_has_now_holds_no_rank(memory: Memory, membership: Membership) -> None:
+    admit(memory, membership, 0)
+    memory.rank_slots[0].start_time += 1
     assert membership.remove_dead() == [(0, os.getpid())]
 
 
@@ -414,20 +419,20 @@ def test_the_last_one_removes_the_group_also_if_others_died_unseen(
     joined: Join, memory: Memory, name: str, start: Start
 ) -> None:
     group = joined(0)
-    dying = start("seat", 1, 60, says="seated")
+    dying = start("rank", 1, 60, says="registered")
     dying.kill()
     dying.wait()
     group.close()
-    assert not shared.group_directory(name).exists()
+    assert not memory_file.group_directory(name).exists()
 
 
 def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memory: Memory) -> None:
     """Memory of a group that is over, and of one that has its name."""
-    shared.remove(memory)
+    memory_file.remove(memory)
     group = joined(0)
-    shared.remove(memory)
+    memory_file.remove(memory)
     assert group.is_member
-    assert (shared.group_directory(name) / shared.FILE).exists()
+    assert (memory_file.group_directory(name) / FILE).exists()
     assert Path(memory.doorbell(0)).exists()
 
 
@@ -435,8 +440,8 @@ def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memor
 
 
 layouts = st.builds(
-    Layout,
-    num_seats=st.integers(1, MOST_SEATS),
+    GroupLayout,
+    num_ranks=st.integers(1, MAX_RANKS),
     num_layers=st.integers(0, 60),
     num_experts=st.integers(1, 256),
     max_tokens=st.integers(1, 4096),
@@ -446,42 +451,43 @@ layouts = st.builds(
 
 
 @given(layout=layouts)
-def test_parts_do_not_overlap_and_begin_where_they_may(layout: Layout) -> None:
+def test_parts_do_not_overlap_and_begin_where_they_may(layout: GroupLayout) -> None:
     """As `custom_ops/include/expert_group.h` has them: words in lines of their own, rows in pages."""
     picks = layout.max_tokens * layout.k
     file = {
-        0: ctypes.sizeof(Header),
+        0: ctypes.sizeof(GroupHeader),
         layout.words: ctypes.sizeof(GroupWords),
-        layout.entries: MOST_SEATS * ctypes.sizeof(SeatEntry),
+        layout.rank_slots: MAX_RANKS * ctypes.sizeof(RankSlot),
         layout.fingerprint: 4096,
         layout.records: layout.record_bytes,
         layout.records + layout.record_bytes: layout.record_bytes,
-        layout.first_seat: layout.num_seats * layout.seat_bytes,
+        layout.first_rank_offset: layout.num_ranks * layout.rank_bytes,
         layout.file_bytes: 0,
     }
-    seat = {
-        0: ctypes.sizeof(SeatRow),
-        layout.served: 8 * layout.num_layers * layout.num_experts,
-        layout.targets: 4 * picks,
-        layout.places: 4 * layout.num_seats * picks,
+    rank = {
+        0: ctypes.sizeof(RankRow),
+        layout.expert_token_counts: 8 * layout.num_layers * layout.num_experts,
+        layout.dispatch_targets: 4 * picks,
+        layout.return_slots: 4 * layout.num_ranks * picks,
         layout.tokens: 4 * layout.max_tokens * layout.hidden,
-        layout.results: 4 * layout.num_seats * picks * layout.hidden,
-        layout.seat_bytes: 0,
+        layout.results: 4 * layout.num_ranks * picks * layout.hidden,
+        layout.rank_bytes: 0,
     }
-    for parts in (file, seat):
+    for parts in (file, rank):
         offsets = list(parts)
         for (begin, size), end in zip(parts.items(), offsets[1:], strict=False):
             assert begin + size <= end
         assert all(offset % 64 == 0 for offset in offsets)
     # A part that is taken from the system is nobody else's.
     assert all(
-        offset % 4096 == 0 for offset in (layout.first_seat, layout.tokens, layout.results, layout.seat_bytes)
+        offset % 4096 == 0
+        for offset in (layout.first_rank_offset, layout.tokens, layout.results, layout.rank_bytes)
     )
-    assert layout.seat(layout.num_seats - 1) + layout.seat_bytes == layout.file_bytes
-    assert layout.record_bytes >= 16 + 2 * layout.num_layers * layout.num_experts * layout.num_seats
+    assert layout.rank_offset(layout.num_ranks - 1) + layout.rank_bytes == layout.file_bytes
+    assert layout.record_bytes >= 16 + 2 * layout.num_layers * layout.num_experts * layout.num_ranks
 
 
 def test_words_have_the_sizes_that_the_compiled_side_asserts() -> None:
-    assert (ctypes.sizeof(SeatRow), ctypes.sizeof(GroupWords)) == (128, 192)
+    assert (ctypes.sizeof(RankRow), ctypes.sizeof(GroupWords)) == (128, 192)
     assert [getattr(GroupWords, word).offset for word in ("epoch", "bell", "sleepers")] == [0, 64, 128]
-    assert ctypes.sizeof(SeatEntry) % 64 == 0
+    assert ctypes.sizeof(RankSlot) % 64 == 0

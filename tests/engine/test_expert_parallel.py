@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fastdeploy.common.messages import Failed, LoadProgress, Ready, StepOutputs
-from fastdeploy.expert_parallel.memory import group_directory
-from fastdeploy.expert_parallel.snapshot import Snapshot, look
+from fastdeploy.expert_parallel.memory_file import group_directory
+from fastdeploy.expert_parallel.snapshot import Snapshot, read_snapshot
 
 from ..custom_ops.collectives import mapped
 from ..waiting import wait_until
@@ -45,7 +45,7 @@ def kill_after(ranks: Ranks, seat: int, tokens: int):
 
 
 def snapshot(ranks: Ranks) -> Snapshot:
-    found = look(ranks.group)
+    found = read_snapshot(ranks.group)
     assert found is not None
     return found
 
@@ -204,7 +204,10 @@ def test_survivors_of_a_rank_whose_memory_is_scribbled_over_write_on(
         ranks.start(*range(3))
         ranks.wait_ready()
         memory, lost, ended = mapped(ranks.group), ranks.apis[1], threading.Event()
-        first, last = (memory.layout.seat(1) + at for at in (memory.layout.targets, memory.layout.places))
+        first, last = (
+            memory.layout.rank_offset(1) + at
+            for at in (memory.layout.dispatch_targets, memory.layout.return_slots)
+        )
         nonsense = (1 << 30).to_bytes(4, "little") * ((last - first) // 4)
 
         def scribble() -> None:
@@ -241,8 +244,8 @@ def test_a_rank_with_another_model_is_refused_and_the_others_go_on(
         ranks.wait_ready()
         ranks.start(1, dtype="bfloat16")
         message = first_failure(ranks, 1)
-        assert f"seat 1 (pid {ranks.apis[1].process.pid}) cannot join" in message
-        assert f"seat 0 (pid {ranks.apis[0].process.pid})" in message
+        assert f"rank 1 (pid {ranks.apis[1].process.pid}) cannot join" in message
+        assert f"rank 0 (pid {ranks.apis[0].process.pid})" in message
         assert "weight_format is 'bfloat16' here and 'float32' there" in message
         ranks.lose(1)
         assert ranks.generate(requests_for(ranks, 0)) == {0: expected[0]}

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from fastdeploy.expert_parallel.layout import PHASES
-from fastdeploy.expert_parallel.snapshot import look
+from fastdeploy.expert_parallel.snapshot import read_snapshot
 
 from ..waiting import wait_until
 from .expert_ranks import EXPERT_CONFIG, ranks_of, requests_of, undisturbed
@@ -69,7 +69,7 @@ def _only_survivors_are_left(group: Ranks) -> Iterator[None]:
 
 
 def members(ranks: Ranks) -> tuple[int, ...]:
-    found = look(ranks.group)
+    found = read_snapshot(ranks.group)
     return () if found is None else found.active
 
 

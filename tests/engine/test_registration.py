@@ -37,8 +37,8 @@ def router() -> Iterator[FakeRouter]:
 
 @pytest.fixture(autouse=True)
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "_BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(registration, "_FIRST_BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(registration, "_INTERVAL_SECONDS", 0.02)
+    monkeypatch.setattr(registration, "_RETRY_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ def test_a_farewell_is_the_last_that_a_router_hears(
     registration.leave()
     assert not registration.is_alive()
     assert router.paths().index("/deregister") == len(router.posts) - 1
-    farewell = {"host_ip": "127.0.0.1", "port": "1844", "instance": IDENTITY.instance}
-    assert router.posts[-1] == ("/deregister", farewell)
+    body = {"host_ip": "127.0.0.1", "port": "1844", "instance": IDENTITY.instance}
+    assert router.posts[-1] == ("/deregister", body)
 
 
 def test_a_farewell_never_overtakes_a_beat(router: FakeRouter, start: Callable[..., Registration]) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from fastdeploy.expert_parallel import removed_memory
-from fastdeploy.expert_parallel.memory import FILE, SHARED_MEMORY, group_directory
-from fastdeploy.expert_parallel.snapshot import look
+from fastdeploy.expert_parallel.memory import FILE
+from fastdeploy.expert_parallel.memory_file import SHARED_MEMORY, group_directory
+from fastdeploy.expert_parallel.snapshot import read_snapshot
 
 from ..small_disk import SmallDisk
 from ..waiting import wait_until
@@ -28,7 +29,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 
 
 def active(ranks: Ranks) -> tuple[int, ...]:
-    snapshot = look(ranks.group)
+    snapshot = read_snapshot(ranks.group)
     return snapshot.active if snapshot is not None else ()
 
 

@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.expert_parallel import memory as shared
-from fastdeploy.expert_parallel.layout import Layout
-from fastdeploy.expert_parallel.snapshot import Awaited, Seat, Snapshot, look
+from fastdeploy.expert_parallel.layout import GroupLayout
+from fastdeploy.expert_parallel.memory import FILE
+from fastdeploy.expert_parallel.snapshot import Awaited, RankSnapshot, Snapshot, read_snapshot
 
 from ..quiet_group import QuietGroup
 
 
 def look_at(group: QuietGroup) -> Snapshot:
-    found = look(group.name, root=group.root)
+    found = read_snapshot(group.name, root=group.root)
     assert found is not None
     return found
 
 
-def seat_of(group: QuietGroup, seat: int) -> Seat:
+def seat_of(group: QuietGroup, seat: int) -> RankSnapshot:
     return next(one for one in look_at(group).seats if one.seat == seat)
 
 
@@ -83,7 +83,7 @@ def test_the_dead_are_told_before_a_rank_has_noticed_and_wait_for_nobody(group: 
     assert seat_of(group, 1).state == "dead"
     assert look_at(group).awaited is None
     group.kill(0)
-    assert look("test", root=group.root) is None
+    assert read_snapshot("test", root=group.root) is None
 
 
 def test_the_one_that_most_wait_for_is_named_and_of_several_the_one_that_does_not_wait(
@@ -105,22 +105,22 @@ def test_the_one_that_most_wait_for_is_named_and_of_several_the_one_that_does_no
 
 
 def test_there_is_none_where_nothing_is_or_where_it_is_being_made(group: QuietGroup, tmp_path: Path) -> None:
-    assert look("other", root=tmp_path) is None
+    assert read_snapshot("other", root=tmp_path) is None
     group.memory.header.magic = b""
-    assert look("test", root=tmp_path) is None
+    assert read_snapshot("test", root=tmp_path) is None
 
 
 def test_another_protocol_is_one_line(group: QuietGroup) -> None:
     group.memory.header.version = 99
     with pytest.raises(ConfigError, match="speaks protocol 99, this process 2"):
-        look("test", root=group.root)
+        read_snapshot("test", root=group.root)
 
 
 def test_numbers_that_no_rank_writes_are_unknown(group: QuietGroup) -> None:
     group.join(0, 1)
     group.note(1, "experts", waits_for=0b1)
     group.memory.rows[1].phase = 10
-    group.memory.entries[0].state = 4
+    group.memory.rank_slots[0].state = 4
     assert (seat_of(group, 1).phase, seat_of(group, 0).state) == ("unknown", "unknown")
     row = group.memory.rows[1]
     row.phase = row.waiting_for = row.since_ns = row.layer = (1 << 64) - 1
@@ -135,12 +135,12 @@ def test_an_epoch_without_a_record_has_no_members(group: QuietGroup) -> None:
     assert [seat.state for seat in found.seats] == ["active", "active"]
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Layout)])
+@pytest.mark.parametrize("field", [field.name for field in fields(GroupLayout)])
 @pytest.mark.parametrize("number", [0, 1 << 20, (1 << 63) - 1])
 def test_a_damaged_header_is_one_line(group: QuietGroup, field: str, number: int) -> None:
     setattr(group.memory.header, field, number)
     with pytest.raises(ConfigError, match=r"/memory: the header of the expert group is damaged; stop all"):
-        look("test", root=group.root)
+        read_snapshot("test", root=group.root)
 
 
 def test_looking_takes_no_memory_and_no_lock() -> None:
@@ -148,7 +148,7 @@ def test_looking_takes_no_memory_and_no_lock() -> None:
     group = QuietGroup(f"test-{os.getpid()}")
     try:
         group.join(0)
-        file = group.memory.directory / shared.FILE
+        file = group.memory.directory / FILE
         before = file.stat().st_blocks
         with group.memory.locked():
             assert len(look_at(group).seats) == 1

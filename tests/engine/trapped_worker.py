@@ -13,17 +13,17 @@ from fastdeploy.core.cpu_share import SINGLE_THREADED
 def main() -> int:
     # As the worker does before it imports Paddle, which happens here already.
     os.environ.update(SINGLE_THREADED)
-    from fastdeploy.expert_parallel import group
+    from fastdeploy.expert_parallel import member
     from fastdeploy.expert_parallel.layout import PHASES
 
     phase, layer, nth, name = os.environ["FD_TEST_TRAP"].split(":")
 
-    class TrappedGroup(group.NativeGroup):
+    class TrappedGroup(member.NativeGroup):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)  # type: ignore[arg-type]
             self.trap(PHASES.index(phase), int(layer), int(nth), signal.Signals[name])
 
-    group.NativeGroup = TrappedGroup  # type: ignore[misc]
+    member.NativeGroup = TrappedGroup  # type: ignore[misc]
     return worker.main()
 
 

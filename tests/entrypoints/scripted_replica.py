@@ -13,9 +13,9 @@ from werkzeug.serving import make_server
 
 from fastdeploy.config import EngineConfig
 from fastdeploy.entrypoints.openai.app import create_app
-from fastdeploy.entrypoints.openai.engine_client import EngineClient, State
+from fastdeploy.entrypoints.openai.engine_client import EngineClient, EngineState
 from fastdeploy.entrypoints.openai.options import ServeConfig
-from fastdeploy.entrypoints.openai.replica import Replica
+from fastdeploy.entrypoints.openai.served_model import ServedModel
 
 from .conftest import TINY, wait_until
 
@@ -23,12 +23,12 @@ SCRIPTED = Path(__file__).with_name("scripted_worker.py")
 
 
 @contextmanager
-def served_by(script: str) -> Iterator[tuple[Replica, int]]:
+def served_by(script: str) -> Iterator[tuple[ServedModel, int]]:
     """The replica and the port of its API."""
     config = EngineConfig(model=TINY)
     engine = EngineClient(config, 0, print, [sys.executable, str(SCRIPTED), script])
-    replica = Replica(ServeConfig(config, "tiny"), engine)
-    app = create_app(replica)
+    served = ServedModel(ServeConfig(config, "tiny"), engine)
+    app = create_app(served)
 
     def named_as_by_gunicorn(environ: dict[str, Any], start_response: Any) -> Any:
         environ["gunicorn.socket"] = environ["werkzeug.socket"]
@@ -39,8 +39,8 @@ def served_by(script: str) -> Iterator[tuple[Replica, int]]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        wait_until(lambda: engine.status.state is State.READY, "ready")
-        yield replica, server.port
+        wait_until(lambda: engine.status.state is EngineState.READY, "ready")
+        yield served, server.port
     finally:
         engine.close(timeout=1)
         server.shutdown()

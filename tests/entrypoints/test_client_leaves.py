@@ -30,15 +30,15 @@ def ask(port: int, stream: bool) -> http.client.HTTPConnection:
 )
 def test_the_worker_is_told_at_once(script, stream):
     """Before the first token, in the middle of a stream, and where an answer is sent only at its end."""
-    with served_by(script) as (replica, port):
+    with served_by(script) as (served, port):
         leaving = ask(port, stream)
         if stream and script.startswith("says"):
             with leaving.getresponse() as answer:
                 assert answer.readline().startswith(b"data: {")
         else:
-            wait_until(lambda: b"requests_number_total 1.0" in replica.metrics.render(), "it is under way")
+            wait_until(lambda: b"requests_number_total 1.0" in served.metrics.render(), "it is under way")
         leaving.close()
-        assert replica.wait_until_idle(30)
+        assert served.wait_until_idle(30)
         # A worker that had not been told would take this for a message of another kind, and die of it.
         staying = ask(port, stream=False)
         assert staying.getresponse().status == 200

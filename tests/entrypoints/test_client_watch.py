@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.entrypoints.client_watch import watch
+from fastdeploy.entrypoints.client_watch import on_disconnect
 
 WAIT = 10.0
 
@@ -30,7 +30,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 def test_the_callback_runs_when_the_peer_closes(pair):
     ours, theirs = pair
     gone = threading.Event()
-    with watch(ours, gone.set):
+    with on_disconnect(ours, gone.set):
         assert not gone.is_set()
         theirs.close()
         assert gone.wait(WAIT)
@@ -39,7 +39,7 @@ def test_the_callback_runs_when_the_peer_closes(pair):
 def test_a_reset_connection_counts_as_gone():
     ours, theirs = tcp_pair()
     gone = threading.Event()
-    with ours, watch(ours.fileno(), gone.set):
+    with ours, on_disconnect(ours.fileno(), gone.set):
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         theirs.close()
         assert gone.wait(WAIT)
@@ -49,14 +49,14 @@ def test_a_client_that_left_before_the_watch_is_noticed(pair):
     ours, theirs = pair
     theirs.close()
     gone = threading.Event()
-    with watch(ours, gone.set):
+    with on_disconnect(ours, gone.set):
         assert gone.wait(WAIT)
 
 
 def test_bytes_of_a_living_client_do_not_count(pair):
     ours, theirs = pair
     calls: list[int] = []
-    with watch(ours, lambda: calls.append(1)):
+    with on_disconnect(ours, lambda: calls.append(1)):
         theirs.sendall(b"x" * 1000)
         settle()
         assert calls == []
@@ -66,7 +66,7 @@ def test_bytes_of_a_living_client_do_not_count(pair):
 def test_the_callback_runs_once(pair):
     ours, theirs = pair
     calls: list[int] = []
-    with watch(ours, lambda: calls.append(1)):
+    with on_disconnect(ours, lambda: calls.append(1)):
         theirs.close()
         settle()
         settle()
@@ -76,7 +76,7 @@ def test_the_callback_runs_once(pair):
 def test_a_closed_watch_stays_silent(pair):
     ours, theirs = pair
     calls: list[int] = []
-    handle = watch(ours, lambda: calls.append(1))
+    handle = on_disconnect(ours, lambda: calls.append(1))
     handle.close()
     handle.close()
     theirs.close()
@@ -92,7 +92,7 @@ def test_close_waits_for_a_callback_that_is_running(pair):
         entered.set()
         leave.wait(WAIT)
 
-    handle = watch(ours, callback)
+    handle = on_disconnect(ours, callback)
     theirs.close()
     assert entered.wait(WAIT)
     closer = threading.Thread(target=handle.close)
@@ -113,14 +113,14 @@ def test_a_callback_may_close_its_own_watch(pair):
         handles[0].close()
         done.set()
 
-    handles.append(watch(ours, callback))
+    handles.append(on_disconnect(ours, callback))
     theirs.close()
     assert done.wait(WAIT)
 
 
 def test_a_failing_callback_does_not_stop_the_others(pair):
     ours, theirs = pair
-    with watch(ours, lambda: 1 / 0):
+    with on_disconnect(ours, lambda: 1 / 0):
         theirs.close()
         settle()
 
@@ -132,10 +132,10 @@ def test_reused_descriptor_numbers_do_not_mix_clients_up():
     for index in range(300):
         ours, theirs = socket.socketpair()
         if index % 2:
-            with watch(ours, lambda: right.append(1)):
+            with on_disconnect(ours, lambda: right.append(1)):
                 theirs.close()
         else:
-            with watch(ours, lambda: wrong.append(1)):
+            with on_disconnect(ours, lambda: wrong.append(1)):
                 pass
             theirs.close()
         ours.close()
@@ -145,7 +145,7 @@ def test_reused_descriptor_numbers_do_not_mix_clients_up():
 
 def test_the_connection_really_closes_when_server_and_watch_let_go(pair):
     ours, theirs = pair
-    with watch(ours, lambda: None):
+    with on_disconnect(ours, lambda: None):
         pass
     ours.close()
     assert theirs.recv(1) == b""
@@ -154,13 +154,13 @@ def test_the_connection_really_closes_when_server_and_watch_let_go(pair):
 def test_a_forked_child_watches_with_a_thread_of_its_own(pair):
     ours, theirs = pair
     gone_here = threading.Event()
-    with watch(ours, gone_here.set):
+    with on_disconnect(ours, gone_here.set):
         settle()
         child = os.fork()
         if child == 0:
             mine, other = socket.socketpair()
             gone = threading.Event()
-            watch(mine, gone.set)
+            on_disconnect(mine, gone.set)
             other.close()
             os._exit(0 if gone.wait(WAIT) and not gone_here.is_set() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -172,6 +172,6 @@ def settle() -> None:
     """Returns after the watching thread has dealt with everything that happened before."""
     ours, theirs = socket.socketpair()
     seen = threading.Event()
-    with ours, watch(ours, seen.set):
+    with ours, on_disconnect(ours, seen.set):
         theirs.close()
         assert seen.wait(WAIT)

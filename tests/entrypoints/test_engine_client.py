@@ -14,7 +14,7 @@ from fastdeploy.common.errors import ReplicaUnavailable
 from fastdeploy.common.messages import AddRequest
 from fastdeploy.common.request import FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig
-from fastdeploy.entrypoints.openai.engine_client import ClientGone, EngineClient, State
+from fastdeploy.entrypoints.openai.engine_client import ClientGone, EngineClient, EngineState
 
 from .conftest import TINY, wait_until
 
@@ -30,7 +30,7 @@ class Run:
         self.client.start()
 
     def wait_ready(self) -> EngineClient:
-        wait_until(lambda: self.client.status.state is not State.LOADING, "loaded")
+        wait_until(lambda: self.client.status.state is not EngineState.LOADING, "loaded")
         return self.client
 
     def failure(self) -> str:
@@ -100,15 +100,15 @@ def test_a_client_that_goes_before_the_first_token_wakes_the_waiting_thread():
 def test_a_worker_is_silent_only_while_it_owes_a_word():
     with worker("is silent until told") as run:
         engine = run.wait_ready()
-        assert (engine.pulse.requests, engine.pulse.silent) == (0, 0)
+        assert (engine.progress.requests, engine.progress.silent) == (0, 0)
         generation = engine.generate([request("a"), request("b")])
-        assert (engine.pulse.requests, engine.pulse.pid) == (2, engine.worker_pid)
-        wait_until(lambda: engine.pulse.silent > 0.1, "it is silent")
+        assert (engine.progress.requests, engine.progress.pid) == (2, engine.worker_pid)
+        wait_until(lambda: engine.progress.silent > 0.1, "it is silent")
         # Nobody waits any more, but it still has not said a word.
         generation.close()
-        silent = engine.pulse.silent
-        assert engine.pulse.requests == 0
-        wait_until(lambda: engine.pulse.silent > silent, "it is still silent")
+        silent = engine.progress.silent
+        assert engine.progress.requests == 0
+        wait_until(lambda: engine.progress.silent > silent, "it is still silent")
 
 
 def test_each_step_is_progress_and_the_last_one_leaves_nothing_owed():
@@ -116,9 +116,9 @@ def test_each_step_is_progress_and_the_last_one_leaves_nothing_owed():
         engine = run.wait_ready()
         with engine.generate([request("a")]) as generation:
             next(iter(generation))
-            steps = engine.pulse.steps
-            wait_until(lambda: engine.pulse.steps > steps + 3, "steps")
-        wait_until(lambda: engine.pulse.silent == 0, "a last word")
+            steps = engine.progress.steps
+            wait_until(lambda: engine.progress.steps > steps + 3, "steps")
+        wait_until(lambda: engine.progress.silent == 0, "a last word")
 
 
 def test_a_worker_that_dies_ends_every_open_request():
@@ -127,7 +127,7 @@ def test_a_worker_that_dies_ends_every_open_request():
         with pytest.raises(ReplicaUnavailable, match="stopped working"):
             list(generation)
         assert run.failure().endswith("was killed by SIGKILL")
-        assert run.client.status.state is State.FAILED
+        assert run.client.status.state is EngineState.FAILED
         with pytest.raises(ReplicaUnavailable):
             run.client.generate([request("b")])
 
@@ -158,16 +158,16 @@ def test_a_worker_of_another_version_is_refused():
 
 def test_a_stranger_is_not_listened_to(caplog):
     with worker("is a stranger") as run:
-        wait_until(lambda: "stranger" in caplog.text, "it is noticed")
-        assert run.client.status.state is State.LOADING
-        with pytest.raises(ReplicaUnavailable, match="being loaded"):
+        wait_until(lambda: "wrong token" in caplog.text, "it is noticed")
+        assert run.client.status.state is EngineState.LOADING
+        with pytest.raises(ReplicaUnavailable, match="model is loading"):
             run.client.generate([request("a")])
 
 
 def test_loading_is_reported():
     with worker("loads for ever") as run:
         status = wait_until(lambda: run.client.status if run.client.status.progress else None, "progress")
-        assert (status.state, status.progress, status.stage) == (State.LOADING, 0.5, "reading weights")
+        assert (status.state, status.progress, status.stage) == (EngineState.LOADING, 0.5, "reading weights")
 
 
 @pytest.mark.parametrize("script", ["ignores the end", "never says hello"])

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.common.ports import find_free
 from fastdeploy.entrypoints.openai import multi_api_server
-from fastdeploy.entrypoints.openai.multi_api_server import Server
+from fastdeploy.entrypoints.openai.multi_api_server import ServerProcess
 from fastdeploy.entrypoints.openai.options import parse_arguments
 
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 LOG = Path("log")
 
 
-def plan(command: str) -> list[Server]:
+def plan_servers(command: str) -> list[ServerProcess]:
     options, passed = multi_api_server._parser().parse_known_args(shlex.split(command))
-    return multi_api_server.plan(options, [*passed, *options.args], LOG, find_free)
+    return multi_api_server.plan_servers(options, [*passed, *options.args], LOG, find_free)
 
 
-def option(server: Server, flag: str) -> str:
+def option(server: ServerProcess, flag: str) -> str:
     (value,) = [word.removeprefix(f"{flag}=") for word in server.arguments if word.startswith(f"{flag}=")]
     return value
 
@@ -54,7 +54,7 @@ def all_ports_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("all_ports_free")
 def test_the_documented_command_gives_eight_servers_that_take_their_arguments() -> None:
-    servers = plan(DOCUMENTED)
+    servers = plan_servers(DOCUMENTED)
     assert [server.port for server in servers] == [1811, 1822, 1833, 1844, 1855, 1866, 1877, 1888]
     for index, server in enumerate(servers):
         config = parse_arguments(server.arguments)
@@ -80,13 +80,13 @@ def test_the_documented_command_gives_eight_servers_that_take_their_arguments() 
     ],
 )
 def test_arguments_without_args_in_front_go_to_the_servers_too(command: str) -> None:
-    for server in plan(command):
+    for server in plan_servers(command):
         words = set(server.arguments)
         assert {"--model", "M", "--no-enable-prefix-caching", "--max-num-seqs", "4"} <= words
 
 
 def test_ports_that_were_left_out_are_found_free_and_differ() -> None:
-    servers = plan("--num-servers 4 --ports -1 --args --model M")
+    servers = plan_servers("--num-servers 4 --ports -1 --args --model M")
     flags = ("--port", "--metrics-port", "--engine-worker-queue-port")
     ports = [int(option(server, flag)) for server in servers for flag in flags]
     assert len(set(ports)) == 12
@@ -104,7 +104,7 @@ def test_ports_that_were_left_out_are_found_free_and_differ() -> None:
     ],
 )
 def test_each_server_gets_its_own_of_the_queue_ports(queue: str) -> None:
-    servers = plan(f"--ports 81,82 --controller-ports 91,92 --args {queue} --model M")
+    servers = plan_servers(f"--ports 81,82 --controller-ports 91,92 --args {queue} --model M")
     assert [option(server, "--engine-worker-queue-port") for server in servers] == ["71", "72"]
     assert [option(server, "--controller-port") for server in servers] == ["91", "92"]
     assert servers[0].arguments[:2] == ("--model", "M")
@@ -123,7 +123,7 @@ def test_each_server_gets_its_own_of_the_queue_ports(queue: str) -> None:
     ],
 )
 def test_servers_of_one_launch_share_a_group_that_no_other_launch_has(flags: str, group: str) -> None:
-    for server in plan(f"--ports 81,82 --args --model {TINY} {flags}"):
+    for server in plan_servers(f"--ports 81,82 --args --model {TINY} {flags}"):
         assert parse_arguments(server.arguments).engine.expert_parallel_group == group
 
 
@@ -146,7 +146,7 @@ def test_servers_of_one_launch_share_a_group_that_no_other_launch_has(flags: str
 )
 def test_commands_that_cannot_work_are_refused_in_one_line(command: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(command)
+        plan_servers(command)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -187,5 +187,5 @@ def test_taking_an_option_leaves_the_others_as_they_were(
     rest: list[str], spelling: list[str], position: int
 ) -> None:
     arguments = [*rest[:position], *spelling, *rest[position:]]
-    assert multi_api_server._take(arguments, "--a-b") == ("V", rest)
-    assert multi_api_server._take(rest, "--a-b") == (None, rest)
+    assert multi_api_server._pop_flag(arguments, "--a-b") == ("V", rest)
+    assert multi_api_server._pop_flag(rest, "--a-b") == (None, rest)

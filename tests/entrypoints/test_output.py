@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastdeploy.common.messages import Logprobs, TokenOutput
 from fastdeploy.common.request import FinishReason
-from fastdeploy.entrypoints.openai.output import ChoiceOutput, Contradiction, Delta
+from fastdeploy.entrypoints.openai.output import ChoiceOutput, Delta, ReplayMismatch
 
 
 class ByteDetokenizer:
@@ -98,7 +98,7 @@ def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
 
 def test_tokens_that_hold_a_stop_string_cannot_be_taken_up():
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
-    with pytest.raises(Contradiction):
+    with pytest.raises(ReplayMismatch):
         choice.replay(list(b"the END"), with_logprobs=False)
 
 
@@ -107,7 +107,7 @@ def test_a_token_that_is_drawn_again_must_be_the_same():
     choice.replay(list(b"the EN"), with_logprobs=True)
     assert choice.num_repeated == 2
     assert not choice.push(TokenOutput("r", list(b"E")))
-    with pytest.raises(Contradiction, match=r"token 78 .* token 77"):
+    with pytest.raises(ReplayMismatch, match=r"token 78 .* token 77"):
         choice.push(TokenOutput("r", list(b"M")))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fastdeploy.entrypoints.openai import chat
-from fastdeploy.entrypoints.openai.progress import Progress
+from fastdeploy.entrypoints.openai.keep_alive import KeepAlive
 
 from .conftest import ApiServer, wait_until
 from .scripted_replica import served_by
@@ -135,7 +135,7 @@ def settled(reader: Reader) -> int:
 
 def test_within_a_stream_it_is_a_comment() -> None:
     with (
-        served_by("works for others until told") as (replica, port),
+        served_by("works for others until told") as (served, port),
         asking(port, {"prompt": "a", "max_tokens": 400, "stream": True}) as reader,
     ):
         reader.wait_for(SIGN, 3)
@@ -144,17 +144,17 @@ def test_within_a_stream_it_is_a_comment() -> None:
         pieces = body.split(b"\r\n")[1::2]
         assert pieces[0].startswith(b"data: {")
         assert set(pieces[1:]) == {SIGN}
-        os.kill(replica.engine.worker_pid, signal.SIGSTOP)
+        os.kill(served.engine.worker_pid, signal.SIGSTOP)
         try:
             assert settled(reader) < 100
         finally:
-            os.kill(replica.engine.worker_pid, signal.SIGCONT)
+            os.kill(served.engine.worker_pid, signal.SIGCONT)
 
 
 def test_those_who_wait_to_have_their_template_rendered_are_told() -> None:
     with contextlib.ExitStack() as others, served_by("behaves") as (_, port):
         for _ in range(2):
-            others.enter_context(chat._foreign_templates)
+            others.enter_context(chat._template_slots)
         body = {"messages": [{"role": "user", "content": "a"}], "chat_template": "a"}
         with asking(port, body, path="/v1/chat/completions") as reader:
             reader.wait_for(INTERIM, 2)
@@ -171,10 +171,10 @@ def test_what_is_no_number_of_seconds_is_400(server: ApiServer, value: str) -> N
 
 def test_a_sign_is_due_when_there_was_silence_and_a_step() -> None:
     steps = itertools.count()
-    busy_worker = Progress(0.0, lambda: next(steps), None)  # type: ignore[arg-type,return-value]
+    busy_worker = KeepAlive(0.0, lambda: next(steps), None)  # type: ignore[arg-type,return-value]
     assert busy_worker.is_due()
-    hanging = Progress(0.0, lambda: None, None)
+    hanging = KeepAlive(0.0, lambda: None, None)
     assert not hanging.is_due()
-    patient = Progress(3600.0, lambda: next(steps), None)  # type: ignore[arg-type,return-value]
+    patient = KeepAlive(3600.0, lambda: next(steps), None)  # type: ignore[arg-type,return-value]
     assert not patient.is_due()
-    assert 0 < patient.patience() <= 3600
+    assert 0 < patient.wait_seconds() <= 3600

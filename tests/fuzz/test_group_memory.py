@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.daemon.supervision.hang_detection import Stuck, judge
 from fastdeploy.daemon.supervision.health import seen
-from fastdeploy.expert_parallel import memory as shared
-from fastdeploy.expert_parallel.layout import Layout, SeatState
+from fastdeploy.expert_parallel import memory_file
+from fastdeploy.expert_parallel.group_lock import LockStuck
+from fastdeploy.expert_parallel.layout import GroupLayout, RankSlotState
 from fastdeploy.expert_parallel.membership import Membership, RankLost, planner
-from fastdeploy.expert_parallel.memory import Memory
-from fastdeploy.expert_parallel.snapshot import Snapshot, look
+from fastdeploy.expert_parallel.memory import Memory, layout_of
+from fastdeploy.expert_parallel.processes import start_time
+from fastdeploy.expert_parallel.snapshot import Snapshot, read_snapshot
 
 from .foreign import one_line
 
-_LAYOUT = Layout(num_seats=3, num_layers=2, num_experts=4, max_tokens=8, k=2, hidden=8)
+_LAYOUT = GroupLayout(num_ranks=3, num_layers=2, num_experts=4, max_tokens=8, k=2, hidden=8)
 _DIRECTORY = tempfile.TemporaryDirectory()
 _NAME = "fuzz"
 
@@ -32,14 +34,14 @@ _NAME = "fuzz"
 @cache
 def group() -> tuple[Memory, bytes]:
     """A group whose only process is this one, in all seats; and its memory as it should be."""
-    with shared.opened(_NAME, _LAYOUT, {"a": 1}, 5.0, Path(_DIRECTORY.name)) as memory:
+    with memory_file.open_locked(_NAME, _LAYOUT, {"a": 1}, 5.0, Path(_DIRECTORY.name)) as memory:
         membership = Membership(memory, planner(_LAYOUT.num_experts, 0))
-        for seat in range(_LAYOUT.num_seats):
-            entry, started = memory.entries[seat], shared.start_time(os.getpid())
+        for seat in range(_LAYOUT.num_ranks):
+            entry, started = memory.rank_slots[seat], start_time(os.getpid())
             assert started is not None
             entry.pid, entry.start_time = os.getpid(), started
-            membership.request(seat, SeatState.JOINING)
-        membership.grant()
+            membership.request(seat, RankSlotState.JOINING)
+        membership.apply_requests()
         for row in memory.rows:
             row.phase, row.since_ns, row.waiting_for = 5, 1, 1
     return memory, bytes(memory.pages)
@@ -48,11 +50,11 @@ def group() -> tuple[Memory, bytes]:
 #: Where words are that somebody reads: of the header, the words, entries, records and rows.
 _PLACES = [
     *range(0, 256, 8),
-    *range(Layout.words, Layout.words + 192, 8),
-    *range(Layout.entries, Layout.entries + 4 * 64, 8),
-    *range(Layout.fingerprint, Layout.fingerprint + 16, 8),
+    *range(GroupLayout.words, GroupLayout.words + 192, 8),
+    *range(GroupLayout.rank_slots, GroupLayout.rank_slots + 4 * 64, 8),
+    *range(GroupLayout.fingerprint, GroupLayout.fingerprint + 16, 8),
     *(_LAYOUT.records + record * _LAYOUT.record_bytes + at for record in (0, 1) for at in range(0, 64, 8)),
-    *(_LAYOUT.seat(seat) + at for seat in range(_LAYOUT.num_seats) for at in range(0, 128, 8)),
+    *(_LAYOUT.rank_offset(seat) + at for seat in range(_LAYOUT.num_ranks) for at in range(0, 128, 8)),
 ]
 _WORDS = (
     st.integers(0, 2**64 - 1)
@@ -75,7 +77,7 @@ def test_a_snapshot_of_any_memory_is_one_or_one_line(words: list[tuple[int, int]
     corrupted(words)
 
     def look_here(name: str) -> Snapshot | None:
-        return look(name, root=Path(_DIRECTORY.name))
+        return read_snapshot(name, root=Path(_DIRECTORY.name))
 
     try:
         found = look_here(_NAME)
@@ -83,7 +85,7 @@ def test_a_snapshot_of_any_memory_is_one_or_one_line(words: list[tuple[int, int]
         one_line(str(error))
     else:
         json.dumps(None if found is None else asdict(found))
-    stuck = [Stuck(f"replica{seat}", 99.0, 1, _NAME, seat) for seat in range(_LAYOUT.num_seats)]
+    stuck = [Stuck(f"replica{seat}", 99.0, 1, _NAME, seat) for seat in range(_LAYOUT.num_ranks)]
     members = {(_NAME, each.seat): each.name for each in stuck}
     judge(stuck, seen([_NAME], look_here), members, 60.0)
 
@@ -101,12 +103,12 @@ def test_a_record_is_whole_or_the_rank_is_lost(words: list[tuple[int, int]], kno
         one_line(str(error))
         assert not knows_it
         return
-    assert set(record.seats) <= set(range(_LAYOUT.num_seats))
-    for placement in record.placements if record.seats else ():
-        assert len(placement.homes) == _LAYOUT.num_experts
-        for homes in placement.homes:
-            assert homes
-            assert {home.seat for home in homes} <= set(record.seats)
+    assert set(record.ranks) <= set(range(_LAYOUT.num_ranks))
+    for placement in record.placements if record.ranks else ():
+        assert len(placement.replicas) == _LAYOUT.num_experts
+        for replicas in placement.replicas:
+            assert replicas
+            assert {replica.rank for replica in replicas} <= set(record.ranks)
     assert Membership(memory, planner(_LAYOUT.num_experts, 0)).read() == record
 
 
@@ -114,8 +116,8 @@ def test_a_record_is_whole_or_the_rank_is_lost(words: list[tuple[int, int]], kno
 def test_who_comes_to_any_memory_joins_or_has_one_line(words: list[tuple[int, int]]) -> None:
     memory = corrupted(words)
     try:
-        layout = shared.layout_of(memory.file, memory.directory)
-        with shared.opened(_NAME, layout, {"a": 1}, 0.1, Path(_DIRECTORY.name)) as found:
+        layout = layout_of(memory.file, memory.directory)
+        with memory_file.open_locked(_NAME, layout, {"a": 1}, 0.1, Path(_DIRECTORY.name)) as found:
             found.read_fingerprint()
-    except (ConfigError, shared.LockStuck) as error:
+    except (ConfigError, LockStuck) as error:
         one_line(str(error))

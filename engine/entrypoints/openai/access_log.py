@@ -1,4 +1,4 @@
-"""One line per request, when it is over: what was asked of this replica and how it went."""
+"""Access log: one line per request when it ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _log = logging.getLogger("fastdeploy.access")
 
 @dataclass(slots=True)
 class AccessRecord:
-    """Filled in as the request goes on. Times are seconds since `arrival`."""
+    """Facts about one request, filled in while it is served. Times are seconds since `arrival`."""
 
     request_id: str
     method: str
@@ -19,12 +19,12 @@ class AccessRecord:
     arrival: float = field(default_factory=time.monotonic)
     status: int = 0
     prompt_tokens: int = 0
-    #: Tokens of the output that another replica has sent.
+    #: Output tokens that another replica has sent.
     resumed_tokens: int = 0
     output_tokens: int = 0
     first_token_seconds: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
-    #: What went wrong after the status had been sent, or why there was no answer at all.
+    #: Error after the status had been sent, or the reason for an error status.
     error: str | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""``python -m fastdeploy.entrypoints.openai.api_server``: one replica, in the foreground."""
+"""``python -m fastdeploy.entrypoints.openai.api_server``: run one replica in the foreground."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ EXIT_USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT.
 
-    Returns or exits with 0 then, 2 when it cannot start as it was told to, 3 when the replica has failed.
+    The exit status is 0 after such a signal, 2 for wrong arguments, 3 if the replica has failed.
     """
     log.configure()
     try:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(config: ServeConfig) -> tuple[str, ...]:
-    """Check at once what would otherwise fail later in some process. Return the addresses to listen on."""
+    """Check model, ports and limits before any process starts. Return the addresses to listen on."""
     try:
         addresses = addresses_of(config.host)
     except ConfigError as error:
@@ -52,9 +52,9 @@ def _check(config: ServeConfig) -> tuple[str, ...]:
         require_free("127.0.0.1", config.engine_worker_queue_port, "--engine-worker-queue-port")
     shown = " and ".join(addresses)
     if all(map(is_loopback, addresses)):
-        _log.info("listening on %s only; --host 0.0.0.0 opens it to the network", shown)
+        _log.info("listening on %s only; use --host 0.0.0.0 to serve the network", shown)
     elif not config.api_keys:
-        _log.warning("listening on %s without an API key; --api-key asks for one", shown)
+        _log.warning("listening on %s without an API key; set one with --api-key", shown)
     return addresses
 
 

@@ -1,4 +1,4 @@
-"""The Flask application of a replica. Processes, ports and signals are in serve.py."""
+"""Flask application of a replica. Processes, ports and signals are in serve.py."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ...common.cors import CorsPolicy, refusal_of
 from ...common.errors import FastDeployError, RequestError
 from ...common.resumption import RESUME_PATH, Resumption, decode_resumption
 from ..metrics import ReplicaMetrics
-from . import incoming
+from . import flask_request
 from .access_log import AccessRecord
-from .answer import Answer
 from .chat import chat_completion, chat_events, chat_prompts
 from .completions import completion, completion_events, completion_prompts
 from .errors import ApiError
 from .events import event_stream
 from .fields import decode_object
-from .progress import Progress
+from .generation import Generation
+from .keep_alive import KeepAlive
 from .protocol import ChatRequest, CompletionRequest
-from .replica import Replica
+from .served_model import ServedModel
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -39,28 +39,28 @@ _log = logging.getLogger(__name__)
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
 _SLASHES = re.compile(r"//+")
-#: Characters of a path in an error.
-_LONGEST_PATH = 200
+#: Limit of a path in an error message, in characters.
+_MAX_PATH_LENGTH = 200
 
 
-def create_app(replica: Replica) -> Flask:
+def create_app(served: ServedModel) -> Flask:
     app = Flask("fastdeploy", static_folder=None)
-    # Otherwise FLASK_DEBUG decides.
+    # Do not read FLASK_DEBUG.
     app.debug = False
-    app.config["MAX_CONTENT_LENGTH"] = replica.config.max_body_bytes
-    # No redirects: they name the address of the replica, which clients of the router cannot reach.
+    app.config["MAX_CONTENT_LENGTH"] = served.config.max_body_bytes
+    # No redirects: their URLs have the replica's address, which clients of the router cannot reach.
     app.url_map.merge_slashes = False
-    app.wsgi_app = _OneSlash(app.wsgi_app)  # type: ignore[method-assign]
+    app.wsgi_app = _MergeSlashes(app.wsgi_app)  # type: ignore[method-assign]
 
     @app.before_request
     def begin() -> Response | None:
-        g.record = AccessRecord(incoming.request_id(), request.method, _path())
-        #: What this request holds, until its last byte has been sent.
+        g.record = AccessRecord(flask_request.request_id(), request.method, _path())
+        #: Resources to release when the last byte of the response has been sent.
         g.resources = ExitStack()
-        if incoming.is_preflight():
-            return _preflight(replica.config.cors)
+        if flask_request.is_preflight():
+            return _preflight(served.config.cors)
         if request.path.startswith("/v1") and request.method != "OPTIONS":
-            incoming.authorize_client(replica.config.api_keys)
+            flask_request.authorize_client(served.config.api_keys)
         return None
 
     @app.after_request
@@ -68,9 +68,13 @@ def create_app(replica: Replica) -> Flask:
         record: AccessRecord = g.record
         record.status = response.status_code
         response.headers["X-Request-Id"] = record.request_id
-        if "Origin" in request.headers and request.path.startswith("/v1/") and not incoming.is_preflight():
-            response.headers.update(replica.config.cors.headers(request.headers["Origin"]))
-        # Not left to a `finally` of the stream: a generator that was never started runs none.
+        if (
+            "Origin" in request.headers
+            and request.path.startswith("/v1/")
+            and not flask_request.is_preflight()
+        ):
+            response.headers.update(served.config.cors.headers(request.headers["Origin"]))
+        # Not in a `finally` of the stream: a generator that was never started does not run it.
         response.call_on_close(g.resources.close)
         if request.path.startswith(("/v1", RESUME_PATH)):
             response.call_on_close(record.log)
@@ -78,45 +82,45 @@ def create_app(replica: Replica) -> Flask:
 
     @app.post(CHAT_PATH)
     def chat_completions() -> Response:
-        g.resources.enter_context(replica.admitted())
-        return _chat(replica, incoming.read_body())
+        g.resources.enter_context(served.admitted())
+        return _chat(served, flask_request.read_body())
 
     @app.post(COMPLETIONS_PATH)
     def completions() -> Response:
-        g.resources.enter_context(replica.admitted())
-        return _completion(replica, incoming.read_body())
+        g.resources.enter_context(served.admitted())
+        return _completion(served, flask_request.read_body())
 
     @app.post(RESUME_PATH)
     def resume() -> Response:
-        incoming.authorize_router(replica.identity.token)
-        g.resources.enter_context(replica.admitted())
-        # The client's body was small enough for another replica; now tokens come with it.
+        flask_request.authorize_router(served.identity.token)
+        g.resources.enter_context(served.admitted())
+        # Another replica accepted the size of the client's body; the tokens come on top.
         request.max_content_length = None
-        resumption = decode_resumption(incoming.read_body("application/msgpack"))
-        if resumption.path not in _GENERATIONS:
+        resumption = decode_resumption(flask_request.read_body("application/msgpack"))
+        if resumption.path not in _RESUMABLE:
             raise ApiError(409, f"nothing at {quote(resumption.path[:100])} can be resumed")
-        return _GENERATIONS[resumption.path](replica, resumption.body, resumption)
+        return _RESUMABLE[resumption.path](served, resumption.body, resumption)
 
     @app.get("/v1/models")
     def models() -> Response:
-        return _json({"object": "list", "data": [_model_card(replica)]})
+        return _json({"object": "list", "data": [_model_card(served)]})
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        replica.require_model(name)
-        return _json(_model_card(replica))
+        served.require_model(name)
+        return _json(_model_card(served))
 
     @app.get("/health")
     @app.route("/ping", methods=["GET", "POST"])
     def health() -> Response:
-        status, body = replica.health()
+        status, body = served.health()
         return _json(body, status)
 
-    if replica.config.metrics_port is None:
+    if served.config.metrics_port is None:
 
         @app.get("/metrics")
         def metrics() -> Response:
-            return Response(replica.metrics.render(), content_type=ReplicaMetrics.content_type)
+            return Response(served.metrics.render(), content_type=ReplicaMetrics.content_type)
 
     @app.errorhandler(FastDeployError)
     def known_error(error: FastDeployError) -> Response:
@@ -125,21 +129,21 @@ def create_app(replica: Replica) -> Flask:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        response = _error(ApiError(error.code or 500, f"{request.method} {_sent_path()}: {error.name}"))
+        response = _error(ApiError(error.code or 500, f"{request.method} {_raw_path()}: {error.name}"))
         if "Allow" in (headers := dict(error.get_headers())):
             response.headers["Allow"] = headers["Allow"]
         return response
 
     @app.errorhandler(Exception)
     def unknown_error(error: Exception) -> Response:
-        _log.exception("request=%s failed in an unforeseen way", g.record.request_id, exc_info=error)
+        _log.exception("request=%s: unexpected exception", g.record.request_id, exc_info=error)
         return _error(ApiError(500, "internal error; the server's log has the details"))
 
     return app
 
 
-class _OneSlash:
-    """WSGI middleware: several slashes in a path count as one, as in the router."""
+class _MergeSlashes:
+    """WSGI middleware that merges repeated slashes in a path, as the router does."""
 
     def __init__(self, application: WSGIApplication) -> None:
         self._application = application
@@ -149,68 +153,70 @@ class _OneSlash:
         return self._application(environ, start_response)
 
 
-def _chat(replica: Replica, data: bytes, resumption: Resumption | None = None) -> Response:
-    body = ChatRequest.parse(decode_object(data), replica.defaults)
-    replica.require_model(body.model)
-    created, progress = _created(resumption), incoming.progress(replica.engine)
-    prompts = chat_prompts(replica, body, created, progress)
-    answer = _answer(replica, body, prompts, created, progress, resumption)
-    return event_stream(chat_events(answer), g.record) if body.stream else _json(chat_completion(answer))
+def _chat(served: ServedModel, data: bytes, resumption: Resumption | None = None) -> Response:
+    body = ChatRequest.parse(decode_object(data), served.defaults)
+    served.require_model(body.model)
+    created, keep_alive = _created(resumption), flask_request.keep_alive(served.engine)
+    prompts = chat_prompts(served, body, created, keep_alive)
+    generation = _generate(served, body, prompts, created, keep_alive, resumption)
+    return (
+        event_stream(chat_events(generation), g.record) if body.stream else _json(chat_completion(generation))
+    )
 
 
-def _completion(replica: Replica, data: bytes, resumption: Resumption | None = None) -> Response:
-    body = CompletionRequest.parse(decode_object(data), replica.defaults)
-    replica.require_model(body.model)
-    created, progress = _created(resumption), incoming.progress(replica.engine)
-    answer = _answer(replica, body, completion_prompts(replica, body), created, progress, resumption)
+def _completion(served: ServedModel, data: bytes, resumption: Resumption | None = None) -> Response:
+    body = CompletionRequest.parse(decode_object(data), served.defaults)
+    served.require_model(body.model)
+    created, keep_alive = _created(resumption), flask_request.keep_alive(served.engine)
+    generation = _generate(served, body, completion_prompts(served, body), created, keep_alive, resumption)
     if body.stream:
-        return event_stream(completion_events(answer, body), g.record)
-    return _json(completion(answer, body))
+        return event_stream(completion_events(generation, body), g.record)
+    return _json(completion(generation, body))
 
 
-#: What can be resumed.
-_GENERATIONS = {CHAT_PATH: _chat, COMPLETIONS_PATH: _completion}
+#: Path -> handler of the requests that can be resumed.
+_RESUMABLE = {CHAT_PATH: _chat, COMPLETIONS_PATH: _completion}
 
 
 def _created(resumption: Resumption | None) -> int:
     return int(time.time()) if resumption is None else resumption.created
 
 
-def _answer(
-    replica: Replica,
+def _generate(
+    served: ServedModel,
     body: ChatRequest | CompletionRequest,
     prompts: list[list[int]],
     created: int,
-    progress: Progress | None,
+    keep_alive: KeepAlive | None,
     resumption: Resumption | None,
-) -> Answer:
+) -> Generation:
     if body.request_id is not None:
-        if not incoming.REQUEST_ID.fullmatch(body.request_id):
+        if not flask_request.REQUEST_ID.fullmatch(body.request_id):
             raise RequestError("request_id may have letters, digits and . : @ / + = - _ only", "request_id")
         g.record.request_id = body.request_id
-    seed = body.seed if body.seed is not None else incoming.header_seed()
-    # Another replica has to draw the same tokens, and log probabilities that are not out are not known there.
+    seed = body.seed if body.seed is not None else flask_request.header_seed()
+    # Another replica must draw the same tokens, and it does not know log probabilities that were not sent.
     is_resumable = seed is not None and (body.stream or body.logprobs is None)
     if resumption is not None and not is_resumable:
         what = "a seed" if seed is None else "its log probabilities so far"
-        raise ApiError(409, f"an answer cannot be resumed without {what}")
-    answer = Answer(
-        replica,
+        raise ApiError(409, f"a response cannot be resumed without {what}")
+    generation = Generation(
+        served,
         body,
         prompts,
         record=g.record,
-        seed=(secrets.randbits(63) if seed is None else seed) & incoming.MAX_SEED,
+        seed=(secrets.randbits(63) if seed is None else seed) & flask_request.MAX_SEED,
         created=created,
-        client=incoming.client_socket(),
-        marked=is_resumable and incoming.wants_marks(),
-        progress=progress,
+        client=flask_request.client_socket(),
+        marked=is_resumable and flask_request.wants_marks(),
+        keep_alive=keep_alive,
         resumption=resumption,
     )
-    return g.resources.enter_context(answer)
+    return g.resources.enter_context(generation)
 
 
 def _preflight(policy: CorsPolicy) -> Response:
-    """Return the answer to a preflight. It needs no key, because browsers send none with it."""
+    """Return the response to a preflight, which needs no key because browsers send none."""
     origin, wanted = request.headers["Origin"], request.headers.get("Access-Control-Request-Headers", "")
     if policy.allows(origin):
         response = Response(status=204)
@@ -221,31 +227,31 @@ def _preflight(policy: CorsPolicy) -> Response:
 
 
 def _path() -> str:
-    """In one line: decoded, as Flask has it, a path may hold line breaks."""
+    """Return the quoted path: Flask's decoded one may contain line breaks."""
     return quote(request.path)
 
 
-def _sent_path() -> str:
-    """Return the path as the client wrote it. Werkzeug's has one slash where there were several."""
+def _raw_path() -> str:
+    """Return the path as the client sent it, before slashes were merged."""
     sent: str = request.environ.get("RAW_URI", _path())
-    return quote(sent.partition("?")[0][:_LONGEST_PATH], safe="/%:@!$&'()*+,;=~")
+    return quote(sent.partition("?")[0][:_MAX_PATH_LENGTH], safe="/%:@!$&'()*+,;=~")
 
 
-def _model_card(replica: Replica) -> dict[str, Any]:
-    name = replica.config.served_model_name
+def _model_card(served: ServedModel) -> dict[str, Any]:
+    name = served.config.served_model_name
     return {
         "id": name,
         "object": "model",
-        "created": replica.created,
+        "created": served.created,
         "owned_by": "FastDeploy",
-        "root": str(replica.config.engine.model),
+        "root": str(served.config.engine.model),
         "parent": None,
-        "max_model_len": replica.config.engine.max_model_len,
+        "max_model_len": served.config.engine.max_model_len,
         "permission": [
             {
                 "id": f"modelperm-{name}",
                 "object": "model_permission",
-                "created": replica.created,
+                "created": served.created,
                 "allow_create_engine": False,
                 "allow_sampling": True,
                 "allow_logprobs": True,

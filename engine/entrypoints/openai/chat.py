@@ -1,4 +1,4 @@
-"""/v1/chat/completions: the conversation becomes a prompt, the answer becomes messages or chunks of them."""
+"""/v1/chat/completions: conversation to prompt, generation to messages or stream chunks."""
 
 from __future__ import annotations
 
@@ -8,121 +8,124 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ...common.messages import Logprobs
-from .answer import NOTHING, Answer
 from .events import Event
+from .generation import NO_OUTPUT, Generation
+from .keep_alive import KeepAlive
 from .logprobs import chat_logprobs
 from .output import Delta
-from .progress import Progress
 from .protocol import ChatRequest
-from .replica import Replica
+from .served_model import ServedModel
 
-# A client's own template is rendered in a process of its own; few at a time.
-_foreign_templates = threading.BoundedSemaphore(2)
+# A template from a request is rendered in a separate process; limits how many run at once.
+_template_slots = threading.BoundedSemaphore(2)
 
 
 def chat_prompts(
-    replica: Replica, request: ChatRequest, created: int, progress: Progress | None
+    served: ServedModel, request: ChatRequest, created: int, keep_alive: KeepAlive | None
 ) -> list[list[int]]:
-    """The one prompt of this request, as token ids.
+    """Return the single prompt of this request, as token ids.
 
-    A template may ask what time it is: `created`, because a stream that is resumed needs the same prompt.
+    Args:
+        created: the time that a template may use, so that a resumed stream has the same prompt.
     """
-    with _place_for_foreign_template(progress) if request.chat_template else nullcontext():
-        text = replica.tokenizer.apply_chat_template(
+    with _template_slot(keep_alive) if request.chat_template else nullcontext():
+        text = served.tokenizer.apply_chat_template(
             request.messages,
             chat_template=request.chat_template,
             rendered_at=created,
             **request.chat_template_kwargs,
         )
-    return [replica.tokenizer.encode(text)]
+    return [served.tokenizer.encode(text)]
 
 
 @contextmanager
-def _place_for_foreign_template(progress: Progress | None) -> Iterator[None]:
-    """Others may be many, and nobody is to take the replica for dead over them."""
-    if progress is None:
-        _foreign_templates.acquire()
+def _template_slot(keep_alive: KeepAlive | None) -> Iterator[None]:
+    """Wait for a slot, with keep-alives: many templates may be waiting."""
+    if keep_alive is None:
+        _template_slots.acquire()
     else:
-        while not _foreign_templates.acquire(timeout=progress.patience()):
-            progress.send_interim_head()
+        while not _template_slots.acquire(timeout=keep_alive.wait_seconds()):
+            keep_alive.send_interim_response()
     try:
         yield
     finally:
-        _foreign_templates.release()
+        _template_slots.release()
 
 
-def chat_completion(answer: Answer) -> dict[str, Any]:
-    """The whole answer at once."""
-    deltas = answer.whole()
+def chat_completion(generation: Generation) -> dict[str, Any]:
+    """Return the complete response."""
+    deltas = generation.all_deltas()
     return {
-        **_head(answer, "chat.completion"),
-        "choices": [_choice(answer, index, parts) for index, parts in enumerate(deltas)],
-        "usage": answer.usage(),
+        **_head(generation, "chat.completion"),
+        "choices": [_choice(generation, index, parts) for index, parts in enumerate(deltas)],
+        "usage": generation.usage(),
     }
 
 
-def chat_events(answer: Answer) -> Iterator[Event | None]:
-    """The answer in the order of OpenAI's stream: role, deltas, finish reason, usage if it was asked for."""
-    head = _head(answer, "chat.completion.chunk")
-    if answer.request.include_usage:
+def chat_events(generation: Generation) -> Iterator[Event | None]:
+    """Yield the events of OpenAI's stream: role, deltas, finish reason, and usage if requested."""
+    head = _head(generation, "chat.completion.chunk")
+    if generation.request.include_usage:
         head["usage"] = None
-    started = set(answer.sent)
-    for index, delta in answer.deltas():
-        if delta is NOTHING:
+    started = set(generation.delivered)
+    for index, delta in generation.deltas():
+        if delta is NO_OUTPUT:
             yield None
             continue
         if index not in started:
             started.add(index)
-            usage = answer.usage_so_far(index, has_begun=False)
-            yield head | {"choices": [_role(answer, index)]} | usage, answer.mark(index)
-        event = head | {"choices": [_chunk(answer, index, delta)]} | answer.usage_so_far(index)
-        yield event, answer.mark(index, delta)
-    if answer.request.include_usage:
-        yield head | {"choices": [], "usage": answer.usage()}, b""
+            usage = generation.usage_so_far(index, has_begun=False)
+            yield head | {"choices": [_role(generation, index)]} | usage, generation.mark(index)
+        event = head | {"choices": [_chunk(generation, index, delta)]} | generation.usage_so_far(index)
+        yield event, generation.mark(index, delta)
+    if generation.request.include_usage:
+        yield head | {"choices": [], "usage": generation.usage()}, b""
 
 
-def _head(answer: Answer, kind: str) -> dict[str, Any]:
+def _head(generation: Generation, kind: str) -> dict[str, Any]:
     return {
-        "id": answer.id,
+        "id": generation.id,
         "object": kind,
-        "created": answer.created,
-        "model": answer.replica.config.served_model_name,
+        "created": generation.created,
+        "model": generation.served.config.served_model_name,
     }
 
 
-def _choice(answer: Answer, index: int, deltas: list[Delta]) -> dict[str, Any]:
+def _choice(generation: Generation, index: int, deltas: list[Delta]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.text for delta in deltas)}
-    if answer.request.return_token_ids:
-        message["prompt_token_ids"] = answer.prompts[0]
+    if generation.request.return_token_ids:
+        message["prompt_token_ids"] = generation.prompts[0]
         message["completion_token_ids"] = [i for delta in deltas for i in delta.token_ids]
     return {
         "index": index,
         "message": message,
-        "logprobs": _logprobs(answer, [entry for delta in deltas for entry in delta.logprobs]),
+        "logprobs": _logprobs(generation, [entry for delta in deltas for entry in delta.logprobs]),
         "finish_reason": deltas[-1].finish_reason,
     }
 
 
-def _role(answer: Answer, index: int) -> dict[str, Any]:
+def _role(generation: Generation, index: int) -> dict[str, Any]:
     delta: dict[str, Any] = {"role": "assistant", "content": ""}
-    if answer.request.return_token_ids:
-        delta["prompt_token_ids"] = answer.prompts[0]
+    if generation.request.return_token_ids:
+        delta["prompt_token_ids"] = generation.prompts[0]
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _chunk(answer: Answer, index: int, delta: Delta) -> dict[str, Any]:
+def _chunk(generation: Generation, index: int, delta: Delta) -> dict[str, Any]:
     body: dict[str, Any] = {"content": delta.text} if delta.text or delta.finish_reason is None else {}
-    if answer.request.return_token_ids:
+    if generation.request.return_token_ids:
         body["completion_token_ids"] = list(delta.token_ids)
     return {
         "index": index,
         "delta": body,
-        "logprobs": _logprobs(answer, delta.logprobs),
+        "logprobs": _logprobs(generation, delta.logprobs),
         "finish_reason": delta.finish_reason,
     }
 
 
-def _logprobs(answer: Answer, entries: tuple[Logprobs, ...] | list[Logprobs]) -> dict[str, Any] | None:
-    if answer.request.logprobs is None:
+def _logprobs(
+    generation: Generation, entries: tuple[Logprobs, ...] | list[Logprobs]
+) -> dict[str, Any] | None:
+    if generation.request.logprobs is None:
         return None
-    return chat_logprobs(answer.replica.tokenizer, entries)
+    return chat_logprobs(generation.served.tokenizer, entries)

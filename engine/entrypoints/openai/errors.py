@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: an HTTP status, and a body with message, type, param and code."""
+"""Errors in OpenAI's format: an HTTP status, and a body with message, type, param and code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ...common.resumption import LOST_HEADER
 from .engine_client import ClientGone
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-#: What a client that was turned away is told to wait, in seconds.
+#: Seconds in the Retry-After header of a refused request.
 RETRY_AFTER = 1
 
 
 class ApiError(FastDeployError):
-    """An answer other than success, with the status it has over HTTP."""
+    """An error response and its HTTP status."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class ApiError(FastDeployError):
 
     @classmethod
     def of(cls, error: FastDeployError) -> ApiError:
+        """Return the response for any error of this package."""
         match error:
             case ApiError():
                 return error
@@ -44,7 +45,7 @@ class ApiError(FastDeployError):
                 lost = {LOST_HEADER: "1"} if isinstance(error, EngineLost) else {}
                 return cls(503, str(error), headers=lost)
             case ClientGone():
-                # nginx's number for it; it reaches the log only.
+                # nginx's code for a closed connection; appears in the log only.
                 return cls(499, str(error))
             case _:
                 return cls(500, str(error))

@@ -1,4 +1,4 @@
-"""An answer as server-sent events."""
+"""Responses as server-sent events."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from .errors import ApiError
 _log = logging.getLogger(__name__)
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_SIGN_OF_LIFE = b":\n\n"
+_KEEP_ALIVE = b":\n\n"
 
-
-#: Its data, and a comment line for the router with its end (see resumption.py), or nothing.
+#: The data, and the mark: a comment line for the router (see resumption.py), or empty.
 Event = tuple[dict[str, Any], bytes]
 
 
 def event_stream(events: Iterator[Event | None], record: AccessRecord) -> Response:
-    """Where `events` has None a sign of life is sent."""
-    # Waits for it here, so that an error before the first token gets a status of its own: by a 503 a router
-    # knows that it can ask another replica. What is resumed may have nothing left to say.
+    """Return the streaming response; None in `events` becomes a keep-alive."""
+    # Wait for the first event, so that an earlier error has its own HTTP status: a router retries a 503 at
+    # another replica. A resumed stream may have no events left.
     first = list(itertools.islice(events, 1))
     body = _encoded(itertools.chain(first, events), record)
     return Response(body, mimetype="text/event-stream", headers=_HEADERS)
@@ -37,7 +36,7 @@ def event_stream(events: Iterator[Event | None], record: AccessRecord) -> Respon
 def _encoded(events: Iterator[Event | None], record: AccessRecord) -> Iterator[bytes]:
     try:
         for event in events:
-            yield _SIGN_OF_LIFE if event is None else _block(*event)
+            yield _KEEP_ALIVE if event is None else _block(*event)
     except ClientGone:
         return
     except FastDeployError as error:
@@ -45,7 +44,7 @@ def _encoded(events: Iterator[Event | None], record: AccessRecord) -> Iterator[b
         yield _block(ApiError.of(error).body)
     except Exception as error:
         record.error = "internal error"
-        _log.exception("request=%s failed in an unforeseen way", record.request_id, exc_info=error)
+        _log.exception("request=%s: unexpected exception", record.request_id, exc_info=error)
         yield _block(ApiError(500, "internal error; the server's log has the details").body)
     yield b"data: [DONE]\n\n"
 

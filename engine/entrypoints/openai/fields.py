@@ -1,4 +1,4 @@
-"""Typed reading of a client's JSON object: every wrong value becomes one sentence that names its field."""
+"""Typed access to a client's JSON object; an error message names the wrong field."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ...common.errors import RequestError
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`.
+    """Return the JSON object in `body`.
 
     Raises:
-        RequestError: it is no JSON, no object, not UTF-8, or nested beyond reason.
+        RequestError: `body` is not valid JSON in UTF-8, not an object, or nested too deeply.
     """
     if not body.strip():
         raise RequestError("the body is empty; a JSON object is expected")
@@ -40,7 +40,10 @@ def without_nulls(value: Any) -> Any:
 
 
 class Fields:
-    """A JSON object of the request. A field that is null counts as absent, as OpenAI's clients mean it."""
+    """A JSON object of the request. As in OpenAI's API, a null field counts as absent.
+
+    All readers raise RequestError for a wrong type or a value out of range.
+    """
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
         self._values = values
@@ -121,7 +124,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value itself when it is short, else its kind: a message repeats no megabytes."""
+    """Return the value if it is short, else its kind: a message must not repeat megabytes."""
     if isinstance(value, bool | float | str | None) or (isinstance(value, int) and value.bit_length() <= 64):
         text = msgspec.json.encode(value).decode()
         if len(text) <= 60:

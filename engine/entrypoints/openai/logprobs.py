@@ -1,4 +1,4 @@
-"""Log probabilities in the two shapes that OpenAI has for them. Pure."""
+"""Log probabilities in OpenAI's two formats. No I/O."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ...common.messages import Logprobs
 from ...tokenizer.tokenizer import Tokenizer
 
-#: JSON has no infinity; OpenAI writes a token that cannot occur like this.
+#: OpenAI's value for a token with probability 0; JSON has no infinity.
 _IMPOSSIBLE = -9999.0
 
 
@@ -22,23 +22,27 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs]) -> dict[str
 
 
 def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], offset: int) -> dict[str, Any]:
-    """`offset`: characters of the tokens that stand before the first of `entries`."""
+    """Return log probabilities for /v1/completions.
+
+    Args:
+        offset: number of characters of all tokens before the first of `entries`.
+    """
     parts = _Columns()
     for entry in entries:
         text = tokenizer.token_text(entry.token_id)
         parts.add(text, _finite(entry.logprob), _top(tokenizer, entry), offset)
         offset += len(text)
-    return parts.shown()
+    return parts.as_dict()
 
 
 def prompt_logprobs(
     tokenizer: Tokenizer, prompt: list[int], entries: list[Logprobs], text: str
 ) -> dict[str, Any]:
-    """Return log probabilities of a prompt in the shape of `completion_logprobs`; null for its first token.
+    """Return log probabilities of a prompt in the format of `completion_logprobs`; null for its first token.
 
     Args:
         entries: log probabilities of the tokens from the second on.
-        text: the prompt as the answer shows it.
+        text: the prompt as the response shows it.
     """
     parts = _Columns()
     offsets = _offsets(tokenizer, prompt, text)
@@ -47,18 +51,18 @@ def prompt_logprobs(
         parts.add(
             tokenizer.token_text(entry.token_id), _finite(entry.logprob), _top(tokenizer, entry), offset
         )
-    return parts.shown()
+    return parts.as_dict()
 
 
 def joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the log probabilities of prompt and answer as one object; either part may be missing."""
+    """Return the log probabilities of prompt and output as one object; either part may be missing."""
     if first is None or second is None:
         return first or second
     return {name: first[name] + second[name] for name in first}
 
 
 class _Columns:
-    """OpenAI's shape for completions: a list for each property of a token."""
+    """OpenAI's format for completions: one list per property of a token."""
 
     def __init__(self) -> None:
         self._tokens: list[str] = []
@@ -72,7 +76,7 @@ class _Columns:
         self._tops.append(top)
         self._offsets.append(offset)
 
-    def shown(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return {
             "tokens": self._tokens,
             "token_logprobs": self._values,
@@ -84,7 +88,7 @@ class _Columns:
 def _top(tokenizer: Tokenizer, entry: Logprobs) -> dict[str, float]:
     top: dict[str, float] = {}
     for token_id, value in entry.top:
-        # Parts of characters have the same text; the most likely one is kept.
+        # Incomplete characters share one text; keep the most likely token.
         top.setdefault(tokenizer.token_text(token_id), _finite(value))
     return top
 

@@ -1,13 +1,12 @@
-"""Starts one api_server per replica and stays until they end: FastDeploy's launcher, by its command line.
+"""FastDeploy's launcher: starts one api_server per replica and waits for them.
 
     python -m fastdeploy.entrypoints.openai.multi_api_server --num-servers 8 --ports 1811,1822,... \
         --args --model PATH --data-parallel-size 8 ...
 
-It restarts nothing (that is the daemon's work), but it leaves nothing behind either: SIGTERM and SIGINT end
-all servers; when one dies it is named and the rest are ended; when the launcher itself is killed, the kernel
-kills them.
+It restarts no server (the daemon does that), and leaves none behind: SIGTERM and SIGINT stop all servers;
+when one dies the launcher logs it and stops the others; when the launcher is killed, the kernel kills them.
 
-Exit status: 0 after SIGTERM, 130 after SIGINT, 1 when a server died, 2 for a command line that cannot work.
+Exit status: 0 after SIGTERM, 130 after SIGINT, 1 if a server died, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from .options import parse_arguments
 
 logger = logging.getLogger("fastdeploy.launcher")
 
-#: From SIGTERM to SIGKILL, beyond the time that servers give their open requests.
+#: Seconds from SIGTERM to SIGKILL, in addition to the servers' own time for open requests.
 _STOP_SECONDS = 20.0
-_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _QUEUE_FLAG = "--engine-worker-queue-port"
 _GROUP_FLAG = "--expert-parallel-group"
-#: What every server gets from the launcher, and how the launcher's own command line says it.
-_OWN_FLAGS = {
+#: Flag that the launcher sets for each server -> the launcher's own flag.
+_PER_SERVER_FLAGS = {
     "--port": "--ports",
     "--metrics-port": "--metrics-ports",
     "--controller-port": "--controller-ports",
@@ -47,7 +46,7 @@ _OWN_FLAGS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerProcess:
     """One api_server to start."""
 
     index: int
@@ -69,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, passed = _parser().parse_known_args(argv)
         log_directory = Path(os.environ.get("FD_LOG_DIR") or "log")
-        servers = plan(options, [*passed, *options.args], log_directory, find_free)
-        # A wrong flag is told once and before anything starts; the servers differ in their ports only.
+        servers = plan_servers(options, [*passed, *options.args], log_directory, find_free)
+        # Report a wrong flag once, before any start; the servers differ in their ports only.
         config = parse_arguments(servers[0].arguments)
     except ConfigError as error:
         print(f"multi_api_server: ERROR ({error})", file=sys.stderr)
@@ -78,30 +77,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(servers, config.timeout_graceful_shutdown + _STOP_SECONDS)
 
 
-def plan(
+def plan_servers(
     options: argparse.Namespace,
     arguments: list[str],
     log_directory: Path,
     find_free: Callable[[int], list[int]],
-) -> list[Server]:
-    """What to start.
+) -> list[ServerProcess]:
+    """Return the servers to start.
 
     Args:
-        arguments: what every server gets.
-        find_free: gives that many ports that nobody listens on.
+        arguments: those of every server.
+        find_free: returns the given number of free ports.
 
     Raises:
-        ConfigError: ports and servers do not match, or a port is taken.
+        ConfigError: the numbers of ports and servers differ, or a port is taken.
     """
     count: int = options.num_servers
     if count < 1:
         raise ConfigError(f"--num-servers is {count}; it must be at least 1")
-    for flag, instead in _OWN_FLAGS.items():
-        if _take(arguments, flag)[0] is not None:
+    for flag, instead in _PER_SERVER_FLAGS.items():
+        if _pop_flag(arguments, flag)[0] is not None:
             raise ConfigError(f"{flag} after --args: every server gets its own, see {instead}")
     arguments = _with_data_parallel_size(arguments, count)
-    queue, arguments = _take(arguments, _QUEUE_FLAG)
-    host = _take(arguments, "--host")[0] or "127.0.0.1"
+    queue, arguments = _pop_flag(arguments, _QUEUE_FLAG)
+    host = _pop_flag(arguments, "--host")[0] or "127.0.0.1"
 
     given = {
         "--port": _ports("--ports", options.ports, count),
@@ -109,21 +108,21 @@ def plan(
         "--controller-port": _ports("--controller-ports", options.controller_ports, count),
         _QUEUE_FLAG: _ports(_QUEUE_FLAG, queue, count),
     }
-    askers: dict[int, str] = {}
+    flag_of_port: dict[int, str] = {}
     for flag, ports in given.items():
-        name = _OWN_FLAGS.get(flag, flag)
+        name = _PER_SERVER_FLAGS.get(flag, flag)
         for port in ports:
-            if port in askers:
-                raise ConfigError(f"port {port} is given twice: {askers[port]} and {name}")
-            askers[port] = name
-            # The queue is between a server and its worker, whatever the server listens on.
+            if port in flag_of_port:
+                raise ConfigError(f"port {port} is given twice: {flag_of_port[port]} and {name}")
+            flag_of_port[port] = name
+            # The queue connects a server and its worker, always on loopback.
             require_free("127.0.0.1" if flag == _QUEUE_FLAG else host, port, name)
-    found = (port for port in find_free(3 * count + len(askers)) if port not in askers)
+    found = (port for port in find_free(3 * count + len(flag_of_port)) if port not in flag_of_port)
     for flag in ("--port", "--metrics-port", _QUEUE_FLAG):
         given[flag] = given[flag] or [next(found) for _ in range(count)]
     arguments = _with_expert_group(arguments, given["--port"][0])
     return [
-        Server(
+        ServerProcess(
             index=index,
             port=given["--port"][index],
             arguments=(
@@ -137,11 +136,11 @@ def plan(
     ]
 
 
-def run(servers: list[Server], stop_seconds: float) -> int:
-    """Starts them, waits for the first reason to stop, ends them; returns the exit status."""
-    # Taken one by one with sigwaitinfo: no handler ever runs in the middle of something else.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
-    children: list[tuple[Server, subprocess.Popen[bytes]]] = []
+def run(servers: list[ServerProcess], stop_seconds: float) -> int:
+    """Run the servers until a signal or the death of one; return the exit status."""
+    # sigwaitinfo takes signals one by one, so no handler interrupts other code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    children: list[tuple[ServerProcess, subprocess.Popen[bytes]]] = []
     try:
         for server in servers:
             children.append((server, _start(server)))
@@ -149,33 +148,35 @@ def run(servers: list[Server], stop_seconds: float) -> int:
                 "server %d: started as pid %d on port %d", server.index, children[-1][1].pid, server.port
             )
         while True:
-            caught = signal.sigwaitinfo(_WATCHED).si_signo
+            caught = signal.sigwaitinfo(_SIGNALS).si_signo
             if caught != signal.SIGCHLD:
-                logger.info("%s: ending all servers", signal.Signals(caught).name)
+                logger.info("%s: stopping all servers", signal.Signals(caught).name)
                 return 0 if caught == signal.SIGTERM else 130
             if dead := [(server, child) for server, child in children if child.poll() is not None]:
                 for server, child in dead:
-                    logger.error("server %d (port %d, pid %d) %s; ending the rest", *_obituary(server, child))
+                    logger.error(
+                        "server %d (port %d, pid %d) %s; stopping the others", *_describe_exit(server, child)
+                    )
                 return 1
     except OSError as error:
-        logger.error("server %d cannot be started: %s; ending the rest", len(children), error)
+        logger.error("server %d cannot be started: %s; stopping the others", len(children), error)
         return 1
     finally:
         _stop([child for _, child in children], stop_seconds)
 
 
-def _start(server: Server) -> subprocess.Popen[bytes]:
+def _start(server: ServerProcess) -> subprocess.Popen[bytes]:
     launcher = os.getpid()
 
     def in_child() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         die_with_parent(launcher)
 
     return subprocess.Popen(
         server.command,
         env=server.environment,
         stdin=subprocess.DEVNULL,
-        # Not in the terminal's foreground group: Ctrl-C comes to the launcher alone, which sends SIGTERM.
+        # Not in the terminal's foreground group: only the launcher gets Ctrl-C; it sends SIGTERM.
         process_group=0,
         # Safe here: the launcher has one thread.
         preexec_fn=in_child,
@@ -183,15 +184,15 @@ def _start(server: Server) -> subprocess.Popen[bytes]:
 
 
 def _stop(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
-    """SIGTERM to all; SIGKILL to those that are left at the deadline, or at a second signal from a person."""
+    """Send SIGTERM; at the deadline, or at a second signal to the launcher, send SIGKILL."""
     for child in children:
         child.terminate()
     deadline = time.monotonic() + seconds
     while any(child.poll() is None for child in children):
         left = deadline - time.monotonic()
-        caught = signal.sigtimedwait(_WATCHED, left) if left > 0 else None
+        caught = signal.sigtimedwait(_SIGNALS, left) if left > 0 else None
         if caught is None or caught.si_signo != signal.SIGCHLD:
-            logger.warning("killing the servers that have not ended")
+            logger.warning("killing the servers that have not stopped")
             for child in children:
                 child.kill()
             break
@@ -199,14 +200,14 @@ def _stop(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
         child.wait()
 
 
-def _obituary(server: Server, child: subprocess.Popen[bytes]) -> tuple[int, int, int, str]:
+def _describe_exit(server: ServerProcess, child: subprocess.Popen[bytes]) -> tuple[int, int, int, str]:
     code = child.returncode
     how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
     return server.index, server.port, child.pid, how
 
 
 def _with_data_parallel_size(arguments: list[str], count: int) -> list[str]:
-    size, _ = _take(arguments, "--data-parallel-size")
+    size, _ = _pop_flag(arguments, "--data-parallel-size")
     if size is None:
         return [*arguments, f"--data-parallel-size={count}"]
     if size != str(count):
@@ -218,15 +219,15 @@ def _with_data_parallel_size(arguments: list[str], count: int) -> list[str]:
 
 
 def _with_expert_group(arguments: list[str], port: int) -> list[str]:
-    """One of this launch alone: the port is nobody else's on this machine."""
+    """Name an expert group that only this launch uses: the port is unique on this machine."""
     enabled = any(word.replace("_", "-") == "--enable-expert-parallel" for word in arguments)
-    if not enabled or _take(arguments, _GROUP_FLAG)[0] is not None:
+    if not enabled or _pop_flag(arguments, _GROUP_FLAG)[0] is not None:
         return arguments
     return [*arguments, f"{_GROUP_FLAG}=port-{port}"]
 
 
 def _ports(flag: str, text: str | None, count: int) -> list[int]:
-    """Empty: none were given. FastDeploy's way to say that is -1, too."""
+    """Return the ports; none if `text` is None or -1, FastDeploy's value for that."""
     if text is None or text.strip() == "-1":
         return []
     parts = [part.strip() for part in text.split(",")]
@@ -238,8 +239,8 @@ def _ports(flag: str, text: str | None, count: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value that an api_server would see for `flag` (the last one counts), and the rest."""
+def _pop_flag(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Return the value of `flag` as an api_server would parse it (the last one), and the other words."""
     value = None
     rest: list[str] = []
     words = iter(arguments)
@@ -255,7 +256,7 @@ def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandLine(
         prog="python -m fastdeploy.entrypoints.openai.multi_api_server",
-        description="Starts one api_server per replica; ends them all when it is told to or when one dies.",
+        description="Start one api_server per replica; stop all of them on a signal or when one dies.",
         epilog="Exit status: 0 after SIGTERM, 130 after SIGINT, 1 if a server died, 2 for wrong arguments.",
         allow_abbrev=False,
     )
@@ -267,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
         "--args",
         nargs=argparse.REMAINDER,
         default=[],
-        help="everything after it goes to every server; a list for --engine-worker-queue-port is dealt out",
+        help="arguments for every server; a list for --engine-worker-queue-port has one port per server",
     )
     return parser
 

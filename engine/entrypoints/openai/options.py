@@ -1,4 +1,4 @@
-"""The command line of `api_server`: FastDeploy's flags -> a frozen `ServeConfig`."""
+"""Command line of `api_server`: FastDeploy's flags to a frozen `ServeConfig`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ...common.api_keys import ApiKeys, keys_in, keys_in_variable, keys_of
 from ...common.cli import CommandLine
@@ -21,7 +22,7 @@ from ..registration import router_url
 
 _log = logging.getLogger(__name__)
 
-#: FastDeploy's flags that have no meaning here; taken, so that its documented commands run as they are.
+#: FastDeploy's flags without effect here; accepted so that its documented commands work.
 # fmt: off
 _WITHOUT_EFFECT = (
     "controller-port", "workers", "max-waiting-time", "timeout", "gpu-memory-utilization",
@@ -38,39 +39,43 @@ _WITHOUT_EFFECT = (
 )
 # fmt: on
 
-#: Threads beyond max_concurrency: they answer /health, and 429 to whom there is no room for.
+#: Threads beyond max_concurrency, for /health and for 429 responses.
 _SPARE_THREADS = 32
 
-#: Flags of which only one value is implemented -> that value, and what to tell who gave another.
+#: Flag with a single implemented value -> that value, and the reason for an error message.
 _ONE_VALUE = {
     "splitwise-role": ("mixed", "this server both prefills and decodes"),
     "logprobs-mode": ("raw_logprobs", "log probabilities are those of the model, before temperature"),
 }
 
+#: Fields whose flags have defaults of another type.
+_OWN_DEFAULTS = ("metrics_port", "engine_worker_queue_port")
+
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """What one replica's API process runs with."""
+    """Configuration of one replica's API process."""
 
     engine: EngineConfig
     served_model_name: str
     host: str = "127.0.0.1"
     port: int = 8000
-    #: None serves /metrics on `port`.
+    #: None: /metrics is on `port`.
     metrics_port: int | None = None
-    #: 0 lets the kernel choose.
+    #: 0: any free port.
     engine_worker_queue_port: int = 0
     max_concurrency: int = 512
-    #: Seconds that open requests have after SIGTERM.
+    #: Seconds for open requests after SIGTERM.
     timeout_graceful_shutdown: int = 10
     #: The same as the router's.
     max_body_bytes: int = 10 << 20
+    #: Empty: no key is required.
     api_keys: ApiKeys = field(default_factory=ApiKeys)
-    #: URL of the router that is told of this replica.
+    #: URL of the router to register with.
     router: str | None = None
-    #: Web pages that may read answers of /v1.
+    #: Web pages that may read responses of /v1.
     cors: CorsPolicy = field(default_factory=CorsPolicy)
-    #: In place of the checkpoint's own.
+    #: Replaces the checkpoint's template.
     chat_template: str | None = None
 
     @property
@@ -79,16 +84,16 @@ class ServeConfig:
 
 
 def parse_arguments(argv: Sequence[str]) -> ServeConfig:
-    """Reads the command line; underscores in flags count as dashes.
+    """Parse the command line; underscores in flags count as dashes.
 
     Raises:
-        ConfigError: a flag is unknown or missing, or its value is wrong; one line that names it.
+        ConfigError: a flag is unknown, missing or has a wrong value; one line that names it.
     """
     arguments = _parser().parse_args([_dashed(word) for word in argv])
     _refuse(arguments)
     ignored = [flag for flag in _WITHOUT_EFFECT if getattr(arguments, flag.replace("-", "_")) is not None]
     if ignored:
-        _log.warning("no effect in this server: %s", " ".join(f"--{flag}" for flag in ignored))
+        _log.warning("flags without effect in this server: %s", " ".join(f"--{flag}" for flag in ignored))
     engine = EngineConfig(
         model=resolve_model_path(arguments.model),
         device=arguments.device,
@@ -102,7 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         num_gpu_blocks_override=arguments.num_gpu_blocks_override,
         enable_prefix_caching=arguments.enable_prefix_caching,
         data_parallel_size=arguments.data_parallel_size,
-        data_parallel_rank=arguments.local_data_parallel_id,
+        data_parallel_rank=arguments.data_parallel_rank,
         tensor_parallel_size=arguments.tensor_parallel_size,
         enable_expert_parallel=arguments.enable_expert_parallel,
         expert_parallel_group=arguments.expert_parallel_group,
@@ -138,83 +143,82 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandLine(
         prog="python -m fastdeploy.entrypoints.openai.api_server",
-        description="One replica: OpenAI's HTTP API in front of one engine.",
+        description="Run one replica: OpenAI's HTTP API in front of one engine.",
         allow_abbrev=False,
     )
     serve = parser.add_argument_group("serving")
     serve.add_argument("--model", required=True, help='directory of an ERNIE-4.5 checkpoint, or "demo"')
     serve.add_argument("--served-model-name", help="default: the directory's name")
-    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to the network")
-    serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--metrics-port", type=int, default=-1, help="-1: /metrics on --port")
+    serve.add_argument("--host", help="address or name to listen on; 0.0.0.0 for all networks")
+    serve.add_argument("--port", type=int)
+    serve.add_argument(
+        "--metrics-port", type=int, default=-1, help="port of /metrics; -1: the same as --port"
+    )
     serve.add_argument(
         "--engine-worker-queue-port",
         default="0",
-        help="a port, or a list of which replica i takes the i-th; 0: any free one",
+        help="port of the worker, or a list with the i-th for replica i; 0: any free port",
     )
-    serve.add_argument("--router", metavar="HOST:PORT", help="tell this router that the replica is here")
-    serve.add_argument("--api-key", action="append", help="comma list; also FD_API_KEY. Only /v1 asks for it")
+    serve.add_argument("--router", metavar="HOST:PORT", help="register the replica with this router")
     serve.add_argument(
-        "--api-keys-file", type=Path, metavar="FILE", help="keys, one a line, beside --api-key"
+        "--api-key", action="append", help="keys, separated by commas, for /v1; also FD_API_KEY"
     )
+    serve.add_argument("--api-keys-file", type=Path, metavar="FILE", help="more keys, one per line")
     serve.add_argument(
         "--cors-origins",
         default=",".join(CORS_DEFAULT),
         metavar="LIST",
-        help="web pages that may read answers of /v1: origins with commas between them, loopback for those "
-        "of this machine, * for all, empty for none (default %(default)s)",
+        help="origins of web pages that may read responses of /v1, separated by commas; loopback: pages of "
+        "this machine; *: all; empty: none (default %(default)s)",
     )
-    serve.add_argument("--chat-template", help="a file, or the template itself, in place of the model's own")
-    serve.add_argument("--max-concurrency", type=int, default=512, help="requests beyond it are told 429")
-    serve.add_argument("--max-body-bytes", type=int, default=10 << 20, help="larger bodies are told 413")
+    serve.add_argument("--chat-template", help="file or text of a chat template that replaces the model's")
+    serve.add_argument("--max-concurrency", type=int, help="requests beyond this limit get 429")
+    serve.add_argument("--max-body-bytes", type=int, help="larger bodies get 413")
     serve.add_argument(
-        "--timeout-graceful-shutdown", type=int, default=10, help="seconds for open requests after SIGTERM"
+        "--timeout-graceful-shutdown", type=int, help="seconds for open requests after SIGTERM"
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--device", default="auto", help="auto or cpu")
-    engine.add_argument("--threads", type=int, default=0, help="CPU threads; 0: a share of the cores")
+    engine.add_argument("--device", help="auto or cpu")
+    engine.add_argument("--threads", type=int, help="CPU threads; 0: this replica's share of the cores")
     engine.add_argument(
         "--pin-threads",
         action="store_true",
-        help="keep each thread on a CPU of its own, if --data-parallel-size replicas find as many",
+        help="bind each thread to its own CPU, if there are enough for --data-parallel-size replicas",
     )
-    engine.add_argument("--max-model-len", type=int, default=2048)
-    engine.add_argument("--max-num-seqs", type=int, default=8)
-    engine.add_argument("--max-num-batched-tokens", type=int, default=512)
+    engine.add_argument("--max-model-len", type=int)
+    engine.add_argument("--max-num-seqs", type=int)
+    engine.add_argument("--max-num-batched-tokens", type=int)
     engine.add_argument(
         "--max-prefill-beside-decode",
         type=int,
-        default=32,
-        help="prompt tokens a step computes while other texts are being written; fewer in a long context",
+        help="prompt tokens per step while other sequences decode; fewer in a long context",
     )
-    engine.add_argument("--block-size", type=int, default=64)
+    engine.add_argument("--block-size", type=int)
     engine.add_argument("--num-gpu-blocks-override", type=int)
-    engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
-    engine.add_argument("--dtype", default="bfloat16", help="weights and KV cache: bfloat16 or float32")
-    engine.add_argument("--quantization", help="wint8 or wint4: weights of 8 or 4 bits")
-    engine.add_argument("--qkv-order", default="plain", help="plain or grouped, in fused Paddle checkpoints")
+    engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+    engine.add_argument("--dtype", help="weights and KV cache: bfloat16 or float32")
+    engine.add_argument("--quantization", help="wint8 or wint4: weights with 8 or 4 bits")
+    engine.add_argument("--qkv-order", help="plain or grouped: order in fused Paddle checkpoints")
     parallel = parser.add_argument_group("parallel")
-    parallel.add_argument("--data-parallel-size", type=int, default=1)
-    parallel.add_argument("--local-data-parallel-id", type=int, default=0)
-    parallel.add_argument("--tensor-parallel-size", type=int, default=1)
+    parallel.add_argument("--data-parallel-size", type=int)
+    parallel.add_argument("--local-data-parallel-id", dest="data_parallel_rank", type=int, metavar="N")
+    parallel.add_argument("--tensor-parallel-size", type=int)
     parallel.add_argument(
-        "--enable-expert-parallel", action="store_true", help="replicas share the experts, each holds a part"
+        "--enable-expert-parallel", action="store_true", help="distribute the experts over the replicas"
     )
     parallel.add_argument(
         "--expert-parallel-group",
-        default="default",
         metavar="NAME",
-        help="which group of this machine; each deployment needs one of its own",
+        help="name of the group on this machine; each deployment needs its own (default %(default)s)",
     )
     parallel.add_argument(
         "--expert-parallel-stall-kill",
         type=float,
-        default=60.0,
         metavar="SECONDS",
-        help="a rank that others wait for and that makes no progress for so long is killed",
+        help="kill a rank that others wait for after this time without progress (default %(default)g)",
     )
     parallel.add_argument(
-        "--redundant-experts", type=int, default=0, metavar="N", help="extra copies of the most used experts"
+        "--redundant-experts", type=int, metavar="N", help="extra copies of the most used experts"
     )
     parallel.add_argument(
         "--enable-eplb",
@@ -223,7 +227,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag in (*_WITHOUT_EFFECT, *_ONE_VALUE):
         parser.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
+    parser.set_defaults(**_defaults())
     return parser
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of all flags with the name of a field of `EngineConfig` or `ServeConfig`."""
+    return {
+        config_field.name: config_field.default
+        for config in (EngineConfig, ServeConfig)
+        for config_field in fields(config)
+        if config_field.default is not MISSING and config_field.name not in _OWN_DEFAULTS
+    }
 
 
 def _dashed(word: str) -> str:
@@ -247,7 +262,7 @@ def _port(flag: str, port: int) -> int:
 
 
 def _own_port(flag: str, text: str, rank: int) -> int:
-    """A single port is this replica's own; of a list, as FastDeploy gives it to all, its index decides."""
+    """Return this replica's port: the only one, or the one at index `rank` of FastDeploy's list for all."""
     try:
         ports = [int(word) for word in text.split(",")]
     except ValueError:
@@ -273,12 +288,12 @@ def _api_keys(flags: list[str] | None, file: Path | None) -> ApiKeys:
     else:
         keys = [key for text in flags for key in keys_of("--api-key", text)]
         if not keys:
-            raise ConfigError("--api-key is empty; leave it out to let everybody in")
+            raise ConfigError("--api-key is empty; omit it to require no key")
     return ApiKeys(keys if file is None else keys + keys_in("--api-keys-file", file))
 
 
 def _chat_template(text: str | None) -> str | None:
-    """FastDeploy takes a path or the template itself."""
+    """Return the template; as in FastDeploy, `text` is a path or the template itself."""
     if text is None or "{" in text:
         return text
     return read_text(Path(text), f"--chat-template {text}")

@@ -1,4 +1,4 @@
-"""What the model is to read: the messages of a chat, or the prompts of a completion, as the body has them."""
+"""Messages of a chat request and prompts of a completion request, read from the body."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ...common.errors import RequestError
 from .fields import Fields, without_nulls
 
-#: Tokens are numbered and counted in 32 bits by the engine.
+#: The engine has 32-bit token ids and counts.
 MAX_TOKEN = 2**31 - 1
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -32,7 +32,7 @@ def _message(value: Any, path: str) -> dict[str, Any]:
     for key in ("tool_calls", "function_call", "audio"):
         if without_nulls(fields.get(key)):
             raise RequestError(f"{fields.name(key)} is not supported by this server", fields.name(key))
-    # "developer" is OpenAI's newer word; the templates of open models know "system".
+    # "developer" is OpenAI's newer name; templates of open models expect "system".
     message = {"role": "system" if role == "developer" else role, "content": _content(fields, role)}
     name = fields.string("name", 1024)
     return message | ({"name": name} if name is not None else {})
@@ -43,7 +43,7 @@ def _content(fields: Fields, role: str) -> str:
     if isinstance(content, str):
         return content
     if content is None and role == "assistant":
-        # An answer of OpenAI's has either content or a refusal.
+        # A response of OpenAI's API has either content or a refusal.
         return fields.string("refusal") or ""
     if not isinstance(content, list):
         raise fields.wrong("content", "a string or a list of text parts")

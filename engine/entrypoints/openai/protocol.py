@@ -1,7 +1,7 @@
 """The bodies of /v1/chat/completions and /v1/completions, validated and frozen.
 
-Fields that no server knows are ignored, because clients send many. Fields that this server knows but does
-not implement are refused as soon as their value would change the answer: silence would be a wrong answer.
+Unknown fields are ignored, because clients send many. A known field that is not implemented is refused if its
+value would change the response, which would otherwise be wrong without notice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
 
-#: Fields that would change the answer if they were implemented -> values under which they change nothing.
+#: Fields that are not implemented -> values that would not change the response.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -57,7 +57,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What holds where a request says nothing: the checkpoint's own advice, else OpenAI's values."""
+    """Defaults of sampling parameters: the checkpoint's recommendation, else OpenAI's defaults."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -73,7 +73,7 @@ class SamplingDefaults:
             fields = Fields(read_object(file).values)
             temperature = fields.number("temperature", cls().temperature, 0.0)
             return cls(
-                # A checkpoint that says do_sample=false means greedy, whatever temperature stands beside it.
+                # do_sample=false means greedy, whatever the temperature is.
                 temperature=0.0 if fields.get("do_sample") is False else temperature,
                 top_p=fields.number("top_p", cls().top_p, 0.0, 1.0),
                 top_k=fields.integer("top_k", cls().top_k, 0, MAX_TOKEN) or 0,
@@ -85,13 +85,13 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What chat and completion requests have in common."""
+    """Fields of both chat and completion requests."""
 
-    #: Of the answer's id.
+    #: Prefix of the response's id.
     id_prefix: ClassVar[str]
-    #: Where the prompt stands in the body.
+    #: Name of the prompt's field in the body.
     prompt_field: ClassVar[str]
-    #: The answer goes on with the prompt's text, rather than being a text of its own.
+    #: The output continues the prompt's text, rather than being a text of its own.
     continues_prompt: ClassVar[bool]
 
     model: str | None
@@ -110,10 +110,10 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     include_stop_str_in_output: bool
-    #: None: no log probabilities; 0: of the drawn tokens; n: and of the n most likely ones.
+    #: None: no log probabilities; 0: of the drawn tokens; n: also of the n most likely tokens.
     logprobs: int | None
     stream: bool
-    #: The stream ends with an event that has the usage of the whole request.
+    #: The stream ends with an event with the usage of the whole request.
     include_usage: bool
     #: Each event of a choice has the choice's usage so far.
     continuous_usage: bool
@@ -122,7 +122,7 @@ class GenerationRequest:
 
     @property
     def prompt_logprobs(self) -> int | None:
-        """As `logprobs`, for the tokens of the prompt."""
+        """Like `logprobs`, for the tokens of the prompt."""
         return None
 
     def sampling_params(
@@ -178,7 +178,7 @@ class CompletionRequest(GenerationRequest):
     id_prefix = "cmpl"
     prompt_field = "prompt"
     continues_prompt = True
-    #: Each is text or token ids.
+    #: Text or token ids.
     prompts: tuple[str | list[int], ...]
     echo: bool
 
@@ -226,7 +226,7 @@ def _common(fields: Fields, defaults: SamplingDefaults, fewest_tokens: int = 1) 
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
         "temperature": fields.number("temperature", defaults.temperature, 0.0),
-        # At 0 only the most likely token is left.
+        # 0 leaves only the most likely token.
         "top_p": fields.number("top_p", defaults.top_p, 0.0, 1.0),
         "top_k": max(top_k, 0),
         "min_p": fields.number("min_p", 0.0, 0.0, 1.0),
@@ -249,7 +249,7 @@ def _common(fields: Fields, defaults: SamplingDefaults, fewest_tokens: int = 1) 
 def _refuse_unsupported(fields: Fields) -> None:
     for key, harmless in _UNSUPPORTED.items():
         value = without_nulls(fields.get(key))
-        # `1 == True` and `0 == False` in Python; JSON's 0 and false are both harmless here.
+        # In Python 0 == False; JSON's 0 and false are both harmless here.
         if value is not None and value not in harmless:
             raise RequestError(f"{key} is not supported by this server; leave it out", key)
 
@@ -288,5 +288,5 @@ def _usage_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
         return False, False
     if not stream:
         raise RequestError("stream_options is allowed only together with stream: true", "stream_options")
-    # The object alone asks for the usage, as with FastDeploy.
+    # As in FastDeploy, the object itself requests the usage.
     return options.boolean("include_usage", default=True), options.boolean("continuous_usage_stats")

@@ -1,8 +1,8 @@
-"""The processes of a replica: gunicorn's arbiter, one HTTP process, and that one's worker.
+"""The processes of a replica: gunicorn's arbiter, one HTTP process, and the worker.
 
 The arbiter forks the HTTP process, the HTTP process starts the worker, and each child dies with its parent.
-Nothing is ever started again: if one of them ends unasked the arbiter exits with code 3, and whoever
-supervises the replica decides what comes next.
+No process is restarted: if one exits unexpectedly, the arbiter exits with code 3, and the supervisor of the
+replica decides what to do.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from ...common.gunicorn_base import Arbiter, BaseApplication, HaltServer, Logger
 from ...common.metrics_server import Exposition
 from ...common.process_control import die_with_parent
 from ..http_worker import HttpWorker
-from ..registration import FAREWELL_SECONDS, Address, Registration
+from ..registration import DEREGISTER_SECONDS, Address, Registration
 from .app import create_app
 from .engine_client import EngineClient
 from .options import ServeConfig
-from .replica import Replica
+from .served_model import ServedModel
 
 _log = logging.getLogger(__name__)
 
 EXIT_FAILED = 3
-#: Seconds the worker has to leave its loop.
-_WORKER_STOP = 5
-#: Seconds for clients to be told that their requests have failed.
-_LAST_ANSWERS = 2.0
-#: Between what a router has been told and what it does with requests that it has in hand.
-_LAST_REQUESTS = 0.1
-#: Longer than routers keep idle connections (30 s in ours, 60 s in nginx): the side that has just sent a
-#: request must not find that the other has closed.
-_KEEPALIVE = 75
-#: gunicorn's settings that decide whether and how a request is read. The router checks requests first, so
-#: these limits are above its own (request_parser.py) and leave room for the headers that it adds.
+#: Seconds for the worker to leave its loop before it is killed.
+_WORKER_STOP_SECONDS = 5
+#: Seconds to send error responses to open requests.
+_FINAL_RESPONSE_SECONDS = 2.0
+#: Seconds after deregistration in which the router may still forward requests.
+_DEREGISTER_SETTLE_SECONDS = 0.1
+#: Longer than routers keep idle connections (30 s in ours, 60 s in nginx), so that a router never sends a
+#: request on a connection that the replica is closing.
+_KEEPALIVE_SECONDS = 75
+#: gunicorn's settings for parsing requests. The router checks requests first, so these limits are above its
+#: own (request_parser.py) and leave room for the headers that it adds.
 HTTP_SETTINGS: dict[str, Any] = {
     # gunicorn's maximum.
     "limit_request_line": 8190,
@@ -59,7 +59,7 @@ HTTP_SETTINGS: dict[str, Any] = {
     "http_protocols": "h1",
     "http2_cleartext": "off",
     "proxy_protocol": "off",
-    # No peer is a trusted proxy: neither scheme nor path prefix of a request comes from its headers.
+    # No peer is a trusted proxy: scheme and path prefix of a request never come from its headers.
     "forwarded_allow_ips": "",
     "secure_scheme_headers": {},
     "forwarder_headers": "",
@@ -70,13 +70,13 @@ HTTP_SETTINGS: dict[str, Any] = {
     "permit_unconventional_http_method": False,
     "permit_unconventional_http_version": False,
     "casefold_http_method": False,
-    # No answer is a file.
+    # No response is a file.
     "sendfile": False,
 }
 
 
 def serve(config: ServeConfig, addresses: Sequence[str]) -> None:
-    """Run until SIGTERM or SIGINT, and exit the process: 0 then, 3 when the replica has failed.
+    """Run until SIGTERM or SIGINT, then exit the process with 0; exit with 3 if the replica has failed.
 
     Args:
         addresses: all addresses of `config.host`; the replica listens on each.
@@ -88,8 +88,8 @@ class _Application(BaseApplication):
     def __init__(self, config: ServeConfig, addresses: Sequence[str]) -> None:
         self.config = config
         self.addresses = addresses
-        #: Of the HTTP process; None in the arbiter.
-        self.parts: _Parts | None = None
+        #: None in the arbiter.
+        self.parts: _ReplicaParts | None = None
         super().__init__()
 
     def load_config(self) -> None:
@@ -101,35 +101,38 @@ class _Application(BaseApplication):
             "workers": 1,
             "threads": config.threads,
             "worker_connections": connections_of(config.threads),
-            "keepalive": _KEEPALIVE,
-            # The HTTP process is never killed for being busy; the daemon has probes for a hang.
+            "keepalive": _KEEPALIVE_SECONDS,
+            # gunicorn must not kill a busy HTTP process; the daemon detects hangs.
             "timeout": 0,
-            # The arbiter waits longer than the HTTP process, which before tells its router and afterwards
-            # stops its worker; see load().
-            "graceful_timeout": FAREWELL_SECONDS + config.timeout_graceful_shutdown + _WORKER_STOP + 5,
+            # The arbiter waits longer than the HTTP process, which also deregisters before and stops its
+            # worker afterwards; see load().
+            "graceful_timeout": DEREGISTER_SECONDS
+            + config.timeout_graceful_shutdown
+            + _WORKER_STOP_SECONDS
+            + 5,
             "control_socket_disable": True,
             "logger_class": _Logger,
             "loglevel": "warning",
-            "post_fork": _tie_to_arbiter,
+            "post_fork": _die_with_arbiter,
             "worker_exit": _stop,
         }
         for name, value in (HTTP_SETTINGS | settings).items():
             self.cfg.set(name, value)
 
     def load(self) -> Flask:
-        """Called in the HTTP process, after the fork."""
-        # Ctrl-C reaches the whole process group; the arbiter alone acts on it.
+        """Return the application. gunicorn calls this in the HTTP process, after the fork."""
+        # Ctrl-C reaches the whole process group; only the arbiter handles it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # For one that hangs. USR1 is gunicorn's.
-        signal.signal(signal.SIGUSR2, _tell_stacks)
-        # This process's copy of the settings: from here on it says how long open requests may take.
+        # For hung processes. gunicorn uses SIGUSR1.
+        signal.signal(signal.SIGUSR2, _dump_stacks)
+        # In this process's copy of the settings: the time for open requests.
         self.cfg.set("graceful_timeout", self.config.timeout_graceful_shutdown)
         try:
-            self.parts = _Parts(self.config, self.addresses)
+            self.parts = _ReplicaParts(self.config, self.addresses)
         except (FastDeployError, OSError, zmq.ZMQError) as error:
             _log.error("%s", error)
             sys.exit(EXIT_FAILED)
-        return create_app(self.parts.replica)
+        return create_app(self.parts.served)
 
     def run(self) -> None:
         worker_heartbeat.keep_in_memory()
@@ -137,16 +140,16 @@ class _Application(BaseApplication):
         _Arbiter(self).run()
 
 
-class _Parts:
-    """What the HTTP process consists of besides its threads for requests."""
+class _ReplicaParts:
+    """Engine client, model, metrics port and registration of the HTTP process."""
 
     def __init__(self, config: ServeConfig, addresses: Sequence[str]) -> None:
         self.engine = EngineClient(config.engine, config.engine_worker_queue_port, self._fail)
-        self.replica = Replica(config, self.engine)
+        self.served = ServedModel(config, self.engine)
         self.registration: Registration | None = None
         if config.metrics_port is not None:
-            # Until the process ends: how the last requests fare is worth knowing, too.
-            Exposition(addresses, config.metrics_port, self.replica.metrics.render)
+            # Serves until the process exits, so that the last requests are counted too.
+            Exposition(addresses, config.metrics_port, self.served.metrics.render)
         self.engine.start()
         if config.router is not None:
             address = Address(
@@ -157,29 +160,29 @@ class _Parts:
                 config.engine.data_parallel_rank,
             )
             self.registration = Registration(
-                config.router, address, self.replica.identity, self.replica.is_healthy
+                config.router, address, self.served.identity, self.served.is_healthy
             )
             self.registration.start()
 
     def close(self) -> None:
         if self.registration is not None:
             self.registration.stop()
-        # Requests that are still open now have had their time; they end with an error.
-        self.engine.close(_WORKER_STOP)
-        self.replica.wait_until_idle(_LAST_ANSWERS)
+        # The grace period is over: requests that are still open end with an error.
+        self.engine.close(_WORKER_STOP_SECONDS)
+        self.served.wait_until_idle(_FINAL_RESPONSE_SECONDS)
 
     def _fail(self, message: str) -> None:
         _log.error("replica stops: %s", message)
         if self.registration is not None and self.registration.is_alive():
-            # Requests come as long as it does not know, the more of them the faster they fail.
+            # The router sends requests until it knows, and more of them the faster they fail.
             self.registration.leave()
-        self.replica.wait_until_idle(_LAST_ANSWERS)
+        self.served.wait_until_idle(_FINAL_RESPONSE_SECONDS)
         logging.shutdown()
         os._exit(EXIT_FAILED)
 
 
 class _Arbiter(Arbiter):
-    """gunicorn's, with one child that is not replaced."""
+    """gunicorn's arbiter with one child, which is never replaced."""
 
     stopping = False
 
@@ -188,7 +191,7 @@ class _Arbiter(Arbiter):
         super().stop(graceful)
 
     def reap_workers(self) -> None:
-        # Also collects orphans, in case this is process 1 of a container.
+        # Any child: in a container this may be process 1, which must reap orphans.
         while any_child := _wait_for_any_child():
             pid, status = any_child
             worker = self.WORKERS.pop(pid, None)
@@ -201,46 +204,46 @@ class _Arbiter(Arbiter):
                 raise HaltServer(f"the HTTP process pid={pid} has ended: {how}", EXIT_FAILED)
 
     def handle_int(self) -> None:
-        """Ctrl-C is as gentle as SIGTERM; a second one, during the stop, is not."""
+        """Stop gracefully, as on SIGTERM. A second SIGINT during the stop is immediate."""
         self.handle_term()
 
     def _unsupported(self) -> None:
-        # They would start a second HTTP process, and with it a second worker.
-        _log.warning("signal ignored: a replica is not reloaded but started anew")
+        # These signals would start a second HTTP process, and so a second worker.
+        _log.warning("signal ignored: restart the replica instead of reloading it")
 
     handle_hup = handle_ttin = handle_ttou = handle_usr2 = _unsupported
 
 
 class _HttpProcess(HttpWorker):
-    """Before it stops it tells the router, and goes on serving until that knows."""
+    """gunicorn worker that deregisters before it stops, and serves requests until then."""
 
     is_leaving = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # In the loop: a signal may come while this thread holds any lock.
+        # Deferred to the loop: the signal may have interrupted this thread while it holds a lock.
         self.method_queue.defer(self._leave)
 
     def _leave(self) -> None:
-        parts: _Parts | None = self.app.parts
+        parts: _ReplicaParts | None = self.app.parts
         if parts is None or parts.registration is None:
             self._stop()
         elif not self.is_leaving:
             self.is_leaving = True
-            threading.Thread(target=self._tell, args=(parts.registration,), daemon=True).start()
+            threading.Thread(target=self._deregister, args=(parts.registration,), daemon=True).start()
 
-    def _tell(self, registration: Registration) -> None:
+    def _deregister(self, registration: Registration) -> None:
         registration.leave()
-        time.sleep(_LAST_REQUESTS)
+        time.sleep(_DEREGISTER_SETTLE_SECONDS)
         self.method_queue.defer(self._stop)
 
     def _stop(self) -> None:
         if self.app.parts is not None:
-            self.app.parts.replica.draining = True
+            self.app.parts.served.draining = True
         super().handle_exit(signal.SIGTERM, None)
 
 
 class _Logger(Logger):
-    """Sends gunicorn's few words the way of all others."""
+    """gunicorn's logger, through this package's handlers."""
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
@@ -256,27 +259,29 @@ def _wait_for_any_child() -> tuple[int, int] | None:
     return (pid, status) if pid else None
 
 
-def _tie_to_arbiter(arbiter: Arbiter, http: HttpWorker) -> None:
+def _die_with_arbiter(arbiter: Arbiter, http: HttpWorker) -> None:
     die_with_parent(http.ppid)
 
 
-def _tell_stacks(number: int, frame: FrameType | None) -> None:
-    """Where all threads are, to stderr. They stand still meanwhile; with faulthandler's own handler they do
-    not, and a look at stacks that change may be a crash.
+def _dump_stacks(number: int, frame: FrameType | None) -> None:
+    """Write the stacks of all threads to stderr.
+
+    A Python handler holds the GIL, so the stacks cannot change. With faulthandler's own handler they can, and
+    walking a stack that changes may crash.
     """
     faulthandler.dump_traceback()
 
 
 def _stop(arbiter: Arbiter, http: HttpWorker) -> None:
-    """In the HTTP process, when it has stopped serving."""
-    parts: _Parts | None = http.app.parts
+    """Stop the worker and exit. gunicorn calls this in the HTTP process when it has stopped serving."""
+    parts: _ReplicaParts | None = http.app.parts
     if parts is None:
         return
-    # gunicorn's word for "nobody has told it to stop"; what went wrong it has logged.
-    unasked = http.alive
-    if unasked:
+    # `alive` means that no stop was requested; gunicorn has logged the error.
+    failed = http.alive
+    if failed:
         _log.error("replica stops: the loop that serves connections has failed")
     parts.close()
-    # A thread that sends to a client which does not read would keep the interpreter from ending.
+    # os._exit: a thread that sends to a client which does not read would block a normal exit.
     logging.shutdown()
-    os._exit(EXIT_FAILED if unasked else 0)
+    os._exit(EXIT_FAILED if failed else 0)

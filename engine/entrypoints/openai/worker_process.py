@@ -1,4 +1,4 @@
-"""The worker of this replica as a child process: started with its configuration, watched, ended."""
+"""The worker of this replica as a child process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORKER_COMMAND = (sys.executable, "-m", "fastdeploy.core.worker")
 
 
 class WorkerProcess:
-    """Call the constructor in the main thread: the worker dies with the thread that started it."""
+    """Handle of the worker. Create it in the main thread: the worker dies with the thread that started it."""
 
     def __init__(
         self, config: EngineConfig, endpoint: str, token: str, command: Sequence[str] = WORKER_COMMAND
@@ -25,8 +25,8 @@ class WorkerProcess:
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            # A group of its own: Ctrl-C and a supervisor's signals go to whole groups, and this process alone
-            # decides when its worker is no longer needed. It dies with us all the same.
+            # A process group of its own, because Ctrl-C and supervisors signal whole groups, and only this
+            # process may stop its worker.
             process_group=0,
             env={
                 **os.environ,
@@ -36,7 +36,7 @@ class WorkerProcess:
                 "FD_PARENT_PID": str(os.getpid()),
             },
         )
-        #: Readable as soon as the process is dead.
+        #: Readable once the process has exited.
         self.pidfd = os.pidfd_open(self._process.pid)
 
     @property
@@ -47,11 +47,11 @@ class WorkerProcess:
         self._process.kill()
 
     def was_killed(self) -> bool:
-        """Waits for the end; true if a signal brought it."""
+        """Wait for the exit; return True if a signal caused it."""
         return self._process.wait() < 0
 
     def end(self) -> str:
-        """Waits for the end and says how it came: "was killed by SIGKILL", "exited with code 1"."""
+        """Wait for the exit and describe it: "was killed by SIGKILL", "exited with code 1"."""
         code = self._process.wait()
         if code >= 0:
             return f"exited with code {code}"

@@ -1,4 +1,4 @@
-"""What this API process serves: one model behind one worker, and who is being served just now."""
+"""The model that this API process serves, and its admission of requests."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from ...config import ModelConfig
 from ...tokenizer.tokenizer import Tokenizer
 from ..metrics import ReplicaMetrics
 from ..registration import Identity
-from .engine_client import EngineClient, State
+from .engine_client import EngineClient, EngineState
 from .errors import ApiError
 from .options import ServeConfig
 from .protocol import SamplingDefaults
 
 
-class Replica:
-    """Shared by all threads of the process. Its own state is the number of open requests and `draining`."""
+class ServedModel:
+    """Configuration, tokenizer, engine and metrics, shared by all threads of the process.
+
+    Its mutable state is the number of open requests and `draining`.
+    """
 
     def __init__(self, config: ServeConfig, engine: EngineClient) -> None:
         directory = config.engine.model
@@ -33,18 +36,18 @@ class Replica:
         self.defaults = SamplingDefaults.from_directory(directory)
         self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready, config.engine.max_num_seqs)
         self.created = int(time.time())
-        #: Set when the process has been told to stop: open requests go on, new ones are turned away.
+        #: True once the process is stopping: open requests continue, new ones are refused.
         self.draining = False
         self._changed = threading.Condition()
         self._in_flight = 0
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """One of the `max_concurrency` places, until it is left.
+        """Hold one of `max_concurrency` places for the duration of the block.
 
         Raises:
-            ApiError: all are taken.
-            ReplicaUnavailable: loading, failed or draining.
+            ApiError: all places are taken.
+            ReplicaUnavailable: the replica is loading, failed or draining.
         """
         if self.draining:
             raise ReplicaUnavailable("this replica is shutting down")
@@ -68,16 +71,18 @@ class Replica:
             return self._changed.wait_for(lambda: self._in_flight == 0, timeout)
 
     def tokens_left(self, prompt: list[int], max_tokens: int | None, field: str) -> int:
-        """How many tokens may follow `prompt`: what was asked for, or less where the room ends.
+        """Return how many tokens may follow `prompt`: `max_tokens`, limited by context and KV cache.
+
+        Args:
+            field: name of the prompt's field in the request, for errors.
 
         Raises:
-            ApiError: the prompt is empty, has ids that the model does not know, or leaves room for no token
-                although one is wanted.
+            ApiError: the prompt is empty, has unknown token ids, or leaves no room for a requested token.
         """
         sizes = self.engine.ready
         assert sizes is not None, "requests are admitted after the worker is ready"
         if not prompt:
-            raise ApiError(400, f"{field} has no tokens; at least one is needed", param=field)
+            raise ApiError(400, f"{field} has no tokens; at least one is required", param=field)
         if max(prompt) >= self.model.vocab_size:
             raise ApiError(
                 400,
@@ -91,7 +96,7 @@ class Replica:
             raise ApiError(
                 400,
                 f"{field} has {len(prompt)} tokens; {whose} holds {limit}"
-                + (", one of them for the answer" if max_tokens != 0 else ""),
+                + (", one of them for the output" if max_tokens != 0 else ""),
                 param=field,
                 code="context_length_exceeded",
             )
@@ -99,7 +104,7 @@ class Replica:
         return left if max_tokens is None else min(max_tokens, left)
 
     def require_model(self, name: str | None) -> None:
-        """FastDeploy's clients may say "default", or nothing."""
+        """Raise ApiError (404) for another model; FastDeploy's clients may send "default" or nothing."""
         if name not in (None, "", "default", self.config.served_model_name):
             raise ApiError(
                 404,
@@ -109,27 +114,27 @@ class Replica:
             )
 
     def is_healthy(self) -> bool:
-        return self.engine.status.state is State.READY and not self.draining
+        return self.engine.status.state is EngineState.READY and not self.draining
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body of /health."""
+        """Return HTTP status and body of /health."""
         status = self.engine.status
         body: dict[str, Any] = {"status": "draining" if self.draining else str(status.state)}
-        if status.state is State.LOADING:
+        if status.state is EngineState.LOADING:
             body |= {"progress": round(status.progress, 3), "stage": status.stage}
         if status.message:
             body["message"] = status.message
-        if status.state is State.READY:
-            pulse = self.engine.pulse
+        if status.state is EngineState.READY:
+            progress = self.engine.progress
             body["worker"] = {
-                "pid": pulse.pid,
-                "steps": pulse.steps,
-                "requests": pulse.requests,
-                "silent": round(pulse.silent, 3),
+                "pid": progress.pid,
+                "steps": progress.steps,
+                "requests": progress.requests,
+                "silent": round(progress.silent, 3),
             }
         if self.is_healthy():
             return 200, body | {"model": self.config.served_model_name}
         if os.environ.get("FD_COMPAT_HEALTH") == "1":
             # FastDeploy's codes: 304 when a worker is not alive, 404 for any other reason.
-            return (304 if status.state is State.FAILED else 404), body
+            return (304 if status.state is EngineState.FAILED else 404), body
         return 503, body

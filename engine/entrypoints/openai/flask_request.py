@@ -1,4 +1,4 @@
-"""What the head and the body of a request say, read from Flask's current request and checked."""
+"""Checked access to the headers and the body of Flask's current request."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from ...common.errors import RequestError
 from ...common.resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
 from .engine_client import EngineClient
 from .errors import ApiError
-from .progress import Progress
+from .keep_alive import KeepAlive
 
 REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 MAX_SEED = 2**63 - 1
-#: Of a body that is too large 64 MiB more are read and thrown away.
-_PIECE, _DISCARDED_PIECES = 1 << 20, 64
+#: At most 64 MiB of a body that is too large are read and discarded.
+_CHUNK_BYTES, _MAX_DISCARDED_CHUNKS = 1 << 20, 64
 _SECONDS = re.compile(r"\d{1,4}(\.\d{1,3})?", re.ASCII)
 
 
 def read_body(media_type: str = "application/json") -> bytes:
-    """All of it.
+    """Return the complete body.
 
     Raises:
         ApiError: it is compressed, of another type, larger than Flask's MAX_CONTENT_LENGTH, or too slow.
-        RequestError: it is broken off.
+        RequestError: it is incomplete or cannot be read.
     """
     _check_encoding()
     if request.mimetype and request.mimetype != media_type:
         raise ApiError(
             415,
-            f"Content-Type is {_quoted(request.mimetype)}; it must be {media_type!r}",
+            f"Content-Type is {_shown(request.mimetype)}; it must be {media_type!r}",
             code="unsupported_media_type",
             headers={"Accept": media_type},
         )
     try:
         return request.get_data(cache=False)
     except RequestEntityTooLarge:
-        # Most clients look at the answer only when they have sent everything.
+        # Most clients read the response only after they have sent the whole body.
         stream = request.environ["wsgi.input"]
-        for _ in range(_DISCARDED_PIECES):
-            if not stream.read(_PIECE):
+        for _ in range(_MAX_DISCARDED_CHUNKS):
+            if not stream.read(_CHUNK_BYTES):
                 break
         limit = request.max_content_length
         raise ApiError(413, f"the body is larger than {limit} bytes (--max-body-bytes)") from None
     except ClientDisconnected as error:
-        # What Werkzeug makes of any trouble with the socket; here of the worker's limit (http_worker.py).
+        # Werkzeug raises this for any socket error, including the read timeout of http_worker.py.
         if isinstance(error.__context__, BlockingIOError):
             raise ApiError(408, "the body did not arrive in time") from None
         raise RequestError("the body ended before its Content-Length") from None
@@ -64,13 +64,13 @@ def _check_encoding() -> None:
     if any(coding.strip().lower() not in ("", "identity") for coding in given.split(",")):
         raise ApiError(
             415,
-            f"Content-Encoding is {_quoted(given)}; send the body uncompressed",
+            f"Content-Encoding is {_shown(given)}; send the body uncompressed",
             code="unsupported_content_encoding",
             headers={"Accept-Encoding": "identity"},
         )
 
 
-def _quoted(header: str) -> str:
+def _shown(header: str) -> str:
     return repr(header[:100])
 
 
@@ -102,15 +102,15 @@ def wants_marks() -> bool:
     return request.headers.get(MARKS_HEADER) == "1"
 
 
-def progress(engine: EngineClient) -> Progress | None:
-    """The signs of life that were asked for."""
+def keep_alive(engine: EngineClient) -> KeepAlive | None:
+    """Return the keep-alive timer that the router requests; None if it requests none."""
     given = request.headers.get(PROGRESS_HEADER)
     if given is None:
         return None
     if not _SECONDS.fullmatch(given) or float(given) == 0:
         raise RequestError(f"{PROGRESS_HEADER} must be a number of seconds", PROGRESS_HEADER)
-    knows_interim_heads = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
-    return Progress(float(given), lambda: engine.stats, client_socket() if knows_interim_heads else None)
+    accepts_interim = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    return KeepAlive(float(given), lambda: engine.stats, client_socket() if accepts_interim else None)
 
 
 def client_socket() -> socket.socket | None:

@@ -1,0 +1,25 @@
+"""Options of one rank in an expert-parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+#: Called before each new epoch with, for each layer, all experts that this rank holds from now on, and the
+#: new ones among them.
+OnPlacement = Callable[[Sequence[frozenset[int]], Sequence[frozenset[int]]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    name: str
+    rank: int
+    #: Extra copies of the most used experts in each layer.
+    redundant_experts: int = 0
+    #: Move experts once a minute to balance their measured load.
+    rebalance: bool = False
+    #: Seconds without progress after which a rank that others wait for is reported, and killed.
+    stall_after: float = 10.0
+    stall_kill: float = 60.0
+    #: Every rank has one CPU per thread, so short waits may spin.
+    spin: bool = False
