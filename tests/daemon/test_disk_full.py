@@ -150,7 +150,7 @@ def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDi
         ):
             wait_until(lambda words=words: words in problems(), "it is reported")
         told = system.fdctl("status").stderr
-        assert f"run/fd-dp.sock, but fd-dp, pid {system.daemon.pid}, is alive; " in told
+        assert f"run/fd-dp.sock, but fd-dp runs with pid {system.daemon.pid}; " in told
         assert told.count("\n") == 1
     for name, old in (("supervisor.sock", "old1.sock"), ("fd-dp.sock", "old2.sock")):
         wait_until((run / name).exists, "it is bound")

@@ -161,7 +161,7 @@ def test_fdctl_names_what_is_missing(lent: Running) -> None:
         done = lent.fdctl("status")
     finally:
         os.kill(lent.daemon.pid, signal.SIGCONT)
-    assert f"run/fd-dp.sock, but fd-dp, pid {lent.daemon.pid}, is alive; " in done.stderr
+    assert f"run/fd-dp.sock, but fd-dp runs with pid {lent.daemon.pid}; " in done.stderr
     wait_until(lent.ready, "it listens again")
 
 
@@ -182,7 +182,7 @@ def test_a_replica_without_its_files_waits_and_has_not_failed(lent: Running) -> 
         assert (entry["state"], entry["restarts"]) == ("WAITING", before["restarts"] + 1)
         wait_until(lambda: lent.status()["daemon"]["problems"], "the problem is listed")
         problem = lent.status()["daemon"]["problems"][0]
-        assert problem.startswith("cannot write the files that programs start from: ")
+        assert problem.startswith("cannot write the launch files of programs: ")
     finally:
         launch.unlink()
     lent.wait_ready_again("replica0", before["pid"])
