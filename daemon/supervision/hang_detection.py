@@ -182,7 +182,12 @@ def root_blockers(seat: RankSnapshot, seats: Mapping[int, RankSnapshot]) -> list
 
 
 def _attribute(
-    report: HangReport, one: Stalled, what: str, blocker: RankSnapshot, name: str | None, no_progress_timeout: float
+    report: HangReport,
+    one: Stalled,
+    what: str,
+    blocker: RankSnapshot,
+    name: str | None,
+    no_progress_timeout: float,
 ) -> None:
     """Enter the stalled replica `one` and its blocker, the replica `name`, into the report."""
     # A joining rank may have written no time yet; then that of the waiting rank counts.
