@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..common.metrics_server import Exposition
+from ..common.metrics_server import MetricsServer
 from .config.options import MetricsSection
 from .config.programs import address
 
@@ -25,7 +25,7 @@ class MetricsPort:
     def __init__(self, render: Callable[[], bytes]) -> None:
         self._render = render
         self._wanted: MetricsSection | None = None
-        self._server: Exposition | None = None
+        self._server: MetricsServer | None = None
         self._next_try = 0.0
         self._is_logged = False
 
@@ -39,7 +39,7 @@ class MetricsPort:
             return
         where = address(wanted.host, wanted.port)
         try:
-            self._server = Exposition([wanted.host], wanted.port, self._render)
+            self._server = MetricsServer([wanted.host], wanted.port, self._render)
             log.info("metrics: at http://%s/metrics", where)
         except OSError as error:
             self._next_try = now + _RETRY_SECONDS

@@ -114,7 +114,7 @@ def assert_collective(
         for seat in range(num_seats)
     ]
     nothing = np.empty((0, K), int)
-    targets = [members[seat].targets if seat in members else nothing for seat in range(num_seats)]
+    targets = [members[seat].dispatch_targets if seat in members else nothing for seat in range(num_seats)]
     received = reference.ep_dispatch([share.x for share in shares], targets, EXPERTS)
     results = [computed(part.rows, part.offsets, layer, plan.wide) for part in received]
     sums = reference.ep_combine(received, results, [share.weights for share in shares])
@@ -123,13 +123,13 @@ def assert_collective(
             continue
         where = f"seed {seed}, seats {sorted(members)}, step {stamp:x}, collective {index}, seat {seat}"
         assert (one.layer, one.wide) == (layer, plan.wide), where
-        picks = shares[seat].picks
-        same(np.where(one.targets < 0, -1, one.targets >> 6), picks, where)
+        topk_ids = shares[seat].topk_ids
+        same(np.where(one.dispatch_targets < 0, -1, one.dispatch_targets >> 6), topk_ids, where)
         assert members.keys() <= set(one.members), where
-        assert {target & 63 for target in one.targets.flat if target >= 0} <= set(one.members), where
+        assert {target & 63 for target in one.dispatch_targets.flat if target >= 0} <= set(one.members), where
         same(one.rows, received[seat].rows, where)
         same(one.offsets, received[seat].offsets, where)
-        same(one.origins, received[seat].origins, where)
+        same(one.source_token_index, received[seat].source_token_index, where)
         if custom_ops.instruction_set() == "generic":
             # It rounds between product and sum.
             np.testing.assert_allclose(one.sums, sums[seat], rtol=1e-5, atol=1e-4, err_msg=where)

@@ -50,7 +50,7 @@ WORKER = f"{LOG}worker pid=12 was killed by "
         ("exit status 2", "api_server: ERROR (model '/x' is not a directory; give a checkpoint's)", "model"),
         ("exit status 2", "api_server: ERROR (/x/config.json: no such file; a checkpoint needs it)", "model"),
         ("exit status 3", f"{LOG}/models/m/weights: cannot be mapped ([Errno 5] I/O error)", "model"),
-        ("exit status 3", f"{LOG}/x/model.safetensors: not a safetensors file, or cut off", "model"),
+        ("exit status 3", f"{LOG}/x/model.safetensors: not a safetensors file, or truncated", "model"),
         ("exit status 3", f"{LOG}not enough memory", "memory"),
         ("exit status 3", f"{LOG}Unable to allocate 3.2 GiB for an array with shape (8,)", "memory"),
         ("exit status 3", f"{LOG}/dev/shm is full: 9 MB more are needed (docker: --shm-size)", "memory"),
