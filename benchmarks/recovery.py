@@ -40,7 +40,8 @@ import requests
 from fastdeploy.daemon.config import loader as dp_toml
 from fastdeploy.daemon.config.programs import programs_of
 from fastdeploy.daemon.control import protocol
-from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, write
+from fastdeploy.daemon.process.supervisor_client import Supervisor
+from fastdeploy.daemon.process.supervisord_config import Layout, write_files
 
 from .rows import Row, report
 from .serve import BIN, start_daemon, stop_daemon, wait_ready, write_config
@@ -210,7 +211,7 @@ def _recoveries_under_supervisor(prefix: Path) -> dict[str, float]:
     layout = Layout(config.paths.run, config.paths.logs)
     for directory in (config.paths.state, layout.run):
         directory.mkdir(parents=True, exist_ok=True)
-    write(layout, programs_of(config))
+    write_files(layout, programs_of(config))
     ini = layout.ini.read_text(encoding="utf-8")
     # A typical hand-written configuration.
     for ours in ("startsecs=0\n", "startretries=0\n", "autostart=false\n"):

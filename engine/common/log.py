@@ -102,6 +102,10 @@ def _file(name: str, fallback: logging.Handler) -> logging.Handler:
     except OSError as error:
         # A disk that is full or read-only must not prevent the start.
         if not is_disk_condition(error):
+            if os.path.lexists(directory / name):
+                raise ConfigError(
+                    f"log file {directory / name}: cannot be written ({error.strerror})"
+                ) from None
             raise ConfigError(
                 f"FD_LOG_DIR is {str(directory)!r}; it must be a directory for logs ({error.strerror})"
             ) from None
