@@ -160,7 +160,7 @@ def test_a_stranger_is_not_listened_to(caplog):
     with worker("is a stranger") as run:
         wait_until(lambda: "wrong token" in caplog.text, "it is noticed")
         assert run.client.status.state is EngineState.LOADING
-        with pytest.raises(ReplicaUnavailable, match="being loaded"):
+        with pytest.raises(ReplicaUnavailable, match="model is loading"):
             run.client.generate([request("a")])
 
 
