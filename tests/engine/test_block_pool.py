@@ -24,7 +24,7 @@ def test_blocks_without_content_are_used_before_cached_ones() -> None:
     assert pool.find([b"a"]) == [cached]
 
 
-def test_the_least_recently_held_content_is_evicted_first_and_tails_before_heads() -> None:
+def test_eviction_takes_least_recently_held_and_tails_before_heads() -> None:
     pool = BlockPool(4, 4)
     old, new = pool.allocate(2), pool.allocate(2)
     for block, name in zip(old + new, (b"old0", b"old1", b"new0", b"new1"), strict=True):

@@ -86,7 +86,7 @@ def test_the_dead_are_told_before_a_rank_has_noticed_and_wait_for_nobody(group: 
     assert read_snapshot("test", root=group.root) is None
 
 
-def test_the_one_that_most_wait_for_is_named_and_of_several_the_one_that_does_not_wait(
+def test_awaited_seat_has_most_waiters_and_preferably_waits_for_none(
     group: QuietGroup,
 ) -> None:
     group.join(0, 1, 2, 3)

@@ -188,7 +188,7 @@ def act_at_random(board: Board, seed: int) -> None:
                     board.forget_lost()
 
 
-def test_fuzz_workers_that_do_anything_and_are_killed_at_any_time_leave_all_counts_zero(board, caplog):
+def test_fuzz_workers_killed_at_any_time_leave_all_counts_zero(board, caplog):
     caplog.set_level("ERROR")
     chance = random.Random(5)
     workers = [Forked(lambda child, seed=seed: act_at_random(board, seed)) for seed in range(3)]

@@ -63,7 +63,7 @@ def tell(worker: Forked, order: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_d5_a_burst_over_idle_replicas_lands_evenly_however_many_workers_there_are(board, workers):
+def test_d5_burst_over_idle_replicas_is_even_for_any_number_of_workers(board, workers):
     for number in range(8):
         board.admit(instance(number))
     gate_out, gate_in = os.pipe()
@@ -120,7 +120,7 @@ def test_the_requests_of_a_killed_worker_end_with_it(board):
     assert in_flight(board) == [0]
 
 
-def test_a_worker_whose_parent_does_not_notice_its_death_is_missed_by_the_leader(board):
+def test_leader_drops_counts_of_a_dead_worker_missed_by_its_parent(board):
     board.admit(instance(0))
     worker = start_worker(board, picks=5)
     board.measure(1.0)
@@ -166,7 +166,7 @@ def test_a_worker_killed_with_the_lock_in_its_hand_does_not_keep_it(board):
     assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)
 
 
-def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_take_it(board):
+def test_forked_child_can_take_a_lock_held_by_a_thread_of_its_parent(board):
     board.admit(instance(0))
     holds, may_go = threading.Event(), threading.Event()
 
@@ -185,7 +185,7 @@ def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_take_
     worker.wait()
 
 
-def test_there_is_room_for_a_number_of_workers_and_that_of_the_dead_is_used_again(board):
+def test_worker_columns_are_limited_and_reused_after_a_death(board):
     workers = [start_worker(board) for _ in range(WORKERS)]
     with pytest.raises(BoardError, match=f"room for {WORKERS} workers"):
         board.open_counters()

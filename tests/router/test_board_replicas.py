@@ -9,7 +9,7 @@ from fastdeploy.daemon.router.instance import Instance, RegistrationError
 from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas, states
 
 
-def test_d4_the_end_of_an_old_request_does_not_count_against_a_replica_that_came_back(board, clock):
+def test_d4_end_of_an_old_request_does_not_count_for_a_new_instance(board, clock):
     """Upstream's unsigned counter went to 2^64-1, and that worker was never picked again."""
     seat_replicas(board, 1)
     old = pick(board)
@@ -40,7 +40,7 @@ def test_a_replica_that_was_started_anew_is_another_one_at_once(board):
     assert in_flight(board) == [0]
 
 
-def test_the_heartbeat_of_a_replaced_instance_that_comes_late_changes_nothing(board):
+def test_late_heartbeat_of_a_replaced_instance_is_ignored(board):
     board.admit(instance(0, "a"))
     board.admit(instance(0, "b"))
     assert not board.admit(instance(0, "a"))
@@ -105,7 +105,7 @@ def test_rows_are_used_again(board):
     assert len(board.status()) == 1
 
 
-def test_a_row_is_not_used_again_while_a_request_of_the_one_before_goes_on(board):
+def test_row_is_reused_only_after_requests_of_its_old_replica_end(board):
     board.admit(instance(0, "0"))
     leases = []
     for start in range(1, ROWS):

@@ -35,7 +35,7 @@ def test_the_least_loaded_replica_is_reserved_and_picked_once_it_is_empty(board:
     assert [row.in_flight for row in board.status()] == [2, 1]
 
 
-def test_half_of_the_replicas_stay_for_the_others_and_a_single_one_can_be_reserved(board: Board) -> None:
+def test_at_most_half_of_the_replicas_are_reserved_except_a_single_one(board: Board) -> None:
     seat_replicas(board, 1)
     assert board.reserve() is not None
     assert board.reserve() is None
@@ -52,7 +52,7 @@ def test_what_is_excluded_is_not_reserved(board: Board) -> None:
     assert board.reserve([first, second]) is None
 
 
-def test_a_reserved_replica_that_goes_down_is_free_for_all_when_it_comes_back(board: Board) -> None:
+def test_reservation_ends_when_the_replica_goes_down(board: Board) -> None:
     seat_replicas(board, 2)
     handle = board.reserve()
     assert handle is not None

@@ -29,7 +29,7 @@ def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board, clock):
     assert board.pick(REQUEST_NUM, FACTS) is PickFailure.DOWN
 
 
-def test_one_read_from_the_registry_file_is_up_after_its_first_health_check(board, clock):
+def test_replica_from_the_registry_file_is_up_after_first_health_check(board, clock):
     board.admit(instance(0), up=False)
     [handle] = board.handles()
     assert states(board) == [ReplicaState.DOWN]
@@ -59,7 +59,7 @@ def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock)
     assert in_flight(board) == [1]
 
 
-def test_requests_from_before_it_went_down_do_not_keep_it_from_being_tried_out(board, clock):
+def test_replica_is_probed_despite_requests_from_before_it_went_down(board, clock):
     seat_replicas(board, 1)
     old = pick(board)
     board.unreachable(old.handle, "refused")

@@ -42,7 +42,7 @@ def test_without_a_file_there_is_no_fingerprint():
 
 
 @given(content=st.binary(max_size=50))
-def test_the_fingerprint_is_the_first_12_digits_of_the_sha256_of_its_bytes(content):
+def test_fingerprint_is_the_first_12_digits_of_the_sha256(content):
     assert fingerprint(content) == hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -139,7 +139,7 @@ def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
         (["--workers", "2"], ["--workers", "3", "--policy", "session", "--board", "redis://x"], ()),
     ],
 )
-def test_a_change_is_live_unless_it_is_about_where_the_router_listens_or_its_registry(old, new, names):
+def test_only_listening_and_registry_flags_need_a_router_restart(old, new, names):
     assert keeps_it_from_changing(old, new) == names
 
 

@@ -177,9 +177,7 @@ def test_load_is_read_from_the_metrics_of_all_ranks(new_replica):
     assert read_load(replica.instance) is None
 
 
-def test_a_replica_that_dies_is_down_at_once_and_tried_out_when_it_answers_again(
-    board, new_replica, start_monitor
-):
+def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(board, new_replica, start_monitor):
     start_monitor()  # first: it must not inherit the replica's listener
     replica = new_replica()
     board.admit(replica.instance, up=False)

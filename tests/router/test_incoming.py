@@ -60,7 +60,7 @@ def test_a_body_over_the_limit_is_refused_however_its_length_is_told(start_route
     assert len(engine.received) == 1
 
 
-def test_the_refusal_of_a_huge_body_reaches_a_client_that_is_still_sending(start_router, new_engine):
+def test_refusal_of_a_huge_body_reaches_a_client_still_sending(start_router, new_engine):
     router = start_router("--max-body-bytes", "1000000")
     router.add(new_engine())
     answer = requests.post(f"{router.url}/v1/completions", data=b"x" * 5_000_000, timeout=20)

@@ -255,7 +255,7 @@ def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
     assert one.health()["flags"] == fingerprint(one.file.read_bytes())
 
 
-def test_a_program_that_would_listen_elsewhere_does_not_replace_the_one_that_runs(tmp_path):
+def test_new_program_with_another_port_does_not_replace_the_running_one(tmp_path):
     """As SIGUSR2 starts it, after a change of the file."""
     board = Board.create()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -286,7 +286,7 @@ def test_a_program_that_would_listen_elsewhere_does_not_replace_the_one_that_run
 # ---- nothing is lost
 
 
-def test_a_stream_outlives_three_reloads_and_nobody_is_turned_away_meanwhile(live, new_engine, gate):
+def test_stream_outlives_three_reloads_while_every_request_is_served(live, new_engine, gate):
     one = live("--graceful-timeout-secs", "1")
     one.router.add(*(new_engine(replica=number, behaviour=gate) for number in range(2)))
     with gate.stream(one.router) as finish, Load(one.router) as load, Callers(one.router) as callers:
@@ -323,7 +323,7 @@ def test_reloads_in_quick_succession_end_with_the_last_one(live, new_engine):
     wait_until(lambda: len(one.pids()) == 1, "one worker is left")
 
 
-def test_a_connection_without_a_request_gets_one_more_answer_from_its_old_worker(live):
+def test_idle_connection_gets_one_more_answer_from_its_old_worker(live):
     """Its client may just be sending it; a router that closed the connection would lose that."""
     one = live()
     with RawClient(one.router.port) as client:
@@ -340,7 +340,7 @@ def test_a_connection_without_a_request_gets_one_more_answer_from_its_old_worker
     wait_until(lambda: len(one.pids()) == 1, "the old worker has ended")
 
 
-def test_a_connection_without_a_request_keeps_its_old_worker_no_longer_than_was_promised(live):
+def test_idle_connection_keeps_its_old_worker_for_keep_alive_time_only(live):
     one = live("--keep-alive-secs", "0.5")
     with RawClient(one.router.port) as client:
         client.send(HEALTH)

@@ -216,7 +216,7 @@ def test_the_counts_of_a_dead_router_expire(start_router):
 
 
 @needs_redis
-def test_another_worker_of_a_router_takes_the_lead_and_nothing_is_counted_twice(start_router):
+def test_new_leader_of_a_router_does_not_count_requests_twice(start_router):
     board = Board.create()
     first, second, other = start_router(board), start_router(board), start_router()
     first("admit")

@@ -35,7 +35,7 @@ def test_replicas_of_nearly_the_same_speed_weigh_the_same(board, clock):
     assert [row.weight for row in board.status()] == [1.0] * 4
 
 
-def test_a_slow_replica_weighs_its_part_and_is_forgiven_when_nothing_is_heard_of_it(board, clock):
+def test_slow_replica_has_less_weight_until_its_measurements_expire(board, clock):
     seat_replicas(board, 4)
     stream(board, clock, [100, 100, 50, 3], 20)
     weights = [row.weight for row in board.status()]

@@ -182,7 +182,7 @@ def test_an_event_without_end_is_given_up():
     assert transcript.problem
 
 
-def test_a_long_stream_takes_little_memory_and_one_too_long_stops_taking_more():
+def test_transcript_of_a_long_stream_is_small_and_bounded():
     """Ten thousand tokens as marks would be megabytes; as numbers they are four bytes each."""
     one, many = Said("abc", tokens=(100_000,)).raw, Said("abc", tokens=tuple(range(100_000, 100_512))).raw
     transcript = Transcript()

@@ -130,7 +130,7 @@ def test_a_queue_without_any_replica_is_not_tried_for_each_arrival():
     assert place.served == ["b", "a"]
 
 
-def test_who_comes_now_goes_behind_those_that_want_the_same_and_behind_no_others():
+def test_new_request_queues_only_behind_those_needing_the_same_replicas():
     place = new_place()
     assert not place.queue.has_others(0.0)
     stranded = Waiter("a", place, is_stranded=True)
