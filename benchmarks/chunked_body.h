@@ -1,4 +1,4 @@
-// The reader's side of `Transfer-Encoding: chunked`.
+// Decoder of `Transfer-Encoding: chunked`.
 #pragma once
 
 #include <ctype.h>
@@ -8,10 +8,10 @@
 #include <string>
 #include <string_view>
 
-// The body of a chunked answer, out of pieces that end anywhere.
+// Decodes the body of a chunked response from arbitrary pieces.
 class Chunks {
    public:
-    // Appends what `piece` holds of the body. False if it is not a chunked body.
+    // Appends the part of the body in `piece`. Returns false if it is not chunked.
     bool take(std::string_view piece, std::string& body) {
         while (!piece.empty() && state_ != END) {
             if (state_ == DATA) {

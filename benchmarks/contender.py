@@ -1,10 +1,10 @@
-"""Engines that are compared, each in a process and, if need be, an environment of its own.
+"""Engines under comparison, each in its own process and, if necessary, its own Python environment.
 
-A contender loads a model and then answers requests, lines of JSON on its standard input, on its standard
-output: {"do": "decode", "batch": 8, "prompt": 32, "new": 9} has {"tokens": 64, "started": ..., "ended": ...}.
-So contenders can take turns within one run, and no two of them compute at the same time unless asked to.
+A contender loads a model, then reads requests as lines of JSON from standard input and writes the results to
+standard output: {"do": "decode", "batch": 8, "prompt": 32, "new": 9} yields {"tokens": 64, "started": ...,
+"ended": ...}. Contenders can thus take turns within one run without computing at the same time.
 
-This file is imported in every environment: standard library only.
+This file is imported in every environment, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REQUESTS = ("prefill", "decode", "distinct_experts", "exchange", "operations", 
 @dataclass(frozen=True, slots=True)
 class Timing:
     tokens: int
-    #: CLOCK_MONOTONIC, the same in all processes of a machine.
+    #: CLOCK_MONOTONIC, comparable between processes.
     started: float
     ended: float
 
@@ -34,17 +34,17 @@ class Timing:
 
 class Contender(Protocol):
     def prefill(self, tokens: int) -> Timing:
-        """A prompt of random tokens, up to the choice of the first new one."""
+        """Compute a prompt of random tokens and its first new token."""
         ...
 
     def decode(self, batch: int, prompt: int, new: int) -> Timing:
-        """`batch` texts at once, greedily; the time from each one's first new token to its last."""
+        """Decode `batch` texts greedily; time from their first new token to the last."""
         ...
 
 
 def answer_requests(start: Callable[[], Contender]) -> None:
-    """The contender's side: `start` loads the model; returns when the other side hangs up."""
-    # Libraries print things too: they get standard error.
+    """Run the contender's side until end of input; `start` loads the model."""
+    # Redirect output of libraries to standard error.
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)
         contender = start()
@@ -59,7 +59,7 @@ def answer_requests(start: Callable[[], Contender]) -> None:
 
 
 class ContenderProcess:
-    """The benchmark's side. As a context manager it ends the process."""
+    """The benchmark's side; leaving the context ends the process."""
 
     def __init__(self, name: str, command: Sequence[str], cwd: str | os.PathLike[str]) -> None:
         self.name = name
@@ -90,7 +90,7 @@ class ContenderProcess:
         self._process.stdin.flush()
 
     def result(self) -> Any:
-        """The answer to the `ask` before."""
+        """Return the result of the last `ask`."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

@@ -1,8 +1,8 @@
-"""What context and batch cost: `make bench-context` writes docs/decode-speed.svg.
+"""Decode speed by context and batch: `make bench-context` writes docs/decode-speed.svg.
 
-tokens/s of decode for contexts of 128 to 8192 tokens and batches of 1 to 64, as the random model of
-random_model.py gives them, beside what the hardware allows. The largest point needs 7 GB of keys and values.
-Nothing is prefilled: a step costs the same whatever the cache holds, as long as the memory is really there.
+Decode tokens/s of the random model (random_model.py) for contexts of 128 to 8192 tokens and batches of 1 to
+64, and the hardware limit. The largest point needs 7 GB of keys and values. There is no prefill, because the
+cost of a step does not depend on the content of the cache, only on its memory being allocated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .rows import CORES, ROOT, Row, report
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 STEPS = 8
-#: What is drawn of the grid: a line each.
+#: Lines of the plot.
 SHOWN_BATCHES, SHOWN_CONTEXTS = (1, 4, 16, 64), (128, 1024, 4096, 8192)
 PLOT = ROOT / "docs" / "decode-speed.svg"
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--out", type=Path, default=PLOT)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script out")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to test this script")
     arguments = parser.parse_args()
     config = engine_config(
         random_model(tiny=arguments.tiny),
@@ -77,10 +77,10 @@ def main() -> None:
 
 
 def step_seconds(driver: Driver, context: int, batch: int) -> float:
-    """The best of some steps in which each of `batch` texts adds the token at position `context`."""
+    """Return the best of several steps in which `batch` texts add the token at position `context`."""
     blocks_each = driver.config.blocks_for(context)
     random = np.random.default_rng(context * 1000 + batch)
-    # As scattered as blocks are after a while.
+    # Scattered, as in a cache that has been in use.
     blocks = random.permutation(driver.config.num_blocks(driver.model_config))
     rows = []
     for index in range(batch):
@@ -98,10 +98,10 @@ def step_seconds(driver: Driver, context: int, batch: int) -> float:
 
 
 def draw(speed: Grid, limits: Grid, weight_format: str, file: Path) -> None:
-    """Two panels: against the context, a line per batch, and against the batch, a line per context."""
+    """Plot tokens/s against the context by batch, and against the batch by context."""
     contexts = sorted({context for context, _ in speed})
     batches = sorted({batch for _, batch in speed})
-    # Text stays text, and the same figures give the same file.
+    # Keep text as text, and make the file reproducible.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "decode-speed", "font.size": 9})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for batch in [b for b in batches if b in SHOWN_BATCHES]:

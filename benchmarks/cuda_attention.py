@@ -1,6 +1,6 @@
-"""Attention of ERNIE-4.5-21B-A3B's shape: decoding against the read bandwidth, prompts beside torch's.
+"""Attention in the shape of ERNIE-4.5-21B-A3B: decoding against the read bandwidth, prompts against torch.
 
-Run from the repository's root: python3 -m benchmarks.cuda_attention
+Run it from the repository root: python3 -m benchmarks.cuda_attention
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.cuda_product import read_bandwidth, seconds
 
 
 class Layers:
-    """Caches of enough layers that none is found in the L2 cache, and one step's attention over each."""
+    """Attention of one step over the caches of enough layers to defeat the L2 cache."""
 
     def __init__(self, count: int, texts: list[int], parts: list[Part]) -> None:
         self.caches = [Cache(ERNIE, texts, i) for i in range(count)]
@@ -25,13 +25,13 @@ class Layers:
         self.tokens = sum(part.length for part in parts)
         self.has_prompts = any(part.length > 1 for part in parts)
         self.qkv = torch.randn(self.tokens, ERNIE.width, device="cuda").bfloat16()
-        self.turns = torch.ones(self.tokens, ERNIE.columns, device="cuda")
-        self.places = torch.zeros(self.tokens, dtype=torch.int32, device="cuda")
+        self.cos_sin = torch.ones(self.tokens, ERNIE.columns, device="cuda")
+        self.slots = torch.zeros(self.tokens, dtype=torch.int32, device="cuda")
         self.out = fd.activations(
             torch.zeros(self.tokens, ERNIE.queries * ERNIE.columns, device="cuda").bfloat16()
         )
         args = fd.fill(
-            fd.RotationArgs, step=self.step, turns=self.turns, places=self.places, theta=5e5,
+            fd.RotationArgs, step=self.step, rotary_cos_sin=self.cos_sin, slot_mapping=self.slots, theta=5e5,
             head_dim=ERNIE.columns, capacity=self.tokens,
         )  # fmt: skip
         fd.call("fd_rotation", args)
@@ -39,7 +39,8 @@ class Layers:
     def run(self) -> None:
         for cache in self.caches:
             args = fd.fill(
-                fd.AttentionArgs, step=self.step, turns=self.turns, places=self.places, qkv=self.qkv,
+                fd.AttentionArgs, step=self.step, rotary_cos_sin=self.cos_sin, slot_mapping=self.slots,
+                qkv=self.qkv,
                 keys=cache.keys, values=cache.values, out=self.out, work=cache.work,
                 work_bytes=cache.work.numel(), heads=ERNIE.queries, kv_heads=ERNIE.keys,
                 head_dim=ERNIE.columns, capacity=self.tokens, has_prompts=self.has_prompts,

@@ -1,7 +1,7 @@
-"""Dense and grouped products of ERNIE-4.5-21B-A3B against the read bandwidth, beside torch's.
+"""Dense and grouped products of ERNIE-4.5-21B-A3B against the read bandwidth and torch.
 
-Weights rotate over more copies than fit the L2 cache; a captured graph goes over all of them, and the
-median of its replays counts. Run from the repository's root: python3 -m benchmarks.cuda_product
+A captured graph uses more copies of the weights than fit into the L2 cache; the result is the median of its
+replays. Run it from the repository root: python3 -m benchmarks.cuda_product
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOKENS = (1, 8, 16, 32, 64, 128, 4096)
 
 
 def seconds(enqueue: Callable[[], None], replays: int = 15) -> float:
-    """Return the median time of a captured graph of what `enqueue` enqueues."""
+    """Return the median time of a graph captured from `enqueue`."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         enqueue()
@@ -117,7 +117,7 @@ class Case:
         copies, mean = len(self.weights), self.tokens / len(self.count)
         cells = []
         for tile in tiles or [self.chosen]:
-            # Many tiles across are not what a small one is for.
+            # Small tiles are not meant for many rows.
             if tile == self.chosen or mean <= 2 * fd.library().fd_tile_tokens(tile):
                 time = seconds(partial(self.ours, tile)) / copies
                 cells.append(cell(f"{'*' if tile == self.chosen else ''}tile {tile}:", time))
@@ -138,8 +138,8 @@ def grouped(name: str, ceiling: float, tiles: Iterable[int]) -> None:
     weights = random_matrices(3 * EXPERTS, outputs, inputs).view(3, EXPERTS, outputs, inputs)
     torch.manual_seed(0)
     for tokens in TOKENS:
-        picks = torch.rand(tokens, EXPERTS, device="cuda").topk(PICKS).indices
-        count = torch.bincount(picks.flatten(), minlength=EXPERTS).int()
+        topk_ids = torch.rand(tokens, EXPERTS, device="cuda").topk(PICKS).indices
+        count = torch.bincount(topk_ids.flatten(), minlength=EXPERTS).int()
         case = Case(weights, count, output)
         active = int((count > 0).sum())
         case.report(f"{name} T={tokens}, {active} experts", ceiling, tiles, case.grouped_mm)
@@ -147,7 +147,9 @@ def grouped(name: str, ceiling: float, tiles: Iterable[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--all-tiles", action="store_true", help="every tile, not only the chosen one")
+    parser.add_argument(
+        "--all-tiles", action="store_true", help="measure all tiles, not only the selected one"
+    )
     args = parser.parse_args()
     ceiling = read_bandwidth()
     print(f"{torch.cuda.get_device_name()} reads {ceiling / 1e12:.3f} TB/s: times and ratios to that")

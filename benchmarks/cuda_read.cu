@@ -1,4 +1,4 @@
-// The ceiling that the kernels are measured against: how fast device memory can be read.
+// Measures the read bandwidth of device memory, the limit of the kernels.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -16,7 +16,7 @@ __global__ void read_kernel(const uint4* data, int64_t count, uint32_t* sink) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) seen |= values[j].x ^ values[j].y ^ values[j].z ^ values[j].w;
   }
-  // Never true for random data, but the compiler does not know.
+  // Never true for random data; keeps the compiler from removing the reads.
   if (seen == 0x12345678) *sink = seen;
 }
 

@@ -1,8 +1,8 @@
-"""Decode steps and prompts of a random ERNIE-4.5-21B-A3B against the limit that reading its bytes once sets.
+"""Decode steps and prompts of a random ERNIE-4.5-21B-A3B against the memory bandwidth limit.
 
-A decode step is one captured graph of all 28 layers, head and greedy draw. The limit is the weights that the
-step's picks need and the KV cache, read once at the bandwidth measured in the same run. Run from the
-repository's root: python3 -m benchmarks.cuda_step
+A decode step is one captured graph of all 28 layers, head and greedy draw. The limit is the time to read the
+KV cache and the weights of the selected experts once, at the bandwidth measured in the same run. Run it from
+the repository root: python3 -m benchmarks.cuda_step
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def activations(rows: int, width: int) -> torch.Tensor:
 
 
 class Model:
-    """Random weights; experts of all layers are drawn apart, so that none is found in the L2 cache."""
+    """Random weights, different for each layer, so that the L2 cache does not help."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [self._layer(i) for i in range(layers)]
@@ -57,7 +57,7 @@ class Model:
 
 
 class Step:
-    """Buffers and launches of one step: `sequences` of `length` new tokens each behind `context` others."""
+    """Buffers and launches of one step: `sequences` of `length` new tokens each, after `context` tokens."""
 
     def __init__(self, model: Model, sequences: int, length: int, context: int) -> None:
         self.model, self.tokens, self.sequences = model, sequences * length, sequences
@@ -78,9 +78,9 @@ class Step:
         ]
         self.cache_bytes = sequences * (context + length) * KV_HEADS * HEAD_DIM * 4 * len(model.layers)
         t, f32 = self.tokens, {"dtype": torch.float32, "device": "cuda"}
-        self.stream = torch.zeros(t, HIDDEN, **f32)
-        self.turns = torch.zeros(t, HEAD_DIM, **f32)
-        self.places = torch.zeros(t, dtype=torch.int32, device="cuda")
+        self.hidden_states = torch.zeros(t, HIDDEN, **f32)
+        self.cos_sin = torch.zeros(t, HEAD_DIM, **f32)
+        self.slots = torch.zeros(t, dtype=torch.int32, device="cuda")
         self.x, self.attended = activations(t, HIDDEN), activations(t, HEADS * HEAD_DIM)
         self.qkv = torch.zeros(t, QKV_WIDTH, dtype=torch.bfloat16, device="cuda")
         segments = sequences * -(-width // 8)
@@ -91,8 +91,9 @@ class Step:
         most = fd.library().fd_expert_rows(t, PICKS, EXPERTS, self.alignment)
         self.router_logits = torch.zeros(t, EXPERTS, **f32)
         self.expert_counts = torch.zeros(len(model.layers), EXPERTS, dtype=torch.int32, device="cuda")
-        self.picks, self.pick_places = torch.zeros(2, t, PICKS, dtype=torch.int32, device="cuda").unbind(0)
-        self.pick_weights = torch.zeros(t, PICKS, **f32)
+        shape = (2, t, PICKS)
+        self.topk_ids, self.rows_in_expert = torch.zeros(*shape, dtype=torch.int32, device="cuda").unbind(0)
+        self.topk_weights = torch.zeros(t, PICKS, **f32)
         self.expert_rows, self.expert_hidden = activations(most, HIDDEN), activations(most, EXPERT_WIDTH)
         self.assignments = torch.zeros(most, dtype=torch.int32, device="cuda")
         self.results = torch.zeros(t * PICKS, HIDDEN, dtype=torch.bfloat16, device="cuda")
@@ -106,7 +107,7 @@ class Step:
         values = {"count": self.count, "capacity": self.tokens, **fields}
         args = fd.fill(
             fd.NormArgs,
-            stream=self.stream,
+            hidden_states=self.hidden_states,
             weight=self.model.ones,
             out=out,
             epsilon=1e-5,
@@ -124,18 +125,19 @@ class Step:
         self.norm(self.x)
         self.dense(layer["qkv"], self.x, self.qkv, QKV_WIDTH, HIDDEN, fd.BFLOAT16)
         args = fd.fill(
-            fd.AttentionArgs, step=self.step, turns=self.turns, places=self.places, qkv=self.qkv,
+            fd.AttentionArgs, step=self.step, rotary_cos_sin=self.cos_sin, slot_mapping=self.slots,
+            qkv=self.qkv,
             keys=cache[0], values=cache[1], out=self.attended, work=self.work, work_bytes=self.work.numel(),
             heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, capacity=self.tokens,
             has_prompts=self.has_prompts,
         )  # fmt: skip
         fd.call("fd_attention", args)
-        self.dense(layer["out"], self.attended, self.stream, HIDDEN, HEADS * HEAD_DIM, fd.ADD)
+        self.dense(layer["out"], self.attended, self.hidden_states, HIDDEN, HEADS * HEAD_DIM, fd.ADD)
 
     def mlp(self, layer: dict[str, torch.Tensor]) -> None:
         self.norm(self.x)
         self.dense(layer["gate_up"], self.x, self.hidden, 2 * DENSE_WIDTH, HIDDEN, fd.SWIGLU)
-        self.dense(layer["down"], self.hidden, self.stream, HIDDEN, DENSE_WIDTH, fd.ADD)
+        self.dense(layer["down"], self.hidden, self.hidden_states, HIDDEN, DENSE_WIDTH, fd.ADD)
 
     def experts(self, layer: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
         self.norm(
@@ -145,7 +147,7 @@ class Step:
             expert_rows=counts,
             experts=EXPERTS,
         )
-        # The shared experts need no picks: they are multiplied while the picks are found.
+        # The shared experts do not depend on the routing: compute them concurrently with it.
         main = torch.cuda.current_stream()
         self.beside.wait_stream(main)
         with torch.cuda.stream(self.beside):
@@ -153,7 +155,8 @@ class Step:
             self.dense(layer["down"], self.hidden, self.shared, HIDDEN, SHARED_WIDTH, fd.FLOAT)
         args = fd.fill(
             fd.RouteArgs, logits=self.router_logits, bias=layer["bias"], count=self.count, x=self.x,
-            picks=self.picks, weights=self.pick_weights, counts=counts, places=self.pick_places,
+            topk_ids=self.topk_ids, topk_weights=self.topk_weights, counts=counts,
+            rows_in_expert=self.rows_in_expert,
             rows=self.expert_rows, assignments=self.assignments, norm_min=1e-12, experts=EXPERTS, k=PICKS,
             width=HIDDEN, alignment=self.alignment, capacity=self.tokens,
         )  # fmt: skip
@@ -169,19 +172,20 @@ class Step:
         )  # fmt: skip
         main.wait_stream(self.beside)
         args = fd.fill(
-            fd.CombineArgs, results=self.results, weights=self.pick_weights, shared=self.shared,
-            count=self.count, stream=self.stream, k=PICKS, width=HIDDEN, capacity=self.tokens,
+            fd.CombineArgs, results=self.results, topk_weights=self.topk_weights, shared=self.shared,
+            count=self.count, hidden_states=self.hidden_states, k=PICKS, width=HIDDEN, capacity=self.tokens,
         )  # fmt: skip
         fd.call("fd_combine", args)
 
     def run(self) -> None:
         args = fd.fill(
             fd.EmbeddingArgs, step=self.step, table=self.model.table, vocabulary=VOCABULARY, width=HIDDEN,
-            stream=self.stream, capacity=self.tokens,
+            hidden_states=self.hidden_states, capacity=self.tokens,
         )  # fmt: skip
         fd.call("fd_embedding", args)
         args = fd.fill(
-            fd.RotationArgs, step=self.step, turns=self.turns, places=self.places, theta=500000.0,
+            fd.RotationArgs, step=self.step, rotary_cos_sin=self.cos_sin, slot_mapping=self.slots,
+            theta=500000.0,
             head_dim=HEAD_DIM, capacity=self.tokens,
         )  # fmt: skip
         fd.call("fd_rotation", args)
@@ -202,7 +206,7 @@ class Step:
         fd.call("fd_draw", args)
 
     def bytes(self) -> int:
-        """Return what the step just run has to read: weights of picked experts, everything else, cache."""
+        """Return the bytes read by the last step: selected experts, other weights, cache."""
         active = int((self.expert_counts > 0).sum())
         total = active * 3 * EXPERT_WIDTH * HIDDEN * 2 + self.model.head.numel() * 2 + self.cache_bytes
         for layer in self.model.layers:
@@ -211,7 +215,7 @@ class Step:
 
 
 def flops(tokens: int, context: int) -> float:
-    """Return those of one prompt of `tokens` from position 0, without the head."""
+    """Return the operations of one prompt of `tokens` from position 0, without the head."""
     expert_layer = (QKV_WIDTH + HEADS * HEAD_DIM) * HIDDEN + 3 * HIDDEN * (
         PICKS * EXPERT_WIDTH + SHARED_WIDTH
     )

@@ -1,4 +1,4 @@
-"""Our engine as benchmarks drive it: in this process, by the calls that the worker makes, without sockets."""
+"""Runs our engine inside the benchmark's process, by the calls that the worker makes, without sockets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdeploy.common.messages import AddRequest, TokenOutput
+from fastdeploy.common.paddle_import import import_paddle
 from fastdeploy.common.request import Batch, SamplingParams
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.core.cpu_share import SINGLE_THREADED, share_of
@@ -28,19 +29,16 @@ class Driver:
     """An engine with random or given prompts."""
 
     def __init__(self, config: EngineConfig) -> None:
-        # Before Paddle is imported, which reads them then.
+        # Paddle reads these on import.
         os.environ.update(SINGLE_THREADED)
+        import_paddle()
 
         from fastdeploy import custom_ops
         from fastdeploy.core.engine import EngineCore
-        from fastdeploy.custom_ops import set_threads
-
-        share = share_of(config, sorted(os.sched_getaffinity(0)))
-        custom_ops.set_threads(share.threads, share.pinned)
         from fastdeploy.core.sampler import Sampler
 
         share = share_of(config, sorted(os.sched_getaffinity(0)))
-        set_threads(share.threads, share.pinned)
+        custom_ops.set_threads(share.threads, share.pinned)
         self.config = config
         self.model_config = ModelConfig.from_directory(config.model)
         self.runner = open_runner(config, self.model_config)
@@ -49,12 +47,12 @@ class Driver:
         self._sampler = Sampler()
         self._random = np.random.default_rng(7)
         self._requests = 0
-        # As the worker does: no collection walks over the weights within a measurement.
+        # Like the worker: no garbage collection of the weights during a measurement.
         gc.collect()
         gc.freeze()
 
     def add(self, prompt_length: int, new: int) -> str:
-        """Queues a random prompt that gets `new` greedy tokens; returns its request id."""
+        """Queue a random prompt that gets `new` greedy tokens; return its request id."""
         self._requests += 1
         request_id = str(self._requests)
         prompt = self._random.integers(3, self.model_config.vocab_size, prompt_length).tolist()
@@ -78,11 +76,11 @@ class Driver:
             self.step()
 
     def compute(self, batch: Batch) -> None:
-        """A step that the scheduler knows nothing of."""
+        """Compute a step outside of the scheduler."""
         logits = self.runner.execute(batch)
         self._sampler.sample(logits, [row.sequence for row in batch.rows if row.samples])
 
-    # ---- the requests of a contender
+    # ---- requests of a contender
 
     def prefill(self, tokens: int) -> Timing:
         self.add(tokens, new=1)
@@ -108,7 +106,7 @@ def engine_config(
     max_model_len: int,
     **settings: Any,
 ) -> EngineConfig:
-    """With room in the cache for all sequences at full length, without prefix caching, on all cores."""
+    """Return a configuration with a cache for all sequences at full length, without prefix caching."""
     return EngineConfig(
         model=model,
         device="cpu",
@@ -124,14 +122,13 @@ def engine_config(
 
 
 def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
+    import_paddle()
     import paddle
 
     from fastdeploy.core.model_runner import ModelRunner
     from fastdeploy.models.ernie45 import Ernie45
     from fastdeploy.weights.checkpoint import load_weights
 
-    # SIGTERM would end the process with a stack trace of C++.
-    paddle.disable_signal_handler()
     paddle.set_device("cpu")
     weights = load_weights(
         config.model,
@@ -145,8 +142,8 @@ def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
 
 
 def fill_cache(runner: ModelRunner) -> None:
-    """Writes to all of the KV cache: until then the system backs it with one page of zeros."""
+    """Write to the whole KV cache; until then the kernel backs it with one page of zeros."""
     for cache in runner.caches:
         for tensor in (cache.key, cache.value):
-            # As bfloat16 or float32 a small number.
+            # A small number as bfloat16 and as float32.
             ctypes.memset(tensor.data_ptr(), 0x3C, int(tensor.numel()) * tensor.element_size())

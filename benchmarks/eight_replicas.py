@@ -1,11 +1,11 @@
 """Eight engines against one on the same cores: `python -m benchmarks.eight_replicas`.
 
-Eight workers, each with its share of the cores and two streams, busy together, against one worker with all
-cores and all sixteen streams: tokens/s beside what the hardware allows each of them, and memory. And how long
-a replica takes from its start to its first token, its weights packed already.
+Eight concurrent workers, each with its share of the cores and two streams, against one worker with all cores
+and sixteen streams: tokens/s, the hardware limits, and memory. Also the time of a replica from its start to
+its first token, with packed weights.
 
-The limits differ: a step of one worker reads the weights for sixteen tokens, a step of each of the eight
-reads them for two. Caches are left out of it: the weights do not fit.
+The limits differ: a step of the single worker reads the weights for sixteen tokens, a step of each of the
+eight workers for two. They ignore CPU caches, into which the weights do not fit.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from .rows import ROOT, Row, report
 
 REPLICAS, STREAMS = 8, 16
 PROMPT, NEW = 32, 128
-#: Of smaps_rollup, in the table's words. File pages are shared as far as replicas map the same ones.
+#: Fields of smaps_rollup and their names in the table. Replicas share file pages that they all map.
 MEMORY = {"Rss": "rss", "Pss": "pss", "Pss_File": "pss_file", "Pss_Anon": "pss_anonymous"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="a checkpoint directory, or the word demo")
+    parser.add_argument("--model", default="demo", help="a checkpoint directory, or demo")
     parser.add_argument("--format", choices=WEIGHT_FORMATS, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     model, weight_format = resolve_model_path(arguments.model), arguments.format
 
-    # The first start packs the weights.
+    # Packs the weights.
     seconds = [first_token_seconds(model, weight_format) for _ in range(3)]
     machine = Machine.measure()
     with workers(model, weight_format, 1) as one:
@@ -82,7 +82,7 @@ def main() -> None:
 
 @contextmanager
 def workers(model: Path, weight_format: str, count: int) -> Iterator[list[ContenderProcess]]:
-    """So many workers that share the cores and the streams."""
+    """Workers that share the cores and the streams."""
     settings = {
         "model": model,
         "format": weight_format,
@@ -107,7 +107,7 @@ def workers(model: Path, weight_format: str, count: int) -> Iterator[list[Conten
 
 
 def tokens_per_second(processes: Sequence[ContenderProcess]) -> float:
-    """All of them busy at the same time, from the first that begins to the last that ends."""
+    """Run all workers concurrently; time from the first start to the last end."""
     for process in processes:
         process.ask("decode", batch=STREAMS // len(processes), prompt=PROMPT, new=NEW)
     timings = [Timing(**process.result()) for process in processes]
@@ -116,13 +116,13 @@ def tokens_per_second(processes: Sequence[ContenderProcess]) -> float:
 
 
 def step_work(config: ModelConfig, weight_format: str, replicas: int) -> Work:
-    """What all replicas together read and compute to give each of the streams one token."""
+    """Return the total work of all replicas for one token per stream."""
     one = decode_work(config, weight_format, STREAMS // replicas, PROMPT + NEW / 2)
     return Work(replicas * one.bytes_read, replicas * one.flops)
 
 
 def memory(processes: Sequence[ContenderProcess]) -> dict[str, int]:
-    """Sums over the processes, in bytes."""
+    """Return the sums over the processes, in bytes."""
     total = dict.fromkeys(MEMORY.values(), 0)
     for process in processes:
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
@@ -133,7 +133,7 @@ def memory(processes: Sequence[ContenderProcess]) -> dict[str, int]:
 
 
 def first_token_seconds(model: Path, weight_format: str, deadline: float = 600.0) -> float:
-    """From the start of a replica, API process and worker, until it has answered with one token."""
+    """Return the seconds from the start of a replica until its first token."""
     port, queue_port = find_free(2)
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server", "--model", str(model)]
@@ -157,11 +157,11 @@ def first_token_seconds(model: Path, weight_format: str, deadline: float = 600.0
 
 
 def _answers(url: str) -> bool:
-    """Whether a completion of one token works yet."""
+    """Return True if the replica can complete one token."""
     body = json.dumps({"prompt": "The sea", "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     try:
-        # Health first: it answers at once, while a completion might wait for the model.
+        # Check the health first, because a completion might wait for the model.
         urllib.request.urlopen(f"{url}/health", timeout=5).close()
         urllib.request.urlopen(request, timeout=60).close()
     except (urllib.error.URLError, ConnectionError):

@@ -1,10 +1,10 @@
-"""The CPU engine against transformers and against the hardware: `make bench-engine`.
+"""The CPU engine against transformers and the hardware limits: `make bench-engine`.
 
-A random ERNIE-4.5 MoE of 250M parameters (random_model.py): prefill of 512 tokens, and decode of 1, 8 and 32
-texts (prompt 32, 64 new tokens), with all cores, the weights in bfloat16, wint8 and wint4. The peer is
-transformers, in float32 or bfloat16, whichever is quicker; all take turns within one run, and the best of
-some rounds counts. The limits, measured between the rounds: what a step must read over the memory's
-bandwidth, or what it must compute over the peak of fp32 multiply-adds, whichever takes longer.
+A random ERNIE-4.5 MoE of 250M parameters (random_model.py) on all cores: prefill of 512 tokens, and decode of
+1, 8 and 32 texts (prompt 32, 64 new tokens), with weights in bfloat16, wint8 and wint4. The peer is
+transformers in float32 or bfloat16, whichever is faster. Contenders take turns within one run; the best of
+several rounds counts. The limit of a step is the longer of two times, measured between the rounds: its memory
+reads at full bandwidth, and its multiply-adds at peak fp32 rate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMATS = {"bf16": "bfloat16", "wint8": "wint8", "wint4": "wint4"}
 PEERS = {"transformers fp32": "float32", "transformers bf16": "bfloat16"}
 PEER_PYTHON = ROOT / ".cache" / "parity-venv" / "bin" / "python"
 PROMPT, NEW = 32, 64
-#: Share of the limit that is to be reached, in bfloat16.
+#: Target share of the limit in bfloat16.
 TARGETS = {"prefill_512": 0.65, "decode_b1": 0.75, "decode_b8": 0.6, "decode_b32": 0.5}
 #: tokens/s of wint8 over those of bfloat16, at batch 1.
 WINT8_TARGET = 1.7
@@ -36,7 +36,7 @@ WINT8_TARGET = 1.7
 @dataclass(frozen=True, slots=True)
 class Case:
     what: str
-    #: Of the prompt, or of one step.
+    #: Work of the prompt, or of one step.
     tokens: int
 
     @property
@@ -55,7 +55,7 @@ CASES = (Case("prefill", 512), Case("decode", 1), Case("decode", 8), Case("decod
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script out")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to test this script")
     arguments = parser.parse_args()
     if not PEER_PYTHON.exists():
         raise SystemExit(f"{PEER_PYTHON} is missing; `make bench-engine` installs transformers there")
@@ -88,7 +88,7 @@ def main() -> None:
 def measure(
     contenders: Sequence[ContenderProcess], rounds: int
 ) -> tuple[dict[tuple[Case, str], float], Machine]:
-    """Best tokens/s of each case and contender, and the best of the machine meanwhile."""
+    """Best tokens/s by case and contender, and the best limits of the machine in the same period."""
     best: dict[tuple[Case, str], float] = {}
     machine = Machine.measure()
     for case in CASES:
@@ -114,7 +114,7 @@ def make_rows(
             if case.what == "prefill":
                 work = prefill_work(config, weight_format, case.tokens)
             else:
-                # The middle of the measured part.
+                # The middle of the measured tokens.
                 context = PROMPT + NEW / 2
                 work = decode_work(config, weight_format, case.tokens, context, experts[case])
             limit = case.tokens / machine.seconds(work)

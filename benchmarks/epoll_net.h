@@ -1,4 +1,4 @@
-// What the mock engines and the load of streams share: a clock, limits, and a socket's settings.
+// Shared by the mock engines and the stream reader: a clock, limits, and socket options.
 #pragma once
 
 #include <errno.h>
@@ -14,8 +14,8 @@
 #include <time.h>
 #include <unistd.h>
 
-// CLOCK_MONOTONIC, the same in all processes of a machine: one end writes it into an event, the other
-// subtracts it from its own.
+// CLOCK_MONOTONIC, comparable between processes: the sender writes it into an event, and the reader computes the
+// latency.
 inline int64_t now_ns() {
     timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);

@@ -1,4 +1,4 @@
-"""Dispatch and combine between ranks, against memcpy of the same bytes on the same cores."""
+"""Dispatch and combine between ranks against memcpy of the same bytes on the same cores."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from .contender import ContenderProcess, Timing
-from .expert_rank import ELEMENT_BYTES, HIDDEN, PICKS
+from .expert_rank import ELEMENT_BYTES, HIDDEN, TOP_K
 from .rows import ROOT, Row
 
 RANKS = (2, 4, 8)
 TOKENS = (8, 64, 256, 1024)
-#: Bytes that all ranks together send in one measurement, about.
+#: Approximate bytes that all ranks send in one measurement.
 _VOLUME = 2 << 30
 _REPEATS = 5
 
@@ -22,10 +22,10 @@ def exchange_rows() -> Iterator[Row]:
     for count in RANKS:
         with _ranks(count) as ranks:
             for tokens in TOKENS:
-                # There and back.
-                size = 2 * count * tokens * PICKS * HIDDEN * ELEMENT_BYTES
+                # Dispatch and combine.
+                size = 2 * count * tokens * TOP_K * HIDDEN * ELEMENT_BYTES
                 rounds = max(20, min(2000, _VOLUME // size))
-                # In turns, so that both see the same machine. Noise only takes away.
+                # Alternate, so that both run under the same conditions; take the best, as noise only slows.
                 ours, limit = [], []
                 for _ in range(_REPEATS):
                     ours.append(_seconds(ranks, "exchange", tokens, rounds))

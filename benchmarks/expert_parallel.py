@@ -1,7 +1,7 @@
 """Expert parallelism: `python -m benchmarks.expert_parallel`.
 
-Dispatch and combine against memcpy; two replicas that share experts against two that do not; the memory of
-eight; and how long a survivor waits for its next token when another rank is killed.
+Dispatch and combine against memcpy; two replicas that share experts against two that do not; memory of eight
+replicas; and the time that a survivor waits for its next token when another rank is killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .eight_replicas import memory
 from .expert_exchange import exchange_rows
 from .rows import CACHE, Row, report
 
-#: As many experts, and as few of them per token, as ERNIE-4.5-21B-A3B has.
+#: Number of experts, and experts per token, as in ERNIE-4.5-21B-A3B.
 SHAPE = config_json(
     hidden_size=768,
     num_hidden_layers=8,
@@ -45,7 +45,7 @@ SHAPE = config_json(
     max_position_embeddings=4096,
 )
 PROMPT, NEW = 16, 64
-#: Texts at the same time, over both replicas.
+#: Concurrent texts over both replicas.
 STREAMS = (2, 16, 64)
 KILLS = 50
 PARTS = ("exchange", "throughput", "memory", "recovery")
@@ -53,7 +53,7 @@ PARTS = ("exchange", "throughput", "memory", "recovery")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=PARTS, action="append", help="these parts only")
+    parser.add_argument("--only", choices=PARTS, action="append", help="run only this part (repeatable)")
     arguments = parser.parse_args()
     parts = {
         "exchange": exchange_rows,
@@ -84,7 +84,7 @@ def _memory_rows() -> Iterator[Row]:
         found = {}
         for shared in (True, False):
             with _ranks(model, 8, shared, max_num_seqs=2) as ranks:
-                # Until every page has been used that is going to be.
+                # Touch all pages that are used in operation.
                 for _ in range(3):
                     _rate(ranks, 16, NEW)
                 found[shared] = memory([api.process for api in ranks.all])
@@ -95,7 +95,7 @@ def _memory_rows() -> Iterator[Row]:
 
 
 def _recovery_rows() -> Iterator[Row]:
-    """Kills of one of eight ranks while all write; a survivor's text is compared with an undisturbed one."""
+    """Kill one of eight decoding ranks; compare a survivor's text with an undisturbed one."""
     with _ranks(resolve_model_path("demo"), 8, shared=True, max_num_seqs=2) as ranks:
         asked = {seat: _requests(seat, 1, 48) for seat in range(8)}
         expected = ranks.generate(asked)
@@ -118,7 +118,7 @@ def _recovery_rows() -> Iterator[Row]:
 
 
 class _Watch:
-    """Kills a rank in the middle of a text, and times the tokens of the others."""
+    """Kill a rank in the middle of a text, and time the tokens of the others."""
 
     def __init__(self, ranks: Ranks, victim: int) -> None:
         self._ranks = ranks
@@ -136,12 +136,12 @@ class _Watch:
             self._ranks.apis[self._victim].process.kill()
 
     def pause(self) -> float:
-        """The longest time between two tokens of a survivor that the kill, or making it good, fell into."""
+        """Longest time between two tokens of a survivor around the kill and the recovery."""
         soon = self._killed + 0.2
         return max(end - start for start, end in self._gaps() if end > self._killed and start < soon)
 
     def usual(self) -> float:
-        """The time between two tokens before the kill."""
+        """Time between two tokens before the kill."""
         return statistics.median(end - start for start, end in self._gaps() if end < self._killed)
 
     def _gaps(self) -> Iterator[tuple[float, float]]:
@@ -189,7 +189,7 @@ def _requests(seat: int, count: int, tokens: int) -> list[AddRequest]:
 
 
 def _rate(ranks: Ranks, streams: int, tokens: int) -> float:
-    """Tokens per second of all ranks together, prompts included."""
+    """Return the tokens per second of all ranks together, including prompts."""
     count = streams // len(ranks.apis)
     asked = {seat: _requests(seat, count, tokens) for seat in ranks.apis}
     started = time.monotonic()

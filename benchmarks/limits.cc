@@ -1,4 +1,4 @@
-// What this machine can do at most: prints {"read_bytes_per_second": ..., "fma_flops_per_second": ...}.
+// Measures the limits of this machine: prints {"read_bytes_per_second": ..., "fma_flops_per_second": ...}.
 //
 //   limits THREADS MEGABYTES
 //
@@ -34,7 +34,7 @@ using Words = uint64_t __attribute__((vector_size(kVectorBytes)));
 
 std::atomic<uint64_t> sink{0};
 
-// Seconds in which `body(rank)` is run by all threads at the same time; the best of some rounds.
+// Seconds for all threads to run `body(rank)` concurrently; the best of several rounds.
 template <class Body>
 double best_seconds(int threads, Body&& body) {
   double best = 1e9;
@@ -47,7 +47,7 @@ double best_seconds(int threads, Body&& body) {
         cpu_set_t cpus;
         CPU_ZERO(&cpus);
         CPU_SET(rank, &cpus);
-        // Fails where the CPUs that we may use have other numbers; unpinned then.
+        // Fails if the available CPUs have other numbers; the thread stays unpinned then.
         sched_setaffinity(0, sizeof cpus, &cpus);
         ++waiting;
         while (waiting.load() < threads) {
@@ -77,7 +77,7 @@ void read(const Words* data, size_t count) {
 void multiply_add(long count) {
   Floats sums[kAccumulators] = {}, factor, addend;
   for (int lane = 0; lane < kVectorBytes / 4; ++lane) factor[lane] = 0.5f, addend[lane] = 1.0f;
-  // The compiler must not know the values, or it computes the sums beforehand.
+  // If the compiler knew the values, it would compute the sums in advance.
   asm volatile("" : "+x"(factor), "+x"(addend));
   for (long i = 0; i < count; ++i) {
     for (Floats& sum : sums) sum = sum * factor + addend;
@@ -97,7 +97,7 @@ double read_bytes_per_second(int threads, size_t megabytes) {
     std::perror("limits: mmap");
     std::exit(1);
   }
-  // Fewer page walks: the limit is the memory's, not that of the tables.
+  // Huge pages avoid page walks, so that memory is the limit.
   madvise(memory, bytes, MADV_HUGEPAGE);
   std::memset(memory, 1, bytes);
   size_t share = bytes / kVectorBytes / threads;

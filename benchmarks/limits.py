@@ -1,4 +1,4 @@
-"""What the hardware allows: its limits as limits.cc measures them, and the work that a step cannot avoid."""
+"""Hardware limits, measured by limits.cc, and the minimum work of a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastdeploy.config import ModelConfig
 
 from .rows import CACHE, CORES
 
-#: Bytes of one weight in a packed matrix. wint4 has a scale and a minimum in bfloat16 for each 32 of them.
+#: Bytes per weight in a packed matrix. wint4 includes a bfloat16 scale and minimum per 32 weights.
 WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "wint8": 1.0, "wint4": 0.5 + 4 / 32}
 
 _SOURCE = Path(__file__).with_name("limits.cc")
-#: More than caches hold, and as much as the weights of the benchmark's model.
+#: Larger than CPU caches; about the size of the weights of the benchmark's model.
 _MEGABYTES = 512
 
 
@@ -33,20 +33,20 @@ class Machine:
         return cls(**json.loads(found.stdout))
 
     def better(self, other: Machine) -> Machine:
-        """The higher of two measurements: noise only takes away."""
+        """Return the higher of two measurements, because noise only reduces them."""
         return Machine(
             max(self.read_bytes_per_second, other.read_bytes_per_second),
             max(self.fma_flops_per_second, other.fma_flops_per_second),
         )
 
     def seconds(self, work: Work) -> float:
-        """The least that `work` can take, if all reading overlaps with all computing."""
+        """Return the minimum seconds of `work` if reading and computing overlap fully."""
         return max(work.bytes_read / self.read_bytes_per_second, work.flops / self.fma_flops_per_second)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step has to read and to compute, whoever does it."""
+    """Minimum work of one step: bytes to read and operations to compute."""
 
     bytes_read: float
     flops: float
@@ -55,10 +55,10 @@ class Work:
 def decode_work(
     config: ModelConfig, weight_format: str, batch: int, context: float, experts: float | None = None
 ) -> Work:
-    """One step in which each of `batch` sequences adds a token to `context` others.
+    """Return the work of one step in which each of `batch` sequences adds a token to `context` others.
 
     Args:
-        experts: how many different ones a layer's tokens pick; None takes uniform and independent picks.
+        experts: distinct experts per layer; None: expected number for uniform, independent routing.
     """
     if experts is None:
         experts = distinct_experts(config, batch)
@@ -72,7 +72,7 @@ def decode_work(
 
 
 def prefill_work(config: ModelConfig, weight_format: str, tokens: int) -> Work:
-    """A prompt on its own; only its last position needs logits."""
+    """Return the work of a single prompt; only its last position needs logits."""
     read = _weights(config, config.moe_num_experts) + _lm_head(config)
     flops = 2.0 * tokens * _weights(config, config.moe_k) + 2.0 * _lm_head(config)
     return Work(
@@ -82,14 +82,14 @@ def prefill_work(config: ModelConfig, weight_format: str, tokens: int) -> Work:
 
 
 def distinct_experts(config: ModelConfig, tokens: int) -> float:
-    """Expected number of experts of a layer that `tokens` tokens with uniform, independent picks need."""
+    """Return the expected number of distinct experts of `tokens` tokens with uniform, independent routing."""
     if config.moe_num_experts == 0:
         return 0.0
     return config.moe_num_experts * (1 - (1 - config.moe_k / config.moe_num_experts) ** tokens)
 
 
 def _weights(config: ModelConfig, experts: float) -> float:
-    """Weights of all layers, with so many routed experts in each; without embedding and `lm_head`."""
+    """Return the weights of all layers with `experts` experts each, without embedding and `lm_head`."""
     c = config
     total = 0.0
     for layer in range(c.num_hidden_layers):
@@ -107,12 +107,12 @@ def _lm_head(config: ModelConfig) -> float:
 
 
 def _attention_flops(config: ModelConfig, context: float) -> float:
-    """Of one query in all layers: its products with keys and with values."""
+    """Return the operations of one query in all layers: products with keys and with values."""
     return 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
 
 
 def _probe() -> Path:
-    """The compiled limits.cc, for the processor of this machine."""
+    """Return the compiled limits.cc for the processor of this machine."""
     if shutil.which("g++") is None:
         raise SystemExit("g++ is not installed; the hardware's limits cannot be measured without it")
     processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line)

@@ -1,8 +1,8 @@
-"""What a long prompt does to those who are reading: `python -m benchmarks.long_prompt`.
+"""Effect of a long prompt on running streams: `python -m benchmarks.long_prompt`.
 
-Eight streams decode; a prompt of 8192 tokens arrives and is computed in chunks beside them, for several
-values of --max-prefill-beside-decode. Time between two tokens of a stream, alone (the peer) and beside the
-prompt, and how long the prompt waits for its first token.
+Eight streams decode while a prompt of 8192 tokens is computed in chunks, for several values of
+--max-prefill-beside-decode. Reports the time between two tokens of a stream, without (the peer) and with the
+prompt, and the time to the first token of the prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .rows import Row, report
 STREAMS = 8
 STREAM_PROMPT = 32
 IDLE_STEPS = 200
-#: Most that the p99 beside a long prompt may be, in units of the p99 without one.
+#: Target: maximum ratio of the p99 with a long prompt to the p99 without one.
 TARGET = 2.5
 
 
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--format", choices=WEIGHT_FORMATS, default="bfloat16")
     parser.add_argument("--chunks", type=int, nargs="+", default=[16, 32, 48, 64, 128, 504])
     parser.add_argument("--prompt", type=int, default=8192)
-    parser.add_argument("--prompts", type=int, default=2, help="how many, one after the other")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script out")
+    parser.add_argument("--prompts", type=int, default=2, help="number of consecutive prompts")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to test this script")
     arguments = parser.parse_args()
     rows: list[Row] = []
     model = random_model(tiny=arguments.tiny)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(model: Path, weight_format: str, chunk: int, prompt: int, prompts: int) -> list[Row]:
-    # Chunks become smaller as the context grows.
+    # Chunks shrink as the context grows.
     slowdown = 1 + prompt / ModelConfig.from_directory(model).context_of_double_cost()
     steps = IDLE_STEPS + int(prompts * slowdown * prompt / chunk)
     config = engine_config(

@@ -1,10 +1,9 @@
-// Replicas without a model, fast enough not to be what is measured: `mock_engine COUNT INTERVAL_MS`.
+// Mock replicas, fast enough not to affect measurements of routers: `mock_engine COUNT INTERVAL_MS`.
 //
-// One thread answers for all of them. It prints their ports and ends when standard input does. A POST with
-// "stream": true gets max_tokens events, the first at once and then one each INTERVAL_MS; with `X-FD-Marks: 1`
-// they carry the marks that an answer is resumed from. Another POST gets 300 bytes of JSON. An event's content
-// is the time at which it was sent and its number, so that whoever reads it knows how long it was under way
-// and that none is missing.
+// One thread serves all of them. It prints their ports and ends at the end of standard input. A POST with
+// "stream": true gets max_tokens events, the first at once and then one per INTERVAL_MS; with `X-FD-Marks: 1`
+// they carry the marks for resumption. Any other POST gets 300 bytes of JSON. An event contains its number and
+// the time at which it was sent, so that the reader can compute the latency and detect missing events.
 
 #include <algorithm>
 #include <queue>
@@ -22,7 +21,7 @@ using std::string_view;
 
 struct Connection {
     int engine = -1;
-    // Timers name a connection by descriptor and generation: the descriptor may have been used again.
+    // Timers identify a connection by descriptor and generation, because descriptors are reused.
     uint32_t generation = 0;
     bool marked = false, closing = false;
     int events = 0, sent = 0;
@@ -80,7 +79,7 @@ Head parse(string_view text) {
     return head;
 }
 
-// What follows `"key":` in a JSON body, spaces skipped; empty if it is not there.
+// Returns the text after `"key":` in a JSON body, without leading spaces; empty without the key.
 string_view value_of(string_view body, string_view key) {
     size_t at = body.find(key);
     if (at == body.npos) return {};
@@ -160,7 +159,7 @@ class Engines {
     void read_from(int fd) {
         static char buffer[1 << 16];
         Connection& connection = connections_[fd];
-        if (connection.engine < 0) return;  // closed by what came before in the same round
+        if (connection.engine < 0) return;  // closed earlier in this round
         ssize_t size = recv(fd, buffer, sizeof buffer, 0);
         if (size < 0 && (errno == EAGAIN || errno == EINTR)) return;
         if (size <= 0) return drop(fd);
@@ -168,7 +167,7 @@ class Engines {
         answer_requests(fd);
     }
 
-    // Those that are complete, up to one that is answered with a stream.
+    // Serves all complete requests, up to one that is answered with a stream.
     void answer_requests(int fd) {
         Connection& connection = connections_[fd];
         while (connection.engine >= 0 && !connection.closing && !connection.streaming()) {
@@ -201,7 +200,7 @@ class Engines {
         send(fd,
              "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
              "Transfer-Encoding: chunked\r\n\r\n" + events_[Event::FIRST][head.marks].at(now, 0));
-        if (connection.engine < 0) return;  // the other side has gone
+        if (connection.engine < 0) return;  // the client has disconnected
         connection.sent = 1;
         timers_.push({now + interval_, fd, connection.generation});
     }

@@ -1,4 +1,4 @@
-"""Eight replicas without a model, and their registration with a router of ours."""
+"""Eight mock replicas and their registration with our router."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .native import program
 
 COUNT = 8
 _REGISTRATION_SECONDS = 5.0
-#: So many that the router never has to queue: what it costs is asked for, not how it refuses.
+#: Enough that the router never queues or rejects requests.
 _MAX_CONCURRENCY = 4096
 
 
 class MockEngines:
-    """One process that answers on eight ports. As a context manager it ends the process.
+    """One process that serves eight ports; leaving the context ends it.
 
     Args:
         interval_ms: the time between two events of a stream.
@@ -42,7 +42,7 @@ class MockEngines:
         return [f"http://127.0.0.1:{port}" for port in self.ports]
 
     def stats(self) -> dict[str, Any]:
-        """Requests of each engine, streams, and how many of these were asked for with marks."""
+        """Return requests by engine, the number of streams, and of those requested with marks."""
         answer = requests.get(f"{self.urls[0]}/stats", timeout=10)
         statistics: dict[str, Any] = answer.json()
         return statistics
@@ -73,7 +73,7 @@ class MockEngines:
 
 
 class Heartbeat:
-    """Registers engines with a router again and again, in a thread, until it is stopped."""
+    """Registers engines with a router periodically, in a thread."""
 
     def __init__(self, engines: MockEngines, router_url: str) -> None:
         self._engines = engines

@@ -1,4 +1,4 @@
-// An event of a mock engine's stream, complete with its chunk, of which only some digits change.
+// A preformatted event of a mock engine's stream, including its chunk framing; only some digits change.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-"""Programs in C++ that benchmarks need, compiled when they are first used."""
+"""Compiles the C++ programs of benchmarks on first use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra")
 
 
 def program(name: str) -> Path:
-    """The compiled NAME.cc of this folder; compiled anew when it or a header has changed."""
+    """Return the compiled NAME.cc of this folder; recompile it if it or a header has changed."""
     folder = Path(__file__).parent
     source = folder / f"{name}.cc"
     text = b"".join(file.read_bytes() for file in (source, *sorted(folder.glob("*.h"))))

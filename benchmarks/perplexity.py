@@ -1,7 +1,7 @@
-"""What packing costs in quality: perplexity of the demo model in every weight format: `make perplexity`.
+"""Perplexity of the demo model by weight format: `make perplexity`.
 
-The text (text.txt) is the introduction of Charles Darwin's On the Origin of Species, 1859: in the public
-domain everywhere. It is read as one sequence, so that a token sees everything before it.
+The text (text.txt) is the introduction of Charles Darwin's On the Origin of Species, 1859, which is in the
+public domain. It is computed as one sequence, so each token sees all previous ones.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .driver import WEIGHT_FORMATS, engine_config, open_runner
 from .rows import Row, report
 
 TEXT = Path(__file__).with_name("text.txt")
-#: Positions whose logits are in memory at the same time.
+#: Positions per chunk, which limits the memory of logits.
 CHUNK = 256
-#: Most that a format's perplexity may exceed that of bfloat16 by.
+#: Target: maximum ratio of a format's perplexity to that of bfloat16.
 TARGETS = {"wint8": 0.01, "wint4": 0.06}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo", help="a checkpoint directory, or the word demo")
+    parser.add_argument("--model", default="demo", help="a checkpoint directory, or demo")
     parser.add_argument("--formats", nargs="+", choices=WEIGHT_FORMATS, default=list(WEIGHT_FORMATS))
     arguments = parser.parse_args()
     model = resolve_model_path(arguments.model)
@@ -51,7 +51,7 @@ def perplexity(model: Path, weight_format: str, token_ids: list[int]) -> float:
     runner = open_runner(config, model_config)
     blocks = list(range(config.num_blocks(model_config)))
     sequence = Sequence("text", token_ids, SamplingParams(max_tokens=1), block_ids=blocks)
-    # The first token is given, the last one foretells nothing.
+    # The first token is not predicted, and the last one predicts nothing.
     total, count = 0.0, len(token_ids) - 1
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)

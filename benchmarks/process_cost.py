@@ -1,4 +1,4 @@
-"""Processor time and memory of a process and of all below it."""
+"""CPU time and memory of a process and its descendants."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import psutil
 
 
 def cpu_seconds(pid: int) -> dict[int, float]:
-    """User and system time of each process of the family so far, to the nanosecond."""
+    """Return user plus system time by process, with nanosecond resolution."""
     found = {}
     for member in _family(pid):
         try:
-            # The CPU clock of another process, as clock_getcpuclockid(3) has it; /proc counts in 10 ms.
+            # The CPU clock of a process, see clock_getcpuclockid(3); /proc has a resolution of 10 ms.
             found[member] = time.clock_gettime((~member << 3) | 2)
         except OSError:
             continue  # it has ended meanwhile
@@ -21,12 +21,12 @@ def cpu_seconds(pid: int) -> dict[int, float]:
 
 
 def spent(before: dict[int, float], after: dict[int, float]) -> float:
-    """Seconds between two readings; of a process that began in between, all that it has used."""
+    """Return the seconds used between two readings, including processes started in between."""
     return sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
 
 
 def pss_bytes(pid: int) -> int:
-    """Memory of the family, a page that several share counted once."""
+    """Return the memory of all processes, with shared pages counted once."""
     total = 0
     for member in _family(pid):
         try:

@@ -1,7 +1,7 @@
-"""Where the time of a decode step goes: `python -m benchmarks.profile_step`.
+"""Profile of a decode step: `python -m benchmarks.profile_step`.
 
-Shares of the network's compiled operations, of scheduling, of sampling (its operation included), and of the
-Python around them, per batch size.
+Shares of the compiled operations of the network, of scheduling, of sampling (including its operation), and of
+the Python code around them, by batch size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROMPT, NEW = 32, 64
 
 
 class Stopwatch:
-    """Seconds by part; a part does not count what runs inside of it under another name."""
+    """Seconds by part, excluding nested parts."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -54,7 +54,7 @@ class Stopwatch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", choices=WEIGHT_FORMATS, default="bfloat16")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try this script out")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, to test this script")
     arguments = parser.parse_args()
     config = engine_config(
         random_model(tiny=arguments.tiny),
@@ -79,7 +79,7 @@ def main() -> None:
 
 @contextmanager
 def instrumented(stopwatch: Stopwatch) -> Iterator[None]:
-    """Times the engine's parts, each where its callers look it up."""
+    """Wrap the parts of the engine with timers, at the names under which callers find them."""
     import paddle
 
     from fastdeploy.core.engine import EngineCore
@@ -96,7 +96,7 @@ def instrumented(stopwatch: Stopwatch) -> Iterator[None]:
     network = stopwatch.timed("operations", run)
 
     def operation(name: str, *arguments: Any) -> Any:
-        # Those of sampling are a part of it.
+        # Sampling operations count as sampling.
         return (run if name in ("fd_argmax", "fd_sample") else network)(name, *arguments)
 
     with ExitStack() as patches:

@@ -1,4 +1,4 @@
-"""The model of the engine's benchmarks: a random ERNIE-4.5 MoE of 250M parameters, 109M active per token."""
+"""The model of the engine benchmarks: a random ERNIE-4.5 MoE with 250M parameters, 109M active per token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.checkpoints import config_json, draw_tensors, write_checkpoint
 
 from .rows import CACHE
 
-#: The first layer is dense, as in ERNIE's own models.
+#: The first layer is dense, as in the released ERNIE-4.5 models.
 SHAPE = config_json(
     hidden_size=768,
     num_hidden_layers=12,
@@ -27,19 +27,19 @@ SHAPE = config_json(
     tie_word_embeddings=False,
     max_position_embeddings=16384,
 )
-#: As quick as a model can be: for trying the scripts out.
+#: A minimal model to test the scripts.
 TINY = config_json(vocab_size=512, max_position_embeddings=16384)
 SEED = 250
 
 
 def random_model(*, tiny: bool = False) -> Path:
-    """Directory of the checkpoint, bfloat16 under Hugging Face names; drawn when it is not there yet."""
+    """Return the checkpoint directory (bfloat16, Hugging Face names), generated on first use."""
     path = CACHE / ("random-tiny" if tiny else "random-250m")
     if not path.exists():
         part = path.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
         shape = TINY if tiny else SHAPE
         write_checkpoint(part, shape, draw_tensors(shape, SEED), dtype="BF16")
-        # In the end, so that what is there is whole.
+        # Last, so that an existing directory is complete.
         part.rename(path)
     return path

@@ -1,20 +1,20 @@
-"""How soon the system is itself again, and what watching over it costs: `make bench-recovery`.
+"""Recovery times and the cost of supervision: `make bench-recovery`.
 
-fd-dp with a copy of etc/dp.toml on free ports: the demo model, eight replicas that share the experts, nothing
-else to do. In this order:
+Runs fd-dp with a copy of etc/dp.toml on free ports: the demo model on eight replicas that share the experts,
+otherwise idle. In this order:
 
-* What the daemon takes: memory, and CPU time over 20 s without a request, beside supervisord's.
-* `kill_to_serving`: from kill -9 of a replica (what supervisord started; its children die with it) to the
-  first token that its port gives again, another replica each time. The peer does the same with the same
-  commands, their router included, under supervisord alone with autorestart=true, in the same run.
-  `kill_to_ready` is until the daemon calls it READY, too.
-* `rolling_reload`: `fdctl reload --wait` after another max_num_seqs, and the lowest number of READY replicas
-  that was seen meanwhile, twenty times a second.
-* `chosen_after_kill_of`: RATE requests a second, that a replica answers without its model, and one process of
-  a replica is killed: how long after it the router has chosen that replica for the last time, were it in vain
-  (X-FD-Retries). With as many requests and replicas a replica's turn comes every 40 ms; a target of 50 ms
-  means: one request notices. The limit is when the kernel tells of the end of the process that
-  answered, or of the worker: it takes its memory apart before. `failed` are those that a client saw fail.
+* Memory of the daemon, and its CPU time over 20 s without requests, compared with supervisord.
+* `kill_to_serving`: from kill -9 of a replica (the process that supervisord started; its children die with
+  it) to the next token from its port, a different replica each time. The peer runs the same commands,
+  including the router, under supervisord alone with autorestart=true, in the same run. `kill_to_ready` is the
+  time until the daemon reports READY.
+* `rolling_reload`: `fdctl reload --wait` after a change of max_num_seqs, and the lowest number of READY
+  replicas meanwhile, sampled twenty times per second.
+* `chosen_after_kill_of`: one process of a replica is killed under RATE requests per second that replicas
+  answer without their model. The time until the router chooses that replica for the last time, even if it
+  fails (X-FD-Retries). At this rate a replica is chosen every 40 ms, so a target of 50 ms means that one
+  request is affected. The limit is the time until the kernel reports the end of the answering process or the
+  worker, which is after it has freed its memory. `failed` counts the requests that failed for a client.
 """
 
 from __future__ import annotations
@@ -40,23 +40,24 @@ import requests
 from fastdeploy.daemon.config import loader as dp_toml
 from fastdeploy.daemon.config.programs import programs_of
 from fastdeploy.daemon.control import protocol
-from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, write
+from fastdeploy.daemon.process.supervisor_client import Supervisor
+from fastdeploy.daemon.process.supervisord_config import Layout, write_files
 
 from .rows import Row, report
 from .serve import BIN, start_daemon, stop_daemon, wait_ready, write_config
 from .steady_rate import Steady
 
 REPLICAS = 8
-#: Of each kind.
+#: Repetitions of each kind.
 KILLS = 5
-#: Requests a second.
+#: Requests per second.
 RATE = 200
 PARTS = ("arbiter", "http_process", "worker")
 _IDLE_SECONDS = 20.0
-#: Seconds after a kill in which the replica is not back yet.
+#: Seconds after a kill during which the replica cannot be back yet.
 _SOON = 1.5
 _PEER = "supervisor autorestart"
-#: In etc/dp.toml: deaths again and again are no reason to wait.
+#: Changes to etc/dp.toml: no backoff after repeated deaths.
 _KILLED_ON_PURPOSE = {
     "backoff_max = 60": "backoff_max = 1",
     "budget = 10": "budget = 999\nbox_budget = 999",
@@ -160,7 +161,7 @@ def _choices(prefix: Path, port: int) -> Iterator[Row]:
         for _ in range(KILLS):
             victim = next(victims)
             family = _processes(prefix, victim)
-            # With the arbiter its HTTP process dies, which is who answers.
+            # The HTTP process, which answers, dies with the arbiter.
             death = _Death(family[depth], family[max(1, depth)])
             killed, asked = steady.run(1.0, death.come, _SOON)
             chosen = [
@@ -183,7 +184,7 @@ def _choices(prefix: Path, port: int) -> Iterator[Row]:
 
 
 class _Death:
-    """Of a process; how long it takes until the end of another one can be noticed."""
+    """Return the time until the end of a process is reported by the kernel."""
 
     def __init__(self, victim: psutil.Process, noticed: psutil.Process) -> None:
         self.seconds = 0.0
@@ -203,16 +204,16 @@ class _Death:
 
 
 def _recoveries_under_supervisor(prefix: Path) -> dict[str, float]:
-    """Of the same programs; a figure for each case that ours has a row for."""
+    """Measure the same programs under supervisord; one result per case."""
     print("measuring: recovery under supervisor alone", flush=True)
     file, _ = write_config(prefix, replicas=REPLICAS, threads=0)
     config = dp_toml.load(file, prefix)
     layout = Layout(config.paths.run, config.paths.logs)
     for directory in (config.paths.state, layout.run):
         directory.mkdir(parents=True, exist_ok=True)
-    write(layout, programs_of(config))
+    write_files(layout, programs_of(config))
     ini = layout.ini.read_text(encoding="utf-8")
-    # As somebody has it who writes it by hand: the defaults, and what is wanted.
+    # A typical hand-written configuration.
     for ours in ("startsecs=0\n", "startretries=0\n", "autostart=false\n"):
         ini = ini.replace(ours, "")
     layout.ini.write_text(ini.replace("autorestart=false", "autorestart=true"), encoding="utf-8")
@@ -238,24 +239,24 @@ def _middle_and_worst(case: str, values: list[float], unit: str) -> list[Row]:
 
 
 def _kill(prefix: Path, replica: int) -> float:
-    """The whole of it, as far as it is from supervisord's child. When, by the monotonic clock."""
+    """Kill the child of supervisord and its children; return the monotonic time."""
     family = _processes(prefix, replica)
     began = time.monotonic()
     family[0].kill()
-    # What answers from now on is its successor.
+    # From now on its successor answers.
     psutil.wait_procs(family, timeout=30)
     return began
 
 
 def _processes(prefix: Path, replica: int) -> list[psutil.Process]:
-    """In the order of PARTS."""
+    """Return the processes in the order of PARTS."""
     found = Supervisor(Layout(prefix / "run", prefix / "logs")).processes()[f"replica{replica}"]
     arbiter = psutil.Process(found.pid)
     return [arbiter, *arbiter.children(recursive=True)]
 
 
 def _until_serving(prefix: Path, replica: int) -> float:
-    """When its own port gave a token."""
+    """Return the time at which its port returned a token."""
     port = dp_toml.load(prefix / "dp.toml", prefix).engine.ports[replica]
     body = {"prompt": "Hello", "max_tokens": 1}
     while True:
@@ -267,7 +268,7 @@ def _until_serving(prefix: Path, replica: int) -> float:
 
 
 def _until_ready(prefix: Path) -> float:
-    """When all were, and the router knew it."""
+    """Return the time at which all replicas were READY and known to the router."""
     while True:
         replicas: list[dict[str, Any]] = _status(prefix)["replicas"]
         if all(each["state"] == "READY" and each["in_flight"] is not None for each in replicas):

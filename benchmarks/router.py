@@ -1,9 +1,9 @@
-"""Our router beside those of others: `make bench-router`.
+"""Comparison of our router with others: `make bench-router`.
 
-Eight mock engines, and in front of them fd-router, sglang-router, vllm-router and nginx. All run, and one at
-a time is put under load: requests by wrk, event streams by a reader of ours. They take turns, so that what
-else the machine does hits all alike. A router that does not come up, or does not serve every single request,
-has no figure. One number in twenty seconds:
+fd-router, sglang-router, vllm-router and nginx run in front of eight mock engines. One at a time is put under
+load: requests by wrk, event streams by our own reader. They take turns, so that disturbances affect all
+equally. A router that does not start, or fails a single request, has no result. A single number in twenty
+seconds:
 
     python -m benchmarks.router --quick --only unary_c64 --contenders ours,vllm
 """
@@ -75,7 +75,7 @@ class _Bench:
                 for repetition in range(repetitions):
                     for case in cases:
                         taking_part = [name for name in case.contenders if name in routers]
-                        # Nobody is always the one after the same other.
+                        # Vary the order, so that none always follows the same other.
                         shift = repetition % max(1, len(taking_part))
                         for name in taking_part[shift:] + taking_part[:shift]:
                             self._measure(case, routers[name], engines)
@@ -84,7 +84,7 @@ class _Bench:
                     router.stop()
 
     def hold(self, case: HeldCase) -> None:
-        """Each fresh and alone: memory that an earlier load has left behind is not asked for."""
+        """Measure each router freshly started and alone, without memory left by an earlier load."""
         for name in case.contenders:
             with MockEngines(IDLE_INTERVAL_MS) as engines:
                 if router := self._start(name, engines, [case], warm_up=False):
@@ -131,7 +131,7 @@ class _Bench:
 
 
 def _with(case: Case, contenders: Sequence[str]) -> Case:
-    """Only these of its contenders, and `direct`, which the others are compared with."""
+    """Restrict the contenders to these and `direct`, the reference."""
     if not contenders:
         return case
     taking_part = tuple(name for name in case.contenders if name in (DIRECT, *contenders))
@@ -152,16 +152,18 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = ", ".join(case.name for case in CASES)
-    parser.add_argument("--only", action="append", metavar="CASE", help=f"cases that begin so; of {names}")
     parser.add_argument(
-        "--contenders", type=_contenders, default=[], metavar="A,B", help=f"of {', '.join(COMMANDS)}"
+        "--only", action="append", metavar="CASE", help=f"only cases with this prefix; one of {names}"
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"once and short; without --only {' and '.join(_QUICK)}"
+        "--contenders", type=_contenders, default=[], metavar="A,B", help=f"any of {', '.join(COMMANDS)}"
     )
-    parser.add_argument("--repetitions", type=int, default=3, help="turns of each (default %(default)s)")
     parser.add_argument(
-        "--fd-router", type=Path, default=default_fd_router(), metavar="PROGRAM", help="ours, if another one"
+        "--quick", action="store_true", help=f"one short repetition; without --only, {' and '.join(_QUICK)}"
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="repetitions (default %(default)s)")
+    parser.add_argument(
+        "--fd-router", type=Path, default=default_fd_router(), metavar="PROGRAM", help="fd-router to measure"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""The cases that routers are compared in: which load, who takes part, and what is found."""
+"""The cases of the router comparison: load, contenders and metrics."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from . import router_load
 from .process_cost import pss_bytes
 from .router_contenders import DIRECT, RunningRouter
 
-#: Figures of one measurement by metric: rps, cpu_us, ttft_p99_ms, ...
+#: Results of one measurement by metric: rps, cpu_us, ttft_p99_ms, ...
 Figures = dict[str, float]
 
 _ALL = (DIRECT, "ours", "sglang", "vllm", "nginx")
 _CHUNKS = 100
-#: Streams of each reader. The second goes over a connection that has been used before, as those in a client's
-#: pool have: only there do small packets that a router lets the system hold back (no TCP_NODELAY) cost 40 ms.
+#: Streams per reader. The second uses a used connection, like those of a client's pool: only there do small
+#: packets that the system delays (no TCP_NODELAY) cost 40 ms.
 _ROUNDS = 2
-#: Streams that say something every five seconds only.
+#: Streams with one event every five seconds.
 IDLE_INTERVAL_MS = 5000
 
 
 @dataclass(frozen=True, slots=True)
 class UnaryCase:
-    #: Connections.
+    #: Number of connections.
     size: int
     contenders: tuple[str, ...] = _ALL
     kind: str = "unary"
@@ -40,7 +40,7 @@ class UnaryCase:
 
 @dataclass(frozen=True, slots=True)
 class StreamCase:
-    #: Streams.
+    #: Number of streams.
     size: int
     contenders: tuple[str, ...] = _ALL
     kind: str = "sse"
@@ -55,7 +55,7 @@ class StreamCase:
 
 @dataclass(frozen=True, slots=True)
 class HeldCase:
-    """Memory of a router that holds many streams in which little happens; in front of engines of its own."""
+    """Memory of a router with many idle streams, in front of its own engines."""
 
     size: int = 4096
     contenders: tuple[str, ...] = ("ours", "sglang", "vllm", "nginx")
@@ -70,7 +70,7 @@ class HeldCase:
         found: list[float] = []
 
         def weigh() -> None:
-            # Once each has had its second event.
+            # After the second event of each stream.
             time.sleep(IDLE_INTERVAL_MS / 1000)
             assert router.pid is not None
             found.append(pss_bytes(router.pid) / 1e6)

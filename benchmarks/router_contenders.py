@@ -1,4 +1,4 @@
-"""The routers that are compared, each started as its manual says, in front of the same engines."""
+"""The compared routers, each started according to its manual, in front of the same engines."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ http {
 
 
 class ContenderError(Exception):
-    """A router that cannot be started or does not serve; one line says why."""
+    """A router cannot be started or does not serve; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a router is to run, and before what."""
+    """Ports of a router and its engines."""
 
     port: int
     directory: Path
@@ -88,7 +88,7 @@ def _sglang(place: Place) -> list[str]:
 
 
 def _sglang_quiet(place: Place) -> list[str]:
-    """It logs two lines for each request; this is what it costs without."""
+    """Disable its log of two lines per request."""
     return [*_sglang(place), "--log-level", "warn"]
 
 
@@ -127,7 +127,7 @@ COMMANDS: dict[str, Callable[[Place], list[str]]] = {
     "vllm_quiet": _vllm_quiet,
     "nginx": _nginx,
 }
-#: What a client has without any router: how fast engines and load are, and what is added to.
+#: No router: the speed of engines and load generator, and the baseline of added latency.
 DIRECT = "direct"
 
 
@@ -170,7 +170,7 @@ class RunningRouter:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that all of its others are below; None for `direct`."""
+        """Pid of the root process; None for `direct`."""
         return self._process.pid if self._process else None
 
     def require_alive(self) -> None:
@@ -192,13 +192,13 @@ class RunningRouter:
                 self._process.wait(timeout=_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 print(f"{self.name} does not end within {_STOP_SECONDS:g} s of SIGTERM: killed", flush=True)
-        # It has a session of its own: this is whatever it has left behind.
+        # Kill the rest of its session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _wait_until_it_serves(self) -> None:
-        """Until as many requests in a row as there are engines have been answered."""
+        """Wait until as many consecutive requests as there are engines have succeeded."""
         url = f"http://127.0.0.1:{self.port}"
         end = time.monotonic() + _START_SECONDS
         in_a_row, last = 0, "nothing has been heard"

@@ -1,4 +1,4 @@
-"""Loads that a router is put under, and what is measured meanwhile: wrk's requests and our event streams."""
+"""Load generators and measurements for routers: requests by wrk and our event streams."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNARY_BODY_BYTES = 600
 
 
 class LoadError(Exception):
-    """A load whose figures do not count, because not every request was served; one line says why."""
+    """A load that failed because a request was not served; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class UnaryFigures:
     rps: float
     p50_ms: float
     p99_ms: float
-    #: Microseconds of the router's processes for one request.
+    #: CPU microseconds of the router's processes per request.
     cpu_us: float
 
 
@@ -34,12 +34,12 @@ class StreamFigures:
     chunks_per_s: float
     ttft_p50_ms: float
     ttft_p99_ms: float
-    #: From an engine's send of an event until the client has read it.
+    #: From the engine's send of an event until the client has read it.
     delay_p50_ms: float
     delay_p99_ms: float
-    #: Between two events of a stream.
+    #: Time between two events of a stream.
     gap_p99_ms: float
-    #: Microseconds of the router's processes for one chunk.
+    #: CPU microseconds of the router's processes per chunk.
     cpu_us: float
 
 
@@ -49,7 +49,7 @@ class HeldStreams:
 
 
 def unary(port: int, pid: int | None, connections: int, seconds: float, directory: Path) -> UnaryFigures:
-    """POSTs of 600 bytes, one after the other on each connection.
+    """Send consecutive POST requests of 600 bytes on each connection.
 
     Raises:
         LoadError: one of them was refused or got lost.
@@ -80,7 +80,7 @@ def unary(port: int, pid: int | None, connections: int, seconds: float, director
 def streams(
     port: int, pid: int | None, count: int, chunks: int, rounds: int, directory: Path
 ) -> StreamFigures:
-    """`count` readers, each of so many streams one after the other; they begin within a second.
+    """Run `count` readers, each with consecutive streams, all started within a second.
 
     Raises:
         LoadError: a stream was refused, ended early, or lacked an event.
@@ -110,7 +110,7 @@ def run_sse_load(
     limit_s: int = 60,
     when_begun: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """What sse_load.cc reports. `when_begun` is called when each reader has had an event.
+    """Return the report of sse_load.cc. `when_begun` is called when each reader has had an event.
 
     Raises:
         LoadError: a stream was refused, ended early, or lacked an event.
@@ -146,7 +146,7 @@ def require_wrk() -> str:
 
 
 def _body_file(directory: Path, fields: dict[str, Any]) -> Path:
-    """A chat request of 600 bytes."""
+    """Return the file of a chat request of 600 bytes."""
     request = {"model": "mock", "messages": [{"role": "user", "content": ""}], **fields}
     request["messages"][0]["content"] = "x" * (UNARY_BODY_BYTES - len(json.dumps(request)))
     path = directory / f"body-{len(fields)}.json"

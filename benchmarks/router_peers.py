@@ -1,4 +1,4 @@
-"""The routers of others from PyPI, in an environment of their own: `python -m benchmarks.router_peers`."""
+"""Other routers from PyPI in their own environment: `python -m benchmarks.router_peers`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _HOME = ROOT / ".cache" / "router-peers-venv"
 
 
 class NotInstalledError(Exception):
-    """A peer that cannot be had here; one line says why."""
+    """A peer cannot be installed; the message is one line."""
 
 
 def installed(command: str) -> Path:
-    """The path of `sglang-router` or `vllm-router`; installs both if they are not there in these versions.
+    """Return the path of `sglang-router` or `vllm-router`; install both in these versions if missing.
 
     Raises:
         NotInstalledError: pip could not; its words are on standard error.
@@ -28,7 +28,7 @@ def installed(command: str) -> Path:
         pip = [str(_HOME / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
         try:
             subprocess.run([sys.executable, "-m", "venv", str(_HOME)], check=True)
-            # Wheels only: a Rust compiler and half an hour are not what a benchmark may ask for.
+            # Wheels only: building would need a Rust compiler and half an hour.
             subprocess.run([*pip, "--only-binary", ":all:", *_PACKAGES], check=True)
         except subprocess.CalledProcessError as error:
             raise NotInstalledError(f"could not be installed (pip ended with {error.returncode})") from None

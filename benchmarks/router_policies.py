@@ -1,8 +1,8 @@
-"""Which policy for which traffic: `make bench-router-policies` writes docs/router-policies.svg.
+"""Comparison of routing policies by traffic: `make bench-router-policies` writes docs/router-policies.svg.
 
-A simulation in which everything of the router is real: board, policies, table of prefixes. The eight replicas
-are simulated (simulated_replica.py), and so are their clients (router_traffic.py). The tables that it prints
-are those of docs/router-policies.md. It takes about two minutes of one core.
+A simulation with the router's real board, policies and prefix table. The eight replicas
+(simulated_replica.py) and their clients (router_traffic.py) are simulated. It prints the tables of
+docs/router-policies.md and takes about two minutes on one core.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .rows import ROOT, Row, report
 from .simulated_routers import Figures, Scene, figures_of, simulate
 
 PLOT = ROOT / "docs" / "router-policies.svg"
-#: What FastDeploy's Python router does, whatever it is told.
+#: The policy of FastDeploy's Python router, regardless of its configuration.
 PEER = "random"
 
-#: Colour and marker. fd_metrics_score would lie on request_num.
+#: Colour and marker. fd_metrics_score is omitted, because it coincides with request_num.
 MARKS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "random": ("0.6", "x"),
@@ -39,13 +39,13 @@ MARKS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 
-#: Figures by setting and policy.
+#: Results by setting and policy.
 Results = Mapping[tuple[str, str], Figures]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=300.0, help="of simulated arrivals")
+    parser.add_argument("--seconds", type=float, default=300.0, help="duration of simulated arrivals")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=PLOT)
@@ -55,7 +55,7 @@ def main() -> None:
         scene = Scene.of(SETTINGS[name], arguments.seed, arguments.seconds)
         for policy in CONTENDERS:
             jobs = simulate(scene, policy)
-            # Until then conversations begin and caches fill.
+            # Exclude the start, in which conversations begin and caches fill.
             settled = [job for job in jobs if job.arrived > arguments.seconds / 4]
             results[name, policy.name] = figures_of(settled)
     report(rows_of(results), "router_policies")
@@ -78,7 +78,7 @@ def rows_of(results: Results) -> list[Row]:
     ]
 
 
-#: Title -> what stands in a cell.
+#: Column title -> content of a cell.
 TABLES: Mapping[str, Callable[[Figures], str]] = MappingProxyType(
     {
         "Time to the first token, ms: mean / median / 99th percentile": lambda f: (
@@ -91,7 +91,7 @@ TABLES: Mapping[str, Callable[[Figures], str]] = MappingProxyType(
 
 
 def table(results: Results, cell: Callable[[Figures], str]) -> str:
-    """Markdown: a line for each policy."""
+    """Return a Markdown table with one row per policy."""
     settings = list(dict.fromkeys(setting for setting, _ in results))
     lines = [["", *settings], ["---"] * (len(settings) + 1)]
     lines += [[policy.name, *[cell(results[s, policy.name]) for s in settings]] for policy in CONTENDERS]
@@ -99,9 +99,9 @@ def table(results: Results, cell: Callable[[Figures], str]) -> str:
 
 
 def draw(results: Results, file: Path) -> None:
-    """Two panels, a line for each setting, a mark for each policy."""
+    """Plot two panels with a line per setting and a marker per policy."""
     settings = list(dict.fromkeys(setting for setting, _ in results))
-    # Text stays text, and the same figures give the same file.
+    # Keep text as text, and make the file reproducible.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "router-policies", "font.size": 9})
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
     lines = [len(settings) - 1 - place for place in range(len(settings))]

@@ -1,4 +1,4 @@
-"""What was found: a table of all contenders, the rows that are kept, and the targets beside them."""
+"""Report of the router comparison: a table of all contenders, stored rows, and targets."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .router_cases import Case, Figures, HeldCase
 from .router_contenders import DIRECT
 from .rows import CORES, Row
 
-#: Client, engines and two workers want a core each.
+#: One core each for client, engines and two workers.
 _CORES_FOR_TWO_WORKERS = 4
-#: Metrics that the table has and the rows do not: they say whether a load could be kept up at all.
+#: Metrics only for the table: they show whether the load could be sustained.
 _UNTOLD = ("chunks_per_s", "gap_p99_ms")
-#: Resolution of an added latency: less than this is noise.
-_LEAST_MS = 0.01
+#: Resolution of added latency in ms; smaller values are noise.
+_MIN_MS = 0.01
 
 
 class Findings:
-    """Figures of each contender in each case, one for each repetition, and who failed."""
+    """Results by contender and case, one per repetition, and failures."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], list[Figures]] = defaultdict(list)
@@ -30,11 +30,11 @@ class Findings:
         self._found[case.name, contender].append(figures)
 
     def fail(self, case: Case, contender: str, why: str) -> None:
-        """Nothing of it in this case counts."""
+        """Record that a contender failed in a case; its results do not count."""
         self.failures[case.name, contender] = why
 
     def of(self, case: Case, contender: str) -> Figures | None:
-        """The median of each metric; None if there is nothing, or nothing that counts."""
+        """Return the median of each metric; None without valid results."""
         key = case.name, contender
         if key in self.failures or key not in self._found:
             return None
@@ -42,25 +42,25 @@ class Findings:
         return {metric: statistics.median(figures[metric] for figures in found) for metric in found[0]}
 
     def added(self, case: Case, contender: str) -> Figures | None:
-        """As `of`, but of times only what the router adds to them."""
+        """Return the medians with the latency of `direct` subtracted from times."""
         figures, direct = self.of(case, contender), self.of(case, DIRECT)
         if figures is None or direct is None:
             return figures
         return {
-            metric: max(_LEAST_MS, value - direct[metric]) if metric.endswith("_ms") else value
+            metric: max(_MIN_MS, value - direct[metric]) if metric.endswith("_ms") else value
             for metric, value in figures.items()
         }
 
 
 def print_table(cases: Sequence[Case], findings: Findings) -> None:
-    """As measured: nothing is subtracted."""
+    """Print the table of all results as measured."""
     for case in cases:
         print(f"\n{case.name}")
         found = {name: figures for name in case.contenders if (figures := findings.of(case, name))}
         for figures in list(found.values())[:1]:
             print(" " * 15 + "".join(f"{metric:>14}" for metric in figures))
         for name, figures in found.items():
-            # Without a router there are no processes of one.
+            # `direct` has no router processes.
             shown = (
                 "-" if (name, metric) == (DIRECT, "cpu_us") else f"{value:.2f}"
                 for metric, value in figures.items()
@@ -73,8 +73,7 @@ def print_table(cases: Sequence[Case], findings: Findings) -> None:
 
 
 def rows_of(cases: Sequence[Case], findings: Findings) -> Iterator[Row]:
-    """Ours against each peer, metric by metric. Times are what a router adds; the limit is what is there
-    without one."""
+    """Return rows of our router against each peer. Times are added latency, limits those of `direct`."""
     for case in cases:
         ours = findings.added(case, "ours")
         if ours is None:
@@ -113,13 +112,13 @@ def _unit(metric: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Target:
     case: str
-    #: What ours divided by the peer's is to be; None if the figure itself is meant.
+    #: Applies to our value divided by the peer's; None: to our value itself.
     ratio: float | None = None
     at_most: float | None = None
     at_least: float | None = None
 
     def line(self, row: Row) -> str:
-        """Met or missed, in one line."""
+        """Return one line that says whether the target was met."""
         if self.ratio is not None:
             assert row.peer
             found, bound, sign = row.ours / row.peer, self.ratio, "<="
@@ -151,7 +150,7 @@ def print_targets(rows: Sequence[Row]) -> None:
     print("\ntargets (ratios to the peer, megabytes, times as much)")
     for target in TARGETS:
         for row in rows:
-            # A figure that is compared with several peers has a row for each; ours is the same in all.
+            # Our value is the same in the rows of all peers.
             if row.case == target.case or (target.ratio is None and row.case.startswith(target.case)):
                 print(target.line(row))
                 break

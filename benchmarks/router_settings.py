@@ -1,4 +1,4 @@
-"""What the study of the router's policies compares: which policies, and where."""
+"""Policies and settings of the study of routing policies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .router_traffic import bursts, chat, documents
 from .simulated_routers import Setting, Sharing
 
 _MIXTURE = {chat: 12.0, documents: 3.0, bursts: 5.0}
-#: As much as the replicas can bear if chance chooses among them: no queue grows for ever.
+#: The highest load at which random routing is stable.
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {
         "chat": Setting({chat: 26.0}),
@@ -32,7 +32,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
 
 
 def longest_prefix(candidates: Candidates, facts: RequestFacts) -> int:
-    """What cache_aware is elsewhere: the longest prefix, until the load is uneven; then the fewest tokens."""
+    """cache_aware of other routers: longest prefix while the load is balanced, otherwise fewest tokens."""
     loads = candidates.in_flight
     if max(loads) - min(loads) > 8 and max(loads) > 1.5 * min(loads):
         return POLICIES["process_tokens"].choose(candidates, facts)

@@ -1,4 +1,4 @@
-"""Traffic for the study of the router's policies: conversations drawn from a seed.
+"""Traffic for the study of routing policies: random conversations from a seed.
 
 Shapes and lengths are like those of public traces of chat services: a few assistants whose instructions many
 conversations share, histories that grow from turn to turn, questions about long documents, bursts of jobs.
@@ -17,9 +17,9 @@ from fastdeploy.daemon.router.policy.policies import request_num
 from fastdeploy.daemon.router.policy.policy import Policy, RequestFacts
 from fastdeploy.daemon.router.policy.request_facts import BYTES_PER_TOKEN, facts_of
 
-#: Tokens of a block in the replicas' prefix caches.
+#: Tokens per block of the prefix caches.
 BLOCK = 64
-#: Wants to know everything of a request.
+#: Extracts all facts of a request.
 _CURIOUS = Policy("curious", request_num, needs_prefix=True, needs_session=True)
 
 Message = Mapping[str, str]
@@ -30,10 +30,10 @@ class Turn:
     facts: RequestFacts
     prompt_tokens: int
     answer_tokens: int
-    #: The cache's blocks of the prompt, and of prompt and answer: each stands for all text up to its end.
+    #: Cache blocks of the prompt, and of prompt and answer. A block identifies all text up to its end.
     prompt_blocks: Sequence[int]
     all_blocks: Sequence[int]
-    #: Seconds from the end of the answer before it.
+    #: Seconds after the end of the previous answer.
     pause: float
 
 
@@ -43,12 +43,12 @@ class Conversation:
     turns: Sequence[Turn]
 
 
-#: Conversations that begin within so many seconds, with so many requests a second.
+#: Returns conversations for a duration in seconds and a rate in requests per second.
 Kind = Callable[[Random, float, float], Iterator[Conversation]]
 
 
 def chat(random: Random, rate: float, seconds: float) -> Iterator[Conversation]:
-    """Twelve assistants, some far more popular than others; users that are named; about five turns."""
+    """Twelve assistants of very different popularity; named users; about five turns."""
     instructions = [_text(random, _around(random, 1500, 0.7, 4000)) for _ in range(12)]
     popularity = [1 / (place + 1) for place in range(12)]
     for start in _arrivals(random, rate / 5, seconds):
@@ -63,7 +63,7 @@ def chat(random: Random, rate: float, seconds: float) -> Iterator[Conversation]:
 
 
 def documents(random: Random, rate: float, seconds: float) -> Iterator[Conversation]:
-    """Questions about a document of one's own, below instructions that all share; a third asks again."""
+    """Questions about private documents after shared instructions; a third of the users ask again."""
     instructions = [_text(random, 300) for _ in range(3)]
     for start in _arrivals(random, rate / 1.33, seconds):
         document = random.choice(instructions) + _text(random, _around(random, 4000, 0.5, 12000))
@@ -77,7 +77,7 @@ def documents(random: Random, rate: float, seconds: float) -> Iterator[Conversat
 
 
 def bursts(random: Random, rate: float, seconds: float) -> Iterator[Conversation]:
-    """Eighty prompts at once, below the same short instructions; answers of all lengths."""
+    """Bursts of eighty prompts with the same short instructions; answers of all lengths."""
     for start in _arrivals(random, rate / 80, seconds):
         instructions = _message("system", _text(random, 150))
         for _ in range(80):
@@ -86,7 +86,7 @@ def bursts(random: Random, rate: float, seconds: float) -> Iterator[Conversation
 
 
 def traffic(rates: Mapping[Kind, float], seed: int, seconds: float) -> list[Conversation]:
-    """`rates`: requests a second of each kind."""
+    """`rates`: requests per second of each kind."""
     return [
         conversation
         for kind, rate in rates.items()
@@ -102,7 +102,7 @@ def _arrivals(random: Random, rate: float, seconds: float) -> Iterator[float]:
 
 
 def _around(random: Random, median: int, spread: float, most: int) -> int:
-    """Lognormal, as lengths of texts are."""
+    """Return a lognormal length, which is typical of texts."""
     return min(most, max(4, int(median * random.lognormvariate(0, spread))))
 
 
@@ -115,7 +115,7 @@ def _message(role: str, content: str) -> Message:
 
 
 def _turn(random: Random, messages: list[Message], answer_tokens: int, pause: float, user: str = "") -> Turn:
-    """Appends the answer to the messages."""
+    """Append the answer to the messages."""
     body = {"model": "default", "messages": messages, "stream": True} | ({"user": user} if user else {})
     facts = facts_of(_CURIOUS, (), msgspec.json.encode(body), random.getrandbits(64))
     prompt = _rendered(messages)
@@ -131,7 +131,7 @@ def _turn(random: Random, messages: list[Message], answer_tokens: int, pause: fl
 
 
 def _rendered(messages: Sequence[Message]) -> str:
-    """As a chat template would."""
+    """Render the messages like a chat template."""
     return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 
 

@@ -1,4 +1,4 @@
-"""A figure of a benchmark, with what it is to be held against; how figures are printed and kept."""
+"""Results of benchmarks with their references, and how they are printed and stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What benchmarks make once and use again: random models, compiled probes.
+#: Cache of generated files: random models, compiled programs.
 CACHE = ROOT / ".cache" / "bench"
 CORES = len(os.sched_getaffinity(0))
 
@@ -21,12 +21,12 @@ class Row:
     ours: float
     peer: float | None = None
     peer_name: str | None = None
-    #: What the hardware allows, measured in the same run.
+    #: Hardware limit, measured in the same run.
     limit: float | None = None
 
 
 def report(rows: Sequence[Row], name: str) -> None:
-    """Prints the table and writes it to bench-results/NAME.json."""
+    """Print the table and write it to bench-results/NAME.json."""
     width = max(len(row.case) for row in rows)
     print(
         f"{'case':<{width}} {'metric':<10} {'ours':>10} {'peer':>10} {'ratio':>7} "

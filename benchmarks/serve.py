@@ -1,9 +1,9 @@
-"""What the whole system costs and does: `make bench-serve`.
+"""Start time, memory and throughput of the whole system: `make bench-serve`.
 
-Starts fd-dp with a copy of etc/dp.toml on free ports, measures until the eight replicas are READY, then
-memory, then tokens/s through the router: one stream, sixteen at once. The peer of eight replicas is one
-replica with all cores in the same run; the limit of one stream is what the hardware allows (limits.py),
-measured in the same run too.
+Starts fd-dp with a copy of etc/dp.toml on free ports. Measures the time until the eight replicas are READY,
+their memory, and tokens/s through the router for one and for sixteen concurrent streams. The peer of the
+eight replicas is one replica on all cores; the limit of one stream is that of the hardware (limits.py). Both
+are measured in the same run.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def measure_system(prefix: Path) -> list[Row]:
 
 
 def write_config(prefix: Path, *, replicas: int, threads: int) -> tuple[Path, int]:
-    """etc/dp.toml with other ports, so that a running system is left alone."""
+    """Write etc/dp.toml with other ports, so that a running system is not disturbed."""
     ports = find_free(3 * replicas + 1)
     text = (ROOT / "etc" / "dp.toml").read_text(encoding="utf-8")
 
@@ -135,7 +135,7 @@ def wait_ready(prefix: Path, replicas: int, deadline: float = 600.0) -> None:
         if answer.returncode == 0:
             status = json.loads(answer.stdout)
             states = [replica["state"] for replica in status["replicas"]]
-            # Of the daemon, too: only then does the router know them all.
+            # Also according to the daemon, because only then the router knows all replicas.
             if states == ["READY"] * replicas and status["daemon"]["state"] == "READY":
                 return
         time.sleep(0.2)
@@ -143,7 +143,7 @@ def wait_ready(prefix: Path, replicas: int, deadline: float = 600.0) -> None:
 
 
 def memory_of_workers(daemon_pid: int) -> tuple[list[int], list[int]]:
-    """RSS and PSS in bytes of each Paddle process below the daemon."""
+    """Return RSS and PSS in bytes of each Paddle process below the daemon."""
     rss, pss = [], []
     for process in psutil.Process(daemon_pid).children(recursive=True):
         if "fastdeploy.core.worker" in process.cmdline():

@@ -1,6 +1,6 @@
-"""A replica in the study of the router's policies, on simulated time.
+"""A replica for the study of routing policies, in simulated time.
 
-It has continuous batching, takes prompts in chunks, and has a prefix cache of bounded size.
+It models continuous batching, chunked prefill and a prefix cache of limited size.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from itertools import count
 
 from .router_traffic import BLOCK, Turn
 
-#: Of a step: for itself, for each text that it continues, for each token of a prompt; as of a mid-size model
-#: on a GPU.
+#: Seconds of a step: fixed cost, per decoding text, and per prompt token; typical of a mid-size model on a
+#: GPU.
 STEP_SECONDS, TEXT_SECONDS, TOKEN_SECONDS = 0.015, 0.0004, 0.0001
 MAX_TEXTS, CHUNK = 48, 1024
 
 
 class Timeline:
-    """What is due when."""
+    """The event queue."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -41,31 +41,31 @@ class Timeline:
 class Job:
     turn: Turn
     arrived: float
-    #: Called when the first and when the last token is there.
+    #: Called at the first and at the last token.
     began: Callable[[Job], None]
     ended: Callable[[Job], None]
     first_token_at: float = 0.0
     ended_at: float = 0.0
     cached_tokens: int = 0
-    #: Of the prompt, still to be computed.
+    #: Remaining tokens of the prompt.
     remaining: int = 0
 
 
 @dataclass(slots=True)
 class Replica:
     time: Timeline
-    #: 0.5 takes twice the time for everything.
+    #: Relative speed; 0.5 doubles all times.
     speed: float
-    #: What the prefix cache holds, beside what is in use.
+    #: Capacity of the prefix cache, in addition to blocks in use.
     cache_blocks: int
     waiting: deque[Job] = field(default_factory=deque)
     _prefilling: deque[Job] = field(default_factory=deque)
-    #: (number of the step that gives the last token, a tie breaker, whose).
+    #: (step that yields the last token, tie breaker, job).
     _decoding: list[tuple[int, int, Job]] = field(default_factory=list)
     _cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
     _steps: int = 0
     _order: count[int] = field(default_factory=count)
-    #: The steps under way: how many, since when, and how long one takes. None: it sleeps.
+    #: Steps in progress: number, start, and duration of one step. None: idle.
     _under_way: int = 0
     _since: float = 0.0
     _step: float = 0.0
@@ -80,16 +80,16 @@ class Replica:
         if not self._under_way:
             self._begin()
         elif self._under_way > 1 and self.running < MAX_TEXTS:
-            # Many steps had been taken as one: that ends with the step which is running now.
+            # Steps were combined; the combination now ends with the current step.
             done = max(1, math.ceil((self.time.now - self._since) / self._step))
             if done < self._under_way:
                 self._schedule(done)
 
     def _begin(self) -> None:
-        """Admits who fits and begins a step: or as many at once as go by until a text ends."""
+        """Admit jobs that fit and begin a step, or combine all steps until the next text ends."""
         while self.waiting and self.running < MAX_TEXTS:
             job = self.waiting.popleft()
-            # The last token is always computed, or there would be nothing to sample from.
+            # The last token is always computed, because its logits are needed.
             job.cached_tokens = min(self._cached(job.turn.prompt_blocks) * BLOCK, job.turn.prompt_tokens - 1)
             job.remaining = job.turn.prompt_tokens - job.cached_tokens
             self._prefilling.append(job)
@@ -137,7 +137,7 @@ class Replica:
         return next((depth for depth, block in enumerate(blocks) if block not in self._cache), len(blocks))
 
     def _remember(self, blocks: Sequence[int]) -> None:
-        # The end of a text first: it is the first to go, as others may share the beginning.
+        # The end of a text is evicted first, because others may share its beginning.
         for block in reversed(blocks):
             self._cache[block] = None
             self._cache.move_to_end(block)

@@ -1,4 +1,4 @@
-"""Routers before simulated replicas: the real board, policies and table of prefixes, on simulated time."""
+"""Routers with the real board, policies and prefix table before simulated replicas, in simulated time."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from .router_traffic import Conversation, Kind, Turn, chat, traffic
 from .simulated_replica import Job, Replica, Timeline
 
 REPLICAS = 8
-#: Seconds between two measurements of speed, two looks at replicas' metrics, two words of another router.
+#: Seconds between speed measurements, metric scrapes, and reports of other routers.
 MEASURE_EVERY, SCRAPE_EVERY, REPORT_EVERY = 1.0, 2.0, 0.1
 
 
 class Sharing(Enum):
-    """What several routers know of each other's requests."""
+    """How routers learn of each other's requests."""
 
     NOTHING = auto()
-    #: What they had at the last report.
+    #: The last report.
     REPORTS = auto()
-    #: That, and the guess that each has done since what the own one did.
+    #: The last report, extrapolated by the own router's changes since.
     GUESSING = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    #: Requests a second of each kind.
+    #: Requests per second of each kind.
     rates: Mapping[Kind, float]
-    #: One replica works at half the speed.
+    #: One replica has half the speed.
     one_is_slow: bool = False
-    #: Requests a second that two of the replicas get past the routers.
+    #: Requests per second that two replicas receive directly.
     past_the_routers: float = 0.0
     routers: int = 1
     sharing: Sharing = Sharing.NOTHING
-    #: Of each replica's prefix cache: 96k tokens.
+    #: Blocks of each replica's prefix cache: 96k tokens.
     cache_blocks: int = 1500
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A setting with its clients. Who comes, and with what, is the same for every policy."""
+    """A setting with its clients, whose requests are the same for every policy."""
 
     setting: Setting
     seed: int
-    #: Seconds in which requests are sent.
+    #: Duration of the arrivals in seconds.
     seconds: float
     clients: Sequence[Conversation]
     strangers: Sequence[Conversation]
@@ -69,11 +69,11 @@ class Scene:
 
 
 def simulate(scene: Scene, policy: Policy) -> list[Job]:
-    """All requests that went through the routers."""
+    """All requests sent through the routers."""
     return _Simulation(scene, policy).run()
 
 
-#: Sends a turn somewhere and calls back when it has been answered.
+#: Sends a turn and calls back on completion.
 _Send = Callable[[Turn, Callable[[], None]], None]
 
 
@@ -106,7 +106,7 @@ class _Simulation:
         return self._jobs
 
     def _play(self, conversation: Conversation, send: _Send) -> None:
-        """Each turn when the one before has been answered."""
+        """Send each turn after the response to the previous one."""
         turns = iter(conversation.turns)
 
         def go_on() -> None:
@@ -117,7 +117,7 @@ class _Simulation:
         self._time.at(conversation.start, go_on)
 
     def _through_a_router(self, turn: Turn, go_on: Callable[[], None]) -> None:
-        """The clients' connections are spread evenly over the routers."""
+        """Spread the clients' connections evenly over the routers."""
         router = self._random.randrange(len(self._boards))
         board = self._boards[router]
         if self._setting.sharing == Sharing.GUESSING:
@@ -145,7 +145,7 @@ class _Simulation:
         return board
 
     def _every(self, seconds: float, act: Callable[[], None]) -> None:
-        """As long as requests are sent."""
+        """Repeat until the arrivals end."""
 
         def again() -> None:
             act()
@@ -177,13 +177,13 @@ _Load = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Others:
-    """What the other routers said that they had in flight, and what the own one had at that moment."""
+    """Reported in-flight requests of the other routers, and those of the own router at that time."""
 
     said: Mapping[ReplicaHandle, _Load] = field(default_factory=dict)
     own_then: Mapping[ReplicaHandle, _Load] = field(default_factory=dict)
 
     def by_now(self, own: Mapping[ReplicaHandle, _Load], routers: int) -> dict[ReplicaHandle, _Load]:
-        """If each of them has meanwhile done what the own one did."""
+        """Extrapolate the report, assuming that all routers changed like the own one."""
         return {
             seat: (
                 max(0, said[0] + (routers - 1) * (own[seat][0] - self.own_then[seat][0])),
@@ -215,7 +215,7 @@ def figures_of(jobs: Sequence[Job]) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Milliseconds; and percent of the prompts' tokens that were cached."""
+    """Results: times in milliseconds, and the percentage of cached prompt tokens."""
 
     ttft_mean: float
     ttft_p50: float

@@ -1,10 +1,9 @@
 // Readers of event streams: `sse_load PORT BODY_FILE STREAMS EVENTS ROUNDS RAMP_MS LIMIT_S`.
 //
-// STREAMS connections are opened; each then posts the body ROUNDS times, one after the other, and reads EVENTS
-// events and [DONE] each time; the first posts are spread over RAMP_MS. The events are those of mock_engine.cc,
-// which say when they were sent and which number they are. Prints "begun" when every connection has its first
-// event, and at the end one line of JSON. A stream that is not as it should be is an error, and its connection
-// takes no further part. Ends early when standard input does.
+// Opens STREAMS connections. Each posts the body ROUNDS times in sequence and reads EVENTS events and [DONE] each
+// time; the first posts are spread over RAMP_MS. The events are those of mock_engine.cc, with their number and the
+// time at which they were sent. Prints "begun" when each connection has received an event, and one line of JSON at
+// the end. An invalid stream counts as an error and ends its connection. Ends early at the end of standard input.
 
 #include <algorithm>
 #include <string>
@@ -29,7 +28,7 @@ struct Connection {
     Chunks chunks;
 };
 
-// Milliseconds, of which a few quantiles are asked for at the end.
+// Samples in milliseconds, for quantiles.
 class Times {
    public:
     void add(int64_t nanoseconds) { values_.push_back(nanoseconds / 1e6f); }
@@ -96,7 +95,7 @@ class Load {
    private:
     bool given_up() const { return now_ns() > started_ + limit_; }
 
-    // One that is not accepted yet may be waited for: nothing is being measured.
+    // May block until the connection is accepted, because the measurement has not begun.
     void open(Connection& connection) {
         connection.fd = socket(AF_INET, SOCK_STREAM, 0);
         if (connection.fd < 0) fail("socket");
@@ -119,7 +118,7 @@ class Load {
     }
 
     void post(Connection& connection) {
-        if (connection.fd < 0) return;  // it was closed before it was used, and has been counted
+        if (connection.fd < 0) return;  // closed before its first use, and already counted
         connection.head_read = connection.done_seen = connection.closes = false;
         connection.events = 0;
         connection.head.clear();
@@ -145,7 +144,7 @@ class Load {
         if (connection.chunks.ended()) end_stream(connection);
     }
 
-    // True when the head is complete; `piece` is then what comes after it.
+    // Returns true if the head is complete; `piece` is then the rest.
     bool take_head(Connection& connection, string_view& piece) {
         connection.head += piece;
         size_t end = connection.head.find("\r\n\r\n");

@@ -1,4 +1,4 @@
-"""Requests at a steady rate through the router, and which replicas it chose for each."""
+"""Sends requests at a steady rate through the router and records the chosen replicas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tests.router.asking import connect, read_body, read_head
 
-#: Of the few that a replica answers by itself, without its model: the load is on the router.
+#: A path that a replica answers without its model, so the load is on the router.
 _QUESTION = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
 _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -18,15 +18,15 @@ _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class Asked:
     #: Seconds since `Steady.begin`.
     sent: float
-    #: 0: the connection broke.
+    #: HTTP status; 0: the connection broke.
     status: int
     replica: str
-    #: Replicas that were chosen before, in vain.
+    #: Replicas that failed before.
     in_vain: int
 
 
 class Steady:
-    """Sends `rate` requests a second, whether or not others are answered yet."""
+    """Sends `rate` requests per second, regardless of outstanding ones."""
 
     def __init__(self, port: int, rate: float) -> None:
         self._port = port
@@ -35,7 +35,7 @@ class Steady:
         self._asked: list[Asked] = []
 
     def run(self, seconds: float, then: Callable[[], None], more: float) -> tuple[float, list[Asked]]:
-        """Calls `then`, which must not take long, after so many seconds, and goes on for `more`.
+        """Call `then`, which must be quick, after `seconds`, and continue for `more` seconds.
 
         When it was called, in seconds since the beginning, and all requests in the order of their answers.
         """

@@ -1,4 +1,4 @@
-"""transformers as a contender (contender.py), in the environment that `make parity` makes.
+"""transformers as a contender (contender.py), in the environment created by `make parity`.
 
     python -m benchmarks.transformers_peer --model DIRECTORY --dtype bfloat16 --threads 2
 
@@ -23,8 +23,8 @@ from transformers.utils import logging
 from .contender import Timing, answer_requests
 
 _EXPERTS = ("eager", "grouped_mm", "batched_mm")
-#: batched_mm copies the weights of an expert for each token that picks it: with 8 tokens 5 times slower.
-_MOST_BATCHED_TOKENS = 4
+#: Not batched_mm, which copies the weights of an expert for each of its tokens: 5 times slower with 8 tokens.
+_MAX_BATCHED_TOKENS = 4
 _TRIAL_TOKENS = 6
 
 
@@ -56,7 +56,7 @@ class Transformers:
         return self._decode(manner, batch, prompt, new)
 
     def distinct_experts(self, batch: int, prompt: int, new: int) -> float:
-        """Mean number of experts of a layer that a step of `decode` needs."""
+        """Return the mean number of distinct experts per layer in a step of `decode`."""
         counts: list[int] = []
 
         def count(router: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]) -> None:
@@ -74,7 +74,7 @@ class Transformers:
     def _quickest(self, tokens: int, trial: Callable[[Manner], Timing]) -> Manner:
         rates: dict[Manner, float] = {}
         for manner in itertools.starmap(Manner, itertools.product(_EXPERTS, (False, True))):
-            if manner.experts == "batched_mm" and tokens > _MOST_BATCHED_TOKENS:
+            if manner.experts == "batched_mm" and tokens > _MAX_BATCHED_TOKENS:
                 continue
             rates[manner] = max(trial(manner).tokens_per_second for _ in range(2))
         best = max(rates, key=rates.__getitem__)

@@ -1,4 +1,4 @@
-"""The compiled side of an expert-parallel group: `include/expert_group.h`."""
+"""ctypes bindings of an expert-parallel group: `include/expert_group.h`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from .native import library
 
 GOING, CHANGED, LOST, FULL, FAULTY = range(5)
-_MOST_SEATS = 64
+_MAX_RANKS = 64
 
-#: seat, seconds without progress, whether it is killed now.
+#: Arguments: rank, seconds without progress, True if the rank is being killed.
 OnStall = Callable[[int, float, bool], None]
 _ON_STALL = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_double, ctypes.c_int)
 
@@ -21,19 +21,19 @@ class GroupShape(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            "seat",
-            "num_seats",
+            "rank",
+            "num_ranks",
             "num_layers",
             "num_experts",
             "max_tokens",
             "k",
             "hidden",
             "words",
-            "first_seat",
-            "seat_bytes",
-            "served",
-            "targets",
-            "places",
+            "first_rank_offset",
+            "rank_bytes",
+            "expert_token_counts",
+            "dispatch_targets",
+            "return_slots",
             "tokens",
             "results",
         )
@@ -41,10 +41,10 @@ class GroupShape(ctypes.Structure):
 
 
 class Counters(ctypes.Structure):
-    """`ExpertGroup::Counters`: since the group was opened."""
+    """`ExpertGroup::Counters`; they count from when the group was opened."""
 
     _fields_ = (
-        ("waited_ns", ctypes.c_uint64 * _MOST_SEATS),
+        ("waited_ns", ctypes.c_uint64 * _MAX_RANKS),
         ("bytes_dispatched", ctypes.c_uint64),
         ("bytes_combined", ctypes.c_uint64),
         ("collectives", ctypes.c_uint64),
@@ -52,7 +52,7 @@ class Counters(ctypes.Structure):
 
 
 class NativeGroup:
-    """One open group. Not thread-safe: it belongs to the thread that computes."""
+    """An open group. Not thread-safe: only the computing thread may use it."""
 
     def __init__(
         self,
@@ -64,9 +64,9 @@ class NativeGroup:
         stall_kill: float,
     ) -> None:
         self._library = _declared(library())
-        # Kept: what C calls must live as long as the group.
-        self._on_stall = _ON_STALL(lambda seat, seconds, killed: on_stall(seat, seconds, bool(killed)))
-        self._homes: ctypes.Array[ctypes.c_uint64] | None = None
+        # C code calls it as long as the group is open.
+        self._on_stall = _ON_STALL(lambda rank, seconds, killed: on_stall(rank, seconds, bool(killed)))
+        self._expert_ranks: ctypes.Array[ctypes.c_uint64] | None = None
         self._pidfds: ctypes.Array[ctypes.c_int] | None = None
         self.handle: int = self._library.fd_ep_open(
             ctypes.byref(shape), address, file, self._on_stall, int(stall_after * 1e9), int(stall_kill * 1e9)
@@ -74,13 +74,13 @@ class NativeGroup:
         self.counters: Counters = self._library.fd_ep_counters(self.handle).contents
 
     def set_members(
-        self, epoch: int, active: int, homes: Sequence[int], pidfds: Sequence[int], spin_seconds: float
+        self, epoch: int, active: int, expert_ranks: Sequence[int], pidfds: Sequence[int], spin_seconds: float
     ) -> None:
         """See `ExpertGroup::set_members`."""
-        self._homes = (ctypes.c_uint64 * len(homes))(*homes)
+        self._expert_ranks = (ctypes.c_uint64 * len(expert_ranks))(*expert_ranks)
         self._pidfds = (ctypes.c_int * len(pidfds))(*pidfds)
         self._library.fd_ep_set_members(
-            self.handle, epoch, active, self._homes, self._pidfds, int(spin_seconds * 1e9)
+            self.handle, epoch, active, self._expert_ranks, self._pidfds, int(spin_seconds * 1e9)
         )
 
     def arrive(self) -> int:
@@ -110,26 +110,26 @@ class NativeGroup:
 
     @property
     def fault(self) -> tuple[int, str]:
-        """After FAULTY: the seat whose part of the memory is faulty, and the value that is out of range."""
+        """Return the rank with the faulty value, and its description; meaningful if the status is FAULTY."""
         return self._library.fd_ep_faulty(self.handle), self._library.fd_ep_fault(self.handle).decode()
 
-    def ring(self) -> None:
+    def wake_waiters(self) -> None:
         self._library.fd_ep_ring(self.handle)
 
-    def dispatch(self, layer: int, x: int, picks: int, tokens: int, element: int, rows: int) -> int:
-        """A dispatch without Paddle, by addresses: the number of rows, or -1 if the group was interrupted."""
-        return self._library.fd_ep_dispatch(self.handle, layer, x, picks, tokens, element, rows)
+    def dispatch(self, layer: int, x: int, topk_ids: int, tokens: int, element: int, rows: int) -> int:
+        """Dispatch by memory addresses, without Paddle. Return the number of rows, or -1 if interrupted."""
+        return self._library.fd_ep_dispatch(self.handle, layer, x, topk_ids, tokens, element, rows)
 
     def combine(self, rows: int, count: int, weights: int, tokens: int, element: int, out: int) -> int:
-        """A combine without Paddle, by addresses. Returns -1 if the group was interrupted."""
+        """Combine by memory addresses, without Paddle. Return -1 if interrupted."""
         return self._library.fd_ep_combine(self.handle, rows, count, weights, tokens, element, out)
 
     def result_rows(self, rows: int, element: int) -> int:
-        """Where results lie that the combine need not copy; 0 if there is no room for so many."""
+        """Return the address at which results need not be copied by a combine; 0 if memory is full."""
         return self._library.fd_ep_result_rows(self.handle, rows, element) or 0
 
     def trap(self, phase: int, layer: int, nth: int, signal: int) -> None:
-        """For tests: the process sends itself `signal` when it comes to this phase of this layer again."""
+        """For tests: raise `signal` when this phase of this layer is reached for the nth time."""
         self._library.fd_ep_trap(self.handle, phase, layer, nth, signal)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The compiled library of operations: loaded into Paddle once, and told how many threads to use."""
+"""Loads the compiled library of operations into Paddle and configures its threads."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_reg
 
 
 def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
-    """Calls the operation `fd_<operation>` with its tensors (None for an optional one), then its attributes.
+    """Call the operation `fd_<operation>` with its tensors (None for an absent optional one) and attributes.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        ValueError: an argument is invalid; the message names it.
     """
     library()
     return paddle._C_ops._run_custom_op(f"fd_{operation}", *arguments)
 
 
 def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
-    """Lets operations run on `count` threads, the caller among them, each on its CPU if `cpus` are given.
+    """Run operations on `count` threads including the caller, pinned to `cpus` if given.
 
-    No result depends on the number of threads.
+    Results do not depend on the number of threads.
 
     Raises:
-        OSError: the system does not let this process have so many.
+        OSError: the threads cannot be started.
     """
     assert count >= 1
-    assert cpus is None or len(cpus) == count, "as many CPUs as threads"
+    assert cpus is None or len(cpus) == count, "one CPU per thread"
     error = library().fd_set_threads(count, None if cpus is None else (ctypes.c_int * count)(*cpus))
     if error is not None:
-        raise OSError(f"--threads {count}: the system refuses to start them ({error.decode()})")
+        raise OSError(f"--threads {count}: cannot start that many threads ({error.decode()})")
 
 
 def instruction_set() -> str:
-    """What the kernels run on: amx, avx512, avx2 or generic; FD_ISA in the environment asks for less."""
+    """Return the instruction set in use: amx, avx512, avx2 or generic. FD_ISA selects a lesser one."""
     return library().fd_isa().decode()
 
 
@@ -52,8 +52,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:
         raise ImportError(
-            f"{path} does not load into Paddle {paddle.__version__}; it was compiled for another version: "
-            f"install the project again ({str(error).strip().splitlines()[-1]})"
+            f"{path} cannot be loaded into Paddle {paddle.__version__}; it was compiled for another version: "
+            f"reinstall the project ({str(error).strip().splitlines()[-1]})"
         ) from None
     loaded.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     loaded.fd_set_threads.restype = ctypes.c_char_p

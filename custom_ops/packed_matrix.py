@@ -1,27 +1,26 @@
-"""Matrices as the kernels read them: a self-describing blob of bytes, 64-byte aligned.
+"""The packed matrix format of the kernels: a self-describing blob, 64-byte aligned.
 
-A blob is a header and `count` matrices of one shape, one after the other (the experts of a layer; else 1).
-A matrix is cut into panels of 32 outputs, c0 to c31 below; outputs beyond the last are zero. A panel holds
-what one pass over the inputs needs, in the order in which it is needed: biases, scales, and then the
-weights, all 32 outputs of an input side by side.
+A blob is a header followed by `count` matrices of one shape (the experts of a layer; otherwise one matrix). A
+matrix is divided into panels of 32 outputs, c0 to c31 below, padded with zeros. A panel holds its data in the
+order in which a kernel reads it: biases, scales, then the weights, with the 32 outputs of an input adjacent.
 
     header (64 bytes, little endian)
        0  magic "FDMATRIX"     8  u32 layout version   12  u32 format, an index into FORMATS
       16  u32 outputs         20  u32 inputs           24  u32 count          28  u32 0
-      32  u64 bytes per panel 40  u64 bytes per matrix: where expert e begins is 64 + e times this
+      32  u64 bytes per panel 40  u64 bytes per matrix: expert e begins at 64 + e times this
     panel
-      32 float32 biases, zero where there are none
+      32 float32 biases, zero if there are none
       float32   per input: 32 float32
-      bfloat16  per two inputs: 32 u32, word i with the weights of c_i for the first input in its low half and
-                for the second in its high half, as AMX wants them; inputs are zeros up to a multiple of 32
+      bfloat16  per two inputs: 32 u32; word i holds the weights of c_i, the first input in the low half and
+                the second in the high half, as AMX requires; inputs are zero-padded to a multiple of 32
       wint8     32 float32 scales; per input: 32 int8. A weight is q * scale.
-      wint4     per group of 32 inputs: 32 u32, in each the scale s (low half) and the minimum m (high half)
-                of an output as bfloat16; then 8 times 16 u32, one time per four inputs: byte k of word i has
-                the q of c_i for input k of the four in its low half and that of c_(16+i) in its high half.
+      wint4     per group of 32 inputs: 32 u32, each with the scale s (low half) and the minimum m (high half)
+                of an output as bfloat16; then, per four inputs, 16 u32: byte k of word i holds the q of c_i
+                for the k-th of the four inputs (low half) and that of c_(16+i) (high half).
                 A weight is fma(q, s, m).
-      zeros up to a multiple of 64
+      zero padding to a multiple of 64
 
-`pack_panels` is for the engine, and fast; `pack` and `unpack` are for references and tests.
+The engine uses `pack_panels`; `pack` and `unpack` are for references and tests.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ _HEADER = struct.Struct("<8s6I2Q16x")
 _BIAS_BYTES = 4 * PANEL
 _GROUP_BYTES = 640
 _PAGE = 4096
-#: Float32 bytes that are worked on at a time: they and what is made of them stay in a core's own cache.
+#: Bytes of float32 weights processed at a time: they and their result fit into a core's private cache.
 _BLOCK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class PackedShape:
-    """What a blob's header says."""
+    """The header of a blob."""
 
     weight_format: str
     outputs: int
@@ -77,7 +76,7 @@ class PackedShape:
     def matrix_bytes(self) -> int:
         size = self.panels * self.panel_bytes
         paged = _rounded_up(size, _PAGE)
-        # An expert that is not computed here then shares no page with one that is, where that costs little.
+        # Page-aligned experts, if the padding is small: unused experts then share no page with used ones.
         return paged if self.count > 1 and paged < 1.03 * size else size
 
     @property
@@ -99,13 +98,13 @@ class PackedShape:
 
     @classmethod
     def of(cls, blob: Bytes) -> PackedShape:
-        """Reads the header.
+        """Read the header of a blob.
 
         Raises:
-            ValueError: these bytes are no packed matrix, or one of another layout.
+            ValueError: it is not a packed matrix of this layout version.
         """
         if blob.nbytes < HEADER_BYTES:
-            raise ValueError(f"{blob.nbytes} bytes are too few for a packed matrix")
+            raise ValueError(f"not a packed matrix: only {blob.nbytes} bytes")
         magic, version, index, outputs, inputs, count, _, panel, matrix = _HEADER.unpack(
             blob[:HEADER_BYTES].tobytes()
         )
@@ -113,12 +112,12 @@ class PackedShape:
             raise ValueError(f"not a packed matrix of layout {LAYOUT_VERSION}: {blob[:16].tobytes()!r}")
         shape = cls(FORMATS[index], outputs, inputs, count)
         if (panel, matrix, blob.nbytes) != (shape.panel_bytes, shape.matrix_bytes, shape.nbytes):
-            raise ValueError(f"{shape}: sizes {panel}, {matrix}, {blob.nbytes} contradict it")
+            raise ValueError(f"{shape}: sizes {panel}, {matrix}, {blob.nbytes} do not match")
         return shape
 
 
 def pack(weights: Floats, bias: Floats | None = None, *, weight_format: str) -> Bytes:
-    """A blob of `weights` [outputs, inputs] or [count, outputs, inputs], and `bias` without the last axis."""
+    """Pack `weights` [outputs, inputs] or [count, outputs, inputs]; `bias` has no last axis."""
     stacked = weights[None] if weights.ndim == 2 else weights
     biases = [None] * len(stacked) if bias is None else bias.reshape(stacked.shape[:2])
     count, outputs, inputs = stacked.shape
@@ -131,7 +130,7 @@ def pack(weights: Floats, bias: Floats | None = None, *, weight_format: str) -> 
 
 
 def pack_panels(weights: Floats, bias: Floats | None = None, *, weight_format: str) -> Bytes:
-    """The panels [panels, bytes per panel] of a matrix, or of as many rows of it as fill whole panels.
+    """Return the panels [panels, bytes per panel] of a matrix, or of rows of it that fill whole panels.
 
     Args:
         weights: [outputs, inputs], finite.
@@ -156,7 +155,7 @@ def pack_panels(weights: Floats, bias: Floats | None = None, *, weight_format: s
 
 
 def unpack(blob: Bytes) -> tuple[Floats, Floats]:
-    """What a kernel computes with: weights [count, outputs, inputs] and biases [count, outputs]."""
+    """Return the exact values that kernels use: weights [count, outputs, inputs], biases [count, outputs]."""
     shape = PackedShape.of(blob)
     read = {"float32": _read_float32, "bfloat16": _read_bfloat16, "wint8": _read_wint8, "wint4": _read_wint4}
     weights, biases = [], []
@@ -168,9 +167,9 @@ def unpack(blob: Bytes) -> tuple[Floats, Floats]:
 
 
 def gate_up_order(width: int) -> NDArray[np.int64]:
-    """Which row of [gate; up] (2 * width rows) each row of the interleaved matrix is; -1: a row of zeros.
+    """Return for each row of the interleaved matrix its row in [gate; up] (2 * width rows), or -1 for zeros.
 
-    Panel p has gate[16p:16p+16] and up[16p:16p+16], so that one pass yields both factors of an activation.
+    Panel p holds gate[16p:16p+16] and up[16p:16p+16], so one pass yields both factors of an activation.
     """
     half = PANEL // 2
     rows = np.arange(_rounded_up(width, half))
@@ -180,7 +179,7 @@ def gate_up_order(width: int) -> NDArray[np.int64]:
 
 
 def interleave_gate_up(gate: Floats, up: Floats) -> Floats:
-    """gate and up [.., width, inputs] -> what is to be packed. Biases take part as [.., width, 1]."""
+    """Interleave gate and up [.., width, inputs] for packing. Biases are passed as [.., width, 1]."""
     width, inputs = gate.shape[-2:]
     zero = np.zeros((*gate.shape[:-2], 1, inputs), np.float32)
     return np.concatenate([gate, up, zero], axis=-2)[..., gate_up_order(width), :]
@@ -188,14 +187,14 @@ def interleave_gate_up(gate: Floats, up: Floats) -> Floats:
 
 def split_gate_up(interleaved: Floats, width: int) -> tuple[Floats, Floats]:
     """The inverse of `interleave_gate_up`."""
-    place = np.empty(2 * width, np.int64)
+    row_of = np.empty(2 * width, np.int64)
     order = gate_up_order(width)
-    place[order[order >= 0]] = np.flatnonzero(order >= 0)
-    return interleaved[..., place[:width], :], interleaved[..., place[width:], :]
+    row_of[order[order >= 0]] = np.flatnonzero(order >= 0)
+    return interleaved[..., row_of[:width], :], interleaved[..., row_of[width:], :]
 
 
 def to_bfloat16(values: Floats) -> NDArray[np.uint16]:
-    """The bits of finite values, rounded to nearest even."""
+    """Return the bfloat16 bits of finite values, rounded to nearest even."""
     return (_rounded_bits(np.ascontiguousarray(values)) >> 16).astype(np.uint16)
 
 
@@ -232,7 +231,7 @@ def _fill_wint4(block: Bytes, rows: Floats) -> None:
     groups = -(-inputs // GROUP)
     padded = groups * GROUP - inputs
     if padded:
-        # With copies of the last input, which do not widen the range of a group.
+        # Copies of the last input do not widen the range of a group.
         rows = np.pad(rows, ((0, 0), (0, 0), (0, padded)), mode="edge")
     levels, scales, minima = _grid(rows.reshape(panels, PANEL, groups, GROUP))
     integers = levels.astype(np.uint8).reshape(panels, PANEL, groups * GROUP)
@@ -247,11 +246,11 @@ def _fill_wint4(block: Bytes, rows: Floats) -> None:
 
 
 def _grid(groups: Floats) -> tuple[Floats, Floats, Floats]:
-    """q, s and m for groups [.., GROUP].
+    """Return q, s and m for groups [.., GROUP].
 
-    From the least to the greatest weight is exact for what already lies on a grid. Otherwise a somewhat
-    smaller grid, fitted to what falls on its levels by least squares, is mostly better: a tenth less squared
-    error for normally distributed weights.
+    A grid from the smallest to the largest weight is exact for weights that lie on a grid. Otherwise a
+    slightly smaller grid, fitted by least squares, is usually better: for normally distributed weights it
+    reduces the squared error by a tenth. The better of the two is chosen for each group.
     """
     low = groups.min(axis=-1)
     span = groups.max(axis=-1) - low
@@ -272,7 +271,7 @@ def _grid(groups: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _levels(groups: Floats, scales: Floats, minima: Floats) -> tuple[Floats, Floats, Floats]:
-    """The nearest q of a grid, and the grid as it can be stored."""
+    """Return the nearest q of a grid, and the grid rounded to bfloat16."""
     scales = (_rounded_bits(_or_zero(scales)) & 0xFFFF0000).view(np.float32)
     minima = (_rounded_bits(minima) & 0xFFFF0000).view(np.float32)
     levels = groups - minima[..., None]
@@ -288,7 +287,7 @@ def _squared_error(groups: Floats, levels: Floats, scales: Floats, minima: Float
 
 
 def _wint4_values(levels: Floats, scales: Floats, minima: Floats) -> Floats:
-    """fma(q, s, m): q * s is exact, 4 bits times 8, so that the sum is rounded once here as well."""
+    """Return fma(q, s, m): q * s is exact (4 bits times 8 bits), so the result is rounded once."""
     values = levels * scales[..., None]
     values += minima[..., None]
     return values
@@ -325,12 +324,12 @@ def _read_wint4(block: Bytes, inputs: int) -> Floats:
 
 
 def _columns(block: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """[panels, at least rows * columns] -> [panels, rows, columns], a view."""
+    """Return a view [panels, rows, columns] of [panels, at least rows * columns]."""
     return block[:, : rows * columns].reshape(len(block), rows, columns)
 
 
 def _rounded_bits(values: Floats) -> NDArray[np.uint32]:
-    """float32 bits whose upper half is the bfloat16 nearest to a finite value, the even one of two."""
+    """Return float32 bits whose upper half is the bfloat16 nearest to a finite value, ties to even."""
     bits = values.view(np.uint32)
     rounded: NDArray[np.uint32] = bits >> np.uint32(16)
     rounded &= 1
@@ -340,12 +339,12 @@ def _rounded_bits(values: Floats) -> NDArray[np.uint32]:
 
 
 def _or_zero(scales: Floats) -> Floats:
-    """Scales so small that dividing by them means nothing become 0, and all weights below them 0."""
+    """Replace denormal scales, by which no weight can be divided, by 0; their weights become 0, too."""
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(0), scales)
 
 
 def _matrices(blob: Bytes, shape: PackedShape) -> Bytes:
-    """[count, panels, bytes per panel], a view."""
+    """Return a view [count, panels, bytes per panel]."""
     stacked = blob[HEADER_BYTES:].reshape(shape.count, shape.matrix_bytes)
     panels = stacked[:, : shape.panels * shape.panel_bytes]
     return panels.reshape(shape.count, shape.panels, shape.panel_bytes)

@@ -1,7 +1,7 @@
-"""What the operations compute, in plain numpy: slow, obvious, in the precision of the arguments.
+"""Reference implementations of the operations in plain NumPy, in the precision of their arguments.
 
-Functions have the names of the operations. Where an operation works on packed or paged data, its reference
-works on the plain data behind them.
+Functions have the names of the operations. Where an operation takes packed or paged data, its reference takes
+plain arrays.
 """
 
 from __future__ import annotations
@@ -44,20 +44,25 @@ def gated_mlp(x: Array, mlp: GatedMlp) -> Array:
     return linear(silu(linear(x, mlp.gate)) * linear(x, mlp.up), mlp.down)
 
 
-def rotation(positions: NDArray[np.integer], theta: float, head_dim: int) -> Array:
+def rotary_embedding(positions: NDArray[np.integer], theta: float, head_dim: int) -> Array:
     angles = positions[:, None] * theta ** (-np.arange(0, head_dim, 2) / head_dim)
     return np.stack([np.cos(angles), np.sin(angles)], axis=2).reshape(len(positions), head_dim)
 
 
-def rope(x: Array, turns: Array) -> Array:
-    """Turns the pairs (2j, 2j + 1) of each head of x [T, heads, d]."""
+def rope(x: Array, rotary_cos_sin: Array) -> Array:
+    """Rotate the pairs (2j, 2j + 1) of each head of x [T, heads, d]."""
     a, b = x[:, :, 0::2], x[:, :, 1::2]
-    cos, sin = turns[:, None, 0::2], turns[:, None, 1::2]
+    cos, sin = rotary_cos_sin[:, None, 0::2], rotary_cos_sin[:, None, 1::2]
     return np.stack([a * cos - b * sin, b * cos + a * sin], axis=3).reshape(x.shape)
 
 
 def attention(query: Array, key: Array, value: Array, start: int) -> Array:
-    """One sequence: queries [t, nq, d] from position `start`, keys and values [context, nkv, d] from 0."""
+    """Causal attention of one sequence.
+
+    Args:
+        query: [t, nq, d], from position `start` on.
+        key, value: [context, nkv, d], from position 0 on.
+    """
     group = query.shape[1] // key.shape[1]
     hidden = np.arange(len(key)) > start + np.arange(len(query))[:, None]
     out = np.empty_like(query)
@@ -74,86 +79,94 @@ def softmax(x: Array) -> Array:
 
 def moe_topk_select(logits: Array, bias: Array, k: int, norm_min: float) -> tuple[NDArray[np.int64], Array]:
     probabilities = softmax(logits)
-    # Stable: the lower index first among equals.
-    picks = np.argsort(-(probabilities + bias), axis=1, kind="stable")[:, :k]
-    weights = np.take_along_axis(probabilities, picks, axis=1)
-    return picks, weights / np.maximum(weights.sum(axis=1, keepdims=True), norm_min)
+    # A stable sort puts the lower index first among equals.
+    topk_ids = np.argsort(-(probabilities + bias), axis=1, kind="stable")[:, :k]
+    weights = np.take_along_axis(probabilities, topk_ids, axis=1)
+    return topk_ids, weights / np.maximum(weights.sum(axis=1, keepdims=True), norm_min)
 
 
-def fused_moe(x: Array, picks: NDArray[np.integer], weights: Array, experts: Sequence[GatedMlp]) -> Array:
+def fused_moe(x: Array, topk_ids: NDArray[np.integer], weights: Array, experts: Sequence[GatedMlp]) -> Array:
     y = np.zeros_like(x)
     for t, token in enumerate(x):
-        for expert, weight in zip(picks[t], weights[t], strict=True):
+        for expert, weight in zip(topk_ids[t], weights[t], strict=True):
             y[t] += weight * gated_mlp(token, experts[expert])
     return y
 
 
 class Received(NamedTuple):
-    """What one seat of an expert-parallel group receives."""
+    """The tokens that one rank of an expert-parallel group receives."""
 
-    #: [N, H], by expert; within an expert by seat, token and pick.
+    #: [N, H], grouped by expert; within an expert ordered by rank, token and top-k position.
     rows: Array
-    #: [E + 1], where the rows of each expert begin.
+    #: [E + 1], the first row of each expert.
     offsets: NDArray[np.integer]
-    #: [N, 3]: seat, token and pick of each row.
-    origins: NDArray[np.integer]
+    #: [N, 3]: rank, token and top-k position of each row.
+    source_token_index: NDArray[np.integer]
 
 
 def ep_dispatch(
-    x: Sequence[Array], targets: Sequence[NDArray[np.integer]], num_experts: int
+    x: Sequence[Array], dispatch_targets: Sequence[NDArray[np.integer]], num_experts: int
 ) -> list[Received]:
-    """What each seat receives, of x [T, H] and targets [T, k] of every seat: expert * 64 + seat, or -1."""
+    """Return what each rank receives.
+
+    Args:
+        x: [T, H] of each rank.
+        dispatch_targets: [T, k] of each rank: expert * 64 + rank, or -1.
+    """
     sent = sorted(
-        (int(target) % 64, int(target) // 64, seat, token, pick)
-        for seat, picks in enumerate(targets)
-        for (token, pick), target in np.ndenumerate(picks)
+        (int(target) % 64, int(target) // 64, rank, token, j)
+        for rank, targets in enumerate(dispatch_targets)
+        for (token, j), target in np.ndenumerate(targets)
         if target >= 0
     )
     received = []
-    for seat, own in enumerate(x):
-        mine = [(expert, origin) for home, expert, *origin in sent if home == seat]
+    for rank, own in enumerate(x):
+        mine = [(expert, origin) for receiver, expert, *origin in sent if receiver == rank]
         rows = np.empty((len(mine), own.shape[1]), own.dtype)
         for row, (_, (source, token, _)) in enumerate(mine):
             rows[row] = x[source][token]
         offsets = np.searchsorted([expert for expert, _ in mine], np.arange(num_experts + 1))
-        origins = np.array([origin for _, origin in mine], np.int64).reshape(-1, 3)
-        received.append(Received(rows, offsets, origins))
+        source_token_index = np.array([origin for _, origin in mine], np.int64).reshape(-1, 3)
+        received.append(Received(rows, offsets, source_token_index))
     return received
 
 
 def ep_combine(
     received: Sequence[Received], results: Sequence[Array], weights: Sequence[Array]
 ) -> list[Array]:
-    """The sums [T, H] of every seat, of its weights [T, k] and the results [N, H] of what each one received.
+    """Return the sums [T, H] of each rank, bit-exact in float32: fused multiply-adds in top-k order.
 
-    In float32, and to the bit: each product is added unrounded, in the order of the picks.
+    Args:
+        received: what each rank received.
+        results: [N, H] of each rank, for the rows it received.
+        weights: [T, k] of each rank.
     """
     sums = []
-    for seat, own in enumerate(weights):
+    for rank, own in enumerate(weights):
         rows = np.zeros((*own.shape, results[0].shape[1]), np.float32)
         taken = np.zeros(own.shape, bool)
         for part, result in zip(received, results, strict=True):
-            mine = part.origins[:, 0] == seat
-            tokens, picks = part.origins[mine, 1], part.origins[mine, 2]
-            rows[tokens, picks], taken[tokens, picks] = result[mine], True
+            mine = part.source_token_index[:, 0] == rank
+            tokens, positions = part.source_token_index[mine, 1], part.source_token_index[mine, 2]
+            rows[tokens, positions], taken[tokens, positions] = result[mine], True
         total = np.zeros((len(own), rows.shape[2]), np.float32)
-        for pick in range(own.shape[1]):
-            added = fma(own[:, pick, None], rows[:, pick], total)
-            total = np.where(taken[:, pick, None], added, total)
+        for j in range(own.shape[1]):
+            added = fma(own[:, j, None], rows[:, j], total)
+            total = np.where(taken[:, j, None], added, total)
         sums.append(total)
     return sums
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c of float32, rounded once."""
-    # Exact: twice 24 bits are fewer than 53.
+    """Return a * b + c of float32 values, rounded once."""
+    # Exact: the product of two 24-bit mantissas has at most 48 bits.
     product = a.astype(np.float64) * b.astype(np.float64)
     total = product + c
-    # What that has lost, exactly (Knuth's TwoSum).
+    # The exact rounding error of the sum (Knuth's TwoSum).
     part = total - product
     lost = (product - (total - part)) + (c - part)
-    # Rounded to odd, not to nearest, it goes to float32 as if it had not been rounded before (Boldo and
-    # Melquiond, Emulation of FMA and correctly rounded sums, 2008).
+    # Rounding to odd in double makes the second rounding, to float32, correct (Boldo and Melquiond,
+    # "Emulation of FMA and correctly rounded sums", 2008).
     is_even = (total.view(np.int64) & 1) == 0
     odd = np.where((lost != 0) & is_even, np.nextafter(total, np.copysign(np.inf, lost)), total)
     return odd.astype(np.float32)
@@ -173,7 +186,7 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """The random number, in [0, 1), that draws the token at `position` of a text."""
+    """Return the random number in [0, 1) for the token at `position` of a text."""
     first, second, _, _ = philox4x32((position, choice, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
     return ((first >> 5) * 2**26 + (second >> 6)) / 2**53
 
@@ -181,9 +194,12 @@ def uniform(seed: int, choice: int, position: int) -> float:
 def sampling_weights(
     logits: Array, row: np.void, seen: Sequence[tuple[int, int]], masked: Sequence[int]
 ) -> Array:
-    """What the probability of each token of one row is proportional to; row is a SAMPLING_ROW.
+    """Return the unnormalised probabilities of the tokens of one row.
 
-    `seen` is (token, how often the output has it) of all tokens of the text.
+    Args:
+        row: a SAMPLING_ROW.
+        seen: (token, count in the output) for all tokens of the text.
+        masked: tokens that must not be drawn.
     """
     scores = logits.astype(np.float64)
     for token, count in seen:
@@ -202,7 +218,7 @@ def sampling_weights(
         keep &= scores >= np.sort(scores)[-row["top_k"]]
     weights[~keep] = 0
     if row["top_p"] < 1:
-        # Largest first, the lower id first among equals.
+        # Largest first, ties by lower id.
         order = np.argsort(-weights, kind="stable")
         reached = np.cumsum(weights[order]) >= row["top_p"] * weights.sum()
         weights[order[reached.argmax() + 1 :]] = 0
@@ -210,7 +226,7 @@ def sampling_weights(
 
 
 def sample(logits: Array, row: np.void, seen: Sequence[tuple[int, int]], masked: Sequence[int]) -> int:
-    """The token of one row, by inverse CDF in ascending order of ids."""
+    """Draw the token of one row by inverse CDF over ascending ids."""
     mass = np.cumsum(sampling_weights(logits, row, seen, masked))
     point = uniform(int(row["seed"]), int(row["choice"]), int(row["position"])) * mass[-1]
     return int(np.searchsorted(mass, point, side="right"))

@@ -1,4 +1,4 @@
-"""Sampling as an operation on a whole batch: what it takes, and how it is called."""
+"""The sampling operations, which process a whole batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .native import run
 
-#: How the token of one row is drawn; include/sample.h has the same fields in the same order.
+#: Sampling parameters of one row; include/sample.h has the same fields in the same order.
 SAMPLING_ROW = np.dtype(
     [
         ("temperature", np.float64),
@@ -29,29 +29,29 @@ SAMPLING_ROW = np.dtype(
     ]
 )
 
-#: The token drawn for a row that holds NaN or nothing finite.
+#: Result for a row that holds NaN or no finite value.
 BROKEN_ROW = -1
 
 
 def sample(
     logits: paddle.Tensor, rows: np.ndarray, tokens: NDArray[np.int32], width: int
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """Draws one token for each row: penalties, masks, temperature, min_p, top_k, top_p, inverse CDF.
+    """Draw one token per row: penalties, masks, temperature, min_p, top_k, top_p, then inverse CDF.
 
     Args:
         logits: float32 [T, V].
-        rows: SAMPLING_ROW [T]. A temperature of 0 means the most likely token, a top_k of 0 all tokens;
-            logprobs is -1 for none, else how many of the most likely tokens are to be told of.
-        tokens: [n, 2] of token id and count. A row's `num_seen` pairs from `first_token` on are the tokens of
-            its text and how often the output has them (0: the prompt alone does); the `num_masked` pairs
-            behind are ids that must not be drawn. Where `given` is not 0 nothing is drawn, and token
-            `given - 1` is scored instead.
+        rows: SAMPLING_ROW [T]. Temperature 0 is greedy, top_k 0 keeps all tokens. `logprobs` is -1 for none,
+            otherwise the number of most likely tokens to return. If `given` is not 0, no token is drawn and
+            token `given - 1` is scored instead.
+        tokens: int32 [n, 2], pairs of token id and count. For each row, `num_seen` pairs from `first_token`
+            on are the tokens of its text with their counts in the output (0: only in the prompt), and the
+            following `num_masked` pairs are ids that must not be drawn.
         width: 1 + the highest `logprobs` of all rows.
 
     Returns:
-        The tokens int64 [T], `BROKEN_ROW` where a row holds NaN or nothing finite; ids int32 [T, width] and
-        log probabilities float64 [T, width] of the drawn token and then of the most likely ones, both of the
-        logits as they came, and undefined where a row did not ask for them.
+        The tokens int64 [T] (`BROKEN_ROW` if a row holds NaN or no finite value); ids int32 [T, width] and
+        log probabilities float64 [T, width] of the drawn token and then of the most likely ones, both from
+        the unmodified logits, undefined where a row did not request them.
     """
     row_bytes = paddle.to_tensor(rows.view(np.uint8))
     drawn, top_tokens, logprobs = run("sample", logits, row_bytes, paddle.to_tensor(tokens), width)
@@ -59,5 +59,5 @@ def sample(
 
 
 def argmax(logits: paddle.Tensor) -> paddle.Tensor:
-    """The most likely token of each row [T, V] as int64 [T], the lowest id among equals, or `BROKEN_ROW`."""
+    """Return the most likely token of each row [T, V] as int64 [T], ties by lowest id, or `BROKEN_ROW`."""
     return run("argmax", logits)[0]

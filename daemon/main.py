@@ -1,4 +1,4 @@
-"""fd-dp: the daemon. One loop; everything it does follows from dp.toml and from what the kernel says."""
+"""fd-dp: the daemon. One loop keeps the programs of dp.toml running."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from .control.server import ControlServer
 from .metrics_port import MetricsPort
 from .notify import Notifier
 from .operations.commands import Commands
-from .process import proc, supervisor_client
-from .process.supervisor_client import Layout, Supervisor, SupervisorError, SupervisorLost
+from .process import proc, supervisord_config
+from .process.supervisor_client import Supervisor, SupervisorError, SupervisorLost
 from .process.supervisord import Supervisord
+from .process.supervisord_config import Layout
 from .supervision.fleet import Fleet
 from .supervision.probes import Probes
 from .supervision.program_state import ProgramState
@@ -38,14 +39,15 @@ from .wakeups import Wakeups
 
 log = logging.getLogger("fd-dp")
 
-#: Programs get so long to finish what they have in hand when the daemon ends; then they are killed. It is
-#: longer than a replica's own grace (programs.py) with its last answers. 15 s are promised for everything:
-#: the rest is for supervisord, which looks at what it is told once a second.
-_STOP_PATIENCE = 11.0
+#: Shutdown grace period in seconds; programs that are still running are then killed. It is longer than a
+#: replica's own grace period (programs.py). The whole shutdown is promised to take at most 15 s: the rest is
+#: for supervisord, which polls once a second.
+_SHUTDOWN_GRACE = 11.0
 _PROGRESS_INTERVAL = 3.0
 _BUSY_INTERVAL = 0.05
-#: While programs load for the first time, or an operation is under way, systemd is asked for more time.
-_MORE_TIME = 30.0
+#: Seconds by which systemd extends its timeout while programs load for the first time or an operation is in
+#: progress.
+_TIMEOUT_EXTENSION = 30.0
 #: EX_CONFIG of sysexits.h.
 _BAD_CONFIG = 78
 
@@ -53,11 +55,12 @@ ProgramsFor = Callable[[Config], list[Program]]
 
 
 class Daemon:
-    """The loop.
+    """The daemon's loop.
 
     Args:
-        external: supervisord is a unit of its own; it and what it runs are left alone when the daemon ends.
-        programs_for: decides what runs for a configuration.
+        file: dp.toml.
+        external: systemd runs supervisord; it and its programs keep running when the daemon stops.
+        programs_for: returns the programs of a configuration, or raises ConfigError.
     """
 
     def __init__(
@@ -73,24 +76,24 @@ class Daemon:
             programs_for(config),
             client,
             Probes(self._wakeups.wake),
-            watch=lambda pid: self._wakeups.watch(pid, self._fleet.gone),
+            watch=lambda pid: self._wakeups.watch(pid, self._fleet.on_process_exit),
         )
         self._supervisord = Supervisord(
             client,
             config.supervise,
             external=external,
-            write=self._fleet.write,
+            write=self._fleet.write_files,
             interrupted=lambda: any(self._is_stop(number) for number in self._wakeups.signals),
         )
         self._commands = Commands(self._fleet, file, prefix, programs_for, self._describe)
         self._notify = Notifier(dict(os.environ))
         self._metrics_port = MetricsPort(self._fleet.metrics.exposition)
-        #: What has to be done before the next step, and is tried until it succeeds.
-        self._first: Callable[[], None] | None = self._take_over
+        #: Retried until it succeeds, before the next step.
+        self._before_step: Callable[[], None] | None = self._take_over
         self._troubles = Troubles()
         self._was_ready = False
         self._shown, self._show_next = "", 0.0
-        self._watchdog_next = self._more_time_next = 0.0
+        self._watchdog_next = self._extension_next = 0.0
 
     def run(self) -> int:
         layout = self._fleet.layout
@@ -99,13 +102,13 @@ class Daemon:
             self._notify.status("waiting for supervisord")
             try:
                 self._supervisord.connect()
-                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+                self._wakeups.watch(self._supervisord.pid, self._fleet.on_process_exit)
                 server = ControlServer(
                     protocol.socket_path(layout.run), self._wakeups.selector, self._commands.handle
                 )
                 self._upkeep = Upkeep(self._fleet, server, lock, self._troubles)
                 try:
-                    while not self._told_to_stop():
+                    while not self._handle_signals():
                         self._turn()
                 finally:
                     self._notify.stopping()
@@ -113,7 +116,7 @@ class Daemon:
                         self._stop_programs()
                     server.close()
             finally:
-                # Not what we could not talk to: it may be at work for somebody.
+                # A supervisord that never answered may belong to another daemon.
                 if not self._external and (self._supervisord.pid or self._supervisord.child):
                     self._supervisord.end()
                 proc.reap()
@@ -124,9 +127,9 @@ class Daemon:
 
     def _turn(self) -> None:
         try:
-            if self._first is not None:
-                self._first()
-                self._first = None
+            if self._before_step is not None:
+                self._before_step()
+                self._before_step = None
             self._fleet.step()
             self._supervisord.answered()
             self._troubles.report("supervisord", "")
@@ -136,24 +139,24 @@ class Daemon:
             outlook = (
                 f"pid {pid} is alive and its programs keep running"
                 if alive
-                else "it has ended and is replaced"
+                else "it has ended and is being replaced"
             )
             self._troubles.report("supervisord", f"{error}; {outlook}")
             if self._supervisord.recover(error):
-                self._first = self._first or self._fleet.begin_again
-                self._wakeups.watch(self._supervisord.pid, self._fleet.gone)
+                self._before_step = self._before_step or self._fleet.on_supervisord_restarted
+                self._wakeups.watch(self._supervisord.pid, self._fleet.on_process_exit)
         except (SupervisorError, OSError) as error:
-            # A full disk, mostly. Whatever runs goes on, and the next turn tries again.
+            # Usually a full disk. Programs keep running.
             self._troubles.report("step", f"{error}; trying again")
         except Exception as fault:
             self._failed("step", fault)
-        # An error in one part leaves the others working; the next turn tries it again.
+        # A part that fails does not affect the others.
         for name, part in (
             ("upkeep", self._upkeep.step),
             ("operation", self._commands.advance),
-            ("metrics", lambda: self._fleet.metrics.publish(self._fleet.replicas.values())),
+            ("metrics", lambda: self._fleet.metrics.publish(self._fleet.programs.values())),
             ("metrics port", lambda: self._metrics_port.follow(self._fleet.config.metrics)),
-            ("status", self._tell),
+            ("status", self._publish_status),
         ):
             try:
                 part()
@@ -162,7 +165,7 @@ class Daemon:
             else:
                 self._troubles.report(name, "")
         proc.reap(keep=self._supervisord.child)
-        # An operation may have its next move to make although nothing has happened.
+        # An operation may continue although no event has arrived.
         interval = _BUSY_INTERVAL if self._commands.busy else self._fleet.interval()
         self._wakeups.wait(min(interval, self._notify.watchdog or interval))
 
@@ -171,39 +174,40 @@ class Daemon:
 
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
-        running = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor_client.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
+        running = [replica.program for replica in self._fleet.programs.values()]
+        supervisord_config.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
-            log.info("dp.toml has changed since these were started: %s", ", ".join(outdated))
+            log.info("started with an older configuration than dp.toml: %s", ", ".join(outdated))
             self._commands.catch_up()
 
-    def _told_to_stop(self) -> bool:
+    def _handle_signals(self) -> bool:
+        """Begin a reload if there was a SIGHUP. Return whether the daemon has to stop."""
         while self._wakeups.signals:
             number = self._wakeups.signals.pop(0)
             if self._is_stop(number):
-                log.info("%s: stopping%s", number.name, "; the programs go on" if self._external else "")
+                log.info("%s: stopping%s", number.name, "; programs keep running" if self._external else "")
                 return True
             self._commands.reload(None)
         return False
 
     def _is_stop(self, number: signal.Signals) -> bool:
-        """SIGHUP means "reload" for a service, but in the foreground that the terminal has been closed."""
+        """Return whether a signal stops the daemon. For a service, SIGHUP means reload."""
         return number is not signal.SIGHUP or not self._external
 
-    def _tell(self) -> None:
-        """systemd, and whoever looks at the terminal."""
+    def _publish_status(self) -> None:
+        """Report the status to systemd and to the terminal."""
         now = time.monotonic()
         if self._notify.watchdog and now >= self._watchdog_next:
             self._notify.alive()
             self._watchdog_next = now + self._notify.watchdog
-        if now >= self._more_time_next and (self._commands.busy or status.first_try(self._fleet)):
-            self._notify.extend(_MORE_TIME)
-            self._more_time_next = now + _MORE_TIME / 3
+        if now >= self._extension_next and (self._commands.busy or status.is_first_start(self._fleet)):
+            self._notify.extend(_TIMEOUT_EXTENSION)
+            self._extension_next = now + _TIMEOUT_EXTENSION / 3
         line = status.one_line(self._fleet)
         self._notify.status(line)
         if self._was_ready:
             return
-        if status.usable(self._fleet):
+        if status.is_usable(self._fleet):
             self._notify.ready()
         if status.all_ready(self._fleet):
             self._was_ready = True
@@ -215,26 +219,27 @@ class Daemon:
                 _say(f"fd-dp: {line}", sys.stderr)
 
     def _stop_programs(self) -> None:
-        """All in parallel; a second signal ends the patience. What is left is killed by `Supervisord.end`.
+        """Stop all programs at the same time. `Supervisord.end` kills those that remain.
 
-        Not a second SIGHUP: for one terminal both the kernel and the shell send it.
+        A second signal ends the grace period, except SIGHUP, which kernel and shell both send when a terminal
+        closes.
         """
         fleet = self._fleet
         fleet.stopping = True
-        deadline = time.monotonic() + _STOP_PATIENCE
-        for replica in fleet.replicas.values():
-            fleet.stop(replica, "fd-dp ends")
+        deadline = time.monotonic() + _SHUTDOWN_GRACE
+        for replica in fleet.programs.values():
+            fleet.stop(replica, "fd-dp is stopping")
         try:
-            while any(replica.state is ProgramState.STOPPING for replica in fleet.replicas.values()):
+            while any(replica.state is ProgramState.STOPPING for replica in fleet.programs.values()):
                 try:
                     fleet.step()
                 except SupervisorLost as error:
-                    # It binds a socket that was removed again within a second. One that hangs is killed.
+                    # supervisord binds a removed socket again within a second. If it hangs, it is killed.
                     if error.hangs or not self._supervisord.is_alive:
                         raise
-                fleet.metrics.publish(fleet.replicas.values())
+                fleet.metrics.publish(fleet.programs.values())
                 if time.monotonic() > deadline or {*self._wakeups.signals} - {signal.SIGHUP}:
-                    log.warning("killing what has not ended: %s", status.one_line(fleet))
+                    log.warning("killing programs that have not ended: %s", status.one_line(fleet))
                     return
                 self._wakeups.wait(0.1)
         except (SupervisorError, OSError) as error:
@@ -260,12 +265,14 @@ class Daemon:
 def run(
     file: Path, prefix: Path | None, external: bool = False, programs_for: ProgramsFor = checked_programs_of
 ) -> int:
-    """The daemon, until it is told to stop. Raises FastDeployError."""
+    """Run the daemon until a signal stops it. Raises FastDeployError."""
     config = dp_toml.load(file, prefix)
     os.environ["FD_LOG_DIR"] = str(config.paths.logs)
     configure(file_name="fd-dp.log")
-    # Orphans of a supervisord that was killed become our children, so that their end can be waited for.
+    # Orphans of a killed supervisord become children of this process, which can wait for their end.
     proc.become_subreaper()
+    for notice in config.deprecations:
+        log.warning("%s", notice)
     if warning := exposed_secrets(file, config):
         log.warning("%s", warning)
     return Daemon(config, file, prefix, external, programs_for).run()
@@ -274,9 +281,9 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="fd-dp",
-        description="Runs the replicas and the router of dp.toml and keeps them alive.",
-        epilog="Ctrl-C and SIGTERM stop everything within 15 s; so does SIGHUP, which comes when the "
-        "terminal is closed, unless nohup keeps it away. With --supervisord external SIGHUP reloads dp.toml.",
+        description="Runs the replicas and the router of dp.toml and keeps them running.",
+        epilog="Ctrl-C and SIGTERM stop everything within 15 s; so does SIGHUP when the terminal closes, "
+        "unless nohup ignores it. With --supervisord external, SIGHUP reloads dp.toml.",
     )
     parser.add_argument("--config", type=Path, default=Path("/etc/fd/dp.toml"), help="default: %(default)s")
     parser.add_argument("--prefix", type=Path, help="keep state, run and logs below this directory")
@@ -284,7 +291,7 @@ def main() -> int:
         "--supervisord",
         choices=("own", "external"),
         default="own",
-        help="external: a unit of its own runs it, and the programs outlive the daemon (default: own)",
+        help="external: systemd runs it, and programs keep running without the daemon (default: own)",
     )
     parser.add_argument("--version", action="version", version=f"fd-dp {__version__}")
     options = parser.parse_args()
@@ -296,18 +303,18 @@ def main() -> int:
         print(f"fd-dp: ERROR ({error})", file=sys.stderr)
         return _BAD_CONFIG if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        return 130  # before the loop took over the signals: nothing had been started
+        return 130  # before the loop handled signals: nothing had been started
 
 
 def _signals(external: bool) -> tuple[signal.Signals, ...]:
-    """Those that the loop takes over. Under nohup SIGHUP arrives ignored, and stays so."""
+    """Return the signals that the loop handles. SIGHUP stays ignored under nohup."""
     if not external and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return signal.SIGTERM, signal.SIGINT
     return signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
 def _say(text: str, stream: TextIO) -> None:
-    """To a terminal, or a reader of a pipe, that may have gone."""
+    """Print a text. The terminal or the reader of the pipe may be gone."""
     with contextlib.suppress(OSError):
         print(text, file=stream, flush=True)
 

@@ -1,4 +1,4 @@
-"""The daemon's /metrics, where dp.toml wants it: at another port after a reload, or nowhere."""
+"""The daemon's /metrics on the port of dp.toml, which a reload can change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..common.metrics_server import Exposition
+from ..common.metrics_server import MetricsServer
 from .config.options import MetricsSection
 from .config.programs import address
 
@@ -16,38 +16,38 @@ _RETRY_SECONDS = 5.0
 
 
 class MetricsPort:
-    """A port that is taken is no reason not to serve models: it is said once, and tried again and again.
+    """Server of the daemon's metrics. A port that is in use is logged once and retried.
 
     Args:
-        render: called in a thread, for each scrape.
+        render: returns the metrics; called in a thread for each scrape.
     """
 
     def __init__(self, render: Callable[[], bytes]) -> None:
         self._render = render
         self._wanted: MetricsSection | None = None
-        self._server: Exposition | None = None
+        self._server: MetricsServer | None = None
         self._next_try = 0.0
-        self._told = False
+        self._is_logged = False
 
     def follow(self, wanted: MetricsSection) -> None:
-        """In each turn of the loop."""
+        """Listen on the configured port. Call this in each turn of the loop."""
         if wanted != self._wanted:
             self.close()
-            self._wanted, self._next_try, self._told = wanted, 0.0, False
+            self._wanted, self._next_try, self._is_logged = wanted, 0.0, False
         now = time.monotonic()
         if not wanted.port or self._server is not None or now < self._next_try:
             return
         where = address(wanted.host, wanted.port)
         try:
-            self._server = Exposition([wanted.host], wanted.port, self._render)
+            self._server = MetricsServer([wanted.host], wanted.port, self._render)
             log.info("metrics: at http://%s/metrics", where)
         except OSError as error:
             self._next_try = now + _RETRY_SECONDS
-            if not self._told:
-                self._told = True
+            if not self._is_logged:
+                self._is_logged = True
                 log.error(
-                    "metrics: ERROR (cannot listen on %s: %s; give dp.toml another [metrics] port); "
-                    "everything else goes on, and this is tried again",
+                    "metrics: ERROR (cannot listen on %s: %s; set another [metrics] port in dp.toml); "
+                    "trying again, everything else works",
                     where,
                     error.strerror,
                 )

@@ -1,4 +1,4 @@
-"""sd_notify: what systemd is told about the daemon. Nothing happens without NOTIFY_SOCKET."""
+"""sd_notify: reports the daemon's state to systemd. Does nothing without NOTIFY_SOCKET."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import socket
 
 
 class Notifier:
-    """Talks to the service manager that started us, if one did."""
+    """Sends notifications to the service manager, if one started the daemon."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         path = environment.get("NOTIFY_SOCKET", "")
-        # "@name" is an abstract socket, whose real first byte is 0.
+        # "@name" is an abstract socket: its first byte is 0.
         self._address = "\0" + path[1:] if path.startswith("@") else path
         self._status = ""
         self._ready = False
-        #: How often `alive` must be called, None if systemd does not watch us.
+        #: Seconds between calls of `alive`; None if systemd's watchdog is off.
         self.watchdog: float | None = None
         usec = environment.get("WATCHDOG_USEC", "")
         if usec.isdigit() and environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
@@ -31,11 +31,11 @@ class Notifier:
         self._send("STOPPING=1")
 
     def alive(self) -> None:
-        """Only the main loop calls this: a side thread would vouch for a loop that hangs."""
+        """Reset the watchdog. Call this only in the main loop: a thread would hide a loop that hangs."""
         self._send("WATCHDOG=1")
 
     def extend(self, seconds: float) -> None:
-        """The start or the reload that is under way may last so much longer, whatever the unit allows."""
+        """Extend the timeout of the start or reload in progress by some seconds."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
     def status(self, text: str) -> None:
@@ -46,6 +46,6 @@ class Notifier:
     def _send(self, message: str) -> None:
         if not self._address:
             return
-        # systemd may be restarting itself; the next message arrives.
+        # systemd may be restarting; a later message will arrive.
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
             peer.sendto(message.encode(), self._address)

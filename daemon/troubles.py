@@ -1,4 +1,4 @@
-"""Problems of the daemon that end when their cause does: full disks, missing directories."""
+"""Problems of the daemon that may go away, such as full disks and missing directories."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ class _Trouble:
 
 
 class Troubles:
-    """Log of the beginning and the end of each, and list of those that last, for `fdctl status` and `why`."""
+    """Current problems for `fdctl status` and `why`. Logs the beginning and the end of each."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._lasting: dict[str, _Trouble] = {}
+        self._current: dict[str, _Trouble] = {}
 
     def report(self, what: str, problem: str, fault: Exception | None = None) -> None:
-        """Record the state of one thing.
+        """Record the state of one part of the daemon.
 
         Args:
-            what: its name, the same each time.
-            problem: a sentence without its full stop, or "" if there is none.
+            what: the same name each time.
+            problem: a sentence without full stop, or "" if there is none.
             fault: an unexpected exception; its stack trace goes to the log.
         """
-        known = self._lasting.get(what)
+        known = self._current.get(what)
         if not problem:
             if known is not None:
-                del self._lasting[what]
+                del self._current[what]
                 log.info("resolved: %s", known.text)
         elif known is None or known.text != problem:
             since = known.since if known is not None else self._clock()
-            self._lasting[what] = _Trouble(problem, since)
+            self._current[what] = _Trouble(problem, since)
             log.error("ERROR (%s)", problem, exc_info=fault)
 
     def lines(self) -> list[str]:
-        """Return "cannot write /var/log/fd: No space left on device; since 12:03", one for each."""
-        return [f"{trouble.text}; since {self._when(trouble.since)}" for trouble in self._lasting.values()]
+        """Return lines like "cannot write /var/log/fd: No space left on device; since 12:03"."""
+        return [f"{trouble.text}; since {self._when(trouble.since)}" for trouble in self._current.values()]
 
     def _when(self, since: float) -> str:
-        form = "%H:%M" if self._clock() - since < _DAY else "%Y-%m-%d %H:%M"
-        return time.strftime(form, time.localtime(since))
+        pattern = "%H:%M" if self._clock() - since < _DAY else "%Y-%m-%d %H:%M"
+        return time.strftime(pattern, time.localtime(since))

@@ -1,7 +1,7 @@
-"""Upkeep of the daemon's directories, its lock, its socket, and the files that programs start from.
+"""Upkeep of the daemon's directories, lock, socket and launch files.
 
-People and cleanup jobs for /run and /tmp remove them, and disks fill. Each is checked once a second, made
-again if it is gone, and reported while it cannot be made.
+Users and cleanup jobs remove files in /run and /tmp, and disks fill up. Once a second each file is checked
+and, if it is gone, made again. Failures are reported.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from typing import IO
 
 from ..common.errors import FastDeployError
 from .control.server import ControlServer
-from .process import supervisor_client
+from .process import supervisord_config
 from .supervision.fleet import Fleet
 from .supervision.router_sync import RouterSnapshot
 from .troubles import Troubles
 
 _INTERVAL = 1.0
-#: A file system's block: if it can be written, so can a few lines of a log.
+#: One block of a file system. If it can be written, a few log lines can be, too.
 _PROBE = bytes(4096)
-#: Seconds. A look at the router takes up to 2 s, and one failed look may mean that it restarts.
-_ROUTER_PATIENCE = 4.0
+#: Seconds of READY before the router's silence is reported. A request takes up to 2 s, and one may fail
+#: during a restart.
+_ROUTER_GRACE = 4.0
 
 
 class Lock:
     """Lock of a run directory. The kernel releases it when the process ends.
 
-    Raises FastDeployError if another daemon has it, or the file cannot be made.
+    Raises FastDeployError if another daemon holds it, or the file cannot be created.
     """
 
     def __init__(self, run_directory: Path) -> None:
@@ -42,7 +43,7 @@ class Lock:
             raise FastDeployError(f"cannot write {self._file}: {error.strerror or error}") from None
 
     def keep(self) -> str:
-        """Make the file again if it is gone. Return why that failed, or ""."""
+        """Create the file again if it is gone. Return why that failed, or ""."""
         try:
             if os.path.samestat(self._file.stat(), os.fstat(self._held.fileno())):
                 return ""
@@ -53,7 +54,7 @@ class Lock:
         try:
             taken = self._take()
         except OSError as error:
-            return f"cannot write {self._file}: {error.strerror or error}; a second fd-dp could start there"
+            return f"cannot write {self._file}: {error.strerror or error}; a second fd-dp could start here"
         except FastDeployError as error:
             return str(error)
         self._held.close()
@@ -73,13 +74,13 @@ class Lock:
             holder = stream.read().strip() or "?"
             stream.close()
             raise FastDeployError(
-                f"another fd-dp, pid {holder}, works in {self._file.parent}; stop it or give another --prefix"
+                f"another fd-dp, pid {holder}, uses {self._file.parent}; stop it or use another --prefix"
             ) from None
         try:
             stream.truncate(0)
             os.write(stream.fileno(), str(os.getpid()).encode())
         except OSError:
-            # The pid is only for people; the lock also holds on a full disk.
+            # The pid is only for people. The lock also works on a full disk.
             pass
         return stream
 
@@ -101,28 +102,46 @@ class Upkeep:
         self._next = now + _INTERVAL
         fleet, report = self._fleet, self._troubles.report
         paths = fleet.config.paths
-        for directory, mode in ((paths.state, 0o777), (paths.run, 0o700), (paths.logs, 0o777)):
+        for directory, mode in ((paths.state, 0o777), (paths.run, 0o700)):
             report(str(directory), write_problem(directory, mode))
+        logs_problem = write_problem(paths.logs)
+        report(str(paths.logs), logs_problem)
+        # One line is enough for a full disk.
+        report("log files", "" if logs_problem else self._log_file_problem())
         report("lock", self._lock.keep())
         report("socket", self._server.listen())
         report("files", self._files_problem())
         report("intents", fleet.intents.save())
-        report("router", _router_problem(fleet.routed, fleet.router_has_been_up(_ROUTER_PATIENCE)))
+        report("router", _router_problem(fleet.router.snapshot, fleet.router_has_been_up(_ROUTER_GRACE)))
+
+    def _log_file_problem(self) -> str:
+        """Return why a log file cannot be opened for its next lines, or ""."""
+        layout = self._fleet.layout
+        for file in (layout.logs / "fd-dp.log", layout.log, *map(layout.output, self._fleet.replicas)):
+            try:
+                os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
+            except FileNotFoundError:
+                # It is made with its next line.
+                if problem := write_problem(file.parent):
+                    return problem
+            except OSError as error:
+                return f"cannot write {file}: {error.strerror or error}"
+        return ""
 
     def _files_problem(self) -> str:
-        programs = [replica.program for replica in self._fleet.replicas.values()]
-        supervisor_client.make_log_directories(self._fleet.layout, programs)
-        if not self._fleet.adopted or supervisor_client.are_in_place(self._fleet.layout, programs):
+        programs = [replica.program for replica in self._fleet.programs.values()]
+        supervisord_config.make_log_directories(self._fleet.layout, programs)
+        if not self._fleet.adopted or supervisord_config.files_exist(self._fleet.layout, programs):
             return ""
         try:
-            self._fleet.write()
+            self._fleet.write_files()
         except OSError as error:
-            return f"cannot write the files that programs start from: {error}"
+            return f"cannot write the launch files of programs: {error}"
         return ""
 
 
 def write_problem(directory: Path, mode: int = 0o777) -> str:
-    """Return why nothing can be written in a directory, or "". Makes the directory if it is missing."""
+    """Return why a directory is not writable, or "". Create it if it is missing."""
     try:
         directory.mkdir(mode=mode, parents=True, exist_ok=True)
         with _unnamed_file(directory) as descriptor:
@@ -133,7 +152,7 @@ def write_problem(directory: Path, mode: int = 0o777) -> str:
 
 
 def _unnamed_file(directory: Path) -> IO[bytes]:
-    """Open a file that no directory entry names, where the file system can."""
+    """Open a file without a name, if the file system supports that."""
     try:
         descriptor = os.open(directory, os.O_TMPFILE | os.O_WRONLY, 0o600)
     except OSError as error:

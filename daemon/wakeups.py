@@ -1,4 +1,4 @@
-"""What wakes the loop: sockets, signals, the end of processes, and other threads. Nothing is done here."""
+"""Events that wake the daemon's loop: sockets, signals, ends of processes, and other threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("fd-dp")
 
 
 class Wakeups:
-    """One selector. Signal handlers and threads only write a byte; the loop does the work."""
+    """The loop's selector. Signal handlers and threads only write a byte, which wakes the loop."""
 
     def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
         self.selector = selectors.DefaultSelector()
@@ -28,12 +28,12 @@ class Wakeups:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def wake(self) -> None:
-        """Callable from any thread. A full buffer means that the loop is about to wake anyway."""
+        """Wake the loop, from any thread. If the buffer is full, the loop is about to wake anyway."""
         with contextlib.suppress(BlockingIOError):
             self._writer.send(b"\0")
 
     def watch(self, pid: int, ended: Callable[[int], None]) -> None:
-        """Calls `ended(pid)` in the loop when that process, ours or not, has ended."""
+        """Call `ended(pid)` in the loop when a process has ended. It need not be a child."""
         try:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -52,7 +52,7 @@ class Wakeups:
             try:
                 key.data()
             except Exception:
-                # An error about one client or process must not delay the others.
+                # An error in one handler must not affect the others.
                 log.exception("the handler of a wake-up failed")
 
     def _signalled(self, number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""What the engine runs with: the network's shape, the cache's size, and the knobs of one replica.
+"""Configuration of the engine: the shape of the network and the settings of one replica.
 
-Everything here is frozen and validated when it is made; a bad value raises `ConfigError` with one line
-that says what is wrong, where, and what would be right.
+The objects are frozen and validated on construction. An invalid value raises a one-line `ConfigError` that
+names the setting, its value and the accepted values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _QUANTIZATIONS = ("wint8", "wint4")
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of an ERNIE-4.5 network, as `config.json` of a checkpoint gives it."""
+    """The shape of an ERNIE-4.5 network, from `config.json` of a checkpoint."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -49,11 +49,11 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:
-        """Reads `config.json` (and the end-of-text ids of `generation_config.json`).
+        """Read `config.json` and the end-of-text ids of `generation_config.json`.
 
         Raises:
-            ConfigError: a file is missing or unreadable, a key is missing or has a value this network
-                cannot have. The message names file and key.
+            ConfigError: a file is missing or unreadable, or a key is missing or has an invalid value. The
+                message names file and key.
         """
         file = path / "config.json"
         raw = read_object(file)
@@ -121,7 +121,7 @@ class ModelConfig:
         return sum(map(self.is_moe_layer, range(self.num_hidden_layers)))
 
     def context_of_double_cost(self) -> float:
-        """The length of a context whose attention takes as many operations as all the rest of a token."""
+        """Return the context length at which attention takes half of the operations of a token."""
         heads = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
         width = self.moe_intermediate_size * (self.moe_k + self.moe_num_shared_experts)
         weights = sum(
@@ -137,42 +137,42 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The knobs of one replica's worker."""
+    """The settings of one replica's worker."""
 
     model: Path
     device: str = "auto"
-    #: Threads of the operations; 0 lets the worker divide the cores by `data_parallel_size`.
+    #: Threads of the operations; 0: the number of cores divided by `data_parallel_size`.
     threads: int = 0
-    #: Each thread stays on a CPU of its own, if there are enough for all replicas.
+    #: Pin each thread to its own CPU, if there are enough for all replicas.
     pin_threads: bool = False
     max_model_len: int = 2048
     max_num_seqs: int = 8
-    #: Tokens that one step computes at most, over all sequences.
+    #: Maximum tokens of one step, over all sequences.
     max_num_batched_tokens: int = 512
-    #: Tokens of prompts that a step computes at most while other texts are being written: what these wait for
-    #: between two of their tokens. Fewer where the context is long and each of them costs more.
+    #: Maximum prompt tokens of a step while other sequences are decoding; it limits the time between two of
+    #: their tokens. Reduced for long contexts, in which each token costs more.
     max_prefill_beside_decode: int = 32
     block_size: int = 64
-    #: None sizes the cache from the model and `max_num_seqs`, see `default_num_blocks`.
+    #: None: derived from the model and `max_num_seqs`, see `num_blocks`.
     num_gpu_blocks_override: int | None = None
     enable_prefix_caching: bool = True
     data_parallel_size: int = 1
     data_parallel_rank: int = 0
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
-    #: Ranks of one group share the experts; the name is unique to a deployment on the machine.
+    #: Name of the group of ranks that share the experts; unique per deployment on a machine.
     expert_parallel_group: str = "default"
     #: Extra copies of the most used experts of each layer.
     redundant_experts: int = 0
-    #: Experts move to where measured load is least.
+    #: Rebalance experts by measured load.
     enable_eplb: bool = False
     #: Seconds without progress after which a rank that others wait for is killed.
     expert_parallel_stall_kill: float = 60.0
-    #: Order inside a fused Paddle qkv tensor: "plain" (q|k|v) or "grouped" (per kv head: its q heads, k, v).
+    #: Layout of a fused Paddle qkv tensor: "plain" (q|k|v) or "grouped" (per kv head: its q heads, k, v).
     qkv_order: str = "plain"
-    #: What weights (unless quantised) and the KV cache are kept in; sums are float32 always.
+    #: dtype of the KV cache and of weights that are not quantised. Sums are always float32.
     dtype: str = "bfloat16"
-    #: "wint8" or "wint4": weights are 8 or 4 bits.
+    #: "wint8" or "wint4": 8-bit or 4-bit weights.
     quantization: str | None = None
 
     def __post_init__(self) -> None:
@@ -188,8 +188,8 @@ class EngineConfig:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
-                f"--tensor-parallel-size is {self.tensor_parallel_size}; this engine runs one process per "
-                "replica: use 1 and raise --data-parallel-size instead"
+                f"--tensor-parallel-size is {self.tensor_parallel_size}; this is not supported; "
+                "use 1 and raise --data-parallel-size instead"
             )
         if self.redundant_experts < 0:
             raise ConfigError(f"--redundant-experts is {self.redundant_experts}; it must be 0 or more")
@@ -228,14 +228,18 @@ class EngineConfig:
 
     @property
     def weight_format(self) -> str:
-        """Of the packed matrices: "float32", "bfloat16", "wint8" or "wint4"."""
+        """Format of the packed matrices: "float32", "bfloat16", "wint8" or "wint4"."""
         return self.quantization or self.dtype
 
     def blocks_for(self, num_tokens: int) -> int:
         return math.ceil(num_tokens / self.block_size)
 
     def num_blocks(self, model: ModelConfig, memory_budget: int = 1 << 30) -> int:
-        """Blocks of the KV cache: the override, or what `memory_budget` bytes hold, at least one sequence."""
+        """Return the number of blocks of the KV cache.
+
+        Unless overridden, it suffices for `max_num_seqs` sequences within `memory_budget` bytes, but always
+        for one sequence of `max_model_len`.
+        """
         if self.num_gpu_blocks_override is not None:
             return self.num_gpu_blocks_override
         wanted = self.max_num_seqs * self.blocks_for(self.max_model_len)
@@ -253,6 +257,6 @@ def flag(name: str) -> str:
 
 
 def _eos_token_ids(path: Path, config: JsonObject) -> tuple[int, ...]:
-    """Union of both files: chat models list the end-of-turn id in generation_config.json only."""
+    """Return the ids of both files: chat models list the end-of-turn id only in generation_config.json."""
     sources = [config, read_optional_object(path / "generation_config.json")]
     return tuple(dict.fromkeys(value for source in sources for value in source.integers("eos_token_id")))

@@ -1,4 +1,4 @@
-"""Command `python -m fastdeploy.weight_cache MODEL`: pack a checkpoint before the first replica starts."""
+"""The command `python -m fastdeploy.weight_cache MODEL`, which packs a checkpoint in advance."""
 
 from __future__ import annotations
 
@@ -30,21 +30,23 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandLine(
         prog="python -m fastdeploy.weight_cache",
-        description="Packs the weights of a checkpoint ahead of time, so that the first replica need not.",
+        description="Packs the weights of a checkpoint in advance, so that the first replica starts quickly.",
         allow_abbrev=False,
     )
     parser.add_argument("model", help='directory of an ERNIE-4.5 checkpoint, or "demo"')
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
     parser.add_argument("--quantization", help="wint8 or wint4: weights of 8 or 4 bits")
-    parser.add_argument("--qkv-order", default="plain", help="plain or grouped, in fused Paddle checkpoints")
     parser.add_argument(
-        "--verify", action="store_true", help="compare a file that is there with its checksum"
+        "--qkv-order", default="plain", help="layout of fused qkv in Paddle checkpoints: plain or grouped"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare an existing packed file with its checksum"
     )
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Of use to who packs or verifies only; when all is done this command is to be quick.
+    # Imported here to keep error exits and --help fast.
     from rich.console import Console
     from rich.progress import Progress as Bar
 

@@ -21,6 +21,35 @@ settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "person")
 
 
+#: Fixtures that start processes. Tests that use one are left out of `make test-fast`.
+STARTS_PROCESSES = frozenset(
+    {
+        *("demo", "endpoint", "engine", "engines", "faulty", "fleet", "front", "group"),
+        *("installed_service", "joined", "launched", "launcher", "lent_router", "live"),
+        *("machines", "new_group", "nginx", "pair", "prometheus", "quick_beats", "ranks"),
+        *("replica", "resumed", "router", "running", "server", "service", "serving"),
+        *("shared_router", "small_cgroup", "small_fleet", "staged", "stage", "stalled"),
+        *("standing", "start", "start_fleet", "start_monitor", "start_replica", "start_router"),
+        *("start_with_registry", "stopped", "system", "told_router", "with_hosts"),
+    }
+)
+#: Files whose tests start processes without such a fixture.
+PROCESS_FILES = frozenset(
+    {
+        *("test_board_deaths", "test_disk_removed", "test_drain", "test_expert_parallel"),
+        *("test_intents", "test_library_environment", "test_replica_processes", "test_resume"),
+        *("test_rollout", "test_weight_cache"),
+    }
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
+        if item.path.stem in PROCESS_FILES or not STARTS_PROCESSES.isdisjoint(fixtures):
+            item.add_marker("processes")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Hundreds of small models get packed; the cache of whoever runs the tests is not the place for them."""

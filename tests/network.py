@@ -74,14 +74,14 @@ class Routes:
     def __init__(self) -> None:
         self._calls: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def add(self, picks: np.ndarray, weights: np.ndarray) -> None:
-        self._calls.append((picks, weights))
+    def add(self, topk_ids: np.ndarray, weights: np.ndarray) -> None:
+        self._calls.append((topk_ids, weights))
 
     def by_layer(self, layers: int) -> tuple[np.ndarray, np.ndarray]:
         """Picks and weights, each [layers, tokens, k]."""
-        picks = [np.concatenate([p for p, _ in self._calls[i::layers]]) for i in range(layers)]
+        topk_ids = [np.concatenate([p for p, _ in self._calls[i::layers]]) for i in range(layers)]
         weights = [np.concatenate([w for _, w in self._calls[i::layers]]) for i in range(layers)]
-        return np.stack(picks), np.stack(weights)
+        return np.stack(topk_ids), np.stack(weights)
 
 
 @contextmanager
@@ -89,9 +89,9 @@ def recorded_routes() -> Iterator[Routes]:
     routes, block = Routes(), custom_ops.moe_block
 
     def recording(*arguments):  # type: ignore[no-untyped-def]
-        picks, weights = block(*arguments)
-        routes.add(picks.numpy().copy(), weights.numpy().copy())
-        return picks, weights
+        topk_ids, weights = block(*arguments)
+        routes.add(topk_ids.numpy().copy(), weights.numpy().copy())
+        return topk_ids, weights
 
     with mock.patch.object(custom_ops, "moe_block", recording):
         yield routes

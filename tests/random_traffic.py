@@ -146,7 +146,7 @@ class RecordedEngine:
     def drain(self) -> None:
         while self._engine.has_work:
             self.step()
-        self._take(self._engine.rest())
+        self._take(self._engine.on_idle())
 
     def _take(self, step: StepOutputs) -> None:
         self.stats = step.stats

@@ -44,20 +44,20 @@ class ReferenceNetwork:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """[T, vocabulary]"""
         rounded, positions = self._rounded, np.arange(len(token_ids))
-        turns = reference.rotation(
+        rotary_cos_sin = reference.rotary_embedding(
             positions, self._config["rope_parameters"]["rope_theta"], self._config["head_dim"]
         )
-        stream = self._tensors["model.embed_tokens.weight"][list(token_ids)]
+        hidden_states = self._tensors["model.embed_tokens.weight"][list(token_ids)]
         for index in range(self._config["num_hidden_layers"]):
             layer = f"model.layers.{index}"
-            x = self._norm(stream, f"{layer}.input_layernorm")
-            stream = rounded(stream + self._attention(x, f"{layer}.self_attn", turns))
-            x = self._norm(stream, f"{layer}.post_attention_layernorm")
-            mlp = self._moe if is_moe_layer(self._config, index) else self._mlp
-            stream = rounded(stream + mlp(x, f"{layer}.mlp"))
+            x = self._norm(hidden_states, f"{layer}.input_layernorm")
+            hidden_states = rounded(hidden_states + self._attention(x, f"{layer}.self_attn", rotary_cos_sin))
+            x = self._norm(hidden_states, f"{layer}.post_attention_layernorm")
+            mlp = self._moe_block if is_moe_layer(self._config, index) else self._mlp
+            hidden_states = rounded(hidden_states + mlp(x, f"{layer}.mlp"))
         head = "model.embed_tokens" if self._config["tie_word_embeddings"] else "lm_head"
         weights, bias = self._tensors[f"{head}.weight"], self._tensors.get("lm_head.bias", 0)
-        return rounded(self._norm(stream, "model.norm") @ weights.T + bias)
+        return rounded(self._norm(hidden_states, "model.norm") @ weights.T + bias)
 
     def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
         weight = self._tensors[f"{name}.weight"]
@@ -69,11 +69,13 @@ class ReferenceNetwork:
         bias = self._tensors.get(f"{name}.bias", np.zeros(len(weights)))
         return self._rounded(reference.linear(x, reference.Matrix(weights, bias)))
 
-    def _attention(self, x: np.ndarray, name: str, turns: np.ndarray) -> np.ndarray:
+    def _attention(self, x: np.ndarray, name: str, rotary_cos_sin: np.ndarray) -> np.ndarray:
         def heads(part: str) -> np.ndarray:
             return self._linear(x, f"{name}.{part}").reshape(len(x), -1, self._config["head_dim"])
 
-        query, key = (self._rounded(reference.rope(heads(part), turns)) for part in ("q_proj", "k_proj"))
+        query, key = (
+            self._rounded(reference.rope(heads(part), rotary_cos_sin)) for part in ("q_proj", "k_proj")
+        )
         attended = self._rounded(reference.attention(query, key, heads("v_proj"), start=0))
         return self._linear(attended.reshape(len(x), -1), f"{name}.o_proj")
 
@@ -81,14 +83,14 @@ class ReferenceNetwork:
         gate, up = (self._linear(x, f"{name}.{part}") for part in ("gate_proj", "up_proj"))
         return self._linear(self._rounded(self._rounded(reference.silu(gate)) * up), f"{name}.down_proj")
 
-    def _moe(self, x: np.ndarray, name: str) -> np.ndarray:
+    def _moe_block(self, x: np.ndarray, name: str) -> np.ndarray:
         rounded, config = self._rounded, self._config
         scores = x @ self._tensors[f"{name}.gate.weight"].T
         bias = self._tensors[f"{name}.moe_statics.e_score_correction_bias"][0]
-        picks, weights = reference.moe_topk_select(scores, bias, config["moe_k"], config["moe_norm_min"])
+        topk_ids, weights = reference.moe_topk_select(scores, bias, config["moe_k"], config["moe_norm_min"])
         y = np.zeros_like(x)
         for expert in range(config["moe_num_experts"]):
-            tokens, places = np.nonzero(picks == expert)
+            tokens, places = np.nonzero(topk_ids == expert)
             share = rounded(weights[tokens, places])[:, None] * self._mlp(
                 x[tokens], f"{name}.experts.{expert}"
             )

@@ -10,7 +10,7 @@
 namespace fd {
 namespace {
 
-// One product of row-major results.
+// One matrix product with row-major output.
 class Product {
  public:
   Product(Workspace& workspace, const PackedMatrix& weights, const Activations& x, Output output, float* out)
@@ -32,17 +32,17 @@ void attention_block(const AttentionBlock& args) {
   float* const qkv = workspace.take<float>(static_cast<int64_t>(tokens) * args.qkv.outputs);
   const Activations attended = take_activations(workspace, tokens, args.num_heads * args.cache.head_dim);
   float* const normed = workspace.take<float>(static_cast<int64_t>(tokens) * hidden);
-  const RmsNorm norm{args.stream, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
+  const RmsNorm norm{args.hidden_states, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
   const Product to_qkv(workspace, args.qkv, x, Output::kStore, qkv);
-  const RopeAndCache rope{args.step, qkv, args.rotation, args.num_heads, args.cache};
+  const RopeAndCache rope{args.step, qkv, args.rotary_cos_sin, args.num_heads, args.cache};
   const PagedAttention attention(workspace, {args.step, qkv, args.num_heads, args.cache, attended});
-  const Product to_stream(workspace, args.output, attended, Output::kAdd, args.stream);
+  const Product to_hidden_states(workspace, args.output, attended, Output::kAdd, args.hidden_states);
   run_team([&](Team& team) {
     rms_norm(team, norm);
     to_qkv.run(team);
     rope_and_cache(team, rope);
     attention.run(team);
-    to_stream.run(team);
+    to_hidden_states.run(team);
   });
 }
 
@@ -50,8 +50,8 @@ void mlp_block(const MlpBlock& args) {
   Workspace& workspace = Workspace::fresh();
   const Activations x = take_activations(workspace, args.num_tokens, args.hidden);
   float* const normed = workspace.take<float>(static_cast<int64_t>(args.num_tokens) * args.hidden);
-  const RmsNorm norm{args.stream, args.norm, args.epsilon, args.num_tokens, args.hidden, normed, &x, nullptr};
-  const DenseMlp dense{args.mlp, x, Output::kAdd, args.stream};
+  const RmsNorm norm{args.hidden_states, args.norm, args.epsilon, args.num_tokens, args.hidden, normed, &x, nullptr};
+  const DenseMlp dense{args.mlp, x, Output::kAdd, args.hidden_states};
   MoeGroupedGemm mlp(workspace, nullptr, nullptr, &dense);
   run_team([&](Team& team) {
     rms_norm(team, norm);
@@ -69,19 +69,19 @@ void moe_block(const MoeBlock& args) {
   float* const shared_rows =
       args.shared == nullptr ? nullptr : workspace.take<float>(static_cast<int64_t>(tokens) * hidden);
   const MoeOrder order = take_order(workspace, tokens, args.k, num_experts);
-  const RmsNorm norm{args.stream, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
+  const RmsNorm norm{args.hidden_states, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
   const Product to_logits(workspace, args.router, x, Output::kStore, router_logits);
-  const MoeTopkSelect select{router_logits, args.bias,  tokens,     num_experts, args.k,
-                             args.norm_min, args.picks, args.weights};
+  const MoeTopkSelect select{router_logits, args.bias,     tokens,        num_experts,
+                             args.k,        args.norm_min, args.topk_ids, args.topk_weights};
   DenseMlp shared{};
   if (args.shared != nullptr) shared = {*args.shared, x, Output::kStore, shared_rows};
   MoeGroupedGemm experts(workspace, &args.experts, &order, args.shared == nullptr ? nullptr : &shared);
-  const MoeUnpermute unpermute{order, expert_rows, args.weights, shared_rows, hidden, args.stream};
+  const MoeUnpermute unpermute{order, expert_rows, args.topk_weights, shared_rows, hidden, args.hidden_states};
   run_team([&](Team& team) {
     rms_norm(team, norm);
     to_logits.run(team);
     moe_topk_select(team, select);
-    moe_order(team, args.picks, order);
+    moe_order(team, args.topk_ids, order);
     experts.run(team, normed, expert_rows);
     moe_unpermute(team, unpermute);
   });
@@ -94,38 +94,38 @@ void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer, bool is_l
   constexpr int kElement = sizeof(float);
   Workspace& workspace = Workspace::fresh();
   const int tokens = args.num_tokens, hidden = args.hidden, k = args.k;
-  group.note(Phase::kCompute, layer);
+  group.set_phase(Phase::kCompute, layer);
   float* const shared_rows =
       args.shared == nullptr ? nullptr : workspace.take<float>(static_cast<int64_t>(tokens) * hidden);
   const Activations x = take_activations(workspace, tokens, hidden);
   if (tokens > 0) {
-    // The normalised rows are written to where the other seats read them.
+    // The normalised rows are written directly to the memory that the other ranks read.
     auto* const normed = static_cast<float*>(group.token_rows(tokens, kElement));
     if (normed == nullptr) return;
     const int num_experts = args.router.outputs;
     float* const router_logits = workspace.take<float>(static_cast<int64_t>(tokens) * num_experts);
-    const RmsNorm norm{args.stream, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
+    const RmsNorm norm{args.hidden_states, args.norm, args.epsilon, tokens, hidden, normed, &x, nullptr};
     const Product to_logits(workspace, args.router, x, Output::kStore, router_logits);
-    const MoeTopkSelect select{router_logits, args.bias,  tokens,     num_experts, k,
-                               args.norm_min, args.picks, args.weights};
+    const MoeTopkSelect select{router_logits, args.bias,     tokens,           num_experts, k,
+                               args.norm_min, args.topk_ids, args.topk_weights};
     run_team([&](Team& team) {
       rms_norm(team, norm);
       to_logits.run(team);
       moe_topk_select(team, select);
     });
-    group.note(Phase::kHalfSent, layer);
-    group.address(layer, args.picks, tokens);
+    group.set_phase(Phase::kHalfSent, layer);
+    group.route(layer, args.topk_ids, tokens);
   }
   group.publish_tokens(tokens, kElement);
-  group.note(Phase::kSent, layer);
+  group.set_phase(Phase::kSent, layer);
   if (tokens > 0 && args.shared != nullptr) {
-    // While the tokens of the others are on their way.
+    // Overlaps with the dispatch of the other ranks.
     const DenseMlp shared{*args.shared, x, Output::kStore, shared_rows};
     MoeGroupedGemm mlp(workspace, nullptr, nullptr, &shared);
     run_team([&](Team& team) { mlp.run(team, nullptr, nullptr); });
   }
   if (!group.await_tokens()) return;
-  group.note(Phase::kExperts, layer);
+  group.set_phase(Phase::kExperts, layer);
   Received received;
   if (!group.receive(workspace, layer, kElement, received)) return;
   if (received.rows > 0) {
@@ -137,22 +137,22 @@ void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer, bool is_l
     const auto source = [&](int64_t row) { return static_cast<const float*>(received.sources[row]); };
     run_team([&](Team& team) { experts.run(team, source, results); });
   }
-  group.note(Phase::kHalfReturned, layer);
+  group.set_phase(Phase::kHalfReturned, layer);
   group.publish_results();
-  group.note(Phase::kReturned, layer);
-  // A rank without tokens has nothing to add up, and no tokens that others might still read: it goes on to where it
-  // is needed next. In the end it stays with the others: who has finished a step may change who the members are.
-  if (group.assists() && !is_last) return;
+  group.set_phase(Phase::kReturned, layer);
+  // A rank without tokens need not wait: it has nothing to sum up, and the others read none of its tokens. After the
+  // last collective it waits too, because a rank that has finished the step may change the members of the group.
+  if (group.is_dummy_step() && !is_last) return;
   if (!group.await_results()) return;
-  group.note(Phase::kCombine, layer);
+  group.set_phase(Phase::kCombine, layer);
   const Kernels& isa = kernels();
   run_team([&](Team& team) {
     team.for_each(tokens, [&](int64_t token) {
-      const float* rows[kMostPicks];
+      const float* rows[kMaxTopk];
       for (int j = 0; j < k; ++j) {
         rows[j] = static_cast<const float*>(group.result(static_cast<int>(token), j, kElement));
       }
-      isa.combine(args.stream + token * hidden, rows, args.weights + token * k, k,
+      isa.combine(args.hidden_states + token * hidden, rows, args.topk_weights + token * k, k,
                   shared_rows == nullptr ? nullptr : shared_rows + token * hidden, hidden);
     });
   });
@@ -167,9 +167,9 @@ void ep_moe_block(const MoeBlock& args, ExpertGroup& group, int layer) {
   for (int i = 0; i < group.rounds() && group.status() == ExpertGroup::kGoing; ++i) {
     const int64_t first = std::min(int64_t{i} * most, int64_t{args.num_tokens});
     round.num_tokens = std::min(most, args.num_tokens - static_cast<int>(first));
-    round.stream = args.stream + first * args.hidden;
-    round.picks = args.picks + first * args.k;
-    round.weights = args.weights + first * args.k;
+    round.hidden_states = args.hidden_states + first * args.hidden;
+    round.topk_ids = args.topk_ids + first * args.k;
+    round.topk_weights = args.topk_weights + first * args.k;
     ep_moe_round(round, group, layer, layer + 1 == group.shape().num_layers && i + 1 == group.rounds());
   }
 }
@@ -178,7 +178,7 @@ void logits(const Logits& args) {
   Workspace& workspace = Workspace::fresh();
   const Activations x = take_activations(workspace, args.rows, args.hidden);
   float* const normed = workspace.take<float>(static_cast<int64_t>(args.rows) * args.hidden);
-  const RmsNorm norm{args.stream, args.norm, args.epsilon, args.rows, args.hidden, normed, &x, args.index};
+  const RmsNorm norm{args.hidden_states, args.norm, args.epsilon, args.rows, args.hidden, normed, &x, args.index};
   const Product to_logits(workspace, args.lm_head, x, Output::kStore, args.out);
   run_team([&](Team& team) {
     rms_norm(team, norm);

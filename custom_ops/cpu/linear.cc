@@ -24,7 +24,7 @@ void LinearGroup::add(const Linear& linear) {
   member.linear = linear;
   member.first_item = items_;
   const int panels = linear.weights.panels;
-  // Four panels are what a kernel takes at once when rows are few.
+  // With few rows, a kernel computes four panels at once.
   const int wanted = panels / (threads_ * kItemsPerThread);
   member.panels_per_item = wanted >= kMaxPanels ? kMaxPanels : std::min(4, panels);
   member.row_ranges = (linear.x.rows + kernels().gemm_rows - 1) / kernels().gemm_rows;

@@ -9,29 +9,26 @@ int members(const MoeOrder* order, const DenseMlp* dense) {
   return (order == nullptr ? 0 : order->num_experts) + (dense == nullptr ? 0 : 1);
 }
 
-// Picks come from outside: all of them may be of one expert, of one token even.
-int most_rows(const MoeOrder* order, const DenseMlp* dense) {
+// The ids are arbitrary input: all assignments may go to one expert.
+int max_rows(const MoeOrder* order, const DenseMlp* dense) {
   return std::max(order == nullptr ? 0 : order->num_tokens * order->k, dense == nullptr ? 0 : dense->x.rows);
 }
 
 template <class Inputs>
-int most_inputs(const Mlp* experts, const DenseMlp* dense, Inputs inputs) {
+int max_inputs(const Mlp* experts, const DenseMlp* dense, Inputs inputs) {
   return std::max(experts == nullptr ? 0 : inputs(*experts), dense == nullptr ? 0 : inputs(dense->weights));
 }
 
 }  // namespace
 
-MoeGroupedGemm::MoeGroupedGemm(Workspace& workspace, const Mlp* experts, const MoeOrder* order,
-                               const DenseMlp* dense)
+MoeGroupedGemm::MoeGroupedGemm(Workspace& workspace, const Mlp* experts, const MoeOrder* order, const DenseMlp* dense)
     : experts_(experts),
       order_(order),
       dense_(dense),
       gate_up_(workspace, members(order, dense),
-               most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.gate_up.inputs; }),
-               most_rows(order, dense)),
+               max_inputs(experts, dense, [](const Mlp& mlp) { return mlp.gate_up.inputs; }), max_rows(order, dense)),
       down_(workspace, members(order, dense),
-            most_inputs(experts, dense, [](const Mlp& mlp) { return mlp.down.inputs; }),
-            most_rows(order, dense)) {
+            max_inputs(experts, dense, [](const Mlp& mlp) { return mlp.down.inputs; }), max_rows(order, dense)) {
   if (experts != nullptr) {
     const int rows = order->num_tokens * order->k;
     gathered_ = workspace.take<float>(Activations::size(rows, experts->gate_up.inputs));

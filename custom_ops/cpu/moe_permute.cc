@@ -15,13 +15,13 @@ MoeOrder take_order(Workspace& workspace, int num_tokens, int k, int num_experts
           workspace.take<int32_t>(assignments)};
 }
 
-void moe_order(Team& team, const int32_t* picks, const MoeOrder& order) {
+void moe_order(Team& team, const int32_t* topk_ids, const MoeOrder& order) {
   if (team.rank() == 0) {
     const int assignments = order.num_tokens * order.k;
-    // Counting sort. offsets[e + 1] first counts expert e, then is where its next row goes, and so becomes
-    // where the rows of expert e + 1 begin.
+    // Counting sort. offsets[e + 1] first counts the rows of expert e, then is the position of its next row, and
+    // finally the start of expert e + 1.
     std::fill_n(order.offsets, order.num_experts + 1, 0);
-    for (int a = 0; a < assignments; ++a) ++order.offsets[picks[a] + 1];
+    for (int a = 0; a < assignments; ++a) ++order.offsets[topk_ids[a] + 1];
     int begin = 0;
     for (int expert = 0; expert < order.num_experts; ++expert) {
       const int count = order.offsets[expert + 1];
@@ -29,9 +29,9 @@ void moe_order(Team& team, const int32_t* picks, const MoeOrder& order) {
       begin += count;
     }
     for (int a = 0; a < assignments; ++a) {
-      const int row = order.offsets[picks[a] + 1]++;
+      const int row = order.offsets[topk_ids[a] + 1]++;
       order.order[row] = a;
-      order.place[a] = row;
+      order.row_of[a] = row;
     }
   }
   team.barrier();

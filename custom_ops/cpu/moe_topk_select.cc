@@ -10,23 +10,23 @@ void moe_topk_select(Team& team, const MoeTopkSelect& args) {
   const Kernels& isa = kernels();
   team.for_each(args.num_tokens, [&](int64_t token) {
     float* const probabilities = args.logits + token * args.num_experts;
-    int32_t* const picks = args.picks + token * args.k;
-    float* const weights = args.weights + token * args.k;
+    int32_t* const topk_ids = args.topk_ids + token * args.k;
+    float* const topk_weights = args.topk_weights + token * args.k;
     isa.softmax(probabilities, args.num_experts);
-    // The best so far in order; what is equal to one of them and comes later stays behind it.
+    // Insertion into the sorted best k; a later equal stays after an earlier one.
     int found = 0;
     for (int expert = 0; expert < args.num_experts; ++expert) {
       const float score = probabilities[expert] + args.bias[expert];
-      int place = found;
-      while (place > 0 && score > probabilities[picks[place - 1]] + args.bias[picks[place - 1]]) --place;
-      if (place == args.k) continue;
+      int slot = found;
+      while (slot > 0 && score > probabilities[topk_ids[slot - 1]] + args.bias[topk_ids[slot - 1]]) --slot;
+      if (slot == args.k) continue;
       if (found < args.k) ++found;
-      std::copy_backward(picks + place, picks + found - 1, picks + found);
-      picks[place] = expert;
+      std::copy_backward(topk_ids + slot, topk_ids + found - 1, topk_ids + found);
+      topk_ids[slot] = expert;
     }
     float sum = 0.0f;
-    for (int j = 0; j < args.k; ++j) sum += probabilities[picks[j]];
-    for (int j = 0; j < args.k; ++j) weights[j] = probabilities[picks[j]] / std::max(sum, args.norm_min);
+    for (int j = 0; j < args.k; ++j) sum += probabilities[topk_ids[j]];
+    for (int j = 0; j < args.k; ++j) topk_weights[j] = probabilities[topk_ids[j]] / std::max(sum, args.norm_min);
   });
 }
 

@@ -9,11 +9,11 @@
 namespace fd {
 namespace {
 
-// Between two looks at the weights one by one.
+// Bisection steps between two compactions of the remaining weights.
 constexpr int kHalvings = 4;
 
-// Numbers that are not negative have the order of their bits, and halving a range of bits is halving a range
-// of exponents, which suits what exponentials give.
+// Non-negative doubles are ordered like their bits. Bisecting the bits bisects the exponents, which suits weights that
+// are exponentials.
 uint64_t bits_of(double weight) {
   uint64_t bits;
   std::memcpy(&bits, &weight, sizeof bits);
@@ -26,8 +26,8 @@ double from_bits(uint64_t bits) {
   return weight;
 }
 
-// Copies the weights of [low, high) in their order, and zeros up to a whole block. Blocks which sum up to
-// less than `low` are passed over; `to` may be `from` when there are no sums.
+// Copies the weights in [low, high) in order and pads them with zeros to a whole block. Skips blocks whose sum is less
+// than `low`; without `sums`, `to` may equal `from`.
 int64_t copy_between(const double* from, const double* sums, int64_t count, uint64_t low, uint64_t high,
                      double* to) {
   int64_t copied = 0;
@@ -50,19 +50,19 @@ void keep_nucleus(double* weights, double* sums, int64_t count, double top_p, do
   const int64_t blocks = token_blocks(count);
   double total = 0;
   for (int64_t b = 0; b < blocks; ++b) total += sums[b];
-  // Even top_p = 0 leaves one token.
+  // top_p = 0 also keeps one token.
   const double goal = std::max(top_p * total, DBL_MIN);
 
-  // The weight of the last token that stays, in [low, high): from `low` on weights reach the goal, from
-  // `high` on they do not. Below the first `low` all together are less than what may be missing.
+  // The smallest kept weight lies in [low, high): the weights >= low reach the goal, those >= high do not. The weights
+  // below the initial `low` sum to less than total - goal.
   uint64_t low = bits_of(std::max(total - goal, 0.0) / (2.0 * static_cast<double>(count)));
   uint64_t high = bits_of(1.0) + 1;
-  double above = 0;      // the mass of what has been taken out because it surely stays
-  double from_high = 0;  // the mass of what is left from `high` on
+  double above = 0;      // mass of the weights already removed because they are certainly kept
+  double from_high = 0;  // mass of the remaining weights >= high
 
   const double least = from_bits(low);
   const auto promising = std::count_if(sums, sums + blocks, [&](double sum) { return sum >= least; });
-  // In few blocks there is little to copy, and nothing is gained from narrowing the range before.
+  // With few blocks, copying is cheap and need not be preceded by bisection.
   int halvings = promising * 4 < blocks ? 0 : kHalvings;
   const double* left = weights;
   int64_t size = count;
@@ -84,14 +84,14 @@ void keep_nucleus(double* weights, double* sums, int64_t count, double top_p, do
     from_high = 0;
     halvings = kHalvings;
     if (size > before / 4) {
-      // They lie close together in that range, or are all equal.
+      // The weights are concentrated in the range, or all equal.
       const auto [lowest, highest] = std::minmax_element(left, left + size);
       low = bits_of(*lowest);
       high = bits_of(*highest) + 1;
     }
   }
 
-  // All that is left are equals of the last one. Those behind it have to go.
+  // The remaining weights are all equal: keep as many as needed and remove the later ones.
   const double last = from_bits(low);
   int64_t needed = 0;
   for (double mass = above; needed < size && mass < goal; ++needed) mass += last;

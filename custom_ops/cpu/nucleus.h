@@ -1,15 +1,15 @@
-// The fewest most likely tokens whose share reaches top_p.
+// Top-p (nucleus) filtering.
 #pragma once
 
 #include <cstdint>
 
 namespace fd {
 
-// Sets all weights to zero but the largest of them that together reach `top_p` of the sum of all: as few as
-// possible, at least one, the first ones among equals.
+// Keeps the fewest largest weights that together reach `top_p` of the total, at least one, and sets the others to zero.
+// Among equal weights the first ones are kept.
 //
-// `weights` (each 0..1) and `buffer` have room for whole blocks of 64, behind `count` weights are zero;
-// `sums` are those of the blocks.
+// `weights` (each 0..1, zero from index `count` on) and `buffer` have room for whole blocks of 64; `sums` holds the sum
+// of each block and is updated.
 void keep_nucleus(double* weights, double* sums, int64_t count, double top_p, double* buffer);
 
 }  // namespace fd

@@ -9,7 +9,7 @@
 namespace fd {
 namespace {
 
-// Activations of one item: each segment of keys and values is read once for all of them.
+// Maximum tiles of one item; each segment of keys and values is read once for all of them.
 constexpr int kTilesPerItem = 8;
 
 int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -65,7 +65,7 @@ PagedAttention::PagedAttention(Workspace& workspace, const Attention& args) : ar
     items_[num_items_++] = {i, count, -1};
     i += count;
   }
-  // Late tiles of a chunk see the most keys: the long items first, so that nobody waits for the last.
+  // Longest items first, so that threads finish at about the same time. Late tiles of a chunk see the most keys.
   std::stable_sort(items_, items_ + num_items_, [&](const Item& a, const Item& b) {
     const auto work = [&](const Item& item) { return item.segment >= 0 ? 1 : item.count * segments(tiles_[item.first_tile]); };
     return work(a) > work(b);
@@ -74,7 +74,7 @@ PagedAttention::PagedAttention(Workspace& workspace, const Attention& args) : ar
   const int64_t threads = num_threads();
   states_ = workspace.take<PartialSoftmax>(partials * rows_);
   outs_ = workspace.take<float>(partials * rows_ * width_);
-  // The running results of an item's tiles, and one more for the segment at hand.
+  // Running results of the tiles of an item, and one more for the current segment.
   thread_states_ = workspace.take<PartialSoftmax>(threads * (kTilesPerItem + 1) * rows_);
   thread_outs_ = workspace.take<float>(threads * (kTilesPerItem + 1) * rows_ * width_);
   scratch_per_thread_ =
@@ -99,8 +99,8 @@ void PagedAttention::run(Team& team) const {
     const Item& item = items_[index];
     const Tile* const tiles = tiles_ + item.first_tile;
     if (item.segment >= 0) {
-      const int64_t place = tiles->partial + item.segment;
-      attend(*tiles, item.segment, states_ + place * rows_, outs_ + place * row_floats, scratch);
+      const int64_t partial = tiles->partial + item.segment;
+      attend(*tiles, item.segment, states_ + partial * rows_, outs_ + partial * row_floats, scratch);
       return;
     }
     const int last_segment = segments(tiles[item.count - 1]);
@@ -188,8 +188,8 @@ void PagedAttention::finish(const Tile& tile, const PartialSoftmax* state, const
       for (int i = 0; i < head_dim;) {
         const int column = first + i;
         const int count = std::min(head_dim - i, kPiece - column % kPiece);
-        float* place = args_.out.piece(row, column / kPiece) + column % kPiece;
-        for (int j = 0; j < count; ++j) place[j] = out[r * width_ + i + j] * factor;
+        float* target = args_.out.piece(row, column / kPiece) + column % kPiece;
+        for (int j = 0; j < count; ++j) target[j] = out[r * width_ + i + j] * factor;
         i += count;
       }
     }

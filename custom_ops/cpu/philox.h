@@ -1,4 +1,4 @@
-// Philox 4x32-10 (Salmon et al., SC 2011): random numbers as a pure function of where they are used.
+// Philox 4x32-10 (Salmon et al., SC 2011): a counter-based random number generator.
 #pragma once
 
 #include <array>
@@ -19,12 +19,12 @@ inline std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::
   return counter;
 }
 
-// The random number, in [0, 1), that draws the token at `position` of a text. There is no generator state: a
-// retried, preempted or moved request draws the same numbers again.
+// The random number in [0, 1) for the token at `position` of a text. There is no generator state, so a retried,
+// preempted or migrated request draws the same numbers again.
 inline double uniform(uint64_t seed, uint32_t choice, uint32_t position) {
   const auto words = philox4x32({position, choice, 0, 0},
                                 {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
-  // 53 random bits, which is what a double below 1 can hold.
+  // 53 random bits: the precision of a double.
   return static_cast<double>(uint64_t{words[0] >> 5} << 26 | words[1] >> 6) * 0x1p-53;
 }
 

@@ -7,7 +7,7 @@
 namespace fd {
 namespace {
 
-// Nearest, ties to even.
+// Rounds to nearest, ties to even.
 uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -15,7 +15,7 @@ uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Element `column` of 32 in a row of a panel.
+// Writes element `column` of 32 in a row of a panel.
 void put(CacheType type, uint8_t* row, int column, float value) {
   if (type == CacheType::kFloat32) {
     std::memcpy(row + column * 4, &value, 4);
@@ -25,9 +25,9 @@ void put(CacheType type, uint8_t* row, int column, float value) {
   }
 }
 
-void rotate(float* head, const float* turn, int head_dim) {
+void rotate(float* head, const float* cos_sin, int head_dim) {
   for (int j = 0; j < head_dim; j += 2) {
-    const float a = head[j], b = head[j + 1], cosine = turn[j], sine = turn[j + 1];
+    const float a = head[j], b = head[j + 1], cosine = cos_sin[j], sine = cos_sin[j + 1];
     head[j] = a * cosine - b * sine;
     head[j + 1] = b * cosine + a * sine;
   }
@@ -40,7 +40,7 @@ int sequence_of(const Step& step, int token) {
 
 }  // namespace
 
-void rotation(Team& team, const Step& step, float theta, int head_dim, float* out) {
+void rotary_embedding(Team& team, const Step& step, float theta, int head_dim, float* out) {
   team.for_each(step.num_tokens, [&](int64_t token) {
     const int sequence = sequence_of(step, static_cast<int>(token));
     const float position =
@@ -66,10 +66,10 @@ void rope_and_cache(Team& team, const RopeAndCache& args) {
     const int position = step.start[sequence] + static_cast<int>(token) - step.first_token[sequence];
     const int64_t block = step.blocks(sequence)[position / cache.block_size];
     const int slot = position % cache.block_size;
-    const float* turn = args.rotation + token * head_dim;
+    const float* cos_sin = args.rotary_cos_sin + token * head_dim;
     float* row = args.qkv + token * width;
     for (int head = 0; head < args.num_heads + cache.num_kv_heads; ++head) {
-      rotate(row + head * head_dim, turn, head_dim);
+      rotate(row + head * head_dim, cos_sin, head_dim);
     }
     const float* key = row + args.num_heads * head_dim;
     const float* value = key + cache.num_kv_heads * head_dim;

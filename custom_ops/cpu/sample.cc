@@ -17,7 +17,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Each version of the C library has a last bit of its own. x > 0.
+// log(x) for x > 0. The last bit of std::log differs between versions of the C library.
 double natural_log(double x) {
   int exponent;
   double mantissa = std::frexp(x, &exponent);
@@ -35,15 +35,15 @@ double natural_log(double x) {
 // One thread's memory for one row.
 struct Scratch {
   float* scores;      // after penalties
-  float* few_scores;  // of the tokens `ids`
-  float* some;        // in any order
-  float* maxima;      // of blocks of scores
+  float* few_scores;  // of the tokens in `ids`
+  float* some;        // unordered
+  float* maxima;      // by block of scores
   int32_t* ids;
   double* weights;
   double* few_weights;
-  double* sums;  // of blocks of weights
+  double* sums;  // by block of weights
 
-  // Returns how many bytes that takes; without memory, that is all.
+  // Lays out the arrays in `memory` unless it is null. Returns the bytes needed.
   int64_t lay_out(std::byte* memory, int64_t vocabulary) {
     const int64_t blocks = token_blocks(vocabulary), tokens = blocks * kTokenBlock;
     int64_t used = 0;
@@ -63,7 +63,7 @@ struct Scratch {
   }
 };
 
-// Scores of a row by block, so that blocks which hold nothing of interest are passed over.
+// The scores of a row with the maximum of each block, which lets searches skip blocks.
 struct Row {
   const float* scores;
   int64_t count;
@@ -80,7 +80,7 @@ struct Row {
     return std::find(scores + block * kTokenBlock, scores + count, best) - scores;
   }
 
-  // Ids, ascending, of all scores from `low` on; `ids` has room for all.
+  // Writes the ids of all scores >= low, ascending, and returns their number; `ids` has room for all tokens.
   int64_t ids_from(float low, int32_t* ids) const {
     int64_t found = 0;
     for (int64_t b = 0; b < token_blocks(count); ++b) {
@@ -99,7 +99,7 @@ struct Row {
     float* some = scratch.some;
     int64_t size = token_blocks(count);
     if (k <= size) {
-      // So many blocks reach this bound, each by a score of its own: what is below it does not matter.
+      // The k-th largest block maximum is a lower bound of the k-th largest score.
       std::copy(maxima, maxima + size, some);
       std::nth_element(some, some + k - 1, some + size, std::greater<>());
       size = ids_from(some[k - 1], scratch.ids);
@@ -113,7 +113,7 @@ struct Row {
   }
 };
 
-// The row after penalties and masks, in float; the logits themselves when there are none.
+// The logits after penalties and masks, rounded to float; without any, the logits themselves.
 const float* adjusted(const float* logits, int64_t vocabulary, const SamplingRow& params,
                       const TokenCount* tokens, const Scratch& scratch) {
   if (params.num_seen == 0 && params.num_masked == 0) return logits;
@@ -134,8 +134,8 @@ const float* adjusted(const float* logits, int64_t vocabulary, const SamplingRow
   return scores;
 }
 
-// The lowest score that min_p and top_k leave in; -infinity: all. Equals of the k-th largest stay in, as in
-// vLLM and transformers.
+// The lowest score kept by min_p and top_k; -infinity keeps all. Ties with the k-th largest are kept, as in vLLM and
+// transformers.
 float lowest_score(const Row& row, const SamplingRow& params, const Scratch& scratch) {
   float lowest = -INFINITY;
   if (params.min_p > 0) {
@@ -149,7 +149,7 @@ float lowest_score(const Row& row, const SamplingRow& params, const Scratch& scr
   return lowest;
 }
 
-// The first place where the running sum of weights exceeds its share `uniform` of the whole.
+// The first index at which the running sum of weights exceeds `uniform` times the total.
 int64_t pick(const double* weights, const double* sums, int64_t count, double uniform) {
   const int64_t blocks = token_blocks(count);
   double mass = 0;
@@ -163,7 +163,7 @@ int64_t pick(const double* weights, const double* sums, int64_t count, double un
     below += weights[i];
     if (below > point) return i;
   }
-  // One by one a block may sum up to a little less than eight by eight.
+  // Summed one by one, a block may yield slightly less than its eight partial sums.
   do --i;
   while (weights[i] == 0);
   return i;
@@ -179,19 +179,19 @@ int64_t draw(const Row& row, const SamplingRow& params, const Scratch& scratch) 
     for (int64_t i = 0; i < count; ++i) scratch.few_scores[i] = row.scores[scratch.ids[i]];
     scores = scratch.few_scores;
   }
-  // A tiny temperature pushes all but the best to zero: that is its meaning.
+  // A tiny temperature correctly reduces all weights but the best to zero.
   const double factor = std::min(kLog2e / params.temperature, DBL_MAX);
   double* weights = scratch.weights;
   double* sums = scratch.sums;
   kernels().weigh(scores, count, row.best, factor, weights, sums);
   if (params.top_p < 1) keep_nucleus(weights, sums, count, params.top_p, scratch.few_weights);
-  const int64_t place = pick(weights, sums, count, uniform(params.seed, params.choice, params.position));
-  return few ? scratch.ids[place] : place;
+  const int64_t index = pick(weights, sums, count, uniform(params.seed, params.choice, params.position));
+  return few ? scratch.ids[index] : index;
 }
 
 void write_logprobs(const Sampling& args, int64_t index, const Scratch& scratch) {
   const Row row = Row::of(args.logits + index * args.vocabulary, args.vocabulary, scratch.maxima);
-  // A mask may have hidden from the draw what is broken, and what is not a number cannot be put in order.
+  // A mask may have hidden a non-finite value from the draw, and NaN cannot be sorted.
   if (!std::isfinite(row.best)) {
     args.drawn[index] = kBrokenRow;
     return;

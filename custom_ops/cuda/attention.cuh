@@ -1,8 +1,8 @@
-// Attention of 64 rows per warpgroup, a row being one query head of one token, against tiles of 64 keys.
+// Attention of 64 rows per warpgroup against tiles of 64 keys. A row is one query head of one token.
 //
-// Decoding and prompts are one kernel, so that they have the same bits: S = Q K^T and O = P V by wgmma, softmax online
-// in base 2 within segments of 512 keys, then merged in order (numeric contract sm90-1). A prompt's block walks all
-// segments of its rows. In decoding each segment is a block's, and the last one to finish merges.
+// Decoding and prompts use one kernel, so that they give the same bits: S = Q K^T and O = P V by wgmma, online softmax
+// in base 2 within segments of 512 keys, merged in order (numeric contract sm90-1). For prompts, a block processes all
+// segments of its rows. For decoding, each block processes one segment, and the last block to finish merges.
 #pragma once
 
 #include "attention.h"
@@ -15,28 +15,28 @@ template <int kHeadDim_, int kWarpgroups_, int kSlots_, bool kDecodes_>
 struct AttentionShape {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
-  static constexpr int kSlots = kSlots_;  // of the ring: tiles of keys or of values
+  static constexpr int kSlots = kSlots_;  // slots of the ring: tiles of keys or values
   static constexpr bool kDecodes = kDecodes_;
   static constexpr int kHalves = kHeadDim / kBlockK;
   static constexpr int kRows = kWarpgroups * 64;
   static constexpr int kConsumers = kWarpgroups * 128;
-  // Two warpgroups of consumers take registers from the producer's: that works for whole warpgroups only.
+  // Two consumer warpgroups take registers from the producer's, which works for whole warpgroups only.
   static constexpr bool kShiftsRegisters = kWarpgroups == 2;
   static constexpr int kThreads = kConsumers + (kShiftsRegisters ? 128 : 32);
-  static constexpr int kTileBytes = kHalves * kBlockBytes;  // of keys, and of values
+  static constexpr int kTileBytes = kHalves * kBlockBytes;  // bytes of a tile of keys, or of values
   static constexpr int kMemory =
-      1024 + (kWarpgroups + kSlots) * kTileBytes + kSlots * 16 + (kMostSequences + 1) * 4 + 16;
+      1024 + (kWarpgroups + kSlots) * kTileBytes + kSlots * 16 + (kMaxSequences + 1) * 4 + 16;
 };
 
-// What a block works on.
+// Work item of a block.
 struct AttentionItem {
   int sequence;
-  int head;       // of keys and values
+  int head;       // kv head
   int first_row;  // among the rows of this sequence and head
-  int rows;       // of the sequence and head, all
+  int rows;       // all rows of the sequence and head
   int first_tile;
   int last_tile;  // exclusive
-  int segments;   // of the sequence, in decoding
+  int segments;   // decoding: segments of the sequence
 };
 
 template <class Shape>
@@ -83,7 +83,7 @@ __device__ __forceinline__ AttentionItem item_at(const StepView& step, const Att
     item.first_tile = part * kSegmentTiles;
     item.last_tile = min(tiles, item.first_tile + kSegmentTiles);
   } else {
-    // Those with the longest context come first, so that the short ones fill up the end.
+    // Longest contexts first, so that short ones balance the load at the end.
     item.first_row = (ceil_div(item.rows, Shape::kRows) - 1 - part) * Shape::kRows;
     const int last_row = min(item.rows, item.first_row + Shape::kRows) - 1;
     item.last_tile = (step.start[low] + last_row / group) / kCacheBlock + 1;
@@ -91,7 +91,7 @@ __device__ __forceinline__ AttentionItem item_at(const StepView& step, const Att
   return item;
 }
 
-// Softmax of a part of the keys, not yet normalised, of rows r and r + 8 of each thread.
+// Unnormalised softmax over part of the keys, for rows r and r + 8 of each thread.
 template <int kHeadDim>
 struct Partial {
   float out[kHeadDim / 2];
@@ -105,7 +105,7 @@ struct Partial {
   }
 };
 
-// How a running result and a later part are weighted in their merger. A part that sees no key has maximum -infinity.
+// Weights for merging a running result with a later part. A part without visible keys has maximum -infinity.
 struct Merger {
   float maximum, running, later;
 
@@ -160,7 +160,7 @@ __device__ __forceinline__ void start_values(float (&out)[kHeadDim / 2], const u
   wgmma_commit();
 }
 
-// Maxima and sums of this thread's two rows in the running segment. A sum is this thread's part of the row's.
+// Maxima and sums of this thread's two rows in the current segment. A sum is only this thread's share.
 struct Softmax {
   float maximum[2];
   float sum[2];
@@ -169,7 +169,7 @@ struct Softmax {
     for (int half = 0; half < 2; ++half) maximum[half] = -INFINITY, sum[half] = 0.0f;
   }
 
-  // Takes in a tile: scores become weights, rounded to bfloat16; `factor` is for what has been added up before.
+  // Adds a tile: scores become weights, rounded to bfloat16; `factor` rescales the previous results.
   __device__ __forceinline__ void add(float (&scores)[32], float scale, float (&factor)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -187,7 +187,7 @@ struct Softmax {
         const uint32_t pair =
             pack_bfloat16(exp2_fast(__fmaf_rn(low, scale, -base)), exp2_fast(__fmaf_rn(high, scale, -base)));
         low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000);
-        // The sum is that of the weights as they are multiplied.
+        // Sum the rounded weights, which are the ones that are multiplied.
         added += low;
         added += high;
       }
@@ -196,8 +196,8 @@ struct Softmax {
   }
 };
 
-// Rounded weights as wgmma takes them. Apart from Softmax::add, because what a wgmma reads must not be written while
-// another one is under way.
+// Packs the rounded weights for wgmma. Not part of Softmax::add, because registers that a wgmma reads must not be
+// written while one is in progress.
 __device__ __forceinline__ void pack_weights(const float (&rounded)[32], uint32_t (&weights)[4][4]) {
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
@@ -205,7 +205,7 @@ __device__ __forceinline__ void pack_weights(const float (&rounded)[32], uint32_
   }
 }
 
-// Hides from this thread's two rows the keys of a tile behind their positions.
+// Masks the keys of a tile beyond the positions of this thread's two rows.
 __device__ __forceinline__ void hide_keys(float (&scores)[32], int first_key, const int (&position)[2]) {
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
@@ -214,7 +214,7 @@ __device__ __forceinline__ void hide_keys(float (&scores)[32], int first_key, co
   }
 }
 
-// The ring of tiles, as one side sees it. Keys are one tile ahead of values: k0 k1 v0 k2 v1 ...
+// One side's view of the ring of tiles. Keys are one tile ahead of values: k0 k1 v0 k2 v1 ...
 template <class Shape>
 struct TileRing {
   uint8_t* slots;
@@ -227,7 +227,7 @@ struct TileRing {
   __device__ void advance() {
     if (++slot == Shape::kSlots) slot = 0, phase ^= 1;
   }
-  // For consumers. Returns the slot, which take() leaves behind and release() gives back.
+  // For consumers. Returns the slot; take() advances past it and release() returns it to the producer.
   __device__ int take() {
     barrier_wait(full + slot, phase);
     const int taken = slot;
@@ -264,7 +264,7 @@ __device__ void produce_tiles(const StepView& step, const Attention& args, const
   }
 }
 
-// Copies 64 rows of queries to shared memory; rows that are not there become zeros.
+// Copies 64 rows of queries to shared memory; missing rows become zeros.
 template <class Shape>
 __device__ __forceinline__ void fetch_queries(const StepView& step, const Attention& args, const AttentionItem& item,
                                               int first_row, uint8_t* queries) {
@@ -306,16 +306,16 @@ __device__ __forceinline__ void write_rows(const StepView& step, const Attention
   }
 }
 
-// A segment's part: [kMostGroupHeads][head_dim] results, then their maxima and sums.
+// Partial result of a segment: [kMaxGroupHeads][head_dim] values, then their maxima and sums.
 template <class Shape>
 __device__ __forceinline__ float* partial_at(const Attention& args, int item) {
-  return args.partial + int64_t{item} * kMostGroupHeads * (Shape::kHeadDim + 2);
+  return args.partial + int64_t{item} * kMaxGroupHeads * (Shape::kHeadDim + 2);
 }
 
 template <class Shape>
 __device__ __forceinline__ void save_partial(const Attention& args, const AttentionItem& item, int index,
                                              const Partial<Shape::kHeadDim>& state) {
-  // Rows 0 to 15 are the first warp's.
+  // Rows 0 to 15 belong to the first warp.
   if (threadIdx.x >= 32) return;
   float* const place = partial_at<Shape>(args, index);
 #pragma unroll
@@ -328,13 +328,13 @@ __device__ __forceinline__ void save_partial(const Attention& args, const Attent
           make_float2(state.out[eight * 4 + half * 2], state.out[eight * 4 + half * 2 + 1]);
     }
     if (threadIdx.x % 4 == 0) {
-      place[kMostGroupHeads * Shape::kHeadDim + row] = state.maximum[half];
-      place[kMostGroupHeads * (Shape::kHeadDim + 1) + row] = state.sum[half];
+      place[kMaxGroupHeads * Shape::kHeadDim + row] = state.maximum[half];
+      place[kMaxGroupHeads * (Shape::kHeadDim + 1) + row] = state.sum[half];
     }
   }
 }
 
-// The last block of a sequence and head to finish: merges all segments in their order.
+// Merges all segments in order; runs in the last block of a sequence and head to finish.
 template <class Shape>
 __device__ __forceinline__ void merge_segments(const StepView& step, const Attention& args, const AttentionItem& item,
                                                int first_index) {
@@ -344,11 +344,11 @@ __device__ __forceinline__ void merge_segments(const StepView& step, const Atten
     float low = 0.0f, high = 0.0f, maximum = -INFINITY, sum = 0.0f;
     for (int segment = 0; segment < item.segments; ++segment) {
       const float* const part = partial_at<Shape>(args, first_index + segment * args.kv_heads);
-      // Other blocks have written it: past the first cache.
+      // Written by other blocks, so bypass the L1 cache.
       const float2 out = __ldcg(reinterpret_cast<const float2*>(part + row * Shape::kHeadDim + column));
-      const Merger merge(maximum, __ldcg(part + kMostGroupHeads * Shape::kHeadDim + row));
+      const Merger merge(maximum, __ldcg(part + kMaxGroupHeads * Shape::kHeadDim + row));
       low = merge(low, out.x), high = merge(high, out.y);
-      sum = merge(sum, __ldcg(part + kMostGroupHeads * (Shape::kHeadDim + 1) + row));
+      sum = merge(sum, __ldcg(part + kMaxGroupHeads * (Shape::kHeadDim + 1) + row));
       maximum = merge.maximum;
     }
     *reinterpret_cast<uint32_t*>(out_place<Shape>(args, step.first_token[item.sequence], item.head * group + row,
@@ -356,9 +356,9 @@ __device__ __forceinline__ void merge_segments(const StepView& step, const Atten
   }
 }
 
-// Attends to tiles [first, last) for 64 rows, last > first: a part of the keys, or in a prompt all of them, segment by
-// segment. The scores of a tile are multiplied while the one before it is weighed, and that one's values while the
-// next is. `skips`: the ring holds tiles behind `last`, which are for the other warpgroup alone.
+// Computes attention of 64 rows to tiles [first, last), last > first: part of the keys, or for prompts all of them,
+// segment by segment. Pipelined: while the softmax of a tile is computed, wgmma computes the scores of the next tile
+// and the values of the previous one. `skips`: the ring holds tiles after `last` that only the other warpgroup uses.
 template <class Shape>
 __device__ __forceinline__ void attend(Partial<Shape::kHeadDim>& result, TileRing<Shape>& ring, const uint8_t* queries,
                                        float scale, int first, int last, const int (&position)[2], int first_position,
@@ -379,7 +379,7 @@ __device__ __forceinline__ void attend(Partial<Shape::kHeadDim>& result, TileRin
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if constexpr (Shape::kDecodes) {
-        // One segment: what merging it with nothing would give.
+        // A single segment: the same result as merging it with an empty one.
         result.maximum[half] = ended.maximum[half], result.sum[half] = row_sum(ended.sum[half]);
 #pragma unroll
         for (int i = 0; i < kHeadDim / 4; ++i) result.out[i / 2 * 4 + half * 2 + i % 2] = out[i / 2 * 4 + half * 2 + i % 2];
@@ -442,7 +442,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kDecodes ? 2 : 1) void atte
   uint64_t* const full = reinterpret_cast<uint64_t*>(slots + Shape::kSlots * Shape::kTileBytes);
   uint64_t* const empty = full + Shape::kSlots;
   int* const first_item = reinterpret_cast<int*>(empty + Shape::kSlots);
-  int* const is_last = first_item + kMostSequences + 1;
+  int* const is_last = first_item + kMaxSequences + 1;
   TileRing<Shape> ring{slots, full, empty};
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -484,7 +484,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kDecodes ? 2 : 1) void atte
     }
     const int first_position = start + first_row / group;
     const int last_position = start + (min(item.rows, first_row + 64) - 1) / group;
-    // A warpgroup whose rows lie before the others' has nothing to see in the last tiles.
+    // The last tiles are invisible to a warpgroup with earlier rows.
     const int last = first_row < item.rows ? min(item.last_tile, last_position / kCacheBlock + 1) : item.first_tile;
     Partial<Shape::kHeadDim> result;
     result.clear();
@@ -513,7 +513,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kDecodes ? 2 : 1) void atte
       named_barrier(1, 128);
       if (*is_last) merge_segments<Shape>(step, args, item, first_item[item.sequence] + item.head);
     }
-    // The next item's queries go where these are read.
+    // The queries of the next item overwrite these.
     named_barrier(1 + warpgroup, 128);
   }
 }

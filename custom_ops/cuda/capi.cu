@@ -35,7 +35,7 @@ int status_of(const std::string& operation, cudaError_t error) {
                              error == cudaErrorInvalidDevice
                          ? FD_BAD_ARGUMENT
                          : FD_BROKEN;
-  // Or the next call that asks would find it again.
+  // Clear the error, or the next call would report it again.
   cudaGetLastError();
   return fail(status, operation + ": " + cudaGetErrorString(error));
 }
@@ -91,7 +91,7 @@ int fd_product(void* stream, const fd_product_args* args) {
   const int tokens = fd_tile_tokens(args->tile);
   if (tokens == 0) return refuse("product: unknown tile");
   if (args->output < FD_OUT_BFLOAT16 || args->output > FD_OUT_SWIGLU) return refuse("product: unknown output");
-  if (args->groups < 1 || args->groups > kMostGroups) return refuse("product: between 1 and 256 groups");
+  if (args->groups < 1 || args->groups > kMaxGroups) return refuse("product: between 1 and 256 groups");
   if (args->outputs < 2 || args->outputs % 2 != 0 || args->inputs < 1) return refuse("product: an even number of outputs");
   if (args->output == FD_OUT_SWIGLU && args->outputs % 16 != 0) return refuse("product: SwiGLU needs a multiple of 16 outputs");
   if (args->output == FD_OUT_BFLOAT16 && args->out_stride % 2 != 0) return refuse("product: an odd stride of bfloat16 rows");
@@ -110,25 +110,32 @@ int fd_product(void* stream, const fd_product_args* args) {
 int fd_embedding(void* stream, const fd_embedding_args* args) {
   if (args->capacity < 1 || args->vocabulary < 1) return refuse("embedding: a capacity and a vocabulary of at least 1");
   if (args->width % 2 != 0) return refuse("embedding: an even width");
-  return status_of("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->stream},
-                                       args->capacity, stream_of(stream)));
+  return status_of("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->hidden_states},
+                                          args->capacity, stream_of(stream)));
 }
 
 int fd_norm(void* stream, const fd_norm_args* args) {
   if (args->capacity < 1) return refuse("norm: a capacity of at least 1");
-  if (args->width < 4 || args->width > kWidestRow || args->width % 4 != 0) return refuse("norm: a width that is a multiple of 4, up to 16384");
-  const Norm norm_args{args->stream, args->weight, args->epsilon, args->width, args->rows, args->count,
+  if (args->width < 4 || args->width > kMaxWidth || args->width % 4 != 0)
+    return refuse("norm: a width that is a multiple of 4, up to 16384");
+  const Norm norm_args{args->hidden_states,
+                       args->weight,
+                       args->epsilon,
+                       args->width,
+                       args->rows,
+                       args->count,
                        static_cast<uint8_t*>(args->out)};
   if (args->router == nullptr) return status_of("norm", norm(norm_args, args->capacity, stream_of(stream)));
-  if (args->experts < 1 || args->experts > kMostExperts) return refuse("norm: between 1 and 256 experts");
+  if (args->experts < 1 || args->experts > kMaxExperts) return refuse("norm: between 1 and 256 experts");
   return status_of("norm", norm_and_router(norm_args, {args->router, args->experts, args->router_logits, args->expert_rows},
                                         args->capacity, stream_of(stream)));
 }
 
 int fd_rotation(void* stream, const fd_rotation_args* args) {
   if (args->capacity < 1) return refuse("rotation: a capacity of at least 1");
-  return status_of("rotation", rotation({args->step, args->theta, args->head_dim, args->turns, args->places},
-                                     args->capacity, stream_of(stream)));
+  return status_of("rotation",
+                   rotary_embedding({args->step, args->theta, args->head_dim, args->rotary_cos_sin, args->slot_mapping},
+                                    args->capacity, stream_of(stream)));
 }
 
 int64_t fd_cache_bytes(int64_t blocks, int32_t kv_heads, int32_t head_dim) {
@@ -136,28 +143,34 @@ int64_t fd_cache_bytes(int64_t blocks, int32_t kv_heads, int32_t head_dim) {
 }
 
 int64_t fd_attention_work_bytes(int64_t segments, int32_t kv_heads, int32_t head_dim) {
-  return int64_t{kMostSequences} * kv_heads * 4 + attention_partials(segments, kv_heads, head_dim) * 4;
+  return int64_t{kMaxSequences} * kv_heads * 4 + attention_partials(segments, kv_heads, head_dim) * 4;
 }
 
 int fd_attention(void* stream, const fd_attention_args* args) {
   if (args->capacity < 1) return refuse("attention: a capacity of at least 1");
   if (args->head_dim != 64 && args->head_dim != 128) return refuse("attention: heads of 64 or 128 columns");
-  if (args->kv_heads < 1 || args->heads % args->kv_heads != 0 || args->heads / args->kv_heads > kMostGroupHeads) {
+  if (args->kv_heads < 1 || args->heads % args->kv_heads != 0 || args->heads / args->kv_heads > kMaxGroupHeads) {
     return refuse("attention: at most 16 query heads for each of the kv heads, equally many");
   }
   const cudaStream_t to = stream_of(stream);
-  const Rope rope_args{args->step,     args->turns,    args->places,
-                       args->qkv,      args->heads,    args->kv_heads,
-                       args->head_dim, static_cast<uint8_t*>(args->keys), static_cast<uint8_t*>(args->values)};
+  const Rope rope_args{args->step,
+                       args->rotary_cos_sin,
+                       args->slot_mapping,
+                       args->qkv,
+                       args->heads,
+                       args->kv_heads,
+                       args->head_dim,
+                       static_cast<uint8_t*>(args->keys),
+                       static_cast<uint8_t*>(args->values)};
   const int result = status_of("rope", rope(rope_args, args->capacity, to));
   if (result != FD_OK) return result;
   int* const arrived = static_cast<int*>(args->work);
   const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(args->head_dim));
   return status_of("attention", attention({args->step, args->qkv, static_cast<const uint8_t*>(args->keys),
-                                        static_cast<const uint8_t*>(args->values), static_cast<uint8_t*>(args->out),
-                                        args->heads, args->kv_heads, scale,
-                                        reinterpret_cast<float*>(arrived + kMostSequences * args->kv_heads), arrived},
-                                       args->head_dim, args->has_prompts != 0, to));
+                                           static_cast<const uint8_t*>(args->values), static_cast<uint8_t*>(args->out),
+                                           args->heads, args->kv_heads, scale,
+                                           reinterpret_cast<float*>(arrived + kMaxSequences * args->kv_heads), arrived},
+                                          args->head_dim, args->has_prompts != 0, to));
 }
 
 int64_t fd_expert_rows(int32_t capacity, int32_t k, int32_t experts, int32_t alignment) {
@@ -167,24 +180,25 @@ int64_t fd_expert_rows(int32_t capacity, int32_t k, int32_t experts, int32_t ali
 
 int fd_route(void* stream, const fd_route_args* args) {
   if (args->capacity < 1) return refuse("route: a capacity of at least 1");
-  if (args->experts < 1 || args->experts > kMostExperts) return refuse("route: between 1 and 256 experts");
-  if (args->k < 1 || args->k > kMostPicks || args->k > args->experts) return refuse("route: between 1 and 16 picks");
+  if (args->experts < 1 || args->experts > kMaxExperts) return refuse("route: between 1 and 256 experts");
+  if (args->k < 1 || args->k > kMaxTopk || args->k > args->experts) return refuse("route: between 1 and 16 picks");
   const cudaStream_t to = stream_of(stream);
-  const int result = status_of("route", route({args->logits, args->bias, args->norm_min, args->experts, args->k, args->count,
-                                            args->picks, args->weights, args->counts, args->places},
-                                           args->capacity, to));
+  const int result =
+      status_of("route", route({args->logits, args->bias, args->norm_min, args->experts, args->k, args->count,
+                                args->topk_ids, args->topk_weights, args->counts, args->rows_in_expert},
+                               args->capacity, to));
   if (result != FD_OK) return result;
-  return status_of("permute", permute({static_cast<const uint8_t*>(args->x), args->picks, args->places, args->counts,
-                                    args->count, args->experts, args->k, args->width, args->alignment,
-                                    static_cast<uint8_t*>(args->rows), args->assignments},
-                                   args->capacity, to));
+  return status_of("permute", permute({static_cast<const uint8_t*>(args->x), args->topk_ids, args->rows_in_expert,
+                                       args->counts, args->count, args->experts, args->k, args->width, args->alignment,
+                                       static_cast<uint8_t*>(args->rows), args->assignments},
+                                      args->capacity, to));
 }
 
 int fd_combine(void* stream, const fd_combine_args* args) {
   if (args->capacity < 1 || args->width % 2 != 0) return refuse("combine: a capacity of at least 1 and an even width");
-  return status_of("combine", combine({args->results, args->weights, args->shared, args->count, args->k, args->width,
-                                    args->stream},
-                                   args->capacity, stream_of(stream)));
+  return status_of("combine", combine({args->results, args->topk_weights, args->shared, args->count, args->k,
+                                       args->width, args->hidden_states},
+                                      args->capacity, stream_of(stream)));
 }
 
 int64_t fd_draw_work_bytes(int32_t vocabulary) { return draw_work(vocabulary); }

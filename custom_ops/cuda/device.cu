@@ -1,4 +1,4 @@
-// One device: its memory, its stream, captured steps, and two slots for steps on their way.
+// A device: its memory, its stream, captured graphs, and two slots for steps in progress.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -37,7 +37,7 @@ struct fd_device {
   uint64_t captured_key = 0;
   bool is_capturing = false;
 
-  // What the host writes and reads of a step; pinned.
+  // Pinned host memory for the plan and the results of a step.
   struct Slot {
     void* plan = nullptr;
     void* results = nullptr;
@@ -47,10 +47,10 @@ struct fd_device {
   Slot slots[kSlots];
   uint64_t next_ticket = 0;
   int64_t plan_bytes = 0, result_bytes = 0;
-  void* plan = nullptr;     // in device memory, at one place for all graphs
+  void* plan = nullptr;  // in device memory, shared by all graphs
   void* results = nullptr;
 
-  // Frees nothing that a broken context would not let go of anyway; errors do not matter here.
+  // Errors are ignored: a broken context frees its memory anyway.
   ~fd_device() {
     cudaSetDevice(ordinal);
     for (auto& [key, graph] : graphs) cudaGraphExecDestroy(graph);
@@ -222,7 +222,7 @@ int fd_step_end(fd_device* device, uint64_t ticket) {
 int fd_step_wait(fd_device* device, uint64_t ticket, const void** results) {
   if (!device->is_under_way(ticket)) return fail(FD_BAD_ARGUMENT, "no step of this ticket is under way");
   fd_device::Slot& slot = device->slot_of(ticket);
-  // A step takes milliseconds: to look again and again costs less than to be woken up.
+  // A step takes milliseconds, so polling costs less than a wake-up.
   cudaError_t error;
   while ((error = cudaEventQuery(slot.done)) == cudaErrorNotReady) {
   }

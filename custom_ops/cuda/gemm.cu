@@ -20,7 +20,7 @@ ProductKernel kernel_of(Output output, Tile tile) {
 int tile_tokens(Tile tile) { return kernel_of(Output::kFloat, tile).tokens; }
 
 Tile choose_tile(int capacity, int groups) {
-  // Rows scatter over the groups: most of them find room in twice the mean.
+  // Rows are spread unevenly over the groups; twice the mean suffices for most.
   const int rows = groups > 1 ? capacity * 2 / groups : capacity;
   if (rows <= 8) return Tile::k64x8;
   if (rows <= 16) return Tile::k64x16;
@@ -33,7 +33,7 @@ cudaError_t prepare_products() {
   for (const Output output : {Output::kBfloat16, Output::kFloat, Output::kAdd, Output::kSwiglu}) {
     for (int tile = 0; tile < static_cast<int>(Tile::kCount); ++tile) {
       const ProductKernel kernel = kernel_of(output, static_cast<Tile>(tile));
-      const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel.kernel), kernel.memory(kMostGroups));
+      const cudaError_t error = prepare(reinterpret_cast<const void*>(kernel.kernel), kernel.memory(kMaxGroups));
       if (error != cudaSuccess) return error;
     }
   }
@@ -44,12 +44,12 @@ cudaError_t product(const Product& args, Output output, int capacity, Tile tile,
   const ProductKernel kernel = kernel_of(output, tile);
   const int down = round_up(args.outputs, kPanelOutputs) / kernel.outputs;
   const bool single = args.groups == 1 && capacity <= kernel.tokens;
-  // Few blocks of outputs and one tile of tokens: a cluster shares the segments, and each block has one tile.
+  // With few blocks of outputs and one tile of tokens, a cluster shares the segments, and each block has one tile.
   if (single && args.segments > 1) {
     return launch(kernel.kernel, dim3(down * args.segments), kernel.threads, kernel.memory(args.groups), args.segments, stream, args,
                   true);
   }
-  // Rows of every group may end within a tile.
+  // The rows of each group may end within a tile.
   const int64_t across = ceil_div(capacity, kernel.tokens) + std::min(args.groups, capacity) - 1;
   const int64_t blocks = std::min<int64_t>(down * across, multiprocessors() * kernel.blocks_per_sm);
   return launch(kernel.kernel, dim3(static_cast<unsigned>(blocks)), kernel.threads, kernel.memory(args.groups), 1, stream, args,

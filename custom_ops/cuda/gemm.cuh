@@ -1,8 +1,8 @@
 // The product kernel: weights on wgmma's M side, tokens on its N side.
 //
 // One producer warp streams tiles of weights and tokens through a ring of stages in shared memory; one or two consumer
-// warpgroups, each with 64 outputs, multiply. Blocks are persistent. A block walks the segments of K one after the
-// other, or the blocks of a cluster take one each and the first adds up: the same bits (layout.h).
+// warpgroups with 64 outputs each multiply them. Blocks are persistent. Either a block processes all segments of K, or
+// the blocks of a cluster process one each and sum up; both give the same bits (layout.h).
 #pragma once
 
 #include "gemm.h"
@@ -12,14 +12,14 @@ namespace fd::cuda {
 
 template <int kWarpgroups_, int kTokens_, int kStages_, int kBlocksPerSm_>
 struct TileShape {
-  static constexpr int kWarpgroups = kWarpgroups_;  // of consumers
+  static constexpr int kWarpgroups = kWarpgroups_;  // consumer warpgroups
   static constexpr int kOutputs = kWarpgroups * 64;
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kConsumers = kWarpgroups * 128;
-  // Two warpgroups of consumers take registers from the producer's: that works for whole warpgroups only.
-  // What the three have together must not exceed what the kernel starts with, or raising waits for ever.
+  // Two consumer warpgroups take registers from the producer's, which works for whole warpgroups only. All three
+  // together must not exceed the registers at the start of the kernel, or the increase blocks forever.
   static constexpr bool kShiftsRegisters = kWarpgroups == 2;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 224;
@@ -33,7 +33,7 @@ struct TileShape {
   static constexpr int kPieces = kTokens / kPieceRows;
 };
 
-// Where the rows and tiles of each group begin.
+// First row and first tile of each group.
 struct Groups {
   int* first_row;
   int* first_tile;
@@ -52,7 +52,7 @@ struct TileAt {
   int matrix;
   int first_output;
   int first_row;  // in the activations
-  int rows;       // of the group from there on; may exceed the tile
+  int rows;       // remaining rows of the group; may exceed the tile
 };
 
 template <class Shape>
@@ -62,7 +62,7 @@ __device__ __forceinline__ TileAt tile_at(const Product& args, const Groups& gro
     const int middle = (low + high) / 2;
     (groups.first_tile[middle] <= tile ? low : high) = middle;
   }
-  // Tiles that share weights are neighbours, so that the second one finds them in the L2 cache.
+  // Tiles that share weights are adjacent, so that the second one hits the L2 cache.
   const int across = ceil_div(groups.count[low], Shape::kTokens), index = tile - groups.first_tile[low];
   const int begin = index % across * Shape::kTokens;
   return {args.slots == nullptr ? low : args.slots[low], index / across * Shape::kOutputs,
@@ -94,7 +94,7 @@ __device__ __forceinline__ void find_groups(const Product& args, const Groups& g
   if (lane == 0) groups.first_tile[args.groups] = tile;
 }
 
-// The ring of stages, as one side sees it.
+// One side's view of the ring of stages.
 template <class Shape>
 struct Ring {
   uint8_t* stages;
@@ -136,14 +136,14 @@ __device__ __forceinline__ int pieces_of(const TileAt& at) {
   return min(Shape::kPieces, ceil_div(at.rows, Shape::kPieceRows));
 }
 
-// One thread. `first_block`, `last_block`: the part of K that this block of threads multiplies.
+// Runs on one thread. `first_block`, `last_block`: the blocks of K of this thread block.
 template <class Shape>
 __device__ void produce(const Product& args, const Groups& groups, Ring<Shape> ring, int first_tile, int tile_step,
                         int prefetched, int first_block, int last_block) {
   const int64_t bytes = matrix_bytes(args.outputs, args.inputs);
   const int tiles = groups.first_tile[args.groups];
   if (first_tile >= tiles) {
-    // Nothing to multiply with: wait for what is on its way, or it would arrive in another block's memory.
+    // No tokens: wait for pending copies, which would otherwise arrive in the memory of another block.
     for (int i = 0; i < prefetched; ++i, ring.advance()) {
       barrier_arrive(ring.full + ring.stage);
       barrier_wait(ring.full + ring.stage, ring.phase);
@@ -168,7 +168,7 @@ __device__ void produce(const Product& args, const Groups& groups, Ring<Shape> r
   }
 }
 
-// Multiplies blocks [first, last) of K: one chain.
+// Multiplies blocks [first, last) of K as one chain of wgmma.
 template <class Shape>
 __device__ __forceinline__ void multiply(float (&sum)[Shape::kTokens / 2], Ring<Shape>& ring, int warpgroup, int first,
                                          int last) {
@@ -222,7 +222,7 @@ __device__ __forceinline__ void write_eight(const Product& args, const float (&x
       *place = kOutput == Output::kAdd ? *place + value : value;
     }
   } else {
-    // After the transposition a lane holds two neighbouring outputs of token lane / 4.
+    // After the transposition, a lane holds two adjacent outputs of token lane / 4.
     const int row = eight * 8 + lane / 4;
     if constexpr (kOutput == Output::kSwiglu) {
       const float low = silu(x[0] + bias[0]) * (x[2] + bias[1]), high = silu(x[1] + bias[0]) * (x[3] + bias[1]);
@@ -237,7 +237,7 @@ __device__ __forceinline__ void write_eight(const Product& args, const float (&x
       if (row >= rows) return;
       for (int half = 0; half < 2; ++half) {
         const int output = first + half * 8 + lane % 4 * 2;
-        // The launcher asks for an even number of outputs.
+        // The launcher requires an even number of outputs.
         if (output >= args.outputs) continue;
         *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(args.out) + out_row(row) + output) = pairs[half];
       }
@@ -256,12 +256,12 @@ __device__ __forceinline__ void write(const Product& args, const float (&sum)[Sh
   }
 }
 
-// The blocks of a cluster have one segment each. Block r adds up, in the order of segments, every eight of tokens e
-// with e % segments == r, so that all of them read and write. For consumers; the others attend_cluster_barriers().
+// Sums the segments of a cluster, one per block, in order. Block r sums the groups of eight tokens e with
+// e % segments == r, so that the work is shared. For consumers; other threads call attend_cluster_barriers().
 template <class Shape, Output kOutput>
 __device__ __forceinline__ void add_up_and_write(const Product& args, const float (&sum)[Shape::kTokens / 2],
                                                  float4* parts, const TileAt& at) {
-  // All stages have been multiplied and nothing more is on its way: their memory is free.
+  // All stages have been multiplied and no copies are pending, so their memory can be reused.
   named_barrier(1, Shape::kConsumers);
 #pragma unroll
   for (int eight = 0; eight < Shape::kTokens / 8; ++eight) {
@@ -272,33 +272,33 @@ __device__ __forceinline__ void add_up_and_write(const Product& args, const floa
   cluster_barrier();
   const int rows = min(at.rows, Shape::kTokens);
   for (int eight = cluster_rank(); eight * 8 < rows; eight += args.segments) {
-    float4 part[kMostSegments];
+    float4 part[kMaxSegments];
 #pragma unroll
-    for (int segment = 0; segment < kMostSegments; ++segment) {
+    for (int segment = 0; segment < kMaxSegments; ++segment) {
       if (segment < args.segments) part[segment] = read_remote(parts + eight * Shape::kConsumers + threadIdx.x, segment);
     }
     float x[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
 #pragma unroll
-    for (int segment = 1; segment < kMostSegments; ++segment) {
+    for (int segment = 1; segment < kMaxSegments; ++segment) {
       if (segment >= args.segments) break;
       x[0] += part[segment].x, x[1] += part[segment].y, x[2] += part[segment].z, x[3] += part[segment].w;
     }
     write_eight<kOutput>(args, x, at, at.first_output + threadIdx.x / 128 * 64, eight, rows);
   }
   __syncwarp();
-  // A block's memory must outlive its being read.
+  // A block must not exit while others read its memory.
   cluster_barrier();
 }
 
-// What threads that do not multiply have to do meanwhile.
+// Counterpart of the cluster sum for threads that do not multiply.
 __device__ __forceinline__ void attend_cluster_barriers() {
   __syncwarp();
   cluster_barrier();
   cluster_barrier();
 }
 
-// `may_prefetch`: the launcher knows that there is one group and one tile across, so that weights can be asked for
-// before the number of tokens is known.
+// `may_prefetch`: there is one group and one tile of tokens, so weights can be prefetched before the number of tokens
+// is known.
 template <class Shape, Output kOutput>
 __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) void product_kernel(
     const __grid_constant__ Product args, bool may_prefetch) {
@@ -355,7 +355,7 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) void product_
   }
   if constexpr (Shape::kShiftsRegisters) raise_registers<Shape::kConsumerRegisters>();
   const int warpgroup = warp / 4;
-  // Not set to zero: the first wgmma of a chain does not add, and other writes would serialise them all.
+  // Uninitialised: the first wgmma of a chain overwrites it, and other writes would serialise all wgmma.
   float sum[Shape::kTokens / 2];
   if (blocks > 1) {
     TileAt at{};

@@ -1,5 +1,4 @@
-// The tiles that there are, and the launcher of one. Instances are spread over several files, so that they compile side
-// by side.
+// The available tiles and their launcher. The instances are in several files, which compile in parallel.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Hopper's own instructions. All PTX of the project is in this file.
+// Wrappers of Hopper instructions; all PTX of the project is in this file.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -51,7 +51,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Registers of each thread of this warpgroup from here on. All four warps must call it.
+// Changes the registers per thread of this warpgroup. All four warps must call it.
 template <int kRegisters>
 __device__ __forceinline__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -74,15 +74,15 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
 // Orders this thread's ordinary writes to shared memory before reads of them by wgmma or the copy engine.
 __device__ __forceinline__ void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Asks for the line that holds this address to be brought into the L2 cache.
+// Prefetches the line of this address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
 // ---- dependent launches -----------------------------------------------------------------------------------------
 
-// Waits until the kernel before this one in the stream has ended and its writes can be seen.
+// Waits until the previous kernel in the stream has ended and its writes are visible.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Lets the next kernel start as soon as there is room for it.
+// Allows the next kernel to start when resources are available.
 __device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- clusters ---------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Reads what lies at the same address in the shared memory of block `rank` of the cluster.
+// Reads the same address in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ float4 read_remote(const float4* pointer, uint32_t rank) {
   float4 value;
   uint32_t address;
@@ -132,7 +132,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // ---- wgmma ------------------------------------------------------------------------------------------------------
 
-// Describes an operand that lies as rows of 128 bytes in the 128-byte swizzle, eight rows to a kilobyte.
+// Describes an operand stored as rows of 128 bytes in the 128-byte swizzle, eight rows per kilobyte.
 //
 // An operand stored along K needs no `leading`. For one stored across K (transposed), `leading` is the distance of
 // its column halves of 64 elements.

@@ -1,17 +1,17 @@
-// Starting kernels.
+// Kernel launches.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace fd::cuda {
 
-// Multiprocessors of the current device.
+// Number of multiprocessors of the current device.
 int multiprocessors();
 
-// Lets a kernel have this much dynamic shared memory, and loads it: nothing is left to be loaded inside a step.
+// Permits a kernel this much dynamic shared memory and loads it, so that no step has to.
 cudaError_t prepare(const void* kernel, int memory);
 
-// Starts a kernel that calls wait_for_predecessor() and so may overlap the end of the one before it.
+// Launches a kernel that calls wait_for_predecessor(), so it may overlap the end of the previous one.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int memory, int cluster, cudaStream_t stream,
                    Arguments... arguments) {

@@ -16,7 +16,7 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
-// The same tree for every row, whatever else the block does. `sums` is for kWarps floats.
+// Sums in the same tree for every row. `sums` has room for kWarps floats.
 __device__ float block_sum(float x, float* sums) {
   x = warp_sum(x);
   __syncthreads();
@@ -27,14 +27,14 @@ __device__ float block_sum(float x, float* sums) {
   return all;
 }
 
-// Normalises a row into `normed` (bfloat16, width filled up with zeros to whole blocks).
+// Normalises a row into `normed` (bfloat16, zero-padded to whole blocks).
 __device__ void normalise(const Norm& args, int row, __nv_bfloat16* normed, float* sums) {
   const float4* const x = reinterpret_cast<const float4*>(
-      args.stream + int64_t{args.rows == nullptr ? row : args.rows[row]} * args.width);
+      args.hidden_states + int64_t{args.rows == nullptr ? row : args.rows[row]} * args.width);
   const float4* const weight = reinterpret_cast<const float4*>(args.weight);
   const int fours = args.width / 4;
   float squares = 0.0f;
-  // A single row waits for memory only: loads must be under way together.
+  // A single row is bound by memory latency: issue several loads at once.
 #pragma unroll 4
   for (int i = threadIdx.x; i < fours; i += kThreads) {
     const float4 v = x[i];
@@ -73,7 +73,7 @@ __global__ __launch_bounds__(kThreads) void norm_kernel(const __grid_constant__ 
   }
 }
 
-// kRows rows of the batch share each weight that is read, and kExperts experts of a warp each row. blockIdx.y has every
+// kRows rows share each loaded weight, and the kExperts experts of a warp share each row. blockIdx.y processes every
 // gridDim.y-th group of experts.
 template <int kRows, int kExperts>
 __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant__ Norm args, Router router) {
@@ -83,7 +83,7 @@ __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant_
   const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * kExperts;
   let_successor_start();
   if (kRows == 1) {
-    // One row waits for memory only; weights do not depend on the kernel before.
+    // A single row is bound by memory latency, and the weights do not depend on the previous kernel.
     const int expert = blockIdx.y * kGroup + own;
     for (int k = lane * 32; expert < router.experts && k < args.width; k += 1024) {
       prefetch(router.weights + int64_t{expert} * args.width + k);
@@ -101,7 +101,7 @@ __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant_
   }
   for (int expert = blockIdx.y * kGroup + own; expert < router.experts; expert += gridDim.y * kGroup) {
     const float* const weights = router.weights + int64_t{expert} * args.width;
-    // The last expert of an odd number is multiplied twice.
+    // With an odd number of experts, the last one is computed twice.
     const int64_t next = kExperts > 1 && expert + 1 < router.experts ? args.width : 0;
     float dots[kRows][kExperts] = {};
 #pragma unroll(kRows == 1 ? 10 : 1)
@@ -142,15 +142,15 @@ __global__ __launch_bounds__(kThreads) void embedding_kernel(const __grid_consta
     const int id = min(max(step.token_ids[token], 0), args.vocabulary - 1);
     const __nv_bfloat16* const row = static_cast<const __nv_bfloat16*>(args.table) + int64_t{id} * args.width;
     for (int i = threadIdx.x * 2; i < args.width; i += kThreads * 2) {
-      *reinterpret_cast<float2*>(args.stream + int64_t{token} * args.width + i) =
+      *reinterpret_cast<float2*>(args.hidden_states + int64_t{token} * args.width + i) =
           __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(row + i));
     }
   }
 }
 
-// From so many rows on, weights are read for eight of them at once; few rows spread over all multiprocessors instead.
+// From kManyRows rows on, eight rows share the loaded weights; fewer rows are spread over all multiprocessors instead.
 constexpr int kManyRows = 128, kSharingRows = 8, kSharingExperts = 2;
-constexpr int kMostMemory = 227 * 1024 - 64;
+constexpr int kMaxMemory = 227 * 1024 - 64;
 
 }  // namespace
 
@@ -161,10 +161,10 @@ cudaError_t norm(const Norm& args, int capacity, cudaStream_t stream) {
 
 cudaError_t norm_and_router(const Norm& args, const Router& router, int capacity, cudaStream_t stream) {
   const int memory = round_up(args.width, kBlockK) * 2;
-  if (capacity < kManyRows || memory * kSharingRows > kMostMemory) {
+  if (capacity < kManyRows || memory * kSharingRows > kMaxMemory) {
     return launch(router_kernel<1, 1>, dim3(capacity, ceil_div(router.experts, kWarps)), kThreads, memory, 1, stream, args, router);
   }
-  // As many blocks for the experts as it takes to give every multiprocessor something.
+  // Enough blocks of experts to occupy all multiprocessors.
   const int across = ceil_div(capacity, kSharingRows), groups = ceil_div(router.experts, kWarps * kSharingExperts);
   const int down = std::min(groups, ceil_div(multiprocessors(), across));
   return launch(router_kernel<kSharingRows, kSharingExperts>, dim3(across, down), kThreads, memory * kSharingRows, 1, stream, args, router);
@@ -175,10 +175,11 @@ cudaError_t embedding(const Embedding& args, int capacity, cudaStream_t stream) 
 }
 
 cudaError_t prepare_norm() {
-  const int memory = kWidestRow * 2;
+  const int memory = kMaxWidth * 2;
   cudaError_t error = prepare(reinterpret_cast<const void*>(norm_kernel), memory);
   if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<1, 1>), memory);
-  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows, kSharingExperts>), kMostMemory);
+  if (error == cudaSuccess)
+    error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows, kSharingExperts>), kMaxMemory);
   if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(embedding_kernel), 0);
   return error;
 }

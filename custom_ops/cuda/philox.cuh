@@ -1,4 +1,4 @@
-// custom_ops/cpu/philox.h for the device: the same random number for seed, choice and position, to the bit.
+// custom_ops/cpu/philox.h for the device, with bit-identical random numbers.
 #pragma once
 
 #include <cstdint>

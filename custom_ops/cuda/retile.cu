@@ -21,7 +21,7 @@ __device__ int destination(const Retile& args, int row) {
   return args.turn == Turn::kPlain ? plain : args.turn == Turn::kGate ? gate_row(plain) : up_row(plain);
 }
 
-// One thread writes one piece of 16 bytes. Neighbours read what lies side by side in the source.
+// One thread writes one piece of 16 bytes. Adjacent threads read adjacent elements of the source.
 template <class Element>
 __global__ void retile_kernel(Retile args, int rows) {
   wait_for_predecessor();

@@ -1,4 +1,4 @@
-// From a checkpoint's matrix to the device's layout.
+// Conversion of a checkpoint's matrix to the device layout.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@ namespace fd::cuda {
 
 enum class Source { kFloat32, kFloat16, kBfloat16 };
 
-// Where the rows of a part go: rows of gate and up take turns of eight.
+// Kind of the rows of a part; rows of gate and up are interleaved eight at a time.
 enum class Turn { kPlain, kGate, kUp };
 
 // One part [rows, inputs] of a matrix [outputs, inputs]. Strides are in elements, so that both [out, in] and Paddle's
@@ -25,11 +25,11 @@ struct Retile {
   int inputs;
   uint8_t* matrix;
   int outputs;
-  int first_row;  // of the part among the plain rows, or among those of gate or up
+  int first_row;  // first row of the part, counted among rows of its kind
   Turn turn;
 };
 
-// Enqueues it. The zeros that fill up edges are written as well, by the part that has the last row.
+// Enqueues the conversion. The part with the last row also writes the zero padding.
 cudaError_t retile(const Retile& args, cudaStream_t stream);
 cudaError_t prepare_retile();
 

@@ -1,4 +1,4 @@
-// Rotary positions, and keys and values into the cache.
+// Rotary embedding, and the write of keys and values to the cache.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,20 +7,20 @@
 
 namespace fd::cuda {
 
-// Once a step: cosine and sine of each pair of columns, and each token's place in the cache.
-struct Rotation {
+// Once per step: cosine and sine of each pair of columns, and the cache slot of each token.
+struct RotaryEmbedding {
   const int32_t* step;
   float theta;
   int head_dim;
-  float* turns;     // [tokens, head_dim]: cosine, sine, cosine, ...
-  int32_t* places;  // [tokens]: block * 64 + key
+  float* rotary_cos_sin;  // [tokens, head_dim]: cosine, sine, cosine, ...
+  int32_t* slot_mapping;  // [tokens]: block * 64 + key
 };
 
-// Turns queries in place, and writes turned keys and values into a layer's cache.
+// Rotates queries in place, and writes rotated keys and values to the cache of a layer.
 struct Rope {
   const int32_t* step;
-  const float* turns;
-  const int32_t* places;
+  const float* rotary_cos_sin;
+  const int32_t* slot_mapping;
   void* qkv;  // bfloat16 [tokens][(heads + 2 kv_heads) head_dim]
   int heads;
   int kv_heads;
@@ -29,7 +29,7 @@ struct Rope {
   uint8_t* values;
 };
 
-cudaError_t rotation(const Rotation& args, int capacity, cudaStream_t stream);
+cudaError_t rotary_embedding(const RotaryEmbedding& args, int capacity, cudaStream_t stream);
 cudaError_t rope(const Rope& args, int capacity, cudaStream_t stream);
 cudaError_t prepare_rope();
 

@@ -9,9 +9,9 @@
 namespace fd::cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32, kExpertsPerLane = kMostExperts / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32, kExpertsPerLane = kMaxExperts / 32;
 
-// One warp per token; lane i has experts i, 32 + i, ...
+// One warp per token; lane i processes experts i, 32 + i, ...
 __global__ __launch_bounds__(kThreads) void route_kernel(const __grid_constant__ Route args) {
   let_successor_start();
   wait_for_predecessor();
@@ -36,7 +36,7 @@ __global__ __launch_bounds__(kThreads) void route_kernel(const __grid_constant__
     const int expert = i * 32 + lane;
     probabilities[i] = __fdiv_rn(probabilities[i], sum);
     scores[i] = expert < args.experts ? probabilities[i] + args.bias[expert] : 0.0f;
-    // What is not a number comes last, but stays a valid expert: only its token's results are lost.
+    // NaN sorts last but remains a valid expert, so only the results of its token are wrong.
     if (!(scores[i] >= -INFINITY)) scores[i] = -INFINITY;
   }
   uint32_t taken = 0;
@@ -44,20 +44,20 @@ __global__ __launch_bounds__(kThreads) void route_kernel(const __grid_constant__
   int own_pick = 0;
   for (int j = 0; j < args.k; ++j) {
     float best = 0.0f, probability = 0.0f;
-    int best_expert = kMostExperts;
+    int best_expert = kMaxExperts;
 #pragma unroll
     for (int i = 0; i < kExpertsPerLane; ++i) {
       const int expert = i * 32 + lane;
       if (expert >= args.experts || taken >> i & 1) continue;
-      if (best_expert == kMostExperts || scores[i] > best) {
+      if (best_expert == kMaxExperts || scores[i] > best) {
         best = scores[i], best_expert = expert, probability = probabilities[i];
       }
     }
     for (int distance = 16; distance > 0; distance /= 2) {
       const float other = __shfl_xor_sync(~0u, best, distance), other_p = __shfl_xor_sync(~0u, probability, distance);
       const int expert = __shfl_xor_sync(~0u, best_expert, distance);
-      if (expert == kMostExperts) continue;
-      if (best_expert == kMostExperts || other > best || (other == best && expert < best_expert)) {
+      if (expert == kMaxExperts) continue;
+      if (best_expert == kMaxExperts || other > best || (other == best && expert < best_expert)) {
         best = other, best_expert = expert, probability = other_p;
       }
     }
@@ -67,27 +67,27 @@ __global__ __launch_bounds__(kThreads) void route_kernel(const __grid_constant__
   }
   if (lane < args.k) {
     const int64_t at = int64_t{token} * args.k + lane;
-    args.picks[at] = own_pick;
-    args.weights[at] = __fdiv_rn(own_probability, fmaxf(picked_sum, args.norm_min));
-    args.places[at] = atomicAdd(args.counts + own_pick, 1);
+    args.topk_ids[at] = own_pick;
+    args.topk_weights[at] = __fdiv_rn(own_probability, fmaxf(picked_sum, args.norm_min));
+    args.rows_in_expert[at] = atomicAdd(args.counts + own_pick, 1);
   }
 }
 
-// One block per pick.
+// One block per assignment.
 __global__ __launch_bounds__(kThreads) void permute_kernel(const __grid_constant__ Permute args) {
   __shared__ int sums[kWarps];
   let_successor_start();
   wait_for_predecessor();
-  const int picks = *args.count * args.k, k_blocks = ceil_div(args.width, kBlockK);
-  for (int pick = blockIdx.x; pick < picks; pick += gridDim.x) {
-    const int expert = args.picks[pick];
+  const int num_assignments = *args.count * args.k, k_blocks = ceil_div(args.width, kBlockK);
+  for (int pick = blockIdx.x; pick < num_assignments; pick += gridDim.x) {
+    const int expert = args.topk_ids[pick];
     int before = 0;
     for (int other = threadIdx.x; other < expert; other += kThreads) before += round_up(args.counts[other], args.alignment);
     before = __reduce_add_sync(~0u, before);
     __syncthreads();
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = before;
     __syncthreads();
-    int row = args.places[pick];
+    int row = args.rows_in_expert[pick];
     for (int warp = 0; warp < kWarps; ++warp) row += sums[warp];
     if (threadIdx.x == 0) args.assignments[row] = pick;
     for (int piece = threadIdx.x; piece < k_blocks * 8; piece += kThreads) {
@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kThreads) void permute_kernel(const __grid_constant
   }
 }
 
-// Each thread has two neighbouring columns of a token.
+// Each thread processes two adjacent columns of a token.
 __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant__ Combine args) {
   let_successor_start();
   wait_for_predecessor();
@@ -108,11 +108,11 @@ __global__ __launch_bounds__(kThreads) void combine_kernel(const __grid_constant
     const int64_t pick = int64_t{token} * args.k + j;
     const float2 row = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(
         static_cast<const __nv_bfloat16*>(args.results) + pick * args.width + column));
-    low = __fmaf_rn(args.weights[pick], row.x, low), high = __fmaf_rn(args.weights[pick], row.y, high);
+    low = __fmaf_rn(args.topk_weights[pick], row.x, low), high = __fmaf_rn(args.topk_weights[pick], row.y, high);
   }
   const int64_t at = int64_t{token} * args.width + column;
   if (args.shared != nullptr) low += args.shared[at], high += args.shared[at + 1];
-  args.stream[at] += low, args.stream[at + 1] += high;
+  args.hidden_states[at] += low, args.hidden_states[at + 1] += high;
 }
 
 }  // namespace

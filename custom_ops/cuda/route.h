@@ -1,4 +1,4 @@
-// Experts' work: which token goes where, and back.
+// Routing: selection of experts, permutation by expert, and combination of results.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,26 +9,26 @@
 
 namespace fd::cuda {
 
-constexpr int kMostPicks = 16;
+constexpr int kMaxTopk = 16;
 
 struct Route {
   const float* logits;  // [tokens, experts]
-  const float* bias;    // [experts]: for the choice alone
+  const float* bias;    // [experts]: for the selection only
   float norm_min;
   int experts;
   int k;
   const int32_t* count;  // tokens
-  int32_t* picks;        // [tokens, k]: best first, the lower expert first among equals
-  float* weights;        // [tokens, k]
-  int32_t* counts;       // [experts]: zeros before, rows of each expert afterwards
-  int32_t* places;       // [tokens, k]: which of its expert's rows a pick is; in no particular order
+  int32_t* topk_ids;     // [tokens, k]: best first, ties by lower expert
+  float* topk_weights;   // [tokens, k]
+  int32_t* counts;       // [experts]: zeros on entry, rows of each expert on return
+  int32_t* rows_in_expert;  // [tokens, k]: index among the rows of the expert, in no particular order
 };
 
-// Rows of activations by expert; each expert's begin at a multiple of `alignment`.
+// Rows of activations grouped by expert; the rows of each expert begin at a multiple of `alignment`.
 struct Permute {
   const uint8_t* x;  // activations [tokens, width]
-  const int32_t* picks;
-  const int32_t* places;
+  const int32_t* topk_ids;
+  const int32_t* rows_in_expert;
   const int32_t* counts;
   const int32_t* count;
   int experts;
@@ -36,18 +36,18 @@ struct Permute {
   int width;
   int alignment;
   uint8_t* rows;         // activations
-  int32_t* assignments;  // for each of those rows: token * k + pick
+  int32_t* assignments;  // token * k + top-k index of each row
 };
 
-// stream[t] += (sum over j of weights[t, j] * results[t, j]) + shared[t], in that order.
+// hidden_states[t] += (sum over j of topk_weights[t, j] * results[t, j]) + shared[t], in that order.
 struct Combine {
   const void* results;  // bfloat16 [tokens, k, width]
-  const float* weights;
+  const float* topk_weights;
   const float* shared;  // [tokens, width] or null
   const int32_t* count;
   int k;
   int width;
-  float* stream;
+  float* hidden_states;
 };
 
 cudaError_t route(const Route& args, int capacity, cudaStream_t stream);

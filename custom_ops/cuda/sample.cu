@@ -9,12 +9,12 @@
 namespace fd::cuda {
 namespace {
 
-// A block has a row. Sums are per thread over fixed strides, then one tree: the same in every batch.
+// One block per row. Each thread sums over a fixed stride, then one tree; the order is the same in every batch.
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr double kLog2e = 1.4426950408889634;
-// Ids that the inverse CDF looks at in one go.
+// Ids that the inverse CDF processes at a time.
 constexpr int kIdBlock = 1024;
-constexpr int kMostIdBlocks = 1024;
+constexpr int kMaxIdBlocks = 1024;
 
 struct Best {
   float score;
@@ -28,12 +28,12 @@ struct Shared {
   double sums[kWarps];
   int counts[kWarps];
   int histogram[256];
-  double block_sums[kMostIdBlocks];
+  double block_sums[kMaxIdBlocks];
   int chosen;
   int rest;
 };
 
-// The best score and the lowest of its ids, among those that come after `limit`; NaN if any score is NaN.
+// The best score after `limit` and its lowest id; NaN if any score is NaN.
 __device__ Best block_best(const float* scores, int count, Best limit, Shared& shared) {
   Best best{-INFINITY, count};
   bool is_sound = true;
@@ -88,7 +88,7 @@ __device__ double exp2_of(double x) {
   return __longlong_as_double(__double_as_longlong(p) + (__double_as_longlong(magic) << 52));
 }
 
-// Floats in the order of their numbers.
+// Maps floats to integers in the same order.
 __device__ uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x == 0.0f ? 0.0f : x);
   return bits >> 31 ? ~bits : bits | 0x80000000;
@@ -96,7 +96,7 @@ __device__ uint32_t key_of(float x) {
 
 __device__ float score_of(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffff : ~key); }
 
-// Eight bits of the key at a time. 1 <= k <= count.
+// Radix selection, eight bits of the key at a time. 1 <= k <= count.
 __device__ float kth_largest(const float* scores, int count, int k, Shared& shared) {
   uint32_t prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
@@ -144,7 +144,7 @@ __device__ const float* adjusted(const Draw& args, const fd_sampling_row& row, c
   return scores;
 }
 
-// The lowest score that min_p and top_k leave in; equals of the k-th largest stay.
+// The lowest score kept by min_p and top_k; ties with the k-th largest are kept.
 __device__ float lowest_score(const fd_sampling_row& row, const float* scores, int count, float best, Shared& shared) {
   float lowest = -INFINITY;
   if (row.min_p > 0) {
@@ -163,11 +163,11 @@ __device__ double mass_from(const float* scores, const double* weights, int coun
   return block_sum(mass, shared);
 }
 
-// Takes out all but the fewest most likely tokens that reach top_p of the mass; among equals the lower ids stay.
+// Keeps the fewest most likely tokens that reach top_p of the mass; among equals, those with lower ids.
 __device__ void keep_nucleus(const float* scores, double* weights, int count, float lowest, float best, double top_p,
                              Shared& shared) {
   const double goal = fmax(top_p * mass_from(scores, weights, count, lowest, shared), DBL_MIN);
-  // From `low` on weights reach the goal, from `high` on they do not.
+  // The weights >= low reach the goal, those >= high do not.
   uint32_t low = key_of(lowest), high = key_of(best) + 1;
   double above = 0;
   while (high - low > 1) {
@@ -179,7 +179,7 @@ __device__ void keep_nucleus(const float* scores, double* weights, int count, fl
       high = middle, above = mass;
     }
   }
-  // Equals of the last one are counted in the order of ids: each thread has neighbouring ones.
+  // Ties with the last one are counted in order of ids: each thread has adjacent ids.
   const float last = score_of(low);
   const int per_thread = (count + kThreads - 1) / kThreads, first = min(count, static_cast<int>(threadIdx.x) * per_thread);
   const int end = min(count, first + per_thread), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -204,7 +204,7 @@ __device__ void keep_nucleus(const float* scores, double* weights, int count, fl
   __syncthreads();
 }
 
-// The first id where the running sum of weights exceeds its share `point` of the whole.
+// The first id at which the running sum of weights exceeds `point` times the total.
 __device__ int pick(const double* weights, int count, double share, Shared& shared) {
   const int blocks = (count + kIdBlock - 1) / kIdBlock, lane = threadIdx.x % 32;
   for (int block = threadIdx.x / 32; block < blocks; block += kWarps) {
@@ -226,7 +226,7 @@ __device__ int pick(const double* weights, int count, double share, Shared& shar
       below += weights[id];
       if (below > point) break;
     }
-    // Added one by one a block may come to a little less than by the tree.
+    // Summed one by one, a block may yield slightly less than the tree.
     if (id == end) {
       do --id;
       while (id > 0 && weights[id] == 0);
@@ -282,7 +282,7 @@ __global__ __launch_bounds__(kThreads) void sample_kernel(const __grid_constant_
   int drawn = isfinite(best.score) ? best.id : -1;
   if (drawn >= 0 && row.temperature != 0) {
     const float lowest = lowest_score(row, scores, count, best.score, shared);
-    // A tiny temperature pushes all but the best to zero: that is its meaning.
+    // A tiny temperature correctly reduces all weights but the best to zero.
     const double factor = fmin(kLog2e / row.temperature, DBL_MAX);
     for (int i = threadIdx.x; i < count; i += kThreads) {
       weights[i] = scores[i] >= lowest ? exp2_of((static_cast<double>(scores[i]) - best.score) * factor) : 0.0;
@@ -292,7 +292,7 @@ __global__ __launch_bounds__(kThreads) void sample_kernel(const __grid_constant_
     drawn = pick(weights, count, uniform(row.seed, row.choice, row.position), shared);
   }
   if (drawn >= 0 && row.logprobs >= 0) {
-    // A mask may have hidden from the draw what is broken.
+    // A mask may have hidden a non-finite value from the draw.
     const Best raw = block_best(logits, count, kNoLimit, shared);
     if (isfinite(raw.score)) {
       write_logprobs(args, index, row, logits, drawn, raw, shared);

@@ -1,4 +1,4 @@
-// The last error of a thread, in one line.
+// The last error of a thread as one line.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,10 +9,10 @@
 
 namespace fd::cuda {
 
-// Returns `status` after it has kept `message` for fd_last_error().
+// Stores `message` for fd_last_error() and returns `status`.
 int fail(int status, std::string message);
 
-// What a CUDA call came to. An error that is not about arguments or memory leaves the context unusable.
+// Converts the result of a CUDA call. Errors other than bad arguments or memory leave the context unusable.
 int status_of(const std::string& operation, cudaError_t error);
 
 }  // namespace fd::cuda

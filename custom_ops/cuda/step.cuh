@@ -1,4 +1,4 @@
-// What one step computes, read on the device: the buffer of custom_ops/include/step.h.
+// Device view of the step buffer of custom_ops/include/step.h.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct StepView {
 
   __device__ int length(int sequence) const { return first_token[sequence + 1] - first_token[sequence]; }
 
-  // The sequence that a token of the step belongs to.
+  // The sequence of a token of the step.
   __device__ int sequence_of(int token) const {
     int low = 0;
     for (int high = num_sequences; high - low > 1;) {

@@ -1,7 +1,7 @@
 // Activations in the layout that the kernels read: [ceil(width / 64)][rows][64].
 //
-// Within a piece of 64 columns row r is found at the fixed distance 64 * r, which costs an address nothing,
-// and writing a row is copying pieces of 64. Kernels take any few neighbouring rows at a time.
+// Within a piece of 64 columns, row r starts at offset 64 * r, so addressing a row is free and writing one copies
+// pieces of 64 floats. Kernels process a few neighbouring rows at a time.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ struct Activations {
   static int64_t padded(int width) { return (width + kPiece - 1) / kPiece * static_cast<int64_t>(kPiece); }
   static int64_t size(int rows, int width) { return rows * padded(width); }
 
-  // From one piece of a row to its next.
+  // Floats from one piece of a row to the next.
   int64_t stride() const { return static_cast<int64_t>(rows) * kPiece; }
-  // The 64 columns of `row` that begin at 64 * piece.
+  // The 64 columns of `row` starting at column 64 * piece.
   float* piece(int row, int piece) const { return data + piece * stride() + static_cast<int64_t>(row) * kPiece; }
 };
 

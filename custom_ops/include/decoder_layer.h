@@ -1,5 +1,5 @@
-// The two halves of a layer, each as one call: nothing but C++ between the operations, and one wake-up of the
-// threads for all of them.
+// The two halves of a decoder layer. Each is one call, so its operations run without Python in between and the threads
+// wake up once.
 #pragma once
 
 #include "expert_group.h"
@@ -8,25 +8,25 @@
 
 namespace fd {
 
-// stream += output(attention(qkv(norm(stream))))
+// hidden_states += output(attention(qkv(norm(hidden_states))))
 struct AttentionBlock {
   Step step;
-  float* stream;  // [num_tokens, hidden]
+  float* hidden_states;  // [num_tokens, hidden]
   int hidden;
   const float* norm;
   float epsilon;
   PackedMatrix qkv;
   PackedMatrix output;
-  const float* rotation;
+  const float* rotary_cos_sin;
   int num_heads;
   Cache cache;
 };
 
 void attention_block(const AttentionBlock& args);
 
-// stream += mlp(norm(stream))
+// hidden_states += mlp(norm(hidden_states))
 struct MlpBlock {
-  float* stream;  // [num_tokens, hidden]
+  float* hidden_states;  // [num_tokens, hidden]
   int num_tokens;
   int hidden;
   const float* norm;
@@ -36,9 +36,10 @@ struct MlpBlock {
 
 void mlp_block(const MlpBlock& args);
 
-// stream += sum over a token's picks of weight * expert(norm(stream)), + shared(norm(stream))
+// hidden_states += sum over a token's top k experts of weight * expert(norm(hidden_states)), +
+// shared(norm(hidden_states))
 struct MoeBlock {
-  float* stream;  // [num_tokens, hidden]
+  float* hidden_states;  // [num_tokens, hidden]
   int num_tokens;
   int hidden;
   const float* norm;
@@ -49,21 +50,21 @@ struct MoeBlock {
   float norm_min;
   Mlp experts;
   const Mlp* shared;  // may be null
-  int32_t* picks;     // [num_tokens, k], out
-  float* weights;     // [num_tokens, k], out
+  int32_t* topk_ids;  // [num_tokens, k], out
+  float* topk_weights;  // [num_tokens, k], out
 };
 
 void moe_block(const MoeBlock& args);
 
-// The same with the experts of a group: those of this seat compute for all tokens of the group, and the tokens of this
-// seat, of which there may be none, are computed wherever their experts are. Bits as those of moe_block.
+// moe_block with the experts spread over the ranks of a group. This rank computes its experts for all tokens of the
+// group; its own tokens (possibly none) are computed on the ranks that hold their experts. Bit-identical to moe_block.
 //
-// What goes wrong stands in the group's status; the stream is not to be used then. `layer` counts those with experts.
+// Errors are reported by the group's status; hidden_states are then undefined. `layer` counts MoE layers only.
 void ep_moe_block(const MoeBlock& args, ExpertGroup& group, int layer);
 
-// Logits of rows index[i] of the stream, normalised: [rows, lm_head.outputs].
+// lm_head(norm(hidden_states[index[i]])) for each i: [rows, lm_head.outputs].
 struct Logits {
-  const float* stream;
+  const float* hidden_states;
   int hidden;
   const int32_t* index;
   int rows;

@@ -1,26 +1,25 @@
-// A collective of an expert-parallel group in its parts: tokens go to their experts, results come back.
+// The parts of a collective of an expert-parallel group: dispatch tokens to their experts, combine the results.
 //
-// Between each send and its receive something else may be computed. Rows are of `element` bytes, 2 (bfloat16) or 4
-// (float32), the same on all ranks.
+// Other work may run between a send and its receive. Elements have `element` bytes, 2 (bfloat16) or 4 (float32), the
+// same on all ranks. Functions that return bool return false if the group was interrupted; its status says why.
 #pragma once
 
 #include "expert_group.h"
 
 namespace fd {
 
-// Publishes x [tokens, hidden] and where the picks [tokens, k] of each go; -1 drops a pick. False, here and below, if the
-// group is interrupted: its status says why.
-bool ep_dispatch_send(ExpertGroup& group, int layer, const void* x, const int32_t* picks, int tokens, int element);
+// Publishes x [tokens, hidden] and the targets of topk_ids [tokens, k]; an id of -1 is dropped.
+bool ep_dispatch_send(ExpertGroup& group, int layer, const void* x, const int32_t* topk_ids, int tokens, int element);
 
-// Waits for all others. The rows are where they were published until `ep_gather`.
+// Waits for all other ranks. The rows stay in the memory of their senders; `ep_gather` copies them.
 bool ep_dispatch_receive(ExpertGroup& group, int layer, int element, Workspace& workspace, Received& received);
 void ep_gather(const ExpertGroup& group, const Received& received, int element, void* rows);
 
-// Publishes the results of the received rows, in their order.
+// Publishes the results of the received rows, in the order in which they were received.
 bool ep_combine_send(ExpertGroup& group, const void* rows, int count, int element);
 
-// Waits for all others: out [tokens, hidden] = each token's results, summed by weights [tokens, k] in the order of its
-// picks, in float32.
-bool ep_combine_receive(ExpertGroup& group, const float* weights, int tokens, int element, float* out);
+// Waits for all other ranks. out [tokens, hidden] = the results of each token, weighted by topk_weights [tokens, k] and
+// summed in float32 in top-k order.
+bool ep_combine_receive(ExpertGroup& group, const float* topk_weights, int tokens, int element, float* out);
 
 }  // namespace fd

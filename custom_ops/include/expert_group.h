@@ -1,21 +1,20 @@
-// An expert-parallel group as one of its ranks sees it: memory that all of them map, and the collectives on it.
+// One rank's view of an expert-parallel group: the memory that all ranks map, and the collectives on it.
 //
-// A rank has a seat, and a seat has a part of the memory that its own process alone writes; the others read. Tokens
-// are published where they are, and who holds their experts takes them from there; results likewise. So nothing that
-// a rank writes late, after the others have gone on without it, can reach anybody: its part is not read any more.
+// Each rank has a part of the memory that only its own process writes. Tokens and results stay in the sender's part and
+// are read from there. A rank that was removed from the group therefore cannot disturb the others: they no longer read
+// its part.
 //
-// A collective (one for each MoE layer of a step) is: publish tokens and where each goes -> all have -> compute ->
-// publish results -> all have -> add up. Both times everybody waits for everybody, and that is what lets each part
-// be used again: whoever has seen all results of a collective knows that nobody reads its tokens any more, and whoever
-// has seen all tokens of the next one that nobody reads its results.
+// A collective runs once per MoE layer of a step: publish tokens and their targets, wait for all ranks, compute,
+// publish results, wait for all ranks, sum up. The two barriers make the buffers reusable: a rank that has seen all
+// results of a collective knows that its tokens are no longer read, and a rank that has seen all tokens of the next one
+// knows that its results are no longer read.
 //
-// What is published carries (epoch, number). An epoch is a set of members that does not change; the word that says
-// which one is in force is written by engine/expert_parallel/group.py. Who waits looks at it, and at the kernel's word
-// on whether those it waits for are alive, so a wait ends in one of three ways: all have come, the members have
-// changed, or some have died.
+// Every published value carries (epoch, number). An epoch is a fixed set of members; engine/expert_parallel/group.py
+// writes the current one. A waiting rank watches that word, and pidfds tell it whether the missing ranks are alive. A
+// wait ends when all ranks have arrived, the members have changed, or a rank has died.
 //
-// Each value in the part of another seat is read once and checked there, because the process that wrote it may be
-// faulty. A value out of range ends the collective with kFaulty and names the seat.
+// A value in the part of another rank is read once and checked, because its process may be faulty. A value out of range
+// ends the collective with kFaulty and names the rank.
 #pragma once
 
 #include <atomic>
@@ -25,82 +24,81 @@
 
 namespace fd {
 
-constexpr int kMostSeats = 64;
-// Limit of the tokens of one rank in one step, and so of the rounds of the step, which all ranks take part in.
-constexpr int kMostStepTokens = 1 << 20;
+constexpr int kMaxRanks = 64;
+// Maximum tokens of one rank in one step. It bounds the rounds of a step, in which all ranks take part.
+constexpr int kMaxStepTokens = 1 << 20;
 
-// Where a rank is. Those before kBegin are outside of a step.
+// What a rank is doing. Phases before kBegin are outside of a step.
 enum class Phase : uint64_t {
   kIdle = 0,
-  kArrive,       // waits for the others to adopt an epoch
-  kBegin,        // waits for the others to begin a step
-  kCompute,      // attention, norms, router: at home
-  kHalfSent,     // its tokens are written, where they go is not
-  kSent,         // its tokens are published; waits for those of the others
-  kExperts,      // computes its experts
-  kHalfReturned, // its results are written, not published
-  kReturned,     // its results are published; waits for those of the others
+  kArrive,        // waiting for the others to adopt an epoch
+  kBegin,         // waiting for the others to begin a step
+  kCompute,       // attention, norms, router: no exchange
+  kHalfSent,      // tokens written, their targets not yet
+  kSent,          // tokens published; waiting for those of the others
+  kExperts,       // computing its experts
+  kHalfReturned,  // results written, not yet published
+  kReturned,      // results published; waiting for those of the others
   kCombine,
 };
 
-// What one seat says to the others; engine/expert_parallel/layout.py has the same fields in the same order.
-struct alignas(64) SeatRow {
-  std::atomic<uint64_t> arrived;     // the epoch it has adopted
-  std::atomic<uint64_t> begun;       // of the step it has begun last: epoch << 40 | number
-  // How many tokens it computes in the steps of even and of odd numbers: one that nobody has work for is over at once,
-  // and who begins the next must not overwrite what others have yet to read of it.
+// State that one rank publishes; engine/expert_parallel/layout.py has the same fields in the same order.
+struct alignas(64) RankRow {
+  std::atomic<uint64_t> arrived;  // adopted epoch
+  std::atomic<uint64_t> begun;    // last step begun: epoch << 40 | number
+  // Tokens in the current step, indexed by the parity of its number: a step without work ends at once, and beginning
+  // the next one must not overwrite a count that other ranks have yet to read.
   std::atomic<uint64_t> step_tokens[2];
-  std::atomic<uint64_t> dispatched;  // of the collective whose tokens it has published last: epoch << 40 | number
-  std::atomic<uint64_t> tokens;      // how many those are, << 8 | bytes of an element
-  std::atomic<uint64_t> combined;    // of the collective whose results it has published last
-  // For people, and to tell a stall: what it does, in which layer, since when (CLOCK_MONOTONIC), and for whom it
-  // waits (a bit for each seat).
+  std::atomic<uint64_t> dispatched;  // last collective whose tokens are published: epoch << 40 | number
+  std::atomic<uint64_t> tokens;      // number of those tokens << 8 | bytes of an element
+  std::atomic<uint64_t> combined;    // last collective whose results are published: epoch << 40 | number
+  // For diagnosis and stall detection: phase, layer, time of the last change of phase (CLOCK_MONOTONIC), and the ranks
+  // waited for (one bit each).
   std::atomic<uint64_t> phase;
   std::atomic<uint64_t> layer;
   std::atomic<uint64_t> since_ns;
   std::atomic<uint64_t> waiting_for;
   std::atomic<uint64_t> steps;
 };
-static_assert(sizeof(SeatRow) == 128);
+static_assert(sizeof(RankRow) == 128);
 
-// Words of the whole group.
+// Words shared by the whole group.
 struct GroupWords {
   alignas(64) std::atomic<uint64_t> epoch;
-  // Futexes: change when somebody may have to go on, who waits for results, or for anything else. Apart, because a rank
-  // without tokens waits for no results.
+  // Futexes that change when waiters must check their condition. Results have one of their own, because ranks without
+  // tokens do not wait for results.
   alignas(64) std::atomic<uint32_t> bell;
   std::atomic<uint32_t> results_bell;
   alignas(64) std::atomic<uint64_t> sleepers;
 };
 static_assert(sizeof(GroupWords) == 192);
 
-// Sizes of the group, and where in the memory what is; the same for all ranks. engine/expert_parallel/layout.py
-// computes them.
+// Sizes of the group and offsets into its memory, equal on all ranks; engine/expert_parallel/layout.py computes them.
 struct GroupShape {
-  int64_t seat;
-  int64_t num_seats;
-  int64_t num_layers;  // with experts
+  int64_t rank;
+  int64_t num_ranks;
+  int64_t num_layers;  // MoE layers
   int64_t num_experts;
-  int64_t max_tokens;  // of one seat in one collective
+  int64_t max_tokens;  // per rank and collective
   int64_t k;
   int64_t hidden;
-  int64_t words;       // offset of GroupWords
-  int64_t first_seat;  // offset of the part of seat 0
-  int64_t seat_bytes;
-  // Within the part of a seat, which begins with its row:
-  int64_t served;   // u64 [num_layers, num_experts], tokens that it has computed
-  int64_t targets;  // i32 [max_tokens, k], where the picks of its tokens go
-  int64_t places;   // i32 [num_seats, max_tokens, k], the rows of its results
-  int64_t tokens;   // [max_tokens, hidden] of 2 or 4 bytes; grows
-  int64_t results;  // [rows, hidden] of 2 or 4 bytes; grows
+  int64_t words;              // offset of GroupWords
+  int64_t first_rank_offset;  // offset of the part of rank 0
+  int64_t rank_bytes;         // size of the part of a rank
+  // Offsets within the part of a rank, which begins with its RankRow:
+  int64_t expert_token_counts;  // u64 [num_layers, num_experts], tokens computed
+  int64_t dispatch_targets;     // i32 [max_tokens, k], targets of its tokens
+  int64_t return_slots;         // i32 [num_ranks, max_tokens, k], rows of results for the assignments of each rank
+  int64_t tokens;               // [max_tokens, hidden] of 2 or 4 bytes; allocated on demand
+  int64_t results;              // [rows, hidden] of 2 or 4 bytes; allocated on demand
 };
 
-// Rows that a seat got, those of one expert one behind the other; within an expert by seat, token and pick.
+// Rows received by a rank, grouped by expert and ordered by rank, token and top-k position within an expert.
 struct Received {
   int rows;
-  int32_t* offsets;     // [num_experts + 1]
-  const void** sources; // [rows], in the memory of the seat that sent it
-  int32_t* origins;     // [rows, 3]: seat, token, pick
+  int32_t* offsets;             // [num_experts + 1]
+  const void** sources;         // [rows], in the memory of the rank that sent it
+  int32_t* source_token_index;  // [rows, 3]: rank, token, top-k position
 };
 
 class ExpertGroup {
@@ -108,104 +106,106 @@ class ExpertGroup {
   enum Status { kGoing = 0, kChanged = 1, kLost = 2, kFull = 3, kFaulty = 4 };
 
   struct Counters {
-    uint64_t waited_ns[kMostSeats];  // for the seat that came last
-    uint64_t bytes_dispatched;       // to other seats
-    uint64_t bytes_combined;         // from other seats
+    uint64_t waited_ns[kMaxRanks];  // by the rank that arrived last
+    uint64_t bytes_dispatched;      // to other ranks
+    uint64_t bytes_combined;        // from other ranks
     uint64_t collectives;
   };
 
-  // Called while a seat keeps others waiting: once after `stall_after_ns`, and when it is killed.
-  using OnStall = void (*)(int seat, double seconds, int killed);
+  // Called when a rank has delayed the others for `stall_after_ns`, and when it is killed.
+  using OnStall = void (*)(int rank, double seconds, int killed);
 
-  // `memory` is the whole file, mapped; `file` its descriptor, to grow it.
+  // `memory` is the mapping of the whole file, `file` its descriptor.
   ExpertGroup(const GroupShape& shape, void* memory, int file, OnStall on_stall, int64_t stall_after_ns,
               int64_t stall_kill_ns);
 
-  // The members of `epoch`, this seat among them. homes[layer * num_experts + expert]: a bit for each seat that
-  // computes the expert, members only and at least one. pidfds[seat] of each other member. Waits spin for `spin_ns`
-  // before they sleep.
-  void set_members(uint64_t epoch, uint64_t active, const uint64_t* homes, const int* pidfds, int64_t spin_ns);
+  // Sets the members of `epoch`, which include this rank. expert_ranks[layer * num_experts + expert] is the bitmap of
+  // the members (at least one) that hold the expert; pidfds[rank] is set for each other member. Waits spin for
+  // `spin_ns` before they sleep.
+  void set_members(uint64_t epoch, uint64_t active, const uint64_t* expert_ranks, const int* pidfds, int64_t spin_ns);
 
-  // Waits until all members have adopted the epoch. Until then no part may be written: those that were in a step
-  // of the old one may still read.
+  // Waits until all members have adopted the epoch. No part may be written before, because a rank in a step of the old
+  // epoch may still read it.
   Status arrive();
-  // Says that this seat begins a step of `tokens` tokens. Those that sleep outside of a step must be called then.
+  // Announces a step in which this rank has `tokens` tokens. The caller must wake ranks that sleep between steps.
   void announce(int tokens);
-  // Waits until all have announced it; `busy` tells then whether anybody has any tokens.
+  // Waits until all ranks have announced the step; `busy` then tells whether any rank has tokens.
   Status begin();
   bool busy() const { return rounds_ > 0; }
-  // This seat has no tokens in the step.
-  bool assists() const { return row(seat_).step_tokens[step_ % 2].load(std::memory_order_relaxed) == 0; }
-  // Collectives that each layer of the step takes: as many as the rank with the most tokens needs.
+  // True if this rank has no tokens in the step.
+  bool is_dummy_step() const { return row(rank_).step_tokens[step_ % 2].load(std::memory_order_relaxed) == 0; }
+  // Collectives per layer in this step: as many as the rank with the most tokens needs.
   int rounds() const { return rounds_; }
 
   // ---- one collective
 
-  // Where this seat's tokens are to be written; null if the memory is full.
+  // Buffer for the tokens of this rank; null if the memory is full.
   void* token_rows(int tokens, int element);
-  // Chooses a home for each pick, expert << 6 | seat; -1 stays -1. At home where that can be.
-  void address(int layer, const int32_t* picks, int tokens);
+  // Chooses the target expert << 6 | rank of each assignment, this rank if it holds the expert; -1 stays -1.
+  void route(int layer, const int32_t* topk_ids, int tokens);
   void publish_tokens(int tokens, int element);
   bool await_tokens();
-  // Collects the tokens for this seat. False if the part of a seat is faulty; all elements must have this size.
+  // Collects the tokens for this rank's experts. False if the part of a rank is faulty, for example if its elements
+  // have another size.
   bool receive(Workspace& workspace, int layer, int element, Received& received);
   void* result_rows(int rows, int element);
   void publish_results();
   bool await_results();
-  // After await_results: the result of a pick of a token of this seat; null for -1. On any thread. If the part of a
-  // seat is faulty, the row is readable but meaningless, and `results_are_whole` returns false afterwards.
-  const void* result(int token, int pick, int element) const;
+  // After await_results: the result of the `topk_index`-th expert of a token of this rank; null if it was dropped.
+  // Thread-safe. If the part of a rank is faulty, the row is readable but meaningless, and `results_are_whole` returns
+  // false afterwards.
+  const void* result(int token, int topk_index, int element) const;
   bool results_are_whole();
 
-  // Of the collective under way: the tokens that this seat has published, the rows that it has received.
+  // Tokens published and rows received by this rank in the current collective.
   int sent_tokens() const { return sent_tokens_; }
   int received_rows() const { return received_rows_; }
 
   Status status() const { return status_; }
-  // The members that have died, after kLost.
+  // After kLost: the members that died.
   uint64_t lost() const { return lost_; }
-  // What was missing, after kFull.
+  // After kFull: the missing bytes.
   int64_t missing_bytes() const { return missing_bytes_; }
-  // After kFaulty: the seat whose part is faulty, and the value that is out of range.
+  // After kFaulty: the rank whose part is faulty, and a description of the value out of range.
   int faulty() const { return faulty_.load(std::memory_order_relaxed); }
   const char* fault() const { return fault_.load(std::memory_order_relaxed); }
 
   const GroupShape& shape() const { return shape_; }
   const Counters& counters() const { return counters_; }
-  const int32_t* targets() const { return part<int32_t>(seat_, shape_.targets); }
-  SeatRow& row(int seat) const { return *part<SeatRow>(seat, 0); }
+  const int32_t* dispatch_targets() const { return part<int32_t>(rank_, shape_.dispatch_targets); }
+  RankRow& row(int rank) const { return *part<RankRow>(rank, 0); }
 
-  void note(Phase phase, int layer);
-  // In the same layer as before.
-  void note(Phase phase) { note(phase, static_cast<int>(row(seat_).layer.load(std::memory_order_relaxed))); }
-  // Wakes all that wait.
-  void ring();
-  // For tests: sends itself `signal` when it comes to this phase of this layer for the nth time.
+  void set_phase(Phase phase, int layer);
+  // Keeps the layer.
+  void set_phase(Phase phase) { set_phase(phase, static_cast<int>(row(rank_).layer.load(std::memory_order_relaxed))); }
+  // Wakes all waiting ranks.
+  void wake_waiters();
+  // For tests: raise `signal` when this phase of this layer is reached for the nth time.
   void trap(Phase phase, int layer, int nth, int signal);
 
  private:
-  using Word = std::atomic<uint64_t> SeatRow::*;
+  using Word = std::atomic<uint64_t> RankRow::*;
 
   template <class T>
-  T* part(int seat, int64_t offset) const {
-    return reinterpret_cast<T*>(memory_ + shape_.first_seat + seat * shape_.seat_bytes + offset);
+  T* part(int rank, int64_t offset) const {
+    return reinterpret_cast<T*>(memory_ + shape_.first_rank_offset + rank * shape_.rank_bytes + offset);
   }
   GroupWords& words() const { return *reinterpret_cast<GroupWords*>(memory_ + shape_.words); }
   uint64_t stamp(uint64_t number) const { return epoch_ << 40 | number; }
   std::atomic<uint32_t>& bell_of(Word word) const;
-  void ring(std::atomic<uint32_t>& bell);
+  void wake_waiters(std::atomic<uint32_t>& bell);
   void publish(Word word, uint64_t value);
   Status wait(Word word, uint64_t value);
-  uint64_t behind(Word word, uint64_t value, uint64_t seats) const;
-  uint64_t dead(uint64_t seats) const;
-  bool find_impossible(Word word, uint64_t value, uint64_t seats) const;
-  // Keeps the first fault of a collective; later ones are ignored.
-  void blame(int seat, const char* fault) const;
+  uint64_t lagging_ranks(Word word, uint64_t value, uint64_t ranks) const;
+  uint64_t dead(uint64_t ranks) const;
+  bool find_impossible(Word word, uint64_t value, uint64_t ranks) const;
+  // Records the first fault of a collective; later ones are ignored.
+  void record_fault(int rank, const char* fault) const;
   void watch_stalls(uint64_t missing, int64_t waited);
-  void* grown(int64_t offset, int64_t bytes, int64_t limit, int64_t& size);
+  void* ensure_capacity(int64_t offset, int64_t bytes, int64_t limit, int64_t& size);
 
   const GroupShape shape_;
-  const int seat_;
+  const int rank_;
   uint8_t* const memory_;
   const int file_;
   const OnStall on_stall_;
@@ -216,12 +216,12 @@ class ExpertGroup {
   int64_t missing_bytes_ = 0;
   mutable std::atomic<int> faulty_{-1};
   mutable std::atomic<const char*> fault_{""};
-  const uint64_t* homes_ = nullptr;
+  const uint64_t* expert_ranks_ = nullptr;
   const int* pidfds_ = nullptr;
   int64_t spin_ns_ = 0;
   uint64_t step_ = 0, collective_ = 0;
   int sent_tokens_ = 0, sent_element_ = 0, received_rows_ = 0;
-  uint64_t remote_picks_ = 0;  // of the tokens that were addressed last
+  uint64_t remote_assignments_ = 0;  // of the tokens routed last
   int rounds_ = 0;
   uint64_t reported_ = 0, killed_ = 0;
   int64_t token_bytes_ = 0, result_bytes_ = 0;

@@ -1,9 +1,10 @@
-/* A device as the engine sees it: memory, uploads, steps and operations, behind one C interface.
+/* C interface of a device: memory, uploads, steps and operations.
  *
- * Operations only enqueue: they take a stream and their memory from the caller, allocate nothing and never wait. What
- * varies from step to step (tokens, rows of an expert) is read from device memory; `capacity` bounds it and picks grid
- * and tile. So one captured graph serves every batch up to its capacity. Layouts of matrices, activations and the KV
- * cache: custom_ops/cuda/layout.h. Every function that returns an int returns an fd_status. */
+ * Operations only enqueue work: the caller provides a stream and all memory, and they never allocate or wait. Values
+ * that vary from step to step (tokens, rows per expert) are read from device memory; `capacity` is their upper bound
+ * and determines grid and tile. One captured graph therefore serves all batches up to its capacity. The layouts of
+ * matrices, activations and the KV cache are defined in custom_ops/cuda/layout.h. Functions that return int return an
+ * fd_status. */
 #ifndef FD_DEVICE_H
 #define FD_DEVICE_H
 
@@ -17,14 +18,14 @@ typedef enum {
   FD_OK = 0,
   FD_BAD_ARGUMENT,
   FD_NO_MEMORY,
-  FD_BROKEN, /* the device or its context cannot be used any more: the process must end */
+  FD_BROKEN, /* the device or its context is unusable; the process must end */
   FD_NO_GRAPH,
 } fd_status;
 
-/* One line about the last call of this thread that did not return FD_OK. */
+/* Returns one line about the last call of this thread that did not return FD_OK. */
 const char* fd_last_error(void);
 
-/* Loads every kernel of the library into the current context, so that nothing is loaded inside a step. */
+/* Loads all kernels of the library into the current context, so that no step has to. */
 int fd_prepare(void);
 
 /* ---- the device -------------------------------------------------------------------------------------------------- */
@@ -44,44 +45,44 @@ typedef struct {
   int64_t bytes_total;
 } fd_info_t;
 
-/* Opens GPU `ordinal` of those that the process sees, for one thread at a time. Another than a Hopper GPU is refused. */
+/* Opens GPU `ordinal` of those visible to the process; it must be a Hopper GPU. Not thread-safe. */
 int fd_open(int32_t ordinal, fd_device** device);
 void fd_close(fd_device* device);
 int fd_info(fd_device* device, fd_info_t* info);
 
-/* Where the device's steps run, for the operations below. */
+/* Returns the CUDA stream of the device's steps, for the operations below. */
 void* fd_stream(fd_device* device);
 
 enum { FD_WEIGHTS, FD_CACHE, FD_WORK, FD_EXCHANGE };
 
-/* Memory of one kind, zeroed; once each, before the first step. */
+/* Allocates zeroed memory of one kind; once per kind, before the first step. */
 int fd_arena(fd_device* device, int32_t kind, int64_t bytes, fd_buffer* buffer);
 
-/* A step: begin() copies the plan to the device, then the operations or a graph of them are enqueued, end() fetches the
- * results, wait() returns them. Two steps may be under way, and plan and results lie at one place in device memory for
- * all of them: the stream keeps their order. */
+/* A step: begin() copies the plan to the device, the caller enqueues operations or a graph of them, end() enqueues the
+ * copy of the results, wait() returns them. Two steps may be in progress. They share one plan and one result buffer in
+ * device memory, because the stream serialises them. */
 int fd_steps(fd_device* device, int64_t plan_bytes, int64_t result_bytes, fd_buffer* plan, fd_buffer* results);
 int fd_step_begin(fd_device* device, const void* plan, int64_t bytes, uint64_t* ticket);
 int fd_step_end(fd_device* device, uint64_t ticket);
-/* `results` are the host's until the slot's next step begins. */
+/* `results` points to host memory that is valid until the next step of the same slot begins. */
 int fd_step_wait(fd_device* device, uint64_t ticket, const void** results);
 
 enum { FD_BEGIN_CAPTURE, FD_END_CAPTURE, FD_LAUNCH, FD_FORGET_ALL };
 
-/* What is enqueued between the first two verbs becomes the graph of `key`; FD_NO_GRAPH where there is none to launch. */
+/* Work enqueued between the first two verbs becomes the graph of `key`. FD_LAUNCH returns FD_NO_GRAPH without one. */
 int fd_graph(fd_device* device, int32_t verb, uint64_t key);
 
 /* ---- weights ---------------------------------------------------------------------------------------------------- */
 
-/* Bytes of a matrix [outputs, inputs] of bfloat16, and of activations [rows, width]. */
+/* Bytes of a bfloat16 matrix [outputs, inputs], and of activations [rows, width]. */
 int64_t fd_matrix_bytes(int32_t outputs, int32_t inputs);
 int64_t fd_activation_bytes(int64_t rows, int32_t width);
 
 enum { FD_FLOAT32, FD_FLOAT16, FD_BFLOAT16 };
 enum { FD_PLAIN, FD_GATE, FD_UP };
 
-/* One part [rows, inputs] of a matrix [outputs, inputs], in device memory. Strides are in elements: both [out, in] and
- * [in, out] can be read. Rows of gate and up take turns of eight; first_row counts among their own kind. */
+/* One part [rows, inputs] of a matrix [outputs, inputs], in device memory. Strides are in elements, for both [out, in]
+ * and [in, out]. Rows of gate and up are interleaved eight at a time; first_row counts rows of the same kind. */
 typedef struct {
   const void* source;
   int32_t source_type;
@@ -102,57 +103,57 @@ int fd_retile(void* stream, const fd_retile_args* args);
 enum {
   FD_OUT_BFLOAT16, /* out: bfloat16 [row][out_stride] */
   FD_OUT_FLOAT,    /* out: float [row][out_stride] */
-  FD_OUT_ADD,      /* float, added to what is there */
-  FD_OUT_SWIGLU,   /* gate and up in turns of eight outputs: silu(gate) * up, as activations */
+  FD_OUT_ADD,      /* float, added to `out` */
+  FD_OUT_SWIGLU,   /* silu(gate) * up as activations; gate and up are interleaved eight outputs at a time */
 };
 
-/* One matrix for each group of rows; a dense product is one group. */
+/* A product with one matrix per group of rows; a dense product has one group. */
 typedef struct {
   const void* weights;   /* matrices of fd_matrix_bytes each */
-  const int32_t* slots;  /* [groups]: which matrix a group has; NULL: its own index */
-  const void* tokens;    /* activations; each group's rows begin at the next multiple of `alignment` */
+  const int32_t* slots;  /* [groups]: matrix of each group; NULL: the group's index */
+  const void* tokens;    /* activations; the rows of each group begin at the next multiple of `alignment` */
   const int32_t* counts; /* [groups] rows, in device memory */
   int32_t groups;
-  int32_t alignment;     /* a power of two from 8 to 64, at least the tokens of the tile or 64 */
+  int32_t alignment;     /* a power of two from 8 to 64, at least min(tokens of the tile, 64) */
   int32_t outputs;       /* even */
   int32_t inputs;
   int32_t output;        /* FD_OUT_... */
-  int32_t capacity;      /* rows of all groups together, at most */
-  int32_t tile;          /* fd_tile's, or another one to force it: all give the same bits */
+  int32_t capacity;      /* upper bound of the rows of all groups together */
+  int32_t tile;          /* from fd_tile, or any other: all give the same bits */
   int32_t reserved;
-  const float* bias;     /* [outputs] or NULL; of dense products only */
-  const int32_t* rows;   /* the row of `out` for row r of `tokens`; NULL: r */
+  const float* bias;   /* [outputs] or NULL; for dense products only */
+  const int32_t* rows; /* row of `out` for row r of `tokens`; NULL: r */
   void* out;
   int64_t out_stride;
 } fd_product_args;
 
 int fd_product(void* stream, const fd_product_args* args);
 
-/* The tile for so many rows in so many groups, and the tokens of a tile. Tiles are numbered from 0 to fd_tiles() - 1. */
+/* The best tile for `capacity` rows in `groups` groups, and the tokens of a tile. Tiles are 0 to fd_tiles() - 1. */
 int32_t fd_tiles(void);
 int32_t fd_tile(int32_t capacity, int32_t groups);
 int32_t fd_tile_tokens(int32_t tile);
 
 /* ---- one step ---------------------------------------------------------------------------------------------------
  *
- * `step` is the buffer of custom_ops/include/step.h in device memory, `count` the number of rows there. */
+ * `step` is the buffer of custom_ops/include/step.h and `count` a number of rows, both in device memory. */
 
 typedef struct {
   const int32_t* step;
   const void* table; /* bfloat16 [vocabulary, width] */
   int32_t vocabulary;
   int32_t width;
-  float* stream; /* [tokens, width] */
+  float* hidden_states; /* [tokens, width] */
   int32_t capacity;
 } fd_embedding_args;
 
 int fd_embedding(void* stream, const fd_embedding_args* args);
 
-/* Activations out of rows of the stream; with `router`, the logits of a layer's router as well. */
+/* RMS norm of rows of hidden_states as activations; with `router`, also the router logits of a layer. */
 typedef struct {
-  const float* stream;
+  const float* hidden_states;
   const float* weight;
-  const int32_t* rows; /* which rows of the stream; NULL: row r */
+  const int32_t* rows; /* row of hidden_states for output row r; NULL: r */
   const int32_t* count;
   void* out;
   const float* router;   /* [experts, width] or NULL */
@@ -166,11 +167,11 @@ typedef struct {
 
 int fd_norm(void* stream, const fd_norm_args* args);
 
-/* Once a step: cosine and sine of each pair of columns, and each token's place in the cache. */
+/* Once per step: cosine and sine of each pair of columns, and the cache slot of each token. */
 typedef struct {
   const int32_t* step;
-  float* turns;    /* [tokens, head_dim] */
-  int32_t* places; /* [tokens] */
+  float* rotary_cos_sin; /* [tokens, head_dim] */
+  int32_t* slot_mapping; /* [tokens] */
   float theta;
   int32_t head_dim; /* 64 or 128 */
   int32_t capacity;
@@ -178,46 +179,46 @@ typedef struct {
 
 int fd_rotation(void* stream, const fd_rotation_args* args);
 
-/* Bytes of one layer's keys, or values, in blocks of 64 tokens. The cache must be zeros at first. */
+/* Bytes of the keys, or values, of one layer in blocks of 64 tokens. The cache must be zero-initialised. */
 int64_t fd_cache_bytes(int64_t blocks, int32_t kv_heads, int32_t head_dim);
 
-/* Turns queries and keys, writes keys and values to the cache, and attends. */
+/* Applies the rotary embedding, writes keys and values to the cache, and computes attention. */
 typedef struct {
   const int32_t* step;
-  const float* turns;
-  const int32_t* places;
+  const float* rotary_cos_sin;
+  const int32_t* slot_mapping;
   void* qkv; /* bfloat16 [tokens][(heads + 2 kv_heads) head_dim] */
   void* keys;
   void* values;
   void* out; /* activations [tokens, heads * head_dim] */
   void* work;
-  int64_t work_bytes; /* fd_attention_work_bytes; its first part must be zeros at first */
+  int64_t work_bytes; /* fd_attention_work_bytes; zero-initialised */
   int32_t heads;
   int32_t kv_heads; /* heads / kv_heads <= 16 */
   int32_t head_dim;
   int32_t capacity;
-  int32_t has_prompts; /* whether any sequence may have more than one token in the step */
+  int32_t has_prompts; /* nonzero if a sequence may have more than one token in the step */
   int32_t reserved;
 } fd_attention_args;
 
-/* `segments`: of 512 keys, of all sequences of a step together. */
+/* `segments`: number of segments of 512 keys over all sequences of a step. */
 int64_t fd_attention_work_bytes(int64_t segments, int32_t kv_heads, int32_t head_dim);
 int fd_attention(void* stream, const fd_attention_args* args);
 
 /* ---- experts ---------------------------------------------------------------------------------------------------- */
 
-/* Picks, and the rows of `x` in the order of experts, as fd_product takes them. */
+/* Selects the experts of each token, and groups the rows of `x` by expert for fd_product. */
 typedef struct {
   const float* logits; /* [tokens, experts] */
-  const float* bias;   /* [experts]: for the choice alone */
+  const float* bias;   /* [experts]: for the selection only */
   const int32_t* count;
   const void* x;      /* activations [tokens, width] */
-  int32_t* picks;     /* [tokens, k]: best first, the lower expert first among equals */
-  float* weights;     /* [tokens, k] */
-  int32_t* counts;    /* [experts]: zeros before, rows of each expert afterwards */
-  int32_t* places;    /* [tokens, k] scratch */
+  int32_t* topk_ids;  /* [tokens, k]: best first, ties by lower expert */
+  float* topk_weights;     /* [tokens, k] */
+  int32_t* counts;         /* [experts]: zeros on entry, rows of each expert on return */
+  int32_t* rows_in_expert; /* [tokens, k] scratch */
   void* rows;         /* activations [fd_expert_rows, width] */
-  int32_t* assignments; /* [fd_expert_rows]: token * k + pick of each of those rows */
+  int32_t* assignments; /* [fd_expert_rows]: token * k + top-k index of each row */
   float norm_min;
   int32_t experts;
   int32_t k;
@@ -229,13 +230,13 @@ typedef struct {
 int64_t fd_expert_rows(int32_t capacity, int32_t k, int32_t experts, int32_t alignment);
 int fd_route(void* stream, const fd_route_args* args);
 
-/* stream[t] += (sum over j of weights[t, j] * results[t, j]) + shared[t], in that order. */
+/* hidden_states[t] += (sum over j of topk_weights[t, j] * results[t, j]) + shared[t], in that order. */
 typedef struct {
   const void* results; /* bfloat16 [tokens, k, width] */
-  const float* weights;
+  const float* topk_weights;
   const float* shared; /* [tokens, width] or NULL */
   const int32_t* count;
-  float* stream;
+  float* hidden_states;
   int32_t k;
   int32_t width;
   int32_t capacity;
@@ -256,12 +257,12 @@ typedef struct {
 typedef struct {
   const float* logits; /* [rows, vocabulary] */
   const int32_t* count;
-  const fd_sampling_row* rows; /* NULL: the most likely token of each row */
+  const fd_sampling_row* rows; /* NULL: greedy */
   const int32_t* tokens;       /* pairs of token and count */
-  int32_t* drawn;              /* [rows]; -1 for a row that holds NaN or nothing finite */
+  int32_t* drawn;              /* [rows]; -1 for a row that holds NaN or no finite value */
   int32_t* top_tokens;         /* [rows, width] */
   double* logprobs;            /* [rows, width] */
-  void* work;                  /* fd_draw_work_bytes for each row; not for greedy draws */
+  void* work;                  /* fd_draw_work_bytes per row; unused for greedy draws */
   int32_t vocabulary;
   int32_t width;
   int32_t capacity;

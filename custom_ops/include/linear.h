@@ -9,7 +9,7 @@ namespace fd {
 
 struct Linear {
   PackedMatrix weights;
-  int matrix;  // which of the stacked ones
+  int matrix;  // index within the stack
   Activations x;
   Output output;
   float* out;  // kStore, kAdd
@@ -17,14 +17,14 @@ struct Linear {
   Activations activated;  // kSwiglu
 };
 
-// The products of several matrices at once, each with rows of its own: items of all are shared among all
-// threads, so that an expert with one token does not keep anybody waiting.
+// Products of several matrices, each with its own rows. The items of all products are shared among all threads, so an
+// expert with one token does not leave threads idle.
 class LinearGroup {
  public:
-  // For up to `capacity` products of matrices with at most `max_inputs` inputs and `max_rows` rows.
+  // Up to `capacity` products with at most `max_inputs` inputs and `max_rows` rows each.
   LinearGroup(Workspace& workspace, int capacity, int max_inputs, int max_rows);
 
-  // One thread adds; a barrier must follow before the team runs.
+  // Called by one thread; a barrier must follow before `run`.
   void clear() { count_ = items_ = 0; }
   void add(const Linear& linear);
   void run(Team& team) const;
@@ -45,7 +45,7 @@ class LinearGroup {
   int items_ = 0;
 };
 
-// x [rows, width], row-major, into the layout of activations.
+// Copies row-major x [rows, width] into the layout of activations.
 void to_activations(Team& team, const float* x, const Activations& activations);
 void copy_row(const float* x, const Activations& activations, int row);
 

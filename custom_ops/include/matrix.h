@@ -7,15 +7,15 @@ namespace fd {
 
 enum class Format : uint32_t { kFloat32 = 0, kBfloat16 = 1, kWint8 = 2, kWint4 = 3 };
 
-// Outputs of one panel.
+// Outputs per panel.
 constexpr int kPanel = 32;
-// Inputs of a bfloat16 panel are filled up with zeros to a multiple of this: what AMX multiplies at a time.
+// bfloat16 panels are padded with zeros to a multiple of this many inputs: one AMX multiplication.
 constexpr int kBfloat16Step = 32;
 // Inputs that share one scale and one minimum in wint4.
 constexpr int kWint4Group = 32;
 constexpr int kWint4GroupBytes = kPanel * 4 + kWint4Group * kPanel / 2;
 
-// A view of a blob: `count` matrices [outputs, inputs] of one shape, each as panels of 32 outputs.
+// View of a blob with `count` matrices [outputs, inputs], each stored as panels of 32 outputs.
 struct PackedMatrix {
   Format format;
   int outputs;
@@ -26,7 +26,7 @@ struct PackedMatrix {
   int64_t matrix_bytes;
   const uint8_t* data;
 
-  // Throws std::invalid_argument if the bytes are not a packed matrix of this layout version.
+  // Throws std::invalid_argument if `blob` is not a packed matrix of this layout version.
   static PackedMatrix view(const void* blob, int64_t bytes);
 
   const uint8_t* panel(int matrix, int index) const {

@@ -1,4 +1,4 @@
-// Gated MLPs, down(silu(gate(x)) * up(x)): many experts with a few rows each, and one that all tokens take.
+// Gated MLPs, down(silu(gate(x)) * up(x)): routed experts with a few rows each, and one dense MLP for all tokens.
 #pragma once
 
 #include "linear.h"
@@ -7,11 +7,11 @@
 namespace fd {
 
 struct Mlp {
-  PackedMatrix gate_up;  // gate and up in turns of 16 outputs
+  PackedMatrix gate_up;  // gate and up interleaved 16 outputs at a time
   PackedMatrix down;
 };
 
-// An MLP that takes all rows: the shared experts, or the whole of a dense layer.
+// An MLP applied to all rows: the shared experts, or the MLP of a dense layer.
 struct DenseMlp {
   Mlp weights;
   Activations x;
@@ -19,16 +19,16 @@ struct DenseMlp {
   float* out;     // [x.rows, hidden]
 };
 
-// Both kinds in two rounds of products (everybody's gate_up, then everybody's down).
+// Runs both kinds in two groups of products: all gate_up, then all down.
 class MoeGroupedGemm {
  public:
   // `experts` or `dense` may be null.
   MoeGroupedGemm(Workspace& workspace, const Mlp* experts, const MoeOrder* order, const DenseMlp* dense);
 
-  // Rows of x, `source(i)` for row i of the permuted order, through their experts; out [num_tokens * k, hidden] in
-  // that order. Null without experts.
+  // Applies the experts to rows `source(i)`, i in permuted order; out [num_tokens * k, hidden] has the same order. Both
+  // are null if there are no routed experts.
   void run(Team& team, FunctionRef<const float*(int64_t)> source, float* out);
-  // x [num_tokens, hidden], row-major, through the experts of each token.
+  // Applies the experts of each token to row-major x [num_tokens, hidden].
   void run(Team& team, const float* x, float* out);
 
  private:

@@ -1,4 +1,4 @@
-// Every token's expert outputs summed by weight, in the order of its picks.
+// Sums the expert outputs of each token by weight, in top-k order.
 #pragma once
 
 #include "moe_permute.h"
@@ -6,13 +6,13 @@
 
 namespace fd {
 
-// Of one token; bindings refuse more.
-constexpr int kMostPicks = 64;
+// Maximum experts per token; bindings reject more.
+constexpr int kMaxTopk = 64;
 
 struct MoeUnpermute {
   MoeOrder order;
   const float* rows;     // [num_tokens * k, width], in the order of moe_permute
-  const float* weights;  // [num_tokens, k]
+  const float* topk_weights;  // [num_tokens, k]
   const float* shared;   // null, or [num_tokens, width]: added to the sum of each token
   int width;
   float* out;  // [num_tokens, width], added to

@@ -1,4 +1,4 @@
-// Causal softmax attention over the paged cache, prefill chunks and decode rows in one call.
+// Causal softmax attention over the paged cache; one call handles prefill chunks and decode rows.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -8,13 +8,13 @@
 
 namespace fd {
 
-// A context is worked on in segments that begin at fixed positions, whatever the step: several threads can
-// share a long one, and the results are the same as if one had done it all.
+// A context is processed in segments that begin at fixed positions, so several threads can share a long one without
+// changing the result.
 constexpr int kSegmentKeys = 512;
 
 struct Attention {
   Step step;
-  const float* qkv;  // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; of it the rotated queries
+  const float* qkv;  // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; only the rotated queries are read
   int num_heads;     // query head h reads kv head h / (num_heads / num_kv_heads)
   Cache cache;
   Activations out;  // [num_tokens, num_heads * head_dim]
@@ -22,26 +22,26 @@ struct Attention {
 
 class PagedAttention {
  public:
-  // Plans the work: which thread may take what. For one call of `run` by a team.
+  // Plans the work of one call of `run`.
   PagedAttention(Workspace& workspace, const Attention& args);
   void run(Team& team) const;
 
  private:
-  // Queries that are computed together: `tokens` tokens of a sequence, some heads that share keys.
+  // Queries that are computed together: `tokens` tokens of a sequence, and heads that share a kv head.
   struct Tile {
     int sequence;
     int first_token;  // within the sequence
     int tokens;
     int kv_head;
-    int first_head;  // within those of the kv head
+    int first_head;  // within the heads of the kv head
     int heads;
-    int64_t partial;  // index of its first segment's results, for decode rows
+    int64_t partial;  // decode rows: index of the first segment's partial result
   };
   // Either all segments of `count` neighbouring tiles, or one segment of a single tile.
   struct Item {
     int first_tile;
     int count;
-    int segment;  // -1: all, and the result is finished
+    int segment;  // -1: all segments, including the final normalisation
   };
 
   int segments(const Tile& tile) const;
@@ -50,7 +50,7 @@ class PagedAttention {
 
   Attention args_;
   int segment_blocks_;
-  int width_;  // of a row of partial results
+  int width_;  // floats of a row of partial results
   int64_t rows_;
   Tile* tiles_;
   Item* items_;

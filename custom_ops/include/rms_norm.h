@@ -1,4 +1,4 @@
-// Root mean square normalisation (Zhang and Sennrich, 2019) of the rows of the residual stream.
+// Root mean square normalisation (Zhang and Sennrich, 2019) of rows.
 #pragma once
 
 #include "activations.h"
@@ -13,8 +13,8 @@ struct RmsNorm {
   int rows;
   int width;
   float* out;            // [rows, width]
-  const Activations* activations;  // null, or where the result goes too
-  const int32_t* index;  // null, or which row of x becomes row i
+  const Activations* activations;  // a second output, or null
+  const int32_t* index;            // row of x for output row i; null: i
 };
 
 void rms_norm(Team& team, const RmsNorm& args);

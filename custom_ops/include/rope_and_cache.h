@@ -1,4 +1,4 @@
-// Rotary position embedding (Su et al., 2021), interleaved pairs, and the write into the paged cache.
+// Rotary position embedding (Su et al., 2021) of interleaved pairs, and the write into the paged cache.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -7,14 +7,14 @@
 
 namespace fd {
 
-// cos and sin of position * theta ** (-2j / head_dim), all in float32 as the reference network does it:
-// rotation [num_tokens, head_dim / 2, 2]. The same for all layers of a step.
-void rotation(Team& team, const Step& step, float theta, int head_dim, float* out);
+// out [num_tokens, head_dim / 2, 2] = cos and sin of position * theta ** (-2j / head_dim), computed in float32 like the
+// reference network. All layers of a step share it.
+void rotary_embedding(Team& team, const Step& step, float theta, int head_dim, float* out);
 
 struct RopeAndCache {
   Step step;
   float* qkv;  // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; queries are rotated in place
-  const float* rotation;
+  const float* rotary_cos_sin;
   int num_heads;
   Cache cache;
 };

@@ -1,11 +1,11 @@
-// Threads that compute one operation together.
+// A team of threads that computes operations together.
 //
-// Every operation of this folder is a collective: all threads of a team call it with the same arguments, and
-// each works on what `for_each` hands to it. A Paddle binding is then one `run_team` around one or many
-// operations, so that a whole layer costs one wake-up of the threads.
+// Every operation in this folder is called by all threads of a team with the same arguments, and each thread processes
+// the items that `for_each` assigns to it. A Paddle binding wraps one or more operations in a single `run_team`, so a
+// whole layer wakes the threads once.
 //
-// No result depends on the number of threads or on who took which item: an item is computed wholly by one
-// thread, in an order of its own.
+// Results do not depend on the number of threads or on the assignment of items: one thread computes an item entirely,
+// in a fixed order.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,7 @@
 
 namespace fd {
 
-// A reference to a callable; lives no longer than the call it is passed to.
+// A non-owning reference to a callable; valid only during the call it is passed to.
 template <class Signature>
 class FunctionRef;
 
@@ -35,16 +35,16 @@ class FunctionRef<Result(Args...)> {
 
 class ThreadPool;
 
-// One thread's view of the threads that run an operation.
+// One thread's view of its team.
 class Team {
  public:
   int rank() const { return rank_; }
   int size() const { return size_; }
 
-  // Waits for all threads of the team; what any of them wrote before is seen by all afterwards.
+  // Waits for all threads of the team; writes before the barrier are visible to all threads after it.
   void barrier();
 
-  // Calls f(i) once for each i in [0, count), each on some thread of the team; a barrier is at the end.
+  // Calls f(i) once for each i in [0, count), each on one thread of the team, then waits at a barrier.
   template <class F>
   void for_each(int64_t count, F&& f) {
     if (size_ == 1) {
@@ -65,13 +65,13 @@ class Team {
   int size_;
 };
 
-// Sets how many threads operations use, the caller's among them, and, unless `cpus` is null, the CPU of each
-// (`cpus[rank]`; -1: not pinned). To be called before the first operation; later calls replace the threads.
+// Sets the number of threads, including the caller, and their CPUs (`cpus[rank]`; -1: not pinned; null: none is
+// pinned). Must be called before the first operation; later calls replace the threads.
 void set_threads(int count, const int* cpus);
 int num_threads();
 
-// Runs body(team) on every thread and returns when all have returned. The calling thread is rank 0. Calls from
-// several threads at the same time take turns. `body` must not throw: nobody could tell the other threads.
+// Runs body(team) on every thread, the caller as rank 0, and returns when all have finished. Concurrent calls are
+// serialised. `body` must not throw: the other threads would wait for it at the next barrier.
 void run_team(FunctionRef<void(Team&)> body);
 
 }  // namespace fd

@@ -1,6 +1,6 @@
-// Memory for what lives within one operation, kept from one call to the next.
+// Temporary memory of operations, reused between calls.
 //
-// Fresh memory costs a page fault per 4 KiB, more than many an operation itself.
+// New memory costs a page fault per 4 KiB, which takes longer than many operations.
 #pragma once
 
 #include <cstddef>
@@ -12,10 +12,10 @@ namespace fd {
 
 class Workspace {
  public:
-  // Everything taken before is given up. Each thread that starts operations has a workspace of its own.
+  // Return the calling thread's workspace, emptied: all memory taken from it before is invalid.
   static Workspace& fresh();
 
-  // Uninitialised, aligned to a cache line; valid until the next `fresh` of this thread.
+  // Return uninitialised memory aligned to a cache line, valid until this thread's next `fresh`.
   template <class T>
   T* take(int64_t count) {
     return static_cast<T*>(bytes(count * static_cast<int64_t>(sizeof(T))));

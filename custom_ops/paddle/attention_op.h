@@ -9,26 +9,26 @@
 
 namespace fd::binding {
 
-inline std::vector<paddle::Tensor> run_rotation(const paddle::Tensor& buffer, float theta, int head_dim) {
+inline std::vector<paddle::Tensor> run_rotary_embedding(const paddle::Tensor& buffer, float theta, int head_dim) {
   const Step plan = step(buffer);
-  require(head_dim > 0 && head_dim % 2 == 0, "rotation: head_dim must be even and positive");
+  require(head_dim > 0 && head_dim % 2 == 0, "rotary_embedding: head_dim must be even and positive");
   paddle::Tensor out = float_output({plan.num_tokens, head_dim});
-  run_team([&](Team& team) { rotation(team, plan, theta, head_dim, out.data<float>()); });
+  run_team([&](Team& team) { rotary_embedding(team, plan, theta, head_dim, out.data<float>()); });
   return {out};
 }
 
-inline Shapes shape_rotation(const Shape&, float, int head_dim) { return {{-1, head_dim}}; }
-inline Types type_rotation(paddle::DataType) { return {paddle::DataType::FLOAT32}; }
+inline Shapes shape_rotary_embedding(const Shape&, float, int head_dim) { return {{-1, head_dim}}; }
+inline Types type_rotary_embedding(paddle::DataType) { return {paddle::DataType::FLOAT32}; }
 
-inline void run_rope_and_cache(paddle::Tensor& qkv, const paddle::Tensor& buffer, const paddle::Tensor& turns,
+inline void run_rope_and_cache(paddle::Tensor& qkv, const paddle::Tensor& buffer, const paddle::Tensor& rotary_cos_sin,
                                const paddle::Tensor& keys, const paddle::Tensor& values) {
   const Step plan = step(buffer);
   const Cache paged = cache(keys, values, plan);
   const int64_t width = extent(qkv, "rope_and_cache: qkv").width;
-  const RopeAndCache args{plan, mutable_floats(qkv, plan.num_tokens * width, "rope_and_cache: qkv"),
-                          floats(turns, static_cast<int64_t>(plan.num_tokens) * paged.head_dim,
-                                 "rope_and_cache: rotation"),
-                          query_heads(static_cast<int>(width), paged), paged};
+  const RopeAndCache args{
+      plan, mutable_floats(qkv, plan.num_tokens * width, "rope_and_cache: qkv"),
+      floats(rotary_cos_sin, static_cast<int64_t>(plan.num_tokens) * paged.head_dim, "rope_and_cache: rotary_cos_sin"),
+      query_heads(static_cast<int>(width), paged), paged};
   run_team([&](Team& team) { rope_and_cache(team, args); });
 }
 
@@ -73,12 +73,12 @@ PD_BUILD_OP(fd_rotation)
     .Inputs({"Step"})
     .Outputs({"Out"})
     .Attrs({"theta: float", "head_dim: int"})
-    .SetKernelFn(FD_KERNEL(run_rotation))
-    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_rotation))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_rotation));
+    .SetKernelFn(FD_KERNEL(run_rotary_embedding))
+    .SetInferShapeFn(PD_INFER_SHAPE(fd::binding::shape_rotary_embedding))
+    .SetInferDtypeFn(PD_INFER_DTYPE(fd::binding::type_rotary_embedding));
 
 PD_BUILD_OP(fd_rope_and_cache)
-    .Inputs({"Qkv", "Step", "Rotation", "Keys", "Values"})
+    .Inputs({"Qkv", "Step", "RotaryCosSin", "Keys", "Values"})
     .Outputs({"Out"})
     .SetInplaceMap({{"Qkv", "Out"}})
     .SetKernelFn(FD_KERNEL(run_rope_and_cache))

@@ -22,7 +22,7 @@ ExpertGroup* find_expert_group(int64_t handle) {
 
 }  // namespace fd
 
-// What is not an operation on tensors; custom_ops/expert_group.py calls it through ctypes, from one thread.
+// Functions that are not tensor operations; custom_ops/expert_group.py calls them through ctypes, from one thread.
 extern "C" {
 
 int64_t fd_ep_open(const fd::GroupShape* shape, void* memory, int file, fd::ExpertGroup::OnStall on_stall,
@@ -35,9 +35,9 @@ int64_t fd_ep_open(const fd::GroupShape* shape, void* memory, int file, fd::Expe
 
 void fd_ep_close(int64_t handle) { fd::groups().erase(handle); }
 
-void fd_ep_set_members(int64_t handle, uint64_t epoch, uint64_t active, const uint64_t* homes, const int* pidfds,
+void fd_ep_set_members(int64_t handle, uint64_t epoch, uint64_t active, const uint64_t* expert_ranks, const int* pidfds,
                        int64_t spin_ns) {
-  fd::find_expert_group(handle)->set_members(epoch, active, homes, pidfds, spin_ns);
+  fd::find_expert_group(handle)->set_members(epoch, active, expert_ranks, pidfds, spin_ns);
 }
 
 int fd_ep_arrive(int64_t handle) { return fd::find_expert_group(handle)->arrive(); }
@@ -49,15 +49,16 @@ uint64_t fd_ep_lost(int64_t handle) { return fd::find_expert_group(handle)->lost
 int64_t fd_ep_missing_bytes(int64_t handle) { return fd::find_expert_group(handle)->missing_bytes(); }
 int fd_ep_faulty(int64_t handle) { return fd::find_expert_group(handle)->faulty(); }
 const char* fd_ep_fault(int64_t handle) { return fd::find_expert_group(handle)->fault(); }
-void fd_ep_ring(int64_t handle) { fd::find_expert_group(handle)->ring(); }
+void fd_ep_ring(int64_t handle) { fd::find_expert_group(handle)->wake_waiters(); }
 const fd::ExpertGroup::Counters* fd_ep_counters(int64_t handle) { return &fd::find_expert_group(handle)->counters(); }
 
-// A whole dispatch and a whole combine without Paddle, for benchmarks: rows is large enough for whatever comes. They
-// return the number of rows, or -1 if the group is interrupted.
-int fd_ep_dispatch(int64_t handle, int layer, const void* x, const int32_t* picks, int tokens, int element, void* rows) {
+// A complete dispatch and a complete combine without Paddle, for benchmarks. `rows` must have room for the largest
+// possible number of rows. Return the number of rows, or -1 if the group was interrupted.
+int fd_ep_dispatch(int64_t handle, int layer, const void* x, const int32_t* topk_ids, int tokens, int element,
+                   void* rows) {
   fd::ExpertGroup& group = *fd::find_expert_group(handle);
   fd::Received received;
-  if (!fd::ep_dispatch_send(group, layer, x, picks, tokens, element) ||
+  if (!fd::ep_dispatch_send(group, layer, x, topk_ids, tokens, element) ||
       !fd::ep_dispatch_receive(group, layer, element, fd::Workspace::fresh(), received)) {
     return -1;
   }
@@ -65,10 +66,11 @@ int fd_ep_dispatch(int64_t handle, int layer, const void* x, const int32_t* pick
   return received.rows;
 }
 
-int fd_ep_combine(int64_t handle, const void* rows, int count, const float* weights, int tokens, int element, float* out) {
+int fd_ep_combine(int64_t handle, const void* rows, int count, const float* topk_weights, int tokens, int element,
+                  float* out) {
   fd::ExpertGroup& group = *fd::find_expert_group(handle);
   const bool whole = fd::ep_combine_send(group, rows, count, element) &&
-                     fd::ep_combine_receive(group, weights, tokens, element, out);
+                     fd::ep_combine_receive(group, topk_weights, tokens, element, out);
   return whole ? count : -1;
 }
 

@@ -1,4 +1,4 @@
-// The groups that this process has open, by the number that operations are given.
+// The open groups of this process, by the handle that is passed to operations.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fd {
 
-// Null if there is none.
+// Returns null if there is none.
 ExpertGroup* find_expert_group(int64_t handle);
 
 }  // namespace fd

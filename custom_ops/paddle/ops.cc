@@ -1,4 +1,4 @@
-// All bindings in one unit: Paddle's header takes longer to compile than everything of ours.
+// All bindings in one translation unit: Paddle's header takes longer to compile than all of this project.
 #include "attention_op.h"
 #include "decoder_layer_op.h"
 #include "ep_op.h"
@@ -12,10 +12,10 @@
 #include <string>
 #include <system_error>
 
-// What is not an operation on tensors; custom_ops/__init__.py calls it through ctypes.
+// Functions that are not tensor operations; custom_ops/native.py calls them through ctypes.
 extern "C" {
 
-// Null, or why so many threads cannot be had.
+// Returns null, or why the threads cannot be started.
 const char* fd_set_threads(int count, const int* cpus) {
   static std::string error;
   try {
@@ -27,7 +27,7 @@ const char* fd_set_threads(int count, const int* cpus) {
   }
 }
 
-// Why there are no kernels to run on, or null. To be asked before fd_isa and any operation.
+// Returns null, or why no kernels can run here. Must be called before fd_isa and any operation.
 const char* fd_isa_error() {
   static const std::string error = [] {
     try {

@@ -6,7 +6,7 @@
 
 namespace fd::binding {
 
-// One SamplingRow for each row, all of whose tokens are there.
+// Checks that there is one SamplingRow per row of logits and that its tokens exist.
 inline const SamplingRow* sampling_rows(const paddle::Tensor& rows, int64_t count, int64_t vocabulary,
                                         const paddle::Tensor& tokens, int width) {
   require(rows.dtype() == paddle::DataType::UINT8 && rows.numel() == count * int64_t{sizeof(SamplingRow)},

@@ -1,5 +1,5 @@
-// From Paddle's tensors to what the operations take, with the checks that keep a wrong call from reading or
-// writing memory that is not its own.
+// Conversion of Paddle tensors to the arguments of operations, with the checks that keep a wrong call from accessing
+// memory out of bounds.
 #pragma once
 
 #include <algorithm>
@@ -21,13 +21,13 @@ using Shape = std::vector<int64_t>;
 using Shapes = std::vector<Shape>;
 using Types = std::vector<paddle::DataType>;
 
-// A collective of an expert-parallel group ended before all had come; the group's status says why.
+// A collective of an expert-parallel group was interrupted; the group's status says why.
 struct GroupInterrupted : std::runtime_error {
   GroupInterrupted() : std::runtime_error("the expert-parallel group was interrupted") {}
 };
 
-// An operation whose exceptions reach Python, as ValueError, RuntimeError and MemoryError. Paddle passes on none but its own:
-// any other ends the process.
+// Wraps an operation so that its exceptions reach Python as ValueError, RuntimeError or MemoryError. Paddle forwards
+// only its own exceptions; any other ends the process.
 template <auto Function>
 struct Safe;
 
@@ -41,7 +41,7 @@ struct Safe<Function> {
     } catch (const GroupInterrupted& interrupted) {
       PADDLE_THROW(common::errors::Unavailable("%s", interrupted.what()));
     } catch (const std::bad_alloc&) {
-      PADDLE_THROW(common::errors::ResourceExhausted("no memory for what lives within an operation"));
+      PADDLE_THROW(common::errors::ResourceExhausted("no memory for the workspace of an operation"));
     }
   }
 };
@@ -75,7 +75,7 @@ inline Step step(const paddle::Tensor& buffer) {
   return Step::view(buffer.data<int32_t>(), buffer.numel());
 }
 
-// Float32 data; `what` names the argument.
+// Returns float32 data; `what` names the argument in errors.
 inline const float* floats(const paddle::Tensor& tensor, int64_t count, const char* what) {
   if (tensor.dtype() != paddle::DataType::FLOAT32 || tensor.numel() != count) {
     throw std::invalid_argument(std::string(what) + " must hold " + std::to_string(count) + " float32, has " +
@@ -84,7 +84,7 @@ inline const float* floats(const paddle::Tensor& tensor, int64_t count, const ch
   return tensor.data<float>();
 }
 
-// An argument that the operation writes in place.
+// Returns the data of an argument that the operation updates in place.
 inline float* mutable_floats(const paddle::Tensor& tensor, int64_t count, const char* what) {
   return const_cast<float*>(floats(tensor, count, what));
 }
@@ -94,14 +94,14 @@ inline const int32_t* int32s(const paddle::Tensor& tensor, int64_t count, const 
   return tensor.data<int32_t>();
 }
 
-// keys [num_blocks, kv heads, key panels, head_dim, 32], values [num_blocks, kv heads, value panels, block
-// size, 32]. They are written although they come as inputs: declared as in-place outputs, each call would make
-// new Tensor objects of them. All positions of the step are in blocks of theirs.
+// Checks keys [num_blocks, kv heads, key panels, head_dim, 32], values [num_blocks, kv heads, value panels, block size,
+// 32], and that all positions of the step lie in blocks of the cache. Both are written although they are declared as
+// inputs: as in-place outputs, each call would create new Tensor objects for them.
 inline Cache cache(const paddle::Tensor& keys, const paddle::Tensor& values, const Step& step) {
   const bool wide = keys.dtype() == paddle::DataType::FLOAT32;
   require(wide || keys.dtype() == paddle::DataType::BFLOAT16, "a KV cache must be float32 or bfloat16");
   require(keys.dtype() == values.dtype() && keys.dims().size() == 5 && values.dims().size() == 5,
-          "keys and values of a cache must have one type and five dimensions");
+          "keys and values of a KV cache must have one type and five dimensions");
   Cache cache;
   cache.type = wide ? CacheType::kFloat32 : CacheType::kBfloat16;
   cache.keys = static_cast<uint8_t*>(const_cast<void*>(keys.data()));
@@ -110,26 +110,26 @@ inline Cache cache(const paddle::Tensor& keys, const paddle::Tensor& values, con
   cache.head_dim = static_cast<int>(keys.dims()[3]);
   cache.block_size = static_cast<int>(values.dims()[3]);
   require(cache.num_kv_heads > 0 && cache.head_dim > 0 && cache.head_dim % 2 == 0 && cache.block_size > 0,
-          "a cache must have heads and blocks, and an even head_dim");
+          "a KV cache must have heads and blocks, and an even head_dim");
   require(keys.dims()[0] == values.dims()[0] && keys.dims()[2] == cache.key_panels() &&
               values.dims()[2] == cache.value_panels() && keys.dims()[4] == kPanel && values.dims()[4] == kPanel,
-          "keys and values of a cache do not have the shapes of one cache");
+          "keys and values of a KV cache have different shapes");
   for (int sequence = 0; sequence < step.num_sequences; ++sequence) {
     const int64_t count = (int64_t{step.context(sequence)} + cache.block_size - 1) / cache.block_size;
     const int32_t* const blocks = step.blocks(sequence);
-    require(count <= step.table_width && std::all_of(blocks, blocks + count, [&](int32_t block) {
-              return 0 <= block && block < keys.dims()[0];
-            }),
-            "step: a position in a block outside of the cache");
+    require(
+        count <= step.table_width &&
+            std::all_of(blocks, blocks + count, [&](int32_t block) { return 0 <= block && block < keys.dims()[0]; }),
+        "step: a position lies in a block outside of the cache");
   }
   return cache;
 }
 
-// Heads of queries in `width` outputs of a qkv matrix, which has those of keys and of values behind them.
+// Returns the number of query heads in a qkv matrix with `width` outputs.
 inline int query_heads(int width, const Cache& cache) {
   const int heads = width / cache.head_dim - 2 * cache.num_kv_heads;
   require(width % cache.head_dim == 0 && heads > 0 && heads % cache.num_kv_heads == 0,
-          "qkv: heads of queries must be a multiple of those of keys in the cache, and whole");
+          "qkv: the query heads must be a whole multiple of the kv heads of the cache");
   return heads;
 }
 

@@ -1,8 +1,8 @@
-"""fd-run: becomes the program that a launch file describes.
+"""fd-run: executes the program that a launch file describes.
 
-supervisord's ini syntax cannot carry every argument and environment value (a `%`, a `;`, a newline change its
-meaning), so the ini holds only ``fd-run NAME HASH DIRECTORY`` and the words of the user lie in
-DIRECTORY/NAME-HASH.json, mode 0600.
+supervisord's ini syntax cannot express every argument and environment value: `%`, `;` and newlines have a
+meaning of their own. So the ini contains only ``fd-run NAME HASH DIRECTORY``, and the command line and the
+environment are in DIRECTORY/NAME-HASH.json, mode 0600.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-#: In the environment of every process of a program: RUN_DIRECTORY#NAME. Inherited over forks and sessions,
-#: so that whatever a program leaves behind can be found again, see proc.py.
+#: Environment variable RUN_DIRECTORY#NAME of every process of a program. Forks and new sessions inherit it,
+#: so that leftover processes can be found, see proc.py.
 MARKER = "FD_DP_PROGRAM"
-#: Beside it: which launch file the process was started from.
+#: Environment variable with the hash of the launch file.
 HASH = "FD_DP_HASH"
-#: The daemon's own talk with systemd, and supervisord's; a program that used them would speak for the daemon.
-#: And settings of gunicorn and prometheus_client, which can only be meant for other servers.
+#: Variables for the daemon's and supervisord's own communication with systemd, which programs must not take
+#: part in, and settings of gunicorn and prometheus_client, which are meant for other servers.
 _NOT_INHERITED = (
     "GUNICORN_PID",
     "GUNICORN_FD",
@@ -37,7 +37,7 @@ USAGE, NOT_STARTED = 2, 127
 
 def main() -> int:
     if len(sys.argv) != 4:
-        print("fd-run: usage: fd-run NAME HASH DIRECTORY (supervisord runs it, see fd-dp)", file=sys.stderr)
+        print("fd-run: usage: fd-run NAME HASH DIRECTORY (run by supervisord, see fd-dp)", file=sys.stderr)
         return USAGE
     name, hash_, directory = sys.argv[1:]
     file = Path(directory) / f"{name}-{hash_}.json"
@@ -45,7 +45,7 @@ def main() -> int:
         content = json.loads(file.read_text(encoding="ascii"))
         argv, env = content["argv"], content["env"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        print(f"fd-run: {file}: not a launch file ({error}); fdctl render --write makes it", file=sys.stderr)
+        print(f"fd-run: {file}: not a launch file ({error}); fdctl render --write writes it", file=sys.stderr)
         return NOT_STARTED
     inherited = {
         key: value

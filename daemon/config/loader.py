@@ -1,4 +1,4 @@
-"""dp.toml -> a frozen `Config`, or one line that says where the mistake is and what would be right.
+"""Reads dp.toml into a frozen `Config`. Errors are one line with file, line, key and remedy.
 
 ``python -m fastdeploy.daemon.config.loader`` prints docs/configuration.md.
 """
@@ -22,10 +22,11 @@ from ...common.key_files import CREDENTIAL
 from ...common.text_files import decode
 from .options import PORT_STEPS, SECTIONS, Config, PathsSection
 
-#: A unix socket's path may have 107 bytes; supervisord binds "supervisor.sock.<its pid>" before it renames.
-_LONGEST_RUN_DIRECTORY = 107 - len("/supervisor.sock.4194304")
-#: What supervisord cuts, expands or refuses in a path: comments, quotes, escapes, `%` (it expands twice), and
-#: space at its end.
+#: Bytes of sun_path in sockaddr_un, without the 0 at its end.
+MAX_SOCKET_PATH = 107
+#: Longest name in the run directory: supervisord binds a name with its pid (at most 2**22), then renames it.
+_LONGEST_SOCKET = "supervisor.sock.4194304"
+#: Characters that supervisord misreads in a path: comments, quotes, escapes, `%` and trailing space.
 UNFIT_IN_INI = re.compile(r"[\x00-\x1f\x7f;#'\"\\%]|\s$")
 _SYSTEM_PATHS = {"state": Path("/var/lib/fd"), "run": Path("/run/fd"), "logs": Path("/var/log/fd")}
 _KINDS: dict[Any, str] = {
@@ -41,27 +42,34 @@ _KINDS: dict[Any, str] = {
 
 
 def load(file: Path, prefix: Path | None = None) -> Config:
-    """Reads dp.toml.
+    """Read dp.toml.
 
     Args:
-        prefix: everything that is kept lies below it, and relative paths start there. None means the
-            system's directories, and relative paths start at the file's own.
+        prefix: base of relative paths, and parent of the default directories. None: relative paths start at
+            the file's directory, and the default directories are the system's.
 
     Raises:
-        ConfigError: ``FILE:LINE: key: what is wrong; what would be right``.
+        ConfigError: ``FILE:LINE: key: what is wrong; remedy``.
     """
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"{file}: cannot be read ({error.strerror}); give a dp.toml with --config"
-        ) from None
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); set the path with --config") from None
     return parse(
         decode(content, str(file)), str(file), prefix, base=prefix if prefix is not None else file.parent
     )
 
 
 def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
+    """Parse the text of a dp.toml.
+
+    Args:
+        name: name of the file in error messages.
+        prefix: as in `load`.
+        base: directory that relative paths start at.
+
+    Raises ConfigError.
+    """
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -77,21 +85,22 @@ def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
         if not isinstance(value, dict):
             raise ConfigError(f"{where(key)}: is {value!r}; it must be a section, [{key}]")
 
+    deprecations = [notice for name in SECTIONS for notice in _rename(where, name, document.get(name, {}))]
     size = _read_value(where, "parallel", "data_parallel_size", document.get("parallel", {}), count=1)
     sections = {name: _read_section(where, name, document.get(name, {}), size) for name in SECTIONS}
-    config = _absolute(Config(**sections), prefix, base)
+    config = _absolute(Config(**sections, deprecations=tuple(deprecations)), prefix, base)
     _check_ports(where, config)
     _check_paths(where, config.paths)
     return config
 
 
 def document() -> str:
-    """docs/configuration.md."""
+    """Return docs/configuration.md."""
     lines = [
         "# dp.toml",
         "",
         "Generated from the declarations in `daemon/config/options.py` by `make docs`.",
-        "Every option has a default but `[model] path`. Unknown sections and keys are errors.",
+        "Every option except `[model] path` has a default. Unknown sections and keys are errors.",
     ]
     for section, cls in SECTIONS.items():
         lines += ["", f"## [{section}]", "", (cls.__doc__ or "").strip(), ""]
@@ -100,17 +109,22 @@ def document() -> str:
             kind = _KINDS[get_type_hints(cls)[option.name]]
             unit = f" ({option.metadata['unit']})" if option.metadata["unit"] else ""
             lines.append(f"| `{option.name}` | {kind}{unit} | {_shown(option)} | {option.metadata['help']} |")
+    lines += ["", "## Old names", "", "These names are still accepted; fd-dp and `fdctl check` report them."]
+    lines += ["", "| section | old name | new name |", "|---|---|---|"]
+    for section in SECTIONS:
+        lines += [f"| `[{section}]` | `{old}` | `{new}` |" for old, new in _old_names(section).items()]
     return "\n".join(lines) + "\n"
 
 
 class _Where:
-    """Finds the line of a key again, which tomllib forgets. Good enough for messages, and only for them."""
+    """Finds the lines of keys, which tomllib does not report. Approximate: only for messages."""
 
     def __init__(self, name: str, text: str) -> None:
         self._name = name
         self._lines: dict[str, int] = {}
+        self._written: dict[str, str] = {}
         section = ""
-        # Not splitlines(), which counts further characters as ends of lines.
+        # splitlines() also splits at characters that are no line ends in TOML.
         for number, line in enumerate(text.split("\n"), start=1):
             if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
                 section = header[1].replace('"', "").replace("'", "")
@@ -120,10 +134,37 @@ class _Where:
                 self._lines.setdefault(f"{section}.{word}" if section else word, number)
 
     def __call__(self, section: str, key: str = "") -> str:
-        """``FILE:LINE: key``. A default has no line of its own: then its section's, else the first."""
+        """Return ``FILE:LINE: key``. The line of a key that is not given is its section's, or else 1."""
         full = f"{section}.{key}" if key else section
-        line = self._lines.get(full) or self._lines.get(section) or 1
-        return f"{self._name}:{line}: {full}"
+        full = self._written.get(full, full)
+        return f"{self._name}:{self.line(section, full)}: {full}"
+
+    def line(self, section: str, full: str) -> int:
+        return self._lines.get(full) or self._lines.get(section) or 1
+
+    def rename(self, old: str, new: str) -> None:
+        """Report `new` at the line and by the name of `old`. Both are ``section.key``."""
+        self._written[new] = old
+
+
+def _old_names(section: str) -> dict[str, str]:
+    """Map the old names of a section's options to the current ones."""
+    options = fields(SECTIONS[section])
+    return {option.metadata["old_name"]: option.name for option in options if option.metadata["old_name"]}
+
+
+def _rename(where: _Where, section: str, table: dict[str, Any]) -> Iterable[str]:
+    """Replace old names in `table`. Yield a message for each."""
+    for old, new in _old_names(section).items():
+        if old not in table:
+            continue
+        place = where(section, old)
+        if new in table:
+            line = where.line(section, f"{section}.{new}")
+            raise ConfigError(f"{place}: is the old name of {new}, which line {line} sets, too; remove {old}")
+        table[new] = table.pop(old)
+        where.rename(f"{section}.{old}", f"{section}.{new}")
+        yield f"{place}: is the old name of {new}; rename it"
 
 
 def _read_section(where: _Where, section: str, table: dict[str, Any], size: int) -> Any:
@@ -153,7 +194,7 @@ def _read_value(where: _Where, section: str, key: str, table: dict[str, Any], co
     check = option.metadata["check"]
     complaint = check(value) if check else None
     if complaint:
-        # What is in a table or a list may be a secret.
+        # A table or a list may contain secrets.
         shown = "" if isinstance(value, Mapping | tuple) else f"is {value!r}; "
         raise ConfigError(f"{place}: {shown}{complaint}")
     return value
@@ -181,7 +222,7 @@ def _typed(place: str, kind: Any, value: Any) -> Any:
         if kind is str:
             _no_nul(place, value)
         return value
-    # What was to be a list of arguments or an environment may be a secret.
+    # A wrong value of arguments or environment may be a secret.
     shown = _kind(value) if kind in (tuple[str, ...], Mapping[str, str]) else repr(value)
     raise ConfigError(
         f"{place}: is {shown}; it must be a {_KINDS[kind]}".replace("be a integer", "be an integer")
@@ -189,15 +230,15 @@ def _typed(place: str, kind: Any, value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """Of which type it is, for people."""
+    """Return the type of a value, with an article."""
     if isinstance(value, list):
-        return "a list with something other than texts in it"
+        return "a list that does not only contain texts"
     kind = _KINDS.get(type(value), "table" if isinstance(value, dict) else type(value).__name__)
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _no_nul(place: str, value: str) -> None:
-    """execve() cannot carry it."""
+    """Reject NUL, which execve() cannot pass."""
     if "\0" in value:
         raise ConfigError(f"{place}: must not contain the character NUL")
 
@@ -213,7 +254,8 @@ def _ports(place: str, key: str, value: Any, count: int) -> tuple[int, ...]:
         )
     if len(ports) != count:
         raise ConfigError(
-            f"{place}: has {len(ports)} ports; parallel.data_parallel_size is {count}: it must have as many"
+            f"{place}: has {len(ports)} ports; it must have one per replica, "
+            f"and parallel.data_parallel_size is {count}"
         )
     for port in ports:
         if not 1 <= port <= 65535:
@@ -222,7 +264,7 @@ def _ports(place: str, key: str, value: Any, count: int) -> tuple[int, ...]:
 
 
 def _check_ports(where: _Where, config: Config) -> None:
-    """Loopback and 0.0.0.0 overlap, so one number may be used once, whatever the addresses are."""
+    """Require every port number to be used once, whatever the addresses: 0.0.0.0 includes loopback."""
     used = [("router", "port", "router.port", config.router.port)]
     for key in PORT_STEPS:
         ports = enumerate(getattr(config.engine, key))
@@ -233,13 +275,13 @@ def _check_ports(where: _Where, config: Config) -> None:
     for section, key, name, port in used:
         if port in owner:
             raise ConfigError(
-                f"{where(section, key)}: port {port} is {owner[port]} and {name}; use each port once"
+                f"{where(section, key)}: port {port} is both {owner[port]} and {name}; use each port once"
             )
         owner[port] = name
 
 
 def _absolute(config: Config, prefix: Path | None, base: Path) -> Config:
-    """Every path as the programs will see it, wherever they run."""
+    """Make every path absolute."""
     paths = {}
     for name, system in _SYSTEM_PATHS.items():
         default = prefix / name if prefix is not None else system
@@ -262,14 +304,13 @@ def _check_paths(where: _Where, paths: PathsSection) -> None:
         path = str(getattr(paths, name))
         if found := re.search(UNFIT_IN_INI, path):
             raise ConfigError(
-                f"{where('paths', name)}: is {path!r}; "
-                f"supervisord's configuration cannot carry {found[0]!r} there"
+                f"{where('paths', name)}: is {path!r}; supervisord does not support {found[0]!r} in paths"
             )
-    length = len(os.fsencode(paths.run))
-    if length > _LONGEST_RUN_DIRECTORY:
+    length, longest = len(os.fsencode(paths.run)), MAX_SOCKET_PATH - len(f"/{_LONGEST_SOCKET}")
+    if length > longest:
         raise ConfigError(
-            f"{where('paths', 'run')}: {paths.run} has {length} bytes; sockets lie there, so it may have "
-            f"at most {_LONGEST_RUN_DIRECTORY}: use a shorter --prefix or [paths] run"
+            f"{where('paths', 'run')}: {paths.run} has {length} bytes; the limit is {longest}, because the "
+            f"paths of the sockets in it may have {MAX_SOCKET_PATH}; use a shorter --prefix or [paths] run"
         )
 
 

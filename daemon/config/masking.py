@@ -1,4 +1,4 @@
-"""Command lines and environments without the values that may be secrets, for terminals and logs. Pure."""
+"""Masks secrets in command lines and environments for terminals and logs. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 MASK = "***"
-#: Neither a file's path (--api-keys-file) nor a number of tokens (--max-num-batched-tokens) is a secret.
+#: Names of flags and variables with secret values. Paths of files (--api-keys-file) and numbers of tokens
+#: (--max-num-batched-tokens) are not secret.
 _SECRET = re.compile(
     r"key|secret|passw|passphrase|authorization|bearer|cookie|token(?!s\b|s_|iz)", re.IGNORECASE
 )
@@ -17,18 +18,18 @@ _API_KEY = "--api-key"
 
 
 def is_secret(name: str) -> bool:
-    """Whether the value of this flag (also as "--flag=value") or environment variable is to be hidden."""
+    """Return whether a flag ("--flag" or "--flag=value") or environment variable has a secret value."""
     name = name.partition("=")[0]
     return bool(_SECRET.search(name)) and not _PATH.search(name)
 
 
 def value(text: str) -> str:
-    """Without what a URL in it says of users and passwords."""
+    """Mask users and passwords of URLs."""
     return _USER_IN_URL.sub(MASK, text)
 
 
 def word(flag: str) -> str:
-    """One word of a command line: "--api-key=abc" hides its value by itself."""
+    """Mask one word of a command line, for example the value in "--api-key=abc"."""
     name, equals, _ = flag.partition("=")
     return f"{name}={MASK}" if equals and flag.startswith("-") and is_secret(name) else value(flag)
 
@@ -49,9 +50,9 @@ def env(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def secret_in(words: Iterable[str]) -> str | None:
-    """What among these words of a command line stands for a secret, without the secret; None if nothing does.
+    """Return the name of the first secret in a command line, or None.
 
-    "--flag VALUE", written as one word by mistake, is seen through, and so are abbreviations of --api-key.
+    "--flag VALUE" in one word and abbreviations of --api-key are recognized.
     """
     for part in (part for each in words for part in each.split()):
         name, equals, _ = part.partition("=")

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a configuration before any process is touched for it."""
+"""Checks of a configuration before any process is started or stopped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _KEY_VARIABLES = ("FD_API_KEY", "FD_ROUTER_REGISTER_KEY", "FD_ROUTER_ADMIN_KEY")
 
 
 def checked_programs_of(config: Config) -> list[Program]:
-    """`programs_of`, after a look at addresses, keys, all command lines and the checkpoint.
+    """Return `programs_of(config)` after a check of addresses, keys, command lines and the checkpoint.
 
-    Raises:
-        ConfigError: one of them is wrong, and every process started with it would fail.
+    Raises ConfigError if a process could not start with it.
     """
     _check_host("[engine] host", config.engine.host)
     _check_host("[router] host", config.router.host)
@@ -41,14 +40,14 @@ def checked_programs_of(config: Config) -> list[Program]:
 
 
 def exposed_secrets(file: Path, config: Config) -> str:
-    """A warning if everybody can read secrets in dp.toml, else ""."""
+    """Return a warning if dp.toml contains secrets and every user can read it, or ""."""
     mode = file.stat().st_mode
     names = [name for section in (config.engine, config.router) for name in section.env]
     secrets = sorted({name for name in names if masking.is_secret(name)})
     if not mode & stat.S_IROTH or not secrets:
         return ""
     return (
-        f"{file}: every user of this machine can read it (mode {stat.S_IMODE(mode):04o}), and it holds "
+        f"{file}: every user of this machine can read it (mode {stat.S_IMODE(mode):04o}), and it contains "
         f"{', '.join(secrets)}; chmod 640 it"
     )
 
@@ -61,15 +60,15 @@ def _check_host(option: str, host: str) -> None:
 
 
 def _check_keys(option: str, file: str) -> None:
-    """Credentials are those of the unit in which the programs run: nobody else can look at them."""
+    """Check a key file. Credentials are skipped: only the programs' own systemd unit can read them."""
     if file and not file.startswith(CREDENTIAL):
         keys_in(option, Path(file))
 
 
 def _check_router(program: Program) -> int:
-    """Return the size of the largest request body that it forwards."""
+    """Return the maximum size of a request body that the router forwards."""
     arguments = file_parser().parse_args(program.flags)
-    # Keys may be its own credentials, which nobody else can read.
+    # Keys may be credentials, which only the router's own systemd unit can read.
     arguments.api_keys_file = arguments.register_keys_file = arguments.admin_keys_file = None
     try:
         return settings_of(arguments).max_body_bytes
@@ -78,11 +77,11 @@ def _check_router(program: Program) -> int:
 
 
 def _check_replica(program: Program, largest_body: int) -> None:
-    """One stands for all: they differ in their ports only."""
-    # The demo model may be kept elsewhere for the replicas than for us.
+    """Check one replica. The others differ only in their ports."""
+    # The replicas may have another model cache than this process.
     if "FD_MODEL_CACHE" in program.env:
         return
-    # Only here: the daemon itself can do without what these bring along.
+    # Imported here, because only this check needs the engine's modules.
     from ...config import ModelConfig
     from ...entrypoints.openai.options import parse_arguments
 
@@ -95,5 +94,5 @@ def _check_replica(program: Program, largest_body: int) -> None:
     if config.max_body_bytes < largest_body:
         raise ConfigError(
             f"[engine] extra_args: --max-body-bytes is {config.max_body_bytes} for the replicas and "
-            f"{largest_body} for the router; the replicas' must not be less"
+            f"{largest_body} for the router; the replicas' limit must not be lower"
         )

@@ -1,4 +1,4 @@
-"""Config -> the programs that shall run: one router and N replicas. Pure: nothing is started or written."""
+"""Derives programs from a configuration: one router and N replicas. Pure: nothing is started or written."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .loader import Config
 
 ROUTER = "router"
 
-#: Open requests of a replica get so long after SIGTERM, then an error event. The worker needs a moment to end
-#: and the clients one to read it; the router passes it on, so it lives longer. Together they stay below the
-#: daemon's own patience at its end. `extra_args` may say otherwise.
+#: Seconds that in-flight requests get after SIGTERM; then their streams end with an error event. The router
+#: forwards that event, so it gets more time than the replicas. Both are less than the daemon's shutdown grace
+#: period (main.py). `extra_args` can override them.
 _REPLICA_GRACE = 5
 _ROUTER_GRACE = 8
 _GROUP_FLAG = "--expert-parallel-group"
@@ -36,26 +36,27 @@ _NAME = re.compile(r"router|replica[0-9]{1,5}")
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One supervised program: what is executed, and where it can be asked how it is."""
+    """Supervised program: its command line, environment, ports and probes."""
 
     name: str
     argv: tuple[str, ...]
-    #: Added to the daemon's own environment.
+    #: Additions to the daemon's own environment.
     env: Mapping[str, str]
-    #: Every port it listens on; the first one answers GET /health.
+    #: All ports that it listens on; the first one answers GET /health.
     ports: tuple[int, ...]
-    #: Where the daemon's probes connect.
+    #: Address for the daemon's probes.
     host: str = "127.0.0.1"
-    #: The model's name in a readiness probe; empty lets the replica choose its own.
+    #: Model name in a readiness probe; empty: the replica's own.
     model: str = ""
-    #: So many seconds after SIGTERM supervisord kills it. That, too, cannot be changed while it runs.
+    #: Seconds from SIGTERM to SIGKILL by supervisord. A change needs a restart.
     stop_timeout: float = 30.0
-    #: A file with more words, which it reads at its start and again at SIGHUP; empty: there is none.
+    #: File with more arguments, read at its start and at SIGHUP; empty: none.
     flags_file: str = ""
-    #: Those words, and what they say that SIGHUP cannot change.
+    #: Arguments in that file.
     flags: tuple[str, ...] = ()
+    #: Settings among `flags` that SIGHUP cannot change.
     fixed: tuple[str, ...] = ()
-    #: Changes whenever something changes that the running process would have to be restarted for.
+    #: Hash of everything that needs a restart when it changes.
     hash: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,12 +72,12 @@ class Program:
 
     @property
     def label(self) -> str:
-        """How people are told about it: "router", "replica 3"."""
+        """Return its name for people: "router", "replica 3"."""
         return ROUTER if self.replica is None else f"replica {self.replica}"
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Its whole command line, wherever the words lie."""
+        """Return its command line, with the arguments in the flags file."""
         return (*self.argv, *self.flags)
 
     @property
@@ -85,20 +86,20 @@ class Program:
 
     @property
     def flags_hash(self) -> str:
-        """What a process answers that has read `flags_text`."""
+        """Return the hash that a process reports after it has read `flags_text`."""
         return fingerprint(self.flags_text.encode())
 
     def runs_as(self, other: Program) -> bool:
-        """Whether a process of this program needs neither a restart nor SIGHUP to be one of `other`."""
+        """Return whether `other` differs neither in what needs a restart nor in its flags."""
         return (self.hash, self.flags) == (other.hash, other.flags)
 
     @property
     def launch_name(self) -> str:
-        """Of its launch file. Older ones stay beside it for as long as something runs that they describe."""
+        """Return the name of its launch file. Older launch files stay while their process runs."""
         return f"{self.name}-{self.hash}.json"
 
     def launch_text(self, run: Path) -> str:
-        """What fd-run reads: the program, and in its environment the marks that its processes carry."""
+        """Return the launch file for fd-run. The environment marks every process of the program."""
         content = {
             "name": self.name,
             "argv": self.argv,
@@ -114,9 +115,9 @@ class Program:
 
     @classmethod
     def from_launch_text(cls, text: str) -> Program:
-        """Without its `flags`: they lie elsewhere, and change while it runs.
+        """Return the program of a launch file, without `flags`, which change while it runs.
 
-        Raises ValueError for a text that `launch_text` did not write.
+        Raises ValueError for a text that is not from `launch_text`.
         """
         content = parse_json(text)
         try:
@@ -126,7 +127,7 @@ class Program:
 
     @classmethod
     def _from_launch(cls, content: Any) -> Program:
-        # No conversions: 30 and 30.0 have different hashes.
+        # Do not convert numbers: 30 and 30.0 have different hashes.
         program = cls(
             name=_of(str, content["name"]),
             argv=tuple(_of(str, word) for word in content["argv"]),
@@ -141,19 +142,19 @@ class Program:
             fixed=tuple(_of(str, word) for word in content["fixed"]),
         )
         if not program.argv or not program.ports or not _NAME.fullmatch(program.name):
-            raise TypeError("a name, words and ports are expected")
+            raise TypeError("a name, arguments and ports are expected")
         return program
 
 
 def _of(kind: Any, value: Any) -> Any:
-    """Return `value` if it is of this kind. Raises TypeError."""
+    """Return `value` if it has this type. Raises TypeError."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{value!r} has the wrong type")
     return value
 
 
 def programs_of(config: Config) -> list[Program]:
-    """The router first, then the replicas in order."""
+    """Return the router and the replicas in order."""
     return [
         _router(config),
         *(_replica(config, index) for index in range(config.parallel.data_parallel_size)),
@@ -161,11 +162,11 @@ def programs_of(config: Config) -> list[Program]:
 
 
 def expert_group_of(config: Config) -> str:
-    """The name of the expert-parallel group in which the replicas meet.
+    """Return the name of the expert-parallel group of the replicas.
 
-    It stands for this deployment, and for all of its configuration that ranks must, or may have to, agree on.
-    So while a reload replaces one replica after the other, the new ones form a group of their own and the old
-    group shrinks. Of the environment it has only what texts depend on: the name is no place for secrets.
+    It is a hash of the deployment and of every setting that the ranks must agree on. During a reload the new
+    replicas form a new group while the old one shrinks. FD_ISA is the only variable in it that changes
+    results.
     """
     model, parallel, engine = config.model, config.parallel, config.engine
     parts = [
@@ -177,17 +178,17 @@ def expert_group_of(config: Config) -> str:
 
 
 def admin_socket(run: Path) -> Path:
-    """On which the router takes orders."""
+    """Return the path of the router's admin socket."""
     return run / "router.sock"
 
 
 def expert_group_in(argv: Sequence[str]) -> str | None:
-    """The group that a replica with this command line joins."""
+    """Return the name of the expert-parallel group in a replica's command line."""
     return flag_in(argv, _GROUP_FLAG)
 
 
 def flag_in(argv: Sequence[str], name: str) -> str | None:
-    """The value of a flag: the last, as `extra_args` may add another."""
+    """Return the last value of a flag, because `extra_args` may repeat it."""
     found = None
     for word, next_word in pairwise([*argv, ""]):
         flag, equals, value = word.partition("=")
@@ -197,14 +198,14 @@ def flag_in(argv: Sequence[str], name: str) -> str | None:
 
 
 def connectable(host: str) -> str:
-    """The address under which a listener on `host` is reached from this machine."""
+    """Return the address that reaches a listener on `host` from this machine."""
     if not host or is_wildcard(host):
         return "::1" if ":" in host else "127.0.0.1"
     return host
 
 
 def address(host: str, port: int) -> str:
-    """HOST:PORT, with the brackets that an IPv6 address needs."""
+    """Return HOST:PORT, with brackets around an IPv6 address."""
     return authority(connectable(host), port)
 
 
@@ -214,10 +215,8 @@ def _router(config: Config) -> Program:
     flags += ["--registry-file", str(config.paths.state / "replicas.json")]
     flags += ["--admin-socket", str(admin_socket(config.paths.run))]
     flags += ["--request-timeout-secs", f"{router.request_timeout:g}"]
-    if router.workers != 1:
-        flags += ["--workers", str(router.workers)]
-    if router.progress_timeout != 90.0:
-        flags += ["--progress-timeout-secs", f"{router.progress_timeout:g}"]
+    flags += ["--progress-timeout-secs", f"{router.progress_timeout:g}"]
+    flags += ["--workers", str(router.workers)]
     flags += ["--graceful-timeout-secs", str(_ROUTER_GRACE)]
     if router.api_keys_file:
         flags += ["--api-keys-file", router.api_keys_file]
@@ -251,7 +250,7 @@ def _replica(config: Config, index: int) -> Program:
         argv += ["--served-model-name", config.model.served_name]
     argv += ["--host", engine.host, "--port", str(engine.ports[index])]
     argv += ["--metrics-port", str(engine.metrics_ports[index])]
-    # Its own alone: a change of another's is none of this one.
+    # Only this replica's port: a change of another one must not restart it.
     argv += ["--engine-worker-queue-port", str(engine.engine_worker_queue_ports[index])]
     argv += ["--local-data-parallel-id", str(index)]
     argv += ["--data-parallel-size", str(parallel.data_parallel_size)]
@@ -259,10 +258,7 @@ def _replica(config: Config, index: int) -> Program:
     argv += ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
     if engine.num_gpu_blocks_override:
         argv += ["--num-gpu-blocks-override", str(engine.num_gpu_blocks_override)]
-    if engine.device != "auto":
-        argv += ["--device", engine.device]
-    if engine.dtype != "bfloat16":
-        argv += ["--dtype", engine.dtype]
+    argv += ["--device", engine.device, "--dtype", engine.dtype]
     if engine.quantization:
         argv += ["--quantization", engine.quantization]
     if engine.threads:
@@ -275,8 +271,7 @@ def _replica(config: Config, index: int) -> Program:
             argv += ["--redundant-experts", str(parallel.redundant_experts)]
         if parallel.balance_experts:
             argv.append("--enable-eplb")
-        if parallel.stall_kill != 60.0:
-            argv += ["--expert-parallel-stall-kill", f"{parallel.stall_kill:g}"]
+        argv += ["--expert-parallel-stall-kill", f"{parallel.collective_timeout:g}"]
     if engine.api_keys_file:
         argv += ["--api-keys-file", engine.api_keys_file]
     argv += ["--router", address(config.router.host, config.router.port)]

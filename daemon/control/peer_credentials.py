@@ -1,4 +1,4 @@
-"""Who is at the other end of a unix socket, as the kernel says, and who of them may give orders."""
+"""Peer credentials of unix sockets, and the permission to send commands."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 _CREDENTIALS = struct.Struct("iII")
 #: asm-generic/socket.h; the socket module has no name for it.
 _SO_PEERGROUPS = 59
-#: More than Python's getsockopt takes at a time.
-_MOST_GROUPS = 256
+#: Python's getsockopt returns at most 1024 bytes.
+_MAX_GROUPS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A process as it was when it connected: what it becomes afterwards gives it no rights here."""
+    """Credentials of a process at the time when it connected."""
 
     pid: int
     uid: int
-    #: Its primary and all other groups.
+    #: Primary and supplementary groups.
     groups: frozenset[int]
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Peer:
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """Raises OSError if the kernel does not tell."""
+    """Return the credentials of the process at the other end. Raises OSError."""
     pid, uid, gid = _CREDENTIALS.unpack(
         connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     )
@@ -40,7 +40,7 @@ def peer_of(connection: socket.socket) -> Peer:
 
 
 def may_command(peer: Peer, uid: int, gid: int) -> bool:
-    """Root, the daemon's own user, and the members of its group."""
+    """Return whether a peer is root, the daemon's user, or in the daemon's group."""
     return peer.uid in (0, uid) or gid in peer.groups
 
 
@@ -48,7 +48,7 @@ def user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return "a user without a name"
+        return "unknown user"
 
 
 def group_name(gid: int) -> str:
@@ -58,22 +58,22 @@ def group_name(gid: int) -> str:
         return str(gid)
 
 
-def who_may(uid: int, gid: int) -> str:
-    """For people: "root, user fd and members of group fd"."""
+def permitted(uid: int, gid: int) -> str:
+    """Return who may send commands, for people: "root, user fd and members of group fd"."""
     own = "" if uid == 0 else f", user {user_name(uid)}"
     return f"root{own} and members of group {group_name(gid)}"
 
 
-def own_rights() -> str:
-    return who_may(os.geteuid(), os.getegid())
+def permitted_here() -> str:
+    return permitted(os.geteuid(), os.getegid())
 
 
 def _other_groups(connection: socket.socket, uid: int, gid: int) -> Iterable[int]:
     try:
-        found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
+        found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
     except OSError as error:
         if error.errno != errno.ERANGE:
             raise
-        # It has more of them: those that it got when it logged in.
+        # Too many for one call. Return the groups of the user instead.
         return os.getgrouplist(user_name(uid), gid)
     return struct.unpack(f"{len(found) // 4}I", found)

@@ -1,8 +1,8 @@
-"""fdctl's protocol: JSON, one object a line, over a unix socket of the daemon's user and group.
+"""fdctl's protocol: one JSON object per line over a unix socket of the daemon's user and group.
 
-A client sends one command and reads lines until the daemon closes: any number of ``{"line": "..."}`` for
-people and ``{"event": {...}}`` for programs, then one ``{"code": 0, ...}`` with the result. It may leave
-before that; the command goes on. The daemon's end is in server.py.
+A client sends one command and reads until the daemon closes the connection: any number of ``{"line": "..."}``
+for people and ``{"event": {...}}`` for programs, then ``{"code": 0, ...}`` with the result. If it disconnects
+earlier, the command continues. server.py is the daemon's end.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any
 
 from ...common.errors import FastDeployError
 from ...common.foreign_text import parse_json, printable
+from ..config.loader import MAX_SOCKET_PATH
 from . import peer_credentials
 
-#: Exit codes of fdctl, and the `code` of every answer.
+#: Exit codes of fdctl, and the `code` of every result.
 OK, FAILED, USAGE, NO_DAEMON, BAD_CONFIG, BUSY, NO_GROUP, DENIED = range(8)
-#: Of fdctl only: Ctrl-C. What it has asked for goes on.
+#: Exit code of fdctl after Ctrl-C. The command continues.
 DETACHED = 130
 
-#: Between two tries to connect, in seconds.
-_AGAIN = 0.05
+#: Seconds between two attempts to connect.
+_RETRY_INTERVAL = 0.05
 
 
 def socket_path(run: Path) -> Path:
@@ -34,25 +35,29 @@ def socket_path(run: Path) -> Path:
 
 
 class DaemonUnreachable(FastDeployError):
-    """Nobody listens on the socket, or whoever does has gone in the middle of an answer."""
+    """No daemon listens on the socket, or it closed the connection before the result."""
 
 
 class NotAllowed(FastDeployError):
-    """The socket, or the directory in which it lies, is not open to this user."""
+    """This user has no access to the socket or its directory."""
 
 
 def request(path: Path, command: dict[str, Any], timeout: float | None) -> Iterator[dict[str, Any]]:
-    """The client's end: sends one command and yields what comes back, the result last.
+    """Send a command and yield the daemon's messages. The last one is the result.
 
     Raises:
-        DaemonUnreachable: with what to do about it.
-        NotAllowed: the same.
+        DaemonUnreachable, NotAllowed: the text names a remedy.
     """
+    if (length := len(os.fsencode(path))) > MAX_SOCKET_PATH:
+        raise DaemonUnreachable(
+            f"{path} has {length} bytes, but the path of a socket may have at most {MAX_SOCKET_PATH}; "
+            "use a shorter --prefix or --socket"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
             _connect(connection, path, timeout)
-            # Whoever is refused is told so, and not listened to.
+            # A daemon that rejects the client answers without reading.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(json.dumps(command).encode() + b"\n")
             with connection.makefile("rb") as stream:
@@ -64,20 +69,20 @@ def request(path: Path, command: dict[str, Any], timeout: float | None) -> Itera
                     if "code" in message:
                         return
         except (FileNotFoundError, ConnectionRefusedError):
-            raise DaemonUnreachable(_what_is_missing(path)) from None
+            raise DaemonUnreachable(_why_unreachable(path)) from None
         except PermissionError:
-            raise NotAllowed(_not_allowed(path)) from None
+            raise NotAllowed(_why_not_allowed(path)) from None
         except OSError as error:
-            raise DaemonUnreachable(f"fd-dp on {path} cannot be asked ({error})") from None
+            raise DaemonUnreachable(f"cannot talk to fd-dp on {path} ({error})") from None
         except ValueError as error:
             raise DaemonUnreachable(
-                f"the process that listens on {path} does not answer as fd-dp does ({printable(error)})"
+                f"the process that listens on {path} does not answer like fd-dp ({printable(error)})"
             ) from None
-        raise DaemonUnreachable(f"fd-dp on {path} ended before it answered")
+        raise DaemonUnreachable(f"fd-dp on {path} closed the connection without an answer")
 
 
 def _connect(connection: socket.socket, path: Path, timeout: float | None) -> None:
-    """Where many connect at the same time the kernel tells those with a timeout to come back."""
+    """Connect. A socket with a timeout gets EAGAIN while the daemon's backlog is full."""
     deadline = time.monotonic() + (timeout or 0.0)
     while True:
         try:
@@ -86,20 +91,20 @@ def _connect(connection: socket.socket, path: Path, timeout: float | None) -> No
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(_AGAIN)
+            time.sleep(_RETRY_INTERVAL)
 
 
-def _what_is_missing(path: Path) -> str:
-    missing, remedy = f"no fd-dp listens on {path}", "start it, or give its --prefix"
+def _why_unreachable(path: Path) -> str:
+    missing, remedy = f"no fd-dp listens on {path}", "start it, or pass its --prefix"
     if not path.parent.is_dir():
         return f"{missing}: there is no directory {path.parent}; {remedy}"
     if pid := _holder(path.parent / "fd-dp.lock"):
-        return f"{missing}, but fd-dp, pid {pid}, is alive; it tries again every second, and its log says why"
+        return f"{missing}, but fd-dp runs with pid {pid}; it tries again every second, and its log says why"
     return f"{missing}; {remedy}"
 
 
 def _holder(lock: Path) -> int | None:
-    """Return the pid of the process that holds a lock. To try the lock could refuse it to a new fd-dp."""
+    """Return the pid of the process that holds a lock. Locking the file could disturb a new daemon."""
     try:
         inode = lock.stat().st_ino
         lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
@@ -111,11 +116,11 @@ def _holder(lock: Path) -> int | None:
     return next((pid for pid in holders if pid > 0), None)
 
 
-def _not_allowed(path: Path) -> str:
+def _why_not_allowed(path: Path) -> str:
     try:
         directory = path.parent.stat()
     except OSError:
-        return f"{path.parent} is not open to you; be root, or the user of fd-dp"
-    may = peer_credentials.who_may(directory.st_uid, directory.st_gid)
+        return f"no access to {path.parent}; try again as root or as the user of fd-dp"
+    permitted = peer_credentials.permitted(directory.st_uid, directory.st_gid)
     user = peer_credentials.user_name(os.geteuid())
-    return f"fd-dp on {path} is not open to {user}: only {may} may talk to it"
+    return f"{user} has no access to fd-dp on {path}: only {permitted} may talk to it"

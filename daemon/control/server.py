@@ -1,7 +1,7 @@
-"""The daemon's end of its control socket (protocol.py has the protocol).
+"""The daemon's end of the control socket; protocol.py describes the protocol.
 
-No client can make the daemon wait: what one does not read is kept for it, up to a limit, and one that says
-nothing gives way when there are too many.
+Clients cannot block the daemon: unread messages are buffered up to a limit, and when there are too many
+clients, an idle one is disconnected.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .protocol import BUSY, DENIED, FAILED, USAGE
 
 log = logging.getLogger("fd-dp")
 
-#: Commands that change nothing; who gives another is told to the log.
-_LOOKS = frozenset({"status", "why"})
-_LONGEST_LINE = 1 << 16
-_MOST_UNREAD = 1 << 20
-_MOST_CLIENTS = 64
-_TOLD = 200
+#: Read-only commands. All others are logged with their sender.
+_READ_ONLY = frozenset({"status", "why"})
+_MAX_LINE = 1 << 16
+_MAX_UNREAD = 1 << 20
+_MAX_CLIENTS = 64
+_MAX_LOGGED = 200
 
 
 class Conversation:
-    """One client, from its command to the result.
+    """Connection of one client, from its command to the result.
 
     Args:
-        heard: is given the command when all of it is there.
+        on_command: called with the complete command.
     """
 
     def __init__(
@@ -43,28 +43,28 @@ class Conversation:
         connection: socket.socket,
         peer: Peer,
         selector: selectors.BaseSelector,
-        heard: Callable[[dict[str, Any], Conversation], None],
+        on_command: Callable[[dict[str, Any], Conversation], None],
     ) -> None:
         connection.setblocking(False)
         self.peer = peer
         self._connection = connection
         self._selector = selector
-        self._heard = heard
+        self._on_command = on_command
         self._received = b""
         self._unsent = bytearray()
-        self._asked = self._ended = False
+        self._has_command = self._ended = False
         self._reads = True
         self._watched = 0
 
     @property
     def is_over(self) -> bool:
-        """It has its result, or has gone."""
+        """The client has its result or has disconnected."""
         return self._connection.fileno() < 0
 
     @property
-    def is_waited_for(self) -> bool:
-        """It has yet to say what it wants, or to read what it was told."""
-        return not self._asked or bool(self._unsent)
+    def is_idle(self) -> bool:
+        """The client has not yet sent its command, or has not read its messages."""
+        return not self._has_command or bool(self._unsent)
 
     def listen(self) -> None:
         self._watch()
@@ -76,11 +76,11 @@ class Conversation:
         self._send({"event": event})
 
     def end(self, code: int, **result: Any) -> None:
-        self._asked = self._ended = True
+        self._has_command = self._ended = True
         self._send({"code": code, **result})
 
     def close(self) -> None:
-        """At once; what is unsent is lost."""
+        """Disconnect at once. Unsent messages are lost."""
         if not self.is_over:
             self._reads = False
             self._unsent.clear()
@@ -88,11 +88,11 @@ class Conversation:
             self._connection.close()
 
     def _send(self, message: dict[str, Any]) -> None:
-        # A client that has gone or does not read is no reason to stop what it has asked for.
+        # A client that disconnects or does not read must not stop its command.
         if self.is_over:
             return
         self._unsent += json.dumps(message).encode() + b"\n"
-        if len(self._unsent) > _MOST_UNREAD:
+        if len(self._unsent) > _MAX_UNREAD:
             self.close()
         else:
             self._flush()
@@ -118,14 +118,14 @@ class Conversation:
 
     def _receive(self) -> None:
         try:
-            data = self._connection.recv(_LONGEST_LINE)
+            data = self._connection.recv(_MAX_LINE)
         except BlockingIOError:
             return
         except OSError:
             self.close()
             return
-        if self._asked:
-            self._has_said_more(data)
+        if self._has_command:
+            self._after_command(data)
             return
         self._received += data
         try:
@@ -134,18 +134,19 @@ class Conversation:
             self.end(USAGE, error=f"not a command: {error}")
             return
         if command is not None:
-            self._asked = True
+            self._has_command = True
             try:
-                self._heard(command, self)
+                self._on_command(command, self)
             except Exception as fault:
-                log.exception("the command %s failed", json.dumps(command)[:_TOLD])
+                log.exception("the command %s failed", json.dumps(command)[:_MAX_LOGGED])
                 self.end(FAILED, error=f"internal error in fd-dp ({fault!r}); its log has the stack trace")
 
-    def _has_said_more(self, data: bytes) -> None:
-        """It has closed its end, mostly. Whether it still reads, sending nothing tells."""
+    def _after_command(self, data: bytes) -> None:
+        """Ignore further data. At end of file, disconnect unless the client still reads."""
         if data:
             return
         self._reads = False
+        # Sending nothing fails if the client has closed both directions.
         try:
             self._connection.send(b"")
         except OSError:
@@ -154,7 +155,7 @@ class Conversation:
             self._watch()
 
     def _watch(self) -> None:
-        """Is woken for what it waits for, and for nothing else."""
+        """Register for exactly the events that this connection waits for."""
         wanted = (selectors.EVENT_READ if self._reads else 0) | (selectors.EVENT_WRITE if self._unsent else 0)
         if wanted == self._watched:
             return
@@ -168,7 +169,10 @@ class Conversation:
 
 
 class ControlServer:
-    """The daemon's end. The caller holds the lock of the run directory: a socket found there is stale."""
+    """Listening socket and its clients.
+
+    The caller holds the lock of the run directory, so an existing socket is stale.
+    """
 
     def __init__(
         self,
@@ -179,10 +183,10 @@ class ControlServer:
         self._path = path
         self._selector = selector
         self._handle = handle
-        #: In the order in which they came.
+        #: Oldest first.
         self._conversations: list[Conversation] = []
         self._is_watched = False
-        self._listener = UnixListener(path, 0o660, backlog=_MOST_CLIENTS)
+        self._listener = UnixListener(path, 0o660, backlog=_MAX_CLIENTS)
         self.listen()
 
     def listen(self) -> str:
@@ -197,7 +201,7 @@ class ControlServer:
         except OSError as error:
             return f"cannot listen on {self._path}: {error.strerror or error}"
         finally:
-            # After a failure, too: the path can come back, for example when a mount over it goes.
+            # Also after a failure: the path may come back, for example when a mount over it is removed.
             if self._is_watched:
                 self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
         return ""
@@ -214,43 +218,44 @@ class ControlServer:
             connection, _ = self._listener.socket.accept()
             peer = peer_credentials.peer_of(connection)
         except OSError as error:
-            # It has gone already, or we are out of descriptors.
-            log.warning("fdctl cannot be answered: %s", error)
+            # The client has disconnected, or no file descriptor is left.
+            log.warning("cannot accept a connection of fdctl: %s", error)
             return
-        conversation = Conversation(connection, peer, self._selector, self._heard)
+        conversation = Conversation(connection, peer, self._selector, self._on_command)
         if not peer_credentials.may_command(peer, os.geteuid(), os.getegid()):
-            log.warning("refused to talk to %s: only %s may", peer, peer_credentials.own_rights())
-            conversation.end(DENIED, error=f"only {peer_credentials.own_rights()} may talk to fd-dp")
+            permitted = peer_credentials.permitted_here()
+            log.warning("rejected connection of %s: only %s may talk to fd-dp", peer, permitted)
+            conversation.end(DENIED, error=f"only {permitted} may talk to fd-dp")
             conversation.close()
         elif not self._make_room():
-            log.warning("refused to talk to %s: %d clients are connected", peer, _MOST_CLIENTS)
-            conversation.end(BUSY, error=f"{_MOST_CLIENTS} clients are connected; try again later")
+            log.warning("rejected connection of %s: %d clients are connected", peer, _MAX_CLIENTS)
+            conversation.end(BUSY, error=f"{_MAX_CLIENTS} clients are connected; try again later")
             conversation.close()
         else:
             self._conversations.append(conversation)
             conversation.listen()
 
     def _make_room(self) -> bool:
-        """Whoever keeps us waiting longest gives way; False if nobody does."""
+        """Return whether there is room for one more client. If not, disconnect the oldest idle one first."""
         self._conversations = [each for each in self._conversations if not each.is_over]
-        if len(self._conversations) < _MOST_CLIENTS:
+        if len(self._conversations) < _MAX_CLIENTS:
             return True
-        slow = next((each for each in self._conversations if each.is_waited_for), None)
-        if slow is not None:
-            slow.close()
-        return slow is not None
+        idle = next((each for each in self._conversations if each.is_idle), None)
+        if idle is not None:
+            idle.close()
+        return idle is not None
 
-    def _heard(self, command: dict[str, Any], conversation: Conversation) -> None:
-        if command.get("do") not in _LOOKS:
-            log.info("%s asks for %s", conversation.peer, json.dumps(command)[:_TOLD])
+    def _on_command(self, command: dict[str, Any], conversation: Conversation) -> None:
+        if command.get("do") not in _READ_ONLY:
+            log.info("%s asks for %s", conversation.peer, json.dumps(command)[:_MAX_LOGGED])
         self._handle(command, conversation)
 
 
 def _command_in(received: bytes, complete: bool) -> dict[str, Any] | None:
-    """The command, None while it is incomplete. Raises ValueError for anything else."""
+    """Return the command, or None while it is incomplete. Raises ValueError if it is invalid."""
     line, newline, _ = received.partition(b"\n")
     if not newline:
-        if complete or len(received) > _LONGEST_LINE:
+        if complete or len(received) > _MAX_LINE:
             raise ValueError("a command is one line of JSON")
         return None
     command = parse_json(line)

@@ -1,4 +1,4 @@
-"""What the daemon says about itself: the stable schema of `fdctl status --json`, and one line of it."""
+"""The daemon's status: the stable schema of `fdctl status --json`, and a one-line summary."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def status(
     supervisord: int,
     problems: list[str],
 ) -> dict[str, Any]:
-    replicas = [_entry(fleet, replica) for replica in fleet.replicas.values() if replica.name != ROUTER]
-    router = fleet.replicas.get(ROUTER)
+    """Return the answer to the command `status`. docs/fdctl.md describes its fields."""
+    replicas = [_entry(fleet, replica) for replica in fleet.replicas.values()]
+    router = fleet.programs.get(ROUTER)
     return {
         "daemon": {
             "pid": os.getpid(),
@@ -45,7 +46,7 @@ def status(
 
 
 def why(fleet: Fleet, replica: SupervisedProgram, now: float) -> dict[str, Any]:
-    """What `fdctl why` adds to the status of one program."""
+    """Return the answer to the command `why`: the status of a program and more about it."""
     return {
         **_entry(fleet, replica),
         "for": round(max(0.0, now - replica.since), 1),
@@ -58,42 +59,46 @@ def why(fleet: Fleet, replica: SupervisedProgram, now: float) -> dict[str, Any]:
 
 
 def all_ready(fleet: Fleet) -> bool:
-    """Everything that is not held answers, and the router knows all of it."""
-    wanted = (replica for replica in fleet.replicas.values() if not replica.left_down)
+    """Return whether every program that should run is READY and every replica is registered."""
+    wanted = (replica for replica in fleet.programs.values() if not replica.left_down)
     return (
         fleet.adopted
         and all(replica.state is ProgramState.READY for replica in wanted)
-        and fleet.all_registered()
+        and fleet.router.has_registered(fleet.replicas.values())
     )
 
 
-def usable(fleet: Fleet) -> bool:
-    """Requests are answered, unless the operator wants none to be, and everything has been tried once."""
-    wanted = {replica.name: replica for replica in fleet.replicas.values() if not replica.left_down}
+def is_usable(fleet: Fleet) -> bool:
+    """Return whether every program has been started once and requests are answered.
+
+    The latter does not count if the operator has stopped all replicas.
+    """
+    wanted = {replica.name: replica for replica in fleet.programs.values() if not replica.left_down}
     router = wanted.pop(ROUTER, None)
     states = {replica.state for replica in wanted.values()}
     if not fleet.adopted or states & {ProgramState.WAITING, ProgramState.STARTING}:
         return False
-    # Until the router knows a replica it has nobody to give a request to.
-    if router is not None and not (router.state is ProgramState.READY and fleet.all_registered()):
+    # The router cannot use a replica that has not registered.
+    if router is not None and not (
+        router.state is ProgramState.READY and fleet.router.has_registered(fleet.replicas.values())
+    ):
         return False
     return ProgramState.READY in states or not states
 
 
-def first_try(fleet: Fleet) -> bool:
-    """Something has not been tried yet, or loads for the first time: there is more to wait for."""
+def is_first_start(fleet: Fleet) -> bool:
+    """Return whether a program has not been started yet, or is loading for the first time."""
     return not fleet.adopted or any(
         replica.state in (ProgramState.WAITING, ProgramState.STARTING) and not replica.restarts
-        for replica in fleet.replicas.values()
+        for replica in fleet.programs.values()
     )
 
 
 def one_line(fleet: Fleet) -> str:
     """ "7/8 ready, replica 4 loading 62%"."""
-    replicas = [replica for replica in fleet.replicas.values() if replica.name != ROUTER]
-    ready = sum(replica.state is ProgramState.READY for replica in replicas)
-    words = [f"{ready}/{len(replicas)} ready"]
-    for replica in fleet.replicas.values():
+    ready = sum(replica.state is ProgramState.READY for replica in fleet.replicas.values())
+    words = [f"{ready}/{len(fleet.replicas)} ready"]
+    for replica in fleet.programs.values():
         if replica.state is ProgramState.STARTING:
             progress = _number(replica.health.get("progress"))
             words.append(
@@ -117,7 +122,7 @@ def _entry(fleet: Fleet, replica: SupervisedProgram) -> dict[str, Any]:
         "host": replica.program.host,
         "port": replica.program.ports[0],
         "metrics_port": replica.program.ports[0 if number is None else 1],
-        "in_flight": fleet.in_flight(replica),
+        "in_flight": fleet.router.in_flight(replica),
         "progress": progress if replica.state is ProgramState.STARTING else None,
         "intent": str(replica.intent),
         "draining": replica.draining,
@@ -129,11 +134,11 @@ def _entry(fleet: Fleet, replica: SupervisedProgram) -> dict[str, Any]:
 
 
 def _drain_confirmed(fleet: Fleet, replica: SupervisedProgram) -> bool | None:
-    """Return whether the router confirms that it drains the replica; None if it is not to be drained."""
+    """Return whether the router confirms that it drains the replica; None if it should not be drained."""
     if not replica.draining:
         return None
-    row = fleet.row(replica)
-    return row.draining if row is not None else not fleet.routed.problem
+    row = fleet.router.row(replica)
+    return row.draining if row is not None else not fleet.router.snapshot.problem
 
 
 def _number(value: Any) -> float | None:

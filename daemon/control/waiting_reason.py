@@ -1,4 +1,4 @@
-"""What a program waits for, in words for the operator: `fdctl why`. It only looks."""
+"""Explains what a program waits for, for `fdctl why`. Pure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..supervision.fleet import Fleet
 from ..supervision.intents import Intent
 from ..supervision.program_state import FAILED, ProgramState, SupervisedProgram
 
-#: Beginning of the note of a replica that cannot be started yet.
+#: First words of the note of a replica that cannot be started yet.
 _WAITS_FOR = "waits for "
 
 
 def waits_for(fleet: Fleet, replica: SupervisedProgram, now: float) -> str:
-    """Empty if it waits for nothing: it runs, and is meant to.
+    """Return what a program waits for, or "" if it waits for nothing.
 
     Args:
-        now: on the fleet's clock.
+        now: time on the fleet's clock.
     """
     supervise = fleet.config.supervise
     age = now - replica.since
@@ -31,37 +31,37 @@ def waits_for(fleet: Fleet, replica: SupervisedProgram, now: float) -> str:
             return _turn(fleet, replica)
         case ProgramState.STARTING:
             what = "its first answer" if replica.name == ROUTER else "its first token"
-            return f"{what}; it is given up in {_seconds(supervise.startup_timeout - age)}"
+            return f"{what}; it counts as failed in {_seconds(supervise.startup_timeout - age)}"
         case ProgramState.READY:
-            return _in_good_health(fleet, replica)
+            return _ready_waits_for(fleet, replica)
         case ProgramState.UNHEALTHY:
             if replica.intent is Intent.HELD:
-                return f"a good health check, or the operator: fdctl release {word}"
-            patience = supervise.stall_kill - (now - replica.last_good)
-            return f"a good health check; it is killed in {_seconds(patience)}"
-        case ProgramState.STOPPING if replica.failing:
-            return "the stacks of its threads; then it is killed"
+                return f"a successful health check, or the operator: fdctl release {word}"
+            left = supervise.unhealthy_kill_after - (now - replica.last_good)
+            return f"a successful health check; it is killed in {_seconds(left)}"
+        case ProgramState.STOPPING if replica.kill_reason:
+            return "its thread stacks; then it is killed"
         case ProgramState.STOPPING:
             return f"its last requests; it is killed in {_seconds(replica.program.stop_timeout - age)}"
         case ProgramState.QUARANTINED if replica.paused:
             return _calm(supervise.box_calm, replica.next_try - now)
         case ProgramState.BACKOFF | ProgramState.QUARANTINED:
-            left = next_try_in(replica, now)
-            return "the end of fd-dp" if left is None else f"its next try, in {_seconds(left)}"
+            delay = next_try_in(replica, now)
+            return "the end of fd-dp" if delay is None else f"its next restart, in {_seconds(delay)}"
 
 
 def missing_at_the_router(fleet: Fleet, replica: SupervisedProgram) -> str:
     """Return why the router does not use a READY replica, or "".
 
-    Also "" while the router does not answer: that is a problem of its own in `fdctl status`.
+    Return "" while the router does not answer, too: `fdctl status` reports that separately.
     """
-    if replica.name == ROUTER or replica.state is not ProgramState.READY or fleet.routed.problem:
+    if replica.name == ROUTER or replica.state is not ProgramState.READY or fleet.router.snapshot.problem:
         return ""
-    row = fleet.row(replica)
-    if row is not None and row.is_there:
+    row = fleet.router.row(replica)
+    if row is not None and row.in_service:
         return ""
-    # The router's answer is older than the state READY.
-    if fleet.routed.at <= replica.since:
+    # The router was asked before the replica became READY.
+    if fleet.router.snapshot.at <= replica.since:
         return ""
     if row is None or row.leaving:
         return f"not registered at the router; fdctl logs {_word(replica)} says why"
@@ -75,23 +75,21 @@ def _calm(box_calm: float, left: float) -> str:
 
 
 def next_try_in(replica: SupervisedProgram, now: float) -> float | None:
-    """Seconds; None if it has not failed, or is not tried again as the daemon ends."""
+    """Return seconds to the next restart; None if it has not failed, or the daemon is stopping."""
     if replica.state not in FAILED or not math.isfinite(replica.next_try):
         return None
     return max(0.0, round(replica.next_try - now, 1))
 
 
 def _turn(fleet: Fleet, replica: SupervisedProgram) -> str:
-    router = fleet.replicas.get(ROUTER)
+    router = fleet.programs.get(ROUTER)
     if (
         replica.name != ROUTER
         and router is not None
         and router.state in (ProgramState.WAITING, ProgramState.STARTING)
     ):
         return "the router, which starts first"
-    loading = [
-        r.label for r in fleet.replicas.values() if r.state is ProgramState.STARTING and r.name != ROUTER
-    ]
+    loading = [r.label for r in fleet.replicas.values() if r.state is ProgramState.STARTING]
     if replica.note.startswith(_WAITS_FOR):
         return replica.note.removeprefix(_WAITS_FOR)
     if not loading or replica.name == ROUTER:
@@ -101,26 +99,28 @@ def _turn(fleet: Fleet, replica: SupervisedProgram) -> str:
     return f"its turn to load, after {', '.join(loading)} ({why})"
 
 
-def _in_good_health(fleet: Fleet, replica: SupervisedProgram) -> str:
-    """What a replica in good health may wait for."""
+def _ready_waits_for(fleet: Fleet, replica: SupervisedProgram) -> str:
+    """Return what a READY replica waits for, or ""."""
     word = _word(replica)
-    if replica.draining and fleet.routed.problem:
-        return f"the router, which still sends it requests: {fleet.routed.problem}"
+    if replica.draining and fleet.router.snapshot.problem:
+        return f"the router, which still sends it requests: {fleet.router.snapshot.problem}"
     if replica.draining:
-        rest = fleet.in_flight(replica)
+        rest = fleet.router.in_flight(replica)
         left = f"the end of its requests ({rest} in flight), then for " if rest else ""
-        return f"{left}the operator: the router gives it nothing new; fdctl undrain {word}"
-    if fleet.drains(replica):
-        return f"the end of its requests ({fleet.in_flight(replica) or 0} in flight); then it is taken down"
+        return f"{left}the operator, who has drained it; fdctl undrain {word}"
+    if fleet.router.drains(replica):
+        return (
+            f"the end of its requests ({fleet.router.in_flight(replica) or 0} in flight); then it is stopped"
+        )
     if replica.intent is Intent.HELD:
-        return f"the operator: nobody else touches it; fdctl release {word}"
+        return f"the operator, who holds it; fdctl release {word}"
     if missing_at_the_router(fleet, replica):
         return "the router, which does not use it yet"
     return ""
 
 
 def _word(replica: SupervisedProgram) -> str:
-    """By which an operator names it."""
+    """Return the name of a program on fdctl's command line."""
     return replica.name if replica.program.replica is None else str(replica.program.replica)
 
 

@@ -1,4 +1,4 @@
-"""What can be found out about the end of a program: from its output, its neighbours' and the kernel."""
+"""Diagnosis of an exit from the output of the program, that of the other ranks, and the kernel's counters."""
 
 from __future__ import annotations
 
@@ -6,49 +6,53 @@ import os
 from collections.abc import Iterable
 
 from ..config.programs import Program, flag_in
-from ..process import supervisor_client
-from ..process.supervisor_client import Layout
+from ..process import output_tail
+from ..process.supervisord_config import Layout
 from . import exit_cause
-from .exit_cause import End, Verdict
+from .exit_cause import Exit, Verdict
 from .oom import OomWatcher
 
 
 class ExitDiagnosis:
+    """Collects evidence while programs run, and diagnoses their exits."""
+
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._shortage = OomWatcher()
+        self._oom = OomWatcher()
 
-    def look(self, pids: Iterable[int], now: float) -> None:
-        """To be called again and again while they live: afterwards it is too late for some of it."""
-        self._shortage.look(pids, now)
+    def poll(self, pids: Iterable[int], now: float) -> None:
+        """Collect evidence about living processes. Call it at every step."""
+        self._oom.poll(pids, now)
 
-    def hold(self, program: Program, how: str, since: float, others: Iterable[str]) -> tuple[Verdict, str]:
-        """Why it has ended, and the last error that it has told.
+    def diagnose(
+        self, program: Program, how: str, since: float, others: Iterable[str]
+    ) -> tuple[Verdict, str]:
+        """Return why a program exited, and its last error line.
 
         Args:
-            how: in supervisord's words.
-            since: Unix time at which it was started.
-            others: programs that may have killed its worker because it hung.
+            how: exit as reported by supervisord.
+            since: start of the program, Unix time.
+            others: names of the programs that may have killed its worker because it hung.
         """
-        told = supervisor_client.last_error(self._layout.output(program.name), since)
-        worker = exit_cause.killed_worker(told)
-        end = End(
+        error = output_tail.last_error(self._layout.output(program.name), since)
+        worker = exit_cause.killed_worker(error)
+        end = Exit(
             how,
-            told,
+            error,
             model=_model_of(program),
-            out_of_memory=self._shortage.risen(),
+            out_of_memory=self._oom.recent_kill(),
             killed_by_rank=worker is not None and any(self._has_killed(name, worker) for name in others),
         )
-        return exit_cause.explain(end), told
+        return exit_cause.explain(end), error
 
     def _has_killed(self, name: str, worker: int) -> bool:
-        # In the words of `ExpertGroup._report_stall`.
-        return supervisor_client.tells(
-            self._layout.output(name), rf"\(pid {worker}\) has made no progress .*; it is killed$"
+        # The text is written by `ExpertGroup._report_stall`.
+        return output_tail.matches(
+            self._layout.output(name), rf"\(pid {worker}\) has made no progress\b.*\bkill"
         )
 
 
 def _model_of(program: Program) -> str:
-    """Empty for a word that stands for a model, which may be part of any sentence."""
+    """Return the model's directory; "" for a plain name, which may be part of any sentence."""
     model = flag_in(program.argv, "--model") or ""
     return model if os.path.isabs(model) else ""

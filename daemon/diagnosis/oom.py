@@ -1,7 +1,7 @@
-"""Whether the kernel has just killed for want of memory: the counters of cgroups and of the machine.
+"""Detection of recent OOM kills from the counters of cgroups and of the machine.
 
-It says whom it has killed nowhere but in its log, which few may read. So a count that rises just when a
-program dies of signal 9 has to do. Counters that are not there, or may not be read, are left out.
+The kernel names the killed process only in its log, which needs privileges to read. So a counter that rises
+at the time of an exit by signal 9 has to suffice. Missing and unreadable counters are ignored.
 """
 
 from __future__ import annotations
@@ -13,37 +13,43 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-#: Between two looks, and how many are kept: a death is noticed well within the time that they cover.
+#: Seconds between samples, and their number. Exits are noticed well within the time that they cover.
 _INTERVAL = 5.0
-_KEPT = 3
+_SAMPLES = 3
 _MACHINE = "this machine"
 _MOUNTS = Path("/sys/fs/cgroup")
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
 class OomWatcher:
+    """Samples of the counters `oom_kill`.
+
+    Args:
+        machine: file with the counter of the whole machine.
+    """
+
     def __init__(self, machine: Path = Path("/proc/vmstat")) -> None:
-        #: Where somebody may be killed -> the file that counts it.
+        #: Machine or cgroup, for people -> file with its counter.
         self._files = {_MACHINE: machine}
-        self._seen: deque[dict[str, int]] = deque(maxlen=_KEPT)
+        self._samples: deque[dict[str, int]] = deque(maxlen=_SAMPLES)
         self._next = 0.0
 
-    def look(self, pids: Iterable[int], now: float) -> None:
-        """To be called again and again with the processes that there are; looks now and then."""
+    def poll(self, pids: Iterable[int], now: float) -> None:
+        """Take a sample if one is due, for the cgroups of these processes as well."""
         if now < self._next:
             return
         self._next = now + _INTERVAL
         for pid in pids:
             self._files.update(_counters_of(pid))
-        self._seen.append(self._read())
+        self._samples.append(self._read())
 
-    def risen(self) -> str:
-        """Where it has happened within the last seconds, for people; empty if nowhere."""
+    def recent_kill(self) -> str:
+        """Return a sentence about an OOM kill within the last seconds, or ""."""
         before: dict[str, int] = {}
-        for seen in reversed(self._seen):
-            before |= seen
+        for sample in reversed(self._samples):
+            before |= sample
         rose = [where for where, count in self._read().items() if count > before.get(where, count)]
-        # A cgroup says more than the machine does.
+        # A cgroup is more specific than the machine.
         where = min(rose, key=lambda name: name == _MACHINE, default="")
         return where and f"the kernel has just killed a process of {where}"
 
@@ -57,7 +63,7 @@ class OomWatcher:
 
 
 def _counters_of(pid: int) -> Iterator[tuple[str, Path]]:
-    """Of the cgroups that it is in, of either version."""
+    """Yield the counters of the cgroups of a process, of version 1 and 2."""
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -71,9 +77,9 @@ def _counters_of(pid: int) -> Iterator[tuple[str, Path]]:
         else:
             continue
         for mount in mounts:
-            # In a container that does not see the tree above it, its own cgroup is the whole mount.
+            # In a container the mount may show only its own cgroup.
             for directory in (mount / path.lstrip("/"), mount):
-                # Not Path.exists, which raises where we may not look.
+                # Path.exists would raise PermissionError.
                 if os.path.exists(directory / name):
                     yield f"cgroup {path}", directory / name
                     break

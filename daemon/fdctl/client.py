@@ -1,4 +1,4 @@
-"""How fdctl finds the daemon, asks it, and tells the outcome: to people, or with --json to programs."""
+"""Finds the daemon, sends it commands, and reports errors to people or, with --json, to programs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 from ...common.errors import FastDeployError
 from ..control import protocol
 
-#: A daemon that is stopped must not keep an operator waiting for ever.
+#: Seconds. A daemon that hangs must not block fdctl forever.
 TIMEOUT = 30.0
 
 _SYSTEM_CONFIG = Path("/etc/fd/dp.toml")
 _SYSTEM_RUN = Path("/run/fd")
-#: "7: ERROR (no such replica)" says whose error it is.
+#: Errors that name their subject themselves: "7: ERROR (no such replica)".
 _HAS_A_SUBJECT = re.compile(r"[^:(]+: ERROR \(")
 
 
-class Refused(FastDeployError):
-    """The daemon has answered, and not with success. `code` is what fdctl exits with."""
+class Rejected(FastDeployError):
+    """The daemon rejected a command, or failed to carry it out. fdctl exits with `code`."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -48,23 +48,30 @@ def socket(options: argparse.Namespace) -> Path:
 
 
 def ask(options: argparse.Namespace, command: dict[str, Any], timeout: float = TIMEOUT) -> dict[str, Any]:
-    """The result of a command that needs no waiting.
+    """Send a command that ends at once and return its result.
 
-    Raises:
-        Refused, DaemonUnreachable, NotAllowed.
+    Raises Rejected, DaemonUnreachable or NotAllowed.
     """
     *_, answer = protocol.request(socket(options), command, timeout)
     if answer["code"] != protocol.OK:
-        raise Refused(answer["error"], answer["code"])
+        raise Rejected(answer["error"], answer["code"])
     return answer
 
 
-def status(options: argparse.Namespace) -> dict[str, Any]:
-    return ask(options, {"do": "status"})["status"]
+def status(options: argparse.Namespace, timeout: float = TIMEOUT) -> dict[str, Any]:
+    found = ask(options, {"do": "status"}, timeout)["status"]
+    # Daemons of older versions have no such field.
+    found["daemon"].setdefault("problems", [])
+    return found
+
+
+def explain(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Return the answer to the command `why` for one program."""
+    return {"problems": [], **ask(options, {"do": "why", "name": name})["why"]}
 
 
 def config_of_the_daemon(options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """The running daemon's dp.toml and prefix; the system's file if no daemon answers."""
+    """Return the running daemon's dp.toml and prefix; the system's file if no daemon answers."""
     try:
         daemon = status(options)["daemon"]
     except (protocol.DaemonUnreachable, protocol.NotAllowed):
@@ -73,23 +80,23 @@ def config_of_the_daemon(options: argparse.Namespace) -> tuple[Path, Path | None
 
 
 def command_line(options: argparse.Namespace, *words: str) -> str:
-    """Return a command line of fdctl for the same daemon, quoted for a shell."""
+    """Return a command line of fdctl for the same daemon, quoted for the shell."""
     place = ["--prefix", str(options.prefix)] if options.prefix else []
     place += ["--socket", str(options.socket)] if options.socket else []
     return shlex.join(["fdctl", *place, *words])
 
 
-def show_json(look: Callable[[], dict[str, Any]], watch: bool) -> int:
-    """One object over several lines; with `watch` one on each line, again and again."""
+def show_json(poll: Callable[[], dict[str, Any]], watch: bool) -> int:
+    """Print one object, indented. With `watch`, print one per line each second."""
     while True:
-        print(json.dumps(look(), indent=None if watch else 2), flush=True)
+        print(json.dumps(poll(), indent=None if watch else 2), flush=True)
         if not watch:
             return protocol.OK
         time.sleep(1.0)
 
 
 def fail(what: str, code: int, *, as_json: bool = False) -> int:
-    """Says what went wrong; returns `code`, to exit with."""
+    """Print an error and return the exit code."""
     if as_json:
         print(json.dumps({"code": code, "error": what}), flush=True)
     print(what if _HAS_A_SUBJECT.match(what) else f"fdctl: ERROR ({what})", file=sys.stderr)
@@ -104,5 +111,5 @@ def _is_there(path: Path) -> bool:
     try:
         return path.exists()
     except PermissionError:
-        # Whatever is in there is not ours, and connecting will say so.
+        # The connection will fail with a message.
         return True

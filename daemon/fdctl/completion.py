@@ -1,4 +1,4 @@
-"""Shell completion. The shell runs fdctl at each TAB, so replicas are completed as they are just now."""
+"""Shell completion. The shell runs fdctl at each TAB, so current replicas are completed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from . import client
 
 SHELLS = ("bash", "zsh", "fish")
 
-#: argcomplete sets it in its calls.
-_ASKED = "_ARGCOMPLETE"
-#: Nobody waits longer for a TAB.
+#: Environment variable of argcomplete's calls.
+_VARIABLE = "_ARGCOMPLETE"
+#: Seconds that a TAB may take.
 _TIMEOUT = 1.0
 
 
@@ -27,16 +27,16 @@ def completion(options: argparse.Namespace) -> int:
     return protocol.OK
 
 
-def answer_the_shell(parser: argparse.ArgumentParser) -> None:
-    """Does nothing but in a call by the shell, and then it does not return."""
-    if _ASKED in os.environ:
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Print completions and exit if the shell asks for them, else do nothing."""
+    if _VARIABLE in os.environ:
         import argcomplete
 
         argcomplete.autocomplete(parser)
 
 
 def replicas(*, parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    """A completer as argcomplete calls them; it must never fail."""
+    """Completer for argcomplete. It must not raise."""
     found = ["all", "router"]
     with contextlib.suppress(FastDeployError):
         status = client.ask(parsed_args, {"do": "status"}, _TIMEOUT)["status"]

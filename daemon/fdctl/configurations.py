@@ -1,4 +1,4 @@
-"""`fdctl check` and `fdctl render`: what a dp.toml says, before anything runs with it."""
+"""`fdctl check` and `fdctl render`: checks a dp.toml, and shows the programs that it describes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config import masking
 from ..config.preflight import checked_programs_of, exposed_secrets
 from ..config.programs import Program, programs_of
 from ..control.protocol import OK
-from ..process import supervisor_client
+from ..process import supervisord_config
 from . import client
 
 
@@ -24,26 +24,27 @@ def check(options: argparse.Namespace) -> int:
     replicas = config.parallel.data_parallel_size
     warning = exposed_secrets(options.file, config)
     if options.json:
-        print(json.dumps({"file": str(options.file), "replicas": replicas, "warning": warning or None}))
+        found = {"file": str(options.file), "replicas": replicas, "warning": warning or None}
+        print(json.dumps({**found, "deprecations": config.deprecations}))
         return OK
-    print(f"{options.file}: good; {replicas} replicas")
-    if warning:
-        print(f"fdctl: warning: {warning}", file=sys.stderr)
+    print(f"{options.file}: valid; {replicas} replicas")
+    for line in (*config.deprecations, *([warning] if warning else [])):
+        print(f"fdctl: warning: {line}", file=sys.stderr)
     return OK
 
 
 def render(options: argparse.Namespace) -> int:
-    """What would run, or with --write the files from which supervisord runs it."""
+    """Print the programs of a dp.toml, or write supervisord's files with --write."""
     if options.file:
         file, prefix = options.file, client.prefix(options)
     else:
         file, prefix = client.config_of_the_daemon(options)
     config = dp_toml.load(file.absolute(), prefix)
     programs = programs_of(config)
-    layout = supervisor_client.Layout(config.paths.run, config.paths.logs)
+    layout = supervisord_config.Layout(config.paths.run, config.paths.logs)
     if options.write:
         try:
-            supervisor_client.write(layout, programs)
+            supervisord_config.write_files(layout, programs)
         except OSError as error:
             raise FastDeployError(f"cannot write {error.filename or layout.run}: {error.strerror}") from None
         return OK
@@ -51,7 +52,7 @@ def render(options: argparse.Namespace) -> int:
         print(json.dumps([_shown(program, layout.run) for program in programs], indent=2))
         return OK
     print(f"; {layout.ini}")
-    print(supervisor_client.render(layout, programs))
+    print(supervisord_config.render(layout, programs))
     for program in programs:
         print(f"; {layout.launch / program.launch_name}")
         print(json.dumps(_shown(program, layout.run), indent=1))
@@ -59,7 +60,7 @@ def render(options: argparse.Namespace) -> int:
 
 
 def _shown(program: Program, run: Path) -> dict[str, Any]:
-    """A launch file as people may see it."""
+    """Return a launch file with secrets masked."""
     content = json.loads(program.launch_text(run))
     shown = {"argv": masking.argv(content["argv"]), "env": masking.env(content["env"])}
     if program.flags_file:

@@ -1,6 +1,6 @@
-"""`fdctl ep`: the expert-parallel groups of a deployment, seen from beside them.
+"""`fdctl ep`: the expert-parallel groups of a deployment.
 
-Neither the daemon nor a rank is asked, so it tells about those that hang, too.
+Reads the groups' shared memory. It works without the daemon, and when ranks hang.
 """
 
 from __future__ import annotations
@@ -17,32 +17,31 @@ from ..control.protocol import DaemonUnreachable
 
 
 def names_of(run: Path) -> list[str]:
-    """Where the replicas meet, by the files that they are started from: in a reload the old ones and the new.
+    """Return the names of the groups in the launch files. During a reload there are old and new groups.
 
     Raises:
-        DaemonUnreachable: no daemon has been there.
-        FastDeployError: they cannot be read.
+        DaemonUnreachable: no daemon has used this run directory.
+        FastDeployError: the launch files cannot be read.
     """
     launch = run / "launch"
     try:
         files = [file for file in launch.iterdir() if file.suffix == ".json"]
     except FileNotFoundError:
-        raise DaemonUnreachable(f"no fd-dp has been in {run}; start it, or give its --prefix") from None
+        raise DaemonUnreachable(f"no fd-dp has used {run}; start it, or pass its --prefix") from None
     except OSError as error:
         raise FastDeployError(f"{launch} cannot be read ({error.strerror})") from None
     names = set()
     for file in files:
-        # Removed meanwhile, or of another version.
+        # Removed meanwhile, or written by another version.
         with contextlib.suppress(FileNotFoundError, ValueError):
             names.add(expert_group_in(Program.from_launch_text(file.read_text(encoding="ascii")).argv))
     return sorted(name for name in names if name)
 
 
 def groups(names: list[str], user: int | None) -> dict[str, Any]:
-    """The stable schema of `fdctl ep --json`: those that somebody alive is in.
+    """Return the groups with live members, in the stable schema of `fdctl ep --json`.
 
-    Raises:
-        FastDeployError: one cannot be looked at.
+    Raises FastDeployError if the memory of a group cannot be read.
     """
     try:
         found = [read_snapshot(name, user) for name in names]

@@ -1,4 +1,4 @@
-"""`fdctl generate`: a question to the model, through the router as any client's."""
+"""`fdctl generate`: a chat completion through the router."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...common.key_files import keys_in_variable
 from ..control import protocol
 from . import client
 
-_LONGEST_ERROR = 1 << 16
+_MAX_ERROR = 1 << 16
 
 
 class _Delta(msgspec.Struct):
@@ -34,7 +34,7 @@ class _Event(msgspec.Struct):
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Prints the answer as it comes; with --json when it is there."""
+    """Print the output as it is generated; with --json when it is complete."""
     router = client.status(options)["router"]
     text, finish_reason = [], None
     for piece, reason in _pieces(router["host"], router["port"], options.prompt, options.max_tokens):
@@ -47,7 +47,7 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _pieces(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[tuple[str, str | None]]:
-    """Yield pieces of the answer's text, the last one with the finish reason."""
+    """Yield pieces of the output, the last one with the finish reason."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "stream": True,
@@ -61,7 +61,7 @@ def _pieces(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[tupl
         connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
         response = connection.getresponse()
         if response.status != http.HTTPStatus.OK:
-            what = f"the router answered {response.status}: {_message(response.read(_LONGEST_ERROR))}"
+            what = f"the router answered {response.status}: {_message(response.read(_MAX_ERROR))}"
             if response.status == http.HTTPStatus.UNAUTHORIZED:
                 what += "; set FD_API_KEY"
             raise FastDeployError(what)
@@ -71,9 +71,9 @@ def _pieces(host: str, port: int, prompt: str, max_tokens: int) -> Iterator[tupl
             try:
                 event = msgspec.json.decode(line[6:], type=_Event)
             except RecursionError:
-                raise ValueError("an event is nested too deep") from None
+                raise ValueError("an event is nested too deeply") from None
             if event.error is not msgspec.UNSET:
-                raise FastDeployError(f"the answer broke off: {_message(line[6:])}")
+                raise FastDeployError(f"generation failed: {_message(line[6:])}")
             for choice in event.choices:
                 yield choice.delta.content or "", choice.finish_reason
     except (OSError, http.client.HTTPException, ValueError) as error:

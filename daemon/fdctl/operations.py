@@ -1,37 +1,33 @@
-"""Commands that change something: sent, and waited for. Ctrl-C leaves them to go on by themselves."""
+"""Commands that change something: reload, restart, drain and so on. Ctrl-C detaches from them."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from ..control import protocol
 from . import client
 
-#: What a message of the daemon is given to.
-Show = Callable[[dict[str, Any]], None]
-
 
 def reload(options: argparse.Namespace) -> int:
-    return _carry_out(
+    return _run(
         options, {"do": "reload", "dry_run": options.dry_run, "wait": options.wait or options.dry_run}
     )
 
 
 def operate(options: argparse.Namespace) -> int:
-    """restart, start, stop, drain, undrain, hold, release."""
-    return _carry_out(options, {"do": options.command, "name": options.replica, "wait": options.wait})
+    """Run restart, start, stop, drain, undrain, hold or release."""
+    return _run(options, {"do": options.command, "name": options.replica, "wait": options.wait})
 
 
-def _carry_out(options: argparse.Namespace, command: dict[str, Any]) -> int:
+def _run(options: argparse.Namespace, command: dict[str, Any]) -> int:
     try:
-        answer = _talk(options, command)
+        answer = _send(options, command)
     except KeyboardInterrupt:
-        # The daemon does not look whether somebody still waits.
-        what = f"detached; the {command['do']} goes on: {client.command_line(options, 'status')}"
+        # The command continues in the daemon.
+        what = f"detached; the {command['do']} continues: {client.command_line(options, 'status')}"
         if options.json:
             print(json.dumps({"code": protocol.DETACHED, "error": what}), flush=True)
         print(f"fdctl: {what}", file=sys.stderr)
@@ -41,8 +37,8 @@ def _carry_out(options: argparse.Namespace, command: dict[str, Any]) -> int:
     return protocol.OK
 
 
-def _talk(options: argparse.Namespace, command: dict[str, Any]) -> dict[str, Any]:
-    """Shows what comes, and returns the result."""
+def _send(options: argparse.Namespace, command: dict[str, Any]) -> dict[str, Any]:
+    """Print the daemon's messages and return the result."""
     timeout = None if command["wait"] else client.TIMEOUT
     messages = protocol.request(client.socket(options), command, timeout)
     answer: dict[str, Any] = {}
@@ -50,7 +46,7 @@ def _talk(options: argparse.Namespace, command: dict[str, Any]) -> dict[str, Any
         for answer in messages:
             _show_json(answer) if options.json else _show_line(answer)
         return answer
-    # Slow to import, and only for terminals.
+    # Imported here because it is slow.
     from .progress import Display
 
     with Display() as display:

@@ -1,4 +1,4 @@
-"""What a program has printed: `fdctl logs`, and the end of it for `fdctl why`."""
+"""Output of programs: `fdctl logs`, and the last lines for `fdctl why`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from . import client
 _BYTES_PER_LINE = 400
 _STACKS_TAIL = 1 << 18
 _POLL = 0.2
-#: How Python's faulthandler begins what it tells of a thread.
+#: First line of a thread's stack from Python's faulthandler.
 _THREAD = re.compile(r"(?:Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\)")
 
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """What the threads of a program did when it was asked for it, because it hung."""
+    """Thread stacks that a hung program has printed."""
 
     threads: int
-    #: So many lines before the end of the output they begin.
+    #: Number of lines from their first line to the end of the output.
     lines_ago: int
 
 
 def logs(options: argparse.Namespace) -> int:
-    found = client.ask(options, {"do": "why", "name": options.replica})["why"]
+    found = client.explain(options, options.replica)
     file = Path(found["output"])
     lines, end = _tail(file, _BYTES_PER_LINE * max(options.lines, 1))
     for line in lines[-options.lines :] if options.lines > 0 else []:
@@ -46,20 +46,20 @@ def logs(options: argparse.Namespace) -> int:
 
 
 def last_lines(file: Path, count: int) -> list[str]:
-    """Fewer if lines are long. Raises FastDeployError."""
+    """Return at most `count` last lines, fewer if they are long. Raises FastDeployError."""
     lines, _ = _tail(file, _BYTES_PER_LINE * max(count, 1))
     return lines[-count:] if count > 0 else []
 
 
 def stacks_in(file: Path) -> Stacks | None:
-    """Those near the end of the output, if there are any. Raises FastDeployError."""
+    """Return the stacks near the end of the output, or None. Raises FastDeployError."""
     lines, _ = _tail(file, _STACKS_TAIL)
     threads = [number for number, line in enumerate(lines) if _THREAD.match(line)]
     return Stacks(len(threads), len(lines) - threads[0]) if threads else None
 
 
 def _tail(file: Path, size: int) -> tuple[list[str], int]:
-    """The lines of the last so many bytes, and where they end."""
+    """Return the lines in the last `size` bytes, and the position of their end."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - size))
@@ -71,7 +71,7 @@ def _tail(file: Path, size: int) -> tuple[list[str], int]:
 
 
 def _follow(file: Path, position: int) -> Iterator[str]:
-    """Each line that is written to a file beyond `position`, over its rotations."""
+    """Yield each line that is written to a file after `position`, also after rotations."""
     stream = None
     rest = b""
     while True:
@@ -82,7 +82,7 @@ def _follow(file: Path, position: int) -> Iterator[str]:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     yield line.decode(errors="replace")
-            if not _has_its_name(stream, file):
+            if not _is_current(stream, file):
                 stream.close()
                 position = 0
                 stream = _opened(file)
@@ -94,11 +94,12 @@ def _opened(file: Path) -> IO[bytes] | None:
     try:
         return file.open("rb")
     except OSError:
-        # Its rotation or the loss of its directory can come at any moment.
+        # The file is being rotated, or its directory was removed.
         return None
 
 
-def _has_its_name(stream: IO[bytes], file: Path) -> bool:
+def _is_current(stream: IO[bytes], file: Path) -> bool:
+    """Return whether the path still names this file."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), file.stat())
     except OSError:

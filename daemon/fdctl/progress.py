@@ -1,4 +1,4 @@
-"""How far a reload is, on a terminal: one line for each program that it changes, and a bar for all of it."""
+"""Progress of an operation on a terminal: one line for each program that it changes, and a bar."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .table import duration
 
 _REFRESH_PER_SECOND = 8
 _BAR_WIDTH = 40
-#: What is being done in a stage, for people.
+#: Stages in words.
 _DOING = {
     "drain": "draining",
     "stop": "stopping",
     "start": "loading",
     "reload": "reloading",
-    "rollback": "putting the old configuration back",
+    "rollback": "restoring the old configuration",
     "ready": "READY",
     "failed": "failed",
 }
@@ -34,11 +34,11 @@ _ENDED = {"ready": ("✓", "green"), "failed": ("✗", "red")}
 
 @dataclass(slots=True)
 class Row:
-    """One program of the plan. Times are of the monotonic clock."""
+    """Program in the plan. Times are from the monotonic clock."""
 
     label: str
     verb: str = ""
-    #: The last that was told; empty: it is not its turn yet.
+    #: Last reported stage; empty: not begun.
     stage: str = ""
     in_flight: int = 0
     note: str = ""
@@ -47,13 +47,13 @@ class Row:
 
 
 class Progress:
-    """What the events of an operation add up to. No I/O."""
+    """Progress of an operation, as its events report it. No I/O."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.rows: dict[str, Row] = {}
         self._clock = clock
         self._began = clock()
-        #: The program whose turn it is.
+        #: Name of the program in progress.
         self._current = ""
 
     @property
@@ -61,14 +61,14 @@ class Progress:
         return sum(bool(row.ended) for row in self.rows.values())
 
     def event(self, event: dict[str, Any]) -> None:
-        """Kinds and stages of a newer daemon, which it does not know, do no harm."""
+        """Update from an event. Unknown kinds and stages, of a newer daemon, are tolerated."""
         if event.get("kind") == "plan":
             self.rows |= {step["program"]: Row(step["label"], step["verb"]) for step in event["steps"]}
         elif event.get("kind") == "stage":
             self._stage(event)
 
     def end(self, code: int) -> None:
-        """Whatever was under way has ended with the operation."""
+        """End all programs in progress, because the operation has ended."""
         for row in self.rows.values():
             if row.stage and not row.ended:
                 row.ended = self._clock()
@@ -98,7 +98,7 @@ class Progress:
         row = self.rows.setdefault(name, Row(event["label"]))
         before = self.rows.get(self._current)
         if name != self._current and before is not None and not before.ended and before.stage == "stop":
-            # Nothing comes after the end of what is stopped or removed.
+            # "stop" is the last stage of a program that is stopped or removed.
             before.ended = now
         self._current = name
         row.began = row.began or now
@@ -126,7 +126,7 @@ class Progress:
 
 
 class Display:
-    """Lines for people go by above, as they do without a terminal; below them stands how far it is."""
+    """Prints lines for people, with the progress below them."""
 
     def __init__(self) -> None:
         self._progress = Progress()
@@ -134,12 +134,11 @@ class Display:
             get_renderable=self._progress.render,
             console=Console(),
             refresh_per_second=_REFRESH_PER_SECOND,
-            # An operation that tells nothing but lines leaves nothing else.
             vertical_overflow="ellipsis",
         )
 
     def take(self, message: dict[str, Any]) -> None:
-        """Whatever the daemon has sent."""
+        """Show a message of the daemon."""
         if "line" in message:
             self._live.console.print(message["line"], markup=False, highlight=False)
         elif "event" in message:

@@ -1,4 +1,4 @@
-"""Figures of several programs, fetched at the same time; whoever does not answer holds back nobody."""
+"""Fetches metrics of several programs in parallel, so that one that hangs does not delay the others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-#: Longer than a healthy program needs on a busy machine.
+#: Seconds. A healthy program on a busy machine needs less.
 _TIMEOUT = 2.0
-_MOST_BYTES = 16 << 20
-#: Rates are means over so long.
+_MAX_BYTES = 16 << 20
+#: Seconds over which rates are averaged.
 _WINDOW = 10.0
 
 Sample = tuple[Mapping[str, str], float]
@@ -23,14 +23,14 @@ Sample = tuple[Mapping[str, str], float]
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """One program's /metrics. `at` is of the monotonic clock."""
+    """A program's /metrics. `at` is a time of the monotonic clock."""
 
     at: float
     samples: Mapping[str, list[Sample]]
 
     @classmethod
     def parse(cls, text: str, at: float) -> Scrape:
-        """Raises ValueError."""
+        """Parse the text format of Prometheus. Raises ValueError."""
         samples: dict[str, list[Sample]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -38,7 +38,7 @@ class Scrape:
         return cls(at, samples)
 
     def total(self, name: str, **labels: str) -> float | None:
-        """The sum of a metric over all labels but these; None if there is none of that name."""
+        """Return the sum of all samples of a metric with these labels; None if there is no such metric."""
         found = self.samples.get(name)
         if found is None:
             return None
@@ -47,7 +47,7 @@ class Scrape:
 
 @dataclass(slots=True)
 class History:
-    """The last scrapes of one process."""
+    """Last scrapes of one process."""
 
     scrapes: deque[Scrape] = field(default_factory=deque)
 
@@ -57,7 +57,7 @@ class History:
             self.scrapes.popleft()
 
     def rate(self, counter: str, **labels: str) -> float | None:
-        """Per second, over the window; None before the second scrape."""
+        """Return a counter's increase per second over the window; None before the second scrape."""
         if len(self.scrapes) < 2:
             return None
         first, last = self.scrapes[0], self.scrapes[-1]
@@ -65,7 +65,7 @@ class History:
         return None if growth is None or last.at <= first.at else growth / (last.at - first.at)
 
     def mean(self, sum_: str, count: str) -> float | None:
-        """What one of those that were counted within the window had on average; None if there was none."""
+        """Return the mean of a histogram's observations within the window; None if there are none."""
         if len(self.scrapes) < 2:
             return None
         first, last = self.scrapes[0], self.scrapes[-1]
@@ -73,37 +73,37 @@ class History:
         return growth / number if growth is not None and number else None
 
 
-class Errands:
-    """Calls in threads of their own. One that does not return is not sent again until it has."""
+class BackgroundCalls:
+    """Calls functions in threads. A call that hangs is not repeated until it has returned."""
 
     def __init__(self) -> None:
-        self._under_way: set[Hashable] = set()
+        self._running: set[Hashable] = set()
         self._results: dict[Hashable, Any] = {}
         self._changed = threading.Condition()
 
-    def send(self, errands: Mapping[Hashable, Callable[[], Any]]) -> None:
+    def start(self, calls: Mapping[Hashable, Callable[[], Any]]) -> None:
         with self._changed:
-            free = errands.keys() - self._under_way
-            self._under_way |= free
+            free = calls.keys() - self._running
+            self._running |= free
         for key in free:
-            # Not joined at exit: whoever looks at the screen does not wait for one that hangs.
-            threading.Thread(target=self._run, args=(key, errands[key]), daemon=True).start()
+            # Daemon threads: fdctl exits without waiting for a call that hangs.
+            threading.Thread(target=self._run, args=(key, calls[key]), daemon=True).start()
 
-    def take(self, patience: float) -> dict[Hashable, Any]:
-        """What has come back: a result, or the exception. Waits up to so many seconds for all of them."""
+    def take(self, timeout: float) -> dict[Hashable, Any]:
+        """Wait up to `timeout` seconds for all calls. Return the results or exceptions of finished calls."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._under_way, patience)
+            self._changed.wait_for(lambda: not self._running, timeout)
             results, self._results = self._results, {}
         return results
 
-    def _run(self, key: Hashable, errand: Callable[[], Any]) -> None:
+    def _run(self, key: Hashable, call: Callable[[], Any]) -> None:
         try:
-            result = errand()
+            result = call()
         except Exception as error:
             result = error
         with self._changed:
             self._results[key] = result
-            self._under_way.discard(key)
+            self._running.discard(key)
             self._changed.notify_all()
 
 
@@ -113,7 +113,7 @@ def scrape(host: str, port: int) -> Scrape:
     try:
         connection.request("GET", "/metrics")
         response = connection.getresponse()
-        text = response.read(_MOST_BYTES).decode()
+        text = response.read(_MAX_BYTES).decode()
         if response.status != http.HTTPStatus.OK:
             raise ValueError(f"/metrics answered {response.status}")
     finally:
@@ -122,7 +122,7 @@ def scrape(host: str, port: int) -> Scrape:
 
 
 def _growth(first: Scrape, last: Scrape, counter: str, **labels: str) -> float | None:
-    """None if it is not there; a counter that is smaller than before has begun anew."""
+    """Return a counter's increase; None if it does not exist. A counter that decreased was reset to 0."""
     before, after = first.total(counter, **labels), last.total(counter, **labels)
     if after is None:
         return None

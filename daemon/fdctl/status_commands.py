@@ -1,4 +1,4 @@
-"""`fdctl status` and `fdctl ep`: what is, once or again and again."""
+"""`fdctl status` and `fdctl ep`, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from . import client, expert_groups
 
 
 def status(options: argparse.Namespace) -> int:
-    def look() -> dict[str, Any]:
+    def poll() -> dict[str, Any]:
         return client.status(options)
 
     if options.json:
-        return client.show_json(look, options.watch)
-    # Slow to import, and only for people.
+        return client.show_json(poll, options.watch)
+    # Imported here because it is slow.
     from . import table
 
-    return table.show(look, table.of_status, options.watch)
+    return table.show(poll, table.of_status, options.watch)
 
 
 def ep(options: argparse.Namespace) -> int:
-    """Needs no daemon: what it shows is wanted most when something hangs."""
+    """Show the expert-parallel groups. Works without the daemon."""
     if options.group:
         names, user = [options.group], None
-        nobody = f"nobody is in expert group {options.group}"
+        problem = f"no replica is in expert group {options.group}"
     else:
         run = client.socket(options).parent
         names = expert_groups.names_of(run)
-        # Also when root asks.
+        # The groups belong to the daemon's user, even if root runs fdctl.
         user = run.stat().st_uid
-        nobody = f"nobody is in an expert group of {run}: "
+        problem = f"no replica is in an expert group of {run}: "
         if names:
-            look_up = client.command_line(options, "status")
-            nobody += f"replicas are loading or down ({look_up}), or their model has no experts"
+            status_command = client.command_line(options, "status")
+            problem += f"replicas are loading or down ({status_command}), or their model has no experts"
         else:
-            nobody += "[parallel] expert_parallel is off"
+            problem += "[parallel] expert_parallel is off"
 
-    def look() -> dict[str, Any]:
+    def poll() -> dict[str, Any]:
         return expert_groups.groups(names, user)
 
-    if not look()["groups"]:
-        return client.fail(nobody, NO_GROUP, as_json=options.json)
+    if not poll()["groups"]:
+        return client.fail(problem, NO_GROUP, as_json=options.json)
     if options.json:
-        return client.show_json(look, options.watch)
+        return client.show_json(poll, options.watch)
     from . import table
 
-    return table.show(look, table.of_groups, options.watch)
+    return table.show(poll, table.of_groups, options.watch)

@@ -23,31 +23,32 @@ _COLOURS = {
 }
 _SEAT_COLOURS = {"active": "green", "joining": "yellow", "leaving": "yellow", "free": "dim"}
 
-#: Characters of a line that goes into a pipe or a file, so that rich does not fold it, and of the note in it.
-#: `fdctl why` and --json show the whole note.
-_UNLIMITED, _NOTE_IN_A_PIPE = 1000, 100
+#: Width of lines in a pipe or a file, so that rich does not fold them.
+_PIPE_WIDTH = 1000
+#: Maximum length of a note in a pipe or a file. `fdctl why` and --json show whole notes.
+_MAX_PIPE_NOTE = 100
 
 
 def show(
-    ask: Callable[[], dict[str, Any]], draw: Callable[[dict[str, Any]], RenderableType], watch: bool
+    poll: Callable[[], dict[str, Any]], draw: Callable[[dict[str, Any]], RenderableType], watch: bool
 ) -> int:
-    """Once, or until the user has seen enough; the caller turns Ctrl-C into an exit code."""
+    """Print a table once, or refresh it each second until Ctrl-C, which the caller handles."""
     if not watch:
-        console = Console() if sys.stdout.isatty() else Console(width=_UNLIMITED)
+        console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
         with console.capture() as captured:
-            console.print(draw(ask()))
+            console.print(draw(poll()))
         # rich pads the last column with spaces.
         for line in captured.get().splitlines():
             print(line.rstrip())
         return OK
-    with Live(draw(ask()), auto_refresh=False, screen=True) as live:
+    with Live(draw(poll()), auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(1.0)
-            live.update(draw(ask()), refresh=True)
+            live.update(draw(poll()), refresh=True)
 
 
 def of_status(status: dict[str, Any]) -> Group:
-    """On a terminal the note gets what the other columns leave of the width."""
+    """Draw the answer to `status`. On a terminal the note takes the rest of the width."""
     daemon = status["daemon"]
     table = _titled(
         f"{daemon['url']}  {daemon['ready']}/{daemon['replicas']} replicas READY  fd-dp {daemon['state']}"
@@ -65,7 +66,7 @@ def of_status(status: dict[str, Any]) -> Group:
 
 
 def of_top(frame: dict[str, Any]) -> Group:
-    """A frame of top.py."""
+    """Draw a frame of top.py."""
     daemon, router, box = frame["daemon"], frame["router"], frame["box"]
     lines = [
         f"{daemon['url']}  {daemon['ready']}/{daemon['replicas']} replicas READY  fd-dp {daemon['state']}",
@@ -172,8 +173,8 @@ def _titled(title: str) -> Table:
 
 def _row(entry: dict[str, Any]) -> list[Text]:
     note = entry["note"] or (f"last exit: {entry['last_exit']}" if entry["last_exit"] else "")
-    if len(note) > _NOTE_IN_A_PIPE and not sys.stdout.isatty():
-        note = note[: _NOTE_IN_A_PIPE - 3] + "..."
+    if len(note) > _MAX_PIPE_NOTE and not sys.stdout.isatty():
+        note = note[: _MAX_PIPE_NOTE - 3] + "..."
     words = [
         str(entry.get("replica", entry["name"])),
         "",

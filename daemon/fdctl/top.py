@@ -1,4 +1,4 @@
-"""`fdctl top`: what the replicas do just now. Figures come from the programs' own /metrics."""
+"""`fdctl top`: current activity of the replicas, from the programs' own /metrics."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from typing import Any
 
 from ..control import protocol
 from . import client
-from .scrapes import Errands, History, Scrape, scrape
+from .scrapes import BackgroundCalls, History, Scrape, scrape
 
+#: Seconds between two frames.
 _INTERVAL = 1.0
-#: A frame is shown after so long, with what has come until then.
-_PATIENCE = 0.6
-#: Figures that are older are shown as "-".
+#: Seconds that a frame waits for scrapes.
+_SCRAPE_TIMEOUT = 0.6
+#: Seconds after which a figure is shown as "-".
 _STALE = 4.0
-#: The daemon is asked for its word so long.
+#: Seconds.
 _DAEMON_TIMEOUT = 5.0
 _DAEMON = "daemon"
 _TOKENS = "fastdeploy:generation_tokens_total"
 
 
 def top(options: argparse.Namespace) -> int:
-    source = Source(lambda: client.ask(options, {"do": "status"}, _DAEMON_TIMEOUT)["status"])
+    source = Source(lambda: client.status(options, _DAEMON_TIMEOUT))
     if options.json or options.once or not sys.stdout.isatty():
         source.frame()
         time.sleep(_INTERVAL)
@@ -47,56 +48,56 @@ def top(options: argparse.Namespace) -> int:
 
 
 class Source:
-    """Makes frames, each a dict of a stable schema (docs/fdctl.md). Rates need two of them.
+    """Source of frames: dicts in a stable schema (docs/fdctl.md). Rates need two frames.
 
     Args:
-        status: asks the daemon; raises FastDeployError.
+        status: returns the daemon's status, or raises FastDeployError.
     """
 
     def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
-        self._ask = status
-        # The first time it is waited for: without it nobody knows whom to ask.
+        self._poll = status
+        # The first answer says where to scrape.
         self._status = status()
         self._problem = ""
-        self._errands = Errands()
+        self._calls = BackgroundCalls()
         self._histories: dict[Hashable, History] = {}
         self._cpu = _cpu_times()
 
     def frame(self) -> dict[str, Any]:
         entries = [entry for entry in (self._status["router"], *self._status["replicas"]) if entry]
-        errands: dict[Hashable, Callable[[], Any]] = {_DAEMON: self._ask}
+        calls: dict[Hashable, Callable[[], Any]] = {_DAEMON: self._poll}
         for entry in entries:
             if entry["pid"]:
-                errands[_key(entry)] = _scraper(entry)
-        self._errands.send(errands)
-        self._take(self._errands.take(_PATIENCE))
-        # Processes that have been replaced are not asked again.
-        self._histories = {key: value for key, value in self._histories.items() if key in errands}
+                calls[_key(entry)] = _scraper(entry)
+        self._calls.start(calls)
+        self._take(self._calls.take(_SCRAPE_TIMEOUT))
+        # Forget processes that have been replaced.
+        self._histories = {key: value for key, value in self._histories.items() if key in calls}
         daemon, router = self._status["daemon"], self._status["router"]
         return {
             "daemon": {key: daemon[key] for key in ("url", "state", "ready", "replicas")},
             "problem": self._problem or None,
-            "router": self._of_router(router),
-            "box": self._of_box(),
-            "replicas": [self._of_replica(entry) for entry in self._status["replicas"]],
+            "router": self._router(router),
+            "box": self._machine(),
+            "replicas": [self._replica(entry) for entry in self._status["replicas"]],
         }
 
     def _take(self, results: dict[Hashable, Any]) -> None:
         for key, result in results.items():
             if key == _DAEMON:
-                # A daemon that does not answer is told about; what it said last is shown still.
+                # While the daemon does not answer, its last status is shown with the problem.
                 self._problem = str(result) if isinstance(result, Exception) else ""
                 self._status = self._status if self._problem else result
             elif isinstance(result, Scrape):
                 self._histories.setdefault(key, History()).add(result)
 
     def _history(self, entry: dict[str, Any] | None) -> History:
-        """Without scrapes if there is no fresh one."""
+        """Return a program's history, or an empty one if its last scrape is too old."""
         history = self._histories.get(_key(entry)) if entry else None
         fresh = history is not None and time.monotonic() - history.scrapes[-1].at < _STALE
         return history if history is not None and fresh else History()
 
-    def _of_router(self, entry: dict[str, Any] | None) -> dict[str, Any]:
+    def _router(self, entry: dict[str, Any] | None) -> dict[str, Any]:
         history = self._history(entry)
         return {
             "state": entry["state"] if entry else "-",
@@ -106,11 +107,11 @@ class Source:
             "in_flight": _now(history, "fd_router_in_flight"),
         }
 
-    def _of_replica(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def _replica(self, entry: dict[str, Any]) -> dict[str, Any]:
         history = self._history(entry)
-        told = ["replica", "state", "intent", "draining", "drain_confirmed"]
-        told += ["progress", "in_flight", "restarts"]
-        return {key: entry[key] for key in told} | {
+        copied = ["replica", "state", "intent", "draining", "drain_confirmed"]
+        copied += ["progress", "in_flight", "restarts"]
+        return {key: entry[key] for key in copied} | {
             "running": _now(history, "fastdeploy:num_requests_running"),
             "queue": _now(history, "fastdeploy:num_requests_waiting"),
             "kv_use": _now(history, "fastdeploy:gpu_cache_usage_perc"),
@@ -121,13 +122,13 @@ class Source:
             "ep_step": history.mean("fastdeploy:ep_step_seconds_total", "fastdeploy:ep_steps_total"),
         }
 
-    def _of_box(self) -> dict[str, Any]:
+    def _machine(self) -> dict[str, Any]:
         before, self._cpu = self._cpu, _cpu_times()
         busy, total = (now - then for now, then in zip(self._cpu, before, strict=True))
         memory = _memory()
         return {
             "cores": os.cpu_count(),
-            # The kernel's idle time may go backwards by a tick.
+            # The kernel's idle time can decrease by a tick.
             "cpu": min(1.0, max(0.0, busy / total)) if total > 0 else None,
             "memory_used": memory["MemTotal"] - memory["MemAvailable"],
             "memory_total": memory["MemTotal"],
@@ -152,7 +153,7 @@ def _live(source: Source) -> int:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """What is typed within so many seconds; Ctrl-C stays Ctrl-C, and the end of the terminal is a q."""
+    """Yield a function that returns the keys pressed within some seconds. A closed terminal counts as a q."""
 
     def sleep(seconds: float) -> str:
         time.sleep(seconds)
@@ -181,12 +182,12 @@ def _scraper(entry: dict[str, Any]) -> Callable[[], Scrape]:
 
 
 def _key(entry: dict[str, Any]) -> Hashable:
-    """Of a process: counters of its successor begin anew."""
+    """Return the key of a process: a restarted process has new counters."""
     return entry["name"], entry["pid"]
 
 
 def _now(history: History, gauge: str, missing: float | None = None) -> float | None:
-    """`missing`: what a program that answers means when it does not tell it."""
+    """Return the last value of a gauge; `missing` if the program answers without it."""
     if not history.scrapes:
         return None
     value = history.scrapes[-1].total(gauge)
@@ -194,7 +195,7 @@ def _now(history: History, gauge: str, missing: float | None = None) -> float | 
 
 
 def _rate(history: History, counter: str) -> float | None:
-    """A counter that nothing has been counted in yet may not be there."""
+    """Return a counter's rate. A counter that does not exist yet counts as 0."""
     if len(history.scrapes) < 2:
         return None
     return history.rate(counter) or 0.0
@@ -205,13 +206,13 @@ def _mean(history: History, histogram: str) -> float | None:
 
 
 def _cpu_times() -> tuple[float, float]:
-    """Busy and all, in ticks of all cores together."""
+    """Return busy and total ticks of all cores."""
     times = [float(word) for word in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
     idle = times[3] + times[4]
     return sum(times) - idle, sum(times)
 
 
 def _memory() -> dict[str, int]:
-    """/proc/meminfo, in bytes."""
+    """Return /proc/meminfo in bytes."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     return {name.rstrip(":"): 1024 * int(value) for name, value, *_ in lines}

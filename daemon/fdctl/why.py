@@ -1,4 +1,4 @@
-"""`fdctl why`: how a program is and why, what it waits for, how it ended last, and what it has printed."""
+"""`fdctl why`: explains a program's state, its last exit and its last output."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from . import client
 from .program_output import last_lines, stacks_in
 
 _LINES = 50
-_INTENTS = {"run": "running", "stopped": "down: stopped by the operator", "held": "held: nobody touches it"}
+_INTENTS = {"run": "running", "stopped": "down: stopped by the operator", "held": "held by the operator"}
 
 
 def why(options: argparse.Namespace) -> int:
     if options.replica == "all":
         return _all(options)
     found = _explained(options, options.replica)
-    # What the daemon knows is told even if its output is not ours to read.
+    # The output may be unreadable for this user.
     lines, problem = [], ""
     try:
         lines = last_lines(Path(found["output"]), _LINES)
@@ -34,7 +34,7 @@ def why(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**found, "lines": lines}, indent=2))
         return protocol.OK
-    for line in (*_told(options, found), *(f"  {trouble}" for trouble in found["problems"])):
+    for line in (*_describe(options, found), *(f"  {trouble}" for trouble in found["problems"])):
         print(line)
     print(problem or f"last {len(lines)} lines of {found['output']}:")
     for line in lines:
@@ -43,7 +43,7 @@ def why(options: argparse.Namespace) -> int:
 
 
 def _all(options: argparse.Namespace) -> int:
-    """Everything that is not as it is meant to be."""
+    """Explain every program that is not READY, and list the daemon's problems."""
     status = client.status(options)
     entries = [entry for entry in (status["router"], *status["replicas"]) if entry]
     found = [_explained(options, entry["name"]) for entry in entries]
@@ -52,7 +52,7 @@ def _all(options: argparse.Namespace) -> int:
         return protocol.OK
     notable = [one for one in found if one["state"] != "READY" or one["waits_for"]]
     for one in notable:
-        for line in _told(options, one):
+        for line in _describe(options, one):
             print(line)
     for problem in status["daemon"]["problems"]:
         print(problem)
@@ -62,7 +62,7 @@ def _all(options: argparse.Namespace) -> int:
 
 
 def _explained(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    found = client.ask(options, {"do": "why", "name": name})["why"]
+    found = client.explain(options, name)
     stacks = None
     with contextlib.suppress(FastDeployError):
         stacks = stacks_in(Path(found["output"]))
@@ -70,7 +70,7 @@ def _explained(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return {**found, "stacks": asdict(stacks) if stacks else None, "expert_group": group}
 
 
-def _told(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+def _describe(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     now = time.time()
     lines = [f"{client.label(found)}: {found['state']} for {_duration(found['for'])}"]
     if found["note"]:
@@ -97,7 +97,7 @@ def _told(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
 
 
 def _group(found: dict[str, Any], run: Path) -> dict[str, Any] | None:
-    """The replica's seat in its expert group, seen from beside it; None if there is none to be seen."""
+    """Return the replica's part in its expert group, or None."""
     name = expert_group_in(found["argv"])
     if name is None:
         return None

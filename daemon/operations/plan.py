@@ -1,16 +1,17 @@
-"""Two lists of programs -> the steps that lead from one to the other. Pure.
+"""Plans the steps from one list of programs to another. Pure.
 
-The order keeps as many replicas READY as can be, and the router first: replicas that have its new address
-must find it there.
+The order keeps as many replicas READY as possible. The router comes first, because replicas with its new
+address must find it there. Then:
 
-* Additions come before replacements: each makes one more that can take requests while another is replaced,
-  and one that fails has cost nobody anything.
-* Of the replacements those come first that do not run anyway: they cost no capacity.
-* Removals come last: up to then the replicas that are to go stand in for those that are being replaced.
+* additions, which add capacity before others are replaced, and whose failure costs nothing;
+* replacements, first of replicas that do not run anyway;
+* removals, so that these replicas take requests until the others have been replaced.
 
-So from 8 to 4, with each of the four changed, there are never fewer than 7 until the removals begin, and with
-removals first there would be 3. What has to wait for a port goes after the step that frees it, whatever that
-is. Only where ports go round in a circle are two replicas down together: the first step `clears` them all.
+From 8 replicas to 4 with each of the four changed, there are never fewer than 7 before the removals begin.
+With removals first there would be 3.
+
+A step that needs a port comes after the step that frees it. If ports form a cycle, its first step stops all
+programs that `clears` names, and only then more than one replica is down.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ class Verb(StrEnum):
     ADD = "add"
     REPLACE = "replace"
     REMOVE = "remove"
-    #: It takes what is new while it runs.
+    #: The running process takes the new flags.
     RELOAD = "reload"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One program is replaced or reloaded (old and new), added (new) or removed (old)."""
+    """Replacement or reload of a program (`old` and `new`), addition (`new`) or removal (`old`)."""
 
     old: Program | None
     new: Program | None
-    #: What differs, for people: "--max-model-len: 2048 -> 4096".
+    #: Differences for people: "--max-model-len: 2048 -> 4096".
     why: tuple[str, ...] = ()
-    #: Programs that still hold a port which `new` needs; they end first, and come back in their own step.
+    #: Names of programs that hold a port of `new`. They are stopped first and start again in their own step.
     clears: tuple[str, ...] = ()
 
     @property
@@ -56,7 +57,7 @@ class Step:
         return Verb.RELOAD if self.old.hash == self.new.hash else Verb.REPLACE
 
     def event(self) -> dict[str, Any]:
-        """As fdctl is told of it."""
+        """Return the step as it appears in events."""
         program = self.program
         return {"program": program.name, "label": program.label, "verb": self.verb, "why": list(self.why)}
 
@@ -65,7 +66,11 @@ class Step:
 
 
 def plan(old: Iterable[Program], new: Iterable[Program], down: Collection[str] = ()) -> list[Step]:
-    """`down`: names of those of `old` that do not run just now."""
+    """Return the steps from `old` to `new` in order.
+
+    Args:
+        down: names of programs of `old` that do not run.
+    """
     before = {program.name: program for program in old}
     after = {program.name: program for program in new}
     names = before.keys() | after.keys()
@@ -77,7 +82,7 @@ def plan(old: Iterable[Program], new: Iterable[Program], down: Collection[str] =
     while pending:
         step = _next(pending, holders, stopped)
         pending.remove(step)
-        clears = tuple(sorted(_holds_back(step, holders)))
+        clears = tuple(sorted(_blockers(step, holders)))
         stopped |= {*clears, step.program.name}
         holders = {port: name for port, name in holders.items() if name not in stopped}
         if step.new is not None:
@@ -89,7 +94,7 @@ def plan(old: Iterable[Program], new: Iterable[Program], down: Collection[str] =
 
 
 def differences(old: Program, new: Program) -> tuple[str, ...]:
-    """Which arguments and environment variables differ, without the values that may be secrets."""
+    """Return the differing arguments and environment variables, with secrets masked."""
     found = []
     before, after = _arguments(old.words), _arguments(new.words)
     shown = masking.value
@@ -138,27 +143,27 @@ def _order(step: Step, down: Collection[str]) -> tuple[int, int]:
 
 
 def _next(pending: list[Step], holders: dict[int, str], stopped: Collection[str]) -> Step:
-    """The first that need not wait for a port, best of all one that is down for another's sake."""
-    free = [step for step in pending if not _holds_back(step, holders)]
+    """Return the first step whose ports are free; a program that was stopped for its port comes first."""
+    free = [step for step in pending if not _blockers(step, holders)]
     if free:
         return min(free, key=lambda step: step.program.name not in stopped)
-    # Whoever waits for it leads to a circle, and only a step in a circle is worth stopping others for.
+    # Every step waits for another one. Follow them to a cycle: only there stopping others is worth it.
     waiting = {step.program.name: step for step in pending}
-    step, passed = pending[0], set[str]()
-    while step.program.name not in passed:
-        passed.add(step.program.name)
-        step = waiting.get(min(_holds_back(step, holders)), step)
+    step, visited = pending[0], set[str]()
+    while step.program.name not in visited:
+        visited.add(step.program.name)
+        step = waiting.get(min(_blockers(step, holders)), step)
     return step
 
 
-def _holds_back(step: Step, holders: dict[int, str]) -> set[str]:
-    """Who has a port that it needs."""
+def _blockers(step: Step, holders: dict[int, str]) -> set[str]:
+    """Return the names of other programs that hold a port of `step.new`."""
     ports = step.new.ports if step.new is not None else ()
     return {holders[port] for port in ports if port in holders} - {step.program.name}
 
 
 def _arguments(argv: tuple[str, ...]) -> dict[str, str]:
-    """--flag -> its words; what comes before the first flag is "program"."""
+    """Map each flag to its words; words before the first flag belong to "program"."""
     found: dict[str, str] = {}
     flag = "program"
     for word in argv:

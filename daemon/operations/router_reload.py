@@ -1,4 +1,4 @@
-"""The router takes other flags while it runs: they are written into its flags file, and SIGHUP says so."""
+"""Changes the flags of a running router: writes them into its flags file and sends SIGHUP."""
 
 from __future__ import annotations
 
@@ -9,71 +9,74 @@ from ..config.programs import ROUTER, Program, admin_socket
 from ..supervision import router_client
 from ..supervision.fleet import Fleet
 from ..supervision.program_state import FAILED, ProgramState
-from ..supervision.router_client import Flags, InBackground, RouterSilent
-from .operation import Operation, Place, insist, stage
+from ..supervision.router_client import BackgroundCall, Flags, RouterUnavailable
+from .operation import Operation, StepPosition, retry_until_accepted, stage_event
 
 log = logging.getLogger("fd-dp")
 
-#: It starts new workers, which get a minute for that, and then ends the old ones.
-_PATIENCE = 90.0
+#: Seconds. The router's new workers get a minute to start; then it stops the old ones.
+_RELOAD_TIMEOUT = 90.0
 
 
-def reload(fleet: Fleet, program: Program, place: Place) -> Operation:
-    """Until all of its workers run with them. If they do not, the caller gives it the old ones back."""
-    replica = fleet.replicas[program.name]
-    yield stage(program, "reload", place)
+def reload(fleet: Fleet, program: Program, position: StepPosition) -> Operation:
+    """Send new flags to the router and wait until all of its workers use them.
+
+    On failure the caller rolls back.
+    """
+    replica = fleet.programs[program.name]
+    yield stage_event(program, "reload", position)
     before = yield from _ask(fleet)
-    problem = yield from insist(lambda: fleet.give_flags(program))
+    problem = yield from retry_until_accepted(lambda: fleet.update_router_flags(program))
     if problem:
         return problem
     began = fleet.now
-    # One that is down, or starts again meanwhile, finds them at its start.
+    # A router that is down reads them when it starts.
     while replica.alive:
         now = yield from _ask(fleet)
         if now is not None and now.hash == program.flags_hash and now.outcome == "done":
             break
-        if _was_turned_down(before, now):
+        if _was_rejected(before, now):
             log_file = fleet.layout.logs / ROUTER / "router.log"
-            return f"did not take its new flags; {log_file} says why"
-        if fleet.now - began > _PATIENCE or fleet.stopping:
-            return f"does not run with its new flags after {_PATIENCE:g} s"
+            return f"rejected its new flags; {log_file} says why"
+        if fleet.now - began > _RELOAD_TIMEOUT or fleet.stopping:
+            return f"does not use its new flags after {_RELOAD_TIMEOUT:g} s"
         yield None
     if replica.state in FAILED:
         return replica.note
-    yield stage(program, "ready", place)
+    yield stage_event(program, "ready", position)
     return ""
 
 
-def are_old(fleet: Fleet) -> bool:
-    """The router has other flags than those in its file, and has not turned them down.
+def has_old_flags(fleet: Fleet) -> bool:
+    """Return whether a READY router uses other flags than those in its file, without having rejected them.
 
-    A daemon that was killed after it had written them has not sent the signal.
+    This happens when a daemon is killed after it has written the file and before it sends the signal.
     """
-    router = fleet.replicas.get(ROUTER)
+    router = fleet.programs.get(ROUTER)
     if router is None or router.state is not ProgramState.READY:
         return False
-    told = router.health.get("reload")
-    taken = isinstance(told, dict) and told.get("outcome") == "done"
-    return taken and router.health.get("flags") != router.program.flags_hash
+    last = router.health.get("reload")
+    accepted = isinstance(last, dict) and last.get("outcome") == "done"
+    return accepted and router.health.get("flags") != router.program.flags_hash
 
 
-def tell_again(fleet: Fleet) -> None:
-    """Raises SupervisorError or OSError."""
-    log.warning("router: has other flags than those in its file; telling it")
-    fleet.give_flags(fleet.replicas[ROUTER].program)
+def signal_again(fleet: Fleet) -> None:
+    """Tell the router to read its flags file. Raises SupervisorError or OSError."""
+    log.warning("router: its flags differ from those in its file; sending SIGHUP")
+    fleet.update_router_flags(fleet.programs[ROUTER].program)
 
 
-def _was_turned_down(before: Flags | None, now: Flags | None) -> bool:
+def _was_rejected(before: Flags | None, now: Flags | None) -> bool:
     if before is None or now is None or now.number <= before.number:
         return False
     return now.outcome in ("refused", "failed")
 
 
 def _ask(fleet: Fleet) -> Generator[None, None, Flags | None]:
-    call = InBackground(lambda: router_client.flags(admin_socket(fleet.layout.run)))
+    call = BackgroundCall(lambda: router_client.flags(admin_socket(fleet.layout.run)))
     while not call.is_done:
         yield None
     try:
         return call.result()
-    except RouterSilent:
+    except RouterUnavailable:
         return None

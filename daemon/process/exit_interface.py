@@ -1,4 +1,4 @@
-"""Addition to supervisord's XML-RPC: how programs ended. supervisor writes the signal only to its log."""
+"""Extension of supervisord's XML-RPC interface: how programs ended. supervisor only logs the signal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from supervisor.xmlrpc import Faults, RPCError
 
 
 class EndsInterface:
-    """Methods of the namespace "fd"."""
+    """Methods in the namespace "fd"."""
 
     def __init__(self, ends: dict[str, str] | None) -> None:
         self._ends = ends

@@ -1,8 +1,7 @@
-"""supervisor's supervisord, changed so that it survives the loss of its files.
+"""supervisord that survives a full disk, a missing log directory and the removal of its socket.
 
-fd-dp, or systemd, runs it as ``python -m fastdeploy.daemon.process.fd_supervisord -n -c FILE``. All programs
-are its children, so it must not end because a disk is full, its log directory is gone, or its socket was
-removed.
+fd-dp or systemd runs it as ``python -m fastdeploy.daemon.process.fd_supervisord -n -c FILE``. All programs
+are its children and would end with it.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from supervisor.states import SupervisorStates
 from .output_files import OutputFile
 from .unix_listener import UnixListener
 
-#: Bytes written to stderr in all; the rest is dropped, because fd-dp keeps the file in memory.
+#: Maximum number of bytes written; the rest is dropped, because fd-dp keeps the file in memory.
 _MAX_STDERR = 1 << 16
 _SOCKET_MODE = 0o600
 
 
 class Options(options.ServerOptions):
-    """Options that remember how each program ended; supervisor itself writes that only to its log."""
+    """Options that record how each program ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +53,7 @@ class Supervisor(supervisord.Supervisor):
         super().runforever()
 
     def tick(self, now: float | None = None) -> None:
-        """Run once a second, or more often."""
+        """Check the sockets. supervisor calls it at least once a second."""
         super().tick(now)
         for listener in self._listeners:
             if not listener.is_bound():
@@ -73,7 +72,7 @@ class Supervisor(supervisord.Supervisor):
 
 
 class _Stderr(io.TextIOBase):
-    """Standard output and error that drop what cannot be written."""
+    """Output stream that drops what cannot be written."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -85,16 +84,15 @@ class _Stderr(io.TextIOBase):
         try:
             os.write(self._descriptor, data)
         except OSError:
-            # There is no other place to report it.
             return len(text)
         return len(text)
 
 
 def main() -> None:
     sys.stdout = sys.stderr = _Stderr(2)
-    # supervisor ends if it finds no directory for temporary files, although it needs none here.
+    # supervisor ends without a directory for temporary files, although it needs none here.
     tempfile.tempdir = "/"
-    # supervisor has no setting for the class of its log files, and none to allow missing directories.
+    # supervisor has no settings for the class of its log files and for missing directories.
     loggers.RotatingFileHandler = OutputFile
     for module in (datatypes, options):
         module.existing_dirpath = module.existing_directory = os.path.expanduser
@@ -108,7 +106,7 @@ def main() -> None:
             Supervisor(chosen).main()
         chosen.close_httpservers()
         chosen.close_logger()
-        # SIGHUP asks for another round.
+        # SIGHUP restarts it.
         first, running = False, chosen.mood >= SupervisorStates.RESTARTING
 
 

@@ -1,7 +1,7 @@
-"""Log files of supervisord and of the programs' output. A failing disk costs lines but ends no process.
+"""Log file handler of supervisord that survives a full disk and removed files.
 
-supervisor's own handler writes to stderr when a write fails, closes a program's output for good when that
-fails as well, and never opens a removed file again.
+supervisor's own handler writes to stderr when a write fails, closes the output of the program for good when
+that fails as well, and never opens a removed file again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import time
 
 from supervisor import loggers
 
-#: Seconds from a failure to open or rotate the file to the next try.
+#: Seconds between a failure to open or rotate the file and the next try.
 _RETRY_SECONDS = 1.0
 _TIME = "%Y-%m-%d %H:%M:%S"
 
 
 class OutputFile(loggers.RotatingFileHandler):
-    """Handler that drops what it cannot write, and reports how much that was when it can write again."""
+    """Rotating log file. Output that cannot be written is dropped, and its size is logged later."""
 
     def __init__(self, filename: str, mode: str = "ab", maxBytes: int = 0, backupCount: int = 0) -> None:
         loggers.Handler.__init__(self)
@@ -28,16 +28,18 @@ class OutputFile(loggers.RotatingFileHandler):
         self._descriptor: int | None = None
         self._size = 0
         self._next_try = 0.0
-        self._cut = False
+        self._mid_line = False
         self._lost = 0
         self._lost_since = ""
         self._problem = ""
+        self._replace(_latest.get(filename))
+        _latest[filename] = self
 
     def emit(self, record: loggers.LogRecord) -> None:
         output = self._text(record)
-        pending = self._note() + output
+        pending = self._loss_report() + output
         try:
-            self._look()
+            self._check_file()
             while pending:
                 pending = pending[self._write(pending) :]
         except OSError as error:
@@ -49,7 +51,7 @@ class OutputFile(loggers.RotatingFileHandler):
             self._lost, self._lost_since = 0, ""
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: there is no buffer."""
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -66,28 +68,35 @@ class OutputFile(loggers.RotatingFileHandler):
         with contextlib.suppress(OSError):
             os.remove(self.baseFilename)
 
+    def _replace(self, previous: OutputFile | None) -> None:
+        """Close the file of the program's previous run, and take over its report of lost output."""
+        if previous is not None:
+            previous.close()
+            self._lost, self._lost_since = previous._lost, previous._lost_since
+            self._problem = previous._problem
+
     def _text(self, record: loggers.LogRecord) -> bytes:
-        # A program's output arrives as bytes, which need not be text.
+        # The output of programs arrives as bytes.
         if isinstance(record.msg, bytes):
             return record.msg
         return (self.fmt % record.asdict()).encode("utf-8", "replace")
 
-    def _look(self) -> None:
-        """Open the file if it is not open or has lost its name; rotate it if it is large."""
-        has_its_name = self._has_its_name()
-        if has_its_name and (not self.maxBytes or self._size < self.maxBytes):
+    def _check_file(self) -> None:
+        """Open the file if it is not open or was removed; rotate it if it is large."""
+        is_in_place = self._is_in_place()
+        if is_in_place and (not self.maxBytes or self._size < self.maxBytes):
             return
         if time.monotonic() < self._next_try:
-            if not has_its_name:
+            if not is_in_place:
                 raise OSError(0, self._problem)
             return
         self._next_try = time.monotonic() + _RETRY_SECONDS
-        if has_its_name:
+        if is_in_place:
             self._rotate()
         else:
             self._open()
 
-    def _has_its_name(self) -> bool:
+    def _is_in_place(self) -> bool:
         if self._descriptor is None:
             return False
         try:
@@ -95,7 +104,7 @@ class OutputFile(loggers.RotatingFileHandler):
         except FileNotFoundError:
             return False
         except OSError:
-            # The file may still be there, and the open one can be written to.
+            # It cannot be checked, and the open file can be written.
             return True
 
     def _open(self) -> None:
@@ -106,7 +115,7 @@ class OutputFile(loggers.RotatingFileHandler):
         self._descriptor = descriptor
         self._next_try = 0.0
         self._size = os.fstat(descriptor).st_size
-        self._cut = False
+        self._mid_line = False
 
     def _rotate(self) -> None:
         # The file grows until a later try succeeds.
@@ -118,16 +127,20 @@ class OutputFile(loggers.RotatingFileHandler):
             self._open()
 
     def _write(self, data: bytes) -> int:
-        assert self._descriptor is not None, "opened by _look"
+        assert self._descriptor is not None, "opened by _check_file"
         written = os.write(self._descriptor, data)
         self._size += written
-        self._cut = data[written - 1] != ord("\n")
+        self._mid_line = data[written - 1] != ord("\n")
         return written
 
-    def _note(self) -> bytes:
-        """Return the line that reports lost output, or b""."""
+    def _loss_report(self) -> bytes:
+        """Return a log line about lost output, or b""."""
         if not self._lost:
             return b""
-        line_end = "\n" if self._cut else ""
+        line_end = "\n" if self._mid_line else ""
         note = f"{self._lost} bytes of output were lost since {self._lost_since}: {self._problem}"
         return f"{line_end}{time.strftime(_TIME)} WARNING supervisord {note}\n".encode("utf-8", "replace")
+
+
+#: File name -> newest handler. supervisor makes one for each run of a program and never closes it.
+_latest: dict[str, OutputFile] = {}

@@ -1,7 +1,7 @@
-"""Processes as the kernel knows them: what a program left behind, and its end.
+"""Processes of the programs in /proc: find, signal and reap them.
 
-A program is found by the mark that fd-run puts into its environment, not by its parent: children survive
-their parents, move to sessions of their own and are adopted by others, but they keep their environment.
+A process is found by the marker that fd-run puts into its environment, not by its parent. Children survive
+their parents, move to other sessions and are adopted by other processes, but keep their environment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 @dataclass(frozen=True, slots=True)
 class Marked:
-    """A living process that belongs to one of our programs."""
+    """A living process of one of the programs."""
 
     pid: int
     program: str
@@ -29,23 +29,23 @@ class Marked:
 
 
 def become_subreaper() -> None:
-    """Processes whose parent dies become our children, so that their end can be waited for."""
+    """Make orphaned descendants children of this process, so that it can wait for their end."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
 def marked(run: Path, program: str | None = None) -> list[Marked]:
-    """All living processes of the programs (or of one program) of the daemon whose run directory is `run`."""
+    """Return all living processes of one or all programs of the daemon with this run directory."""
     own = os.getpid()
     found = (_read(run, pid) for pid in _pids() if pid != own)
     return [process for process in found if process and program in (None, process.program)]
 
 
 def supervisord_of(ini: Path) -> int | None:
-    """Return the pid of a living supervisord of ours with this configuration file.
+    """Return the pid of a living supervisord with this configuration file, or None.
 
-    Only processes of our own user count: others could keep the daemon from starting with a command line.
+    Only processes of the same user count: another user could fake the command line.
     """
     words = [b"-c", os.fsencode(ini)]
     for pid in _pids():
@@ -62,15 +62,15 @@ def supervisord_of(ini: Path) -> int | None:
 
 
 def running_hash(run: Path, pid: int) -> str | None:
-    """The hash of the launch file that process `pid` was started from; None before fd-run has become it."""
+    """Return the hash of the launch file of process `pid`; None until fd-run has executed the program."""
     process = _read(run, pid)
     return process.hash if process else None
 
 
 def started_at(pid: int) -> float | None:
-    """Unix time, to a hundredth of a second; None if there is no such process.
+    """Return the start of a process, Unix time to 10 ms; None if there is no such process.
 
-    supervisord tells it to a second, in which one may have died and the next begun.
+    supervisord reports whole seconds, and a process may die and be restarted within one.
     """
     try:
         since_boot = int(stat_fields(pid)[19]) / os.sysconf("SC_CLK_TCK")
@@ -80,13 +80,13 @@ def started_at(pid: int) -> float | None:
 
 
 def stat_fields(pid: int) -> list[bytes]:
-    """Fields 3 and on of proc(5)'s stat. Raises OSError if there is no such process."""
-    # The name before them, in parentheses, may hold anything.
+    """Return the fields from the third on of /proc/PID/stat. Raises OSError if there is no such process."""
+    # The second field, the name in parentheses, may contain anything.
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 def kill_marked(run: Path, program: str | None = None, sig: int = signal.SIGKILL) -> list[Marked]:
-    """Signals them once and returns those that were there: call again until none is."""
+    """Send a signal to the processes and return them. Call it again until none is left."""
     processes = marked(run, program)
     for process in processes:
         signal_if_still(run, process, sig)
@@ -94,7 +94,7 @@ def kill_marked(run: Path, program: str | None = None, sig: int = signal.SIGKILL
 
 
 def end_marked(run: Path, deadline: float) -> list[Marked]:
-    """SIGKILLs all of them and waits until none lives, or the (monotonic) deadline; returns the rest."""
+    """Kill all processes and wait for their end until a monotonic deadline. Return those that are left."""
     while left := kill_marked(run):
         reap()
         if time.monotonic() > deadline:
@@ -104,7 +104,7 @@ def end_marked(run: Path, deadline: float) -> list[Marked]:
 
 
 def signal_if_still(run: Path, process: Marked, sig: int) -> None:
-    """Through a pidfd, and looked at again after it is open: the pid may be someone else's by now."""
+    """Signal a process through a pidfd, unless another process has its pid by now."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -119,7 +119,7 @@ def signal_if_still(run: Path, process: Marked, sig: int) -> None:
 
 
 def reap(keep: int | None = None) -> dict[int, int]:
-    """Collects every dead child: pid -> wait status. `keep` is left to the one who waits for it by itself."""
+    """Reap all dead children except `keep`. Return pid -> wait status."""
     ended: dict[int, int] = {}
     while True:
         try:

@@ -1,4 +1,4 @@
-"""When a program that failed is tried again. Pure: the clock and the dice are passed in."""
+"""Restart policy: backoff, quarantine, and the failure budget of the machine. Without I/O or a clock."""
 
 from __future__ import annotations
 
@@ -10,72 +10,79 @@ from ..config.options import SuperviseSection
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    #: Seconds from now.
+    """What follows from a failure."""
+
+    #: Seconds until the next try.
     delay: float
     quarantined: bool
-    #: Why it is quarantined, for people.
+    #: Reason of the quarantine, for people.
     why: str = ""
 
 
 @dataclass(slots=True)
 class Restarts:
-    """The failures of one program.
+    """Failures of one program, and its backoff.
 
-    The delay doubles with each failure in a row, up to a cap; a quarter of it is left to the dice, so that
-    replicas which failed together do not load together again. Too many failures within a window put the
-    program into quarantine, and there it stays until it has been stable: it is still tried, slowly, never
-    silently for ever and never not at all.
+    The delay doubles with each failure in a row, up to a maximum. A quarter of it is random, so that replicas
+    that failed together do not load together again. Too many failures within a window quarantine the program:
+    it is retried slowly until it has been stable.
     """
 
     policy: SuperviseSection
+    #: Returns numbers from [0, 1).
     random: Callable[[], float]
+    #: Failures since the program was last stable.
     in_a_row: int = 0
     quarantined: bool = False
     #: Times of the failures within the window, oldest first.
     failures: list[float] = field(default_factory=list)
 
-    def failed(self, now: float, at_once: str = "") -> Decision:
-        """`at_once`: why a quick try would be in vain, or do harm; empty if there is no such reason."""
+    def failed(self, now: float, no_quick_retry: str = "") -> Decision:
+        """Record a failure.
+
+        Args:
+            no_quick_retry: why a quick retry would be useless; "" if it would not.
+        """
         policy = self.policy
         self.failures = _recent(self.failures, now, policy.budget_window)
         self.failures.append(now)
         self.in_a_row += 1
         self.quarantined |= len(self.failures) >= policy.budget
-        if self.quarantined and not at_once:
-            at_once = f"failure {self.in_a_row} in a row, {_count(self.failures, policy)}"
-        if at_once:
-            return Decision(self._spread(policy.quarantine), True, at_once)
+        if self.quarantined and not no_quick_retry:
+            no_quick_retry = f"failure {self.in_a_row} in a row, {_count(self.failures, policy)}"
+        if no_quick_retry:
+            return Decision(self._jittered(policy.quarantine), True, no_quick_retry)
         # The exponent is capped as well: 2.0 ** 1100 is an OverflowError.
         exponential = policy.backoff_first * 2.0 ** min(self.in_a_row - 1, 60)
-        return Decision(self._spread(min(exponential, policy.backoff_max)), quarantined=False)
+        return Decision(self._jittered(min(exponential, policy.backoff_max)), quarantined=False)
 
     def interrupted(self) -> Decision:
-        """Decide after an end from outside, such as a signal 9: it says nothing about the program."""
-        return Decision(self._spread(self.policy.backoff_first), quarantined=False)
+        """Return the delay after an exit caused from outside, which is not a failure of the program."""
+        return Decision(self._jittered(self.policy.backoff_first), quarantined=False)
 
     def stable(self) -> None:
-        """It has been READY for `stable_after`: the next failure is a first one."""
+        """Forget all failures: the program has been READY for `stable_after`."""
         self.in_a_row = 0
         self.quarantined = False
         self.failures.clear()
 
-    def _spread(self, delay: float) -> float:
+    def _jittered(self, delay: float) -> float:
         return delay * (0.75 + 0.25 * self.random())
 
 
 @dataclass(slots=True)
 class HostFailureBudget:
-    """The failures of all replicas of the machine: when there are many, it is the machine that fails.
+    """Failures of all replicas of the machine. If there are many, the machine itself has a problem.
 
-    To start everything again at once would make that worse, so whatever fails from then on is paused. The
-    pause ends by itself when no replica has failed for `box_calm`.
+    Restarting everything at once would make it worse, so each further replica that fails is paused. The pause
+    ends when no replica has failed for `box_calm`.
     """
 
     policy: SuperviseSection
     failures: list[float] = field(default_factory=list)
 
     def failed(self, now: float) -> str:
-        """Record a failure. Return why its replica is paused, or "" while there are not too many failures."""
+        """Record a failure. Return why the replica is paused, or "" while the budget is not exhausted."""
         policy = self.policy
         self.failures = _recent(self.failures, now, policy.budget_window)
         self.failures.append(now)
@@ -85,7 +92,7 @@ class HostFailureBudget:
 
     @property
     def calm_at(self) -> float:
-        """Time at which the pause ends if no replica fails before it."""
+        """End of the pause if no replica fails before."""
         return self.failures[-1] + self.policy.box_calm if self.failures else 0.0
 
 

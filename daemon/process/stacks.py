@@ -1,8 +1,8 @@
-"""Where a program that hangs is: its processes are asked for the stacks of their threads, then it is killed.
+"""Stack dump of a hung program before it is killed.
 
-A replica's processes write them to their output on SIGUSR2 (faulthandler), whatever their threads wait for.
-One that is stopped does it when it is continued. Processes that do not catch the signal are not sent it: it
-would end them, and an arbiter of gunicorn understands it as an order.
+The processes of a replica write the stacks of their threads to their output on SIGUSR2 (faulthandler), even
+if all threads are blocked. A suspended process does so once it is continued. Processes that do not catch the
+signal would be killed by it, and a gunicorn arbiter uses it for something else; neither gets it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from . import proc
 from .proc import Marked
 
 _SIGNAL = signal.SIGUSR2
-#: More than a process needs that gets a processor at all.
-_PATIENCE = 3.0
-#: From the signal to the first line in the output: a Python thread has to have its turn, and supervisord.
+#: Seconds; more than a process needs that gets any CPU time.
+_TIMEOUT = 3.0
+#: Seconds until the first line is in the output file: a Python thread and then supervisord have to run.
 _FIRST_LINE = 1.0
 
 
 class Dump:
-    """Asks all processes of a program but `arbiter`, and has them go on if they are stopped."""
+    """Requests the stacks of all processes of a program but `arbiter`; continues suspended ones."""
 
     def __init__(self, run: Path, program: str, arbiter: int, output: Path, now: float) -> None:
         family = proc.marked(run, program)
@@ -37,8 +37,8 @@ class Dump:
         self._since = now
 
     def is_done(self, now: float) -> bool:
-        """All is written, or they have had their time. To be asked every tenth of a second or so."""
-        if not self.asked or now - self._since > _PATIENCE:
+        """Return whether the dump is complete or has timed out. Call it about ten times a second."""
+        if not self.asked or now - self._since > _TIMEOUT:
             return True
         if any(_has(process, "SigPnd", "ShdPnd") for process in self.asked):
             return False
@@ -48,7 +48,7 @@ class Dump:
 
 
 def _has(process: Marked, *fields: str) -> bool:
-    """Whether the signal is in one of these sets of /proc/PID/status."""
+    """Return whether the signal is in one of these signal sets of /proc/PID/status."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,9 +1,9 @@
-"""The process supervisord: started or adopted, found dead and replaced, ended.
+"""The supervisord process: start, adopt, replace and stop it.
 
-When supervisord dies its children live on, out of anybody's control, and a new supervisord would start a
-second set beside them. So whatever carries our mark is ended before a new one starts.
+When supervisord dies, its children survive without control, and a new supervisord would start the programs a
+second time. So all marked processes are killed before a new one starts.
 
-supervisord is dead when its process is. While it is alive but its socket was removed, the daemon waits, and
+supervisord counts as dead only when its process has ended. If its socket was removed, the daemon waits, and
 the programs keep running.
 """
 
@@ -27,22 +27,23 @@ from .supervisor_client import Supervisor, SupervisorError, SupervisorLost
 
 log = logging.getLogger("fd-dp")
 
-_START_PATIENCE = 20.0
-#: For one that systemd starts again. Meanwhile nobody is answered, systemd's watchdog included.
-_UNIT_PATIENCE = 5.0
-#: One that accepts connections but answers none for so long is killed.
-_HANGS = 30.0
-_KILL_PATIENCE = 3.0
-_LAST_WORDS = 1 << 16
+#: Seconds for a supervisord of our own to answer after its start.
+_START_TIMEOUT = 20.0
+#: Seconds for systemd to restart it. Meanwhile the daemon does not answer, not even systemd's watchdog.
+_UNIT_TIMEOUT = 5.0
+#: Seconds after which a supervisord that accepts connections but does not answer is killed.
+_HANG_TIMEOUT = 30.0
+_KILL_TIMEOUT = 3.0
+_MAX_OUTPUT = 1 << 16
 
 
 class Supervisord:
-    """Owner of that process.
+    """Owner of the supervisord process.
 
     Args:
-        external: systemd starts it and restarts it; here it is only waited for.
-        write: puts its configuration in place.
-        interrupted: true when the daemon has been told to stop; waiting is given up then.
+        external: systemd starts and restarts it; the daemon only waits for it.
+        write: writes its configuration. Raises OSError.
+        interrupted: returns whether the daemon has to stop, which ends all waiting.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Supervisord:
         write: Callable[[], None],
         interrupted: Callable[[], bool],
     ) -> None:
-        #: 0 until it has answered once.
+        #: 0 until supervisord has answered.
         self.pid = 0
         self._client = client
         self._external = external
@@ -62,22 +63,22 @@ class Supervisord:
         self._interrupted = interrupted
         self._child: subprocess.Popen[bytes] | None = None
         self._restarts = Restarts(policy, lambda: 1.0)
-        #: Readable when the process that answered last has ended.
+        #: Pidfd of the process that answered last.
         self._pidfd: int | None = None
-        #: Its stdout and stderr, in memory: a full disk must not end it.
+        #: Its stdout and stderr. In memory, so that a full disk does not end it.
         self._output = os.memfd_create("supervisord.out")
         self._hangs_since: float | None = None
         self._next_try = 0.0
 
     @property
     def child(self) -> int | None:
-        """Its pid if it is our child."""
+        """Pid of a supervisord that is a child of this process."""
         return self._child.pid if self._child else None
 
-    def connect(self, patience: float = _START_PATIENCE) -> None:
-        """Returns when it answers. Raises FastDeployError if it cannot be brought to that."""
+    def connect(self, timeout: float = _START_TIMEOUT) -> None:
+        """Wait until supervisord answers; start it if necessary. Raises FastDeployError at the timeout."""
         self.pid = 0
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         alive: int | None = None
         while True:
             try:
@@ -85,13 +86,13 @@ class Supervisord:
                 break
             except SupervisorLost as error:
                 if self._child is not None and self._child.poll() is not None:
-                    raise FastDeployError(f"supervisord ended: {self._last_words()}") from None
+                    raise FastDeployError(f"supervisord ended: {self._last_output_line()}") from None
                 if self._child is None and not error.hangs:
                     before, alive = alive, proc.supervisord_of(self._client.layout.ini)
                     if alive is not None and alive != before:
                         log.warning("%s; waiting for pid %d, which is alive", error, alive)
                     if alive is None:
-                        self._sweep()
+                        self._kill_orphans()
                         if not self._external:
                             self._start()
                 if time.monotonic() > deadline or self._interrupted():
@@ -106,61 +107,65 @@ class Supervisord:
 
     @property
     def is_alive(self) -> bool:
-        """The process that answered last still runs, whether it answers now or not."""
+        """True if the process that answered last still runs."""
         return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
 
     def recover(self, error: SupervisorLost) -> bool:
-        """After a call that failed: True if it was dead, and another one answers now and runs nothing yet.
+        """Handle a failed call: replace supervisord if it is dead or hangs. Call it after every failed call.
 
-        False: it is alive and may answer again, or the new one has failed as well; call again when a call
-        fails. Raises FastDeployError when that has happened too often.
+        Returns:
+            True if a new supervisord answers, which runs no program yet. False if the old one is alive, or
+            the new one has failed as well.
+
+        Raises FastDeployError after too many failures.
         """
         now = time.monotonic()
         if not error.hangs:
             self._hangs_since = None
         elif self._hangs_since is None:
             self._hangs_since = now
-        if self.is_alive and (self._hangs_since is None or now - self._hangs_since < _HANGS):
+        if self.is_alive and (self._hangs_since is None or now - self._hangs_since < _HANG_TIMEOUT):
             return False
         if now < self._next_try:
             return False
         try:
             self._kill()
-            self._sweep()
+            self._kill_orphans()
             if not self._external:
                 self._write()
         except (FastDeployError, OSError) as failure:
-            # Not a failure of supervisord, so it does not count as one.
-            self._wait_and_try_again(failure, self._restarts.policy.backoff_first)
+            # Not a failure of supervisord itself.
+            self._schedule_retry(failure, self._restarts.policy.backoff_first)
             return False
         decision = self._restarts.failed(now)
         if decision.quarantined:
             raise FastDeployError(f"supervisord keeps ending; see {self._client.layout.log}")
         try:
-            self.connect(_UNIT_PATIENCE if self._external else _START_PATIENCE)
+            self.connect(_UNIT_TIMEOUT if self._external else _START_TIMEOUT)
         except (FastDeployError, OSError) as failure:
-            self._wait_and_try_again(failure, decision.delay)
+            self._schedule_retry(failure, decision.delay)
             return False
         return True
 
     def answered(self) -> None:
+        """Record a successful call."""
         self._hangs_since = None
         failures, policy = self._restarts.failures, self._restarts.policy
         if failures and time.monotonic() - failures[-1] > policy.stable_after:
             self._restarts.stable()
 
     def end(self) -> None:
-        """Ends it and everything that it has started and that still runs."""
-        left = proc.end_marked(self._client.layout.run, time.monotonic() + _KILL_PATIENCE)
+        """Stop supervisord, and kill the programs that still run."""
+        left = proc.end_marked(self._client.layout.run, time.monotonic() + _KILL_TIMEOUT)
         try:
             self._client.shutdown()
         except SupervisorError as error:
             log.error("%s; killing it", error)
-        if not _wait_for_end(self.pid or self.child or 0, _KILL_PATIENCE):
+        if not _wait_for_end(self.pid or self.child or 0, _KILL_TIMEOUT):
             self._kill()
         if self._child is not None:
             self._child.wait()
-        left = proc.end_marked(self._client.layout.run, time.monotonic() + _KILL_PATIENCE)
+        left = proc.end_marked(self._client.layout.run, time.monotonic() + _KILL_TIMEOUT)
         for process in left:
             log.error("pid %d (%s) cannot be killed", process.pid, process.program)
 
@@ -174,7 +179,7 @@ class Supervisord:
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._output,
-            # Ctrl-C in the terminal is for the daemon, which stops things in order.
+            # Ctrl-C in the terminal must reach only the daemon, which stops everything in order.
             start_new_session=True,
         )
         log.info("started supervisord, pid %d", self._child.pid)
@@ -183,11 +188,11 @@ class Supervisord:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-        # One that has died since it answered is found dead by `is_alive`.
+        # If it has died since it answered, `is_alive` is False.
         with contextlib.suppress(ProcessLookupError):
             self._pidfd = os.pidfd_open(self.pid)
 
-    def _wait_and_try_again(self, failure: Exception, delay: float) -> None:
+    def _schedule_retry(self, failure: Exception, delay: float) -> None:
         log.error("%s; next try in %.1f s", failure, delay)
         self._next_try = time.monotonic() + delay
 
@@ -199,24 +204,24 @@ class Supervisord:
         elif self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            select.select([self._pidfd], [], [], _KILL_PATIENCE)
+            select.select([self._pidfd], [], [], _KILL_TIMEOUT)
 
-    def _sweep(self) -> None:
+    def _kill_orphans(self) -> None:
         run = self._client.layout.run
         orphans = proc.marked(run)
         if orphans:
-            log.warning("ending %d processes that no supervisord looks after", len(orphans))
-        if left := proc.end_marked(run, time.monotonic() + _KILL_PATIENCE):
-            raise FastDeployError(f"pid {left[0].pid} ({left[0].program}) cannot be killed; end it by hand")
+            log.warning("killing %d processes that have lost their supervisord", len(orphans))
+        if left := proc.end_marked(run, time.monotonic() + _KILL_TIMEOUT):
+            raise FastDeployError(f"pid {left[0].pid} ({left[0].program}) cannot be killed; kill it manually")
 
-    def _last_words(self) -> str:
-        text = os.pread(self._output, _LAST_WORDS, 0).decode(errors="replace")
+    def _last_output_line(self) -> str:
+        text = os.pread(self._output, _MAX_OUTPUT, 0).decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return lines[-1] if lines else f"see {self._client.layout.log}"
 
 
-def _wait_for_end(pid: int, patience: float) -> bool:
-    """True when no such process lives, at the latest after `patience` seconds."""
+def _wait_for_end(pid: int, timeout: float) -> bool:
+    """Wait for the end of a process. Return whether it has ended."""
     try:
         descriptor = os.pidfd_open(pid) if pid else None
     except ProcessLookupError:
@@ -224,6 +229,6 @@ def _wait_for_end(pid: int, patience: float) -> bool:
     if descriptor is None:
         return True
     try:
-        return bool(select.select([descriptor], [], [], patience)[0])
+        return bool(select.select([descriptor], [], [], timeout)[0])
     finally:
         os.close(descriptor)

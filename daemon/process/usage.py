@@ -1,4 +1,4 @@
-"""What a program and everything below it take of the machine, from /proc: cheap enough for each scrape."""
+"""CPU time and memory of a program and its descendants, from /proc. Cheap enough for every scrape."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Sums over processes. Memory that they share among them counts for each that has touched it."""
+    """Sums over processes. Shared memory counts once for each process that has touched it."""
 
     processes: int = 0
-    #: Resident memory of their own, bytes.
+    #: Resident private memory, bytes.
     private: int = 0
-    #: Resident pages of files and of shared memory, bytes: libraries, packed weights.
+    #: Resident pages of files and shared memory, bytes: libraries, packed weights.
     shared: int = 0
-    #: Used so far, in seconds, by children that have ended, too.
+    #: CPU seconds, including those of children that have ended.
     cpu: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
@@ -34,7 +34,7 @@ class Usage:
 
 
 def of_family(pid: int) -> Usage:
-    """Of this process and its descendants; of those that end meanwhile nothing is counted."""
+    """Return the usage of a process and its descendants. A process that ends meanwhile is not counted."""
     total = Usage()
     left = [pid]
     while left:
@@ -55,7 +55,7 @@ def _of(pid: int) -> Usage:
 
 
 def _children(pid: int) -> list[int]:
-    """A child is listed at the thread that has started it."""
+    """Return the children of all threads: the kernel lists a child at the thread that started it."""
     found: list[int] = []
     for thread in os.listdir(f"/proc/{pid}/task"):
         with (

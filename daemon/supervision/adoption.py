@@ -1,4 +1,4 @@
-"""What a new daemon takes over from the one before it: the programs that run."""
+"""Adoption of the programs that a previous daemon started."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from ..process.supervisor_client import Process, Supervisor, SupervisorError
 
 log = logging.getLogger("fd-dp")
 
-#: A process that was started in the moment when the last daemon died is still on its way through fd-run.
-_LAUNCH_PATIENCE = 2.0
-_END_PATIENCE = 10.0
+#: Seconds. A process started just before the previous daemon died may still execute fd-run.
+_LAUNCH_TIMEOUT = 2.0
+_END_TIMEOUT = 10.0
 
 
 def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str, tuple[Process, Program]]:
-    """What supervisord runs, each with the program that it was started as.
+    """Return the processes that supervisord runs, each with the configuration that it was started with.
 
-    A process tells by its environment which launch file it was started from. If that file is gone, nobody
-    knows what it is, and it is ended. Flags that were changed while it ran are those in its flags file.
+    The environment of a process names its launch file. A process whose launch file is gone is killed, because
+    its configuration is unknown. Flags come from the flags file, which may have changed since the start.
+
+    Raises SupervisorError.
     """
     known = {(program.name, program.hash): program for program in wanted}
     found = {}
@@ -39,20 +41,22 @@ def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str,
         elif program is not None:
             found[process.name] = process, program
         else:
-            log.warning("%s: pid %d runs an unknown configuration; ending it", process.name, process.pid)
+            log.warning(
+                "%s: pid %d runs with an unknown configuration; killing it", process.name, process.pid
+            )
             _end(client, process)
     return found
 
 
 def _flags_of(program: Program) -> tuple[str, ...]:
-    """What it reads when it is started or gets a SIGHUP."""
+    """Return the flags in its flags file."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return tuple(map(str, parse_json(Path(program.flags_file).read_bytes())))
     return program.flags
 
 
 def _hash_of(client: Supervisor, process: Process) -> str:
-    deadline = time.monotonic() + _LAUNCH_PATIENCE
+    deadline = time.monotonic() + _LAUNCH_TIMEOUT
     while True:
         hash_ = proc.running_hash(client.layout.run, process.pid)
         if hash_ is not None or time.monotonic() > deadline:
@@ -67,11 +71,11 @@ def _read(client: Supervisor, launch_name: str) -> Program | None:
 
 
 def _end(client: Supervisor, process: Process) -> None:
-    deadline = time.monotonic() + _END_PATIENCE
+    deadline = time.monotonic() + _END_TIMEOUT
     while time.monotonic() < deadline:
         proc.kill_marked(client.layout.run, process.name)
         client.stop(process.name)
         if client.processes()[process.name].state in supervisor_client.DOWN:
             return
         time.sleep(0.05)
-    raise SupervisorError(f"{process.name}: pid {process.pid} does not end; end it by hand")
+    raise SupervisorError(f"{process.name}: pid {process.pid} does not end; kill it manually")

@@ -1,8 +1,9 @@
-"""Which replicas hang: their workers have work, finish no step, and wait for nobody.
+"""Detection of hung replicas: their worker has unfinished requests and makes no progress.
 
-Slow is not dead: a step may take its time, and a long prompt is many steps. Ranks of an expert-parallel group
-all stand still while one of them does, so there the one is to blame that the others wait for; they are left
-alone. What a group waits for is seen in its memory (`expert_parallel/snapshot.py`), without asking anybody.
+A slow replica does not hang: a step may take long, and a long prompt takes many steps. When one rank of an
+expert-parallel group hangs, all others stand still as well. So only the rank that the others wait for is
+hung; the others are blocked. The memory of the group (`expert_parallel/snapshot.py`) shows who waits for
+whom.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from typing import Any
 
 from ...expert_parallel.snapshot import RankSnapshot, Snapshot
 
-#: Seconds. A longer silence is not a plausible answer.
-_FOREVER = 1e9
+#: Seconds. Larger values are rejected as implausible.
+_MAX_SILENCE = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgress:
-    """What /health tells of the worker."""
+    """Progress of a worker as reported by GET /health."""
 
     steps: int
-    #: Sequences that it has in hand.
+    #: Unfinished sequences.
     requests: int
-    #: Seconds for which it has said nothing though it has something to do; 0 if it has nothing to do.
+    #: Seconds since the last message of the worker while one is due; 0 if it has nothing to do.
     silent: float
 
     @classmethod
     def of(cls, health: Mapping[str, Any]) -> WorkerProgress | None:
-        """None if it tells nothing: it is loading, or it is no engine of ours."""
+        """Return None without valid figures: the replica is loading, or it is not an engine of ours."""
         worker = health.get("worker")
         if not isinstance(worker, dict):
             return None
@@ -37,145 +38,173 @@ class WorkerProgress:
         if type(steps) is not int or type(requests) is not int or not isinstance(silent, int | float):
             return None
         # The range excludes NaN as well.
-        return cls(steps, requests, float(silent)) if requests >= 0 and 0 <= silent < _FOREVER else None
+        return cls(steps, requests, float(silent)) if requests >= 0 and 0 <= silent < _MAX_SILENCE else None
 
 
 @dataclass(slots=True)
 class ProgressTracker:
-    """What has been seen of one process. Times are the daemon's own, so that it can be forgiving."""
+    """Progress of one process over time. Times are on the daemon's clock."""
 
-    pulse: WorkerProgress | None = None
-    #: When it was last seen to have finished a step, or to have nothing to do.
-    moved: float = 0.0
-    #: When it was last seen to have finished a step.
-    stepped: float = 0.0
-    #: Since when a token is awaited from it only because it was idle; None if none is.
-    tested: float | None = None
-    #: Instead of the token there has come an error.
-    refused: bool = False
+    last: WorkerProgress | None = None
+    #: Time at which it last finished a step or was idle.
+    last_progress: float = 0.0
+    #: Time at which it last finished a step.
+    last_step: float = 0.0
+    #: Time since which an idle replica owes a probe its token; None if there is no such probe.
+    token_due_since: float | None = None
+    #: The last token probe got an error.
+    token_failed: bool = False
 
-    def saw(self, pulse: WorkerProgress | None, now: float) -> None:
-        if pulse is None:
+    def update(self, progress: WorkerProgress | None, now: float) -> None:
+        if progress is None:
             return
-        if self.pulse is None or pulse.steps != self.pulse.steps:
-            self.moved = self.stepped = now
-            if self.tested is not None and not self.refused:
-                # Others have come meanwhile, and it waits its turn.
-                self.tested = now
-        elif not pulse.silent:
-            self.moved = now
-        self.pulse = pulse
+        if self.last is None or progress.steps != self.last.steps:
+            self.last_progress = self.last_step = now
+            if self.token_due_since is not None and not self.token_failed:
+                # It works on other requests, and the probe waits behind them.
+                self.token_due_since = now
+        elif not progress.silent:
+            self.last_progress = now
+        self.last = progress
 
-    def stuck(self, now: float) -> float:
-        """For how many seconds it has made no progress with what it has in hand."""
-        return min(self.pulse.silent, now - self.moved) if self.pulse else 0.0
+    def expect_token(self, now: float) -> None:
+        """Record that a token probe of an idle replica has begun, unless one is under way."""
+        if self.token_due_since is None:
+            self.token_due_since = now
 
-    def idle(self, now: float) -> float:
-        """For how many seconds it has computed nothing, as it had nothing to do."""
-        if self.pulse is None or self.pulse.requests or self.pulse.silent:
+    def token_probed(self, ok: bool) -> None:
+        """Record the result of a token probe."""
+        self.token_failed = not ok
+        if ok:
+            self.token_due_since = None
+
+    def stalled_for(self, now: float) -> float:
+        """Return the seconds without progress on unfinished requests."""
+        return min(self.last.silent, now - self.last_progress) if self.last else 0.0
+
+    def idle_for(self, now: float) -> float:
+        """Return the seconds without a step because there was nothing to do."""
+        if self.last is None or self.last.requests or self.last.silent:
             return 0.0
-        return now - self.stepped
+        return now - self.last_step
 
-    def tested_for(self, now: float) -> float:
-        """For how many seconds a token is awaited, if the worker does not owe it: that is told by `stuck`."""
-        if self.tested is None or (self.pulse is not None and self.pulse.silent and not self.refused):
+    def token_overdue_for(self, now: float) -> float:
+        """Return the seconds that a probe of an idle replica has waited for its token.
+
+        0 if the worker itself owes a message; `stalled_for` measures that.
+        """
+        if self.token_due_since is None:
             return 0.0
-        return now - self.tested
+        if self.last is not None and self.last.silent and not self.token_failed:
+            return 0.0
+        return now - self.token_due_since
 
-    def forgive(self, seconds: float) -> None:
-        """The daemon was stopped for so long, and perhaps everybody else, too."""
-        self.moved += seconds
-        self.stepped += seconds
-        if self.tested is not None:
-            self.tested += seconds
+    def compensate(self, seconds: float) -> None:
+        """Ignore a time in which the daemon, and perhaps the whole machine, was suspended."""
+        self.last_progress += seconds
+        self.last_step += seconds
+        if self.token_due_since is not None:
+            self.token_due_since += seconds
 
 
 @dataclass(frozen=True, slots=True)
-class Stuck:
-    """A replica whose worker has made no progress for long enough to ask why."""
+class Stalled:
+    """A replica that has made no progress for longer than `no_progress_timeout`."""
 
     name: str
     seconds: float
     requests: int
-    #: Where it is in an expert-parallel group, if it is to be in one.
+    #: Expert-parallel group and rank in it; None without expert parallelism.
     group: str | None
-    seat: int
+    rank: int
 
 
 @dataclass(slots=True)
-class Judgement:
-    """Names of replicas, and why, for people."""
+class HangReport:
+    """Stalled replicas by name, each with the reason, for people."""
 
-    guilty: dict[str, str] = field(default_factory=dict)
-    excused: dict[str, str] = field(default_factory=dict)
+    #: To be killed.
+    hung: dict[str, str] = field(default_factory=dict)
+    #: Waiting for another rank, or slow.
+    blocked: dict[str, str] = field(default_factory=dict)
 
 
-def judge(
-    stuck: Iterable[Stuck],
+def find_hung(
+    stalled: Iterable[Stalled],
     groups: Mapping[str, Snapshot | None],
     members: Mapping[tuple[str, int], str],
-    hang_after: float,
-) -> Judgement:
-    """Who hangs.
+    no_progress_timeout: float,
+) -> HangReport:
+    """Tell hung replicas from those that wait for a hung one.
 
     Args:
-        groups: as they are now; None for one that nobody is in. One that is missing could not be looked at.
-        members: (group, seat) -> the replica that is to sit there.
+        groups: snapshots by group name; None for a group without members. Missing if it could not be read.
+        members: (group, rank) -> name of the replica.
+        no_progress_timeout: seconds without progress after which a rank is hung.
     """
-    judgement = Judgement()
-    for one in stuck:
-        what = f"no step for {one.seconds:.0f} s, {one.requests} in hand"
+    report = HangReport()
+    for one in stalled:
+        what = f"no step for {one.seconds:.0f} s, requests in flight: {one.requests}"
         if one.group is not None and one.group not in groups:
-            judgement.excused[one.name] = f"{what}; its expert group cannot be looked at"
+            report.blocked[one.name] = f"{what}; its expert group cannot be read"
             continue
         group = groups[one.group] if one.group is not None else None
         seats = {seat.seat: seat for seat in group.seats} if group else {}
-        if one.seat not in seats or one.group is None:
-            judgement.guilty[one.name] = what
+        if one.rank not in seats or one.group is None:
+            report.hung[one.name] = what
             continue
-        for culprit in awaited_by(seats[one.seat], seats):
-            _weigh(judgement, one, what, culprit, members.get((one.group, culprit.seat)), hang_after)
-    for name in judgement.guilty:
-        judgement.excused.pop(name, None)
-    return judgement
+        for blocker in root_blockers(seats[one.rank], seats):
+            _attribute(
+                report, one, what, blocker, members.get((one.group, blocker.seat)), no_progress_timeout
+            )
+    for name in report.hung:
+        report.blocked.pop(name, None)
+    return report
 
 
-def awaited_by(seat: RankSnapshot, seats: Mapping[int, RankSnapshot]) -> list[RankSnapshot]:
-    """For whom it waits in the end, by way of others: those that wait for nobody. It may be one of them.
+def root_blockers(seat: RankSnapshot, seats: Mapping[int, RankSnapshot]) -> list[RankSnapshot]:
+    """Return the ranks at the end of the chains of waits from `seat`, which may be `seat` itself.
 
-    Where they wait for each other, the one that has done so for longest: all others have gone on since, and
-    it would have, had it looked.
+    If the ranks wait in a cycle, the one that has waited longest is hung: what the others waited for has
+    changed since, so they continued, and it would have noticed as well.
     """
-    seen: dict[int, RankSnapshot] = {}
+    reached: dict[int, RankSnapshot] = {}
     ahead = [seat.seat]
     while ahead:
         number = ahead.pop()
-        if number in seats and number not in seen:
-            seen[number] = seats[number]
+        if number in seats and number not in reached:
+            reached[number] = seats[number]
             ahead += seats[number].waits_for
-    ends = [one for one in seen.values() if not one.waits_for]
+    ends = [one for one in reached.values() if not one.waits_for]
     if not ends:
-        ends = [max(seen.values(), key=lambda one: (one.seconds or 0.0, -one.seat))]
+        ends = [max(reached.values(), key=lambda one: (one.seconds or 0.0, -one.seat))]
     return sorted(ends, key=lambda one: one.seat)
 
 
-def _weigh(
-    judgement: Judgement, one: Stuck, what: str, culprit: RankSnapshot, name: str | None, hang_after: float
+def _attribute(
+    report: HangReport,
+    one: Stalled,
+    what: str,
+    blocker: RankSnapshot,
+    name: str | None,
+    no_progress_timeout: float,
 ) -> None:
-    # What a newcomer has not written yet is told by those who wait for it.
-    seconds = one.seconds if culprit.seconds is None else culprit.seconds
-    where = f"{culprit.phase or culprit.state}" + (
-        f", layer {culprit.layer}" if culprit.layer is not None else ""
+    """Enter the stalled replica `one` and its blocker, the replica `name`, into the report."""
+    # A joining rank may have written no time yet; then that of the waiting rank counts.
+    seconds = one.seconds if blocker.seconds is None else blocker.seconds
+    where = f"{blocker.phase or blocker.state}" + (
+        f", layer {blocker.layer}" if blocker.layer is not None else ""
     )
-    waits = f"{what}; waits for seat {culprit.seat} ({where})"
-    if culprit.state == "dead":
-        # The others will notice, and go on without it.
-        judgement.excused[one.name] = waits
-    elif seconds < hang_after:
-        judgement.excused[one.name] = f"{what}; its step goes on ({where})" if name == one.name else waits
+    waits = f"{what}; waits for rank {blocker.seat} ({where})"
+    if blocker.state == "dead":
+        # The group notices by itself and continues without the dead rank.
+        report.blocked[one.name] = waits
+    elif seconds < no_progress_timeout:
+        is_itself = name == one.name
+        report.blocked[one.name] = f"{what}; its step makes progress ({where})" if is_itself else waits
     elif name == one.name:
-        judgement.guilty[name] = f"{what} ({where})"
+        report.hung[name] = f"{what} ({where})"
     else:
-        judgement.excused[one.name] = waits
+        report.blocked[one.name] = waits
         if name is not None:
-            judgement.guilty.setdefault(name, f"in the way of others for {one.seconds:.0f} s ({where})")
+            report.hung.setdefault(name, f"other ranks have waited for it for {one.seconds:.0f} s ({where})")

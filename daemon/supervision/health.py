@@ -1,8 +1,8 @@
-"""How the programs are: what probes tell of them, and the end of those that hang.
+"""Health of the programs: applies the readings of the probes and kills programs that hang.
 
-A program is READY when it is in good health and, if it is a replica, has given a token. From then on it fails
-if it does not answer, if it makes no progress with what it has in hand, or if it gives no token while it has
-nothing else to do.
+A program is READY when its health check succeeds and, for a replica, when it has generated a token. After
+that it fails if it does not answer, if it makes no progress on its requests, or if it is idle and generates
+no token.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from ...common.errors import ConfigError
 from ...expert_parallel.snapshot import Snapshot, read_snapshot
 from ..config.options import SuperviseSection
-from ..config.programs import ROUTER, expert_group_in
+from ..config.programs import expert_group_in
 from ..diagnosis.exit_cause import Cause
-from ..process import proc, supervisor_client
+from ..process import output_tail, proc
 from ..process.stacks import Dump
-from ..process.supervisor_client import Layout
-from . import hang_detection
-from .hang_detection import Stuck, WorkerProgress
+from ..process.supervisord_config import Layout
+from .hang_detection import Stalled, find_hung
 from .intents import Intent
 from .metrics import Metrics
 from .probes import Probes, Reading
@@ -28,15 +27,15 @@ from .program_state import ProgramState, SupervisedProgram
 log = logging.getLogger("fd-dp")
 
 _LOADING_PROBE_INTERVAL = 0.25
-#: States in which a program is asked how it is.
-_ASKED = frozenset({ProgramState.STARTING, ProgramState.READY, ProgramState.UNHEALTHY})
+#: States in which a program is probed.
+_PROBED = frozenset({ProgramState.STARTING, ProgramState.READY, ProgramState.UNHEALTHY})
 
 
 class Health:
-    """Moves replicas to READY, UNHEALTHY and, when they have to be killed, STOPPING.
+    """Moves programs to READY, UNHEALTHY and, to kill them, STOPPING.
 
     Args:
-        look: at an expert-parallel group.
+        look: reads the snapshot of an expert-parallel group.
     """
 
     def __init__(
@@ -46,155 +45,155 @@ class Health:
         self._probes = probes
         self._metrics = metrics
         self._look = look
-        self._asked: dict[str, float] = {}
+        self._last_probe: dict[str, float] = {}
 
     def step(
-        self, replicas: Mapping[str, SupervisedProgram], supervise: SuperviseSection, now: float
+        self, programs: Mapping[str, SupervisedProgram], supervise: SuperviseSection, now: float
     ) -> None:
         for reading in self._probes.take():
-            replica = replicas.get(reading.name)
-            # What it says is of no interest any more if it is of another process, or of one that ends.
-            if replica is None or replica.pid != reading.pid or replica.state not in _ASKED:
+            program = programs.get(reading.name)
+            # A reading of a previous process, or of one that is ending, is useless.
+            if program is None or program.pid != reading.pid or program.state not in _PROBED:
                 continue
             try:
-                self._read(replica, reading, now)
-            except Exception:
-                # One bad answer must not hide those of the others.
-                log.exception("%s: its health answer cannot be used", replica.label)
-        for replica in replicas.values():
-            if replica.failing and (replica.dump is None or replica.dump.is_done(now)):
-                proc.kill_marked(self._layout.run, replica.name)
-            elif replica.state in _ASKED:
-                self._check_deadlines(replica, supervise, now)
-        self._end_hangs(replicas, supervise.hang_after, now)
+                self._apply(program, reading, now)
+            except Exception as error:
+                # A bad reading must not affect the others.
+                log.error("%s: cannot use the result of its health check (%r)", program.label, error)
+        for program in programs.values():
+            if program.kill_reason and (program.dump is None or program.dump.is_done(now)):
+                proc.kill_marked(self._layout.run, program.name)
+            elif program.state in _PROBED:
+                self._check_deadlines(program, supervise, now)
+        self._kill_hung(programs, supervise.no_progress_timeout, now)
 
-    def ask(self, replicas: Iterable[SupervisedProgram], supervise: SuperviseSection, now: float) -> None:
-        for replica in replicas:
-            if replica.state not in _ASKED or not replica.pid:
+    def ask(self, programs: Iterable[SupervisedProgram], supervise: SuperviseSection, now: float) -> None:
+        """Begin the probes that are due."""
+        for program in programs:
+            if program.state not in _PROBED or not program.pid:
                 continue
-            interval = min(supervise.probe_interval, supervise.hang_after / 4)
-            if replica.state is ProgramState.STARTING:
+            interval = min(supervise.probe_interval, supervise.no_progress_timeout / 4)
+            if program.state is ProgramState.STARTING:
                 interval = _LOADING_PROBE_INTERVAL
-            if now - self._asked.get(replica.name, 0.0) < interval:
+            if now - self._last_probe.get(program.name, 0.0) < interval:
                 continue
-            self._asked[replica.name] = now
-            self._probes.ask(replica.program, replica.pid, token=False)
-            watch, idle_probe = replica.watch, supervise.idle_probe
-            if idle_probe and replica.state is ProgramState.READY and watch.idle(now) > idle_probe:
-                watch.tested = now if watch.tested is None else watch.tested
-            if watch.tested is not None:
-                self._probes.ask(replica.program, replica.pid, token=True)
+            self._last_probe[program.name] = now
+            self._probes.ask(program.program, program.pid, token=False)
+            progress, idle_probe = program.progress, supervise.idle_probe
+            if idle_probe and program.state is ProgramState.READY and progress.idle_for(now) > idle_probe:
+                progress.expect_token(now)
+            if progress.token_due_since is not None:
+                self._probes.ask(program.program, program.pid, token=True)
 
-    def _read(self, replica: SupervisedProgram, reading: Reading, now: float) -> None:
+    def _apply(self, program: SupervisedProgram, reading: Reading, now: float) -> None:
         if reading.token:
-            self._read_token(replica, reading, now)
+            self._apply_token(program, reading, now)
             return
         if reading.answered:
-            replica.health = reading.health
-            replica.watch.saw(WorkerProgress.of(reading.health), now)
+            program.health_reported(reading.health, now)
         if not reading.ok:
-            # A port that refuses is a program that is still starting: nothing that its note must say.
-            if reading.answered or replica.state is not ProgramState.STARTING:
-                replica.note = reading.problem
+            # While a program starts, its port refuses connections. That is not worth a note.
+            if reading.answered or program.state is not ProgramState.STARTING:
+                program.set_note(reading.problem)
             return
-        replica.last_good = now
-        if replica.state is ProgramState.STARTING and replica.name != ROUTER:
-            # In good health, but has it ever computed anything?
-            self._probes.ask(replica.program, replica.pid, token=True)
-        elif not replica.watch.refused:
-            self._is_good(replica, now)
+        program.probe_ok(now)
+        if program.state is ProgramState.STARTING and not program.is_router:
+            # A health check does not prove that it can generate.
+            self._probes.ask(program.program, program.pid, token=True)
+        elif not program.progress.token_failed:
+            self._make_ready(program, now)
 
-    def _read_token(self, replica: SupervisedProgram, reading: Reading, now: float) -> None:
-        replica.watch.refused = not reading.ok
+    def _apply_token(self, program: SupervisedProgram, reading: Reading, now: float) -> None:
+        program.progress.token_probed(reading.ok)
         if reading.ok:
-            replica.watch.tested = None
-            self._is_good(replica, now)
+            self._make_ready(program, now)
             return
-        replica.note = reading.problem
-        if replica.state is ProgramState.READY:
-            self._is_unhealthy(replica, now)
+        program.set_note(reading.problem)
+        if program.state is ProgramState.READY:
+            self._make_unhealthy(program, now)
 
-    def _is_good(self, replica: SupervisedProgram, now: float) -> None:
-        if replica.state is ProgramState.STARTING:
-            seconds = now - replica.since
-            log.info("%s: READY after %.1f s, pid %d", replica.label, seconds, replica.pid)
-            if not replica.adopted:
-                self._metrics.ready(replica.name, seconds)
-            replica.move(ProgramState.READY, "", now)
-        elif replica.state is ProgramState.UNHEALTHY:
-            log.info("%s: READY again", replica.label)
-            replica.move(ProgramState.READY, "", now)
-        replica.note = ""
+    def _make_ready(self, program: SupervisedProgram, now: float) -> None:
+        if program.state is ProgramState.STARTING:
+            seconds = now - program.since
+            log.info("%s: READY after %.1f s, pid %d", program.label, seconds, program.pid)
+            if not program.adopted:
+                self._metrics.ready(program.name, seconds)
+            program.move(ProgramState.READY, "", now)
+        elif program.state is ProgramState.UNHEALTHY:
+            log.info("%s: READY again", program.label)
+            program.move(ProgramState.READY, "", now)
+        program.set_note("")
 
-    def _is_unhealthy(self, replica: SupervisedProgram, now: float) -> None:
-        note = replica.note or "no answer to health checks"
-        log.warning("%s: UNHEALTHY (%s)", replica.label, note)
-        replica.move(ProgramState.UNHEALTHY, note, now)
+    def _make_unhealthy(self, program: SupervisedProgram, now: float) -> None:
+        note = program.note or "no answer to health checks"
+        log.warning("%s: UNHEALTHY (%s)", program.label, note)
+        program.move(ProgramState.UNHEALTHY, note, now)
 
-    def _check_deadlines(self, replica: SupervisedProgram, supervise: SuperviseSection, now: float) -> None:
-        silent = now - replica.last_good
-        if replica.state is ProgramState.STARTING and now - replica.since > supervise.startup_timeout:
+    def _check_deadlines(self, program: SupervisedProgram, supervise: SuperviseSection, now: float) -> None:
+        silent = now - program.last_good
+        if program.state is ProgramState.STARTING and now - program.since > supervise.startup_timeout:
             why = f"not READY within {supervise.startup_timeout:g} s"
-            self._kill(replica, f"{why}: {replica.note}", Cause.STARTUP, now)
-        elif replica.watch.tested_for(now) > supervise.hang_after:
-            why = f"idle, and gave no token for {supervise.hang_after:g} s"
-            self._kill(replica, f"{why}: {replica.note}" if replica.note else why, Cause.HANG, now)
-        elif replica.state is ProgramState.READY and silent > supervise.stall_after:
-            self._is_unhealthy(replica, now)
-        elif replica.state is ProgramState.UNHEALTHY and silent > supervise.stall_kill:
-            why = f"no good health check for {supervise.stall_kill:g} s"
-            self._kill(replica, f"{why}: {replica.note}", Cause.HANG, now)
+            self._kill(program, f"{why}: {program.note}", Cause.STARTUP, now)
+        elif program.progress.token_overdue_for(now) > supervise.no_progress_timeout:
+            why = f"idle, but no token within {supervise.no_progress_timeout:g} s"
+            self._kill(program, f"{why}: {program.note}" if program.note else why, Cause.HANG, now)
+        elif program.state is ProgramState.READY and silent > supervise.unhealthy_after:
+            self._make_unhealthy(program, now)
+        elif program.state is ProgramState.UNHEALTHY and silent > supervise.unhealthy_kill_after:
+            why = f"no successful health check for {supervise.unhealthy_kill_after:g} s"
+            self._kill(program, f"{why}: {program.note}", Cause.HANG, now)
 
-    def _end_hangs(self, replicas: Mapping[str, SupervisedProgram], hang_after: float, now: float) -> None:
-        stuck, members = [], {}
-        for replica in replicas.values():
-            seat, pulse = replica.program.replica, replica.watch.pulse
-            if seat is None or replica.state not in _ASKED:
+    def _kill_hung(
+        self, programs: Mapping[str, SupervisedProgram], no_progress_timeout: float, now: float
+    ) -> None:
+        stalled, members = [], {}
+        for program in programs.values():
+            rank, last = program.program.replica, program.progress.last
+            if rank is None or program.state not in _PROBED:
                 continue
-            group = expert_group_in(replica.program.argv)
+            group = expert_group_in(program.program.argv)
             if group is not None:
-                members[group, seat] = replica.name
-            seconds = replica.watch.stuck(now)
-            if pulse is not None and seconds > hang_after:
-                stuck.append(Stuck(replica.name, seconds, pulse.requests, group, seat))
-        if not stuck:
+                members[group, rank] = program.name
+            seconds = program.progress.stalled_for(now)
+            if last is not None and seconds > no_progress_timeout:
+                stalled.append(Stalled(program.name, seconds, last.requests, group, rank))
+        if not stalled:
             return
-        groups = seen({one.group for one in stuck if one.group is not None}, self._look)
-        judgement = hang_detection.judge(stuck, groups, members, hang_after)
-        for name, why in judgement.excused.items():
-            replicas[name].note = why
-        for name, why in judgement.guilty.items():
-            self._kill(replicas[name], f"hangs: {why}", Cause.HANG, now)
+        groups = group_snapshots({one.group for one in stalled if one.group is not None}, self._look)
+        report = find_hung(stalled, groups, members, no_progress_timeout)
+        for name, why in report.blocked.items():
+            programs[name].set_note(why)
+        for name, why in report.hung.items():
+            self._kill(programs[name], f"hangs: {why}", Cause.HANG, now)
 
-    def _kill(self, replica: SupervisedProgram, why: str, cause: Cause, now: float) -> None:
-        """It is not asked to finish what it has in hand, only where it is; then it is killed.
+    def _kill(self, program: SupervisedProgram, why: str, cause: Cause, now: float) -> None:
+        """Kill a program after it has written the stacks of its threads; it gets no time to finish.
 
-        One that the operator holds is left as it is, and says what is wrong with it.
+        A program that the operator holds only gets a note.
         """
-        if replica.intent is Intent.HELD:
-            replica.note = why
+        if program.intent is Intent.HELD:
+            program.set_note(why)
             return
-        output = self._layout.output(replica.name)
-        if told := supervisor_client.last_error(output, replica.started):
-            why = f"{why}; its last error: {told}"
-        where = ""
-        # The signals of a router's processes are orders.
-        if replica.name != ROUTER:
-            replica.dump = Dump(self._layout.run, replica.name, replica.pid, output, now)
-            where = f", its stacks are in {output}" if replica.dump.asked else ""
-        log.error("%s: ERROR (%s); killing pid %d%s", replica.label, why, replica.pid, where)
-        replica.move(ProgramState.STOPPING, why, now)
-        replica.failing, replica.cause = why, cause
+        output = self._layout.output(program.name)
+        if error := output_tail.last_error(output, program.started):
+            why = f"{why}; its last error: {error}"
+        dump, where = None, ""
+        # The router's processes use the signal for something else.
+        if not program.is_router:
+            dump = Dump(self._layout.run, program.name, program.pid, output, now)
+            where = f", its stacks are in {output}" if dump.asked else ""
+        log.error("%s: ERROR (%s); killing pid %d%s", program.label, why, program.pid, where)
+        program.killing(why, cause, dump, now)
 
 
-def seen(
+def group_snapshots(
     names: Iterable[str], look: Callable[[str], Snapshot | None] = read_snapshot
 ) -> dict[str, Snapshot | None]:
-    """Those that can be looked at; None for one that nobody is in."""
+    """Return the readable snapshots of expert-parallel groups; None for a group without members."""
     found = {}
     for name in names:
         try:
             found[name] = look(name)
         except (ConfigError, OSError) as error:
-            log.warning("expert group %s cannot be looked at: %s", name, error)
+            log.warning("expert group %s cannot be read: %s", name, error)
     return found

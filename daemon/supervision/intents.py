@@ -1,4 +1,4 @@
-"""What the operator wants of each program, kept in a file: it outlives daemons and reboots."""
+"""Desired state of each program as set by the operator, stored in a file across restarts and reboots."""
 
 from __future__ import annotations
 
@@ -17,87 +17,87 @@ log = logging.getLogger("fd-dp")
 
 
 class Intent(StrEnum):
-    #: It runs, and is started again when it ends.
+    #: Runs, and is restarted when it ends.
     RUN = "run"
-    #: It is down until it is started by name.
+    #: Stays down until it is started by name.
     STOPPED = "stopped"
-    #: Nobody touches it: it is not killed for hanging, not replaced, and not started again if it ends.
+    #: Left alone: not killed for hanging, not replaced by a reload, not restarted if it ends.
     HELD = "held"
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What is wanted of one program."""
+class DesiredState:
+    """Desired state of one program."""
 
     intent: Intent = Intent.RUN
-    #: The router gives it nothing new.
+    #: The router sends it no new requests.
     draining: bool = False
 
 
 class Intents:
-    """The wishes that differ from `Wish()`, by the programs' names.
+    """Desired states that differ from `DesiredState()`, by program name.
 
-    They take effect at once. What cannot be written is kept in memory, and `save` tries again.
+    Changes take effect at once. If the file cannot be written, they stay in memory and `save` tries again.
     """
 
     def __init__(self, state: Path) -> None:
         self._file = state / "intents.json"
-        self._wishes = self._read()
-        self._written = True
+        self._states = self._read()
+        self._saved = True
 
-    def of(self, name: str) -> Wish:
-        return self._wishes.get(name, Wish())
+    def of(self, name: str) -> DesiredState:
+        return self._states.get(name, DesiredState())
 
-    def set(self, name: str, wish: Wish) -> str:
-        """Return why it could not be written, or ""."""
-        if wish == self.of(name):
+    def set(self, name: str, desired: DesiredState) -> str:
+        """Set the desired state of a program. Return why it could not be written, or ""."""
+        if desired == self.of(name):
             return self.save()
-        return self._change({**self._wishes, name: wish})
+        return self._change({**self._states, name: desired})
 
     def keep_only(self, names: Collection[str]) -> str:
-        """Forget programs that are no more. Return why that could not be written, or ""."""
-        if self._wishes.keys() <= set(names):
+        """Forget all other programs. Return why that could not be written, or ""."""
+        if self._states.keys() <= set(names):
             return ""
-        return self._change({name: wish for name, wish in self._wishes.items() if name in names})
+        return self._change({name: state for name, state in self._states.items() if name in names})
 
     def save(self) -> str:
-        """Write the file if it is out of date or was removed. Return why that failed, or ""."""
-        if self._written and not (self._wishes and _is_missing(self._file)):
+        """Write the file if it is out of date or cannot be read. Return why that failed, or ""."""
+        if self._saved and (not self._states or os.access(self._file, os.R_OK)):
             return ""
         try:
             self._write()
         except OSError as error:
             reason = error.strerror or error
             return f"cannot write {self._file}: {reason}; its content is kept in memory and written later"
-        self._written = True
+        self._saved = True
         return ""
 
-    def _change(self, wishes: dict[str, Wish]) -> str:
-        self._wishes = {name: wish for name, wish in sorted(wishes.items()) if wish != Wish()}
-        self._written = False
+    def _change(self, states: dict[str, DesiredState]) -> str:
+        self._states = {name: state for name, state in sorted(states.items()) if state != DesiredState()}
+        self._saved = False
         return self.save()
 
-    def _read(self) -> dict[str, Wish]:
+    def _read(self) -> dict[str, DesiredState]:
         try:
             entries = parse_json(self._file.read_text(encoding="utf-8-sig"))
             return {
-                name: Wish(Intent(entry["intent"]), entry["draining"] is True)
+                name: DesiredState(Intent(entry["intent"]), entry["draining"] is True)
                 for name, entry in entries.items()
             }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             log.error(
-                "%s: cannot be read (%s); every program is wanted and none is drained",
+                "%s: cannot be read (%s); all programs are to run and none is drained",
                 self._file,
                 printable(error),
             )
             return {}
 
     def _write(self) -> None:
-        """Aside, to the disk, then renamed: after a power failure there is the old file or the new one."""
+        """Write, sync and rename a temporary file: a power failure leaves the old file or the new one."""
         entries = {
-            name: {"intent": wish.intent, "draining": wish.draining} for name, wish in self._wishes.items()
+            name: {"intent": state.intent, "draining": state.draining} for name, state in self._states.items()
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
         aside = self._file.with_suffix(".new")
@@ -116,13 +116,3 @@ class Intents:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def _is_missing(file: Path) -> bool:
-    try:
-        file.stat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -1,7 +1,6 @@
-"""What the daemon tells Prometheus: what it has counted, and how the fleet was at the end of its last turn.
+"""Prometheus metrics of the daemon, with the prefix fd_dp_: counters, and the fleet after the last step.
 
-Its names begin with fd_dp_. The loop counts and publishes; whoever scrapes reads in a thread of his own, so
-nothing of the fleet is looked at there, only what was published.
+The loop counts and publishes. A scrape runs in another thread, so it reads only what was published.
 """
 
 from __future__ import annotations
@@ -29,44 +28,42 @@ from ..process.usage import Usage, of_family
 from .intents import Intent
 from .program_state import FAILED, ProgramState, SupervisedProgram
 
-# Half of the lines would be times at which counters were made.
+# The creation times of counters would double the number of lines.
 disable_created_metrics()
 # Count in memory even if PROMETHEUS_MULTIPROC_DIR is set, as it often is for FastDeploy.
 values.ValueClass = values.MutexValue
 
-#: Loading takes seconds for a small model, many minutes for a large one.
+#: A small model loads in seconds, a large one in many minutes.
 _LOADING_SECONDS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
 _DRAIN_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _RELOAD_RESULTS = ("done", "rolled_back", "refused")
 
 
 class Metrics:
-    """Counting and `publish` belong to the loop, `exposition` to any thread.
+    """The metrics. Counting and `publish` are for the loop; `exposition` is thread-safe.
 
-    `program` is a program's name: "router", "replica3".
+    The label `program` is a program's name: "router", "replica3".
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._restarts = Counter(
-            "fd_dp_restarts", "Ends that nobody wanted.", ("program", "cause"), registry=self.registry
+            "fd_dp_restarts", "Unexpected exits.", ("program", "cause"), registry=self.registry
         )
         self._ready = Histogram(
             "fd_dp_ready_seconds",
-            "From a start to READY.",
+            "Time from a start to READY.",
             ("program",),
             buckets=_LOADING_SECONDS,
             registry=self.registry,
         )
-        self._reloads = Counter(
-            "fd_dp_reloads", "Reloads that have ended.", ("result",), registry=self.registry
-        )
+        self._reloads = Counter("fd_dp_reloads", "Finished reloads.", ("result",), registry=self.registry)
         self._reload_seconds = Histogram(
-            "fd_dp_reload_seconds", "Time of a reload.", buckets=_LOADING_SECONDS, registry=self.registry
+            "fd_dp_reload_seconds", "Duration of reloads.", buckets=_LOADING_SECONDS, registry=self.registry
         )
         self._drain = Histogram(
             "fd_dp_drain_seconds",
-            "From the order to drain to the last request's end, or to the end of patience.",
+            "Time from the start of a drain to the end of the last request, or to the drain timeout.",
             ("program",),
             buckets=_DRAIN_SECONDS,
             registry=self.registry,
@@ -93,19 +90,19 @@ class Metrics:
     def drained(self, program: str, seconds: float) -> None:
         self._drain.labels(program).observe(seconds)
 
-    def publish(self, replicas: Iterable[SupervisedProgram]) -> None:
-        """How the fleet is now, for whoever scrapes before the next turn."""
-        programs = (_Seen(r.name, r.state, r.intent, r.draining, r.pid, r.next_try) for r in replicas)
-        turn = _Turn(time.time(), tuple(programs))
-        for name in {seen.program for seen in turn.programs} - self._known:
-            self._begin_with_nothing(name)
-        self._fleet.latest = turn
+    def publish(self, programs: Iterable[SupervisedProgram]) -> None:
+        """Publish the state of the fleet for the scrapes until the next step."""
+        samples = (_Sample(p.name, p.state, p.intent, p.draining, p.pid, p.next_try) for p in programs)
+        snapshot = _Snapshot(time.time(), tuple(samples))
+        for name in {sample.name for sample in snapshot.programs} - self._known:
+            self._add_zeros(name)
+        self._fleet.latest = snapshot
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
-    def _begin_with_nothing(self, program: str) -> None:
-        """Of a counter that begins with 1, Prometheus sees no increase."""
+    def _add_zeros(self, program: str) -> None:
+        """Add all series with value 0: Prometheus sees no increase if a counter begins with 1."""
         self._known.add(program)
         for cause in Cause:
             self._restarts.labels(program, cause)
@@ -114,10 +111,10 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """One program, as it was at the end of a turn."""
+class _Sample:
+    """State of one program after a step."""
 
-    program: str
+    name: str
     state: ProgramState
     intent: Intent
     draining: bool
@@ -126,72 +123,74 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
+class _Snapshot:
+    """State of the fleet after a step."""
+
     #: Unix time.
     at: float
-    programs: tuple[_Seen, ...]
+    programs: tuple[_Sample, ...]
 
 
 class _FleetCollector(Collector):
     def __init__(self) -> None:
-        #: Replaced as a whole, so that it can be read without a lock.
-        self.latest: _Turn | None = None
+        #: Immutable and replaced as a whole, so that no lock is needed.
+        self.latest: _Snapshot | None = None
 
     def collect(self) -> Iterator[Metric]:
         build = GaugeMetricFamily("fd_dp_build_info", "Always 1.", labels=("version",))
         build.add_metric((__version__,), 1)
         yield build
-        turn = self.latest
-        if turn is None:
+        snapshot = self.latest
+        if snapshot is None:
             return
         yield GaugeMetricFamily(
             "fd_dp_last_turn_timestamp_seconds",
-            "When the loop last looked at everything; it does so at least once a second.",
-            value=turn.at,
+            "Unix time of the last turn of the loop, which takes at least one turn a second.",
+            value=snapshot.at,
         )
-        quarantined = sum(seen.state is ProgramState.QUARANTINED for seen in turn.programs)
-        yield GaugeMetricFamily("fd_dp_quarantined", "Programs that failed too often.", value=quarantined)
-        yield from _of_states(turn)
-        yield from _of_usage(turn)
+        quarantined = sum(sample.state is ProgramState.QUARANTINED for sample in snapshot.programs)
+        yield GaugeMetricFamily("fd_dp_quarantined", "Number of quarantined programs.", value=quarantined)
+        yield from _state_metrics(snapshot)
+        yield from _usage_metrics(snapshot)
 
 
-def _of_states(turn: _Turn) -> Iterator[Metric]:
-    states = GaugeMetricFamily("fd_dp_state", "1 for the state that it is in.", labels=("program", "state"))
+def _state_metrics(snapshot: _Snapshot) -> Iterator[Metric]:
+    states = GaugeMetricFamily("fd_dp_state", "1 for the current state, else 0.", labels=("program", "state"))
     intents = GaugeMetricFamily(
-        "fd_dp_intent", "1 for what the operator wants of it.", labels=("program", "intent")
+        "fd_dp_intent", "1 for the state that the operator wants, else 0.", labels=("program", "intent")
     )
     draining = GaugeMetricFamily(
-        "fd_dp_draining", "1 if the operator lets it have nothing new.", labels=("program",)
+        "fd_dp_draining", "1 if the operator drains it, else 0.", labels=("program",)
     )
     next_try = GaugeMetricFamily(
-        "fd_dp_next_try_seconds", "Until a failed program is tried again; else 0.", labels=("program",)
+        "fd_dp_next_try_seconds", "Time until the next try; 0 if it has not failed.", labels=("program",)
     )
     now = time.monotonic()
-    for seen in turn.programs:
+    for sample in snapshot.programs:
         for state in ProgramState:
-            states.add_metric((seen.program, state), int(seen.state is state))
+            states.add_metric((sample.name, state), int(sample.state is state))
         for intent in Intent:
-            intents.add_metric((seen.program, intent), int(seen.intent is intent))
-        draining.add_metric((seen.program,), int(seen.draining))
-        has_failed = seen.state in FAILED and math.isfinite(seen.next_try)
-        next_try.add_metric((seen.program,), max(0.0, seen.next_try - now) if has_failed else 0.0)
+            intents.add_metric((sample.name, intent), int(sample.intent is intent))
+        draining.add_metric((sample.name,), int(sample.draining))
+        has_failed = sample.state in FAILED and math.isfinite(sample.next_try)
+        next_try.add_metric((sample.name,), max(0.0, sample.next_try - now) if has_failed else 0.0)
     yield from (states, intents, draining, next_try)
 
 
-def _of_usage(turn: _Turn) -> Iterator[Metric]:
-    processes = GaugeMetricFamily("fd_dp_processes", "Processes of a program.", labels=("program",))
+def _usage_metrics(snapshot: _Snapshot) -> Iterator[Metric]:
+    processes = GaugeMetricFamily("fd_dp_processes", "Number of processes of a program.", labels=("program",))
     memory = GaugeMetricFamily(
         "fd_dp_memory_bytes",
-        "Resident memory of a program; `shared` (files, shared memory) counts in each process that uses it.",
+        "Resident memory of a program; `shared` (files, shared memory) counts once per process that uses it.",
         labels=("program", "kind"),
     )
     cpu = CounterMetricFamily(
-        "fd_dp_cpu_seconds", "CPU time that a program has used since it was started.", labels=("program",)
+        "fd_dp_cpu_seconds", "CPU time of a program since its start.", labels=("program",)
     )
-    for seen in turn.programs:
-        usage = of_family(seen.pid) if seen.pid else Usage()
-        processes.add_metric((seen.program,), usage.processes)
-        memory.add_metric((seen.program, "private"), usage.private)
-        memory.add_metric((seen.program, "shared"), usage.shared)
-        cpu.add_metric((seen.program,), usage.cpu)
+    for sample in snapshot.programs:
+        usage = of_family(sample.pid) if sample.pid else Usage()
+        processes.add_metric((sample.name,), usage.processes)
+        memory.add_metric((sample.name, "private"), usage.private)
+        memory.add_metric((sample.name, "shared"), usage.shared)
+        cpu.add_metric((sample.name,), usage.cpu)
     yield from (processes, memory, cpu)

@@ -1,7 +1,7 @@
-"""How a program is: GET /health, and what only a real token can tell.
+"""Probes of programs: GET /health, and the generation of one token.
 
-Each probe is a thread of its own, so that neither the loop nor another probe waits for a replica that hangs;
-its reading comes back through a queue. While a token is awaited, health checks go on.
+Each probe is a thread of its own, so that a hung replica blocks neither the loop nor other probes. Readings
+come back through a queue. Health checks continue while a token probe waits.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from ..config.programs import Program, flag_in
 
 log = logging.getLogger("fd-dp")
 
-#: A busy replica on a busy machine may be slow to answer; slow is not dead.
+#: Seconds. A busy replica on a busy machine answers slowly.
 _HEALTH_TIMEOUT = 10.0
-#: The first token may have to wait for others' prompts when a running replica is adopted.
+#: Seconds. In an adopted replica the probe may have to wait for the prompts of other requests.
 _TOKEN_TIMEOUT = 120.0
-#: By which the log of a replica tells them from what clients ask.
+#: Request id; marks probes in the log of the replica.
 _PROBE_ID = "fd-dp-probe"
 _KEYS_FILE = "--api-keys-file"
 _TOO_MANY_REQUESTS = 429
 _MAX_BODY = 1 << 20
-_NO_ANSWER = (OSError, ValueError, http.client.HTTPException)
+_NO_RESPONSE = (OSError, ValueError, http.client.HTTPException)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one probe found."""
+    """Result of one probe."""
 
     name: str
-    #: Of the process that was asked: a reading of its predecessor says nothing.
+    #: Pid of the probed process; a reading of a previous process is ignored.
     pid: int
-    #: GET /health was 200, or the token came.
+    #: GET /health returned 200, or a token was generated.
     ok: bool
-    #: A token was asked for, and nothing about its health.
+    #: A token probe, not a health check.
     token: bool = False
-    #: It answered at all. A port that refuses is a program that is still starting.
+    #: Anything but a refused connection, which means that the program is starting.
     answered: bool = False
-    #: The JSON body of /health.
+    #: JSON body of /health.
     health: dict[str, Any] = field(default_factory=dict)
-    #: What was wrong, in one line.
+    #: Error in one line.
     problem: str = ""
 
 
 class Probes:
-    """Starts probes and keeps their readings until the loop takes them."""
+    """Runs probes and keeps their readings until the loop takes them."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -64,15 +64,16 @@ class Probes:
         self._asked: dict[tuple[str, bool], int] = {}
 
     def ask(self, program: Program, pid: int, token: bool) -> None:
-        """Starts a probe of this program, unless one of this kind and of this process is still under way."""
+        """Begin a probe, unless one of the same kind and process is in progress."""
         if self._asked.get((program.name, token)) == pid:
             return
-        # Not joined at exit: a probe of a replica that hangs ends with the daemon.
+        # A daemon thread: a probe of a hung replica must not delay the exit.
         threading.Thread(target=self._probe, args=(program, pid, token), daemon=True).start()
-        # Last, so that a thread that cannot be started is tried again.
+        # Last, so that a failed start of a thread is retried.
         self._asked[program.name, token] = pid
 
     def take(self) -> list[Reading]:
+        """Return the new readings."""
         readings = []
         while not self._readings.empty():
             reading = self._readings.get()
@@ -85,8 +86,8 @@ class Probes:
         try:
             reading = (token_probe if token else health_probe)(program, pid)
         except Exception as fault:
-            # Without a reading this program would never be asked again.
-            log.exception("%s: a probe failed", program.label)
+            # Without a reading the program would never be probed again.
+            log.exception("%s: internal error in a probe", program.label)
             reading = Reading(
                 program.name, pid, False, token=token, problem=f"cannot be probed ({printable(repr(fault))})"
             )
@@ -95,9 +96,9 @@ class Probes:
 
 
 def health_probe(program: Program, pid: int) -> Reading:
-    """One health check. Blocks for seconds at most."""
+    """Run one health check. Blocks for up to 10 s."""
     try:
-        status, health = _ask(program, "GET", "/health", None, _HEALTH_TIMEOUT)
+        status, health = _request(program, "GET", "/health", None, _HEALTH_TIMEOUT)
         if status != 200:
             problem = (
                 health.get("message")
@@ -109,36 +110,38 @@ def health_probe(program: Program, pid: int) -> Reading:
                 program.name, pid, False, answered=True, health=health, problem=printable(problem, 300)
             )
         return Reading(program.name, pid, True, answered=True, health=health)
-    except _NO_ANSWER as error:
+    except _NO_RESPONSE as error:
         refused = isinstance(error, ConnectionRefusedError)
-        return Reading(program.name, pid, False, answered=not refused, problem=_silence(program, error))
+        return Reading(program.name, pid, False, answered=not refused, problem=_no_answer(program, error))
 
 
 def token_probe(program: Program, pid: int) -> Reading:
-    """One generated token. Blocks for minutes if it does not come."""
+    """Generate one token. Blocks for up to 120 s."""
     body = {"prompt": "Hello", "max_tokens": 1, **({"model": program.model} if program.model else {})}
     try:
-        status, answer = _ask(program, "POST", "/v1/completions", body, _TOKEN_TIMEOUT)
-    except _NO_ANSWER as error:
-        return Reading(program.name, pid, False, token=True, problem=_silence(program, error))
-    # It has so much to do that there is no room for one more.
-    if (status == 200 and answer.get("choices")) or status == _TOO_MANY_REQUESTS:
+        status, response = _request(program, "POST", "/v1/completions", body, _TOKEN_TIMEOUT)
+    except _NO_RESPONSE as failure:
+        return Reading(program.name, pid, False, token=True, problem=_no_answer(program, failure))
+    # 429: the replica is full, so it works.
+    if (status == 200 and response.get("choices")) or status == _TOO_MANY_REQUESTS:
         return Reading(program.name, pid, True, token=True, answered=True)
-    said = answer.get("error")
-    detail = said.get("message") if isinstance(said, dict) else None
-    problem = f"a token failed: {printable(detail or f'/v1/completions answered {status}', 300)}"
+    error = response.get("error")
+    detail = error.get("message") if isinstance(error, dict) else None
+    problem = f"token probe failed: {printable(detail or f'/v1/completions answered {status}', 300)}"
     return Reading(program.name, pid, False, token=True, answered=True, problem=problem)
 
 
-def _silence(program: Program, error: Exception) -> str:
+def _no_answer(program: Program, error: Exception) -> str:
     return f"no answer on port {program.ports[0]} ({printable(error)})"
 
 
-def _ask(program: Program, method: str, path: str, body: Any, timeout: float) -> tuple[int, dict[str, Any]]:
+def _request(
+    program: Program, method: str, path: str, body: Any, timeout: float
+) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection(program.host, program.ports[0], timeout=timeout)
     try:
         headers = {"Content-Type": "application/json", "X-Request-Id": _PROBE_ID} if body is not None else {}
-        if key := _key(program):
+        if key := _api_key(program):
             headers["Authorization"] = f"Bearer {key}"
         connection.request(method, path, None if body is None else json.dumps(body), headers)
         response = connection.getresponse()
@@ -151,8 +154,8 @@ def _ask(program: Program, method: str, path: str, body: Any, timeout: float) ->
         connection.close()
 
 
-def _key(program: Program) -> str:
-    """One that a replica takes; empty if it asks for none. Raises ValueError if it cannot be read."""
+def _api_key(program: Program) -> str:
+    """Return a valid API key, or "" if none is needed. Raises ValueError if the key cannot be read."""
     try:
         if file := flag_in(program.argv, _KEYS_FILE):
             return keys_in(_KEYS_FILE, Path(file))[0]

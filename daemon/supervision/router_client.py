@@ -1,6 +1,6 @@
-"""Talks to the router over its admin socket: who is registered, what it runs with, and orders to drain.
+"""Client of the router's admin socket: registered replicas, flags, drain and undrain, exits of replicas.
 
-Everything in here blocks, for seconds if the router hangs: the loop calls it through `InBackground`.
+Calls block, for seconds if the router hangs. So the loop makes them through `BackgroundCall`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..router.addresses import AllowedAddresses
 
 log = logging.getLogger("fd-dp")
 
-#: It answers in milliseconds; this is for a machine that swaps.
+#: Seconds. The router answers in milliseconds, but the machine may be swapping.
 _TIMEOUT = 2.0
 _MAX_BODY = 1 << 20
 _OK, _NOT_FOUND = 200, 404
@@ -30,101 +30,104 @@ _OK, _NOT_FOUND = 200, 404
 T = TypeVar("T")
 
 
-class RouterSilent(FastDeployError):
-    """The router gives no answer that can be used: it is down, starts, hangs, or is another program."""
+class RouterUnavailable(FastDeployError):
+    """The router gave no usable response: it is down, starts, hangs, or is another program."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A replica of this machine, as the router knows it."""
+class RegisteredReplica:
+    """The router's entry of a replica of this machine."""
 
-    #: HOST:PORT, which is its name in orders.
+    #: HOST:PORT, the replica's name in admin requests.
     authority: str
     host: str
     port: int
-    #: It works, as far as the router knows; it has said farewell; nothing new is given to it.
+    #: Passes the router's health checks.
     up: bool
+    #: Has deregistered.
     leaving: bool
+    #: Gets no new requests.
     draining: bool
-    #: Requests that it has, those that other routers have given it included.
+    #: Requests in flight, including those of other routers.
     in_flight: int
-    #: Id of this start of the replica; empty if it gives none.
+    #: Id of this start of the replica; "" if it registered without one.
     instance: str = ""
 
     @property
-    def is_there(self) -> bool:
-        """It gets requests, unless it is drained."""
+    def in_service(self) -> bool:
+        """True if it gets requests unless it is drained."""
         return self.up and not self.leaving
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """The end of one start of a replica."""
+class ReplicaExit:
+    """Exit of one start of a replica."""
 
     url: str
     instance: str
-    #: The reason was not the replica itself.
+    #: The cause lies outside the replica, for example a kill by the operator.
     from_outside: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """What the router runs with."""
+    """Flags that the router runs with, and the state of its last reload."""
 
-    #: Of the flags file, as the answering worker has read it.
+    #: Hash of the flags file as read by the worker that answered.
     hash: str
-    #: Of the last SIGHUP since its start, and what became of it: "done", "under way", "refused", "failed".
+    #: Number of reloads since the router's start.
     number: int
+    #: Outcome of the last reload: "done", "under way", "refused" or "failed".
     outcome: str
 
 
-def registered(admin: Path) -> dict[int, Row]:
-    """Replicas of this machine by their port; those of others, which share this router's board, are left out.
+def registered(admin: Path) -> dict[int, RegisteredReplica]:
+    """Return the registered replicas of this machine by port. Raises RouterUnavailable.
 
-    Raises RouterSilent.
+    Routers that share a board list replicas of other machines as well.
     """
-    answer = _ask(admin, "GET", "/registered")
+    response = _call(admin, "GET", "/registered")
     try:
-        rows = [_row(entry, up) for up in (True, False) for entry in answer["mixed" if up else "down"]]
+        rows = [_row(entry, up) for up in (True, False) for entry in response["mixed" if up else "down"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RouterSilent(f"the router's /registered is not understood ({printable(repr(error))})") from None
+        raise _malformed("/registered", error) from None
     own = AllowedAddresses()
     return {row.port: row for row in rows if own.is_own(row.host)}
 
 
-def set_draining(admin: Path, row: Row, draining: bool) -> None:
-    """Nothing happens if the router does not know it any more. Raises RouterSilent."""
+def set_draining(admin: Path, row: RegisteredReplica, draining: bool) -> None:
+    """Drain or undrain a replica. No error if it is not registered any more. Raises RouterUnavailable."""
     name = urllib.parse.quote(row.authority, safe=":")
-    _ask(admin, "POST", f"/admin/replicas/{name}/{'drain' if draining else 'undrain'}", also=_NOT_FOUND)
+    _call(admin, "POST", f"/admin/replicas/{name}/{'drain' if draining else 'undrain'}", also=_NOT_FOUND)
 
 
-def tell_of_end(admin: Path, ended: Ended) -> None:
-    """Tell the router how a replica ended: no request is to blame for an end from outside.
+def report_exit(admin: Path, ended: ReplicaExit) -> None:
+    """Report how a replica ended, so that the router blames no request for an exit caused from outside.
 
-    Raises RouterSilent.
+    Raises RouterUnavailable.
     """
-    word = {"url": ended.url, "instance": ended.instance, "from_outside": ended.from_outside}
-    # 404: an older router that still runs after an upgrade.
-    _ask(admin, "POST", "/admin/endings", also=_NOT_FOUND, body=json.dumps(word))
+    report = {"url": ended.url, "instance": ended.instance, "from_outside": ended.from_outside}
+    # 404: an older router still runs after an upgrade.
+    _call(admin, "POST", "/admin/endings", also=_NOT_FOUND, body=json.dumps(report))
 
 
 def flags(admin: Path) -> Flags:
-    """Raises RouterSilent."""
-    answer = _ask(admin, "GET", "/health")
+    """Return the flags of the running router. Raises RouterUnavailable."""
+    response = _call(admin, "GET", "/health")
     try:
-        told = answer["reload"]
-        return Flags(str(answer["flags"]), _of(int, told["number"]), _of(str, told["outcome"]))
+        reload = response["reload"]
+        return Flags(str(response["flags"]), _of(int, reload["number"]), _of(str, reload["outcome"]))
     except (KeyError, TypeError) as error:
-        raise RouterSilent(f"the router's /health is not understood ({printable(repr(error))})") from None
+        raise _malformed("/health", error) from None
 
 
-class InBackground(Generic[T]):
-    """One call in a thread of its own, which ends by itself soon and is not joined at exit."""
+class BackgroundCall(Generic[T]):
+    """A call in a thread of its own, which is not joined at exit because every call times out soon."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
-        self._answer: T | None = None
-        self._problem: RouterSilent | None = None
+        self._result: T | None = None
+        self._problem: RouterUnavailable | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -133,21 +136,21 @@ class InBackground(Generic[T]):
         return self._ended.is_set()
 
     def result(self) -> T:
-        """When it is done. Raises RouterSilent."""
+        """Return the result of a call that is done. Raises RouterUnavailable."""
         if self._problem is not None:
             raise self._problem
-        assert self._answer is not None
-        return self._answer
+        assert self._result is not None
+        return self._result
 
     def _run(self) -> None:
         try:
-            self._answer = self._call()
-        except RouterSilent as problem:
+            self._result = self._call()
+        except RouterUnavailable as problem:
             self._problem = problem
         except Exception as fault:
-            # Whoever waits for the end of this call must not wait for ever.
-            log.exception("a question to the router failed")
-            self._problem = RouterSilent(f"it could not be asked ({fault!r})")
+            # Without a result the caller would wait forever.
+            log.exception("internal error in a call to the router")
+            self._problem = RouterUnavailable(f"the router could not be called ({fault!r})")
         self._ended.set()
 
 
@@ -162,9 +165,9 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(str(self._admin))
 
 
-def _row(entry: dict[str, Any], up: bool) -> Row:
+def _row(entry: dict[str, Any], up: bool) -> RegisteredReplica:
     url = urllib.parse.urlsplit(entry["url"])
-    return Row(
+    return RegisteredReplica(
         authority=url.netloc,
         host=url.hostname or "",
         port=url.port or 0,
@@ -176,6 +179,10 @@ def _row(entry: dict[str, Any], up: bool) -> Row:
     )
 
 
+def _malformed(path: str, error: Exception) -> RouterUnavailable:
+    return RouterUnavailable(f"malformed response of the router to {path} ({printable(repr(error))})")
+
+
 def _of(kind: type[T], value: Any) -> T:
     """Return `value` if it has exactly this type. Raises TypeError."""
     if type(value) is not kind:
@@ -183,20 +190,20 @@ def _of(kind: type[T], value: Any) -> T:
     return value
 
 
-def _ask(admin: Path, method: str, path: str, also: int = _OK, body: str | None = None) -> dict[str, Any]:
-    """`also`: a status beside 200 that is no fault."""
+def _call(admin: Path, method: str, path: str, also: int = _OK, body: str | None = None) -> dict[str, Any]:
+    """Send a request and return the JSON response. The status must be 200 or `also`."""
     connection = _Connection(admin)
     try:
         connection.request(method, path, body, headers={"Connection": "close"})
         response = connection.getresponse()
-        answer = parse_json(response.read(_MAX_BODY))
+        content = parse_json(response.read(_MAX_BODY))
         if response.status not in (_OK, also):
-            raise RouterSilent(f"the router answered {method} {path} with {response.status}")
-        if not isinstance(answer, dict):
+            raise RouterUnavailable(f"the router answered {method} {path} with {response.status}")
+        if not isinstance(content, dict):
             raise ValueError("no JSON object")
-        return answer
+        return content
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise RouterSilent(
+        raise RouterUnavailable(
             f"the router does not answer on {admin} ({printable(error) or type(error).__name__})"
         ) from None
     finally:

@@ -1,6 +1,7 @@
-"""Addresses to listen on. A name may have several, of both families: a server listens on all of them.
+"""Addresses to listen on.
 
-Otherwise clients that resolve the name may find an address where nothing or another program listens.
+A name may resolve to several addresses of both families. Servers listen on all of them, because a client may
+choose any.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from .errors import ConfigError
 def addresses_of(host: str) -> tuple[str, ...]:
     """Return the IP addresses of a host to listen on, IPv4 first.
 
-    Addresses of a name that this machine does not have are left out: hosts files name ``::1`` also where
-    IPv6 is off.
+    Addresses that this machine does not have are omitted, because hosts files contain ``::1`` even if IPv6
+    is disabled.
 
     Raises:
-        ConfigError: it is neither an address nor a name of this machine.
+        ConfigError: `host` is neither an IP address nor a name of this machine.
     """
     if is_address(host):
         return (host,)
@@ -26,13 +27,15 @@ def addresses_of(host: str) -> tuple[str, ...]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{host!r} is no address ({reason}); 127.0.0.1 and 0.0.0.0 are usual") from None
+        raise ConfigError(
+            f"{host!r} is not a valid address ({reason}); use for example 127.0.0.1 or 0.0.0.0"
+        ) from None
     addresses = dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found)
     own = sorted(filter(_can_be_bound, addresses), key=lambda address: ":" in address)
     if not own:
         raise ConfigError(
             f"{host!r} resolves to {', '.join(addresses)}, which this machine does not have; "
-            "127.0.0.1 and 0.0.0.0 are usual"
+            "use for example 127.0.0.1 or 0.0.0.0"
         )
     return tuple(own)
 
@@ -46,7 +49,7 @@ def is_address(host: str) -> bool:
 
 
 def is_wildcard(host: str) -> bool:
-    """Return True for the address that means all addresses of the machine."""
+    """Return True for an address that stands for all addresses of the machine."""
     return is_address(host) and ipaddress.ip_address(host).is_unspecified
 
 
@@ -65,12 +68,12 @@ def authority(host: str, port: int) -> str:
 
 
 def listen(address: str, port: int, backlog: int = 128) -> socket.socket:
-    """Return a socket that listens on an IP address; ``::`` means IPv4, too. Raises OSError."""
+    """Return a socket that listens on an IP address; ``::`` includes IPv4. Raises OSError."""
     listener = socket.socket(_family(address), socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if listener.family == socket.AF_INET6:
-            # Not left to net.ipv6.bindv6only.
+            # Do not depend on net.ipv6.bindv6only.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not is_wildcard(address)))
         listener.bind((address, port))
         listener.listen(backlog)

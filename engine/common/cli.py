@@ -1,4 +1,4 @@
-"""Command lines whose mistakes are told in one line, like all others."""
+"""An argument parser that reports errors in one line."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from .errors import ConfigError
 
 class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError instead of printing the usage of every flag there is and exiting."""
+        """Raise ConfigError instead of printing the usage of all flags and exiting."""
         raise ConfigError(f"{message} ({self.prog} --help)")

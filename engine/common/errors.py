@@ -1,17 +1,17 @@
-"""The errors that reach a person: each carries one line that says what, where, and what would be right."""
+"""Exceptions whose message is shown to users: one line with what is wrong, where, and how to fix it."""
 
 import errno
 
-#: Errors of a disk that is full, read-only or broken at present.
+#: Errors of a disk that is full, read-only or failing.
 _DISK_CONDITIONS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 
 
 class FastDeployError(Exception):
-    """Base of all of them. Entry points print `str(error)` and exit; they never print a stack trace."""
+    """Base class. Entry points print `str(error)` and exit, without a stack trace."""
 
 
 class ConfigError(FastDeployError):
-    """A command line, a configuration file or a checkpoint's config.json is wrong."""
+    """A command line, a configuration file or a checkpoint's config.json is invalid."""
 
 
 class CheckpointError(FastDeployError):
@@ -19,7 +19,7 @@ class CheckpointError(FastDeployError):
 
 
 class RequestError(FastDeployError):
-    """A client's request is wrong (HTTP 400). `param` is the JSON field at fault, dotted."""
+    """A client's request is invalid (HTTP 400). `param` is the dotted path of the invalid JSON field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class RequestError(FastDeployError):
 
 
 class ReplicaUnavailable(FastDeployError):
-    """The replica cannot take this request now (HTTP 503): loading, full, draining or broken."""
+    """The replica cannot accept this request now (HTTP 503): it is loading, full, draining or broken."""
 
 
 def is_disk_condition(error: OSError) -> bool:
@@ -36,4 +36,4 @@ def is_disk_condition(error: OSError) -> bool:
 
 
 class EngineLost(ReplicaUnavailable):
-    """The worker ended while it had this request (HTTP 503)."""
+    """The worker ended while it processed this request (HTTP 503)."""

@@ -1,4 +1,4 @@
-"""Open files (sockets, above all) a process may have: raised before they are needed."""
+"""The limit of open files of a process, raised before the files (mostly sockets) are needed."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from .errors import ConfigError
 
 
 def connections_of(threads: int) -> int:
-    """Clients that an HTTP server with so many threads lets in at one time, idle ones included."""
+    """Return the number of connections, including idle ones, that an HTTP server with `threads` accepts."""
     return 2 * threads
 
 
 def descriptors_of(threads: int) -> int:
-    """Files that such a server may have open.
+    """Return the number of files that an HTTP server with `threads` may have open.
 
-    Per request: the client, the watch on it, and its upstream connection or what replaces it when it ends;
-    per connection one; some for the rest.
+    Three per request (client, its watch, upstream connection or a replacement), one per connection, and some
+    in reserve.
     """
     return 3 * threads + connections_of(threads) + 256
 
 
 def allow_open_files(needed: int, flag: str) -> None:
-    """Raises the soft limit of this process and its children to `needed`, if it is lower.
+    """Raise the soft limit of this process and its children to at least `needed`.
 
-    A server that runs out of descriptors in accept() falls over: better to say so before.
+    A server that runs out of descriptors in accept() fails under load, so check at the start.
 
     Raises:
-        ConfigError: the hard limit is lower; one line with `flag`, which asked for so many.
+        ConfigError: the hard limit is lower. The message names `flag`, the setting that requires the files.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"{flag} needs {needed} file descriptors and the limit is {hard}; "
+            f"{flag} needs {needed} file descriptors but the limit is {hard}; "
             "raise it (ulimit -n, LimitNOFILE=) or choose a smaller number"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -40,6 +40,6 @@ def allow_open_files(needed: int, flag: str) -> None:
 
 
 def open_files_limit() -> int:
-    """The most files that this process may be allowed to have open."""
+    """Return the maximum of open files to which this process can raise its limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return 1 << 20 if hard == resource.RLIM_INFINITY else hard

@@ -1,4 +1,4 @@
-"""Text of another process, a file or a client: as JSON, and as it may stand in an error or a log line."""
+"""Untrusted text from files, clients and other processes: parsing as JSON, and escaping for messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """Return `text` in one line of about `limit` characters, with what cannot be printed escaped."""
+    """Return `text` as one line of about `limit` characters, with unprintable characters escaped."""
     whole = str(text)
     shown = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in whole[:limit]
@@ -15,9 +15,16 @@ def printable(text: object, limit: int = 200) -> str:
     return f"{shown}... ({len(whole)} characters)" if len(whole) > limit else shown
 
 
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads` whose only exception is ValueError, for text that is nested too deep as well."""
+def parse_json(text: str | bytes, *, allow_surrogates: bool = True) -> Any:
+    """Parse JSON, like `json.loads`, but raise only ValueError, even for values that are nested too deeply.
+
+    Raises:
+        UnicodeEncodeError: a text has a lone surrogate, and `allow_surrogates` is False. It is a ValueError.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if not allow_surrogates:
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("nested too deeply") from None
+    return value

@@ -1,4 +1,4 @@
-"""Logging of every process of the system: one event, one line, to stderr and to a file that rotates."""
+"""Logging setup of all processes: one line per event, to stderr and to a rotating file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .log_file import SharedFile
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s{context} pid=%(process)d %(message)s"
 _MAX_BYTES = 50 << 20
-#: Attribute of a record that is many lines at once.
+#: Attribute of a record that stands for many messages.
 _LINES = "fd_lines"
-#: And of the text that was made of them.
+#: Attribute that caches their formatted text.
 _TEXT = "fd_text"
 
 
 def configure(context: str = "", file_name: str | None = None) -> None:
-    """Sends log records to stderr and, with `file_name`, to `$FD_LOG_DIR/file_name` (default directory: log).
+    """Send log records to stderr and, with `file_name`, to `$FD_LOG_DIR/file_name` (default directory: log).
 
     Args:
-        context: words that name this process in each line, e.g. ``replica=3``.
+        context: words that identify this process in each line, e.g. ``replica=3``.
 
     Raises:
-        ConfigError: the environment asks for files that cannot be.
+        ConfigError: the log settings of the environment are invalid.
     """
     level = logging.DEBUG if os.environ.get("FD_DEBUG") == "1" else logging.INFO
     formatter = _Formatter(_FORMAT.format(context=f" {context}" if context else ""))
@@ -42,12 +42,12 @@ def configure(context: str = "", file_name: str | None = None) -> None:
     if _is_journal(sys.stderr):
         handlers[0].setFormatter(_JournalFormatter(formatter))
     root.setLevel(level)
-    # Per-connection chatter of the client library would drown the lines that matter.
+    # Its INFO lines, one per connection, are only noise.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def info_together(logger: logging.Logger, messages: Sequence[str]) -> None:
-    """Logs many messages as `logger.info` would, one line each, at a fraction of the cost."""
+    """Log many messages like `logger.info`, one line each, at a fraction of the cost."""
     if messages and logger.isEnabledFor(logging.INFO):
         record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, "", (), None)
         setattr(record, _LINES, messages)
@@ -63,13 +63,13 @@ class _Formatter(logging.Formatter):
         if text is None:
             prefix = super().format(record)
             text = prefix + f"\n{prefix}".join(messages)
-            # Both handlers want it.
+            # The other handler needs it, too.
             setattr(record, _TEXT, text)
         return text
 
 
 class _JournalFormatter(logging.Formatter):
-    """Begins each line as sd-daemon(3) says, so that `journalctl -p err` finds the errors."""
+    """Adds the priority prefix of sd-daemon(3) to each line, so that `journalctl -p err` finds errors."""
 
     _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
@@ -83,7 +83,7 @@ class _JournalFormatter(logging.Formatter):
 
 
 def _is_journal(stream: TextIO) -> bool:
-    """systemd says which file the journal is; a child inherits the word, but perhaps another file."""
+    """Return True if the stream is the journal. Children inherit JOURNAL_STREAM, so compare the file."""
     try:
         found = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -95,13 +95,17 @@ def _file(name: str, fallback: logging.Handler) -> logging.Handler:
     directory = Path(os.environ.get("FD_LOG_DIR") or "log")
     kept = os.environ.get("FD_LOG_BACKUP_COUNT", "7")
     if not kept.isdecimal():
-        raise ConfigError(f"FD_LOG_BACKUP_COUNT is {kept!r}; it must be the number of old logs to keep")
+        raise ConfigError(f"FD_LOG_BACKUP_COUNT is {kept!r}; it must be the number of old log files to keep")
     handler = SharedFile(directory / name, _MAX_BYTES, int(kept), fallback)
     try:
         handler.open()
     except OSError as error:
-        # A disk that is full or read-only at present must not prevent the start.
+        # A disk that is full or read-only must not prevent the start.
         if not is_disk_condition(error):
+            if os.path.lexists(directory / name):
+                raise ConfigError(
+                    f"log file {directory / name}: cannot be written ({error.strerror})"
+                ) from None
             raise ConfigError(
                 f"FD_LOG_DIR is {str(directory)!r}; it must be a directory for logs ({error.strerror})"
             ) from None

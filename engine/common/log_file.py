@@ -1,4 +1,4 @@
-"""A log file on a disk that may be full, read-only or gone: lines are dropped, and nothing is raised."""
+"""A log file that survives a full, read-only or missing disk: it drops lines instead of raising."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import stat
 import time
 from pathlib import Path
 
-#: Seconds between two looks at the file's size and whether it still has its name.
-LOOK_SECONDS = 1.0
+#: Seconds between two checks of the file's size and of whether it still exists under its name.
+CHECK_SECONDS = 1.0
 
 
 class SharedFile(logging.Handler):
-    """Several processes may write to it: one of them rotates it, the others follow.
+    """A rotating log file that several processes may write to: one of them rotates it, the others reopen it.
 
-    A removed file or directory is created again. Lines that cannot be written are dropped; when writing
-    succeeds again, one line tells how many.
+    A removed file or directory is created again. Lines that cannot be written are dropped and counted; the
+    count is logged when writing succeeds again.
     """
 
     def __init__(self, path: Path, max_bytes: int, kept: int, fallback: logging.Handler) -> None:
-        """`fallback` handles the records that the file cannot be written, or can be written again."""
+        """`fallback` handles the reports that the file cannot be written, or can be written again."""
         super().__init__()
         self._path = path.absolute()
         self._max_bytes = max_bytes
@@ -30,7 +30,7 @@ class SharedFile(logging.Handler):
         self._fallback = fallback
         self._descriptor: int | None = None
         self._directory_mode = 0o777
-        self._looked_at = 0.0
+        self._checked_at = 0.0
         self._cannot_rotate = False
         self._is_torn = False
         self._pid = os.getpid()
@@ -38,13 +38,13 @@ class SharedFile(logging.Handler):
         self._lost_since = self._reason = ""
 
     def open(self) -> None:
-        """Open the file now, to report a wrong path at once; otherwise `emit` does it. Raises OSError."""
+        """Open the file now instead of at the first `emit`, to report a wrong path. Raises OSError."""
         self._open()
         self._directory_mode = stat.S_IMODE(self._path.parent.stat().st_mode)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._pid != os.getpid():
-            # The parent reports the lines that it has lost.
+            # In a forked child: the parent reports its own lost lines.
             self._pid, self._lost = os.getpid(), 0
         try:
             lines = self._lines_of(record)
@@ -53,7 +53,7 @@ class SharedFile(logging.Handler):
             return
         notice = b""
         try:
-            descriptor = self._look()
+            descriptor = self._writable_file()
             if self._lost:
                 lost = "lines lost since %s: %d (%s)"
                 notice = self._lines_of(self._record(lost, self._lost_since, self._lost, self._reason))
@@ -73,8 +73,8 @@ class SharedFile(logging.Handler):
         return (self.format(record) + "\n").encode("utf-8", "backslashreplace")
 
     def _write(self, descriptor: int, lines: bytes) -> None:
-        """Write all lines. Raises OSError, after which a part may be written."""
-        # Unbuffered: a buffer would keep what cannot be written.
+        """Write all lines. Raises OSError, after which a part of them may be written."""
+        # Unbuffered: a buffer would retain lines that cannot be written.
         rest = b"\n" + lines if self._is_torn else lines
         while rest:
             written = os.write(descriptor, rest)
@@ -97,20 +97,20 @@ class SharedFile(logging.Handler):
     def _record(self, message: str, *arguments: object) -> logging.LogRecord:
         return logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, arguments, None)
 
-    def _look(self) -> int:
-        """Return the descriptor to write to. Raises OSError."""
+    def _writable_file(self) -> int:
+        """Return the descriptor to write to, after the periodic check. Raises OSError."""
         now = time.monotonic()
-        if self._descriptor is None or now - self._looked_at >= LOOK_SECONDS:
-            self._looked_at = now
+        if self._descriptor is None or now - self._checked_at >= CHECK_SECONDS:
+            self._checked_at = now
             if self._descriptor is None or not self._has_its_name():
                 self._open()
             elif os.fstat(self._descriptor).st_size >= self._max_bytes:
                 self._rotate()
-        assert self._descriptor is not None, "opened, or it has raised"
+        assert self._descriptor is not None, "_open succeeded"
         return self._descriptor
 
     def _rotate(self) -> None:
-        """Rotate the file. If that fails, lines go to the old file and the next look tries again."""
+        """Rotate the file. If that fails, lines go to the old file and the next check tries again."""
         try:
             directory = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -136,7 +136,7 @@ class SharedFile(logging.Handler):
             self._path.unlink()
             return
         old = [self._path.with_name(f"{self._path.name}.{number}") for number in range(1, self._kept + 1)]
-        # Up to a gap, which a rotation that failed halfway has left: older files need not move.
+        # Shift only up to the first gap, which a failed rotation may have left.
         gap = next((number for number, file in enumerate(old) if not file.exists()), len(old) - 1)
         for number in range(gap, 0, -1):
             old[number - 1].replace(old[number])
@@ -164,6 +164,6 @@ class SharedFile(logging.Handler):
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            # Closed even if this fails: the number may be another file's at once.
+            # Linux releases the descriptor even if close() fails; a retry could close another file.
             with contextlib.suppress(OSError):
                 os.close(descriptor)

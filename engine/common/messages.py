@@ -1,8 +1,8 @@
-"""What the API process and its worker say to each other, as MessagePack over a ZeroMQ socket on loopback.
+"""Messages between the API process and its worker: MessagePack over a ZeroMQ socket on loopback.
 
 The API process binds a ROUTER socket at the replica's engine-worker-queue-port; the worker connects a DEALER.
-The first message of a worker is `Hello` with the token it was given in its environment; anything from
-a peer that has not said it is dropped. `PROTOCOL_VERSION` rises with every change of a struct below.
+The first message of a worker is `Hello` with the token from its environment; messages of a peer without a
+valid `Hello` are dropped. Increment `PROTOCOL_VERSION` with every change of a struct below.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ PROTOCOL_VERSION = 4
 
 
 class AddRequest(msgspec.Struct, tag="add", frozen=True):
-    """One sequence to generate. A client request with n choices is n of these with ids of their own."""
+    """One sequence to generate. A client request with n choices consists of n of these, with distinct ids."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_time: float
-    #: The beginning of the output, which another replica has drawn; it counts as if it had been drawn here.
+    #: Tokens that another replica has already generated; they count as output of this request.
     output_token_ids: list[int] = []
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
-    """Their client has gone or a stop string was found: free everything, answer nothing more."""
+    """The client disconnected or a stop string was found: free all resources and send no more output."""
 
     request_ids: list[str]
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
-    """Leave the loop and exit 0."""
+    """End the engine loop and exit with status 0."""
 
 
 ToWorker = AddRequest | AbortRequests | Shutdown
@@ -51,14 +51,14 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
 
 
 class LoadProgress(msgspec.Struct, tag="loading", frozen=True):
-    """`fraction` of the weights is in place, 0..1."""
+    """Progress of the start; `fraction` is 0..1."""
 
     fraction: float
     stage: str
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """The engine loop runs. Sizes of the cache, for metrics and for refusing prompts that can never fit."""
+    """The engine loop runs. The sizes are for metrics and for rejecting prompts that can never fit."""
 
     num_blocks: int
     block_size: int
@@ -66,13 +66,13 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """The worker cannot start (bad checkpoint, no memory) or go on: one line for a person. It then exits."""
+    """The worker cannot start or continue and exits; `message` is one line for the user."""
 
     message: str
 
 
 class Logprobs(msgspec.Struct, frozen=True):
-    """Natural logarithms, of the model's distribution before temperature and penalties (raw_logprobs)."""
+    """Natural log probabilities of the model, before temperature and penalties (vLLM's raw_logprobs)."""
 
     token_id: int
     logprob: float
@@ -81,43 +81,43 @@ class Logprobs(msgspec.Struct, frozen=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True):
-    """What one step drew for one request. `token_ids` holds a stop token too when it ended the text."""
+    """Output of one step for one request. `token_ids` includes the stop token that ended the text."""
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[Logprobs] | None = None
-    #: Of the prompt's tokens from the second on; only in the first output of a request that asks for them.
+    #: Of the prompt tokens from the second on; only in the first output of a request that asked for them.
     prompt_logprobs: list[Logprobs] | None = None
-    #: Prompt tokens found in the prefix cache; meaningful in a request's first output.
+    #: Prompt tokens found in the prefix cache; valid in the first output of a request.
     num_cached: int = 0
-    #: Why, when finish_reason is ERROR.
+    #: The reason if finish_reason is ERROR.
     message: str | None = None
 
 
 class ExpertParallelStats(msgspec.Struct, frozen=True):
-    """The expert-parallel group, as a rank sees it that is in it."""
+    """The expert-parallel group as seen by one of its ranks."""
 
     epoch: int
     active_seats: list[int]
-    #: Of the whole group, since it exists.
+    #: Counters of the whole group since its creation.
     joins_total: int
     leaves_total: int
     losses_total: int
-    #: Of this rank, since it joined.
+    #: Counters of this rank since it joined.
     restarted_steps_total: int
     steps_total: int
     step_seconds_total: float
     bytes_dispatched_total: int
     bytes_combined_total: int
-    #: For each seat.
+    #: By seat.
     waited_seconds_total: list[float]
-    #: Of each expert, over all layers, computed at this rank's seat since the group exists.
+    #: Tokens computed at this rank's seat since the group was created, by expert, over all layers.
     expert_tokens_total: list[int]
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """The engine after a step; gauges as they are, `*_total` since the worker started."""
+    """State of the engine after a step; `*_total` are counters since the start of the worker."""
 
     num_running: int
     num_waiting: int
@@ -129,7 +129,7 @@ class Stats(msgspec.Struct, frozen=True):
     steps_total: int
     batch_tokens: int
     max_num_seqs: int
-    #: None where there is no group.
+    #: None without a group.
     expert_parallel: ExpertParallelStats | None = None
 
 

@@ -1,5 +1,6 @@
-"""GET /metrics for Prometheus, from one thread that no client can hold up: neither one that says nothing, nor
-one that does not read, nor a thousand of them.
+"""An HTTP server for GET /metrics whose single thread no client can block.
+
+Not `http.server`: its threads do not limit the total time of a client, and would call `render` concurrently.
 """
 
 from __future__ import annotations
@@ -18,30 +19,30 @@ from .addresses import listen
 _log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-#: A client that has not sent its request and read the answer after so many seconds is dropped.
-_PATIENCE = 5.0
-#: Those that are served at the same time; when another comes, the one that has been there longest goes.
-_MOST = 16
-_LONGEST_REQUEST = 8192
-#: Before the next try when the process has no descriptor left for a client.
-_PAUSE = 0.2
+#: Seconds for a whole exchange: sending the request and reading the response.
+_CLIENT_TIMEOUT = 5.0
+#: Maximum concurrent clients; a further one replaces the oldest.
+_MAX_CLIENTS = 16
+_MAX_REQUEST_BYTES = 8192
+#: Seconds to wait if accept() fails, for example because no file descriptor is left.
+_ACCEPT_PAUSE = 0.2
 
 
-class Exposition:
-    """Answers as soon as it is made, until `close`. One request for each connection.
+class MetricsServer:
+    """Serves from its construction until `close`. Each connection carries one request.
 
     Args:
-        addresses: IP addresses to listen on; ``::`` means IPv4, too.
-        render: called in the thread of this server, for each request; the text, as UTF-8.
+        addresses: IP addresses to listen on; ``::`` includes IPv4.
+        render: returns the metrics as UTF-8 text; called in the server's thread for each request.
 
     Raises:
-        OSError: this cannot be listened on.
+        OSError: it cannot listen on an address.
     """
 
     def __init__(self, addresses: Sequence[str], port: int, render: Callable[[], bytes]) -> None:
         self._render = render
         self._listeners = _listen(addresses, port)
-        #: The one that was asked for, or the one the kernel chose in place of 0.
+        #: The given port, or the one that the kernel chose instead of 0.
         self.port = int(self._listeners[0].getsockname()[1])
         self._clients: dict[socket.socket, _Client] = {}
         self._closed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -53,13 +54,13 @@ class Exposition:
         self._thread.start()
 
     def close(self) -> None:
-        """The port is free when this returns; at most one `render` is waited for."""
+        """Stop serving and free the port, after a running `render`."""
         os.eventfd_write(self._closed, 1)
         self._thread.join()
 
     def _run(self) -> None:
         while True:
-            for key, _ in self._selector.select(self._patience()):
+            for key, _ in self._selector.select(self._next_timeout()):
                 if key.fileobj == self._closed:
                     self._end()
                     return
@@ -73,8 +74,8 @@ class Exposition:
             for connection in [c for c, client in self._clients.items() if now >= client.deadline]:
                 self._drop(connection)
 
-    def _patience(self) -> float | None:
-        """Until the first of the clients has had its time."""
+    def _next_timeout(self) -> float | None:
+        """Return the seconds until the first client times out; None without clients."""
         deadlines = [client.deadline for client in self._clients.values()]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
@@ -82,22 +83,22 @@ class Exposition:
         try:
             connection, _ = listener.accept()
         except OSError:
-            # It has gone again, or there is no descriptor for it.
-            time.sleep(_PAUSE)
+            # The client has disconnected, or no file descriptor is left.
+            time.sleep(_ACCEPT_PAUSE)
             return
         connection.setblocking(False)
-        if len(self._clients) == _MOST:
+        if len(self._clients) == _MAX_CLIENTS:
             self._drop(next(iter(self._clients)))
-        self._clients[connection] = _Client(time.monotonic() + _PATIENCE)
+        self._clients[connection] = _Client(time.monotonic() + _CLIENT_TIMEOUT)
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _serve(self, connection: socket.socket) -> None:
         client = self._clients[connection]
         try:
             if not client.unsent:
-                data = connection.recv(_LONGEST_REQUEST)
+                data = connection.recv(_MAX_REQUEST_BYTES)
                 client.request += data
-                complete = b"\r\n\r\n" in client.request or len(client.request) > _LONGEST_REQUEST
+                complete = b"\r\n\r\n" in client.request or len(client.request) > _MAX_REQUEST_BYTES
                 if complete:
                     client.unsent = self._answer(bytes(client.request))
                     self._selector.modify(connection, selectors.EVENT_WRITE)
@@ -117,7 +118,7 @@ class Exposition:
         method, _, rest = request.partition(b"\r\n")[0].partition(b" ")
         target, _, version = rest.partition(b" ")
         if not version.startswith(b"HTTP/1."):
-            return _response("400 Bad Request", b"this is not HTTP/1.1\n")
+            return _response("400 Bad Request", b"expected HTTP/1.1\n")
         if method not in (b"GET", b"HEAD"):
             return _response("405 Method Not Allowed", b"GET /metrics\n")
         if target.partition(b"?")[0] != b"/metrics":
@@ -125,9 +126,9 @@ class Exposition:
         try:
             text = self._render()
         except Exception as error:
-            # Whatever is wrong with a figure, the next scrape must find somebody who answers.
+            # An error in a metric must not end the server.
             _log.error("/metrics: ERROR (%s: %s)", type(error).__name__, error)
-            return _response("500 Internal Server Error", b"the log says why\n")
+            return _response("500 Internal Server Error", b"see the log\n")
         return _response("200 OK", text, head_only=method == b"HEAD")
 
     def _drop(self, connection: socket.socket) -> None:
@@ -159,7 +160,7 @@ def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
 
 @dataclass(slots=True)
 class _Client:
-    #: Of the monotonic clock.
+    #: Monotonic clock.
     deadline: float
     request: bytearray = field(default_factory=bytearray)
     unsent: memoryview = field(default_factory=lambda: memoryview(b""))

@@ -1,4 +1,4 @@
-"""The import of Paddle without its side effects."""
+"""Import of Paddle without its side effects."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import tempfile
 
 
 def import_paddle() -> None:
-    """Import Paddle without its directory for data sets and without its signal handlers.
+    """Import Paddle without creating its data set directory and without its signal handlers.
 
-    Paddle makes the directory in the home directory or in /tmp, and fails where it cannot: a full or
-    read-only disk would keep replicas from starting. Its handlers print a stack trace of C++ at SIGTERM. Call
-    this before other threads run and before signal handlers are set.
+    Paddle creates the directory in the home directory or in /tmp and fails if it cannot, so a full or
+    read-only disk would prevent the start of replicas. Its signal handlers print a C++ stack trace on
+    SIGTERM. Call this before starting threads and before setting signal handlers.
     """
     if "paddle" in sys.modules:
         return
     make, temporary = os.makedirs, tempfile.tempdir
     os.makedirs = lambda *_, **__: None
-    # Otherwise the search for a writable directory fails in the same way.
+    # Paddle's own search for a writable directory would fail as well.
     tempfile.tempdir = tempfile.tempdir or "/tmp"
     try:
         import paddle

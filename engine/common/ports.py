@@ -1,4 +1,4 @@
-"""TCP ports before they are used: is this one free, and if not, who has it."""
+"""Checks whether TCP ports are free, and finds free ones."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ from .addresses import addresses_of, listen
 from .errors import ConfigError
 
 _LISTEN = "0A"
-#: Of those that are looked for: below it many are some service's own.
+#: Lowest port that `find_free` returns; many below are assigned to services.
 _LOWEST = 20_000
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def require_free(host: str, port: int, flag: str) -> None:
-    """Return when it is, on all addresses of the host.
+    """Check that a port is free on all addresses of the host.
 
     Raises:
-        ConfigError: the port cannot be listened on; one line with the flag that asked for it and the holder.
+        ConfigError: the port is not free. The message names the flag that set it and its holder.
     """
     for address in addresses_of(host):
         try:
-            # As the server itself will do: connections of an earlier run in TIME_WAIT are no obstacle.
+            # Like the server: connections of an earlier run in TIME_WAIT do not matter.
             listen(address, port).close()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConfigError(
-                    f"{flag}: port {port} on {address} is taken{_by_whom(port)}; choose a free one"
+                    f"{flag}: port {port} on {address} is taken{_holder(port)}; choose a free one"
                 ) from None
             raise ConfigError(f"{flag}: cannot listen on {address} port {port}: {error.strerror}") from None
 
 
 def find_free(count: int) -> list[int]:
-    """Ports of loopback that were free a moment ago; all held at once, so that they differ.
+    """Return distinct ports that are currently free on loopback.
 
-    The kernel gives none of them to a connection by itself: while a server is down, nobody gets its port.
+    They lie outside the range of ephemeral ports, so the kernel does not give them to outgoing connections
+    while a server is down.
     """
     first, last = _range_of_connections()
     ports = [*range(_LOWEST, first), *range(last + 1, 1 << 16)]
-    # Not with the seed that somebody has given to all of this process.
+    # Its own generator, independent of `random.seed` elsewhere in this process.
     random.Random().shuffle(ports)
     with ExitStack() as stack:
         found: list[int] = []
         while ports and len(found) < count:
-            with contextlib.suppress(OSError):  # it is taken
+            with contextlib.suppress(OSError):  # in use
                 found.append(_hold(ports.pop(), stack))
-        # At last, any will do.
+        # As a last resort, any port.
         return found + [_hold(0, stack) for _ in range(count - len(found))]
 
 
@@ -66,12 +67,12 @@ def _range_of_connections() -> tuple[int, int]:
     try:
         first, last = _RANGE.read_text().split()
     except FileNotFoundError:
-        return 32768, 60999  # Linux's own, where a sandbox does not tell
+        return 32768, 60999  # Linux's default, for sandboxes without the file
     return int(first), int(last)
 
 
-def _by_whom(port: int) -> str:
-    """Empty when the holder belongs to another user: only root may look."""
+def _holder(port: int) -> str:
+    """Return the process that holds a port, as " by pid ..."; "" if it belongs to another user."""
     inodes = set(_listening_sockets(port))
     for directory in Path("/proc").glob("[0-9]*/fd"):
         try:
@@ -79,7 +80,7 @@ def _by_whom(port: int) -> str:
                 name = (directory.parent / "comm").read_text().strip()
                 return f" by pid {directory.parent.name} ({name})"
         except OSError:
-            continue  # it has ended meanwhile, or is not ours to look into
+            continue  # ended meanwhile, or of another user
     return ""
 
 

@@ -1,4 +1,4 @@
-"""A request as the engine sees it: what to sample, and how far it has come."""
+"""A request inside the engine: its sampling parameters and its progress."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are drawn. Values are validated where they enter (entrypoints/openai/protocol.py)."""
+    """Sampling parameters. The API validates the values (entrypoints/openai/protocol.py)."""
 
-    #: 0: compute the prompt for its log probabilities and draw nothing.
+    #: 0: compute only the log probabilities of the prompt.
     max_tokens: int
     min_tokens: int = 0
-    #: 0 means greedy.
+    #: 0: greedy.
     temperature: float = 1.0
     top_p: float = 1.0
-    #: 0 means all tokens.
+    #: 0: all tokens.
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    #: Together with `choice` and the position it fixes every random number: there is no sampler state.
+    #: The random numbers depend only on seed, `choice` and position; the sampler has no state.
     seed: int = 0
     #: Index of this choice among the `n` of one client request.
     choice: int = 0
-    #: Ids that end the text: the model's eos ids (left out under ignore_eos) and the request's own.
+    #: Ids that end the text: the model's eos ids (unless ignore_eos) and those of the request.
     #: They are not drawn before `min_tokens`.
     stop_token_ids: tuple[int, ...] = ()
-    #: None: no log probabilities. 0: of the drawn token only. n: and of the n most likely tokens.
+    #: None: no log probabilities. 0: of the drawn token. n: also of the n most likely tokens.
     logprobs: int | None = None
-    #: The same for the tokens of the prompt except the first, which follows nothing.
+    #: The same for the tokens of the prompt except the first.
     prompt_logprobs: int | None = None
 
 
@@ -49,9 +49,9 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
-    """One text being generated. Owned by the scheduler; nobody else changes it.
+    """A text being generated. Only the scheduler modifies it.
 
-    Tokens at positions < num_computed have their keys and values in the cache blocks `block_ids`.
+    The keys and values of positions < num_computed are in the cache blocks `block_ids`.
     """
 
     request_id: str
@@ -64,10 +64,10 @@ class Sequence:
     #: Prompt tokens whose keys and values were found in the prefix cache at first admission.
     num_cached: int = 0
     num_preemptions: int = 0
-    #: Of the prompt's tokens from the second on, as far as they are known: entry i belongs to the token at
-    #: position i + 1 and comes from the logits of position i. Preemption keeps them.
+    #: Entry i belongs to the prompt token at position i + 1 and comes from the logits of position i. Grows as
+    #: the prompt is computed; kept on preemption.
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
-    #: Chained hashes of the first full blocks, as far as needed. They stay valid: the text only grows.
+    #: Chained hashes of the leading full blocks, computed on demand. The text only grows, so they stay valid.
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property
@@ -76,14 +76,14 @@ class Sequence:
 
     @property
     def is_scored(self) -> bool:
-        """True while log probabilities of its prompt are wanted and not all known."""
+        """True while requested log probabilities of the prompt are missing."""
         return (
             self.params.prompt_logprobs is not None
             and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
         )
 
     def token_ids(self, start: int, end: int) -> list[int]:
-        """Ids at positions start..end-1, of prompt and output as one text."""
+        """Return the ids at positions start..end-1 of prompt and output together."""
         prompt = len(self.prompt_token_ids)
         if end <= prompt:
             return self.prompt_token_ids[start:end]
@@ -94,17 +94,17 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """One sequence's share of a step: positions start .. start + num_tokens - 1 are computed.
+    """The part of a step that belongs to one sequence: positions start .. start + num_tokens - 1.
 
-    `block_ids` covers them. When `samples` is true the logits of the last position draw a new token;
-    when it is false this is a chunk of prefill with more to come.
+    Its `block_ids` cover these positions. If `samples` is true, a token is drawn from the logits of the last
+    position; otherwise this is a prefill chunk that is not the last.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
-    #: Positions whose logits give the log probability of the prompt token behind them.
+    #: Positions whose logits are needed for the log probability of the following prompt token.
     scored: range = range(0)
 
     @property
@@ -114,7 +114,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step computes. Rows are in admission order; decode rows and prefill chunks mix freely."""
+    """The input of one step. Rows are in admission order and mix decoding and prefill chunks."""
 
     rows: tuple[ScheduledSequence, ...]
 

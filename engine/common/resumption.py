@@ -1,21 +1,22 @@
-"""How an answer that one replica began goes on at another: what replicas and the router say to each other.
+"""Protocol between router and replicas for resuming a response on another replica.
 
-When a router asks for it (`X-FD-Marks: 1`), each event of a choice ends with a comment line, its mark:
+If the router requests it (`X-FD-Marks: 1`), each event of a choice ends with a comment line, its mark:
 
     data: {...}
     : fd CHOICE ID ID ... [.]
 
-The ids are the tokens of that choice that were taken since its last mark, whether their text is out already
-or held back; a dot says that the choice has finished. Of all marks up to a point the router can say exactly
-what a client has got (`Resumption`), and another replica can go on from there (`POST /internal/resume`).
+The ids are the tokens of the choice consumed since its last mark, whether their text was sent or is held
+back. A dot means that the choice has finished. From the marks, the router knows exactly what the client has
+received (`Resumption`), and another replica can continue from there (`POST /internal/resume`).
 
-Of an answer that comes whole nothing is out before its end. Its marks come in interim heads, a second apart:
+A response that is not streamed sends nothing before its end. Its marks are sent in interim responses, one per
+second:
 
     HTTP/1.1 102 Processing
     X-FD-Draft: CREATED ID
     X-FD-Mark: CHOICE ID ID ...
 
-Free of Paddle and of everything else that the router must not load.
+The router imports this module, so it must not import Paddle.
 """
 
 from __future__ import annotations
@@ -27,42 +28,42 @@ import msgspec
 
 from .errors import RequestError
 
-#: Where a router sends a `Resumption`, as MessagePack, and the header in which it shows the replica's token.
+#: The router posts a `Resumption`, as MessagePack, to this path, with the replica's token in this header.
 RESUME_PATH = "/internal/resume"
 TOKEN_HEADER = "X-FD-Token"
 MARKS_HEADER = "X-FD-Marks"
 PROGRESS_HEADER = "X-FD-Progress"
-#: Of interim heads: when the answer was begun (Unix time, seconds) and its id; and a mark for each choice.
+#: Interim responses: creation time (Unix time, seconds) and id of the response; and one mark per choice.
 DRAFT_HEADER = "X-FD-Draft"
 DRAFT_MARK_HEADER = "X-FD-Mark"
-#: Of a 503: the engine was lost while it had the request. With any other 503 the replica has not taken it.
+#: In a 503: the engine was lost while it processed the request. Any other 503 means it was not accepted.
 LOST_HEADER = "X-FD-Engine-Lost"
 
 _FINISHED = b"."
-#: Of a choice, or of a token.
+#: Index of a choice, or a token id.
 Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-#: Any that a calendar has.
+#: Unix time in seconds, within the range of `datetime`.
 Moment = Annotated[int, msgspec.Meta(ge=0, lt=1 << 36)]
 
 
 class Delivered(msgspec.Struct, frozen=True):
-    """What is behind the events of one choice so far."""
+    """The tokens behind the events of one choice so far."""
 
     tokens: list[Number]
     finished: bool = False
 
 
 class Resumption(msgspec.Struct, frozen=True):
-    """A request, and what its client has got already; or would have, if its answer did not come whole."""
+    """A request and the part of its response that was sent, or would have been sent if it were streamed."""
 
     #: "/v1/chat/completions" or "/v1/completions".
     path: str
-    #: The client's, unchanged.
+    #: Body of the client's request, unchanged.
     body: bytes
-    #: As the answer so far has them.
+    #: Id of the response so far.
     id: str
     created: Moment
-    #: Those that have begun; all others start from nothing.
+    #: The choices that have begun.
     choices: dict[Number, Delivered]
 
 
@@ -73,25 +74,25 @@ def encode_resumption(resumption: Resumption) -> bytes:
 def decode_resumption(data: bytes) -> Resumption:
     """
     Raises:
-        RequestError: it is none; one line.
+        RequestError: the data is not a valid resumption.
     """
     try:
         return _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise RequestError(f"the body is no resumption: {error}") from None
+        raise RequestError(f"the body is not a valid resumption: {error}") from None
 
 
 def mark(choice: int, token_ids: Iterable[int] = (), *, finished: bool = False) -> bytes:
-    """The line behind an event's data, with its end."""
+    """Return the mark of an event, with its line end."""
     words = f": fd {choice} {' '.join(map(str, token_ids))}".rstrip()
     return f"{words} .\n".encode() if finished else f"{words}\n".encode()
 
 
 def draft_lines(created: int, identity: str, tokens: Mapping[int, Iterable[int]]) -> bytes:
-    """Header lines for an interim head.
+    """Return the header lines of an interim response.
 
     Args:
-        tokens: of each choice those that were taken since its last mark.
+        tokens: for each choice, the tokens since its last mark.
     """
     lines = [f"{DRAFT_HEADER}: {created} {identity}\r\n"]
     for choice, token_ids in tokens.items():
@@ -100,13 +101,13 @@ def draft_lines(created: int, identity: str, tokens: Mapping[int, Iterable[int]]
 
 
 def marks_of(lines: Iterable[bytes]) -> dict[int, Delivered]:
-    """What marks say together, choice by choice.
+    """Combine marks by choice.
 
     Args:
-        lines: what stood behind `: fd `, or in a mark's header, in the order in which they came.
+        lines: the text after `: fd `, or the value of a mark's header, in order of arrival.
 
     Raises:
-        ValueError: one of them is no mark.
+        ValueError: a line is not a mark.
     """
     tokens: dict[int, list[int]] = {}
     finished: set[int] = set()

@@ -1,23 +1,22 @@
 """Text and JSON files that users edit or that belong to a checkpoint.
 
-Each error is a `ConfigError` of one line that names the file and the place. A byte order mark at the
-beginning is accepted, because Windows editors write one.
+Errors are `ConfigError`s of one line with the file and the position. A byte order mark, which Windows editors
+write, is accepted.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import ConfigError
-from .foreign_text import printable
+from .foreign_text import parse_json, printable
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-#: Characters of a refused value in an error.
+#: Maximum characters of an invalid value in an error.
 _MAX_SHOWN = 60
 
 T = TypeVar("T")
@@ -27,10 +26,10 @@ def read_text(file: Path, name: str = "") -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
     Args:
-        name: what errors call the file; its path by default.
+        name: the file's name in errors; its path by default.
 
     Raises:
-        ConfigError: it cannot be read or is not UTF-8 text.
+        ConfigError: the file cannot be read or is not UTF-8 text.
     """
     name = name or str(file)
     try:
@@ -41,17 +40,17 @@ def read_text(file: Path, name: str = "") -> str:
 
 
 def decode(content: bytes, name: str) -> str:
-    """Return the text of these bytes, without a byte order mark.
+    """Return `content` as text, without a byte order mark.
 
     Raises:
-        ConfigError: they are not UTF-8 text. The error shows none of them, because they may be a secret.
+        ConfigError: it is not UTF-8 text. The message does not quote it, because it may be a secret.
     """
     if content.startswith(_UTF_16):
         raise ConfigError(f"{name}: is UTF-16; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The error counts from behind a byte order mark.
+        # The error's offset does not include a byte order mark.
         start = error.start + len(content) - len(error.object)
         line = content.count(b"\n", 0, start) + 1
         raise ConfigError(f"{name}: byte {start} (line {line}) is not UTF-8; save it as UTF-8") from None
@@ -69,25 +68,22 @@ def read_object(file: Path) -> JsonObject:
 
 
 def read_optional_object(file: Path) -> JsonObject:
-    """Read a file that holds a JSON object; an empty one if there is no such file. Raises ConfigError."""
+    """Read a file that holds a JSON object; a missing file is an empty object. Raises ConfigError."""
     return read_object(file) if file.exists() else JsonObject(file, {})
 
 
 def _parsed(file: Path, text: str) -> JsonObject:
     try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+        # Only an escape can denote a surrogate in UTF-8 text.
+        value = parse_json(text, allow_surrogates="\\ud" not in text.lower())
     except UnicodeEncodeError:
         raise ConfigError(
-            f"{file}: holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
+            f"{file}: contains half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
         ) from None
-    except RecursionError:
-        raise ConfigError(f"{file}: cannot be read as JSON (nested too deeply)") from None
     except ValueError as error:
         raise ConfigError(f"{file}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{file}: a JSON object is expected, found {kind_of(value)}")
+        raise ConfigError(f"{file}: expected a JSON object, found {kind_of(value)}")
     return JsonObject(file, value)
 
 
@@ -95,7 +91,7 @@ class JsonObject:
     """Typed access to the keys of a JSON object.
 
     All methods raise ConfigError for a value of another type. A key with null counts as missing. `at` is the
-    place of the object in the file: "" for the whole file, else a dotted path.
+    dotted path of the object in the file, with a trailing dot; "" for the whole file.
     """
 
     def __init__(self, file: Path, values: dict[str, Any], at: str = "") -> None:
@@ -104,7 +100,7 @@ class JsonObject:
         self._at = at
 
     def wrong(self, key: str, must_be: str) -> ConfigError:
-        """Return the error for a key with a wrong value."""
+        """Return the error for a key with an invalid value."""
         value = self.values.get(key)
         shown = repr(value) if isinstance(value, str | int | float | None) else kind_of(value)
         return ConfigError(
@@ -114,7 +110,7 @@ class JsonObject:
     def integer(
         self, *names: str, default: int | None = None, least: int = 0, most: int | None = None
     ) -> int:
-        """Return the value of the first of these keys that exists; without a default one of them must."""
+        """Return the value of the first existing key. Without a default, one of them must exist."""
         for name in names:
             value = self.values.get(name)
             if value is None:
@@ -132,7 +128,7 @@ class JsonObject:
         value = self.values.get(name)
         if value is None:
             return default
-        # A large integer has no float.
+        # A large integer cannot be converted to float.
         if type(value) not in (int, float) or abs(value) > 1e300 or math.isnan(value):
             raise self.wrong(name, "a finite number")
         if above is not None and value <= above:
@@ -172,7 +168,7 @@ class JsonObject:
 
 
 def kind_of(value: Any) -> str:
-    """Return the JSON type of a value, in words."""
+    """Return the JSON type of a value for messages."""
     match value:
         case dict():
             return "an object"

@@ -1,4 +1,4 @@
-"""The blocks of the KV cache: who holds which, and which still carry a text worth finding again."""
+"""Allocation of the blocks of the KV cache, and the prefix cache."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-#: Parent of a text's first block.
+#: Parent hash of the first block of a text.
 ROOT_HASH = bytes(32)
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """Names a full block by its tokens and, through `parent`, by everything before them.
+    """Hash a full block with everything before it, which `parent` stands for.
 
-    A cryptographic hash, because a client who could build a collision would be served another client's text.
+    The hash is cryptographic, because a collision would serve one client the cached text of another.
     """
     return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=32).digest()
 
 
 class BlockPool:
-    """Hands out block ids. It never sees the memory behind them.
+    """Allocates block ids, without access to the memory of the blocks.
 
-    A block is held by one or more sequences, or free. A free block whose content was published stays findable
-    until its memory is needed: such blocks are given out last, least recently held first. Before them go
-    blocks without content, lowest id first, so that cache memory nobody has needed is never touched.
+    A block is free or held by one or more sequences. A free block with published content can be found until
+    it is reused. Blocks without content are allocated first, lowest id first, so that unused cache memory is
+    never touched; then published blocks, least recently held first.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -34,9 +34,9 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        # Ascending, hence already a heap.
+        # Ascending, and therefore already a heap.
         self._blank = list(range(num_blocks))
-        # Free but published. An OrderedDict: taking the first of a plain dict scans over its deletions.
+        # Free but published. Not a plain dict, which scans over its deletions to find its first key.
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -45,16 +45,16 @@ class BlockPool:
 
     @property
     def num_tokens(self) -> int:
-        """What the whole cache can hold."""
+        """Capacity of the whole cache in tokens."""
         return self.num_blocks * self.block_size
 
     def allocate(self, count: int) -> list[int]:
-        """Gives out `count` blocks with one holder each; their former content can no longer be found."""
-        assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
+        """Allocate `count` blocks with one holder each; their former content can no longer be found."""
+        assert count <= self.num_free, f"{count} blocks requested, {self.num_free} free"
         return [self._take_one() for _ in range(count)]
 
     def find(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest known prefix, not held yet: `share` them before anything is allocated."""
+        """Return the blocks of the longest known prefix. `share` them before the next allocation."""
         found = []
         for block_hash in hashes:
             block = self._block_of.get(block_hash)
@@ -67,7 +67,7 @@ class BlockPool:
         return sum(self._holders[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Adds a holder to blocks that `find` returned."""
+        """Add a holder to blocks that `find` returned."""
         for block in blocks:
             assert self._hash_of[block] is not None, f"block {block} has no published content to share"
             if self._holders[block] == 0:
@@ -75,20 +75,21 @@ class BlockPool:
             self._holders[block] += 1
 
     def publish(self, block: int, block_hash: bytes) -> None:
-        """Makes a full, computed block findable. The first block of a content keeps the name."""
-        assert self._holders[block] > 0, f"block {block} is published but nobody holds it"
+        """Make a full, computed block findable. If its content is already published, keep the first block."""
+        assert self._holders[block] > 0, f"block {block} is published but not held"
         assert self._hash_of[block] in (None, block_hash), f"block {block} is published with two contents"
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Takes one holder from each block of a sequence.
+        """Remove one holder from each block of a sequence.
 
-        The last block becomes free first: a chain is found from its head, so its tail must be evicted before.
+        The last block becomes free first: a prefix is found from its head, so its tail should be evicted
+        first.
         """
         for block in reversed(blocks):
-            assert self._holders[block] > 0, f"block {block} is released but nobody holds it"
+            assert self._holders[block] > 0, f"block {block} is released but not held"
             self._holders[block] -= 1
             if self._holders[block] > 0:
                 continue
@@ -98,10 +99,10 @@ class BlockPool:
                 self._evictable[block] = None
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
-        """Audits the books against the blocks that each live sequence says it holds.
+        """Check the bookkeeping against the blocks that the live sequences hold.
 
         Raises:
-            AssertionError: explicitly, so that it also does under ``python -O``; one line naming the block.
+            AssertionError: it is inconsistent, also under ``python -O``; the message names the block.
         """
         expected = Counter(block for blocks in held for block in blocks)
         blank, evictable = set(self._blank), set(self._evictable)
@@ -110,20 +111,18 @@ class BlockPool:
         for block, holders in enumerate(self._holders):
             if holders != expected[block]:
                 raise AssertionError(
-                    f"KV cache: block {block} counts {holders} holders, sequences hold it {expected[block]}x"
+                    f"KV cache: block {block} has {holders} holders, but sequences hold it {expected[block]}x"
                 )
             block_hash = self._hash_of[block]
             if block_hash is not None and self._block_of.get(block_hash) != block:
-                raise AssertionError(
-                    f"KV cache: block {block} is published under a name that leads elsewhere"
-                )
+                raise AssertionError(f"KV cache: block {block} is published under a hash of another block")
             is_free = (block in blank, block in evictable)
             if is_free != (holders == 0 and block_hash is None, holders == 0 and block_hash is not None):
                 raise AssertionError(
                     f"KV cache: block {block} with {holders} holders is on the wrong free list"
                 )
         if len(self._block_of) != sum(block_hash is not None for block_hash in self._hash_of):
-            raise AssertionError("KV cache: a name leads to a block that does not carry it")
+            raise AssertionError("KV cache: a hash is registered for a block without it")
 
     def _take_one(self) -> int:
         if self._blank:
@@ -134,6 +133,6 @@ class BlockPool:
             assert block_hash is not None, f"block {block} is evictable but was never published"
             del self._block_of[block_hash]
             self._hash_of[block] = None
-        assert self._holders[block] == 0, f"block {block} is given out but still held"
+        assert self._holders[block] == 0, f"block {block} is allocated but still held"
         self._holders[block] = 1
         return block

@@ -1,4 +1,4 @@
-"""Which part of the machine's CPUs a replica computes on."""
+"""Divides the CPUs of the machine among the replicas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ..config import EngineConfig
 
-#: Paddle, NumPy and BLAS run nothing that is worth a second thread: the compiled operations have their own.
+#: Environment that keeps Paddle, NumPy and BLAS single-threaded; the compiled operations have their own
+#: threads.
 SINGLE_THREADED: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -18,15 +19,15 @@ SINGLE_THREADED: Mapping[str, str] = {
 @dataclass(frozen=True, slots=True)
 class CpuShare:
     threads: int
-    #: The CPU of each thread; None leaves that to the kernel.
+    #: CPU of each thread; None: not pinned.
     pinned: tuple[int, ...] | None = None
 
 
 def share_of(config: EngineConfig, cpus: Sequence[int]) -> CpuShare:
-    """Divides `cpus`, those that this process may use, by the replicas; `config.threads` overrules.
+    """Divide `cpus`, which this process may use, by the number of replicas, unless `config.threads` is set.
 
-    Threads are pinned only if they were asked to be and every replica has CPUs of its own: two replicas on
-    one CPU with another one idle would be worse than any migration.
+    Threads are pinned only if requested and if each replica has its own CPUs: two replicas pinned to one CPU
+    while another is idle would be slower than any migration.
     """
     threads = config.threads or max(1, len(cpus) // config.data_parallel_size)
     if not config.pin_threads or threads * config.data_parallel_size > len(cpus):

@@ -1,4 +1,4 @@
-"""The engine: requests go in, and each step computes one batch and gives out tokens."""
+"""The engine: accepts requests, and computes one batch of tokens per step."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ from .scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
-#: A bad request or a passing shortage of memory fails one step. When so many fail in a row the process itself
-#: is broken, and a fresh one serves better.
+#: A bad request or a brief lack of memory fails one step. After this many consecutive failures the process is
+#: considered broken and should be restarted.
 _MAX_FAILED_STEPS = 3
 
 
 class EngineBroken(FastDeployError):
-    """Steps fail one after the other: the process should end and be started anew."""
+    """Too many consecutive steps have failed; the process should be restarted."""
 
 
 class Runner(Protocol):
-    """Computes a batch. The only thing that the engine knows of tensors and of the memory of the cache."""
+    """Computes a batch. It hides tensors and the memory of the cache from the engine."""
 
     def execute(self, batch: Batch) -> paddle.Tensor:
-        """Writes keys and values of every row; returns logits of rows that sample and of scored positions.
+        """Write keys and values of all rows to the cache, and compute logits.
 
-        Position p of a sequence lives in block `block_ids[p // block_size]` at offset `p % block_size`.
-        Positions before `start` are there already, and no other slot may be written to.
+        Position p of a sequence is stored in block `block_ids[p // block_size]` at offset `p % block_size`.
+        Positions before `start` are already computed; no other slot may be written.
 
         Returns:
-            float32 [rows that sample and scored positions, vocabulary]: first those of the rows, then those
-            of the positions, both in batch order.
+            float32 [sampling rows + scored positions, vocabulary]: first the logits of the sampling rows,
+            then those of the scored positions, both in batch order.
         """
         ...
 
 
 class EngineCore:
-    """Scheduler, runner and sampler as one loop body. Single-threaded: the caller decides when to step."""
+    """Scheduler, runner and sampler combined. Single-threaded; the caller decides when to step."""
 
     def __init__(
         self, config: EngineConfig, model_config: ModelConfig, runner: Runner, num_blocks: int
     ) -> None:
         self._config = config
-        #: What is to be told about the expert-parallel group, if the runner is in one.
+        #: Reads the statistics of the expert-parallel group; None without a group.
         self.read_group: Callable[[], ExpertParallelStats] | None = None
         self._vocab_size = model_config.vocab_size
         self._runner = runner
         self._pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(config, self._pool, model_config.context_of_double_cost())
         self._sampler = Sampler()
-        # Answers to requests that were never queued; they go out with the next step.
+        # Errors of requests that were not queued; sent with the outputs of the next step.
         self._refusals: list[TokenOutput] = []
         self._steps_total = 0
         self._failed_steps = 0
@@ -68,27 +68,27 @@ class EngineCore:
         return bool(self._refusals or self._scheduler.num_running or self._scheduler.num_waiting)
 
     def add(self, request: AddRequest) -> None:
-        """Queues a request; one that can never be served is answered with an error in the next step."""
+        """Queue a request. An invalid request gets an error in the outputs of the next step."""
         try:
             self._add(request)
         except RequestError as error:
             self._refusals.append(_error(request.request_id, str(error)))
         except Exception as error:
-            # Uncaught, it would end the loop, and with it all other requests.
+            # Must not end the loop and with it all other requests.
             _log.error("request=%s cannot be queued", request.request_id, exc_info=error)
             self._scheduler.abort([request.request_id])
             self._refusals.append(_error(request.request_id, "the engine failed to queue this request"))
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Frees everything of these requests at once; nothing more is said about them."""
+        """Free all resources of these requests immediately; they get no further output."""
         self._scheduler.abort(request_ids)
 
     def step(self) -> StepOutputs:
-        """Computes one batch. If that fails its requests end with an error, and the engine goes on.
+        """Compute one batch. If that fails, its requests end with an error and the engine continues.
 
         Raises:
-            EngineBroken: too many steps in a row have failed.
-            RankLost: the other ranks go on without this one.
+            EngineBroken: too many consecutive steps have failed.
+            RankLost: the other ranks continue without this one.
         """
         outputs, self._refusals = self._refusals, []
         batch = self._scheduler.schedule()
@@ -105,11 +105,11 @@ class EngineCore:
                 outputs += self._commit(batch, sampled, prompt_logprobs)
         return StepOutputs(outputs, self._stats(batch.num_tokens))
 
-    def rest(self) -> StepOutputs:
-        """To be called when the work has run out: audits the cache's books and reports the gauges at zero.
+    def on_idle(self) -> StepOutputs:
+        """Check the bookkeeping of the cache and return statistics. Call it when there is no work.
 
         Raises:
-            AssertionError: a block has leaked or is held twice. Going on could mix up texts.
+            AssertionError: the bookkeeping is inconsistent. Continuing could mix up texts.
         """
         self._scheduler.check()
         return StepOutputs([], self._stats(batch_tokens=0))
@@ -117,10 +117,10 @@ class EngineCore:
     def _add(self, request: AddRequest) -> None:
         request_id, prompt = request.request_id, request.prompt_token_ids
         if request_id in self._scheduler:
-            # The id no longer names one text, and the error below ends whichever the API process knows by it.
+            # The API process cannot tell the two apart, so both must end.
             self._scheduler.abort([request_id])
             raise RequestError(f"request id {request_id!r} is in use already; ids must be unique")
-        # An id outside of the embedding would fail the step of everyone in the batch.
+        # An id outside of the embedding would fail the whole batch.
         for token_ids in (prompt, request.output_token_ids):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
@@ -155,7 +155,7 @@ class EngineCore:
             "step failed, %s tokens, requests %s", batch.num_tokens, " ".join(request_ids), exc_info=error
         )
         if self._failed_steps >= _MAX_FAILED_STEPS:
-            raise EngineBroken(f"{self._failed_steps} steps in a row have failed, the last with {error!r}")
+            raise EngineBroken(f"{self._failed_steps} consecutive steps have failed, the last with {error!r}")
         self._scheduler.abort(request_ids)
         return [
             _error(request_id, "the engine failed while computing this request") for request_id in request_ids

@@ -59,11 +59,11 @@ class Rank:
         """True if a step of other ranks has begun or is about to begin."""
         return self.group.awake or self.group.is_awaited
 
-    def assist(self) -> None:
+    def execute_dummy_batch(self) -> None:
         """Take part in a step of other ranks, if there is one."""
         self.group.handle_wakeups()
         if self.is_wanted:
-            self._runner.assist()
+            self._runner.execute_dummy_batch()
 
     def leave(self) -> None:
         """Leave the group between two steps, so that the others take over this rank's experts."""
@@ -72,7 +72,7 @@ class Rank:
         while self.group.is_member and time.monotonic() < deadline:
             if not self.is_wanted:
                 self.group.wakeups.poll(0.1)
-            self.assist()
+            self.execute_dummy_batch()
         self.group.close()
 
 

@@ -1,4 +1,4 @@
-"""Runs the network on a batch: tokens of many sequences in, logits out, keys and values into the cache."""
+"""Runs the network on a batch and writes the KV cache."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from .step_buffer import StepBuffer
 
 
 class ModelRunner:
-    """Owns the KV cache. Which block belongs to whom is the scheduler's business."""
+    """Owns the memory of the KV cache; the scheduler assigns its blocks to sequences."""
 
     def __init__(
         self, model: Ernie45, model_config: ModelConfig, engine_config: EngineConfig, num_blocks: int
     ) -> None:
         self.model = model
-        #: The ranks that share the experts; None: all experts are computed here.
+        #: The group of ranks that share the experts; None: all experts are local.
         self.group: ExpertGroup | None = None
-        # As precise as the weights are.
         wide = engine_config.weight_format == "float32"
         self.caches = [
             KVCache.allocate(model_config, num_blocks, engine_config.block_size, wide=wide)
@@ -33,12 +32,12 @@ class ModelRunner:
         keep_freed_memory()
 
     def execute(self, batch: Batch, *, every_position: bool = False) -> paddle.Tensor:
-        """Computes one step.
+        """Compute one step.
 
         Returns:
-            float32 logits [rows that sample and scored positions, vocabulary]: of the rows that sample in the
-            order of the batch, then of the scored positions row after row. With `every_position` of all
-            tokens of all rows instead.
+            float32 logits [sampling rows + scored positions, vocabulary]: first those of the sampling rows,
+            then those of the scored positions, both in batch order. With `every_position`, those of all
+            tokens.
         """
         with paddle.no_grad():
             step = self._step.write(batch, every_position=every_position)
@@ -50,18 +49,18 @@ class ModelRunner:
                 lambda: self.model.logits(self.model.forward(step, self.caches, group), step),
             )
 
-    def assist(self) -> None:
-        """Takes part in a step that only other ranks have tokens for, if there is one."""
+    def execute_dummy_batch(self) -> None:
+        """Take part in a step in which only other ranks have tokens, if there is one."""
         group = self.group
-        assert group is not None, "nobody calls a rank that is in no group"
+        assert group is not None, "only a rank of a group has dummy batches"
         with paddle.no_grad():
-            group.run_step(0, lambda: self.model.assist(group))
+            group.run_step(0, lambda: self.model.execute_dummy_batch(group))
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep large buffers (to 32 MiB each, 1 GiB in all) when they are freed.
+    """Make glibc keep freed buffers (up to 32 MiB each, 1 GiB in total).
 
-    By default each goes back to the kernel and the next step faults the same pages in again.
+    By default they return to the kernel, and the next step has to fault the same pages in again.
     """
     trim_threshold, mmap_threshold = -1, -3
     libc = ctypes.CDLL(None)

@@ -1,11 +1,11 @@
-"""From logits to tokens.
+"""Samples tokens from logits.
 
-The order is vLLM's: repetition penalty, frequency and presence penalty, stop tokens masked until `min_tokens`
-are out, then (unless greedy) temperature, min_p, top_k, top_p on what is left, and one draw. All of it is one
-operation on the whole batch (custom_ops/include/sample.h); here it is told what each row wants.
+The order is that of vLLM: repetition penalty, frequency and presence penalty, mask of stop tokens until
+`min_tokens`, then (unless greedy) temperature, min_p, top_k, top_p, and one draw. One operation does all this
+for the whole batch (custom_ops/include/sample.h); this module prepares its arguments.
 
-Each row is worked on alone, and its random number depends on seed, choice and position only: a text does not
-depend on which other texts are in the batch.
+Rows are independent, and their random numbers depend only on seed, choice and position. A text therefore does
+not depend on the other texts in the batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import numpy as np
 import paddle
 from numpy.typing import NDArray
 
-from fastdeploy import custom_ops
-
+from .. import custom_ops
 from ..common.messages import Logprobs
 from ..common.request import SamplingParams, ScheduledSequence, Sequence
 from .token_counts import TokenCounts
@@ -33,19 +32,19 @@ class Sampled(NamedTuple):
 
 
 class Sampler:
-    """Remembers of each live sequence what its rows have in common.
+    """Caches the sampling state of each live sequence.
 
-    That follows from parameters and tokens alone: preemption and steps that are not committed do not matter.
+    The state depends only on parameters and tokens, so preemption and failed steps do not affect it.
     """
 
     def __init__(self) -> None:
         self._recipes: WeakKeyDictionary[Sequence, _Recipe] = WeakKeyDictionary()
 
     def sample(self, logits: paddle.Tensor, sequences: Many[Sequence]) -> list[Sampled]:
-        """Draws the next token of each sequence from its row of `logits` (float32 [rows, vocabulary]).
+        """Draw the next token of each sequence from its row of `logits` (float32 [rows, vocabulary]).
 
         Raises:
-            FloatingPointError: a row holds NaN or nothing finite, which only a broken step produces.
+            FloatingPointError: a row holds NaN or no finite value.
         """
         if not sequences:
             return []
@@ -60,24 +59,24 @@ class Sampler:
         token_ids = drawn.tolist()
         _check(token_ids, sequences)
         sampled = [Sampled(token_id, None) for token_id in token_ids]
-        telling = np.flatnonzero(rows["logprobs"] >= 0).tolist()
-        if telling:
+        requested = np.flatnonzero(rows["logprobs"] >= 0).tolist()
+        if requested:
             ids, values = top_tokens.numpy(), top_logprobs.numpy()
-            for index in telling:
+            for index in requested:
                 end = 1 + min(int(rows["logprobs"][index]), logits.shape[1])
                 logprobs = _logprobs(ids[index, :end].tolist(), values[index, :end].tolist())
                 sampled[index] = Sampled(token_ids[index], logprobs)
         return sampled
 
     def score(self, logits: paddle.Tensor, rows: Many[ScheduledSequence]) -> list[Logprobs]:
-        """Return the log probabilities of prompt tokens, each from the logits of the position before it.
+        """Return the log probabilities of prompt tokens, each from the logits of the preceding position.
 
         Args:
             logits: float32 [scored positions of `rows`, vocabulary].
-            rows: those of a batch that score positions.
+            rows: the rows of a batch that have scored positions.
 
         Raises:
-            FloatingPointError: as `sample`.
+            FloatingPointError: a row holds NaN or no finite value.
         """
         owners = [row.sequence for row in rows for _ in row.scored]
         given = [i for row in rows for i in row.sequence.token_ids(row.scored.start + 1, row.scored.stop + 1)]
@@ -101,7 +100,7 @@ class Sampler:
 
 
 class _Recipe:
-    """How the tokens of one sequence are drawn."""
+    """The sampling state of one sequence."""
 
     def __init__(self, sequence: Sequence) -> None:
         params = sequence.params
@@ -111,14 +110,14 @@ class _Recipe:
         elif params.frequency_penalty != 0 or params.presence_penalty != 0:
             self._counts = TokenCounts(())
         self._stops = np.array([(token_id, 0) for token_id in params.stop_token_ids], np.int32).reshape(-1, 2)
-        #: The operation needs to know of some tokens, at least for a while.
+        #: True if the operation needs token counts or masks, at least at the beginning.
         self.has_tokens = self._counts is not None or (params.min_tokens > 0 and len(self._stops) > 0)
         self.is_argmax = params.temperature == 0 and not self.has_tokens and params.logprobs is None
-        #: Bytes, because joining those of a batch is the quickest way to its array.
+        #: As bytes, because joining bytes is the fastest way to build the array of a batch.
         self.row = _row(params).tobytes()
 
     def tokens(self, sequence: Sequence) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """(token, count) of those that are penalised, and (token, 0) of those that must not be drawn now."""
+        """Return (token, count) of penalised tokens, and (token, 0) of currently masked tokens."""
         outputs = sequence.output_token_ids
         seen = self._stops[:0] if self._counts is None else self._counts.after(outputs)
         masked = self._stops if len(outputs) < sequence.params.min_tokens else self._stops[:0]
@@ -131,7 +130,7 @@ def _row(params: SamplingParams) -> np.ndarray:
         row[name] = getattr(params, name)
     for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
         row[name] = getattr(params, name)
-    # Negative seeds count modulo 2**64.
+    # Negative seeds are taken modulo 2**64.
     row["seed"] = params.seed % 2**64
     row["top_k"] = min(params.top_k, _MAX_INT32)
     row["logprobs"] = -1 if params.logprobs is None else params.logprobs
@@ -139,10 +138,10 @@ def _row(params: SamplingParams) -> np.ndarray:
 
 
 def _stack(recipes: Many[_Recipe], sequences: Many[Sequence]) -> tuple[np.ndarray, NDArray[np.int32]]:
-    """The rows of a batch, and their tokens one row behind the other."""
+    """Return the rows of a batch and the concatenated tokens that they refer to."""
     rows = np.frombuffer(bytearray().join([recipe.row for recipe in recipes]), custom_ops.SAMPLING_ROW)
     rows["position"] = [sequence.num_tokens for sequence in sequences]
-    # Paddle has no use for an array of nothing.
+    # One pair that no row uses: Paddle does not accept an empty array.
     parts = [np.zeros((1, 2), np.int32)]
     first = 1
     for index, recipe in enumerate(recipes):

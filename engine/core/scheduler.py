@@ -1,13 +1,13 @@
-"""Which sequences compute what in the next step. Pure: no clock, no I/O, no tensors.
+"""Decides what each sequence computes in the next step. Pure: no clock, no I/O, no tensors.
 
 A step is a transaction: `schedule` reserves blocks and describes the step, `commit` makes its results visible
-(tokens, computed positions, prefix hashes). A step that failed is simply not committed; its sequences can be
-scheduled again or aborted.
+(tokens, computed positions, prefix hashes). A failed step is not committed; its sequences can be scheduled
+again or aborted.
 
-Sequences stand in arrival order, those that run before those that wait, and nothing ever changes that order.
-When blocks run out the youngest that runs gives all of its blocks back and becomes the first that waits; its
-text so far is computed again later (from the prefix cache, where it survived). The oldest is therefore never
-held up by another one, and since it ends at some point, every sequence becomes the oldest: nobody starves.
+Sequences are always in arrival order, running ones before waiting ones. When blocks run out, the youngest
+running sequence returns all of its blocks and becomes the first waiting one; its text is recomputed later, as
+far as it is no longer in the prefix cache. The oldest sequence is therefore never delayed by another one. It
+ends eventually, so every sequence becomes the oldest: none starves.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from ..common.messages import Logprobs
 
 
-#: Positions of prompts whose logits one step keeps for log probabilities. A row of logits is as long as the
-#: vocabulary, so this limits the memory of a step. The results do not depend on where a prompt is cut.
+#: Maximum prompt positions of a step whose logits are kept for log probabilities. A row of logits is as long
+#: as the vocabulary, so this limits the memory of a step. Results do not depend on where a prompt is split.
 MAX_SCORED = 256
 
 
 class Scheduler:
-    """Owner of all live sequences and, through them, of the blocks of the cache."""
+    """Owns all live sequences and, through them, the blocks of the cache."""
 
     def __init__(
         self, config: EngineConfig, pool: BlockPool, context_of_double_cost: float = math.inf
@@ -49,7 +49,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
-        #: Tokens of prompt and output together. With few blocks the cache is the limit, not --max-model-len.
+        #: Maximum tokens of prompt and output together: --max-model-len, or the whole cache if it is smaller.
         self.max_num_tokens = min(config.max_model_len, pool.num_tokens)
         self.preemptions_total = 0
         self.prefix_cache_hit_tokens_total = 0
@@ -67,13 +67,12 @@ class Scheduler:
         return request_id in self._sequences
 
     def add(self, sequence: Sequence) -> None:
-        """Appends to the queue.
+        """Append a sequence to the queue.
 
         Raises:
-            RequestError: the prompt is empty, or it (and an output that it comes with) so long that no token
-                could ever follow.
+            RequestError: the prompt is empty, or prompt and initial output leave no room for another token.
         """
-        assert sequence.request_id not in self._sequences, f"request {sequence.request_id} is already here"
+        assert sequence.request_id not in self._sequences, f"request {sequence.request_id} exists already"
         length = sequence.num_tokens
         room = self.max_num_tokens if sequence.params.max_tokens == 0 else self.max_num_tokens - 1
         if not sequence.prompt_token_ids:
@@ -88,7 +87,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forgets these sequences and frees their blocks; ids that have already ended are ignored."""
+        """Remove these sequences and free their blocks; unknown ids are ignored."""
         for request_id in request_ids:
             sequence = self._sequences.pop(request_id, None)
             if sequence is None:
@@ -100,15 +99,15 @@ class Scheduler:
                 self._waiting.remove(sequence)
 
     def schedule(self) -> Batch:
-        """The next step: running sequences first, then waiting ones as far as tokens, seats and blocks allow.
+        """Return the next step: running sequences, then waiting ones within the limits of tokens and blocks.
 
-        Empty only when there is no sequence at all.
+        It is empty only if there is no sequence.
         """
         budget = self._config.max_num_batched_tokens
         prefill = self._prefill_budget()
         scored = MAX_SCORED
         rows: list[ScheduledSequence] = []
-        # By index: making room removes sequences from the end, which then have no row yet.
+        # By index, because preemption removes sequences, which have no row yet, from the end.
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
@@ -121,21 +120,24 @@ class Scheduler:
                 scored -= len(rows[-1].scored)
             index += 1
         rows += self._admit(budget, prefill, scored)
-        assert rows or not self._sequences, "sequences are left and none can be computed"
+        assert rows or not self._sequences, "there are sequences but none can be computed"
         return Batch(tuple(rows))
 
     def commit(
         self, batch: Batch, token_ids: Many[int], prompt_logprobs: Many[Logprobs] = ()
     ) -> list[FinishReason | None]:
-        """Takes the results of a step: one token for each row that samples, in batch order, and the log
-        probabilities of prompt tokens, one for each scored position, in batch order.
+        """Apply the results of a step.
+
+        Args:
+            token_ids: one token for each sampling row, in batch order.
+            prompt_logprobs: one entry for each scored position, in batch order.
 
         Returns:
-            For each of those tokens whether, and why, it ended its sequence, which then is forgotten.
+            For each token, the reason why it ended its sequence, or None. Ended sequences are removed.
         """
-        assert len(token_ids) == sum(row.samples for row in batch.rows), "one token for each row that samples"
+        assert len(token_ids) == sum(row.samples for row in batch.rows), "one token for each sampling row"
         assert len(prompt_logprobs) == sum(len(row.scored) for row in batch.rows), (
-            "one for each scored position"
+            "one entry for each scored position"
         )
         reasons: list[FinishReason | None] = []
         drawn, scores = iter(token_ids), iter(prompt_logprobs)
@@ -157,27 +159,27 @@ class Scheduler:
         return reasons
 
     def check(self) -> None:
-        """Audits the block pool against the sequences; see `BlockPool.check`."""
+        """Check the block pool against the sequences; see `BlockPool.check`."""
         self._pool.check(sequence.block_ids for sequence in self._sequences.values())
 
     # ---- prefill beside decode
 
     def _prefill_budget(self) -> float:
-        """What chunks of this step may cost, in tokens without a context."""
+        """Return the cost limit of this step's prefill, in tokens without context."""
         decoding = any(sequence.num_tokens - sequence.num_computed == 1 for sequence in self._running)
         return self._config.max_prefill_beside_decode if decoding else math.inf
 
     def _chunk(self, sequence: Sequence, prefill: float) -> int:
-        """Tokens of the sequence that a step with this much left for prefill computes at most."""
+        """Return the maximum tokens of the sequence for a step with this prefill budget left."""
         left = sequence.num_tokens - sequence.num_computed
         if left == 1 or prefill == math.inf:
             return left
-        # One at least while anything is left, or a text with a very long context would never be read.
+        # At least one while any budget is left, or a prompt with a very long context would never finish.
         affordable = math.ceil(prefill / (1 + sequence.num_computed / self._context_of_double_cost))
         return min(left, max(0, affordable))
 
     def _scorable(self, sequence: Sequence, scored: int) -> int:
-        """Return how many tokens a step may compute of the sequence if it may score `scored` positions."""
+        """Return the maximum tokens of the sequence for a step with `scored` scored positions left."""
         left = sequence.num_tokens - sequence.num_computed
         if not sequence.is_scored or len(_scored(sequence, sequence.num_tokens)) <= scored:
             return left
@@ -191,10 +193,10 @@ class Scheduler:
     # ---- blocks
 
     def _make_room(self, sequence: Sequence, count: int) -> int:
-        """How many of `count` tokens get blocks, after preempting younger sequences if need be.
+        """Return how many of `count` tokens get blocks, after preempting younger sequences if necessary.
 
-        The youngest preempts nobody. It keeps what it has and waits for the next step, because that costs
-        nothing as long as nobody older needs its blocks.
+        The youngest sequence keeps its blocks and waits for the next step, which costs nothing until an older
+        sequence needs them.
         """
         missing = self._config.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
         while missing > self._pool.num_free and self._running[-1] is not sequence:
@@ -224,8 +226,8 @@ class Scheduler:
                 break
             cached = self._find_prefix(sequence)
             # The whole text must fit, not only its first chunk, and each running sequence must be able to
-            # grow by a block: what is admitted with less is soon preempted, and its prefill was for nothing.
-            # It also keeps out what this step has preempted, as somebody took a block of it.
+            # grow by a block: otherwise the new sequence would soon be preempted and its prefill wasted.
+            # This also excludes sequences that this step has preempted.
             missing = self._config.blocks_for(sequence.num_tokens) - len(cached) + len(self._running)
             if missing > self._pool.num_free - self._pool.num_free_among(cached):
                 break
@@ -234,7 +236,7 @@ class Scheduler:
             sequence.block_ids = cached
             sequence.num_computed = len(cached) * self._pool.block_size
             if sequence.num_preemptions == 0:
-                # An output that it came with may be cached, too.
+                # The cached prefix may extend into an initial output.
                 sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_token_ids))
                 self.prefix_cache_hit_tokens_total += sequence.num_computed
                 self.prefix_cache_query_tokens_total += sequence.num_tokens
@@ -254,10 +256,10 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         if not self._config.enable_prefix_caching:
             return []
-        # The last token is always computed: its logits draw the next one, and the cache holds no logits.
+        # The last token is always computed: its logits are needed, and the cache holds none.
         count = (sequence.num_tokens - 1) // self._pool.block_size
         if sequence.is_scored:
-            # The same holds for every position that is still to be scored.
+            # The same holds for all positions that are not yet scored.
             count = min(count, len(sequence.prompt_logprobs) // self._pool.block_size)
         self._extend_hashes(sequence, count)
         return self._pool.find(sequence.block_hashes[:count])
@@ -295,7 +297,7 @@ class Scheduler:
 
 
 def _scored(sequence: Sequence, end: int) -> range:
-    """Return the positions before `end` that are still to be scored. The prompt's last is never one."""
+    """Return the positions before `end` that are not yet scored. The last of the prompt is never scored."""
     if not sequence.is_scored:
         return range(0)
     first = len(sequence.prompt_logprobs)

@@ -1,4 +1,4 @@
-"""A batch in the integers that the compiled operations read."""
+"""Encodes a batch as the integers that the compiled operations read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..common.request import Batch
 
 
 class StepBuffer:
-    """One int32 tensor, written anew for each step; custom_ops/include/step.h says what is where.
+    """An int32 tensor that is reused for each step; custom_ops/include/step.h defines its layout.
 
-    A tensor of its own for each array and step would cost more than all the rest of a step's Python.
+    One tensor per array and step would cost more time than all other Python code of a step.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -23,11 +23,11 @@ class StepBuffer:
     def write(self, batch: Batch, *, every_position: bool = False) -> paddle.Tensor:
         """
         Args:
-            every_position: logits of all tokens are wanted, rather than of the last token of each row that
-                samples and then of the scored positions.
+            every_position: select the logits of all tokens instead of those of the sampling rows and scored
+                positions.
 
         Returns:
-            The step, valid until the next call.
+            The step tensor, valid until the next call.
         """
         rows = batch.rows
         widths = [math.ceil(row.end / self._block_size) for row in rows]
@@ -64,5 +64,5 @@ class StepBuffer:
 
     def _grow(self, size: int) -> None:
         self._array = np.zeros(size, dtype=np.int32)
-        # The same memory.
+        # Shares the memory of the array.
         self._tensor = paddle.utils.dlpack.from_dlpack(self._array)

@@ -1,4 +1,4 @@
-"""How often each token stands in the output of a text, kept up to date as the text grows."""
+"""Incremental counts of the tokens of a text."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from numpy.typing import NDArray
 
 
 class TokenCounts:
-    """Of one text. A step adds one token, so it costs the same however long the text is."""
+    """Token counts of one text. The cost of a step does not depend on the length of the text."""
 
     def __init__(self, prompt_token_ids: Many[int]) -> None:
-        #: Where the pair of each token is.
-        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt_token_ids))}
-        self._pairs = np.zeros((len(self._places) + 64, 2), dtype=np.int32)
-        self._pairs[: len(self._places), 0] = list(self._places)
+        #: Index of each token in `_pairs`.
+        self._indices = {token: index for index, token in enumerate(dict.fromkeys(prompt_token_ids))}
+        self._pairs = np.zeros((len(self._indices) + 64, 2), dtype=np.int32)
+        self._pairs[: len(self._indices), 0] = list(self._indices)
         self._num_counted = 0
 
     def after(self, output_token_ids: Many[int]) -> NDArray[np.int32]:
-        """(token, count) of each token of prompt and output; outputs of earlier calls must lead this one.
+        """Return (token, count in the output) for each token of prompt and output.
 
-        A view, valid until the next call. A count of 0 means that only the prompt has the token.
+        The result is a view, valid until the next call. Count 0 means that only the prompt has the token.
+
+        Args:
+            output_token_ids: must begin with the output of the previous call.
         """
         for token in output_token_ids[self._num_counted :]:
-            place = self._places.setdefault(token, len(self._places))
-            if place == len(self._pairs):
+            index = self._indices.setdefault(token, len(self._indices))
+            if index == len(self._pairs):
                 self._pairs = np.concatenate([self._pairs, np.zeros_like(self._pairs)])
-            self._pairs[place, 0] = token
-            self._pairs[place, 1] += 1
+            self._pairs[index, 0] = token
+            self._pairs[index, 1] += 1
         self._num_counted = len(output_token_ids)
-        return self._pairs[: len(self._places)]
+        return self._pairs[: len(self._indices)]

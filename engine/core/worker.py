@@ -1,7 +1,7 @@
 """The worker process of a replica: the engine behind a socket (``python -m fastdeploy.core.worker``).
 
-The API process starts it and says in the environment what it needs: FD_ENGINE_CONFIG (JSON),
-FD_WORKER_ENDPOINT, FD_WORKER_TOKEN and FD_PARENT_PID. Paddle and NumPy are imported late, after their thread
+The API process starts it with its configuration in the environment: FD_ENGINE_CONFIG (JSON),
+FD_WORKER_ENDPOINT, FD_WORKER_TOKEN and FD_PARENT_PID. Paddle and NumPy are imported only after their thread
 counts are set (see cpu_share.py).
 """
 
@@ -51,39 +51,39 @@ _log = logging.getLogger("fastdeploy.core.worker")
 
 _ENVIRONMENT = ("FD_ENGINE_CONFIG", "FD_WORKER_ENDPOINT", "FD_WORKER_TOKEN", "FD_PARENT_PID")
 _PR_SET_NAME = 15
-#: An idle rank looks so often whether it is called. Only needed where somebody has removed its doorbell.
-_LOOK_SECONDS = 1.0
-#: Between two words about steps in which only others have work.
-_TELL_SECONDS = 1.0
+#: Interval at which an idle rank checks for steps of the others, in case its doorbell was removed.
+_POLL_SECONDS = 1.0
+#: Interval of statistics while only other ranks have work.
+_STATS_SECONDS = 1.0
 
 
 def main() -> int:
-    """Loads the model and serves until it is told to stop.
+    """Load the model and serve until SIGTERM or `Shutdown`.
 
     Returns:
-        0 after SIGTERM or `Shutdown`, 1 after a failure (the API process has been told why), 2 when it was
-        not started by an API process.
+        The exit status: 0 after SIGTERM or `Shutdown`, 1 after a failure that was reported to the API
+        process, 2 if not started by an API process.
     """
     try:
         config_json, endpoint, token, parent_pid = (os.environ[name] for name in _ENVIRONMENT)
     except KeyError as missing:
         print(
-            f"{missing.args[0]} is not set: start the API server, which starts this process",
+            f"{missing.args[0]} is not set; the API server starts this process, start that instead",
             file=sys.stderr,
         )
         return 2
     die_with_parent(int(parent_pid))
-    # Ctrl-C reaches the whole process group. The API process decides what it means and says so.
+    # Ctrl-C reaches the whole process group, but the API process decides how to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with ApiLink(endpoint) as api:
         api.send(Hello(token, os.getpid()))
         try:
             config = _decode_config(config_json)
             _name_and_log(config)
-            # Before Paddle and NumPy are imported, which read these then.
+            # Paddle and NumPy read these on import.
             os.environ.update(SINGLE_THREADED)
             serve(*load(config, api), api)
-        # ImportError: the operations were not built, or not for this machine.
+        # ImportError: the operations are not built, or not for this machine.
         except (FastDeployError, OSError, ImportError, MemoryError) as error:
             return _fail(api, str(error) or "not enough memory")
         except Exception as error:
@@ -94,11 +94,11 @@ def main() -> int:
 
 
 def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
-    """Builds the engine and joins the group of ranks, if there is to be one, telling `api` how far it is."""
+    """Build the engine and join the expert-parallel group if configured, reporting progress to `api`."""
 
     def report(fraction: float, stage: str) -> None:
         api.send(LoadProgress(fraction, stage))
-        # Nothing but Shutdown comes before Ready.
+        # Only Shutdown can arrive before Ready.
         api.receive(wait=False)
         if api.stopping:
             raise SystemExit(0)
@@ -128,7 +128,7 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
     report(1.0, f"allocating a cache of {num_blocks} blocks")
     runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks)
     engine = EngineCore(config, model_config, runner, num_blocks)
-    # What is alive now stays: a full collection would walk over all of it, and stop a step for 100 ms.
+    # Exclude all current objects from garbage collection; a full collection would stop a step for 100 ms.
     gc.collect()
     gc.freeze()
     rank = None
@@ -136,7 +136,7 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
         from .expert_rank import Rank
 
         report(1.0, f"joining the expert group {config.expert_parallel_group}")
-        # The last of all: from here on the others wait for this rank.
+        # Last, because from here on the other ranks wait for this one.
         rank = Rank.join(config, model_config, runner, share)
         engine.read_group = rank.group.status
     api.send(Ready(num_blocks, config.block_size, config.max_model_len))
@@ -153,65 +153,66 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
 
 
 def serve(engine: EngineCore, rank: Rank | None, api: ApiLink) -> None:
-    """The engine loop: messages in, a step if there is work, its tokens out; asleep when there is none.
+    """Run the engine loop: receive messages, compute a step if there is work, send its tokens, else sleep.
 
-    Steps of other ranks of the group are steps of this one, too.
+    The rank also takes part in the steps of the other ranks of its group.
     """
 
     def is_wanted() -> bool:
         return rank is not None and rank.is_wanted
 
     if rank is not None:
-        api.watch(rank.group.wakeups.fileno(), _LOOK_SECONDS)
-        # Who is in the group is seen from the start.
-        api.send(engine.rest())
-    resting = True
-    assisted, told = False, time.monotonic()
+        api.watch(rank.group.wakeups.fileno(), _POLL_SECONDS)
+        # Reports the members of the group from the start.
+        api.send(engine.on_idle())
+    is_idle = True
+    ran_dummy_batch, reported_at = False, time.monotonic()
     while not api.stopping:
         for message in api.receive(wait=not engine.has_work and not is_wanted()):
             match message:
                 case AddRequest():
                     engine.add(message)
-                    # Whoever has sent it waits for a word, even if it is aborted before a step.
-                    resting = False
+                    # The API process expects a reply even if the request is aborted before a step.
+                    is_idle = False
                 case AbortRequests():
                     engine.abort(message.request_ids)
         if engine.has_work:
             api.send(engine.step())
-            resting = False
+            is_idle = False
         elif rank is not None:
-            rank.assist()
-            assisted = True
+            rank.execute_dummy_batch()
+            ran_dummy_batch = True
         if engine.has_work:
             continue
-        # Also after an abort, which no step follows: gauges must not stay where they were.
-        stale = not resting
-        if assisted:
-            stale |= not is_wanted() or time.monotonic() - told > _TELL_SECONDS
-        if stale:
-            api.send(engine.rest())
-            resting, assisted, told = True, False, time.monotonic()
+        # Update the gauges, also after an abort that no step follows.
+        is_stale = not is_idle
+        if ran_dummy_batch:
+            is_stale |= not is_wanted() or time.monotonic() - reported_at > _STATS_SECONDS
+        if is_stale:
+            api.send(engine.on_idle())
+            is_idle, ran_dummy_batch, reported_at = True, False, time.monotonic()
     if rank is not None:
         rank.leave()
 
 
 class ApiLink:
-    """The socket to the API process, and what tells this process to stop: SIGTERM or `Shutdown`."""
+    """The connection to the API process; `stopping` is set by SIGTERM or `Shutdown`."""
 
     def __init__(self, endpoint: str) -> None:
         self.stopping = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        # No limit: sending must never block a step. If the API process is gone the kernel kills this one.
+        # Unlimited, because sending must not block a step. If the API process dies, the kernel kills this
+        # one.
         self._socket.set_hwm(0)
-        # The last words of a worker that cannot start must arrive.
+        # The error of a worker that cannot start must arrive.
         self._socket.linger = 2000
         self._socket.connect(endpoint)
-        # A signal writes a byte here and so ends a wait in `receive`; the flag alone would be seen too late.
+        # A signal writes a byte here and so ends a wait in `receive`, which the flag alone would not.
         self._signalled, self._signal_sink = socket.socketpair()
         self._signalled.setblocking(False)
         self._signal_sink.setblocking(False)
-        self._patience_ms: int | None = None
+        self._timeout_ms: int | None = None
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._signalled.fileno(), zmq.POLLIN)
@@ -226,16 +227,19 @@ class ApiLink:
     def send(self, message: FromWorker) -> None:
         self._socket.send(self._encoder.encode(message))
 
-    def watch(self, descriptor: int, patience: float) -> None:
-        """Ends a wait in `receive` also when this is readable, or after `patience` seconds."""
+    def watch(self, descriptor: int, timeout: float) -> None:
+        """End a wait in `receive` also when `descriptor` is readable, or after `timeout` seconds."""
         self._poller.register(descriptor, zmq.POLLIN)
-        self._patience_ms = int(patience * 1000)
+        self._timeout_ms = int(timeout * 1000)
 
     def receive(self, *, wait: bool) -> list[AddRequest | AbortRequests]:
-        """What has arrived; with `wait` sleeps until something has, until a watched descriptor
-        is readable, or the process is to stop."""
+        """Return the messages that have arrived.
+
+        With `wait`, sleep until there is a message, a watched descriptor is readable, or the process is to
+        stop.
+        """
         if wait:
-            self._poller.poll(self._patience_ms)
+            self._poller.poll(self._timeout_ms)
         messages: list[AddRequest | AbortRequests] = []
         while True:
             try:
@@ -245,7 +249,7 @@ class ApiLink:
             try:
                 message = self._decoder.decode(received)
             except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-                # If it was a request, its client would wait for ever.
+                # It cannot be ignored: if it is a request, its client would wait forever.
                 raise FastDeployError(
                     f"the API process sent an unreadable message ({printable(error)})"
                 ) from None
@@ -286,10 +290,10 @@ def _decode_config(text: str) -> EngineConfig:
 
 def _name_and_log(config: EngineConfig) -> None:
     rank = config.data_parallel_rank
-    # What ps and top show.
+    # Shown by ps and top.
     ctypes.CDLL(None).prctl(_PR_SET_NAME, f"fd-worker-{rank}".encode(), 0, 0, 0)
     log.configure(f"replica={rank}", "worker.log")
-    # For a worker that hangs: where it is.
+    # Prints the stacks of a worker that hangs.
     faulthandler.register(signal.SIGUSR2)
 
 
@@ -298,7 +302,7 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
         _log.warning("--enable-expert-parallel has no effect: %s has no experts", config.model)
     if config.max_model_len > model_config.max_position_embeddings:
         _log.warning(
-            "--max-model-len %d exceeds max_position_embeddings %d of %s; long texts may turn out badly",
+            "--max-model-len %d exceeds max_position_embeddings %d of %s; quality of long texts may suffer",
             config.max_model_len,
             model_config.max_position_embeddings,
             config.model,
@@ -306,8 +310,8 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
 
 
 def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
-    # The import removes our handlers of SIGTERM and of faulthandler's signals. A SIGTERM in the meantime
-    # waits until ours is installed again.
+    # The import removes our handlers of SIGTERM and of faulthandler's signals. Block SIGTERM until ours is
+    # restored.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         import_paddle()
@@ -319,16 +323,13 @@ def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
     faulthandler.enable()
     api.handle_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # Also where a Paddle for GPUs is installed, which would put tensors there by itself.
+    # A Paddle built for GPUs would otherwise place tensors there.
     paddle.device.set_device("cpu")
 
 
 def _check_device(config: EngineConfig) -> None:
     if config.device not in ("auto", "cpu"):
-        raise ConfigError(
-            f"--device is {config.device!r}; the operations are compiled for CPUs only so far: "
-            "use auto or cpu"
-        )
+        raise ConfigError(f"--device is {config.device!r}, which is not supported yet; use auto or cpu")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Command `python -m fastdeploy.demo_model`: fetch and convert the demo model."""
+"""The command `python -m fastdeploy.demo_model`, which downloads and converts the demo model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .model import TITLE, cached_path, ensure
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fastdeploy.demo_model.model",
-        description=f"Fetches and converts the demo model: {TITLE}.",
+        prog="python -m fastdeploy.demo_model",
+        description=f"Downloads and converts the demo model: {TITLE}.",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where to put it (default: the model cache)"
+        "--output", type=Path, metavar="DIR", help="target directory (default: in the model cache)"
     )
     output = parser.parse_args().output
     target = output.absolute() if output else cached_path()

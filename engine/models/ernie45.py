@@ -1,4 +1,4 @@
-"""ERNIE-4.5, dense and mixture of experts: its weights, and what it computes with them."""
+"""The ERNIE-4.5 network, dense or mixture of experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MLPWeights:
-    """down(silu(gate(x)) * up(x)); packed, gate and up in turns of 16 outputs. Experts: stacks of them."""
+    """down(silu(gate(x)) * up(x)); packed, gate and up interleaved by 16 outputs; stacks for experts."""
 
     gate_up: paddle.Tensor
     down: paddle.Tensor
@@ -26,12 +26,12 @@ class MLPWeights:
 
 @dataclass(frozen=True, slots=True)
 class MoEWeights:
-    #: Packed, always float32: picks near ties would flip otherwise.
+    #: Packed, always float32: less precision would change the selected experts near ties.
     router: paddle.Tensor
-    #: [E], added to the router's probabilities for the choice of experts only.
+    #: [E], added to the router's probabilities for the selection of experts only.
     correction_bias: paddle.Tensor
     experts: MLPWeights
-    #: All shared experts as one MLP of their joint width.
+    #: All shared experts as one MLP of their total width.
     shared: MLPWeights | None
 
 
@@ -39,7 +39,7 @@ class MoEWeights:
 class LayerWeights:
     #: [H]
     input_norm: paddle.Tensor
-    #: Packed; the outputs of q, then of k, then of v.
+    #: Packed; outputs of q, k and v in this order.
     qkv: paddle.Tensor
     #: Packed.
     attention_output: paddle.Tensor
@@ -55,12 +55,12 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     #: [H]
     final_norm: paddle.Tensor
-    #: Packed; a copy of the embedding when the two are tied.
+    #: Packed; a copy of the embedding if they are tied.
     lm_head: paddle.Tensor
 
 
 class Ernie45:
-    """The network. It holds weights only: everything about a step or a sequence comes in as an argument."""
+    """The network. It holds only weights; steps and caches are arguments."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
@@ -69,65 +69,67 @@ class Ernie45:
     def forward(
         self, step: paddle.Tensor, caches: Sequence[KVCache], group: ExpertGroup | None = None
     ) -> paddle.Tensor:
-        """Runs all layers over the tokens of one step.
+        """Run all layers on the tokens of one step.
 
         Args:
             step: int32, see `StepBuffer`.
-            caches: one per layer; the tokens' keys and values are written there.
-            group: the ranks that share the experts, all of which are in this step; None: all experts are
-            here.
+            caches: one per layer; receive the keys and values of the tokens.
+            group: the ranks that share the experts, all of which take part in this step; None: all experts
+                are local.
 
         Raises:
-            GroupChanged: a rank was lost on the way. Whatever was written is written again by the next try.
+            GroupChanged: a rank was lost. Repeating the step overwrites everything written so far.
 
         Returns:
-            The residual stream [T, H], for `logits`.
+            The hidden states [T, H], for `logits`.
         """
         config, weights = self.config, self.weights
         epsilon = config.rms_norm_eps
-        stream = custom_ops.embedding(weights.embedding, step)
-        turns = custom_ops.rotation(step, config.rope_theta, config.head_dim)
+        hidden_states = custom_ops.embedding(weights.embedding, step)
+        rotary_cos_sin = custom_ops.rotary_embedding(step, config.rope_theta, config.head_dim)
         num_moe_layers = 0
         for layer, cache in zip(weights.layers, caches, strict=True):
             custom_ops.attention_block(
-                stream,
+                hidden_states,
                 step,
                 layer.input_norm,
                 layer.qkv,
                 layer.attention_output,
-                turns,
+                rotary_cos_sin,
                 cache.key,
                 cache.value,
                 epsilon,
             )
             norm, mlp = layer.post_attention_norm, layer.mlp
             if isinstance(mlp, MLPWeights):
-                custom_ops.mlp_block(stream, norm, mlp.gate_up, mlp.down, epsilon)
+                custom_ops.mlp_block(hidden_states, norm, mlp.gate_up, mlp.down, epsilon)
             else:
-                self._moe(stream, norm, mlp, group, num_moe_layers)
+                self._moe_block(hidden_states, norm, mlp, group, num_moe_layers)
                 num_moe_layers += 1
-        return stream
+        return hidden_states
 
-    def logits(self, stream: paddle.Tensor, step: paddle.Tensor) -> paddle.Tensor:
-        """Logits [rows, vocabulary] of those rows of the stream that the step wants."""
+    def logits(self, hidden_states: paddle.Tensor, step: paddle.Tensor) -> paddle.Tensor:
+        """Return the logits [rows, vocabulary] of the rows that the step selects."""
         weights = self.weights
-        return custom_ops.logits(stream, step, weights.final_norm, weights.lm_head, self.config.rms_norm_eps)
+        return custom_ops.logits(
+            hidden_states, step, weights.final_norm, weights.lm_head, self.config.rms_norm_eps
+        )
 
-    def assist(self, group: ExpertGroup) -> None:
-        """Takes part in a step of the other ranks: no tokens, no attention, only this rank's experts.
+    def execute_dummy_batch(self, group: ExpertGroup) -> None:
+        """Take part in a step without own tokens: compute only this rank's experts, for the other ranks.
 
         Raises:
-            GroupChanged: a rank was lost on the way.
+            GroupChanged: a rank was lost.
         """
-        stream = paddle.empty([0, self.config.hidden_size])
+        hidden_states = paddle.empty([0, self.config.hidden_size])
         layers = [layer for layer in self.weights.layers if isinstance(layer.mlp, MoEWeights)]
         for index, layer in enumerate(layers):
             assert isinstance(layer.mlp, MoEWeights)
-            self._moe(stream, layer.post_attention_norm, layer.mlp, group, index)
+            self._moe_block(hidden_states, layer.post_attention_norm, layer.mlp, group, index)
 
-    def _moe(
+    def _moe_block(
         self,
-        stream: paddle.Tensor,
+        hidden_states: paddle.Tensor,
         norm: paddle.Tensor,
         mlp: MoEWeights,
         group: ExpertGroup | None,
@@ -135,7 +137,7 @@ class Ernie45:
     ) -> None:
         config, shared = self.config, mlp.shared
         arguments = (
-            stream,
+            hidden_states,
             norm,
             mlp.router,
             mlp.correction_bias,

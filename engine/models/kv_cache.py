@@ -1,4 +1,4 @@
-"""The memory of the KV cache of one layer."""
+"""Memory of the KV cache of one layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import paddle
 
 from ..config import ModelConfig
 
-#: Keys, and columns of values, that lie side by side; see `custom_ops.paged_attention`.
+#: Width of a panel: adjacent keys, or adjacent columns of values; see `custom_ops.paged_attention`.
 _PANEL = 32
 
 
@@ -24,7 +24,7 @@ class KVCache:
 
     @classmethod
     def allocate(cls, config: ModelConfig, num_blocks: int, block_size: int, *, wide: bool) -> KVCache:
-        """Zeros; float32 if `wide`, else bfloat16."""
+        """Return a cache of zeros: float32 if `wide`, otherwise bfloat16."""
         heads, head_dim = config.num_key_value_heads, config.head_dim
         key = (num_blocks, heads, math.ceil(block_size / _PANEL), head_dim, _PANEL)
         value = (num_blocks, heads, math.ceil(head_dim / _PANEL), block_size, _PANEL)
@@ -32,8 +32,8 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], wide: bool) -> paddle.Tensor:
-    # Fresh private pages are zero without being written: a block that was never used costs no memory.
-    # malloc'd memory may be recycled, and would then be cleared page by page.
+    # New private pages are zero without being written, so blocks that are never used cost no memory. Memory
+    # from malloc may be recycled and would have to be cleared.
     size = math.prod(shape) * (4 if wide else 2)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     array = np.frombuffer(pages, dtype=np.float32 if wide else np.int16).reshape(shape)

@@ -1,12 +1,12 @@
-"""Renders a conversation as the text a model was trained on, with the checkpoint's Jinja template.
+"""Renders conversations with Jinja chat templates.
 
-Templates are written for Hugging Face's renderer, so the environment offers what that one offers:
-`raise_exception`, `strftime_now`, a `tojson` that leaves non-ASCII text alone, loop controls, and the
-`{% generation %}` mark (which only matters in training).
+Templates are written for Hugging Face's renderer, so the environment provides the same extensions:
+`raise_exception`, `strftime_now`, a `tojson` that does not escape non-ASCII text, loop controls, and the
+`{% generation %}` tag (which only matters for training).
 
-A checkpoint's own template is trusted as much as its weights. One that a client sends is not: Jinja's sandbox
-keeps it away from Python, but nothing in it bounds time or memory (``{{ "a" * 10 ** 10 }}``). Those are
-rendered in a process of their own with limits from the kernel; see `render_untrusted`.
+A checkpoint's own template is trusted like its weights. A client's template is not: Jinja's sandbox keeps it
+from Python, but does not limit time or memory (``{{ "a" * 10 ** 10 }}``). It is therefore rendered in a child
+process with resource limits; see `render_untrusted`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ MAX_TEMPLATE_CHARACTERS = 64 * 1024
 _CPU_SECONDS = 2
 _MEMORY_BYTES = 512 << 20
 _MAX_TEXT_CHARACTERS = 8 << 20
-#: Characters of a message of `raise_exception` or of Jinja.
+#: Maximum length of a message of `raise_exception` or of Jinja.
 _MAX_ERROR_CHARACTERS = 500
-#: The child computes for _CPU_SECONDS at most; this covers a machine too busy to run it.
+#: Longer than _CPU_SECONDS, for machines too busy to run the child.
 _WALL_SECONDS = 30
 
 
 def compile_template(source: str) -> Callable[[dict[str, Any], float | None], str]:
-    """Returns the function that renders `source` with the given variables, at the given time or now.
+    """Return a function that renders `source` with the given variables, at the given time or now.
 
     Raises:
-        RequestError: the template has a syntax error; the function raises it for any error while rendering.
+        RequestError: the template cannot be compiled. The function raises it for any error while rendering.
     """
     try:
         template = _environment().from_string(source)
@@ -51,8 +51,8 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
             "the chat template cannot be compiled: its expressions are nested too deep, or too large",
             "chat_template",
         ) from None
-    # Not only TemplateError: Jinja translates it to Python, whose compiler raises errors of its own (a break
-    # outside of a loop, a number of too many digits).
+    # Not only TemplateError: Jinja generates Python code, whose compiler has its own errors (a break outside
+    # of a loop, a number with too many digits).
     except Exception as error:
         raise RequestError(
             f"the chat template cannot be compiled: {_one_line(error)}", "chat_template"
@@ -64,13 +64,13 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
             return template.render({"strftime_now": moment.strftime} | variables)
         except _Refusal as error:
             raise RequestError(
-                f"the chat template refuses these messages: {_one_line(error)}", "messages"
+                f"the chat template rejects these messages: {_one_line(error)}", "messages"
             ) from None
         except (RecursionError, MemoryError):
             raise RequestError(
                 "the chat template failed: it needs too much memory", "chat_template"
             ) from None
-        # It runs as Python, so it can raise whatever Python does.
+        # A template runs as Python code and can raise any exception.
         except Exception as error:
             raise RequestError(f"the chat template failed: {_one_line(error)}", "messages") from None
 
@@ -78,10 +78,10 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
 
 
 def render_untrusted(source: str, variables: dict[str, Any], rendered_at: float | None = None) -> str:
-    """Renders a client's template in a child with limits on CPU time and memory. Costs about 0.1 s."""
+    """Render a client's template in a child with limits on CPU time and memory. Takes about 0.1 s."""
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         raise RequestError(
-            f"chat_template has {len(source)} characters; at most {MAX_TEMPLATE_CHARACTERS} are taken",
+            f"chat_template has {len(source)} characters; at most {MAX_TEMPLATE_CHARACTERS} are allowed",
             "chat_template",
         )
     try:
@@ -92,7 +92,7 @@ def render_untrusted(source: str, variables: dict[str, Any], rendered_at: float 
             stderr=subprocess.DEVNULL,
             timeout=_WALL_SECONDS,
             check=False,
-            # What tells a server's process group to end is for the server, which first answers what it has.
+            # A signal to the server's process group must not end the child of a running request.
             process_group=0,
         )
         answer = json.loads(child.stdout)
@@ -108,11 +108,11 @@ def render_untrusted(source: str, variables: dict[str, Any], rendered_at: float 
 
 
 class _Refusal(jinja2.TemplateError):
-    """What `raise_exception` in a template raises: the conversation is not one the model knows."""
+    """Raised by `raise_exception` in a template: it does not support this conversation."""
 
 
 class _GenerationMark(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}` matters in training; here it does nothing."""
+    """Ignores the tags `{% generation %}` and `{% endgeneration %}`, which only matter for training."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
 
@@ -150,14 +150,14 @@ def _one_line(error: Exception) -> str:
     line = getattr(error, "lineno", None)
     text = " ".join(str(error).split())
     if isinstance(error, SyntaxError):
-        # Its line number belongs to the Python that Jinja has generated.
+        # The line number refers to the generated Python code.
         line, text = None, error.msg
     text = printable(text or type(error).__name__, _MAX_ERROR_CHARACTERS)
     return f"line {line}: {text}" if line else text
 
 
 def _main() -> None:
-    """The child of `render_untrusted`: JSON in on stdin, JSON out on stdout."""
+    """Run as the child of `render_untrusted`: JSON on stdin and stdout."""
     job = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
@@ -166,7 +166,7 @@ def _main() -> None:
         text = compile_template(job["source"])(job["variables"], job["at"])
         if len(text) > _MAX_TEXT_CHARACTERS:
             raise RequestError(
-                f"chat_template renders {len(text)} characters; at most {_MAX_TEXT_CHARACTERS} are taken",
+                f"chat_template renders {len(text)} characters; at most {_MAX_TEXT_CHARACTERS} are allowed",
                 "chat_template",
             )
         answer = {"text": text}

@@ -1,8 +1,8 @@
-"""Text to token ids and back: tokenizer, chat template and incremental detokenizer of one checkpoint.
+"""Tokenizer, chat template and incremental detokenizer of a checkpoint.
 
-A vocabulary is seen as bytes: every id adds a fixed run of bytes to the text, and text is those bytes read
-as UTF-8. Both kinds of tokenizer that ERNIE-4.5 checkpoints use are like that (SentencePiece with byte
-fallback, byte-level BPE), and streaming then is exact and cheap: no window of tokens is ever decoded twice.
+Each token id stands for a fixed sequence of bytes, and a text is their concatenation as UTF-8. This holds for
+both kinds of tokenizer that ERNIE-4.5 checkpoints use (SentencePiece with byte fallback, byte-level BPE). It
+makes streaming exact and cheap, because no token is decoded twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
 
 
 class Tokenizer:
-    """Immutable; may be shared between threads."""
+    """The tokenizer of a checkpoint. Immutable and thread-safe."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path, chat_template: str | None = None) -> Tokenizer:
-        """Reads tokenizer.json, or tokenizer.model / spm.model, and the settings beside it.
+        """Read tokenizer.json, or tokenizer.model or spm.model, and its settings.
 
         Args:
-            chat_template: the operator's, in place of the checkpoint's own.
+            chat_template: replaces the checkpoint's own template.
 
         Raises:
-            ConfigError: there is none, or a file cannot be read; one line that names it.
+            ConfigError: there is no tokenizer, or a file cannot be read; the message names it.
         """
         settings = read_optional_object(path / "tokenizer_config.json")
         special = read_optional_object(path / "special_tokens_map.json")
@@ -75,35 +75,35 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids are 0 .. vocab_size - 1. A network's vocabulary may be padded beyond; those ids add no text."""
+        """Ids are 0 .. vocab_size - 1. The network's vocabulary may be larger; its extra ids add no text."""
         return len(self._vocabulary.pieces)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Special tokens written out in `text` (as chat templates do) become their ids."""
+        """Return the ids of a text. Special tokens spelled out in it become their ids."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}), which is not a character"
+                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}), which is not a character"
             ) from None
         return self._vocabulary.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Bytes that are not UTF-8, such as half a character at the end, are shown as U+FFFD."""
+        """Return the text of ids. Bytes that are not UTF-8, e.g. half a character, become U+FFFD."""
         detokenizer = self.detokenizer(skip_special_tokens)
         return detokenizer.push(token_ids) + detokenizer.flush()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What this id adds to the text; special tokens add their name, unknown ids nothing."""
+        """Return the bytes that an id adds to a text: the name of a special token, none for unknown ids."""
         pieces = self._vocabulary.pieces
         return pieces[token_id] if 0 <= token_id < len(pieces) else b""
 
     def token_text(self, token_id: int) -> str:
-        """For people and log probabilities: a token that is half a character shows U+FFFD."""
+        """Return a token as text for display; part of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def is_special(self, token_id: int) -> bool:
-        """Return True if texts for readers leave the token out."""
+        """Return True if the token is not part of the visible text."""
         return token_id in self._vocabulary.special_ids
 
     def detokenizer(
@@ -111,8 +111,8 @@ class Tokenizer:
     ) -> IncrementalDetokenizer:
         """
         Args:
-            continues: the ids go on with a text. A space that stands first is then one between two words, not
-                the one that encoding puts before a text.
+            continues: the ids continue a text, so a leading space separates words and is kept. Otherwise it
+                is the one that encoding adds before a text.
         """
         skipped = self._vocabulary.special_ids if skip_special_tokens else frozenset[int]()
         strips = self._vocabulary.strips_first_space and not continues
@@ -128,15 +128,15 @@ class Tokenizer:
         rendered_at: float | None = None,
         **variables: Any,
     ) -> str:
-        """The conversation as text, special tokens written out; `encode` makes ids of it.
+        """Return the conversation as text with special tokens spelled out, for `encode`.
 
         Args:
-            chat_template: a client's own template in place of the checkpoint's; rendered under limits.
-            rendered_at: what a template that asks for the time is told, in seconds since 1970; None: now.
-            variables: further names the template may use (`chat_template_kwargs` of a request).
+            chat_template: a client's template instead of the checkpoint's; rendered with resource limits.
+            rendered_at: Unix time in seconds that the template sees as the current time; None: now.
+            variables: further variables of the template (`chat_template_kwargs` of a request).
 
         Raises:
-            RequestError: there is no template, or it refuses these messages or fails.
+            RequestError: there is no template, or it rejects these messages or fails.
         """
         variables = {
             **self._named_tokens,
@@ -158,16 +158,16 @@ class Tokenizer:
 
 
 class IncrementalDetokenizer:
-    """Turns a growing list of ids into text that never has to be taken back.
+    """Converts a growing list of ids to text that is never revised.
 
-    The pushes and the final `flush`, joined, equal `Tokenizer.decode` of all ids, however they were cut.
+    The concatenated results of `push` and the final `flush` equal `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, pieces: list[bytes], skipped_ids: frozenset[int], strips_first_space: bool) -> None:
         self._pieces = pieces
         self._skipped_ids = skipped_ids
         self._strip_pending = strips_first_space
-        # Holds back the first bytes of a character until its last one has come.
+        # Holds back the bytes of an incomplete character.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
@@ -180,16 +180,16 @@ class IncrementalDetokenizer:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """U+FFFD if the text ends inside a character, else nothing."""
+        """Return U+FFFD if the text ends inside a character, otherwise an empty string."""
         return self._decoder.decode(b"", final=True)
 
 
 def _with_text_content(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """The message with its content as one string: templates of text models join strings."""
+    """Return the message with its content as one string, which templates of text models expect."""
     content = message.get("content")
     if isinstance(content, str):
         return message
-    if content is None:  # of an assistant's message that only calls tools
+    if content is None:  # an assistant message with tool calls only
         content = []
     texts = []
     for number, part in enumerate(content if isinstance(content, list) else [content]):
@@ -230,7 +230,7 @@ def _read_vocabulary(
 
 
 def _read_chat_template(path: Path, settings: JsonObject) -> tuple[Path, str | None]:
-    """Return the file that has the template, and the template, None if there is none."""
+    """Return the file of the template, and the template or None."""
     file = path / "chat_template.jinja"
     if file.exists():
         return file, read_text(file)
@@ -247,7 +247,7 @@ def _read_chat_template(path: Path, settings: JsonObject) -> tuple[Path, str | N
 
 
 def _is_token_id(text: str) -> bool:
-    # Python refuses to convert thousands of digits.
+    # Python refuses to convert integers with thousands of digits.
     is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(MAX_TOKEN_ID))
     return is_number and int(text) <= MAX_TOKEN_ID
 

@@ -1,4 +1,4 @@
-"""The two kinds of vocabulary a checkpoint may bring, both seen as a table from token id to bytes."""
+"""The two kinds of vocabulary of checkpoints, as tables from token id to bytes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..common.text_files import read_text
 _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
-#: A table has an entry for each id up to the largest; no model has this many.
+#: Limits the size of the tables; no model has ids this large.
 MAX_TOKEN_ID = (1 << 24) - 1
 
 
 class Vocabulary(Protocol):
-    #: What each id adds to a text.
+    #: The bytes of each id.
     pieces: list[bytes]
-    #: Ids that a reader is not shown: end of text, padding, marks of a chat template.
+    #: Ids that are not part of the visible text: end of text, padding, chat template tokens.
     special_ids: frozenset[int]
-    #: Encoding puts a space before the text, so decoding takes one away.
+    #: Encoding adds a space before the text, so decoding removes one.
     strips_first_space: bool
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
@@ -36,16 +36,16 @@ class Vocabulary(Protocol):
 
 
 class HuggingFaceVocabulary:
-    """tokenizer.json, by the `tokenizers` library."""
+    """The vocabulary of a tokenizer.json, read by the `tokenizers` library."""
 
     def __init__(self, file: Path) -> None:
         text = read_text(file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             decoder = json.loads(text).get("decoder")
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+        except Exception as error:  # the library raises bare Exception for any error in the file
             raise ConfigError(f"{file}: not a tokenizer ({printable(error)})") from None
-        # A file may ask for the lengths its training used; a server must not cut prompts in silence.
+        # The file may specify the lengths used in training, but a server must not truncate prompts silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -67,12 +67,12 @@ class HuggingFaceVocabulary:
 
 
 class SentencePieceVocabulary:
-    """tokenizer.model, ERNIE-4.5's own form: the library knows pieces only, special tokens stand beside it.
+    """The vocabulary of a SentencePiece tokenizer.model, which does not include added tokens.
 
     Args:
         known: ids of added tokens, by their text.
-        special: tokens that are special; without an id in `known` or in the model they get the next free one.
-        bos: put before a text that is encoded with special tokens.
+        special: special tokens; those without an id in `known` or in the model get the next free id.
+        bos: token before a text that is encoded with special tokens.
     """
 
     def __init__(self, file: Path, known: dict[str, int], special: list[str], bos: str | None = None) -> None:
@@ -90,8 +90,8 @@ class SentencePieceVocabulary:
                 self._added[token] = model_ids.get(token, following)
         self._model_ids = model_ids
         self._bos_id = None if bos is None else self._added[bos]
-        # The library would cut special tokens into letters, so the text is split around them first.
-        # Longest first: "<|im_end|>" must not be found as a shorter token that it starts with.
+        # The library would split special tokens into letters, so the text is split at them first. Longest
+        # first: "<|im_end|>" must not match as a shorter token that is its prefix.
         names = sorted(self._added, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
 
@@ -105,7 +105,7 @@ class SentencePieceVocabulary:
             self.pieces[i] = token.encode()
         hidden = [i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self.special_ids = frozenset([*hidden, *(self._added[token] for token in special)])
-        # Whether the model adds a space is written inside it; asking it needs no protobuf library.
+        # Trying it needs no protobuf library, unlike reading the setting from the model.
         self.strips_first_space = self._model.encode("a", out_type=str)[0].startswith(_SPACE_MARK)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -122,7 +122,7 @@ class SentencePieceVocabulary:
 
 
 class _ByteLevelReader:
-    """Byte-level BPE writes each byte as one printable character: GPT-2's alphabet, read backwards."""
+    """Decodes pieces of byte-level BPE, in which each byte is one character of GPT-2's alphabet."""
 
     def __init__(self) -> None:
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -138,7 +138,7 @@ class _ByteLevelReader:
 
 
 class _MarkedSpaceReader:
-    """SentencePiece's convention inside tokenizer.json: a mark for the space, `<0xAB>` for a byte."""
+    """Decodes pieces in SentencePiece's notation: U+2581 for a space, `<0xAB>` for a byte."""
 
     _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -154,7 +154,7 @@ class _MarkedSpaceReader:
 def _piece_reader(
     file: Path, decoder: dict[str, Any] | None
 ) -> tuple[_ByteLevelReader | _MarkedSpaceReader, bool]:
-    """How the file's decoder reads a piece, and whether it takes a space off the front of the text."""
+    """Return the reader of pieces for the file's decoder, and True if it strips a leading space."""
     steps = (decoder or {}).get("decoders", [decoder] if decoder else [])
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
@@ -167,6 +167,6 @@ def _piece_reader(
         )
         return _MarkedSpaceReader("ByteFallback" in kinds), strips
     raise ConfigError(
-        f"{file}: decoder {sorted(kinds) or 'null'} is not supported; ByteLevel and SentencePiece's "
-        "(Replace, ByteFallback, Fuse) are"
+        f"{file}: decoder {sorted(kinds) or 'null'} is not supported; use ByteLevel or SentencePiece's "
+        "(Replace, ByteFallback, Fuse)"
     )

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint directory: packed once, mapped by all replicas of the machine -> `Weights`."""
+"""Loads the weights of a checkpoint from the packed file that all replicas of the machine map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..models.ernie45 import LayerWeights, MLPWeights, MoEWeights, Weights
 from .stored_tensors import StoredTensor
 from .weight_cache import Packing, packed_tensors
 
-#: What tensors are stored as -> what NumPy takes them for; it has no bfloat16, and Paddle no use for uint16.
+#: Stored dtype -> NumPy dtype. NumPy has no bfloat16; int16, because Paddle does not accept uint16.
 _DTYPES = {"U8": np.uint8, "BF16": np.int16, "F32": np.float32}
 
 
@@ -25,16 +25,16 @@ def load_weights(
     qkv_order: str = "plain",
     progress: Callable[[float, str], None],
 ) -> Weights:
-    """Maps what `config` asks for; nothing is read before it is computed with.
+    """Map the weights of a checkpoint, after packing them if necessary. Pages are read on first use.
 
     Args:
         weight_format: "float32", "bfloat16", "wint8" or "wint4".
-        qkv_order: inside a fused qkv tensor, "plain" (all q, all k, all v) or "grouped" (per kv head: its
-            queries, its key, its value). Nothing in a file tells.
-        progress: called with the fraction that is done and a word on what was.
+        qkv_order: layout of a fused qkv tensor: "plain" (all q, all k, all v) or "grouped" (per kv head: its
+            queries, its key, its value). Checkpoints do not specify it.
+        progress: called with the completed fraction and a description of the current stage.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong shape or type, or a file is damaged.
+        CheckpointError: a tensor is missing or has the wrong shape or dtype, or a file is damaged.
         FastDeployError: the packed weights cannot be written.
     """
     stored = packed_tensors(Packing(path, weight_format, qkv_order), config, progress)
@@ -79,7 +79,7 @@ class _Network:
         return MLPWeights(self._tensor(f"{name}gate_up"), self._tensor(f"{name}down"))
 
     def _tensor(self, name: str) -> paddle.Tensor:
-        """The mapped pages themselves, which the tensor keeps alive."""
+        """Return a tensor that shares the mapped pages and keeps them alive."""
         tensor = self.stored[name]
         values = tensor.data.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
         placed = paddle.utils.dlpack.from_dlpack(values)

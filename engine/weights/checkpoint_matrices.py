@@ -1,8 +1,8 @@
-"""The tensors of an ERNIE-4.5 network, whichever way a checkpoint stores them.
+"""A uniform view of the tensors of ERNIE-4.5 checkpoints.
 
-Hugging Face has matrices [out, in] under names of their own; Paddle has them [in, out] and mostly fused. Here
-all are [out, in], float32 and under one set of names, and are read some rows at a time: the largest matrix of
-a large model does not fit into the memory of a small machine.
+Hugging Face checkpoints store separate matrices [out, in]; Paddle checkpoints store [in, out], mostly fused,
+under other names. This module presents both as float32 [out, in] under one set of names. Matrices are read a
+few rows at a time, because the largest one may not fit into memory.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Stored matrices that act on the same input, as one whose outputs are laid side by side."""
+    """Stored matrices with the same input, concatenated along their outputs."""
 
     parts: tuple[StoredTensor, ...]
     #: True: the parts are [out, in]. False: [in, out].
     out_in: bool
     biases: tuple[StoredTensor, ...] = ()
-    #: Row i is row order[i] of all parts together, or zeros where that is -1. None: they are as they come.
+    #: Row i is row order[i] of the concatenation, or zeros if that is -1. None: the identity.
     order: NDArray[np.int64] | None = None
 
     @property
@@ -43,7 +43,7 @@ class Matrix:
         return self.parts[0].shape[1 if self.out_in else 0]
 
     def rows(self, start: int, stop: int) -> Floats:
-        """Rows `start` to `stop`, read from the file now."""
+        """Read rows `start` to `stop` from the file."""
         if len(self.parts) == 1 and self.order is None:
             return self._part(self.parts[0], start, stop)
         wanted = np.arange(start, stop) if self.order is None else self.order[start:stop]
@@ -52,9 +52,9 @@ class Matrix:
         for part, size in zip(self.parts, self._sizes, strict=True):
             mine = (wanted >= first) & (wanted < first + size)
             if mine.any():
-                places = wanted[mine] - first
-                lowest = places.min()
-                rows[mine] = self._part(part, lowest, places.max() + 1)[places - lowest]
+                indices = wanted[mine] - first
+                lowest = indices.min()
+                rows[mine] = self._part(part, lowest, indices.max() + 1)[indices - lowest]
             first += size
         return rows
 
@@ -75,17 +75,17 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class MatrixStack:
-    """Matrices of one shape that are packed into one blob: the experts of a layer, or a single matrix."""
+    """Matrices of one shape, packed into one blob: the experts of a layer, or a single matrix."""
 
     name: str
     matrices: tuple[Matrix, ...]
-    #: Float32 whatever the format of the others is.
+    #: Always packed as float32.
     is_exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Numbers that no kernel multiplies matrices with: the embedding, norms, the routers' biases."""
+    """A tensor that is not packed: the embedding, norms, biases of routers."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,15 +100,15 @@ class Table:
 
 
 def read_directory(path: Path, config: ModelConfig, qkv_order: str) -> list[MatrixStack | Table]:
-    """What `config` asks for; other tensors (multi-token prediction) are ignored.
+    """Return the tensors that `config` requires; others (multi-token prediction) are ignored.
 
-    Names: ``embedding``, ``final_norm``, ``lm_head``, and below ``layers.N``: ``input_norm``, ``qkv``,
-    ``attention_output``, ``post_attention_norm``, and ``mlp.`` of ``gate_up`` and ``down``, or of ``router``,
-    ``correction_bias``, ``experts.`` and ``shared.`` of the two.
+    Names: ``embedding``, ``final_norm``, ``lm_head``; below ``layers.N.``: ``input_norm``, ``qkv``,
+    ``attention_output``, ``post_attention_norm``; below ``layers.N.mlp.``: ``gate_up`` and ``down`` of a
+    dense layer, or ``router``, ``correction_bias`` and both matrices below ``experts.`` and ``shared.``.
 
     Args:
-        qkv_order: inside a fused qkv tensor, "plain" (all q, all k, all v) or "grouped" (per kv head: its
-            queries, its key, its value). Nothing in a file tells.
+        qkv_order: layout of a fused qkv tensor: "plain" (all q, all k, all v) or "grouped" (per kv head: its
+            queries, its key, its value). Checkpoints do not specify it.
 
     Raises:
         CheckpointError: a tensor is missing or has the wrong shape, or a file is damaged.
@@ -134,13 +134,13 @@ class _Reader:
                 f"layers.{index}.", f"{self.prefix}.layers.{index}.", config.is_moe_layer(index)
             )
         found.append(self._table("final_norm", f"{self.prefix}.norm.weight", hidden))
-        # Only Hugging Face's mixture of experts has this bias, and only under use_bias.
+        # Only Hugging Face MoE checkpoints with use_bias have this bias.
         bias = config.use_bias and "lm_head.bias" in self.stored
         if not config.tie_word_embeddings:
             head = self._matrix("", ["lm_head"], hidden, [config.vocab_size], bias=bias)
         else:
             biases = (self._stored("lm_head.bias", (config.vocab_size,)),) if bias else ()
-            # Also in Paddle's layout an embedding has a row per word.
+            # The embedding is [vocabulary, hidden] in Paddle's layout, too.
             head = Matrix((words,), out_in=True, biases=biases)
         found.append(MatrixStack("lm_head", (head,)))
         return found
@@ -177,12 +177,12 @@ class _Reader:
         )
 
     def _mlp(self, name: str, prefixes: Sequence[str], width: int, *, bias: bool) -> list[MatrixStack]:
-        """The MLPs at `prefixes`, stacked."""
+        """Return the stacked MLPs at `prefixes`."""
         hidden, order = self.config.hidden_size, _gate_up_order(width)
         gate_up = []
         for prefix in prefixes:
             if f"{prefix}up_gate_proj.weight" in self.stored:
-                # The gate half comes first, in spite of the name.
+                # Despite its name, the gate half comes first.
                 names, sizes = ["up_gate_proj"], [2 * width]
             else:
                 names, sizes = ["gate_proj", "up_proj"], [width, width]
@@ -194,7 +194,7 @@ class _Reader:
         config = self.config
         experts, width = config.moe_num_experts, config.moe_intermediate_size
         router = self._matrix(prefix, ["gate"], config.hidden_size, [experts], bias=False)
-        # Trained without balancing by bias: no tensor, no bias.
+        # Absent if the model was trained without load balancing by bias.
         correction = None
         if f"{prefix}moe_statics.e_score_correction_bias" in self.stored:
             correction = self._stored(f"{prefix}moe_statics.e_score_correction_bias", (1, experts))
@@ -247,10 +247,10 @@ class _Reader:
         return tensor
 
     def _is_out_in(self) -> bool:
-        """Whether matrices are [out, in] (Hugging Face) or [in, out] (Paddle).
+        """Return True if matrices are [out, in] (Hugging Face), False if [in, out] (Paddle).
 
-        Shapes tell, where a matrix is not square. config.json does not: newer checkpoints of either kind
-        carry the same keys.
+        The shape of any matrix that is not square decides. config.json does not, because newer checkpoints of
+        both kinds have the same keys.
         """
         config = self.config
         hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -274,5 +274,5 @@ class _Reader:
 
 @cache
 def _gate_up_order(width: int) -> NDArray[np.int64]:
-    """One array for the thousands of experts of a large model."""
+    """Return one shared array for the thousands of experts of a large model."""
     return gate_up_order(width)

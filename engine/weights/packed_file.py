@@ -1,8 +1,8 @@
-"""A file of packed weights: safetensors whose tensors begin at pages, so that processes compute on the map.
+"""The file of packed weights: safetensors with page-aligned tensors, on whose mapping processes compute.
 
-Any reader of safetensors can look into one. The gaps that the alignment leaves, which that format does not
-know, are tensors named ``gap.N``. The metadata say what the file was made of, the SHA-256 of all tensors, and
-the SHA-256 of the header, computed with zeros in its own place.
+Any safetensors reader can open it. The format does not allow gaps, so alignment gaps are tensors named
+``gap.N``. The metadata hold the origin of the file, the SHA-256 of all tensors, and the SHA-256 of the
+header, computed with zeros in place of that checksum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..common.errors import CheckpointError
 from .stored_tensors import StoredFile, open_file
 
 Bytes = np.ndarray
-#: Makes some bytes of a tensor; called on any thread.
+#: Produces some bytes of a tensor; called on any thread.
 Piece = Callable[[], Bytes]
 
 _ITEM_SIZE = {"U8": 1, "BF16": 2, "F32": 4}
@@ -35,14 +35,14 @@ _ALIGNMENT = 4096
 _CHECKSUM = "sha256"
 _HEADER_CHECKSUM = "header_sha256"
 _ZEROS = "0" * 64
-#: More threads would wait for the one that writes, and hold more memory meanwhile.
+#: More threads would only wait for the writing thread and need more memory.
 _MAX_THREADS = 8
 _READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """A tensor that is yet to be made; its pieces are its bytes, in order."""
+    """A tensor to be written; its pieces produce its bytes in order."""
 
     name: str
     dtype: str
@@ -60,10 +60,10 @@ def write(
     metadata: dict[str, str],
     progress: Callable[[float, str], None],
 ) -> None:
-    """Makes all pieces and streams them into `file`, which is complete on disk afterwards.
+    """Produce all pieces, write them to `file` and sync it to disk.
 
     Args:
-        progress: called with the fraction that is done and a word on what was; may raise.
+        progress: called with the completed fraction and a description of the current stage; may raise.
 
     Raises:
         OSError: the file cannot be written.
@@ -71,7 +71,7 @@ def write(
     sizes = [_rounded_up(tensor.nbytes) for tensor in tensors]
     header = _header(tensors, sizes, metadata, _ZEROS)
     with file.open("wb") as stream, closing(_made(tensors)) as made:
-        # A disk that cannot take it says so now and not after minutes.
+        # Fail now rather than after minutes if the disk has no room.
         os.posix_fallocate(stream.fileno(), 0, len(header) + sum(sizes))
         stream.write(header)
         digest = hashlib.sha256()
@@ -88,10 +88,10 @@ def write(
 
 
 def read(file: Path) -> StoredFile:
-    """Map a file that `write` has made, of any version; no page of the tensors is touched.
+    """Map a file that `write` has written, of any version, without reading the tensors.
 
     Raises:
-        CheckpointError: it is damaged, as far as its header and size tell.
+        CheckpointError: the header or the size of the file is wrong.
     """
     found = open_file(file)
     size = sum(len(tensor.data) for tensor in found.tensors.values())
@@ -101,7 +101,7 @@ def read(file: Path) -> StoredFile:
 
 
 def check_header(file: Path, found: StoredFile) -> None:
-    """Compare the header of a file that `read` has returned with its checksum.
+    """Compare the header of a file returned by `read` with its checksum.
 
     Raises:
         CheckpointError: they differ.
@@ -118,7 +118,7 @@ def check_header(file: Path, found: StoredFile) -> None:
 
 
 def verify(file: Path, progress: Callable[[float], None]) -> None:
-    """Compares every byte with the checksum.
+    """Compare the whole file with its checksums.
 
     Raises:
         CheckpointError: they differ, or the file cannot be read.
@@ -171,7 +171,7 @@ def _entry(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str
 
 
 def _made(tensors: Sequence[PackedTensor]) -> Generator[tuple[int, Bytes], None, None]:
-    """The bytes of all tensors, each with its tensor's index; several threads are a few pieces ahead."""
+    """Yield the index of a tensor and its bytes, piece by piece; threads produce a few pieces in advance."""
     threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     wanted = ((index, piece) for index, tensor in enumerate(tensors) for piece in tensor.pieces())
     ahead: deque[tuple[int, Future[Bytes]]] = deque()

@@ -1,4 +1,4 @@
-"""The tensors of a network as the bytes that are mapped, in pieces that any thread can make."""
+"""Packs the tensors of a network, in pieces that any thread can produce."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .packed_file import PackedTensor, Piece
 
 Bytes = NDArray[np.uint8]
 
-#: Float32 bytes of a piece: of a size that threads share well, and many of them fit into any memory.
+#: Bytes of a piece as float32: small enough to balance the load of threads and to hold many in memory.
 _PIECE_BYTES = 8 << 20
 
 
 def packed(tensors: Sequence[MatrixStack | Table], weight_format: str) -> list[PackedTensor]:
-    """What a packed file has of `tensors`: a blob for a stack of matrices, plain rows for a table."""
+    """Return `tensors` as written to a packed file: a blob per stack of matrices, plain rows per table."""
     return [
         _stack(tensor, weight_format) if isinstance(tensor, MatrixStack) else _table(tensor, weight_format)
         for tensor in tensors

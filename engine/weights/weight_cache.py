@@ -1,8 +1,8 @@
-"""Checkpoints packed once for all replicas of a machine; the command is `python -m fastdeploy.weight_cache`.
+"""The cache of packed checkpoints, shared by all replicas (command: `python -m fastdeploy.weight_cache`).
 
-Below the model cache lies one file for each checkpoint and format. A replica maps it, or packs it first if it
-is not there or was made from other files; whoever starts meanwhile waits for that one. The file appears
-complete or not at all: it is made beside its place and renamed.
+The model cache holds one file per checkpoint and format. A replica maps it. If it is missing or out of date,
+the first replica packs it while the others wait. The file is written under another name and renamed, so it is
+always complete.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _log = logging.getLogger("fastdeploy.weights.weight_cache")
 
 Progress = Callable[[float, str], None]
 
-#: packed_matrix.LAYOUT_VERSION, and after it the version of the set of tensors and their names. Written down
-#: here, because whoever only maps a file has no need of what packs one.
+#: packed_matrix.LAYOUT_VERSION, then the version of the set of tensors and their names. Repeated here,
+#: because mapping a file must not import the code that packs one.
 VERSION = "2.2"
 
 _DIRECTORY_NAME = "packed"
 _POLL_SECONDS = 0.1
-#: What the lock's file says of the packer; written at once, so that nobody reads half of it.
+#: Size of the packer's progress note in the lock file; it is written at once, so readers see all of it.
 _NOTE_BYTES = 128
 
 
@@ -49,14 +49,14 @@ class Packing:
 
     @property
     def file(self) -> Path:
-        """Where it is kept. The checkpoint's files are not part of the name: changed ones take its place."""
+        """Path of the packed file. It depends on the checkpoint's path, not on its content."""
         path = self.checkpoint.resolve()
         form = self.weight_format if self.qkv_order == "plain" else f"{self.weight_format}-{self.qkv_order}"
         key = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
         return model_cache() / _DIRECTORY_NAME / f"{path.name}-{key}.{form}.safetensors"
 
     def metadata(self) -> dict[str, str]:
-        """What tells whether a file is still what packing the checkpoint would give.
+        """Return the metadata of an up-to-date packed file.
 
         Raises:
             CheckpointError: the checkpoint has no weights.
@@ -81,11 +81,11 @@ class Packing:
 
 
 def packed_tensors(packing: Packing, config: ModelConfig, progress: Progress) -> dict[str, StoredTensor]:
-    """The packed tensors of a checkpoint by name, mapped; packs them first if that has not been done.
+    """Map the packed tensors of a checkpoint, by name, after packing them if necessary.
 
     Args:
-        progress: called with the fraction that is done and a word on what was, or on who is waited for. It
-            may raise; nothing is left behind then.
+        progress: called with the completed fraction and a description of the current stage. It may raise; no
+            partial file remains then.
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
@@ -99,7 +99,7 @@ def packed_tensors(packing: Packing, config: ModelConfig, progress: Progress) ->
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _lock(file, progress) as report:
-            # Meanwhile another process may have made it.
+            # Another process may have packed it meanwhile.
             found = _find(file, expected)
             if isinstance(found, str):
                 _log.info("packing %s as %s: %s", packing.checkpoint, packing.weight_format, found)
@@ -111,12 +111,12 @@ def packed_tensors(packing: Packing, config: ModelConfig, progress: Progress) ->
             f"({error.strerror or error}); make room there, or set FD_MODEL_CACHE to another directory"
         ) from None
     if isinstance(found, str):
-        raise CheckpointError(f"{file}: not usable though just written: {found}")
+        raise CheckpointError(f"{file}: unusable although just written: {found}")
     return found
 
 
 def _find(file: Path, expected: dict[str, str]) -> dict[str, StoredTensor] | str:
-    """The tensors of `file`, or why they cannot be used."""
+    """Return the tensors of `file`, or why they cannot be used."""
     if not os.path.exists(file):
         return "for the first time"
     try:
@@ -136,8 +136,8 @@ def _find(file: Path, expected: dict[str, str]) -> dict[str, StoredTensor] | str
 
 @contextmanager
 def _lock(file: Path, progress: Progress) -> Iterator[Progress]:
-    """Waits until no other process packs `file`. What is reported then, those who wait report as well."""
-    # The lock's file stays: removing it would let two processes lock two different files of one name.
+    """Lock `file` for packing; yield a progress callback that also informs the waiting processes."""
+    # The lock file is never removed: otherwise two processes could lock different files of the same name.
     descriptor = os.open(file.with_name(f".{file.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         while True:
@@ -171,14 +171,14 @@ def _read_note(note: bytes) -> tuple[float, str]:
 
 
 def _pack(packing: Packing, config: ModelConfig, expected: dict[str, str], report: Progress) -> None:
-    # Late, because it brings Paddle along: who only maps a file, or finds it there, can do without.
+    # Imported here because they need Paddle, and mapping an existing file does not.
     import_paddle()
     from .checkpoint_matrices import read_directory
     from .packing import packed
 
     file = packing.file
     scratch = file.with_name(f".{file.name}.partial")
-    # Left by a packer that was killed: the lock says that nobody is at it.
+    # Remains of a packer that was killed; the lock excludes an active one.
     scratch.unlink(missing_ok=True)
     try:
         source = read_directory(packing.checkpoint, config, packing.qkv_order)

@@ -50,7 +50,7 @@ class Share(NamedTuple):
     """What one rank brings into one collective; numbers that its type holds exactly."""
 
     x: np.ndarray
-    picks: np.ndarray
+    topk_ids: np.ndarray
     weights: np.ndarray
 
     @classmethod
@@ -58,11 +58,11 @@ class Share(NamedTuple):
         random = np.random.default_rng([seed, stamp, index, seat])
         x = random.standard_normal((tokens, HIDDEN)).astype(np.float32)
         # An expert may be picked twice by one token; that it is not is for the router to see to.
-        picks = random.integers(-1 if random.integers(2) else 0, EXPERTS, (tokens, K)).astype(np.int32)
+        topk_ids = random.integers(-1 if random.integers(2) else 0, EXPERTS, (tokens, K)).astype(np.int32)
         if not random.integers(8):
-            picks[:] = random.integers(EXPERTS)
+            topk_ids[:] = random.integers(EXPERTS)
         weights = random.standard_normal((tokens, K)).astype(np.float32)
-        return cls(x if wide else bfloat16(x).astype(np.float32), picks, weights)
+        return cls(x if wide else bfloat16(x).astype(np.float32), topk_ids, weights)
 
 
 def draw_tokens(seed: int, stamp: int, seat: int, number: int) -> int:
@@ -89,8 +89,8 @@ class Seen(NamedTuple):
     #: The group's, as this rank knows them.
     members: tuple[int, ...]
     wide: bool
-    targets: np.ndarray
+    dispatch_targets: np.ndarray
     rows: np.ndarray
     offsets: np.ndarray
-    origins: np.ndarray
+    source_token_index: np.ndarray
     sums: np.ndarray

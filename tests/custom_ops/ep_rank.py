@@ -63,7 +63,7 @@ class Rank:
         self.number += 1
         self.step(draw_tokens(self.seed, self._row.begun, self.group.rank, self.number))
 
-    def assist(self) -> None:
+    def execute_dummy_step(self) -> None:
         """As the worker does."""
         self.group.handle_wakeups()
         if self.is_wanted:
@@ -73,14 +73,14 @@ class Rank:
         while len(self.group.status().active_seats) < members:
             if not self.is_wanted:
                 self.group.wakeups.poll()
-            self.assist()
+            self.execute_dummy_step()
 
     def leave(self) -> None:
         self.group.request_leave()
         while self.group.is_member:
             if not self.is_wanted:
                 self.group.wakeups.poll(0.1)
-            self.assist()
+            self.execute_dummy_step()
         self.group.close()
 
     def _compute(self, tokens: int) -> list[Seen]:
@@ -101,12 +101,12 @@ class Rank:
         members = tuple(self.group.status().active_seats)
         share = Share.draw(self.seed, stamp, index, seat, tokens, wide)
         self._come_to("before it sends")
-        targets = custom_ops.ep_dispatch_send(
-            sent(share.x, wide), paddle.to_tensor(share.picks), group, layer
+        dispatch_targets = custom_ops.ep_dispatch_send(
+            sent(share.x, wide), paddle.to_tensor(share.topk_ids), group, layer
         )
         self._come_to("sent")
         like = sent(np.empty((0, HIDDEN), np.float32), wide)
-        rows, offsets, origins = custom_ops.ep_dispatch_receive(like, group, layer)
+        rows, offsets, source_token_index = custom_ops.ep_dispatch_receive(like, group, layer)
         self._come_to("received")
         rows, offsets = plain(rows), offsets.numpy()
         custom_ops.ep_combine_send(sent(computed(rows, offsets, layer, wide), wide), group)
@@ -114,7 +114,7 @@ class Rank:
         sums = custom_ops.ep_combine_receive(paddle.to_tensor(share.weights), like, group)
         self._come_to("added up")
         self.group.check()
-        results = (targets.numpy(), rows, offsets, origins.numpy(), sums.numpy())
+        results = (dispatch_targets.numpy(), rows, offsets, source_token_index.numpy(), sums.numpy())
         return Seen(stamp, index, layer, seat, members, wide, *results)
 
     def _come_to(self, place: str) -> None:
@@ -208,7 +208,7 @@ def serve(link: socket.socket, *, name: str, seat: int, num_seats: int, seed: in
             tokens -= 1
             answer(link, "done")
         elif not left:
-            rank.assist()
+            rank.execute_dummy_step()
         elif left[0] == "close":
             # Without leaving, and without ending.
             rank.group.close()

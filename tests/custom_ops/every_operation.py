@@ -43,14 +43,14 @@ def rows_of_plain(random: np.random.Generator) -> Operations:
     scores, bias = 3 * draw(random, ROWS, 37), tensor(0.1 * draw(random, 37))
 
     def select(rows: np.ndarray) -> np.ndarray:
-        picks, weights = custom_ops.moe_topk_select(tensor(scores[rows]), bias, K, 1e-12)
-        return np.concatenate([picks.numpy().astype(np.float32), weights.numpy()], axis=1)
+        topk_ids, weights = custom_ops.moe_topk_select(tensor(scores[rows]), bias, K, 1e-12)
+        return np.concatenate([topk_ids.numpy().astype(np.float32), weights.numpy()], axis=1)
 
     yield "moe_topk_select", select, ROWS
 
 
 def rows_of_matrices(random: np.random.Generator) -> Operations:
-    x, picks = draw(random, ROWS, HIDDEN), random.integers(0, EXPERTS - 1, (ROWS, K))
+    x, topk_ids = draw(random, ROWS, HIDDEN), random.integers(0, EXPERTS - 1, (ROWS, K))
     weights = np.abs(draw(random, ROWS, K))
     for name in FORMATS:
         matrix = Packed.draw(random, name, 179, HIDDEN).blob
@@ -58,7 +58,7 @@ def rows_of_matrices(random: np.random.Generator) -> Operations:
         experts = PackedMlp.draw(random, name, HIDDEN, 45, EXPERTS)
 
         def fused(rows: np.ndarray, mlps: PackedMlp = experts) -> np.ndarray:
-            routed = integers(picks[rows]), tensor(weights[rows])
+            routed = integers(topk_ids[rows]), tensor(weights[rows])
             return custom_ops.fused_moe(tensor(x[rows]), *routed, mlps.gate_up, mlps.down).numpy()
 
         yield f"fused_moe {name}", fused, ROWS
@@ -82,8 +82,8 @@ def rows_of_attention(random: np.random.Generator) -> Operations:
 
 def run(span: Span, qkv: np.ndarray, cache: PagedCache) -> np.ndarray:
     plan, turned = step([span]), tensor(qkv)
-    turns = custom_ops.rotation(plan, 10000.0, cache.head_dim)
-    custom_ops.rope_and_cache(turned, plan, turns, cache.keys, cache.values)
+    rotary_cos_sin = custom_ops.rotary_embedding(plan, 10000.0, cache.head_dim)
+    custom_ops.rope_and_cache(turned, plan, rotary_cos_sin, cache.keys, cache.values)
     return custom_ops.paged_attention(turned, plan, cache.keys, cache.values).numpy()
 
 

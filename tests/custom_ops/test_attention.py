@@ -44,16 +44,16 @@ class Text:
 
 def run(spans: list[Span], qkv: list[np.ndarray], cache: PagedCache) -> np.ndarray:
     plan = step(spans)
-    turns = custom_ops.rotation(plan, THETA, cache.head_dim)
+    rotary_cos_sin = custom_ops.rotary_embedding(plan, THETA, cache.head_dim)
     rows = np.concatenate([part.reshape(len(part), -1) for part in qkv])
     turned = tensor(rows)
-    custom_ops.rope_and_cache(turned, plan, turns, cache.keys, cache.values)
+    custom_ops.rope_and_cache(turned, plan, rotary_cos_sin, cache.keys, cache.values)
     return custom_ops.paged_attention(turned, plan, cache.keys, cache.values).numpy()
 
 
 def expected(text: Text, heads: Heads, cache: PagedCache) -> np.ndarray:
-    turns = rotation_of(Span(0, text.span.end), cache.head_dim)
-    turned = reference.rope(text.qkv[:, : heads.queries + heads.keys], turns)
+    rotary_cos_sin = rotation_of(Span(0, text.span.end), cache.head_dim)
+    turned = reference.rope(text.qkv[:, : heads.queries + heads.keys], rotary_cos_sin)
     query, key = np.split(turned, [heads.queries], axis=1)
     value = text.qkv[:, heads.queries + heads.keys :]
     # Keys are rounded from float32, not from the float64 of the reference.
@@ -64,7 +64,7 @@ def expected(text: Text, heads: Heads, cache: PagedCache) -> np.ndarray:
 
 def rotation_of(span: Span, head_dim: int) -> np.ndarray:
     """The operation's own: float32 angles of far positions are some way from those of float64."""
-    return custom_ops.rotation(step([span]), THETA, head_dim).numpy().astype(np.float64)
+    return custom_ops.rotary_embedding(step([span]), THETA, head_dim).numpy().astype(np.float64)
 
 
 def draw_texts(
@@ -184,10 +184,10 @@ def test_a_step_writes_its_own_slots_and_no_other() -> None:
 @pytest.mark.parametrize("head_dim", [2, 16, 24, 128])
 def test_rotation_is_of_the_positions_of_each_sequence(theta: float, head_dim: int) -> None:
     spans = [Span(0, 5), Span(8190, 3), Span(77, 1)]
-    turns = custom_ops.rotation(step(spans), theta, head_dim).numpy()
+    rotary_cos_sin = custom_ops.rotary_embedding(step(spans), theta, head_dim).numpy()
     positions = np.concatenate([span.positions for span in spans])
     # Angles are float32: position times a frequency, both rounded.
-    error = np.abs(turns - reference.rotation(positions, theta, head_dim))
+    error = np.abs(rotary_cos_sin - reference.rotary_embedding(positions, theta, head_dim))
     assert (error <= 1e-7 + 3e-7 * positions[:, None]).all()
 
 
@@ -197,8 +197,8 @@ def test_rope_turns_pairs_and_leaves_values_alone() -> None:
     span = Span(2, 4, [0])
     qkv = draw(random, 4, 4, 16)
     turned = tensor(qkv.reshape(4, -1))
-    turns = custom_ops.rotation(step([span]), THETA, 16)
-    custom_ops.rope_and_cache(turned, step([span]), turns, cache.keys, cache.values)
+    rotary_cos_sin = custom_ops.rotary_embedding(step([span]), THETA, 16)
+    custom_ops.rope_and_cache(turned, step([span]), rotary_cos_sin, cache.keys, cache.values)
     heads = turned.numpy().reshape(4, 4, 16)
     plain = reference.rope(qkv, rotation_of(span, 16))
     np.testing.assert_allclose(heads[:, :2], plain[:, :2], **TOLERANCE)

@@ -30,7 +30,7 @@ EXPERTS = PackedMlp.draw(RANDOM, "bfloat16", HIDDEN, 20, 3)
 # Two heads of queries, one of keys.
 CACHE = PagedCache(2, 16, 1, 16, wide=True)
 PLAN = step([Span(0, 4, [0], [1, 2, 3, 4])], logit_tokens=[3])
-TURNS = custom_ops.rotation(PLAN, 10000.0, 16)
+COS_SIN = custom_ops.rotary_embedding(PLAN, 10000.0, 16)
 
 
 def ones(*shape: int) -> paddle.Tensor:
@@ -52,29 +52,36 @@ def attend(plan: paddle.Tensor, qkv: paddle.Tensor | None = None, cache: PagedCa
     return custom_ops.paged_attention(ones(4, 64) if qkv is None else qkv, plan, cache.keys, cache.values)
 
 
-def rotate(plan: paddle.Tensor, qkv: paddle.Tensor | None = None, turns: paddle.Tensor = TURNS) -> None:
+def rotate(
+    plan: paddle.Tensor, qkv: paddle.Tensor | None = None, rotary_cos_sin: paddle.Tensor = COS_SIN
+) -> None:
     qkv = ones(4, 64) if qkv is None else qkv
-    custom_ops.rope_and_cache(qkv, plan, turns, CACHE.keys, CACHE.values)
+    custom_ops.rope_and_cache(qkv, plan, rotary_cos_sin, CACHE.keys, CACHE.values)
 
 
 def attention_block(
-    stream: paddle.Tensor | None = None, qkv: paddle.Tensor = QKV, plan: paddle.Tensor = PLAN
+    hidden_states: paddle.Tensor | None = None, qkv: paddle.Tensor = QKV, plan: paddle.Tensor = PLAN
 ) -> None:
-    stream, norm = ones(4, HIDDEN) if stream is None else stream, ones(HIDDEN)
-    custom_ops.attention_block(stream, plan, norm, qkv, MATRIX, TURNS, CACHE.keys, CACHE.values, EPSILON)
+    hidden_states, norm = ones(4, HIDDEN) if hidden_states is None else hidden_states, ones(HIDDEN)
+    custom_ops.attention_block(
+        hidden_states, plan, norm, qkv, MATRIX, COS_SIN, CACHE.keys, CACHE.values, EPSILON
+    )
 
 
 def moe_block(
     *,
-    stream: paddle.Tensor | None = None,
+    hidden_states: paddle.Tensor | None = None,
     k: int = 2,
     bias: paddle.Tensor | None = None,
     experts: PackedMlp = EXPERTS,
     shared: tuple[paddle.Tensor | None, paddle.Tensor | None] = (None, None),
 ) -> None:
-    stream, bias = ones(4, HIDDEN) if stream is None else stream, ones(3) if bias is None else bias
+    hidden_states, bias = (
+        ones(4, HIDDEN) if hidden_states is None else hidden_states,
+        ones(3) if bias is None else bias,
+    )
     blobs = (ROUTER, bias, experts.gate_up, experts.down, *shared)
-    custom_ops.moe_block(stream, ones(HIDDEN), *blobs, EPSILON, k, 1e-12)
+    custom_ops.moe_block(hidden_states, ones(HIDDEN), *blobs, EPSILON, k, 1e-12)
 
 
 #: A group of one rank, for up to four tokens with two of the three experts each.
@@ -94,15 +101,15 @@ def group() -> Iterator[None]:
 def dispatch_send(
     *,
     x: paddle.Tensor | None = None,
-    picks: paddle.Tensor | None = None,
+    topk_ids: paddle.Tensor | None = None,
     handle: int | None = None,
     layer: int = 0,
 ) -> None:
-    x, picks = (
+    x, topk_ids = (
         ones(4, HIDDEN) if x is None else x,
-        plan_of(0, 1, 2, -1, 0, 0, 1, 1) if picks is None else picks,
+        plan_of(0, 1, 2, -1, 0, 0, 1, 1) if topk_ids is None else topk_ids,
     )
-    custom_ops.ep_dispatch_send(x, picks, GROUPS[0].handle if handle is None else handle, layer)
+    custom_ops.ep_dispatch_send(x, topk_ids, GROUPS[0].handle if handle is None else handle, layer)
 
 
 def dispatch_receive(
@@ -120,28 +127,32 @@ def combine_send(*, rows: paddle.Tensor | None = None, handle: int | None = None
 
 
 def combine_receive(
-    *, weights: paddle.Tensor | None = None, like: paddle.Tensor | None = None, handle: int | None = None
+    *,
+    topk_weights: paddle.Tensor | None = None,
+    like: paddle.Tensor | None = None,
+    handle: int | None = None,
 ) -> paddle.Tensor:
     combine_send()
-    weights, like = ones(4, 2) if weights is None else weights, ones(1, HIDDEN) if like is None else like
-    return custom_ops.ep_combine_receive(weights, like, GROUPS[0].handle if handle is None else handle)
+    topk_weights = ones(4, 2) if topk_weights is None else topk_weights
+    like = ones(1, HIDDEN) if like is None else like
+    return custom_ops.ep_combine_receive(topk_weights, like, GROUPS[0].handle if handle is None else handle)
 
 
 def ep_moe_block(
     *,
-    stream: paddle.Tensor | None = None,
+    hidden_states: paddle.Tensor | None = None,
     k: int = 2,
     experts: PackedMlp = EXPERTS,
     shared: tuple[paddle.Tensor | None, paddle.Tensor | None] = (None, None),
     handle: int | None = None,
     layer: int = 0,
 ) -> None:
-    stream, handle = (
-        ones(4, HIDDEN) if stream is None else stream,
+    hidden_states, handle = (
+        ones(4, HIDDEN) if hidden_states is None else hidden_states,
         GROUPS[0].handle if handle is None else handle,
     )
     blobs = (ROUTER, ones(3), experts.gate_up, experts.down, *shared)
-    custom_ops.ep_moe_block(stream, ones(HIDDEN), *blobs, EPSILON, k, 1e-12, handle, layer)
+    custom_ops.ep_moe_block(hidden_states, ones(HIDDEN), *blobs, EPSILON, k, 1e-12, handle, layer)
 
 
 def sequence(start: int, count: int, *blocks: int) -> paddle.Tensor:
@@ -218,42 +229,54 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "embedding: one dimension": (lambda: custom_ops.embedding(ones(9), PLAN), "2 dimensions"),
     "logits: a row that is not there": (
         lambda: custom_ops.logits(ones(3, 32), PLAN, ones(32), MATRIX, EPSILON),
-        "a row that is not there",
+        "a row outside of hidden_states",
     ),
     "logits: another width": (
         lambda: custom_ops.logits(ones(4, 31), PLAN, ones(31), MATRIX, EPSILON),
-        "lm_head does not fit the stream",
+        "lm_head does not fit hidden_states",
     ),
-    "step: empty": (lambda: custom_ops.rotation(plan_of(1, 1, 1), 1e4, 16), "shorter than its header"),
-    "step: cut off": (lambda: custom_ops.rotation(PLAN[:-1], 1e4, 16), "shorter than its header says"),
-    "step: negative": (lambda: custom_ops.rotation(plan_of(-1, 4, 1, 0, 0, 4), 1e4, 16), "step: "),
-    "step: floats": (lambda: custom_ops.rotation(ones(20), 1e4, 16), "must be an int32 tensor"),
+    "step: empty": (
+        lambda: custom_ops.rotary_embedding(plan_of(1, 1, 1), 1e4, 16),
+        "shorter than its header",
+    ),
+    "step: cut off": (
+        lambda: custom_ops.rotary_embedding(PLAN[:-1], 1e4, 16),
+        "shorter than its header says",
+    ),
+    "step: negative": (lambda: custom_ops.rotary_embedding(plan_of(-1, 4, 1, 0, 0, 4), 1e4, 16), "step: "),
+    "step: floats": (lambda: custom_ops.rotary_embedding(ones(20), 1e4, 16), "must be an int32 tensor"),
     "step: sequences that overlap": (
-        lambda: custom_ops.rotation(plan_of(2, 2, 1, 0, 0, 3, 2, 0, 0, 0, 0, 5, 5), 1e4, 16),
+        lambda: custom_ops.rotary_embedding(plan_of(2, 2, 1, 0, 0, 3, 2, 0, 0, 0, 0, 5, 5), 1e4, 16),
         "step: tokens of the sequences",
     ),
     "step: fewer tokens than the sequences have": (
-        lambda: custom_ops.rotation(plan_of(1, 1, 1, 0, 0, 9, 0, 0, 5), 1e4, 16),
+        lambda: custom_ops.rotary_embedding(plan_of(1, 1, 1, 0, 0, 9, 0, 0, 5), 1e4, 16),
         "step: tokens of the sequences",
     ),
     "step: before the first position": (
-        lambda: custom_ops.rotation(plan_of(1, 1, 1, 0, 0, 1, -1, 0, 5), 1e4, 16),
+        lambda: custom_ops.rotary_embedding(plan_of(1, 1, 1, 0, 0, 1, -1, 0, 5), 1e4, 16),
         "step: tokens of the sequences",
     ),
-    "rotation: an odd head": (lambda: custom_ops.rotation(PLAN, 1e4, 15), "rotation: head_dim"),
-    "rotation: no head": (lambda: custom_ops.rotation(PLAN, 1e4, 0), "rotation: head_dim"),
+    "rotary_embedding: an odd head": (
+        lambda: custom_ops.rotary_embedding(PLAN, 1e4, 15),
+        "rotary_embedding: head_dim",
+    ),
+    "rotary_embedding: no head": (
+        lambda: custom_ops.rotary_embedding(PLAN, 1e4, 0),
+        "rotary_embedding: head_dim",
+    ),
     "rope_and_cache: a block that is not there": (
         lambda: rotate(sequence(0, 4, 2)),
         "a block outside of the cache",
     ),
     "rope_and_cache: a negative block": (lambda: rotate(sequence(0, 4, -1)), "a block outside of the cache"),
     "rope_and_cache: too few blocks": (lambda: rotate(sequence(14, 4, 0)), "a block outside of the cache"),
-    "rope_and_cache: rotation of another step": (
-        lambda: rotate(PLAN, turns=ones(3, 16)),
-        "rotation must hold 64 float32, has 48",
+    "rope_and_cache: cos and sin of another step": (
+        lambda: rotate(PLAN, rotary_cos_sin=ones(3, 16)),
+        "rotary_cos_sin must hold 64 float32, has 48",
     ),
-    "rope_and_cache: no queries": (lambda: rotate(PLAN, ones(4, 32)), "heads of queries"),
-    "rope_and_cache: half a head": (lambda: rotate(PLAN, ones(4, 56)), "heads of queries"),
+    "rope_and_cache: no queries": (lambda: rotate(PLAN, ones(4, 32)), "the query heads must be"),
+    "rope_and_cache: half a head": (lambda: rotate(PLAN, ones(4, 56)), "the query heads must be"),
     "rope_and_cache: one dimension": (lambda: rotate(PLAN, ones(4 * 64)), "2 dimensions"),
     "paged_attention: a block that is not there": (
         lambda: attend(sequence(20, 4, 0, 7)),
@@ -261,14 +284,14 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "paged_attention: too few blocks": (lambda: attend(sequence(20, 4, 0)), "a block outside of the cache"),
     "paged_attention: too few rows": (lambda: attend(PLAN, ones(3, 64)), "qkv must hold 256 float32"),
-    "paged_attention: no queries": (lambda: attend(PLAN, ones(4, 32)), "heads of queries"),
+    "paged_attention: no queries": (lambda: attend(PLAN, ones(4, 32)), "the query heads must be"),
     "paged_attention: heads that cannot be shared": (
         lambda: attend(PLAN, ones(4, 7 * 16), PagedCache(2, 16, 2, 16, wide=True)),
-        "heads of queries",
+        "the query heads must be",
     ),
     "paged_attention: caches of two shapes": (
         lambda: custom_ops.paged_attention(ones(4, 64), PLAN, CACHE.keys, CACHE.values[:1]),
-        "shapes of one cache",
+        "different shapes",
     ),
     "paged_attention: caches of two types": (
         lambda: custom_ops.paged_attention(ones(4, 64), PLAN, CACHE.keys, CACHE.values.astype("bfloat16")),
@@ -286,15 +309,15 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: custom_ops.moe_topk_select(ones(2, 4), ones(3), 2, 1e-12),
         "bias must hold 4 float32",
     ),
-    "moe_permute: a pick that does not exist": (
+    "moe_permute: an expert that does not exist": (
         lambda: custom_ops.moe_permute(ones(2, 8), integers(np.array([[0, 1], [2, 3]])), 3),
         "an expert that does not exist",
     ),
-    "moe_permute: a negative pick": (
+    "moe_permute: a negative id": (
         lambda: custom_ops.moe_permute(ones(2, 8), integers(np.array([[0, 1], [2, -1]])), 3),
         "an expert that does not exist",
     ),
-    "moe_permute: picks of other tokens": (
+    "moe_permute: ids of other tokens": (
         lambda: custom_ops.moe_permute(ones(3, 8), integers(np.zeros((2, 2))), 3),
         "x must hold 16 float32, has 24",
     ),
@@ -332,7 +355,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: custom_ops.moe_unpermute(ones(3, 8), integers(np.arange(4)), ones(2, 2)),
         "rows must hold 32 float32",
     ),
-    "fused_moe: a pick that does not exist": (
+    "fused_moe: an expert that does not exist": (
         lambda: custom_ops.fused_moe(
             ones(2, HIDDEN), integers(np.full((2, 1), 3)), ones(2, 1), EXPERTS.gate_up, EXPERTS.down
         ),
@@ -344,10 +367,13 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "x must hold 64 float32, has 66",
     ),
-    "attention_block: tokens": (lambda: attention_block(ones(3, HIDDEN)), "stream must hold 128 float32"),
+    "attention_block: tokens": (
+        lambda: attention_block(ones(3, HIDDEN)),
+        "hidden_states must hold 128 float32",
+    ),
     "attention_block: half a head": (
         lambda: attention_block(qkv=Packed.draw(RANDOM, "wint8", 72, HIDDEN).blob),
-        "heads of queries",
+        "the query heads must be",
     ),
     "attention_block: a block that is not there": (
         lambda: attention_block(plan=sequence(0, 4, 2)),
@@ -355,7 +381,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "mlp_block: another width": (
         lambda: custom_ops.mlp_block(ones(4, 32), ones(32), OTHER_MLP.gate_up, OTHER_MLP.down, EPSILON),
-        "the matrices do not fit the stream",
+        "the matrices do not fit hidden_states",
     ),
     "mlp_block: one dimension": (
         lambda: custom_ops.mlp_block(ones(32), ones(32), MLP.gate_up, MLP.down, EPSILON),
@@ -389,27 +415,27 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         "must be float32 or bfloat16",
     ),
     "ep_dispatch_send: more tokens than there is room for": (
-        lambda: dispatch_send(x=ones(5, HIDDEN), picks=plan_of(*[0] * 10)),
+        lambda: dispatch_send(x=ones(5, HIDDEN), topk_ids=plan_of(*[0] * 10)),
         "more tokens than it was made for",
     ),
-    "ep_dispatch_send: picks of fewer tokens": (
-        lambda: dispatch_send(picks=plan_of(*[0] * 6)),
-        "picks must be int32 [tokens, k]",
+    "ep_dispatch_send: ids of fewer tokens": (
+        lambda: dispatch_send(topk_ids=plan_of(*[0] * 6)),
+        "topk_ids must be int32 [tokens, k]",
     ),
-    "ep_dispatch_send: more picks": (
-        lambda: dispatch_send(picks=plan_of(*[0] * 12)),
-        "picks must be int32 [tokens, k]",
+    "ep_dispatch_send: more ids": (
+        lambda: dispatch_send(topk_ids=plan_of(*[0] * 12)),
+        "topk_ids must be int32 [tokens, k]",
     ),
-    "ep_dispatch_send: picks that are no integers": (
-        lambda: dispatch_send(picks=ones(4, 2)),
-        "picks must be int32 [tokens, k]",
+    "ep_dispatch_send: ids that are no integers": (
+        lambda: dispatch_send(topk_ids=ones(4, 2)),
+        "topk_ids must be int32 [tokens, k]",
     ),
-    "ep_dispatch_send: a pick that does not exist": (
-        lambda: dispatch_send(picks=plan_of(0, 1, 2, 3, 0, 0, 0, 0)),
+    "ep_dispatch_send: an expert that does not exist": (
+        lambda: dispatch_send(topk_ids=plan_of(0, 1, 2, 3, 0, 0, 0, 0)),
         "an expert that does not exist",
     ),
     "ep_dispatch_send: less than none": (
-        lambda: dispatch_send(picks=plan_of(0, 1, 2, -2, 0, 0, 0, 0)),
+        lambda: dispatch_send(topk_ids=plan_of(0, 1, 2, -2, 0, 0, 0, 0)),
         "an expert that does not exist",
     ),
     "ep_dispatch_receive: no group": (lambda: dispatch_receive(handle=99), "not open in this process"),
@@ -448,16 +474,16 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "ep_combine_receive: no group": (lambda: combine_receive(handle=99), "not open in this process"),
     "ep_combine_receive: weights of other tokens": (
-        lambda: combine_receive(weights=ones(3, 2)),
-        "weights must be [tokens, k] of what was sent",
+        lambda: combine_receive(topk_weights=ones(3, 2)),
+        "topk_weights must be [tokens, k] of what was sent",
     ),
-    "ep_combine_receive: weights of other picks": (
-        lambda: combine_receive(weights=ones(4, 3)),
-        "weights must be [tokens, k] of what was sent",
+    "ep_combine_receive: weights of another k": (
+        lambda: combine_receive(topk_weights=ones(4, 3)),
+        "topk_weights must be [tokens, k] of what was sent",
     ),
     "ep_combine_receive: integers": (
-        lambda: combine_receive(weights=integers(np.ones((4, 2)))),
-        "weights must hold 8 float32",
+        lambda: combine_receive(topk_weights=integers(np.ones((4, 2)))),
+        "topk_weights must hold 8 float32",
     ),
     "ep_combine_receive: rows of integers": (
         lambda: combine_receive(like=integers(np.ones((1, HIDDEN)))),
@@ -466,15 +492,15 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "ep_moe_block: no group": (lambda: ep_moe_block(handle=99), "not open in this process"),
     "ep_moe_block: a layer that is not there": (lambda: ep_moe_block(layer=1), "no such layer"),
     "ep_moe_block: another width": (
-        lambda: ep_moe_block(stream=ones(4, HIDDEN + 1)),
+        lambda: ep_moe_block(hidden_states=ones(4, HIDDEN + 1)),
         "norm must hold 33 float32",
     ),
-    "ep_moe_block: other picks than the group's": (
+    "ep_moe_block: another k than the group's": (
         lambda: ep_moe_block(k=1),
         "the group was made for another network",
     ),
     "ep_moe_block: more tokens than the step was begun with": (
-        lambda: ep_moe_block(stream=ones(5, HIDDEN)),
+        lambda: ep_moe_block(hidden_states=ones(5, HIDDEN)),
         "the step was begun with fewer tokens",
     ),
     "ep_moe_block: experts of another router": (

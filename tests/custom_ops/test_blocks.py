@@ -19,8 +19,8 @@ def random() -> np.random.Generator:
     return np.random.default_rng(11)
 
 
-def normed(stream: np.ndarray, norm: paddle.Tensor) -> paddle.Tensor:
-    return custom_ops.rms_norm(tensor(stream), norm, EPSILON)[0]
+def normed(hidden_states: np.ndarray, norm: paddle.Tensor) -> paddle.Tensor:
+    return custom_ops.rms_norm(tensor(hidden_states), norm, EPSILON)[0]
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -31,19 +31,19 @@ def test_attention_block(random: np.random.Generator, weight_format: str, tokens
     output = Packed.draw(random, weight_format, HIDDEN, queries * head_dim)
     norm, before = tensor(draw(random, HIDDEN)), draw(random, tokens, HIDDEN).astype(np.float32)
     plan = step([Span(0, tokens, random.permutation(4))])
-    turns = custom_ops.rotation(plan, 10000.0, head_dim)
+    rotary_cos_sin = custom_ops.rotary_embedding(plan, 10000.0, head_dim)
     wide = weight_format == "float32"
     caches = [PagedCache(4, block_size, keys, head_dim, wide) for _ in range(2)]
 
-    stream = tensor(before)
-    tensors = (norm, qkv.blob, output.blob, turns, caches[0].keys, caches[0].values)
-    custom_ops.attention_block(stream, plan, *tensors, EPSILON)
+    hidden_states = tensor(before)
+    tensors = (norm, qkv.blob, output.blob, rotary_cos_sin, caches[0].keys, caches[0].values)
+    custom_ops.attention_block(hidden_states, plan, *tensors, EPSILON)
 
     rows = custom_ops.linear(normed(before, norm), qkv.blob)
-    custom_ops.rope_and_cache(rows, plan, turns, caches[1].keys, caches[1].values)
+    custom_ops.rope_and_cache(rows, plan, rotary_cos_sin, caches[1].keys, caches[1].values)
     attended = custom_ops.paged_attention(rows, plan, caches[1].keys, caches[1].values)
     expected = before + custom_ops.linear(attended, output.blob).numpy()
-    np.testing.assert_array_equal(stream.numpy(), expected)
+    np.testing.assert_array_equal(hidden_states.numpy(), expected)
     for part in ("keys", "values"):
         one, other = (getattr(cache, part).astype("float32").numpy() for cache in caches)
         np.testing.assert_array_equal(one, other)
@@ -54,9 +54,9 @@ def test_attention_block(random: np.random.Generator, weight_format: str, tokens
 def test_mlp_block(random: np.random.Generator, weight_format: str, tokens: int) -> None:
     mlp = PackedMlp.draw(random, weight_format, HIDDEN, 50, bias=True)
     norm, before = tensor(draw(random, HIDDEN)), draw(random, tokens, HIDDEN).astype(np.float32)
-    stream = tensor(before)
-    custom_ops.mlp_block(stream, norm, mlp.gate_up, mlp.down, EPSILON)
-    np.testing.assert_array_equal(stream.numpy(), before + alone(mlp, normed(before, norm)))
+    hidden_states = tensor(before)
+    custom_ops.mlp_block(hidden_states, norm, mlp.gate_up, mlp.down, EPSILON)
+    np.testing.assert_array_equal(hidden_states.numpy(), before + alone(mlp, normed(before, norm)))
 
 
 def alone(mlp: PackedMlp, x: paddle.Tensor) -> np.ndarray:
@@ -75,21 +75,21 @@ def test_moe_block(random: np.random.Generator, weight_format: str, tokens: int,
     mlps = PackedMlp.draw(random, weight_format, HIDDEN, 20, experts)
     shared = PackedMlp.draw(random, weight_format, HIDDEN, shared_width, bias=True) if shared_width else None
     norm, before = tensor(draw(random, HIDDEN)), draw(random, tokens, HIDDEN).astype(np.float32)
-    stream = tensor(before)
+    hidden_states = tensor(before)
     shared_blobs = (shared.gate_up, shared.down) if shared else (None, None)
-    picks, weights = custom_ops.moe_block(
-        stream, norm, router.blob, bias, mlps.gate_up, mlps.down, *shared_blobs, EPSILON, k, 1e-12
+    topk_ids, weights = custom_ops.moe_block(
+        hidden_states, norm, router.blob, bias, mlps.gate_up, mlps.down, *shared_blobs, EPSILON, k, 1e-12
     )
 
     x = normed(before, norm)
-    expected_picks, expected_weights = custom_ops.moe_topk_select(
+    expected_ids, expected_weights = custom_ops.moe_topk_select(
         custom_ops.linear(x, router.blob), bias, k, 1e-12
     )
-    np.testing.assert_array_equal(picks.numpy(), expected_picks.numpy())
+    np.testing.assert_array_equal(topk_ids.numpy(), expected_ids.numpy())
     np.testing.assert_array_equal(weights.numpy(), expected_weights.numpy())
-    y = custom_ops.fused_moe(x, picks, weights, mlps.gate_up, mlps.down).numpy()
+    y = custom_ops.fused_moe(x, topk_ids, weights, mlps.gate_up, mlps.down).numpy()
     expected = before + (y + alone(shared, x) if shared else y)
-    np.testing.assert_array_equal(stream.numpy(), expected)
+    np.testing.assert_array_equal(hidden_states.numpy(), expected)
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)

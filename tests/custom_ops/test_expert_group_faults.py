@@ -150,7 +150,7 @@ def test_a_result_at_a_place_that_is_none_is_a_fault(pair: Pair, place: int) -> 
     pair.places[1] = place
     assert pair.combine(count) == -1
     assert pair.native.status == FAULTY
-    assert pair.native.fault == (1, "the place of a result")
+    assert pair.native.fault == (1, "the return slot of a result")
 
 
 def test_a_rank_finds_the_fault_in_its_own_part(pair: Pair) -> None:
@@ -158,7 +158,7 @@ def test_a_rank_finds_the_fault_in_its_own_part(pair: Pair) -> None:
     count = pair.dispatch()
     pair.own_targets[0] = 1 << 6 | 63
     assert pair.combine(count) == -1
-    assert pair.native.fault == (0, "the target seat of a token")
+    assert pair.native.fault == (0, "the target rank of a token")
 
 
 def test_a_fault_is_forgotten_with_the_next_members(pair: Pair) -> None:

@@ -29,23 +29,23 @@ def test_topk_select_adds_the_bias_to_the_choice_only(
 ) -> None:
     random, k = np.random.default_rng(seed), min(k, experts)
     logits, bias = spread * draw(random, tokens, experts), 0.2 * draw(random, experts)
-    picks, weights = (
+    topk_ids, weights = (
         out.numpy() for out in custom_ops.moe_topk_select(tensor(logits), tensor(bias), k, 1e-12)
     )
-    expected_picks, expected_weights = reference.moe_topk_select(logits, bias, k, 1e-12)
+    expected_ids, expected_weights = reference.moe_topk_select(logits, bias, k, 1e-12)
     # Float32 may order differently what is closer than its roundings.
     scores = reference.softmax(logits) + bias
-    found, expected = (np.take_along_axis(scores, chosen, axis=1) for chosen in (picks, expected_picks))
+    found, expected = (np.take_along_axis(scores, chosen, axis=1) for chosen in (topk_ids, expected_ids))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    same = (picks == expected_picks).all(axis=1)
+    same = (topk_ids == expected_ids).all(axis=1)
     np.testing.assert_allclose(weights[same], expected_weights[same], rtol=3e-5, atol=1e-7)
 
 
 def test_topk_select_takes_the_lower_index_of_equals() -> None:
     logits = np.zeros((3, 64))
     logits[:, 50] = 1
-    picks, weights = custom_ops.moe_topk_select(tensor(logits), tensor(np.zeros(64)), 8, 1e-12)
-    assert picks.numpy().tolist() == [[50, 0, 1, 2, 3, 4, 5, 6]] * 3
+    topk_ids, weights = custom_ops.moe_topk_select(tensor(logits), tensor(np.zeros(64)), 8, 1e-12)
+    assert topk_ids.numpy().tolist() == [[50, 0, 1, 2, 3, 4, 5, 6]] * 3
     np.testing.assert_allclose(weights.numpy().sum(axis=1), 1, rtol=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_topk_select_divides_by_no_less_than_the_floor() -> None:
 SPREADS = ("any", "one expert", "half without tokens")
 
 
-def draw_picks(random: np.random.Generator, tokens: int, experts: int, k: int, spread: str) -> np.ndarray:
+def draw_topk_ids(random: np.random.Generator, tokens: int, experts: int, k: int, spread: str) -> np.ndarray:
     if spread == "one expert":
         return np.full((tokens, k), random.integers(experts))
     some = random.permutation(experts)[: experts if spread == "any" else max(k, experts // 2)]
@@ -78,12 +78,12 @@ def test_permute_makes_the_rows_of_an_expert_neighbours_and_unpermute_sums_them(
 ) -> None:
     random, k = np.random.default_rng(seed), min(k, experts)
     x, weights = draw(random, tokens, 21), draw(random, tokens, k)
-    picks = draw_picks(random, tokens, experts, k, spread)
-    rows, offsets, order = custom_ops.moe_permute(tensor(x), integers(picks), experts)
-    expected = np.argsort(picks.reshape(-1), kind="stable")
+    topk_ids = draw_topk_ids(random, tokens, experts, k, spread)
+    rows, offsets, order = custom_ops.moe_permute(tensor(x), integers(topk_ids), experts)
+    expected = np.argsort(topk_ids.reshape(-1), kind="stable")
     np.testing.assert_array_equal(order.numpy(), expected)
     np.testing.assert_array_equal(rows.numpy(), x[expected // k])
-    counts = np.bincount(picks.reshape(-1), minlength=experts)
+    counts = np.bincount(topk_ids.reshape(-1), minlength=experts)
     np.testing.assert_array_equal(offsets.numpy(), [0, *np.cumsum(counts)])
     y = custom_ops.moe_unpermute(rows, order, tensor(weights)).numpy()
     np.testing.assert_allclose(y, x * weights.sum(axis=1, keepdims=True), **TOLERANCE)
@@ -114,15 +114,15 @@ def test_fused_moe_sums_what_the_picked_experts_say(
     random, k = np.random.default_rng(seed), min(k, experts)
     mlps = PackedMlp.draw(random, weight_format, hidden, width, experts)
     x, weights = draw(random, tokens, hidden), np.abs(draw(random, tokens, k))
-    picks = draw_picks(random, tokens, experts, k, spread)
-    given_picks = integers(picks)
-    y = custom_ops.fused_moe(tensor(x), given_picks, tensor(weights), mlps.gate_up, mlps.down).numpy()
-    expected = reference.fused_moe(x, picks, weights, mlps.plain)
+    topk_ids = draw_topk_ids(random, tokens, experts, k, spread)
+    given_ids = integers(topk_ids)
+    y = custom_ops.fused_moe(tensor(x), given_ids, tensor(weights), mlps.gate_up, mlps.down).numpy()
+    expected = reference.fused_moe(x, topk_ids, weights, mlps.plain)
     # Where terms cancel each other their roundings do not.
     without_signs = [reference.GatedMlp(*(without_sign(part) for part in mlp)) for mlp in mlps.plain]
-    scale = reference.fused_moe(np.abs(x), picks, weights, without_signs).max()
+    scale = reference.fused_moe(np.abs(x), topk_ids, weights, without_signs).max()
     np.testing.assert_allclose(y, expected, **tolerance(weight_format, scale))
-    rows, offsets, order = custom_ops.moe_permute(tensor(x), given_picks, experts)
+    rows, offsets, order = custom_ops.moe_permute(tensor(x), given_ids, experts)
     rows = custom_ops.moe_grouped_gemm(rows, offsets, mlps.gate_up, mlps.down)
     parts = custom_ops.moe_unpermute(rows, order, tensor(weights)).numpy()
     np.testing.assert_array_equal(parts, y)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ def alive(pid: int) -> bool:
 class Running:
     """The daemon's process, its dp.toml, and fdctl against it."""
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, launcher: Sequence[str] = ()) -> None:
+        """`launcher` is a command that executes the one behind it."""
         self.prefix = prefix
+        self.launcher = launcher
         self.config = prefix / "dp.toml"
         self.ports = free_ports(26)
         self.metrics_port = self.ports[25]
@@ -76,7 +78,7 @@ class Running:
     def start(self, *words: str) -> None:
         self.external = "external" in words
         self.daemon = subprocess.Popen(
-            [sys.executable, str(LAUNCHER), str(self.config), str(self.prefix), *words],
+            [*self.launcher, sys.executable, str(LAUNCHER), str(self.config), str(self.prefix), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -18,7 +18,7 @@ from .conftest import LAUNCHER, Running, wait_until
 
 _MOUNT = """for name in state run logs; do
     mkdir -p "$1/$name"
-    mount -t tmpfs -o size=512k tmpfs "$1/$name" || exit
+    mount -t tmpfs -o size=512k,nr_inodes=128 tmpfs "$1/$name" || exit
 done"""
 
 
@@ -64,6 +64,39 @@ class SmallDisks(Running):
         yield
         # Its prefix is another one if the daemon was started again meanwhile.
         (self.prefix / name / "filler").unlink()
+
+    @contextlib.contextmanager
+    def without_inodes(self, name: str) -> Iterator[None]:
+        """Leave no room for another file on one of the three disks."""
+        fillers: list[Path] = []
+
+        def fill() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    file = self.prefix / name / f"filler{len(fillers)}"
+                    file.touch()
+                    fillers.append(file)
+
+        def is_full() -> bool:
+            # Not only once: the daemon's own check may have held the last inode at that time.
+            fill()
+            return any(f"{self.real / name}: No space left" in line for line in self.problems())
+
+        wait_until(is_full, "the daemon finds no room")
+        yield
+        for file in fillers:
+            file.unlink()
+
+    @contextlib.contextmanager
+    def remounted_read_only(self, *names: str) -> Iterator[None]:
+        """Let some of the three be read, with all that is on them, and not be written."""
+        for name in names:
+            path = str(self.real / name)
+            self._inside("mount", "--bind", path, path)
+            self._inside("mount", "-o", "remount,ro,bind", path)
+        yield
+        for name in names:
+            self._inside("umount", str(self.real / name))
 
     @contextlib.contextmanager
     def read_only(self, name: str) -> Iterator[None]:

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.daemon.config.programs import Program
-from fastdeploy.daemon.diagnosis.exit_cause import Cause, End, explain, killed_worker
+from fastdeploy.daemon.diagnosis.exit_cause import Cause, Exit, explain, killed_worker
 from fastdeploy.daemon.diagnosis.exit_diagnosis import ExitDiagnosis
 from fastdeploy.daemon.diagnosis.oom import OomWatcher
-from fastdeploy.daemon.process import supervisor_client
-from fastdeploy.daemon.process.supervisor_client import Layout
+from fastdeploy.daemon.process import output_tail
+from fastdeploy.daemon.process.supervisord_config import Layout
 
 from ..ports import free_ports
 from .conftest import wait_until
@@ -50,7 +50,7 @@ WORKER = f"{LOG}worker pid=12 was killed by "
         ("exit status 2", "api_server: ERROR (model '/x' is not a directory; give a checkpoint's)", "model"),
         ("exit status 2", "api_server: ERROR (/x/config.json: no such file; a checkpoint needs it)", "model"),
         ("exit status 3", f"{LOG}/models/m/weights: cannot be mapped ([Errno 5] I/O error)", "model"),
-        ("exit status 3", f"{LOG}/x/model.safetensors: not a safetensors file, or cut off", "model"),
+        ("exit status 3", f"{LOG}/x/model.safetensors: not a safetensors file, or truncated", "model"),
         ("exit status 3", f"{LOG}not enough memory", "memory"),
         ("exit status 3", f"{LOG}Unable to allocate 3.2 GiB for an array with shape (8,)", "memory"),
         ("exit status 3", f"{LOG}/dev/shm is full: 9 MB more are needed (docker: --shm-size)", "memory"),
@@ -70,34 +70,34 @@ WORKER = f"{LOG}worker pid=12 was killed by "
     ],
 )
 def test_each_end_has_a_cause(how: str, told: str, cause: str) -> None:
-    assert explain(End(how, told, model="/models/m")).cause == cause
+    assert explain(Exit(how, told, model="/models/m")).cause == cause
 
 
 def test_no_more_is_claimed_about_a_signal_9_than_is_known() -> None:
     told = f"{WORKER}SIGKILL"
     assert killed_worker(told) == 12
-    unknown = explain(End("exit status 3", told))
+    unknown = explain(Exit("exit status 3", told))
     assert (unknown.cause, "perhaps out of memory: see dmesg" in unknown.words) == (Cause.KILLED, True)
-    short = explain(End("exit status 3", told, out_of_memory="the kernel has just killed a process of x"))
+    short = explain(Exit("exit status 3", told, out_of_memory="the kernel has just killed a process of x"))
     assert (short.cause, short.words) == (
         Cause.MEMORY,
         "killed by signal 9, out of memory: the kernel has just killed a process of x",
     )
     # Whoever has killed it says so.
-    hung = explain(End("exit status 3", told, out_of_memory="somewhere", killed_by_rank=True))
+    hung = explain(Exit("exit status 3", told, out_of_memory="somewhere", killed_by_rank=True))
     assert hung.cause is Cause.HANG
 
 
 @given(st.text(), st.text(), st.text())
 def test_nothing_that_a_program_says_is_too_strange(how: str, told: str, model: str) -> None:
-    verdict = explain(End(how, told, model))
+    verdict = explain(Exit(how, told, model))
     assert "\n" not in verdict.words
 
 
 # ---- what real replicas say
 
 
-def refusal(tmp_path: Path, *words: str) -> End:
+def refusal(tmp_path: Path, *words: str) -> Exit:
     """How a real api_server with these flags ends, as its supervisor would tell."""
     output = tmp_path / "output.log"
     with output.open("wb") as out:
@@ -109,7 +109,7 @@ def refusal(tmp_path: Path, *words: str) -> End:
             timeout=120,
             check=False,
         )
-    return End(f"exit status {ended.returncode}", supervisor_client.last_error(output, 0.0))
+    return Exit(f"exit status {ended.returncode}", output_tail.last_error(output, 0.0))
 
 
 def port() -> str:
@@ -120,7 +120,7 @@ def test_a_port_held_by_a_stranger(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         end = refusal(tmp_path, "--model", str(TINY), "--port", str(stranger.getsockname()[1]))
     assert explain(end).cause is Cause.PORT
-    assert f"is taken by pid {os.getpid()}" in end.told
+    assert f"is taken by pid {os.getpid()}" in end.error
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_port_held_by_a_stranger(tmp_path: Path) -> None:
 def test_a_wrong_flag(tmp_path: Path, words: tuple[str, str]) -> None:
     end = refusal(tmp_path, "--model", str(TINY), "--port", port(), *words)
     assert explain(end).cause is Cause.FLAG
-    assert words[0] in end.told
+    assert words[0] in end.error
 
 
 @pytest.mark.parametrize("file", [None, "config.json", "model.safetensors", "tokenizer.json"])
@@ -160,26 +160,26 @@ def test_a_worker_that_its_group_has_killed_hung(tmp_path: Path) -> None:
         layout.output(name).parent.mkdir()
         layout.output(name).write_text(line + "\n")
     program = Program("replica0", ("x", "--model", str(TINY)), {}, (1,))
-    verdict, told = ExitDiagnosis(layout).hold(program, "exit status 3", 0.0, ["replica1"])
+    verdict, told = ExitDiagnosis(layout).diagnose(program, "exit status 3", 0.0, ["replica1"])
     assert (verdict.cause, told) == (Cause.HANG, f"{WORKER}SIGKILL")
-    alone, _ = ExitDiagnosis(layout).hold(program, "exit status 3", 0.0, [])
+    alone, _ = ExitDiagnosis(layout).diagnose(program, "exit status 3", 0.0, [])
     assert alone.cause is Cause.KILLED
 
 
 def test_a_kill_for_want_of_memory_is_seen_for_some_seconds(tmp_path: Path) -> None:
     counter = tmp_path / "vmstat"
     counter.write_text("nr_free_pages 7\noom_kill 3\n")
-    shortage = OomWatcher(counter)
-    assert shortage.risen() == "", "before the first look"
-    shortage.look([], 0.0)
-    assert shortage.risen() == ""
+    watcher = OomWatcher(counter)
+    assert watcher.recent_kill() == "", "before the first look"
+    watcher.poll([], 0.0)
+    assert watcher.recent_kill() == ""
     counter.write_text("nr_free_pages 7\noom_kill 4\n")
-    assert shortage.risen() == "the kernel has just killed a process of this machine"
+    assert watcher.recent_kill() == "the kernel has just killed a process of this machine"
     for now in (5.0, 10.0, 15.0):
-        shortage.look([], now)
-    assert shortage.risen() == ""
+        watcher.poll([], now)
+    assert watcher.recent_kill() == ""
     counter.unlink()
-    assert shortage.risen() == ""
+    assert watcher.recent_kill() == ""
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def _removed(directory: Path) -> bool:
 
 def test_a_process_that_the_kernel_really_kills_for_want_of_memory(small_cgroup: Path) -> None:
     hungry = "import sys; sys.stdin.readline(); print(len(bytearray(b'x') * (1 << 28)))"
-    shortage = OomWatcher(Path("/nowhere"))
+    watcher = OomWatcher(Path("/nowhere"))
     with subprocess.Popen([sys.executable, "-c", hungry], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         (small_cgroup / "cgroup.procs").write_text(str(process.pid))
@@ -218,9 +218,9 @@ def test_a_process_that_the_kernel_really_kills_for_want_of_memory(small_cgroup:
             (small_cgroup / "memory.memsw.limit_in_bytes").write_text(str(64 << 20))
         with contextlib.suppress(OSError):
             (small_cgroup / "memory.swap.max").write_text("0")
-        shortage.look([process.pid], time.monotonic())
-        assert shortage.risen() == ""
+        watcher.poll([process.pid], time.monotonic())
+        assert watcher.recent_kill() == ""
         process.stdin.write(b"\n")
         process.stdin.flush()
         assert process.wait(60) == -signal.SIGKILL
-    assert shortage.risen() == f"the kernel has just killed a process of cgroup /{small_cgroup.name}"
+    assert watcher.recent_kill() == f"the kernel has just killed a process of cgroup /{small_cgroup.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_the_documentation_is_the_generated_one() -> None:
 
 def test_every_option_has_one_sentence_of_help() -> None:
     for line in document().splitlines():
-        if line.startswith("| `"):
+        if re.match(r"\| `\w", line):
             assert re.search(r"\S.*[.;)]\S* \|$|\.\.\. \|$", line), line
 
 
@@ -60,7 +61,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
     [
         (
             "",
-            "1: model.path: is missing; Directory of the checkpoint, or the word `demo` for the demo model.",
+            "1: model.path: is missing; Directory of the checkpoint, or `demo` for the demo model.",
         ),
         ("[model]\npath = ''", "2: model.path: is ''; it must not be empty"),
         ("[model]\npath = 3", "2: model.path: is 3; it must be a text"),
@@ -92,7 +93,8 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\n# a comment\nports = [1, 2]\n"),
-            "5: engine.ports: has 2 ports; parallel.data_parallel_size is 8: it must have as many",
+            "5: engine.ports: has 2 ports; it must have one per replica, "
+            "and parallel.data_parallel_size is 8",
         ),
         (
             model("[engine]\nports = 65530\n"),
@@ -104,27 +106,27 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\nports = 30000\n"),
-            "4: engine.ports: port 30000 is router.port and engine.ports[0]; use each port once",
+            "4: engine.ports: port 30000 is both router.port and engine.ports[0]; use each port once",
         ),
         (
             model("[parallel]\ndata_parallel_size = 2\n[engine]\nports = [5000, 5000]\n"),
-            "6: engine.ports: port 5000 is engine.ports[0] and engine.ports[1]; use each port once",
+            "6: engine.ports: port 5000 is both engine.ports[0] and engine.ports[1]; use each port once",
         ),
         (
             model("[metrics]\nport = 30000\n"),
-            "4: metrics.port: port 30000 is router.port and metrics.port; use each port once",
+            "4: metrics.port: port 30000 is both router.port and metrics.port; use each port once",
         ),
         (
             model("[router]\nport = 30001\n"),
-            "1: metrics.port: port 30001 is router.port and metrics.port; use each port once",
+            "1: metrics.port: port 30001 is both router.port and metrics.port; use each port once",
         ),
         (
             model("[metrics]\nport = 3201\n"),
-            "4: metrics.port: port 3201 is engine.metrics_ports[1] and metrics.port; use each port once",
+            "4: metrics.port: port 3201 is both engine.metrics_ports[1] and metrics.port; use each port once",
         ),
         (
             model("[metrics]\nhost = 'localhost'\n"),
-            "4: metrics.host: is 'localhost'; it must be an IP address, as 127.0.0.1",
+            "4: metrics.host: is 'localhost'; it must be an IP address, for example 127.0.0.1",
         ),
         (
             model("[parallel]\ntensor_parallel_size = 2\n"),
@@ -139,8 +141,21 @@ def test_every_option_has_one_sentence_of_help() -> None:
             "4: parallel.balance_experts: is 1; it must be a boolean",
         ),
         (
+            model("[parallel]\ncollective_timeout = 0\n"),
+            "4: parallel.collective_timeout: is 0.0; it must be at least 1",
+        ),
+        (
             model("[parallel]\nstall_kill = 0\n"),
             "4: parallel.stall_kill: is 0.0; it must be at least 1",
+        ),
+        (
+            model("[supervise]\nhang_after = '9'\n"),
+            "4: supervise.hang_after: is '9'; it must be a number",
+        ),
+        (
+            model("[supervise]\nunhealthy_after = 9\n\nstall_after = 9\n"),
+            "6: supervise.stall_after: is the old name of unhealthy_after, which line 4 sets, too; "
+            "remove stall_after",
         ),
         (
             model("[engine]\nextra_args = '--x'\n"),
@@ -152,12 +167,12 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\nextra_args = ['--api-key', '5ecret']\n"),
-            "4: engine.extra_args: it must not hold --api-key: every user of this machine can read command "
-            "lines; write api_keys_file = FILE",
+            "4: engine.extra_args: it must not contain --api-key: every user of this machine can read "
+            "command lines; write api_keys_file = FILE",
         ),
         (
             model("[engine]\nextra_args = ['--api-key=x']\n"),
-            "4: engine.extra_args: it must not hold --api-key",
+            "4: engine.extra_args: it must not contain --api-key",
         ),
         (
             model("[engine]\nenv = { A = 1 }\n"),
@@ -165,9 +180,12 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine.env]\n'A B' = '1'\n"),
-            "3: engine.env: 'A B' cannot be the name of an environment variable",
+            "3: engine.env: 'A B' is not a valid name of an environment variable",
         ),
-        (model("[engine.env]\nFD_LOG_DIR = '/'\n"), "3: engine.env: FD_LOG_DIR is set by the daemon itself"),
+        (
+            model("[engine.env]\nFD_LOG_DIR = '/'\n"),
+            "3: engine.env: FD_LOG_DIR is set by the daemon; remove it",
+        ),
         (
             model('[engine]\nextra_args = ["\\u0000"]\n'),
             "4: engine.extra_args: must not contain",
@@ -185,10 +203,14 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[paths]\nrun = 'a;b'\n"),
-            "4: paths.run: is '/tmp/fd/a;b'; supervisord's configuration cannot carry ';'",
+            "4: paths.run: is '/tmp/fd/a;b'; supervisord does not support ';' in paths",
         ),
-        (model("[paths]\nrun = '100%'\n"), "4: paths.run: is '/tmp/fd/100%'; supervisord's configuration"),
-        (model(f"[paths]\nrun = '/{'x' * 90}'\n"), "4: paths.run: /xxx"),
+        (model("[paths]\nrun = '100%'\n"), "4: paths.run: is '/tmp/fd/100%'; supervisord does not"),
+        (
+            model(f"[paths]\nrun = '/{'x' * 83}'\n"),
+            f"4: paths.run: /{'x' * 83} has 84 bytes; the limit is 83, because the paths of the sockets in "
+            "it may have 107; use a shorter --prefix or [paths] run",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_says_where_and_what_is_right(text: str, message: str) -> None:
@@ -196,6 +218,33 @@ def test_a_mistake_is_one_line_that_says_where_and_what_is_right(text: str, mess
         read(text)
     assert str(caught.value).startswith(f"dp.toml:{message}")
     assert "\n" not in str(caught.value)
+
+
+def test_the_longest_run_directory_has_room_for_every_socket(tmp_path: Path) -> None:
+    run = Path(f"{tmp_path}/".ljust(83, "x"))
+    assert parse(model(f"[paths]\nrun = '{run}'\n"), "dp.toml", PREFIX, PREFIX).paths.run == run
+    run.mkdir()
+    # supervisord binds a name with its pid in it, and pids are at most 2**22.
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(run / "supervisor.sock.4194304"))
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "new"),
+    [
+        ("parallel", "stall_kill", "collective_timeout"),
+        ("supervise", "stall_after", "unhealthy_after"),
+        ("supervise", "stall_kill", "unhealthy_kill_after"),
+        ("supervise", "hang_after", "no_progress_timeout"),
+    ],
+)
+def test_old_names_are_accepted_and_reported_once(section: str, old: str, new: str) -> None:
+    config = read(model(f"[{section}]\n{old} = 7\n"))
+    assert getattr(getattr(config, section), new) == 7
+    assert config.deprecations == (f"dp.toml:4: {section}.{old}: is the old name of {new}; rename it",)
+    renamed = read(model(f"[{section}]\n{new} = 7\n"))
+    assert getattr(renamed, section) == getattr(config, section)
+    assert renamed.deprecations == ()
 
 
 def test_a_missing_file_and_one_that_is_not_utf8_are_one_line_too(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_configuration_with_which_a_replica_fails_is_rolled_back(running: Runn
     assert done.returncode == protocol.FAILED
     assert "exit status 3" in done.stderr
     assert "its last error: fake: ERROR (cannot load: no such checkpoint)" in done.stderr
-    assert "the old configuration is back" in done.stderr
+    assert "the old configuration is restored" in done.stderr
     after = running.pids()
     assert running.ready()
     assert after["replica1"] == before["replica1"]

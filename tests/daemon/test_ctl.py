@@ -176,6 +176,17 @@ def test_wrong_usage_is_2(words: str, standing: Running) -> None:
     assert standing.fdctl(*words.split()).returncode == protocol.USAGE
 
 
+def test_a_socket_path_that_is_too_long_is_one_line_with_length_and_limit() -> None:
+    path = "/" + "x" * 107
+    command = [FDCTL, "--socket", path, "status"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == protocol.NO_DAEMON
+    assert done.stderr == (
+        f"fdctl: ERROR ({path} has 108 bytes, but the path of a socket may have at most 107; "
+        "use a shorter --prefix or --socket)\n"
+    )
+
+
 def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
     path = tmp_path / "s"
 
@@ -198,7 +209,7 @@ def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
         done = fdctl()
         server.join()
     assert (done.returncode, done.stderr.count("\n")) == (protocol.NO_DAEMON, 1)
-    assert "ended before it answered" in done.stderr
+    assert "closed the connection without an answer" in done.stderr
 
 
 def test_output_that_is_not_ours_to_read_is_one_line_and_the_rest_is_told(
@@ -275,10 +286,10 @@ def test_ctrl_c_is_130_and_what_was_asked_for_goes_on(standing: Running) -> None
         _, told = fdctl.communicate(timeout=30)
     assert fdctl.returncode == protocol.DETACHED
     status = shlex.join(["fdctl", "--prefix", str(standing.prefix), "status"])
-    assert told == f"fdctl: detached; the reload goes on: {status}\n"
+    assert told == f"fdctl: detached; the reload continues: {status}\n"
     busy = standing.fdctl("restart", "0")
     assert busy.returncode == protocol.BUSY
-    assert "another operation is under way" in busy.stderr
+    assert "another operation is in progress" in busy.stderr
     wait_until(lambda: standing.status()["daemon"]["state"] == "READY", "the reload is done")
     assert not {standing.pids()[name] for name in ("replica0", "replica1")} & {*before.values()}
     assert "no program changes" in standing.fdctl("reload", "--dry-run").stdout

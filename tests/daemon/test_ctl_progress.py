@@ -158,7 +158,7 @@ def test_ctrl_c_on_a_terminal_detaches(tmp_path: Path, resumed: threading.Event)
         code, text = terminal.end()
     assert code == protocol.DETACHED
     status = f"fdctl --socket {tmp_path / 's'} status"
-    assert text.rstrip().endswith(f"fdctl: detached; the reload goes on: {status}")
+    assert text.rstrip().endswith(f"fdctl: detached; the reload continues: {status}")
 
 
 def test_without_a_terminal_there_are_only_the_lines(tmp_path: Path) -> None:

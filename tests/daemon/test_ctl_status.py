@@ -10,9 +10,15 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fastdeploy.daemon.control import protocol
+
+from .conftest import FDCTL
+from .scripted_daemon import scripted
 
 LONG = "the worker has said: " + "very long words of a library " * 15
 _SHOW = """
@@ -90,3 +96,25 @@ def test_on_a_terminal_the_note_gets_what_is_left_of_the_line(columns: int) -> N
     # The title and three programs: no other column is folded to make room for it.
     assert len(lines) == 5
     assert any(line.endswith("a short note") for line in lines)
+
+
+@pytest.mark.parametrize("words", [("status",), ("why",), ("why", "0")])
+def test_a_daemon_without_problems_in_its_answer_is_an_older_one(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    one = program(0, "READY") | {
+        "output": str(tmp_path / "output.log"),
+        "argv": [],
+        "for": 3.0,
+        "waits_for": None,
+    }
+    daemon = {key: value for key, value in STATUS["daemon"].items() if key != "problems"}
+    answers = {
+        "status": {"status": {"daemon": daemon, "router": None, "replicas": [one]}},
+        "why": {"why": one},
+    }
+    with scripted(tmp_path / "s", lambda command: [{"code": protocol.OK, **answers[command["do"]]}]):
+        command = [FDCTL, "--socket", str(tmp_path / "s"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (protocol.OK, "")
+    assert "READY" in done.stdout

@@ -20,7 +20,7 @@ from fastdeploy.common.messages import ExpertParallelStats, Ready, Stats
 from fastdeploy.daemon.control import protocol
 from fastdeploy.daemon.control.protocol import DaemonUnreachable
 from fastdeploy.daemon.fdctl import top
-from fastdeploy.daemon.fdctl.scrapes import Errands, History, Scrape
+from fastdeploy.daemon.fdctl.scrapes import BackgroundCalls, History, Scrape
 from fastdeploy.daemon.router.metrics import metrics as router_metrics
 from fastdeploy.entrypoints.metrics import ReplicaMetrics
 
@@ -219,24 +219,24 @@ def test_a_rate_is_never_negative_and_never_more_than_was_counted(counts: list[i
         assert rate == pytest.approx((counts[-1] - counts[0]) / (len(counts) - 1))
 
 
-def test_an_errand_that_does_not_return_is_not_sent_twice() -> None:
-    over, sent = threading.Event(), []
-    errands = Errands()
+def test_a_call_that_does_not_return_is_not_repeated() -> None:
+    over, started = threading.Event(), []
+    calls = BackgroundCalls()
 
     def slow() -> str:
-        sent.append("slow")
+        started.append("slow")
         over.wait(60)
         return "late"
 
     for _ in range(3):
-        errands.send({"slow": slow, "quick": lambda: "at once", "broken": lambda: 1 / 0})
+        calls.start({"slow": slow, "quick": lambda: "at once", "broken": lambda: 1 / 0})
         results: dict[Any, Any] = {}
-        wait_until(lambda: results.update(errands.take(0.01)) or len(results) == 2, deadline=30)  # noqa: B023
+        wait_until(lambda: results.update(calls.take(0.01)) or len(results) == 2, deadline=30)  # noqa: B023
         assert results["quick"] == "at once"
         assert isinstance(results["broken"], ZeroDivisionError)
-    assert sent == ["slow"]
+    assert started == ["slow"]
     over.set()
-    wait_until(lambda: errands.take(0.01) == {"slow": "late"}, deadline=30)
+    wait_until(lambda: calls.take(0.01) == {"slow": "late"}, deadline=30)
 
 
 # ---- the screen

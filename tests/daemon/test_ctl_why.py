@@ -32,9 +32,8 @@ def program(number: int | None) -> Program:
 
 
 def config() -> Config:
-    text = (
-        '[model]\npath = "demo"\n[supervise]\nstartup_timeout = 600\nstall_kill = 60\nparallel_starts = 1\n'
-    )
+    text = '[model]\npath = "demo"\n[supervise]\nstartup_timeout = 600\n'
+    text += "unhealthy_kill_after = 60\nparallel_starts = 1\n"
     return parse(text, "dp.toml", Path("/p"), Path("/p"))
 
 
@@ -42,17 +41,25 @@ def config() -> Config:
 class Seen:
     """As much of a fleet as `waits_for` looks at."""
 
-    replicas: dict[str, SupervisedProgram] = field(default_factory=dict)
+    programs: dict[str, SupervisedProgram] = field(default_factory=dict)
     config: Config = field(default_factory=config)
     busy: int | None = 0
-    routed: RouterSnapshot = field(default_factory=lambda: RouterSnapshot(problem=""))
+    snapshot: RouterSnapshot = field(default_factory=lambda: RouterSnapshot(problem=""))
+
+    @property
+    def replicas(self) -> dict[str, SupervisedProgram]:
+        return {name: one for name, one in self.programs.items() if not one.is_router}
+
+    @property
+    def router(self) -> Seen:
+        return self
 
     def row(self, replica: SupervisedProgram) -> None:
         """The router has not been asked."""
 
     def add(self, number: int | None, state: ProgramState, **other: Any) -> SupervisedProgram:
         one = SupervisedProgram(program(number), state, since=NOW - 12, **other)
-        self.replicas[one.name] = one
+        self.programs[one.name] = one
         return one
 
     def in_flight(self, replica: SupervisedProgram) -> int | None:
@@ -69,13 +76,13 @@ class Seen:
         (
             ProgramState.READY,
             {"draining": True},
-            "the end of its requests (2 in flight), then for the operator: the router gives it nothing new; "
+            "the end of its requests (2 in flight), then for the operator, who has drained it; "
             "fdctl undrain 1",
         ),
         (
             ProgramState.READY,
             {"intent": Intent.HELD},
-            "the operator: nobody else touches it; fdctl release 1",
+            "the operator, who holds it; fdctl release 1",
         ),
         (ProgramState.STOPPED, {"intent": Intent.STOPPED}, "the operator: fdctl start 1"),
         (ProgramState.STOPPED, {"intent": Intent.HELD}, "the operator: fdctl start 1"),
@@ -91,17 +98,17 @@ class Seen:
             {"paused": True, "next_try": NOW - 1},
             "its turn: paused replicas start one at a time",
         ),
-        (ProgramState.STARTING, {}, "its first token; it is given up in 588 s"),
-        (ProgramState.UNHEALTHY, {"last_good": NOW - 20}, "a good health check; it is killed in 40 s"),
+        (ProgramState.STARTING, {}, "its first token; it counts as failed in 588 s"),
+        (ProgramState.UNHEALTHY, {"last_good": NOW - 20}, "a successful health check; it is killed in 40 s"),
         (
             ProgramState.UNHEALTHY,
             {"last_good": NOW - 20, "intent": Intent.HELD},
-            "a good health check, or the operator: fdctl release 1",
+            "a successful health check, or the operator: fdctl release 1",
         ),
         (ProgramState.STOPPING, {}, "its last requests; it is killed in 18 s"),
-        (ProgramState.STOPPING, {"failing": "hangs"}, "the stacks of its threads; then it is killed"),
-        (ProgramState.BACKOFF, {"next_try": NOW + 7.4}, "its next try, in 7 s"),
-        (ProgramState.QUARANTINED, {"next_try": NOW + 400}, "its next try, in 400 s"),
+        (ProgramState.STOPPING, {"kill_reason": "hangs"}, "its thread stacks; then it is killed"),
+        (ProgramState.BACKOFF, {"next_try": NOW + 7.4}, "its next restart, in 7 s"),
+        (ProgramState.QUARANTINED, {"next_try": NOW + 400}, "its next restart, in 400 s"),
         (ProgramState.BACKOFF, {"next_try": float("inf")}, "the end of fd-dp"),
         (ProgramState.WAITING, {}, "the end of its old process"),
     ],
@@ -169,7 +176,7 @@ def test_a_fleet_that_is_not_well_is_explained(running: Running) -> None:
     assert "router: " not in told
     one, two, three = ("replica " + part for part in told.split("replica ")[1:])
     assert one.startswith("replica 0: BACKOFF for ")
-    assert "waits for: its next try, in " in one
+    assert "waits for: its next restart, in " in one
     assert "last exit: terminated by SIGKILL (cause: killed), " in one
     assert two.startswith("replica 1: STOPPED for ")
     assert "wanted: down: stopped by the operator" in two

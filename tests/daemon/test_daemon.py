@@ -246,7 +246,7 @@ def test_a_second_daemon_on_the_same_prefix_is_refused_in_one_line(running: Runn
     output, _ = second.communicate(timeout=20)
     assert second.returncode == 1
     assert output.count("\n") == 1
-    assert f"another fd-dp, pid {first.pid}, works in" in output
+    assert f"another fd-dp, pid {first.pid}, uses" in output
     assert running.pids() == before
 
 
@@ -292,19 +292,19 @@ def test_a_replica_that_generates_no_token_is_not_ready(running: Running) -> Non
     running.write(extra_args=("--no-word",), startup_timeout=4)
     running.start()
     wait_until(lambda: "ERROR (not READY within 4 s" in _log(running), "replica given up")
-    assert "a token failed: the network returns NaN" in running.log()
+    assert "token probe failed: the network returns NaN" in running.log()
 
 
 def test_a_replica_that_stops_answering_is_killed_and_started_again(running: Running, tmp_path: Path) -> None:
     hang = tmp_path / "hang"
-    running.write(extra_args=("--hang-file", str(hang)), stall_after=1, stall_kill=2)
+    running.write(extra_args=("--hang-file", str(hang)), unhealthy_after=1, unhealthy_kill_after=2)
     running.start_and_wait()
     before = running.pids()
     hang.touch()
     wait_until(lambda: not alive(before["replica0"]), "hanging replica 0 killed")
     hang.unlink()
     running.wait_ready_again("replica0", before["replica0"])
-    assert "no good health check for 2 s" in running.log()
+    assert "no successful health check for 2 s" in running.log()
 
 
 def test_sd_notify_reports_status_ready_and_stopping_and_children_cannot(running: Running) -> None:

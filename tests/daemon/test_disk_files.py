@@ -16,11 +16,12 @@ import pytest
 from supervisor.loggers import LogRecord
 
 from fastdeploy.common.errors import FastDeployError
-from fastdeploy.daemon.process import proc, supervisor_client
+from fastdeploy.daemon.process import proc, supervisord_config
 from fastdeploy.daemon.process.output_files import OutputFile
-from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, SupervisorError
+from fastdeploy.daemon.process.supervisor_client import Supervisor, SupervisorError
+from fastdeploy.daemon.process.supervisord_config import Layout
 from fastdeploy.daemon.process.unix_listener import UnixListener
-from fastdeploy.daemon.supervision.intents import Intent, Intents, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent, Intents
 from fastdeploy.daemon.troubles import Troubles
 from fastdeploy.daemon.upkeep import Lock, write_problem
 
@@ -112,6 +113,23 @@ def test_a_log_file_rotates(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_run_of_a_program_leaves_no_open_file_and_its_loss_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "output.log"
+    for run in range(3):
+        written(OutputFile(str(file)), f"{run}\n")
+    assert [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()].count(
+        str(file)
+    ) == 1
+    file.unlink()
+    file.symlink_to("/dev/full")
+    written(OutputFile(str(file)), "three\n")
+    file.unlink()
+    written(OutputFile(str(file)), "four\n")
+    note, line = file.read_text().splitlines()
+    assert "WARNING supervisord 6 bytes of output were lost since 20" in note
+    assert line == "four"
+
+
 def test_a_log_file_that_may_not_be_made_costs_lines_alone(forbidden: Path) -> None:
     def call() -> str:
         handler = OutputFile(str(forbidden / "x" / "output.log"))
@@ -179,7 +197,7 @@ def test_a_removed_lock_is_taken_again(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     (tmp_path / "fd-dp.lock").unlink()
     assert lock.keep() == ""
-    with pytest.raises(FastDeployError, match=f"another fd-dp, pid {os.getpid()}, works in"):
+    with pytest.raises(FastDeployError, match=f"another fd-dp, pid {os.getpid()}, uses"):
         Lock(tmp_path)
     lock.release()
 
@@ -187,7 +205,7 @@ def test_a_removed_lock_is_taken_again(tmp_path: Path) -> None:
 def test_wishes_without_permission_are_kept_in_memory(forbidden: Path) -> None:
     def call() -> str:
         intents = Intents(forbidden)
-        problem = intents.set("replica0", Wish(Intent.HELD))
+        problem = intents.set("replica0", DesiredState(Intent.HELD))
         return f"{problem} {intents.of('replica0').intent}"
 
     told = as_nobody(call)
@@ -200,18 +218,18 @@ def test_wishes_without_permission_are_kept_in_memory(forbidden: Path) -> None:
 
 def test_files_that_are_in_place_are_not_written_again(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
-    supervisor_client.write(layout, [program()])
+    supervisord_config.write_files(layout, [program()])
     before = {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")}
-    supervisor_client.write(layout, [program()])
+    supervisord_config.write_files(layout, [program()])
     assert {path: path.stat().st_ino for path in (tmp_path / "run").rglob("*")} == before
-    assert supervisor_client.are_in_place(layout, [program()])
+    assert supervisord_config.files_exist(layout, [program()])
     layout.ini.unlink()
-    assert not supervisor_client.are_in_place(layout, [program()])
+    assert not supervisord_config.files_exist(layout, [program()])
 
 
 def test_a_missing_run_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
-    supervisor_client.write(layout, [program("replica0")])
+    supervisord_config.write_files(layout, [program("replica0")])
     assert layout.run.stat().st_mode & 0o777 == 0o700
     assert layout.launch.stat().st_mode & 0o777 == 0o700
 
@@ -220,16 +238,16 @@ def test_half_a_file_is_not_left_behind(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     layout.ini.mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
-        supervisor_client.write(layout, [])
+        supervisord_config.write_files(layout, [])
     assert sorted(path.name for path in layout.run.iterdir()) == ["launch", "supervisord.conf"]
 
 
 def test_a_program_that_cannot_be_started_is_named_with_the_reason(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     programs = [program(name="replica0"), program(name="replica1")]
-    supervisor_client.write(layout, programs)
+    supervisord_config.write_files(layout, programs)
     layout.ini.write_text(
-        supervisor_client.render(layout, programs).replace("command=", "command=/nowhere", 1)
+        supervisord_config.render(layout, programs).replace("command=", "command=/nowhere", 1)
     )
     # supervisor's own, as one that an older fd-dp has started.
     command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(layout.ini)]
@@ -292,7 +310,7 @@ def test_supervisord_needs_no_temporary_directory() -> None:
         pytest.skip(f"no file system can be mounted: {reason}")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         layout = Layout(Path(name, "run"), Path(name, "logs"))
-        supervisor_client.write(layout, [program()])
+        supervisord_config.write_files(layout, [program()])
         mounts = "for place in /tmp /var/tmp; do mount -t tmpfs -o ro tmpfs $place || exit; done"
         # Nor can anything be written in the current directory.
         command = ["unshare", "-m", "sh", "-c", f'{mounts}; cd /proc; exec "$@"', "sh", sys.executable]

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from fastdeploy.daemon.control import protocol
+
 from .conftest import alive, wait_until
 from .small_disks import SmallDisks, heals, small_disks
 
@@ -60,10 +62,10 @@ def test_supervisord_logs_again_when_there_is_room(system: SmallDisks) -> None:
 def test_a_drain_on_a_full_state_disk_holds_and_is_written_later(system: SmallDisks) -> None:
     file = system.prefix / "state" / "intents.json"
     with system.full("state"):
-        done = system.fdctl("drain", "1")
+        done = system.fdctl("drain", "1", "--no-wait")
         assert (done.returncode, done.stderr) == (0, "")
         assert "No space left on device; its content is kept in memory" in done.stdout
-        assert system.drained() == {1}
+        wait_until(lambda: system.drained() == {1}, "the router knows")
         assert not file.exists()
     wait_until(file.exists, "it is written")
     wait_until(lambda: "replica1" in json.loads(file.read_text()), "the wish is written")
@@ -81,11 +83,10 @@ def test_a_dead_supervisord_is_replaced_on_full_disks(system: SmallDisks) -> Non
     heals(system)
 
 
-@pytest.mark.parametrize("disk", ["logs", "state"])
-def test_a_replica_comes_back_on_a_read_only_disk(system: SmallDisks, disk: str) -> None:
+def test_a_replica_comes_back_on_a_read_only_disk_of_logs(system: SmallDisks) -> None:
     before, manager = system.pids(), supervisord(system)
-    with system.read_only(disk):
-        words = f"cannot write {system.real / disk}: Read-only file system; since "
+    with system.read_only("logs"):
+        words = f"cannot write {system.real}/logs: Read-only file system; since "
         wait_until(lambda: [line for line in system.problems() if line.startswith(words)], "it is reported")
         os.kill(before["replica0"], signal.SIGKILL)
         system.wait_ready_again("replica0", before["replica0"])
@@ -103,6 +104,59 @@ def test_nothing_ends_while_the_run_directory_is_read_only(system: SmallDisks) -
     wait_until(lambda: system.pids() == before, "everything is as before")
     assert supervisord(system) == manager
     heals(system)
+
+
+def test_a_read_only_remount_costs_only_what_has_to_be_written(system: SmallDisks) -> None:
+    before, manager = system.pids(), supervisord(system)
+    file = system.prefix / "state" / "intents.json"
+    system.tell("drain", name="0", wait=False)
+    with system.remounted_read_only("state", "run"):
+        for disk in ("state", "run"):
+            words = f"cannot write {system.real / disk}: Read-only file system; since "
+            wait_until(lambda words=words: words in str(system.problems()), "it is reported")
+        done = system.fdctl("drain", "1", "--no-wait")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Read-only file system; its content is kept in memory" in done.stdout
+        wait_until(lambda: system.drained() == {0, 1}, "the router knows")
+        assert set(json.loads(file.read_text())) == {"replica0"}
+        os.kill(before["replica0"], signal.SIGKILL)
+        system.wait_ready_again("replica0", before["replica0"])
+        system.write(extra_args=("--load-seconds", "0.1"))
+        assert "Read-only file system" in system.tell("reload")[-1]["error"]
+        wait_until(system.ready, "the replicas have their old configuration")
+        assert supervisord(system) == manager
+    wait_until(lambda: set(json.loads(file.read_text())) == {"replica0", "replica1"}, "it is written")
+    system.write()
+    for replica in ("0", "1"):
+        system.do("undrain", replica)
+    heals(system)
+
+
+def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDisks) -> None:
+    assert system.daemon is not None
+    before, manager, run = system.pids(), supervisord(system), system.prefix / "run"
+    with system.without_inodes("run"):
+        # The removal of one would make room for another.
+        (run / "supervisor.sock").rename(run / "old1.sock")
+        (run / "fd-dp.sock").rename(run / "old2.sock")
+
+        def problems() -> str:
+            [answer] = protocol.request(run / "old2.sock", {"do": "status"}, 20.0)
+            return str(answer["status"]["daemon"]["problems"])
+
+        for words in (
+            f"cannot listen on {system.real}/run/fd-dp.sock: No space left on device; since ",
+            f"pid {manager} is alive and its programs keep running; since ",
+        ):
+            wait_until(lambda words=words: words in problems(), "it is reported")
+        told = system.fdctl("status").stderr
+        assert f"run/fd-dp.sock, but fd-dp, pid {system.daemon.pid}, is alive; " in told
+        assert told.count("\n") == 1
+    for name, old in (("supervisor.sock", "old1.sock"), ("fd-dp.sock", "old2.sock")):
+        wait_until((run / name).exists, "it is bound")
+        (run / old).unlink()
+    heals(system)
+    assert (system.pids(), supervisord(system)) == (before, manager)
 
 
 def test_a_new_daemon_adopts_everything_on_full_disks(system: SmallDisks) -> None:

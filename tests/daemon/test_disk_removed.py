@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -80,6 +81,19 @@ def test_an_emptied_run_directory_is_filled_again(lent: Running) -> None:
     assert (run / "supervisord.conf").exists()
 
 
+def test_a_removed_state_directory_is_made_again_with_all_wishes(lent: Running) -> None:
+    file = lent.prefix / "state" / "intents.json"
+    lent.tell("drain", name="1", wait=False)
+    shutil.rmtree(file.parent)
+    wait_until(file.exists, "the wishes are written again")
+    assert json.loads(file.read_text()) == {"replica1": {"intent": "run", "draining": True}}
+    shutil.rmtree(file.parent)
+    lent.do("hold", "0")
+    assert set(json.loads(file.read_text())) == {"replica0", "replica1"}
+    wait_until(lambda: lent.drained() == {1}, "the router knows")
+    assert lent.status()["daemon"]["problems"] == []
+
+
 def test_a_supervisord_out_of_reach_is_reported_and_not_replaced(lent: Running) -> None:
     before, manager = lent.pids(), supervisord(lent)
     os.kill(manager, signal.SIGSTOP)
@@ -147,7 +161,7 @@ def test_fdctl_names_what_is_missing(lent: Running) -> None:
         done = lent.fdctl("status")
     finally:
         os.kill(lent.daemon.pid, signal.SIGCONT)
-    assert f"run/fd-dp.sock, but fd-dp, pid {lent.daemon.pid}, is alive; " in done.stderr
+    assert f"run/fd-dp.sock, but fd-dp runs with pid {lent.daemon.pid}; " in done.stderr
     wait_until(lent.ready, "it listens again")
 
 
@@ -168,7 +182,7 @@ def test_a_replica_without_its_files_waits_and_has_not_failed(lent: Running) -> 
         assert (entry["state"], entry["restarts"]) == ("WAITING", before["restarts"] + 1)
         wait_until(lambda: lent.status()["daemon"]["problems"], "the problem is listed")
         problem = lent.status()["daemon"]["problems"][0]
-        assert problem.startswith("cannot write the files that programs start from: ")
+        assert problem.startswith("cannot write the launch files of programs: ")
     finally:
         launch.unlink()
     lent.wait_ready_again("replica0", before["pid"])

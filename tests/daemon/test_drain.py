@@ -62,7 +62,7 @@ def test_the_stages_of_a_restart_are_told_with_what_is_in_flight(lent: Running) 
     }
     assert drains[-1]["in_flight"] == 2
     # What is left when time is up goes on elsewhere, and somebody may want to know that.
-    assert "replica 1: 2 requests in flight after 0.5 s; going on elsewhere" in lines(told)
+    assert "replica 1: 2 requests in flight after 0.5 s; resumed on other replicas" in lines(told)
     assert lent.ready()
 
 
@@ -82,7 +82,7 @@ def test_the_only_replica_goes_on_until_it_has_nothing_in_flight(running: Runnin
     before = running.pids()
     running.set_in_flight(0, 1)
     running.do("restart", "0", wait=False)
-    said = "replica 0: not drained: no other takes requests; it is stopped when it has none"
+    said = "replica 0: not drained, as no other replica takes requests; it is stopped when it has none"
     wait_until(lambda: said in running.log(), "it is told")
     assert (running.drained(), running.pids()) == (set(), before)
     running.set_in_flight(0, 0)

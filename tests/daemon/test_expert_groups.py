@@ -15,7 +15,7 @@ import pytest
 from fastdeploy.daemon.config import loader as dp_toml
 from fastdeploy.daemon.config.programs import expert_group_of, programs_of
 from fastdeploy.daemon.control import protocol
-from fastdeploy.daemon.process import supervisor_client
+from fastdeploy.daemon.process import supervisord_config
 
 from ..quiet_group import QuietGroup
 from .conftest import FDCTL
@@ -36,8 +36,8 @@ def launched(prefix: Path, parallel: str = "") -> str:
     """As if a daemon had written its files; returns the name of the replicas' group."""
     text = f'[model]\npath = "demo"\n[parallel]\ndata_parallel_size = 4\n{parallel}\n'
     config = dp_toml.parse(text, "dp.toml", prefix, prefix)
-    supervisor_client.write(
-        supervisor_client.Layout(config.paths.run, config.paths.logs), programs_of(config)
+    supervisord_config.write_files(
+        supervisord_config.Layout(config.paths.run, config.paths.logs), programs_of(config)
     )
     return expert_group_of(config)
 
@@ -109,7 +109,7 @@ def test_where_there_is_no_group_one_line_says_why_and_the_exit_code_is_its_own(
 ) -> None:
     done = fdctl("ep")
     assert done.returncode == protocol.NO_DAEMON
-    assert f"no fd-dp has been in {tmp_path}/run" in done.stderr
+    assert f"no fd-dp has used {tmp_path}/run" in done.stderr
 
     launched(tmp_path, "expert_parallel = false")
     done = fdctl("ep")
@@ -151,9 +151,9 @@ def test_neither_the_daemon_nor_fdctl_imports_paddle_or_numpy(
     new_group(launched(tmp_path)).join(0)
     program = (
         "import sys, fastdeploy.daemon.main\n"
-        "from fastdeploy.daemon import ctl\n"
+        "from fastdeploy.daemon.fdctl import main\n"
         f"sys.argv = ['fdctl', '--prefix', {str(tmp_path)!r}, 'ep']\n"
-        "code = ctl.main()\n"
+        "code = main.main()\n"
         "print(code, *{'paddle', 'numpy'} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

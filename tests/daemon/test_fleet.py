@@ -13,7 +13,7 @@ import pytest
 from fastdeploy.daemon.config.launch import HASH, MARKER
 from fastdeploy.daemon.diagnosis.exit_cause import Cause
 from fastdeploy.daemon.process import proc
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState
 
 from .conftest import wait_until
@@ -64,7 +64,7 @@ def test_the_replica_that_has_waited_longest_starts_first(tmp_path: Path) -> Non
 def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it_ready(
     tmp_path: Path,
 ) -> None:
-    world = World(tmp_path, 1, stall_after=30, stall_kill=180)
+    world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=180)
     world.become_ready("router", "replica0")
     world.probes.good.discard("replica0")
     world.pass_time(20.0)
@@ -78,7 +78,7 @@ def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it
 
 def test_a_daemon_that_was_stopped_itself_blames_nobody_for_the_time(tmp_path: Path) -> None:
     """A laptop's lid, a debugger, a machine without memory: the replicas could not be asked meanwhile."""
-    world = World(tmp_path, 1, stall_after=30, stall_kill=180)
+    world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=180)
     world.become_ready("router", "replica0")
     world.now += 3600.0
     world.fleet.step()
@@ -120,7 +120,7 @@ def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.wish(replica, Wish(Intent.STOPPED))
+    world.fleet.set_desired(replica, DesiredState(Intent.STOPPED))
     world.fleet.stop(replica, "stopped")
     world.pass_time(1.0)
     assert replica.state is ProgramState.STOPPED
@@ -156,7 +156,7 @@ def test_after_box_budget_failures_a_further_one_pauses_its_replica(tmp_path: Pa
     note = world.fleet.replicas["replica1"].note
     assert "paused until no replica has failed for 30 s: 5 failures within 600 s on this machine" in note
     # The router is tried all the same.
-    assert world.fleet.replicas["router"].state is ProgramState.BACKOFF
+    assert world.fleet.programs["router"].state is ProgramState.BACKOFF
 
 
 def test_paused_replicas_come_back_one_at_a_time_when_the_machine_is_calm(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_wrong_flag_is_tried_again_slowly_from_the_first_and_says_so(tmp_path:
     assert (replica.state, replica.cause) == (ProgramState.QUARANTINED, Cause.FLAG)
     assert replica.next_try - world.now == 500
     assert "exit status 2 (wrong flag); its last error: api_server: ERROR (unrecognized" in replica.note
-    assert replica.note.endswith("quarantined: a wrong flag will not heal by itself")
+    assert replica.note.endswith("quarantined: a retry cannot fix a wrong flag")
 
 
 def test_each_end_is_counted_with_its_cause_and_each_start_with_its_time(tmp_path: Path) -> None:

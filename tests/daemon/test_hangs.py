@@ -15,14 +15,14 @@ from fastdeploy.daemon.config.loader import parse
 from fastdeploy.daemon.config.programs import expert_group_of
 from fastdeploy.daemon.diagnosis.exit_cause import Cause
 from fastdeploy.daemon.supervision.hang_detection import (
-    Judgement,
+    HangReport,
     ProgressTracker,
-    Stuck,
+    Stalled,
     WorkerProgress,
-    awaited_by,
-    judge,
+    find_hung,
+    root_blockers,
 )
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState, SupervisedProgram
 from fastdeploy.expert_parallel.snapshot import RankSnapshot, Snapshot
 
@@ -59,69 +59,74 @@ def snapshot(*seats: RankSnapshot) -> Snapshot:
     return Snapshot(GROUP, 1, active, 0, 0, 0, num_seats=8, seats=seats, awaited=None)
 
 
-def stuck(number: int, group: str | None = GROUP) -> Stuck:
-    return Stuck(f"replica{number}", 65.0, 3, group, number)
+def stalled(number: int, group: str | None = GROUP) -> Stalled:
+    return Stalled(f"replica{number}", 65.0, 3, group, number)
 
 
-def judged(numbers: tuple[int, ...], *seats: RankSnapshot) -> Judgement:
-    return judge([stuck(number) for number in numbers], {GROUP: snapshot(*seats)}, MEMBERS, 60.0)
+def report_of(numbers: tuple[int, ...], *seats: RankSnapshot) -> HangReport:
+    return find_hung([stalled(number) for number in numbers], {GROUP: snapshot(*seats)}, MEMBERS, 60.0)
 
 
 # ---- the decision
 
 
 def test_one_that_is_in_no_group_hangs() -> None:
-    found = judge([stuck(2, group=None)], {}, {}, 60.0)
-    assert found.guilty == {"replica2": "no step for 65 s, 3 in hand"}
+    found = find_hung([stalled(2, group=None)], {}, {}, 60.0)
+    assert found.hung == {"replica2": "no step for 65 s, requests in flight: 3"}
     # Its model has no experts, or nobody has come to the group yet.
-    assert judge([stuck(2)], {GROUP: None}, MEMBERS, 60.0).guilty.keys() == {"replica2"}
-    assert judge([stuck(2)], {GROUP: snapshot(seat(0))}, MEMBERS, 60.0).guilty.keys() == {"replica2"}
+    assert find_hung([stalled(2)], {GROUP: None}, MEMBERS, 60.0).hung.keys() == {"replica2"}
+    assert find_hung([stalled(2)], {GROUP: snapshot(seat(0))}, MEMBERS, 60.0).hung.keys() == {"replica2"}
 
 
 def test_those_who_wait_are_excused_and_the_one_waited_for_is_to_blame() -> None:
-    found = judged((0, 1), seat(0, 2), seat(1, 2), seat(2))
-    assert found.guilty == {"replica2": "in the way of others for 65 s (computing, layer 1)"}
-    waits = "no step for 65 s, 3 in hand; waits for seat 2 (computing, layer 1)"
-    assert found.excused == {"replica0": waits, "replica1": waits}
+    found = report_of((0, 1), seat(0, 2), seat(1, 2), seat(2))
+    assert found.hung == {"replica2": "other ranks have waited for it for 65 s (computing, layer 1)"}
+    waits = "no step for 65 s, requests in flight: 3; waits for rank 2 (computing, layer 1)"
+    assert found.blocked == {"replica0": waits, "replica1": waits}
 
 
 def test_whoever_has_work_itself_and_is_waited_for_is_blamed_once() -> None:
-    found = judged((0, 1, 2), seat(0, 1, 2), seat(1), seat(2, 1))
-    assert found.guilty.keys() == {"replica1"}
-    assert found.excused.keys() == {"replica0", "replica2"}
+    found = report_of((0, 1, 2), seat(0, 1, 2), seat(1), seat(2, 1))
+    assert found.hung.keys() == {"replica1"}
+    assert found.blocked.keys() == {"replica0", "replica2"}
 
 
 def test_an_idle_one_that_does_not_hear_the_call_is_to_blame() -> None:
-    found = judged((0,), seat(0, 1), seat(1, phase="idle", seconds=3600.0))
-    assert found.guilty.keys() == {"replica1"}
+    found = report_of((0,), seat(0, 1), seat(1, phase="idle", seconds=3600.0))
+    assert found.hung.keys() == {"replica1"}
 
 
 def test_a_step_that_goes_on_layer_by_layer_is_slow_and_not_dead() -> None:
-    found = judged((0, 1), seat(0, 1), seat(1, seconds=2.0))
-    assert found.guilty == {}
-    assert found.excused["replica1"] == "no step for 65 s, 3 in hand; its step goes on (computing, layer 1)"
+    found = report_of((0, 1), seat(0, 1), seat(1, seconds=2.0))
+    assert found.hung == {}
+    assert (
+        found.blocked["replica1"]
+        == "no step for 65 s, requests in flight: 3; its step makes progress (computing, layer 1)"
+    )
 
 
 def test_of_two_that_wait_for_each_other_the_one_that_stopped_first_is_to_blame() -> None:
     """It was stopped in a wait: what it waited for has come since."""
-    assert judged((0, 1), seat(0, 1, seconds=66.0), seat(1, 0, seconds=65.0)).guilty.keys() == {"replica0"}
-    assert judged((0, 1), seat(0, 1, seconds=65.0), seat(1, 0, seconds=66.0)).guilty.keys() == {"replica1"}
+    assert report_of((0, 1), seat(0, 1, seconds=66.0), seat(1, 0, seconds=65.0)).hung.keys() == {"replica0"}
+    assert report_of((0, 1), seat(0, 1, seconds=65.0), seat(1, 0, seconds=66.0)).hung.keys() == {"replica1"}
 
 
 def test_a_newcomer_that_never_arrives_is_to_blame() -> None:
-    found = judged((0,), seat(0, 3), seat(3, seconds=None, phase="idle", state="joining"))
-    assert found.guilty.keys() == {"replica3"}
+    found = report_of((0,), seat(0, 3), seat(3, seconds=None, phase="idle", state="joining"))
+    assert found.hung.keys() == {"replica3"}
 
 
 def test_a_dead_one_is_for_its_group_to_bury() -> None:
-    found = judged((0,), seat(0, 1), seat(1, state="dead"))
-    assert (found.guilty, found.excused.keys()) == ({}, {"replica0"})
+    found = report_of((0,), seat(0, 1), seat(1, state="dead"))
+    assert (found.hung, found.blocked.keys()) == ({}, {"replica0"})
 
 
 def test_nobody_is_blamed_when_the_group_cannot_be_looked_at_or_the_culprit_is_not_ours() -> None:
-    found = judge([stuck(0)], {}, MEMBERS, 60.0)
-    assert found.excused == {"replica0": "no step for 65 s, 3 in hand; its expert group cannot be looked at"}
-    assert judged((0,), seat(0, 7), seat(7)).guilty == {}
+    found = find_hung([stalled(0)], {}, MEMBERS, 60.0)
+    assert found.blocked == {
+        "replica0": "no step for 65 s, requests in flight: 3; its expert group cannot be read"
+    }
+    assert report_of((0,), seat(0, 7), seat(7)).hung == {}
 
 
 @given(
@@ -136,7 +141,7 @@ def test_somebody_is_always_awaited_and_never_one_that_waits_if_another_does_not
 ) -> None:
     seats = {n: seat(n, *sorted(others - {n}), seconds=s) for n, (others, s) in waits.items()}
     for one in seats.values():
-        found = awaited_by(one, seats)
+        found = root_blockers(one, seats)
         assert found
         assert len(found) == 1 or not any(other.waits_for for other in found)
 
@@ -145,42 +150,42 @@ def test_somebody_is_always_awaited_and_never_one_that_waits_if_another_does_not
 
 
 def test_progress_is_a_new_step_or_having_nothing_to_do() -> None:
-    watch = ProgressTracker()
-    watch.saw(WorkerProgress(5, 1, 100.0), 0.0)
-    assert watch.stuck(10.0) == 10.0, "it is not blamed for what was before"
-    watch.saw(WorkerProgress(5, 1, 120.0), 20.0)
-    assert watch.stuck(20.0) == 20.0
-    watch.saw(WorkerProgress(6, 1, 0.5), 30.0)
-    assert watch.stuck(40.0) == 0.5
-    watch.saw(WorkerProgress(6, 0, 0.0), 40.0)
-    watch.saw(WorkerProgress(6, 1, 3.0), 50.0)
-    assert watch.stuck(50.0) == 3.0
+    progress = ProgressTracker()
+    progress.update(WorkerProgress(5, 1, 100.0), 0.0)
+    assert progress.stalled_for(10.0) == 10.0, "it is not blamed for what was before"
+    progress.update(WorkerProgress(5, 1, 120.0), 20.0)
+    assert progress.stalled_for(20.0) == 20.0
+    progress.update(WorkerProgress(6, 1, 0.5), 30.0)
+    assert progress.stalled_for(40.0) == 0.5
+    progress.update(WorkerProgress(6, 0, 0.0), 40.0)
+    progress.update(WorkerProgress(6, 1, 3.0), 50.0)
+    assert progress.stalled_for(50.0) == 3.0
 
 
 def test_time_in_which_the_daemon_slept_is_forgiven() -> None:
-    watch = ProgressTracker()
-    watch.saw(WorkerProgress(5, 1, 1.0), 0.0)
-    watch.tested = 0.0
-    watch.forgive(3600.0)
-    watch.saw(WorkerProgress(5, 1, 3601.0), 3601.0)
-    assert watch.stuck(3601.0) == 1.0
-    watch.saw(WorkerProgress(5, 1, 0.0), 3601.0)
-    assert watch.tested_for(3601.0) == 1.0
+    progress = ProgressTracker()
+    progress.update(WorkerProgress(5, 1, 1.0), 0.0)
+    progress.expect_token(0.0)
+    progress.compensate(3600.0)
+    progress.update(WorkerProgress(5, 1, 3601.0), 3601.0)
+    assert progress.stalled_for(3601.0) == 1.0
+    progress.update(WorkerProgress(5, 1, 0.0), 3601.0)
+    assert progress.token_overdue_for(3601.0) == 1.0
 
 
 @pytest.mark.parametrize("worker", [None, {}, [], 3, {"steps": "x", "requests": 1, "silent": 0}])
 def test_a_health_check_that_tells_nothing_of_a_worker_is_no_reason_for_anything(worker: object) -> None:
     assert WorkerProgress.of({"worker": worker}) is None
-    watch = ProgressTracker()
-    watch.saw(None, 5.0)
-    assert (watch.stuck(1e9), watch.idle(1e9)) == (0.0, 0.0)
+    progress = ProgressTracker()
+    progress.update(None, 5.0)
+    assert (progress.stalled_for(1e9), progress.idle_for(1e9)) == (0.0, 0.0)
 
 
 # ---- the fleet
 
 
 def started(tmp_path: Path, **supervise: float) -> tuple[World, SupervisedProgram]:
-    world = World(tmp_path, 1, **{"hang_after": 20, "idle_probe": 0, **supervise})
+    world = World(tmp_path, 1, **{"no_progress_timeout": 20, "idle_probe": 0, **supervise})
     world.become_ready("router", "replica0")
     return world, world.fleet.replicas["replica0"]
 
@@ -192,8 +197,8 @@ def test_one_that_has_work_and_makes_no_step_is_killed(tmp_path: Path) -> None:
     assert replica.state is ProgramState.READY
     world.pass_time(8.0)
     assert (replica.state, replica.cause) == (ProgramState.STOPPING, Cause.HANG)
-    assert replica.failing.startswith("hangs: no step for ")
-    assert replica.failing.endswith("s, 2 in hand")
+    assert replica.kill_reason.startswith("hangs: no step for ")
+    assert replica.kill_reason.endswith("s, requests in flight: 2")
     world.supervisor.end("replica0")
     world.fleet.step()
     assert replica.state is ProgramState.BACKOFF
@@ -216,7 +221,7 @@ def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
 
 def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
-    world.fleet.wish(replica, Wish(Intent.HELD))
+    world.fleet.set_desired(replica, DesiredState(Intent.HELD))
     world.work("replica0")
     world.pass_time(100.0)
     assert replica.state is ProgramState.READY
@@ -226,7 +231,7 @@ def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_pa
 def test_one_that_hangs_with_its_first_token_is_killed_long_before_the_startup_timeout(
     tmp_path: Path,
 ) -> None:
-    world = World(tmp_path, 1, hang_after=20, startup_timeout=600)
+    world = World(tmp_path, 1, no_progress_timeout=20, startup_timeout=600)
     world.probes.silent.add("replica0")
     world.probes.good |= {"router", "replica0"}
     world.pass_time(3.0)
@@ -274,7 +279,7 @@ def test_an_idle_one_that_gives_no_token_is_unhealthy_and_then_killed(tmp_path: 
     assert (replica.state, replica.note) == (ProgramState.UNHEALTHY, "no token")
     world.pass_time(20.0)
     assert replica.cause is Cause.HANG
-    assert replica.failing == "idle, and gave no token for 20 s: no token"
+    assert replica.kill_reason == "idle, but no token within 20 s: no token"
 
 
 def test_an_idle_one_that_gives_its_token_late_is_ready_again(tmp_path: Path) -> None:
@@ -295,7 +300,7 @@ def test_an_idle_one_that_keeps_its_token_waiting_is_killed(tmp_path: Path) -> N
     world.work("replica0", requests=0)
     world.probes.silent.add("replica0")
     world.pass_time(95.0)
-    assert replica.failing == "idle, and gave no token for 20 s"
+    assert replica.kill_reason == "idle, but no token within 20 s"
 
 
 def test_an_idle_one_that_keeps_its_token_waiting_as_it_waits_for_others_is_excused(tmp_path: Path) -> None:
@@ -304,7 +309,7 @@ def test_an_idle_one_that_keeps_its_token_waiting_as_it_waits_for_others_is_excu
         2,
         "expert_parallel = true",
         lambda name: snapshot(seat(0, 1), seat(1)),
-        hang_after=20,
+        no_progress_timeout=20,
         idle_probe=60,
     )
     world.become_ready("router", "replica0", "replica1")
@@ -334,7 +339,7 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Pa
         seen.append(name)
         return snapshot(seat(0, 2), seat(1, 2), seat(2))
 
-    world = World(tmp_path, 3, "expert_parallel = true", look, hang_after=20, idle_probe=0)
+    world = World(tmp_path, 3, "expert_parallel = true", look, no_progress_timeout=20, idle_probe=0)
     world.become_ready("router", "replica0", "replica1", "replica2")
     for name in ("replica0", "replica1"):
         world.work(name)
@@ -343,12 +348,14 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Pa
     world.pass_time(20.0)
     assert world.names(ProgramState.STOPPING) == {"replica2"}
     assert set(seen) == {expert_group_of(world.fleet.config)}
-    assert "waits for seat 2" in world.fleet.replicas["replica0"].note
+    assert "waits for rank 2" in world.fleet.replicas["replica0"].note
 
 
 def test_what_counts_as_a_hang_can_be_told_in_dp_toml(tmp_path: Path) -> None:
-    config = parse('[model]\npath = "demo"\n[supervise]\nhang_after = 2.5\n', "dp.toml", tmp_path, tmp_path)
-    assert (config.supervise.hang_after, config.supervise.idle_probe) == (2.5, 60.0)
+    config = parse(
+        '[model]\npath = "demo"\n[supervise]\nno_progress_timeout = 2.5\n', "dp.toml", tmp_path, tmp_path
+    )
+    assert (config.supervise.no_progress_timeout, config.supervise.idle_probe) == (2.5, 60.0)
 
 
 # ---- a real daemon, with processes that are not
@@ -358,7 +365,7 @@ def test_a_process_that_hangs_tells_where_before_it_is_killed_and_comes_back(
     running: Running, tmp_path: Path
 ) -> None:
     stuck_file = tmp_path / "stuck"
-    running.write(extra_args=("--stuck-file", str(stuck_file)), hang_after=1)
+    running.write(extra_args=("--stuck-file", str(stuck_file)), no_progress_timeout=1)
     running.start_and_wait()
     before = running.pids()
     stuck_file.touch()
@@ -366,17 +373,19 @@ def test_a_process_that_hangs_tells_where_before_it_is_killed_and_comes_back(
     stuck_file.unlink()
     entry = running.wait_ready_again("replica0", before["replica0"])
     assert entry["cause"] == "hang"
-    assert re.search(r"replica 0: ERROR \(hangs: no step for \d+ s, 1 in hand\); killing pid", running.log())
+    assert re.search(
+        r"replica 0: ERROR \(hangs: no step for \d+ s, requests in flight: 1\); killing pid", running.log()
+    )
     output = (running.prefix / "logs" / "replica0" / "output.log").read_text()
     assert "most recent call first" in output
     assert "in deadlocked" in output
 
 
 def test_a_process_that_is_stopped_tells_where_it_was_and_comes_back(running: Running) -> None:
-    running.write(stall_after=1, stall_kill=2)
+    running.write(unhealthy_after=1, unhealthy_kill_after=2)
     running.start_and_wait()
     before = running.pids()
     os.kill(before["replica1"], signal.SIGSTOP)
     entry = running.wait_ready_again("replica1", before["replica1"])
     assert entry["cause"] == "hang"
-    assert "no good health check for 2 s" in running.log()
+    assert "no successful health check for 2 s" in running.log()

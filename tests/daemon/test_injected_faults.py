@@ -21,7 +21,7 @@ from .conftest import wait_until
 from .world import World
 
 
-@pytest.mark.parametrize("part", ["_observe", "_check_times", "_start"])
+@pytest.mark.parametrize("part", ["_observe", "_check_retry", "_start"])
 def test_a_fault_about_one_replica_leaves_the_others_supervised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
 ) -> None:
@@ -48,14 +48,14 @@ def test_a_reading_that_cannot_be_used_hides_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(tmp_path, 2)
-    read = Health._read
+    read = Health._apply
 
     def faulty(health: Health, replica: SupervisedProgram, reading: object, now: float) -> None:
         if replica.name == "replica0":
             raise RuntimeError("injected")
         read(health, replica, reading, now)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Health, "_read", faulty)
+    monkeypatch.setattr(Health, "_apply", faulty)
     world.become_ready("router", "replica0", "replica1")
     assert world.names(ProgramState.READY) == {"router", "replica1"}
 

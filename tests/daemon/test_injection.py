@@ -23,8 +23,9 @@ from fastdeploy.daemon.config import launch
 from fastdeploy.daemon.config.launch import HASH, MARKER
 from fastdeploy.daemon.config.loader import Config, parse
 from fastdeploy.daemon.config.programs import Program, programs_of
-from fastdeploy.daemon.process import supervisor_client
-from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, SupervisorError
+from fastdeploy.daemon.process import supervisord_config
+from fastdeploy.daemon.process.supervisor_client import Supervisor, SupervisorError
+from fastdeploy.daemon.process.supervisord_config import Layout
 
 from .conftest import wait_until
 from .test_supervisor import FD_RUN, parsed
@@ -200,7 +201,7 @@ def test_no_text_of_dp_toml_changes_which_programs_run_or_what_they_are_told(
     extra = tuple(options["engine.extra_args"])
     assert programs[2].argv[len(programs[2].argv) - len(extra) :] == extra
     layout = Layout(config.paths.run, config.paths.logs)
-    supervisor_client.write(layout, programs)
+    supervisord_config.write_files(layout, programs)
     assert_runs_exactly(programs, layout)
 
 
@@ -218,7 +219,7 @@ def test_each_case_reaches_the_program_as_it_was_written(case: str, tmp_path: Pa
     router, replica, _ = programs = programs_of(config)
     assert (router.env["X"], replica.env["X"], replica.argv[-1]) == (case, case, case)
     layout = Layout(config.paths.run, config.paths.logs)
-    supervisor_client.write(layout, programs)
+    supervisord_config.write_files(layout, programs)
     assert_runs_exactly(programs, layout)
 
 
@@ -236,7 +237,7 @@ def test_a_path_is_refused_or_means_what_it_says(run: str, logs: str, state: str
     layout = Layout(config.paths.run, config.paths.logs)
     programs = programs_of(config)
     try:
-        supervisor_client.write(layout, programs)
+        supervisord_config.write_files(layout, programs)
     except OSError:
         return  # longer than a file system's names may be
     assert_runs_exactly(programs, layout)
@@ -263,7 +264,7 @@ def test_a_real_supervisord_passes_every_word_on(tmp_path: Path) -> None:
         )
         for program in programs_of(config)
     ]
-    supervisor_client.write(layout, programs)
+    supervisord_config.write_files(layout, programs)
     inherited = {**os.environ, "EVIL": "100% %(x)s", "EVIL_2": "a\n[program:evil]\ncommand=/bin/false"}
     supervisord = subprocess.Popen(
         [sys.executable, "-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(layout.ini)],

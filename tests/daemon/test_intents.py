@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.daemon.control import protocol
-from fastdeploy.daemon.supervision.intents import Intent, Intents, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent, Intents
 from fastdeploy.daemon.supervision.program_state import ProgramState
 
 from .conftest import Running, alive, wait_until
 from .world import World
 
 WISHES = st.dictionaries(
-    st.text(max_size=8), st.builds(Wish, st.sampled_from(Intent), st.booleans()), max_size=4
+    st.text(max_size=8), st.builds(DesiredState, st.sampled_from(Intent), st.booleans()), max_size=4
 )
 
 
@@ -33,7 +33,7 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
         intents.set(name, wish)
     read = Intents(state)
     assert {name: read.of(name) for name in wishes} == wishes
-    assert read.of("another") == Wish(Intent.RUN, draining=False)
+    assert read.of("another") == DesiredState(Intent.RUN, draining=False)
 
 
 @pytest.mark.parametrize(
@@ -41,40 +41,40 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
 )
 def test_a_file_that_is_not_understood_is_no_wish(tmp_path: Path, text: str) -> None:
     (tmp_path / "intents.json").write_text(text, encoding="latin-1")
-    assert Intents(tmp_path).of("replica1") == Wish()
+    assert Intents(tmp_path).of("replica1") == DesiredState()
 
 
 def test_a_wish_that_cannot_be_written_holds_and_is_written_later(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
-    assert intents.set("replica1", Wish(Intent.HELD)) == ""
+    assert intents.set("replica1", DesiredState(Intent.HELD)) == ""
     (tmp_path / "intents.new").mkdir()
-    problem = intents.set("replica1", Wish(draining=True))
+    problem = intents.set("replica1", DesiredState(draining=True))
     assert problem.startswith(f"cannot write {tmp_path}/intents.json: ")
     assert intents.save() == problem
     # To wish the same again does not hide it.
-    assert intents.set("replica1", Wish(draining=True)) == problem
-    assert intents.of("replica1") == Wish(draining=True)
-    assert Intents(tmp_path).of("replica1") == Wish(Intent.HELD)
+    assert intents.set("replica1", DesiredState(draining=True)) == problem
+    assert intents.of("replica1") == DesiredState(draining=True)
+    assert Intents(tmp_path).of("replica1") == DesiredState(Intent.HELD)
     (tmp_path / "intents.new").rmdir()
     assert intents.save() == ""
-    assert Intents(tmp_path).of("replica1") == Wish(draining=True)
+    assert Intents(tmp_path).of("replica1") == DesiredState(draining=True)
 
 
 def test_a_removed_file_is_written_again(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
-    intents.set("replica1", Wish(Intent.HELD))
+    intents.set("replica1", DesiredState(Intent.HELD))
     (tmp_path / "intents.json").unlink()
     assert intents.save() == ""
-    assert Intents(tmp_path).of("replica1") == Wish(Intent.HELD)
+    assert Intents(tmp_path).of("replica1") == DesiredState(Intent.HELD)
 
 
 def test_programs_that_are_no_more_have_no_wishes(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
-    intents.set("replica1", Wish(Intent.STOPPED))
-    intents.set("replica2", Wish(draining=True))
+    intents.set("replica1", DesiredState(Intent.STOPPED))
+    intents.set("replica2", DesiredState(draining=True))
     intents.keep_only({"router", "replica1"})
-    assert Intents(tmp_path).of("replica2") == Wish()
-    assert Intents(tmp_path).of("replica1") == Wish(Intent.STOPPED)
+    assert Intents(tmp_path).of("replica2") == DesiredState()
+    assert Intents(tmp_path).of("replica1") == DesiredState(Intent.STOPPED)
 
 
 # ---- drain
@@ -157,7 +157,7 @@ def test_a_reload_leaves_a_held_replica_as_it_is_until_it_is_released(lent: Runn
     lent.write(env={"SOME_THING": "1"})
     done = lent.fdctl("reload")
     assert done.returncode == protocol.OK
-    assert "not now, because it is held: replace replica 0 (environment SOME_THING: added)" in done.stdout
+    assert "postponed until it is released: replace replica 0 (environment SOME_THING: added)" in done.stdout
     after = lent.pids()
     assert after["replica0"] == before["replica0"]
     assert after["replica1"] != before["replica1"]
@@ -175,7 +175,7 @@ def test_a_reload_that_needs_a_port_of_a_held_replica_is_refused(lent: Running) 
     lent.write()
     done = lent.fdctl("reload")
     assert done.returncode == protocol.BAD_CONFIG
-    assert "replica 1 is held and has a port that replica 0 is to have; fdctl release replica1" in done.stderr
+    assert "replica 0 needs a port of replica 1, which is held; fdctl release replica1" in done.stderr
     assert lent.pids() == before
 
 
@@ -188,13 +188,13 @@ def test_what_is_stopped_cannot_be_held(lent: Running) -> None:
 
 
 def test_a_held_replica_is_not_killed_for_being_silent(tmp_path: Path) -> None:
-    world = World(tmp_path, 1, stall_after=30, stall_kill=60)
+    world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=60)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
-    world.fleet.wish(replica, Wish(Intent.HELD))
+    world.fleet.set_desired(replica, DesiredState(Intent.HELD))
     world.probes.good.discard("replica0")
     world.pass_time(1000.0)
     assert world.names(ProgramState.UNHEALTHY) == {"replica0"}
-    world.fleet.wish(replica, Wish(Intent.RUN))
+    world.fleet.set_desired(replica, DesiredState(Intent.RUN))
     world.pass_time(1.0)
     assert replica.state is ProgramState.STOPPING

@@ -101,7 +101,7 @@ CHANGES: dict[str, tuple[dict, dict, list[str]]] = {
     "what the router takes while it runs": (
         {"replicas": 2},
         {"replicas": 2, "router": 'policy = "session"\nworkers = 2'},
-        ["reload router (--policy: cache_aware -> session; --workers 2: added)"],
+        ["reload router (--policy: cache_aware -> session; --workers: 1 -> 2)"],
     ),
     "flags of the router by hand": (
         {"replicas": 2, "router": 'extra_args = ["--queue-size", "5"]'},

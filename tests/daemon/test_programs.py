@@ -29,7 +29,7 @@ def test_all_replicas_join_one_group_and_the_router_none() -> None:
 
 
 def test_what_dp_toml_says_about_experts_reaches_the_engine() -> None:
-    config = read("redundant_experts = 3\nbalance_experts = true\nstall_kill = 7.5")
+    config = read("redundant_experts = 3\nbalance_experts = true\ncollective_timeout = 7.5")
     engine = parse_arguments(programs_of(config)[1].argv[3:]).engine
     assert engine.enable_expert_parallel
     assert engine.expert_parallel_group == expert_group_of(config)
@@ -37,7 +37,9 @@ def test_what_dp_toml_says_about_experts_reaches_the_engine() -> None:
 
 
 def test_without_expert_parallelism_nothing_is_said_about_it() -> None:
-    config = read("expert_parallel = false\nredundant_experts = 3\nbalance_experts = true\nstall_kill = 7")
+    config = read(
+        "expert_parallel = false\nredundant_experts = 3\nbalance_experts = true\ncollective_timeout = 7"
+    )
     argv = " ".join(programs_of(config)[1].argv)
     assert not any(word in argv for word in ("expert", "eplb"))
 
@@ -69,7 +71,7 @@ def test_ranks_that_might_disagree_or_are_of_two_deployments_never_meet(other: d
     "other",
     [
         {"parallel": "balance_experts = true"},
-        {"parallel": "stall_kill = 5"},
+        {"parallel": "collective_timeout = 5"},
         {"engine": "ports = 2000"},
         {"engine": "max_num_seqs = 3"},
         {"engine": "num_gpu_blocks_override = 100"},

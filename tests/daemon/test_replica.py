@@ -7,26 +7,26 @@ from types import MappingProxyType
 import pytest
 
 from fastdeploy.daemon.config.programs import Program
-from fastdeploy.daemon.supervision.program_state import ALIVE, ARROWS, ProgramState, SupervisedProgram
+from fastdeploy.daemon.supervision.program_state import ALIVE, TRANSITIONS, ProgramState, SupervisedProgram
 
 
 def replica(state: ProgramState) -> SupervisedProgram:
     return SupervisedProgram(
-        Program("replica3", ("x",), MappingProxyType({}), (1,)), state=state, pid=7, failing="x"
+        Program("replica3", ("x",), MappingProxyType({}), (1,)), state=state, pid=7, kill_reason="x"
     )
 
 
 def test_every_state_can_be_reached_and_left() -> None:
-    assert set(ARROWS) == set(ProgramState)
-    assert set().union(*ARROWS.values()) == set(ProgramState)
-    assert all(ARROWS.values())
+    assert set(TRANSITIONS) == set(ProgramState)
+    assert set().union(*TRANSITIONS.values()) == set(ProgramState)
+    assert all(TRANSITIONS.values())
 
 
 @pytest.mark.parametrize("start", ProgramState)
 @pytest.mark.parametrize("to", ProgramState)
 def test_only_the_arrows_of_the_table_are_moves(start: ProgramState, to: ProgramState) -> None:
     one = replica(start)
-    if to not in ARROWS[start]:
+    if to not in TRANSITIONS[start]:
         with pytest.raises(AssertionError, match=f"replica 3: {start} -> {to}"):
             one.move(to, "why", 1.0)
         return
@@ -36,7 +36,7 @@ def test_only_the_arrows_of_the_table_are_moves(start: ProgramState, to: Program
 
 
 def test_nothing_becomes_ready_but_what_was_starting_or_unhealthy() -> None:
-    assert {start for start in ProgramState if ProgramState.READY in ARROWS[start]} == {
+    assert {start for start in ProgramState if ProgramState.READY in TRANSITIONS[start]} == {
         ProgramState.STARTING,
         ProgramState.UNHEALTHY,
     }

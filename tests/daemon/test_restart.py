@@ -57,9 +57,9 @@ def test_quarantine_lasts_until_it_has_been_stable_and_its_tries_are_spread() ->
 
 def test_what_no_quick_try_can_mend_is_in_quarantine_at_once_and_only_for_that() -> None:
     restarts = Restarts(SuperviseSection(), lambda: 1.0)
-    decision = restarts.failed(0.0, "a wrong flag will not heal by itself")
+    decision = restarts.failed(0.0, "a retry cannot fix a wrong flag")
     assert (decision.quarantined, decision.delay) == (True, 600.0)
-    assert decision.why == "a wrong flag will not heal by itself"
+    assert decision.why == "a retry cannot fix a wrong flag"
     assert not restarts.failed(1.0).quarantined
 
 

@@ -111,7 +111,7 @@ def test_the_first_replica_is_a_canary_and_its_failure_leaves_the_others_alone(l
     told = lent.tell("reload")
     assert told[-1]["code"] == protocol.FAILED
     assert told[-1]["error"].startswith("replica 0, the canary: pid ")
-    assert told[-1]["error"].endswith("; the old configuration is back")
+    assert told[-1]["error"].endswith("; the old configuration is restored")
     assert [stage for stage in stages(told) if stage[1] in ("failed", "rollback")] == [
         *(("replica0", "failed"), ("replica0", "rollback"), ("router", "rollback")),
     ]
@@ -217,8 +217,8 @@ def test_flags_that_the_router_refuses_are_taken_back(lent: Running) -> None:
     lent.write(router_args=("--queue-size", "-1"))
     done = lent.fdctl("reload")
     assert done.returncode == protocol.FAILED
-    assert "router: did not take its new flags; " in done.stderr
-    assert "router.log says why; the old configuration is back" in done.stderr
+    assert "router: rejected its new flags; " in done.stderr
+    assert "router.log says why; the old configuration is restored" in done.stderr
     assert lent.pids() == before
     wait_until(lambda: router_flags(lent).outcome == "done", "the old ones are read again")
     assert router_flags(lent).hash == old.hash

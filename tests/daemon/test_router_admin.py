@@ -16,9 +16,9 @@ import pytest
 from fastdeploy.daemon.router.config.flags_file import fingerprint
 from fastdeploy.daemon.supervision import router_sync
 from fastdeploy.daemon.supervision.router_client import (
-    InBackground,
-    RouterSilent,
-    Row,
+    BackgroundCall,
+    RegisteredReplica,
+    RouterUnavailable,
     flags,
     registered,
     set_draining,
@@ -69,14 +69,14 @@ def test_a_real_router_is_understood_and_obeys(tmp_path: Path) -> None:
     engine = FakeEngine(replica=3)
     try:
         router.add(engine)
-        row = Row(f"127.0.0.1:{engine.port}", "127.0.0.1", engine.port, True, False, False, 0)
+        row = RegisteredReplica(f"127.0.0.1:{engine.port}", "127.0.0.1", engine.port, True, False, False, 0)
         assert registered(admin) == {engine.port: row}
         set_draining(admin, row, True)
         assert registered(admin)[engine.port].draining
         set_draining(admin, row, False)
         assert registered(admin) == {engine.port: row}
         # It may be gone by the time of the order.
-        set_draining(admin, Row("127.0.0.1:1", "127.0.0.1", 1, True, False, False, 0), True)
+        set_draining(admin, RegisteredReplica("127.0.0.1:1", "127.0.0.1", 1, True, False, False, 0), True)
         found = flags(admin)
         assert (found.hash, found.number, found.outcome) == (fingerprint(file.read_bytes()), 0, "done")
         router.process.send_signal(signal.SIGHUP)
@@ -93,8 +93,8 @@ def test_replicas_of_other_machines_are_none_of_ours_though_their_numbers_and_po
     down = [entry("http://[::1]:1822", draining=True), entry("http://192.0.2.1:1822")]
     with answering(tmp_path / "admin", json.dumps({"mixed": up, "down": down})):
         assert registered(tmp_path / "admin") == {
-            1811: Row("127.0.0.1:1811", "127.0.0.1", 1811, True, False, False, 3),
-            1822: Row("[::1]:1822", "::1", 1822, False, False, True, 0),
+            1811: RegisteredReplica("127.0.0.1:1811", "127.0.0.1", 1811, True, False, False, 3),
+            1822: RegisteredReplica("[::1]:1822", "::1", 1822, False, False, True, 0),
         }
 
 
@@ -105,20 +105,20 @@ def test_replicas_of_other_machines_are_none_of_ours_though_their_numbers_and_po
 def test_an_answer_that_is_not_understood_is_none(
     tmp_path: Path, answer: str, ask: Callable[[Path], object]
 ) -> None:
-    with answering(tmp_path / "admin", answer), pytest.raises(RouterSilent):
+    with answering(tmp_path / "admin", answer), pytest.raises(RouterUnavailable):
         ask(tmp_path / "admin")
 
 
 def test_an_answer_with_another_status_is_none(tmp_path: Path) -> None:
     with (
         answering(tmp_path / "admin", "{}", status=503),
-        pytest.raises(RouterSilent, match="answered GET /registered with 503"),
+        pytest.raises(RouterUnavailable, match="answered GET /registered with 503"),
     ):
         registered(tmp_path / "admin")
 
 
 def test_where_nobody_listens_there_is_no_answer(tmp_path: Path) -> None:
-    with pytest.raises(RouterSilent, match="admin"):
+    with pytest.raises(RouterUnavailable, match="admin"):
         registered(tmp_path / "admin")
 
 
@@ -126,35 +126,35 @@ def test_a_router_that_hangs_is_given_up_and_holds_up_nobody_meanwhile(tmp_path:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "admin"))
         listener.listen()
-        call = InBackground(lambda: registered(tmp_path / "admin"))
+        call = BackgroundCall(lambda: registered(tmp_path / "admin"))
         assert not call.is_done
         wait_until(lambda: call.is_done, "it is given up")
-        with pytest.raises(RouterSilent, match="does not answer"):
+        with pytest.raises(RouterUnavailable, match="does not answer"):
             call.result()
 
 
 def test_what_was_asked_of_a_router_that_has_ended_is_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = Row("127.0.0.1:1811", "127.0.0.1", 1811, True, False, False, 0)
+    row = RegisteredReplica("127.0.0.1:1811", "127.0.0.1", 1811, True, False, False, 0)
     asked: list[Mapping[int, bool]] = []
 
-    def look(admin: Path, wanted: Mapping[int, bool]) -> Mapping[int, Row]:
+    def poll(admin: Path, wanted: Mapping[int, bool]) -> Mapping[int, RegisteredReplica]:
         asked.append(wanted)
         return {1811: row}
 
-    monkeypatch.setattr(router_sync, "_look_and_put_right", look)
+    monkeypatch.setattr(router_sync, "_poll_and_correct", poll)
     link = RouterSync(tmp_path)
-    link.step({1811: False}, 10.0, 1.0)
+    link.poll({1811: False}, 10.0, 1.0)
     wait_until(lambda: asked, "it is asked")
-    link.gone(10.5)
-    link.step({1811: False}, 10.6, 1.0)
-    assert link.look.problem == "the router is down"
-    link.step({1811: False}, 11.0, 1.0)
+    link.router_down(10.5)
+    link.poll({1811: False}, 10.6, 1.0)
+    assert link.snapshot.problem == "the router is down"
+    link.poll({1811: False}, 11.0, 1.0)
     wait_until(lambda: len(asked) == 2, "the new one is asked")
 
     def answered() -> bool:
-        link.step({1811: False}, 11.1, 1.0)
-        return link.look.rows == {1811: row}
+        link.poll({1811: False}, 11.1, 1.0)
+        return link.snapshot.rows == {1811: row}
 
     wait_until(answered, "it has answered")

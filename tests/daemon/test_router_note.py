@@ -9,7 +9,7 @@ import pytest
 
 from fastdeploy.daemon.control import status
 from fastdeploy.daemon.supervision.program_state import ProgramState
-from fastdeploy.daemon.supervision.router_client import Row
+from fastdeploy.daemon.supervision.router_client import RegisteredReplica
 from fastdeploy.daemon.supervision.router_sync import RouterSnapshot
 
 from .world import World
@@ -25,15 +25,15 @@ def world(tmp_path: Path) -> World:
 
 
 def notes(world: World, look: RouterSnapshot) -> list[str]:
-    world.fleet._link.look = look
+    world.fleet.router.snapshot = look
     shown = status.status(world.fleet, state="READY", config="", prefix=None, supervisord=1, problems=[])
     return [replica["note"] for replica in shown["replicas"]]
 
 
-def row(world: World, name: str, **changes: Any) -> tuple[int, Row]:
-    port = world.fleet.replicas[name].program.ports[0]
+def row(world: World, name: str, **changes: Any) -> tuple[int, RegisteredReplica]:
+    port = world.fleet.programs[name].port
     fields = {"up": True, "leaving": False, "draining": False, "in_flight": 0, **changes}
-    return port, Row(f"[::1]:{port}", "::1", port, **fields)
+    return port, RegisteredReplica(f"[::1]:{port}", "::1", port, **fields)
 
 
 def test_a_ready_replica_that_the_router_lacks_has_a_note(world: World) -> None:

@@ -62,7 +62,7 @@ def test_secrets_are_in_no_command_line_no_log_and_nothing_that_fdctl_prints(run
     )
     said += [running.fdctl(*command.split()) for command in commands]
     printed = "".join(done.stdout + done.stderr for done in said)
-    assert "must not hold --api-key" in printed
+    assert "must not contain --api-key" in printed
     logs = "".join(
         file.read_text(errors="replace") for file in running.prefix.glob("logs/**/*") if file.is_file()
     )
@@ -99,7 +99,7 @@ def test_no_way_of_writing_a_key_gets_it_into_a_command_line(section: str, words
     text = f'[model]\npath = "demo"\n[{section}]\nextra_args = {json.dumps(words)}\n'
     with pytest.raises(ConfigError) as caught:
         parse(text, "dp.toml", Path("/p"), Path("/p"))
-    assert str(caught.value).startswith(f"dp.toml:4: {section}.extra_args: it must not hold ")
+    assert str(caught.value).startswith(f"dp.toml:4: {section}.extra_args: it must not contain ")
     assert "5ecret" not in str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_a_dp_toml_with_secrets_that_everybody_can_read_is_warned_of(tmp_path: P
     file.chmod(0o644)
     assert (
         exposed_secrets(file, config) == f"{file}: every user of this machine can read it (mode 0644), "
-        "and it holds HF_TOKEN; chmod 640 it"
+        "and it contains HF_TOKEN; chmod 640 it"
     )
     file.chmod(0o640)
     assert exposed_secrets(file, config) == ""

@@ -150,8 +150,8 @@ def test_another_user_is_told_who_may_and_nothing_else(
     assert as_nobody(endpoint, main.main) == protocol.DENIED
     assert endpoint.commands == []
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"refused to talk to nobody (uid {NOBODY}, pid ")
-    assert line.endswith(f"only {peer_credentials.own_rights()} may")
+    assert line.startswith(f"rejected connection of nobody (uid {NOBODY}, pid ")
+    assert line.endswith(f"only {peer_credentials.permitted_here()} may talk to fd-dp")
 
 
 @needs_root
@@ -161,7 +161,7 @@ def test_one_line_says_that_the_socket_is_not_open_to_this_user(endpoint: Endpoi
             list(protocol.request(endpoint.path, {"do": "status"}, 10.0))
         except protocol.NotAllowed as error:
             told = str(error)
-        return 0 if f"{endpoint.path} is not open to nobody: only root and members" in told else 1
+        return 0 if f"nobody has no access to fd-dp on {endpoint.path}: only root and members" in told else 1
 
     assert as_nobody(endpoint, refused) == 0
 

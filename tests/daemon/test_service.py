@@ -10,46 +10,38 @@ from typing import Any
 from fastdeploy.daemon.config.programs import programs_of
 from fastdeploy.daemon.operations import rollout
 from fastdeploy.daemon.operations.maintenance import bring_up, take_down
-from fastdeploy.daemon.operations.operation import Operation, Place
+from fastdeploy.daemon.operations.operation import Operation, StepPosition
 from fastdeploy.daemon.operations.plan import plan
-from fastdeploy.daemon.supervision.intents import Intent, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intent
 from fastdeploy.daemon.supervision.program_state import ProgramState
-from fastdeploy.daemon.supervision.router_client import Row
-from fastdeploy.daemon.supervision.router_sync import RouterSnapshot
+from fastdeploy.daemon.supervision.router_client import RegisteredReplica
+from fastdeploy.daemon.supervision.router_sync import RouterSnapshot, RouterSync
 
 from .world import World
 
 
-class FakeRouter:
+class FakeRouter(RouterSync):
     """Knows every replica that is READY, unless it is told otherwise."""
 
     def __init__(self, world: World) -> None:
+        super().__init__(Path("nowhere"))
         self._world = world
-        self.look = RouterSnapshot()
         self.answers = True
         #: Numbers of replicas that do not register; requests in flight by number.
         self.unknown: set[int] = set()
-        self.in_flight: dict[int, int] = {}
+        self.busy: dict[int, int] = {}
 
-    def step(self, wanted: Mapping[int, bool], now: float, interval: float) -> None:
+    def poll(self, wanted: Mapping[int, bool], now: float, interval: float) -> None:
         if not self.answers:
-            self.look = RouterSnapshot(now, {}, "the router does not answer")
+            self.snapshot = RouterSnapshot(now, {}, "the router does not answer")
             return
         rows = {}
         for replica in self._world.fleet.replicas.values():
-            number, port = replica.program.replica, replica.program.ports[0]
+            number, port = replica.program.replica, replica.port
             if number is not None and number not in self.unknown and replica.state is ProgramState.READY:
-                in_flight = self.in_flight.get(number, 0)
-                rows[port] = Row("", "127.0.0.1", port, True, False, wanted[port], in_flight)
-        self.look = RouterSnapshot(now, rows, "")
-
-    def gone(self, now: float) -> None:
-        self.look = RouterSnapshot(now, {}, "the router is down")
-
-    has_news = False
-
-    def ended(self, port: int, from_outside: bool) -> None:
-        pass
+                in_flight = self.busy.get(number, 0)
+                rows[port] = RegisteredReplica("", "127.0.0.1", port, True, False, wanted[port], in_flight)
+        self.snapshot = RouterSnapshot(now, rows, "")
 
 
 class Rolling:
@@ -58,7 +50,7 @@ class Rolling:
     def __init__(self, directory: Path, replicas: int, **supervise: Any) -> None:
         self.world = World(directory, replicas, parallel_starts=replicas, **supervise)
         self.router = FakeRouter(self.world)
-        self.world.fleet._link = self.router  # type: ignore[assignment]
+        self.world.fleet.router = self.router
         self.world.become_ready("router", *(f"replica{number}" for number in range(replicas)))
         self.told: list[Any] = []
         self.result: str | None = None
@@ -80,15 +72,15 @@ class Rolling:
                 self.result = end_of_it.value or ""
 
     def state(self, name: str) -> ProgramState:
-        return self.world.fleet.replicas[name].state
+        return self.world.fleet.programs[name].state
 
     def restart(self, name: str) -> None:
         self.begin(self._restart(name))
 
     def _restart(self, name: str) -> Operation:
-        yield from take_down(self.world.fleet, name, "test", Place())
-        self.world.fleet.want(self.world.fleet.replicas[name], "test")
-        return (yield from bring_up(self.world.fleet, name, Place()))
+        yield from take_down(self.world.fleet, name, "test", StepPosition())
+        self.world.fleet.request_start(self.world.fleet.programs[name], "test")
+        return (yield from bring_up(self.world.fleet, name, StepPosition()))
 
     def lines(self) -> list[str]:
         return [told for told in self.told if isinstance(told, str)]
@@ -96,15 +88,15 @@ class Rolling:
 
 def test_it_stays_up_for_as_long_as_it_has_requests_and_time(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 2, drain_timeout=20)
-    rolling.router.in_flight[0] = 1
+    rolling.router.busy[0] = 1
     rolling.restart("replica0")
     rolling.pass_time(19.0)
     assert rolling.state("replica0") is ProgramState.READY
-    assert rolling.world.fleet.set_aside == {"replica0"}
+    assert rolling.world.fleet.router.maintenance == {"replica0"}
     rolling.pass_time(10.0)
     assert rolling.result == ""
-    assert rolling.lines() == ["replica 0: 1 request in flight after 20 s; going on elsewhere"]
-    assert rolling.world.fleet.set_aside == set()
+    assert rolling.lines() == ["replica 0: 1 request in flight after 20 s; resumed on other replicas"]
+    assert rolling.world.fleet.router.maintenance == set()
 
 
 def test_a_router_that_is_silent_is_waited_for_a_little_and_fails_nothing(tmp_path: Path) -> None:
@@ -117,21 +109,21 @@ def test_a_router_that_is_silent_is_waited_for_a_little_and_fails_nothing(tmp_pa
     assert rolling.result == ""
     assert rolling.lines() == [
         "replica 0: not drained: the router does not answer",
-        "replica 0: READY, but nobody says whether it is used: the router does not answer",
+        "replica 0: READY; whether the router uses it is unknown: the router does not answer",
     ]
 
 
 def test_a_router_that_comes_back_in_time_drains_as_ever(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 2, drain_timeout=1000)
     rolling.router.answers = False
-    rolling.router.in_flight[0] = 1
+    rolling.router.busy[0] = 1
     rolling.restart("replica0")
     rolling.pass_time(8.0)
     rolling.router.answers = True
     rolling.pass_time(300.0)
     assert rolling.state("replica0") is ProgramState.READY
     assert rolling.result is None
-    rolling.router.in_flight[0] = 0
+    rolling.router.busy[0] = 0
     rolling.pass_time(30.0)
     assert (rolling.result, rolling.lines()) == ("", [])
 
@@ -143,12 +135,15 @@ def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> N
     rolling.restart("replica0")
     rolling.pass_time(60.0)
     assert rolling.state("replica0") is ProgramState.READY
-    assert rolling.result == "READY, but not in use 30 s later; does it register with this router?"
+    assert (
+        rolling.result
+        == "READY, but the router does not use it after 30 s; does it register with this router?"
+    )
 
 
 def test_one_that_dies_while_it_is_drained_is_not_waited_for(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 2, drain_timeout=1000)
-    rolling.router.in_flight[0] = 5
+    rolling.router.busy[0] = 5
     rolling.restart("replica0")
     rolling.pass_time(1.0)
     rolling.world.supervisor.end("replica0")
@@ -175,7 +170,7 @@ def test_one_that_fails_for_ever_or_that_the_operator_stopped_is_not_waited_for(
     rolling = Rolling(tmp_path, 4, budget=1, quarantine=10_000)
     fleet = rolling.world.fleet
     rolling.world.supervisor.end("replica3")
-    fleet.wish(fleet.replicas["replica2"], Wish(Intent.STOPPED))
+    fleet.set_desired(fleet.replicas["replica2"], DesiredState(Intent.STOPPED))
     fleet.stop(fleet.replicas["replica2"], "stopped")
     rolling.world.pass_time(1.0)
     assert rolling.state("replica3") is ProgramState.QUARANTINED
@@ -193,8 +188,8 @@ def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: P
     rolling.world.pass_time(1.0)
     new = [*programs_of(fleet.config)]
     new[1:] = [replace(program, argv=(*program.argv, "--changed")) for program in new[1:]]
-    down = {name for name, replica in fleet.replicas.items() if not replica.alive}
-    steps = plan([replica.program for replica in fleet.replicas.values()], new, down)
+    down = {name for name, replica in fleet.programs.items() if not replica.alive}
+    steps = plan([replica.program for replica in fleet.programs.values()], new, down)
     rolling.begin(rollout.roll(fleet, steps))
     rolling.pass_time(30.0)
     assert rolling.world.names(ProgramState.STARTING) == {"replica1"}
@@ -205,4 +200,4 @@ def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: P
     assert rolling.result is not None
     assert rolling.result.startswith("replica 1, the canary: pid ")
     assert rolling.world.names(ProgramState.READY) == {"router", "replica0", "replica1"}
-    assert [replica.program for replica in fleet.replicas.values()] == programs_of(fleet.config)
+    assert [replica.program for replica in fleet.programs.values()] == programs_of(fleet.config)

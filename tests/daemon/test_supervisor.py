@@ -22,9 +22,10 @@ from supervisor.options import ServerOptions
 
 from fastdeploy.daemon.config.launch import HASH, MARKER, NOT_STARTED, USAGE
 from fastdeploy.daemon.config.programs import Program
-from fastdeploy.daemon.process import supervisor_client
+from fastdeploy.daemon.process import output_tail, supervisord_config
 from fastdeploy.daemon.process.proc import Marked, kill_marked, marked, running_hash, started_at
-from fastdeploy.daemon.process.supervisor_client import Layout, Supervisor, SupervisorLost
+from fastdeploy.daemon.process.supervisor_client import Supervisor, SupervisorLost
+from fastdeploy.daemon.process.supervisord_config import Layout
 
 from .conftest import wait_until
 
@@ -66,8 +67,8 @@ def test_no_word_of_a_program_changes_the_ini(word: str, tmp_path: Path) -> None
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     hostile = program("--x", word, VARIABLE=word)
     harmless = program("--x", VARIABLE="")
-    ini = supervisor_client.render(layout, [hostile])
-    assert ini.replace(hostile.hash, "") == supervisor_client.render(layout, [harmless]).replace(
+    ini = supervisord_config.render(layout, [hostile])
+    assert ini.replace(hostile.hash, "") == supervisord_config.render(layout, [harmless]).replace(
         harmless.hash, ""
     )
 
@@ -76,7 +77,7 @@ def test_no_word_of_a_program_changes_the_ini(word: str, tmp_path: Path) -> None
 def test_supervisord_understands_every_path_that_dp_toml_may_have(name: str, tmp_path: Path) -> None:
     layout = Layout(tmp_path / name / "run", tmp_path / name / "logs")
     one = program()
-    supervisor_client.write(layout, [one])
+    supervisord_config.write_files(layout, [one])
     config = parsed(layout.ini)["replica0"]
     assert shlex.split(config.command) == [str(FD_RUN), "replica0", one.hash, str(layout.launch)]
     assert config.stdout_logfile == str(layout.output("replica0"))
@@ -95,7 +96,7 @@ def test_every_word_reaches_the_program_unchanged(
     tell = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], sys.stdout)"
     one = Program("replica0", (sys.executable, "-c", tell, *argv), MappingProxyType(env), (5000,))
     layout = Layout(tmp_path / "run", tmp_path / "logs")
-    supervisor_client.write(layout, [one])
+    supervisord_config.write_files(layout, [one])
     command = shlex.split(parsed(layout.ini)["replica0"].command)
     inherited = {**os.environ, "NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "SUPERVISOR_ENABLED": "1"}
     told = subprocess.run(command, env=inherited, capture_output=True, check=True, text=True)
@@ -116,7 +117,7 @@ def test_fd_run_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
     assert (missing.returncode, missing.stderr.count("\n")) == (NOT_STARTED, 1)
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     one = Program("replica0", ("/nowhere/python",), MappingProxyType({}), (1,))
-    supervisor_client.write(layout, [one])
+    supervisord_config.write_files(layout, [one])
     failed = run("replica0", one.hash, str(layout.launch))
     assert failed.returncode == NOT_STARTED
     assert failed.stderr == "fd-run: /nowhere/python: cannot be executed (No such file or directory)\n"
@@ -170,9 +171,9 @@ def test_a_supervisord_that_is_ending_is_lost(answer: bytes, hangs: bool, tmp_pa
 def test_launch_files_of_no_program_are_removed(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     old, new = program("old"), program("new")
-    supervisor_client.write(layout, [old])
-    supervisor_client.write(layout, [new])
-    supervisor_client.remove_stale_launch_files(layout, [new])
+    supervisord_config.write_files(layout, [old])
+    supervisord_config.write_files(layout, [new])
+    supervisord_config.remove_stale_launch_files(layout, [new])
     assert [file.name for file in layout.launch.iterdir()] == [new.launch_name]
 
 
@@ -202,10 +203,10 @@ def test_an_error_of_the_process_before_is_nobodys_even_if_both_ran_within_a_sec
         "2026-11-28 00:09:12,410 INFO fastdeploy replica=0 pid=2 listening\n"
     )
     began = time.mktime((2026, 11, 28, 0, 9, 12, 0, 0, -1)) + 0.3
-    assert supervisor_client.last_error(output, began) == ""
+    assert output_tail.last_error(output, began) == ""
     with output.open("a") as out:
         out.write("2026-11-28 00:09:12,900 ERROR fastdeploy replica=0 pid=2 no room\n")
-    assert supervisor_client.last_error(output, began).endswith("no room")
+    assert output_tail.last_error(output, began).endswith("no room")
 
 
 def test_when_a_process_was_started_is_known_to_a_fraction_of_a_second() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from fastdeploy.daemon.config.loader import parse
 from fastdeploy.daemon.config.programs import Program, programs_of
-from fastdeploy.daemon.process.supervisor_client import Layout, Process, Supervisor
+from fastdeploy.daemon.process.supervisor_client import Process, Supervisor
+from fastdeploy.daemon.process.supervisord_config import Layout
 from fastdeploy.daemon.supervision.fleet import Fleet
 from fastdeploy.daemon.supervision.probes import Probes, Reading
 from fastdeploy.daemon.supervision.program_state import ProgramState
@@ -127,7 +128,7 @@ class World:
             self.probes,
             watch=lambda pid: None,
             clock=lambda: self.now,
-            dice=lambda: 1.0,
+            rng=lambda: 1.0,
             look=look,
         )
         self.fleet.adopt()
@@ -148,4 +149,4 @@ class World:
         worker.steps, worker.requests, worker.since = worker.steps + 1, requests, self.now
 
     def names(self, state: ProgramState) -> set[str]:
-        return {name for name, replica in self.fleet.replicas.items() if replica.state is state}
+        return {name for name, replica in self.fleet.programs.items() if replica.state is state}

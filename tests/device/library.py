@@ -58,22 +58,28 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 P, I = c_void_p, c_int32  # noqa: E741
-EmbeddingArgs = _structure("EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, stream=P, capacity=I)
+EmbeddingArgs = _structure(
+    "EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, hidden_states=P, capacity=I
+)
 NormArgs = _structure(
-    "NormArgs", stream=P, weight=P, rows=P, count=P, out=P, router=P, router_logits=P, expert_rows=P,
+    "NormArgs", hidden_states=P, weight=P, rows=P, count=P, out=P, router=P, router_logits=P, expert_rows=P,
     epsilon=c_float, width=I, experts=I, capacity=I,
 )  # fmt: skip
-RotationArgs = _structure("RotationArgs", step=P, turns=P, places=P, theta=c_float, head_dim=I, capacity=I)
+RotationArgs = _structure(
+    "RotationArgs", step=P, rotary_cos_sin=P, slot_mapping=P, theta=c_float, head_dim=I, capacity=I
+)
 AttentionArgs = _structure(
-    "AttentionArgs", step=P, turns=P, places=P, qkv=P, keys=P, values=P, out=P, work=P, work_bytes=c_int64,
+    "AttentionArgs", step=P, rotary_cos_sin=P, slot_mapping=P, qkv=P, keys=P, values=P, out=P, work=P,
+    work_bytes=c_int64,
     heads=I, kv_heads=I, head_dim=I, capacity=I, has_prompts=I, reserved=I,
 )  # fmt: skip
 RouteArgs = _structure(
-    "RouteArgs", logits=P, bias=P, count=P, x=P, picks=P, weights=P, counts=P, places=P, rows=P,
+    "RouteArgs", logits=P, bias=P, count=P, x=P, topk_ids=P, topk_weights=P, counts=P, rows_in_expert=P,
+    rows=P,
     assignments=P, norm_min=c_float, experts=I, k=I, width=I, alignment=I, capacity=I,
 )  # fmt: skip
 CombineArgs = _structure(
-    "CombineArgs", results=P, weights=P, shared=P, count=P, stream=P, k=I, width=I, capacity=I
+    "CombineArgs", results=P, topk_weights=P, shared=P, count=P, hidden_states=P, k=I, width=I, capacity=I
 )
 DrawArgs = _structure(
     "DrawArgs", logits=P, count=P, rows=P, tokens=P, drawn=P, top_tokens=P, logprobs=P, work=P,

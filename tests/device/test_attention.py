@@ -59,22 +59,24 @@ class Cache:
     def attend(self, parts: Sequence[Part], qkv: torch.Tensor, spare: int = 0) -> torch.Tensor:
         """Run one step; qkv [tokens, width] is left alone. Returns bfloat16 [tokens, queries * columns]."""
         heads, tokens, step, turned = self.heads, len(qkv), self.step(parts), qkv.clone()
-        turns = torch.full((tokens + spare, heads.columns), float("nan"), device="cuda")
-        places = torch.full((tokens + spare,), -1, dtype=torch.int32, device="cuda")
+        cos_sin = torch.full((tokens + spare, heads.columns), float("nan"), device="cuda")
+        slots = torch.full((tokens + spare,), -1, dtype=torch.int32, device="cuda")
         columns = heads.queries * heads.columns
         blocks = fd.round_up(tokens + spare, 64) // 64, fd.round_up(columns, 64) // 64
         out = torch.full((*blocks, 64, 64), float("nan"), device="cuda", dtype=torch.bfloat16)
         fd.call(
             "fd_rotation",
             fd.fill(
-                fd.RotationArgs, step=step, turns=turns, places=places, theta=THETA, head_dim=heads.columns,
+                fd.RotationArgs, step=step, rotary_cos_sin=cos_sin, slot_mapping=slots, theta=THETA,
+                head_dim=heads.columns,
                 capacity=tokens + spare,
             ),
         )  # fmt: skip
         fd.call(
             "fd_attention",
             fd.fill(
-                fd.AttentionArgs, step=step, turns=turns, places=places, qkv=turned, keys=self.keys,
+                fd.AttentionArgs, step=step, rotary_cos_sin=cos_sin, slot_mapping=slots, qkv=turned,
+                keys=self.keys,
                 values=self.values, out=out, work=self.work, work_bytes=self.work.numel(),
                 heads=heads.queries, kv_heads=heads.keys, head_dim=heads.columns, capacity=tokens + spare,
                 has_prompts=any(part.length > 1 for part in parts),

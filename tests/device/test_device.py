@@ -97,18 +97,18 @@ class Network:
         self.table = torch.randn(VOCABULARY, WIDTH, device="cuda").bfloat16()
         self.best = self.table.float().argmax(1).tolist()
         _, work = device.arena(2, CAPACITY * WIDTH * 4)
-        self.stream = work.address
+        self.hidden_states = work.address
         torch.cuda.synchronize()
 
     def enqueue(self) -> None:
         stream = c_void_p(self.device.library.fd_stream(self.device.handle))
         args = fd.fill(
             fd.EmbeddingArgs, step=self.device.plan.address, table=self.table, vocabulary=VOCABULARY,
-            width=WIDTH, stream=self.stream, capacity=CAPACITY,
+            width=WIDTH, hidden_states=self.hidden_states, capacity=CAPACITY,
         )  # fmt: skip
         assert self.device.library.fd_embedding(stream, byref(args)) == 0
         args = fd.fill(
-            fd.DrawArgs, logits=self.stream, count=self.device.plan.address,
+            fd.DrawArgs, logits=self.hidden_states, count=self.device.plan.address,
             drawn=self.device.results.address, vocabulary=WIDTH, capacity=CAPACITY,
         )  # fmt: skip
         assert self.device.library.fd_draw(stream, byref(args)) == 0

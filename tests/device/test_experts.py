@@ -31,7 +31,7 @@ def norm(
     fd.call(
         "fd_norm",
         fd.fill(
-            fd.NormArgs, stream=stream, weight=weight, count=counts(tokens), out=out, router=router,
+            fd.NormArgs, hidden_states=stream, weight=weight, count=counts(tokens), out=out, router=router,
             router_logits=logits, expert_rows=expert_rows, epsilon=EPSILON, width=width, experts=experts,
             capacity=capacity,
         ),
@@ -71,7 +71,7 @@ def test_a_capacity_may_exceed_the_tokens() -> None:
 
 
 class Routed(NamedTuple):
-    picks: torch.Tensor
+    topk_ids: torch.Tensor
     weights: torch.Tensor
     counts: torch.Tensor
     rows: torch.Tensor
@@ -83,19 +83,21 @@ def route(logits: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, k: int, ali
     most = int(fd.library().fd_expert_rows(tokens, k, experts, alignment))
     blocks = fd.round_up(most, 64) // 64, x.shape[1] // 64
     rows = torch.full((*blocks, 64, 64), float("nan"), device="cuda", dtype=torch.bfloat16)
-    picks = torch.full((tokens, k), -1, device="cuda", dtype=torch.int32)
+    topk_ids = torch.full((tokens, k), -1, device="cuda", dtype=torch.int32)
     weights = torch.full((tokens, k), float("nan"), device="cuda")
     held = torch.zeros(experts, device="cuda", dtype=torch.int32)
     assignments = torch.full((most,), -1, device="cuda", dtype=torch.int32)
     fd.call(
         "fd_route",
         fd.fill(
-            fd.RouteArgs, logits=logits, bias=bias, count=counts(tokens), x=fd.activations(x), picks=picks,
-            weights=weights, counts=held, places=torch.empty_like(picks), rows=rows, assignments=assignments,
+            fd.RouteArgs, logits=logits, bias=bias, count=counts(tokens), x=fd.activations(x),
+            topk_ids=topk_ids,
+            topk_weights=weights, counts=held, rows_in_expert=torch.empty_like(topk_ids), rows=rows,
+            assignments=assignments,
             norm_min=1e-12, experts=experts, k=k, width=x.shape[1], alignment=alignment, capacity=tokens,
         ),
     )  # fmt: skip
-    return Routed(picks, weights, held, fd.rows_of(rows, most, x.shape[1]), assignments)
+    return Routed(topk_ids, weights, held, fd.rows_of(rows, most, x.shape[1]), assignments)
 
 
 @pytest.mark.parametrize("alignment", [8, 64])
@@ -108,15 +110,15 @@ def test_picks_and_the_order_of_experts(experts: int, k: int, tokens: int, align
     probabilities = logits.double().softmax(1)
     expected = (probabilities + bias.double()).topk(k).indices
     # Float and double may order near ties differently; they are rare.
-    assert (routed.picks.sort(1).values == expected.int().sort(1).values).float().mean() > 0.999
-    picked = probabilities.gather(1, routed.picks.long())
+    assert (routed.topk_ids.sort(1).values == expected.int().sort(1).values).float().mean() > 0.999
+    picked = probabilities.gather(1, routed.topk_ids.long())
     assert fd.error(routed.weights, picked / picked.sum(1, keepdim=True)) < 1e-5
-    assert torch.equal(routed.counts, torch.bincount(routed.picks.flatten(), minlength=experts).int())
+    assert torch.equal(routed.counts, torch.bincount(routed.topk_ids.flatten(), minlength=experts).int())
     begin = 0
     for expert in range(experts):
         size = int(routed.counts[expert])
         chosen = routed.assignments[begin : begin + size].long()
-        assert torch.equal(chosen.sort().values, (routed.picks.flatten() == expert).nonzero().flatten())
+        assert torch.equal(chosen.sort().values, (routed.topk_ids.flatten() == expert).nonzero().flatten())
         assert torch.equal(routed.rows[begin : begin + size], x[chosen // k])
         begin += fd.round_up(size, alignment)
 
@@ -125,7 +127,7 @@ def test_the_lower_expert_comes_first_among_equals() -> None:
     logits = torch.zeros(3, 64, device="cuda")
     logits[1, [40, 7]] = 1.0
     routed = route(logits, torch.zeros(64, device="cuda"), drawn(3, 64, 2), 4, 8)
-    assert routed.picks.tolist() == [[0, 1, 2, 3], [7, 40, 0, 1], [0, 1, 2, 3]]
+    assert routed.topk_ids.tolist() == [[0, 1, 2, 3], [7, 40, 0, 1], [0, 1, 2, 3]]
 
 
 def test_a_row_that_is_not_a_number_spoils_only_itself() -> None:
@@ -133,9 +135,9 @@ def test_a_row_that_is_not_a_number_spoils_only_itself() -> None:
     sound = route(logits, bias, drawn(9, 64, 3), 6, 8)
     logits[4] = float("nan")
     routed = route(logits, bias, drawn(9, 64, 3), 6, 8)
-    assert ((routed.picks >= 0) & (routed.picks < 64)).all()
+    assert ((routed.topk_ids >= 0) & (routed.topk_ids < 64)).all()
     others = [0, 1, 2, 3, 5, 6, 7, 8]
-    assert torch.equal(routed.picks[others], sound.picks[others])
+    assert torch.equal(routed.topk_ids[others], sound.topk_ids[others])
     assert torch.equal(routed.weights[others], sound.weights[others])
 
 
@@ -149,8 +151,8 @@ def test_results_are_added_in_the_order_of_picks(has_shared: bool) -> None:
     fd.call(
         "fd_combine",
         fd.fill(
-            fd.CombineArgs, results=results, weights=weights, shared=shared, count=counts(tokens),
-            stream=stream, k=k, width=width, capacity=tokens + 1,
+            fd.CombineArgs, results=results, topk_weights=weights, shared=shared, count=counts(tokens),
+            hidden_states=stream, k=k, width=width, capacity=tokens + 1,
         ),
     )  # fmt: skip
     expected = before[:tokens].double()
@@ -194,7 +196,8 @@ def test_a_block_of_experts_is_the_same_in_every_batch() -> None:
         fd.call(
             "fd_combine",
             fd.fill(
-                fd.CombineArgs, results=results, weights=routed.weights, count=counts(rows), stream=out, k=k,
+                fd.CombineArgs, results=results, topk_weights=routed.weights, count=counts(rows),
+                hidden_states=out, k=k,
                 width=hidden, capacity=rows,
             ),
         )  # fmt: skip
@@ -202,12 +205,12 @@ def test_a_block_of_experts_is_the_same_in_every_batch() -> None:
 
     together = block(stream)
     normed = norm(stream, weight, router)
-    x, (probabilities, picks) = normed.rows.double(), normed.logits.double().softmax(1).topk(k)
+    x, (probabilities, topk_ids) = normed.rows.double(), normed.logits.double().softmax(1).topk(k)
     g, u, d = (m.double() for m in split)
     hidden_rows = torch.nn.functional.silu(torch.einsum("th,ewh->tew", x, g)) * torch.einsum(
         "th,ewh->tew", x, u
     )
-    each = torch.einsum("tew,ehw->teh", hidden_rows, d).gather(1, picks[..., None].expand(-1, -1, hidden))
+    each = torch.einsum("tew,ehw->teh", hidden_rows, d).gather(1, topk_ids[..., None].expand(-1, -1, hidden))
     expected = stream + (each * (probabilities / probabilities.sum(1, keepdim=True))[..., None]).sum(1)
     assert fd.error(together, expected) < 3e-3
     for row in (0, 41, 99):

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 SEATS = (0, 1, 2)
 PARALLEL = """
 expert_parallel = true
-stall_kill = 6
+collective_timeout = 6
 """
 #: Tokens of texts that are still being written when something is killed, and of those that are done soon.
 LONG, SHORT = 300, 16

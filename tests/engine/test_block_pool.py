@@ -79,16 +79,16 @@ def test_misuse_is_stopped_where_ownership_changes() -> None:
     with pytest.raises(AssertionError, match="no published content"):
         pool.share(block)
     pool.release(block)
-    with pytest.raises(AssertionError, match="released but nobody holds it"):
+    with pytest.raises(AssertionError, match="released but not held"):
         pool.release(block)
-    with pytest.raises(AssertionError, match="published but nobody holds it"):
+    with pytest.raises(AssertionError, match="published but not held"):
         pool.publish(block[0], b"a")
 
 
 def test_the_audit_names_a_leaked_block() -> None:
     pool = BlockPool(2, 4)
     pool.allocate(1)
-    with pytest.raises(AssertionError, match="block 0 counts 1 holders, sequences hold it 0x"):
+    with pytest.raises(AssertionError, match="block 0 has 1 holders, but sequences hold it 0x"):
         pool.check([])
 
 

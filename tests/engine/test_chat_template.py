@@ -105,7 +105,7 @@ def test_a_template_that_python_cannot_compile_is_one_line(tmp_path: Path, sourc
 
 
 def test_a_long_refusal_of_a_template_is_cut() -> None:
-    with pytest.raises(RequestError, match=r"refuses these messages: a b.* \(\d+ characters\)$") as caught:
+    with pytest.raises(RequestError, match=r"rejects these messages: a b.* \(\d+ characters\)$") as caught:
         compile_template("{{ raise_exception('a\nb\x1b' * 100000) }}")({})
     assert len(str(caught.value)) < 2000
     assert str(caught.value).isprintable()
@@ -114,7 +114,7 @@ def test_a_long_refusal_of_a_template_is_cut() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ raise_exception('roles must\nalternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ raise_exception('roles must\nalternate') }}", "rejects these messages: roles must alternate"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ messages + 1 }}", "can only concatenate"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -157,7 +157,7 @@ def test_a_template_of_the_request_is_rendered() -> None:
         ("{{ '%9999999999d' | format(1) }}", "too much memory|was stopped"),
         ("{{ 'a' * 10 ** 7 }}", "renders 10000000 characters"),
         ("{% if %}", "line 1"),
-        ("{{ raise_exception('no') }}", "refuses these messages: no"),
+        ("{{ raise_exception('no') }}", "rejects these messages: no"),
         (" " * (MAX_TEMPLATE_CHARACTERS + 1), "at most 65536"),
     ],
 )

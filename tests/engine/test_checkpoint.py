@@ -271,9 +271,9 @@ def test_a_weight_that_is_no_number_is_refused(checkpoint: Path, tensors: Tensor
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda raw: raw[: len(raw) // 2], "cut off: tensor "),
-        (lambda raw: raw[:100], "cut off"),
-        (lambda raw: raw[:5], "cut off"),
+        (lambda raw: raw[: len(raw) // 2], "truncated: tensor "),
+        (lambda raw: raw[:100], "truncated"),
+        (lambda raw: raw[:5], "truncated"),
         (lambda raw: b"", "cannot be mapped"),
         (lambda raw: b"<html>an error page</html>" * 9, "not a safetensors file"),
         (lambda raw: raw[:8] + b"!" + raw[9:], "header is damaged"),

@@ -257,7 +257,7 @@ def test_failures_that_do_not_end_break_the_engine() -> None:
     engine = faulty()
     for index in range(6):
         engine.add(request(f"poison{index}", [1]))
-    with pytest.raises(EngineBroken, match="3 steps in a row have failed, the last with MemoryError"):
+    with pytest.raises(EngineBroken, match="3 consecutive steps have failed, the last with MemoryError"):
         drain(engine)
 
 

@@ -36,9 +36,9 @@ def test_logits_picks_and_greedy_text_are_the_reference(
     sequence = network.sequence(reference[f"prompt_{prompt}"].tolist())
     with recorded_routes() as routes:
         logits = network.prefill(sequence)
-    picks, weights = routes.by_layer(layers=2)
+    topk_ids, weights = routes.by_layer(layers=2)
     assert_close(logits, reference[f"logits_{prompt}"])
-    np.testing.assert_array_equal(picks, reference[f"router_{prompt}"])
+    np.testing.assert_array_equal(topk_ids, reference[f"router_{prompt}"])
     np.testing.assert_allclose(weights, reference[f"router_w_{prompt}"], atol=1e-5)
     assert_close(network.decode(sequence, logits[-1], 64), reference[f"greedy_logits_{prompt}"])
     assert sequence.output_token_ids == reference[f"greedy_{prompt}"].tolist()

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.common.metrics_server import CONTENT_TYPE, Exposition
+from fastdeploy.common.metrics_server import CONTENT_TYPE, MetricsServer
 
 #: Larger than what the kernel takes for a client that does not read.
 TEXT = b"# a comment\n" + b"x" * (16 << 20) + b"\n"
 
 
 @pytest.fixture
-def server() -> Iterator[Exposition]:
-    exposition = Exposition(["127.0.0.1"], 0, lambda: TEXT)
+def server() -> Iterator[MetricsServer]:
+    exposition = MetricsServer(["127.0.0.1"], 0, lambda: TEXT)
     yield exposition
     exposition.close()
 
@@ -39,7 +39,7 @@ def connect(port: int, sent: bytes = b"") -> socket.socket:
 
 def test_a_scrape_gets_the_text_of_its_moment() -> None:
     texts = [b"a 2\n", b"a 1\n"]
-    server = Exposition(["127.0.0.1"], 0, texts.pop)
+    server = MetricsServer(["127.0.0.1"], 0, texts.pop)
     try:
         assert ask(server.port) == (200, CONTENT_TYPE, b"a 1\n")
         assert ask(server.port, path="/metrics?name[]=a") == (200, CONTENT_TYPE, b"a 2\n")
@@ -47,7 +47,7 @@ def test_a_scrape_gets_the_text_of_its_moment() -> None:
         server.close()
 
 
-def test_what_is_no_scrape_is_told_what_is(server: Exposition) -> None:
+def test_what_is_no_scrape_is_told_what_is(server: MetricsServer) -> None:
     assert ask(server.port, path="/")[::2] == (404, b"GET /metrics\n")
     assert ask(server.port, "DELETE")[::2] == (405, b"GET /metrics\n")
     assert ask(server.port, "HEAD")[::2] == (200, b"")
@@ -57,7 +57,7 @@ def test_what_is_no_scrape_is_told_what_is(server: Exposition) -> None:
         assert client.recv(100).startswith(b"HTTP/1.1 200 OK\r\n"), "a long request is not read to its end"
 
 
-def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: Exposition) -> None:
+def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: MetricsServer) -> None:
     silent = [connect(server.port, b"GET /met") for _ in range(8)]
     full = [connect(server.port, b"GET /metrics HTTP/1.1\r\n\r\n") for _ in range(8)]
     assert ask(server.port)[2] == TEXT
@@ -65,7 +65,7 @@ def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: Expositi
         client.close()
 
 
-def test_the_one_that_has_been_there_longest_makes_room(server: Exposition) -> None:
+def test_the_one_that_has_been_there_longest_makes_room(server: MetricsServer) -> None:
     crowd = [connect(server.port) for _ in range(40)]
     assert ask(server.port)[2] == TEXT
     assert crowd[0].recv(1) == b""
@@ -73,15 +73,17 @@ def test_the_one_that_has_been_there_longest_makes_room(server: Exposition) -> N
         client.close()
 
 
-def test_a_client_that_takes_too_long_is_dropped(server: Exposition, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdeploy.common.metrics_server._PATIENCE", 0.2)
+def test_a_client_that_takes_too_long_is_dropped(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdeploy.common.metrics_server._CLIENT_TIMEOUT", 0.2)
     with connect(server.port, b"GET /metrics HTTP/1.1\r\n") as client:
         assert client.recv(1) == b""
 
 
 def test_a_figure_that_cannot_be_had_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
     texts = [b"a 1\n"]
-    server = Exposition(["127.0.0.1"], 0, texts.pop)
+    server = MetricsServer(["127.0.0.1"], 0, texts.pop)
     try:
         assert ask(server.port)[0] == 200
         assert ask(server.port)[0] == 500
@@ -93,13 +95,13 @@ def test_a_figure_that_cannot_be_had_costs_one_scrape(caplog: pytest.LogCaptureF
 
 
 def test_a_taken_port_is_an_error_at_once_and_a_closed_one_is_free() -> None:
-    server = Exposition(["127.0.0.1"], 0, lambda: b"a 1\n")
+    server = MetricsServer(["127.0.0.1"], 0, lambda: b"a 1\n")
     try:
         with pytest.raises(OSError, match="in use"):
-            Exposition(["127.0.0.1"], server.port, lambda: b"")
+            MetricsServer(["127.0.0.1"], server.port, lambda: b"")
     finally:
         server.close()
-    again = Exposition(["127.0.0.1"], server.port, lambda: b"a 2\n")
+    again = MetricsServer(["127.0.0.1"], server.port, lambda: b"a 2\n")
     try:
         assert ask(server.port)[2] == b"a 2\n"
     finally:
@@ -108,7 +110,7 @@ def test_a_taken_port_is_an_error_at_once_and_a_closed_one_is_free() -> None:
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_open_to_the_network_means_both_families() -> None:
-    server = Exposition(["::"], 0, lambda: b"a 1\n")
+    server = MetricsServer(["::"], 0, lambda: b"a 1\n")
     try:
         assert ask(server.port)[2] == b"a 1\n"
     finally:

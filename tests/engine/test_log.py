@@ -72,7 +72,7 @@ def test_messages_below_the_level_are_not_logged_together_either(directory: Path
 
 
 def write(number: int, count: int) -> None:
-    log._MAX_BYTES, log_file.LOOK_SECONDS = 20_000, 0.0
+    log._MAX_BYTES, log_file.CHECK_SECONDS = 20_000, 0.0
     log.configure(f"process={number}", "x.log")
     logger = logging.getLogger("test")
     for line in range(count):
@@ -106,8 +106,8 @@ class Writer:
 
     _PROGRAM = (
         "import logging, sys\n"
-        "from fastdeploy import log, log_file\n"
-        "log_file.LOOK_SECONDS = 0.0\n"
+        "from fastdeploy.common import log, log_file\n"
+        "log_file.CHECK_SECONDS = 0.0\n"
         "log.configure('', 'x.log')\n"
         "print('ready', flush=True)\n"
         "for line in sys.stdin:\n"
@@ -236,7 +236,7 @@ def test_a_program_starts_without_a_log_on_a_full_or_read_only_disk(tmp_path: Pa
 def test_a_directory_without_permission_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir(mode=0o500)
     program = (
-        "import sys; from fastdeploy import log, errors\n"
+        "import sys; from fastdeploy.common import log, errors\n"
         "try: log.configure('', 'x.log')\n"
         "except errors.ConfigError as error: sys.exit(str(error))"
     )
@@ -271,7 +271,7 @@ def test_a_rotation_that_fails_halfway_is_made_up_for(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(log, "_MAX_BYTES", 200)
-    monkeypatch.setattr(log_file, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(log_file, "CHECK_SECONDS", 0.0)
     monkeypatch.setenv("FD_LOG_BACKUP_COUNT", "3")
     log.configure("", "x.log")
     logger = logging.getLogger("test")
@@ -296,7 +296,7 @@ def test_a_rotation_that_fails_halfway_is_made_up_for(
 
 def test_a_close_that_fails_costs_no_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel has closed the descriptor all the same; its number may be another file's by then."""
-    monkeypatch.setattr(log_file, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(log_file, "CHECK_SECONDS", 0.0)
     log.configure("", "x.log")
     close = os.close
 

@@ -40,7 +40,7 @@ class Answers:
         while self._engine.has_work:
             for output in self._engine.step().outputs:
                 self._take(output)
-        self._engine.rest()
+        self._engine.on_idle()
         return self
 
     def _take(self, output: TokenOutput) -> None:

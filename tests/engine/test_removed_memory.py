@@ -11,9 +11,10 @@ import pytest
 
 from fastdeploy.expert_parallel import removed_memory
 from fastdeploy.expert_parallel.memory import FILE
-from fastdeploy.expert_parallel.memory_file import group_directory
+from fastdeploy.expert_parallel.memory_file import SHARED_MEMORY, group_directory
 from fastdeploy.expert_parallel.snapshot import read_snapshot
 
+from ..small_disk import SmallDisk
 from ..waiting import wait_until
 from .expert_ranks import EXPERT_CONFIG, ranks_of, requests_of, undisturbed
 from .worker_api import DEADLINE_S, Ranks
@@ -50,6 +51,31 @@ def test_a_rank_that_starts_after_the_removal_joins_the_others(ranks: Ranks, tmp
     assert ranks.logs().count("was removed and has been created again") == 2
     ranks.stop()
     assert not directory.exists(), "nothing of the group stays behind"
+
+
+def test_ranks_work_without_doorbells_while_there_is_no_room_for_them(tmp_path: Path) -> None:
+    disk = SmallDisk(SHARED_MEMORY, size="512m", inodes=16)
+    ranks = Ranks(EXPERT_CONFIG, 2, "full", tmp_path, launcher=disk.prefix)
+    try:
+        ranks.start(0, 1)
+        ranks.wait_ready()
+        requests = {0: requests_of(0, count=2, tokens=10)}
+        expected = ranks.generate(requests)
+        directory = group_directory("full", disk.path)
+        disk.use_up_inodes()
+        for seat in range(2):
+            # The removal of one would make room for another.
+            (directory / f"seat-{seat}").rename(directory / f"old-{seat}")
+        said = "was removed and cannot be created again (No space left on device)"
+        wait_until(lambda: ranks.logs().count(said) == 2, "both report it", deadline=DEADLINE_S)
+        assert ranks.generate(requests) == expected
+        disk.make_room()
+        wait_until(lambda: len(list(directory.glob("seat-*"))) == 2, "doorbells", deadline=DEADLINE_S)
+        assert ranks.generate(requests) == expected
+        assert ranks.logs().count(said) == 2
+    finally:
+        ranks.close()
+        disk.close()
 
 
 def test_memory_that_no_rank_has_is_not_found(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def one_thread_afterwards() -> Iterator[None]:
     custom_ops.set_threads(1)
 
 
-@settings(max_examples=35)
+@settings(max_examples=18)
 @given(data=st.data())
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_a_request_is_computed_as_if_it_were_alone(weight_format: str, data: st.DataObject) -> None:

@@ -213,11 +213,11 @@ def _exchange_norms(raw: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda raw: raw[: len(raw) // 2], "damaged: .* cut off"),
-        (lambda raw: raw[:-4096], "damaged: .* cut off"),
+        (lambda raw: raw[: len(raw) // 2], "damaged: .* truncated"),
+        (lambda raw: raw[:-4096], "damaged: .* truncated"),
         (lambda raw: raw + bytes(9), "damaged: .* bytes of tensors where the header lists"),
         (lambda raw: b"", "damaged: .* cannot be mapped"),
-        (lambda raw: raw[:300], "damaged: .* cut off"),
+        (lambda raw: raw[:300], "damaged: .* truncated"),
         (lambda raw: raw[:8] + b"?" + raw[9:], "damaged: .* header is damaged"),
         (lambda raw: raw.replace(b'"sha256"', b'"sha257"'), "damaged: "),
         (

@@ -175,7 +175,7 @@ def test_a_parent_that_died_before_the_worker_could_tie_itself_to_it_kills_it_to
         ),
         (
             {"device": "gpu"},
-            "--device is 'gpu'; the operations are compiled for CPUs only so far: use auto or cpu",
+            "--device is 'gpu', which is not supported yet; use auto or cpu",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_steps_that_keep_failing_end_the_worker_and_it_says_why(start: Callable[
     api.send(request("three", [5, 6, 7]))
     while not isinstance(message := api.receive(), Failed):
         pass
-    assert message.message == "3 steps in a row have failed, the last with RuntimeError('no such kernel')"
+    assert message.message == "3 consecutive steps have failed, the last with RuntimeError('no such kernel')"
     assert api.process.wait(DEADLINE_S) == 1
 
 

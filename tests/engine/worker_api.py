@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -41,7 +41,10 @@ Message = TypeVar("Message", bound=FromWorker)
 class Api:
     """The API process's end: a ROUTER socket, and the worker as a child."""
 
-    def __init__(self, config: EngineConfig, logs: Path, *arguments: str, **env: str) -> None:
+    def __init__(
+        self, config: EngineConfig, logs: Path, *arguments: str, launcher: Sequence[str] = (), **env: str
+    ) -> None:
+        """`launcher` is a command that executes the one behind it."""
         logs.mkdir(parents=True, exist_ok=True)
         self._log_file = logs / "worker.log"
         self._stderr = (logs / "stderr").open("w+")
@@ -51,7 +54,7 @@ class Api:
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         self._identity = b""
         self.process = subprocess.Popen(
-            [sys.executable, *(arguments or AS_MODULE)],
+            [*launcher, sys.executable, *(arguments or AS_MODULE)],
             env={
                 **os.environ,
                 "FD_ENGINE_CONFIG": encode_config(config),
@@ -126,7 +129,15 @@ class Ranks:
     """The workers of an expert-parallel group. Texts of all of them are generated at the same time."""
 
     def __init__(
-        self, config: EngineConfig, count: int, group: str, logs: Path, *, shared: bool = True, **env: str
+        self,
+        config: EngineConfig,
+        count: int,
+        group: str,
+        logs: Path,
+        *,
+        shared: bool = True,
+        launcher: Sequence[str] = (),
+        **env: str,
     ) -> None:
         """
         Args:
@@ -138,6 +149,7 @@ class Ranks:
         self.group = group
         self._logs = logs
         self._env = env
+        self._launcher = launcher
         self.apis: dict[int, Api] = {}
         #: Of ranks that have been started again, too.
         self.all: list[Api] = []
@@ -155,7 +167,7 @@ class Ranks:
         for seat in seats:
             config = replace(self._config, data_parallel_rank=seat, **changes)  # type: ignore[arg-type]
             logs = self._logs / f"{seat}-{len(self.all)}"
-            self.apis[seat] = Api(config, logs, *arguments, **env)
+            self.apis[seat] = Api(config, logs, *arguments, launcher=self._launcher, **env)
             self.all.append(self.apis[seat])
 
     def wait_ready(self, *seats: int) -> None:

@@ -70,14 +70,16 @@ class ApiServer:
         assert self.process.poll() is None, self.log()
         return self
 
-    def health(self) -> tuple[int, dict[str, Any]]:
-        """Status 0 while nobody listens."""
-        status, body = self.get("/health")
+    def health(self, timeout: float = 30) -> tuple[int, dict[str, Any]]:
+        """Return status and body; status 0 without an answer in `timeout` seconds."""
+        status, body = self.get("/health", timeout=timeout)
         return status, json.loads(body) if body else {}
 
-    def get(self, path: str, port: int | None = None) -> tuple[int, str]:
+    def get(self, path: str, port: int | None = None, timeout: float = 30) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=30) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{port or self.port}{path}", timeout=timeout
+            ) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -15,6 +16,17 @@ from .conftest import MAX_MODEL_LEN, ApiServer, wait_until
 
 MESSAGES = [{"role": "user", "content": "the quick brown"}]
 GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unfinished(server: ApiServer) -> Iterator[socket.socket]:
+    """A request without the rest of its body. Its timeout of 30 s passes while the other tests run."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+        )
+        yield client
 
 
 def test_chat(server: ApiServer):
@@ -374,11 +386,7 @@ def test_health_and_ping(server: ApiServer):
     assert server.get("/metrics")[0] == 404, "it has a port of its own"
 
 
-def test_a_body_that_does_not_arrive_is_a_timeout_and_not_the_fault_of_its_content(server: ApiServer):
-    head = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-        b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
-    )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as client:
-        client.sendall(head)
-        assert client.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
+def test_a_body_that_does_not_arrive_is_a_timeout_and_not_the_fault_of_its_content(
+    unfinished: socket.socket,
+):
+    assert unfinished.recv(1 << 16).startswith(b"HTTP/1.1 408 ")

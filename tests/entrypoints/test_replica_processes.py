@@ -95,7 +95,7 @@ def test_an_http_process_without_descriptors_serves_again_when_it_has_some(repli
     soft, hard = http.rlimit(psutil.RLIMIT_NOFILE)
     # It cannot accept the next connection.
     http.rlimit(psutil.RLIMIT_NOFILE, (8, hard))
-    assert replica.health() == (0, {})
+    assert replica.health(timeout=2) == (0, {})
     wait_until(lambda: "Too many open files" in replica.log(), "the shortage is logged")
     http.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
     wait_until(lambda: replica.health()[0] == 200, "it serves again")

@@ -15,13 +15,13 @@
 
 namespace {
 
-constexpr int kSeats = 3, kExperts = 4, kMaxTokens = 4, kPicks = 2, kHidden = 8, kElement = 4, kTokens = 3;
-constexpr int64_t kPage = 4096, kFirstSeat = kPage, kSeatBytes = 3 * kPage, kBytes = kFirstSeat + kSeats * kSeatBytes;
+constexpr int kRanks = 3, kExperts = 4, kMaxTokens = 4, kPicks = 2, kHidden = 8, kElement = 4, kTokens = 3;
+constexpr int64_t kPage = 4096, kFirstRank = kPage, kRankBytes = 3 * kPage, kBytes = kFirstRank + kRanks * kRankBytes;
 constexpr int64_t kServed = 128, kTargets = 192, kPlaces = 256, kTokenRows = kPage, kResults = 2 * kPage;
 constexpr uint64_t kEpoch = 1, kStamp = kEpoch << 40 | 1;
 
-const fd::GroupShape kShape{0, kSeats, 1, kExperts, kMaxTokens, kPicks, kHidden, 0, kFirstSeat, kSeatBytes,
-                            kServed, kTargets, kPlaces, kTokenRows, kResults};
+const fd::GroupShape kShape{0,          kRanks,     1,       kExperts, kMaxTokens, kPicks,     kHidden, 0,
+                            kFirstRank, kRankBytes, kServed, kTargets, kPlaces,    kTokenRows, kResults};
 
 void require(bool condition, const char* what) {
   if (condition) return;
@@ -43,20 +43,20 @@ struct Memory {
     dead = ends[0];
   }
 
-  uint8_t* part(int seat) const { return bytes + kFirstSeat + seat * kSeatBytes; }
+  uint8_t* part(int rank) const { return bytes + kFirstRank + rank * kRankBytes; }
 
   // Every rank without a fault.
   void reset() const {
     std::memset(bytes, 0, kBytes);
     reinterpret_cast<fd::GroupWords*>(bytes)->epoch = kEpoch;
-    for (int seat = 1; seat < kSeats; ++seat) {
-      auto& row = *reinterpret_cast<fd::SeatRow*>(part(seat));
+    for (int rank = 1; rank < kRanks; ++rank) {
+      auto& row = *reinterpret_cast<fd::RankRow*>(part(rank));
       row.arrived = kEpoch;
       row.begun = row.dispatched = row.combined = kStamp;
       row.step_tokens[1] = kTokens;
       row.tokens = kTokens << 8 | kElement;
-      auto* const targets = reinterpret_cast<int32_t*>(part(seat) + kTargets);
-      for (int i = 0; i < kTokens * kPicks; ++i) targets[i] = i % kExperts << 6 | i % kSeats;
+      auto* const dispatch_targets = reinterpret_cast<int32_t*>(part(rank) + kTargets);
+      for (int i = 0; i < kTokens * kPicks; ++i) dispatch_targets[i] = i % kExperts << 6 | i % kRanks;
     }
   }
 
@@ -71,11 +71,11 @@ struct Input {
   // Writes the next words, up to one that says that it is enough for now.
   void corrupt(const Memory& memory) {
     while (size >= 11) {
-      const int seat = 1 + data[0] % (kSeats - 1);
+      const int rank = 1 + data[0] % (kRanks - 1);
       const bool is_last = data[0] & 0x80;
       // Of its row, targets and places.
       const int64_t offset = (data[1] | data[2] << 8) % kPage / 4 * 4;
-      std::memcpy(memory.part(seat) + std::min<int64_t>(offset, kPage - 8), data + 3, 8);
+      std::memcpy(memory.part(rank) + std::min<int64_t>(offset, kPage - 8), data + 3, 8);
       data += 11;
       size -= 11;
       if (is_last) return;
@@ -84,18 +84,18 @@ struct Input {
 };
 
 void run(const Memory& memory, Input input, int32_t picks_of) {
-  const uint64_t homes[kExperts] = {1, 2, 4, 3};
-  const int pidfds[kSeats] = {-1, memory.dead, memory.dead};
+  const uint64_t expert_ranks[kExperts] = {1, 2, 4, 3};
+  const int pidfds[kRanks] = {-1, memory.dead, memory.dead};
   fd::ExpertGroup group(kShape, memory.bytes, memory.file, [](int, double, int) {}, 1'000'000'000, 2'000'000'000);
-  group.set_members(kEpoch, 0b111, homes, pidfds, 0);
+  group.set_members(kEpoch, 0b111, expert_ranks, pidfds, 0);
   input.corrupt(memory);
   group.announce(kTokens);
   if (group.begin() != fd::ExpertGroup::kGoing) return;
-  require(0 < group.rounds() && group.rounds() <= fd::kMostStepTokens, "rounds without end");
+  require(0 < group.rounds() && group.rounds() <= fd::kMaxStepTokens, "rounds without end");
   require(group.token_rows(kTokens, kElement) != nullptr, "no room for tokens");
-  int32_t picks[kTokens * kPicks];
-  for (int i = 0; i < kTokens * kPicks; ++i) picks[i] = (picks_of >> 2 * i & 7) % (kExperts + 1) - 1;
-  group.address(0, picks, kTokens);
+  int32_t topk_ids[kTokens * kPicks];
+  for (int i = 0; i < kTokens * kPicks; ++i) topk_ids[i] = (picks_of >> 2 * i & 7) % (kExperts + 1) - 1;
+  group.route(0, topk_ids, kTokens);
   group.publish_tokens(kTokens, kElement);
   input.corrupt(memory);
   if (!group.await_tokens()) return;
@@ -104,13 +104,15 @@ void run(const Memory& memory, Input input, int32_t picks_of) {
   const bool is_whole = group.receive(fd::Workspace::fresh(), 0, kElement, received);
   require(std::memcmp(others.data(), memory.part(1), others.size()) == 0, "it has written into the part of another");
   if (!is_whole) return;
-  require(0 <= received.rows && received.rows <= kSeats * kMaxTokens * kPicks, "more rows than there can be");
+  require(0 <= received.rows && received.rows <= kRanks * kMaxTokens * kPicks, "more rows than there can be");
   require(received.offsets[0] == 0 && received.offsets[kExperts] == received.rows, "offsets that are none");
   double sum = 0;
   for (int row = 0; row < received.rows; ++row) {
     for (int i = 0; i < kHidden; ++i) sum += static_cast<const float*>(received.sources[row])[i];
-    require(0 <= received.origins[row * 3] && received.origins[row * 3] < kSeats, "a row of no seat");
-    require(0 <= received.origins[row * 3 + 1] && received.origins[row * 3 + 1] < kMaxTokens, "a row of no token");
+    require(0 <= received.source_token_index[row * 3] && received.source_token_index[row * 3] < kRanks,
+            "a row of no rank");
+    require(0 <= received.source_token_index[row * 3 + 1] && received.source_token_index[row * 3 + 1] < kMaxTokens,
+            "a row of no token");
   }
   if (received.rows > 0) require(group.result_rows(received.rows, kElement) != nullptr, "no room for results");
   group.publish_results();
@@ -124,7 +126,7 @@ void run(const Memory& memory, Input input, int32_t picks_of) {
   }
   volatile double keep = sum;
   (void)keep;
-  if (!group.results_are_whole()) require(0 <= group.faulty() && group.faulty() < kSeats, "a fault of no seat");
+  if (!group.results_are_whole()) require(0 <= group.faulty() && group.faulty() < kRanks, "a fault of no rank");
 }
 
 }  // namespace
@@ -132,9 +134,9 @@ void run(const Memory& memory, Input input, int32_t picks_of) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const Memory memory;
   if (size < 4) return 0;
-  int32_t picks;
-  std::memcpy(&picks, data, 4);
+  int32_t topk_ids;
+  std::memcpy(&topk_ids, data, 4);
   memory.reset();
-  run(memory, {data + 4, size - 4}, picks);
+  run(memory, {data + 4, size - 4}, topk_ids);
   return 0;
 }

@@ -20,7 +20,8 @@ from fastdeploy.common.resumption import Delivered, Resumption, decode_resumptio
 from fastdeploy.daemon.config.programs import Program
 from fastdeploy.daemon.control import protocol, server
 from fastdeploy.daemon.fdctl import generation, scrapes
-from fastdeploy.daemon.process.supervisor_client import Layout, Process, Supervisor, SupervisorError
+from fastdeploy.daemon.process.supervisor_client import Process, Supervisor, SupervisorError
+from fastdeploy.daemon.process.supervisord_config import Layout
 from fastdeploy.daemon.router.board.memory import text_of
 from fastdeploy.daemon.router.config.flags_file import read_flags_file
 from fastdeploy.daemon.router.control import health
@@ -32,7 +33,7 @@ from fastdeploy.daemon.router.instance import Instance, RegistrationError
 from fastdeploy.daemon.supervision import probes, router_client
 from fastdeploy.daemon.supervision.adoption import _flags_of
 from fastdeploy.daemon.supervision.hang_detection import ProgressTracker, WorkerProgress
-from fastdeploy.daemon.supervision.intents import Intents, Wish
+from fastdeploy.daemon.supervision.intents import DesiredState, Intents
 from fastdeploy.entrypoints.openai import engine_client
 
 from .foreign import Answering, answering, any_json, damaged, http_answer, json_of, mutated, one_line
@@ -86,11 +87,11 @@ def answers_of(valid: Any) -> st.SearchStrategy[bytes]:
 @given(damaged(HEALTH) | any_json)
 def test_the_pulse_of_a_worker_is_a_number_or_nothing(told: Any) -> None:
     pulse = WorkerProgress.of(told) if isinstance(told, dict) else None
-    watch = ProgressTracker()
-    watch.saw(pulse, 5.0)
+    tracker = ProgressTracker()
+    tracker.update(pulse, 5.0)
     assert pulse is None or (pulse.requests >= 0 and pulse.silent >= 0 and math.isfinite(pulse.silent))
-    assert math.isfinite(watch.stuck(6.0))
-    assert math.isfinite(watch.idle(6.0))
+    assert math.isfinite(tracker.stalled_for(6.0))
+    assert math.isfinite(tracker.idle_for(6.0))
 
 
 @given(answers_of(HEALTH))
@@ -110,7 +111,7 @@ def test_the_routers_admin_answers_are_understood_or_it_is_silent(answer: bytes)
     for ask in (router_client.flags, router_client.registered):
         try:
             found: Any = ask(_directory() / "admin")
-        except router_client.RouterSilent as error:
+        except router_client.RouterUnavailable as error:
             one_line(str(error))
             continue
         if isinstance(found, router_client.Flags):
@@ -167,7 +168,7 @@ def test_files_of_before_are_read_or_left_alone(registry: bytes, intents: bytes)
     file.write_bytes(registry)
     assert all(isinstance(instance, Instance) for instance, _ in RegistryFile(file)._read())
     (_directory() / "intents.json").write_bytes(intents)
-    assert isinstance(Intents(_directory()).of("replica0"), Wish)
+    assert isinstance(Intents(_directory()).of("replica0"), DesiredState)
 
 
 @given(json_of(LAUNCH))

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.daemon.supervision.hang_detection import Stuck, judge
-from fastdeploy.daemon.supervision.health import seen
+from fastdeploy.daemon.supervision.hang_detection import Stalled, find_hung
+from fastdeploy.daemon.supervision.health import group_snapshots
 from fastdeploy.expert_parallel import memory_file
 from fastdeploy.expert_parallel.group_lock import LockStuck
 from fastdeploy.expert_parallel.layout import GroupLayout, RankSlotState
@@ -85,9 +85,9 @@ def test_a_snapshot_of_any_memory_is_one_or_one_line(words: list[tuple[int, int]
         one_line(str(error))
     else:
         json.dumps(None if found is None else asdict(found))
-    stuck = [Stuck(f"replica{seat}", 99.0, 1, _NAME, seat) for seat in range(_LAYOUT.num_ranks)]
-    members = {(_NAME, each.seat): each.name for each in stuck}
-    judge(stuck, seen([_NAME], look_here), members, 60.0)
+    stalled = [Stalled(f"replica{seat}", 99.0, 1, _NAME, seat) for seat in range(_LAYOUT.num_ranks)]
+    members = {(_NAME, each.rank): each.name for each in stalled}
+    find_hung(stalled, group_snapshots([_NAME], look_here), members, 60.0)
 
 
 @given(corruptions, st.booleans())

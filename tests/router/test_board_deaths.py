@@ -114,7 +114,7 @@ def test_whoever_dies_at_any_instruction_leaves_a_board_that_works(operation):
     total = instructions(operation)
     assert total > 50
     # Each death takes a process; every instruction is somebody's in some run.
-    for step in sorted(random.sample(range(total), min(total, 15))):
+    for step in sorted(random.sample(range(total), min(total, 8))):
         board = prepared()
 
         def work(child: Forked, board: Board = board, step: int = step) -> None:
@@ -192,7 +192,7 @@ def test_fuzz_workers_that_do_anything_and_are_killed_at_any_time_leave_all_coun
     caplog.set_level("ERROR")
     chance = random.Random(5)
     workers = [Forked(lambda child, seed=seed: act_at_random(board, seed)) for seed in range(3)]
-    for seed in range(3, 150):
+    for seed in range(3, 70):
         time.sleep(chance.uniform(0.0, 0.02))
         victim = workers.pop(chance.randrange(len(workers)))
         assert os.waitpid(victim.pid, os.WNOHANG) == (0, 0), "a worker has failed"

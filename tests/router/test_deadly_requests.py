@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from fastdeploy.daemon.router.relay.suspicion import SUSPECT_AFTER
-from fastdeploy.daemon.supervision.router_client import Ended, registered, tell_of_end
+from fastdeploy.daemon.supervision.router_client import ReplicaExit, registered, report_exit
 
 from .asking import Answered, ask, asking, generation
 from .conftest import RouterProcess
@@ -127,7 +127,7 @@ def kill_from_outside(router: RouterProcess, replica: Replica) -> None:
     """And say so, as fd-dp does."""
     instance = registered(router.directory / "admin")[replica.port].instance
     replica.end(signal.SIGKILL)
-    tell_of_end(router.directory / "admin", Ended(replica.url, instance, from_outside=True))
+    report_exit(router.directory / "admin", ReplicaExit(replica.url, instance, from_outside=True))
 
 
 def holder(fleet: Fleet) -> Replica | None:
@@ -164,7 +164,7 @@ def test_the_word_that_it_was_its_own_end_is_waited_for_and_counts(told_router):
         wait_until(lambda: len(list(files.glob("killer-*"))) == MOST_DEATHS, "it was alone")
         assert not answer.done()
         for instance, port in starts.items():
-            tell_of_end(admin, Ended(f"http://127.0.0.1:{port}", instance, from_outside=False))
+            report_exit(admin, ReplicaExit(f"http://127.0.0.1:{port}", instance, from_outside=False))
         assert answer.result().status == 500
     assert len(list(files.glob("killer-*"))) == MOST_DEATHS
 

@@ -292,6 +292,8 @@ def test_a_registry_file_without_permission_is_saved_when_it_has_one(
     )
     file.parent.chmod(0o700)
     wait_until(lambda: saved(file) == [True], "it is saved")
+    file.chmod(0)
+    wait_until(lambda: file.stat().st_mode & 0o777 == 0o600, "one that cannot be read is replaced")
 
 
 # ---- the log, and the start

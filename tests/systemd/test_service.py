@@ -106,7 +106,7 @@ def test_a_restart_of_the_daemon_as_after_an_upgrade_leaves_the_replicas_alone(s
     assert serving.show("MainPID") != daemon
     assert serving.wait_ready() == before
     journal = serving.journal()
-    assert "SIGTERM: stopping; the programs go on" in journal
+    assert "SIGTERM: stopping; programs keep running" in journal
     assert "replica 7: adopted pid" in journal
     assert "Traceback" not in journal
 

@@ -9,7 +9,7 @@
 namespace fd {
 namespace {
 
-// Rows that a thread takes at a time.
+// Rows per item.
 constexpr int kRowsPerItem = 16;
 
 template <class F>
@@ -24,22 +24,22 @@ void for_each_row(int64_t rows, F&& f) {
 
 }  // namespace
 
-bool ep_dispatch_send(ExpertGroup& group, int layer, const void* x, const int32_t* picks, int tokens, int element) {
+bool ep_dispatch_send(ExpertGroup& group, int layer, const void* x, const int32_t* topk_ids, int tokens, int element) {
   auto* const rows = static_cast<uint8_t*>(group.token_rows(tokens, element));
   if (rows == nullptr) return false;
   const auto* const source = static_cast<const uint8_t*>(x);
   const int64_t width = group.shape().hidden * element;
   for_each_row(tokens, [&](int64_t token) { std::memcpy(rows + token * width, source + token * width, width); });
-  group.note(Phase::kHalfSent, layer);
-  group.address(layer, picks, tokens);
+  group.set_phase(Phase::kHalfSent, layer);
+  group.route(layer, topk_ids, tokens);
   group.publish_tokens(tokens, element);
-  group.note(Phase::kSent, layer);
+  group.set_phase(Phase::kSent, layer);
   return true;
 }
 
 bool ep_dispatch_receive(ExpertGroup& group, int layer, int element, Workspace& workspace, Received& received) {
   if (!group.await_tokens()) return false;
-  group.note(Phase::kExperts, layer);
+  group.set_phase(Phase::kExperts, layer);
   return group.receive(workspace, layer, element, received);
 }
 
@@ -54,28 +54,28 @@ bool ep_combine_send(ExpertGroup& group, const void* rows, int count, int elemen
   if (results == nullptr) return false;
   const auto* const source = static_cast<const uint8_t*>(rows);
   const int64_t width = group.shape().hidden * element;
-  // They may have been computed where they belong.
+  // The caller may have computed the results in place.
   if (source != results) {
     for_each_row(count, [&](int64_t row) { std::memcpy(results + row * width, source + row * width, width); });
   }
-  group.note(Phase::kHalfReturned);
+  group.set_phase(Phase::kHalfReturned);
   group.publish_results();
-  group.note(Phase::kReturned);
+  group.set_phase(Phase::kReturned);
   return true;
 }
 
-bool ep_combine_receive(ExpertGroup& group, const float* weights, int tokens, int element, float* out) {
+bool ep_combine_receive(ExpertGroup& group, const float* topk_weights, int tokens, int element, float* out) {
   if (!group.await_results()) return false;
-  group.note(Phase::kCombine);
+  group.set_phase(Phase::kCombine);
   const int k = static_cast<int>(group.shape().k), hidden = static_cast<int>(group.shape().hidden);
   const Kernels& isa = kernels();
   for_each_row(tokens, [&](int64_t token) {
-    const void* rows[kMostPicks];
-    float used[kMostPicks];
+    const void* rows[kMaxTopk];
+    float used[kMaxTopk];
     int count = 0;
     for (int j = 0; j < k; ++j) {
       rows[count] = group.result(static_cast<int>(token), j, element);
-      used[count] = weights[token * k + j];
+      used[count] = topk_weights[token * k + j];
       if (rows[count] != nullptr) ++count;
     }
     float* const sum = out + token * hidden;

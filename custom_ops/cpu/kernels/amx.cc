@@ -1,18 +1,17 @@
-// Products with bfloat16 matrices for processors with AMX; everything else is as on AVX-512. Quantised weights
-// too: they are for reading less memory, and bringing them into tiles takes longer than that saves.
+// AMX products with bfloat16 matrices; everything else uses the AVX-512 kernels. So do quantised weights: converting
+// them for tiles takes longer than reading less memory saves.
 //
-// Activations are rounded to bfloat16 here, which the other instruction sets do not do. A row's results still
-// depend on that row alone: each tile instruction adds 32 products to each sum in an order of its own, and the
-// instructions follow each other in the order of the inputs. A few rows are computed in the same order without
-// tiles.
+// Unlike the other instruction sets, AMX rounds activations to bfloat16. The results of a row still depend on that row
+// alone: each tile instruction adds 32 products to a sum in a fixed order, and the instructions follow the order of the
+// inputs. A few rows are computed in the same order without tiles.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "kernels/kernels.h"
 
-// After every header with code of its own: what those define is shared by the whole program and must run on
-// processors without these instructions.
+// Must follow all headers that define functions: the linker keeps one copy of those for the whole program, and it must
+// run on processors without these instructions.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,bmi2,amx-tile,amx-bf16")
 #include <immintrin.h>
 
@@ -28,17 +27,17 @@ namespace {
 
 #include "kernels/gemm.inl"
 
-// Inputs of one tile instruction, and the bytes of so many inputs of one row, and of one panel.
+// Inputs of one tile instruction, and their bytes in one row and in one panel.
 constexpr int kStep = 32;
 constexpr int kRowBytes = kStep * 2;
 constexpr int kPanelBytes = kStep * kPanel * 2;
-// Rows of one tile; two tiles of rows and two of outputs are worked on at a time.
+// Rows of one tile. A block is two tiles of rows times two tiles of outputs.
 constexpr int kTileRows = 16;
 constexpr int kBlockRows = 2 * kTileRows;
 
 int steps(int inputs) { return (inputs + kStep - 1) / kStep; }
 
-// Rows in bfloat16, and one block of results or a few rows in float32.
+// Scratch for rows in bfloat16, and for one block of results or a few rows in float32.
 int64_t scratch_floats(int rows, int inputs, int panels) {
   const int64_t width = static_cast<int64_t>(steps(inputs)) * kStep;
   const int64_t own = (rows + 1) / 2 * width + kBlockRows * kPanel + 2 * width;
@@ -54,20 +53,20 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3: sums of (upper, lower rows) x (first, second outputs). 4, 5: upper and lower rows. 6, 7: first
-// and second outputs.
+// Tiles 0 to 3 are the sums of (upper, lower) rows times (first, second) outputs, 4 and 5 the upper and lower rows, 6
+// and 7 the first and second outputs.
 void configure(int upper, int lower) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) config.column_bytes[tile] = 64;
   config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(upper);
   config.rows[2] = config.rows[3] = config.rows[5] = static_cast<uint8_t>(lower < 1 ? 1 : lower);
   config.rows[6] = config.rows[7] = kStep / 2;
-  // GCC 12 takes the instruction for a reader of eight bytes, and could leave out the writes of the others.
+  // GCC 12 assumes that the instruction reads only eight bytes and might omit the other writes.
   asm volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 
-// [steps][rows][32] in bfloat16; inputs behind the last are zero.
+// Writes rows as bfloat16 [steps][rows][32], padded with zeros.
 void round_rows(const Gemm& task, uint8_t* out) {
   const int rows = task.last_row - task.first_row, inputs = task.weights->inputs;
   for (int begin = 0; begin < inputs; begin += kStep) {
@@ -87,13 +86,13 @@ void round_rows(const Gemm& task, uint8_t* out) {
   }
 }
 
-// A tile load waits for each of its lines; what follows in memory is asked for well before.
+// Prefetches well ahead, because a tile load stalls on each of its cache lines.
 FD_INLINE void prefetch_step(const uint8_t* data) {
 #pragma GCC unroll 32
   for (int line = 0; line < kPanelBytes; line += 64) __builtin_prefetch(data + 4 * kPanelBytes + line, 0, 3);
 }
 
-// Sums of up to 16 rows, or with kBoth of 16 and up to 16 more, with the 32 outputs of a panel: [rows][32].
+// sums [rows][32] = up to 16 rows, or with kBoth 17 to 32 rows, times the 32 outputs of a panel.
 template <bool kBoth>
 void multiply(const uint8_t* x, int64_t x_step, const uint8_t* data, bool cold, int count, float* sums) {
   _tile_zero(0);
@@ -124,10 +123,10 @@ void multiply(const uint8_t* x, int64_t x_step, const uint8_t* data, bool cold, 
   }
 }
 
-// Few rows are computed without tiles: weights come in quicker that way, from several panels at once. The bits are
-// those of the tile instruction (Intel's manual, TDPBF16PS): of each step's 32 inputs it sums the even and the
-// odd ones apart, each by multiply-adds from zero, and adds the sum of both to what was before. It takes numbers
-// too small for a normal exponent as zeros.
+// Up to this many rows are computed without tiles, which loads the weights faster, from several panels at once. The
+// result is bit-identical to the tile instruction (TDPBF16PS in Intel's manual): within a step of 32 inputs it
+// accumulates the even and the odd inputs separately from zero, and adds their sum to the accumulator. Denormals are
+// treated as zeros.
 constexpr int kFewRows = 2;
 
 class FlushToZero {
@@ -139,7 +138,7 @@ class FlushToZero {
   unsigned saved_;
 };
 
-// sums = x * panels; x [R][x_stride], rounded to bfloat16 and filled up with zeros to whole steps.
+// sums = x * panels; x [R][x_stride] is rounded to bfloat16 and padded with zeros to whole steps.
 template <int R, int P>
 FD_INLINE void product_few(const float* x, int64_t x_stride, const uint8_t* data, int64_t stride, int count,
                            Sums<R, P>& sums) {
@@ -153,11 +152,11 @@ FD_INLINE void product_few(const float* x, int64_t x_stride, const uint8_t* data
       V even_first[P], even_second[P], odd_first[P], odd_second[P];
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        const uint8_t* place = data + p * stride + i * kPanel * 2;
-        prefetch(place);
-        prefetch(place + 64);
-        load_bf16(place, even_first[p], odd_first[p]);
-        load_bf16(place + 64, even_second[p], odd_second[p]);
+        const uint8_t* source = data + p * stride + i * kPanel * 2;
+        prefetch(source);
+        prefetch(source + 64);
+        load_bf16(source, even_first[p], odd_first[p]);
+        load_bf16(source + 64, even_second[p], odd_second[p]);
       }
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
@@ -230,7 +229,7 @@ void gemm_amx(const Gemm& task) {
   float* const sums = task.scratch;
   uint8_t* const x = reinterpret_cast<uint8_t*>(sums + kBlockRows * kPanel);
   round_rows(task, x);
-  // Nor does it know that tile loads read what was written here.
+  // GCC does not know either that tile loads read the rounded rows.
   asm volatile("" ::: "memory");
   int configured = 0;
   for (int i = 0; i < task.num_panels; ++i) {
@@ -243,12 +242,12 @@ void gemm_amx(const Gemm& task) {
       const auto run = height > kTileRows ? multiply<true> : multiply<false>;
       run(x + begin * kRowBytes, x_step, parts.data, begin == 0, count, sums);
       for (int row = 0; row < height; ++row) {
-        const float* place = sums + row * kPanel;
-        finish(task, panel, parts, task.first_row + begin + row, load(place), load(place + 16));
+        const float* sum = sums + row * kPanel;
+        finish(task, panel, parts, task.first_row + begin + row, load(sum), load(sum + 16));
       }
     }
   }
-  // Otherwise the kernel would save and restore tiles whenever this thread is interrupted.
+  // Otherwise Linux would save and restore the tiles at each context switch of this thread.
   _tile_release();
 }
 

@@ -1,8 +1,8 @@
-// Attention of a few queries over a part of one sequence's context, block by block with a running maximum
-// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+// Attention of a few queries over part of one sequence's context, block by block with a running maximum (Milakov and
+// Gimelshein, "Online normalizer calculation for softmax", 2018).
 //
-// A row's numbers come from its own keys alone, in order of their positions: keys that only other rows of the
-// tile see have weight zero, and adding zeros changes no bit, as long as values are finite.
+// The result of a row depends only on its own keys, in order of position. Keys visible only to other rows of the tile
+// have weight zero, and adding zeros changes no bit as long as the values are finite.
 
 template <int R>
 FD_INLINE void scale_rows(float* out, int width, const float* factors) {
@@ -66,7 +66,7 @@ void attend_rows(const Attend& task) {
   const int width = cache.value_panels() * kPanel;
   const int padded = static_cast<int>(Activations::padded(cache.block_size));
   float* scores = task.scratch;
-  // The padding of the last piece is never scored, and is masked like every key that cannot be seen.
+  // The padding of the last piece is not scored; the mask hides it like all invisible keys.
   for (int i = 0; i < padded * R; ++i) scores[i] = 0.0f;
   for (int r = 0; r < R; ++r) task.state[r] = {-INFINITY, 0.0f};
   for (int i = 0; i < R * width; ++i) task.out[i] = 0.0f;
@@ -84,7 +84,7 @@ void attend_rows(const Attend& task) {
     scores_of<F, R>(task, block, scores);
     float factors[R];
     for (int r = 0; r < R; ++r) {
-      // A row that sees nothing of this block: its maximum must not move, nor become NaN.
+      // The row sees no key of this block: keep its maximum, which must not become NaN.
       if (visible[r] == 0) {
         factors[r] = 1.0f;
         for (int i = 0; i < padded; i += 16) {
@@ -95,7 +95,7 @@ void attend_rows(const Attend& task) {
       }
     }
     scale_rows<R>(task.out, width, factors);
-    // Keys behind the last that any row sees may be left from another text: they are not touched.
+    // Skip keys beyond the last visible one: they may belong to another sequence.
     for (int panel = 0; panel < cache.value_panels(); ++panel) {
       float* out = task.out + panel * kPanel;
       Sums<R, 1> sums;

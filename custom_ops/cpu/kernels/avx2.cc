@@ -5,8 +5,8 @@
 
 #include "kernels/kernels.h"
 
-// After every header with code of its own: what those define is shared by the whole program and must run on
-// processors without these instructions.
+// Must follow all headers that define functions: the linker keeps one copy of those for the whole program, and it must
+// run on processors without these instructions.
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #include <immintrin.h>
 

@@ -12,7 +12,7 @@ FD_INLINE Panel panel_of(const PackedMatrix& matrix, const uint8_t* bytes) {
   return {bias, scaled ? bias + kPanel : nullptr, bytes + (scaled ? 2 : 1) * kPanel * sizeof(float)};
 }
 
-// The two halves of one row's sums, finished and put where they belong.
+// Applies scale and bias to one row of a panel (two halves of 16 sums) and writes the output.
 FD_INLINE void finish(const Gemm& task, int panel, const Panel& parts, int row, V first, V second) {
   const V bias_first = load(parts.bias), bias_second = load(parts.bias + 16);
   if (parts.scales != nullptr) {
@@ -78,7 +78,7 @@ void compute_panels(const Gemm& task, const uint8_t* data, int64_t stride, int r
   }
 }
 
-// Rows in parts of nearly equal height: thirteen as seven and six keep the kernel busier than twelve and one.
+// Splits the rows into parts of nearly equal height: 7 + 6 keeps the kernel busier than 12 + 1.
 template <class F>
 void compute_rows(const Gemm& task, const uint8_t* data, int64_t stride) {
   const int rows = task.last_row - task.first_row;
@@ -91,7 +91,7 @@ void compute_rows(const Gemm& task, const uint8_t* data, int64_t stride) {
   }
 }
 
-// Writes the panels as floats, each the very number that `product` multiplies with.
+// Converts the panels to float, to exactly the values that `product` computes with.
 template <class F>
 void expand(const Gemm& task, const uint8_t* data, int64_t stride) {
   const int inputs = task.weights->inputs;
@@ -141,7 +141,7 @@ void expand_wint4(const Gemm& task, const uint8_t* data, int64_t stride) {
   }
 }
 
-// From this many rows on it pays to convert a panel once.
+// Minimum rows for which converting a panel once is faster.
 constexpr int kRowsToExpand = 2 * kMaxHeight + 1;
 constexpr int kGemmRows = 128;
 

@@ -17,8 +17,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// The processor has them, and Linux lets this process and its threads use them: their state is large, and has to
-// be asked for.
+// True if the processor has AMX and Linux permits it: because of the large tile state, a process must request it.
 bool has_amx() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&

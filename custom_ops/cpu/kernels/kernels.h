@@ -1,7 +1,7 @@
-// What is compiled once for each instruction set, and the choice among them.
+// The kernels, compiled once per instruction set, and the selection at run time.
 //
-// A kernel computes one item of work in one thread. Operations (one header each in include/) divide work into
-// items and call kernels through the table of the instruction set that the process runs on.
+// A kernel computes one item of work on one thread. Operations (one header each in include/) divide their work into
+// items and call kernels through the table of the selected instruction set.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace fd {
 enum class Output {
   kStore,   // out[row] = y
   kAdd,     // out[row] += y
-  kSwiglu,  // y is gate and up in turns of 16 columns: silu(gate) * up goes to `activated`
+  kSwiglu,  // y is gate and up interleaved 16 columns at a time; activated = silu(gate) * up
 };
 
 // Panels [first_panel, first_panel + num_panels) of one matrix times rows [first_row, last_row) of x.
@@ -27,18 +27,18 @@ struct Gemm {
   int first_row;
   int last_row;
   Output output;
-  float* out;      // kStore, kAdd: row r of x goes to out + r * out_stride
+  float* out;  // kStore, kAdd: the output of row r is at out + r * out_stride
   int64_t out_stride;
   Activations activated;  // kSwiglu: as many rows as x
-  float* scratch;         // gemm_scratch(rows, inputs, panels) floats of this thread
+  float* scratch;         // gemm_scratch(rows, inputs, panels) floats
 };
 
-// Elements of a KV cache: float, or bfloat16 for all other weights.
+// Elements of a KV cache: float32 with float32 weights, otherwise bfloat16.
 enum class CacheType { kFloat32, kBfloat16 };
 
-// One layer's cache. Keys: [block][kv head][panel of 32 keys][head_dim][32]; values:
-// [block][kv head][panel of 32 columns][key][32]. Both are panels, so that scores and the weighted sum of values
-// are matrix products with the cache as weights. In bfloat16 word i of a row of 32 holds columns i and 16 + i.
+// The cache of one layer. Keys: [block][kv head][panel of 32 keys][head_dim][32]; values: [block][kv head][panel of 32
+// columns][key][32]. Both are stored as panels, so that scores and the weighted sum of values are matrix products with
+// the cache as weights. In bfloat16, word i of a row of 32 holds columns i and 16 + i.
 struct Cache {
   CacheType type;
   uint8_t* keys;
@@ -60,13 +60,14 @@ struct Cache {
   }
 };
 
-// Softmax over part of a context that is not yet normalised: sum = sum e^(s - maximum), out = sum e^.. v.
+// State of an unnormalised softmax over part of a context: sum = sum of e^(s - maximum), out = sum of e^(s - maximum)
+// v.
 struct PartialSoftmax {
   float maximum;
   float sum;
 };
 
-// Some queries of one sequence and one kv head against keys [first_block, last_block) of the sequence.
+// Queries of one sequence and one kv head against keys [first_block, last_block) of the sequence.
 struct Attend {
   Cache cache;
   const int32_t* block_table;
@@ -78,49 +79,49 @@ struct Attend {
   const float* query;        // activations [num_rows, head_dim], scaled by head_dim ** -0.5
   PartialSoftmax* state;     // [num_rows], out
   float* out;                // [num_rows][value_panels * 32], out, not normalised
-  float* scratch;            // attend_scratch(block_size, attend_height) floats of this thread
+  float* scratch;            // attend_scratch(block_size, attend_height) floats
 };
 
 inline int64_t attend_scratch(int block_size, int attend_height) {
   return Activations::padded(block_size) * attend_height;
 }
 
-// Sampling goes over the vocabulary in blocks of so many tokens.
+// Sampling processes the vocabulary in blocks of this many tokens.
 constexpr int64_t kTokenBlock = 64;
 inline int64_t token_blocks(int64_t count) { return (count + kTokenBlock - 1) / kTokenBlock; }
 
 struct Kernels {
   const char* name;
-  // Rows that `attend` takes at most.
+  // Maximum rows of `attend`.
   int attend_height;
-  // Rows of one item of `gemm`, when there are many: enough to pay for what is done once for a panel.
+  // Maximum rows of an item of `gemm`: enough to amortise the work done once per panel.
   int gemm_rows;
-  // Floats of scratch that an item of this many rows, inputs and panels needs.
+  // Floats of scratch for an item with these rows, inputs and panels.
   int64_t (*gemm_scratch)(int rows, int inputs, int panels);
   void (*gemm)(const Gemm&);
   void (*attend)(const Attend&);
-  // state and out of a later part of the context are merged into those of an earlier one.
+  // Merges the state and output of a later part of the context into those of an earlier part.
   void (*merge)(PartialSoftmax& state, float* out, const PartialSoftmax& later, const float* later_out, int width);
   // y = x / sqrt(mean(x^2) + epsilon) * weight
   void (*rms_norm)(const float* x, const float* weight, float epsilon, float* y, int width);
   // probabilities = softmax(logits), in place
   void (*softmax)(float* x, int count);
-  // out += sum_j weights[j] * rows[j], in the order of j, + last unless it is null; all of that added at once
+  // out += (sum over j of weights[j] * rows[j], in order of j) + last, which may be null; one addition to out
   void (*combine)(float* out, const float* const* rows, const float* weights, int count, const float* last,
                   int width);
-  // The same of bfloat16 rows.
+  // The same for bfloat16 rows, without `last`
   void (*combine_bfloat16)(float* out, const uint16_t* const* rows, const float* weights, int count, int width);
   // maxima[b] = the highest score of block b; returns the highest of all, NaN if any score is NaN
   float (*block_maxima)(const float* scores, int64_t count, float* maxima);
-  // weights[i] = 2^((scores[i] - best) * factor), zeros up to a whole block; sums[b] = sum of block b
+  // weights[i] = 2^((scores[i] - best) * factor), padded with zeros to a whole block; sums[b] = sum of block b
   void (*weigh)(const float* scores, int64_t count, double best, double factor, double* weights, double* sums);
-  // the sum of those of `count` weights, filled up with zeros to a whole block, that are at least `cut` > 0
+  // returns the sum of the weights that are at least `cut` > 0; they are padded with zeros to a whole block
   double (*mass_from)(const double* weights, int64_t count, double cut);
-  // sets the other ones to zero; sums[b] = sum of block b
+  // sets weights below `cut` to zero; sums[b] = sum of block b
   void (*retain)(double* weights, int64_t count, double cut, double* sums);
 };
 
-// The kernels for this processor; FD_ISA=generic|avx2|avx512|amx in the environment asks for slower ones.
+// The kernels for this processor; FD_ISA=generic|avx2|avx512|amx in the environment selects lesser ones.
 const Kernels& kernels();
 
 namespace generic {
@@ -132,7 +133,7 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
-// Those of AVX-512 with other matrix products.
+// The AVX-512 kernels with other matrix products.
 namespace amx {
 const Kernels& table();
 }

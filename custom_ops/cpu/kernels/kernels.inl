@@ -1,7 +1,7 @@
 #define FD_TEXT(name) #name
 #define FD_NAME_OF(name) FD_TEXT(name)
 
-// All kernels in the instructions of the file that includes this.
+// All kernels, compiled for the instruction set of the including file.
 namespace fd::FD_NAMESPACE {
 namespace {
 

@@ -1,12 +1,12 @@
-// The inner product of this project: a few rows times panels of 32 outputs.
+// Products of a few rows with panels of 32 outputs; all matrix products reduce to these.
 //
-// Each sum is fma(x_k, w_k, sum) for k = 0, 1, ... in this order, whatever the number of rows, the number
-// of panels at once, AVX2 or AVX-512: that is what makes a row's result independent of its batch.
+// Each sum is fma(x_k, w_k, sum) for k = 0, 1, ... in this order, regardless of the number of rows, the number of
+// panels at once, and AVX2 or AVX-512. This makes the result of a row independent of its batch.
 
 constexpr int kMaxHeight = FD_MAX_HEIGHT;
 
-// Panels computed at once. With few rows a single panel has too few independent sums to hide the latency of
-// an fma; with many there are no registers for a second one.
+// Number of panels computed at once. With few rows, a single panel has too few independent sums to hide the latency of
+// an fma; with many, there are no registers for a second panel.
 constexpr int panels_at_once(int height) {
 #if defined(FD_AVX512)
   return height <= 3 ? 4 : height <= 6 ? 2 : 1;
@@ -21,13 +21,13 @@ struct Sums {
   V second[R][P];
 };
 
-// Weights are read once, so a kernel of many rows computes long on each line of memory, and too few of the lines
-// that follow are within the processor's sight. It is told this many bytes ahead what comes.
+// Prefetch distance. With many rows, a kernel computes for long on each cache line, and the processor's own look-ahead
+// reaches too few of the following lines.
 constexpr int kPrefetchBytes = 2048;
 
 FD_INLINE void prefetch(const uint8_t* place) { __builtin_prefetch(place + kPrefetchBytes, 0, 3); }
 
-// How panels of each format are read. `data` points behind the bias (and the scales of wint8).
+// Readers of the panel formats. `data` points past the bias (and the scales of wint8).
 
 struct Float32 {
   static constexpr int kBytes = kPanel * 4;
@@ -67,7 +67,7 @@ FD_INLINE void clear(Sums<R, P>& sums) {
   }
 }
 
-// R neighbouring rows of activations: `x` is the first one's first piece, `stride` leads to its next.
+// R neighbouring rows of activations: `x` is the first piece of the first row, `stride` the distance to its next piece.
 struct Rows {
   const float* x;
   int64_t stride;
@@ -100,7 +100,7 @@ FD_INLINE void product(Rows rows, const uint8_t* data, int64_t stride, int input
   }
 }
 
-// As `product`, of bfloat16: a word holds one output's weights of two inputs, the even one in its low half.
+// `product` for bfloat16: a word holds the weights of one output for two inputs, the even input in the low half.
 template <int R, int P>
 FD_INLINE void product_bfloat16(Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
   const float* x = rows.x;
@@ -125,7 +125,7 @@ FD_INLINE void product_bfloat16(Rows rows, const uint8_t* data, int64_t stride, 
           sums.second[r][p] = fma(value, even_second[p], sums.second[r][p]);
         }
       }
-      // Behind an odd last input x is padding, which may hold anything.
+      // After an odd last input, x is padding with arbitrary content.
       if (i + 1 == count) break;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -140,7 +140,7 @@ FD_INLINE void product_bfloat16(Rows rows, const uint8_t* data, int64_t stride, 
   }
 }
 
-// As `product`, of wint4: each weight is fma(q, scale, minimum) first.
+// `product` for wint4: each weight is fma(q, scale, minimum).
 template <int R, int P>
 FD_INLINE void product_wint4(Rows rows, const uint8_t* data, int64_t stride, int inputs, Sums<R, P>& sums) {
   for (int begin = 0; begin < inputs; begin += kWint4Group, data += kWint4GroupBytes) {
@@ -159,7 +159,7 @@ FD_INLINE void product_wint4(Rows rows, const uint8_t* data, int64_t stride, int
         prefetch(data + p * stride + kPanel * 4 + quad * 16);
         words[p] = load_words(data + p * stride + kPanel * 4 + quad * 16);
       }
-      // Behind the last input x is padding; such products must not be formed, as it may hold anything.
+      // After the last input, x is padding with arbitrary content: skip those products.
       const int last = count - quad < 4 ? count - quad : 4;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -197,7 +197,7 @@ FD_INLINE void product(Wint4, Rows rows, const uint8_t* data, int64_t stride, in
   product_wint4(rows, data, stride, inputs, sums);
 }
 
-// Calls f(Height<height>{}), so that the number of rows is known when the loops over them are compiled.
+// Calls f(Height<height>{}), which makes the number of rows a compile-time constant.
 template <int R>
 struct Height {
   static constexpr int value = R;

@@ -1,7 +1,7 @@
-// Passes over the scores of one row or their weights, in blocks of 64. What they are for: sample.cc.
+// Passes over the scores or weights of one row in blocks of 64, for sample.cc.
 //
-// Weights are doubles, products and sums are rounded apart, and a sum is eight partial sums whatever the
-// width of a register: every instruction set gives the same bits.
+// All instruction sets give the same bits: weights are doubles, products and sums are rounded separately, and every sum
+// has eight partial sums regardless of the register width.
 
 #if defined(FD_AVX512)
 #define FD_VECTOR_BYTES 64
@@ -36,7 +36,7 @@ FD_INLINE double total(const Doubles* sums) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-// 2^x for x <= 0, within 1e-15; exactly 1 at 0, never more than 1, and exactly 0 below -1000.
+// 2^x for x <= 0, with an error below 1e-15; exactly 1 at 0, at most 1, and exactly 0 below -1000.
 FD_INLINE Doubles exp2_of(Doubles x) {
   const Doubles lowest = Doubles{} - 1000.0;
   const Doubles clamped = x > lowest ? x : lowest;
@@ -44,7 +44,7 @@ FD_INLINE Doubles exp2_of(Doubles x) {
   constexpr double kShift = 6755399441055744.0;
   const Doubles magic = clamped + kShift;
   const Doubles r = clamped - (magic - kShift);
-  // The minimax polynomial of degree 10, its constant term held at 1.
+  // Minimax polynomial of degree 10 with the constant term fixed at 1.
   Doubles p = r * 7.070977866508138e-09 + 1.0205905413765595e-07;
   p = p * r + 1.3215451633221434e-06;
   p = p * r + 1.5252672924850737e-05;
@@ -59,7 +59,7 @@ FD_INLINE Doubles exp2_of(Doubles x) {
   return reinterpret_cast<Doubles>(bits & (x >= lowest));
 }
 
-// The 64 scores of block b; behind the end are -infinities, which `buffer` is for.
+// The 64 scores of block b; a partial block is copied to `buffer` and padded with -infinity.
 FD_INLINE const float* block_of(const float* scores, int64_t count, int64_t b, float* buffer) {
   const int64_t rest = count - b * kTokenBlock;
   if (rest >= kTokenBlock) return scores + b * kTokenBlock;
@@ -76,7 +76,7 @@ float block_maxima(const float* scores, int64_t count, float* maxima) {
     const float* x = block_of(scores, count, b, buffer);
     V a[4];
     for (int i = 0; i < 4; ++i) a[i] = load(x + 16 * i);
-    // A maximum passes over NaN; NaN is not above -infinity either.
+    // `max` ignores NaN, but NaN >= -infinity is false.
     for (int i = 0; i < 4; ++i) sound = min(sound, where_ge(a[i], lowest, one));
     maxima[b] = reduce_max(max(max(a[0], a[1]), max(a[2], a[3])));
     highest = maxima[b] > highest ? maxima[b] : highest;

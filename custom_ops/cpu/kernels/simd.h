@@ -1,6 +1,5 @@
-// Sixteen floats at a time, in the instructions of the file that includes this: included once for each
-// instruction set, inside of that set's namespace (see kernels.inl). Every function computes the same bits on
-// AVX2 and AVX-512. Plain C++ rounds between product and sum, so there the last bits differ.
+// Vectors of sixteen floats. Included once per instruction set, inside its namespace (see kernels.inl). All functions
+// compute the same bits on AVX2 and AVX-512; plain C++ rounds between product and sum, so its last bits differ.
 
 struct V {
 #if defined(FD_AVX512)
@@ -48,9 +47,9 @@ FD_INLINE V load_int8(const uint8_t* p) {
 }
 using Words = __m512i;
 FD_INLINE Words load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
-// The four bits of each word that begin at bit `shift`, as numbers.
+// The four bits of each word starting at bit `shift`, as floats.
 FD_INLINE V nibble(Words words, int shift) {
-  // The table look-up ignores the other bits: one instruction masks and converts.
+  // The table lookup ignores the other bits, so one instruction masks and converts.
   const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(words, shift), numbers)};
 }
@@ -198,7 +197,7 @@ FD_INLINE V nibble(Words words, int shift) {
 
 #endif
 
-// The first n of sixteen floats, zeros behind them.
+// Loads n of sixteen floats; the rest are zeros.
 FD_INLINE V load_part(const float* p, int n) {
   float buffer[16] = {};
   std::memcpy(buffer, p, n * sizeof(float));
@@ -211,7 +210,7 @@ FD_INLINE void store_part(float* p, V a, int n) {
   std::memcpy(p, buffer, n * sizeof(float));
 }
 
-// Both reduce in one fixed tree.
+// Both reduce in a fixed tree.
 FD_INLINE float reduce_add(V a) {
   float b[16];
   store(b, a);
@@ -230,8 +229,8 @@ FD_INLINE float reduce_max(V a) {
   return b[0];
 }
 
-// e^x within 2 units in the last place, exactly 1 at 0 and exactly 0 below -87. x must not exceed 88.
-// Cephes' expf: x = n ln 2 + r, a polynomial in r, and n added to the exponent.
+// e^x with an error below 2 ulp, exactly 1 at 0 and exactly 0 below -87; x must not exceed 88. The algorithm is Cephes'
+// expf: x = n ln 2 + r, a polynomial in r, and n added to the exponent.
 FD_INLINE V exponential(V x) {
   const V lowest = broadcast(-87.0f);
   const V clamped = max(x, lowest);

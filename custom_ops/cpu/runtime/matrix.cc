@@ -24,7 +24,7 @@ struct Header {
   uint64_t matrix_bytes;
 };
 
-int64_t least_panel_bytes(Format format, int64_t inputs) {
+int64_t min_panel_bytes(Format format, int64_t inputs) {
   constexpr int64_t kBias = kPanel * 4;
   switch (format) {
     case Format::kFloat32:
@@ -60,8 +60,8 @@ PackedMatrix PackedMatrix::view(const void* blob, int64_t bytes) {
   if (std::min({matrix.outputs, matrix.inputs, matrix.count}) < 1) {
     throw std::invalid_argument("packed matrix: outputs, inputs and count must be 1..2147483647");
   }
-  // Divided rather than multiplied: no header makes this overflow.
-  if (matrix.panel_bytes < least_panel_bytes(matrix.format, matrix.inputs) ||
+  // Division cannot overflow, whatever the header holds.
+  if (matrix.panel_bytes < min_panel_bytes(matrix.format, matrix.inputs) ||
       matrix.matrix_bytes / matrix.panel_bytes < matrix.panels ||
       (bytes - kHeaderBytes) / matrix.matrix_bytes < matrix.count) {
     throw std::invalid_argument("packed matrix: the blob is shorter than its header says");

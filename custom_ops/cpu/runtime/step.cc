@@ -28,7 +28,7 @@ Step Step::view(const int32_t* buffer, int64_t count) {
     sound = sound && step.first_token[s] <= step.first_token[s + 1] && step.start[s] >= 0 &&
             step.start[s] <= std::numeric_limits<int32_t>::max() - step.length(s);
   }
-  if (!sound) throw std::invalid_argument("step: tokens of the sequences are not one behind the other");
+  if (!sound) throw std::invalid_argument("step: tokens of the sequences are not consecutive");
   return step;
 }
 

@@ -17,11 +17,11 @@
 namespace fd {
 namespace {
 
-// A thread that waits spins this long before it sleeps. It bridges the Python between two operations of a
-// step; between two steps, and while other replicas need the core, threads sleep.
+// A waiting thread spins this long before it sleeps: long enough to bridge the Python code between two operations of a
+// step. Threads sleep between steps and while other replicas need the core.
 constexpr int64_t kSpinNanoseconds = 40'000;
 
-// A number that threads wait on to change; waking costs a system call only if somebody sleeps.
+// A counter that threads wait on. Advancing it costs a system call only if a thread sleeps.
 class Signal {
  public:
   uint32_t value() const { return value_.load(std::memory_order_acquire); }
@@ -69,7 +69,7 @@ class ThreadPool {
       end_threads();
       throw;
     }
-    // After the others, who inherit where their creator may run.
+    // Last, because new threads inherit the affinity of their creator.
     if (cpus != nullptr && cpus[0] >= 0) pin(cpus[0]);
   }
 
@@ -84,7 +84,7 @@ class ThreadPool {
       start_.advance();
     }
     body(team);
-    // Nobody may still be inside of `body`, which the caller owns, when this returns.
+    // No thread may still run `body`, which the caller owns, when this returns.
     if (size_ > 1) barrier();
   }
 
@@ -106,7 +106,7 @@ class ThreadPool {
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(cpu, &set);
-    // A CPU that is not ours leaves the thread where the kernel puts it.
+    // If the CPU is not available to this process, the thread stays unpinned.
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);
   }
 
@@ -130,7 +130,7 @@ class ThreadPool {
 
   const int size_;
   FunctionRef<void(Team&)>* body_ = nullptr;
-  // Apart, so that threads which take items do not disturb those that wait.
+  // On separate cache lines, so that threads taking items do not disturb waiting threads.
   alignas(64) Signal start_;
   alignas(64) Signal round_;
   alignas(64) std::atomic<int> arrived_{0};

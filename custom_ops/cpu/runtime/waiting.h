@@ -1,4 +1,4 @@
-// What loops that wait for other threads or processes have in common.
+// Helpers for loops that wait for other threads or processes.
 #pragma once
 
 #include <time.h>
@@ -13,7 +13,7 @@ inline void relax() {
 #endif
 }
 
-// CLOCK_MONOTONIC, in nanoseconds: the same in all processes of a machine.
+// CLOCK_MONOTONIC in nanoseconds, comparable between processes of a machine.
 inline int64_t now() {
   timespec time;
   clock_gettime(CLOCK_MONOTONIC, &time);

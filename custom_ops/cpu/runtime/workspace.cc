@@ -8,7 +8,7 @@ namespace fd {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kLeastChunk = 1 << 20;
+constexpr int64_t kMinChunk = 1 << 20;
 
 }  // namespace
 
@@ -17,10 +17,10 @@ void Workspace::Free::operator()(void* memory) const { std::free(memory); }
 Workspace& Workspace::fresh() {
   static thread_local Workspace workspace;
   if (workspace.chunks_.size() > 1) {
-    // One chunk for all that the last operation needed: the next finds it in one piece.
+    // Replace the chunks by one that is large enough for the whole last operation.
     const int64_t total = workspace.total_;
     workspace.chunks_.clear();
-    // First of all: if there is no memory for the new chunk, nothing must be taken from the old ones.
+    // Before add_chunk, which may throw: the old chunks are gone.
     workspace.size_ = workspace.total_ = 0;
     workspace.add_chunk(total);
   }
@@ -30,7 +30,7 @@ Workspace& Workspace::fresh() {
 
 void* Workspace::bytes(int64_t count) {
   count = (count + kLine - 1) / kLine * kLine;
-  if (chunks_.empty() || used_ + count > size_) add_chunk(count > kLeastChunk ? count : kLeastChunk);
+  if (chunks_.empty() || used_ + count > size_) add_chunk(count > kMinChunk ? count : kMinChunk);
   void* memory = chunks_.back().get() + used_;
   used_ += count;
   return memory;

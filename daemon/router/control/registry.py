@@ -74,7 +74,8 @@ class RegistryFile:
         assert self._path is not None, "asked for a file"
         try:
             return self._path.read_bytes() == _content(board)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
+            # A file that cannot be read can be replaced if its directory allows it.
             return False
 
     def _write(self, board: Board) -> None:

@@ -26,7 +26,7 @@ from ...common.addresses import authority
 from ...common.errors import FastDeployError
 from ...common.file_limit import connections_of
 from ...common.gunicorn_base import Arbiter, BaseApplication, HaltServer, Logger, forget_inherited_sockets
-from ...common.metrics_server import Exposition
+from ...common.metrics_server import MetricsServer
 from ...common.process_control import die_with_parent
 from ..http_worker import HttpWorker
 from ..registration import DEREGISTER_SECONDS, Address, Registration
@@ -149,7 +149,7 @@ class _ReplicaParts:
         self.registration: Registration | None = None
         if config.metrics_port is not None:
             # Serves until the process exits, so that the last requests are counted too.
-            Exposition(addresses, config.metrics_port, self.served.metrics.render)
+            MetricsServer(addresses, config.metrics_port, self.served.metrics.render)
         self.engine.start()
         if config.router is not None:
             address = Address(

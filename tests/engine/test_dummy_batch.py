@@ -38,7 +38,7 @@ class World:
         self._compute()
         return "step"
 
-    def rest(self) -> int:
+    def on_idle(self) -> int:
         assert not self.has_work
         return self.steps
 
@@ -59,7 +59,7 @@ class World:
     def is_wanted(self) -> bool:
         return self.others_steps > 0
 
-    def assist(self) -> None:
+    def execute_dummy_batch(self) -> None:
         if self.is_wanted:
             self._compute()
 
@@ -68,7 +68,7 @@ class World:
 
     # ---- the API process
 
-    def watch(self, descriptor: int, patience: float) -> None:
+    def watch(self, descriptor: int, timeout: float) -> None:
         pass
 
     def receive(self, *, wait: bool) -> list[AddRequest]:
