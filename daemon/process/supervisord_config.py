@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...common.atomic_file import write_atomically
 from ...common.errors import ConfigError
 from ..config.loader import UNFIT_IN_INI
 from ..config.programs import Program
@@ -139,18 +140,8 @@ def _contents(layout: Layout, programs: list[Program]) -> Iterator[tuple[Path, s
 
 
 def _write(file: Path, text: str) -> None:
-    """Write a temporary file with mode 0600 (an environment may hold keys) and rename it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:
-            stream.write(text)
-        aside.rename(file)
-    except OSError:
-        # On a full disk the next try needs the space.
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
+    # Mode 0600, because an environment may hold keys.
+    write_atomically(file, text.encode("utf-8", "surrogateescape"))
 
 
 def _has_content(file: Path, text: str) -> bool:

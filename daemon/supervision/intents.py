@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from ...common.atomic_file import write_atomically
 from ...common.foreign_text import parse_json, printable
 
 log = logging.getLogger("fd-dp")
@@ -95,24 +95,9 @@ class Intents:
             return {}
 
     def _write(self) -> None:
-        """Write, sync and rename a temporary file: a power failure leaves the old file or the new one."""
         entries = {
             name: {"intent": state.intent, "draining": state.draining} for name, state in self._states.items()
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._file.with_suffix(".new")
-        try:
-            with aside.open("w", encoding="utf-8") as stream:
-                stream.write(json.dumps(entries, indent=1) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            aside.rename(self._file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            raise
-        directory = os.open(self._file.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        content = json.dumps(entries, indent=1) + "\n"
+        write_atomically(self._file, content.encode(), mode=0o666, fsync=True)

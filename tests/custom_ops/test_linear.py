@@ -85,7 +85,7 @@ def test_logits_are_of_the_rows_that_the_step_wants(weight_format: str) -> None:
     hidden_states, norm = draw(random, 9, 48), draw(random, 48)
     head = Packed.draw(random, weight_format, 70, 48)
     plan = step([Span(0, 9)], logit_tokens=[8, 2, 2])
-    found = custom_ops.logits(tensor(residual), plan, tensor(norm), head.blob, 1e-5).numpy()
+    found = custom_ops.logits(tensor(hidden_states), plan, tensor(norm), head.blob, 1e-5).numpy()
     normed, _ = custom_ops.rms_norm(tensor(hidden_states[[8, 2, 2]]), tensor(norm), 1e-5)
     np.testing.assert_array_equal(found, custom_ops.linear(normed, head.blob).numpy())
 

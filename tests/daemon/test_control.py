@@ -201,7 +201,7 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     before = running.pids()
     assert running.daemon is not None
     # Where a file is to be written stands a directory.
-    in_the_way = running.prefix / "state" / "intents.new"
+    in_the_way = running.prefix / "state" / f".intents.json.{running.daemon.pid}"
     in_the_way.mkdir(parents=True)
     done = running.fdctl("hold", "1")
     assert (done.returncode, done.stderr) == (protocol.OK, "")

@@ -74,7 +74,7 @@ def test_a_hash_tells_texts_apart_that_share_a_block() -> None:
 def test_misuse_is_stopped_where_ownership_changes() -> None:
     pool = BlockPool(2, 4)
     block = pool.allocate(1)
-    with pytest.raises(AssertionError, match="2 blocks wanted, 1 free"):
+    with pytest.raises(AssertionError, match="2 blocks requested, 1 free"):
         pool.allocate(2)
     with pytest.raises(AssertionError, match="no published content"):
         pool.share(block)

@@ -31,7 +31,7 @@ def drain(engine: EngineCore) -> list[StepOutputs]:
     while engine.has_work:
         steps.append(engine.step())
         assert len(steps) < 10_000, "the engine does not come to an end"
-    steps.append(engine.rest())
+    steps.append(engine.on_idle())
     return steps
 
 

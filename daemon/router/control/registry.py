@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ....common.atomic_file import write_atomically
 from ....common.errors import ConfigError, is_disk_condition
 from ....common.foreign_text import parse_json, printable
 from ..addresses import AllowedAddresses
@@ -84,16 +85,7 @@ class RegistryFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, _locked(self._path.parent):
             # Read under the lock: otherwise the older of two savers could write last.
-            content = _content(board)
-            draft = self._path.with_name(self._path.name + ".new")
-            draft.unlink(missing_ok=True)
-            try:
-                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(content)
-                os.replace(draft, self._path)
-            except OSError:
-                draft.unlink(missing_ok=True)
-                raise
+            write_atomically(self._path, _content(board))
 
     def _read(self) -> list[tuple[Instance, bool]]:
         if self._path is None:
