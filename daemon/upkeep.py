@@ -162,7 +162,7 @@ def _unnamed_file(directory: Path) -> IO[bytes]:
     return open(descriptor, "wb", buffering=0)
 
 
-def _router_problem(look: RouterSnapshot, has_been_up: bool) -> str:
-    if not look.problem or not has_been_up:
+def _router_problem(snapshot: RouterSnapshot, has_been_up: bool) -> str:
+    if not snapshot.problem or not has_been_up:
         return ""
-    return f"{look.problem}; drain and undrain have no effect"
+    return f"{snapshot.problem}; drain and undrain have no effect"

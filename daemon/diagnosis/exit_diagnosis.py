@@ -46,7 +46,7 @@ class ExitDiagnosis:
         return exit_cause.explain(end), error
 
     def _has_killed(self, name: str, worker: int) -> bool:
-        # The text is written by `ExpertGroup._report_stall`.
+        # `_report_stall` in expert_parallel/member.py writes this line.
         return output_tail.matches(
             self._layout.output(name), rf"\(pid {worker}\) has made no progress\b.*\bkill"
         )

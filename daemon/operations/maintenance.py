@@ -133,8 +133,8 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
 
 def is_drained(fleet: Fleet, name: str, since: float) -> bool:
     """Return whether the router has confirmed the drain after `since`, or does not know the replica."""
-    look, row = fleet.router.snapshot, fleet.router.row(fleet.programs[name])
-    if look.problem or look.at < since:
+    snapshot, row = fleet.router.snapshot, fleet.router.row(fleet.programs[name])
+    if snapshot.problem or snapshot.at < since:
         return False
     return row is None or (row.draining and row.in_flight == 0)
 
@@ -198,15 +198,15 @@ def _until_in_use(fleet: Fleet, replica: SupervisedProgram) -> Operation:
         return ""
     began, has_answered = fleet.now, False
     while True:
-        look, row = fleet.router.snapshot, fleet.router.row(replica)
-        has_answered |= look.at > began and not look.problem
+        snapshot, row = fleet.router.snapshot, fleet.router.row(replica)
+        has_answered |= snapshot.at > began and not snapshot.problem
         if replica.state is not ProgramState.READY:
             return replica.note or f"{replica.state} soon after it was READY"
         if row is not None and row.in_service and row.draining == fleet.router.drains(replica):
             return ""
         waited = fleet.now - began
         if not has_answered and waited > _router_timeout(fleet):
-            yield f"{replica.label}: READY; whether the router uses it is unknown: {look.problem}"
+            yield f"{replica.label}: READY; whether the router uses it is unknown: {snapshot.problem}"
             return ""
         if waited > _REGISTRATION_TIMEOUT:
             return (

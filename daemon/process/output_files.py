@@ -45,8 +45,8 @@ class OutputFile(loggers.RotatingFileHandler):
         except OSError as error:
             self._problem = error.strerror or str(error)
             self._lost_since = self._lost_since or time.strftime(_TIME)
-            noted = len(pending) <= len(output)
-            self._lost = len(pending) if noted else self._lost + len(output)
+            is_reported = len(pending) <= len(output)
+            self._lost = len(pending) if is_reported else self._lost + len(output)
         else:
             self._lost, self._lost_since = 0, ""
 

@@ -46,7 +46,7 @@ class Fleet:
     Args:
         watch: is called with each new pid; must call `on_process_exit` when that process has ended.
         rng: random numbers from [0, 1) for the backoff.
-        look: reads the snapshot of an expert-parallel group.
+        read_snapshot: reads the snapshot of an expert-parallel group.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Fleet:
         watch: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
         rng: Callable[[], float] = random.random,
-        look: Callable[[str], Snapshot | None] = read_snapshot,
+        read_snapshot: Callable[[str], Snapshot | None] = read_snapshot,
     ) -> None:
         self.config = config
         self.layout = client.layout
@@ -75,7 +75,7 @@ class Fleet:
         self.router = RouterSync(admin_socket(config.paths.run))
         self._queue = StartQueue(client, config.supervise, self.write_files, rng)
         self._diagnosis = ExitDiagnosis(client.layout)
-        self._health = Health(client.layout, probes, self.metrics, look)
+        self._health = Health(client.layout, probes, self.metrics, read_snapshot)
         self._watch = watch
         self._clock = clock
         #: Pids that the kernel has reported as ended and supervisord has not.

@@ -35,16 +35,20 @@ class Health:
     """Moves programs to READY, UNHEALTHY and, to kill them, STOPPING.
 
     Args:
-        look: reads the snapshot of an expert-parallel group.
+        read_snapshot: reads the snapshot of an expert-parallel group.
     """
 
     def __init__(
-        self, layout: Layout, probes: Probes, metrics: Metrics, look: Callable[[str], Snapshot | None]
+        self,
+        layout: Layout,
+        probes: Probes,
+        metrics: Metrics,
+        read_snapshot: Callable[[str], Snapshot | None],
     ) -> None:
         self._layout = layout
         self._probes = probes
         self._metrics = metrics
-        self._look = look
+        self._read_snapshot = read_snapshot
         self._last_probe: dict[str, float] = {}
 
     def step(
@@ -159,7 +163,7 @@ class Health:
                 stalled.append(Stalled(program.name, seconds, last.requests, group, rank))
         if not stalled:
             return
-        groups = group_snapshots({one.group for one in stalled if one.group is not None}, self._look)
+        groups = group_snapshots({one.group for one in stalled if one.group is not None}, self._read_snapshot)
         report = find_hung(stalled, groups, members, no_progress_timeout)
         for name, why in report.blocked.items():
             programs[name].set_note(why)
@@ -187,13 +191,13 @@ class Health:
 
 
 def group_snapshots(
-    names: Iterable[str], look: Callable[[str], Snapshot | None] = read_snapshot
+    names: Iterable[str], read_snapshot: Callable[[str], Snapshot | None] = read_snapshot
 ) -> dict[str, Snapshot | None]:
     """Return the readable snapshots of expert-parallel groups; None for a group without members."""
     found = {}
     for name in names:
         try:
-            found[name] = look(name)
+            found[name] = read_snapshot(name)
         except (ConfigError, OSError) as error:
             log.warning("expert group %s cannot be read: %s", name, error)
     return found

@@ -264,6 +264,22 @@ def test_a_bad_dp_toml_is_4_and_changes_nothing(standing: Running) -> None:
     assert standing.pids() == before
 
 
+def test_an_old_name_of_an_option_is_one_line_of_check_and_of_the_log(standing: Running) -> None:
+    before, text = standing.pids(), standing.config.read_text()
+    standing.config.write_text(text.replace("[supervise]", "[supervise]\nstall_after = 14"))
+    line = text.split("\n").index("[supervise]") + 2
+    notice = f"{standing.config}:{line}: supervise.stall_after: is the old name of unhealthy_after; rename it"
+    good = standing.prefix / "old.toml"
+    good.write_text((standing.prefix / "good.toml").read_text() + "[supervise]\nstall_after = 14\n")
+    checked = standing.fdctl("check", str(good))
+    reloaded = standing.fdctl("reload")
+    standing.config.write_text(text)
+    assert (checked.returncode, reloaded.returncode) == (protocol.OK, protocol.OK)
+    assert checked.stderr == f"fdctl: warning: {notice}\n".replace(f"{standing.config}:{line}", f"{good}:4")
+    assert standing.log().count(notice) == 1
+    assert standing.pids() == before
+
+
 def test_a_program_that_fails_with_its_new_configuration_is_1_and_says_why(standing: Running) -> None:
     standing.write(extra_args=("--die-while-loading",))
     done = standing.fdctl("reload")

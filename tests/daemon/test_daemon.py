@@ -312,6 +312,7 @@ def test_sd_notify_reports_status_ready_and_stopping_and_children_cannot(running
         systemd.bind(str(running.prefix / "notify"))
         systemd.settimeout(20)
         running.start_and_wait()
+        wait_until(lambda: running.status()["daemon"]["state"] == "READY", "the router knows all replicas")
         environ = Path(f"/proc/{running.pids()['replica0']}/environ").read_bytes()
         assert b"NOTIFY_SOCKET=" not in environ
         running.stop()

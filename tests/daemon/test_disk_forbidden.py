@@ -77,7 +77,7 @@ def test_what_cannot_be_written_is_reported_and_written_later(system: Running) -
         entry = system.wait_ready_again("replica0", before["replica0"]["pid"])
         for file in [*run.glob("launch/replica0-*.json"), run / "supervisord.conf"]:
             file.unlink()
-        reported(system, "cannot write the files that programs start from: [Errno 13] Permission denied")
+        reported(system, "cannot write the launch files of programs: [Errno 13] Permission denied")
         os.kill(entry["pid"], signal.SIGKILL)
         note = "waits for its files: [Errno 13] Permission denied"
         wait_until(lambda: system.programs()["replica0"]["note"].startswith(note), "it waits")
@@ -128,7 +128,7 @@ def test_sockets_are_bound_when_their_directory_allows_it(system: Running) -> No
         ):
             wait_until(lambda words=words: words in system.log(), "it is said")
         told = system.fdctl("status").stderr
-        assert f"run/fd-dp.sock, but fd-dp, pid {system.daemon.pid}, is alive; " in told
+        assert f"run/fd-dp.sock, but fd-dp runs with pid {system.daemon.pid}; " in told
         assert told.count("\n") == 1
     heals(system)
     assert (system.pids(), supervisord(system)) == (before, manager)

@@ -250,3 +250,19 @@ def test_nothing_is_started_while_the_old_process_of_its_seat_is_still_there(tmp
         assert old.wait(20) == -signal.SIGKILL
         world.fleet.step()
         assert replica.state is ProgramState.STARTING
+
+
+def test_programs_restart_with_a_new_supervisord_and_the_router_gets_no_report(tmp_path: Path) -> None:
+    """The router ended with supervisord as well, so it has no request that an exit could be blamed on."""
+    world = World(tmp_path, 2)
+    world.become_ready("router", "replica0", "replica1")
+    world.fleet.set_desired(world.fleet.replicas["replica1"], DesiredState(Intent.HELD))
+    world.supervisor.running.clear()
+    world.fleet.on_supervisord_restarted()
+    replica, held = world.fleet.replicas.values()
+    assert (replica.state, replica.restarts) == (ProgramState.WAITING, 1)
+    assert (held.state, held.restarts) == (ProgramState.STOPPED, 0)
+    assert {program.cause for program in world.fleet.programs.values()} == {Cause.SUPERVISORD}
+    assert not world.fleet.router.has_news
+    world.become_ready("router", "replica0")
+    assert world.names(ProgramState.READY) == {"router", "replica0"}

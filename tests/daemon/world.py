@@ -129,7 +129,7 @@ class World:
             watch=lambda pid: None,
             clock=lambda: self.now,
             rng=lambda: 1.0,
-            look=look,
+            read_snapshot=look,
         )
         self.fleet.adopt()
 
