@@ -108,8 +108,9 @@ def write_files(layout: Layout, programs: Iterable[Program]) -> None:
     layout.launch.mkdir(mode=0o700, exist_ok=True)
     make_log_directories(layout, programs)
     for file, text in _contents(layout, programs):
-        if not _has_content(file, text):
-            _write(file, text)
+        content = text.encode("utf-8", "surrogateescape")
+        if not _has_content(file, content):
+            write_atomically(file, content)
 
 
 def make_log_directories(layout: Layout, programs: Iterable[Program]) -> None:
@@ -139,13 +140,8 @@ def _contents(layout: Layout, programs: list[Program]) -> Iterator[tuple[Path, s
     yield layout.ini, render(layout, programs)
 
 
-def _write(file: Path, text: str) -> None:
-    # Mode 0600, because an environment may hold keys.
-    write_atomically(file, text.encode("utf-8", "surrogateescape"))
-
-
-def _has_content(file: Path, text: str) -> bool:
+def _has_content(file: Path, content: bytes) -> bool:
     try:
-        return file.read_bytes() == text.encode("utf-8", "surrogateescape")
+        return file.read_bytes() == content
     except OSError:
         return False
