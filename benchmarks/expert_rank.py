@@ -33,14 +33,14 @@ class Rank:
         from fastdeploy import custom_ops
         from fastdeploy.core.model_runner import keep_freed_memory
         from fastdeploy.expert_parallel.join import join
-        from fastdeploy.expert_parallel.layout import Layout
+        from fastdeploy.expert_parallel.layout import GroupLayout
         from fastdeploy.expert_parallel.options import GroupOptions
 
         keep_freed_memory()
         cores = len(os.sched_getaffinity(0))
         threads = max(1, cores // num_seats)
         custom_ops.set_threads(threads)
-        layout = Layout(num_seats, 1, EXPERTS, max_tokens, TOP_K, HIDDEN)
+        layout = GroupLayout(num_seats, 1, EXPERTS, max_tokens, TOP_K, HIDDEN)
         options = GroupOptions(group, seat, spin=threads * num_seats <= cores)
         self._group = join(options, layout, {}, lambda mine, taken: None)
         atexit.register(self._group.close)

@@ -139,7 +139,7 @@ class _Simulation:
 
     def _new_board(self) -> Board:
         board = Board.create(clock=lambda: self._time.now)
-        board.open_column()
+        board.open_counters()
         for number in range(REPLICAS):
             board.admit(Instance("127.0.0.1", 8000 + number, replica=number))
         return board
@@ -158,15 +158,15 @@ class _Simulation:
         board.measure(self._time.now)
 
     def _scrape(self, board: Board) -> None:
-        for seat in board.seats():
-            replica = self._replicas[seat.instance.replica or 0]
-            board.set_load(seat, replica.running, len(replica.waiting))
+        for handle in board.handles():
+            replica = self._replicas[handle.instance.replica or 0]
+            board.set_load(handle, replica.running, len(replica.waiting))
 
     def _report(self) -> None:
         loads = [_loads(board) for board in self._boards]
         for router, board in enumerate(self._boards):
             others = [load for other, load in enumerate(loads) if other != router]
-            elsewhere = {seat: _sum(load[seat] for load in others) for seat in loads[router]}
+            elsewhere = {handle: _sum(load[handle] for load in others) for handle in loads[router]}
             self._others[router] = _Others(elsewhere, loads[router])
             board.set_remote(elsewhere)
 
@@ -185,16 +185,16 @@ class _Others:
     def by_now(self, own: Mapping[ReplicaHandle, _Load], routers: int) -> dict[ReplicaHandle, _Load]:
         """Extrapolate the report, assuming that all routers changed like the own one."""
         return {
-            seat: (
-                max(0, said[0] + (routers - 1) * (own[seat][0] - self.own_then[seat][0])),
-                max(0, said[1] + (routers - 1) * (own[seat][1] - self.own_then[seat][1])),
+            handle: (
+                max(0, said[0] + (routers - 1) * (own[handle][0] - self.own_then[handle][0])),
+                max(0, said[1] + (routers - 1) * (own[handle][1] - self.own_then[handle][1])),
             )
-            for seat, said in self.said.items()
+            for handle, said in self.said.items()
         }
 
 
 def _loads(board: Board) -> dict[ReplicaHandle, _Load]:
-    return {row.seat: (row.in_flight, row.tokens) for row in board.status()}
+    return {row.handle: (row.in_flight, row.tokens) for row in board.status()}
 
 
 def _sum(loads: Iterable[_Load]) -> _Load:

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from fastdeploy.expert_parallel import memory_file
-from fastdeploy.expert_parallel.layout import PHASES, Layout, RankSlotState
+from fastdeploy.expert_parallel.layout import PHASES, GroupLayout, RankSlotState
 from fastdeploy.expert_parallel.membership import Membership, planner
 from fastdeploy.expert_parallel.processes import start_time
 
-LAYOUT = Layout(num_ranks=4, num_layers=2, num_experts=8, max_tokens=16, k=2, hidden=64)
+LAYOUT = GroupLayout(num_ranks=4, num_layers=2, num_experts=8, max_tokens=16, k=2, hidden=64)
 
 
 class QuietGroup:

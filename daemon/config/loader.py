@@ -17,8 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
 
+from ...common.api_keys import CREDENTIAL
 from ...common.errors import ConfigError
-from ...common.key_files import CREDENTIAL
 from ...common.text_files import decode
 from .options import PORT_STEPS, SECTIONS, Config, PathsSection
 

@@ -7,8 +7,8 @@ import stat
 from pathlib import Path
 
 from ...common.addresses import addresses_of
+from ...common.api_keys import CREDENTIAL, keys_in, keys_in_variable
 from ...common.errors import ConfigError
-from ...common.key_files import CREDENTIAL, keys_in, keys_in_variable
 from ..router.config.flags import file_parser
 from ..router.config.loader import settings_of
 from . import masking

@@ -18,7 +18,7 @@ from ...common.cors import DEFAULT
 from ...common.errors import ConfigError
 from ...common.foreign_text import parse_json, printable
 from ...expert_parallel.layout import PROTOCOL_VERSION
-from ..router.config.flags import file_parser, fixed_in
+from ..router.config.flags import file_parser, fixed_flags
 from ..router.config.flags_file import fingerprint
 from .launch import HASH, MARKER
 from .loader import Config
@@ -224,7 +224,7 @@ def _router(config: Config) -> Program:
         flags += ["--cors-origins", ",".join(router.cors_origins)]
     flags += router.extra_args
     try:
-        fixed = fixed_in(file_parser().parse_args(flags))
+        fixed = fixed_flags(file_parser().parse_args(flags))
     except ConfigError as error:
         raise ConfigError(f"[router] extra_args: {error}") from None
     flags_file = str(config.paths.run / "router-flags.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.foreign_text import parse_json
-from ..process.unix_listener import UnixListener
+from ...common.unix_listener import SocketPath, UnixListener
 from . import peer_credentials
 from .peer_credentials import Peer
 from .protocol import BUSY, DENIED, FAILED, USAGE
@@ -186,7 +186,9 @@ class ControlServer:
         #: Oldest first.
         self._conversations: list[Conversation] = []
         self._is_watched = False
-        self._listener = UnixListener(path, 0o660, backlog=_MAX_CLIENTS)
+        # A directory with the setgid bit would give the socket another group.
+        socket_path = SocketPath(path, 0o660, group=os.getegid(), backlog=_MAX_CLIENTS)
+        self._listener = UnixListener(socket_path)
         self.listen()
 
     def listen(self) -> str:

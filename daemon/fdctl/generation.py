@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import msgspec
 
+from ...common.api_keys import keys_in_variable
 from ...common.errors import FastDeployError
 from ...common.foreign_text import parse_json, printable
-from ...common.key_files import keys_in_variable
 from ..control import protocol
 from . import client
 

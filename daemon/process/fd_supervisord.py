@@ -17,8 +17,8 @@ from supervisor import datatypes, loggers, options, supervisord
 from supervisor.medusa import asyncore_25 as asyncore
 from supervisor.states import SupervisorStates
 
+from ...common.unix_listener import SocketPath, UnixListener
 from .output_files import OutputFile
-from .unix_listener import UnixListener
 
 #: Maximum number of bytes written; the rest is dropped, because fd-dp keeps the file in memory.
 _MAX_STDERR = 1 << 16
@@ -46,7 +46,7 @@ class Supervisor(supervisord.Supervisor):
 
     def runforever(self) -> None:
         self._listeners = [
-            UnixListener(Path(config["file"]), _SOCKET_MODE, listening=server.socket)
+            UnixListener(SocketPath(Path(config["file"]), _SOCKET_MODE, is_bound=True), server.socket)
             for config, server in self.options.httpservers
         ]
         self._problem = ""

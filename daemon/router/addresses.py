@@ -11,7 +11,7 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class AllowedAddresses:
-    """Who may be a replica: this machine, and the networks that were named with --allow-host."""
+    """Addresses that a replica may have: those of this machine, and the networks of --allow-host."""
 
     def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
         self._networks = tuple(networks)
@@ -21,7 +21,7 @@ class AllowedAddresses:
         return ip is not None and (any(ip in network for network in self._networks) or self.is_own(address))
 
     def is_own(self, address: str) -> bool:
-        """It is an IP address of this machine."""
+        """Return True if this is an IP address of this machine."""
         ip = _ip(address)
         return ip is not None and (ip.is_loopback or _is_own(ip))
 
@@ -37,12 +37,12 @@ def _ip(address: str) -> IPAddress | None:
 
 
 def _is_own(ip: IPAddress) -> bool:
-    """Whether this machine has the address: to such a one, and no other, it goes from that address itself."""
+    """Return True if packets to the address would have it as their source, which holds for own ones only."""
     with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
         try:
-            # A datagram socket looks up the route and sends nothing. A bind would tell as much, except for
-            # broadcast and multicast addresses, and where net.ipv4.ip_nonlocal_bind is set.
+            # `connect` looks up the route and sends nothing. `bind` would be wrong for broadcast and
+            # multicast addresses, and where net.ipv4.ip_nonlocal_bind is set.
             probe.connect((str(ip), 9))
         except OSError:
-            return False  # no route, or no address of one machine
+            return False  # no route, or not the address of one machine
         return bool(ipaddress.ip_address(probe.getsockname()[0]) == ip)

@@ -13,11 +13,14 @@ ROLES = ("mixed", "prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One mixed instance. Its identity is the URL, and the id of this start of it if it sends one."""
+    """Registration of one mixed instance. Its identity is its URL, with its instance id if it has one.
+
+    FastDeploy's own engines send neither `replica` nor the fields from `instance` on.
+    """
 
     host: str
     port: int
-    #: Its number among the replicas of one system (DP rank); FastDeploy's own engines do not send one.
+    #: Number among the replicas of one system (data-parallel rank).
     replica: int | None = None
     metrics_port: str = ""
     connector_port: str = ""
@@ -25,13 +28,12 @@ class Instance:
     transfer_protocol: tuple[str, ...] = ()
     rdma_ports: tuple[str, ...] = ()
     device_ids: tuple[str, ...] = ()
-    #: Drawn at each start of a replica: another one at the same URL is another process. FastDeploy's own
-    #: engines do not send this, nor what follows.
+    #: Random id of this start of the replica: another id at the same URL is another process.
     instance: str = ""
     features: tuple[str, ...] = ()
-    #: Requests that it takes at a time.
+    #: Maximum number of concurrent requests.
     max_concurrency: int | None = None
-    #: What /internal/resume asks for: whoever has it reads and writes other people's answers.
+    #: Secret that /internal/resume requires, because it gives access to the responses of all clients.
     token: str = field(default="", repr=False)
 
     @property
@@ -44,11 +46,11 @@ class Instance:
 
     @property
     def name(self) -> str:
-        """Its name in logs, metrics and X-FD-Replica."""
+        """Name in logs, metrics and X-FD-Replica."""
         return self.authority if self.replica is None else str(self.replica)
 
     def wire(self) -> dict[str, Any]:
-        """As GET /registered shows it."""
+        """Return the fields that GET /registered shows."""
         return {
             "url": self.url,
             "worker_type": ROLES[0],
@@ -65,7 +67,7 @@ class Instance:
         }
 
     def registration(self) -> dict[str, Any]:
-        """As it would register itself, secrets and all; `from_fields` reads it back."""
+        """Return the body of its registration, secrets included; `from_fields` reads it back."""
         fields = self.wire()
         del fields["url"], fields["worker_type"]
         own = {"role": ROLES[0], "host_ip": self.host, "port": str(self.port), "token": self.token}
@@ -73,7 +75,7 @@ class Instance:
 
 
 class RegistrationError(FastDeployError):
-    """A registration that is refused. The text is the `msg` of the answer, FastDeploy's where it has one."""
+    """Refused registration. Its text is the `msg` of the response: FastDeploy's, where FastDeploy has one."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -82,17 +84,17 @@ class RegistrationError(FastDeployError):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaHandle:
-    """A replica's place on the board. Once the replica has gone, nothing that is done with it has effect."""
+    """A replica's place on the board. Calls with it have no effect once the replica has gone."""
 
     row: int
-    #: No other seat of this board has it, nor ever had.
+    #: Unique over the lifetime of the board.
     generation: int
     instance: Instance = field(compare=False)
-    # Of the instance, made once: every request wants them.
+    # Copies of the instance's properties, which every request needs.
     name: str = field(init=False, compare=False)
     url: str = field(init=False, compare=False)
     authority: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        for what in ("name", "url", "authority"):
-            object.__setattr__(self, what, getattr(self.instance, what))
+        for name in ("name", "url", "authority"):
+            object.__setattr__(self, name, getattr(self.instance, name))

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...common.api_keys import keys_in, keys_in_variable
 from ...common.errors import ConfigError
 from ...common.foreign_text import parse_json, printable
-from ...common.key_files import keys_in, keys_in_variable
 from ..config.programs import Program, flag_in
 
 log = logging.getLogger("fd-dp")

@@ -10,7 +10,7 @@ from ..config import EngineConfig, ModelConfig
 from ..custom_ops import instruction_set
 from ..expert_parallel.group import ExpertGroup
 from ..expert_parallel.join import join
-from ..expert_parallel.layout import Layout
+from ..expert_parallel.layout import GroupLayout
 from ..expert_parallel.options import GroupOptions
 from ..expert_parallel.residency import ExpertPages
 from ..models.ernie45 import MoEWeights
@@ -76,8 +76,8 @@ class Rank:
         self.group.close()
 
 
-def _layout(config: EngineConfig, model: ModelConfig) -> Layout:
-    return Layout(
+def _layout(config: EngineConfig, model: ModelConfig) -> GroupLayout:
+    return GroupLayout(
         num_ranks=config.data_parallel_size,
         num_layers=model.num_moe_layers,
         num_experts=model.moe_num_experts,

@@ -68,7 +68,8 @@ def main() -> int:
         config_json, endpoint, token, parent_pid = (os.environ[name] for name in _ENVIRONMENT)
     except KeyError as missing:
         print(
-            f"{missing.args[0]} is not set; the API server starts this process, start that instead",
+            f"fastdeploy.core.worker: {missing.args[0]} is not set; "
+            "this process is started by the API server",
             file=sys.stderr,
         )
         return 2

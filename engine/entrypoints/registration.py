@@ -20,9 +20,9 @@ from typing import Any
 import requests
 
 from ..common.addresses import is_loopback, is_wildcard
+from ..common.api_keys import keys_in_variable
 from ..common.errors import ConfigError
 from ..common.foreign_text import printable
-from ..common.key_files import keys_in_variable
 
 logger = logging.getLogger(__name__)
 
@@ -121,31 +121,31 @@ class Registration(threading.Thread):
                 "port": str(self._address.port),
                 "instance": self._identity.instance,
             }
-            answer = session.post(
+            response = session.post(
                 f"{self._router}/deregister", json=body, timeout=DEREGISTER_SECONDS, allow_redirects=False
             )
         except (requests.RequestException, OSError) as error:
             logger.info("could not deregister from router %s: %s", self._router, type(error).__name__)
         else:
-            logger.info("deregistered from router %s: HTTP %d", self._router, answer.status_code)
+            logger.info("deregistered from router %s: HTTP %d", self._router, response.status_code)
 
     def _register(self, session: requests.Session) -> str | None:
         try:
             host_ip = advertised_ip(self._address.addresses, self._router)
             info = register_info(self._address, self._identity, host_ip)
-            answer = session.post(
+            response = session.post(
                 f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS, allow_redirects=False
             )
         except requests.Timeout:
-            return f"no answer within {_TIMEOUT_SECONDS:.0f} s"
+            return f"no response within {_TIMEOUT_SECONDS:.0f} s"
         except requests.ConnectionError:
             # Its text contains object addresses, so it would be logged as new each time.
             return "cannot connect"
         except (requests.RequestException, OSError) as error:
             return f"{type(error).__name__}: {error}"
         # Redirects are not followed: the registration holds a secret.
-        if not 200 <= answer.status_code < 300:
-            return f"HTTP {answer.status_code}: {printable(answer.text.strip())}"
+        if not 200 <= response.status_code < 300:
+            return f"HTTP {response.status_code}: {printable(response.text.strip())}"
         return None
 
     def _log_change(self, problem: str | None) -> None:

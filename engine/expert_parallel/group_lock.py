@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..common.errors import FastDeployError
-from .layout import Header
+from .layout import GroupHeader
 from .processes import own_start_time, pidfd_of
 
 _POLL_SECONDS = 0.001
@@ -69,7 +69,7 @@ def release(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def sign(header: Header) -> None:
+def sign(header: GroupHeader) -> None:
     """Record this process as the holder. In this order a pid never stands beside an older start time."""
     started = own_start_time()
     header.holder_started = 0
@@ -77,9 +77,9 @@ def sign(header: Header) -> None:
     header.holder_started = started
 
 
-def unsign(header: Header) -> None:
+def unsign(header: GroupHeader) -> None:
     header.holder = 0
 
 
-def holder_in(header: Header) -> Holder:
+def holder_in(header: GroupHeader) -> Holder:
     return header.holder, header.holder_started

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.errors import ConfigError
 from .group import ExpertGroup
-from .layout import PROTOCOL_VERSION, Layout
+from .layout import PROTOCOL_VERSION, GroupLayout
 from .member import Member
 from .membership import Membership, RankTaken, disagreement, planner
 from .memory_file import SHARED_MEMORY, open_locked
@@ -27,7 +27,7 @@ _TAKEOVER_POLL_SECONDS = 0.05
 
 def join(
     options: GroupOptions,
-    layout: Layout,
+    layout: GroupLayout,
     fingerprint: Mapping[str, Any],
     on_placement: OnPlacement,
     root: Path = SHARED_MEMORY,
@@ -60,7 +60,7 @@ def join(
 
 def _register(
     options: GroupOptions,
-    layout: Layout,
+    layout: GroupLayout,
     fingerprint: Mapping[str, Any],
     on_placement: OnPlacement,
     root: Path,
@@ -76,7 +76,7 @@ def _register(
         return Member(memory, membership, options, on_placement)
 
 
-def group_fingerprint(layout: Layout, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def group_fingerprint(layout: GroupLayout, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the complete fingerprint: protocol version, layout and `fingerprint`."""
     sizes = asdict(layout)
     # Protocol 2 has this name for it.

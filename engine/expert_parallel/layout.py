@@ -26,7 +26,7 @@ _ROW_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class GroupLayout:
     """Sizes and offsets in bytes, as a function of what the ranks agree on. Nothing outgrows them."""
 
     num_ranks: int
@@ -92,7 +92,7 @@ class Layout:
         return self.first_rank_offset + rank * self.rank_bytes
 
 
-class Header(ctypes.Structure):
+class GroupHeader(ctypes.Structure):
     """The first page, up to the words."""
 
     _fields_ = (
@@ -100,7 +100,7 @@ class Header(ctypes.Structure):
         ("version", ctypes.c_uint64),
         ("fingerprint_bytes", ctypes.c_uint64),
         # The layout.
-        *((field.name, ctypes.c_uint64) for field in fields(Layout)),
+        *((field.name, ctypes.c_uint64) for field in fields(GroupLayout)),
         #: Pid of the process that holds the lock.
         ("holder", ctypes.c_uint64),
         #: Start time of the holder, as in /proc; written after its pid.

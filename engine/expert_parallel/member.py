@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from ..custom_ops.expert_group import CHANGED, FAULTY, FULL, GOING, GroupShape, NativeGroup
-from .layout import Layout, RankSlotState, phase_name
+from .layout import GroupLayout, RankSlotState, phase_name
 from .membership import Membership, RankLost, Record
 from .memory import Memory
 from .memory_file import remove
@@ -263,7 +263,7 @@ class Member:
         )
 
 
-def group_shape(layout: Layout, rank: int) -> GroupShape:
+def group_shape(layout: GroupLayout, rank: int) -> GroupShape:
     """Return the layout for the compiled side, with values in the order of its fields."""
     return GroupShape(
         rank,

@@ -18,9 +18,9 @@ from .layout import (
     FINGERPRINT_BYTES,
     MAX_RANKS,
     PROTOCOL_VERSION,
+    GroupHeader,
+    GroupLayout,
     GroupWords,
-    Header,
-    Layout,
     RankRow,
     RankSlot,
 )
@@ -37,13 +37,13 @@ class Memory:
         patience: seconds after which a process that holds the group's lock is killed.
     """
 
-    def __init__(self, directory: Path, descriptor: int, layout: Layout, patience: float) -> None:
+    def __init__(self, directory: Path, descriptor: int, layout: GroupLayout, patience: float) -> None:
         self.directory = directory
         self.file = descriptor
         self.layout = layout
         self._patience = patience
         self.pages = mmap.mmap(descriptor, layout.file_bytes, mmap.MAP_SHARED)
-        self.header = Header.from_buffer(self.pages, 0)
+        self.header = GroupHeader.from_buffer(self.pages, 0)
         self.words = GroupWords.from_buffer(self.pages, layout.words)
         self.rank_slots = (RankSlot * MAX_RANKS).from_buffer(self.pages, layout.rank_slots)
         self.rows = [
@@ -104,13 +104,13 @@ class Memory:
             raise no_room(root, needed, error.strerror or str(error)) from None
 
 
-def read_header(descriptor: int) -> Header:
+def read_header(descriptor: int) -> GroupHeader:
     """Read the header of an unmapped file; missing bytes are zero."""
-    size = ctypes.sizeof(Header)
-    return Header.from_buffer_copy(os.pread(descriptor, size, 0).ljust(size, b"\0"))
+    size = ctypes.sizeof(GroupHeader)
+    return GroupHeader.from_buffer_copy(os.pread(descriptor, size, 0).ljust(size, b"\0"))
 
 
-def layout_of(descriptor: int, directory: Path) -> Layout:
+def layout_of(descriptor: int, directory: Path) -> GroupLayout:
     """Return the layout of an existing group, which may differ from that of a rank that wants to join.
 
     Raises:
@@ -122,8 +122,8 @@ def layout_of(descriptor: int, directory: Path) -> Layout:
             f"the expert group there speaks protocol {header.version}, this process {PROTOCOL_VERSION}; "
             "all ranks must run one version, or be in groups of their own (--expert-parallel-group)"
         )
-    sizes = [getattr(header, field.name) for field in fields(Layout)]
-    layout = Layout(*sizes)
+    sizes = [getattr(header, field.name) for field in fields(GroupLayout)]
+    layout = GroupLayout(*sizes)
     # If the size matches, all offsets lie within the file.
     is_intact = layout.num_ranks <= MAX_RANKS and layout.file_bytes == os.fstat(descriptor).st_size
     if not is_intact or 0 in sizes:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..common.errors import ConfigError
 from . import group_lock, removed_memory
-from .layout import FINGERPRINT_BYTES, MAX_RANKS, PROTOCOL_VERSION, Header, Layout, RankSlot
+from .layout import FINGERPRINT_BYTES, MAX_RANKS, PROTOCOL_VERSION, GroupHeader, GroupLayout, RankSlot
 from .memory import FILE, MAGIC, Memory, layout_of, no_room, read_header
 from .processes import is_alive
 
@@ -26,7 +26,11 @@ _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 
 @contextmanager
 def open_locked(
-    name: str, layout: Layout, fingerprint: Mapping[str, Any], patience: float, root: Path = SHARED_MEMORY
+    name: str,
+    layout: GroupLayout,
+    fingerprint: Mapping[str, Any],
+    patience: float,
+    root: Path = SHARED_MEMORY,
 ) -> Iterator[Memory]:
     """Open or create the group's memory, locked for the duration of the block.
 
@@ -139,11 +143,11 @@ def _lock(descriptor: int, patience: float) -> None:
 def _has_living(descriptor: int) -> bool:
     if read_header(descriptor).magic != MAGIC:
         return False
-    data = os.pread(descriptor, MAX_RANKS * ctypes.sizeof(RankSlot), Layout.rank_slots)
+    data = os.pread(descriptor, MAX_RANKS * ctypes.sizeof(RankSlot), GroupLayout.rank_slots)
     return any(map(is_alive, (RankSlot * MAX_RANKS).from_buffer_copy(data)))
 
 
-def _format(descriptor: int, layout: Layout, fingerprint: bytes, root: Path) -> None:
+def _format(descriptor: int, layout: GroupLayout, fingerprint: bytes, root: Path) -> None:
     os.ftruncate(descriptor, 0)
     try:
         os.ftruncate(descriptor, layout.file_bytes)
@@ -151,7 +155,7 @@ def _format(descriptor: int, layout: Layout, fingerprint: bytes, root: Path) -> 
     except OSError as error:
         raise no_room(root, layout.first_rank_offset, error.strerror or str(error)) from None
     os.pwrite(descriptor, fingerprint, layout.fingerprint)
-    header = Header(
+    header = GroupHeader(
         magic=MAGIC,
         version=PROTOCOL_VERSION,
         fingerprint_bytes=len(fingerprint),

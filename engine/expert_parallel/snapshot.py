@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from . import removed_memory
-from .layout import GroupWords, Header, Layout, RankRow, RankSlot, RankSlotState, phase_name
+from .layout import GroupHeader, GroupLayout, GroupWords, RankRow, RankSlot, RankSlotState, phase_name
 from .membership import ranks_of
 from .memory import FILE, layout_of
 from .memory_file import SHARED_MEMORY, group_directory
@@ -88,7 +88,7 @@ def read_snapshot(name: str, user: int | None = None, root: Path = SHARED_MEMORY
     if file is None:
         return None
     try:
-        header = _read(file, Header, 0)
+        header = _read(file, GroupHeader, 0)
         if not header.magic:
             # The file is being initialised.
             return None
@@ -117,13 +117,13 @@ def _open(path: Path, user: int) -> int | None:
     """Open the group's memory at its path, or through a rank that has it mapped if the file was removed."""
     with suppress(FileNotFoundError):
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        if _read(file, Header, 0).magic:
+        if _read(file, GroupHeader, 0).magic:
             return file
         os.close(file)
     return removed_memory.find(path, user, os.O_RDONLY)
 
 
-def _members(file: int, layout: Layout) -> tuple[int, tuple[int, ...]]:
+def _members(file: int, layout: GroupLayout) -> tuple[int, tuple[int, ...]]:
     """Return the epoch in force and its members; no members if its record is damaged."""
     for _ in range(_MAX_TRIES):
         epoch = _read(file, GroupWords, layout.words).epoch
@@ -136,11 +136,11 @@ def _members(file: int, layout: Layout) -> tuple[int, tuple[int, ...]]:
     return epoch, _ranks_in(int.from_bytes(record[8:], "little"), layout)
 
 
-def _ranks_in(bitmap: int, layout: Layout) -> tuple[int, ...]:
+def _ranks_in(bitmap: int, layout: GroupLayout) -> tuple[int, ...]:
     return ranks_of(bitmap & (1 << layout.num_ranks) - 1)
 
 
-def _rank_snapshot(file: int, layout: Layout, rank: int, is_member: bool) -> RankSnapshot | None:
+def _rank_snapshot(file: int, layout: GroupLayout, rank: int, is_member: bool) -> RankSnapshot | None:
     slot = _read(file, RankSlot, layout.rank_slots + rank * ctypes.sizeof(RankSlot))
     if slot.state == RankSlotState.FREE:
         return None

@@ -1,6 +1,6 @@
-"""`python etc/grafana/dashboard.py > etc/grafana/fd-dp.json` (make docs): panels.py in the words of Grafana.
+"""Grafana's JSON of the panels in panels.py: `python etc/grafana/dashboard.py > etc/grafana/fd-dp.json`.
 
-Its JSON takes fifty lines for a panel; what differs from one to the next is in panels.py.
+`make docs` runs this. The JSON has fifty lines per panel; panels.py has what differs between them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from panels import ROWS, STATES, Panel
 
-#: Of Grafana 11; later ones bring it up to date by themselves.
+#: Schema of Grafana 11; later versions upgrade it when they load it.
 SCHEMA_VERSION = 39
 COLUMNS, HEIGHT = 24, 8
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -21,7 +21,7 @@ def dashboard() -> dict[str, Any]:
     return {
         "title": "fd-dp",
         "uid": "fd-dp",
-        "description": "Replicas, router and daemon of one fd-dp. Scraped as etc/prometheus.yml says.",
+        "description": "Replicas, router and daemon of one fd-dp, scraped with etc/prometheus.yml.",
         "tags": ["fd-dp"],
         "schemaVersion": SCHEMA_VERSION,
         "editable": True,
@@ -54,7 +54,7 @@ def _replicas() -> dict[str, Any]:
 
 
 def _placed() -> Iterator[dict[str, Any]]:
-    """From left to right, row by row."""
+    """Return the panels with their positions, from left to right, row by row."""
     number = y = 0
     for title, panels in ROWS.items():
         number += 1
@@ -74,7 +74,7 @@ def _place(x: int, y: int, width: int, height: int) -> dict[str, int]:
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
-    defaults, options = _looks(panel)
+    defaults, options = _appearance(panel)
     return {
         "title": panel.title,
         "description": panel.help,
@@ -87,7 +87,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
                 "editorMode": "code",
                 "expr": expression,
                 "legendFormat": legend,
-                # What is true now, or how it went.
+                # The current value, or its course.
                 "instant": panel.kind in ("stat", "bargauge"),
                 "range": panel.kind not in ("stat", "bargauge"),
             }
@@ -98,8 +98,8 @@ def _panel(panel: Panel) -> dict[str, Any]:
     }
 
 
-def _looks(panel: Panel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What this kind of panel has by default in its fields, and its options."""
+def _appearance(panel: Panel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the field defaults and the options of this kind of panel."""
     last = {"calcs": ["lastNotNull"], "fields": "", "values": False}
     match panel.kind:
         case "stat":

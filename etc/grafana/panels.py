@@ -1,13 +1,13 @@
-"""What the dashboard shows: rows of panels, a few lines each. dashboard.py makes Grafana's JSON of them."""
+"""Panels of the dashboard by row; dashboard.py turns them into Grafana's JSON."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: The replicas that are chosen above: in what replicas and router tell, and in what the daemon tells.
+#: Selectors of the chosen replicas: for metrics of replicas and router, and for those of the daemon.
 REPLICA = 'replica=~"$replica"'
 PROGRAM = 'program=~"router|replica($replica)"'
-#: In this order in the picture of states; the daemon's names, with a colour.
+#: The daemon's states and their colours, in the order of the state timeline.
 STATES = {
     "STOPPED": "text",
     "WAITING": "light-blue",
@@ -25,12 +25,12 @@ class Panel:
     title: str
     #: Legend -> PromQL.
     queries: dict[str, str]
-    #: Grafana's names: s, percentunit, bytes, reqps, ops, none.
+    #: Grafana unit: s, percentunit, bytes, reqps, ops, none.
     unit: str = "none"
     kind: str = "timeseries"
     width: int = 8
     stacked: bool = False
-    #: What it tells, in the corner of the panel.
+    #: Description in the corner of the panel.
     help: str = ""
 
 
@@ -48,7 +48,7 @@ def percentiles(histogram: str, selector: str = "") -> dict[str, str]:
 
 
 def mean(of: str, by: str, selector: str = "") -> str:
-    """Of all that a histogram has seen; what happens once a day has no rate."""
+    """Return the mean over all observations of a histogram: rare events have no useful rate."""
     return f"{total(f'{of}_sum{{{selector}}}', by)} / {total(f'{of}_count{{{selector}}}', by)}"
 
 
@@ -75,7 +75,7 @@ FLEET = [
         },
         kind="state-timeline",
         width=18,
-        help="As the daemon sees it: READY has generated a token and answers health checks.",
+        help="States by the daemon. READY: has generated a token and passes health checks.",
     ),
     Panel(
         title="Restarts by cause",
@@ -83,20 +83,20 @@ FLEET = [
             "{{cause}}": total(f"increase(fd_dp_restarts_total{{{PROGRAM}}}[$__rate_interval])", "cause")
         },
         stacked=True,
-        help="Ends that nobody wanted. `fdctl why 3` tells more about the last of replica 3.",
+        help="Unplanned restarts. `fdctl why 3` explains the last one of replica 3.",
     ),
     Panel(
         title="Time to ready, mean",
         queries={"{{program}}": mean("fd_dp_ready_seconds", "program", PROGRAM)},
         unit="s",
         kind="bargauge",
-        help="From a start to the first token, since the daemon was started.",
+        help="From a start to the first token, since the start of the daemon.",
     ),
     Panel(
         title="Next try",
         queries={"{{program}}": f"fd_dp_next_try_seconds{{{PROGRAM}}}"},
         unit="s",
-        help="Until a failed program is started again; 0 if it need not be.",
+        help="Time until a failed program is restarted; 0 if there is none.",
     ),
     Panel(
         title="Reloads",
@@ -116,7 +116,7 @@ FLEET = [
         title="Age of the daemon's view",
         queries={"seconds": "time() - fd_dp_last_turn_timestamp_seconds"},
         unit="s",
-        help="Its loop looks at everything once a second or more often; after some seconds it hangs.",
+        help="The daemon's loop runs at least once a second; a value of several seconds means that it hangs.",
     ),
 ]
 
@@ -130,13 +130,13 @@ LOAD = [
         },
         unit="reqps",
         stacked=True,
-        help="Answers of the router.",
+        help="Responses of the router.",
     ),
     Panel(
         title="In flight, by replica",
         queries={"{{replica}}": f"fd_router_in_flight{{{REPLICA}}}"},
         stacked=True,
-        help="As the router counts them, in the moment in which it chooses.",
+        help="The router's own counts, which it uses to choose a replica.",
     ),
     Panel(
         title="Tokens generated per second, by replica",
@@ -157,7 +157,7 @@ LOAD = [
             "waiting": f"sum(fastdeploy:num_requests_waiting{{{REPLICA}}})",
             "room": f"sum(fastdeploy:max_batch_size{{{REPLICA}}})",
         },
-        help="In the replicas' batches, and in front of them.",
+        help="In the replicas' batches, and waiting for a place there.",
     ),
     Panel(
         title="Waiting, by replica",
@@ -171,7 +171,7 @@ LATENCY = [
         title="Time to first token",
         queries=percentiles("fastdeploy:time_to_first_token_seconds", REPLICA),
         unit="s",
-        help="In the replicas, from a request's arrival there; the time in the router's line comes on top.",
+        help="In the replicas, from a request's arrival there; without the time in the router's wait queue.",
     ),
     Panel(
         title="Time from token to token",
@@ -194,16 +194,16 @@ LATENCY = [
         unit="s",
     ),
     Panel(
-        title="Time in the router's line",
+        title="Time in the router's wait queue",
         queries=percentiles("fd_router_queue_seconds"),
         unit="s",
-        help="Of requests that had to wait because every replica was full.",
+        help="For requests that had to wait because every replica was full.",
     ),
     Panel(
         title="The router's own time",
         queries=percentiles("fd_router_relay_seconds"),
         unit="s",
-        help="From a whole request to its being sent, time in line included.",
+        help="From receiving a request to sending it to a replica, including the wait queue.",
     ),
 ]
 
@@ -217,17 +217,17 @@ ROUTER = [
         stacked=True,
     ),
     Panel(
-        title="Retries, resumed streams, broken answers",
+        title="Retries, resumed streams, incomplete responses",
         queries={
-            "tried again at another": total(
+            "retried on another replica": total(
                 f"increase(fd_router_retries_total{{{REPLICA}}}[$__rate_interval])"
             ),
-            "streams that went on at another": total(
+            "resumed on another replica": total(
                 f"increase(fd_router_resumes_total{{{REPLICA}}}[$__rate_interval])"
             ),
-            "broken off": total(f"increase(fd_router_broken_off_total{{{REPLICA}}}[$__rate_interval])"),
+            "not completed": total(f"increase(fd_router_broken_off_total{{{REPLICA}}}[$__rate_interval])"),
         },
-        help="By the replica that was lost. Clients notice only what is broken off.",
+        help="By lost replica. Clients notice only responses that are not completed.",
     ),
     Panel(
         title="Replicas that may be chosen",
@@ -258,7 +258,7 @@ CACHE = [
         queries={"{{replica}}": total(rate("fastdeploy:request_preempted_total", REPLICA), "replica")},
         unit="ops",
         stacked=True,
-        help="Sequences put back, and computed again later, because the KV cache was full.",
+        help="Sequences evicted because the KV cache was full, and computed again later.",
     ),
 ]
 
@@ -273,11 +273,11 @@ EXPERTS = [
         unit="s",
     ),
     Panel(
-        title="Waiting for a seat, part of the time",
-        queries={"seat {{seat}}": total(rate("fastdeploy:ep_waited_seconds_total", REPLICA), "seat")},
+        title="Waiting for a rank, fraction of the time",
+        queries={"rank {{seat}}": total(rate("fastdeploy:ep_waited_seconds_total", REPLICA), "seat")},
         unit="percentunit",
         stacked=True,
-        help="Sum over the ranks that wait: the seat that stands out is the slow one.",
+        help="Sum over the waiting ranks, by the rank that they wait for: the largest is the slow one.",
     ),
     Panel(
         title="Bytes between ranks per second",
@@ -294,17 +294,17 @@ EXPERTS = [
         },
         unit="ops",
         kind="bargauge",
-        help="How even the load of the experts is; those that are used most come first.",
+        help="Distribution of the load; the most used experts come first.",
     ),
     Panel(
         title="Ranks in the group",
         queries={"{{replica}} sees": f"fastdeploy:ep_active_seats{{{REPLICA}}}"},
     ),
     Panel(
-        title="Losses and steps begun again",
+        title="Lost ranks and repeated steps",
         queries={
             "ranks lost": f"max(increase(fastdeploy:ep_losses_total{{{REPLICA}}}[$__rate_interval]))",
-            "steps begun again": total(
+            "repeated steps": total(
                 f"increase(fastdeploy:ep_restarted_steps_total{{{REPLICA}}}[$__rate_interval])"
             ),
         },
@@ -313,7 +313,7 @@ EXPERTS = [
 
 MACHINE = [
     Panel(
-        title="Memory of its own, by program",
+        title="Private memory, by program",
         queries={
             "{{program}}": f'fd_dp_memory_bytes{{{PROGRAM},kind="private"}}',
             "fd-dp": 'process_resident_memory_bytes{job="fd-dp-daemon"}',
@@ -325,7 +325,7 @@ MACHINE = [
         title="Shared memory and files, by program",
         queries={"{{program}}": f'fd_dp_memory_bytes{{{PROGRAM},kind="shared"}}'},
         unit="bytes",
-        help="The weights are in memory once; each replica that uses them shows them here.",
+        help="The weights are in memory once, but count for each replica that uses them.",
     ),
     Panel(
         title="Cores in use, by program",

@@ -53,7 +53,7 @@ def test_a_text_that_comes_meanwhile_joins_at_the_next_step():
     assert short.first_token_at - short.arrived < 3 * STEP_SECONDS
 
 
-def test_a_long_prompt_takes_several_steps_and_more_texts_than_fit_must_wait():
+def test_long_prompt_takes_several_steps_and_excess_texts_wait():
     bench = Bench()
     long = bench.ask(0.0, list(range(3 * CHUNK // BLOCK)))
     others = [bench.ask(0.0, [], answer_tokens=200) for _ in range(MAX_TEXTS)]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastdeploy.expert_parallel.layout import Layout
+from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
 from fastdeploy.expert_parallel.memory_file import group_directory
 
@@ -21,8 +21,8 @@ from .draws import bfloat16
 HIDDEN, EXPERTS, LAYERS, K, MAX_TOKENS = 21, 7, 3, 3, 5
 
 
-def layout(num_seats: int) -> Layout:
-    return Layout(num_seats, LAYERS, EXPERTS, MAX_TOKENS, K, HIDDEN)
+def layout(num_seats: int) -> GroupLayout:
+    return GroupLayout(num_seats, LAYERS, EXPERTS, MAX_TOKENS, K, HIDDEN)
 
 
 def mapped(name: str) -> Memory:

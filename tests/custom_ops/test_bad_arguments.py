@@ -13,7 +13,7 @@ from fastdeploy import custom_ops
 from fastdeploy.custom_ops import packed_matrix
 from fastdeploy.expert_parallel.group import ExpertGroup
 from fastdeploy.expert_parallel.join import join
-from fastdeploy.expert_parallel.layout import Layout
+from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.options import GroupOptions
 
 from .draws import Packed, PackedMlp, PagedCache, Span, draw, integers, step, tensor
@@ -90,7 +90,7 @@ GROUPS: list[ExpertGroup] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def group() -> Iterator[None]:
-    layout = Layout(num_ranks=1, num_layers=1, num_experts=3, max_tokens=4, k=2, hidden=HIDDEN)
+    layout = GroupLayout(num_ranks=1, num_layers=1, num_experts=3, max_tokens=4, k=2, hidden=HIDDEN)
     with group_of_its_own() as name:
         GROUPS.append(join(GroupOptions(name, 0), layout, {}, lambda mine, taken: None))
         GROUPS[0].run_step(4, lambda: None)

@@ -191,7 +191,7 @@ def test_experts_move_while_ranks_compute(ranks: Ranks, name: str, seed: int, tm
     assert len({one.stamp >> 40 for one in seen}) > 8
 
 
-def test_the_last_to_leave_and_the_first_to_come_do_not_disturb_each_other(
+def test_group_removal_by_the_last_rank_may_race_with_the_next_join(
     ranks: Ranks, name: str, seed: int, tmp_path: Path
 ) -> None:
     """The one removes the group's memory, the other makes it."""
@@ -284,7 +284,7 @@ def late_writes(memory: Memory, seat: int, epoch: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_rank_that_the_others_have_gone_on_without_learns_of_it_and_reaches_nobody(
+def test_expelled_rank_gets_rank_lost_and_its_late_writes_are_ignored(
     ranks: Ranks, name: str, seed: int, tmp_path: Path, place: str
 ) -> None:
     started = ranks.take(3)
@@ -305,7 +305,7 @@ def test_a_rank_that_the_others_have_gone_on_without_learns_of_it_and_reaches_no
     assert not group_directory(name).exists()
 
 
-def test_a_rank_whose_seat_another_has_taken_learns_of_it_and_leaves_it_to_the_other(
+def test_expelled_rank_leaves_its_seat_to_the_successor(
     ranks: Ranks, name: str, seed: int, tmp_path: Path
 ) -> None:
     *started, successor = ranks.take(4)

@@ -13,7 +13,7 @@ import pytest
 
 from fastdeploy.custom_ops.expert_group import FAULTY, GOING, NativeGroup
 from fastdeploy.expert_parallel import memory_file
-from fastdeploy.expert_parallel.layout import Layout
+from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.member import group_shape
 from fastdeploy.expert_parallel.memory import Memory
 from fastdeploy.expert_parallel.snapshot import read_snapshot
@@ -83,7 +83,7 @@ class Pair:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    layout = Layout(SEATS, 1, EXPERTS, MAX_TOKENS, K, HIDDEN)
+    layout = GroupLayout(SEATS, 1, EXPERTS, MAX_TOKENS, K, HIDDEN)
     with memory_file.open_locked("pair", layout, {}, 60.0, tmp_path) as memory:
         for seat in range(SEATS):
             memory.allocate(seat)

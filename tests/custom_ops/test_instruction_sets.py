@@ -69,7 +69,7 @@ def test_plain_code_agrees_within_rounding() -> None:
         np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=3e-6 * scale, err_msg=name)
 
 
-def test_amx_rounds_activations_for_bfloat16_matrices_and_is_avx512_otherwise() -> None:
+def test_amx_equals_avx512_except_for_rounding_with_bfloat16_matrices() -> None:
     one, other = results_here("amx"), results_here("avx512")
     for name in one.keys() - {"instruction set"}:
         if name.startswith(("linear", "fused_moe")) and "bfloat16" in name:

@@ -61,11 +61,11 @@ def test_infinities_of_one_row_stay_in_that_row(weight_format: str) -> None:
 def test_rms_norm_with_and_without_residual(seed: int, rows: int, width: int, residual: bool) -> None:
     random = np.random.default_rng(seed)
     x, weight, other = draw(random, rows, width), draw(random, width), draw(random, rows, width)
-    normed, residual = custom_ops.rms_norm(
+    normed, next_residual = custom_ops.rms_norm(
         tensor(x), tensor(weight), 1e-5, residual=tensor(other) if residual else None
     )
     total = (x + other if residual else x).astype(np.float32)
-    np.testing.assert_array_equal(residual.numpy(), total)
+    np.testing.assert_array_equal(next_residual.numpy(), total)
     expected = reference.rms_norm(total.astype(np.float64), weight, 1e-5)
     np.testing.assert_allclose(normed.numpy(), expected, rtol=2e-6, atol=1e-9)
 
@@ -82,11 +82,11 @@ def test_embedding_takes_the_rows_of_the_tokens(wide: bool) -> None:
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_logits_are_of_the_rows_that_the_step_wants(weight_format: str) -> None:
     random = np.random.default_rng(4)
-    residual, norm = draw(random, 9, 48), draw(random, 48)
+    hidden_states, norm = draw(random, 9, 48), draw(random, 48)
     head = Packed.draw(random, weight_format, 70, 48)
     plan = step([Span(0, 9)], logit_tokens=[8, 2, 2])
-    found = custom_ops.logits(tensor(residual), plan, tensor(norm), head.blob, 1e-5).numpy()
-    normed, _ = custom_ops.rms_norm(tensor(residual[[8, 2, 2]]), tensor(norm), 1e-5)
+    found = custom_ops.logits(tensor(hidden_states), plan, tensor(norm), head.blob, 1e-5).numpy()
+    normed, _ = custom_ops.rms_norm(tensor(hidden_states[[8, 2, 2]]), tensor(norm), 1e-5)
     np.testing.assert_array_equal(found, custom_ops.linear(normed, head.blob).numpy())
 
 

@@ -73,7 +73,7 @@ def draw_topk_ids(random: np.random.Generator, tokens: int, experts: int, k: int
     k=st.integers(1, 5),
     spread=st.sampled_from(SPREADS),
 )
-def test_permute_makes_the_rows_of_an_expert_neighbours_and_unpermute_sums_them(
+def test_permute_groups_rows_by_expert_and_unpermute_sums_them(
     seed: int, tokens: int, experts: int, k: int, spread: str
 ) -> None:
     random, k = np.random.default_rng(seed), min(k, experts)

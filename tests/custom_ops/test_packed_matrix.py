@@ -60,7 +60,7 @@ def test_float32_has_the_outputs_of_an_input_side_by_side() -> None:
     assert body([[1, 2], [3, 4], [5, 6]], "float32") == struct.pack("<3f116x3f116x", 1, 3, 5, 2, 4, 6)
 
 
-def test_bfloat16_has_two_inputs_of_an_output_in_one_word_and_zeros_up_to_32_inputs() -> None:
+def test_bfloat16_layout_pairs_inputs_per_word_and_pads_with_zeros() -> None:
     weights = [[float(10 * output + k) for k in range(3)] for output in range(18)]
     halves = from_bfloat16(np.frombuffer(body(weights, "bfloat16"), np.uint16)).reshape(16, 32, 2)
     outputs = [*(10.0 * np.arange(18)), *[0.0] * 14]

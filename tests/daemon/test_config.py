@@ -26,7 +26,7 @@ def model(text: str = "") -> str:
     return '[model]\npath = "demo"\n' + text
 
 
-def test_a_model_is_enough_and_the_ports_are_those_of_fastdeploys_documentation() -> None:
+def test_minimal_config_has_the_ports_of_fastdeploy_documentation() -> None:
     config = read(model())
     assert config.parallel.data_parallel_size == 8
     assert config.engine.ports == (1811, 1822, 1833, 1844, 1855, 1866, 1877, 1888)
@@ -262,7 +262,7 @@ def test_any_text_is_a_configuration_or_one_clear_line(text: str) -> None:
         read(text)
 
 
-def test_without_a_prefix_the_systems_directories_are_used_and_paths_start_at_the_file(
+def test_config_without_prefix_uses_system_and_file_relative_paths(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "dp.toml"

@@ -29,7 +29,7 @@ def test_status_is_a_table_for_people_and_a_schema_for_programs(running: Running
     assert set(status["replicas"][1]) == {"replica", *expected}
 
 
-def test_stop_keeps_a_replica_down_over_a_restart_of_the_daemon_until_start(running: Running) -> None:
+def test_stopped_replica_stays_down_across_daemon_restart_until_start(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     assert running.fdctl("stop", "1").returncode == protocol.OK
@@ -223,7 +223,7 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     assert running.ready()
 
 
-def test_supervisord_killed_in_the_middle_of_a_reload_ends_with_the_new_configuration(
+def test_reload_completes_although_supervisord_is_killed_midway(
     running: Running,
 ) -> None:
     running.start_and_wait()

@@ -135,7 +135,7 @@ def test_lines_and_lists_as_json(standing: Running) -> None:
     assert script["shell"] == "zsh"
 
 
-def test_what_an_operation_tells_comes_as_lines_of_json_with_the_result_last(standing: Running) -> None:
+def test_operation_progress_is_json_lines_with_the_result_last(standing: Running) -> None:
     done = standing.fdctl("restart", "1", "--json")
     messages = [json.loads(line) for line in done.stdout.splitlines()]
     assert messages[-1] == {"code": protocol.OK}
@@ -280,7 +280,7 @@ def test_an_old_name_of_an_option_is_one_line_of_check_and_of_the_log(standing: 
     assert standing.pids() == before
 
 
-def test_a_program_that_fails_with_its_new_configuration_is_1_and_says_why(standing: Running) -> None:
+def test_reload_exits_1_with_the_reason_if_a_replica_cannot_start(standing: Running) -> None:
     standing.write(extra_args=("--die-while-loading",))
     done = standing.fdctl("reload")
     standing.write()

@@ -155,7 +155,7 @@ def test_the_router_and_the_box_have_a_line_each(serve: Serve) -> None:
     assert 0 < box["memory_used"] < box["memory_total"]
 
 
-def test_who_does_not_answer_has_a_row_without_figures_and_keeps_nobody_waiting(serve: Serve) -> None:
+def test_unresponsive_replica_lacks_figures_without_delaying_fdctl_top(serve: Serve) -> None:
     over = threading.Event()
     ports = [
         serve(lambda: replica_metrics().render().decode()),

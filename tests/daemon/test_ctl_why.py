@@ -156,7 +156,7 @@ def test_stacks_are_found_at_the_end_of_an_output(tmp_path: Path) -> None:
     assert last_lines(file, stacks.lines_ago)[0].startswith("Thread 0x00007f12")
 
 
-def test_an_output_that_cannot_be_read_is_an_error_and_a_missing_one_is_empty(tmp_path: Path) -> None:
+def test_unreadable_output_is_an_error_and_missing_output_is_empty(tmp_path: Path) -> None:
     assert last_lines(tmp_path / "none", 5) == []
     with pytest.raises(FastDeployError, match="cannot be read"):
         last_lines(tmp_path, 5)

@@ -72,7 +72,7 @@ def test_a_killed_replica_comes_back_alone_and_one_line_says_how_it_ended(runnin
     assert "its last error" not in line
 
 
-def test_what_a_replica_left_in_a_session_of_its_own_is_ended_before_it_starts_again(
+def test_leftover_processes_of_a_replica_are_killed_before_its_restart(
     running: Running,
 ) -> None:
     running.write(extra_args=("--grandchild",))
@@ -122,7 +122,7 @@ def test_supervisord_may_be_killed_again_and_again(running: Running) -> None:
     assert len(running.left_over()) == len(before)
 
 
-def test_a_supervisord_that_cannot_be_started_for_want_of_disk_is_tried_again(running: Running) -> None:
+def test_supervisord_start_is_retried_after_a_disk_failure(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     assert running.daemon is not None
@@ -175,7 +175,7 @@ def test_the_health_check_shows_the_key_that_the_replicas_ask_for(running: Runni
     running.start_and_wait()
 
 
-def test_what_the_operator_stopped_is_stopped_even_if_the_daemon_died_before_it_did(running: Running) -> None:
+def test_next_daemon_carries_out_a_stop_recorded_before_a_kill(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     running.stop(signal.SIGKILL)
@@ -190,7 +190,7 @@ def test_what_the_operator_stopped_is_stopped_even_if_the_daemon_died_before_it_
     assert running.pids()["replica0"] == before["replica0"]
 
 
-def test_a_killed_daemon_leaves_the_replicas_alone_and_the_next_one_adopts_them(running: Running) -> None:
+def test_replicas_outlive_a_killed_daemon_and_are_adopted_by_the_next(running: Running) -> None:
     running.start_and_wait()
     before = running.pids(), running.status()["daemon"]["supervisord"]
     running.stop(signal.SIGKILL)
@@ -204,7 +204,7 @@ def test_a_killed_daemon_leaves_the_replicas_alone_and_the_next_one_adopts_them(
     running.wait_ready_again("replica0", before[0]["replica0"])
 
 
-def test_a_daemon_that_finds_another_configuration_running_replaces_only_what_differs(
+def test_new_daemon_replaces_only_programs_whose_configuration_differs(
     running: Running,
 ) -> None:
     running.start_and_wait()
@@ -217,7 +217,7 @@ def test_a_daemon_that_finds_another_configuration_running_replaces_only_what_di
     assert running.pids()["router"] == before["router"]
 
 
-def test_orphans_of_a_dead_daemon_and_supervisord_do_not_meet_their_successors(running: Running) -> None:
+def test_orphans_of_dead_daemon_and_supervisord_end_before_new_programs(running: Running) -> None:
     running.start_and_wait()
     before, supervisord = running.pids(), running.status()["daemon"]["supervisord"]
     running.stop(signal.SIGKILL)
@@ -259,7 +259,7 @@ def test_stale_sockets_are_no_obstacle(running: Running) -> None:
     running.start_and_wait()
 
 
-def test_a_replica_whose_port_is_taken_says_by_whom_and_starts_when_it_is_free(running: Running) -> None:
+def test_replica_names_holder_of_its_port_and_starts_once_it_is_free(running: Running) -> None:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", running.ports[2]))

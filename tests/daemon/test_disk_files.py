@@ -16,11 +16,11 @@ import pytest
 from supervisor.loggers import LogRecord
 
 from fastdeploy.common.errors import FastDeployError
+from fastdeploy.common.unix_listener import SocketPath, UnixListener
 from fastdeploy.daemon.process import proc, supervisord_config
 from fastdeploy.daemon.process.output_files import OutputFile
 from fastdeploy.daemon.process.supervisor_client import Supervisor, SupervisorError
 from fastdeploy.daemon.process.supervisord_config import Layout
-from fastdeploy.daemon.process.unix_listener import UnixListener
 from fastdeploy.daemon.supervision.intents import DesiredState, Intent, Intents
 from fastdeploy.daemon.troubles import Troubles
 from fastdeploy.daemon.upkeep import Lock, write_problem
@@ -159,7 +159,7 @@ def test_a_file_in_place_of_a_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_a_listener_without_permission_keeps_its_old_socket(forbidden: Path) -> None:
-    listener = UnixListener(forbidden / "x.sock", 0o600)
+    listener = UnixListener(SocketPath(forbidden / "x.sock", 0o600))
     listener.bind()
     (forbidden / "x.sock").unlink()
 

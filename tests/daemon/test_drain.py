@@ -33,7 +33,7 @@ def restart_while_in_flight(running: Running, requests: int) -> None:
     wait_until(lambda: running.drained() == {0}, "replica 0 is drained")
 
 
-def test_a_restart_waits_for_what_is_in_flight_and_then_lets_the_router_use_it_again(
+def test_restart_waits_for_requests_in_flight_and_undrains_afterwards(
     lent: Running,
 ) -> None:
     before = lent.pids()
@@ -134,7 +134,7 @@ def test_a_router_that_hangs_holds_up_nothing_for_long(lent: Running) -> None:
     nobody_is_drained(lent)
 
 
-def test_what_a_daemon_that_was_killed_has_left_drained_the_next_one_undrains(lent: Running) -> None:
+def test_next_daemon_undrains_a_replica_left_drained_by_a_killed_one(lent: Running) -> None:
     before = lent.pids()
     restart_while_in_flight(lent, 1)
     lent.stop(signal.SIGKILL)

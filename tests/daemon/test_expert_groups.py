@@ -104,7 +104,7 @@ def test_in_a_reload_the_old_group_and_the_new_one_are_shown(
     assert {group["name"]: group["active"] for group in groups} == {names[0]: [1, 2, 3], names[1]: [0]}
 
 
-def test_where_there_is_no_group_one_line_says_why_and_the_exit_code_is_its_own(
+def test_missing_expert_group_has_its_own_exit_code_and_one_line_reason(
     fdctl: Fdctl, tmp_path: Path, new_group: Callable[[str], QuietGroup]
 ) -> None:
     done = fdctl("ep")

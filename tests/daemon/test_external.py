@@ -50,9 +50,7 @@ def engines(running: Running) -> Iterator[Engines]:
     unit.process.wait(timeout=30)
 
 
-def test_the_daemon_uses_the_supervisord_that_it_finds_and_leaves_it_alone_at_its_end(
-    running: Running, engines: Engines
-) -> None:
+def test_daemon_uses_external_supervisord_and_leaves_it_running(running: Running, engines: Engines) -> None:
     running.start_and_wait("external")
     assert running.status()["daemon"]["supervisord"] == engines.process.pid
     before = running.pids()
@@ -62,7 +60,7 @@ def test_the_daemon_uses_the_supervisord_that_it_finds_and_leaves_it_alone_at_it
     assert running.pids() == before
 
 
-def test_the_engines_unit_is_restarted_and_the_daemon_starts_everything_again(
+def test_daemon_starts_every_program_again_after_engines_unit_restart(
     running: Running, engines: Engines
 ) -> None:
     running.start_and_wait("external")

@@ -32,7 +32,7 @@ def test_the_router_first_then_as_many_replicas_at_a_time_as_may_load(tmp_path: 
     assert world.names(ProgramState.READY) == {"router", "replica0", "replica1", "replica2"}
 
 
-def test_a_router_that_does_not_come_up_holds_the_replicas_back_for_a_moment_only(tmp_path: Path) -> None:
+def test_router_that_does_not_come_up_delays_replicas_only_briefly(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.pass_time(5.0)
     assert world.names(ProgramState.WAITING) == {"replica0"}
@@ -61,7 +61,7 @@ def test_the_replica_that_has_waited_longest_starts_first(tmp_path: Path) -> Non
     assert world.names(ProgramState.STARTING) == {"replica2"}
 
 
-def test_health_checks_that_fail_make_it_unhealthy_and_one_that_is_good_makes_it_ready(
+def test_failing_health_checks_mean_unhealthy_and_one_good_means_ready(
     tmp_path: Path,
 ) -> None:
     world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=180)
@@ -199,7 +199,7 @@ def test_the_last_replica_is_never_paused(tmp_path: Path) -> None:
     assert world.names(ProgramState.BACKOFF) == {"replica2"}
 
 
-def test_a_crash_loop_is_quarantined_for_itself_and_does_not_end_with_calm(tmp_path: Path) -> None:
+def test_crash_loop_quarantine_outlasts_calm_on_the_machine(tmp_path: Path) -> None:
     world = world_with_a_spent_box_budget(tmp_path, budget=3, quarantine=600)
     fail(world, "replica0")
     replica = world.fleet.replicas["replica0"]
@@ -234,7 +234,7 @@ def test_each_end_is_counted_with_its_cause_and_each_start_with_its_time(tmp_pat
     assert value("fd_dp_restarts_total", {"program": "router", "cause": "crash"}) is None
 
 
-def test_nothing_is_started_while_the_old_process_of_its_seat_is_still_there(tmp_path: Path) -> None:
+def test_replica_start_waits_for_the_old_process_to_end(tmp_path: Path) -> None:
     """It would hold ports and memory that the new one needs."""
     world = World(tmp_path, 1, backoff_first=0)
     world.become_ready("router", "replica0")
@@ -252,7 +252,7 @@ def test_nothing_is_started_while_the_old_process_of_its_seat_is_still_there(tmp
         assert replica.state is ProgramState.STARTING
 
 
-def test_programs_restart_with_a_new_supervisord_and_the_router_gets_no_report(tmp_path: Path) -> None:
+def test_programs_restart_unreported_with_a_new_supervisord(tmp_path: Path) -> None:
     """The router ended with supervisord as well, so it has no request that an exit could be blamed on."""
     world = World(tmp_path, 2)
     world.become_ready("router", "replica0", "replica1")

@@ -105,7 +105,7 @@ def test_a_step_that_goes_on_layer_by_layer_is_slow_and_not_dead() -> None:
     )
 
 
-def test_of_two_that_wait_for_each_other_the_one_that_stopped_first_is_to_blame() -> None:
+def test_replica_that_stopped_first_is_blamed_when_two_wait_mutually() -> None:
     """It was stopped in a wait: what it waited for has come since."""
     assert report_of((0, 1), seat(0, 1, seconds=66.0), seat(1, 0, seconds=65.0)).hung.keys() == {"replica0"}
     assert report_of((0, 1), seat(0, 1, seconds=65.0), seat(1, 0, seconds=66.0)).hung.keys() == {"replica1"}
@@ -121,7 +121,7 @@ def test_a_dead_one_is_for_its_group_to_bury() -> None:
     assert (found.hung, found.blocked.keys()) == ({}, {"replica0"})
 
 
-def test_nobody_is_blamed_when_the_group_cannot_be_looked_at_or_the_culprit_is_not_ours() -> None:
+def test_blame_requires_a_readable_group_and_a_culprit_of_this_daemon() -> None:
     found = find_hung([stalled(0)], {}, MEMBERS, 60.0)
     assert found.blocked == {
         "replica0": "no step for 65 s, requests in flight: 3; its expert group cannot be read"
@@ -136,7 +136,7 @@ def test_nobody_is_blamed_when_the_group_cannot_be_looked_at_or_the_culprit_is_n
         min_size=1,
     )
 )
-def test_somebody_is_always_awaited_and_never_one_that_waits_if_another_does_not(
+def test_awaited_seats_always_exist_and_prefer_those_not_waiting(
     waits: dict[int, tuple[set[int], float | None]],
 ) -> None:
     seats = {n: seat(n, *sorted(others - {n}), seconds=s) for n, (others, s) in waits.items()}
@@ -174,7 +174,7 @@ def test_time_in_which_the_daemon_slept_is_forgiven() -> None:
 
 
 @pytest.mark.parametrize("worker", [None, {}, [], 3, {"steps": "x", "requests": 1, "silent": 0}])
-def test_a_health_check_that_tells_nothing_of_a_worker_is_no_reason_for_anything(worker: object) -> None:
+def test_health_check_without_worker_progress_is_ignored(worker: object) -> None:
     assert WorkerProgress.of({"worker": worker}) is None
     progress = ProgressTracker()
     progress.update(None, 5.0)
@@ -228,7 +228,7 @@ def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_pa
     assert replica.note.startswith("hangs: no step for ")
 
 
-def test_one_that_hangs_with_its_first_token_is_killed_long_before_the_startup_timeout(
+def test_replica_hung_at_first_token_is_killed_before_startup_timeout(
     tmp_path: Path,
 ) -> None:
     world = World(tmp_path, 1, no_progress_timeout=20, startup_timeout=600)
@@ -251,7 +251,7 @@ def test_a_machine_that_was_frozen_is_nobodys_fault(tmp_path: Path) -> None:
     assert replica.state is ProgramState.READY
 
 
-def test_an_idle_one_is_asked_for_a_token_now_and_then_and_a_busy_one_is_not(tmp_path: Path) -> None:
+def test_token_probe_is_sent_to_idle_replicas_only(tmp_path: Path) -> None:
     world, _ = started(tmp_path, idle_probe=60)
     world.work("replica0", requests=0)
     first = world.probes.tokens["replica0"]
@@ -303,7 +303,7 @@ def test_an_idle_one_that_keeps_its_token_waiting_is_killed(tmp_path: Path) -> N
     assert replica.kill_reason == "idle, but no token within 20 s"
 
 
-def test_an_idle_one_that_keeps_its_token_waiting_as_it_waits_for_others_is_excused(tmp_path: Path) -> None:
+def test_idle_replica_is_excused_if_its_token_probe_waits_for_others(tmp_path: Path) -> None:
     world = World(
         tmp_path,
         2,
@@ -321,7 +321,7 @@ def test_an_idle_one_that_keeps_its_token_waiting_as_it_waits_for_others_is_excu
     assert world.names(ProgramState.STOPPING) == {"replica1"}
 
 
-def test_an_idle_one_to_which_work_has_come_before_its_token_is_left_alone(tmp_path: Path) -> None:
+def test_idle_replica_given_work_is_not_judged_by_its_token_probe(tmp_path: Path) -> None:
     world, replica = started(tmp_path, idle_probe=60)
     world.work("replica0", requests=0)
     world.probes.silent.add("replica0")
@@ -361,9 +361,7 @@ def test_what_counts_as_a_hang_can_be_told_in_dp_toml(tmp_path: Path) -> None:
 # ---- a real daemon, with processes that are not
 
 
-def test_a_process_that_hangs_tells_where_before_it_is_killed_and_comes_back(
-    running: Running, tmp_path: Path
-) -> None:
+def test_hanging_replica_logs_its_stacks_is_killed_and_restarts(running: Running, tmp_path: Path) -> None:
     stuck_file = tmp_path / "stuck"
     running.write(extra_args=("--stuck-file", str(stuck_file)), no_progress_timeout=1)
     running.start_and_wait()

@@ -187,7 +187,7 @@ def test_the_ways_of_trying_it_are_no_fewer_than_those_that_were_measured() -> N
 
 @given(options=OPTIONS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_text_of_dp_toml_changes_which_programs_run_or_what_they_are_told(
+def test_text_in_dp_toml_cannot_alter_programs_or_their_arguments(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     config = read(options, tmp_path)

@@ -80,7 +80,7 @@ def test_programs_that_are_no_more_have_no_wishes(tmp_path: Path) -> None:
 # ---- drain
 
 
-def test_a_drained_replica_stays_so_over_its_own_the_routers_and_the_daemons_end(lent: Running) -> None:
+def test_drain_survives_restarts_of_replica_router_and_daemon(lent: Running) -> None:
     before = lent.pids()
     lent.set_in_flight(1, 1)
     lent.do("drain", "1", wait=False)

@@ -132,7 +132,7 @@ CASES = [
         },
         6,
         {"severity": "warning"},
-        "65 sequences wait for room in the replicas' batches",
+        "65 sequences wait for a place in the replicas' batches",
     ),
     Case(
         "FdDpFirstTokenSlow",

@@ -154,7 +154,7 @@ def test_those_that_are_down_are_replaced_before_those_that_run() -> None:
     assert heads(steps) == [f"replace replica {number}" for number in (2, 3, 0, 1)]
 
 
-def test_the_router_comes_first_then_additions_then_replacements_then_removals() -> None:
+def test_plan_order_is_router_additions_replacements_removals() -> None:
     old = [program("router", 1), *(program(f"replica{i}", 5000 + i) for i in (0, 1, 3))]
     new = [program("router", 2), *(program(f"replica{i}", 5000 + i, "--x") for i in (0, 2, 1))]
     assert heads(plan(old, new)) == [
@@ -261,7 +261,7 @@ def test_every_plan_ends_with_the_new_list_without_two_programs_on_a_port(
 
 
 @given(any_programs(), any_programs())
-def test_no_plan_has_two_programs_down_at_a_time_unless_ports_go_round_in_a_circle(
+def test_plan_stops_two_programs_at_once_only_for_a_cycle_of_ports(
     old: list[Program], new: list[Program]
 ) -> None:
     circle = goes_in_a_circle(old, new)

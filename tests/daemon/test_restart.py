@@ -34,7 +34,7 @@ def test_stable_forgets_what_was() -> None:
     assert restarts.failed(5.0).delay == 1.0
 
 
-def test_too_many_failures_within_the_window_are_quarantine_and_older_ones_do_not_count() -> None:
+def test_quarantine_counts_only_failures_within_the_window() -> None:
     policy = SuperviseSection(budget=3, budget_window=60.0, quarantine=300.0)
     quick = Restarts(policy, lambda: 1.0)
     assert [quick.failed(now).quarantined for now in (0.0, 1.0, 2.0, 3.0)] == [False, False, True, True]
@@ -43,7 +43,7 @@ def test_too_many_failures_within_the_window_are_quarantine_and_older_ones_do_no
     assert not any(slow.failed(now * 31.0).quarantined for now in range(20))
 
 
-def test_quarantine_lasts_until_it_has_been_stable_and_its_tries_are_spread() -> None:
+def test_quarantine_retries_are_jittered_and_last_until_stable() -> None:
     policy = SuperviseSection(budget=2, budget_window=60.0, quarantine=300.0)
     restarts = Restarts(policy, lambda: 0.0)
     restarts.failed(0.0)
@@ -55,7 +55,7 @@ def test_quarantine_lasts_until_it_has_been_stable_and_its_tries_are_spread() ->
     assert not restarts.failed(2000.0).quarantined
 
 
-def test_what_no_quick_try_can_mend_is_in_quarantine_at_once_and_only_for_that() -> None:
+def test_permanent_error_is_quarantined_at_once_and_only_that_time() -> None:
     restarts = Restarts(SuperviseSection(), lambda: 1.0)
     decision = restarts.failed(0.0, "a retry cannot fix a wrong flag")
     assert (decision.quarantined, decision.delay) == (True, 600.0)
@@ -63,7 +63,7 @@ def test_what_no_quick_try_can_mend_is_in_quarantine_at_once_and_only_for_that()
     assert not restarts.failed(1.0).quarantined
 
 
-def test_too_many_failures_of_all_replicas_are_the_machine_s_until_the_window_is_over() -> None:
+def test_host_failure_budget_is_exceeded_until_its_window_has_passed() -> None:
     box = HostFailureBudget(SuperviseSection(box_budget=3, budget_window=60.0, box_calm=20.0))
     assert box.calm_at == 0.0
     assert [box.failed(now) for now in (0.0, 1.0, 2.0)] == [""] * 3

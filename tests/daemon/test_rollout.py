@@ -105,7 +105,7 @@ def test_a_change_of_their_number_keeps_as_many_in_service_as_can_be(running: Ru
     nobody_is_drained(running)
 
 
-def test_the_first_replica_is_a_canary_and_its_failure_leaves_the_others_alone(lent: Running) -> None:
+def test_canary_failure_rolls_back_and_leaves_other_replicas_untouched(lent: Running) -> None:
     before = lent.pids()
     lent.write(extra_args=("--die-while-loading",), router_args=("--queue-size", "7"))
     told = lent.tell("reload")
@@ -135,7 +135,7 @@ def test_a_later_failure_gives_all_their_old_configuration_back(lent: Running) -
     wait_until(lambda: lent.drained() == set(), "nobody is drained")
 
 
-def test_a_daemon_that_is_killed_in_the_middle_leaves_the_rest_to_the_next(lent: Running) -> None:
+def test_reload_interrupted_by_a_kill_is_finished_by_the_next_daemon(lent: Running) -> None:
     before = lent.pids()
     lent.write(extra_args=("--load-seconds", "1"))
     lent.do("reload", wait=False)
@@ -176,7 +176,7 @@ def test_who_no_longer_waits_for_a_reload_does_not_stop_it(lent: Running) -> Non
 # ---- the router
 
 
-def test_the_router_takes_new_flags_while_it_runs_and_the_next_daemon_knows(lent: Running) -> None:
+def test_router_takes_new_flags_live_and_next_daemon_sees_no_change(lent: Running) -> None:
     before, old = lent.pids(), router_flags(lent)
     lent.write(router_args=("--queue-size", "7"))
     done = lent.fdctl("reload")
@@ -200,7 +200,7 @@ def test_the_router_takes_new_flags_while_it_runs_and_the_next_daemon_knows(lent
     assert router_flags(lent).hash == new.hash
 
 
-def test_a_reload_lets_the_router_read_keys_that_have_changed_in_their_file(lent: Running) -> None:
+def test_reload_makes_the_router_reread_a_changed_keys_file(lent: Running) -> None:
     keys = lent.prefix / "keys"
     keys.write_text("sesame\n")
     lent.config.write_text(lent.config.read_text().replace("[router]", '[router]\napi_keys_file = "keys"'))
@@ -224,7 +224,7 @@ def test_flags_that_the_router_refuses_are_taken_back(lent: Running) -> None:
     assert router_flags(lent).hash == old.hash
 
 
-def test_a_router_that_was_not_told_of_its_flags_is_told_by_the_next_daemon(lent: Running) -> None:
+def test_next_daemon_signals_a_router_that_missed_its_new_flags(lent: Running) -> None:
     """The daemon was killed between the file and the signal."""
     before, old = lent.pids(), router_flags(lent)
     lent.stop(signal.SIGKILL)

@@ -86,7 +86,7 @@ def test_a_real_router_is_understood_and_obeys(tmp_path: Path) -> None:
         router.stop()
 
 
-def test_replicas_of_other_machines_are_none_of_ours_though_their_numbers_and_ports_are_the_same(
+def test_replicas_of_other_machines_with_equal_ports_are_ignored(
     tmp_path: Path,
 ) -> None:
     up = [entry("http://127.0.0.1:1811", in_flight=1, in_flight_elsewhere=2), entry("http://192.0.2.1:1811")]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdeploy.common.api_keys import ApiKeys, keys_in
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.common.key_files import keys_in
 from fastdeploy.daemon.config import masking
 from fastdeploy.daemon.config.loader import parse
 from fastdeploy.daemon.config.preflight import exposed_secrets
@@ -26,7 +26,7 @@ TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
 SECRETS = {name: f"5ecret-{name}" for name in ("env", "token", "file", "router", "url")}
 
 
-def test_secrets_are_in_no_command_line_no_log_and_nothing_that_fdctl_prints(running: Running) -> None:
+def test_secrets_stay_out_of_command_lines_logs_and_fdctl_output(running: Running) -> None:
     keys = running.prefix / "keys"
     keys.write_text(SECRETS["file"] + "\n")
     running.write(
@@ -151,7 +151,7 @@ def test_a_dp_toml_with_secrets_that_everybody_can_read_is_warned_of(tmp_path: P
     assert exposed_secrets(file, config) == ""
 
 
-def test_replicas_take_their_keys_from_a_file_and_the_daemon_shows_them_one(running: Running) -> None:
+def test_replicas_read_api_keys_from_a_file_and_daemon_presents_one(running: Running) -> None:
     (running.prefix / "keys").write_text("sesame\n")
     text = running.config.read_text()
     running.config.write_text(text.replace("[engine]", '[engine]\napi_keys_file = "keys"', 1))
@@ -173,7 +173,7 @@ def test_a_credential_of_systemd_is_as_good_as_a_file(
     assert "LoadCredential=keys:FILE" in reading.problem
     # A directory that systemd makes for each unit.
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    assert parse_arguments(words).api_keys == ("sesame",)
+    assert parse_arguments(words).api_keys == ApiKeys(["sesame"])
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff5ecret"])

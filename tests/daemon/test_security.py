@@ -104,7 +104,7 @@ def as_nobody(endpoint: Endpoint, do: Callable[[], int], *groups: int) -> int:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.frozensets(st.integers(1, 9)))
-def test_root_the_daemons_user_and_the_members_of_its_group_may_give_orders(
+def test_commands_are_allowed_to_root_daemon_user_and_its_group(
     uid: int, gid: int, groups: frozenset[int]
 ) -> None:
     assert peer_credentials.may_command(Peer(1, 0, groups), uid, gid)
@@ -182,7 +182,7 @@ def test_a_member_of_the_daemons_group_may(endpoint: Endpoint) -> None:
 
 
 @needs_root
-def test_a_user_in_more_groups_than_the_kernel_tells_at_once_is_judged_by_those_of_its_account(
+def test_user_in_hundreds_of_groups_is_judged_by_account_groups(
     endpoint: Endpoint,
 ) -> None:
     endpoint.path.chmod(0o666)
@@ -194,7 +194,7 @@ def test_a_user_in_more_groups_than_the_kernel_tells_at_once_is_judged_by_those_
     assert as_nobody(endpoint, ask, *range(1000, 1400)) == protocol.DENIED
 
 
-def test_who_has_asked_for_a_change_is_told_to_the_log_and_who_looks_is_not(
+def test_log_names_the_user_of_a_change_but_not_of_a_query(
     endpoint: Endpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -208,7 +208,7 @@ def test_who_has_asked_for_a_change_is_told_to_the_log_and_who_looks_is_not(
 # ---- what a client can do
 
 
-def test_a_client_that_does_not_read_keeps_nobody_waiting_and_loses_nothing(endpoint: Endpoint) -> None:
+def test_slow_reading_client_blocks_no_other_and_gets_every_message(endpoint: Endpoint) -> None:
     client = endpoint.client(b'{"do": "reload"}\n')
     ((_, conversation),) = endpoint.commands
     told = [f"{number} " + "x" * 500 for number in range(1000)]
@@ -235,7 +235,7 @@ def test_a_client_that_never_reads_is_given_up(endpoint: Endpoint) -> None:
     client.close()
 
 
-def test_a_client_that_leaves_is_noticed_and_one_that_only_has_nothing_more_to_say_is_answered(
+def test_disconnect_ends_a_conversation_but_half_close_is_answered(
     endpoint: Endpoint,
 ) -> None:
     endpoint.client(b'{"do": "reload"}\n').close()

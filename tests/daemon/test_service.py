@@ -166,7 +166,7 @@ def test_a_reload_stops_nobody_while_another_is_on_its_way_back(tmp_path: Path) 
     assert rolling.result == ""
 
 
-def test_one_that_fails_for_ever_or_that_the_operator_stopped_is_not_waited_for(tmp_path: Path) -> None:
+def test_restart_does_not_wait_for_quarantined_or_stopped_replicas(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 4, budget=1, quarantine=10_000)
     fleet = rolling.world.fleet
     rolling.world.supervisor.end("replica3")

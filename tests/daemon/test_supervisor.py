@@ -123,7 +123,7 @@ def test_fd_run_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
     assert failed.stderr == "fd-run: /nowhere/python: cannot be executed (No such file or directory)\n"
 
 
-def test_a_supervisord_that_is_not_there_is_lost_and_one_that_is_silent_hangs(tmp_path: Path) -> None:
+def test_absent_supervisord_counts_as_lost_and_silent_one_as_hung(tmp_path: Path) -> None:
     layout = Layout(tmp_path, tmp_path)
     with pytest.raises(SupervisorLost) as caught:
         Supervisor(layout).processes()
@@ -177,7 +177,7 @@ def test_launch_files_of_no_program_are_removed(tmp_path: Path) -> None:
     assert [file.name for file in layout.launch.iterdir()] == [new.launch_name]
 
 
-def test_a_marked_process_is_found_in_any_session_and_only_by_its_own_daemon(tmp_path: Path) -> None:
+def test_marked_process_is_found_in_any_session_by_its_own_daemon_only(tmp_path: Path) -> None:
     run = tmp_path / "run"
     env = {**os.environ, MARKER: f"{run}#replica3", HASH: "abc"}
     child = subprocess.Popen(["sleep", "60"], env=env, start_new_session=True)
@@ -196,7 +196,7 @@ def test_a_marked_process_is_found_in_any_session_and_only_by_its_own_daemon(tmp
         child.wait()
 
 
-def test_an_error_of_the_process_before_is_nobodys_even_if_both_ran_within_a_second(tmp_path: Path) -> None:
+def test_last_error_ignores_previous_process_of_the_same_second(tmp_path: Path) -> None:
     output = tmp_path / "output.log"
     output.write_text(
         "2026-11-28 00:09:12,049 ERROR fastdeploy replica=0 pid=1 killed by SIGSEGV\n"

@@ -274,7 +274,7 @@ def wait_replaced(system: System, group: str, seat: int, pid: int) -> None:
     system.wait_ready()
 
 
-def test_the_replicas_form_one_group_and_write_what_one_with_all_experts_writes(
+def test_replicas_in_one_expert_group_write_what_a_single_one_writes(
     system: System, expected: Expected
 ) -> None:
     answer = system.fdctl("ep", "--json")
@@ -326,7 +326,7 @@ def test_a_killed_worker_costs_nobody_a_text(system: System, expected: Expected)
     assert_right([Asked(system.url, n, SHORT, stream=False) for n in NUMBERS], expected)
 
 
-def test_a_worker_that_hangs_is_killed_by_those_that_wait_for_it_and_no_request_is_lost(
+def test_hanging_worker_is_killed_by_waiting_ranks_and_requests_survive(
     system: System, expected: Expected
 ) -> None:
     group, victim = group_of(system), 2
@@ -346,7 +346,7 @@ def test_a_worker_that_hangs_is_killed_by_those_that_wait_for_it_and_no_request_
     assert status["replicas"][victim]["cause"] == "hang"
 
 
-def test_without_a_daemon_replicas_survive_the_loss_of_one_and_the_next_daemon_brings_it_back(
+def test_replica_lost_without_a_daemon_is_restored_by_the_next_daemon(
     system: System, expected: Expected
 ) -> None:
     group, victim = group_of(system), 0
@@ -369,7 +369,7 @@ def test_without_a_daemon_replicas_survive_the_loss_of_one_and_the_next_daemon_b
     assert_right([Asked(system.url, n, SHORT, stream=False) for n in NUMBERS], expected)
 
 
-def test_a_reload_moves_the_replicas_one_by_one_to_a_new_group_and_no_request_fails(
+def test_reload_moves_replicas_one_by_one_to_a_new_group_without_errors(
     system: System, expected: Expected
 ) -> None:
     old = group_of(system)
@@ -470,7 +470,7 @@ def test_servers_of_one_launcher_form_a_group_and_leave_nothing(tmp_path: Path, 
         assert not group_directory(group).exists()
 
 
-def test_a_server_that_cannot_be_in_the_group_says_why_in_one_line_and_the_group_goes_on(
+def test_server_that_cannot_join_its_group_says_why_and_group_continues(
     by_hand: ByHand, expected: Expected, tmp_path: Path
 ) -> None:
     config = config_json(vocab_size=512, moe_num_experts=4)

@@ -116,7 +116,7 @@ def test_a_long_prompt_is_left_alone(system: System) -> None:
     assert "hangs" not in log(system)
 
 
-def test_a_worker_that_is_stopped_under_work_tells_where_it_was_and_comes_back(system: System) -> None:
+def test_worker_stopped_under_load_logs_its_stacks_and_comes_back(system: System) -> None:
     body = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "stream": True, "seed": 7}
     with requests.post(f"{system.url}/v1/completions", json=body, stream=True, timeout=120) as stream:
         victim = int(stream.headers["X-FD-Replica"])

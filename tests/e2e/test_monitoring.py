@@ -166,7 +166,7 @@ def queries() -> Iterator[tuple[str, str, str]]:
             yield panel["title"], target["legendFormat"], expression
 
 
-def test_every_query_of_the_dashboard_has_series_with_the_labels_of_its_legend(
+def test_dashboard_queries_all_have_series_with_their_legend_labels(
     prometheus: Prometheus,
 ) -> None:
     empty = []

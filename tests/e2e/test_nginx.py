@@ -207,9 +207,9 @@ def test_without_any_replica_the_answer_is_503_in_openais_form(nginx: int, repli
 def test_large_bodies_pass_and_too_large_ones_are_refused_in_openais_form(
     nginx: int, replicas: list[Replica]
 ) -> None:
-    assert post(nginx, b"x" * (8 << 20)).status == 200
-    assert sum(len(handler.body) for replica in replicas for handler in replica.seen) == 8 << 20
-    answer = post(nginx, b"x" * ((8 << 20) + 1))
+    assert post(nginx, b"x" * (10 << 20)).status == 200
+    assert sum(len(handler.body) for replica in replicas for handler in replica.seen) == 10 << 20
+    answer = post(nginx, b"x" * ((10 << 20) + 1))
     assert answer.status == 413
     assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
 

@@ -47,9 +47,7 @@ def test_the_same_request_gives_the_same_text_on_every_replica(system: System) -
 
 
 @pytest.mark.parametrize("victim", ["worker_process", "http_process", "replica_process"])
-def test_a_killed_part_of_a_replica_takes_the_replica_down_and_it_comes_back(
-    system: System, victim: str
-) -> None:
+def test_replica_goes_down_with_a_killed_process_and_comes_back(system: System, victim: str) -> None:
     others = {i: system.worker_process(i).pid for i in range(system.replicas) if i != 3}
     family = [system.replica_process(3), system.http_process(3), system.worker_process(3)]
 
@@ -63,9 +61,7 @@ def test_a_killed_part_of_a_replica_takes_the_replica_down_and_it_comes_back(
 
 
 @pytest.mark.parametrize("victim", ["worker_process", "http_process", "replica_process"])
-def test_a_replica_that_dies_before_a_first_token_costs_no_client_its_stream(
-    system: System, victim: str
-) -> None:
+def test_streams_survive_a_replica_death_before_the_first_token(system: System, victim: str) -> None:
     family = [system.replica_process(5), system.http_process(5), system.worker_process(5)]
     port = system.metrics_ports[5]
     before = _metric(port, "requests_number_total")
@@ -102,7 +98,7 @@ def test_a_killed_router_comes_back_with_its_replicas(system: System) -> None:
     assert [system.worker_process(i).pid for i in range(system.replicas)] == workers
 
 
-def test_a_killed_daemon_leaves_the_replicas_running_and_the_next_one_adopts_them(system: System) -> None:
+def test_workers_keep_running_after_a_daemon_kill_and_are_adopted(system: System) -> None:
     workers = [system.worker_process(i).pid for i in range(system.replicas)]
     system.daemon.kill()
     system.daemon.wait()
@@ -139,7 +135,7 @@ def test_fdctl_reload_changes_only_what_the_file_changed(system: System) -> None
     assert [system.worker_process(i).pid for i in range(system.replicas)] == workers
 
 
-def test_a_wrong_configuration_is_refused_with_its_line_and_nothing_changes(system: System) -> None:
+def test_invalid_config_is_refused_with_its_key_and_changes_nothing(system: System) -> None:
     workers = [system.worker_process(i).pid for i in range(system.replicas)]
     text = system.config.read_text()
     try:

@@ -1,10 +1,10 @@
-"""A process beside the test that does one thing with an expert group's memory, and says so in a line.
+"""A separate process that does one thing with an expert group's memory and prints a line about it.
 
     python -m tests.engine.group_process lock GROUP PATIENCE SECONDS
-    python -m tests.engine.group_process seat GROUP SEAT SECONDS
+    python -m tests.engine.group_process rank GROUP RANK SECONDS
 
-`lock` waits for the lock, and keeps it for so long; `seat` takes a seat, and ends after so long. With "stop"
-for the seconds it stops (SIGSTOP) instead.
+`lock` waits for the lock and holds it for SECONDS; `rank` registers a rank and exits after SECONDS. If
+SECONDS is "stop", the process stops itself (SIGSTOP) instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(what: str, name: str, argument: str, seconds: str) -> None:
     else:
         with memory.locked():
             Membership(memory, planner(memory.layout.num_experts, 0)).register(int(argument), name)
-        print("seated", flush=True)
+        print("registered", flush=True)
         wait(seconds)
 
 

@@ -24,7 +24,7 @@ def test_blocks_without_content_are_used_before_cached_ones() -> None:
     assert pool.find([b"a"]) == [cached]
 
 
-def test_the_least_recently_held_content_is_evicted_first_and_tails_before_heads() -> None:
+def test_eviction_takes_least_recently_held_and_tails_before_heads() -> None:
     pool = BlockPool(4, 4)
     old, new = pool.allocate(2), pool.allocate(2)
     for block, name in zip(old + new, (b"old0", b"old1", b"new0", b"new1"), strict=True):
@@ -74,7 +74,7 @@ def test_a_hash_tells_texts_apart_that_share_a_block() -> None:
 def test_misuse_is_stopped_where_ownership_changes() -> None:
     pool = BlockPool(2, 4)
     block = pool.allocate(1)
-    with pytest.raises(AssertionError, match="2 blocks wanted, 1 free"):
+    with pytest.raises(AssertionError, match="2 blocks requested, 1 free"):
         pool.allocate(2)
     with pytest.raises(AssertionError, match="no published content"):
         pool.share(block)

@@ -123,7 +123,7 @@ def test_the_order_inside_a_fused_qkv_tensor_matters(
     assert {name for name in plain if plain[name] != grouped[name]} == {f"layers.{i}.qkv" for i in range(3)}
 
 
-def test_square_matrices_under_hugging_face_names_are_taken_as_hugging_face_has_them(tmp_path: Path) -> None:
+def test_square_matrices_with_hugging_face_names_keep_that_orientation(tmp_path: Path) -> None:
     square = config_json(
         model_type="ernie4_5", hidden_size=32, head_dim=8, num_key_value_heads=4, intermediate_size=32
     )

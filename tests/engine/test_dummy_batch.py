@@ -118,7 +118,7 @@ def test_it_tells_at_the_start_once_a_second_and_when_it_comes_to_rest(run: Call
     assert 10 <= len(told) <= 12
 
 
-def test_every_word_of_its_own_steps_tells_too_and_the_last_is_after_those_of_the_others(
+def test_own_steps_are_reported_and_the_final_count_includes_assistance(
     run: Callable[..., World],
 ) -> None:
     def busy(world: World) -> object:

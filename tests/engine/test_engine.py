@@ -31,7 +31,7 @@ def drain(engine: EngineCore) -> list[StepOutputs]:
     while engine.has_work:
         steps.append(engine.step())
         assert len(steps) < 10_000, "the engine does not come to an end"
-    steps.append(engine.rest())
+    steps.append(engine.on_idle())
     return steps
 
 
@@ -130,7 +130,7 @@ def test_every_text_is_the_one_of_the_request_alone(data: st.DataObject) -> None
     assert last.num_free_blocks == num_blocks
 
 
-def test_cached_tokens_are_those_of_the_prompt_although_the_output_it_came_with_is_cached_too() -> None:
+def test_cached_token_count_excludes_output_sent_with_the_prompt() -> None:
     engine, _ = build(block_size=4)
     engine.add(request("first", [1] * 6, max_tokens=12))
     text = collect(engine).token_ids["first"]
@@ -231,7 +231,7 @@ def faulty() -> EngineCore:
     return EngineCore(engine_config(max_num_seqs=2), MODEL_CONFIG, Faulty(32, 4, "poison"), 32)
 
 
-def test_a_failed_step_ends_its_requests_with_an_error_and_the_engine_goes_on(
+def test_failed_step_ends_only_its_own_requests_with_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = faulty()

@@ -68,7 +68,7 @@ def test_a_prefix_computed_for_another_sequence_is_as_good(
     assert second.output_token_ids == reference["greedy_7"].tolist()
 
 
-def test_decode_rows_and_chunks_mixed_in_one_step_do_not_disturb_each_other(
+def test_logits_are_right_for_decode_rows_and_chunks_in_one_step(
     network: Network, reference: dict[str, np.ndarray]
 ) -> None:
     """A new sequence joins every third step with chunks of 23, while the earlier ones decode."""

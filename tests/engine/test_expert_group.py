@@ -28,9 +28,9 @@ from fastdeploy.expert_parallel.join import group_fingerprint, join
 from fastdeploy.expert_parallel.layout import (
     MAX_RANKS,
     PROTOCOL_VERSION,
+    GroupHeader,
+    GroupLayout,
     GroupWords,
-    Header,
-    Layout,
     RankRow,
     RankSlot,
     RankSlotState,
@@ -40,7 +40,7 @@ from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
 from fastdeploy.expert_parallel.options import GroupOptions
 from tests.custom_ops.ranks import group_of_its_own
 
-LAYOUT = Layout(num_ranks=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
+LAYOUT = GroupLayout(num_ranks=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
 #: Longer than anything that works takes, on a busy machine.
 PATIENCE = 60.0
 
@@ -61,13 +61,13 @@ def joined(name: str) -> Iterator[Join]:
     with contextlib.ExitStack() as stack:
 
         def join_it(
-            seat: int = 0,
-            layout: Layout = LAYOUT,
+            rank: int = 0,
+            layout: GroupLayout = LAYOUT,
             root: Path = memory_file.SHARED_MEMORY,
             stall_kill: float = 60.0,
             **fingerprint: object,
         ) -> ExpertGroup:
-            options = GroupOptions(name, seat, stall_kill=stall_kill)
+            options = GroupOptions(name, rank, stall_kill=stall_kill)
             group = join(options, layout, fingerprint, lambda mine, taken: None, root)
             stack.callback(group.close)
             return group
@@ -161,7 +161,7 @@ def test_too_little_memory_is_told_with_what_is_needed_and_leaves_nothing(
     assert list(root.iterdir()) == []
 
 
-def test_a_seat_that_is_taken_again_needs_no_second_part(name: str, small: Callable[[int], Path]) -> None:
+def test_a_rank_that_is_taken_again_needs_no_second_part(name: str, small: Callable[[int], Path]) -> None:
     root = small((LAYOUT.first_rank_offset + LAYOUT.rank_bytes) // 1024 * 4 // 3)
     with memory_file.open_locked(name, LAYOUT, {}, 1.0, root) as memory:
         memory.allocate(0)
@@ -229,7 +229,7 @@ def test_ranks_that_disagree_are_told_who_and_about_what(joined: Join) -> None:
     assert "hidden" not in said
 
 
-def test_who_is_refused_leaves_the_lock_and_the_seat_to_others(joined: Join, memory_of: MemoryOf) -> None:
+def test_who_is_refused_leaves_the_lock_and_the_rank_to_others(joined: Join, memory_of: MemoryOf) -> None:
     joined(0, weights="abc")
     with pytest.raises(ConfigError) as raised:
         joined(1, weights="xyz")
@@ -254,7 +254,7 @@ def test_memory_of_a_newer_protocol_that_nobody_uses_is_made_anew(joined: Join, 
     assert joined(0).is_member
 
 
-def test_a_seat_that_a_living_process_has_is_refused(joined: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_a_living_process_has_is_refused(joined: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join_module, "_TAKEOVER_SECONDS", 0.3)
     # Longer than anybody may keep the lock.
     joined(0, stall_kill=0.1)
@@ -264,8 +264,8 @@ def test_a_seat_that_a_living_process_has_is_refused(joined: Join, monkeypatch: 
         joined(0, stall_kill=0.1)
 
 
-def test_a_seat_is_waited_for_while_its_process_ends(joined: Join, memory: Memory, start: Start) -> None:
-    start("seat", 0, 0.5, says="seated")
+def test_a_rank_is_waited_for_while_its_process_ends(joined: Join, memory: Memory, start: Start) -> None:
+    start("rank", 0, 0.5, says="registered")
     assert joined(0).is_member
 
 
@@ -343,8 +343,8 @@ def membership(memory: Memory) -> Membership:
 
 
 def admit(memory: Memory, membership: Membership, *ranks: int) -> None:
-    for seat in ranks:
-        membership.register(seat, "a test")
+    for rank in ranks:
+        membership.register(rank, "a test")
     membership.apply_requests()
 
 
@@ -380,11 +380,11 @@ def test_records_are_read_as_they_were_written(memory: Memory, membership: Membe
     assert epochs == [1, 2, 3]
 
 
-def test_the_dead_lose_their_seats_and_their_experts(
+def test_the_dead_lose_their_ranks_and_their_experts(
     memory: Memory, membership: Membership, start: Start
 ) -> None:
     admit(memory, membership, 0)
-    dying = start("seat", 1, 60, says="seated")
+    dying = start("rank", 1, 60, says="registered")
     membership.apply_requests()
     assert membership.read().ranks == (0, 1)
     dying.kill()
@@ -402,14 +402,14 @@ def test_who_wants_to_join_and_dies_is_not_admitted(
     memory: Memory, membership: Membership, start: Start
 ) -> None:
     admit(memory, membership, 0)
-    dying = start("seat", 1, 60, says="seated")
+    dying = start("rank", 1, 60, says="registered")
     dying.kill()
     dying.wait()
     membership.apply_requests()
     assert membership.read().ranks == (0,)
 
 
-def test_a_pid_that_another_process_has_now_holds_no_seat(memory: Memory, membership: Membership) -> None:
+def test_a_pid_that_another_process_has_now_holds_no_rank(memory: Memory, membership: Membership) -> None:
     admit(memory, membership, 0)
     memory.rank_slots[0].start_time += 1
     assert membership.remove_dead() == [(0, os.getpid())]
@@ -419,7 +419,7 @@ def test_the_last_one_removes_the_group_also_if_others_died_unseen(
     joined: Join, memory: Memory, name: str, start: Start
 ) -> None:
     group = joined(0)
-    dying = start("seat", 1, 60, says="seated")
+    dying = start("rank", 1, 60, says="registered")
     dying.kill()
     dying.wait()
     group.close()
@@ -440,7 +440,7 @@ def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memor
 
 
 layouts = st.builds(
-    Layout,
+    GroupLayout,
     num_ranks=st.integers(1, MAX_RANKS),
     num_layers=st.integers(0, 60),
     num_experts=st.integers(1, 256),
@@ -451,11 +451,11 @@ layouts = st.builds(
 
 
 @given(layout=layouts)
-def test_parts_do_not_overlap_and_begin_where_they_may(layout: Layout) -> None:
+def test_parts_do_not_overlap_and_begin_where_they_may(layout: GroupLayout) -> None:
     """As `custom_ops/include/expert_group.h` has them: words in lines of their own, rows in pages."""
     picks = layout.max_tokens * layout.k
     file = {
-        0: ctypes.sizeof(Header),
+        0: ctypes.sizeof(GroupHeader),
         layout.words: ctypes.sizeof(GroupWords),
         layout.rank_slots: MAX_RANKS * ctypes.sizeof(RankSlot),
         layout.fingerprint: 4096,
@@ -464,7 +464,7 @@ def test_parts_do_not_overlap_and_begin_where_they_may(layout: Layout) -> None:
         layout.first_rank_offset: layout.num_ranks * layout.rank_bytes,
         layout.file_bytes: 0,
     }
-    seat = {
+    rank = {
         0: ctypes.sizeof(RankRow),
         layout.expert_token_counts: 8 * layout.num_layers * layout.num_experts,
         layout.dispatch_targets: 4 * picks,
@@ -473,7 +473,7 @@ def test_parts_do_not_overlap_and_begin_where_they_may(layout: Layout) -> None:
         layout.results: 4 * layout.num_ranks * picks * layout.hidden,
         layout.rank_bytes: 0,
     }
-    for parts in (file, seat):
+    for parts in (file, rank):
         offsets = list(parts)
         for (begin, size), end in zip(parts.items(), offsets[1:], strict=False):
             assert begin + size <= end

@@ -166,7 +166,7 @@ def test_nothing_is_left_when_all_have_ended(tmp_path: Path) -> None:
         assert not group_directory(ranks.group).exists()
 
 
-def test_what_a_group_leaves_that_was_killed_as_a_whole_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_group_are_removed_by_the_next_group(tmp_path: Path) -> None:
     with ranks_of(2, tmp_path / "killed") as killed, ranks_of(1, tmp_path / "next") as following:
         killed.start(0, 1)
         killed.wait_ready()

@@ -27,7 +27,7 @@ for needed in (50, 120, 110):
     assert done.stdout.splitlines() == ["(100, 200)", "(120, 200)", "(120, 200)"]
 
 
-def test_a_hard_limit_that_is_too_low_is_refused_with_the_flag_that_asks_for_more():
+def test_hard_limit_too_low_is_refused_naming_the_flag_that_needs_more():
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with pytest.raises(ConfigError, match=rf"^--threads 9 needs {hard + 1} .* the limit is {hard};"):
         allow_open_files(hard + 1, "--threads 9")

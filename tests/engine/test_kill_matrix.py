@@ -92,7 +92,7 @@ def test_survivors_of_a_rank_that_dies(
 
 
 @pytest.mark.parametrize(("phase", "layer"), some_of([(phase, 0) for phase in WITHIN_A_LAYER], {("sent", 0)}))
-def test_survivors_of_a_rank_that_dies_while_the_loss_of_another_is_made_good(
+def test_ranks_survive_a_death_during_recovery_from_another(
     phase: str, layer: int, group: Ranks, expected: dict[int, Texts]
 ) -> None:
     group.start(VICTIM, trap=f"{phase}:{layer}:{NTH}:SIGKILL")

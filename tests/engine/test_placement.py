@@ -145,7 +145,7 @@ def test_any_number_of_ranks_will_do(num_ranks: int) -> None:
 
 @given(case=cases(), before=cases(), rebalance=st.booleans(), order=st.randoms())
 @settings(deadline=None)
-def test_every_rank_comes_to_the_same_plan_whatever_order_it_knows_the_others_in(
+def test_the_plan_does_not_depend_on_the_order_of_ranks(
     case: Case, before: Case, rebalance: bool, order: random.Random
 ) -> None:
     previous = replace(before, num_experts=case.num_experts, load=None, slots=None).plan()
@@ -346,7 +346,7 @@ def test_without_rebalance_load_alone_moves_nothing() -> None:
     assert plan(4, [0, 1], load=[0, 9, 9, 0], previous=first) == first
 
 
-def test_a_rebalance_trades_until_the_heaviest_rank_is_relieved_and_the_rest_stays() -> None:
+def test_a_rebalance_relieves_the_heaviest_rank_and_keeps_the_rest() -> None:
     previous = Placement(
         (
             (ExpertReplica(0, 0),),
@@ -402,7 +402,7 @@ def test_a_rebalance_never_makes_the_heaviest_rank_heavier(case: Case, data: st.
     assert max(rank_loads(second, load).values()) <= max(rank_loads(first, load).values())
 
 
-def test_a_rebalance_keeps_replicas_that_go_better_together_than_those_it_would_choose() -> None:
+def test_rebalance_keeps_expert_replicas_better_than_a_fresh_plan() -> None:
     first = plan(3, [0, 1], redundant=1)
     assert [len(replicas) for replicas in first.replicas] == [2, 1, 1]
     # A second replica of expert 1 would be on a rank together with expert 2: 15 in place of 11.
@@ -411,7 +411,7 @@ def test_a_rebalance_keeps_replicas_that_go_better_together_than_those_it_would_
     assert max(rank_loads(plan(3, [0, 1], load=load, redundant=1), load).values()) == 15.0
 
 
-def test_a_rebalance_evens_out_a_skewed_load_about_as_well_as_a_plan_from_nothing() -> None:
+def test_rebalance_evens_skewed_load_nearly_as_well_as_a_fresh_plan() -> None:
     skewed = random.Random(0)
     for _ in range(20):
         first, second = ([skewed.paretovariate(2) for _ in range(64)] for _ in range(2))

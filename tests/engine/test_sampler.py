@@ -103,7 +103,7 @@ def test_another_choice_of_the_same_request_draws_another_text() -> None:
     assert len(texts) == 3
 
 
-def test_repetition_counts_prompt_and_output_but_presence_and_frequency_only_output() -> None:
+def test_repetition_penalty_alone_also_counts_the_prompt() -> None:
     logits = [1.0, 2.0, 1.9]
     assert draw(logits, sequence([1], repetition_penalty=1.5)) == 2
     assert draw(logits, sequence([1], presence_penalty=2.0, frequency_penalty=2.0)) == 1
@@ -121,7 +121,7 @@ def test_stop_tokens_cannot_be_drawn_before_min_tokens() -> None:
     assert draw(logits, sequence([0], [0, 0], **params)) == 1
 
 
-def test_logprobs_are_of_the_distribution_before_penalties_and_temperature() -> None:
+def test_logprobs_are_computed_before_penalties_and_temperature() -> None:
     logits = np.array([[1.0, 3.0, 3.0, 0.5, -2.0]])
     one = sequence([1], [2], temperature=0.3, repetition_penalty=5.0, top_k=1, logprobs=3)
     drawn = sample(logits, [one])[0]

@@ -39,7 +39,7 @@ def shape(batch: Batch) -> list[tuple[str, int, int, bool]]:
     return [(row.sequence.request_id, row.start, row.num_tokens, row.samples) for row in batch.rows]
 
 
-def test_a_long_prompt_is_computed_in_chunks_beside_other_sequences_decode() -> None:
+def test_long_prompt_is_computed_in_chunks_beside_decoding_sequences() -> None:
     scheduler, _ = build(max_num_batched_tokens=8)
     scheduler.add(sequence("short", 3))
     scheduler.add(sequence("long", 18))
@@ -56,7 +56,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_other_sequences_decode() -> 
     ]
 
 
-def test_a_chunk_is_small_while_others_write_and_as_large_as_the_step_when_nobody_does() -> None:
+def test_chunk_is_small_beside_decoding_and_fills_the_step_otherwise() -> None:
     scheduler, _ = build(max_num_batched_tokens=16, max_prefill_beside_decode=4)
     writer = sequence("writer", 2, max_tokens=2)
     scheduler.add(writer)
@@ -75,7 +75,7 @@ def test_a_chunk_is_small_while_others_write_and_as_large_as_the_step_when_nobod
     ]
 
 
-def test_chunks_beside_writers_shrink_as_the_context_grows_but_never_to_nothing() -> None:
+def test_chunks_beside_decoding_shrink_with_context_down_to_one_token() -> None:
     config = engine_config(max_num_batched_tokens=64, max_prefill_beside_decode=12, max_model_len=999)
     scheduler = Scheduler(config, BlockPool(512, config.block_size), context_of_double_cost=20)
     scheduler.add(sequence("writer", 1, max_tokens=500))
@@ -102,7 +102,7 @@ def test_no_more_sequences_run_than_seats() -> None:
     assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
 
 
-def test_with_fewer_tokens_than_seats_every_running_sequence_still_moves_in_every_step() -> None:
+def test_token_budget_limits_admission_so_that_all_running_advance() -> None:
     scheduler, _ = build(max_num_seqs=4, max_num_batched_tokens=2)
     for name in "abcd":
         scheduler.add(sequence(name, 1))
@@ -187,7 +187,7 @@ def test_the_youngest_gives_way_and_is_the_first_to_come_back() -> None:
     assert pool.num_free == 4
 
 
-def test_a_preempted_sequence_is_not_admitted_while_it_would_be_preempted_again() -> None:
+def test_preempted_sequence_waits_until_it_would_not_be_preempted_again() -> None:
     scheduler, _ = build(num_blocks=8, max_model_len=32)
     scheduler.add(sequence("old", 12))
     scheduler.add(sequence("young", 12))
@@ -247,7 +247,7 @@ def test_a_stop_token_ends_the_text_only_after_min_tokens() -> None:
     assert reasons == [None, None, FinishReason.STOP]
 
 
-def test_the_last_allowed_token_ends_with_length_and_a_stop_token_there_with_stop() -> None:
+def test_last_allowed_token_gives_length_unless_it_is_a_stop_token() -> None:
     scheduler, _ = build()
     scheduler.add(sequence("length", 3, max_tokens=2))
     scheduler.add(sequence("stop", 3, max_tokens=2, stop_token_ids=(9,)))

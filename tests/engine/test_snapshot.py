@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.expert_parallel.layout import Layout
+from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.memory import FILE
 from fastdeploy.expert_parallel.snapshot import Awaited, RankSnapshot, Snapshot, read_snapshot
 
@@ -86,7 +86,7 @@ def test_the_dead_are_told_before_a_rank_has_noticed_and_wait_for_nobody(group: 
     assert read_snapshot("test", root=group.root) is None
 
 
-def test_the_one_that_most_wait_for_is_named_and_of_several_the_one_that_does_not_wait(
+def test_awaited_seat_has_most_waiters_and_preferably_waits_for_none(
     group: QuietGroup,
 ) -> None:
     group.join(0, 1, 2, 3)
@@ -135,7 +135,7 @@ def test_an_epoch_without_a_record_has_no_members(group: QuietGroup) -> None:
     assert [seat.state for seat in found.seats] == ["active", "active"]
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Layout)])
+@pytest.mark.parametrize("field", [field.name for field in fields(GroupLayout)])
 @pytest.mark.parametrize("number", [0, 1 << 20, (1 << 63) - 1])
 def test_a_damaged_header_is_one_line(group: QuietGroup, field: str, number: int) -> None:
     setattr(group.memory.header, field, number)

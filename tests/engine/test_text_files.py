@@ -15,7 +15,7 @@ import pytest
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.common.text_files import decode, read_object, read_text
 from fastdeploy.config import ModelConfig
-from fastdeploy.daemon.diagnosis.exit_cause import Cause, End, explain
+from fastdeploy.daemon.diagnosis.exit_cause import Cause, Exit, explain
 from fastdeploy.entrypoints.openai.protocol import SamplingDefaults
 from fastdeploy.tokenizer.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def assert_is_a_line_about_the_model(message: str, file: Path) -> None:
     assert "\n" not in message
     # Whatever the directory's name is.
     told = f"ERROR replica {message.replace(str(file.parent), '/x')}"
-    assert explain(End("exit status 3", told)).cause is Cause.MODEL
+    assert explain(Exit("exit status 3", told)).cause is Cause.MODEL
 
 
 @pytest.mark.parametrize(

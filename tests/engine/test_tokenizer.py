@@ -123,7 +123,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], skip: bool, data: st.DataObject
     yield detokenizer.flush()
 
 
-def test_a_continuation_keeps_the_space_between_its_first_word_and_the_text(tokenizer: Tokenizer) -> None:
+def test_continuation_keeps_the_space_before_its_first_word(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("hello world")
     for cut in range(1, len(ids)):
         detokenizer = tokenizer.detokenizer(continues=True)
@@ -211,7 +211,7 @@ def test_an_unknown_decoder_is_refused(tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path)
 
 
-def test_marked_spaces_and_bytes_of_a_converted_sentencepiece_model_are_read(tmp_path: Path) -> None:
+def test_converted_sentencepiece_model_decodes_marked_spaces_and_bytes(tmp_path: Path) -> None:
     """ERNIE-4.5's tokenizer.json: the SentencePiece vocabulary under Hugging Face's decoder steps."""
     vocabulary = {
         "<unk>": 0,

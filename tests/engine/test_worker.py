@@ -108,7 +108,7 @@ def test_an_abort_frees_everything_and_says_so_at_once(start: Callable[..., Api]
     assert api.process.wait(DEADLINE_S) == 0
 
 
-def test_a_request_that_is_aborted_before_its_first_step_is_answered_with_a_word(
+def test_request_aborted_before_its_first_step_is_acknowledged(
     start: Callable[..., Api],
 ) -> None:
     """Or whoever looks for progress would wait for one for ever."""
@@ -129,7 +129,7 @@ def test_shutdown_ends_with_0_also_while_loading(start: Callable[..., Api]) -> N
     assert api.process.wait(DEADLINE_S) == 0
 
 
-def test_sigterm_while_loading_ends_with_0_and_ctrl_c_is_left_to_the_parent(
+def test_sigterm_while_loading_exits_0_and_sigint_is_ignored(
     start: Callable[..., Api],
 ) -> None:
     api = start()
@@ -158,7 +158,7 @@ def test_the_death_of_its_parent_kills_it(start: Callable[..., Api]) -> None:
         os.close(worker)
 
 
-def test_a_parent_that_died_before_the_worker_could_tie_itself_to_it_kills_it_too(
+def test_worker_is_killed_if_its_parent_died_during_startup(
     start: Callable[..., Api],
 ) -> None:
     # Not our pid: as if the parent had died and somebody else were the parent now.

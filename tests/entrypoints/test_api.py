@@ -104,7 +104,7 @@ def test_completions_of_every_kind_of_prompt(server: ApiServer):
     assert echoed.choices[0].text == "the quick" + one.choices[0].text
 
 
-def test_a_streamed_completion_with_echo_and_choices_says_the_same_in_pieces(server: ApiServer):
+def test_streamed_completion_with_echo_and_choices_equals_the_whole_one(server: ApiServer):
     client = server.client()
     options: dict[str, Any] = {"model": "tiny", "prompt": ["one", "two"], "n": 2, "seed": 5, "echo": True}
     whole = client.completions.create(**options, max_tokens=8)
@@ -386,7 +386,7 @@ def test_health_and_ping(server: ApiServer):
     assert server.get("/metrics")[0] == 404, "it has a port of its own"
 
 
-def test_a_body_that_does_not_arrive_is_a_timeout_and_not_the_fault_of_its_content(
+def test_incomplete_request_body_is_answered_408(
     unfinished: socket.socket,
 ):
     assert unfinished.recv(1 << 16).startswith(b"HTTP/1.1 408 ")

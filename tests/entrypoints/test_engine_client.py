@@ -86,7 +86,7 @@ def test_what_is_not_wanted_any_more_is_aborted_in_the_worker(how):
             assert next(iter(again)).request_id == "b"
 
 
-def test_a_client_that_goes_before_the_first_token_wakes_the_waiting_thread():
+def test_client_leaving_before_the_first_token_wakes_the_waiting_thread():
     with worker("loads for ever"):
         pass
     with worker("goes on until told") as run:
@@ -132,7 +132,7 @@ def test_a_worker_that_dies_ends_every_open_request():
             run.client.generate([request("b")])
 
 
-def test_a_worker_that_dies_before_it_said_anything_is_named_with_its_exit_code():
+def test_worker_that_dies_at_once_is_reported_with_its_exit_code():
     with worker("dies at once") as run:
         assert run.failure().endswith("exited with code 7")
 
@@ -143,7 +143,7 @@ def test_the_last_words_of_a_worker_that_cannot_load_are_the_reason():
         assert run.client.status.message == "config.json: no such file"
 
 
-def test_an_unreadable_message_ends_the_worker_rather_than_leave_a_hole_in_a_text():
+def test_unreadable_message_ends_the_worker_to_avoid_a_gap_in_a_text():
     with worker("sends nonsense") as run:
         generation = run.wait_ready().generate([request("a")])
         with pytest.raises(ReplicaUnavailable):
@@ -160,7 +160,7 @@ def test_a_stranger_is_not_listened_to(caplog):
     with worker("is a stranger") as run:
         wait_until(lambda: "wrong token" in caplog.text, "it is noticed")
         assert run.client.status.state is EngineState.LOADING
-        with pytest.raises(ReplicaUnavailable, match="being loaded"):
+        with pytest.raises(ReplicaUnavailable, match="model is loading"):
             run.client.generate([request("a")])
 
 

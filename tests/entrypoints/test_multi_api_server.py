@@ -53,7 +53,7 @@ def all_ports_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_ports_free")
-def test_the_documented_command_gives_eight_servers_that_take_their_arguments() -> None:
+def test_documented_command_plans_eight_servers_with_valid_arguments() -> None:
     servers = plan_servers(DOCUMENTED)
     assert [server.port for server in servers] == [1811, 1822, 1833, 1844, 1855, 1866, 1877, 1888]
     for index, server in enumerate(servers):

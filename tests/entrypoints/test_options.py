@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastdeploy.common.api_keys import ApiKeys
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.entrypoints.openai.options import parse_arguments
 
@@ -16,7 +17,7 @@ def test_defaults_are_closed():
     config = parse()
     assert (config.host, config.port, config.metrics_port) == ("127.0.0.1", 8000, None)
     assert config.served_model_name == "tiny"
-    assert config.api_keys == ()
+    assert config.api_keys == ApiKeys()
 
 
 def test_fastdeploys_documented_command_is_taken(caplog):
@@ -60,8 +61,8 @@ def test_underscores_are_dashes_in_flags_only():
 
 def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch):
     monkeypatch.setenv("FD_API_KEY", "a, b,")
-    assert parse().api_keys == ("a", "b")
-    assert parse("--api-key", "c,d", "--api-key", "e").api_keys == ("c", "d", "e")
+    assert parse().api_keys == ApiKeys(["a", "b"])
+    assert parse("--api-key", "c,d", "--api-key", "e").api_keys == ApiKeys(["c", "d", "e"])
 
 
 @pytest.mark.parametrize(

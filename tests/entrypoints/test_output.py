@@ -151,7 +151,7 @@ def test_a_stop_token_is_counted_but_not_shown():
     assert [e.token_id for d in deltas for e in d.logprobs] == list(b"hi")
 
 
-def test_a_character_cut_off_by_the_length_limit_becomes_a_replacement_character():
+def test_character_cut_by_the_length_limit_becomes_a_replacement():
     _, deltas = run([[*b"a", *"好".encode()[:2]]], FinishReason.LENGTH)
     assert text_of(deltas) == "a\N{REPLACEMENT CHARACTER}"
 

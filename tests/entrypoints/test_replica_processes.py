@@ -90,7 +90,7 @@ def test_killing_the_http_process_ends_the_replica(replica: ApiServer):
     assert "killed by SIGKILL" in replica.log()
 
 
-def test_an_http_process_without_descriptors_serves_again_when_it_has_some(replica: ApiServer):
+def test_http_process_serves_again_after_a_shortage_of_descriptors(replica: ApiServer):
     http, _ = replica.children()
     soft, hard = http.rlimit(psutil.RLIMIT_NOFILE)
     # It cannot accept the next connection.
@@ -114,7 +114,7 @@ def test_a_replica_raises_its_own_limit_of_open_files(tmp_path):
         assert http.rlimit(psutil.RLIMIT_NOFILE)[0] > 4 * 512
 
 
-def test_whoever_asks_where_its_threads_are_finds_it_in_the_log_and_disturbs_nobody(replica: ApiServer):
+def test_sigusr2_logs_thread_stacks_without_disturbing_requests(replica: ApiServer):
     http, worker = replica.children()
     stream = open_stream(replica, max_tokens=400)
 

@@ -26,9 +26,9 @@ from fastdeploy.daemon.router.board.memory import text_of
 from fastdeploy.daemon.router.config.flags_file import read_flags_file
 from fastdeploy.daemon.router.control import health
 from fastdeploy.daemon.router.control.redis_board import _sum
-from fastdeploy.daemon.router.control.registration import from_fields, parse, parse_farewell
+from fastdeploy.daemon.router.control.registration import from_fields, parse, parse_deregistration
 from fastdeploy.daemon.router.control.registry import RegistryFile
-from fastdeploy.daemon.router.control.shared_replicas import Said, _heard, _instance, _state
+from fastdeploy.daemon.router.control.shared_replicas import SharedState, _heard, _instance, _state
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 from fastdeploy.daemon.supervision import probes, router_client
 from fastdeploy.daemon.supervision.adoption import _flags_of
@@ -149,7 +149,7 @@ def test_the_load_of_a_replica_is_two_numbers_or_nothing(answer: bytes) -> None:
 
 @given(json_of(REGISTRATION))
 def test_a_registration_is_taken_or_refused(body: bytes) -> None:
-    for read in (parse, parse_farewell):
+    for read in (parse, parse_deregistration):
         try:
             found = read(body)
         except RegistrationError as error:
@@ -241,7 +241,7 @@ def test_what_other_routers_say_is_understood_or_left_alone(entry: bytes, heard:
     with suppress(RegistrationError):
         assert isinstance(_instance(text), Instance)
     assert isinstance(_state(text), str)
-    assert math.isfinite(_heard(Said({}, {}, {"x": str(heard)}), "x"))
+    assert math.isfinite(_heard(SharedState({}, {}, {"x": str(heard)}), "x"))
     _sum([counts.decode(errors="replace")], {})
 
 

@@ -18,7 +18,7 @@ from fastdeploy.daemon.supervision.hang_detection import Stalled, find_hung
 from fastdeploy.daemon.supervision.health import group_snapshots
 from fastdeploy.expert_parallel import memory_file
 from fastdeploy.expert_parallel.group_lock import LockStuck
-from fastdeploy.expert_parallel.layout import Layout, RankSlotState
+from fastdeploy.expert_parallel.layout import GroupLayout, RankSlotState
 from fastdeploy.expert_parallel.membership import Membership, RankLost, planner
 from fastdeploy.expert_parallel.memory import Memory, layout_of
 from fastdeploy.expert_parallel.processes import start_time
@@ -26,7 +26,7 @@ from fastdeploy.expert_parallel.snapshot import Snapshot, read_snapshot
 
 from .foreign import one_line
 
-_LAYOUT = Layout(num_ranks=3, num_layers=2, num_experts=4, max_tokens=8, k=2, hidden=8)
+_LAYOUT = GroupLayout(num_ranks=3, num_layers=2, num_experts=4, max_tokens=8, k=2, hidden=8)
 _DIRECTORY = tempfile.TemporaryDirectory()
 _NAME = "fuzz"
 
@@ -50,9 +50,9 @@ def group() -> tuple[Memory, bytes]:
 #: Where words are that somebody reads: of the header, the words, entries, records and rows.
 _PLACES = [
     *range(0, 256, 8),
-    *range(Layout.words, Layout.words + 192, 8),
-    *range(Layout.rank_slots, Layout.rank_slots + 4 * 64, 8),
-    *range(Layout.fingerprint, Layout.fingerprint + 16, 8),
+    *range(GroupLayout.words, GroupLayout.words + 192, 8),
+    *range(GroupLayout.rank_slots, GroupLayout.rank_slots + 4 * 64, 8),
+    *range(GroupLayout.fingerprint, GroupLayout.fingerprint + 16, 8),
     *(_LAYOUT.records + record * _LAYOUT.record_bytes + at for record in (0, 1) for at in range(0, 64, 8)),
     *(_LAYOUT.rank_offset(seat) + at for seat in range(_LAYOUT.num_ranks) for at in range(0, 128, 8)),
 ]
@@ -85,7 +85,7 @@ def test_a_snapshot_of_any_memory_is_one_or_one_line(words: list[tuple[int, int]
         one_line(str(error))
     else:
         json.dumps(None if found is None else asdict(found))
-    stalled = [Stalled(f"replica{seat}", 99.0, 1, _NAME, seat) for seat in range(_LAYOUT.num_ranks)]
+    stalled = [Stalled(f"replica{rank}", 99.0, 1, _NAME, rank) for rank in range(_LAYOUT.num_ranks)]
     members = {(_NAME, each.rank): each.name for each in stalled}
     find_hung(stalled, group_snapshots([_NAME], look_here), members, 60.0)
 

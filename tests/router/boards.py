@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from fastdeploy.daemon.router.board.board import Board, Lease, State
+from fastdeploy.daemon.router.board.board import Board, Lease, ReplicaState
 from fastdeploy.daemon.router.instance import Instance, ReplicaHandle
 from fastdeploy.daemon.router.policy.policies import policy_named
 from fastdeploy.daemon.router.policy.policy import Policy, RequestFacts
@@ -44,5 +44,5 @@ def in_flight(board: Board) -> list[int]:
     return [row.in_flight for row in board.status()]
 
 
-def states(board: Board) -> list[State]:
+def states(board: Board) -> list[ReplicaState]:
     return [row.state for row in board.status()]

@@ -128,7 +128,7 @@ def clock() -> Clock:
 @pytest.fixture
 def board(clock: Clock) -> Iterator[Board]:
     board = Board.create(clock)
-    board.open_column()
+    board.open_counters()
     yield board
     board.close()
 

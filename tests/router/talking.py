@@ -6,7 +6,7 @@ import ipaddress
 
 from fastdeploy.daemon.router.addresses import AllowedAddresses
 from fastdeploy.daemon.router.board.board import Board
-from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas
+from fastdeploy.daemon.router.control.shared_replicas import SharedReplicas, SharedState
 from fastdeploy.daemon.router.instance import Instance
 
 from .boards import Clock
@@ -19,7 +19,7 @@ class Hub:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.said = Said()
+        self.said = SharedState()
 
     def now(self) -> float:
         return 1.7e9 + self.clock.now
@@ -29,21 +29,21 @@ class Router:
     def __init__(self, hub: Hub, allowed: AllowedAddresses = LAN) -> None:
         self.hub = hub
         self.board = Board.create(hub.clock)
-        self.board.open_column()
+        self.board.open_counters()
         self.shared = SharedReplicas(self.board, allowed, hub.clock)
 
     def turn(self) -> None:
         hub = self.hub
-        self.shared.learn(hub.said, hub.now())
-        news, outdated = self.shared.news(hub.now()), self.shared.outdated(hub.now())
-        said = hub.said.then(news)
-        hub.said = Said(
+        self.shared.apply(hub.said, hub.now())
+        updates, expired = self.shared.updates(hub.now()), self.shared.expired(hub.now())
+        said = hub.said.updated(updates)
+        hub.said = SharedState(
             *(
-                {name: value for name, value in part.items() if name not in outdated}
+                {name: value for name, value in part.items() if name not in expired}
                 for part in (said.entries, said.draining, said.heard)
             )
         )
-        self.shared.agree(news)
+        self.shared.published(updates)
 
     def hears(self, instance: Instance) -> None:
         """A registration, or a heartbeat: it was found healthy before."""

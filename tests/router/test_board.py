@@ -41,7 +41,7 @@ def test_one_request_after_another_visits_everybody(board):
         names.append(lease.instance.name)
         lease.release()
     assert Counter(names) == {"0": 2, "1": 2, "2": 2, "3": 2}
-    assert [row.picks for row in board.status()] == [2] * 4
+    assert [row.pick_count for row in board.status()] == [2] * 4
 
 
 def test_round_robin_takes_turns_whatever_is_in_flight(board):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import Board, Ending, Lease, State
+from fastdeploy.daemon.router.board.board import Board, Ending, Lease, ReplicaState
 from fastdeploy.daemon.router.board.memory import WORKERS, Flag
 from fastdeploy.daemon.router.instance import Instance
 from fastdeploy.daemon.router.policy.policies import policy_named
@@ -36,7 +36,7 @@ def instance(number: int, start: str = "a") -> Instance:
 def prepared() -> Board:
     """Replicas 0, 3 and 4 have a request of the parent; 2 is tried out, 3 leaves, 4 was started anew."""
     board = Board.create()
-    board.open_column()
+    board.open_counters()
     for number in range(5):
         board.admit(instance(number))
     handles = board.handles()
@@ -63,7 +63,7 @@ OPERATIONS = {
     "reserve": lambda board: board.reserve(),
     "reserve and pick": lambda board: board.pick_reserved(board.reserve(), FACTS),
     "reserve and give back": lambda board: board.unreserve(board.reserve()),
-    "word of an end": lambda board: board.note_ending(instance(1).url, "a", Ending.ITS_OWN),
+    "word of an end": lambda board: board.record_ending(instance(1).url, "a", Ending.ITS_OWN),
     "pick by prefix": lambda board: board.pick(policy_named("cache_aware"), PREFIX_FACTS),
     "failures": lambda board: [board.failed(board.handles()[1], "why") for _ in range(2)],
     "recovery": lambda board: board.succeeded(board.handles()[2]),
@@ -99,7 +99,7 @@ def instructions(operation: str) -> int:
     board = prepared()
 
     def work(child: Forked) -> None:
-        board.open_column()
+        board.open_counters()
         child.send(run_until(-1, board, operation))
 
     child = Forked(work)
@@ -118,12 +118,12 @@ def test_whoever_dies_at_any_instruction_leaves_a_board_that_works(operation):
         board = prepared()
 
         def work(child: Forked, board: Board = board, step: int = step) -> None:
-            board.open_column()
+            board.open_counters()
             run_until(step, board, operation)
 
         child = Forked(work)
         assert child.wait() == -signal.SIGKILL, f"{operation}: step {step}"
-        board.drop_column_of(child.pid)
+        board.drop_dead_workers()
         check(board, f"{operation}: died at instruction {step} of {total}")
         board.close()
 
@@ -137,10 +137,10 @@ def check(board: Board, why: str) -> None:
     assert held[instance(0).url] == 1, why
     assert held[instance(3).url] == 1, why
     assert sum(held.values()) == 2, why
-    assert sum(sum(column.in_flight) for column in board._memory.columns[:WORKERS]) == 3, why
+    assert sum(sum(cells.in_flight) for cells in board._memory.counters[:WORKERS]) == 3, why
     for number in (1, 2, 4, 5):
         board.admit(instance(number, "z"))
-        handle = board.seat_of(instance(number).url)
+        handle = board.handle_of(instance(number).url)
         board.undrain(handle)
         lease = board.pick(REQUEST_NUM, FACTS, [other for other in board.handles() if other != handle])
         assert isinstance(lease, Lease), why
@@ -151,17 +151,17 @@ def check(board: Board, why: str) -> None:
     board.measure(time.monotonic())
     assert {row.instance.url for row in board.status()} == {instance(0).url, instance(3).url}, why
     states = board._memory.state.tolist()
-    assert sum(state != State.FREE for state in states) == 3, why
+    assert sum(state != ReplicaState.FREE for state in states) == 3, why
 
 
 def act_at_random(board: Board, seed: int) -> None:
     chance = random.Random(seed)
-    board.open_column()
+    board.open_counters()
     leases: list[Lease] = []
     policies = [policy_named(name) for name in ("request_num", "cache_aware", "process_tokens")]
     while True:
         number = chance.randrange(6)
-        handle = board.seat_of(instance(number).url)
+        handle = board.handle_of(instance(number).url)
         match chance.choice(["pick"] * 12 + ["release"] * 11 + ["admit", "row", "order", "lead"]):
             case "pick" if len(leases) < 50:
                 prefix = (chance.getrandbits(63), 5)
@@ -183,12 +183,12 @@ def act_at_random(board: Board, seed: int) -> None:
                     case order:
                         getattr(board, order)(handle)
             case "lead":
-                if board.lead():
+                if board.try_lead():
                     board.measure(time.monotonic())
                     board.forget_lost()
 
 
-def test_fuzz_workers_that_do_anything_and_are_killed_at_any_time_leave_all_counts_zero(board, caplog):
+def test_fuzz_workers_killed_at_any_time_leave_all_counts_zero(board, caplog):
     caplog.set_level("ERROR")
     chance = random.Random(5)
     workers = [Forked(lambda child, seed=seed: act_at_random(board, seed)) for seed in range(3)]
@@ -198,22 +198,22 @@ def test_fuzz_workers_that_do_anything_and_are_killed_at_any_time_leave_all_coun
         assert os.waitpid(victim.pid, os.WNOHANG) == (0, 0), "a worker has failed"
         victim.kill()
         if chance.random() < 0.8:
-            board.drop_column_of(victim.pid)
+            board.drop_dead_workers()
         assert all(row.in_flight >= 0 for row in board.status())
         workers.append(Forked(lambda child, seed=seed: act_at_random(board, seed)))
     for worker in workers:
         worker.kill()
     board.measure(time.monotonic())
     memory = board._memory
-    for column in memory.columns:
-        assert column.pid[0] == 0
-        for cells in (column.in_flight, column.tokens, column.probes):
+    for counters in memory.counters:
+        assert counters.pid[0] == 0
+        for cells in (counters.in_flight, counters.tokens, counters.probes):
             assert not any(cells)
     states, flags = memory.state.tolist(), memory.flags.tolist()
-    assert State.GONE not in states
+    assert ReplicaState.GONE not in states
     # One that drains stays for its operator to see.
     assert not any(state and flag == Flag.LEAVING for state, flag in zip(states, flags, strict=True))
-    board.open_column()
+    board.open_counters()
     board.admit(instance(0, "last"))
-    board.undrain(board.seat_of(instance(0).url))
+    board.undrain(board.handle_of(instance(0).url))
     assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, PickFailure, State
+from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, PickFailure, ReplicaState
 from fastdeploy.daemon.router.board.memory import WORKERS
 from fastdeploy.daemon.router.instance import Instance
 from fastdeploy.daemon.router.policy.policies import policy_named
@@ -42,7 +42,7 @@ def start_worker(board: Board, picks: int = 0) -> Forked:
     """A worker that has picked so many times; then it takes "pick" and "release" as orders."""
 
     def work(child: Forked) -> None:
-        board.open_column()
+        board.open_counters()
         leases = [board.pick(REQUEST_NUM, FACTS) for _ in range(picks)]
         child.send("ready")
         while (order := child.receive()) != "end":
@@ -63,14 +63,14 @@ def tell(worker: Forked, order: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_d5_a_burst_over_idle_replicas_lands_evenly_however_many_workers_there_are(board, workers):
+def test_d5_burst_over_idle_replicas_is_even_for_any_number_of_workers(board, workers):
     for number in range(8):
         board.admit(instance(number))
     gate_out, gate_in = os.pipe()
 
     def work(child: Forked) -> None:
         os.close(gate_in)
-        board.open_column()
+        board.open_counters()
         child.send("ready")
         os.read(gate_out, 1)  # until the parent closes its end: all begin at the same moment
         leases = [board.pick(REQUEST_NUM, FACTS) for _ in range(64 // workers)]
@@ -97,9 +97,9 @@ def test_what_one_worker_does_the_others_see(board):
     worker = start_worker(board)
     board.admit(instance(0))
     board.admit(instance(1))
-    board.drain(board.seat_of(instance(0).url))
+    board.drain(board.handle_of(instance(0).url))
     tell(worker, "pick")
-    board.undrain(board.seat_of(instance(0).url))
+    board.undrain(board.handle_of(instance(0).url))
     board.admit(instance(1, "b"))
     tell(worker, "pick")
     tell(worker, "pick")
@@ -109,18 +109,18 @@ def test_what_one_worker_does_the_others_see(board):
 
 def test_the_requests_of_a_killed_worker_end_with_it(board):
     board.admit(instance(0))
-    board.open_column()
+    board.open_counters()
     own = board.pick(REQUEST_NUM, FACTS)
     worker = start_worker(board, picks=5)
     assert in_flight(board) == [6]
     worker.kill()
-    board.drop_column_of(worker.pid)
+    board.drop_dead_workers()
     assert [(row.in_flight, row.tokens) for row in board.status()] == [(1, 10)]
     own.release()
     assert in_flight(board) == [0]
 
 
-def test_a_worker_whose_parent_does_not_notice_its_death_is_missed_by_the_leader(board):
+def test_leader_drops_counts_of_a_dead_worker_missed_by_its_parent(board):
     board.admit(instance(0))
     worker = start_worker(board, picks=5)
     board.measure(1.0)
@@ -133,7 +133,7 @@ def test_a_worker_whose_parent_does_not_notice_its_death_is_missed_by_the_leader
 def test_a_worker_that_lives_keeps_its_requests_whatever_is_said_of_it(board):
     board.admit(instance(0))
     worker = start_worker(board, picks=3)
-    board.drop_column_of(worker.pid)
+    board.drop_dead_workers()
     assert in_flight(board) == [3]
     worker.kill()
 
@@ -142,14 +142,14 @@ def test_a_probe_of_a_killed_worker_does_not_block_the_next(board):
     board.admit(instance(0))
     [handle] = board.handles()
     board.unreachable(handle, "refused")
-    while board.status()[0].state != State.PROBING:
+    while board.status()[0].state != ReplicaState.PROBING:
         time.sleep(0.05)
         board.healthy(handle, time.monotonic())
     worker = start_worker(board, picks=1)
-    board.open_column()
+    board.open_counters()
     assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
     worker.kill()
-    board.drop_column_of(worker.pid)
+    board.drop_dead_workers()
     assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)
 
 
@@ -157,16 +157,16 @@ def test_a_worker_killed_with_the_lock_in_its_hand_does_not_keep_it(board):
     board.admit(instance(0))
 
     def die(child: Forked) -> None:
-        board.open_column()
+        board.open_counters()
         with board._lock:
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert Forked(die).wait() == -signal.SIGKILL
-    board.open_column()
+    board.open_counters()
     assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)
 
 
-def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_take_it(board):
+def test_forked_child_can_take_a_lock_held_by_a_thread_of_its_parent(board):
     board.admit(instance(0))
     holds, may_go = threading.Event(), threading.Event()
 
@@ -178,39 +178,39 @@ def test_a_fork_while_another_thread_has_the_lock_leaves_the_child_free_to_take_
     thread = threading.Thread(target=hold)
     thread.start()
     holds.wait()
-    worker = Forked(lambda child: child.send([board.open_column(), len(board.status())]))
+    worker = Forked(lambda child: child.send([board.open_counters(), len(board.status())]))
     may_go.set()
     thread.join()
     assert worker.receive() == [0, 1]
     worker.wait()
 
 
-def test_there_is_room_for_a_number_of_workers_and_that_of_the_dead_is_used_again(board):
+def test_worker_columns_are_limited_and_reused_after_a_death(board):
     workers = [start_worker(board) for _ in range(WORKERS)]
     with pytest.raises(BoardError, match=f"room for {WORKERS} workers"):
-        board.open_column()
+        board.open_counters()
     workers.pop(7).kill()
-    assert board.open_column() == 7
-    assert board.open_column() == 7
+    assert board.open_counters() == 7
+    assert board.open_counters() == 7
     for worker in workers:
         worker.kill()
 
 
 def test_one_that_resigns_never_leads_again_and_another_does(board):
     def work(child: Forked) -> None:
-        child.send([board.lead(), board.resign(), board.lead()])
+        child.send([board.try_lead(), board.resign(), board.try_lead()])
         child.receive()
 
     worker = Forked(work)
     assert worker.receive() == [True, None, False]
-    assert board.lead()
+    assert board.try_lead()
     worker.kill()
 
 
 def test_one_leads_and_another_when_it_is_dead(board):
     def work(child: Forked) -> None:
         while True:
-            child.send(board.lead())
+            child.send(board.try_lead())
             child.receive()
 
     workers = [Forked(work) for _ in range(3)]
@@ -234,10 +234,10 @@ import sys
 from fastdeploy.daemon.router.board.board import Board
 from fastdeploy.daemon.router.policy.policies import RequestFacts, policy_named
 board = Board.attach(int(sys.argv[1]))
-board.open_column()
+board.open_counters()
 [row] = board.status()
 assert row.draining and row.instance.instance == "a"
-board.undrain(row.seat)
+board.undrain(row.handle)
 print([board.pick(policy_named("request_num"), RequestFacts(0)).instance.name for _ in range(2)], flush=True)
 sys.stdin.read()
 """
@@ -252,6 +252,6 @@ sys.stdin.read()
     tell(worker, "pick")
     assert in_flight(board) == [3]
     process.communicate()
-    board.drop_column_of(process.pid)
+    board.drop_dead_workers()
     assert in_flight(board) == [1]
     worker.kill()

@@ -2,14 +2,14 @@
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, State
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, ReplicaState
 from fastdeploy.daemon.router.board.memory import ROWS
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 
 from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas, states
 
 
-def test_d4_the_end_of_an_old_request_does_not_count_against_a_replica_that_came_back(board, clock):
+def test_d4_end_of_an_old_request_does_not_count_for_a_new_instance(board, clock):
     """Upstream's unsigned counter went to 2^64-1, and that worker was never picked again."""
     seat_replicas(board, 1)
     old = pick(board)
@@ -33,14 +33,14 @@ def test_a_replica_that_was_started_anew_is_another_one_at_once(board):
     new = pick(board)
     assert new.handle != old.handle
     board.unreachable(old.handle, "connection reset")
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
     old.release()
     assert in_flight(board) == [1]
     new.release()
     assert in_flight(board) == [0]
 
 
-def test_the_heartbeat_of_a_replaced_instance_that_comes_late_changes_nothing(board):
+def test_late_heartbeat_of_a_replaced_instance_is_ignored(board):
     board.admit(instance(0, "a"))
     board.admit(instance(0, "b"))
     assert not board.admit(instance(0, "a"))
@@ -58,7 +58,7 @@ def test_registering_again_keeps_seat_and_count(board):
     assert in_flight(board) == [0]
 
 
-def test_one_that_says_farewell_gets_nothing_new_and_is_gone_with_its_last_request(board, clock):
+def test_a_deregistered_replica_is_gone_with_its_last_request(board, clock):
     board.admit(instance(0, "a"))
     lease = pick(board)
     assert not board.deregister(instance(0).url, "another")
@@ -93,7 +93,7 @@ def test_a_removed_replica_comes_back_with_its_next_heartbeat(board):
     assert board.remove(lease.handle)
     assert not board.remove(lease.handle)
     assert board.status() == []
-    assert board.seat_of(instance(0).url) is None
+    assert board.handle_of(instance(0).url) is None
     assert board.admit(instance(0, "a"))
     lease.release()
     assert in_flight(board) == [0]
@@ -105,7 +105,7 @@ def test_rows_are_used_again(board):
     assert len(board.status()) == 1
 
 
-def test_a_row_is_not_used_again_while_a_request_of_the_one_before_goes_on(board):
+def test_row_is_reused_only_after_requests_of_its_old_replica_end(board):
     board.admit(instance(0, "0"))
     leases = []
     for start in range(1, ROWS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdeploy.daemon.router.board.board import Board, Ending, Lease, PickFailure, State
+from fastdeploy.daemon.router.board.board import Board, Ending, Lease, PickFailure, ReplicaState
 from fastdeploy.daemon.router.board.memory import ENDINGS
 
 from .boards import FACTS, REQUEST_NUM, Clock, instance, pick, seat_replicas, states
@@ -35,7 +35,7 @@ def test_the_least_loaded_replica_is_reserved_and_picked_once_it_is_empty(board:
     assert [row.in_flight for row in board.status()] == [2, 1]
 
 
-def test_half_of_the_replicas_stay_for_the_others_and_a_single_one_can_be_reserved(board: Board) -> None:
+def test_at_most_half_of_the_replicas_are_reserved_except_a_single_one(board: Board) -> None:
     seat_replicas(board, 1)
     assert board.reserve() is not None
     assert board.reserve() is None
@@ -52,7 +52,7 @@ def test_what_is_excluded_is_not_reserved(board: Board) -> None:
     assert board.reserve([first, second]) is None
 
 
-def test_a_reserved_replica_that_goes_down_is_free_for_all_when_it_comes_back(board: Board) -> None:
+def test_reservation_ends_when_the_replica_goes_down(board: Board) -> None:
     seat_replicas(board, 2)
     handle = board.reserve()
     assert handle is not None
@@ -82,7 +82,7 @@ def test_a_worker_that_dies_reserves_nothing_any_more(board: Board) -> None:
     seat_replicas(board, 2)
 
     def work(child: Forked) -> None:
-        board.open_column()
+        board.open_counters()
         child.send(board.reserve() is not None)
         child.receive()
 
@@ -90,7 +90,7 @@ def test_a_worker_that_dies_reserves_nothing_any_more(board: Board) -> None:
     assert worker.receive()
     assert any(row.reserved for row in board.status())
     worker.kill()
-    board.drop_column_of(worker.pid)
+    board.drop_dead_workers()
     assert not any(row.reserved for row in board.status())
 
 
@@ -98,27 +98,27 @@ def test_what_is_said_of_an_end_is_about_that_start_alone(board: Board) -> None:
     seat_replicas(board, 2, "a")
     handles = board.handles()
     assert board.ending_of(handles[0]) is Ending.UNKNOWN
-    board.note_ending(handles[0].url, "a", Ending.FROM_OUTSIDE)
+    board.record_ending(handles[0].url, "a", Ending.FROM_OUTSIDE)
     assert [board.ending_of(handle) for handle in handles] == [Ending.FROM_OUTSIDE, Ending.UNKNOWN]
     board.admit(instance(0, "b"))
-    assert board.ending_of(board.seat_of(handles[0].url)) is Ending.UNKNOWN
+    assert board.ending_of(board.handle_of(handles[0].url)) is Ending.UNKNOWN
 
 
 def test_the_latest_word_counts_and_old_ones_are_forgotten(board: Board) -> None:
     seat_replicas(board, 1, "a")
     [handle] = board.handles()
     for ending in (Ending.FROM_OUTSIDE, Ending.ITS_OWN):
-        board.note_ending(handle.url, "a", ending)
+        board.record_ending(handle.url, "a", ending)
     assert board.ending_of(handle) is Ending.ITS_OWN
     for number in range(ENDINGS):
-        board.note_ending(handle.url, f"other {number}", Ending.ITS_OWN)
+        board.record_ending(handle.url, f"other {number}", Ending.ITS_OWN)
     assert board.ending_of(handle) is Ending.UNKNOWN
 
 
 def test_a_replica_without_an_id_is_never_explained(board: Board) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
-    board.note_ending(handle.url, "", Ending.FROM_OUTSIDE)
+    board.record_ending(handle.url, "", Ending.FROM_OUTSIDE)
     assert board.ending_of(handle) is Ending.UNKNOWN
 
 
@@ -139,7 +139,7 @@ def test_a_suspect_at_a_replica_on_probation_is_its_probe(board: Board, clock: C
     board.unreachable(handle, "refused")
     clock.now += 60.0
     board.healthy(handle, asked_at=clock.now)
-    assert states(board) == [State.PROBING]
+    assert states(board) == [ReplicaState.PROBING]
     assert board.reserve() == handle
     lease = board.pick_reserved(handle, FACTS)
     assert isinstance(lease, Lease)

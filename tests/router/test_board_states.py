@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, Board, Lease, PickFailure, State
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, Board, Lease, PickFailure, ReplicaState
 from fastdeploy.daemon.router.policy.policies import policy_named
 from fastdeploy.daemon.router.policy.policy import RequestFacts
 
@@ -16,25 +16,25 @@ def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board, clock):
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.failed(handle, "timeout")
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
     clock.now += 1
     board.healthy(handle, clock.now)
     board.failed(handle, "timeout")
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
     board.succeeded(handle)
     board.failed(handle, "timeout")
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
     board.failed(handle, "timeout")
-    assert states(board) == [State.DOWN]
+    assert states(board) == [ReplicaState.DOWN]
     assert board.pick(REQUEST_NUM, FACTS) is PickFailure.DOWN
 
 
-def test_one_read_from_the_registry_file_is_up_after_its_first_health_check(board, clock):
+def test_replica_from_the_registry_file_is_up_after_first_health_check(board, clock):
     board.admit(instance(0), up=False)
     [handle] = board.handles()
-    assert states(board) == [State.DOWN]
+    assert states(board) == [ReplicaState.DOWN]
     board.healthy(handle, clock.now)
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
 
 
 def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock):
@@ -42,10 +42,10 @@ def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
     board.healthy(handle, clock.now - 1)  # began before the failure: says nothing
-    assert states(board) == [State.DOWN]
+    assert states(board) == [ReplicaState.DOWN]
     clock.now += 1
     board.healthy(handle, clock.now)
-    assert states(board) == [State.PROBING]
+    assert states(board) == [ReplicaState.PROBING]
     assert [row.up for row in board.status()] == [True]
     probe = pick(board)
     assert probe.probing
@@ -53,13 +53,13 @@ def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock)
     probe.release()  # the client went away: nothing is known yet
     probe = pick(board)
     board.succeeded(handle)
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
     assert not pick(board).probing
     probe.release()
     assert in_flight(board) == [1]
 
 
-def test_requests_from_before_it_went_down_do_not_keep_it_from_being_tried_out(board, clock):
+def test_replica_is_probed_despite_requests_from_before_it_went_down(board, clock):
     seat_replicas(board, 1)
     old = pick(board)
     board.unreachable(old.handle, "refused")
@@ -75,12 +75,12 @@ def test_the_wait_before_it_is_tried_out_doubles_up_to_half_a_minute(board, cloc
     waits = []
     for _ in range(7):
         since = clock.now
-        while states(board) == [State.DOWN]:
+        while states(board) == [ReplicaState.DOWN]:
             clock.now += 0.5
             board.healthy(handle, clock.now)
         waits.append(clock.now - since)
         board.failed(handle, "probe failed")
-        assert states(board) == [State.DOWN]
+        assert states(board) == [ReplicaState.DOWN]
     assert waits == [1, 2, 4, 8, 16, 30, 30]
 
 
@@ -91,26 +91,26 @@ def test_one_that_answers_every_other_request_is_tried_out_ever_less(board, cloc
     for _ in range(3):
         board.unreachable(handle, "reset")
         since = clock.now
-        while states(board) == [State.DOWN]:
+        while states(board) == [ReplicaState.DOWN]:
             clock.now += 0.5
             board.healthy(handle, clock.now)
         waits.append(clock.now - since)
         board.succeeded(handle)
-        assert states(board) == [State.UP]
+        assert states(board) == [ReplicaState.UP]
         clock.now += 10
     assert waits == [1, 2, 4]
     clock.now += 30  # of good behaviour
     board.unreachable(handle, "reset")
     clock.now += 1
     board.healthy(handle, clock.now)
-    assert states(board) == [State.PROBING]
+    assert states(board) == [ReplicaState.PROBING]
 
 
 def test_one_in_good_health_that_gets_no_request_is_up_after_a_while(board, clock):
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
-    for expected in (State.PROBING, State.PROBING, State.PROBING, State.UP):
+    for expected in (ReplicaState.PROBING, ReplicaState.PROBING, ReplicaState.PROBING, ReplicaState.UP):
         clock.now += 2
         board.healthy(handle, clock.now)
         assert states(board) == [expected]
@@ -120,7 +120,7 @@ def test_a_healthy_replica_without_heartbeats_is_kept(board, clock):
     seat_replicas(board, 1)
     clock.now += FORGET_AFTER + 1
     assert not board.forget_lost()
-    assert states(board) == [State.UP]
+    assert states(board) == [ReplicaState.UP]
 
 
 def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board(board, clock):
@@ -128,7 +128,7 @@ def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board(board, clock):
     [handle] = board.handles()
     board.unreachable(handle, "refused")
     clock.now += FORGET_AFTER - 1
-    board.heard(handle)
+    board.record_heartbeat(handle)
     clock.now += FORGET_AFTER - 1
     assert not board.forget_lost()
 
@@ -140,7 +140,7 @@ class BoardMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.board = Board.create(self.clock)
-        self.board.open_column()
+        self.board.open_counters()
         self.held: list[Lease] = []
 
     def teardown(self) -> None:
@@ -159,7 +159,7 @@ class BoardMachine(RuleBasedStateMachine):
         lease = self.board.pick(policy_named(name), RequestFacts(0, tokens))
         rows = [row for row in self.board.status() if row.up and not row.draining and not row.leaving]
         assert (lease is PickFailure.DOWN) == (not rows)
-        assert lease is not PickFailure.BUSY or all(row.state == State.PROBING for row in rows)
+        assert lease is not PickFailure.BUSY or all(row.state == ReplicaState.PROBING for row in rows)
         if isinstance(lease, Lease):
             self.held.append(lease)
 

@@ -73,7 +73,7 @@ def test_a_client_that_goes_in_the_middle_of_a_silent_stream_cancels_it(router, 
     router.wait_idle()
 
 
-def test_a_client_that_closes_only_its_sending_half_never_gets_half_an_answer_as_whole(router, new_engine):
+def test_half_closing_client_gets_a_reset_instead_of_a_cut_off_answer(router, new_engine):
     engine = new_engine(behaviour=streams_for_ever)
     router.add(engine)
     with connect(router) as client:
@@ -87,7 +87,7 @@ def test_a_client_that_closes_only_its_sending_half_never_gets_half_an_answer_as
     wait_until(lambda: engine.cancelled == [True], "the stream is cancelled")
 
 
-def test_a_client_that_goes_does_not_hurt_the_next_request_on_the_kept_connection(router, new_engine):
+def test_kept_connection_serves_the_next_request_after_a_disconnect(router, new_engine):
     """The cancelled connection must not be used again, and the others must not be cancelled."""
     engine = new_engine()
     router.add(engine)

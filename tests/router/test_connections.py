@@ -124,7 +124,7 @@ def test_an_old_client_keeps_its_connection_if_it_says_so(replica, client):
     assert client.is_at_its_end()
 
 
-def test_a_stream_for_an_old_client_that_would_keep_its_connection_ends_with_it(replica, client):
+def test_stream_to_an_http_1_0_keep_alive_client_ends_by_closing(replica, client):
     body = b'{"stream": true}'
     head = b"POST /v1/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n"
     client.send(head % len(body) + body)

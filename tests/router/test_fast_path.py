@@ -159,7 +159,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
-def test_at_anything_else_the_stream_comes_back_and_it_begins_what_is_unread(stage, unusual):
+def test_unusual_input_returns_the_stream_with_that_input_unread(stage, unusual):
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST, SECOND), UNUSUAL[unusual], raw(THIRD))
@@ -203,7 +203,7 @@ def test_a_chunk_too_long_to_wait_for_is_the_parsers(stage):
     stage.run(scene())
 
 
-def test_a_stream_with_many_marks_comes_back_now_and_then_so_that_they_do_not_pile_up(stage):
+def test_stream_with_many_marks_is_returned_before_they_pile_up(stage):
     async def scene() -> None:
         async with Passage(stage) as stream:
             event = Said("x", tokens=tuple(range(10**9, 10**9 + 150)))
@@ -267,7 +267,7 @@ def test_what_a_client_says_meanwhile_waits_for_the_loop(stage):
     stage.run(scene())
 
 
-def test_what_a_client_does_not_read_comes_back_and_is_the_rest_to_the_byte(stage):
+def test_bytes_unread_by_the_client_are_returned_exactly(stage):
     async def scene() -> None:
         async with Passage(stage) as stream:
             events = [Said(f"{number} {'x' * 5000}") for number in range(4000)]
@@ -370,7 +370,7 @@ def test_when_there_is_no_place_left_the_loop_keeps_the_stream(stage):
     stage.run(scene())
 
 
-def test_a_connection_that_was_closed_too_early_is_not_taken_for_the_next_with_its_number(stage):
+def test_connection_closed_early_is_distinct_from_one_reusing_its_fd(stage):
     async def scene() -> None:
         async with Passage(stage) as stream:
             numbers = {stream.replica.number, stream.client.number}
@@ -392,7 +392,7 @@ def test_a_connection_that_was_closed_too_early_is_not_taken_for_the_next_with_i
     stage.run(scene())
 
 
-def test_an_owner_that_fails_holds_up_nobody_and_hears_of_the_end_of_its_connections(stage, caplog):
+def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(stage, caplog):
     class Failing(Passage):
         def given_back(self) -> None:
             raise RuntimeError("on purpose")
@@ -427,7 +427,7 @@ def test_a_router_without_it_says_in_one_line_what_to_do(tmp_path, library, reas
     shutil.copytree(fastdeploy.__path__[0], package, ignore=without)
     shutil.copytree(fastdeploy.daemon.__path__[0], package / "daemon", ignore=without)
     if library is not None:
-        (package / "daemon" / "router" / "libfd_fast_path.so").write_bytes(library)
+        (package / "daemon" / "router" / "http" / "libfd_fast_path.so").write_bytes(library)
     ended = subprocess.run(
         [str(FD_ROUTER), "--port", "1"],
         capture_output=True,
@@ -437,7 +437,9 @@ def test_a_router_without_it_says_in_one_line_what_to_do(tmp_path, library, reas
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert ended.returncode == 2
-    assert ended.stderr.startswith(f"fd-router: the router's compiled part does not load ({package}/daemon/")
+    assert ended.stderr.startswith(
+        f"fd-router: the router's compiled library cannot be loaded ({package}/daemon/"
+    )
     assert reason in ended.stderr
     assert ended.stderr.endswith("; install fd-dp with pip, which compiles it\n")
     assert ended.stderr.count("\n") == 1

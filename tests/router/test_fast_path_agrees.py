@@ -55,7 +55,7 @@ class Parsed:
         except httptools.HttpParserError:
             self._is_over = True
         if not self._transcript.problem and self._pieces:
-            self._body += self._transcript.pass_on(b"".join(self._pieces))
+            self._body += self._transcript.feed(b"".join(self._pieces))
         self._is_over |= self._is_whole or self._transcript.problem != ""
         self._pieces = []
 
@@ -95,7 +95,7 @@ class Relayed:
             return b""
         passed = fast.take_back()
         assert passed.new_events == len(passed.marks)
-        self.transcript.note(passed.marks)
+        self.transcript.add_marks(passed.marks)
         self._size += passed.size
         self._client.transport.write(passed.unsent)
         return passed.unread
@@ -117,7 +117,7 @@ class Relayed:
         assert connection.status == 200
 
     def received(self, body: bytes) -> None:
-        if piece := self.transcript.pass_on(body):
+        if piece := self.transcript.feed(body):
             self._size += len(piece)
             self._client.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
             asyncio.get_running_loop().call_soon(self._ride)

@@ -136,9 +136,7 @@ def client(lent_router: RouterProcess, told: Told, identity: str) -> Iterator[Ra
 # ---- the usual
 
 
-def test_an_event_passes_before_the_next_exists_and_the_stream_comes_back_for_its_end(
-    lent_router, told, client
-):
+def test_events_pass_one_by_one_and_the_stream_is_returned_for_its_end(lent_router, told, client):
     for number in range(1, 6):
         told.say(event(number))
         assert client.chunk() == event(number).clean
@@ -322,7 +320,7 @@ def test_it_is_on_the_fast_path_there_too(lent_router, new_engine):
         assert client.chunk() == DONE
 
 
-def test_a_replica_that_goes_before_it_has_read_the_whole_request_is_replaced(lent_router, new_engine):
+def test_replica_lost_before_it_read_the_whole_request_is_replaced(lent_router, new_engine):
     """Up to then its stream stays with the event loop, which alone would notice that writing fails."""
     told = Told()
     may_go = threading.Event()
@@ -409,7 +407,7 @@ def weight(router: RouterProcess, replica: int) -> float:
 # ---- how many
 
 
-def test_as_many_as_there_may_be_connections_have_all_the_files_that_they_need(start_router, new_engine):
+def test_file_limit_is_raised_for_the_maximum_number_of_connections(start_router, new_engine):
     """A soft limit as low as many systems have it; the router raises it to what it needs."""
     few, most = 300, resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, most[1]))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.daemon.router.config.flags import changed, file_parser, fixed_in
+from fastdeploy.daemon.router.config.flags import changed_flags, file_parser, fixed_flags
 from fastdeploy.daemon.router.config.flags_file import fingerprint, read_flags_file
 from fastdeploy.daemon.router.config.loader import read
 
@@ -42,7 +42,7 @@ def test_without_a_file_there_is_no_fingerprint():
 
 
 @given(content=st.binary(max_size=50))
-def test_the_fingerprint_is_the_first_12_digits_of_the_sha256_of_its_bytes(content):
+def test_fingerprint_is_the_first_12_digits_of_the_sha256(content):
     assert fingerprint(content) == hashlib.sha256(content).hexdigest()[:12]
 
 
@@ -57,7 +57,7 @@ def test_every_word_of_a_command_line_is_read_as_it_was_written(tmp_path_factory
     if possible:
         assert read_flags_file(file).words == tuple(words)
     else:
-        with pytest.raises(ConfigError, match="is no word of a command line"):
+        with pytest.raises(ConfigError, match="cannot be an argument of a command"):
             read_flags_file(file)
 
 
@@ -120,7 +120,7 @@ def test_what_gunicorn_reckons_with_is_not_too_large_for_it(flag):
 
 
 def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
-    return changed(*(fixed_in(file_parser().parse_args(words)) for words in (old, new)))
+    return changed_flags(*(fixed_flags(file_parser().parse_args(words)) for words in (old, new)))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
         (["--workers", "2"], ["--workers", "3", "--policy", "session", "--board", "redis://x"], ()),
     ],
 )
-def test_a_change_is_live_unless_it_is_about_where_the_router_listens_or_its_registry(old, new, names):
+def test_only_listening_and_registry_flags_need_a_router_restart(old, new, names):
     assert keeps_it_from_changing(old, new) == names
 
 

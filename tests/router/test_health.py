@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import Board, State
+from fastdeploy.daemon.router.board.board import Board, ReplicaState
 from fastdeploy.daemon.router.control.health import Monitor, check, read_load
 from fastdeploy.daemon.router.control.registry import RegistryFile
 from fastdeploy.daemon.router.instance import Instance
@@ -105,7 +105,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     waiting.wait_until(condition, what, deadline=30.0)
 
 
-def state(board: Board) -> State:
+def state(board: Board) -> ReplicaState:
     return board.status()[0].state
 
 
@@ -177,19 +177,17 @@ def test_load_is_read_from_the_metrics_of_all_ranks(new_replica):
     assert read_load(replica.instance) is None
 
 
-def test_a_replica_that_dies_is_down_at_once_and_tried_out_when_it_answers_again(
-    board, new_replica, start_monitor
-):
+def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(board, new_replica, start_monitor):
     start_monitor()  # first: it must not inherit the replica's listener
     replica = new_replica()
     board.admit(replica.instance, up=False)
-    wait_until(lambda: state(board) == State.UP, "it is up")
+    wait_until(lambda: state(board) == ReplicaState.UP, "it is up")
     replica.status = 503
-    wait_until(lambda: state(board) == State.DOWN, "it is down")
+    wait_until(lambda: state(board) == ReplicaState.DOWN, "it is down")
     replica.status = 200
-    wait_until(lambda: state(board) == State.PROBING, "it is tried out")
+    wait_until(lambda: state(board) == ReplicaState.PROBING, "it is tried out")
     replica.stop()
-    wait_until(lambda: state(board) == State.DOWN, "it is down again")
+    wait_until(lambda: state(board) == ReplicaState.DOWN, "it is down again")
 
 
 def test_one_that_hangs_holds_up_no_other(board, new_replica, start_monitor):
@@ -212,7 +210,7 @@ def test_only_the_leader_looks_and_another_goes_on_when_it_is_dead(board, new_re
     replica = new_replica()
     board.admit(replica.instance, up=False)
     first = start_monitor()
-    wait_until(lambda: state(board) == State.UP, "it is up")
+    wait_until(lambda: state(board) == ReplicaState.UP, "it is up")
     start_monitor()
     first.kill()
     seen = replica.connections

@@ -6,8 +6,8 @@ import socket
 import pytest
 import requests
 
+from fastdeploy.common.api_keys import ApiKeys
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.daemon.router.config.keys import ApiKeys, read_keys
 from fastdeploy.daemon.router.http.request import without_hop_by_hop
 
 from .fake_engine import wait_until
@@ -60,7 +60,7 @@ def test_a_body_over_the_limit_is_refused_however_its_length_is_told(start_route
     assert len(engine.received) == 1
 
 
-def test_the_refusal_of_a_huge_body_reaches_a_client_that_is_still_sending(start_router, new_engine):
+def test_refusal_of_a_huge_body_reaches_a_client_still_sending(start_router, new_engine):
     router = start_router("--max-body-bytes", "1000000")
     router.add(new_engine())
     answer = requests.post(f"{router.url}/v1/completions", data=b"x" * 5_000_000, timeout=20)
@@ -185,9 +185,9 @@ def test_only_a_bearer_token_that_is_a_key_is_let_in(header):
 
 def test_without_keys_everybody_is_let_in(monkeypatch):
     monkeypatch.delenv("FD_API_KEY", raising=False)
-    assert read_keys("--api-keys-file", None, "FD_API_KEY").allow("")
+    assert ApiKeys.read("--api-keys-file", None, "FD_API_KEY").allow("")
     monkeypatch.setenv("FD_API_KEY", " a ,")
-    keys = read_keys("--api-keys-file", None, "FD_API_KEY")
+    keys = ApiKeys.read("--api-keys-file", None, "FD_API_KEY")
     assert (keys.allow("bearer a"), keys.allow("")) == (True, False)
 
 
@@ -195,9 +195,9 @@ def test_an_empty_key_file_does_not_open_the_door(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match="has no key in it"):
-        read_keys("--api-keys-file", file, "FD_API_KEY")
+        ApiKeys.read("--api-keys-file", file, "FD_API_KEY")
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_keys("--api-keys-file", tmp_path / "none", "FD_API_KEY")
+        ApiKeys.read("--api-keys-file", tmp_path / "none", "FD_API_KEY")
 
 
 def test_headers_named_in_connection_belong_to_the_connection():

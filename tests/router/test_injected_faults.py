@@ -101,7 +101,7 @@ def behaving(gate: threading.Event, fault: str):
 
 REACHED = [
     *(name for name in ENTRIES if name not in ("try_again", "give_up", "unreachable")),
-    *(name for name in DELIVERY if name != "give"),
+    *(name for name in DELIVERY if name != "respond"),
     CLIENT_WATCH,
 ]
 
@@ -111,7 +111,7 @@ def test_a_fault_in_one_request_leaves_the_others_alone(faulty, engine, fault):
     [worker] = faulty.workers()
     gate = threading.Event()
     engine.behaviour = behaving(gate, fault)
-    body = b'{"prompt": "x"}' if fault in ("give", "finish") else b'{"stream": true}'
+    body = b'{"prompt": "x"}' if fault in ("respond", "finish") else b'{"stream": true}'
     with RawClient(faulty.port) as innocent, RawClient(faulty.port) as culprit:
         innocent.send(request())
         assert innocent.head()[0] == 200
@@ -196,7 +196,7 @@ def test_the_time_limits_hold_after_faults_in_the_clock(faulty, engine):
 
 
 class Waiter:
-    is_choosy = False
+    has_exclusions = False
     deadline = 100.0
 
     def __init__(self, name: str) -> None:

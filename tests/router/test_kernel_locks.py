@@ -49,42 +49,42 @@ def test_threads_of_several_processes_exclude_each_other(descriptor):
     locks.close()
 
 
-def test_a_mark_says_whether_its_holder_lives(descriptor):
+def test_a_liveness_lock_shows_whether_its_holder_lives(descriptor):
     locks = KernelLocks(descriptor, nothing)
 
     def work(child: Forked) -> None:
-        child.send([locks.take_mark(3), locks.take_mark(3), locks.is_marked(4)])
+        child.send([locks.take_liveness(3), locks.take_liveness(3), locks.is_held_elsewhere(4)])
         child.receive()
 
     child = Forked(work)
     assert child.receive() == [True, True, False]
-    assert locks.is_marked(3)
-    assert not locks.take_mark(3)
+    assert locks.is_held_elsewhere(3)
+    assert not locks.take_liveness(3)
     child.kill()
-    assert not locks.is_marked(3)
-    assert locks.take_mark(3)
+    assert not locks.is_held_elsewhere(3)
+    assert locks.take_liveness(3)
     locks.close()
 
 
-def test_a_mark_that_was_given_back_is_free_for_others(descriptor):
+def test_a_released_liveness_lock_is_free_for_others(descriptor):
     locks = KernelLocks(descriptor, nothing)
-    assert locks.take_mark(3)
-    locks.give_back_mark(3)
-    child = Forked(lambda child: child.send(locks.take_mark(3)) or child.receive())
+    assert locks.take_liveness(3)
+    locks.release_liveness(3)
+    child = Forked(lambda child: child.send(locks.take_liveness(3)) or child.receive())
     assert child.receive()
-    assert not locks.take_mark(3)
+    assert not locks.take_liveness(3)
     child.kill()
     locks.close()
 
 
-def test_a_child_has_none_of_its_parents_marks_and_does_not_keep_them_alive(descriptor):
+def test_a_child_neither_inherits_nor_keeps_its_parents_liveness_locks(descriptor):
     forked = []
     locks = KernelLocks(descriptor, lambda: forked.append(os.getpid()))
 
     def parent(child: Forked) -> None:
-        assert locks.take_mark(1)
+        assert locks.take_liveness(1)
         grandchild = Forked(
-            lambda grand: grand.send([locks.is_marked(1), locks.take_mark(1)]) or grand.receive()
+            lambda grand: grand.send([locks.is_held_elsewhere(1), locks.take_liveness(1)]) or grand.receive()
         )
         child.send([grandchild.receive(), len(forked)])
         child.receive()
@@ -92,7 +92,7 @@ def test_a_child_has_none_of_its_parents_marks_and_does_not_keep_them_alive(desc
     child = Forked(parent)
     assert child.receive() == [[True, False], 1]
     child.kill()
-    assert not locks.is_marked(1)
+    assert not locks.is_held_elsewhere(1)
     assert forked == []
     locks.close()
 

@@ -79,7 +79,7 @@ def test_too_much_is_refused_however_it_is_said(shared_router, replica, client, 
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1000])
-def test_what_is_just_within_the_limits_is_served_in_whatever_pieces_it_comes(replica, client, cut):
+def test_request_just_within_the_limits_is_served_for_any_chunking(replica, client, cut):
     lines = b"".join(b"X-%d: %b\r\n" % (number, b"y" * 400) for number in range(100))
     target = b"/v1/completions?" + b"a" * 7900
     body = b"x" * 20_000
@@ -217,7 +217,7 @@ def test_who_stops_reading_stops_the_replica_and_is_cut_off(start_router, new_en
         router.add(other)
         assert router.complete().status_code == 200
         assert stream.is_cut.wait(20)
-        assert "its client does not read its answer" in router.log.read_text()
+        assert "its client does not read its response" in router.log.read_text()
         with pytest.raises(ConnectionResetError):
             client.rest()
     router.wait_idle()

@@ -205,7 +205,7 @@ def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
     one = live("--policy", "round_robin", "--workers", "2")
     one.router.add(new_engine(replica=0), new_engine(replica=1))
     flags, pids = one.health()["flags"], one.pids()
-    fixed = "cannot change while the router runs; restart it; going on as before"
+    fixed = "cannot change while the router runs; restart it; keeping the old configuration"
     for words, reason in {
         ("--port", "1"): f"--port {fixed}",
         ("--host", "0.0.0.0", "--admin-socket", "x"): f"--admin-socket and --host {fixed}",
@@ -221,7 +221,8 @@ def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
     one.write("--policy", "session")
     one.file.chmod(0o666)
     assert one.reload() == "refused"
-    assert "others may write to it (mode 0666); chmod 600 it; going on" in one.router.log.read_text()
+    reason = "others may write to it (mode 0666); chmod 600 it; keeping the old configuration"
+    assert reason in one.router.log.read_text()
     assert (one.health()["flags"], one.pids()) == (flags, pids)
     assert one.replicas_of("a") == {"0", "1"}
     one.file.chmod(0o600)
@@ -243,7 +244,9 @@ def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
     is_broken.touch()
     one.write("--policy", "session")
     assert one.reload() == "failed"
-    assert "a new worker ended before it served; going on as before" in one.router.log.read_text()
+    assert (
+        "a new worker ended before it was ready; keeping the old configuration" in one.router.log.read_text()
+    )
     assert one.router.complete().status_code == 200
     assert one.health()["flags"] == flags
     wait_until(lambda: one.pids() == pids, "those that did not come up are gone")
@@ -252,7 +255,7 @@ def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
     assert one.health()["flags"] == fingerprint(one.file.read_bytes())
 
 
-def test_a_program_that_would_listen_elsewhere_does_not_replace_the_one_that_runs(tmp_path):
+def test_new_program_with_another_port_does_not_replace_the_running_one(tmp_path):
     """As SIGUSR2 starts it, after a change of the file."""
     board = Board.create()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -275,7 +278,7 @@ def test_a_program_that_would_listen_elsewhere_does_not_replace_the_one_that_run
     board.close()
     assert ended.returncode == 6
     assert ended.stderr == (
-        "fd-router: the old program cannot be replaced, it goes on: "
+        "fd-router: the old program cannot be replaced and continues: "
         "--port cannot change while the router runs; restart it\n"
     )
 
@@ -283,7 +286,7 @@ def test_a_program_that_would_listen_elsewhere_does_not_replace_the_one_that_run
 # ---- nothing is lost
 
 
-def test_a_stream_outlives_three_reloads_and_nobody_is_turned_away_meanwhile(live, new_engine, gate):
+def test_stream_outlives_three_reloads_while_every_request_is_served(live, new_engine, gate):
     one = live("--graceful-timeout-secs", "1")
     one.router.add(*(new_engine(replica=number, behaviour=gate) for number in range(2)))
     with gate.stream(one.router) as finish, Load(one.router) as load, Callers(one.router) as callers:
@@ -320,7 +323,7 @@ def test_reloads_in_quick_succession_end_with_the_last_one(live, new_engine):
     wait_until(lambda: len(one.pids()) == 1, "one worker is left")
 
 
-def test_a_connection_without_a_request_gets_one_more_answer_from_its_old_worker(live):
+def test_idle_connection_gets_one_more_answer_from_its_old_worker(live):
     """Its client may just be sending it; a router that closed the connection would lose that."""
     one = live()
     with RawClient(one.router.port) as client:
@@ -337,7 +340,7 @@ def test_a_connection_without_a_request_gets_one_more_answer_from_its_old_worker
     wait_until(lambda: len(one.pids()) == 1, "the old worker has ended")
 
 
-def test_a_connection_without_a_request_keeps_its_old_worker_no_longer_than_was_promised(live):
+def test_idle_connection_keeps_its_old_worker_for_keep_alive_time_only(live):
     one = live("--keep-alive-secs", "0.5")
     with RawClient(one.router.port) as client:
         client.send(HEALTH)
@@ -412,12 +415,14 @@ def others_on_the_board(router: RouterProcess, count: int) -> Iterator[None]:
     files = Path(f"/proc/{router.process.pid}/fd")
     path = next(file for file in files.iterdir() if "fd-board" in os.readlink(file))
     board = Board.attach(os.open(path, os.O_RDWR))
-    columns = [
-        index for index in range(WORKERS) if not board._lock.is_marked(index) and board._lock.take_mark(index)
+    free = [
+        index
+        for index in range(WORKERS)
+        if not board._lock.is_held_elsewhere(index) and board._lock.take_liveness(index)
     ]
-    for index in columns[count:]:
-        board._lock.give_back_mark(index)
-    for index in columns[:count]:
-        board._memory.columns[index].pid[0] = 1_000_000_000 + index
+    for index in free[count:]:
+        board._lock.release_liveness(index)
+    for index in free[:count]:
+        board._memory.counters[index].pid[0] = 1_000_000_000 + index
     yield
     board.close()

@@ -154,7 +154,7 @@ def farewell(engine: FakeEngine, router: RouterProcess, instance: str) -> reques
     return requests.post(f"{router.url}/deregister", json=body, timeout=20)
 
 
-def test_who_says_farewell_gets_nothing_new_and_ends_what_it_has(lent_router, new_engine):
+def test_a_deregistered_replica_gets_nothing_new_and_ends_what_it_has(lent_router, new_engine):
     gate = threading.Event()
     leaving, staying = new_engine(replica=0, behaviour=waits_for(gate)), new_engine(replica=1)
     assert leaving.register_with(lent_router.url, instance="aaaa").status_code == 200
@@ -175,7 +175,7 @@ def test_who_says_farewell_gets_nothing_new_and_ends_what_it_has(lent_router, ne
     assert lent_router.urls() == {staying.url}
 
 
-def test_a_drained_replica_is_drained_when_it_comes_back_after_its_farewell(lent_router, admin, new_engine):
+def test_a_drained_replica_is_drained_when_it_registers_again(lent_router, admin, new_engine):
     engine = new_engine(replica=4)
     assert engine.register_with(lent_router.url, instance="aaaa").status_code == 200
     assert tell(admin, "drain", "4").status == 200
@@ -188,7 +188,7 @@ def test_a_drained_replica_is_drained_when_it_comes_back_after_its_farewell(lent
     assert lent_router.complete().status_code == 200
 
 
-def test_one_that_is_drained_no_more_after_its_farewell_is_forgotten(lent_router, admin, new_engine):
+def test_a_deregistered_replica_is_removed_when_it_is_undrained(lent_router, admin, new_engine):
     engine = new_engine(replica=5)
     assert engine.register_with(lent_router.url, instance="aaaa").status_code == 200
     assert tell(admin, "drain", "5").status == 200

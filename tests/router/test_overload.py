@@ -72,7 +72,7 @@ def was_logged(router: RouterProcess, *words: str) -> bool:
     return any(all(word in line for word in words) for line in router.log.read_text().splitlines())
 
 
-def test_more_than_a_replica_takes_wait_in_line_and_are_served_in_their_order(lent_router, new_engine, ask):
+def test_requests_beyond_capacity_wait_and_are_served_in_order(lent_router, new_engine, ask):
     gated = Gated()
     engine = new_engine(behaviour=gated)
     register(lent_router, engine, max_concurrency=2)
@@ -201,7 +201,7 @@ def test_those_in_line_go_to_a_replica_that_joins(lent_router, new_engine, ask):
     assert first.answer().status == 200
 
 
-def test_a_replica_of_fastdeploys_that_says_no_number_gets_everything_at_once(lent_router, new_engine, ask):
+def test_replica_without_max_concurrency_gets_all_requests_at_once(lent_router, new_engine, ask):
     gated = Gated()
     engine = new_engine(behaviour=gated)
     lent_router.add(engine)

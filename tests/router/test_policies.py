@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
     weight: float = 1.0
     running: int = 0
     waiting: int = 0
-    in_flight_then: int = 0
+    in_flight_at_poll: int = 0
     key: int = 0
     matched: int = 0
 
@@ -38,7 +38,7 @@ candidate = st.builds(
     waiting=st.integers(0, 50),
     key=st.integers(0, 2**64 - 1),
     matched=st.integers(0, len(BLOCK_ENDS)),
-    in_flight_then=st.integers(0, 50),
+    in_flight_at_poll=st.integers(0, 50),
 )
 candidates = st.lists(candidate, min_size=1, max_size=16)
 #: As most replicas are.
@@ -91,7 +91,7 @@ def test_every_policy_picks_one_of_the_candidates_and_the_same_one_again(name, r
 
 
 @given(equally_fast)
-def test_request_num_picks_the_fewest_in_flight_and_of_those_the_least_recent(rows):
+def test_request_num_picks_fewest_in_flight_then_least_recent(rows):
     chosen = choose("request_num", rows)
     assert (chosen.in_flight, chosen.last_pick) == min((row.in_flight, row.last_pick) for row in rows)
 
@@ -152,11 +152,11 @@ def test_fd_metrics_score_counts_what_others_have_there():
 @given(st.integers(0, 30))
 def test_fd_metrics_score_does_not_count_our_own_requests_twice(running):
     """Seconds ago it had some of ours, which have ended since."""
-    was_busy = Candidate(1, 0, running=running, waiting=0, in_flight_then=running)
+    was_busy = Candidate(1, 0, running=running, waiting=0, in_flight_at_poll=running)
     assert choose("fd_metrics_score", [Candidate(2, 0), was_busy]) == was_busy
 
 
-def test_fd_metrics_score_does_not_send_everything_to_who_was_idle_when_last_asked():
+def test_fd_metrics_score_does_not_flood_a_replica_last_seen_idle():
     replicas = idle(4, running=0)
     replicas.rows[1:] = [row._replace(running=8) for row in replicas.rows[1:]]
     for _ in range(40):
@@ -218,7 +218,7 @@ def test_sessions_are_spread_over_all_replicas():
     assert max(replicas.values()) < 150
 
 
-def test_a_session_whose_replica_is_overloaded_always_goes_to_the_same_other_one():
+def test_session_of_an_overloaded_replica_has_one_fixed_alternative():
     rows = idle(8).rows
     (facts,) = sessions(1)
     home = index_of("session", rows, facts)

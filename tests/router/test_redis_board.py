@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class Router:
 
         def work(child: Forked) -> None:
             logging.basicConfig(filename=self.log, level="DEBUG", force=True)
-            board.open_column()
+            board.open_counters()
             allowed = AllowedAddresses([ipaddress.ip_network("10.0.0.0/8")])
             RedisBoard(board, RegistryFile(None), allowed, RedisAddress.parse(url)).start()
             leases: list[Lease] = []
@@ -115,7 +116,7 @@ class Router:
 
 
 def act(board: Board, leases: list[Lease], order: str, number: int = 0) -> Any:
-    handle = board.seat_of(instance(number).url)
+    handle = board.handle_of(instance(number).url)
     match order:
         case "admit":
             return board.admit(instance(number))
@@ -176,6 +177,12 @@ def test_the_password_is_never_shown():
         assert "open-sesame" not in str(raised.value)
 
 
+def test_a_missing_redis_package_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "redis.connection", None)
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'fd-dp\[redis\]'"):
+        RedisAddress.parse("redis://:open-sesame@10.0.0.5:6380/2")
+
+
 @needs_redis
 def test_each_sees_what_the_other_has_in_flight(start_router):
     one, other = start_router(), start_router()
@@ -209,21 +216,21 @@ def test_the_counts_of_a_dead_router_expire(start_router):
 
 
 @needs_redis
-def test_another_worker_of_a_router_takes_the_lead_and_nothing_is_counted_twice(start_router):
+def test_new_leader_of_a_router_does_not_count_requests_twice(start_router):
     board = Board.create()
     first, second, other = start_router(board), start_router(board), start_router()
     first("admit")
     second("pick")
     wait_until(lambda: other.remote() == [1], "the other counts it")
     first.kill()
-    board.drop_column_of(first.pid)
+    board.drop_dead_workers()
     second("pick")
     wait_until(lambda: other.remote() == [2], "the other counts that as well")
     assert second.remote() == [0]
 
 
 @needs_redis
-def test_a_farewell_and_a_drain_reach_the_other(start_router):
+def test_a_deregistration_and_a_drain_reach_the_other(start_router):
     one, other = start_router(), start_router()
     for number in range(2):
         one("admit", number)
@@ -251,8 +258,8 @@ def test_without_redis_each_goes_on_alone_and_says_so_once(start_router, server,
     wait_until(lambda: sum(other.remote()) == 3, "the other counts them again")
     for router in (one, other):
         log = router.log.read_text()
-        assert log.count("is away") == 1
-        assert log.count("is back after") == 1
+        assert log.count("cannot be reached") == 1
+        assert log.count("can be reached again after") == 1
         assert PASSWORD not in log
         assert "secret" not in log
 
@@ -274,6 +281,6 @@ def test_nonsense_in_redis_does_no_harm(start_router, server):
 @needs_redis
 def test_a_wrong_password_is_a_line_in_the_log_and_not_shown(server, tmp_path):
     router = Router(server.url.replace(PASSWORD, "wrong-guess"), tmp_path)
-    wait_until(lambda: "is away" in router.log.read_text(), "it says so")
+    wait_until(lambda: "cannot be reached" in router.log.read_text(), "it says so")
     assert "wrong-guess" not in router.log.read_text()
     router.kill()

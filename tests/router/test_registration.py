@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.daemon.router.addresses import AllowedAddresses
-from fastdeploy.daemon.router.control.registration import from_fields, parse, parse_farewell
+from fastdeploy.daemon.router.control.registration import from_fields, parse, parse_deregistration
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 
 GOOD = {"role": "mixed", "host_ip": "127.0.0.1", "port": 1811}
@@ -94,13 +94,13 @@ def test_a_token_is_seen_only_where_it_must_be_kept():
     assert fault(token="secret but wrong") == "invalid InstanceInfo format: invalid token"
 
 
-def test_a_farewell_names_the_url_and_the_start_of_the_replica():
+def test_a_deregistration_names_the_url_and_the_instance():
     body = {"host_ip": "0.0.0.0", "port": "1811", "instance": OURS["instance"]}
-    assert parse_farewell(json.dumps(body).encode()) == ("http://127.0.0.1:1811", OURS["instance"])
+    assert parse_deregistration(json.dumps(body).encode()) == ("http://127.0.0.1:1811", OURS["instance"])
     del body["instance"]
-    assert parse_farewell(json.dumps(body).encode()) == ("http://127.0.0.1:1811", "")
+    assert parse_deregistration(json.dumps(body).encode()) == ("http://127.0.0.1:1811", "")
     with pytest.raises(RegistrationError, match="invalid InstanceInfo format: port is required"):
-        parse_farewell(b'{"host_ip": "127.0.0.1"}')
+        parse_deregistration(b'{"host_ip": "127.0.0.1"}')
 
 
 def test_listening_on_all_interfaces_means_reachable_by_loopback():

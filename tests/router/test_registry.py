@@ -8,7 +8,7 @@ import pytest
 
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.daemon.router.addresses import AllowedAddresses
-from fastdeploy.daemon.router.board.board import Board, State
+from fastdeploy.daemon.router.board.board import Board, ReplicaState
 from fastdeploy.daemon.router.control.registry import RegistryFile
 from fastdeploy.daemon.router.instance import Instance
 
@@ -44,13 +44,13 @@ def test_what_was_saved_is_restored_with_tokens_and_the_operators_word(tmp_path,
     handles = before.handles()
     before.drain(handles[1])
     before.unreachable(handles[2], "refused")
-    before.open_column()
+    before.open_counters()
     before.deregister(instance(3).url, "start-3")
     file.save(before)
     file.restore(after, NOBODY_ELSE)
     assert [row.instance for row in after.status()] == [instance(number) for number in range(3)]
     assert [row.draining for row in after.status()] == [False, True, False]
-    assert {row.state for row in after.status()} == {State.DOWN}
+    assert {row.state for row in after.status()} == {ReplicaState.DOWN}
 
 
 def test_nobody_else_may_read_it(tmp_path, boards):

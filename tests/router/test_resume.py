@@ -137,7 +137,7 @@ def test_a_long_stream_to_a_client_that_reads_slowly(fleet):
 # ---- how often
 
 
-def test_a_replica_that_was_lost_once_may_go_on_with_what_another_has_begun(fleet):
+def test_replica_that_lost_a_stream_may_resume_it_after_another_loss(fleet):
     """There are three; four are needed, and nobody has to wait for one to be started anew."""
     before = fleet.router.metric("fd_router_queue_seconds_count")
     faults = [{"at": "event", "event": event, "how": "close"} for event in (1, 2, 3)]
@@ -170,7 +170,7 @@ def test_several_deaths_in_one_stream_some_of_them_on_the_way_to_the_next(fleet)
 
 
 @pytest.mark.parametrize(("stream", "at"), [(True, "begun"), (False, "body")])
-def test_when_nobody_is_left_a_request_that_was_taken_waits_for_one_to_come_back(fleet, stream, at):
+def test_taken_request_waits_for_a_replica_to_return_when_all_are_lost(fleet, stream, at):
     faults = [{"at": at, "how": "kill", "times": 2}, {"at": "head", "how": 503}]
     before = fleet.router.metric("fd_router_queue_seconds_count")
     answer = ask(fleet.router.port, generation(stream=stream, faults=faults))

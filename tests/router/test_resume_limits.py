@@ -67,7 +67,7 @@ def told_of_the_end(answer: Answered, events: int = 3) -> str:
 # ---- requests that kill
 
 
-def test_a_stream_under_which_several_replicas_die_in_a_row_ends_with_an_error(router, start_fleet):
+def test_stream_ends_with_an_error_after_several_deaths_in_a_row(router, start_fleet):
     fleet = start_fleet(MOST_DEATHS + 1)
     faults = [CUT, {"at": "resume", "how": "close", "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
@@ -79,9 +79,7 @@ def test_a_stream_under_which_several_replicas_die_in_a_row_ends_with_an_error(r
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_that_kills_every_replica_gets_one_clear_answer_before_all_are_dead(
-    router, start_fleet, stream
-):
+def test_deadly_request_gets_a_clear_error_before_all_replicas_are_dead(router, start_fleet, stream):
     fleet = start_fleet(MOST_DEATHS + 2)
     # There are kept connections to all: that one ends could be chance, but not that nobody listens then.
     for _ in fleet.replicas:
@@ -113,7 +111,7 @@ def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(router, start_fleet
     start_fleet(2)
     faults = [CUT, {"at": "resume", "how": 409, "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
-    assert "cannot go on with this answer" in message
+    assert "cannot resume this answer" in message
 
 
 @pytest.mark.parametrize("features", ["", "progress"])
@@ -195,7 +193,7 @@ def test_a_replica_that_hangs_is_found_out(router, start_fleet, place, stream):
     answer = ask(router.port, request)
     answer.check()
     assert bool(answer.resumed_by) == (place is CUT)
-    assert "fell silent" in router.log.read_text()
+    assert "timed out: no data for" in router.log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -214,7 +212,7 @@ def test_a_slow_replica_that_gives_signs_of_life_is_left_alone(router, start_fle
     assert "x-fd-retries" not in answer.headers
 
 
-def test_a_stream_of_a_replica_that_was_silent_and_owed_no_signs_goes_on_elsewhere(router, start_fleet):
+def test_stream_of_a_silent_replica_without_signs_of_life_is_resumed(router, start_fleet):
     start_fleet(2, features="resume")
     answer = ask(router.port, generation(max_tokens=9, faults=[{**CUT, "how": "silence"}]))
     answer.check()
@@ -250,7 +248,7 @@ def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(router, sta
 # ---- many at once
 
 
-def test_all_requests_of_a_replica_whose_model_crashes_are_served_by_the_others(start_router):
+def test_requests_of_a_replica_with_crashing_model_go_to_the_others(start_router):
     """More than the retry budget would let through: that is for replicas that are too busy."""
     # With patience: of two that fail, none may be thought silent as well.
     router = start_router()

@@ -45,7 +45,7 @@ def test_one_that_has_been_told_of_goes_on_from_there(fleet, how):
     assert fleet.resumes() == before + 4
 
 
-def test_one_that_is_lost_in_its_body_goes_on_from_the_last_time_it_was_told_of(fleet):
+def test_whole_answer_lost_in_its_body_resumes_from_its_last_draft(fleet):
     for how in ("close", "reset", "reborn", "garbage"):
         answer = undisturbed(fleet, faulty("body", how, **WHOLE), f"body-{how}")
         [name] = answer.resumed_by
@@ -117,7 +117,7 @@ def test_what_is_no_draft_begins_it_anew(fleet, lines):
     assert answer.resumed_by == []
 
 
-def test_one_that_is_lost_again_and_again_before_it_has_come_further_is_not_tried_for_ever(fleet):
+def test_whole_answer_lost_repeatedly_without_progress_ends_in_an_error(fleet):
     """Whoever tells of it and dies then would otherwise be followed by the next, as long as there are any."""
     faults = [{"at": "draft", "event": 1, "how": "close", "times": 1000}]
     faults += [{"at": "resume", "how": 409, "times": 1000}]
@@ -158,7 +158,7 @@ def small_fleet(start_router) -> Iterator[Callable[[int], Fleet]]:
 
 
 @pytest.mark.parametrize("kind", ["begun anew", "gone on with", "a stream"])
-def test_while_the_others_are_full_the_replica_that_has_lost_it_is_tried_again(small_fleet, kind):
+def test_replica_that_lost_a_request_is_retried_while_others_are_full(small_fleet, kind):
     fleet = small_fleet(2)
     request = {
         "begun anew": faulty("body", "close", stream=False),
@@ -171,7 +171,7 @@ def test_while_the_others_are_full_the_replica_that_has_lost_it_is_tried_again(s
         ask(fleet.router.port, request).check()
 
 
-def test_the_time_in_line_before_its_replica_took_it_is_not_held_against_it(small_fleet):
+def test_queue_timeout_starts_anew_when_a_taken_request_is_lost(small_fleet):
     fleet = small_fleet(1)
     first = threading.Thread(target=ask, args=(fleet.router.port, generation(stream=False, delay=0.5)))
     first.start()

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas
+from fastdeploy.daemon.router.control.shared_replicas import SharedReplicas, SharedState
 from fastdeploy.daemon.router.instance import Instance
 
 from .boards import Clock
@@ -63,7 +63,7 @@ class Talk(RuleBasedStateMachine):
     )
     def order(self, at, number, order):
         board = self.routers[at].board
-        handle = board.seat_of(self.instance(number).url)
+        handle = board.handle_of(self.instance(number).url)
         if handle is not None:
             getattr(board, order)(handle)
 
@@ -79,7 +79,7 @@ class Talk(RuleBasedStateMachine):
 
     @rule()
     def memory_is_lost(self):
-        self.hub.said = Said()
+        self.hub.said = SharedState()
 
 
 Talk.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -18,7 +18,7 @@ from fastdeploy.daemon.router.board.board import Board
 from fastdeploy.daemon.router.config.flags import parser
 from fastdeploy.daemon.router.config.loader import settings_of
 from fastdeploy.daemon.router.control.app import ControlPlane
-from fastdeploy.daemon.router.control.reload_status import Reloads
+from fastdeploy.daemon.router.control.reload_status import ReloadStatus
 from fastdeploy.daemon.router.metrics import counter_memory
 from fastdeploy.daemon.router.metrics.counter_memory import CounterMemory
 
@@ -92,7 +92,7 @@ class InProcess:
         self._boards.append(Board.create())
         settings = settings_of(parser().parse_args(flags))
         counters = CounterMemory(counter_memory.create())
-        return ControlPlane(settings, self._boards[-1], counters, Reloads())._control.test_client()
+        return ControlPlane(settings, self._boards[-1], counters, ReloadStatus())._control.test_client()
 
     def ask(self, client: FlaskClient, peer: str, key: str = "", path: str = "/register") -> tuple[int, str]:
         answer = client.post(
@@ -131,7 +131,7 @@ def test_and_then_they_must_show_a_key(in_process, path):
     network = ["--allow-host", "192.0.2.0/24"]
     status, message = in_process.ask(in_process.start(*network), "192.0.2.7", path=path)
     assert status == 403
-    assert "replicas of other machines must show a key, and none is set" in message
+    assert "replicas on other machines need a key, and none is set" in message
     router = in_process.start(*network, "--register-keys-file", str(in_process.keys))
     for key in ("", "alph", "alpha2"):
         assert in_process.ask(router, "192.0.2.7", key, path)[0] == 401

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from fastdeploy.daemon.router.addresses import AllowedAddresses
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, State
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, ReplicaState
 from fastdeploy.daemon.router.control import shared_replicas
-from fastdeploy.daemon.router.control.shared_replicas import Said, SharedReplicas, shared_name
+from fastdeploy.daemon.router.control.shared_replicas import SharedReplicas, SharedState, shared_name
 from fastdeploy.daemon.router.instance import Instance
 from fastdeploy.daemon.router.policy.policies import policy_named
 from fastdeploy.daemon.router.policy.policy import RequestFacts
@@ -42,9 +42,9 @@ def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(routers)
     one.hears(replica())
     turns(one, other)
     assert other.row().instance == replica()
-    assert other.row().state == State.DOWN
+    assert other.row().state == ReplicaState.DOWN
     other.checks_health()
-    assert other.row().state == State.UP
+    assert other.row().state == ReplicaState.UP
 
 
 def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, clock):
@@ -61,7 +61,7 @@ def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, 
     assert (one.knows(), other.knows()) == (["c"], ["c"])
 
 
-def test_a_farewell_said_to_one_is_heard_by_the_other(routers, clock):
+def test_a_deregistration_at_one_reaches_the_other(routers, clock):
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -78,7 +78,7 @@ def test_a_farewell_said_to_one_is_heard_by_the_other(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_a_farewell_with_requests_in_flight_is_a_farewell_for_the_other_too(routers):
+def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers):
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -180,21 +180,21 @@ def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_when_what_was_said_is_lost_it_is_said_again(routers, hub):
+def test_lost_shared_state_is_published_again(routers, hub):
     one, other = routers
     one.hears(replica("a", 0))
     other.hears(replica("b", 1))
     turns(one, other)
     one.board.drain(one.row(0).handle)
     turns(one, other)
-    hub.said = Said()
+    hub.said = SharedState()
     turns(other, one)
     assert (one.knows(), other.knows()) == (["a", "b"], ["a", "b"])
     assert set(hub.said.entries) == {replica("a", 0).url, replica("b", 1).url}
     assert hub.said.draining == {replica("a", 0).url: "1"}
 
 
-def test_an_old_copy_of_what_was_said_changes_nothing(routers, hub, clock):
+def test_an_old_copy_of_the_shared_state_changes_nothing(routers, hub, clock):
     one, other = routers
     one.hears(replica("a"))
     turns(one, other)
@@ -245,7 +245,9 @@ def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(hub, caplog):
 )
 def test_nonsense_is_left_alone(routers, hub, entry):
     one, _ = routers
-    hub.said = Said({"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"})
+    hub.said = SharedState(
+        {"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"}
+    )
     turns(one)
     assert one.knows() == []
     assert hub.said.entries.get("http://10.0.0.9:1", entry) == entry

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.daemon.router.board.board import Board
-from fastdeploy.daemon.router.policy.speed import Pace, weights
+from fastdeploy.daemon.router.policy.speed import StreamRate, weights
 
 from .boards import Clock, in_flight, pick, seat_replicas
 
@@ -35,7 +35,7 @@ def test_replicas_of_nearly_the_same_speed_weigh_the_same(board, clock):
     assert [row.weight for row in board.status()] == [1.0] * 4
 
 
-def test_a_slow_replica_weighs_its_part_and_is_forgiven_when_nothing_is_heard_of_it(board, clock):
+def test_slow_replica_has_less_weight_until_its_measurements_expire(board, clock):
     seat_replicas(board, 4)
     stream(board, clock, [100, 100, 50, 3], 20)
     weights = [row.weight for row in board.status()]
@@ -79,7 +79,7 @@ def test_the_drain_rate_is_that_of_the_last_seconds(board, clock):
     assert board.drain_rate() < 0.1
 
 
-paces = st.lists(st.builds(Pace, st.floats(0, 1e6), st.floats(0, 1e4)), min_size=1, max_size=16)
+paces = st.lists(st.builds(StreamRate, st.floats(0, 1e6), st.floats(0, 1e4)), min_size=1, max_size=16)
 
 
 @given(paces)
@@ -92,14 +92,16 @@ def test_weights_are_between_a_tenth_and_one_and_somebody_is_normal(paces):
 @given(paces, st.floats(0.01, 100))
 def test_only_the_ratio_of_speeds_counts(paces, factor):
     before = [1.0] * len(paces)
-    faster = [Pace(pace.tokens * factor, pace.seconds) for pace in paces]
+    faster = [StreamRate(pace.tokens * factor, pace.seconds) for pace in paces]
     for one, other in zip(weights(paces, before), weights(faster, before), strict=True):
         assert one == pytest.approx(other, abs=0.02) or {one, other} <= {1.0, 0.75}
 
 
 def test_a_slow_replica_is_normal_again_only_when_it_is_clearly_faster():
     def weight(speed: float, before: float) -> float:
-        return weights([Pace(100, 10), Pace(10 * speed, 10), Pace(100, 10)], [1.0, before, 1.0])[1]
+        return weights(
+            [StreamRate(100, 10), StreamRate(10 * speed, 10), StreamRate(100, 10)], [1.0, before, 1.0]
+        )[1]
 
     assert weight(8, 1.0) == 1.0
     assert weight(7, 1.0) == 0.7
@@ -108,8 +110,8 @@ def test_a_slow_replica_is_normal_again_only_when_it_is_clearly_faster():
 
 
 def test_of_two_replicas_the_faster_one_is_normal():
-    assert weights([Pace(100, 10), Pace(50, 10)], [1.0, 1.0]) == [1.0, 0.5]
+    assert weights([StreamRate(100, 10), StreamRate(50, 10)], [1.0, 1.0]) == [1.0, 0.5]
 
 
 def test_too_little_is_known_of_a_replica_that_streamed_for_a_moment():
-    assert weights([Pace(100, 10), Pace(1, 2)], [1.0, 1.0]) == [1.0, 1.0]
+    assert weights([StreamRate(100, 10), StreamRate(1, 2)], [1.0, 1.0]) == [1.0, 1.0]

@@ -9,7 +9,7 @@ import pytest
 from fastdeploy.daemon.router.board.board import Ending
 from fastdeploy.daemon.router.instance import ReplicaHandle
 from fastdeploy.daemon.router.relay.suspicion import (
-    MOST_ALONE,
+    MAX_ALONE,
     SUSPECT_AFTER,
     SUSPECT_AFTER_ANY,
     Death,
@@ -61,12 +61,12 @@ def test_a_suspect_is_never_deadly_before_it_was_alone() -> None:
 
 def test_one_that_was_alone_is_deadly_once_the_reason_is_known() -> None:
     assert verdict([OWN, OWN], [UNKNOWN], waited=PATIENCE / 2) is Verdict.PENDING
-    assert verdict([OWN, OWN], [OWN]) is Verdict.DEADLY
+    assert verdict([OWN, OWN], [OWN]) is Verdict.POISONOUS
 
 
 def test_without_a_word_in_time_one_that_was_alone_is_deadly() -> None:
-    assert verdict([OWN, OWN], [UNKNOWN], waited=PATIENCE) is Verdict.DEADLY
-    assert verdict([OWN, OWN], [UNKNOWN], patience=0.0) is Verdict.DEADLY
+    assert verdict([OWN, OWN], [UNKNOWN], waited=PATIENCE) is Verdict.POISONOUS
+    assert verdict([OWN, OWN], [UNKNOWN], patience=0.0) is Verdict.POISONOUS
 
 
 def test_one_whose_replica_was_killed_from_outside_is_tried_again() -> None:
@@ -75,5 +75,5 @@ def test_one_whose_replica_was_killed_from_outside_is_tried_again() -> None:
 
 
 def test_kills_from_outside_that_always_hit_the_suspect_are_bounded() -> None:
-    assert verdict([OUTSIDE] * SUSPECT_AFTER_ANY, [OUTSIDE] * (MOST_ALONE - 1)) is Verdict.SUSPECT
-    assert verdict([OUTSIDE] * SUSPECT_AFTER_ANY, [OUTSIDE] * MOST_ALONE) is Verdict.DEADLY
+    assert verdict([OUTSIDE] * SUSPECT_AFTER_ANY, [OUTSIDE] * (MAX_ALONE - 1)) is Verdict.SUSPECT
+    assert verdict([OUTSIDE] * SUSPECT_AFTER_ANY, [OUTSIDE] * MAX_ALONE) is Verdict.POISONOUS

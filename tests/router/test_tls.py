@@ -152,7 +152,7 @@ def test_a_certificate_that_is_none_is_one_line_and_exit_code_2(tmp_path, shared
         assert ended.stderr.count("\n") == 1
 
 
-def test_a_reload_takes_a_new_certificate_and_a_broken_one_changes_nothing(shared_router, engine):
+def test_reload_takes_a_new_certificate_and_ignores_a_broken_one(shared_router, engine):
     def sign() -> str:
         certify(shared_router.certificate, shared_router.key)
         return ssl.PEM_cert_to_DER_cert(shared_router.certificate.read_text()).hex()
@@ -167,7 +167,7 @@ def test_a_reload_takes_a_new_certificate_and_a_broken_one_changes_nothing(share
     whole = shared_router.certificate.read_text()
     shared_router.certificate.write_text("broken")
     shared_router.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: "going on as before" in shared_router.log.read_text(), "the fault is named")
+    wait_until(lambda: "keeping the old configuration" in shared_router.log.read_text(), "the fault is named")
     assert shown() == new
     shared_router.certificate.write_text(whole)
     assert shared_router.get("/v1/models").status_code == 200

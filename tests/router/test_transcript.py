@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastdeploy.common.resumption import Delivered, mark
-from fastdeploy.daemon.router.relay.transcript import MOST_TOKENS, Lines, Transcript
+from fastdeploy.daemon.router.relay.transcript import MAX_TOKENS, Lines, Transcript
 
 DONE = b"data: [DONE]\n\n"
 SIGN = b":\n\n"
@@ -71,7 +71,7 @@ def test_what_comes_out_is_the_stream_without_marks_and_signs_of_life(stream, cu
     data = b"".join(each.raw for each in stream) + SIGN * signs
     data = data[: len(data) - end % len(data)]
     transcript = Transcript()
-    out = b"".join(map(transcript.pass_on, pieces_of(data, cuts)))
+    out = b"".join(map(transcript.feed, pieces_of(data, cuts)))
     whole = [i for i in range(len(stream)) if len(b"".join(s.raw for s in stream[: i + 1])) <= len(data)]
     come = stream[: len(whole)]
     assert out == b"".join(each.clean for each in come)
@@ -90,10 +90,10 @@ def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(stream, 
     begun = b"".join(each.raw for each in stream[:count])
     part = stream[count].raw[: lost % len(stream[count].raw)]
     transcript = Transcript()
-    out = b"".join(map(transcript.pass_on, pieces_of(begun + part, cuts)))
+    out = b"".join(map(transcript.feed, pieces_of(begun + part, cuts)))
     transcript.drop_partial()
     rest = b"".join(each.raw for each in stream[count:]) + DONE
-    out += b"".join(map(transcript.pass_on, pieces_of(rest, others)))
+    out += b"".join(map(transcript.feed, pieces_of(rest, others)))
     assert out == b"".join(each.clean for each in stream) + DONE
     assert transcript.is_done
     resumption = transcript.resumption("/v1/completions", b"{}")
@@ -104,7 +104,7 @@ def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(stream, 
 @given(st.binary(max_size=60).map(lambda data: data.replace(b"\r", b"\n")), cuts)
 def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data, cuts):
     lines = Lines()
-    out = b"".join(map(lines.pass_on, pieces_of(data, cuts)))
+    out = b"".join(map(lines.feed, pieces_of(data, cuts)))
     assert data.startswith(out)
     assert not out or out.endswith(b"\n")
     assert out + lines.rest == data
@@ -135,7 +135,7 @@ def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines, cuts):
     data = b"".join(line + b"\n" for line in lines)
     for kind in (Transcript, Lines):
         cut, whole = kind(), kind()
-        assert b"".join(map(cut.pass_on, pieces_of(data, cuts))) == whole.pass_on(data)
+        assert b"".join(map(cut.feed, pieces_of(data, cuts))) == whole.feed(data)
         for attribute in ("is_done", "is_open", "missing_end", "problem", "rest"):
             assert getattr(cut, attribute) == getattr(whole, attribute), attribute
         args = ("/v1/completions", b"{}")
@@ -144,7 +144,7 @@ def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines, cuts):
 
 def test_a_mark_that_comes_alone_is_kept_from_the_client():
     transcript = Transcript()
-    assert transcript.pass_on(Said("a").raw + b": fd 0 2 .\n\n") == Said("a").clean
+    assert transcript.feed(Said("a").raw + b": fd 0 2 .\n\n") == Said("a").clean
     resumption = transcript.resumption("/v1/completions", b"{}")
     assert resumption is not None
     assert resumption.choices == {0: Delivered([1, 2], True)}
@@ -152,51 +152,51 @@ def test_a_mark_that_comes_alone_is_kept_from_the_client():
 
 def test_an_answer_without_marks_that_breaks_off_is_not_taken_for_whole():
     transcript = Transcript()
-    transcript.pass_on(Said("a").clean)
-    transcript.pass_on(Said("b").clean)
+    transcript.feed(Said("a").clean)
+    transcript.feed(Said("b").clean)
     assert (transcript.missing_end, transcript.is_done, transcript.is_open) == (b"", False, False)
 
 
 def test_an_answer_without_marks_passes_and_cannot_be_resumed():
     transcript = Transcript()
-    assert transcript.pass_on(Said("a").clean) == Said("a").clean
-    assert transcript.pass_on(Said("b").raw) == Said("b").clean
+    assert transcript.feed(Said("a").clean) == Said("a").clean
+    assert transcript.feed(Said("b").raw) == Said("b").clean
     assert transcript.resumption("/v1/completions", b"{}") is None
 
 
 @pytest.mark.parametrize("line", [b"", b"x 1", b"0 x", b"0 -1", b"0 99999999999999999999"])
 def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line):
     transcript = Transcript()
-    transcript.pass_on(Said("a").raw)
+    transcript.feed(Said("a").raw)
     bad = Said("b").clean[:-1] + b": fd " + line + b"\n\n"
-    assert transcript.pass_on(bad) == Said("b").clean
+    assert transcript.feed(bad) == Said("b").clean
     assert transcript.resumption("/v1/completions", b"{}") is None
     for _ in range(3000):
-        assert transcript.pass_on(Said("c").raw) == Said("c").clean
+        assert transcript.feed(Said("c").raw) == Said("c").clean
 
 
 def test_an_event_without_end_is_given_up():
     transcript = Transcript()
     piece = b"data: " + b"x" * 100_000
-    assert [transcript.pass_on(piece) for _ in range(100)] == [b""] * 100
+    assert [transcript.feed(piece) for _ in range(100)] == [b""] * 100
     assert transcript.problem
 
 
-def test_a_long_stream_takes_little_memory_and_one_too_long_stops_taking_more():
+def test_transcript_of_a_long_stream_is_small_and_bounded():
     """Ten thousand tokens as marks would be megabytes; as numbers they are four bytes each."""
     one, many = Said("abc", tokens=(100_000,)).raw, Said("abc", tokens=tuple(range(100_000, 100_512))).raw
     transcript = Transcript()
     tracemalloc.start()
     try:
         for _ in range(10_000):
-            transcript.pass_on(one)
+            transcript.feed(one)
         assert tracemalloc.get_traced_memory()[0] < 300_000
         assert transcript.resumption("/v1/completions", b"{}") is not None
-        for _ in range(MOST_TOKENS // 512):
-            transcript.pass_on(many)
+        for _ in range(MAX_TOKENS // 512):
+            transcript.feed(many)
         assert transcript.resumption("/v1/completions", b"{}") is None
-        for _ in range(MOST_TOKENS // 512):
-            transcript.pass_on(many)
+        for _ in range(MAX_TOKENS // 512):
+            transcript.feed(many)
         assert tracemalloc.get_traced_memory()[0] < 100_000
     finally:
         tracemalloc.stop()

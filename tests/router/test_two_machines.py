@@ -121,7 +121,7 @@ def machines(network: str, tmp_path: Path) -> Iterator[tuple[Machine, Machine]]:
 
 
 @pytest.mark.timeout(180)
-def test_two_routers_share_replicas_counts_and_orders_and_a_dead_ones_counts_expire(
+def test_two_routers_share_state_and_counts_of_a_dead_router_expire(
     machines: tuple[Machine, Machine], network: str, tmp_path: Path
 ) -> None:
     one, two = machines

@@ -95,7 +95,7 @@ def test_a_version_with_another_board_says_so_and_ends(tmp_path):
         )
     os.close(board)
     assert ended.returncode == 6
-    assert ended.stderr.startswith("fd-router: the old program cannot be replaced, it goes on: ")
+    assert ended.stderr.startswith("fd-router: the old program cannot be replaced and continues: ")
     assert ended.stderr.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""The line in front of replicas that are all full: who is next, and who is told to go."""
+"""The wait queue of requests for busy replicas: the order of service, and rejection."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastdeploy.daemon.router.relay.wait_queue import WaitQueue, retry_after
 
 
 class Place:
-    """With room for a few. Whoever gives up ends, as a request does: it tells the line."""
+    """Replicas with room for a few. A waiter that gives up advances the queue, like a request that ends."""
 
-    def __init__(self, line: WaitQueue) -> None:
-        self.line = line
-        #: Of it the last is at a replica that the choosy do not want.
+    def __init__(self, queue: WaitQueue) -> None:
+        self.queue = queue
+        #: The last place is on a replica that those with exclusions avoid.
         self.room = 0
         self.served: list[str] = []
         self.gone: list[str] = []
@@ -26,12 +26,12 @@ class Waiter:
     deadline: float = 100.0
     #: There is no replica at all for it.
     is_stranded: bool = False
-    is_choosy: bool = False
+    has_exclusions: bool = False
 
     def try_again(self, now: float) -> PickFailure | None:
         if self.is_stranded:
             return PickFailure.DOWN
-        if not self.place.room or (self.is_choosy and self.place.room < 2):
+        if not self.place.room or (self.has_exclusions and self.place.room < 2):
             return PickFailure.BUSY
         self.place.room -= 1
         self.place.served.append(self.name)
@@ -39,7 +39,7 @@ class Waiter:
 
     def give_up(self) -> None:
         self.place.gone.append(self.name)
-        self.place.line.advance(self.deadline)
+        self.place.queue.advance(self.deadline)
 
 
 def new_place(longest: int = 100) -> Place:
@@ -49,32 +49,32 @@ def new_place(longest: int = 100) -> Place:
 def test_first_come_first_served():
     place = new_place()
     for name in "abc":
-        assert place.line.join(Waiter(name, place))
-    place.line.advance(0.0)
+        assert place.queue.join(Waiter(name, place))
+    place.queue.advance(0.0)
     assert place.served == []
     place.room = 2
-    place.line.advance(0.0)
-    assert (place.served, len(place.line)) == (["a", "b"], 1)
+    place.queue.advance(0.0)
+    assert (place.served, len(place.queue)) == (["a", "b"], 1)
 
 
 def test_a_pass_over_an_empty_queue_does_not_delay_the_next_one():
     place = new_place()
-    place.line.advance(0.0)
-    place.line.join(Waiter("first", place))
+    place.queue.advance(0.0)
+    place.queue.join(Waiter("first", place))
     place.room = 1
-    assert not place.line.has_others(0.01)
+    assert not place.queue.has_others(0.01)
     assert place.served == ["first"]
 
 
 def test_those_whose_answer_has_begun_come_first_and_always_get_in():
     place = new_place(longest=1)
-    assert place.line.join(Waiter("a", place))
-    assert not place.line.join(Waiter("b", place))
-    assert place.line.join(Waiter("x", place), is_urgent=True)
-    assert place.line.join(Waiter("y", place), is_urgent=True)
-    assert len(place.line) == 3
+    assert place.queue.join(Waiter("a", place))
+    assert not place.queue.join(Waiter("b", place))
+    assert place.queue.join(Waiter("x", place), is_urgent=True)
+    assert place.queue.join(Waiter("y", place), is_urgent=True)
+    assert len(place.queue) == 3
     place.room = 3
-    place.line.advance(0.0)
+    place.queue.advance(0.0)
     assert place.served == ["x", "y", "a"]
 
 
@@ -82,32 +82,32 @@ def test_one_for_whom_there_is_nobody_holds_up_nobody_and_keeps_its_place():
     place = new_place()
     stranded = Waiter("a", place, is_stranded=True)
     urgent = Waiter("x", place, is_stranded=True)
-    place.line.join(urgent, is_urgent=True)
+    place.queue.join(urgent, is_urgent=True)
     for waiter in (stranded, Waiter("b", place), Waiter("c", place)):
-        place.line.join(waiter)
+        place.queue.join(waiter)
     place.room = 1
-    place.line.advance(0.0)
+    place.queue.advance(0.0)
     assert place.served == ["b"]
     stranded.is_stranded = urgent.is_stranded = False
     place.room = 3
-    place.line.advance(0.0)
+    place.queue.advance(0.0)
     assert place.served == ["b", "x", "a", "c"]
 
 
 def test_one_that_does_not_want_every_replica_holds_up_nobody_else():
     place = new_place()
     for name in "abc":
-        place.line.join(Waiter(name, place, is_choosy=name != "b"))
+        place.queue.join(Waiter(name, place, has_exclusions=name != "b"))
     place.room = 1
-    place.line.advance(0.0)
+    place.queue.advance(0.0)
     assert place.served == ["b"]
     place.room = 2
-    place.line.advance(0.0)
+    place.queue.advance(0.0)
     assert place.served == ["b", "a"]
     assert place.room == 1
 
 
-def test_a_line_without_any_replica_is_not_tried_for_each_arrival():
+def test_a_queue_without_any_replica_is_not_tried_for_each_arrival():
     place = new_place()
     tries = []
 
@@ -117,59 +117,59 @@ def test_a_line_without_any_replica_is_not_tried_for_each_arrival():
             return super().try_again(now)
 
     waiters = [Stranded(name, place, is_stranded=True) for name in "ab"]
-    place.line.join(waiters[0])
-    place.line.join(waiters[1], is_urgent=True)
+    place.queue.join(waiters[0])
+    place.queue.join(waiters[1], is_urgent=True)
     for _ in range(10):
-        place.line.advance(1.0)
-        assert not place.line.has_others(1.0)
+        place.queue.advance(1.0)
+        assert not place.queue.has_others(1.0)
     assert tries == [1.0, 1.0]
     for waiter in waiters:
         waiter.is_stranded = False
     place.room = 2
-    place.line.advance(1.2)
+    place.queue.advance(1.2)
     assert place.served == ["b", "a"]
 
 
-def test_who_comes_now_goes_behind_those_that_want_the_same_and_behind_no_others():
+def test_new_request_queues_only_behind_those_needing_the_same_replicas():
     place = new_place()
-    assert not place.line.has_others(0.0)
+    assert not place.queue.has_others(0.0)
     stranded = Waiter("a", place, is_stranded=True)
-    place.line.join(stranded)
-    place.line.join(Waiter("b", place, is_choosy=True))
-    assert not place.line.has_others(0.0)
-    place.line.join(Waiter("c", place))
-    assert place.line.has_others(0.0)
+    place.queue.join(stranded)
+    place.queue.join(Waiter("b", place, has_exclusions=True))
+    assert not place.queue.has_others(0.0)
+    place.queue.join(Waiter("c", place))
+    assert place.queue.has_others(0.0)
     place.room = 1
-    assert not place.line.has_others(0.0)
+    assert not place.queue.has_others(0.0)
     assert place.served == ["c"]
 
 
 def test_thousands_whose_time_is_up_together_go_and_each_is_told_once():
-    """Each that goes has ended, and what ends lets the line advance: from within the line."""
+    """Each waiter that gives up advances the queue from within a pass over it."""
     place = new_place(longest=3000)
     for number in range(3000):
-        place.line.join(Waiter(str(number), place, deadline=5.0 if number % 3 else 6.0))
-    place.line.advance(4.9)
+        place.queue.join(Waiter(str(number), place, deadline=5.0 if number % 3 else 6.0))
+    place.queue.advance(4.9)
     assert place.gone == []
-    place.line.advance(5.0)
-    assert len(place.gone) == len(set(place.gone)) == len(place.line) * 2 == 2000
+    place.queue.advance(5.0)
+    assert len(place.gone) == len(set(place.gone)) == len(place.queue) * 2 == 2000
 
 
 def test_who_leaves_is_not_served():
     place = new_place()
     a, x = Waiter("a", place), Waiter("x", place)
-    place.line.join(a)
-    place.line.join(x, is_urgent=True)
-    place.line.leave(a)
-    place.line.leave(x)
-    place.line.leave(x)
+    place.queue.join(a)
+    place.queue.join(x, is_urgent=True)
+    place.queue.leave(a)
+    place.queue.leave(x)
+    place.queue.leave(x)
     place.room = 1
-    place.line.advance(200.0)
-    assert (place.served, place.gone, len(place.line)) == ([], [], 0)
+    place.queue.advance(200.0)
+    assert (place.served, place.gone, len(place.queue)) == ([], [], 0)
 
 
 def test_retry_after_is_the_time_that_those_before_will_need():
-    assert retry_after(waiting=9, ended_per_second=2.0, most=30.0) == 5
-    assert retry_after(waiting=0, ended_per_second=1000.0, most=30.0) == 1
-    assert retry_after(waiting=1000, ended_per_second=1.0, most=30.0) == 30
-    assert retry_after(waiting=5, ended_per_second=0.0, most=30.0) == 30
+    assert retry_after(waiting=9, ended_per_second=2.0, limit=30.0) == 5
+    assert retry_after(waiting=0, ended_per_second=1000.0, limit=30.0) == 1
+    assert retry_after(waiting=1000, ended_per_second=1.0, limit=30.0) == 30
+    assert retry_after(waiting=5, ended_per_second=0.0, limit=30.0) == 30

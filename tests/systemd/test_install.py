@@ -52,7 +52,7 @@ def ask(service: Service, key: str = "") -> str:
     return service.run("/opt/fd-dp/bin/python", "-c", _ASK, stdin=key, timeout=120.0).stdout
 
 
-def test_install_puts_everything_in_place_and_uninstall_leaves_what_is_the_operators(fresh: Service) -> None:
+def test_install_is_complete_and_uninstall_keeps_the_operators_files(fresh: Service) -> None:
     machine, root = fresh.machine, fresh.machine.root
     machine.write(CONFIG, f"{installed.SMALL}# mine\n")
     assert "systemctl enable --now fd-dp" in installed.install(machine)
@@ -74,7 +74,7 @@ def test_install_puts_everything_in_place_and_uninstall_leaves_what_is_the_opera
     assert (root / "var/lib/fd/models").is_dir()
 
 
-def test_real_replicas_serve_with_keys_from_a_credential_and_go_on_over_an_upgrade(fresh: Service) -> None:
+def test_replicas_serve_with_credential_keys_and_outlive_an_upgrade(fresh: Service) -> None:
     machine, root = fresh.machine, fresh.machine.root
     machine.run("groupadd", "--system", "fd")
     machine.write("/etc/fd/api-keys", f"{_KEY}\n", 0o600)

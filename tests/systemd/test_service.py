@@ -22,7 +22,7 @@ def test_status_says_how_far_a_start_is_and_it_is_over_when_all_are_ready(stoppe
 
 
 @pytest.mark.slow
-def test_a_start_and_a_reload_that_go_on_may_last_longer_than_the_unit_allows(stopped: Service) -> None:
+def test_progressing_start_and_reload_may_exceed_the_unit_timeout(stopped: Service) -> None:
     stopped.configure(2, "--load-seconds", "30")
     stopped.override("fd-dp", "TimeoutStartSec=20s")
     stopped.run("systemctl", "start", "fd-dp", timeout=200)
@@ -78,7 +78,7 @@ def test_a_bad_dp_toml_fails_the_reload_and_changes_nothing(serving: Service) ->
     serving.configure()
 
 
-def test_a_dp_toml_with_which_no_replica_starts_fails_the_reload_and_the_old_one_is_back(
+def test_reload_fails_and_rolls_back_if_replicas_cannot_start(
     serving: Service,
 ) -> None:
     before = serving.pids()
@@ -100,7 +100,7 @@ def test_a_daemon_that_is_killed_comes_back_and_adopts(serving: Service) -> None
     assert serving.show("MainPID", "fd-dp-engines") in map(str, serving.cgroup("fd-dp-engines"))
 
 
-def test_a_restart_of_the_daemon_as_after_an_upgrade_leaves_the_replicas_alone(serving: Service) -> None:
+def test_daemon_restart_as_after_an_upgrade_leaves_replicas_running(serving: Service) -> None:
     before, daemon = serving.wait_ready(), serving.show("MainPID")
     serving.run("systemctl", "restart", "fd-dp")
     assert serving.show("MainPID") != daemon
@@ -111,7 +111,7 @@ def test_a_restart_of_the_daemon_as_after_an_upgrade_leaves_the_replicas_alone(s
     assert "Traceback" not in journal
 
 
-def test_what_the_operator_has_stopped_stays_down_and_no_start_waits_for_it(serving: Service) -> None:
+def test_stopped_replicas_stay_down_and_do_not_delay_a_unit_restart(serving: Service) -> None:
     serving.run("fdctl", "stop", "all")
     serving.run("systemctl", "restart", "fd-dp")
     assert serving.show("StatusText").startswith("0/8 ready")
@@ -119,7 +119,7 @@ def test_what_the_operator_has_stopped_stays_down_and_no_start_waits_for_it(serv
     assert serving.ready()
 
 
-def test_a_daemon_that_hangs_is_replaced_by_the_watchdog_and_the_replicas_go_on(serving: Service) -> None:
+def test_watchdog_replaces_a_hanging_daemon_and_replicas_keep_running(serving: Service) -> None:
     before = serving.wait_ready()
     serving.override("fd-dp", "WatchdogSec=3s\nTimeoutAbortSec=1s")
     serving.run("systemctl", "restart", "fd-dp")
@@ -132,7 +132,7 @@ def test_a_daemon_that_hangs_is_replaced_by_the_watchdog_and_the_replicas_go_on(
     assert "fd-dp.service: Watchdog timeout" in serving.journal()
 
 
-def test_a_supervisord_that_is_killed_leaves_no_orphan_and_everything_comes_back(serving: Service) -> None:
+def test_killed_supervisord_leaves_no_orphans_and_all_programs_return(serving: Service) -> None:
     before, daemon = serving.wait_ready(), serving.show("MainPID")
     serving.machine.kill(serving.show("MainPID", "fd-dp-engines"), "KILL")
     wait_until(lambda: not set(serving.pids().values()) & {*before.values(), None}, "everything is new")
@@ -143,7 +143,7 @@ def test_a_supervisord_that_is_killed_leaves_no_orphan_and_everything_comes_back
     assert serving.show("MainPID") == daemon
 
 
-def test_a_start_with_a_bad_dp_toml_says_why_and_goes_well_once_it_is_good(
+def test_start_with_a_bad_dp_toml_says_why_and_succeeds_once_corrected(
     stopped: Service,
 ) -> None:
     stopped.machine.write("/etc/fd/dp.toml", "[model]\npath = 3\n", 0o640)
@@ -165,7 +165,7 @@ def test_group_fd_operates_and_others_do_not_even_look(serving: Service) -> None
     assert told.stderr.count("\n") == 1
 
 
-def test_only_root_writes_the_configuration_and_what_programs_start_with_is_for_user_fd_alone(
+def test_config_is_writable_by_root_only_and_launch_files_private_to_fd(
     serving: Service,
 ) -> None:
     root = serving.machine.root

@@ -1,4 +1,4 @@
-"""A request's claim on a replica."""
+"""A request's claim on a replica, and the counters of the worker that made it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import threading
 from collections.abc import Callable
 
 from ..instance import Instance, ReplicaHandle
-from .memory import Column
+from .memory import CounterCells
 
 logger = logging.getLogger(__name__)
 
-#: A stream's tokens are counted at most this often: the board is not touched for each.
+#: Minimum seconds between two counts of a stream's tokens, so that not each token touches the board.
 _COUNT_SECONDS = 0.25
 
 
-class OwnCounters:
-    """This process's counters. Nobody else writes them, so that they need no lock between processes."""
+class WorkerCounters:
+    """Counters of this process. No other process writes them, so they need no lock between processes."""
 
-    def __init__(self, index: int, cells: Column, clock: Callable[[], float]) -> None:
+    def __init__(self, index: int, cells: CounterCells, clock: Callable[[], float]) -> None:
         self.index = index
         self.clock = clock
         self._cells = cells
-        #: Threads of this process.
+        #: Between threads of this process.
         self._lock = threading.Lock()
 
     def begin(self, handle: ReplicaHandle, tokens: int, probing: bool) -> Lease:
@@ -35,7 +35,7 @@ class OwnCounters:
         return Lease(self, handle, tokens, probing)
 
     def reserve(self, row: int, now: float) -> None:
-        """`now`: 0 ends the reservation."""
+        """Reserve a row; with `now` 0, end the reservation."""
         self._cells.reserved[row] = now
 
     def has_reserved(self, row: int) -> bool:
@@ -67,16 +67,16 @@ class OwnCounters:
 
 
 class Lease:
-    """Counted when the replica was picked, given back once."""
+    """One request in flight at a replica: counted when the replica is picked, released once."""
 
-    __slots__ = ("_column", "_due", "_passed", "_since", "handle", "held", "probing", "tokens")
+    __slots__ = ("_counters", "_due", "_passed", "_since", "handle", "held", "probing", "tokens")
 
-    def __init__(self, column: OwnCounters, handle: ReplicaHandle, tokens: int, probing: bool) -> None:
-        self._column = column
+    def __init__(self, counters: WorkerCounters, handle: ReplicaHandle, tokens: int, probing: bool) -> None:
+        self._counters = counters
         self.handle = handle
-        #: Of the prompt.
+        #: Tokens of the prompt.
         self.tokens = tokens
-        #: It tries the replica out: what becomes of it decides whether others follow.
+        #: True if this request probes the replica: its outcome decides whether others follow.
         self.probing = probing
         self.held = True
         self._passed = 0
@@ -87,27 +87,27 @@ class Lease:
         return self.handle.instance
 
     def count_tokens(self, count: int) -> None:
-        """So many tokens of a stream were passed on, just now.
+        """Record that `count` tokens of the answer have just been passed on.
 
-        The clock starts with the first call, and what that counts is left out: an answer that comes whole, in
-        one call, says nothing about speed.
+        The first call starts the clock and its tokens are left out, because a complete response that comes in
+        one call says nothing about speed.
         """
-        now = self._column.clock()
+        now = self._counters.clock()
         if not self._since:
             self._since, self._due = now, now + _COUNT_SECONDS
             return
         self._passed += count
         if now >= self._due:
-            self._note(now)
+            self._flush(now)
 
     def release(self) -> None:
-        """May be called again; only the first call counts."""
+        """Release the claim; further calls have no effect."""
         try:
             if self._passed:
-                self._note(self._column.clock())
+                self._flush(self._counters.clock())
         finally:
-            self._column.end(self)
+            self._counters.end(self)
 
-    def _note(self, now: float) -> None:
-        self._column.count(self, self._passed, now - self._since)
+    def _flush(self, now: float) -> None:
+        self._counters.count(self, self._passed, now - self._since)
         self._passed, self._since, self._due = 0, now, now + _COUNT_SECONDS

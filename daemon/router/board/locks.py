@@ -1,4 +1,4 @@
-"""Locks between processes that the kernel takes back from whoever dies, at whatever instruction."""
+"""Locks between processes that the kernel releases when their holder dies, at whatever instruction."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from types import TracebackType
 
 #: struct flock of 64-bit Linux: type, whence, start, length, pid.
 _RECORD = struct.Struct("hhqqi4x")
-# Python's own lets other threads run meanwhile, and gets its turn again after 5 ms if one of them is busy:
-# all other processes would wait for that. This one is for calls that do not block. Without
-# argument types, which would be checked at each call: integers are taken for C's int.
+# fcntl.flock lets go of the GIL and, if another thread is busy, gets it back only after 5 ms, for which all
+# other processes would wait. This function keeps the GIL; it is for calls that do not block. It has no
+# argtypes, because ctypes would check them at each call: integers are passed as C's int anyway.
 _flock = ctypes.PyDLL(None).flock
 _LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
 class KernelLocks:
-    """One lock that excludes threads and processes (a with-statement), and marks that outlive nobody.
+    """An exclusive lock between threads and processes (a with-statement), and numbered liveness locks.
 
-    The exclusive lock is flock's. A mark is a record lock on one byte: it is held until its holder dies, so
-    that "is it held?" answers "is its holder alive?", without pids that are used again. Record locks of the
-    older kind will not do: a process loses all of them when it closes any descriptor of the file.
+    The exclusive lock is flock's. A liveness lock is an open file description lock on one byte. A process
+    holds it until it dies, so that the lock tells whether the process lives; a pid could be used again.
+    Classic record locks would not do: a process loses them when it closes any descriptor of the file.
     """
 
     def __init__(self, descriptor: int, after_fork: Callable[[], None]) -> None:
-        """Locks belong to an open file, and a fork shares that: so each process opens the file for itself.
+        """Open the file again: locks belong to an open file, which a fork shares.
 
         Args:
-            after_fork: called in a child of this process, which has none of its parent's marks.
+            after_fork: called in each child of this process, which has none of its parent's locks.
         """
         self._shared = descriptor
         self._after_fork = after_fork
         self._open()
-        _everybody.add(self)
+        _instances.add(self)
 
     def _open(self) -> None:
         self._own = os.open(f"/proc/self/fd/{self._shared}", os.O_RDWR | os.O_CLOEXEC)
@@ -59,8 +59,8 @@ class KernelLocks:
         _flock(self._own, _UNLOCK)
         self._threads.release()
 
-    def take_mark(self, number: int) -> bool:
-        """Takes a mark until it is given back or this process dies; False if another process has it."""
+    def take_liveness(self, number: int) -> bool:
+        """Take a liveness lock until it is released or this process dies; False if another process has it."""
         try:
             fcntl.fcntl(self._own, fcntl.F_OFD_SETLK, _record(fcntl.F_WRLCK, number))
         except OSError as error:
@@ -69,27 +69,27 @@ class KernelLocks:
             raise
         return True
 
-    def give_back_mark(self, number: int) -> None:
+    def release_liveness(self, number: int) -> None:
         fcntl.fcntl(self._own, fcntl.F_OFD_SETLK, _record(fcntl.F_UNLCK, number))
 
-    def is_marked(self, number: int) -> bool:
-        """Whether another process has taken that mark and is alive."""
+    def is_held_elsewhere(self, number: int) -> bool:
+        """Return True if another process, which therefore lives, holds that liveness lock."""
         answer = fcntl.fcntl(self._own, fcntl.F_OFD_GETLK, _record(fcntl.F_WRLCK, number))
         return bool(_RECORD.unpack(answer)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Gives everything back."""
-        _everybody.discard(self)
+        """Release all locks."""
+        _instances.discard(self)
         os.close(self._own)
 
     def leave_parent(self) -> None:
-        """In the child of a fork: what it inherited would keep its parent's locks when the parent is dead."""
+        """Open the file again in a forked child, which would keep the locks of a parent that has died."""
         os.close(self._own)
         self._open()
         self._after_fork()
 
 
-_everybody: weakref.WeakSet[KernelLocks] = weakref.WeakSet()
+_instances: weakref.WeakSet[KernelLocks] = weakref.WeakSet()
 
 
 def _record(kind: int, number: int) -> bytes:
@@ -97,7 +97,7 @@ def _record(kind: int, number: int) -> bytes:
 
 
 def _leave_parent() -> None:
-    for locks in _everybody:
+    for locks in _instances:
         locks.leave_parent()
 
 

@@ -1,12 +1,13 @@
-"""The bytes of the board: what lies where in the memory that all workers of a router map.
+"""Layout of the board in the memory that all workers of a router map.
 
-    header     what there is once
-    rows       one for each replica: a field of all rows lies together, so that one call reads it for all
-    columns    one for each worker: counters for each row, which nobody else writes
-    texts      two for each row: the replica's registration is written into the one that is not in use
-    table      the prefix table's
+    header     single cells
+    rows       one per replica. Each field is one array over all rows, so that one call reads it for all
+    counters   one set per worker, an array over all rows for each counter. Only that worker writes it
+    texts      two per row: a registration is written into the one that is not in use
+    table      the prefix table
 
-All cells are 8 bytes at multiples of 8: each is read and written whole. Zeroed memory is an empty board.
+Each cell has 8 bytes at a multiple of 8, so it is read and written in one piece. Zeroed memory is an empty
+board.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from ..instance import Instance, RegistrationError
 from ..policy.prefix_table import PrefixTable
 
 ROWS = 256
-#: One for each worker; a gunicorn that replaces itself runs twice as many for a while.
+#: Maximum number of workers. A gunicorn that replaces itself runs twice as many for a while.
 WORKERS = 32
 RETIRED = 256
 ENDINGS = 256
-#: The column for what other routers have in flight.
+#: Index of the counters that hold what other routers have in flight.
 REMOTE = WORKERS
-#: More than all cells need; what is not touched takes no memory.
+#: More than all cells need; untouched pages use no memory.
 _CELL_BYTES = 1 << 20
 _TEXT_BYTES = 8192
 _TEXT_AREA = ROWS * 2 * _TEXT_BYTES
 BYTES = _CELL_BYTES + _TEXT_AREA + PrefixTable.BYTES
 _MAGIC = int.from_bytes(b"fd-board", "little")
-#: Changes with everything below: an old router must not hand its board to a new one that reads it otherwise.
+#: Version of the layout. Increase it with any change below: a router hands its board to its next version.
 _LAYOUT = 3
 
 
-class State(IntEnum):
-    """board.py has the table of moves."""
+class ReplicaState(IntEnum):
+    """State of a row; rows.py has the transitions."""
 
     FREE = 0
     UP = 1
@@ -71,43 +72,43 @@ class Header(IntEnum):
 
     MAGIC = 0
     LAYOUT = 1
-    #: Moves whenever anything else than a counter changes.
+    #: Increases whenever anything but a counter changes.
     CHANGES = 2
     PICKS = 3
     GENERATION = 4
-    #: Rows from here on have never been used.
+    #: Number of rows that have ever been used.
     ROWS = 5
     RETIRED = 6
-    #: A random number: which board this is.
+    #: Random number that identifies the board.
     IDENTITY = 7
-    #: Other routers count in the column REMOTE.
+    #: 1 if the counters at REMOTE are in use.
     HAS_REMOTE = 8
     ENDINGS = 9
 
 
 class BoardError(FastDeployError):
-    """There is no board there, or none of this version."""
+    """The memory is not a board of this version, or has no room."""
 
 
-class Column:
-    """A worker's counters, by row."""
+class CounterCells:
+    """Counters of one worker, by row."""
 
     def __init__(self, cells: _Cells) -> None:
         self.in_flight = cells.ints(ROWS)
         #: Prompt tokens of the requests in flight.
         self.tokens = cells.ints(ROWS)
-        #: Requests in flight that try a replica out.
+        #: Requests in flight that probe a replica.
         self.probes = cells.ints(ROWS)
-        #: Of streams: tokens that were passed on, and the seconds that took.
+        #: Tokens of streams that were passed on, and the seconds that took.
         self.passed = cells.ints(ROWS)
         self.seconds = cells.floats(ROWS)
-        #: When a replica was reserved for one request of this worker; 0 if it is not reserved.
+        #: Time at which a replica was reserved for one request of this worker; 0 if it is not reserved.
         self.reserved = cells.floats(ROWS)
         # A cache line of its own.
         own = cells.ints(8)
-        #: Whose column it is; 0 if nobody's.
+        #: The worker; 0 if the slot is free.
         self.pid = own[:1]
-        #: Requests that have ended, of all rows.
+        #: Requests that have ended, over all rows.
         self.ended = own[1:2]
 
     def clear(self) -> None:
@@ -119,10 +120,10 @@ class Column:
 
 
 class BoardMemory:
-    """Views of the mapped file. Knows where things are, not what they mean."""
+    """Views of the mapped file, by what the layout says."""
 
     def __init__(self, descriptor: int) -> None:
-        """Raises BoardError if the descriptor is no board of this version."""
+        """Raises BoardError if the descriptor is not a board of this version."""
         self.descriptor = descriptor
         try:
             self._map = mmap.mmap(descriptor, BYTES)
@@ -131,29 +132,29 @@ class BoardMemory:
         whole = memoryview(self._map)
         cells = _Cells(whole[:_CELL_BYTES])
         self.header = cells.ints(len(Header))
-        #: A ring: hashes of instances that are not admitted again for a while, and since when.
+        #: Ring of hashes of instances that are not admitted again for a while, and when they were retired.
         self.retired, self.retired_at = cells.ints(RETIRED), cells.floats(RETIRED)
-        #: A ring: hashes of starts of replicas, and how they ended.
+        #: Ring of hashes of starts of replicas, and how they ended.
         self.ended_start, self.ending = cells.ints(ENDINGS), cells.ints(ENDINGS)
-        #: When a replica was last lost; 0 if none ever was.
+        #: Time of the last loss of a replica; 0 before the first.
         self.lost_at = cells.floats(1)
-        #: Requests that ended per second, lately.
+        #: Recent requests per second that ended.
         self.drain_rate = cells.floats(1)
         self.state, self.flags, self.generation, self.text = (cells.ints(ROWS) for _ in range(4))
-        self.failures, self.last_pick, self.picks = (cells.ints(ROWS) for _ in range(3))
-        self.running, self.waiting, self.in_flight_then = (cells.ints(ROWS) for _ in range(3))
-        self.heard_at, self.failed_at, self.since = (cells.floats(ROWS) for _ in range(3))
+        self.failures, self.last_pick, self.pick_count = (cells.ints(ROWS) for _ in range(3))
+        self.running, self.waiting, self.in_flight_at_poll = (cells.ints(ROWS) for _ in range(3))
+        self.heartbeat_at, self.failed_at, self.since = (cells.floats(ROWS) for _ in range(3))
         self.probe_at, self.probe_wait, self.weight = (cells.floats(ROWS) for _ in range(3))
-        #: Decayed sums of what the columns have of it.
+        #: Decayed sums of the counters of the same names.
         self.passed, self.seconds = (cells.floats(ROWS) for _ in range(2))
-        self.columns = [Column(cells) for _ in range(WORKERS + 1)]
+        self.counters = [CounterCells(cells) for _ in range(WORKERS + 1)]
         self._texts = whole[_CELL_BYTES : _CELL_BYTES + _TEXT_AREA]
         self.prefix_table = whole[_CELL_BYTES + _TEXT_AREA : BYTES]
         if (self.header[Header.MAGIC], self.header[Header.LAYOUT]) != (_MAGIC, _LAYOUT):
             raise BoardError(f"descriptor {descriptor} is no board of this version")
 
     def write_text(self, row: int, text: bytes) -> None:
-        """Takes effect with its last store, wherever the writer dies."""
+        """Store a registration. It takes effect with the last store, wherever the writer dies."""
         version = (self.text[row] >> 16) + 1
         begin = (2 * row + version % 2) * _TEXT_BYTES
         self._texts[begin : begin + len(text)] = text
@@ -166,11 +167,11 @@ class BoardMemory:
 
 
 def create() -> int:
-    """The descriptor of a new, empty board. It is inherited over exec, and freed with its last user."""
+    """Return the descriptor of a new, empty board. It is inherited over exec and freed with its last user."""
     descriptor = os.memfd_create("fd-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.set_inheritable(descriptor, True)
     os.ftruncate(descriptor, BYTES)
-    # Nobody can pull the memory from under the others.
+    # A process that truncated the file would kill all others that map it.
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     cells = {Header.MAGIC: _MAGIC, Header.LAYOUT: _LAYOUT, Header.IDENTITY: secrets.randbits(63)}
     for cell, value in cells.items():
@@ -179,7 +180,7 @@ def create() -> int:
 
 
 def text_of(instance: Instance) -> bytes:
-    """What `write_text` takes. Raises RegistrationError if it is too long."""
+    """Return the argument of `write_text` for an instance. Raises RegistrationError if it is too long."""
     text = msgspec.json.encode(instance)
     if len(text) > _TEXT_BYTES:
         raise RegistrationError("invalid InstanceInfo format: too long")
@@ -187,7 +188,7 @@ def text_of(instance: Instance) -> bytes:
 
 
 class _Cells:
-    """Cuts memory into views, one after the other."""
+    """Cuts memory into consecutive views."""
 
     def __init__(self, memory: memoryview) -> None:
         self._rest = memory

@@ -1,11 +1,11 @@
-"""Turns the counters of all workers into speeds and rates, once a second, in the worker that leads."""
+"""Speeds of replicas and the rate of ended requests, from the counters of all workers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..policy.speed import Pace, decay, weights
+from ..policy.speed import StreamRate, decay, weights
 from .memory import WORKERS, BoardMemory
 from .rows import Rows
 
@@ -14,7 +14,7 @@ _RATE_SECONDS = 5.0
 
 
 class _Counters(NamedTuple):
-    """Of one worker."""
+    """Counters of one worker."""
 
     pid: int
     ended: int
@@ -22,8 +22,8 @@ class _Counters(NamedTuple):
     seconds: Sequence[float]
 
 
-class Measuring:
-    """Remembers what the counters were last time. Calls come under the board's lock."""
+class RateMeter:
+    """Compares the counters with their last values. All calls come under the board's lock."""
 
     def __init__(self, memory: BoardMemory, rows: Rows) -> None:
         self._memory = memory
@@ -32,17 +32,17 @@ class Measuring:
         self._before: dict[int, _Counters] = {}
 
     def measure(self, now: float) -> None:
-        """The first call only takes note; what the one that led before has measured stays."""
+        """Update weights and rates. The first call only reads; values of an earlier leader stay."""
         counters = {
-            index: _Counters(column.pid[0], column.ended[0], column.passed.tolist(), column.seconds.tolist())
-            for index, column in enumerate(self._memory.columns[:WORKERS])
-            if column.pid[0]
+            index: _Counters(cells.pid[0], cells.ended[0], cells.passed.tolist(), cells.seconds.tolist())
+            for index, cells in enumerate(self._memory.counters[:WORKERS])
+            if cells.pid[0]
         }
         if self._at is not None and now > self._at:
-            self._note(now - self._at, counters)
+            self._update(now - self._at, counters)
         self._at, self._before = now, counters
 
-    def _note(self, elapsed: float, counters: dict[int, _Counters]) -> None:
+    def _update(self, elapsed: float, counters: dict[int, _Counters]) -> None:
         memory = self._memory
         rows = self._rows.used()
         tokens = dict.fromkeys(rows, 0)
@@ -54,19 +54,19 @@ class Measuring:
                 continue  # the worker is new
             ended += now.ended - before.ended
             for row in rows:
-                # Where a row's replica is new, it gets the last second of the one before, and forgets it.
+                # A replica that is new in its row gets the last second of its predecessor, which soon decays.
                 tokens[row] += now.tokens[row] - before.tokens[row]
                 seconds[row] += now.seconds[row] - before.seconds[row]
         keep = decay(elapsed, _RATE_SECONDS)
         memory.drain_rate[0] = memory.drain_rate[0] * keep + ended / elapsed * (1 - keep)
-        paces = [
-            Pace(memory.passed[row], memory.seconds[row]).after(elapsed, tokens[row], seconds[row])
+        rates = [
+            StreamRate(memory.passed[row], memory.seconds[row]).after(elapsed, tokens[row], seconds[row])
             for row in rows
         ]
         old = [memory.weight[row] for row in rows]
-        new = weights(paces, old)
+        new = weights(rates, old)
         if new != old:
-            self._rows.changing()
-        for row, pace, weight in zip(rows, paces, new, strict=True):
-            memory.passed[row], memory.seconds[row] = pace
+            self._rows.begin_change()
+        for row, rate, weight in zip(rows, rates, new, strict=True):
+            memory.passed[row], memory.seconds[row] = rate
             memory.weight[row] = weight

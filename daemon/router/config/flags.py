@@ -1,4 +1,4 @@
-"""fd-router's command line: its flags, and which of them a router that runs can take anew."""
+"""fd-router's command line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ....common.cli import CommandLine
 from ....common.cors import DEFAULT
 from ..policy.policies import POLICIES
 
-#: Clients of a worker, if nobody says how many.
-MOST_CONNECTIONS = 8192
+#: Maximum number of clients of a worker, unless a flag says otherwise.
+DEFAULT_MAX_CONNECTIONS = 8192
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def fixed_in(arguments: argparse.Namespace) -> dict[str, str]:
-    """What holds as long as the router runs, by flag: where it listens, and what it has read once.
+def fixed_flags(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the settings that cannot change while the router runs, by flag.
 
-    Another certificate is fine, but nobody can tell clients that TLS comes or goes.
+    The certificate can change, but TLS cannot be switched on or off: clients would not know.
     """
     return {
         "--host": arguments.host,
@@ -30,13 +30,13 @@ def fixed_in(arguments: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def changed(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
-    """The names of what differs in two answers of `fixed_in`, which may be those of two versions."""
+def changed_flags(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names that differ between two results of `fixed_flags`, which may be from two versions."""
     return tuple(sorted(name for name in before.keys() & after.keys() if before[name] != after[name]))
 
 
 def file_parser() -> argparse.ArgumentParser:
-    """Of the words of a flags file: all flags but those that print something and that name the file."""
+    """Return the parser of a flags file: all flags except --flags-file and those that print something."""
     command_line = CommandLine(prog="fd-router", allow_abbrev=False, add_help=False)
     _add_flags(command_line)
     return command_line
@@ -45,11 +45,11 @@ def file_parser() -> argparse.ArgumentParser:
 def parser() -> argparse.ArgumentParser:
     command_line = CommandLine(
         prog="fd-router",
-        description="Spreads OpenAI requests over the replicas that have registered themselves.",
-        epilog="Signals: SIGTERM ends it gracefully, SIGINT at once, SIGHUP reads all files anew "
-        "(flags, keys, certificate) for new workers, SIGUSR2 starts the program anew beside this one. "
-        "Exit codes: 0 after SIGTERM or SIGINT, 2 the command line is wrong, 5 the address cannot be "
-        "listened on, 6 this version cannot replace the one that runs. "
+        description="Distributes OpenAI requests among the replicas that have registered.",
+        epilog="Signals: SIGTERM stops gracefully, SIGINT at once, SIGHUP reads all files again "
+        "(flags, keys, certificate) and replaces the workers, SIGUSR2 starts the program a second time to "
+        "replace this one. Exit codes: 0 after SIGTERM or SIGINT, 2 invalid command line, 5 cannot listen on "
+        "the address, 6 this version cannot replace the running one. "
         "Environment: FD_API_KEY (keys, separated by commas), FD_LOG_DIR, FD_LOG_BACKUP_COUNT.",
         allow_abbrev=False,
     )
@@ -58,8 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--flags-file",
         type=Path,
         metavar="FILE",
-        help="more flags, a JSON array of words, which come after those of the command line; read again at "
-        "SIGHUP",
+        help="file with more flags, a JSON array of words appended to the command line; read again at SIGHUP",
     )
     _add_flags(command_line)
     return command_line
@@ -74,57 +73,58 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--registry-file",
         type=Path,
         metavar="FILE",
-        help="remembers the replicas over a restart of the router",
+        help="file that keeps the registrations over a restart of the router",
     )
     add(
         "--allow-host",
         action="append",
         default=[],
         metavar="NET",
-        help="address or network from which replicas may register besides this machine; may be repeated",
+        help="address or network from which replicas may register, besides this machine; may be repeated",
     )
-    add("--api-keys-file", type=Path, metavar="FILE", help="keys that /v1 asks for, one a line")
+    add("--api-keys-file", type=Path, metavar="FILE", help="file with API keys for /v1, one a line")
     add(
         "--cors-origins",
         default=",".join(DEFAULT),
         metavar="LIST",
-        help="origins of web pages that may read answers of /v1, separated by commas; loopback for pages of "
-        "this machine, * for all pages, empty for none (default %(default)s)",
+        help="origins of web pages that may read responses of /v1, separated by commas: loopback for pages "
+        "of this machine, * for all pages, empty for none (default %(default)s)",
     )
-    add("--workers", type=int, default=1, help="processes that serve (default %(default)s)")
+    add("--workers", type=int, default=1, help="worker processes (default %(default)s)")
     add(
         "--max-connections",
         type=int,
         default=0,
         metavar="N",
-        help=f"clients connected to a worker at a time (default {MOST_CONNECTIONS}, if files allow)",
+        help=f"maximum client connections per worker (default {DEFAULT_MAX_CONNECTIONS}, or what the limit "
+        "of open files allows)",
     )
     add(
         "--max-in-flight",
         type=int,
         default=4096,
         metavar="N",
-        help="requests under way in a worker at a time, those in line included (default %(default)s)",
+        help="maximum requests in flight per worker, including waiting ones (default %(default)s)",
     )
     add(
         "--queue-size",
         type=int,
         default=1024,
         metavar="N",
-        help="requests that wait in a worker while all replicas are full (default %(default)s)",
+        help="maximum requests per worker that wait while all replicas are full (default %(default)s)",
     )
     add(
         "--queue-timeout-secs",
         type=float,
         default=30.0,
-        help="time that they wait before they are told to come back (default %(default)g)",
+        help="maximum time in the wait queue before a request gets 429 (default %(default)g)",
     )
     add(
         "--request-timeout-secs",
         type=float,
         default=1800.0,
-        help="silence after which the answer of a replica without signs of life (FastDeploy's give none) "
-        "is given up (default %(default)g)",
+        help="time without data after which a request is given up, for replicas that send no progress "
+        "messages, such as FastDeploy's (default %(default)g)",
     )
     add(
         "--progress-timeout-secs",
@@ -132,67 +132,74 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         dest="progress_timeout_secs",
         type=float,
         default=90.0,
-        help="silence after which a replica that gives signs of life is taken for dead (default %(default)g)",
+        help="time without data after which a replica that sends progress messages is considered dead "
+        "(default %(default)g)",
     )
-    add("--max-body-bytes", type=int, default=10 << 20, help="largest request body (default %(default)s)")
+    add(
+        "--max-body-bytes",
+        type=int,
+        default=10 << 20,
+        help="maximum size of a request body (default %(default)s)",
+    )
     add(
         "--client-timeout-secs",
         type=float,
         default=60.0,
-        help="time that a client gets for the head of a request, and may pause while it sends a body or "
-        "reads its answer (default %(default)g)",
+        help="time that a client gets to send a request head, and may pause while it sends a body or reads a "
+        "response (default %(default)g)",
     )
     add(
         "--keep-alive-secs",
         type=float,
         default=75.0,
-        help="time that a connection may stay without a request (default %(default)g: longer than nginx and "
-        "load balancers keep theirs, so that they never send on one that is being closed)",
+        help="time that a connection stays open without a request (default %(default)g: longer than in nginx "
+        "and load balancers, so that they never send on a connection that is being closed)",
     )
     add(
         "--graceful-timeout-secs",
         type=int,
         default=10,
-        help="time that requests get to end after SIGTERM (default %(default)s)",
+        help="time that requests get to complete after SIGTERM (default %(default)s)",
     )
     add(
         "--worker-timeout-secs",
         type=int,
         default=30,
-        help="time after which a worker that hangs is replaced (default %(default)s)",
+        help="time after which a hung worker is replaced (default %(default)s)",
     )
     add(
         "--health-check-interval-secs",
         type=float,
         default=2.0,
-        help="time between two looks at a replica (default %(default)g)",
+        help="time between two health checks of a replica (default %(default)g)",
     )
     add(
         "--board",
         metavar="URL",
-        help="redis://HOST:PORT/DB: counts and registrations are shared with routers on other machines "
-        "(with a password in it better as FD_ROUTER_BOARD_URL, which ps does not show)",
+        help="redis://HOST:PORT/DB, through which counts and registrations are shared with routers on other "
+        "machines; needs pip install 'fd-dp[redis]'. A URL with a password belongs in FD_ROUTER_BOARD_URL, "
+        "which ps does not show",
     )
     add(
         "--register-keys-file",
         type=Path,
         metavar="FILE",
-        help="keys, one a line, that replicas of --allow-host must show (FD_ROUTER_REGISTER_KEY)",
+        help="file with keys, one a line, for replicas of --allow-host (FD_ROUTER_REGISTER_KEY)",
     )
     add(
         "--admin-keys-file",
         type=Path,
         metavar="FILE",
-        help="keys, one a line, that /admin asks for on this machine (FD_ROUTER_ADMIN_KEY)",
+        help="file with keys, one a line, for /admin on this machine (FD_ROUTER_ADMIN_KEY)",
     )
     add(
         "--admin-socket",
         type=Path,
         metavar="FILE",
-        help="a unix socket to listen on besides, on which /admin asks for no key",
+        help="also listen on this unix socket, where /admin needs no key",
     )
-    add("--certfile", type=Path, metavar="FILE", help="for TLS: the certificate")
-    add("--keyfile", type=Path, metavar="FILE", help="for TLS: its key")
+    add("--certfile", type=Path, metavar="FILE", help="TLS certificate")
+    add("--keyfile", type=Path, metavar="FILE", help="TLS private key")
     add("--log-level", default="info", help=f"one of {', '.join(LEVELS)} (default %(default)s)")
     add("--splitwise", action="store_true", help=argparse.SUPPRESS)
     add("--config_path", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""A file with flags for fd-router, which it reads at its start and again at SIGHUP."""
+"""File with flags for fd-router, read when it starts and at SIGHUP."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 @dataclass(frozen=True, slots=True)
 class FlagsFile:
     words: tuple[str, ...]
-    #: Which content it was.
+    #: Fingerprint of the content.
     fingerprint: str
 
 
 def fingerprint(content: bytes) -> str:
-    """What GET /health says of the flags that a worker runs with."""
+    """Return the hash that GET /health shows for the flags of a worker."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 
 def read_flags_file(path: Path) -> FlagsFile:
-    """The words in it, which nobody else may write: they name files that are read and where to listen.
+    """Read a flags file. Other users must not be able to write it: it names files to read and addresses.
 
     Raises:
-        ConfigError: it cannot be read, others could have written it, or it is no list of words.
+        ConfigError: the file cannot be read, is writable by others, or is not a JSON array of strings.
     """
     what = f"--flags-file {path}"
     try:
-        # Without waiting for whoever writes, were it a pipe.
+        # O_NONBLOCK: do not block if the path is a FIFO.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             _check(what, os.fstat(descriptor))
@@ -72,10 +72,10 @@ def _words(what: str, content: bytes) -> tuple[str, ...]:
         raise ConfigError(f'{what}: must be a JSON array of words, e.g. ["--policy", "session"]')
     for word in words:
         if not _is_possible(word):
-            raise ConfigError(f"{what}: {word[:40]!r} is no word of a command line")
+            raise ConfigError(f"{what}: {word[:40]!r} cannot be an argument of a command")
     return tuple(words)
 
 
 def _is_possible(word: str) -> bool:
-    """No process could have been started with half a surrogate pair or a NUL."""
+    """Return False for a NUL or a lone surrogate, which no argument of a process can have."""
     return "\0" not in word and not any("\ud800" <= character <= "\udfff" for character in word)

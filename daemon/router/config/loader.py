@@ -1,4 +1,4 @@
-"""What fd-router runs with: its command line, the flags file and all that they name, read and checked."""
+"""Reads and checks fd-router's configuration: command line, flags file, and the files that they name."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....common.addresses import addresses_of
+from ....common.api_keys import ApiKeys
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
 from ....common.file_limit import allow_open_files, open_files_limit
 from ..addresses import IPNetwork
 from ..policy.policies import policy_named
-from .flags import LEVELS, MOST_CONNECTIONS, changed, file_parser, fixed_in, parser
+from .flags import DEFAULT_MAX_CONNECTIONS, LEVELS, changed_flags, file_parser, fixed_flags, parser
 from .flags_file import read_flags_file
-from .keys import read_keys
 from .settings import Settings
 
 if TYPE_CHECKING:
     from .redis_address import RedisAddress
 
-#: Descriptors: of a connection and the replica that answers it, their duplicates on the fast path, all else.
+#: Descriptors of a connection and of its replica's, of their duplicates on the fast path, and of all else.
 _FILES_PER_CONNECTION = 2
 _FILES_PER_STREAM = 2
 _OTHER_FILES = 512
@@ -34,21 +34,24 @@ _OTHER_FILES = 512
 @dataclass(frozen=True, slots=True)
 class Configuration:
     settings: Settings
-    #: What must not change while the router runs, by flag.
+    #: Settings that cannot change while the router runs, by flag.
     fixed: Mapping[str, str]
 
 
 def check_fixed(before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    """Raises ConfigError if what must not change would."""
-    if names := changed(before, after):
+    """Raise ConfigError if a setting differs that cannot change while the router runs."""
+    if names := changed_flags(before, after):
         raise ConfigError(f"{' and '.join(names)} cannot change while the router runs; restart it")
 
 
 def read(words: Sequence[str] | None = None) -> Configuration:
-    """Of that command line, by default this process's. Allows this process the open files that it asks for.
+    """Read the configuration of a command line, and raise the limit of open files as it requires.
+
+    Args:
+        words: the command line; by default this process's.
 
     Raises:
-        ConfigError: something is wrong.
+        ConfigError: the configuration is invalid.
     """
     arguments = parser().parse_args(words)
     fingerprint = None
@@ -63,22 +66,22 @@ def read(words: Sequence[str] | None = None) -> Configuration:
     streams = min(settings.max_connections, settings.max_in_flight)
     needed = settings.max_connections * _FILES_PER_CONNECTION + streams * _FILES_PER_STREAM + _OTHER_FILES
     allow_open_files(needed, f"--max-connections {settings.max_connections}")
-    return Configuration(settings, fixed_in(arguments))
+    return Configuration(settings, fixed_flags(arguments))
 
 
 def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -> Settings:
-    """Reads the files that the arguments name, too.
+    """Return the settings, with the content of the files that the arguments name.
 
     Args:
-        fingerprint: of the flags file, if some of the arguments come from one.
+        fingerprint: the flags file's, if some of the arguments come from one.
 
     Raises:
-        ConfigError: something is wrong.
+        ConfigError: an argument or a file is invalid.
     """
     if arguments.splitwise:
-        raise ConfigError("--splitwise: disaggregated prefill and decode is not there; leave the flag out")
+        raise ConfigError("--splitwise: disaggregated prefill and decode is not supported; remove the flag")
     if arguments.config_path is not None:
-        raise ConfigError("--config_path: FastDeploy's YAML is not read; use the flags (fd-router --help)")
+        raise ConfigError("--config_path: FastDeploy's YAML is not supported; use flags (fd-router --help)")
     if arguments.log_level not in LEVELS:
         raise ConfigError(f"--log-level is {arguments.log_level!r}; it must be one of {', '.join(LEVELS)}")
     try:
@@ -92,7 +95,7 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         port=arguments.port,
         policy=policy_named(arguments.policy),
         workers=arguments.workers,
-        max_connections=arguments.max_connections or _connections_that_fit(),
+        max_connections=arguments.max_connections or _default_connections(),
         max_in_flight=arguments.max_in_flight,
         queue_size=arguments.queue_size,
         queue_timeout=arguments.queue_timeout_secs,
@@ -101,11 +104,11 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         max_body_bytes=arguments.max_body_bytes,
         client_timeout=arguments.client_timeout_secs,
         keep_alive=arguments.keep_alive_secs,
-        keys=read_keys("--api-keys-file", arguments.api_keys_file, "FD_API_KEY"),
-        register_keys=read_keys(
+        keys=ApiKeys.read("--api-keys-file", arguments.api_keys_file, "FD_API_KEY"),
+        register_keys=ApiKeys.read(
             "--register-keys-file", arguments.register_keys_file, "FD_ROUTER_REGISTER_KEY"
         ),
-        admin_keys=read_keys("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
+        admin_keys=ApiKeys.read("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
         cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         registry_file=arguments.registry_file,
@@ -133,7 +136,7 @@ def _tls(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
     try:
-        # Without a password it would be asked for on the terminal.
+        # Without this OpenSSL asks for the password on the terminal.
         context.load_cert_chain(certfile, keyfile, password="")
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
@@ -144,16 +147,16 @@ def _tls(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:
 def _redis(url: str) -> RedisAddress | None:
     if not url:
         return None
-    # Slow to import, and few need it.
+    # An optional package, and slow to import.
     from .redis_address import RedisAddress
 
     return RedisAddress.parse(url)
 
 
-def _connections_that_fit() -> int:
-    """Where open files are few, connections are; a number that was asked for is another matter."""
-    most_files = _FILES_PER_CONNECTION + _FILES_PER_STREAM
-    return max(1, min(MOST_CONNECTIONS, (open_files_limit() - _OTHER_FILES) // most_files))
+def _default_connections() -> int:
+    """Return the default for --max-connections: less where the limit of open files is low."""
+    files_each = _FILES_PER_CONNECTION + _FILES_PER_STREAM
+    return max(1, min(DEFAULT_MAX_CONNECTIONS, (open_files_limit() - _OTHER_FILES) // files_each))
 
 
 def _network(text: str) -> IPNetwork:

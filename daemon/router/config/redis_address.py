@@ -1,4 +1,4 @@
-"""Address of the Redis that routers share their boards through."""
+"""Address of the Redis through which routers share their boards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ....common.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """Shown without its password."""
+    """URL of a Redis database, shown without its password."""
 
     url: str = field(repr=False)
     shown: str
@@ -20,9 +20,13 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, url: str) -> RedisAddress:
-        """Raises ConfigError, which does not show the URL either."""
-        from redis.connection import parse_url
-
+        """Raises ConfigError, whose text does not have the URL either."""
+        try:
+            from redis.connection import parse_url
+        except ImportError:
+            raise ConfigError(
+                "--board needs the package redis, which is not installed: pip install 'fd-dp[redis]'"
+            ) from None
         try:
             parts: dict[str, Any] = parse_url(url)
             where = parts.get("path") or f"{parts.get('host', 'localhost')}:{parts.get('port', 6379)}"

@@ -1,4 +1,4 @@
-"""What a router runs with, checked."""
+"""Settings of a router, checked."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import TYPE_CHECKING
 
+from ....common.api_keys import ApiKeys
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
 from ..addresses import IPNetwork
 from ..policy.policy import Policy
-from .keys import ApiKeys
 
 if TYPE_CHECKING:
     from .redis_address import RedisAddress
 
-#: As many as the board has columns for, and as many again while a reload replaces them.
-_MOST_WORKERS = 16
+#: Maximum number of workers: half of the board's slots, because a reload runs old and new ones.
+_MAX_WORKERS = 16
 _DAY = 86400
-#: fd-dp reports an ending within a second or two, later on a machine that is busy with restarts.
+#: Seconds to wait for fd-dp's report of an ending. It takes one or two, more on a machine busy with restarts.
 _ENDING_PATIENCE = 10.0
 
 
@@ -30,59 +30,59 @@ class Settings:
     port: int
     policy: Policy
     workers: int
-    #: Clients connected at a time, for each worker.
+    #: Maximum client connections per worker.
     max_connections: int
-    #: Requests under way at a time, for each worker.
+    #: Maximum requests in flight per worker.
     max_in_flight: int
-    #: Requests that wait for a replica that is not full, in each worker, and seconds that they do.
+    #: Maximum requests per worker that wait while all replicas are full, and seconds that each waits.
     queue_size: int
     queue_timeout: float
-    #: Seconds of silence after which an answer of a replica that gives no signs of life is given up,
+    #: Seconds without data after which a request is given up, for replicas that send no progress messages,
     request_timeout: float
-    #: and one of a replica that does.
+    #: and for replicas that do.
     progress_timeout: float
     max_body_bytes: int
-    #: Seconds that a client gets for each step, and without a request between two.
+    #: Seconds that a client may pause within a request or response, and between two requests.
     client_timeout: float
     keep_alive: float
-    #: What clients of /v1 must show; registrations from other machines; and those who drain replicas.
+    #: Keys for /v1, for registrations from other machines, and for /admin.
     keys: ApiKeys
     register_keys: ApiKeys
     admin_keys: ApiKeys
     allow_hosts: tuple[IPNetwork, ...]
-    #: Web pages that may read answers of /v1.
+    #: Web pages that may read responses of /v1.
     cors: CorsPolicy
     registry_file: Path | None
-    #: A unix socket on which no admin key is asked for.
+    #: Unix socket on which /admin needs no key.
     admin_socket: Path | None
-    #: Seconds that requests get to end after SIGTERM.
+    #: Seconds that requests get to complete after SIGTERM.
     graceful_timeout: int
-    #: Seconds without a sign of life after which a worker is replaced.
+    #: Seconds without a heartbeat after which a worker is replaced.
     worker_timeout: int
-    #: Seconds between two looks at a replica.
+    #: Seconds between two health checks of a replica.
     health_interval: float
-    #: Shared with routers on other machines.
+    #: Redis through which the board is shared with routers on other machines.
     redis: RedisAddress | None
     tls: SSLContext | None
     log_level: str
-    #: Fingerprint of the flags file; None if there is none.
+    #: Fingerprint of the flags file; None without one.
     flags: str | None
 
     @property
     def is_supervised(self) -> bool:
-        """Replicas are started again after a loss: by fd-dp, which is there if there is an admin socket."""
+        """True if lost replicas are restarted. The admin socket shows that fd-dp runs this router."""
         return self.admin_socket is not None
 
     @property
     def ending_patience(self) -> float:
-        """Seconds to wait for fd-dp's report on how a replica ended."""
+        """Seconds to wait for fd-dp's report of how a replica ended."""
         return _ENDING_PATIENCE if self.is_supervised else 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}; it must be 1..65535")
-        if not 1 <= self.workers <= _MOST_WORKERS:
-            raise ConfigError(f"--workers is {self.workers}; it must be 1..{_MOST_WORKERS}")
+        if not 1 <= self.workers <= _MAX_WORKERS:
+            raise ConfigError(f"--workers is {self.workers}; it must be 1..{_MAX_WORKERS}")
         for name, number in (
             ("--max-connections", self.max_connections),
             ("--max-in-flight", self.max_in_flight),
@@ -102,10 +102,10 @@ class Settings:
                 raise ConfigError(f"{name} is {seconds:g}; it must be more than 0")
         if self.queue_size < 0:
             raise ConfigError(f"--queue-size is {self.queue_size}; it must be at least 0")
-        # A worker gives a sign of life each second.
-        for name, number, least in (
+        # Workers send a heartbeat each second.
+        for name, number, minimum in (
             ("--graceful-timeout-secs", self.graceful_timeout, 0),
             ("--worker-timeout-secs", self.worker_timeout, 3),
         ):
-            if not least <= number <= _DAY:
-                raise ConfigError(f"{name} is {number}; it must be {least}..{_DAY}")
+            if not minimum <= number <= _DAY:
+                raise ConfigError(f"{name} is {number}; it must be {minimum}..{_DAY}")

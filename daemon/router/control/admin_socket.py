@@ -1,55 +1,48 @@
-"""The unix socket for orders: bound at the start, and bound again when its path has been removed."""
+"""The admin socket, which the arbiter binds again when its path has been removed."""
 
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import stat
 from pathlib import Path
 
+from ....common.unix_listener import SocketPath, identity, listen
+
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 64
+#: Permissions of the path: owner and group.
+_MODE = 0o660
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a socket that listens on `path`, and replaces an old file there. Raises OSError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.unlink(missing_ok=True)
-        before = os.umask(0o117)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(before)
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    """Return a socket that listens on `path`, in place of an old one. Raises OSError."""
+    return listen(path, _MODE)
 
 
 class AdminSocket:
-    """The path of the admin socket: no error tells a listening socket that its path was removed."""
+    """Path of the admin socket, as the arbiter looks after it."""
 
     def __init__(self, path: Path) -> None:
-        """A socket that answers at `path` belongs to this program, which has just bound or inherited it."""
+        """A socket that answers at `path` is this program's own, which has just bound or inherited it."""
+        directory = path.parent
         self.path = path
-        self._found = _identity(path) if _answers(path) else None
-        self._directory_mode = stat.S_IMODE(path.parent.stat().st_mode) if path.parent.is_dir() else 0o700
+        self._socket = SocketPath(
+            path,
+            _MODE,
+            directory_mode=stat.S_IMODE(directory.stat().st_mode) if directory.is_dir() else 0o700,
+            is_bound=_answers(path),
+        )
         self._is_failing = False
-        #: A socket of another program that has the path now.
+        #: Identity of another program's socket that has taken the path.
         self._foreign: tuple[int, int] | None = None
 
     def bind_if_lost(self) -> socket.socket | None:
         """Return a new socket if the path no longer leads to the old one; None if it does, or on failure."""
-        found = _identity(self.path)
-        if found is not None and (found == self._found or self._belongs_to_another(found)):
+        if self._socket.is_bound() or self._is_foreign():
             return None
         try:
-            self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
-            listener = bind(self.path)
+            listener = self._socket.bind()
         except OSError as error:
             if not self._is_failing:
                 logger.warning(
@@ -58,35 +51,26 @@ class AdminSocket:
                 )
             self._is_failing = True
             return None
-        self._found, self._is_failing = _identity(self.path), False
+        self._is_failing = False
         logger.warning("admin socket %s was missing and has been made again", self.path)
         return listener
 
-    def _belongs_to_another(self, found: tuple[int, int]) -> bool:
+    def remove(self) -> None:
+        """Remove the path, unless it leads to another socket by now."""
+        try:
+            self._socket.remove()
+        except OSError as error:
+            logger.warning("admin socket %s cannot be removed: %s", self.path, error.strerror)
+
+    def _is_foreign(self) -> bool:
+        """Return True if another program listens on the path, and log that once for each socket."""
         if not _answers(self.path):
             return False
+        found = identity(self.path)
         if found != self._foreign:
             logger.warning("another program now listens on admin socket %s; stop one of the two", self.path)
         self._foreign = found
         return True
-
-    def remove(self) -> None:
-        """Remove the path, unless it leads to another socket now."""
-        if self._found is None or _identity(self.path) != self._found:
-            return
-        try:
-            self.path.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("admin socket %s cannot be removed: %s", self.path, error.strerror)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return device and inode of the file at `path`; None if there is none."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _answers(path: Path) -> bool:

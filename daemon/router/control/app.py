@@ -1,4 +1,4 @@
-"""The router's control plane, a Flask application: registrations, health, metrics, the operator's orders."""
+"""The router's control plane, a Flask application: registrations, health, metrics and admin commands."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from ..instance import Instance, RegistrationError, ReplicaHandle
 from ..metrics.counter_memory import CounterMemory
 from ..metrics.metrics import Metrics
 from . import health
-from .registration import parse, parse_farewell
+from .registration import parse, parse_deregistration
 from .registry import RegistryFile
-from .reload_status import Reloads
+from .reload_status import ReloadStatus
 
 logger = logging.getLogger(__name__)
 
-_MAX_REGISTRATION = 64 << 10
-#: Characters of a path in an error message.
-_LONGEST_PATH = 200
-_ORDERS: dict[str, Callable[[Board, ReplicaHandle], bool]] = {
+_MAX_REGISTRATION_BYTES = 64 << 10
+#: Maximum characters of a path in an error message.
+_MAX_PATH = 200
+_COMMANDS: dict[str, Callable[[Board, ReplicaHandle], bool]] = {
     "drain": Board.drain,
     "undrain": Board.undrain,
     "remove": Board.remove,
 }
 
 
-class _EndingWord(msgspec.Struct, forbid_unknown_fields=True):
-    """A report of fd-dp on a replica that has ended."""
+class _EndingReport(msgspec.Struct, forbid_unknown_fields=True):
+    """Report of fd-dp on a replica that has ended."""
 
     url: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-    #: The id with which this start of the replica registered.
+    #: Instance id with which it registered.
     instance: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
     from_outside: bool
 
 
 class ControlPlane:
-    """What one worker holds besides its event loop. A WSGI application, once `start` was called."""
+    """Control plane of one worker: a WSGI application, ready after `start`."""
 
-    def __init__(self, settings: Settings, board: Board, counters: CounterMemory, reloads: Reloads) -> None:
+    def __init__(
+        self, settings: Settings, board: Board, counters: CounterMemory, reloads: ReloadStatus
+    ) -> None:
         self.settings = settings
         self.board = board
         self.reloads = reloads
@@ -59,11 +61,11 @@ class ControlPlane:
         self._control = _control_plane(self)
 
     def start(self) -> None:
-        """After the fork."""
-        self.board.open_column()
+        """Open the worker's counters and start its threads. Call this after the fork."""
+        self.board.open_counters()
         self._monitor.start()
         if self.settings.redis is not None:
-            # Slow to import, and few need it.
+            # An optional package, and slow to import.
             from .redis_board import RedisBoard
 
             RedisBoard(self.board, self.registry, self._allowed, self.settings.redis).start()
@@ -72,25 +74,25 @@ class ControlPlane:
         return self._control.wsgi_app(environ, start_response)
 
     def register(self, body: bytes, peer: str, authorization: str) -> Instance:
-        """A registration or a heartbeat, which are the same thing.
+        """Register an instance. A heartbeat is a repeated registration.
 
         Raises:
-            RegistrationError: it is wrong, not allowed, or the instance is not healthy.
+            RegistrationError: the registration is invalid or not allowed, or the instance is not healthy.
         """
         self._check_sender(peer, authorization)
         instance = parse(body)
         self._check_allowed("host_ip", instance.host)
         if instance.port == self.settings.port and self._allowed.is_own(instance.host):
             raise RegistrationError(f"{instance.url} is the router itself")
-        handle = self.board.seat_of(instance.url)
+        handle = self.board.handle_of(instance.url)
         is_new = handle is None or handle.instance.instance != instance.instance
-        # One that is up is looked at all the time anyway: its heartbeat need not wait for another look.
+        # A replica that is up is checked regularly anyway, so its heartbeat need not wait for a check.
         if handle is None or is_new or not self._is_up(handle):
             asked_at = time.monotonic()
             problem = health.check(instance)
             if problem is not None:
                 if handle is not None:
-                    self.board.heard(handle)
+                    self.board.record_heartbeat(handle)
                 raise RegistrationError(f"{instance.url} service is not healthy", 503)
             if handle is not None and not is_new:
                 self.board.healthy(handle, asked_at)
@@ -99,26 +101,26 @@ class ControlPlane:
         return instance
 
     def deregister(self, body: bytes, peer: str, authorization: str) -> bool:
-        """The farewell of a replica that is about to end: it gets nothing new. False if it is not known."""
+        """Deregister a replica that is about to end, so that it gets no new requests. False if unknown."""
         self._check_sender(peer, authorization)
-        url, instance = parse_farewell(body)
+        url, instance = parse_deregistration(body)
         if not self.board.deregister(url, instance):
             return False
         self.registry.save(self.board)
         return True
 
-    def order(self, order: str, name: str) -> Status | None:
-        """Drains, undrains or removes a replica; how it is then, None if there is none of that name."""
+    def command(self, command: str, name: str) -> Status | None:
+        """Drain, undrain or remove a replica; return its status then, None if there is none of that name."""
         row = next(
             (row for row in self.board.status() if name in (row.instance.name, row.instance.authority)), None
         )
-        if row is None or not _ORDERS[order](self.board, row.handle):
+        if row is None or not _COMMANDS[command](self.board, row.handle):
             return None
         self.registry.save(self.board)
         return next((each for each in self.board.status() if each.handle == row.handle), row)
 
-    def may_give_orders(self, peer: str, authorization: str) -> bool:
-        """Over the unix socket, whose permissions decide; from this machine with a key."""
+    def is_admin(self, peer: str, authorization: str) -> bool:
+        """Return True on the unix socket, which has permissions, or for an admin key from this machine."""
         if not peer:
             return True
         keys = self.settings.admin_keys
@@ -128,19 +130,19 @@ class ControlPlane:
         return any(row.up for row in self.board.status() if row.handle == handle)
 
     def _check_sender(self, peer: str, authorization: str) -> None:
-        """Both ends are looked at: nobody elsewhere may point the router at services of this machine."""
+        """Check the sender too: another machine must not direct the router to services of this one."""
         if not peer or self._allowed.is_own(peer):
             return
         self._check_allowed("the sender", peer)
         keys = self.settings.register_keys
         if not keys:
             raise RegistrationError(
-                "replicas of other machines must show a key, and none is set: start fd-router with "
+                "replicas on other machines need a key, and none is set: start fd-router with "
                 "--register-keys-file FILE, and the replicas with one of its keys in FD_ROUTER_REGISTER_KEY",
                 403,
             )
         if not keys.allow(authorization):
-            raise RegistrationError("no valid key: send Authorization: Bearer KEY", 401)
+            raise RegistrationError("a valid key is needed: Authorization: Bearer KEY", 401)
 
     def _check_allowed(self, what: str, address: str) -> None:
         if address not in self._allowed:
@@ -153,10 +155,10 @@ class ControlPlane:
 
 def _control_plane(router: ControlPlane) -> Flask:
     app = Flask("fd-router", static_folder=None)
-    # FLASK_DEBUG must not turn it on.
+    # FLASK_DEBUG must not enable it.
     app.debug = False
-    app.config["MAX_CONTENT_LENGTH"] = _MAX_REGISTRATION
-    # No redirects: paths come in canonical form (incoming.py).
+    app.config["MAX_CONTENT_LENGTH"] = _MAX_REGISTRATION_BYTES
+    # No redirects: paths are canonical already (http/request.py).
     app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
 
@@ -165,7 +167,7 @@ def _control_plane(router: ControlPlane) -> Flask:
         try:
             router.register(request.get_data(), request.remote_addr or "", _authorization())
         except RegistrationError as error:
-            # 503 is told to every replica that is still loading, every second.
+            # Each replica that is still loading gets a 503 every second.
             if error.status < 500:
                 logger.warning("registration by %s refused: %r", request.remote_addr, str(error))
             return jsonify(code=error.status, msg=str(error)), error.status
@@ -182,27 +184,27 @@ def _control_plane(router: ControlPlane) -> Flask:
             return jsonify(code=404, msg="no such instance is registered"), 404
         return jsonify(code=200, msg="Deregister success"), 200
 
-    @app.post("/admin/replicas/<path:name>/<any(drain, undrain, remove):order>")
-    def order(name: str, order: str) -> tuple[Response, int]:
-        if not router.may_give_orders(request.remote_addr or "", _authorization()):
-            message = "orders come over --admin-socket, or from this machine with a key of --admin-keys-file"
+    @app.post("/admin/replicas/<path:name>/<any(drain, undrain, remove):command>")
+    def command(name: str, command: str) -> tuple[Response, int]:
+        if not router.is_admin(request.remote_addr or "", _authorization()):
+            message = "/admin needs --admin-socket, or a key of --admin-keys-file from this machine"
             return jsonify(code=403, msg=message), 403
-        row = router.order(order, name)
+        row = router.command(command, name)
         if row is None:
             names = ", ".join(row.instance.name for row in router.board.status()) or "none"
             return jsonify(code=404, msg=f"no replica {name!r}; there are: {names}"), 404
-        return jsonify(code=200, msg=f"{order} {row.instance.name}", replica=_shown(row)), 200
+        return jsonify(code=200, msg=f"{command} {row.instance.name}", replica=_shown(row)), 200
 
     @app.post("/admin/endings")
     def ending() -> tuple[Response, int]:
-        if not router.may_give_orders(request.remote_addr or "", _authorization()):
-            return jsonify(code=403, msg="only fd-dp reports endings, over --admin-socket"), 403
+        if not router.is_admin(request.remote_addr or "", _authorization()):
+            return jsonify(code=403, msg="endings are reported by fd-dp over --admin-socket"), 403
         try:
-            word = msgspec.json.decode(request.get_data(), type=_EndingWord)
+            report = msgspec.json.decode(request.get_data(), type=_EndingReport)
         except msgspec.MsgspecError as error:
             return jsonify(code=400, msg=str(error)), 400
-        ending = Ending.FROM_OUTSIDE if word.from_outside else Ending.ITS_OWN
-        router.board.note_ending(word.url, word.instance, ending)
+        ending = Ending.FROM_OUTSIDE if report.from_outside else Ending.ITS_OWN
+        router.board.record_ending(report.url, report.instance, ending)
         return jsonify(code=200, msg="noted"), 200
 
     @app.get("/registered")
@@ -240,8 +242,8 @@ def _control_plane(router: ControlPlane) -> Flask:
         status = fault.code or 500
         if status == 500:
             return Response('{"code":500,"msg":"Internal server error"}', 500, mimetype="application/json")
-        # As it was sent: Werkzeug's path has single slashes where there were several.
-        path = request.environ["RAW_URI"].partition("?")[0][:_LONGEST_PATH]
+        # The path as it was sent: Werkzeug merges slashes.
+        path = request.environ["RAW_URI"].partition("?")[0][:_MAX_PATH]
         message = f"{request.method} {path}: {fault.name.lower()}"
         response = Response(error_body(status, message, fault.name.lower().replace(" ", "_")), status)
         response.mimetype = "application/json"

@@ -1,4 +1,4 @@
-"""Asks the replicas how they are: each for itself, so that one that hangs holds up no other."""
+"""Health checks of the replicas, each in its own thread, so that a replica that hangs delays no other."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .registry import RegistryFile
 
 logger = logging.getLogger(__name__)
 
-#: Below the 5 s after which an instance gives up its registration, which waits for this.
+#: Seconds of a check. An instance gives up its registration, which waits for a check, after 5 s.
 _TIMEOUT = 4.0
 _MEASURE_SECONDS = 1.0
-#: Of an answer, which comes from a machine that may not be ours.
-_MAX_METRICS = 4 << 20
-_PIECE = 64 << 10
-#: More running or waiting requests of one replica than this are not believed.
-_MOST_REQUESTS = 1 << 31
+#: Maximum bytes of a response, which is not trusted.
+_MAX_METRICS_BYTES = 4 << 20
+_CHUNK = 64 << 10
+#: Limit from which a replica's number of running or waiting requests is invalid.
+_MAX_REQUESTS = 1 << 31
 
 
 class Problem(NamedTuple):
-    """What is wrong with a replica."""
+    """Reason why a replica is not healthy."""
 
     text: str
-    #: Nobody listens there.
+    #: It refused the connection.
     refused: bool = False
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 
 def check(instance: Instance) -> Problem | None:
-    """None if GET /health answers 200. Blocks for seconds at most."""
+    """Return None if GET /health answers 200. Blocks for a few seconds at most."""
     answer = _get(instance.host, instance.port, "/health", 0)
     if isinstance(answer, Problem):
         return answer._replace(text=f"{instance.authority} {answer.text}")
@@ -48,8 +48,8 @@ def check(instance: Instance) -> Problem | None:
 
 
 def read_load(instance: Instance) -> tuple[int, int] | None:
-    """Requests that run there and that wait, by its own metrics; None if it does not say."""
-    answer = _get(instance.host, int(instance.metrics_port or instance.port), "/metrics", _MAX_METRICS)
+    """Return the running and the waiting requests by its own metrics; None if they are not there."""
+    answer = _get(instance.host, int(instance.metrics_port or instance.port), "/metrics", _MAX_METRICS_BYTES)
     if isinstance(answer, Problem) or answer.status != 200:
         return None
     running, waiting = (_value_of(name, answer.body) for name in ("running", "waiting"))
@@ -57,7 +57,7 @@ def read_load(instance: Instance) -> tuple[int, int] | None:
 
 
 class Monitor:
-    """Two threads that look after the replicas as long as this process leads."""
+    """Two threads that check and measure the replicas while this process is the leader."""
 
     def __init__(self, board: Board, registry: RegistryFile, policy: Policy, interval: float) -> None:
         self._board = board
@@ -68,7 +68,7 @@ class Monitor:
         self._being_checked: set[ReplicaHandle] = set()
 
     def start(self) -> None:
-        """After the fork: threads do not survive one."""
+        """Start the threads. Call this after the fork, which threads do not survive."""
         for target in (self._check_all, self._measure):
             threading.Thread(target=target, name="monitor", daemon=True).start()
 
@@ -77,12 +77,12 @@ class Monitor:
             try:
                 self._check_each()
             except Exception:
-                # The thread is the only one that looks after the replicas.
+                # Without this thread no replica would be checked again.
                 logger.exception("a round of health checks failed; the next one follows")
             time.sleep(self._interval)
 
     def _check_each(self) -> None:
-        if not self._board.lead():
+        if not self._board.try_lead():
             return
         for handle in self._board.handles():
             threading.Thread(target=self._check, args=(handle,), name="health", daemon=True).start()
@@ -92,7 +92,7 @@ class Monitor:
     def _measure(self) -> None:
         while True:
             try:
-                if self._board.lead():
+                if self._board.try_lead():
                     self._board.measure(time.monotonic())
             except Exception:
                 logger.exception("a measurement of the replicas failed; the next one follows")
@@ -101,7 +101,7 @@ class Monitor:
     def _check(self, handle: ReplicaHandle) -> None:
         with self._lock:
             if handle in self._being_checked:
-                return  # the look before this one is still waiting
+                return  # the check before this one is still waiting
             self._being_checked.add(handle)
         try:
             asked_at = time.monotonic()
@@ -119,16 +119,16 @@ class Monitor:
                 self._being_checked.discard(handle)
 
 
-class _Answer(NamedTuple):
+class _Response(NamedTuple):
     status: int
     body: bytes
 
 
-def _get(host: str, port: int, path: str, most: int) -> _Answer | Problem:
-    """The answer and the first `most` bytes of its body, on a connection of its own.
+def _get(host: str, port: int, path: str, max_bytes: int) -> _Response | Problem:
+    """Return the response to a GET request, with the first `max_bytes` bytes of its body.
 
-    A listener that no longer accepts is part of the question; so no connection is used twice. And with
-    http.client: what `requests` does besides takes six times as long, from threads that hold up the relay.
+    Each call makes a new connection, because a check has to find out whether the replica accepts connections.
+    http.client takes a sixth of the time of `requests`, which these threads would take from the relay.
     """
     end = time.monotonic() + _TIMEOUT
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
@@ -136,30 +136,30 @@ def _get(host: str, port: int, path: str, most: int) -> _Answer | Problem:
         connection.request("GET", path, headers={"Connection": "close"})
         answer = connection.getresponse()
         body = b""
-        while len(body) < most and (piece := answer.read1(_PIECE)):
-            body += piece
+        while len(body) < max_bytes and (chunk := answer.read1(_CHUNK)):
+            body += chunk
             if time.monotonic() > end:
                 raise TimeoutError
-        return _Answer(answer.status, body)
+        return _Response(answer.status, body)
     except TimeoutError:
         return Problem(f"did not answer within {_TIMEOUT:.0f} s")
     except ConnectionRefusedError:
-        return Problem("accepts no connections", refused=True)
+        return Problem("refuses connections", refused=True)
     except OSError:
-        return Problem("broke off the connection or cannot be reached")
+        return Problem("closed the connection or cannot be reached")
     # http.client raises ValueError for some malformed headers.
     except (http.client.HTTPException, ValueError) as error:
-        return Problem(f"answered badly ({type(error).__name__})")
+        return Problem(f"sent an invalid response ({type(error).__name__})")
     finally:
         connection.close()
 
 
 def _value_of(name: str, exposition: bytes) -> int | None:
-    """The sum over all labels: an engine with several ranks has a line for each."""
+    """Return a metric's sum over all labels: an engine with several ranks has a line for each."""
     pattern = rb"^fastdeploy:num_requests_%s(?:\{[^}\n]*\})? ([0-9.eE+]+)" % name.encode()
     found = re.findall(pattern, exposition, re.MULTILINE)
     try:
         value = int(sum(map(float, found))) if found else None
     except (ValueError, OverflowError):
         return None
-    return value if value is None or value < _MOST_REQUESTS else None
+    return value if value is None or value < _MAX_REQUESTS else None

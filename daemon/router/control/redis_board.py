@@ -1,16 +1,16 @@
-"""Shares a board with those of routers on other machines, through Redis (--board redis://HOST:PORT/DB).
+"""Board shared with routers on other machines through Redis (--board redis://HOST:PORT/DB).
 
-It adds nothing to a pick. Twenty times a second the worker that leads writes what its router has in flight,
-under a key that expires when the router is dead, and adds up what the others have written: the sum goes to a
-column of the board. So a router knows of another's requests a tenth of a second late, and of its own exactly.
+A pick takes no longer for it. Twenty times a second the leading worker writes its router's requests in flight
+under a key that expires if the router dies, and adds up those of the other routers in the board's remote
+counters. A router's own counts are exact; those of the others are a tenth of a second old.
 
-    fd-router:routers           the names of all routers
+    fd-router:routers           ids of all routers
     fd-router:counts:ROUTER     replica -> requests and prompt tokens in flight there; expires after 3 s
-    fd-router:entries|draining|heard    what is said of each replica, see shared_replicas.py
-    fd-router:changes           another one whenever one of those three changes
+    fd-router:entries|draining|heard    state of each replica, see shared_replicas.py
+    fd-router:changes           a new random value whenever one of those three changes
 
-While Redis is away each router goes on with what it has. The registrations hold the replicas' tokens, so that
-Redis must not be open to others. A database is for one fleet.
+Without Redis each router continues with what it knows. The registrations contain the replicas' tokens, so
+Redis must be closed to others. A database is for one set of replicas.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from ..board.board import Board
 from ..config.redis_address import RedisAddress
 from ..instance import ReplicaHandle
 from .registry import RegistryFile
-from .shared_replicas import Said, SharedReplicas, shared_name
+from .shared_replicas import SharedReplicas, SharedState, shared_name
 
 logger = logging.getLogger(__name__)
 
-#: More requests or prompt tokens of one router at one replica than this are not believed.
-_MOST_ELSEWHERE = 1 << 40
-#: Seconds between two turns; while Redis is away, and while another worker leads.
-_EVERY, _RETRY, _IDLE = 0.05, 0.5, 1.0
-#: Seconds for which a router's counts hold.
+#: Limit from which another router's count at one replica is invalid.
+_MAX_COUNT = 1 << 40
+#: Seconds between two exchanges; while Redis is unavailable; and while another worker leads.
+_INTERVAL, _RETRY_INTERVAL, _IDLE_INTERVAL = 0.05, 0.5, 1.0
+#: Seconds for which a router's counts are valid.
 COUNT_TTL = 3.0
 _TIMEOUT = 1.0
 _PREFIX = "fd-router:"
 
 
 class RedisBoard:
-    """The thread that shares, as long as this process leads."""
+    """Thread that exchanges with Redis while this process is the leader."""
 
     def __init__(
         self,
@@ -65,16 +65,16 @@ class RedisBoard:
         self._replicas = SharedReplicas(board, allowed, clock)
         self._changes: str | None = ""
         self._others: list[str] = []
-        self._away_since: float | None = None
+        self._failing_since: float | None = None
 
     def start(self) -> None:
-        """After the fork."""
+        """Start the thread. Call this after the fork."""
         threading.Thread(target=self._run, name="redis", daemon=True).start()
 
     def _run(self) -> None:
-        while not self._board.lead():
-            time.sleep(_IDLE)
-        # No retries of its own: they would be silent, and the next turn comes soon.
+        while not self._board.try_lead():
+            time.sleep(_IDLE_INTERVAL)
+        # No retries by the client: they would be silent, and the next exchange follows soon.
         client = redis.Redis.from_url(
             self._address.url,
             decode_responses=True,
@@ -82,21 +82,21 @@ class RedisBoard:
             socket_connect_timeout=_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
         )
-        while self._board.lead():
+        while self._board.try_lead():
             try:
-                self._turn(client)
-                self._is_back()
-                time.sleep(_EVERY)
+                self._exchange(client)
+                self._on_success()
+                time.sleep(_INTERVAL)
             except Exception as error:
                 if not isinstance(error, redis.RedisError | OSError | UnicodeDecodeError):
-                    # For example, another router has written nonsense; it may be corrected by the next turn.
+                    # For example, another router has written an invalid value, which it may correct.
                     logger.exception("an exchange with %s failed", self._address)
-                self._is_away(error)
-                time.sleep(_RETRY)
-        # Whoever leads next may have no Redis to ask.
+                self._on_failure(error)
+                time.sleep(_RETRY_INTERVAL)
+        # The next leader may run without Redis.
         self._board.set_remote({})
 
-    def _turn(self, client: redis.Redis) -> None:
+    def _exchange(self, client: redis.Redis) -> None:
         rows = self._board.status()
         own = {
             shared_name(row.instance): (row.in_flight, row.tokens)
@@ -109,7 +109,7 @@ class RedisBoard:
         pipe.smembers(f"{_PREFIX}routers")
         pipe.get(f"{_PREFIX}changes")
         pipe.time()
-        # Those that were there last time: a new one is heard in the next turn.
+        # Counts of the routers known so far; a new router's follow in the next exchange.
         pipe.mget([self._key(self._board.identity), *map(self._key, self._others)])
         *_, routers, changes, (seconds, micros), counts = pipe.execute()
         handles = {shared_name(row.instance): row.handle for row in rows}
@@ -125,51 +125,52 @@ class RedisBoard:
             pipe = client.pipeline(transaction=True)
             for name in ("entries", "draining", "heard"):
                 pipe.hgetall(_PREFIX + name)
-            if self._replicas.learn(Said(*pipe.execute()), now):
+            if self._replicas.apply(SharedState(*pipe.execute()), now):
                 self._registry.save(self._board)
             self._changes = changes
-        news, outdated = self._replicas.news(now), self._replicas.outdated(now)
-        if not news and not outdated:
+        updates, expired = self._replicas.updates(now), self._replicas.expired(now)
+        if not updates and not expired:
             return
         pipe = client.pipeline(transaction=True)
         for name in ("entries", "draining", "heard"):
-            if fields := getattr(news, name):
+            if fields := getattr(updates, name):
                 pipe.hset(_PREFIX + name, mapping=fields)
-            if outdated:
-                pipe.hdel(_PREFIX + name, *outdated)
-        # No count: a Redis that has lost its memory would come by the old numbers again.
+            if expired:
+                pipe.hdel(_PREFIX + name, *expired)
+        # Not a count: a Redis that lost its data would repeat old numbers.
         pipe.set(f"{_PREFIX}changes", secrets.token_hex(8))
         pipe.execute()
-        # The next turn reads it all again, and with it what others have said in between.
-        self._replicas.agree(news)
+        # The next exchange reads everything again, including what others wrote in between.
+        self._replicas.published(updates)
 
-    def _is_away(self, error: Exception) -> None:
+    def _on_failure(self, error: Exception) -> None:
         now = self._clock()
-        if self._away_since is None:
-            self._away_since = now
-            logger.warning("%s is away (%s); going on alone", self._address, _reason(error))
-        if now - self._away_since >= COUNT_TTL:
+        if self._failing_since is None:
+            self._failing_since = now
+            logger.warning("%s cannot be reached (%s); continuing without it", self._address, _reason(error))
+        if now - self._failing_since >= COUNT_TTL:
             self._board.set_remote({})
 
-    def _is_back(self) -> None:
-        if self._away_since is not None:
-            logger.info("%s is back after %.0f s", self._address, self._clock() - self._away_since)
-            self._away_since = None
+    def _on_success(self) -> None:
+        if self._failing_since is not None:
+            seconds = self._clock() - self._failing_since
+            logger.info("%s can be reached again after %.0f s", self._address, seconds)
+            self._failing_since = None
 
     def _key(self, router: str) -> str:
         return f"{_PREFIX}counts:{router}"
 
 
 def _sum(counts: list[str], handles: dict[str, ReplicaHandle]) -> dict[ReplicaHandle, tuple[int, int]]:
-    """What the other routers have at the replicas that we know."""
+    """Return the other routers' requests and prompt tokens at the replicas that this router knows."""
     requests: defaultdict[ReplicaHandle, int] = defaultdict(int)
     tokens: defaultdict[ReplicaHandle, int] = defaultdict(int)
     for text in counts:
         try:
             load = {name: (int(one), int(other)) for name, (one, other) in parse_json(text).items()}
         except (ValueError, TypeError, AttributeError, OverflowError):
-            continue  # of another version
-        if any(not 0 <= number < _MOST_ELSEWHERE for pair in load.values() for number in pair):
+            continue  # from another version
+        if any(not 0 <= number < _MAX_COUNT for pair in load.values() for number in pair):
             continue
         for name, (in_flight, prompt) in load.items():
             if (handle := handles.get(name)) is not None:

@@ -1,4 +1,7 @@
-"""What an instance says about itself in POST /register: FastDeploy's InstanceInfo, checked."""
+"""Bodies of POST /register and /deregister: FastDeploy's InstanceInfo, validated with its error texts.
+
+The fields are checked by hand to give FastDeploy's error texts, which msgspec cannot.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,25 @@ from ....common.foreign_text import parse_json, printable
 from ..instance import ROLES, Instance, RegistrationError
 
 _PROTOCOLS = ("ipc", "rdma")
-#: Of each list; a registration must fit into a row of the board.
+#: Maximum length of each list; a registration must fit into a row of the board.
 _MAX_ITEMS = 32
 _ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 def parse(body: bytes) -> Instance:
-    """The body of POST /register.
+    """Parse the body of POST /register.
 
     Raises:
-        RegistrationError: with FastDeploy's text for that fault.
+        RegistrationError: the body is invalid; with FastDeploy's text.
     """
     return from_fields(_object(body))
 
 
-def parse_farewell(body: bytes) -> tuple[str, str]:
-    """The body of POST /deregister: the URL, and the id of that start of the replica ("" if it has none).
+def parse_deregistration(body: bytes) -> tuple[str, str]:
+    """Parse the body of POST /deregister: return URL and instance id ("" if it has none).
 
     Raises:
-        RegistrationError: it is wrong.
+        RegistrationError: the body is invalid.
     """
     fields = _object(body)
     try:
@@ -39,7 +42,7 @@ def parse_farewell(body: bytes) -> tuple[str, str]:
 
 
 def from_fields(fields: dict[str, Any]) -> Instance:
-    """Keys that are not known are left alone: newer engines send more."""
+    """Return the instance with these fields. Unknown ones are ignored, because newer engines send more."""
     try:
         role = _role(fields.get("role"))
         host = _host(fields.get("host_ip"))
@@ -92,13 +95,13 @@ def _role(value: Any) -> str:
 
 
 def _host(value: Any) -> str:
-    """An IP address. The one that means "all interfaces" is reached by loopback."""
+    """Return an IP address; loopback in place of the unspecified address."""
     if value is None or value == "":
         raise ValueError("host_ip is required")
     text = value if isinstance(value, str) else ""
     bare = text.removeprefix("http://").removeprefix("https://").removeprefix("[").removesuffix("]")
     try:
-        # Scope ids (fe80::1%eth0) would need quoting wherever the URL goes.
+        # A scope id (fe80::1%eth0) would have to be quoted in URLs.
         ip = ipaddress.ip_address(bare if "%" not in bare else "")
     except ValueError:
         raise ValueError(f"invalid host_ip: {_short(value)}") from None
@@ -136,7 +139,7 @@ def _token(value: Any) -> str:
     try:
         return _id("token", value)
     except ValueError:
-        raise ValueError("invalid token") from None  # the log is no place for it, even for a wrong one
+        raise ValueError("invalid token") from None  # without the value: the text is logged
 
 
 def _max_concurrency(value: Any) -> int | None:
@@ -156,7 +159,7 @@ def _protocols(value: Any) -> tuple[str, ...]:
 
 
 def _text(name: str, value: Any) -> str:
-    """Ports that only disaggregated serving uses; older engines send the whole list of all ranks."""
+    """Return a port of disaggregated serving as text. Older engines send a list with all ranks' ports."""
     if isinstance(value, list):
         return ",".join(_texts(name, value))
     return "" if value is None else _scalar(name, value)
@@ -184,4 +187,4 @@ def _short(value: Any) -> str:
     try:
         return printable(value if isinstance(value, str) else repr(value), 77)
     except RecursionError:
-        return "it is nested too deep"
+        return "nested too deeply"

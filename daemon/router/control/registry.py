@@ -1,4 +1,4 @@
-"""The registry file: who was registered, so that a restarted router knows its replicas at once."""
+"""Registry file: the registered replicas, so that a restarted router knows them at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ....common.atomic_file import write_atomically
 from ....common.errors import ConfigError, is_disk_condition
 from ....common.foreign_text import parse_json, printable
 from ..addresses import AllowedAddresses
@@ -23,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class RegistryFile:
-    """JSON in the form of the registrations themselves, secrets and all. Without a path nothing is kept.
+    """JSON file with the registrations, secrets included. Without a path nothing is stored.
 
-    The file follows the board: `keep` writes it again after it was removed or could not be written.
+    `keep` writes the file again after it was removed or could not be written.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -34,24 +35,24 @@ class RegistryFile:
         self._is_failing = False
 
     def restore(self, board: Board, allowed: AllowedAddresses) -> None:
-        """Seats what was saved; nobody has looked yet whether it is up.
+        """Admit the saved replicas, as down until they are checked.
 
-        A broken file costs one line in the log: replicas register again within seconds.
+        An invalid file is logged and ignored: replicas register again within seconds.
         """
         for instance, is_draining in self._read():
             if instance.host in allowed:
                 board.admit(instance, up=False)
-                if is_draining and (handle := board.seat_of(instance.url)) is not None:
+                if is_draining and (handle := board.handle_of(instance.url)) is not None:
                     board.drain(handle)
 
     def save(self, board: Board) -> None:
-        """Writes the board as it is now, if it can; readers see the old file or the new one, never a part."""
+        """Write the board atomically, if possible."""
         # `keep` reports the failure and tries again.
         with suppress(OSError):
             self._write(board)
 
     def keep(self, board: Board) -> None:
-        """Write the board unless the file says the same. One process calls this at regular intervals."""
+        """Write the board unless the file is current. The leader calls this at regular intervals."""
         if self._path is None:
             return
         try:
@@ -61,7 +62,7 @@ class RegistryFile:
             if not self._is_failing:
                 logger.warning(
                     "registry file %s cannot be written (%s): registrations and drains stay in memory until "
-                    "it can; a router that starts meanwhile waits for its replicas to register",
+                    "it can be; a router that starts meanwhile waits for its replicas to register",
                     *(self._path, error.strerror or error),
                 )
             self._is_failing = True
@@ -84,16 +85,7 @@ class RegistryFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, _locked(self._path.parent):
             # Read under the lock: otherwise the older of two savers could write last.
-            content = _content(board)
-            draft = self._path.with_name(self._path.name + ".new")
-            draft.unlink(missing_ok=True)
-            try:
-                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(content)
-                os.replace(draft, self._path)
-            except OSError:
-                draft.unlink(missing_ok=True)
-                raise
+            write_atomically(self._path, _content(board))
 
     def _read(self) -> list[tuple[Instance, bool]]:
         if self._path is None:
@@ -110,9 +102,9 @@ class RegistryFile:
             return []
 
     def prepare(self) -> None:
-        """Raises ConfigError if it could not be written later.
+        """Raise ConfigError if the file could not be written later.
 
-        A disk that is full or read-only does not prevent the start: that may pass.
+        A full or read-only disk does not prevent the start, because that may change.
         """
         if self._path is None:
             return
@@ -132,13 +124,13 @@ class RegistryFile:
 
 
 def _content(board: Board) -> bytes:
-    """Return the content of the file for the board as it is now."""
-    instances = [_entry(row.instance.registration(), row.draining) for row in _staying(board)]
+    """Return the content of the file for the current board."""
+    instances = [_entry(row.instance.registration(), row.draining) for row in _saved(board)]
     return (json.dumps({"instances": instances}, indent=2) + "\n").encode()
 
 
-def _staying(board: Board) -> list[Status]:
-    """One that has left and is drained stays, for its flag's sake."""
+def _saved(board: Board) -> list[Status]:
+    """Return the replicas to save. One that is leaving is saved if it is drained, to keep that flag."""
     return [row for row in board.status() if not row.leaving or row.draining]
 
 
@@ -148,7 +140,7 @@ def _entry(registration: dict[str, Any], is_draining: bool) -> dict[str, Any]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Excludes other workers. It is the directory that is locked: the file is replaced each time."""
+    """Lock the directory against other workers; the file itself is replaced each time."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

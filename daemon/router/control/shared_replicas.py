@@ -1,8 +1,8 @@
-"""Which replicas several routers know together: what one of them hears, the others learn.
+"""Replicas that several routers share: registrations, drains and heartbeats.
 
-A router compares what all of them said last, what they say now, and its own board. What has changed on one
-side is taken over by the other. That nothing is said of a replica means nothing, and what is older than
-before is no news: who keeps what is said may have lost its memory. So a farewell and a removal are said, too.
+A router compares three states: the shared state it saw last, the shared state now, and its own board. A
+change of one side is applied to the other. The store may lose its data, so a missing entry means nothing and
+older values are ignored; therefore deregistrations and removals are entries, too.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from .registration import from_fields
 logger = logging.getLogger(__name__)
 
 _HERE, _LEAVING, _REMOVED = "here", "leaving", "removed"
-#: Seconds by which a heartbeat must be newer to be worth saying. The shared clock is read over a network, and
-#: that may take a second; what is said again with each reading would never grow old.
+#: Minimum seconds by which a heartbeat must be newer to be published. Reading the store's clock over the
+#: network may take a second, and a heartbeat published again with each reading would never grow old.
 _NEWER = 2.0
-#: Seconds by which what is said may be older than what was said before: routers do not wait for each other.
+#: Seconds by which a heartbeat may be older than the one before, because routers do not wait for each other.
 _OLDER = 10.0
-#: Seconds for which it is said that a replica has gone.
-_SAY_GONE = 2 * FORGET_AFTER
+#: Seconds for which the entry of a replica that has gone is kept.
+_KEEP_GONE = 2 * FORGET_AFTER
 _DAY = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What routers say of replicas, by the name that all of them have for one."""
+class SharedState:
+    """State of replicas in the store, by shared name."""
 
-    #: Its registration, and whether it is still there.
+    #: Registration and "here", "leaving" or "removed", as JSON.
     entries: Mapping[str, str] = field(default_factory=dict)
-    #: "1" if its operator wants nothing new there, else "0".
+    #: "1" if the replica is drained, else "0".
     draining: Mapping[str, str] = field(default_factory=dict)
-    #: When its last heartbeat came, in seconds on a clock that all share.
+    #: Time of its last heartbeat, in seconds on the store's clock.
     heard: Mapping[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.entries or self.draining or self.heard)
 
-    def then(self, more: Said) -> Said:
-        return Said(
+    def updated(self, more: SharedState) -> SharedState:
+        return SharedState(
             {**self.entries, **more.entries},
             {**self.draining, **more.draining},
             {**self.heard, **more.heard},
@@ -59,87 +59,88 @@ class Said:
 
 
 class SharedReplicas:
-    """One router's side of it. Not thread-safe."""
+    """One router's view of the shared replicas. Not thread-safe."""
 
     def __init__(self, board: Board, allowed: AllowedAddresses, clock: Callable[[], float]) -> None:
-        """`clock`: the board's."""
+        """`clock` must be the board's."""
         self._board = board
         self._allowed = allowed
         self._clock = clock
-        self._said = Said()
-        #: Replicas that are said to be here, and rightly are not on our board.
-        self._not_ours: set[str] = set()
+        self._shared = SharedState()
+        #: Replicas with an entry "here" that do not belong on this board.
+        self._ignored: set[str] = set()
         self._refused: set[str] = set()
 
-    def learn(self, said: Said, now: float) -> bool:
-        """Brings the board up to date with what is said; `now` is on the shared clock.
+    def apply(self, shared: SharedState, now: float) -> bool:
+        """Apply the shared state to the board; True if that changed which replicas are on it.
 
-        True if that changed who is on the board.
+        Args:
+            now: time on the store's clock.
         """
-        before, self._said = self._said, said
+        before, self._shared = self._shared, shared
         rows = self._rows()
         changed = set()
-        for name, entry in said.entries.items():
-            if _heard(said, name) < _heard(before, name) - _OLDER:
+        for name, entry in shared.entries.items():
+            if _heard(shared, name) < _heard(before, name) - _OLDER:
                 continue
-            is_news = before.entries.get(name) != entry
-            # One that we have forgotten, while others go on hearing of it, comes back with a heartbeat.
-            is_back = name not in rows and before.heard.get(name) != said.heard.get(name)
+            is_changed = before.entries.get(name) != entry
+            # A replica that this board has removed comes back with a heartbeat at another router.
+            is_back = name not in rows and before.heard.get(name) != shared.heard.get(name)
             row = rows.get(name)
-            if row is not None and self._heard_at(row, now) >= _heard(said, name) - _NEWER:
+            if row is not None and self._heartbeat_at(row, now) >= _heard(shared, name) - _NEWER:
                 if row.up and before.entries.get(name) != _entry(row.instance, _HERE):
-                    continue  # it changed here as well, and works: the others will learn that from us
-            elif row is not None and is_news and self._is_gone(entry):
-                # Ours is an older start of it, or that one.
+                    continue  # it changed here as well and is up: this router's entry will replace the other
+            elif row is not None and is_changed and self._is_gone(entry):
+                # The board has this instance or an older one.
                 changed |= {name} if self._board.remove(row.handle) else set()
                 continue
-            ago = max(0.0, now - _heard(said, name))
-            if (is_news or is_back) and self._learn_entry(name, entry, row, ago):
+            ago = max(0.0, now - _heard(shared, name))
+            if (is_changed or is_back) and self._apply_entry(name, entry, row, ago):
                 changed.add(name)
         for name, row in self._rows().items():
-            if _heard(said, name) < _heard(before, name) - _OLDER:
+            if _heard(shared, name) < _heard(before, name) - _OLDER:
                 continue
-            draining = said.draining.get(name)
+            draining = shared.draining.get(name)
             if draining is not None and (before.draining.get(name) != draining or name in changed):
                 (self._board.drain if draining == "1" else self._board.undrain)(row.handle)
-            if said.entries.get(name) == _entry(row.instance, _HERE):
-                self._board.heard(row.handle, ago=max(0.0, now - _heard(said, name)))
+            if shared.entries.get(name) == _entry(row.instance, _HERE):
+                self._board.record_heartbeat(row.handle, ago=max(0.0, now - _heard(shared, name)))
         return bool(changed)
 
-    def news(self, now: float) -> Said:
-        """What our board knows better than what is said."""
-        rows, said = self._rows(), self._said
+    def updates(self, now: float) -> SharedState:
+        """Return what is newer on this board than in the shared state."""
+        rows, shared = self._rows(), self._shared
         entries, draining, heard = {}, {}, {}
         for name, row in rows.items():
             entry = _entry(row.instance, _LEAVING if row.leaving else _HERE)
-            if said.entries.get(name) != entry:
+            if shared.entries.get(name) != entry:
                 entries[name] = entry
-            if said.draining.get(name, "0") != str(int(row.draining)):
+            if shared.draining.get(name, "0") != str(int(row.draining)):
                 draining[name] = str(int(row.draining))
-            if (at := self._heard_at(row, now)) > _heard(said, name) + _NEWER:
+            if (at := self._heartbeat_at(row, now)) > _heard(shared, name) + _NEWER:
                 heard[name] = f"{at:.3f}"
-        for name, entry in said.entries.items():
-            if name in rows or name in self._not_ours or _state(entry) != _HERE or not _is_of_here(name):
+        for name, entry in shared.entries.items():
+            if name in rows or name in self._ignored or _state(entry) != _HERE or not _is_reachable(name):
                 continue
             instance = _instance(entry)
             if self._board.has_left(instance):
                 entries[name] = _entry(instance, _LEAVING)
-            elif now - _heard(said, name) < FORGET_AFTER:
+            elif now - _heard(shared, name) < FORGET_AFTER:
                 entries[name] = _entry(instance, _REMOVED)
             else:
-                self._not_ours.add(name)  # we have forgotten it; others may know it better
-        return Said(entries, draining, heard)
+                self._ignored.add(name)  # removed here after a long silence; other routers may know more
+        return SharedState(entries, draining, heard)
 
-    def agree(self, news: Said) -> None:
-        """That news has been said."""
-        self._said = self._said.then(news)
+    def published(self, updates: SharedState) -> None:
+        """Record that the updates are in the store."""
+        self._shared = self._shared.updated(updates)
 
-    def outdated(self, now: float) -> list[str]:
-        """Names of which nothing need be said any more."""
-        limits = {name: _SAY_GONE for name, entry in self._said.entries.items() if _state(entry) != _HERE}
-        # Nobody else looks after those that only one machine could reach, if that is no more.
-        limits |= {name: _DAY for name in self._said.entries if not _is_of_here(name)}
-        return [name for name, limit in limits.items() if now - _heard(self._said, name) > limit]
+    def expired(self, now: float) -> list[str]:
+        """Return the names of replicas whose entries can be deleted."""
+        limits = {name: _KEEP_GONE for name, entry in self._shared.entries.items() if _state(entry) != _HERE}
+        # A replica at a loopback address is known to its own machine only, which may be gone.
+        limits |= {name: _DAY for name in self._shared.entries if not _is_reachable(name)}
+        return [name for name, limit in limits.items() if now - _heard(self._shared, name) > limit]
 
     def _rows(self) -> dict[str, Status]:
         return {shared_name(row.instance): row for row in self._board.status()}
@@ -149,24 +150,22 @@ class SharedReplicas:
             _state(entry) == _HERE and self._board.has_left(_instance(entry))
         )
 
-    def _heard_at(self, row: Status, now: float) -> float:
-        """On the shared clock."""
-        return now - (self._clock() - row.heard_at)
+    def _heartbeat_at(self, row: Status, now: float) -> float:
+        """Return the time of the board's last heartbeat on the store's clock."""
+        return now - (self._clock() - row.heartbeat_at)
 
-    def _learn_entry(self, name: str, entry: str, row: Status | None, ago: float) -> bool:
-        """True if the board has changed."""
-        self._not_ours.discard(name)
-        if not _is_of_here(name):
+    def _apply_entry(self, name: str, entry: str, row: Status | None, ago: float) -> bool:
+        """Apply one entry; True if that changed the board."""
+        self._ignored.discard(name)
+        if not _is_reachable(name):
             return False
         try:
             instance = _instance(entry)
             if shared_name(instance) != name:
-                raise RegistrationError(f"it is of {instance.url}")
+                raise RegistrationError(f"it belongs to {instance.url}")
         except RegistrationError as error:
-            logger.warning(
-                "what is said of replica %s is not understood: %s", printable(name), printable(error)
-            )
-            self._not_ours.add(name)
+            logger.warning("the shared entry of replica %s is invalid: %s", printable(name), printable(error))
+            self._ignored.add(name)
             return False
         if _state(entry) != _HERE:
             if row is None or row.instance.instance != instance.instance:
@@ -180,7 +179,7 @@ class SharedReplicas:
 
     def _admit(self, name: str, instance: Instance, ago: float) -> bool:
         if instance.host not in self._allowed:
-            self._not_ours.add(name)
+            self._ignored.add(name)
             if name not in self._refused:
                 self._refused.add(name)
                 logger.warning(
@@ -194,26 +193,26 @@ class SharedReplicas:
         except RegistrationError as error:
             logger.warning("replica %s of another router not admitted: %s", instance.url, error)
             changed = False
-            self._not_ours.add(name)
+            self._ignored.add(name)
         return changed
 
 
 @lru_cache(maxsize=1024)
 def shared_name(instance: Instance) -> str:
-    """The URL, where it means the same everywhere; loopback is another machine for everybody."""
+    """Return the URL, with the machine if the address is loopback, which differs between machines."""
     if ipaddress.ip_address(instance.host).is_loopback:
         return f"{instance.url}@{_here()}"
     return instance.url
 
 
-def _is_of_here(name: str) -> bool:
+def _is_reachable(name: str) -> bool:
     _, at, place = name.partition("@")
     return not at or place == _here()
 
 
 @cache
 def _here() -> str:
-    """What has a loopback of its own: a network namespace of a machine that has been started."""
+    """Return an id of what has its own loopback: a network namespace, since the machine booted."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
@@ -224,7 +223,7 @@ def _entry(instance: Instance, state: str) -> str:
 
 
 def _instance(entry: str) -> Instance:
-    """Raises RegistrationError if it is not understood."""
+    """Return the instance of an entry. Raises RegistrationError if the entry is invalid."""
     try:
         return from_fields(parse_json(entry)["registration"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -239,9 +238,9 @@ def _state(entry: str) -> str:
         return ""
 
 
-def _heard(said: Said, name: str) -> float:
+def _heard(shared: SharedState, name: str) -> float:
     try:
-        heard = float(said.heard.get(name, 0))
+        heard = float(shared.heard.get(name, 0))
     except ValueError:
         return 0.0
     return heard if math.isfinite(heard) else 0.0

@@ -1,4 +1,4 @@
-"""Hands a request to a WSGI application in a thread, and its answer back to the connection."""
+"""Runs a WSGI application in a thread and returns its response to the connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 
 class WsgiCall:
-    """One request on its way through the application. Not cancelled: what is answered here is quick."""
+    """One request to the application. It is never cancelled, because the application answers quickly."""
 
     def __init__(
         self,
@@ -46,9 +46,10 @@ class WsgiCall:
         self._client = None
 
     def pause(self) -> None:
-        """Its answer is whole before any of it is sent."""
+        """Has no effect: the response is complete before it is sent."""
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Has no effect, as `pause`."""
 
     def _done(self, future: asyncio.Future[tuple[str, list[tuple[str, str]], bytes]]) -> None:
         try:
@@ -63,17 +64,17 @@ class WsgiCall:
         seconds = time.monotonic() - self._began_at
         self._metrics.answered(self._request.method, self._request.path, int(status[:3]), seconds)
         if self._client is not None:
-            self._client.give(status.encode("latin-1"), lines, body)
+            self._client.respond(status.encode("latin-1"), lines, body)
 
 
 def environ_of(request: ClientRequest) -> Environ:
-    """PEP 3333. REMOTE_ADDR is empty on the unix socket."""
+    """Return the environ of PEP 3333. REMOTE_ADDR is empty on the unix socket."""
     path, _, query = request.target.partition(b"?")
     environ: Environ = {
         "REQUEST_METHOD": request.method,
         "SCRIPT_NAME": "",
         "PATH_INFO": urllib.parse.unquote_to_bytes(path).decode("latin-1"),
-        # Not of PEP 3333; servers and Werkzeug know it by this name.
+        # Not in PEP 3333, but servers and Werkzeug use this name.
         "RAW_URI": request.sent_target.decode("latin-1"),
         "QUERY_STRING": query.decode("latin-1"),
         "SERVER_NAME": "fd-router",
@@ -91,7 +92,7 @@ def environ_of(request: ClientRequest) -> Environ:
     }
     for name, value in request.headers:
         key = name.decode("latin-1").upper()
-        # With an underscore it could pose as another header, which has a hyphen there.
+        # A name with an underscore could pose as the header that has a hyphen there.
         if "_" in key or key == "CONTENT-LENGTH":
             continue
         key = "CONTENT_TYPE" if key == "CONTENT-TYPE" else "HTTP_" + key.replace("-", "_")

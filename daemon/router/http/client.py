@@ -1,6 +1,6 @@
-"""A client's connection: requests in, answers out, and limits for those that are slow at either.
+"""A client's connection: requests in, responses out, with time limits for slow clients.
 
-One request of a connection is under way at a time; those that follow it wait.
+One request is served at a time; pipelined requests wait.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .write_batcher import WriteBatcher
 
 logger = logging.getLogger(__name__)
 
-#: Bytes a second that a body has to come at, on the whole, once it takes longer than a client may pause.
-_BODY_RATE = 1000.0
-#: Bytes of an answer that wait for a slow client before its replica has to wait.
+#: Average bytes per second that a body must reach once it takes longer than `client_timeout`.
+_MIN_BODY_RATE = 1000.0
+#: Bytes of a response buffered for a slow client before reading from its replica is paused.
 _WRITE_BUFFER = 256 << 10
-#: Seconds, and bytes, for which a client that was refused may go on sending. Otherwise it would see a reset
-#: instead of the refusal.
+#: Seconds and bytes for which a client may continue to send after the last response. A close while bytes are
+#: unread would reset the connection, and the client would never see the response.
 _LINGER_SECONDS = 5.0
-_MOST_LINGERING = 80 << 20
-#: Seconds of that when the server stops.
-_PARTING_SECONDS = 1.0
+_MAX_LINGER_BYTES = 80 << 20
+#: The same in seconds while the server stops.
+_STOP_LINGER_SECONDS = 1.0
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Task(Protocol):
-    """What answers a request."""
+    """Produces the response to a request."""
 
     def client_gone(self) -> None: ...
 
@@ -44,15 +44,15 @@ class Task(Protocol):
 
 
 class Server(Protocol):
-    """What connections belong to."""
+    """What the connections use of the server."""
 
     max_body_bytes: int
     outbox: WriteBatcher
-    #: Seconds for a whole head, from its first byte; without a byte of the body; with the answer left unread.
+    #: Maximum seconds from the first byte of a head to its end, between bytes of a body, and without reading.
     client_timeout: float
-    #: Seconds without a request.
+    #: Maximum seconds between two requests.
     keep_alive: float
-    #: Whatever is answered from now on is the last on its connection.
+    #: Connections are closed after their current response.
     is_stopping: bool
 
     def now(self) -> float: ...
@@ -64,17 +64,17 @@ class Server(Protocol):
     def serve(self, client: Client, request: ClientRequest) -> Task: ...
 
     def refused(self, method: str, target: bytes, status: int) -> None:
-        """A request that is none; method and target may be empty."""
+        """Count a rejected request; method and target may be empty."""
 
     def cors_lines(self, target: bytes, origin: bytes) -> bytes:
-        """Return the header lines that an answer needs so that a web page of that origin may read it."""
+        """Return the CORS header lines of a response to a page of this origin."""
 
 
 class ClientConnection(asyncio.Protocol):
-    """Implements `Client` for the request that is under way."""
+    """Implements `Client` for the current request."""
 
     def __init__(self, server: Server) -> None:
-        #: When it last began to wait for the client.
+        #: Time since when it waits for the client.
         self.since = server.now()
         self._server = server
         self._outbox = server.outbox
@@ -83,26 +83,27 @@ class ClientConnection(asyncio.Protocol):
         self._waiting: deque[Parsed | Response] = deque()
         self._task: Task | None = None
         self._is_busy = False
+        #: Bytes discarded after the last response; -1 before it.
         self._lingering = -1
         self._receiving_since = 0.0
         self._blocked_since: float | None = None
-        # Of the answer under way.
+        # State of the current response.
         self._head = b""
         self._is_chunked = False
         self._is_head_only = False
-        self._is_old = False
+        self._is_http_1_0 = False
         self._keep_alive = True
 
     @property
     def waits_since(self) -> float | None:
-        """When it began to wait for a whole request; None if one is under way."""
+        """Time since when it waits for a complete request; None while one is served."""
         if self._is_busy and self._lingering < 0:
             return None
         return self._receiving_since if self._parser.is_receiving else self.since
 
     # ---- Client
 
-    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+    def respond(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
         if not status.startswith((b"204", b"304")):
             lines += b"Content-Length: %d\r\n" % (len(body) if length is None else length)
         if self._is_head_only:
@@ -112,7 +113,7 @@ class ClientConnection(asyncio.Protocol):
         self._answered()
 
     def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
-        self._is_chunked = length is None and not self._is_old
+        self._is_chunked = length is None and not self._is_http_1_0
         if length is not None:
             lines += b"Content-Length: %d\r\n" % length
         elif self._is_chunked:
@@ -135,7 +136,7 @@ class ClientConnection(asyncio.Protocol):
         is_bare = (
             self._is_chunked
             and not self._head
-            # Who sends more requests meanwhile has to be read from, or not, as the event loop sees fit.
+            # Reading is paused if the client pipelines requests; then the event loop must control it.
             and transport.is_reading()
             and transport.get_write_buffer_size() == 0
             and transport.get_extra_info("sslcontext") is None
@@ -155,7 +156,7 @@ class ClientConnection(asyncio.Protocol):
         self._answered()
 
     def abort(self) -> None:
-        """By a reset: a plain close could be taken for the end."""
+        """Reset the connection: a plain close could look like the end of the response."""
         self._task = None
         self._outbox.flush()
         sock: socket.socket | None = self._transport.get_extra_info("socket")
@@ -176,7 +177,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._lingering >= 0:
             self._lingering += len(data)
-            if self._lingering > _MOST_LINGERING:
+            if self._lingering > _MAX_LINGER_BYTES:
                 self._transport.close()
             return
         now = self._server.now()
@@ -194,14 +195,14 @@ class ClientConnection(asyncio.Protocol):
             self._outbox.write(self._transport, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def eof_received(self) -> None:
-        """Who shuts down its sending half is taken as gone, as nginx does."""
+        """Treat a client that shuts down its sending half as gone, as nginx does."""
         if self._task is not None:
             self._task.client_gone()
-            # It may still read: what it has must not look whole.
+            # The client may still read: what it has must not look complete.
             self.abort()
         elif self._parser.is_receiving and not self._is_busy:
             part = "body" if self._parser.has_head else "head"
-            self._refuse(error(400, f"the request ended in the middle of its {part}", "bad_body"))
+            self._reject(error(400, f"the request ended in the middle of its {part}", "bad_body"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.closed(self)
@@ -221,12 +222,12 @@ class ClientConnection(asyncio.Protocol):
             self._task.resume()
 
     def watch(self, now: float) -> None:
-        """Ends it if the client takes too long for what it has to do. Call now and then."""
+        """Close the connection if the client exceeds a time limit. Call periodically."""
         if self._blocked_since is not None:
             if now - self._blocked_since > self._server.client_timeout:
-                self.abort_for("does not read its answer")
+                self.abort_for("does not read its response")
         elif self._lingering >= 0:
-            if now - self.since > (_PARTING_SECONDS if self._server.is_stopping else _LINGER_SECONDS):
+            if now - self.since > (_STOP_LINGER_SECONDS if self._server.is_stopping else _LINGER_SECONDS):
                 self._transport.close()
         elif self._is_busy:
             return
@@ -235,41 +236,41 @@ class ClientConnection(asyncio.Protocol):
                 self._transport.close()
         elif self._is_late(now):
             part = "body" if self._parser.has_head else "head"
-            self._refuse(error(408, f"the request {part} did not arrive in time", "request_timeout"))
+            self._reject(error(408, f"the request {part} did not arrive in time", "request_timeout"))
 
     def abort_for(self, why: str) -> None:
-        logger.warning("a connection is closed: its client %s", why)
+        logger.warning("closing a connection: its client %s", why)
         task, self._task = self._task, None
         if task is not None:
             task.client_gone()
         self.abort()
 
     def close(self) -> None:
-        """What is still to be written is."""
+        """Close the connection after sending what is buffered."""
         self._outbox.flush()
         self._transport.close()
 
-    # ---- one request after the other
+    # ---- requests in turn
 
     def _next(self) -> None:
         parsed = self._waiting.popleft()
         self._is_busy = True
         if isinstance(parsed, Response):
-            self._refuse(parsed)
+            self._reject(parsed)
             return
         request, keep_alive = parsed
         self._keep_alive = keep_alive
         self._is_head_only = request.method == "HEAD"
-        self._is_old = request.is_http_1_0
+        self._is_http_1_0 = request.is_http_1_0
         self._is_chunked = False
         try:
             task = self._server.serve(self, request)
         except Exception:
-            # This may be called from the loop itself, where the client would wait for ever.
+            # The event loop may be the caller, and would leave the client without a response.
             logger.exception("request=%s failed in the router before it began", request.id[:64])
             self.abort()
             return
-        # It may be answered already.
+        # The request may have been answered already.
         if self._is_busy and self._lingering < 0 and not self._transport.is_closing():
             self._task = task
 
@@ -280,13 +281,13 @@ class ClientConnection(asyncio.Protocol):
         if not self._keep_alive:
             self._linger()
         elif self._waiting:
-            # From the loop: a client that sends many requests at once must not make the stack grow.
+            # Deferred to the loop, so that many pipelined requests do not grow the stack.
             self._is_busy = True
-            asyncio.get_running_loop().call_soon(self._go_on)
+            asyncio.get_running_loop().call_soon(self._serve_next)
         else:
             self._resume_reading()
 
-    def _go_on(self) -> None:
+    def _serve_next(self) -> None:
         if not self._transport.is_closing():
             self._resume_reading()
             self._next()
@@ -295,22 +296,27 @@ class ClientConnection(asyncio.Protocol):
         if not self._transport.is_reading() and not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def _refuse(self, answer: Response) -> None:
+    def _reject(self, response: Response) -> None:
         method, target = self._parser.method, self._parser.target
-        self._server.refused(method, target, answer.status)
+        self._server.refused(method, target, response.status)
         logger.warning(
-            "refused what %s sent: %s %s status=%d",
-            *(self._parser.peer or "a client", method or "-", target[:200].decode("latin-1"), answer.status),
+            "rejected a request of %s: %s %s status=%d",
+            *(
+                self._parser.peer or "a client",
+                method or "-",
+                target[:200].decode("latin-1"),
+                response.status,
+            ),
         )
         self._is_busy = True
         self._keep_alive = self._is_head_only = False
-        lines = header_lines(answer.headers)
+        lines = header_lines(response.headers)
         if origin := self._parser.origin:
             lines += self._server.cors_lines(target, origin)
-        self.give(answer.status_line.encode(), lines, answer.body)
+        self.respond(response.status_line.encode(), lines, response.body)
 
     def _linger(self) -> None:
-        """The last words have been said; the client may still be talking."""
+        """Close after the last response: stop sending, and discard what the client still sends."""
         self._is_busy = True
         self._waiting.clear()
         self._lingering = 0
@@ -326,11 +332,11 @@ class ClientConnection(asyncio.Protocol):
             self._keep_alive = False
         if not self._keep_alive:
             return b"Connection: close\r\n"
-        return b"Connection: keep-alive\r\n" if self._is_old else b""
+        return b"Connection: keep-alive\r\n" if self._is_http_1_0 else b""
 
     def _is_late(self, now: float) -> bool:
         seconds, patience = now - self._receiving_since, self._server.client_timeout
         if not self._parser.has_head:
             return seconds > patience
-        is_slow = seconds > patience and self._parser.size < seconds * _BODY_RATE
+        is_slow = seconds > patience and self._parser.size < seconds * _MIN_BODY_RATE
         return is_slow or now - self.since > patience

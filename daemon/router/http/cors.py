@@ -1,4 +1,4 @@
-"""Answers to web pages: the client's connection with headers for browsers, and preflights."""
+"""CORS: response headers for browsers, and preflight requests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .responses import Response, error, header_lines
 
 
 def cors_lines(policy: CorsPolicy, origin: bytes) -> bytes:
-    """Return the header lines of an answer to a page of this origin."""
+    """Return the CORS header lines of a response to a page of this origin."""
     return header_lines(policy.headers(_text(origin)))
 
 
 class CorsClient:
-    """Implements `Client`: adds the headers for browsers to the head of the answer."""
+    """A `Client` that adds CORS headers to the response of another."""
 
     __slots__ = ("_client", "_lines")
 
@@ -24,8 +24,8 @@ class CorsClient:
         self._client = client
         self._lines = lines
 
-    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
-        self._client.give(status, lines + self._lines, body, length)
+    def respond(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+        self._client.respond(status, lines + self._lines, body, length)
 
     def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
         self._client.begin(status, lines + self._lines, length)
@@ -48,7 +48,7 @@ class CorsClient:
 
 
 class Preflight:
-    """A finished task: the preflight is answered at once."""
+    """The finished task of a preflight, which is answered at once."""
 
     def client_gone(self) -> None: ...
 
@@ -58,12 +58,12 @@ class Preflight:
 
 
 def is_preflight(request: ClientRequest) -> bool:
-    """Return True if a browser asks whether a page may send a request. The request has an Origin header."""
+    """Return True for a preflight. The request has an Origin header."""
     return request.method == "OPTIONS" and b"access-control-request-method" in request.special
 
 
 def preflight_answer(policy: CorsPolicy, request: ClientRequest) -> Response:
-    """Return the answer to a preflight. It needs no key, because browsers send none with it."""
+    """Return the response to a preflight. It needs no API key, because browsers send none."""
     origin = _text(request.special[b"origin"])
     wanted = _text(request.special.get(b"access-control-request-headers", b""))
     headers = policy.preflight_headers(origin, wanted)

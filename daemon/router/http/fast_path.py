@@ -1,12 +1,12 @@
-"""Event streams past the event loop, as long as nothing happens but one event after the other.
+"""Relays event streams outside the event loop while they contain only ordinary events.
 
-A relay in Python costs two to three times what one in C++ does, nearly all of it for events of which there is
-nothing to decide. These go through a thread of `fast_path.cc`. Whatever else happens, a last event, an error,
-a client that does not read, a connection that ends, comes back here:
+A relay in Python costs two to three times as much as one in C++, nearly all of it for events that need no
+decision. Those go through the thread of `fast_path.cc`. Anything else comes back here: the last event, an
+error, a client that does not read, a connection that ends.
 
-    replica -> fast_path.cc -> client        data: {...} with its mark, and signs of life
+    replica -> fast_path.cc -> client        data: {...} with its mark, and keep-alive comments
         |
-        +-> given back: the marks so far, what was read and not understood, what was not sent yet
+        +-> given back: the marks so far, the bytes not understood, the bytes not sent yet
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ _LIBRARY = Path(__file__).with_name("libfd_fast_path.so")
 
 
 class Passed(NamedTuple):
-    """What has become of a stream since it was taken."""
+    """What the fast path has done with a stream, and the bytes that it leaves."""
 
-    #: Those of `resumption`, one of each event that was passed on.
+    #: The mark of each event that was relayed.
     marks: list[bytes]
-    #: Bytes of all these events.
+    #: Bytes of these events.
     size: int
-    #: How many of them `new_events` has not told yet.
+    #: Number of these events that `FastStream.new_events` has not returned yet.
     new_events: int
-    #: What has come from the replica behind them: it is the HTTP parser's.
+    #: Further bytes from the replica, for the HTTP parser.
     unread: bytes
-    #: The end of what was passed on, which the client did not take yet, as chunks.
+    #: Bytes of relayed events, with chunk framing, that the client has not accepted yet.
     unsent: bytes
 
 
 class Owner(Protocol):
     def given_back(self) -> None:
-        """The fast path does not go on with the stream: it wants to be taken back."""
+        """Called when the fast path has stopped: take the stream back."""
 
 
 class FastPath:
-    """Of one event loop, on which all calls are made. It lives as long as the process.
+    """The fast path of one event loop, on which all calls are made. It lives as long as the process.
 
     Args:
-        capacity: streams; what is more stays with the event loop.
+        capacity: maximum number of streams; others stay with the event loop.
 
     Raises:
-        OSError: the system has no descriptor or thread for it.
+        OSError: no file descriptor or thread is available.
     """
 
     def __init__(self, capacity: int) -> None:
         self.native = _library()
         self.handle: int | None = self.native.fd_fast_path_start(capacity)
         if self.handle is None:
-            raise OSError(errno.EAGAIN, "the system does not let the router start a thread for event streams")
-        # Of each slot; the thread writes there.
+            raise OSError(errno.EAGAIN, "cannot start a thread for event streams")
+        # By slot; written by the thread.
         self.heard_at = self.native.fd_fast_path_heard_at(self.handle)
         self.events = self.native.fd_fast_path_events(self.handle)
         self.streams: dict[int, FastStream] = {}
@@ -70,16 +70,16 @@ class FastPath:
         asyncio.get_running_loop().add_reader(self._wakeup, self._collect)
 
     def take(self, owner: Owner, replica: asyncio.Transport, client: asyncio.Transport) -> FastStream | None:
-        """Has the events pass from here on. The transports are left alone until the stream is taken back.
+        """Relay the next events here; None if that is impossible now.
 
-        The replica's must be between two chunks, and nothing may be left to be written to either. The
-        client's must be plain TCP with a chunked answer under way. None if that cannot be now.
+        The replica's transport must be between two chunks, the client's plain TCP with a chunked response in
+        progress, and the write buffers of both empty. Do not use them until the stream is taken back.
         """
         numbers = [transport.get_extra_info("socket").fileno() for transport in (replica, client)]
         slot = self.native.fd_fast_path_take(self.handle, *numbers)
         if slot < 0:
             if -slot != errno.ENOSPC:
-                logger.warning("a stream stays with the event loop: %s", os.strerror(-slot))
+                logger.warning("cannot relay a stream on the fast path: %s", os.strerror(-slot))
             return None
         for transport in (replica, client):
             transport.pause_reading()
@@ -93,15 +93,13 @@ class FastPath:
             try:
                 stream.owner.given_back()
             except Exception:
-                # One stream's fault must not hold up those behind it.
-                logger.exception(
-                    "a stream that came back from the fast path failed; its connections are closed"
-                )
+                # An error in one stream must not affect the others.
+                logger.exception("taking a stream back from the fast path failed; its connections are closed")
                 stream.abort()
 
 
 class FastStream:
-    """One that is on the fast path."""
+    """A stream on the fast path."""
 
     __slots__ = ("_client", "_counted", "_path", "_replica", "_slot", "owner")
 
@@ -122,21 +120,21 @@ class FastStream:
 
     @property
     def heard_at(self) -> float:
-        """When bytes last came from the replica, by time.monotonic()."""
+        """time.monotonic() at which bytes last arrived from the replica."""
         return self._path.heard_at[self._slot]
 
     def new_events(self) -> int:
-        """How many were passed on since the last call."""
+        """Return the number of events relayed since the last call."""
         count = self._path.events[self._slot]
         new, self._counted = count - self._counted, count
         return new
 
     def take_back(self) -> Passed:
-        """Both connections are the event loop's again, and it reads from them. To be called once."""
+        """Return both connections to the event loop, which reads from them again. Call once."""
         path, found = self._path, _GivenBack()
         del path.streams[self._slot]
         path.native.fd_fast_path_take_back(path.handle, self._slot, ctypes.byref(found))
-        # Not by lines, which could also end at a carriage return.
+        # Not splitlines(), which also splits at carriage returns.
         marks = bytes(found.marks).split(b"\n")[:-1]
         passed = Passed(marks, found.sent_bytes, self.new_events(), bytes(found.unread), bytes(found.unsent))
         path.native.fd_fast_path_release(path.handle, self._slot)
@@ -146,21 +144,23 @@ class FastStream:
         return passed
 
     def abort(self) -> None:
-        """Ends both connections; the owner hears of it from them."""
+        """Close both connections, which notifies the owner."""
         for transport in (self._replica, self._client):
             transport.abort()
 
 
 def require() -> None:
-    """
+    """Check that the compiled library loads.
+
     Raises:
-        ConfigError: the compiled part is missing, or is for another machine.
+        ConfigError: it is missing, or built for another machine.
     """
     try:
         _library()
     except (OSError, AttributeError) as error:
         raise ConfigError(
-            f"the router's compiled part does not load ({error}); install fd-dp with pip, which compiles it"
+            f"the router's compiled library cannot be loaded ({error}); "
+            "install fd-dp with pip, which compiles it"
         ) from None
 
 
@@ -180,7 +180,7 @@ class _GivenBack(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    # Its calls are short: who lets others have the interpreter meanwhile only has to wait for it afterwards.
+    # PyDLL keeps the GIL: the calls are so short that releasing it would cost more.
     library = ctypes.PyDLL(str(_LIBRARY))
     path, slot = ctypes.c_void_p, ctypes.c_int
     for name, result, arguments in (

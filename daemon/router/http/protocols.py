@@ -7,25 +7,31 @@ from typing import Protocol
 
 
 class Client(Protocol):
-    """The client's connection, as long as this request has it."""
+    """The client's connection while it serves one request."""
 
-    def give(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
-        """A whole answer; `length` if it is not that of the body (HEAD)."""
+    def respond(self, status: bytes, lines: bytes, body: bytes, length: int | None = None) -> None:
+        """Send a complete response.
+
+        Args:
+            status: code and reason phrase.
+            lines: header lines, each with its line end, without Content-Length.
+            length: Content-Length if it is not that of `body` (HEAD).
+        """
 
     def begin(self, status: bytes, lines: bytes, length: int | None) -> None:
-        """The head of an answer that comes piece by piece; it goes out with the first."""
+        """Begin a response that is sent in pieces; its head is sent with the first."""
 
     def send(self, piece: bytes) -> None: ...
 
     @property
     def fast_transport(self) -> asyncio.Transport | None:
-        """Where chunks can be sent past `send`; None if that is impossible, or something is still unsent."""
+        """Transport for writing chunks directly; None if unsupported now, or if data is still unsent."""
 
     def send_chunks(self, chunks: bytes) -> None:
-        """What is left of such chunks."""
+        """Send chunks, already framed, that the fast path could not send."""
 
     def end(self, trailer: bytes = b"") -> None:
-        """The answer is whole. `trailer`: header lines behind it, where HTTP has a place for them."""
+        """End a complete response. `trailer`: header lines, dropped if the response is not chunked."""
 
     def abort(self) -> None:
-        """Nobody may take what the client got for a whole answer."""
+        """Reset the connection, so that the client cannot take the response for complete."""

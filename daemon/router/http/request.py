@@ -1,4 +1,4 @@
-"""A client's request as it was parsed, and what all requests and answers have in common: headers. Pure."""
+"""A parsed client request, and header functions for requests and responses. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 from ....common.errors import FastDeployError
 from .responses import Response
 
-#: In their order; names in lower case.
+#: Headers in their order; names in lower case.
 RawHeaders = list[tuple[bytes, bytes]]
 
 HOP_BY_HOP = frozenset(
@@ -28,7 +28,7 @@ HOP_BY_HOP = frozenset(
         b"http2-settings",
     }
 )
-#: Which web pages may read an answer is the router's decision, not a replica's.
+#: CORS response headers: the router decides about them, not a replica.
 CORS = frozenset(
     b"access-control-" + name
     for name in (
@@ -42,22 +42,22 @@ CORS = frozenset(
         *(b"expose-headers", b"max-age"),
     )
 )
-_LONGEST_ID = 256
-#: Escapes of characters that need none, and of the slash: WSGI and ASGI decode it before they look at a path.
+_MAX_ID = 256
+#: Escapes of characters that need none, and of the slash, which WSGI and ASGI decode before routing.
 _NEEDLESS_ESCAPE = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])")
 _SLASHES = re.compile(rb"//+")
 
 
 class Refused(FastDeployError):
-    """A request that goes to no replica; `answer` says why."""
+    """A request that the router does not forward; `response` says why."""
 
-    def __init__(self, answer: Response) -> None:
-        super().__init__(answer.status_line)
-        self.answer = answer
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status_line)
+        self.response = response
 
 
 class ClientRequest:
-    """A whole request of a client."""
+    """A complete request of a client."""
 
     __slots__ = (
         *("body", "dropped", "headers", "is_http_1_0", "method", "path", "peer", "raw_path", "sent_target"),
@@ -76,22 +76,22 @@ class ClientRequest:
         peer: str,
     ) -> None:
         self.method = method
-        #: As it came, for error messages.
+        #: As received, for error messages.
         self.sent_target = target
         #: In origin form, /path?query, the path in canonical form.
         self.target: bytes
-        #: The path without the query, in canonical form; and the same as text, still encoded: decoded, it
-        #: could hold a line break.
+        #: The path without the query in canonical form, and the same as text. Still percent-encoded, because
+        #: a decoded path could contain a line break.
         self.raw_path: bytes
         self.path: str
         self.target, self.raw_path, self.path = _forms_of(target)
         self.headers = headers
-        #: The first value of each header that the router itself looks at.
+        #: The first value of each header that the router itself reads.
         self.special = special
-        #: Headers that a Connection header has named.
+        #: Headers named in a Connection header.
         self.dropped = dropped
         self.body = body
-        #: HTTP/1.0 knows no chunks.
+        #: HTTP/1.0 has no chunked encoding.
         self.is_http_1_0 = is_http_1_0
         #: IP address; empty on the unix socket.
         self.peer = peer
@@ -99,7 +99,7 @@ class ClientRequest:
     @property
     def id(self) -> str:
         given = self.special.get(b"x-request-id")
-        return given.decode("latin-1")[:_LONGEST_ID] if given else f"{random.getrandbits(128):032x}"
+        return given.decode("latin-1")[:_MAX_ID] if given else f"{random.getrandbits(128):032x}"
 
     @property
     def authorization(self) -> str:
@@ -107,13 +107,13 @@ class ClientRequest:
 
 
 def without_hop_by_hop(headers: RawHeaders) -> RawHeaders:
-    """Leaves out what is about one connection only, the headers named in Connection included."""
+    """Return the headers without the hop-by-hop ones, which include those named in Connection."""
     dropped = HOP_BY_HOP.union(*(named_in(value) for name, value in headers if name == b"connection"))
     return [header for header in headers if header[0] not in dropped]
 
 
 def lines_without(dropped: frozenset[bytes], headers: RawHeaders) -> bytes:
-    """As they stand in a head, each with its end, but for those that are dropped."""
+    """Return the headers, except those in `dropped`, as lines of a head with their line ends."""
     pieces: list[bytes] = []
     for name, value in headers:
         if name not in dropped:
@@ -122,11 +122,11 @@ def lines_without(dropped: frozenset[bytes], headers: RawHeaders) -> bytes:
 
 
 def named_in(connection: bytes) -> frozenset[bytes]:
-    """The headers that a Connection header names."""
+    """Return the header names in the value of a Connection header."""
     return frozenset(word.strip().lower() for word in connection.split(b","))
 
 
-# Clients ask for the same few again and again.
+# Clients send the same few targets again and again.
 @lru_cache(maxsize=256)
 def _forms_of(target: bytes) -> tuple[bytes, bytes, str]:
     path, mark, query = origin_form(target).partition(b"?")
@@ -135,9 +135,9 @@ def _forms_of(target: bytes) -> tuple[bytes, bytes, str]:
 
 
 def canonical_path(path: bytes) -> bytes:
-    """Return the one spelling of a path by which the router and every replica decide alike.
+    """Return the canonical spelling of a path, which the router and every replica read alike.
 
-    Several slashes count as one, and what need not be escaped is not.
+    Repeated slashes are merged, and needless escapes decoded.
     """
     if b"%" in path:
         path = _NEEDLESS_ESCAPE.sub(lambda found: urllib.parse.unquote_to_bytes(found[0]), path)
@@ -145,7 +145,7 @@ def canonical_path(path: bytes) -> bytes:
 
 
 def origin_form(target: bytes) -> bytes:
-    """/path?query of an absolute target, too; decoding and encoding again could change it."""
+    """Return /path?query of a target that may be absolute, without decoding it."""
     if target.startswith(b"/") and b"#" not in target:
         return target
     if not target.startswith(b"/"):

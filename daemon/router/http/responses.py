@@ -1,4 +1,4 @@
-"""Answers that the router gives itself: OpenAI's error body for clients, FastDeploy's for instances. Pure."""
+"""Responses of the router itself, with error bodies like OpenAI's. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from http import HTTPStatus
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A whole response."""
+    """A complete response."""
 
     status: int
     body: bytes
@@ -25,7 +25,7 @@ class Response:
 
 
 def header_lines(headers: Iterable[tuple[str, str]]) -> bytes:
-    """As they stand in a head, each with its end."""
+    """Return the headers as lines of a response head, each with its line end."""
     return "".join(f"{name}: {value}\r\n" for name, value in headers).encode("latin-1")
 
 
@@ -44,7 +44,7 @@ def error_body(status: int, message: str, code: str | None = None) -> bytes:
 
 
 def error(status: int, message: str, code: str | None = None, retry_after: int | None = None) -> Response:
-    """An OpenAI error; `retry_after` is in seconds."""
+    """Return an OpenAI error response; `retry_after` is in seconds."""
     headers = [("Content-Type", "application/json")]
     if retry_after is not None:
         headers.append(("Retry-After", str(retry_after)))
@@ -54,8 +54,8 @@ def error(status: int, message: str, code: str | None = None, retry_after: int |
 
 
 def sse_error(message: str) -> bytes:
-    """The end of an event stream whose replica died: an error event and the usual last event.
+    """Return the end of an event stream that breaks off: an error event and [DONE].
 
-    The empty line in front ends an event that the replica may have left open.
+    The leading newline terminates an event that the replica may have left incomplete.
     """
     return b"\ndata: " + error_body(502, message, "replica_lost") + b"\n\ndata: [DONE]\n\n"

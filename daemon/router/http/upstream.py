@@ -1,7 +1,7 @@
-"""Connections to replicas: one request at a time on each; they are kept and used again.
+"""Connections to replicas, kept alive and reused, with one request at a time on each.
 
-Strict about what is an answer: a head or a body that ends early is a failure, never an answer that only looks
-complete. What has come is handed out without waiting for more.
+A head or a body that ends early is a failure, never a response that looks complete. Bytes are passed on as
+they arrive.
 """
 
 from __future__ import annotations
@@ -24,44 +24,46 @@ logger = logging.getLogger(__name__)
 
 _LOST = LOST_HEADER.lower().encode()
 _CONNECT_TIMEOUT = 5.0
-#: A kept connection that nobody used for so long is closed.
+#: Seconds after which an idle connection is closed.
 _MAX_IDLE_SECONDS = 30.0
 _MAX_IDLE_PER_REPLICA = 1024
 _MAX_HEAD = 128 << 10
-#: Bytes of a body that hold nothing: an endless chunk extension or trailer.
-_MAX_NOTHING = 128 << 10
-#: Interim heads before the answer. Our replicas send one every few seconds: this is half a day.
+#: Bytes of chunk extensions or trailers between two pieces of the body.
+_MAX_OVERHEAD = 128 << 10
+#: Interim responses before the final one. fd-dp's replicas send one every few seconds: this is half a day.
 _MAX_INTERIM = 10_000
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class Fault(enum.Enum):
-    #: No connection: nothing was sent.
+    """How an attempt at a replica failed."""
+
+    #: No connection was made.
     UNREACHABLE = "unreachable"
-    #: The connection ended before a whole head had come.
+    #: The connection ended before a complete response head.
     UNANSWERED = "unanswered"
-    #: The body ended before its end.
+    #: The body ended early.
     CUT = "cut"
-    #: What came is not HTTP.
+    #: The response is not HTTP.
     GARBLED = "garbled"
-    #: Nothing came for too long.
+    #: Nothing arrived for too long.
     SILENT = "silent"
 
 
 class Reply(Protocol):
-    """Who gets the answer. Nothing is called any more once `failed` or `ended` was, or after `cancel`."""
+    """Receives the response. No callback fires after `failed`, `ended` or `cancel`."""
 
     def informed(self, headers: RawHeaders) -> None:
-        """An interim answer has come."""
+        """An interim response (1xx) has arrived."""
 
     def began(self, connection: ReplicaConnection) -> None:
-        """The head has come: `connection.status`, `.reason`, `.headers`."""
+        """The head has arrived: see `connection.status`, `.reason`, `.headers`."""
 
     def received(self, body: bytes) -> None:
-        """A piece of the body, as it came."""
+        """A piece of the body has arrived."""
 
     def ended(self) -> None:
-        """The answer is whole."""
+        """The response is complete."""
 
     def failed(self, fault: Fault, why: str) -> None: ...
 
@@ -72,16 +74,16 @@ class ReplicaConnection(asyncio.Protocol):
     def __init__(self, pool: ConnectionPool, handle: ReplicaHandle) -> None:
         self.handle = handle
         self.idle_since = 0.0
-        #: When bytes last came, or a request was sent.
+        #: time.monotonic() at which bytes last arrived, or a request was sent.
         self.heard_at = 0.0
         self.status = 0
         self.reason = b""
         self.headers: RawHeaders = []
-        #: Of the answer, by its head; None without a length.
+        #: Content-Length of the response; None without one.
         self.length: int | None = None
         self.content_type = b""
         self.has_retry_after = self.has_request_id = self.has_lost_engine = False
-        #: Headers that a Connection header has named.
+        #: Headers named in a Connection header.
         self.dropped: frozenset[bytes] = frozenset()
         self._pool = pool
         self._transport: asyncio.Transport = cast(asyncio.Transport, None)
@@ -92,17 +94,17 @@ class ReplicaConnection(asyncio.Protocol):
         self._until_close = False
         self._head_bytes = 0
         self._interim_heads = 0
-        self._nothing_bytes = 0
+        self._overhead_bytes = 0
         self._pieces: list[bytes] = []
         self._complete = False
         self._extra = False
         self._is_reusable = False
         self._is_between_chunks = False
 
-    # ---- for the one that has it
+    # ---- for the request that uses it
 
     def send(self, request: bytes, reply: Reply, is_head: bool = False) -> None:
-        """`is_head`: the request is a HEAD, so that there is no body whatever the head says."""
+        """Send a request; `is_head`: it is a HEAD, so the response has no body whatever its head says."""
         self._reply = reply
         self._is_head = is_head
         self._reset()
@@ -110,7 +112,7 @@ class ReplicaConnection(asyncio.Protocol):
         self._pool.outbox.write(self._transport, request)
 
     def cancel(self) -> None:
-        """Ends the connection, which cancels the request."""
+        """Close the connection, which cancels the request."""
         self._reply = None
         self._transport.abort()
 
@@ -120,16 +122,16 @@ class ReplicaConnection(asyncio.Protocol):
 
     def resume(self) -> None:
         if not self._transport.is_closing():
-            # What came meanwhile has not been read, and is no silence.
+            # The replica may have sent bytes that were not read, so it was not silent.
             self.heard_at = time.monotonic()
             self._transport.resume_reading()
 
     @property
     def fast_transport(self) -> asyncio.Transport | None:
-        """Its own, if the next byte begins a chunk, so that chunks can be read past the parser."""
+        """The transport if the next byte begins a chunk, so that chunks can bypass the parser; else None."""
         transport = self._transport
         is_at_chunk = self._is_between_chunks and not self._complete and self._reply is not None
-        # A request that is still being written may fail at any time.
+        # The write buffer must be empty: a request that is still being written may fail at any time.
         is_written = not transport.is_closing() and transport.get_write_buffer_size() == 0
         return transport if is_at_chunk and is_written else None
 
@@ -139,7 +141,7 @@ class ReplicaConnection(asyncio.Protocol):
 
     @property
     def is_fresh(self) -> bool:
-        """No answer has come on it yet."""
+        """True if no response has arrived on it yet."""
         return self.idle_since == 0.0
 
     # ---- from the event loop
@@ -150,7 +152,7 @@ class ReplicaConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         reply = self._reply
         if reply is None:
-            # Bytes that nobody asked for: what comes next could be taken for another's answer.
+            # Unexpected bytes: they could be taken for the response to the next request.
             self._pool.forget(self)
             self._transport.abort()
             return
@@ -158,34 +160,34 @@ class ReplicaConnection(asyncio.Protocol):
         if not self._has_begun:
             self._head_bytes += len(data)
         problem = None
-        # Of a chunk's own head the parser says nothing before it is whole.
+        # The parser does not report an incomplete chunk header.
         self._is_between_chunks = False
         try:
             self._parser.feed_data(data)
             if not self._has_begun and self._head_bytes > _MAX_HEAD:
-                problem = f"a head of more than {_MAX_HEAD} bytes"
+                problem = f"a response head of more than {_MAX_HEAD} bytes"
         except httptools.HttpParserUpgrade:
-            problem = "a switch of protocols"
+            problem = "a protocol switch"
         except httptools.HttpParserError as error:
             problem = f"{data[:40]!r} ({error.__context__ or error})"
         if self._reply is not reply:
-            return  # the head made the request end
+            return  # a callback has ended the request
         self._is_between_chunks = self._is_between_chunks and data.endswith(b"\r\n")
         if self._pieces:
-            self._nothing_bytes = 0
+            self._overhead_bytes = 0
             pieces = self._pieces
             self._pieces = []
             reply.received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
             if self._reply is not reply:
                 return
         elif self._has_begun:
-            self._nothing_bytes += len(data)
-            if self._nothing_bytes > _MAX_NOTHING:
-                problem = f"more than {_MAX_NOTHING} bytes between two pieces of the body"
+            self._overhead_bytes += len(data)
+            if self._overhead_bytes > _MAX_OVERHEAD:
+                problem = f"more than {_MAX_OVERHEAD} bytes of chunk framing between two pieces of the body"
         if self._complete:
             self._finish(reply)
         elif problem is not None:
-            # In the middle of a body it is no better than a cut.
+            # Within a body, it is treated like a cut connection.
             fault = Fault.CUT if self._has_begun else Fault.GARBLED
             self._fail(fault, f"it sent {problem}")
 
@@ -223,7 +225,7 @@ class ReplicaConnection(asyncio.Protocol):
             return
         status = self._parser.get_status_code()
         if status < 100:
-            raise ValueError(f"there is no status {status}")
+            raise ValueError(f"invalid status {status}")
         if status < 200:
             self._read_interim(status)
             reply.informed(self.headers)
@@ -245,14 +247,14 @@ class ReplicaConnection(asyncio.Protocol):
         if self._complete:
             self._extra = True
         elif not self._has_begun:
-            raise ValueError("an interim answer has no body")
+            raise ValueError("an interim response with a body")
         else:
             self._pieces.append(body)
 
     def on_message_complete(self) -> None:
         if self._has_begun:
             self._complete = True
-            # The parser knows it only now.
+            # The parser does not know this earlier.
             self._is_reusable = self._parser.should_keep_alive()
 
     # ---- the rest
@@ -263,18 +265,18 @@ class ReplicaConnection(asyncio.Protocol):
         self.has_retry_after = self.has_request_id = self.has_lost_engine = False
         self._has_begun = self._complete = self._until_close = self._extra = self._is_reusable = False
         self._is_between_chunks = False
-        self._head_bytes = self._interim_heads = self._nothing_bytes = 0
+        self._head_bytes = self._interim_heads = self._overhead_bytes = 0
         self._pieces = []
 
     def _read_interim(self, status: int) -> None:
-        """A sign of life. It has no body (RFC 9110, 15.2), and llhttp reads one if the head announces it."""
+        """Check an interim response. It has no body (RFC 9110, 15.2), but llhttp reads one if announced."""
         if status == 101:
-            raise ValueError("it switches protocols, which no request asks for")
+            raise ValueError("a protocol switch that was not requested")
         if any(name in _FRAMING for name, _ in self.headers):
-            raise ValueError("an interim answer has no body")
+            raise ValueError("an interim response with a body")
         self._interim_heads += 1
         if self._interim_heads > _MAX_INTERIM:
-            raise ValueError(f"more than {_MAX_INTERIM} interim answers")
+            raise ValueError(f"more than {_MAX_INTERIM} interim responses")
 
     def _read_framing(self) -> None:
         chunked = False
@@ -284,7 +286,7 @@ class ReplicaConnection(asyncio.Protocol):
             elif name == b"transfer-encoding":
                 chunked = True
                 if value.lower() != b"chunked":
-                    raise ValueError("the only transfer coding that is taken is chunked")
+                    raise ValueError("unsupported Transfer-Encoding; only chunked is accepted")
             elif name == b"content-type":
                 self.content_type = value.lower()
             elif name == b"connection":
@@ -300,7 +302,7 @@ class ReplicaConnection(asyncio.Protocol):
             self.length = None
         bodiless = self._is_head or self.status in (204, 304)
         if self._is_head:
-            # The parser waits for a body that does not come.
+            # The parser would wait for a body that never arrives.
             self._complete = True
         self._until_close = not chunked and self.length is None and not bodiless
 
@@ -309,7 +311,7 @@ class ReplicaConnection(asyncio.Protocol):
         keep = self._is_reusable and not self._extra
         self.idle_since = self.heard_at
         if keep and not self._transport.is_closing():
-            # The client may have paused it with the very last piece, and is not the next one's.
+            # This client may have paused it with the last piece; the next one has not.
             self._transport.resume_reading()
             self._pool.keep(self)
         else:
@@ -324,23 +326,23 @@ class ReplicaConnection(asyncio.Protocol):
 
 
 class ConnectionPool:
-    """All kept connections of one worker. Belongs to its event loop."""
+    """The connections of one worker to replicas. Belongs to its event loop."""
 
     def __init__(self, outbox: WriteBatcher) -> None:
         self.outbox = outbox
-        #: By the generation of the seat.
+        #: Idle connections by generation of the replica's handle, the longest idle first.
         self._idle: dict[int, deque[ReplicaConnection]] = {}
         self._connecting: set[asyncio.Task[None]] = set()
 
     def take(self, handle: ReplicaHandle) -> ReplicaConnection | None:
-        """One that is kept, if there is."""
+        """Return an idle connection, or None."""
         idle = self._idle.get(handle.generation)
         return idle.pop() if idle else None
 
     def connect(self, handle: ReplicaHandle, then: Connecting) -> None:
-        """Opens one and tells `then`."""
+        """Open a connection and pass it to `then`."""
         task = asyncio.get_running_loop().create_task(self._connect(handle, then))
-        # The loop itself holds tasks weakly.
+        # The event loop holds only weak references to tasks.
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
@@ -359,7 +361,7 @@ class ConnectionPool:
             idle.remove(connection)
 
     def sweep(self, now: float) -> None:
-        """Closes what nobody used for long, oldest first. Call now and then."""
+        """Close connections that have been idle for too long. Call periodically."""
         for generation, idle in list(self._idle.items()):
             while idle and idle[0].idle_since < now - _MAX_IDLE_SECONDS:
                 idle.popleft().cancel()
@@ -379,19 +381,19 @@ class ConnectionPool:
             reason = (error.strerror or str(error)).lower()
             then.unreachable(f"no connection ({reason})")
         except Exception as error:
-            # For example, the system rejects the address. No caller awaits this task.
-            logger.exception("a connection to %s cannot be opened", instance.authority)
+            # For example, the system rejects the address. Nothing awaits this task, so report it here.
+            logger.exception("cannot connect to %s", instance.authority)
             then.unreachable(f"no connection ({type(error).__name__})")
         else:
             if connection.is_closing:
-                # By a replica that died with it still in its backlog. Nothing more would be heard.
+                # The replica died with the connection in its backlog; no further callback would come.
                 then.unreachable("closed the connection at once")
             else:
                 then.connected(connection)
 
 
 class Connecting(Protocol):
-    """Who waits for a connection."""
+    """Waits for a connection."""
 
     def connected(self, connection: ReplicaConnection) -> None: ...
 

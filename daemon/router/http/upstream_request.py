@@ -1,4 +1,4 @@
-"""What a replica is sent: the request, and what is between router and replica. Pure, but for the seed."""
+"""The request as it is sent to a replica. Pure, except for a random seed."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from ....common.resumption import (
 from .request import HOP_BY_HOP, ClientRequest, Refused, lines_without
 from .responses import error, header_lines
 
-#: Seconds between the signs of life that replicas are asked for.
-_SIGN_OF_LIFE = 5
-#: Follow from the connection and the body that are used, or are between the router and its replicas only. And
-#: Origin: the router alone decides about web pages.
-_MADE_ANEW = frozenset(
+#: Seconds between the keep-alive messages requested from replicas.
+_KEEP_ALIVE = 5
+#: Headers that the router sets itself: those of the connection and the body, and those of its protocol with
+#: the replicas. Origin is dropped, because the router alone decides about CORS.
+_REPLACED = frozenset(
     name.lower().encode()
     for name in (
         *("Host", "Content-Length", "Expect", "Origin", "X-Request-Id", "X-FD-Seed"),
         *(MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER),
     )
 )
-_NOT_FORWARDED = HOP_BY_HOP | _MADE_ANEW
+_NOT_FORWARDED = HOP_BY_HOP | _REPLACED
 
 
 class Forwarded(NamedTuple):
-    """What every replica that is tried gets, but for what differs between replicas."""
+    """The part of a request that is the same for every replica."""
 
     method: str
     target: bytes
-    #: Header lines, each with its end.
+    #: Header lines, each with its line end.
     lines: bytes
     body: bytes
 
     def to(self, lines: bytes) -> bytes:
-        """The bytes of the request for the replica of which `lines_for` says these."""
+        """Return the bytes for one replica, whose own header lines `lines_for` returns."""
         method, target, own_lines, body = self
         return b"".join(
             (
@@ -53,42 +53,42 @@ class Forwarded(NamedTuple):
 
 
 def forwarded(request: ClientRequest, identity: str) -> Forwarded:
-    """The request as it came, but for what belongs to the connection.
+    """Return the client's request without the headers of its connection.
 
-    It has one request id and one seed: the client's first, or else one of the router, so that every replica
-    that is tried draws the same tokens.
+    It has one request id and one seed, the client's or a generated one, so that every replica that is tried
+    samples the same tokens.
 
     Raises:
-        Refused: no path of ours.
+        Refused: the path leads out of /v1/.
     """
     if _climbs(request.raw_path):
         raise Refused(error(404, f"no such path: {request.path}", "not_found"))
     dropped = _NOT_FORWARDED | request.dropped if request.dropped else _NOT_FORWARDED
-    # The log names the request by this id, so it is kept even if a Connection header lists it.
+    # The log identifies the request by this id, so it is kept even if a Connection header names it.
     own = request.special.get(b"x-request-id") or identity.encode("latin-1")
     seed = None if b"x-fd-seed" in request.dropped else request.special.get(b"x-fd-seed")
     if seed is None:
-        # 53 bits: exact wherever JSON numbers are doubles. It need not be secret, only the same everywhere.
+        # 53 bits are exact where JSON numbers are doubles. It need not be secret.
         seed = b"%d" % random.getrandbits(53)
     added = b"x-request-id: %b\r\nx-fd-seed: %b\r\n" % (own, seed)
     lines = lines_without(dropped, request.headers) + added
     return Forwarded(request.method, request.target, lines, request.body)
 
 
-# For more replicas than a board has rows.
+# More entries than a board has rows.
 @functools.lru_cache(maxsize=1024)
 def lines_for(authority: str, features: tuple[str, ...]) -> bytes:
-    """Which replica is meant, and what it is asked for of what it can do."""
+    """Return the header lines for one replica: Host and the optional features to enable."""
     headers = [("Host", authority)]
     if "resume" in features:
         headers.append((MARKS_HEADER, "1"))
     if "progress" in features:
-        headers.append((PROGRESS_HEADER, str(_SIGN_OF_LIFE)))
+        headers.append((PROGRESS_HEADER, str(_KEEP_ALIVE)))
     return header_lines(headers)
 
 
 def resuming(request: Forwarded, resumption: Resumption, token: str) -> Forwarded:
-    """The request for the rest of a stream, to the replica with that token."""
+    """Return the request to resume a response at the replica with this token."""
     lines = b"".join(
         line + b"\r\n"
         for line in request.lines.split(b"\r\n")
@@ -103,10 +103,10 @@ def resuming(request: Forwarded, resumption: Resumption, token: str) -> Forwarde
 
 
 def _climbs(path: bytes) -> bool:
-    """Out of /v1/: what a replica has besides is for its neighbours."""
+    """Return True if the path leads out of /v1/: other paths of a replica are not for clients."""
     if b"." not in path and b"%" not in path:
         return False
-    # Whoever is in between may have decoded it once more.
+    # A proxy in front of the replica may decode the path again.
     while (plain := urllib.parse.unquote_to_bytes(path)) != path:
         path = plain
     return b".." in path.replace(b"\\", b"/").split(b"/")

@@ -1,4 +1,4 @@
-"""One line for each request that is over."""
+"""Access log: one line for each finished request."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import logging
 from ....common.log import info_together
 
 _log = logging.getLogger("fastdeploy.access")
-_SECONDS = 0.02
+_FLUSH_SECONDS = 0.02
 
 
 class AccessLog:
-    """Belongs to the event loop. What ends within a moment is logged together."""
+    """Collects the lines of a few milliseconds and logs them together. Used by the event loop only."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
 
     def add(self, line: str) -> None:
         if not self._lines:
-            asyncio.get_running_loop().call_later(_SECONDS, self.flush)
+            asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
         self._lines.append(line)
 
     def flush(self) -> None:

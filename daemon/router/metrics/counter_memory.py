@@ -1,11 +1,11 @@
-"""The counters of all workers, in memory that they share: no directory that can be removed or run full.
+"""Metrics of all workers in shared memory: there is no directory that could be removed or fill up.
 
-    header     magic number and layout
-    totals     what workers that have ended have counted
-    sections   one for each worker, its only writer while it lives
+    header     magic number and version of the layout
+    totals     sums of workers that have ended
+    sections   one per worker, which is its only writer while it lives
 
-A section is the number of its cells in use, then entries: the length of the key, the key, the value. A value
-is one aligned cell, so a reader sees it whole. Zeroed memory is an empty section.
+A section has the number of its cells in use, then entries: length of the key, key, value. A value is one
+aligned cell, so that a reader never sees a part of it. Zeroed memory is an empty section.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = int.from_bytes(b"fd-count", "little")
 _LAYOUT = 1
-#: Some twenty thousand series; pages that are not touched take no memory.
+#: Room for about twenty thousand series; untouched pages use no memory.
 _SECTION_BYTES = 4 << 20
 _TOTALS = WORKERS
 _BYTES = mmap.PAGESIZE + (WORKERS + 1) * _SECTION_BYTES
 
 
 class CounterMemory:
-    """The memory as one process sees it."""
+    """One process's access to the metrics of all workers."""
 
     def __init__(self, descriptor: int) -> None:
-        """Raises BoardError if the descriptor is no memory for counters of this version."""
+        """Raises BoardError if the descriptor has no counters of this version."""
         self.descriptor = descriptor
         try:
             whole = memoryview(mmap.mmap(descriptor, _BYTES))
@@ -62,7 +62,7 @@ class CounterMemory:
         with self._lock:
             if self._own is None:
                 self._collect_from_dead()
-                free = (number for number in range(WORKERS) if self._lock.take_mark(number))
+                free = (number for number in range(WORKERS) if self._lock.take_liveness(number))
                 self._own = next(free, None)
             if self._own is None:
                 raise BoardError(f"there are counters for {WORKERS} workers, and all of them are taken")
@@ -74,9 +74,9 @@ class CounterMemory:
             self._collect_from_dead()
 
     def read(self) -> dict[bytes, float]:
-        """Return each counter's value, added up over all workers, the dead included."""
+        """Return each counter's sum over all workers, including those that have ended."""
         values: dict[bytes, float] = {}
-        # No count moves from one section to another meanwhile.
+        # Under the lock, so that no count moves from one section to another meanwhile.
         with self._lock:
             for section in self._sections:
                 for key, value in section.items():
@@ -85,7 +85,7 @@ class CounterMemory:
 
     def _collect_from_dead(self) -> None:
         for number, section in enumerate(self._sections[:WORKERS]):
-            if section.is_empty or number == self._own or self._lock.is_marked(number):
+            if section.is_empty or number == self._own or self._lock.is_held_elsewhere(number):
                 continue
             section.move_to(self._totals)
 
@@ -106,7 +106,7 @@ def create() -> int:
 
 
 class Section:
-    """Counters by key. Any thread may add a counter; a single thread counts with it."""
+    """Counters of one worker by key. Any thread may add a counter; a single thread increments it."""
 
     def __init__(self, memory: memoryview) -> None:
         self._bytes = memory
@@ -116,7 +116,7 @@ class Section:
         self.forget()
 
     def forget(self) -> None:
-        """Begin as in a new process after a fork: another thread may have held the lock then."""
+        """Drop the state of the parent process after a fork, whose lock another thread may have held."""
         self._lock = threading.Lock()
         self._positions: dict[bytes, int] = {}
 
@@ -125,7 +125,7 @@ class Section:
         return self._integers[0] == 0
 
     def cell(self, key: bytes) -> memoryview[float]:
-        """Return the cell with the value of `key`. Without room for a new one the cell is private."""
+        """Return the cell with the value of `key`; a private cell if there is no room for a new one."""
         with self._lock:
             position = self._positions.get(key)
             if position is None:
@@ -138,7 +138,7 @@ class Section:
         return ((key, self._floats[position]) for key, position in self._entries())
 
     def move_to(self, totals: Section) -> None:
-        """Move all counts, in an order in which a death on the way costs one count at most."""
+        """Move all counts, in an order that loses one count at most if the process dies meanwhile."""
         totals._read_positions()
         for key, position in self._entries():
             totals.cell(key)[0] += self._floats[position]
@@ -152,12 +152,14 @@ class Section:
         if position >= len(self._integers):
             if not self._is_full:
                 self._is_full = True
-                logger.warning("no room for more counters: /metrics lacks some from now on, such as %r", key)
+                logger.warning(
+                    "no room for more counters: /metrics lacks new ones from now on, such as %r", key
+                )
             return None
         self._integers[begin] = len(key)
         self._bytes[8 * (begin + 1) : 8 * (begin + 1) + len(key)] = key
         self._floats[position] = 0.0
-        # The entry exists from here on.
+        # This store makes the entry valid.
         self._integers[0] = position + 1
         self._positions[key] = position
         return position
@@ -178,7 +180,7 @@ class Section:
 
 
 def value_class(section: Section) -> type:
-    """Return a class for `prometheus_client.values.ValueClass`: values live in that section."""
+    """Return a class for `prometheus_client.values.ValueClass` that keeps its values in that section."""
 
     class SharedValue:
         _multiprocess = True

@@ -1,7 +1,7 @@
-"""Counts that are made in passing, and told to Prometheus several times a second.
+"""Counters of one thread that are added to prometheus_client's metrics several times a second.
 
-A count in prometheus_client's files costs two microseconds, and a request has ten of them; here it costs a
-few tenths. Belongs to one thread, as does `flush`.
+An increment in prometheus_client costs two microseconds, and a request needs ten; here it costs a few tenths.
+All methods, `flush` included, are called by the same thread.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from prometheus_client import Counter, Histogram
 
 
-class CounterTally:
-    """For one child of a counter."""
+class LocalCounter:
+    """Increments of one child of a counter."""
 
     __slots__ = ("_child", "count")
 
@@ -27,8 +27,8 @@ class CounterTally:
             self.count = 0
 
 
-class HistogramTally:
-    """For one child of a histogram with these buckets."""
+class LocalHistogram:
+    """Observations of one child of a histogram with these buckets."""
 
     __slots__ = ("_bounds", "_child", "_counts", "_sum")
 
@@ -45,7 +45,7 @@ class HistogramTally:
     def flush(self) -> None:
         if not any(self._counts):
             return
-        # There is no public way to add more than one observation at a time.
+        # The public interface adds one observation at a time.
         self._child._sum.inc(self._sum)
         for bucket, count in zip(self._child._buckets, self._counts, strict=True):
             if count:

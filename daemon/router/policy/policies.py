@@ -1,6 +1,6 @@
-"""Which replica takes a request. Pure: a snapshot of the board and the request's facts in, an index out.
+"""Routing policies. Pure functions: candidates and the facts of a request in, the index of a candidate out.
 
-docs/router-policies.md says which policy suits which traffic, from benchmarks/router_policies.py.
+docs/router-policies.md compares them, with figures of benchmarks/router_policies.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .request_facts import BLOCK_ENDS, BYTES_PER_TOKEN
 
 
 def request_num(candidates: Candidates, facts: RequestFacts) -> int:
-    """Fewest in flight; among equals the one that was picked longest ago, so that a burst spreads evenly.
+    """Choose the fewest requests in flight; among equals the least recently picked, which spreads a burst.
 
-    Counted is what the replica would have with this request: so an idle slow one is no match for an idle
-    fast one, and of two replicas the one of half the speed gets half the requests.
+    The count includes this request and is divided by the replica's speed: an idle fast replica is chosen
+    before an idle slow one, and a replica of half the speed gets half the requests.
     """
-    return _least(_loads(candidates))
+    return _argmin(_loads(candidates))
 
 
 def round_robin(candidates: Candidates, facts: RequestFacts) -> int:
-    """The one picked longest ago: turns without a counter, so replicas may come and go between them."""
-    return _least(candidates.last_pick)
+    """Choose the least recently picked. Without a counter of turns, replicas may come and go in between."""
+    return _argmin(candidates.last_pick)
 
 
 def random(candidates: Candidates, facts: RequestFacts) -> int:
@@ -35,7 +35,7 @@ def random(candidates: Candidates, facts: RequestFacts) -> int:
 
 
 def power_of_two(candidates: Candidates, facts: RequestFacts) -> int:
-    """The less loaded of two drawn at random."""
+    """Choose the less loaded of two random candidates."""
     count = len(candidates.in_flight)
     if count == 1:
         return 0
@@ -45,54 +45,49 @@ def power_of_two(candidates: Candidates, facts: RequestFacts) -> int:
 
 
 def process_tokens(candidates: Candidates, facts: RequestFacts) -> int:
-    """Fewest prompt tokens in flight: a long document weighs as much as many short questions."""
+    """Choose the fewest prompt tokens in flight: a long document counts like many short questions."""
     more = facts.prompt_tokens
-    columns = candidates.tokens, candidates.weight, candidates.in_flight, candidates.last_pick
-    return _least(
-        [
-            ((tokens + more) / weight, count, last)
-            for tokens, weight, count, last in zip(*columns, strict=True)
-        ]
+    fields = candidates.tokens, candidates.weight, candidates.in_flight, candidates.last_pick
+    return _argmin(
+        [((tokens + more) / weight, count, last) for tokens, weight, count, last in zip(*fields, strict=True)]
     )
 
 
 def fd_metrics_score(candidates: Candidates, facts: RequestFacts) -> int:
-    """Fewest running and waiting, by the replicas' own account: for those that have other clients too.
+    """Choose the fewest running and waiting requests by the replicas' metrics, which count all clients.
 
-    That account is seconds old. Taken as it is, everything that comes until the next one would go to the
-    same replica. So only what it said beyond the requests we knew of then is taken from it: those are not
-    ours. Our own are counted as they are now.
+    The metrics are seconds old: used as they are, all requests until the next reading would go to the same
+    replica. So only their excess over the requests that this router had there at that time is used, as the
+    number of other clients' requests. The router's own requests are counted as of now.
     """
-
-    said = zip(candidates.running, candidates.waiting, candidates.in_flight_then, strict=True)
-    others = [max(0, running + WAITING_WEIGHT * waiting - ours) for running, waiting, ours in said]
-    everybody = [*map(add, candidates.in_flight, others)]
-    return _least(_loads(candidates._replace(in_flight=everybody)))
+    reported = zip(candidates.running, candidates.waiting, candidates.in_flight_at_poll, strict=True)
+    others = [max(0, running + WAITING_WEIGHT * waiting - ours) for running, waiting, ours in reported]
+    total = [*map(add, candidates.in_flight, others)]
+    return _argmin(_loads(candidates._replace(in_flight=total)))
 
 
 def cache_aware(candidates: Candidates, facts: RequestFacts) -> int:
-    """Where the request costs least: what must be computed there, times the requests that wait meanwhile.
+    """Choose the lowest cost: the work to be computed there, times the requests that wait meanwhile.
 
-    Computed are the part of the prompt that the replica has not cached, and the answer; that holds up all
-    that it has in flight, and this request too. So there is no border between even and uneven load: half the
+    The work is the part of the prompt that is not cached there, and the answer. It delays all requests in
+    flight there and this one. With a product there is no threshold between even and uneven load: half the
     work outweighs twice the requests. Without a prefix this is request_num.
     """
     prompt = facts.prompt_tokens + ANSWER_TOKENS
-    columns = candidates.matched, candidates.in_flight, candidates.weight, candidates.last_pick
-    return _least(
+    fields = candidates.matched, candidates.in_flight, candidates.weight, candidates.last_pick
+    return _argmin(
         [
             (max(prompt - _TOKENS[matched], ANSWER_TOKENS) * (count + 1) / weight, last)
-            for matched, count, weight, last in zip(*columns, strict=True)
+            for matched, count, weight, last in zip(*fields, strict=True)
         ]
     )
 
 
 def session(candidates: Candidates, facts: RequestFacts) -> int:
-    """Always the same replica for a session, found by rendezvous hashing; without a session request_num.
+    """Choose the same replica for all requests of a session, by rendezvous hashing; else as request_num.
 
-    Each session ranks all replicas in an order of its own and takes the first that does not have far more
-    than its share. A replica that goes moves only its own sessions, and they come back to it; routers that
-    know nothing of each other agree.
+    Each session ranks all replicas in an order of its own and takes the first that is not overloaded. When a
+    replica goes, only its own sessions move, and they come back with it; routers that share nothing agree.
     """
     if not facts.session:
         return request_num(candidates, facts)
@@ -100,24 +95,24 @@ def session(candidates: Candidates, facts: RequestFacts) -> int:
     share = sum(in_flight) / sum(weight)
     limit = OVERLOADED_TIMES * share + OVERLOADED_BY
     own = int.from_bytes(blake2b(facts.session, digest_size=8).digest(), "little")
-    ranks = [mixed(own ^ key) for key in candidates.key]
+    ranks = [splitmix64(own ^ key) for key in candidates.key]
     order = sorted(range(len(ranks)), key=ranks.__getitem__)
-    # One of them is not above the average.
+    # At least one candidate is not above the average, so there is always one below the limit.
     return next(i for i in order if in_flight[i] <= limit * weight[i])
 
 
-def mixed(bits: int) -> int:
-    """The finalizer of splitmix64: every bit of the result depends on all of the 64."""
+def splitmix64(bits: int) -> int:
+    """Return the finalizer of splitmix64: every bit of the result depends on all 64 bits."""
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _64_BITS
     return bits ^ bits >> 31
 
 
-#: A waiting request counts as so many running ones: FastDeploy's default.
+#: Running requests for which a waiting one counts: FastDeploy's default.
 WAITING_WEIGHT = 1
-#: An answer, whose length nobody knows yet, is taken to cost as much as so many tokens of a prompt.
+#: Assumed cost of an answer, whose length is not known yet, in tokens of a prompt.
 ANSWER_TOKENS = 1000
-#: A session goes elsewhere if its replica has more than this times its share, and so many more.
+#: A replica is overloaded for sessions if it has more than this times its share, plus this number.
 OVERLOADED_TIMES, OVERLOADED_BY = 1.5, 4
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
@@ -135,7 +130,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         )
     }
 )
-#: FastDeploy's policies that ask every replica before every request: ours know it already.
+#: FastDeploy's policies that ask every replica before every request -> the policy that replaces each.
 RENAMED = MappingProxyType(
     {"remote_cache_aware": "cache_aware", "fd_remote_metrics_score": "fd_metrics_score"}
 )
@@ -149,20 +144,20 @@ def policy_named(name: str) -> Policy:
     return policy
 
 
-#: Tokens in so many leading blocks of a prompt.
+#: Number of leading blocks -> tokens in them.
 _TOKENS = (0, *(end // BYTES_PER_TOKEN for end in BLOCK_ENDS))
 _64_BITS = (1 << 64) - 1
 
 
 def _loads(candidates: Candidates) -> list[tuple[float, int]]:
-    """What each would have with this request, by its speed; among equals, since when it was not picked."""
+    """Return sort keys: requests with this one, by speed; then the last pick."""
     if min(candidates.weight) == max(candidates.weight):
-        # As nearly always: their order is that of the counts themselves.
+        # The usual case: the counts alone give the same order.
         return [*zip(candidates.in_flight, candidates.last_pick, strict=True)]
-    columns = zip(candidates.in_flight, candidates.weight, candidates.last_pick, strict=True)
-    return [((count + 1) / weight, last) for count, weight, last in columns]
+    fields = zip(candidates.in_flight, candidates.weight, candidates.last_pick, strict=True)
+    return [((count + 1) / weight, last) for count, weight, last in fields]
 
 
-def _least(scores: Sequence[Any]) -> int:
-    """Where the smallest is: of equal ones the first."""
+def _argmin(scores: Sequence[Any]) -> int:
+    """Return the index of the smallest score, of equal ones the first."""
     return scores.index(min(scores))

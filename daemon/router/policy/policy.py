@@ -1,4 +1,4 @@
-"""Interface of routing policies: a snapshot of the board and the facts of a request in, an index out."""
+"""Interface of routing policies: candidates and the facts of a request in, the index of a candidate out."""
 
 from __future__ import annotations
 
@@ -8,53 +8,55 @@ from typing import NamedTuple
 
 
 class RequestFacts(NamedTuple):
-    """What a policy may know of a request."""
+    """Facts of a request that a policy may use."""
 
-    #: 64 random bits: the chance in a policy comes from outside, so that the policy stays a function.
+    #: 64 random bits: randomness comes from outside, so that a policy stays a pure function.
     draw: int
-    #: An estimate.
+    #: Estimated number of prompt tokens.
     prompt_tokens: int = 0
-    #: A hash for each leading block of the prompt, each of all text up to the block's end.
+    #: Hash of the prompt up to the end of each leading block.
     prefix: tuple[int, ...] = ()
-    #: What stands for the conversation or its user; nothing if the request names neither.
+    #: Id of the conversation or its user; empty if the request has neither.
     session: bytes = b""
 
 
 class Candidates(NamedTuple):
-    """The replicas as a policy sees them, column by column: element i of each is about candidate i."""
+    """Replicas that may be chosen, as arrays: element i of each belongs to candidate i."""
 
-    #: Requests that it has and that this board counts: exact, and of this moment.
+    #: Requests in flight that this board counts: exact and current.
     in_flight: Sequence[int]
-    #: Number of the board's pick that chose it last; 0 if none did. Smaller is longer ago.
+    #: Number of the last pick that chose it; 0 if none did. A smaller number is longer ago.
     last_pick: Sequence[int]
     #: Prompt tokens of the requests in flight.
     tokens: Sequence[int]
-    #: Its speed: 1.0 is normal, 0.5 half of that. Never 0.
+    #: Relative speed: 1.0 is normal, 0.5 is half of that; never 0.
     weight: Sequence[float]
-    #: What it said of itself when its metrics were read last.
+    #: Running and waiting requests by its own metrics when these were last read.
     running: Sequence[int]
     waiting: Sequence[int]
-    #: What in_flight was when running and waiting were read.
-    in_flight_then: Sequence[int]
-    #: 64 bits that stand for it on every router, whatever its row is: a hash of its URL.
+    #: Value of `in_flight` when `running` and `waiting` were read.
+    in_flight_at_poll: Sequence[int]
+    #: Hash of its URL, 64 bits: the same on every router.
     key: Sequence[int]
-    #: Leading blocks of the request's prefix that it probably has in its cache.
+    #: Leading blocks of the request's prefix that are probably in its cache.
     matched: Sequence[int]
 
 
-#: Gets at least one candidate and returns the index of one.
+#: Returns the index of one of the candidates, of which there is at least one.
 Choose = Callable[[Candidates, RequestFacts], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
+    """A policy, and the inputs it uses; others may be left at zero."""
+
     name: str
     choose: Choose
-    #: Whether it looks at Candidates.tokens,
+    #: Uses Candidates.tokens.
     needs_tokens: bool = False
-    #: at RequestFacts.prefix and Candidates.matched,
+    #: Uses RequestFacts.prefix and Candidates.matched.
     needs_prefix: bool = False
-    #: at RequestFacts.session,
+    #: Uses RequestFacts.session.
     needs_session: bool = False
-    #: at Candidates.running and .waiting, for which somebody must read the replicas' metrics.
+    #: Uses Candidates.running and .waiting, so that the replicas' metrics have to be read.
     needs_load: bool = False

@@ -1,6 +1,6 @@
-"""What a policy wants to know of a request, found out with as little work as that takes.
+"""Facts of a request that policies use, extracted with as little work as possible.
 
-The body is never parsed in full, and never judged: whatever is wrong with it, the replica will say so.
+The body is not validated and never parsed in full: the replica reports what is wrong with it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,26 @@ import msgspec
 
 from .policy import Policy, RequestFacts
 
-#: Names the conversation, so that its requests meet at one replica.
+#: Header with the id of a conversation, whose requests go to the same replica.
 SESSION_HEADER = b"x-session-id"
-#: English has about four bytes of UTF-8 for a token, and so has Chinese; JSON's marks are few beside them.
+#: Bytes of UTF-8 per token, about the same for English and Chinese; JSON adds little.
 BYTES_PER_TOKEN = 4
 
-#: A prompt is cut into blocks: fine ones at first, where shared instructions end, then ever coarser ones, so
-#: that a long prompt has few. So many blocks are of one size before the next size begins.
+#: A prompt is cut into blocks: small ones first, where shared instructions end, then ever larger ones, so
+#: that a long prompt has few. Size of the first block in bytes, blocks of each size, and number of sizes,
+#: each of which is twice the one before.
 FIRST_BLOCK, BLOCKS_OF_A_SIZE, SIZES = 256, 16, 6
-#: Where blocks end, in bytes. What comes after the last, at 252 KB, decides nothing any more.
+#: Ends of the blocks in bytes. Text after the last one, at 252 KB, is ignored.
 BLOCK_ENDS = tuple(accumulate(FIRST_BLOCK << size for size in range(SIZES) for _ in range(BLOCKS_OF_A_SIZE)))
 
 
 def facts_of(policy: Policy, headers: Sequence[tuple[bytes, bytes]], body: bytes, draw: int) -> RequestFacts:
-    """The names of the headers are in lower case; `draw` is 64 random bits."""
+    """Return the facts of a request that the policy uses.
+
+    Args:
+        headers: with names in lower case.
+        draw: 64 random bits.
+    """
     return RequestFacts(
         draw,
         len(body) // BYTES_PER_TOKEN,
@@ -36,10 +42,10 @@ def facts_of(policy: Policy, headers: Sequence[tuple[bytes, bytes]], body: bytes
 
 
 def prompt_text(body: bytes) -> bytes:
-    """What the prompt is made from, in the order in which chat templates use it; b"" if there is no telling.
+    """Return the parts of the prompt in the order in which chat templates use them; b"" if not known.
 
-    It is the JSON as it was sent, escapes and all: the same text written in two ways is two prompts here,
-    but a client always writes in the same way.
+    This is the JSON as it was sent, with its escapes. The same text escaped in two ways counts as two
+    prompts, but each client always escapes in the same way.
     """
     try:
         prompt = _prompts.decode(body)
@@ -53,9 +59,9 @@ def prompt_text(body: bytes) -> bytes:
 
 
 def prefix_hashes(text: bytes) -> tuple[int, ...]:
-    """A hash for each whole block: of the text from the very beginning to the block's end; never 0."""
-    # The fastest by measurement of those that are the same in every process. Who makes them collide gains
-    # nothing but a wrong guess of the router's.
+    """Return the hash of the text up to the end of each complete block; never 0."""
+    # The fastest of the hashes that are the same in every process, by measurement. A forged collision only
+    # makes the router guess wrong.
     running = sha1(usedforsecurity=False)
     hashes = []
     begin = 0
@@ -69,7 +75,7 @@ def prefix_hashes(text: bytes) -> tuple[int, ...]:
 
 
 def session_of(headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bytes:
-    """What the header says, else the body's `user`."""
+    """Return the session header, or else the body's `user`."""
     for name, value in headers:
         if name == SESSION_HEADER and value:
             return value
@@ -80,7 +86,7 @@ def session_of(headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bytes:
     return user[1:-1] if user.startswith(b'"') else b""
 
 
-# Raw: found and left alone. No text is decoded, so it need not be UTF-8 either.
+# msgspec.Raw leaves a value undecoded, so that it need not be valid UTF-8.
 _NOTHING = msgspec.Raw()
 
 

@@ -1,4 +1,4 @@
-"""The data plane of one worker: every request that is under way, and what they share."""
+"""The data plane of one worker: the requests in flight and what they share."""
 
 from __future__ import annotations
 
@@ -13,37 +13,36 @@ from ..http.protocols import Client
 from ..http.request import ClientRequest, Refused
 from ..http.upstream import ConnectionPool
 from ..http.write_batcher import WriteBatcher
-from ..instance import ReplicaHandle
 from ..metrics.access_log import AccessLog
 from ..metrics.metrics import Metrics
-from .delivery import Delivery
 from .exchange import Exchange
 from .retry import RetryBudget
+from .services import ActiveRequest, FinishedRequest
 from .wait_queue import WaitQueue, retry_after
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two ticks that do not come about by themselves: this process was stopped, or starved.
-_AWAY = 2.0
-#: Seconds in which the requests of a reserved replica may end before they have to make way.
+#: Seconds between two ticks after which this process is taken to have been stopped or starved.
+_MAX_TICK_GAP = 2.0
+#: Seconds in which the other requests of a reserved replica may end before they are moved.
 _MAKE_WAY_AFTER = 1.0
 
 
 class DataPlane:
-    """Belongs to the worker's event loop."""
+    """Implements `Services`. Belongs to the worker's event loop."""
 
     def __init__(self, settings: Settings, board: Board, metrics: Metrics) -> None:
         self.settings = settings
         self.board = board
         self.metrics = metrics
         self.outbox = WriteBatcher()
-        # A connection has one request under way.
+        # A client connection has one request in flight.
         self.fast_path = FastPath(min(settings.max_in_flight, settings.max_connections))
         self.pool = ConnectionPool(self.outbox)
         self.access_log = AccessLog()
         self.budget = RetryBudget()
-        self.line = WaitQueue(settings.queue_size)
-        self.exchanges: set[Exchange] = set()
+        self.wait_queue = WaitQueue(settings.queue_size)
+        self._active: set[ActiveRequest] = set()
         self._ticked_at = 0.0
 
     def begin(self, client: Client, request: ClientRequest) -> Exchange:
@@ -51,63 +50,51 @@ class DataPlane:
         exchange.start()
         return exchange
 
-    def admit(self, request: ClientRequest) -> None:
-        """
-        Raises:
-            Refused: it has no valid key, or one more is too many.
-        """
+    def admit(self, active: ActiveRequest, request: ClientRequest) -> None:
         settings = self.settings
         is_open = not settings.keys or request.method == "OPTIONS"
         if not is_open and not settings.keys.allow(request.authorization):
             raise Refused(refusals.no_key())
-        if len(self.exchanges) >= settings.max_in_flight:
+        if len(self._active) >= settings.max_in_flight:
             raise Refused(refusals.too_many_in_flight(settings.max_in_flight))
+        self._active.add(active)
 
-    def over(
-        self,
-        exchange: Exchange,
-        request: ClientRequest,
-        identity: str,
-        handle: ReplicaHandle | None,
-        delivery: Delivery,
-        began_at: float,
-        remark: str,
-    ) -> None:
-        """It is accounted for, and makes room. `seat`: where it was last, if a replica has it or had it."""
-        self.exchanges.discard(exchange)
+    def finished(self, active: ActiveRequest, record: FinishedRequest) -> None:
+        self._active.discard(active)
         now = time.monotonic()
-        seconds, method, path, status = now - began_at, request.method, request.path, delivery.status
+        identity, method, path, handle, status, size, arrived_at, remark = record
+        seconds = now - arrived_at
         try:
             self.metrics.answered(method, path, status, seconds)
             if handle is not None:
                 self.metrics.inference(handle.url, status)
             self.access_log.add(
                 f"request={identity[:64]} replica={handle.name if handle else '-'} {method} {path} "
-                f"status={status} bytes={delivery.size} seconds={seconds:.3f}"
-                + (f" ({remark})" if remark else "")
+                f"status={status} bytes={size} seconds={seconds:.3f}" + (f" ({remark})" if remark else "")
             )
         finally:
             # Its place is free even if the accounting fails.
-            if self.line:
-                self.line.advance(now)
+            if self.wait_queue:
+                self.wait_queue.advance(now)
 
     def tick(self, now: float) -> None:
-        """Several times a second. A part that fails is logged, and the others still run."""
-        for part in (lambda: self.pool.sweep(now), self.metrics.flush, lambda: self.line.advance(now)):
+        """Run what is periodic. A task that fails is logged and does not stop the others."""
+        tasks = (lambda: self.pool.sweep(now), self.metrics.flush, lambda: self.wait_queue.advance(now))
+        for task in tasks:
             try:
-                part()
+                task()
             except Exception:
                 logger.exception("a periodic task of the data plane failed")
-        was_away = now - self._ticked_at > _AWAY
+        was_stopped = now - self._ticked_at > _MAX_TICK_GAP
         self._ticked_at = now
-        for exchange in list(self.exchanges):
-            if was_away:
-                exchange.pardon(now)
-            exchange.watch(now)
+        for active in list(self._active):
+            if was_stopped:
+                active.reset_silence_timer(now)
+            active.watch(now)
         if reserved := self.board.reserved_before(now - _MAKE_WAY_AFTER):
-            for exchange in list(self.exchanges):
-                exchange.make_way(reserved)
+            for active in list(self._active):
+                active.make_way(reserved)
 
     def retry_after(self) -> int:
-        """Seconds after which a request that finds everything full may come again."""
-        return retry_after(len(self.line), self.board.drain_rate(), self.settings.queue_timeout)
+        """Return the seconds after which a request that finds no room should be repeated."""
+        return retry_after(len(self.wait_queue), self.board.drain_rate(), self.settings.queue_timeout)

@@ -1,8 +1,8 @@
-"""What the client gets: one answer, begun once and ended once, whichever replicas it came from.
+"""The response of one request to its client: begun once and ended once, whichever replicas it comes from.
 
-Nothing goes out before it has to. An answer that comes whole is held back until it is whole, and a stream
-until its first event is, so that the replica may die as late as that and be replaced unseen. From then on
-whole events are passed on as they come.
+A response that is not a stream is held back until it is complete, and a stream until its first event is: if
+the replica dies before that, another can replace it unnoticed. After that, complete events are passed on as
+they arrive.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..http.upstream import ReplicaConnection
 from ..instance import ReplicaHandle
 from .transcript import Draft, Lines, Transcript
 
-#: Of an answer that is held back until it is whole; a larger one is passed on as it comes.
-_MOST_HELD = 4 << 20
+#: Bytes of a response that are held back until it is complete; a larger one is passed on as it arrives.
+_MAX_HELD = 4 << 20
 _REDIRECTS = frozenset({201, *range(300, 400)})
-_NOT_PASSED_ON = frozenset(
+_DROPPED = frozenset(
     {
         *(HOP_BY_HOP | CORS),
         *(b"content-length", b"x-fd-replica", b"x-fd-retries", b"x-fd-resumed"),
@@ -32,20 +32,22 @@ _NOT_PASSED_ON = frozenset(
 
 
 class Delivery:
-    """Of one request."""
+    """Assembles the response from what the attempts receive, and writes it to the client."""
 
     __slots__ = (
-        *("_client", "_draft", "_furthest", "_head", "_held", "_held_size", "_identity", "_request"),
-        *("_transcript", "has_begun", "is_events", "size", "status"),
+        *("_client", "_draft", "_head", "_held", "_held_size", "_identity", "_max_drafted", "_request"),
+        *("_transcript", "has_begun", "is_events", "is_paused", "size", "status"),
     )
 
     def __init__(self, client: Client, request: ClientRequest, identity: str) -> None:
-        #: Of the answer; 0 before there is one.
+        #: HTTP status; 0 before there is a response.
         self.status = 0
-        #: Bytes of body that the client was sent.
+        #: Bytes of body sent to the client.
         self.size = 0
-        #: Something has gone to the client: there is no way back.
+        #: Part of the response has been sent: it can be resumed, but not started over.
         self.has_begun = False
+        #: The client reads more slowly than the response arrives.
+        self.is_paused = False
         self.is_events = False
         self._client = client
         self._request = request
@@ -55,8 +57,8 @@ class Delivery:
         self._held_size = 0
         self._transcript: Transcript | Lines | None = None
         self._draft: Draft | None = None
-        #: Tokens that any replica has told of.
-        self._furthest = 0
+        #: Most tokens that a draft of any replica had.
+        self._max_drafted = 0
 
     def expect(
         self,
@@ -65,15 +67,15 @@ class Delivery:
         has_marks: bool,
         resumed_by: Sequence[ReplicaHandle],
     ) -> None:
-        """The head of a replica's answer has come; it is what the client will get.
+        """Take the head of a replica's response as the one for the client.
 
         Args:
-            retries: how many replicas have been tried in vain before.
-            resumed_by: the replicas that have gone on with it, this one included.
-            has_marks: an event stream carries the marks of `resumption`.
+            retries: number of failed attempts before this one.
+            has_marks: an event stream carries the marks of engine/common/resumption.py.
+            resumed_by: the replicas that have resumed the response, this one included.
         """
         self.status = connection.status
-        # With a length announced, nothing can be added to a stream that breaks off.
+        # With a Content-Length, no error event could be appended to a stream that breaks off.
         self.is_events = (
             connection.length is None
             and connection.status not in (204, 304)
@@ -88,55 +90,58 @@ class Delivery:
         self._head = (b"%d %b" % (connection.status, connection.reason), lines, connection.length)
 
     def receive(self, body: bytes) -> int:
-        """A piece of it, as it came. The number of bytes that went on to the client; see `problem`, too."""
+        """Take a piece of the body and return how many bytes were sent on. Check `problem` afterwards."""
         if self._transcript is not None:
-            return self._pass_on(self._transcript.pass_on(body))
+            return self._pass_on(self._transcript.feed(body))
         if self.has_begun:
             return self._pass_on(body)
         self._held.append(body)
         self._held_size += len(body)
-        return self._pass_on(self._take_held()) if self._held_size > _MOST_HELD else 0
+        return self._pass_on(self._take_held()) if self._held_size > _MAX_HELD else 0
 
     def note_draft(self, headers: RawHeaders) -> int:
-        """A replica has told how far an answer is that comes whole; returns by how many tokens it is further
-        than it has ever been."""
+        """Take the marks of a response that is not a stream from an interim head.
+
+        Returns:
+            Number of tokens by which it exceeds all drafts so far.
+        """
         if self.has_begun:
             return 0
         if self._draft is None:
             self._draft = Draft()
-        self._draft.note(headers)
-        before, self._furthest = self._furthest, max(self._furthest, self._draft.size)
-        return self._furthest - before
+        self._draft.add(headers)
+        before, self._max_drafted = self._max_drafted, max(self._max_drafted, self._draft.size)
+        return self._max_drafted - before
 
     def forget_draft(self) -> None:
-        """The answer is begun anew."""
+        """Forget the draft, because the response starts over."""
         self._draft = None
 
     @property
     def has_marks(self) -> bool:
-        """Its events can go by the fast path, once it has begun."""
+        """True for a stream with marks, which the fast path can serve once it has begun."""
         return isinstance(self._transcript, Transcript)
 
     @property
     def fast_transport(self) -> asyncio.Transport | None:
-        """The client's, if the next events can go by the fast path."""
+        """The client's transport if the fast path can take the next events, else None."""
         transcript = self._transcript
         if not self.has_begun or not isinstance(transcript, Transcript) or not transcript.is_steady:
             return None
         return self._client.fast_transport
 
     def add_passed(self, passed: Passed) -> None:
-        """What has gone by the fast path."""
+        """Account for the events that the fast path has sent, and send what it could not."""
         assert isinstance(self._transcript, Transcript)
         self.size += passed.size
-        self._transcript.note(passed.marks)
+        self._transcript.add_marks(passed.marks)
         if passed.unsent:
             self._client.send_chunks(passed.unsent)
 
     def finish(self, resumed_by: Sequence[ReplicaHandle] = ()) -> None:
-        """The answer is whole. Which replicas have gone on with a stream stands in a trailer.
+        """End a complete response. A trailer names the replicas that have resumed a stream.
 
-        A comment in the stream would be in the way of clients that take every line for data.
+        A comment in the stream would break clients that take every line for data.
         """
         if self._transcript is not None:
             self._pass_on(self._transcript.rest)
@@ -147,37 +152,37 @@ class Delivery:
         status, lines, length = self._head
         body = self._take_held()
         self.size = len(body)
-        self._client.give(status.strip(), lines, body, length if self._request.method == "HEAD" else None)
+        self._client.respond(status.strip(), lines, body, length if self.is_head else None)
 
-    def give(self, answer: Response) -> None:
-        """An answer of the router's own, whole."""
-        lines = header_lines([*answer.headers, ("X-Request-Id", self._identity)])
-        self.status = answer.status
-        self.size = len(answer.body)
-        self._client.give(answer.status_line.encode(), lines, answer.body)
+    def respond(self, response: Response) -> None:
+        """Send a response of the router's own."""
+        lines = header_lines([*response.headers, ("X-Request-Id", self._identity)])
+        self.status = response.status
+        self.size = len(response.body)
+        self._client.respond(response.status_line.encode(), lines, response.body)
 
     def break_off(self, why: str) -> None:
-        """What has begun cannot be finished: an event stream can say so, anything else is cut."""
+        """End a response that cannot be finished: a stream with an error event, anything else by a reset."""
         if self.is_events:
             self._client.send(sse_error(why))
             self._client.end()
         else:
             self._client.abort()
 
-    def crash(self, answer: Response, why: str) -> None:
-        """End the answer after an exception in the router: with `answer`, or cut off if it has begun."""
+    def crash(self, response: Response, why: str) -> None:
+        """End after an exception in the router: with `response`, or broken off if it has begun."""
         try:
             if self.has_begun:
                 self.break_off(why)
             else:
-                self.give(answer)
+                self.respond(response)
         except Exception:
-            # What has gone out is unknown, so it must not look whole.
+            # What was sent is unknown, so it must not look complete.
             self._client.abort()
             raise
 
     def drop_partial(self) -> None:
-        """The replica is gone: what of its answer has not been passed on will come from another."""
+        """Drop what was not passed on: the replica is lost, and another will send it again."""
         self._take_held()
         if self._transcript is not None:
             self._transcript.drop_partial()
@@ -186,8 +191,12 @@ class Delivery:
                 self.is_events = False
 
     @property
+    def is_head(self) -> bool:
+        return self._request.method == "HEAD"
+
+    @property
     def is_done(self) -> bool:
-        """The client has all of a stream that a replica could say: what happens to it does not matter."""
+        """True if the client has a complete stream, or all but an end that the router can add."""
         transcript = self._transcript
         return (
             self.has_begun
@@ -197,22 +206,22 @@ class Delivery:
 
     @property
     def problem(self) -> str:
-        """Why the replica will not bring its stream to an end; empty if it may."""
+        """Why the stream of this replica is unusable; empty if it is not."""
         return self._transcript.problem if self._transcript is not None else ""
 
     @property
     def is_open(self) -> bool:
-        """It is a stream that must not end yet."""
+        """True for a resumable stream whose last event has not arrived."""
         return self._transcript is not None and self._transcript.is_open
 
     def complete(self) -> None:
-        """Adds what is missing of a stream that `is_done`."""
+        """Add the missing end of a stream that `is_done`."""
         if self._transcript is not None:
             self._transcript.drop_partial()
             self._pass_on(self._transcript.missing_end)
 
     def resumption(self) -> Resumption | None:
-        """What another replica needs to go on with the answer; None if none could."""
+        """Return what another replica needs to resume the response; None if it cannot be resumed."""
         source = self._transcript if self.has_begun else self._draft
         if source is None:
             return None
@@ -237,7 +246,7 @@ class Delivery:
         return held
 
     def _lines(self, connection: ReplicaConnection) -> bytes:
-        dropped = _NOT_PASSED_ON | connection.dropped if connection.dropped else _NOT_PASSED_ON
+        dropped = _DROPPED | connection.dropped if connection.dropped else _DROPPED
         added = f"x-fd-replica: {connection.handle.name}\r\n"
         if not connection.has_request_id:
             added += f"x-request-id: {self._identity}\r\n"
@@ -248,14 +257,14 @@ class Delivery:
 
 
 def _without_authority(header: tuple[bytes, bytes], authority: str) -> tuple[bytes, bytes]:
-    """Make a redirect that names the replica's address one that leads to the router again."""
+    """Make a redirect to the replica's own address relative, so that it leads to the router."""
     name, value = header
     if name != b"location":
         return header
     scheme, colon, rest = value.partition(b"://")
     named, _, path = rest.partition(b"/")
     is_own = colon and scheme.lower() in (b"http", b"https") and named.decode("latin-1") == authority
-    # Two slashes would begin the name of another host.
+    # Two slashes would start the name of another host.
     return (name, b"/" + path.lstrip(b"/")) if is_own else header
 
 

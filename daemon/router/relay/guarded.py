@@ -18,9 +18,9 @@ R = TypeVar("R")
 
 
 def entry(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R | None]:
-    """Mark a method that other objects call: an exception in it ends this request and reaches no caller.
+    """Decorate a method that other objects call: an exception in it ends this request and reaches no caller.
 
-    The callers serve many requests: the clock, the wait queue, the event loop's protocols and tasks.
+    The callers serve many requests: the clock, the wait queue, protocols and tasks of the event loop.
     """
 
     @functools.wraps(method)

@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from ..board.board import Lease, PickFailure
 from ..instance import ReplicaHandle
 from ..policy.policy import RequestFacts
-from .attempts import Attempts
+from .retry_state import RetryState
+from .services import Services
 from .suspicion import Verdict
-
-if TYPE_CHECKING:
-    from .data_plane import DataPlane
 
 
 class Placement:
-    """Belongs to the exchange, which must call `unreserve` when an attempt has ended."""
+    """Belongs to one exchange, which must call `unreserve` when an attempt has ended."""
 
-    __slots__ = ("_past", "_plane", "_reserved")
+    __slots__ = ("_reserved", "_retry", "_services")
 
-    def __init__(self, plane: DataPlane, past: Attempts) -> None:
-        self._plane = plane
-        self._past = past
+    def __init__(self, services: Services, retry: RetryState) -> None:
+        self._services = services
+        self._retry = retry
         #: A replica that gets no other request until this one, a suspect, has been tried there.
         self._reserved: ReplicaHandle | None = None
 
     def pick(self, facts: RequestFacts, *, has_begun: bool) -> Lease | PickFailure | None:
         """Choose a replica and count the request on it; None if the request must not be tried again.
 
-        A suspect that has to wait gets DOWN, never BUSY: those behind it in the wait queue are not affected.
+        A suspect that has to wait gets DOWN, never BUSY, which would stop those behind it in the wait queue.
         """
-        past, board = self._past, self._plane.board
-        verdict = past.verdict(board, time.monotonic(), self._plane.settings.ending_patience)
+        services, retry, board = self._services, self._retry, self._services.board
+        verdict = retry.verdict(board, time.monotonic(), services.settings.ending_patience)
         if verdict is not Verdict.SUSPECT:
             self.unreserve()
-        if verdict is Verdict.DEADLY:
+        if verdict is Verdict.POISONOUS:
             return None
         if verdict is Verdict.PENDING:
             return PickFailure.DOWN
-        began = time.perf_counter()
-        choose = self._alone if verdict is Verdict.SUSPECT else self._anywhere
-        picked = choose(facts, past.to_avoid(board))
-        if not picked and past.resumption is not None and not has_begun:
-            # Begun again is better than not answered.
-            picked = choose(facts, past.tried)
-        self._plane.metrics.picked(time.perf_counter() - began)
+        started_at = time.perf_counter()
+        choose = self._pick_alone if verdict is Verdict.SUSPECT else self._pick_any
+        picked = choose(facts, retry.exclusions(board))
+        if not picked and retry.resumption is not None and not has_begun:
+            # The client has seen nothing yet, so a replica that cannot resume may start over.
+            picked = choose(facts, retry.tried)
+        services.metrics.picked(time.perf_counter() - started_at)
         return picked
 
     def is_reserved(self, handle: ReplicaHandle) -> bool:
@@ -56,15 +53,15 @@ class Placement:
     def unreserve(self) -> None:
         handle, self._reserved = self._reserved, None
         if handle is not None:
-            self._plane.board.unreserve(handle)
+            self._services.board.unreserve(handle)
 
-    def _anywhere(self, facts: RequestFacts, avoid: Collection[ReplicaHandle]) -> Lease | PickFailure:
-        return self._plane.board.pick(self._plane.settings.policy, facts, avoid)
+    def _pick_any(self, facts: RequestFacts, exclude: Collection[ReplicaHandle]) -> Lease | PickFailure:
+        return self._services.board.pick(self._services.settings.policy, facts, exclude)
 
-    def _alone(self, facts: RequestFacts, avoid: Collection[ReplicaHandle]) -> Lease | PickFailure:
-        board = self._plane.board
+    def _pick_alone(self, facts: RequestFacts, exclude: Collection[ReplicaHandle]) -> Lease | PickFailure:
+        board = self._services.board
         if self._reserved is None:
-            self._reserved = board.reserve(avoid)
+            self._reserved = board.reserve(exclude)
         if self._reserved is None:
             return PickFailure.DOWN
         picked = board.pick_reserved(self._reserved, facts)

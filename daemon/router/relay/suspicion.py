@@ -1,13 +1,13 @@
 """Suspicion that a request kills the replicas that serve it. Pure, the clock is passed in.
 
     innocent   few replicas were lost with it: it is tried anywhere
-    suspect    several in a row: it is tried alone, at a replica that gets no other request meanwhile
-    deadly     it was alone, and the replica was lost again: it is not tried again
+    suspect    several in a row: it is tried alone, on a replica that gets no other request meanwhile
+    poisonous  it was alone, and the replica was lost again: it is not tried again
 
-Any progress of the answer ends the suspicion: a request that kills its replica yields no token there. A death
-that fd-dp reports as caused from outside (a signal 9, a stop) counts little: if many replicas are killed from
-outside, suspects would reserve the last ones. It does count a little, because a memory watchdog kills from
-outside, too, and over the same request each time. The limits are too high to be reached by chance.
+Any progress of the response clears the suspicion: a request that kills its replica yields no token there. A
+death that fd-dp reports as caused from outside (SIGKILL, a stop) counts little: when many replicas are killed
+from outside, suspects would reserve the last ones. It does count, because a memory watchdog also kills from
+outside, and each time for the same request. The limits are too high to be reached by chance.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..instance import ReplicaHandle
 
 #: Deaths in a row that make a suspect: those not caused from outside, and those of any kind.
 SUSPECT_AFTER, SUSPECT_AFTER_ANY = 2, 20
-#: Deaths of any kind while it was alone; one that was not caused from outside is enough.
-MOST_ALONE = 4
+#: Deaths of any kind while it was alone that make it poisonous; one not caused from outside is enough.
+MAX_ALONE = 4
 
 
 class Verdict(Enum):
     INNOCENT = auto()
     SUSPECT = auto()
-    #: A replica was lost while it was alone there, and the reason is not known yet.
+    #: A replica was lost while the request was alone there, for a reason that is not known yet.
     PENDING = auto()
-    DEADLY = auto()
+    POISONOUS = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +38,15 @@ class Death:
     """The loss of a replica that had the request."""
 
     handle: ReplicaHandle
-    #: It had nothing else.
+    #: The replica had no other request.
     alone: bool
     at: float
-    #: For the client.
+    #: Description for the client.
     problem: str
 
 
 class Suspicion:
-    """The deaths under one request since its answer last came further."""
+    """The deaths that one request has met since its last progress."""
 
     __slots__ = ("deaths",)
 
@@ -65,11 +65,11 @@ class Suspicion:
         own = [(death, ending) for death, ending in endings if ending is not Ending.FROM_OUTSIDE]
         alone = [(death, ending) for death, ending in own if death.alone]
         if any(ending is Ending.ITS_OWN or now - death.at >= patience for death, ending in alone):
-            return Verdict.DEADLY
+            return Verdict.POISONOUS
         if alone:
             return Verdict.PENDING
-        if sum(death.alone for death in self.deaths) >= MOST_ALONE:
-            return Verdict.DEADLY
+        if sum(death.alone for death in self.deaths) >= MAX_ALONE:
+            return Verdict.POISONOUS
         if len(own) >= SUSPECT_AFTER or len(self.deaths) >= SUSPECT_AFTER_ANY:
             return Verdict.SUSPECT
         return Verdict.INNOCENT

@@ -1,10 +1,9 @@
-"""How far an answer is, so that another replica can go on with it. Pure.
+"""The progress of a response, from which another replica can resume it. Pure.
 
-A replica that can be resumed ends each event of a stream with a line that says which tokens it stood for
-(`engine/common/resumption.py`). Here these lines are taken out and kept; they are looked at only when the
-replica fails. Only whole events are let through, so that a stream breaks off, if it does, between two of
-them. Of an
-answer that comes whole the replica tells now and then which tokens it has (`Draft`).
+A replica that supports resumption ends each event of a stream with a mark: a line with the tokens that the
+event stands for (`engine/common/resumption.py`). Marks are removed from the stream and kept; they are parsed
+in batches, or when the replica fails. Only complete events are passed on, so that a stream never breaks off
+inside one. For a response that is not a stream, the replica sends marks in interim heads (`Draft`).
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ from ..http.request import RawHeaders
 _DRAFT, _DRAFT_MARK = DRAFT_HEADER.lower().encode(), DRAFT_MARK_HEADER.lower().encode()
 _MARK = b"\n: fd "
 _MARK_ALONE = b": fd "
-#: Marks are folded into token numbers when there are so many, or so many bytes: text is longer than numbers.
+#: Number and bytes of marks at which they are parsed to token ids, which take less memory than text.
 _FOLD_AT, _FOLD_AT_BYTES = 1024, 32 << 10
 #: Digits of a Unix time.
-_LONGEST_MOMENT = 10
-#: Of one event, or of what comes instead of one.
-_LONGEST_EVENT = 4 << 20
-#: Tokens of all choices of one answer; a longer one cannot be resumed.
-MOST_TOKENS = 1 << 18
+_MAX_CREATED_DIGITS = 10
+#: Bytes of one event.
+_MAX_EVENT = 4 << 20
+#: Tokens in all choices of one response; a longer one cannot be resumed.
+MAX_TOKENS = 1 << 18
 _DONE_EVENT = b"data: [DONE]"
 _DONE = _DONE_EVENT + b"\n\n"
 _ERROR = b'data: {"error"'
 _ERROR_EVENT = re.compile(rb'^data: (\{"error".*)', re.MULTILINE)
-_SIGN_OF_LIFE = b":"
+_KEEP_ALIVE = b":"
 
 
 class _Head(msgspec.Struct):
-    """What all events of a stream have in common."""
+    """Fields that all events of a stream share."""
 
     id: str
     created: Moment
 
 
 class _Choice:
-    """One of the texts that an answer carries. An array: a list takes nine times the memory."""
+    """Token ids of one choice. An array, because a list takes nine times the memory."""
 
     __slots__ = ("is_finished", "tokens")
 
@@ -62,13 +61,13 @@ class _Choice:
 
 
 class Marks:
-    """Of one answer."""
+    """The marks of one response."""
 
-    __slots__ = ("_choices", "_lines", "_size", "is_whole")
+    __slots__ = ("_choices", "_lines", "_size", "is_usable")
 
     def __init__(self) -> None:
-        #: All of them could be read, and there are not too many tokens.
-        self.is_whole = True
+        #: All marks so far could be parsed, and there are not too many tokens.
+        self.is_usable = True
         self._lines: list[bytes] = []
         self._size = 0
         self._choices: dict[int, _Choice] = {}
@@ -84,9 +83,9 @@ class Marks:
         self._fold_if_due()
 
     def choices(self) -> dict[int, Delivered] | None:
-        """What they say; None if that cannot be told."""
+        """Return the progress of each choice by its number; None if a mark is invalid."""
         self._fold()
-        if not self.is_whole:
+        if not self.is_usable:
             return None
         return {
             number: Delivered(choice.tokens.tolist(), choice.is_finished)
@@ -94,12 +93,12 @@ class Marks:
         }
 
     def _fold_if_due(self) -> None:
-        if len(self._lines) >= _FOLD_AT or self._size >= _FOLD_AT_BYTES or not self.is_whole:
+        if len(self._lines) >= _FOLD_AT or self._size >= _FOLD_AT_BYTES or not self.is_usable:
             self._fold()
 
     def _fold(self) -> None:
         lines, self._lines, self._size = self._lines, [], 0
-        if not self.is_whole:
+        if not self.is_usable:
             return
         try:
             for number, delivered in marks_of(lines).items():
@@ -107,16 +106,16 @@ class Marks:
                 choice = self._choices.setdefault(number, _Choice())
                 choice.tokens.extend(delivered.tokens)
                 choice.is_finished |= delivered.finished
-        except (ValueError, OverflowError):  # msgspec's are ValueErrors, too
-            self.is_whole = False
-        if sum(len(choice.tokens) + 1 for choice in self._choices.values()) > MOST_TOKENS:
-            self.is_whole = False
-        if not self.is_whole:
+        except (ValueError, OverflowError):  # msgspec.ValidationError is a ValueError
+            self.is_usable = False
+        if sum(len(choice.tokens) + 1 for choice in self._choices.values()) > MAX_TOKENS:
+            self.is_usable = False
+        if not self.is_usable:
             self._choices = {}
 
 
 class Draft:
-    """Of an answer that comes whole: what its replica has told of it before."""
+    """What is known of a response that is not a stream before it arrives."""
 
     __slots__ = ("_head", "_marks", "size")
 
@@ -126,8 +125,8 @@ class Draft:
         self._head = b""
         self._marks = Marks()
 
-    def note(self, headers: RawHeaders) -> None:
-        """Takes what an interim head says."""
+    def add(self, headers: RawHeaders) -> None:
+        """Take the headers of an interim response."""
         for name, value in headers:
             if name == _DRAFT:
                 self._head = value
@@ -136,54 +135,55 @@ class Draft:
                 self.size += value.count(b" ")
 
     def resumption(self, path: str, body: bytes) -> Resumption | None:
-        """What another replica needs to go on; None if it has to begin anew."""
+        """Return what another replica needs to resume; None if it has to start over."""
         choices = self._marks.choices()
         created, _, identity = self._head.partition(b" ")
-        if not choices or not created.isdigit() or len(created) > _LONGEST_MOMENT:
+        if not choices or not created.isdigit() or len(created) > _MAX_CREATED_DIGITS:
             return None
         return Resumption(path, body, identity.decode("latin-1"), int(created), choices)
 
 
 class Transcript:
-    """Of one stream: what its client has got."""
+    """What the client has received of a resumable stream."""
 
     __slots__ = ("_first", "_has_marks", "_has_summary", "_marks", "_rest", "is_done", "problem")
 
     def __init__(self) -> None:
-        #: Why the replica will not bring the stream to its end; empty if it may.
+        #: Why the stream of this replica is unusable; empty if it is not.
         self.problem = ""
-        #: The last event has been passed on: what happens to the connection now does not matter.
+        #: The last event has been passed on, so that a failure of the connection has no effect.
         self.is_done = False
-        #: Since its first event.
+        #: False if the first event had no mark: such a stream cannot be resumed.
         self._has_marks = True
+        #: All choices have finished: the usage, or an error, has been passed on.
         self._has_summary = False
         self._first = b""
         self._marks = Marks()
         self._rest = b""
 
-    def pass_on(self, data: bytes) -> bytes:
-        """What of the stream so far can go to the client now: whole events, without marks.
+    def feed(self, data: bytes) -> bytes:
+        """Return what can be sent to the client now: complete events without their marks.
 
-        The result does not depend on how the stream was cut into pieces.
+        The result does not depend on how the stream is cut into pieces.
         """
         if self.problem:
             return b""
         *events, self._rest = (self._rest + data).split(b"\n\n")
-        if len(self._rest) > _LONGEST_EVENT:
-            self.problem = f"an event is longer than {_LONGEST_EVENT} bytes"
+        if len(self._rest) > _MAX_EVENT:
+            self.problem = f"an event is longer than {_MAX_EVENT} bytes"
         passed: list[bytes] = []
         for event in events:
             if _ERROR in event and (found := _ERROR_EVENT.search(event)):
-                # Its model has crashed, or the like: for the client no better than a lost connection.
-                self.problem = f"it says {printable(found[1].decode('utf-8', 'replace'), 300)}"
+                # The engine has failed, which is handled like a lost connection.
+                self.problem = f"it reports {printable(found[1].decode('utf-8', 'replace'), 300)}"
                 self._rest = b""
                 break
-            if event != _SIGN_OF_LIFE and (event := self._read(event)):
+            if event != _KEEP_ALIVE and (event := self._read(event)):
                 passed += (event, b"\n\n")
         return b"".join(passed)
 
     def _read(self, event: bytes) -> bytes:
-        """Return the event without its marks; nothing if it has only marks."""
+        """Return the event without its marks; b"" if it has only marks."""
         start = event.find(_MARK)
         is_marked = True
         if start > 0 and event.find(b"\n", start + 1) < 0:
@@ -200,47 +200,47 @@ class Transcript:
         if event == _DONE_EVENT:
             self.is_done = True
         if not self._first:
-            # An answer that cannot be resumed has no marks.
+            # A response that cannot be resumed has no marks.
             self._first, self._has_marks = event, is_marked
         elif is_marked:
             self._has_summary = False
         elif event != _DONE_EVENT and event.startswith(b"data:"):
-            # An event without a mark that is not the end comes right before it: the usage, or an error.
+            # An event without a mark that is not the last comes right before it: the usage, or an error.
             self._has_summary = self._has_marks
         return event
 
     @property
     def is_steady(self) -> bool:
-        """What it wants to know of further events is their marks."""
+        """True if it needs nothing but the marks of the next events, so that the fast path can take them."""
         is_over = self.is_done or self._has_summary or self.problem != ""
-        return self._is_whole and self._first != b"" and self._rest == b"" and not is_over
+        return self._is_resumable and self._first != b"" and self._rest == b"" and not is_over
 
-    def note(self, marks: list[bytes]) -> None:
-        """Those of events that went to the client another way."""
+    def add_marks(self, marks: list[bytes]) -> None:
+        """Add the marks of events that the fast path has sent."""
         self._marks.extend(marks)
 
     @property
     def missing_end(self) -> bytes:
-        """What alone is missing of the stream, if that is all."""
+        """The end of the stream, if only that is missing; else b""."""
         return _DONE if self._has_summary and not self.is_done else b""
 
     @property
     def is_open(self) -> bool:
-        """It can be resumed, and its last event has not come."""
-        return self._is_whole and not self.is_done
+        """True if it can be resumed and its last event has not arrived."""
+        return self._is_resumable and not self.is_done
 
     def drop_partial(self) -> None:
-        """Forgets a part of an event: the replica that was sending it is gone, another begins it anew."""
+        """Forget an incomplete event of a lost replica: another will send all of it."""
         self._rest = b""
         self.problem = ""
 
     @property
     def rest(self) -> bytes:
-        """What has come since the last whole event."""
+        """What has arrived since the last complete event."""
         return self._rest
 
     def resumption(self, path: str, body: bytes) -> Resumption | None:
-        """What another replica needs to go on; None if this stream cannot be resumed."""
+        """Return what another replica needs to resume; None if this stream cannot be resumed."""
         choices = self._marks.choices()
         if choices is None or not self._has_marks or not self._first:
             return None
@@ -251,15 +251,15 @@ class Transcript:
         return Resumption(path, body, head.id, head.created, choices)
 
     @property
-    def _is_whole(self) -> bool:
-        """Every event so far could be accounted for."""
-        return self._has_marks and self._marks.is_whole
+    def _is_resumable(self) -> bool:
+        """True if the tokens of all events so far are known."""
+        return self._has_marks and self._marks.is_usable
 
 
 class Lines:
-    """A stream of a replica that knows nothing of this, so that it cannot go on elsewhere.
+    """A stream of a replica that does not support resumption.
 
-    Whole lines are let through: where it breaks off, the client has no half line to choke on.
+    Only complete lines are passed on, so that the client can parse what follows a break: an error event.
     """
 
     __slots__ = ("_line", "_recent", "is_done")
@@ -271,10 +271,10 @@ class Lines:
     def __init__(self) -> None:
         self.is_done = False
         self._line: list[bytes] = []
-        #: The end of what has been passed on, in which the last event may have begun.
+        #: Tail of what was passed on, in which the last event may have begun.
         self._recent = b"\n"
 
-    def pass_on(self, data: bytes) -> bytes:
+    def feed(self, data: bytes) -> bytes:
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         if not end:
             self._line.append(data)

@@ -1,4 +1,4 @@
-"""The line of requests in front of replicas that are all full. Belongs to the event loop."""
+"""The queue of requests that wait for a replica. Belongs to the event loop."""
 
 from __future__ import annotations
 
@@ -8,59 +8,62 @@ from typing import Protocol
 
 from ..board.board import PickFailure
 
-#: Seconds between two passes over a line for which there is no replica. A pass takes time in a long line,
-#: and each request that comes or goes would cause one.
-_REST = 0.1
+#: Seconds between two passes over a queue for which there is no replica at all. A pass over a long queue
+#: takes time, and each request that arrives or ends would cause one.
+_MIN_INTERVAL = 0.1
 
 
 class Waiter(Protocol):
-    """A request in the line. Its methods deal with their own exceptions: the line serves all others, too."""
+    """A request in the queue. Its methods raise no exceptions, which would reach other requests."""
 
     #: When it gives up, on the clock that is passed in.
     deadline: float
 
     @property
-    def is_choosy(self) -> bool:
-        """There are replicas that it does not want any more: others may find room where it finds none."""
+    def has_exclusions(self) -> bool:
+        """True if it avoids some replicas, so that others may find room where it finds none."""
 
     def try_again(self, now: float) -> PickFailure | None:
-        """None if it need not wait any longer: it has got a replica, or does not want one any more."""
+        """Return None if it no longer waits: it has a replica, or has ended."""
 
     def give_up(self) -> None:
-        """Its deadline has come."""
+        """End the wait: the deadline has passed."""
 
 
 class WaitQueue:
-    """First come, first served; bounded in length and in time. Those that a replica has had already go
-    before all others and are always let in."""
+    """First come, first served, with limits on length and time.
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
+    Urgent requests, which a replica has had already, come before all others and are always accepted.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
         self._urgent: deque[Waiter] = deque()
         self._others: deque[Waiter] = deque()
-        self._is_full = False
+        #: The last pass over the others found all replicas busy.
+        self._is_blocked = False
         self._is_advancing = False
-        #: No use in trying all of them again before then.
-        self._rests_until = 0.0
+        #: A pass before then would be useless.
+        self._next_pass = 0.0
 
     def __len__(self) -> int:
         return len(self._urgent) + len(self._others)
 
     def join(self, waiter: Waiter, is_urgent: bool = False) -> bool:
-        """False if the line is as long as it may be."""
+        """Return False if the queue is full."""
         if is_urgent:
             self._urgent.append(waiter)
-        elif len(self._others) >= self._longest:
+        elif len(self._others) >= self._max_length:
             return False
         else:
             self._others.append(waiter)
         return True
 
     def has_others(self, now: float) -> bool:
-        """Somebody came before one who comes now, wants the same, and still waits."""
+        """Return True if earlier requests wait for the same replicas as a new one."""
         if self._others:
             self.advance(now)
-        return bool(self._others) and self._is_full
+        return bool(self._others) and self._is_blocked
 
     def leave(self, waiter: Waiter) -> None:
         for waiters in (self._urgent, self._others):
@@ -68,56 +71,63 @@ class WaitQueue:
                 waiters.remove(waiter)
 
     def advance(self, now: float) -> None:
-        """When a request has ended, and now and then: those of other processes end unheard."""
-        if self._is_advancing or now < self._rests_until:
-            return  # one that gives up has ended, too
+        """Serve those that can be served. Call when a request ends, and periodically: other processes end
+        requests, too."""
+        # A waiter that gives up ends its request, which calls this again.
+        if self._is_advancing or now < self._next_pass:
+            return
         self._is_advancing = True
         try:
-            waiting, is_any_full = len(self), False
+            waiting, is_any_busy = len(self), False
             for waiters in (self._urgent, self._others):
-                self._is_full, is_full_for_some = _serve(waiters, now)
-                is_any_full |= is_full_for_some
+                self._is_blocked, is_busy = _serve(waiters, now)
+                is_any_busy |= is_busy
                 for waiter in [each for each in waiters if each.deadline <= now]:
                     # It may have ended together with one before it.
                     if waiter in waiters:
                         waiters.remove(waiter)
                         waiter.give_up()
-            if waiting and waiting == len(self) and not is_any_full:
-                # There is no replica for any of them, and a request that ends does not bring one.
-                self._rests_until = now + _REST
+            if waiting and waiting == len(self) and not is_any_busy:
+                # No replica is up for any of them, so a request that ends does not help.
+                self._next_pass = now + _MIN_INTERVAL
         finally:
             self._is_advancing = False
 
 
 def _serve(waiters: deque[Waiter], now: float) -> tuple[bool, bool]:
-    """Where one finds everything full, so do all behind it, but for what it alone does not want. Where there
-    is nobody for one, others go on. Return whether everything is full, and whether it is for some."""
+    """Try the waiters in order. Stop at one that finds all replicas busy, unless it has exclusions.
+
+    Returns:
+        Whether it stopped, and whether any waiter found all replicas busy that it accepts.
+    """
     staying: list[Waiter] = []
-    is_full = is_full_for_choosy = False
+    is_blocked = is_busy = False
     try:
-        while waiters and not is_full:
+        while waiters and not is_blocked:
             waiter = waiters.popleft()
-            if waiter.is_choosy and is_full_for_choosy:
-                # Not quite the same for all of them, but many at a time come from the same replica.
+            if waiter.has_exclusions and is_busy:
+                # Exclusions differ, but many waiters at a time come from the same lost replica.
                 staying.append(waiter)
                 continue
-            nobody = waiter.try_again(now)
-            if nobody is not None:
+            failure = waiter.try_again(now)
+            if failure is not None:
                 staying.append(waiter)
-            if nobody is PickFailure.BUSY:
-                is_full_for_choosy = True
-                is_full = not waiter.is_choosy
+            if failure is PickFailure.BUSY:
+                is_busy = True
+                is_blocked = not waiter.has_exclusions
     finally:
         waiters.extendleft(reversed(staying))
-    return is_full, is_full_for_choosy
+    return is_blocked, is_busy
 
 
-def retry_after(waiting: int, ended_per_second: float, most: float) -> int:
-    """Whole seconds until one who comes now would be served: as long as those before it will need.
+def retry_after(waiting: int, ended_per_second: float, limit: float) -> int:
+    """Return the estimated seconds until a new request would be served, a whole number.
 
     Args:
-        most: what is said where nothing has ended lately.
+        waiting: requests in the queue.
+        ended_per_second: rate at which requests have ended lately.
+        limit: the result if none have, and its maximum.
     """
     if ended_per_second <= 0.0:
-        return max(1, math.ceil(most))
-    return max(1, min(math.ceil(most), math.ceil((waiting + 1) / ended_per_second)))
+        return max(1, math.ceil(limit))
+    return max(1, min(math.ceil(limit), math.ceil((waiting + 1) / ended_per_second)))

@@ -1,10 +1,10 @@
-"""gunicorn's arbiter, with a graceful reload that takes nothing from anybody.
+"""gunicorn's arbiter with a reload that drops no request and rolls back.
 
-Old workers go on until as many new ones answer. If those do not come up, or the files are wrong, everything
-stays as it was. A worker that was replaced no longer counts among those that serve: it may go on for as long
-as its last stream does. gunicorn's own reload stops the old workers before the new ones answer, holds up the
-arbiter meanwhile, starts no worker in place of one that died while an old one still streams, and ends
-everything when a new one does not start.
+Old workers serve until the same number of new ones is ready. If the new ones do not start, or the
+configuration is invalid, nothing changes. A replaced worker no longer counts and may run until its last
+stream ends. gunicorn's own reload stops the old workers before the new ones are ready, blocks the arbiter
+meanwhile, does not replace a worker that dies while an old one still streams, and ends the program if a new
+worker does not start.
 """
 
 from __future__ import annotations
@@ -23,41 +23,42 @@ from ..board.board import Board
 from ..board.memory import WORKERS
 from ..config.loader import Configuration
 from ..control.admin_socket import AdminSocket
-from ..control.reload_status import Outcome, Reloads
+from ..control.reload_status import Outcome, ReloadStatus
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at workers that are starting; that they get at least; and until the next one is
-#: started after one has failed.
-_LOOK, _START_SECONDS, _PAUSE_SECONDS = 0.05, 10.0, 1.0
+#: Seconds between two checks of starting workers, minimum seconds that they get, and seconds before the next
+#: start after one has failed.
+_CHECK_INTERVAL, _START_SECONDS, _PAUSE_SECONDS = 0.05, 10.0, 1.0
 
 
 class Application(Protocol):
-    """gunicorn's, with what a reload needs."""
+    """gunicorn application with the additions that a reload needs."""
 
     board: Board
-    reloads: Reloads
+    reloads: ReloadStatus
     configuration: Configuration
 
     def read_again(self) -> Configuration:
-        """What the files say now. Raises ConfigError, also if it cannot change while the router runs."""
+        """Read the configuration again. Raises ConfigError, also for a change that needs a restart."""
 
     def use(self, configuration: Configuration) -> None:
-        """From now on, by workers that are started."""
+        """Use the configuration for workers that are started from now on."""
 
 
 class RouterArbiter(Arbiter):
     app: Application
 
     def __init__(self, app: Application) -> None:
-        #: The reload whose configuration new workers get. As long as not all of those serve: the one to go
-        #: back to, and its configuration.
+        #: Reload whose configuration new workers get.
         self._generation = 0
-        self._proven: tuple[int, Configuration] | None = None
+        #: Reload and configuration to roll back to, until all workers have the new one.
+        self._previous: tuple[int, Configuration] | None = None
+        #: Worker -> reload whose configuration it has.
         self._generations: dict[int, int] = {}
-        #: When those were started that have yet to give a sign of life.
+        #: Workers without a heartbeat so far -> time of their start.
         self._starting: dict[int, float] = {}
-        #: Those that were told to end, and to be quick about it.
+        #: Workers that were told to end (SIGUSR2), and those of them that were told to hurry (SIGTERM).
         self._leaving: set[int] = set()
         self._hurried: set[int] = set()
         self._may_spawn_at = 0.0
@@ -67,19 +68,19 @@ class RouterArbiter(Arbiter):
         super().__init__(app)
 
     def reload(self) -> None:
-        """SIGHUP."""
+        """Handle SIGHUP."""
         self.log.reopen_files()
         number = self.app.reloads.begin()
         try:
             configuration = self.app.read_again()
         except Exception as error:
-            # Whatever is wrong there must not end what runs.
+            # No error in a file may end the router.
             why = str(error) if isinstance(error, ConfigError) else repr(error)
-            logger.error("reload: %s; going on as before", why)
+            logger.error("reload: %s; keeping the old configuration", why)
             self.app.reloads.end(number, Outcome.REFUSED)
             return
-        if self._proven is None:
-            self._proven = self._generation, self.app.configuration
+        if self._previous is None:
+            self._previous = self._generation, self.app.configuration
         self._switch(number, configuration)
         self.manage_workers()
 
@@ -99,25 +100,25 @@ class RouterArbiter(Arbiter):
         super().stop(graceful)
 
     def manage_workers(self) -> None:
-        """Starts workers that are missing, and ends those that are too many."""
-        self._keep_admin_socket()
-        self._look_at_those_that_start()
-        fresh = sum(self._is_fresh(pid) for pid in self._serving())
-        self._spawn(self.num_workers - fresh)
-        # The oldest configuration first.
-        ready = sorted(self._ready(), key=lambda pid: (self._is_fresh(pid), self.WORKERS[pid].age))
+        """Start missing workers and end surplus ones."""
+        self._check_admin_socket()
+        self._check_starting()
+        current = sum(self._is_current(pid) for pid in self._serving())
+        self._spawn(self.num_workers - current)
+        # Workers with an old configuration end first.
+        ready = sorted(self._ready(), key=lambda pid: (self._is_current(pid), self.WORKERS[pid].age))
         for pid in ready[: max(0, len(ready) - self.num_workers)]:
             self._leaving.add(pid)
             self.kill_worker(pid, signal.SIGUSR2)
-        if self._proven is not None and all(
-            self._is_fresh(pid) and pid not in self._starting for pid in self._serving()
+        if self._previous is not None and all(
+            self._is_current(pid) and pid not in self._starting for pid in self._serving()
         ):
-            self._proven = None
+            self._previous = None
             self.app.reloads.end(self._generation, Outcome.DONE)
             logger.info("reload: done")
 
     def reap_workers(self) -> None:
-        """One that does not come up ends the router where no other serves: at its start, not in a reload."""
+        """End the router if a worker cannot start, unless another one is ready, as in a reload."""
         while True:
             try:
                 super().reap_workers()
@@ -127,19 +128,19 @@ class RouterArbiter(Arbiter):
                     raise
 
     def wait_for_signals(self, timeout: float = 1.0) -> list[int]:
-        signals: list[int] = super().wait_for_signals(_LOOK if self._starting else timeout)
+        signals: list[int] = super().wait_for_signals(_CHECK_INTERVAL if self._starting else timeout)
         return signals
 
     @property
     def _is_only_program(self) -> bool:
-        """No upgrade is under way: this program neither replaces another nor is being replaced."""
+        """False during an upgrade, when this program replaces another or is being replaced."""
         return bool(self.reexec_pid == self.master_pid == 0)
 
     def _admin_listeners(self) -> list[UnixSocket]:
         return [listener for listener in self.LISTENERS if listener.sock.family == socket.AF_UNIX]
 
-    def _keep_admin_socket(self) -> None:
-        """Listen again if the path was removed: workers get the new socket, later ones inherit it."""
+    def _check_admin_socket(self) -> None:
+        """Bind the socket again if its path was removed. Workers get the new one; later ones inherit it."""
         if self._admin_socket is None or not self._is_only_program:
             return
         listener = self._admin_socket.bind_if_lost()
@@ -158,33 +159,32 @@ class RouterArbiter(Arbiter):
         self.app.use(configuration)
         self.setup(self.app)
 
-    def _look_at_those_that_start(self) -> None:
+    def _check_starting(self) -> None:
         failed, patience = False, max(_START_SECONDS, 2 * self.timeout)
         for pid, since in list(self._starting.items()):
             worker = self.WORKERS.get(pid)
             if worker is None:
-                failed |= self._is_fresh(pid)
+                failed |= self._is_current(pid)
                 del self._starting[pid]
             elif worker.is_ready:
                 del self._starting[pid]
             elif time.monotonic() - since > patience:
-                # gunicorn looks only after those that have begun to give signs of life.
-                logger.error("worker %d does not start within %.0f s", pid, patience)
+                # gunicorn watches only workers that have sent a heartbeat.
+                logger.error("worker %d did not start within %.0f s and is killed", pid, patience)
                 self.kill_worker(pid, signal.SIGKILL)
         for known in (self._leaving, self._hurried):
             known &= self.WORKERS.keys()
         self._generations = {pid: self._generations[pid] for pid in self.WORKERS}
         if failed:
             self._may_spawn_at = time.monotonic() + _PAUSE_SECONDS
-            self._go_back("a new worker ended before it served")
+            self._roll_back("a new worker ended before it was ready")
 
-    def _go_back(self, why: str) -> None:
-        """If there is a way back."""
-        if self._proven is not None:
-            logger.error("reload: %s; going on as before", why)
+    def _roll_back(self, why: str) -> None:
+        if self._previous is not None:
+            logger.error("reload: %s; keeping the old configuration", why)
             self.app.reloads.end(self._generation, Outcome.FAILED)
-            self._switch(*self._proven)
-            self._proven = None
+            self._switch(*self._previous)
+            self._previous = None
 
     def _serving(self) -> list[int]:
         return [pid for pid in self.WORKERS if pid not in self._leaving]
@@ -192,11 +192,11 @@ class RouterArbiter(Arbiter):
     def _ready(self) -> list[int]:
         return [pid for pid in self._serving() if pid not in self._starting]
 
-    def _is_fresh(self, pid: int) -> bool:
+    def _is_current(self, pid: int) -> bool:
         return self._generations[pid] == self._generation
 
     def _spawn(self, missing: int) -> None:
-        """As many as the board has places for: streams of old workers are not cut off for them."""
+        """Start workers, within the board's slots: no stream of an old worker is cut off for a new one."""
         others = self.app.board.pids() - self.WORKERS.keys()
         room = max(0, WORKERS - len(self.WORKERS) - len(others))
         if time.monotonic() < self._may_spawn_at:
@@ -207,16 +207,16 @@ class RouterArbiter(Arbiter):
             except OSError as error:
                 logger.error("a worker cannot be started: %s", error)
                 self._may_spawn_at = time.monotonic() + _PAUSE_SECONDS
-                self._go_back("not all new workers can be started")
+                self._roll_back("not all new workers can be started")
                 return
         if missing > room and not self._lacks_room:
             logger.warning(
-                "%d new workers have to wait: of all %d places, %d have workers that end what they have",
+                "%d new workers have to wait: of all %d slots, %d have old workers that still have requests",
                 *(missing - room, WORKERS, len(self._leaving)),
             )
         self._lacks_room = missing > room
         if self._lacks_room:
             for pid in self._leaving - self._hurried:
-                # For connections without a request there is no time now.
+                # SIGTERM closes connections without a request soon.
                 self.kill_worker(pid, signal.SIGTERM)
             self._hurried |= self._leaving

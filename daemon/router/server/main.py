@@ -25,7 +25,7 @@ from ..config.loader import Configuration, check_fixed, read
 from ..config.settings import Settings
 from ..control import admin_socket
 from ..control.registry import RegistryFile
-from ..control.reload_status import Reloads
+from ..control.reload_status import ReloadStatus
 from ..http import fast_path
 from ..metrics import counter_memory
 from ..metrics.counter_memory import CounterMemory
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 EXIT_USAGE = 2
 EXIT_ADDRESS = 5
 EXIT_UPGRADE = 6
-#: What the program that replaces this one finds: gunicorn's word that it is one, the board, the counters, and
-#: the flags that must not have changed.
+#: Variables for the program that replaces this one: gunicorn's own, the board, the flags that must not have
+#: changed, and the counters.
 _REPLACES = "GUNICORN_PID"
 _BOARD = "FD_ROUTER_BOARD"
 _FIXED = "FD_ROUTER_FIXED"
@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         _exit(EXIT_USAGE, error)
     if _REPLACES in os.environ and _BOARD in os.environ:
-        # Started by SIGUSR2: the listening sockets, the board and the counters are those of the old program.
+        # Started by SIGUSR2: use the listening sockets, the board and the counters of the old program.
         try:
             check_fixed(json.loads(os.environ.get(_FIXED, "{}")), configuration.fixed)
-            _Server(words, configuration, []).run()
+            _RouterApplication(words, configuration, []).run()
         except (BoardError, ConfigError) as error:
-            _exit(EXIT_UPGRADE, f"the old program cannot be replaced, it goes on: {error}")
+            _exit(EXIT_UPGRADE, f"the old program cannot be replaced and continues: {error}")
     forget_inherited_sockets()
     listeners = [_listen_or_exit(address, settings.port) for address in settings.addresses]
     if settings.admin_socket is not None:
@@ -74,23 +74,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ[_BOARD] = str(board.descriptor)
     os.environ[_FIXED] = json.dumps(configuration.fixed)
     os.environ[_COUNTERS] = str(counter_memory.create())
-    _Server(words, configuration, listeners).run()
+    _RouterApplication(words, configuration, listeners).run()
 
 
-class _Server(BaseApplication):
-    """What gunicorn's arbiter runs. Board and counters live in memory that its workers share."""
+class _RouterApplication(BaseApplication):
+    """gunicorn application. Board and counters are in memory that its workers share."""
 
     def __init__(
         self, words: Sequence[str], configuration: Configuration, listeners: Sequence[socket.socket]
     ) -> None:
-        """`words`: the command line, which is read again at a reload, with all files that it names."""
+        """`words` is the command line, which is read again at a reload with all files that it names."""
         self._words = words
         self.configuration = configuration
         self._binds = [f"fd://{listener.detach()}" for listener in listeners]
         self.board = Board.attach(int(os.environ[_BOARD]))
-        # A router of an older version kept its counters elsewhere.
+        # A router of an older version has no such variable.
         self.counters = CounterMemory(int(os.environ.get(_COUNTERS, "-1")))
-        self.reloads = Reloads()
+        self.reloads = ReloadStatus()
         super().__init__()
 
     @property
@@ -104,12 +104,12 @@ class _Server(BaseApplication):
             "bind": self._binds or [authority(address, settings.port) for address in settings.addresses],
             "worker_class": "fastdeploy.daemon.router.server.worker.RouterWorker",
             "workers": settings.workers,
-            # Of a worker that hangs; requests last as long as they last.
+            # For hung workers only; it does not limit requests.
             "timeout": settings.worker_timeout,
             "graceful_timeout": settings.graceful_timeout,
-            "logger_class": _ThroughRoot,
+            "logger_class": _RootLogger,
             "proc_name": "fd-router",
-            # Its default path is one for all gunicorns of a user, and nobody here asks it anything.
+            # It is not used here, and its default path is the same for all gunicorns of a user.
             "control_socket_disable": True,
             "post_fork": _after_fork,
             "post_worker_init": _start,
@@ -119,7 +119,7 @@ class _Server(BaseApplication):
             self.cfg.set(key, value)
 
     def load(self) -> ControlPlane:
-        # Late: errors of the command line are reported without importing Flask.
+        # Imported here so that errors of the command line are reported without importing Flask.
         from ..control.app import ControlPlane
 
         return ControlPlane(self.settings, self.board, self.counters, self.reloads)
@@ -140,8 +140,8 @@ class _Server(BaseApplication):
         self.do_load_config()
 
 
-class _ThroughRoot(Logger):
-    """gunicorn's records go where all others go; faults of one connection are a line, not a stack trace."""
+class _RootLogger(Logger):
+    """Passes gunicorn's records to the root logger, and logs an OSError of a connection in one line."""
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
@@ -167,21 +167,20 @@ def _start(worker: Any) -> None:
 
 
 def _worker_ended(server: Any, worker: Any) -> None:
-    """Its counts leave the board with it; what it has counted for Prometheus stays.
+    """Clear a dead worker's counts on the board and add its metrics to the totals.
 
-    In a thread: where another worker was stopped with the board's lock in its hand, the arbiter must be free
-    to kill that one.
+    This runs in a thread: if a stopped worker holds the board's lock, the arbiter must be free to kill it.
     """
 
     def clear_up() -> None:
-        server.app.board.drop_column_of(worker.pid)
+        server.app.board.drop_dead_workers()
         server.app.counters.collect_from_dead()
 
     threading.Thread(target=clear_up, daemon=True).start()
 
 
 def _after_fork(server: Any, worker: Any) -> None:
-    """A worker whose arbiter was killed would keep the port from the next router."""
+    """End a worker with its arbiter; otherwise it would keep the port from the next router."""
     die_with_parent(server.pid)
 
 
@@ -194,7 +193,7 @@ def _listen_or_exit(address: str, port: int) -> socket.socket:
 
 
 def _listen_on_path_or_exit(path: Path) -> list[socket.socket]:
-    """Return no socket if the disk is full or read-only: the arbiter makes the socket when it can."""
+    """Return no socket if the disk is full or read-only; the arbiter makes it later."""
     try:
         return [admin_socket.bind(path)]
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The gunicorn worker that runs the router: an event loop for the data plane, a few threads for the rest."""
+"""gunicorn worker of the router: an event loop for the data plane, threads for the control plane."""
 
 from __future__ import annotations
 
@@ -27,30 +27,29 @@ from ..relay.data_plane import DataPlane
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at what has taken too long.
+#: Seconds between two checks of timeouts.
 _TICK = 0.2
-#: Of the control plane: registrations, which wait for a health check of the one that registers.
+#: Threads of the control plane, most of them for registrations that wait for a health check.
 _THREADS = 64
-#: Seconds in which what was accepted last shows up: a connection; and one that has yet to agree on TLS.
-_LATECOMERS, _HANDSHAKES = 0.05, 2.0
-#: Seconds without a request after which a connection is closed when there is no more time.
-_PARTING_SECONDS = 1.0
+#: Seconds until a connection that was accepted last is known to the worker, without and with TLS.
+_ACCEPT_SECONDS, _HANDSHAKE_SECONDS = 0.05, 2.0
+#: Keep-alive seconds of connections while the router stops.
+_STOPPING_KEEP_ALIVE = 1.0
 
 
 class RouterWorker(Worker):
-    """Implements `client.Server`. What is not gunicorn's interface belongs to the event loop.
+    """Implements `client.Server`. Methods that are not gunicorn's are called by the event loop.
 
-    It ends in two ways, both without the loss of a request that is under way. Replaced by another one
-    (SIGUSR2) it has time: connections without a request stay for as long as they were promised, because their
-    clients may just be sending the next one; its answer is their last. When the router ends (SIGTERM)
-    they get a second. Requests last as long as they last: who comes to a standstill, client or replica, is
-    given up by the limits that hold all the time.
+    A worker ends in two ways, both without losing a request in flight. If it is replaced (SIGUSR2),
+    connections without a request stay open for their full keep-alive time, because a client may just be
+    sending its next request; its response is the last on that connection. If the router stops (SIGTERM), they
+    stay open for a second. Requests have no limit but the usual timeouts of clients and replicas.
     """
 
     is_stopping = False
 
     def __init__(self, *arguments: Any) -> None:
-        """In the arbiter, before the fork."""
+        """Called in the arbiter, before the fork."""
         super().__init__(*arguments)
         self._made_at = self.tmp.last_update()
         self._to_worker, self._from_arbiter = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -59,7 +58,7 @@ class RouterWorker(Worker):
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has given a sign of life; it listens before it does. Asked by the arbiter."""
+        """True after the first heartbeat, which a worker sends once it listens. Read in the arbiter."""
         return bool(self.tmp.last_update() != self._made_at)
 
     def pass_listener(self, listener: socket.socket) -> None:
@@ -71,7 +70,7 @@ class RouterWorker(Worker):
 
     def run(self) -> None:
         self.connections: set[ClientConnection] = set()
-        # What is there now stays, and there is little garbage that only a collection would find.
+        # Objects that exist now stay, and later ones form few cycles.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
@@ -79,21 +78,21 @@ class RouterWorker(Worker):
             runner.run(self._serve())
 
     def init_signals(self) -> None:
-        """The loop takes them over when it runs; until then the default ends a worker that is starting."""
+        """Use default handlers until the event loop sets its own, so that signals end a starting worker."""
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGWINCH, signal.SIG_IGN)
 
     # ---- client.Server
 
-    #: Not a call of Python's around it: it is asked twice for each request.
+    #: Without a Python function around it, because it is called twice for each request.
     now = staticmethod(time.monotonic)
 
     def opened(self, connection: ClientConnection) -> None:
         self.connections.add(connection)
         if len(self.connections) > self._max_connections:
-            # The one that has been without a whole request longest, be it that it says nothing or too slowly.
-            # It is this one, if all others have requests under way.
+            # Close the one that has been longest without a complete request, idle or slow; it is the new one
+            # if all others have requests in flight.
             waiting = [
                 (since, id(each), each)
                 for each in self.connections
@@ -115,7 +114,7 @@ class RouterWorker(Worker):
                 client = CorsClient(client, lines)
             return self._plane.begin(client, request)
         metrics = self._router.metrics
-        # Somebody may want to see them.
+        # The request may be for /metrics.
         metrics.flush()
         return WsgiCall(self._router, self._executor, metrics, client, request)
 
@@ -123,16 +122,16 @@ class RouterWorker(Worker):
         self._router.metrics.answered(method, target.partition(b"?")[0].decode("latin-1"), status, 0.0)
 
     def cors_lines(self, target: bytes, origin: bytes) -> bytes:
-        # Only the API is for web pages: the rest of the router is for replicas and operators.
+        # Only the API is for web pages; the other paths are for replicas and operators.
         return cors_lines(self._router.settings.cors, origin) if target.startswith(b"/v1/") else b""
 
     def _answer_preflight(self, client: Client, request: ClientRequest) -> Task:
         answer = preflight_answer(self._router.settings.cors, request)
-        client.give(answer.status_line.encode(), header_lines(answer.headers), answer.body)
+        client.respond(answer.status_line.encode(), header_lines(answer.headers), answer.body)
         self._router.metrics.answered(request.method, request.path, answer.status, 0.0)
         return Preflight()
 
-    # ---- its life
+    # ---- lifecycle
 
     async def _serve(self) -> None:
         self._router: ControlPlane = self.wsgi
@@ -160,7 +159,7 @@ class RouterWorker(Worker):
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def _listen(self, sock: socket.socket) -> asyncio.Server:
-        # Read by the arbiter: one that is broken by the time of a reload must not keep workers down.
+        # The arbiter has read the certificate: an invalid file later must not prevent a worker's start.
         tls = self._router.settings.tls if sock.family != socket.AF_UNIX else None
         return await asyncio.get_running_loop().create_server(
             lambda: ClientConnection(self), sock=sock, ssl=tls, backlog=2048
@@ -191,29 +190,29 @@ class RouterWorker(Worker):
             loop.remove_reader(self._from_arbiter)
 
     async def _drain(self) -> None:
-        """Until the last connection has ended."""
+        """Wait until the last connection has ended."""
         self.is_stopping = True
-        is_in_a_hurry = self.keep_alive <= _PARTING_SECONDS
-        may_shake_hands = self._router.settings.tls is not None and not is_in_a_hurry
-        await asyncio.sleep(_HANDSHAKES if may_shake_hands else _LATECOMERS)
+        is_hurried = self.keep_alive <= _STOPPING_KEEP_ALIVE
+        has_handshakes = self._router.settings.tls is not None and not is_hurried
+        await asyncio.sleep(_HANDSHAKE_SECONDS if has_handshakes else _ACCEPT_SECONDS)
         while self.connections:
             self._is_empty.clear()
             await self._is_empty.wait()
 
     async def _tick(self) -> None:
-        beat = 0.0
+        heartbeat_at = 0.0
         while True:
             now = time.monotonic()
             try:
-                if now - beat >= 1.0 or self.is_stopping:
-                    beat = now
+                if now - heartbeat_at >= 1.0 or self.is_stopping:
+                    heartbeat_at = now
                     self.notify()
                     self._watch_connections(now)
                     if os.getppid() != self.ppid:
                         self._end_soon()
                 self._plane.tick(now)
             except Exception:
-                # One request's fault must not end the beat, without which the arbiter kills all of them.
+                # An error in one request must not end the heartbeat: the arbiter would kill the worker.
                 logger.exception("a periodic task of the worker failed")
             await asyncio.sleep(_TICK)
 
@@ -223,7 +222,7 @@ class RouterWorker(Worker):
                 connection.watch(now)
             except Exception:
                 logger.exception("internal error in a client's connection; the connection is closed")
-                # Its state is unknown, and it would fail again at the next beat.
+                # Its state is unknown, and it would fail again in the next round.
                 self.connections.discard(connection)
                 with contextlib.suppress(Exception):
                     connection.abort_for("has a broken connection")
@@ -231,22 +230,22 @@ class RouterWorker(Worker):
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._end_soon)
-        loop.add_signal_handler(signal.SIGUSR2, self._end_some_time)
+        loop.add_signal_handler(signal.SIGUSR2, self._end_gracefully)
         for number in (signal.SIGINT, signal.SIGQUIT):
-            loop.add_signal_handler(number, self._end_now, 0)
-        loop.add_signal_handler(signal.SIGABRT, self._end_now, 1)
+            loop.add_signal_handler(number, self._end_at_once, 0)
+        loop.add_signal_handler(signal.SIGABRT, self._end_at_once, 1)
         loop.add_signal_handler(signal.SIGUSR1, self.log.reopen_files)
 
-    def _end_some_time(self) -> None:
+    def _end_gracefully(self) -> None:
         self._router.board.resign()
         self._stop.set()
 
     def _end_soon(self) -> None:
-        self.keep_alive = min(self.keep_alive, _PARTING_SECONDS)
+        self.keep_alive = min(self.keep_alive, _STOPPING_KEEP_ALIVE)
         self._stop.set()
 
-    def _end_now(self, code: int) -> None:
-        """Leaving as Python does would wait for threads."""
+    def _end_at_once(self, code: int) -> None:
+        """End without the exit handlers of Python, which wait for threads."""
         self.outbox.flush()
         self._plane.access_log.flush()
         os._exit(code)

@@ -199,7 +199,7 @@ def _generate(
     is_resumable = seed is not None and (body.stream or body.logprobs is None)
     if resumption is not None and not is_resumable:
         what = "a seed" if seed is None else "its log probabilities so far"
-        raise ApiError(409, f"an answer cannot be resumed without {what}")
+        raise ApiError(409, f"a response cannot be resumed without {what}")
     generation = Generation(
         served,
         body,

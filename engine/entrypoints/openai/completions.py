@@ -113,7 +113,7 @@ def _check_size(prompts: list[list[int]], request: CompletionRequest, logprobs: 
         (_MAX_LOGPROBS_PER_EVENT, longest) if request.stream else (_MAX_LOGPROBS_PER_RESPONSE, total)
     )
     if size > limit:
-        where = "one event of a stream" if request.stream else "one answer"
+        where = "one event of a stream" if request.stream else "one response"
         raise RequestError(
             f"echo with logprobs would put {size} log probabilities of prompts into {where}; the limit is "
             f"{limit}: request fewer logprobs or prompts" + (", or no stream" * request.stream),

@@ -386,7 +386,7 @@ _decoder = msgspec.msgpack.Decoder(FromWorker)
 def _unavailable_message(status: EngineStatus) -> str:
     match status.state:
         case EngineState.LOADING:
-            return f"the model is being loaded ({status.progress:.0%}, {status.stage}); try again later"
+            return f"the model is loading ({status.progress:.0%}, {status.stage}); try again later"
         case EngineState.STOPPED:
             return "the server is shutting down"
         case _:

@@ -11,6 +11,7 @@ from flask import request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
+from ...common.api_keys import ApiKeys
 from ...common.errors import RequestError
 from ...common.resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
 from .engine_client import EngineClient
@@ -116,13 +117,8 @@ def client_socket() -> socket.socket | None:
     return request.environ.get("gunicorn.socket")
 
 
-def authorize_client(keys: tuple[str, ...]) -> None:
-    if not keys:
-        return
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    # Compare with every key in constant time, so that the duration reveals nothing about the keys.
-    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
-    if scheme.lower() != "bearer" or not any(matches):
+def authorize_client(keys: ApiKeys) -> None:
+    if not keys.allow(request.headers.get("Authorization", "")):
         raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
 

@@ -6,14 +6,15 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from ...common.api_keys import ApiKeys, keys_in, keys_in_variable, keys_of
 from ...common.cli import CommandLine
 from ...common.cors import DEFAULT as CORS_DEFAULT
 from ...common.cors import CorsPolicy
 from ...common.errors import ConfigError
-from ...common.key_files import keys_in, keys_in_variable, keys_of
 from ...common.text_files import read_text
 from ...config import EngineConfig
 from ...demo_model.model import resolve_model_path
@@ -47,6 +48,9 @@ _ONE_VALUE = {
     "logprobs-mode": ("raw_logprobs", "log probabilities are those of the model, before temperature"),
 }
 
+#: Fields whose flags have defaults of another type.
+_OWN_DEFAULTS = ("metrics_port", "engine_worker_queue_port")
+
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
@@ -66,7 +70,7 @@ class ServeConfig:
     #: The same as the router's.
     max_body_bytes: int = 10 << 20
     #: Empty: no key is required.
-    api_keys: tuple[str, ...] = ()
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
     #: URL of the router to register with.
     router: str | None = None
     #: Web pages that may read responses of /v1.
@@ -103,7 +107,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         num_gpu_blocks_override=arguments.num_gpu_blocks_override,
         enable_prefix_caching=arguments.enable_prefix_caching,
         data_parallel_size=arguments.data_parallel_size,
-        data_parallel_rank=arguments.local_data_parallel_id,
+        data_parallel_rank=arguments.data_parallel_rank,
         tensor_parallel_size=arguments.tensor_parallel_size,
         enable_expert_parallel=arguments.enable_expert_parallel,
         expert_parallel_group=arguments.expert_parallel_group,
@@ -145,10 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = parser.add_argument_group("serving")
     serve.add_argument("--model", required=True, help='directory of an ERNIE-4.5 checkpoint, or "demo"')
     serve.add_argument("--served-model-name", help="default: the directory's name")
-    serve.add_argument(
-        "--host", default="127.0.0.1", help="address or name to listen on; 0.0.0.0 for all networks"
-    )
-    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--host", help="address or name to listen on; 0.0.0.0 for all networks")
+    serve.add_argument("--port", type=int)
     serve.add_argument(
         "--metrics-port", type=int, default=-1, help="port of /metrics; -1: the same as --port"
     )
@@ -170,60 +172,53 @@ def _parser() -> argparse.ArgumentParser:
         "this machine; *: all; empty: none (default %(default)s)",
     )
     serve.add_argument("--chat-template", help="file or text of a chat template that replaces the model's")
-    serve.add_argument("--max-concurrency", type=int, default=512, help="requests beyond this limit get 429")
-    serve.add_argument("--max-body-bytes", type=int, default=10 << 20, help="larger bodies get 413")
+    serve.add_argument("--max-concurrency", type=int, help="requests beyond this limit get 429")
+    serve.add_argument("--max-body-bytes", type=int, help="larger bodies get 413")
     serve.add_argument(
-        "--timeout-graceful-shutdown", type=int, default=10, help="seconds for open requests after SIGTERM"
+        "--timeout-graceful-shutdown", type=int, help="seconds for open requests after SIGTERM"
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--device", default="auto", help="auto or cpu")
-    engine.add_argument(
-        "--threads", type=int, default=0, help="CPU threads; 0: this replica's share of the cores"
-    )
+    engine.add_argument("--device", help="auto or cpu")
+    engine.add_argument("--threads", type=int, help="CPU threads; 0: this replica's share of the cores")
     engine.add_argument(
         "--pin-threads",
         action="store_true",
         help="bind each thread to its own CPU, if there are enough for --data-parallel-size replicas",
     )
-    engine.add_argument("--max-model-len", type=int, default=2048)
-    engine.add_argument("--max-num-seqs", type=int, default=8)
-    engine.add_argument("--max-num-batched-tokens", type=int, default=512)
+    engine.add_argument("--max-model-len", type=int)
+    engine.add_argument("--max-num-seqs", type=int)
+    engine.add_argument("--max-num-batched-tokens", type=int)
     engine.add_argument(
         "--max-prefill-beside-decode",
         type=int,
-        default=32,
         help="prompt tokens per step while other sequences decode; fewer in a long context",
     )
-    engine.add_argument("--block-size", type=int, default=64)
+    engine.add_argument("--block-size", type=int)
     engine.add_argument("--num-gpu-blocks-override", type=int)
-    engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
-    engine.add_argument("--dtype", default="bfloat16", help="weights and KV cache: bfloat16 or float32")
+    engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
+    engine.add_argument("--dtype", help="weights and KV cache: bfloat16 or float32")
     engine.add_argument("--quantization", help="wint8 or wint4: weights with 8 or 4 bits")
-    engine.add_argument(
-        "--qkv-order", default="plain", help="plain or grouped: order in fused Paddle checkpoints"
-    )
+    engine.add_argument("--qkv-order", help="plain or grouped: order in fused Paddle checkpoints")
     parallel = parser.add_argument_group("parallel")
-    parallel.add_argument("--data-parallel-size", type=int, default=1)
-    parallel.add_argument("--local-data-parallel-id", type=int, default=0)
-    parallel.add_argument("--tensor-parallel-size", type=int, default=1)
+    parallel.add_argument("--data-parallel-size", type=int)
+    parallel.add_argument("--local-data-parallel-id", dest="data_parallel_rank", type=int, metavar="N")
+    parallel.add_argument("--tensor-parallel-size", type=int)
     parallel.add_argument(
         "--enable-expert-parallel", action="store_true", help="distribute the experts over the replicas"
     )
     parallel.add_argument(
         "--expert-parallel-group",
-        default="default",
         metavar="NAME",
         help="name of the group on this machine; each deployment needs its own (default %(default)s)",
     )
     parallel.add_argument(
         "--expert-parallel-stall-kill",
         type=float,
-        default=60.0,
         metavar="SECONDS",
         help="kill a rank that others wait for after this time without progress (default %(default)g)",
     )
     parallel.add_argument(
-        "--redundant-experts", type=int, default=0, metavar="N", help="extra copies of the most used experts"
+        "--redundant-experts", type=int, metavar="N", help="extra copies of the most used experts"
     )
     parallel.add_argument(
         "--enable-eplb",
@@ -232,7 +227,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag in (*_WITHOUT_EFFECT, *_ONE_VALUE):
         parser.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
+    parser.set_defaults(**_defaults())
     return parser
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of all flags with the name of a field of `EngineConfig` or `ServeConfig`."""
+    return {
+        config_field.name: config_field.default
+        for config in (EngineConfig, ServeConfig)
+        for config_field in fields(config)
+        if config_field.default is not MISSING and config_field.name not in _OWN_DEFAULTS
+    }
 
 
 def _dashed(word: str) -> str:
@@ -276,14 +282,14 @@ def _at_least(flag: str, low: int, value: int) -> int:
     return value
 
 
-def _api_keys(flags: list[str] | None, file: Path | None) -> tuple[str, ...]:
+def _api_keys(flags: list[str] | None, file: Path | None) -> ApiKeys:
     if flags is None:
-        keys = tuple(keys_in_variable("FD_API_KEY", os.environ))
+        keys = keys_in_variable("FD_API_KEY", os.environ)
     else:
-        keys = tuple(key for text in flags for key in keys_of("--api-key", text))
+        keys = [key for text in flags for key in keys_of("--api-key", text)]
         if not keys:
             raise ConfigError("--api-key is empty; omit it to require no key")
-    return keys if file is None else (*keys, *keys_in("--api-keys-file", file))
+    return ApiKeys(keys if file is None else keys + keys_in("--api-keys-file", file))
 
 
 def _chat_template(text: str | None) -> str | None:

@@ -104,4 +104,4 @@ def _resumed(
 
 
 def _not_resumable(why: str) -> ApiError:
-    return ApiError(409, f"this answer cannot be resumed here: {why}")
+    return ApiError(409, f"this response cannot be resumed here: {why}")

@@ -82,7 +82,7 @@ class ServedModel:
         sizes = self.engine.ready
         assert sizes is not None, "requests are admitted after the worker is ready"
         if not prompt:
-            raise ApiError(400, f"{field} has no tokens; at least one is needed", param=field)
+            raise ApiError(400, f"{field} has no tokens; at least one is required", param=field)
         if max(prompt) >= self.model.vocab_size:
             raise ApiError(
                 400,
@@ -96,7 +96,7 @@ class ServedModel:
             raise ApiError(
                 400,
                 f"{field} has {len(prompt)} tokens; {whose} holds {limit}"
-                + (", one of them for the answer" if max_tokens != 0 else ""),
+                + (", one of them for the output" if max_tokens != 0 else ""),
                 param=field,
                 code="context_length_exceeded",
             )

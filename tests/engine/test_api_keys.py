@@ -1,4 +1,4 @@
-"""API keys: one rule for all that read them, and a file of any editor works."""
+"""API keys: one rule for router, replica and probe, and files of any editor."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fastdeploy.common.api_keys import ApiKeys, keys_in, keys_in_variable
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.common.key_files import keys_in, keys_in_variable
 from fastdeploy.daemon.config.programs import Program
-from fastdeploy.daemon.router.config.keys import read_keys
 from fastdeploy.daemon.supervision import probes
 from fastdeploy.entrypoints.openai.options import parse_arguments
 
@@ -32,7 +31,7 @@ def write(directory: Path, content: bytes) -> Path:
 )
 def test_a_file_of_any_editor_holds_its_keys(tmp_path: Path, content: bytes) -> None:
     assert keys_in(FLAG, write(tmp_path, content)) == ["secret-one", "secret-two"]
-    assert read_keys(FLAG, tmp_path / "keys", VARIABLE).allow("Bearer secret-one")
+    assert ApiKeys.read(FLAG, tmp_path / "keys", VARIABLE).allow("Bearer secret-one")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_router_replica_and_probe_refuse_the_same_keys(monkeypatch: pytest.Monke
     monkeypatch.setenv(VARIABLE, text)
     replica = Program("replica0", ("api_server",), {}, (1,))
     for read in (
-        lambda: read_keys(FLAG, None, VARIABLE),
+        lambda: ApiKeys.read(FLAG, None, VARIABLE),
         lambda: parse_arguments(["--model", str(TINY)]),
         lambda: parse_arguments(["--model", str(TINY), "--api-key", text]),
         lambda: probes._key(replica),
@@ -74,9 +73,9 @@ def test_router_replica_and_probe_read_the_same_keys(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(VARIABLE, " , one two,three ")
     keys = keys_in_variable(VARIABLE, {VARIABLE: " , one two,three "})
     assert keys == ["one two", "three"]
-    assert parse_arguments(["--model", str(TINY)]).api_keys == ("one two", "three")
+    assert parse_arguments(["--model", str(TINY)]).api_keys == ApiKeys(["one two", "three"])
     assert probes._key(Program("replica0", ("api_server",), {}, (1,))) == "one two"
-    router = read_keys(FLAG, None, VARIABLE)
+    router = ApiKeys.read(FLAG, None, VARIABLE)
     assert all(router.allow(f"Bearer {key}") for key in keys)
 
 

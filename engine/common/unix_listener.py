@@ -1,0 +1,121 @@
+"""Listening unix sockets whose path can be removed at any time: no error reports that to the socket."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+_Identity = tuple[int, int]
+
+
+def listen(path: Path, mode: int, *, group: int | None = None, backlog: int = 64) -> socket.socket:
+    """Return a new socket that listens on `path`, in place of whatever is there.
+
+    Args:
+        mode: permission bits of the path.
+        group: its group; by default the group that new files get in that directory.
+
+    Raises:
+        OSError: the socket cannot be made.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        # No client can connect before `listen`, so the permissions are never too wide.
+        if group is not None:
+            os.chown(path, -1, group)
+        path.chmod(mode)
+        listener.listen(backlog)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class SocketPath:
+    """Path of a listening socket.
+
+    Args:
+        mode, group, backlog: see `listen`.
+        directory_mode: permission bits of its directory, should that have to be made.
+        is_bound: True if the caller has a socket that listens there already.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mode: int,
+        *,
+        group: int | None = None,
+        backlog: int = 64,
+        directory_mode: int = 0o700,
+        is_bound: bool = False,
+    ) -> None:
+        self.path = path
+        self._mode = mode
+        self._group = group
+        self._backlog = backlog
+        self._directory_mode = directory_mode
+        self._bound = identity(path) if is_bound else None
+
+    def is_bound(self) -> bool:
+        """Return True if the path leads to the socket of the last `bind`."""
+        try:
+            return self._bound is not None and identity(self.path) == self._bound
+        except OSError:
+            # The path cannot be checked, which does not mean that it is gone.
+            return True
+
+    def bind(self) -> socket.socket:
+        """Return a new socket that listens on the path; make its directory if missing. Raises OSError."""
+        self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
+        listener = listen(self.path, self._mode, group=self._group, backlog=self._backlog)
+        self._bound = identity(self.path)
+        return listener
+
+    def remove(self) -> None:
+        """Remove the path unless it leads elsewhere by now. Raises OSError."""
+        if self.is_bound():
+            self.path.unlink(missing_ok=True)
+
+
+class UnixListener:
+    """Socket that keeps its descriptor's number when it is bound again.
+
+    Args:
+        listening: a socket that listens on the path already; by default a new one, which `bind` binds.
+    """
+
+    def __init__(self, path: SocketPath, listening: socket.socket | None = None) -> None:
+        self.socket = listening or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self._path = path
+
+    def is_bound(self) -> bool:
+        return self._path.is_bound()
+
+    def bind(self) -> None:
+        """Listen on the path, in place of whatever is there. Raises OSError.
+
+        An epoll object forgets the descriptor; it has to be registered again.
+        """
+        with self._path.bind() as fresh:
+            fresh.setblocking(False)
+            os.dup2(fresh.fileno(), self.socket.fileno(), inheritable=False)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.remove()
+        self.socket.close()
+
+
+def identity(path: Path) -> _Identity | None:
+    """Return device and inode of the file at `path`; None if there is none. Raises OSError."""
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
