@@ -10,7 +10,7 @@ from ..config.options import SuperviseSection
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What follows from a failure."""
+    """Reaction to a failure."""
 
     #: Seconds until the next try.
     delay: float

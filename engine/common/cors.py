@@ -26,7 +26,7 @@ _LOOPBACK_ORIGIN = re.compile(
 #: Names of headers with commas between them.
 _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~, -]{1,4096}", re.ASCII)
 _METHODS = "GET, POST, OPTIONS"
-#: What a page may read besides the body and the headers that it always may.
+#: Response headers that pages may read, besides those that browsers always allow.
 _EXPOSED = "X-Request-Id, Retry-After"
 #: Seconds for which a browser need not ask again.
 _MAX_AGE = "600"

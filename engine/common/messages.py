@@ -87,7 +87,7 @@ class TokenOutput(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[Logprobs] | None = None
-    #: Of the prompt tokens from the second on; only in the first output of a request that asked for them.
+    #: Log probabilities of the prompt tokens from the second on; only in the first output, if requested.
     prompt_logprobs: list[Logprobs] | None = None
     #: Prompt tokens found in the prefix cache; valid in the first output of a request.
     num_cached: int = 0

@@ -44,7 +44,7 @@ class Task(Protocol):
 
 
 class Server(Protocol):
-    """What the connections use of the server."""
+    """The part of the server that connections use."""
 
     max_body_bytes: int
     outbox: WriteBatcher

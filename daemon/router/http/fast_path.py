@@ -28,7 +28,7 @@ _LIBRARY = Path(__file__).with_name("libfd_fast_path.so")
 
 
 class Passed(NamedTuple):
-    """What the fast path has done with a stream, and the bytes that it leaves."""
+    """Result of a stream's time on the fast path, with the bytes that are left to read."""
 
     #: The mark of each event that was relayed.
     marks: list[bytes]

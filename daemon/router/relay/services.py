@@ -48,7 +48,7 @@ class FinishedRequest(NamedTuple):
 
 
 class Services(Protocol):
-    """What a request uses of the data plane. Belongs to the worker's event loop."""
+    """The part of the data plane that requests use. Belongs to the worker's event loop."""
 
     settings: Settings
     board: Board

@@ -115,7 +115,7 @@ class Marks:
 
 
 class Draft:
-    """What is known of a response that is not a stream before it arrives."""
+    """Tokens of a non-streamed response, known before it arrives."""
 
     __slots__ = ("_head", "_marks", "size")
 
@@ -144,7 +144,7 @@ class Draft:
 
 
 class Transcript:
-    """What the client has received of a resumable stream."""
+    """Record of the events that the client has received of a resumable stream."""
 
     __slots__ = ("_first", "_has_marks", "_has_summary", "_marks", "_rest", "is_done", "problem")
 
@@ -236,7 +236,7 @@ class Transcript:
 
     @property
     def rest(self) -> bytes:
-        """What has arrived since the last complete event."""
+        """Bytes since the last complete event."""
         return self._rest
 
     def resumption(self, path: str, body: bytes) -> Resumption | None:
