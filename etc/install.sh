@@ -53,7 +53,7 @@ install_files() {
 
 # Members of group fd read dp.toml, which may hold keys; only root writes it.
 install_user() {
-    # Other members keep the group; then it stays when the user is removed.
+    # The group may exist already: an uninstall leaves it while it has other members.
     if getent group fd >/dev/null; then group=--gid=fd; else group=--user-group; fi
     id fd >/dev/null 2>&1 ||
         useradd --system "$group" --home-dir /var/lib/fd --no-create-home --shell /usr/sbin/nologin fd
