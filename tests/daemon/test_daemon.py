@@ -25,6 +25,8 @@ def test_everything_becomes_ready_and_a_signal_leaves_no_process(running: Runnin
     status = running.status()
     assert [entry["replica"] for entry in status["replicas"]] == [0, 1]
     supervisord = status["daemon"]["supervisord"]
+    # The daemon prints the command once the router knows all replicas.
+    wait_until(lambda: running.status()["daemon"]["state"] == "READY", "the daemon READY")
     output = running.stop(signal.SIGINT)
     assert running.daemon is not None
     assert running.daemon.returncode == 0

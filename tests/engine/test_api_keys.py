@@ -62,7 +62,7 @@ def test_router_replica_and_probe_refuse_the_same_keys(monkeypatch: pytest.Monke
         lambda: ApiKeys.read(FLAG, None, VARIABLE),
         lambda: parse_arguments(["--model", str(TINY)]),
         lambda: parse_arguments(["--model", str(TINY), "--api-key", text]),
-        lambda: probes._key(replica),
+        lambda: probes._api_key(replica),
     ):
         with pytest.raises((ConfigError, ValueError), match=r"ASCII|no key|empty") as refused:
             read()
@@ -74,7 +74,7 @@ def test_router_replica_and_probe_read_the_same_keys(monkeypatch: pytest.MonkeyP
     keys = keys_in_variable(VARIABLE, {VARIABLE: " , one two,three "})
     assert keys == ["one two", "three"]
     assert parse_arguments(["--model", str(TINY)]).api_keys == ApiKeys(["one two", "three"])
-    assert probes._key(Program("replica0", ("api_server",), {}, (1,))) == "one two"
+    assert probes._api_key(Program("replica0", ("api_server",), {}, (1,))) == "one two"
     router = ApiKeys.read(FLAG, None, VARIABLE)
     assert all(router.allow(f"Bearer {key}") for key in keys)
 

@@ -38,7 +38,7 @@ def run(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
         (["--config_path", "x.yaml"], "--config_path: FastDeploy's YAML is not supported"),
         (["--workers", "0"], "--workers is 0; it must be 1..16"),
         (["--max-in-flight", "0"], "--max-in-flight is 0; it must be at least 1"),
-        (["--max-connections", "100000000"], "file descriptors and the limit is"),
+        (["--max-connections", "100000000"], "file descriptors but the limit is"),
         (["--queue-size", "-1"], "--queue-size is -1; it must be at least 0"),
         (["--certfile", "/etc/hostname"], "--certfile and --keyfile: TLS needs both"),
         (["--admin-keys-file", "/nonexistent"], "--admin-keys-file /nonexistent: cannot be read"),

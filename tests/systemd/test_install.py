@@ -60,7 +60,7 @@ def test_install_is_complete_and_uninstall_keeps_the_operators_files(fresh: Serv
     assert user[5:] == ["/var/lib/fd", "/usr/sbin/nologin\n"]
     config = (root / "etc/fd/dp.toml").stat()
     assert (config.st_uid, config.st_gid, stat.S_IMODE(config.st_mode)) == (0, int(user[3]), 0o640)
-    assert machine.run("fdctl", "check", CONFIG).stdout.startswith(f"{CONFIG}: good")
+    assert machine.run("fdctl", "check", CONFIG).stdout.startswith(f"{CONFIG}: valid")
     for page in ("man8/fd-dp.8", "man1/fdctl.1"):
         assert (root / "usr/local/share/man" / page).exists()
     machine.run("mkdir", "-p", "/var/lib/fd/models")
