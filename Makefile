@@ -53,9 +53,9 @@ help:
 serve: $(VENV)/installed model
 	@exec $(BIN)/fd-dp --config $(CONFIG) --prefix $(PREFIX)
 
-# Two files at a time, for most tests wait for half of their time; those of the whole system have all cores busy.
+# Three files at a time, because most tests wait for half of their time; those of the whole system keep all cores busy.
 test: $(VENV)/installed model
-	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/e2e --durations=20
+	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/e2e --durations=20
 	@$(BIN)/pytest tests/e2e --durations=10
 
 # Most of what can break, in minutes.
