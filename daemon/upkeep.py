@@ -117,7 +117,7 @@ class Upkeep:
     def _log_file_problem(self) -> str:
         """Return why a log file cannot be opened for its next lines, or ""."""
         layout = self._fleet.layout
-        for file in (layout.logs / "fd-dp.log", layout.log, *map(layout.output, self._fleet.replicas)):
+        for file in (layout.logs / "fd-dp.log", layout.log, *map(layout.output, self._fleet.programs)):
             try:
                 os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
             except FileNotFoundError:

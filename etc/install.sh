@@ -102,11 +102,11 @@ esac
 
 install_files
 if [ -z "$DESTDIR" ]; then
+    if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
     install_user
     install_demo_model
-    if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
     if systemctl is-active --quiet fd-dp 2>/dev/null; then
-        echo "install: done. It runs; to upgrade it: systemctl restart fd-dp; fdctl restart router; fdctl restart all"
+        echo "install: done. It runs; to upgrade it: fdctl restart router; systemctl restart fd-dp; fdctl restart all"
     else
         echo "install: done. Edit /etc/fd/dp.toml, then: systemctl enable --now fd-dp; fdctl status"
     fi

@@ -85,7 +85,9 @@ _PORT = re.compile(
 _MEMORY = re.compile(
     r"not enough memory|Cannot allocate memory|Unable to allocate|MemoryError|bad_alloc|--shm-size", re.I
 )
-_DISK = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|cannot be written\b")
+_DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|Read-only file system|cannot be written to\b"
+)
 #: Errors about a checkpoint begin with the name of one of its files.
 _MODEL = re.compile(
     r"\bmodel '|\b(?:config|generation_config|tokenizer_config|special_tokens_map|added_tokens|tokenizer)"

@@ -175,7 +175,7 @@ class Supervisord:
         os.ftruncate(self._output, 0)
         os.lseek(self._output, 0, os.SEEK_SET)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(layout.ini)],
+            [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._output,

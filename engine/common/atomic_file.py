@@ -10,6 +10,9 @@ from pathlib import Path
 def write_atomically(file: Path, content: bytes, *, mode: int = 0o600, fsync: bool = False) -> None:
     """Replace `file` by `content`; a reader sees the old content or the new one, never a part.
 
+    Callers serialise the writes of a file: its draft, `.NAME.new`, has the same name for all of them, so that
+    the next write removes what a killed one left.
+
     Args:
         mode: permissions of the new file, before the umask.
         fsync: also keep this promise if the machine loses power. Slow.
@@ -17,7 +20,7 @@ def write_atomically(file: Path, content: bytes, *, mode: int = 0o600, fsync: bo
     Raises:
         OSError: the file cannot be written; it is unchanged then.
     """
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft = file.with_name(f".{file.name}.new")
     # Not opened: it may be a leftover with other permissions, or a link.
     draft.unlink(missing_ok=True)
     try:

@@ -7,11 +7,13 @@ import os
 import socket
 from pathlib import Path
 
-_Identity = tuple[int, int]
+Identity = tuple[int, int]
 
 
-def listen(path: Path, mode: int, *, group: int | None = None, backlog: int = 64) -> socket.socket:
-    """Return a new socket that listens on `path`, in place of whatever is there.
+def listen(
+    path: Path, mode: int, *, group: int | None = None, backlog: int = 64
+) -> tuple[socket.socket, Identity | None]:
+    """Return a new socket that listens on `path`, in place of whatever is there, and the path's identity.
 
     Args:
         mode: permission bits of the path.
@@ -24,6 +26,7 @@ def listen(path: Path, mode: int, *, group: int | None = None, backlog: int = 64
     try:
         path.unlink(missing_ok=True)
         listener.bind(str(path))
+        bound = identity(path)
         # No client can connect before `listen`, so the permissions are never too wide.
         if group is not None:
             os.chown(path, -1, group)
@@ -32,7 +35,7 @@ def listen(path: Path, mode: int, *, group: int | None = None, backlog: int = 64
     except OSError:
         listener.close()
         raise
-    return listener
+    return listener, bound
 
 
 class SocketPath:
@@ -72,8 +75,7 @@ class SocketPath:
     def bind(self) -> socket.socket:
         """Return a new socket that listens on the path; make its directory if missing. Raises OSError."""
         self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
-        listener = listen(self.path, self._mode, group=self._group, backlog=self._backlog)
-        self._bound = identity(self.path)
+        listener, self._bound = listen(self.path, self._mode, group=self._group, backlog=self._backlog)
         return listener
 
     def remove(self) -> None:
@@ -112,7 +114,7 @@ class UnixListener:
         self.socket.close()
 
 
-def identity(path: Path) -> _Identity | None:
+def identity(path: Path) -> Identity | None:
     """Return device and inode of the file at `path`; None if there is none. Raises OSError."""
     try:
         found = path.lstat()

@@ -314,7 +314,7 @@ def test_supervisord_needs_no_temporary_directory() -> None:
         mounts = "for place in /tmp /var/tmp; do mount -t tmpfs -o ro tmpfs $place || exit; done"
         # Nor can anything be written in the current directory.
         command = ["unshare", "-m", "sh", "-c", f'{mounts}; cd /proc; exec "$@"', "sh", sys.executable]
-        command += ["-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(layout.ini)]
+        command += ["-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)]
         with subprocess.Popen(command) as process:
             try:
                 wait_until(lambda: answers(layout) or process.poll() is not None, "it answers")

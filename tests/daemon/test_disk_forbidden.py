@@ -107,6 +107,11 @@ def test_files_without_permission_are_written_again_or_reported(system: Running)
     wait_until(lambda: all(file.stat().st_mode & 0o400 for file in files), "they are written again")
     # A log is not replaced: it may be open in another process.
     reported(system, f"cannot write {output}: Permission denied; since ")
+    output.chmod(0o600)
+    of_router = system.prefix / "logs" / "router" / "output.log"
+    of_router.chmod(0)
+    reported(system, f"cannot write {of_router}: Permission denied; since ")
+    of_router.chmod(0o600)
     with forbidden(output.parent):
         output.unlink()
         reported(system, f"cannot write {output.parent}: Permission denied; since ")

@@ -27,7 +27,7 @@ class Engines:
         assert (rendered.returncode, rendered.stderr) == (0, "")
         ini = self._running.prefix / "run" / "supervisord.conf"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(ini)],
+            [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(ini)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
         )

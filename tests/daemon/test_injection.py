@@ -267,7 +267,7 @@ def test_a_real_supervisord_passes_every_word_on(tmp_path: Path) -> None:
     supervisord_config.write_files(layout, programs)
     inherited = {**os.environ, "EVIL": "100% %(x)s", "EVIL_2": "a\n[program:evil]\ncommand=/bin/false"}
     supervisord = subprocess.Popen(
-        [sys.executable, "-m", "fastdeploy.daemon.process.fd_supervisord", "-n", "-c", str(layout.ini)],
+        [sys.executable, "-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,
         env=inherited,

@@ -47,7 +47,7 @@ def test_a_file_that_is_not_understood_is_no_wish(tmp_path: Path, text: str) -> 
 def test_a_wish_that_cannot_be_written_holds_and_is_written_later(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
     assert intents.set("replica1", DesiredState(Intent.HELD)) == ""
-    (tmp_path / f".intents.json.{os.getpid()}").mkdir()
+    (tmp_path / ".intents.json.new").mkdir()
     problem = intents.set("replica1", DesiredState(draining=True))
     assert problem.startswith(f"cannot write {tmp_path}/intents.json: ")
     assert intents.save() == problem
@@ -55,7 +55,7 @@ def test_a_wish_that_cannot_be_written_holds_and_is_written_later(tmp_path: Path
     assert intents.set("replica1", DesiredState(draining=True)) == problem
     assert intents.of("replica1") == DesiredState(draining=True)
     assert Intents(tmp_path).of("replica1") == DesiredState(Intent.HELD)
-    (tmp_path / f".intents.json.{os.getpid()}").rmdir()
+    (tmp_path / ".intents.json.new").rmdir()
     assert intents.save() == ""
     assert Intents(tmp_path).of("replica1") == DesiredState(draining=True)
 

@@ -157,7 +157,7 @@ port = {self.metrics_port}
             process
             for process in marked_processes(self.run)
             if any(
-                Path(word).name == "supervisord" or word == "fastdeploy.daemon.process.fd_supervisord"
+                Path(word).name == "supervisord" or word == "fastdeploy.daemon.fd_supervisord"
                 for word in process.cmdline()
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ import pytest
 from fastdeploy.daemon.router.board.board import BoardError
 from fastdeploy.daemon.router.metrics import counter_memory
 from fastdeploy.daemon.router.metrics.counter_memory import CounterMemory
+from fastdeploy.daemon.router.metrics.metrics import _CounterCollector
 
 from .fake_engine import wait_until
 from .forked import Forked
@@ -139,3 +141,13 @@ def test_the_environment_of_prometheus_client_has_no_effect(start_router, new_en
     router.add(new_engine())
     assert router.complete().status_code == 200
     wait_until(lambda: requests_counted(router) == 1, "the request is counted")
+
+
+def test_counts_add_up_over_versions_with_different_help_texts(memory):
+    for text in ("Text of the old version.", "Text of the new version."):
+        key = json.dumps(["counter", "fd_x", text, "fd_x_total", {"replica": "0"}])
+        worker = counting(memory, **{key: 2.0})
+        worker.send("end")
+        worker.wait()
+    [metric] = _CounterCollector(memory).collect()
+    assert [(sample.labels, sample.value) for sample in metric.samples] == [({"replica": "0"}, 4.0)]

@@ -17,7 +17,8 @@ _MODE = 0o660
 
 def bind(path: Path) -> socket.socket:
     """Return a socket that listens on `path`, in place of an old one. Raises OSError."""
-    return listen(path, _MODE)
+    listener, _ = listen(path, _MODE)
+    return listener
 
 
 class AdminSocket:

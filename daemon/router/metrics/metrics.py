@@ -5,6 +5,7 @@ All workers count in shared memory (counter_memory.py), and any of them can repo
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
@@ -185,13 +186,18 @@ class _CounterCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         metrics: dict[str, Metric] = {}
+        sums: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
         buckets: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[str, float]]] = {}
         decode: Callable[[bytes], tuple[str, str, str, str, dict[str, str]]] = msgspec.json.decode
         for key, value in self._memory.read().items():
             kind, name, help_text, sample, labels = decode(key)
-            metric = metrics.setdefault(name, Metric(name, help_text, kind))
+            metrics.setdefault(name, Metric(name, help_text, kind))
+            # After an upgrade the workers of both versions count, and may differ in the help text.
+            sums[name, sample, tuple(labels.items())] += value
+        for (name, sample, items), value in sums.items():
+            labels = dict(items)
             if (bound := labels.pop("le", None)) is None:
-                metric.add_sample(sample, labels, value)
+                metrics[name].add_sample(sample, labels, value)
             else:
                 buckets.setdefault((name, tuple(labels.items())), []).append((bound, value))
         for (name, label_items), counts in buckets.items():

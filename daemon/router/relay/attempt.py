@@ -248,13 +248,17 @@ class Attempt:
 
     @entry
     def given_back(self) -> None:
-        connection, passed = self._connection, self.leave_fast_path()
-        if connection is None or passed is None:
+        passed = self.leave_fast_path()
+        if passed is None:
             return
         # If no event was passed on, taking it again would achieve as little.
         self._stays_on_loop = not passed.size
-        if passed.unread:
-            connection.data_received(passed.unread)
+        self.parse_unread(passed)
+
+    def parse_unread(self, passed: Passed | None) -> None:
+        """Parse what the fast path had received but not passed on when the stream left it."""
+        if self._connection is not None and passed is not None and passed.unread:
+            self._connection.data_received(passed.unread)
 
     def leave_fast_path(self) -> Passed | None:
         """Return the stream to the event loop, if the fast path has it."""

@@ -134,9 +134,10 @@ class Exchange:
             return
         if self._placement.is_reserved(attempt.handle) or self._delivery.is_done:
             return
-        attempt.leave_fast_path()
+        passed = attempt.leave_fast_path()
         resumption = self._delivery.resumption()
         if resumption is None:
+            attempt.parse_unread(passed)
             return
         attempt.cancel()
         self._delivery.drop_partial()

@@ -1,6 +1,6 @@
 """supervisord that survives a full disk, a missing log directory and the removal of its socket.
 
-fd-dp or systemd runs it as ``python -m fastdeploy.daemon.process.fd_supervisord -n -c FILE``. All programs
+fd-dp or systemd runs it as ``python -m fastdeploy.daemon.fd_supervisord -n -c FILE``. All programs
 are its children and would end with it.
 """
 
@@ -17,8 +17,8 @@ from supervisor import datatypes, loggers, options, supervisord
 from supervisor.medusa import asyncore_25 as asyncore
 from supervisor.states import SupervisorStates
 
-from ...common.unix_listener import SocketPath, UnixListener
-from .output_files import OutputFile
+from ..common.unix_listener import SocketPath, UnixListener
+from .process.output_files import OutputFile
 
 #: Maximum number of bytes written; the rest is dropped, because fd-dp keeps the file in memory.
 _MAX_STDERR = 1 << 16
