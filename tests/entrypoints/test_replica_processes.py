@@ -4,7 +4,6 @@ import concurrent.futures
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ import psutil
 import pytest
 
 from ..fake_router import FakeRouter
+from ..file_limits import low_file_limit
 from ..ports import free_ports
 from .conftest import TINY, ApiServer, wait_until
 
@@ -102,12 +102,8 @@ def test_http_process_serves_again_after_a_shortage_of_descriptors(replica: ApiS
 
 
 def test_a_replica_raises_its_own_limit_of_open_files(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    try:
+    with low_file_limit():
         running = ApiServer(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with running as replica:
         http, *_ = wait_until(replica.children, "the HTTP process")
         # A client, a watch on it, and idle connections besides: for each of 512 requests.

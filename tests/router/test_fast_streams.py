@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import resource
 import secrets
 import socket
 import ssl
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from ..file_limits import low_file_limit
 from .asking import ask, generation
 from .conftest import RouterProcess
 from .fake_engine import EVENT_HEAD, Behaviour, FakeEngine, Received, answers, json_head, wait_until
@@ -409,12 +409,9 @@ def weight(router: RouterProcess, replica: int) -> float:
 
 def test_file_limit_is_raised_for_the_maximum_number_of_connections(start_router, new_engine):
     """A soft limit as low as many systems have it; the router raises it to what it needs."""
-    few, most = 300, resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most[1]))
-    try:
+    few = 300
+    with low_file_limit():
         router = start_router("--max-connections", str(few))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, most)
     told = Told()
     add(router, new_engine(behaviour=told))
     with ExitStack() as stack:
