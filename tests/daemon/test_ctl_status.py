@@ -93,7 +93,7 @@ def test_on_a_terminal_the_note_gets_what_is_left_of_the_line(columns: int) -> N
     assert len(cut) == columns
     assert cut.endswith("…")
     assert LONG[:20] in cut
-    # The title, the header and three programs: no other column is wrapped to make room for the note.
+    # No program takes a second line: no other column is wrapped to make room for the note.
     assert len(lines) == 5
     assert any(line.endswith("a short note") for line in lines)
 

@@ -1,4 +1,4 @@
-"""Directories and files that the daemon may not write: no program ends, each problem is reported and heals."""
+"""Directories and files that the daemon may not write: no program ends; the problem is reported and heals."""
 
 from __future__ import annotations
 
