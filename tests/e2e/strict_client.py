@@ -24,7 +24,7 @@ class Failed(Exception):
 @dataclass(frozen=True)
 class Heard:
     said: Said
-    #: Whether another replica resumed the stream, and whether the request was retried at one.
+    #: True if another replica resumed the stream, and if the request was retried at another one.
     resumed: bool
     begun_anew: bool
 

@@ -136,7 +136,7 @@ def stream(replica: Replica, path: str, body: bytes, **headers: str) -> Stream:
 def check_cuts(
     replicas: tuple[Replica, Replica], path: str, request: dict[str, Any], **headers: str
 ) -> Stream:
-    """Cut the stream of this request behind each event that can be the last before a resumption."""
+    """Cut the stream of this request behind each event of a choice, and resume it there."""
     first, second = replicas
     body = json.dumps({"stream": True, "stream_options": {"include_usage": True}, **request}).encode()
     whole = stream(first, path, body, **headers)
