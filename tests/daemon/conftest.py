@@ -1,4 +1,4 @@
-"""A daemon with fake replicas below a directory of its own, on free ports; nothing may be left of it."""
+"""A daemon with fake replicas in a directory of its own, on free ports; no process may be left of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Running:
     """The daemon's process, its dp.toml, and fdctl against it."""
 
     def __init__(self, prefix: Path, launcher: Sequence[str] = ()) -> None:
-        """`launcher` is a command that executes the one behind it."""
+        """`launcher` is a command prefix that executes the command after it."""
         self.prefix = prefix
         self.launcher = launcher
         self.config = prefix / "dp.toml"
@@ -94,7 +94,7 @@ class Running:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
     def status(self) -> dict[str, Any]:
-        """Asked as fdctl asks; empty while no daemon answers."""
+        """Return the status that fdctl would get; an empty one while no daemon answers."""
         try:
             *_, answer = protocol.request(protocol.socket_path(self.prefix / "run"), {"do": "status"}, 20.0)
         except protocol.DaemonUnreachable:
@@ -120,16 +120,16 @@ class Running:
         return wait_until(again, f"{name} READY again")
 
     def tell(self, do: str, **words: Any) -> list[dict[str, Any]]:
-        """All that the daemon answers to a command, the result last."""
+        """Return all messages that the daemon answers to a command, the result last."""
         command = {"do": do, "wait": True, **words}
         return [*protocol.request(protocol.socket_path(self.prefix / "run"), command, 60.0)]
 
     def do(self, do: str, name: str = "", **words: Any) -> None:
-        """As fdctl, without the time that a process takes. It must succeed."""
+        """Send a command without the cost of an fdctl process; it must succeed."""
         assert self.tell(do, name=name, **words)[-1]["code"] == protocol.OK
 
     def rows(self) -> dict[int, dict[str, Any]]:
-        """What the router knows of the replicas, by number; nothing while it does not answer."""
+        """Return the router's rows by replica number; {} while the router does not answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[0]}/registered", timeout=20) as answer:
                 found = json.load(answer)
@@ -141,13 +141,13 @@ class Running:
         return {number for number, row in self.rows().items() if row["draining"]}
 
     def set_in_flight(self, replica: int, requests: int) -> None:
-        """What the fake router says of it."""
+        """Set the number of requests in flight that the fake router reports for the replica."""
         aside = self.prefix / "run" / "in-flight.new"
         aside.write_text(str(requests))
         aside.rename(self.prefix / "run" / f"in-flight-{replica}")
 
     def stop(self, sig: int = signal.SIGTERM) -> str:
-        """Returns what the daemon has printed. It has promised to be gone, with everything, within 15 s."""
+        """Stop the daemon, with all its processes, within the promised 15 s; return its output."""
         assert self.daemon is not None
         supervisord = self.status()["daemon"]["supervisord"]
         self.daemon.send_signal(sig)
@@ -192,7 +192,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def lent(_shared: Running) -> Iterator[Running]:
-    """One that runs already. After the test everything is made as it was, for the next."""
+    """A running daemon, shared by the tests of a module; it is reset after each test."""
     ports = [*_shared.ports]
     yield _shared
     _shared.ports[:] = ports
@@ -200,7 +200,7 @@ def lent(_shared: Running) -> Iterator[Running]:
         file.unlink()
     if _shared.daemon is None or _shared.daemon.poll() is not None:
         _shared.start()
-    # Not what a test that has failed has left under way.
+    # An operation of a failed test may still be in progress.
     wait_until(lambda: _shared.status()["daemon"]["state"] == "READY", "no operation is under way")
     _shared.write()
     for do in ("undrain", "release", "start"):

@@ -1,7 +1,7 @@
-"""A program that behaves towards daemon and replicas as fd-router does, except that it relays nothing.
+"""A program that behaves towards daemon and replicas as fd-router does, but relays nothing.
 
-It has the flags of its --flags-file, and refuses a --queue-size below 0. How many requests a replica has in
-flight stands in the file in-flight-NUMBER beside the admin socket, if there is one.
+It reads its flags from its --flags-file and refuses a --queue-size below 0. The file in-flight-NUMBER
+beside the admin socket, if there is one, holds the number of requests in flight at a replica.
 """
 
 import argparse
@@ -28,7 +28,7 @@ parser.add_argument("--admin-socket", type=Path, required=True)
 
 def read_flags(file: Path) -> tuple[argparse.Namespace, str]:
     content = file.read_bytes()
-    # The rest of the real router's flags means nothing here.
+    # The other flags of the real router have no effect here.
     options, _ = parser.parse_known_args(json.loads(content))
     if options.queue_size < 0:
         raise ValueError("--queue-size")
@@ -36,7 +36,7 @@ def read_flags(file: Path) -> tuple[argparse.Namespace, str]:
 
 
 class Board:
-    """Rows by URL, as they are shown."""
+    """The registered replicas by URL, in the form in which the router shows them."""
 
     def __init__(self, file: Path, run: Path) -> None:
         self._file, self._run = file, run
@@ -159,5 +159,5 @@ admin = AdminServer(str(options.admin_socket), Handler)
 for server in (tcp, admin):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 while True:
-    # A signal that came just before a wait without an end would be handled after it.
+    # Not signal.pause(): it would delay a signal that arrived just before it.
     time.sleep(0.1)

@@ -1,15 +1,15 @@
-"""A program that behaves, on its ports, as a replica does. Misbehaviour is asked for by flags.
+"""A program that behaves, on its ports, as a replica does. Flags request misbehaviour.
 
---load-seconds S    /health says "loading" for so long
+--load-seconds S    /health says "loading" for S seconds
 --die-while-loading exits with code 3 instead of becoming ready
 --no-word           /v1/completions answers 500
 --grandchild        starts a process in a session of its own, which ignores SIGTERM
 --ignore-term       ignores SIGTERM itself
 --hang-file FILE    while FILE exists, /health does not answer
---stuck-file FILE   has a worker, which is deadlocked: while FILE exists, it has a request in hand
+--stuck-file FILE   reports a worker that is deadlocked: while FILE exists, it has a request in hand
 --unknown           does not register with the router
 
-A stream goes on until SIGTERM and --timeout-graceful-shutdown seconds more, and ends with an error event.
+A stream continues for --timeout-graceful-shutdown seconds after SIGTERM, and ends with an error event.
 """
 
 import argparse
@@ -36,12 +36,12 @@ parser.add_argument("--api-keys-file", type=Path)
 parser.add_argument("--timeout-graceful-shutdown", type=float, default=10.0)
 for flag in ("--die-while-loading", "--no-word", "--grandchild", "--ignore-term", "--unknown"):
     parser.add_argument(flag, action="store_true")
-# The rest of a replica's real command line means nothing here.
+# The other flags of a real replica have no effect here.
 options, _ = parser.parse_known_args()
 started = time.monotonic()
 key = options.api_keys_file.read_text().split()[0] if options.api_keys_file else os.environ.get("FD_API_KEY")
 streaming = ending = False
-#: No registration that is under way may arrive after the farewell.
+#: Keeps a registration in progress from arriving after the deregistration.
 talking = threading.Lock()
 
 
@@ -152,5 +152,5 @@ threading.Thread(target=server.serve_forever, daemon=True).start()
 if not options.unknown:
     threading.Thread(target=register, daemon=True).start()
 while True:
-    # A signal that came just before a wait without an end would be handled after it.
+    # Not signal.pause(): it would delay a signal that arrived just before it.
     time.sleep(0.1)

@@ -14,7 +14,7 @@ FAKE_ROUTER = str(Path(__file__).with_name("fake_fd_router.py"))
 
 
 def fake_programs(config: Config) -> list[Program]:
-    """The same names, ports and arguments; only what is executed differs."""
+    """Return the same names, ports and arguments with fake programs to execute."""
     programs = []
     for program in programs_of(config):
         if program.replica is None:

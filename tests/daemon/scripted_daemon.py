@@ -1,4 +1,4 @@
-"""A daemon that answers every command with what a test has written down, and a terminal to see fdctl on."""
+"""A daemon that answers each command by a test's script, and a terminal that shows fdctl."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from typing import Any
 
 from .conftest import FDCTL
 
-#: Given a command, what is sent; a function is called in between.
+#: Returns the messages to send for a command; functions among them are called in turn.
 Script = Callable[[dict[str, Any]], list[dict[str, Any] | Callable[[], object]]]
 
 
 @contextlib.contextmanager
 def scripted(path: Path, script: Script) -> Iterator[list[dict[str, Any]]]:
-    """Yields the commands that have come."""
+    """Serve the script on the socket `path`; yield the commands received so far."""
     commands: list[dict[str, Any]] = []
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -52,7 +52,7 @@ def scripted(path: Path, script: Script) -> Iterator[list[dict[str, Any]]]:
     try:
         yield commands
     finally:
-        # close() alone would not wake who waits in accept().
+        # close() alone would not wake the thread in accept().
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
 
@@ -61,7 +61,7 @@ class Terminal:
     """fdctl on a terminal of 120 columns.
 
     Args:
-        nohup: it is to live on when the terminal is gone.
+        nohup: fdctl ignores SIGHUP, as under nohup.
     """
 
     def __init__(self, *words: str, nohup: bool = False) -> None:
@@ -69,7 +69,7 @@ class Terminal:
         env = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
 
         def prepare() -> None:
-            # Or Ctrl-C would be a character like others.
+            # Opening the terminal makes it the controlling one; otherwise Ctrl-C would send no SIGINT.
             os.close(os.open(os.ttyname(0), os.O_RDWR))
             if nohup:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -93,7 +93,7 @@ class Terminal:
         os.close(self._master)
 
     def shows(self, pattern: str, deadline: float = 40.0) -> str:
-        """Waits until it has been shown; returns all that was."""
+        """Wait until the output matches; return all output so far."""
         end = time.monotonic() + deadline
         while not re.search(pattern, text := self._text()):
             assert time.monotonic() < end, f"not within {deadline:g} s: {pattern!r} in {text[-2000:]!r}"
@@ -101,7 +101,7 @@ class Terminal:
         return text
 
     def end(self) -> tuple[int, str]:
-        """Waits for its end: exit code, and all that was shown."""
+        """Wait for fdctl to exit; return its exit code and all output."""
         end = time.monotonic() + 40.0
         while self.process.poll() is None:
             assert time.monotonic() < end, self._text()[-2000:]
@@ -123,5 +123,5 @@ class Terminal:
         return bool(data)
 
     def _text(self) -> str:
-        """Without colours and movements of the cursor."""
+        """Return the output without colours and cursor movements."""
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._output.decode(errors="replace"))

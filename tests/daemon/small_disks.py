@@ -1,4 +1,4 @@
-"""The daemon with a small file system of its own for each of its directories, to be filled and taken away."""
+"""The daemon with each of its directories on a small file system, which tests fill up or remove."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ done"""
 
 
 class SmallDisks(Running):
-    """After `start` its `prefix` is the daemon's view, which is a mount namespace of its own."""
+    """After `start`, `prefix` is the directory as seen from the daemon's own mount namespace."""
 
     def __init__(self, prefix: Path) -> None:
         super().__init__(prefix)
@@ -34,12 +34,12 @@ class SmallDisks(Running):
         self._launch(["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh", str(self.real)])
 
     def start_another(self, beside: int) -> None:
-        """Start a daemon with the disks that process `beside` has."""
+        """Start a daemon in the mount namespace of process `beside`."""
         self._launch(["nsenter", "-m", "-t", str(beside)])
 
     def _launch(self, prefix: list[str]) -> None:
         command = [*prefix, sys.executable, str(LAUNCHER), str(self.config), str(self.real)]
-        # Not a pipe: nobody reads it while a test runs.
+        # Not a pipe: it could fill up, as no test reads the output while it runs.
         with (self.real / "output").open("a") as output:
             self.daemon = subprocess.Popen(command, stdout=output, stderr=output, text=True)
         self.prefix = Path(f"/proc/{self.daemon.pid}/root{self.real}")
@@ -48,7 +48,7 @@ class SmallDisks(Running):
         return proc.marked(self.real / "run")
 
     def log(self) -> str:
-        """What the daemon has printed: its own log may be on a disk that fails."""
+        """Return the daemon's output; its log file may be on a disk that fails."""
         return (self.real / "output").read_text()
 
     def problems(self) -> list[str]:
@@ -57,17 +57,17 @@ class SmallDisks(Running):
 
     @contextlib.contextmanager
     def full(self, name: str) -> Iterator[None]:
-        """Leave not a byte on one of the three disks."""
+        """Fill one of the three disks to the last byte."""
         with (self.prefix / name / "filler").open("wb", buffering=0) as stream, contextlib.suppress(OSError):
             while True:
                 stream.write(bytes(4096))
         yield
-        # Its prefix is another one if the daemon was started again meanwhile.
+        # `self.prefix` has changed if the daemon was restarted in the meantime.
         (self.prefix / name / "filler").unlink()
 
     @contextlib.contextmanager
     def without_inodes(self, name: str) -> Iterator[None]:
-        """Leave no room for another file on one of the three disks."""
+        """Use up the inodes of one of the three disks."""
         fillers: list[Path] = []
 
         def fill() -> None:
@@ -78,7 +78,7 @@ class SmallDisks(Running):
                     fillers.append(file)
 
         def is_full() -> bool:
-            # Not only once: the daemon's own check may have held the last inode at that time.
+            # Repeat it: the daemon's own check may have held the last inode during the first attempt.
             fill()
             return any(f"{self.real / name}: No space left" in line for line in self.problems())
 
@@ -89,7 +89,7 @@ class SmallDisks(Running):
 
     @contextlib.contextmanager
     def remounted_read_only(self, *names: str) -> Iterator[None]:
-        """Let some of the three be read, with all that is on them, and not be written."""
+        """Remount some of the three disks read-only, with their content."""
         for name in names:
             path = str(self.real / name)
             self._inside("mount", "--bind", path, path)
@@ -100,7 +100,7 @@ class SmallDisks(Running):
 
     @contextlib.contextmanager
     def read_only(self, name: str) -> Iterator[None]:
-        """Mount an empty read-only file system over one of the three."""
+        """Mount an empty read-only file system over one of the three directories."""
         self._inside("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(self.real / name))
         yield
         self._inside("umount", str(self.real / name))
@@ -112,7 +112,7 @@ class SmallDisks(Running):
 
 @cache
 def why_not() -> str:
-    """Return why no file system can be mounted here, or ""."""
+    """Return the reason why no file system can be mounted here, or ""."""
     tried = subprocess.run(
         ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
         capture_output=True,
@@ -140,5 +140,5 @@ def small_disks(directory: Path) -> Iterator[SmallDisks]:
 
 
 def heals(system: Running) -> None:
-    """Wait until nothing is reported any more and everything is READY."""
+    """Wait until no problem is reported and everything is READY."""
     wait_until(lambda: system.ready() and not system.status()["daemon"]["problems"], "everything is well")

@@ -1,4 +1,4 @@
-"""Why a program has ended: in the words of real ends, and of real replicas that cannot start."""
+"""The reported cause of an exit: for real exits, and for real replicas that cannot start."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_no_more_is_claimed_about_a_signal_9_than_is_known() -> None:
         Cause.MEMORY,
         "killed by signal 9, out of memory: the kernel has just killed a process of x",
     )
-    # Whoever has killed it says so.
+    # The rank that killed the worker has left a note, which takes precedence.
     hung = explain(Exit("exit status 3", told, out_of_memory="somewhere", killed_by_rank=True))
     assert hung.cause is Cause.HANG
 
@@ -94,11 +94,11 @@ def test_nothing_that_a_program_says_is_too_strange(how: str, told: str, model: 
     assert "\n" not in verdict.words
 
 
-# ---- what real replicas say
+# ---- messages of real replicas
 
 
 def refusal(tmp_path: Path, *words: str) -> Exit:
-    """How a real api_server with these flags ends, as its supervisor would tell."""
+    """Return the exit of a real api_server with these flags, as its supervisor would report it."""
     output = tmp_path / "output.log"
     with output.open("wb") as out:
         ended = subprocess.run(
@@ -144,7 +144,7 @@ def test_an_unreadable_model(tmp_path: Path, file: str | None) -> None:
     assert explain(end).cause is Cause.MODEL, end
 
 
-# ---- what neighbours and the kernel say
+# ---- messages of other ranks and of the kernel
 
 
 def test_a_worker_that_its_group_has_killed_hung(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_kill_for_want_of_memory_is_seen_for_some_seconds(tmp_path: Path) -> N
 
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
-    """A cgroup with 64 MB, of whichever version this machine lets us make one."""
+    """A cgroup limited to 64 MB, of the version that this machine permits."""
     for mount, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max"), ("unified", "memory.max")):
         directory = Path("/sys/fs/cgroup") / mount / f"fd-test-{os.getpid()}"
         with contextlib.suppress(OSError):
@@ -195,7 +195,7 @@ def small_cgroup() -> Iterator[Path]:
                 directory.rmdir()
                 continue
             yield directory
-            # The kernel needs a moment to forget the processes.
+            # The kernel needs a moment to reap the processes.
             wait_until(lambda: _removed(directory), "cgroup removed")  # noqa: B023
             return
     pytest.skip("no cgroup with a limit of memory can be made here")
@@ -213,7 +213,7 @@ def test_a_process_that_the_kernel_really_kills_for_want_of_memory(small_cgroup:
     with subprocess.Popen([sys.executable, "-c", hungry], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         (small_cgroup / "cgroup.procs").write_text(str(process.pid))
-        # Swap would let it live: as a container of that size would have it.
+        # With swap the process would survive; a container of that size has none.
         with contextlib.suppress(OSError):
             (small_cgroup / "memory.memsw.limit_in_bytes").write_text(str(64 << 20))
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""dp.toml: every mistake is one line with file, line and key, and says what would be right."""
+"""dp.toml: each mistake is reported in one line with file, line and key, and with the correct form."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_the_longest_run_directory_has_room_for_every_socket(tmp_path: Path) -> 
     run = Path(f"{tmp_path}/".ljust(83, "x"))
     assert parse(model(f"[paths]\nrun = '{run}'\n"), "dp.toml", PREFIX, PREFIX).paths.run == run
     run.mkdir()
-    # supervisord binds a name with its pid in it, and pids are at most 2**22.
+    # supervisord binds a name that contains its pid; pids are at most 2**22.
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(run / "supervisor.sock.4194304"))
 
@@ -257,7 +257,7 @@ def test_a_missing_file_and_one_that_is_not_utf8_are_one_line_too(tmp_path: Path
 
 @given(st.text())
 def test_any_text_is_a_configuration_or_one_clear_line(text: str) -> None:
-    # No path of a model can come about by chance: every text is wrong.
+    # Random text is never a valid configuration: it would need the path of a model.
     with pytest.raises(ConfigError, match=r"^dp\.toml:\d+: "):
         read(text)
 

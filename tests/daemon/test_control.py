@@ -1,4 +1,4 @@
-"""fdctl against a running daemon: operations, reload, and what is refused."""
+"""fdctl against a running daemon: operations, reload, and refusals."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_reload_applies_a_change_to_the_programs_that_it_changes(running: Runnin
     lines = dry.stdout.splitlines()
     assert [line.split(" (")[0] for line in lines] == ["replace replica 0", "replace replica 1"]
     assert all("--load-seconds 0.2: added" in line for line in lines)
-    # Ranks whose arguments differ might disagree.
+    # Ranks with different arguments might disagree.
     assert all("--expert-parallel-group: dp-" in line for line in lines)
     assert running.pids() == before
     assert running.fdctl("reload").returncode == protocol.OK
@@ -145,7 +145,7 @@ def test_a_configuration_with_which_a_replica_fails_is_rolled_back(running: Runn
     after = running.pids()
     assert running.ready()
     assert after["replica1"] == before["replica1"]
-    # And it stays back: a replica that dies now starts with the old one.
+    # The old configuration stays in force: a replica that dies now restarts with it.
     os.kill(after["replica0"], signal.SIGKILL)
     running.wait_ready_again("replica0", after["replica0"])
 
@@ -200,7 +200,7 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     running.start_and_wait()
     before = running.pids()
     assert running.daemon is not None
-    # Where a file is to be written stands a directory.
+    # A directory blocks the name of the draft.
     in_the_way = running.prefix / "state" / f".intents.json.{running.daemon.pid}"
     in_the_way.mkdir(parents=True)
     done = running.fdctl("hold", "1")

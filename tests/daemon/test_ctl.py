@@ -1,4 +1,4 @@
-"""fdctl as docs/fdctl.md describes it: its commands, exit codes and JSON; and that it may leave early."""
+"""fdctl as docs/fdctl.md describes it: commands, exit codes and JSON; and a client that exits early."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .conftest import FDCTL, Running, wait_until
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "fdctl.md").read_text()
 TINY = Path(__file__).parent.parent / "fixtures" / "tiny"
-#: What the guide says of a program.
+#: The keys of a program, from the guide's table.
 PROGRAM = re.search(r"^\| \(a program\) \| (.*) \|$", GUIDE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A daemon for all tests of this file; they leave it READY."""
+    """A daemon for all tests of this file; each test leaves it READY."""
     system = Running(tmp_path_factory.mktemp("standing"))
     system.write()
     (system.prefix / "good.toml").write_text(f'[model]\npath = "{TINY}"\n')
@@ -45,7 +45,7 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def examples() -> list[str]:
-    """The command lines in the guide."""
+    """Return the command lines in the guide."""
     blocks = re.findall(r"^```sh\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     return [
@@ -54,7 +54,7 @@ def examples() -> list[str]:
 
 
 def words_in(row: str) -> set[str]:
-    """The `names` in a line of the guide's table, without those of what is inside of {}."""
+    """Return the `names` in a row of the guide's table, except those within {}."""
     return set(re.findall(r"`(\w+)`", re.sub(r"\{.*?\}|\(.*?\)", "", row)))
 
 
@@ -70,7 +70,7 @@ def test_every_command_in_the_guide_does_what_it_says(example: str, standing: Ru
     words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)]
     words = [str(standing.prefix / "good.toml") if word == "dp.toml" else word for word in words]
     done = standing.fdctl(*words)
-    # The replicas are fakes: they are in no expert group, and their router relays nothing.
+    # The fake replicas are in no expert group, and their fake router relays nothing.
     expected = {"ep": protocol.NO_GROUP, "generate": protocol.FAILED}.get(words[0], protocol.OK)
     assert done.returncode == expected, done.stdout + done.stderr
     assert bool(done.stderr) == (expected != protocol.OK)
@@ -166,7 +166,7 @@ def test_an_error_is_json_on_stdout_and_a_line_for_people_on_stderr(
     assert (done.stderr.count("\n"), error["error"] in done.stderr) == (1, True)
 
 
-# ---- exit codes, each; 7 is in test_security.py
+# ---- each exit code; 7 is in test_security.py
 
 
 @pytest.mark.parametrize(

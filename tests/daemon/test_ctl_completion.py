@@ -25,7 +25,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 
 
 def completed(line: str) -> set[str]:
-    """What bash offers at the end of the line."""
+    """Return the completions that bash offers at the end of the line."""
     line = f"{FDCTL} {line}"
     script = COMPLETE.format(fdctl=FDCTL, line=line, length=len(line), words=len(line.split(" ")))
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, timeout=60)
@@ -43,7 +43,7 @@ def test_replicas_are_completed_as_they_are_just_now(tmp_path: Path) -> None:
     socket = tmp_path / "s"
     with scripted(socket, lambda _: [{"code": protocol.OK, "status": status}]):
         assert completed(f"--socket {socket} why ") == {"0", "3", "all", "router", *FLAGS}
-    # Without a daemon there is still what every one has.
+    # Without a daemon, the words that every configuration has are still offered.
     assert completed(f"--socket {socket} drain ") == {"all", "router", "--wait", "--no-wait", *FLAGS}
 
 

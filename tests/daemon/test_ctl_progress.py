@@ -1,4 +1,4 @@
-"""What a reload looks like on a terminal, and without one."""
+"""The output of a reload on a terminal and without one."""
 
 from __future__ import annotations
 

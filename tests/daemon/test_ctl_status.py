@@ -57,7 +57,7 @@ COMMAND = [sys.executable, "-c", _SHOW, json.dumps(STATUS)]
 def on_a_terminal(columns: int) -> list[str]:
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    # They would say how wide it is.
+    # These variables would override the width of the terminal.
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     shown = subprocess.Popen(COMMAND, stdout=theirs, env={**environment, "TERM": "xterm"})
     os.close(theirs)
@@ -93,7 +93,7 @@ def test_on_a_terminal_the_note_gets_what_is_left_of_the_line(columns: int) -> N
     assert len(cut) == columns
     assert cut.endswith("…")
     assert LONG[:20] in cut
-    # The title and three programs: no other column is folded to make room for it.
+    # No program takes a second line: no other column is wrapped to make room for the note.
     assert len(lines) == 5
     assert any(line.endswith("a short note") for line in lines)
 

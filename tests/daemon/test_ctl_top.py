@@ -1,4 +1,4 @@
-"""`fdctl top`: figures of programs that answer, and of those that do not."""
+"""`fdctl top`: figures of programs that answer, and of programs that do not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Serve = Callable[[Callable[[], str]], int]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Starts a program that answers /metrics with what a function returns; returns its port."""
+    """Start a program whose /metrics answers with the result of a function; return its port."""
     servers = []
 
     def start(text: Callable[[], str]) -> int:
@@ -81,7 +81,7 @@ def status(*entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def replica_metrics() -> ReplicaMetrics:
-    """A replica's own exposition, as it is after a step."""
+    """Return a replica's own exposition, as it is after a step."""
     group = ExpertParallelStats(
         epoch=1,
         active_seats=[0, 1],
@@ -147,9 +147,9 @@ def test_the_router_and_the_box_have_a_line_each(serve: Serve) -> None:
     frame = source.frame()
     router, box = frame["router"], frame["box"]
     assert router["requests_per_second"] > 0
-    # Nothing was resumed: then there is no such line, and it is none rather than unknown.
+    # The router exports no line for resumes before the first; the count is 0, not unknown.
     assert (router["retries"], router["resumes"], router["in_flight"]) == (2, 0, 7)
-    # Within a tick of the kernel's clock there is nothing to tell.
+    # CPU time is unknown within one tick of the kernel's clock.
     cpu = box["cpu"] or wait_until(lambda: source.frame()["box"]["cpu"], "a tick", deadline=30)
     assert 0 < cpu <= 1
     assert 0 < box["memory_used"] < box["memory_total"]
@@ -169,7 +169,7 @@ def test_unresponsive_replica_lacks_figures_without_delaying_fdctl_top(serve: Se
     for _ in range(3):
         replicas = source.frame()["replicas"]
     over.set()
-    # Far from the minute that one of them takes.
+    # One of these ports answers only after a minute.
     assert time.monotonic() - began < 30
     assert [each["kv_use"] for each in replicas] == [0.25, None, None, None, None]
     assert [each["in_flight"] for each in replicas] == [2, 2, 2, 2, 2]
@@ -200,7 +200,7 @@ def test_a_replica_that_was_started_again_begins_anew(serve: Serve) -> None:
     source = top.Source(lambda: status(dict(row)))
     source.frame()
     row["pid"] = 8
-    # The answer with the new pid comes with this frame, and its first figures with the next.
+    # This frame reads the new pid; the next one has the first figures of the new process.
     source.frame()
     (again,) = source.frame()["replicas"]
     assert again["tokens_per_second"] is None
@@ -264,7 +264,7 @@ def test_it_goes_on_until_q_or_ctrl_c(key: bytes, code: int, tmp_path: Path, ser
 
 
 def test_it_does_not_outlive_its_terminal(tmp_path: Path, serve: Serve) -> None:
-    """Not even under nohup, when no SIGHUP ends it: what nobody can see need not be drawn."""
+    """It exits even under nohup, where no SIGHUP ends it: its output can no longer be seen."""
     with daemon(tmp_path / "s", serve):
         terminal = Terminal("--socket", str(tmp_path / "s"), "top", nohup=True)
         terminal.shows("READY")

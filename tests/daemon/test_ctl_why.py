@@ -1,4 +1,4 @@
-"""`fdctl why`: what is told about a program, in each state that it can be in."""
+"""`fdctl why`: the explanation for a program in each of its states."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config() -> Config:
 
 @dataclass
 class Seen:
-    """As much of a fleet as `waits_for` looks at."""
+    """The parts of a fleet that `waits_for` reads."""
 
     programs: dict[str, SupervisedProgram] = field(default_factory=dict)
     config: Config = field(default_factory=config)
@@ -55,7 +55,7 @@ class Seen:
         return self
 
     def row(self, replica: SupervisedProgram) -> None:
-        """The router has not been asked."""
+        """Return None: the router has not been asked."""
 
     def add(self, number: int | None, state: ProgramState, **other: Any) -> SupervisedProgram:
         one = SupervisedProgram(program(number), state, since=NOW - 12, **other)

@@ -1,4 +1,4 @@
-"""fd-dp with a real supervisord and fake replicas: what dies comes back, what lives is left alone."""
+"""fd-dp with a real supervisord and fake replicas: dead processes are restarted, live ones are left alone."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_supervisord_may_be_killed_again_and_again(running: Running) -> None:
         wait_until(lambda: len(_supervisords(running)) > count, "another supervisord")  # noqa: B023
         pids = _supervisords(running)
         if count % 2:
-            # Every other one has answered before it is killed.
+            # Let every other supervisord answer before it is killed.
             wait_until(lambda: running.status()["daemon"]["supervisord"] == pids[-1], "its first answer")  # noqa: B023
     for name, pid in before.items():
         running.wait_ready_again(name, pid)
@@ -146,7 +146,7 @@ def test_the_end_of_the_terminal_stops_everything(running: Running) -> None:
 
 
 def test_under_nohup_the_end_of_the_terminal_changes_nothing(running: Running) -> None:
-    # The child inherits it, as from nohup.
+    # The child inherits the ignored signal, as from nohup.
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         running.start()
@@ -201,7 +201,7 @@ def test_replicas_outlive_a_killed_daemon_and_are_adopted_by_the_next(running: R
     running.start_and_wait()
     assert (running.pids(), running.status()["daemon"]["supervisord"]) == before
     assert {entry["restarts"] for entry in running.programs().values()} == {0}
-    # It was started by another daemon, and still ends with this one.
+    # An adopted replica was started under another daemon; this one restarts it nevertheless.
     os.kill(before[0]["replica0"], signal.SIGKILL)
     running.wait_ready_again("replica0", before[0]["replica0"])
 
@@ -321,7 +321,7 @@ def test_sd_notify_reports_status_ready_and_stopping_and_children_cannot(running
         messages = []
         while not messages or messages[-1] != "STOPPING=1":
             messages.append(systemd.recv(4096).decode())
-    # While it loads; how long that takes is not for the unit to say.
+    # The unit's start timeout is extended while replicas load, as loading may take any time.
     assert messages.index("EXTEND_TIMEOUT_USEC=30000000") < messages.index("READY=1")
     assert "STATUS=2/2 ready" in messages
 
@@ -335,7 +335,7 @@ def test_a_wrong_command_line_ends_in_one_line_and_an_exit_code(words: tuple[str
 
 
 def _supervisords(running: Running) -> list[int]:
-    """The pids of all that the daemon has started, the latest last."""
+    """Return the pids of all supervisords that the daemon has started, the latest last."""
     return [int(pid) for pid in re.findall(r"started supervisord, pid (\d+)", running.log())]
 
 

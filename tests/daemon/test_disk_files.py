@@ -1,4 +1,4 @@
-"""The files of supervisord and of the daemon, each with every way in which a disk refuses them."""
+"""The files of supervisord and of the daemon, under each kind of disk error."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _SPAWN = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def forbidden() -> Iterator[Path]:
-    """A directory of root's in which another user may read."""
+    """A directory of root's that another user can only read."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
 
 
 def as_nobody(call: Callable[[], str]) -> str:
-    """What it returns in a process to which permission bits apply."""
+    """Return the result of `call` in a process that is subject to permission bits."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     receiver, sender = _SPAWN.Pipe(duplex=False)
@@ -213,7 +213,7 @@ def test_wishes_without_permission_are_kept_in_memory(forbidden: Path) -> None:
     assert told.endswith(" held")
 
 
-# ---- the files that programs start from
+# ---- the files that start programs
 
 
 def test_files_that_are_in_place_are_not_written_again(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_program_that_cannot_be_started_is_named_with_the_reason(tmp_path: Pat
     layout.ini.write_text(
         supervisord_config.render(layout, programs).replace("command=", "command=/nowhere", 1)
     )
-    # supervisor's own, as one that an older fd-dp has started.
+    # supervisor's own main, as an older fd-dp has started it.
     command = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(layout.ini)]
     with subprocess.Popen(command) as process:
         try:
@@ -312,7 +312,7 @@ def test_supervisord_needs_no_temporary_directory() -> None:
         layout = Layout(Path(name, "run"), Path(name, "logs"))
         supervisord_config.write_files(layout, [program()])
         mounts = "for place in /tmp /var/tmp; do mount -t tmpfs -o ro tmpfs $place || exit; done"
-        # Nor can anything be written in the current directory.
+        # The current directory is not writable either.
         command = ["unshare", "-m", "sh", "-c", f'{mounts}; cd /proc; exec "$@"', "sh", sys.executable]
         command += ["-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)]
         with subprocess.Popen(command) as process:

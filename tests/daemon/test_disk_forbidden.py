@@ -1,4 +1,4 @@
-"""Directories and files that the daemon may not write end nothing, are reported, and heal."""
+"""Directories and files that the daemon may not write: no program ends; the problem is reported and heals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .small_disks import heals
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A daemon to which permission bits apply, also as root."""
+    """A daemon that is subject to permission bits even under root."""
     system = Running(tmp_path_factory.mktemp("forbidden"), unprivileged())
     system.write(router_args=())
     system.start_and_wait()
@@ -30,7 +30,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def forbidden(*directories: Path) -> Iterator[None]:
-    """Let nothing be made or removed in these directories."""
+    """Forbid creating and removing files in these directories."""
     for directory in directories:
         directory.chmod(0o500)
     yield
@@ -72,7 +72,7 @@ def test_what_cannot_be_written_is_reported_and_written_later(system: Running) -
         assert (done.returncode, done.stderr) == (0, "")
         assert "Permission denied; its content is kept in memory" in done.stdout
         wait_until(lambda: system.drained() == {1}, "the router knows")
-        # Its files are in place.
+        # The files for a restart already exist.
         os.kill(before["replica0"]["pid"], signal.SIGKILL)
         entry = system.wait_ready_again("replica0", before["replica0"]["pid"])
         for file in [*run.glob("launch/replica0-*.json"), run / "supervisord.conf"]:
@@ -105,7 +105,7 @@ def test_files_without_permission_are_written_again_or_reported(system: Running)
     for file in (*files, output):
         file.chmod(0)
     wait_until(lambda: all(file.stat().st_mode & 0o400 for file in files), "they are written again")
-    # A log is not replaced: it may be open in another process.
+    # A log is never replaced, as another process may have it open.
     reported(system, f"cannot write {output}: Permission denied; since ")
     output.chmod(0o600)
     of_router = system.prefix / "logs" / "router" / "output.log"

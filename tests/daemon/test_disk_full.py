@@ -1,4 +1,4 @@
-"""A disk without room, or one that has become read-only, ends nothing, is reported, and heals."""
+"""A disk that is full or read-only: no program ends, the problem is reported and heals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_replica_comes_back_on_a_full_disk(system: SmallDisks, disk: str) -> N
 def test_supervisord_logs_again_when_there_is_room(system: SmallDisks) -> None:
     log = system.prefix / "logs" / "supervisord.log"
     with log.open("a") as stream:
-        # Up to the end of the block that it has begun.
+        # Fill the log's last block.
         stream.write("x" * (4096 - log.stat().st_size % 4096))
     with system.full("logs"):
         system.do("restart", "0")
@@ -136,7 +136,7 @@ def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDi
     assert system.daemon is not None
     before, manager, run = system.pids(), supervisord(system), system.prefix / "run"
     with system.without_inodes("run"):
-        # The removal of one would make room for another.
+        # Rename rather than remove: a removed socket would free its inode for another.
         (run / "supervisor.sock").rename(run / "old1.sock")
         (run / "fd-dp.sock").rename(run / "old2.sock")
 

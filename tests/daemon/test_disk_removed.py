@@ -1,4 +1,4 @@
-"""What others remove from the daemon's directories is made again, and nothing that works is ended for it."""
+"""Files removed from the daemon's directories are created again, and no working program ends for it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_new_daemon_adopts_a_supervisord_whose_socket_is_gone(running: Running
     running.stop(signal.SIGKILL)
     (running.prefix / "run" / "supervisor.sock").unlink()
     running.start()
-    # It has looked for it by then.
+    # By then the daemon has looked for the socket.
     wait_until(lambda: running.log().count("waiting for pid") == 1, "it waits for supervisord")
     os.kill(manager, signal.SIGCONT)
     wait_until(running.ready, "everything READY")
@@ -169,7 +169,7 @@ def test_a_replica_without_its_files_waits_and_has_not_failed(lent: Running) -> 
     assert lent.daemon is not None
     before, launch = lent.programs()["replica0"], lent.prefix / "run" / "launch"
     os.kill(lent.daemon.pid, signal.SIGSTOP)
-    # No directory can be made where a file is.
+    # A file blocks the name of the directory.
     shutil.rmtree(launch)
     launch.touch()
     os.kill(lent.daemon.pid, signal.SIGCONT)

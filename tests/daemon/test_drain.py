@@ -1,4 +1,4 @@
-"""Planned stops lose nothing: who is to be stopped gets nothing new first, and nobody is left drained."""
+"""Planned stops lose no request: a replica is drained before its stop, and none stays drained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def nobody_is_drained(running: Running) -> None:
 
 
 def restart_while_in_flight(running: Running, requests: int) -> None:
-    """Replica 0, and so far that it is drained."""
+    """Begin a restart of replica 0; return when it is drained."""
     running.set_in_flight(0, requests)
     running.do("restart", "0", wait=False)
     wait_until(lambda: running.drained() == {0}, "replica 0 is drained")
@@ -61,7 +61,7 @@ def test_the_stages_of_a_restart_are_told_with_what_is_in_flight(lent: Running) 
         *(("replica 0", 1, 2), ("replica 1", 2, 2)),
     }
     assert drains[-1]["in_flight"] == 2
-    # What is left when time is up goes on elsewhere, and somebody may want to know that.
+    # Requests left at the deadline are resumed on other replicas, which the operator may want to know.
     assert "replica 1: 2 requests in flight after 0.5 s; resumed on other replicas" in lines(told)
     assert lent.ready()
 
@@ -76,7 +76,7 @@ def test_with_a_drain_timeout_of_0_nothing_is_waited_for(lent: Running) -> None:
 
 
 def test_the_only_replica_goes_on_until_it_has_nothing_in_flight(running: Running) -> None:
-    """Drained it would be as good as down, for all the time that its requests take."""
+    """Draining the only replica would mean an outage for as long as its requests take."""
     running.write(replicas=1)
     running.start_and_wait()
     before = running.pids()
@@ -145,7 +145,7 @@ def test_next_daemon_undrains_a_replica_left_drained_by_a_killed_one(lent: Runni
 
 
 def test_what_somebody_else_has_drained_is_undrained(lent: Running) -> None:
-    """The operator's word is with the daemon: what the router has been told besides does not hold."""
+    """The daemon holds the operator's intent and overrides drains that were set at the router directly."""
     admin = admin_socket(lent.prefix / "run")
     set_draining(admin, registered(admin)[lent.ports[1]], True)
     nobody_is_drained(lent)

@@ -1,4 +1,4 @@
-"""`fdctl ep`: who is in the group of a deployment and who waits for whom, with no daemon's help."""
+"""`fdctl ep`: the members of a deployment's group and their waits, read without the daemon."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fdctl(tmp_path: Path) -> Fdctl:
 
 
 def launched(prefix: Path, parallel: str = "") -> str:
-    """As if a daemon had written its files; returns the name of the replicas' group."""
+    """Write the files that a daemon would write; return the name of the replicas' group."""
     text = f'[model]\npath = "demo"\n[parallel]\ndata_parallel_size = 4\n{parallel}\n'
     config = dp_toml.parse(text, "dp.toml", prefix, prefix)
     supervisord_config.write_files(
@@ -80,7 +80,7 @@ def test_every_seat_has_a_row_and_who_is_most_waited_for_is_named(
 def test_json_has_a_schema_and_a_group_can_be_named(
     fdctl: Fdctl, new_group: Callable[[str], QuietGroup], tmp_path: Path
 ) -> None:
-    # As multi_api_server calls them: no daemon, so no files.
+    # A name as multi_api_server chooses it: there is no daemon, so there are no files.
     group = new_group(f"port-{tmp_path.parent.name}")
     group.join(2)
     (found,) = json.loads(fdctl("ep", "--json", group.name).stdout)["groups"]

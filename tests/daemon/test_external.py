@@ -1,4 +1,4 @@
-"""fd-dp with a supervisord that systemd would run: two units, of which either may die."""
+"""fd-dp with a supervisord that systemd would run: two units, either of which may die."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .conftest import Running, alive, wait_until
 
 
 class Engines:
-    """The engines unit: what its ExecStartPre and ExecStart do."""
+    """The engines unit: the commands of its ExecStartPre and ExecStart."""
 
     def __init__(self, running: Running) -> None:
         self._running = running
@@ -33,7 +33,7 @@ class Engines:
         )
 
     def kill_all(self) -> None:
-        """systemd kills whatever is left of the unit's cgroup."""
+        """Kill what systemd would kill: every process left in the unit's cgroup."""
         self.process.kill()
         self.process.wait()
         for process in self._running.left_over():

@@ -1,4 +1,4 @@
-"""Who starts when, and what a late step may be blamed for: the fleet with a clock that is set by hand."""
+"""The order of starts, and the blame for a late step: the fleet with a clock set by hand."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_failing_health_checks_mean_unhealthy_and_one_good_means_ready(
 
 
 def test_a_daemon_that_was_stopped_itself_blames_nobody_for_the_time(tmp_path: Path) -> None:
-    """A laptop's lid, a debugger, a machine without memory: the replicas could not be asked meanwhile."""
+    """A suspended laptop, a debugger or swapping stops the daemon, which then cannot probe the replicas."""
     world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=180)
     world.become_ready("router", "replica0")
     world.now += 3600.0
@@ -136,7 +136,7 @@ def fail(world: World, name: str) -> None:
 
 
 def world_with_a_spent_box_budget(directory: Path, **supervise: Any) -> World:
-    """Three replicas, all READY after four failures, of which there may be no more."""
+    """Return a world of three replicas, all READY after four failures, which use up the budget."""
     options = {"box_budget": 4, "box_calm": 30, "backoff_first": 1, "parallel_starts": 3, **supervise}
     world = World(directory, 3, **options)
     names = ("replica0", "replica1", "replica2")
@@ -155,7 +155,7 @@ def test_after_box_budget_failures_a_further_one_pauses_its_replica(tmp_path: Pa
     assert world.names(ProgramState.QUARANTINED) == {"replica1"}
     note = world.fleet.replicas["replica1"].note
     assert "paused until no replica has failed for 30 s: 5 failures within 600 s on this machine" in note
-    # The router is tried all the same.
+    # The router is not paused.
     assert world.fleet.programs["router"].state is ProgramState.BACKOFF
 
 
@@ -165,7 +165,7 @@ def test_paused_replicas_come_back_one_at_a_time_when_the_machine_is_calm(tmp_pa
     world.pass_time(10.0)
     fail(world, "replica1")
     assert world.names(ProgramState.QUARANTINED) == {"replica0", "replica1"}
-    # Each failure begins the calm anew, for all of them.
+    # Each failure restarts the calm period of all paused replicas.
     world.pass_time(25.0)
     assert world.names(ProgramState.QUARANTINED) == {"replica0", "replica1"}
     world.probes.good -= {"replica0", "replica1"}
@@ -235,7 +235,7 @@ def test_each_end_is_counted_with_its_cause_and_each_start_with_its_time(tmp_pat
 
 
 def test_replica_start_waits_for_the_old_process_to_end(tmp_path: Path) -> None:
-    """It would hold ports and memory that the new one needs."""
+    """The old process would hold ports and memory that the new one needs."""
     world = World(tmp_path, 1, backoff_first=0)
     world.become_ready("router", "replica0")
     env = {**os.environ, MARKER: f"{world.fleet.layout.run}#replica0", HASH: "x"}
@@ -253,7 +253,7 @@ def test_replica_start_waits_for_the_old_process_to_end(tmp_path: Path) -> None:
 
 
 def test_programs_restart_unreported_with_a_new_supervisord(tmp_path: Path) -> None:
-    """The router ended with supervisord as well, so it has no request that an exit could be blamed on."""
+    """The router ended with supervisord as well, so it has no request to blame for an exit."""
     world = World(tmp_path, 2)
     world.become_ready("router", "replica0", "replica1")
     world.fleet.set_desired(world.fleet.replicas["replica1"], DesiredState(Intent.HELD))

@@ -1,4 +1,4 @@
-"""Who is found to hang, and who is not: the decision by itself, and the fleet with a clock set by hand."""
+"""Detection of hangs: the decision by itself, and the fleet with a clock set by hand."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def report_of(numbers: tuple[int, ...], *seats: RankSnapshot) -> HangReport:
 def test_one_that_is_in_no_group_hangs() -> None:
     found = find_hung([stalled(2, group=None)], {}, {}, 60.0)
     assert found.hung == {"replica2": "no step for 65 s, requests in flight: 3"}
-    # Its model has no experts, or nobody has come to the group yet.
+    # Its model has no experts, or the group has no member yet.
     assert find_hung([stalled(2)], {GROUP: None}, MEMBERS, 60.0).hung.keys() == {"replica2"}
     assert find_hung([stalled(2)], {GROUP: snapshot(seat(0))}, MEMBERS, 60.0).hung.keys() == {"replica2"}
 
@@ -106,7 +106,7 @@ def test_a_step_that_goes_on_layer_by_layer_is_slow_and_not_dead() -> None:
 
 
 def test_replica_that_stopped_first_is_blamed_when_two_wait_mutually() -> None:
-    """It was stopped in a wait: what it waited for has come since."""
+    """It was stopped during a wait that is satisfied by now."""
     assert report_of((0, 1), seat(0, 1, seconds=66.0), seat(1, 0, seconds=65.0)).hung.keys() == {"replica0"}
     assert report_of((0, 1), seat(0, 1, seconds=65.0), seat(1, 0, seconds=66.0)).hung.keys() == {"replica1"}
 
@@ -146,7 +146,7 @@ def test_awaited_seats_always_exist_and_prefer_those_not_waiting(
         assert len(found) == 1 or not any(other.waits_for for other in found)
 
 
-# ---- what is seen of one process
+# ---- the progress of one process
 
 
 def test_progress_is_a_new_step_or_having_nothing_to_do() -> None:
@@ -358,7 +358,7 @@ def test_what_counts_as_a_hang_can_be_told_in_dp_toml(tmp_path: Path) -> None:
     assert (config.supervise.no_progress_timeout, config.supervise.idle_probe) == (2.5, 60.0)
 
 
-# ---- a real daemon, with processes that are not
+# ---- a real daemon with fake processes
 
 
 def test_hanging_replica_logs_its_stacks_is_killed_and_restarts(running: Running, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A fault about one replica, one client or one process ends neither the loop nor what it does for others."""
+"""A fault with one replica, client or process neither ends the loop nor affects the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_fault_about_one_replica_leaves_the_others_supervised(
     world.pass_time(10.0)
     assert world.fleet.replicas["replica1"].state is ProgramState.READY
     assert world.fleet.replicas["replica1"].restarts == 1
-    # Once, not at every step.
+    # The error is logged once, not at every step.
     assert caplog.text.count("RuntimeError: injected") == 1
 
 
@@ -65,7 +65,7 @@ def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("fastdeploy.daemon.supervision.probes.health_probe", lambda program, pid: 1 / 0)
     probes = Probes(lambda: None)
     for _ in range(2):
-        # It is asked again afterwards.
+        # The first error does not prevent a second probe.
         probes.ask(world.fleet.replicas["replica0"].program, 7, token=False)
         [reading] = wait_until(probes.take, "a reading")
         assert not reading.ok

@@ -1,5 +1,5 @@
-"""dp.toml -> supervisord.conf -> fd-run: whatever is written into a text of dp.toml, supervisord runs exactly
-the programs that it names, with exactly these words, or one line says why not."""
+"""dp.toml -> supervisord.conf -> fd-run: for any text in dp.toml, supervisord runs exactly the programs of
+dp.toml, with exactly their arguments, or one line gives the reason for a refusal."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from .conftest import wait_until
 from .test_supervisor import FD_RUN, parsed
 
 REPLICAS = 2
-#: Each was seen to stop supervisord, to cut a command, or to come out as something else when it stood in its
-#: configuration, or is one more way of trying it.
+#: Texts that stopped supervisord, cut a command or were changed when they stood in its configuration, and
+#: variations of these.
 CASES = (
     *(
         "100%",
@@ -98,7 +98,7 @@ TEXTS = st.one_of(
 )
 NAMES = st.from_regex(r"\AX_[A-Za-z0-9_]{0,9}\Z")
 ENVIRONMENTS = st.dictionaries(NAMES, TEXTS, max_size=3)
-#: Every option of dp.toml that is a text and reaches a program.
+#: Every option of dp.toml whose text reaches a program.
 OPTIONS = st.fixed_dictionaries(
     {
         "model.path": TEXTS,
@@ -118,7 +118,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 def toml(value: Any) -> str:
-    """As a person would have to write it."""
+    """Return the value in TOML, with the escapes that a person would have to write."""
     if isinstance(value, str):
         shown = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
         return f'"{"".join(shown)}"'
@@ -136,7 +136,7 @@ def document(options: Mapping[str, Any]) -> str:
 
 
 def read(options: Mapping[str, Any], prefix: Path) -> Config | None:
-    """None if it is refused, as it may be, in one line."""
+    """Return the configuration; None if it is refused, which must take one line."""
     try:
         config = parse(document(options), "dp.toml", prefix, prefix)
         programs_of(config)
@@ -149,7 +149,7 @@ def read(options: Mapping[str, Any], prefix: Path) -> Config | None:
 
 
 def assert_runs_exactly(programs: list[Program], layout: Layout) -> None:
-    """What supervisord makes of its files, and fd-run of the launch files."""
+    """Check the programs that supervisord reads from its files, and the commands that fd-run executes."""
     found = parsed(layout.ini)
     assert {*found} == {program.name for program in programs}
     for program in programs:
@@ -167,7 +167,7 @@ def assert_runs_exactly(programs: list[Program], layout: Layout) -> None:
 
 
 def executed(command: str) -> tuple[list[str], dict[str, str]]:
-    """What fd-run would become."""
+    """Return the arguments and the environment with which fd-run would replace itself."""
     found: list[tuple[list[str], dict[str, str]]] = []
 
     def execute(file: str, argv: list[str], env: dict[str, str]) -> NoReturn:
@@ -247,7 +247,7 @@ TELL = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)])
 
 
 def test_a_real_supervisord_passes_every_word_on(tmp_path: Path) -> None:
-    """All cases at once, and some in the environment that supervisord itself gets."""
+    """All cases are arguments at once; some are also in supervisord's own environment."""
     options = {
         "model.path": "/m",
         "engine.extra_args": [*CASES],

@@ -1,4 +1,4 @@
-"""What the operator wants of a replica holds over daemons, routers and reloads."""
+"""The operator's intents for a replica outlive daemons, routers and reloads."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_wish_that_cannot_be_written_holds_and_is_written_later(tmp_path: Path
     problem = intents.set("replica1", DesiredState(draining=True))
     assert problem.startswith(f"cannot write {tmp_path}/intents.json: ")
     assert intents.save() == problem
-    # To wish the same again does not hide it.
+    # Setting the same intent again does not hide the problem.
     assert intents.set("replica1", DesiredState(draining=True)) == problem
     assert intents.of("replica1") == DesiredState(draining=True)
     assert Intents(tmp_path).of("replica1") == DesiredState(Intent.HELD)
@@ -93,7 +93,7 @@ def test_drain_survives_restarts_of_replica_router_and_daemon(lent: Running) -> 
     wait_until(lent.ready, "everything adopted")
     assert lent.drained() == {1}
 
-    # A router that knows nothing of it any more.
+    # Restart the router without its registry file, so that it has forgotten the drain.
     (lent.prefix / "state" / "replicas.json").unlink()
     os.kill(before["router"], signal.SIGKILL)
     lent.wait_ready_again("router", before["router"])

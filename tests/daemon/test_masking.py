@@ -1,4 +1,4 @@
-"""What terminals and logs are told about command lines and environments."""
+"""Command lines and environments as terminals and logs show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prometheus learns from the daemon, and that nothing it does to the port disturbs the daemon."""
+"""The daemon's metrics, and a daemon that no client of their port can disturb."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .conftest import Running, wait_until
 
 
 class Samples:
-    """What one scrape has brought: `samples("fd_dp_state", program="router", state="READY")`."""
+    """The samples of one scrape: `samples("fd_dp_state", program="router", state="READY")`."""
 
     def __init__(self, text: bytes) -> None:
         self.values = {
@@ -42,7 +42,7 @@ class Samples:
 
 
 def scrape(port: int) -> Samples | None:
-    """None if nobody listens."""
+    """Return the samples; None if the port refuses connections."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
             return Samples(answer.read())

@@ -1,4 +1,4 @@
-"""etc/prometheus.yml, its alerts and the dashboard, without anything that runs. tests/e2e has the rest."""
+"""etc/prometheus.yml, its alerts and the dashboard, without running programs. tests/e2e has the rest."""
 
 from __future__ import annotations
 
@@ -101,10 +101,10 @@ CASES = [
         {
             'fd_dp_state{program="replica3",state="READY"}': "0x30",
             'fd_dp_state{program="replica3",state="STOPPED"}': "0x30",
-            # The operator wants it so.
+            # The operator has stopped it.
             'fd_dp_state{program="replica4",state="READY"}': "0x30",
             'fd_dp_state{program="replica4",state="STOPPED"}': "1x30",
-            # It has come back in time.
+            # It has recovered in time.
             'fd_dp_state{program="replica5",state="READY"}': "0x10 1x20",
             'fd_dp_state{program="replica5",state="STOPPED"}': "0x30",
         },
@@ -157,7 +157,7 @@ def test_an_alert_is_raised_for_what_it_names_and_for_nothing_else(case: Case, t
         "input_series": [{"series": name, "values": values} for name, values in case.series.items()],
         "alert_rule_test": [
             {"alertname": case.alert, "eval_time": f"{case.minutes}m", "exp_alerts": [raised]},
-            # At the beginning nothing is so for long enough, but for quarantine, which is at once.
+            # No condition has lasted long enough at minute 0; the quarantine alert needs no duration.
             {"alertname": case.alert, "eval_time": "0m", "exp_alerts": [] if case.minutes else [raised]},
         ],
     }

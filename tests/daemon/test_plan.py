@@ -1,4 +1,4 @@
-"""The plan of a reload: which programs change and why, what is done with each, and in which order."""
+"""The plan of a reload: the programs that change, the reasons, the actions, and their order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def replaced(numbers: range, why: str) -> list[str]:
     return [f"replace replica {number} ({why})" for number in numbers]
 
 
-#: What is changed, from what to what: all steps, in order, with their reasons.
+#: Old and new settings, and the expected steps in order with their reasons.
 CHANGES: dict[str, tuple[dict, dict, list[str]]] = {
     "nothing": ({}, {}, []),
     "an option of the engine": (
@@ -213,7 +213,7 @@ def test_a_step_tells_its_program_and_programs_are_told_the_same() -> None:
 
 @st.composite
 def any_programs(draw: st.DrawFn, mixed_up: bool = True) -> list[Program]:
-    """A router and replicas, of which no two have a port in common; not `mixed_up`: each has its own."""
+    """Draw a router and replicas without common ports; if not `mixed_up`, each program's port is fixed."""
     numbers = draw(st.lists(st.integers(0, 6), unique=True, max_size=6))
     ports = draw(st.permutations(range(1, 10)))
     found = []
@@ -225,7 +225,7 @@ def any_programs(draw: st.DrawFn, mixed_up: bool = True) -> list[Program]:
 
 
 def goes_in_a_circle(old: list[Program], new: list[Program]) -> bool:
-    """Whether somebody's port is wanted by another, and so on up to him."""
+    """Return whether programs that change form a cycle in which each wants the port of the next."""
     before = {one.name: one for one in old}
     holders = {port: one.name for one in old for port in one.ports}
     waits = {
@@ -256,7 +256,7 @@ def test_every_plan_ends_with_the_new_list_without_two_programs_on_a_port(
         ports = [port for one in running.values() for port in one.ports]
         assert len(ports) == len(set(ports))
     assert current == {one.name: one for one in new}
-    # Whatever was ended for its port has been started again with its own step.
+    # A program that was stopped for its port has been started again by its own step.
     assert running == current
 
 
@@ -279,7 +279,7 @@ def test_plan_stops_two_programs_at_once_only_for_a_cycle_of_ports(
 
 @given(any_programs(mixed_up=False), any_programs(mixed_up=False))
 def test_no_plan_leaves_fewer_than_it_has_to(old: list[Program], new: list[Program]) -> None:
-    """Never fewer than the smaller list has, but for the one that is being replaced."""
+    """No fewer programs run than the smaller list has, except for one that is being replaced."""
     up = {one.name for one in old}
     for step in plan(old, new):
         assert not step.clears

@@ -1,4 +1,4 @@
-"""What is refused before any process is touched for it."""
+"""Configurations that are refused before any process is touched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of arrows."""
+"""The table of state transitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a failed program is tried again."""
+"""The time at which a failed program is restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reload carried out: one at a time, the first as a canary, all or nothing, whatever dies meanwhile."""
+"""The execution of a reload: one replica at a time, the first as a canary, all or nothing."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ SLOWER = ("--load-seconds", "0.2")
 
 @contextmanager
 def watched(running: Running) -> Iterator[list[int]]:
-    """How many replicas are READY and take requests, looked at all the time."""
+    """Sample continuously the number of replicas that are READY and take requests."""
     seen: list[int] = []
     over = threading.Event()
 
     def look() -> None:
         while not over.is_set():
-            # One is in service before the next is drained: so it is seen so before or after the states are.
+            # A replica is in service before the next is drained, so a replica counts if the router uses it
+            # before or after its state is read.
             before = running.rows().keys() - running.drained()
             ready = {entry["replica"] for entry in running.status()["replicas"] if entry["state"] == "READY"}
             seen.append(len(ready & (before | (running.rows().keys() - running.drained()))))
@@ -117,7 +118,7 @@ def test_canary_failure_rolls_back_and_leaves_other_replicas_untouched(lent: Run
     ]
     assert lent.ready()
     assert {**lent.pids(), "replica0": 0} == {**before, "replica0": 0}
-    # Also the router has its old flags, and nobody is left drained.
+    # The router has its old flags as well, and no replica is left drained.
     assert "--queue-size" not in words_in_flags_file(lent)
     nobody_is_drained(lent)
 
@@ -161,7 +162,7 @@ def test_who_no_longer_waits_for_a_reload_does_not_stop_it(lent: Running) -> Non
         text=True,
     ) as waiting:
         wait_until(lambda: lent.drained() == {0}, "the reload is under way")
-        # Whoever else asks meanwhile is told what is under way.
+        # A second client learns which operation is in progress.
         refused = lent.fdctl("reload")
         assert refused.returncode == protocol.BUSY
         assert "(reload, 1 of 2: replica 0, drain)" in refused.stderr
@@ -194,7 +195,7 @@ def test_router_takes_new_flags_live_and_next_daemon_sees_no_change(lent: Runnin
     assert lent.fdctl("reload", "--dry-run").stdout == "no program changes\n"
     assert lent.pids() == before
     assert router_flags(lent) == new
-    # What it is started with, if it dies.
+    # A router that dies restarts with the new flags.
     os.kill(before["router"], signal.SIGKILL)
     lent.wait_ready_again("router", before["router"])
     assert router_flags(lent).hash == new.hash
@@ -225,7 +226,7 @@ def test_flags_that_the_router_refuses_are_taken_back(lent: Running) -> None:
 
 
 def test_next_daemon_signals_a_router_that_missed_its_new_flags(lent: Running) -> None:
-    """The daemon was killed between the file and the signal."""
+    """The daemon was killed after it had written the flags file and before it signalled the router."""
     before, old = lent.pids(), router_flags(lent)
     lent.stop(signal.SIGKILL)
     lent.write(router_args=("--queue-size", "7"))

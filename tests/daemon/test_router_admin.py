@@ -1,4 +1,4 @@
-"""What the daemon asks of a router, and of whatever may stand in its place."""
+"""The daemon's requests to a router, and the answers of other programs in the router's place."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_real_router_is_understood_and_obeys(tmp_path: Path) -> None:
         assert registered(admin)[engine.port].draining
         set_draining(admin, row, False)
         assert registered(admin) == {engine.port: row}
-        # It may be gone by the time of the order.
+        # A replica may have left the router by the time of the order.
         set_draining(admin, RegisteredReplica("127.0.0.1:1", "127.0.0.1", 1, True, False, False, 0), True)
         found = flags(admin)
         assert (found.hash, found.number, found.outcome) == (fingerprint(file.read_bytes()), 0, "done")

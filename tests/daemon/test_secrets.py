@@ -1,4 +1,4 @@
-"""Where secrets must not be seen, and the ways in which they may be given."""
+"""Places where secrets must not appear, and the ways of passing them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_secrets_stay_out_of_command_lines_logs_and_fdctl_output(running: Runnin
     assert str(keys) in cmdlines
     os.kill(running.pids()["replica1"], signal.SIGKILL)
     wait_until(lambda: running.programs()["replica1"]["restarts"], "replica 1 started again")
-    # Another value of each, and a configuration that is refused: both are told about.
+    # Change every secret, then write a configuration that is refused: both cause messages.
     changed = running.config.read_text()
     for secret in SECRETS.values():
         changed = changed.replace(secret, secret + "-new")
@@ -171,7 +171,7 @@ def test_a_credential_of_systemd_is_as_good_as_a_file(
     reading = token_probe(replica, 1)
     assert not reading.ok
     assert "LoadCredential=keys:FILE" in reading.problem
-    # A directory that systemd makes for each unit.
+    # The directory that systemd creates for the credentials of a unit.
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     assert parse_arguments(words).api_keys == ApiKeys(["sesame"])
 

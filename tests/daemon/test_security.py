@@ -1,4 +1,4 @@
-"""Who may talk to the daemon, and what a client can do to it."""
+"""Access to the daemon, and its protection from its clients."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    # Not below pytest's own directories, which are closed to all others.
+    # Not below pytest's own directories, which other users cannot enter.
     directory = Path(tempfile.mkdtemp(prefix="fd-"))
     directory.chmod(0o755)
     found = Endpoint(directory / "fd-dp.sock")
@@ -73,7 +73,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 def read(client: socket.socket) -> list[dict[str, Any]]:
-    """All that comes until the daemon closes, which resets the connection if it has not listened."""
+    """Return all messages until the daemon closes; a reset is possible if it left bytes unread."""
     messages = []
     with client, client.makefile("rb") as stream, contextlib.suppress(ConnectionResetError):
         for line in stream:
@@ -82,7 +82,7 @@ def read(client: socket.socket) -> list[dict[str, Any]]:
 
 
 def as_nobody(endpoint: Endpoint, do: Callable[[], int], *groups: int) -> int:
-    """Runs `do` as another user, while the daemon's loop turns; returns what it returns."""
+    """Run `do` as another user while the daemon's loop turns; return its result."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -100,7 +100,7 @@ def as_nobody(endpoint: Endpoint, do: Callable[[], int], *groups: int) -> int:
         endpoint.turn(0.02)
 
 
-# ---- who
+# ---- access
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.frozensets(st.integers(1, 9)))
@@ -131,7 +131,7 @@ def test_the_socket_is_for_user_and_group_only(endpoint: Endpoint) -> None:
 def test_a_directory_with_another_group_does_not_pass_it_on(endpoint: Endpoint) -> None:
     endpoint.path.parent.chmod(0o2775)
     os.chown(endpoint.path.parent, 0, NOBODY)
-    # chown takes the bit away.
+    # chown clears the set-group-ID bit.
     endpoint.path.parent.chmod(0o2775)
     other = Endpoint(endpoint.path.with_name("other.sock"))
     assert other.path.stat().st_gid == os.getegid()
@@ -143,9 +143,9 @@ def test_another_user_is_told_who_may_and_nothing_else(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["fdctl", "--socket", str(endpoint.path), "stop", "all"])
-    # The socket's mode keeps others out already...
+    # The socket's mode keeps other users out.
     assert as_nobody(endpoint, main.main) == protocol.DENIED
-    # ... and where somebody has opened it, the daemon asks the kernel who is there.
+    # If the mode has been relaxed, the daemon asks the kernel for the client's user.
     endpoint.path.chmod(0o666)
     assert as_nobody(endpoint, main.main) == protocol.DENIED
     assert endpoint.commands == []
@@ -205,7 +205,7 @@ def test_log_names_the_user_of_a_change_but_not_of_a_query(
     assert line == f'{who} asks for {{"do": "stop", "name": "3\\nERROR x"}}'
 
 
-# ---- what a client can do
+# ---- misbehaving clients
 
 
 def test_slow_reading_client_blocks_no_other_and_gets_every_message(endpoint: Endpoint) -> None:

@@ -1,4 +1,4 @@
-"""In and out of service, with a clock that is set by hand: who is waited for, and for how long."""
+"""Replicas leaving and entering service, with a clock set by hand: the waits and their limits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .world import World
 
 
 class FakeRouter(RouterSync):
-    """Knows every replica that is READY, unless it is told otherwise."""
+    """Knows every replica that is READY, unless it is in `unknown`."""
 
     def __init__(self, world: World) -> None:
         super().__init__(Path("nowhere"))
         self._world = world
         self.answers = True
-        #: Numbers of replicas that do not register; requests in flight by number.
+        #: Numbers of replicas that do not register; `busy` has the requests in flight by number.
         self.unknown: set[int] = set()
         self.busy: dict[int, int] = {}
 
@@ -45,7 +45,7 @@ class FakeRouter(RouterSync):
 
 
 class Rolling:
-    """A world with an operation in it."""
+    """A world with an operation in progress."""
 
     def __init__(self, directory: Path, replicas: int, **supervise: Any) -> None:
         self.world = World(directory, replicas, parallel_starts=replicas, **supervise)
@@ -60,7 +60,7 @@ class Rolling:
         self.result, self._operation = None, operation
 
     def pass_time(self, seconds: float) -> None:
-        """As the daemon's loop does: a step of the fleet, then a move of the operation."""
+        """Repeat a turn of the daemon's loop: a step of the fleet, then a step of the operation."""
         end = self.world.now + seconds
         while self.world.now < end and self.result is None:
             self.world.pass_time(0.1, step=0.1)
@@ -129,7 +129,7 @@ def test_a_router_that_comes_back_in_time_drains_as_ever(tmp_path: Path) -> None
 
 
 def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> None:
-    """It is READY. But if that is what its new configuration does to it, then to the others as well."""
+    """The replica is READY. Its new configuration may be the cause, which would affect the others as well."""
     rolling = Rolling(tmp_path, 2)
     rolling.router.unknown.add(0)
     rolling.restart("replica0")
@@ -180,7 +180,7 @@ def test_restart_does_not_wait_for_quarantined_or_stopped_replicas(tmp_path: Pat
 
 
 def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: Path) -> None:
-    """It costs nobody anything, and may be what the new configuration is for."""
+    """Replacing it loses no capacity, and the new configuration may be meant to repair it."""
     rolling = Rolling(tmp_path, 2, budget=1, quarantine=10_000)
     fleet = rolling.world.fleet
     rolling.world.probes.good.discard("replica1")

@@ -1,4 +1,4 @@
-"""No user's word enters supervisord's configuration, and every word reaches the program unchanged."""
+"""No text of a user enters supervisord's configuration, and every argument reaches the program unchanged."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from fastdeploy.daemon.process.supervisord_config import Layout
 from .conftest import wait_until
 
 FD_RUN = Path(sys.executable).with_name("fd-run")
-#: What a text in a command line or an environment can be: anything but NUL.
+#: Any text that a command line or an environment can hold: all but NUL.
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40)
-#: Each of these, written into an ini, is cut, expanded, or stops supervisord.
+#: Texts that, written into an ini file, are cut, are expanded, or stop supervisord.
 INJECTIONS = [
     *("100%", "%(ENV_HOME)s", "%%", "a ; b", "; comment", "# no", " # no", "0,1", '"', "'", '\\"', "$HOME"),
     *(
@@ -56,7 +56,7 @@ def program(*words: str, name: str = "replica0", **env: str) -> Program:
 
 
 def parsed(file: Path) -> dict[str, Any]:
-    """As supervisord reads it: the name of each program -> its options."""
+    """Return the options of each program by name, as supervisord reads them."""
     options = ServerOptions()
     options.realize(["-c", str(file)])
     return {config.name: config.process_configs[0] for config in options.process_group_configs}
@@ -153,7 +153,7 @@ def test_a_supervisord_that_is_ending_is_lost(answer: bytes, hangs: bool, tmp_pa
         def serve() -> None:
             peer, _ = ending.accept()
             with peer:
-                # All of it: a close with bytes unread is a reset, after which the client would ask once more.
+                # Read it all: closing with unread bytes resets the connection, and the client would retry.
                 request = b""
                 while b"</methodCall>" not in request:
                     request += peer.recv(1 << 16)
@@ -213,7 +213,7 @@ def test_when_a_process_was_started_is_known_to_a_fraction_of_a_second() -> None
     earliest = time.time()
     with subprocess.Popen(["sleep", "60"]) as process:
         latest = time.time()
-        # The kernel counts in hundredths.
+        # The kernel counts in hundredths of a second.
         assert earliest - 0.02 <= (started_at(process.pid) or 0) <= latest + 0.02
         process.kill()
     assert started_at(process.pid) is None

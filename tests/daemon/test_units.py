@@ -1,4 +1,4 @@
-"""What `make install` puts on a machine: systemd must understand it."""
+"""The unit files that `make install` installs: systemd must accept them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def staged(tmp_path: Path) -> Path:
-    """With the commands of this environment: systemd looks whether they exist."""
+    """An installation that uses this environment's commands, as systemd checks that they exist."""
     done = run(ROOT / "etc/install.sh", DESTDIR=str(tmp_path), PREFIX_DIR=sys.prefix)
     assert (done.returncode, done.stderr) == (0, "")
     return tmp_path / "etc"

@@ -1,4 +1,4 @@
-"""A fleet whose processes, probes and clock are a test's own."""
+"""A fleet whose processes, probes and clock are controlled by a test."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..ports import free_ports
 
 
 class FakeSupervisor(Supervisor):
-    """Starts nothing; a program that is started runs until the test says otherwise."""
+    """Starts no process; a program that is started runs until the test ends it."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
         self.running: dict[str, Process] = {}
-        #: How everything ends.
+        #: The description of every exit.
         self.how = "ended"
 
     def how_it_ended(self, name: str) -> str:
@@ -36,7 +36,7 @@ class FakeSupervisor(Supervisor):
         return dict(self.running)
 
     def start(self, name: str) -> None:
-        # A pid that no process has: the kernel's are below 2**22.
+        # A pid that no process has: those of the kernel are below 2**22.
         self.running[name] = Process(name, "RUNNING", (1 << 22) + len(self.running) + 1, 1)
 
     def stop(self, name: str) -> None:
@@ -52,11 +52,11 @@ class FakeSupervisor(Supervisor):
 
 @dataclass
 class Worker:
-    """What a replica is to tell of its worker."""
+    """The progress that a replica reports of its worker."""
 
     steps: int = 0
     requests: int = 0
-    #: When it has last said something, or was given something to do.
+    #: Time of its last sign of progress, or of its first request after a rest.
     since: float = 0.0
 
     def tell(self, now: float) -> dict[str, float]:
@@ -69,12 +69,12 @@ class FakeProbes(Probes):
         super().__init__(lambda: None)
         self._clock = clock
         self.good: set[str] = set()
-        #: Those that are in good health, and give no token.
+        #: Replicas that are healthy but generate no token.
         self.wordless: set[str] = set()
-        #: Those that let it be waited for.
+        #: Replicas that never answer a request for a token.
         self.silent: set[str] = set()
         self.workers: dict[str, Worker] = {}
-        #: Who was asked for a token, and how often.
+        #: Number of token probes by replica.
         self.tokens: Counter[str] = Counter()
         self._waiting: list[Reading] = []
 
@@ -96,7 +96,12 @@ class FakeProbes(Probes):
 
 
 class World:
-    """Args: `parallel` are further lines of [parallel]; `look` shows the expert groups."""
+    """A fleet of fakes.
+
+    Args:
+        parallel: further lines of [parallel].
+        look: returns the snapshot of an expert group.
+    """
 
     def __init__(
         self,
@@ -144,7 +149,7 @@ class World:
         self.pass_time(3.0)
 
     def work(self, name: str, requests: int = 1) -> None:
-        """It finishes a step, and has that many requests in hand then."""
+        """Let its worker finish a step, after which it has `requests` in hand."""
         worker = self.probes.workers.setdefault(name, Worker())
         worker.steps, worker.requests, worker.since = worker.steps + 1, requests, self.now
 

@@ -1,4 +1,4 @@
-"""Tests of libfd_cuda.so on a Hopper GPU, with torch for memory and references; elsewhere not collected."""
+"""Tests of libfd_cuda.so, collected on a Hopper GPU only; torch provides memory and references."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def fill(structure: type[ctypes.Structure], **fields: Any) -> Any:
     return filled
 
 
-# ---- the layouts of custom_ops/cuda/layout.h, once more and slowly -------------------------------------
+# ---- the layouts of custom_ops/cuda/layout.h, in plain torch -------------------------------------------
 
 
 def blocks(matrix: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Cache:
-    """One layer's cache with the blocks that the texts need, shuffled; the rest holds large numbers."""
+    """One layer's cache: blocks of the texts in random order; the other blocks hold large numbers."""
 
     def __init__(self, heads: Heads, texts: Sequence[int], seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -57,7 +57,7 @@ class Cache:
         return torch.tensor([*header, *[0] * first[-1]], dtype=torch.int32, device="cuda")
 
     def attend(self, parts: Sequence[Part], qkv: torch.Tensor, spare: int = 0) -> torch.Tensor:
-        """Run one step; qkv [tokens, width] is left alone. Returns bfloat16 [tokens, queries * columns]."""
+        """Run one step without changing qkv [tokens, width]; return bfloat16 [tokens, queries * columns]."""
         heads, tokens, step, turned = self.heads, len(qkv), self.step(parts), qkv.clone()
         cos_sin = torch.full((tokens + spare, heads.columns), float("nan"), device="cuda")
         slots = torch.full((tokens + spare,), -1, dtype=torch.int32, device="cuda")
@@ -148,7 +148,7 @@ def test_a_batch_has_the_bits_of_each_text_alone(heads: Heads) -> None:
     texts = [text(heads, length, 10 + i) for i, length in enumerate(lengths)]
     expected = [whole(heads, qkv) for qkv in texts]
     cache = Cache(heads, lengths, 3)
-    # First all but a little of each, then a step of prompts' ends and single tokens, in another order.
+    # The first step computes most of each text, the second the rest of them in another order.
     before = {i: n - (1 if i % 2 else min(n - 1, 9)) for i, n in enumerate(lengths)}
     begin = [Part(i, 0, n) for i, n in before.items() if n]
     got = cache.attend(begin, torch.cat([texts[p.text][: p.length] for p in begin]))

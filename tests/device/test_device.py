@@ -89,7 +89,7 @@ def plan(*tokens: int) -> np.ndarray:
 
 
 class Network:
-    """Embeds tokens; the best column of each is its result."""
+    """Embeds tokens; the result of each token is its best column."""
 
     def __init__(self, device: Device) -> None:
         torch.manual_seed(1)
@@ -126,7 +126,7 @@ def test_an_arena_is_zeroed_and_there_once(device: Device) -> None:
     device.steps()
     status, buffer = device.arena(2, CAPACITY * WIDTH * 4)
     assert status == 0
-    # Of zeros the first is the best one, and what is not a number would give -1.
+    # The best column of zeros is the first one; NaN would give -1.
     args = fd.fill(
         fd.DrawArgs, logits=buffer.address, count=device.plan.address, drawn=device.results.address,
         vocabulary=WIDTH, capacity=CAPACITY,

@@ -1,4 +1,4 @@
-"""Draws against the reference in numpy that the CPU's operations are held against."""
+"""Draws against the numpy reference that also tests the CPU operations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROW = np.dtype(
 
 
 def _reference() -> Any:
-    # By its path: its package imports Paddle, which need not be there.
+    # Load it by its path: importing its package would need Paddle, which may be missing here.
     path = Path(__file__).parents[2] / "custom_ops/reference.py"
     spec = importlib.util.spec_from_file_location("reference", path)
     assert spec is not None

@@ -1,4 +1,4 @@
-"""Norm, router, picks and the way back against float64; rows are the same in every batch."""
+"""Norm, router, picks and the return path against float64; a row's bits do not depend on its batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products against float64, and their bits in every tile and at every place of a batch."""
+"""Products against float64; their bits do not depend on the tile or the position in the batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from . import library as fd
 from .library import counts, drawn
 
 TILES = range(5)
-#: Of K: one part, two and four; edges of panels and blocks.
+#: Shapes whose K has one, two and four parts, and shapes with partial panels and blocks.
 SHAPES = [(2560, 2560), (6144, 1536), (8320, 192), (200, 1088), (130, 72), (2, 64)]
 
 
 def dense(weights: torch.Tensor, x: torch.Tensor, tile: int, output: int = fd.FLOAT) -> torch.Tensor:
-    """Return the product with every element of `out` that is not written left as NaN."""
+    """Return the product; elements of `out` that the operation does not write stay NaN."""
     dtype = torch.bfloat16 if output == fd.BFLOAT16 else torch.float32
     out = torch.full((x.shape[0] + 3, weights.shape[0]), float("nan"), device="cuda", dtype=dtype)
     tokens = max(x.shape[0], 1)

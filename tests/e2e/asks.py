@@ -1,4 +1,4 @@
-"""Requests of every kind to a real system, and what answers say."""
+"""Requests of every kind to a real system, and the comparable content of answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from ..router.generation import CHAT, COMPLETIONS
 
-#: What an answer says, choice by choice, without what is different each time: id, time, tokens from a cache.
+#: The content of an answer, choice by choice, without the parts that vary: id, time, cached tokens.
 Said = tuple[bytes, ...]
 
-#: The tiny checkpoint has none.
+#: The tiny checkpoint has no template.
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 _PROMPTS = (
     "The sea",
@@ -24,7 +24,7 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Ask:
-    """One of the requests that are sent again and again."""
+    """A request that is sent repeatedly."""
 
     path: str
     fields: dict[str, Any]
@@ -35,9 +35,9 @@ class Ask:
 
 
 def draw_requests(chance: Random, count: int, tokens: tuple[int, int]) -> list[Ask]:
-    """Chat and completions, streams and answers that come whole, greedy and drawn, of so many tokens.
+    """Return chat requests and completions, streamed and whole, greedy and sampled, of `tokens` length.
 
-    Answers that come whole are short: one during which three replicas die in a row is given up.
+    Whole answers are short, as the router gives up a request after three replicas in a row have died.
     """
     asks = []
     for number in range(count):
@@ -57,7 +57,7 @@ def draw_requests(chance: Random, count: int, tokens: tuple[int, int]) -> list[A
         if path == CHAT:
             fields |= {"messages": [{"role": "user", "content": text}]}
             if number % 16 == 1:
-                # Each is rendered by a process of its own.
+                # A request's own template is rendered in a separate process.
                 fields |= {"chat_template": f"Chat!\n{TEMPLATE}"}
         else:
             fields |= {"prompt": text}
@@ -72,7 +72,7 @@ def draw_requests(chance: Random, count: int, tokens: tuple[int, int]) -> list[A
 
 
 def stopped_in_the_middle(ask: Ask, said: Said) -> Ask:
-    """The same request with a stop string that comes up in the second half of its (first) text."""
+    """Return the request with a stop string that occurs in the second half of its (first) text."""
     text = text_of(said)
     for start in range(len(text) // 2, len(text) - 3):
         stop = text[start : start + 3]
@@ -82,7 +82,7 @@ def stopped_in_the_middle(ask: Ask, said: Said) -> Ask:
 
 
 def text_of(said: Said) -> str:
-    """Of the first choice."""
+    """Return the text of the first choice."""
     choices = (choice for part in said for choice in json.loads(part)["choices"] if choice["index"] == 0)
     parts = []
     for choice in choices:

@@ -1,4 +1,4 @@
-"""The whole system as an operator has it: fd-dp, supervisord, a router and replicas of a tiny model."""
+"""The whole system as an operator runs it: fd-dp, supervisord, a router and replicas of a tiny model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..waiting import wait_until as _wait_until
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 TINY_MODEL = ROOT / "tests" / "fixtures" / "tiny"
-#: Inherited by every process that a system starts: a way to find them all, orphans included.
+#: Environment variable that marks every process of a system, so that orphans can be found as well.
 MARKER = "FD_E2E_RUN"
 
 
@@ -41,7 +41,7 @@ def marked_processes(run: str) -> list[psutil.Process]:
 
 
 class System:
-    """fd-dp below a directory of its own, on free ports."""
+    """fd-dp in a directory of its own, on free ports."""
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ port = {self.metrics_port}
         return json.loads(answer.stdout) if answer.returncode == 0 else None
 
     def is_ready(self) -> bool:
-        """Every part READY, and every replica known to the router (its heartbeat may be a second behind).
+        """Return whether every part is READY and the router knows every replica, which may take a heartbeat.
 
-        What has just died is READY for the daemon until it notices, but its pid is nobody's.
+        The daemon notices a death with a delay, so the pid of a READY part must exist as well.
         """
         status = self.status()
         return (
@@ -140,7 +140,7 @@ port = {self.metrics_port}
             raise AssertionError(f"{error}\nstatus: {self.status()}\nfd-dp said:\n{output}") from None
 
     def replica_process(self, replica: int) -> psutil.Process:
-        """The gunicorn arbiter: what supervisord started."""
+        """Return the gunicorn arbiter, which supervisord started."""
         status = self.status()
         assert status is not None
         return psutil.Process(status["replicas"][replica]["pid"])
@@ -166,7 +166,7 @@ port = {self.metrics_port}
         return marked_processes(self.run)
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
-        """Ctrl-C, which promises to be done within 15 s and to leave no process."""
+        """Send the daemon a signal, on which it must end within 15 s and leave no process."""
         self.daemon.send_signal(number)
         try:
             assert self.daemon.wait(timeout=15) == 0

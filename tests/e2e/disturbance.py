@@ -1,4 +1,4 @@
-"""What an operator does to a system under load, and what befalls it: reloads, and killed processes."""
+"""Disturbances of a system under load: reloads, and kills of processes."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from fastdeploy.daemon.control import protocol
 from .conftest import System, wait_until
 from .steady_clients import Clients
 
-#: Of times that something is killed, so many are times for two replicas at once.
+#: Probability that a kill hits two replicas at once.
 _TWO_AT_ONCE = 0.2
-#: Seconds to the next kill, at most, once it may come.
+#: Longest pause in seconds before a kill that is allowed.
 _PEACE = 1.0
-#: Seconds after a kill in which requests may still be sent to a replica that is dead.
+#: Time in seconds after a kill during which the router may still send requests to the dead replica.
 _NEWS = 0.2
-#: Each a child of the one before.
+#: The processes of a replica, each a child of the one before.
 _PARTS = ("arbiters", "HTTP processes", "workers")
 
 
 class Disturbance:
     def __init__(self, system: System, clients: Clients, chance: Random) -> None:
         self.done: Counter[str] = Counter()
-        #: By phase, all of that name together.
+        #: Duration by phase, summed over phases of the same name.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.lowest_ready: dict[str, int] = {}
         self._system = system
         self._clients = clients
         self._chance = chance
-        #: By the pids of their arbiters.
+        #: Pids of the arbiters of replicas that were hit.
         self._killed: set[int] = set()
 
     def reload(self, old: str, new: str) -> None:
-        """With another dp.toml; returns when it is done."""
+        """Change `old` in dp.toml to `new` and reload; return when the reload is done."""
         config = self._system.config
         text = config.read_text(encoding="utf-8")
         assert text.count(old) == 1, text
@@ -51,11 +51,11 @@ class Disturbance:
         self.done["reloads"] += 1
 
     def kill(self, count: int) -> None:
-        """So many processes of replicas, at random moments, also while they load.
+        """Kill `count` processes of replicas, at random moments, including replicas that load.
 
-        The next falls when whatever waited for the beginning of its answer has got it, and half of the
-        replicas are in service, one of them afterwards, too: the router gives a request up over which one
-        replica after the other dies, and a fleet that is down answers nothing.
+        Before the next kill, the requests that wait for the beginning of their answers must have got it, and
+        half of the replicas must be in service, including one that survives: the router gives up a request if
+        several replicas in a row die with it, and without replicas no request is answered.
         """
         while count > 0:
             at_once = min(count, 1 + (self._chance.random() < _TWO_AT_ONCE))
@@ -63,14 +63,14 @@ class Disturbance:
             for replica in wait_until(lambda: self._victims(at_once), "half of the replicas are in service"):  # noqa: B023
                 self._killed.add(replica["pid"])
                 count -= self._kill_part(replica)
-            # Also what is sent before the router knows.
+            # Include requests that are sent before the router learns of the death.
             time.sleep(_NEWS)
             waiting = self._clients.unanswered()
             wait_until(lambda: not waiting & self._clients.unanswered(), "answers begin")  # noqa: B023
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Meanwhile READY replicas are counted, ten times a second. Requests are answered after it, too."""
+        """Record the lowest number of READY replicas within the block, then wait for answered requests."""
         over = threading.Event()
         began = time.monotonic()
 
@@ -99,13 +99,13 @@ class Disturbance:
         return "; ".join([*counts, *phases])
 
     def _kill_part(self, replica: dict[str, Any]) -> bool:
-        """False if it has ended by itself: of a death a moment ago."""
+        """Kill a random process of the replica; return False if an earlier kill has already ended it."""
         depth, wanted = 0, self._chance.randrange(len(_PARTS))
         try:
             process = psutil.Process(replica["pid"])
-            # One that loads may have got no further yet.
+            # A replica that loads may not have all of its processes yet.
             while depth < wanted and (children := process.children()):
-                # The HTTP process has other, passing, ones beside its worker.
+                # The HTTP process may have short-lived children besides its worker, which is the oldest.
                 process, depth = min(children, key=psutil.Process.create_time), depth + 1
             process.kill()
         except psutil.NoSuchProcess:
@@ -114,9 +114,9 @@ class Disturbance:
         return True
 
     def _victims(self, count: int) -> list[dict[str, Any]]:
-        """Any that run; none while too few are in service."""
+        """Choose running replicas to kill; none while too few are in service."""
         alive = [replica for replica in self._status()["replicas"] if replica["pid"]]
-        # The daemon learns of a death a moment later, and the router of a new replica.
+        # The daemon notices a death, and the router a new replica, with a delay.
         serving = [
             replica
             for replica in alive
@@ -129,7 +129,7 @@ class Disturbance:
         return victims if enough and any(replica not in victims for replica in serving) else []
 
     def _status(self) -> dict[str, Any]:
-        """Without the second of CPU time that another fdctl takes."""
+        """Return the daemon's status without starting fdctl, which would take a second of CPU time."""
         path = protocol.socket_path(self._system.prefix / "run")
         *_, last = protocol.request(path, {"do": "status"}, timeout=60)
         status: dict[str, Any] = last["status"]

@@ -1,4 +1,4 @@
-"""Clients that ask without a pause, and compare what they hear with what they have heard before."""
+"""Clients that send requests without a pause and compare the answers with those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _MOST_PROBLEMS = 20
 
 
 class Clients:
-    """So many, half of which keep their connections."""
+    """A number of clients, half of which reuse their connections."""
 
     def __init__(self, port: int, count: int) -> None:
         self.count = count
         self.done: Counter[str] = Counter()
-        #: The first ones, a line each.
+        #: The first problems, a line each.
         self.problems: list[str] = []
         self._known: list[tuple[Ask, Said]] = []
         self._clients = [StrictClient(port, keeps_connection=number % 2 == 0) for number in range(count)]
-        #: Requests that each has made.
+        #: Number of completed requests by client.
         self._counts = [0] * count
 
     def learn(self, asks: Sequence[Ask]) -> list[Said]:
-        """Asks for each once. These answers are what is expected from now on. Raises Failed."""
+        """Send each request once; its answer is expected from now on. Raises Failed."""
         said = asyncio.run(self._learn(asks))
         self._known += zip(asks, said, strict=True)
         return said
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Meanwhile they ask for what they know; at the end they wait for the answers under way.
+        """Send the learned requests within the block; at its end, wait for answers in progress.
 
-        None may have failed, and none may be another than before.
+        No request may fail, and no answer may differ from the expected one.
         """
         over = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -55,7 +55,7 @@ class Clients:
         return "\n".join([f"{self.done['requests']} requests: {', '.join(counts)}", *self.problems])
 
     def unanswered(self) -> set[tuple[int, int]]:
-        """Requests under way of whose answers nothing has come yet: client and number."""
+        """Return the client and number of each request whose answer has not begun."""
         return {(n, self._counts[n]) for n, client in enumerate(self._clients) if client.is_waiting}
 
     async def _learn(self, asks: Sequence[Ask]) -> list[Said]:
@@ -74,7 +74,7 @@ class Clients:
 
     async def _work(self, over: threading.Event) -> None:
         async def ask(client: int) -> None:
-            # Each begins elsewhere, or all would ask for the long ones at the same time.
+            # Each client begins at another request; otherwise all would send the long ones at the same time.
             turn = client * len(self._known) // len(self._clients)
             while not over.is_set():
                 await self._ask(client, *self._known[turn % len(self._known)])

@@ -1,4 +1,4 @@
-"""A client that looks at every byte of an answer, and takes nothing for one that is not whole."""
+"""A client that checks every byte of an answer and accepts only complete ones."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..router.asking import Head, connect, read_body, read_head
 from ..router.generation import CHAT, DONE
 from .asks import Ask, Said
 
-#: Seconds for one answer; a client that waits longer has been forgotten.
+#: Deadline in seconds for one answer.
 _PATIENCE = 180.0
 
 
 class Failed(Exception):
-    """No answer, only a part of one, or one that breaks the rules."""
+    """An answer is missing, incomplete or malformed."""
 
 
 @dataclass(frozen=True)
 class Heard:
     said: Said
-    #: Went on at another replica in the middle, and was begun again at one.
+    #: True if another replica resumed the stream, and if the request was retried at another one.
     resumed: bool
     begun_anew: bool
 
@@ -33,18 +33,18 @@ class StrictClient:
     """Sends one request after the other.
 
     Args:
-        keeps_connection: as long as the router does.
+        keeps_connection: reuse the connection while the router keeps it open.
     """
 
     def __init__(self, port: int, *, keeps_connection: bool) -> None:
-        #: The request under way has been sent, and nothing of its answer has come.
+        #: The request has been sent and its answer has not begun.
         self.is_waiting = False
         self._port = port
         self._keeps_connection = keeps_connection
         self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: Ask) -> Heard:
-        """Raises Failed."""
+        """Return the checked answer. Raises Failed."""
         identity = uuid.uuid4().hex
         try:
             async with asyncio.timeout(_PATIENCE):
@@ -65,7 +65,7 @@ class StrictClient:
         if self._connection is None:
             self._connection = await connect(self._port)
         reader, writer = self._connection
-        # Whatever happens now, it is this connection's last request, unless all went well.
+        # The connection is reused only after a complete answer.
         self._connection = None
         try:
             writer.write(self._bytes_of(request, identity))
@@ -110,7 +110,7 @@ def _said(request: Ask, identity: str, head: Head, body: bytes) -> Said:
 
 
 def _said_by_events(request: Ask, identity: str, blocks: list[bytes]) -> Said:
-    """In the order of choices, whose events may come interleaved in more than one way; usage last."""
+    """Return the events by choice, as the interleaving of choices may vary; usage last."""
     said: dict[int, list[bytes]] = {n: [] for n in range(request.fields["n"])}
     ended: set[int] = set()
     usage: list[bytes] = []
@@ -139,12 +139,12 @@ def _said_by_events(request: Ask, identity: str, blocks: list[bytes]) -> Said:
 
 
 def _without_names(request: Ask, identity: str, data: bytes, event: dict[str, Any]) -> bytes:
-    """What of its JSON may differ is made equal: id, time, and what the replica had in its cache."""
+    """Return the JSON with fixed values for the parts that may differ: id, time, and cached tokens."""
     expected = f"{'chatcmpl' if request.path == CHAT else 'cmpl'}-{identity}"
     _require(event["id"] == expected, f"id {event['id']}, not {expected}")
     _require(event["model"] == request.fields["model"], f"model {event['model']}")
     data = data.replace(expected.encode(), b"ID", 1)
-    # A text that reads like this has backslashes before its quotation marks.
+    # Within a text, such a match is impossible: its quotation marks are escaped.
     return re.sub(rb'"(created|cached_tokens)":\d+', rb'"\1":0', data)
 
 

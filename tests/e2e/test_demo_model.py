@@ -1,4 +1,4 @@
-"""A newcomer's first question, asked of the demo model."""
+"""A first question to the demo model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of FastDeploy's documentation as printed there, on other ports, with another model."""
+"""The commands of FastDeploy's documentation, as printed there, on other ports and with another model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Launched:
         environment = {**os.environ, MARKER: self.run, "FD_LOG_DIR": str(directory)}
         self.output = directory / "launcher.out"
         self.router = subprocess.Popen([str(BIN / "fd-router"), "--port", str(router_port)], env=environment)
-        # Without --metrics-ports: free ones are found.
+        # Without --metrics-ports, the launcher finds free ones.
         command = f"""
             -m fastdeploy.entrypoints.openai.multi_api_server
             --num-servers {SERVERS}

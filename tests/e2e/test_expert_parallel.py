@@ -1,5 +1,5 @@
-"""Replicas that share the experts, as an operator has them: whatever ends, the others write on, and every
-text is the one of a replica that has all experts for itself.
+"""Replicas that share the experts, as an operator runs them: the others survive the end of any replica, and
+every text is the same as that of a replica with all experts.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ PARALLEL = """
 expert_parallel = true
 collective_timeout = 6
 """
-#: Tokens of texts that are still being written when something is killed, and of those that are done soon.
+#: Tokens of texts that are still in progress at a kill, and of short texts.
 LONG, SHORT = 300, 16
 NUMBERS = range(12)
 WITHOUT_A_WORD = "broken off without a word"
 
-#: Texts by number and tokens.
+#: Texts by request number and number of tokens.
 Expected = dict[tuple[int, int], str]
 
 
 class Asked:
-    """A request, sent by a thread of its own; what has come of its answer can be seen at any time."""
+    """A request in a thread of its own; the answer so far can be read at any time."""
 
     def __init__(self, url: str, number: int, tokens: int, *, stream: bool) -> None:
         self.key = number, tokens
         self.stream = stream
         self.text = ""
-        #: Why this is not the whole text; empty if it is.
+        #: Reason why `text` is incomplete; empty if it is complete.
         self.problem = "not answered yet"
         self.replica: int | None = None
         self._url = f"{url}/v1/completions"
-        # Greedy and drawn, prompts of one block and of several.
+        # Greedy and sampled requests, with prompts of one block and of several.
         self._body = {
             "prompt": f"{number} " + ("hello world", "hello " * 30, "the sea")[number % 3],
             "max_tokens": tokens,
@@ -138,7 +138,7 @@ class Command:
         return all(answer.status_code == 200 for answer in answers)
 
     def reason(self) -> str:
-        """The line in which one that ends by itself says why."""
+        """Return the line in which a server that ends by itself gives the reason."""
         assert self.process.wait(120) == 3
         (line,) = [line for line in self.log.read_text().splitlines() if "replica stops: " in line]
         return line
@@ -159,7 +159,7 @@ Start = Callable[..., Command]
 
 @contextmanager
 def commands(directory: Path, *groups: str) -> Iterator[Start]:
-    """Starts servers, and ends all that are left, with what they have left of their groups."""
+    """Yield a function that starts servers; finally kill those left and remove the groups."""
     started: list[Command] = []
 
     def start(ports: list[int], module: str, *words: object) -> Command:
@@ -176,7 +176,7 @@ def commands(directory: Path, *groups: str) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def expected(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    """Undisturbed texts, of one replica that has all experts."""
+    """Undisturbed texts of a replica that has all experts."""
     with commands(tmp_path_factory.mktemp("alone")) as start:
         ports = free_ports(1)
         server = start(ports, "api_server", "--model", TINY_MODEL, "--port", ports[0], "--max-num-seqs", 16)
@@ -201,7 +201,7 @@ def system(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def group_of(system: System) -> str:
-    """Where replicas of the configuration as it is in its file meet."""
+    """Return the name of the expert group of the current dp.toml."""
     return expert_group_of(dp_toml.load(system.config, system.prefix))
 
 
@@ -217,12 +217,12 @@ def active(group: str) -> tuple[int, ...]:
 
 
 def workers(group: str) -> dict[int, int]:
-    """The process in each seat."""
+    """Return the pid by seat."""
     return {seat.seat: seat.pid for seat in snapshot(group).seats}
 
 
 def remove(*groups: str) -> None:
-    """Those whose ranks were killed together: nobody was left to do it."""
+    """Remove groups whose ranks were all killed, so that no rank removed the memory."""
     for group in groups:
         shutil.rmtree(group_directory(group), ignore_errors=True)
 
@@ -232,7 +232,7 @@ def ask(port: int, number: int, tokens: int, *, stream: bool = False) -> Asked:
 
 
 def assert_right(asked: Iterable[Asked], expected: Expected) -> None:
-    """Each has ended as it should, with the undisturbed text."""
+    """Assert that each answer ended properly, with the undisturbed text."""
     done = [one.wait() for one in asked]
     assert {one.key: one.problem for one in done if one.problem} == {}
     wrong = [one for one in done if one.text != expected[one.key]]
@@ -240,7 +240,7 @@ def assert_right(asked: Iterable[Asked], expected: Expected) -> None:
 
 
 def assert_right_so_far(one: Asked, expected: Expected) -> None:
-    """It may have broken off; not without a word, and not wrong."""
+    """Accept an answer that broke off with an error, if its text is correct so far."""
     if one.wait().problem:
         assert not one.problem.startswith(WITHOUT_A_WORD)
         assert expected[one.key].startswith(one.text)
@@ -255,19 +255,19 @@ def metrics(port: int, prefix: str) -> dict[str, float]:
 
 
 def retries(system: System, replica: int) -> float:
-    """Requests that were given to another after this one had failed with them."""
+    """Return how many requests were retried at another replica after this one had failed."""
     name = f'fd_router_retries_total{{replica="{replica}"}}'
     return metrics(system.router_port, name).get(name, 0)
 
 
 def resumes(system: System, replica: int) -> float:
-    """Streams that went on at another after this one was lost."""
+    """Return how many streams another replica resumed after this one was lost."""
     name = f'fd_router_resumes_total{{replica="{replica}"}}'
     return metrics(system.router_port, name).get(name, 0)
 
 
 def wait_replaced(system: System, group: str, seat: int, pid: int) -> None:
-    """The daemon has started the replica again, and it has taken its seat."""
+    """Wait until the daemon has restarted the replica, and it has taken its seat."""
     wait_until(
         lambda: active(group) == SEATS and workers(group)[seat] != pid, f"somebody else is in seat {seat}"
     )
@@ -289,13 +289,13 @@ def test_replicas_in_one_expert_group_write_what_a_single_one_writes(
     asked = [Asked(system.url, n, tokens, stream=n % 4 < 2) for n in NUMBERS for tokens in (LONG, SHORT)]
     assert_right(asked, expected)
     assert {one.replica for one in asked} == set(SEATS)
-    # And one alone, while the others have no work of their own.
+    # Each replica also computes alone, while the others have no work of their own.
     for seat in SEATS:
         assert_right([ask(system.ports[seat], seat, SHORT)], expected)
 
 
 def load(system: System) -> list[Asked]:
-    """Work for all replicas; alternating, so that the router gives each some of both."""
+    """Send work for all replicas; streams and whole answers alternate, so that each replica gets both."""
     return [Asked(system.url, n, LONG, stream=stream) for n in NUMBERS for stream in (True, False)]
 
 
@@ -304,7 +304,7 @@ def begun(asked: list[Asked]) -> bool:
 
 
 def kill_under_load(system: System, victim: int, expected: Expected) -> None:
-    """SIGKILL for the worker in that seat while everybody writes: its streams go on elsewhere."""
+    """SIGKILL the worker in a seat under load; other replicas must resume its streams."""
     asked = load(system)
     wait_until(lambda: begun(asked), "all streams have begun")
     victims = [one for one in asked if one.stream and one.replica == victim and not one.ended]
@@ -332,15 +332,15 @@ def test_hanging_worker_is_killed_by_waiting_ranks_and_requests_survive(
     group, victim = group_of(system), 2
     pid, losses, tried = workers(group)[victim], snapshot(group).losses, retries(system, victim)
     os.kill(pid, signal.SIGSTOP)
-    # Nobody's step ends without it, so that its streams have no token yet when it is killed.
+    # No replica can finish a step without the stopped one, so its streams have no token when it is killed.
     asked = load(system)
     assert_right(asked, expected)
     assert victim not in {one.replica for one in asked}
-    # Its share; more, if the router has not seen yet that another is back.
+    # At least its share; more if the router has not noticed yet that another replica is back.
     assert retries(system, victim) - tried >= len(asked) // len(SEATS)
     wait_replaced(system, group, victim, pid)
     assert snapshot(group).losses == losses + 1
-    # The daemon would have waited for longer; it knows whose signal 9 that was.
+    # The daemon's own timeout is longer; it knows that a waiting rank sent the signal 9.
     status = system.status()
     assert status is not None
     assert status["replicas"][victim]["cause"] == "hang"
@@ -381,7 +381,7 @@ def test_reload_moves_replicas_one_by_one_to_a_new_group_without_errors(
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         reload = pool.submit(system.fdctl, "reload")
         while not reload.done():
-            # No more than end within the time that a replica gives to what it has in hand.
+            # Limit the load, so that a replica finishes its requests within its grace period.
             if sum(not one.ended for one in asked) < len(SEATS):
                 asked.append(Asked(system.url, len(asked) % len(NUMBERS), SHORT, stream=len(asked) % 2 == 0))
             if found := read_snapshot(old):
@@ -392,18 +392,18 @@ def test_reload_moves_replicas_one_by_one_to_a_new_group_without_errors(
     assert reload.result().returncode == 0, reload.result().stderr
     assert_right(asked, expected)
 
-    # One leaves the old group, loads, and comes to the new one; then the next.
+    # One replica leaves the old group, loads and joins the new one; then the next.
     steps = [(SEATS[left:], SEATS[:came]) for came in range(len(SEATS)) for left in (came, came + 1)]
     steps.append(((), SEATS))
     assert seen == [step for step in steps if step in seen]
-    # Between the others there may be too little time to see them.
+    # The other steps may be too short to be observed.
     assert set(steps[1::2]) <= set(seen)
     assert (len(losses), snapshot(new).losses) == (1, 0)
     assert not group_directory(old).exists()
 
 
 def test_sigterm_ends_all_and_leaves_nothing_in_shared_memory(system: System, expected: Expected) -> None:
-    """The last one of the system."""
+    """Stops the system, so it must be the last test that uses it."""
     asked = load(system)
     wait_until(lambda: begun(asked), "all streams have begun")
     system.stop(signal.SIGTERM)
@@ -413,7 +413,7 @@ def test_sigterm_ends_all_and_leaves_nothing_in_shared_memory(system: System, ex
 
 
 class ByHand:
-    """Servers of one group, each started by somebody for one of three seats."""
+    """Servers of one group with three seats, each started by hand."""
 
     def __init__(self, start: Start, group: str) -> None:
         self.group = group
@@ -421,7 +421,7 @@ class ByHand:
         self.first = self.start(0)
         self.first.wait_ready()
         self.members = [self.first]
-        # It hopes for some seconds that the other is about to end.
+        # A second server for the same seat waits some seconds for the first one to end.
         self.second_for_a_seat = self.start(0)
 
     def start(self, seat: int, model: Path = TINY_MODEL) -> Command:
@@ -446,7 +446,7 @@ def test_servers_that_are_started_by_hand_join_one_after_the_other(
     assert_right([ask(by_hand.first.port, n, SHORT) for n in NUMBERS], expected)
     by_hand.members += [by_hand.start(2), by_hand.start(1)]
     while not all(server.is_ready() for server in by_hand.members):
-        # They come while it writes.
+        # The others join while the first one generates.
         assert_right([ask(by_hand.first.port, n, SHORT) for n in NUMBERS], expected)
     assert active(by_hand.group) == (0, 1, 2)
     assert_right([ask(server.port, n, SHORT) for server in by_hand.members for n in NUMBERS], expected)

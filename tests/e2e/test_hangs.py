@@ -1,4 +1,4 @@
-"""Replicas that hang and replicas that are only busy, with real engines and real signals."""
+"""Replicas that hang and replicas that are merely busy, with real engines and real signals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .conftest import TINY_MODEL, System, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-#: Seconds; a chunk of the long prompt takes a tenth, all of it several times as long.
+#: In seconds; a chunk of the long prompt takes a tenth of it, the whole prompt several times as long.
 NO_PROGRESS_TIMEOUT = 3.0
 SUPERVISE = f"""
 backoff_first = 0.2
@@ -39,7 +39,7 @@ extra_args = ["--max-model-len=12288", "--num-gpu-blocks-override=256", "--max-n
 
 @pytest.fixture(scope="module")
 def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough for a prompt of 8k tokens to take a while."""
+    """A model for which a prompt of 8k tokens takes a while."""
     model = tmp_path_factory.mktemp("slow") / "model"
     config = config_json(
         model_type="ernie4_5",
@@ -85,7 +85,7 @@ def log(system: System) -> str:
 
 
 def wait_back(system: System, replica: int, old: psutil.Process) -> dict[str, Any]:
-    """Its process is gone, another is READY in its place; what status says of it."""
+    """Wait until the old process is gone and another is READY in its place; return its status entry."""
     wait_until(lambda: not old.is_running(), f"replica {replica} killed")
     system.wait_ready()
     return entry(system, replica)
@@ -125,7 +125,7 @@ def test_worker_stopped_under_load_logs_its_stacks_and_comes_back(system: System
         assert next(lines)
         worker.send_signal(signal.SIGSTOP)
         events = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
-    # The router has taken it to the other one when it was killed.
+    # The router resumed the stream at the other replica.
     assert events[-1] == b"[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
 
@@ -152,7 +152,7 @@ def test_an_http_process_that_is_stopped_is_found_by_its_silence(system: System)
     before = output(system, 0).count("in select")
     http.send_signal(signal.SIGSTOP)
     assert wait_back(system, 0, arbiter)["cause"] == "hang"
-    # Whichever is noticed first.
+    # Either check may detect it first.
     assert re.search(
         r"replica 0: ERROR \((no successful health check for 6 s|idle, but no token)", log(system)
     )
@@ -185,7 +185,7 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(
     try:
         system.wait_ready()
         arbiters = [system.replica_process(i) for i in range(2)]
-        # It has nothing to do itself; the other cannot do without it.
+        # The stopped replica has no requests itself, but the other needs its experts.
         system.worker_process(1).send_signal(signal.SIGSTOP)
         body = {"prompt": "hello", "max_tokens": 8, "ignore_eos": True}
         answer = requests.post(f"http://127.0.0.1:{system.ports[0]}/v1/completions", json=body, timeout=120)

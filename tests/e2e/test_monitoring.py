@@ -1,4 +1,4 @@
-"""A real Prometheus, with the files that are shipped, beside a real fd-dp: the dashboard shows everything."""
+"""A real Prometheus with the shipped files beside a real fd-dp: every panel of the dashboard has data."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ pytestmark = [
 DASHBOARD = json.loads((ROOT / "etc/grafana/fd-dp.json").read_text())
 RULES = ROOT / "etc/prometheus-rules.yml"
 REPLICAS = 2
-#: What Grafana puts in place of its variables for two replicas. A busy machine misses many a scrape.
+#: Grafana's variables for two replicas. The intervals are long, as a busy machine misses many a scrape.
 VARIABLES = {"$replica": "(0|1)", "$__rate_interval": "60s", "$__range": "60s"}
 
 
 class Prometheus:
-    """Scrapes one system, each second, with what etc/prometheus.yml says but for the ports."""
+    """Scrapes one system every second; apart from that and the ports, with the shipped etc/prometheus.yml."""
 
     def __init__(self, directory: Path, system: System) -> None:
         self.began = time.time()
@@ -59,14 +59,14 @@ class Prometheus:
         return answer["data"]
 
     def series(self, query: str) -> list[dict[str, Any]]:
-        """Of everything since the beginning, those that have had a number at some time."""
-        # To a whole step after now, or the newest of them may not be seen.
+        """Return the series since the beginning that have had a finite value at some time."""
+        # End one step after now; otherwise the newest samples may be missing.
         end = time.time() + 1
         found = self.ask("query_range", query=query, start=self.began, end=end, step=1)["result"]
         return [one for one in found if any(math.isfinite(float(value)) for _, value in one["values"])]
 
     def now(self, query: str) -> dict[str, float]:
-        """Instance -> value."""
+        """Return the current value by instance."""
         found = self.ask("query", query=query)["result"]
         return {one["metric"]["instance"]: float(one["value"][1]) for one in found}
 
@@ -76,7 +76,7 @@ class Prometheus:
 
 
 def configuration(system: System) -> str:
-    """etc/prometheus.yml for the ports of this system, and without the replicas that it has not."""
+    """Return etc/prometheus.yml with this system's ports, and without replicas that it lacks."""
     text = (ROOT / "etc/prometheus.yml").read_text()
     ports = {30001: system.metrics_port, 30000: system.router_port}
     ports |= {3101 + 100 * index: port for index, port in enumerate(system.metrics_ports)}
@@ -94,7 +94,7 @@ def configuration(system: System) -> str:
 
 @pytest.fixture(scope="module")
 def prometheus(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """It has seen a start, traffic, a kill, and a reload of everything."""
+    """A Prometheus that has seen a start, traffic, a kill, and a reload of all replicas."""
     system = System(
         tmp_path_factory.mktemp("fd"),
         REPLICAS,
@@ -104,7 +104,7 @@ def prometheus(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> I
     watching = Prometheus(tmp_path_factory.mktemp("prometheus"), system)
     try:
         system.wait_ready()
-        # Prometheus takes seconds to begin, and what it did not see rise from 0 has no rate.
+        # Prometheus takes seconds to start, and a counter whose rise from 0 it missed has no rate.
         wait_until(lambda: [*watching.now("up").values()] == [1.0] * (2 + REPLICAS), "everybody is scraped")
         live(system)
         ended = time.time()
@@ -116,7 +116,7 @@ def prometheus(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def live(system: System) -> None:
-    """Everything that a fleet meets."""
+    """Cause traffic, a refused request, a kill under load, and a reload."""
     assert set(complete(system, tokens=24)) == {200}
     assert requests.post(f"{system.url}/v1/completions", json={"prompt": 1}, timeout=60).status_code == 400
 
@@ -137,7 +137,7 @@ def live(system: System) -> None:
 
 
 def complete(system: System, *, tokens: int) -> list[int]:
-    """Statuses of more requests than the replicas take at a time."""
+    """Send more requests than the replicas take at a time; return the statuses."""
 
     def one(number: int) -> int:
         body = {"prompt": "the sea " * 80, "max_tokens": tokens, "ignore_eos": True, "stream": True}
@@ -156,7 +156,7 @@ def in_flight(system: System, replica: int) -> float:
 
 
 def queries() -> Iterator[tuple[str, str, str]]:
-    """Of the dashboard: panel, legend, PromQL."""
+    """Yield panel, legend and PromQL of each query of the dashboard."""
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", ()):
             expression = target["expr"]

@@ -1,4 +1,4 @@
-"""The launcher with two real replicas of a tiny model: how it ends, and that it leaves nothing behind."""
+"""The launcher with two real replicas of a tiny model: how it ends, and that no process is left behind."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Launcher:
             return False
 
     def server(self, index: int) -> psutil.Process:
-        """The api_server of that number."""
+        """Return the api_server of a replica."""
         found = [
             child
             for child in psutil.Process(self.process.pid).children()

@@ -1,4 +1,4 @@
-"""A real nginx with the shipped configuration, in front of servers that stand for replicas."""
+"""A real nginx with the shipped configuration, in front of fake replicas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.e2e, needs("nginx")]
 
 
 class Replica:
-    """An HTTP server whose answers a test decides: `answer` is called with the handler of each request."""
+    """An HTTP server whose answers are set by a test: `answer` is called with the handler of each request."""
 
     def __init__(self) -> None:
         self.answer: Callable[[BaseHTTPRequestHandler], None] = text("fine")
@@ -76,7 +76,7 @@ def replicas() -> Iterator[list[Replica]]:
 
 @pytest.fixture
 def nginx(replicas: list[Replica], tmp_path: Path) -> Iterator[int]:
-    """Its port. The shipped file, only with other ports, and as many replicas as there are."""
+    """The port of an nginx with the shipped file, adapted to the ports and number of the replicas."""
     (port,) = free_ports(1)
     lines = CONFIG.read_text().replace("listen 127.0.0.1:8080", f"listen 127.0.0.1:{port}").splitlines()
     servers = [line for line in lines if line.strip().startswith("server 127.0.0.1:")]
@@ -163,7 +163,7 @@ def test_a_client_that_goes_ends_the_request_at_the_replica(nginx: int, replicas
     gone = threading.Event()
 
     def wait(handler: BaseHTTPRequestHandler) -> None:
-        # Readable without a request in it: the other side has closed.
+        # The connection becomes readable without a second request when nginx closes it.
         select.select([handler.connection], [], [], 60)
         if handler.connection.recv(1) == b"":
             gone.set()

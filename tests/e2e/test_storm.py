@@ -1,4 +1,4 @@
-"""Workers are killed faster than they can be started again, and no request is refused or altered."""
+"""Workers are killed faster than they can restart; no request is refused or altered."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Scale:
     replicas: int
     clients: int
     kills: int
-    #: Seconds between two of them.
+    #: Seconds between two kills.
     pause: float
-    #: Of a stream, from and to.
+    #: Shortest and longest stream.
     tokens: tuple[int, int]
 
 
@@ -70,12 +70,12 @@ def test_no_request_is_refused_in_a_storm_of_kills(
     assert "ended: from outside" in words
     assert "replicas in a row were lost" not in words
     assert "Traceback" not in words
-    # Ends from outside say nothing about the machine: no replica is paused or quarantined.
+    # Kills from outside say nothing about the machine: no replica is paused or quarantined.
     assert "QUARANTINED" not in (tmp_path / "fd-dp.out").read_text()
 
 
 def kill_workers(system: System, chance: Random, scale: Scale) -> int:
-    """So many, each of any replica that answers just then."""
+    """Kill workers of random READY replicas; return how many."""
     killed = 0
     while killed < scale.kills:
         time.sleep(scale.pause)
@@ -90,6 +90,6 @@ def kill_workers(system: System, chance: Random, scale: Scale) -> int:
 
 
 def ready_replicas(system: System) -> list[int]:
-    """Their pids."""
+    """Return the pids of replicas that are READY."""
     *_, last = protocol.request(protocol.socket_path(system.prefix / "run"), {"do": "status"}, timeout=60)
     return [each["pid"] for each in last["status"]["replicas"] if each["state"] == "READY"]

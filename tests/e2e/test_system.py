@@ -1,4 +1,4 @@
-"""Eight replicas, a router and a daemon, real processes and real signals: what architecture.md promises."""
+"""Eight replicas, a router and a daemon, real processes and real signals: the promises of architecture.md."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_streams_survive_a_replica_death_before_the_first_token(system: System, 
     family = [system.replica_process(5), system.http_process(5), system.worker_process(5)]
     port = system.metrics_ports[5]
     before = _metric(port, "requests_number_total")
-    # Its requests wait for their first tokens as long as the test likes.
+    # A suspended worker keeps its requests waiting for their first tokens.
     system.worker_process(5).suspend()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(complete, system, "one", stream=True, seed=7) for _ in range(16)]
@@ -170,7 +170,7 @@ def test_a_client_that_leaves_frees_its_replica(system: System) -> None:
         next(answer.iter_lines())
     wait_until(lambda: _sum(system, "num_requests_running") == 0, "no sequence is running", deadline=30)
     assert _sum(system, names[0]) == began + 1
-    # Left to themselves its texts would have come to their end too.
+    # Texts that were not aborted would have run to their end, and would be counted here.
     assert _sum(system, names[1]) == answered
     assert tokens < _sum(system, names[2]) < tokens + 16 * 500
 
@@ -183,7 +183,7 @@ def _registered(system: System) -> int:
 
 
 def _events(answer: requests.Response) -> list[dict[str, Any]]:
-    """Of a whole stream, without its last word."""
+    """Return the events of a complete stream, without the final [DONE]."""
     assert answer.status_code == 200, answer.text
     *events, done = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
     assert done == "[DONE]"
@@ -196,5 +196,5 @@ def _metric(port: int, name: str) -> float:
 
 
 def _sum(system: System, metric: str) -> float:
-    """Over all replicas."""
+    """Return the metric's sum over all replicas."""
     return sum(_metric(port, metric) for port in system.metrics_ports)

@@ -1,4 +1,4 @@
-"""Clients stream without a pause while everything that can be replaced is replaced, and what can die dies."""
+"""Clients stream without a pause while everything replaceable is replaced and processes are killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 CONFIGURATION = {
     "parallel": "expert_parallel = true",
     "engine": f"extra_args = {json.dumps(['--chat-template', TEMPLATE])}",
-    # Killed on purpose, again and again: neither a budget nor long waits.
+    # Repeated kills on purpose must neither exhaust a budget nor lead to long waits.
     "supervise": "backoff_first = 0.2\nbackoff_max = 1\nbudget = 1000000\nbox_budget = 1000000",
 }
 ENGINE = ("max_num_seqs = 16\n", "max_num_seqs = 24\n")
@@ -34,11 +34,11 @@ ROUTER = ("[router]\n", '[router]\npolicy = "round_robin"\n')
 class Scale:
     replicas: int
     kills: int
-    #: Of different requests.
+    #: Number of different requests.
     asks: int
-    #: Of a stream, from and to.
+    #: Shortest and longest stream.
     tokens: tuple[int, int]
-    #: Minutes for which all of it is done again and again; 0: once.
+    #: Minutes during which the whole sequence is repeated; 0: once.
     minutes: float = 0.0
 
 
@@ -69,7 +69,7 @@ def test_no_request_fails_and_no_text_changes(
         with capsys.disabled():
             print(f"\n{scale.replicas} replicas, {clients.count} clients, FD_SOAK_SEED={seed}")
             print(f"{clients.report()}\n{disturbance.report()}")
-        # Nothing may be left over.
+        # No process may be left.
         system.stop()
     assert clients.done["resumed"] > 0
     assert disturbance.lowest_ready["rolling reload"] == scale.replicas - 1
@@ -93,12 +93,12 @@ def go_through_all(system: System, disturbance: Disturbance, scale: Scale) -> No
             system.wait_ready()
         if time.monotonic() > end:
             return
-        # And back.
+        # The next round changes the settings back.
         engine, router = engine[::-1], router[::-1]
 
 
 def learn(clients: Clients, scale: Scale) -> None:
-    """Undisturbed; what is asked is always the same, so that runs can be compared."""
+    """Learn the undisturbed answers; the requests are fixed, so that runs can be compared."""
     asks = draw_requests(Random(6), scale.asks, scale.tokens)
     said = clients.learn(asks)
     assert any(ord(c) > 127 and c != "\ufffd" for each in said for c in text_of(each)), (
@@ -117,7 +117,7 @@ def router_pid(system: System) -> int:
 
 
 def nothing_is_in_flight(system: System) -> bool:
-    """Neither by the router's board nor by its metrics."""
+    """Return whether both the router's board and its metrics show no request."""
     known = requests.get(f"{system.url}/registered", timeout=10).json()["mixed"]
     lines = requests.get(f"{system.url}/metrics", timeout=10).text.splitlines()
     counts = [line.rpartition(" ")[2] for line in lines if line.startswith("fd_router_in_flight{")]

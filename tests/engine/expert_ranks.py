@@ -1,4 +1,4 @@
-"""Groups of workers for the tests of expert parallelism, and the texts that they have to write."""
+"""Groups of workers for the tests of expert parallelism, and the expected texts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastdeploy.expert_parallel.memory_file import group_directory
 
 from .worker_api import CONFIG, Api, Ranks, Texts, request
 
-#: Steps of up to two collectives, prompts of several steps, and sequences that preempt each other.
+#: Leads to steps of up to two collectives, prompts of several steps, and preemptions.
 EXPERT_CONFIG = replace(CONFIG, max_num_batched_tokens=200, num_gpu_blocks_override=70)
 
 
 def requests_of(seat: int, count: int = 4, tokens: int = 60) -> list[AddRequest]:
-    """Some of each kind: greedy and drawn, short prompts and long ones."""
+    """Return greedy and sampled requests with short and long prompts."""
     random = np.random.default_rng(seat)
     lengths = random.choice([1, 5, 40, 300], count)
     return [
@@ -37,7 +37,7 @@ def requests_of(seat: int, count: int = 4, tokens: int = 60) -> list[AddRequest]
 
 
 def undisturbed(config: EngineConfig, logs: Path, requests: dict[int, list[AddRequest]]) -> dict[int, Texts]:
-    """What one worker writes that has all experts and is left in peace."""
+    """Return the texts of a single worker that has all experts."""
     api = Api(config, logs)
     try:
         api.receive_until(Ready)
@@ -48,7 +48,7 @@ def undisturbed(config: EngineConfig, logs: Path, requests: dict[int, list[AddRe
 
 @contextmanager
 def ranks_of(count: int, logs: Path, config: EngineConfig = EXPERT_CONFIG) -> Iterator[Ranks]:
-    """A group of its own name, of which nothing stays behind."""
+    """Workers of a new group, whose memory is removed afterwards."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     ranks = Ranks(config, count, name, logs)
     try:

@@ -49,7 +49,7 @@ def engine_config(**changes: object) -> EngineConfig:
 
 
 def logits_after(token_ids: Iterable[int]) -> np.ndarray:
-    """A row that looks random and is a function of the tokens and their order."""
+    """Return logits that look random and depend on the tokens and their order."""
     digest = zlib.crc32(np.array(list(token_ids), dtype=np.int64).tobytes())
     return np.random.default_rng(digest).normal(0, 3, VOCAB_SIZE).astype(np.float32)
 
@@ -59,7 +59,7 @@ class PagedOracle:
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size
-        # Poison: a slot read before it was written is not a token.
+        # A slot that was never written holds -1, which is no token.
         self.cache = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.batches: list[Batch] = []
 
@@ -68,7 +68,7 @@ class PagedOracle:
         for row in batch.rows:
             positions = np.arange(row.start, row.end)
             self.cache[self._slots(row.sequence, positions)] = row.sequence.token_ids(row.start, row.end)
-        # Read after all of the writes, so that two rows which write one slot are found out.
+        # Read after all writes, to detect two rows that write the same slot.
         logits = [
             logits_after(self.cache[self._slots(row.sequence, np.arange(row.end))])
             for row in batch.rows
@@ -82,7 +82,7 @@ class PagedOracle:
 
 
 def generate_alone(prompt: list[int], params: SamplingParams, limit: int) -> tuple[list[int], FinishReason]:
-    """The text as it must be: one sequence, no cache, no batch, no chunks."""
+    """Return the correct text, computed with one sequence and without cache, batch or chunks."""
     sequence, sampler = Sequence("alone", list(prompt), params), Sampler()
     while True:
         row = logits_after(sequence.token_ids(0, sequence.num_tokens))

@@ -1,4 +1,4 @@
-"""How far logits are from those of the network in float64, on the same weights."""
+"""The distance of logits from those of the network in float64, with the same weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODELS = 24
 
 
 def errors(path: Path, weight_format: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of the logits of every token of all models: ours, and those of a plain bfloat16 implementation."""
+    """Return the errors of all models' logits for every token: ours, and those of plain bfloat16."""
     ours, plain = [], []
     for seed in range(MODELS):
         random = np.random.default_rng(seed)
@@ -32,9 +32,9 @@ def errors(path: Path, weight_format: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_bfloat16_weights_give_better_logits_than_bfloat16_throughout(tmp_path: Path) -> None:
-    """Keys and values are rounded, and what AMX multiplies, but no sums and nothing between operations.
+    """Keys, values and operands of AMX are rounded, but no sums and no results between operations.
 
-    In the mean are also tokens whose experts' choice tipped over.
+    The mean includes tokens for which rounding changed the choice of experts.
     """
     ours, plain = errors(tmp_path, "bfloat16")
     assert np.median(ours) < (0.75 if custom_ops.instruction_set() == "amx" else 0.5) * np.median(plain)

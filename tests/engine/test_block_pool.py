@@ -93,7 +93,7 @@ def test_the_audit_names_a_leaked_block() -> None:
 
 
 class PoolAgainstModel(RuleBasedStateMachine):
-    """Random holders of chains of contents, against a dictionary of what each block was published as."""
+    """Random holders of chains of contents, checked against a dictionary of the published contents."""
 
     NUM_BLOCKS = 6
 

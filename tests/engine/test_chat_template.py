@@ -1,4 +1,4 @@
-"""Conversations become text; templates of clients get no more than their share of the machine."""
+"""Conversations become text; clients' templates get a limited share of the machine."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_template_of_the_request_is_bounded(source: str, message: str) -> None
 
 
 def test_a_server_that_is_told_to_end_still_gets_the_text(tmp_path: Path) -> None:
-    """supervisord and terminals tell its whole process group."""
+    """supervisord and terminals signal the whole process group, which includes the renderer."""
     server = (
         "import signal; from fastdeploy.tokenizer.chat_template import render_untrusted;"
         "signal.signal(signal.SIGTERM, lambda *_: None);"

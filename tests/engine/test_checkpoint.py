@@ -1,4 +1,4 @@
-"""Checkpoints in every layout, and what a person reads when one is wrong."""
+"""Checkpoints in every layout, and the messages about invalid ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.checkpoints import LAYOUTS, Tensors, config_json, draw_tensors, is_mo
 
 
 def blobs_of(path: Path, qkv_order: str = "plain", weight_format: str = "float32") -> dict[str, bytes]:
-    """What the kernels and the embedding would be given."""
+    """Return the data that the kernels and the embedding get."""
     found = packed_tensors(
         Packing(path, weight_format, qkv_order),
         ModelConfig.from_directory(path),
@@ -35,7 +35,7 @@ def assert_same(blobs: dict[str, bytes], others: dict[str, bytes]) -> None:
 
 
 def expected_blobs(config: dict[str, Any], tensors: Tensors, weight_format: str) -> dict[str, bytes]:
-    """The blobs of a checkpoint, made in the most obvious way from its tensors under Hugging Face names."""
+    """Return the blobs of a checkpoint, computed directly from its tensors under Hugging Face names."""
     blobs: dict[str, bytes] = {}
 
     def matrix(name: str, *parts: str, form: str = weight_format) -> None:
@@ -138,7 +138,7 @@ def test_square_matrices_with_hugging_face_names_keep_that_orientation(tmp_path:
 def test_half_precision_is_widened(
     tmp_path: Path, config: dict[str, Any], tensors: Tensors, layout: str, dtype: str
 ) -> None:
-    """Multiples of 1/16 below 16, which either format holds exactly."""
+    """The values are multiples of 1/16 below 16, which either format holds exactly."""
     rounded = {name: np.float32(np.round(values * 16) / 16) for name, values in tensors.items()}
     write_checkpoint(tmp_path / "half", config, rounded, layout=layout, dtype=dtype)
     write_checkpoint(tmp_path / "wide", config, rounded)
@@ -157,7 +157,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 
 
 def test_weights_are_mapped_and_not_copied(checkpoint: Path) -> None:
-    """They are pages of the packed file, which all replicas share."""
+    """The weights are pages of the packed file, which all replicas share."""
     config = ModelConfig.from_directory(checkpoint)
     weights = load_weights(
         checkpoint, config, weight_format="bfloat16", progress=lambda fraction, stage: None
@@ -204,7 +204,7 @@ def test_a_missing_correction_bias_is_zero_and_mtp_is_ignored(
     )
     without_bias, zero_bias = blobs_of(tmp_path / "without"), blobs_of(tmp_path / "zero")
     for index in (1, 2):
-        # A product with zero may have left negative ones.
+        # The multiplication by zero above may have produced negative zeros.
         name = f"layers.{index}.mlp.correction_bias"
         np.testing.assert_array_equal(
             np.frombuffer(without_bias.pop(name), np.float32), np.frombuffer(zero_bias.pop(name), np.float32)

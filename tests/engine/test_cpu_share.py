@@ -1,4 +1,4 @@
-"""Which CPUs a replica gets."""
+"""The CPUs that a replica gets."""
 
 from __future__ import annotations
 

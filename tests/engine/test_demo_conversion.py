@@ -27,7 +27,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 
 
 def picks(x: Array, tensors: dict[str, Array]) -> Array:
-    """The experts of ERNIE-4.5's router for each row of x: softmax, bias for the choice only, top k."""
+    """Return the experts that ERNIE-4.5's router picks: softmax, bias for the choice only, top k."""
     scores = x @ tensors["gate.weight"].T
     weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     biased = weights + tensors["moe_statics.e_score_correction_bias"]
@@ -35,7 +35,7 @@ def picks(x: Array, tensors: dict[str, Array]) -> Array:
 
 
 def mixture(x: Array, tensors: dict[str, Array]) -> Array:
-    """An ERNIE-4.5 MoE layer, token by token."""
+    """Compute an ERNIE-4.5 MoE layer token by token."""
     scores = x @ tensors["gate.weight"].T
     weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     result = swiglu(x, *(tensors[f"shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down")))

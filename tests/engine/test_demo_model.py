@@ -45,7 +45,7 @@ def test_a_path_must_be_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_resolving_a_path_imports_nothing_heavy() -> None:
-    """The daemon and the launchers resolve paths too, and they start in a moment."""
+    """The daemon and the launchers resolve paths too, and must start quickly."""
     heavy = "{'numpy', 'gguf', 'paddle', 'rich'}"
     code = f"import fastdeploy.demo_model.model, sys; print(*{heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == ""

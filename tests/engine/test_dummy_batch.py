@@ -1,4 +1,4 @@
-"""A worker without work of its own, while other ranks of its group have some: what it tells of that."""
+"""The reports of a worker without requests of its own, while other ranks of its group have some."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ STEP_SECONDS = 0.01
 
 
 class World:
-    """Engine, rank and API process at once; `events` wake the worker one by one, then it is to end."""
+    """Engine, rank and API process in one; `events` wake the worker one by one, then it must end."""
 
     def __init__(self, *events: Callable[[World], object]) -> None:
         self._events = list(events)
         self.now = 0.0
         self.steps = self.own_steps = self.others_steps = 0
-        #: The count of steps at each word about rest, and "step" for each word about a step of its own.
+        #: The step count of each report at rest, and "step" for each step of its own.
         self.told: list[int | str] = []
         self.left = self.stopping = False
 
@@ -114,7 +114,7 @@ def asked_for(steps: int) -> Callable[[World], object]:
 def test_it_tells_at_the_start_once_a_second_and_when_it_comes_to_rest(run: Callable[..., World]) -> None:
     told = run(others_compute(1000)).told
     assert (told[0], told[-1]) == (0, 1000)
-    # It takes ten seconds.
+    # The steps take ten seconds.
     assert 10 <= len(told) <= 12
 
 

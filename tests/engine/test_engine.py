@@ -36,7 +36,7 @@ def drain(engine: EngineCore) -> list[StepOutputs]:
 
 
 class Texts:
-    """What a client would have seen."""
+    """The outputs that a client would get."""
 
     def __init__(self) -> None:
         self.token_ids: dict[str, list[int]] = {}
@@ -83,8 +83,8 @@ sampling = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_text_is_the_one_of_the_request_alone(data: st.DataObject) -> None:
-    """Whatever the batch, the chunks, the prefix hits, the preemptions and the aborts of others; and however
-    much of it another engine has written."""
+    """The text depends neither on batch, chunks, prefix hits, preemptions and aborts of others, nor on how
+    much of it another engine has generated."""
     num_blocks = data.draw(st.integers(3, 24))
     engine, runner = build(
         num_blocks=num_blocks,
@@ -215,7 +215,7 @@ def test_a_request_id_in_use_ends_both_because_it_names_neither() -> None:
 
 
 class Faulty(PagedOracle):
-    """Fails those steps whose batch holds a request of the given name."""
+    """Fails each step whose batch includes a request of the given name."""
 
     def __init__(self, num_blocks: int, block_size: int, poison: str) -> None:
         super().__init__(num_blocks, block_size)

@@ -103,7 +103,7 @@ def next_row(sequence: Sequence) -> ScheduledSequence:
 def test_logits_come_in_batch_order_and_of_sampling_rows_only(
     network: Network, reference: dict[str, np.ndarray]
 ) -> None:
-    """A chunk before a decode row: computed the other way round, answered in this order."""
+    """A chunk precedes a decode row: they are computed in the opposite order and returned in this one."""
     long, short = (network.sequence(reference[f"prompt_{i}"].tolist()) for i in (4, 0))
     chunk = ScheduledSequence(long, 0, 33, samples=True)
     single = ScheduledSequence(short, 0, 1, samples=True)

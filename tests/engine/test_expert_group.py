@@ -1,4 +1,4 @@
-"""How a group is joined, or not; the record of its members, its lock, and the memory behind it."""
+"""Joining a group; the record of its members, its lock, and its memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from fastdeploy.expert_parallel.options import GroupOptions
 from tests.custom_ops.ranks import group_of_its_own
 
 LAYOUT = GroupLayout(num_ranks=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
-#: Longer than anything that works takes, on a busy machine.
+#: Deadline in seconds for anything that works, even on a busy machine.
 PATIENCE = 60.0
 
 Join = Callable[..., ExpertGroup]
@@ -57,7 +57,7 @@ def name() -> Iterator[str]:
 
 @pytest.fixture
 def joined(name: str) -> Iterator[Join]:
-    """Joins as a rank that is closed when the test is over."""
+    """Return a function that joins as a rank; the ranks are closed after the test."""
     with contextlib.ExitStack() as stack:
 
         def join_it(
@@ -77,7 +77,7 @@ def joined(name: str) -> Iterator[Join]:
 
 @pytest.fixture
 def start(name: str) -> Iterator[Start]:
-    """Starts a `group_process`, and waits for its first line unless it cannot come yet."""
+    """Return a function that starts a `group_process` and, if `says` is given, waits for that line."""
     processes = []
 
     def run(*arguments: object, says: str | None) -> subprocess.Popen[str]:
@@ -98,7 +98,7 @@ def start(name: str) -> Iterator[Start]:
 
 @pytest.fixture
 def memory(name: str) -> Memory:
-    """Of a group of which nobody is alive."""
+    """Memory of a group without living members."""
     fingerprint = group_fingerprint(LAYOUT, {})
     with memory_file.open_locked(name, LAYOUT, fingerprint, patience=60.0) as memory:
         return memory
@@ -106,8 +106,8 @@ def memory(name: str) -> Memory:
 
 @pytest.fixture
 def small() -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of so many KiB."""
-    # Not pytest's directory: the name of a socket has to be short.
+    """Return a function that mounts a file system with a size in KiB."""
+    # Not in pytest's directory, as the name of a socket has to be short.
     root = Path(mkdtemp())
 
     def mount(size: int) -> Path:
@@ -117,12 +117,12 @@ def small() -> Iterator[Callable[[int], Path]]:
         return root
 
     yield mount
-    # Lazily: this process has its files mapped.
+    # Lazily, as this process has files mapped.
     subprocess.run(["umount", "-l", str(root)], capture_output=True, check=False)
     root.rmdir()
 
 
-# ---- where there is no shared memory, or not enough
+# ---- missing or insufficient shared memory
 
 
 def test_a_directory_that_is_missing_is_told(joined: Join, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_rank_that_is_taken_again_needs_no_second_part(name: str, small: Calla
 
 
 def fill(root: Path, but: int) -> None:
-    """Leaves so many KiB."""
+    """Fill the file system except for `but` KiB."""
     room = os.statvfs(root)
     (root / "of another").write_bytes(bytes(room.f_bavail * room.f_frsize - (but << 10)))
 
@@ -202,14 +202,14 @@ def test_memory_that_runs_out_in_a_step_ends_the_rank_in_a_line(
 def test_what_fits_is_taken_where_twice_as_much_does_not(joined: Join, small: Callable[[int], Path]) -> None:
     root = small(4096)
     group = joined(root=root, layout=replace(LAYOUT, max_tokens=256))
-    # A KiB for each.
+    # Each token takes 1 KiB.
     dispatch(group, 128)
     fill(root, but=64)
     dispatch(group, 190)
     assert group.status().steps_total == 2
 
 
-# ---- who may join
+# ---- admission
 
 
 def test_ranks_that_disagree_are_told_who_and_about_what(joined: Join) -> None:
@@ -233,7 +233,7 @@ def test_who_is_refused_leaves_the_lock_and_the_rank_to_others(joined: Join, mem
     joined(0, weights="abc")
     with pytest.raises(ConfigError) as raised:
         joined(1, weights="xyz")
-    # While the error is not forgotten, and what it refers to.
+    # The error, and the objects that its traceback refers to, must not keep the lock.
     with memory_of(patience=0.5).locked() as _:
         assert raised.value is not None
     assert memory_of().rank_slots[1].state == RankSlotState.FREE
@@ -256,7 +256,7 @@ def test_memory_of_a_newer_protocol_that_nobody_uses_is_made_anew(joined: Join, 
 
 def test_a_rank_that_a_living_process_has_is_refused(joined: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join_module, "_TAKEOVER_SECONDS", 0.3)
-    # Longer than anybody may keep the lock.
+    # The wait for a rank lasts longer than the lock may be held.
     joined(0, stall_kill=0.1)
     with pytest.raises(
         RankTaken, match=f"rank 0 of expert group .* is held by pid {os.getpid()}, which is alive"
@@ -274,7 +274,7 @@ def test_a_rank_is_waited_for_while_its_process_ends(joined: Join, memory: Memor
 
 @pytest.fixture
 def memory_of(name: str) -> Iterator[MemoryOf]:
-    """Another mapping of the memory."""
+    """Return a function that opens another mapping of the memory."""
     opened = []
 
     def look(patience: float = 60.0) -> Memory:
@@ -290,7 +290,7 @@ def memory_of(name: str) -> Iterator[MemoryOf]:
 
 def test_who_has_the_lock_and_is_stopped_is_killed_and_nobody_else(memory: Memory, start: Start) -> None:
     stopped = start("lock", 60, "stop", says="locked")
-    # The others wait as long as each other, and then one after another has it for longer than they look.
+    # All lose patience with the stopped holder together; then each holds the lock in turn.
     waiting = [start("lock", 0.5, 0.1, says=None) for _ in range(4)]
     for process in waiting:
         assert process.communicate(timeout=PATIENCE)[0] == "locked\nunlocked\n"
@@ -308,7 +308,7 @@ def test_who_waits_for_the_lock_of_one_that_ends_in_time_kills_nobody(memory: Me
 def test_a_pid_that_is_not_the_holders_is_not_killed(
     memory: Memory, start: Start, memory_of: MemoryOf, pid: int | None
 ) -> None:
-    """What an earlier holder has left, whose pid another process has by now; or what is no pid."""
+    """The pid is that of an earlier holder, reused by another process, or no valid pid."""
     other = start("lock", 60, 60, says=None)
     with memory_of().locked():
         memory.header.holder = other.pid if pid is None else pid
@@ -334,7 +334,7 @@ def test_the_lock_goes_with_a_process_that_is_killed(memory: Memory, start: Star
     assert time.monotonic() - began < 30
 
 
-# ---- who is in it
+# ---- membership
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def admit(memory: Memory, membership: Membership, *ranks: int) -> None:
 
 
 def test_a_record_that_was_not_finished_is_not_in_force(memory: Memory, membership: Membership) -> None:
-    """Who has begun to write it has died; the epoch is raised after it."""
+    """The writer died before it raised the epoch."""
     admit(memory, membership, 0, 2)
     before = membership.read()
     begin = LAYOUT.records + (before.epoch + 1) % 2 * LAYOUT.record_bytes
@@ -427,7 +427,7 @@ def test_the_last_one_removes_the_group_also_if_others_died_unseen(
 
 
 def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memory: Memory) -> None:
-    """Memory of a group that is over, and of one that has its name."""
+    """The memory may be that of a finished group whose name a new group uses."""
     memory_file.remove(memory)
     group = joined(0)
     memory_file.remove(memory)
@@ -436,7 +436,7 @@ def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memor
     assert Path(memory.doorbell(0)).exists()
 
 
-# ---- what lies where
+# ---- layout
 
 
 layouts = st.builds(
@@ -452,7 +452,7 @@ layouts = st.builds(
 
 @given(layout=layouts)
 def test_parts_do_not_overlap_and_begin_where_they_may(layout: GroupLayout) -> None:
-    """As `custom_ops/include/expert_group.h` has them: words in lines of their own, rows in pages."""
+    """As in `custom_ops/include/expert_group.h`: words begin on cache lines, rows on pages."""
     picks = layout.max_tokens * layout.k
     file = {
         0: ctypes.sizeof(GroupHeader),
@@ -478,7 +478,7 @@ def test_parts_do_not_overlap_and_begin_where_they_may(layout: GroupLayout) -> N
         for (begin, size), end in zip(parts.items(), offsets[1:], strict=False):
             assert begin + size <= end
         assert all(offset % 64 == 0 for offset in offsets)
-    # A part that is taken from the system is nobody else's.
+    # A page that one part takes from the system must not belong to another part.
     assert all(
         offset % 4096 == 0
         for offset in (layout.first_rank_offset, layout.tokens, layout.results, layout.rank_bytes)

@@ -1,4 +1,4 @@
-"""Workers that share the experts write what each would write alone, whatever happens to some of them."""
+"""Workers that share the experts generate the same texts as each would alone, whatever happens to others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEATS = 8
 
 @pytest.fixture(scope="module")
 def expected(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Texts]:
-    """Of the requests of each seat, without expert parallelism."""
+    """Texts of each seat's requests, without expert parallelism."""
     requests = {seat: requests_of(seat) for seat in range(SEATS)}
     return undisturbed(EXPERT_CONFIG, tmp_path_factory.mktemp("alone"), requests)
 
@@ -35,7 +35,7 @@ def requests_for(ranks: Ranks, *seats: int) -> dict[int, list]:
 
 
 def kill_after(ranks: Ranks, seat: int, tokens: int):
-    """For `Ranks.generate`: kills the seat's worker once, as soon as so many tokens have come."""
+    """Return an `after` for `Ranks.generate` that kills the seat's worker once after that many tokens."""
 
     def after(so_far: int) -> None:
         if seat in ranks.apis and so_far >= tokens:
@@ -62,7 +62,7 @@ def test_texts_are_those_of_a_worker_that_has_all_experts(
         ranks.start(*range(count))
         ranks.wait_ready()
         assert ranks.generate(requests_for(ranks)) == {seat: expected[seat] for seat in range(count)}
-        # One busy, the others idle.
+        # One rank is busy, the others are idle.
         last = count - 1
         assert ranks.generate(requests_for(ranks, last)) == {last: expected[last]}
 
@@ -215,7 +215,7 @@ def test_survivors_of_a_rank_whose_memory_is_scribbled_over_write_on(
                 if word == "tokens":
                     memory.rows[1].tokens = 100_000 << 8 | 4
                 else:
-                    # For an expert that does not exist, at seat 0.
+                    # Tokens for an expert that does not exist, at seat 0.
                     memory.pages[first:last] = nonsense
 
         thread = threading.Thread(target=scribble)
@@ -271,7 +271,7 @@ def processor_seconds(ranks: Ranks) -> float:
 
 
 def last_stats(ranks: Ranks, seat: int):
-    """The latest word of this rank about its group."""
+    """Return the latest statistics that this rank has sent about its group."""
     found = None
     while found is None or ranks.apis[seat].socket.poll(200):
         message = ranks.apis[seat].receive()

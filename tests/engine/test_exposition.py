@@ -1,4 +1,4 @@
-"""Whoever scrapes gets an answer, whatever other clients do or leave undone."""
+"""Every scrape is answered, whatever other clients do or fail to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from fastdeploy.common.metrics_server import CONTENT_TYPE, MetricsServer
 
-#: Larger than what the kernel takes for a client that does not read.
+#: More than the kernel buffers for a client that does not read.
 TEXT = b"# a comment\n" + b"x" * (16 << 20) + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""The limit of open files: raised for this process where that is allowed, refused in one line where not."""
+"""The limit of open files is raised for this process where allowed, and else refused in one line."""
 
 import resource
 import subprocess
@@ -11,7 +11,7 @@ from fastdeploy.common.file_limit import allow_open_files
 
 
 def test_the_soft_limit_is_raised_as_far_as_needed_and_never_lowered():
-    """In a process of its own, whose limit is the test's to change."""
+    """Uses a separate process, whose limits can be changed."""
     program = """
 import resource
 from fastdeploy.common.file_limit import allow_open_files

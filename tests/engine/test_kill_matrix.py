@@ -1,4 +1,4 @@
-"""A rank is killed at every point of a step: the others write on as if nothing had happened, byte for byte.
+"""A rank is killed at every point of a step: the texts of the others do not change by a byte.
 
 Some of the matrix belongs to `make test`; all of it is `make chaos`.
 """
@@ -19,19 +19,19 @@ from ..waiting import wait_until
 from .expert_ranks import EXPERT_CONFIG, ranks_of, requests_of, undisturbed
 from .worker_api import DEADLINE_S, Ranks, Texts
 
-#: Layers with experts of the tiny model.
+#: Layers of the tiny model that have experts.
 LAYERS = (0, 1)
 WITHIN_A_LAYER = ("computing", "sending", "sent", "experts", "returning", "returned", "combining")
 SURVIVORS = (0, 1)
 VICTIM = 2
-#: The victim is caught in so many a step, or collective, of its life.
+#: Number of the step, or collective, of its life in which the victim is caught.
 NTH = 9
 
 assert set(WITHIN_A_LAYER) <= set(PHASES)
 
 
 def some_of(cases: list[tuple[str, int]], ordinary: set[tuple[str, int]]) -> list[object]:
-    """The others are marked."""
+    """Return all cases; those that are not ordinary are marked as chaos."""
     return [
         pytest.param(*case, marks=() if case in ordinary else pytest.mark.chaos, id=f"{case[0]}-{case[1]}")
         for case in cases
@@ -52,7 +52,7 @@ def expected(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture(scope="module")
 def group(model_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Two ranks that no kill of a third may hurt; it goes on from test to test."""
+    """Two ranks that must survive every kill of another; shared by the tests of this file."""
     config = replace(EXPERT_CONFIG, expert_parallel_stall_kill=2.0)
     with ranks_of(4, tmp_path_factory.mktemp("group"), config) as ranks:
         ranks.start(*SURVIVORS)
@@ -74,7 +74,7 @@ def members(ranks: Ranks) -> tuple[int, ...]:
 
 
 def survive(ranks: Ranks, expected: dict[int, Texts], *victims: int) -> None:
-    """Everybody writes; the victims' workers end meanwhile."""
+    """Generate on all ranks while the victims' workers are killed; check the survivors' texts."""
     lost = [ranks.apis[seat] for seat in victims]
     texts = ranks.generate({seat: requests_of(seat) for seat in (*SURVIVORS, *victims)}, mortal=victims)
     assert texts == {seat: expected[seat] for seat in SURVIVORS}
@@ -97,7 +97,7 @@ def test_ranks_survive_a_death_during_recovery_from_another(
 ) -> None:
     group.start(VICTIM, trap=f"{phase}:{layer}:{NTH}:SIGKILL")
     group.wait_ready(VICTIM)
-    # It arrives at the epoch in which it joins, and then at that of the first one's death.
+    # It arrives first for the epoch in which it joins, then for the epoch of the other victim's death.
     group.start(3, trap="arriving:0:2:SIGKILL")
     group.wait_ready(3)
     survive(group, expected, VICTIM, 3)
@@ -132,7 +132,7 @@ def test_survivors_of_a_rank_that_is_stopped(
 
 @pytest.mark.chaos
 def test_survivors_of_kills_at_random_moments(group: Ranks, expected: dict[int, Texts]) -> None:
-    """Twenty of them, while newcomers come and are killed at any stage of that, too."""
+    """Kills twenty newcomers, some of them while they load or join."""
     moments = random.Random(4)
     for _ in range(20):
         group.start(VICTIM)

@@ -82,7 +82,7 @@ def write(number: int, count: int) -> None:
 def test_no_line_is_lost_when_several_processes_rotate_one_file(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python's own handler lets each process rotate what another has just begun."""
+    """With Python's own handler, each process rotates the file that another has just begun."""
     monkeypatch.setenv("FD_LOG_BACKUP_COUNT", "100")
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=write, args=(number, 500)) for number in range(4)]
@@ -97,7 +97,7 @@ def test_no_line_is_lost_when_several_processes_rotate_one_file(
         (line.split()[4], line.split()[-1]) for line in lines
     }
     assert len(lines) == 4 * 500
-    # Each is about as large as it may be, and not cut into many small ones.
+    # Files are nearly full: rotation does not split the log into many small ones.
     assert len(files) <= 2 * 4 * 500 * 90 // 20_000
 
 
@@ -173,7 +173,7 @@ def test_lines_for_a_full_disk_are_dropped_and_counted(tmp_path: Path, disk: Sma
     writer = Writer(logs, disk.prefix)
     writer.log("before")
     disk.fill()
-    # Some fit into the page that the file has already.
+    # Some lines fit into the last page of the file.
     lines = [f"{number} " + "x" * 1000 for number in range(20)]
     writer.log(*lines)
     disk.make_room()
@@ -194,7 +194,7 @@ def test_lines_for_a_full_disk_are_dropped_and_counted(tmp_path: Path, disk: Sma
 
 @pytest.mark.parametrize("is_removed", [False, True])
 def test_a_read_only_disk_costs_lines_only(tmp_path: Path, disk: SmallDisk, is_removed: bool) -> None:
-    """A file that is open can still be written; one that must be made again cannot."""
+    """An open file can still be written; a removed one cannot be created again."""
     logs = tmp_path / "disk" / "logs"
     writer = Writer(logs, disk.prefix)
     writer.log("before")
@@ -276,7 +276,7 @@ def test_a_rotation_that_fails_halfway_is_made_up_for(
     log.configure("", "x.log")
     logger = logging.getLogger("test")
     (directory / "x.log.1").write_text("old")
-    # Nothing can be renamed to it.
+    # No file can be renamed to a directory.
     (directory / "x.log.2").mkdir()
     (directory / "x.log.2" / "file").touch()
     (directory / "x.log.3").mkdir()
@@ -295,7 +295,7 @@ def test_a_rotation_that_fails_halfway_is_made_up_for(
 
 
 def test_a_close_that_fails_costs_no_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel has closed the descriptor all the same; its number may be another file's by then."""
+    """The kernel closes the descriptor nevertheless; its number may be that of another file by then."""
     monkeypatch.setattr(log_file, "CHECK_SECONDS", 0.0)
     log.configure("", "x.log")
     close = os.close
@@ -321,7 +321,7 @@ def test_standard_error_on_a_full_disk_costs_lines_only(tmp_path: Path, disk: Sm
     disk.make_room()
     writer.log("after", "last")
     writer.end()
-    # Nothing is kept for later, and no line begins in the middle of another.
+    # No line is kept for later, and none begins in the middle of another.
     assert [message(line) for line in file.read_text().removeprefix(kept).strip().splitlines()] == [
         "after",
         "last",

@@ -1,4 +1,4 @@
-"""Models of many shapes against what transformers computed for them once; `make parity` does it afresh."""
+"""Models of many shapes against stored results of transformers; `make parity` computes them again."""
 
 from __future__ import annotations
 

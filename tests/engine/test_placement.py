@@ -16,7 +16,7 @@ from fastdeploy.expert_parallel.placement import ExpertReplica, Placement, TooFe
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and a group: the arguments of a plan from nothing."""
+    """A layer and a group: the arguments of a plan without a previous placement."""
 
     num_experts: int
     ranks: tuple[int, ...]
@@ -37,7 +37,7 @@ class Case:
 
     @property
     def num_replicas(self) -> int:
-        """As many as are wanted, or as fit: once on each rank, and into its slots."""
+        """Return the wanted number, limited by the slots and by one replica of an expert on each rank."""
         per_rank = self.num_experts if self.slots is None else min(self.slots, self.num_experts)
         return min(self.num_experts + self.redundant, per_rank * len(self.ranks))
 
@@ -73,7 +73,7 @@ def counts(placement: Placement, ranks: Iterable[int]) -> list[int]:
 
 
 def rank_loads(placement: Placement, load: Sequence[float] | None) -> dict[int, float]:
-    """An expert's load is shared equally by its replicas."""
+    """Return the load by rank; an expert's load is shared equally by its replicas."""
     shares: dict[int, list[float]] = {}
     for replicas, one in zip(placement.replicas, load or [1.0] * len(placement.replicas), strict=True):
         for replica in replicas:
@@ -104,7 +104,7 @@ def check_who_stays_keeps_the_slot(new: Placement, old: Placement, slots: int | 
 
 
 def fewest_moves(old: Placement, ranks: Sequence[int]) -> int:
-    """Without redundancy, by trying every choice of the ranks that hold one expert more."""
+    """Return the fewest moves without redundancy, trying every choice of the ranks with one more expert."""
     num_experts = len(old.replicas)
     base, num_larger = divmod(num_experts, len(ranks))
     stay = [
@@ -160,7 +160,7 @@ def test_redundant_replicas_go_to_the_heaviest_experts(case: Case) -> None:
     replicas = [len(replicas) for replicas in case.plan().replicas]
     for several, count in enumerate(replicas):
         for other, its_count in enumerate(replicas):
-            # When it was given its last replica, no expert that could have one had more load per replica.
+            # Its last replica was justified: no expert with room for one had a higher load per replica.
             if count > 1 and its_count < len(case.ranks):
                 assert load[several] / (count - 1) >= load[other] / its_count
 
@@ -382,7 +382,7 @@ def test_a_rebalance_moves_nothing_for_a_gain_that_is_lost_in_the_noise() -> Non
 
 
 def test_a_rebalance_moves_nothing_where_another_rank_stays_as_heavy() -> None:
-    # Of the heaviest, ranks 0 and 1, only the latter could be relieved: that would not help anybody.
+    # Only rank 1 of the heaviest ranks, 0 and 1, could be relieved, which leaves the maximum unchanged.
     previous = Placement(
         ((ExpertReplica(0, 0),), (ExpertReplica(1, 0),), (ExpertReplica(1, 1),), (ExpertReplica(2, 0),))
     )
@@ -405,7 +405,7 @@ def test_a_rebalance_never_makes_the_heaviest_rank_heavier(case: Case, data: st.
 def test_rebalance_keeps_expert_replicas_better_than_a_fresh_plan() -> None:
     first = plan(3, [0, 1], redundant=1)
     assert [len(replicas) for replicas in first.replicas] == [2, 1, 1]
-    # A second replica of expert 1 would be on a rank together with expert 2: 15 in place of 11.
+    # A second replica of expert 1 would share a rank with expert 2: a load of 15 instead of 11.
     load = [1.0, 10.0, 10.0]
     assert plan(3, [0, 1], load=load, redundant=1, previous=first, rebalance=True) == first
     assert max(rank_loads(plan(3, [0, 1], load=load, redundant=1), load).values()) == 15.0

@@ -1,4 +1,4 @@
-"""Ports for servers that are to come: nobody else gets them meanwhile."""
+"""Reserved ports for servers that start later: no other process gets them in the meantime."""
 
 import random
 import socket

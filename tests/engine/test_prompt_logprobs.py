@@ -1,4 +1,4 @@
-"""Log probabilities of a prompt's tokens: right, and the same however the prompt was computed."""
+"""Log probabilities of a prompt's tokens: correct, and independent of how the prompt was computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOCABULARY = 60
 
 
 class Answers:
-    """What an engine has given out."""
+    """The outputs of an engine by request."""
 
     def __init__(self, engine: EngineCore) -> None:
         self._engine = engine
@@ -111,7 +111,7 @@ def test_they_are_those_of_an_independent_network(tmp_path: Path) -> None:
 
 
 def test_a_text_that_was_drawn_has_the_same_when_it_is_the_prompt(model: RandomModel) -> None:
-    """To the bit: decoding and reading a text compute the same."""
+    """They are equal to the bit: prefill and decode compute the same."""
     drawn = alone(model, ask("a", prompt_of(model, 20), max_tokens=50, temperature=1.0))
     text = prompt_of(model, 20) + drawn.tokens["a"]
     read = alone(model, ask("b", text, max_tokens=0))
@@ -132,7 +132,7 @@ def test_neither_chunks_nor_neighbours_nor_preemption_change_them(data: st.DataO
     custom_ops.set_threads(data.draw(st.integers(1, 2), "threads"))
     engine, _ = engine_of(
         model,
-        # Few blocks: those that come later are preempted, and computed again behind what is cached.
+        # With few blocks, later requests are preempted and recomputed from their cached prefix.
         num_blocks=data.draw(st.sampled_from([24, 40, 100]), "blocks"),
         max_num_batched_tokens=data.draw(st.sampled_from([7, 64, 512]), "batched tokens"),
         max_num_seqs=4,
@@ -157,7 +157,7 @@ def test_what_the_prefix_cache_holds_is_computed_again(model: RandomModel) -> No
         answers.drain()
     assert len(answers.prompts["second"]) == 99
     assert answers.prompts["second"] == answers.prompts["first"]
-    # Its blocks are of use to others all the same.
+    # Its blocks nevertheless serve other requests.
     engine.add(ask("third", prompt, prompt_logprobs=None))
     outputs = engine.step().outputs
     assert outputs[0].num_cached == 96
@@ -165,7 +165,7 @@ def test_what_the_prefix_cache_holds_is_computed_again(model: RandomModel) -> No
 
 def test_a_preempted_prompt_is_scored_once(model: RandomModel) -> None:
     engine, _ = engine_of(model, num_blocks=20, max_num_batched_tokens=64)
-    # The first grows until the second, whose prompt is not read yet, has to give its blocks back.
+    # The old request grows until the young one, whose prompt is not yet complete, is preempted.
     engine.add(ask("old", prompt_of(model, 60), max_tokens=200, prompt_logprobs=None, logprobs=None))
     engine.add(ask("young", prompt_of(model, 200, seed=2)))
     answers = Answers(engine).drain()

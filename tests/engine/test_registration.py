@@ -1,4 +1,4 @@
-"""The heartbeat: what is sent, when, and how little is logged about it. Against a real HTTP server."""
+"""The heartbeat: its content, its timing, and its few log lines. Against a real HTTP server."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_farewell_is_the_last_that_a_router_hears(
 
 
 def test_a_farewell_never_overtakes_a_beat(router: FakeRouter, start: Callable[..., Registration]) -> None:
-    """It would bring the replica back."""
+    """A heartbeat that arrives later would register the replica again."""
     beats, go_on = threading.Event(), threading.Event()
 
     def hold(path: str) -> None:
@@ -157,7 +157,7 @@ def test_a_farewell_never_overtakes_a_beat(router: FakeRouter, start: Callable[.
     router.before_answer = hold
     registration = start(router.address)
     assert beats.wait(20)
-    # It does not wait for the router for ever.
+    # leave() waits for the router for a limited time only.
     registration.leave(timeout=0.05)
     assert router.paths() == ["/register"]
     go_on.set()

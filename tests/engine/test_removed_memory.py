@@ -1,4 +1,4 @@
-"""Ranks outlive the removal of their group's files from /dev/shm, and stay one group."""
+"""Ranks survive the removal of their group's files from /dev/shm, and remain one group."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_ranks_work_without_doorbells_while_there_is_no_room_for_them(tmp_path: 
         directory = group_directory("full", disk.path)
         disk.use_up_inodes()
         for seat in range(2):
-            # The removal of one would make room for another.
+            # Rename rather than remove: a removed socket would free its inode for another.
             (directory / f"seat-{seat}").rename(directory / f"old-{seat}")
         said = "was removed and cannot be created again (No space left on device)"
         wait_until(lambda: ranks.logs().count(said) == 2, "both report it", deadline=DEADLINE_S)
@@ -84,7 +84,7 @@ def test_memory_that_no_rank_has_is_not_found(tmp_path: Path) -> None:
     assert removed_memory.find(file, os.getuid(), os.O_RDONLY) is None
     with file.open("rb") as held:
         file.unlink()
-        # Its name is what /proc shows of a removed one.
+        # /proc shows a removed file under this name.
         decoy = tmp_path / f"{FILE} (deleted)"
         with decoy.open("wb"):
             descriptor = removed_memory.find(file, os.getuid(), os.O_RDONLY)

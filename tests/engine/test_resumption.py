@@ -1,4 +1,4 @@
-"""Marks and resumptions: what is written is what is read, and nothing else is taken for it."""
+"""Marks and resumptions: decoding returns what was encoded, and refuses anything else."""
 
 from __future__ import annotations
 

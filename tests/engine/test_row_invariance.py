@@ -1,4 +1,4 @@
-"""A request's logits, to the bit, and its tokens are the same whatever the engine does besides."""
+"""A request's tokens, and its logits to the bit, do not depend on the engine's other work."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def one_thread_afterwards() -> Iterator[None]:
 @given(data=st.data())
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_a_request_is_computed_as_if_it_were_alone(weight_format: str, data: st.DataObject) -> None:
-    """In any batch and order, any chunks, with a prefix cache or few blocks, on any number of threads."""
+    """They depend neither on batch, order and chunks, nor on prefix cache, blocks and threads."""
     model = RandomModel(data.draw(seeds, "model"), weight_format)
     random = np.random.default_rng(data.draw(seeds, "requests"))
     requests = draw_requests(random, model.config.vocab_size, data.draw(st.integers(1, 6), "requests"))

@@ -1,4 +1,4 @@
-"""What a sequence asks for reaches the operation; the operation itself is tested in tests/custom_ops."""
+"""A sequence's parameters reach the operation; the operation itself is tested in tests/custom_ops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw(logits: list[float] | np.ndarray, one: Sequence) -> int:
 
 
 def reference_draws(logits: np.ndarray, one: Sequence) -> set[int]:
-    """The reference's token; also those of a top_p that differs by less than sums are rounded."""
+    """Return the reference's token, and those for a top_p that differs by a rounding error."""
     params, outputs = one.params, one.output_token_ids
     row = np.zeros((), SAMPLING_ROW)
     for name in ("temperature", "top_p", "min_p", "choice"):
@@ -51,7 +51,7 @@ def reference_draws(logits: np.ndarray, one: Sequence) -> set[int]:
     return draws
 
 
-# Multiples of a quarter: many ties, and sums that are exact enough to compare decisions at borders.
+# Multiples of a quarter lead to many ties, and to sums exact enough for decisions at borders.
 rows = st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=8, max_size=40).map(np.array)
 
 
@@ -78,7 +78,7 @@ def test_every_draw_along_a_text_is_the_references_draw(data: st.DataObject, log
     for _ in range(3):
         drawn = sampler.sample(paddle.to_tensor(logits[None].astype(np.float32)), [one])[0].token_id
         assert drawn in reference_draws(logits, one)
-        # What is drawn need not be what is said: a step may be thrown away and computed again.
+        # The next tokens may differ from the drawn one: a step may be discarded and computed again.
         one.output_token_ids += data.draw(st.lists(token, max_size=2))
 
 

@@ -22,7 +22,7 @@ def build(num_blocks: int = 32, **changes: object) -> tuple[Scheduler, BlockPool
 
 
 def sequence(name: str, prompt: int | list[int], **params: object) -> Sequence:
-    """A prompt of so many tokens that occur in no other prompt, or of the given ones."""
+    """Return a sequence with the given prompt, or with that many tokens that occur in no other prompt."""
     if isinstance(prompt, int):
         first = 1000 * zlib.crc32(name.encode())
         prompt = [(first + index) % 1_000_000 for index in range(prompt)]
@@ -120,7 +120,7 @@ def test_nothing_becomes_visible_before_commit() -> None:
     assert one.num_computed == 0
     assert one.output_token_ids == []
     assert pool.find(one.block_hashes) == []
-    # A step that has failed can simply be made again.
+    # A failed step can be scheduled again.
     assert shape(scheduler.schedule()) == shape(batch)
     run(scheduler, batch)
     assert one.num_computed == 9
@@ -135,7 +135,7 @@ def test_a_known_prefix_is_not_computed_again_but_its_last_token_is() -> None:
     run(scheduler, scheduler.schedule())
     again = sequence("again", prompt)
     scheduler.add(again)
-    # 8 tokens are two full blocks, but then there would be no logits to draw from.
+    # Both blocks of the prompt are cached, but the last token is needed for its logits.
     assert shape(scheduler.schedule()) == [("again", 4, 4, True)]
     assert again.num_cached == 4
     assert scheduler.prefix_cache_hit_tokens_total == 4
@@ -164,7 +164,8 @@ def test_prefix_caching_can_be_switched_off() -> None:
 
 
 def test_the_youngest_gives_way_and_is_the_first_to_come_back() -> None:
-    # Two blocks and one; the ninth token of "old" needs a third when "young" has taken its second.
+    # "old" has two blocks and "young" one; "old" needs a third for its ninth token, after "young" has
+    # taken its second.
     scheduler, pool = build(num_blocks=4, max_model_len=16)
     old, young = sequence("old", 6), sequence("young", 4)
     for one in (old, young, sequence("later", 4)):
@@ -316,7 +317,7 @@ def test_any_traffic_is_served_in_arrival_order_without_leaks(
     for action in data.draw(st.lists(st.sampled_from(["add", "step", "step", "step", "abort"]), max_size=50)):
         if action == "add":
             length = data.draw(st.integers(1, scheduler.max_num_tokens - 1))
-            # Two letters: prefixes are shared often.
+            # With two letters, prefixes are often shared.
             prompt = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
             arrived.append(sequence(str(len(arrived)), prompt, max_tokens=data.draw(st.integers(1, 20))))
             scheduler.add(arrived[-1])

@@ -1,4 +1,4 @@
-"""What is told about a group from beside it: `fdctl ep`."""
+"""The state of a group, read from outside: `fdctl ep`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_awaited_seat_has_most_waiters_and_preferably_waits_for_none(
     group.note(2, "sent", waits_for=0b1000)
     awaited = look_at(group).awaited
     assert awaited == Awaited(3, (0, 1, 2), pytest.approx(20, abs=5))
-    # 2 and 3 are waited for by two each.
+    # Seats 2 and 3 are awaited by two ranks each.
     group.note(2, "sent", waits_for=0b0001)
     assert (awaited := look_at(group).awaited)
     assert (awaited.seat, awaited.by) == (3, (0, 1))
@@ -144,7 +144,7 @@ def test_a_damaged_header_is_one_line(group: QuietGroup, field: str, number: int
 
 
 def test_looking_takes_no_memory_and_no_lock() -> None:
-    # Only there are pages taken as they are looked at.
+    # In /dev/shm, as only there an access may allocate pages.
     group = QuietGroup(f"test-{os.getpid()}")
     try:
         group.join(0)

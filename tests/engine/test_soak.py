@@ -51,7 +51,7 @@ def test_traffic_leaves_no_trace_in_any_logit(capsys: pytest.CaptureFixture[str]
 
 
 def traffic(seed: int) -> Counter[str]:
-    """One model, and requests that come, are computed, and sometimes leave before their end."""
+    """Run random requests through one random model and abort some of them; return the counts."""
     random = np.random.default_rng(seed)
     model = RandomModel(int(random.integers(2**32)), str(random.choice(WEIGHT_FORMATS)))
     requests = draw_requests(random, model.config.vocab_size, int(random.integers(1, 25)))
@@ -86,9 +86,9 @@ def traffic(seed: int) -> Counter[str]:
 
 
 def live(engine: RecordedEngine, requests: list[AddRequest], random: np.random.Generator) -> set[str]:
-    """Serves all requests; returns the names of those that it aborted."""
+    """Serve all requests; return the names of aborted ones."""
     waiting, aborted = list(requests), set()
-    # Of the requests, from all at once to one after the other.
+    # Pace of arrivals, from all at once to one after the other.
     pace = random.choice([1.0, 0.3, 0.05])
     while waiting or engine.has_work:
         if waiting and (random.random() < pace or not engine.has_work):

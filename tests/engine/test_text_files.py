@@ -1,4 +1,4 @@
-"""Files that people edit or a checkpoint brings: what is wrong is told in one line, with file and place."""
+"""Files that people edit or a checkpoint brings: an error is one line with file and place."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def change(file: Path, **values: Any) -> None:
 def assert_is_a_line_about_the_model(message: str, file: Path) -> None:
     assert str(file) in message
     assert "\n" not in message
-    # Whatever the directory's name is.
+    # The verdict must not depend on the directory's name.
     told = f"ERROR replica {message.replace(str(file.parent), '/x')}"
     assert explain(Exit("exit status 3", told)).cause is Cause.MODEL
 
@@ -208,7 +208,7 @@ def test_the_decoder_of_added_tokens_has_ids_of_tokens(sentencepiece_model: Path
 
 
 def test_a_token_id_beyond_all_models_is_refused(model: Path) -> None:
-    """There would be a table with as many entries."""
+    """The id would lead to a table with as many entries."""
     raw = json.loads((model / "tokenizer.json").read_text())
     raw["model"]["vocab"]["beyond"] = (1 << 32) - 1
     (model / "tokenizer.json").write_text(json.dumps(raw))

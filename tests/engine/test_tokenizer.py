@@ -83,7 +83,7 @@ def tokenizer(request: pytest.FixtureRequest, directories: dict[str, Path]) -> T
 
 @given(text=TEXTS)
 def test_text_survives_encoding_and_decoding(tokenizer: Tokenizer, text: str) -> None:
-    # With a space before the text the library puts one after each special token too, and keeps it.
+    # A tokenizer that puts a space before the text also puts one after each special token, and keeps it.
     assume("<" not in text or not tokenizer._vocabulary.strips_first_space)
     # SentencePiece writes a space as this character, and reads the character itself as a space.
     assume("\N{LOWER ONE EIGHTH BLOCK}" not in text)
@@ -101,7 +101,7 @@ def test_pushes_of_any_size_join_to_the_text_of_all_ids(
 
 @given(data=st.data())
 def test_random_ids_join_to_the_text_of_all_ids_too(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    """A model may draw anything: bytes that are no UTF-8, ids beyond the tokenizer's vocabulary."""
+    """A model may draw any id, including invalid UTF-8 and ids beyond the tokenizer's vocabulary."""
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 10)))
     skip = data.draw(st.booleans())
     assert "".join(stream(tokenizer, ids, skip, data)) == tokenizer.decode(ids, skip)
@@ -115,7 +115,7 @@ def test_no_push_shows_half_a_character(tokenizer: Tokenizer, text: str) -> None
 
 
 def stream(tokenizer: Tokenizer, ids: list[int], skip: bool, data: st.DataObject) -> Iterator[str]:
-    """The text of `ids` as it comes out when they arrive in pieces of any size, empty ones too."""
+    """Yield the text of `ids` when they arrive in pieces of any size, including empty ones."""
     detokenizer = tokenizer.detokenizer(skip)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)))))
     for start, end in itertools.pairwise([0, *cuts, len(ids)]):

@@ -1,4 +1,4 @@
-"""The cache of packed weights: processes that come at once or die in the middle, and damaged files."""
+"""The cache of packed weights: concurrent processes, processes that die while packing, and damaged files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.checkpoints import config_json, draw_tensors, write_checkpoint
 from tests.small_disk import SmallDisk
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "fastdeploy.weight_cache")
-#: Packs, and stops in the middle until it is killed.
+#: Packs, and stalls in the middle until it is killed.
 STALLS = (
     sys.executable,
     "-W",
@@ -63,7 +63,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def pack(path: Path, weight_format: str = "bfloat16") -> tuple[dict[str, bytes], list[str]]:
-    """The packed tensors, and the stages that were reported."""
+    """Return the packed tensors and the reported stages."""
     stages: list[str] = []
     found = packed_tensors(
         Packing(path, weight_format),
@@ -192,7 +192,7 @@ def test_a_packer_that_is_terminated_says_nothing(cache: Path, checkpoint: Path)
 
 
 def test_an_end_in_the_middle_leaves_nothing_behind(cache: Path, checkpoint: Path) -> None:
-    """As a worker ends that is told to stop while it loads."""
+    """A worker that is stopped while it loads ends this way."""
 
     def report(fraction: float, stage: str) -> None:
         if fraction > 0.5:
@@ -204,7 +204,7 @@ def test_an_end_in_the_middle_leaves_nothing_behind(cache: Path, checkpoint: Pat
 
 
 def _exchange_norms(raw: bytes) -> bytes:
-    """Two tensors of one size under each other's name."""
+    """Return the file with two tensors of the same size under each other's name."""
     names = b'"layers.0.input_norm"', b'"layers.1.input_norm"'
     assert all(raw.count(name) == 1 for name in names)
     return raw.replace(names[0], b"?").replace(names[1], names[0]).replace(b"?", names[1], 1)
@@ -276,7 +276,7 @@ def test_what_a_changed_checkpoint_gives_takes_the_place_of_the_old(
 
 
 def test_who_has_mapped_the_old_file_keeps_it(cache: Path, checkpoint: Path) -> None:
-    """A replica goes on with what it has until it is restarted."""
+    """A replica keeps its weights until it is restarted."""
     config = ModelConfig.from_directory(checkpoint)
     mapped = packed_tensors(Packing(checkpoint, "bfloat16"), config, lambda fraction, stage: None)
     before = {name: tensor.data.tobytes() for name, tensor in mapped.items()}
@@ -312,7 +312,7 @@ def test_verify_finds_one_wrong_bit_and_packs_again(cache: Path, checkpoint: Pat
 def test_a_cache_that_cannot_be_written_is_one_line_with_the_way_out(cache: Path, checkpoint: Path) -> None:
     cache.mkdir(parents=True)
     cache.chmod(0o555)
-    # Root may write everywhere, unless it gives that up.
+    # Root may write everywhere, unless it drops this capability.
     humble = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
     done = subprocess.run(
         [*humble, *COMMAND, str(checkpoint)], capture_output=True, text=True, check=False, timeout=120
@@ -400,7 +400,7 @@ def test_a_wrong_command_line_is_told_in_one_line(
 
 
 def test_finding_a_packed_file_imports_nothing_heavy(cache: Path, checkpoint: Path) -> None:
-    """`make serve` asks each time, and has other things to do."""
+    """`make serve` does so at each start, and must not be slow."""
     pack(checkpoint)
     code = (
         "import sys; from fastdeploy import weight_cache; status = weight_cache.main();"

@@ -64,7 +64,7 @@ def test_reference_texts_come_out_of_one_batch_and_sigterm_ends_with_0(start: Ca
     api = start()
     api.receive_until(Ready)
     references = [reference(number) for number in range(8)]
-    # Twice: the second time prompts are found in the prefix cache.
+    # Run it twice: the second time, prompts are found in the prefix cache.
     for run in "ab":
         requests = [request(f"{run}{i}", prompt) for i, (prompt, _) in enumerate(references)]
         texts = api.generate(requests)
@@ -73,7 +73,7 @@ def test_reference_texts_come_out_of_one_batch_and_sigterm_ends_with_0(start: Ca
     assert resting.stats.prefix_cache_hit_tokens_total > 0
     assert resting.stats.num_free_blocks == resting.stats.num_blocks
 
-    # Asleep in its wait for messages.
+    # The worker is idle, waiting for messages.
     api.process.terminate()
     assert api.process.wait(DEADLINE_S) == 0
 
@@ -101,7 +101,7 @@ def test_an_abort_frees_everything_and_says_so_at_once(start: Callable[..., Api]
     assert last.stats.batch_tokens == 0
     assert api.generate([request("three", [5, 6, 7], max_tokens=3)])["three"]
 
-    # In the middle of its work.
+    # The worker is busy.
     api.send(request("four", [5, 6, 7], max_tokens=400))
     api.receive_until(StepOutputs)
     api.process.terminate()
@@ -111,7 +111,7 @@ def test_an_abort_frees_everything_and_says_so_at_once(start: Callable[..., Api]
 def test_request_aborted_before_its_first_step_is_acknowledged(
     start: Callable[..., Api],
 ) -> None:
-    """Or whoever looks for progress would wait for one for ever."""
+    """Without an answer, a progress check would wait for a step forever."""
     api = start()
     api.receive_until(Ready)
     api.process.send_signal(signal.SIGSTOP)
@@ -141,7 +141,7 @@ def test_sigterm_while_loading_exits_0_and_sigint_is_ignored(
 
 
 def test_the_death_of_its_parent_kills_it(start: Callable[..., Api]) -> None:
-    # A process in between starts the worker, as the API process would, and is killed.
+    # An intermediate process starts the worker, as the API process would, and is killed.
     parent = (
         "import os, subprocess, sys\n"
         "os.environ['FD_PARENT_PID'] = str(os.getpid())\n"
@@ -161,7 +161,7 @@ def test_the_death_of_its_parent_kills_it(start: Callable[..., Api]) -> None:
 def test_worker_is_killed_if_its_parent_died_during_startup(
     start: Callable[..., Api],
 ) -> None:
-    # Not our pid: as if the parent had died and somebody else were the parent now.
+    # Not our pid: as if the parent had died and another process had adopted the worker.
     api = start(FD_PARENT_PID="1")
     assert api.process.wait(DEADLINE_S) == -signal.SIGKILL
 
@@ -194,7 +194,7 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(
 def test_a_home_directory_that_cannot_be_written_is_no_obstacle(
     start: Callable[..., Api], tmp_path: Path
 ) -> None:
-    # For root as well: nothing can be made below a file.
+    # This also stops root: no directory can be created below a file.
     (tmp_path / ".cache").touch()
     api = start(HOME=str(tmp_path), TMPDIR="/nonexistent")
     api.receive_until(Ready)

@@ -11,7 +11,7 @@ from fastdeploy.core.cpu_share import SINGLE_THREADED
 
 
 def main() -> int:
-    # As the worker does before it imports Paddle, which happens here already.
+    # The worker sets these before it imports Paddle, which the following imports do.
     os.environ.update(SINGLE_THREADED)
     from fastdeploy.expert_parallel import member
     from fastdeploy.expert_parallel.layout import PHASES

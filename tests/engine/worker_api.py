@@ -22,7 +22,7 @@ from fastdeploy.entrypoints.openai.worker_process import encode_config
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CONFIG = EngineConfig(
     model=FIXTURES / "tiny",
-    # The reference texts were made in it.
+    # The dtype in which the reference texts were made.
     dtype="float32",
     device="cpu",
     threads=1,
@@ -32,19 +32,19 @@ CONFIG = EngineConfig(
 )
 TOKEN = "a token of this test"
 AS_MODULE = ("-m", "fastdeploy.core.worker")
-# Generous: a machine may be busy with something else. Nothing waits that long when all is well.
+# Generous, as the machine may be busy; no test waits this long unless it fails.
 DEADLINE_S = 60.0
 
 Message = TypeVar("Message", bound=FromWorker)
 
 
 class Api:
-    """The API process's end: a ROUTER socket, and the worker as a child."""
+    """The API process's side: a ROUTER socket, and the worker as a child."""
 
     def __init__(
         self, config: EngineConfig, logs: Path, *arguments: str, launcher: Sequence[str] = (), **env: str
     ) -> None:
-        """`launcher` is a command that executes the one behind it."""
+        """`launcher` is a command prefix that executes the command after it."""
         logs.mkdir(parents=True, exist_ok=True)
         self._log_file = logs / "worker.log"
         self._stderr = (logs / "stderr").open("w+")
@@ -121,12 +121,12 @@ def request(name: str, prompt: list[int], **params: object) -> AddRequest:
     return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
 
 
-#: Of the requests of one rank: their token ids by request id.
+#: Token ids of one rank's requests, by request id.
 Texts = dict[str, list[int]]
 
 
 class Ranks:
-    """The workers of an expert-parallel group. Texts of all of them are generated at the same time."""
+    """The workers of an expert-parallel group, which generate their texts at the same time."""
 
     def __init__(
         self,
@@ -151,14 +151,14 @@ class Ranks:
         self._env = env
         self._launcher = launcher
         self.apis: dict[int, Api] = {}
-        #: Of ranks that have been started again, too.
+        #: Including workers that have been replaced.
         self.all: list[Api] = []
 
     def start(self, *seats: int, trap: str | None = None, **changes: object) -> None:
         """
         Args:
-            trap: where the worker sends itself a signal, see `trapped_worker.py`.
-            changes: to the configuration of these ranks.
+            trap: the place where the worker sends itself a signal, see `trapped_worker.py`.
+            changes: changes to the configuration of these ranks.
         """
         arguments, env = AS_MODULE, self._env
         if trap is not None:
@@ -183,13 +183,13 @@ class Ranks:
     ) -> dict[int, Texts]:
         """
         Args:
-            requests: of each seat.
-            on_tokens: called with the seat whose tokens have come.
+            requests: requests by seat.
+            on_tokens: called with the seat whose tokens have arrived.
             mortal: seats whose workers may end.
-            after: called with the number of tokens that have come from all ranks, whenever some have.
+            after: called with the number of tokens from all ranks, whenever some have arrived.
 
         Returns:
-            The texts of those seats whose worker is still the one that was asked.
+            The texts of those seats whose worker is still the one that got the requests.
         """
         apis = {seat: self.apis[seat] for seat in requests}
         texts: dict[int, Texts] = {
@@ -232,11 +232,11 @@ class Ranks:
         return {seat: texts[seat] for seat, api in apis.items() if self.apis.get(seat) is api}
 
     def lose(self, seat: int) -> Api:
-        """This worker is not waited for any more, whatever becomes of it."""
+        """Return the worker in this seat, and stop waiting for it."""
         return self.apis.pop(seat)
 
     def stop(self) -> None:
-        """As a replica that is told to end does it; nothing of the group stays behind."""
+        """Stop the workers as a replica does when it is stopped; each must end with exit code 0."""
         for api in self.apis.values():
             api.process.terminate()
         for api in self.apis.values():

@@ -23,7 +23,7 @@ from ..ports import free_ports
 from ..waiting import wait_until as _wait_until
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures" / "tiny"
-#: The tiny checkpoint has none.
+#: The tiny checkpoint has no template.
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 MAX_MODEL_LEN = 512
 
@@ -37,7 +37,7 @@ class ApiServer:
     def __init__(
         self, logs: Path, *flags: str, env: dict[str, str] | None = None, launcher: Sequence[str] = ()
     ) -> None:
-        """`launcher` is a command that executes the one behind it."""
+        """`launcher` is a command prefix that executes the command after it."""
         self.port, self.metrics_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = logs / "out"
@@ -61,7 +61,7 @@ class ApiServer:
                 stderr=out,
                 env={**os.environ, "FD_LOG_DIR": str(logs), **(env or {})},
                 start_new_session=True,
-                # Also when the tests themselves are killed.
+                # The server must die even if the tests themselves are killed.
                 preexec_fn=partial(die_with_parent, os.getpid()),
             )
 
@@ -87,7 +87,7 @@ class ApiServer:
             return 0, ""
 
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
-        """`body` is sent as it is when it is bytes, else as JSON."""
+        """Send `body`, as JSON unless it is bytes; return status and answer."""
         request = urllib.request.Request(
             self.url + path,
             body if isinstance(body, bytes) else json.dumps(body).encode(),
@@ -110,7 +110,7 @@ class ApiServer:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def children(self) -> list[psutil.Process]:
-        """The HTTP process first, then its worker."""
+        """Return the HTTP process, then its worker."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def log(self) -> str:

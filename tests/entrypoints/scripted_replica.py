@@ -24,7 +24,7 @@ SCRIPTED = Path(__file__).with_name("scripted_worker.py")
 
 @contextmanager
 def served_by(script: str) -> Iterator[tuple[ServedModel, int]]:
-    """The replica and the port of its API."""
+    """Yield the replica and the port of its API."""
     config = EngineConfig(model=TINY)
     engine = EngineClient(config, 0, print, [sys.executable, str(SCRIPTED), script])
     served = ServedModel(ServeConfig(config, "tiny"), engine)

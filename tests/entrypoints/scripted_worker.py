@@ -1,4 +1,4 @@
-"""A worker that says what its first argument tells it to: for what a real one does once in a year."""
+"""A worker that follows the script named by its first argument, to cause what rarely happens."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ from fastdeploy.common.messages import (
 )
 from fastdeploy.common.request import FinishReason
 
-#: A token that has a text, in the tiny checkpoint's vocabulary.
+#: A token of the tiny checkpoint's vocabulary that has a text.
 WORD = 40
 STATS = Stats(1, 0, 8, 7, 0, 0, 0, 1, 1, 8)
 GROUP = ExpertParallelStats(
@@ -67,7 +67,7 @@ def step(*outputs: TokenOutput, stats: Stats = STATS) -> None:
 
 
 def serve(script: str) -> None:
-    """Two tokens and the end for each request, unless the script has other plans."""
+    """Answer each request with two tokens and its end, unless the script says otherwise."""
     while True:
         match receive():
             case AddRequest(request_id=name):
@@ -126,5 +126,5 @@ def main(script: str) -> None:
 
 main(sys.argv[1])
 socket.close()
-# Not by itself at the end of the process: what was said last would not be waited for.
+# The end of the process alone would not wait for the last messages to be sent.
 context.term()

@@ -1,4 +1,4 @@
-"""A host may have several addresses: all are listened on, and the router gets one of them."""
+"""A host with several addresses: servers listen on all of them, and the router gets one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAUNCHER = [sys.executable, "-m", "fastdeploy.entrypoints.openai.multi_api_serve
 
 @pytest.fixture(scope="module")
 def with_hosts(tmp_path_factory: pytest.TempPathFactory) -> Sequence[str]:
-    """A launcher for processes that see a hosts file of ours."""
+    """A command prefix for processes that see the hosts file of these tests."""
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     file = tmp_path_factory.mktemp("hosts") / "hosts"
@@ -93,7 +93,7 @@ def test_a_port_that_is_taken_on_one_address_of_a_name_is_refused(tmp_path, with
 
 
 def start_in_vain(command: Sequence[str], directory: Path) -> str:
-    """The one line that it prints."""
+    """Run a command that refuses to start; return its last line."""
     run = subprocess.run(
         command, cwd=directory, capture_output=True, text=True, timeout=60, env={"FD_LOG_DIR": str(directory)}
     )

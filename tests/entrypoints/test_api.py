@@ -20,7 +20,7 @@ GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}
 
 @pytest.fixture(scope="module", autouse=True)
 def unfinished(server: ApiServer) -> Iterator[socket.socket]:
-    """A request without the rest of its body. Its timeout of 30 s passes while the other tests run."""
+    """A request with an incomplete body. Its timeout of 30 s passes while the other tests run."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=120) as client:
         client.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
@@ -291,7 +291,7 @@ def test_no_body_is_answered_with_a_server_error(server: ApiServer, fields, chat
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_place(server: ApiServer, stream):
-    """Also before the first token, and where no answer is sent until the end."""
+    """This holds before the first token too, and for answers that are sent only at the end."""
     body = json.dumps(
         {"prompt": "a", "n": 6, "stream": stream, "max_tokens": 500, "ignore_eos": True}
     ).encode()
@@ -331,7 +331,7 @@ def test_parallel_requests_are_batched_and_counted(server: ApiServer):
 
 
 def test_tokens_are_counted_as_they_are_written(server: ApiServer):
-    """An answer may take minutes, and they are load all the time."""
+    """An answer may take minutes; its load must be visible before its end."""
     names = (
         "generation_tokens_total",
         "time_to_first_token_seconds_count",

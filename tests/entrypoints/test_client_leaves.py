@@ -1,6 +1,6 @@
-"""A client that leaves frees its place in the worker: at once, not when the text has come to its end.
+"""A client that leaves frees its place in the worker at once, not only at the end of the text.
 
-The worker is a scripted one, whose texts have no end: it serves nobody else before it is told to abort.
+The scripted worker's texts have no end: it serves no other request before it gets an abort.
 """
 
 import http.client
@@ -29,7 +29,7 @@ def ask(port: int, stream: bool) -> http.client.HTTPConnection:
     ],
 )
 def test_the_worker_is_told_at_once(script, stream):
-    """Before the first token, in the middle of a stream, and where an answer is sent only at its end."""
+    """This holds before the first token, in the middle of a stream, and for whole answers."""
     with served_by(script) as (served, port):
         leaving = ask(port, stream)
         if stream and script.startswith("says"):
@@ -39,7 +39,7 @@ def test_the_worker_is_told_at_once(script, stream):
             wait_until(lambda: b"requests_number_total 1.0" in served.metrics.render(), "it is under way")
         leaving.close()
         assert served.wait_until_idle(30)
-        # A worker that had not been told would take this for a message of another kind, and die of it.
+        # Without the abort, the worker would fail on this message of another kind.
         staying = ask(port, stream=False)
         assert staying.getresponse().status == 200
         staying.close()

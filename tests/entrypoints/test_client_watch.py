@@ -1,4 +1,4 @@
-"""client_watch: facts about closed sockets reach the right callback, once."""
+"""client_watch: each closed socket causes one call of the right callback."""
 
 import os
 import socket
@@ -126,7 +126,7 @@ def test_a_failing_callback_does_not_stop_the_others(pair):
 
 
 def test_reused_descriptor_numbers_do_not_mix_clients_up():
-    """Each connection gets the number of the one before; only the peers that close may be reported."""
+    """Each connection reuses the last descriptor number; only peers that close while watched are reported."""
     wrong: list[int] = []
     right: list[int] = []
     for index in range(300):
@@ -169,7 +169,7 @@ def test_a_forked_child_watches_with_a_thread_of_its_own(pair):
 
 
 def settle() -> None:
-    """Returns after the watching thread has dealt with everything that happened before."""
+    """Return after the watching thread has handled all earlier events."""
     ours, theirs = socket.socketpair()
     seen = threading.Event()
     with ours, on_disconnect(ours, seen.set):

@@ -1,4 +1,4 @@
-"""What clients of OpenAI, vLLM and FastDeploy send besides the plain request, against a real replica."""
+"""Fields that clients of OpenAI, vLLM and FastDeploy send beyond the plain request, to a real replica."""
 
 import gzip
 import http.client
@@ -91,7 +91,7 @@ def test_an_answer_of_openais_client_comes_back_as_history(server: ApiServer) ->
     said = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=3)
     history = [*MESSAGES, said.choices[0].message.model_dump(), *MESSAGES]
     assert client.chat.completions.create(model="tiny", messages=history, max_tokens=3).choices
-    # As OpenAI's own models answer.
+    # OpenAI's own models return these fields.
     nulls = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
     history[1] = {"role": "assistant", "content": "x", **nulls}
     answer = client.chat.completions.create(

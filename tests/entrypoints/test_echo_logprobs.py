@@ -1,4 +1,4 @@
-"""Log probabilities of prompts over HTTP, as evaluation harnesses ask for them: echo with logprobs."""
+"""Log probabilities of prompts over HTTP, as evaluation harnesses request them: echo with logprobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token_ids(server: ApiServer, text: str) -> list[int]:
 
 
 def score(choice: Any, context: int) -> tuple[float, bool]:
-    """What lm-evaluation-harness makes of a choice (its local-completions model)."""
+    """Score a choice as lm-evaluation-harness does (its local-completions model)."""
     logprobs = choice.logprobs.token_logprobs[context:-1]
     tops = choice.logprobs.top_logprobs[context:-1]
     is_greedy = all(value == max(top.values()) for value, top in zip(logprobs, tops, strict=True))
@@ -45,7 +45,7 @@ def test_the_prompt_alone(server: ApiServer) -> None:
     assert (shown.token_logprobs[0], shown.top_logprobs[0]) == (None, None)
     assert all(value <= 0 for value in shown.token_logprobs[1:])
     assert all(len(top) <= 3 for top in shown.top_logprobs[1:])
-    # Each token stands in the text where it says.
+    # Each token stands in the text at its offset.
     assert shown.text_offset == sorted(shown.text_offset)
     for token, offset in zip(shown.tokens, shown.text_offset, strict=True):
         assert "\ufffd" in token or PROMPT.startswith(token, offset)
@@ -76,7 +76,7 @@ def test_an_answer_that_is_read_again_has_the_same_values(server: ApiServer) -> 
 
 @pytest.mark.parametrize("max_tokens", [1, 0])
 def test_multiple_choice_of_an_evaluation_harness(server: ApiServer, max_tokens: int) -> None:
-    """A batch of token lists, each of which ends with a choice; and one token that is thrown away."""
+    """The request is a batch of token lists that end with the choices, and one token to be discarded."""
     context = token_ids(server, "the quick brown")
     greedy = complete(
         server,
@@ -98,7 +98,7 @@ def test_multiple_choice_of_an_evaluation_harness(server: ApiServer, max_tokens:
 
 
 def test_a_stop_token_counts_as_the_token_that_is_thrown_away(server: ApiServer) -> None:
-    """Else the harness would cut off the last token of the choice in its place."""
+    """Otherwise the harness would discard the last token of the choice instead."""
     extra: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True}
     [likeliest] = complete(server, prompt=[40, 41, 42], max_tokens=1, extra_body=extra).choices
     extra["stop_token_ids"] = likeliest.completion_token_ids
@@ -152,7 +152,7 @@ def test_a_stream_without_an_answer_ends_with_its_reason(server: ApiServer) -> N
 
 
 def test_a_stream_scores_a_prompt_that_has_no_text(server: ApiServer) -> None:
-    """Special tokens are not shown, and have log probabilities all the same."""
+    """Special tokens are not shown, but have log probabilities."""
     prompt = [2, 2, 2]
     first, last = complete(server, prompt=prompt, stream=True)
     assert first.choices[0].text == ""

@@ -1,4 +1,4 @@
-"""EngineClient with workers that behave, and with all kinds that do not."""
+"""EngineClient with workers that behave and workers that misbehave."""
 
 import queue
 import sys
@@ -69,7 +69,7 @@ def test_tokens_come_to_whom_they_belong():
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "close"])
 def test_what_is_not_wanted_any_more_is_aborted_in_the_worker(how):
-    """The scripted worker goes on only after the right abort; then its late token reaches nobody."""
+    """The scripted worker continues only after the right abort; its late token must reach no request."""
     with worker("goes on until told") as run:
         engine = run.wait_ready()
         generation = engine.generate([request("a")])
@@ -104,7 +104,7 @@ def test_a_worker_is_silent_only_while_it_owes_a_word():
         generation = engine.generate([request("a"), request("b")])
         assert (engine.progress.requests, engine.progress.pid) == (2, engine.worker_pid)
         wait_until(lambda: engine.progress.silent > 0.1, "it is silent")
-        # Nobody waits any more, but it still has not said a word.
+        # No client waits any more, but the worker has not answered yet.
         generation.close()
         silent = engine.progress.silent
         assert engine.progress.requests == 0

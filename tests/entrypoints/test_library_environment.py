@@ -13,7 +13,7 @@ import requests
 from ..router.conftest import RouterProcess
 from .conftest import ApiServer, wait_until
 
-#: Each would stop the start of a server, break its answers, or lead its requests elsewhere.
+#: Each would stop the start of a server, break its answers, or redirect its requests.
 HOSTILE = {
     "PROMETHEUS_MULTIPROC_DIR": "/nonexistent",
     "PROMETHEUS_DISABLE_CREATED_SERIES": "false",

@@ -1,4 +1,4 @@
-"""What a worker says of itself, under the names that Prometheus reads."""
+"""A worker's statistics under their Prometheus names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPTED = Path(__file__).with_name("scripted_worker.py")
 
 
 def samples_of(script: str) -> dict[str, float]:
-    """What is scraped after the worker's first words: sample, with its labels -> value."""
+    """Return the samples after the worker's first messages, by name with labels."""
     engine = EngineClient(EngineConfig(model=TINY), 0, print, [sys.executable, str(SCRIPTED), script])
     engine.start()
     try:

@@ -1,4 +1,4 @@
-"""What the launcher starts: ports and arguments of every server, and the lines that refuse a command."""
+"""The ports and arguments of the servers that the launcher starts, and its refusals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DOCUMENTED = f"""
 
 @pytest.fixture
 def all_ports_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The documented ports may be in use on the machine that runs the tests."""
+    """The documented ports may be in use on the machine that runs the tests; pretend that they are free."""
     monkeypatch.setattr(multi_api_server, "require_free", lambda *_: None)
 
 

@@ -1,4 +1,4 @@
-"""ChoiceOutput: text does not depend on how its tokens arrive, and stop strings stay inside."""
+"""ChoiceOutput: text does not depend on how its tokens arrive, and stop strings are not shown."""
 
 import codecs
 from collections.abc import Iterable
@@ -67,7 +67,7 @@ def test_grouping_never_changes_text_tokens_or_finish_reason(data, text, stop, i
 def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
     data, text, stop, include, min_tokens
 ):
-    """Not a byte is said twice or never, wherever it was cut; the same of log probabilities."""
+    """Wherever the cut is, no byte and no log probability is repeated or lost."""
     ids = list(text.encode())
     options = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
     whole, deltas = run([[i] for i in ids] or [[]], FinishReason.LENGTH, **options)

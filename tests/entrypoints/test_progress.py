@@ -1,4 +1,4 @@
-"""Signs of life: as long as the worker goes on, and not one more."""
+"""Signs of progress: sent while the worker makes steps, and no longer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIGN = b":\n\n"
 
 
 class Reader:
-    """Takes what arrives on a connection, in a thread of its own, until its end."""
+    """Reads a connection to its end, in a thread of its own."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.data = b""
@@ -34,7 +34,7 @@ class Reader:
         self._thread.start()
 
     def _run(self) -> None:
-        # The test may be over before the answer is.
+        # The test may end before the answer does.
         with contextlib.suppress(OSError):
             while piece := self._connection.recv(65536):
                 self.data += piece
@@ -74,7 +74,7 @@ def asking(
 
 @pytest.fixture
 def busy(server: ApiServer) -> Iterator[ApiServer]:
-    """All of its seats are taken, and there is a queue."""
+    """A replica with a queue, all of whose seats are taken."""
     with asking(server.port, {"prompt": "a", "n": 24, "max_tokens": 500, "ignore_eos": True}, progress=None):
         wait_until(lambda: server.metric("num_requests_running") == 8, "all seats are taken")
         yield server
@@ -105,7 +105,7 @@ def test_nobody_is_told_who_has_not_asked_or_could_not_read_it(
 
 
 def test_a_worker_that_is_stopped_lets_its_requests_go_silent(busy: ApiServer) -> None:
-    """Although the process that would say it is well."""
+    """The HTTP process, which would send the signs, is not stopped."""
     _, worker = busy.children()
     with asking(busy.port, {"prompt": "a", "max_tokens": 2}) as reader:
         reader.wait_for(INTERIM)
@@ -114,7 +114,7 @@ def test_a_worker_that_is_stopped_lets_its_requests_go_silent(busy: ApiServer) -
             with asking(busy.port, {"prompt": "a", "max_tokens": 2}) as late:
                 told = settled(reader)
                 assert told < 100
-                # One that comes now may hear of a last step.
+                # A request that arrives now may still get a sign for a last step.
                 assert settled(late) <= 1
                 assert busy.health()[0] == 200
                 worker.resume()
@@ -124,7 +124,7 @@ def test_a_worker_that_is_stopped_lets_its_requests_go_silent(busy: ApiServer) -
 
 
 def settled(reader: Reader) -> int:
-    """How many signs there are when there were no more for many times the interval."""
+    """Return the number of signs, once it has not changed for many intervals."""
     told = -1
     for _ in range(20):
         if told == (told := reader.count(INTERIM) + reader.count(SIGN)):

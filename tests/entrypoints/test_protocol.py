@@ -1,4 +1,4 @@
-"""Validation: every wrong value is refused with the name of its field, and harmless ones are let through."""
+"""Validation: each invalid value is refused with the name of its field; harmless ones are accepted."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Arbiter, HTTP process and worker: up or down together, whoever is killed and however it is stopped."""
+"""Arbiter, HTTP process and worker run or end together, whichever is killed and however they are stopped."""
 
 import concurrent.futures
 import json
@@ -31,7 +31,7 @@ def replica(tmp_path: Path) -> Iterator[ApiServer]:
 
 
 def open_stream(server: ApiServer, max_tokens: int = 400) -> HTTPResponse:
-    """Returns when the first tokens are there."""
+    """Return a stream whose first event has been read."""
     body = {"prompt": "a", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
     stream = urllib.request.urlopen(
         urllib.request.Request(
@@ -44,7 +44,7 @@ def open_stream(server: ApiServer, max_tokens: int = 400) -> HTTPResponse:
 
 
 def rest_of(stream: HTTPResponse) -> list[dict[str, Any]]:
-    """The remaining events, without the [DONE] that every stream has to end with."""
+    """Return the remaining events, without the final [DONE], which is required."""
     *events, done = [line.removeprefix(b"data: ") for line in stream.read().splitlines() if line]
     assert done == b"[DONE]"
     return [json.loads(event) for event in events]
@@ -65,7 +65,7 @@ def test_killing_the_worker_ends_the_replica_and_tells_its_clients(replica: ApiS
 
 
 def test_a_stream_whose_worker_is_killed_before_its_first_token_is_a_503(replica: ApiServer):
-    """Not a stream of one error: by its status a router knows that it can ask another replica."""
+    """It is not a stream with one error: the status tells a router to try another replica."""
     _, worker = replica.children()
     worker.suspend()
     chat = {"messages": [{"role": "user", "content": "a"}], "stream": True}
@@ -93,7 +93,7 @@ def test_killing_the_http_process_ends_the_replica(replica: ApiServer):
 def test_http_process_serves_again_after_a_shortage_of_descriptors(replica: ApiServer):
     http, _ = replica.children()
     soft, hard = http.rlimit(psutil.RLIMIT_NOFILE)
-    # It cannot accept the next connection.
+    # With so few descriptors, it cannot accept the next connection.
     http.rlimit(psutil.RLIMIT_NOFILE, (8, hard))
     assert replica.health(timeout=2) == (0, {})
     wait_until(lambda: "Too many open files" in replica.log(), "the shortage is logged")
@@ -106,7 +106,7 @@ def test_a_replica_raises_its_own_limit_of_open_files(tmp_path):
         running = ApiServer(tmp_path)
     with running as replica:
         http, *_ = wait_until(replica.children, "the HTTP process")
-        # A client, a watch on it, and idle connections besides: for each of 512 requests.
+        # Each of 512 requests may need a client, a watch on it, and idle connections.
         assert http.rlimit(psutil.RLIMIT_NOFILE)[0] > 4 * 512
 
 
@@ -115,11 +115,11 @@ def test_sigusr2_logs_thread_stacks_without_disturbing_requests(replica: ApiServ
     stream = open_stream(replica, max_tokens=400)
 
     def stacks() -> str:
-        # They are written a word at a time, and the line of the stream that ends may come in between.
+        # A stack is written in pieces, between which the log line of the ended stream may appear.
         return re.sub(r"\d{4}-\d\d-\d\d .*\n", "", replica.log())
 
     asked = 0
-    # Many times: to look at stacks that change would be a crash before long.
+    # Repeat it: a dump of stacks that change would crash the process sooner or later.
     for count in range(1, 6):
         for process, place in (
             (http, r"engine_client\.py\", line \d+ in _run$"),
@@ -127,7 +127,7 @@ def test_sigusr2_logs_thread_stacks_without_disturbing_requests(replica: ApiServ
         ):
             process.send_signal(signal.SIGUSR2)
             asked += 1
-            # To the last line, before the other one writes to the same file.
+            # Wait for the last line, before the other process writes to the same file.
             wait_until(lambda asked=asked: stacks().count("in _run_module_as_main\n") == asked, "it is told")
             assert len(re.findall(place, stacks(), re.MULTILINE)) == count
     assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
@@ -184,7 +184,7 @@ def test_a_broken_checkpoint_is_one_line_and_a_failed_replica(tmp_path):
 
 
 def test_overload_keys_and_compatible_health(tmp_path):
-    """One server with all of these limits, to save the start of three."""
+    """One server has all of these limits, which saves two starts."""
     with ApiServer(
         tmp_path, "--max-concurrency", "1", "--api-key", "one,two", env={"FD_COMPAT_HEALTH": "1"}
     ) as replica:
@@ -294,7 +294,7 @@ def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path, router: FakeRoute
     go_on = threading.Event()
     with registered(tmp_path, router) as replica:
         router.before_answer = lambda path: go_on.wait(60)
-        # A second one, while the router is being told, changes nothing.
+        # A second signal during the deregistration has no effect.
         replica.process.terminate()
         wait_until(lambda: "/deregister" in router.paths(), "the router is being told")
         replica.process.terminate()

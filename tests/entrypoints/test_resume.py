@@ -1,7 +1,7 @@
-"""An answer that breaks off anywhere and goes on at another replica is the one that would not have.
+"""An answer that breaks off anywhere and is resumed at another replica equals the uninterrupted one.
 
-Two real replicas. Each request is answered in full by the first, which tells with marks what is behind each
-event, or how far an answer is that comes whole; then, for each mark, the second is asked to go on from there.
+There are two real replicas. The first answers each request in full and sends marks: the tokens behind each
+event, or the drafts of a whole answer. For each mark, the second is asked to resume the answer from there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class Stream:
-    """The events that some replica has sent, or the first of them."""
+    """The events that a replica has sent, or the first of them."""
 
     blocks: tuple[bytes, ...]
 
@@ -73,7 +73,7 @@ class Stream:
 
     @cached_property
     def events(self) -> list[bytes]:
-        """As a client sees them."""
+        """The events as a client gets them, without marks."""
         return [block.partition(b"\n")[0] for block in self.blocks]
 
     @property
@@ -81,7 +81,7 @@ class Stream:
         return [mark for block in self.blocks if (mark := block.partition(b"\n: fd ")[2])]
 
     def of_choices(self) -> dict[int | None, list[bytes]]:
-        """Events of each choice, and those of none. How choices are interleaved is nobody's promise."""
+        """Return the events by choice, None for those of no choice; the order between choices may vary."""
         events = defaultdict(list)
         for event in self.events:
             choices = [] if event == DONE else data_of(event)["choices"]
@@ -98,7 +98,7 @@ def data_of(event: bytes) -> dict[str, Any]:
 
 
 def _without_cache(event: bytes) -> bytes:
-    """What is in the cache of whom is no part of the answer."""
+    """Return the event without cached tokens, whose number depends on the replica."""
     if event == DONE or not (usage := (data := data_of(event)).get("usage")):
         return event
     cached = usage.get("prompt_tokens_details", {}).pop("cached_tokens", 0)
@@ -109,7 +109,7 @@ def _without_cache(event: bytes) -> bytes:
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Replica, Replica]]:
     router = FakeRouter()
-    # Small blocks and few of them: tokens of both replicas share blocks, and long texts are preempted.
+    # With small blocks, tokens of both replicas share blocks; with few, long texts are preempted.
     flags = ("--router", router.address, "--block-size", "16", "--num-gpu-blocks-override", "16")
     with (
         ApiServer(tmp_path_factory.mktemp("first"), *flags) as first,
@@ -136,7 +136,7 @@ def stream(replica: Replica, path: str, body: bytes, **headers: str) -> Stream:
 def check_cuts(
     replicas: tuple[Replica, Replica], path: str, request: dict[str, Any], **headers: str
 ) -> Stream:
-    """Cuts the stream of this request behind each of its events, but the last."""
+    """Cut the stream of this request behind each event of a choice, and resume it there."""
     first, second = replicas
     body = json.dumps({"stream": True, "stream_options": {"include_usage": True}, **request}).encode()
     whole = stream(first, path, body, **headers)
@@ -195,7 +195,7 @@ def test_chats(replicas: tuple[Replica, Replica], request_: dict[str, Any]) -> N
         {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 5},
         {"prompt": [[40, 41, 42], [43]], "max_tokens": 5, "echo": True},
         {"max_tokens": 14, "repetition_penalty": 1.8, "presence_penalty": 1.5, "frequency_penalty": 1.0},
-        # The likeliest tokens end the text, but are not to be drawn at first.
+        # The likeliest tokens end the text, but must not be drawn at first.
         {"max_tokens": 20, "min_tokens": 9, "stop_token_ids": list(range(0, 512, 3))},
         {"max_tokens": 10, "min_tokens": 6, "stop": ["e", "a", "t"], "include_stop_str_in_output": True},
         {"max_tokens": 6, "n": 2, "ignore_eos": True, "top_p": 0.9, "min_p": 0.01},
@@ -210,7 +210,7 @@ def test_choices_of_which_some_are_over(replicas: tuple[Replica, Replica]) -> No
     request = {"max_tokens": 20, "n": 4, "stop": ["e", "a", "o", " "]}
     marks = check_cuts(replicas, CHAT, TALK | request).marks
     ends = [index for index, mark in enumerate(marks) if mark.endswith(b".")]
-    # The first is over long before the last.
+    # The first choice ends long before the last.
     assert ends[0] < len(marks) / 2
 
 
@@ -244,15 +244,15 @@ def test_any_completion(replicas: tuple[Replica, Replica], request_: dict[str, A
 def test_a_cut_within_what_may_become_a_stop_string(
     replicas: tuple[Replica, Replica], extra: dict[str, Any]
 ) -> None:
-    """The text that is held back is sent by the second, whether it became one or not."""
+    """The second replica sends the text that was held back, whether it became a stop string or not."""
     request = {"prompt": "x", "max_tokens": 16, "ignore_eos": True} | extra
     text = text_of(check_cuts(replicas, COMPLETIONS, request))
     almost, whole = text[2:7] + "☃", text[9:14]
     held = check_cuts(replicas, COMPLETIONS, request | {"stop": [almost]})
     assert text_of(held) == text
-    # Some tokens waited for those behind them.
+    # Some tokens were held back until later ones.
     assert any(len(mark.split()) > 2 for mark in held.marks)
-    # At any time the last characters could be the beginning of one, so that some tokens always wait.
+    # The last characters could always begin a stop string, so that some tokens are always held back.
     always = [text[at : at + 5] + "☃" for at in range(min(16, len(text)))]
     assert text_of(check_cuts(replicas, COMPLETIONS, request | {"stop": always})) == text
     for include in (False, True):
@@ -262,7 +262,7 @@ def test_a_cut_within_what_may_become_a_stop_string(
 
 
 def test_a_cut_within_a_character(replicas: tuple[Replica, Replica]) -> None:
-    """Tokens of this model are often bytes of a character; a mark has them before their text is out."""
+    """Tokens of this model are often parts of a character; a mark has them before their text is sent."""
     seeds = [str(seed) for seed in range(8)]
     streams = [
         check_cuts(
@@ -274,7 +274,7 @@ def test_a_cut_within_a_character(replicas: tuple[Replica, Replica]) -> None:
 
 
 def test_texts_that_are_preempted_and_cached(replicas: tuple[Replica, Replica]) -> None:
-    """Eight of them need more blocks than there are, so that some are computed again and again."""
+    """Eight choices need more blocks than there are, so that some are preempted repeatedly."""
     _, second = replicas
     path, body = COMPLETIONS, {"prompt": "a b c d " * 10, "max_tokens": 40, "n": 8, "ignore_eos": True}
     data = json.dumps(body | {"stream": True, "stream_options": {}}).encode()
@@ -303,7 +303,7 @@ def test_a_stream_is_resumed_as_often_as_need_be(replicas: tuple[Replica, Replic
     assert got.of_choices() == whole.of_choices()
 
 
-# ---- answers that come whole
+# ---- whole answers
 
 
 def drafted(
@@ -314,10 +314,10 @@ def drafted(
     tokens: int = 1,
     **headers: str,
 ) -> tuple[list[Resumption], dict[str, Any]]:
-    """What the replica has said of its answer before it was whole, up to each time; and the answer.
+    """Return the drafts that the replica has sent before its whole answer, and the answer.
 
-    When it says something is for chance and a busy machine to decide. It is asked until it has done so
-    `at_least` so often, and of so many `tokens`.
+    The number of drafts depends on timing. The request is repeated until there are `at_least` drafts and the
+    last has at least `tokens` tokens.
     """
     body = request if isinstance(request, bytes) else json.dumps(request).encode()
 
@@ -348,7 +348,7 @@ def _drafted(
 
 
 def raw_answer(replica: Replica, path: str, body: bytes, headers: dict[str, str]) -> bytes:
-    """With its interim heads."""
+    """Return the answer with its interim heads."""
     given = {"X-FD-Marks": "1", "X-FD-Progress": "0.001", "X-FD-Seed": "11", **headers}
     lines = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", f"Content-Length: {len(body)}"]
     head = "\r\n".join([*lines, *(f"{name}: {value}" for name, value in given.items()), "", ""])
@@ -411,7 +411,7 @@ def test_of_other_answers_there_are_no_drafts(
     assert b"X-FD-Draft" not in answer
 
 
-# ---- what has no marks, and what is refused
+# ---- answers without marks, and refused resumptions
 
 
 def test_marks_are_for_those_who_ask(replicas: tuple[Replica, Replica]) -> None:
@@ -428,7 +428,7 @@ def test_marks_are_for_those_who_ask(replicas: tuple[Replica, Replica]) -> None:
     )
     assert status == 200
     assert b": fd" not in answer
-    # Nobody could draw these tokens again.
+    # Without a seed, no other replica could draw these tokens again.
     status, answer = replicas[0].post(
         COMPLETIONS, body, {"Content-Type": "application/json", "X-FD-Marks": "1"}
     )

@@ -1,4 +1,4 @@
-"""A machine for tests: a systemd of its own as PID 1, on an overlay of this machine's files."""
+"""A machine for tests: a systemd of its own as PID 1, on an overlay of the host's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..waiting import wait_until
 _BOOT = Path(__file__).with_name("boot.sh")
 _TOOLS = ("bash", "unshare", "nsenter", "setpriv", "systemctl", "journalctl")
 
-#: What boot.sh needs of the kernel, and of whoever lets us run; $0 is a cgroup.
+#: Tries the kernel features and permissions that boot.sh needs; $0 is a cgroup.
 _TRIAL = """
 echo $$ >"$0/cgroup.procs" &&
 exec unshare --pid --fork --mount --uts --ipc --net --cgroup --propagation private sh -ec '
@@ -30,7 +30,7 @@ exec unshare --pid --fork --mount --uts --ipc --net --cgroup --propagation priva
 
 
 def why_not() -> str:
-    """Why no machine can be booted here; empty if one can."""
+    """Return the reason why no machine can be booted here; empty if one can."""
     if os.geteuid() != 0:
         return "only root can boot a systemd in namespaces"
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
@@ -49,11 +49,11 @@ def why_not() -> str:
 
 
 class Machine:
-    """Booted when it is made.
+    """A machine, booted on construction.
 
     Args:
-        directory: empty; what happens on the console goes there, and the machine's files are mounted there.
-        shares: directories of this machine, and where they are seen on that one, read-only.
+        directory: an empty one for the console's output and the mounted files of the machine.
+        shares: directories of the host, with the read-only mount points on the machine.
     """
 
     def __init__(self, directory: Path, shares: Mapping[Path, str]) -> None:
@@ -61,7 +61,7 @@ class Machine:
         work = directory / "work"
         work.mkdir()
         self._console = directory / "console"
-        # It goes when we go, however that is.
+        # The machine dies with this process, however that ends.
         words = ["setpriv", "--pdeathsig", "KILL", _BOOT, "prepare", self._cgroup, work]
         words += [f"{here}={there}" for here, there in shares.items()]
         self._namespaces = subprocess.Popen(
@@ -70,14 +70,14 @@ class Machine:
             stdout=self._console.open("wb"),
             stderr=subprocess.STDOUT,
         )
-        #: systemd's, as this machine counts.
+        #: Pid of its systemd, as seen from the host.
         self.pid = 0
         try:
             wait_until(self._has_booted, "systemd has booted", deadline=60.0)
         except BaseException:
             self.close()
             raise
-        #: Its files, as this machine finds them.
+        #: Its root directory, as seen from the host.
         self.root = Path(f"/proc/{self.pid}/root")
 
     def run(
@@ -88,11 +88,11 @@ class Machine:
         code: int | None = 0,
         timeout: float = 60.0,
     ) -> subprocess.CompletedProcess[str]:
-        """A command on that machine.
+        """Run a command on the machine.
 
         Args:
-            user: who runs it, with all groups; root if empty.
-            code: the exit code with which it must end; None if any will do.
+            user: the user that runs it, with all groups; root if empty.
+            code: the required exit code; None accepts any.
         """
         whom = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"] if user else []
         inside = ["nsenter", "-t", str(self.pid), "-m", "-u", "-i", "-n", "-p", "-C"]
@@ -111,7 +111,7 @@ class Machine:
         return done
 
     def command_lines(self, user: str = "") -> dict[int, str]:
-        """Of all processes, or of those of one user; by pid."""
+        """Return the command lines by pid, of all processes or of one user's."""
         uid = int(self.run("id", "-u", user).stdout) if user else None
         found = {}
         for directory in (self.root / "proc").iterdir():
@@ -121,7 +121,7 @@ class Machine:
         return found
 
     def kill(self, pid: int | str, name: str) -> None:
-        """Sends the signal of that name."""
+        """Send a signal, by its name, to a process of the machine."""
         self.run("bash", "-c", f"kill -s {name} {pid}")
 
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
@@ -131,7 +131,7 @@ class Machine:
         file.chmod(mode)
 
     def close(self) -> None:
-        # With its PID 1 ends everything in the namespace.
+        # The end of PID 1 ends every process in its namespace.
         self._namespaces.send_signal(signal.SIGKILL)
         self._namespaces.wait()
         wait_until(lambda: _removed(self._cgroup), "the machine's cgroups are empty", deadline=30.0)
@@ -148,12 +148,12 @@ class Machine:
         self.pid = int(children[0])
         if not Path(f"/proc/{self.pid}/cmdline").read_bytes().startswith(b"/lib/systemd/systemd\0"):
             return False
-        # Degraded: some unit that another package has brought failed. None of them is needed.
+        # Degraded: a unit of another package failed. The tests need none of those.
         return self.run("systemctl", "is-system-running", code=None).stdout.strip() in ("running", "degraded")
 
 
 def _new_cgroup() -> Path:
-    """An empty one of version 2. Raises OSError."""
+    """Create an empty cgroup of version 2. Raises OSError."""
     mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
     places = [fields[1] for fields in mounts if fields[2] == "cgroup2"]
     if not places:

@@ -19,7 +19,7 @@ from .booted import Machine
 wait_until = partial(_wait_until, deadline=60.0)
 
 CONFIG = "/etc/fd/dp.toml"
-#: Before any fixture has set another: the one of whoever runs the tests, with the demo model.
+#: The model cache of this user, with the demo model; read before a fixture sets another.
 _MODELS = model.model_cache()
 
 
@@ -35,7 +35,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 class Service:
-    """fd-dp.service and fd-dp-engines.service, as an operator handles them."""
+    """fd-dp.service and fd-dp-engines.service, operated as an operator would."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -44,11 +44,11 @@ class Service:
         self.overridden: set[str] = set()
 
     def configure(self, replicas: int = 8, *extra_args: str, router: str = "") -> None:
-        """Writes dp.toml; tells nobody."""
+        """Write dp.toml without a reload."""
         lines = [
             f'[model]\npath = "/srv/model"\n[parallel]\ndata_parallel_size = {replicas}\n[router]\n{router}',
             f"[engine]\nextra_args = {json.dumps(extra_args)}\n",
-            # With a cache of their own, fd-dp does not look itself whether the model is there.
+            # With a model cache of the engines' own, fd-dp does not check that the model exists.
             'env = { FD_MODEL_CACHE = "/var/lib/fd/models" }',
             "[supervise]\nparallel_starts = 8\nbackoff_first = 0.1\nprobe_interval = 0.5",
         ]
@@ -58,7 +58,7 @@ class Service:
         return (self.machine.root / CONFIG.lstrip("/")).read_text()
 
     def override(self, unit: str, text: str) -> None:
-        """With a drop-in."""
+        """Override settings of a unit by a drop-in."""
         self.overridden.add(unit)
         self.machine.write(f"/etc/systemd/system/{unit}.service.d/test.conf", f"[Service]\n{text}\n")
         self.run("systemctl", "daemon-reload")
@@ -70,11 +70,11 @@ class Service:
         self.run("systemctl", "daemon-reload")
 
     def stop(self) -> None:
-        """Both, and waits for both."""
+        """Stop both units, and wait for both."""
         self.run("systemctl", "stop", "fd-dp", "fd-dp-engines")
 
     def ask(self, **command: str | bool) -> dict[str, Any]:
-        """Of the daemon, as fdctl asks; empty while none answers."""
+        """Send the daemon a command as fdctl does; return its last answer, {} while no daemon answers."""
         try:
             *_, answer = protocol.request(self.machine.root / "run/fd/fd-dp.sock", dict(command), 20.0)
         except protocol.DaemonUnreachable:
@@ -100,14 +100,14 @@ class Service:
         return self.run("systemctl", "show", "-P", what, unit).stdout.strip()
 
     def processes(self) -> dict[int, str]:
-        """The command lines of whatever runs as user fd."""
+        """Return the command lines of user fd's processes by pid."""
         return self.machine.command_lines("fd")
 
     def sockets(self) -> set[str]:
         return {file.name for file in (self.machine.root / "run/fd").iterdir() if file.is_socket()}
 
     def cgroup(self, unit: str) -> set[int]:
-        """The pids in it."""
+        """Return the pids in the unit's cgroup."""
         path = f"/sys/fs/cgroup/system.slice/{unit}.service/cgroup.procs"
         return {int(pid) for pid in self.run("cat", path, code=None).stdout.split()}
 
@@ -133,12 +133,12 @@ def installed_service(machine: Machine) -> Iterator[Service]:
 
 @pytest.fixture
 def service(installed_service: Service) -> Iterator[Service]:
-    """Stopped or at work, with the configuration that `configure` writes by default."""
+    """The service, stopped or running, with the default configuration of `configure`."""
     service = installed_service
     service.configure()
     usual = service.configuration()
     yield service
-    # A test that changed something leaves nothing that the next one might find.
+    # Undo changes, so that the next test does not see them.
     if service.overridden or service.configuration() != usual or not service.ready():
         service.stop()
         service.override_nothing()
@@ -152,7 +152,7 @@ def stopped(service: Service) -> Service:
 
 @pytest.fixture
 def serving(service: Service) -> Service:
-    """8/8 READY."""
+    """A running service with eight READY replicas and a READY router."""
     service.run("systemctl", "start", "fd-dp")
     service.wait_ready()
     return service

@@ -1,6 +1,6 @@
-"""fd-dp on a machine of tests, at the price of a copy: what etc/install.sh does not build, it finds there.
+"""fd-dp on the test machine, installed by copying what etc/install.sh would build.
 
-A virtual environment as pip would make it, but for the packages of others: they are this environment's.
+The virtual environment is as pip would make it, except that third-party packages come from this environment.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ num_gpu_blocks_override = 64
 
 
 def interpreter() -> str | None:
-    """One that the packages of this environment fit, and that a user without a home may execute."""
+    """Return a Python of this environment's version outside of all homes, which user fd may execute."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     own = Path(sys.base_prefix, "bin", version)
     if any(own.is_relative_to(home) for home in ("/root", "/home", "/run/user")):
@@ -52,19 +52,19 @@ def interpreter() -> str | None:
 
 
 def shares(models: Path) -> dict[Path, str]:
-    """What the machine must see of this one; `models` is a model cache."""
+    """Return the host's directories that the machine must see; `models` is a model cache."""
     models.mkdir(parents=True, exist_ok=True)
     return {ROOT: _SOURCE, Path(sysconfig.get_path("purelib")): _OTHERS, models: _MODELS}
 
 
 def install_environment(machine: Machine) -> None:
-    """Where nothing is; also nothing that this machine has installed."""
+    """Create the virtual environment, after removing any earlier installation."""
     for directory in (PREFIX, "/etc/fd", "/var/lib/fd", "/var/log/fd"):
         machine.run("rm", "-rf", directory)
     python = interpreter()
     assert python is not None
     machine.run(python, "-m", "venv", "--without-pip", PREFIX)
-    # With times: what has been compiled is not compiled again.
+    # Keep the times, so that compiled files remain valid.
     machine.run("cp", "-a", "--no-preserve=ownership", f"{_SOURCE}/engine", _PACKAGE)
     for room in ("daemon", "custom_ops"):
         machine.run("cp", "-a", "--no-preserve=ownership", f"{_SOURCE}/{room}", f"{_PACKAGE}/{room}")
@@ -82,31 +82,31 @@ def install_environment(machine: Machine) -> None:
 
 
 def install(machine: Machine, option: str = "--no-environment", timeout: float = 60.0) -> str:
-    """What install.sh says."""
+    """Run install.sh; return its output."""
     return machine.run(f"{_SOURCE}/etc/install.sh", option, timeout=timeout).stdout
 
 
 @contextmanager
 def lent_models(machine: Machine) -> Iterator[None]:
-    """As if the machine had fetched them: anybody may write, and what is written goes away."""
+    """Lend the machine the host's models: any user may write to them, and the changes are discarded."""
     here = "/var/lib/fd/models"
     aside = "/run/models"
     machine.run("mkdir", "-p", here, f"{aside}/upper", f"{aside}/scratch")
     layers = f"lowerdir={_MODELS},upperdir={aside}/upper,workdir={aside}/scratch"
     machine.run("mount", "-t", "overlay", "overlay", "-o", layers, here)
-    # Not the models themselves, which would be copied for that.
+    # Only directories and locks: chmod of a model file would copy it.
     machine.run(
         "find", here, "(", "-type", "d", "-o", "-name", "*.lock", ")", "-exec", "chmod", "a+w", "{}", "+"
     )
     try:
         yield
     finally:
-        # Also while somebody still reads one.
+        # Lazily, as a process may still read a model.
         machine.run("umount", "--lazy", here)
 
 
 def install_fakes(machine: Machine) -> None:
-    """What fd-dp executes behaves as a replica and as a router do, and is there at once."""
+    """Replace replicas and router by fakes, which start at once."""
     replica = (ROOT / "tests/daemon/fake_replica.py").read_text()
     machine.write(f"{_PACKAGE}/entrypoints/openai/api_server.py", replica)
     router = (ROOT / "tests/daemon/fake_fd_router.py").read_text()

@@ -1,4 +1,4 @@
-"""make install on a machine with systemd, and real replicas there; an upgrade, and what is left at last."""
+"""make install on a machine with systemd, with real replicas; an upgrade, and an uninstallation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .booted import Machine
 from .conftest import CONFIG, Service
 
 _KEY = "correct-horse-battery-staple"
-#: With the key on its standard input: nobody reads that in a command line.
+#: Takes the key from its standard input, as command lines are visible to other users.
 _ASK = """\
 import json, sys, urllib.error, urllib.request
 body = {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 16}
@@ -31,7 +31,7 @@ print(answer.status, answer.read().decode())
 
 @pytest.fixture
 def fresh(machine: Machine) -> Iterator[Service]:
-    """As a machine is before `make install`, but for the virtual environment."""
+    """A machine as it is before `make install`, except for the virtual environment."""
     installed.install_environment(machine)
     remove_user(machine)
     service = Service(machine)
@@ -44,7 +44,7 @@ def fresh(machine: Machine) -> Iterator[Service]:
 
 def remove_user(machine: Machine) -> None:
     machine.run("userdel", "fd", code=None)
-    # It goes with the user unless somebody else is in it.
+    # userdel removes the group as well, unless it has other members.
     machine.run("groupdel", "fd", code=None)
 
 

@@ -44,7 +44,7 @@ def test_stop_leaves_nothing(serving: Service) -> None:
     wait_until(lambda: serving.show("ActiveState", "fd-dp-engines") == "inactive", "the engines stop, too")
     assert serving.processes() == {}
     assert serving.cgroup("fd-dp") == serving.cgroup("fd-dp-engines") == set()
-    # The fake one leaves it.
+    # The fake router leaves its socket behind.
     assert serving.sockets() - {"router.sock"} == set()
 
 
