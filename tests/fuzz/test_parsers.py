@@ -65,7 +65,7 @@ answers = messages(
 
 
 def parsed(pieces: list[bytes]) -> list[Any]:
-    """Return (method, target, headers, body, keep-alive) of each request; a refusal's status ends the list."""
+    """Return (method, target, headers, body, keep-alive) for each request; a refusal's status comes last."""
     parser, found = RequestParser("127.0.0.1", 1 << 20), list[Any]()
     for piece in pieces:
         for each in parser.feed(piece):
