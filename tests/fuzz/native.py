@@ -20,7 +20,7 @@ _EVENT = b'data: {"a":1}\n: fd 0 1 2\n\n'
 @dataclass(frozen=True, slots=True)
 class Target:
     name: str
-    #: Code under test, compiled with the target, apart from what the target includes itself.
+    #: Code under test: files compiled with the target, and files that the target includes.
     sources: tuple[str, ...]
     included: tuple[str, ...]
     #: Valid inputs from which the fuzzer starts.

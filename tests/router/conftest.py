@@ -218,7 +218,7 @@ def new_engine() -> Iterator[Callable[..., FakeEngine]]:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Three processes of resumable_engine.py behind their own router."""
-    # Imported here, because it imports the router of this package.
+    # Not imported at the top, because replicas.py imports this module.
     from .replicas import running_fleet
 
     with running_fleet(tmp_path_factory.mktemp("router"), 3) as fleet:
@@ -227,6 +227,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 def fleet(running: Fleet) -> Fleet:
-    """The running fleet, with the replicas' records cleared for each test."""
+    """The running fleet, whose replicas appear restarted to the router before each test."""
     running.renew()
     return running

@@ -14,9 +14,9 @@
     times  how often the fault occurs, counted over all replicas (1)
 
 `interval` is the number of seconds between events, `delay` the seconds before the head, `signs` the number of
-signs of life before each event, `frame` the size of chunks that do not follow events, and `pad` the number of
-extra bytes per event. `drafts` is the number of drafts of an answer that is not streamed, sent `interval`
-seconds apart, and `interim` replaces the headers of their heads.
+signs of life before each event, `frame` the chunk size (by default each event is a chunk), and `pad` the
+number of extra bytes per event. `drafts` is the number of drafts of an answer that is not streamed, sent
+`interval` seconds apart, and `interim` replaces the headers of their heads.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Generation:
         return [self._tokens(choice) for choice in range(self.request.get("n", 1))]
 
     def contradiction(self, delivered: dict[int, Delivered]) -> str:
-        """Return which delivered text was not generated here; empty if all of it was."""
+        """Return how `delivered` differs from the generated tokens; empty if it does not."""
         for choice, part in delivered.items():
             whole = self.choices[choice] if choice < len(self.choices) else []
             if part.tokens != whole[: len(part.tokens)]:

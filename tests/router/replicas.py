@@ -82,7 +82,7 @@ class Replica:
             return False
 
     def renew(self) -> bool:
-        """Clear the replica's records. Returns False if it is not running."""
+        """Make the process appear restarted to the router. Returns False if it is not running."""
         try:
             return requests.get(f"{self.url}/renew", timeout=20).ok
         except requests.ConnectionError:
@@ -147,7 +147,7 @@ class Fleet:
         wait_until(lambda: urls <= self.router.urls(), "all replicas are registered")
 
     def renew(self) -> None:
-        """Clear the records of all replicas, as a restart would."""
+        """Make all replicas appear restarted, so that the router forgets their failures."""
         for replica in self.replicas:
             wait_until(replica.renew, "it runs")
         self.wait_until_up()

@@ -36,7 +36,7 @@ DEADLY = {
 
 
 def innocents(count: int) -> list[Generation]:
-    """Return requests that take longer than a reserved replica waits for its other requests."""
+    """Return requests too slow to end before a replica's reservation moves them elsewhere."""
     return [
         generation(max_tokens=45, interval=0.05, seed=seed)
         if seed % 4

@@ -35,7 +35,7 @@ _ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    """A router with a single place at its replica, so that further requests wait."""
+    """A router with injected faults, and with short timeouts so that waiting requests end soon."""
     directory = tmp_path_factory.mktemp("router")
     lines = f"import sys; sys.path.insert(0, {str(_ROOT)!r})\nfrom tests.router import faulty_router\n"
     (directory / "sitecustomize.py").write_text(lines + "faulty_router.install()\n")

@@ -118,7 +118,7 @@ def test_what_is_no_draft_begins_it_anew(fleet, lines):
 
 
 def test_whole_answer_lost_repeatedly_without_progress_ends_in_an_error(fleet):
-    """A request that kills each replica after a draft would otherwise go through all of them."""
+    """Drafts of a restarted answer are no progress: the request would otherwise go through all replicas."""
     faults = [{"at": "draft", "event": 1, "how": "close", "times": 1000}]
     faults += [{"at": "resume", "how": 409, "times": 1000}]
     answer = ask(fleet.router.port, generation(faults=faults, **WHOLE), "poison")
