@@ -42,7 +42,7 @@ class Pair:
         self.row.tokens = TOKENS << 8 | ELEMENT
         self.targets = self._numbers(1, layout.dispatch_targets, MAX_TOKENS * K)
         self.places = self._numbers(1, layout.return_slots, SEATS * MAX_TOKENS * K)
-        # One target for each of the four experts; every other expert belongs to this seat.
+        # Targets are the four experts in turn, which alternate between the two seats.
         self.targets[:] = [expert % EXPERTS << 6 | expert % SEATS for expert in range(MAX_TOKENS * K)]
         self.places[:] = np.arange(SEATS * MAX_TOKENS * K) % (MAX_TOKENS * K)
         self.own_targets = self._numbers(0, layout.dispatch_targets, MAX_TOKENS * K)
