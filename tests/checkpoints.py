@@ -1,4 +1,4 @@
-"""Random ERNIE-4.5 checkpoints: drawn from a seed, written in either layout. Needs numpy only."""
+"""Random ERNIE-4.5 checkpoints, drawn from a seed and written in either layout. Needs numpy only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYOUTS = ("huggingface", "paddle", "paddle-grouped", "paddle-split")
 
 
 def config_json(**changes: Any) -> dict[str, Any]:
-    """A tiny mixture of experts, with every key that transformers reads."""
+    """Return a tiny mixture-of-experts configuration with every key that transformers reads."""
     config: dict[str, Any] = {
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         "model_type": "ernie4_5_moe",
@@ -50,9 +50,9 @@ def config_json(**changes: Any) -> dict[str, Any]:
 
 
 def draw_tensors(config: dict[str, Any], seed: int) -> Tensors:
-    """Tensors of a whole checkpoint under Hugging Face names, [out, in].
+    """Return the tensors of a whole checkpoint under Hugging Face names, each [out, in].
 
-    The generator is numpy's frozen one: the same seed gives the same tensors under every version of numpy.
+    numpy's RandomState is frozen: the same seed gives the same tensors in every version of numpy.
     """
     random = np.random.RandomState(seed)
     hidden, head = config["hidden_size"], config["head_dim"]
@@ -97,7 +97,7 @@ def draw_tensors(config: dict[str, Any], seed: int) -> Tensors:
     vector("model.norm.weight", hidden, 1, 0.2)
     if not config["tie_word_embeddings"]:
         matrix("lm_head", config["vocab_size"], hidden)
-    # transformers gives the mixture of experts a bias there; the dense model has none.
+    # In transformers the mixture of experts has a bias there, and the dense model has none.
     if bias and "moe_k" in config:
         vector("lm_head.bias", config["vocab_size"], 0, 0.3)
     return tensors
@@ -113,7 +113,7 @@ def is_moe_layer(config: dict[str, Any], index: int) -> bool:
 
 
 def paddle_layout(config: dict[str, Any], tensors: Tensors, *, split: bool, grouped: bool) -> Tensors:
-    """The same weights as Paddle's checkpoints have them: [in, out], and fused unless `split`."""
+    """Return the weights as in Paddle's checkpoints: [in, out], and fused unless `split`."""
     result: Tensors = {}
     prefix = "model." if split else "ernie."
     for name, values in tensors.items():
@@ -145,7 +145,7 @@ def write_checkpoint(
     dtype: str = "F32",
     shards: int = 1,
 ) -> None:
-    """`tensors` are under Hugging Face names; `layout` is one of LAYOUTS."""
+    """Write `tensors`, which have Hugging Face names, in `layout`, which is one of LAYOUTS."""
     if layout != "huggingface":
         tensors = paddle_layout(
             config, tensors, split=layout == "paddle-split", grouped=layout == "paddle-grouped"
@@ -164,7 +164,7 @@ def write_checkpoint(
 
 
 def write_safetensors(file: Path, tensors: Tensors, dtype: str = "F32") -> None:
-    """By hand, because numpy has no bfloat16 for the library to write. BF16 cuts the lower half off."""
+    """Write the file by hand, because numpy has no bfloat16 for the library. BF16 truncates."""
     header: dict[str, Any] = {}
     body: list[bytes] = []
     end = 0

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-# A shell starts background work with SIGINT ignored, and each process that a test starts would inherit that.
+# A shell starts background jobs with SIGINT ignored, and every process that a test starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _USER_MODEL_CACHE = os.environ.get("FD_MODEL_CACHE")
 
-# No deadline: a busy machine is not a bug. People look for new counterexamples; CI, which decides whether a
-# change may land, takes the same examples each time.
+# No deadline: a busy machine is not a bug. Developers look for new counterexamples; CI, which decides
+# whether a change may land, takes the same examples each time.
 settings.register_profile("person", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "person")
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Hundreds of small models get packed; the cache of whoever runs the tests is not the place for them."""
+    """Keep the hundreds of small models that tests pack out of the user's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FD_MODEL_CACHE", str(tmp_path_factory.mktemp("models")))
         yield
@@ -60,7 +60,7 @@ def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def user_model_cache(model_cache: None) -> Iterator[None]:
-    """For tests of the demo model, which is fetched and packed once and not for every run."""
+    """Use the user's cache, so that the demo model is fetched and packed only once."""
     with pytest.MonkeyPatch.context() as patch:
         if _USER_MODEL_CACHE is None:
             patch.delenv("FD_MODEL_CACHE")

@@ -1,4 +1,4 @@
-"""A router as a replica sees it."""
+"""A router as seen by a replica."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class FakeRouter:
-    """Keeps what was posted and answers with `status`, after it has called `before_answer` with the path."""
+    """Keeps posted bodies and answers `status`, after calling `before_answer` with the path."""
 
     def __init__(self) -> None:
         self.status = 200
@@ -25,7 +25,7 @@ class FakeRouter:
                 outer.posts.append((self.path, json.loads(body)))
                 outer.before_answer(self.path)
                 answer = b'{"code":503,"msg":"not healthy"}' if outer.status != 200 else b"{}"
-                # Who asked may have lost patience.
+                # The client may have given up.
                 with contextlib.suppress(OSError):
                     self.send_response(outer.status)
                     self.send_header("Content-Length", str(len(answer)))

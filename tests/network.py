@@ -1,4 +1,4 @@
-"""Drives the network by hand: a model from a checkpoint directory, and sequences in scattered blocks."""
+"""The network driven by hand: a model from a checkpoint directory, and sequences in scattered blocks."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Network:
         self.free_blocks = np.random.default_rng(3).permutation(num_blocks).tolist()
 
     def sequence(self, prompt: list[int], shared_blocks: list[int] | None = None) -> Sequence:
-        """With room for 64 tokens after the prompt; `shared_blocks` come first."""
+        """Allocate a sequence with room for 64 tokens after the prompt; `shared_blocks` come first."""
         blocks = list(shared_blocks or [])
         while len(blocks) * self.block_size < len(prompt) + 64:
             blocks.append(self.free_blocks.pop())
         return Sequence("test", list(prompt), SamplingParams(max_tokens=64), block_ids=blocks)
 
     def prefill(self, sequence: Sequence, *, start: int = 0, chunk: int = 1 << 20) -> np.ndarray:
-        """Logits of every prompt position from `start`, computed `chunk` tokens a step."""
+        """Return the logits of every prompt position from `start` on, computing `chunk` tokens per step."""
         end = len(sequence.prompt_token_ids)
         steps = [
             Batch((ScheduledSequence(sequence, at, min(chunk, end - at), samples=False),))
@@ -59,7 +59,7 @@ class Network:
         return np.concatenate([self.runner.execute(step, every_position=True).numpy() for step in steps])
 
     def decode(self, sequence: Sequence, logits: np.ndarray, count: int) -> np.ndarray:
-        """Appends `count` greedy tokens, the first from `logits`; returns the logits each was taken from."""
+        """Append `count` greedy tokens, the first from `logits`; return the logits of each token."""
         rows = [logits]
         for _ in range(count):
             sequence.output_token_ids.append(int(rows[-1].argmax()))
@@ -69,7 +69,7 @@ class Network:
 
 
 class Routes:
-    """Experts that the steps of one sequence picked, layer by layer."""
+    """The experts that the steps of one sequence picked, layer by layer."""
 
     def __init__(self) -> None:
         self._calls: list[tuple[np.ndarray, np.ndarray]] = []
@@ -78,7 +78,7 @@ class Routes:
         self._calls.append((topk_ids, weights))
 
     def by_layer(self, layers: int) -> tuple[np.ndarray, np.ndarray]:
-        """Picks and weights, each [layers, tokens, k]."""
+        """Return picks and weights, each [layers, tokens, k]."""
         topk_ids = [np.concatenate([p for p, _ in self._calls[i::layers]]) for i in range(layers)]
         weights = [np.concatenate([w for _, w in self._calls[i::layers]]) for i in range(layers)]
         return np.stack(topk_ids), np.stack(weights)

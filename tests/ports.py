@@ -1,4 +1,4 @@
-"""Ports for the servers of a test. While one is down, no test that runs beside it is given its port."""
+"""Ports for a test's servers. While a server is down, no parallel test is given its port."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import os
 import random
 import socket
 
-#: Below those that the kernel gives to connections, unless it was told otherwise.
+#: Below the kernel's default range of ephemeral ports.
 _ALL = range(20_000, 32_768)
 _PROCESSES = 16
-#: pytest-xdist's name for this one.
+#: The share of this pytest-xdist worker.
 _OWN = _ALL[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % _PROCESSES :: _PROCESSES]
-#: From anywhere, for the sake of whoever runs other tests on this machine.
+#: Starts at a random port, for the sake of other test runs on this machine.
 _next = itertools.islice(itertools.cycle(_OWN), random.Random().randrange(len(_OWN)), None)
 
 
 def free_ports(count: int) -> list[int]:
-    """Those that nobody has on loopback, least recently used first."""
+    """Return ports that are free on loopback, least recently used first."""
     with contextlib.ExitStack() as held:
         found: list[int] = []
         for port in itertools.islice(_next, len(_OWN)):

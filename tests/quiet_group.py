@@ -1,4 +1,4 @@
-"""An expert-parallel group whose ranks do nothing: processes that sleep, and rows that a test writes."""
+"""An expert-parallel group whose rank processes sleep, and whose rows a test writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUT = GroupLayout(num_ranks=4, num_layers=2, num_experts=8, max_tokens=16, k=
 
 
 class QuietGroup:
-    """`close` ends the ranks and removes what is left in `root`."""
+    """Memory and sleeping ranks of a group. `close` ends the ranks and removes what is left in `root`."""
 
     def __init__(self, name: str, root: Path = memory_file.SHARED_MEMORY) -> None:
         self.name = name
@@ -38,7 +38,7 @@ class QuietGroup:
         self._membership.apply_requests()
 
     def note(self, seat: int, phase: str, layer: int = 0, waits_for: int = 0, seconds: float = 0.0) -> None:
-        """`waits_for`: a bit for each seat."""
+        """Write a seat's row; `waits_for` has a bit for each seat."""
         row = self.memory.rows[seat]
         row.phase, row.layer, row.waiting_for = PHASES.index(phase), layer, waits_for
         row.since_ns = time.monotonic_ns() - int(seconds * 1e9)

@@ -1,7 +1,6 @@
-"""Random models and random requests, and engines that keep every logit they compute.
+"""Random models and requests, and engines that keep every logit they compute.
 
-The law that this is for: what the network computes for a position depends on the text before it, and on
-nothing else.
+They test one law: the network's result for a position depends on the text before it and on nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MAX_MODEL_LEN = 768
 
 
 def draw_config(random: np.random.Generator) -> dict[str, object]:
-    """Of widths that fill no panel, dense or with experts, with what else a configuration can have."""
+    """Draw a dense or mixture-of-experts configuration with odd widths and random options."""
     keys, experts = int(random.integers(1, 4)), int(random.integers(2, 9))
     return config_json(
         model_type=str(random.choice(["ernie4_5_moe", "ernie4_5_moe", "ernie4_5"])),
@@ -81,18 +80,17 @@ class RandomModel:
         return RecordedEngine(self, config, num_blocks, every_position=every_position)
 
 
-#: What was computed for a position: the bytes of its logits, and of the whole row.
+#: Logits as bytes, by request id and position.
 Logits = dict[tuple[str, int], bytes]
 
 
 class _Recorder:
-    """A runner on a cache that is full of NaN, which what was not written must not get out of."""
+    """A runner on a cache full of NaN, so that a read of an unwritten slot shows in the logits."""
 
     def __init__(self, runner: ModelRunner, *, every_position: bool) -> None:
         self._runner = runner
         self._every_position = every_position
         runner.caches = [KVCache(*map(_poisoned, (cache.key, cache.value))) for cache in runner.caches]
-        #: By request and position.
         self.logits: Logits = {}
 
     def execute(self, batch: Batch) -> paddle.Tensor:
@@ -113,7 +111,7 @@ class _Recorder:
 
 
 class RecordedEngine:
-    """An engine, the texts that it has given out so far, and the logits that they were drawn from."""
+    """An engine, the texts that it has returned so far, and the logits that they were drawn from."""
 
     def __init__(
         self, model: RandomModel, config: EngineConfig, num_blocks: int, *, every_position: bool
@@ -159,7 +157,7 @@ class RecordedEngine:
 
 @dataclass(frozen=True)
 class Alone:
-    """A request computed with nobody beside it: in one chunk, on one thread, without a prefix cache."""
+    """A request computed by itself: in one chunk, on one thread, without a prefix cache."""
 
     token_ids: list[int]
     logits: Logits
@@ -183,7 +181,7 @@ class Alone:
 def assert_as_if_alone(
     engine: RecordedEngine, requests: Iterable[AddRequest], alone: dict[str, Alone]
 ) -> None:
-    """Every logit to the bit, and every token, of those that were aborted as far as they came."""
+    """Compare every logit to the bit and every token; aborted requests as far as they got."""
     for name in (request.request_id for request in requests):
         text, expected = engine.texts[name], alone[name].token_ids
         assert text == expected[: len(text)], f"{name}: {text} rather than {expected}"
@@ -193,7 +191,7 @@ def assert_as_if_alone(
 
 
 def draw_requests(random: np.random.Generator, vocab_size: int, count: int) -> list[AddRequest]:
-    """Some prompts begin alike; of some traffic a few are longer than a segment of the context (512 keys)."""
+    """Draw requests. Some prompts share a prefix, and some traffic has a few beyond a segment (512 keys)."""
     longer, most_tokens = random.choice([0, 0, 0, 0.3]), random.choice([10, 70])
     beginning = random.integers(0, vocab_size, 600).tolist()
     requests = []

@@ -1,7 +1,7 @@
-"""ERNIE-4.5 in plain numpy over whole texts: in float64, or as a plain bfloat16 implementation rounds it.
+"""ERNIE-4.5 in plain numpy over whole texts: in float64, or rounded like a plain bfloat16 implementation.
 
-The latter rounds what each operation leaves: projections, norms, activations, residuals, experts. The router
-and the inside of a softmax it keeps in full precision, as torch does, and the scores of attention as well,
+The bfloat16 form rounds the result of each operation: projections, norms, activations, residuals, experts. It
+keeps the router and the inside of a softmax in full precision, as torch does. It also keeps attention scores,
 which eager torch rounds.
 """
 
@@ -29,12 +29,12 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def as_bfloat16_stores_them(tensors: Tensors) -> Tensors:
-    """What is read back from a checkpoint that `write_checkpoint` wrote in BF16."""
+    """Return the tensors as read back from a checkpoint that `write_checkpoint` wrote in BF16."""
     return {name: (values.view(np.uint32) & 0xFFFF0000).view(np.float32) for name, values in tensors.items()}
 
 
 class ReferenceNetwork:
-    """`config` and `tensors` as `tests.checkpoints` draws them."""
+    """The network of `config` and `tensors` as `tests.checkpoints` draws them."""
 
     def __init__(self, config: dict[str, Any], tensors: Tensors, rounded: Rounding = float64) -> None:
         self._config = config
@@ -42,7 +42,7 @@ class ReferenceNetwork:
         self._rounded = rounded
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """[T, vocabulary]"""
+        """Return the logits of all positions, [T, vocabulary]."""
         rounded, positions = self._rounded, np.arange(len(token_ids))
         rotary_cos_sin = reference.rotary_embedding(
             positions, self._config["rope_parameters"]["rope_theta"], self._config["head_dim"]
@@ -101,5 +101,5 @@ class ReferenceNetwork:
 
 
 def relative_errors(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Of each row of logits."""
+    """Return the relative error of each row of logits."""
     return np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)

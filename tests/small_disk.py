@@ -1,4 +1,4 @@
-"""A disk that can be full, read-only or out of inodes: a tmpfs in a mount namespace of its own."""
+"""A disk that can be full, read-only or out of inodes: a tmpfs in its own mount namespace."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-#: For root without its privileges: a directory of mode 0500 cannot be written to.
+#: Drops root's privileges, so that a directory of mode 0500 is not writable.
 UNPRIVILEGED = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
 
 class SmallDisk:
-    """Mounted on `directory` for programs that are started with `prefix`; all others find it below `path`."""
+    """A tmpfs at `directory` for programs started with `prefix`; other programs find it below `path`."""
 
     def __init__(self, directory: Path, size: str = "256k", inodes: int = 64) -> None:
         for tool in ("unshare", "nsenter", "mount"):
@@ -57,7 +57,7 @@ class SmallDisk:
             file.unlink()
 
     def make_read_only(self) -> None:
-        """By a mount above it: a remount fails while files are open for writing."""
+        """Mount it read-only from above: a remount fails while files are open for writing."""
         self._run("mount", "--bind", str(self._directory), str(self._directory))
         self._run("mount", "-o", "remount,ro,bind", str(self._directory))
 
@@ -73,7 +73,7 @@ class SmallDisk:
 
 
 def unprivileged() -> Sequence[str]:
-    """Return the words before a command that let permission bits hold for it, root or not."""
+    """Return a command prefix that makes permission bits apply, even for root."""
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("permissions do not hold for root, and there is no setpriv to take its privileges")
     return UNPRIVILEGED if os.geteuid() == 0 else ()

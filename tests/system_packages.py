@@ -1,4 +1,4 @@
-"""System commands that some tests need. A test whose command is missing is skipped, and its package named."""
+"""System commands that some tests need. Without the command a test is skipped, and names its package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rooms of the code: a room imports from those below it only."""
+"""Rooms of the code: a room imports only from rooms below it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-#: Rooms from bottom to top. A file's room is the longest name that its path begins with.
+#: Rooms from bottom to top. A file belongs to the room with the longest name that its path begins with.
 ROOMS = {
     "engine": [
         *("engine/common", "engine/expert_parallel", "engine", "engine/demo_model", "engine/models"),
@@ -27,7 +27,7 @@ ROOMS = {
         *("daemon/operations", "daemon/fdctl", "daemon"),
     ],
 }
-#: What a program may import of the others.
+#: Modules of other programs that a program may import.
 FOREIGN = {
     "engine": (),
     # The router never loads the engine, nor the supervisor that starts it.
@@ -89,7 +89,7 @@ def room(file: str) -> str:
 
 @cache
 def imports() -> tuple[tuple[str, str], ...]:
-    """Pairs of a file and a file that it imports from, relative to the repository."""
+    """Return pairs of a file and a file that it imports from, relative to the repository."""
     files = [
         file.relative_to(ROOT)
         for top in ("engine", "daemon", "custom_ops")
@@ -105,7 +105,7 @@ def imports() -> tuple[tuple[str, str], ...]:
 
 
 def targets(file: Path, node: ast.ImportFrom) -> Iterator[str]:
-    # daemon/ and custom_ops/ are packages below the one that engine/ is.
+    # daemon/ and custom_ops/ are packages inside the package that engine/ is.
     package = list(file.parts[:-1]) if file.parts[0] == "engine" else ["engine", *file.parts[:-1]]
     base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
     for alias in node.names:

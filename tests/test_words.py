@@ -1,4 +1,4 @@
-"""What messages name exists: flags, environment variables, options of dp.toml, commands, documents."""
+"""Messages name only what exists: flags, environment variables, dp.toml options, commands, documents."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastdeploy.daemon.fdctl import main
 from fastdeploy.entrypoints.openai import options
 
 ROOT = Path(__file__).parent.parent
-#: Of docker and pip.
+#: Flags of docker and pip.
 FOREIGN_FLAGS = {"--shm-size", "--dest", "--disable-pip-version-check", "--no-deps", "--only-binary"}
-#: What stands behind the name fdctl in sentences.
+#: Words after fdctl in sentences that are not commands.
 VERBS = {"cannot"}
 
 
@@ -29,7 +29,7 @@ def trees() -> dict[str, ast.Module]:
 
 @cache
 def texts() -> list[tuple[str, str]]:
-    """The parts of all strings but docstrings, and the file of each."""
+    """Return the parts of all strings except docstrings, each with its file."""
     return [(text, file) for file, tree in trees().items() for text in _texts(tree)]
 
 
@@ -42,19 +42,19 @@ def _texts(tree: ast.Module) -> Iterator[str]:
 
 
 def named(pattern: str) -> dict[str, str]:
-    """What the pattern finds in a text, and a file where it stands."""
+    """Map each match of the pattern in the texts to a file that has it."""
     return {match[1]: file for text, file in texts() for match in re.finditer(pattern, text)}
 
 
 def declared_flags() -> set[str]:
-    """The flags of all parsers."""
+    """Return the flags of all parsers."""
     calls = [node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
     found = set()
     for call in calls:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if name in ("add_argument", "add"):
             found |= {word.value for word in call.args if isinstance(word, ast.Constant)}
-    # Some are declared in a loop, or twice with "no".
+    # Some flags are declared in a loop, or in pairs with "no".
     return found | {flag for action in options._parser()._actions for flag in action.option_strings}
 
 
@@ -75,7 +75,7 @@ def test_every_variable_that_is_named_is_one_of_the_code() -> None:
 
 def test_every_option_of_dp_toml_that_is_named_exists() -> None:
     known = {f"[{name}] {option.name}" for name, section in SECTIONS.items() for option in fields(section)}
-    # A word without an underscore may be one of the sentence.
+    # A word without an underscore may be ordinary prose.
     wanted = named(rf"(\[(?:{'|'.join(SECTIONS)})\] [a-z]+_[a-z_]+)")
     assert wanted
     assert {option: file for option, file in wanted.items() if option not in known} == {}

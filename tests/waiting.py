@@ -1,4 +1,4 @@
-"""Waiting for what other processes and threads do."""
+"""Waiting for other processes and threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def wait_until(condition: Callable[[], Any], what: str = "what is tested", *, deadline: float) -> Any:
-    """Polls until `condition` is true and returns its value; fails after `deadline` seconds."""
+    """Poll until `condition` is true and return its value; fail after `deadline` seconds."""
     end = time.monotonic() + deadline
     while not (value := condition()):
         assert time.monotonic() < end, f"not within {deadline:g} s: {what}"

@@ -1,4 +1,4 @@
-"""The limits that figures are held against must count what a checkpoint really holds."""
+"""The limits that measurements are compared with count every weight of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def model_config(path: Path, **changes: object) -> ModelConfig:
 
 
 def matrix_sizes(config: dict[str, object]) -> int:
-    """Weights of all matrices that a product uses; the embedding is one if it is the output's matrix too."""
+    """Return the number of weights in all multiplied matrices, a tied embedding included."""
     tensors = draw_tensors(config, seed=0)
     skipped = ("correction_bias",) if config["tie_word_embeddings"] else ("correction_bias", "embed_tokens")
     return sum(

@@ -1,4 +1,4 @@
-"""What routers are measured with must itself be right: mock engines, readers of streams, processor time."""
+"""The tools of the router benchmark are correct: mock engines, stream readers and processor time."""
 
 from __future__ import annotations
 

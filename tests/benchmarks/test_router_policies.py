@@ -1,4 +1,4 @@
-"""The study of the router's policies: simulated replicas do what replicas do, and a run can be repeated."""
+"""The policy study simulates replicas correctly, and its runs are reproducible."""
 
 import pytest
 
@@ -13,7 +13,7 @@ SECONDS = 30.0
 
 
 class Bench:
-    """One replica."""
+    """A simulated replica."""
 
     def __init__(self, cache_blocks: int = 1000) -> None:
         self.time = Timeline()
@@ -21,7 +21,7 @@ class Bench:
         self.ended: list[Job] = []
 
     def ask(self, at: float, prompt: list[int], answer_tokens: int = 5) -> Job:
-        """A prompt of these blocks, and one token more."""
+        """Submit a prompt of these blocks plus one more token."""
         turn = Turn(RequestFacts(0), len(prompt) * BLOCK + 1, answer_tokens, prompt, prompt, 0.0)
         job = Job(turn, at, began=lambda job: None, ended=self.ended.append)
         self.time.at(at, lambda: self.replica.submit(job))

@@ -1,7 +1,7 @@
-"""What ranks of a group bring into their collectives, and what they see there: for them and their tests.
+"""Inputs and results of a group's collectives, shared by rank processes and their tests.
 
-Nothing of a step is agreed on beforehand: all that its ranks must have in common is drawn from its stamp,
-which they find in the group's memory. So a step is checked whoever is in it, however often it was begun anew.
+The ranks agree on nothing in advance. Whatever they need in common is drawn from the stamp of the step, which
+they read from the group's memory. A step can therefore be checked with any members and after any restart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastdeploy.expert_parallel.memory_file import group_directory
 
 from .draws import bfloat16
 
-#: Not a multiple of anything.
+#: Odd sizes, so that no dimension is a multiple of a tile or vector width.
 HIDDEN, EXPERTS, LAYERS, K, MAX_TOKENS = 21, 7, 3, 3, 5
 
 
@@ -26,14 +26,14 @@ def layout(num_seats: int) -> GroupLayout:
 
 
 def mapped(name: str) -> Memory:
-    """The memory of a group that is there."""
+    """Map the memory of an existing group."""
     directory = group_directory(name)
     descriptor = os.open(directory / FILE, os.O_RDWR | os.O_CLOEXEC)
     return Memory(directory, descriptor, layout_of(descriptor, directory), patience=60.0)
 
 
 class Plan(NamedTuple):
-    """What the ranks of one step have in common."""
+    """The parameters that the ranks of one step have in common."""
 
     wide: bool
     layers: tuple[int, ...]
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one rank brings into one collective; numbers that its type holds exactly."""
+    """One rank's inputs of one collective: numbers that the tensor type holds exactly."""
 
     x: np.ndarray
     topk_ids: np.ndarray
@@ -57,7 +57,7 @@ class Share(NamedTuple):
     def draw(cls, seed: int, stamp: int, index: int, seat: int, tokens: int, wide: bool) -> Share:
         random = np.random.default_rng([seed, stamp, index, seat])
         x = random.standard_normal((tokens, HIDDEN)).astype(np.float32)
-        # An expert may be picked twice by one token; that it is not is for the router to see to.
+        # A token may pick an expert twice here: the router prevents that, not the collectives.
         topk_ids = random.integers(-1 if random.integers(2) else 0, EXPERTS, (tokens, K)).astype(np.int32)
         if not random.integers(8):
             topk_ids[:] = random.integers(EXPERTS)
@@ -66,27 +66,27 @@ class Share(NamedTuple):
 
 
 def draw_tokens(seed: int, stamp: int, seat: int, number: int) -> int:
-    """How many a rank has in its step of this number, which is the next after the one with the stamp."""
+    """Draw the token count of a rank's step `number`, which follows the step with this stamp."""
     nobody_has_any = np.random.default_rng([seed, stamp, 1]).integers(8) == 0
     own = np.random.default_rng([seed, seat, number]).integers(-1, MAX_TOKENS + 1)
     return 0 if nobody_has_any else max(0, int(own))
 
 
 def computed(rows: np.ndarray, offsets: np.ndarray, layer: int, wide: bool) -> np.ndarray:
-    """In place of experts: something that is another for each, with one rounding."""
+    """Stand in for the experts: scale rows by a factor that differs per expert, with one rounding."""
     factors = np.repeat(np.arange(EXPERTS) + layer + 1, np.diff(offsets)).astype(np.float32)
     results = rows * factors[:, None]
     return results if wide else bfloat16(results).astype(np.float32)
 
 
 class Seen(NamedTuple):
-    """One collective as a rank has seen it."""
+    """One collective as one rank saw it."""
 
     stamp: int
     index: int
     layer: int
     seat: int
-    #: The group's, as this rank knows them.
+    #: The members of the group as this rank knows them.
     members: tuple[int, ...]
     wide: bool
     dispatch_targets: np.ndarray

@@ -1,6 +1,7 @@
-"""Random arguments of the operations, each with the plain numbers behind it.
+"""Random arguments of the operations, each with its values as plain numbers.
 
-Plain numbers are float64 that the operation's own type holds exactly: both sides start from the same.
+Plain numbers are float64 values that the operation's own type holds exactly, so that the operation and its
+reference start from the same inputs.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ def draw(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16 of each."""
+    """Round each value to the nearest bfloat16."""
     rounded = packed_matrix.from_bfloat16(packed_matrix.to_bfloat16(values.astype(np.float32)))
     return rounded.astype(np.float64)
 
 
 def as_multiplied(values: np.ndarray, weight_format: str) -> np.ndarray:
-    """Activations as products with a matrix take them: AMX multiplies bfloat16 with bfloat16."""
+    """Return activations as matrix products read them: AMX multiplies bfloat16 with bfloat16."""
     narrow = custom_ops.instruction_set() == "amx" and weight_format == "bfloat16"
     return bfloat16(values) if narrow else values
 
 
 def tolerance(weight_format: str, scale: float) -> dict[str, float]:
-    """Of results around `scale`, after two products one behind the other."""
+    """Return the tolerance of results around `scale` after two products in a row."""
     if custom_ops.instruction_set() == "amx" and weight_format == "bfloat16":
         return {"rtol": 0, "atol": 2e-2 * scale}
     return {"rtol": 3e-5, "atol": 3e-5 * scale}
@@ -111,7 +112,7 @@ class PackedMlp:
 
 @dataclass(frozen=True)
 class Span:
-    """One sequence's share of a step: its positions start .. start + count - 1."""
+    """The positions start .. start + count - 1 of one sequence in a step."""
 
     start: int
     count: int
@@ -128,10 +129,10 @@ class Span:
 
 
 def step(spans: Sequence[Span], logit_tokens: Sequence[int] = ()) -> paddle.Tensor:
-    """The integers of include/step.h."""
+    """Encode a step as the integers of include/step.h."""
     width = max(len(span.blocks) for span in spans)
     counts = [span.count for span in spans]
-    # Behind the blocks of a sequence a table holds anything.
+    # Entries of a table behind the sequence's blocks are undefined.
     tables = np.full((len(spans), width), -1)
     for row, span in zip(tables, spans, strict=True):
         row[: len(span.blocks)] = span.blocks
@@ -148,7 +149,7 @@ def step(spans: Sequence[Span], logit_tokens: Sequence[int] = ()) -> paddle.Tens
 
 @dataclass(frozen=True)
 class PagedCache:
-    """One layer's cache, every slot of it poisoned: what was not written must not be read."""
+    """The cache of one layer, with every slot poisoned so that a read of an unwritten slot shows."""
 
     num_blocks: int
     block_size: int
@@ -170,5 +171,5 @@ class PagedCache:
             object.__setattr__(self, name, cache if self.wide else cache.astype("bfloat16"))
 
     def held(self, values: np.ndarray) -> np.ndarray:
-        """As the cache keeps them."""
+        """Return the values as the cache stores them."""
         return values if self.wide else bfloat16(values)

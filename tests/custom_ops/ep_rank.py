@@ -1,8 +1,8 @@
-"""A rank of an expert-parallel group without an engine, for `test_expert_group`: it does what it is told.
+"""A rank of an expert-parallel group without an engine, driven by the commands of `test_expert_group`.
 
     python -m tests.custom_ops.ep_rank SOCKET
 
-Commands and answers are JSON; what the rank has seen in its steps goes into a file.
+Commands and answers are JSON. The rank writes what it saw in its steps to a file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastdeploy.expert_parallel.options import GroupOptions
 
 from .collectives import HIDDEN, Plan, Seen, Share, computed, draw_tokens, layout, mapped
 
-#: Where a rank may stop or die in a collective.
+#: Points of a collective at which a rank can be stopped or killed.
 PLACES = ("before it sends", "sent", "received", "returned", "added up")
 
 
@@ -41,9 +41,9 @@ PLACES = ("before it sends", "sent", "received", "returned", "added up")
 class Rank:
     group: ExpertGroup
     seed: int
-    #: What it has seen goes there when a step is over.
+    #: Receives the records of each finished step.
     file: BinaryIO | None = None
-    #: Sends itself this signal when it first comes to this place in the step of this number, or later.
+    #: (step number, place, signal): sent to itself on first reaching the place in that step or a later one.
     trap: tuple[int, str, int] | None = None
     number: int = 0
 
@@ -64,7 +64,7 @@ class Rank:
         self.step(draw_tokens(self.seed, self._row.begun, self.group.rank, self.number))
 
     def execute_dummy_step(self) -> None:
-        """As the worker does."""
+        """Join a step without tokens if one is wanted, like the worker."""
         self.group.handle_wakeups()
         if self.is_wanted:
             self.step(0)
@@ -92,7 +92,7 @@ class Rank:
                 for index, layer in enumerate(plan.layers)
             ]
         except RuntimeError:
-            # Of an operation, which does not say whether the step is to be begun again.
+            # The operation raised it, and cannot say whether the step has to restart.
             self.group.check()
             raise
 
@@ -125,7 +125,7 @@ class Rank:
 
 
 def sent(values: np.ndarray, wide: bool) -> paddle.Tensor:
-    # Paddle takes uint16 for bfloat16.
+    # Paddle reads uint16 as bfloat16.
     return paddle.to_tensor(values if wide else packed_matrix.to_bfloat16(values))
 
 
@@ -134,7 +134,7 @@ def plain(tensor: paddle.Tensor) -> np.ndarray:
     return values if values.dtype == np.float32 else packed_matrix.from_bfloat16(values)
 
 
-# ---- what it can be told
+# ---- commands
 
 
 def steps(
@@ -151,18 +151,18 @@ def steps(
     rebalance: bool = False,
     trap: tuple[int, str, int] | None = None,
 ) -> int:
-    """Joins, takes part in so many steps, and leaves; once for each of `lives`.
+    """Join, run a number of steps and leave, once for each entry of `lives`.
 
-    Answers how often it began a step anew.
+    Returns the number of restarted steps.
 
     Args:
-        lives: None is until it is told that there are enough.
-        together: begins when the group has so many members.
-        rebalance: the experts move, by load, many times a second.
+        lives: steps of each membership; None runs until the order "enough".
+        together: start once the group has this many members.
+        rebalance: move experts by load many times a second.
     """
     member._REBALANCE_SECONDS = 0.02
     restarted = number = 0
-    # Unbuffered: it may be killed.
+    # Unbuffered: the process may be killed.
     with open(file, "wb", buffering=0) as seen:
         for count in lives:
             options = GroupOptions(name, seat, redundant_experts=redundant, rebalance=rebalance)
@@ -185,9 +185,9 @@ def steps(
 
 
 def serve(link: socket.socket, *, name: str, seat: int, num_seats: int, seed: int) -> int:
-    """Sleeps until there is a token, as the worker does, and answers when it is computed.
+    """Sleep until a token arrives, like the worker, and answer when it is computed.
 
-    Answers to `end` how many steps it was in.
+    The answer to `end` is the number of steps that the rank took part in.
     """
     options = GroupOptions(name, seat)
     rank, tokens, left = joined(options, num_seats, seed), 0, list[str]()
@@ -210,7 +210,7 @@ def serve(link: socket.socket, *, name: str, seat: int, num_seats: int, seed: in
         elif not left:
             rank.execute_dummy_step()
         elif left[0] == "close":
-            # Without leaving, and without ending.
+            # The rank neither leaves the group nor ends.
             rank.group.close()
             return 0
         else:
@@ -225,7 +225,7 @@ def serve(link: socket.socket, *, name: str, seat: int, num_seats: int, seed: in
 
 
 def orders(link: socket.socket) -> list[str]:
-    """What has come."""
+    """Return the orders that have arrived."""
     found = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -246,7 +246,7 @@ def answer(link: socket.socket, what: Any) -> None:
 
 def main(descriptor: int) -> None:
     die_with_parent(os.getppid())
-    # SIGTERM would end the process with a stack trace of C++.
+    # Paddle's own handler would answer SIGTERM with a C++ stack trace.
     paddle.disable_signal_handler()
     paddle.set_device("cpu")
     link = socket.socket(fileno=descriptor)

@@ -2,7 +2,7 @@
 
     python -m tests.custom_ops.every_operation FILE.npz
 
-Each operation runs on all rows at once, and under the name with "alone" behind it on one row at a time.
+Each operation runs on all rows at once, and, under the same name with "alone" appended, on one row at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastdeploy import custom_ops
 
 from .draws import FORMATS, Packed, PackedMlp, PagedCache, Span, draw, integers, step, tensor
 
-#: Several tiles of the highest kernel, and one that is not full.
+#: Several tiles of the highest kernel, plus a partial one.
 ROWS = 41
 HIDDEN, EXPERTS, K = 104, 6, 3
 Results = dict[str, np.ndarray]
@@ -33,7 +33,7 @@ def main(file: str) -> None:
     np.savez(file, **found)
 
 
-#: A name, what computes the given rows of the operation's inputs, and how many rows there are.
+#: Name, function that computes the given rows of the operation, and number of rows.
 Operations = Iterator[tuple[str, Callable[[np.ndarray], np.ndarray], int]]
 
 
@@ -65,7 +65,7 @@ def rows_of_matrices(random: np.random.Generator) -> Operations:
 
 
 def rows_of_attention(random: np.random.Generator) -> Operations:
-    """A chunk across the border between two segments of the context, and the same positions as decodes."""
+    """Yield attention over a chunk that crosses a segment border; its rows one by one are decodes."""
     start, queries, keys, head_dim, block_size = 480, 5, 1, 40, 16
     blocks = random.permutation(40)
     qkv = draw(random, start + ROWS, (queries + 2 * keys) * head_dim)

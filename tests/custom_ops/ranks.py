@@ -1,4 +1,4 @@
-"""Processes of `ep_rank`, as tests use them: started once, as each takes a second to import Paddle."""
+"""Processes of `ep_rank`, reused between tests because each takes a second to import Paddle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastdeploy.expert_parallel.memory_file import group_directory
 
 
 class RankFailed(Exception):
-    """What a rank was told to do has raised; `kind` is the exception's."""
+    """An exception of a rank's command; `kind` is the name of its class."""
 
     def __init__(self, kind: str, said: str) -> None:
         super().__init__(f"{kind}: {said}")
@@ -55,7 +55,7 @@ class RankProcess:
         self.link.send(json.dumps({"do": command} | arguments).encode())
 
     def finish(self, deadline: float) -> Any:
-        """The answer to the command. Raises RankFailed for an exception."""
+        """Return the answer that ends the command. Raises RankFailed if the command raised."""
         found = self._receive(deadline)
         self._is_busy = False
         return found
@@ -64,7 +64,7 @@ class RankProcess:
         self.link.send(order.encode())
 
     def hear(self, deadline: float) -> Any:
-        """An answer after which others follow."""
+        """Return an intermediate answer."""
         return self._receive(deadline)
 
     @property
@@ -98,7 +98,7 @@ class Ranks:
         self._processes: list[RankProcess] = []
 
     def take(self, count: int) -> list[RankProcess]:
-        """So many that have nothing to do."""
+        """Return `count` idle processes, and start those that are missing."""
         for process in self._processes:
             if not process.is_free:
                 process.end()
@@ -131,7 +131,7 @@ def repeating(write: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def group_of_its_own() -> Iterator[str]:
-    """The name of a group that nobody else has, and that leaves nothing."""
+    """Yield an unused group name, and remove the group's files at the end."""
     name = uuid.uuid4().hex
     try:
         yield name

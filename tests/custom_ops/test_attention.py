@@ -1,4 +1,4 @@
-"""Rotation and attention over the paged cache against attention over whole texts in float64."""
+"""Rotation and attention over the paged cache, compared with attention over whole texts in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Text:
-    """`qkv` of all positions, [context, heads, d], before rotation; the step computes the last `count`."""
+    """A text: unrotated `qkv` of all positions, [context, heads, d]; the step computes the last `count`."""
 
     qkv: np.ndarray
     span: Span
@@ -56,21 +56,21 @@ def expected(text: Text, heads: Heads, cache: PagedCache) -> np.ndarray:
     turned = reference.rope(text.qkv[:, : heads.queries + heads.keys], rotary_cos_sin)
     query, key = np.split(turned, [heads.queries], axis=1)
     value = text.qkv[:, heads.queries + heads.keys :]
-    # Keys are rounded from float32, not from the float64 of the reference.
+    # The operation rounds keys from float32, not from the reference's float64.
     key = cache.held(key.astype(np.float32).astype(np.float64))
     attended = reference.attention(query[text.span.start :], key, cache.held(value), text.span.start)
     return attended.reshape(text.span.count, -1)
 
 
 def rotation_of(span: Span, head_dim: int) -> np.ndarray:
-    """The operation's own: float32 angles of far positions are some way from those of float64."""
+    """Return the operation's own rotation: its float32 angles differ from float64 at far positions."""
     return custom_ops.rotary_embedding(step([span]), THETA, head_dim).numpy().astype(np.float64)
 
 
 def draw_texts(
     random: np.random.Generator, heads: Heads, shares: list[tuple[int, int]], block_size: int, shared: int
 ) -> tuple[list[Text], int]:
-    """Texts in scattered blocks, the first `shared` of which are the same; and how many blocks there are."""
+    """Draw texts in scattered blocks, the first `shared` in common. Returns them and the number of blocks."""
     sizes = [-(-(start + count) // block_size) for start, count in shares]
     num_blocks = sum(sizes) + shared + 3
     free = random.permutation(num_blocks).tolist()
@@ -78,7 +78,7 @@ def draw_texts(
     beginning = draw(random, shared * block_size, heads.all, heads.head_dim)
     texts = []
     for (start, count), size in zip(shares, sizes, strict=True):
-        # A prefix is shared as far as it lies before what is computed now.
+        # The prefix is shared only as far as it lies before the computed positions.
         blocks = prefix[: start // block_size]
         blocks = blocks + [free.pop() for _ in range(size - len(blocks))]
         qkv = draw(random, start + count, heads.all, heads.head_dim)
@@ -100,7 +100,7 @@ def check(
     out = run([text.span for text in texts], [text.qkv[text.span.start :] for text in texts], cache)
     found = np.split(out, np.cumsum([text.span.count for text in texts])[:-1])
     for text, rows in zip(texts, found, strict=True):
-        # A key or value near the middle between two bfloat16 may be rounded to the other one.
+        # A key or value halfway between two bfloat16 numbers may be rounded either way.
         tolerance = TOLERANCE if wide else {"rtol": 2.0**-8, "atol": 2.0**-8}
         np.testing.assert_allclose(rows, expected(text, heads, cache), **tolerance)
 
@@ -130,7 +130,7 @@ shares_of_a_step = st.lists(
     wide=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-# Decodes on both sides of the border between two segments, and chunks across it.
+# Decodes on both sides of the border between two segments, and chunks across the border.
 @example(
     heads=Heads(5, 1, 64),
     shares=[(510, 1), (511, 1), (512, 1), (1023, 1)],
@@ -144,13 +144,13 @@ shares_of_a_step = st.lists(
 def test_attention_over_scattered_blocks_is_attention_over_whole_texts(
     heads: Heads, shares: list[tuple[int, int]], block_size: int, shared: int, wide: bool, seed: int
 ) -> None:
-    """Decodes and chunks in one step, in a cache whose every other slot holds NaN or infinities."""
+    """Decodes and chunks share a step, in a cache whose unwritten slots hold NaN or infinities."""
     check(heads, shares, block_size, shared=shared, wide=wide, seed=seed)
 
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_what_another_text_left_in_a_block_is_not_read(wide: bool) -> None:
-    """The block of the one text is full of the numbers of the other, which went before it."""
+    """A block is reused by a second text while the first text's numbers still fill it."""
     random = np.random.default_rng(1)
     heads, cache = Heads(4, 2, 32), PagedCache(3, 16, 2, 32, wide)
     former, qkv = (1e30 * draw(random, 32, 8, 32), draw(random, 21, 8, 32))
@@ -186,7 +186,7 @@ def test_rotation_is_of_the_positions_of_each_sequence(theta: float, head_dim: i
     spans = [Span(0, 5), Span(8190, 3), Span(77, 1)]
     rotary_cos_sin = custom_ops.rotary_embedding(step(spans), theta, head_dim).numpy()
     positions = np.concatenate([span.positions for span in spans])
-    # Angles are float32: position times a frequency, both rounded.
+    # Angles are float32: a position times a frequency, both rounded.
     error = np.abs(rotary_cos_sin - reference.rotary_embedding(positions, theta, head_dim))
     assert (error <= 1e-7 + 3e-7 * positions[:, None]).all()
 

@@ -1,4 +1,4 @@
-"""A wrong argument is told in one line; it neither ends the process nor reaches other memory."""
+"""A wrong argument raises a one-line error; it neither ends the process nor touches other memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QKV = Packed.draw(RANDOM, "wint8", 64, HIDDEN).blob
 MLP = PackedMlp.draw(RANDOM, "bfloat16", HIDDEN, 20, 1)
 OTHER_MLP = PackedMlp.draw(RANDOM, "bfloat16", HIDDEN + 1, 20, 1)
 EXPERTS = PackedMlp.draw(RANDOM, "bfloat16", HIDDEN, 20, 3)
-# Two heads of queries, one of keys.
+# Two query heads, one key head.
 CACHE = PagedCache(2, 16, 1, 16, wide=True)
 PLAN = step([Span(0, 4, [0], [1, 2, 3, 4])], logit_tokens=[3])
 COS_SIN = custom_ops.rotary_embedding(PLAN, 10000.0, 16)
@@ -38,7 +38,7 @@ def ones(*shape: int) -> paddle.Tensor:
 
 
 def changed(blob: paddle.Tensor, place: int, value: int) -> paddle.Tensor:
-    """With another 32-bit number in the header."""
+    """Return a copy with another 32-bit number in the header."""
     array = blob.numpy().copy()
     array[place : place + 4] = np.array([value], np.uint32).view(np.uint8)
     return paddle.to_tensor(array)
@@ -84,7 +84,7 @@ def moe_block(
     custom_ops.moe_block(hidden_states, ones(HIDDEN), *blobs, EPSILON, k, 1e-12)
 
 
-#: A group of one rank, for up to four tokens with two of the three experts each.
+#: A group of one rank, for up to four tokens that pick two of the three experts each.
 GROUPS: list[ExpertGroup] = []
 
 

@@ -1,4 +1,4 @@
-"""Blocks of a layer are their operations one after the other, to the bit."""
+"""A layer's fused blocks equal their operations one after the other, to the bit."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_mlp_block(random: np.random.Generator, weight_format: str, tokens: int)
 
 
 def alone(mlp: PackedMlp, x: paddle.Tensor) -> np.ndarray:
-    """An MLP as an expert that takes every row: what a single operation offers."""
+    """Compute an MLP as one expert that takes every row, which is a single operation."""
     offsets = paddle.to_tensor(np.array([0, len(x)], np.int32))
     return custom_ops.moe_grouped_gemm(x, offsets, mlp.gate_up, mlp.down).numpy()
 
@@ -94,7 +94,7 @@ def test_moe_block(random: np.random.Generator, weight_format: str, tokens: int,
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_an_mlp_of_all_rows_is_the_gated_mlp(random: np.random.Generator, weight_format: str) -> None:
-    """Ties what the blocks are compared with here to the reference."""
+    """The baseline of the other tests here agrees with the reference."""
     mlp, x = PackedMlp.draw(random, weight_format, HIDDEN, 50, bias=True), draw(random, 40, HIDDEN)
     expected = reference.gated_mlp(x, mlp.plain[0])
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""Collectives of groups of real processes against what numpy says of all ranks at once."""
+"""Collectives of groups of real processes, compared with a numpy reference of all ranks at once."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .collectives import EXPERTS, MAX_TOKENS, K, Plan, Seen, Share, computed, ma
 from .ep_rank import PLACES
 from .ranks import RankFailed, RankProcess, Ranks, group_of_its_own, repeating
 
-#: Longer than anything that works takes, on a busy machine.
+#: Seconds; longer than any working operation takes on a busy machine.
 PATIENCE = 60.0
-#: As long as nobody who is called may sleep.
+#: Seconds; a rank that was called has to wake up well before.
 CALL_PATIENCE = 20.0
 
 
@@ -41,7 +41,7 @@ def name(ranks: Ranks) -> Iterator[str]:
 
 @pytest.fixture
 def seed() -> int:
-    # As in conftest.py: people look for new counterexamples, CI takes the same each time.
+    # Same split as in conftest.py: developers look for new counterexamples, CI repeats one seed.
     return 1 if os.environ.get("CI") else np.random.SeedSequence().entropy % 2**32
 
 
@@ -51,7 +51,7 @@ def seed() -> int:
 def test_the_fma_of_the_reference_rounds_once() -> None:
     random = np.random.default_rng(1)
     tiny = random.integers(-9, 10, 5000) * 2.0**-23
-    # Products next to half of the last bit of what they are added to: float64 takes them for just that.
+    # The products are near half the last bit of `c`, where float64 rounds the sum to exactly half.
     a, b, c = (
         values.astype(np.float32)
         for values in (1 + tiny, (1 - tiny) * 2.0**-24, 1 + random.integers(0, 99, 5000) * 2.0**-23)
@@ -66,13 +66,13 @@ def test_the_fma_of_the_reference_rounds_once() -> None:
         assert off <= min(abs(Fraction(below) - exact), abs(Fraction(above) - exact))
 
 
-# ---- what every rank sees
+# ---- steps
 
 
 def start(
     rank: RankProcess, seat: int, num_seats: int, name: str, file: Path, seed: int, **options: Any
 ) -> Path:
-    """Lets it take a seat of a group; the file into which it writes what it sees."""
+    """Start the steps of a rank at a seat of the group. Returns the file of its records."""
     rank.start("steps", name=name, seat=seat, num_seats=num_seats, seed=seed, file=str(file), **options)
     return file
 
@@ -87,9 +87,9 @@ def load(files: Sequence[Path]) -> list[Seen]:
 
 
 def assert_as_reference(seed: int, num_seats: int, seen: Sequence[Seen], faulty: Collection[int] = ()) -> int:
-    """Compare every collective that ranks have seen to the end; return the number of steps.
+    """Compare every collective that ranks have finished; return the number of steps.
 
-    What `faulty` seats have seen is not compared: their own part of the memory is damaged.
+    Results of `faulty` seats are skipped: their own part of the memory is damaged.
     """
     collectives: dict[tuple[int, int], dict[int, Seen]] = defaultdict(dict)
     for one in seen:
@@ -98,7 +98,7 @@ def assert_as_reference(seed: int, num_seats: int, seen: Sequence[Seen], faulty:
     last = {(one.stamp >> 40, one.seat): one.stamp for one in sorted(seen, key=lambda one: one.stamp)}
     for (stamp, index), members in collectives.items():
         assert_collective(seed, num_seats, stamp, index, members, faulty)
-        # Who leaves has no tokens: it drops its last step if the others finish it and go on before it looks.
+        # A leaving rank has no tokens. It drops its last step if the others finish it before the rank looks.
         for seat in set(next(iter(members.values())).members) - members.keys():
             assert last.get((stamp >> 40, seat), 0) < stamp, f"step {stamp:x} is not seat {seat}'s last"
     return len({stamp for stamp, _ in collectives})
@@ -131,14 +131,14 @@ def assert_collective(
         same(one.offsets, received[seat].offsets, where)
         same(one.source_token_index, received[seat].source_token_index, where)
         if custom_ops.instruction_set() == "generic":
-            # It rounds between product and sum.
+            # The generic kernels round between product and sum.
             np.testing.assert_allclose(one.sums, sums[seat], rtol=1e-5, atol=1e-4, err_msg=where)
         else:
             same(one.sums, sums[seat], where)
 
 
 def same(one: np.ndarray, other: np.ndarray, where: str) -> None:
-    # Ten times as fast as numpy's own, of which there would be 100,000.
+    # Ten times as fast as numpy's assertion, which would run 100,000 times.
     if not np.array_equal(one, other):
         np.testing.assert_array_equal(one, other, err_msg=where)
 
@@ -148,7 +148,7 @@ def same(one: np.ndarray, other: np.ndarray, where: str) -> None:
 def test_every_step_is_as_the_reference_says(
     ranks: Ranks, name: str, seed: int, tmp_path: Path, num_seats: int, steps: int, redundant: int
 ) -> None:
-    """Tokens of all ranks, of some or of none; float32 and bfloat16; one layer or two."""
+    """Steps have tokens of all ranks, of some or of none, float32 or bfloat16, and one layer or two."""
     started = ranks.take(num_seats)
     options = {"lives": [steps], "together": num_seats, "redundant": redundant}
     files = [
@@ -165,7 +165,7 @@ def test_ranks_come_and_go_while_others_compute(ranks: Ranks, name: str, seed: i
     started, random = ranks.take(5), np.random.default_rng(seed)
     files = []
     for seat, rank in enumerate(started):
-        # One stays: a group that all have left begins with epoch 1 again.
+        # One rank stays: a group that everyone has left restarts at epoch 1.
         lives = [None] if seat == 0 else random.integers(1, 60, 12).tolist()
         files.append(start(rank, seat, 5, name, tmp_path / str(seat), seed, lives=lives))
         time.sleep(random.random() / 10)
@@ -187,14 +187,14 @@ def test_experts_move_while_ranks_compute(ranks: Ranks, name: str, seed: int, tm
         rank.finish(PATIENCE)
     seen = load(files)
     assert assert_as_reference(seed, 3, seen) > 300
-    # Three for those that joined, as many for those that left.
+    # Three epochs for joins and three for leaves; the others are of moved experts.
     assert len({one.stamp >> 40 for one in seen}) > 8
 
 
 def test_group_removal_by_the_last_rank_may_race_with_the_next_join(
     ranks: Ranks, name: str, seed: int, tmp_path: Path
 ) -> None:
-    """The one removes the group's memory, the other makes it."""
+    """One rank removes the group's memory while the other creates it."""
     started = ranks.take(3)
     for seat, rank in enumerate(started):
         start(rank, seat, 3, name, tmp_path / str(seat), seed, lives=[1] * 200)
@@ -203,13 +203,13 @@ def test_group_removal_by_the_last_rank_may_race_with_the_next_join(
     assert not group_directory(name).exists()
 
 
-# ---- ranks that are lost
+# ---- lost ranks
 
 
 def start_with_trap(
     started: Sequence[RankProcess], name: str, directory: Path, seed: int, place: str, signal: int
 ) -> list[Path]:
-    """Three ranks in steps without end; the second sends itself a signal there."""
+    """Start three ranks in endless steps; the second sends itself `sig` at `place`."""
     return [
         start(
             rank,
@@ -240,7 +240,7 @@ def finish(started: Sequence[RankProcess]) -> None:
 
 
 def told_of_by_all(seen: Sequence[Seen], lost: int) -> list[Seen]:
-    """Without the step that the others may have finished, and the lost seat did not live to tell of."""
+    """Drop the step that the survivors may have finished without a record from the lost seat."""
     last = max(one.stamp for one in seen if one.seat == lost)
     known = [one for one in seen if one.stamp <= last or one.stamp >> 40 != last >> 40]
     assert len({one.stamp for one in seen} - {one.stamp for one in known}) <= 1
@@ -261,7 +261,7 @@ def test_a_rank_may_die_anywhere_in_a_collective(
 
 
 def expel(memory: Memory, seat: int) -> None:
-    """As if the process were dead, and its pid another's."""
+    """Remove a seat as if its process were dead and its pid reused."""
     with memory.locked():
         memory.rank_slots[seat].start_time += 1
         assert Membership(memory, planner(EXPERTS, 0)).remove_dead()
@@ -269,7 +269,7 @@ def expel(memory: Memory, seat: int) -> None:
 
 @contextlib.contextmanager
 def late_writes(memory: Memory, seat: int, epoch: int) -> Iterator[None]:
-    """Write continuously, in an epoch that is over, that a rank is ahead of all others."""
+    """Write continuously that a rank of a past epoch is ahead of all others."""
     layout, row = memory.layout, memory.rows[seat]
     begin, end = (layout.rank_offset(seat) + offset for offset in (layout.dispatch_targets, layout.results))
 
@@ -326,7 +326,7 @@ def test_expelled_rank_leaves_its_seat_to_the_successor(
     assert not group_directory(name).exists()
 
 
-# ---- calls
+# ---- wakeup calls
 
 
 def serve(ranks: Ranks, name: str, num_seats: int, seed: int) -> list[RankProcess]:
@@ -350,9 +350,9 @@ def pause(random: np.random.Generator) -> None:
 
 
 def compute_tokens(started: Sequence[RankProcess], random: np.random.Generator, count: int) -> None:
-    """Tokens that come in batches, at any moments; the next batch when all are computed.
+    """Send tokens in batches at random moments, each batch once the previous one is computed.
 
-    So a rank that is not called sleeps for good: nobody else's token wakes it in passing.
+    No token of a later batch can wake a rank whose call was lost, so such a rank keeps sleeping.
     """
     while count > 0:
         batch = random.integers(len(started), size=random.integers(1, len(started) + 2))
@@ -366,7 +366,7 @@ def compute_tokens(started: Sequence[RankProcess], random: np.random.Generator, 
 
 
 def compute_tokens_of_movers(started: Sequence[RankProcess], random: np.random.Generator, count: int) -> None:
-    """One rank leaves and comes back while a token is computed; then another token, to any rank."""
+    """Let one rank leave and rejoin while a token is computed, then send another token to any rank."""
     for _ in range(count):
         first, mover, last = random.integers(len(started), size=3)
         awaited: list[list[str]] = [[] for _ in started]
@@ -390,7 +390,7 @@ def test_no_call_is_lost(ranks: Ranks, name: str, seed: int, num_seats: int, tok
 
 
 def test_no_call_is_lost_while_members_change(ranks: Ranks, name: str, seed: int) -> None:
-    """A rank without tokens that begins a step anew calls those who sleep, too: it cannot do without them."""
+    """A rank without tokens that restarts a step also has to call the sleeping ranks, which it needs."""
     started = serve(ranks, name, 3, seed)
     compute_tokens_of_movers(started, np.random.default_rng(seed), 100)
     end(started)
@@ -411,7 +411,7 @@ def test_a_member_that_closes_and_lives_on_keeps_nobody_waiting(ranks: Ranks, na
     started = serve(ranks, name, 3, 1)
     started[2].tell("close")
     started[2].finish(PATIENCE)
-    # The others sleep, and the kernel does not call them: nobody has died.
+    # The others sleep, and the kernel does not wake them because no process has died.
     started[0].tell("token")
     assert started[0].hear(CALL_PATIENCE) == "done"
     end(started[:2])

@@ -1,4 +1,4 @@
-"""What a rank does when another has written into its part of the group's memory what cannot be."""
+"""A rank's reaction to impossible values in its part of the group's memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EPOCH = 1
 
 
 class Pair:
-    """Rank 0 is real; the test writes the part of rank 1, at first without faults."""
+    """A real rank 0, and a rank 1 whose part of the memory the test writes, initially without faults."""
 
     def __init__(self, memory: Memory) -> None:
         layout = memory.layout
@@ -42,7 +42,7 @@ class Pair:
         self.row.tokens = TOKENS << 8 | ELEMENT
         self.targets = self._numbers(1, layout.dispatch_targets, MAX_TOKENS * K)
         self.places = self._numbers(1, layout.return_slots, SEATS * MAX_TOKENS * K)
-        # To each of the four experts, of which a seat has every other.
+        # Targets are the four experts in turn, which alternate between the two seats.
         self.targets[:] = [expert % EXPERTS << 6 | expert % SEATS for expert in range(MAX_TOKENS * K)]
         self.places[:] = np.arange(SEATS * MAX_TOKENS * K) % (MAX_TOKENS * K)
         self.own_targets = self._numbers(0, layout.dispatch_targets, MAX_TOKENS * K)
@@ -94,7 +94,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 
 def test_a_part_without_fault_is_read_to_the_end(pair: Pair) -> None:
     assert pair.begin() == GOING
-    # Three of its own picks are for experts at home, and three of the other's.
+    # Three picks of rank 0 and three of rank 1 are for rank 0's experts.
     assert (count := pair.dispatch()) == 6
     assert pair.combine(count) == 6
     assert pair.native.status == GOING
@@ -169,7 +169,7 @@ def test_a_fault_is_forgotten_with_the_next_members(pair: Pair) -> None:
     assert pair.dispatch() == TOKENS * K
 
 
-# ---- with ranks that are processes
+# ---- rank processes
 
 
 Corrupt = Callable[[Memory, int], None]
@@ -205,7 +205,7 @@ CORRUPTED: dict[str, Corrupt] = {
     "combined": _far("combined"),
     "tokens": _many_tokens,
     "step_tokens": _many_step_tokens,
-    # For the other two; its own results are not found either.
+    # The other two ranks cannot find their inputs, and the rank cannot find its own results.
     "targets": _fill("dispatch_targets", "return_slots", GROUP_EXPERTS << 6),
     "places": _fill("return_slots", "tokens", -5_000_000),
 }
@@ -216,7 +216,7 @@ def assert_steps_as_reference(files: Sequence[Path], faulty: Collection[int]) ->
     told = defaultdict(set)
     for one in seen:
         told[one.stamp].add(one.seat)
-    # Some may have finished a step that others began again.
+    # Some ranks may have finished a step that others restarted.
     whole = [one for one in seen if told[one.stamp] == set(one.members)]
     assert assert_as_reference(1, 3, whole, faulty) > 30
 
@@ -225,9 +225,9 @@ def assert_steps_as_reference(files: Sequence[Path], faulty: Collection[int]) ->
 def three_ranks(
     ranks: Ranks, tmp_path: Path, faulty: Collection[int] = ()
 ) -> Iterator[tuple[list[RankProcess], Memory]]:
-    """In steps until the block ends; everything that they have seen is as the reference says.
+    """Run steps on three ranks until the block ends, then compare all their records with the reference.
 
-    What `faulty` seats have seen is not compared.
+    Results of `faulty` seats are skipped.
     """
     started = ranks.take(3)
     with group_of_its_own() as name:

@@ -1,4 +1,4 @@
-"""AVX-512 and AVX2 give the same bits, the others the same numbers, and each is row invariant in itself."""
+"""AVX-512 and AVX2 give the same bits, generic code agrees within rounding, and each is row invariant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
 
 @cache
 def results(instruction_set: str) -> dict[str, np.ndarray] | str:
-    """Of every operation, by name; or in one line why there are none."""
+    """Return the results of every operation by name, or a line that says why there are none."""
     with TemporaryDirectory() as directory:
         file = Path(directory) / "results.npz"
         process = subprocess.run(
@@ -62,7 +62,7 @@ def test_avx512_and_avx2_agree_to_the_bit() -> None:
 
 
 def test_plain_code_agrees_within_rounding() -> None:
-    """It rounds between product and sum."""
+    """Generic code rounds between product and sum."""
     one, other = results_here("generic"), results_here("avx2")
     for name in one.keys() - {"instruction set"}:
         scale = np.abs(one[name]).max()

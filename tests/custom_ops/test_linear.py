@@ -1,4 +1,4 @@
-"""Embedding, normalisation and packed matrices against float64."""
+"""Embedding, normalisation and packed matrices, compared with float64."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_logits_are_of_the_rows_that_the_step_wants(weight_format: str) -> None:
 
 
 def test_bfloat16_of_the_cache_and_of_the_weights_round_alike() -> None:
-    """Paddle's conversion, which tests compare with, is that of `packed_matrix` as well."""
+    """`packed_matrix` rounds like Paddle's conversion, which tests compare the cache with."""
     values = draw(np.random.default_rng(5), 1000)
     by_paddle = tensor(values).astype("bfloat16").astype("float32").numpy()
     by_us = packed_matrix.from_bfloat16(packed_matrix.to_bfloat16(values.astype(np.float32)))

@@ -1,4 +1,4 @@
-"""Routing and experts against float64."""
+"""Routing and experts, compared with float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_topk_select_adds_the_bias_to_the_choice_only(
         out.numpy() for out in custom_ops.moe_topk_select(tensor(logits), tensor(bias), k, 1e-12)
     )
     expected_ids, expected_weights = reference.moe_topk_select(logits, bias, k, 1e-12)
-    # Float32 may order differently what is closer than its roundings.
+    # Float32 may swap experts whose scores are closer than its rounding.
     scores = reference.softmax(logits) + bias
     found, expected = (np.take_along_axis(scores, chosen, axis=1) for chosen in (topk_ids, expected_ids))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
@@ -54,7 +54,7 @@ def test_topk_select_divides_by_no_less_than_the_floor() -> None:
     np.testing.assert_allclose(weights.numpy(), [[0.2, 0.2]], rtol=1e-6)
 
 
-#: How tokens spread over experts.
+#: Distributions of tokens over experts.
 SPREADS = ("any", "one expert", "half without tokens")
 
 
@@ -110,7 +110,7 @@ def test_fused_moe_sums_what_the_picked_experts_say(
     k: int,
     spread: str,
 ) -> None:
-    """The parts one by one give the same bits."""
+    """The fused operation also gives the same bits as its parts one by one."""
     random, k = np.random.default_rng(seed), min(k, experts)
     mlps = PackedMlp.draw(random, weight_format, hidden, width, experts)
     x, weights = draw(random, tokens, hidden), np.abs(draw(random, tokens, k))
@@ -118,7 +118,7 @@ def test_fused_moe_sums_what_the_picked_experts_say(
     given_ids = integers(topk_ids)
     y = custom_ops.fused_moe(tensor(x), given_ids, tensor(weights), mlps.gate_up, mlps.down).numpy()
     expected = reference.fused_moe(x, topk_ids, weights, mlps.plain)
-    # Where terms cancel each other their roundings do not.
+    # The error is bounded by sums of magnitudes: where terms cancel, their roundings do not.
     without_signs = [reference.GatedMlp(*(without_sign(part) for part in mlp)) for mlp in mlps.plain]
     scale = reference.fused_moe(np.abs(x), topk_ids, weights, without_signs).max()
     np.testing.assert_allclose(y, expected, **tolerance(weight_format, scale))

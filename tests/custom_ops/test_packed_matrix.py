@@ -1,4 +1,4 @@
-"""Packed matrices: the layout, byte by byte, and what becomes of the values."""
+"""Packed matrices: the layout byte by byte, and the error of the values."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
-    """Rows of very different sizes, zero rows among them."""
+    """Draw rows of very different magnitudes, some of them zero."""
     random = np.random.default_rng(seed)
     magnitudes = random.choice([0, 1e-20, 1e-3, 1, 1e10], size=(*shape[:-1], 1))
     return (random.standard_normal(shape) * magnitudes).astype(np.float32)
 
 
 def body(weights: list[list[float]], weight_format: str) -> bytes:
-    """The only panel without its biases."""
+    """Return the single panel without its biases."""
     blob = pack(np.array(weights, np.float32), weight_format=weight_format)
     return blob[HEADER_BYTES + 4 * PANEL :].tobytes()
 
@@ -46,7 +46,7 @@ def body(weights: list[list[float]], weight_format: str) -> bytes:
 def test_the_header_and_the_biases_are_where_the_kernels_look() -> None:
     weights, bias = np.ones((3, 40, 5), np.float32), np.arange(120, dtype=np.float32).reshape(3, 40)
     blob = pack(weights, bias, weight_format="wint8")
-    panel = 448  # 128 of biases, 128 of scales, 5 * 32 of weights: 416, and up to a multiple of 64
+    panel = 448  # 128 of biases, 128 of scales, 5 * 32 of weights: 416, rounded up to a multiple of 64
     assert blob[:64].tobytes() == b"FDMATRIX" + struct.pack("<6I2Q16x", 2, 2, 40, 5, 3, 0, panel, 2 * panel)
     assert blob.nbytes == 64 + 3 * 2 * panel
     assert blob.ctypes.data % 64 == 0
@@ -78,7 +78,7 @@ def test_wint8_has_scales_and_then_integers() -> None:
 
 
 def test_wint4_has_scale_and_minimum_per_group_and_quads_of_inputs() -> None:
-    """Output 1 counts 0..15 up, output 17 down, 2.5 at a time from -8 on, over a group and one input more."""
+    """Output 1 counts up 0..15, output 17 down by 2.5 from -8, over one input more than a group."""
     weights = np.zeros((18, GROUP + 1), np.float32)
     weights[1] = -8 + 2.5 * (np.arange(GROUP + 1) % 16)
     weights[17] = -8 + 2.5 * (15 - np.arange(GROUP + 1) % 16)
@@ -92,7 +92,7 @@ def test_wint4_has_scale_and_minimum_per_group_and_quads_of_inputs() -> None:
     assert not np.delete(quads, 1, axis=1).any()
     assert quads[0, 1].tobytes() == bytes([0xF0, 0xE1, 0xD2, 0xC3])
     assert quads[3, 1].tobytes() == bytes([0x3C, 0x2D, 0x1E, 0x0F])
-    # The second group has one input, of which all weights are its minimum.
+    # The second group has a single input, whose weights all equal its minimum.
     assert (raw[160 + 1] >> 16, raw[160 + 17] >> 16) == (0xC100, to_bfloat16(np.float32([29.5]))[0])
     assert not raw[192:].any()
 
@@ -110,16 +110,16 @@ def test_what_is_packed_comes_back(
 
 
 def tolerance(weights: np.ndarray, weight_format: str) -> np.ndarray:
-    """The largest error of each weight."""
+    """Return the largest error of each weight."""
     magnitudes = np.abs(weights).max(axis=-1, keepdims=True)
     if weight_format == "float32":
         return np.zeros_like(weights)
     if weight_format == "bfloat16":
         return np.abs(weights) * 2.0**-8
     if weight_format == "wint8":
-        # Half a step, and the rounding of the scale.
+        # Half a step, plus the rounding of the scale.
         return magnitudes / 127 * 0.501 + 1e-36
-    # Half a step of a range of up to twice the magnitude, what clipping and rounding of s and m add.
+    # Half a step of a range of up to twice the magnitude, plus the clipping and rounding of s and m.
     return magnitudes * 2 * (0.5 / 15 + 0.04) + 1e-36
 
 
@@ -129,7 +129,7 @@ def test_values_that_a_format_can_hold_are_exact(
 ) -> None:
     once, _ = unpack(pack(draw(seed, outputs, inputs), weight_format=weight_format))
     twice, _ = unpack(pack(once[0], weight_format=weight_format))
-    # 127 times a scale is rounded, and so may be one bit off when it is divided by 127 again.
+    # 127 times a scale is rounded, so dividing by 127 again may be one bit off.
     np.testing.assert_allclose(twice, once, rtol=2e-7 if weight_format == "wint8" else 0, atol=1e-36)
 
 
@@ -137,7 +137,7 @@ def test_values_that_a_format_can_hold_are_exact(
 def test_weights_on_a_grid_of_sixteen_levels_are_exact_in_wint4(outputs: int, groups: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     levels = random.integers(0, 16, (outputs, groups, GROUP))
-    # Both ends of the grid occur, as they do in every group that was quantised from its range.
+    # Both ends of the grid occur, as in every group that was quantised from its range.
     levels[..., 3], levels[..., 20] = 0, 15
     scales = from_bfloat16(to_bfloat16(random.lognormal(size=(outputs, groups, 1)).astype(np.float32)))
     minima = from_bfloat16(

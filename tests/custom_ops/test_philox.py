@@ -1,4 +1,4 @@
-"""The generator as the reference has it; test_sample.py holds the compiled one against it."""
+"""The reference's generator. test_sample.py compares the compiled one with it."""
 
 from __future__ import annotations
 

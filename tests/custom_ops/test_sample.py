@@ -1,4 +1,4 @@
-"""Sampling against its numpy reference in float64, and what must not change a token."""
+"""Sampling compared with its numpy reference in float64, and inputs that must not affect a token."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def draw(logits: np.ndarray | list[float], **fields: float) -> int:
 
 
 def reference_draws(row: Row) -> set[int]:
-    """The reference's token; also those of a top_p that differs by less than sums are rounded."""
+    """Return the reference's tokens for this top_p and for those within the rounding of the sums."""
     params = row.params[0].copy()
     draws = set()
     for top_p in (row.params[0]["top_p"] + nudge for nudge in (-1e-12, 0, 1e-12)):
@@ -71,7 +71,7 @@ def reference_draws(row: Row) -> set[int]:
 
 @st.composite
 def any_rows(draw: st.DrawFn) -> list[Row]:
-    """A batch over a vocabulary of any size: many equals, or spread thin, or peaked."""
+    """Draw a batch over a vocabulary of any size, with many ties, flat or peaked."""
     size = draw(st.sampled_from([1, 7, 63, 64, 65, 200, 1000, 4100]))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rows = []
@@ -111,7 +111,7 @@ def test_every_draw_is_the_references_draw(rows: list[Row]) -> None:
     for index, row in enumerate(rows):
         assert drawn[index] in reference_draws(row)
         if (wanted := row.fields["logprobs"]) >= 0:
-            # The highest first, the lower id first among equals.
+            # Highest logit first, and the lower id first among ties.
             best = np.argsort(-row.logits, kind="stable")[: int(wanted)].tolist()
             told = top[index, : 1 + len(best)]
             assert told.tolist() == [drawn[index], *best]
@@ -132,7 +132,7 @@ def test_a_row_alone_gives_the_bits_it_gives_in_a_batch(rows: list[Row]) -> None
 
 
 def digest() -> str:
-    """Of tokens and log probabilities of a fixed batch, to the bit."""
+    """Return a hash of the tokens and log probabilities of a fixed batch."""
     random = np.random.default_rng(5)
     rows = [
         Row(
@@ -175,7 +175,7 @@ def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
 
 
 def test_the_random_number_is_philox_of_seed_choice_and_position() -> None:
-    """Among 65536 equals the token says the first 16 bits of the number."""
+    """With 65536 equal logits the token is the first 16 bits of the random number."""
     flat = np.zeros(2**16)
     for seed, choice, position in [(0, 0, 0), (1, 0, 0), (2**64 - 1, 3, 7), (2**40 + 5, 2**32 - 1, 10**6)]:
         expected = int(reference.uniform(seed, choice, position) * 2**16)
@@ -188,7 +188,7 @@ def test_frequencies_follow_the_softmax() -> None:
     count = 20_000
     drawn = sample([Row(logits, fields={"temperature": 0.7, "seed": seed}) for seed in range(count)])[0]
     observed = np.bincount(drawn, minlength=4)
-    # 0.999 quantile of 3 degrees of freedom; the seeds are fixed.
+    # 0.999 quantile of chi-square with 3 degrees of freedom; the seeds are fixed.
     assert ((observed - count * expected) ** 2 / (count * expected)).sum() < 16.3
 
 
@@ -262,12 +262,12 @@ def test_wrong_sizes_are_refused_before_memory_is_read() -> None:
 
 @given(any_rows(), st.data())
 def test_a_given_token_takes_the_place_of_a_draw(rows: list[Row], data: st.DataObject) -> None:
-    """Its log probability is that of the same token when it is drawn, to the bit."""
+    """The log probability is the same, to the bit, as when that token is drawn."""
     for row in rows:
         row.fields["logprobs"] = max(row.fields["logprobs"], 0)
     drawn, top, logprobs = sample(rows)
     for row, token in zip(rows, drawn, strict=True):
-        # Neither penalties nor masks nor the temperature matter.
+        # Penalties, masks and temperature have no effect.
         row.fields |= {"given": 1 + token, "temperature": data.draw(st.sampled_from([0.0, 0.7]))}
         row.masked = [token]
     again, top_again, logprobs_again = sample(rows)

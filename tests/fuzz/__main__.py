@@ -1,7 +1,7 @@
-"""`make fuzz`: everything that reads foreign bytes, for FD_FUZZ_MINUTES (5); half of that for compiled code.
+"""`make fuzz`: fuzz every reader of untrusted bytes for FD_FUZZ_MINUTES (5), half of it in compiled code.
 
-Prints what ran and with how many inputs. What a fuzzer of compiled code finds lies in .cache/fuzz; a property
-test prints the smallest input that it has found.
+Prints the targets and their numbers of inputs. Findings in compiled code are stored in .cache/fuzz; a
+property test prints the smallest failing input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from . import native
 
 _MODULES = ("test_parsers", "test_files", "test_group_memory", "test_answers")
-#: Of a property, before it is another's turn.
+#: Examples of a property per turn.
 _EXAMPLES = 100
 
 
@@ -53,14 +53,14 @@ def main() -> int:
 
 
 def _run_properties(end: float) -> int:
-    """In turns, each once at least; one that has failed is not tried again."""
+    """Run the properties in turns, each at least once; a failed one is not run again."""
     counts, findings = dict[str, int](), dict[str, str]()
-    # What they refuse is told to the log, line by line.
+    # Code under test logs a line for each input that it refuses.
     logging.disable(logging.CRITICAL)
     properties = {
         f"{module}.{name}": function
         for module in _MODULES
-        # Only now: they take the settings that are in force when they are defined.
+        # Imported only now: tests take the hypothesis settings in force at their definition.
         for name, function in vars(importlib.import_module(f".{module}", __package__)).items()
         if name.startswith("test_")
     }

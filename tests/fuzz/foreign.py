@@ -1,4 +1,4 @@
-"""What another process or a file may say: values of any type, valid ones that are damaged, and bytes."""
+"""Strategies for untrusted input: values of any type, damaged valid values, and bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-#: Where comparisons, conversions and arithmetic have their edges.
+#: Edge cases of comparisons, conversions and arithmetic.
 _NUMBERS = st.integers(-(2**70), 2**70) | st.sampled_from(
     [
         *(0, -1, 1, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**300),
@@ -28,7 +28,7 @@ any_json = st.recursive(
     lambda values: st.lists(values, max_size=4) | st.dictionaries(_TEXTS, values, max_size=4),
     max_leaves=8,
 )
-#: Not what `json.dumps` writes of any value.
+#: JSON that `json.dumps` never writes.
 _TEXTS_OF_JSON = st.sampled_from(
     [
         b"",
@@ -47,7 +47,7 @@ _TEXTS_OF_JSON = st.sampled_from(
 
 @st.composite
 def damaged(draw: st.DrawFn, valid: Any) -> Any:
-    """`valid` with some of its values replaced, removed or added."""
+    """Draw `valid` with some of its values replaced, removed or added."""
     value = json.loads(json.dumps(valid))
     for _ in range(draw(st.integers(0, 3))):
         holders = list(_holders(value))
@@ -74,14 +74,14 @@ def _holders(value: Any) -> Iterator[Any]:
 
 
 def json_of(valid: Any) -> st.SearchStrategy[bytes]:
-    """Bytes that should be JSON like `valid`."""
+    """Return a strategy of bytes that are JSON like `valid`, or nearly."""
     told = (damaged(valid) | any_json).map(lambda value: json.dumps(value).encode())
     return told | _TEXTS_OF_JSON | told.flatmap(mutated)
 
 
 @st.composite
 def mutated(draw: st.DrawFn, valid: bytes) -> bytes:
-    """`valid` with some bytes changed, removed, doubled or added."""
+    """Draw `valid` with some bytes changed, removed, doubled or added."""
     data = valid
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(data)))
@@ -112,7 +112,7 @@ def one_line(message: str) -> None:
 
 
 class Answering:
-    """A server that reads up to an empty line, or a whole line of JSON, says `answer`, and closes."""
+    """A server that reads up to an empty line or a whole line of JSON, sends `answer`, and closes."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.answer = b""
@@ -137,7 +137,7 @@ class Answering:
                     received += piece
                 connection.sendall(self.answer)
                 connection.shutdown(socket.SHUT_WR)
-                # What has not been read would reset the connection, and the answer with it.
+                # Closing with unread bytes would reset the connection, and lose the answer.
                 while connection.recv(65536):
                     pass
 
@@ -148,7 +148,7 @@ class Answering:
 
 @contextlib.contextmanager
 def answering(path: Path | None = None) -> Iterator[Answering]:
-    """On a unix socket, or on a port of its own."""
+    """Start the server on a unix socket, or on a free port."""
     listener = socket.socket(socket.AF_UNIX if path else socket.AF_INET, socket.SOCK_STREAM)
     listener.bind(str(path) if path else ("127.0.0.1", 0))
     listener.listen()

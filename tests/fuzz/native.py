@@ -20,10 +20,10 @@ _EVENT = b'data: {"a":1}\n: fd 0 1 2\n\n'
 @dataclass(frozen=True, slots=True)
 class Target:
     name: str
-    #: What is tested, compiled with the target; what the target itself includes.
+    #: Code under test: files compiled with the target, and files that the target includes.
     sources: tuple[str, ...]
     included: tuple[str, ...]
-    #: Inputs that are right, from which others are made.
+    #: Valid inputs from which the fuzzer starts.
     seeds: tuple[bytes, ...]
 
     @property
@@ -57,7 +57,7 @@ TARGETS = (
             *("custom_ops/include/expert_group.h", "custom_ops/include/workspace.h"),
             "custom_ops/cpu/runtime/waiting.h",
         ),
-        # Picks; then a seat and whether that is all for now, an offset, and a word.
+        # The picks; then a seat and whether more follows, an offset, and a word.
         (
             bytes(4),
             b"\x11\x22\x33\x44\x80\xff\x0f" + bytes(8) + b"\x81\xc0\0" + (4 << 6).to_bytes(8, "little"),
@@ -70,12 +70,12 @@ TARGETS = (
 @dataclass(frozen=True, slots=True)
 class Outcome:
     inputs: int
-    #: What the fuzzer has said, if it has found something.
+    #: The fuzzer's report, empty without a finding.
     finding: str
 
 
 def is_possible() -> bool:
-    """Whether there is a clang that can link libFuzzer."""
+    """Return True if a clang that can link libFuzzer is installed."""
     clang = shutil.which("clang++")
     if clang is None:
         return False
@@ -89,7 +89,7 @@ def is_possible() -> bool:
 
 
 def build(target: Target) -> None:
-    """Compiles it, unless what is there is newer than all that it is made of."""
+    """Compile the target, unless the existing program is newer than all its sources."""
     parts = [target.source, *(ROOT / name for name in (*target.sources, *target.included))]
     newest = max(part.stat().st_mtime for part in parts)
     if target.binary.exists() and target.binary.stat().st_mtime > newest:
@@ -103,7 +103,7 @@ def build(target: Target) -> None:
 
 
 def run(target: Target, seconds: int) -> Outcome:
-    """Runs it; the corpus stays for the next run."""
+    """Run the target; the corpus is kept for the next run."""
     target.corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(target.seeds):
         (target.corpus / f"seed-{number}").write_bytes(seed)

@@ -1,4 +1,4 @@
-"""Whatever replicas, the router, supervisord and fdctl's clients say: a value that is right, or one line."""
+"""Any bytes from replicas, the router, supervisord or fdctl's clients give a value or a one-line error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _CLOSED = ExitStack()
 
 @cache
 def _directory() -> Path:
-    # Not pytest's, which `python -m tests.fuzz` does without; and a socket's name has to be short.
+    # Not pytest's tmp_path, which `python -m tests.fuzz` lacks; and a socket path has to be short.
     return Path(_CLOSED.enter_context(tempfile.TemporaryDirectory()))
 
 
@@ -79,7 +79,7 @@ def teardown_module() -> None:
 
 
 def answers_of(valid: Any) -> st.SearchStrategy[bytes]:
-    """HTTP answers whose bodies should be JSON like `valid`."""
+    """Return a strategy of HTTP answers whose bodies are JSON like `valid`, or nearly."""
     whole = json_of(valid).map(http_answer)
     return whole | whole.flatmap(mutated) | st.binary(max_size=60)
 

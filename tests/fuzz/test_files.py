@@ -1,4 +1,4 @@
-"""Files of weights with any bytes: tensors within the file, or one line."""
+"""Weight files with arbitrary bytes give tensors within the file or a one-line error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any words in the memory of an expert group: it is shown and repaired, or refused in one line."""
+"""Arbitrary words in the memory of an expert group are shown and repaired, or refused in one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NAME = "fuzz"
 
 @cache
 def group() -> tuple[Memory, bytes]:
-    """A group whose only process is this one, in all seats; and its memory as it should be."""
+    """Return a group whose seats all belong to this process, and its intact memory."""
     with memory_file.open_locked(_NAME, _LAYOUT, {"a": 1}, 5.0, Path(_DIRECTORY.name)) as memory:
         membership = Membership(memory, planner(_LAYOUT.num_experts, 0))
         for seat in range(_LAYOUT.num_ranks):
@@ -47,7 +47,7 @@ def group() -> tuple[Memory, bytes]:
     return memory, bytes(memory.pages)
 
 
-#: Where words are that somebody reads: of the header, the words, entries, records and rows.
+#: Words that are read: of the header, the group's words, entries, records and rows.
 _PLACES = [
     *range(0, 256, 8),
     *range(GroupLayout.words, GroupLayout.words + 192, 8),

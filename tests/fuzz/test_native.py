@@ -1,4 +1,4 @@
-"""The short form of what `make fuzz` does with the compiled code."""
+"""A short run of the compiled fuzz targets of `make fuzz`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of clients and replicas, cut anywhere: the router's parsers, beside h11."""
+"""The router's parsers on bytes of clients and replicas, split at any place, compared with h11."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ answers = messages(
 
 
 def parsed(pieces: list[bytes]) -> list[Any]:
-    """Requests as (method, target, headers, body, keep-alive); the status of a refusal ends the list."""
+    """Return (method, target, headers, body, keep-alive) for each request; a refusal's status comes last."""
     parser, found = RequestParser("127.0.0.1", 1 << 20), list[Any]()
     for piece in pieces:
         for each in parser.feed(piece):
@@ -81,7 +81,7 @@ def parsed(pieces: list[bytes]) -> list[Any]:
 @given(st.lists(requests, min_size=1, max_size=3).map(b"".join).flatmap(mutated), cuts)
 def test_requests_do_not_depend_on_how_they_were_cut(data: bytes, cuts: list[int]) -> None:
     whole, cut = parsed([data]), parsed(pieces_of(data, cuts))
-    # An error in the head of a request may be found before its end, or with another one behind it.
+    # With several errors in the head of a request, the split decides which one is found first.
     if whole and cut and isinstance(whole[-1], int) and isinstance(cut[-1], int):
         whole, cut = whole[:-1], cut[:-1]
     assert cut == whole
@@ -125,7 +125,7 @@ class _Transport:
 
 
 class _Pool:
-    """Of connections, and their outbox; it notes whether this one is kept."""
+    """A pool and its outbox, which record whether the connection is kept."""
 
     is_kept = False
 
@@ -141,7 +141,7 @@ class _Pool:
 
 
 class _Reply:
-    """What a client would get."""
+    """The answer as the client receives it."""
 
     def __init__(self) -> None:
         self.status, self.body, self.end = 0, b"", ""
@@ -169,7 +169,7 @@ class _Reply:
 
 
 def relayed(pieces: list[bytes]) -> tuple[_Reply, bool]:
-    """What comes of an answer, and whether its connection is used again."""
+    """Return the relayed answer, and whether its connection is reused."""
     pool, reply = _Pool(), _Reply()
     connection = ReplicaConnection(cast(ConnectionPool, pool), cast(ReplicaHandle, None))
     connection.connection_made(cast(Any, _Transport()))
@@ -184,7 +184,7 @@ def relayed(pieces: list[bytes]) -> tuple[_Reply, bool]:
 
 
 def understood(data: bytes) -> tuple[int, bytes] | None:
-    """By h11: status and body; None for what is no whole answer."""
+    """Return status and body as h11 parses them, or None for an incomplete answer."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="POST", target="/", headers=[("Host", "x"), ("Content-Length", "0")]))
     client.send(h11.EndOfMessage())

@@ -1,10 +1,10 @@
-"""Our network on the models that `tests.parity.draw` recorded: the other side of `make parity`.
+"""The project's network on the models that `tests.parity.draw` recorded: the other side of `make parity`.
 
     python -m tests.parity.compare DIRECTORY
 
-Prints a line per model and layout; then, for each model in bfloat16, how far our logits and those of torch
-are from the network in float64 on the same weights. Exits with 1 if a model is off, or farther off than
-torch.
+Prints a line per model and layout. Then prints, for each model in bfloat16, the errors of its logits and of
+torch's against the network in float64 on the same weights. Exits with 1 if a model differs, or if its errors
+are larger than torch's.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.checkpoints import LAYOUTS, draw_tensors, is_moe_layer, write_checkpo
 from tests.network import Network, recorded_routes
 from tests.reference_network import ReferenceNetwork, as_bfloat16_stores_them, relative_errors
 
-#: Of float32 logits around 10; both sides round differently.
+#: Allowed difference of float32 logits around 10, which both sides round differently.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    #: Of all logits, at prompt positions and along the greedy text.
+    #: Maximum over all logits, at prompt positions and along the greedy text.
     max_difference: float
     greedy_equal: int
     greedy_total: int
@@ -45,7 +45,7 @@ class Parity:
 
 
 def compare(recording: Path, layout: str) -> Parity:
-    """recording: NAME.json, with NAME.npz beside it."""
+    """Compare a recording, which is NAME.json with NAME.npz beside it."""
     description = json.loads(recording.read_text())
     config = description["config"]
     reference = np.load(recording.with_suffix(".npz"))
@@ -65,7 +65,7 @@ def compare(recording: Path, layout: str) -> Parity:
         text = reference[f"greedy_{i}"]
         rows = network.decode(sequence, logits[-1], len(text))
         greedy.append(np.array(sequence.output_token_ids) == text)
-        # After a token that differs the texts are different ones and their logits tell nothing.
+        # After the first different token the texts differ, and their logits are not comparable.
         same = rows[: len(text) if greedy[-1].all() else int(greedy[-1].argmin()) + 1]
         difference = max(difference, float(np.abs(same - reference[f"greedy_logits_{i}"][: len(same)]).max()))
     return Parity(
@@ -78,7 +78,7 @@ def compare(recording: Path, layout: str) -> Parity:
 
 
 def bfloat16_errors(recording: Path) -> tuple[float, float]:
-    """The median of the relative errors of all logits: ours, and torch's."""
+    """Return the median relative errors of all logits: the project's, and torch's."""
     description = json.loads(recording.read_text())
     config, found = description["config"], np.load(recording.with_suffix(".npz"))
     tensors = as_bfloat16_stores_them(draw_tensors(config, description["weights_seed"]))

@@ -1,17 +1,17 @@
-"""What transformers computes for random ERNIE-4.5 models: the reference side of `make parity`.
+"""Results of transformers for random ERNIE-4.5 models: the reference side of `make parity`.
 
     python -m tests.parity.draw --seed N --out DIRECTORY
 
-Needs torch and transformers, not Paddle. For each model writes NAME.json (its configuration, and the seed
+Needs torch and transformers, not Paddle. Writes for each model NAME.json (its configuration, and the seed
 that `tests.checkpoints` draws its weights from) and NAME.npz (float32):
 
     prompt_i         int32 [length]
     logits_i         [length, vocabulary]      at every position of the prompt
     greedy_i         int32 [steps]             and the logits each token was taken from, greedy_logits_i
     picks_i          int32 [moe layers, length, k], best first
-    bfloat16_logits_i  as logits_i, of the model that is bfloat16 throughout, from weights cut to bfloat16
+    bfloat16_logits_i  like logits_i, for the model entirely in bfloat16 with weights truncated to bfloat16
 
-A model that comes near a tie, of two experts or of two tokens, is drawn again: rounding would decide there.
+A model with a near tie between two experts or two tokens is drawn again: rounding would decide there.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from tests.checkpoints import config_json, draw_tensors, write_checkpoint
 
 PROMPT_LENGTHS = (1, 9, 40)
 GREEDY_STEPS = 24
-#: Least distance between the scores of experts that follow each other, and between the two best logits.
+#: Least distances between the scores of consecutive experts, and between the two best logits.
 PICK_MARGIN, TOKEN_MARGIN = 1e-5, 1e-3
 
-#: What each model is there for; everything else about it is drawn.
+#: The feature that each model covers; everything else about it is drawn.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"use_bias": True},
@@ -80,7 +80,7 @@ def load(config: dict[str, Any], weights_seed: int, dtype: torch.dtype = torch.f
             **({} if config["model_type"] == "ernie4_5" else {"experts_implementation": "eager"}),
             output_loading_info=True,
         )
-    # The names and shapes of our checkpoint are then transformers' own.
+    # Names and shapes of the checkpoint are then the ones that transformers expects.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not info[kind], f"{kind}: {sorted(info[kind])}"
     return model.eval()
@@ -90,7 +90,7 @@ def load(config: dict[str, Any], weights_seed: int, dtype: torch.dtype = torch.f
 def record(
     config: dict[str, Any], weights_seed: int, random: np.random.RandomState
 ) -> dict[str, np.ndarray] | None:
-    """None when the model comes near a tie."""
+    """Record a model's results. Returns None if the model comes near a tie."""
     model = load(config, weights_seed)
     picks: list[torch.Tensor] = []
     margins: list[float] = []

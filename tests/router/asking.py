@@ -1,4 +1,4 @@
-"""A client of the router that takes nothing for an answer that is not whole, and compares what it gets."""
+"""A client of the router that rejects incomplete answers and checks the text of complete ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .generation import COMPLETIONS, DONE, Generation
 
 
 class Broken(Exception):
-    """The answer broke off."""
+    """The answer was cut off."""
 
 
 class Head(NamedTuple):
     status: int
-    #: Names in lower case.
+    #: Keys are lower case.
     headers: dict[str, str]
 
 
@@ -25,7 +25,7 @@ class Head(NamedTuple):
 class Answered:
     generation: Generation
     status: int
-    #: Names in lower case.
+    #: Keys are lower case.
     headers: dict[str, str]
     body: bytes
     trailers: dict[str, str] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Answered:
 
     @property
     def error(self) -> dict[str, Any]:
-        """Of an answer that is one, or at the end of a stream."""
+        """Return the error of an error answer, or the one that ends a stream."""
         if self.body.endswith(DONE):
             last = self.body.removesuffix(DONE).strip().rpartition(b"\n")[2].removeprefix(b"data: ")
         else:
@@ -46,7 +46,7 @@ class Answered:
         return error
 
     def check(self) -> None:
-        """It is, byte for byte, what one replica would have said that nothing happened to."""
+        """Assert that the answer is, byte for byte, that of a replica without faults."""
         assert self.status == 200, self.body
         generation = self.generation
         if not generation.request.get("stream"):
@@ -69,12 +69,13 @@ def ask(port: int, request: Generation, identity: str = "", pause: float = 0.0) 
 
 
 async def asking(port: int, request: Generation, identity: str = "", pause: float = 0.0) -> Answered:
-    """
+    """Send the request on a new connection, and return the answer.
+
     Args:
-        pause: seconds between the head of the answer and its body.
+        pause: seconds between reading the head of the answer and its body.
 
     Raises:
-        Broken: the answer is not whole.
+        Broken: the answer is incomplete.
     """
     return await converse(*await connect(port), request, identity, pause)
 
@@ -90,7 +91,7 @@ async def converse(
     identity: str = "",
     pause: float = 0.0,
 ) -> Answered:
-    """As `asking`, on a connection that is there."""
+    """Do what `asking` does, on an existing connection."""
     try:
         writer.write(request_bytes(request, identity))
         head = await read_head(reader)
@@ -105,7 +106,7 @@ async def converse(
 
 def request_bytes(request: Generation, identity: str = "") -> bytes:
     lines = f"Host: x\r\nX-FD-Seed: {request.seed}\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    # Replicas tell by it which faults they have had already.
+    # Replicas identify by it the faults that they have already injected.
     lines += f"X-Request-Id: {identity or uuid.uuid4().hex}\r\n"
     head = f"POST {request.path} HTTP/1.1\r\n{lines}Content-Length: {len(request.body)}\r\n\r\n"
     return head.encode() + request.body
@@ -122,7 +123,7 @@ def _fields(lines: list[str]) -> dict[str, str]:
 
 
 async def read_body(reader: asyncio.StreamReader, head: Head) -> tuple[bytes, dict[str, str]]:
-    """And the trailers."""
+    """Return the body and the trailers."""
     headers = head.headers
     if "content-length" in headers:
         return await reader.readexactly(int(headers["content-length"])), {}

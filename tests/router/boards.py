@@ -1,4 +1,4 @@
-"""Boards with replicas, and a clock that stands still."""
+"""Boards with replicas, and a clock that moves only by hand."""
 
 from __future__ import annotations
 

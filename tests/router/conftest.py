@@ -1,4 +1,4 @@
-"""Real fd-router processes and engines without a model."""
+"""Fixtures of real fd-router processes, and of engines without a model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RouterProcess:
         env: dict[str, str] | None = None,
         launcher: Sequence[str] = (),
     ) -> None:
-        """`launcher` is a command that executes the one behind it."""
+        """`launcher` is a command that runs the command given as its arguments."""
         self.directory = directory
         self.port = port or free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -83,7 +83,7 @@ class RouterProcess:
         return int(sum(worker.memory_info().rss for worker in self.workers()))
 
     def worker_of(self, client: RawClient) -> psutil.Process:
-        """The one that has accepted the connection."""
+        """Return the worker that accepted the connection."""
 
         def find() -> psutil.Process | None:
             for worker in self.workers():
@@ -96,7 +96,7 @@ class RouterProcess:
         return worker
 
     def stop(self, sig: int = signal.SIGINT) -> int:
-        """Ends it and waits until everything below it has ended too."""
+        """Send the signal and wait until the router and all its child processes have ended."""
         if self.process.poll() is None:
             family = psutil.Process(self.process.pid).children(recursive=True)
             self.process.send_signal(sig)
@@ -153,7 +153,7 @@ def router(start_router: Callable[..., RouterProcess]) -> RouterProcess:
 
 @pytest.fixture(scope="module")
 def shared_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    """For tests that leave it as they found it."""
+    """A router for tests that leave it unchanged."""
     router = RouterProcess(tmp_path_factory.mktemp("router"))
     yield router
     router.stop()
@@ -161,7 +161,7 @@ def shared_router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterPr
 
 @pytest.fixture
 def lent_router(shared_router: RouterProcess) -> Iterator[RouterProcess]:
-    """Without replicas; those that a test adds leave it at its end."""
+    """The shared router without replicas; those that a test adds are removed at its end."""
     yield shared_router
     entries = shared_router.get("/registered").json()
     for entry in entries["mixed"] + entries["down"]:
@@ -181,7 +181,7 @@ def _shared_engine(shared_router: RouterProcess) -> Iterator[FakeEngine]:
 
 @pytest.fixture
 def replica(shared_router: RouterProcess, _shared_engine: FakeEngine) -> Iterator[FakeEngine]:
-    """The only one of `shared_router`. After the test the next two clients must notice nothing of it."""
+    """The only replica of `shared_router`. After the test, two further requests must succeed."""
     engine = _shared_engine
     engine.received.clear()
     yield engine
@@ -217,8 +217,8 @@ def new_engine() -> Iterator[Callable[..., FakeEngine]]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Three of resumable_engine.py, behind a router of their own."""
-    # It needs this room's router.
+    """Three processes of resumable_engine.py behind their own router."""
+    # Not imported at the top, because replicas.py imports this module.
     from .replicas import running_fleet
 
     with running_fleet(tmp_path_factory.mktemp("router"), 3) as fleet:
@@ -227,6 +227,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 @pytest.fixture
 def fleet(running: Fleet) -> Fleet:
-    """Replicas that have no past, for a new test."""
+    """The running fleet, whose replicas appear restarted to the router before each test."""
     running.renew()
     return running

@@ -1,22 +1,22 @@
-"""One request of a replica without a model, with whatever misbehaviour its body asks for.
+"""One request to a replica without a model, with the faults that its body asks for.
 
 `faults` in the body is a list of objects:
 
-    at     where it happens; in their order: "head", before all else, or "resume" if it is one; "begun",
-           after the head, or "resumed"; "body", in the middle of an answer that comes whole; for each event
-           "half", in the middle of it, "mark", before its mark, "line", before its empty line, "frame", in
-           the middle of its chunk, and "event", after it; "done", after the last event; "end", after the
-           answer; "draft", after the interim head that tells of one
-    event  for those at an event: which one of the whole stream, from 0; "any"; so for those at a draft; for
-           those at "resume", if not at each: how many tokens of the first choice are there
+    at     the place, in order: "head", before everything else, or "resume" if the request resumes an answer;
+           "begun", after the head, or "resumed"; "body", in the middle of an answer that is not streamed;
+           for each event "half", in its middle, "mark", before its mark, "line", before its empty line,
+           "frame", in the middle of its chunk, and "event", after it; "done", after the last event; "end",
+           after the answer; "draft", after the interim head that carries a draft
+    event  for a place at an event or draft: its index in the whole stream, from 0, or "any"; for "resume":
+           the number of tokens of the first choice that were already delivered (if absent, each resumption)
     how    "kill", "stop", "close", "reset", "ends", "silence", "garbage", "reborn", "failed", "lost" (a 503
-           of one whose worker has died), or the status of a refusal
-    times  so often, by whichever replica it is (1)
+           that reports a dead worker), or the status of a refusal
+    times  how often the fault occurs, counted over all replicas (1)
 
-`interval` and `delay` are seconds between events and before the head, `signs` the signs of life before each
-event, `frame` the bytes of each chunk in place of an event, `pad` bytes that each event has more. `drafts` is
-how often it tells of an answer that comes whole, `interval` seconds apart, and `interim` other headers for
-those heads.
+`interval` is the number of seconds between events, `delay` the seconds before the head, `signs` the number of
+signs of life before each event, `frame` the chunk size (by default each event is a chunk), and `pad` the
+number of extra bytes per event. `drafts` is the number of drafts of an answer that is not streamed, sent
+`interval` seconds apart, and `interim` replaces the headers of their heads.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _EVENT_HEAD = (
 
 
 class Over(Exception):
-    """The connection has been ended on purpose."""
+    """The connection was ended on purpose."""
 
 
 class Exchange:
@@ -58,7 +58,7 @@ class Exchange:
         body: bytes,
         num_delivered: dict[int, int],
     ) -> None:
-        """`num_delivered`: where it is noted how many tokens are there of each choice."""
+        """`num_delivered` is filled with the number of tokens already delivered of each choice."""
         self._num_delivered = num_delivered
         self._connection = connection
         self._options = connection.engine.options
@@ -157,7 +157,7 @@ class Exchange:
         while len(self._pending) >= (1 if is_last else self._frame):
             part, self._pending = self._pending[: self._frame], self._pending[self._frame :]
             await self._connection.write(b"%x\r\n%b\r\n" % (len(part), part))
-            # By itself, as far as that can be had.
+            # Let this write go out by itself, as far as possible.
             await asyncio.sleep(0)
 
     async def _pause(self, seconds: float, say_so: Callable[[], Awaitable[None]]) -> None:
@@ -183,7 +183,7 @@ class Exchange:
             await self._fail(fault)
 
     def _fault(self, at: str, event: int | None = None) -> dict[str, Any] | None:
-        """The one that is due there."""
+        """Return the fault that is due at this place."""
         for fault in self._faults:
             if fault["at"] == at and fault.get("event") in (event, "any") and self._is_due(fault):
                 return fault
@@ -193,7 +193,7 @@ class Exchange:
         connection, how = self._connection, fault["how"]
         match how:
             case "kill" | "stop":
-                # What was written is on its way; the router sees it, and then the end.
+                # Data already written is on its way: the router reads it, and then the end of the connection.
                 os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
                 return
             case "close":
@@ -210,7 +210,7 @@ class Exchange:
             case "reborn":
                 await self._engine.reborn()
             case "failed":
-                # As one whose model has crashed.
+                # The error of a replica whose model has crashed.
                 error = b'data: {"error":{"message":"the engine has failed","type":"server_error"}}\n\n'
                 await self._send(error)
                 await self._send(DONE, is_last=True)
@@ -224,7 +224,7 @@ class Exchange:
         raise Over
 
     def _is_due(self, fault: dict[str, Any]) -> bool:
-        """Replicas agree by files on who has done it."""
+        """Claim one occurrence of the fault; replicas coordinate through files."""
         name = f"{self._id}-{self._faults.index(fault)}"
         for number in range(fault.get("times", 1)):
             with contextlib.suppress(FileExistsError):

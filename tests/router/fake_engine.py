@@ -21,7 +21,7 @@ from ..waiting import wait_until as _wait_until
 
 @dataclass
 class Received:
-    """One request as its bytes came, and the means to answer it badly."""
+    """One request with its raw bytes, and methods to answer it correctly or not."""
 
     method: str
     target: str
@@ -29,7 +29,7 @@ class Received:
     body: bytes
     connection: socket.socket
     engine: FakeEngine
-    #: Head and body as they came.
+    #: Head and body as received.
     raw: bytes
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -43,7 +43,7 @@ class Received:
         self.send(b"%X\r\n%s\r\n" % (len(data), data))
 
     def wait_until_cancelled(self, deadline: float = 20.0) -> bool:
-        """What a replica does all the time: looks whether the other side has closed."""
+        """Poll for a closed connection, as a replica does while it works."""
         poll = select.poll()
         poll.register(self.connection, select.POLLRDHUP)
         return bool(poll.poll(deadline * 1000))
@@ -53,12 +53,12 @@ class Received:
         self.connection.close()
 
 
-#: Answers one request; True keeps the connection.
+#: Answers one request and returns whether to keep the connection.
 Behaviour = Callable[[Received], bool]
 
 
 def tokens(body: bytes, count: int = 8) -> list[str]:
-    """The "generated" words: a function of the request, the same on every engine."""
+    """Return the "generated" words: a function of the request, equal on every engine."""
     return [hashlib.sha256(body + bytes([i])).hexdigest()[:6] for i in range(count)]
 
 
@@ -76,7 +76,7 @@ EVENT_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-En
 
 
 def answers(received: Received) -> bool:
-    """As a healthy engine: a list of models, a completion, or a stream of one."""
+    """Answer like a healthy engine: a list of models, a completion, or a stream of one."""
     if received.target == "/health":
         body = b'{"status":"ready"}'
     elif received.target == "/v1/models":
@@ -102,7 +102,7 @@ def answers_status(status: str, body: bytes = b'{"error":{"message":"no"}}', ext
 
 
 def sends(data: bytes) -> Behaviour:
-    """These bytes and nothing more; then the connection closes."""
+    """Send only these bytes, then close the connection."""
 
     def behave(received: Received) -> bool:
         received.send(data)
@@ -112,7 +112,7 @@ def sends(data: bytes) -> Behaviour:
 
 
 def keeps(*pieces: bytes) -> Behaviour:
-    """Sends this, a moment between the pieces, and leaves the connection open."""
+    """Send the pieces with short pauses between them, and leave the connection open."""
 
     def behave(received: Received) -> bool:
         for piece in pieces:
@@ -124,7 +124,7 @@ def keeps(*pieces: bytes) -> Behaviour:
 
 
 def closes(received: Received) -> bool:
-    """Takes the request and dies."""
+    """Read the request, then close the connection as a dying process does."""
     return False
 
 
@@ -134,7 +134,7 @@ def never_answers(received: Received) -> bool:
 
 
 def sends_the_head_of_a_stream(received: Received) -> bool:
-    """And no event, ever."""
+    """Send the head of a stream, but never an event."""
     received.send(EVENT_HEAD)
     return never_answers(received)
 
@@ -155,7 +155,7 @@ def waits_for(gate: threading.Event) -> Behaviour:
 
 
 def waits_after_each_event(seen: threading.Semaphore) -> Behaviour:
-    """A stream whose next event comes when the one before has been seen."""
+    """Stream events, each after the test has seen the previous one."""
 
     def behave(received: Received) -> bool:
         received.send(EVENT_HEAD)
@@ -169,7 +169,7 @@ def waits_after_each_event(seen: threading.Semaphore) -> Behaviour:
 
 
 class FakeEngine:
-    """Listens on a free port. `behaviour` answers /v1/..., `health` answers /health; both may be changed."""
+    """Listens on a free port. `behaviour` answers /v1/..., `health` answers /health; both may be replaced."""
 
     def __init__(
         self, name: str = "engine", replica: int | None = None, behaviour: Behaviour = answers
@@ -178,12 +178,12 @@ class FakeEngine:
         self.replica = replica
         self.behaviour = behaviour
         self.health: Behaviour = answers
-        #: Takes a connection over from its first byte on, for misbehaviour below HTTP.
+        #: Takes over a connection from its first byte, for misbehaviour below HTTP.
         self.takes_connection: Callable[[socket.socket], None] | None = None
         self.received: list[Received] = []
         self.health_checks = 0
         self.connections = 0
-        #: One entry for each request that waited for its cancellation: whether it came.
+        #: For each request that waited for its cancellation, whether the cancellation arrived.
         self.cancelled: list[bool] = []
         self._open: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -198,7 +198,7 @@ class FakeEngine:
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def stop(self) -> None:
-        """As a killed process: nobody listens, and every open connection is cut."""
+        """Stop like a killed process: close the listener and cut every open connection."""
         # Closing a listener does not wake the thread in accept(); shutting it down does.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()

@@ -1,4 +1,4 @@
-"""The fast path by itself: streams between sockets that are real, on an event loop of their own."""
+"""The fast path by itself: streams between real sockets, on their own event loop."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Stage:
-    """The loop. One is enough for many scenes: the thread of a fast path lives as long as the process."""
+    """The event loop, shared by many scenes because a fast path's thread lives as long as the process."""
 
     def __init__(self, capacity: int) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        #: What failed in callbacks of the loop.
+        #: Contexts of exceptions in the loop's callbacks.
         self._faults: list[dict[str, Any]] = []
         self.fast_path: FastPath
         self.run(self._set_up(capacity))
@@ -43,20 +43,21 @@ class Stage:
 
 
 class Link(asyncio.Protocol):
-    """A TCP connection: a transport of the loop, and its other end."""
+    """A TCP connection: a transport of the loop, and the socket of its other end."""
 
     def __init__(self) -> None:
-        #: What the loop has read.
+        #: Bytes that the loop has read.
         self.read = b""
         self.is_lost = False
         self.transport: asyncio.Transport
         self.other: socket.socket
 
     async def open(self, protocol: asyncio.Protocol | None = None, receive_buffer: int | None = None) -> Self:
-        """
+        """Connect both ends.
+
         Args:
-            protocol: has the transport in place of this one.
-            receive_buffer: of the other end; the system's choice if None.
+            protocol: the transport's protocol, in place of this object.
+            receive_buffer: receive buffer of the other end; None for the system's default.
         """
         self.other = socket.socket()
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -76,13 +77,13 @@ class Link(asyncio.Protocol):
 
     @property
     def unread(self) -> int:
-        """Bytes that have come and that nobody has read yet."""
+        """Return the number of received bytes that have not been read."""
         found = array.array("i", [0])
         fcntl.ioctl(self.number, termios.FIONREAD, found)
         return found[0]
 
     def leave(self, how: str) -> None:
-        """The other end does."""
+        """Close the other end, in the given way."""
         if how == "half":
             self.other.shutdown(socket.SHUT_WR)
             return
@@ -91,7 +92,7 @@ class Link(asyncio.Protocol):
         self.other.close()
 
     async def receive(self, size: int) -> bytes:
-        """What comes next at the other end; less than `size` bytes at the end of the connection."""
+        """Read from the other end; fewer than `size` bytes mean the end of the connection."""
         got = b""
         async with asyncio.timeout(20):
             while len(got) < size:
@@ -105,7 +106,7 @@ class Link(asyncio.Protocol):
         self.transport.abort()
         self.other.close()
 
-    # ---- from the loop
+    # ---- callbacks of the loop
 
     def data_received(self, data: bytes) -> None:
         self.read += data
@@ -115,11 +116,11 @@ class Link(asyncio.Protocol):
 
 
 class Passage:
-    """A stream that begins on the fast path, between a replica and a client. Leave it (``async with``)."""
+    """A stream on the fast path between a replica and a client. Use it in ``async with``."""
 
     def __init__(self, stage: Stage) -> None:
         self.replica, self.client = Link(), Link()
-        #: After it was given back.
+        #: Set once the stream is back from the fast path.
         self.passed: Passed | None = None
         self.fast: FastStream
         self._path = stage.fast_path
@@ -150,7 +151,7 @@ class Passage:
         self.take_back()
 
     def say(self, *pieces: bytes) -> None:
-        """The replica does, without a moment between the pieces."""
+        """Send the pieces from the replica in one write."""
         assert self.replica.other.send(b"".join(pieces)) == sum(map(len, pieces))
 
     async def comes_back(self) -> Passed:
@@ -166,7 +167,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def await_without_the_loop(condition: Callable[[], Any]) -> None:
-    """Nothing happens on it meanwhile."""
+    """Wait for the condition while the event loop is blocked."""
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end

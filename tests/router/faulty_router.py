@@ -1,7 +1,7 @@
-"""Faults for a router under test, whose `sitecustomize.py` calls `install`.
+"""Injected faults for a router under test, whose `sitecustomize.py` calls `install`.
 
 A request with the header `X-Fault: NAME` makes that method of its own exchange, attempt, delivery or client
-connection raise each time that it is called.
+connection raise on each call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXCHANGE = ("start", "watch", "try_again", "give_up", "client_gone")
 #: Methods of an attempt that the pool and the replica connection call.
 ATTEMPT = ("connected", "unreachable", "informed", "began", "received", "ended", "failed")
 ENTRIES = EXCHANGE + ATTEMPT
-#: Methods that it calls itself, some of them on its way out.
+#: Methods of a delivery, called by its exchange and attempts, some of them while the request ends.
 DELIVERY = ("expect", "receive", "finish", "respond", "break_off", "resumption")
 CLIENT_WATCH = "client-watch"
 

@@ -1,4 +1,4 @@
-"""Children of the test process, forked as gunicorn forks its workers."""
+"""Children of the test process, forked like gunicorn's workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Forked:
-    """Runs `work(child)` in a child. The two talk in lines of JSON: `send` and `receive` on either side."""
+    """Runs `work(child)` in a child. Both sides exchange lines of JSON with `send` and `receive`."""
 
     def __init__(self, work: Callable[[Forked], None]) -> None:
         from_parent, to_child = os.pipe()
@@ -58,7 +58,7 @@ class Forked:
             self.wait()
 
     def wait(self) -> int:
-        """Its exit status, negative for a signal."""
+        """Return the exit status, negative for a signal."""
         if self.status is None:
             _, status = os.waitpid(self.pid, 0)
             self.status = os.waitstatus_to_exitcode(status)

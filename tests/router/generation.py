@@ -1,7 +1,7 @@
-"""What the replicas of these tests generate: a pure function of the request, so that it can be compared.
+"""The text that the test replicas generate: a pure function of the request, so that it can be compared.
 
-Texts have characters whose bytes are spread over several tokens, and pieces that look like the protocol.
-Choices of one request end at different times.
+Texts contain characters whose bytes are spread over several tokens, and pieces that look like the protocol.
+The choices of one request have different lengths.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _WORDS = (
     *("the", " of", " rain", " in", " Spain", '"', "\\", "\n", "\n\n", "\r\n", " "),
     *(": fd 0 1", "\n: fd 0 1 .\n\n", "data: [DONE]", ":", "data: "),
 )
-#: Their bytes are tokens by themselves.
+#: Each byte of these is a token of its own.
 _CHARACTERS = "äß€中あ𝄞🙂"
 _VOCABULARY = [bytes([byte]) for byte in range(256)] + [word.encode() for word in _WORDS]
 
 
 class Event(NamedTuple):
     data: bytes
-    #: The line that a router asks for, or nothing.
+    #: The mark that a router asks for, or nothing.
     mark: bytes
 
     @property
@@ -52,11 +52,11 @@ class Generation:
 
     @cached_property
     def choices(self) -> list[list[int]]:
-        """Their tokens."""
+        """Return the tokens of each choice."""
         return [self._tokens(choice) for choice in range(self.request.get("n", 1))]
 
     def contradiction(self, delivered: dict[int, Delivered]) -> str:
-        """What of that has not been generated here; empty if it all has."""
+        """Return how `delivered` differs from the generated tokens; empty if it does not."""
         for choice, part in delivered.items():
             whole = self.choices[choice] if choice < len(self.choices) else []
             if part.tokens != whole[: len(part.tokens)]:
@@ -68,9 +68,9 @@ class Generation:
     def events(
         self, identity: str, created: int, delivered: dict[int, Delivered] | None = None
     ) -> Iterator[Event]:
-        """Of the stream, or of what is left of it; the last one (DONE) is left out.
+        """Yield the events of the stream, or of its rest after `delivered`, without the final DONE.
 
-        In each step each choice takes `step` tokens, in turn.
+        In each step each choice in turn takes `step` tokens.
         """
         begun = delivered or {}
         step = self.request.get("step", 1)
@@ -105,20 +105,20 @@ class Generation:
             )
 
     def stream(self, identity: str, created: int) -> bytes:
-        """As a client gets it."""
+        """Return the stream as a client receives it."""
         blocks = [b"data: %b\n\n" % event.data for event in self.events(identity, created)]
         return b"".join([*blocks, DONE])
 
     def whole(self, identity: str, created: int) -> bytes:
-        """The answer that comes at once."""
+        """Return the answer that is not streamed."""
         choices = [self._choice(i, self.text(i), self._reason(i)) for i in range(len(self.choices))]
         return _encode({**self._head(identity, created), "choices": choices, "usage": self._usage()})
 
     def drafts(
         self, count: int, delivered: dict[int, Delivered] | None = None
     ) -> list[tuple[int, dict[int, list[int]]]]:
-        """What is told of an answer that comes whole while it grows: number and new tokens of each time, of
-        `count` times in all; what is known already is left out. No choice comes to its end."""
+        """Return the drafts of a growing answer: the number and new tokens of each of `count` drafts in all.
+        Drafts already delivered are left out. No draft completes a choice."""
         known = {choice: len(part.tokens) for choice, part in (delivered or {}).items()}
         drafts = []
         for number in range(count):

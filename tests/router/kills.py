@@ -1,4 +1,4 @@
-"""Load, and replicas that die under it. What is asserted: no request is lost, and no text is altered."""
+"""Load on replicas that get killed. It asserts that no request is lost and no text altered."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .fake_engine import wait_until
 from .generation import CHAT, COMPLETIONS, Generation
 from .replicas import Fleet
 
-#: For replicas that hang now and then, and the router in front of them.
+#: Signs of life, for replicas that hang now and then, and the router's patience with them.
 SIGNS = "--sign-every=0.2"
 PATIENCE = ("--progress-timeout-secs", "1")
-#: Clients at a time.
+#: Number of concurrent clients.
 _CLIENTS = 32
-#: Seconds between a replica's return and the next death, about. To return takes another half a second: a
-#: request during which three replicas die in a row would be taken for the cause of it.
+#: Approximate seconds between a replica's return and the next kill. The return itself takes half a second.
+#: With a shorter pause one request could lose three replicas in a row, and be taken for their killer.
 _PEACE = 0.1
-#: Seconds that one hangs before it is killed.
+#: Seconds that a stopped replica hangs before it is killed.
 _HANGING = 2.0
 
 
 def requests_of(chance: random.Random) -> Iterator[Generation]:
-    """For ever: short and long, streams and answers that come whole, one or several choices."""
+    """Yield endless requests: short and long, streamed and not, with one or several choices."""
     while True:
         stream = chance.random() < 0.7
         yield generation(
@@ -53,14 +53,14 @@ class Load:
     router: RouterProcess
     fleet: Fleet
     chance: random.Random
-    #: How replicas end: by which signal, one of these.
+    #: The signals that end replicas, one of which is drawn each time.
     ends: tuple[signal.Signals, ...] = (*[signal.SIGKILL] * 3, signal.SIGTERM)
-    #: Of the clients, so many leave before the end of their answer.
+    #: Fraction of clients that leave before the end of their answer.
     impatient: float = 0.0
     done: Counter[str] = field(default_factory=Counter)
 
     def run(self, count: int, seconds: float = 1e9) -> None:
-        """So many requests, or as many as fit into the time; then all counts are zero again."""
+        """Run `count` requests, or as many as fit into `seconds`; then assert that all counts are zero."""
         asyncio.run(self._run(self.done["requests"] + count, time.monotonic() + seconds))
         self.router.wait_idle()
 

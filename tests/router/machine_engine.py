@@ -1,4 +1,4 @@
-"""A plain engine on an address of its own, as a process: a POST takes the body's `seconds`.
+"""A plain engine process on its own address; answering a POST takes the body's `seconds`.
 
 python -m tests.router.machine_engine HOST PORT NAME
 """
@@ -24,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer({"engine": sys.argv[3]})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Not to stderr."""
+        """Drop the message, which would go to stderr."""
 
     def _answer(self, fields: dict[str, Any]) -> None:
         body = json.dumps(fields).encode()

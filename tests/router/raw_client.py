@@ -1,4 +1,4 @@
-"""A client that sends bytes as they are given, and reads one answer at a time."""
+"""A client that sends bytes unchanged and reads one answer at a time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ class RawAnswer(NamedTuple):
 
 
 class RawClient:
-    """One connection."""
-
     def __init__(self, where: int | Path, *, receive_buffer: int | None = None) -> None:
-        """`where` is a port of loopback, or a unix socket."""
+        """`where` is a port on loopback, or the path of a unix socket."""
         self.sock = socket.socket(socket.AF_INET if isinstance(where, int) else socket.AF_UNIX)
         if receive_buffer is not None:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -34,7 +32,7 @@ class RawClient:
         self.sock.sendall(data)
 
     def send_what_is_taken(self, data: bytes) -> None:
-        """The other side may have heard enough before the end."""
+        """Send the data; the router may close the connection before the end."""
         try:
             self.sock.sendall(data)
         except (ConnectionResetError, BrokenPipeError):
@@ -50,7 +48,7 @@ class RawClient:
         }
 
     def answer(self, *, to_head: bool = False) -> RawAnswer:
-        """The next one, interim answers included."""
+        """Return the next answer, which may be an interim one."""
         status, headers = self.head()
         body = b""
         if status < 200 or status in (204, 304) or to_head:
@@ -65,7 +63,7 @@ class RawClient:
         return RawAnswer(status, headers, body)
 
     def chunk(self) -> bytes:
-        """Of a chunked body; empty at its end."""
+        """Return the next chunk of a chunked body; empty at its end."""
         piece = self._file.read(int(self._file.readline(), 16))
         assert self._file.readline() == b"\r\n"
         return piece
@@ -74,11 +72,11 @@ class RawClient:
         return self._file.read(size)
 
     def rest(self) -> bytes:
-        """Everything until the router closes the connection."""
+        """Return everything until the router closes the connection."""
         return self._file.read()
 
     def is_at_its_end(self) -> bool:
-        """The router has closed it, in whatever way; nothing else has come. Waits for it."""
+        """Wait for a byte or the end of the connection; return True if the router has closed or reset it."""
         try:
             return self._file.read(1) == b""
         except ConnectionResetError:

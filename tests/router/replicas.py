@@ -1,4 +1,4 @@
-"""Processes of resumable_engine.py, started, killed and started again as the daemon does it."""
+"""Processes of resumable_engine.py, started, killed and restarted as the daemon does it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _ROOT = Path(__file__).parents[2]
 
 
 class Replica:
-    """A place for a process: another one takes the place of one that has died, at the same port."""
+    """One replica at a fixed port, whose process is restarted when it dies."""
 
     def __init__(self, router: RouterProcess, number: int, port: int, *flags: str) -> None:
         self.number = number
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.starts = 0
-        #: Time of the last start but one, as in the router's log.
+        #: Start time of the previous process, comparable with the router's log.
         self.previous_start = self._last_start = 0.0
         self._command = [
             *(sys.executable, "-m", "tests.router.resumable_engine", "--port", str(port)),
@@ -61,7 +61,7 @@ class Replica:
             self._process.wait(timeout=20)
 
     def leave(self) -> None:
-        """As after SIGTERM; nobody waits for those that hang."""
+        """Stop the process with SIGTERM, and kill it if it hangs."""
         self.send(signal.SIGTERM)
         self.send(signal.SIGCONT)
         try:
@@ -75,25 +75,25 @@ class Replica:
         return state
 
     def is_idle(self) -> bool:
-        """False while it is being started anew, too."""
+        """Return True if the replica runs and serves no request; False also during a restart."""
         try:
             return not self.state()["busy"]
         except requests.ConnectionError:
             return False
 
     def renew(self) -> bool:
-        """False if it does not run."""
+        """Make the process appear restarted to the router. Returns False if it is not running."""
         try:
             return requests.get(f"{self.url}/renew", timeout=20).ok
         except requests.ConnectionError:
             return False
 
     def received(self, path: str) -> list[dict[str, str]]:
-        """The headers of the requests there, with lower-case names."""
+        """Return the headers, with lower-case names, of the requests to this path."""
         return [each["headers"] for each in self.state()["received"] if each["path"] == path]
 
     def delivered(self, identity: str) -> list[int]:
-        """Tokens of the first choice that were there already when it was to go on with that answer."""
+        """Return, for each resumption of this answer, the tokens of the first choice already delivered."""
         return [
             each["delivered"].get("0", 0)
             for each in self.state()["received"]
@@ -103,7 +103,7 @@ class Replica:
 
 @contextmanager
 def running_fleet(directory: Path, count: int) -> Iterator[Fleet]:
-    """Behind a router of its own."""
+    """Run a fleet behind its own router."""
     router = RouterProcess(directory, "--health-check-interval-secs", "0.2")
     try:
         with Fleet(router, count) as fleet:
@@ -113,7 +113,7 @@ def running_fleet(directory: Path, count: int) -> Iterator[Fleet]:
 
 
 class Fleet:
-    """Several of them. Leave it (``with``): nothing is left behind."""
+    """Several replicas. Use it in ``with``, which ends their processes."""
 
     def __init__(self, router: RouterProcess, count: int, *flags: str, features: str | None = None) -> None:
         self.router = router
@@ -121,7 +121,7 @@ class Fleet:
         self.replicas = [
             Replica(router, number, port, *flags) for number, port in enumerate(free_ports(count))
         ]
-        #: Whether those that die are started again.
+        #: Whether killed replicas are restarted.
         self.keeps_alive = True
         self._is_ending = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
@@ -147,13 +147,13 @@ class Fleet:
         wait_until(lambda: urls <= self.router.urls(), "all replicas are registered")
 
     def renew(self) -> None:
-        """As if all had been started anew."""
+        """Make all replicas appear restarted, so that the router forgets their failures."""
         for replica in self.replicas:
             wait_until(replica.renew, "it runs")
         self.wait_until_up()
 
     def resumes(self) -> float:
-        """What the router has counted."""
+        """Return the router's count of resumptions."""
         return sum(float(line.rpartition(" ")[2]) for line in self.router.metric("fd_router_resumes_total"))
 
     def _keep(self) -> None:

@@ -1,8 +1,8 @@
-"""A replica as a process, without a model: the whole protocol between a router and its replicas.
+"""A replica process without a model, with the whole protocol between a router and its replicas.
 
     python -m tests.router.resumable_engine --port 1234 --router http://127.0.0.1:30000 --once DIRECTORY
 
-Ends when its standard input does. generation.py says what it answers, engine_exchange.py how it misbehaves.
+It ends when its standard input does. generation.py defines its answers, engine_exchange.py its faults.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Engine:
-    """The process."""
+    """State of the replica process."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.connections: set[Connection] = set()
-        #: Requests under way, and those of which the router has cancelled.
+        #: Requests in progress, and the number that the router has cancelled.
         self.busy = self.cancelled = 0
-        #: The latest: path, headers with lower-case names, and of those for the rest of an answer how many
-        #: tokens of each choice are there.
+        #: The latest requests: path, headers with lower-case names, and, for resumptions, the number of
+        #: delivered tokens of each choice.
         self.received: deque[dict[str, Any]] = deque(maxlen=200)
         self._is_leaving = asyncio.Event()
         self.be_born()
@@ -59,7 +59,7 @@ class Engine:
             await asyncio.sleep(0.01)
 
     async def tell(self, what: str, fields: dict[str, Any]) -> bool:
-        """The router."""
+        """Post `fields` to the router. Returns True on success."""
         host, _, port = self.options.router.removeprefix("http://").rpartition(":")
         body = json.dumps({**fields, "instance": self.instance}).encode()
         head = f"POST /{what} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
@@ -73,7 +73,7 @@ class Engine:
         return False
 
     async def reborn(self, but: Connection | None = None) -> None:
-        """To the router, what a restart of the process is; it takes no time."""
+        """Appear restarted to the router, without the time that a restart takes."""
         self.be_born()
         for connection in self.connections - {but}:
             connection.close()
@@ -105,7 +105,7 @@ class Engine:
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time."""
+    """A connection that serves one request at a time."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -177,14 +177,14 @@ class Connection(asyncio.Protocol):
 
     async def write(self, data: bytes) -> None:
         if self.transport.is_closing():
-            # A failed write tells it to the transport before the loop tells `connection_lost`.
+            # After a failed write the transport is closing before the loop calls `connection_lost`.
             self._count_cancelled()
             raise Over
         self.transport.write(data)
         await self.may_write.wait()
 
     def _count_cancelled(self) -> None:
-        """Once, and not if the engine itself has closed the connection."""
+        """Count the cancelled request once, unless the engine itself closed the connection."""
         if self._task is not None:
             self._task = None
             self.engine.cancelled += 1

@@ -1,4 +1,4 @@
-"""Clients that ask all the time, and notice whatever goes wrong."""
+"""Clients that send requests continuously and record every failure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fake_engine import EVENT_HEAD, Received, answers, events, wait_until
 
 
 def streams_or_answers(received: Received) -> bool:
-    """Streams take a moment."""
+    """Answer with a stream that takes a moment, or at once if none is asked for."""
     if b'"stream": true' not in received.body:
         return answers(received)
     received.send(EVENT_HEAD)
@@ -24,7 +24,7 @@ def streams_or_answers(received: Received) -> bool:
 
 
 class Load:
-    """Clients that ask all the time: on one connection, on new ones, and for streams."""
+    """Clients that send requests continuously: on one connection, on new ones, and for streams."""
 
     def __init__(self, router: RouterProcess, headers: dict[str, str] | None = None) -> None:
         self.answered = 0

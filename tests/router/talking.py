@@ -1,4 +1,4 @@
-"""Routers that share what they know of replicas, without Redis: each has a board, all talk in one place."""
+"""Routers that share their knowledge of replicas without Redis: a board each, and a hub in its place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAN = AllowedAddresses([ipaddress.ip_network("10.0.0.0/8")])
 
 
 class Hub:
-    """What Redis does: it keeps what is said. Its clock is not the routers'."""
+    """Keeps shared state as Redis does. Its clock differs from the routers'."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -46,7 +46,7 @@ class Router:
         self.shared.published(updates)
 
     def hears(self, instance: Instance) -> None:
-        """A registration, or a heartbeat: it was found healthy before."""
+        """Admit the instance, as for a registration or heartbeat after a passed health check."""
         self.board.admit(instance)
 
     def checks_health(self) -> None:

@@ -1,4 +1,4 @@
-"""Requests on the board: pick and count are one act, counts are exact."""
+"""Requests on the board: picking and counting are one atomic step, and counts are exact."""
 
 import threading
 from collections import Counter
@@ -13,7 +13,7 @@ from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas
 
 
 def test_d5_a_burst_of_threads_over_idle_replicas_lands_evenly(board):
-    """Upstream chose first and counted later: all of a burst saw the same idle worker."""
+    """Upstream picked first and counted later, so a burst saw the same idle worker."""
     seat_replicas(board, 8)
     leases: list[Lease] = []
     barrier = threading.Barrier(64)

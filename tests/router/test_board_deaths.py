@@ -1,4 +1,4 @@
-"""Workers that die at any instruction, and at any time, leave a board that works."""
+"""A board stays usable when workers die at any instruction and at any time."""
 
 import os
 import random
@@ -34,7 +34,7 @@ def instance(number: int, start: str = "a") -> Instance:
 
 
 def prepared() -> Board:
-    """Replicas 0, 3 and 4 have a request of the parent; 2 is tried out, 3 leaves, 4 was started anew."""
+    """Replicas 0, 3 and 4 have a request of the parent; 2 is on probation, 3 is leaving, 4 was restarted."""
     board = Board.create()
     board.open_counters()
     for number in range(5):
@@ -75,7 +75,7 @@ OPERATIONS = {
 
 
 def run_until(step: int, board: Board, operation: str) -> int:
-    """Kills itself before that instruction of the router's bytecode; how many there were, if it lives."""
+    """Kill this process before bytecode instruction `step` of the router, or return the instruction count."""
     count = 0
 
     def trace(frame, event, _):
@@ -113,7 +113,7 @@ def instructions(operation: str) -> int:
 def test_whoever_dies_at_any_instruction_leaves_a_board_that_works(operation):
     total = instructions(operation)
     assert total > 50
-    # Each death takes a process; every instruction is somebody's in some run.
+    # Each death takes a process; over many runs every instruction is tried.
     for step in sorted(random.sample(range(total), min(total, 8))):
         board = prepared()
 
@@ -129,7 +129,7 @@ def test_whoever_dies_at_any_instruction_leaves_a_board_that_works(operation):
 
 
 def check(board: Board, why: str) -> None:
-    """Nothing of the parent's is lost, nothing of the dead is left, and everything can still be done."""
+    """Assert that the parent's requests are kept, the dead worker's are gone, and every operation works."""
     rows = board.status()
     urls = [row.instance.url for row in rows]
     assert len(set(urls)) == len(urls), why
@@ -211,7 +211,7 @@ def test_fuzz_workers_killed_at_any_time_leave_all_counts_zero(board, caplog):
             assert not any(cells)
     states, flags = memory.state.tolist(), memory.flags.tolist()
     assert ReplicaState.GONE not in states
-    # One that drains stays for its operator to see.
+    # A draining replica stays on the board for the operator to see.
     assert not any(state and flag == Flag.LEAVING for state, flag in zip(states, flags, strict=True))
     board.open_counters()
     board.admit(instance(0, "last"))

@@ -1,4 +1,4 @@
-"""The board in several processes: counts are exact whoever counts, and whoever dies over it."""
+"""The board in several processes: counts stay exact whichever process counts or dies."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def in_flight(board: Board) -> list[int]:
 
 
 def start_worker(board: Board, picks: int = 0) -> Forked:
-    """A worker that has picked so many times; then it takes "pick" and "release" as orders."""
+    """Start a worker that has made `picks` picks and then takes the orders "pick" and "release"."""
 
     def work(child: Forked) -> None:
         board.open_counters()
@@ -72,7 +72,7 @@ def test_d5_burst_over_idle_replicas_is_even_for_any_number_of_workers(board, wo
         os.close(gate_in)
         board.open_counters()
         child.send("ready")
-        os.read(gate_out, 1)  # until the parent closes its end: all begin at the same moment
+        os.read(gate_out, 1)  # returns when the parent closes its end, so that all start at the same moment
         leases = [board.pick(REQUEST_NUM, FACTS) for _ in range(64 // workers)]
         child.send("picked")
         child.receive()

@@ -1,4 +1,4 @@
-"""Who is on the board, and what becomes of those who go and come back."""
+"""Replicas on the board, when they leave and return."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas
 
 
 def test_d4_end_of_an_old_request_does_not_count_for_a_new_instance(board, clock):
-    """Upstream's unsigned counter went to 2^64-1, and that worker was never picked again."""
+    """Upstream's unsigned counter wrapped to 2^64-1, and that worker was never picked again."""
     seat_replicas(board, 1)
     old = pick(board)
     board.unreachable(old.handle, "refused")

@@ -1,4 +1,4 @@
-"""A replica that one request has to itself, and what fd-dp says of replicas that have ended."""
+"""Replicas reserved for one request, and fd-dp's reports about replicas that have ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_reserved_replica_takes_nothing_else(board: Board) -> None:
     assert handle is not None
     others = [pick(board) for _ in range(5)]
     assert {lease.handle for lease in others} == {each for each in board.handles() if each != handle}
-    # None of them is turned away: they wait.
+    # Requests that exclude a free replica are not rejected: they wait.
     assert board.pick(REQUEST_NUM, FACTS, [others[0].handle]) is PickFailure.BUSY
     assert [row.reserved for row in board.status()] == [row.handle == handle for row in board.status()]
     board.unreserve(handle)
@@ -144,7 +144,7 @@ def test_a_suspect_at_a_replica_on_probation_is_its_probe(board: Board, clock: C
     lease = board.pick_reserved(handle, FACTS)
     assert isinstance(lease, Lease)
     board.unreserve(handle)
-    # Its answer has begun, and has not ended.
+    # Its trial request has not ended.
     assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
 
 

@@ -1,4 +1,4 @@
-"""The moves of a replica, by the table in rows.py; and all of them in any order."""
+"""State transitions of a replica, by the table in rows.py, and in random order."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock)
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
-    board.healthy(handle, clock.now - 1)  # began before the failure: says nothing
+    board.healthy(handle, clock.now - 1)  # started before the failure, so it proves nothing
     assert states(board) == [ReplicaState.DOWN]
     clock.now += 1
     board.healthy(handle, clock.now)
@@ -50,7 +50,7 @@ def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock)
     probe = pick(board)
     assert probe.probing
     assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
-    probe.release()  # the client went away: nothing is known yet
+    probe.release()  # the client left, so the outcome is unknown
     probe = pick(board)
     board.succeeded(handle)
     assert states(board) == [ReplicaState.UP]
@@ -99,7 +99,7 @@ def test_one_that_answers_every_other_request_is_tried_out_ever_less(board, cloc
         assert states(board) == [ReplicaState.UP]
         clock.now += 10
     assert waits == [1, 2, 4]
-    clock.now += 30  # of good behaviour
+    clock.now += 30  # without a failure
     board.unreachable(handle, "reset")
     clock.now += 1
     board.healthy(handle, clock.now)
@@ -134,7 +134,7 @@ def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board(board, clock):
 
 
 class BoardMachine(RuleBasedStateMachine):
-    """Whatever happens in whatever order, a seat's count is the number of its leases that are held."""
+    """In any order of events, a seat's count equals the number of its leases that are held."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A client that goes takes its request with it, whenever it goes; and every count comes back to zero."""
+"""A client's departure cancels its request at any moment, and every count returns to zero."""
 
 import random
 import socket
@@ -37,7 +37,7 @@ def leave(client: socket.socket, how: str) -> None:
 @pytest.mark.parametrize("behaviour", [never_answers, sends_the_head_of_a_stream])
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, new_engine, behaviour, how):
-    """gevent, gthread and sync workers by themselves hold the replica until it writes something."""
+    """gevent, gthread and sync workers would hold the replica until it writes something."""
     engine = new_engine(behaviour=behaviour)
     other = new_engine(behaviour=behaviour)
     router.add(engine, other)
@@ -47,7 +47,7 @@ def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, n
     leave(client, how)
     wait_until(lambda: engine.cancelled + other.cancelled == [True], "its request is cancelled")
     router.wait_idle()
-    # It is the client that failed, not the replica: nothing was tried again, nobody is suspected.
+    # The client failed, not the replica: there is no retry, and no replica is suspected.
     assert len(engine.received) + len(other.received) == 1
     assert len(router.urls()) == 2
     assert (
@@ -88,7 +88,7 @@ def test_half_closing_client_gets_a_reset_instead_of_a_cut_off_answer(router, ne
 
 
 def test_kept_connection_serves_the_next_request_after_a_disconnect(router, new_engine):
-    """The cancelled connection must not be used again, and the others must not be cancelled."""
+    """The cancelled connection must not be reused, and the other connections must not be cancelled."""
     engine = new_engine()
     router.add(engine)
     for _ in range(20):
@@ -102,11 +102,11 @@ def test_kept_connection_serves_the_next_request_after_a_disconnect(router, new_
 
 
 def test_counts_are_zero_after_clients_that_leave_at_random_moments(router, new_engine):
-    """D4's other half: whatever happens to a request, it is counted down exactly once."""
+    """The other half of D4: each request is counted down exactly once, however it ends."""
     chance = random.Random(7)
 
     def moody(received) -> bool:
-        """Any of: slow, silent until cancelled, dead before head, first or second event, healthy."""
+        """Draw one of: slow, silent until cancelled, dead before head, first or second event, healthy."""
         mood = received.body[-3] % 7
         if mood == 0:
             return received.wait_until_cancelled(0.2)
@@ -136,7 +136,7 @@ def test_counts_are_zero_after_clients_that_leave_at_random_moments(router, new_
                 request = head + body
                 patience = chance.choice([0.0, 0.005, 0.05, 0.3])
                 with connect(router) as sock:
-                    # Some leave in the middle of their own request.
+                    # Some clients leave in the middle of sending their request.
                     sock.sendall(request[: chance.choice([10, len(head) + 3, len(request), len(request)])])
                     sock.settimeout(patience or 0.001)
                     try:

@@ -1,4 +1,4 @@
-"""What one connection can be used for: many requests, one at a time, in whatever dialect of HTTP/1."""
+"""The use of one connection: many requests, one at a time, in any dialect of HTTP/1."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def client(shared_router: RouterProcess, replica: FakeEngine) -> Iterator[RawCli
 
 
 def test_half_requests_on_all_connections_keep_nobody_out(start_router, new_engine):
-    """A connection that asks takes the place of the one that has been at its request longest."""
+    """A new connection with a request replaces the one whose request has been incomplete longest."""
     router = start_router("--max-connections", "40")
     gate = threading.Event()
     router.add(new_engine(behaviour=waits_for(gate)))
@@ -85,7 +85,7 @@ def test_requests_of_one_connection_are_served_one_at_a_time(shared_router, repl
 
 
 def test_who_closes_its_sending_half_is_taken_as_gone(shared_router, replica, client):
-    """As nginx does by default; a reset tells it that nothing more will come."""
+    """nginx does the same by default; a reset tells the client that nothing more will come."""
     gone = []
 
     def waits(received: Received) -> bool:
@@ -134,7 +134,7 @@ def test_stream_to_an_http_1_0_keep_alive_client_ends_by_closing(replica, client
 
 
 def test_who_offers_another_protocol_is_served_in_this_one(replica, client):
-    """Java's HttpClient offers HTTP/2 with each first request, its body included."""
+    """Java's HttpClient offers HTTP/2 with its first request on each connection, body included."""
     offer = (
         b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
     )

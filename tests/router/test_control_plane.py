@@ -70,7 +70,7 @@ def test_addresses_elsewhere_are_refused_unless_allowed(router, start_router):
     answer = register(router, role="mixed", host_ip="169.254.169.254", port=80)
     assert answer.status_code == 403
     assert "--allow-host 169.254.169.254" in answer.json()["msg"]
-    # 192.0.2.0/24 is kept for documentation: nothing answers there, but it is asked.
+    # 192.0.2.0/24 is reserved for documentation: the check is sent, and gets no answer.
     open_router = start_router("--allow-host", "192.0.2.0/24")
     answer = register(open_router, role="mixed", host_ip="192.0.2.1", port=80)
     assert answer.status_code == 503
@@ -86,13 +86,13 @@ def test_a_heartbeat_of_a_replica_that_is_up_does_not_wait_for_its_health(router
         return answers(received)
 
     engine.health = hangs
-    # Longer than a check may take, if it were made.
+    # The timeout is longer than a health check may take, if one were made.
     assert requests.post(f"{router.url}/register", json=engine.instance_info(), timeout=3).status_code == 200
     gate.set()
 
 
 def test_d6_one_failed_check_does_not_remove_a_replica_but_two_do(start_router, new_engine):
-    """Upstream removed an instance at its first failed probe, until its next heartbeat."""
+    """Upstream removed an instance at its first failed probe until its next heartbeat."""
     router = start_router("--health-check-interval-secs", "0.2")
     engine = new_engine()
     router.add(engine)

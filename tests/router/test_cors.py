@@ -1,4 +1,4 @@
-"""What a browser needs to show a web page the router's answers, and which pages it shows them to."""
+"""The headers with which browsers let web pages read the router's answers, and the pages they admit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ASKS = {
 
 
 def cors_of(answer: requests.Response) -> dict[str, str]:
-    """The headers for browsers, each of which must be there once: two are as bad as none."""
+    """Return the CORS headers, each of which must occur once: a duplicate is as bad as none."""
     named = [name.lower() for name, _ in answer.raw.headers.items() if "access-control" in name.lower()]
     assert len(named) == len(set(named)), named
     values = {name.lower(): value for name, value in answer.headers.items()}
@@ -83,7 +83,7 @@ def test_other_pages_are_not_shown_answers_by_default(shared_router, replica, or
     assert answer.json()["error"]["code"] == "origin_not_allowed"
     assert "cors_origins" in answer.json()["error"]["message"]
     assert cors_of(answer) == {}
-    # A program that sends the header, or a page of the same origin behind a proxy, is answered.
+    # Answered because a program may send the header too, or a same-origin page behind a proxy.
     answer = complete(shared_router, origin)
     assert (answer.status_code, cors_of(answer)) == (200, {})
     assert not any(received.method == "OPTIONS" for received in replica.received)
@@ -131,7 +131,7 @@ def test_a_replicas_error_has_the_headers(shared_router, replica, status):
 
 @pytest.mark.parametrize("status", ["200 OK", "503 Service Unavailable"])
 def test_what_a_replica_says_of_pages_is_not_passed_on(shared_router, replica, status):
-    """FastDeploy's own answer with * and credentials to whoever asks."""
+    """FastDeploy itself answers every origin with * and credentials."""
     theirs = b"Access-Control-Allow-Origin: *\r\nAccess-Control-Allow-Credentials: true\r\n"
     replica.behaviour = answers_status(status, extra=theirs)
     assert cors_of(complete(shared_router, FOREIGN)) == {}

@@ -1,4 +1,4 @@
-"""Counts of workers that have ended are neither lost nor counted twice, and nothing of it lies on a disk."""
+"""Counts of ended workers are neither lost nor counted twice, and nothing is stored on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def memory() -> Iterator[CounterMemory]:
 
 
 def counting(memory: CounterMemory, **counts: float) -> Forked:
-    """A worker that has counted, and waits for its end."""
+    """Start a worker that has counted and waits to be ended."""
 
     def work(parent: Forked) -> None:
         section = memory.own_section()

@@ -1,4 +1,4 @@
-"""Requests that kill their replicas, and requests that only happened to be there. Real processes die."""
+"""Requests that kill their replicas, and innocent requests on the same replicas. Real processes die."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .raw_client import RawClient
 from .replicas import Fleet, Replica
 
 LOOKS = ("--health-check-interval-secs", "0.5")
-#: Deaths that a deadly request brings about: the last one while it is alone.
+#: Deaths caused by a deadly request: the last one while it has a replica to itself.
 MOST_DEATHS = SUSPECT_AFTER + 1
-#: Before its first token, and in the middle of its answer.
+#: Faults before the first token, and in the middle of the answer.
 DEADLY = {
     "at once": [{"at": "head", "how": "kill", "times": 99}],
     "in the middle": [
@@ -36,7 +36,7 @@ DEADLY = {
 
 
 def innocents(count: int) -> list[Generation]:
-    """Slower than the time that is left to those who make way."""
+    """Return requests too slow to end before a replica's reservation moves them elsewhere."""
     return [
         generation(max_tokens=45, interval=0.05, seed=seed)
         if seed % 4
@@ -52,7 +52,7 @@ def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(start_rout
 
     async def all_at_once() -> tuple[Answered, list[Answered]]:
         others = [asyncio.create_task(asking(router.port, each)) for each in innocents(24)]
-        # A request that finds no replica is refused unless it has been at one already.
+        # A request without a replica is rejected unless it has been at one already.
         while sum(router.in_flight().values()) < len(others):
             await asyncio.sleep(0.02)
         return await asking(router.port, deadly, "deadly"), await asyncio.gather(*others)
@@ -74,13 +74,13 @@ def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(start_rout
     log = router.log.read_text()
     assert "is reserved for a suspect" in log
     assert "Traceback" not in log
-    # With the last one nothing else was lost.
+    # The last death lost no other request.
     failed = [line for line in log.splitlines() if "failed, trying another" in line]
-    # A replica that is just starting again may refuse connections, which loses no request.
+    # A replica that is just restarting may refuse connections, which loses no request.
     lost = [line for line in failed if "no connection" not in line]
     *_, last = [line for line in lost if "request=deadly" in line]
     last_replica = fleet[replica_in(last)]
-    # Its previous death is logged at about the time of its restart, which takes longer than the logging.
+    # The previous death is logged near the replica's restart, which takes longer than the logging.
     between = (last_replica.previous_start + second_of(last)) / 2
     with_it = [line for line in lost if replica_in(line) == last_replica.number and second_of(line) > between]
     assert with_it == [last]
@@ -95,7 +95,7 @@ def second_of(line: str) -> float:
 
 
 def test_a_request_that_a_model_loses_with_a_503_is_deadly_too(start_router):
-    """The API process outlives its worker, and answers."""
+    """The API process outlives its worker and answers 503."""
     router = start_router(*LOOKS)
     fault = {"at": "head", "how": "lost", "times": 99}
     with Fleet(router, 5):
@@ -104,18 +104,18 @@ def test_a_request_that_a_model_loses_with_a_503_is_deadly_too(start_router):
     assert len(list(router.directory.glob("loses-*"))) == MOST_DEATHS
 
 
-# ---- with the word of fd-dp
+# ---- with reports of fd-dp
 
 
 @pytest.fixture
 def told_router(start_router, tmp_path: Path) -> RouterProcess:
-    """One that is told how its replicas have ended."""
+    """A router that receives reports of how its replicas ended."""
     router: RouterProcess = start_router("--admin-socket", str(tmp_path / "admin"), *LOOKS)
     return router
 
 
 def test_a_single_replica_is_kept_for_a_suspect_while_others_wait(told_router: RouterProcess):
-    """A supervised router lets new requests wait for the replica to come back."""
+    """A supervised router lets new requests wait until the replica is back."""
     faults = [{"at": "head", "how": "kill", "times": SUSPECT_AFTER}]
     with Fleet(told_router, 1) as fleet, concurrent.futures.ThreadPoolExecutor(4) as pool:
         suspect = pool.submit(ask, told_router.port, generation(faults=faults))
@@ -126,7 +126,7 @@ def test_a_single_replica_is_kept_for_a_suspect_while_others_wait(told_router: R
 
 
 def kill_from_outside(router: RouterProcess, replica: Replica) -> None:
-    """And say so, as fd-dp does."""
+    """Kill the replica, and report the exit as fd-dp does."""
     instance = registered(router.directory / "admin")[replica.port].instance
     replica.end(signal.SIGKILL)
     report_exit(router.directory / "admin", ReplicaExit(replica.url, instance, from_outside=True))
@@ -143,7 +143,7 @@ def holder(fleet: Fleet) -> Replica | None:
 
 
 def test_an_innocent_request_outlives_kills_from_outside(told_router):
-    """More of them than deaths that make a deadly one."""
+    """There are more kills from outside than deaths that make a request deadly."""
     request = generation(max_tokens=3, delay=1.5)
     with Fleet(told_router, 3) as fleet, concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask, told_router.port, request)

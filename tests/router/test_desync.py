@@ -1,6 +1,6 @@
-"""Answers that two parsers could read differently, or that are more than one: no client gets a wrong one.
+"""Ambiguous or surplus answers of replicas: no client receives a wrong answer.
 
-After each test the fixture asks twice more, on whatever connections to the replica there are.
+After each test the fixture sends two more requests, on whatever connections to the replica exist.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_an_answer_that_could_be_read_in_two_ways_is_a_bad_gateway(shared_router
 def test_an_answer_that_goes_on_for_ever_and_says_nothing_is_given_up(shared_router, replica, tail):
     goes_on = keeps(OK + b"Transfer-Encoding: chunked\r\n\r\n" + tail)
     replica.behaviour = lambda received: (goes_on if len(replica.received) == 1 else answers)(received)
-    # Taken for lost: when it has rested, the request is sent again.
+    # The replica is taken for lost; after a pause the request is sent again.
     assert ask(shared_router)[0] == 200
     assert len(replica.received) == 2
 
@@ -87,7 +87,7 @@ def test_what_follows_an_answer_is_nobodys_answer(shared_router, replica, extra,
     replica.behaviour = keeps(OK + framing + extra) if when == "at once" else keeps(OK + framing, extra)
     assert ask(shared_router)[::2] == (200, b"{}")
     if when == "later":
-        # It has come: the replica takes its time before it reads on.
+        # The surplus bytes have arrived by then, because the replica pauses after each piece.
         wait_until(lambda: replica.received[0].done.is_set(), "the rest is sent")
 
 
@@ -114,7 +114,7 @@ def test_a_body_behind_the_answer_to_head_is_nobodys_answer(shared_router, repli
 
 
 def test_a_body_behind_an_interim_answer_is_no_answer_to_the_next_request(shared_router, replica):
-    """Such a body was sent beyond the announced length, and its end taken for another answer."""
+    """The body exceeded the announced length, and its end would be parsed as another answer."""
     body, large = b"x" * len(EVIL), 5 << 20
     replica.behaviour = keeps(
         b"HTTP/1.1 199 x\r\nContent-Length: %d\r\n\r\n" % len(body)

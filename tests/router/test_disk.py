@@ -1,4 +1,4 @@
-"""The router outlives full, read-only and removed files and directories, and puts right what it can."""
+"""The router survives full, read-only and removed files and directories, and repairs what it can."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 def order(path: Path, words: str) -> int | None:
-    """The status of an order over the admin socket; None if nothing listens there."""
+    """Return the status of an order over the admin socket, or None if nothing listens there."""
     try:
         with RawClient(path) as client:
             client.send(f"POST /admin/replicas/{words} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -42,19 +42,19 @@ def order(path: Path, words: str) -> int | None:
 
 
 def lines(router: RouterProcess, *words: str) -> list[str]:
-    """Lines of the log that have all these words in them."""
+    """Return the lines of the log that contain all these words."""
     return [line for line in router.log.read_text().splitlines() if all(word in line for word in words)]
 
 
 def saved(path: Path) -> list[bool]:
-    """Of each replica in the registry file, whether it is drained."""
+    """Return for each replica in the registry file whether it is draining."""
     try:
         return [entry.get("draining", False) for entry in json.loads(path.read_text())["instances"]]
     except FileNotFoundError:
         return []
 
 
-# ---- counters, and what gunicorn keeps for its workers
+# ---- counters, and gunicorn's files for its workers
 
 
 def test_nothing_of_a_killed_router_stays_in_temporary_directories(start_router, new_engine, tmp_path):
@@ -108,7 +108,7 @@ def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path
         shutil.rmtree(admin.parent)
     wait_until(admin.exists, "the socket is there again")
     assert (admin.stat().st_mode & 0o777, admin.parent.stat().st_mode & 0o777) == (0o660, 0o750)
-    # Each worker takes some of the connections.
+    # Enough connections to reach each worker.
     for _ in range(10):
         wait_until(lambda: order(admin, "3/undrain") == 200, "a worker answers")
     assert len(lines(router, "admin socket", "was missing")) == 1
@@ -136,7 +136,7 @@ def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, 
 def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engine, tmp_path, disk):
     admin = tmp_path / "disk" / "router.sock"
     outside = disk.path / "router.sock"
-    # As a router leaves it that was killed.
+    # The socket that a killed router leaves behind.
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(outside))
     disk.make_read_only()
@@ -158,7 +158,7 @@ def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engin
 def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_router, tmp_path):
     admin = tmp_path / "router.sock"
     first = start_router("--admin-socket", str(admin))
-    # It takes the path, as from a dead router.
+    # The second router takes over the path, as if from a dead router.
     second = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
     try:
         wait_until(lambda: lines(first, "listens on admin socket"), "that is said")
@@ -182,7 +182,7 @@ def test_an_admin_socket_is_taken_back_from_a_program_that_was_killed(start_rout
 
 
 def seconds_runnable(pid: int) -> float:
-    """Time in which the process ran or waited for a processor, which other load does not hide."""
+    """Return the time that the process ran or waited for a processor, which other load does not hide."""
     running, waiting, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
     return (int(running) + int(waiting)) / 1e9
 
@@ -221,7 +221,7 @@ def test_the_admin_socket_is_made_again_after_an_upgrade(start_router, new_engin
 
 @pytest.fixture
 def start_with_registry(start_router, tmp_path) -> Callable[..., RouterProcess]:
-    """Starts a router with this registry file, which has two replicas then, and an admin key."""
+    """Starts a router with an admin key and this registry file, initially of two replicas."""
     keys = tmp_path / "keys"
     keys.write_text("alpha\n")
 
@@ -255,7 +255,7 @@ def test_what_a_full_disk_does_not_take_is_saved_later(start_with_registry, new_
 
 
 def test_what_a_read_only_disk_does_not_take_is_saved_later(start_with_registry, new_engine, tmp_path, disk):
-    """It may be read-only when the router starts as well."""
+    """The disk may be read-only from the router's start."""
     disk.make_read_only()
     router = start_with_registry(tmp_path / "disk" / "state" / "registry.json", disk.prefix)
     router.add(new_engine(replica=0))

@@ -1,4 +1,4 @@
-"""Events pass by the fast path one after the other; at anything else the stream comes back, and all of it."""
+"""Events pass by the fast path in order; anything else brings the whole stream back to the event loop."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def chunk(body: bytes, size: bytes = b"%x") -> bytes:
 
 
 def raw(*events: Said) -> bytes:
-    """As a replica sends them."""
+    """Return the events as a replica sends them."""
     return b"".join(chunk(event.raw) for event in events)
 
 
 def clean(*events: Said) -> bytes:
-    """As the client gets them."""
+    """Return the events as the client receives them."""
     return b"".join(chunk(event.clean) for event in events)
 
 
 def passed(*events: Said, new: int | None = None, unread: bytes = b"", unsent: bytes = b"") -> Passed:
-    """What is told of these."""
+    """Return the report of the fast path about these events."""
     marks = [event.raw.rpartition(b": fd ")[2].strip() for event in events]
     size = sum(len(event.clean) for event in events)
     return Passed(marks, size, len(events) if new is None else new, unread, unsent)
@@ -50,7 +50,7 @@ def stage() -> Iterator[Stage]:
     stage.close()
 
 
-# ---- what passes
+# ---- streams that pass
 
 
 def test_events_arrive_without_their_marks_which_are_told_in_the_end(stage):
@@ -121,7 +121,7 @@ def test_events_are_counted_while_they_pass_and_each_once(stage):
     stage.run(scene())
 
 
-# ---- what does not
+# ---- streams that come back
 
 ERROR = b'data: {"error":{"message":"the engine has failed"}}\n: fd 0\n\n'
 UNUSUAL = {
@@ -172,7 +172,7 @@ def test_unusual_input_returns_the_stream_with_that_input_unread(stage, unusual)
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
 def test_no_byte_of_it_is_lost_that_comes_by_itself(stage, unusual):
-    """What the fast path has not read yet is for the event loop, which reads again."""
+    """The event loop reads whatever the fast path has left unread."""
 
     async def scene() -> None:
         async with Passage(stage) as stream:
@@ -415,7 +415,7 @@ def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(stage, ca
     test_when_there_is_no_place_left_the_loop_keeps_the_stream(stage)
 
 
-# ---- where it is missing
+# ---- platforms without it
 
 
 @pytest.mark.parametrize(

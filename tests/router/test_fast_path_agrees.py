@@ -1,4 +1,4 @@
-"""By the fast path or not: what arrives is the same, whatever comes and however it is cut up."""
+"""With and without the fast path the client receives the same bytes, for any data and any split."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ PATH, BODY = "/v1/completions", b"{}"
 
 
 class Outcome(NamedTuple):
-    """What became of a stream."""
+    """The result of a stream."""
 
-    #: The client's.
+    #: As received by the client.
     body: bytes
     resumption: Resumption | None
     is_whole: bool
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 
 class Parsed:
-    """By the event loop alone: the HTTP parser, and a transcript."""
+    """The stream as parsed by the event loop alone: the HTTP parser, and a transcript."""
 
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
@@ -74,11 +74,11 @@ class Parsed:
 
 
 class Relayed:
-    """What an exchange does with a stream, and no more: it has it pass by the fast path whenever it can."""
+    """The part of an exchange that relays a stream, on the fast path whenever possible."""
 
     def __init__(self, fast_path: FastPath, client: Link) -> None:
         self.is_over = False
-        #: How often it was on the fast path.
+        #: Number of times that the stream was on the fast path.
         self.rides = 0
         self.connection: ReplicaConnection
         self.transcript = Transcript()
@@ -89,7 +89,7 @@ class Relayed:
         self._size = 0
 
     def come_back(self) -> bytes:
-        """What is unread."""
+        """Take the stream back; return its unread bytes."""
         fast, self._fast = self._fast, None
         if fast is None:
             return b""
@@ -105,13 +105,13 @@ class Relayed:
         resumption = self.transcript.resumption(PATH, BODY)
         return Outcome(body, resumption, self._is_whole, self.transcript.problem)
 
-    # ---- from the fast path
+    # ---- callbacks of the fast path
 
     def given_back(self) -> None:
         if unread := self.come_back():
             self.connection.data_received(unread)
 
-    # ---- from the replica's connection
+    # ---- callbacks of the replica connection
 
     def began(self, connection: ReplicaConnection) -> None:
         assert connection.status == 200
@@ -142,12 +142,13 @@ class Relayed:
 async def relayed(
     stage: Stage, pieces: list[bytes], comes_back: set[int], receive_buffer: int | None
 ) -> tuple[Outcome, int]:
-    """
+    """Relay the pieces from a replica to a client.
+
     Args:
-        comes_back: after which pieces it is taken back.
+        comes_back: indexes of pieces after which the stream is taken back from the fast path.
 
     Returns:
-        How often it was on the fast path, too.
+        The outcome, and the number of times that the stream was on the fast path.
     """
     client = await Link().open(receive_buffer=receive_buffer)
     relay = Relayed(stage.fast_path, client)
@@ -160,12 +161,12 @@ async def relayed(
             await asyncio.get_running_loop().sock_sendall(replica.other, piece)
         except OSError:
             break
-        # Each piece is read by itself, as far as that can be had.
+        # The loop reads each piece by itself, as far as possible.
         while not relay.is_over and not replica.transport.is_closing() and replica.unread:
             await asyncio.sleep(0)
         if number in comes_back and (unread := relay.come_back()):
             relay.connection.data_received(unread)
-        # Two turns: it may be taken, and what stays with the loop may be sent.
+        # Two turns: one to move to the fast path, one to send what stays with the loop.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         if relay.is_over:
@@ -181,7 +182,7 @@ async def relayed(
 
 
 def decoded(chunks: bytes) -> bytes:
-    """As a client does it."""
+    """Decode the chunks like a client."""
 
     class Response:
         body = b""
@@ -209,13 +210,13 @@ def in_two(body: bytes, place: int) -> bytes:
 
 
 def misframed(part: bytes, place: int, byte: int) -> bytes:
-    """With another byte around its body."""
+    """Replace one byte of the framing around the body."""
     places = [*range(part.index(b"\n") + 1), -2, -1]
     at = places[place % len(places)] % len(part)
     return part[:at] + bytes([byte]) + part[at + 1 :]
 
 
-#: What a place in the stream may have in place of an event.
+#: Pieces that may take an event's place in the stream.
 ODD = [
     *(chunk(DONE), chunk(b'data: {"choices":[],"usage":{}}\n\n'), b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n"),
     *(chunk(b'data: {"error":{"message":"no"}}\n\n'), chunk(b'data: {"error":1}\n: fd 0 1\n\n')),

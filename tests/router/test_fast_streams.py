@@ -1,4 +1,4 @@
-"""Streams that go by the fast path, through a whole router: nobody can tell, and nothing is lost."""
+"""Streams on the fast path through a whole router: clients see no difference, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def clean(*events: Said) -> bytes:
 
 
 class Told:
-    """Streams that begin with an event, `event(0)`, and say then what the test has them say.
+    """Streams that begin with `event(0)`, and continue with the events that the test sends.
 
-    Not before it has seen that first event, or the two would write at once.
+    The test has to see the first event before it sends more, or two threads would write at once.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Told:
     def __call__(self, received: Received) -> bool:
         if b"stream" not in received.body:
             return answers(received)
-        # Before its first event, by which the test knows that it is there.
+        # Listed before the first event, by which the test knows that the stream has begun.
         self.under_way.append(received)
         received.send(EVENT_HEAD)
         received.send_chunk(event(0).raw)
@@ -74,7 +74,7 @@ class Told:
 
 
 def add(router: RouterProcess, *engines: FakeEngine, verify: str | bool = True) -> None:
-    """As replicas whose events have marks."""
+    """Register the engines as replicas whose events have marks."""
     for engine in engines:
         secret = {"token": secrets.token_hex(16), "instance": secrets.token_hex(16)}
         fields = engine.instance_info(features=["resume", "progress"], **secret)
@@ -83,12 +83,12 @@ def add(router: RouterProcess, *engines: FakeEngine, verify: str | bool = True) 
 
 
 def rest(client: RawClient) -> bytes:
-    """Of the answer that is under way."""
+    """Return the remaining body of the current answer."""
     return b"".join(iter(client.chunk, b""))
 
 
 def on_fast_path(router: RouterProcess) -> int:
-    """Streams: of each connection of theirs the router has a duplicate."""
+    """Count the streams on the fast path, which has a duplicate of both connections of each."""
     return sum(_duplicates(worker.pid) for worker in router.workers()) // 2
 
 
@@ -111,7 +111,7 @@ def access_log(router: RouterProcess, identity: str) -> str:
 
 @pytest.fixture
 def told(lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]) -> Told:
-    """Of the only replica of `lent_router`."""
+    """The behaviour of the only replica of `lent_router`."""
     told = Told()
     add(lent_router, new_engine(behaviour=told))
     return told
@@ -124,7 +124,7 @@ def identity() -> str:
 
 @pytest.fixture
 def client(lent_router: RouterProcess, told: Told, identity: str) -> Iterator[RawClient]:
-    """It has the first event of a stream that is on the fast path."""
+    """A client that has the first event of a stream on the fast path."""
     with RawClient(lent_router.port) as client:
         client.send(STREAM.replace(b"Host", b"X-Request-Id: %b\r\nHost" % identity.encode()))
         assert client.head()[0] == 200
@@ -133,7 +133,7 @@ def client(lent_router: RouterProcess, told: Told, identity: str) -> Iterator[Ra
         yield client
 
 
-# ---- the usual
+# ---- ordinary streams
 
 
 def test_events_pass_one_by_one_and_the_stream_is_returned_for_its_end(lent_router, told, client):
@@ -277,7 +277,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     ],
 )
 def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet, at, how):
-    """Each event comes by itself, so that the stream is on the fast path by the third."""
+    """Each event is sent separately, so that the stream is on the fast path by the third."""
     fleet.renew()
     fault = {"at": at, "event": 5, "how": how}
     answer = ask(fleet.router.port, generation(n=2, max_tokens=8, interval=0.01, faults=[fault]))
@@ -287,7 +287,7 @@ def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet, at, how):
 
 
 def test_it_is_on_the_fast_path_there_too(lent_router, new_engine):
-    """Even if it goes on by a connection that has brought another stream to its end."""
+    """A resumed stream takes the fast path even on a connection that has carried another stream."""
     told = Told()
 
     def fails(received: Received) -> bool:
@@ -321,7 +321,7 @@ def test_it_is_on_the_fast_path_there_too(lent_router, new_engine):
 
 
 def test_replica_lost_before_it_read_the_whole_request_is_replaced(lent_router, new_engine):
-    """Up to then its stream stays with the event loop, which alone would notice that writing fails."""
+    """Until then its stream stays with the event loop, because the fast path misses failed writes."""
     told = Told()
     may_go = threading.Event()
 
@@ -404,11 +404,11 @@ def weight(router: RouterProcess, replica: int) -> float:
     return float(line.rpartition(" ")[2])
 
 
-# ---- how many
+# ---- limits
 
 
 def test_file_limit_is_raised_for_the_maximum_number_of_connections(start_router, new_engine):
-    """A soft limit as low as many systems have it; the router raises it to what it needs."""
+    """The router raises a low soft limit to what it needs."""
     few = 300
     with low_file_limit():
         router = start_router("--max-connections", str(few))

@@ -1,4 +1,4 @@
-"""The flags file, and which flags a router that runs can take anew."""
+"""The flags file, and the flags that a running router can reload."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_what_gunicorn_reckons_with_is_not_too_large_for_it(flag):
         read([flag, "9" * 400])
 
 
-# ---- what can change
+# ---- flags that can change
 
 
 def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
     [
         ([], [], ()),
         ([], ["--port", "30000", "--host", "127.0.0.1"], ()),
-        # On a machine with IPv6 it is two addresses.
+        # With IPv6 the name resolves to two addresses.
         ([], ["--host", "localhost"], ("--host",)),
         (["--port", "1"], ["--port", "2"], ("--port",)),
         (["--port", "1"], ["--port=2", "--port", "1"], ()),

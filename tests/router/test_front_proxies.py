@@ -1,4 +1,4 @@
-"""nginx and HAProxy with the shipped configurations in front of a router: they hold nothing back."""
+"""nginx and HAProxy with the shipped configurations in front of a router: they delay no data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def accepts(port: int) -> bool:
 
 
 def nginx(directory: Path, port: int, router: int) -> list[str]:
-    """As its comments say: the router in place of the replicas."""
+    """Adapt the configuration as its comments describe, with the router as replica; return the command."""
     text = (ETC / "nginx.conf").read_text()
     text = text.replace("listen 127.0.0.1:8080", f"listen 127.0.0.1:{port}")
     first, *others = re.findall(r"^ +server 127\.0\.0\.1:\d+.*\n", text, re.MULTILINE)
@@ -79,7 +79,7 @@ def engine(lent_router: RouterProcess, front: int, new_engine: type[FakeEngine])
     lent_router.add(engine)
 
     def answers_through_the_proxy() -> bool:
-        # HAProxy looks every two seconds whether a router is there.
+        # HAProxy checks for the router every two seconds.
         with RawClient(front) as client:
             client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
             return client.answer().status == 200
@@ -96,7 +96,7 @@ def client(front: int, engine: FakeEngine) -> Iterator[RawClient]:
 
 
 def test_each_event_passes_before_the_next_exists(engine, client):
-    """The replica sends an event only after the client has seen the one before: any buffer would lock up."""
+    """The replica sends an event only after the client has seen the previous one: a buffer would deadlock."""
     seen = threading.Semaphore(0)
 
     engine.behaviour = waits_after_each_event(seen)
@@ -139,7 +139,7 @@ def test_a_replicas_error_arrives_as_it_is(engine, client):
     "path", ["/register", "/metrics", "/registered", "/admin/replicas/0/drain", "/internal/resume"]
 )
 def test_what_is_for_this_machine_cannot_be_reached(engine, client, path):
-    """To the router whoever comes through the proxy is on this machine."""
+    """To the router, every client of the proxy seems to be on this machine."""
     client.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % path.encode())
     answer = client.answer()
     assert (answer.status, json.loads(answer.body)["error"]["code"]) == (404, "not_found")
@@ -148,14 +148,14 @@ def test_what_is_for_this_machine_cannot_be_reached(engine, client, path):
 
 
 def test_a_reload_of_the_router_is_not_noticed_behind_a_proxy(lent_router, front, engine):
-    """It keeps connections to the router, on which it may be sending at that very moment."""
+    """The proxy keeps connections to the router, and may be sending on one at that moment."""
     over = threading.Event()
     got: list[int] = []
 
     def ask() -> None:
         while not over.is_set():
             with RawClient(front) as client:
-                # nginx closes a connection after a thousand.
+                # nginx closes a connection after a thousand requests.
                 for _ in range(100):
                     client.send(POST % b"")
                     got.append(client.answer().status)
@@ -178,5 +178,5 @@ def test_a_reload_of_the_router_is_not_noticed_behind_a_proxy(lent_router, front
 
 
 def started(router: RouterProcess) -> int:
-    """Workers, since it runs."""
+    """Return the number of workers started since the router did."""
     return router.log.read_text().count("listening on")

@@ -1,4 +1,4 @@
-"""Health checks against real sockets, by the one process that leads."""
+"""Health checks over real sockets, by the leading process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ fastdeploy:num_requests_waiting_since{model="m"} 99
 
 
 class Replica:
-    """Answers /health with `status`, /metrics with METRICS, and counts its connections."""
+    """Answers /health with `status` and /metrics with METRICS, and counts its connections."""
 
     def __init__(self) -> None:
         self.status = 200
@@ -85,7 +85,7 @@ def board() -> Iterator[Board]:
 
 @pytest.fixture
 def start_monitor(board: Board) -> Iterator[Callable[..., Forked]]:
-    """In a process of its own: its threads end with it."""
+    """Starts the monitor in its own process, so that its threads end with it."""
     children: list[Forked] = []
 
     def start(policy: str = "request_num", registry: Path | None = None) -> Forked:
@@ -178,7 +178,7 @@ def test_load_is_read_from_the_metrics_of_all_ranks(new_replica):
 
 
 def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(board, new_replica, start_monitor):
-    start_monitor()  # first: it must not inherit the replica's listener
+    start_monitor()  # started first, so that it does not inherit the replica's listener
     replica = new_replica()
     board.admit(replica.instance, up=False)
     wait_until(lambda: state(board) == ReplicaState.UP, "it is up")

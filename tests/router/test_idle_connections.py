@@ -1,4 +1,4 @@
-"""Connections on which nothing is asked: hundreds do not take the place of those that ask."""
+"""Hundreds of idle connections do not displace the active ones."""
 
 import signal
 import socket
@@ -9,9 +9,8 @@ import pytest
 
 from .conftest import RouterProcess
 
-#: Room for 48 connections.
+#: Limits the router to 48 connections.
 FEW = ("--max-connections", "48")
-#: Seconds.
 DEADLINE = 20
 
 

@@ -1,4 +1,4 @@
-"""Requests that are too large, broken or not allowed: refused by the router, in OpenAI's form."""
+"""Requests that are too large, malformed or forbidden: the router refuses them in OpenAI's form."""
 
 import json
 import socket
@@ -14,7 +14,7 @@ from .fake_engine import wait_until
 
 
 def exchange(port: int, *pieces: bytes, half_close: bool = False) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the answer to these bytes."""
+    """Return status, headers and body of the answer to these bytes."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
         for piece in pieces:
             sock.sendall(piece)
@@ -164,7 +164,7 @@ def test_clients_must_show_a_key_when_keys_are_set(start_router, new_engine, tmp
     keys.write_text("# team a\nalpha\n\n  beta  \n")
     router = start_router("--api-keys-file", str(keys), env={"FD_API_KEY": "gamma, delta"})
     engine = new_engine()
-    router.add(engine)  # instances need none
+    router.add(engine)  # replicas need no key
     refused = router.complete()
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     assert refused.headers["WWW-Authenticate"] == "Bearer"
@@ -212,7 +212,7 @@ def test_headers_named_in_connection_belong_to_the_connection():
 
 
 def test_clients_that_do_not_close_after_the_last_answer_hold_up_nobody(router, new_engine):
-    """gunicorn waits for each of them in turn, two seconds, in the loop that accepts connections."""
+    """gunicorn waits two seconds for each such client in turn, in the loop that accepts connections."""
     router.add(new_engine())
     lingering = [socket.create_connection(("127.0.0.1", router.port)) for _ in range(30)]
     for sock in lingering:

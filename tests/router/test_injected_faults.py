@@ -1,4 +1,4 @@
-"""An exception in one request's callback ends that request, and no clock, wait queue or neighbour."""
+"""An exception in a request's callback ends only that request: clock, wait queue and others are unharmed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    """With one place in its wait queue's replica, so that requests wait."""
+    """A router with injected faults, and with short timeouts so that waiting requests end soon."""
     directory = tmp_path_factory.mktemp("router")
     lines = f"import sys; sys.path.insert(0, {str(_ROOT)!r})\nfrom tests.router import faulty_router\n"
     (directory / "sitecustomize.py").write_text(lines + "faulty_router.install()\n")
@@ -72,7 +72,7 @@ def request(fault: str = "", body: bytes = b'{"stream": true}') -> bytes:
 
 
 def behaving(gate: threading.Event, fault: str):
-    """Streams wait for the gate in their middle; a faulty one meets what makes its method called."""
+    """Hold ordinary streams at the gate in their middle; for a faulty request, trigger the faulty method."""
 
     def behave(received: Received) -> bool:
         if not received.header("X-Fault"):
@@ -121,7 +121,7 @@ def test_a_fault_in_one_request_leaves_the_others_alone(faulty, engine, fault):
             wait_until(lambda: faulty.in_flight()[engine.url] == 2, "it is under way")
             culprit.sock.shutdown(socket.SHUT_RDWR)
         else:
-            # An error or a connection that ends: never silence, and never what looks whole.
+            # An error or a closed connection: neither silence nor an answer that looks complete.
             said = first_answer(culprit)
             assert not said or b"internal error of the router" in said or b"was lost in the middle" in said
         wait_until(lambda: faulty.in_flight()[engine.url] == 1, "its place is free again")
@@ -159,7 +159,7 @@ def test_a_fault_in_the_wait_queue_costs_no_other_its_turn(faulty, engine, fault
             culprit = pool.submit(faulty.complete, headers={"X-Fault": fault})
             assert culprit.result().status_code == 500
             assert "internal error of the router" in culprit.result().json()["error"]["message"]
-            # What waits after it gets an answer in time: that there is no room, or its turn.
+            # Requests queued after the fault get a timely answer: a rejection, or their turn.
             waiting = [pool.submit(faulty.complete) for _ in range(2)]
             assert pool.submit(faulty.complete).result().status_code == 429
             gate.set()
@@ -182,17 +182,17 @@ def test_a_fault_while_a_replica_is_unreachable_ends_with_an_error(faulty, engin
 
 
 def test_the_time_limits_hold_after_faults_in_the_clock(faulty, engine):
-    """Those behind one whose `watch` raises are watched all the same."""
+    """Requests after the one whose `watch` raises are watched all the same."""
     engine.behaviour = never_answers
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         faults = [pool.submit(faulty.complete, headers={"X-Fault": "watch"}) for _ in range(4)]
         others = [pool.submit(faulty.complete) for _ in range(4)]
         assert {answer.result().status_code for answer in faults} == {500}
-        # Given up by its own timeout, or in the wait queue when the replica is taken for dead.
+        # Ended by their own deadline, or in the wait queue once the replica is taken for dead.
         assert {answer.result().status_code for answer in others} <= {504, 503, 429}
 
 
-# ---- the parts by themselves
+# ---- single components
 
 
 class Waiter:

@@ -1,4 +1,4 @@
-"""Locks that processes and threads share, and that end with whoever holds them."""
+"""Locks shared by processes and threads, which the kernel releases when their holder ends."""
 
 import mmap
 import os

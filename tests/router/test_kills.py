@@ -1,4 +1,4 @@
-"""Replicas and workers die under load, and nobody who is not connected to them notices."""
+"""Replicas and workers are killed under load, and only requests on a killed worker are lost."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ def test_no_request_is_lost_and_no_text_altered_when_replicas_die(start_router, 
             load.ends = (*load.ends, signal.SIGSTOP)
         try:
             load.run(count)
-            # Chance, and a busy machine, may have left all streams in peace so far.
+            # By chance, or on a busy machine, no stream may have been resumed yet.
             while not load.done["streams that went on elsewhere"]:
                 load.run(100)
         except BaseException as error:
@@ -64,10 +64,10 @@ def test_a_worker_that_is_killed_takes_only_its_own_requests_with_it(start_route
 
 
 async def kill_a_worker(router) -> tuple[set[int], list[Answered | BaseException]]:
-    """In the middle of streams. The numbers of those that it had, and what came of all."""
+    """Kill a worker in the middle of streams. Returns the indexes of its streams, and the results of all."""
     connections = []
     shares: dict[psutil.Process, set[int]] = {}
-    # Which worker accepts is up to the kernel, and to how busy they are.
+    # The accepting worker depends on the kernel and on how busy each worker is.
     while len(connections) < 16 or not all(shares.values()):
         connections += await asyncio.gather(*(connect(router.port) for _ in range(16)))
         ports = [writer.get_extra_info("sockname")[1] for _, writer in connections]
@@ -90,5 +90,5 @@ def workers_of(router) -> list[psutil.Process]:
 
 
 def ports_of(worker: psutil.Process) -> set[int]:
-    """Of its clients, or anybody else that it talks to."""
+    """Return the remote ports of a worker's connections, those of its clients among them."""
     return {each.raddr.port for each in worker.net_connections("tcp") if each.raddr}

@@ -1,4 +1,4 @@
-"""Clients that leave at any moment: their requests are cancelled wherever they are, and counts are zero."""
+"""Clients leave at any moment: their requests are cancelled in every state, and counts return to zero."""
 
 import contextlib
 import socket
@@ -15,7 +15,7 @@ from .fake_engine import wait_until
 from .generation import COMPLETIONS, Generation
 from .replicas import Fleet
 
-#: After three events, for good.
+#: Closes the connection after three events.
 CUT = {"at": "event", "event": 2, "how": "close"}
 HANGS = {"at": "event", "event": 5, "how": "silence"}
 HOW = pytest.mark.parametrize("how", ["close", "reset"])
@@ -99,7 +99,7 @@ def test_in_the_middle_of_a_stream(router, start_fleet, how):
 
 @HOW
 def test_in_the_middle_of_a_stream_that_it_does_not_read(router, start_fleet, how):
-    """All buffers are full, and the router reads no more of the replica."""
+    """All buffers are full, and the router has stopped reading from the replica."""
     fleet = start_fleet(1)
     visitor = Visitor(router, generation(max_tokens=1000, pad=50_000))
     visitor.ask()

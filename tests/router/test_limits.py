@@ -1,4 +1,4 @@
-"""What one client may take: of memory, of time, of connections. Others go on meanwhile."""
+"""Limits on one client's memory, time and connections; other clients are served meanwhile."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
 MOST_BODY = 100_000
-#: Without an end, were it not for somebody who counts.
+#: Bytes; more than the router reads before it refuses a request.
 ENDLESS = 2 << 20
 
 
@@ -109,7 +109,7 @@ STOPPED = [
     (CHUNKED + b"1", "body"),
     (POST + b"GET", "head"),
 ]
-#: How a request begins, and what comes of it now and then.
+#: The start of a request, and the piece that follows it now and then.
 SLOWLORIS = [(b"POST /", b"x"), (HEAD, b"X: y\r\n"), (HEAD + b"Content-Length: 9999\r\n\r\n", b"x")]
 
 
@@ -132,7 +132,7 @@ def test_who_stops_in_the_middle_of_a_request_is_told_so(shared_router, replica)
 
 
 def test_who_sends_a_little_now_and_then_is_told_so_too(shared_router, replica):
-    """Slowloris: each drop comes in time, the request never does."""
+    """Slowloris: each piece arrives in time, but the request is never complete."""
     all_refused = threading.Event()
 
     def drips() -> None:
@@ -163,7 +163,7 @@ def test_a_connection_without_requests_is_closed_after_a_while(shared_router, re
 
 
 def test_who_gets_an_answer_late_keeps_the_connection(replica, client):
-    """A request takes as long as it takes; only then does the client's time begin."""
+    """A request may take as long as it needs; the client's time limit starts after the answer."""
     gate = threading.Event()
     replica.behaviour = waits_for(gate)
     client.send(POST)
@@ -177,7 +177,7 @@ def test_who_gets_an_answer_late_keeps_the_connection(replica, client):
 
 
 class EndlessStream:
-    """Sends as much as is taken."""
+    """Sends events until writing fails."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -224,7 +224,7 @@ def test_who_stops_reading_stops_the_replica_and_is_cut_off(start_router, new_en
 
 
 def test_who_reads_slowly_gets_everything(shared_router, replica):
-    """More than fits on the way, so that the replica is stopped and goes on many times."""
+    """The answer exceeds all buffers, so that the replica is paused and resumed many times."""
     whole = b"".join(b"data: %d %b\n\n" % (number, b"x" * 1000) for number in range(20_000))
 
     def streams(received: Received) -> bool:
@@ -247,7 +247,7 @@ def test_who_reads_slowly_gets_everything(shared_router, replica):
 
 
 def test_a_connection_to_a_replica_does_not_stay_stopped_for_the_next(shared_router, replica):
-    """Where the buffers of the kernel end varies; somewhere here the last piece is what fills them."""
+    """The sizes of kernel buffers vary; for one of these counts the last piece is what fills them."""
     piece = b"data: " + b"x" * 1000 + b"\n\n"
     for count in range(2500, 5000, 100):
         replica.behaviour = keeps(EVENT_HEAD + (b"%x\r\n%b\r\n" % (len(piece), piece)) * count + b"0\r\n\r\n")

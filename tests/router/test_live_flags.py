@@ -1,4 +1,4 @@
-"""SIGHUP: new flags from the file, for new workers, and whoever is being served notices nothing."""
+"""SIGHUP reloads the flags file into new workers without disturbing requests in progress."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class LiveRouter:
-    """One with a flags file."""
+    """A router with a flags file."""
 
     def __init__(self, start: Callable[..., RouterProcess], file: Path, words: Sequence[str], **options: Any):
         self.file = file
@@ -38,7 +38,7 @@ class LiveRouter:
         self.router = start("--flags-file", str(file), **options)
 
     def write(self, *words: str) -> None:
-        """As whoever writes such a file should: what is there is whole."""
+        """Replace the flags file atomically, as its writers should."""
         draft = self.file.with_suffix(".new")
         draft.write_text(json.dumps(words))
         draft.chmod(0o600)
@@ -53,7 +53,7 @@ class LiveRouter:
         return number
 
     def reload(self) -> str:
-        """What became of it."""
+        """Reload the flags; return the outcome."""
         number = self.begin_reload()
 
         def outcome() -> str | None:
@@ -68,7 +68,7 @@ class LiveRouter:
         return {worker.pid for worker in self.router.workers()}
 
     def replicas_of(self, session: str) -> set[str]:
-        """Those that answer six of its requests, one after the other."""
+        """Return the replicas that answer six requests of the session in sequence."""
         headers = {"X-Session-Id": session}
         return {self.router.complete(headers=headers).headers["X-FD-Replica"] for _ in range(6)}
 
@@ -79,7 +79,7 @@ def live(start_router: Callable[..., RouterProcess], tmp_path: Path) -> Callable
 
 
 class Gate:
-    """A behaviour of engines: streams of a body with "long" in it wait for it after their first event."""
+    """An engine's behaviour: streams with "long" in their body wait at the gate after their first event."""
 
     def __init__(self) -> None:
         self._open = threading.Event()
@@ -105,7 +105,7 @@ class Gate:
 
     @contextmanager
     def stream(self, router: RouterProcess) -> Iterator[Callable[[], None]]:
-        """One that has begun. The call opens the gate, and fails if the stream is not whole then."""
+        """Start a stream. The yielded function opens the gate and checks that the stream is complete."""
         body = {"prompt": "hello", "stream": True, "long": True}
         headers = {"Connection": "close"}
         with router.complete(body=body, headers=headers, stream=True) as stream:
@@ -130,7 +130,7 @@ def gate() -> Iterator[Gate]:
 
 
 class Callers:
-    """Who opens a connection for each question, as fast as it goes."""
+    """Threads that open a new connection for each request, as fast as possible."""
 
     def __init__(self, router: RouterProcess) -> None:
         self.answered = 0
@@ -162,7 +162,7 @@ class Callers:
             thread.join(30)
 
 
-# ---- what changes
+# ---- flags that change
 
 
 def test_workers_run_with_the_flags_of_the_file_as_it_was_read_last(live, new_engine):
@@ -198,7 +198,7 @@ def test_a_router_without_a_flags_file_says_so(router):
     assert router.get("/health").json()["flags"] is None
 
 
-# ---- what does not
+# ---- flags that stay
 
 
 def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
@@ -231,7 +231,7 @@ def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
 
 
 def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
-    """Here they end right after the fork."""
+    """The workers end right after the fork."""
     is_broken = tmp_path / "broken"
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
@@ -256,7 +256,7 @@ def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
 
 
 def test_new_program_with_another_port_does_not_replace_the_running_one(tmp_path):
-    """As SIGUSR2 starts it, after a change of the file."""
+    """The program is started as SIGUSR2 would, after the flags file has changed."""
     board = Board.create()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ended = subprocess.run(
@@ -283,7 +283,7 @@ def test_new_program_with_another_port_does_not_replace_the_running_one(tmp_path
     )
 
 
-# ---- nothing is lost
+# ---- requests in progress
 
 
 def test_stream_outlives_three_reloads_while_every_request_is_served(live, new_engine, gate):
@@ -298,7 +298,7 @@ def test_stream_outlives_three_reloads_while_every_request_is_served(live, new_e
             load.wait()
         assert callers.answered > 0
         load.end()
-        # It is counted as long as it runs, by a worker that is asked no more.
+        # The old worker counts it until it ends, but takes no new requests.
         wait_until(lambda: sum(one.router.in_flight().values()) == 1, "only the stream is left")
         assert first in one.pids()
         finish()
@@ -324,7 +324,7 @@ def test_reloads_in_quick_succession_end_with_the_last_one(live, new_engine):
 
 
 def test_idle_connection_gets_one_more_answer_from_its_old_worker(live):
-    """Its client may just be sending it; a router that closed the connection would lose that."""
+    """The client may be sending a request; closing the connection at that moment would lose it."""
     one = live()
     with RawClient(one.router.port) as client:
         client.send(HEALTH)
@@ -365,7 +365,7 @@ def test_a_worker_that_dies_is_replaced_while_an_old_one_ends_its_streams(live, 
 
 
 def test_an_old_worker_no_longer_watches_over_the_replicas(live, new_engine, gate):
-    """With its flags it would not do what the new ones' policy needs."""
+    """With its old flags it would not collect the data that the new workers' policy needs."""
     one = live("--policy", "request_num", "--health-check-interval-secs", "0.1")
     engine = new_engine(behaviour=gate)
     one.router.add(engine)
@@ -381,7 +381,7 @@ def test_an_old_worker_no_longer_watches_over_the_replicas(live, new_engine, gat
 
 
 def test_new_workers_wait_for_places_instead_of_cutting_off_streams(live, new_engine, gate):
-    """The board has 32; here all but one are taken by others."""
+    """The board has 32 places; other workers hold all but one."""
     one = live()
     one.router.add(new_engine(behaviour=gate))
     with others_on_the_board(one.router, WORKERS - 2), gate.stream(one.router) as finish:
@@ -401,7 +401,7 @@ def test_sigterm_ends_streams_of_old_workers_in_time_as_well(live, new_engine):
     one = live("--graceful-timeout-secs", "1")
     one.router.add(new_engine(behaviour=streams_for_ever))
     with one.router.complete(body={"stream": True}, stream=True) as stream:
-        # Kept: with the iterator the connection would be closed.
+        # The iterator is kept, because closing it would close the connection.
         lines = stream.iter_lines(chunk_size=1)
         assert next(lines)
         assert one.reload() == "done"
@@ -411,7 +411,7 @@ def test_sigterm_ends_streams_of_old_workers_in_time_as_well(live, new_engine):
 
 @contextmanager
 def others_on_the_board(router: RouterProcess, count: int) -> Iterator[None]:
-    """Workers of another program that uses the same board, as far as it can tell."""
+    """Occupy places on the board as workers of another program would."""
     files = Path(f"/proc/{router.process.pid}/fd")
     path = next(file for file in files.iterdir() if "fd-board" in os.readlink(file))
     board = Board.attach(os.open(path, os.O_RDWR))

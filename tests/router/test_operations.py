@@ -1,4 +1,4 @@
-"""What an operator does with a running router, and the farewells of replicas."""
+"""An operator's actions on a running router, and the farewells of replicas."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(lent_route
         answer = tell(admin, "drain", "0")
         assert (answer.status, json.loads(answer.body)["replica"]["draining"]) == (200, True)
         lent_router.add(new_engine(replica=1))
-        # A heartbeat does not undo what the operator has done.
+        # A heartbeat does not undo the operator's order.
         lent_router.add(drained)
         for _ in range(6):
             assert lent_router.complete().headers["X-FD-Replica"] == "1"
@@ -93,7 +93,7 @@ def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(lent_route
 def test_when_all_drain_there_is_nobody_and_health_says_so(lent_router, admin, new_engine):
     engine = new_engine(replica=3)
     lent_router.add(engine)
-    assert tell(admin, "drain", f"127.0.0.1:{engine.port}").status == 200  # by its address as well
+    assert tell(admin, "drain", f"127.0.0.1:{engine.port}").status == 200  # addresses work, too
     answer = lent_router.complete()
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "2")
     assert lent_router.get("/health_generate").status_code == 503
@@ -132,7 +132,7 @@ def test_over_loopback_an_order_needs_a_key(lent_router, new_engine):
     refused = [
         tell(lent_router.port, "undrain", name, key) for name in "67" for key in ("", "beta", "alphabet")
     ]
-    # Who may not ask learns nothing, be there such a replica or not.
+    # A refusal does not reveal whether the replica exists.
     assert {(answer.status, answer.body) for answer in refused} == {(403, refused[0].body)}
     assert b"--admin-keys-file" in refused[0].body
     assert lent_router.get("/registered").json()["mixed"][0]["draining"] is True
@@ -163,14 +163,14 @@ def test_a_deregistered_replica_gets_nothing_new_and_ends_what_it_has(lent_route
     client.start()
     wait_until(lambda: leaving.received, "a request is under way")
     lent_router.add(staying)
-    assert farewell(leaving, lent_router, "bbbb").status_code == 404  # another start of it
+    assert farewell(leaving, lent_router, "bbbb").status_code == 404  # another instance
     assert farewell(leaving, lent_router, "aaaa").json() == {"code": 200, "msg": "Deregister success"}
     assert [lent_router.complete().headers["X-FD-Replica"] for _ in range(6)] == ["1"] * 6
     gate.set()
     client.join(20)
     assert answers[0].headers["X-FD-Replica"] == "0"
     wait_until(lambda: leaving.url not in lent_router.in_flight(), "it has left")
-    # A heartbeat that was on its way brings nobody back who has left.
+    # A late heartbeat does not bring back a replica that has left.
     leaving.register_with(lent_router.url, instance="aaaa")
     assert lent_router.urls() == {staying.url}
 
@@ -199,13 +199,13 @@ def test_a_deregistered_replica_is_removed_when_it_is_undrained(lent_router, adm
 
 
 def test_a_replica_that_was_started_anew_is_used_at_once(lent_router, new_engine):
-    """At the same address, while the router still believes that the old one is down."""
+    """The new process has the same address, while the router still considers the old one down."""
     gate = threading.Event()
     engine = new_engine(replica=2)
     assert engine.register_with(lent_router.url, instance="old").status_code == 200
     engine.stop()
     with ThreadPoolExecutor(1) as pool:
-        # It waits for what is started again.
+        # The request waits for the restarted replica.
         waiting = pool.submit(lent_router.complete)
         wait_until(lambda: lent_router.urls("down") == {engine.url}, "it is found out")
         engine.restart()

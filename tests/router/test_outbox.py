@@ -1,4 +1,4 @@
-"""What is written in one turn of the loop goes out at its end."""
+"""Data written in one turn of the loop is sent at the end of the turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More requests than the replicas take: they wait in line, first come first served, or come back later."""
+"""With more requests than the replicas take, requests wait first come first served, or are rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 
 
 class Gated:
-    """Answers as many requests as it was told to, in the order in which they came."""
+    """Answers requests in order of arrival, as many as `let` has permitted."""
 
     def __init__(self) -> None:
         self._may_answer = threading.Semaphore(0)
@@ -45,7 +45,7 @@ def held() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def ask(held: ExitStack) -> Callable[[RouterProcess, str], RawClient]:
-    """Sends a request of that name, and returns once the router has read it."""
+    """Sends a request with that ID, and returns once the router has read it."""
 
     def ask(router: RouterProcess, name: str) -> RawClient:
         client = held.enter_context(RawClient(router.port))
@@ -87,14 +87,14 @@ def test_requests_beyond_capacity_wait_and_are_served_in_order(lent_router, new_
         assert lent_router.in_flight() == {engine.url: 2}
     gated.let(2)
     assert [client.answer().status for client in clients] == [200] * 8
-    # Two are under way at a time: which of them arrives first is not the router's affair.
+    # Two requests are sent at once: the order in which they arrive is undefined.
     assert sorted(names_of(engine)[:2]) == names[:2]
     assert names_of(engine)[2:] == names[2:]
     wait_until(lambda: waited(lent_router) == before + 6, "their waiting is counted")
 
 
 def test_who_comes_does_not_overtake_who_waits(start_router, new_engine, ask):
-    """A place that becomes free by itself is noticed by the next who comes; it is not his."""
+    """A place that becomes free goes to the longest waiting request, not to the new one that reveals it."""
     router = start_router()
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -123,7 +123,7 @@ def test_those_in_line_go_on_when_a_request_of_another_worker_ends(start_router,
     first.send(POST + b"X-Request-Id: first\r\n" + BODY)
     wait_until(lambda: engine.received, "the first is under way")
     second.send(POST + b"X-Request-Id: second\r\n" + BODY)
-    # Others of that worker are answered after it has joined the line.
+    # An answer to another request shows that the worker has put the earlier one in its wait queue.
     again = held.enter_context(RawClient(router.port))
     while router.worker_of(again) != router.worker_of(second):
         again = held.enter_context(RawClient(router.port))
@@ -144,7 +144,7 @@ def test_when_the_line_is_full_more_are_told_when_to_come_back(start_router, new
     refused = clients[3].answer()
     assert refused.status == 429
     assert json.loads(refused.body)["error"]["type"] == "rate_limit_error"
-    # Nothing has ended yet, so that nothing better can be said than how long the line lasts at most.
+    # No request has ended yet, so the only estimate is the longest time in the wait queue.
     assert refused.headers["retry-after"] == "7"
     gated.let(3)
     assert [client.answer().status for client in clients[:3]] == [200] * 3
@@ -171,7 +171,7 @@ def test_who_has_waited_long_enough_is_told_when_to_come_back(start_router, new_
     assert (late.status, late.headers["retry-after"]) == (429, "1")
     gated.let(2)
     assert first.answer().status == 200
-    # Its place in line is gone as well.
+    # Its place in the wait queue is free as well.
     assert ask(router, "third").answer().status == 200
     assert names_of(engine) == ["first", "third"]
 
@@ -216,7 +216,7 @@ def test_replica_without_max_concurrency_gets_all_requests_at_once(lent_router, 
 
 @pytest.mark.parametrize("status", ["503 Service Unavailable", "429 Too Many Requests"])
 def test_when_all_are_overloaded_retries_do_not_multiply_the_load(start_router, new_engine, status):
-    """Each request could be tried at eight replicas; the budget is for about one in five."""
+    """Each request could try eight replicas; the retry budget permits about one retry per five requests."""
     router = start_router("--max-in-flight", "200")
     refuses = answers_status(status, b"{}", b"Retry-After: 9\r\n")
     engines = [new_engine(replica=number, behaviour=refuses) for number in range(8)]
@@ -228,7 +228,7 @@ def test_when_all_are_overloaded_retries_do_not_multiply_the_load(start_router, 
     seconds = time.monotonic() - began
     assert {(answer.status_code, answer.headers["Retry-After"]) for answer in got} == {(int(status[:3]), "9")}
     attempts = sum(len(engine.received) for engine in engines)
-    # The bucket is full in the beginning, and each request and each second put something in.
+    # The bucket starts full, and each request and each second adds to it.
     assert attempts <= count + 100 + 0.2 * count + 10 * seconds + 1
     assert attempts > count
     assert router.urls("down") == set()
@@ -244,7 +244,7 @@ def test_a_replica_that_is_full_for_a_while_is_replaced_by_another(lent_router, 
 
 
 def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(lent_router, new_engine):
-    """A key's quota, say: it would be used up at any replica."""
+    """The limit may be a key's quota, which would be used up at every replica."""
     behaviour = answers_status("429 Too Many Requests", b"{}")
     engines = [new_engine(replica=number, behaviour=behaviour) for number in range(2)]
     lent_router.add(*engines)
@@ -265,7 +265,7 @@ def test_those_in_line_count_as_in_flight(start_router, new_engine, ask):
     assert [client.answer().status for client in clients[:3]] == [200] * 3
 
 
-# ---- a fleet that fd-dp looks after
+# ---- supervised replicas
 
 
 def test_one_that_could_not_connect_waits_for_the_same_replica(start_router, new_engine, tmp_path):

@@ -1,4 +1,4 @@
-"""Policies are functions: these are their laws."""
+"""Laws that the policies, which are pure functions, must satisfy."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from fastdeploy.daemon.router.policy.request_facts import BLOCK_ENDS, BYTES_PER_
 
 
 class Candidate(NamedTuple):
-    """A row of what policies are given by columns."""
+    """One row of the columns that policies receive."""
 
     in_flight: int
     last_pick: int
@@ -41,7 +41,7 @@ candidate = st.builds(
     in_flight_at_poll=st.integers(0, 50),
 )
 candidates = st.lists(candidate, min_size=1, max_size=16)
-#: As most replicas are.
+#: Replicas of equal speed, the usual case.
 equally_fast = st.lists(candidate.map(lambda c: c._replace(weight=1.0)), min_size=1, max_size=16)
 requests = st.builds(
     RequestFacts,
@@ -62,7 +62,7 @@ def choose(name: str, rows, facts: RequestFacts = ANY) -> Candidate:
 
 @dataclass
 class Replicas:
-    """What a board does between two picks."""
+    """The bookkeeping that a board does after each pick."""
 
     rows: list[Candidate]
     picks: list[int] = field(default_factory=list)
@@ -131,7 +131,7 @@ def test_power_of_two_never_picks_the_only_busiest_of_two(rows, facts):
 @pytest.mark.parametrize("name", ["random", "power_of_two"])
 def test_chance_reaches_every_replica(name):
     rows = idle(8).rows
-    # Spread over all 64 bits, as random draws are.
+    # Spread over all 64 bits, like random draws.
     draws = [RequestFacts(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(800)]
     assert {index_of(name, rows, facts) for facts in draws} == set(range(8))
 
@@ -151,7 +151,7 @@ def test_fd_metrics_score_counts_what_others_have_there():
 
 @given(st.integers(0, 30))
 def test_fd_metrics_score_does_not_count_our_own_requests_twice(running):
-    """Seconds ago it had some of ours, which have ended since."""
+    """The replica had some of this router's requests when it was polled, and they have ended since."""
     was_busy = Candidate(1, 0, running=running, waiting=0, in_flight_at_poll=running)
     assert choose("fd_metrics_score", [Candidate(2, 0), was_busy]) == was_busy
 
@@ -185,7 +185,7 @@ def test_cache_aware_weighs_what_a_prefix_saves_against_who_waits_for_it():
     knows = Candidate(5, 0, matched=blocks(3800))
     assert choose("cache_aware", [Candidate(2, 0), knows], prompt) == knows
     assert choose("cache_aware", [Candidate(0, 0), knows], prompt).in_flight == 0
-    # What little is shared is not worth queueing for.
+    # A short shared prefix is not worth waiting for.
     knows_little = Candidate(5, 0, matched=blocks(200))
     assert choose("cache_aware", [Candidate(4, 0), knows_little], prompt).in_flight == 4
 

@@ -1,4 +1,4 @@
-"""The table of prefixes never knows more than it was told, and forgets what is old rather than grow."""
+"""The prefix table never matches more than was recorded, and drops old entries when it is full."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ def new_table() -> PrefixTable:
 
 
 def chain(*text: int) -> tuple[int, ...]:
-    """Hashes of a text whose blocks are these numbers: each stands for all before it."""
+    """Return the hashes of a text of these blocks; each hash covers its block and all before it."""
     hashes, so_far = [], 1
     for block in text:
         so_far = (so_far * 1_000_003 + block + 1) % 2**64
@@ -19,7 +19,7 @@ def chain(*text: int) -> tuple[int, ...]:
     return tuple(hashes)
 
 
-#: Few different blocks, so that texts often begin alike.
+#: Few distinct blocks, so that texts often share a prefix.
 texts = st.lists(st.integers(0, 2), max_size=6)
 rows = st.sampled_from([0, 1, 7, 8, 63, 64, 255])
 

@@ -1,4 +1,4 @@
-"""Names of other packages' internals that this project uses: a new version without one of them fails here."""
+"""Internals of other packages that this project uses: a new version that lacks one fails here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.values import MutexValue
 
-#: Module:class -> attributes and methods, including inherited ones. setup.cfg bounds the versions.
+#: Module:class -> attributes and methods, inherited ones included. setup.cfg bounds the versions.
 ATTRIBUTES = {
     # server/arbiter.py, entrypoints/openai/serve.py
     "gunicorn.arbiter:Arbiter": (
@@ -50,7 +50,7 @@ MODULE_NAMES = {
 
 
 def stored(kind: type) -> set[str]:
-    """Names that the methods of a class assign to an object's attributes."""
+    """Return the attributes that the methods of a class assign on self."""
     return {
         instruction.argval
         for base in kind.__mro__
@@ -104,7 +104,7 @@ def test_prometheus_client_makes_values_with_the_class_that_is_set(monkeypatch: 
 
 
 def test_paddle_runs_a_custom_operation_by_its_name() -> None:
-    """In a process of its own: the router's tests do without Paddle."""
+    """Runs in its own process, because the router's tests do without Paddle."""
     code = (
         "from fastdeploy.common.paddle_import import import_paddle; import_paddle(); import paddle; "
         "assert callable(paddle._C_ops._run_custom_op)"

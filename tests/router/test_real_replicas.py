@@ -1,6 +1,6 @@
-"""The router and real replicas: what kills a replica there does not end its answers.
+"""The router with real replicas: an answer survives whatever kills its replica.
 
-All else is tested with replicas that have no model; here is what shows that those are like real ones.
+The other tests use replicas without a model; these show that real replicas behave the same.
 """
 
 import concurrent.futures
@@ -28,7 +28,7 @@ BODIES = [
 
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RouterProcess]:
-    # Signs of life come every five seconds.
+    # The replica's signs of life come every five seconds.
     flags = ("--progress-timeout-secs", "8")
     router = RouterProcess(tmp_path_factory.mktemp("router"), *flags)
     yield router
@@ -53,7 +53,7 @@ def start_replica(
 def stream(
     router: RouterProcess, path: str, body: dict[str, object], seed: int, begun: queue.SimpleQueue[str]
 ) -> dict[int, list[object]]:
-    """What it says of each choice, and of all together as -1. `begun` is told where, at its first event."""
+    """Return the events by choice, and usage as -1; put the replica into `begun` at the first event."""
     fields = {"max_tokens": 450, "stream": True, "ignore_eos": True, "seed": seed, **body}
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(router.url + path, json.dumps(fields).encode(), headers)
@@ -70,7 +70,7 @@ def stream(
         for choice in event["choices"]:
             said.setdefault(choice["index"], []).append(choice)
         if usage := event.get("usage"):
-            # Which of the prompt a replica had in its cache is its own affair.
+            # The cached share of the prompt depends on the replica.
             said.setdefault(-1, []).append({**usage, "prompt_tokens_details": None})
     return said
 
@@ -97,12 +97,12 @@ def test_streams_go_on_however_a_replica_ends(router, start_replica, count):
             streams = [pool.submit(stream, router, *body, seed, begun) for body in 2 * BODIES]
             end(replicas[begun.get(timeout=60)])
             assert [stream.result() for stream in streams] == 2 * undisturbed, how
-    # Not each time, perhaps: on a busy machine a stream may end before its replica.
+    # At least one was resumed: on a busy machine some streams may end before their replica does.
     assert resumes(router) > before
 
 
 def test_an_answer_that_comes_whole_goes_on_when_its_replica_dies(router, start_replica):
-    """Long enough for the replica to tell of it, which it does each second."""
+    """The answer is long enough for a draft, which the replica sends once per second."""
     fields = {"prompt": "a", "n": 24, "max_tokens": 480, "ignore_eos": True, "seed": 5, "temperature": 1.2}
     replicas = [start_replica(0)]
     wait_until(lambda: replicas[0].url in router.urls(), "it is there", deadline=90)
@@ -125,7 +125,7 @@ def test_an_answer_that_comes_whole_goes_on_when_its_replica_dies(router, start_
 
 
 def whole(router: RouterProcess, fields: dict[str, object]) -> tuple[str | None, list[object]]:
-    """Who has gone on with it, if anybody has, and its choices."""
+    """Return the replica that resumed the answer, or None, and the choices."""
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(router.url + "/v1/completions", json.dumps(fields).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as answer:

@@ -1,4 +1,4 @@
-"""Routers that share a board through a real Redis: two processes, each with a board of its own."""
+"""Routers that share a board through a real Redis: two processes, each with its own local board."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 class Redis:
-    """A server of its own on a unix socket, with a password; nothing on disk."""
+    """A private server on a unix socket, with a password and without persistence."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -85,7 +85,7 @@ def server(tmp_path: Path) -> Iterator[Redis]:
 
 
 class Router:
-    """A worker with a board of its own in another process, which does what it is told."""
+    """A worker with its own board in another process, which executes orders."""
 
     def __init__(self, url: str, directory: Path, board: Board | None = None) -> None:
         board = board or Board.create()

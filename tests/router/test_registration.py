@@ -1,4 +1,4 @@
-"""POST /register's body: FastDeploy's InstanceInfo and its error texts."""
+"""The body of POST /register: FastDeploy's InstanceInfo and its error texts."""
 
 import ipaddress
 import json
@@ -13,7 +13,7 @@ from fastdeploy.daemon.router.control.registration import from_fields, parse, pa
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 
 GOOD = {"role": "mixed", "host_ip": "127.0.0.1", "port": 1811}
-#: What an engine of FastDeploy 2.5 sends.
+#: The registration of an engine of FastDeploy 2.5.
 FASTDEPLOY = {
     "role": "mixed",
     "host_ip": "10.1.2.3",
@@ -31,7 +31,7 @@ FASTDEPLOY = {
 }
 
 
-#: What a replica of ours adds.
+#: Fields that this project's replicas add.
 OURS = {
     "instance": "0123456789abcdef0123456789abcdef",
     "features": ["resume", "progress"],
@@ -192,7 +192,7 @@ def test_loopback_is_always_allowed_and_others_by_network():
 
 
 def own_addresses() -> set[str]:
-    """Link-local ones left out: they are reached only with the name of an interface, which no URL has."""
+    """Return this machine's addresses. Link-local ones need an interface name, which no URL has."""
     found = {one.address for interface in psutil.net_if_addrs().values() for one in interface}
     return {address for address in found if ":" not in address or not address.startswith("fe80")}
 

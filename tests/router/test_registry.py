@@ -1,4 +1,4 @@
-"""The registry file: what a router knows when it is started again."""
+"""The registry file, from which a restarted router knows its replicas."""
 
 import json
 import os

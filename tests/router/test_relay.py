@@ -1,4 +1,4 @@
-"""What a client gets through the router: the replica's answer, byte for byte, or what is wrong."""
+"""The client receives the replica's answer byte for byte, or an error that says what is wrong."""
 
 import collections
 import concurrent.futures
@@ -28,7 +28,7 @@ from .raw_client import RawClient
 
 
 def raw_exchange(port: int, request: bytes) -> bytes:
-    """Everything the router sends until it closes."""
+    """Return everything that the router sends until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
         sock.sendall(request)
         return b"".join(iter(lambda: sock.recv(65536), b""))
@@ -169,7 +169,7 @@ def test_the_answer_to_head_keeps_its_length_and_has_no_body(router, new_engine)
 
 
 def test_each_event_passes_before_the_next_exists(router, new_engine):
-    """The engine sends an event only after the client has seen the one before: any buffer would lock up."""
+    """The engine sends an event only after the client has seen the previous one: a buffer would deadlock."""
     seen = [threading.Event() for _ in range(5)]
 
     def steps(received) -> bool:
@@ -219,11 +219,11 @@ def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(router
     assert rest == b"".join(events(body))
 
 
-# ---- replicas that fail before they answer
+# ---- replicas that fail before their answer
 
 
 def test_d2_a_replica_that_is_gone_is_replaced_by_another(router, new_engine):
-    """Upstream tried three times, always the same one."""
+    """Upstream tried three times, always the same replica."""
     dead, alive = new_engine(replica=0), new_engine(replica=1)
     router.add(dead, alive)
     dead.stop()
@@ -252,7 +252,7 @@ def test_a_replica_that_dies_before_its_answer_is_replaced_by_another(router, ne
 )
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_replica_lost_between_head_and_first_event_is_replaced(router, new_engine, start, how):
-    """FastDeploy's replicas send the head of a stream at once, and their first token may take long."""
+    """FastDeploy's replicas send the head of a stream at once, long before the first token."""
 
     def dies(received) -> bool:
         received.send(start)
@@ -355,7 +355,7 @@ def test_an_early_refusal_of_a_large_body_reaches_the_client(router, new_engine)
     assert (answer.status_code, answer.content) == (413, b"{}")
 
 
-# ---- replicas that fail in the middle
+# ---- replicas that fail during their answer
 
 
 @pytest.mark.parametrize("tail", [b"", b'data: {"half of an eve'])
@@ -390,7 +390,7 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_event(router, new_engine
 )
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 def test_half_an_answer_goes_to_nobody(router, new_engine, start, version):
-    """What comes whole or not at all is held back until it is whole."""
+    """An answer that is not streamed is held back until it is complete."""
     router.add(new_engine(replica=0, behaviour=sends(start)))
     head = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nConnection: close\r\n" % version
     request = head + b"Content-Length: 2\r\n\r\n{}"
@@ -440,7 +440,7 @@ def test_a_kept_connection_that_the_replica_closed_costs_nobody_a_request(router
 
 
 def test_request_on_an_expired_kept_connection_is_sent_on_a_new_one(router, new_engine):
-    """Its keep-alive ran out at the moment of the request."""
+    """The connection's keep-alive time ended at the moment of the request."""
     engine = new_engine(replica=0)
     router.add(engine)
     used: set[socket.socket] = set()
@@ -461,7 +461,7 @@ def test_request_on_an_expired_kept_connection_is_sent_on_a_new_one(router, new_
 
 
 def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(router, new_engine):
-    """Upstream chose and counted in two steps, so that a burst piled up on one worker."""
+    """Upstream picked and counted in two steps, so that a burst piled up on one worker."""
     gate = threading.Event()
     engines = [new_engine(replica=number, behaviour=waits_for(gate)) for number in range(8)]
     router.add(*engines)

@@ -1,4 +1,4 @@
-"""SIGHUP: new keys, new workers, and no client notices."""
+"""SIGHUP loads new keys into new workers without disturbing clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .steady_load import Load, requests_counted, streams_or_answers
 
 
 def test_a_reload_loses_nothing(start_router, new_engine):
-    """SIGHUP: new workers take over, the old ones end what they have."""
+    """New workers take over, and the old ones finish their requests."""
     router = start_router("--workers", "2")
     engines = [new_engine(replica=number, behaviour=streams_or_answers) for number in range(2)]
     router.add(*engines)
@@ -59,7 +59,7 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_ro
 
     assert [status(key) for key in ("alpha", "beta")] == [200, 401]
     old = {worker.pid for worker in router.workers()}
-    # Or its worker would wait for one more request on that connection.
+    # Otherwise the old worker would wait for another request on that connection.
     headers = {"Authorization": "Bearer alpha", "Connection": "close"}
     with router.complete(body={"stream": True, "long": True}, headers=headers, stream=True) as stream:
         lines = (line for line in stream.iter_lines(chunk_size=1) if line)
@@ -79,7 +79,7 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_ro
 
 
 def test_workers_that_hang_do_not_use_up_the_board(start_router):
-    """It has places for 32, those included that were told to end."""
+    """The board has 32 places, and workers that are ending still hold theirs."""
     router = start_router("--workers", "16", "--worker-timeout-secs", "3")
     for generation in (1, 2):
         wait_until(

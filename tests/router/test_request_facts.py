@@ -1,4 +1,4 @@
-"""What a policy gets to know of a request, and that no body is too broken for it."""
+"""The facts about a request that a policy receives; every body, however malformed, gives some."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the router lets pass, a real replica accepts: its HTTP server refuses no request for its form."""
+"""A real replica's HTTP server accepts the form of every request that the router forwards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .conftest import RouterProcess
 from .fake_engine import answers_status, closes, sends, wait_until
 from .raw_client import RawAnswer, RawClient
 
-#: Of a server that does not like how a request is written; of the API none of them comes from these requests.
+#: Statuses with which a server rejects the form of a request; the API gives none to these requests.
 REFUSALS_OF_FORM = {301, 302, 307, 308, 411, 414, 417, 431, 500, 501, 505}
-#: What load balancers, meshes and browsers add, and what WSGI servers listen to.
+#: Headers that load balancers, meshes and browsers add, and that WSGI servers interpret.
 PROXY_HEADERS = [
     "X-Forwarded-Proto: https",
     "X-Forwarded-Protocol: https",
@@ -68,7 +68,7 @@ def request(method: str, target: str, *headers: str, body: str = "") -> bytes:
 
 
 def assert_its_form_is_accepted(answer: RawAnswer) -> None:
-    """Every other answer is the router's own."""
+    """Assert that a replica's answer does not reject the form; other answers are the router's own."""
     assert "location" not in answer.headers
     if "x-fd-replica" in answer.headers:
         assert answer.status not in REFUSALS_OF_FORM, answer
@@ -149,7 +149,7 @@ def test_an_unknown_path_is_named_in_the_error(router, target):
 
 
 def test_a_redirect_of_a_replica_leads_to_the_router(lent_router, new_engine):
-    """FastAPI, which FastDeploy's own engines use, redirects a path with a slash at its end."""
+    """FastAPI, which FastDeploy's own engines use, redirects a path with a trailing slash."""
     engine = new_engine()
     lent_router.add(engine)
     for sent, received in [

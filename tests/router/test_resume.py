@@ -1,4 +1,4 @@
-"""A stream whose replica dies goes on at another, and its client does not notice: not one byte differs."""
+"""A stream whose replica dies is resumed at another, and the client receives exactly the same bytes."""
 
 import itertools
 from typing import Any
@@ -11,7 +11,7 @@ from .asking import Answered, ask, generation
 from .generation import CHAT, COMPLETIONS, Generation
 from .replicas import Fleet
 
-#: Two choices that end at different times, and a chunk that belongs to neither.
+#: Two choices of different lengths, and a chunk that belongs to neither.
 SEVERAL: dict[str, Any] = {"n": 2, "max_tokens": 9, "stream_options": {"include_usage": True}}
 
 
@@ -21,7 +21,7 @@ def faulty(at: str, how: str, *, event: int | str | None = None, **request: Any)
 
 
 def all_positions(at: str, how: str, **request: Any) -> list[Generation]:
-    """One request for each of its events. The texts differ: a text depends on the body."""
+    """Return one request per event. Their texts differ, because a text depends on the body."""
     requests = enumerate(faulty(at, how, event=event, **request) for event in itertools.count())
     return [
         each for _, each in itertools.takewhile(lambda pair: pair[0] < number_of_events(pair[1]), requests)
@@ -35,13 +35,13 @@ def number_of_events(request: Generation) -> int:
 def undisturbed(fleet: Fleet, request: Generation, identity: str = "") -> Answered:
     answer = ask(fleet.router.port, request, identity)
     answer.check()
-    # Two failures in a row would take a replica out, and it is not the replicas that are tested.
+    # Two failures in a row would take a replica out of service; successes in between reset the count.
     for _ in fleet.replicas:
         ask(fleet.router.port, generation(stream=False, max_tokens=1)).check()
     return answer
 
 
-# ---- where it is cut
+# ---- places of the cut
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -62,10 +62,10 @@ def test_without_a_death_nothing_is_added_and_marks_reach_nobody(fleet, path):
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("at", ["half", "mark", "line", "frame", "event"])
 def test_a_stream_cut_at_any_event_goes_on_there(fleet, path, at):
-    """In the middle of it, before its mark, before its end, within a chunk, and after it."""
+    """The cut is in the middle of the event, before its mark or its end, within a chunk, or after it."""
     for event, request in enumerate(all_positions(at, "close", path=path, **SEVERAL)):
         answer = undisturbed(fleet, request)
-        # Before the first event is out nothing has begun. After the last one there is nothing left to say.
+        # Before the first event the stream is retried from the start. After the last one nothing is missing.
         has_begun = event > 0 or at == "event"
         is_over = event == number_of_events(request) - 1 and at == "event"
         assert len(answer.resumed_by) == (has_begun and not is_over)
@@ -74,7 +74,7 @@ def test_a_stream_cut_at_any_event_goes_on_there(fleet, path, at):
 
 @pytest.mark.parametrize("how", ["reset", "garbage", "ends", "reborn", "failed"])
 def test_however_it_ends(fleet, how):
-    """A reset, no HTTP, an end that comes too early, a restart of the replica, or a crash of its model."""
+    """A reset, invalid HTTP, an early end, a restart of the replica, or a crash of its model."""
     for request in all_positions("event", how, n=2, max_tokens=7):
         assert len(undisturbed(fleet, request).resumed_by) == 1
 
@@ -92,7 +92,7 @@ def test_a_replica_that_is_killed(fleet):
 def test_a_stream_that_has_not_begun_is_begun_anew(fleet, at, how):
     answer = undisturbed(fleet, faulty(at, how, **SEVERAL))
     assert answer.resumed_by == []
-    # A kept connection that ends without an answer is no sign of anything: the same replica is asked again.
+    # A kept connection that ends without an answer proves nothing: the same replica is asked again.
     assert answer.headers.get("x-fd-retries") == "1" or at == "head"
 
 
@@ -105,7 +105,7 @@ def test_what_happens_after_the_last_event_does_not_matter(fleet, at, how):
     assert fleet.resumes() == before
 
 
-# ---- how it comes
+# ---- forms of the stream
 
 
 @pytest.mark.parametrize("frame", [1, 3, 100, 1000])
@@ -127,18 +127,18 @@ def test_several_tokens_at_a_time(fleet, step):
 
 
 def test_a_long_stream_to_a_client_that_reads_slowly(fleet):
-    """More than all buffers on the way hold: the replica has to wait, and dies after that."""
+    """The stream exceeds all buffers on the way: the replica has to wait, and dies after that."""
     request = faulty("event", "close", event=10_000, max_tokens=20_000)
     answer = ask(fleet.router.port, request, pause=0.5)
     answer.check()
     assert len(answer.resumed_by) == 1
 
 
-# ---- how often
+# ---- repeated losses
 
 
 def test_replica_that_lost_a_stream_may_resume_it_after_another_loss(fleet):
-    """There are three; four are needed, and nobody has to wait for one to be started anew."""
+    """There are three replicas and four are needed, but no request waits for a restart."""
     before = fleet.router.metric("fd_router_queue_seconds_count")
     faults = [{"at": "event", "event": event, "how": "close"} for event in (1, 2, 3)]
     answer = ask(fleet.router.port, generation(max_tokens=12, faults=faults))
@@ -151,7 +151,7 @@ def test_replica_that_lost_a_stream_may_resume_it_after_another_loss(fleet):
 def test_a_replica_is_lost_after_every_single_event(fleet, how):
     request = faulty("event", how, event="any", times=1000, **SEVERAL)
     answer = undisturbed(fleet, request)
-    # All but the last one, after which the router needs nobody.
+    # The loss after the last event needs no resumption.
     assert len(answer.resumed_by) == number_of_events(request) - 1
 
 
@@ -180,7 +180,7 @@ def test_taken_request_waits_for_a_replica_to_return_when_all_are_lost(fleet, st
     fleet.wait_until_up()
 
 
-# ---- what is said about it
+# ---- headers and metrics
 
 
 def test_a_trailer_and_the_metric_tell_of_it(fleet):
@@ -198,7 +198,7 @@ def test_the_other_replica_gets_the_same_request_and_its_own_token(fleet):
     assert headers["x-fd-seed"] == "77"
     assert headers["content-type"] == "application/msgpack"
     assert headers["x-fd-marks"] == "1"
-    # It is nobody else's business.
+    # The token is a secret of the router and this replica.
     token = headers["x-fd-token"]
     assert len(token) == 32
     for replica in fleet.replicas:

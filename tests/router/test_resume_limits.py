@@ -1,4 +1,4 @@
-"""What happens to a stream that breaks off when nobody can go on with it at once, or at all."""
+"""A broken stream when no replica can resume it at once, or at all."""
 
 import concurrent.futures
 import time
@@ -16,16 +16,16 @@ from .fake_engine import wait_until
 from .generation import COMPLETIONS, DONE, Generation
 from .replicas import Fleet
 
-#: Of replicas that give signs of life: seconds between them, and of silence after which they are given up.
+#: Seconds between signs of life, and of silence after which the router gives a replica up.
 SIGNS = "--sign-every=0.1"
 PATIENCE = 0.6
-#: The last one while it had nothing else.
+#: Deaths until the request is refused; at the last one it has the replica to itself.
 MOST_DEATHS = SUSPECT_AFTER + 1
 FLAGS = (
     *("--health-check-interval-secs", "0.2", "--progress-timeout-secs", str(PATIENCE)),
     *("--request-timeout-secs", "1", "--queue-timeout-secs", "4"),
 )
-#: Its client has three events by then.
+#: Closes the connection after the client has received three events.
 CUT = {"at": "event", "event": 2, "how": "close"}
 
 
@@ -51,7 +51,7 @@ def start_fleet(router: RouterProcess) -> Iterator[Callable[..., Fleet]]:
 
 
 def told_of_the_end(answer: Answered, events: int = 3) -> str:
-    """The message of the error event that ends this stream; what came before is as it should be."""
+    """Return the message of the error event that ends this stream, and check the events before it."""
     assert answer.status == 200
     assert answer.body.endswith(DONE)
     assert answer.error["code"] == "replica_lost"
@@ -64,7 +64,7 @@ def told_of_the_end(answer: Answered, events: int = 3) -> str:
     return message
 
 
-# ---- requests that kill
+# ---- deadly requests
 
 
 def test_stream_ends_with_an_error_after_several_deaths_in_a_row(router, start_fleet):
@@ -72,7 +72,7 @@ def test_stream_ends_with_an_error_after_several_deaths_in_a_row(router, start_f
     faults = [CUT, {"at": "resume", "how": "close", "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
     assert f"{MOST_DEATHS} replicas in a row were lost while serving this request" in message
-    # The replica that had it first, and those that were to go on with it.
+    # The first replica, and those that were to resume the stream.
     begun = sum(len(replica.received(COMPLETIONS)) for replica in fleet.replicas)
     resumed = sum(len(replica.received(RESUME_PATH)) for replica in fleet.replicas)
     assert (begun, resumed) == (1, MOST_DEATHS - 1)
@@ -81,7 +81,7 @@ def test_stream_ends_with_an_error_after_several_deaths_in_a_row(router, start_f
 @pytest.mark.parametrize("stream", [True, False])
 def test_deadly_request_gets_a_clear_error_before_all_replicas_are_dead(router, start_fleet, stream):
     fleet = start_fleet(MOST_DEATHS + 2)
-    # There are kept connections to all: that one ends could be chance, but not that nobody listens then.
+    # The requests leave kept connections. The end of one may be chance; a refused new one is not.
     for _ in fleet.replicas:
         ask(router.port, generation()).check()
     fault = {"at": "head", "how": "kill", "times": 99}
@@ -104,7 +104,7 @@ def test_an_error_that_every_replica_reports_is_what_the_client_is_told(router, 
     assert "the engine has failed" in message
 
 
-# ---- streams that cannot go on
+# ---- streams that cannot be resumed
 
 
 def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(router, start_fleet):
@@ -129,7 +129,7 @@ def test_a_stream_never_goes_on_at_a_plain_engine(router, start_fleet):
     assert not any(replica.received(RESUME_PATH) for replica in plain.replicas)
 
 
-# ---- nobody there just now
+# ---- no replica for now
 
 
 def test_the_only_replica_dies_and_comes_back(router, start_fleet):
@@ -167,7 +167,7 @@ def test_replicas_that_cannot_take_it_now_are_asked_again_later(router, start_fl
 def test_streams_that_have_begun_go_before_requests_that_wait(router, start_fleet):
     fleet = start_fleet(2, "--max-concurrency=1")
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
-        # It is cut while the others wait.
+        # The stream is cut while the other requests wait.
         first = pool.submit(ask, router.port, generation(max_tokens=9, interval=0.1, faults=[CUT]))
         wait_until(lambda: any(router.in_flight().values()), "it is under way")
         others = [
@@ -220,7 +220,7 @@ def test_stream_of_a_silent_replica_without_signs_of_life_is_resumed(router, sta
 
 
 def test_a_client_that_does_not_read_is_not_the_replicas_silence(router, start_fleet):
-    """Nobody reads the signs of life while the client's buffers are full."""
+    """The router does not read the signs of life while the client's buffers are full."""
     start_fleet(2, SIGNS)
     answer = ask(router.port, generation(max_tokens=1000, pad=20_000), pause=3 * PATIENCE)
     answer.check()
@@ -228,7 +228,7 @@ def test_a_client_that_does_not_read_is_not_the_replicas_silence(router, start_f
 
 
 def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(router, start_fleet):
-    """What came meanwhile it has not read yet."""
+    """The router has not yet read what arrived while it was stopped."""
     start_fleet(2, SIGNS)
     [worker] = psutil.Process(router.process.pid).children()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -245,12 +245,12 @@ def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(router, sta
             assert stream.result().resumed_by == []
 
 
-# ---- many at once
+# ---- many requests at once
 
 
 def test_requests_of_a_replica_with_crashing_model_go_to_the_others(start_router):
-    """More than the retry budget would let through: that is for replicas that are too busy."""
-    # With patience: of two that fail, none may be thought silent as well.
+    """There are more retries than the retry budget permits: that budget is for replicas that are too busy."""
+    # The default timeout, so that neither of two failing replicas is also taken for silent.
     router = start_router()
 
     def one(seed: int) -> Answered:

@@ -1,4 +1,4 @@
-"""An answer that comes whole goes on at another replica from where it was told of last, unseen by clients."""
+"""An answer that is not streamed is resumed at another replica from its last draft, unseen by the client."""
 
 import itertools
 import threading
@@ -16,7 +16,7 @@ from .raw_client import RawClient
 from .replicas import Fleet
 from .test_resume import SEVERAL, faulty, undisturbed
 
-#: Choices that end at different times.
+#: Choices of different lengths.
 WHOLE: dict[str, Any] = {"stream": False, "n": 2, "max_tokens": 40, "drafts": 4}
 
 
@@ -38,7 +38,7 @@ def test_one_that_has_been_told_of_goes_on_from_there(fleet, how):
         answer = undisturbed(fleet, faulty("draft", how, event=event, **WHOLE), f"draft-{how}-{event}")
         assert answer.headers["x-fd-retries"] == "1"
         assert answer.resumed_by == [answer.headers["x-fd-replica"]]
-        # Only the rest of it is computed there.
+        # The other replica computes only the rest.
         [name] = answer.resumed_by
         assert fleet[int(name)].delivered(f"draft-{how}-{event}") == [39 * (event + 1) // 4]
         fleet.wait_until_up()
@@ -54,13 +54,13 @@ def test_whole_answer_lost_in_its_body_resumes_from_its_last_draft(fleet):
 
 @pytest.mark.parametrize("how", ["close", "reborn"])
 def test_one_that_is_lost_after_every_single_time(fleet, how):
-    """Nobody is to blame for that, so it goes on for more often than a request may fail."""
+    """Each draft is progress, so the answer is resumed more often than a request may fail."""
     answer = undisturbed(fleet, faulty("draft", how, event="any", times=1000, **{**WHOLE, "drafts": 7}))
     assert len(answer.resumed_by) == 7
 
 
 def test_nobody_is_there_to_go_on_with_one_for_a_while(fleet):
-    """Its work is waited for, as the rest of a stream is: nothing of it is to be done again."""
+    """The request waits for a replica, as a broken stream does, so that its drafts are not computed again."""
     faults = [
         {"at": "draft", "event": 1, "how": "kill"},
         {"at": "resume", "how": "kill"},
@@ -72,7 +72,7 @@ def test_nobody_is_there_to_go_on_with_one_for_a_while(fleet):
     fleet.wait_until_up()
 
 
-# ---- when it is begun anew
+# ---- restarted from the beginning
 
 
 @pytest.mark.parametrize("refusal", [400, 409, 500])
@@ -81,7 +81,7 @@ def test_who_cannot_go_on_with_one_begins_it_anew(fleet, refusal):
     before = relayed(fleet.router)
     answer = undisturbed(fleet, generation(faults=faults, **WHOLE))
     assert answer.resumed_by == []
-    # It, and those with which `undisturbed` makes up for the failure.
+    # This request, and those with which `undisturbed` resets the failure counts.
     assert relayed(fleet.router) == before + 1 + len(fleet.replicas)
 
 
@@ -92,7 +92,7 @@ def test_nobody_has_gone_on_with_what_was_thrown_away(fleet):
         {"at": "resume", "event": 29, "how": 409, "times": 1000},
     ]
     answer = undisturbed(fleet, generation(faults=faults, **WHOLE), "thrown away")
-    # Somebody had, before it was.
+    # Some replica had resumed the answer before its drafts were discarded.
     assert sum(len(replica.delivered("thrown away")) for replica in fleet.replicas) > 1
     assert answer.resumed_by == []
 
@@ -118,7 +118,7 @@ def test_what_is_no_draft_begins_it_anew(fleet, lines):
 
 
 def test_whole_answer_lost_repeatedly_without_progress_ends_in_an_error(fleet):
-    """Whoever tells of it and dies then would otherwise be followed by the next, as long as there are any."""
+    """Drafts of a restarted answer are no progress: the request would otherwise go through all replicas."""
     faults = [{"at": "draft", "event": 1, "how": "close", "times": 1000}]
     faults += [{"at": "resume", "how": 409, "times": 1000}]
     answer = ask(fleet.router.port, generation(faults=faults, **WHOLE), "poison")
@@ -137,17 +137,17 @@ def test_a_kept_connection_that_ends_after_a_sign_of_life_was_no_old_one(fleet):
 
 
 def test_a_large_one_tells_in_its_head_who_has_gone_on_with_it(fleet):
-    """It is passed on before it is whole, and has no trailer."""
+    """A large answer is forwarded before it is complete, and has no trailer."""
     answer = undisturbed(fleet, faulty("draft", "close", event=3, pad=6 << 20, **WHOLE))
     assert answer.resumed_by == [answer.headers["x-fd-replica"]]
 
 
-# ---- when there is nobody to go on with it
+# ---- full replicas
 
 
 @pytest.fixture
 def small_fleet(start_router) -> Iterator[Callable[[int], Fleet]]:
-    """Replicas that take one request at a time."""
+    """Starts replicas that take one request at a time."""
     with ExitStack() as stack:
 
         def start(count: int) -> Fleet:
@@ -176,7 +176,7 @@ def test_queue_timeout_starts_anew_when_a_taken_request_is_lost(small_fleet):
     first = threading.Thread(target=ask, args=(fleet.router.port, generation(stream=False, delay=0.5)))
     first.start()
     wait_until(lambda: not all(replica.is_idle() for replica in fleet.replicas), "it is under way")
-    # It is lost when all of the three seconds for which it may wait are over.
+    # The request is lost after more than the three seconds of the queue timeout.
     ask(fleet.router.port, faulty("body", "kill", stream=False, delay=3.2)).check()
     first.join()
 

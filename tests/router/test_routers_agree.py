@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order at several routers, they come to agree on the replicas."""
+"""After any sequence of events several routers agree on the replicas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .talking import LAN, Hub, Router, replica
 
 
 class Talk(RuleBasedStateMachine):
-    """Whatever happens in whatever order at three routers: when all have had their turns, they agree."""
+    """Random events at three routers, which agree once each has had its turns."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Who may register what: nobody points the router at a machine that it was not told of."""
+"""Permitted senders of registrations: no client can point the router at an address that is not allowed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_host_is_an_address_in_the_usual_spelling(lent_router, host):
 
 
 class InProcess:
-    """Routers that are asked without sockets: a test has none with addresses of other machines."""
+    """Routers called without sockets, because a test cannot send from addresses of other machines."""
 
     def __init__(self, directory: Path, engine: FakeEngine) -> None:
         self.keys = directory / "keys"
@@ -110,7 +110,7 @@ class InProcess:
 
 @pytest.fixture
 def in_process(new_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[InProcess]:
-    # A worker sets it for its whole process; this one lives on.
+    # A worker sets it for its whole process; the test process outlives the test.
     monkeypatch.setattr(values, "ValueClass", values.ValueClass)
     in_process = InProcess(tmp_path, new_engine())
     yield in_process

@@ -1,4 +1,4 @@
-"""fd-router as a program: its flags, its exit codes, its end."""
+"""fd-router as a program: flags, exit codes, shutdown."""
 
 import concurrent.futures
 import os

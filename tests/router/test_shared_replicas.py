@@ -1,4 +1,4 @@
-"""What several routers know together: who hears of a replica, who is told, who forgets."""
+"""Shared knowledge of replicas: how routers learn of them, tell each other, and forget."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_what_one_router_forgets_the_other_may_keep(routers, clock):
     one.hears(replica())
     turns(one, other)
     clock.now += FORGET_AFTER + 10
-    other.board.forget_lost()  # it cannot reach it, and nobody has heard of it
+    other.board.forget_lost()  # it cannot reach the replica, and no router has had a heartbeat
     turns(other, one)
     assert (one.knows(), other.knows()) == (["a"], [])
     one.hears(replica())
@@ -167,7 +167,7 @@ def test_what_one_router_forgets_the_other_may_keep(routers, clock):
 
 
 def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
-    """What routers tell each other must grow old, too."""
+    """Routers pass its entry to each other, but without heartbeats the entry expires."""
     one, other = routers
     one.hears(replica())
     for _ in range(100):
@@ -216,7 +216,7 @@ def test_loopback_is_each_machines_own(routers, hub, monkeypatch):
     mine = Instance("127.0.0.1", 8000, instance="mine")
     one.hears(mine)
     turns(one, other)
-    assert other.knows() == ["mine"]  # another router of the same machine
+    assert other.knows() == ["mine"]  # another router on the same machine
     monkeypatch.setattr(shared_replicas, "_here", lambda: "another machine")
     shared_name.cache_clear()
     elsewhere = Router(hub)

@@ -1,7 +1,7 @@
-"""Bytes that two parsers could read differently: no replica gets a request too many.
+"""Bytes that two parsers could read differently: no replica receives a request too many.
 
-What is refused reaches no replica; what is let through is written anew, in the plainest form, and a second
-strict parser finds one request in it.
+A refused request reaches no replica. An accepted one is rewritten in the plainest form, in which a second,
+strict parser finds exactly one request.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ HOST = b"Host: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\n" + HOST
 GET = b"GET /v1/models HTTP/1.1\r\n" + HOST
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-#: What an attacker would have a replica run, on a connection that is somebody else's next.
+#: The request that an attacker would smuggle, on a connection that another client uses next.
 HIDDEN = b"GET /v1/hidden HTTP/1.1\r\nHost: x\r\n\r\n"
 BODY = b"Content-Length: 2\r\n\r\n{}"
 UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n"
 
 REFUSED = {
-    # How long is the body?
+    # The length of the body
     "length and chunks": (
         POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
         400,
@@ -47,7 +47,7 @@ REFUSED = {
     "empty length": (POST + b"Content-Length: \r\n\r\n{}", 400),
     "length over 64 bits": (POST + b"Content-Length: 18446744073709551618\r\n\r\n{}", 400),
     "blank before the colon of a length": (POST + b"Content-Length : 2\r\n\r\n{}", 400),
-    # Is it chunked?
+    # The transfer encoding
     "xchunked": (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501),
     "chunked, identity": (POST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 501),
     "identity, chunked": (POST + b"Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n", 501),
@@ -66,7 +66,7 @@ REFUSED = {
     "no coding": (POST + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n", 400),
     "chunked on the next line": (POST + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", 400),
     "chunks of HTTP/1.0": (CHUNKED.replace(b"1.1", b"1.0") + b"2\r\n{}\r\n0\r\n\r\n", 400),
-    # Where does a line end?
+    # The end of a line
     "folded header": (POST + b"X: a\r\n b\r\n" + BODY, 400),
     "header that begins with a blank": (POST + b" Transfer-Encoding: chunked\r\n" + BODY, 400),
     "blank line before the headers": (b"POST /v1/completions HTTP/1.1\r\n Host: y\r\n" + HOST + BODY, 400),
@@ -79,7 +79,7 @@ REFUSED = {
     "header without colon": (POST + b"X\r\n" + BODY, 400),
     "header without name": (POST + b": x\r\n" + BODY, 400),
     "blank in a name": (POST + b"X Y: x\r\n" + BODY, 400),
-    # Where does a chunk end?
+    # The end of a chunk
     "chunk size with sign": (CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n", 400),
     "chunk size with 0x": (CHUNKED + b"0x2\r\n{}\r\n0\r\n\r\n", 400),
     "chunk size behind a blank": (CHUNKED + b" 2\r\n{}\r\n0\r\n\r\n", 400),
@@ -93,14 +93,14 @@ REFUSED = {
     "chunk longer than its size": (CHUNKED + b"2\r\n{}xx0\r\n\r\n", 400),
     "chunk that ends with a bare line feed": (CHUNKED + b"2\r\n{}\n0\r\n\r\n", 400),
     "trailer that is a length": (CHUNKED + b"2\r\n{}\r\n0\r\nContent-Length: 40\r\n\r\n" + HIDDEN, 400),
-    # Whose is it?
+    # The host
     "two hosts": (GET + b"Host: y\r\n\r\n", 400),
     "one host twice": (GET + HOST + b"\r\n", 400),
     "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
     "host with a user": (b"GET /v1/models HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
     "host with a path": (b"GET /v1/models HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
     "list of hosts": (b"GET /v1/models HTTP/1.1\r\nHost: a, b\r\n\r\n", 400),
-    # Is it HTTP/1.1?
+    # The version
     "no version": (b"GET /v1/models\r\n\r\n", 505),
     "HTTP/0.9": (b"GET /v1/models HTTP/0.9\r\n" + HOST + b"\r\n", 505),
     "HTTP/2.0": (b"GET /v1/models HTTP/2.0\r\n" + HOST + b"\r\n", 505),
@@ -115,7 +115,7 @@ REFUSED = {
     "blank in the target": (b"GET /v1/models /v1/hidden HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "tab in the target": (b"GET /v1/\tmodels HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "control character in the target": (b"GET /v1/\x01models HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    # Does anybody have to be waited for, or switched to?
+    # Expectations and other protocols
     "another expectation": (POST + b"Expect: 200-ok\r\n" + BODY, 417),
     "expectation with something before it": (POST + b"Expect: y 100-continue\r\n" + BODY, 417),
     "upgrade with chunks": (
@@ -125,7 +125,7 @@ REFUSED = {
     "upgrade with two lengths": (POST + UPGRADE + b"Content-Length: 2\r\n" + BODY + HIDDEN, 400),
 }
 
-#: What the replica gets of it: method, target and body of each request.
+#: The requests that the replica receives: method, target and body of each.
 COMPLETION = ("POST", "/v1/completions", b"{}")
 MODELS = ("GET", "/v1/models", b"")
 SERVED = {
@@ -200,7 +200,7 @@ def shape_of(received: Received) -> tuple[str, str, bytes]:
 
 
 def requests_in(raw: bytes) -> list[tuple[str, str, bytes, list[tuple[str, str]]]]:
-    """As gunicorn reads it, which refuses what is ambiguous."""
+    """Parse the bytes with gunicorn, which rejects ambiguous ones."""
     parser = RequestParser(Config(), iter([raw]), ("127.0.0.1", 1))
     return [(each.method, each.uri, each.body.read(), each.headers) for each in parser]
 
@@ -280,5 +280,5 @@ def test_an_old_client_is_not_told_to_continue(shared_router, replica):
 
 
 def wait_for_the_head(router: RouterProcess) -> None:
-    """What another connection asks after it is answered after it was read."""
+    """Wait until the router has read the head: it answers a later request only after that."""
     assert router.get("/health").status_code == 200

@@ -1,4 +1,4 @@
-"""`make soak`: hours of traffic, of deaths and of clients that leave, leave nothing behind in the router."""
+"""`make soak`: hours of traffic, killed replicas and departing clients leave nothing behind in the router."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .fake_engine import wait_until
 from .kills import PATIENCE, SIGNS, Load
 from .replicas import Fleet
 
-#: Seconds of traffic between two looks at the router.
+#: Seconds of traffic between two measurements.
 _ROUND = 20.0
-#: What a worker may have more than after its first rounds: the allocator's play, and connections that are
-#: kept for a while.
+#: Allowed growth of a worker after its first rounds: slack of the allocator, and connections that are kept
+#: for a while.
 _MOST_BYTES = 24 << 20
 _MOST_FILES = 200
 
@@ -49,5 +49,5 @@ def test_traffic_leaves_nothing_behind_in_the_router(start_router, capsys):
 
 
 def look_at(worker: psutil.Process) -> tuple[int, int, int]:
-    """Its number, bytes of memory, and open files."""
+    """Return the worker's pid, bytes of memory and number of open files."""
     return worker.pid, worker.memory_info().rss, worker.num_fds()

@@ -1,4 +1,4 @@
-"""How fast replicas are beside each other."""
+"""The measured relative speed of replicas."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from .boards import Clock, in_flight, pick, seat_replicas
 
 
 def stream(board: Board, clock: Clock, rates: list[float], seconds: int) -> None:
-    """One stream at each replica, with so many tokens a second, measured once a second."""
+    """Run one stream at each replica with these tokens per second, measured once per second."""
     leases = [
         pick(board, exclude=[handle for handle in board.handles() if handle.row != row])
         for row in range(len(rates))

@@ -1,4 +1,4 @@
-"""When a request is suspected of killing replicas, and when it is refused for it."""
+"""The conditions under which a request is suspected of killing replicas, and is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PATIENCE = 10.0
 def verdict(
     shared: Sequence[Ending], alone: Sequence[Ending] = (), waited: float = 0.0, patience: float = PATIENCE
 ) -> Verdict:
-    """After so many deaths, of which fd-dp says this, `waited` seconds after the last one."""
+    """Return the verdict `waited` seconds after the last of these deaths, with fd-dp's report on each."""
     suspicion, endings = Suspicion(), {}
     for number, ending in enumerate([*shared, *alone]):
         handle = ReplicaHandle(number, number, instance(number))

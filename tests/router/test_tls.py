@@ -45,7 +45,7 @@ def certify(certificate: Path, key: Path) -> None:
 
 
 class TlsRouter(RouterProcess):
-    """Its control plane is asked over TLS as well."""
+    """A router whose control plane uses TLS as well."""
 
     def __init__(self, directory: Path, certificate: Path, key: Path) -> None:
         self.certificate, self.key = certificate, key

@@ -1,4 +1,4 @@
-"""What is kept of a stream that goes by: enough to go on elsewhere, and nothing of it is lost or altered."""
+"""The transcript of a stream: enough to resume it elsewhere, with nothing lost or altered."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ class Said(NamedTuple):
     choice: int = 0
     tokens: tuple[int, ...] = (1,)
     finished: bool = False
-    #: Signs of life before it.
+    #: Number of signs of life before the event.
     signs: int = 0
 
     @property
@@ -38,7 +38,7 @@ class Said(NamedTuple):
 
 
 def delivered(said: list[Said]) -> dict[int, Delivered]:
-    """By the definition of marks."""
+    """Compute the delivered tokens from the definition of marks."""
     choices: dict[int, Delivered] = {}
     for each in said:
         before = choices.get(each.choice, Delivered([]))
@@ -53,7 +53,7 @@ def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
 
 events = st.builds(
     Said,
-    # Anything that a model may write, marks and ends of streams included.
+    # A model may write anything, marks and ends of streams included.
     st.text(max_size=8) | st.sampled_from([": fd 0 1", "\n: fd 0 1 .\n\n", "data: [DONE]\n\n", ":\n\n"]),
     st.integers(0, 3),
     st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple),
@@ -67,7 +67,7 @@ cuts = st.lists(st.integers(0, 4000), max_size=30)
 @given(streams, cuts, st.integers(0, 5), st.integers(0, 4000))
 @example([Said("a"), Said("b", signs=4)], [], 0, 0)
 def test_what_comes_out_is_the_stream_without_marks_and_signs_of_life(stream, cuts, signs, end):
-    """However it was cut up, and wherever it broke off: whole events, and tokens for exactly those."""
+    """For any split and any cut, the output has whole events, and tokens for exactly those."""
     data = b"".join(each.raw for each in stream) + SIGN * signs
     data = data[: len(data) - end % len(data)]
     transcript = Transcript()
@@ -110,7 +110,7 @@ def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data, cuts
     assert out + lines.rest == data
 
 
-#: What no engine of ours sends, beside what one sends.
+#: Lines that this project's engines send, and lines that they never send.
 lines_of_any_kind = st.sampled_from(
     [
         b": fd 0 1",
@@ -183,7 +183,7 @@ def test_an_event_without_end_is_given_up():
 
 
 def test_transcript_of_a_long_stream_is_small_and_bounded():
-    """Ten thousand tokens as marks would be megabytes; as numbers they are four bytes each."""
+    """Ten thousand tokens as marks would take megabytes; as numbers they take four bytes each."""
     one, many = Said("abc", tokens=(100_000,)).raw, Said("abc", tokens=tuple(range(100_000, 100_512))).raw
     transcript = Transcript()
     tracemalloc.start()

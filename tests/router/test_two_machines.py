@@ -29,7 +29,7 @@ def run(*words: str) -> None:
 
 
 class Machine:
-    """A namespace with one address, reachable from here."""
+    """A namespace with one address, reachable from the test process."""
 
     def __init__(self, number: int, bridge: str, network: str, directory: Path) -> None:
         self.name = f"{bridge}-{number}"
@@ -88,7 +88,7 @@ class Machine:
         for process in self._processes:
             process.kill()
             process.wait(20)
-        # With the last process in it goes the namespace, and with it the link.
+        # The namespace and its link end with its last process.
         run("ip", "netns", "del", self.name)
 
 
@@ -137,16 +137,16 @@ def test_two_routers_share_state_and_counts_of_a_dead_router_expire(
         )
     urls = {machine.name: f"http://{machine.address}:8000" for machine in machines}
 
-    # This process is on a third machine: it needs the key.
+    # The test process is on a third machine, so it needs the key.
     wait_until(lambda: _status(one) == _status(two) == 200, "both routers answer", deadline=60)
     assert one.register(one, key="wrong").status_code == 401
-    # Each replica registers with the router of its machine; both routers know both.
+    # Each replica registers with the router of its machine; both routers learn of both.
     wait_until(lambda: one.register(one).status_code == 200, "the first is registered", deadline=60)
     wait_until(lambda: two.register(two).status_code == 200, "the second is registered", deadline=60)
     for machine in machines:
         wait_until(lambda m=machine: m.up() == set(urls.values()), f"{machine.name} knows both", deadline=60)
 
-    # An order is for both, too.
+    # An order applies to both routers, too.
     order(two, urls[two.name], "drain")
     wait_until(lambda: one.up() == {urls[one.name]}, "the drain has come to the other router", deadline=60)
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
@@ -158,19 +158,19 @@ def test_two_routers_share_state_and_counts_of_a_dead_router_expire(
         elsewhere = "in_flight_elsewhere"
         wait_until(lambda: in_flight(two, elsewhere)[urls[one.name]] == 6, "they are known", deadline=60)
 
-        # The second router has given the first replica nothing, and knows that it is busy.
+        # The second router has sent the first replica nothing, but knows that it is busy.
         assert Counter(two.ask() for _ in range(6)) == {two.name: 6}
 
         first.send_signal(signal.SIGKILL)
         for each in slow:
             with pytest.raises(requests.ConnectionError):
                 each.result(60)
-    # What it counted ends with it.
+    # The counts of the killed router expire.
     wait_until(lambda: {two.ask() for _ in range(4)} == set(urls), "its counts have expired", deadline=60)
 
 
 def order(machine: Machine, url: str, what: str) -> None:
-    """On the machine itself: /admin is for nobody else."""
+    """Give the order on the machine itself: /admin accepts no other clients."""
     name = url.removeprefix("http://")
     ended = subprocess.run(
         [

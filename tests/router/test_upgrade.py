@@ -1,4 +1,4 @@
-"""SIGUSR2: a new program on the same sockets and board, and no client notices."""
+"""SIGUSR2 starts a new program on the same sockets and board without disturbing clients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .steady_load import Load, requests_counted, streams_or_answers
 
 
 def successor_of(router: RouterProcess) -> psutil.Process | None:
-    """The program that SIGUSR2 has started, once it has workers."""
+    """Return the program that SIGUSR2 has started, once it has workers."""
     children = psutil.Process(router.process.pid).children()
     return next((child for child in children if child.children()), None)
 
 
 def test_an_upgrade_loses_nothing(start_router, new_engine, tmp_path):
-    """SIGUSR2: a new program on the same sockets and board; the old one ends when it is told to."""
+    """The new program serves on the same sockets and board; the old one ends on SIGTERM."""
     admin = tmp_path / "admin"
     router = start_router("--workers", "2", "--admin-socket", str(admin))
     engines = [new_engine(replica=number, behaviour=streams_or_answers) for number in range(2)]
@@ -45,7 +45,7 @@ def test_an_upgrade_loses_nothing(start_router, new_engine, tmp_path):
             with RawClient(admin) as client:
                 client.send(b"POST /admin/replicas/0/drain HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert client.answer().status == 200
-            # The new one can be reloaded like any other.
+            # The new program can be reloaded, too.
             [old, *_] = successor.children()
             successor.send_signal(signal.SIGHUP)
             wait_until(lambda: not old.is_running(), "its workers are replaced")
@@ -74,7 +74,7 @@ def test_an_upgrade_can_be_taken_back(start_router, new_engine):
 
 
 def test_a_version_with_another_board_says_so_and_ends(tmp_path):
-    """As the one that SIGUSR2 starts: it finds the board of the old program."""
+    """The program is started as SIGUSR2 would, and finds the board of the old program."""
     board = os.memfd_create("board")
     os.ftruncate(board, 1 << 20)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -101,7 +101,7 @@ def test_a_version_with_another_board_says_so_and_ends(tmp_path):
 
 @contextmanager
 def upgraded(router: RouterProcess) -> Iterator[psutil.Process]:
-    """Its successor, which is ended after this."""
+    """Start the router's successor, and end it after the block."""
     router.process.send_signal(signal.SIGUSR2)
     successor: psutil.Process = wait_until(lambda: successor_of(router), "the new program runs")
     try:

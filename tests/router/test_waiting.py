@@ -1,4 +1,4 @@
-"""The wait queue of requests for busy replicas: the order of service, and rejection."""
+"""The wait queue of requests for busy replicas: order of service, and rejection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Place:
 
     def __init__(self, queue: WaitQueue) -> None:
         self.queue = queue
-        #: The last place is on a replica that those with exclusions avoid.
+        #: Number of free places; the last is at a replica that waiters with exclusions avoid.
         self.room = 0
         self.served: list[str] = []
         self.gone: list[str] = []
@@ -24,7 +24,7 @@ class Waiter:
     name: str
     place: Place
     deadline: float = 100.0
-    #: There is no replica at all for it.
+    #: Whether no replica can serve it.
     is_stranded: bool = False
     has_exclusions: bool = False
 

@@ -1,4 +1,4 @@
-"""More workers than one, and one that hangs."""
+"""Several workers, and one that hangs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_burst_lands_evenly_however_many_workers_there_are(start_router, new_e
         counts = collections.Counter(answer.result().headers["X-FD-Replica"] for answer in running)
     assert counts == {str(number): 8 for number in range(8)}
     router.wait_idle()
-    # Whichever worker is asked.
+    # Every worker reports the sum.
     for _ in range(6):
         wait_until(lambda: requests_counted(router) == 64, "the figures of both workers are added up")
 
@@ -43,7 +43,7 @@ def test_a_worker_that_hangs_is_replaced(start_router, new_engine):
         wait_until(lambda: engine.received, "a request is under way")
         hangs = router.worker_of(client)
         hangs.suspend()
-        # The other one serves, and counts what hangs for what it is.
+        # The other worker serves, and still counts the request of the hanging one.
         assert router.get("/health").status_code == 200
         assert router.in_flight() == {engine.url: 1}
         wait_until(lambda: not hangs.is_running(), "it is ended")
