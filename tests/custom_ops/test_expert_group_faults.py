@@ -236,8 +236,9 @@ def three_ranks(
             for seat, rank in enumerate(started)
         ]
         wait_until(lambda: read_snapshot(name) is not None, deadline=PATIENCE)
-        wait_until(lambda: mapped(name).rows[0].steps > 20, deadline=PATIENCE)
-        yield started, mapped(name)
+        memory = mapped(name)
+        wait_until(lambda: memory.rows[0].steps > 20, deadline=PATIENCE)
+        yield started, memory
     assert_steps_as_reference(files, faulty)
 
 
