@@ -128,7 +128,7 @@ def test_supervisord_start_is_retried_after_a_disk_failure(running: Running) -> 
     running.start_and_wait()
     before = running.pids()
     assert running.daemon is not None
-    in_the_way = running.prefix / "run" / f".supervisord.conf.{running.daemon.pid}"
+    in_the_way = running.prefix / "run" / ".supervisord.conf.new"
     in_the_way.mkdir()
     (running.prefix / "run" / "supervisord.conf").unlink()
     os.kill(running.status()["daemon"]["supervisord"], signal.SIGKILL)
