@@ -201,7 +201,7 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     before = running.pids()
     assert running.daemon is not None
     # A directory blocks the name of the draft.
-    in_the_way = running.prefix / "state" / f".intents.json.{running.daemon.pid}"
+    in_the_way = running.prefix / "state" / ".intents.json.new"
     in_the_way.mkdir(parents=True)
     done = running.fdctl("hold", "1")
     assert (done.returncode, done.stderr) == (protocol.OK, "")
@@ -210,7 +210,7 @@ def test_a_disk_that_cannot_be_written_fails_a_reload_and_nothing_else(running: 
     in_the_way.rmdir()
     running.do("release", "1")
 
-    in_the_way = running.prefix / "run" / f".supervisord.conf.{running.daemon.pid}"
+    in_the_way = running.prefix / "run" / ".supervisord.conf.new"
     in_the_way.mkdir()
     running.write(extra_args=("--load-seconds", "0.1"))
     done = running.fdctl("reload")
