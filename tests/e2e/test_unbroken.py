@@ -48,7 +48,7 @@ SOAK = Scale(8, 20, 60, (60, 200), float(os.environ.get("FD_SOAK_MINUTES", "10")
 @pytest.mark.parametrize(
     "scale",
     [
-        pytest.param(Scale(4, 4, 24, (60, 120)), id="once", marks=pytest.mark.timeout(900)),
+        pytest.param(Scale(3, 3, 16, (40, 80)), id="once", marks=pytest.mark.timeout(900)),
         pytest.param(SOAK, id="soak", marks=[pytest.mark.slow, pytest.mark.timeout(0)]),
     ],
 )
