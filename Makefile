@@ -13,12 +13,13 @@ PARITY := .cache/parity-venv
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 COMPILED := $(wildcard $(foreach folder,include paddle cpu cpu/*,$(foreach kind,cc h inl,custom_ops/$(folder)/*.$(kind))) \
               daemon/router/http/*.cc)
-# An import tree with the names that the installed package has, for mypy.
+# An import tree with the names that the installed package has, for mypy and where nothing is installed.
 TYPES  := .cache/types
 
 .PHONY: help serve model test test-fast check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \
-        uninstall clean check-cuda test-gpu bench-gpu-product bench-gpu-attention bench-gpu-step
+        uninstall clean check-cuda test-gpu import-tree bench-gpu-product \
+        bench-gpu-attention bench-gpu-step
 
 help:
 	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
@@ -83,10 +84,12 @@ check: $(VENV)/installed mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/codespell
 
-mypy: $(VENV)/installed
+mypy: $(VENV)/installed import-tree
+	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy
+
+import-tree:
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fastdeploy
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/daemon $(CURDIR)/custom_ops $(TYPES)/fastdeploy/
-	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy
 
 docs: $(VENV)/installed
 	@$(BIN)/python -m fastdeploy.daemon.config.loader > docs/configuration.md
@@ -167,9 +170,9 @@ check-cuda:
 	@custom_ops/cuda/check.sh
 
 # With the system's Python, which has torch where there is a GPU; without tests/conftest.py, which wants the engine.
-test-gpu:
+test-gpu: import-tree
 	@custom_ops/cuda/build.sh
-	@python3 -m pytest -q --confcutdir=tests/device tests/device
+	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m pytest -q --confcutdir=tests/device tests/device
 
 bench-gpu-product bench-gpu-attention bench-gpu-step: bench-gpu-%:
 	@custom_ops/cuda/build.sh --bench

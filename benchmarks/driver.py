@@ -20,7 +20,7 @@ from fastdeploy.core.cpu_share import SINGLE_THREADED, share_of
 from .contender import Timing
 
 if TYPE_CHECKING:
-    from fastdeploy.core.model_runner import ModelRunner
+    from fastdeploy.device.paddle_cpu import ModelRunner
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
 
@@ -125,9 +125,9 @@ def open_runner(config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
     import_paddle()
     import paddle
 
-    from fastdeploy.core.model_runner import ModelRunner
+    from fastdeploy.device.paddle_cpu import ModelRunner
+    from fastdeploy.device.paddle_weights import load_weights
     from fastdeploy.models.ernie45 import Ernie45
-    from fastdeploy.weights.checkpoint import load_weights
 
     paddle.set_device("cpu")
     weights = load_weights(

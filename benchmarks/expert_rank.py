@@ -31,7 +31,7 @@ class Rank:
         import paddle
 
         from fastdeploy import custom_ops
-        from fastdeploy.core.model_runner import keep_freed_memory
+        from fastdeploy.device.paddle_cpu import keep_freed_memory
         from fastdeploy.expert_parallel.join import join
         from fastdeploy.expert_parallel.layout import GroupLayout
         from fastdeploy.expert_parallel.options import GroupOptions

@@ -13,10 +13,13 @@ the head size, V the vocabulary size, E the number of routed experts, k the expe
 
 from __future__ import annotations
 
-import paddle
+from typing import TYPE_CHECKING
 
 from .native import instruction_set, run, set_threads
 from .sampling import BROKEN_ROW, SAMPLING_ROW, argmax, sample
+
+if TYPE_CHECKING:
+    import paddle
 
 __all__ = [
     "BROKEN_ROW",

@@ -1,15 +1,18 @@
-"""Loads the compiled library of operations into Paddle and configures its threads."""
+"""Loads the compiled library of operations into Paddle and configures its threads.
+
+Paddle is imported with the library, on first use: a process that computes on a GPU needs neither.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import paddle
-from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+if TYPE_CHECKING:
+    import paddle
 
 
 def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
@@ -18,8 +21,7 @@ def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
     Raises:
         ValueError: an argument is invalid; the message names it.
     """
-    library()
-    return paddle._C_ops._run_custom_op(f"fd_{operation}", *arguments)
+    return _caller()(f"fd_{operation}", *arguments)
 
 
 def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
@@ -43,7 +45,19 @@ def instruction_set() -> str:
 
 
 @cache
+def _caller() -> Callable[..., list[paddle.Tensor]]:
+    import paddle
+
+    library()
+    call: Callable[..., list[paddle.Tensor]] = paddle._C_ops._run_custom_op
+    return call
+
+
+@cache
 def library() -> ctypes.CDLL:
+    import paddle
+    from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+
     path = Path(__file__).with_name("libfd_ops.so")
     if not path.exists():
         raise ImportError(f"{path} is missing; install the project with pip, which compiles it")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import paddle
 from numpy.typing import NDArray
 
 from .native import run
+
+if TYPE_CHECKING:
+    import paddle
 
 #: Sampling parameters of one row; include/sample.h has the same fields in the same order.
 SAMPLING_ROW = np.dtype(
@@ -53,6 +57,8 @@ def sample(
         log probabilities float64 [T, width] of the drawn token and then of the most likely ones, both from
         the unmodified logits, undefined where a row did not request them.
     """
+    import paddle
+
     row_bytes = paddle.to_tensor(rows.view(np.uint8))
     drawn, top_tokens, logprobs = run("sample", logits, row_bytes, paddle.to_tensor(tokens), width)
     return drawn, top_tokens, logprobs

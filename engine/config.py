@@ -15,6 +15,7 @@ from .common.errors import ConfigError
 from .common.text_files import JsonObject, read_object, read_optional_object
 from .expert_parallel.layout import MAX_RANKS
 
+_DEVICES = ("auto", "cpu", "gpu")
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")
 
@@ -140,7 +141,12 @@ class EngineConfig:
     """The settings of one replica's worker."""
 
     model: Path
+    #: "auto": a GPU if there is one that can be used, otherwise the CPU.
     device: str = "auto"
+    #: Share of the GPU's memory for all replicas on it.
+    gpu_memory_utilization: float = 0.9
+    #: Replicas that share this one's GPU; 0: all replicas are dealt over the visible GPUs.
+    replicas_per_gpu: int = 0
     #: Threads of the operations; 0: the number of cores divided by `data_parallel_size`.
     threads: int = 0
     #: Pin each thread to its own CPU, if there are enough for all replicas.
@@ -186,6 +192,17 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} is {getattr(self, name)}; it must be at least 1")
+        if self.device not in _DEVICES:
+            raise ConfigError(f"--device is {self.device!r}; it must be {_either(_DEVICES)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization:g}; it must be more than 0 and at "
+                "most 1"
+            )
+        if self.replicas_per_gpu < 0:
+            raise ConfigError(
+                f"--replicas-per-gpu is {self.replicas_per_gpu}; it must be 0 (deal the visible GPUs) or more"
+            )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"--tensor-parallel-size is {self.tensor_parallel_size}; this is not supported; "

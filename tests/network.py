@@ -12,9 +12,9 @@ import numpy as np
 from fastdeploy import custom_ops
 from fastdeploy.common.request import Batch, SamplingParams, ScheduledSequence, Sequence
 from fastdeploy.config import EngineConfig, ModelConfig
-from fastdeploy.core.model_runner import ModelRunner
+from fastdeploy.device.paddle_cpu import ModelRunner
+from fastdeploy.device.paddle_weights import load_weights
 from fastdeploy.models.ernie45 import Ernie45
-from fastdeploy.weights.checkpoint import load_weights
 
 
 class Network:

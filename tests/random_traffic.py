@@ -18,10 +18,11 @@ from fastdeploy.common.messages import AddRequest, Stats, StepOutputs
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.core.engine import EngineCore
-from fastdeploy.core.model_runner import ModelRunner
+from fastdeploy.device.device import TensorRunner
+from fastdeploy.device.paddle_cache import KVCache
+from fastdeploy.device.paddle_cpu import ModelRunner
+from fastdeploy.device.paddle_weights import load_weights
 from fastdeploy.models.ernie45 import Ernie45
-from fastdeploy.models.kv_cache import KVCache
-from fastdeploy.weights.checkpoint import load_weights
 
 from .checkpoints import config_json, draw_tensors, write_checkpoint
 
@@ -84,7 +85,7 @@ class RandomModel:
 Logits = dict[tuple[str, int], bytes]
 
 
-class _Recorder:
+class _Recorder(TensorRunner):
     """A runner on a cache full of NaN, so that a read of an unwritten slot shows in the logits."""
 
     def __init__(self, runner: ModelRunner, *, every_position: bool) -> None:

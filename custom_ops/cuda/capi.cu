@@ -47,6 +47,20 @@ int refuse(const char* message) { return fail(FD_BAD_ARGUMENT, message); }
 cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
+
+int checked(const fd_retile_args& args, Retile* part) {
+  if (args.source_type < FD_FLOAT32 || args.source_type > FD_BFLOAT16) return refuse("retile: unknown type of source");
+  if (args.turn < FD_PLAIN || args.turn > FD_UP) return refuse("retile: unknown turn");
+  const int rows = args.turn == FD_PLAIN ? args.outputs : args.outputs / 2;
+  if (args.rows < 1 || args.inputs < 1 || args.first_row < 0 || args.first_row + args.rows > rows) {
+    return refuse("retile: the part does not lie inside the matrix");
+  }
+  if (args.turn != FD_PLAIN && args.outputs % 16 != 0) return refuse("retile: gate and up need a multiple of 8 rows each");
+  *part = {args.source, static_cast<Source>(args.source_type), args.row_stride, args.column_stride, args.rows,
+           args.inputs, static_cast<uint8_t*>(args.matrix), args.outputs, args.first_row, static_cast<Turn>(args.turn)};
+  return FD_OK;
+}
+
 }  // namespace fd::cuda
 
 using namespace fd::cuda;
@@ -68,17 +82,9 @@ int64_t fd_matrix_bytes(int32_t outputs, int32_t inputs) { return matrix_bytes(o
 int64_t fd_activation_bytes(int64_t rows, int32_t width) { return activation_bytes(rows, width); }
 
 int fd_retile(void* stream, const fd_retile_args* args) {
-  if (args->source_type < FD_FLOAT32 || args->source_type > FD_BFLOAT16) return refuse("retile: unknown type of source");
-  if (args->turn < FD_PLAIN || args->turn > FD_UP) return refuse("retile: unknown turn");
-  const int rows = args->turn == FD_PLAIN ? args->outputs : args->outputs / 2;
-  if (args->rows < 1 || args->inputs < 1 || args->first_row < 0 || args->first_row + args->rows > rows) {
-    return refuse("retile: the part does not lie inside the matrix");
-  }
-  if (args->turn != FD_PLAIN && args->outputs % 16 != 0) return refuse("retile: gate and up need a multiple of 8 rows each");
-  return status_of("retile", retile({args->source, static_cast<Source>(args->source_type), args->row_stride,
-                                  args->column_stride, args->rows, args->inputs, static_cast<uint8_t*>(args->matrix),
-                                  args->outputs, args->first_row, static_cast<Turn>(args->turn)},
-                                 stream_of(stream)));
+  Retile part;
+  const int result = checked(*args, &part);
+  return result == FD_OK ? status_of("retile", retile(part, stream_of(stream))) : result;
 }
 
 int32_t fd_tiles(void) { return static_cast<int32_t>(Tile::kCount); }

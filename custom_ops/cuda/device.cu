@@ -10,6 +10,7 @@
 
 #include "../include/fd_device.h"
 #include "status.h"
+#include "upload.h"
 
 using fd::cuda::fail;
 using fd::cuda::status_of;
@@ -32,6 +33,10 @@ std::string gigabytes(size_t bytes) {
 struct fd_device {
   int ordinal;
   cudaStream_t stream = nullptr;
+  // Runs beside `stream` between fd_fork() and fd_join().
+  cudaStream_t side = nullptr;
+  cudaEvent_t forked = nullptr, joined = nullptr;
+  std::unique_ptr<fd::cuda::Uploader> uploader;  // until the weights are complete
   fd_buffer arenas[4] = {};
   std::map<uint64_t, cudaGraphExec_t> graphs;
   uint64_t captured_key = 0;
@@ -53,6 +58,11 @@ struct fd_device {
   // Errors are ignored: a broken context frees its memory anyway.
   ~fd_device() {
     cudaSetDevice(ordinal);
+    uploader.reset();
+    for (cudaEvent_t event : {forked, joined}) {
+      if (event != nullptr) cudaEventDestroy(event);
+    }
+    if (side != nullptr) cudaStreamDestroy(side);
     for (auto& [key, graph] : graphs) cudaGraphExecDestroy(graph);
     for (Slot& slot : slots) {
       cudaFreeHost(slot.plan), cudaFreeHost(slot.results);
@@ -87,6 +97,12 @@ int fd_open(int32_t ordinal, fd_device** opened) {
   if (result == FD_OK) {
     result = status_of("making a stream", cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
   }
+  if (result == FD_OK) {
+    result = status_of("making a stream", cudaStreamCreateWithFlags(&device->side, cudaStreamNonBlocking));
+  }
+  for (cudaEvent_t* event : {&device->forked, &device->joined}) {
+    if (result == FD_OK) result = status_of("an event", cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+  }
   if (result == FD_OK) result = fd_prepare();
   if (result == FD_OK) *opened = device.release();
   return result;
@@ -95,6 +111,50 @@ int fd_open(int32_t ordinal, fd_device** opened) {
 void fd_close(fd_device* device) { delete device; }
 
 void* fd_stream(fd_device* device) { return device->stream; }
+void* fd_side_stream(fd_device* device) { return device->side; }
+
+int fd_fork(fd_device* device) {
+  const int result = status_of("a fork", cudaEventRecord(device->forked, device->stream));
+  return result == FD_OK ? status_of("a fork", cudaStreamWaitEvent(device->side, device->forked)) : result;
+}
+
+int fd_join(fd_device* device) {
+  const int result = status_of("a join", cudaEventRecord(device->joined, device->side));
+  return result == FD_OK ? status_of("a join", cudaStreamWaitEvent(device->stream, device->joined)) : result;
+}
+
+int fd_upload_begin(fd_device* device) {
+  if (device->uploader != nullptr) return fail(FD_BAD_ARGUMENT, "an upload is under way already");
+  auto uploader = std::make_unique<fd::cuda::Uploader>(device->stream);
+  const int result = uploader->open();
+  if (result == FD_OK) device->uploader = std::move(uploader);
+  return result;
+}
+
+int fd_upload(fd_device* device, const fd_retile_args* args, int32_t tag) {
+  if (device->uploader == nullptr) return fail(FD_BAD_ARGUMENT, "no upload is under way");
+  fd::cuda::Retile part;
+  const int result = fd::cuda::checked(*args, &part);
+  return result == FD_OK ? device->uploader->matrix(part, tag) : result;
+}
+
+int fd_upload_bytes(fd_device* device, uint64_t to, const void* from, int64_t bytes) {
+  if (device->uploader == nullptr) return fail(FD_BAD_ARGUMENT, "no upload is under way");
+  return device->uploader->copy(reinterpret_cast<void*>(to), from, bytes);
+}
+
+int fd_upload_finish(fd_device* device, int32_t* bad_tag) {
+  if (device->uploader == nullptr) return fail(FD_BAD_ARGUMENT, "no upload is under way");
+  const int result = device->uploader->finish(bad_tag);
+  device->uploader.reset();
+  return result;
+}
+
+int fd_fetch(fd_device* device, void* to, uint64_t from, int64_t bytes) {
+  const int result = status_of("fetching", cudaMemcpyAsync(to, reinterpret_cast<void*>(from), static_cast<size_t>(bytes),
+                                                          cudaMemcpyDeviceToHost, device->stream));
+  return result == FD_OK ? status_of("fetching", cudaStreamSynchronize(device->stream)) : result;
+}
 
 int fd_info(fd_device* device, fd_info_t* info) {
   cudaDeviceProp properties;
@@ -128,7 +188,8 @@ int fd_arena(fd_device* device, int32_t kind, int64_t bytes, fd_buffer* buffer) 
                                   " of GPU memory; " + gigabytes(free) + " of " + gigabytes(total) + " are free");
   }
   result = status_of("the arena for " + name, error);
-  if (result == FD_OK) result = status_of("clearing the arena for " + name, cudaMemset(memory, 0, bytes));
+  if (result == FD_OK) result = status_of("clearing the arena for " + name, cudaMemsetAsync(memory, 0, bytes, device->stream));
+  if (result == FD_OK) result = status_of("clearing the arena for " + name, cudaStreamSynchronize(device->stream));
   if (result == FD_OK) {
     arena = {reinterpret_cast<uint64_t>(memory), bytes};
     *buffer = arena;

@@ -32,12 +32,15 @@ __global__ void retile_kernel(Retile args, int rows) {
   const int row = along_rows ? index % rows : index / pieces;
   const int piece = along_rows ? index / rows : index % pieces;
   __align__(16) __nv_bfloat16 values[8];
+  bool is_finite = true;
   for (int i = 0; i < 8; ++i) {
     const int k = piece * 8 + i;
     const bool is_there = row < args.rows && k < args.inputs;
-    values[i] = __float2bfloat16_rn(
-        is_there ? read<Element>(args.source, row * args.row_stride + k * args.column_stride) : 0.0f);
+    const float value = is_there ? read<Element>(args.source, row * args.row_stride + k * args.column_stride) : 0.0f;
+    is_finite &= isfinite(value);
+    values[i] = __float2bfloat16_rn(value);
   }
+  if (!is_finite && args.bad_tag != nullptr) atomicCAS(args.bad_tag, 0, args.tag);
   *reinterpret_cast<uint4*>(args.matrix + in_matrix(destination(args, row), piece * 8, pieces / 8)) =
       *reinterpret_cast<const uint4*>(values);
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../include/fd_device.h"
 #include "layout.h"
 
 namespace fd::cuda {
@@ -27,7 +28,12 @@ struct Retile {
   int outputs;
   int first_row;  // first row of the part, counted among rows of its kind
   Turn turn;
+  int32_t* bad_tag = nullptr;  // becomes `tag` at the first value that is not finite, unless it is set already
+  int tag = 0;
 };
+
+// Converts the arguments of the C interface; returns an fd_status.
+int checked(const fd_retile_args& args, Retile* part);
 
 // Enqueues the conversion. The part with the last row also writes the zero padding.
 cudaError_t retile(const Retile& args, cudaStream_t stream);

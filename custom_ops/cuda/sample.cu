@@ -276,6 +276,20 @@ __global__ __launch_bounds__(kThreads) void sample_kernel(const __grid_constant_
   if (index >= *args.count) return;
   const fd_sampling_row row = args.rows[index];
   const float* const logits = args.logits + int64_t{index} * count;
+  if (row.given > 0) {
+    // Scores this token. As on the CPU, a non-finite value is found only if the logits are read.
+    int drawn = row.given - 1;
+    if (row.logprobs >= 0) {
+      const Best best = block_best(logits, count, kNoLimit, shared);
+      if (isfinite(best.score)) {
+        write_logprobs(args, index, row, logits, drawn, best, shared);
+      } else {
+        drawn = -1;
+      }
+    }
+    if (threadIdx.x == 0) args.drawn[index] = drawn;
+    return;
+  }
   double* const weights = reinterpret_cast<double*>(static_cast<uint8_t*>(args.work) + index * draw_work(count));
   const float* const scores = adjusted(args, row, logits, reinterpret_cast<float*>(weights + count));
   const Best best = block_best(scores, count, kNoLimit, shared);

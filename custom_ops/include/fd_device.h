@@ -53,6 +53,14 @@ int fd_info(fd_device* device, fd_info_t* info);
 /* Returns the CUDA stream of the device's steps, for the operations below. */
 void* fd_stream(fd_device* device);
 
+/* Returns a second stream. What is enqueued there between fork() and join() runs beside the first one. */
+void* fd_side_stream(fd_device* device);
+int fd_fork(fd_device* device);
+int fd_join(fd_device* device);
+
+/* Copies from the device once all enqueued work is done. For tests and diagnosis. */
+int fd_fetch(fd_device* device, void* to, uint64_t from, int64_t bytes);
+
 enum { FD_WEIGHTS, FD_CACHE, FD_WORK, FD_EXCHANGE };
 
 /* Allocates zeroed memory of one kind; once per kind, before the first step. */
@@ -97,6 +105,14 @@ typedef struct {
 } fd_retile_args;
 
 int fd_retile(void* stream, const fd_retile_args* args);
+
+/* Uploads weights from host memory, such as the pages of a checkpoint: begin(), any number of parts of matrices and of
+ * plain bytes, finish(). In `args`, `source` is in host memory and one stride is 1. finish() frees the staging memory
+ * (64 MiB pinned, 64 MiB on the device) and sets `bad_tag` to the tag of a part with a value that is not finite, or 0. */
+int fd_upload_begin(fd_device* device);
+int fd_upload(fd_device* device, const fd_retile_args* args, int32_t tag);
+int fd_upload_bytes(fd_device* device, uint64_t to, const void* from, int64_t bytes);
+int fd_upload_finish(fd_device* device, int32_t* bad_tag);
 
 /* ---- products --------------------------------------------------------------------------------------------------- */
 
@@ -251,7 +267,7 @@ typedef struct {
   double temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty;
   uint64_t seed;
   uint32_t choice, position;
-  int32_t top_k, logprobs, first_token, num_seen, num_masked, reserved;
+  int32_t top_k, logprobs, first_token, num_seen, num_masked, given;
 } fd_sampling_row;
 
 typedef struct {

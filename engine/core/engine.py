@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol
-
-import paddle
 
 from ..common.errors import FastDeployError, RequestError
 from ..common.messages import AddRequest, ExpertParallelStats, Logprobs, Stats, StepOutputs, TokenOutput
 from ..common.request import Batch, FinishReason, Sequence
 from ..config import EngineConfig, ModelConfig
+from ..device.device import Runner
+from ..device.errors import DeviceBroken
 from ..expert_parallel.membership import RankLost
 from .block_pool import BlockPool
 from .sampler import Sampled, Sampler
@@ -26,22 +25,6 @@ _MAX_FAILED_STEPS = 3
 
 class EngineBroken(FastDeployError):
     """Too many consecutive steps have failed; the process should be restarted."""
-
-
-class Runner(Protocol):
-    """Computes a batch. It hides tensors and the memory of the cache from the engine."""
-
-    def execute(self, batch: Batch) -> paddle.Tensor:
-        """Write keys and values of all rows to the cache, and compute logits.
-
-        Position p of a sequence is stored in block `block_ids[p // block_size]` at offset `p % block_size`.
-        Positions before `start` are already computed; no other slot may be written.
-
-        Returns:
-            float32 [sampling rows + scored positions, vocabulary]: first the logits of the sampling rows,
-            then those of the scored positions, both in batch order.
-        """
-        ...
 
 
 class EngineCore:
@@ -89,6 +72,7 @@ class EngineCore:
         Raises:
             EngineBroken: too many consecutive steps have failed.
             RankLost: the other ranks continue without this one.
+            DeviceBroken: the device computes no more in this process.
         """
         outputs, self._refusals = self._refusals, []
         batch = self._scheduler.schedule()
@@ -96,7 +80,7 @@ class EngineCore:
             self._steps_total += 1
             try:
                 sampled, prompt_logprobs = self._compute(batch)
-            except RankLost:
+            except (RankLost, DeviceBroken):
                 raise
             except Exception as error:
                 outputs += self._fail(batch, error)
@@ -129,14 +113,16 @@ class EngineCore:
         )
 
     def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:
-        logits = self._runner.execute(batch)
+        sampler = self._sampler
         sequences = [row.sequence for row in batch.rows if row.samples]
-        scored = [row for row in batch.rows if row.scored]
-        if not scored:
-            return self._sampler.sample(logits, sequences), []
-        count = len(sequences)
-        sampled = self._sampler.sample(logits[:count], sequences) if sequences else []
-        return sampled, self._sampler.score(logits[count:], scored)
+        rows = [row for row in batch.rows if row.scored]
+        draw = sampler.draw(sequences) if sequences else None
+        scores = sampler.scores(rows) if rows else None
+        drawn, scored = self._runner.compute(batch, draw, scores)
+        sampled = [] if draw is None or drawn is None else sampler.sampled(draw, drawn, sequences)
+        if scores is None or scored is None:
+            return sampled, []
+        return sampled, sampler.scored(scores, scored, rows)
 
     def _commit(
         self, batch: Batch, sampled: list[Sampled], prompt_logprobs: list[Logprobs]

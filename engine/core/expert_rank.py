@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..config import EngineConfig, ModelConfig
 from ..custom_ops import instruction_set
+from ..device.paddle_cpu import ModelRunner
 from ..expert_parallel.group import ExpertGroup
 from ..expert_parallel.join import join
 from ..expert_parallel.layout import GroupLayout
@@ -16,7 +17,6 @@ from ..expert_parallel.residency import ExpertPages
 from ..models.ernie45 import MoEWeights
 from ..weights.weight_cache import Packing
 from .cpu_share import CpuShare
-from .model_runner import ModelRunner
 
 #: Limit of a rank's tokens in one collective; larger steps take several. It keeps exchange buffers within the
 #: shared memory of a container, and is large enough to amortise reading an expert's weights.

@@ -2,7 +2,8 @@
 
 The order is that of vLLM: repetition penalty, frequency and presence penalty, mask of stop tokens until
 `min_tokens`, then (unless greedy) temperature, min_p, top_k, top_p, and one draw. One operation does all this
-for the whole batch (custom_ops/include/sample.h); this module prepares its arguments.
+for the whole batch (custom_ops/include/sample.h); this module prepares its arguments and reads its results,
+on any device.
 
 Rows are independent, and their random numbers depend only on seed, choice and position. A text therefore does
 not depend on the other texts in the batch.
@@ -11,16 +12,16 @@ not depend on the other texts in the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import paddle
 from numpy.typing import NDArray
 
 from .. import custom_ops
 from ..common.messages import Logprobs
 from ..common.request import SamplingParams, ScheduledSequence, Sequence
+from ..device.draws import Draw, Drawn, draw_from
 from .token_counts import TokenCounts
 
 _MAX_INT32 = 2**31 - 1
@@ -40,57 +41,70 @@ class Sampler:
     def __init__(self) -> None:
         self._recipes: WeakKeyDictionary[Sequence, _Recipe] = WeakKeyDictionary()
 
-    def sample(self, logits: paddle.Tensor, sequences: Many[Sequence]) -> list[Sampled]:
-        """Draw the next token of each sequence from its row of `logits` (float32 [rows, vocabulary]).
+    def draw(self, sequences: Many[Sequence]) -> Draw:
+        """Return the draw of the next token of each of at least one sequence."""
+        recipes = [self._recipe(sequence) for sequence in sequences]
+        if all(recipe.is_argmax for recipe in recipes):
+            return Draw(len(sequences))
+        return Draw(len(sequences), *_stack(recipes, sequences))
+
+    def sampled(self, draw: Draw, drawn: Drawn, sequences: Many[Sequence]) -> list[Sampled]:
+        """Return what `draw` has drawn.
+
+        Raises:
+            FloatingPointError: a row of the logits holds NaN or no finite value.
+        """
+        token_ids = drawn.token_ids
+        _check(token_ids, sequences)
+        sampled = [Sampled(token_id, None) for token_id in token_ids]
+        if draw.rows is None or drawn.top_tokens is None or drawn.logprobs is None:
+            return sampled
+        for index in np.flatnonzero(draw.rows["logprobs"] >= 0).tolist():
+            end = 1 + min(int(draw.rows["logprobs"][index]), drawn.vocab_size)
+            ids, values = drawn.top_tokens[index, :end].tolist(), drawn.logprobs[index, :end].tolist()
+            sampled[index] = Sampled(token_ids[index], _logprobs(ids, values))
+        return sampled
+
+    def scores(self, rows: Many[ScheduledSequence]) -> Draw:
+        """Return the draw that scores prompt tokens, each from the logits of the preceding position.
+
+        Args:
+            rows: the rows of a batch that have scored positions.
+        """
+        given = [i for row in rows for i in row.sequence.token_ids(row.scored.start + 1, row.scored.stop + 1)]
+        wanted = np.zeros(len(given), custom_ops.SAMPLING_ROW)
+        wanted["given"] = np.array(given) + 1
+        wanted["logprobs"] = [owner.params.prompt_logprobs for owner in _owners(rows)]
+        return Draw(len(given), wanted, np.zeros((1, 2), np.int32))
+
+    def scored(self, draw: Draw, drawn: Drawn, rows: Many[ScheduledSequence]) -> list[Logprobs]:
+        """Return the log probabilities of the prompt tokens that `draw` has scored.
+
+        Raises:
+            FloatingPointError: a row of the logits holds NaN or no finite value.
+        """
+        _check(drawn.token_ids, _owners(rows))
+        assert draw.rows is not None
+        assert drawn.top_tokens is not None
+        assert drawn.logprobs is not None
+        ends = 1 + np.minimum(draw.rows["logprobs"], drawn.vocab_size)
+        return [
+            _logprobs(ids[:end], values[:end])
+            for end, ids, values in zip(
+                ends.tolist(), drawn.top_tokens.tolist(), drawn.logprobs.tolist(), strict=True
+            )
+        ]
+
+    def sample(self, logits: Any, sequences: Many[Sequence]) -> list[Sampled]:
+        """Draw the next token of each sequence from its row of a tensor float32 [rows, vocabulary].
 
         Raises:
             FloatingPointError: a row holds NaN or no finite value.
         """
         if not sequences:
             return []
-        recipes = [self._recipe(sequence) for sequence in sequences]
-        if all(recipe.is_argmax for recipe in recipes):
-            token_ids = custom_ops.argmax(logits).tolist()
-            _check(token_ids, sequences)
-            return [Sampled(token_id, None) for token_id in token_ids]
-        rows, tokens = _stack(recipes, sequences)
-        width = 1 + max(0, int(rows["logprobs"].max()))
-        drawn, top_tokens, top_logprobs = custom_ops.sample(logits, rows, tokens, width)
-        token_ids = drawn.tolist()
-        _check(token_ids, sequences)
-        sampled = [Sampled(token_id, None) for token_id in token_ids]
-        requested = np.flatnonzero(rows["logprobs"] >= 0).tolist()
-        if requested:
-            ids, values = top_tokens.numpy(), top_logprobs.numpy()
-            for index in requested:
-                end = 1 + min(int(rows["logprobs"][index]), logits.shape[1])
-                logprobs = _logprobs(ids[index, :end].tolist(), values[index, :end].tolist())
-                sampled[index] = Sampled(token_ids[index], logprobs)
-        return sampled
-
-    def score(self, logits: paddle.Tensor, rows: Many[ScheduledSequence]) -> list[Logprobs]:
-        """Return the log probabilities of prompt tokens, each from the logits of the preceding position.
-
-        Args:
-            logits: float32 [scored positions of `rows`, vocabulary].
-            rows: the rows of a batch that have scored positions.
-
-        Raises:
-            FloatingPointError: a row holds NaN or no finite value.
-        """
-        owners = [row.sequence for row in rows for _ in row.scored]
-        given = [i for row in rows for i in row.sequence.token_ids(row.scored.start + 1, row.scored.stop + 1)]
-        wanted = np.zeros(len(given), custom_ops.SAMPLING_ROW)
-        wanted["given"] = np.array(given) + 1
-        wanted["logprobs"] = [owner.params.prompt_logprobs for owner in owners]
-        width = 1 + int(wanted["logprobs"].max())
-        token_ids, ids, values = custom_ops.sample(logits, wanted, np.zeros((1, 2), np.int32), width)
-        _check(token_ids.tolist(), owners)
-        ends = 1 + np.minimum(wanted["logprobs"], logits.shape[1])
-        return [
-            _logprobs(ids[:end], values[:end])
-            for end, ids, values in zip(ends.tolist(), ids.tolist(), values.tolist(), strict=True)
-        ]
+        draw = self.draw(sequences)
+        return self.sampled(draw, draw_from(logits, draw), sequences)
 
     def _recipe(self, sequence: Sequence) -> _Recipe:
         recipe = self._recipes.get(sequence)
@@ -152,6 +166,10 @@ def _stack(recipes: Many[_Recipe], sequences: Many[Sequence]) -> tuple[np.ndarra
             parts += [seen, masked]
             first += len(seen) + len(masked)
     return rows, parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _owners(rows: Many[ScheduledSequence]) -> list[Sequence]:
+    return [row.sequence for row in rows for _ in row.scored]
 
 
 def _check(token_ids: Many[int], sequences: Many[Sequence]) -> None:

@@ -40,9 +40,13 @@ from ..common.messages import (
 from ..common.paddle_import import import_paddle
 from ..common.process_control import die_with_parent
 from ..config import EngineConfig, ModelConfig
-from .cpu_share import SINGLE_THREADED, share_of
+from ..device.choice import choose_gpu
+from ..device.errors import DeviceBroken
+from .cpu_share import SINGLE_THREADED, CpuShare, share_of
 
 if TYPE_CHECKING:
+    from ..device.choice import Gpu
+    from ..device.device import Device, Progress
     from .engine import EngineCore
     from .expert_rank import Rank
 
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("fastdeploy.core.worker")
 
 _ENVIRONMENT = ("FD_ENGINE_CONFIG", "FD_WORKER_ENDPOINT", "FD_WORKER_TOKEN", "FD_PARENT_PID")
+#: Exit status after `DeviceBroken`: the fault lies with the device or its driver, not with the configuration.
+EXIT_DEVICE_BROKEN = 75
 _PR_SET_NAME = 15
 #: Interval at which an idle rank checks for steps of the others, in case its doorbell was removed.
 _POLL_SECONDS = 1.0
@@ -62,7 +68,7 @@ def main() -> int:
 
     Returns:
         The exit status: 0 after SIGTERM or `Shutdown`, 1 after a failure that was reported to the API
-        process, 2 if not started by an API process.
+        process, 2 if not started by an API process, 75 if the device broke.
     """
     try:
         config_json, endpoint, token, parent_pid = (os.environ[name] for name in _ENVIRONMENT)
@@ -84,6 +90,9 @@ def main() -> int:
             # Paddle and NumPy read these on import.
             os.environ.update(SINGLE_THREADED)
             serve(*load(config, api), api)
+        except DeviceBroken as error:
+            _fail(api, str(error))
+            return EXIT_DEVICE_BROKEN
         # ImportError: the operations are not built, or not for this machine.
         except (FastDeployError, OSError, ImportError, MemoryError) as error:
             return _fail(api, str(error) or "not enough memory")
@@ -105,50 +114,41 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
             raise SystemExit(0)
 
     model_config = ModelConfig.from_directory(config.model)
-    _check_device(config)
     _warn(config, model_config)
-    report(0.0, "starting Paddle")
-    _start_paddle(config, api)
-
-    from .. import custom_ops
-    from ..models.ernie45 import Ernie45
-    from ..weights.checkpoint import load_weights
-    from .engine import EngineCore
-    from .model_runner import ModelRunner
-
     share = share_of(config, sorted(os.sched_getaffinity(0)))
-    custom_ops.set_threads(share.threads, share.pinned)
-    weights = load_weights(
-        config.model,
-        model_config,
-        weight_format=config.weight_format,
-        qkv_order=config.qkv_order,
-        progress=report,
+    gpu = choose_gpu(config, model_config)
+    device = (
+        _open_cpu(config, model_config, share, api, report)
+        if gpu is None
+        else _open_gpu(config, model_config, gpu, report)
     )
-    num_blocks = config.num_blocks(model_config)
-    report(1.0, f"allocating a cache of {num_blocks} blocks")
-    runner = ModelRunner(Ernie45(model_config, weights), model_config, config, num_blocks)
-    engine = EngineCore(config, model_config, runner, num_blocks)
+
+    from .engine import EngineCore
+
+    device.load(report)
+    num_blocks = device.allocate_cache(report)
+    engine = EngineCore(config, model_config, device, num_blocks)
     # Exclude all current objects from garbage collection; a full collection would stop a step for 100 ms.
     gc.collect()
     gc.freeze()
     rank = None
     if config.enable_expert_parallel and model_config.num_moe_layers:
+        from ..device.paddle_cpu import PaddleDevice
         from .expert_rank import Rank
 
         report(1.0, f"joining the expert group {config.expert_parallel_group}")
+        assert isinstance(device, PaddleDevice), "a GPU is refused for an expert group"
         # Last, because from here on the other ranks wait for this one.
-        rank = Rank.join(config, model_config, runner, share)
+        rank = Rank.join(config, model_config, device.runner, share)
         engine.read_group = rank.group.status
     api.send(Ready(num_blocks, config.block_size, config.max_model_len))
     _log.info(
-        "ready: %s in %s, %d blocks of %d tokens, %d threads on %s",
+        "ready: %s in %s, %d blocks of %d tokens, %s",
         config.model,
         config.weight_format,
         num_blocks,
         config.block_size,
-        share.threads,
-        custom_ops.instruction_set(),
+        device.title,
     )
     return engine, rank
 
@@ -310,13 +310,32 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
         )
 
 
-def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
+def _open_gpu(config: EngineConfig, model_config: ModelConfig, gpu: Gpu, report: Progress) -> Device:
+    report(0.0, f"opening GPU {gpu.ordinal}, {gpu.name}")
+    from ..device.cuda import CudaDevice
+
+    return CudaDevice(config, model_config, gpu)
+
+
+def _open_cpu(
+    config: EngineConfig, model_config: ModelConfig, share: CpuShare, api: ApiLink, report: Progress
+) -> Device:
+    report(0.0, "starting Paddle")
+    _start_paddle(api)
+
+    from .. import custom_ops
+    from ..device.paddle_cpu import PaddleDevice
+
+    custom_ops.set_threads(share.threads, share.pinned)
+    return PaddleDevice(config, model_config, share.threads)
+
+
+def _start_paddle(api: ApiLink) -> None:
     # The import removes our handlers of SIGTERM and of faulthandler's signals. Block SIGTERM until ours is
     # restored.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         import_paddle()
-        import paddle
     except ImportError as error:
         raise ConfigError(
             f"Paddle cannot be imported ({error}); install paddlepaddle or paddlepaddle-gpu"
@@ -324,13 +343,6 @@ def _start_paddle(config: EngineConfig, api: ApiLink) -> None:
     faulthandler.enable()
     api.handle_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # A Paddle built for GPUs would otherwise place tensors there.
-    paddle.device.set_device("cpu")
-
-
-def _check_device(config: EngineConfig) -> None:
-    if config.device not in ("auto", "cpu"):
-        raise ConfigError(f"--device is {config.device!r}, which is not supported yet; use auto or cpu")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import paddle
+from typing import TYPE_CHECKING
 
 from ..custom_ops.packed_matrix import HEADER_BYTES
+
+if TYPE_CHECKING:
+    import paddle
 
 _PAGE = 4096
 _MADV_WILLNEED = 3

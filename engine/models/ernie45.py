@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import paddle
+from typing import TYPE_CHECKING, Protocol
 
 from .. import custom_ops
 from ..config import ModelConfig
-from .kv_cache import KVCache
+from .operations import Buffer, Operations
 
 if TYPE_CHECKING:
     from ..expert_parallel.group import ExpertGroup
@@ -20,16 +18,16 @@ if TYPE_CHECKING:
 class MLPWeights:
     """down(silu(gate(x)) * up(x)); packed, gate and up interleaved by 16 outputs; stacks for experts."""
 
-    gate_up: paddle.Tensor
-    down: paddle.Tensor
+    gate_up: Buffer
+    down: Buffer
 
 
 @dataclass(frozen=True, slots=True)
 class MoEWeights:
     #: Packed, always float32: less precision would change the selected experts near ties.
-    router: paddle.Tensor
+    router: Buffer
     #: [E], added to the router's probabilities for the selection of experts only.
-    correction_bias: paddle.Tensor
+    correction_bias: Buffer
     experts: MLPWeights
     #: All shared experts as one MLP of their total width.
     shared: MLPWeights | None
@@ -38,41 +36,49 @@ class MoEWeights:
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     #: [H]
-    input_norm: paddle.Tensor
+    input_norm: Buffer
     #: Packed; outputs of q, k and v in this order.
-    qkv: paddle.Tensor
+    qkv: Buffer
     #: Packed.
-    attention_output: paddle.Tensor
+    attention_output: Buffer
     #: [H]
-    post_attention_norm: paddle.Tensor
+    post_attention_norm: Buffer
     mlp: MLPWeights | MoEWeights
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     #: [vocabulary, H], float32 or bfloat16.
-    embedding: paddle.Tensor
+    embedding: Buffer
     layers: tuple[LayerWeights, ...]
     #: [H]
-    final_norm: paddle.Tensor
+    final_norm: Buffer
     #: Packed; a copy of the embedding if they are tied.
-    lm_head: paddle.Tensor
+    lm_head: Buffer
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer, in the layout of the device."""
+
+    @property
+    def key(self) -> Buffer: ...
+    @property
+    def value(self) -> Buffer: ...
 
 
 class Ernie45:
     """The network. It holds only weights; steps and caches are arguments."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, operations: Operations = custom_ops) -> None:
         self.config = config
         self.weights = weights
+        self._operations = operations
 
-    def forward(
-        self, step: paddle.Tensor, caches: Sequence[KVCache], group: ExpertGroup | None = None
-    ) -> paddle.Tensor:
+    def forward(self, step: Buffer, caches: Sequence[LayerCache], group: ExpertGroup | None = None) -> Buffer:
         """Run all layers on the tokens of one step.
 
         Args:
-            step: int32, see `StepBuffer`.
+            step: the batch, as the device has encoded it.
             caches: one per layer; receive the keys and values of the tokens.
             group: the ranks that share the experts, all of which take part in this step; None: all experts
                 are local.
@@ -83,13 +89,13 @@ class Ernie45:
         Returns:
             The hidden states [T, H], for `logits`.
         """
-        config, weights = self.config, self.weights
+        config, weights, operations = self.config, self.weights, self._operations
         epsilon = config.rms_norm_eps
-        hidden_states = custom_ops.embedding(weights.embedding, step)
-        rotary_cos_sin = custom_ops.rotary_embedding(step, config.rope_theta, config.head_dim)
+        hidden_states = operations.embedding(weights.embedding, step)
+        rotary_cos_sin = operations.rotary_embedding(step, config.rope_theta, config.head_dim)
         num_moe_layers = 0
         for layer, cache in zip(weights.layers, caches, strict=True):
-            custom_ops.attention_block(
+            operations.attention_block(
                 hidden_states,
                 step,
                 layer.input_norm,
@@ -102,26 +108,28 @@ class Ernie45:
             )
             norm, mlp = layer.post_attention_norm, layer.mlp
             if isinstance(mlp, MLPWeights):
-                custom_ops.mlp_block(hidden_states, norm, mlp.gate_up, mlp.down, epsilon)
+                operations.mlp_block(hidden_states, norm, mlp.gate_up, mlp.down, epsilon)
             else:
                 self._moe_block(hidden_states, norm, mlp, group, num_moe_layers)
                 num_moe_layers += 1
         return hidden_states
 
-    def logits(self, hidden_states: paddle.Tensor, step: paddle.Tensor) -> paddle.Tensor:
+    def logits(self, hidden_states: Buffer, step: Buffer) -> Buffer:
         """Return the logits [rows, vocabulary] of the rows that the step selects."""
         weights = self.weights
-        return custom_ops.logits(
+        return self._operations.logits(
             hidden_states, step, weights.final_norm, weights.lm_head, self.config.rms_norm_eps
         )
 
-    def execute_dummy_batch(self, group: ExpertGroup) -> None:
+    def execute_dummy_batch(self, group: ExpertGroup, hidden_states: Buffer) -> None:
         """Take part in a step without own tokens: compute only this rank's experts, for the other ranks.
+
+        Args:
+            hidden_states: [0, H].
 
         Raises:
             GroupChanged: a rank was lost.
         """
-        hidden_states = paddle.empty([0, self.config.hidden_size])
         layers = [layer for layer in self.weights.layers if isinstance(layer.mlp, MoEWeights)]
         for index, layer in enumerate(layers):
             assert isinstance(layer.mlp, MoEWeights)
@@ -129,8 +137,8 @@ class Ernie45:
 
     def _moe_block(
         self,
-        hidden_states: paddle.Tensor,
-        norm: paddle.Tensor,
+        hidden_states: Buffer,
+        norm: Buffer,
         mlp: MoEWeights,
         group: ExpertGroup | None,
         layer: int,
@@ -150,7 +158,7 @@ class Ernie45:
             config.moe_norm_min,
         )
         if group is None:
-            custom_ops.moe_block(*arguments)
+            self._operations.moe_block(*arguments)
         else:
-            custom_ops.ep_moe_block(*arguments, group.handle, layer)
+            self._operations.ep_moe_block(*arguments, group.handle, layer)
             group.check()

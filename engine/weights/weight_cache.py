@@ -19,7 +19,6 @@ from pathlib import Path
 
 from ..common.errors import CheckpointError, FastDeployError
 from ..common.foreign_text import printable
-from ..common.paddle_import import import_paddle
 from ..config import ModelConfig
 from ..demo_model.model import model_cache
 from .packed_file import check_header, read, write
@@ -171,8 +170,7 @@ def _read_note(note: bytes) -> tuple[float, str]:
 
 
 def _pack(packing: Packing, config: ModelConfig, expected: dict[str, str], report: Progress) -> None:
-    # Imported here because they need Paddle, and mapping an existing file does not.
-    import_paddle()
+    # Imported here, because mapping an existing file needs neither.
     from .checkpoint_matrices import read_directory
     from .packing import packed
 

@@ -21,7 +21,7 @@ ROW = np.dtype(
         *((name, np.uint32) for name in ("choice", "position")),
         *(
             (name, np.int32)
-            for name in ("top_k", "logprobs", "first_token", "num_seen", "num_masked", "reserved")
+            for name in ("top_k", "logprobs", "first_token", "num_seen", "num_masked", "given")
         ),
     ]
 )
@@ -153,6 +153,19 @@ def test_logprobs_are_those_of_the_logits_as_they_came() -> None:
     np.testing.assert_allclose(logprobs[0], expected[[drawn[0], *order]], atol=1e-12)
     assert top_tokens[1].tolist() == [drawn[1], -7, -7, -7, -7]
     assert (top_tokens[2] == -7).all()
+
+
+def test_a_given_token_is_scored_instead_of_drawn() -> None:
+    logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(8))
+    logits[2, 7] = float("nan")
+    rows = np.concatenate([row(given=18, logprobs=0), row(given=20000, logprobs=2), row(given=3, logprobs=1)])
+    drawn, top_tokens, logprobs = draw(logits.cuda(), rows, width=3)
+    assert drawn == [17, 19999, -1]
+    for index in (0, 1):
+        expected = reference.log_softmax(logits.double().numpy()[index])
+        assert top_tokens[index, 0] == drawn[index]
+        np.testing.assert_allclose(logprobs[index, 0], expected[drawn[index]], atol=1e-12)
+    assert top_tokens[1, 1] == int(logits[1].argmax())
 
 
 def test_a_draw_does_not_depend_on_its_batch() -> None:

@@ -16,6 +16,7 @@ import paddle
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.core.sampler import Sampler
+from fastdeploy.device.device import TensorRunner
 
 VOCAB_SIZE = 61
 
@@ -54,8 +55,8 @@ def logits_after(token_ids: Iterable[int]) -> np.ndarray:
     return np.random.default_rng(digest).normal(0, 3, VOCAB_SIZE).astype(np.float32)
 
 
-class PagedOracle:
-    """A runner (see `fastdeploy.core.engine.Runner`) over a cache of token ids."""
+class PagedOracle(TensorRunner):
+    """A runner (see `fastdeploy.device.device.Runner`) over a cache of token ids."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self._block_size = block_size

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from fastdeploy.common.errors import CheckpointError
 from fastdeploy.config import ModelConfig
 from fastdeploy.custom_ops.packed_matrix import FORMATS, interleave_gate_up, pack, to_bfloat16
-from fastdeploy.weights.checkpoint import load_weights
+from fastdeploy.device.paddle_weights import load_weights
 from fastdeploy.weights.weight_cache import Packing, packed_tensors
 from tests.checkpoints import LAYOUTS, Tensors, config_json, draw_tensors, is_moe_layer, write_checkpoint
 

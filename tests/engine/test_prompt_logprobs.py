@@ -14,9 +14,9 @@ from fastdeploy.common.messages import AddRequest, Logprobs, TokenOutput
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.core.engine import EngineCore
-from fastdeploy.core.model_runner import ModelRunner
 from fastdeploy.core.scheduler import MAX_SCORED
 from fastdeploy.custom_ops import reference
+from fastdeploy.device.paddle_cpu import ModelRunner
 
 from ..checkpoints import config_json, draw_tensors, write_checkpoint
 from ..network import Network

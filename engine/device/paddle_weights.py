@@ -10,8 +10,8 @@ import paddle
 
 from ..config import ModelConfig
 from ..models.ernie45 import LayerWeights, MLPWeights, MoEWeights, Weights
-from .stored_tensors import StoredTensor
-from .weight_cache import Packing, packed_tensors
+from ..weights.stored_tensors import StoredTensor
+from ..weights.weight_cache import Packing, packed_tensors
 
 #: Stored dtype -> NumPy dtype. NumPy has no bfloat16; int16, because Paddle does not accept uint16.
 _DTYPES = {"U8": np.uint8, "BF16": np.int16, "F32": np.float32}

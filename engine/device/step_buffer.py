@@ -5,29 +5,34 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import paddle
+from numpy.typing import NDArray
 
 from ..common.request import Batch
 
 
 class StepBuffer:
-    """An int32 tensor that is reused for each step; custom_ops/include/step.h defines its layout.
+    """An int32 array that is reused for each step; custom_ops/include/step.h defines its layout.
 
-    One tensor per array and step would cost more time than all other Python code of a step.
+    One array per field and step would cost more time than all other Python code of a step.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, array: NDArray[np.int32] | None = None) -> None:
+        """
+        Args:
+            array: memory that is large enough for any step; None: an array that grows with them.
+        """
         self._block_size = block_size
-        self._grow(1 << 14)
+        self._array = np.zeros(1 << 14, dtype=np.int32) if array is None else array
+        self._may_grow = array is None
 
-    def write(self, batch: Batch, *, every_position: bool = False) -> paddle.Tensor:
+    def write(self, batch: Batch, *, every_position: bool = False) -> NDArray[np.int32]:
         """
         Args:
             every_position: select the logits of all tokens instead of those of the sampling rows and scored
                 positions.
 
         Returns:
-            The step tensor, valid until the next call.
+            The array, valid until the next call. It is another one only if it had to grow.
         """
         rows = batch.rows
         widths = [math.ceil(row.end / self._block_size) for row in rows]
@@ -47,7 +52,8 @@ class StepBuffer:
                 wanted = np.concatenate([wanted, *scored])
         sizes = [4, len(rows) + 1, len(rows), len(rows) * width, num_tokens, len(wanted)]
         if sum(sizes) > len(self._array):
-            self._grow(2 * sum(sizes))
+            assert self._may_grow, f"a step of {sum(sizes)} integers in an array of {len(self._array)}"
+            self._array = np.zeros(2 * sum(sizes), dtype=np.int32)
         header, first, start, tables, token_ids, logit_tokens, _ = np.split(self._array, np.cumsum(sizes))
         header[:] = len(rows), num_tokens, width, len(wanted)
         first[0] = 0
@@ -60,9 +66,4 @@ class StepBuffer:
             ids += row.sequence.token_ids(row.start, row.end)
         token_ids[:] = ids
         logit_tokens[:] = wanted
-        return self._tensor
-
-    def _grow(self, size: int) -> None:
-        self._array = np.zeros(size, dtype=np.int32)
-        # Shares the memory of the array.
-        self._tensor = paddle.utils.dlpack.from_dlpack(self._array)
+        return self._array

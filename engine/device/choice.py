@@ -1,0 +1,115 @@
+"""Chooses the device of a replica. Asks the driver for GPUs without opening one."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+
+from ..common.errors import ConfigError
+from ..config import EngineConfig, ModelConfig
+from .cuda_library import find_library
+from .cuda_limits import unsupported
+
+_log = logging.getLogger(__name__)
+
+_DRIVER = "libcuda.so.1"
+_NO_DEVICE = 100
+_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76
+#: Compute capability of H100, H200 and H20, for which the kernels are built.
+_HOPPER = (9, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that the driver shows to this process."""
+
+    #: Among the visible ones: an index into CUDA_VISIBLE_DEVICES.
+    ordinal: int
+    name: str
+    compute_capability: tuple[int, int]
+    #: Replicas that share it, this one included.
+    num_replicas: int = 1
+
+
+def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
+    """Return the GPU of this replica, or None for the CPU.
+
+    With --device auto a GPU that cannot be used is named in the log, with the reason.
+
+    Raises:
+        ConfigError: --device gpu, and there is none that can be used.
+    """
+    if config.device == "cpu":
+        return None
+    try:
+        gpus = visible_gpus()
+    except OSError as error:
+        return _refuse(config, str(error))
+    if not gpus:
+        if config.device == "gpu":
+            return _refuse(config, f"the driver shows no GPU ({_DRIVER})")
+        return None
+    gpu = deal(config, gpus)
+    if gpu.compute_capability != _HOPPER:
+        major, minor = gpu.compute_capability
+        return _refuse(
+            config,
+            f"GPU {gpu.ordinal} is a {gpu.name} of compute capability {major}.{minor}; the kernels need 9.0 "
+            "(H100, H200, H20)",
+        )
+    reason = unsupported(config, model_config)
+    if reason is not None:
+        return _refuse(config, reason)
+    if find_library() is None:
+        return _refuse(config, "libfd_cuda.so is not built; run make gpu, which needs nvcc")
+    return gpu
+
+
+def deal(config: EngineConfig, gpus: list[Gpu]) -> Gpu:
+    """Return the GPU of this replica among those that all replicas see, and how many share it."""
+    if config.replicas_per_gpu:
+        # The launcher has chosen it.
+        ordinal, shared_by = 0, config.replicas_per_gpu
+    else:
+        ordinal = config.data_parallel_rank % len(gpus)
+        shared_by = len(range(ordinal, config.data_parallel_size, len(gpus)))
+    chosen = gpus[ordinal]
+    return Gpu(ordinal, chosen.name, chosen.compute_capability, shared_by)
+
+
+def visible_gpus() -> list[Gpu]:
+    """Return the GPUs that the driver shows to this process; none without a driver.
+
+    Raises:
+        OSError: there is a driver, and it does not work.
+    """
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    status = driver.cuInit(0)
+    if status == _NO_DEVICE:
+        return []
+    if status != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        raise OSError(f"the NVIDIA driver does not work ({(text.value or b'unknown error').decode()})")
+    return [_gpu(driver, ordinal) for ordinal in range(count.value)]
+
+
+def _gpu(driver: ctypes.CDLL, ordinal: int) -> Gpu:
+    handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(64)
+    driver.cuDeviceGet(ctypes.byref(handle), ordinal)
+    driver.cuDeviceGetName(name, len(name), handle)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_MAJOR, handle)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_MINOR, handle)
+    return Gpu(ordinal, name.value.decode(errors="replace"), (major.value, minor.value))
+
+
+def _refuse(config: EngineConfig, reason: str) -> None:
+    if config.device == "gpu":
+        raise ConfigError(f"--device is 'gpu', but {reason}; use --device cpu or auto to compute on the CPU")
+    _log.warning("--device auto computes on the CPU: %s", reason)

@@ -1,0 +1,81 @@
+"""Where a replica computes: the contract between the engine and a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..common.request import Batch
+from .draws import Draw, Drawn, draw_from
+
+#: Called with the completed fraction and a description of the current stage; may raise.
+Progress = Callable[[float, str], None]
+
+
+class Runner(Protocol):
+    """Computes a batch. It hides tensors and the memory of the cache from the engine."""
+
+    def compute(
+        self, batch: Batch, sampled: Draw | None, scored: Draw | None
+    ) -> tuple[Drawn | None, Drawn | None]:
+        """Write keys and values of all rows to the cache, compute logits, and draw from them.
+
+        Position p of a sequence is stored in block `block_ids[p // block_size]` at offset `p % block_size`.
+        Positions before `start` are already computed; no other slot may be written.
+
+        Args:
+            sampled: a row for each sampling row of the batch, in its order; None if there is none.
+            scored: a row for each scored position of the batch, in its order; None if there is none.
+
+        Raises:
+            DeviceBroken: the process must end.
+        """
+        ...
+
+
+class Device(Runner, Protocol):
+    """A place with memory for weights and cache, on which the network runs.
+
+    The order is: `load`, `allocate_cache`, then any number of steps. Nothing is allocated in a step.
+    """
+
+    @property
+    def title(self) -> str:
+        """What it is, for the log: "8 threads on amx", "NVIDIA H200"."""
+        ...
+
+    def load(self, progress: Progress) -> None:
+        """Read the weights of the checkpoint."""
+        ...
+
+    def allocate_cache(self, progress: Progress) -> int:
+        """Allocate the KV cache, prepare the steps, and return the number of blocks."""
+        ...
+
+    def close(self) -> None:
+        """Free what the device holds."""
+        ...
+
+
+class TensorRunner:
+    """A runner whose logits are tensors in host memory."""
+
+    def execute(self, batch: Batch) -> Any:
+        """Write the cache as `Runner.compute` says, and return the logits.
+
+        Returns:
+            float32 [sampling rows + scored positions, vocabulary]: first the logits of the sampling rows,
+            then those of the scored positions, both in batch order.
+        """
+        raise NotImplementedError
+
+    def compute(
+        self, batch: Batch, sampled: Draw | None, scored: Draw | None
+    ) -> tuple[Drawn | None, Drawn | None]:
+        logits = self.execute(batch)
+        if scored is None:
+            return None if sampled is None else draw_from(logits, sampled), None
+        if sampled is None:
+            return None, draw_from(logits, scored)
+        count = sampled.count
+        return draw_from(logits[:count], sampled), draw_from(logits[count:], scored)

@@ -1,0 +1,50 @@
+"""What to draw from the logits of a step, and what was drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import custom_ops
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One draw from each of `count` adjacent rows of logits."""
+
+    count: int
+    #: SAMPLING_ROW [count], see `custom_ops.sample`; None: the most likely token of each row, nothing else.
+    rows: np.ndarray | None = None
+    #: int32 [n, 2]: the tokens and counts that rows refer to.
+    tokens: NDArray[np.int32] | None = None
+
+    @property
+    def width(self) -> int:
+        """1 + the highest number of most likely tokens that a row requests."""
+        return 1 if self.rows is None else 1 + max(0, int(self.rows["logprobs"].max()))
+
+
+class Drawn(NamedTuple):
+    #: `custom_ops.BROKEN_ROW` for a row that holds NaN or no finite value.
+    token_ids: list[int]
+    #: Width of the logits, which limits the number of most likely tokens.
+    vocab_size: int
+    #: [count, width]: the drawn token and the most likely ones, undefined where a row did not request them;
+    #: None if no row did.
+    top_tokens: NDArray[np.int32] | None = None
+    logprobs: NDArray[np.float64] | None = None
+
+
+def draw_from(logits: Any, draw: Draw) -> Drawn:
+    """Draw from logits that are a tensor float32 [count, vocabulary] in host memory."""
+    vocab_size: int = logits.shape[1]
+    if draw.rows is None:
+        return Drawn(custom_ops.argmax(logits).tolist(), vocab_size)
+    assert draw.tokens is not None
+    drawn, top_tokens, logprobs = custom_ops.sample(logits, draw.rows, draw.tokens, draw.width)
+    if (draw.rows["logprobs"] < 0).all():
+        return Drawn(drawn.tolist(), vocab_size)
+    return Drawn(drawn.tolist(), vocab_size, top_tokens.numpy(), logprobs.numpy())
