@@ -90,6 +90,7 @@ def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
     sections = {name: _read_section(where, name, document.get(name, {}), size) for name in SECTIONS}
     config = _absolute(Config(**sections, deprecations=tuple(deprecations)), prefix, base)
     _check_ports(where, config)
+    _check_gpus(where, config)
     _check_paths(where, config.paths)
     return config
 
@@ -278,6 +279,24 @@ def _check_ports(where: _Where, config: Config) -> None:
                 f"{where(section, key)}: port {port} is both {owner[port]} and {name}; use each port once"
             )
         owner[port] = name
+
+
+def _check_gpus(where: _Where, config: Config) -> None:
+    engine, parallel = config.engine, config.parallel
+    if engine.gpus and len(engine.gpus) != parallel.data_parallel_size:
+        raise ConfigError(
+            f"{where('engine', 'gpus')}: has {len(engine.gpus)} GPUs; it must have one per replica, and "
+            f"parallel.data_parallel_size is {parallel.data_parallel_size}"
+        )
+    if engine.gpus and engine.device == "cpu":
+        raise ConfigError(
+            f"{where('engine', 'gpus')}: names GPUs, and engine.device is 'cpu'; remove one of them"
+        )
+    if engine.device == "gpu" and parallel.expert_parallel:
+        raise ConfigError(
+            f"{where('engine', 'device')}: is 'gpu', and parallel.expert_parallel is true; on a GPU each "
+            "replica holds all experts: set expert_parallel to false"
+        )
 
 
 def _absolute(config: Config, prefix: Path | None, base: Path) -> Config:

@@ -65,6 +65,14 @@ def environment_names(value: Mapping[str, str]) -> str | None:
     return None
 
 
+def gpu_names(values: tuple[str, ...]) -> str | None:
+    """Accept what CUDA_VISIBLE_DEVICES does: indices, UUIDs, and MIG instances."""
+    wrong = next(
+        (value for value in values if not re.fullmatch(r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+", value)), None
+    )
+    return None if wrong is None else f'{wrong!r} is neither an index like "0" nor a UUID like "GPU-..."'
+
+
 def web_origins(values: tuple[str, ...]) -> str | None:
     return next((problem for value in values if (problem := cors.problem_of(value))), None)
 
@@ -127,7 +135,18 @@ class EngineSection:
     """Options of each replica. A port option is one base port, or a list with one port per replica."""
 
     device: str = row(
-        "auto", "`cpu` or `auto`, which means `cpu` until GPUs are supported.", one_of("auto", "cpu")
+        "auto",
+        "Where replicas compute: `cpu`, `gpu`, or `auto`: a GPU if there is one that can be used.",
+        one_of("auto", "cpu", "gpu"),
+    )
+    gpus: tuple[str, ...] = row(
+        (),
+        "Index or UUID of each replica's GPU; replicas with the same one share its memory. Empty: the "
+        "replicas are dealt over all visible GPUs.",
+        gpu_names,
+    )
+    gpu_memory_utilization: float = row(
+        0.9, "Share of a GPU's memory for all replicas on it.", between(0.01, 1)
     )
     host: str = row(
         "127.0.0.1",

@@ -259,6 +259,12 @@ def _replica(config: Config, index: int) -> Program:
     if engine.num_gpu_blocks_override:
         argv += ["--num-gpu-blocks-override", str(engine.num_gpu_blocks_override)]
     argv += ["--device", engine.device, "--dtype", engine.dtype]
+    if engine.device != "cpu":
+        argv += ["--gpu-memory-utilization", f"{engine.gpu_memory_utilization:g}"]
+    gpu = {}
+    if engine.gpus:
+        gpu = {"CUDA_VISIBLE_DEVICES": engine.gpus[index], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        argv += ["--replicas-per-gpu", str(engine.gpus.count(engine.gpus[index]))]
     if engine.quantization:
         argv += ["--quantization", engine.quantization]
     if engine.threads:
@@ -279,7 +285,7 @@ def _replica(config: Config, index: int) -> Program:
     return Program(
         name=name,
         argv=(*argv, *engine.extra_args),
-        env=MappingProxyType({**engine.env, "FD_LOG_DIR": str(config.paths.logs / name)}),
+        env=MappingProxyType({**engine.env, **gpu, "FD_LOG_DIR": str(config.paths.logs / name)}),
         ports=(engine.ports[index], engine.metrics_ports[index], engine.engine_worker_queue_ports[index]),
         host=connectable(engine.host),
         model=config.model.served_name,

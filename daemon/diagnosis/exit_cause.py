@@ -20,6 +20,8 @@ class Cause(StrEnum):
     FLAG = "flag"
     #: The kernel killed it because of memory, or an allocation failed.
     MEMORY = "memory"
+    #: The GPU or its driver failed.
+    GPU = "gpu"
     #: A disk is full or cannot be written.
     DISK = "disk"
     #: No progress, or no answer to health checks.
@@ -83,8 +85,13 @@ _PORT = re.compile(
     r"\bport \d+ (?:on \S+ )?is taken\b|\bcannot listen on\b|Address (?:already )?in use", re.I
 )
 _MEMORY = re.compile(
-    r"not enough memory|Cannot allocate memory|Unable to allocate|MemoryError|bad_alloc|--shm-size", re.I
+    r"not enough memory|\bGPU memory\b|Cannot allocate memory|Unable to allocate|MemoryError|bad_alloc"
+    r"|--shm-size",
+    re.I,
 )
+#: Beginnings of errors, see choice.py and cuda_library.py in engine/device.
+_NO_GPU = "--device is 'gpu', but "
+_GPU = re.compile(r"\bGPU: ")
 _DISK = re.compile(
     r"No space left on device|Disk quota exceeded|Read-only file system|cannot be written to\b"
 )
@@ -106,11 +113,13 @@ def explain(end: Exit) -> Verdict:
         return Verdict(Cause.PORT)
     if _MEMORY.search(end.error):
         return Verdict(Cause.MEMORY, "out of memory")
+    if _GPU.search(end.error):
+        return Verdict(Cause.GPU, "the GPU or its driver failed; see dmesg for an Xid")
     if _DISK.search(end.error):
         return Verdict(Cause.DISK, "no space left on a disk")
     if _MODEL.search(end.error) or (end.model and end.model in end.error):
         return Verdict(Cause.MODEL, "unreadable model")
-    if _USAGE.search(end.how) and end.error:
+    if (_USAGE.search(end.how) and end.error) or _NO_GPU in end.error:
         return Verdict(Cause.FLAG, "wrong flag")
     if _NOT_STARTED.search(end.how):
         return Verdict(Cause.EXIT, "fd-run could not start it; see its output")

@@ -23,9 +23,7 @@ def _unsupported_option(config: EngineConfig, model: ModelConfig) -> str | None:
         name = "quantization" if config.quantization else "dtype"
         return f"--{name} {config.weight_format} is computed on CPUs only; GPUs compute in bfloat16"
     if config.enable_expert_parallel and model.num_moe_layers:
-        return (
-            "expert groups (--enable-expert-parallel) run on CPUs only; on a GPU a replica holds all experts"
-        )
+        return "--enable-expert-parallel works on CPUs only; on a GPU each replica holds all experts"
     if config.block_size != _BLOCK_SIZE:
         return f"--block-size is {config.block_size}; on GPUs it must be {_BLOCK_SIZE}"
     if config.max_num_seqs > _MAX_SEQUENCES:

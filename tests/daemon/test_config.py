@@ -81,7 +81,24 @@ def test_every_option_has_one_sentence_of_help() -> None:
         (model("[engine]\nthreads = 1.5\n"), "4: engine.threads: is 1.5; it must be an integer"),
         (
             model("[engine]\ndevice = 'tpu'\n"),
-            "4: engine.device: is 'tpu'; it must be one of 'auto', 'cpu'",
+            "4: engine.device: is 'tpu'; it must be one of 'auto', 'cpu', 'gpu'",
+        ),
+        (
+            model("[engine]\ngpus = ['0', 'H200']\n"),
+            '4: engine.gpus: \'H200\' is neither an index like "0" nor a UUID like "GPU-..."',
+        ),
+        (
+            model("[engine]\ngpus = ['0', '1']\n"),
+            "4: engine.gpus: has 2 GPUs; it must have one per replica, and parallel.data_parallel_size is 8",
+        ),
+        (
+            model("[parallel]\ndata_parallel_size = 1\n[engine]\ndevice = 'cpu'\ngpus = ['0']\n"),
+            "7: engine.gpus: names GPUs, and engine.device is 'cpu'; remove one of them",
+        ),
+        (
+            model("[engine]\ndevice = 'gpu'\n"),
+            "4: engine.device: is 'gpu', and parallel.expert_parallel is true; on a GPU each replica holds "
+            "all experts: set expert_parallel to false",
         ),
         (
             model("[engine]\ndtype = 'float16'\n"),

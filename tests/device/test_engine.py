@@ -183,7 +183,7 @@ def requests(model: Model, count: int) -> list[AddRequest]:
             top_k=int(random.choice([0, 5])),
             repetition_penalty=float(random.choice([1.0, 1.2])),
             seed=int(random.integers(2**63)),
-            stop_token_ids=(2,),
+            stop_token_ids=(2,) if index % 6 == 0 else (),
             logprobs=int(random.choice([0, 3])) if index % 4 == 0 else None,
             prompt_logprobs=2 if index % 5 == 0 else None,
         )

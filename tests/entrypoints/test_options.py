@@ -31,8 +31,9 @@ def test_fastdeploys_documented_command_is_taken(caplog):
     assert config.engine_worker_queue_port == 25621
     assert config.router == "http://127.0.0.1:30000"
     assert (config.engine.data_parallel_rank, config.engine.max_num_seqs) == (1, 64)
+    assert config.engine.gpu_memory_utilization == 0.9
     [warning] = [record.getMessage() for record in caplog.records]
-    for flag in ("--gpu-memory-utilization", "--enable-chunked-prefill", "--scheduler-name"):
+    for flag in ("--enable-chunked-prefill", "--scheduler-name"):
         assert flag in warning
 
 

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 #: FastDeploy's flags without effect here; accepted so that its documented commands work.
 # fmt: off
 _WITHOUT_EFFECT = (
-    "controller-port", "workers", "max-waiting-time", "timeout", "gpu-memory-utilization",
+    "controller-port", "workers", "max-waiting-time", "timeout",
     "kv-cache-ratio", "swap-space", "cache-queue-port", "pd-comm-port", "rdma-comm-ports",
     "cache-transfer-protocol", "ips", "skip-port-check", "enable-chunked-prefill",
     "max-num-partial-prefills", "max-long-partial-prefills", "long-prefill-token-threshold",
@@ -97,6 +97,8 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
     engine = EngineConfig(
         model=resolve_model_path(arguments.model),
         device=arguments.device,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        replicas_per_gpu=arguments.replicas_per_gpu,
         threads=arguments.threads,
         pin_threads=arguments.pin_threads,
         max_model_len=arguments.max_model_len,
@@ -178,7 +180,16 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout-graceful-shutdown", type=int, help="seconds for open requests after SIGTERM"
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--device", help="auto or cpu")
+    engine.add_argument("--device", help="auto (a GPU if there is one that can be used), cpu or gpu")
+    engine.add_argument(
+        "--gpu-memory-utilization", type=float, help="share of a GPU's memory for all replicas on it"
+    )
+    engine.add_argument(
+        "--replicas-per-gpu",
+        type=int,
+        metavar="N",
+        help="replicas that share the only visible GPU; 0: deal all replicas over the visible GPUs",
+    )
     engine.add_argument("--threads", type=int, help="CPU threads; 0: this replica's share of the cores")
     engine.add_argument(
         "--pin-threads",
