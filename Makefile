@@ -16,7 +16,7 @@ COMPILED := $(wildcard $(foreach folder,include paddle cpu cpu/*,$(foreach kind,
 # An import tree with the names that the installed package has, for mypy.
 TYPES  := .cache/types
 
-.PHONY: help serve model test test-fast check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
+.PHONY: help serve model test test-fast coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \
         uninstall clean check-cuda test-gpu bench-gpu-product bench-gpu-attention bench-gpu-step
 
@@ -24,6 +24,7 @@ help:
 	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
 	@echo "make test               set up everything and run all tests"
 	@echo "make test-fast          the tests that start no processes: minutes"
+	@echo "make coverage           all tests but those of the whole system, and the lines that they did not run"
 	@echo "make check              ruff, mypy and codespell"
 	@echo "make format             ruff, writing"
 	@echo "make docs               write docs/configuration.md and etc/grafana/fd-dp.json anew"
@@ -62,6 +63,13 @@ test: $(VENV)/installed model
 test-fast: $(VENV)/installed
 	@$(BIN)/pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/systemd --ignore tests/fuzz \
 	    -m 'not processes and not slow and not chaos' --durations=20
+
+# The processes that the tests start are measured too, except those that a test kills.
+coverage: $(VENV)/installed model
+	@rm -rf .cache/coverage && mkdir -p .cache/coverage
+	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/e2e
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report --skip-covered --sort=cover
 
 # The stamp is newer than what decides which packages have to be there, and than what is compiled. Against the
 # very Paddle that will load it: hence no isolated environment for the build.
