@@ -266,7 +266,7 @@ class EngineClient:
             _log.warning("ignored a connection with a wrong token that claims to be worker pid=%d", hello.pid)
         elif hello.version != PROTOCOL_VERSION:
             self._fail(
-                f"the worker has protocol version {hello.version}, the API process {PROTOCOL_VERSION}; "
+                f"the worker speaks protocol {hello.version}, the API process {PROTOCOL_VERSION}; "
                 "the installation has changed: restart the replica"
             )
         else:
