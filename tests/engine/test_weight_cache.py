@@ -232,7 +232,7 @@ def _exchange_norms(raw: bytes) -> bytes:
         (lambda raw: raw.replace(b'"header_sha256":"', b'"header_sha256":"0', 1), "damaged: "),
         (
             lambda raw: raw.replace(f'"version":"{weight_cache.VERSION}"'.encode(), b'"version":"0.1"'),
-            f"layout 0.1, now it is {weight_cache.VERSION}",
+            f"layout 0.1, the current one is {weight_cache.VERSION}",
         ),
     ],
 )
