@@ -38,12 +38,17 @@ def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
 
 
 def instruction_set() -> str:
-    """Return the instruction set in use: amx, avx512, avx2 or generic. FD_ISA selects a lesser one."""
+    """Return the instruction set in use: amx, avx512, avx2 or generic. FD_ISA may select an older one."""
     return library().fd_isa().decode()
 
 
 @cache
 def library() -> ctypes.CDLL:
+    """Return the library, loaded on the first call.
+
+    Raises:
+        ImportError: it is missing, was compiled for another Paddle, or FD_ISA is invalid.
+    """
     path = Path(__file__).with_name("libfd_ops.so")
     if not path.exists():
         raise ImportError(f"{path} is missing; install the project with pip, which compiles it")

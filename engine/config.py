@@ -132,6 +132,7 @@ class ModelConfig:
         return weights / (2 * self.num_attention_heads * self.head_dim * self.num_hidden_layers)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Return the bytes of the keys and values of one token in all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
 
 
@@ -232,6 +233,7 @@ class EngineConfig:
         return self.quantization or self.dtype
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Return the number of cache blocks that this many tokens of a sequence occupy."""
         return math.ceil(num_tokens / self.block_size)
 
     def num_blocks(self, model: ModelConfig, memory_budget: int = 1 << 30) -> int:
@@ -253,6 +255,7 @@ def _either(values: Iterable[str]) -> str:
 
 
 def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 

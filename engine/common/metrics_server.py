@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Seconds for a whole exchange: sending the request and reading the response.
 _CLIENT_TIMEOUT = 5.0
-#: Maximum concurrent clients; a further one replaces the oldest.
+#: Maximum concurrent clients; another one replaces the oldest.
 _MAX_CLIENTS = 16
 _MAX_REQUEST_BYTES = 8192
 #: Seconds to wait if accept() fails, for example because no file descriptor is left.

@@ -18,8 +18,8 @@ from ..weights.weight_cache import Packing
 from .cpu_share import CpuShare
 from .model_runner import ModelRunner
 
-#: Limit of a rank's tokens in one collective; larger steps take several. It keeps exchange buffers within the
-#: shared memory of a container, and is large enough to amortise reading an expert's weights.
+#: Maximum tokens of a rank in one collective; a larger step takes several. This keeps the exchange buffers
+#: within the shared memory of a container, and is enough to amortise reading an expert's weights.
 _ROUND_TOKENS = 128
 #: Less than the time after which the API process kills a stopping worker.
 _LEAVE_SECONDS = 3.0
@@ -100,7 +100,7 @@ def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
 
 
 def _fingerprint(config: EngineConfig) -> dict[str, object]:
-    """Return everything that changes the generated tokens, so all ranks must agree on it."""
+    """Return the settings that affect the generated tokens; they must be equal on all ranks."""
     packing = Packing(config.model, config.weight_format, config.qkv_order).metadata()
     return {
         "checkpoint": packing["checkpoint"],

@@ -21,7 +21,8 @@ class StepBuffer:
         self._grow(1 << 14)
 
     def write(self, batch: Batch, *, every_position: bool = False) -> paddle.Tensor:
-        """
+        """Encode a batch, which must not be empty.
+
         Args:
             every_position: select the logits of all tokens instead of those of the sampling rows and scored
                 positions.

@@ -12,14 +12,17 @@ OnPlacement = Callable[[Sequence[frozenset[int]], Sequence[frozenset[int]]], Non
 
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
+    """Options that may differ between the ranks, except `redundant_experts`."""
+
     name: str
     rank: int
     #: Extra copies of the most used experts in each layer.
     redundant_experts: int = 0
     #: Move experts once a minute to balance their measured load.
     rebalance: bool = False
-    #: Seconds without progress after which a rank that others wait for is reported, and killed.
+    #: Seconds without progress after which a rank that others wait for is reported in the log.
     stall_after: float = 10.0
+    #: Seconds without progress after which it is killed.
     stall_kill: float = 60.0
     #: Every rank has one CPU per thread, so short waits may spin.
     spin: bool = False

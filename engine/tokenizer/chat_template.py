@@ -48,7 +48,7 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
         template = _environment().from_string(source)
     except (RecursionError, MemoryError):
         raise RequestError(
-            "the chat template cannot be compiled: its expressions are nested too deep, or too large",
+            "the chat template cannot be compiled: its expressions are nested too deeply or too large",
             "chat_template",
         ) from None
     # Not only TemplateError: Jinja generates Python code, whose compiler has its own errors (a break outside

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastdeploy.custom_ops.expert_group import FAULTY, GOING, NativeGroup
+from fastdeploy.custom_ops.expert_group import CHANGED, FAULTY, GOING, NativeGroup
 from fastdeploy.expert_parallel import memory_file
 from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.member import group_shape
@@ -159,6 +160,41 @@ def test_a_rank_finds_the_fault_in_its_own_part(pair: Pair) -> None:
     pair.own_targets[0] = 1 << 6 | 63
     assert pair.combine(count) == -1
     assert pair.native.fault == (0, "the target rank of a token")
+
+
+@pytest.mark.parametrize("word", ["arrived", "begun", "dispatched", "combined"])
+def test_a_rank_with_a_damaged_stamp_accuses_no_healthy_rank(pair: Pair, word: str) -> None:
+    assert pair.begin() == GOING
+    # The damage has let rank 1 run ahead, and this rank publishes before it compares.
+    setattr(pair.memory.rows[0], word, EPOCH << 40 | 2)
+    pair.row.begun = pair.row.dispatched = EPOCH << 40 | 3
+    assert pair.dispatch() == -1
+    assert pair.native.status == FAULTY
+    assert pair.native.fault == (0, "its step number")
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_stamp_damaged_during_a_wait_is_this_ranks_fault(pair: Pair, number: int) -> None:
+    pair.row.begun = 0
+
+    def damage() -> None:
+        wait_until(lambda: pair.memory.rows[0].waiting_for, deadline=PATIENCE)
+        pair.memory.rows[0].begun = EPOCH << 40 | number
+        pair.row.begun = EPOCH << 40 | 3
+
+    with ThreadPoolExecutor(1) as pool:
+        damaged = pool.submit(damage)
+        assert pair.begin() == FAULTY
+        damaged.result()
+    assert pair.native.fault == (0, "its step number")
+
+
+def test_damage_of_a_rank_that_was_removed_is_a_change(pair: Pair) -> None:
+    assert pair.begin() == GOING
+    pair.memory.rows[0].dispatched = EPOCH << 40 | 7
+    pair.memory.words.epoch = EPOCH + 1
+    assert pair.dispatch() == -1
+    assert pair.native.status == CHANGED
 
 
 def test_a_fault_is_forgotten_with_the_next_members(pair: Pair) -> None:

@@ -84,7 +84,7 @@ def replica_metrics() -> ReplicaMetrics:
     """Return a replica's own exposition, as it is after a step."""
     group = ExpertParallelStats(
         epoch=1,
-        active_seats=[0, 1],
+        active_ranks=[0, 1],
         joins_total=2,
         leaves_total=0,
         losses_total=0,

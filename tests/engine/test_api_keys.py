@@ -41,7 +41,7 @@ def test_a_file_of_any_editor_holds_its_keys(tmp_path: Path, content: bytes) -> 
         ("good\ncaf\u00e9\n".encode("latin-1"), r"byte 8 \(line 2\) is not UTF-8"),
         ("one\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         (b"one\x0btwo\n", "the key in line 1 has a character"),
-        (b"one\0", "line 1 holds the character NUL"),
+        (b"one\0", "line 1 contains the character NUL"),
         (b"\xef\xbb\xbf", "has no key in it"),
     ],
 )

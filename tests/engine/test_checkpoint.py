@@ -265,7 +265,7 @@ def test_a_weight_that_is_no_number_is_refused(checkpoint: Path, tensors: Tensor
     broken = tensors[name].copy()
     broken[7, 40] = value
     rewrite(checkpoint, {name: broken})
-    assert f"tensor {name} holds values that are not finite" in message_of(checkpoint)
+    assert f"tensor {name} contains values that are not finite" in message_of(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,8 @@ def assert_is_a_line_about_the_model(message: str, file: Path) -> None:
         (b"a\r\nb\r\ncaf\xe9", r"F: byte 9 \(line 3\) is not UTF-8"),
         (BOM + b"a\ncaf\xe9", r"F: byte 8 \(line 2\) is not UTF-8"),
         ("hello".encode("utf-16"), "F: is UTF-16"),
-        ("hello".encode("utf-16-be"), "F: line 1 holds the character NUL"),
-        (b"a\nb\0c", "F: line 2 holds the character NUL"),
+        ("hello".encode("utf-16-be"), "F: line 1 contains the character NUL"),
+        (b"a\nb\0c", "F: line 2 contains the character NUL"),
         (b"\x1f\x8b\x08\x00", r"F: byte 1 \(line 1\) is not UTF-8"),
     ],
 )

@@ -147,7 +147,7 @@ def test_four_that_come_at_once_pack_once(cache: Path, checkpoint: Path) -> None
     told = [packer.communicate(timeout=120) for packer in packers]
     assert [packer.returncode for packer in packers] == [0] * 4
     assert {out.strip() for out, _ in told} == {str(Packing(checkpoint, "bfloat16").file)}
-    assert sum("for the first time" in error for _, error in told) == 1
+    assert sum("there is no packed file yet" in error for _, error in told) == 1
 
 
 def test_who_waits_says_for_whom(cache: Path, checkpoint: Path, stalled: subprocess.Popen[str]) -> None:
@@ -232,7 +232,7 @@ def _exchange_norms(raw: bytes) -> bytes:
         (lambda raw: raw.replace(b'"header_sha256":"', b'"header_sha256":"0', 1), "damaged: "),
         (
             lambda raw: raw.replace(f'"version":"{weight_cache.VERSION}"'.encode(), b'"version":"0.1"'),
-            f"layout 0.1, now it is {weight_cache.VERSION}",
+            f"layout 0.1, the current one is {weight_cache.VERSION}",
         ),
     ],
 )

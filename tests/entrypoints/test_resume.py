@@ -448,7 +448,7 @@ GOOD = Resumption(COMPLETIONS, BODY, "cmpl-1", 1700000000, {0: Delivered([40])})
         ({"body": b'{"prompt": "x"}', "choices": {0: Delivered([40], finished=True)}}, "has finished"),
         ({"choices": {1: Delivered([40])}}, "no choice 1"),
         ({"choices": {0: Delivered([512])}}, "token 512"),
-        ({"choices": {0: Delivered([40] * 5)}}, "5 tokens, of 5"),
+        ({"choices": {0: Delivered([40] * 5)}}, "already has 5 of at most 5 tokens"),
         ({"body": BODY.replace(b"5", b'5, "stop": "E"')}, "stop string"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
