@@ -174,7 +174,7 @@ class Daemon:
 
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
-        running = [replica.program for replica in self._fleet.programs.values()]
+        running = [program.spec for program in self._fleet.programs.values()]
         supervisord_config.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
             log.info("started with an older configuration than dp.toml: %s", ", ".join(outdated))
@@ -227,10 +227,10 @@ class Daemon:
         fleet = self._fleet
         fleet.stopping = True
         deadline = time.monotonic() + _SHUTDOWN_GRACE
-        for replica in fleet.programs.values():
-            fleet.stop(replica, "fd-dp is stopping")
+        for program in fleet.programs.values():
+            fleet.stop(program, "fd-dp is stopping")
         try:
-            while any(replica.state is ProgramState.STOPPING for replica in fleet.programs.values()):
+            while any(program.state is ProgramState.STOPPING for program in fleet.programs.values()):
                 try:
                     fleet.step()
                 except SupervisorLost as error:

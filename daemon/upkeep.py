@@ -129,7 +129,7 @@ class Upkeep:
         return ""
 
     def _files_problem(self) -> str:
-        programs = [replica.program for replica in self._fleet.programs.values()]
+        programs = [program.spec for program in self._fleet.programs.values()]
         supervisord_config.make_log_directories(self._fleet.layout, programs)
         if not self._fleet.adopted or supervisord_config.files_exist(self._fleet.layout, programs):
             return ""

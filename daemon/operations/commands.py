@@ -64,22 +64,22 @@ class Commands:
         if name == "status":
             conversation.end(protocol.OK, status=self._describe())
         elif name == "why":
-            for replica in self._selected(command, conversation)[:1]:
-                found = status.why(self._fleet, replica, time.monotonic())
+            for program in self._selected(command, conversation)[:1]:
+                found = status.why(self._fleet, program, time.monotonic())
                 problems = self._describe()["daemon"]["problems"]
                 conversation.end(protocol.OK, why={**found, "problems": problems})
         elif name == "reload":
             self.reload(conversation, dry_run=bool(command.get("dry_run")), wait=wait)
         elif name in DESIRED_STATES:
-            if replicas := self._selected(command, conversation):
-                self._intents.handle(str(name), replicas, conversation, wait=wait)
+            if programs := self._selected(command, conversation):
+                self._intents.handle(str(name), programs, conversation, wait=wait)
         elif name in _OPERATIONS:
             if not self._may_begin(conversation):
                 return
-            if replicas := self._selected(command, conversation):
+            if programs := self._selected(command, conversation):
                 if not wait:
                     conversation.end(protocol.OK)
-                operation = _OPERATIONS[name](self._fleet, [replica.name for replica in replicas])
+                operation = _OPERATIONS[name](self._fleet, [program.name for program in programs])
                 self._runner.begin(f"{name} {command.get('name')}", operation, conversation if wait else None)
         else:
             conversation.end(protocol.USAGE, error=f"unknown command {name!r}")
@@ -115,12 +115,12 @@ class Commands:
         If there is none, the conversation ends with an error and the list is empty.
         """
         name = str(command.get("name", ""))
-        replicas = self._fleet.programs
+        programs = self._fleet.programs
         if name == "all":
-            return [replica for replica in replicas.values() if replica.program.replica is not None]
-        if found := replicas.get(name) or replicas.get(f"replica{name}"):
+            return [program for program in programs.values() if not program.is_router]
+        if found := programs.get(name) or programs.get(f"replica{name}"):
             return [found]
-        numbers = [str(number) for r in replicas.values() if (number := r.program.replica) is not None]
+        numbers = [str(program.spec.replica) for program in programs.values() if not program.is_router]
         error = f"no such replica; there are router, {', '.join(numbers)}, all"
         conversation.end(protocol.USAGE, error=f"{name}: ERROR ({error})")
         return []

@@ -18,11 +18,11 @@ log = logging.getLogger("fd-dp")
 
 #: Desired state after a command, by its name.
 DESIRED_STATES: dict[str, Callable[[SupervisedProgram], DesiredState]] = {
-    "drain": lambda replica: DesiredState(replica.intent, draining=True),
-    "undrain": lambda replica: DesiredState(replica.intent, draining=False),
-    "hold": lambda replica: DesiredState(Intent.HELD, replica.draining),
-    "release": lambda replica: DesiredState(
-        Intent.RUN if replica.intent is Intent.HELD else replica.intent, replica.draining
+    "drain": lambda program: DesiredState(program.intent, draining=True),
+    "undrain": lambda program: DesiredState(program.intent, draining=False),
+    "hold": lambda program: DesiredState(Intent.HELD, program.draining),
+    "release": lambda program: DesiredState(
+        Intent.RUN if program.intent is Intent.HELD else program.intent, program.draining
     ),
 }
 
@@ -38,25 +38,25 @@ class IntentCommands:
         self.has_released = False
 
     def handle(
-        self, command: str, replicas: list[SupervisedProgram], conversation: Conversation, *, wait: bool
+        self, command: str, programs: list[SupervisedProgram], conversation: Conversation, *, wait: bool
     ) -> None:
         """Carry out one of `DESIRED_STATES` for these programs."""
         fleet = self._fleet
         if not fleet.adopted:
             conversation.end(protocol.BUSY, error="fd-dp is starting; try again later")
             return
-        problems = (f"{r.label}: {text}" for r in replicas if (text := rejection(command, r)))
+        problems = (f"{r.label}: {text}" for r in programs if (text := rejection(command, r)))
         if problem := next(problems, ""):
             conversation.end(protocol.FAILED, error=problem)
             return
-        if problem := apply(fleet, command, replicas):
+        if problem := apply(fleet, command, programs):
             conversation.line(problem)
-        log.info("%s: %s", command, ", ".join(replica.label for replica in replicas))
+        log.info("%s: %s", command, ", ".join(program.label for program in programs))
         self.has_released = self.has_released or command == "release"
         if command == "drain" and not fleet.router.snapshot.problem and no_replica_accepting(fleet):
             conversation.line("no replica takes requests now")
         if command == "drain" and wait:
-            names = [replica.name for replica in replicas]
+            names = [program.name for program in programs]
             self._drains.append((maintenance.until_drained(fleet, names), conversation))
         else:
             conversation.end(protocol.OK)
@@ -66,23 +66,23 @@ class IntentCommands:
         self._drains = [each for each in self._drains if _advance(*each)]
 
 
-def rejection(command: str, replica: SupervisedProgram) -> str:
+def rejection(command: str, program: SupervisedProgram) -> str:
     """Return why a command cannot be carried out, or ""."""
-    if command in ("drain", "undrain") and replica.program.replica is None:
+    if command in ("drain", "undrain") and program.is_router:
         return "only replicas can be drained"
-    if command == "hold" and replica.intent is Intent.STOPPED:
-        return f"it is stopped, so it cannot be held; fdctl start {replica.name} first"
+    if command == "hold" and program.intent is Intent.STOPPED:
+        return f"it is stopped, so it cannot be held; fdctl start {program.name} first"
     return ""
 
 
-def apply(fleet: Fleet, command: str, replicas: list[SupervisedProgram]) -> str:
+def apply(fleet: Fleet, command: str, programs: list[SupervisedProgram]) -> str:
     """Record and apply a desired state. Return why it could not be saved, or ""."""
     problem = ""
-    for replica in replicas:
-        problem = fleet.set_desired(replica, DESIRED_STATES[command](replica))
-        if command == "hold" and replica.state in FAILED:
+    for program in programs:
+        problem = fleet.set_desired(program, DESIRED_STATES[command](program))
+        if command == "hold" and program.state in FAILED:
             # It has ended, and a held program is not started again.
-            fleet.stop(replica, HELD)
+            fleet.stop(program, HELD)
     return problem
 
 

@@ -151,7 +151,7 @@ class Fleet:
         """
         known = self.programs.get(name)
         assert known is None or not known.alive, name
-        others = [other.program for other in self.programs.values() if other is not known]
+        others = [other.spec for other in self.programs.values() if other is not known]
         supervisord_config.write_files(self.layout, others if program is None else [*others, program])
         if program is None:
             self.programs.pop(name, None)
@@ -166,14 +166,14 @@ class Fleet:
         Raises SupervisorError, or OSError if the file cannot be written; then nothing has changed.
         """
         router = self.programs[program.name]
-        others = [other.program for other in self.programs.values() if other is not router]
+        others = [other.spec for other in self.programs.values() if other is not router]
         supervisord_config.write_files(self.layout, [*others, program])
-        router.set_program(program)
+        router.set_spec(program)
         self.supervisor.send_signal(program.name, "HUP")
 
     def write_files(self) -> None:
         """Write supervisord's files for the programs as they run now, not as a rollout will leave them."""
-        supervisord_config.write_files(self.layout, [program.program for program in self.programs.values()])
+        supervisord_config.write_files(self.layout, [program.spec for program in self.programs.values()])
 
     def configure(self, config: Config, programs: Iterable[Program]) -> None:
         """Set the wanted configuration. Running programs change only by `replace_program`."""
@@ -303,7 +303,7 @@ class Fleet:
         else:
             program.exited(how)
             others = (name for name in self.programs if name != program.name)
-            verdict, error = self._diagnosis.diagnose(program.program, how, program.started, others)
+            verdict, error = self._diagnosis.diagnose(program.spec, how, program.started, others)
             cause, what = verdict.cause, f"{how} ({verdict.words})" if verdict.words else how
             what += f"; its last error: {error}" if error else ""
         self.router.report_exit(program, from_outside=cause in exit_cause.FROM_OUTSIDE)
@@ -374,9 +374,9 @@ class Fleet:
             )
             # Programs are shown and started in this order.
             order = sorted(
-                self.programs.values(), key=lambda p: -1 if p.program.replica is None else p.program.replica
+                self.programs.values(), key=lambda p: -1 if p.spec.replica is None else p.spec.replica
             )
             self.programs = {p.name: p for p in order}
-        program.set_program(spec)
+        program.set_spec(spec)
         self._queue.add(spec.name)
         return program

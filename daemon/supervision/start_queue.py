@@ -92,7 +92,7 @@ class StartQueue:
             StartFailed: the program cannot be started.
             SupervisorLost: supervisord does not answer.
         """
-        layout, spec = self._supervisor.layout, program.program
+        layout, spec = self._supervisor.layout, program.spec
         # A worker may outlive its API process for a moment, and holds ports and memory.
         if left := proc.kill_marked(layout.run, program.name):
             program.set_note(f"waits for pid {left[0].pid} of its last run to end")
