@@ -58,12 +58,12 @@ class Conversation:
 
     @property
     def is_over(self) -> bool:
-        """The client has its result or has disconnected."""
+        """True once the client has its result or has disconnected."""
         return self._connection.fileno() < 0
 
     @property
     def is_idle(self) -> bool:
-        """The client has not yet sent its command, or has not read its messages."""
+        """True while the client has not sent its command, or has not read its messages."""
         return not self._has_command or bool(self._unsent)
 
     def listen(self) -> None:

@@ -23,7 +23,7 @@ def status(
     supervisord: int,
     problems: list[str],
 ) -> dict[str, Any]:
-    """Return the answer to the command `status`. docs/fdctl.md describes its fields."""
+    """Return the result of the command `status`. docs/fdctl.md describes its fields."""
     replicas = [_entry(fleet, replica) for replica in fleet.replicas.values()]
     router = fleet.programs.get(ROUTER)
     return {
@@ -46,7 +46,7 @@ def status(
 
 
 def why(fleet: Fleet, program: SupervisedProgram, now: float) -> dict[str, Any]:
-    """Return the answer to the command `why`: the status of a program and more about it."""
+    """Return the result of the command `why`: the status of a program and more about it."""
     return {
         **_entry(fleet, program),
         "for": round(max(0.0, now - program.since), 1),
@@ -69,9 +69,9 @@ def all_ready(fleet: Fleet) -> bool:
 
 
 def is_usable(fleet: Fleet) -> bool:
-    """Return whether every program has been started once and requests are answered.
+    """Return whether every program has started once and the system answers requests.
 
-    The latter does not count if the operator has stopped all replicas.
+    It need not answer requests if the operator has stopped all replicas.
     """
     wanted = {program.name: program for program in fleet.programs.values() if not program.left_down}
     router = wanted.pop(ROUTER, None)
@@ -95,7 +95,7 @@ def is_first_start(fleet: Fleet) -> bool:
 
 
 def one_line(fleet: Fleet) -> str:
-    """ "7/8 ready, replica 4 loading 62%"."""
+    """Return a summary such as "7/8 ready, replica 4 loading 62%"."""
     ready = sum(replica.state is ProgramState.READY for replica in fleet.replicas.values())
     words = [f"{ready}/{len(fleet.replicas)} ready"]
     for program in fleet.programs.values():

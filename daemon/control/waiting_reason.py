@@ -1,4 +1,4 @@
-"""Explains what a program waits for, for `fdctl why`. Pure."""
+"""Explains what a program waits for, for `fdctl why`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..supervision.fleet import Fleet
 from ..supervision.intents import Intent
 from ..supervision.program_state import FAILED, ProgramState, SupervisedProgram
 
-#: First words of the note of a replica that cannot be started yet.
+#: First words of the note of a program that cannot be started yet.
 _WAITS_FOR = "waits for "
 
 
@@ -53,14 +53,14 @@ def waits_for(fleet: Fleet, program: SupervisedProgram, now: float) -> str:
 def missing_at_the_router(fleet: Fleet, program: SupervisedProgram) -> str:
     """Return why the router does not use a READY replica, or "".
 
-    Return "" while the router does not answer, too: `fdctl status` reports that separately.
+    Return "" also while the router does not answer, which `fdctl status` reports separately.
     """
     if program.is_router or program.state is not ProgramState.READY or fleet.router.snapshot.problem:
         return ""
     row = fleet.router.row(program)
     if row is not None and row.in_service:
         return ""
-    # The router was asked before the replica became READY.
+    # The snapshot is older than the READY state of the replica.
     if fleet.router.snapshot.at <= program.since:
         return ""
     if row is None or row.leaving:
@@ -75,7 +75,7 @@ def _calm(box_calm: float, left: float) -> str:
 
 
 def next_try_in(program: SupervisedProgram, now: float) -> float | None:
-    """Return seconds to the next restart; None if it has not failed, or the daemon is stopping."""
+    """Return the seconds to the next start; None if it has not failed, or the daemon is stopping."""
     if program.state not in FAILED or not math.isfinite(program.next_try):
         return None
     return max(0.0, round(program.next_try - now, 1))

@@ -105,7 +105,7 @@ def _add_queries(command: Callable[..., argparse.ArgumentParser]) -> None:
     found = command("top", top.top, "show the activity of the replicas until q or Ctrl-C")
     found.add_argument("--once", action="store_true", help="print one frame, measured over a second")
     found = command(
-        "ep", status_commands.ep, "show the expert-parallel group and which ranks wait for which others"
+        "ep", status_commands.ep, "show the expert-parallel groups and which ranks wait for which others"
     )
     group = found.add_argument("group", metavar="GROUP", nargs="?", help="default: the daemon's groups")
     group.completer = completion.nothing  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Dispatch of fdctl's commands.
 
-At most one operation (reload, restart, start, stop) is in progress; another one is rejected with its name.
+At most one operation (reload, restart, start, stop) is in progress. A second one is rejected with the name of
+the first.
 Drain, undrain, hold and release take effect at once, during operations too.
 """
 
@@ -35,7 +36,7 @@ class Commands:
     Args:
         prefix: as in `config.loader.load`.
         programs_for: returns the programs of a configuration, or raises ConfigError.
-        describe: returns the answer to the command `status`.
+        describe: returns the result of the command `status`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Commands:
 
     @property
     def busy(self) -> bool:
-        """An operation is in progress."""
+        """True while an operation is in progress."""
         return self._runner.busy
 
     def handle(self, command: dict[str, Any], conversation: Conversation) -> None:

@@ -16,11 +16,11 @@ from ..supervision.intents import Intent
 from ..supervision.program_state import FAILED, ProgramState, SupervisedProgram
 from .operation import Operation, StepPosition, Waiting, stage_event
 
-#: Seconds without an answer of the router. A restart takes a second or two.
+#: Seconds to wait for a router that does not answer. A restart takes a second or two.
 _ROUTER_TIMEOUT = 10.0
 #: Seconds from READY to use by the router: one heartbeat and one health check.
 _REGISTRATION_TIMEOUT = 30.0
-#: Seconds in which a new daemon has probed every program once.
+#: Seconds after which a new daemon has probed every program once.
 _FIRST_PROBES = 15.0
 _RETURNING = (ProgramState.WAITING, ProgramState.STARTING, ProgramState.BACKOFF, ProgramState.STOPPING)
 
@@ -28,10 +28,10 @@ _RETURNING = (ProgramState.WAITING, ProgramState.STARTING, ProgramState.BACKOFF,
 def take_down(
     fleet: Fleet, name: str, why: str, position: StepPosition, *, for_good: bool = False
 ) -> Waiting:
-    """Drain and stop a replica.
+    """Drain a program if it is a replica that serves, and stop it.
 
     Args:
-        for_good: it does not return, so drain it even if no other replica can take its requests.
+        for_good: it does not come back, so drain it even if no other replica can take its requests.
     """
     program = fleet.programs.get(name)
     if program is None:
@@ -124,9 +124,9 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
                 yield f"{replica.label}: {_requests(row.in_flight)} in flight"
         if fleet.router.snapshot.problem not in ("", reported):
             reported = fleet.router.snapshot.problem
-            yield f"{reported}; until it does, it keeps sending requests to these replicas"
+            yield f"{reported}; these replicas may still get requests"
         if not shown and fleet.router.snapshot.problem and fleet.now - began > _router_timeout(fleet):
-            return f"{fleet.router.snapshot.problem}; the drain takes effect as soon as it does"
+            return f"{fleet.router.snapshot.problem}; the drain takes effect when it answers"
         yield None
     return ""
 
@@ -174,7 +174,7 @@ def _until_idle(fleet: Fleet, replica: SupervisedProgram, position: StepPosition
     timeout = fleet.config.supervise.drain_timeout
     if not timeout:
         return
-    yield f"{replica.label}: not drained, as no other replica takes requests; it is stopped when it has none"
+    yield f"{replica.label}: not drained, because no other replica takes requests; it stops when it is idle"
     began, shown = fleet.now, -1
     while _serves(fleet, replica.name) and (took := fleet.now - began) < timeout:
         in_flight = fleet.router.in_flight(replica)
@@ -191,8 +191,8 @@ def _until_idle(fleet: Fleet, replica: SupervisedProgram, position: StepPosition
 def _until_in_use(fleet: Fleet, program: SupervisedProgram) -> Operation:
     """Wait until the router uses a replica.
 
-    A router that does not answer is not a failure of the replica. A READY replica that the router does not
-    use is: the new configuration may be the reason, and would do the same to every other replica.
+    It is a failure if the router answers and does not use the READY replica: the reason may be the new
+    configuration, which would do the same to every other replica. It is none if the router does not answer.
     """
     if program.is_router:
         return ""

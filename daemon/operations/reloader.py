@@ -1,4 +1,4 @@
-"""Reloads: what `fdctl reload` and SIGHUP do."""
+"""Reloads, which `fdctl reload` and SIGHUP begin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("fd-dp")
 
 
 class Reloader:
-    """Replaces running programs by those of dp.toml.
+    """Replaces running programs with those of dp.toml.
 
     Args:
         prefix: as in `config.loader.load`.

@@ -1,8 +1,8 @@
-"""All supervised programs: decides what is started, stopped and tried again.
+"""All supervised programs, and the decisions which to start, stop and try again.
 
-`step` reads the facts (supervisord's processes, the readings of the probes), moves the programs along their
-state machines and acts on their states. `request_start` and `stop` only change a state; the next step acts on
-it. So a step interrupted by the death of supervisord can simply be repeated.
+`step` reads the facts (supervisord's processes, the results of the probes), changes the states of the
+programs accordingly and acts on these states. `request_start` and `stop` only change a state; the next step
+acts on it. So a step that was interrupted by the death of supervisord can simply be repeated.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Fleet:
     """Owner of all supervised programs, the replicas and the router.
 
     Args:
-        watch: is called with each new pid; must call `on_process_exit` when that process has ended.
-        rng: random numbers from [0, 1) for the backoff.
+        watch: called with each new pid; it must call `on_process_exit` when that process has ended.
+        rng: returns random numbers from [0, 1) for the backoff.
         read_snapshot: reads the snapshot of an expert-parallel group.
     """
 
@@ -98,7 +98,7 @@ class Fleet:
     def adopt(self) -> list[str]:
         """Take over the programs that supervisord runs. After an error it can be called again.
 
-        Programs keep running whatever their configuration; a rollout replaces those with an older one.
+        They keep running, whatever their configuration; a rollout replaces those with an old one later.
 
         Returns:
             Names of the running programs whose configuration is not the wanted one.
@@ -139,7 +139,7 @@ class Fleet:
             program.move(ProgramState.STOPPED, why, self._clock())
 
     def set_desired(self, program: SupervisedProgram, desired: DesiredState) -> str:
-        """Record the operator's wish. It takes effect even if it cannot be saved; return why, or ""."""
+        """Set the desired state, which takes effect at once. Return why it could not be saved, or ""."""
         problem = self.intents.set(program.name, desired)
         program.set_desired(desired.intent, desired.draining)
         return problem
@@ -147,7 +147,7 @@ class Fleet:
     def replace_program(self, name: str, program: Program | None) -> None:
         """Change the configuration of a program that is down, or remove it.
 
-        Raises SupervisorError, or OSError if the files cannot be written; then nothing has changed.
+        Raises SupervisorError; or OSError if the files cannot be written, before anything has changed.
         """
         known = self.programs.get(name)
         assert known is None or not known.alive, name
@@ -163,7 +163,7 @@ class Fleet:
     def update_router_flags(self, program: Program) -> None:
         """Write the flags file of the router and, if it runs, make it reload the file.
 
-        Raises SupervisorError, or OSError if the file cannot be written; then nothing has changed.
+        Raises SupervisorError; or OSError if the file cannot be written, before anything has changed.
         """
         router = self.programs[program.name]
         others = [other.spec for other in self.programs.values() if other is not router]
@@ -199,11 +199,11 @@ class Fleet:
         self._update_supervisord(except_for=frozenset())
 
     def on_process_exit(self, pid: int) -> None:
-        """Note that the kernel reported the end of a process. supervisord will within a second."""
+        """Record that the kernel has reported the end of a process; supervisord does within a second."""
         self._ended_pids.add(pid)
 
     def router_has_been_up(self, seconds: float) -> bool:
-        """Return whether the router has been READY, as its health checks say, for that long."""
+        """Return whether the router has been READY for more than some seconds."""
         router = self.programs.get(ROUTER)
         return router is not None and router.state is ProgramState.READY and self.now - router.since > seconds
 
@@ -359,7 +359,7 @@ class Fleet:
             self._failed(program, str(error), verdict.cause, now)
 
     def _update_supervisord(self, except_for: Collection[str]) -> None:
-        """Write the files and make supervisord use them: it may have started with older or foreign ones."""
+        """Write the files and make supervisord use them: it may have started with those of another daemon."""
         self.write_files()
         for name in self.supervisor.processes().keys() | self.programs.keys():
             if name not in except_for:

@@ -80,7 +80,7 @@ class SupervisedProgram:
     since: float = 0.0
     #: Reason of the state, for people.
     note: str = ""
-    #: The operator's wish, and whether the router is to send no new requests.
+    #: What the operator wants, and whether the router is to send no new requests.
     intent: Intent = Intent.RUN
     draining: bool = False
     pid: int = 0

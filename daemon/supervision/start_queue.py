@@ -129,7 +129,8 @@ class StartQueue:
         if cause in exit_cause.FROM_OUTSIDE:
             decision = restarts.interrupted()
         elif program.is_router:
-            # Everything depends on it, and it starts quickly and needs little: always try again soon.
+            # Everything depends on it, and it starts quickly and needs little. So neither the cause nor the
+            # machine's budget delays its next try.
             decision = restarts.failed(now)
         else:
             exhausted = self._host_budget.failed(now)
