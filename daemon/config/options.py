@@ -180,13 +180,13 @@ class RouterSection:
     workers: int = row(1, "Worker processes; one serves thousands of streams.", between(1, 16))
     request_timeout: float = row(
         1800.0,
-        "Time without data after which a request fails, for replicas that send no keep-alives.",
+        "Time without data from a replica that sends no keep-alives after which its request fails.",
         at_least(1),
         "s",
     )
     progress_timeout: float = row(
         90.0,
-        "Time without data after which a replica counts as dead, for replicas that send keep-alives.",
+        "Time without data from a replica that sends keep-alives after which it counts as dead.",
         at_least(1),
         "s",
     )
@@ -271,8 +271,7 @@ class SuperviseSection:
     )
     box_budget: int = row(
         40,
-        "Number of failures of all replicas within `budget_window` after which each replica that fails is "
-        "paused.",
+        "Number of failures of all replicas within `budget_window` after which each further one is paused.",
         at_least(1),
     )
     box_calm: float = row(
@@ -297,11 +296,11 @@ class MetricsSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathsSection:
-    """Directories. Empty: `state`, `run` and `logs` below `--prefix`; without a prefix, those named below."""
+    """Directories. Empty: `state`, `run` and `logs` below `--prefix`, or the system's without a prefix."""
 
-    state: Path = row("", "Files that survive a restart; without a prefix: /var/lib/fd.")
-    run: Path = row("", "Sockets and supervisord's files; without a prefix: /run/fd.")
-    logs: Path = row("", "Log files, one directory per program; without a prefix: /var/log/fd.")
+    state: Path = row("", "Files that survive a restart; without a prefix /var/lib/fd.")
+    run: Path = row("", "Sockets and supervisord's files; without a prefix /run/fd.")
+    logs: Path = row("", "Log files, one directory per program; without a prefix /var/log/fd.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from . import client
 from .program_output import last_lines, stacks_in
 
 _LINES = 50
-_INTENTS = {"run": "running", "stopped": "down: stopped by the operator", "held": "held by the operator"}
+_INTENTS = {"run": "running", "stopped": "down (stopped by the operator)", "held": "held by the operator"}
 
 
 def why(options: argparse.Namespace) -> int:

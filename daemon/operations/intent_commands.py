@@ -38,25 +38,25 @@ class IntentCommands:
         self.has_released = False
 
     def handle(
-        self, command: str, programs: list[SupervisedProgram], conversation: Conversation, *, wait: bool
+        self, command: str, replicas: list[SupervisedProgram], conversation: Conversation, *, wait: bool
     ) -> None:
         """Carry out one of `DESIRED_STATES` for these programs."""
         fleet = self._fleet
         if not fleet.adopted:
             conversation.end(protocol.BUSY, error="fd-dp is starting; try again later")
             return
-        problems = (f"{r.label}: {text}" for r in programs if (text := rejection(command, r)))
+        problems = (f"{r.label}: {text}" for r in replicas if (text := rejection(command, r)))
         if problem := next(problems, ""):
             conversation.end(protocol.FAILED, error=problem)
             return
-        if problem := apply(fleet, command, programs):
+        if problem := apply(fleet, command, replicas):
             conversation.line(problem)
-        log.info("%s: %s", command, ", ".join(program.label for program in programs))
+        log.info("%s: %s", command, ", ".join(replica.label for replica in replicas))
         self.has_released = self.has_released or command == "release"
         if command == "drain" and not fleet.router.snapshot.problem and no_replica_accepting(fleet):
             conversation.line("no replica takes requests now")
         if command == "drain" and wait:
-            names = [program.name for program in programs]
+            names = [replica.name for replica in replicas]
             self._drains.append((maintenance.until_drained(fleet, names), conversation))
         else:
             conversation.end(protocol.OK)

@@ -35,9 +35,9 @@ class Repair:
         fleet = self._fleet
         if not fleet.adopted or fleet.stopping:
             return
-        for program in fleet.programs.values():
-            if program.state is ProgramState.STOPPED and program.intent is Intent.RUN:
-                fleet.request_start(program, "start")
+        for replica in fleet.programs.values():
+            if replica.state is ProgramState.STOPPED and replica.intent is Intent.RUN:
+                fleet.request_start(replica, "start")
         if self._intents.has_released:
             self._intents.has_released = False
             self._reloader.catch_up()

@@ -306,7 +306,7 @@ class Board:
                 self._log_state(handle, self._rows.succeed(handle.row, self._clock()))
 
     def failed(self, handle: ReplicaHandle, why: str) -> None:
-        """Record a failed health check or request that may be transient."""
+        """Record a failed health check or request. The failure may be transient."""
         self._fail(handle, why, at_once=False)
 
     def unreachable(self, handle: ReplicaHandle, why: str) -> None:
@@ -314,7 +314,7 @@ class Board:
         self._fail(handle, why, at_once=True)
 
     def set_load(self, handle: ReplicaHandle, running: int, waiting: int) -> None:
-        """Set the requests that run and wait there by the replica's own metrics."""
+        """Set the numbers of running and waiting requests that the replica's own metrics show."""
         with self._lock:
             if self._is_current(handle):
                 self._rows.set_load(handle.row, running, waiting)

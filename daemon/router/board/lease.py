@@ -11,7 +11,7 @@ from .memory import CounterCells
 
 logger = logging.getLogger(__name__)
 
-#: Minimum seconds between two counts of a stream's tokens, so that not each token touches the board.
+#: Minimum seconds between two counts of a stream's tokens, so that not every token touches the board.
 _COUNT_SECONDS = 0.25
 
 
@@ -87,10 +87,10 @@ class Lease:
         return self.handle.instance
 
     def count_tokens(self, count: int) -> None:
-        """Record that `count` tokens of the answer have just been passed on.
+        """Record that `count` tokens of the response have just been passed on.
 
-        The first call starts the clock and its tokens are left out, because a complete response that comes in
-        one call says nothing about speed.
+        The first call only starts the clock, because a complete response that comes in one call says nothing
+        about speed.
         """
         now = self._counters.clock()
         if not self._since:

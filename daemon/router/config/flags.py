@@ -82,7 +82,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         metavar="NET",
         help="address or network from which replicas may register, besides this machine; may be repeated",
     )
-    add("--api-keys-file", type=Path, metavar="FILE", help="file with API keys for /v1, one a line")
+    add("--api-keys-file", type=Path, metavar="FILE", help="file with API keys for /v1, one per line")
     add(
         "--cors-origins",
         default=",".join(DEFAULT),
@@ -123,8 +123,8 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--request-timeout-secs",
         type=float,
         default=1800.0,
-        help="time without data after which a request is given up, for replicas that send no progress "
-        "messages, such as FastDeploy's (default %(default)g)",
+        help="time without data after which a request fails, for replicas that send no keep-alives, such as "
+        "FastDeploy's (default %(default)g)",
     )
     add(
         "--progress-timeout-secs",
@@ -132,7 +132,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         dest="progress_timeout_secs",
         type=float,
         default=90.0,
-        help="time without data after which a replica that sends progress messages is considered dead "
+        help="time without data after which a replica counts as dead, for replicas that send keep-alives "
         "(default %(default)g)",
     )
     add(
@@ -184,13 +184,13 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--register-keys-file",
         type=Path,
         metavar="FILE",
-        help="file with keys, one a line, for replicas of --allow-host (FD_ROUTER_REGISTER_KEY)",
+        help="file with keys, one per line, for replicas of --allow-host (FD_ROUTER_REGISTER_KEY)",
     )
     add(
         "--admin-keys-file",
         type=Path,
         metavar="FILE",
-        help="file with keys, one a line, for /admin on this machine (FD_ROUTER_ADMIN_KEY)",
+        help="file with keys, one per line, for /admin on this machine (FD_ROUTER_ADMIN_KEY)",
     )
     add(
         "--admin-socket",

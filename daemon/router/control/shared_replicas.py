@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _HERE, _LEAVING, _REMOVED = "here", "leaving", "removed"
 #: Minimum seconds by which a heartbeat must be newer to be published. Reading the store's clock over the
-#: network may take a second, and a heartbeat published again with each reading would never grow old.
+#: network may take a second. Without a minimum, each reading could make the same heartbeat look newer.
 _NEWER = 2.0
 #: Seconds by which a heartbeat may be older than the one before, because routers do not wait for each other.
 _OLDER = 10.0
@@ -212,7 +212,7 @@ def _is_reachable(name: str) -> bool:
 
 @cache
 def _here() -> str:
-    """Return an id of what has its own loopback: a network namespace, since the machine booted."""
+    """Return an id of this network namespace, which has a loopback of its own, and of the machine's boot."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 

@@ -251,7 +251,7 @@ class Attempt:
         passed = self.leave_fast_path()
         if passed is None:
             return
-        # If no event was passed on, taking it again would achieve as little.
+        # If no event was passed on, the fast path cannot serve this stream.
         self._stays_on_loop = not passed.size
         self.parse_unread(passed)
 
