@@ -265,7 +265,8 @@ class Board:
         """Record how an instance ended, as fd-dp reports it."""
         with self._lock:
             self._rows.record_ending(url, instance_id, ending)
-            logger.info("replica at %s ended: %s", url, ending.name.lower().replace("_", " "))
+            cause = "from outside" if ending is Ending.FROM_OUTSIDE else "by its own fault"
+            logger.info("replica at %s ended: %s", url, cause)
 
     def ending_of(self, handle: ReplicaHandle) -> Ending:
         with self._lock:

@@ -91,12 +91,14 @@ class ReplicaConnection(asyncio.Protocol):
         self._reply: Reply | None = None
         self._is_head = False
         self._has_begun = False
+        #: The body ends when the replica closes the connection.
         self._until_close = False
         self._head_bytes = 0
         self._interim_heads = 0
         self._overhead_bytes = 0
         self._pieces: list[bytes] = []
         self._complete = False
+        #: Bytes have arrived after the end of the response.
         self._extra = False
         self._is_reusable = False
         self._is_between_chunks = False

@@ -206,6 +206,7 @@ class Attempt:
             self._refusal.add(body)
             return
         if self._delivery.receive(body):
+            # Usually one event, which has one token.
             self._count(1)
             if not self._stays_on_loop:
                 # Deferred: the write buffer is empty by then.

@@ -144,7 +144,7 @@ class Exchange:
         name = attempt.handle.name
         self._retry.on_failure(f"replica {name}: reserved for another request", resumption)
         logger.info(
-            "request=%s replica=%s is reserved for a suspect, resuming elsewhere", self._id[:64], name
+            "request=%s replica=%s is reserved for another request, resuming elsewhere", self._id[:64], name
         )
         self._release()
         self._services.metrics.resumed(name)

@@ -157,6 +157,7 @@ class Transcript:
         self._has_marks = True
         #: All choices have finished: the usage, or an error, has been passed on.
         self._has_summary = False
+        #: First event: it has the id and the time of the response.
         self._first = b""
         self._marks = Marks()
         self._rest = b""
@@ -205,7 +206,7 @@ class Transcript:
         elif is_marked:
             self._has_summary = False
         elif event != _DONE_EVENT and event.startswith(b"data:"):
-            # An event without a mark that is not the last comes right before it: the usage, or an error.
+            # The only event without a mark before the last one is the usage, or an error.
             self._has_summary = self._has_marks
         return event
 
