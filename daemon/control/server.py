@@ -226,11 +226,11 @@ class ControlServer:
         conversation = Conversation(connection, peer, self._selector, self._on_command)
         if not peer_credentials.may_command(peer, os.geteuid(), os.getegid()):
             permitted = peer_credentials.permitted_here()
-            log.warning("rejected connection of %s: only %s may talk to fd-dp", peer, permitted)
+            log.warning("rejected a connection of %s: only %s may talk to fd-dp", peer, permitted)
             conversation.end(DENIED, error=f"only {permitted} may talk to fd-dp")
             conversation.close()
         elif not self._make_room():
-            log.warning("rejected connection of %s: %d clients are connected", peer, _MAX_CLIENTS)
+            log.warning("rejected a connection of %s: %d clients are connected", peer, _MAX_CLIENTS)
             conversation.end(BUSY, error=f"{_MAX_CLIENTS} clients are connected; try again later")
             conversation.close()
         else:

@@ -105,7 +105,7 @@ class Commands:
     def _may_begin(self, conversation: Conversation | None) -> bool:
         error = self._runner.rejection()
         if error:
-            log.warning("rejected: %s", error)
+            log.warning("command rejected: %s", error)
             if conversation:
                 conversation.end(protocol.BUSY, error=error)
         return not error

@@ -51,7 +51,7 @@ class WorkerCounters:
             left = cells.in_flight[row] - 1
             if left < 0:
                 # A count below zero would draw every request to this replica.
-                logger.error("replica=%s more requests ended than began", lease.instance.name)
+                logger.error("replica=%s: more requests have ended than begun", lease.instance.name)
             cells.in_flight[row] = max(0, left)
             cells.tokens[row] -= lease.tokens
             if lease.probing:

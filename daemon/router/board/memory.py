@@ -123,7 +123,7 @@ class BoardMemory:
     """Typed views of the mapped file."""
 
     def __init__(self, descriptor: int) -> None:
-        """Raises BoardError if the descriptor is not a board of this version."""
+        """Map the board. Raises BoardError if the descriptor is not a board of this version."""
         self.descriptor = descriptor
         try:
             self._map = mmap.mmap(descriptor, BYTES)

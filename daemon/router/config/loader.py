@@ -124,7 +124,7 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
 
 
 def _addresses(host: str) -> tuple[str, ...]:
-    """Raises ValueError."""
+    """Return the IP addresses of a host. Raises ValueError."""
     return addresses_of(host) if host == "localhost" else (str(ipaddress.ip_address(host)),)
 
 

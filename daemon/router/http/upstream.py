@@ -54,16 +54,16 @@ class Reply(Protocol):
     """Receives the response. No callback fires after `failed`, `ended` or `cancel`."""
 
     def informed(self, headers: RawHeaders) -> None:
-        """An interim response (1xx) has arrived."""
+        """Handle the headers of an interim response (1xx)."""
 
     def began(self, connection: ReplicaConnection) -> None:
-        """The head has arrived: see `connection.status`, `.reason`, `.headers`."""
+        """Handle the head: see `connection.status`, `.reason`, `.headers`."""
 
     def received(self, body: bytes) -> None:
-        """A piece of the body has arrived."""
+        """Handle a piece of the body."""
 
     def ended(self) -> None:
-        """The response is complete."""
+        """Handle the end of a complete response."""
 
     def failed(self, fault: Fault, why: str) -> None: ...
 

@@ -36,7 +36,7 @@ class CounterMemory:
     """One process's access to the metrics of all workers."""
 
     def __init__(self, descriptor: int) -> None:
-        """Raises BoardError if the descriptor has no counters of this version."""
+        """Map the counters. Raises BoardError if the descriptor has no counters of this version."""
         self.descriptor = descriptor
         try:
             whole = memoryview(mmap.mmap(descriptor, _BYTES))
@@ -208,7 +208,7 @@ def value_class(section: Section) -> type:
             return self._cell[0]
 
         def set_exemplar(self, exemplar: object) -> None:
-            """Exemplars are not kept."""
+            """Do nothing: exemplars are not kept."""
 
         def get_exemplar(self) -> None:
             return None

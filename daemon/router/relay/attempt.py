@@ -35,7 +35,7 @@ class Owner(Protocol):
         """Called once, when the attempt yields its first new tokens."""
 
     def completed(self) -> None:
-        """The client has the complete response."""
+        """End the request: all of the response has arrived."""
 
     def refused(self, attempt: Attempt, refusal: Refusal) -> None: ...
 
