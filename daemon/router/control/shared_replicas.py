@@ -146,9 +146,12 @@ class SharedReplicas:
         return {shared_name(row.instance): row for row in self._board.status()}
 
     def _is_gone(self, entry: str) -> bool:
-        return _state(entry) in (_LEAVING, _REMOVED) or (
-            _state(entry) == _HERE and self._board.has_left(_instance(entry))
-        )
+        if _state(entry) != _HERE:
+            return _state(entry) in (_LEAVING, _REMOVED)
+        try:
+            return self._board.has_left(_instance(entry))
+        except RegistrationError:
+            return False  # `_apply_entry` reports it
 
     def _heartbeat_at(self, row: Status, now: float) -> float:
         """Return the time of the board's last heartbeat on the store's clock."""
