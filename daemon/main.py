@@ -284,8 +284,12 @@ def main() -> int:
         epilog="Ctrl-C, SIGTERM and SIGHUP stop everything within 15 s; under nohup, SIGHUP is ignored. "
         "With --supervisord external, SIGHUP reloads dp.toml, and programs keep running after a stop.",
     )
-    parser.add_argument("--config", type=Path, default=Path("/etc/fd/dp.toml"), help="default: %(default)s")
-    parser.add_argument("--prefix", type=Path, help="keep state, run and logs below this directory")
+    parser.add_argument(
+        "--config", type=Path, default=Path("/etc/fd/dp.toml"), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--prefix", type=Path, metavar="DIRECTORY", help="keep state, run and logs below this directory"
+    )
     parser.add_argument(
         "--supervisord",
         choices=("own", "external"),
