@@ -65,7 +65,7 @@ class CounterMemory:
                 free = (number for number in range(WORKERS) if self._lock.take_liveness(number))
                 self._own = next(free, None)
             if self._own is None:
-                raise BoardError(f"all {WORKERS} counter sections are taken, of which each worker needs one")
+                raise BoardError(f"the counters for {WORKERS} workers are all taken")
             return self._sections[self._own]
 
     def collect_from_dead(self) -> None:
