@@ -145,9 +145,9 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-body-bytes",
+        metavar="BYTES",
         type=int,
         default=10 << 20,
-        metavar="BYTES",
         help="maximum size of a request body (default %(default)s)",
     )
     add(
