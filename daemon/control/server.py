@@ -262,5 +262,5 @@ def _command_in(received: bytes, complete: bool) -> dict[str, Any] | None:
         return None
     command = parse_json(line)
     if not isinstance(command, dict) or not all(isinstance(v, str | bool) for v in command.values()):
-        raise ValueError("a command is a JSON object of texts and booleans")
+        raise ValueError("a command is a JSON object of strings and booleans")
     return command
