@@ -72,12 +72,12 @@ class Program:
 
     @property
     def label(self) -> str:
-        """Return its name for people: "router", "replica 3"."""
+        """Its name for people: "router", "replica 3"."""
         return ROUTER if self.replica is None else f"replica {self.replica}"
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Return its command line, with the arguments in the flags file."""
+        """Its command line, with the arguments in the flags file."""
         return (*self.argv, *self.flags)
 
     @property
@@ -86,7 +86,7 @@ class Program:
 
     @property
     def flags_hash(self) -> str:
-        """Return the hash that a process reports after it has read `flags_text`."""
+        """The hash that a process reports after it has read `flags_text`."""
         return fingerprint(self.flags_text.encode())
 
     def runs_as(self, other: Program) -> bool:
@@ -95,7 +95,7 @@ class Program:
 
     @property
     def launch_name(self) -> str:
-        """Return the name of its launch file. Older launch files stay while their process runs."""
+        """Name of its launch file. Older launch files stay while their process runs."""
         return f"{self.name}-{self.hash}.json"
 
     def launch_text(self, run: Path) -> str:

@@ -179,7 +179,7 @@ def test_a_fleet_that_is_not_well_is_explained(running: Running) -> None:
     assert "waits for: its next restart, in " in one
     assert "last exit: terminated by SIGKILL (cause: killed), " in one
     assert two.startswith("replica 1: STOPPED for ")
-    assert "wanted: down: stopped by the operator" in two
+    assert "wanted: down (stopped by the operator)" in two
     assert "waits for: the operator: fdctl start 1" in two
     assert three.startswith("replica 2: READY for ")
     assert "wanted: running; drained" in three

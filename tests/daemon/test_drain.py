@@ -82,7 +82,7 @@ def test_the_only_replica_goes_on_until_it_has_nothing_in_flight(running: Runnin
     before = running.pids()
     running.set_in_flight(0, 1)
     running.do("restart", "0", wait=False)
-    said = "replica 0: not drained, as no other replica takes requests; it is stopped when it has none"
+    said = "replica 0: not drained, because no other replica takes requests; it stops when it is idle"
     wait_until(lambda: said in running.log(), "it is told")
     assert (running.drained(), running.pids()) == (set(), before)
     running.set_in_flight(0, 0)

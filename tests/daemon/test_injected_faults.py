@@ -66,7 +66,7 @@ def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest
     probes = Probes(lambda: None)
     for _ in range(2):
         # The first error does not prevent a second probe.
-        probes.ask(world.fleet.replicas["replica0"].program, 7, token=False)
+        probes.ask(world.fleet.replicas["replica0"].spec, 7, token=False)
         [reading] = wait_until(probes.take, "a reading")
         assert not reading.ok
         assert "ZeroDivisionError" in reading.problem
@@ -75,7 +75,7 @@ def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest
 def test_a_probe_whose_thread_cannot_start_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = World(tmp_path, 1).fleet.replicas["replica0"].program
+    program = World(tmp_path, 1).fleet.replicas["replica0"].spec
     probes = Probes(lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", _no_thread)

@@ -150,7 +150,7 @@ def test_another_user_is_told_who_may_and_nothing_else(
     assert as_nobody(endpoint, main.main) == protocol.DENIED
     assert endpoint.commands == []
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"rejected connection of nobody (uid {NOBODY}, pid ")
+    assert line.startswith(f"rejected a connection of nobody (uid {NOBODY}, pid ")
     assert line.endswith(f"only {peer_credentials.permitted_here()} may talk to fd-dp")
 
 

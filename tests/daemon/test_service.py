@@ -37,7 +37,7 @@ class FakeRouter(RouterSync):
             return
         rows = {}
         for replica in self._world.fleet.replicas.values():
-            number, port = replica.program.replica, replica.port
+            number, port = replica.spec.replica, replica.port
             if number is not None and number not in self.unknown and replica.state is ProgramState.READY:
                 in_flight = self.busy.get(number, 0)
                 rows[port] = RegisteredReplica("", "127.0.0.1", port, True, False, wanted[port], in_flight)
@@ -189,7 +189,7 @@ def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: P
     new = [*programs_of(fleet.config)]
     new[1:] = [replace(program, argv=(*program.argv, "--changed")) for program in new[1:]]
     down = {name for name, replica in fleet.programs.items() if not replica.alive}
-    steps = plan([replica.program for replica in fleet.programs.values()], new, down)
+    steps = plan([replica.spec for replica in fleet.programs.values()], new, down)
     rolling.begin(rollout.roll(fleet, steps))
     rolling.pass_time(30.0)
     assert rolling.world.names(ProgramState.STARTING) == {"replica1"}
@@ -200,4 +200,4 @@ def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: P
     assert rolling.result is not None
     assert rolling.result.startswith("replica 1, the canary: pid ")
     assert rolling.world.names(ProgramState.READY) == {"router", "replica0", "replica1"}
-    assert [replica.program for replica in fleet.programs.values()] == programs_of(fleet.config)
+    assert [replica.spec for replica in fleet.programs.values()] == programs_of(fleet.config)

@@ -136,8 +136,8 @@ def test_a_replicas_own_account_is_passed_to_the_policy(board):
 def test_what_is_no_board_is_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 25))
-    with path.open("r+b") as file, pytest.raises(BoardError, match="is no board of this version"):
+    with path.open("r+b") as file, pytest.raises(BoardError, match="is not a board of this version"):
         Board.attach(file.fileno())
     path.write_bytes(b"short")
-    with path.open("r+b") as file, pytest.raises(BoardError, match="is no board"):
+    with path.open("r+b") as file, pytest.raises(BoardError, match="is not a board"):
         Board.attach(file.fileno())

@@ -72,7 +72,7 @@ def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(start_rout
     else:
         assert (told.status, told.error["code"]) == (200, "replica_lost")
     log = router.log.read_text()
-    assert "is reserved for a suspect" in log
+    assert "is reserved for another request, resuming" in log
     assert "Traceback" not in log
     # The last death lost no other request.
     failed = [line for line in log.splitlines() if "failed, trying another" in line]

@@ -57,7 +57,7 @@ def test_every_word_of_a_command_line_is_read_as_it_was_written(tmp_path_factory
     if possible:
         assert read_flags_file(file).words == tuple(words)
     else:
-        with pytest.raises(ConfigError, match="cannot be an argument of a command"):
+        with pytest.raises(ConfigError, match="cannot be a command-line argument"):
             read_flags_file(file)
 
 
@@ -90,7 +90,7 @@ def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, mode, words):
 def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe", 0o600)
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ConfigError, match="must be a file"):
+        with pytest.raises(ConfigError, match="must be a regular file"):
             read_flags_file(path)
     with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\)"):
         read_flags_file(tmp_path / "none")

@@ -111,14 +111,14 @@ def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(router, start_fleet
     start_fleet(2)
     faults = [CUT, {"at": "resume", "how": 409, "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
-    assert "cannot resume this answer" in message
+    assert "cannot resume this response" in message
 
 
 @pytest.mark.parametrize("features", ["", "progress"])
 def test_a_stream_of_a_plain_engine_ends_with_an_error(router, start_fleet, features):
     start_fleet(2, features=features)
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=[CUT])))
-    assert "was lost in the middle of the answer" in message
+    assert "was lost in the middle of the response" in message
 
 
 def test_a_stream_never_goes_on_at_a_plain_engine(router, start_fleet):

@@ -263,3 +263,18 @@ def test_what_has_gone_for_long_is_not_spoken_of(routers, hub, clock):
     clock.now += 3 * FORGET_AFTER
     turns(one, other)
     assert not hub.said
+
+
+def test_an_invalid_entry_of_a_known_replica_does_not_hide_other_changes(
+    routers: tuple[Router, Router], hub: Hub, clock: Clock
+) -> None:
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    clock.now += 5
+    one.hears(replica("b", 1))
+    one.turn()
+    name, entry = shared_name(replica()), '{"registration": {}, "state": "here"}'
+    hub.said = hub.said.updated(SharedState({name: entry}, {}, {name: str(hub.now())}))
+    other.turn()
+    assert other.knows() == ["a", "b"]

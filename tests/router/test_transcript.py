@@ -110,6 +110,15 @@ def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data, cuts
     assert out + lines.rest == data
 
 
+def test_an_endless_line_is_passed_on_in_pieces():
+    piece, lines, out = b"x" * (1 << 20), Lines(), b""
+    for count in range(1, 10):
+        out += lines.feed(piece)
+        assert out + lines.rest == piece * count
+        assert len(lines.rest) <= 4 << 20
+    assert out
+
+
 #: Lines that this project's engines send, and lines that they never send.
 lines_of_any_kind = st.sampled_from(
     [
