@@ -6,7 +6,6 @@ import http.client
 import json
 import re
 import select
-import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ..ports import free_ports
+from ..ports import accepts, free_ports
 from ..system_packages import needs
 from .conftest import wait_until
 
@@ -100,11 +99,6 @@ def nginx(replicas: list[Replica], tmp_path: Path) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait(20)
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def post(port: int, body: bytes = b"{}", path: str = "/v1/chat/completions") -> http.client.HTTPResponse:

@@ -161,6 +161,10 @@ class Passage:
         return self.passed
 
 
+def chunk(body: bytes, size: bytes = b"%x") -> bytes:
+    return size % len(body) + b"\r\n" + body + b"\r\n"
+
+
 async def until(condition: Callable[..., Any]) -> None:
     async with asyncio.timeout(20):
         while not condition():

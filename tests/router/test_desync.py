@@ -11,9 +11,8 @@ import pytest
 
 from .conftest import RouterProcess
 from .fake_engine import FakeEngine, answers, keeps, wait_until
-from .raw_client import RawAnswer, RawClient
+from .raw_client import POST, RawAnswer, RawClient
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
 OK = b"HTTP/1.1 200 OK\r\n"
 EVIL = b"HTTP/1.1 200 OK\r\nX-Evil: 1\r\nContent-Length: 4\r\n\r\nEVIL"
 SMALL = b"Content-Length: 2\r\n\r\n{}"

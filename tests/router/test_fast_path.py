@@ -15,16 +15,12 @@ import fastdeploy.daemon
 from fastdeploy.daemon.router.http.fast_path import Passed
 
 from .conftest import FD_ROUTER
-from .fast_stage import Link, Passage, Stage, await_without_the_loop, until
+from .fast_stage import Link, Passage, Stage, await_without_the_loop, chunk, until
 from .test_transcript import DONE, SIGN, Said
 
 CAPACITY = 2
 LAST_CHUNK = b"0\r\n\r\n"
 FIRST, SECOND, THIRD = Said("one"), Said("zwölf", choice=3, tokens=(4, 5)), Said("\n\n: fd", finished=True)
-
-
-def chunk(body: bytes, size: bytes = b"%x") -> bytes:
-    return size % len(body) + b"\r\n" + body + b"\r\n"
 
 
 def raw(*events: Said) -> bytes:

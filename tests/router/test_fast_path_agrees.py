@@ -22,7 +22,7 @@ from fastdeploy.daemon.router.relay.transcript import Transcript
 
 from .boards import instance
 from .fake_engine import EVENT_HEAD
-from .fast_stage import Link, Stage, until
+from .fast_stage import Link, Stage, chunk, until
 from .test_transcript import DONE, SIGN, Said, events
 
 PATH, BODY = "/v1/completions", b"{}"
@@ -202,10 +202,6 @@ def decoded(chunks: bytes) -> bytes:
     httptools.HttpResponseParser(answer).feed_data(EVENT_HEAD + chunks + b"0\r\n\r\n")
     assert answer.is_whole
     return answer.body
-
-
-def chunk(body: bytes, size: bytes = b"%x") -> bytes:
-    return size % len(body) + b"\r\n" + body + b"\r\n"
 
 
 def in_two(body: bytes, place: int) -> bytes:

@@ -22,14 +22,11 @@ from ..file_limits import low_file_limit
 from .asking import ask, generation
 from .conftest import RouterProcess
 from .fake_engine import EVENT_HEAD, Behaviour, FakeEngine, Received, answers, json_head, wait_until
-from .raw_client import RawClient
+from .raw_client import HEAD, POST, STREAM, RawClient
 from .replicas import Fleet, running_fleet
 from .test_tls import TlsRouter, certify
 from .test_transcript import DONE, SIGN, Said
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
-PLAIN = HEAD + b"Content-Length: 2\r\n\r\n{}"
 ERROR = b'data: {"error":{"message":"the engine has failed"}}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -162,7 +159,7 @@ def test_both_connections_are_used_again(lent_router: RouterProcess, told: Told,
     rest(client)
     [stream] = told.under_way
     for _ in range(2):
-        client.send(PLAIN)
+        client.send(POST)
         assert client.answer().status == 200
     assert [each.connection for each in stream.engine.received] == [stream.connection] * 3
 
@@ -170,7 +167,7 @@ def test_both_connections_are_used_again(lent_router: RouterProcess, told: Told,
 def test_a_request_that_comes_meanwhile_is_answered_afterwards(
     lent_router: RouterProcess, told: Told, client: RawClient
 ) -> None:
-    client.send(PLAIN + PLAIN)
+    client.send(POST + POST)
     told.say(event(1))
     assert client.chunk() == event(1).clean
     [stream] = told.under_way
@@ -317,7 +314,7 @@ def test_it_is_on_the_fast_path_there_too(
     add(lent_router, *engines)
     with RawClient(lent_router.port) as client:
         for _ in range(4):
-            client.send(PLAIN)
+            client.send(POST)
             assert client.answer().body == b"hi"
         assert [engine.connections - engine.health_checks for engine in engines] == [1, 1]
         for engine in engines:

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ..ports import free_ports
+from ..ports import accepts, free_ports
 from .conftest import RouterProcess
 from .fake_engine import (
     FakeEngine,
@@ -29,11 +28,6 @@ from .raw_client import RawClient
 ETC = Path(__file__).parents[2] / "etc"
 STREAM = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{"stream": true}'
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n%bContent-Length: 2\r\n\r\n{}"
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def nginx(directory: Path, port: int, router: int) -> list[str]:

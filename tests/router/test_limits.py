@@ -20,13 +20,8 @@ from .fake_engine import (
     wait_until,
     waits_for,
 )
-from .raw_client import RawClient
+from .raw_client import CHUNKED, GET, HEAD, POST, STREAM, RawClient
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-POST = HEAD + b"Content-Length: 2\r\n\r\n{}"
-GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
 MOST_BODY = 100_000
 #: Bytes; more than the router reads before it refuses a request.
 ENDLESS = 2 << 20

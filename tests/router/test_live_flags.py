@@ -22,7 +22,14 @@ from fastdeploy.daemon.router.board.memory import WORKERS
 from fastdeploy.daemon.router.config.flags_file import fingerprint
 
 from .conftest import FD_ROUTER, RouterProcess
-from .fake_engine import EVENT_HEAD, FakeEngine, Received, events, streams_for_ever, wait_until
+from .fake_engine import (
+    FakeEngine,
+    Received,
+    events,
+    streams_for_ever,
+    wait_until,
+    waits_after_the_first_event,
+)
 from .raw_client import RawClient
 from .steady_load import Load, streams_or_answers
 
@@ -93,14 +100,7 @@ class Gate:
             return True
         if b"long" not in received.body:
             return streams_or_answers(received)
-        received.send(EVENT_HEAD)
-        first, *rest = events(received.body)
-        received.send_chunk(first)
-        assert self._open.wait(60)
-        for event in rest:
-            received.send_chunk(event)
-        received.send(b"0\r\n\r\n")
-        return True
+        return waits_after_the_first_event(self._open)(received)
 
     def open(self) -> None:
         self._open.set()

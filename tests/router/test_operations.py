@@ -13,7 +13,12 @@ import pytest
 import requests
 
 from .conftest import RouterProcess
-from .fake_engine import EVENT_HEAD, FakeEngine, Received, events, wait_until, waits_for
+from .fake_engine import (
+    FakeEngine,
+    wait_until,
+    waits_after_the_first_event,
+    waits_for,
+)
 from .raw_client import RawAnswer, RawClient
 
 KEYS = "# of the operator\nalpha\n"
@@ -56,18 +61,7 @@ def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(
     lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
 ) -> None:
     gate = threading.Event()
-
-    def streams(received: Received) -> bool:
-        received.send(EVENT_HEAD)
-        first, *rest = events(received.body)
-        received.send_chunk(first)
-        assert gate.wait(30)
-        for event in rest:
-            received.send_chunk(event)
-        received.send(b"0\r\n\r\n")
-        return True
-
-    drained = new_engine(replica=0, behaviour=streams)
+    drained = new_engine(replica=0, behaviour=waits_after_the_first_event(gate))
     lent_router.add(drained)
     with lent_router.complete(body={"stream": True}, stream=True) as stream:
         lines = stream.iter_lines()

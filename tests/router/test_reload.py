@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .. import waiting
 from .conftest import RouterProcess
-from .fake_engine import EVENT_HEAD, FakeEngine, Received, events, wait_until
+from .fake_engine import FakeEngine, Received, wait_until, waits_after_the_first_event
 from .steady_load import Load, requests_counted, streams_or_answers
 
 
@@ -50,14 +50,7 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(
     def streams_till_the_gate_opens(received: Received) -> bool:
         if b"long" not in received.body:
             return streams_or_answers(received)
-        received.send(EVENT_HEAD)
-        first, *rest = events(received.body)
-        received.send_chunk(first)
-        assert gate.wait(30)
-        for event in rest:
-            received.send_chunk(event)
-        received.send(b"0\r\n\r\n")
-        return True
+        return waits_after_the_first_event(gate)(received)
 
     router.add(new_engine(behaviour=streams_till_the_gate_opens))
 

@@ -1,6 +1,5 @@
 """The transcript of a stream: enough to resume it elsewhere, with nothing lost or altered."""
 
-import itertools
 import json
 import tracemalloc
 from typing import NamedTuple
@@ -11,6 +10,8 @@ from hypothesis import strategies as st
 
 from fastdeploy.common.resumption import Delivered, mark
 from fastdeploy.daemon.router.relay.transcript import MAX_TOKENS, Lines, Transcript
+
+from ..pieces import pieces_of
 
 DONE = b"data: [DONE]\n\n"
 SIGN = b":\n\n"
@@ -44,11 +45,6 @@ def delivered(said: list[Said]) -> dict[int, Delivered]:
         before = choices.get(each.choice, Delivered([]))
         choices[each.choice] = Delivered([*before.tokens, *each.tokens], before.finished or each.finished)
     return choices
-
-
-def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
-    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[start:end] for start, end in itertools.pairwise(places)]
 
 
 events = st.builds(

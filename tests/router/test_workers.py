@@ -9,10 +9,8 @@ from collections.abc import Callable
 
 from .conftest import RouterProcess
 from .fake_engine import FakeEngine, wait_until, waits_for
-from .raw_client import RawClient
+from .raw_client import POST, RawClient
 from .steady_load import requests_counted
-
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
 
 
 def test_a_burst_lands_evenly_however_many_workers_there_are(
