@@ -94,7 +94,7 @@ check: $(VENV)/installed mypy
 mypy: $(VENV)/installed
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fastdeploy
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/daemon $(CURDIR)/custom_ops $(TYPES)/fastdeploy/
-	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy
+	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy -p tests -p benchmarks
 
 docs: $(VENV)/installed
 	@$(BIN)/python -m fastdeploy.daemon.config.loader > docs/configuration.md

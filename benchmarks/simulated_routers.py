@@ -58,7 +58,7 @@ class Scene:
 
     @classmethod
     def of(cls, setting: Setting, seed: int, seconds: float) -> Scene:
-        strangers = {chat: setting.past_the_routers} if setting.past_the_routers else {}
+        strangers: Mapping[Kind, float] = {chat: setting.past_the_routers} if setting.past_the_routers else {}
         return cls(
             setting,
             seed,

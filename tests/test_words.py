@@ -53,7 +53,7 @@ def declared_flags() -> set[str]:
     for call in calls:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if name in ("add_argument", "add"):
-            found |= {word.value for word in call.args if isinstance(word, ast.Constant)}
+            found |= {str(word.value) for word in call.args if isinstance(word, ast.Constant)}
     # Some flags are declared in a loop, or in pairs with "no".
     return found | {flag for action in options._parser()._actions for flag in action.option_strings}
 

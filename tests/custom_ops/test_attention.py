@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from fastdeploy import custom_ops
 from fastdeploy.custom_ops import reference
 
-from .draws import PagedCache, Span, draw, step, tensor
+from .draws import PagedCache, Span, Tolerance, draw, step, tensor
 
 THETA = 10000.0
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+TOLERANCE: Tolerance = {"rtol": 2e-5, "atol": 2e-5}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check(
     found = np.split(out, np.cumsum([text.span.count for text in texts])[:-1])
     for text, rows in zip(texts, found, strict=True):
         # A key or value halfway between two bfloat16 numbers may be rounded either way.
-        tolerance = TOLERANCE if wide else {"rtol": 2.0**-8, "atol": 2.0**-8}
+        tolerance: Tolerance = TOLERANCE if wide else {"rtol": 2.0**-8, "atol": 2.0**-8}
         np.testing.assert_allclose(rows, expected(text, heads, cache), **tolerance)
 
 

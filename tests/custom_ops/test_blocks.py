@@ -76,9 +76,11 @@ def test_moe_block(random: np.random.Generator, weight_format: str, tokens: int,
     shared = PackedMlp.draw(random, weight_format, HIDDEN, shared_width, bias=True) if shared_width else None
     norm, before = tensor(draw(random, HIDDEN)), draw(random, tokens, HIDDEN).astype(np.float32)
     hidden_states = tensor(before)
-    shared_blobs = (shared.gate_up, shared.down) if shared else (None, None)
     topk_ids, weights = custom_ops.moe_block(
-        hidden_states, norm, router.blob, bias, mlps.gate_up, mlps.down, *shared_blobs, EPSILON, k, 1e-12
+        *(hidden_states, norm, router.blob, bias, mlps.gate_up, mlps.down),
+        shared.gate_up if shared else None,
+        shared.down if shared else None,
+        *(EPSILON, k, 1e-12),
     )
 
     x = normed(before, norm)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from fastdeploy import custom_ops
 from fastdeploy.custom_ops import reference
 
-from .draws import FORMATS, PackedMlp, draw, integers, tensor, tolerance
+from .draws import FORMATS, PackedMlp, Tolerance, draw, integers, tensor, tolerance
 
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+TOLERANCE: Tolerance = {"rtol": 2e-5, "atol": 2e-5}
 seeds = st.integers(0, 2**32 - 1)
 
 

@@ -178,7 +178,7 @@ def test_wrong_usage_is_2(words: str, standing: Running) -> None:
 
 def test_a_socket_path_that_is_too_long_is_one_line_with_length_and_limit() -> None:
     path = "/" + "x" * 107
-    command = [FDCTL, "--socket", path, "status"]
+    command = [str(FDCTL), "--socket", path, "status"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == protocol.NO_DAEMON
     assert done.stderr == (
@@ -191,7 +191,7 @@ def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
     path = tmp_path / "s"
 
     def fdctl() -> subprocess.CompletedProcess[str]:
-        command = [FDCTL, "--socket", str(path), "status"]
+        command = [str(FDCTL), "--socket", str(path), "status"]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert fdctl().returncode == protocol.NO_DAEMON

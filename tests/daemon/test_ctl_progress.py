@@ -135,7 +135,7 @@ def resumed() -> Iterator[threading.Event]:
 def test_on_a_terminal_lines_go_by_above_and_the_programs_stay_below(
     tmp_path: Path, resumed: threading.Event
 ) -> None:
-    end = [{"event": stage("replica1", "ready")}, {"code": protocol.OK}]
+    end: list[dict[str, Any]] = [{"event": stage("replica1", "ready")}, {"code": protocol.OK}]
     with scripted(tmp_path / "s", lambda _: [*MESSAGES, lambda: resumed.wait(60), *end]) as commands:
         terminal = Terminal("--socket", str(tmp_path / "s"), "reload")
         terminal.shows(r"replica 1 +replace +draining, 7 in flight")

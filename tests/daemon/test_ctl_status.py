@@ -46,7 +46,7 @@ def program(number: int, state: str, note: str = "") -> dict[str, Any]:
     }
 
 
-STATUS = {
+STATUS: dict[str, Any] = {
     "daemon": {"url": "http://127.0.0.1:30000", "ready": 1, "replicas": 3, "state": "READY", "problems": []},
     "router": None,
     "replicas": [program(0, "READY"), program(1, "QUARANTINED", LONG), program(2, "BACKOFF", "a short note")],
@@ -114,7 +114,7 @@ def test_a_daemon_without_problems_in_its_answer_is_an_older_one(
         "why": {"why": one},
     }
     with scripted(tmp_path / "s", lambda command: [{"code": protocol.OK, **answers[command["do"]]}]):
-        command = [FDCTL, "--socket", str(tmp_path / "s"), *words]
+        command = [str(FDCTL), "--socket", str(tmp_path / "s"), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (protocol.OK, "")
     assert "READY" in done.stdout

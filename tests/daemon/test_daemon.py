@@ -318,7 +318,7 @@ def test_sd_notify_reports_status_ready_and_stopping_and_children_cannot(running
         environ = Path(f"/proc/{running.pids()['replica0']}/environ").read_bytes()
         assert b"NOTIFY_SOCKET=" not in environ
         running.stop()
-        messages = []
+        messages: list[str] = []
         while not messages or messages[-1] != "STOPPING=1":
             messages.append(systemd.recv(4096).decode())
     # The unit's start timeout is extended while replicas load, as loading may take any time.

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -185,7 +186,8 @@ def test_health_check_without_worker_progress_is_ignored(worker: object) -> None
 
 
 def started(tmp_path: Path, **supervise: float) -> tuple[World, SupervisedProgram]:
-    world = World(tmp_path, 1, **{"no_progress_timeout": 20, "idle_probe": 0, **supervise})
+    options: dict[str, Any] = {"no_progress_timeout": 20, "idle_probe": 0, **supervise}
+    world = World(tmp_path, 1, **options)
     world.become_ready("router", "replica0")
     return world, world.fleet.replicas["replica0"]
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def _no_thread(thread: threading.Thread) -> None:
 
 
 @pytest.fixture
-def wakeups() -> Wakeups:
+def wakeups() -> Iterator[Wakeups]:
     handler = signal.getsignal(signal.SIGUSR1)
     yield (made := Wakeups((signal.SIGUSR1,)))
     signal.set_wakeup_fd(-1)

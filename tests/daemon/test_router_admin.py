@@ -6,6 +6,7 @@ import http.server
 import json
 import signal
 import socket
+import socketserver
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,13 +45,7 @@ def answering(path: Path, answer: str, status: int = 200) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             pass
 
-    class ControlServer(http.server.HTTPServer):
-        address_family = socket.AF_UNIX
-
-        def server_bind(self) -> None:
-            self.socket.bind(self.server_address)
-
-    with ControlServer(str(path), Handler) as server:
+    with socketserver.UnixStreamServer(str(path), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield
         server.shutdown()

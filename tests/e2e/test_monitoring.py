@@ -53,7 +53,7 @@ class Prometheus:
                 stderr=output,
             )
 
-    def ask(self, path: str, **parameters: object) -> Any:
+    def ask(self, path: str, **parameters: str | float) -> Any:
         answer = requests.get(f"{self._url}/api/v1/{path}", params=parameters, timeout=30).json()
         assert answer["status"] == "success", (parameters, answer)
         return answer["data"]

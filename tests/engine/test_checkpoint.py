@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from fastdeploy.common.errors import CheckpointError
 from fastdeploy.config import ModelConfig
 from fastdeploy.custom_ops.packed_matrix import FORMATS, interleave_gate_up, pack, to_bfloat16
+from fastdeploy.models.ernie45 import MoEWeights
 from fastdeploy.weights.checkpoint import load_weights
 from fastdeploy.weights.weight_cache import Packing, packed_tensors
 from tests.checkpoints import LAYOUTS, Tensors, config_json, draw_tensors, is_moe_layer, write_checkpoint
@@ -139,7 +140,7 @@ def test_half_precision_is_widened(
     tmp_path: Path, config: dict[str, Any], tensors: Tensors, layout: str, dtype: str
 ) -> None:
     """The values are multiples of 1/16 below 16, which either format holds exactly."""
-    rounded = {name: np.float32(np.round(values * 16) / 16) for name, values in tensors.items()}
+    rounded = {name: (np.round(values * 16) / 16).astype(np.float32) for name, values in tensors.items()}
     write_checkpoint(tmp_path / "half", config, rounded, layout=layout, dtype=dtype)
     write_checkpoint(tmp_path / "wide", config, rounded)
     order = "grouped" if layout == "paddle-grouped" else "plain"
@@ -163,6 +164,7 @@ def test_weights_are_mapped_and_not_copied(checkpoint: Path) -> None:
         checkpoint, config, weight_format="bfloat16", progress=lambda fraction, stage: None
     )
     layer = weights.layers[1]
+    assert isinstance(layer.mlp, MoEWeights)
     tensors = [weights.embedding, weights.lm_head, weights.final_norm, layer.qkv, layer.mlp.router]
     tensors += [layer.mlp.correction_bias, layer.mlp.experts.gate_up, layer.mlp.experts.down]
     mapped = mappings_of(Packing(checkpoint, "bfloat16").file)

@@ -73,7 +73,8 @@ def test_logits_are_right_for_decode_rows_and_chunks_in_one_step(
 ) -> None:
     """A new sequence joins every third step with chunks of 23, while the earlier ones decode."""
     sequences = [network.sequence(reference[f"prompt_{i}"].tolist()) for i in PROMPTS]
-    waiting, running = list(sequences), []
+    waiting = list(sequences)
+    running: list[Sequence] = []
     step = 0
     while waiting or running:
         if waiting and step % 3 == 0:

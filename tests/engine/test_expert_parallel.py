@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastdeploy.common.messages import Failed, LoadProgress, Ready, StepOutputs
+from fastdeploy.common.messages import ExpertParallelStats, Failed, LoadProgress, Ready, StepOutputs
 from fastdeploy.expert_parallel.memory_file import group_directory
 from fastdeploy.expert_parallel.snapshot import Snapshot, read_snapshot
 
@@ -34,7 +35,7 @@ def requests_for(ranks: Ranks, *seats: int) -> dict[int, list]:
     return {seat: requests_of(seat) for seat in seats or ranks.apis}
 
 
-def kill_after(ranks: Ranks, seat: int, tokens: int):
+def kill_after(ranks: Ranks, seat: int, tokens: int) -> Callable[[int], None]:
     """Return an `after` for `Ranks.generate` that kills the seat's worker once after that many tokens."""
 
     def after(so_far: int) -> None:
@@ -270,7 +271,7 @@ def processor_seconds(ranks: Ranks) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def last_stats(ranks: Ranks, seat: int):
+def last_stats(ranks: Ranks, seat: int) -> ExpertParallelStats:
     """Return the latest statistics that this rank has sent about its group."""
     found = None
     while found is None or ranks.apis[seat].socket.poll(200):

@@ -185,7 +185,7 @@ def test_a_step_keeps_few_rows_of_logits(model: RandomModel) -> None:
         rows.append(logits.shape[0])
         return logits
 
-    runner.execute = counted  # type: ignore[method-assign, assignment]
+    runner.execute = counted  # type: ignore[method-assign]
     for index in range(3):
         engine.add(ask(f"r{index}", prompt_of(model, 400, seed=index)))
     answers = Answers(engine).drain()
@@ -213,7 +213,7 @@ def test_broken_logits_fail_the_request(model: RandomModel) -> None:
     def broken(batch: Batch, **options: bool) -> object:
         return execute(batch, **options) * float("nan")
 
-    runner.execute = broken  # type: ignore[method-assign, assignment]
+    runner.execute = broken  # type: ignore[method-assign]
     engine.add(ask("a", prompt_of(model, 300)))
     [output] = engine.step().outputs
     assert (output.finish_reason, output.prompt_logprobs) == (FinishReason.ERROR, None)

@@ -41,7 +41,9 @@ def test_a_mark_is_a_comment_line_of_server_sent_events() -> None:
 
 
 @given(events=events, finished=st.sets(st.integers(0, 3)))
-def test_marks_say_together_what_each_choice_has_got(events, finished) -> None:
+def test_marks_say_together_what_each_choice_has_got(
+    events: list[tuple[int, list[int]]], finished: set[int]
+) -> None:
     expected: dict[int, list[int]] = {}
     for choice, tokens in events:
         expected.setdefault(choice, []).extend(tokens)

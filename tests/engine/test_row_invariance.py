@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def model(request: pytest.FixtureRequest) -> RandomModel:
 
 
 def run(model: RandomModel, requests: list[AddRequest], **changes: object) -> RecordedEngine:
-    engine = model.engine(**({"num_blocks": 60, "every_position": True, "block_size": 16} | changes))
+    options: dict[str, Any] = {"num_blocks": 60, "every_position": True, "block_size": 16, **changes}
+    engine = model.engine(**options)
     for request in requests:
         engine.add(request)
     engine.drain()

@@ -34,7 +34,7 @@ def draw(logits: list[float] | np.ndarray, one: Sequence) -> int:
 def reference_draws(logits: np.ndarray, one: Sequence) -> set[int]:
     """Return the reference's token, and those for a top_p that differs by a rounding error."""
     params, outputs = one.params, one.output_token_ids
-    row = np.zeros((), SAMPLING_ROW)
+    row = np.zeros(1, SAMPLING_ROW)[0]
     for name in ("temperature", "top_p", "min_p", "choice"):
         row[name] = getattr(params, name)
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
@@ -47,7 +47,7 @@ def reference_draws(logits: np.ndarray, one: Sequence) -> set[int]:
     draws = set()
     for nudge in (-1e-12, 0, 1e-12):
         row["top_p"] = params.top_p + nudge if 0 < params.top_p < 1 else params.top_p
-        draws.add(reference.sample(logits.astype(np.float64), row[()], seen, masked))
+        draws.add(reference.sample(logits.astype(np.float64), row, seen, masked))
     return draws
 
 

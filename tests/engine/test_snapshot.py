@@ -14,7 +14,7 @@ import pytest
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.memory import FILE
-from fastdeploy.expert_parallel.snapshot import Awaited, RankSnapshot, Snapshot, read_snapshot
+from fastdeploy.expert_parallel.snapshot import RankSnapshot, Snapshot, read_snapshot
 
 from ..quiet_group import QuietGroup
 
@@ -96,8 +96,9 @@ def test_awaited_seat_has_most_waiters_and_preferably_waits_for_none(
     group.note(0, "sent", waits_for=0b1100, seconds=20)
     group.note(1, "sent", waits_for=0b1101)
     group.note(2, "sent", waits_for=0b1000)
-    awaited = look_at(group).awaited
-    assert awaited == Awaited(3, (0, 1, 2), pytest.approx(20, abs=5))
+    assert (awaited := look_at(group).awaited)
+    assert (awaited.seat, awaited.by) == (3, (0, 1, 2))
+    assert awaited.seconds == pytest.approx(20, abs=5)
     # Seats 2 and 3 are awaited by two ranks each.
     group.note(2, "sent", waits_for=0b0001)
     assert (awaited := look_at(group).awaited)

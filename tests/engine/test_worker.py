@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_worker_is_killed_if_its_parent_died_during_startup(
     ],
 )
 def test_a_worker_that_cannot_start_says_why_in_one_line(
-    start: Callable[..., Api], change: dict[str, object], said: str
+    start: Callable[..., Api], change: dict[str, Any], said: str
 ) -> None:
     api = start(replace(CONFIG, **change))
     while not isinstance(message := api.receive(), Failed):

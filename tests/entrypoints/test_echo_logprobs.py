@@ -16,7 +16,7 @@ PROMPT = "the quick brown fox é好"
 
 
 def complete(server: ApiServer, **options: Any) -> Any:
-    fields = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    fields: dict[str, Any] = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
     return server.client().completions.create(**fields | options)
 
 

@@ -214,6 +214,11 @@ def test_choices_of_which_some_are_over(replicas: tuple[Replica, Replica]) -> No
     assert ends[0] < len(marks) / 2
 
 
+def fits(request: dict[str, Any]) -> bool:
+    min_tokens, max_tokens = request.get("min_tokens", 0), request["max_tokens"]
+    return bool(min_tokens <= max_tokens)
+
+
 texts = st.text(alphabet="ab é好", min_size=1, max_size=12)
 requests = st.fixed_dictionaries(
     {"prompt": texts | st.lists(texts, min_size=1, max_size=2), "max_tokens": st.integers(1, 12)},
@@ -231,7 +236,7 @@ requests = st.fixed_dictionaries(
         "presence_penalty": st.sampled_from([-1.0, 1.5]),
         "top_k": st.integers(0, 60),
     },
-).filter(lambda request: request.get("min_tokens", 0) <= request["max_tokens"])
+).filter(fits)
 
 
 @settings(max_examples=80)
@@ -312,7 +317,7 @@ def drafted(
     request: dict[str, Any] | bytes,
     at_least: int = 1,
     tokens: int = 1,
-    **headers: str,
+    headers: dict[str, str] | None = None,
 ) -> tuple[list[Resumption], dict[str, Any]]:
     """Return the drafts that the replica has sent before its whole answer, and the answer.
 
@@ -322,7 +327,7 @@ def drafted(
     body = request if isinstance(request, bytes) else json.dumps(request).encode()
 
     def told() -> tuple[list[Resumption], dict[str, Any]] | None:
-        drafts, answer = _drafted(replica, path, body, headers)
+        drafts, answer = _drafted(replica, path, body, headers or {})
         last = sum(len(choice.tokens) for choice in drafts[-1].choices.values()) if drafts else 0
         return (drafts, answer) if len(drafts) >= at_least and last >= tokens else None
 
@@ -389,7 +394,7 @@ def test_who_goes_on_with_one_tells_of_what_it_has_added(replicas: tuple[Replica
     drafts, whole = drafted(replicas[0], COMPLETIONS, request)
     begun = drafts[len(drafts) // 2]
     headers = {"Content-Type": "application/msgpack", "X-FD-Token": replicas[1].token}
-    more, resumed = drafted(replicas[1], "/internal/resume", encode_resumption(begun), **headers)
+    more, resumed = drafted(replicas[1], "/internal/resume", encode_resumption(begun), headers=headers)
     assert resumed["choices"] == whole["choices"]
     tokens = begun.choices[0].tokens + more[-1].choices[0].tokens
     assert tokens == whole["choices"][0]["completion_token_ids"][: len(tokens)]

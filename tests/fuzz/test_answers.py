@@ -40,11 +40,18 @@ from .foreign import Answering, answering, any_json, damaged, http_answer, json_
 
 HEALTH = {"status": "ok", "message": "", "worker": {"steps": 5, "requests": 2, "silent": 0.5}}
 ROUTER_HEALTH = {"flags": "abc", "reload": {"number": 1, "outcome": "done"}}
-ROW = {"url": "http://127.0.0.1:8180", "leaving": False, "draining": False}
+ROW: dict[str, object] = {"url": "http://127.0.0.1:8180", "leaving": False, "draining": False}
 ROW |= {"in_flight": 3, "in_flight_elsewhere": 0}
 REGISTERED = {"mixed": [ROW], "down": [ROW]}
 REGISTRATION = Instance("127.0.0.1", 8180, 0, instance="x", features=("resume",), token="t").registration()
-LAUNCH = {"name": "replica0", "argv": ["a"], "env": {"A": "b"}, "ports": [1], "host": "h", "model": "m"}
+LAUNCH: dict[str, object] = {
+    "name": "replica0",
+    "argv": ["a"],
+    "env": {"A": "b"},
+    "ports": [1],
+    "host": "h",
+    "model": "m",
+}
 LAUNCH |= {"stop_timeout": 30, "flags_file": "", "fixed": []}
 PROCESSES = """<?xml version='1.0'?><methodResponse><params><param><value><array><data><value><struct>
 <member><name>name</name><value><string>replica0</string></value></member>

@@ -15,7 +15,8 @@ from fastdeploy.daemon.router.http.upstream import ConnectionPool, Fault, Replic
 from fastdeploy.daemon.router.http.upstream_request import forwarded, lines_for
 from fastdeploy.daemon.router.instance import ReplicaHandle
 
-from .foreign import cuts, mutated, pieces_of
+from ..pieces import pieces_of
+from .foreign import cuts, mutated
 
 _REQUEST_LINES = [
     *(b"Host: x", b"Content-Length: 2", b"Content-Length: 3", b"Transfer-Encoding: chunked"),

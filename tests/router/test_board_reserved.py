@@ -101,7 +101,9 @@ def test_what_is_said_of_an_end_is_about_that_start_alone(board: Board) -> None:
     board.record_ending(handles[0].url, "a", Ending.FROM_OUTSIDE)
     assert [board.ending_of(handle) for handle in handles] == [Ending.FROM_OUTSIDE, Ending.UNKNOWN]
     board.admit(instance(0, "b"))
-    assert board.ending_of(board.handle_of(handles[0].url)) is Ending.UNKNOWN
+    successor = board.handle_of(handles[0].url)
+    assert successor is not None
+    assert board.ending_of(successor) is Ending.UNKNOWN
 
 
 def test_the_latest_word_counts_and_old_ones_are_forgotten(board: Board) -> None:

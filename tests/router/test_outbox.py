@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Coroutine
 
 import pytest
 import uvloop
@@ -31,7 +32,7 @@ class Pair:
             return b""
 
 
-def run(coroutine) -> None:
+def run(coroutine: Coroutine[object, object, None]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(coroutine)
 

@@ -15,7 +15,7 @@ from fastdeploy.daemon.router.instance import Instance
 from fastdeploy.daemon.router.policy.policies import policy_named
 from fastdeploy.daemon.router.policy.policy import RequestFacts
 
-from .boards import Clock
+from .boards import Clock, pick
 from .talking import LAN, Hub, Router, replica, turns
 
 
@@ -37,7 +37,9 @@ def routers(hub: Hub) -> Iterator[tuple[Router, Router]]:
         router.board.close()
 
 
-def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(routers):
+def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(
+    routers: tuple[Router, Router],
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -47,7 +49,9 @@ def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(routers)
     assert other.row().state == ReplicaState.UP
 
 
-def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, clock):
+def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica("a"))
     turns(one, other)
@@ -61,12 +65,12 @@ def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, 
     assert (one.knows(), other.knows()) == (["c"], ["c"])
 
 
-def test_a_deregistration_at_one_reaches_the_other(routers, clock):
+def test_a_deregistration_at_one_reaches_the_other(routers: tuple[Router, Router], clock: Clock) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
     other.checks_health()
-    lease = other.board.pick(policy_named("request_num"), RequestFacts(0))
+    lease = pick(other.board)
     one.board.deregister(replica().url, "a")
     turns(one, other)
     assert one.knows() == []
@@ -78,11 +82,11 @@ def test_a_deregistration_at_one_reaches_the_other(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers):
+def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers: tuple[Router, Router]) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
-    lease = one.board.pick(policy_named("request_num"), RequestFacts(0))
+    lease = pick(one.board)
     one.board.deregister(replica().url, "a")
     turns(one, other)
     assert [row.leaving for row in one.board.status()] == [True]
@@ -91,7 +95,9 @@ def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers):
     lease.release()
 
 
-def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(routers, clock):
+def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -104,7 +110,7 @@ def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(routers, clock
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_the_operators_word_holds_at_both(routers):
+def test_the_operators_word_holds_at_both(routers: tuple[Router, Router]) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -116,7 +122,7 @@ def test_the_operators_word_holds_at_both(routers):
     assert (one.row().draining, other.row().draining) == (False, False)
 
 
-def test_a_router_that_starts_learns_it_all(routers, hub):
+def test_a_router_that_starts_learns_it_all(routers: tuple[Router, Router], hub: Hub) -> None:
     one, _ = routers
     for number in range(3):
         one.hears(replica("a", number))
@@ -128,7 +134,9 @@ def test_a_router_that_starts_learns_it_all(routers, hub):
     late.board.close()
 
 
-def test_another_worker_that_takes_the_lead_changes_nothing(routers, hub, clock):
+def test_another_worker_that_takes_the_lead_changes_nothing(
+    routers: tuple[Router, Router], hub: Hub, clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     one.board.drain(one.row().handle)
@@ -140,7 +148,9 @@ def test_another_worker_that_takes_the_lead_changes_nothing(routers, hub, clock)
     assert (one.board.status(), hub.said) == before
 
 
-def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(routers, clock):
+def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -153,7 +163,7 @@ def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(routers,
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_what_one_router_forgets_the_other_may_keep(routers, clock):
+def test_what_one_router_forgets_the_other_may_keep(routers: tuple[Router, Router], clock: Clock) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -166,7 +176,9 @@ def test_what_one_router_forgets_the_other_may_keep(routers, clock):
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
+def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     """Routers pass its entry to each other, but without heartbeats the entry expires."""
     one, other = routers
     one.hears(replica())
@@ -180,7 +192,7 @@ def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_lost_shared_state_is_published_again(routers, hub):
+def test_lost_shared_state_is_published_again(routers: tuple[Router, Router], hub: Hub) -> None:
     one, other = routers
     one.hears(replica("a", 0))
     other.hears(replica("b", 1))
@@ -194,7 +206,9 @@ def test_lost_shared_state_is_published_again(routers, hub):
     assert hub.said.draining == {replica("a", 0).url: "1"}
 
 
-def test_an_old_copy_of_the_shared_state_changes_nothing(routers, hub, clock):
+def test_an_old_copy_of_the_shared_state_changes_nothing(
+    routers: tuple[Router, Router], hub: Hub, clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica("a"))
     turns(one, other)
@@ -211,7 +225,9 @@ def test_an_old_copy_of_the_shared_state_changes_nothing(routers, hub, clock):
     assert json.loads(hub.said.entries[replica().url])["registration"]["instance"] == "b"
 
 
-def test_loopback_is_each_machines_own(routers, hub, monkeypatch):
+def test_loopback_is_each_machines_own(
+    routers: tuple[Router, Router], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = routers
     mine = Instance("127.0.0.1", 8000, instance="mine")
     one.hears(mine)
@@ -228,7 +244,9 @@ def test_loopback_is_each_machines_own(routers, hub, monkeypatch):
     shared_name.cache_clear()
 
 
-def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(hub, caplog):
+def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(
+    hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
     open_one, closed = Router(hub), Router(hub, AllowedAddresses())
     open_one.hears(replica())
     for _ in range(3):
@@ -243,7 +261,7 @@ def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(hub, caplog):
 @pytest.mark.parametrize(
     "entry", ["", "[]", "{}", '{"registration": {}, "state": "here"}', '{"registration": 5}']
 )
-def test_nonsense_is_left_alone(routers, hub, entry):
+def test_nonsense_is_left_alone(routers: tuple[Router, Router], hub: Hub, entry: str) -> None:
     one, _ = routers
     hub.said = SharedState(
         {"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"}
@@ -253,7 +271,9 @@ def test_nonsense_is_left_alone(routers, hub, entry):
     assert hub.said.entries.get("http://10.0.0.9:1", entry) == entry
 
 
-def test_what_has_gone_for_long_is_not_spoken_of(routers, hub, clock):
+def test_what_has_gone_for_long_is_not_spoken_of(
+    routers: tuple[Router, Router], hub: Hub, clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
