@@ -104,7 +104,8 @@ def test_an_unknown_option_changes_nothing(tmp_path: Path) -> None:
     done = run(ROOT / "etc/install.sh", "--unistall", DESTDIR=str(tmp_path))
     assert done.returncode == 1
     assert (
-        done.stderr == "install: ERROR (--unistall is unknown; there are --no-environment and --uninstall)\n"
+        done.stderr
+        == "install: ERROR (unknown option --unistall; options are --no-environment and --uninstall)\n"
     )
     assert [*tmp_path.iterdir()] == []
 
