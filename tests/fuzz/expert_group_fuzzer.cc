@@ -1,6 +1,6 @@
-// libFuzzer target: one rank of an expert-parallel group, whose other rank writes arbitrary words at any moment.
+// libFuzzer target: one rank of an expert-parallel group, whose other ranks write arbitrary words at any moment.
 //
-// The input is a list of words that are written into the other rank's part. Whatever the rank under test reads, it
+// The input is a list of words that are written into the parts of the others. Whatever the rank under test reads, it
 // must not access memory outside of the group, write into another part than its own, or wait forever.
 #include <sys/mman.h>
 #include <unistd.h>
