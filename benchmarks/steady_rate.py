@@ -38,7 +38,8 @@ class Steady:
         """Call `then`, which must be quick, after `seconds`, and continue for `more` seconds.
 
         Returns:
-            The time of that call in seconds since the beginning, and all requests in the order of their answers.
+            The time of that call in seconds since the beginning, and all requests in the order of their
+            answers.
         """
         self._asked = []
         return asyncio.run(self._run(seconds, then, more)), self._asked

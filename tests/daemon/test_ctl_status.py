@@ -66,7 +66,7 @@ def on_a_terminal(columns: int) -> list[str]:
         while piece := os.read(ours, 1 << 16):
             data += piece
     except OSError:
-        pass  # so does the end of a terminal look
+        pass  # a closed terminal raises this
     os.close(ours)
     assert shown.wait(60) == 0
     return re.sub(r"\x1b\[[\d;]*m", "", data.decode()).splitlines()

@@ -147,7 +147,7 @@ def test_the_router_and_the_box_have_a_line_each(serve: Serve) -> None:
     frame = source.frame()
     router, box = frame["router"], frame["box"]
     assert router["requests_per_second"] > 0
-    # The router exports no line for resumes before the first; the count is 0, not unknown.
+    # Without a series of resumes (a router without replicas has none) the count is 0, not unknown.
     assert (router["retries"], router["resumes"], router["in_flight"]) == (2, 0, 7)
     # CPU time is unknown within one tick of the kernel's clock.
     cpu = box["cpu"] or wait_until(lambda: source.frame()["box"]["cpu"], "a tick", deadline=30)
