@@ -98,7 +98,7 @@ def test_wint4_has_scale_and_minimum_per_group_and_quads_of_inputs() -> None:
 
 
 @given(formats, st.integers(1, 3), sizes, sizes, seeds)
-def test_what_is_packed_comes_back(
+def test_packed_weights_are_recovered(
     weight_format: str, count: int, outputs: int, inputs: int, seed: int
 ) -> None:
     weights, bias = draw(seed, count, outputs, inputs), draw(seed, count, outputs, 1)[..., 0]
@@ -219,7 +219,7 @@ def test_stacked_matrices_begin_at_pages_where_that_costs_little(
         lambda blob: np.concatenate([blob[:16], np.uint8([99]), blob[17:]]),
     ],
 )
-def test_other_bytes_are_refused(damage: object) -> None:
+def test_damaged_packed_matrix_is_refused(damage: object) -> None:
     blob = pack(np.ones((4, 4), np.float32), weight_format="wint4")
     with pytest.raises(ValueError, match=r"packed matrix|do not match"):
         PackedShape.of(damage(blob))  # type: ignore[operator]

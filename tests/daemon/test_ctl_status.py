@@ -87,7 +87,7 @@ def test_no_line_in_a_pipe_ends_in_spaces_or_is_very_long() -> None:
 
 
 @pytest.mark.parametrize("columns", [100, 140])
-def test_on_a_terminal_the_note_gets_what_is_left_of_the_line(columns: int) -> None:
+def test_on_a_terminal_the_note_gets_the_rest_of_the_line(columns: int) -> None:
     lines = on_a_terminal(columns)
     [cut] = [line for line in lines if "QUARANTINED" in line]
     assert len(cut) == columns

@@ -52,7 +52,7 @@ def request(name: str) -> AddRequest:
     return AddRequest(name, [1, 2, 3], SamplingParams(max_tokens=2), 0.0)
 
 
-def test_tokens_come_to_whom_they_belong():
+def test_tokens_reach_their_own_request():
     with worker("behaves") as run:
         engine = run.wait_ready()
         with engine.generate([request("a"), request("b")]) as both, engine.generate([request("c")]) as other:
@@ -68,7 +68,7 @@ def test_tokens_come_to_whom_they_belong():
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "close"])
-def test_what_is_not_wanted_any_more_is_aborted_in_the_worker(how):
+def test_abandoned_request_is_aborted_in_the_worker(how):
     """The scripted worker continues only after the right abort; its late token must reach no request."""
     with worker("goes on until told") as run:
         engine = run.wait_ready()
@@ -97,7 +97,7 @@ def test_client_leaving_before_the_first_token_wakes_the_waiting_thread():
             list(generation)
 
 
-def test_a_worker_is_silent_only_while_it_owes_a_word():
+def test_worker_is_silent_only_while_a_message_is_due():
     with worker("is silent until told") as run:
         engine = run.wait_ready()
         assert (engine.progress.requests, engine.progress.silent) == (0, 0)
@@ -111,7 +111,7 @@ def test_a_worker_is_silent_only_while_it_owes_a_word():
         wait_until(lambda: engine.progress.silent > silent, "it is still silent")
 
 
-def test_each_step_is_progress_and_the_last_one_leaves_nothing_owed():
+def test_each_step_is_progress_and_after_the_last_no_message_is_due():
     with worker("works for others until told") as run:
         engine = run.wait_ready()
         with engine.generate([request("a")]) as generation:
@@ -137,7 +137,7 @@ def test_worker_that_dies_at_once_is_reported_with_its_exit_code():
         assert run.failure().endswith("exited with code 7")
 
 
-def test_the_last_words_of_a_worker_that_cannot_load_are_the_reason():
+def test_last_output_of_a_worker_that_cannot_load_is_the_reason():
     with worker("cannot load") as run:
         assert run.failure() == "config.json: no such file"
         assert run.client.status.message == "config.json: no such file"
@@ -156,7 +156,7 @@ def test_a_worker_of_another_version_is_refused():
         assert "protocol 999" in run.failure()
 
 
-def test_a_stranger_is_not_listened_to(caplog):
+def test_messages_without_the_secret_are_ignored(caplog):
     with worker("is a stranger") as run:
         wait_until(lambda: "wrong token" in caplog.text, "it is noticed")
         assert run.client.status.state is EngineState.LOADING

@@ -64,9 +64,7 @@ def test_grouping_never_changes_text_tokens_or_finish_reason(data, text, stop, i
 
 
 @given(data=st.data(), text=alphabet, stop=stops, include=st.booleans(), min_tokens=st.integers(0, 10))
-def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
-    data, text, stop, include, min_tokens
-):
+def test_resumed_choice_continues_like_the_original(data, text, stop, include, min_tokens):
     """Wherever the cut is, no byte and no log probability is repeated or lost."""
     ids = list(text.encode())
     options = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
@@ -96,7 +94,7 @@ def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
             assert [e for d in more for e in d.logprobs] == [e for d in ahead for e in d.logprobs]
 
 
-def test_tokens_that_hold_a_stop_string_cannot_be_taken_up():
+def test_tokens_with_a_stop_string_cannot_be_resumed():
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     with pytest.raises(ReplayMismatch):
         choice.replay(list(b"the END"), with_logprobs=False)
@@ -161,7 +159,7 @@ def test_stop_strings_before_min_tokens_are_plain_text():
     assert text_of(deltas) == "a.b"
 
 
-def test_an_error_hands_out_what_was_withheld():
+def test_error_releases_withheld_text():
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     choice.push(TokenOutput("r", list(b"EN")))
     delta = choice.push(TokenOutput("r", [], FinishReason.ERROR, message="out of memory"))

@@ -173,7 +173,7 @@ def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields
     ],
 )
 @pytest.mark.parametrize("parse", [chat, completion])
-def test_what_changes_nothing_is_let_through(parse, fields):
+def test_fields_without_effect_are_accepted(parse, fields):
     assert parse(**fields).n == 1
 
 
@@ -232,7 +232,7 @@ def test_usage_in_each_chunk_has_to_be_asked_for(parse, wanted):
         ({"content": None}, ""),
     ],
 )
-def test_what_an_answer_holds_may_come_back_as_history(message, content):
+def test_fields_of_an_answer_are_accepted_as_history(message, content):
     request = chat(messages=[*HELLO, {"role": "assistant", **message}, *HELLO])
     assert request.messages[1] == {"role": "assistant", "content": content}
 

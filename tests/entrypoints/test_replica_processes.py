@@ -54,7 +54,7 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_killing_the_worker_ends_the_replica_and_tells_its_clients(replica: ApiServer):
+def test_killing_the_worker_ends_replica_and_responses(replica: ApiServer):
     http, worker = replica.children()
     stream = open_stream(replica)
     worker.kill()
@@ -153,7 +153,7 @@ def test_a_stop_lets_open_requests_finish_and_takes_no_new_ones(replica: ApiServ
     assert all(map(gone, children))
 
 
-def test_requests_that_outlast_the_graceful_timeout_are_told_so(tmp_path):
+def test_requests_beyond_the_graceful_timeout_get_an_error(tmp_path):
     with ApiServer(tmp_path, "--timeout-graceful-shutdown", "0") as replica:
         replica.wait_ready()
         stream = open_stream(replica, max_tokens=500)
@@ -261,7 +261,7 @@ def registered(tmp_path: Path, router: FakeRouter) -> ApiServer:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_told_the_router_before_anybody_is_refused(tmp_path, router: FakeRouter, stop):
+def test_stop_deregisters_before_it_refuses_requests(tmp_path, router: FakeRouter, stop):
     served = []
 
     def ask_while_it_is_told(path: str) -> None:
@@ -282,7 +282,7 @@ def test_a_stop_is_told_the_router_before_anybody_is_refused(tmp_path, router: F
     assert router.paths().count("/deregister") == 1
 
 
-def test_the_death_of_the_worker_is_told_the_router(tmp_path, router: FakeRouter):
+def test_worker_death_is_reported_to_the_router(tmp_path, router: FakeRouter):
     with registered(tmp_path, router) as replica:
         _, worker = replica.children()
         worker.kill()
@@ -290,7 +290,7 @@ def test_the_death_of_the_worker_is_told_the_router(tmp_path, router: FakeRouter
     assert router.paths()[-1] == "/deregister"
 
 
-def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path, router: FakeRouter):
+def test_hung_router_does_not_delay_a_stop(tmp_path, router: FakeRouter):
     go_on = threading.Event()
     with registered(tmp_path, router) as replica:
         router.before_answer = lambda path: go_on.wait(60)
@@ -303,7 +303,7 @@ def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path, router: FakeRoute
     go_on.set()
 
 
-def test_a_router_that_is_away_does_not_hold_up_a_stop(tmp_path, router: FakeRouter):
+def test_absent_router_does_not_delay_a_stop(tmp_path, router: FakeRouter):
     with registered(tmp_path, router) as replica:
         router.close()
         assert replica.stop() == 0

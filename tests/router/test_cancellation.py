@@ -36,7 +36,7 @@ def leave(client: socket.socket, how: str) -> None:
 
 @pytest.mark.parametrize("behaviour", [never_answers, sends_the_head_of_a_stream])
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, new_engine, behaviour, how):
+def test_disconnect_before_the_first_token_cancels_the_request(router, new_engine, behaviour, how):
     """gevent, gthread and sync workers would hold the replica until it writes something."""
     engine = new_engine(behaviour=behaviour)
     other = new_engine(behaviour=behaviour)
@@ -60,7 +60,7 @@ def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, n
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_a_client_that_goes_in_the_middle_of_a_silent_stream_cancels_it(router, new_engine, how):
+def test_disconnect_in_a_silent_stream_cancels_the_request(router, new_engine, how):
     engine = new_engine(behaviour=streams_for_ever)
     router.add(engine)
     client = connect(router)

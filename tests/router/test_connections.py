@@ -37,7 +37,7 @@ def client(shared_router: RouterProcess, replica: FakeEngine) -> Iterator[RawCli
         yield client
 
 
-def test_half_requests_on_all_connections_keep_nobody_out(start_router, new_engine):
+def test_incomplete_requests_on_all_connections_do_not_block_new_ones(start_router, new_engine):
     """A new connection with a request replaces the one whose request has been incomplete longest."""
     router = start_router("--max-connections", "40")
     gate = threading.Event()
@@ -84,7 +84,7 @@ def test_requests_of_one_connection_are_served_one_at_a_time(shared_router, repl
     assert [client.answer().status for _ in range(2)] == [200, 200]
 
 
-def test_who_closes_its_sending_half_is_taken_as_gone(shared_router, replica, client):
+def test_half_closed_client_counts_as_disconnected(shared_router, replica, client):
     """nginx does the same by default; a reset tells the client that nothing more will come."""
     gone = []
 
@@ -133,7 +133,7 @@ def test_stream_to_an_http_1_0_keep_alive_client_ends_by_closing(replica, client
     assert answer.body == b"".join(events(body))
 
 
-def test_who_offers_another_protocol_is_served_in_this_one(replica, client):
+def test_upgrade_offer_is_answered_in_http_1(replica, client):
     """Java's HttpClient offers HTTP/2 with its first request on each connection, body included."""
     offer = (
         b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"

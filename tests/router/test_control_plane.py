@@ -55,7 +55,7 @@ def test_an_instance_that_is_not_healthy_is_refused(router, new_engine, health):
     assert router.urls() == set()
 
 
-def test_faults_are_told_in_fastdeploys_words(router):
+def test_errors_have_fastdeploys_texts(router):
     answer = requests.post(f"{router.url}/register", data=b"{", timeout=10)
     assert answer.status_code == 400
     assert answer.json()["msg"].startswith("Invalid InstanceInfo JSON format: ")
@@ -129,7 +129,7 @@ def test_a_heartbeat_brings_a_replica_back(router, new_engine):
     assert router.complete().status_code == 200
 
 
-def test_d8_health_generate_tells_whether_any_replica_is_up(router, new_engine):
+def test_d8_health_generate_is_200_only_if_a_replica_is_up(router, new_engine):
     """Upstream ignored mixed instances and always said OK."""
     assert router.get("/health_generate").status_code == 503
     engine = new_engine()
@@ -194,7 +194,7 @@ def test_unknown_paths_and_methods_get_an_openai_error(router):
 
 
 @pytest.mark.parametrize("path", ["/nothing//here", "//nothing", "/no%20thing%0A", "/a/./b"])
-def test_a_path_that_is_not_found_is_told_as_it_was_sent(shared_router, path):
+def test_unknown_path_is_quoted_as_it_was_sent(shared_router, path):
     with RawClient(shared_router.port) as client:
         client.send(f"GET {path}?x=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         answer = client.answer()

@@ -96,7 +96,7 @@ def test_removed_temporary_directories_cost_neither_counts_nor_workers(start_rou
 
 
 @pytest.mark.parametrize("removed", ["the socket", "its directory"])
-def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path, removed):
+def test_removed_admin_socket_is_recreated(start_router, new_engine, tmp_path, removed):
     admin = tmp_path / "run" / "router.sock"
     admin.parent.mkdir(mode=0o750)
     router = start_router("--workers", "2", "--admin-socket", str(admin))
@@ -121,7 +121,7 @@ def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path
     assert lines(router, "Traceback") == []
 
 
-def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, tmp_path):
+def test_router_without_its_admin_socket_stops_cleanly(start_router, tmp_path):
     admin = tmp_path / "run" / "router.sock"
     admin.parent.mkdir()
     router = start_router("--admin-socket", str(admin), launcher=unprivileged())
@@ -133,7 +133,7 @@ def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, 
     assert lines(router, "Traceback") == []
 
 
-def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engine, tmp_path, disk):
+def test_admin_socket_is_created_when_its_disk_permits(start_router, new_engine, tmp_path, disk):
     admin = tmp_path / "disk" / "router.sock"
     outside = disk.path / "router.sock"
     # The socket that a killed router leaves behind.
@@ -155,7 +155,7 @@ def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engin
     assert len(lines(router, "cannot be made")) == 2
 
 
-def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_router, tmp_path):
+def test_admin_socket_taken_over_by_another_program_is_kept_by_it(start_router, tmp_path):
     admin = tmp_path / "router.sock"
     first = start_router("--admin-socket", str(admin))
     # The second router takes over the path, as if from a dead router.
@@ -205,7 +205,7 @@ def test_a_worker_that_drains_does_not_spin_for_a_new_admin_socket(start_router,
         assert old.is_running()
 
 
-def test_the_admin_socket_is_made_again_after_an_upgrade(start_router, new_engine, tmp_path):
+def test_removed_admin_socket_is_recreated_after_an_upgrade(start_router, new_engine, tmp_path):
     admin = tmp_path / "router.sock"
     router = start_router("--admin-socket", str(admin))
     router.add(new_engine(replica=3))
@@ -237,7 +237,7 @@ def drain(router: RouterProcess, name: str) -> int:
     return requests.post(url, headers=headers, timeout=20).status_code
 
 
-def test_what_a_full_disk_does_not_take_is_saved_later(start_with_registry, new_engine, tmp_path, disk):
+def test_registrations_on_a_full_disk_are_saved_later(start_with_registry, new_engine, tmp_path, disk):
     router = start_with_registry(tmp_path / "disk" / "registry.json", disk.prefix)
     router.add(new_engine(replica=0), new_engine(replica=1))
     file = disk.path / "registry.json"
@@ -254,7 +254,7 @@ def test_what_a_full_disk_does_not_take_is_saved_later(start_with_registry, new_
     assert [each.name for each in disk.path.iterdir()] == ["registry.json"]
 
 
-def test_what_a_read_only_disk_does_not_take_is_saved_later(start_with_registry, new_engine, tmp_path, disk):
+def test_registrations_on_a_read_only_disk_are_saved_later(start_with_registry, new_engine, tmp_path, disk):
     """The disk may be read-only from the router's start."""
     disk.make_read_only()
     router = start_with_registry(tmp_path / "disk" / "state" / "registry.json", disk.prefix)
@@ -299,7 +299,7 @@ def test_a_registry_file_without_permission_is_saved_when_it_has_one(
 # ---- the log, and the start
 
 
-def test_requests_go_on_while_the_log_disk_is_full(start_router, new_engine, tmp_path, disk):
+def test_requests_are_served_while_the_log_disk_is_full(start_router, new_engine, tmp_path, disk):
     logs = tmp_path / "disk" / "logs"
     router = start_router("--workers", "2", env={"FD_LOG_DIR": str(logs)}, launcher=disk.prefix)
     router.log = disk.path / "logs" / "router.log"

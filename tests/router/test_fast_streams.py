@@ -165,7 +165,7 @@ def test_both_connections_are_used_again(lent_router, told, client):
     assert [each.connection for each in stream.engine.received] == [stream.connection] * 3
 
 
-def test_a_request_that_comes_meanwhile_is_answered_afterwards(lent_router, told, client):
+def test_pipelined_request_is_answered_after_the_stream(lent_router, told, client):
     client.send(PLAIN + PLAIN)
     told.say(event(1))
     assert client.chunk() == event(1).clean
@@ -181,7 +181,7 @@ def test_a_request_that_comes_meanwhile_is_answered_afterwards(lent_router, told
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half"])
-def test_a_client_that_goes_takes_its_request_with_it(lent_router, told, client, identity, how):
+def test_disconnect_on_the_fast_path_cancels_the_request(lent_router, told, client, identity, how):
     told.say(event(1))
     assert client.chunk() == event(1).clean
     if how == "reset":
@@ -197,7 +197,7 @@ def test_a_client_that_goes_takes_its_request_with_it(lent_router, told, client,
     assert on_fast_path(lent_router) == 0
 
 
-def test_who_reads_slowly_stops_the_replica_and_gets_everything(lent_router, new_engine):
+def test_slow_reader_pauses_the_replica_and_gets_everything(lent_router, new_engine):
     whole = [event(number, 10_000) for number in range(4000)]
     sent = [0]
 
@@ -238,7 +238,7 @@ def test_an_old_client_gets_its_stream_from_the_event_loop(lent_router, told):
         assert client.rest() == DONE
 
 
-def test_so_does_a_client_that_speaks_tls(tmp_path, new_engine):
+def test_tls_client_gets_its_stream_from_the_event_loop(tmp_path, new_engine):
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     certify(certificate, key)
     context = ssl.create_default_context(cafile=str(certificate))
@@ -276,7 +276,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         *(("event", how) for how in ("reset", "ends", "garbage", "reborn", "failed", "kill")),
     ],
 )
-def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet, at, how):
+def test_stream_cut_anywhere_on_the_fast_path_is_resumed(fleet, at, how):
     """Each event is sent separately, so that the stream is on the fast path by the third."""
     fleet.renew()
     fault = {"at": at, "event": 5, "how": how}
@@ -286,7 +286,7 @@ def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet, at, how):
     fleet.wait_until_up()
 
 
-def test_it_is_on_the_fast_path_there_too(lent_router, new_engine):
+def test_resumed_stream_is_on_the_fast_path_too(lent_router, new_engine):
     """A resumed stream takes the fast path even on a connection that has carried another stream."""
     told = Told()
 
@@ -357,7 +357,7 @@ def test_replica_lost_before_it_read_the_whole_request_is_replaced(lent_router, 
     assert "Traceback" not in lent_router.log.read_text()
 
 
-def test_signs_of_life_are_heard_there(start_router, new_engine):
+def test_keep_alives_on_the_fast_path_are_noticed(start_router, new_engine):
     router, told = start_router("--progress-timeout-secs", "0.5"), Told()
     add(router, new_engine(behaviour=told))
     with RawClient(router.port) as client:
@@ -374,7 +374,7 @@ def test_signs_of_life_are_heard_there(start_router, new_engine):
         assert rest(client) == DONE
 
 
-def test_how_fast_replicas_are_is_seen(lent_router, new_engine):
+def test_speed_of_replicas_is_measured_on_the_fast_path(lent_router, new_engine):
     stop = threading.Event()
 
     def at(seconds: float) -> Behaviour:
@@ -424,7 +424,7 @@ def test_file_limit_is_raised_for_the_maximum_number_of_connections(start_router
         told.end()
 
 
-def test_a_limit_that_nobody_reaches_costs_nothing(start_router, new_engine):
+def test_large_connection_limit_costs_nothing(start_router, new_engine):
     router = start_router("--max-in-flight", str(10**10))
     add(router, new_engine(behaviour=answers))
     assert router.complete(body={"stream": True}).text.endswith("data: [DONE]\n\n")

@@ -29,7 +29,7 @@ def ask(client: socket.socket) -> bytes:
     return client.recv(15)
 
 
-def test_connections_that_say_nothing_keep_nobody_waiting(start_router, new_engine, held):
+def test_silent_connections_delay_no_request(start_router, new_engine, held):
     router = start_router(*FEW)
     router.add(new_engine())
     for _ in range(400):
@@ -39,7 +39,7 @@ def test_connections_that_say_nothing_keep_nobody_waiting(start_router, new_engi
     assert ask(connect(router, held)) == b"HTTP/1.1 200 OK"
 
 
-def test_at_the_limit_the_connection_that_was_idle_longest_goes(start_router, new_engine, held):
+def test_longest_idle_connection_is_closed_at_the_limit(start_router, new_engine, held):
     router = start_router(*FEW)
     router.add(new_engine())
     kept = connect(router, held)
@@ -52,7 +52,7 @@ def test_at_the_limit_the_connection_that_was_idle_longest_goes(start_router, ne
     assert ask(others[-1]) == b"HTTP/1.1 200 OK"
 
 
-def test_connections_that_say_nothing_do_not_hold_up_a_stop(start_router, held):
+def test_silent_connections_do_not_delay_a_stop(start_router, held):
     router = start_router(*FEW, "--graceful-timeout-secs", "600")
     for _ in range(30):
         connect(router, held)

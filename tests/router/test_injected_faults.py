@@ -107,7 +107,7 @@ REACHED = [
 
 
 @pytest.mark.parametrize("fault", REACHED)
-def test_a_fault_in_one_request_leaves_the_others_alone(faulty, engine, fault):
+def test_fault_in_one_request_affects_no_other(faulty, engine, fault):
     [worker] = faulty.workers()
     gate = threading.Event()
     engine.behaviour = behaving(gate, fault)
@@ -140,7 +140,7 @@ def first_answer(client: RawClient) -> bytes:
 
 
 @pytest.mark.parametrize("fault", ["try_again", "give_up"])
-def test_a_fault_in_the_wait_queue_costs_no_other_its_turn(faulty, engine, fault):
+def test_fault_in_the_wait_queue_delays_no_other(faulty, engine, fault):
     faulty_place = FakeEngine()
     engine.stop()
     wait_until(lambda: not faulty.urls(), "the engine is down")
@@ -210,7 +210,7 @@ class Waiter:
     def give_up(self) -> None: ...
 
 
-def test_a_waiter_that_raises_loses_none_of_those_that_stay():
+def test_waiter_that_raises_does_not_affect_the_others():
     line = WaitQueue(10)
     for name in ("stays 1", "broken", "stays 2"):
         assert line.join(Waiter(name))
@@ -219,7 +219,7 @@ def test_a_waiter_that_raises_loses_none_of_those_that_stay():
     assert [waiter.name for waiter in line._others] == ["stays 1", "stays 2"]
 
 
-def test_a_write_that_raises_costs_the_others_nothing():
+def test_write_that_raises_does_not_affect_the_others():
     class Broken:
         aborted = False
 

@@ -111,7 +111,7 @@ def test_in_the_middle_of_a_stream_that_it_does_not_read(router, start_fleet, ho
 
 
 @HOW
-def test_after_its_stream_has_gone_on_elsewhere(router, start_fleet, how):
+def test_after_its_stream_was_resumed_elsewhere(router, start_fleet, how):
     fleet = start_fleet(2)
     visitor = Visitor(router, generation(max_tokens=20, faults=[CUT, HANGS]))
     visitor.ask()
@@ -122,7 +122,7 @@ def test_after_its_stream_has_gone_on_elsewhere(router, start_fleet, how):
 
 
 @HOW
-def test_while_it_waits_in_line(router, start_fleet, how):
+def test_while_it_waits_in_the_queue(router, start_fleet, how):
     fleet = start_fleet(1, "--max-concurrency=1")
     first = Visitor(router, generation(stream=False, delay=60), "first")
     first.ask()
@@ -160,7 +160,7 @@ def test_while_its_stream_waits_for_a_replica(router, start_fleet, how):
 
 
 @HOW
-def test_while_another_replica_is_asked_to_go_on(router, start_fleet, how):
+def test_while_another_replica_is_asked_to_resume(router, start_fleet, how):
     fleet = start_fleet(2)
     visitor = Visitor(router, generation(max_tokens=20, faults=[CUT, {"at": "resume", "how": "silence"}]))
     visitor.ask()

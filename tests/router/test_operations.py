@@ -90,7 +90,7 @@ def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(lent_route
     assert names == {"0", "1"}
 
 
-def test_when_all_drain_there_is_nobody_and_health_says_so(lent_router, admin, new_engine):
+def test_when_all_replicas_drain_health_reports_503(lent_router, admin, new_engine):
     engine = new_engine(replica=3)
     lent_router.add(engine)
     assert tell(admin, "drain", f"127.0.0.1:{engine.port}").status == 200  # addresses work, too
@@ -101,7 +101,7 @@ def test_when_all_drain_there_is_nobody_and_health_says_so(lent_router, admin, n
     assert lent_router.complete().status_code == 200
 
 
-def test_a_replica_that_is_removed_is_gone_until_its_next_heartbeat(lent_router, admin, new_engine):
+def test_removed_replica_is_absent_until_its_next_heartbeat(lent_router, admin, new_engine):
     engine = new_engine(replica=4)
     lent_router.add(engine)
     assert tell(admin, "remove", "4").status == 200
@@ -111,7 +111,7 @@ def test_a_replica_that_is_removed_is_gone_until_its_next_heartbeat(lent_router,
 
 
 @pytest.mark.parametrize("name", ["9", "x", "..", "%2e%2e", "a/b"])
-def test_an_order_for_nobody_is_refused_with_the_names_there_are(lent_router, admin, new_engine, name):
+def test_admin_command_for_an_unknown_replica_names_the_known(lent_router, admin, new_engine, name):
     lent_router.add(new_engine(replica=5))
     answer = tell(admin, "drain", name)
     assert answer.status == 404
@@ -119,14 +119,14 @@ def test_an_order_for_nobody_is_refused_with_the_names_there_are(lent_router, ad
         assert json.loads(answer.body)["msg"] == f"no replica '{name}'; there are: 5"
 
 
-def test_orders_that_do_not_exist_are_not_found(lent_router, admin):
+def test_unknown_admin_commands_are_404(lent_router, admin):
     assert tell(admin, "explode", "0").status == 404
     with RawClient(admin) as client:
         client.send(b"GET /admin/replicas/0/drain HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.answer().status == 405
 
 
-def test_over_loopback_an_order_needs_a_key(lent_router, new_engine):
+def test_admin_command_over_loopback_needs_a_key(lent_router, new_engine):
     lent_router.add(new_engine(replica=6))
     assert tell(lent_router.port, "drain", "6", key="alpha").status == 200
     refused = [
@@ -139,7 +139,7 @@ def test_over_loopback_an_order_needs_a_key(lent_router, new_engine):
     assert tell(lent_router.port, "undrain", "6", key="alpha").status == 200
 
 
-def test_without_keys_there_are_no_orders_over_loopback(start_router, new_engine):
+def test_without_keys_admin_commands_over_loopback_are_refused(start_router, new_engine):
     router = start_router()
     router.add(new_engine(replica=0))
     for key in ("", "alpha"):
@@ -154,7 +154,7 @@ def farewell(engine: FakeEngine, router: RouterProcess, instance: str) -> reques
     return requests.post(f"{router.url}/deregister", json=body, timeout=20)
 
 
-def test_a_deregistered_replica_gets_nothing_new_and_ends_what_it_has(lent_router, new_engine):
+def test_deregistered_replica_completes_its_requests_and_gets_no_new(lent_router, new_engine):
     gate = threading.Event()
     leaving, staying = new_engine(replica=0, behaviour=waits_for(gate)), new_engine(replica=1)
     assert leaving.register_with(lent_router.url, instance="aaaa").status_code == 200
@@ -198,7 +198,7 @@ def test_a_deregistered_replica_is_removed_when_it_is_undrained(lent_router, adm
     wait_until(lambda: engine.url not in lent_router.urls() | lent_router.urls("down"), "its row is free")
 
 
-def test_a_replica_that_was_started_anew_is_used_at_once(lent_router, new_engine):
+def test_restarted_replica_is_used_at_once(lent_router, new_engine):
     """The new process has the same address, while the router still considers the old one down."""
     gate = threading.Event()
     engine = new_engine(replica=2)

@@ -93,7 +93,7 @@ def test_requests_beyond_capacity_wait_and_are_served_in_order(lent_router, new_
     wait_until(lambda: waited(lent_router) == before + 6, "their waiting is counted")
 
 
-def test_who_comes_does_not_overtake_who_waits(start_router, new_engine, ask):
+def test_new_request_does_not_overtake_a_waiting_one(start_router, new_engine, ask):
     """A place that becomes free goes to the longest waiting request, not to the new one that reveals it."""
     router = start_router()
     gated = Gated()
@@ -109,7 +109,7 @@ def test_who_comes_does_not_overtake_who_waits(start_router, new_engine, ask):
     assert [client.answer().status for client in clients] == [200] * 3
 
 
-def test_those_in_line_go_on_when_a_request_of_another_worker_ends(start_router, new_engine, held):
+def test_queue_advances_when_a_request_of_another_worker_ends(start_router, new_engine, held):
     router = start_router("--workers", "2")
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -135,7 +135,7 @@ def test_those_in_line_go_on_when_a_request_of_another_worker_ends(start_router,
     assert names_of(engine) == ["first", "second"]
 
 
-def test_when_the_line_is_full_more_are_told_when_to_come_back(start_router, new_engine, ask):
+def test_requests_beyond_a_full_queue_get_429_with_retry_after(start_router, new_engine, ask):
     router = start_router("--queue-size", "2", "--queue-timeout-secs", "7")
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -151,7 +151,7 @@ def test_when_the_line_is_full_more_are_told_when_to_come_back(start_router, new
     assert names_of(engine) == ["0", "1", "2"]
 
 
-def test_without_a_line_nobody_waits(start_router, new_engine, ask):
+def test_queue_size_0_rejects_at_once(start_router, new_engine, ask):
     router = start_router("--queue-size", "0")
     gated = Gated()
     register(router, new_engine(behaviour=gated), max_concurrency=1)
@@ -161,7 +161,7 @@ def test_without_a_line_nobody_waits(start_router, new_engine, ask):
     assert first.answer().status == 200
 
 
-def test_who_has_waited_long_enough_is_told_when_to_come_back(start_router, new_engine, ask):
+def test_request_that_waited_too_long_gets_429_with_retry_after(start_router, new_engine, ask):
     router = start_router("--queue-timeout-secs", "0.5")
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -176,7 +176,7 @@ def test_who_has_waited_long_enough_is_told_when_to_come_back(start_router, new_
     assert names_of(engine) == ["first", "third"]
 
 
-def test_who_leaves_the_line_is_forgotten(lent_router, new_engine, ask):
+def test_client_that_leaves_the_queue_is_forgotten(lent_router, new_engine, ask):
     gated = Gated()
     engine = new_engine(behaviour=gated)
     register(lent_router, engine, max_concurrency=1)
@@ -189,7 +189,7 @@ def test_who_leaves_the_line_is_forgotten(lent_router, new_engine, ask):
     lent_router.wait_idle()
 
 
-def test_those_in_line_go_to_a_replica_that_joins(lent_router, new_engine, ask):
+def test_waiting_requests_go_to_a_replica_that_joins(lent_router, new_engine, ask):
     gated = Gated()
     full = new_engine(behaviour=gated)
     register(lent_router, full, max_concurrency=1)
@@ -243,7 +243,7 @@ def test_a_replica_that_is_full_for_a_while_is_replaced_by_another(lent_router, 
     assert full.received
 
 
-def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(lent_router, new_engine):
+def test_refusal_without_retry_after_is_returned(lent_router, new_engine):
     """The limit may be a key's quota, which would be used up at every replica."""
     behaviour = answers_status("429 Too Many Requests", b"{}")
     engines = [new_engine(replica=number, behaviour=behaviour) for number in range(2)]
@@ -252,7 +252,7 @@ def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(lent_router, new_e
     assert sum(len(engine.received) for engine in engines) == 1
 
 
-def test_those_in_line_count_as_in_flight(start_router, new_engine, ask):
+def test_waiting_requests_count_as_in_flight(start_router, new_engine, ask):
     router = start_router("--max-in-flight", "3")
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -268,7 +268,7 @@ def test_those_in_line_count_as_in_flight(start_router, new_engine, ask):
 # ---- supervised replicas
 
 
-def test_one_that_could_not_connect_waits_for_the_same_replica(start_router, new_engine, tmp_path):
+def test_request_without_a_connection_waits_for_the_same_replica(start_router, new_engine, tmp_path):
     flags = ("--health-check-interval-secs", "0.2", "--queue-timeout-secs", "2")
     router = start_router("--admin-socket", str(tmp_path / "admin"), *flags)
     engine = new_engine()

@@ -144,7 +144,7 @@ def test_process_tokens_picks_the_fewest_prompt_tokens(rows, facts):
     )
 
 
-def test_fd_metrics_score_counts_what_others_have_there():
+def test_fd_metrics_score_counts_requests_of_others():
     ours, theirs = Candidate(3, 0), Candidate(0, 0, running=3, waiting=2)
     assert choose("fd_metrics_score", [ours, theirs]) == ours
 
@@ -180,7 +180,7 @@ def test_without_a_prefix_cache_aware_is_request_num(rows, facts):
     assert choose("cache_aware", rows, facts) == choose("request_num", rows, facts)
 
 
-def test_cache_aware_weighs_what_a_prefix_saves_against_who_waits_for_it():
+def test_cache_aware_weighs_a_prefix_against_the_waiting_requests():
     prompt = RequestFacts(0, prompt_tokens=4000)
     knows = Candidate(5, 0, matched=blocks(3800))
     assert choose("cache_aware", [Candidate(2, 0), knows], prompt) == knows
@@ -195,7 +195,7 @@ def sessions(count: int) -> list[RequestFacts]:
 
 
 @given(st.integers(2, 16), st.data())
-def test_a_replica_that_goes_moves_only_its_own_sessions(count, data):
+def test_removed_replica_moves_only_its_own_sessions(count, data):
     rows = idle(count).rows
     gone = data.draw(st.sampled_from(rows))
     rest = [row for row in rows if row is not gone]
@@ -238,7 +238,7 @@ def test_no_session_goes_to_a_replica_with_far_more_than_its_share(rows):
 
 
 @given(candidates)
-def test_a_request_without_a_session_goes_where_request_num_sends_it(rows):
+def test_request_without_a_session_is_routed_by_request_num(rows):
     assert choose("session", rows) == choose("request_num", rows)
 
 
@@ -251,6 +251,6 @@ def test_an_unknown_policy_names_those_that_exist():
     ("theirs", "ours"),
     [("remote_cache_aware", "cache_aware"), ("fd_remote_metrics_score", "fd_metrics_score")],
 )
-def test_what_fastdeploy_calls_otherwise_is_said(theirs, ours):
+def test_fastdeploys_name_of_a_policy_gets_a_hint(theirs, ours):
     with pytest.raises(ConfigError, match=f"FastDeploy's {theirs} is {ours} here"):
         policy_named(theirs)

@@ -168,7 +168,7 @@ def test_the_answer_to_head_keeps_its_length_and_has_no_body(router, new_engine)
 # ---- streams
 
 
-def test_each_event_passes_before_the_next_exists(router, new_engine):
+def test_each_event_arrives_before_the_next_is_sent(router, new_engine):
     """The engine sends an event only after the client has seen the previous one: a buffer would deadlock."""
     seen = [threading.Event() for _ in range(5)]
 
@@ -188,7 +188,7 @@ def test_each_event_passes_before_the_next_exists(router, new_engine):
     assert number == 4
 
 
-def test_a_stream_arrives_byte_for_byte_however_it_was_cut_up(router, new_engine):
+def test_stream_arrives_byte_for_byte_for_any_split(router, new_engine):
     expected = (
         b': hi\r\n\r\nevent: x\ndata: {"a": 1}\ndata: more\n\n'
         + b"data: \xc3\xa4\n\ndata: [DONE]\n\nno newline"
@@ -222,7 +222,7 @@ def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(router
 # ---- replicas that fail before their answer
 
 
-def test_d2_a_replica_that_is_gone_is_replaced_by_another(router, new_engine):
+def test_d2_unreachable_replica_is_replaced_by_another(router, new_engine):
     """Upstream tried three times, always the same replica."""
     dead, alive = new_engine(replica=0), new_engine(replica=1)
     router.add(dead, alive)
@@ -389,7 +389,7 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_event(router, new_engine
     ],
 )
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_half_an_answer_goes_to_nobody(router, new_engine, start, version):
+def test_incomplete_answer_reaches_no_client(router, new_engine, start, version):
     """An answer that is not streamed is held back until it is complete."""
     router.add(new_engine(replica=0, behaviour=sends(start)))
     head = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nConnection: close\r\n" % version
@@ -403,7 +403,7 @@ def test_half_an_answer_goes_to_nobody(router, new_engine, start, version):
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_a_part_of_an_answer_too_large_to_hold_never_looks_whole(router, new_engine, version):
+def test_truncated_large_answer_never_looks_complete(router, new_engine, version):
     router.add(new_engine(behaviour=sends(json_head(9_000_000) + b"x" * 8_000_000)))
     request = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % version
     with pytest.raises(ConnectionResetError):
@@ -425,7 +425,7 @@ def test_connections_to_replicas_are_used_again(router, new_engine):
     assert engine.connections - before - opened_by_checks <= 2
 
 
-def test_a_kept_connection_that_the_replica_closed_costs_nobody_a_request(router, new_engine):
+def test_kept_connection_closed_by_the_replica_fails_no_request(router, new_engine):
     engine = new_engine(replica=0)
     router.add(engine)
 
@@ -476,7 +476,7 @@ def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(router, new_eng
     router.wait_idle()
 
 
-def test_when_as_many_are_in_flight_as_may_be_more_are_told_to_come_back(start_router, new_engine):
+def test_requests_beyond_max_in_flight_get_429_with_retry_after(start_router, new_engine):
     router = start_router("--max-in-flight", "4")
     gate = threading.Event()
     engine = new_engine(behaviour=waits_for(gate))
@@ -494,7 +494,7 @@ def test_when_as_many_are_in_flight_as_may_be_more_are_told_to_come_back(start_r
     assert router.complete().status_code == 200
 
 
-def test_the_policy_is_the_one_that_was_asked_for(start_router, new_engine):
+def test_requested_policy_is_used(start_router, new_engine):
     gate = threading.Event()
     router = start_router("--policy", "round_robin")
     engines = [new_engine(replica=number) for number in range(2)]

@@ -34,7 +34,7 @@ def test_a_reload_loses_nothing(start_router, new_engine):
     router.wait_idle()
 
 
-def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_router, new_engine, tmp_path):
+def test_reload_reads_new_keys_and_a_broken_file_changes_nothing(start_router, new_engine, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("alpha\n")
     router = start_router("--api-keys-file", str(keys))

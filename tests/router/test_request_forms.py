@@ -97,7 +97,7 @@ def test_contradictory_scheme_headers_are_not_judged(router):
     ],
     ids=["cookie", "token", "many headers", "long target", "long target of the longest method"],
 )
-def test_what_is_as_large_as_the_router_allows_is_accepted(router, method, target, headers):
+def test_largest_request_of_the_router_is_accepted(router, method, target, headers):
     answer = ask(router, request(method, target, *headers))
     assert (answer.status, "x-fd-replica" in answer.headers) == (200, True), answer
 
@@ -111,7 +111,7 @@ def test_what_is_as_large_as_the_router_allows_is_accepted(router, method, targe
         (request("GET", "/v1/models", "Content-Type: a/b", "Content-Type: a/c"), 400),
     ],
 )
-def test_what_is_too_much_is_refused_by_the_router_itself(router, raw, status):
+def test_larger_requests_are_refused_by_the_router_itself(router, raw, status):
     answer = ask(router, raw)
     assert (answer.status, "x-fd-replica" in answer.headers) == (status, False)
 

@@ -94,7 +94,7 @@ def test_deadly_request_gets_a_clear_error_before_all_replicas_are_dead(router, 
     assert len(list(router.directory.glob(f"killer-{stream}-*"))) == MOST_DEATHS
 
 
-def test_an_error_that_every_replica_reports_is_what_the_client_is_told(router, start_fleet):
+def test_error_of_every_replica_reaches_the_client(router, start_fleet):
     start_fleet(MOST_DEATHS)
     answer = ask(router.port, generation(faults=[{"at": "begun", "how": "failed", "times": 99}]))
     assert (answer.status, answer.error["code"]) == (500, "replicas_lost")
@@ -107,7 +107,7 @@ def test_an_error_that_every_replica_reports_is_what_the_client_is_told(router, 
 # ---- streams that cannot be resumed
 
 
-def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(router, start_fleet):
+def test_refused_resumption_ends_the_stream_with_an_error(router, start_fleet):
     start_fleet(2)
     faults = [CUT, {"at": "resume", "how": 409, "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
@@ -121,7 +121,7 @@ def test_a_stream_of_a_plain_engine_ends_with_an_error(router, start_fleet, feat
     assert "was lost in the middle of the answer" in message
 
 
-def test_a_stream_never_goes_on_at_a_plain_engine(router, start_fleet):
+def test_stream_is_never_resumed_at_a_plain_engine(router, start_fleet):
     plain = start_fleet(2, features="")
     start_fleet(1)
     answers = [ask(router.port, generation(max_tokens=9, faults=[CUT], seed=seed)) for seed in range(6)]
@@ -148,7 +148,7 @@ def test_the_only_replica_loses_the_connection_and_lives(router, start_fleet):
     assert answer.resumed_by == ["0"]
 
 
-def test_nobody_comes_back_in_time(start_router):
+def test_stream_ends_with_an_error_if_no_replica_returns_in_time(start_router):
     router = start_router("--queue-timeout-secs", "0.5")
     with Fleet(router, 1) as fleet:
         fleet.keeps_alive = False
@@ -158,13 +158,13 @@ def test_nobody_comes_back_in_time(start_router):
         router.wait_idle()
 
 
-def test_replicas_that_cannot_take_it_now_are_asked_again_later(router, start_fleet):
+def test_busy_replicas_are_asked_again_later(router, start_fleet):
     start_fleet(2)
     refusals = [{"at": "resume", "how": how} for how in (401, 429, 500, 503, "garbage")]
     ask(router.port, generation(max_tokens=9, faults=[CUT, *refusals])).check()
 
 
-def test_streams_that_have_begun_go_before_requests_that_wait(router, start_fleet):
+def test_begun_streams_take_precedence_over_waiting_requests(router, start_fleet):
     fleet = start_fleet(2, "--max-concurrency=1")
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
         # The stream is cut while the other requests wait.
@@ -187,7 +187,7 @@ def test_streams_that_have_begun_go_before_requests_that_wait(router, start_flee
     ("place", "stream"),
     [(CUT, True), ({"at": "begun"}, True), ({"at": "head"}, True), ({"at": "head"}, False)],
 )
-def test_a_replica_that_hangs_is_found_out(router, start_fleet, place, stream):
+def test_hung_replica_is_detected(router, start_fleet, place, stream):
     start_fleet(2, SIGNS)
     request = generation(stream=stream, max_tokens=9, faults=[{**place, "how": "stop"}])
     answer = ask(router.port, request)
@@ -204,7 +204,7 @@ def test_a_replica_that_hangs_is_found_out(router, start_fleet, place, stream):
         {"stream": False, "delay": 2 * PATIENCE},
     ],
 )
-def test_a_slow_replica_that_gives_signs_of_life_is_left_alone(router, start_fleet, slow):
+def test_slow_replica_with_keep_alives_is_kept(router, start_fleet, slow):
     start_fleet(2, SIGNS)
     answer = ask(router.port, generation(max_tokens=2, **slow))
     answer.check()
@@ -219,7 +219,7 @@ def test_stream_of_a_silent_replica_without_signs_of_life_is_resumed(router, sta
     assert len(answer.resumed_by) == 1
 
 
-def test_a_client_that_does_not_read_is_not_the_replicas_silence(router, start_fleet):
+def test_unread_data_does_not_count_as_silence_of_the_replica(router, start_fleet):
     """The router does not read the signs of life while the client's buffers are full."""
     start_fleet(2, SIGNS)
     answer = ask(router.port, generation(max_tokens=1000, pad=20_000), pause=3 * PATIENCE)
@@ -227,7 +227,7 @@ def test_a_client_that_does_not_read_is_not_the_replicas_silence(router, start_f
     assert answer.resumed_by == []
 
 
-def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(router, start_fleet):
+def test_resumed_router_takes_no_replica_for_dead(router, start_fleet):
     """The router has not yet read what arrived while it was stopped."""
     start_fleet(2, SIGNS)
     [worker] = psutil.Process(router.process.pid).children()

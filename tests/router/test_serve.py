@@ -71,7 +71,7 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_5():
 
 
 @pytest.mark.parametrize("missing", [("uvloop",), ("uvloop", "httptools")])
-def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, missing):
+def test_missing_package_is_named_with_its_remedy(tmp_path, missing):
     hide = "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
     (tmp_path / "sitecustomize.py").write_text(f"import sys\n{hide}")
     ended = run("--port", "1", PYTHONPATH=str(tmp_path))
@@ -82,7 +82,7 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, missing):
     )
 
 
-def test_it_is_ready_in_a_moment(start_router):
+def test_router_starts_quickly(start_router):
     began = time.monotonic()
     start_router()
     print(f"fd-router was ready after {time.monotonic() - began:.2f} s")
@@ -94,7 +94,7 @@ def test_the_version_is_printed(flag):
     assert (ended.returncode, ended.stdout.split()[0]) == (0, "fd-router")
 
 
-def test_it_loads_neither_paddle_nor_numpy():
+def test_router_loads_neither_paddle_nor_numpy():
     program = (
         "import fastdeploy.daemon.router.server.main, sys; print({'paddle', 'numpy'} & set(sys.modules))"
     )
@@ -104,7 +104,7 @@ def test_it_loads_neither_paddle_nor_numpy():
     assert ended.stdout.strip() == "set()"
 
 
-def test_it_listens_on_loopback_unless_told_otherwise(router, start_router):
+def test_router_listens_on_loopback_by_default(router, start_router):
     def addresses(process: psutil.Process) -> set[str]:
         return {each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
 
@@ -128,7 +128,7 @@ def test_sigterm_lets_running_requests_end(router, new_engine):
     assert router.process.wait(30) == 0
 
 
-def test_sigterm_does_not_wait_longer_than_it_was_told(start_router, new_engine):
+def test_sigterm_waits_at_most_the_graceful_timeout(start_router, new_engine):
     router = start_router("--graceful-timeout-secs", "1")
 
     router.add(new_engine(behaviour=streams_for_ever))

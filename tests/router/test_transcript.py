@@ -66,7 +66,7 @@ cuts = st.lists(st.integers(0, 4000), max_size=30)
 
 @given(streams, cuts, st.integers(0, 5), st.integers(0, 4000))
 @example([Said("a"), Said("b", signs=4)], [], 0, 0)
-def test_what_comes_out_is_the_stream_without_marks_and_signs_of_life(stream, cuts, signs, end):
+def test_output_is_the_stream_without_marks_and_keep_alives(stream, cuts, signs, end):
     """For any split and any cut, the output has whole events, and tokens for exactly those."""
     data = b"".join(each.raw for each in stream) + SIGN * signs
     data = data[: len(data) - end % len(data)]
@@ -102,7 +102,7 @@ def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(stream, 
 
 
 @given(st.binary(max_size=60).map(lambda data: data.replace(b"\r", b"\n")), cuts)
-def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data, cuts):
+def test_stream_without_marks_is_unchanged(data, cuts):
     lines = Lines()
     out = b"".join(map(lines.feed, pieces_of(data, cuts)))
     assert data.startswith(out)
@@ -131,7 +131,7 @@ lines_of_any_kind = st.sampled_from(
 @example([b"data: {}", b": fd 0 1", b"", b": fd 0", b""], [18])
 @example([b"data: [DONE]", b"", b": x", b""], [])
 @example([b"data: {}", b"", b"data: {}", b": fd 0 1", b""], [10])
-def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines, cuts):
+def test_output_does_not_depend_on_the_split(lines, cuts):
     data = b"".join(line + b"\n" for line in lines)
     for kind in (Transcript, Lines):
         cut, whole = kind(), kind()
@@ -142,7 +142,7 @@ def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines, cuts):
         assert cut.resumption(*args) == whole.resumption(*args)
 
 
-def test_a_mark_that_comes_alone_is_kept_from_the_client():
+def test_mark_without_an_event_is_not_forwarded():
     transcript = Transcript()
     assert transcript.feed(Said("a").raw + b": fd 0 2 .\n\n") == Said("a").clean
     resumption = transcript.resumption("/v1/completions", b"{}")
@@ -150,7 +150,7 @@ def test_a_mark_that_comes_alone_is_kept_from_the_client():
     assert resumption.choices == {0: Delivered([1, 2], True)}
 
 
-def test_an_answer_without_marks_that_breaks_off_is_not_taken_for_whole():
+def test_truncated_answer_without_marks_does_not_look_complete():
     transcript = Transcript()
     transcript.feed(Said("a").clean)
     transcript.feed(Said("b").clean)
@@ -165,7 +165,7 @@ def test_an_answer_without_marks_passes_and_cannot_be_resumed():
 
 
 @pytest.mark.parametrize("line", [b"", b"x 1", b"0 x", b"0 -1", b"0 99999999999999999999"])
-def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line):
+def test_invalid_mark_prevents_resumption_but_not_the_stream(line):
     transcript = Transcript()
     transcript.feed(Said("a").raw)
     bad = Said("b").clean[:-1] + b": fd " + line + b"\n\n"
@@ -175,7 +175,7 @@ def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line):
         assert transcript.feed(Said("c").raw) == Said("c").clean
 
 
-def test_an_event_without_end_is_given_up():
+def test_endless_event_is_aborted():
     transcript = Transcript()
     piece = b"data: " + b"x" * 100_000
     assert [transcript.feed(piece) for _ in range(100)] == [b""] * 100
