@@ -89,7 +89,7 @@ def test_every_command_that_is_named_exists() -> None:
     assert {name: file for name, file in named(r"`make ([a-z-]+)`").items() if name not in targets} == {}
 
 
-def test_every_file_of_ours_that_is_named_exists() -> None:
+def test_every_project_file_that_is_named_exists() -> None:
     wanted = named(r"(?<!/)\b((?:docs|etc)/[\w./-]+\.(?:md|toml|service))")
     assert wanted
     assert {name: file for name, file in wanted.items() if not (ROOT / name).exists()} == {}

@@ -157,7 +157,7 @@ def test_comments_between_events_are_no_events(faulty: FakeEngine, tmp_path: Pat
         (answers_status("200 OK"), "not chunked"),
     ],
 )
-def test_a_reader_that_is_let_down_says_so(
+def test_reader_reports_an_invalid_stream(
     faulty: FakeEngine, tmp_path: Path, behaviour: Callable[[Received], bool], why: str
 ) -> None:
     faulty.behaviour = behaviour

@@ -149,7 +149,7 @@ def test_attention_over_scattered_blocks_is_attention_over_whole_texts(
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_what_another_text_left_in_a_block_is_not_read(wide: bool) -> None:
+def test_stale_content_of_a_block_is_not_read(wide: bool) -> None:
     """A block is reused by a second text while the first text's numbers still fill it."""
     random = np.random.default_rng(1)
     heads, cache = Heads(4, 2, 32), PagedCache(3, 16, 2, 32, wide)

@@ -95,7 +95,9 @@ def test_moe_block(random: np.random.Generator, weight_format: str, tokens: int,
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_an_mlp_of_all_rows_is_the_gated_mlp(random: np.random.Generator, weight_format: str) -> None:
+def test_single_expert_over_all_rows_is_the_gated_mlp(
+    random: np.random.Generator, weight_format: str
+) -> None:
     """The baseline of the other tests here agrees with the reference."""
     mlp, x = PackedMlp.draw(random, weight_format, HIDDEN, 50, bias=True), draw(random, 40, HIDDEN)
     expected = reference.gated_mlp(x, mlp.plain[0])

@@ -110,7 +110,7 @@ def test_a_step_of_impossibly_many_tokens_is_a_fault(pair: Pair, tokens: int) ->
 
 
 @pytest.mark.parametrize("word", ["begun", "dispatched", "combined"])
-def test_a_number_that_no_rank_can_have_come_to_is_a_fault(pair: Pair, word: str) -> None:
+def test_impossible_step_number_is_a_fault(pair: Pair, word: str) -> None:
     setattr(pair.row, word, EPOCH << 40 | 3)
     if pair.begin() == GOING and (count := pair.dispatch()) >= 0:
         pair.combine(count)
@@ -145,7 +145,7 @@ def test_elements_of_another_size_are_a_fault(pair: Pair, element: int) -> None:
 
 
 @pytest.mark.parametrize("place", [SEATS * MAX_TOKENS * K, 1_000_000, -1, -5_000_000, -(1 << 31)])
-def test_a_result_at_a_place_that_is_none_is_a_fault(pair: Pair, place: int) -> None:
+def test_result_at_an_invalid_place_is_a_fault(pair: Pair, place: int) -> None:
     pair.begin()
     count = pair.dispatch()
     pair.places[1] = place
@@ -279,7 +279,7 @@ def three_ranks(
 
 
 @pytest.mark.parametrize("corrupted", CORRUPTED)
-def test_a_rank_whose_part_is_scribbled_over_is_out_and_reaches_no_sum(
+def test_rank_with_corrupted_memory_is_removed_and_affects_no_sum(
     ranks: Ranks, tmp_path: Path, corrupted: str
 ) -> None:
     with three_ranks(ranks, tmp_path, faulty=[1]) as (started, memory):
@@ -292,7 +292,7 @@ def test_a_rank_whose_part_is_scribbled_over_is_out_and_reaches_no_sum(
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 1 << 22, (1 << 64) - 1])
-def test_an_epoch_without_a_record_is_put_right(ranks: Ranks, tmp_path: Path, epoch: int) -> None:
+def test_epoch_without_a_record_is_repaired(ranks: Ranks, tmp_path: Path, epoch: int) -> None:
     with three_ranks(ranks, tmp_path) as (started, memory):
         before = memory.words.epoch
         memory.words.epoch = epoch
@@ -302,7 +302,9 @@ def test_an_epoch_without_a_record_is_put_right(ranks: Ranks, tmp_path: Path, ep
 
 
 @pytest.mark.parametrize("begin", [0, 16], ids=["all", "places of experts"])
-def test_a_damaged_record_is_made_again_by_who_knows_it(ranks: Ranks, tmp_path: Path, begin: int) -> None:
+def test_damaged_record_is_rewritten_by_a_member_that_knows_it(
+    ranks: Ranks, tmp_path: Path, begin: int
+) -> None:
     with three_ranks(ranks, tmp_path) as (started, memory):
         for start in (memory.layout.records, memory.layout.records + memory.layout.record_bytes):
             end = start + memory.layout.record_bytes

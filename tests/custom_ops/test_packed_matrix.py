@@ -99,7 +99,7 @@ def test_wint4_has_scale_and_minimum_per_group_and_quads_of_inputs() -> None:
 
 
 @given(formats, st.integers(1, 3), sizes, sizes, seeds)
-def test_what_is_packed_comes_back(
+def test_packed_weights_are_recovered(
     weight_format: str, count: int, outputs: int, inputs: int, seed: int
 ) -> None:
     weights, bias = draw(seed, count, outputs, inputs), draw(seed, count, outputs, 1)[..., 0]

@@ -119,7 +119,7 @@ def test_what_a_replica_waits_for(state: ProgramState, other: dict[str, Any], to
     assert waits_for(fleet, fleet.add(1, state, **other), NOW) == told  # type: ignore[arg-type]
 
 
-def test_a_replica_waits_for_the_router_and_then_for_those_that_load() -> None:
+def test_replica_waits_for_the_router_then_for_loading_replicas() -> None:
     fleet = Seen()
     router, waiting = fleet.add(None, ProgramState.STARTING), fleet.add(1, ProgramState.WAITING)
     assert waits_for(fleet, waiting, NOW) == "the router, which starts first"  # type: ignore[arg-type]

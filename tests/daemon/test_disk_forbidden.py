@@ -135,7 +135,7 @@ def test_sockets_are_bound_when_their_directory_allows_it(system: Running) -> No
     system.do("restart", "0")
 
 
-def test_a_log_that_may_not_be_written_ends_a_start_in_one_line(system: Running) -> None:
+def test_unwritable_log_fails_a_start_in_one_line(system: Running) -> None:
     log = system.prefix / "logs" / "fd-dp.log"
     log.chmod(0)
     command = [*unprivileged(), sys.executable, str(LAUNCHER), str(system.config), str(system.prefix)]

@@ -76,7 +76,7 @@ def test_an_emptied_run_directory_is_filled_again(lent: Running) -> None:
     assert (run / "supervisord.conf").exists()
 
 
-def test_a_removed_state_directory_is_made_again_with_all_wishes(lent: Running) -> None:
+def test_removed_state_directory_is_recreated_with_all_intents(lent: Running) -> None:
     file = lent.prefix / "state" / "intents.json"
     lent.tell("drain", name="1", wait=False)
     shutil.rmtree(file.parent)
@@ -103,7 +103,7 @@ def test_a_supervisord_out_of_reach_is_reported_and_not_replaced(lent: Running) 
     assert (lent.pids(), lent.supervisord()) == (before, manager)
 
 
-def test_a_new_daemon_adopts_a_supervisord_whose_socket_is_gone(running: Running) -> None:
+def test_new_daemon_adopts_a_supervisord_without_its_socket(running: Running) -> None:
     running.start_and_wait()
     before, manager = running.pids(), running.supervisord()
     os.kill(manager, signal.SIGSTOP)
@@ -125,7 +125,7 @@ def test_a_stop_without_the_socket_still_ends_everything(running: Running) -> No
     assert not alive(manager)
 
 
-def test_a_drain_that_the_router_does_not_hear_says_so(running: Running) -> None:
+def test_drain_that_does_not_reach_the_router_says_so(running: Running) -> None:
     running.start_and_wait()
     (running.prefix / "run" / "router.sock").unlink()
     done = running.fdctl("drain", "1", "--no-wait")
@@ -143,7 +143,7 @@ def test_a_drain_that_the_router_does_not_hear_says_so(running: Running) -> None
     assert "waits for: the router, which still sends it requests" in running.fdctl("why", "1").stdout
 
 
-def test_fdctl_names_what_is_missing(lent: Running) -> None:
+def test_fdctl_names_the_missing_directory_or_socket(lent: Running) -> None:
     assert lent.daemon is not None
     missing = lent.prefix / "nowhere"
     done = lent.fdctl("--prefix", str(missing), "status")

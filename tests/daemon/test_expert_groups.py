@@ -55,7 +55,7 @@ def new_group() -> Iterator[Callable[[str], QuietGroup]]:
         group.close()
 
 
-def test_every_seat_has_a_row_and_who_is_most_waited_for_is_named(
+def test_every_seat_has_a_row_and_the_most_awaited_is_named(
     fdctl: Fdctl, tmp_path: Path, new_group: Callable[[str], QuietGroup]
 ) -> None:
     group = new_group(launched(tmp_path))
@@ -128,7 +128,7 @@ def test_missing_expert_group_has_its_own_exit_code_and_one_line_reason(
     assert "6    no expert group" in fdctl("--help").stdout
 
 
-def test_it_goes_on_looking(tmp_path: Path, new_group: Callable[[str], QuietGroup]) -> None:
+def test_watch_mode_refreshes(tmp_path: Path, new_group: Callable[[str], QuietGroup]) -> None:
     group = new_group(launched(tmp_path))
     group.join(0, 1)
     command = [str(FDCTL), "--prefix", str(tmp_path), "ep", "--watch", "--json"]

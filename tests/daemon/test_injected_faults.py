@@ -99,7 +99,7 @@ def wakeups() -> Iterator[Wakeups]:
     made.selector.close()
 
 
-def test_a_wake_up_that_raises_holds_up_no_other(wakeups: Wakeups) -> None:
+def test_wake_up_that_raises_delays_no_other(wakeups: Wakeups) -> None:
     ended: list[int] = []
 
     def broken(pid: int) -> None:

@@ -154,7 +154,7 @@ def test_events_of_a_stream_are_not_held_back(nginx: int, replicas: list[Replica
     assert answer.read() == b"\ndata: second\n\n"
 
 
-def test_a_client_that_goes_ends_the_request_at_the_replica(nginx: int, replicas: list[Replica]) -> None:
+def test_disconnect_ends_the_request_at_the_replica(nginx: int, replicas: list[Replica]) -> None:
     gone = threading.Event()
 
     def wait(handler: BaseHTTPRequestHandler) -> None:

@@ -29,7 +29,7 @@ def write(directory: Path, content: bytes) -> Path:
         b"# caf\xc3\xa9\nsecret-one\nsecret-two\n",
     ],
 )
-def test_a_file_of_any_editor_holds_its_keys(tmp_path: Path, content: bytes) -> None:
+def test_keys_are_read_from_files_of_any_editor(tmp_path: Path, content: bytes) -> None:
     assert keys_in(FLAG, write(tmp_path, content)) == ["secret-one", "secret-two"]
     assert ApiKeys.read(FLAG, tmp_path / "keys", VARIABLE).allow("Bearer secret-one")
 
@@ -45,9 +45,7 @@ def test_a_file_of_any_editor_holds_its_keys(tmp_path: Path, content: bytes) -> 
         (b"\xef\xbb\xbf", "has no key in it"),
     ],
 )
-def test_a_file_that_cannot_hold_keys_is_told_without_a_key(
-    tmp_path: Path, content: bytes, place: str
-) -> None:
+def test_invalid_key_file_is_reported_without_its_content(tmp_path: Path, content: bytes, place: str) -> None:
     with pytest.raises(ConfigError, match=place) as refused:
         keys_in(FLAG, write(tmp_path, content))
     assert str(refused.value).startswith(f"{FLAG} {tmp_path / 'keys'}")

@@ -98,7 +98,7 @@ def checkpoint(tmp_path: Path, config: dict[str, Any], tensors: Tensors) -> Path
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_everything_is_packed_where_it_belongs(
+def test_every_tensor_is_packed_in_its_place(
     checkpoint: Path, config: dict[str, Any], tensors: Tensors, weight_format: str
 ) -> None:
     assert_same(

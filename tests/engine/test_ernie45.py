@@ -55,7 +55,7 @@ def test_chunks_of_prefill_do_not_show(
     np.testing.assert_array_equal(routes.by_layer(layers=2)[0], reference["router_7"])
 
 
-def test_a_prefix_computed_for_another_sequence_is_as_good(
+def test_prefix_of_another_sequence_gives_the_same_logits(
     network: Network, reference: dict[str, np.ndarray]
 ) -> None:
     prompt = reference["prompt_7"].tolist()

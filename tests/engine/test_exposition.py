@@ -47,7 +47,7 @@ def test_a_scrape_gets_the_text_of_its_moment() -> None:
         server.close()
 
 
-def test_what_is_no_scrape_is_told_what_is(server: MetricsServer) -> None:
+def test_requests_other_than_a_scrape_get_a_hint(server: MetricsServer) -> None:
     assert ask(server.port, path="/")[::2] == (404, b"GET /metrics\n")
     assert ask(server.port, "DELETE")[::2] == (405, b"GET /metrics\n")
     assert ask(server.port, "HEAD")[::2] == (200, b"")
@@ -57,7 +57,7 @@ def test_what_is_no_scrape_is_told_what_is(server: MetricsServer) -> None:
         assert client.recv(100).startswith(b"HTTP/1.1 200 OK\r\n"), "a long request is not read to its end"
 
 
-def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: MetricsServer) -> None:
+def test_silent_and_unread_clients_do_not_block_others(server: MetricsServer) -> None:
     silent = [connect(server.port, b"GET /met") for _ in range(8)]
     full = [connect(server.port, b"GET /metrics HTTP/1.1\r\n\r\n") for _ in range(8)]
     assert ask(server.port)[2] == TEXT
@@ -65,7 +65,7 @@ def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: MetricsS
         client.close()
 
 
-def test_the_one_that_has_been_there_longest_makes_room(server: MetricsServer) -> None:
+def test_oldest_client_is_dropped_at_the_limit(server: MetricsServer) -> None:
     crowd = [connect(server.port) for _ in range(40)]
     assert ask(server.port)[2] == TEXT
     assert crowd[0].recv(1) == b""
@@ -81,7 +81,7 @@ def test_a_client_that_takes_too_long_is_dropped(
         assert client.recv(1) == b""
 
 
-def test_a_figure_that_cannot_be_had_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_collector_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
     texts = [b"a 1\n"]
     server = MetricsServer(["127.0.0.1"], 0, texts.pop)
     try:

@@ -58,7 +58,7 @@ def test_marks_say_together_what_each_choice_has_got(
 
 
 @pytest.mark.parametrize("line", [b"", b"x", b"0 x", b"0 . 1", b"0 1.5"])
-def test_what_is_no_mark_is_an_error(line: bytes) -> None:
+def test_invalid_mark_is_an_error(line: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 (whatever its words)
         marks_of([b"0 1", line])
 

@@ -83,14 +83,14 @@ def run(model: RandomModel, requests: list[AddRequest], **changes: object) -> Re
     return engine
 
 
-def test_what_a_preempted_text_computes_again_is_the_same(model: RandomModel) -> None:
+def test_preempted_text_is_recomputed_to_the_bit(model: RandomModel) -> None:
     requests = [greedy(f"r{i}", [i + 3] * 20, max_tokens=60) for i in range(5)]
     engine = run(model, requests, num_blocks=14, enable_prefix_caching=False)
     assert engine.stats is not None
     assert engine.stats.preemptions_total > 0
 
 
-def test_a_prefix_of_another_text_is_as_good_as_ones_own(model: RandomModel) -> None:
+def test_cached_prefix_of_another_text_gives_the_same_bits(model: RandomModel) -> None:
     prompt = list(range(3, 19)) * 6
     requests = [greedy("first", prompt, 4), greedy("again", prompt, 30), greedy("half", prompt[:50], 30)]
     engine = run(model, requests, max_num_seqs=1)

@@ -136,7 +136,7 @@ def test_logprobs_are_computed_before_penalties_and_temperature() -> None:
     )
 
 
-def test_each_row_is_told_as_many_logprobs_as_it_asked_for() -> None:
+def test_each_row_gets_the_number_of_logprobs_it_requested() -> None:
     asked = [None, 0, 2, 5]
     drawn = sample(np.array([[1.0, 3.0, 2.0]] * 4), [sequence(logprobs=count) for count in asked])
     assert [None if one.logprobs is None else len(one.logprobs.top) for one in drawn] == [None, 0, 2, 3]
@@ -155,7 +155,7 @@ def test_a_step_without_samples_draws_nothing() -> None:
     assert sample(np.empty((0, 10)), []) == []
 
 
-def test_what_is_kept_of_a_sequence_goes_with_it() -> None:
+def test_state_of_a_sequence_is_dropped_with_it() -> None:
     sampler = Sampler()
     one = sequence([1, 2], temperature=1.0, repetition_penalty=1.1)
     sampler.sample(paddle.zeros([1, 10]), [one])

@@ -115,7 +115,7 @@ def test_addresses_that_a_machine_lacks_are_left_out(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("host", ["", "[::1]", "no such name", "nowhere.invalid", "a" * 300])
-def test_what_is_no_host_is_told_in_one_line(host: str) -> None:
+def test_invalid_host_is_a_one_line_error(host: str) -> None:
     with pytest.raises(ConfigError, match=r"use for example 127\.0\.0\.1 or 0\.0\.0\.0") as refused:
         addresses_of(host)
     assert "\n" not in str(refused.value)

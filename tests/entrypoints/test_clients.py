@@ -139,7 +139,7 @@ def test_a_page_of_this_machine_is_shown_answers(server: ApiServer, path: str) -
     assert "Access-Control-Allow-Origin" not in headers
 
 
-def test_a_page_asks_before_it_sends(server: ApiServer) -> None:
+def test_preflight_of_a_page_is_answered(server: ApiServer) -> None:
     wanted = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
     status, headers = asked(server, "OPTIONS", "/v1/completions", Origin=PAGE, **wanted)
     assert (status, headers["Access-Control-Allow-Headers"]) == (204, "authorization")
@@ -157,7 +157,7 @@ def test_a_page_may_read_a_stream(server: ApiServer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/nothing//here", "/nothing%0A%20", "/v1/a/./b"])
-def test_a_path_that_is_not_found_is_told_as_it_was_sent(server: ApiServer, path: str) -> None:
+def test_unknown_path_is_quoted_as_it_was_sent(server: ApiServer, path: str) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("GET", f"{path}?x=1")
     connection.endheaders()

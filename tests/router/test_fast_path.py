@@ -411,7 +411,7 @@ def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(
 
     stage.run(scene())
     assert "on purpose" in caplog.text
-    test_when_there_is_no_place_left_the_loop_keeps_the_stream(stage)
+    test_without_a_free_slot_the_loop_keeps_the_stream(stage)
 
 
 # ---- platforms without it

@@ -52,7 +52,7 @@ def test_writes_wait_for_the_end_of_the_turn_and_keep_their_order() -> None:
     run(scene())
 
 
-def test_one_that_does_not_wait_comes_after_those_that_do() -> None:
+def test_immediate_write_follows_waiting_writes() -> None:
     async def scene() -> None:
         outbox, pair = WriteBatcher(), await Pair().open()
         outbox.write(pair.transport, b"one ")
@@ -62,7 +62,7 @@ def test_one_that_does_not_wait_comes_after_those_that_do() -> None:
     run(scene())
 
 
-def test_whoever_closes_a_transport_can_send_before() -> None:
+def test_data_can_be_sent_before_a_transport_is_closed() -> None:
     async def scene() -> None:
         outbox, pair = WriteBatcher(), await Pair().open()
         outbox.write(pair.transport, b"last words")
@@ -75,7 +75,7 @@ def test_whoever_closes_a_transport_can_send_before() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-def test_one_that_is_closed_costs_the_others_nothing(how: str) -> None:
+def test_closed_transport_does_not_affect_others(how: str) -> None:
     async def scene() -> None:
         outbox = WriteBatcher()
         gone, here = await Pair().open(), await Pair().open()
