@@ -65,7 +65,7 @@ def test_a_batch_needs_between_one_tokens_experts_and_all_of_them(tmp_path: Path
     assert found[-1] == pytest.approx(config.moe_num_experts)
 
 
-def test_what_takes_longer_is_the_limit() -> None:
+def test_slower_of_reading_and_computing_is_the_limit() -> None:
     machine = Machine(read_bytes_per_second=10, fma_flops_per_second=100)
     assert machine.seconds(Work(bytes_read=20, flops=100)) == 2
     assert machine.seconds(Work(bytes_read=20, flops=300)) == 3

@@ -80,7 +80,7 @@ def test_without_the_header_there_are_no_marks(engines: MockEngines) -> None:
     assert not any("\n: fd" in block for block in blocks(engines, 3))
 
 
-def test_marks_are_those_that_a_resumption_is_made_of(engines: MockEngines) -> None:
+def test_marks_have_the_format_of_a_resumption(engines: MockEngines) -> None:
     *events, done = blocks(engines, 4, {"X-FD-Marks": "1"})
     lines = [event.rpartition("\n: fd ")[2].encode() for event in events]
     assert lines[0] == b"0"
@@ -132,7 +132,7 @@ def in_single_bytes(received: Received) -> bool:
     return True
 
 
-def test_a_stream_may_come_in_any_pieces(faulty: FakeEngine, tmp_path: Path) -> None:
+def test_reader_accepts_any_split_of_a_stream(faulty: FakeEngine, tmp_path: Path) -> None:
     faulty.behaviour = in_single_bytes
     assert run_sse_load(faulty.port, tmp_path, count=2, chunks=2, rounds=2)["chunks"] == 8
 
@@ -169,7 +169,7 @@ needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk")
 
 
 @needs_wrk
-def test_requests_go_to_the_engine_and_have_figures(engines: MockEngines, tmp_path: Path) -> None:
+def test_requests_reach_the_engine_and_are_measured(engines: MockEngines, tmp_path: Path) -> None:
     before = engines.stats()["requests"][0]
     found = unary(engines.ports[0], None, connections=4, seconds=1, directory=tmp_path)
     assert engines.stats()["requests"][0] > before
@@ -178,13 +178,13 @@ def test_requests_go_to_the_engine_and_have_figures(engines: MockEngines, tmp_pa
 
 
 @needs_wrk
-def test_requests_that_are_refused_have_no_figure(faulty: FakeEngine, tmp_path: Path) -> None:
+def test_refused_requests_have_no_result(faulty: FakeEngine, tmp_path: Path) -> None:
     faulty.behaviour = answers_status("429 Too Many Requests")
     with pytest.raises(LoadError, match="were refused"):
         unary(faulty.port, None, connections=1, seconds=1, directory=tmp_path)
 
 
-def test_the_time_of_a_process_is_that_of_all_below_it() -> None:
+def test_cpu_time_includes_all_descendants() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass\nprint('done', flush=True)\ninput()"
     child = subprocess.Popen(
         ["/bin/sh", "-c", f'{sys.executable} -c "{burn}"; :'],
@@ -204,7 +204,7 @@ def figures(**changes: float) -> dict[str, float]:
     return {"rps": 100.0, "p50_ms": 1.0, "cpu_us": 10.0, **changes}
 
 
-def test_rows_compare_what_routers_add_to_what_is_there_without_them() -> None:
+def test_rows_compare_latency_added_by_routers() -> None:
     case, findings = UnaryCase(64), Findings()
     findings.add(case, DIRECT, figures(rps=1000.0))
     for p50 in (3.0, 9.0, 5.0):
@@ -216,7 +216,7 @@ def test_rows_compare_what_routers_add_to_what_is_there_without_them() -> None:
     assert rows["unary_rps_c64_vs_vllm"].limit == 1000.0
 
 
-def test_a_router_that_failed_once_has_no_figure() -> None:
+def test_router_that_failed_once_has_no_result() -> None:
     case, findings = UnaryCase(64), Findings()
     for contender in (DIRECT, "ours", "vllm", "nginx"):
         findings.add(case, contender, figures())

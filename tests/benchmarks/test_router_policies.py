@@ -36,7 +36,7 @@ def test_a_prompt_is_computed_once_while_the_cache_has_room() -> None:
     assert second.first_token_at - second.arrived < first.first_token_at - first.arrived
 
 
-def test_what_was_used_longest_ago_leaves_a_full_cache_from_its_end() -> None:
+def test_full_cache_evicts_the_least_recently_used_text_from_its_end() -> None:
     bench = Bench(cache_blocks=4)
     bench.ask(0.0, [1, 2])
     bench.ask(10.0, [3, 4, 5])
@@ -45,7 +45,7 @@ def test_what_was_used_longest_ago_leaves_a_full_cache_from_its_end() -> None:
     assert again.cached_tokens == BLOCK
 
 
-def test_a_text_that_comes_meanwhile_joins_at_the_next_step() -> None:
+def test_arriving_text_joins_at_the_next_step() -> None:
     bench = Bench()
     long, short = bench.ask(0.0, [], answer_tokens=1000), bench.ask(1.0, [], answer_tokens=1)
     bench.time.run()

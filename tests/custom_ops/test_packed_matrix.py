@@ -220,7 +220,7 @@ def test_stacked_matrices_begin_at_pages_where_that_costs_little(
         lambda blob: np.concatenate([blob[:16], np.array([99], np.uint8), blob[17:]]),
     ],
 )
-def test_other_bytes_are_refused(damage: Callable[[np.ndarray], np.ndarray]) -> None:
+def test_damaged_packed_matrix_is_refused(damage: Callable[[np.ndarray], np.ndarray]) -> None:
     blob = pack(np.ones((4, 4), np.float32), weight_format="wint4")
     with pytest.raises(ValueError, match=r"packed matrix|do not match"):
         PackedShape.of(damage(blob))

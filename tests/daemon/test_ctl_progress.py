@@ -132,9 +132,7 @@ def resumed() -> Iterator[threading.Event]:
     event.set()
 
 
-def test_on_a_terminal_lines_go_by_above_and_the_programs_stay_below(
-    tmp_path: Path, resumed: threading.Event
-) -> None:
+def test_on_a_terminal_lines_scroll_above_the_program_table(tmp_path: Path, resumed: threading.Event) -> None:
     end: list[dict[str, Any]] = [{"event": stage("replica1", "ready")}, {"code": protocol.OK}]
     with scripted(tmp_path / "s", lambda _: [*MESSAGES, lambda: resumed.wait(60), *end]) as commands:
         terminal = Terminal("--socket", str(tmp_path / "s"), "reload")

@@ -101,7 +101,7 @@ def test_nothing_ends_while_the_run_directory_is_read_only(system: SmallDisks) -
     heals(system)
 
 
-def test_a_read_only_remount_costs_only_what_has_to_be_written(system: SmallDisks) -> None:
+def test_read_only_remount_affects_only_writes(system: SmallDisks) -> None:
     before, manager = system.pids(), system.supervisord()
     file = system.prefix / "state" / "intents.json"
     system.tell("drain", name="0", wait=False)

@@ -16,7 +16,7 @@ def test_ports_that_are_found_differ_and_can_be_listened_on() -> None:
         socket.create_server(("127.0.0.1", port)).close()
 
 
-def test_the_kernel_gives_none_of_them_to_a_connection() -> None:
+def test_reserved_ports_are_not_used_for_connections() -> None:
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     assert not [port for port in ports.find_free(50) if first <= port <= last]
 
@@ -29,7 +29,7 @@ def test_two_processes_with_the_same_seed_find_others() -> None:
     assert finds[0] != finds[1]
 
 
-def test_where_all_ports_are_for_connections_one_of_those_is_found(
+def test_ephemeral_ports_are_used_if_there_are_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = tmp_path / "range"

@@ -41,7 +41,7 @@ def test_a_mark_is_a_comment_line_of_server_sent_events() -> None:
 
 
 @given(events=events, finished=st.sets(st.integers(0, 3)))
-def test_marks_say_together_what_each_choice_has_got(
+def test_marks_add_up_to_the_tokens_of_each_choice(
     events: list[tuple[int, list[int]]], finished: set[int]
 ) -> None:
     expected: dict[int, list[int]] = {}

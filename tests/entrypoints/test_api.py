@@ -200,7 +200,7 @@ def test_models(server: ApiServer) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "default", "tiny"])
-def test_the_model_may_be_named_or_not(server: ApiServer, name: str | None) -> None:
+def test_the_model_field_is_optional(server: ApiServer, name: str | None) -> None:
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "model": name})[0] == 200
 
 
@@ -246,7 +246,7 @@ def test_errors_have_openais_shape(
         b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000 + b"\r\n\r\n",
     ],
 )
-def test_broken_http_is_the_clients_fault(server: ApiServer, text: bytes) -> None:
+def test_broken_http_gets_a_4xx_or_no_answer(server: ApiServer, text: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
         client.sendall(text)
         client.shutdown(socket.SHUT_WR)
@@ -297,7 +297,7 @@ def test_no_body_is_answered_with_a_server_error(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(server: ApiServer, stream: bool) -> None:
+def test_disconnect_frees_the_place_in_the_batch(server: ApiServer, stream: bool) -> None:
     """This holds before the first token too, and for answers that are sent only at the end."""
     body = json.dumps(
         {"prompt": "a", "n": 6, "stream": stream, "max_tokens": 500, "ignore_eos": True}

@@ -36,7 +36,7 @@ def test_the_callback_runs_when_the_peer_closes(pair: tuple[socket.socket, socke
         assert gone.wait(WAIT)
 
 
-def test_a_reset_connection_counts_as_gone() -> None:
+def test_reset_connection_counts_as_disconnected() -> None:
     ours, theirs = tcp_pair()
     gone = threading.Event()
     with ours, on_disconnect(ours.fileno(), gone.set):
@@ -143,7 +143,7 @@ def test_reused_descriptor_numbers_do_not_mix_clients_up() -> None:
     assert wrong == []
 
 
-def test_the_connection_really_closes_when_server_and_watch_let_go(
+def test_connection_closes_when_server_and_watch_release_it(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = pair

@@ -61,7 +61,7 @@ def outputs_of(generation: TokenStream) -> list[TokenOutput]:
     return outputs
 
 
-def test_tokens_come_to_whom_they_belong() -> None:
+def test_tokens_reach_their_own_request() -> None:
     with worker("behaves") as run:
         engine = run.wait_ready()
         with engine.generate([request("a"), request("b")]) as both, engine.generate([request("c")]) as other:
@@ -77,7 +77,7 @@ def test_tokens_come_to_whom_they_belong() -> None:
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "close"])
-def test_what_is_not_wanted_any_more_is_aborted_in_the_worker(how: str) -> None:
+def test_abandoned_request_is_aborted_in_the_worker(how: str) -> None:
     """The scripted worker continues only after the right abort; its late token must reach no request."""
     with worker("goes on until told") as run:
         engine = run.wait_ready()
@@ -108,7 +108,7 @@ def test_client_leaving_before_the_first_token_wakes_the_waiting_thread() -> Non
             list(generation)
 
 
-def test_a_worker_is_silent_only_while_it_owes_a_word() -> None:
+def test_worker_is_silent_only_while_a_message_is_due() -> None:
     with worker("is silent until told") as run:
         engine = run.wait_ready()
         assert (engine.progress.requests, engine.progress.silent) == (0, 0)
@@ -122,7 +122,7 @@ def test_a_worker_is_silent_only_while_it_owes_a_word() -> None:
         wait_until(lambda: engine.progress.silent > silent, "it is still silent")
 
 
-def test_each_step_is_progress_and_the_last_one_leaves_nothing_owed() -> None:
+def test_each_step_is_progress_and_after_the_last_no_message_is_due() -> None:
     with worker("works for others until told") as run:
         engine = run.wait_ready()
         with engine.generate([request("a")]) as generation:
@@ -148,7 +148,7 @@ def test_worker_that_dies_at_once_is_reported_with_its_exit_code() -> None:
         assert run.failure().endswith("exited with code 7")
 
 
-def test_the_last_words_of_a_worker_that_cannot_load_are_the_reason() -> None:
+def test_last_output_of_a_worker_that_cannot_load_is_the_reason() -> None:
     with worker("cannot load") as run:
         assert run.failure() == "config.json: no such file"
         assert run.client.status.message == "config.json: no such file"
@@ -167,7 +167,7 @@ def test_a_worker_of_another_version_is_refused() -> None:
         assert "protocol 999" in run.failure()
 
 
-def test_a_stranger_is_not_listened_to(caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_without_the_secret_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     with worker("is a stranger") as run:
         wait_until(lambda: "wrong token" in caplog.text, "it is noticed")
         assert run.client.status.state is EngineState.LOADING

@@ -67,7 +67,7 @@ def test_grouping_never_changes_text_tokens_or_finish_reason(
 
 
 @given(data=st.data(), text=alphabet, stop=stops, include=st.booleans(), min_tokens=st.integers(0, 10))
-def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
+def test_resumed_choice_continues_like_the_original(
     data: st.DataObject, text: str, stop: tuple[str, ...], include: bool, min_tokens: int
 ) -> None:
     """Wherever the cut is, no byte and no log probability is repeated or lost."""
@@ -99,7 +99,7 @@ def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
             assert [e for d in more for e in d.logprobs] == [e for d in ahead for e in d.logprobs]
 
 
-def test_tokens_that_hold_a_stop_string_cannot_be_taken_up() -> None:
+def test_tokens_with_a_stop_string_cannot_be_resumed() -> None:
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     with pytest.raises(ReplayMismatch):
         choice.replay(list(b"the END"), with_logprobs=False)
@@ -164,7 +164,7 @@ def test_stop_strings_before_min_tokens_are_plain_text() -> None:
     assert text_of(deltas) == "a.b"
 
 
-def test_an_error_hands_out_what_was_withheld() -> None:
+def test_error_releases_withheld_text() -> None:
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     choice.push(TokenOutput("r", list(b"EN")))
     delta = choice.push(TokenOutput("r", [], FinishReason.ERROR, message="out of memory"))

@@ -181,7 +181,7 @@ def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(
     ],
 )
 @pytest.mark.parametrize("parse", [chat, completion])
-def test_what_changes_nothing_is_let_through(
+def test_fields_without_effect_are_accepted(
     parse: Callable[..., ChatRequest | CompletionRequest], fields: dict[str, Any]
 ) -> None:
     assert parse(**fields).n == 1
@@ -248,7 +248,7 @@ def test_usage_in_each_chunk_has_to_be_asked_for(
         ({"content": None}, ""),
     ],
 )
-def test_what_an_answer_holds_may_come_back_as_history(message: dict[str, object], content: str) -> None:
+def test_fields_of_an_answer_are_accepted_as_history(message: dict[str, object], content: str) -> None:
     request = chat(messages=[*HELLO, {"role": "assistant", **message}, *HELLO])
     assert request.messages[1] == {"role": "assistant", "content": content}
 

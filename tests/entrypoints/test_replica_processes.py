@@ -54,7 +54,7 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_killing_the_worker_ends_the_replica_and_tells_its_clients(replica: ApiServer) -> None:
+def test_killing_the_worker_ends_replica_and_responses(replica: ApiServer) -> None:
     http, worker = replica.children()
     stream = open_stream(replica)
     worker.kill()
@@ -155,7 +155,7 @@ def test_a_stop_lets_open_requests_finish_and_takes_no_new_ones(
     assert all(map(gone, children))
 
 
-def test_requests_that_outlast_the_graceful_timeout_are_told_so(tmp_path: Path) -> None:
+def test_requests_beyond_the_graceful_timeout_get_an_error(tmp_path: Path) -> None:
     with ApiServer(tmp_path, "--timeout-graceful-shutdown", "0") as replica:
         replica.wait_ready()
         stream = open_stream(replica, max_tokens=500)
@@ -265,7 +265,7 @@ def registered(tmp_path: Path, router: FakeRouter) -> ApiServer:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_told_the_router_before_anybody_is_refused(
+def test_stop_deregisters_before_it_refuses_requests(
     tmp_path: Path, router: FakeRouter, stop: signal.Signals
 ) -> None:
     served = []
@@ -288,7 +288,7 @@ def test_a_stop_is_told_the_router_before_anybody_is_refused(
     assert router.paths().count("/deregister") == 1
 
 
-def test_the_death_of_the_worker_is_told_the_router(tmp_path: Path, router: FakeRouter) -> None:
+def test_worker_death_is_reported_to_the_router(tmp_path: Path, router: FakeRouter) -> None:
     with registered(tmp_path, router) as replica:
         _, worker = replica.children()
         worker.kill()
@@ -296,7 +296,7 @@ def test_the_death_of_the_worker_is_told_the_router(tmp_path: Path, router: Fake
     assert router.paths()[-1] == "/deregister"
 
 
-def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path: Path, router: FakeRouter) -> None:
+def test_hung_router_does_not_delay_a_stop(tmp_path: Path, router: FakeRouter) -> None:
     go_on = threading.Event()
     with registered(tmp_path, router) as replica:
         router.before_answer = lambda path: go_on.wait(60)
@@ -309,7 +309,7 @@ def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path: Path, router: Fak
     go_on.set()
 
 
-def test_a_router_that_is_away_does_not_hold_up_a_stop(tmp_path: Path, router: FakeRouter) -> None:
+def test_absent_router_does_not_delay_a_stop(tmp_path: Path, router: FakeRouter) -> None:
     with registered(tmp_path, router) as replica:
         router.close()
         assert replica.stop() == 0

@@ -35,7 +35,7 @@ def test_d5_a_burst_of_threads_over_idle_replicas_lands_evenly(board: Board) -> 
     assert in_flight(board) == [0] * 8
 
 
-def test_one_request_after_another_visits_everybody(board: Board) -> None:
+def test_consecutive_requests_visit_all_replicas(board: Board) -> None:
     seat_replicas(board, 4)
     names = []
     for _ in range(8):
@@ -52,7 +52,7 @@ def test_round_robin_takes_turns_whatever_is_in_flight(board: Board) -> None:
     assert names == ["0", "1", "2", "0", "1", "2"]
 
 
-def test_a_lease_is_given_back_once(board: Board) -> None:
+def test_lease_is_released_once(board: Board) -> None:
     seat_replicas(board, 1)
     first, second = pick(board), pick(board)
     first.release()
@@ -74,7 +74,7 @@ def test_prompt_tokens_are_counted_while_their_request_is_in_flight(board: Board
     assert [row.tokens for row in board.status()] == [0, 0]
 
 
-def test_prompts_that_begin_alike_go_where_the_first_of_them_went(board: Board) -> None:
+def test_prompts_with_a_common_prefix_go_to_the_same_replica(board: Board) -> None:
     seat_replicas(board, 4)
     policy, facts = policy_named("cache_aware"), RequestFacts(0, 100, prefix=(11, 12, 13))
     names = set()
@@ -85,7 +85,7 @@ def test_prompts_that_begin_alike_go_where_the_first_of_them_went(board: Board) 
     assert len(names) == 1
 
 
-def test_a_replica_that_was_replaced_has_forgotten_what_it_had_cached(board: Board) -> None:
+def test_replaced_replica_has_no_cached_prefixes(board: Board) -> None:
     seat_replicas(board, 2, start="a")
     policy, facts = policy_named("cache_aware"), RequestFacts(0, 100, prefix=(11, 12, 13))
     first = pick(board, policy, facts)
@@ -128,14 +128,14 @@ def test_requests_of_other_routers_count_too(board: Board) -> None:
     assert pick(board).handle == handles[0]
 
 
-def test_a_replicas_own_account_is_passed_to_the_policy(board: Board) -> None:
+def test_reported_load_of_a_replica_reaches_the_policy(board: Board) -> None:
     seat_replicas(board, 2)
     policy = policy_named("fd_metrics_score")
     board.set_load(board.handles()[0], running=5, waiting=1)
     assert [pick(board, policy).instance.name for _ in range(4)] == ["1"] * 4
 
 
-def test_what_is_no_board_is_refused(tmp_path: Path) -> None:
+def test_memory_that_is_no_board_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 25))
     with path.open("r+b") as file, pytest.raises(BoardError, match="is not a board of this version"):

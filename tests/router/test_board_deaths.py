@@ -113,7 +113,7 @@ def instructions(operation: str) -> int:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_whoever_dies_at_any_instruction_leaves_a_board_that_works(operation: str) -> None:
+def test_death_at_any_instruction_leaves_a_working_board(operation: str) -> None:
     total = instructions(operation)
     assert total > 50
     # Each death takes a process; over many runs every instruction is tried.

@@ -88,7 +88,7 @@ def test_d5_burst_over_idle_replicas_is_even_for_any_number_of_workers(board: Bo
     os.close(gate_out)
 
 
-def test_what_one_worker_does_the_others_see(board: Board) -> None:
+def test_changes_by_one_worker_are_visible_to_others(board: Board) -> None:
     worker = start_worker(board)
     board.admit(instance(0))
     board.admit(instance(1))
@@ -126,7 +126,7 @@ def test_leader_drops_counts_of_a_dead_worker_missed_by_its_parent(board: Board)
     assert in_flight(board) == [0]
 
 
-def test_a_worker_that_lives_keeps_its_requests_whatever_is_said_of_it(board: Board) -> None:
+def test_live_worker_keeps_its_requests_when_dead_ones_are_dropped(board: Board) -> None:
     board.admit(instance(0))
     worker = start_worker(board, picks=3)
     board.drop_dead_workers()
@@ -149,7 +149,7 @@ def test_a_probe_of_a_killed_worker_does_not_block_the_next(board: Board) -> Non
     assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)
 
 
-def test_a_worker_killed_with_the_lock_in_its_hand_does_not_keep_it(board: Board) -> None:
+def test_lock_of_a_killed_worker_is_released(board: Board) -> None:
     board.admit(instance(0))
 
     def die(child: Forked) -> None:
@@ -192,7 +192,7 @@ def test_worker_columns_are_limited_and_reused_after_a_death(board: Board) -> No
         worker.kill()
 
 
-def test_one_that_resigns_never_leads_again_and_another_does(board: Board) -> None:
+def test_worker_that_resigns_never_leads_again(board: Board) -> None:
     def work(child: Forked) -> None:
         before = board.try_lead()
         board.resign()
@@ -205,7 +205,7 @@ def test_one_that_resigns_never_leads_again_and_another_does(board: Board) -> No
     worker.kill()
 
 
-def test_one_leads_and_another_when_it_is_dead(board: Board) -> None:
+def test_another_worker_leads_when_the_leader_is_dead(board: Board) -> None:
     def work(child: Forked) -> None:
         while True:
             child.send(board.try_lead())
@@ -223,7 +223,7 @@ def test_one_leads_and_another_when_it_is_dead(board: Board) -> None:
         worker.kill()
 
 
-def test_a_program_that_replaces_the_router_goes_on_with_its_board(board: Board) -> None:
+def test_upgraded_router_continues_with_the_board(board: Board) -> None:
     board.admit(instance(0))
     board.drain(board.handles()[0])
     worker = start_worker(board)

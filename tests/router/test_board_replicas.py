@@ -25,7 +25,7 @@ def test_d4_end_of_an_old_request_does_not_count_for_a_new_instance(board: Board
     assert in_flight(board) == [0]
 
 
-def test_a_replica_that_was_started_anew_is_another_one_at_once(board: Board) -> None:
+def test_restarted_replica_is_another_instance_at_once(board: Board) -> None:
     board.admit(instance(0, "a", limit=1))
     old = pick(board)
     board.failed(old.handle, "connection reset")
@@ -58,7 +58,7 @@ def test_registering_again_keeps_seat_and_count(board: Board) -> None:
     assert in_flight(board) == [0]
 
 
-def test_a_deregistered_replica_is_gone_with_its_last_request(board: Board, clock: Clock) -> None:
+def test_deregistered_replica_is_removed_with_its_last_request(board: Board, clock: Clock) -> None:
     board.admit(instance(0, "a"))
     lease = pick(board)
     assert not board.deregister(instance(0).url, "another")
@@ -74,7 +74,7 @@ def test_a_deregistered_replica_is_gone_with_its_last_request(board: Board, cloc
     assert board.admit(instance(0, "b"))
 
 
-def test_a_draining_replica_gets_nothing_new_even_when_it_is_started_anew(board: Board) -> None:
+def test_draining_replica_gets_nothing_new_even_after_a_restart(board: Board) -> None:
     board.admit(instance(0, "a"))
     [handle] = board.handles()
     assert board.drain(handle)

@@ -11,7 +11,7 @@ from fastdeploy.daemon.router.policy.policy import RequestFacts
 from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
 
 
-def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board: Board, clock: Clock) -> None:
+def test_d6_two_failures_in_a_row_take_a_replica_down(board: Board, clock: Clock) -> None:
     """Upstream removed an instance at its first failed probe."""
     seat_replicas(board, 1)
     [handle] = board.handles()
@@ -37,7 +37,7 @@ def test_replica_from_the_registry_file_is_up_after_first_health_check(board: Bo
     assert states(board) == [ReplicaState.UP]
 
 
-def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board: Board, clock: Clock) -> None:
+def test_replica_that_was_down_gets_one_trial_request_at_a_time(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
@@ -68,7 +68,7 @@ def test_replica_is_probed_despite_requests_from_before_it_went_down(board: Boar
     assert pick(board).probing
 
 
-def test_the_wait_before_it_is_tried_out_doubles_up_to_half_a_minute(board: Board, clock: Clock) -> None:
+def test_delay_before_a_trial_request_doubles_up_to_30_s(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
@@ -84,7 +84,7 @@ def test_the_wait_before_it_is_tried_out_doubles_up_to_half_a_minute(board: Boar
     assert waits == [1, 2, 4, 8, 16, 30, 30]
 
 
-def test_one_that_answers_every_other_request_is_tried_out_ever_less(board: Board, clock: Clock) -> None:
+def test_flaky_replica_is_tried_ever_less_often(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     waits = []
@@ -106,7 +106,7 @@ def test_one_that_answers_every_other_request_is_tried_out_ever_less(board: Boar
     assert states(board) == [ReplicaState.PROBING]
 
 
-def test_one_in_good_health_that_gets_no_request_is_up_after_a_while(board: Board, clock: Clock) -> None:
+def test_healthy_replica_without_requests_is_up_after_a_while(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")

@@ -41,7 +41,7 @@ def leave(client: socket.socket, how: str) -> None:
 
 @pytest.mark.parametrize("behaviour", [never_answers, sends_the_head_of_a_stream])
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_a_client_that_goes_before_the_first_token_cancels_its_request(
+def test_disconnect_before_the_first_token_cancels_the_request(
     router: RouterProcess, new_engine: Callable[..., FakeEngine], behaviour: Behaviour, how: str
 ) -> None:
     """gevent, gthread and sync workers would hold the replica until it writes something."""
@@ -67,7 +67,7 @@ def test_a_client_that_goes_before_the_first_token_cancels_its_request(
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_a_client_that_goes_in_the_middle_of_a_silent_stream_cancels_it(
+def test_disconnect_in_a_silent_stream_cancels_the_request(
     router: RouterProcess, new_engine: Callable[..., FakeEngine], how: str
 ) -> None:
     engine = new_engine(behaviour=streams_for_ever)

@@ -31,7 +31,7 @@ def client(shared_router: RouterProcess, replica: FakeEngine) -> Iterator[RawCli
         yield client
 
 
-def test_half_requests_on_all_connections_keep_nobody_out(
+def test_incomplete_requests_on_all_connections_do_not_block_new_ones(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     """A new connection with a request replaces the one whose request has been incomplete longest."""
@@ -84,7 +84,7 @@ def test_requests_of_one_connection_are_served_one_at_a_time(
     assert [client.answer().status for _ in range(2)] == [200, 200]
 
 
-def test_who_closes_its_sending_half_is_taken_as_gone(
+def test_half_closed_client_counts_as_disconnected(
     shared_router: RouterProcess, replica: FakeEngine, client: RawClient
 ) -> None:
     """nginx does the same by default; a reset tells the client that nothing more will come."""
@@ -137,7 +137,7 @@ def test_stream_to_an_http_1_0_keep_alive_client_ends_by_closing(
     assert answer.body == b"".join(events(body))
 
 
-def test_who_offers_another_protocol_is_served_in_this_one(replica: FakeEngine, client: RawClient) -> None:
+def test_upgrade_offer_is_answered_in_http_1(replica: FakeEngine, client: RawClient) -> None:
     """Java's HttpClient offers HTTP/2 with its first request on each connection, body included."""
     offer = (
         b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"

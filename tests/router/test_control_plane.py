@@ -60,7 +60,7 @@ def test_an_instance_that_is_not_healthy_is_refused(
     assert router.urls() == set()
 
 
-def test_faults_are_told_in_fastdeploys_words(router: RouterProcess) -> None:
+def test_errors_have_fastdeploys_texts(router: RouterProcess) -> None:
     answer = requests.post(f"{router.url}/register", data=b"{", timeout=10)
     assert answer.status_code == 400
     assert answer.json()["msg"].startswith("Invalid InstanceInfo JSON format: ")
@@ -142,7 +142,7 @@ def test_a_heartbeat_brings_a_replica_back(
     assert router.complete().status_code == 200
 
 
-def test_d8_health_generate_tells_whether_any_replica_is_up(
+def test_d8_health_generate_is_200_only_if_a_replica_is_up(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     """Upstream ignored mixed instances and always said OK."""
@@ -218,7 +218,7 @@ def test_unknown_paths_and_methods_get_an_openai_error(router: RouterProcess) ->
 
 
 @pytest.mark.parametrize("path", ["/nothing//here", "//nothing", "/no%20thing%0A", "/a/./b"])
-def test_a_path_that_is_not_found_is_told_as_it_was_sent(shared_router: RouterProcess, path: str) -> None:
+def test_unknown_path_is_quoted_as_it_was_sent(shared_router: RouterProcess, path: str) -> None:
     with RawClient(shared_router.port) as client:
         client.send(f"GET {path}?x=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         answer = client.answer()

@@ -107,7 +107,7 @@ def test_every_page_may_be_allowed_and_never_with_credentials(
         assert "Vary" not in answer.headers
 
 
-def test_a_list_allows_what_is_in_it_and_nothing_else(
+def test_a_list_allows_only_its_origins(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router = start_router("--cors-origins", f"{FOREIGN}, https://chat.example:8443")
@@ -142,7 +142,7 @@ def test_a_replicas_error_has_the_headers(
 
 
 @pytest.mark.parametrize("status", ["200 OK", "503 Service Unavailable"])
-def test_what_a_replica_says_of_pages_is_not_passed_on(
+def test_cors_headers_of_a_replica_are_dropped(
     shared_router: RouterProcess, replica: FakeEngine, status: str
 ) -> None:
     """FastDeploy itself answers every origin with * and credentials."""
@@ -197,7 +197,7 @@ def test_requests_behind_a_preflight_on_its_connection_are_answered(
     assert json.loads(answers[1].body)["engine"] == replica.name
 
 
-def test_header_names_that_are_none_are_not_repeated(shared_router: RouterProcess) -> None:
+def test_invalid_header_names_are_not_repeated(shared_router: RouterProcess) -> None:
     headers = {"Origin": PAGE, **ASKS, "Access-Control-Request-Headers": "a: b; c"}
     answer = requests.options(f"{shared_router.url}/v1/models", headers=headers, timeout=20)
     assert answer.status_code == 204
@@ -219,6 +219,6 @@ def test_the_list_can_change_while_the_router_runs(
 @pytest.mark.parametrize(
     "word", ["app.example", "http://app.example/", "HTTP://app.example", "http://*", "null"]
 )
-def test_what_is_no_origin_is_refused_at_the_start(word: str) -> None:
+def test_invalid_origin_is_refused_at_the_start(word: str) -> None:
     with pytest.raises(ConfigError, match=r"--cors-origins: .* not an origin"):
         CorsPolicy.parse("--cors-origins", f"loopback,{word}")

@@ -47,7 +47,7 @@ def innocents(count: int) -> list[Generation]:
 
 
 @pytest.mark.parametrize("kind", DEADLY)
-def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(
+def test_deadly_request_ends_with_an_error_and_harms_no_other(
     start_router: Callable[..., RouterProcess], kind: str
 ) -> None:
     router = start_router("--workers", "2", *LOOKS)
@@ -97,7 +97,7 @@ def second_of(line: str) -> float:
     return datetime.datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
-def test_a_request_that_a_model_loses_with_a_503_is_deadly_too(
+def test_request_that_kills_only_the_worker_is_deadly_too(
     start_router: Callable[..., RouterProcess],
 ) -> None:
     """The API process outlives its worker and answers 503."""
@@ -119,7 +119,7 @@ def told_router(start_router: Callable[..., RouterProcess], tmp_path: Path) -> R
     return router
 
 
-def test_a_single_replica_is_kept_for_a_suspect_while_others_wait(told_router: RouterProcess) -> None:
+def test_single_replica_is_reserved_for_a_suspect_while_others_wait(told_router: RouterProcess) -> None:
     """A supervised router lets new requests wait until the replica is back."""
     faults = [{"at": "head", "how": "kill", "times": SUSPECT_AFTER}]
     with Fleet(told_router, 1) as fleet, concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -161,7 +161,7 @@ def test_an_innocent_request_outlives_kills_from_outside(told_router: RouterProc
         answer.result().check()
 
 
-def test_the_word_that_it_was_its_own_end_is_waited_for_and_counts(told_router: RouterProcess) -> None:
+def test_report_of_a_crash_is_awaited_and_counts(told_router: RouterProcess) -> None:
     admin = told_router.directory / "admin"
     fault = {"at": "head", "how": "kill", "times": 99}
     with Fleet(told_router, 4), concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -186,7 +186,7 @@ def test_the_word_that_it_was_its_own_end_is_waited_for_and_counts(told_router: 
         (b'{"url": "http://127.0.0.1:1", "instance": "a", "from_outside": true}', 403),
     ],
 )
-def test_a_word_about_an_end_is_checked_and_comes_over_the_admin_socket(
+def test_report_of_an_exit_is_validated_and_needs_the_admin_socket(
     told_router: RouterProcess, body: bytes, status: int
 ) -> None:
     where: Any = told_router.directory / "admin" if status == 400 else told_router.port

@@ -56,7 +56,7 @@ def ask(router: RouterProcess) -> RawAnswer:
 
 
 @pytest.mark.parametrize("answer", GARBLED)
-def test_an_answer_that_could_be_read_in_two_ways_is_a_bad_gateway(
+def test_ambiguous_answer_is_a_bad_gateway(
     shared_router: RouterProcess, replica: FakeEngine, answer: str
 ) -> None:
     replica.behaviour = keeps(GARBLED[answer])
@@ -69,7 +69,7 @@ def test_an_answer_that_could_be_read_in_two_ways_is_a_bad_gateway(
     [b"2;" + b"y" * ENDLESS, b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * (ENDLESS // 6)],
     ids=["extension", "trailers"],
 )
-def test_an_answer_that_goes_on_for_ever_and_says_nothing_is_given_up(
+def test_endless_answer_without_content_is_aborted(
     shared_router: RouterProcess, replica: FakeEngine, tail: bytes
 ) -> None:
     goes_on = keeps(OK + b"Transfer-Encoding: chunked\r\n\r\n" + tail)
@@ -86,7 +86,7 @@ def test_an_answer_that_goes_on_for_ever_and_says_nothing_is_given_up(
 )
 @pytest.mark.parametrize("when", ["at once", "later"])
 @pytest.mark.parametrize("framing", [SMALL, b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"])
-def test_what_follows_an_answer_is_nobodys_answer(
+def test_surplus_bytes_after_an_answer_reach_no_client(
     shared_router: RouterProcess, replica: FakeEngine, extra: bytes, when: str, framing: bytes
 ) -> None:
     replica.behaviour = keeps(OK + framing + extra) if when == "at once" else keeps(OK + framing, extra)
@@ -100,7 +100,7 @@ def test_what_follows_an_answer_is_nobodys_answer(
 @pytest.mark.parametrize(
     "framing", [b"Content-Length: 4\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n4\r\n"]
 )
-def test_an_answer_that_has_no_body_has_none_whatever_follows(
+def test_bodyless_answer_has_no_body_whatever_follows(
     shared_router: RouterProcess, replica: FakeEngine, status: bytes, framing: bytes
 ) -> None:
     replica.behaviour = keeps(b"HTTP/1.1 " + status + b"\r\n" + framing + b"EVIL\r\n0\r\n\r\n")
@@ -109,7 +109,7 @@ def test_an_answer_that_has_no_body_has_none_whatever_follows(
     assert "transfer-encoding" not in headers
 
 
-def test_a_body_behind_the_answer_to_head_is_nobodys_answer(
+def test_body_after_an_answer_to_head_reaches_no_client(
     shared_router: RouterProcess, replica: FakeEngine
 ) -> None:
     replica.behaviour = keeps(OK + SMALL + EVIL)
@@ -142,7 +142,7 @@ def test_a_body_behind_an_interim_answer_is_no_answer_to_the_next_request(
 
 
 @pytest.mark.parametrize("count", [1, 5_000])
-def test_interim_answers_are_kept_from_the_client(
+def test_interim_answers_are_not_forwarded(
     shared_router: RouterProcess, replica: FakeEngine, count: int
 ) -> None:
     replica.behaviour = keeps(EARLY * count + OK + SMALL)
@@ -151,7 +151,7 @@ def test_interim_answers_are_kept_from_the_client(
     assert "x-evil" not in headers
 
 
-def test_headers_about_the_replicas_connection_stay_there(
+def test_connection_headers_of_a_replica_are_not_forwarded(
     shared_router: RouterProcess, replica: FakeEngine
 ) -> None:
     replica.behaviour = keeps(

@@ -100,7 +100,7 @@ def test_removed_temporary_directories_cost_neither_counts_nor_workers(
 
 
 @pytest.mark.parametrize("removed", ["the socket", "its directory"])
-def test_a_removed_admin_socket_is_made_again(
+def test_removed_admin_socket_is_recreated(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     tmp_path: Path,
@@ -130,7 +130,7 @@ def test_a_removed_admin_socket_is_made_again(
     assert lines(router, "Traceback") == []
 
 
-def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(
+def test_router_without_its_admin_socket_stops_cleanly(
     start_router: Callable[..., RouterProcess], tmp_path: Path
 ) -> None:
     admin = tmp_path / "run" / "router.sock"
@@ -144,7 +144,7 @@ def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(
     assert lines(router, "Traceback") == []
 
 
-def test_an_admin_socket_is_made_when_its_disk_allows_it(
+def test_admin_socket_is_created_when_its_disk_permits(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     tmp_path: Path,
@@ -171,7 +171,7 @@ def test_an_admin_socket_is_made_when_its_disk_allows_it(
     assert len(lines(router, "cannot be made")) == 2
 
 
-def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(
+def test_admin_socket_taken_over_by_another_program_is_kept_by_it(
     start_router: Callable[..., RouterProcess], tmp_path: Path
 ) -> None:
     admin = tmp_path / "router.sock"
@@ -227,7 +227,7 @@ def test_a_worker_that_drains_does_not_spin_for_a_new_admin_socket(
         assert old.is_running()
 
 
-def test_the_admin_socket_is_made_again_after_an_upgrade(
+def test_removed_admin_socket_is_recreated_after_an_upgrade(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
 ) -> None:
     admin = tmp_path / "router.sock"
@@ -263,7 +263,7 @@ def drain(router: RouterProcess, name: str) -> int:
     return requests.post(url, headers=headers, timeout=20).status_code
 
 
-def test_what_a_full_disk_does_not_take_is_saved_later(
+def test_registrations_on_a_full_disk_are_saved_later(
     start_with_registry: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     tmp_path: Path,
@@ -285,7 +285,7 @@ def test_what_a_full_disk_does_not_take_is_saved_later(
     assert [each.name for each in disk.path.iterdir()] == ["registry.json"]
 
 
-def test_what_a_read_only_disk_does_not_take_is_saved_later(
+def test_registrations_on_a_read_only_disk_are_saved_later(
     start_with_registry: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     tmp_path: Path,
@@ -340,7 +340,7 @@ def test_a_registry_file_without_permission_is_saved_when_it_has_one(
 # ---- the log, and the start
 
 
-def test_requests_go_on_while_the_log_disk_is_full(
+def test_requests_are_served_while_the_log_disk_is_full(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     tmp_path: Path,

@@ -50,7 +50,7 @@ def stage() -> Iterator[Stage]:
 # ---- streams that pass
 
 
-def test_events_arrive_without_their_marks_which_are_told_in_the_end(stage: Stage) -> None:
+def test_events_arrive_without_marks_which_are_reported_at_the_end(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             for event in (FIRST, SECOND, THIRD):
@@ -62,7 +62,7 @@ def test_events_arrive_without_their_marks_which_are_told_in_the_end(stage: Stag
     stage.run(scene())
 
 
-def test_many_may_come_at_once_and_one_may_come_byte_by_byte(stage: Stage) -> None:
+def test_events_may_arrive_together_or_byte_by_byte(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             many = [Said(str(number), tokens=(number,)) for number in range(300)]
@@ -78,7 +78,7 @@ def test_many_may_come_at_once_and_one_may_come_byte_by_byte(stage: Stage) -> No
 
 
 @pytest.mark.parametrize("size", [b"%x", b"%X", b"%04x", b"%06X"])
-def test_however_a_replica_writes_the_size_of_a_chunk(stage: Stage, size: bytes) -> None:
+def test_every_spelling_of_a_chunk_size_is_accepted(stage: Stage, size: bytes) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             event = Said("x" * 0xABC)
@@ -89,7 +89,7 @@ def test_however_a_replica_writes_the_size_of_a_chunk(stage: Stage, size: bytes)
     stage.run(scene())
 
 
-def test_signs_of_life_are_heard_and_are_not_for_the_client(stage: Stage) -> None:
+def test_keep_alives_are_noticed_and_not_forwarded(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             for _ in range(3):
@@ -168,7 +168,7 @@ def test_unusual_input_returns_the_stream_with_that_input_unread(stage: Stage, u
 
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
-def test_no_byte_of_it_is_lost_that_comes_by_itself(stage: Stage, unusual: str) -> None:
+def test_no_byte_is_lost_when_each_arrives_alone(stage: Stage, unusual: str) -> None:
     """The event loop reads whatever the fast path has left unread."""
 
     async def scene() -> None:
@@ -187,7 +187,7 @@ def test_no_byte_of_it_is_lost_that_comes_by_itself(stage: Stage, unusual: str) 
     stage.run(scene())
 
 
-def test_a_chunk_too_long_to_wait_for_is_the_parsers(stage: Stage) -> None:
+def test_oversized_chunk_is_left_to_the_parser(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             part = raw(Said("x" * 1_000_000))[:200_000]
@@ -223,7 +223,7 @@ def test_stream_with_many_marks_is_returned_before_they_pile_up(stage: Stage) ->
 
 
 @pytest.mark.parametrize("how", ["close", "half", "reset"])
-def test_it_comes_back_when_the_replica_goes_and_the_loop_sees_that(stage: Stage, how: str) -> None:
+def test_stream_is_returned_when_the_replica_disconnects(stage: Stage, how: str) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST), raw(SECOND)[:-3])
@@ -237,7 +237,7 @@ def test_it_comes_back_when_the_replica_goes_and_the_loop_sees_that(stage: Stage
 
 
 @pytest.mark.parametrize("how", ["close", "half", "reset"])
-def test_it_comes_back_when_the_client_goes_and_the_loop_sees_that(stage: Stage, how: str) -> None:
+def test_stream_is_returned_when_the_client_disconnects(stage: Stage, how: str) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST))
@@ -251,7 +251,7 @@ def test_it_comes_back_when_the_client_goes_and_the_loop_sees_that(stage: Stage,
     stage.run(scene())
 
 
-def test_what_a_client_says_meanwhile_waits_for_the_loop(stage: Stage) -> None:
+def test_client_data_during_a_stream_waits_for_the_loop(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.client.other.send(b"GET / HTTP/1.1\r\n")
@@ -294,7 +294,7 @@ def test_bytes_unread_by_the_client_are_returned_exactly(stage: Stage) -> None:
 # ---- taking back
 
 
-def test_a_stream_that_was_taken_back_is_left_alone(stage: Stage) -> None:
+def test_stream_taken_back_is_not_touched_again(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST), raw(SECOND)[:9])
@@ -308,7 +308,7 @@ def test_a_stream_that_was_taken_back_is_left_alone(stage: Stage) -> None:
     stage.run(scene())
 
 
-def test_one_that_has_come_back_unnoticed_is_told_of_once(stage: Stage) -> None:
+def test_return_of_a_stream_is_reported_once(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream, Passage(stage) as behind:
             stream.say(raw(FIRST), LAST_CHUNK)
@@ -322,7 +322,7 @@ def test_one_that_has_come_back_unnoticed_is_told_of_once(stage: Stage) -> None:
     stage.run(scene())
 
 
-def test_a_place_that_is_used_again_knows_nothing_of_the_stream_before(stage: Stage) -> None:
+def test_reused_slot_has_no_state_of_the_previous_stream(stage: Stage) -> None:
     async def scene() -> None:
         for _ in range(2 * CAPACITY):
             async with Passage(stage) as stream:
@@ -341,7 +341,7 @@ def test_a_place_that_is_used_again_knows_nothing_of_the_stream_before(stage: St
     stage.run(scene())
 
 
-def test_a_stream_may_come_and_go(stage: Stage) -> None:
+def test_stream_can_enter_and_leave_the_fast_path_repeatedly(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             for _ in range(5):
@@ -354,7 +354,7 @@ def test_a_stream_may_come_and_go(stage: Stage) -> None:
     stage.run(scene())
 
 
-def test_when_there_is_no_place_left_the_loop_keeps_the_stream(stage: Stage) -> None:
+def test_without_a_free_slot_the_loop_keeps_the_stream(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage), Passage(stage) as second:
             replica, client = await Link().open(), await Link().open()
@@ -420,7 +420,7 @@ def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(
 @pytest.mark.parametrize(
     ("library", "reason"), [(None, "cannot open shared object file"), (b"for another machine", "too short")]
 )
-def test_a_router_without_it_says_in_one_line_what_to_do(
+def test_router_without_the_fast_path_names_the_remedy_in_one_line(
     tmp_path: Path, library: bytes | None, reason: str
 ) -> None:
     package = tmp_path / "fastdeploy"

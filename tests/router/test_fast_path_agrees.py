@@ -263,7 +263,7 @@ def stage() -> Iterator[Stage]:
 )
 @example([chunk(b'data: {"a":1}\n: fd 0 1\r2\n\n')], [], set(), None)
 @example([chunk(Said("x" * 150_000).raw)] * 3 + [chunk(DONE), b"0\r\n\r\n"], [], set(), 4096)
-def test_what_arrives_and_what_is_known_of_it_is_the_same(
+def test_output_and_transcript_agree_with_and_without_the_fast_path(
     stage: Stage, parts: list[bytes], cuts: list[int], comes_back: set[int], receive_buffer: int | None
 ) -> None:
     begin = EVENT_HEAD + chunk(b'data: {"id":"x","created":5}\n: fd 0\n\n')

@@ -164,7 +164,7 @@ def test_both_connections_are_used_again(lent_router: RouterProcess, told: Told,
     assert [each.connection for each in stream.engine.received] == [stream.connection] * 3
 
 
-def test_a_request_that_comes_meanwhile_is_answered_afterwards(
+def test_pipelined_request_is_answered_after_the_stream(
     lent_router: RouterProcess, told: Told, client: RawClient
 ) -> None:
     client.send(POST + POST)
@@ -182,7 +182,7 @@ def test_a_request_that_comes_meanwhile_is_answered_afterwards(
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half"])
-def test_a_client_that_goes_takes_its_request_with_it(
+def test_disconnect_on_the_fast_path_cancels_the_request(
     lent_router: RouterProcess, told: Told, client: RawClient, identity: str, how: str
 ) -> None:
     told.say(event(1))
@@ -200,7 +200,7 @@ def test_a_client_that_goes_takes_its_request_with_it(
     assert on_fast_path(lent_router) == 0
 
 
-def test_who_reads_slowly_stops_the_replica_and_gets_everything(
+def test_slow_reader_pauses_the_replica_and_gets_everything(
     lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     whole = [event(number, 10_000) for number in range(4000)]
@@ -243,7 +243,9 @@ def test_an_old_client_gets_its_stream_from_the_event_loop(lent_router: RouterPr
         assert client.rest() == DONE
 
 
-def test_so_does_a_client_that_speaks_tls(tmp_path: Path, new_engine: Callable[..., FakeEngine]) -> None:
+def test_tls_client_gets_its_stream_from_the_event_loop(
+    tmp_path: Path, new_engine: Callable[..., FakeEngine]
+) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     certify(certificate, key)
     context = ssl.create_default_context(cafile=str(certificate))
@@ -281,7 +283,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         *(("event", how) for how in ("reset", "ends", "garbage", "reborn", "failed", "kill")),
     ],
 )
-def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet: Fleet, at: str, how: str) -> None:
+def test_stream_cut_anywhere_on_the_fast_path_is_resumed(fleet: Fleet, at: str, how: str) -> None:
     """Each event is sent separately, so that the stream is on the fast path by the third."""
     fleet.renew()
     fault = {"at": at, "event": 5, "how": how}
@@ -291,7 +293,7 @@ def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet: Fleet, at: str,
     fleet.wait_until_up()
 
 
-def test_it_is_on_the_fast_path_there_too(
+def test_resumed_stream_is_on_the_fast_path_too(
     lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     """A resumed stream takes the fast path even on a connection that has carried another stream."""
@@ -366,7 +368,7 @@ def test_replica_lost_before_it_read_the_whole_request_is_replaced(
     assert "Traceback" not in lent_router.log.read_text()
 
 
-def test_signs_of_life_are_heard_there(
+def test_keep_alives_on_the_fast_path_are_noticed(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router, told = start_router("--progress-timeout-secs", "0.5"), Told()
@@ -385,7 +387,7 @@ def test_signs_of_life_are_heard_there(
         assert rest(client) == DONE
 
 
-def test_how_fast_replicas_are_is_seen(
+def test_speed_of_replicas_is_measured_on_the_fast_path(
     lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     stop = threading.Event()
@@ -439,7 +441,7 @@ def test_file_limit_is_raised_for_the_maximum_number_of_connections(
         told.end()
 
 
-def test_a_limit_that_nobody_reaches_costs_nothing(
+def test_large_connection_limit_costs_nothing(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router = start_router("--max-in-flight", str(10**10))

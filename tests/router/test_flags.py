@@ -28,7 +28,7 @@ def write(path: Path, content: object, mode: int = 0o600) -> Path:
 # ---- the file
 
 
-def test_its_words_come_after_those_of_the_command_line(tmp_path: Path) -> None:
+def test_flags_of_the_file_follow_those_of_the_command_line(tmp_path: Path) -> None:
     file = write(tmp_path / "flags", ["--policy", "session", "--allow-host", "10.0.0.0/24"])
     words = ["--policy", "random", "--port", "1234", "--allow-host", "10.1.0.0/24", "--flags-file", str(file)]
     settings = read(words).settings
@@ -47,7 +47,7 @@ def test_fingerprint_is_the_first_12_digits_of_the_sha256(content: bytes) -> Non
 
 
 @given(words=st.lists(st.text(max_size=8), max_size=5))
-def test_every_word_of_a_command_line_is_read_as_it_was_written(
+def test_every_argument_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, words: list[str]
 ) -> None:
     file = write(tmp_path_factory.mktemp("flags") / "flags", words)
@@ -91,7 +91,7 @@ def test_a_wrong_file_is_one_line_that_names_it(
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_directory_pipe_or_missing_flags_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(ConfigError, match="must be a regular file"):
@@ -109,13 +109,13 @@ def test_the_file_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
-def test_a_time_is_more_than_nothing(seconds: str) -> None:
+def test_times_must_be_positive(seconds: str) -> None:
     with pytest.raises(ConfigError, match="it must be more than 0"):
         read(["--keep-alive-secs", seconds])
 
 
 @pytest.mark.parametrize("flag", ["--worker-timeout-secs", "--graceful-timeout-secs"])
-def test_what_gunicorn_reckons_with_is_not_too_large_for_it(flag: str) -> None:
+def test_values_are_limited_to_what_gunicorn_can_handle(flag: str) -> None:
     with pytest.raises(ConfigError, match=r"it must be \d\.\.86400"):
         read([flag, "9" * 400])
 
@@ -161,7 +161,7 @@ def test_every_other_flag_can_change(data: st.DataObject) -> None:
     assert keeps_it_from_changing([flag, value], []) == expected
 
 
-def test_who_only_wants_to_know_need_not_load_a_server() -> None:
+def test_reading_flags_loads_no_server_modules() -> None:
     program = (
         "import fastdeploy.daemon.router.config.flags, fastdeploy.daemon.router.config.flags_file, sys; "
         "print({'flask', 'gunicorn', 'ssl', 'socket', 'asyncio', 'requests'} & set(sys.modules))"

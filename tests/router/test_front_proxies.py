@@ -91,7 +91,7 @@ def client(front: int, engine: FakeEngine) -> Iterator[RawClient]:
         yield client
 
 
-def test_each_event_passes_before_the_next_exists(engine: FakeEngine, client: RawClient) -> None:
+def test_each_event_arrives_before_the_next_is_sent(engine: FakeEngine, client: RawClient) -> None:
     """The replica sends an event only after the client has seen the previous one: a buffer would deadlock."""
     seen = threading.Semaphore(0)
 
@@ -136,7 +136,9 @@ def test_a_replicas_error_arrives_as_it_is(engine: FakeEngine, client: RawClient
 @pytest.mark.parametrize(
     "path", ["/register", "/metrics", "/registered", "/admin/replicas/0/drain", "/internal/resume"]
 )
-def test_what_is_for_this_machine_cannot_be_reached(engine: FakeEngine, client: RawClient, path: str) -> None:
+def test_internal_paths_are_not_reachable_through_the_proxy(
+    engine: FakeEngine, client: RawClient, path: str
+) -> None:
     """To the router, every client of the proxy seems to be on this machine."""
     client.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % path.encode())
     answer = client.answer()

@@ -116,7 +116,7 @@ def test_a_replica_that_answers_with_200_is_well(new_replica: Callable[[], Repli
     assert str(check(replica.instance)) == f"{replica.instance.authority} answered /health with 304"
 
 
-def test_each_look_takes_a_new_connection(new_replica: Callable[[], Replica]) -> None:
+def test_each_check_uses_a_new_connection(new_replica: Callable[[], Replica]) -> None:
     replica = new_replica()
     for _ in range(3):
         check(replica.instance)
@@ -131,7 +131,7 @@ def test_a_proxy_for_the_outside_world_is_not_asked(
     assert check(new_replica().instance) is None
 
 
-def test_nobody_listening_is_told_from_a_broken_connection() -> None:
+def test_refused_connections_are_distinguished_from_broken_ones() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         instance = Instance("127.0.0.1", listener.getsockname()[1])
 
@@ -194,7 +194,7 @@ def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(
     wait_until(lambda: state(board) == ReplicaState.DOWN, "it is down again")
 
 
-def test_one_that_hangs_holds_up_no_other(
+def test_hung_replica_delays_no_other(
     board: Board, new_replica: Callable[[], Replica], start_monitor: Callable[..., Forked]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -214,7 +214,7 @@ def test_load_is_scraped_where_the_policy_asks_for_it(
     wait_until(lambda: (board.status()[0].running, board.status()[0].waiting) == (7, 12), "its load is known")
 
 
-def test_only_the_leader_looks_and_another_goes_on_when_it_is_dead(
+def test_only_the_leader_checks_and_a_dead_one_is_succeeded(
     board: Board, new_replica: Callable[[], Replica], start_monitor: Callable[..., Forked]
 ) -> None:
     replica = new_replica()

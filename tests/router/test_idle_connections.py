@@ -30,7 +30,7 @@ def ask(client: socket.socket) -> bytes:
     return client.recv(15)
 
 
-def test_connections_that_say_nothing_keep_nobody_waiting(
+def test_silent_connections_delay_no_request(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], held: ExitStack
 ) -> None:
     router = start_router(*FEW)
@@ -42,7 +42,7 @@ def test_connections_that_say_nothing_keep_nobody_waiting(
     assert ask(connect(router, held)) == b"HTTP/1.1 200 OK"
 
 
-def test_at_the_limit_the_connection_that_was_idle_longest_goes(
+def test_longest_idle_connection_is_closed_at_the_limit(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], held: ExitStack
 ) -> None:
     router = start_router(*FEW)
@@ -57,7 +57,7 @@ def test_at_the_limit_the_connection_that_was_idle_longest_goes(
     assert ask(others[-1]) == b"HTTP/1.1 200 OK"
 
 
-def test_connections_that_say_nothing_do_not_hold_up_a_stop(
+def test_silent_connections_do_not_delay_a_stop(
     start_router: Callable[..., RouterProcess], held: ExitStack
 ) -> None:
     router = start_router(*FEW, "--graceful-timeout-secs", "600")

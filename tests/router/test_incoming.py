@@ -52,7 +52,7 @@ def test_a_chunked_request_body_is_accepted(
     assert received.header("content-length") == "14"
 
 
-def test_a_body_over_the_limit_is_refused_however_its_length_is_told(
+def test_body_over_the_limit_is_refused_for_any_framing(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router = start_router("--max-body-bytes", "1000")
@@ -118,7 +118,7 @@ def test_bad_chunks_are_the_clients_fault_and_leave_their_traces(
         assert line.endswith(" 1.0")
 
 
-def test_a_body_that_ends_early_goes_to_no_replica(
+def test_truncated_body_reaches_no_replica(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     engine = new_engine()
@@ -184,7 +184,7 @@ def test_expect_100_continue_is_answered_by_the_router(
     assert engine.received[0].header("expect") is None
 
 
-def test_clients_must_show_a_key_when_keys_are_set(
+def test_clients_must_present_a_key_when_keys_are_set(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
@@ -206,11 +206,11 @@ def test_clients_must_show_a_key_when_keys_are_set(
 @pytest.mark.parametrize(
     "header", ["", "alpha", "Basic alpha", "Bearer", "Bearer alph", "Bearer alphaa", "Bearer \xff"]
 )
-def test_only_a_bearer_token_that_is_a_key_is_let_in(header: str) -> None:
+def test_only_a_valid_bearer_token_is_accepted(header: str) -> None:
     assert not ApiKeys(["alpha"]).allow(header)
 
 
-def test_without_keys_everybody_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_keys_every_client_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FD_API_KEY", raising=False)
     assert ApiKeys.read("--api-keys-file", None, "FD_API_KEY").allow("")
     monkeypatch.setenv("FD_API_KEY", " a ,")
@@ -218,7 +218,7 @@ def test_without_keys_everybody_is_let_in(monkeypatch: pytest.MonkeyPatch) -> No
     assert (keys.allow("bearer a"), keys.allow("")) == (True, False)
 
 
-def test_an_empty_key_file_does_not_open_the_door(tmp_path: Path) -> None:
+def test_empty_key_file_does_not_disable_the_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match="has no key in it"):
@@ -227,7 +227,7 @@ def test_an_empty_key_file_does_not_open_the_door(tmp_path: Path) -> None:
         ApiKeys.read("--api-keys-file", tmp_path / "none", "FD_API_KEY")
 
 
-def test_headers_named_in_connection_belong_to_the_connection() -> None:
+def test_headers_named_in_connection_are_not_forwarded() -> None:
     headers = [
         (b"connection", b"close, X-A"),
         (b"x-a", b"1"),
@@ -238,7 +238,7 @@ def test_headers_named_in_connection_belong_to_the_connection() -> None:
     assert without_hop_by_hop(headers) == [(b"x-b", b"2")]
 
 
-def test_clients_that_do_not_close_after_the_last_answer_hold_up_nobody(
+def test_clients_that_do_not_close_do_not_delay_others(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     """gunicorn waits two seconds for each such client in turn, in the loop that accepts connections."""

@@ -108,9 +108,7 @@ REACHED = [
 
 
 @pytest.mark.parametrize("fault", REACHED)
-def test_a_fault_in_one_request_leaves_the_others_alone(
-    faulty: RouterProcess, engine: FakeEngine, fault: str
-) -> None:
+def test_fault_in_one_request_affects_no_other(faulty: RouterProcess, engine: FakeEngine, fault: str) -> None:
     [worker] = faulty.workers()
     gate = threading.Event()
     engine.behaviour = behaving(gate, fault)
@@ -143,7 +141,7 @@ def first_answer(client: RawClient) -> bytes:
 
 
 @pytest.mark.parametrize("fault", ["try_again", "give_up"])
-def test_a_fault_in_the_wait_queue_costs_no_other_its_turn(
+def test_fault_in_the_wait_queue_delays_no_other(
     faulty: RouterProcess, engine: FakeEngine, fault: str
 ) -> None:
     faulty_place = FakeEngine()
@@ -217,7 +215,7 @@ class Waiter:
     def give_up(self) -> None: ...
 
 
-def test_a_waiter_that_raises_loses_none_of_those_that_stay() -> None:
+def test_waiter_that_raises_does_not_affect_the_others() -> None:
     line = WaitQueue(10)
     waiters = [Waiter(name) for name in ("stays 1", "broken", "stays 2")]
     for waiter in waiters:
@@ -227,7 +225,7 @@ def test_a_waiter_that_raises_loses_none_of_those_that_stay() -> None:
     assert [*line._others] == [waiters[0], waiters[2]]
 
 
-def test_a_write_that_raises_costs_the_others_nothing() -> None:
+def test_write_that_raises_does_not_affect_the_others() -> None:
     class Broken(asyncio.WriteTransport):
         aborted = False
 

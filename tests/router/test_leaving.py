@@ -119,7 +119,7 @@ def test_in_the_middle_of_a_stream_that_it_does_not_read(
 
 
 @HOW
-def test_after_its_stream_has_gone_on_elsewhere(
+def test_after_its_stream_was_resumed_elsewhere(
     router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
 ) -> None:
     fleet = start_fleet(2)
@@ -132,7 +132,9 @@ def test_after_its_stream_has_gone_on_elsewhere(
 
 
 @HOW
-def test_while_it_waits_in_line(router: RouterProcess, start_fleet: Callable[..., Fleet], how: str) -> None:
+def test_while_it_waits_in_the_queue(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     fleet = start_fleet(1, "--max-concurrency=1")
     first = Visitor(router, generation(stream=False, delay=60), "first")
     first.ask()
@@ -172,7 +174,7 @@ def test_while_its_stream_waits_for_a_replica(
 
 
 @HOW
-def test_while_another_replica_is_asked_to_go_on(
+def test_while_another_replica_is_asked_to_resume(
     router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
 ) -> None:
     fleet = start_fleet(2)

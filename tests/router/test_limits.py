@@ -64,7 +64,7 @@ def client(shared_router: RouterProcess, replica: FakeEngine) -> Iterator[RawCli
     ],
     ids=lambda value: str(value[:20] + b"..." + value[-20:]) if isinstance(value, bytes) else str(value),
 )
-def test_too_much_is_refused_however_it_is_said(
+def test_oversized_requests_are_refused_in_any_form(
     shared_router: RouterProcess,
     replica: FakeEngine,
     client: RawClient,
@@ -122,9 +122,7 @@ def is_told_that_it_is_late(client: RawClient, part: str) -> bool:
     return (answer.status, message) == (408, f"the request {part} did not arrive in time")
 
 
-def test_who_stops_in_the_middle_of_a_request_is_told_so(
-    shared_router: RouterProcess, replica: FakeEngine
-) -> None:
+def test_incomplete_request_gets_408(shared_router: RouterProcess, replica: FakeEngine) -> None:
     with ExitStack() as stack:
         clients = [stack.enter_context(RawClient(shared_router.port)) for _ in STOPPED]
         for client, (sent, _) in zip(clients, STOPPED, strict=True):
@@ -136,9 +134,7 @@ def test_who_stops_in_the_middle_of_a_request_is_told_so(
             assert client.is_at_its_end()
 
 
-def test_who_sends_a_little_now_and_then_is_told_so_too(
-    shared_router: RouterProcess, replica: FakeEngine
-) -> None:
+def test_trickled_request_gets_408_too(shared_router: RouterProcess, replica: FakeEngine) -> None:
     """Slowloris: each piece arrives in time, but the request is never complete."""
     all_refused = threading.Event()
 
@@ -171,7 +167,7 @@ def test_a_connection_without_requests_is_closed_after_a_while(
         assert silent.is_at_its_end()
 
 
-def test_who_gets_an_answer_late_keeps_the_connection(replica: FakeEngine, client: RawClient) -> None:
+def test_late_answer_keeps_the_connection_open(replica: FakeEngine, client: RawClient) -> None:
     """A request may take as long as it needs; the client's time limit starts after the answer."""
     gate = threading.Event()
     replica.behaviour = waits_for(gate)
@@ -204,7 +200,7 @@ class EndlessStream:
             raise
 
 
-def test_who_stops_reading_stops_the_replica_and_is_cut_off(
+def test_client_that_stops_reading_pauses_the_replica_and_is_dropped(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router = start_router("--client-timeout-secs", "2")
@@ -234,7 +230,7 @@ def test_who_stops_reading_stops_the_replica_and_is_cut_off(
     router.wait_idle()
 
 
-def test_who_reads_slowly_gets_everything(shared_router: RouterProcess, replica: FakeEngine) -> None:
+def test_slow_reader_gets_everything(shared_router: RouterProcess, replica: FakeEngine) -> None:
     """The answer exceeds all buffers, so that the replica is paused and resumed many times."""
     whole = b"".join(b"data: %d %b\n\n" % (number, b"x" * 1000) for number in range(20_000))
 

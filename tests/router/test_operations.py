@@ -86,7 +86,7 @@ def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(
     assert names == {"0", "1"}
 
 
-def test_when_all_drain_there_is_nobody_and_health_says_so(
+def test_when_all_replicas_drain_health_reports_503(
     lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
 ) -> None:
     engine = new_engine(replica=3)
@@ -99,7 +99,7 @@ def test_when_all_drain_there_is_nobody_and_health_says_so(
     assert lent_router.complete().status_code == 200
 
 
-def test_a_replica_that_is_removed_is_gone_until_its_next_heartbeat(
+def test_removed_replica_is_absent_until_its_next_heartbeat(
     lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
 ) -> None:
     engine = new_engine(replica=4)
@@ -111,7 +111,7 @@ def test_a_replica_that_is_removed_is_gone_until_its_next_heartbeat(
 
 
 @pytest.mark.parametrize("name", ["9", "x", "..", "%2e%2e", "a/b"])
-def test_an_order_for_nobody_is_refused_with_the_names_there_are(
+def test_admin_command_for_an_unknown_replica_names_the_known(
     lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine], name: str
 ) -> None:
     lent_router.add(new_engine(replica=5))
@@ -121,14 +121,14 @@ def test_an_order_for_nobody_is_refused_with_the_names_there_are(
         assert json.loads(answer.body)["msg"] == f"no replica '{name}'; there are: 5"
 
 
-def test_orders_that_do_not_exist_are_not_found(lent_router: RouterProcess, admin: Path) -> None:
+def test_unknown_admin_commands_are_404(lent_router: RouterProcess, admin: Path) -> None:
     assert tell(admin, "explode", "0").status == 404
     with RawClient(admin) as client:
         client.send(b"GET /admin/replicas/0/drain HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.answer().status == 405
 
 
-def test_over_loopback_an_order_needs_a_key(
+def test_admin_command_over_loopback_needs_a_key(
     lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     lent_router.add(new_engine(replica=6))
@@ -143,7 +143,7 @@ def test_over_loopback_an_order_needs_a_key(
     assert tell(lent_router.port, "undrain", "6", key="alpha").status == 200
 
 
-def test_without_keys_there_are_no_orders_over_loopback(
+def test_without_keys_admin_commands_over_loopback_are_refused(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router = start_router()
@@ -160,7 +160,7 @@ def farewell(engine: FakeEngine, router: RouterProcess, instance: str) -> reques
     return requests.post(f"{router.url}/deregister", json=body, timeout=20)
 
 
-def test_a_deregistered_replica_gets_nothing_new_and_ends_what_it_has(
+def test_deregistered_replica_completes_its_requests_and_gets_no_new(
     lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     gate = threading.Event()
@@ -210,7 +210,7 @@ def test_a_deregistered_replica_is_removed_when_it_is_undrained(
     wait_until(lambda: engine.url not in lent_router.urls() | lent_router.urls("down"), "its row is free")
 
 
-def test_a_replica_that_was_started_anew_is_used_at_once(
+def test_restarted_replica_is_used_at_once(
     lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     """The new process has the same address, while the router still considers the old one down."""

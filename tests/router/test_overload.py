@@ -99,7 +99,7 @@ def test_requests_beyond_capacity_wait_and_are_served_in_order(
     wait_until(lambda: waited(lent_router) == before + 6, "their waiting is counted")
 
 
-def test_who_comes_does_not_overtake_who_waits(
+def test_new_request_does_not_overtake_a_waiting_one(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     ask: Callable[[RouterProcess, str], RawClient],
@@ -119,7 +119,7 @@ def test_who_comes_does_not_overtake_who_waits(
     assert [client.answer().status for client in clients] == [200] * 3
 
 
-def test_those_in_line_go_on_when_a_request_of_another_worker_ends(
+def test_queue_advances_when_a_request_of_another_worker_ends(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], held: ExitStack
 ) -> None:
     router = start_router("--workers", "2")
@@ -147,7 +147,7 @@ def test_those_in_line_go_on_when_a_request_of_another_worker_ends(
     assert names_of(engine) == ["first", "second"]
 
 
-def test_when_the_line_is_full_more_are_told_when_to_come_back(
+def test_requests_beyond_a_full_queue_get_429_with_retry_after(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     ask: Callable[[RouterProcess, str], RawClient],
@@ -167,7 +167,7 @@ def test_when_the_line_is_full_more_are_told_when_to_come_back(
     assert names_of(engine) == ["0", "1", "2"]
 
 
-def test_without_a_line_nobody_waits(
+def test_queue_size_0_rejects_at_once(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     ask: Callable[[RouterProcess, str], RawClient],
@@ -181,7 +181,7 @@ def test_without_a_line_nobody_waits(
     assert first.answer().status == 200
 
 
-def test_who_has_waited_long_enough_is_told_when_to_come_back(
+def test_request_that_waited_too_long_gets_429_with_retry_after(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     ask: Callable[[RouterProcess, str], RawClient],
@@ -200,7 +200,7 @@ def test_who_has_waited_long_enough_is_told_when_to_come_back(
     assert names_of(engine) == ["first", "third"]
 
 
-def test_who_leaves_the_line_is_forgotten(
+def test_client_that_leaves_the_queue_is_forgotten(
     lent_router: RouterProcess,
     new_engine: Callable[..., FakeEngine],
     ask: Callable[[RouterProcess, str], RawClient],
@@ -217,7 +217,7 @@ def test_who_leaves_the_line_is_forgotten(
     lent_router.wait_idle()
 
 
-def test_those_in_line_go_to_a_replica_that_joins(
+def test_waiting_requests_go_to_a_replica_that_joins(
     lent_router: RouterProcess,
     new_engine: Callable[..., FakeEngine],
     ask: Callable[[RouterProcess, str], RawClient],
@@ -283,7 +283,7 @@ def test_a_replica_that_is_full_for_a_while_is_replaced_by_another(
     assert full.received
 
 
-def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(
+def test_refusal_without_retry_after_is_returned(
     lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     """The limit may be a key's quota, which would be used up at every replica."""
@@ -294,7 +294,7 @@ def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(
     assert sum(len(engine.received) for engine in engines) == 1
 
 
-def test_those_in_line_count_as_in_flight(
+def test_waiting_requests_count_as_in_flight(
     start_router: Callable[..., RouterProcess],
     new_engine: Callable[..., FakeEngine],
     ask: Callable[[RouterProcess, str], RawClient],
@@ -314,7 +314,7 @@ def test_those_in_line_count_as_in_flight(
 # ---- supervised replicas
 
 
-def test_one_that_could_not_connect_waits_for_the_same_replica(
+def test_request_without_a_connection_waits_for_the_same_replica(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
 ) -> None:
     flags = ("--health-check-interval-secs", "0.2", "--queue-timeout-secs", "2")

@@ -146,7 +146,7 @@ def test_process_tokens_picks_the_fewest_prompt_tokens(rows: list[Candidate], fa
     )
 
 
-def test_fd_metrics_score_counts_what_others_have_there() -> None:
+def test_fd_metrics_score_counts_requests_of_others() -> None:
     ours, theirs = Candidate(3, 0), Candidate(0, 0, running=3, waiting=2)
     assert choose("fd_metrics_score", [ours, theirs]) == ours
 
@@ -184,7 +184,7 @@ def test_without_a_prefix_cache_aware_is_request_num(rows: list[Candidate], fact
     assert choose("cache_aware", rows, facts) == choose("request_num", rows, facts)
 
 
-def test_cache_aware_weighs_what_a_prefix_saves_against_who_waits_for_it() -> None:
+def test_cache_aware_weighs_a_prefix_against_the_waiting_requests() -> None:
     prompt = RequestFacts(0, prompt_tokens=4000)
     knows = Candidate(5, 0, matched=blocks(3800))
     assert choose("cache_aware", [Candidate(2, 0), knows], prompt) == knows
@@ -199,7 +199,7 @@ def sessions(count: int) -> list[RequestFacts]:
 
 
 @given(st.integers(2, 16), st.data())
-def test_a_replica_that_goes_moves_only_its_own_sessions(count: int, data: st.DataObject) -> None:
+def test_removed_replica_moves_only_its_own_sessions(count: int, data: st.DataObject) -> None:
     rows = idle(count).rows
     gone = data.draw(st.sampled_from(rows))
     rest = [row for row in rows if row is not gone]
@@ -242,7 +242,7 @@ def test_no_session_goes_to_a_replica_with_far_more_than_its_share(rows: list[Ca
 
 
 @given(candidates)
-def test_a_request_without_a_session_goes_where_request_num_sends_it(rows: list[Candidate]) -> None:
+def test_request_without_a_session_is_routed_by_request_num(rows: list[Candidate]) -> None:
     assert choose("session", rows) == choose("request_num", rows)
 
 
@@ -255,6 +255,6 @@ def test_an_unknown_policy_names_those_that_exist() -> None:
     ("theirs", "ours"),
     [("remote_cache_aware", "cache_aware"), ("fd_remote_metrics_score", "fd_metrics_score")],
 )
-def test_what_fastdeploy_calls_otherwise_is_said(theirs: str, ours: str) -> None:
+def test_fastdeploys_name_of_a_policy_gets_a_hint(theirs: str, ours: str) -> None:
     with pytest.raises(ConfigError, match=f"FastDeploy's {theirs} is {ours} here"):
         policy_named(theirs)

@@ -85,7 +85,7 @@ ENDS: dict[str, Callable[[ApiServer], object]] = {
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(len(ENDS), marks=pytest.mark.slow)])
-def test_streams_go_on_however_a_replica_ends(
+def test_streams_continue_however_a_replica_ends(
     router: RouterProcess, start_replica: Callable[[int], ApiServer], count: int
 ) -> None:
     replicas = {str(number): start_replica(number) for number in range(count + 1)}
@@ -103,7 +103,7 @@ def test_streams_go_on_however_a_replica_ends(
     assert resumes(router) > before
 
 
-def test_an_answer_that_comes_whole_goes_on_when_its_replica_dies(
+def test_unstreamed_answer_continues_when_its_replica_dies(
     router: RouterProcess, start_replica: Callable[[int], ApiServer]
 ) -> None:
     """The answer is long enough for a draft, which the replica sends once per second."""

@@ -184,7 +184,7 @@ def test_a_missing_redis_package_is_named_with_its_remedy(monkeypatch: pytest.Mo
 
 
 @needs_redis
-def test_each_sees_what_the_other_has_in_flight(start_router: Callable[..., Router]) -> None:
+def test_routers_see_each_others_requests_in_flight(start_router: Callable[..., Router]) -> None:
     one, other = start_router(), start_router()
     for number in range(2):
         one("admit", number)
@@ -243,7 +243,7 @@ def test_a_deregistration_and_a_drain_reach_the_other(start_router: Callable[...
 
 @needs_redis
 @pytest.mark.parametrize("kind", ["stopped", "hanging"])
-def test_without_redis_each_goes_on_alone_and_says_so_once(
+def test_without_redis_each_router_continues_and_logs_it_once(
     start_router: Callable[..., Router], server: Redis, kind: str
 ) -> None:
     one, other = start_router(), start_router()
@@ -267,7 +267,7 @@ def test_without_redis_each_goes_on_alone_and_says_so_once(
 
 
 @needs_redis
-def test_nonsense_in_redis_does_no_harm(start_router: Callable[..., Router], server: Redis) -> None:
+def test_invalid_data_in_redis_is_ignored(start_router: Callable[..., Router], server: Redis) -> None:
     one, other = start_router(), start_router()
     server.client.sadd("fd-router:routers", "stranger")
     server.client.hset("fd-router:entries", "http://10.0.0.9:1", "[")

@@ -69,7 +69,7 @@ def test_fastdeploys_own_registration_is_understood() -> None:
 
 
 @pytest.mark.parametrize("role", ["mixed", "MIXED", "Mixed", 0])
-def test_roles_are_words_in_any_case_or_numbers(role: int | str) -> None:
+def test_roles_are_names_in_any_case_or_numbers(role: int | str) -> None:
     assert parse(json.dumps({**GOOD, "role": role}).encode()).url == "http://127.0.0.1:1811"
 
 
@@ -81,13 +81,13 @@ def test_a_replica_number_is_its_name() -> None:
     assert from_fields({**GOOD, "replica": 3}).name == "3"
 
 
-def test_what_our_replicas_add_is_understood() -> None:
+def test_fields_of_this_projects_replicas_are_read() -> None:
     instance = from_fields({**GOOD, **OURS})
     assert (instance.instance, instance.features) == (OURS["instance"], ("resume", "progress"))
     assert (instance.max_concurrency, instance.token) == (512, OURS["token"])
 
 
-def test_a_token_is_seen_only_where_it_must_be_kept() -> None:
+def test_token_appears_only_in_the_stored_registration() -> None:
     instance = from_fields({**GOOD, **OURS})
     assert instance.registration()["token"] == OURS["token"]
     for text in (repr(instance), str(instance), json.dumps(instance.wire()), f"{instance}"):
@@ -148,7 +148,7 @@ def test_a_scheme_before_the_address_is_taken_off() -> None:
         ),
     ],
 )
-def test_a_wrong_field_is_named_in_fastdeploys_words(changes: dict[str, object], text: str) -> None:
+def test_wrong_field_gets_fastdeploys_error_text(changes: dict[str, object], text: str) -> None:
     assert fault(**changes) == f"invalid InstanceInfo format: {text}"
 
 

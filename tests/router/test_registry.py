@@ -39,9 +39,7 @@ def boards() -> Iterator[list[Board]]:
         board.close()
 
 
-def test_what_was_saved_is_restored_with_tokens_and_the_operators_word(
-    tmp_path: Path, boards: list[Board]
-) -> None:
+def test_saved_replicas_are_restored_with_tokens_and_drains(tmp_path: Path, boards: list[Board]) -> None:
     before, after = boards
     file = RegistryFile(tmp_path / "registry.json")
     for number in range(4):
@@ -58,7 +56,7 @@ def test_what_was_saved_is_restored_with_tokens_and_the_operators_word(
     assert {row.state for row in after.status()} == {ReplicaState.DOWN}
 
 
-def test_nobody_else_may_read_it(tmp_path: Path, boards: list[Board]) -> None:
+def test_registry_file_is_private(tmp_path: Path, boards: list[Board]) -> None:
     path = tmp_path / "registry.json"
     path.write_text("{}")
     path.chmod(0o644)
@@ -81,7 +79,7 @@ def test_addresses_that_are_not_allowed_any_more_are_left_out(tmp_path: Path, bo
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"instances": 5}', '{"instances": [{}]}', "\udcff"])
-def test_a_broken_file_costs_a_line_in_the_log(
+def test_broken_file_is_logged_in_one_line(
     tmp_path: Path, boards: list[Board], caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     path = tmp_path / "registry.json"

@@ -191,7 +191,7 @@ def test_the_answer_to_head_keeps_its_length_and_has_no_body(
 # ---- streams
 
 
-def test_each_event_passes_before_the_next_exists(
+def test_each_event_arrives_before_the_next_is_sent(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     """The engine sends an event only after the client has seen the previous one: a buffer would deadlock."""
@@ -213,7 +213,7 @@ def test_each_event_passes_before_the_next_exists(
     assert number == 4
 
 
-def test_a_stream_arrives_byte_for_byte_however_it_was_cut_up(
+def test_stream_arrives_byte_for_byte_for_any_split(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     expected = (
@@ -251,7 +251,7 @@ def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(
 # ---- replicas that fail before their answer
 
 
-def test_d2_a_replica_that_is_gone_is_replaced_by_another(
+def test_d2_unreachable_replica_is_replaced_by_another(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     """Upstream tried three times, always the same replica."""
@@ -440,7 +440,7 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_event(
     ],
 )
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_half_an_answer_goes_to_nobody(
+def test_incomplete_answer_reaches_no_client(
     router: RouterProcess, new_engine: Callable[..., FakeEngine], start: bytes, version: bytes
 ) -> None:
     """An answer that is not streamed is held back until it is complete."""
@@ -456,7 +456,7 @@ def test_half_an_answer_goes_to_nobody(
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_a_part_of_an_answer_too_large_to_hold_never_looks_whole(
+def test_truncated_large_answer_never_looks_complete(
     router: RouterProcess, new_engine: Callable[..., FakeEngine], version: bytes
 ) -> None:
     router.add(new_engine(behaviour=sends(json_head(9_000_000) + b"x" * 8_000_000)))
@@ -482,7 +482,7 @@ def test_connections_to_replicas_are_used_again(
     assert engine.connections - before - opened_by_checks <= 2
 
 
-def test_a_kept_connection_that_the_replica_closed_costs_nobody_a_request(
+def test_kept_connection_closed_by_the_replica_fails_no_request(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:
     engine = new_engine(replica=0)
@@ -539,7 +539,7 @@ def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(
     router.wait_idle()
 
 
-def test_when_as_many_are_in_flight_as_may_be_more_are_told_to_come_back(
+def test_requests_beyond_max_in_flight_get_429_with_retry_after(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router = start_router("--max-in-flight", "4")
@@ -559,7 +559,7 @@ def test_when_as_many_are_in_flight_as_may_be_more_are_told_to_come_back(
     assert router.complete().status_code == 200
 
 
-def test_the_policy_is_the_one_that_was_asked_for(
+def test_requested_policy_is_used(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     gate = threading.Event()

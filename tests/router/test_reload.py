@@ -39,7 +39,7 @@ def test_a_reload_loses_nothing(
     router.wait_idle()
 
 
-def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(
+def test_reload_reads_new_keys_and_a_broken_file_changes_nothing(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"

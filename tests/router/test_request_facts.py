@@ -55,7 +55,7 @@ def test_the_next_turn_of_a_conversation_begins_with_the_last_one() -> None:
     assert prefix(second)[: len(prefix(first))] == prefix(first)
 
 
-def test_what_a_prompt_is_made_from_tells_prompts_apart() -> None:
+def test_each_part_of_a_prompt_affects_its_hash() -> None:
     tools = [{"type": "function", "function": {"name": "strike"}}]
     bodies = [
         chat(LONG, "a"),
@@ -67,12 +67,12 @@ def test_what_a_prompt_is_made_from_tells_prompts_apart() -> None:
     assert len({prefix(body)[0] for body in bodies}) == len(bodies)
 
 
-def test_parts_of_a_message_are_text_like_any_other() -> None:
+def test_text_parts_of_a_message_count_as_text() -> None:
     parts = [{"type": "text", "text": LONG}]
     assert prefix(body_of(messages=[{"role": "user", "content": parts}]))
 
 
-def test_only_as_much_is_found_out_as_the_policy_needs() -> None:
+def test_only_facts_that_the_policy_needs_are_computed() -> None:
     body = chat(LONG, "a", user="me")
     for policy in POLICIES.values():
         facts = facts_of(policy, [(b"x-session-id", b"s")], body, 5)
@@ -91,7 +91,7 @@ def test_a_session_is_named_by_the_header_else_by_the_user() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_may_be_a_body(body: bytes) -> None:
+def test_arbitrary_bodies_give_facts(body: bytes) -> None:
     any_facts(body)
 
 
@@ -101,7 +101,7 @@ def any_facts(body: bytes) -> None:
 
 
 @given(st.data(), st.binary(max_size=3))
-def test_any_damage_may_come_to_a_body(data: st.DataObject, damage: bytes) -> None:
+def test_damaged_bodies_give_facts(data: st.DataObject, damage: bytes) -> None:
     body = chat("a", "b", user="miller", tools=[{"type": "function"}], prompt=[1, 2])
     begin = data.draw(st.integers(0, len(body)))
     end = data.draw(st.integers(begin, len(body)))

@@ -97,7 +97,7 @@ def test_contradictory_scheme_headers_are_not_judged(router: RouterProcess) -> N
     ],
     ids=["cookie", "token", "many headers", "long target", "long target of the longest method"],
 )
-def test_what_is_as_large_as_the_router_allows_is_accepted(
+def test_largest_request_of_the_router_is_accepted(
     router: RouterProcess, method: str, target: str, headers: list[str]
 ) -> None:
     answer = ask(router, request(method, target, *headers))
@@ -113,7 +113,7 @@ def test_what_is_as_large_as_the_router_allows_is_accepted(
         (request("GET", "/v1/models", "Content-Type: a/b", "Content-Type: a/c"), 400),
     ],
 )
-def test_what_is_too_much_is_refused_by_the_router_itself(
+def test_larger_requests_are_refused_by_the_router_itself(
     router: RouterProcess, raw: bytes, status: int
 ) -> None:
     answer = ask(router, raw)

@@ -45,7 +45,7 @@ def undisturbed(fleet: Fleet, request: Generation, identity: str = "") -> Answer
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_without_a_death_nothing_is_added_and_marks_reach_nobody(fleet: Fleet, path: str) -> None:
+def test_undisturbed_stream_has_no_additions_and_no_marks(fleet: Fleet, path: str) -> None:
     answer = undisturbed(fleet, generation(path, **SEVERAL), "calm")
     assert answer.trailers == {}
     assert b"\n: fd" not in answer.body
@@ -61,7 +61,7 @@ def test_without_a_death_nothing_is_added_and_marks_reach_nobody(fleet: Fleet, p
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("at", ["half", "mark", "line", "frame", "event"])
-def test_a_stream_cut_at_any_event_goes_on_there(fleet: Fleet, path: str, at: str) -> None:
+def test_stream_cut_at_any_event_is_resumed_there(fleet: Fleet, path: str, at: str) -> None:
     """The cut is in the middle of the event, before its mark or its end, within a chunk, or after it."""
     for event, request in enumerate(all_positions(at, "close", path=path, **SEVERAL)):
         answer = undisturbed(fleet, request)
@@ -73,7 +73,7 @@ def test_a_stream_cut_at_any_event_goes_on_there(fleet: Fleet, path: str, at: st
 
 
 @pytest.mark.parametrize("how", ["reset", "garbage", "ends", "reborn", "failed"])
-def test_however_it_ends(fleet: Fleet, how: str) -> None:
+def test_stream_is_resumed_after_every_kind_of_end(fleet: Fleet, how: str) -> None:
     """A reset, invalid HTTP, an early end, a restart of the replica, or a crash of its model."""
     for request in all_positions("event", how, n=2, max_tokens=7):
         assert len(undisturbed(fleet, request).resumed_by) == 1
@@ -89,7 +89,7 @@ def test_a_replica_that_is_killed(fleet: Fleet) -> None:
     ("at", "how"),
     [*itertools.product(["head", "begun"], ["close", "reset", "reborn"]), ("head", 503), ("begun", "failed")],
 )
-def test_a_stream_that_has_not_begun_is_begun_anew(fleet: Fleet, at: str, how: int | str) -> None:
+def test_stream_that_has_not_begun_is_restarted(fleet: Fleet, at: str, how: int | str) -> None:
     answer = undisturbed(fleet, faulty(at, how, **SEVERAL))
     assert answer.resumed_by == []
     # A kept connection that ends without an answer proves nothing: the same replica is asked again.
@@ -185,7 +185,7 @@ def test_taken_request_waits_for_a_replica_to_return_when_all_are_lost(
 # ---- headers and metrics
 
 
-def test_a_trailer_and_the_metric_tell_of_it(fleet: Fleet) -> None:
+def test_trailer_and_metric_report_a_resumption(fleet: Fleet) -> None:
     before = fleet.resumes()
     answer = undisturbed(fleet, faulty("event", "close", event=1), "told")
     [name] = answer.resumed_by

@@ -99,7 +99,7 @@ def test_deadly_request_gets_a_clear_error_before_all_replicas_are_dead(
     assert len(list(router.directory.glob(f"killer-{stream}-*"))) == MOST_DEATHS
 
 
-def test_an_error_that_every_replica_reports_is_what_the_client_is_told(
+def test_error_of_every_replica_reaches_the_client(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     start_fleet(MOST_DEATHS)
@@ -114,7 +114,7 @@ def test_an_error_that_every_replica_reports_is_what_the_client_is_told(
 # ---- streams that cannot be resumed
 
 
-def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(
+def test_refused_resumption_ends_the_stream_with_an_error(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     start_fleet(2)
@@ -132,7 +132,7 @@ def test_a_stream_of_a_plain_engine_ends_with_an_error(
     assert "was lost in the middle of the response" in message
 
 
-def test_a_stream_never_goes_on_at_a_plain_engine(
+def test_stream_is_never_resumed_at_a_plain_engine(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     plain = start_fleet(2, features="")
@@ -165,7 +165,9 @@ def test_the_only_replica_loses_the_connection_and_lives(
     assert answer.resumed_by == ["0"]
 
 
-def test_nobody_comes_back_in_time(start_router: Callable[..., RouterProcess]) -> None:
+def test_stream_ends_with_an_error_if_no_replica_returns_in_time(
+    start_router: Callable[..., RouterProcess],
+) -> None:
     router = start_router("--queue-timeout-secs", "0.5")
     with Fleet(router, 1) as fleet:
         fleet.keeps_alive = False
@@ -175,7 +177,7 @@ def test_nobody_comes_back_in_time(start_router: Callable[..., RouterProcess]) -
         router.wait_idle()
 
 
-def test_replicas_that_cannot_take_it_now_are_asked_again_later(
+def test_busy_replicas_are_asked_again_later(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     start_fleet(2)
@@ -183,7 +185,7 @@ def test_replicas_that_cannot_take_it_now_are_asked_again_later(
     ask(router.port, generation(max_tokens=9, faults=[CUT, *refusals])).check()
 
 
-def test_streams_that_have_begun_go_before_requests_that_wait(
+def test_begun_streams_take_precedence_over_waiting_requests(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     fleet = start_fleet(2, "--max-concurrency=1")
@@ -208,7 +210,7 @@ def test_streams_that_have_begun_go_before_requests_that_wait(
     ("place", "stream"),
     [(CUT, True), ({"at": "begun"}, True), ({"at": "head"}, True), ({"at": "head"}, False)],
 )
-def test_a_replica_that_hangs_is_found_out(
+def test_hung_replica_is_detected(
     router: RouterProcess,
     start_fleet: Callable[..., Fleet],
     place: dict[str, int | str] | dict[str, str],
@@ -230,7 +232,7 @@ def test_a_replica_that_hangs_is_found_out(
         {"stream": False, "delay": 2 * PATIENCE},
     ],
 )
-def test_a_slow_replica_that_gives_signs_of_life_is_left_alone(
+def test_slow_replica_with_keep_alives_is_kept(
     router: RouterProcess, start_fleet: Callable[..., Fleet], slow: dict[str, Any]
 ) -> None:
     start_fleet(2, SIGNS)
@@ -249,7 +251,7 @@ def test_stream_of_a_silent_replica_without_signs_of_life_is_resumed(
     assert len(answer.resumed_by) == 1
 
 
-def test_a_client_that_does_not_read_is_not_the_replicas_silence(
+def test_unread_data_does_not_count_as_silence_of_the_replica(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     """The router does not read the signs of life while the client's buffers are full."""
@@ -259,7 +261,7 @@ def test_a_client_that_does_not_read_is_not_the_replicas_silence(
     assert answer.resumed_by == []
 
 
-def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(
+def test_resumed_router_takes_no_replica_for_dead(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     """The router has not yet read what arrived while it was stopped."""

@@ -73,7 +73,7 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_5() -> None:
 
 
 @pytest.mark.parametrize("missing", [("uvloop",), ("uvloop", "httptools")])
-def test_a_package_that_is_missing_is_named_with_what_to_do(
+def test_missing_package_is_named_with_its_remedy(
     tmp_path: Path, missing: tuple[str, str] | tuple[str]
 ) -> None:
     hide = "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
@@ -86,7 +86,7 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(
     )
 
 
-def test_it_is_ready_in_a_moment(start_router: Callable[..., RouterProcess]) -> None:
+def test_router_starts_quickly(start_router: Callable[..., RouterProcess]) -> None:
     began = time.monotonic()
     start_router()
     print(f"fd-router was ready after {time.monotonic() - began:.2f} s")
@@ -98,7 +98,7 @@ def test_the_version_is_printed(flag: str) -> None:
     assert (ended.returncode, ended.stdout.split()[0]) == (0, "fd-router")
 
 
-def test_it_loads_neither_paddle_nor_numpy() -> None:
+def test_router_loads_neither_paddle_nor_numpy() -> None:
     program = (
         "import fastdeploy.daemon.router.server.main, sys; print({'paddle', 'numpy'} & set(sys.modules))"
     )
@@ -108,7 +108,7 @@ def test_it_loads_neither_paddle_nor_numpy() -> None:
     assert ended.stdout.strip() == "set()"
 
 
-def test_it_listens_on_loopback_unless_told_otherwise(
+def test_router_listens_on_loopback_by_default(
     router: RouterProcess, start_router: Callable[..., RouterProcess]
 ) -> None:
     def addresses(process: psutil.Process) -> set[str]:
@@ -136,7 +136,7 @@ def test_sigterm_lets_running_requests_end(
     assert router.process.wait(30) == 0
 
 
-def test_sigterm_does_not_wait_longer_than_it_was_told(
+def test_sigterm_waits_at_most_the_graceful_timeout(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
     router = start_router("--graceful-timeout-secs", "1")

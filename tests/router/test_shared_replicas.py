@@ -37,7 +37,7 @@ def routers(hub: Hub) -> Iterator[tuple[Router, Router]]:
         router.board.close()
 
 
-def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(
+def test_shared_registration_is_checked_before_use(
     routers: tuple[Router, Router],
 ) -> None:
     one, other = routers
@@ -49,9 +49,7 @@ def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(
     assert other.row().state == ReplicaState.UP
 
 
-def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(
-    routers: tuple[Router, Router], clock: Clock
-) -> None:
+def test_restarted_replica_is_new_for_both_routers(routers: tuple[Router, Router], clock: Clock) -> None:
     one, other = routers
     one.hears(replica("a"))
     turns(one, other)
@@ -95,7 +93,7 @@ def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers: tup
     lease.release()
 
 
-def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(
+def test_removed_replica_is_absent_at_both_until_a_heartbeat(
     routers: tuple[Router, Router], clock: Clock
 ) -> None:
     one, other = routers
@@ -110,7 +108,7 @@ def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_the_operators_word_holds_at_both(routers: tuple[Router, Router]) -> None:
+def test_drain_applies_at_both_routers(routers: tuple[Router, Router]) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -122,7 +120,7 @@ def test_the_operators_word_holds_at_both(routers: tuple[Router, Router]) -> Non
     assert (one.row().draining, other.row().draining) == (False, False)
 
 
-def test_a_router_that_starts_learns_it_all(routers: tuple[Router, Router], hub: Hub) -> None:
+def test_new_router_learns_the_shared_state(routers: tuple[Router, Router], hub: Hub) -> None:
     one, _ = routers
     for number in range(3):
         one.hears(replica("a", number))
@@ -134,9 +132,7 @@ def test_a_router_that_starts_learns_it_all(routers: tuple[Router, Router], hub:
     late.board.close()
 
 
-def test_another_worker_that_takes_the_lead_changes_nothing(
-    routers: tuple[Router, Router], hub: Hub, clock: Clock
-) -> None:
+def test_new_leader_changes_nothing(routers: tuple[Router, Router], hub: Hub, clock: Clock) -> None:
     one, other = routers
     one.hears(replica())
     one.board.drain(one.row().handle)
@@ -148,7 +144,7 @@ def test_another_worker_that_takes_the_lead_changes_nothing(
     assert (one.board.status(), hub.said) == before
 
 
-def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(
+def test_heartbeat_to_one_router_keeps_a_replica_at_the_other(
     routers: tuple[Router, Router], clock: Clock
 ) -> None:
     one, other = routers
@@ -163,7 +159,9 @@ def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_what_one_router_forgets_the_other_may_keep(routers: tuple[Router, Router], clock: Clock) -> None:
+def test_replica_dropped_by_one_router_stays_at_the_other(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -176,7 +174,7 @@ def test_what_one_router_forgets_the_other_may_keep(routers: tuple[Router, Route
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(
+def test_replica_without_heartbeats_expires_at_all_routers(
     routers: tuple[Router, Router], clock: Clock
 ) -> None:
     """Routers pass its entry to each other, but without heartbeats the entry expires."""
@@ -225,7 +223,7 @@ def test_an_old_copy_of_the_shared_state_changes_nothing(
     assert json.loads(hub.said.entries[replica().url])["registration"]["instance"] == "b"
 
 
-def test_loopback_is_each_machines_own(
+def test_loopback_addresses_are_distinct_on_each_machine(
     routers: tuple[Router, Router], hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = routers
@@ -244,7 +242,7 @@ def test_loopback_is_each_machines_own(
     shared_name.cache_clear()
 
 
-def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(
+def test_replicas_not_allowed_here_are_not_removed_elsewhere(
     hub: Hub, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_one, closed = Router(hub), Router(hub, AllowedAddresses())
@@ -261,7 +259,7 @@ def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(
 @pytest.mark.parametrize(
     "entry", ["", "[]", "{}", '{"registration": {}, "state": "here"}', '{"registration": 5}']
 )
-def test_nonsense_is_left_alone(routers: tuple[Router, Router], hub: Hub, entry: str) -> None:
+def test_invalid_shared_data_is_ignored(routers: tuple[Router, Router], hub: Hub, entry: str) -> None:
     one, _ = routers
     hub.said = SharedState(
         {"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"}
@@ -271,7 +269,7 @@ def test_nonsense_is_left_alone(routers: tuple[Router, Router], hub: Hub, entry:
     assert hub.said.entries.get("http://10.0.0.9:1", entry) == entry
 
 
-def test_what_has_gone_for_long_is_not_spoken_of(
+def test_removed_replicas_expire_from_the_shared_state(
     routers: tuple[Router, Router], hub: Hub, clock: Clock
 ) -> None:
     one, other = routers

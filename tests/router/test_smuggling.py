@@ -206,7 +206,7 @@ def requests_in(raw: bytes) -> list[tuple[str, str, bytes, list[tuple[str, str]]
 
 
 @pytest.mark.parametrize("trick", REFUSED)
-def test_what_could_be_read_in_two_ways_reaches_no_replica(
+def test_ambiguous_request_reaches_no_replica(
     shared_router: RouterProcess, replica: FakeEngine, trick: str
 ) -> None:
     sent, expected = REFUSED[trick]
@@ -220,7 +220,7 @@ def test_what_could_be_read_in_two_ways_reaches_no_replica(
 
 
 @pytest.mark.parametrize("trick", SERVED)
-def test_what_can_be_read_in_one_way_only_is_written_anew(
+def test_unambiguous_request_is_rewritten(
     shared_router: RouterProcess, replica: FakeEngine, trick: str
 ) -> None:
     sent, expected = SERVED[trick]
@@ -241,7 +241,7 @@ def test_what_can_be_read_in_one_way_only_is_written_anew(
 
 @pytest.mark.parametrize("path", CLIMBING)
 @pytest.mark.parametrize("method", [b"POST", b"GET"])
-def test_only_what_is_below_v1_reaches_a_replica(
+def test_only_paths_below_v1_reach_a_replica(
     shared_router: RouterProcess, replica: FakeEngine, path: str, method: bytes
 ) -> None:
     with RawClient(shared_router.port) as client:
@@ -255,7 +255,7 @@ def test_only_what_is_below_v1_reaches_a_replica(
     "name",
     [b"X-FD-Token", b"x-fd-marks", b"X-FD-PROGRESS", b"X_FD_Token", b"X_FD-Marks", b"X-FD_Progress"],
 )
-def test_what_router_and_replica_tell_each_other_no_client_can_say(
+def test_clients_cannot_send_internal_headers(
     shared_router: RouterProcess, replica: FakeEngine, name: bytes
 ) -> None:
     with RawClient(shared_router.port) as client:
@@ -281,7 +281,7 @@ def test_an_underscore_does_not_pose_as_a_hyphen(
     assert received.header("x-request-id") != "chunked"
 
 
-def test_an_old_client_is_not_told_to_continue(shared_router: RouterProcess, replica: FakeEngine) -> None:
+def test_http_1_0_client_gets_no_100_continue(shared_router: RouterProcess, replica: FakeEngine) -> None:
     with RawClient(shared_router.port) as client:
         client.send(b"POST /v1/completions HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
         wait_for_the_head(shared_router)

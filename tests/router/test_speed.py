@@ -51,7 +51,7 @@ def test_slow_replica_has_less_weight_until_its_measurements_expire(board: Board
     assert [row.weight for row in board.status()] == [1.0] * 4
 
 
-def test_answers_that_come_whole_say_nothing_about_speed(board: Board, clock: Clock) -> None:
+def test_unstreamed_answers_do_not_affect_the_measured_speed(board: Board, clock: Clock) -> None:
     seat_replicas(board, 2)
     board.measure(clock.now)
     for _ in range(50):
@@ -83,7 +83,7 @@ paces = st.lists(st.builds(StreamRate, st.floats(0, 1e6), st.floats(0, 1e4)), mi
 
 
 @given(paces)
-def test_weights_are_between_a_tenth_and_one_and_somebody_is_normal(paces: list[StreamRate]) -> None:
+def test_weights_are_within_a_tenth_and_one_and_one_is_normal(paces: list[StreamRate]) -> None:
     found = weights(paces, [1.0] * len(paces))
     assert all(0.1 <= weight <= 1.0 for weight in found)
     assert 1.0 in found
@@ -109,7 +109,7 @@ def test_a_slow_replica_is_normal_again_only_when_it_is_clearly_faster() -> None
     assert weight(9, 0.8) == 1.0
 
 
-def test_of_two_replicas_the_faster_one_is_normal() -> None:
+def test_faster_of_two_replicas_is_normal() -> None:
     assert weights([StreamRate(100, 10), StreamRate(50, 10)], [1.0, 1.0]) == [1.0, 0.5]
 
 

@@ -107,7 +107,7 @@ def test_requests_are_served_and_the_connection_is_kept(
     assert connection.sock.getsockname() == own
 
 
-def test_each_event_passes_before_the_next_exists(
+def test_each_event_arrives_before_the_next_is_sent(
     engine: FakeEngine, connection: http.client.HTTPSConnection
 ) -> None:
     seen = threading.Semaphore(0)
@@ -134,9 +134,7 @@ def test_a_client_that_goes_away_ends_the_request(
     wait_until(lambda: not any(shared_router.in_flight().values()), "the count is zero")
 
 
-def test_who_speaks_no_tls_is_cut_off_and_nobody_else_is(
-    shared_router: TlsRouter, engine: FakeEngine
-) -> None:
+def test_only_the_client_without_tls_is_disconnected(shared_router: TlsRouter, engine: FakeEngine) -> None:
     with socket.create_connection(("127.0.0.1", shared_router.port), timeout=20) as plain:
         plain.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
         with contextlib.suppress(ConnectionResetError):
@@ -146,9 +144,7 @@ def test_who_speaks_no_tls_is_cut_off_and_nobody_else_is(
     assert "Traceback" not in shared_router.log.read_text()
 
 
-def test_a_certificate_that_is_none_is_one_line_and_exit_code_2(
-    tmp_path: Path, shared_router: TlsRouter
-) -> None:
+def test_invalid_certificate_is_one_line_and_exit_code_2(tmp_path: Path, shared_router: TlsRouter) -> None:
     file = tmp_path / "certificate"
     for text in (None, "none", shared_router.certificate.read_text()):
         if text is not None:

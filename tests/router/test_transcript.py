@@ -62,7 +62,7 @@ cuts = st.lists(st.integers(0, 4000), max_size=30)
 
 @given(streams, cuts, st.integers(0, 5), st.integers(0, 4000))
 @example([Said("a"), Said("b", signs=4)], [], 0, 0)
-def test_what_comes_out_is_the_stream_without_marks_and_signs_of_life(
+def test_output_is_the_stream_without_marks_and_keep_alives(
     stream: list[Said], cuts: list[int], signs: int, end: int
 ) -> None:
     """For any split and any cut, the output has whole events, and tokens for exactly those."""
@@ -102,7 +102,7 @@ def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(
 
 
 @given(st.binary(max_size=60).map(lambda data: data.replace(b"\r", b"\n")), cuts)
-def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data: bytes, cuts: list[int]) -> None:
+def test_stream_without_marks_is_unchanged(data: bytes, cuts: list[int]) -> None:
     lines = Lines()
     out = b"".join(map(lines.feed, pieces_of(data, cuts)))
     assert data.startswith(out)
@@ -140,7 +140,7 @@ lines_of_any_kind = st.sampled_from(
 @example([b"data: {}", b": fd 0 1", b"", b": fd 0", b""], [18])
 @example([b"data: [DONE]", b"", b": x", b""], [])
 @example([b"data: {}", b"", b"data: {}", b": fd 0 1", b""], [10])
-def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines: list[bytes], cuts: list[int]) -> None:
+def test_output_does_not_depend_on_the_split(lines: list[bytes], cuts: list[int]) -> None:
     data = b"".join(line + b"\n" for line in lines)
     for kind in (Transcript, Lines):
         cut, whole = kind(), kind()
@@ -151,7 +151,7 @@ def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines: list[bytes], cu
         assert cut.resumption(*args) == whole.resumption(*args)
 
 
-def test_a_mark_that_comes_alone_is_kept_from_the_client() -> None:
+def test_mark_without_an_event_is_not_forwarded() -> None:
     transcript = Transcript()
     assert transcript.feed(Said("a").raw + b": fd 0 2 .\n\n") == Said("a").clean
     resumption = transcript.resumption("/v1/completions", b"{}")
@@ -159,7 +159,7 @@ def test_a_mark_that_comes_alone_is_kept_from_the_client() -> None:
     assert resumption.choices == {0: Delivered([1, 2], True)}
 
 
-def test_an_answer_without_marks_that_breaks_off_is_not_taken_for_whole() -> None:
+def test_truncated_answer_without_marks_does_not_look_complete() -> None:
     transcript = Transcript()
     transcript.feed(Said("a").clean)
     transcript.feed(Said("b").clean)
@@ -174,7 +174,7 @@ def test_an_answer_without_marks_passes_and_cannot_be_resumed() -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"x 1", b"0 x", b"0 -1", b"0 99999999999999999999"])
-def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line: bytes) -> None:
+def test_invalid_mark_prevents_resumption_but_not_the_stream(line: bytes) -> None:
     transcript = Transcript()
     transcript.feed(Said("a").raw)
     bad = Said("b").clean[:-1] + b": fd " + line + b"\n\n"
@@ -184,7 +184,7 @@ def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line: bytes
         assert transcript.feed(Said("c").raw) == Said("c").clean
 
 
-def test_an_event_without_end_is_given_up() -> None:
+def test_endless_event_is_aborted() -> None:
     transcript = Transcript()
     piece = b"data: " + b"x" * 100_000
     assert [transcript.feed(piece) for _ in range(100)] == [b""] * 100

@@ -80,7 +80,7 @@ def test_an_upgrade_can_be_taken_back(
     assert requests_counted(router) >= 4
 
 
-def test_a_version_with_another_board_says_so_and_ends(tmp_path: Path) -> None:
+def test_version_with_another_board_layout_exits_with_a_message(tmp_path: Path) -> None:
     """The program is started as SIGUSR2 would, and finds the board of the old program."""
     board = os.memfd_create("board")
     os.ftruncate(board, 1 << 20)
