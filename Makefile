@@ -23,11 +23,15 @@ TYPES  := .cache/types
 help:
 	@echo "make serve              set up everything and serve the demo model with eight replicas and a router"
 	@echo "make test               set up everything and run all tests"
-	@echo "make test-fast          the tests that start no processes: minutes"
-	@echo "make coverage           all tests but those of the whole system, and the lines that they did not run"
-	@echo "make check              ruff, mypy and codespell"
-	@echo "make format             ruff, writing"
-	@echo "make docs               write docs/configuration.md and etc/grafana/fd-dp.json anew"
+	@echo "make test-fast          run the tests that start no processes (minutes)"
+	@echo "make coverage           run all tests except the end-to-end tests, and list the lines that did not run"
+	@echo "make check              run ruff, mypy and codespell"
+	@echo "make format             format the code and apply ruff's fixes"
+	@echo "make docs               generate docs/configuration.md and etc/grafana/fd-dp.json"
+	@echo "make install            install or upgrade the systemd service (as root)"
+	@echo "make uninstall          remove the service; configuration, models and logs stay"
+	@echo
+	@echo "Long tests:"
 	@echo "make parity             compare the network with transformers on random models (installs torch)"
 	@echo "make soak               run random traffic against engine, router and the whole system while processes are"
 	@echo "                        killed, and compare every answer; FD_SOAK_MINUTES=3"
@@ -64,15 +68,15 @@ test-fast: $(VENV)/installed
 	@$(BIN)/pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/systemd --ignore tests/fuzz \
 	    -m 'not processes and not slow and not chaos' --durations=20
 
-# The processes that the tests start are measured too, except those that a test kills.
+# Processes that tests start are measured too, except those that a test kills.
 coverage: $(VENV)/installed model
 	@rm -rf .cache/coverage && mkdir -p .cache/coverage
 	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/e2e
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report --skip-covered --sort=cover
 
-# The stamp is newer than what decides which packages have to be there, and than what is compiled. Against the
-# very Paddle that will load it: hence no isolated environment for the build.
+# Install again when the list of packages or a compiled source has changed. The build is not isolated, because the
+# operations must be compiled against the Paddle that will load them.
 $(VENV)/installed: setup.cfg setup.py pyproject.toml $(COMPILED)
 	@echo "fd-dp: installing into $(VENV); the first time this downloads a few hundred MB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
