@@ -89,7 +89,7 @@ mypy: $(VENV)/installed
 	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy
 
 docs: $(VENV)/installed
-	@$(BIN)/python -m fastdeploy.daemon.config.loader > docs/configuration.md
+	@$(BIN)/python -m fastdeploy.daemon.config.documentation > docs/configuration.md
 	@$(BIN)/python etc/grafana/dashboard.py > etc/grafana/fd-dp.json
 
 # As root; PREFIX_DIR, PYTHON and DESTDIR as etc/install.sh says.
