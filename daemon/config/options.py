@@ -1,7 +1,10 @@
 """Options of dp.toml: name, type, constraints, default, help.
 
-loader.py reads the file into these structs, and documentation.py writes docs/configuration.md from them. An
-option's default stands here only: programs.py passes every option on the command line.
+loader.py reads the file into these structs, and documentation.py writes docs/configuration.md from them.
+
+programs.py passes every option on the command line, so that only these defaults count under fd-dp. Router and
+engine have some of them as well, for their use without fd-dp. They are not taken from there, because `fdctl`
+would have to import the engine and build the router's parser at each start; a test holds them equal.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ class ParallelSection(Struct, frozen=True, kw_only=True):
     balance_experts: Annotated[
         bool, about("Move experts between replicas once a minute to balance their load.")
     ] = False
+    # Longer than no_progress_timeout, because the daemon also writes the stacks of what it kills. An engine
+    # without a daemon has 60 s.
     collective_timeout: Annotated[
         Seconds,
         about(
