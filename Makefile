@@ -101,7 +101,7 @@ mypy: $(VENV)/installed
 	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy -p tests -p benchmarks
 
 docs: $(VENV)/installed
-	@$(BIN)/python -m fastdeploy.daemon.config.loader > docs/configuration.md
+	@$(BIN)/python -m fastdeploy.daemon.config.documentation > docs/configuration.md
 	@$(BIN)/python etc/grafana/dashboard.py > etc/grafana/fd-dp.json
 
 # Run as root. etc/install.sh describes the variables PREFIX_DIR, PYTHON and DESTDIR.

@@ -14,6 +14,7 @@ from pathlib import Path
 from .common.errors import ConfigError
 from .common.text_files import JsonObject, read_object, read_optional_object
 from .expert_parallel.layout import MAX_RANKS
+from .expert_parallel.options import STALL_KILL
 
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")
@@ -168,7 +169,7 @@ class EngineConfig:
     #: Rebalance experts by measured load.
     enable_eplb: bool = False
     #: Seconds without progress after which a rank that others wait for is killed.
-    expert_parallel_stall_kill: float = 60.0
+    expert_parallel_stall_kill: float = STALL_KILL
     #: Layout of a fused Paddle qkv tensor: "plain" (q|k|v) or "grouped" (per kv head: its q heads, k, v).
     qkv_order: str = "plain"
     #: dtype of the KV cache and of weights that are not quantised. Sums are always float32.

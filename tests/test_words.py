@@ -6,7 +6,6 @@ import argparse
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -74,7 +73,9 @@ def test_every_variable_that_is_named_is_one_of_the_code() -> None:
 
 
 def test_every_option_of_dp_toml_that_is_named_exists() -> None:
-    known = {f"[{name}] {option.name}" for name, section in SECTIONS.items() for option in fields(section)}
+    known = {
+        f"[{name}] {option}" for name, section in SECTIONS.items() for option in section.__struct_fields__
+    }
     # A word without an underscore may be ordinary prose.
     wanted = named(rf"(\[(?:{'|'.join(SECTIONS)})\] [a-z]+_[a-z_]+)")
     assert wanted

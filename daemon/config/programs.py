@@ -22,6 +22,7 @@ from ..router.config.flags import file_parser, fixed_flags
 from ..router.config.flags_file import fingerprint
 from .launch import HASH, MARKER
 from .loader import Config
+from .options import SuperviseSection
 
 ROUTER = "router"
 
@@ -49,7 +50,7 @@ class Program:
     #: Model name in a readiness probe; empty: the replica's own.
     model: str = ""
     #: Seconds from SIGTERM to SIGKILL by supervisord. A change needs a restart.
-    stop_timeout: float = 30.0
+    stop_timeout: float = SuperviseSection().stop_timeout
     #: File with more arguments, read at its start and at SIGHUP; empty: none.
     flags_file: str = ""
     #: Arguments in that file.

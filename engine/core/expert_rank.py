@@ -11,7 +11,7 @@ from ..custom_ops import instruction_set
 from ..expert_parallel.group import ExpertGroup
 from ..expert_parallel.join import join
 from ..expert_parallel.layout import GroupLayout
-from ..expert_parallel.options import GroupOptions
+from ..expert_parallel.options import STALL_AFTER, GroupOptions
 from ..expert_parallel.residency import ExpertPages
 from ..models.ernie45 import MoEWeights
 from ..weights.weight_cache import Packing
@@ -93,7 +93,7 @@ def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
         rank=config.data_parallel_rank,
         redundant_experts=config.redundant_experts,
         rebalance=config.enable_eplb,
-        stall_after=min(10.0, config.expert_parallel_stall_kill / 2),
+        stall_after=min(STALL_AFTER, config.expert_parallel_stall_kill / 2),
         stall_kill=config.expert_parallel_stall_kill,
         spin=share.threads * config.data_parallel_size <= len(os.sched_getaffinity(0)),
     )

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 #: new ones among them.
 OnPlacement = Callable[[Sequence[frozenset[int]], Sequence[frozenset[int]]], None]
 
+#: Seconds without progress after which a rank that others wait for is reported, and killed.
+STALL_AFTER, STALL_KILL = 10.0, 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
@@ -21,8 +24,8 @@ class GroupOptions:
     #: Move experts once a minute to balance their measured load.
     rebalance: bool = False
     #: Seconds without progress after which a rank that others wait for is reported in the log.
-    stall_after: float = 10.0
+    stall_after: float = STALL_AFTER
     #: Seconds without progress after which it is killed.
-    stall_kill: float = 60.0
+    stall_kill: float = STALL_KILL
     #: Every rank has one CPU per thread, so short waits may spin.
     spin: bool = False

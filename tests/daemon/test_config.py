@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.daemon.config import loader as dp_toml
-from fastdeploy.daemon.config.loader import Config, document, load, parse
+from fastdeploy.daemon.config.documentation import document
+from fastdeploy.daemon.config.loader import Config, load, parse
 
 ROOT = Path(__file__).parents[2]
 PREFIX = Path("/tmp/fd")
@@ -89,7 +90,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\nquantization = 'int4'\n"),
-            "4: engine.quantization: is 'int4'; it must be one of '', 'wint8', 'wint4'",
+            "4: engine.quantization: is 'int4'; it must be one of '', 'wint4', 'wint8'",
         ),
         (
             model("[engine]\n# a comment\nports = [1, 2]\n"),
@@ -142,12 +143,22 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[parallel]\ncollective_timeout = 0\n"),
-            "4: parallel.collective_timeout: is 0.0; it must be at least 1",
+            "4: parallel.collective_timeout: is 0; it must be at least 1",
         ),
         (
             model("[parallel]\nstall_kill = 0\n"),
-            "4: parallel.stall_kill: is 0.0; it must be at least 1",
+            "4: parallel.stall_kill: is 0; it must be at least 1",
         ),
+        (
+            model("[supervise]\nbox_calm = 1" + 400 * "0"),
+            "4: supervise.box_calm: is 1" + 400 * "0" + "; it must be a finite number",
+        ),
+        (model("[engine]\nthreads = " + 5000 * "9"), "1: not TOML: exceeds the limit"),
+        (model("[engine]\nports = " + 5000 * "["), "1: not TOML: nested too deeply"),
+        (model("[engine]\nports = [1, 2, 3, 4, 5, 6, 7, true]\n"), "4: engine.ports: is [1, 2, 3"),
+        (model("[engine]\ndevice = 3\n"), "4: engine.device: is 3; it must be one of 'auto', 'cpu'"),
+        (model("[engine.env]\nA = ['5ecret']\n"), "3: engine.env: A is a list"),
+        (model("[paths]\nrun = 3\n"), "4: paths.run: is 3; it must be a path"),
         (
             model("[supervise]\nhang_after = '9'\n"),
             "4: supervise.hang_after: is '9'; it must be a number",

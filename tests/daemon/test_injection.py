@@ -240,6 +240,8 @@ def test_path_is_refused_or_used_literally(run: str, logs: str, state: str, tmp_
         supervisord_config.write_files(layout, programs)
     except OSError:
         return  # longer than a file system's names may be
+    if not config.paths.logs.is_dir():
+        return  # the same, which `write_files` leaves to others to report
     assert_runs_exactly(programs, layout)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from fastdeploy.common.metrics_server import CONTENT_TYPE, MetricsServer
+
+from ..waiting import wait_until
 
 #: More than the kernel buffers for a client that does not read.
 TEXT = b"# a comment\n" + b"x" * (16 << 20) + b"\n"
@@ -22,7 +26,7 @@ def server() -> Iterator[MetricsServer]:
 
 
 def ask(port: int, method: str = "GET", path: str = "/metrics") -> tuple[int, str | None, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request(method, path)
         response = connection.getresponse()
@@ -32,9 +36,16 @@ def ask(port: int, method: str = "GET", path: str = "/metrics") -> tuple[int, st
 
 
 def connect(port: int, sent: bytes = b"") -> socket.socket:
-    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    client = socket.create_connection(("127.0.0.1", port), timeout=10)
     client.sendall(sent)
     return client
+
+
+def trickle(client: socket.socket) -> None:
+    """Send bytes slowly, and far fewer than a request may have."""
+    for _ in range(2000):
+        client.sendall(b"x")
+        time.sleep(0.01)
 
 
 def test_a_scrape_gets_the_text_of_its_moment() -> None:
@@ -79,6 +90,28 @@ def test_a_client_that_takes_too_long_is_dropped(
     monkeypatch.setattr("fastdeploy.common.metrics_server._CLIENT_TIMEOUT", 0.2)
     with connect(server.port, b"GET /metrics HTTP/1.1\r\n") as client:
         assert client.recv(1) == b""
+
+
+def test_a_client_that_does_not_read_is_dropped_after_the_time_for_it(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdeploy.common.metrics_server._CLIENT_TIMEOUT", 0.2)
+    with connect(server.port, b"GET /metrics HTTP/1.1\r\n\r\n") as client:
+        wait_until(lambda: server._clients, deadline=10)
+        wait_until(lambda: not server._clients, deadline=10)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while data := client.recv(1 << 20):
+                received += len(data)
+    assert 0 < received < len(TEXT)
+
+
+def test_a_client_that_sends_byte_by_byte_gets_no_more_time(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdeploy.common.metrics_server._CLIENT_TIMEOUT", 0.2)
+    with connect(server.port, b"GET /metrics HTTP/1.1\r\n") as client, pytest.raises(ConnectionError):
+        trickle(client)
 
 
 def test_failing_collector_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .... import __version__
-from ....common.cli import CommandLine
+from ....common.cli import MAX_BODY_BYTES, CommandLine
 from ....common.cors import DEFAULT
 from ..policy.policies import POLICIES
 
@@ -147,7 +147,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--max-body-bytes",
         metavar="BYTES",
         type=int,
-        default=10 << 20,
+        default=MAX_BODY_BYTES,
         help="maximum size of a request body (default %(default)s)",
     )
     add(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.api_keys import ApiKeys, keys_in, keys_in_variable, keys_of
-from ...common.cli import CommandLine
+from ...common.cli import MAX_BODY_BYTES, CommandLine
 from ...common.cors import DEFAULT as CORS_DEFAULT
 from ...common.cors import CorsPolicy
 from ...common.errors import ConfigError
@@ -67,8 +67,7 @@ class ServeConfig:
     max_concurrency: int = 512
     #: Seconds for open requests after SIGTERM.
     timeout_graceful_shutdown: int = 10
-    #: The same as the router's.
-    max_body_bytes: int = 10 << 20
+    max_body_bytes: int = MAX_BODY_BYTES
     #: Empty: no key is required.
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     #: URL of the router to register with.
