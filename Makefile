@@ -1,7 +1,7 @@
-# Two commands: `make serve` and `make test`. Each does all the set-up it needs, once.
+# Start with `make serve` or `make test`: each first does the set-up that it needs. `make help` lists the rest.
 
-# The system's, where it is new enough: distributions build theirs with optimisations that others often lack. It
-# makes the router a fifth faster.
+# Prefer the system's Python if it is new enough: distributions build it with optimisations that other builds often
+# lack, which makes the router a fifth faster.
 PYTHON ?= $(shell for each in /usr/bin/python3 python3; do \
             $$each -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$each && exit; \
             done; echo python3)
@@ -13,68 +13,80 @@ PARITY := .cache/parity-venv
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 COMPILED := $(wildcard $(foreach folder,include paddle cpu cpu/*,$(foreach kind,cc h inl,custom_ops/$(folder)/*.$(kind))) \
               daemon/router/http/*.cc)
-# An import tree with the names that the installed package has, for mypy and where nothing is installed.
+# Links that give the folders the names of the installed packages, for mypy and where nothing is installed.
 TYPES  := .cache/types
 
-.PHONY: help serve model test test-fast check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
+.PHONY: help serve model test test-fast coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \
         uninstall clean check-cuda test-gpu import-tree bench-gpu-product \
         bench-gpu-attention bench-gpu-step
 
 help:
-	@echo "make serve              set up everything and serve the demo model: eight replicas, one router"
+	@echo "make serve              set up everything and serve the demo model with eight replicas and a router"
 	@echo "make test               set up everything and run all tests"
-	@echo "make test-fast          the tests that start no processes: minutes"
-	@echo "make check              ruff, mypy and codespell"
-	@echo "make format             ruff, writing"
-	@echo "make docs               write docs/configuration.md and etc/grafana/fd-dp.json anew"
+	@echo "make test-fast          run the tests that start no processes (minutes)"
+	@echo "make coverage           run all tests except the end-to-end tests, and list the lines that did not run"
+	@echo "make check              run ruff, mypy and codespell"
+	@echo "make format             format the code and apply ruff's fixes"
+	@echo "make docs               generate docs/configuration.md and etc/grafana/fd-dp.json"
+	@echo "make install            install or upgrade the systemd service (as root)"
+	@echo "make uninstall          remove the service; configuration, models and logs stay"
+	@echo
+	@echo "Long tests:"
 	@echo "make parity             compare the network with transformers on random models (installs torch)"
-	@echo "make soak               random traffic, every logit compared; a router whose replicas die; the whole system"
-	@echo "                        reloaded and killed under load; FD_SOAK_MINUTES=3"
-	@echo "make fuzz               any bytes for whatever reads those of others: libFuzzer (needs clang) and property"
-	@echo "                        tests; FD_FUZZ_MINUTES=5"
-	@echo "make bench-serve        start-up time, memory and tokens/s of the whole system"
-	@echo "make bench-engine       the CPU engine against transformers and the hardware's limits (installs torch)"
-	@echo "make bench-context      decode speed against context and batch, as a plot in docs/"
+	@echo "make soak               run random traffic against engine, router and the whole system while processes are"
+	@echo "                        killed, and compare every answer; FD_SOAK_MINUTES=3"
+	@echo "make fuzz               feed arbitrary bytes to every reader of untrusted input: property tests, and"
+	@echo "                        libFuzzer (needs clang); FD_FUZZ_MINUTES=5"
+	@echo "make chaos              kill ranks of an expert group at every point of a step"
+	@echo "make check-cuda         compile the Hopper kernels and reject spilled registers (needs nvcc, no GPU)"
+	@echo "make test-gpu           test the Hopper kernels on a GPU (needs nvcc and a python3 with torch)"
+	@echo
+	@echo "Benchmarks:"
+	@echo "make bench-serve        start time, memory and tokens/s of the whole system"
+	@echo "make bench-engine       the CPU engine against transformers and the hardware limits (installs torch)"
+	@echo "make bench-context      decode speed by context and batch; writes docs/decode-speed.svg"
 	@echo "make bench-replicas     eight engines against one on the same cores"
-	@echo "make bench-long-prompt  what a long prompt does to those who are reading"
-	@echo "make bench-ep           expert parallelism: what travels, throughput, memory, recovery from a kill"
-	@echo "make bench-recovery     time to be well again after kill -9, beside supervisor alone; rolling reload; what fd-dp takes"
-	@echo "make bench-router       our router beside sglang's, vLLM's and nginx (needs wrk; installs the first two)"
-	@echo "make bench-router-policies  which of the router's policies for which traffic, simulated, as a plot in docs/"
-	@echo "make chaos              ranks of an expert group killed at every point of a step"
-	@echo "make profile            where the time of a decode step goes"
-	@echo "make perplexity         the demo model's perplexity in each weight format"
-	@echo "make check-cuda         compile the kernels for Hopper and look for spilled registers (needs nvcc, no GPU)"
-	@echo "make test-gpu           test the kernels on a Hopper GPU (needs nvcc and a python3 with torch)"
-	@echo "make bench-gpu-product  the products beside cuBLAS; bench-gpu-attention; bench-gpu-step: whole decode steps"
-	@echo "make install            install as a systemd service (as root); again: upgrade"
-	@echo "make uninstall          take it away again; configuration, models and logs stay"
+	@echo "make bench-long-prompt  effect of a long prompt on running streams"
+	@echo "make bench-ep           expert parallelism: exchange, throughput, memory, recovery after a kill"
+	@echo "make bench-recovery     recovery after kill -9, compared with supervisord alone; reload; cost of fd-dp"
+	@echo "make bench-router       our router against sglang's, vLLM's and nginx (needs wrk; installs the first two)"
+	@echo "make bench-router-policies  simulated routing policies by traffic; writes docs/router-policies.svg"
+	@echo "make bench-gpu-product  matrix products against cuBLAS; also bench-gpu-attention and bench-gpu-step"
+	@echo "make profile            profile of a decode step"
+	@echo "make perplexity         perplexity of the demo model in each weight format"
 
 serve: $(VENV)/installed model
 	@exec $(BIN)/fd-dp --config $(CONFIG) --prefix $(PREFIX)
 
-# Three files at a time, because most tests wait for half of their time; those of the whole system keep all cores busy.
+# Run three files at a time, because most tests spend half of their time waiting. The end-to-end tests run alone,
+# because they keep all cores busy.
 test: $(VENV)/installed model
 	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/e2e --durations=20
 	@$(BIN)/pytest tests/e2e --durations=10
 
-# Most of what can break, in minutes.
 test-fast: $(VENV)/installed
 	@$(BIN)/pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/systemd --ignore tests/fuzz \
 	    -m 'not processes and not slow and not chaos' --durations=20
 
-# The stamp is newer than what decides which packages have to be there, and than what is compiled. Against the
-# very Paddle that will load it: hence no isolated environment for the build.
+# Processes that tests start are measured too, except those that a test kills.
+coverage: $(VENV)/installed model
+	@rm -rf .cache/coverage && mkdir -p .cache/coverage
+	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/e2e
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report --skip-covered --sort=cover
+
+# Install again when the list of packages or a compiled source has changed. The build is not isolated, because the
+# operations must be compiled against the Paddle that will load them.
 $(VENV)/installed: setup.cfg setup.py pyproject.toml $(COMPILED)
-	@echo "fd-dp: installing into $(VENV); the first time a few hundred MB are fetched"
+	@echo "fd-dp: installing into $(VENV); the first time this downloads a few hundred MB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@etc/build_requires.sh | $(PIP) install -r /dev/stdin
 	@echo "fd-dp: compiling the operations and the router's fast path, about half a minute on two cores"
 	@$(PIP) install --no-build-isolation -e '.[test,check]'
 	@touch $@
 
-# Returns at once when the model is there and packed as etc/dp.toml wants it, so that no replica has to do it.
+# Download and pack the model here, so that no replica has to do it. This returns at once if it is done already.
 model: $(VENV)/installed
 	@$(BIN)/python -m fastdeploy.demo_model
 	@$(BIN)/python -m fastdeploy.weight_cache demo >/dev/null
@@ -85,17 +97,17 @@ check: $(VENV)/installed mypy
 	@$(BIN)/codespell
 
 mypy: $(VENV)/installed import-tree
-	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy
+	@MYPYPATH=$(TYPES) $(BIN)/mypy -p fastdeploy -p tests -p benchmarks
 
 import-tree:
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fastdeploy
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/daemon $(CURDIR)/custom_ops $(TYPES)/fastdeploy/
 
 docs: $(VENV)/installed
-	@$(BIN)/python -m fastdeploy.daemon.config.loader > docs/configuration.md
+	@$(BIN)/python -m fastdeploy.daemon.config.documentation > docs/configuration.md
 	@$(BIN)/python etc/grafana/dashboard.py > etc/grafana/fd-dp.json
 
-# As root; PREFIX_DIR, PYTHON and DESTDIR as etc/install.sh says.
+# Run as root. etc/install.sh describes the variables PREFIX_DIR, PYTHON and DESTDIR.
 install:
 	@etc/install.sh
 
@@ -106,8 +118,8 @@ format: $(VENV)/installed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# Two environments, so that torch and Paddle never meet in one process; SEED=n repeats a run. pip's usual
-# index brings torch with CUDA (gigabytes); PIP_INDEX_URL or PIP_FIND_LINKS can name one with CPU builds.
+# torch and Paddle have separate environments, so that no process loads both. SEED=n repeats a run. From PyPI, torch
+# comes with CUDA (gigabytes); PIP_INDEX_URL or PIP_FIND_LINKS can name an index with CPU builds.
 parity: $(VENV)/installed $(PARITY)/installed
 	@$(PARITY)/bin/python -m tests.parity.draw --seed $${SEED:-$$(date +%s)} --out .cache/parity
 	@$(BIN)/python -m tests.parity.compare .cache/parity
@@ -119,12 +131,12 @@ $(PARITY)/installed: Makefile
 	    torch==2.13.0 'transformers>=5.23' numpy
 	@touch $@
 
-# FD_SOAK_SEED=n begins with the traffic that a failure named.
+# FD_SOAK_SEED=n repeats the traffic of a failed run, which prints its seed.
 soak: $(VENV)/installed
 	@$(BIN)/pytest -q -m slow tests/engine/test_soak.py tests/custom_ops/test_expert_group.py tests/router \
 	    tests/e2e/test_unbroken.py
 
-# In seconds it is part of `make test`. What it finds lies in .cache/fuzz.
+# `make test` includes some seconds of this. Findings are stored in .cache/fuzz.
 fuzz: $(VENV)/installed
 	@$(BIN)/python -m tests.fuzz
 
@@ -152,14 +164,14 @@ bench-ep: $(VENV)/installed model
 bench-recovery: $(VENV)/installed model
 	@$(BIN)/python -m benchmarks.recovery
 
-# ARGS="--quick --only unary" and the like: see python -m benchmarks.router --help.
+# Pass options in ARGS, such as ARGS="--quick --only unary"; `python -m benchmarks.router --help` lists them.
 bench-router: $(VENV)/installed
 	@$(BIN)/python -m benchmarks.router $(ARGS)
 
 bench-router-policies: $(VENV)/bench-installed
 	@$(BIN)/python -m benchmarks.router_policies
 
-# Kills and stops at every point of a step, a second loss during the first; some of it is in `make test` already.
+# `make test` includes some of these cases.
 chaos: $(VENV)/installed
 	@$(BIN)/pytest -q -m chaos
 
@@ -169,7 +181,8 @@ perplexity: $(VENV)/installed model
 check-cuda:
 	@custom_ops/cuda/check.sh
 
-# With the system's Python, which has torch where there is a GPU; without tests/conftest.py, which wants the engine.
+# Use the system's Python, because machines with a GPU usually have torch there. Leave out tests/conftest.py, which
+# needs an installation.
 test-gpu: import-tree
 	@custom_ops/cuda/build.sh
 	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m pytest -q --confcutdir=tests/device tests/device

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 _REQUESTS = ("prefill", "decode", "distinct_experts", "exchange", "operations", "copy")
 
@@ -32,18 +32,15 @@ class Timing:
         return self.tokens / (self.ended - self.started)
 
 
-class Contender(Protocol):
-    def prefill(self, tokens: int) -> Timing:
-        """Compute a prompt of random tokens and its first new token."""
-        ...
+def answer_requests(start: Callable[[], object]) -> None:
+    """Run the contender's side until end of input.
 
-    def decode(self, batch: int, prompt: int, new: int) -> Timing:
-        """Decode `batch` texts greedily; time from their first new token to the last."""
-        ...
-
-
-def answer_requests(start: Callable[[], Contender]) -> None:
-    """Run the contender's side until end of input; `start` loads the model."""
+    Args:
+        start: loads the model, and returns an object whose methods answer the requests. Every engine has
+            `prefill(tokens)`, which computes a prompt of random tokens and its first new token, and
+            `decode(batch, prompt, new)`, which decodes `batch` texts greedily and returns the time from their
+            first new token to the last.
+    """
     # Redirect output of libraries to standard error.
     with os.fdopen(os.dup(1), "w", buffering=1) as answers:
         os.dup2(2, 1)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
@@ -124,8 +125,8 @@ def draw(speed: Grid, limits: Grid, weight_format: str, file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def _line(  # type: ignore[no-untyped-def]
-    axes, xs: list[int], points: list[tuple[int, int]], speed: Grid, limits: Grid, label: str
+def _line(
+    axes: Axes, xs: list[int], points: list[tuple[int, int]], speed: Grid, limits: Grid, label: str
 ) -> None:
     (line,) = axes.plot(xs, [speed[point] for point in points], marker="o", markersize=3, label=label)
     axes.plot(xs, [limits[point] for point in points], color=line.get_color(), linestyle=":", linewidth=1)

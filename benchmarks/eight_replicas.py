@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -52,10 +52,10 @@ def main() -> None:
     machine = Machine.measure()
     with workers(model, weight_format, 1) as one:
         alone = max(tokens_per_second(one) for _ in range(arguments.rounds))
-        memory_of_one = memory(one)
+        memory_of_one = memory(process.pid for process in one)
     with workers(model, weight_format, REPLICAS) as eight:
         together = max(tokens_per_second(eight) for _ in range(arguments.rounds))
-        memory_of_eight = memory(eight)
+        memory_of_eight = memory(process.pid for process in eight)
     machine = machine.better(Machine.measure())
 
     config = ModelConfig.from_directory(model)
@@ -121,11 +121,11 @@ def step_work(config: ModelConfig, weight_format: str, replicas: int) -> Work:
     return Work(replicas * one.bytes_read, replicas * one.flops)
 
 
-def memory(processes: Sequence[ContenderProcess]) -> dict[str, int]:
+def memory(pids: Iterable[int]) -> dict[str, int]:
     """Return the sums over the processes, in bytes."""
     total = dict.fromkeys(MEMORY.values(), 0)
-    for process in processes:
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             field, _, rest = line.partition(":")
             if field in MEMORY:
                 total[MEMORY[field]] += int(rest.split()[0]) << 10

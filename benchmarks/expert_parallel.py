@@ -87,7 +87,7 @@ def _memory_rows() -> Iterator[Row]:
                 # Touch all pages that are used in operation.
                 for _ in range(3):
                     _rate(ranks, 16, NEW)
-                found[shared] = memory([api.process for api in ranks.all])
+                found[shared] = memory(api.process.pid for api in ranks.all)
         for what in ("rss", "pss"):
             yield Row(
                 f"{what}_of_8_{name}", "MB", found[True][what] / 1e6, found[False][what] / 1e6, "without EP"

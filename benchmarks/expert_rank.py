@@ -44,7 +44,7 @@ class Rank:
         options = GroupOptions(group, seat, spin=threads * num_seats <= cores)
         self._group = join(options, layout, {}, lambda mine, taken: None)
         atexit.register(self._group.close)
-        while len(self._group.status().active_seats) < num_seats:
+        while len(self._group.status().active_ranks) < num_seats:
             self._group.wakeups.poll(0.1)
             self._group.handle_wakeups()
         random = np.random.default_rng(seat)

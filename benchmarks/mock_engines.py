@@ -48,10 +48,10 @@ class MockEngines:
         return statistics
 
     def register_with(self, router_url: str) -> None:
-        """As each replica does every five seconds.
+        """Register the engines, as replicas do every five seconds.
 
         Raises:
-            requests.RequestException: the router does not take one.
+            requests.RequestException: the router rejects an engine.
         """
         for instance in self._instances:
             answer = requests.post(f"{router_url}/register", json=instance, timeout=10)

@@ -1,4 +1,4 @@
-"""Compiles the C++ programs of benchmarks on first use."""
+"""Compiler of the C++ programs of benchmarks: each is compiled on first use."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def _choices(prefix: Path, port: int) -> Iterator[Row]:
 
 
 class _Death:
-    """Return the time until the end of a process is reported by the kernel."""
+    """The kill of a process, and the seconds until the kernel reports the end of another."""
 
     def __init__(self, victim: psutil.Process, noticed: psutil.Process) -> None:
         self.seconds = 0.0

@@ -98,7 +98,7 @@ CASES: tuple[Case, ...] = (
 def cases_named(prefixes: list[str]) -> list[Case]:
     """
     Raises:
-        ValueError: a prefix fits none; the text has the list.
+        ValueError: no case has one of the prefixes; the message lists all cases.
     """
     for prefix in prefixes:
         if not any(case.name.startswith(prefix) for case in CASES):

@@ -71,7 +71,7 @@ class Place:
     port: int
     directory: Path
     engines: MockEngines
-    #: The fd-router to measure.
+    #: The fd-router under test.
     fd_router: Path
 
 
@@ -135,7 +135,7 @@ class RunningRouter:
     """A router that serves, with all engines known to it. `direct` is the first engine itself.
 
     Raises:
-        ContenderError: it does not come up.
+        ContenderError: the router does not start.
     """
 
     def __init__(self, name: str, engines: MockEngines, directory: Path, fd_router: Path) -> None:
@@ -176,7 +176,7 @@ class RunningRouter:
     def require_alive(self) -> None:
         """
         Raises:
-            ContenderError: it has ended.
+            ContenderError: the router has ended.
         """
         if self._process is not None and self._process.poll() is not None:
             raise ContenderError(f"ended with {self._process.returncode}: {self._last_words()}")

@@ -20,7 +20,7 @@ def installed(command: str) -> Path:
     """Return the path of `sglang-router` or `vllm-router`; install both in these versions if missing.
 
     Raises:
-        NotInstalledError: pip could not; its words are on standard error.
+        NotInstalledError: pip failed; its output is on standard error.
     """
     stamp = _HOME / "installed"
     if not stamp.exists() or stamp.read_text().split() != list(_PACKAGES):

@@ -8,10 +8,10 @@ from types import MappingProxyType
 from fastdeploy.daemon.router.policy.policies import POLICIES
 from fastdeploy.daemon.router.policy.policy import Candidates, Policy, RequestFacts
 
-from .router_traffic import bursts, chat, documents
+from .router_traffic import Kind, bursts, chat, documents
 from .simulated_routers import Setting, Sharing
 
-_MIXTURE = {chat: 12.0, documents: 3.0, bursts: 5.0}
+_MIXTURE: Mapping[Kind, float] = {chat: 12.0, documents: 3.0, bursts: 5.0}
 #: The highest load at which random routing is stable.
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {

@@ -2,7 +2,7 @@
 
 Shapes and lengths are like those of public traces of chat services: a few assistants whose instructions many
 conversations share, histories that grow from turn to turn, questions about long documents, bursts of jobs.
-A turn comes when the one before has been answered and its user has thought.
+A user sends the next turn some time after the answer to the previous one.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def bursts(random: Random, rate: float, seconds: float) -> Iterator[Conversation
 
 
 def traffic(rates: Mapping[Kind, float], seed: int, seconds: float) -> list[Conversation]:
-    """`rates`: requests per second of each kind."""
+    """Draw the conversations of all kinds; `rates` has the requests per second of each."""
     return [
         conversation
         for kind, rate in rates.items()

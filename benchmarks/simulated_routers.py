@@ -22,7 +22,7 @@ MEASURE_EVERY, SCRAPE_EVERY, REPORT_EVERY = 1.0, 2.0, 0.1
 
 
 class Sharing(Enum):
-    """How routers learn of each other's requests."""
+    """The ways in which routers learn of each other's requests."""
 
     NOTHING = auto()
     #: The last report.
@@ -58,7 +58,7 @@ class Scene:
 
     @classmethod
     def of(cls, setting: Setting, seed: int, seconds: float) -> Scene:
-        strangers = {chat: setting.past_the_routers} if setting.past_the_routers else {}
+        strangers: Mapping[Kind, float] = {chat: setting.past_the_routers} if setting.past_the_routers else {}
         return cls(
             setting,
             seed,
@@ -69,7 +69,7 @@ class Scene:
 
 
 def simulate(scene: Scene, policy: Policy) -> list[Job]:
-    """All requests sent through the routers."""
+    """Send all requests of the scene through the routers."""
     return _Simulation(scene, policy).run()
 
 

@@ -37,7 +37,9 @@ class Steady:
     def run(self, seconds: float, then: Callable[[], None], more: float) -> tuple[float, list[Asked]]:
         """Call `then`, which must be quick, after `seconds`, and continue for `more` seconds.
 
-        When it was called, in seconds since the beginning, and all requests in the order of their answers.
+        Returns:
+            The time of that call in seconds since the beginning, and all requests in the order of their
+            answers.
         """
         self._asked = []
         return asyncio.run(self._run(seconds, then, more)), self._asked

@@ -2,8 +2,8 @@
 
     python -m benchmarks.transformers_peer --model DIRECTORY --dtype bfloat16 --threads 2
 
-Each kind of request is first tried with every way that transformers has to compute experts and to keep keys
-and values; the quickest then answers it.
+transformers has several implementations of experts and of the KV cache. Each kind of request is first tried
+with all of them, and then answered by the fastest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
--- For wrk: POSTs of the file that is named after `--`, and at the end one line of JSON.
+-- Script for wrk: POST the file named after `--` in each request, and print one line of JSON at the end.
 function init(args)
     local file = assert(io.open(args[1], "rb"))
     wrk.method = "POST"

@@ -89,7 +89,13 @@ def mlp_block(
     down: paddle.Tensor,
     epsilon: float,
 ) -> None:
-    """Add down(silu(gate(x)) * up(x)), x = rms_norm(hidden_states), to `hidden_states` in place."""
+    """Add down(silu(gate(x)) * up(x)), x = rms_norm(hidden_states), to `hidden_states` in place.
+
+    Args:
+        hidden_states: [T, H].
+        norm: [H].
+        gate_up, down: packed.
+    """
     run("mlp_block", hidden_states, norm, gate_up, down, epsilon)
 
 
@@ -109,10 +115,13 @@ def moe_block(
     """Add the routed and shared experts of rms_norm(hidden_states) to `hidden_states` in place.
 
     Args:
+        hidden_states: [T, H].
+        norm: [H].
         router: packed float32 [E, H].
         bias: [E], see `moe_topk_select`.
         gate_up, down: packed stacks of E matrices.
         shared_gate_up, shared_down: packed, or both None.
+        norm_min: see `moe_topk_select`.
 
     Returns:
         topk_ids int32 [T, k] and topk_weights [T, k].
@@ -137,7 +146,7 @@ def ep_moe_block(
     group: int,
     layer: int,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """`moe_block` as a collective of a group of ranks that share the experts; bit-identical results.
+    """Compute `moe_block` as a collective of the ranks that share the experts; the results are bit-identical.
 
     Each token is computed on the ranks that hold its experts; the shared experts are computed during the
     exchange. A rank without tokens calls it with hidden_states [0, H].
@@ -248,7 +257,10 @@ def moe_topk_select(
 def moe_permute(
     x: paddle.Tensor, topk_ids: paddle.Tensor, num_experts: int
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """Group tokens by expert.
+    """Group the tokens x [T, H] by expert.
+
+    Args:
+        topk_ids: int32 [T, k].
 
     Returns:
         rows [T * k, H]; offsets int32 [E + 1], the first row of each expert; order int32 [T * k]: row i is
@@ -261,12 +273,24 @@ def moe_permute(
 def moe_grouped_gemm(
     rows: paddle.Tensor, offsets: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor
 ) -> paddle.Tensor:
-    """Apply the gated MLP of each expert e to rows offsets[e] .. offsets[e + 1] - 1."""
+    """Apply the gated MLP of each expert e to rows offsets[e] .. offsets[e + 1] - 1.
+
+    Args:
+        rows, offsets: as `moe_permute` returns them, [N, H] and int32 [E + 1].
+        gate_up, down: packed stacks of E matrices.
+
+    Returns:
+        [N, H].
+    """
     return run("moe_grouped_gemm", rows, offsets, gate_up, down)[0]
 
 
 def moe_unpermute(rows: paddle.Tensor, order: paddle.Tensor, topk_weights: paddle.Tensor) -> paddle.Tensor:
-    """Sum the rows of each token, weighted by `topk_weights` [T, k], in top-k order: [T, H]."""
+    """Sum the rows [T * k, H] of each token, weighted by `topk_weights` [T, k], in top-k order: [T, H].
+
+    Args:
+        order: as `moe_permute` returns it.
+    """
     return run("moe_unpermute", rows, order, topk_weights)[0]
 
 
@@ -295,7 +319,7 @@ def ep_dispatch_send(x: paddle.Tensor, topk_ids: paddle.Tensor, group: int, laye
         dispatch targets int32 [T, k]: expert * 64 + rank, or -1 for a dropped assignment.
 
     Raises:
-        RuntimeError: the group was interrupted (its status says why). The other three raise it, too.
+        RuntimeError: the group was interrupted; its status says why. The other three operations raise it too.
     """
     return run("ep_dispatch_send", x, topk_ids, group, layer)[0]
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from .native import library
 
+#: `ExpertGroup::Status`: in progress, or interrupted because the members have changed, a rank has died, the
+#: shared memory is full, or a rank has published an impossible value.
 GOING, CHANGED, LOST, FULL, FAULTY = range(5)
 _MAX_RANKS = 64
 
@@ -64,7 +66,7 @@ class NativeGroup:
         stall_kill: float,
     ) -> None:
         self._library = _declared(library())
-        # C code calls it as long as the group is open.
+        # Keeps the callback alive as long as the group is open.
         self._on_stall = _ON_STALL(lambda rank, seconds, killed: on_stall(rank, seconds, bool(killed)))
         self._expert_ranks: ctypes.Array[ctypes.c_uint64] | None = None
         self._pidfds: ctypes.Array[ctypes.c_int] | None = None
@@ -76,7 +78,13 @@ class NativeGroup:
     def set_members(
         self, epoch: int, active: int, expert_ranks: Sequence[int], pidfds: Sequence[int], spin_seconds: float
     ) -> None:
-        """See `ExpertGroup::set_members`."""
+        """Adopt an epoch; see `ExpertGroup::set_members`.
+
+        Args:
+            active: bitmap of the members.
+            expert_ranks: for each expert of each layer, the bitmap of the members that hold it.
+            pidfds: pidfd of each rank; -1 for this one and for ranks that are not members.
+        """
         self._expert_ranks = (ctypes.c_uint64 * len(expert_ranks))(*expert_ranks)
         self._pidfds = (ctypes.c_int * len(pidfds))(*pidfds)
         self._library.fd_ep_set_members(
@@ -117,7 +125,12 @@ class NativeGroup:
         self._library.fd_ep_ring(self.handle)
 
     def dispatch(self, layer: int, x: int, topk_ids: int, tokens: int, element: int, rows: int) -> int:
-        """Dispatch by memory addresses, without Paddle. Return the number of rows, or -1 if interrupted."""
+        """Dispatch by memory addresses, without Paddle. Return the number of rows, or -1 if interrupted.
+
+        Args:
+            x, topk_ids, rows: addresses; `rows` receives the tokens for this rank's experts.
+            element: bytes of an element, 2 or 4.
+        """
         return self._library.fd_ep_dispatch(self.handle, layer, x, topk_ids, tokens, element, rows)
 
     def combine(self, rows: int, count: int, weights: int, tokens: int, element: int, out: int) -> int:
@@ -125,11 +138,11 @@ class NativeGroup:
         return self._library.fd_ep_combine(self.handle, rows, count, weights, tokens, element, out)
 
     def result_rows(self, rows: int, element: int) -> int:
-        """Return the address at which results need not be copied by a combine; 0 if memory is full."""
+        """Return the address where a combine uses results without copying them; 0 if memory is full."""
         return self._library.fd_ep_result_rows(self.handle, rows, element) or 0
 
     def trap(self, phase: int, layer: int, nth: int, signal: int) -> None:
-        """For tests: raise `signal` when this phase of this layer is reached for the nth time."""
+        """Raise `signal` when this phase of this layer is reached for the nth time. For tests."""
         self._library.fd_ep_trap(self.handle, phase, layer, nth, signal)
 
     def close(self) -> None:

@@ -40,7 +40,7 @@ def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
 
 
 def instruction_set() -> str:
-    """Return the instruction set in use: amx, avx512, avx2 or generic. FD_ISA selects a lesser one."""
+    """Return the instruction set in use: amx, avx512, avx2 or generic. FD_ISA may select an older one."""
     return library().fd_isa().decode()
 
 
@@ -55,6 +55,11 @@ def _caller() -> Callable[..., list[paddle.Tensor]]:
 
 @cache
 def library() -> ctypes.CDLL:
+    """Return the library, loaded on the first call.
+
+    Raises:
+        ImportError: it is missing, was compiled for another Paddle, or FD_ISA is invalid.
+    """
     import paddle
     from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 

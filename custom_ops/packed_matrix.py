@@ -186,7 +186,7 @@ def interleave_gate_up(gate: Floats, up: Floats) -> Floats:
 
 
 def split_gate_up(interleaved: Floats, width: int) -> tuple[Floats, Floats]:
-    """The inverse of `interleave_gate_up`."""
+    """Return gate and up [.., width, inputs] of a matrix from `interleave_gate_up`."""
     row_of = np.empty(2 * width, np.int64)
     order = gate_up_order(width)
     row_of[order[order >= 0]] = np.flatnonzero(order >= 0)

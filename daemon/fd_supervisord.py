@@ -53,7 +53,7 @@ class Supervisor(supervisord.Supervisor):
         super().runforever()
 
     def tick(self, now: float | None = None) -> None:
-        """Check the sockets. supervisor calls it at least once a second."""
+        """Check the sockets. supervisor calls this at least once a second."""
         super().tick(now)
         for listener in self._listeners:
             if not listener.is_bound():
@@ -90,7 +90,7 @@ class _Stderr(io.TextIOBase):
 
 def main() -> None:
     sys.stdout = sys.stderr = _Stderr(2)
-    # supervisor ends without a directory for temporary files, although it needs none here.
+    # supervisor exits if there is no directory for temporary files, although it needs none here.
     tempfile.tempdir = "/"
     # supervisor has no settings for the class of its log files and for missing directories.
     loggers.RotatingFileHandler = OutputFile

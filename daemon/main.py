@@ -39,9 +39,8 @@ from .wakeups import Wakeups
 
 log = logging.getLogger("fd-dp")
 
-#: Shutdown grace period in seconds; programs that are still running are then killed. It is longer than a
-#: replica's own grace period (programs.py). The whole shutdown is promised to take at most 15 s: the rest is
-#: for supervisord, which polls once a second.
+#: Seconds that programs get to end at shutdown; then they are killed. Longer than a replica's own grace
+#: period (programs.py). A shutdown takes at most 15 s; the rest is for supervisord, which polls every second.
 _SHUTDOWN_GRACE = 11.0
 _PROGRESS_INTERVAL = 3.0
 _BUSY_INTERVAL = 0.05
@@ -88,7 +87,7 @@ class Daemon:
         self._commands = Commands(self._fleet, file, prefix, programs_for, self._describe)
         self._notify = Notifier(dict(os.environ))
         self._metrics_port = MetricsPort(self._fleet.metrics.exposition)
-        #: Retried until it succeeds, before the next step.
+        #: Called before the next step, and again until it succeeds.
         self._before_step: Callable[[], None] | None = self._take_over
         self._troubles = Troubles()
         self._was_ready = False
@@ -165,7 +164,7 @@ class Daemon:
             else:
                 self._troubles.report(name, "")
         proc.reap(keep=self._supervisord.child)
-        # An operation may continue although no event has arrived.
+        # No event announces that an operation can continue.
         interval = _BUSY_INTERVAL if self._commands.busy else self._fleet.interval()
         self._wakeups.wait(min(interval, self._notify.watchdog or interval))
 
@@ -174,7 +173,7 @@ class Daemon:
 
     def _take_over(self) -> None:
         outdated = self._fleet.adopt()
-        running = [replica.program for replica in self._fleet.programs.values()]
+        running = [program.spec for program in self._fleet.programs.values()]
         supervisord_config.remove_stale_launch_files(self._fleet.layout, [*self._fleet.wanted, *running])
         if outdated:
             log.info("started with an older configuration than dp.toml: %s", ", ".join(outdated))
@@ -227,10 +226,10 @@ class Daemon:
         fleet = self._fleet
         fleet.stopping = True
         deadline = time.monotonic() + _SHUTDOWN_GRACE
-        for replica in fleet.programs.values():
-            fleet.stop(replica, "fd-dp is stopping")
+        for program in fleet.programs.values():
+            fleet.stop(program, "fd-dp is stopping")
         try:
-            while any(replica.state is ProgramState.STOPPING for replica in fleet.programs.values()):
+            while any(program.state is ProgramState.STOPPING for program in fleet.programs.values()):
                 try:
                     fleet.step()
                 except SupervisorLost as error:
@@ -282,11 +281,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="fd-dp",
         description="Runs the replicas and the router of dp.toml and keeps them running.",
-        epilog="Ctrl-C and SIGTERM stop everything within 15 s; so does SIGHUP when the terminal closes, "
-        "unless nohup ignores it. With --supervisord external, SIGHUP reloads dp.toml.",
+        epilog="Ctrl-C, SIGTERM and SIGHUP stop everything within 15 s; under nohup, SIGHUP is ignored. "
+        "With --supervisord external, SIGHUP reloads dp.toml, and programs keep running after a stop.",
     )
-    parser.add_argument("--config", type=Path, default=Path("/etc/fd/dp.toml"), help="default: %(default)s")
-    parser.add_argument("--prefix", type=Path, help="keep state, run and logs below this directory")
+    parser.add_argument(
+        "--config", type=Path, default=Path("/etc/fd/dp.toml"), metavar="FILE", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--prefix", type=Path, metavar="DIRECTORY", help="keep state, run and logs below this directory"
+    )
     parser.add_argument(
         "--supervisord",
         choices=("own", "external"),

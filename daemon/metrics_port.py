@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from ..common.metrics_server import MetricsServer
 from .config.options import MetricsSection
 from .config.programs import address
+
+if TYPE_CHECKING:
+    from ..common.metrics_server import MetricsServer
 
 log = logging.getLogger("fd-dp")
 
@@ -37,6 +40,9 @@ class MetricsPort:
         now = time.monotonic()
         if not wanted.port or self._server is not None or now < self._next_try:
             return
+        # Imported here, because asyncio is slow to import and fd-dp --version does not need it.
+        from ..common.metrics_server import MetricsServer
+
         where = address(wanted.host, wanted.port)
         try:
             self._server = MetricsServer([wanted.host], wanted.port, self._render)

@@ -30,7 +30,7 @@ class Troubles:
         """Record the state of one part of the daemon.
 
         Args:
-            what: the same name each time.
+            what: name of the part, the same in each call.
             problem: a sentence without full stop, or "" if there is none.
             fault: an unexpected exception; its stack trace goes to the log.
         """

@@ -24,8 +24,8 @@ from .troubles import Troubles
 _INTERVAL = 1.0
 #: One block of a file system. If it can be written, a few log lines can be, too.
 _PROBE = bytes(4096)
-#: Seconds of READY before the router's silence is reported. A request takes up to 2 s, and one may fail
-#: during a restart.
+#: Seconds for which a router must be READY before its failure to answer is reported. A request takes up to
+#: 2 s, and one may fail during a restart.
 _ROUTER_GRACE = 4.0
 
 
@@ -121,7 +121,7 @@ class Upkeep:
             try:
                 os.close(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
             except FileNotFoundError:
-                # It is made with its next line.
+                # The next line creates it.
                 if problem := write_problem(file.parent):
                     return problem
             except OSError as error:
@@ -129,7 +129,7 @@ class Upkeep:
         return ""
 
     def _files_problem(self) -> str:
-        programs = [replica.program for replica in self._fleet.programs.values()]
+        programs = [program.spec for program in self._fleet.programs.values()]
         supervisord_config.make_log_directories(self._fleet.layout, programs)
         if not self._fleet.adopted or supervisord_config.files_exist(self._fleet.layout, programs):
             return ""

@@ -14,6 +14,7 @@ from pathlib import Path
 from .common.errors import ConfigError
 from .common.text_files import JsonObject, read_object, read_optional_object
 from .expert_parallel.layout import MAX_RANKS
+from .expert_parallel.options import STALL_KILL
 
 _DEVICES = ("auto", "cpu", "gpu")
 _DTYPES = ("bfloat16", "float32")
@@ -133,6 +134,7 @@ class ModelConfig:
         return weights / (2 * self.num_attention_heads * self.head_dim * self.num_hidden_layers)
 
     def kv_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Return the bytes of the keys and values of one token in all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * bytes_per_element
 
 
@@ -173,7 +175,7 @@ class EngineConfig:
     #: Rebalance experts by measured load.
     enable_eplb: bool = False
     #: Seconds without progress after which a rank that others wait for is killed.
-    expert_parallel_stall_kill: float = 60.0
+    expert_parallel_stall_kill: float = STALL_KILL
     #: Layout of a fused Paddle qkv tensor: "plain" (q|k|v) or "grouped" (per kv head: its q heads, k, v).
     qkv_order: str = "plain"
     #: dtype of the KV cache and of weights that are not quantised. Sums are always float32.
@@ -249,6 +251,7 @@ class EngineConfig:
         return self.quantization or self.dtype
 
     def blocks_for(self, num_tokens: int) -> int:
+        """Return the number of cache blocks that this many tokens of a sequence occupy."""
         return math.ceil(num_tokens / self.block_size)
 
     def num_blocks(self, model: ModelConfig, memory_budget: int = 1 << 30) -> int:
@@ -270,6 +273,7 @@ def _either(values: Iterable[str]) -> str:
 
 
 def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What pyproject.toml says is needed to build the project, one requirement a line.
+# Print the build requirements of pyproject.toml, one per line.
 cd "$(dirname "$0")/.."
 exec python3 -c 'import tomllib
 with open("pyproject.toml", "rb") as file:

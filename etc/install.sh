@@ -1,12 +1,13 @@
 #!/bin/sh
-# make install: fd-dp as a service of this machine. Run again, it upgrades and keeps /etc/fd/dp.toml.
-#   install.sh                    all of it, as root
-#   install.sh --no-environment   all but the virtual environment, which is there already (a package, an image)
-#   install.sh --uninstall        takes it away; /etc/fd, /var/lib/fd with its models, /var/log/fd and user fd stay
-#   PREFIX_DIR  the virtual environment (default /opt/fd-dp)
-#   PYTHON      makes it; user fd must be able to execute it (default /usr/bin/python3)
-#   DESTDIR     stages the files of /etc and /usr/local there, for packagers; no environment, no user, no systemctl
-# Nothing for logrotate: whatever writes below /var/log/fd rotates what it writes, by size.
+# Install fd-dp as a systemd service (`make install`). Run it again to upgrade; /etc/fd/dp.toml is kept.
+#   install.sh                    install everything; run as root
+#   install.sh --no-environment   install all but the virtual environment, which exists (a package, an image)
+#   install.sh --uninstall        remove fd-dp; /etc/fd, /var/lib/fd with its models, /var/log/fd and user fd stay
+#   PREFIX_DIR  virtual environment (default /opt/fd-dp)
+#   PYTHON      Python that creates it, executable by user fd (default /usr/bin/python3)
+#   DESTDIR     directory in which packagers stage the files of /etc and /usr/local; without environment, user and
+#               systemctl
+# No file for logrotate is installed: each program rotates its own files below /var/log/fd by size.
 set -eu
 umask 022
 PREFIX_DIR=${PREFIX_DIR:-/opt/fd-dp}
@@ -26,7 +27,7 @@ install_environment() {
     [ -x "$PREFIX_DIR/bin/python" ] || "$PYTHON" -m venv "$PREFIX_DIR"
     export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
     pip() { "$PREFIX_DIR/bin/python" -m pip "$@"; }
-    # The operations are compiled against the very Paddle that will load them.
+    # The operations must be compiled against the Paddle that will load them.
     "$SOURCE/etc/build_requires.sh" | pip install -r /dev/stdin
     pip install --no-build-isolation --upgrade "$SOURCE"
 }
@@ -51,7 +52,7 @@ install_files() {
     fi
 }
 
-# Members of group fd read dp.toml, which may hold keys; only root writes it.
+# dp.toml may contain keys: group fd may read it, only root may write it.
 install_user() {
     # The group may exist already: an uninstall leaves it while it has other members.
     if getent group fd >/dev/null; then group=--gid=fd; else group=--user-group; fi
@@ -62,12 +63,12 @@ install_user() {
     chmod 0640 /etc/fd/dp.toml
 }
 
-# As user fd, which will read it; a checkpoint of your own needs nothing.
+# Download and pack as user fd, which reads the files later. Other models need no preparation.
 install_demo_model() {
     grep -q '^path *= *"demo"' /etc/fd/dp.toml || return 0
     install -d -o fd -g fd -m 0750 /var/lib/fd /var/lib/fd/models
     for step in fastdeploy.demo_model "fastdeploy.weight_cache demo"; do
-        # shellcheck disable=SC2086 -- a module and its words
+        # shellcheck disable=SC2086 -- a module and its arguments
         setpriv --reuid=fd --regid=fd --init-groups env HOME=/var/lib/fd FD_MODEL_CACHE=/var/lib/fd/models \
             "$PREFIX_DIR/bin/python" -m $step
     done
@@ -81,23 +82,23 @@ uninstall() {
         "$DESTDIR$MAN/man8/fd-dp.8" "$DESTDIR$MAN/man1/fdctl.1" "$DESTDIR/usr/local/bin/fdctl"
     [ -n "$DESTDIR" ] && return
     if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
-    # Only what install_environment, or a like of it, has made.
+    # Remove the directory only if it is a virtual environment.
     if [ -e "$PREFIX_DIR/pyvenv.cfg" ]; then rm -rf "$PREFIX_DIR"; fi
     rm -rf /run/fd
-    echo "install: removed fd-dp; /etc/fd, /var/lib/fd, /var/log/fd and user fd are still there"
+    echo "install: removed fd-dp; /etc/fd, /var/lib/fd, /var/log/fd and user fd stay"
 }
 
-[ -n "$DESTDIR" ] || [ "$(id -u)" = 0 ] || fail "it writes to $PREFIX_DIR and /etc; run it as root, or set DESTDIR"
+[ -n "$DESTDIR" ] || [ "$(id -u)" = 0 ] || fail "no permission for $PREFIX_DIR and /etc; run it as root, or set DESTDIR"
 case "$#${1:-}" in
 0) [ -n "$DESTDIR" ] || install_environment ;;
 1--no-environment)
-    [ -x "$PREFIX_DIR/bin/fd-dp" ] || fail "$PREFIX_DIR/bin/fd-dp is not there; name its environment: PREFIX_DIR"
+    [ -x "$PREFIX_DIR/bin/fd-dp" ] || fail "$PREFIX_DIR/bin/fd-dp does not exist; set PREFIX_DIR to its environment"
     ;;
 1--uninstall)
     uninstall
     exit
     ;;
-*) fail "$* is unknown; there are --no-environment and --uninstall" ;;
+*) fail "unknown option $*; options are --no-environment and --uninstall" ;;
 esac
 
 install_files
@@ -106,7 +107,7 @@ if [ -z "$DESTDIR" ]; then
     install_user
     install_demo_model
     if systemctl is-active --quiet fd-dp 2>/dev/null; then
-        echo "install: done. It runs; to upgrade it: fdctl restart router; systemctl restart fd-dp; fdctl restart all"
+        echo "install: done. To upgrade what runs: fdctl restart router; systemctl restart fd-dp; fdctl restart all"
     else
         echo "install: done. Edit /etc/fd/dp.toml, then: systemctl enable --now fd-dp; fdctl status"
     fi

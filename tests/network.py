@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import paddle
 
 from fastdeploy import custom_ops
 from fastdeploy.common.request import Batch, SamplingParams, ScheduledSequence, Sequence
@@ -88,7 +90,7 @@ class Routes:
 def recorded_routes() -> Iterator[Routes]:
     routes, block = Routes(), custom_ops.moe_block
 
-    def recording(*arguments):  # type: ignore[no-untyped-def]
+    def recording(*arguments: Any) -> tuple[paddle.Tensor, paddle.Tensor]:
         topk_ids, weights = block(*arguments)
         routes.add(topk_ids.numpy().copy(), weights.numpy().copy())
         return topk_ids, weights

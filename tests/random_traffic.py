@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -30,7 +31,7 @@ WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
 MAX_MODEL_LEN = 768
 
 
-def draw_config(random: np.random.Generator) -> dict[str, object]:
+def draw_config(random: np.random.Generator) -> dict[str, Any]:
     """Draw a dense or mixture-of-experts configuration with odd widths and random options."""
     keys, experts = int(random.integers(1, 4)), int(random.integers(2, 9))
     return config_json(

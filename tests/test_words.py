@@ -6,7 +6,6 @@ import argparse
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def declared_flags() -> set[str]:
     for call in calls:
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if name in ("add_argument", "add"):
-            found |= {word.value for word in call.args if isinstance(word, ast.Constant)}
+            found |= {str(word.value) for word in call.args if isinstance(word, ast.Constant)}
     # Some flags are declared in a loop, or in pairs with "no".
     return found | {flag for action in options._parser()._actions for flag in action.option_strings}
 
@@ -74,7 +73,9 @@ def test_every_variable_that_is_named_is_one_of_the_code() -> None:
 
 
 def test_every_option_of_dp_toml_that_is_named_exists() -> None:
-    known = {f"[{name}] {option.name}" for name, section in SECTIONS.items() for option in fields(section)}
+    known = {
+        f"[{name}] {option}" for name, section in SECTIONS.items() for option in section.__struct_fields__
+    }
     # A word without an underscore may be ordinary prose.
     wanted = named(rf"(\[(?:{'|'.join(SECTIONS)})\] [a-z]+_[a-z_]+)")
     assert wanted
@@ -89,7 +90,7 @@ def test_every_command_that_is_named_exists() -> None:
     assert {name: file for name, file in named(r"`make ([a-z-]+)`").items() if name not in targets} == {}
 
 
-def test_every_file_of_ours_that_is_named_exists() -> None:
+def test_every_project_file_that_is_named_exists() -> None:
     wanted = named(r"(?<!/)\b((?:docs|etc)/[\w./-]+\.(?:md|toml|service))")
     assert wanted
     assert {name: file for name, file in wanted.items() if not (ROOT / name).exists()} == {}

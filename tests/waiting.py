@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(condition: Callable[[], Any], what: str = "what is tested", *, deadline: float) -> Any:
-    """Poll until `condition` is true and return its value; fail after `deadline` seconds."""
+def wait_until(condition: Callable[..., Any], what: str = "what is tested", *, deadline: float) -> Any:
+    """Poll until `condition()` is true and return its value; fail after `deadline` seconds."""
     end = time.monotonic() + deadline
     while not (value := condition()):
         assert time.monotonic() < end, f"not within {deadline:g} s: {what}"

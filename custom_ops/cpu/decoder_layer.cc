@@ -89,7 +89,7 @@ void moe_block(const MoeBlock& args) {
 
 namespace {
 
-// One collective of a block.
+// One collective of ep_moe_block, with at most max_tokens tokens of each rank.
 void ep_moe_round(const MoeBlock& args, ExpertGroup& group, int layer, bool is_last) {
   constexpr int kElement = sizeof(float);
   Workspace& workspace = Workspace::fresh();

@@ -6,7 +6,9 @@
 namespace fd {
 namespace {
 
+// Maximum panels of an item.
 constexpr int kMaxPanels = 8;
+// Items per thread that suffice to balance the load.
 constexpr int kItemsPerThread = 4;
 
 }  // namespace

@@ -21,6 +21,8 @@ PagedAttention::PagedAttention(Workspace& workspace, const Attention& args) : ar
   const Cache& cache = args.cache;
   const int height = kernels().attend_height;
   const int group = args.num_heads / cache.num_kv_heads;
+  // A tile has `tokens` tokens times `heads` query heads of one kv head. If these heads are more than `height`, they
+  // are split evenly into `parts`.
   const int parts = divide_up(group, height);
   const int heads = divide_up(group, parts);
   const int tokens = std::max(1, height / heads);

@@ -36,7 +36,7 @@ double natural_log(double x) {
 struct Scratch {
   float* scores;      // after penalties
   float* few_scores;  // of the tokens in `ids`
-  float* some;        // unordered
+  float* some;        // scratch for selecting the k-th largest
   float* maxima;      // by block of scores
   int32_t* ids;
   double* weights;
@@ -149,7 +149,7 @@ float lowest_score(const Row& row, const SamplingRow& params, const Scratch& scr
   return lowest;
 }
 
-// The first index at which the running sum of weights exceeds `uniform` times the total.
+// Returns the first index at which the running sum of weights exceeds `uniform` times the total.
 int64_t pick(const double* weights, const double* sums, int64_t count, double uniform) {
   const int64_t blocks = token_blocks(count);
   double mass = 0;

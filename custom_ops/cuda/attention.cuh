@@ -39,6 +39,7 @@ struct AttentionItem {
   int segments;   // decoding: segments of the sequence
 };
 
+// Number of items of a sequence; 0 if the kernel of the other shape computes it.
 template <class Shape>
 __device__ __forceinline__ int items_of(const StepView& step, const Attention& args, int sequence) {
   const int length = step.length(sequence), context = step.start[sequence] + length;
@@ -48,7 +49,7 @@ __device__ __forceinline__ int items_of(const StepView& step, const Attention& a
   return parts * args.kv_heads;
 }
 
-// One warp: first_item[s] for all sequences.
+// Run by one warp: writes first_item[s] for all sequences, and the total after them.
 template <class Shape>
 __device__ __forceinline__ void find_items(const StepView& step, const Attention& args, int* first_item, int lane) {
   int before = 0;
@@ -241,7 +242,7 @@ struct TileRing {
   __device__ void skip() { release(take()); }
 };
 
-// One thread: streams the tiles of all items of this block.
+// Run by one thread: streams the tiles of all items of this block.
 template <class Shape>
 __device__ void produce_tiles(const StepView& step, const Attention& args, const int* first_item,
                               TileRing<Shape> ring) {

@@ -32,7 +32,7 @@ struct Attention {
   int heads;
   int kv_heads;
   float scale;     // factor of scores, including log2(e)
-  float* partial;  // attention_work(...) bytes
+  float* partial;  // attention_partials(...) floats
   int* arrived;    // [kMaxSequences * kv_heads], zeros; left as zeros
 };
 

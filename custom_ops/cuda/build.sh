@@ -1,12 +1,12 @@
 #!/bin/sh
-# Builds build/cuda/libfd_cuda.so, and with --bench what benchmarks need besides. Registers and spills of each kernel are
-# in build/cuda/*.log. JOBS=n compiles n files at a time.
+# Builds build/cuda/libfd_cuda.so, and with --bench also libfd_bench.so for the benchmarks. Registers and spills of each
+# kernel are in build/cuda/*.log. JOBS=n compiles n files at a time.
 set -e
 cd "$(dirname "$0")/../.."
 out=build/cuda
 mkdir -p "$out"
 arch="-gencode=arch=compute_90a,code=sm_90a"
-# Sums have to be the same in every instance of a kernel: only what says so is contracted to a fused multiply-add.
+# Sums must be the same in every instance of a kernel, so only explicit calls are fused multiply-adds.
 flags="$arch -std=c++17 -O3 -fmad=false -Xptxas -v -lineinfo -Xcompiler -fPIC,-Wall -Icustom_ops/cuda"
 for source in custom_ops/cuda/*.cu; do
   name=$(basename "$source" .cu)

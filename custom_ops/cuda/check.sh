@@ -1,5 +1,5 @@
 #!/bin/sh
-# Compiles every kernel and looks at what came out of it: for CI, which has no GPU.
+# Compiles every kernel and checks the output for spills, serialised products and warnings: for CI, which has no GPU.
 set -e
 cd "$(dirname "$0")/../.."
 if ! command -v nvcc > /dev/null; then

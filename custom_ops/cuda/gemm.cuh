@@ -69,7 +69,7 @@ __device__ __forceinline__ TileAt tile_at(const Product& args, const Groups& gro
           groups.first_row[low] + begin, groups.count[low] - begin};
 }
 
-// One warp: sums over the counts of all groups.
+// Run by one warp: prefix sums of the rows and tiles of all groups.
 template <class Shape>
 __device__ __forceinline__ void find_groups(const Product& args, const Groups& groups, int lane) {
   const int down = round_up(args.outputs, kPanelOutputs) / Shape::kOutputs;
@@ -136,7 +136,7 @@ __device__ __forceinline__ int pieces_of(const TileAt& at) {
   return min(Shape::kPieces, ceil_div(at.rows, Shape::kPieceRows));
 }
 
-// Runs on one thread. `first_block`, `last_block`: the blocks of K of this thread block.
+// Run by one thread: streams the tiles of this block. `first_block`, `last_block`: the blocks of K of this thread block.
 template <class Shape>
 __device__ void produce(const Product& args, const Groups& groups, Ring<Shape> ring, int first_tile, int tile_step,
                         int prefetched, int first_block, int last_block) {

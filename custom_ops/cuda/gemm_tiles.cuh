@@ -1,4 +1,4 @@
-// The available tiles and their launcher. The instances are in several files, which compile in parallel.
+// The available tiles and their kernels. The instances are in several files, which compile in parallel.
 #pragma once
 
 #include <algorithm>

@@ -11,6 +11,7 @@ namespace fd::cuda {
 
 constexpr int kMaxTopk = 16;
 
+// Selection of the k experts of each token with the highest softmax probability + bias, and their weights.
 struct Route {
   const float* logits;  // [tokens, experts]
   const float* bias;    // [experts]: for the selection only

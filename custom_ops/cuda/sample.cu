@@ -33,7 +33,7 @@ struct Shared {
   int rest;
 };
 
-// The best score after `limit` and its lowest id; NaN if any score is NaN.
+// The first (score, id) after `limit` in the order of is_before; its score is NaN if any score is NaN.
 __device__ Best block_best(const float* scores, int count, Best limit, Shared& shared) {
   Best best{-INFINITY, count};
   bool is_sound = true;
@@ -204,7 +204,7 @@ __device__ void keep_nucleus(const float* scores, double* weights, int count, fl
   __syncthreads();
 }
 
-// The first id at which the running sum of weights exceeds `point` times the total.
+// The first id at which the running sum of weights exceeds `share` times the total.
 __device__ int pick(const double* weights, int count, double share, Shared& shared) {
   const int blocks = (count + kIdBlock - 1) / kIdBlock, lane = threadIdx.x % 32;
   for (int block = threadIdx.x / 32; block < blocks; block += kWarps) {

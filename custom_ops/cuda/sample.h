@@ -10,6 +10,7 @@
 
 namespace fd::cuda {
 
+// One token per row of logits.
 struct Draw {
   const float* logits;  // [rows, vocabulary]
   int vocabulary;

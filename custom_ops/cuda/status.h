@@ -1,4 +1,4 @@
-// The last error of a thread as one line.
+// Status codes of the C interface, and the last error of each thread as one line.
 #pragma once
 
 #include <cuda_runtime.h>

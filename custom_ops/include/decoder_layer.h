@@ -36,8 +36,8 @@ struct MlpBlock {
 
 void mlp_block(const MlpBlock& args);
 
-// hidden_states += sum over a token's top k experts of weight * expert(norm(hidden_states)), +
-// shared(norm(hidden_states))
+// hidden_states += (sum over the top k experts of a token of weight * expert(norm(hidden_states)))
+//                  + shared(norm(hidden_states))
 struct MoeBlock {
   float* hidden_states;  // [num_tokens, hidden]
   int num_tokens;

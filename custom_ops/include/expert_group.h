@@ -9,12 +9,13 @@
 // results of a collective knows that its tokens are no longer read, and a rank that has seen all tokens of the next one
 // knows that its results are no longer read.
 //
-// Every published value carries (epoch, number). An epoch is a fixed set of members; engine/expert_parallel/group.py
-// writes the current one. A waiting rank watches that word, and pidfds tell it whether the missing ranks are alive. A
-// wait ends when all ranks have arrived, the members have changed, or a rank has died.
+// Every published value carries (epoch, number). An epoch is a fixed set of members; the current one is a word that
+// engine/expert_parallel/membership.py writes. A waiting rank watches that word, and learns from pidfds whether the
+// missing ranks are alive. A wait ends when all ranks have arrived, the members have changed, or a rank has died.
 //
 // A value in the part of another rank is read once and checked, because its process may be faulty. A value out of range
-// ends the collective with kFaulty and names the rank.
+// ends the collective with kFaulty and names the rank that wrote it. A rank also checks what it has published itself:
+// if that is damaged, the rank at fault is itself and not one that has read it.
 #pragma once
 
 #include <atomic>
@@ -106,7 +107,7 @@ class ExpertGroup {
   enum Status { kGoing = 0, kChanged = 1, kLost = 2, kFull = 3, kFaulty = 4 };
 
   struct Counters {
-    uint64_t waited_ns[kMaxRanks];  // by the rank that arrived last
+    uint64_t waited_ns[kMaxRanks];  // by rank waited for: those that arrived last
     uint64_t bytes_dispatched;      // to other ranks
     uint64_t bytes_combined;        // from other ranks
     uint64_t collectives;
@@ -129,7 +130,7 @@ class ExpertGroup {
   Status arrive();
   // Announces a step in which this rank has `tokens` tokens. The caller must wake ranks that sleep between steps.
   void announce(int tokens);
-  // Waits until all ranks have announced the step; `busy` then tells whether any rank has tokens.
+  // Waits until all ranks have announced the step; then `busy` is true if any rank has tokens.
   Status begin();
   bool busy() const { return rounds_ > 0; }
   // True if this rank has no tokens in the step.
@@ -141,7 +142,7 @@ class ExpertGroup {
 
   // Buffer for the tokens of this rank; null if the memory is full.
   void* token_rows(int tokens, int element);
-  // Chooses the target expert << 6 | rank of each assignment, this rank if it holds the expert; -1 stays -1.
+  // Writes the target of each assignment, expert << 6 | rank: this rank if it holds the expert; -1 stays -1.
   void route(int layer, const int32_t* topk_ids, int tokens);
   void publish_tokens(int tokens, int element);
   bool await_tokens();
@@ -199,6 +200,7 @@ class ExpertGroup {
   uint64_t lagging_ranks(Word word, uint64_t value, uint64_t ranks) const;
   uint64_t dead(uint64_t ranks) const;
   bool find_impossible(Word word, uint64_t value, uint64_t ranks) const;
+  bool own_stamps_are_intact() const;
   // Records the first fault of a collective; later ones are ignored.
   void record_fault(int rank, const char* fault) const;
   void watch_stalls(uint64_t missing, int64_t waited);
@@ -229,6 +231,10 @@ class ExpertGroup {
 
   Phase trap_phase_ = Phase::kIdle;
   int trap_layer_ = 0, trap_left_ = 0, trap_signal_ = 0;
+
+  // What this rank last published in each word that others wait for.
+  static constexpr int kNumStamps = 4;
+  uint64_t published_[kNumStamps] = {};
 };
 
 }  // namespace fd

@@ -93,8 +93,8 @@ enum { FD_PLAIN, FD_GATE, FD_UP };
  * and [in, out]. Rows of gate and up are interleaved eight at a time; first_row counts rows of the same kind. */
 typedef struct {
   const void* source;
-  int32_t source_type;
-  int32_t turn;
+  int32_t source_type; /* FD_FLOAT32, FD_FLOAT16 or FD_BFLOAT16 */
+  int32_t turn;        /* kind of the rows: FD_PLAIN, FD_GATE or FD_UP */
   int64_t row_stride;
   int64_t column_stride;
   int32_t rows;
@@ -134,7 +134,7 @@ typedef struct {
   int32_t outputs;       /* even */
   int32_t inputs;
   int32_t output;        /* FD_OUT_... */
-  int32_t capacity;      /* upper bound of the rows of all groups together */
+  int32_t capacity;      /* upper bound of the total rows of all groups */
   int32_t tile;          /* from fd_tile, or any other: all give the same bits */
   int32_t reserved;
   const float* bias;   /* [outputs] or NULL; for dense products only */

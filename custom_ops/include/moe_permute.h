@@ -19,9 +19,10 @@ struct MoeOrder {
   int rows(int expert) const { return offsets[expert + 1] - offsets[expert]; }
 };
 
+// Takes uninitialised memory for the arrays of an order.
 MoeOrder take_order(Workspace& workspace, int num_tokens, int k, int num_experts);
 
-// Sorts on one thread of the team; the others wait.
+// Fills the arrays of `order` from topk_ids [num_tokens, k]. One thread of the team sorts; the others wait.
 void moe_order(Team& team, const int32_t* topk_ids, const MoeOrder& order);
 
 // x [num_tokens, width] -> rows [num_tokens * k, width]

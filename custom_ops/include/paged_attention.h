@@ -50,12 +50,13 @@ class PagedAttention {
 
   Attention args_;
   int segment_blocks_;
-  int width_;  // floats of a row of partial results
-  int64_t rows_;
+  int width_;     // floats of a row of partial results
+  int64_t rows_;  // maximum rows of a tile
   Tile* tiles_;
   Item* items_;
   int num_tiles_ = 0;
   int num_items_ = 0;
+  // Partial results of the segments of decode rows.
   PartialSoftmax* states_;
   float* outs_;
   PartialSoftmax* thread_states_;

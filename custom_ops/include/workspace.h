@@ -12,10 +12,10 @@ namespace fd {
 
 class Workspace {
  public:
-  // Return the calling thread's workspace, emptied: all memory taken from it before is invalid.
+  // Returns the calling thread's workspace, emptied: memory taken from it before is no longer valid.
   static Workspace& fresh();
 
-  // Return uninitialised memory aligned to a cache line, valid until this thread's next `fresh`.
+  // Returns uninitialised memory aligned to a cache line, valid until this thread's next `fresh`.
   template <class T>
   T* take(int64_t count) {
     return static_cast<T*>(bytes(count * static_cast<int64_t>(sizeof(T))));

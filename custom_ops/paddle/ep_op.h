@@ -16,6 +16,7 @@ inline ExpertGroup& expert_group(int64_t handle, int layer) {
   return *group;
 }
 
+// Returns the open group; throws GroupInterrupted unless its status is kGoing.
 inline ExpertGroup& going(int64_t handle, int layer) {
   ExpertGroup& group = expert_group(handle, layer);
   if (group.status() != ExpertGroup::kGoing) throw GroupInterrupted();

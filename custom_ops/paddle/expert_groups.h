@@ -7,7 +7,7 @@
 
 namespace fd {
 
-// Returns null if there is none.
+// Returns the open group with this handle; null if there is none.
 ExpertGroup* find_expert_group(int64_t handle);
 
 }  // namespace fd

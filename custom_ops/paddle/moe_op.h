@@ -46,7 +46,7 @@ inline Shapes shape_topk(const Shape& logits, const Shape&, int k, float) {
 }
 inline Types type_topk(paddle::DataType logits, paddle::DataType) { return {paddle::DataType::INT32, logits}; }
 
-// The ids index memory, so an id outside of the experts must be rejected.
+// Returns the ids after a check of each, because kernels index memory with them.
 inline const int32_t* checked_topk_ids(const paddle::Tensor& topk_ids, int num_experts) {
   const int32_t* values = int32s(topk_ids, topk_ids.numel(), "topk_ids must be int32");
   require(extent(topk_ids, "topk_ids").width <= kMaxTopk, "topk_ids: at most 64 per token");

@@ -12,13 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-#: Environment variable RUN_DIRECTORY#NAME of every process of a program. Forks and new sessions inherit it,
-#: so that leftover processes can be found, see proc.py.
+#: Environment variable of every process of a program, with the value RUN_DIRECTORY#NAME. Forks and new
+#: sessions inherit it, so that proc.py can find leftover processes.
 MARKER = "FD_DP_PROGRAM"
 #: Environment variable with the hash of the launch file.
 HASH = "FD_DP_HASH"
-#: Variables for the daemon's and supervisord's own communication with systemd, which programs must not take
-#: part in, and settings of gunicorn and prometheus_client, which are meant for other servers.
+#: Variables that programs must not inherit: those through which the daemon and supervisord talk to systemd,
+#: and settings of gunicorn and prometheus_client that are meant for other servers.
 _NOT_INHERITED = (
     "GUNICORN_PID",
     "GUNICORN_FD",

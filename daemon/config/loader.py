@@ -1,25 +1,22 @@
-"""Reads dp.toml into a frozen `Config`. Errors are one line with file, line, key and remedy.
-
-``python -m fastdeploy.daemon.config.loader`` prints docs/configuration.md.
-"""
+"""Reads dp.toml into a frozen `Config`. Errors are one line with file, line, key and remedy."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, replace
+from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any
+
+from msgspec import NODEFAULT
+from msgspec.structs import replace
 
 from ...common.api_keys import CREDENTIAL
 from ...common.errors import ConfigError
 from ...common.text_files import decode
+from .declaration import Option, options_of
 from .options import PORT_STEPS, SECTIONS, Config, PathsSection
 
 #: Bytes of sun_path in sockaddr_un, without the 0 at its end.
@@ -29,16 +26,6 @@ _LONGEST_SOCKET = "supervisor.sock.4194304"
 #: Characters that supervisord misreads in a path: comments, quotes, escapes, `%` and trailing space.
 UNFIT_IN_INI = re.compile(r"[\x00-\x1f\x7f;#'\"\\%]|\s$")
 _SYSTEM_PATHS = {"state": Path("/var/lib/fd"), "run": Path("/run/fd"), "logs": Path("/var/log/fd")}
-_KINDS: dict[Any, str] = {
-    str: "text",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    Path: "path",
-    tuple[int, ...]: "port or list of ports",
-    tuple[str, ...]: "list of texts",
-    Mapping[str, str]: "table of texts",
-}
 
 
 def load(file: Path, prefix: Path | None = None) -> Config:
@@ -72,7 +59,10 @@ def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"{name}:1: not TOML: nested too deeply") from None
+    # Not only TOMLDecodeError: Python refuses to read very long numbers.
+    except ValueError as error:
         found = re.search(r"^(.*?) \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
         message, line = (found[1], found[2] or len(text.splitlines())) if found else (str(error), 1)
         raise ConfigError(f"{name}:{line}: not TOML: {message[:1].lower()}{message[1:]}") from None
@@ -86,7 +76,8 @@ def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
             raise ConfigError(f"{where(key)}: is {value!r}; it must be a section, [{key}]")
 
     deprecations = [notice for name in SECTIONS for notice in _rename(where, name, document.get(name, {}))]
-    size = _read_value(where, "parallel", "data_parallel_size", document.get("parallel", {}), count=1)
+    size_option = options_of(SECTIONS["parallel"])["data_parallel_size"]
+    size = _value(where("parallel", size_option.name), size_option, document.get("parallel", {}), count=1)
     sections = {name: _read_section(where, name, document.get(name, {}), size) for name in SECTIONS}
     config = _absolute(Config(**sections, deprecations=tuple(deprecations)), prefix, base)
     _check_ports(where, config)
@@ -95,26 +86,10 @@ def parse(text: str, name: str, prefix: Path | None, base: Path) -> Config:
     return config
 
 
-def document() -> str:
-    """Return docs/configuration.md."""
-    lines = [
-        "# dp.toml",
-        "",
-        "Generated from the declarations in `daemon/config/options.py` by `make docs`.",
-        "Every option except `[model] path` has a default. Unknown sections and keys are errors.",
-    ]
-    for section, cls in SECTIONS.items():
-        lines += ["", f"## [{section}]", "", (cls.__doc__ or "").strip(), ""]
-        lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
-        for option in fields(cls):
-            kind = _KINDS[get_type_hints(cls)[option.name]]
-            unit = f" ({option.metadata['unit']})" if option.metadata["unit"] else ""
-            lines.append(f"| `{option.name}` | {kind}{unit} | {_shown(option)} | {option.metadata['help']} |")
-    lines += ["", "## Old names", "", "These names are still accepted; fd-dp and `fdctl check` report them."]
-    lines += ["", "| section | old name | new name |", "|---|---|---|"]
-    for section in SECTIONS:
-        lines += [f"| `[{section}]` | `{old}` | `{new}` |" for old, new in _old_names(section).items()]
-    return "\n".join(lines) + "\n"
+def old_names(section: str) -> dict[str, str]:
+    """Map the old names of a section's options to the current ones."""
+    options = options_of(SECTIONS[section]).values()
+    return {option.old_name: option.name for option in options if option.old_name}
 
 
 class _Where:
@@ -148,15 +123,9 @@ class _Where:
         self._written[new] = old
 
 
-def _old_names(section: str) -> dict[str, str]:
-    """Map the old names of a section's options to the current ones."""
-    options = fields(SECTIONS[section])
-    return {option.metadata["old_name"]: option.name for option in options if option.metadata["old_name"]}
-
-
 def _rename(where: _Where, section: str, table: dict[str, Any]) -> Iterable[str]:
     """Replace old names in `table`. Yield a message for each."""
-    for old, new in _old_names(section).items():
+    for old, new in old_names(section).items():
         if old not in table:
             continue
         place = where(section, old)
@@ -169,99 +138,40 @@ def _rename(where: _Where, section: str, table: dict[str, Any]) -> Iterable[str]
 
 
 def _read_section(where: _Where, section: str, table: dict[str, Any], size: int) -> Any:
-    cls = SECTIONS[section]
-    known = {option.name for option in fields(cls)}
+    options = options_of(SECTIONS[section])
     for key in table:
-        if key not in known:
-            raise ConfigError(f"{where(section, key)}: unknown key; {_nearest(key, known)}")
-    return cls(**{name: _read_value(where, section, name, table, size) for name in known})
+        if key not in options:
+            raise ConfigError(f"{where(section, key)}: unknown key; {_nearest(key, options)}")
+    values = {
+        name: _value(where(section, name), option, table, size)
+        for name, option in options.items()
+        if name in table or name in PORT_STEPS or option.default is NODEFAULT
+    }
+    return SECTIONS[section](**values)
 
 
-def _read_value(where: _Where, section: str, key: str, table: dict[str, Any], count: int) -> Any:
-    cls = SECTIONS[section]
-    option = next(option for option in fields(cls) if option.name == key)
-    kind = get_type_hints(cls)[key]
-    place = where(section, key)
-    value = table.get(key, option.default)
-    if kind == tuple[int, ...]:
-        return _ports(place, key, value, count)
-    if key not in table:
-        if option.default_factory is not MISSING:
-            return option.default_factory()
-        if option.default is MISSING:
-            raise ConfigError(f"{place}: is missing; {option.metadata['help']}")
-        return Path(option.default) if kind is Path else option.default
-    value = _typed(place, kind, value)
-    check = option.metadata["check"]
-    complaint = check(value) if check else None
-    if complaint:
-        # A table or a list may contain secrets.
-        shown = "" if isinstance(value, Mapping | tuple) else f"is {value!r}; "
-        raise ConfigError(f"{place}: {shown}{complaint}")
-    return value
+def _value(place: str, option: Option, table: dict[str, Any], count: int) -> Any:
+    value = table.get(option.name, option.default)
+    if value is NODEFAULT:
+        raise ConfigError(f"{place}: is missing; {option.help}")
+    try:
+        return option.convert(_ports(option.name, value, count) if option.name in PORT_STEPS else value)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
-def _typed(place: str, kind: Any, value: Any) -> Any:
-    if kind is float and type(value) in (int, float):
-        if not math.isfinite(value):
-            raise ConfigError(f"{place}: is {value!r}; it must be a finite number")
-        return float(value)
-    if kind is Path and isinstance(value, str):
-        _no_nul(place, value)
-        return Path(value)
-    if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        for word in value:
-            _no_nul(place, word)
-        return tuple(value)
-    if kind == Mapping[str, str] and isinstance(value, dict):
-        for name, word in value.items():
-            if not isinstance(word, str):
-                raise ConfigError(f'{place}: {name} is {_kind(word)}; it must be a text, {name} = "..."')
-            _no_nul(place, word)
-        return MappingProxyType(dict(value))
-    if kind in (str, int, float, bool, Path) and type(value) is kind:
-        if kind is str:
-            _no_nul(place, value)
-        return value
-    # A wrong value of arguments or environment may be a secret.
-    shown = _kind(value) if kind in (tuple[str, ...], Mapping[str, str]) else repr(value)
-    raise ConfigError(
-        f"{place}: is {shown}; it must be a {_KINDS[kind]}".replace("be a integer", "be an integer")
-    )
-
-
-def _kind(value: Any) -> str:
-    """Return the type of a value, with an article."""
-    if isinstance(value, list):
-        return "a list that does not only contain texts"
-    kind = _KINDS.get(type(value), "table" if isinstance(value, dict) else type(value).__name__)
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-
-
-def _no_nul(place: str, value: str) -> None:
-    """Reject NUL, which execve() cannot pass."""
-    if "\0" in value:
-        raise ConfigError(f"{place}: must not contain the character NUL")
-
-
-def _ports(place: str, key: str, value: Any, count: int) -> tuple[int, ...]:
+def _ports(key: str, value: Any, count: int) -> list[int]:
+    """Return the ports of all replicas from one base or a list. Raises ValueError."""
     if type(value) is int:
-        ports = [value + index * PORT_STEPS[key] for index in range(count)]
-    elif isinstance(value, list) and all(type(port) is int for port in value):
-        ports = value
-    else:
-        raise ConfigError(
-            f"{place}: is {value!r}; it must be one port (the base) or a list with one per replica"
-        )
-    if len(ports) != count:
-        raise ConfigError(
-            f"{place}: has {len(ports)} ports; it must have one per replica, "
+        return [value + index * PORT_STEPS[key] for index in range(count)]
+    if not isinstance(value, list) or not all(type(port) is int for port in value):
+        raise ValueError(f"is {value!r}; it must be one port (the base) or a list with one per replica")
+    if len(value) != count:
+        raise ValueError(
+            f"has {len(value)} ports; it must have one per replica, "
             f"and parallel.data_parallel_size is {count}"
         )
-    for port in ports:
-        if not 1 <= port <= 65535:
-            raise ConfigError(f"{place}: contains {port}; a port is between 1 and 65535")
-    return tuple(ports)
+    return value
 
 
 def _check_ports(where: _Where, config: Config) -> None:
@@ -336,20 +246,3 @@ def _check_paths(where: _Where, paths: PathsSection) -> None:
 def _nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
-
-
-def _shown(option: Any) -> str:
-    if option.default is MISSING and option.default_factory is MISSING:
-        return "**required**"
-    value = option.default_factory() if option.default is MISSING else option.default
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, str):
-        return f'`"{value}"`'
-    if isinstance(value, tuple):
-        return f"`{json.dumps(value)}`"
-    return "`{}`" if isinstance(value, Mapping) else f"`{value:g}`"
-
-
-if __name__ == "__main__":
-    print(document(), end="")

@@ -22,6 +22,7 @@ from ..router.config.flags import file_parser, fixed_flags
 from ..router.config.flags_file import fingerprint
 from .launch import HASH, MARKER
 from .loader import Config
+from .options import SuperviseSection
 
 ROUTER = "router"
 
@@ -49,7 +50,7 @@ class Program:
     #: Model name in a readiness probe; empty: the replica's own.
     model: str = ""
     #: Seconds from SIGTERM to SIGKILL by supervisord. A change needs a restart.
-    stop_timeout: float = 30.0
+    stop_timeout: float = SuperviseSection().stop_timeout
     #: File with more arguments, read at its start and at SIGHUP; empty: none.
     flags_file: str = ""
     #: Arguments in that file.
@@ -72,12 +73,12 @@ class Program:
 
     @property
     def label(self) -> str:
-        """Return its name for people: "router", "replica 3"."""
+        """Its name for people: "router", "replica 3"."""
         return ROUTER if self.replica is None else f"replica {self.replica}"
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Return its command line, with the arguments in the flags file."""
+        """Its command line, with the arguments in the flags file."""
         return (*self.argv, *self.flags)
 
     @property
@@ -86,7 +87,7 @@ class Program:
 
     @property
     def flags_hash(self) -> str:
-        """Return the hash that a process reports after it has read `flags_text`."""
+        """The hash that a process reports after it has read `flags_text`."""
         return fingerprint(self.flags_text.encode())
 
     def runs_as(self, other: Program) -> bool:
@@ -95,7 +96,7 @@ class Program:
 
     @property
     def launch_name(self) -> str:
-        """Return the name of its launch file. Older launch files stay while their process runs."""
+        """Name of its launch file. Older launch files stay while their process runs."""
         return f"{self.name}-{self.hash}.json"
 
     def launch_text(self, run: Path) -> str:

@@ -58,12 +58,12 @@ class Conversation:
 
     @property
     def is_over(self) -> bool:
-        """The client has its result or has disconnected."""
+        """True once the client has its result or has disconnected."""
         return self._connection.fileno() < 0
 
     @property
     def is_idle(self) -> bool:
-        """The client has not yet sent its command, or has not read its messages."""
+        """True while the client has not sent its command, or has not read its messages."""
         return not self._has_command or bool(self._unsent)
 
     def listen(self) -> None:
@@ -226,11 +226,11 @@ class ControlServer:
         conversation = Conversation(connection, peer, self._selector, self._on_command)
         if not peer_credentials.may_command(peer, os.geteuid(), os.getegid()):
             permitted = peer_credentials.permitted_here()
-            log.warning("rejected connection of %s: only %s may talk to fd-dp", peer, permitted)
+            log.warning("rejected a connection of %s: only %s may talk to fd-dp", peer, permitted)
             conversation.end(DENIED, error=f"only {permitted} may talk to fd-dp")
             conversation.close()
         elif not self._make_room():
-            log.warning("rejected connection of %s: %d clients are connected", peer, _MAX_CLIENTS)
+            log.warning("rejected a connection of %s: %d clients are connected", peer, _MAX_CLIENTS)
             conversation.end(BUSY, error=f"{_MAX_CLIENTS} clients are connected; try again later")
             conversation.close()
         else:
@@ -262,5 +262,5 @@ def _command_in(received: bytes, complete: bool) -> dict[str, Any] | None:
         return None
     command = parse_json(line)
     if not isinstance(command, dict) or not all(isinstance(v, str | bool) for v in command.values()):
-        raise ValueError("a command is a JSON object of texts and booleans")
+        raise ValueError("a command is a JSON object of strings and booleans")
     return command

@@ -23,7 +23,7 @@ def status(
     supervisord: int,
     problems: list[str],
 ) -> dict[str, Any]:
-    """Return the answer to the command `status`. docs/fdctl.md describes its fields."""
+    """Return the result of the command `status`. docs/fdctl.md describes its fields."""
     replicas = [_entry(fleet, replica) for replica in fleet.replicas.values()]
     router = fleet.programs.get(ROUTER)
     return {
@@ -45,37 +45,37 @@ def status(
     }
 
 
-def why(fleet: Fleet, replica: SupervisedProgram, now: float) -> dict[str, Any]:
-    """Return the answer to the command `why`: the status of a program and more about it."""
+def why(fleet: Fleet, program: SupervisedProgram, now: float) -> dict[str, Any]:
+    """Return the result of the command `why`: the status of a program and more about it."""
     return {
-        **_entry(fleet, replica),
-        "for": round(max(0.0, now - replica.since), 1),
-        "waits_for": waiting_reason.waits_for(fleet, replica, now) or None,
-        "last_exit_time": replica.last_exit_time or None,
-        "next_try_in": waiting_reason.next_try_in(replica, now),
-        "output": str(fleet.layout.output(replica.name)),
-        "argv": masking.argv(replica.program.words),
+        **_entry(fleet, program),
+        "for": round(max(0.0, now - program.since), 1),
+        "waits_for": waiting_reason.waits_for(fleet, program, now) or None,
+        "last_exit_time": program.last_exit_time or None,
+        "next_try_in": waiting_reason.next_try_in(program, now),
+        "output": str(fleet.layout.output(program.name)),
+        "argv": masking.argv(program.spec.words),
     }
 
 
 def all_ready(fleet: Fleet) -> bool:
     """Return whether every program that should run is READY and every replica is registered."""
-    wanted = (replica for replica in fleet.programs.values() if not replica.left_down)
+    wanted = (program for program in fleet.programs.values() if not program.left_down)
     return (
         fleet.adopted
-        and all(replica.state is ProgramState.READY for replica in wanted)
+        and all(program.state is ProgramState.READY for program in wanted)
         and fleet.router.has_registered(fleet.replicas.values())
     )
 
 
 def is_usable(fleet: Fleet) -> bool:
-    """Return whether every program has been started once and requests are answered.
+    """Return whether every program has started once and the system answers requests.
 
-    The latter does not count if the operator has stopped all replicas.
+    It need not answer requests if the operator has stopped all replicas.
     """
-    wanted = {replica.name: replica for replica in fleet.programs.values() if not replica.left_down}
+    wanted = {program.name: program for program in fleet.programs.values() if not program.left_down}
     router = wanted.pop(ROUTER, None)
-    states = {replica.state for replica in wanted.values()}
+    states = {program.state for program in wanted.values()}
     if not fleet.adopted or states & {ProgramState.WAITING, ProgramState.STARTING}:
         return False
     # The router cannot use a replica that has not registered.
@@ -89,55 +89,55 @@ def is_usable(fleet: Fleet) -> bool:
 def is_first_start(fleet: Fleet) -> bool:
     """Return whether a program has not been started yet, or is loading for the first time."""
     return not fleet.adopted or any(
-        replica.state in (ProgramState.WAITING, ProgramState.STARTING) and not replica.restarts
-        for replica in fleet.programs.values()
+        program.state in (ProgramState.WAITING, ProgramState.STARTING) and not program.restarts
+        for program in fleet.programs.values()
     )
 
 
 def one_line(fleet: Fleet) -> str:
-    """ "7/8 ready, replica 4 loading 62%"."""
+    """Return a summary such as "7/8 ready, replica 4 loading 62%"."""
     ready = sum(replica.state is ProgramState.READY for replica in fleet.replicas.values())
     words = [f"{ready}/{len(fleet.replicas)} ready"]
-    for replica in fleet.programs.values():
-        if replica.state is ProgramState.STARTING:
-            progress = _number(replica.health.get("progress"))
+    for program in fleet.programs.values():
+        if program.state is ProgramState.STARTING:
+            progress = _number(program.health.get("progress"))
             words.append(
-                f"{replica.label} loading" + (f" {100 * progress:.0f}%" if progress is not None else "")
+                f"{program.label} loading" + (f" {100 * progress:.0f}%" if progress is not None else "")
             )
-        elif replica.state not in (ProgramState.READY, ProgramState.WAITING):
-            words.append(f"{replica.label} {'paused' if replica.paused else replica.state}")
+        elif program.state not in (ProgramState.READY, ProgramState.WAITING):
+            words.append(f"{program.label} {'paused' if program.paused else program.state}")
     return ", ".join(words)
 
 
-def _entry(fleet: Fleet, replica: SupervisedProgram) -> dict[str, Any]:
-    number = replica.program.replica
+def _entry(fleet: Fleet, program: SupervisedProgram) -> dict[str, Any]:
+    number = program.spec.replica
     entry: dict[str, Any] = {} if number is None else {"replica": number}
-    progress = _number(replica.health.get("progress"))
+    progress = _number(program.health.get("progress"))
     return entry | {
-        "name": replica.name,
-        "state": str(replica.state),
-        "pid": replica.pid or None,
-        "uptime": max(0, int(time.time() - replica.started)) if replica.started else None,
-        "restarts": replica.restarts,
-        "host": replica.program.host,
-        "port": replica.program.ports[0],
-        "metrics_port": replica.program.ports[0 if number is None else 1],
-        "in_flight": fleet.router.in_flight(replica),
-        "progress": progress if replica.state is ProgramState.STARTING else None,
-        "intent": str(replica.intent),
-        "draining": replica.draining,
-        "drain_confirmed": _drain_confirmed(fleet, replica),
-        "last_exit": replica.last_exit or None,
-        "cause": str(replica.cause) if replica.cause else None,
-        "note": replica.note or waiting_reason.missing_at_the_router(fleet, replica),
+        "name": program.name,
+        "state": str(program.state),
+        "pid": program.pid or None,
+        "uptime": max(0, int(time.time() - program.started)) if program.started else None,
+        "restarts": program.restarts,
+        "host": program.spec.host,
+        "port": program.spec.ports[0],
+        "metrics_port": program.spec.ports[0 if number is None else 1],
+        "in_flight": fleet.router.in_flight(program),
+        "progress": progress if program.state is ProgramState.STARTING else None,
+        "intent": str(program.intent),
+        "draining": program.draining,
+        "drain_confirmed": _drain_confirmed(fleet, program),
+        "last_exit": program.last_exit or None,
+        "cause": str(program.cause) if program.cause else None,
+        "note": program.note or waiting_reason.missing_at_the_router(fleet, program),
     }
 
 
-def _drain_confirmed(fleet: Fleet, replica: SupervisedProgram) -> bool | None:
+def _drain_confirmed(fleet: Fleet, program: SupervisedProgram) -> bool | None:
     """Return whether the router confirms that it drains the replica; None if it should not be drained."""
-    if not replica.draining:
+    if not program.draining:
         return None
-    row = fleet.router.row(replica)
+    row = fleet.router.row(program)
     return row.draining if row is not None else not fleet.router.snapshot.problem
 
 

@@ -1,7 +1,7 @@
 """Classification of unexpected exits: a cause and a few words for people. Without I/O.
 
-The evidence is the exit status, the last error line, and what the kernel and the other ranks report. The
-sender of a signal 9 remains unknown, because the kernel does not report it.
+The evidence is the exit status, the last error line, and what the kernel and the other ranks report. Who sent
+a signal 9 remains unknown, because the kernel does not report it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def explain(end: Exit) -> Verdict:
     if _GPU.search(end.error):
         return Verdict(Cause.GPU, "the GPU or its driver failed; see dmesg for an Xid")
     if _DISK.search(end.error):
-        return Verdict(Cause.DISK, "no space left on a disk")
+        return Verdict(Cause.DISK, "a disk is full or read-only")
     if _MODEL.search(end.error) or (end.model and end.model in end.error):
         return Verdict(Cause.MODEL, "unreadable model")
     if (_USAGE.search(end.how) and end.error) or _NO_GPU in end.error:

@@ -21,7 +21,7 @@ TIMEOUT = 30.0
 
 _SYSTEM_CONFIG = Path("/etc/fd/dp.toml")
 _SYSTEM_RUN = Path("/run/fd")
-#: Errors that name their subject themselves: "7: ERROR (no such replica)".
+#: Errors that begin with their subject, for example "7: ERROR (no such replica)".
 _HAS_A_SUBJECT = re.compile(r"[^:(]+: ERROR \(")
 
 
@@ -66,7 +66,7 @@ def status(options: argparse.Namespace, timeout: float = TIMEOUT) -> dict[str, A
 
 
 def explain(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return the answer to the command `why` for one program."""
+    """Return the result of the command `why` for one program."""
     return {"problems": [], **ask(options, {"do": "why", "name": name})["why"]}
 
 

@@ -68,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fdctl", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prefix", type=Path, help="the daemon's --prefix")
-    parser.add_argument("--socket", type=Path, help="the daemon's socket, if dp.toml sets [paths] run")
+    parser.add_argument("--prefix", type=Path, metavar="DIRECTORY", help="the daemon's --prefix")
+    parser.add_argument(
+        "--socket", type=Path, metavar="FILE", help="the daemon's socket, if dp.toml sets [paths] run"
+    )
     parser.add_argument("--version", action="version", version=f"fdctl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -94,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     found = command("generate", generation.generate, "generate a completion of a prompt")
     prompt = found.add_argument("prompt", metavar="PROMPT")
     prompt.completer = completion.nothing  # type: ignore[attr-defined]
-    found.add_argument("--max-tokens", type=int, default=256, help="default: %(default)s")
+    found.add_argument("--max-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
     found = command("completion", completion.completion, "print a shell completion script")
     found.add_argument("shell", choices=completion.SHELLS)
     return parser
@@ -105,7 +107,7 @@ def _add_queries(command: Callable[..., argparse.ArgumentParser]) -> None:
     found = command("top", top.top, "show the activity of the replicas until q or Ctrl-C")
     found.add_argument("--once", action="store_true", help="print one frame, measured over a second")
     found = command(
-        "ep", status_commands.ep, "show the expert-parallel group and which ranks wait for which others"
+        "ep", status_commands.ep, "show the expert-parallel groups and which ranks wait for which others"
     )
     group = found.add_argument("group", metavar="GROUP", nargs="?", help="default: the daemon's groups")
     group.completer = completion.nothing  # type: ignore[attr-defined]
@@ -121,7 +123,9 @@ def _add_queries(command: Callable[..., argparse.ArgumentParser]) -> None:
     replica.completer = completion.replicas  # type: ignore[attr-defined]
     found = command("logs", program_output.logs, "print the output of a program", "REPLICA")
     found.add_argument("-f", "--follow", action="store_true", help="print new lines until Ctrl-C")
-    found.add_argument("-n", "--lines", type=int, default=_LOG_LINES, help="default: %(default)s")
+    found.add_argument(
+        "-n", "--lines", type=int, default=_LOG_LINES, metavar="N", help="default: %(default)s"
+    )
 
 
 def _add_operations(command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -21,7 +21,7 @@ _COLOURS = {
     "STOPPING": "yellow",
     "STOPPED": "dim",
 }
-_SEAT_COLOURS = {"active": "green", "joining": "yellow", "leaving": "yellow", "free": "dim"}
+_RANK_COLOURS = {"active": "green", "joining": "yellow", "leaving": "yellow", "free": "dim"}
 
 #: Width of lines in a pipe or a file, so that rich does not fold them.
 _PIPE_WIDTH = 1000
@@ -48,7 +48,7 @@ def show(
 
 
 def of_status(status: dict[str, Any]) -> Group:
-    """Draw the answer to `status`. On a terminal the note takes the rest of the width."""
+    """Draw the result of `status`. On a terminal the note takes the rest of the width."""
     daemon = status["daemon"]
     table = _titled(
         f"{daemon['url']}  {daemon['ready']}/{daemon['replicas']} replicas READY  fd-dp {daemon['state']}"
@@ -67,14 +67,14 @@ def of_status(status: dict[str, Any]) -> Group:
 
 def of_top(frame: dict[str, Any]) -> Group:
     """Draw a frame of top.py."""
-    daemon, router, box = frame["daemon"], frame["router"], frame["box"]
+    daemon, router, machine = frame["daemon"], frame["router"], frame["box"]
     lines = [
         f"{daemon['url']}  {daemon['ready']}/{daemon['replicas']} replicas READY  fd-dp {daemon['state']}",
-        f"router  {router['state']}  {_rate(router['requests_per_second'])} requests/s  "
+        f"router   {router['state']}  {_rate(router['requests_per_second'])} requests/s  "
         f"{_number(router['retries'])} retries  {_number(router['resumes'])} resumes  "
         f"{_number(router['in_flight'])} in flight",
-        f"box     CPU {_percent(box['cpu'])} of {box['cores']} cores  "
-        f"memory {_bytes(box['memory_used'])} of {_bytes(box['memory_total'])}",
+        f"machine  CPU {_percent(machine['cpu'])} of {machine['cores']} cores  "
+        f"memory {_bytes(machine['memory_used'])} of {_bytes(machine['memory_total'])}",
     ]
     table = _titled("")
     for name in ("replica", "state"):
@@ -119,15 +119,15 @@ def duration(seconds: int | None) -> str:
 
 def _group(group: dict[str, Any]) -> Table:
     table = _titled(
-        f"{group['name']}  epoch {group['epoch']}  active seats {_listed(group['active'])}  "
+        f"{group['name']}  epoch {group['epoch']}  active ranks {_listed(group['active'])}  "
         f"joins {group['joins']}  leaves {group['leaves']}  losses {group['losses']}"
     )
     if awaited := group["awaited"]:
         table.caption = (
-            f"most waited for: seat {awaited['seat']}, by {_listed(awaited['by'])}, "
+            f"most waited for: rank {awaited['seat']}, by {_listed(awaited['by'])}, "
             f"{_time(awaited['seconds'])} so far"
         )
-    for name in ("seat", "pid"):
+    for name in ("rank", "pid"):
         table.add_column(name, justify="right")
     table.add_column("state")
     for name in ("epoch", "steps"):
@@ -136,26 +136,26 @@ def _group(group: dict[str, Any]) -> Table:
     for name in ("layer", "for", "tokens"):
         table.add_column(name, justify="right")
     table.add_column("waits for")
-    held = {seat["seat"]: seat for seat in group["seats"]}
+    ranks = {rank["seat"]: rank for rank in group["seats"]}
     for number in range(group["num_seats"]):
-        table.add_row(*_seat(number, held.get(number)))
+        table.add_row(*_rank_cells(number, ranks.get(number)))
     return table
 
 
-def _seat(number: int, seat: dict[str, Any] | None) -> list[Text]:
-    if seat is None:
-        return [Text(str(number)), Text("-"), Text("free", style=_SEAT_COLOURS["free"])]
+def _rank_cells(number: int, rank: dict[str, Any] | None) -> list[Text]:
+    if rank is None:
+        return [Text(str(number)), Text("-"), Text("free", style=_RANK_COLOURS["free"])]
     return [
         Text(str(number)),
-        Text(str(seat["pid"])),
-        Text(seat["state"], style=_SEAT_COLOURS.get(seat["state"], "red")),
-        Text(str(seat["epoch"])),
-        Text(str(seat["steps"])),
-        Text(seat["phase"] or "-"),
-        Text(_number(seat["layer"])),
-        Text(_time(seat["seconds"])),
-        Text(_number(seat["tokens"])),
-        Text(_listed(seat["waits_for"])),
+        Text(str(rank["pid"])),
+        Text(rank["state"], style=_RANK_COLOURS.get(rank["state"], "red")),
+        Text(str(rank["epoch"])),
+        Text(str(rank["steps"])),
+        Text(rank["phase"] or "-"),
+        Text(_number(rank["layer"])),
+        Text(_time(rank["seconds"])),
+        Text(_number(rank["tokens"])),
+        Text(_listed(rank["waits_for"])),
     ]
 
 
@@ -191,7 +191,7 @@ def _row(entry: dict[str, Any]) -> list[Text]:
 
 
 def _state(entry: dict[str, Any]) -> Text:
-    """ "STARTING 62%", "READY draining", "STOPPED by operator"."""
+    """Return a cell such as "STARTING 62%", "READY draining" or "STOPPED by operator"."""
     words = entry["state"]
     if entry["progress"] is not None:
         words += f" {100 * entry['progress']:.0f}%"

@@ -56,7 +56,7 @@ class Source:
 
     def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
         self._poll = status
-        # The first answer says where to scrape.
+        # The first status says where to scrape.
         self._status = status()
         self._problem = ""
         self._calls = BackgroundCalls()
@@ -153,7 +153,7 @@ def _live(source: Source) -> int:
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Yield a function that returns the keys pressed within some seconds. A closed terminal counts as a q."""
+    """Yield a function that returns the keys pressed within some seconds; "q" for a closed terminal."""
 
     def sleep(seconds: float) -> str:
         time.sleep(seconds)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from . import client
 from .program_output import last_lines, stacks_in
 
 _LINES = 50
-_INTENTS = {"run": "running", "stopped": "down: stopped by the operator", "held": "held by the operator"}
+_INTENTS = {"run": "running", "stopped": "down (stopped by the operator)", "held": "held by the operator"}
 
 
 def why(options: argparse.Namespace) -> int:
@@ -50,9 +51,9 @@ def _all(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"programs": found}, indent=2))
         return protocol.OK
-    notable = [one for one in found if one["state"] != "READY" or one["waits_for"]]
-    for one in notable:
-        for line in _describe(options, one):
+    notable = [program for program in found if program["state"] != "READY" or program["waits_for"]]
+    for program in notable:
+        for line in _describe(options, program):
             print(line)
     for problem in status["daemon"]["problems"]:
         print(problem)
@@ -105,30 +106,30 @@ def _group(found: dict[str, Any], run: Path) -> dict[str, Any] | None:
         group = read_snapshot(name, run.stat().st_uid)
     except (ConfigError, OSError):
         return None
-    seat = next((seat for seat in group.seats if seat.seat == found["replica"]), None) if group else None
-    if group is None or seat is None:
+    rank = next((rank for rank in group.seats if rank.seat == found["replica"]), None) if group else None
+    if group is None or rank is None:
         return None
-    waited_for_by = [other.seat for other in group.seats if seat.seat in other.waits_for]
+    waited_for_by = [other.seat for other in group.seats if rank.seat in other.waits_for]
     return {
         "name": name,
-        "state": seat.state,
-        "waits_for": list(seat.waits_for),
+        "state": rank.state,
+        "waits_for": list(rank.waits_for),
         "waited_for_by": waited_for_by,
-        "told": _seat(seat, group, waited_for_by),
+        "told": _summary(rank, group, waited_for_by),
     }
 
 
-def _seat(seat: RankSnapshot, group: Snapshot, waited_for_by: list[int]) -> str:
-    words = [f"{seat.state}, one of {len(group.active)}"]
-    if seat.waits_for:
-        words.append(f"waits for {_seats(seat.waits_for)}")
+def _summary(rank: RankSnapshot, group: Snapshot, waited_for_by: list[int]) -> str:
+    words = [f"{rank.state}, one of {len(group.active)}"]
+    if rank.waits_for:
+        words.append(f"waits for {_ranks(rank.waits_for)}")
     if waited_for_by:
-        words.append(f"{_seats(waited_for_by)} wait for it")
+        words.append(f"{_ranks(waited_for_by)} {'wait' if len(waited_for_by) > 1 else 'waits'} for it")
     return "; ".join(words)
 
 
-def _seats(numbers: list[int] | tuple[int, ...]) -> str:
-    return f"seat{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _duration(seconds: float) -> str:

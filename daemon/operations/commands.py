@@ -1,6 +1,7 @@
 """Dispatch of fdctl's commands.
 
-At most one operation (reload, restart, start, stop) is in progress; another one is rejected with its name.
+At most one operation (reload, restart, start, stop) is in progress. A second one is rejected with the name of
+the first.
 Drain, undrain, hold and release take effect at once, during operations too.
 """
 
@@ -35,7 +36,7 @@ class Commands:
     Args:
         prefix: as in `config.loader.load`.
         programs_for: returns the programs of a configuration, or raises ConfigError.
-        describe: returns the answer to the command `status`.
+        describe: returns the result of the command `status`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Commands:
 
     @property
     def busy(self) -> bool:
-        """An operation is in progress."""
+        """True while an operation is in progress."""
         return self._runner.busy
 
     def handle(self, command: dict[str, Any], conversation: Conversation) -> None:
@@ -64,22 +65,22 @@ class Commands:
         if name == "status":
             conversation.end(protocol.OK, status=self._describe())
         elif name == "why":
-            for replica in self._selected(command, conversation)[:1]:
-                found = status.why(self._fleet, replica, time.monotonic())
+            for program in self._selected(command, conversation)[:1]:
+                found = status.why(self._fleet, program, time.monotonic())
                 problems = self._describe()["daemon"]["problems"]
                 conversation.end(protocol.OK, why={**found, "problems": problems})
         elif name == "reload":
             self.reload(conversation, dry_run=bool(command.get("dry_run")), wait=wait)
         elif name in DESIRED_STATES:
-            if replicas := self._selected(command, conversation):
-                self._intents.handle(str(name), replicas, conversation, wait=wait)
+            if programs := self._selected(command, conversation):
+                self._intents.handle(str(name), programs, conversation, wait=wait)
         elif name in _OPERATIONS:
             if not self._may_begin(conversation):
                 return
-            if replicas := self._selected(command, conversation):
+            if programs := self._selected(command, conversation):
                 if not wait:
                     conversation.end(protocol.OK)
-                operation = _OPERATIONS[name](self._fleet, [replica.name for replica in replicas])
+                operation = _OPERATIONS[name](self._fleet, [program.name for program in programs])
                 self._runner.begin(f"{name} {command.get('name')}", operation, conversation if wait else None)
         else:
             conversation.end(protocol.USAGE, error=f"unknown command {name!r}")
@@ -104,7 +105,7 @@ class Commands:
     def _may_begin(self, conversation: Conversation | None) -> bool:
         error = self._runner.rejection()
         if error:
-            log.warning("rejected: %s", error)
+            log.warning("command rejected: %s", error)
             if conversation:
                 conversation.end(protocol.BUSY, error=error)
         return not error
@@ -115,12 +116,12 @@ class Commands:
         If there is none, the conversation ends with an error and the list is empty.
         """
         name = str(command.get("name", ""))
-        replicas = self._fleet.programs
+        programs = self._fleet.programs
         if name == "all":
-            return [replica for replica in replicas.values() if replica.program.replica is not None]
-        if found := replicas.get(name) or replicas.get(f"replica{name}"):
+            return [program for program in programs.values() if not program.is_router]
+        if found := programs.get(name) or programs.get(f"replica{name}"):
             return [found]
-        numbers = [str(number) for r in replicas.values() if (number := r.program.replica) is not None]
+        numbers = [str(program.spec.replica) for program in programs.values() if not program.is_router]
         error = f"no such replica; there are router, {', '.join(numbers)}, all"
         conversation.end(protocol.USAGE, error=f"{name}: ERROR ({error})")
         return []

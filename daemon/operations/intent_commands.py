@@ -18,11 +18,11 @@ log = logging.getLogger("fd-dp")
 
 #: Desired state after a command, by its name.
 DESIRED_STATES: dict[str, Callable[[SupervisedProgram], DesiredState]] = {
-    "drain": lambda replica: DesiredState(replica.intent, draining=True),
-    "undrain": lambda replica: DesiredState(replica.intent, draining=False),
-    "hold": lambda replica: DesiredState(Intent.HELD, replica.draining),
-    "release": lambda replica: DesiredState(
-        Intent.RUN if replica.intent is Intent.HELD else replica.intent, replica.draining
+    "drain": lambda program: DesiredState(program.intent, draining=True),
+    "undrain": lambda program: DesiredState(program.intent, draining=False),
+    "hold": lambda program: DesiredState(Intent.HELD, program.draining),
+    "release": lambda program: DesiredState(
+        Intent.RUN if program.intent is Intent.HELD else program.intent, program.draining
     ),
 }
 
@@ -66,23 +66,23 @@ class IntentCommands:
         self._drains = [each for each in self._drains if _advance(*each)]
 
 
-def rejection(command: str, replica: SupervisedProgram) -> str:
+def rejection(command: str, program: SupervisedProgram) -> str:
     """Return why a command cannot be carried out, or ""."""
-    if command in ("drain", "undrain") and replica.program.replica is None:
+    if command in ("drain", "undrain") and program.is_router:
         return "only replicas can be drained"
-    if command == "hold" and replica.intent is Intent.STOPPED:
-        return f"it is stopped, so it cannot be held; fdctl start {replica.name} first"
+    if command == "hold" and program.intent is Intent.STOPPED:
+        return f"it is stopped, so it cannot be held; fdctl start {program.name} first"
     return ""
 
 
-def apply(fleet: Fleet, command: str, replicas: list[SupervisedProgram]) -> str:
+def apply(fleet: Fleet, command: str, programs: list[SupervisedProgram]) -> str:
     """Record and apply a desired state. Return why it could not be saved, or ""."""
     problem = ""
-    for replica in replicas:
-        problem = fleet.set_desired(replica, DESIRED_STATES[command](replica))
-        if command == "hold" and replica.state in FAILED:
+    for program in programs:
+        problem = fleet.set_desired(program, DESIRED_STATES[command](program))
+        if command == "hold" and program.state in FAILED:
             # It has ended, and a held program is not started again.
-            fleet.stop(replica, HELD)
+            fleet.stop(program, HELD)
     return problem
 
 

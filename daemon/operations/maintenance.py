@@ -16,11 +16,11 @@ from ..supervision.intents import Intent
 from ..supervision.program_state import FAILED, ProgramState, SupervisedProgram
 from .operation import Operation, StepPosition, Waiting, stage_event
 
-#: Seconds without an answer of the router. A restart takes a second or two.
+#: Seconds to wait for a router that does not answer. A restart takes a second or two.
 _ROUTER_TIMEOUT = 10.0
 #: Seconds from READY to use by the router: one heartbeat and one health check.
 _REGISTRATION_TIMEOUT = 30.0
-#: Seconds in which a new daemon has probed every program once.
+#: Seconds after which a new daemon has probed every program once.
 _FIRST_PROBES = 15.0
 _RETURNING = (ProgramState.WAITING, ProgramState.STARTING, ProgramState.BACKOFF, ProgramState.STOPPING)
 
@@ -28,28 +28,28 @@ _RETURNING = (ProgramState.WAITING, ProgramState.STARTING, ProgramState.BACKOFF,
 def take_down(
     fleet: Fleet, name: str, why: str, position: StepPosition, *, for_good: bool = False
 ) -> Waiting:
-    """Drain and stop a replica.
+    """Drain a program if it is a replica that serves, and stop it.
 
     Args:
-        for_good: it does not return, so drain it even if no other replica can take its requests.
+        for_good: it does not come back, so drain it even if no other replica can take its requests.
     """
-    replica = fleet.programs.get(name)
-    if replica is None:
+    program = fleet.programs.get(name)
+    if program is None:
         return
     if for_good or _has_substitute(fleet, name):
         yield from drain(fleet, [name], position)
     elif _serves(fleet, name):
-        yield from _until_idle(fleet, replica, position)
-    if replica.alive:
-        yield stage_event(replica.program, "stop", position)
+        yield from _until_idle(fleet, program, position)
+    if program.alive:
+        yield stage_event(program.spec, "stop", position)
     yield from end(fleet, name, why)
 
 
 def end(fleet: Fleet, name: str, why: str) -> Waiting:
     """Stop a program without draining it."""
-    while (replica := fleet.programs.get(name)) is not None:
-        fleet.stop(replica, why)
-        if not replica.alive:
+    while (program := fleet.programs.get(name)) is not None:
+        fleet.stop(program, why)
+        if not program.alive:
             return
         yield None
 
@@ -59,17 +59,17 @@ def bring_up(fleet: Fleet, name: str, position: StepPosition) -> Operation:
 
     `startup_timeout` limits the wait.
     """
-    yield stage_event(fleet.programs[name].program, "start", position)
-    while (replica := fleet.programs[name]).state is not ProgramState.READY:
-        if replica.state in FAILED or replica.state is ProgramState.STOPPED:
-            return replica.note or "was stopped"
+    yield stage_event(fleet.programs[name].spec, "start", position)
+    while (program := fleet.programs[name]).state is not ProgramState.READY:
+        if program.state in FAILED or program.state is ProgramState.STOPPED:
+            return program.note or "was stopped"
         if fleet.stopping:
             return "fd-dp is stopping"
         yield None
     fleet.router.maintenance.discard(name)
-    problem = yield from _until_in_use(fleet, replica)
+    problem = yield from _until_in_use(fleet, program)
     if not problem:
-        yield stage_event(replica.program, "ready", position)
+        yield stage_event(program.spec, "ready", position)
     return problem
 
 
@@ -87,7 +87,7 @@ def drain(fleet: Fleet, names: Iterable[str], position: StepPosition) -> Waiting
             in_flight = fleet.router.in_flight(fleet.programs[name]) or 0
             if shown.get(name) != in_flight:
                 shown[name] = in_flight
-                yield stage_event(fleet.programs[name].program, "drain", position, in_flight)
+                yield stage_event(fleet.programs[name].spec, "drain", position, in_flight)
         yield None
         last_answer = last_answer if fleet.router.snapshot.problem else fleet.now
         for name in [*left]:
@@ -124,9 +124,9 @@ def until_drained(fleet: Fleet, names: list[str]) -> Operation:
                 yield f"{replica.label}: {_requests(row.in_flight)} in flight"
         if fleet.router.snapshot.problem not in ("", reported):
             reported = fleet.router.snapshot.problem
-            yield f"{reported}; until it does, it keeps sending requests to these replicas"
+            yield f"{reported}; these replicas may still get requests"
         if not shown and fleet.router.snapshot.problem and fleet.now - began > _router_timeout(fleet):
-            return f"{fleet.router.snapshot.problem}; the drain takes effect as soon as it does"
+            return f"{fleet.router.snapshot.problem}; the drain takes effect when it answers"
         yield None
     return ""
 
@@ -143,7 +143,7 @@ def until_probed(fleet: Fleet) -> Waiting:
     """Wait until a new daemon knows which of the adopted programs are READY."""
     began = fleet.now
     while fleet.now - began < _FIRST_PROBES and any(
-        replica.state is ProgramState.STARTING and not replica.health for replica in fleet.programs.values()
+        program.state is ProgramState.STARTING and not program.health for program in fleet.programs.values()
     ):
         yield None
 
@@ -174,7 +174,7 @@ def _until_idle(fleet: Fleet, replica: SupervisedProgram, position: StepPosition
     timeout = fleet.config.supervise.drain_timeout
     if not timeout:
         return
-    yield f"{replica.label}: not drained, as no other replica takes requests; it is stopped when it has none"
+    yield f"{replica.label}: not drained, because no other replica takes requests; it stops when it is idle"
     began, shown = fleet.now, -1
     while _serves(fleet, replica.name) and (took := fleet.now - began) < timeout:
         in_flight = fleet.router.in_flight(replica)
@@ -184,29 +184,29 @@ def _until_idle(fleet: Fleet, replica: SupervisedProgram, position: StepPosition
             return
         if in_flight is not None and shown != in_flight:
             shown = in_flight
-            yield stage_event(replica.program, "drain", position, in_flight)
+            yield stage_event(replica.spec, "drain", position, in_flight)
         yield None
 
 
-def _until_in_use(fleet: Fleet, replica: SupervisedProgram) -> Operation:
+def _until_in_use(fleet: Fleet, program: SupervisedProgram) -> Operation:
     """Wait until the router uses a replica.
 
-    A router that does not answer is not a failure of the replica. A READY replica that the router does not
-    use is: the new configuration may be the reason, and would do the same to every other replica.
+    It is a failure if the router answers and does not use the READY replica: the reason may be the new
+    configuration, which would do the same to every other replica. It is none if the router does not answer.
     """
-    if replica.program.replica is None:
+    if program.is_router:
         return ""
     began, has_answered = fleet.now, False
     while True:
-        snapshot, row = fleet.router.snapshot, fleet.router.row(replica)
+        snapshot, row = fleet.router.snapshot, fleet.router.row(program)
         has_answered |= snapshot.at > began and not snapshot.problem
-        if replica.state is not ProgramState.READY:
-            return replica.note or f"{replica.state} soon after it was READY"
-        if row is not None and row.in_service and row.draining == fleet.router.drains(replica):
+        if program.state is not ProgramState.READY:
+            return program.note or f"{program.state} soon after it was READY"
+        if row is not None and row.in_service and row.draining == fleet.router.drains(program):
             return ""
         waited = fleet.now - began
         if not has_answered and waited > _router_timeout(fleet):
-            yield f"{replica.label}: READY; whether the router uses it is unknown: {snapshot.problem}"
+            yield f"{program.label}: READY; whether the router uses it is unknown: {snapshot.problem}"
             return ""
         if waited > _REGISTRATION_TIMEOUT:
             return (
@@ -218,12 +218,12 @@ def _until_in_use(fleet: Fleet, replica: SupervisedProgram) -> Operation:
 
 def _serves(fleet: Fleet, name: str) -> bool:
     """Return whether a replica is READY, or was adopted in use and not yet probed for a token."""
-    replica = fleet.programs.get(name)
-    if replica is None or replica.program.replica is None:
+    program = fleet.programs.get(name)
+    if program is None or program.is_router:
         return False
-    row = fleet.router.row(replica)
-    used = replica.state is ProgramState.STARTING and row is not None and row.in_service
-    return replica.state is ProgramState.READY or used
+    row = fleet.router.row(program)
+    used = program.state is ProgramState.STARTING and row is not None and row.in_service
+    return program.state is ProgramState.READY or used
 
 
 def _has_substitute(fleet: Fleet, name: str) -> bool:

@@ -88,7 +88,7 @@ class OperationRunner:
 
     def _finish(self, running: _Running, problem: str) -> None:
         self._running = None
-        # The router learns of it when it is asked next.
+        # The next poll of the router ends the drains.
         self._fleet.router.maintenance.clear()
         self.last_end = self._fleet.now
         try:

@@ -10,8 +10,8 @@ address must find it there. Then:
 From 8 replicas to 4 with each of the four changed, there are never fewer than 7 before the removals begin.
 With removals first there would be 3.
 
-A step that needs a port comes after the step that frees it. If ports form a cycle, its first step stops all
-programs that `clears` names, and only then more than one replica is down.
+A step that needs a port comes after the step that frees it. If steps need each other's ports in a cycle, the
+first of them stops all programs that `clears` names. Only in this case is more than one replica down.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _next(pending: list[Step], holders: dict[int, str], stopped: Collection[str]
     free = [step for step in pending if not _blockers(step, holders)]
     if free:
         return min(free, key=lambda step: step.program.name not in stopped)
-    # Every step waits for another one. Follow them to a cycle: only there stopping others is worth it.
+    # Every step waits for another one. Follow them to a cycle: stopping programs helps only there.
     waiting = {step.program.name: step for step in pending}
     step, visited = pending[0], set[str]()
     while step.program.name not in visited:

@@ -1,4 +1,4 @@
-"""Reloads: what `fdctl reload` and SIGHUP do."""
+"""Reloads, which `fdctl reload` and SIGHUP begin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("fd-dp")
 
 
 class Reloader:
-    """Replaces running programs by those of dp.toml.
+    """Replaces running programs with those of dp.toml.
 
     Args:
         prefix: as in `config.loader.load`.
@@ -109,7 +109,7 @@ class Reloader:
             router = self._fleet.programs[ROUTER]
             if config.router.api_keys_file and router.alive and all(s.program.name != ROUTER for s in steps):
                 # The key file may have changed although its name has not.
-                self._fleet.update_router_flags(router.program)
+                self._fleet.update_router_flags(router.spec)
 
         self._runner.begin("reload", rollout.roll(self._fleet, steps), conversation, on_end)
 
@@ -118,15 +118,15 @@ class Reloader:
 
         Raises FastDeployError if a step needs the port of a held program.
         """
-        replicas = self._fleet.programs
-        held = {name for name, replica in replicas.items() if replica.intent is Intent.HELD}
+        supervised = self._fleet.programs
+        held = {name for name, program in supervised.items() if program.intent is Intent.HELD}
         wanted = [program for program in programs if program.name not in held]
-        wanted += [replicas[name].program for name in held]
-        down = {name for name, replica in replicas.items() if not replica.alive}
-        steps = plan([replica.program for replica in replicas.values()], wanted, down)
+        wanted += [supervised[name].spec for name in held]
+        down = {name for name, program in supervised.items() if not program.alive}
+        steps = plan([program.spec for program in supervised.values()], wanted, down)
         for step in steps:
             if blocking := sorted(held & {*step.clears}):
-                label = replicas[blocking[0]].label
+                label = supervised[blocking[0]].label
                 raise FastDeployError(
                     f"{step.program.label} needs a port of {label}, which is held; "
                     f"fdctl release {blocking[0]}, then reload"
@@ -135,7 +135,7 @@ class Reloader:
 
     def _postponed(self, programs: list[Program]) -> list[str]:
         """Return a line for each step that waits for the release of its program."""
-        replicas = self._fleet.programs.values()
-        held = [replica.program for replica in replicas if replica.intent is Intent.HELD]
+        supervised = self._fleet.programs.values()
+        held = [program.spec for program in supervised if program.intent is Intent.HELD]
         wanted = [program for program in programs if program.name in {each.name for each in held}]
         return [f"postponed until it is released: {step}" for step in plan(held, wanted)]

@@ -20,7 +20,7 @@ _FLAGS_INTERVAL = 30.0
 
 
 class Repair:
-    """The loop calls `step` while no operation is in progress."""
+    """Repairs. The loop calls `step` while no operation is in progress."""
 
     def __init__(
         self, fleet: Fleet, runner: OperationRunner, reloader: Reloader, intents: IntentCommands

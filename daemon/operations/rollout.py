@@ -44,19 +44,19 @@ def roll(fleet: Fleet, steps: list[Step]) -> Operation:
 def restart(fleet: Fleet, names: list[str]) -> Operation:
     """Stop and start programs, one at a time, each with its current configuration."""
     for index, name in enumerate(names, 1):
-        replica, position = fleet.programs[name], StepPosition(index, len(names))
+        program, position = fleet.programs[name], StepPosition(index, len(names))
         if len(names) > 1:
-            if replica.intent is not Intent.RUN:
+            if program.intent is not Intent.RUN:
                 continue  # stopped and held programs are restarted only by name
             yield from until_others_are_back(fleet, name)
-        yield f"restart {replica.label}"
-        if problem := _clear_stopped(fleet, replica):
+        yield f"restart {program.label}"
+        if problem := _clear_stopped(fleet, program):
             yield problem
         yield from take_down(fleet, name, "restart", position)
-        fleet.request_start(replica, "restart")
+        fleet.request_start(program, "restart")
         problem = yield from bring_up(fleet, name, position)
         if problem:
-            return f"{replica.label}: {problem}"
+            return f"{program.label}: {problem}"
     return ""
 
 
@@ -77,14 +77,14 @@ def start(fleet: Fleet, names: list[str]) -> Operation:
 def stop(fleet: Fleet, names: list[str]) -> Operation:
     """Drain and stop programs at the same time, and keep them down until `start` or `restart`."""
     for name in names:
-        replica = fleet.programs[name]
-        if problem := fleet.set_desired(replica, DesiredState(Intent.STOPPED, replica.draining)):
+        program = fleet.programs[name]
+        if problem := fleet.set_desired(program, DesiredState(Intent.STOPPED, program.draining)):
             yield problem
     yield from drain(fleet, names, StepPosition())
     for name in names:
         fleet.stop(fleet.programs[name], STOPPED)
     for index, name in enumerate(names, 1):
-        yield stage_event(fleet.programs[name].program, "stop", StepPosition(index, len(names)))
+        yield stage_event(fleet.programs[name].spec, "stop", StepPosition(index, len(names)))
         yield from end(fleet, name, STOPPED)
         yield f"{fleet.programs[name].label}: stopped"
     return ""
@@ -121,12 +121,12 @@ def _port_holders(fleet: Fleet, program: Program | None) -> tuple[str, ...]:
     """Return the names of other programs that have one of its ports."""
     if program is None:
         return ()
-    others = (replica.program for replica in fleet.programs.values() if replica.name != program.name)
+    others = (other.spec for other in fleet.programs.values() if other.name != program.name)
     return tuple(other.name for other in others if set(other.ports) & set(program.ports))
 
 
-def _clear_stopped(fleet: Fleet, replica: SupervisedProgram) -> str:
+def _clear_stopped(fleet: Fleet, program: SupervisedProgram) -> str:
     """Reset the intent STOPPED to RUN. Return why that could not be saved, or ""."""
-    if replica.intent is not Intent.STOPPED:
+    if program.intent is not Intent.STOPPED:
         return ""
-    return fleet.set_desired(replica, DesiredState(Intent.RUN, replica.draining))
+    return fleet.set_desired(program, DesiredState(Intent.RUN, program.draining))

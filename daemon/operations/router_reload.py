@@ -23,7 +23,7 @@ def reload(fleet: Fleet, program: Program, position: StepPosition) -> Operation:
 
     On failure the caller rolls back.
     """
-    replica = fleet.programs[program.name]
+    router = fleet.programs[program.name]
     yield stage_event(program, "reload", position)
     before = yield from _ask(fleet)
     problem = yield from retry_until_accepted(lambda: fleet.update_router_flags(program))
@@ -31,7 +31,7 @@ def reload(fleet: Fleet, program: Program, position: StepPosition) -> Operation:
         return problem
     began = fleet.now
     # A router that is down reads them when it starts.
-    while replica.alive:
+    while router.alive:
         now = yield from _ask(fleet)
         if now is not None and now.hash == program.flags_hash and now.outcome == "done":
             break
@@ -41,8 +41,8 @@ def reload(fleet: Fleet, program: Program, position: StepPosition) -> Operation:
         if fleet.now - began > _RELOAD_TIMEOUT or fleet.stopping:
             return f"does not use its new flags after {_RELOAD_TIMEOUT:g} s"
         yield None
-    if replica.state in FAILED:
-        return replica.note
+    if router.state in FAILED:
+        return router.note
     yield stage_event(program, "ready", position)
     return ""
 
@@ -57,13 +57,13 @@ def has_old_flags(fleet: Fleet) -> bool:
         return False
     last = router.health.get("reload")
     accepted = isinstance(last, dict) and last.get("outcome") == "done"
-    return accepted and router.health.get("flags") != router.program.flags_hash
+    return accepted and router.health.get("flags") != router.spec.flags_hash
 
 
 def signal_again(fleet: Fleet) -> None:
     """Tell the router to read its flags file. Raises SupervisorError or OSError."""
     log.warning("router: its flags differ from those in its file; sending SIGHUP")
-    fleet.update_router_flags(fleet.programs[ROUTER].program)
+    fleet.update_router_flags(fleet.programs[ROUTER].spec)
 
 
 def _was_rejected(before: Flags | None, now: Flags | None) -> bool:

@@ -45,6 +45,7 @@ class OutputFile(loggers.RotatingFileHandler):
         except OSError as error:
             self._problem = error.strerror or str(error)
             self._lost_since = self._lost_since or time.strftime(_TIME)
+            # The report comes first: it is written once no more than the output is pending.
             is_reported = len(pending) <= len(output)
             self._lost = len(pending) if is_reported else self._lost + len(output)
         else:

@@ -119,7 +119,10 @@ def signal_if_still(run: Path, process: Marked, sig: int) -> None:
 
 
 def reap(keep: int | None = None) -> dict[int, int]:
-    """Reap all dead children except `keep`. Return pid -> wait status."""
+    """Reap dead children and return pid -> wait status.
+
+    Once the child `keep` is dead, its owner has to reap it; until then some others may stay, too.
+    """
     ended: dict[int, int] = {}
     while True:
         try:

@@ -14,7 +14,7 @@ from . import proc
 from .proc import Marked
 
 _SIGNAL = signal.SIGUSR2
-#: Seconds; more than a process needs that gets any CPU time.
+#: Seconds; enough for any process that gets CPU time at all.
 _TIMEOUT = 3.0
 #: Seconds until the first line is in the output file: a Python thread and then supervisord have to run.
 _FIRST_LINE = 1.0

@@ -29,7 +29,7 @@ log = logging.getLogger("fd-dp")
 
 #: Seconds for a supervisord of our own to answer after its start.
 _START_TIMEOUT = 20.0
-#: Seconds for systemd to restart it. Meanwhile the daemon does not answer, not even systemd's watchdog.
+#: Seconds that systemd gets to restart it. The daemon blocks meanwhile, and does not reset its watchdog.
 _UNIT_TIMEOUT = 5.0
 #: Seconds after which a supervisord that accepts connections but does not answer is killed.
 _HANG_TIMEOUT = 30.0
@@ -114,8 +114,8 @@ class Supervisord:
         """Handle a failed call: replace supervisord if it is dead or hangs. Call it after every failed call.
 
         Returns:
-            True if a new supervisord answers, which runs no program yet. False if the old one is alive, or
-            the new one has failed as well.
+            True if a new supervisord answers; it runs no program yet. False if the old one is alive, or
+            there is no new one yet.
 
         Raises FastDeployError after too many failures.
         """

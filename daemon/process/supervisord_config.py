@@ -1,8 +1,8 @@
 """Files that supervisord and fd-run read: supervisord.conf, launch files and flags files.
 
 Each program is a group of its own, because supervisord can replace a group while the others run. Programs
-have `autorestart=false`: only the daemon restarts them. `startsecs=0` makes supervisord report every end of a
-process as EXITED with its exit code; with a start phase, an early end would be BACKOFF or FATAL without it.
+have `autorestart=false`: only the daemon restarts them. With `startsecs=0`, supervisord reports every end of
+a process as EXITED with its exit code; otherwise an early end would be BACKOFF or FATAL, without the code.
 """
 
 from __future__ import annotations

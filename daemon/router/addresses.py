@@ -37,7 +37,7 @@ def _ip(address: str) -> IPAddress | None:
 
 
 def _is_own(ip: IPAddress) -> bool:
-    """Return True if packets to the address would have it as their source, which holds for own ones only."""
+    """Return True if packets to the address would also come from it: only those of this machine do."""
     with socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as probe:
         try:
             # `connect` looks up the route and sends nothing. `bind` would be wrong for broadcast and

@@ -13,7 +13,7 @@ ROLES = ("mixed", "prefill", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """Registration of one mixed instance. Its identity is its URL, with its instance id if it has one.
+    """Registration of one mixed instance, which is identified by its URL and, if it has one, its instance id.
 
     FastDeploy's own engines send neither `replica` nor the fields from `instance` on.
     """
@@ -75,7 +75,7 @@ class Instance:
 
 
 class RegistrationError(FastDeployError):
-    """Refused registration. Its text is the `msg` of the response: FastDeploy's, where FastDeploy has one."""
+    """Rejected registration. Its text is the `msg` of the response, in FastDeploy's words if it has any."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)

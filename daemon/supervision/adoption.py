@@ -22,10 +22,10 @@ _END_TIMEOUT = 10.0
 
 
 def running_programs(client: Supervisor, wanted: Iterable[Program]) -> dict[str, tuple[Process, Program]]:
-    """Return the processes that supervisord runs, each with the configuration that it was started with.
+    """Return the processes that supervisord runs, each with the configuration with which it was started.
 
     The environment of a process names its launch file. A process whose launch file is gone is killed, because
-    its configuration is unknown. Flags come from the flags file, which may have changed since the start.
+    its configuration is unknown. Flags are those in the flags file, which may have changed since the start.
 
     Raises SupervisorError.
     """

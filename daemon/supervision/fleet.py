@@ -1,8 +1,8 @@
-"""All supervised programs: decides what is started, stopped and tried again.
+"""All supervised programs, and the decisions which to start, stop and try again.
 
-`step` reads the facts (supervisord's processes, the readings of the probes), moves the programs along their
-state machines and acts on their states. `request_start` and `stop` only change a state; the next step acts on
-it. So a step interrupted by the death of supervisord can simply be repeated.
+`step` reads the facts (supervisord's processes, the results of the probes), changes the states of the
+programs accordingly and acts on these states. `request_start` and `stop` only change a state; the next step
+acts on it. So a step that was interrupted by the death of supervisord can simply be repeated.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Fleet:
     """Owner of all supervised programs, the replicas and the router.
 
     Args:
-        watch: is called with each new pid; must call `on_process_exit` when that process has ended.
-        rng: random numbers from [0, 1) for the backoff.
+        watch: called with each new pid; it must call `on_process_exit` when that process has ended.
+        rng: returns random numbers from [0, 1) for the backoff.
         read_snapshot: reads the snapshot of an expert-parallel group.
     """
 
@@ -98,7 +98,7 @@ class Fleet:
     def adopt(self) -> list[str]:
         """Take over the programs that supervisord runs. After an error it can be called again.
 
-        Programs keep running whatever their configuration; a rollout replaces those with an older one.
+        They keep running, whatever their configuration; a rollout replaces those with an old one later.
 
         Returns:
             Names of the running programs whose configuration is not the wanted one.
@@ -139,7 +139,7 @@ class Fleet:
             program.move(ProgramState.STOPPED, why, self._clock())
 
     def set_desired(self, program: SupervisedProgram, desired: DesiredState) -> str:
-        """Record the operator's wish. It takes effect even if it cannot be saved; return why, or ""."""
+        """Set the desired state, which takes effect at once. Return why it could not be saved, or ""."""
         problem = self.intents.set(program.name, desired)
         program.set_desired(desired.intent, desired.draining)
         return problem
@@ -147,11 +147,11 @@ class Fleet:
     def replace_program(self, name: str, program: Program | None) -> None:
         """Change the configuration of a program that is down, or remove it.
 
-        Raises SupervisorError, or OSError if the files cannot be written; then nothing has changed.
+        Raises SupervisorError; or OSError if the files cannot be written, before anything has changed.
         """
         known = self.programs.get(name)
         assert known is None or not known.alive, name
-        others = [other.program for other in self.programs.values() if other is not known]
+        others = [other.spec for other in self.programs.values() if other is not known]
         supervisord_config.write_files(self.layout, others if program is None else [*others, program])
         if program is None:
             self.programs.pop(name, None)
@@ -163,17 +163,17 @@ class Fleet:
     def update_router_flags(self, program: Program) -> None:
         """Write the flags file of the router and, if it runs, make it reload the file.
 
-        Raises SupervisorError, or OSError if the file cannot be written; then nothing has changed.
+        Raises SupervisorError; or OSError if the file cannot be written, before anything has changed.
         """
         router = self.programs[program.name]
-        others = [other.program for other in self.programs.values() if other is not router]
+        others = [other.spec for other in self.programs.values() if other is not router]
         supervisord_config.write_files(self.layout, [*others, program])
-        router.set_program(program)
+        router.set_spec(program)
         self.supervisor.send_signal(program.name, "HUP")
 
     def write_files(self) -> None:
         """Write supervisord's files for the programs as they run now, not as a rollout will leave them."""
-        supervisord_config.write_files(self.layout, [program.program for program in self.programs.values()])
+        supervisord_config.write_files(self.layout, [program.spec for program in self.programs.values()])
 
     def configure(self, config: Config, programs: Iterable[Program]) -> None:
         """Set the wanted configuration. Running programs change only by `replace_program`."""
@@ -199,11 +199,11 @@ class Fleet:
         self._update_supervisord(except_for=frozenset())
 
     def on_process_exit(self, pid: int) -> None:
-        """Note that the kernel reported the end of a process. supervisord will within a second."""
+        """Record that the kernel has reported the end of a process; supervisord does within a second."""
         self._ended_pids.add(pid)
 
     def router_has_been_up(self, seconds: float) -> bool:
-        """Return whether the router has been READY, as its health checks say, for that long."""
+        """Return whether the router has been READY for more than some seconds."""
         router = self.programs.get(ROUTER)
         return router is not None and router.state is ProgramState.READY and self.now - router.since > seconds
 
@@ -303,7 +303,7 @@ class Fleet:
         else:
             program.exited(how)
             others = (name for name in self.programs if name != program.name)
-            verdict, error = self._diagnosis.diagnose(program.program, how, program.started, others)
+            verdict, error = self._diagnosis.diagnose(program.spec, how, program.started, others)
             cause, what = verdict.cause, f"{how} ({verdict.words})" if verdict.words else how
             what += f"; its last error: {error}" if error else ""
         self.router.report_exit(program, from_outside=cause in exit_cause.FROM_OUTSIDE)
@@ -359,7 +359,7 @@ class Fleet:
             self._failed(program, str(error), verdict.cause, now)
 
     def _update_supervisord(self, except_for: Collection[str]) -> None:
-        """Write the files and make supervisord use them: it may have started with older or foreign ones."""
+        """Write the files and make supervisord use them: it may have started with those of another daemon."""
         self.write_files()
         for name in self.supervisor.processes().keys() | self.programs.keys():
             if name not in except_for:
@@ -374,9 +374,9 @@ class Fleet:
             )
             # Programs are shown and started in this order.
             order = sorted(
-                self.programs.values(), key=lambda p: -1 if p.program.replica is None else p.program.replica
+                self.programs.values(), key=lambda p: -1 if p.spec.replica is None else p.spec.replica
             )
             self.programs = {p.name: p for p in order}
-        program.set_program(spec)
+        program.set_spec(spec)
         self._queue.add(spec.name)
         return program

@@ -2,8 +2,8 @@
 
 A slow replica does not hang: a step may take long, and a long prompt takes many steps. When one rank of an
 expert-parallel group hangs, all others stand still as well. So only the rank that the others wait for is
-hung; the others are blocked. The memory of the group (`expert_parallel/snapshot.py`) shows who waits for
-whom.
+hung; the others are blocked. The memory of the group (`expert_parallel/snapshot.py`) shows which rank waits
+for which others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WorkerProgress:
 
     @classmethod
     def of(cls, health: Mapping[str, Any]) -> WorkerProgress | None:
-        """Return None without valid figures: the replica is loading, or it is not an engine of ours."""
+        """Return None if the figures are missing or invalid, as while the replica is loading."""
         worker = health.get("worker")
         if not isinstance(worker, dict):
             return None
@@ -143,68 +143,68 @@ def find_hung(
         no_progress_timeout: seconds without progress after which a rank is hung.
     """
     report = HangReport()
-    for one in stalled:
-        what = f"no step for {one.seconds:.0f} s, requests in flight: {one.requests}"
-        if one.group is not None and one.group not in groups:
-            report.blocked[one.name] = f"{what}; its expert group cannot be read"
+    for replica in stalled:
+        what = f"no step for {replica.seconds:.0f} s, requests in flight: {replica.requests}"
+        if replica.group is not None and replica.group not in groups:
+            report.blocked[replica.name] = f"{what}; its expert group cannot be read"
             continue
-        group = groups[one.group] if one.group is not None else None
-        seats = {seat.seat: seat for seat in group.seats} if group else {}
-        if one.rank not in seats or one.group is None:
-            report.hung[one.name] = what
+        group = groups[replica.group] if replica.group is not None else None
+        ranks = {rank.seat: rank for rank in group.seats} if group else {}
+        if replica.rank not in ranks or replica.group is None:
+            report.hung[replica.name] = what
             continue
-        for blocker in root_blockers(seats[one.rank], seats):
-            _attribute(
-                report, one, what, blocker, members.get((one.group, blocker.seat)), no_progress_timeout
-            )
+        for blocker in root_blockers(ranks[replica.rank], ranks):
+            name = members.get((replica.group, blocker.seat))
+            _attribute(report, replica, what, blocker, name, no_progress_timeout)
     for name in report.hung:
         report.blocked.pop(name, None)
     return report
 
 
-def root_blockers(seat: RankSnapshot, seats: Mapping[int, RankSnapshot]) -> list[RankSnapshot]:
-    """Return the ranks at the end of the chains of waits from `seat`, which may be `seat` itself.
+def root_blockers(rank: RankSnapshot, ranks: Mapping[int, RankSnapshot]) -> list[RankSnapshot]:
+    """Return the ranks that wait for no other, found by following the waits from `rank`.
 
-    If the ranks wait in a cycle, the one that has waited longest is hung: what the others waited for has
-    changed since, so they continued, and it would have noticed as well.
+    If they wait in a cycle, return the rank that has waited longest. It is hung: the others have made
+    progress since it began to wait, and so could it.
     """
     reached: dict[int, RankSnapshot] = {}
-    ahead = [seat.seat]
+    ahead = [rank.seat]
     while ahead:
         number = ahead.pop()
-        if number in seats and number not in reached:
-            reached[number] = seats[number]
-            ahead += seats[number].waits_for
-    ends = [one for one in reached.values() if not one.waits_for]
+        if number in ranks and number not in reached:
+            reached[number] = ranks[number]
+            ahead += ranks[number].waits_for
+    ends = [rank for rank in reached.values() if not rank.waits_for]
     if not ends:
-        ends = [max(reached.values(), key=lambda one: (one.seconds or 0.0, -one.seat))]
-    return sorted(ends, key=lambda one: one.seat)
+        ends = [max(reached.values(), key=lambda rank: (rank.seconds or 0.0, -rank.seat))]
+    return sorted(ends, key=lambda rank: rank.seat)
 
 
 def _attribute(
     report: HangReport,
-    one: Stalled,
+    replica: Stalled,
     what: str,
     blocker: RankSnapshot,
     name: str | None,
     no_progress_timeout: float,
 ) -> None:
-    """Enter the stalled replica `one` and its blocker, the replica `name`, into the report."""
+    """Enter a stalled replica and its blocker, which is replica `name`, into the report."""
     # A joining rank may have written no time yet; then that of the waiting rank counts.
-    seconds = one.seconds if blocker.seconds is None else blocker.seconds
+    seconds = replica.seconds if blocker.seconds is None else blocker.seconds
     where = f"{blocker.phase or blocker.state}" + (
         f", layer {blocker.layer}" if blocker.layer is not None else ""
     )
     waits = f"{what}; waits for rank {blocker.seat} ({where})"
     if blocker.state == "dead":
         # The group notices by itself and continues without the dead rank.
-        report.blocked[one.name] = waits
+        report.blocked[replica.name] = waits
     elif seconds < no_progress_timeout:
-        is_itself = name == one.name
-        report.blocked[one.name] = f"{what}; its step makes progress ({where})" if is_itself else waits
-    elif name == one.name:
+        is_itself = name == replica.name
+        report.blocked[replica.name] = f"{what}; its step makes progress ({where})" if is_itself else waits
+    elif name == replica.name:
         report.hung[name] = f"{what} ({where})"
     else:
-        report.blocked[one.name] = waits
+        report.blocked[replica.name] = waits
         if name is not None:
-            report.hung.setdefault(name, f"other ranks have waited for it for {one.seconds:.0f} s ({where})")
+            waited = f"other ranks have waited for it for {replica.seconds:.0f} s ({where})"
+            report.hung.setdefault(name, waited)

@@ -82,12 +82,12 @@ class Health:
             if now - self._last_probe.get(program.name, 0.0) < interval:
                 continue
             self._last_probe[program.name] = now
-            self._probes.ask(program.program, program.pid, token=False)
+            self._probes.ask(program.spec, program.pid, token=False)
             progress, idle_probe = program.progress, supervise.idle_probe
             if idle_probe and program.state is ProgramState.READY and progress.idle_for(now) > idle_probe:
                 progress.expect_token(now)
             if progress.token_due_since is not None:
-                self._probes.ask(program.program, program.pid, token=True)
+                self._probes.ask(program.spec, program.pid, token=True)
 
     def _apply(self, program: SupervisedProgram, reading: Reading, now: float) -> None:
         if reading.token:
@@ -103,7 +103,7 @@ class Health:
         program.probe_ok(now)
         if program.state is ProgramState.STARTING and not program.is_router:
             # A health check does not prove that it can generate.
-            self._probes.ask(program.program, program.pid, token=True)
+            self._probes.ask(program.spec, program.pid, token=True)
         elif not program.progress.token_failed:
             self._make_ready(program, now)
 
@@ -152,10 +152,10 @@ class Health:
     ) -> None:
         stalled, members = [], {}
         for program in programs.values():
-            rank, last = program.program.replica, program.progress.last
+            rank, last = program.spec.replica, program.progress.last
             if rank is None or program.state not in _PROBED:
                 continue
-            group = expert_group_in(program.program.argv)
+            group = expert_group_in(program.spec.argv)
             if group is not None:
                 members[group, rank] = program.name
             seconds = program.progress.stalled_for(now)

@@ -76,14 +76,14 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def ended(self, program: str, cause: str) -> None:
-        """A program has ended, or was killed, though it should run; `cause` is a `Cause`."""
+        """Count an exit or a kill of a program that should run; `cause` is a `Cause`."""
         self._restarts.labels(program, cause).inc()
 
     def ready(self, program: str, seconds: float) -> None:
         self._ready.labels(program).observe(seconds)
 
     def reloaded(self, result: str, seconds: float) -> None:
-        """`result`: "done", "rolled_back" or "refused"."""
+        """Count a reload; `result` is "done", "rolled_back" or "refused"."""
         self._reloads.labels(result).inc()
         self._reload_seconds.observe(seconds)
 
@@ -145,7 +145,7 @@ class _FleetCollector(Collector):
             return
         yield GaugeMetricFamily(
             "fd_dp_last_turn_timestamp_seconds",
-            "Unix time of the last turn of the loop, which takes at least one turn a second.",
+            "Unix time of the last turn of the daemon's loop, which turns at least once a second.",
             value=snapshot.at,
         )
         quarantined = sum(sample.state is ProgramState.QUARANTINED for sample in snapshot.programs)
@@ -160,10 +160,12 @@ def _state_metrics(snapshot: _Snapshot) -> Iterator[Metric]:
         "fd_dp_intent", "1 for the state that the operator wants, else 0.", labels=("program", "intent")
     )
     draining = GaugeMetricFamily(
-        "fd_dp_draining", "1 if the operator drains it, else 0.", labels=("program",)
+        "fd_dp_draining", "1 if the operator drains the program, else 0.", labels=("program",)
     )
     next_try = GaugeMetricFamily(
-        "fd_dp_next_try_seconds", "Time until the next try; 0 if it has not failed.", labels=("program",)
+        "fd_dp_next_try_seconds",
+        "Time until a failed program is started again; 0 if it has not failed.",
+        labels=("program",),
     )
     now = time.monotonic()
     for sample in snapshot.programs:

@@ -1,7 +1,7 @@
 """Probes of programs: GET /health, and the generation of one token.
 
-Each probe is a thread of its own, so that a hung replica blocks neither the loop nor other probes. Readings
-come back through a queue. Health checks continue while a token probe waits.
+Each probe runs in a thread of its own, so that a hung replica blocks neither the loop nor other probes. The
+results, called readings, come back through a queue. Health checks continue while a token probe waits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Reading:
     ok: bool
     #: A token probe, not a health check.
     token: bool = False
-    #: Anything but a refused connection, which means that the program is starting.
+    #: False if the connection was refused, as while the program starts; True after any other result.
     answered: bool = False
     #: JSON body of /health.
     health: dict[str, Any] = field(default_factory=dict)

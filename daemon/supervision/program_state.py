@@ -73,13 +73,14 @@ class Retry:
 class SupervisedProgram:
     """One program and its state. Times are on the monotonic clock unless stated otherwise."""
 
-    program: Program
+    #: What it is started with.
+    spec: Program
     state: ProgramState = ProgramState.STOPPED
     #: Time of the last transition.
     since: float = 0.0
     #: Reason of the state, for people.
     note: str = ""
-    #: The operator's wish, and whether the router is to send no new requests.
+    #: What the operator wants, and whether the router is to send no new requests.
     intent: Intent = Intent.RUN
     draining: bool = False
     pid: int = 0
@@ -107,20 +108,20 @@ class SupervisedProgram:
 
     @property
     def name(self) -> str:
-        return self.program.name
+        return self.spec.name
 
     @property
     def label(self) -> str:
-        return self.program.label
+        return self.spec.label
 
     @property
     def is_router(self) -> bool:
-        return self.program.name == ROUTER
+        return self.spec.name == ROUTER
 
     @property
     def port(self) -> int:
         """Port of the API."""
-        return self.program.ports[0]
+        return self.spec.ports[0]
 
     @property
     def alive(self) -> bool:
@@ -145,8 +146,8 @@ class SupervisedProgram:
     def set_note(self, note: str) -> None:
         self.note = note
 
-    def set_program(self, program: Program) -> None:
-        self.program = program
+    def set_spec(self, spec: Program) -> None:
+        self.spec = spec
 
     def set_desired(self, intent: Intent, draining: bool) -> None:
         self.intent, self.draining = intent, draining

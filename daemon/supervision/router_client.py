@@ -122,7 +122,7 @@ def flags(admin: Path) -> Flags:
 
 
 class BackgroundCall(Generic[T]):
-    """A call in a thread of its own, which is not joined at exit because every call times out soon."""
+    """A call in a thread of its own. The daemon does not wait for it when it ends."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call

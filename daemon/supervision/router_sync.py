@@ -38,7 +38,7 @@ class RouterSnapshot:
 
 
 class RouterSync:
-    """Registered replicas and drain flags of the router. The loop calls it and never waits for the router."""
+    """Registered replicas and drain flags of the router. No method waits for the router."""
 
     def __init__(self, admin: Path) -> None:
         self._admin = admin
@@ -66,7 +66,7 @@ class RouterSync:
         return None if replica.is_router else self.snapshot.rows.get(replica.port)
 
     def in_flight(self, replica: SupervisedProgram) -> int | None:
-        """Return the number of requests in flight; None if the router does not have it as healthy."""
+        """Return the number of requests in flight; None unless the replica passes its health checks there."""
         row = self.row(replica)
         return row.in_flight if row and row.up else None
 
@@ -75,7 +75,7 @@ class RouterSync:
         return replica.draining or replica.name in self.maintenance
 
     def has_registered(self, replicas: Iterable[SupervisedProgram]) -> bool:
-        """Return whether the router uses every READY one of the replicas. Heartbeats are seconds apart."""
+        """Return whether every READY replica is in service at the router. It may take seconds to register."""
         ready = (replica for replica in replicas if replica.state is ProgramState.READY)
         return all((row := self.row(replica)) and row.in_service for replica in ready)
 
@@ -116,7 +116,7 @@ class RouterSync:
         if self._call is not None and self._call.is_done:
             try:
                 snapshot = RouterSnapshot(self._began, self._call.result(), "")
-                self._take_in(snapshot)
+                self._record(snapshot)
             except RouterUnavailable as error:
                 snapshot = RouterSnapshot(self._began, {}, str(error))
             self._call = None
@@ -136,7 +136,7 @@ class RouterSync:
         self.snapshot = RouterSnapshot(now, {}, "the router is down")
         self._exits.clear()
 
-    def _take_in(self, snapshot: RouterSnapshot) -> None:
+    def _record(self, snapshot: RouterSnapshot) -> None:
         for reported in self._being_reported:
             if reported in self._exits:
                 self._exits.remove(reported)

@@ -92,7 +92,7 @@ class StartQueue:
             StartFailed: the program cannot be started.
             SupervisorLost: supervisord does not answer.
         """
-        layout, spec = self._supervisor.layout, program.program
+        layout, spec = self._supervisor.layout, program.spec
         # A worker may outlive its API process for a moment, and holds ports and memory.
         if left := proc.kill_marked(layout.run, program.name):
             program.set_note(f"waits for pid {left[0].pid} of its last run to end")
@@ -129,7 +129,8 @@ class StartQueue:
         if cause in exit_cause.FROM_OUTSIDE:
             decision = restarts.interrupted()
         elif program.is_router:
-            # Everything depends on it, and it starts quickly and needs little: always try again soon.
+            # Everything depends on it, and it starts quickly and needs little. So neither the cause nor the
+            # machine's budget delays its next try.
             decision = restarts.failed(now)
         else:
             exhausted = self._host_budget.failed(now)

@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import ConfigError
 from .text_files import read_text
 
-#: Prefix that stands in place of a file's path, before the name of a credential (systemd's LoadCredential=).
+#: "credential:NAME" in place of a path is the credential NAME that systemd passes (LoadCredential=).
 CREDENTIAL = "credential:"
 
 
@@ -37,7 +37,7 @@ class ApiKeys:
     def allow(self, authorization: str) -> bool:
         """Return True if the value of an Authorization header is "Bearer KEY" with one of the keys.
 
-        The time this takes says nothing about the keys.
+        How long this takes does not reveal the keys.
         """
         if not self._keys:
             return True
@@ -53,7 +53,7 @@ class ApiKeys:
         """Return the keys in an environment variable and in the file that `flag` names.
 
         Raises:
-            ConfigError: a key is invalid, or a source exists and has no key: it must not disable the check.
+            ConfigError: a key is invalid, or a source is given but has no key (it would disable the check).
         """
         keys = keys_in_variable(variable, os.environ)
         if file is not None:
@@ -62,13 +62,14 @@ class ApiKeys:
 
 
 def keys_in(flag: str, file: Path) -> list[str]:
-    """Return the keys in the file that `flag` names: one a line; # begins a comment.
+    """Return the keys in `file`, one per line. Empty lines and lines that begin with # are skipped.
 
     Args:
+        flag: the flag that `file` was given with, for errors.
         file: a path, or "credential:NAME".
 
     Raises:
-        ConfigError: the file cannot be read, or has no key: it must not disable the check.
+        ConfigError: the file cannot be read, a key is invalid, or there is none (it would disable the check).
     """
     lines = enumerate(read_text(_path(flag, file), f"{flag} {file}").split("\n"), start=1)
     keys = [
@@ -82,10 +83,10 @@ def keys_in(flag: str, file: Path) -> list[str]:
 
 
 def keys_in_variable(name: str, environment: Mapping[str, str]) -> list[str]:
-    """Return the keys in an environment variable, separated by commas; none if it is not set or empty.
+    """Return the comma-separated keys in an environment variable; none if it is unset or empty.
 
     Raises:
-        ConfigError: a key is invalid, or the variable is set without a key: it must not disable the check.
+        ConfigError: a key is invalid, or the variable has only commas and spaces.
     """
     text = environment.get(name, "")
     keys = keys_of(name, text)
@@ -95,7 +96,7 @@ def keys_in_variable(name: str, environment: Mapping[str, str]) -> list[str]:
 
 
 def keys_of(what: str, text: str) -> list[str]:
-    """Return the keys in a list with commas. Raises ConfigError, in which `what` names the source."""
+    """Return the keys in a comma-separated list. Raises ConfigError; `what` names the source in it."""
     return [_checked(f"{what}: key {number}", key) for number, key in enumerate(_split(text), start=1)]
 
 
@@ -118,6 +119,6 @@ def _path(flag: str, file: Path) -> Path:
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     if directory is None or not (Path(directory) / name).is_file():
         raise ConfigError(
-            f"{flag} {file}: systemd has given no such credential; set LoadCredential={name}:FILE in the unit"
+            f"{flag} {file}: systemd passed no such credential; set LoadCredential={name}:FILE in the unit"
         )
     return Path(directory) / name

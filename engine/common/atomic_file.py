@@ -10,8 +10,8 @@ from pathlib import Path
 def write_atomically(file: Path, content: bytes, *, mode: int = 0o600, fsync: bool = False) -> None:
     """Replace `file` by `content`; a reader sees the old content or the new one, never a part.
 
-    Callers serialise the writes of a file: its draft, `.NAME.new`, has the same name for all of them, so that
-    the next write removes what a killed one left.
+    Callers serialise their writes to one file, because all writes use the same draft, `.NAME.new`. The next
+    write therefore replaces the draft of a killed one.
 
     Args:
         mode: permissions of the new file, before the umask.
@@ -21,7 +21,7 @@ def write_atomically(file: Path, content: bytes, *, mode: int = 0o600, fsync: bo
         OSError: the file cannot be written; it is unchanged then.
     """
     draft = file.with_name(f".{file.name}.new")
-    # Not opened: it may be a leftover with other permissions, or a link.
+    # A leftover draft may have other permissions or be a link, so it is not written to.
     draft.unlink(missing_ok=True)
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)

@@ -1,7 +1,7 @@
-"""Cross-origin resource sharing: which web pages may read what a router or a replica answers.
+"""Cross-origin resource sharing: which web pages may read the responses of a router or a replica.
 
-A browser sends the page's origin with each request to another host, and shows the page an answer only if its
-headers name that origin. Keys travel in a header that pages set themselves, never in cookies, so no answer
+A browser sends the page's origin with each request to another host, and shows the page a response only if its
+headers allow that origin. Keys are in a header that pages set themselves, never in cookies, so no response
 allows credentials.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
-#: Pages of this machine, and all pages; anything else in a list is an origin.
+#: Words in a list of origins: pages of this machine, and all pages. Any other entry is an origin.
 LOOPBACK, EVERY = "loopback", "*"
 DEFAULT = (LOOPBACK,)
 
@@ -23,17 +23,17 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._~:\[\]-]+", re.ASCII)
 _LOOPBACK_ORIGIN = re.compile(
     r"https?://(?:(?:[a-z0-9-]+\.)*localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.ASCII
 )
-#: Names of headers with commas between them.
+#: Comma-separated header names.
 _HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~, -]{1,4096}", re.ASCII)
 _METHODS = "GET, POST, OPTIONS"
 #: Response headers that pages may read, besides those that browsers always allow.
 _EXPOSED = "X-Request-Id, Retry-After"
-#: Seconds for which a browser need not ask again.
+#: Seconds for which a browser may reuse the response to a preflight.
 _MAX_AGE = "600"
 
 
 def problem_of(origin: str) -> str | None:
-    """Return why this cannot be in a list of origins; None if it can."""
+    """Return what is wrong with an entry of a list of origins; None if it is valid."""
     if origin in (LOOPBACK, EVERY) or _ORIGIN.fullmatch(origin):
         return None
     return (
@@ -50,10 +50,10 @@ class CorsPolicy:
 
     @classmethod
     def parse(cls, flag: str, text: str) -> CorsPolicy:
-        """Return the policy of a comma list; an empty list allows no origin.
+        """Return the policy of a comma-separated list; an empty list allows no origin.
 
         Raises:
-            ConfigError: a word is no origin.
+            ConfigError: an entry is not an origin; the message names `flag`.
         """
         origins = [word.strip() for word in text.split(",") if word.strip()]
         _check(flag, origins)
@@ -67,16 +67,16 @@ class CorsPolicy:
         return origin in self.origins and origin != LOOPBACK
 
     def headers(self, origin: str) -> Headers:
-        """Return the headers of an answer to a request with this Origin header."""
+        """Return the headers to add to the response to a request with this Origin header."""
         allowed, vary = self._allowed(origin), self._vary()
         return (*allowed, ("Access-Control-Expose-Headers", _EXPOSED), *vary) if allowed else vary
 
     def preflight_headers(self, origin: str, wanted: str) -> Headers:
-        """Return the headers of the answer to a preflight; only Vary if the origin is not allowed.
+        """Return the headers of the response to a preflight; only Vary if the origin is not allowed.
 
         Args:
-            wanted: the names of headers in Access-Control-Request-Headers. All are allowed: which headers a
-                page may send is no secret, and clients send many of their own.
+            wanted: the header names in Access-Control-Request-Headers. All are allowed, because clients send
+                many headers of their own.
         """
         allowed, vary = self._allowed(origin), self._vary()
         if not allowed:

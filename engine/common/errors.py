@@ -27,13 +27,13 @@ class RequestError(FastDeployError):
 
 
 class ReplicaUnavailable(FastDeployError):
-    """The replica cannot accept this request now (HTTP 503): it is loading, full, draining or broken."""
+    """The replica cannot accept this request now (HTTP 503): it is loading, draining or broken."""
+
+
+class EngineLost(ReplicaUnavailable):
+    """The worker ended while it processed this request (HTTP 503)."""
 
 
 def is_disk_condition(error: OSError) -> bool:
     """Return True if the cause is the state of a disk, rather than a wrong path or a missing permission."""
     return error.errno in _DISK_CONDITIONS
-
-
-class EngineLost(ReplicaUnavailable):
-    """The worker ended while it processed this request (HTTP 503)."""

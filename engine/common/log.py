@@ -14,9 +14,9 @@ from .log_file import SharedFile
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s{context} pid=%(process)d %(message)s"
 _MAX_BYTES = 50 << 20
-#: Attribute of a record that stands for many messages.
+#: Record attribute with the messages of `info_together`.
 _LINES = "fd_lines"
-#: Attribute that caches their formatted text.
+#: Record attribute that caches their formatted text.
 _TEXT = "fd_text"
 
 
@@ -42,7 +42,7 @@ def configure(context: str = "", file_name: str | None = None) -> None:
     if _is_journal(sys.stderr):
         handlers[0].setFormatter(_JournalFormatter(formatter))
     root.setLevel(level)
-    # Its INFO lines, one per connection, are only noise.
+    # urllib3 logs a line per connection.
     logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
@@ -63,7 +63,7 @@ class _Formatter(logging.Formatter):
         if text is None:
             prefix = super().format(record)
             text = prefix + f"\n{prefix}".join(messages)
-            # The other handler needs it, too.
+            # For the other handler.
             setattr(record, _TEXT, text)
         return text
 

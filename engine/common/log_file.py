@@ -22,7 +22,12 @@ class SharedFile(logging.Handler):
     """
 
     def __init__(self, path: Path, max_bytes: int, kept: int, fallback: logging.Handler) -> None:
-        """`fallback` handles the reports that the file cannot be written, or can be written again."""
+        """
+        Args:
+            max_bytes: size at which the file is rotated.
+            kept: number of old files to keep.
+            fallback: handles the reports that the file cannot be written, or can be written again.
+        """
         super().__init__()
         self._path = path.absolute()
         self._max_bytes = max_bytes
@@ -32,8 +37,10 @@ class SharedFile(logging.Handler):
         self._directory_mode = 0o777
         self._checked_at = 0.0
         self._cannot_rotate = False
+        #: True if the last write was cut off within a line.
         self._is_torn = False
         self._pid = os.getpid()
+        #: Lines dropped since the last successful write.
         self._lost = 0
         self._lost_since = self._reason = ""
 

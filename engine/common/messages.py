@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 # ---- API process -> worker
@@ -45,6 +45,8 @@ ToWorker = AddRequest | AbortRequests | Shutdown
 
 
 class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """The first message of a worker; `token` proves that this API process started it."""
+
     token: str
     pid: int
     version: int = PROTOCOL_VERSION
@@ -96,10 +98,11 @@ class TokenOutput(msgspec.Struct, frozen=True):
 
 
 class ExpertParallelStats(msgspec.Struct, frozen=True):
-    """The expert-parallel group as seen by one of its ranks."""
+    """State of the expert-parallel group, and counters, as seen by one of its ranks."""
 
     epoch: int
-    active_seats: list[int]
+    #: Members.
+    active_ranks: list[int]
     #: Counters of the whole group since its creation.
     joins_total: int
     leaves_total: int
@@ -110,9 +113,9 @@ class ExpertParallelStats(msgspec.Struct, frozen=True):
     step_seconds_total: float
     bytes_dispatched_total: int
     bytes_combined_total: int
-    #: By seat.
+    #: Time that this rank has waited for each rank, by rank.
     waited_seconds_total: list[float]
-    #: Tokens computed at this rank's seat since the group was created, by expert, over all layers.
+    #: Tokens that this rank has computed, by expert, over all layers. Includes earlier processes of the rank.
     expert_tokens_total: list[int]
 
 
@@ -129,11 +132,13 @@ class Stats(msgspec.Struct, frozen=True):
     steps_total: int
     batch_tokens: int
     max_num_seqs: int
-    #: None without a group.
+    #: None without expert parallelism.
     expert_parallel: ExpertParallelStats | None = None
 
 
 class StepOutputs(msgspec.Struct, tag="step", frozen=True):
+    """Results of a step; without outputs, new statistics only."""
+
     outputs: list[TokenOutput]
     stats: Stats
 

@@ -5,14 +5,12 @@ Not `http.server`: its threads do not limit the total time of a client, and woul
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
-import selectors
 import socket
 import threading
-import time
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from .addresses import listen
 
@@ -21,11 +19,9 @@ _log = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Seconds for a whole exchange: sending the request and reading the response.
 _CLIENT_TIMEOUT = 5.0
-#: Maximum concurrent clients; a further one replaces the oldest.
+#: Maximum concurrent clients; another one replaces the oldest.
 _MAX_CLIENTS = 16
 _MAX_REQUEST_BYTES = 8192
-#: Seconds to wait if accept() fails, for example because no file descriptor is left.
-_ACCEPT_PAUSE = 0.2
 
 
 class MetricsServer:
@@ -41,80 +37,59 @@ class MetricsServer:
 
     def __init__(self, addresses: Sequence[str], port: int, render: Callable[[], bytes]) -> None:
         self._render = render
-        self._listeners = _listen(addresses, port)
+        listeners = _listen(addresses, port)
         #: The given port, or the one that the kernel chose instead of 0.
-        self.port = int(self._listeners[0].getsockname()[1])
-        self._clients: dict[socket.socket, _Client] = {}
-        self._closed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._closed, selectors.EVENT_READ)
-        for listener in self._listeners:
-            self._selector.register(listener, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self.port = int(listeners[0].getsockname()[1])
+        #: Oldest first.
+        self._clients: list[StreamWriter] = []
+        self._closed = asyncio.Event()
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._thread = threading.Thread(
+            target=self._runner.run, args=(self._run(listeners),), name="metrics", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
         """Stop serving and free the port, after a running `render`."""
-        os.eventfd_write(self._closed, 1)
+        self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join()
+        self._runner.close()
 
-    def _run(self) -> None:
-        while True:
-            for key, _ in self._selector.select(self._next_timeout()):
-                if key.fileobj == self._closed:
-                    self._end()
-                    return
-                if not isinstance(key.fileobj, socket.socket):
-                    continue
-                if key.fileobj in self._listeners:
-                    self._accept(key.fileobj)
-                elif key.fileobj in self._clients:
-                    self._serve(key.fileobj)
-            now = time.monotonic()
-            for connection in [c for c, client in self._clients.items() if now >= client.deadline]:
-                self._drop(connection)
+    async def _run(self, listeners: Sequence[socket.socket]) -> None:
+        servers = [
+            await asyncio.start_server(self._serve, sock=listener, limit=_MAX_REQUEST_BYTES)
+            for listener in listeners
+        ]
+        await self._closed.wait()
+        for server in servers:
+            server.close()
+        for client in self._clients:
+            client.transport.abort()
 
-    def _next_timeout(self) -> float | None:
-        """Return the seconds until the first client times out; None without clients."""
-        deadlines = [client.deadline for client in self._clients.values()]
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            connection, _ = listener.accept()
-        except OSError:
-            # The client has disconnected, or no file descriptor is left.
-            time.sleep(_ACCEPT_PAUSE)
-            return
-        connection.setblocking(False)
+    async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         if len(self._clients) == _MAX_CLIENTS:
-            self._drop(next(iter(self._clients)))
-        self._clients[connection] = _Client(time.monotonic() + _CLIENT_TIMEOUT)
-        self._selector.register(connection, selectors.EVENT_READ)
-
-    def _serve(self, connection: socket.socket) -> None:
-        client = self._clients[connection]
+            self._clients.pop(0).transport.abort()
+        self._clients.append(writer)
+        # drain() waits until all has been sent.
+        writer.transport.set_write_buffer_limits(0)
         try:
-            if not client.unsent:
-                data = connection.recv(_MAX_REQUEST_BYTES)
-                client.request += data
-                complete = b"\r\n\r\n" in client.request or len(client.request) > _MAX_REQUEST_BYTES
-                if complete:
-                    client.unsent = self._answer(bytes(client.request))
-                    self._selector.modify(connection, selectors.EVENT_WRITE)
-                elif not data:
-                    self._drop(connection)
-            else:
-                client.unsent = client.unsent[connection.send(client.unsent) :]
-                if not client.unsent:
-                    connection.shutdown(socket.SHUT_WR)
-                    self._drop(connection)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._drop(connection)
+            async with asyncio.timeout(_CLIENT_TIMEOUT):
+                try:
+                    request = await reader.readuntil(b"\r\n\r\n")
+                except asyncio.LimitOverrunError:
+                    request = await reader.read(_MAX_REQUEST_BYTES)
+                writer.write(self._answer(request))
+                await writer.drain()
+        except (OSError, EOFError, TimeoutError):
+            # The client has disconnected, took too long, or was dropped for another one.
+            pass
+        finally:
+            writer.transport.abort()
+            if writer in self._clients:
+                self._clients.remove(writer)
 
-    def _answer(self, request: bytes) -> memoryview:
+    def _answer(self, request: bytes) -> bytes:
         method, _, rest = request.partition(b"\r\n")[0].partition(b" ")
         target, _, version = rest.partition(b" ")
         if not version.startswith(b"HTTP/1."):
@@ -131,26 +106,12 @@ class MetricsServer:
             return _response("500 Internal Server Error", b"see the log\n")
         return _response("200 OK", text, head_only=method == b"HEAD")
 
-    def _drop(self, connection: socket.socket) -> None:
-        del self._clients[connection]
-        self._selector.unregister(connection)
-        connection.close()
-
-    def _end(self) -> None:
-        for connection in list(self._clients):
-            self._drop(connection)
-        self._selector.close()
-        for listener in self._listeners:
-            listener.close()
-        os.close(self._closed)
-
 
 def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
     listeners: list[socket.socket] = []
     try:
         for address in addresses:
             listeners.append(listen(address, port))
-            listeners[-1].setblocking(False)
     except OSError:
         for listener in listeners:
             listener.close()
@@ -158,17 +119,9 @@ def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
     return listeners
 
 
-@dataclass(slots=True)
-class _Client:
-    #: Monotonic clock.
-    deadline: float
-    request: bytearray = field(default_factory=bytearray)
-    unsent: memoryview = field(default_factory=lambda: memoryview(b""))
-
-
-def _response(status: str, body: bytes, *, head_only: bool = False) -> memoryview:
+def _response(status: str, body: bytes, *, head_only: bool = False) -> bytes:
     head = (
         f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
-    return memoryview(head.encode() + (b"" if head_only else body))
+    return head.encode() + (b"" if head_only else body)

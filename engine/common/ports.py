@@ -14,6 +14,7 @@ from pathlib import Path
 from .addresses import addresses_of, listen
 from .errors import ConfigError
 
+#: State LISTEN in /proc/net/tcp.
 _LISTEN = "0A"
 #: Lowest port that `find_free` returns; many below are assigned to services.
 _LOWEST = 20_000
@@ -28,7 +29,7 @@ def require_free(host: str, port: int, flag: str) -> None:
     """
     for address in addresses_of(host):
         try:
-            # Like the server: connections of an earlier run in TIME_WAIT do not matter.
+            # With SO_REUSEADDR, as in the server: connections in TIME_WAIT do not matter.
             listen(address, port).close()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
@@ -44,7 +45,7 @@ def find_free(count: int) -> list[int]:
     They lie outside the range of ephemeral ports, so the kernel does not give them to outgoing connections
     while a server is down.
     """
-    first, last = _range_of_connections()
+    first, last = _ephemeral_range()
     ports = [*range(_LOWEST, first), *range(last + 1, 1 << 16)]
     # Its own generator, independent of `random.seed` elsewhere in this process.
     random.Random().shuffle(ports)
@@ -53,7 +54,7 @@ def find_free(count: int) -> list[int]:
         while ports and len(found) < count:
             with contextlib.suppress(OSError):  # in use
                 found.append(_hold(ports.pop(), stack))
-        # As a last resort, any port.
+        # If these do not suffice, any port.
         return found + [_hold(0, stack) for _ in range(count - len(found))]
 
 
@@ -63,7 +64,8 @@ def _hold(port: int, stack: ExitStack) -> int:
     return one.getsockname()[1]
 
 
-def _range_of_connections() -> tuple[int, int]:
+def _ephemeral_range() -> tuple[int, int]:
+    """Return the first and last port that the kernel gives to outgoing connections."""
     try:
         first, last = _RANGE.read_text().split()
     except FileNotFoundError:

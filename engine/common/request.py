@@ -75,7 +75,7 @@ class Sequence:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def is_scored(self) -> bool:
+    def needs_scoring(self) -> bool:
         """True while requested log probabilities of the prompt are missing."""
         return (
             self.params.prompt_logprobs is not None

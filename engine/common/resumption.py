@@ -5,9 +5,9 @@ If the router requests it (`X-FD-Marks: 1`), each event of a choice ends with a 
     data: {...}
     : fd CHOICE ID ID ... [.]
 
-The ids are the tokens of the choice consumed since its last mark, whether their text was sent or is held
-back. A dot means that the choice has finished. From the marks, the router knows exactly what the client has
-received (`Resumption`), and another replica can continue from there (`POST /internal/resume`).
+The ids are the tokens of the choice since its last mark, including those whose text is still withheld. A dot
+means that the choice has finished. The router therefore knows exactly where a response has been interrupted
+(`Resumption`), and another replica can continue from there (`POST /internal/resume`).
 
 A response that is not streamed sends nothing before its end. Its marks are sent in interim responses, one per
 second:
@@ -28,12 +28,15 @@ import msgspec
 
 from .errors import RequestError
 
-#: The router posts a `Resumption`, as MessagePack, to this path, with the replica's token in this header.
+#: Path to which the router posts a `Resumption` as MessagePack.
 RESUME_PATH = "/internal/resume"
+#: Secret of the replica, from its registration; authenticates the router.
 TOKEN_HEADER = "X-FD-Token"
+#: "1": the router requests marks.
 MARKS_HEADER = "X-FD-Marks"
+#: Seconds without output after which the router expects a keep-alive.
 PROGRESS_HEADER = "X-FD-Progress"
-#: Interim responses: creation time (Unix time, seconds) and id of the response; and one mark per choice.
+#: Headers of interim responses: creation time (Unix time, seconds) and id of the response; a mark per choice.
 DRAFT_HEADER = "X-FD-Draft"
 DRAFT_MARK_HEADER = "X-FD-Mark"
 #: In a 503: the engine was lost while it processed the request. Any other 503 means it was not accepted.
@@ -47,7 +50,7 @@ Moment = Annotated[int, msgspec.Meta(ge=0, lt=1 << 36)]
 
 
 class Delivered(msgspec.Struct, frozen=True):
-    """The tokens behind the events of one choice so far."""
+    """The tokens of one choice that its marks have covered so far."""
 
     tokens: list[Number]
     finished: bool = False
@@ -72,7 +75,8 @@ def encode_resumption(resumption: Resumption) -> bytes:
 
 
 def decode_resumption(data: bytes) -> Resumption:
-    """
+    """Decode the body of a POST to `RESUME_PATH`.
+
     Raises:
         RequestError: the data is not a valid resumption.
     """

@@ -56,19 +56,19 @@ def decode(content: bytes, name: str) -> str:
         raise ConfigError(f"{name}: byte {start} (line {line}) is not UTF-8; save it as UTF-8") from None
     if (nul := text.find("\0")) >= 0:
         line = text.count("\n", 0, nul) + 1
-        raise ConfigError(f"{name}: line {line} holds the character NUL; save it as UTF-8 text")
+        raise ConfigError(f"{name}: line {line} contains the character NUL; save it as UTF-8 text")
     return text
 
 
 def read_object(file: Path) -> JsonObject:
-    """Read a file that holds a JSON object. Raises ConfigError."""
+    """Read a file that contains a JSON object. Raises ConfigError."""
     if not file.exists():
         raise ConfigError(f"{file}: no such file; a checkpoint directory needs it")
     return _parsed(file, read_text(file))
 
 
 def read_optional_object(file: Path) -> JsonObject:
-    """Read a file that holds a JSON object; a missing file is an empty object. Raises ConfigError."""
+    """Read a file that contains a JSON object; a missing file is an empty object. Raises ConfigError."""
     return read_object(file) if file.exists() else JsonObject(file, {})
 
 
@@ -90,8 +90,10 @@ def _parsed(file: Path, text: str) -> JsonObject:
 class JsonObject:
     """Typed access to the keys of a JSON object.
 
-    All methods raise ConfigError for a value of another type. A key with null counts as missing. `at` is the
-    dotted path of the object in the file, with a trailing dot; "" for the whole file.
+    All methods raise ConfigError for a value of another type. A key with null counts as missing.
+
+    Args:
+        at: dotted path of the object in the file, with a trailing dot; "" for the whole file.
     """
 
     def __init__(self, file: Path, values: dict[str, Any], at: str = "") -> None:
@@ -110,7 +112,10 @@ class JsonObject:
     def integer(
         self, *names: str, default: int | None = None, least: int = 0, most: int | None = None
     ) -> int:
-        """Return the value of the first existing key. Without a default, one of them must exist."""
+        """Return the value of the first key in `names` that exists, checked to be `least` to `most`.
+
+        Without a default, one of the keys must exist.
+        """
         for name in names:
             value = self.values.get(name)
             if value is None:
@@ -128,7 +133,7 @@ class JsonObject:
         value = self.values.get(name)
         if value is None:
             return default
-        # A large integer cannot be converted to float.
+        # Python integers may be too large for a float.
         if type(value) not in (int, float) or abs(value) > 1e300 or math.isnan(value):
             raise self.wrong(name, "a finite number")
         if above is not None and value <= above:
@@ -139,7 +144,7 @@ class JsonObject:
         return self._typed(name, bool, "true or false", lambda: default)
 
     def text(self, name: str, default: str | None = None) -> str | None:
-        return self._typed(name, str, "a text", lambda: default)
+        return self._typed(name, str, "a string", lambda: default)
 
     def object(self, name: str) -> JsonObject:
         """Return an object; empty if the key is missing."""
@@ -168,14 +173,14 @@ class JsonObject:
 
 
 def kind_of(value: Any) -> str:
-    """Return the JSON type of a value for messages."""
+    """Return the JSON type of a value, as a noun for messages."""
     match value:
         case dict():
             return "an object"
         case list():
             return "a list"
         case str():
-            return "a text"
+            return "a string"
         case bool():
             return "true" if value else "false"
         case None:

@@ -1,4 +1,7 @@
-"""Listening unix sockets whose path can be removed at any time: no error reports that to the socket."""
+"""Listening unix sockets, with a check that their path still leads to them.
+
+Other programs may remove or replace the path, and the kernel does not report that to the socket.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ class SocketPath:
 
     Args:
         mode, group, backlog: see `listen`.
-        directory_mode: permission bits of its directory, should that have to be made.
-        is_bound: True if the caller has a socket that listens there already.
+        directory_mode: permission bits of its directory, if that has to be created.
+        is_bound: True if the caller already has a socket that listens there.
     """
 
     def __init__(
@@ -73,13 +76,13 @@ class SocketPath:
             return True
 
     def bind(self) -> socket.socket:
-        """Return a new socket that listens on the path; make its directory if missing. Raises OSError."""
+        """Return a new socket that listens on the path; create a missing directory. Raises OSError."""
         self.path.parent.mkdir(self._directory_mode, parents=True, exist_ok=True)
         listener, self._bound = listen(self.path, self._mode, group=self._group, backlog=self._backlog)
         return listener
 
     def remove(self) -> None:
-        """Remove the path unless it leads elsewhere by now. Raises OSError."""
+        """Remove the path if it still leads to the socket of the last `bind`. Raises OSError."""
         if self.is_bound():
             self.path.unlink(missing_ok=True)
 
@@ -88,7 +91,7 @@ class UnixListener:
     """Socket that keeps its descriptor's number when it is bound again.
 
     Args:
-        listening: a socket that listens on the path already; by default a new one, which `bind` binds.
+        listening: a socket that already listens on the path; None: a new one, which `bind` binds.
     """
 
     def __init__(self, path: SocketPath, listening: socket.socket | None = None) -> None:
@@ -102,7 +105,7 @@ class UnixListener:
     def bind(self) -> None:
         """Listen on the path, in place of whatever is there. Raises OSError.
 
-        An epoll object forgets the descriptor; it has to be registered again.
+        Register the descriptor again with epoll afterwards: the kernel has removed it.
         """
         with self._path.bind() as fresh:
             fresh.setblocking(False)

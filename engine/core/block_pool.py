@@ -13,7 +13,7 @@ ROOT_HASH = bytes(32)
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """Hash a full block with everything before it, which `parent` stands for.
+    """Return the hash of a full block and all text before it; `parent` is the hash of the preceding block.
 
     The hash is cryptographic, because a collision would serve one client the cached text of another.
     """
@@ -34,9 +34,9 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        # Ascending, and therefore already a heap.
+        # Free and without content. Ascending, and therefore already a heap.
         self._blank = list(range(num_blocks))
-        # Free but published. Not a plain dict, which scans over its deletions to find its first key.
+        # Free with published content. A plain dict would scan over deleted entries to find its first key.
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -64,6 +64,7 @@ class BlockPool:
         return found
 
     def num_free_among(self, blocks: Sequence[int]) -> int:
+        """Return how many of `blocks` have no holder."""
         return sum(self._holders[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:

@@ -57,7 +57,7 @@ class EngineCore:
         except RequestError as error:
             self._refusals.append(_error(request.request_id, str(error)))
         except Exception as error:
-            # Must not end the loop and with it all other requests.
+            # It must not end the engine loop, and with it all other requests.
             _log.error("request=%s cannot be queued", request.request_id, exc_info=error)
             self._scheduler.abort([request.request_id])
             self._refusals.append(_error(request.request_id, "the engine failed to queue this request"))
@@ -167,6 +167,7 @@ class EngineCore:
 def _output(sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -> TokenOutput:
     params = sequence.params
     is_first = len(sequence.output_token_ids) <= 1
+    # With max_tokens 0 the prompt is only scored, and the drawn token is discarded.
     is_kept = params.max_tokens > 0
     return TokenOutput(
         request_id=sequence.request_id,

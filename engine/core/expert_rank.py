@@ -12,14 +12,14 @@ from ..device.paddle_cpu import ModelRunner
 from ..expert_parallel.group import ExpertGroup
 from ..expert_parallel.join import join
 from ..expert_parallel.layout import GroupLayout
-from ..expert_parallel.options import GroupOptions
+from ..expert_parallel.options import STALL_AFTER, GroupOptions
 from ..expert_parallel.residency import ExpertPages
 from ..models.ernie45 import MoEWeights
 from ..weights.weight_cache import Packing
 from .cpu_share import CpuShare
 
-#: Limit of a rank's tokens in one collective; larger steps take several. It keeps exchange buffers within the
-#: shared memory of a container, and is large enough to amortise reading an expert's weights.
+#: Maximum tokens of a rank in one collective; a larger step takes several. This keeps the exchange buffers
+#: within the shared memory of a container, and is enough to amortise reading an expert's weights.
 _ROUND_TOKENS = 128
 #: Less than the time after which the API process kills a stopping worker.
 _LEAVE_SECONDS = 3.0
@@ -93,14 +93,14 @@ def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
         rank=config.data_parallel_rank,
         redundant_experts=config.redundant_experts,
         rebalance=config.enable_eplb,
-        stall_after=min(10.0, config.expert_parallel_stall_kill / 2),
+        stall_after=min(STALL_AFTER, config.expert_parallel_stall_kill / 2),
         stall_kill=config.expert_parallel_stall_kill,
         spin=share.threads * config.data_parallel_size <= len(os.sched_getaffinity(0)),
     )
 
 
 def _fingerprint(config: EngineConfig) -> dict[str, object]:
-    """Return everything that changes the generated tokens, so all ranks must agree on it."""
+    """Return the settings that affect the generated tokens; they must be equal on all ranks."""
     packing = Packing(config.model, config.weight_format, config.qkv_order).metadata()
     return {
         "checkpoint": packing["checkpoint"],

@@ -5,9 +5,9 @@ A step is a transaction: `schedule` reserves blocks and describes the step, `com
 again or aborted.
 
 Sequences are always in arrival order, running ones before waiting ones. When blocks run out, the youngest
-running sequence returns all of its blocks and becomes the first waiting one; its text is recomputed later, as
-far as it is no longer in the prefix cache. The oldest sequence is therefore never delayed by another one. It
-ends eventually, so every sequence becomes the oldest: none starves.
+running sequence returns all of its blocks and becomes the first waiting one; the part of its text that is no
+longer in the prefix cache is recomputed later. No sequence delays the oldest one, which therefore ends. Then
+another one is the oldest, so none starves.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Scheduler:
         prefill = self._prefill_budget()
         scored = MAX_SCORED
         rows: list[ScheduledSequence] = []
-        # By index, because preemption removes sequences, which have no row yet, from the end.
+        # By index, because preemption removes sequences from the end of the list. Those have no row yet.
         index = 0
         while index < len(self._running) and budget > 0:
             sequence = self._running[index]
@@ -174,14 +174,14 @@ class Scheduler:
         left = sequence.num_tokens - sequence.num_computed
         if left == 1 or prefill == math.inf:
             return left
-        # At least one while any budget is left, or a prompt with a very long context would never finish.
+        # At least one token while any budget is left: a prompt with a very long context must finish.
         affordable = math.ceil(prefill / (1 + sequence.num_computed / self._context_of_double_cost))
         return min(left, max(0, affordable))
 
     def _scorable(self, sequence: Sequence, scored: int) -> int:
         """Return the maximum tokens of the sequence for a step with `scored` scored positions left."""
         left = sequence.num_tokens - sequence.num_computed
-        if not sequence.is_scored or len(_scored(sequence, sequence.num_tokens)) <= scored:
+        if not sequence.needs_scoring or len(_scored(sequence, sequence.num_tokens)) <= scored:
             return left
         return len(sequence.prompt_logprobs) - sequence.num_computed + scored
 
@@ -222,7 +222,7 @@ class Scheduler:
         rows: list[ScheduledSequence] = []
         while self._waiting and budget > 0 and prefill > 0 and len(self._running) < self._config.max_num_seqs:
             sequence = self._waiting[0]
-            if sequence.is_scored and scored <= 0:
+            if sequence.needs_scoring and scored <= 0:
                 break
             cached = self._find_prefix(sequence)
             # The whole text must fit, not only its first chunk, and each running sequence must be able to
@@ -258,7 +258,7 @@ class Scheduler:
             return []
         # The last token is always computed: its logits are needed, and the cache holds none.
         count = (sequence.num_tokens - 1) // self._pool.block_size
-        if sequence.is_scored:
+        if sequence.needs_scoring:
             # The same holds for all positions that are not yet scored.
             count = min(count, len(sequence.prompt_logprobs) // self._pool.block_size)
         self._extend_hashes(sequence, count)
@@ -298,7 +298,7 @@ class Scheduler:
 
 def _scored(sequence: Sequence, end: int) -> range:
     """Return the positions before `end` that are not yet scored. The last of the prompt is never scored."""
-    if not sequence.is_scored:
+    if not sequence.needs_scoring:
         return range(0)
     first = len(sequence.prompt_logprobs)
     return range(first, max(first, min(end, len(sequence.prompt_token_ids) - 1)))

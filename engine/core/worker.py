@@ -154,7 +154,7 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
 
 
 def serve(engine: EngineCore, rank: Rank | None, api: ApiLink) -> None:
-    """Run the engine loop: receive messages, compute a step if there is work, send its tokens, else sleep.
+    """Run the engine loop: receive messages; compute a step and send its tokens, or sleep without work.
 
     The rank also takes part in the steps of the other ranks of its group.
     """
@@ -209,7 +209,7 @@ class ApiLink:
         # The error of a worker that cannot start must arrive.
         self._socket.linger = 2000
         self._socket.connect(endpoint)
-        # A signal writes a byte here and so ends a wait in `receive`, which the flag alone would not.
+        # A signal writes a byte here, which ends a wait in `receive`; setting `stopping` would not.
         self._signalled, self._signal_sink = socket.socketpair()
         self._signalled.setblocking(False)
         self._signal_sink.setblocking(False)
@@ -331,7 +331,7 @@ def _open_cpu(
 
 
 def _start_paddle(api: ApiLink) -> None:
-    # The import removes our handlers of SIGTERM and of faulthandler's signals. Block SIGTERM until ours is
+    # The import replaces the handlers of SIGTERM and of faulthandler's signals. Block SIGTERM until they are
     # restored.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

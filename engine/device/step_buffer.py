@@ -26,7 +26,8 @@ class StepBuffer:
         self._may_grow = array is None
 
     def write(self, batch: Batch, *, every_position: bool = False) -> NDArray[np.int32]:
-        """
+        """Encode a batch, which must not be empty.
+
         Args:
             every_position: select the logits of all tokens instead of those of the sampling rows and scored
                 positions.

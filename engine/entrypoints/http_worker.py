@@ -33,7 +33,7 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, ThreadWorker
 _READ_TIMEOUT = struct.pack("ll", 30, 0)
 #: `struct timeval`: limit of the wait for a client to read, once the kernel's buffers are full.
 _WRITE_TIMEOUT = struct.pack("ll", 60, 0)
-#: Errors of accept(2) without a descriptor or memory for a connection, and the seconds before a retry.
+#: Errors of accept(2) if descriptors or memory have run out, and the seconds before a retry.
 _RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _RETRY_SECONDS = 0.2
 
@@ -100,7 +100,7 @@ class HttpWorker(ThreadWorker):
                 self.log.error("connection failed: %s: %s", type(error).__name__, error)
                 if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
                     time.sleep(_RETRY_SECONDS)
-        # Not on accept: at the limit gunicorn no longer polls for new connections.
+        # Here and not on accept, because gunicorn does not poll for new connections at the limit.
         self._make_room()
 
     def set_accept_enabled(self, enabled: bool) -> None:

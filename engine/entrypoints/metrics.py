@@ -36,7 +36,7 @@ class ReplicaMetrics:
     Args:
         read_stats: returns the worker's latest statistics; None before the first step.
         read_sizes: returns the sizes of its cache; None before it is ready.
-        max_num_seqs: sequences in a batch, at most.
+        max_num_seqs: maximum sequences in a batch.
     """
 
     content_type = CONTENT_TYPE
@@ -128,21 +128,23 @@ class _EngineCollector(Collector):
 
 def _group_metrics(group: ExpertParallelStats) -> Iterator[Metric]:
     yield _gauge("ep_epoch", "Epoch of the expert group; increases when its members change", group.epoch)
-    yield _gauge("ep_active_seats", "Ranks in the expert group", len(group.active_seats))
+    yield _gauge("ep_active_seats", "Ranks in the expert group", len(group.active_ranks))
     yield _counter("ep_joins", "Ranks that have joined; the same value at each rank", group.joins_total)
     yield _counter("ep_leaves", "Ranks that have left; the same value at each rank", group.leaves_total)
     yield _counter("ep_losses", "Ranks that have died; the same value at each rank", group.losses_total)
     yield _counter("ep_steps", "Steps of the group with this rank as a member", group.steps_total)
     yield _counter("ep_step_seconds", "Seconds that those steps took", group.step_seconds_total)
-    yield _counter("ep_restarted_steps", "Steps that were repeated", group.restarted_steps_total)
+    yield _counter(
+        "ep_restarted_steps",
+        "Steps computed again, because members of the group changed",
+        group.restarted_steps_total,
+    )
     yield _counter("ep_dispatched_bytes", "Bytes of tokens sent to other ranks", group.bytes_dispatched_total)
     yield _counter(
         "ep_combined_bytes", "Bytes of results received from other ranks", group.bytes_combined_total
     )
     waited, computed = group.waited_seconds_total, group.expert_tokens_total
-    yield _counters(
-        "ep_waited_seconds", "Seconds that this rank has waited for each other rank", "seat", waited
-    )
+    yield _counters("ep_waited_seconds", "Seconds that this rank has waited for each rank", "seat", waited)
     yield _counters(
         "ep_expert_tokens", "Tokens that this rank has computed with each expert", "expert", computed
     )

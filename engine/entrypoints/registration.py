@@ -31,7 +31,7 @@ _INTERVAL_SECONDS = 5.0
 #: Interval until a registration succeeds; shorter, because the replica gets no requests in this time.
 _RETRY_SECONDS = 1.0
 _TIMEOUT_SECONDS = 5.0
-#: Limit of a deregistration, which a router answers at once.
+#: Timeout of a deregistration in seconds; routers respond at once.
 DEREGISTER_SECONDS = 2
 #: Optional features that a router may use; see resumption.py.
 _FEATURES = ["resume", "progress"]
@@ -52,7 +52,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Identity of one start of a replica; another start at the same address has another."""
+    """Identity of one run of a replica; the next run at the same address has another one."""
 
     max_concurrency: int
     instance: str = field(default_factory=lambda: secrets.token_hex(16))

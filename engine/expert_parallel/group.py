@@ -90,9 +90,9 @@ class ExpertGroup:
         member.
 
         Args:
-            tokens: this rank's tokens in the step: the largest number that `compute` passes to an operation.
-            compute: calls `check` after each layer; may be called again after that or an operation has
-            raised.
+            tokens: number of this rank's tokens in the step; `compute` passes no more to any operation.
+            compute: calls `check` after each layer. It is called again if `check` or an operation has raised
+                because the members have changed.
 
         Returns:
             The result of `compute`; None if no rank has tokens, because there is no step then.
@@ -146,13 +146,13 @@ class ExpertGroup:
         """Confirm the step after its last layer, before its results become visible."""
         self._steps += 1
         self._step_seconds += time.monotonic() - self._began
-        # If this rank was stopped for long, it may have read data of later steps of the others.
+        # A rank that was stopped for long may have read data of later steps.
         self._member.confirm()
 
     # ---- between steps
 
     def handle_wakeups(self) -> None:
-        """Handle what made `wakeups` readable: remove dead members and adopt the newest epoch."""
+        """Read wake-ups, remove dead members and adopt the newest epoch, when `wakeups` is readable."""
         self._member.handle_wakeups()
         self._member.adopt_epoch()
 
@@ -165,11 +165,12 @@ class ExpertGroup:
         self._member.close()
 
     def status(self) -> ExpertParallelStats:
+        """Return the members and the counters of the group."""
         memory, record = self._member.memory, self._member.record
         header, counters = memory.header, self._native.counters
         return ExpertParallelStats(
             epoch=record.epoch,
-            active_seats=list(record.ranks),
+            active_ranks=list(record.ranks),
             joins_total=header.joins,
             leaves_total=header.leaves,
             losses_total=header.losses,

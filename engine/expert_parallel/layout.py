@@ -27,14 +27,16 @@ _ROW_BYTES = 128
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
-    """Sizes and offsets in bytes, as a function of what the ranks agree on. Nothing outgrows them."""
+    """Sizes of the group, on which all ranks agree, and the offsets in bytes that follow from them."""
 
     num_ranks: int
     num_layers: int
     num_experts: int
-    #: Limit of one rank in one collective.
+    #: Maximum tokens of one rank in one collective.
     max_tokens: int
+    #: Experts per token.
     k: int
+    #: Hidden size.
     hidden: int
 
     #: Offsets within the file.
@@ -93,7 +95,7 @@ class GroupLayout:
 
 
 class GroupHeader(ctypes.Structure):
-    """The first page, up to the words."""
+    """The beginning of the file, before `GroupWords`."""
 
     _fields_ = (
         ("magic", ctypes.c_char * 8),
@@ -173,11 +175,7 @@ class RankRow(ctypes.Structure):
     )
 
 
-def phase_name(number: int) -> str:
-    """Return the name of a phase, or "unknown" for a number that no rank writes."""
-    return PHASES[number] if number < len(PHASES) else "unknown"
-
-
+#: Names of the values of `Phase` in `expert_group.h`.
 PHASES = (
     "idle",
     "arriving",
@@ -190,6 +188,11 @@ PHASES = (
     "returned",
     "combining",
 )
+
+
+def phase_name(number: int) -> str:
+    """Return the name of a phase, or "unknown" for a number that no rank writes."""
+    return PHASES[number] if number < len(PHASES) else "unknown"
 
 
 def _rounded_up(size: int, unit: int) -> int:

@@ -80,6 +80,7 @@ class Member:
         return any(other >> 40 == epoch and other > begun for other in others)
 
     def wait_until_admitted(self) -> None:
+        """Return once this rank is a member and all members have adopted that epoch."""
         self._wake_all()
         while not self.is_member:
             with self.memory.locked():
@@ -132,7 +133,7 @@ class Member:
                 self._require_member(self._membership.read())
 
     def recover(self) -> None:
-        """Commit what an interrupted collective requires: remove dead or faulty ranks, or repeat the step.
+        """Commit an epoch after an interrupted collective: without dead or faulty ranks, or to repeat a step.
 
         Raises:
             RankLost: this rank is at fault, or cannot get memory.
@@ -157,11 +158,13 @@ class Member:
         self._wake_all()
 
     def request_leave(self) -> None:
+        """Request to leave; the lowest member commits it between two of its steps."""
         with self.memory.locked():
             self._membership.request(self.rank, RankSlotState.LEAVING)
         self._wake_all()
 
     def close(self) -> None:
+        """Free the rank; the last one removes the group's files."""
         with self.memory.locked():
             if self._membership.release(self.rank):
                 remove(self.memory)
@@ -216,7 +219,7 @@ class Member:
             return
         raise RankLost(
             f"the expert group has continued without rank {self.rank}: this process was stopped too long, "
-            "or another rank found faulty data in its part of the memory; see the log of that rank"
+            "or another rank found faulty data in its part of the memory; see the logs of the other ranks"
         )
 
     def _expel(self, rank: int, fault: str) -> None:

@@ -28,7 +28,7 @@ Planner = Callable[
 
 _log = logging.getLogger(__name__)
 
-#: The lower 40 bits of a stamp are the step number.
+#: Limit of epochs. A stamp has an epoch in its upper bits, and a step number in its lower 40.
 _MAX_EPOCHS = 1 << 23
 
 
@@ -82,7 +82,7 @@ class Membership:
         return self._memory.header.pending != 0
 
     def read(self) -> Record:
-        """Return the record in force. If it is damaged, commit the newest intact one again.
+        """Return the record in force. If it is damaged, commit the newest intact record as a new epoch.
 
         Raises:
             RankLost: no record is intact.
@@ -165,7 +165,7 @@ class Membership:
                 self._commit(record, set(record.ranks) - {rank})
             slot.state = RankSlotState.FREE
             self._memory.header.pending &= ~(1 << rank)
-        # Dead processes count as gone even before `remove_dead`: they cannot remove the group's files.
+        # Not by `state`: a dead process cannot remove the group's files, even if its slot is not free yet.
         return not any(map(is_alive, self._memory.rank_slots))
 
     def apply_requests(self) -> Record:

@@ -81,7 +81,7 @@ class Memory:
         return found
 
     def doorbell(self, rank: int) -> str:
-        """Return the path of a rank's doorbell socket."""
+        """Return the path of a rank's doorbell socket. Protocol 2 calls a rank a seat."""
         return str(self.directory / f"seat-{rank}")
 
     def allocate(self, rank: int) -> None:
@@ -119,7 +119,7 @@ def layout_of(descriptor: int, directory: Path) -> GroupLayout:
     header = read_header(descriptor)
     if header.magic != MAGIC or header.version != PROTOCOL_VERSION:
         raise ConfigError(
-            f"the expert group there speaks protocol {header.version}, this process {PROTOCOL_VERSION}; "
+            f"the expert group speaks protocol {header.version}, this process {PROTOCOL_VERSION}; "
             "all ranks must run one version, or be in groups of their own (--expert-parallel-group)"
         )
     sizes = [getattr(header, field.name) for field in fields(GroupLayout)]
@@ -132,6 +132,7 @@ def layout_of(descriptor: int, directory: Path) -> GroupLayout:
 
 
 def no_room(root: Path, needed: int, why: str) -> ConfigError:
+    """Return the error for a file system without room for `needed` bytes."""
     return ConfigError(
         f"{root} has no room for this rank's part of the expert group: {-(-needed >> 20)} MB are needed "
         f"({why}); make it larger (docker: --shm-size)"

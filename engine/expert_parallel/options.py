@@ -9,17 +9,23 @@ from dataclasses import dataclass
 #: new ones among them.
 OnPlacement = Callable[[Sequence[frozenset[int]], Sequence[frozenset[int]]], None]
 
+#: Seconds without progress after which a rank that others wait for is reported, and killed.
+STALL_AFTER, STALL_KILL = 10.0, 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
+    """Options that may differ between the ranks, except `redundant_experts`."""
+
     name: str
     rank: int
     #: Extra copies of the most used experts in each layer.
     redundant_experts: int = 0
     #: Move experts once a minute to balance their measured load.
     rebalance: bool = False
-    #: Seconds without progress after which a rank that others wait for is reported, and killed.
-    stall_after: float = 10.0
-    stall_kill: float = 60.0
+    #: Seconds without progress after which a rank that others wait for is reported in the log.
+    stall_after: float = STALL_AFTER
+    #: Seconds without progress after which it is killed.
+    stall_kill: float = STALL_KILL
     #: Every rank has one CPU per thread, so short waits may spin.
     spin: bool = False

@@ -81,6 +81,7 @@ class Peers:
         )
 
     def wait(self, seconds: float) -> None:
+        """Wait for a wake-up or the death of a watched process, for at most `seconds`."""
         self.wakeups.poll(seconds)
 
     def drain(self) -> bool:
@@ -92,7 +93,7 @@ class Peers:
         return any(pidfd in ready for _, pidfd in self._watched.values())
 
     def ensure_doorbell(self) -> None:
-        """Create a removed doorbell again. Without one, this rank notices a wake-up up to a second late."""
+        """Create the doorbell again if it was removed. Without it a wake-up takes up to a second."""
         now, path = time.monotonic(), Path(self._memory.doorbell(self._rank))
         if now < self._checked_at + _CHECK_SECONDS:
             return

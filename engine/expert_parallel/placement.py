@@ -1,8 +1,8 @@
 """Placement of the experts of one MoE layer on the ranks of a group. Pure: no clock, no I/O.
 
-Every rank can compute the plan, so it depends on nothing but the arguments. Numbers are always balanced: each
-rank holds as many replicas as any other, or one more, because memory is sized for that. Within this limit the
-load is balanced.
+A plan depends only on its arguments, so every rank computes the same one. Numbers of replicas are always
+balanced, because memory is sized for that: two ranks differ by at most one. Within this limit the load is
+balanced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..common.errors import FastDeployError
 #: expert that moves must be read from the weight file.
 MIN_GAIN = 0.01
 
-#: A smaller total load counts as zero. An average that decays without traffic ends in subnormal numbers, one
+#: A smaller total load counts as zero. Averages that decay without traffic become subnormal numbers, one
 #: percent of which is zero, so that trades might never end.
 NEGLIGIBLE = 1e-200
 
@@ -76,9 +76,8 @@ def plan(
     load per replica; then the heaviest replica goes first, to the least loaded rank that has room (longest
     processing time first, Graham 1969). EPLB plans from scratch each time. Here experts keep their ranks:
 
-    - Without `rebalance`, ranks have joined or left. Only replicas that lost their rank, are new or must move
-    to
-      keep the numbers equal are assigned. Without redundant experts this is the minimum of moves.
+    - Without `rebalance`, ranks have joined or left. Only replicas that lost their rank, are new, or must
+      move to keep the numbers equal are assigned. Without redundant experts this is the minimum of moves.
     - With `rebalance`, and in a first plan, the heaviest rank then trades with lighter ones while that lowers
       the maximum load.
 

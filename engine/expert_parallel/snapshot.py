@@ -31,19 +31,19 @@ Structure = TypeVar("Structure", bound=ctypes.Structure)
 
 @dataclass(frozen=True, slots=True)
 class RankSnapshot:
-    """State of a rank's process; None for what does not apply."""
+    """State of a rank's process; fields that do not apply are None."""
 
     seat: int
     pid: int
-    #: joining, active, leaving; dead until another rank has noticed; unknown if it is damaged.
+    #: joining, active, leaving, dead (until another rank removes it), or unknown (the memory is damaged).
     state: str
     #: The newest epoch that it has adopted.
     epoch: int
-    #: Steps with work since the group exists, including those of previous processes of the rank.
+    #: Steps with work since the group was created, including those of previous processes of the rank.
     steps: int
     phase: str | None
     layer: int | None
-    #: Time in this phase.
+    #: Time in this phase, in seconds.
     seconds: float | None
     #: Its tokens in the step under way.
     tokens: int | None
@@ -52,7 +52,7 @@ class RankSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The rank that most others wait for, and the longest time that one has waited."""
+    """The rank that most others wait for, the ranks that wait, and the longest of their waits in seconds."""
 
     seat: int
     by: tuple[int, ...]
@@ -61,6 +61,8 @@ class Awaited:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
+    """State of a group; counters since it was created."""
+
     name: str
     epoch: int
     #: Members of the epoch.

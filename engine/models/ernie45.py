@@ -1,4 +1,7 @@
-"""The ERNIE-4.5 network, dense or mixture of experts."""
+"""The ERNIE-4.5 network, dense or mixture of experts.
+
+Shapes: T is the number of tokens in a step, H the hidden size, E the number of routed experts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MLPWeights:
-    """down(silu(gate(x)) * up(x)); packed, gate and up interleaved by 16 outputs; stacks for experts."""
+    """Packed matrices of down(silu(gate(x)) * up(x)); stacks of matrices for routed experts.
+
+    gate and up are one matrix, interleaved 16 outputs at a time.
+    """
 
     gate_up: Buffer
     down: Buffer
@@ -84,10 +90,10 @@ class Ernie45:
                 are local.
 
         Raises:
-            GroupChanged: a rank was lost. Repeating the step overwrites everything written so far.
+            GroupChanged: the members have changed. Repeating the step overwrites everything written so far.
 
         Returns:
-            The hidden states [T, H], for `logits`.
+            The hidden states float32 [T, H], for `logits`.
         """
         config, weights, operations = self.config, self.weights, self._operations
         epsilon = config.rms_norm_eps
@@ -115,20 +121,20 @@ class Ernie45:
         return hidden_states
 
     def logits(self, hidden_states: Buffer, step: Buffer) -> Buffer:
-        """Return the logits [rows, vocabulary] of the rows that the step selects."""
+        """Return the logits, float32 [rows, vocabulary], of the rows that the step selects."""
         weights = self.weights
         return self._operations.logits(
             hidden_states, step, weights.final_norm, weights.lm_head, self.config.rms_norm_eps
         )
 
     def execute_dummy_batch(self, group: ExpertGroup, hidden_states: Buffer) -> None:
-        """Take part in a step without own tokens: compute only this rank's experts, for the other ranks.
+        """Take part in a step in which this rank has no tokens: compute its experts for the other ranks.
 
         Args:
             hidden_states: [0, H].
 
         Raises:
-            GroupChanged: a rank was lost.
+            GroupChanged: the members have changed.
         """
         layers = [layer for layer in self.weights.layers if isinstance(layer.mlp, MoEWeights)]
         for index, layer in enumerate(layers):

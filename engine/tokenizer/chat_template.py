@@ -15,9 +15,8 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
@@ -38,7 +37,11 @@ _MAX_ERROR_CHARACTERS = 500
 _WALL_SECONDS = 30
 
 
-def compile_template(source: str) -> Callable[[dict[str, Any], float | None], str]:
+class Render(Protocol):
+    def __call__(self, variables: dict[str, Any], rendered_at: float | None = None) -> str: ...
+
+
+def compile_template(source: str) -> Render:
     """Return a function that renders `source` with the given variables, at the given time or now.
 
     Raises:
@@ -48,7 +51,7 @@ def compile_template(source: str) -> Callable[[dict[str, Any], float | None], st
         template = _environment().from_string(source)
     except (RecursionError, MemoryError):
         raise RequestError(
-            "the chat template cannot be compiled: its expressions are nested too deep, or too large",
+            "the chat template cannot be compiled: its expressions are nested too deeply or too large",
             "chat_template",
         ) from None
     # Not only TemplateError: Jinja generates Python code, whose compiler has its own errors (a break outside

@@ -109,7 +109,8 @@ class Tokenizer:
     def detokenizer(
         self, skip_special_tokens: bool = True, *, continues: bool = False
     ) -> IncrementalDetokenizer:
-        """
+        """Return a detokenizer for the ids of one text.
+
         Args:
             continues: the ids continue a text, so a leading space separates words and is kept. Otherwise it
                 is the one that encoding adds before a text.
@@ -242,7 +243,7 @@ def _read_chat_template(path: Path, settings: JsonObject) -> tuple[Path, str | N
                 if name == "default":
                     return settings.file, template
             case _:
-                raise settings.wrong("chat_template", 'a text, or a list of {"name": ..., "template": ...}')
+                raise settings.wrong("chat_template", 'a string, or a list of {"name": ..., "template": ...}')
     return settings.file, None
 
 
@@ -264,4 +265,4 @@ def _content(source: JsonObject, key: str, token: Any) -> str:
         case str(text) | {"content": str(text)}:
             return text
         case _:
-            raise source.wrong(key, 'a text or {"content": ...}')
+            raise source.wrong(key, 'a string or {"content": ...}')

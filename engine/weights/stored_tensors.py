@@ -32,7 +32,7 @@ _ITEM_SIZE |= {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 _MAX_HEADER = 100 << 20
 #: NumPy's maximum.
 _MAX_DIMENSIONS = 64
-#: Raised while a damaged header is parsed and read.
+#: Exceptions that a damaged header causes while it is parsed and read.
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 #: Supported dtypes of weights -> NumPy dtype of the view; NumPy has no bfloat16.
 _FLOATS = {"F32": np.float32, "BF16": np.uint16, "F16": np.float16}
@@ -72,7 +72,7 @@ class StoredTensor:
         values = values.astype(np.float32, copy=False)
         if values.size and not np.isfinite([values.min(), values.max()]).all():
             raise CheckpointError(
-                f"{self.file}: tensor {printable(self.name)} holds values that are not finite numbers"
+                f"{self.file}: tensor {printable(self.name)} contains values that are not finite numbers"
             )
         return values
 

@@ -28,8 +28,8 @@ _log = logging.getLogger("fastdeploy.weights.weight_cache")
 
 Progress = Callable[[float, str], None]
 
-#: packed_matrix.LAYOUT_VERSION, then the version of the set of tensors and their names. Repeated here,
-#: because mapping a file must not import the code that packs one.
+#: packed_matrix.LAYOUT_VERSION, then the version of the tensors' names. Repeated here, because mapping a file
+#: must not import the code that packs one.
 VERSION = "2.2"
 
 _DIRECTORY_NAME = "packed"
@@ -110,24 +110,24 @@ def packed_tensors(packing: Packing, config: ModelConfig, progress: Progress) ->
             f"({error.strerror or error}); make room there, or set FD_MODEL_CACHE to another directory"
         ) from None
     if isinstance(found, str):
-        raise CheckpointError(f"{file}: unusable although just written: {found}")
+        raise CheckpointError(f"{file}: was packed but cannot be used: {found}")
     return found
 
 
 def _find(file: Path, expected: dict[str, str]) -> dict[str, StoredTensor] | str:
     """Return the tensors of `file`, or why they cannot be used."""
     if not os.path.exists(file):
-        return "for the first time"
+        return "there is no packed file yet"
     try:
         stored = read(file)
     except CheckpointError as error:
-        return f"what is there is damaged: {error}"
+        return f"the packed file is damaged: {error}"
     if (version := stored.metadata.get("version")) != VERSION:
-        return f"what is there has layout {version}, now it is {VERSION}"
+        return f"the packed file has layout {version}, the current one is {VERSION}"
     try:
         check_header(file, stored)
     except CheckpointError as error:
-        return f"what is there is damaged: {error}"
+        return f"the packed file is damaged: {error}"
     if any(stored.metadata.get(key) != value for key, value in expected.items()):
         return "the checkpoint has changed"
     return stored.tensors

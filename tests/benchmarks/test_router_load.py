@@ -49,13 +49,13 @@ def blocks(engines: MockEngines, count: int, headers: dict[str, str] | None = No
     return answer.text.removesuffix("\n\n").split("\n\n")
 
 
-def test_each_engine_answers_with_its_own_300_bytes_of_json(engines: MockEngines):
+def test_each_engine_answers_with_its_own_300_bytes_of_json(engines: MockEngines) -> None:
     answers = [chat(url) for url in engines.urls]
     assert [len(answer.content) for answer in answers] == [300] * 8
     assert len({answer.json()["system_fingerprint"] for answer in answers}) == 8
 
 
-def test_an_engine_answers_request_after_request_on_one_connection(engines: MockEngines):
+def test_an_engine_answers_request_after_request_on_one_connection(engines: MockEngines) -> None:
     with requests.Session() as session:
         for stream in (False, True, False):
             answer = session.post(
@@ -67,7 +67,7 @@ def test_an_engine_answers_request_after_request_on_one_connection(engines: Mock
         assert "connection" not in answer.headers
 
 
-def test_a_stream_has_as_many_events_as_asked_for_numbered_and_timed(engines: MockEngines):
+def test_a_stream_has_as_many_events_as_asked_for_numbered_and_timed(engines: MockEngines) -> None:
     *events, done = blocks(engines, 5)
     assert done == "data: [DONE]"
     found = [re.search(r'"content":"(\d{20}) (\d{5})"', event) for event in events]
@@ -76,11 +76,11 @@ def test_a_stream_has_as_many_events_as_asked_for_numbered_and_timed(engines: Mo
     assert all(earlier < later for earlier, later in itertools.pairwise(times))
 
 
-def test_without_the_header_there_are_no_marks(engines: MockEngines):
+def test_without_the_header_there_are_no_marks(engines: MockEngines) -> None:
     assert not any("\n: fd" in block for block in blocks(engines, 3))
 
 
-def test_marks_are_those_that_a_resumption_is_made_of(engines: MockEngines):
+def test_marks_have_the_format_of_a_resumption(engines: MockEngines) -> None:
     *events, done = blocks(engines, 4, {"X-FD-Marks": "1"})
     lines = [event.rpartition("\n: fd ")[2].encode() for event in events]
     assert lines[0] == b"0"
@@ -88,7 +88,7 @@ def test_marks_are_those_that_a_resumption_is_made_of(engines: MockEngines):
     assert "\n" not in done
 
 
-def test_readers_count_every_chunk_of_every_stream(engines: MockEngines, tmp_path: Path):
+def test_readers_count_every_chunk_of_every_stream(engines: MockEngines, tmp_path: Path) -> None:
     before = engines.stats()["streams"]
     begun: list[bool] = []
     found = run_sse_load(
@@ -132,12 +132,12 @@ def in_single_bytes(received: Received) -> bool:
     return True
 
 
-def test_a_stream_may_come_in_any_pieces(faulty: FakeEngine, tmp_path: Path):
+def test_reader_accepts_any_split_of_a_stream(faulty: FakeEngine, tmp_path: Path) -> None:
     faulty.behaviour = in_single_bytes
     assert run_sse_load(faulty.port, tmp_path, count=2, chunks=2, rounds=2)["chunks"] == 8
 
 
-def test_comments_between_events_are_no_events(faulty: FakeEngine, tmp_path: Path):
+def test_comments_between_events_are_no_events(faulty: FakeEngine, tmp_path: Path) -> None:
     faulty.behaviour = sends_events(event(0), b":\n\n", b": resumed\n\n", event(1), DONE)
     assert run_sse_load(faulty.port, tmp_path, count=1, chunks=2)["chunks"] == 2
 
@@ -157,9 +157,9 @@ def test_comments_between_events_are_no_events(faulty: FakeEngine, tmp_path: Pat
         (answers_status("200 OK"), "not chunked"),
     ],
 )
-def test_a_reader_that_is_let_down_says_so(
+def test_reader_reports_an_invalid_stream(
     faulty: FakeEngine, tmp_path: Path, behaviour: Callable[[Received], bool], why: str
-):
+) -> None:
     faulty.behaviour = behaviour
     with pytest.raises(LoadError, match=re.escape(why)):
         run_sse_load(faulty.port, tmp_path, count=1, chunks=2)
@@ -169,7 +169,7 @@ needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk")
 
 
 @needs_wrk
-def test_requests_go_to_the_engine_and_have_figures(engines: MockEngines, tmp_path: Path):
+def test_requests_reach_the_engine_and_are_measured(engines: MockEngines, tmp_path: Path) -> None:
     before = engines.stats()["requests"][0]
     found = unary(engines.ports[0], None, connections=4, seconds=1, directory=tmp_path)
     assert engines.stats()["requests"][0] > before
@@ -178,13 +178,13 @@ def test_requests_go_to_the_engine_and_have_figures(engines: MockEngines, tmp_pa
 
 
 @needs_wrk
-def test_requests_that_are_refused_have_no_figure(faulty: FakeEngine, tmp_path: Path):
+def test_refused_requests_have_no_result(faulty: FakeEngine, tmp_path: Path) -> None:
     faulty.behaviour = answers_status("429 Too Many Requests")
     with pytest.raises(LoadError, match="were refused"):
         unary(faulty.port, None, connections=1, seconds=1, directory=tmp_path)
 
 
-def test_the_time_of_a_process_is_that_of_all_below_it():
+def test_cpu_time_includes_all_descendants() -> None:
     burn = "import time\nwhile time.process_time() < 0.3: pass\nprint('done', flush=True)\ninput()"
     child = subprocess.Popen(
         ["/bin/sh", "-c", f'{sys.executable} -c "{burn}"; :'],
@@ -204,7 +204,7 @@ def figures(**changes: float) -> dict[str, float]:
     return {"rps": 100.0, "p50_ms": 1.0, "cpu_us": 10.0, **changes}
 
 
-def test_rows_compare_what_routers_add_to_what_is_there_without_them():
+def test_rows_compare_latency_added_by_routers() -> None:
     case, findings = UnaryCase(64), Findings()
     findings.add(case, DIRECT, figures(rps=1000.0))
     for p50 in (3.0, 9.0, 5.0):
@@ -216,7 +216,7 @@ def test_rows_compare_what_routers_add_to_what_is_there_without_them():
     assert rows["unary_rps_c64_vs_vllm"].limit == 1000.0
 
 
-def test_a_router_that_failed_once_has_no_figure():
+def test_router_that_failed_once_has_no_result() -> None:
     case, findings = UnaryCase(64), Findings()
     for contender in (DIRECT, "ours", "vllm", "nginx"):
         findings.add(case, contender, figures())

@@ -28,7 +28,7 @@ class Bench:
         return job
 
 
-def test_a_prompt_is_computed_once_while_the_cache_has_room():
+def test_a_prompt_is_computed_once_while_the_cache_has_room() -> None:
     bench = Bench()
     first, second = bench.ask(0.0, [1, 2, 3]), bench.ask(10.0, [1, 2, 9])
     bench.time.run()
@@ -36,7 +36,7 @@ def test_a_prompt_is_computed_once_while_the_cache_has_room():
     assert second.first_token_at - second.arrived < first.first_token_at - first.arrived
 
 
-def test_what_was_used_longest_ago_leaves_a_full_cache_from_its_end():
+def test_full_cache_evicts_the_least_recently_used_text_from_its_end() -> None:
     bench = Bench(cache_blocks=4)
     bench.ask(0.0, [1, 2])
     bench.ask(10.0, [3, 4, 5])
@@ -45,7 +45,7 @@ def test_what_was_used_longest_ago_leaves_a_full_cache_from_its_end():
     assert again.cached_tokens == BLOCK
 
 
-def test_a_text_that_comes_meanwhile_joins_at_the_next_step():
+def test_arriving_text_joins_at_the_next_step() -> None:
     bench = Bench()
     long, short = bench.ask(0.0, [], answer_tokens=1000), bench.ask(1.0, [], answer_tokens=1)
     bench.time.run()
@@ -53,7 +53,7 @@ def test_a_text_that_comes_meanwhile_joins_at_the_next_step():
     assert short.first_token_at - short.arrived < 3 * STEP_SECONDS
 
 
-def test_long_prompt_takes_several_steps_and_excess_texts_wait():
+def test_long_prompt_takes_several_steps_and_excess_texts_wait() -> None:
     bench = Bench()
     long = bench.ask(0.0, list(range(3 * CHUNK // BLOCK)))
     others = [bench.ask(0.0, [], answer_tokens=200) for _ in range(MAX_TEXTS)]
@@ -64,7 +64,7 @@ def test_long_prompt_takes_several_steps_and_excess_texts_wait():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_policy_gets_everything_answered_and_a_run_can_be_repeated(name):
+def test_every_policy_gets_everything_answered_and_a_run_can_be_repeated(name: str) -> None:
     scene = Scene.of(SETTINGS[name], 1, SECONDS)
     for policy in CONTENDERS:
         jobs = simulate(scene, policy)
@@ -72,7 +72,7 @@ def test_every_policy_gets_everything_answered_and_a_run_can_be_repeated(name):
     assert figures_of(simulate(scene, policy)) == figures_of(jobs)
 
 
-def test_policies_that_look_for_prefixes_find_more_of_them():
+def test_policies_that_look_for_prefixes_find_more_of_them() -> None:
     scene = Scene.of(Setting({chat: 20.0}), 1, 2 * SECONDS)
     cached = {policy.name: figures_of(simulate(scene, policy)).cached for policy in POLICIES.values()}
     assert min(cached["cache_aware"], cached["session"]) > cached["request_num"] + 5

@@ -83,7 +83,7 @@ class Seen(NamedTuple):
     """One collective as one rank saw it."""
 
     stamp: int
-    index: int
+    number: int
     layer: int
     seat: int
     #: The members of the group as this rank knows them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 import paddle
@@ -22,7 +23,7 @@ def tensor(array: np.ndarray) -> paddle.Tensor:
     return paddle.to_tensor(np.asarray(array, np.float32))
 
 
-def integers(array: np.ndarray) -> paddle.Tensor:
+def integers(array: np.ndarray | list[int]) -> paddle.Tensor:
     return paddle.to_tensor(np.asarray(array, np.int32))
 
 
@@ -42,7 +43,12 @@ def as_multiplied(values: np.ndarray, weight_format: str) -> np.ndarray:
     return bfloat16(values) if narrow else values
 
 
-def tolerance(weight_format: str, scale: float) -> dict[str, float]:
+class Tolerance(TypedDict):
+    rtol: float
+    atol: float
+
+
+def tolerance(weight_format: str, scale: float) -> Tolerance:
     """Return the tolerance of results around `scale` after two products in a row."""
     if custom_ops.instruction_set() == "amx" and weight_format == "bfloat16":
         return {"rtol": 0, "atol": 2e-2 * scale}
@@ -95,7 +101,9 @@ class PackedMlp:
             return packed_matrix.pack(weights, column[..., 0], weight_format=weight_format)
 
         gate_up, down = pack(width, hidden, 2), pack(hidden, width, 1)
-        gate, up, out = [], [], []
+        gate: list[reference.Matrix] = []
+        up: list[reference.Matrix] = []
+        out: list[reference.Matrix] = []
         for weights, biases in zip(*packed_matrix.unpack(gate_up), strict=True):
             for into, rows, column in zip(
                 (gate, up),
@@ -116,7 +124,7 @@ class Span:
 
     start: int
     count: int
-    blocks: Sequence[int] = ()
+    blocks: Sequence[int] | np.ndarray = ()
     token_ids: Sequence[int] | None = None
 
     @property

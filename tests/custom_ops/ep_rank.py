@@ -70,7 +70,7 @@ class Rank:
             self.step(0)
 
     def wait_for(self, members: int) -> None:
-        while len(self.group.status().active_seats) < members:
+        while len(self.group.status().active_ranks) < members:
             if not self.is_wanted:
                 self.group.wakeups.poll()
             self.execute_dummy_step()
@@ -98,7 +98,7 @@ class Rank:
 
     def _collective(self, stamp: int, index: int, layer: int, tokens: int, wide: bool) -> Seen:
         group, seat = self.group.handle, self.group.rank
-        members = tuple(self.group.status().active_seats)
+        members = tuple(self.group.status().active_ranks)
         share = Share.draw(self.seed, stamp, index, seat, tokens, wide)
         self._come_to("before it sends")
         dispatch_targets = custom_ops.ep_dispatch_send(

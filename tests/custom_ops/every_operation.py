@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import paddle
@@ -20,12 +21,11 @@ from .draws import FORMATS, Packed, PackedMlp, PagedCache, Span, draw, integers,
 #: Several tiles of the highest kernel, plus a partial one.
 ROWS = 41
 HIDDEN, EXPERTS, K = 104, 6, 3
-Results = dict[str, np.ndarray]
 
 
 def main(file: str) -> None:
     random = np.random.default_rng(17)
-    found: Results = {"instruction set": np.array(custom_ops.instruction_set())}
+    found: dict[str, Any] = {"instruction set": np.array(custom_ops.instruction_set())}
     for part in (rows_of_plain, rows_of_matrices, rows_of_attention):
         for name, operation, count in part(random):
             found[name] = operation(np.arange(count))
@@ -54,7 +54,11 @@ def rows_of_matrices(random: np.random.Generator) -> Operations:
     weights = np.abs(draw(random, ROWS, K))
     for name in FORMATS:
         matrix = Packed.draw(random, name, 179, HIDDEN).blob
-        yield f"linear {name}", lambda rows, m=matrix: custom_ops.linear(tensor(x[rows]), m).numpy(), ROWS
+
+        def product(rows: np.ndarray, matrix: paddle.Tensor = matrix) -> np.ndarray:
+            return custom_ops.linear(tensor(x[rows]), matrix).numpy()
+
+        yield f"linear {name}", product, ROWS
         experts = PackedMlp.draw(random, name, HIDDEN, 45, EXPERTS)
 
         def fused(rows: np.ndarray, mlps: PackedMlp = experts) -> np.ndarray:

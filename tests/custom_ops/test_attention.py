@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from fastdeploy import custom_ops
 from fastdeploy.custom_ops import reference
 
-from .draws import PagedCache, Span, draw, step, tensor
+from .draws import PagedCache, Span, Tolerance, draw, step, tensor
 
 THETA = 10000.0
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+TOLERANCE: Tolerance = {"rtol": 2e-5, "atol": 2e-5}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def check(
     found = np.split(out, np.cumsum([text.span.count for text in texts])[:-1])
     for text, rows in zip(texts, found, strict=True):
         # A key or value halfway between two bfloat16 numbers may be rounded either way.
-        tolerance = TOLERANCE if wide else {"rtol": 2.0**-8, "atol": 2.0**-8}
+        tolerance: Tolerance = TOLERANCE if wide else {"rtol": 2.0**-8, "atol": 2.0**-8}
         np.testing.assert_allclose(rows, expected(text, heads, cache), **tolerance)
 
 
@@ -149,7 +149,7 @@ def test_attention_over_scattered_blocks_is_attention_over_whole_texts(
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_what_another_text_left_in_a_block_is_not_read(wide: bool) -> None:
+def test_stale_content_of_a_block_is_not_read(wide: bool) -> None:
     """A block is reused by a second text while the first text's numbers still fill it."""
     random = np.random.default_rng(1)
     heads, cache = Heads(4, 2, 32), PagedCache(3, 16, 2, 32, wide)

@@ -515,14 +515,14 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_wrong_argument_is_told(name: str) -> None:
+def test_wrong_argument_is_a_one_line_error(name: str) -> None:
     call, said = CALLS[name]
     with pytest.raises(ValueError, match=r".") as raised:
         call()
     assert said in str(raised.value)
 
 
-def test_what_the_wrong_calls_are_made_of_is_right() -> None:
+def test_the_same_calls_with_correct_arguments_succeed() -> None:
     assert custom_ops.linear(tensor(draw(RANDOM, 1, 32)), MATRIX).shape == [1, 32]
     assert custom_ops.embedding(ones(5, 8), PLAN).shape == [4, 8]
     assert custom_ops.logits(ones(4, 32), PLAN, ones(32), MATRIX, EPSILON).shape == [1, 32]

@@ -76,9 +76,11 @@ def test_moe_block(random: np.random.Generator, weight_format: str, tokens: int,
     shared = PackedMlp.draw(random, weight_format, HIDDEN, shared_width, bias=True) if shared_width else None
     norm, before = tensor(draw(random, HIDDEN)), draw(random, tokens, HIDDEN).astype(np.float32)
     hidden_states = tensor(before)
-    shared_blobs = (shared.gate_up, shared.down) if shared else (None, None)
     topk_ids, weights = custom_ops.moe_block(
-        hidden_states, norm, router.blob, bias, mlps.gate_up, mlps.down, *shared_blobs, EPSILON, k, 1e-12
+        *(hidden_states, norm, router.blob, bias, mlps.gate_up, mlps.down),
+        shared.gate_up if shared else None,
+        shared.down if shared else None,
+        *(EPSILON, k, 1e-12),
     )
 
     x = normed(before, norm)
@@ -93,7 +95,9 @@ def test_moe_block(random: np.random.Generator, weight_format: str, tokens: int,
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_an_mlp_of_all_rows_is_the_gated_mlp(random: np.random.Generator, weight_format: str) -> None:
+def test_single_expert_over_all_rows_is_the_gated_mlp(
+    random: np.random.Generator, weight_format: str
+) -> None:
     """The baseline of the other tests here agrees with the reference."""
     mlp, x = PackedMlp.draw(random, weight_format, HIDDEN, 50, bias=True), draw(random, 40, HIDDEN)
     expected = reference.gated_mlp(x, mlp.plain[0])

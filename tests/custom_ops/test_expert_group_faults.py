@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastdeploy.custom_ops.expert_group import FAULTY, GOING, NativeGroup
+from fastdeploy.custom_ops.expert_group import CHANGED, FAULTY, GOING, NativeGroup
 from fastdeploy.expert_parallel import memory_file
 from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.member import group_shape
@@ -109,7 +110,7 @@ def test_a_step_of_impossibly_many_tokens_is_a_fault(pair: Pair, tokens: int) ->
 
 
 @pytest.mark.parametrize("word", ["begun", "dispatched", "combined"])
-def test_a_number_that_no_rank_can_have_come_to_is_a_fault(pair: Pair, word: str) -> None:
+def test_impossible_step_number_is_a_fault(pair: Pair, word: str) -> None:
     setattr(pair.row, word, EPOCH << 40 | 3)
     if pair.begin() == GOING and (count := pair.dispatch()) >= 0:
         pair.combine(count)
@@ -144,7 +145,7 @@ def test_elements_of_another_size_are_a_fault(pair: Pair, element: int) -> None:
 
 
 @pytest.mark.parametrize("place", [SEATS * MAX_TOKENS * K, 1_000_000, -1, -5_000_000, -(1 << 31)])
-def test_a_result_at_a_place_that_is_none_is_a_fault(pair: Pair, place: int) -> None:
+def test_result_at_an_invalid_place_is_a_fault(pair: Pair, place: int) -> None:
     pair.begin()
     count = pair.dispatch()
     pair.places[1] = place
@@ -159,6 +160,41 @@ def test_a_rank_finds_the_fault_in_its_own_part(pair: Pair) -> None:
     pair.own_targets[0] = 1 << 6 | 63
     assert pair.combine(count) == -1
     assert pair.native.fault == (0, "the target rank of a token")
+
+
+@pytest.mark.parametrize("word", ["arrived", "begun", "dispatched", "combined"])
+def test_a_rank_with_a_damaged_stamp_accuses_no_healthy_rank(pair: Pair, word: str) -> None:
+    assert pair.begin() == GOING
+    # The damage has let rank 1 run ahead, and this rank publishes before it compares.
+    setattr(pair.memory.rows[0], word, EPOCH << 40 | 2)
+    pair.row.begun = pair.row.dispatched = EPOCH << 40 | 3
+    assert pair.dispatch() == -1
+    assert pair.native.status == FAULTY
+    assert pair.native.fault == (0, "its step number")
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_stamp_damaged_during_a_wait_is_this_ranks_fault(pair: Pair, number: int) -> None:
+    pair.row.begun = 0
+
+    def damage() -> None:
+        wait_until(lambda: pair.memory.rows[0].waiting_for, deadline=PATIENCE)
+        pair.memory.rows[0].begun = EPOCH << 40 | number
+        pair.row.begun = EPOCH << 40 | 3
+
+    with ThreadPoolExecutor(1) as pool:
+        damaged = pool.submit(damage)
+        assert pair.begin() == FAULTY
+        damaged.result()
+    assert pair.native.fault == (0, "its step number")
+
+
+def test_damage_of_a_rank_that_was_removed_is_a_change(pair: Pair) -> None:
+    assert pair.begin() == GOING
+    pair.memory.rows[0].dispatched = EPOCH << 40 | 7
+    pair.memory.words.epoch = EPOCH + 1
+    assert pair.dispatch() == -1
+    assert pair.native.status == CHANGED
 
 
 def test_a_fault_is_forgotten_with_the_next_members(pair: Pair) -> None:
@@ -243,7 +279,7 @@ def three_ranks(
 
 
 @pytest.mark.parametrize("corrupted", CORRUPTED)
-def test_a_rank_whose_part_is_scribbled_over_is_out_and_reaches_no_sum(
+def test_rank_with_corrupted_memory_is_removed_and_affects_no_sum(
     ranks: Ranks, tmp_path: Path, corrupted: str
 ) -> None:
     with three_ranks(ranks, tmp_path, faulty=[1]) as (started, memory):
@@ -256,7 +292,7 @@ def test_a_rank_whose_part_is_scribbled_over_is_out_and_reaches_no_sum(
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 1 << 22, (1 << 64) - 1])
-def test_an_epoch_without_a_record_is_put_right(ranks: Ranks, tmp_path: Path, epoch: int) -> None:
+def test_epoch_without_a_record_is_repaired(ranks: Ranks, tmp_path: Path, epoch: int) -> None:
     with three_ranks(ranks, tmp_path) as (started, memory):
         before = memory.words.epoch
         memory.words.epoch = epoch
@@ -266,7 +302,9 @@ def test_an_epoch_without_a_record_is_put_right(ranks: Ranks, tmp_path: Path, ep
 
 
 @pytest.mark.parametrize("begin", [0, 16], ids=["all", "places of experts"])
-def test_a_damaged_record_is_made_again_by_who_knows_it(ranks: Ranks, tmp_path: Path, begin: int) -> None:
+def test_damaged_record_is_rewritten_by_a_member_that_knows_it(
+    ranks: Ranks, tmp_path: Path, begin: int
+) -> None:
     with three_ranks(ranks, tmp_path) as (started, memory):
         for start in (memory.layout.records, memory.layout.records + memory.layout.record_bytes):
             end = start + memory.layout.record_bytes

@@ -42,12 +42,12 @@ def results_here(instruction_set: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_every_operation_runs_on_the_instruction_set_that_was_asked_for(instruction_set: str) -> None:
+def test_every_operation_runs_on_the_requested_instruction_set(instruction_set: str) -> None:
     assert results_here(instruction_set)["instruction set"] == instruction_set
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_a_row_is_the_same_alone_as_among_others(instruction_set: str) -> None:
+def test_row_has_the_same_bits_alone_and_in_a_batch(instruction_set: str) -> None:
     found = results_here(instruction_set)
     names = [name for name in found if f"{name} alone" in found]
     assert len(names) == 12
@@ -79,7 +79,7 @@ def test_amx_equals_avx512_except_for_rounding_with_bfloat16_matrices() -> None:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def test_an_instruction_set_that_is_none_is_told_in_one_line() -> None:
+def test_unknown_instruction_set_is_a_one_line_error() -> None:
     found = results("sse9")
     assert isinstance(found, str)
     assert "FD_ISA is 'sse9'; this processor has generic" in found

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from fastdeploy import custom_ops
 from fastdeploy.custom_ops import reference
 
-from .draws import FORMATS, PackedMlp, draw, integers, tensor, tolerance
+from .draws import FORMATS, PackedMlp, Tolerance, draw, integers, tensor, tolerance
 
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+TOLERANCE: Tolerance = {"rtol": 2e-5, "atol": 2e-5}
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -100,7 +100,7 @@ def test_permute_groups_rows_by_expert_and_unpermute_sums_them(
     k=st.integers(1, 4),
     spread=st.sampled_from(SPREADS),
 )
-def test_fused_moe_sums_what_the_picked_experts_say(
+def test_fused_moe_sums_the_outputs_of_the_picked_experts(
     seed: int,
     weight_format: str,
     tokens: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -93,12 +94,12 @@ def test_wint4_has_scale_and_minimum_per_group_and_quads_of_inputs() -> None:
     assert quads[0, 1].tobytes() == bytes([0xF0, 0xE1, 0xD2, 0xC3])
     assert quads[3, 1].tobytes() == bytes([0x3C, 0x2D, 0x1E, 0x0F])
     # The second group has a single input, whose weights all equal its minimum.
-    assert (raw[160 + 1] >> 16, raw[160 + 17] >> 16) == (0xC100, to_bfloat16(np.float32([29.5]))[0])
+    assert (raw[160 + 1] >> 16, raw[160 + 17] >> 16) == (0xC100, to_bfloat16(np.array([29.5], np.float32))[0])
     assert not raw[192:].any()
 
 
 @given(formats, st.integers(1, 3), sizes, sizes, seeds)
-def test_what_is_packed_comes_back(
+def test_packed_weights_are_recovered(
     weight_format: str, count: int, outputs: int, inputs: int, seed: int
 ) -> None:
     weights, bias = draw(seed, count, outputs, inputs), draw(seed, count, outputs, 1)[..., 0]
@@ -214,12 +215,12 @@ def test_stacked_matrices_begin_at_pages_where_that_costs_little(
         lambda blob: blob[:40],
         lambda blob: blob[:-1],
         lambda blob: np.concatenate([blob, blob]),
-        lambda blob: np.concatenate([np.uint8([0]), blob[1:]]),
-        lambda blob: np.concatenate([blob[:8], np.uint8([9]), blob[9:]]),
-        lambda blob: np.concatenate([blob[:16], np.uint8([99]), blob[17:]]),
+        lambda blob: np.concatenate([np.array([0], np.uint8), blob[1:]]),
+        lambda blob: np.concatenate([blob[:8], np.array([9], np.uint8), blob[9:]]),
+        lambda blob: np.concatenate([blob[:16], np.array([99], np.uint8), blob[17:]]),
     ],
 )
-def test_other_bytes_are_refused(damage: object) -> None:
+def test_damaged_packed_matrix_is_refused(damage: Callable[[np.ndarray], np.ndarray]) -> None:
     blob = pack(np.ones((4, 4), np.float32), weight_format="wint4")
     with pytest.raises(ValueError, match=r"packed matrix|do not match"):
-        PackedShape.of(damage(blob))  # type: ignore[operator]
+        PackedShape.of(damage(blob))

@@ -121,7 +121,7 @@ def test_every_draw_is_the_references_draw(rows: list[Row]) -> None:
 
 @settings(max_examples=100)
 @given(any_rows())
-def test_a_row_alone_gives_the_bits_it_gives_in_a_batch(rows: list[Row]) -> None:
+def test_row_has_the_same_bits_alone_and_in_a_batch(rows: list[Row]) -> None:
     drawn, top, logprobs = sample(rows)
     for index, row in enumerate(rows):
         alone, alone_top, alone_logprobs = sample([row])
@@ -200,7 +200,7 @@ def test_argmax_takes_the_lowest_id_among_equals(size: int) -> None:
     assert sample([Row(row) for row in logits])[0] == expected
 
 
-def test_equals_of_the_kth_token_stay_in() -> None:
+def test_tokens_tied_with_the_kth_are_kept() -> None:
     drawn = {draw([2, 2, 2, 0], temperature=1, top_k=2, seed=seed) for seed in range(60)}
     assert drawn == {0, 1, 2}
 
@@ -216,7 +216,7 @@ def test_top_p_zero_and_tiny_temperatures_are_greedy() -> None:
         assert {draw(logits, **({"temperature": 1, "seed": seed} | fields)) for seed in range(20)} == {1}
 
 
-def test_endless_temperatures_are_uniform() -> None:
+def test_infinite_temperatures_are_uniform() -> None:
     drawn = {draw([9.0, -9.0, 0.0], temperature=1e308, min_p=0.5, seed=seed) for seed in range(50)}
     assert drawn == {0, 1, 2}
 
@@ -230,7 +230,7 @@ def test_ids_outside_of_the_vocabulary_are_passed_over() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 70, 99])
-def test_a_broken_row_is_told_and_leaves_the_others_alone(bad: float, place: int) -> None:
+def test_broken_row_is_reported_and_others_are_unaffected(bad: float, place: int) -> None:
     logits = np.zeros((3, 100), dtype=np.float32)
     logits[1, place] = bad
     expected = [0, custom_ops.BROKEN_ROW, 0]
@@ -240,7 +240,7 @@ def test_a_broken_row_is_told_and_leaves_the_others_alone(bad: float, place: int
     assert [token == custom_ops.BROKEN_ROW for token in drawn] == [False, True, False]
 
 
-def test_a_row_of_which_nothing_is_left_is_broken() -> None:
+def test_row_without_possible_tokens_is_broken() -> None:
     assert sample([Row(np.zeros(3), masked=[0, 1, 2])])[0] == [custom_ops.BROKEN_ROW]
 
 
@@ -278,6 +278,6 @@ def test_a_given_token_takes_the_place_of_a_draw(rows: list[Row], data: st.DataO
         assert logprobs_again[index, :end].tobytes() == logprobs[index, :end].tobytes()
 
 
-def test_a_given_token_of_a_broken_row_is_told_as_broken() -> None:
+def test_given_token_of_a_broken_row_is_reported_as_broken() -> None:
     row = Row(np.full(70, np.nan), fields={"given": 3, "logprobs": 0})
     assert sample([row])[0] == [custom_ops.BROKEN_ROW]

@@ -108,6 +108,11 @@ class Running:
     def pids(self) -> dict[str, int]:
         return {name: entry["pid"] for name, entry in self.programs().items()}
 
+    def supervisord(self) -> int:
+        """Return the pid of supervisord; 0 while no daemon answers."""
+        pid: int = self.status()["daemon"]["supervisord"]
+        return pid
+
     def ready(self) -> bool:
         states = [entry["state"] for entry in self.programs().values()]
         return bool(states) and set(states) == {"READY"}
@@ -149,7 +154,7 @@ class Running:
     def stop(self, sig: int = signal.SIGTERM) -> str:
         """Stop the daemon, with all its processes, within the promised 15 s; return its output."""
         assert self.daemon is not None
-        supervisord = self.status()["daemon"]["supervisord"]
+        supervisord = self.supervisord()
         self.daemon.send_signal(sig)
         output, _ = self.daemon.communicate(timeout=15)
         if sig != signal.SIGKILL and not self.external:

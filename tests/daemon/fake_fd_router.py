@@ -10,7 +10,7 @@ import http.server
 import json
 import os
 import signal
-import socket
+import socketserver
 import sys
 import threading
 import time
@@ -128,19 +128,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-class AdminServer(http.server.ThreadingHTTPServer):
-    address_family = socket.AF_UNIX
-
-    def server_bind(self) -> None:
-        self.socket.bind(self.server_address)
-        self.server_name, self.server_port = "router", 0
+class AdminServer(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
 
 
 def reload(*_: object) -> None:
     global flags, reloads, outcome
     reloads += 1
     try:
-        _, flags = read_flags(file)
+        flags = read_flags(file)[1]
         outcome = "done"
     except ValueError:
         outcome = "refused"

@@ -118,7 +118,7 @@ class Terminal:
         try:
             data = os.read(self._master, 1 << 16)
         except OSError:
-            return False  # the last who had it open has closed it
+            return False  # every process has closed the terminal
         self._output += data
         return bool(data)
 

@@ -76,7 +76,7 @@ def test_each_end_has_a_cause(how: str, told: str, cause: str) -> None:
     assert explain(Exit(how, told, model="/models/m")).cause == cause
 
 
-def test_no_more_is_claimed_about_a_signal_9_than_is_known() -> None:
+def test_signal_9_of_unknown_origin_has_no_further_cause() -> None:
     told = f"{WORKER}SIGKILL"
     assert killed_worker(told) == 12
     unknown = explain(Exit("exit status 3", told))
@@ -92,7 +92,7 @@ def test_no_more_is_claimed_about_a_signal_9_than_is_known() -> None:
 
 
 @given(st.text(), st.text(), st.text())
-def test_nothing_that_a_program_says_is_too_strange(how: str, told: str, model: str) -> None:
+def test_any_output_of_a_program_can_be_classified(how: str, told: str, model: str) -> None:
     verdict = explain(Exit(how, told, model))
     assert "\n" not in verdict.words
 
@@ -119,7 +119,7 @@ def port() -> str:
     return str(free_ports(1)[0])
 
 
-def test_a_port_held_by_a_stranger(tmp_path: Path) -> None:
+def test_port_held_by_another_program(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         end = refusal(tmp_path, "--model", str(TINY), "--port", str(stranger.getsockname()[1]))
     assert explain(end).cause is Cause.PORT
@@ -150,7 +150,7 @@ def test_an_unreadable_model(tmp_path: Path, file: str | None) -> None:
 # ---- messages of other ranks and of the kernel
 
 
-def test_a_worker_that_its_group_has_killed_hung(tmp_path: Path) -> None:
+def test_worker_killed_by_its_group_counts_as_hung(tmp_path: Path) -> None:
     layout = Layout(tmp_path, tmp_path)
     for name, line in (
         ("replica0", f"{WORKER}SIGKILL"),
@@ -169,7 +169,7 @@ def test_a_worker_that_its_group_has_killed_hung(tmp_path: Path) -> None:
     assert alone.cause is Cause.KILLED
 
 
-def test_a_kill_for_want_of_memory_is_seen_for_some_seconds(tmp_path: Path) -> None:
+def test_oom_kill_is_visible_for_some_seconds(tmp_path: Path) -> None:
     counter = tmp_path / "vmstat"
     counter.write_text("nr_free_pages 7\noom_kill 3\n")
     watcher = OomWatcher(counter)
@@ -210,7 +210,7 @@ def _removed(directory: Path) -> bool:
     return not directory.exists()
 
 
-def test_a_process_that_the_kernel_really_kills_for_want_of_memory(small_cgroup: Path) -> None:
+def test_real_oom_kill_is_detected(small_cgroup: Path) -> None:
     hungry = "import sys; sys.stdin.readline(); print(len(bytearray(b'x') * (1 << 28)))"
     watcher = OomWatcher(Path("/nowhere"))
     with subprocess.Popen([sys.executable, "-c", hungry], stdin=subprocess.PIPE) as process:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.daemon.config import loader as dp_toml
-from fastdeploy.daemon.config.loader import Config, document, load, parse
+from fastdeploy.daemon.config.documentation import document
+from fastdeploy.daemon.config.loader import Config, load, parse
 
 ROOT = Path(__file__).parents[2]
 PREFIX = Path("/tmp/fd")
@@ -40,7 +41,7 @@ def test_the_daemons_metrics_can_be_switched_off() -> None:
     assert read(model("[metrics]\nport = 0\n")).metrics.port == 0
 
 
-def test_the_shipped_file_is_good_and_its_replicas_are_eight() -> None:
+def test_shipped_file_is_valid_and_has_eight_replicas() -> None:
     config = load(ROOT / "etc/dp.toml", PREFIX)
     assert config.parallel.data_parallel_size == 8
     assert config.model.path == "demo"
@@ -106,7 +107,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\nquantization = 'int4'\n"),
-            "4: engine.quantization: is 'int4'; it must be one of '', 'wint8', 'wint4'",
+            "4: engine.quantization: is 'int4'; it must be one of '', 'wint4', 'wint8'",
         ),
         (
             model("[engine]\n# a comment\nports = [1, 2]\n"),
@@ -159,12 +160,22 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[parallel]\ncollective_timeout = 0\n"),
-            "4: parallel.collective_timeout: is 0.0; it must be at least 1",
+            "4: parallel.collective_timeout: is 0; it must be at least 1",
         ),
         (
             model("[parallel]\nstall_kill = 0\n"),
-            "4: parallel.stall_kill: is 0.0; it must be at least 1",
+            "4: parallel.stall_kill: is 0; it must be at least 1",
         ),
+        (
+            model("[supervise]\nbox_calm = 1" + 400 * "0"),
+            "4: supervise.box_calm: is 1" + 400 * "0" + "; it must be a finite number",
+        ),
+        (model("[engine]\nthreads = " + 5000 * "9"), "1: not TOML: exceeds the limit"),
+        (model("[engine]\nports = " + 5000 * "["), "1: not TOML: nested too deeply"),
+        (model("[engine]\nports = [1, 2, 3, 4, 5, 6, 7, true]\n"), "4: engine.ports: is [1, 2, 3"),
+        (model("[engine]\ndevice = 3\n"), "4: engine.device: is 3; it must be one of 'auto', 'cpu'"),
+        (model("[engine.env]\nA = ['5ecret']\n"), "3: engine.env: A is a list"),
+        (model("[paths]\nrun = 3\n"), "4: paths.run: is 3; it must be a path"),
         (
             model("[supervise]\nhang_after = '9'\n"),
             "4: supervise.hang_after: is '9'; it must be a number",
@@ -230,14 +241,14 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line_that_says_where_and_what_is_right(text: str, message: str) -> None:
+def test_each_error_names_its_place_and_the_correct_form(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(text)
     assert str(caught.value).startswith(f"dp.toml:{message}")
     assert "\n" not in str(caught.value)
 
 
-def test_the_longest_run_directory_has_room_for_every_socket(tmp_path: Path) -> None:
+def test_socket_paths_fit_in_the_longest_run_directory(tmp_path: Path) -> None:
     run = Path(f"{tmp_path}/".ljust(83, "x"))
     assert parse(model(f"[paths]\nrun = '{run}'\n"), "dp.toml", PREFIX, PREFIX).paths.run == run
     run.mkdir()
@@ -264,7 +275,7 @@ def test_old_names_are_accepted_and_reported_once(section: str, old: str, new: s
     assert renamed.deprecations == ()
 
 
-def test_a_missing_file_and_one_that_is_not_utf8_are_one_line_too(tmp_path: Path) -> None:
+def test_missing_and_non_utf8_files_are_one_line_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "dp.toml")
     (tmp_path / "dp.toml").write_bytes(b"\xff")
@@ -291,14 +302,14 @@ def test_config_without_prefix_uses_system_and_file_relative_paths(
     assert config.paths.logs == tmp_path / "log"
 
 
-def test_with_a_prefix_everything_lies_below_it() -> None:
+def test_all_paths_are_below_the_prefix() -> None:
     config = read('[model]\npath = "models/x"\n[paths]\nlogs = "elsewhere"\n')
     assert config.model.path == "/tmp/fd/models/x"
     assert (config.paths.state, config.paths.run) == (PREFIX / "state", PREFIX / "run")
     assert config.paths.logs == PREFIX / "elsewhere"
 
 
-def test_the_port_steps_are_what_the_documentation_says() -> None:
+def test_port_steps_are_those_of_the_documentation() -> None:
     text = document()
     for key, step in dp_toml.PORT_STEPS.items():
         line = next(line for line in text.splitlines() if line.startswith(f"| `{key}`"))

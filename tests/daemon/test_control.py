@@ -65,7 +65,7 @@ def test_restart_all_is_rolling_and_leaves_the_router(running: Running) -> None:
     assert not {after["replica0"], after["replica1"]} & set(before.values())
 
 
-def test_an_operation_need_not_be_waited_for(running: Running) -> None:
+def test_no_wait_returns_before_the_operation_ends(running: Running) -> None:
     running.start_and_wait()
     assert running.fdctl("stop", "1", "--no-wait").returncode == protocol.OK
     wait_until(lambda: running.programs()["replica1"]["state"] == "STOPPED", "replica 1 stopped")
@@ -123,7 +123,7 @@ def test_reload_replaces_one_replica_at_a_time(running: Running) -> None:
     assert max(down) == 1
 
 
-def test_a_bad_file_is_refused_and_everything_goes_on(running: Running) -> None:
+def test_invalid_file_is_refused_and_all_programs_keep_running(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     running.config.write_text(running.config.read_text().replace("extra_args", "extra_arg"))
@@ -246,7 +246,7 @@ def test_logs_and_why_show_what_a_replica_printed(running: Running) -> None:
     assert "last exit: terminated by SIGKILL" in told
 
 
-def test_nonsense_on_the_socket_is_answered_and_harms_nobody(running: Running) -> None:
+def test_invalid_messages_on_the_socket_get_an_error_answer(running: Running) -> None:
     running.start_and_wait()
     path = str(protocol.socket_path(running.prefix / "run"))
     for nonsense in (

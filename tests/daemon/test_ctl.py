@@ -66,7 +66,7 @@ def test_the_guide_names_every_command_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("example", examples())
-def test_every_command_in_the_guide_does_what_it_says(example: str, standing: Running) -> None:
+def test_every_command_in_the_guide_works(example: str, standing: Running) -> None:
     words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)]
     words = [str(standing.prefix / "good.toml") if word == "dp.toml" else word for word in words]
     done = standing.fdctl(*words)
@@ -76,7 +76,7 @@ def test_every_command_in_the_guide_does_what_it_says(example: str, standing: Ru
     assert bool(done.stderr) == (expected != protocol.OK)
 
 
-def test_the_guide_and_the_help_tell_the_same_exit_codes() -> None:
+def test_guide_and_help_have_the_same_exit_codes() -> None:
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", GUIDE, re.MULTILINE)
     told = re.findall(r"^  (\d+) +(.*)$", main._EPILOG, re.MULTILINE)
     assert rows == [(code, text.replace("the line", "one line")) for code, text in told]
@@ -100,7 +100,7 @@ def test_every_command_takes_json() -> None:
 
 
 @pytest.mark.parametrize("command", ["status", "why 0", "why", "why router", "top", "check dp.toml"])
-def test_what_json_has_is_what_the_guide_says(command: str, standing: Running) -> None:
+def test_json_fields_are_those_of_the_guide(command: str, standing: Running) -> None:
     assert PROGRAM
     done = standing.fdctl(*command.replace("dp.toml", str(standing.prefix / "good.toml")).split(), "--json")
     assert (done.returncode, done.stderr) == (protocol.OK, "")
@@ -178,7 +178,7 @@ def test_wrong_usage_is_2(words: str, standing: Running) -> None:
 
 def test_a_socket_path_that_is_too_long_is_one_line_with_length_and_limit() -> None:
     path = "/" + "x" * 107
-    command = [FDCTL, "--socket", path, "status"]
+    command = [str(FDCTL), "--socket", path, "status"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == protocol.NO_DAEMON
     assert done.stderr == (
@@ -187,11 +187,11 @@ def test_a_socket_path_that_is_too_long_is_one_line_with_length_and_limit() -> N
     )
 
 
-def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
+def test_no_daemon_is_3_even_if_a_listener_closes_the_connection(tmp_path: Path) -> None:
     path = tmp_path / "s"
 
     def fdctl() -> subprocess.CompletedProcess[str]:
-        command = [FDCTL, "--socket", str(path), "status"]
+        command = [str(FDCTL), "--socket", str(path), "status"]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert fdctl().returncode == protocol.NO_DAEMON
@@ -212,9 +212,7 @@ def test_no_daemon_is_3_also_when_one_accepts_and_goes(tmp_path: Path) -> None:
     assert "closed the connection without an answer" in done.stderr
 
 
-def test_output_that_is_not_ours_to_read_is_one_line_and_the_rest_is_told(
-    standing: Running, tmp_path: Path
-) -> None:
+def test_unreadable_output_is_one_line_and_why_shows_the_rest(standing: Running, tmp_path: Path) -> None:
     output = standing.prefix / "logs" / "replica1" / "output.log"
     aside = tmp_path / "output.log"
     output.rename(aside)
@@ -291,7 +289,7 @@ def test_reload_exits_1_with_the_reason_if_a_replica_cannot_start(standing: Runn
     assert standing.ready()
 
 
-def test_ctrl_c_is_130_and_what_was_asked_for_goes_on(standing: Running) -> None:
+def test_ctrl_c_exits_130_and_the_operation_continues(standing: Running) -> None:
     before = standing.pids()
     standing.write(extra_args=("--load-seconds", "0.5"))
     command = [str(FDCTL), "--prefix", str(standing.prefix), "reload"]

@@ -48,7 +48,7 @@ def test_replicas_are_completed_as_they_are_just_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_each_script_is_one_that_its_shell_understands(shell: str, tmp_path: Path) -> None:
+def test_each_script_is_valid_for_its_shell(shell: str, tmp_path: Path) -> None:
     script = subprocess.run([FDCTL, "completion", shell], capture_output=True, text=True, check=True).stdout
     assert "fdctl" in script
     if found := shutil.which(shell):

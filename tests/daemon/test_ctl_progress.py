@@ -74,7 +74,7 @@ def test_each_program_of_the_plan_has_a_line_and_all_have_a_bar() -> None:
     assert bar.endswith("1/3  1m05s")
 
 
-def test_a_time_stands_still_when_its_program_is_done() -> None:
+def test_elapsed_time_stops_when_the_program_is_done() -> None:
     clock = Clock()
     progress = Progress(clock)
     progress.event(plan(replica0="replace", replica1="remove"))
@@ -87,7 +87,7 @@ def test_a_time_stands_still_when_its_program_is_done() -> None:
     assert (one, two) == ("✓  replica 0  replace  READY  0m00s", "✓  replica 1  remove  stopped  0m05s")
 
 
-def test_what_was_under_way_when_it_failed_is_marked() -> None:
+def test_programs_in_progress_at_a_failure_are_marked() -> None:
     progress = Progress(Clock())
     progress.event(plan(replica0="replace", replica1="replace"))
     progress.event(stage("replica0", "start"))
@@ -132,10 +132,8 @@ def resumed() -> Iterator[threading.Event]:
     event.set()
 
 
-def test_on_a_terminal_lines_go_by_above_and_the_programs_stay_below(
-    tmp_path: Path, resumed: threading.Event
-) -> None:
-    end = [{"event": stage("replica1", "ready")}, {"code": protocol.OK}]
+def test_on_a_terminal_lines_scroll_above_the_program_table(tmp_path: Path, resumed: threading.Event) -> None:
+    end: list[dict[str, Any]] = [{"event": stage("replica1", "ready")}, {"code": protocol.OK}]
     with scripted(tmp_path / "s", lambda _: [*MESSAGES, lambda: resumed.wait(60), *end]) as commands:
         terminal = Terminal("--socket", str(tmp_path / "s"), "reload")
         terminal.shows(r"replica 1 +replace +draining, 7 in flight")

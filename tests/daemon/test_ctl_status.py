@@ -46,7 +46,7 @@ def program(number: int, state: str, note: str = "") -> dict[str, Any]:
     }
 
 
-STATUS = {
+STATUS: dict[str, Any] = {
     "daemon": {"url": "http://127.0.0.1:30000", "ready": 1, "replicas": 3, "state": "READY", "problems": []},
     "router": None,
     "replicas": [program(0, "READY"), program(1, "QUARANTINED", LONG), program(2, "BACKOFF", "a short note")],
@@ -66,7 +66,7 @@ def on_a_terminal(columns: int) -> list[str]:
         while piece := os.read(ours, 1 << 16):
             data += piece
     except OSError:
-        pass  # so does the end of a terminal look
+        pass  # a closed terminal raises this
     os.close(ours)
     assert shown.wait(60) == 0
     return re.sub(r"\x1b\[[\d;]*m", "", data.decode()).splitlines()
@@ -87,7 +87,7 @@ def test_no_line_in_a_pipe_ends_in_spaces_or_is_very_long() -> None:
 
 
 @pytest.mark.parametrize("columns", [100, 140])
-def test_on_a_terminal_the_note_gets_what_is_left_of_the_line(columns: int) -> None:
+def test_on_a_terminal_the_note_gets_the_rest_of_the_line(columns: int) -> None:
     lines = on_a_terminal(columns)
     [cut] = [line for line in lines if "QUARANTINED" in line]
     assert len(cut) == columns
@@ -114,7 +114,7 @@ def test_a_daemon_without_problems_in_its_answer_is_an_older_one(
         "why": {"why": one},
     }
     with scripted(tmp_path / "s", lambda command: [{"code": protocol.OK, **answers[command["do"]]}]):
-        command = [FDCTL, "--socket", str(tmp_path / "s"), *words]
+        command = [str(FDCTL), "--socket", str(tmp_path / "s"), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (protocol.OK, "")
     assert "READY" in done.stdout

@@ -84,7 +84,7 @@ def replica_metrics() -> ReplicaMetrics:
     """Return a replica's own exposition, as it is after a step."""
     group = ExpertParallelStats(
         epoch=1,
-        active_seats=[0, 1],
+        active_ranks=[0, 1],
         joins_total=2,
         leaves_total=0,
         losses_total=0,
@@ -103,7 +103,7 @@ def replica_metrics() -> ReplicaMetrics:
 # ---- figures
 
 
-def test_a_frame_shows_what_a_replica_did_between_two_looks(serve: Serve) -> None:
+def test_frame_shows_rates_between_two_scrapes(serve: Serve) -> None:
     metrics = replica_metrics()
     port = serve(lambda: metrics.render().decode())
     source = top.Source(lambda: status(entry(0, port)))
@@ -122,7 +122,7 @@ def test_a_frame_shows_what_a_replica_did_between_two_looks(serve: Serve) -> Non
     assert (after["in_flight"], after["restarts"], after["state"]) == (2, 3, "READY")
 
 
-def test_every_name_that_is_looked_for_is_one_that_the_programs_tell() -> None:
+def test_every_metric_that_top_reads_is_exported() -> None:
     source = inspect.getsource(top)
     told = replica_metrics().render().decode()
     for name in re.findall(r"fastdeploy:\w+", source):
@@ -147,7 +147,7 @@ def test_the_router_and_the_box_have_a_line_each(serve: Serve) -> None:
     frame = source.frame()
     router, box = frame["router"], frame["box"]
     assert router["requests_per_second"] > 0
-    # The router exports no line for resumes before the first; the count is 0, not unknown.
+    # Without a series of resumes (a router without replicas has none) the count is 0, not unknown.
     assert (router["retries"], router["resumes"], router["in_flight"]) == (2, 0, 7)
     # CPU time is unknown within one tick of the kernel's clock.
     cpu = box["cpu"] or wait_until(lambda: source.frame()["box"]["cpu"], "a tick", deadline=30)
@@ -175,7 +175,7 @@ def test_unresponsive_replica_lacks_figures_without_delaying_fdctl_top(serve: Se
     assert [each["in_flight"] for each in replicas] == [2, 2, 2, 2, 2]
 
 
-def test_a_daemon_that_does_not_answer_is_told_and_the_figures_go_on(serve: Serve) -> None:
+def test_silent_daemon_is_reported_and_figures_continue(serve: Serve) -> None:
     port = serve(lambda: replica_metrics().render().decode())
     answers = iter([status(entry(0, port))])
 
@@ -192,7 +192,7 @@ def test_a_daemon_that_does_not_answer_is_told_and_the_figures_go_on(serve: Serv
     assert frame["replicas"][0]["kv_use"] == 0.25
 
 
-def test_a_replica_that_was_started_again_begins_anew(serve: Serve) -> None:
+def test_rates_start_again_after_a_replica_restart(serve: Serve) -> None:
     metrics = replica_metrics()
     metrics.generation_tokens.inc(10**6)
     port = serve(lambda: metrics.render().decode())
@@ -254,7 +254,7 @@ def daemon(path: Path, serve: Serve) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("key", "code"), [(b"q", protocol.OK), (b"\x03", protocol.DETACHED)])
-def test_it_goes_on_until_q_or_ctrl_c(key: bytes, code: int, tmp_path: Path, serve: Serve) -> None:
+def test_top_runs_until_q_or_ctrl_c(key: bytes, code: int, tmp_path: Path, serve: Serve) -> None:
     with daemon(tmp_path / "s", serve):
         terminal = Terminal("--socket", str(tmp_path / "s"), "top")
         text = terminal.shows(r"25%(?s:.*)25%")
@@ -263,7 +263,7 @@ def test_it_goes_on_until_q_or_ctrl_c(key: bytes, code: int, tmp_path: Path, ser
         assert terminal.end()[0] == code
 
 
-def test_it_does_not_outlive_its_terminal(tmp_path: Path, serve: Serve) -> None:
+def test_top_exits_when_its_terminal_closes(tmp_path: Path, serve: Serve) -> None:
     """It exits even under nohup, where no SIGHUP ends it: its output can no longer be seen."""
     with daemon(tmp_path / "s", serve):
         terminal = Terminal("--socket", str(tmp_path / "s"), "top", nohup=True)
@@ -275,7 +275,7 @@ def test_it_does_not_outlive_its_terminal(tmp_path: Path, serve: Serve) -> None:
             terminal.process.kill()
 
 
-def test_without_a_daemon_to_begin_with_it_ends_at_once(tmp_path: Path) -> None:
+def test_top_without_a_daemon_exits_at_once(tmp_path: Path) -> None:
     terminal = Terminal("--socket", str(tmp_path / "s"), "top")
     code, text = terminal.end()
     assert code == protocol.NO_DAEMON

@@ -119,7 +119,7 @@ def test_what_a_replica_waits_for(state: ProgramState, other: dict[str, Any], to
     assert waits_for(fleet, fleet.add(1, state, **other), NOW) == told  # type: ignore[arg-type]
 
 
-def test_a_replica_waits_for_the_router_and_then_for_those_that_load() -> None:
+def test_replica_waits_for_the_router_then_for_loading_replicas() -> None:
     fleet = Seen()
     router, waiting = fleet.add(None, ProgramState.STARTING), fleet.add(1, ProgramState.WAITING)
     assert waits_for(fleet, waiting, NOW) == "the router, which starts first"  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ def test_a_fleet_that_is_not_well_is_explained(running: Running) -> None:
     assert "waits for: its next restart, in " in one
     assert "last exit: terminated by SIGKILL (cause: killed), " in one
     assert two.startswith("replica 1: STOPPED for ")
-    assert "wanted: down: stopped by the operator" in two
+    assert "wanted: down (stopped by the operator)" in two
     assert "waits for: the operator: fdctl start 1" in two
     assert three.startswith("replica 2: READY for ")
     assert "wanted: running; drained" in three

@@ -35,7 +35,7 @@ def test_everything_becomes_ready_and_a_signal_leaves_no_process(running: Runnin
     assert f"curl http://127.0.0.1:{running.ports[0]}/v1/chat/completions" in output
 
 
-def test_what_is_printed_to_be_copied_can_be_copied(tmp_path: Path) -> None:
+def test_printed_command_works_when_copied(tmp_path: Path) -> None:
     running = Running(tmp_path / "$1 & b")
     running.prefix.mkdir()
     running.write()
@@ -61,7 +61,7 @@ def test_the_router_starts_before_the_replicas(running: Running) -> None:
     assert log.index("router: READY") < log.index("replica 0: started")
 
 
-def test_a_killed_replica_comes_back_alone_and_one_line_says_how_it_ended(running: Running) -> None:
+def test_killed_replica_restarts_alone_and_the_log_says_how_it_ended(running: Running) -> None:
     running.start_and_wait()
     before = running.pids()
     os.kill(before["replica1"], signal.SIGKILL)
@@ -98,7 +98,7 @@ def test_after_supervisord_is_killed_no_orphan_lives_and_all_come_back(running: 
     assert not any(alive(pid) for pid in orphans)
 
 
-def test_a_supervisord_that_is_told_to_end_is_replaced_and_all_come_back(running: Running) -> None:
+def test_supervisord_stopped_by_sigterm_is_replaced_and_all_return(running: Running) -> None:
     running.write(extra_args=("--grandchild",))
     running.start_and_wait()
     before = running.pids()
@@ -252,7 +252,7 @@ def test_a_second_daemon_on_the_same_prefix_is_refused_in_one_line(running: Runn
     assert running.pids() == before
 
 
-def test_stale_sockets_are_no_obstacle(running: Running) -> None:
+def test_stale_sockets_do_not_prevent_a_start(running: Running) -> None:
     run = running.prefix / "run"
     run.mkdir()
     for name in ("supervisor.sock", "fd-dp.sock"):
@@ -318,7 +318,7 @@ def test_sd_notify_reports_status_ready_and_stopping_and_children_cannot(running
         environ = Path(f"/proc/{running.pids()['replica0']}/environ").read_bytes()
         assert b"NOTIFY_SOCKET=" not in environ
         running.stop()
-        messages = []
+        messages: list[str] = []
         while not messages or messages[-1] != "STOPPING=1":
             messages.append(systemd.recv(4096).decode())
     # The unit's start timeout is extended while replicas load, as loading may take any time.

@@ -93,7 +93,7 @@ def test_output_that_finds_no_room_is_counted_when_there_is_some(tmp_path: Path)
     assert file.read_text().splitlines()[2:] == ["four"]
 
 
-def test_a_log_file_is_made_again_with_its_directory(tmp_path: Path) -> None:
+def test_removed_log_file_is_recreated_with_its_directory(tmp_path: Path) -> None:
     file = tmp_path / "replica0" / "output.log"
     handler = OutputFile(str(file), maxBytes=1000, backupCount=1)
     written(handler, "one\n")
@@ -130,7 +130,7 @@ def test_a_run_of_a_program_leaves_no_open_file_and_its_loss_is_reported(tmp_pat
     assert line == "four"
 
 
-def test_a_log_file_that_may_not_be_made_costs_lines_alone(forbidden: Path) -> None:
+def test_log_file_without_permission_loses_only_lines(forbidden: Path) -> None:
     def call() -> str:
         handler = OutputFile(str(forbidden / "x" / "output.log"))
         written(handler, "one\n")
@@ -202,7 +202,7 @@ def test_a_removed_lock_is_taken_again(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_wishes_without_permission_are_kept_in_memory(forbidden: Path) -> None:
+def test_intents_without_permission_are_kept_in_memory(forbidden: Path) -> None:
     def call() -> str:
         intents = Intents(forbidden)
         problem = intents.set("replica0", DesiredState(Intent.HELD))
@@ -227,7 +227,7 @@ def test_files_that_are_in_place_are_not_written_again(tmp_path: Path) -> None:
     assert not supervisord_config.files_exist(layout, [program()])
 
 
-def test_a_missing_run_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+def test_missing_run_directory_is_created_private(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     supervisord_config.write_files(layout, [program("replica0")])
     assert layout.run.stat().st_mode & 0o777 == 0o700
@@ -267,7 +267,7 @@ def test_a_program_that_cannot_be_started_is_named_with_the_reason(tmp_path: Pat
 # ---- reports
 
 
-def test_a_trouble_is_told_with_its_begin_until_it_is_over() -> None:
+def test_problem_is_reported_with_its_start_until_it_is_solved() -> None:
     now = 1e9
     troubles = Troubles(lambda: now)
     troubles.report("logs", "cannot write /logs: No space left on device")

@@ -46,11 +46,6 @@ def reported(system: Running, *words: str) -> None:
     wait_until(found, f"{words} are reported")
 
 
-def supervisord(system: Running) -> int:
-    found: int = system.status()["daemon"]["supervisord"]
-    return found
-
-
 def open_files(pid: int) -> list[str]:
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -60,7 +55,7 @@ def open_files(pid: int) -> list[str]:
 
 
 def test_what_cannot_be_written_is_reported_and_written_later(system: Running) -> None:
-    before, manager = system.programs(), supervisord(system)
+    before, manager = system.programs(), system.supervisord()
     state, run, logs = (system.prefix / name for name in ("state", "run", "logs"))
     output = logs / "replica0" / "output.log"
     with forbidden(state, run, run / "launch", logs, output.parent):
@@ -88,7 +83,7 @@ def test_what_cannot_be_written_is_reported_and_written_later(system: Running) -
     heals(system)
     others = {name: pid for name, pid in system.pids().items() if name != "replica0"}
     assert others == {name: before[name]["pid"] for name in others}
-    assert supervisord(system) == manager
+    assert system.supervisord() == manager
     assert "replica1" in json.loads((state / "intents.json").read_text())
     assert "lines lost since " in system.log()
     assert "bytes of output were lost since " in output.read_text()
@@ -123,7 +118,7 @@ def test_files_without_permission_are_written_again_or_reported(system: Running)
 
 def test_sockets_are_bound_when_their_directory_allows_it(system: Running) -> None:
     assert system.daemon is not None
-    before, manager, run = system.pids(), supervisord(system), system.prefix / "run"
+    before, manager, run = system.pids(), system.supervisord(), system.prefix / "run"
     with forbidden(run):
         for name in ("fd-dp.sock", "supervisor.sock"):
             (run / name).unlink()
@@ -136,11 +131,11 @@ def test_sockets_are_bound_when_their_directory_allows_it(system: Running) -> No
         assert f"run/fd-dp.sock, but fd-dp runs with pid {system.daemon.pid}; " in told
         assert told.count("\n") == 1
     heals(system)
-    assert (system.pids(), supervisord(system)) == (before, manager)
+    assert (system.pids(), system.supervisord()) == (before, manager)
     system.do("restart", "0")
 
 
-def test_a_log_that_may_not_be_written_ends_a_start_in_one_line(system: Running) -> None:
+def test_unwritable_log_fails_a_start_in_one_line(system: Running) -> None:
     log = system.prefix / "logs" / "fd-dp.log"
     log.chmod(0)
     command = [*unprivileged(), sys.executable, str(LAUNCHER), str(system.config), str(system.prefix)]

@@ -22,14 +22,9 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisks]:
         yield found
 
 
-def supervisord(system: SmallDisks) -> int:
-    found: int = system.status()["daemon"]["supervisord"]
-    return found
-
-
 @pytest.mark.parametrize("disk", ["logs", "run", "state"])
 def test_a_replica_comes_back_on_a_full_disk(system: SmallDisks, disk: str) -> None:
-    before, manager = system.pids(), supervisord(system)
+    before, manager = system.pids(), system.supervisord()
     with system.full(disk):
         wait_until(system.problems, "the full disk is reported")
         words = f"cannot write {system.real / disk}: No space left on device; since "
@@ -41,7 +36,7 @@ def test_a_replica_comes_back_on_a_full_disk(system: SmallDisks, disk: str) -> N
         entry = system.wait_ready_again("replica0", before["replica0"])
         assert entry["last_exit"] == "terminated by SIGKILL"
         assert {**system.pids(), "replica0": before["replica0"]} == before
-        assert supervisord(system) == manager
+        assert system.supervisord() == manager
     heals(system)
 
 
@@ -74,7 +69,7 @@ def test_a_drain_on_a_full_state_disk_holds_and_is_written_later(system: SmallDi
 
 
 def test_a_dead_supervisord_is_replaced_on_full_disks(system: SmallDisks) -> None:
-    before, manager = system.pids(), supervisord(system)
+    before, manager = system.pids(), system.supervisord()
     with system.full("logs"), system.full("run"), system.full("state"):
         os.kill(manager, signal.SIGKILL)
         for name, pid in before.items():
@@ -84,30 +79,30 @@ def test_a_dead_supervisord_is_replaced_on_full_disks(system: SmallDisks) -> Non
 
 
 def test_a_replica_comes_back_on_a_read_only_disk_of_logs(system: SmallDisks) -> None:
-    before, manager = system.pids(), supervisord(system)
+    before, manager = system.pids(), system.supervisord()
     with system.read_only("logs"):
         words = f"cannot write {system.real}/logs: Read-only file system; since "
         wait_until(lambda: [line for line in system.problems() if line.startswith(words)], "it is reported")
         os.kill(before["replica0"], signal.SIGKILL)
         system.wait_ready_again("replica0", before["replica0"])
         assert {**system.pids(), "replica0": before["replica0"]} == before
-        assert supervisord(system) == manager
+        assert system.supervisord() == manager
     heals(system)
 
 
 def test_nothing_ends_while_the_run_directory_is_read_only(system: SmallDisks) -> None:
-    before, manager = system.pids(), supervisord(system)
+    before, manager = system.pids(), system.supervisord()
     with system.read_only("run"):
         wait_until(lambda: "supervisord does not answer" in system.log(), "supervisord is missed")
         wait_until(lambda: f"cannot listen on {system.real}" in system.log(), "its own socket is missed")
         assert all(alive(pid) for pid in [*before.values(), manager])
     wait_until(lambda: system.pids() == before, "everything is as before")
-    assert supervisord(system) == manager
+    assert system.supervisord() == manager
     heals(system)
 
 
-def test_a_read_only_remount_costs_only_what_has_to_be_written(system: SmallDisks) -> None:
-    before, manager = system.pids(), supervisord(system)
+def test_read_only_remount_affects_only_writes(system: SmallDisks) -> None:
+    before, manager = system.pids(), system.supervisord()
     file = system.prefix / "state" / "intents.json"
     system.tell("drain", name="0", wait=False)
     with system.remounted_read_only("state", "run"):
@@ -124,7 +119,7 @@ def test_a_read_only_remount_costs_only_what_has_to_be_written(system: SmallDisk
         system.write(extra_args=("--load-seconds", "0.1"))
         assert "Read-only file system" in system.tell("reload")[-1]["error"]
         wait_until(system.ready, "the replicas have their old configuration")
-        assert supervisord(system) == manager
+        assert system.supervisord() == manager
     wait_until(lambda: set(json.loads(file.read_text())) == {"replica0", "replica1"}, "it is written")
     system.write()
     for replica in ("0", "1"):
@@ -134,7 +129,7 @@ def test_a_read_only_remount_costs_only_what_has_to_be_written(system: SmallDisk
 
 def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDisks) -> None:
     assert system.daemon is not None
-    before, manager, run = system.pids(), supervisord(system), system.prefix / "run"
+    before, manager, run = system.pids(), system.supervisord(), system.prefix / "run"
     with system.without_inodes("run"):
         # Rename rather than remove: a removed socket would free its inode for another.
         (run / "supervisor.sock").rename(run / "old1.sock")
@@ -156,16 +151,16 @@ def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDi
         wait_until((run / name).exists, "it is bound")
         (run / old).unlink()
     heals(system)
-    assert (system.pids(), supervisord(system)) == (before, manager)
+    assert (system.pids(), system.supervisord()) == (before, manager)
 
 
 def test_a_new_daemon_adopts_everything_on_full_disks(system: SmallDisks) -> None:
-    before, manager = system.pids(), supervisord(system)
+    before, manager = system.pids(), system.supervisord()
     with system.full("logs"), system.full("run"), system.full("state"):
         assert system.daemon is not None
         system.daemon.kill()
         system.daemon.wait()
         system.start_another(manager)
         wait_until(system.ready, "everything is adopted")
-        assert (system.pids(), supervisord(system)) == (before, manager)
+        assert (system.pids(), system.supervisord()) == (before, manager)
     heals(system)

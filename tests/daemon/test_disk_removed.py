@@ -13,11 +13,6 @@ from fastdeploy.daemon.control import protocol
 from .conftest import Running, alive, wait_until
 
 
-def supervisord(system: Running) -> int:
-    found: int = system.status()["daemon"]["supervisord"]
-    return found
-
-
 def test_a_replica_comes_back_without_its_log_directory(lent: Running) -> None:
     output = lent.prefix / "logs" / "replica0" / "output.log"
     shutil.rmtree(output.parent)
@@ -35,16 +30,16 @@ def test_a_replica_comes_back_without_any_logs(lent: Running) -> None:
 
 
 def test_the_sockets_are_bound_again_and_no_program_ends(lent: Running) -> None:
-    before, manager = lent.pids(), supervisord(lent)
+    before, manager = lent.pids(), lent.supervisord()
     run = lent.prefix / "run"
     for name in ("supervisor.sock", "fd-dp.sock"):
         (run / name).unlink()
-    wait_until(lambda: lent.pids() == before and supervisord(lent) == manager, "the daemon answers again")
+    wait_until(lambda: lent.pids() == before and lent.supervisord() == manager, "the daemon answers again")
     wait_until((run / "supervisor.sock").exists, "supervisord listens again")
     wait_until(lambda: not lent.status()["daemon"]["problems"], "nothing is missed any more")
     lent.do("restart", "0")
     assert {**lent.pids(), "replica0": before["replica0"]} == before
-    assert supervisord(lent) == manager
+    assert lent.supervisord() == manager
 
 
 def test_a_socket_that_was_replaced_by_a_file_is_bound_again(lent: Running) -> None:
@@ -59,7 +54,7 @@ def test_a_socket_that_was_replaced_by_a_file_is_bound_again(lent: Running) -> N
 
 
 def test_an_emptied_run_directory_is_filled_again(lent: Running) -> None:
-    before, manager = lent.pids(), supervisord(lent)
+    before, manager = lent.pids(), lent.supervisord()
     run = lent.prefix / "run"
     keep = {"router.sock"}  # the router's own
     for path in run.iterdir():
@@ -77,11 +72,11 @@ def test_an_emptied_run_directory_is_filled_again(lent: Running) -> None:
     assert held
     lent.wait_ready_again("replica0", before["replica0"])
     assert {**lent.pids(), "replica0": before["replica0"]} == before
-    assert supervisord(lent) == manager
+    assert lent.supervisord() == manager
     assert (run / "supervisord.conf").exists()
 
 
-def test_a_removed_state_directory_is_made_again_with_all_wishes(lent: Running) -> None:
+def test_removed_state_directory_is_recreated_with_all_intents(lent: Running) -> None:
     file = lent.prefix / "state" / "intents.json"
     lent.tell("drain", name="1", wait=False)
     shutil.rmtree(file.parent)
@@ -95,7 +90,7 @@ def test_a_removed_state_directory_is_made_again_with_all_wishes(lent: Running) 
 
 
 def test_a_supervisord_out_of_reach_is_reported_and_not_replaced(lent: Running) -> None:
-    before, manager = lent.pids(), supervisord(lent)
+    before, manager = lent.pids(), lent.supervisord()
     os.kill(manager, signal.SIGSTOP)
     try:
         (lent.prefix / "run" / "supervisor.sock").unlink()
@@ -105,12 +100,12 @@ def test_a_supervisord_out_of_reach_is_reported_and_not_replaced(lent: Running) 
     finally:
         os.kill(manager, signal.SIGCONT)
     wait_until(lambda: not lent.status()["daemon"]["problems"], "supervisord answers again")
-    assert (lent.pids(), supervisord(lent)) == (before, manager)
+    assert (lent.pids(), lent.supervisord()) == (before, manager)
 
 
-def test_a_new_daemon_adopts_a_supervisord_whose_socket_is_gone(running: Running) -> None:
+def test_new_daemon_adopts_a_supervisord_without_its_socket(running: Running) -> None:
     running.start_and_wait()
-    before, manager = running.pids(), supervisord(running)
+    before, manager = running.pids(), running.supervisord()
     os.kill(manager, signal.SIGSTOP)
     running.stop(signal.SIGKILL)
     (running.prefix / "run" / "supervisor.sock").unlink()
@@ -119,18 +114,18 @@ def test_a_new_daemon_adopts_a_supervisord_whose_socket_is_gone(running: Running
     wait_until(lambda: running.log().count("waiting for pid") == 1, "it waits for supervisord")
     os.kill(manager, signal.SIGCONT)
     wait_until(running.ready, "everything READY")
-    assert (running.pids(), supervisord(running)) == (before, manager)
+    assert (running.pids(), running.supervisord()) == (before, manager)
 
 
 def test_a_stop_without_the_socket_still_ends_everything(running: Running) -> None:
     running.start_and_wait()
-    manager = supervisord(running)
+    manager = running.supervisord()
     (running.prefix / "run" / "supervisor.sock").unlink()
     running.stop()
     assert not alive(manager)
 
 
-def test_a_drain_that_the_router_does_not_hear_says_so(running: Running) -> None:
+def test_drain_that_does_not_reach_the_router_says_so(running: Running) -> None:
     running.start_and_wait()
     (running.prefix / "run" / "router.sock").unlink()
     done = running.fdctl("drain", "1", "--no-wait")
@@ -148,7 +143,7 @@ def test_a_drain_that_the_router_does_not_hear_says_so(running: Running) -> None
     assert "waits for: the router, which still sends it requests" in running.fdctl("why", "1").stdout
 
 
-def test_fdctl_names_what_is_missing(lent: Running) -> None:
+def test_fdctl_names_the_missing_directory_or_socket(lent: Running) -> None:
     assert lent.daemon is not None
     missing = lent.prefix / "nowhere"
     done = lent.fdctl("--prefix", str(missing), "status")

@@ -47,7 +47,7 @@ def test_restart_waits_for_requests_in_flight_and_undrains_afterwards(
     nobody_is_drained(lent)
 
 
-def test_the_stages_of_a_restart_are_told_with_what_is_in_flight(lent: Running) -> None:
+def test_restart_reports_its_stages_and_requests_in_flight(lent: Running) -> None:
     lent.write(drain_timeout=0.5)
     lent.do("reload")
     lent.set_in_flight(1, 2)
@@ -66,7 +66,7 @@ def test_the_stages_of_a_restart_are_told_with_what_is_in_flight(lent: Running) 
     assert lent.ready()
 
 
-def test_with_a_drain_timeout_of_0_nothing_is_waited_for(lent: Running) -> None:
+def test_drain_timeout_0_stops_without_waiting(lent: Running) -> None:
     lent.write(drain_timeout=0)
     lent.do("reload")
     lent.set_in_flight(0, 3)
@@ -75,21 +75,21 @@ def test_with_a_drain_timeout_of_0_nothing_is_waited_for(lent: Running) -> None:
     assert stages(told) == [("replica0", stage) for stage in ("stop", "start", "ready")]
 
 
-def test_the_only_replica_goes_on_until_it_has_nothing_in_flight(running: Running) -> None:
+def test_the_only_replica_serves_until_it_is_idle(running: Running) -> None:
     """Draining the only replica would mean an outage for as long as its requests take."""
     running.write(replicas=1)
     running.start_and_wait()
     before = running.pids()
     running.set_in_flight(0, 1)
     running.do("restart", "0", wait=False)
-    said = "replica 0: not drained, as no other replica takes requests; it is stopped when it has none"
+    said = "replica 0: not drained, because no other replica takes requests; it stops when it is idle"
     wait_until(lambda: said in running.log(), "it is told")
     assert (running.drained(), running.pids()) == (set(), before)
     running.set_in_flight(0, 0)
     running.wait_ready_again("replica0", before["replica0"])
 
 
-def test_a_replica_that_is_to_stay_down_is_drained_even_if_it_is_the_last(lent: Running) -> None:
+def test_replica_that_stays_down_is_drained_even_if_it_is_the_last(lent: Running) -> None:
     lent.set_in_flight(0, 1)
     lent.do("stop", "all", wait=False)
     wait_until(lambda: lent.drained() == {0, 1}, "both are drained")
@@ -102,7 +102,7 @@ def test_a_replica_that_is_to_stay_down_is_drained_even_if_it_is_the_last(lent: 
     nobody_is_drained(lent)
 
 
-def test_without_a_router_a_restart_is_as_good_as_ever(lent: Running) -> None:
+def test_restart_works_without_a_router(lent: Running) -> None:
     lent.do("stop", "router")
     told = lent.tell("restart", name="0")
     assert told[-1] == {"code": protocol.OK}
@@ -122,7 +122,7 @@ def test_a_router_that_dies_while_a_replica_is_drained_changes_nothing(lent: Run
     nobody_is_drained(lent)
 
 
-def test_a_router_that_hangs_holds_up_nothing_for_long(lent: Running) -> None:
+def test_hung_router_delays_operations_only_briefly(lent: Running) -> None:
     lent.write(drain_timeout=1)
     lent.do("reload")
     before = lent.pids()
@@ -144,7 +144,7 @@ def test_next_daemon_undrains_a_replica_left_drained_by_a_killed_one(lent: Runni
     assert lent.pids() == before
 
 
-def test_what_somebody_else_has_drained_is_undrained(lent: Running) -> None:
+def test_drain_set_directly_at_the_router_is_undone(lent: Running) -> None:
     """The daemon holds the operator's intent and overrides drains that were set at the router directly."""
     admin = admin_socket(lent.prefix / "run")
     set_draining(admin, registered(admin)[lent.ports[1]], True)

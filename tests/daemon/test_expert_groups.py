@@ -55,7 +55,7 @@ def new_group() -> Iterator[Callable[[str], QuietGroup]]:
         group.close()
 
 
-def test_every_seat_has_a_row_and_who_is_most_waited_for_is_named(
+def test_every_seat_has_a_row_and_the_most_awaited_is_named(
     fdctl: Fdctl, tmp_path: Path, new_group: Callable[[str], QuietGroup]
 ) -> None:
     group = new_group(launched(tmp_path))
@@ -66,15 +66,15 @@ def test_every_seat_has_a_row_and_who_is_most_waited_for_is_named(
     done = fdctl("ep")
     assert (done.returncode, done.stderr) == (protocol.OK, "")
     title, head, *rows, last = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert title == f"{group.name} epoch 1 active seats 0,1,3 joins 3 leaves 0 losses 0"
-    assert head == "seat pid state epoch steps phase layer for tokens waits for"
+    assert title == f"{group.name} epoch 1 active ranks 0,1,3 joins 3 leaves 0 losses 0"
+    assert head == "rank pid state epoch steps phase layer for tokens waits for"
     pids = [process.pid for process in group.processes]
     assert rows[0].startswith(f"0 {pids[0]} active 0 0 experts 1 1m3")
     assert rows[1].startswith(f"1 {pids[1]} active 0 0 sent 1 2")
     assert rows[1].endswith("s 0 0")
     assert rows[2] == "2 - free"
     assert rows[3].startswith(f"3 {pids[2]} active 0 0 idle - ")
-    assert last.startswith("most waited for: seat 0, by 1, 2")
+    assert last.startswith("most waited for: rank 0, by 1, 2")
 
 
 def test_json_has_a_schema_and_a_group_can_be_named(
@@ -128,7 +128,7 @@ def test_missing_expert_group_has_its_own_exit_code_and_one_line_reason(
     assert "6    no expert group" in fdctl("--help").stdout
 
 
-def test_it_goes_on_looking(tmp_path: Path, new_group: Callable[[str], QuietGroup]) -> None:
+def test_watch_mode_refreshes(tmp_path: Path, new_group: Callable[[str], QuietGroup]) -> None:
     group = new_group(launched(tmp_path))
     group.join(0, 1)
     command = [str(FDCTL), "--prefix", str(tmp_path), "ep", "--watch", "--json"]

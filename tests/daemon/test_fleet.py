@@ -20,7 +20,7 @@ from .conftest import wait_until
 from .world import World
 
 
-def test_the_router_first_then_as_many_replicas_at_a_time_as_may_load(tmp_path: Path) -> None:
+def test_router_starts_first_then_parallel_starts_replicas_at_a_time(tmp_path: Path) -> None:
     world = World(tmp_path, 3, parallel_starts=2)
     world.pass_time(2.0)
     assert world.names(ProgramState.STARTING) == {"router"}
@@ -76,7 +76,7 @@ def test_failing_health_checks_mean_unhealthy_and_one_good_means_ready(
     assert world.names(ProgramState.READY) == {"router", "replica0"}
 
 
-def test_a_daemon_that_was_stopped_itself_blames_nobody_for_the_time(tmp_path: Path) -> None:
+def test_suspended_daemon_blames_no_replica_for_the_gap(tmp_path: Path) -> None:
     """A suspended laptop, a debugger or swapping stops the daemon, which then cannot probe the replicas."""
     world = World(tmp_path, 1, unhealthy_after=30, unhealthy_kill_after=180)
     world.become_ready("router", "replica0")
@@ -116,7 +116,7 @@ def test_the_loop_wakes_when_the_next_try_is_due(tmp_path: Path) -> None:
     assert world.names(ProgramState.STARTING) == {"replica0"}
 
 
-def test_what_runs_though_it_should_not_is_stopped(tmp_path: Path) -> None:
+def test_program_that_should_not_run_is_stopped(tmp_path: Path) -> None:
     world = World(tmp_path, 1)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]
@@ -208,7 +208,7 @@ def test_crash_loop_quarantine_outlasts_calm_on_the_machine(tmp_path: Path) -> N
     assert replica.state is ProgramState.QUARANTINED
 
 
-def test_a_wrong_flag_is_tried_again_slowly_from_the_first_and_says_so(tmp_path: Path) -> None:
+def test_wrong_flag_is_quarantined_at_once_with_its_reason(tmp_path: Path) -> None:
     world = World(tmp_path, 1, quarantine=500)
     world.become_ready("router", "replica0")
     replica = world.fleet.replicas["replica0"]

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -70,7 +71,7 @@ def report_of(numbers: tuple[int, ...], *seats: RankSnapshot) -> HangReport:
 # ---- the decision
 
 
-def test_one_that_is_in_no_group_hangs() -> None:
+def test_worker_without_a_group_is_hung() -> None:
     found = find_hung([stalled(2, group=None)], {}, {}, 60.0)
     assert found.hung == {"replica2": "no step for 65 s, requests in flight: 3"}
     # Its model has no experts, or the group has no member yet.
@@ -78,25 +79,25 @@ def test_one_that_is_in_no_group_hangs() -> None:
     assert find_hung([stalled(2)], {GROUP: snapshot(seat(0))}, MEMBERS, 60.0).hung.keys() == {"replica2"}
 
 
-def test_those_who_wait_are_excused_and_the_one_waited_for_is_to_blame() -> None:
+def test_waiting_ranks_are_excused_and_the_awaited_one_is_blamed() -> None:
     found = report_of((0, 1), seat(0, 2), seat(1, 2), seat(2))
     assert found.hung == {"replica2": "other ranks have waited for it for 65 s (computing, layer 1)"}
     waits = "no step for 65 s, requests in flight: 3; waits for rank 2 (computing, layer 1)"
     assert found.blocked == {"replica0": waits, "replica1": waits}
 
 
-def test_whoever_has_work_itself_and_is_waited_for_is_blamed_once() -> None:
+def test_awaited_rank_with_work_is_blamed_once() -> None:
     found = report_of((0, 1, 2), seat(0, 1, 2), seat(1), seat(2, 1))
     assert found.hung.keys() == {"replica1"}
     assert found.blocked.keys() == {"replica0", "replica2"}
 
 
-def test_an_idle_one_that_does_not_hear_the_call_is_to_blame() -> None:
+def test_idle_rank_that_ignores_the_call_is_blamed() -> None:
     found = report_of((0,), seat(0, 1), seat(1, phase="idle", seconds=3600.0))
     assert found.hung.keys() == {"replica1"}
 
 
-def test_a_step_that_goes_on_layer_by_layer_is_slow_and_not_dead() -> None:
+def test_step_that_proceeds_layer_by_layer_is_not_hung() -> None:
     found = report_of((0, 1), seat(0, 1), seat(1, seconds=2.0))
     assert found.hung == {}
     assert (
@@ -111,17 +112,17 @@ def test_replica_that_stopped_first_is_blamed_when_two_wait_mutually() -> None:
     assert report_of((0, 1), seat(0, 1, seconds=65.0), seat(1, 0, seconds=66.0)).hung.keys() == {"replica1"}
 
 
-def test_a_newcomer_that_never_arrives_is_to_blame() -> None:
+def test_joining_rank_that_never_arrives_is_blamed() -> None:
     found = report_of((0,), seat(0, 3), seat(3, seconds=None, phase="idle", state="joining"))
     assert found.hung.keys() == {"replica3"}
 
 
-def test_a_dead_one_is_for_its_group_to_bury() -> None:
+def test_dead_rank_is_left_to_its_group() -> None:
     found = report_of((0,), seat(0, 1), seat(1, state="dead"))
     assert (found.hung, found.blocked.keys()) == ({}, {"replica0"})
 
 
-def test_blame_requires_a_readable_group_and_a_culprit_of_this_daemon() -> None:
+def test_blame_requires_a_readable_group_and_a_rank_of_this_daemon() -> None:
     found = find_hung([stalled(0)], {}, MEMBERS, 60.0)
     assert found.blocked == {
         "replica0": "no step for 65 s, requests in flight: 3; its expert group cannot be read"
@@ -162,7 +163,7 @@ def test_progress_is_a_new_step_or_having_nothing_to_do() -> None:
     assert progress.stalled_for(50.0) == 3.0
 
 
-def test_time_in_which_the_daemon_slept_is_forgiven() -> None:
+def test_time_in_which_the_daemon_slept_does_not_count() -> None:
     progress = ProgressTracker()
     progress.update(WorkerProgress(5, 1, 1.0), 0.0)
     progress.expect_token(0.0)
@@ -185,12 +186,13 @@ def test_health_check_without_worker_progress_is_ignored(worker: object) -> None
 
 
 def started(tmp_path: Path, **supervise: float) -> tuple[World, SupervisedProgram]:
-    world = World(tmp_path, 1, **{"no_progress_timeout": 20, "idle_probe": 0, **supervise})
+    options: dict[str, Any] = {"no_progress_timeout": 20, "idle_probe": 0, **supervise}
+    world = World(tmp_path, 1, **options)
     world.become_ready("router", "replica0")
     return world, world.fleet.replicas["replica0"]
 
 
-def test_one_that_has_work_and_makes_no_step_is_killed(tmp_path: Path) -> None:
+def test_replica_with_work_and_without_steps_is_killed(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
     world.work("replica0", requests=2)
     world.pass_time(19.0)
@@ -211,7 +213,7 @@ def test_one_that_has_work_and_makes_no_step_is_killed(tmp_path: Path) -> None:
     )
 
 
-def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
+def test_long_prompt_in_many_steps_is_not_a_hang(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
     for _ in range(20):
         world.work("replica0")
@@ -219,7 +221,7 @@ def test_a_long_prompt_is_many_steps_and_is_left_alone(tmp_path: Path) -> None:
     assert replica.state is ProgramState.READY
 
 
-def test_one_that_the_operator_holds_is_not_killed_and_says_what_is_wrong(tmp_path: Path) -> None:
+def test_held_replica_is_not_killed_but_has_a_note(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
     world.fleet.set_desired(replica, DesiredState(Intent.HELD))
     world.work("replica0")
@@ -240,7 +242,7 @@ def test_replica_hung_at_first_token_is_killed_before_startup_timeout(
     assert world.fleet.replicas["replica0"].cause is Cause.HANG
 
 
-def test_a_machine_that_was_frozen_is_nobodys_fault(tmp_path: Path) -> None:
+def test_suspended_machine_has_no_hung_replicas(tmp_path: Path) -> None:
     world, replica = started(tmp_path)
     world.work("replica0")
     world.pass_time(3.0)
@@ -271,7 +273,7 @@ def test_token_probe_is_sent_to_idle_replicas_only(tmp_path: Path) -> None:
     assert world.probes.tokens["replica0"] == asked
 
 
-def test_an_idle_one_that_gives_no_token_is_unhealthy_and_then_killed(tmp_path: Path) -> None:
+def test_idle_replica_without_a_token_is_unhealthy_then_killed(tmp_path: Path) -> None:
     world, replica = started(tmp_path, idle_probe=60)
     world.work("replica0", requests=0)
     world.probes.wordless.add("replica0")
@@ -282,7 +284,7 @@ def test_an_idle_one_that_gives_no_token_is_unhealthy_and_then_killed(tmp_path: 
     assert replica.kill_reason == "idle, but no token within 20 s: no token"
 
 
-def test_an_idle_one_that_gives_its_token_late_is_ready_again(tmp_path: Path) -> None:
+def test_idle_replica_with_a_late_token_is_ready_again(tmp_path: Path) -> None:
     world, replica = started(tmp_path, idle_probe=60)
     world.work("replica0", requests=0)
     world.probes.wordless.add("replica0")
@@ -295,7 +297,7 @@ def test_an_idle_one_that_gives_its_token_late_is_ready_again(tmp_path: Path) ->
     assert replica.state is ProgramState.READY
 
 
-def test_an_idle_one_that_keeps_its_token_waiting_is_killed(tmp_path: Path) -> None:
+def test_idle_replica_that_never_answers_its_token_probe_is_killed(tmp_path: Path) -> None:
     world, replica = started(tmp_path, idle_probe=60)
     world.work("replica0", requests=0)
     world.probes.silent.add("replica0")
@@ -332,7 +334,7 @@ def test_idle_replica_given_work_is_not_judged_by_its_token_probe(tmp_path: Path
     assert replica.state is ProgramState.READY
 
 
-def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Path) -> None:
+def test_only_the_rank_that_the_others_wait_for_is_killed(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def look(name: str) -> Snapshot:
@@ -351,7 +353,7 @@ def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(tmp_path: Pa
     assert "waits for rank 2" in world.fleet.replicas["replica0"].note
 
 
-def test_what_counts_as_a_hang_can_be_told_in_dp_toml(tmp_path: Path) -> None:
+def test_hang_timeouts_come_from_dp_toml(tmp_path: Path) -> None:
     config = parse(
         '[model]\npath = "demo"\n[supervise]\nno_progress_timeout = 2.5\n', "dp.toml", tmp_path, tmp_path
     )
@@ -379,7 +381,7 @@ def test_hanging_replica_logs_its_stacks_is_killed_and_restarts(running: Running
     assert "in deadlocked" in output
 
 
-def test_a_process_that_is_stopped_tells_where_it_was_and_comes_back(running: Running) -> None:
+def test_stopped_process_logs_its_stacks_and_is_restarted(running: Running) -> None:
     running.write(unhealthy_after=1, unhealthy_kill_after=2)
     running.start_and_wait()
     before = running.pids()

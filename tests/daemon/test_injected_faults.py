@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest
     probes = Probes(lambda: None)
     for _ in range(2):
         # The first error does not prevent a second probe.
-        probes.ask(world.fleet.replicas["replica0"].program, 7, token=False)
+        probes.ask(world.fleet.replicas["replica0"].spec, 7, token=False)
         [reading] = wait_until(probes.take, "a reading")
         assert not reading.ok
         assert "ZeroDivisionError" in reading.problem
@@ -75,7 +76,7 @@ def test_a_probe_that_raises_gives_a_reading(tmp_path: Path, monkeypatch: pytest
 def test_a_probe_whose_thread_cannot_start_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = World(tmp_path, 1).fleet.replicas["replica0"].program
+    program = World(tmp_path, 1).fleet.replicas["replica0"].spec
     probes = Probes(lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", _no_thread)
@@ -90,7 +91,7 @@ def _no_thread(thread: threading.Thread) -> None:
 
 
 @pytest.fixture
-def wakeups() -> Wakeups:
+def wakeups() -> Iterator[Wakeups]:
     handler = signal.getsignal(signal.SIGUSR1)
     yield (made := Wakeups((signal.SIGUSR1,)))
     signal.set_wakeup_fd(-1)
@@ -98,7 +99,7 @@ def wakeups() -> Wakeups:
     made.selector.close()
 
 
-def test_a_wake_up_that_raises_holds_up_no_other(wakeups: Wakeups) -> None:
+def test_wake_up_that_raises_delays_no_other(wakeups: Wakeups) -> None:
     ended: list[int] = []
 
     def broken(pid: int) -> None:

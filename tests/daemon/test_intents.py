@@ -26,7 +26,7 @@ WISHES = st.dictionaries(
 
 
 @given(WISHES)
-def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, wishes: dict) -> None:
+def test_written_intents_are_read_back(tmp_path_factory: pytest.TempPathFactory, wishes: dict) -> None:
     state = tmp_path_factory.mktemp("state")
     intents = Intents(state)
     for name, wish in wishes.items():
@@ -39,12 +39,12 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"replica1": 5}', '{"replica1": {"intent": "dance", "draining": false}}', "\xff"]
 )
-def test_a_file_that_is_not_understood_is_no_wish(tmp_path: Path, text: str) -> None:
+def test_invalid_file_contains_no_intents(tmp_path: Path, text: str) -> None:
     (tmp_path / "intents.json").write_text(text, encoding="latin-1")
     assert Intents(tmp_path).of("replica1") == DesiredState()
 
 
-def test_a_wish_that_cannot_be_written_holds_and_is_written_later(tmp_path: Path) -> None:
+def test_intent_that_cannot_be_written_takes_effect_and_is_written_later(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
     assert intents.set("replica1", DesiredState(Intent.HELD)) == ""
     (tmp_path / ".intents.json.new").mkdir()
@@ -68,7 +68,7 @@ def test_a_removed_file_is_written_again(tmp_path: Path) -> None:
     assert Intents(tmp_path).of("replica1") == DesiredState(Intent.HELD)
 
 
-def test_programs_that_are_no_more_have_no_wishes(tmp_path: Path) -> None:
+def test_removed_programs_have_no_intents(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
     intents.set("replica1", DesiredState(Intent.STOPPED))
     intents.set("replica2", DesiredState(draining=True))
@@ -108,7 +108,7 @@ def test_drain_survives_restarts_of_replica_router_and_daemon(lent: Running) -> 
     assert not lent.programs()["replica1"]["draining"]
 
 
-def test_drain_can_be_waited_for_while_other_things_go_on(lent: Running) -> None:
+def test_other_commands_work_while_a_drain_is_awaited(lent: Running) -> None:
     lent.set_in_flight(0, 2)
     lent.do("drain", "0", wait=False)
     wait_until(lambda: lent.drained() == {0}, "replica 0 is drained")
@@ -179,7 +179,7 @@ def test_a_reload_that_needs_a_port_of_a_held_replica_is_refused(lent: Running) 
     assert lent.pids() == before
 
 
-def test_what_is_stopped_cannot_be_held(lent: Running) -> None:
+def test_stopped_replica_cannot_be_held(lent: Running) -> None:
     lent.do("stop", "1")
     done = lent.fdctl("hold", "1")
     assert done.returncode == protocol.FAILED

@@ -19,11 +19,11 @@ def test_names_of_secrets_are_known(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["--model", "--max-num-batched-tokens", "--tokenizer", "--api-keys-file", "FD_LOG_DIR"]
 )
-def test_what_only_looks_like_a_secret_is_shown(name: str) -> None:
+def test_harmless_names_are_not_masked(name: str) -> None:
     assert not masking.is_secret(name)
 
 
-def test_the_words_after_a_secret_flag_are_hidden_up_to_the_next_flag() -> None:
+def test_values_of_a_secret_flag_are_masked_up_to_the_next_flag() -> None:
     words = ["python", "--key", "a", "b", "--port", "1", "--token=c", "d"]
     assert masking.argv(words) == ["python", "--key", "***", "***", "--port", "1", "--token=***", "d"]
 

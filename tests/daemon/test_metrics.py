@@ -63,7 +63,7 @@ def replica(number: int, state: ProgramState, **what: object) -> SupervisedProgr
     return one
 
 
-def test_a_fleet_is_told_as_its_last_turn_left_it() -> None:
+def test_metrics_show_the_fleet_after_its_last_turn() -> None:
     metrics = Metrics()
     assert not [name for name, _ in Samples(metrics.exposition()).values if name == "fd_dp_state"]
     fleet = [
@@ -95,7 +95,7 @@ def test_a_fleet_is_told_as_its_last_turn_left_it() -> None:
     assert abs(samples("fd_dp_last_turn_timestamp_seconds") - time.time()) < 60
 
 
-def test_what_happens_is_counted() -> None:
+def test_events_are_counted() -> None:
     metrics = Metrics()
     metrics.publish([replica(3, ProgramState.READY)])
     before = Samples(metrics.exposition())
@@ -115,7 +115,7 @@ def test_what_happens_is_counted() -> None:
     assert samples("fd_dp_drain_seconds_sum", program="replica3") == 3
 
 
-def test_a_program_is_what_it_has_started_from_whatever_thread() -> None:
+def test_usage_includes_children_started_by_any_thread() -> None:
     child = "import time; a = bytearray(b'x') * (64 << 20); print(flush=True); time.sleep(600)"
     parent = (
         "import subprocess, sys, threading\n"
@@ -184,7 +184,7 @@ def test_metrics_are_of_this_machine_only_unless_asked_otherwise(shared: Running
     assert f"0100007F:{shared.metrics_port:04X} 00000000:0000 0A" in listeners
 
 
-def test_a_taken_port_is_said_once_and_had_as_soon_as_it_is_free(running: Running) -> None:
+def test_port_in_use_is_logged_once_and_bound_once_it_is_free(running: Running) -> None:
     with socket.create_server(("127.0.0.1", running.metrics_port)):
         running.start_and_wait()
         (line,) = [line for line in running.log().splitlines() if "metrics: ERROR" in line]
@@ -193,7 +193,7 @@ def test_a_taken_port_is_said_once_and_had_as_soon_as_it_is_free(running: Runnin
     assert running.log().count("metrics: ERROR") == 1
 
 
-def test_a_reload_moves_the_port_and_takes_it_away(running: Running) -> None:
+def test_reload_moves_and_closes_the_port(running: Running) -> None:
     running.start_and_wait()
     pids = running.pids()
     old, running.metrics_port = running.metrics_port, free_ports(1)[0]

@@ -44,7 +44,7 @@ def test_no_two_panels_of_the_dashboard_overlap() -> None:
         taken |= cells
 
 
-def test_what_prometheus_scrapes_is_what_the_shipped_dp_toml_has(tmp_path: Path) -> None:
+def test_prometheus_scrapes_the_ports_of_the_shipped_dp_toml(tmp_path: Path) -> None:
     config = load(ETC / "dp.toml", tmp_path)
     text = (ETC / "prometheus.yml").read_text()
     targets = re.findall(r'targets: \["127\.0\.0\.1:(\d+)"\](?:\n\s+labels: \{replica: "(\d+)"\})?', text)
@@ -150,7 +150,7 @@ CASES = [
 
 @needs_promtool
 @pytest.mark.parametrize("case", CASES, ids=[case.alert for case in CASES])
-def test_an_alert_is_raised_for_what_it_names_and_for_nothing_else(case: Case, tmp_path: Path) -> None:
+def test_each_alert_fires_for_its_condition_only(case: Case, tmp_path: Path) -> None:
     raised = {"exp_labels": case.labels, "exp_annotations": {"summary": case.summary}}
     test = {
         "interval": "1m",

@@ -135,7 +135,7 @@ CHANGES: dict[str, tuple[dict, dict, list[str]]] = {
 
 
 @pytest.mark.parametrize(("old", "new", "steps"), CHANGES.values(), ids=CHANGES.keys())
-def test_what_changes_in_dp_toml_is_what_is_done(old: dict, new: dict, steps: list[str]) -> None:
+def test_plan_for_each_kind_of_change_in_dp_toml(old: dict, new: dict, steps: list[str]) -> None:
     assert [str(step) for step in plan(programs(**old), programs(**new))] == steps
 
 
@@ -149,7 +149,7 @@ def test_ranks_of_an_expert_group_change_their_group_with_their_number() -> None
 # ---- the order
 
 
-def test_those_that_are_down_are_replaced_before_those_that_run() -> None:
+def test_replicas_that_are_down_are_replaced_before_running_ones() -> None:
     steps = plan(fleet(4), fleet(4, "--x"), down={"replica2", "replica3"})
     assert heads(steps) == [f"replace replica {number}" for number in (2, 3, 0, 1)]
 
@@ -162,7 +162,7 @@ def test_plan_order_is_router_additions_replacements_removals() -> None:
     ]
 
 
-def test_one_that_holds_a_port_in_a_circle_ends_first_and_comes_back_next() -> None:
+def test_cyclic_port_swap_stops_one_holder_first_and_starts_it_next() -> None:
     old = [program("replica0", 1), program("replica1", 2), program("replica2", 3)]
     new = [program("replica0", 2), program("replica1", 1), program("replica2", 3, "--x")]
     assert [(step.program.name, step.clears) for step in plan(old, new)] == [
@@ -197,7 +197,7 @@ def test_differences_hide_the_values_of_flags_that_may_be_secrets() -> None:
     )
 
 
-def test_a_step_tells_its_program_and_programs_are_told_the_same() -> None:
+def test_event_of_a_step_names_program_verb_and_reason() -> None:
     old, new = fleet(1)[1], fleet(1, "--x")[1]
     assert Step(old, None).program is old
     assert Step(old, new, ("--x: added",)).event() == {

@@ -24,7 +24,7 @@ def test_a_good_configuration_gives_its_programs(tmp_path: Path) -> None:
     assert [program.name for program in programs[:2]] == ["router", "replica0"]
 
 
-def test_replicas_are_told_the_precision_of_their_weights(tmp_path: Path) -> None:
+def test_replicas_get_the_weight_format_as_flags(tmp_path: Path) -> None:
     def words(engine: str) -> str:
         programs = checked_programs_of(dp_toml.load(write(tmp_path, engine=engine), tmp_path))
         return " ".join(programs[1].argv)
@@ -50,7 +50,7 @@ def test_replicas_are_told_the_precision_of_their_weights(tmp_path: Path) -> Non
         ({"router": 'extra_args = ["--queue-size", "-1"]'}, "the router could not start: --queue-size is -1"),
     ],
 )
-def test_what_every_replica_would_fail_with_is_one_line(tmp_path: Path, content: dict, said: str) -> None:
+def test_error_of_every_replica_is_one_line(tmp_path: Path, content: dict, said: str) -> None:
     config = dp_toml.load(write(tmp_path, **content), tmp_path)
     with pytest.raises(ConfigError) as caught:
         checked_programs_of(config)

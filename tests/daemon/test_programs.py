@@ -21,14 +21,14 @@ def read(parallel: str = "", engine: str = "", prefix: Path = Path("/tmp/fd"), m
     return parse(text, "dp.toml", prefix, prefix)
 
 
-def test_all_replicas_join_one_group_and_the_router_none() -> None:
+def test_all_replicas_join_one_group_but_not_the_router() -> None:
     config = read()
     router, *replicas = programs_of(config)
     assert expert_group_in(router.argv) is None
     assert {expert_group_in(replica.argv) for replica in replicas} == {expert_group_of(config)}
 
 
-def test_what_dp_toml_says_about_experts_reaches_the_engine() -> None:
+def test_expert_options_of_dp_toml_reach_the_engine() -> None:
     config = read("redundant_experts = 3\nbalance_experts = true\ncollective_timeout = 7.5")
     engine = parse_arguments(programs_of(config)[1].argv[3:]).engine
     assert engine.enable_expert_parallel
@@ -36,7 +36,7 @@ def test_what_dp_toml_says_about_experts_reaches_the_engine() -> None:
     assert (engine.redundant_experts, engine.enable_eplb, engine.expert_parallel_stall_kill) == (3, True, 7.5)
 
 
-def test_without_expert_parallelism_nothing_is_said_about_it() -> None:
+def test_without_expert_parallelism_there_are_no_expert_flags() -> None:
     config = read(
         "expert_parallel = false\nredundant_experts = 3\nbalance_experts = true\ncollective_timeout = 7"
     )
@@ -77,7 +77,7 @@ def test_ranks_that_might_disagree_or_are_of_two_deployments_never_meet(other: d
         {"engine": "num_gpu_blocks_override = 100"},
     ],
 )
-def test_what_each_rank_may_have_in_its_own_way_leaves_the_group_whole(other: dict[str, str]) -> None:
+def test_options_that_ranks_need_not_share_keep_the_group(other: dict[str, str]) -> None:
     assert expert_group_of(read(**other)) == expert_group_of(read())  # type: ignore[arg-type]
 
 

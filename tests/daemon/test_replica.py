@@ -24,7 +24,7 @@ def test_every_state_can_be_reached_and_left() -> None:
 
 @pytest.mark.parametrize("start", ProgramState)
 @pytest.mark.parametrize("to", ProgramState)
-def test_only_the_arrows_of_the_table_are_moves(start: ProgramState, to: ProgramState) -> None:
+def test_only_transitions_of_the_table_are_allowed(start: ProgramState, to: ProgramState) -> None:
     one = replica(start)
     if to not in TRANSITIONS[start]:
         with pytest.raises(AssertionError, match=f"replica 3: {start} -> {to}"):
@@ -35,7 +35,7 @@ def test_only_the_arrows_of_the_table_are_moves(start: ProgramState, to: Program
     assert one.pid == (7 if to in ALIVE else 0)
 
 
-def test_nothing_becomes_ready_but_what_was_starting_or_unhealthy() -> None:
+def test_only_starting_or_unhealthy_programs_become_ready() -> None:
     assert {start for start in ProgramState if ProgramState.READY in TRANSITIONS[start]} == {
         ProgramState.STARTING,
         ProgramState.UNHEALTHY,

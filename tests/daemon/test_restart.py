@@ -26,7 +26,7 @@ def test_the_dice_take_up_to_a_quarter() -> None:
     assert delays(4, dice=0.0) == [0.75, 1.5, 3, 6]
 
 
-def test_stable_forgets_what_was() -> None:
+def test_stable_program_has_no_failures() -> None:
     restarts = Restarts(POLICY, lambda: 1.0)
     for now in range(5):
         restarts.failed(float(now))

@@ -57,7 +57,7 @@ def words_in_flags_file(running: Running) -> list[str]:
 # ---- replicas
 
 
-def test_a_reload_tells_its_plan_and_its_stages(lent: Running) -> None:
+def test_reload_reports_its_plan_and_stages(lent: Running) -> None:
     lent.write(env={"SOME_THING": "1"}, router_args=("--queue-size", "7"))
     told = lent.tell("reload")
     assert told[-1] == {"code": protocol.OK}
@@ -151,7 +151,7 @@ def test_reload_interrupted_by_a_kill_is_finished_by_the_next_daemon(lent: Runni
     nobody_is_drained(lent)
 
 
-def test_who_no_longer_waits_for_a_reload_does_not_stop_it(lent: Running) -> None:
+def test_reload_continues_after_its_client_detaches(lent: Running) -> None:
     before = lent.pids()
     lent.write(extra_args=SLOWER)
     lent.set_in_flight(0, 1)
@@ -238,7 +238,7 @@ def test_next_daemon_signals_a_router_that_missed_its_new_flags(lent: Running) -
     assert lent.pids() == before
 
 
-def test_another_port_of_the_router_needs_another_router(lent: Running) -> None:
+def test_new_port_restarts_the_router(lent: Running) -> None:
     before = lent.pids()
     lent.ports[0] = lent.ports[7]
     lent.write()

@@ -6,6 +6,7 @@ import http.server
 import json
 import signal
 import socket
+import socketserver
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,13 +45,7 @@ def answering(path: Path, answer: str, status: int = 200) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             pass
 
-    class ControlServer(http.server.HTTPServer):
-        address_family = socket.AF_UNIX
-
-        def server_bind(self) -> None:
-            self.socket.bind(self.server_address)
-
-    with ControlServer(str(path), Handler) as server:
+    with socketserver.UnixStreamServer(str(path), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield
         server.shutdown()
@@ -102,14 +97,14 @@ def test_replicas_of_other_machines_with_equal_ports_are_ignored(
     "answer", ["", "[]", "{", '{"mixed": 5, "down": []}', '{"mixed": [{}], "down": []}', '{"mixed": []}']
 )
 @pytest.mark.parametrize("ask", [registered, flags])
-def test_an_answer_that_is_not_understood_is_none(
+def test_invalid_answer_counts_as_no_answer(
     tmp_path: Path, answer: str, ask: Callable[[Path], object]
 ) -> None:
     with answering(tmp_path / "admin", answer), pytest.raises(RouterUnavailable):
         ask(tmp_path / "admin")
 
 
-def test_an_answer_with_another_status_is_none(tmp_path: Path) -> None:
+def test_answer_with_an_error_status_counts_as_no_answer(tmp_path: Path) -> None:
     with (
         answering(tmp_path / "admin", "{}", status=503),
         pytest.raises(RouterUnavailable, match="answered GET /registered with 503"),
@@ -117,12 +112,12 @@ def test_an_answer_with_another_status_is_none(tmp_path: Path) -> None:
         registered(tmp_path / "admin")
 
 
-def test_where_nobody_listens_there_is_no_answer(tmp_path: Path) -> None:
+def test_without_a_listener_there_is_no_answer(tmp_path: Path) -> None:
     with pytest.raises(RouterUnavailable, match="admin"):
         registered(tmp_path / "admin")
 
 
-def test_a_router_that_hangs_is_given_up_and_holds_up_nobody_meanwhile(tmp_path: Path) -> None:
+def test_hung_router_times_out_without_blocking_the_daemon(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "admin"))
         listener.listen()
@@ -133,7 +128,7 @@ def test_a_router_that_hangs_is_given_up_and_holds_up_nobody_meanwhile(tmp_path:
             call.result()
 
 
-def test_what_was_asked_of_a_router_that_has_ended_is_forgotten(
+def test_requests_to_a_router_that_has_ended_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = RegisteredReplica("127.0.0.1:1811", "127.0.0.1", 1811, True, False, False, 0)

@@ -95,7 +95,7 @@ def test_secrets_stay_out_of_command_lines_logs_and_fdctl_output(running: Runnin
     ids=" ".join,
 )
 @pytest.mark.parametrize("section", ["engine", "router"])
-def test_no_way_of_writing_a_key_gets_it_into_a_command_line(section: str, words: list[str]) -> None:
+def test_no_spelling_of_a_key_option_enters_a_command_line(section: str, words: list[str]) -> None:
     text = f'[model]\npath = "demo"\n[{section}]\nextra_args = {json.dumps(words)}\n'
     with pytest.raises(ConfigError) as caught:
         parse(text, "dp.toml", Path("/p"), Path("/p"))
@@ -114,7 +114,7 @@ def test_no_way_of_writing_a_key_gets_it_into_a_command_line(section: str, words
     ],
     ids=" ".join,
 )
-def test_what_only_names_a_file_or_looks_like_a_key_is_taken(words: list[str]) -> None:
+def test_file_names_and_harmless_values_are_accepted(words: list[str]) -> None:
     assert masking.secret_in(words) is None
     text = f'[model]\npath = "demo"\n[router]\nextra_args = {json.dumps(words)}\n'
     assert parse(text, "dp.toml", Path("/p"), Path("/p")).router.extra_args == tuple(words)
@@ -138,7 +138,7 @@ def test_an_error_about_arguments_or_environment_does_not_repeat_them(wrong: str
         assert "5ecret" not in str(caught.value)
 
 
-def test_a_dp_toml_with_secrets_that_everybody_can_read_is_warned_of(tmp_path: Path) -> None:
+def test_world_readable_dp_toml_with_secrets_causes_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "dp.toml"
     file.write_text('[model]\npath = "demo"\n[engine.env]\nHF_TOKEN = "5ecret"\nOTHER = "x"\n')
     config = parse(file.read_text(), "dp.toml", tmp_path, tmp_path)
@@ -158,9 +158,7 @@ def test_replicas_read_api_keys_from_a_file_and_daemon_presents_one(running: Run
     running.start_and_wait()
 
 
-def test_a_credential_of_systemd_is_as_good_as_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_systemd_credential_works_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keys").write_text("sesame\n")
     text = '[model]\npath = "demo"\n[engine]\napi_keys_file = "credential:keys"\n'
     replica = programs_of(parse(text, "dp.toml", tmp_path, tmp_path))[1]
@@ -177,7 +175,7 @@ def test_a_credential_of_systemd_is_as_good_as_a_file(
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing\n", b"\xff5ecret"])
-def test_a_file_without_keys_opens_no_door_and_is_not_repeated(content: bytes, tmp_path: Path) -> None:
+def test_key_file_without_keys_is_refused_without_quoting_it(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         keys_in("--api-keys-file", tmp_path / "keys")

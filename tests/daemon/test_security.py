@@ -112,7 +112,7 @@ def test_commands_are_allowed_to_root_daemon_user_and_its_group(
     assert peer_credentials.may_command(Peer(1, uid + 1, groups), uid, gid) == (gid in groups)
 
 
-def test_a_peer_is_who_the_kernel_says(endpoint: Endpoint) -> None:
+def test_peer_identity_comes_from_the_kernel(endpoint: Endpoint) -> None:
     here, there = socket.socketpair()
     with here, there:
         peer = peer_credentials.peer_of(here)
@@ -128,7 +128,7 @@ def test_the_socket_is_for_user_and_group_only(endpoint: Endpoint) -> None:
 
 
 @needs_root
-def test_a_directory_with_another_group_does_not_pass_it_on(endpoint: Endpoint) -> None:
+def test_socket_does_not_inherit_the_group_of_its_directory(endpoint: Endpoint) -> None:
     endpoint.path.parent.chmod(0o2775)
     os.chown(endpoint.path.parent, 0, NOBODY)
     # chown clears the set-group-ID bit.
@@ -139,7 +139,7 @@ def test_a_directory_with_another_group_does_not_pass_it_on(endpoint: Endpoint) 
 
 
 @needs_root
-def test_another_user_is_told_who_may_and_nothing_else(
+def test_other_user_learns_only_which_users_are_allowed(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["fdctl", "--socket", str(endpoint.path), "stop", "all"])
@@ -150,12 +150,12 @@ def test_another_user_is_told_who_may_and_nothing_else(
     assert as_nobody(endpoint, main.main) == protocol.DENIED
     assert endpoint.commands == []
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"rejected connection of nobody (uid {NOBODY}, pid ")
+    assert line.startswith(f"rejected a connection of nobody (uid {NOBODY}, pid ")
     assert line.endswith(f"only {peer_credentials.permitted_here()} may talk to fd-dp")
 
 
 @needs_root
-def test_one_line_says_that_the_socket_is_not_open_to_this_user(endpoint: Endpoint) -> None:
+def test_fdctl_reports_a_forbidden_socket_in_one_line(endpoint: Endpoint) -> None:
     def refused() -> int:
         try:
             list(protocol.request(endpoint.path, {"do": "status"}, 10.0))
@@ -250,7 +250,7 @@ def test_disconnect_ends_a_conversation_but_half_close_is_answered(
     assert read(quiet) == [{"code": protocol.OK}]
 
 
-def test_whoever_says_nothing_gives_way_when_there_are_too_many(endpoint: Endpoint) -> None:
+def test_silent_clients_are_displaced_when_there_are_too_many(endpoint: Endpoint) -> None:
     silent = [endpoint.client(b"{"[: number % 2]) for number in range(100)]
     assert endpoint.client(b'{"do": "status"}\n').fileno() > 0
     ((_, conversation),) = endpoint.commands
@@ -263,7 +263,7 @@ def test_whoever_says_nothing_gives_way_when_there_are_too_many(endpoint: Endpoi
         client.close()
 
 
-def test_those_who_wait_for_an_operation_are_not_driven_out(endpoint: Endpoint) -> None:
+def test_clients_waiting_for_an_operation_are_not_displaced(endpoint: Endpoint) -> None:
     waiting = [endpoint.client(b'{"do": "reload"}\n') for _ in range(64)]
     (answer,) = read(endpoint.client(b'{"do": "status"}\n'))
     assert answer["code"] == protocol.BUSY
@@ -272,7 +272,7 @@ def test_those_who_wait_for_an_operation_are_not_driven_out(endpoint: Endpoint) 
         client.close()
 
 
-def test_the_daemon_goes_on_while_clients_do_whatever_they_like(running: Running) -> None:
+def test_daemon_keeps_working_while_clients_misbehave(running: Running) -> None:
     running.start_and_wait()
     path = str(protocol.socket_path(running.prefix / "run"))
     clients = []

@@ -37,7 +37,7 @@ class FakeRouter(RouterSync):
             return
         rows = {}
         for replica in self._world.fleet.replicas.values():
-            number, port = replica.program.replica, replica.port
+            number, port = replica.spec.replica, replica.port
             if number is not None and number not in self.unknown and replica.state is ProgramState.READY:
                 in_flight = self.busy.get(number, 0)
                 rows[port] = RegisteredReplica("", "127.0.0.1", port, True, False, wanted[port], in_flight)
@@ -86,7 +86,7 @@ class Rolling:
         return [told for told in self.told if isinstance(told, str)]
 
 
-def test_it_stays_up_for_as_long_as_it_has_requests_and_time(tmp_path: Path) -> None:
+def test_draining_replica_runs_until_idle_or_drain_timeout(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 2, drain_timeout=20)
     rolling.router.busy[0] = 1
     rolling.restart("replica0")
@@ -113,7 +113,7 @@ def test_a_router_that_is_silent_is_waited_for_a_little_and_fails_nothing(tmp_pa
     ]
 
 
-def test_a_router_that_comes_back_in_time_drains_as_ever(tmp_path: Path) -> None:
+def test_router_that_returns_in_time_drains_the_replica(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 2, drain_timeout=1000)
     rolling.router.answers = False
     rolling.router.busy[0] = 1
@@ -128,7 +128,7 @@ def test_a_router_that_comes_back_in_time_drains_as_ever(tmp_path: Path) -> None
     assert (rolling.result, rolling.lines()) == ("", [])
 
 
-def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> None:
+def test_replica_unknown_to_the_router_counts_as_failed(tmp_path: Path) -> None:
     """The replica is READY. Its new configuration may be the cause, which would affect the others as well."""
     rolling = Rolling(tmp_path, 2)
     rolling.router.unknown.add(0)
@@ -141,7 +141,7 @@ def test_one_that_the_router_never_hears_of_has_not_come_up(tmp_path: Path) -> N
     )
 
 
-def test_one_that_dies_while_it_is_drained_is_not_waited_for(tmp_path: Path) -> None:
+def test_drain_ends_when_the_replica_dies(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 2, drain_timeout=1000)
     rolling.router.busy[0] = 5
     rolling.restart("replica0")
@@ -152,7 +152,7 @@ def test_one_that_dies_while_it_is_drained_is_not_waited_for(tmp_path: Path) -> 
     assert rolling.lines() == ["replica 0: BACKOFF while it was drained"]
 
 
-def test_a_reload_stops_nobody_while_another_is_on_its_way_back(tmp_path: Path) -> None:
+def test_reload_stops_no_replica_while_another_restarts(tmp_path: Path) -> None:
     rolling = Rolling(tmp_path, 3, backoff_first=30)
     fleet = rolling.world.fleet
     rolling.world.supervisor.end("replica2")
@@ -179,7 +179,7 @@ def test_restart_does_not_wait_for_quarantined_or_stopped_replicas(tmp_path: Pat
     assert (rolling.result, rolling.lines()) == ("", ["restart replica 0", "restart replica 1"])
 
 
-def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: Path) -> None:
+def test_permanently_failing_replica_is_replaced_first_as_the_canary(tmp_path: Path) -> None:
     """Replacing it loses no capacity, and the new configuration may be meant to repair it."""
     rolling = Rolling(tmp_path, 2, budget=1, quarantine=10_000)
     fleet = rolling.world.fleet
@@ -189,7 +189,7 @@ def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: P
     new = [*programs_of(fleet.config)]
     new[1:] = [replace(program, argv=(*program.argv, "--changed")) for program in new[1:]]
     down = {name for name, replica in fleet.programs.items() if not replica.alive}
-    steps = plan([replica.program for replica in fleet.programs.values()], new, down)
+    steps = plan([replica.spec for replica in fleet.programs.values()], new, down)
     rolling.begin(rollout.roll(fleet, steps))
     rolling.pass_time(30.0)
     assert rolling.world.names(ProgramState.STARTING) == {"replica1"}
@@ -200,4 +200,4 @@ def test_what_fails_all_the_time_is_replaced_first_and_is_the_canary(tmp_path: P
     assert rolling.result is not None
     assert rolling.result.startswith("replica 1, the canary: pid ")
     assert rolling.world.names(ProgramState.READY) == {"router", "replica0", "replica1"}
-    assert [replica.program for replica in fleet.programs.values()] == programs_of(fleet.config)
+    assert [replica.spec for replica in fleet.programs.values()] == programs_of(fleet.config)

@@ -63,7 +63,7 @@ def parsed(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("word", INJECTIONS)
-def test_no_word_of_a_program_changes_the_ini(word: str, tmp_path: Path) -> None:
+def test_arguments_of_a_program_cannot_change_the_ini_file(word: str, tmp_path: Path) -> None:
     layout = Layout(tmp_path / "run", tmp_path / "logs")
     hostile = program("--x", word, VARIABLE=word)
     harmless = program("--x", VARIABLE="")
@@ -90,7 +90,7 @@ def test_supervisord_understands_every_path_that_dp_toml_may_have(name: str, tmp
 )
 @example(argv=INJECTIONS, env={f"X_{number}": word for number, word in enumerate(INJECTIONS)})
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_word_reaches_the_program_unchanged(
+def test_every_argument_reaches_the_program_unchanged(
     argv: list[str], env: dict[str, str], tmp_path: Path
 ) -> None:
     tell = "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], sys.stdout)"
@@ -108,7 +108,7 @@ def test_every_word_reaches_the_program_unchanged(
     assert Program.from_launch_text((layout.launch / one.launch_name).read_text()) == one
 
 
-def test_fd_run_says_in_one_line_what_it_cannot_do(tmp_path: Path) -> None:
+def test_fd_run_fails_with_a_one_line_error(tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([FD_RUN, *words], capture_output=True, text=True, check=False)
 

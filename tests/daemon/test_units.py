@@ -51,7 +51,7 @@ def test_the_units_are_hardened(unit: str, staged: Path) -> None:
     assert float(found[1]) <= 2.0
 
 
-def test_every_command_in_the_units_is_one_of_ours_and_takes_these_words(staged: Path) -> None:
+def test_commands_in_the_units_exist_and_accept_their_arguments(staged: Path) -> None:
     for unit in UNITS:
         text = (staged / "systemd/system" / unit).read_text()
         for line in re.findall(r"^Exec\w+=-?(.*)$", text, re.MULTILINE):
@@ -62,9 +62,7 @@ def test_every_command_in_the_units_is_one_of_ours_and_takes_these_words(staged:
                 assert told.returncode == 0, line
 
 
-def test_a_dp_toml_that_is_there_is_kept_and_the_shipped_one_is_good(
-    staged: Path, user_model_cache: None
-) -> None:
+def test_existing_dp_toml_is_kept_and_the_shipped_one_is_valid(staged: Path, user_model_cache: None) -> None:
     fdctl = Path(sys.executable).with_name("fdctl")
     assert run(fdctl, "check", staged / "fd/dp.toml").returncode == 0
     (staged / "fd/dp.toml").write_text("# mine\n")
@@ -73,7 +71,7 @@ def test_a_dp_toml_that_is_there_is_kept_and_the_shipped_one_is_good(
 
 
 @needs("mandoc")
-def test_the_pages_of_the_manual_are_in_order_and_name_all_that_there_is(staged: Path, share: Path) -> None:
+def test_manual_pages_are_valid_and_name_all_commands_and_flags(staged: Path, share: Path) -> None:
     pages = share / "man/man8/fd-dp.8", share / "man/man1/fdctl.1"
     assert run("mandoc", "-Tlint", "-Wstyle", *pages).stdout == ""
     assert "Documentation=man:fd-dp(8)" in (staged / "systemd/system/fd-dp.service").read_text()
@@ -93,7 +91,7 @@ def test_bash_completes_fdctl(share: Path) -> None:
     assert "fdctl" in run("bash", "-c", f"source {script} && complete -p fdctl").stdout
 
 
-def test_what_was_staged_can_be_taken_away_but_for_dp_toml(staged: Path) -> None:
+def test_uninstall_removes_staged_files_except_dp_toml(staged: Path) -> None:
     done = run(ROOT / "etc/install.sh", "--uninstall", DESTDIR=str(staged.parent), PREFIX_DIR=sys.prefix)
     assert (done.returncode, done.stderr) == (0, "")
     assert [file for file in staged.parent.rglob("*") if not file.is_dir()] == [staged / "fd/dp.toml"]
@@ -104,7 +102,8 @@ def test_an_unknown_option_changes_nothing(tmp_path: Path) -> None:
     done = run(ROOT / "etc/install.sh", "--unistall", DESTDIR=str(tmp_path))
     assert done.returncode == 1
     assert (
-        done.stderr == "install: ERROR (--unistall is unknown; there are --no-environment and --uninstall)\n"
+        done.stderr
+        == "install: ERROR (unknown option --unistall; options are --no-environment and --uninstall)\n"
     )
     assert [*tmp_path.iterdir()] == []
 

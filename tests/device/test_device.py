@@ -114,7 +114,7 @@ class Network:
         assert self.device.library.fd_draw(stream, byref(args)) == 0
 
 
-def test_what_the_device_says_of_itself(device: Device) -> None:
+def test_device_reports_its_properties(device: Device) -> None:
     info = Info()
     assert device.library.fd_info(device.handle, byref(info)) == 0
     assert info.numeric_version == b"sm90-1"
@@ -146,7 +146,7 @@ def test_too_much_memory_is_refused_in_one_line(device: Device) -> None:
     assert device.arena(0, 4096)[0] == 0
 
 
-def test_two_steps_may_be_under_way(device: Device) -> None:
+def test_two_steps_may_be_in_flight(device: Device) -> None:
     device.steps()
     network = Network(device)
     tickets = []

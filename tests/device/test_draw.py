@@ -142,7 +142,7 @@ def test_penalties_and_masks() -> None:
     assert draw(logits.cuda(), rows, tokens)[0] == expected
 
 
-def test_logprobs_are_those_of_the_logits_as_they_came() -> None:
+def test_logprobs_are_those_of_the_unmodified_logits() -> None:
     logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(6))
     logits[0, [5, 9]] = 9.0
     rows = np.concatenate([row(seed=1, logprobs=4), row(seed=2, logprobs=0, temperature=0.0), row(seed=3)])

@@ -146,7 +146,9 @@ port = {self.metrics_port}
         return psutil.Process(status["replicas"][replica]["pid"])
 
     def http_process(self, replica: int) -> psutil.Process:
-        return self.worker_process(replica).parent()
+        parent = self.worker_process(replica).parent()
+        assert parent is not None
+        return parent
 
     def worker_process(self, replica: int) -> psutil.Process:
         family = self.replica_process(replica).children(recursive=True)

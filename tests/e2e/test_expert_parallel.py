@@ -274,7 +274,7 @@ def wait_replaced(system: System, group: str, seat: int, pid: int) -> None:
     system.wait_ready()
 
 
-def test_replicas_in_one_expert_group_write_what_a_single_one_writes(
+def test_replicas_in_an_expert_group_generate_the_text_of_a_single_one(
     system: System, expected: Expected
 ) -> None:
     answer = system.fdctl("ep", "--json")
@@ -313,7 +313,7 @@ def kill_under_load(system: System, victim: int, expected: Expected) -> None:
     assert_right(asked, expected)
 
 
-def test_a_killed_worker_costs_nobody_a_text(system: System, expected: Expected) -> None:
+def test_killed_worker_changes_no_text(system: System, expected: Expected) -> None:
     group, victim = group_of(system), 1
     pid, before = workers(group)[victim], snapshot(group)
     tried, resumed = retries(system, victim), resumes(system, victim)

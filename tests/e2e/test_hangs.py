@@ -91,7 +91,7 @@ def wait_back(system: System, replica: int, old: psutil.Process) -> dict[str, An
     return entry(system, replica)
 
 
-def test_a_long_prompt_is_left_alone(system: System) -> None:
+def test_long_prompt_is_not_a_hang(system: System) -> None:
     before = [system.replica_process(i).pid for i in range(2)]
     began = time.monotonic()
     body = {"prompt": [5 + i % 50 for i in range(8192)], "max_tokens": 1, "ignore_eos": True}
@@ -166,9 +166,7 @@ def test_an_http_process_that_is_stopped_is_found_by_its_silence(system: System)
         [("http_process", signal.SIGKILL, "killed"), ("replica_process", signal.SIGTERM, "operator")],
     ],
 )
-def test_what_has_ended_it_is_told_in_a_word(
-    system: System, ends: list[tuple[str, signal.Signals, str]]
-) -> None:
+def test_cause_of_the_exit_is_reported(system: System, ends: list[tuple[str, signal.Signals, str]]) -> None:
     arbiters = [system.replica_process(i) for i in range(2)]
     for replica, (victim, number, _) in enumerate(ends):
         getattr(system, victim)(replica).send_signal(number)
@@ -176,9 +174,7 @@ def test_what_has_ended_it_is_told_in_a_word(
         assert wait_back(system, replica, arbiters[replica])["cause"] == cause
 
 
-def test_of_a_group_only_the_one_is_killed_that_the_others_wait_for(
-    model_cache: None, tmp_path: Path
-) -> None:
+def test_only_the_rank_that_the_others_wait_for_is_killed(model_cache: None, tmp_path: Path) -> None:
     parallel = "expert_parallel = true\ncollective_timeout = 120"
     supervise = "backoff_first = 0.2\nno_progress_timeout = 2\nidle_probe = 0\nprobe_interval = 0.5"
     system = System(tmp_path, replicas=2, parallel=parallel, supervise=supervise)

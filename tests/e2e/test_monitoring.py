@@ -53,7 +53,7 @@ class Prometheus:
                 stderr=output,
             )
 
-    def ask(self, path: str, **parameters: object) -> Any:
+    def ask(self, path: str, **parameters: str | float) -> Any:
         answer = requests.get(f"{self._url}/api/v1/{path}", params=parameters, timeout=30).json()
         assert answer["status"] == "success", (parameters, answer)
         return answer["data"]
@@ -186,7 +186,7 @@ def test_every_target_is_up_and_replicas_have_their_numbers(prometheus: Promethe
     assert prometheus.ask(f"label/{found[2]}/values", **{"match[]": found[1]}) == ["0", "1"]
 
 
-def test_the_rules_are_read_and_find_what_they_look_at(prometheus: Prometheus) -> None:
+def test_rules_are_loaded_and_find_their_metrics(prometheus: Prometheus) -> None:
     [group] = prometheus.ask("rules")["groups"]
     assert {rule["health"] for rule in group["rules"]} == {"ok"}
     for rule in group["rules"]:

@@ -29,7 +29,7 @@ def write(directory: Path, content: bytes) -> Path:
         b"# caf\xc3\xa9\nsecret-one\nsecret-two\n",
     ],
 )
-def test_a_file_of_any_editor_holds_its_keys(tmp_path: Path, content: bytes) -> None:
+def test_keys_are_read_from_files_of_any_editor(tmp_path: Path, content: bytes) -> None:
     assert keys_in(FLAG, write(tmp_path, content)) == ["secret-one", "secret-two"]
     assert ApiKeys.read(FLAG, tmp_path / "keys", VARIABLE).allow("Bearer secret-one")
 
@@ -41,13 +41,11 @@ def test_a_file_of_any_editor_holds_its_keys(tmp_path: Path, content: bytes) -> 
         ("good\ncaf\u00e9\n".encode("latin-1"), r"byte 8 \(line 2\) is not UTF-8"),
         ("one\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         (b"one\x0btwo\n", "the key in line 1 has a character"),
-        (b"one\0", "line 1 holds the character NUL"),
+        (b"one\0", "line 1 contains the character NUL"),
         (b"\xef\xbb\xbf", "has no key in it"),
     ],
 )
-def test_a_file_that_cannot_hold_keys_is_told_without_a_key(
-    tmp_path: Path, content: bytes, place: str
-) -> None:
+def test_invalid_key_file_is_reported_without_its_content(tmp_path: Path, content: bytes, place: str) -> None:
     with pytest.raises(ConfigError, match=place) as refused:
         keys_in(FLAG, write(tmp_path, content))
     assert str(refused.value).startswith(f"{FLAG} {tmp_path / 'keys'}")

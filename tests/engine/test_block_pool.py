@@ -53,7 +53,7 @@ def test_a_shared_block_is_free_only_when_the_last_holder_has_gone() -> None:
     assert pool.num_free == 1
 
 
-def test_two_computations_of_one_content_do_not_share_a_name() -> None:
+def test_equal_blocks_computed_twice_are_published_once() -> None:
     pool = BlockPool(2, 4)
     first, second = pool.allocate(2)
     pool.publish(first, b"a")

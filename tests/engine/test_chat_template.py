@@ -44,12 +44,12 @@ def test_a_variable_of_the_request_cannot_replace_the_messages(tmp_path: Path) -
     assert tokenizer.apply_chat_template(HELLO, add_generation_prompt=False, documents=[1]) == "helloFalse"
 
 
-def test_template_in_a_file_goes_before_the_one_in_the_settings(tmp_path: Path) -> None:
+def test_template_file_takes_precedence_over_the_settings(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("file")
     assert checkpoint(tmp_path, chat_template="settings").apply_chat_template(HELLO) == "file"
 
 
-def test_of_named_templates_the_default_is_used(tmp_path: Path) -> None:
+def test_the_template_named_default_is_used(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     assert checkpoint(tmp_path, chat_template=named).apply_chat_template(HELLO) == "plain"
 
@@ -128,7 +128,7 @@ def test_errors_of_a_template_are_one_line(source: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_templates_find_what_hugging_face_offers() -> None:
+def test_templates_have_hugging_face_functions() -> None:
     source = (
         "{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% endfor %}\n"
         "    {% generation %}\n"
@@ -166,7 +166,7 @@ def test_a_template_of_the_request_is_bounded(source: str, message: str) -> None
         Tokenizer.from_directory(TINY).apply_chat_template(HELLO, chat_template=source)
 
 
-def test_a_server_that_is_told_to_end_still_gets_the_text(tmp_path: Path) -> None:
+def test_rendering_completes_while_the_server_is_stopping(tmp_path: Path) -> None:
     """supervisord and terminals signal the whole process group, which includes the renderer."""
     server = (
         "import signal; from fastdeploy.tokenizer.chat_template import render_untrusted;"

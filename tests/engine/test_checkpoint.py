@@ -15,6 +15,7 @@ from fastdeploy.common.errors import CheckpointError
 from fastdeploy.config import ModelConfig
 from fastdeploy.custom_ops.packed_matrix import FORMATS, interleave_gate_up, pack, to_bfloat16
 from fastdeploy.device.paddle_weights import load_weights
+from fastdeploy.models.ernie45 import MoEWeights
 from fastdeploy.weights.weight_cache import Packing, packed_tensors
 from tests.checkpoints import LAYOUTS, Tensors, config_json, draw_tensors, is_moe_layer, write_checkpoint
 
@@ -97,7 +98,7 @@ def checkpoint(tmp_path: Path, config: dict[str, Any], tensors: Tensors) -> Path
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_everything_is_packed_where_it_belongs(
+def test_every_tensor_is_packed_in_its_place(
     checkpoint: Path, config: dict[str, Any], tensors: Tensors, weight_format: str
 ) -> None:
     assert_same(
@@ -139,7 +140,7 @@ def test_half_precision_is_widened(
     tmp_path: Path, config: dict[str, Any], tensors: Tensors, layout: str, dtype: str
 ) -> None:
     """The values are multiples of 1/16 below 16, which either format holds exactly."""
-    rounded = {name: np.float32(np.round(values * 16) / 16) for name, values in tensors.items()}
+    rounded = {name: (np.round(values * 16) / 16).astype(np.float32) for name, values in tensors.items()}
     write_checkpoint(tmp_path / "half", config, rounded, layout=layout, dtype=dtype)
     write_checkpoint(tmp_path / "wide", config, rounded)
     order = "grouped" if layout == "paddle-grouped" else "plain"
@@ -163,6 +164,7 @@ def test_weights_are_mapped_and_not_copied(checkpoint: Path) -> None:
         checkpoint, config, weight_format="bfloat16", progress=lambda fraction, stage: None
     )
     layer = weights.layers[1]
+    assert isinstance(layer.mlp, MoEWeights)
     tensors = [weights.embedding, weights.lm_head, weights.final_norm, layer.qkv, layer.mlp.router]
     tensors += [layer.mlp.correction_bias, layer.mlp.experts.gate_up, layer.mlp.experts.down]
     mapped = mappings_of(Packing(checkpoint, "bfloat16").file)
@@ -265,7 +267,7 @@ def test_a_weight_that_is_no_number_is_refused(checkpoint: Path, tensors: Tensor
     broken = tensors[name].copy()
     broken[7, 40] = value
     rewrite(checkpoint, {name: broken})
-    assert f"tensor {name} holds values that are not finite" in message_of(checkpoint)
+    assert f"tensor {name} contains values that are not finite" in message_of(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_replicas_divide_the_cpus() -> None:
     assert share_of(CONFIG, range(8)).threads == 4
 
 
-def test_threads_are_as_told() -> None:
+def test_explicit_thread_count_is_used() -> None:
     assert share_of(replace(CONFIG, threads=3), range(8)).threads == 3
 
 
@@ -27,7 +27,7 @@ def test_more_replicas_than_cpus_get_one_thread_each_and_are_not_pinned() -> Non
     assert (share.threads, share.pinned) == (1, None)
 
 
-def test_nobody_is_pinned_who_did_not_ask() -> None:
+def test_threads_are_pinned_only_on_request() -> None:
     assert share_of(CONFIG, range(8)).pinned is None
 
 

@@ -26,7 +26,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     return (score / (1 + np.exp(-score)) * (x @ up.T)) @ down.T
 
 
-def picks(x: Array, tensors: dict[str, Array]) -> Array:
+def picks(x: Array, tensors: dict[str, Array]) -> np.ndarray:
     """Return the experts that ERNIE-4.5's router picks: softmax, bias for the choice only, top k."""
     scores = x @ tensors["gate.weight"].T
     weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)

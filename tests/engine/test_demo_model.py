@@ -71,7 +71,7 @@ def test_no_wheel_is_one_line_that_names_the_way_out(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_a_disk_without_room_is_told_before_the_download(tmp_path: Path) -> None:
+def test_full_disk_is_reported_before_the_download(tmp_path: Path) -> None:
     disk = SmallDisk(tmp_path / "disk")
     command = [sys.executable, "-m", "fastdeploy.demo_model", "--output", f"{tmp_path}/disk/model"]
     done = subprocess.run([*disk.prefix, *command], capture_output=True, text=True, check=False)
@@ -122,7 +122,7 @@ def test_a_second_call_returns_at_once(demo: Path) -> None:
     assert (demo / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_of_two_callers_the_second_waits_for_what_the_first_makes(tmp_path: Path) -> None:
+def test_second_caller_waits_for_the_first_to_finish(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with (tmp_path / ".model.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

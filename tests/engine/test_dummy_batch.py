@@ -111,7 +111,7 @@ def asked_for(steps: int) -> Callable[[World], object]:
     return lambda world: AddRequest("a", [1], SamplingParams(max_tokens=steps), 0.0)
 
 
-def test_it_tells_at_the_start_once_a_second_and_when_it_comes_to_rest(run: Callable[..., World]) -> None:
+def test_reports_are_sent_at_start_each_second_and_when_idle(run: Callable[..., World]) -> None:
     told = run(others_compute(1000)).told
     assert (told[0], told[-1]) == (0, 1000)
     # The steps take ten seconds.
@@ -128,5 +128,5 @@ def test_own_steps_are_reported_and_the_final_count_includes_assistance(
     assert run(busy).told == [0, "step", "step", "step", 3, 5]
 
 
-def test_a_change_of_members_while_it_sleeps_is_told(run: Callable[..., World]) -> None:
+def test_membership_change_while_idle_is_reported(run: Callable[..., World]) -> None:
     assert run(lambda world: None, lambda world: None).told == [0, 0, 0]

@@ -82,7 +82,7 @@ sampling = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_every_text_is_the_one_of_the_request_alone(data: st.DataObject) -> None:
+def test_every_text_equals_that_of_the_request_alone(data: st.DataObject) -> None:
     """The text depends neither on batch, chunks, prefix hits, preemptions and aborts of others, nor on how
     much of it another engine has generated."""
     num_blocks = data.draw(st.integers(3, 24))

@@ -55,7 +55,7 @@ def test_chunks_of_prefill_do_not_show(
     np.testing.assert_array_equal(routes.by_layer(layers=2)[0], reference["router_7"])
 
 
-def test_a_prefix_computed_for_another_sequence_is_as_good(
+def test_prefix_of_another_sequence_gives_the_same_logits(
     network: Network, reference: dict[str, np.ndarray]
 ) -> None:
     prompt = reference["prompt_7"].tolist()
@@ -73,7 +73,8 @@ def test_logits_are_right_for_decode_rows_and_chunks_in_one_step(
 ) -> None:
     """A new sequence joins every third step with chunks of 23, while the earlier ones decode."""
     sequences = [network.sequence(reference[f"prompt_{i}"].tolist()) for i in PROMPTS]
-    waiting, running = list(sequences), []
+    waiting = list(sequences)
+    running: list[Sequence] = []
     step = 0
     while waiting or running:
         if waiting and step % 3 == 0:

@@ -125,7 +125,7 @@ def small() -> Iterator[Callable[[int], Path]]:
 # ---- missing or insufficient shared memory
 
 
-def test_a_directory_that_is_missing_is_told(joined: Join, tmp_path: Path) -> None:
+def test_missing_directory_is_reported(joined: Join, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{tmp_path}/missing is missing.*mount a tmpfs"):
         joined(root=tmp_path / "missing")
 
@@ -151,7 +151,7 @@ def test_a_name_that_cannot_be_a_directorys_is_refused() -> None:
         memory_file.group_directory("../elsewhere")
 
 
-def test_too_little_memory_is_told_with_what_is_needed_and_leaves_nothing(
+def test_too_little_memory_is_reported_with_the_need_and_leaves_nothing(
     joined: Join, small: Callable[[int], Path]
 ) -> None:
     root, layout = small(1024), replace(LAYOUT, max_tokens=1024)
@@ -199,7 +199,7 @@ def test_memory_that_runs_out_in_a_step_ends_the_rank_in_a_line(
         dispatch(group, 64)
 
 
-def test_what_fits_is_taken_where_twice_as_much_does_not(joined: Join, small: Callable[[int], Path]) -> None:
+def test_memory_grows_by_no_more_than_is_needed(joined: Join, small: Callable[[int], Path]) -> None:
     root = small(4096)
     group = joined(root=root, layout=replace(LAYOUT, max_tokens=256))
     # Each token takes 1 KiB.
@@ -212,7 +212,7 @@ def test_what_fits_is_taken_where_twice_as_much_does_not(joined: Join, small: Ca
 # ---- admission
 
 
-def test_ranks_that_disagree_are_told_who_and_about_what(joined: Join) -> None:
+def test_refusal_names_the_other_rank_and_all_differences(joined: Join) -> None:
     joined(0, weights="abc", balance=True)
     with pytest.raises(ConfigError) as raised:
         joined(1, weights="xyz", layout=replace(LAYOUT, max_tokens=32))
@@ -229,7 +229,7 @@ def test_ranks_that_disagree_are_told_who_and_about_what(joined: Join) -> None:
     assert "hidden" not in said
 
 
-def test_who_is_refused_leaves_the_lock_and_the_rank_to_others(joined: Join, memory_of: MemoryOf) -> None:
+def test_refused_rank_releases_lock_and_seat(joined: Join, memory_of: MemoryOf) -> None:
     joined(0, weights="abc")
     with pytest.raises(ConfigError) as raised:
         joined(1, weights="xyz")
@@ -239,7 +239,7 @@ def test_who_is_refused_leaves_the_lock_and_the_rank_to_others(joined: Join, mem
     assert memory_of().rank_slots[1].state == RankSlotState.FREE
 
 
-def test_a_newer_protocol_is_told(joined: Join, memory_of: MemoryOf) -> None:
+def test_newer_protocol_is_reported(joined: Join, memory_of: MemoryOf) -> None:
     joined(0)
     memory_of().header.version += 1
     here, there = PROTOCOL_VERSION, PROTOCOL_VERSION + 1
@@ -249,7 +249,7 @@ def test_a_newer_protocol_is_told(joined: Join, memory_of: MemoryOf) -> None:
         joined(1)
 
 
-def test_memory_of_a_newer_protocol_that_nobody_uses_is_made_anew(joined: Join, memory: Memory) -> None:
+def test_unused_memory_of_a_newer_protocol_is_recreated(joined: Join, memory: Memory) -> None:
     memory.header.version += 1
     assert joined(0).is_member
 
@@ -288,7 +288,7 @@ def memory_of(name: str) -> Iterator[MemoryOf]:
         os.close(descriptor)
 
 
-def test_who_has_the_lock_and_is_stopped_is_killed_and_nobody_else(memory: Memory, start: Start) -> None:
+def test_only_the_stopped_holder_of_the_lock_is_killed(memory: Memory, start: Start) -> None:
     stopped = start("lock", 60, "stop", says="locked")
     # All lose patience with the stopped holder together; then each holds the lock in turn.
     waiting = [start("lock", 0.5, 0.1, says=None) for _ in range(4)]
@@ -298,7 +298,7 @@ def test_who_has_the_lock_and_is_stopped_is_killed_and_nobody_else(memory: Memor
     assert stopped.wait(PATIENCE) == -signal.SIGKILL
 
 
-def test_who_waits_for_the_lock_of_one_that_ends_in_time_kills_nobody(memory: Memory, start: Start) -> None:
+def test_no_process_is_killed_if_the_lock_is_released_in_time(memory: Memory, start: Start) -> None:
     holder = start("lock", 60, 0.5, says="locked")
     waiting = start("lock", 30, 0, says="locked")
     assert holder.wait(PATIENCE) == waiting.wait(PATIENCE) == 0
@@ -327,7 +327,7 @@ def test_a_damaged_fingerprint_is_one_line(joined: Join, memory_of: MemoryOf, fi
         joined(1)
 
 
-def test_the_lock_goes_with_a_process_that_is_killed(memory: Memory, start: Start) -> None:
+def test_lock_is_released_when_its_holder_is_killed(memory: Memory, start: Start) -> None:
     start("lock", 60, 60, says="locked").kill()
     began = time.monotonic()
     start("lock", 60, 0, says="locked")
@@ -348,7 +348,7 @@ def admit(memory: Memory, membership: Membership, *ranks: int) -> None:
     membership.apply_requests()
 
 
-def test_a_record_that_was_not_finished_is_not_in_force(memory: Memory, membership: Membership) -> None:
+def test_unfinished_record_has_no_effect(memory: Memory, membership: Membership) -> None:
     """The writer died before it raised the epoch."""
     admit(memory, membership, 0, 2)
     before = membership.read()
@@ -380,9 +380,7 @@ def test_records_are_read_as_they_were_written(memory: Memory, membership: Membe
     assert epochs == [1, 2, 3]
 
 
-def test_the_dead_lose_their_ranks_and_their_experts(
-    memory: Memory, membership: Membership, start: Start
-) -> None:
+def test_dead_members_lose_ranks_and_experts(memory: Memory, membership: Membership, start: Start) -> None:
     admit(memory, membership, 0)
     dying = start("rank", 1, 60, says="registered")
     membership.apply_requests()
@@ -398,9 +396,7 @@ def test_the_dead_lose_their_ranks_and_their_experts(
     assert memory.header.losses == 1
 
 
-def test_who_wants_to_join_and_dies_is_not_admitted(
-    memory: Memory, membership: Membership, start: Start
-) -> None:
+def test_candidate_that_dies_is_not_admitted(memory: Memory, membership: Membership, start: Start) -> None:
     admit(memory, membership, 0)
     dying = start("rank", 1, 60, says="registered")
     dying.kill()
@@ -415,7 +411,7 @@ def test_a_pid_that_another_process_has_now_holds_no_rank(memory: Memory, member
     assert membership.remove_dead() == [(0, os.getpid())]
 
 
-def test_the_last_one_removes_the_group_also_if_others_died_unseen(
+def test_last_rank_removes_the_group_even_after_unnoticed_deaths(
     joined: Join, memory: Memory, name: str, start: Start
 ) -> None:
     group = joined(0)
@@ -426,7 +422,7 @@ def test_the_last_one_removes_the_group_also_if_others_died_unseen(
     assert not memory_file.group_directory(name).exists()
 
 
-def test_who_is_out_of_the_group_removes_no_other(joined: Join, name: str, memory: Memory) -> None:
+def test_removed_member_removes_no_group(joined: Join, name: str, memory: Memory) -> None:
     """The memory may be that of a finished group whose name a new group uses."""
     memory_file.remove(memory)
     group = joined(0)
@@ -451,7 +447,7 @@ layouts = st.builds(
 
 
 @given(layout=layouts)
-def test_parts_do_not_overlap_and_begin_where_they_may(layout: GroupLayout) -> None:
+def test_parts_do_not_overlap_and_are_aligned(layout: GroupLayout) -> None:
     """As in `custom_ops/include/expert_group.h`: words begin on cache lines, rows on pages."""
     picks = layout.max_tokens * layout.k
     file = {

@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastdeploy.common.messages import Failed, LoadProgress, Ready, StepOutputs
+from fastdeploy.common.messages import ExpertParallelStats, Failed, LoadProgress, Ready, StepOutputs
 from fastdeploy.expert_parallel.memory_file import group_directory
 from fastdeploy.expert_parallel.snapshot import Snapshot, read_snapshot
 
@@ -34,7 +35,7 @@ def requests_for(ranks: Ranks, *seats: int) -> dict[int, list]:
     return {seat: requests_of(seat) for seat in seats or ranks.apis}
 
 
-def kill_after(ranks: Ranks, seat: int, tokens: int):
+def kill_after(ranks: Ranks, seat: int, tokens: int) -> Callable[[int], None]:
     """Return an `after` for `Ranks.generate` that kills the seat's worker once after that many tokens."""
 
     def after(so_far: int) -> None:
@@ -77,7 +78,7 @@ def test_replicas_of_experts_and_their_moving_change_no_text(
         assert ranks.generate(requests_for(ranks)) == {seat: expected[seat] for seat in range(3)}
 
 
-def test_a_rank_that_comes_late_joins_between_two_steps(expected: dict[int, Texts], tmp_path: Path) -> None:
+def test_late_rank_joins_between_two_steps(expected: dict[int, Texts], tmp_path: Path) -> None:
     with ranks_of(3, tmp_path) as ranks:
         ranks.start(0)
         ranks.wait_ready()
@@ -97,7 +98,7 @@ def test_a_rank_that_comes_late_joins_between_two_steps(expected: dict[int, Text
         assert last_stats(ranks, 0).restarted_steps_total == 0
 
 
-def test_survivors_of_a_kill_write_on_and_the_seat_can_be_taken_again(
+def test_survivors_of_a_kill_continue_and_the_seat_is_reusable(
     expected: dict[int, Texts], tmp_path: Path
 ) -> None:
     with ranks_of(4, tmp_path) as ranks:
@@ -126,7 +127,7 @@ def test_the_last_survivor_has_all_experts(expected: dict[int, Texts], tmp_path:
         assert members(ranks) == (1,)
 
 
-def test_a_rank_that_dies_while_all_are_idle_is_buried_at_once(tmp_path: Path) -> None:
+def test_rank_that_dies_while_all_are_idle_is_removed_at_once(tmp_path: Path) -> None:
     with ranks_of(3, tmp_path) as ranks:
         ranks.start(*range(3))
         ranks.wait_ready()
@@ -134,7 +135,7 @@ def test_a_rank_that_dies_while_all_are_idle_is_buried_at_once(tmp_path: Path) -
         wait_until(lambda: members(ranks) == (0, 2), "the others have noticed", deadline=5)
 
 
-def test_a_rank_that_is_told_to_end_costs_nobody_a_step(expected: dict[int, Texts], tmp_path: Path) -> None:
+def test_rank_stopped_by_sigterm_repeats_no_step(expected: dict[int, Texts], tmp_path: Path) -> None:
     with ranks_of(3, tmp_path) as ranks:
         ranks.start(*range(3))
         ranks.wait_ready()
@@ -197,7 +198,7 @@ def test_a_stopped_rank_is_killed_when_others_wait_for_it(expected: dict[int, Te
 
 
 @pytest.mark.parametrize("word", ["tokens", "targets"])
-def test_survivors_of_a_rank_whose_memory_is_scribbled_over_write_on(
+def test_survivors_of_corrupted_rank_memory_continue(
     word: str, expected: dict[int, Texts], tmp_path: Path
 ) -> None:
     with ranks_of(3, tmp_path) as ranks:
@@ -236,7 +237,7 @@ def test_survivors_of_a_rank_whose_memory_is_scribbled_over_write_on(
         assert "is out of range in its part of the shared memory; the others continue" in ranks.logs()
 
 
-def test_a_rank_with_another_model_is_refused_and_the_others_go_on(
+def test_rank_with_another_model_is_refused_and_others_continue(
     expected: dict[int, Texts], tmp_path: Path
 ) -> None:
     with ranks_of(2, tmp_path) as ranks:
@@ -270,7 +271,7 @@ def processor_seconds(ranks: Ranks) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def last_stats(ranks: Ranks, seat: int):
+def last_stats(ranks: Ranks, seat: int) -> ExpertParallelStats:
     """Return the latest statistics that this rank has sent about its group."""
     found = None
     while found is None or ranks.apis[seat].socket.poll(200):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from fastdeploy.common.metrics_server import CONTENT_TYPE, MetricsServer
+
+from ..waiting import wait_until
 
 #: More than the kernel buffers for a client that does not read.
 TEXT = b"# a comment\n" + b"x" * (16 << 20) + b"\n"
@@ -22,7 +26,7 @@ def server() -> Iterator[MetricsServer]:
 
 
 def ask(port: int, method: str = "GET", path: str = "/metrics") -> tuple[int, str | None, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request(method, path)
         response = connection.getresponse()
@@ -32,9 +36,16 @@ def ask(port: int, method: str = "GET", path: str = "/metrics") -> tuple[int, st
 
 
 def connect(port: int, sent: bytes = b"") -> socket.socket:
-    client = socket.create_connection(("127.0.0.1", port), timeout=60)
+    client = socket.create_connection(("127.0.0.1", port), timeout=10)
     client.sendall(sent)
     return client
+
+
+def trickle(client: socket.socket) -> None:
+    """Send bytes slowly, and far fewer than a request may have."""
+    for _ in range(2000):
+        client.sendall(b"x")
+        time.sleep(0.01)
 
 
 def test_a_scrape_gets_the_text_of_its_moment() -> None:
@@ -47,7 +58,7 @@ def test_a_scrape_gets_the_text_of_its_moment() -> None:
         server.close()
 
 
-def test_what_is_no_scrape_is_told_what_is(server: MetricsServer) -> None:
+def test_requests_other_than_a_scrape_get_a_hint(server: MetricsServer) -> None:
     assert ask(server.port, path="/")[::2] == (404, b"GET /metrics\n")
     assert ask(server.port, "DELETE")[::2] == (405, b"GET /metrics\n")
     assert ask(server.port, "HEAD")[::2] == (200, b"")
@@ -57,7 +68,7 @@ def test_what_is_no_scrape_is_told_what_is(server: MetricsServer) -> None:
         assert client.recv(100).startswith(b"HTTP/1.1 200 OK\r\n"), "a long request is not read to its end"
 
 
-def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: MetricsServer) -> None:
+def test_silent_and_unread_clients_do_not_block_others(server: MetricsServer) -> None:
     silent = [connect(server.port, b"GET /met") for _ in range(8)]
     full = [connect(server.port, b"GET /metrics HTTP/1.1\r\n\r\n") for _ in range(8)]
     assert ask(server.port)[2] == TEXT
@@ -65,7 +76,7 @@ def test_clients_that_say_nothing_or_do_not_read_hold_up_nobody(server: MetricsS
         client.close()
 
 
-def test_the_one_that_has_been_there_longest_makes_room(server: MetricsServer) -> None:
+def test_oldest_client_is_dropped_at_the_limit(server: MetricsServer) -> None:
     crowd = [connect(server.port) for _ in range(40)]
     assert ask(server.port)[2] == TEXT
     assert crowd[0].recv(1) == b""
@@ -81,7 +92,29 @@ def test_a_client_that_takes_too_long_is_dropped(
         assert client.recv(1) == b""
 
 
-def test_a_figure_that_cannot_be_had_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_does_not_read_is_dropped_after_the_time_for_it(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdeploy.common.metrics_server._CLIENT_TIMEOUT", 0.2)
+    with connect(server.port, b"GET /metrics HTTP/1.1\r\n\r\n") as client:
+        wait_until(lambda: server._clients, deadline=10)
+        wait_until(lambda: not server._clients, deadline=10)
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while data := client.recv(1 << 20):
+                received += len(data)
+    assert 0 < received < len(TEXT)
+
+
+def test_a_client_that_sends_byte_by_byte_gets_no_more_time(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdeploy.common.metrics_server._CLIENT_TIMEOUT", 0.2)
+    with connect(server.port, b"GET /metrics HTTP/1.1\r\n") as client, pytest.raises(ConnectionError):
+        trickle(client)
+
+
+def test_failing_collector_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
     texts = [b"a 1\n"]
     server = MetricsServer(["127.0.0.1"], 0, texts.pop)
     try:

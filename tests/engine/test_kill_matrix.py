@@ -104,7 +104,7 @@ def test_ranks_survive_a_death_during_recovery_from_another(
 
 
 def test_survivors_of_a_newcomer_that_dies_while_it_joins(group: Ranks, expected: dict[int, Texts]) -> None:
-    started = []
+    started: list[int] = []
 
     def after(tokens: int) -> None:
         if tokens > 20 and not started:

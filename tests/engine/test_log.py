@@ -33,9 +33,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     root.setLevel(level)
 
 
-def test_the_journal_is_told_how_bad_each_line_is_and_other_files_are_not(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_journal_gets_priority_prefixes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, is_journal in (("journal", True), ("pipe", False)):
         with (directory / name).open("w") as stream:
             found = os.fstat(stream.fileno())
@@ -51,7 +49,7 @@ def test_the_journal_is_told_how_bad_each_line_is_and_other_files_are_not(
     assert "<" not in (directory / "x.log").read_text()
 
 
-def test_many_messages_logged_together_are_lines_like_any_other(directory: Path) -> None:
+def test_messages_logged_together_are_ordinary_lines(directory: Path) -> None:
     log.configure("replica=3", "x.log")
     logger = logging.getLogger("fastdeploy.access")
     logger.info("alone")
@@ -154,7 +152,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 
 @pytest.mark.parametrize("removed", ["x.log", "."])
-def test_a_removed_file_or_directory_is_made_again(tmp_path: Path, removed: str) -> None:
+def test_removed_file_or_directory_is_recreated(tmp_path: Path, removed: str) -> None:
     logs = tmp_path / "logs"
     logs.mkdir(mode=0o750)
     writer = Writer(logs)
@@ -193,7 +191,7 @@ def test_lines_for_a_full_disk_are_dropped_and_counted(tmp_path: Path, disk: Sma
 
 
 @pytest.mark.parametrize("is_removed", [False, True])
-def test_a_read_only_disk_costs_lines_only(tmp_path: Path, disk: SmallDisk, is_removed: bool) -> None:
+def test_read_only_disk_loses_only_lines(tmp_path: Path, disk: SmallDisk, is_removed: bool) -> None:
     """An open file can still be written; a removed one cannot be created again."""
     logs = tmp_path / "disk" / "logs"
     writer = Writer(logs, disk.prefix)
@@ -252,7 +250,7 @@ def test_a_directory_without_permission_is_refused_at_the_start(tmp_path: Path) 
     )
 
 
-def test_permission_lost_while_it_runs_costs_lines_only(tmp_path: Path) -> None:
+def test_permission_lost_at_run_time_loses_only_lines(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     writer = Writer(logs, unprivileged())
     writer.log("before")
@@ -267,7 +265,7 @@ def test_permission_lost_while_it_runs_costs_lines_only(tmp_path: Path) -> None:
     assert len(writer.end()) == 2
 
 
-def test_a_rotation_that_fails_halfway_is_made_up_for(
+def test_rotation_that_fails_halfway_is_completed_later(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(log, "_MAX_BYTES", 200)
@@ -294,7 +292,7 @@ def test_a_rotation_that_fails_halfway_is_made_up_for(
     assert (directory / "x.log").read_text().endswith("line=10\n")
 
 
-def test_a_close_that_fails_costs_no_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_close_loses_no_line(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel closes the descriptor nevertheless; its number may be that of another file by then."""
     monkeypatch.setattr(log_file, "CHECK_SECONDS", 0.0)
     log.configure("", "x.log")
@@ -311,7 +309,7 @@ def test_a_close_that_fails_costs_no_line(directory: Path, monkeypatch: pytest.M
     assert message((directory / "x.log").read_text()) == "one\n"
 
 
-def test_standard_error_on_a_full_disk_costs_lines_only(tmp_path: Path, disk: SmallDisk) -> None:
+def test_standard_error_on_a_full_disk_loses_only_lines(tmp_path: Path, disk: SmallDisk) -> None:
     redirected = ["sh", "-c", f'exec "$@" 2>>"{tmp_path}/disk/errors"', "sh"]
     writer = Writer(tmp_path / "logs", [*disk.prefix, *redirected])
     disk.fill()

@@ -14,6 +14,6 @@ RECORDINGS = sorted((Path(__file__).parent.parent / "fixtures" / "parity").glob(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recording", RECORDINGS, ids=lambda recording: recording.stem)
-def test_logits_greedy_texts_and_picks_are_those_of_transformers(recording: Path, layout: str) -> None:
+def test_logits_texts_and_routing_equal_transformers(recording: Path, layout: str) -> None:
     parity = compare(recording, layout)
     assert parity.holds, parity

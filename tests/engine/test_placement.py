@@ -135,7 +135,7 @@ def test_every_expert_has_a_replica_and_every_rank_equally_many(case: Case) -> N
 
 
 @pytest.mark.parametrize("num_ranks", range(1, 65))
-def test_any_number_of_ranks_will_do(num_ranks: int) -> None:
+def test_any_number_of_ranks_is_possible(num_ranks: int) -> None:
     ranks = tuple(random.Random(num_ranks).sample(range(64), num_ranks))
     for num_experts in (1, 6, 64, 67):
         for redundant in (0, 5):
@@ -226,9 +226,7 @@ def test_a_rank_that_joins_gets_its_share_and_nothing_else_moves(case: Case, dat
 
 @given(case=cases(rank_sets(last=7), redundancy=0), changes=st.lists(rank_sets(last=7), max_size=4))
 @settings(deadline=None)
-def test_however_ranks_come_and_go_as_few_experts_move_as_can(
-    case: Case, changes: list[tuple[int, ...]]
-) -> None:
+def test_fewest_experts_move_when_ranks_join_and_leave(case: Case, changes: list[tuple[int, ...]]) -> None:
     placement = case.plan()
     for ranks in changes:
         case = replace(case, ranks=ranks, slots=None)
@@ -241,9 +239,7 @@ def test_however_ranks_come_and_go_as_few_experts_move_as_can(
 
 @given(owner=st.lists(st.integers(0, 7), min_size=1, max_size=20), ranks=rank_sets(last=7))
 @settings(deadline=None)
-def test_also_from_a_lopsided_start_as_few_experts_move_as_can(
-    owner: list[int], ranks: tuple[int, ...]
-) -> None:
+def test_fewest_experts_move_from_an_uneven_start(owner: list[int], ranks: tuple[int, ...]) -> None:
     previous = Placement(tuple((ExpertReplica(rank, expert),) for expert, rank in enumerate(owner)))
     case = Case(len(owner), ranks, None, 0, None)
     after = case.plan(previous)
@@ -310,12 +306,12 @@ def test_a_rank_that_joins_is_not_given_all_the_heaviest() -> None:
     assert max(rank_loads(joined, load).values()) == 10.0
 
 
-def test_a_replica_that_is_no_longer_wanted_is_dropped_by_the_fuller_rank() -> None:
+def test_surplus_copy_is_dropped_by_the_fuller_rank() -> None:
     previous = Placement(((ExpertReplica(0, 0), ExpertReplica(1, 0)), (ExpertReplica(0, 1),)))
     assert plan(2, [0, 1], previous=previous).replicas == ((ExpertReplica(1, 0),), (ExpertReplica(0, 1),))
 
 
-def test_where_the_rank_with_room_holds_the_expert_another_one_trades() -> None:
+def test_ranks_trade_if_the_one_with_room_holds_the_expert_already() -> None:
     # Rank 2 is full, rank 3 new; expert 0 is wanted on both.
     previous = Placement(
         ((ExpertReplica(0, 0), ExpertReplica(1, 0)), (ExpertReplica(2, 0),), (ExpertReplica(2, 1),))
@@ -328,7 +324,7 @@ def test_where_the_rank_with_room_holds_the_expert_another_one_trades() -> None:
     )
 
 
-def test_such_a_trade_is_made_with_an_expert_that_moves_anyway() -> None:
+def test_ranks_trade_an_expert_that_moves_anyway() -> None:
     # The second replica of expert 2 must go to rank 3, where expert 0 has been and expert 1 has just come.
     previous = Placement(
         ((ExpertReplica(2, 0), ExpertReplica(3, 0)), (ExpertReplica(0, 0),), (ExpertReplica(1, 0),))
@@ -367,7 +363,7 @@ def test_a_rebalance_relieves_the_heaviest_rank_and_keeps_the_rest() -> None:
     assert after.moves_from(previous) == 2
 
 
-def test_a_load_that_has_decayed_to_almost_nothing_is_none() -> None:
+def test_decayed_load_counts_as_zero() -> None:
     load = [5e-324 * (1 + expert % 7) for expert in range(40)]
     first = plan(40, range(6), load=load)
     assert first == plan(40, range(6))
@@ -423,7 +419,7 @@ def test_rebalance_evens_skewed_load_nearly_as_well_as_a_fresh_plan() -> None:
         assert after.moves_from(before) < anew.moves_from(before) / 2
 
 
-def test_moves_are_what_ranks_take_over_not_what_they_drop() -> None:
+def test_moves_count_experts_taken_over_not_dropped() -> None:
     old = Placement(((ExpertReplica(0, 0), ExpertReplica(1, 0)), (ExpertReplica(1, 1),)))
     new = Placement(((ExpertReplica(0, 3),), (ExpertReplica(0, 1), ExpertReplica(2, 0))))
     assert new.moves_from(old) == 2

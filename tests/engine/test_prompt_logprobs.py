@@ -83,7 +83,7 @@ def prompt_of(model: RandomModel, length: int, seed: int = 1) -> list[int]:
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, length).tolist()
 
 
-def test_they_are_those_of_an_independent_network(tmp_path: Path) -> None:
+def test_logprobs_equal_those_of_an_independent_network(tmp_path: Path) -> None:
     config = config_json(vocab_size=VOCABULARY, num_hidden_layers=2)
     tensors = draw_tensors(config, 3)
     write_checkpoint(tmp_path, config, tensors)
@@ -110,7 +110,7 @@ def test_they_are_those_of_an_independent_network(tmp_path: Path) -> None:
             assert value == pytest.approx(row[token_id], abs=2e-4)
 
 
-def test_a_text_that_was_drawn_has_the_same_when_it_is_the_prompt(model: RandomModel) -> None:
+def test_generated_text_has_the_same_logprobs_as_a_prompt(model: RandomModel) -> None:
     """They are equal to the bit: prefill and decode compute the same."""
     drawn = alone(model, ask("a", prompt_of(model, 20), max_tokens=50, temperature=1.0))
     text = prompt_of(model, 20) + drawn.tokens["a"]
@@ -148,7 +148,7 @@ def test_neither_chunks_nor_neighbours_nor_preemption_change_them(data: st.DataO
         assert answers.drawn[name] == expected.drawn[name]
 
 
-def test_what_the_prefix_cache_holds_is_computed_again(model: RandomModel) -> None:
+def test_scored_prompt_does_not_use_the_prefix_cache(model: RandomModel) -> None:
     engine, _ = engine_of(model)
     prompt = prompt_of(model, 100)
     answers = Answers(engine)
@@ -185,7 +185,7 @@ def test_a_step_keeps_few_rows_of_logits(model: RandomModel) -> None:
         rows.append(logits.shape[0])
         return logits
 
-    runner.execute = counted  # type: ignore[method-assign, assignment]
+    runner.execute = counted  # type: ignore[method-assign]
     for index in range(3):
         engine.add(ask(f"r{index}", prompt_of(model, 400, seed=index)))
     answers = Answers(engine).drain()
@@ -194,7 +194,7 @@ def test_a_step_keeps_few_rows_of_logits(model: RandomModel) -> None:
     assert sum(rows) == 3 * 400
 
 
-def test_a_prompt_of_one_token_has_none(model: RandomModel) -> None:
+def test_prompt_of_one_token_has_no_logprobs(model: RandomModel) -> None:
     assert alone(model, ask("a", [7])).prompts["a"] == []
 
 
@@ -213,7 +213,7 @@ def test_broken_logits_fail_the_request(model: RandomModel) -> None:
     def broken(batch: Batch, **options: bool) -> object:
         return execute(batch, **options) * float("nan")
 
-    runner.execute = broken  # type: ignore[method-assign, assignment]
+    runner.execute = broken  # type: ignore[method-assign]
     engine.add(ask("a", prompt_of(model, 300)))
     [output] = engine.step().outputs
     assert (output.finish_reason, output.prompt_logprobs) == (FinishReason.ERROR, None)

@@ -60,7 +60,7 @@ def start() -> Iterator[Callable[..., Registration]]:
 wait_until = partial(_wait_until, deadline=20.0)
 
 
-def test_a_healthy_replica_registers_again_and_again_and_says_so_once(
+def test_healthy_replica_registers_repeatedly_and_logs_it_once(
     router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fastdeploy.entrypoints.registration")
@@ -72,9 +72,7 @@ def test_a_healthy_replica_registers_again_and_again_and_says_so_once(
     assert [r.message for r in caplog.records] == [f"registered with router http://{router.address}"]
 
 
-def test_a_replica_that_is_not_healthy_keeps_silent(
-    router: FakeRouter, start: Callable[..., Registration]
-) -> None:
+def test_unhealthy_replica_does_not_register(router: FakeRouter, start: Callable[..., Registration]) -> None:
     healthy = threading.Event()
     asked = threading.Event()
 
@@ -89,7 +87,7 @@ def test_a_replica_that_is_not_healthy_keeps_silent(
     wait_until(lambda: len(router.posts) > 0)
 
 
-def test_trouble_is_logged_when_it_begins_and_when_it_ends(
+def test_problems_are_logged_when_they_begin_and_end(
     router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fastdeploy.entrypoints.registration")
@@ -124,7 +122,7 @@ def test_info_is_what_fastdeploys_router_accepts() -> None:
     }
 
 
-def test_each_start_has_its_own_identity_and_shows_its_token_to_nobody() -> None:
+def test_each_start_has_its_own_identity_and_secret_token() -> None:
     one, other = Identity(1), Identity(1)
     for value in (one.instance, one.token):
         assert len(value) == 32
@@ -133,9 +131,7 @@ def test_each_start_has_its_own_identity_and_shows_its_token_to_nobody() -> None
     assert one.token not in repr(one)
 
 
-def test_a_farewell_is_the_last_that_a_router_hears(
-    router: FakeRouter, start: Callable[..., Registration]
-) -> None:
+def test_deregistration_is_the_last_message(router: FakeRouter, start: Callable[..., Registration]) -> None:
     registration = start(router.address)
     wait_until(lambda: len(router.posts) >= 2)
     registration.leave()
@@ -145,7 +141,9 @@ def test_a_farewell_is_the_last_that_a_router_hears(
     assert router.posts[-1] == ("/deregister", body)
 
 
-def test_a_farewell_never_overtakes_a_beat(router: FakeRouter, start: Callable[..., Registration]) -> None:
+def test_deregistration_never_overtakes_a_heartbeat(
+    router: FakeRouter, start: Callable[..., Registration]
+) -> None:
     """A heartbeat that arrives later would register the replica again."""
     beats, go_on = threading.Event(), threading.Event()
 
@@ -164,7 +162,7 @@ def test_a_farewell_never_overtakes_a_beat(router: FakeRouter, start: Callable[.
     wait_until(lambda: router.paths() == ["/register", "/deregister"])
 
 
-def test_a_router_that_was_never_told_of_a_replica_is_not_told_of_its_end(
+def test_unregistered_replica_does_not_deregister(
     router: FakeRouter, start: Callable[..., Registration]
 ) -> None:
     start(router.address, lambda: False).leave()
@@ -172,7 +170,7 @@ def test_a_router_that_was_never_told_of_a_replica_is_not_told_of_its_end(
 
 
 @pytest.mark.parametrize("status", [404, 500])
-def test_a_router_that_knows_no_farewell_is_left_all_the_same(
+def test_rejected_deregistration_does_not_prevent_leaving(
     router: FakeRouter, start: Callable[..., Registration], status: int
 ) -> None:
     registration = start(router.address)
@@ -182,7 +180,7 @@ def test_a_router_that_knows_no_farewell_is_left_all_the_same(
     assert router.paths()[-1] == "/deregister"
 
 
-def test_a_router_that_is_away_is_left_all_the_same(start: Callable[..., Registration]) -> None:
+def test_unreachable_router_does_not_prevent_leaving(start: Callable[..., Registration]) -> None:
     router = FakeRouter()
     registration = start(router.address)
     wait_until(lambda: router.posts)
@@ -211,7 +209,7 @@ def test_addresses_of_a_router(text: str, url: str) -> None:
     "text",
     ["", "router", ":30000", "router:port", "router:99999", "router:0", "ftp://router:1", "http://u:p@r:1"],
 )
-def test_what_is_no_address_of_a_router_is_refused(text: str) -> None:
+def test_invalid_router_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--router is .*HOST:PORT"):
         router_url(text)
 
@@ -237,7 +235,7 @@ def test_an_address_that_is_bound_is_advertised(listening: list[str], router: st
     assert advertised_ip(listening, router) == advertised
 
 
-def test_a_router_that_redirects_has_not_registered_anybody(
+def test_redirect_does_not_count_as_registration(
     router: FakeRouter, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
     router.status = 307
@@ -246,7 +244,7 @@ def test_a_router_that_redirects_has_not_registered_anybody(
     assert set(router.paths()) == {"/register"}
 
 
-def test_a_name_that_does_not_resolve_is_trouble_not_the_end(
+def test_unresolvable_name_is_retried(
     monkeypatch: pytest.MonkeyPatch, start: Callable[..., Registration], caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -53,7 +53,7 @@ def test_a_rank_that_starts_after_the_removal_joins_the_others(ranks: Ranks, tmp
     assert not directory.exists(), "nothing of the group stays behind"
 
 
-def test_ranks_work_without_doorbells_while_there_is_no_room_for_them(tmp_path: Path) -> None:
+def test_ranks_work_without_doorbells_on_a_full_disk(tmp_path: Path) -> None:
     disk = SmallDisk(SHARED_MEMORY, size="512m", inodes=16)
     ranks = Ranks(EXPERT_CONFIG, 2, "full", tmp_path, launcher=disk.prefix)
     try:

@@ -41,7 +41,9 @@ def test_a_mark_is_a_comment_line_of_server_sent_events() -> None:
 
 
 @given(events=events, finished=st.sets(st.integers(0, 3)))
-def test_marks_say_together_what_each_choice_has_got(events, finished) -> None:
+def test_marks_add_up_to_the_tokens_of_each_choice(
+    events: list[tuple[int, list[int]]], finished: set[int]
+) -> None:
     expected: dict[int, list[int]] = {}
     for choice, tokens in events:
         expected.setdefault(choice, []).extend(tokens)
@@ -56,7 +58,7 @@ def test_marks_say_together_what_each_choice_has_got(events, finished) -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"x", b"0 x", b"0 . 1", b"0 1.5"])
-def test_what_is_no_mark_is_an_error(line: bytes) -> None:
+def test_invalid_mark_is_an_error(line: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 (whatever its words)
         marks_of([b"0 1", line])
 

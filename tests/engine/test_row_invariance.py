@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def model(request: pytest.FixtureRequest) -> RandomModel:
 
 
 def run(model: RandomModel, requests: list[AddRequest], **changes: object) -> RecordedEngine:
-    engine = model.engine(**({"num_blocks": 60, "every_position": True, "block_size": 16} | changes))
+    options: dict[str, Any] = {"num_blocks": 60, "every_position": True, "block_size": 16, **changes}
+    engine = model.engine(**options)
     for request in requests:
         engine.add(request)
     engine.drain()
@@ -81,14 +83,14 @@ def run(model: RandomModel, requests: list[AddRequest], **changes: object) -> Re
     return engine
 
 
-def test_what_a_preempted_text_computes_again_is_the_same(model: RandomModel) -> None:
+def test_preempted_text_is_recomputed_to_the_bit(model: RandomModel) -> None:
     requests = [greedy(f"r{i}", [i + 3] * 20, max_tokens=60) for i in range(5)]
     engine = run(model, requests, num_blocks=14, enable_prefix_caching=False)
     assert engine.stats is not None
     assert engine.stats.preemptions_total > 0
 
 
-def test_a_prefix_of_another_text_is_as_good_as_ones_own(model: RandomModel) -> None:
+def test_cached_prefix_of_another_text_gives_the_same_bits(model: RandomModel) -> None:
     prompt = list(range(3, 19)) * 6
     requests = [greedy("first", prompt, 4), greedy("again", prompt, 30), greedy("half", prompt[:50], 30)]
     engine = run(model, requests, max_num_seqs=1)

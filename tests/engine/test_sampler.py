@@ -34,7 +34,7 @@ def draw(logits: list[float] | np.ndarray, one: Sequence) -> int:
 def reference_draws(logits: np.ndarray, one: Sequence) -> set[int]:
     """Return the reference's token, and those for a top_p that differs by a rounding error."""
     params, outputs = one.params, one.output_token_ids
-    row = np.zeros((), SAMPLING_ROW)
+    row = np.zeros(1, SAMPLING_ROW)[0]
     for name in ("temperature", "top_p", "min_p", "choice"):
         row[name] = getattr(params, name)
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
@@ -47,7 +47,7 @@ def reference_draws(logits: np.ndarray, one: Sequence) -> set[int]:
     draws = set()
     for nudge in (-1e-12, 0, 1e-12):
         row["top_p"] = params.top_p + nudge if 0 < params.top_p < 1 else params.top_p
-        draws.add(reference.sample(logits.astype(np.float64), row[()], seen, masked))
+        draws.add(reference.sample(logits.astype(np.float64), row, seen, masked))
     return draws
 
 
@@ -136,7 +136,7 @@ def test_logprobs_are_computed_before_penalties_and_temperature() -> None:
     )
 
 
-def test_each_row_is_told_as_many_logprobs_as_it_asked_for() -> None:
+def test_each_row_gets_the_number_of_logprobs_it_requested() -> None:
     asked = [None, 0, 2, 5]
     drawn = sample(np.array([[1.0, 3.0, 2.0]] * 4), [sequence(logprobs=count) for count in asked])
     assert [None if one.logprobs is None else len(one.logprobs.top) for one in drawn] == [None, 0, 2, 3]
@@ -155,7 +155,7 @@ def test_a_step_without_samples_draws_nothing() -> None:
     assert sample(np.empty((0, 10)), []) == []
 
 
-def test_what_is_kept_of_a_sequence_goes_with_it() -> None:
+def test_state_of_a_sequence_is_dropped_with_it() -> None:
     sampler = Sampler()
     one = sequence([1, 2], temperature=1.0, repetition_penalty=1.1)
     sampler.sample(paddle.zeros([1, 10]), [one])

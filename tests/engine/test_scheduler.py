@@ -163,7 +163,7 @@ def test_prefix_caching_can_be_switched_off() -> None:
     assert scheduler.prefix_cache_hit_tokens_total == 0
 
 
-def test_the_youngest_gives_way_and_is_the_first_to_come_back() -> None:
+def test_youngest_is_preempted_and_readmitted_first() -> None:
     # "old" has two blocks and "young" one; "old" needs a third for its ninth token, after "young" has
     # taken its second.
     scheduler, pool = build(num_blocks=4, max_model_len=16)
@@ -197,7 +197,7 @@ def test_preempted_sequence_waits_until_it_would_not_be_preempted_again() -> Non
     assert scheduler.preemptions_total == 1
 
 
-def test_the_youngest_waits_in_place_while_nobody_needs_its_blocks() -> None:
+def test_youngest_sequence_keeps_its_blocks_while_no_other_needs_them() -> None:
     scheduler, _ = build(num_blocks=4, max_model_len=16)
     young = sequence("young", 3)
     scheduler.add(sequence("old", 8, max_tokens=4))

@@ -14,7 +14,7 @@ import pytest
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.expert_parallel.layout import GroupLayout
 from fastdeploy.expert_parallel.memory import FILE
-from fastdeploy.expert_parallel.snapshot import Awaited, RankSnapshot, Snapshot, read_snapshot
+from fastdeploy.expert_parallel.snapshot import RankSnapshot, Snapshot, read_snapshot
 
 from ..quiet_group import QuietGroup
 
@@ -36,7 +36,7 @@ def group(tmp_path: Path) -> Iterator[QuietGroup]:
     made.close()
 
 
-def test_a_group_is_told_by_its_newest_epoch_and_the_seats_that_are_held(group: QuietGroup) -> None:
+def test_group_has_the_newest_epoch_and_the_held_seats(group: QuietGroup) -> None:
     group.join(0, 2)
     group.join(3)
     found = look_at(group)
@@ -47,7 +47,7 @@ def test_a_group_is_told_by_its_newest_epoch_and_the_seats_that_are_held(group: 
     ]
 
 
-def test_a_seat_tells_where_it_is(group: QuietGroup) -> None:
+def test_seat_shows_its_phase_and_layer(group: QuietGroup) -> None:
     group.join(0, 1)
     row = group.memory.rows[1]
     row.arrived, row.begun, row.steps = 1, 1 << 40 | 7, 42
@@ -66,7 +66,7 @@ def test_a_seat_tells_where_it_is(group: QuietGroup) -> None:
     )
 
 
-def test_what_the_last_holder_of_a_seat_has_left_is_not_told_of_the_next(group: QuietGroup) -> None:
+def test_data_of_a_previous_holder_is_not_shown_for_a_seat(group: QuietGroup) -> None:
     group.join(0)
     group.note(1, "experts", layer=1, waits_for=0b1)
     group.request(1)
@@ -76,7 +76,7 @@ def test_what_the_last_holder_of_a_seat_has_left_is_not_told_of_the_next(group: 
     assert look_at(group).awaited is None
 
 
-def test_the_dead_are_told_before_a_rank_has_noticed_and_wait_for_nobody(group: QuietGroup) -> None:
+def test_dead_seats_are_shown_at_once_and_wait_for_no_seat(group: QuietGroup) -> None:
     group.join(0, 1)
     group.note(1, "sent", waits_for=0b1)
     group.kill(1)
@@ -96,15 +96,16 @@ def test_awaited_seat_has_most_waiters_and_preferably_waits_for_none(
     group.note(0, "sent", waits_for=0b1100, seconds=20)
     group.note(1, "sent", waits_for=0b1101)
     group.note(2, "sent", waits_for=0b1000)
-    awaited = look_at(group).awaited
-    assert awaited == Awaited(3, (0, 1, 2), pytest.approx(20, abs=5))
+    assert (awaited := look_at(group).awaited)
+    assert (awaited.seat, awaited.by) == (3, (0, 1, 2))
+    assert awaited.seconds == pytest.approx(20, abs=5)
     # Seats 2 and 3 are awaited by two ranks each.
     group.note(2, "sent", waits_for=0b0001)
     assert (awaited := look_at(group).awaited)
     assert (awaited.seat, awaited.by) == (3, (0, 1))
 
 
-def test_there_is_none_where_nothing_is_or_where_it_is_being_made(group: QuietGroup, tmp_path: Path) -> None:
+def test_missing_or_unfinished_group_has_no_snapshot(group: QuietGroup, tmp_path: Path) -> None:
     assert read_snapshot("other", root=tmp_path) is None
     group.memory.header.magic = b""
     assert read_snapshot("test", root=tmp_path) is None
@@ -143,7 +144,7 @@ def test_a_damaged_header_is_one_line(group: QuietGroup, field: str, number: int
         read_snapshot("test", root=group.root)
 
 
-def test_looking_takes_no_memory_and_no_lock() -> None:
+def test_snapshot_allocates_no_memory_and_takes_no_lock() -> None:
     # In /dev/shm, as only there an access may allocate pages.
     group = QuietGroup(f"test-{os.getpid()}")
     try:
@@ -157,7 +158,7 @@ def test_looking_takes_no_memory_and_no_lock() -> None:
         group.close()
 
 
-def test_it_needs_neither_paddle_nor_numpy() -> None:
+def test_snapshot_needs_neither_paddle_nor_numpy() -> None:
     program = "import fastdeploy.expert_parallel.snapshot, sys; print({'paddle', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

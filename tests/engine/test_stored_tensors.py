@@ -47,7 +47,7 @@ def test_a_header_that_is_nested_too_deep_is_one_line(tmp_path: Path, header: by
     [[-2, -2], [-1, -4], [4.9], ["4"], [True], [[4]], None, "4", {"4": 4}, [1e400], [1 << 63], [1] * 65],
     ids=str,
 )
-def test_a_shape_that_is_none_is_one_line(tmp_path: Path, shape: Any) -> None:
+def test_invalid_shape_is_a_one_line_error(tmp_path: Path, shape: Any) -> None:
     message_of(written(tmp_path / "f", entry(shape=shape)))
 
 
@@ -63,12 +63,12 @@ def test_a_tensor_without_elements_has_no_bytes(tmp_path: Path, shape: list[int]
 @pytest.mark.parametrize(
     "offsets", [[0, 16.0], [-16, 0], [16, 0], [0, 1 << 70], [0], ["0", "16"], None, [0, 17]]
 )
-def test_offsets_that_are_none_are_one_line(tmp_path: Path, offsets: Any) -> None:
+def test_invalid_offsets_are_a_one_line_error(tmp_path: Path, offsets: Any) -> None:
     message_of(written(tmp_path / "f", entry(data_offsets=offsets)))
 
 
 @pytest.mark.parametrize("dtype", [None, 4, ["F32"], "X" * 90_000, "a\nb"], ids=lambda dtype: str(dtype)[:9])
-def test_a_dtype_that_is_none_is_one_line(tmp_path: Path, dtype: Any) -> None:
+def test_invalid_dtype_is_a_one_line_error(tmp_path: Path, dtype: Any) -> None:
     file = written(tmp_path / "f", entry(dtype=dtype))
     with pytest.raises(CheckpointError) as caught:
         _read_all(file)

@@ -74,12 +74,12 @@ def assert_is_a_line_about_the_model(message: str, file: Path) -> None:
         (b"a\r\nb\r\ncaf\xe9", r"F: byte 9 \(line 3\) is not UTF-8"),
         (BOM + b"a\ncaf\xe9", r"F: byte 8 \(line 2\) is not UTF-8"),
         ("hello".encode("utf-16"), "F: is UTF-16"),
-        ("hello".encode("utf-16-be"), "F: line 1 holds the character NUL"),
-        (b"a\nb\0c", "F: line 2 holds the character NUL"),
+        ("hello".encode("utf-16-be"), "F: line 1 contains the character NUL"),
+        (b"a\nb\0c", "F: line 2 contains the character NUL"),
         (b"\x1f\x8b\x08\x00", r"F: byte 1 \(line 1\) is not UTF-8"),
     ],
 )
-def test_what_is_no_utf_8_is_told_with_its_place(content: bytes, place: str) -> None:
+def test_invalid_utf_8_is_reported_with_its_position(content: bytes, place: str) -> None:
     with pytest.raises(ConfigError, match=f"^{place}"):
         decode(content, "F")
 
@@ -105,7 +105,7 @@ def test_a_directory_or_a_missing_file_is_named(tmp_path: Path) -> None:
         ('{"a": "\\ud800"}', "half of a surrogate pair"),
     ],
 )
-def test_json_that_is_no_object_is_told_in_one_line(tmp_path: Path, text: str, what: str) -> None:
+def test_json_other_than_an_object_is_a_one_line_error(tmp_path: Path, text: str, what: str) -> None:
     file = tmp_path / "f.json"
     file.write_text(text)
     with pytest.raises(ConfigError, match=what) as refused:

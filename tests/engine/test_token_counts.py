@@ -11,7 +11,7 @@ texts = st.lists(st.integers(0, 30) | st.integers(0, 10**6), max_size=300)
 
 
 @given(texts, texts, st.lists(st.integers(0, 300), max_size=5))
-def test_counts_kept_along_a_text_are_those_of_the_whole(
+def test_incremental_counts_equal_those_of_the_whole_text(
     prompt: list[int], outputs: list[int], stops: list[int]
 ) -> None:
     counts = TokenCounts(prompt)

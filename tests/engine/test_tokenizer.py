@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -27,7 +28,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-def sentencepiece_directory(path: Path, **options: object) -> Path:
+def sentencepiece_directory(path: Path, **options: Any) -> Path:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -220,7 +221,7 @@ def test_converted_sentencepiece_model_decodes_marked_spaces_and_bytes(tmp_path:
         "▁": 258,
         "h": 259,
     }
-    raw = {
+    raw: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "model": {

@@ -96,7 +96,7 @@ def stalled(cache: Path, checkpoint: Path) -> Iterator[subprocess.Popen[str]]:
     process.stdout.close()
 
 
-def test_it_is_packed_once_and_found_afterwards(cache: Path, checkpoint: Path) -> None:
+def test_checkpoint_is_packed_once_and_found_afterwards(cache: Path, checkpoint: Path) -> None:
     made, stages = pack(checkpoint)
     assert stages[-1] == f"packing {len(stages)} of {len(stages)}"
     found, stages = pack(checkpoint)
@@ -137,7 +137,7 @@ def test_the_version_follows_the_layout_of_matrices() -> None:
     assert weight_cache.VERSION.split(".")[0] == str(LAYOUT_VERSION)
 
 
-def test_four_that_come_at_once_pack_once(cache: Path, checkpoint: Path) -> None:
+def test_four_concurrent_processes_pack_once(cache: Path, checkpoint: Path) -> None:
     packers = [
         subprocess.Popen(
             [*COMMAND, str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -147,10 +147,12 @@ def test_four_that_come_at_once_pack_once(cache: Path, checkpoint: Path) -> None
     told = [packer.communicate(timeout=120) for packer in packers]
     assert [packer.returncode for packer in packers] == [0] * 4
     assert {out.strip() for out, _ in told} == {str(Packing(checkpoint, "bfloat16").file)}
-    assert sum("for the first time" in error for _, error in told) == 1
+    assert sum("there is no packed file yet" in error for _, error in told) == 1
 
 
-def test_who_waits_says_for_whom(cache: Path, checkpoint: Path, stalled: subprocess.Popen[str]) -> None:
+def test_waiting_process_names_the_one_that_packs(
+    cache: Path, checkpoint: Path, stalled: subprocess.Popen[str]
+) -> None:
     class Enough(Exception):
         pass
 
@@ -167,7 +169,7 @@ def test_who_waits_says_for_whom(cache: Path, checkpoint: Path, stalled: subproc
     assert re.fullmatch(rf"waiting for process {stalled.pid}, which is packing \d+ of \d+", stage)
 
 
-def test_after_a_killed_packer_the_next_one_goes_on(
+def test_next_process_packs_after_a_packer_was_killed(
     cache: Path, checkpoint: Path, stalled: subprocess.Popen[str]
 ) -> None:
     waiting = subprocess.Popen([*COMMAND, str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -232,7 +234,7 @@ def _exchange_norms(raw: bytes) -> bytes:
         (lambda raw: raw.replace(b'"header_sha256":"', b'"header_sha256":"0', 1), "damaged: "),
         (
             lambda raw: raw.replace(f'"version":"{weight_cache.VERSION}"'.encode(), b'"version":"0.1"'),
-            f"layout 0.1, now it is {weight_cache.VERSION}",
+            f"layout 0.1, the current one is {weight_cache.VERSION}",
         ),
     ],
 )
@@ -264,7 +266,7 @@ def replace(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [touch, reword, replace])
-def test_what_a_changed_checkpoint_gives_takes_the_place_of_the_old(
+def test_packed_file_of_a_changed_checkpoint_replaces_the_old_one(
     cache: Path, checkpoint: Path, change: Callable[[Path], None]
 ) -> None:
     made, _ = pack(checkpoint)
@@ -275,7 +277,7 @@ def test_what_a_changed_checkpoint_gives_takes_the_place_of_the_old(
     assert len(list(cache.glob("*.safetensors"))) == 1
 
 
-def test_who_has_mapped_the_old_file_keeps_it(cache: Path, checkpoint: Path) -> None:
+def test_processes_keep_the_old_file_mapped(cache: Path, checkpoint: Path) -> None:
     """A replica keeps its weights until it is restarted."""
     config = ModelConfig.from_directory(checkpoint)
     mapped = packed_tensors(Packing(checkpoint, "bfloat16"), config, lambda fraction, stage: None)
@@ -323,7 +325,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_with_the_way_out(cache: Path
         assert word in line
 
 
-def test_what_is_packed_already_needs_no_right_to_write(cache: Path, checkpoint: Path) -> None:
+def test_reading_a_packed_file_needs_no_write_permission(cache: Path, checkpoint: Path) -> None:
     pack(checkpoint)
     cache.chmod(0o555)
     (cache / f".{Packing(checkpoint, 'bfloat16').file.name}.lock").chmod(0o444)
@@ -390,7 +392,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(cache: Path, checkpoi
         (["{checkpoint}", "--format", "wint4"], "--format"),
     ],
 )
-def test_a_wrong_command_line_is_told_in_one_line(
+def test_wrong_command_line_is_a_one_line_error(
     cache: Path, checkpoint: Path, words: list[str], complaint: str
 ) -> None:
     done = run(*(word.format(checkpoint=checkpoint) for word in words))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_worker_is_killed_if_its_parent_died_during_startup(
     ],
 )
 def test_a_worker_that_cannot_start_says_why_in_one_line(
-    start: Callable[..., Api], change: dict[str, object], said: str
+    start: Callable[..., Api], change: dict[str, Any], said: str
 ) -> None:
     api = start(replace(CONFIG, **change))
     while not isinstance(message := api.receive(), Failed):
@@ -192,9 +193,7 @@ def test_a_worker_that_cannot_start_says_why_in_one_line(
     assert "Traceback" not in api.log()
 
 
-def test_a_home_directory_that_cannot_be_written_is_no_obstacle(
-    start: Callable[..., Api], tmp_path: Path
-) -> None:
+def test_worker_starts_without_a_writable_home_directory(start: Callable[..., Api], tmp_path: Path) -> None:
     # This also stops root: no directory can be created below a file.
     (tmp_path / ".cache").touch()
     api = start(HOME=str(tmp_path), TMPDIR="/nonexistent")
@@ -261,7 +260,7 @@ def test_steps_that_keep_failing_end_the_worker_and_it_says_why(start: Callable[
     assert api.process.wait(DEADLINE_S) == 1
 
 
-def test_by_hand_it_tells_who_starts_it() -> None:
+def test_worker_started_by_hand_names_its_launcher() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FD_")}
     done = subprocess.run(
         [sys.executable, "-m", "fastdeploy.core.worker"],

@@ -23,7 +23,7 @@ def main() -> int:
             super().__init__(*arguments)  # type: ignore[arg-type]
             self.trap(PHASES.index(phase), int(layer), int(nth), signal.Signals[name])
 
-    member.NativeGroup = TrappedGroup  # type: ignore[misc]
+    member.NativeGroup = TrappedGroup  # type: ignore[misc, assignment]
     return worker.main()
 
 

@@ -127,7 +127,7 @@ class ApiServer:
         children = self.children() if self.process.poll() is None else []
         self.process.kill()
         self.process.wait()
-        _, alive = psutil.wait_procs(children, timeout=30)
+        alive = psutil.wait_procs(children, timeout=30)[1]
         assert not alive, f"left behind: {alive}"
 
 

@@ -47,7 +47,7 @@ def status_of(host: str, port: int, path: str) -> int:
         return int(answer.status)
 
 
-def test_a_name_is_served_on_all_of_its_addresses(tmp_path, with_hosts):
+def test_a_name_is_served_on_all_of_its_addresses(tmp_path: Path, with_hosts: Sequence[str]) -> None:
     router = RouterProcess(tmp_path, "--host", "localhost", launcher=with_hosts)
     try:
         flags = ["--host", "localhost", "--router", f"localhost:{router.port}"]
@@ -62,7 +62,9 @@ def test_a_name_is_served_on_all_of_its_addresses(tmp_path, with_hosts):
         router.stop()
 
 
-def test_a_replica_on_an_ipv6_literal_is_of_use_to_the_router(tmp_path, with_hosts):
+def test_a_replica_on_an_ipv6_literal_is_of_use_to_the_router(
+    tmp_path: Path, with_hosts: Sequence[str]
+) -> None:
     router = RouterProcess(tmp_path)
     try:
         with ApiServer(tmp_path, "--host", "::1", "--router", router.url) as replica:
@@ -76,7 +78,9 @@ def test_a_replica_on_an_ipv6_literal_is_of_use_to_the_router(tmp_path, with_hos
 
 
 @pytest.mark.parametrize("command", [API_SERVER, LAUNCHER], ids=["api_server", "multi_api_server"])
-def test_a_name_of_another_machine_is_refused_in_one_line(tmp_path, with_hosts, command):
+def test_a_name_of_another_machine_is_refused_in_one_line(
+    tmp_path: Path, with_hosts: Sequence[str], command: list[str]
+) -> None:
     port = free_ports(1)[0]
     arguments = ["--host", "foreign", "--port", str(port)]
     if command is LAUNCHER:
@@ -85,7 +89,9 @@ def test_a_name_of_another_machine_is_refused_in_one_line(tmp_path, with_hosts, 
     assert "'foreign' resolves to 203.0.113.9, which this machine does not have" in run
 
 
-def test_a_port_that_is_taken_on_one_address_of_a_name_is_refused(tmp_path, with_hosts):
+def test_a_port_that_is_taken_on_one_address_of_a_name_is_refused(
+    tmp_path: Path, with_hosts: Sequence[str]
+) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
         port = other.getsockname()[1]
         run = start_in_vain([*with_hosts, *API_SERVER, "--host", "localhost", "--port", str(port)], tmp_path)
@@ -109,7 +115,7 @@ def test_addresses_that_a_machine_lacks_are_left_out(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("host", ["", "[::1]", "no such name", "nowhere.invalid", "a" * 300])
-def test_what_is_no_host_is_told_in_one_line(host: str) -> None:
+def test_invalid_host_is_a_one_line_error(host: str) -> None:
     with pytest.raises(ConfigError, match=r"use for example 127\.0\.0\.1 or 0\.0\.0\.0") as refused:
         addresses_of(host)
     assert "\n" not in str(refused.value)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from .conftest import MAX_MODEL_LEN, ApiServer, wait_until
 
-MESSAGES = [{"role": "user", "content": "the quick brown"}]
-GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +29,7 @@ def unfinished(server: ApiServer) -> Iterator[socket.socket]:
         yield client
 
 
-def test_chat(server: ApiServer):
+def test_chat(server: ApiServer) -> None:
     answer = server.client().chat.completions.create(model="tiny", messages=MESSAGES, **GREEDY)
     assert answer.id.startswith("chatcmpl-")
     assert answer.object == "chat.completion"
@@ -42,7 +42,7 @@ def test_chat(server: ApiServer):
     assert answer.usage.prompt_tokens_details.cached_tokens >= 0
 
 
-def test_a_streamed_chat_says_the_same_in_pieces(server: ApiServer):
+def test_a_streamed_chat_says_the_same_in_pieces(server: ApiServer) -> None:
     client = server.client()
     whole = client.chat.completions.create(model="tiny", messages=MESSAGES, **GREEDY)
     chunks = list(
@@ -62,7 +62,7 @@ def test_a_streamed_chat_says_the_same_in_pieces(server: ApiServer):
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
-def test_the_end_of_a_stream_on_the_wire(server: ApiServer):
+def test_the_end_of_a_stream_on_the_wire(server: ApiServer) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     body = {"prompt": "the", "max_tokens": 3, "stream": True}
     connection.request(
@@ -82,7 +82,7 @@ def test_the_end_of_a_stream_on_the_wire(server: ApiServer):
     connection.close()
 
 
-def test_completions_of_every_kind_of_prompt(server: ApiServer):
+def test_completions_of_every_kind_of_prompt(server: ApiServer) -> None:
     client = server.client()
     one = client.completions.create(model="tiny", prompt="the quick", **GREEDY)
     assert one.object == "text_completion"
@@ -104,7 +104,7 @@ def test_completions_of_every_kind_of_prompt(server: ApiServer):
     assert echoed.choices[0].text == "the quick" + one.choices[0].text
 
 
-def test_streamed_completion_with_echo_and_choices_equals_the_whole_one(server: ApiServer):
+def test_streamed_completion_with_echo_and_choices_equals_the_whole_one(server: ApiServer) -> None:
     client = server.client()
     options: dict[str, Any] = {"model": "tiny", "prompt": ["one", "two"], "n": 2, "seed": 5, "echo": True}
     whole = client.completions.create(**options, max_tokens=8)
@@ -114,7 +114,7 @@ def test_streamed_completion_with_echo_and_choices_equals_the_whole_one(server: 
     assert texts == [choice.text for choice in whole.choices]
 
 
-def test_a_seed_repeats_the_text_and_its_choices_differ(server: ApiServer):
+def test_a_seed_repeats_the_text_and_its_choices_differ(server: ApiServer) -> None:
     def texts(seed: int | None, headers: dict[str, str] | None = None) -> list[str]:
         answer = server.client().chat.completions.create(
             model="tiny",
@@ -125,7 +125,7 @@ def test_a_seed_repeats_the_text_and_its_choices_differ(server: ApiServer):
             seed=seed,
             extra_headers=headers,
         )
-        return [choice.message.content for choice in answer.choices]
+        return [choice.message.content or "" for choice in answer.choices]
 
     first = texts(7)
     assert texts(7) == first
@@ -135,7 +135,7 @@ def test_a_seed_repeats_the_text_and_its_choices_differ(server: ApiServer):
     assert texts(7, {"X-FD-Seed": "8"}) == first
 
 
-def test_logprobs_of_a_chat(server: ApiServer):
+def test_logprobs_of_a_chat(server: ApiServer) -> None:
     answer = server.client().chat.completions.create(
         model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=3, **GREEDY
     )
@@ -149,7 +149,7 @@ def test_logprobs_of_a_chat(server: ApiServer):
     assert joined.decode(errors="replace") == answer.choices[0].message.content
 
 
-def test_logprobs_of_a_completion_are_the_same_in_pieces(server: ApiServer):
+def test_logprobs_of_a_completion_are_the_same_in_pieces(server: ApiServer) -> None:
     client = server.client()
     whole = client.completions.create(model="tiny", prompt="the", logprobs=2, **GREEDY).choices[0].logprobs
     assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.top_logprobs) == 12
@@ -161,7 +161,7 @@ def test_logprobs_of_a_completion_are_the_same_in_pieces(server: ApiServer):
     assert [offset for part in parts for offset in part.text_offset] == whole.text_offset
 
 
-def test_a_stop_string_ends_the_text_before_it(server: ApiServer):
+def test_a_stop_string_ends_the_text_before_it(server: ApiServer) -> None:
     client = server.client()
     text = client.completions.create(model="tiny", prompt="the", **GREEDY).choices[0].text
     stop = text[5:8]
@@ -176,10 +176,11 @@ def test_a_stop_string_ends_the_text_before_it(server: ApiServer):
     wait_until(lambda: server.metric("num_requests_running") == 0, "the stopped text is not computed further")
 
 
-def test_token_limits_are_what_is_left_of_the_context(server: ApiServer):
+def test_token_limits_are_what_is_left_of_the_context(server: ApiServer) -> None:
     answer = server.client().completions.create(
         model="tiny", prompt=[5] * (MAX_MODEL_LEN - 4), extra_body={"ignore_eos": True}
     )
+    assert answer.usage
     assert answer.usage.completion_tokens == 4
     with pytest.raises(openai.BadRequestError) as caught:
         server.client().completions.create(model="tiny", prompt=[5] * MAX_MODEL_LEN)
@@ -187,17 +188,19 @@ def test_token_limits_are_what_is_left_of_the_context(server: ApiServer):
     assert str(MAX_MODEL_LEN) in caught.value.message
 
 
-def test_models(server: ApiServer):
+def test_models(server: ApiServer) -> None:
     client = server.client()
     card = client.models.list().data[0]
-    assert (card.id, card.owned_by, card.max_model_len) == ("tiny", "FastDeploy", MAX_MODEL_LEN)
+    assert (card.id, card.owned_by) == ("tiny", "FastDeploy")
+    assert card.model_extra
+    assert card.model_extra["max_model_len"] == MAX_MODEL_LEN
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 
 
 @pytest.mark.parametrize("name", [None, "default", "tiny"])
-def test_the_model_may_be_named_or_not(server: ApiServer, name):
+def test_the_model_field_is_optional(server: ApiServer, name: str | None) -> None:
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "model": name})[0] == 200
 
 
@@ -222,7 +225,9 @@ def test_the_model_may_be_named_or_not(server: ApiServer, name):
         ("/v1/models", {}, {}, 405, None),
     ],
 )
-def test_errors_have_openais_shape(server: ApiServer, path, body, headers, status, param):
+def test_errors_have_openais_shape(
+    server: ApiServer, path: str, body: object, headers: dict[str, str], status: int, param: str | None
+) -> None:
     got, answer = server.post(path, body, headers)
     assert got == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
@@ -241,7 +246,7 @@ def test_errors_have_openais_shape(server: ApiServer, path, body, headers, statu
         b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000 + b"\r\n\r\n",
     ],
 )
-def test_broken_http_is_the_clients_fault(server: ApiServer, text):
+def test_broken_http_gets_a_4xx_or_no_answer(server: ApiServer, text: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
         client.sendall(text)
         client.shutdown(socket.SHUT_WR)
@@ -277,7 +282,9 @@ FIELDS = [
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4), chat=st.booleans())
-def test_no_body_is_answered_with_a_server_error(server: ApiServer, fields, chat):
+def test_no_body_is_answered_with_a_server_error(
+    server: ApiServer, fields: dict[str, object], chat: bool
+) -> None:
     base = {"messages": MESSAGES} if chat else {"prompt": "a"}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     body = json.dumps({**base, **fields, "max_tokens": 2})
@@ -290,7 +297,7 @@ def test_no_body_is_answered_with_a_server_error(server: ApiServer, fields, chat
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(server: ApiServer, stream):
+def test_disconnect_frees_the_place_in_the_batch(server: ApiServer, stream: bool) -> None:
     """This holds before the first token too, and for answers that are sent only at the end."""
     body = json.dumps(
         {"prompt": "a", "n": 6, "stream": stream, "max_tokens": 500, "ignore_eos": True}
@@ -308,7 +315,7 @@ def test_a_client_that_goes_away_frees_its_place(server: ApiServer, stream):
     assert server.metric("generation_tokens_total") - before < 6 * 500
 
 
-def test_parallel_requests_are_batched_and_counted(server: ApiServer):
+def test_parallel_requests_are_batched_and_counted(server: ApiServer) -> None:
     before = {name: server.metric(name) for name in ("requests_number_total", "request_success_total")}
     answers: list[tuple[int, dict[str, Any]]] = []
 
@@ -330,7 +337,7 @@ def test_parallel_requests_are_batched_and_counted(server: ApiServer):
     assert server.metric("time_to_first_token_seconds_count") > 0
 
 
-def test_tokens_are_counted_as_they_are_written(server: ApiServer):
+def test_tokens_are_counted_as_they_are_written(server: ApiServer) -> None:
     """An answer may take minutes; its load must be visible before its end."""
     names = (
         "generation_tokens_total",
@@ -351,16 +358,18 @@ def test_tokens_are_counted_as_they_are_written(server: ApiServer):
     assert [server.metric(name) for name in names] == expected
 
 
-def test_a_repeated_prompt_is_found_in_the_prefix_cache(server: ApiServer):
+def test_a_repeated_prompt_is_found_in_the_prefix_cache(server: ApiServer) -> None:
     prompt = [7] * 200
     server.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
     again = server.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
-    assert again.usage.prompt_tokens_details.cached_tokens >= 128
+    assert again.usage
+    assert again.usage.prompt_tokens_details
+    assert (again.usage.prompt_tokens_details.cached_tokens or 0) >= 128
     assert server.metric("prefix_cache_token_num_total") >= 128
     assert server.metric("prefix_cache_query_token_num_total") >= 400
 
 
-def test_every_request_leaves_one_line(server: ApiServer):
+def test_every_request_leaves_one_line(server: ApiServer) -> None:
     server.post(
         "/v1/completions", {"prompt": "a", "max_tokens": 2, "ignore_eos": True, "request_id": "find-me"}
     )
@@ -370,13 +379,13 @@ def test_every_request_leaves_one_line(server: ApiServer):
         assert part in lines[0]
 
 
-def test_a_path_cannot_forge_a_line_of_the_log(server: ApiServer):
+def test_a_path_cannot_forge_a_line_of_the_log(server: ApiServer) -> None:
     server.get("/v1/x%0Aforged%20line")
     wait_until(lambda: "/v1/x%0Aforged%20line" in server.log(), "its line")
     assert not any(line.startswith("forged") for line in server.log().splitlines())
 
 
-def test_health_and_ping(server: ApiServer):
+def test_health_and_ping(server: ApiServer) -> None:
     status, health = server.health()
     worker = health.pop("worker")
     assert (status, health) == (200, {"status": "ready", "model": "tiny"})
@@ -388,5 +397,5 @@ def test_health_and_ping(server: ApiServer):
 
 def test_incomplete_request_body_is_answered_408(
     unfinished: socket.socket,
-):
+) -> None:
     assert unfinished.recv(1 << 16).startswith(b"HTTP/1.1 408 ")

@@ -28,7 +28,7 @@ def ask(port: int, stream: bool) -> http.client.HTTPConnection:
         ("says a word and is silent until told", False),
     ],
 )
-def test_the_worker_is_told_at_once(script, stream):
+def test_disconnect_aborts_the_request_in_the_worker_at_once(script: str, stream: bool) -> None:
     """This holds before the first token, in the middle of a stream, and for whole answers."""
     with served_by(script) as (served, port):
         leaving = ask(port, stream)

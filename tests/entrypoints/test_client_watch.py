@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.entrypoints.client_watch import on_disconnect
+from fastdeploy.entrypoints.client_watch import DisconnectCallback, on_disconnect
 
 WAIT = 10.0
 
@@ -27,7 +27,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     return accepted, client
 
 
-def test_the_callback_runs_when_the_peer_closes(pair):
+def test_the_callback_runs_when_the_peer_closes(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     gone = threading.Event()
     with on_disconnect(ours, gone.set):
@@ -36,7 +36,7 @@ def test_the_callback_runs_when_the_peer_closes(pair):
         assert gone.wait(WAIT)
 
 
-def test_a_reset_connection_counts_as_gone():
+def test_reset_connection_counts_as_disconnected() -> None:
     ours, theirs = tcp_pair()
     gone = threading.Event()
     with ours, on_disconnect(ours.fileno(), gone.set):
@@ -45,7 +45,7 @@ def test_a_reset_connection_counts_as_gone():
         assert gone.wait(WAIT)
 
 
-def test_a_client_that_left_before_the_watch_is_noticed(pair):
+def test_a_client_that_left_before_the_watch_is_noticed(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     theirs.close()
     gone = threading.Event()
@@ -53,7 +53,7 @@ def test_a_client_that_left_before_the_watch_is_noticed(pair):
         assert gone.wait(WAIT)
 
 
-def test_bytes_of_a_living_client_do_not_count(pair):
+def test_bytes_of_a_living_client_do_not_count(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     calls: list[int] = []
     with on_disconnect(ours, lambda: calls.append(1)):
@@ -63,7 +63,7 @@ def test_bytes_of_a_living_client_do_not_count(pair):
         assert len(ours.recv(2000)) == 1000
 
 
-def test_the_callback_runs_once(pair):
+def test_the_callback_runs_once(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     calls: list[int] = []
     with on_disconnect(ours, lambda: calls.append(1)):
@@ -73,7 +73,7 @@ def test_the_callback_runs_once(pair):
     assert calls == [1]
 
 
-def test_a_closed_watch_stays_silent(pair):
+def test_a_closed_watch_stays_silent(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     calls: list[int] = []
     handle = on_disconnect(ours, lambda: calls.append(1))
@@ -84,7 +84,7 @@ def test_a_closed_watch_stays_silent(pair):
     assert calls == []
 
 
-def test_close_waits_for_a_callback_that_is_running(pair):
+def test_close_waits_for_a_callback_that_is_running(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     entered, leave = threading.Event(), threading.Event()
 
@@ -104,10 +104,10 @@ def test_close_waits_for_a_callback_that_is_running(pair):
     assert not closer.is_alive()
 
 
-def test_a_callback_may_close_its_own_watch(pair):
+def test_a_callback_may_close_its_own_watch(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     done = threading.Event()
-    handles = []
+    handles: list[DisconnectCallback] = []
 
     def callback() -> None:
         handles[0].close()
@@ -118,14 +118,14 @@ def test_a_callback_may_close_its_own_watch(pair):
     assert done.wait(WAIT)
 
 
-def test_a_failing_callback_does_not_stop_the_others(pair):
+def test_a_failing_callback_does_not_stop_the_others(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     with on_disconnect(ours, lambda: 1 / 0):
         theirs.close()
         settle()
 
 
-def test_reused_descriptor_numbers_do_not_mix_clients_up():
+def test_reused_descriptor_numbers_do_not_mix_clients_up() -> None:
     """Each connection reuses the last descriptor number; only peers that close while watched are reported."""
     wrong: list[int] = []
     right: list[int] = []
@@ -143,7 +143,9 @@ def test_reused_descriptor_numbers_do_not_mix_clients_up():
     assert wrong == []
 
 
-def test_the_connection_really_closes_when_server_and_watch_let_go(pair):
+def test_connection_closes_when_server_and_watch_release_it(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     ours, theirs = pair
     with on_disconnect(ours, lambda: None):
         pass
@@ -151,7 +153,7 @@ def test_the_connection_really_closes_when_server_and_watch_let_go(pair):
     assert theirs.recv(1) == b""
 
 
-def test_a_forked_child_watches_with_a_thread_of_its_own(pair):
+def test_a_forked_child_watches_with_a_thread_of_its_own(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     gone_here = threading.Event()
     with on_disconnect(ours, gone_here.set):

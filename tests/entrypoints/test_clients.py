@@ -9,11 +9,13 @@ from email.message import Message
 from typing import Any
 
 import pytest
+from openai.types import Completion, CompletionUsage
+from openai.types.chat import ChatCompletionChunk
 
 from .conftest import ApiServer
 
-MESSAGES = [{"role": "user", "content": "the quick brown"}]
-USAGE_IN_EACH_CHUNK = {"include_usage": True, "continuous_usage_stats": True}
+MESSAGES: list[Any] = [{"role": "user", "content": "the quick brown"}]
+USAGE_IN_EACH_CHUNK: Any = {"include_usage": True, "continuous_usage_stats": True}
 
 
 def refusal(server: ApiServer, body: bytes, headers: dict[str, str]) -> tuple[int, Message, dict[str, Any]]:
@@ -45,6 +47,11 @@ def test_a_wrong_content_type_is_415_and_says_which_is_right(server: ApiServer) 
     assert "application/json" in error["message"]
 
 
+def usage_of(chunk: ChatCompletionChunk | Completion) -> CompletionUsage:
+    assert chunk.usage is not None
+    return chunk.usage
+
+
 def test_each_chunk_of_a_chat_has_its_usage_so_far(server: ApiServer) -> None:
     *chunks, last = server.client().chat.completions.create(
         model="tiny",
@@ -57,15 +64,15 @@ def test_each_chunk_of_a_chat_has_its_usage_so_far(server: ApiServer) -> None:
         extra_body={"ignore_eos": True},
     )
     for index in range(2):
-        usages = [chunk.usage for chunk in chunks if chunk.choices[0].index == index]
+        usages = [usage_of(chunk) for chunk in chunks if chunk.choices[0].index == index]
         counts = [usage.completion_tokens for usage in usages]
         assert counts[0] == 0, "the role comes before any token"
         assert counts[-1] == 8
         assert counts == sorted(counts)
         for usage in usages:
-            assert usage.prompt_tokens == last.usage.prompt_tokens
+            assert usage.prompt_tokens == usage_of(last).prompt_tokens
             assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert (last.choices, last.usage.completion_tokens) == ([], 16)
+    assert (last.choices, usage_of(last).completion_tokens) == ([], 16)
 
 
 def test_each_chunk_of_a_completion_has_its_usage_so_far(server: ApiServer) -> None:
@@ -80,10 +87,10 @@ def test_each_chunk_of_a_completion_has_its_usage_so_far(server: ApiServer) -> N
         extra_body={"ignore_eos": True},
     )
     for index, prompt in enumerate(prompts):
-        usages = [chunk.usage for chunk in chunks if chunk.choices[0].index == index]
+        usages = [usage_of(chunk) for chunk in chunks if chunk.choices[0].index == index]
         assert {usage.prompt_tokens for usage in usages} == {len(prompt)}
         assert (usages[0].completion_tokens, usages[-1].completion_tokens) == (0, 5)
-    assert last.usage.total_tokens == 4 + 10
+    assert usage_of(last).total_tokens == 4 + 10
 
 
 def test_an_answer_of_openais_client_comes_back_as_history(server: ApiServer) -> None:
@@ -92,7 +99,13 @@ def test_an_answer_of_openais_client_comes_back_as_history(server: ApiServer) ->
     history = [*MESSAGES, said.choices[0].message.model_dump(), *MESSAGES]
     assert client.chat.completions.create(model="tiny", messages=history, max_tokens=3).choices
     # OpenAI's own models return these fields.
-    nulls = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    nulls: dict[str, object] = {
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
     history[1] = {"role": "assistant", "content": "x", **nulls}
     answer = client.chat.completions.create(
         model="tiny",
@@ -126,7 +139,7 @@ def test_a_page_of_this_machine_is_shown_answers(server: ApiServer, path: str) -
     assert "Access-Control-Allow-Origin" not in headers
 
 
-def test_a_page_asks_before_it_sends(server: ApiServer) -> None:
+def test_preflight_of_a_page_is_answered(server: ApiServer) -> None:
     wanted = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
     status, headers = asked(server, "OPTIONS", "/v1/completions", Origin=PAGE, **wanted)
     assert (status, headers["Access-Control-Allow-Headers"]) == (204, "authorization")
@@ -144,7 +157,7 @@ def test_a_page_may_read_a_stream(server: ApiServer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/nothing//here", "/nothing%0A%20", "/v1/a/./b"])
-def test_a_path_that_is_not_found_is_told_as_it_was_sent(server: ApiServer, path: str) -> None:
+def test_unknown_path_is_quoted_as_it_was_sent(server: ApiServer, path: str) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("GET", f"{path}?x=1")
     connection.endheaders()

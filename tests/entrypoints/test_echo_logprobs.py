@@ -16,7 +16,7 @@ PROMPT = "the quick brown fox é好"
 
 
 def complete(server: ApiServer, **options: Any) -> Any:
-    fields = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+    fields: dict[str, Any] = {"model": "tiny", "max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
     return server.client().completions.create(**fields | options)
 
 
@@ -161,7 +161,7 @@ def test_a_stream_scores_a_prompt_that_has_no_text(server: ApiServer) -> None:
     assert last.choices[0].finish_reason == "length"
 
 
-def test_no_tokens_may_be_wanted_without_echo(server: ApiServer) -> None:
+def test_max_tokens_0_requires_echo(server: ApiServer) -> None:
     answer = complete(server, prompt=PROMPT, echo=False, logprobs=None)
     assert (answer.choices[0].text, answer.usage.completion_tokens) == ("", 0)
     assert complete(server, prompt=PROMPT, logprobs=None).choices[0].text == PROMPT
@@ -176,7 +176,7 @@ def test_a_prompt_may_fill_the_context_if_nothing_follows(server: ApiServer) -> 
         complete(server, prompt=prompt, max_tokens=1)
 
 
-def test_there_is_a_limit_to_what_one_answer_holds(server: ApiServer) -> None:
+def test_size_of_one_answer_is_limited(server: ApiServer) -> None:
     with pytest.raises(openai.BadRequestError, match=r"echo with logprobs .* the limit is 1048576") as caught:
         complete(server, prompt=[[5] * 400] * 128, logprobs=20)
     assert caught.value.param == "echo"

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from fastdeploy.common.errors import ReplicaUnavailable
-from fastdeploy.common.messages import AddRequest
+from fastdeploy.common.messages import AddRequest, TokenOutput
 from fastdeploy.common.request import FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig
-from fastdeploy.entrypoints.openai.engine_client import ClientGone, EngineClient, EngineState
+from fastdeploy.entrypoints.openai.engine_client import ClientGone, EngineClient, EngineState, TokenStream
 
 from .conftest import TINY, wait_until
 
@@ -52,12 +52,21 @@ def request(name: str) -> AddRequest:
     return AddRequest(name, [1, 2, 3], SamplingParams(max_tokens=2), 0.0)
 
 
-def test_tokens_come_to_whom_they_belong():
+def outputs_of(generation: TokenStream) -> list[TokenOutput]:
+    """Return all outputs of a generation without waits that time out."""
+    outputs = []
+    for output in generation:
+        assert output is not None
+        outputs.append(output)
+    return outputs
+
+
+def test_tokens_reach_their_own_request() -> None:
     with worker("behaves") as run:
         engine = run.wait_ready()
         with engine.generate([request("a"), request("b")]) as both, engine.generate([request("c")]) as other:
-            assert [output.token_ids for output in other] == [[1], [2]]
-            outputs = list(both)
+            assert [output.token_ids for output in outputs_of(other)] == [[1], [2]]
+            outputs = outputs_of(both)
         for name in "ab":
             mine = [output for output in outputs if output.request_id == name]
             assert [output.token_ids for output in mine] == [[1], [2]]
@@ -68,13 +77,14 @@ def test_tokens_come_to_whom_they_belong():
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel", "close"])
-def test_what_is_not_wanted_any_more_is_aborted_in_the_worker(how):
+def test_abandoned_request_is_aborted_in_the_worker(how: str) -> None:
     """The scripted worker continues only after the right abort; its late token must reach no request."""
     with worker("goes on until told") as run:
         engine = run.wait_ready()
         generation = engine.generate([request("a")])
         tokens = iter(generation)
-        assert next(tokens).token_ids == [1]
+        assert (first := next(tokens))
+        assert first.token_ids == [1]
         if how == "cancel":
             generation.cancel()
             with pytest.raises(ClientGone):
@@ -83,10 +93,11 @@ def test_what_is_not_wanted_any_more_is_aborted_in_the_worker(how):
             generation.stop("a") if how == "stop" else generation.close()
             assert list(tokens) == []
         with engine.generate([request("b")]) as again:
-            assert next(iter(again)).request_id == "b"
+            assert (first := next(iter(again)))
+            assert first.request_id == "b"
 
 
-def test_client_leaving_before_the_first_token_wakes_the_waiting_thread():
+def test_client_leaving_before_the_first_token_wakes_the_waiting_thread() -> None:
     with worker("loads for ever"):
         pass
     with worker("goes on until told") as run:
@@ -97,7 +108,7 @@ def test_client_leaving_before_the_first_token_wakes_the_waiting_thread():
             list(generation)
 
 
-def test_a_worker_is_silent_only_while_it_owes_a_word():
+def test_worker_is_silent_only_while_a_message_is_due() -> None:
     with worker("is silent until told") as run:
         engine = run.wait_ready()
         assert (engine.progress.requests, engine.progress.silent) == (0, 0)
@@ -111,7 +122,7 @@ def test_a_worker_is_silent_only_while_it_owes_a_word():
         wait_until(lambda: engine.progress.silent > silent, "it is still silent")
 
 
-def test_each_step_is_progress_and_the_last_one_leaves_nothing_owed():
+def test_each_step_is_progress_and_after_the_last_no_message_is_due() -> None:
     with worker("works for others until told") as run:
         engine = run.wait_ready()
         with engine.generate([request("a")]) as generation:
@@ -121,7 +132,7 @@ def test_each_step_is_progress_and_the_last_one_leaves_nothing_owed():
         wait_until(lambda: engine.progress.silent == 0, "a last word")
 
 
-def test_a_worker_that_dies_ends_every_open_request():
+def test_a_worker_that_dies_ends_every_open_request() -> None:
     with worker("dies with a request") as run:
         generation = run.wait_ready().generate([request("a")])
         with pytest.raises(ReplicaUnavailable, match="stopped working"):
@@ -132,18 +143,18 @@ def test_a_worker_that_dies_ends_every_open_request():
             run.client.generate([request("b")])
 
 
-def test_worker_that_dies_at_once_is_reported_with_its_exit_code():
+def test_worker_that_dies_at_once_is_reported_with_its_exit_code() -> None:
     with worker("dies at once") as run:
         assert run.failure().endswith("exited with code 7")
 
 
-def test_the_last_words_of_a_worker_that_cannot_load_are_the_reason():
+def test_last_output_of_a_worker_that_cannot_load_is_the_reason() -> None:
     with worker("cannot load") as run:
         assert run.failure() == "config.json: no such file"
         assert run.client.status.message == "config.json: no such file"
 
 
-def test_unreadable_message_ends_the_worker_to_avoid_a_gap_in_a_text():
+def test_unreadable_message_ends_the_worker_to_avoid_a_gap_in_a_text() -> None:
     with worker("sends nonsense") as run:
         generation = run.wait_ready().generate([request("a")])
         with pytest.raises(ReplicaUnavailable):
@@ -151,12 +162,12 @@ def test_unreadable_message_ends_the_worker_to_avoid_a_gap_in_a_text():
         assert "unreadable message" in run.failure()
 
 
-def test_a_worker_of_another_version_is_refused():
+def test_a_worker_of_another_version_is_refused() -> None:
     with worker("is of another version") as run:
         assert "protocol 999" in run.failure()
 
 
-def test_a_stranger_is_not_listened_to(caplog):
+def test_messages_without_the_secret_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     with worker("is a stranger") as run:
         wait_until(lambda: "wrong token" in caplog.text, "it is noticed")
         assert run.client.status.state is EngineState.LOADING
@@ -164,14 +175,14 @@ def test_a_stranger_is_not_listened_to(caplog):
             run.client.generate([request("a")])
 
 
-def test_loading_is_reported():
+def test_loading_is_reported() -> None:
     with worker("loads for ever") as run:
         status = wait_until(lambda: run.client.status if run.client.status.progress else None, "progress")
         assert (status.state, status.progress, status.stage) == (EngineState.LOADING, 0.5, "reading weights")
 
 
 @pytest.mark.parametrize("script", ["ignores the end", "never says hello"])
-def test_a_worker_that_does_not_stop_is_killed(script):
+def test_a_worker_that_does_not_stop_is_killed(script: str) -> None:
     run = Run(script)
     process = psutil.Process(run.client.worker_pid)
     if script == "ignores the end":
@@ -181,7 +192,7 @@ def test_a_worker_that_does_not_stop_is_killed(script):
     assert run.failures.empty(), "a stop that was asked for is no failure"
 
 
-def test_closing_ends_open_requests():
+def test_closing_ends_open_requests() -> None:
     with worker("goes on until told") as run:
         generation = run.wait_ready().generate([request("a")])
         next(iter(generation))

@@ -42,7 +42,7 @@ def fill_with_configuration(directory: Path) -> None:
     (directory / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
 
 
-def test_the_environment_changes_no_server(tmp_path, monkeypatch):
+def test_the_environment_changes_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_with_configuration(tmp_path)
     monkeypatch.chdir(tmp_path)
     hostile = {**HOSTILE, "HOME": str(tmp_path), "NETRC": str(tmp_path / ".netrc")}
@@ -67,7 +67,7 @@ def test_the_environment_changes_no_server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
-def test_the_daemon_counts_in_its_own_memory(name):
+def test_the_daemon_counts_in_its_own_memory(name: str) -> None:
     program = (
         "from fastdeploy.daemon.supervision.metrics import Metrics; print(Metrics().exposition().decode())"
     )

@@ -32,7 +32,7 @@ def samples_of(script: str) -> dict[str, float]:
     }
 
 
-def test_a_rank_tells_about_its_group():
+def test_metrics_of_a_rank_include_its_group() -> None:
     samples = samples_of("is a rank")
     assert {name: value for name, value in samples.items() if name.startswith("fastdeploy:ep_")} == {
         "fastdeploy:ep_epoch": 5,
@@ -54,7 +54,7 @@ def test_a_rank_tells_about_its_group():
     assert samples["fastdeploy:max_gpu_block_num"] == 8
 
 
-def test_where_there_is_no_group_nothing_is_said_about_one():
+def test_metrics_without_a_group_omit_group_metrics() -> None:
     samples = samples_of("behaves")
     assert samples["fastdeploy:max_gpu_block_num"] == 8
     assert not any(name.startswith("fastdeploy:ep_") for name in samples)

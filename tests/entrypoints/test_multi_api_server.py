@@ -79,7 +79,7 @@ def test_documented_command_plans_eight_servers_with_valid_arguments() -> None:
         "--model M --ports 9811,9812 --num-servers 2 --args --max-num-seqs 4 --no-enable-prefix-caching",
     ],
 )
-def test_arguments_without_args_in_front_go_to_the_servers_too(command: str) -> None:
+def test_arguments_without_args_flag_reach_the_servers_too(command: str) -> None:
     for server in plan_servers(command):
         words = set(server.arguments)
         assert {"--model", "M", "--no-enable-prefix-caching", "--max-num-seqs", "4"} <= words
@@ -172,7 +172,7 @@ def test_a_port_that_is_taken_is_named_with_its_flag_and_exit_status_2(
     assert error.count("\n") == 1
 
 
-def test_a_model_that_is_not_there_is_told_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_model_is_reported_before_any_start(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--num-servers", "2", "--ports", "-1", "--args", "--model", "/nowhere"]
     assert multi_api_server.main(argv) == 2
     assert "'/nowhere'" in capsys.readouterr().err
@@ -183,9 +183,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_starts(capsys: pytest
     spelling=st.sampled_from([["--a-b", "V"], ["--a-b=V"], ["--a_b", "V"]]),
     position=st.integers(0, 5),
 )
-def test_taking_an_option_leaves_the_others_as_they_were(
-    rest: list[str], spelling: list[str], position: int
-) -> None:
+def test_removing_an_option_keeps_the_others(rest: list[str], spelling: list[str], position: int) -> None:
     arguments = [*rest[:position], *spelling, *rest[position:]]
     assert multi_api_server._pop_flag(arguments, "--a-b") == ("V", rest)
     assert multi_api_server._pop_flag(rest, "--a-b") == (None, rest)

@@ -4,23 +4,23 @@ import pytest
 
 from fastdeploy.common.api_keys import ApiKeys
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.entrypoints.openai.options import parse_arguments
+from fastdeploy.entrypoints.openai.options import ServeConfig, parse_arguments
 
 from .conftest import TINY
 
 
-def parse(*flags: str):
+def parse(*flags: str) -> ServeConfig:
     return parse_arguments(["--model", str(TINY), *flags])
 
 
-def test_defaults_are_closed():
+def test_defaults_are_closed() -> None:
     config = parse()
     assert (config.host, config.port, config.metrics_port) == ("127.0.0.1", 8000, None)
     assert config.served_model_name == "tiny"
     assert config.api_keys == ApiKeys()
 
 
-def test_fastdeploys_documented_command_is_taken(caplog):
+def test_fastdeploys_documented_command_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     config = parse(
         *("--port", "1822", "--metrics-port", "3201", "--engine-worker-queue-port", "25611,25621,25631"),
         *("--local-data-parallel-id", "1", "--tensor-parallel-size", "1", "--data-parallel-size", "8"),
@@ -37,7 +37,7 @@ def test_fastdeploys_documented_command_is_taken(caplog):
         assert flag in warning
 
 
-def test_the_flags_of_expert_parallelism_reach_the_engine():
+def test_the_flags_of_expert_parallelism_reach_the_engine() -> None:
     engine = parse().engine
     assert not engine.enable_expert_parallel
     assert (engine.expert_parallel_group, engine.redundant_experts, engine.enable_eplb) == (
@@ -55,12 +55,12 @@ def test_the_flags_of_expert_parallelism_reach_the_engine():
     assert engine.expert_parallel_stall_kill == 2.5
 
 
-def test_underscores_are_dashes_in_flags_only():
+def test_underscores_are_dashes_in_flags_only() -> None:
     config = parse("--max_model_len=100", "--served_model_name", "my_model")
     assert (config.engine.max_model_len, config.served_model_name) == (100, "my_model")
 
 
-def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch):
+def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_API_KEY", "a, b,")
     assert parse().api_keys == ApiKeys(["a", "b"])
     assert parse("--api-key", "c,d", "--api-key", "e").api_keys == ApiKeys(["c", "d", "e"])
@@ -89,7 +89,9 @@ def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch):
         (("--chat-template", "/no/such/file"), "--chat-template"),
     ],
 )
-def test_a_wrong_value_is_one_line_with_its_flag(flags, words):
+def test_a_wrong_value_is_one_line_with_its_flag(
+    flags: tuple[str, str, str, str] | tuple[str, str, str] | tuple[str, str] | tuple[str], words: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(*(("--data-parallel-size", "4") if "--local-data-parallel-id" in flags else ()), *flags)
     assert words in str(caught.value)

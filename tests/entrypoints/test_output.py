@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ class ByteDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def run(groups: list[list[int]], finish: FinishReason, **options: object) -> tuple[ChoiceOutput, list[Delta]]:
+def run(groups: list[list[int]], finish: FinishReason, **options: Any) -> tuple[ChoiceOutput, list[Delta]]:
     choice = ChoiceOutput(ByteDetokenizer(), **options)
     deltas = []
     for index, group in enumerate(groups):
@@ -46,9 +47,11 @@ stops = st.lists(st.text(alphabet="abcé好", min_size=1, max_size=4), max_size=
 
 
 @given(data=st.data(), text=alphabet, stop=stops, include=st.booleans(), min_tokens=st.integers(0, 10))
-def test_grouping_never_changes_text_tokens_or_finish_reason(data, text, stop, include, min_tokens):
+def test_grouping_never_changes_text_tokens_or_finish_reason(
+    data: st.DataObject, text: str, stop: tuple[str, ...], include: bool, min_tokens: int
+) -> None:
     ids = list(text.encode())
-    options = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
+    options: dict[str, Any] = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
     whole, whole_deltas = run([ids], FinishReason.LENGTH, **options)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)))))
     groups = [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
@@ -64,12 +67,12 @@ def test_grouping_never_changes_text_tokens_or_finish_reason(data, text, stop, i
 
 
 @given(data=st.data(), text=alphabet, stop=stops, include=st.booleans(), min_tokens=st.integers(0, 10))
-def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
-    data, text, stop, include, min_tokens
-):
+def test_resumed_choice_continues_like_the_original(
+    data: st.DataObject, text: str, stop: tuple[str, ...], include: bool, min_tokens: int
+) -> None:
     """Wherever the cut is, no byte and no log probability is repeated or lost."""
     ids = list(text.encode())
-    options = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
+    options: dict[str, Any] = {"stop": stop, "include_stop": include, "min_tokens": min_tokens}
     whole, deltas = run([[i] for i in ids] or [[]], FinishReason.LENGTH, **options)
     cut = data.draw(st.integers(0, max(0, len(deltas) - 1)))
     with_logprobs = data.draw(st.booleans())
@@ -96,13 +99,13 @@ def test_a_choice_that_takes_up_the_tokens_of_another_goes_on_as_that_one(
             assert [e for d in more for e in d.logprobs] == [e for d in ahead for e in d.logprobs]
 
 
-def test_tokens_that_hold_a_stop_string_cannot_be_taken_up():
+def test_tokens_with_a_stop_string_cannot_be_resumed() -> None:
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     with pytest.raises(ReplayMismatch):
         choice.replay(list(b"the END"), with_logprobs=False)
 
 
-def test_a_token_that_is_drawn_again_must_be_the_same():
+def test_a_token_that_is_drawn_again_must_be_the_same() -> None:
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     choice.replay(list(b"the EN"), with_logprobs=True)
     assert choice.num_repeated == 2
@@ -112,7 +115,7 @@ def test_a_token_that_is_drawn_again_must_be_the_same():
 
 
 @given(text=alphabet, stop=stops)
-def test_a_stop_string_never_leaks_nor_does_a_piece_of_it(text, stop):
+def test_a_stop_string_never_leaks_nor_does_a_piece_of_it(text: str, stop: tuple[str, ...]) -> None:
     choice, deltas = run([[b] for b in text.encode()] or [[]], FinishReason.LENGTH, stop=stop)
     ends = [at + len(s) for s in stop if (at := text.find(s)) >= 0]
     if ends:
@@ -127,41 +130,41 @@ def test_a_stop_string_never_leaks_nor_does_a_piece_of_it(text, stop):
 
 
 @given(text=alphabet, stop=stops)
-def test_logprobs_stand_for_the_bytes_that_were_delivered(text, stop):
+def test_logprobs_stand_for_the_bytes_that_were_delivered(text: str, stop: tuple[str, ...]) -> None:
     _, deltas = run([[b] for b in text.encode()] or [[]], FinishReason.LENGTH, stop=stop)
     assert bytes(entry.token_id for d in deltas for entry in d.logprobs).decode() == text_of(deltas)
 
 
-def test_text_that_cannot_become_a_stop_string_is_delivered_at_once():
+def test_text_that_cannot_become_a_stop_string_is_delivered_at_once() -> None:
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     assert choice.push(TokenOutput("r", list(b"hello E"))).text == "hello "
     assert choice.push(TokenOutput("r", list(b"N"))).text == ""
     assert choice.push(TokenOutput("r", list(b"G"))).text == "ENG"
 
 
-def test_the_stop_string_is_kept_when_asked_for():
+def test_the_stop_string_is_kept_when_asked_for() -> None:
     _, deltas = run([list(b"one. two.")], FinishReason.LENGTH, stop=(".",), include_stop=True)
     assert text_of(deltas) == "one."
 
 
-def test_a_stop_token_is_counted_but_not_shown():
+def test_a_stop_token_is_counted_but_not_shown() -> None:
     choice, deltas = run([list(b"hi"), list(b"!")], FinishReason.STOP)
     assert (text_of(deltas), choice.num_tokens) == ("hi", 3)
     assert [i for d in deltas for i in d.token_ids] == list(b"hi!")
     assert [e.token_id for d in deltas for e in d.logprobs] == list(b"hi")
 
 
-def test_character_cut_by_the_length_limit_becomes_a_replacement():
+def test_character_cut_by_the_length_limit_becomes_a_replacement() -> None:
     _, deltas = run([[*b"a", *"好".encode()[:2]]], FinishReason.LENGTH)
     assert text_of(deltas) == "a\N{REPLACEMENT CHARACTER}"
 
 
-def test_stop_strings_before_min_tokens_are_plain_text():
+def test_stop_strings_before_min_tokens_are_plain_text() -> None:
     _, deltas = run([[b] for b in b"a.b.c"], FinishReason.LENGTH, stop=(".",), min_tokens=3)
     assert text_of(deltas) == "a.b"
 
 
-def test_an_error_hands_out_what_was_withheld():
+def test_error_releases_withheld_text() -> None:
     choice = ChoiceOutput(ByteDetokenizer(), stop=("END",))
     choice.push(TokenOutput("r", list(b"EN")))
     delta = choice.push(TokenOutput("r", [], FinishReason.ERROR, message="out of memory"))

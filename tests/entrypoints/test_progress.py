@@ -82,7 +82,7 @@ def busy(server: ApiServer) -> Iterator[ApiServer]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_behind_others_is_told_before_its_answer(busy: ApiServer, stream: bool) -> None:
+def test_queued_request_gets_keep_alives_before_its_answer(busy: ApiServer, stream: bool) -> None:
     with asking(busy.port, {"prompt": "a", "max_tokens": 2, "stream": stream}) as reader:
         reader.wait_for(INTERIM, 2)
         answer = reader.whole()
@@ -91,20 +91,20 @@ def test_a_request_behind_others_is_told_before_its_answer(busy: ApiServer, stre
     assert interim == INTERIM * interim.count(INTERIM)
 
 
-def test_an_answer_that_comes_whole_is_told_of_as_long_as_it_grows(server: ApiServer) -> None:
+def test_unstreamed_answer_sends_keep_alives_while_it_grows(server: ApiServer) -> None:
     with asking(server.port, {"prompt": "a", "max_tokens": 400, "ignore_eos": True}) as reader:
         assert reader.whole().count(INTERIM) >= 3
 
 
 @pytest.mark.parametrize(("progress", "version"), [(None, "1.1"), ("0.02", "1.0")])
-def test_nobody_is_told_who_has_not_asked_or_could_not_read_it(
+def test_keep_alives_are_sent_only_on_request_and_over_http_1_1(
     busy: ApiServer, progress: str | None, version: str
 ) -> None:
     with asking(busy.port, {"prompt": "a", "max_tokens": 2}, progress, version) as reader:
         assert reader.whole().startswith(f"HTTP/{version} 200 ".encode())
 
 
-def test_a_worker_that_is_stopped_lets_its_requests_go_silent(busy: ApiServer) -> None:
+def test_stopped_worker_ends_the_keep_alives(busy: ApiServer) -> None:
     """The HTTP process, which would send the signs, is not stopped."""
     _, worker = busy.children()
     with asking(busy.port, {"prompt": "a", "max_tokens": 2}) as reader:
@@ -133,7 +133,7 @@ def settled(reader: Reader) -> int:
     pytest.fail(f"it goes on: {told} signs")
 
 
-def test_within_a_stream_it_is_a_comment() -> None:
+def test_keep_alive_within_a_stream_is_a_comment() -> None:
     with (
         served_by("works for others until told") as (served, port),
         asking(port, {"prompt": "a", "max_tokens": 400, "stream": True}) as reader,
@@ -151,7 +151,7 @@ def test_within_a_stream_it_is_a_comment() -> None:
             os.kill(served.engine.worker_pid, signal.SIGCONT)
 
 
-def test_those_who_wait_to_have_their_template_rendered_are_told() -> None:
+def test_requests_waiting_for_rendering_get_keep_alives() -> None:
     with contextlib.ExitStack() as others, served_by("behaves") as (_, port):
         for _ in range(2):
             others.enter_context(chat._template_slots)
@@ -163,13 +163,13 @@ def test_those_who_wait_to_have_their_template_rendered_are_told() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "nan", "1e3", "five", "99999"])
-def test_what_is_no_number_of_seconds_is_400(server: ApiServer, value: str) -> None:
+def test_invalid_number_of_seconds_is_400(server: ApiServer, value: str) -> None:
     status, body = server.post("/v1/completions", {"prompt": "a"}, {"X-FD-Progress": value})
     assert status == 400
     assert body["error"]["param"] == "X-FD-Progress"
 
 
-def test_a_sign_is_due_when_there_was_silence_and_a_step() -> None:
+def test_keep_alive_is_due_after_silence_and_a_step() -> None:
     steps = itertools.count()
     busy_worker = KeepAlive(0.0, lambda: next(steps), None)  # type: ignore[arg-type,return-value]
     assert busy_worker.is_due()

@@ -1,6 +1,8 @@
 """Validation: each invalid value is refused with the name of its field; harmless ones are accepted."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,7 +85,9 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize("parse", [chat, completion])
 @pytest.mark.parametrize(("field", "value"), BAD_IN_BOTH)
-def test_a_wrong_value_is_refused_with_the_name_of_its_field(parse, field, value):
+def test_a_wrong_value_is_refused_with_the_name_of_its_field(
+    parse: Callable[..., ChatRequest | CompletionRequest], field: str, value: object
+) -> None:
     with pytest.raises(RequestError) as caught:
         parse(**{field: value})
     assert caught.value.param == field
@@ -127,7 +131,9 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(parse, field, value
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
     ],
 )
-def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(fields, param):
+def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(
+    fields: dict[str, Any], param: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**fields)
     assert caught.value.param == param
@@ -152,7 +158,9 @@ def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(fields, par
         ({"max_tokens": 0, "min_tokens": 1}, "min_tokens"),
     ],
 )
-def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields, param):
+def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(
+    fields: dict[str, Any], param: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         completion(**fields)
     assert caught.value.param == param
@@ -173,7 +181,9 @@ def test_a_wrong_completion_request_is_refused_with_the_name_of_its_field(fields
     ],
 )
 @pytest.mark.parametrize("parse", [chat, completion])
-def test_what_changes_nothing_is_let_through(parse, fields):
+def test_fields_without_effect_are_accepted(
+    parse: Callable[..., ChatRequest | CompletionRequest], fields: dict[str, Any]
+) -> None:
     assert parse(**fields).n == 1
 
 
@@ -187,12 +197,14 @@ def test_what_changes_nothing_is_let_through(parse, fields):
         ({"logprobs": 2}, None),
     ],
 )
-def test_echo_with_logprobs_asks_for_those_of_the_prompt(fields, wanted):
+def test_echo_with_logprobs_asks_for_those_of_the_prompt(fields: dict[str, Any], wanted: int | None) -> None:
     assert completion(max_tokens=0, **fields).prompt_logprobs == wanted
 
 
 @pytest.mark.parametrize("parse", [chat, completion])
-def test_fastdeploys_whole_range_of_temperature_and_top_p_is_open(parse):
+def test_fastdeploys_whole_range_of_temperature_and_top_p_is_open(
+    parse: Callable[..., ChatRequest | CompletionRequest],
+) -> None:
     request = parse(temperature=1e300, top_p=0)
     assert (request.temperature, request.top_p) == (1e300, 0.0)
 
@@ -208,13 +220,17 @@ def test_fastdeploys_whole_range_of_temperature_and_top_p_is_open(parse):
     ],
 )
 @pytest.mark.parametrize("parse", [chat, completion])
-def test_stream_options_ask_for_the_usage_unless_they_say_no(parse, options, wanted):
+def test_stream_options_ask_for_the_usage_unless_they_say_no(
+    parse: Callable[..., ChatRequest | CompletionRequest], options: dict[str, Any], wanted: bool
+) -> None:
     assert parse(stream=True, **options).include_usage is wanted
 
 
 @pytest.mark.parametrize("parse", [chat, completion])
 @pytest.mark.parametrize("wanted", [True, False, None])
-def test_usage_in_each_chunk_has_to_be_asked_for(parse, wanted):
+def test_usage_in_each_chunk_has_to_be_asked_for(
+    parse: Callable[..., ChatRequest | CompletionRequest], wanted: bool | None
+) -> None:
     options = {"continuous_usage_stats": wanted, "include_usage": None}
     request = parse(stream=True, stream_options=options)
     assert (request.continuous_usage, request.include_usage) == (wanted is True, True)
@@ -232,22 +248,22 @@ def test_usage_in_each_chunk_has_to_be_asked_for(parse, wanted):
         ({"content": None}, ""),
     ],
 )
-def test_what_an_answer_holds_may_come_back_as_history(message, content):
+def test_fields_of_an_answer_are_accepted_as_history(message: dict[str, object], content: str) -> None:
     request = chat(messages=[*HELLO, {"role": "assistant", **message}, *HELLO])
     assert request.messages[1] == {"role": "assistant", "content": content}
 
 
-def test_a_null_template_argument_is_absent_at_every_level():
+def test_a_null_template_argument_is_absent_at_every_level() -> None:
     arguments = {"self": None, "thinking": None, "options": {"depth": 1, "width": None}}
     assert chat(chat_template_kwargs=arguments).chat_template_kwargs == {"options": {"depth": 1}}
 
 
-def test_the_newer_name_of_the_token_limit_wins():
+def test_the_newer_name_of_the_token_limit_wins() -> None:
     assert chat(max_tokens=5, max_completion_tokens=7).max_tokens == 7
     assert chat().max_tokens is None
 
 
-def test_text_parts_are_joined_and_developers_speak_as_the_system():
+def test_text_parts_are_joined_and_developers_speak_as_the_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = chat(messages=[{"role": "developer", "content": parts}])
     assert request.messages == [{"role": "system", "content": "ab"}]
@@ -257,11 +273,14 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
     ("prompt", "prompts"),
     [("a", ("a",)), (["a", "b"], ("a", "b")), ([1, 2], ([1, 2],)), ([[1], [2, 3]], ([1], [2, 3]))],
 )
-def test_all_four_shapes_of_prompts(prompt, prompts):
+def test_all_four_shapes_of_prompts(
+    prompt: list[int] | list[list[int]] | list[str] | str,
+    prompts: tuple[list[int], list[int]] | tuple[list[int]] | tuple[str, str] | tuple[str],
+) -> None:
     assert completion(prompt=prompt).prompts == prompts
 
 
-def test_ignore_eos_leaves_the_requests_own_stop_ids():
+def test_ignore_eos_leaves_the_requests_own_stop_ids() -> None:
     def ends(**fields: Any) -> tuple[int, ...]:
         params = chat(stop_token_ids=[7, 7], **fields).sampling_params(
             max_tokens=3, seed=0, choice=0, eos_token_ids=(2,)
@@ -290,7 +309,7 @@ def test_ignore_eos_leaves_the_requests_own_stop_ids():
         b'{"a":' * 100_000,
     ],
 )
-def test_bodies_that_are_no_json_objects_are_refused(body):
+def test_bodies_that_are_no_json_objects_are_refused(body: bytes) -> None:
     with pytest.raises(RequestError):
         decode_object(body)
 
@@ -306,7 +325,7 @@ known_fields = st.sampled_from(
 
 
 @given(fields=st.dictionaries(known_fields, json_values, max_size=5))
-def test_any_json_is_parsed_or_refused(fields):
+def test_any_json_is_parsed_or_refused(fields: dict[str, Any]) -> None:
     for parse in (chat, completion):
         refusal = ""
         try:
@@ -317,7 +336,7 @@ def test_any_json_is_parsed_or_refused(fields):
         assert len(refusal) < 300
 
 
-def test_a_checkpoints_generation_config_gives_the_defaults(tmp_path):
+def test_a_checkpoints_generation_config_gives_the_defaults(tmp_path: Path) -> None:
     def defaults(**content: Any) -> SamplingDefaults:
         (tmp_path / "generation_config.json").write_text(json.dumps(content))
         return SamplingDefaults.from_directory(tmp_path)

@@ -54,7 +54,7 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_killing_the_worker_ends_the_replica_and_tells_its_clients(replica: ApiServer):
+def test_killing_the_worker_ends_replica_and_responses(replica: ApiServer) -> None:
     http, worker = replica.children()
     stream = open_stream(replica)
     worker.kill()
@@ -64,7 +64,7 @@ def test_killing_the_worker_ends_the_replica_and_tells_its_clients(replica: ApiS
     assert f"worker pid={worker.pid} was killed by SIGKILL" in replica.log()
 
 
-def test_a_stream_whose_worker_is_killed_before_its_first_token_is_a_503(replica: ApiServer):
+def test_a_stream_whose_worker_is_killed_before_its_first_token_is_a_503(replica: ApiServer) -> None:
     """It is not a stream with one error: the status tells a router to try another replica."""
     _, worker = replica.children()
     worker.suspend()
@@ -82,7 +82,7 @@ def test_a_stream_whose_worker_is_killed_before_its_first_token_is_a_503(replica
     assert replica.process.wait(60) == 3
 
 
-def test_killing_the_http_process_ends_the_replica(replica: ApiServer):
+def test_killing_the_http_process_ends_the_replica(replica: ApiServer) -> None:
     http, worker = replica.children()
     http.kill()
     assert replica.process.wait(60) == 3
@@ -90,7 +90,7 @@ def test_killing_the_http_process_ends_the_replica(replica: ApiServer):
     assert "killed by SIGKILL" in replica.log()
 
 
-def test_http_process_serves_again_after_a_shortage_of_descriptors(replica: ApiServer):
+def test_http_process_serves_again_after_a_shortage_of_descriptors(replica: ApiServer) -> None:
     http, _ = replica.children()
     soft, hard = http.rlimit(psutil.RLIMIT_NOFILE)
     # With so few descriptors, it cannot accept the next connection.
@@ -101,7 +101,7 @@ def test_http_process_serves_again_after_a_shortage_of_descriptors(replica: ApiS
     wait_until(lambda: replica.health()[0] == 200, "it serves again")
 
 
-def test_a_replica_raises_its_own_limit_of_open_files(tmp_path):
+def test_a_replica_raises_its_own_limit_of_open_files(tmp_path: Path) -> None:
     with low_file_limit():
         running = ApiServer(tmp_path)
     with running as replica:
@@ -110,7 +110,7 @@ def test_a_replica_raises_its_own_limit_of_open_files(tmp_path):
         assert http.rlimit(psutil.RLIMIT_NOFILE)[0] > 4 * 512
 
 
-def test_sigusr2_logs_thread_stacks_without_disturbing_requests(replica: ApiServer):
+def test_sigusr2_logs_thread_stacks_without_disturbing_requests(replica: ApiServer) -> None:
     http, worker = replica.children()
     stream = open_stream(replica, max_tokens=400)
 
@@ -134,7 +134,7 @@ def test_sigusr2_logs_thread_stacks_without_disturbing_requests(replica: ApiServ
     assert replica.health()[0] == 200
 
 
-def test_killing_the_arbiter_ends_the_replica(replica: ApiServer):
+def test_killing_the_arbiter_ends_the_replica(replica: ApiServer) -> None:
     children = replica.children()
     replica.process.kill()
     assert replica.process.wait(60) == -signal.SIGKILL
@@ -142,7 +142,9 @@ def test_killing_the_arbiter_ends_the_replica(replica: ApiServer):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_lets_open_requests_finish_and_takes_no_new_ones(replica: ApiServer, stop):
+def test_a_stop_lets_open_requests_finish_and_takes_no_new_ones(
+    replica: ApiServer, stop: signal.Signals
+) -> None:
     """The signal goes to the whole process group, as from a terminal or a supervisor."""
     children = replica.children()
     stream = open_stream(replica, max_tokens=300)
@@ -153,7 +155,7 @@ def test_a_stop_lets_open_requests_finish_and_takes_no_new_ones(replica: ApiServ
     assert all(map(gone, children))
 
 
-def test_requests_that_outlast_the_graceful_timeout_are_told_so(tmp_path):
+def test_requests_beyond_the_graceful_timeout_get_an_error(tmp_path: Path) -> None:
     with ApiServer(tmp_path, "--timeout-graceful-shutdown", "0") as replica:
         replica.wait_ready()
         stream = open_stream(replica, max_tokens=500)
@@ -161,7 +163,7 @@ def test_requests_that_outlast_the_graceful_timeout_are_told_so(tmp_path):
         assert "shutting down" in rest_of(stream)[-1]["error"]["message"]
 
 
-def test_a_stop_while_loading(tmp_path):
+def test_a_stop_while_loading(tmp_path: Path) -> None:
     with ApiServer(tmp_path) as replica:
         wait_until(lambda: replica.health()[0] == 503, "loading")
         status, body = replica.health()
@@ -171,7 +173,7 @@ def test_a_stop_while_loading(tmp_path):
         assert replica.stop() == 0
 
 
-def test_a_broken_checkpoint_is_one_line_and_a_failed_replica(tmp_path):
+def test_a_broken_checkpoint_is_one_line_and_a_failed_replica(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for file in TINY.iterdir():
@@ -183,7 +185,7 @@ def test_a_broken_checkpoint_is_one_line_and_a_failed_replica(tmp_path):
         assert "Traceback" not in replica.log()
 
 
-def test_overload_keys_and_compatible_health(tmp_path):
+def test_overload_keys_and_compatible_health(tmp_path: Path) -> None:
     """One server has all of these limits, which saves two starts."""
     with ApiServer(
         tmp_path, "--max-concurrency", "1", "--api-key", "one,two", env={"FD_COMPAT_HEALTH": "1"}
@@ -219,7 +221,7 @@ def start_and_fail(*flags: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port", "--engine-worker-queue-port"])
-def test_a_taken_port_is_one_line_with_flag_port_and_holder(flag):
+def test_a_taken_port_is_one_line_with_flag_port_and_holder(flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
         code, text = start_and_fail("--model", str(TINY), "--port", str(free_ports(1)[0]), flag, str(port))
@@ -240,7 +242,9 @@ def test_a_taken_port_is_one_line_with_flag_port_and_holder(flag):
         (("--model", str(TINY), "--max-concurrency", "100000000"), "--max-concurrency 100000000 needs"),
     ],
 )
-def test_a_command_line_that_cannot_work_is_refused_at_once(flags, words):
+def test_a_command_line_that_cannot_work_is_refused_at_once(
+    flags: tuple[str, str, str, str] | tuple[str, str], words: str
+) -> None:
     code, text = start_and_fail(*flags)
     assert code == 2
     assert words in text.splitlines()[-1]
@@ -261,16 +265,18 @@ def registered(tmp_path: Path, router: FakeRouter) -> ApiServer:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_told_the_router_before_anybody_is_refused(tmp_path, router: FakeRouter, stop):
+def test_stop_deregisters_before_it_refuses_requests(
+    tmp_path: Path, router: FakeRouter, stop: signal.Signals
+) -> None:
     served = []
-
-    def ask_while_it_is_told(path: str) -> None:
-        if path == "/deregister":
-            served.append(replica.health()[0])
-            served.append(replica.post("/v1/completions", {"prompt": "a", "max_tokens": 1})[0])
-
-    router.before_answer = ask_while_it_is_told
     with registered(tmp_path, router) as replica:
+
+        def ask_while_it_is_told(path: str) -> None:
+            if path == "/deregister":
+                served.append(replica.health()[0])
+                served.append(replica.post("/v1/completions", {"prompt": "a", "max_tokens": 1})[0])
+
+        router.before_answer = ask_while_it_is_told
         stream = open_stream(replica, max_tokens=300)
         replica.process.send_signal(stop)
         assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
@@ -282,7 +288,7 @@ def test_a_stop_is_told_the_router_before_anybody_is_refused(tmp_path, router: F
     assert router.paths().count("/deregister") == 1
 
 
-def test_the_death_of_the_worker_is_told_the_router(tmp_path, router: FakeRouter):
+def test_worker_death_is_reported_to_the_router(tmp_path: Path, router: FakeRouter) -> None:
     with registered(tmp_path, router) as replica:
         _, worker = replica.children()
         worker.kill()
@@ -290,7 +296,7 @@ def test_the_death_of_the_worker_is_told_the_router(tmp_path, router: FakeRouter
     assert router.paths()[-1] == "/deregister"
 
 
-def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path, router: FakeRouter):
+def test_hung_router_does_not_delay_a_stop(tmp_path: Path, router: FakeRouter) -> None:
     go_on = threading.Event()
     with registered(tmp_path, router) as replica:
         router.before_answer = lambda path: go_on.wait(60)
@@ -303,7 +309,7 @@ def test_a_router_that_hangs_does_not_hold_up_a_stop(tmp_path, router: FakeRoute
     go_on.set()
 
 
-def test_a_router_that_is_away_does_not_hold_up_a_stop(tmp_path, router: FakeRouter):
+def test_absent_router_does_not_delay_a_stop(tmp_path: Path, router: FakeRouter) -> None:
     with registered(tmp_path, router) as replica:
         router.close()
         assert replica.stop() == 0

@@ -206,12 +206,17 @@ def test_completions(replicas: tuple[Replica, Replica], request_: dict[str, Any]
     check_cuts(replicas, COMPLETIONS, {"prompt": "Once upon a time"} | request_)
 
 
-def test_choices_of_which_some_are_over(replicas: tuple[Replica, Replica]) -> None:
+def test_choices_of_which_some_have_ended(replicas: tuple[Replica, Replica]) -> None:
     request = {"max_tokens": 20, "n": 4, "stop": ["e", "a", "o", " "]}
     marks = check_cuts(replicas, CHAT, TALK | request).marks
     ends = [index for index, mark in enumerate(marks) if mark.endswith(b".")]
     # The first choice ends long before the last.
     assert ends[0] < len(marks) / 2
+
+
+def fits(request: dict[str, Any]) -> bool:
+    min_tokens, max_tokens = request.get("min_tokens", 0), request["max_tokens"]
+    return bool(min_tokens <= max_tokens)
 
 
 texts = st.text(alphabet="ab é好", min_size=1, max_size=12)
@@ -231,7 +236,7 @@ requests = st.fixed_dictionaries(
         "presence_penalty": st.sampled_from([-1.0, 1.5]),
         "top_k": st.integers(0, 60),
     },
-).filter(lambda request: request.get("min_tokens", 0) <= request["max_tokens"])
+).filter(fits)
 
 
 @settings(max_examples=80)
@@ -241,9 +246,7 @@ def test_any_completion(replicas: tuple[Replica, Replica], request_: dict[str, A
 
 
 @pytest.mark.parametrize("extra", [{}, {"logprobs": 2, "return_token_ids": True}], ids=["plain", "logprobs"])
-def test_a_cut_within_what_may_become_a_stop_string(
-    replicas: tuple[Replica, Replica], extra: dict[str, Any]
-) -> None:
+def test_cut_within_a_possible_stop_string(replicas: tuple[Replica, Replica], extra: dict[str, Any]) -> None:
     """The second replica sends the text that was held back, whether it became a stop string or not."""
     request = {"prompt": "x", "max_tokens": 16, "ignore_eos": True} | extra
     text = text_of(check_cuts(replicas, COMPLETIONS, request))
@@ -289,7 +292,7 @@ def test_texts_that_are_preempted_and_cached(replicas: tuple[Replica, Replica]) 
     assert second.server.metric("request_preempted_total") > before
 
 
-def test_a_stream_is_resumed_as_often_as_need_be(replicas: tuple[Replica, Replica]) -> None:
+def test_stream_is_resumed_repeatedly(replicas: tuple[Replica, Replica]) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 12, "n": 2, "stream": True, "logprobs": 0}).encode()
     whole = stream(replicas[0], COMPLETIONS, body)
     got = whole.before(2)
@@ -312,7 +315,7 @@ def drafted(
     request: dict[str, Any] | bytes,
     at_least: int = 1,
     tokens: int = 1,
-    **headers: str,
+    headers: dict[str, str] | None = None,
 ) -> tuple[list[Resumption], dict[str, Any]]:
     """Return the drafts that the replica has sent before its whole answer, and the answer.
 
@@ -322,7 +325,7 @@ def drafted(
     body = request if isinstance(request, bytes) else json.dumps(request).encode()
 
     def told() -> tuple[list[Resumption], dict[str, Any]] | None:
-        drafts, answer = _drafted(replica, path, body, headers)
+        drafts, answer = _drafted(replica, path, body, headers or {})
         last = sum(len(choice.tokens) for choice in drafts[-1].choices.values()) if drafts else 0
         return (drafts, answer) if len(drafts) >= at_least and last >= tokens else None
 
@@ -370,7 +373,7 @@ def raw_answer(replica: Replica, path: str, body: bytes, headers: dict[str, str]
     ],
     ids=["chat", "stop strings", "prompts", "penalties"],
 )
-def test_an_answer_that_comes_whole_goes_on_from_each_draft(
+def test_unstreamed_answer_is_resumed_from_each_draft(
     replicas: tuple[Replica, Replica], path: str, request_: dict[str, Any]
 ) -> None:
     first, second = replicas
@@ -384,12 +387,12 @@ def test_an_answer_that_comes_whole_goes_on_from_each_draft(
         assert resumed == whole
 
 
-def test_who_goes_on_with_one_tells_of_what_it_has_added(replicas: tuple[Replica, Replica]) -> None:
+def test_resuming_replica_sends_drafts_of_added_tokens(replicas: tuple[Replica, Replica]) -> None:
     request = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "return_token_ids": True}
     drafts, whole = drafted(replicas[0], COMPLETIONS, request)
     begun = drafts[len(drafts) // 2]
     headers = {"Content-Type": "application/msgpack", "X-FD-Token": replicas[1].token}
-    more, resumed = drafted(replicas[1], "/internal/resume", encode_resumption(begun), **headers)
+    more, resumed = drafted(replicas[1], "/internal/resume", encode_resumption(begun), headers=headers)
     assert resumed["choices"] == whole["choices"]
     tokens = begun.choices[0].tokens + more[-1].choices[0].tokens
     assert tokens == whole["choices"][0]["completion_token_ids"][: len(tokens)]
@@ -401,7 +404,7 @@ def test_who_goes_on_with_one_tells_of_what_it_has_added(replicas: tuple[Replica
     [({"logprobs": 1}, {}), ({}, {"X-FD-Marks": "0"}), ({"stream": True}, {})],
     ids=["log probabilities would be lost", "nobody has asked", "a stream has its own marks"],
 )
-def test_of_other_answers_there_are_no_drafts(
+def test_answers_that_cannot_be_resumed_have_no_drafts(
     replicas: tuple[Replica, Replica], request_: dict[str, Any], headers: dict[str, str]
 ) -> None:
     request = {"prompt": "x", "max_tokens": 30, "ignore_eos": True, **request_}
@@ -414,7 +417,7 @@ def test_of_other_answers_there_are_no_drafts(
 # ---- answers without marks, and refused resumptions
 
 
-def test_marks_are_for_those_who_ask(replicas: tuple[Replica, Replica]) -> None:
+def test_marks_are_sent_only_on_request(replicas: tuple[Replica, Replica]) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 3, "stream": True, "temperature": 0}).encode()
     marked = stream(replicas[0], COMPLETIONS, body)
     plain = stream(replicas[0], COMPLETIONS, body, **{"X-FD-Marks": "0"})
@@ -448,7 +451,7 @@ GOOD = Resumption(COMPLETIONS, BODY, "cmpl-1", 1700000000, {0: Delivered([40])})
         ({"body": b'{"prompt": "x"}', "choices": {0: Delivered([40], finished=True)}}, "has finished"),
         ({"choices": {1: Delivered([40])}}, "no choice 1"),
         ({"choices": {0: Delivered([512])}}, "token 512"),
-        ({"choices": {0: Delivered([40] * 5)}}, "5 tokens, of 5"),
+        ({"choices": {0: Delivered([40] * 5)}}, "already has 5 of at most 5 tokens"),
         ({"body": BODY.replace(b"5", b'5, "stop": "E"')}, "stop string"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,7 +1,7 @@
-// libFuzzer target: one rank of an expert-parallel group, whose other rank writes anything at any moment.
+// libFuzzer target: one rank of an expert-parallel group, whose other ranks write arbitrary words at any moment.
 //
-// The input is a list of words that are written into the other rank's part. The rank under test may read them as it
-// likes; it must not touch memory outside of the group's, write into any part but its own, or wait for ever.
+// The input is a list of words that are written into the parts of the others. Whatever the rank under test reads, it
+// must not access memory outside of the group, write into another part than its own, or wait forever.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -33,19 +33,19 @@ struct Memory {
   Memory() {
     file = memfd_create("group", MFD_CLOEXEC);
     require(file >= 0 && ftruncate(file, kBytes) == 0, "no memory for the group");
-    // With pages on both sides that nobody may touch.
+    // Inaccessible pages on both sides detect accesses beyond the ends.
     auto* const whole = static_cast<uint8_t*>(mmap(nullptr, kBytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     bytes = static_cast<uint8_t*>(mmap(whole + kPage, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0));
     int ends[2];
     require(bytes != MAP_FAILED && pipe(ends) == 0, "no memory for the group");
     close(ends[1]);
-    // Like the pidfd of a process that is dead, so that no wait for it lasts.
+    // Readable like the pidfd of a dead process, so that no wait for the rank blocks.
     dead = ends[0];
   }
 
   uint8_t* part(int rank) const { return bytes + kFirstRank + rank * kRankBytes; }
 
-  // Every rank without a fault.
+  // Initially no rank has a fault.
   void reset() const {
     std::memset(bytes, 0, kBytes);
     reinterpret_cast<fd::GroupWords*>(bytes)->epoch = kEpoch;
@@ -68,12 +68,12 @@ struct Input {
   const uint8_t* data;
   size_t size;
 
-  // Writes the next words, up to one that says that it is enough for now.
+  // Writes the next words of the input, up to one that ends this round.
   void corrupt(const Memory& memory) {
     while (size >= 11) {
       const int rank = 1 + data[0] % (kRanks - 1);
       const bool is_last = data[0] & 0x80;
-      // Of its row, targets and places.
+      // A word of the row, the targets or the places.
       const int64_t offset = (data[1] | data[2] << 8) % kPage / 4 * 4;
       std::memcpy(memory.part(rank) + std::min<int64_t>(offset, kPage - 8), data + 3, 8);
       data += 11;
@@ -91,7 +91,7 @@ void run(const Memory& memory, Input input, int32_t picks_of) {
   input.corrupt(memory);
   group.announce(kTokens);
   if (group.begin() != fd::ExpertGroup::kGoing) return;
-  require(0 < group.rounds() && group.rounds() <= fd::kMaxStepTokens, "rounds without end");
+  require(0 < group.rounds() && group.rounds() <= fd::kMaxStepTokens, "impossible number of rounds");
   require(group.token_rows(kTokens, kElement) != nullptr, "no room for tokens");
   int32_t topk_ids[kTokens * kPicks];
   for (int i = 0; i < kTokens * kPicks; ++i) topk_ids[i] = (picks_of >> 2 * i & 7) % (kExperts + 1) - 1;
@@ -102,17 +102,17 @@ void run(const Memory& memory, Input input, int32_t picks_of) {
   std::vector<uint8_t> others(memory.part(1), memory.bytes + kBytes);
   fd::Received received;
   const bool is_whole = group.receive(fd::Workspace::fresh(), 0, kElement, received);
-  require(std::memcmp(others.data(), memory.part(1), others.size()) == 0, "it has written into the part of another");
+  require(std::memcmp(others.data(), memory.part(1), others.size()) == 0, "it has written into another rank's part");
   if (!is_whole) return;
-  require(0 <= received.rows && received.rows <= kRanks * kMaxTokens * kPicks, "more rows than there can be");
-  require(received.offsets[0] == 0 && received.offsets[kExperts] == received.rows, "offsets that are none");
+  require(0 <= received.rows && received.rows <= kRanks * kMaxTokens * kPicks, "impossible number of rows");
+  require(received.offsets[0] == 0 && received.offsets[kExperts] == received.rows, "invalid offsets");
   double sum = 0;
   for (int row = 0; row < received.rows; ++row) {
     for (int i = 0; i < kHidden; ++i) sum += static_cast<const float*>(received.sources[row])[i];
     require(0 <= received.source_token_index[row * 3] && received.source_token_index[row * 3] < kRanks,
-            "a row of no rank");
+            "a row of an unknown rank");
     require(0 <= received.source_token_index[row * 3 + 1] && received.source_token_index[row * 3 + 1] < kMaxTokens,
-            "a row of no token");
+            "a row of an unknown token");
   }
   if (received.rows > 0) require(group.result_rows(received.rows, kElement) != nullptr, "no room for results");
   group.publish_results();
@@ -126,7 +126,7 @@ void run(const Memory& memory, Input input, int32_t picks_of) {
   }
   volatile double keep = sum;
   (void)keep;
-  if (!group.results_are_whole()) require(0 <= group.faulty() && group.faulty() < kRanks, "a fault of no rank");
+  if (!group.results_are_whole()) require(0 <= group.faulty() && group.faulty() < kRanks, "a fault of an unknown rank");
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// libFuzzer target: a stream of any bytes, cut anywhere, through the router's fast path.
+// libFuzzer target: a stream of arbitrary bytes, split anywhere, through the router's fast path.
 //
-// What the client gets, the marks, and what is left unread must be as a second decoder says, which sees all bytes at
-// once. The object's own functions are called, without its thread.
+// The client's bytes, the marks and the unread rest must equal those of a second decoder, which sees all bytes at
+// once. The target calls the functions of the fast path directly, without its thread.
 #include <sys/ioctl.h>
 
 #include <algorithm>
@@ -30,7 +30,7 @@ struct Decoded {
     size_t consumed = 0;
 };
 
-// The chunks of `data`, up to the first that is not a usual event or not whole.
+// Decodes the chunks of `data`, up to the first that is incomplete or not an ordinary event.
 Decoded decode(const string& data) {
     Decoded found;
     for (;;) {
@@ -70,14 +70,14 @@ string unchunk(const string& data) {
         size_t line_end = data.find("\r\n", at);
         require(line_end != string::npos, "a chunk without its size");
         size_t length = strtoul(data.c_str() + at, nullptr, 16);
-        require(length > 0 && line_end + 2 + length + 2 <= data.size(), "a chunk that is not whole");
+        require(length > 0 && line_end + 2 + length + 2 <= data.size(), "an incomplete chunk");
         all += data.substr(line_end + 2, length);
         at = line_end + 2 + length + 2;
     }
     return all;
 }
 
-// Half of the inputs are the contents of chunks, so that more of them are events.
+// Half of the inputs are used as contents of chunks, so that more of them are valid events.
 string stream_of(const uint8_t* data, size_t size, bool is_content) {
     string text(reinterpret_cast<const char*>(data), size);
     if (!is_content) return text;
@@ -118,16 +118,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         }
     }
     path.handle(key | 1);
-    require(!taken.is_taken && path.next_given_back() == slot, "it is not given back");
+    require(!taken.is_taken && path.next_given_back() == slot, "the stream is not returned");
     fd_given_back found;
     fd_fast_path_take_back(&path, slot, &found);
     got += string(found.unsent.data, found.unsent.size);
     string unread = string(found.unread.data, found.unread.size) + read_all(replica[0]);
     Decoded expected = decode(sent);
-    require(unchunk(got) == expected.client, "the client has got something else");
-    require(int64_t(expected.client.size()) == found.sent_bytes, "the size of what was sent is another");
-    require(string(found.marks.data, found.marks.size) == expected.marks, "the marks are others");
-    require(unread == sent.substr(expected.consumed), "the rest is another");
+    require(unchunk(got) == expected.client, "the client's bytes differ");
+    require(int64_t(expected.client.size()) == found.sent_bytes, "the number of sent bytes differs");
+    require(string(found.marks.data, found.marks.size) == expected.marks, "the marks differ");
+    require(unread == sent.substr(expected.consumed), "the unread rest differs");
     path.release(slot);
     for (int descriptor : {replica[0], replica[1], client[0], client[1]}) close(descriptor);
     return 0;

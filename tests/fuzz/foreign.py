@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import socket
 import threading
@@ -91,11 +90,6 @@ def mutated(draw: st.DrawFn, valid: bytes) -> bytes:
         )
         data = data[:at] + middle + data[end:]
     return data
-
-
-def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
-    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[start:end] for start, end in itertools.pairwise(places)]
 
 
 cuts = st.lists(st.integers(0, 4000), max_size=12)

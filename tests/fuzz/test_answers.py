@@ -40,11 +40,18 @@ from .foreign import Answering, answering, any_json, damaged, http_answer, json_
 
 HEALTH = {"status": "ok", "message": "", "worker": {"steps": 5, "requests": 2, "silent": 0.5}}
 ROUTER_HEALTH = {"flags": "abc", "reload": {"number": 1, "outcome": "done"}}
-ROW = {"url": "http://127.0.0.1:8180", "leaving": False, "draining": False}
+ROW: dict[str, object] = {"url": "http://127.0.0.1:8180", "leaving": False, "draining": False}
 ROW |= {"in_flight": 3, "in_flight_elsewhere": 0}
 REGISTERED = {"mixed": [ROW], "down": [ROW]}
 REGISTRATION = Instance("127.0.0.1", 8180, 0, instance="x", features=("resume",), token="t").registration()
-LAUNCH = {"name": "replica0", "argv": ["a"], "env": {"A": "b"}, "ports": [1], "host": "h", "model": "m"}
+LAUNCH: dict[str, object] = {
+    "name": "replica0",
+    "argv": ["a"],
+    "env": {"A": "b"},
+    "ports": [1],
+    "host": "h",
+    "model": "m",
+}
 LAUNCH |= {"stop_timeout": 30, "flags_file": "", "fixed": []}
 PROCESSES = """<?xml version='1.0'?><methodResponse><params><param><value><array><data><value><struct>
 <member><name>name</name><value><string>replica0</string></value></member>
@@ -85,7 +92,7 @@ def answers_of(valid: Any) -> st.SearchStrategy[bytes]:
 
 
 @given(damaged(HEALTH) | any_json)
-def test_the_pulse_of_a_worker_is_a_number_or_nothing(told: Any) -> None:
+def test_worker_progress_is_valid_or_absent(told: Any) -> None:
     pulse = WorkerProgress.of(told) if isinstance(told, dict) else None
     tracker = ProgressTracker()
     tracker.update(pulse, 5.0)
@@ -105,7 +112,7 @@ def test_a_probe_ends_with_a_reading(answer: bytes) -> None:
 
 
 @given(answers_of(ROUTER_HEALTH) | answers_of(REGISTERED))
-def test_the_routers_admin_answers_are_understood_or_it_is_silent(answer: bytes) -> None:
+def test_admin_answers_are_valid_or_count_as_no_answer(answer: bytes) -> None:
     server = _server("admin")
     server.answer = answer
     for ask in (router_client.flags, router_client.registered):
@@ -121,7 +128,7 @@ def test_the_routers_admin_answers_are_understood_or_it_is_silent(answer: bytes)
 
 
 @given(st.sampled_from([PROCESSES, PID]).flatmap(mutated), st.sampled_from(["text/xml", "x"]), st.booleans())
-def test_an_answer_of_supervisord_is_understood_or_an_error(body: bytes, kind: str, is_whole: bool) -> None:
+def test_supervisord_answer_is_valid_or_an_error(body: bytes, kind: str, is_whole: bool) -> None:
     server = _server("supervisor.sock")
     server.answer = http_answer(body, content_type=kind)[: None if is_whole else -9]
     client = Supervisor(Layout(_directory(), _directory()))
@@ -163,7 +170,7 @@ def test_a_registration_is_taken_or_refused(body: bytes) -> None:
 
 
 @given(json_of({"instances": [REGISTRATION]}), json_of({"replica0": {"intent": "held", "draining": True}}))
-def test_files_of_before_are_read_or_left_alone(registry: bytes, intents: bytes) -> None:
+def test_files_of_an_earlier_run_are_read_or_ignored(registry: bytes, intents: bytes) -> None:
     file = _directory() / "registry"
     file.write_bytes(registry)
     assert all(isinstance(instance, Instance) for instance, _ in RegistryFile(file)._read())
@@ -184,7 +191,7 @@ def test_a_launch_file_is_a_program_or_none(text: bytes) -> None:
 
 
 @given(json_of(["--policy", "session"]))
-def test_a_flags_file_is_words_or_one_line(content: bytes) -> None:
+def test_flags_file_is_a_list_of_arguments_or_one_line(content: bytes) -> None:
     file = _directory() / "flags"
     file.write_bytes(content)
     file.chmod(0o600)
@@ -210,7 +217,7 @@ def test_a_command_is_texts_and_booleans_or_none(received: bytes) -> None:
 
 
 @given(json_of({"code": 0, "status": {}}).map(lambda line: line.replace(b"\n", b"") + b"\n"))
-def test_what_is_no_answer_of_fd_dp_is_one_line(answer: bytes) -> None:
+def test_invalid_answer_of_fd_dp_is_one_line(answer: bytes) -> None:
     server = _server("fd-dp.sock")
     server.answer = answer
     try:
@@ -222,7 +229,7 @@ def test_what_is_no_answer_of_fd_dp_is_one_line(answer: bytes) -> None:
 
 
 @given(json_of({"choices": [{"delta": {"content": "x"}}]}), st.sampled_from(["200 OK", "400 No"]))
-def test_what_is_no_stream_of_the_router_is_one_line(event: bytes, status: str) -> None:
+def test_invalid_stream_of_the_router_is_one_line(event: bytes, status: str) -> None:
     server = _server(None)
     server.answer = http_answer(b"data: " + event.replace(b"\n", b"") + b"\n\n", status, "text/event-stream")
     try:
@@ -236,7 +243,7 @@ def test_what_is_no_stream_of_the_router_is_one_line(event: bytes, status: str) 
     any_json,
     json_of({"http://127.0.0.1:1": [1, 2]}),
 )
-def test_what_other_routers_say_is_understood_or_left_alone(entry: bytes, heard: Any, counts: bytes) -> None:
+def test_data_of_other_routers_is_valid_or_ignored(entry: bytes, heard: Any, counts: bytes) -> None:
     text = entry.decode(errors="replace")
     with suppress(RegistrationError):
         assert isinstance(_instance(text), Instance)

@@ -67,7 +67,7 @@ def packed() -> bytes:
 
 
 @given(st.data())
-def test_no_change_of_a_packed_files_header_goes_unseen(data: st.DataObject) -> None:
+def test_every_change_of_a_packed_file_header_is_detected(data: st.DataObject) -> None:
     whole = packed()
     size = 8 + int.from_bytes(whole[:8], "little")
     used = len(whole[:size].rstrip())

@@ -73,7 +73,7 @@ def corrupted(words: list[tuple[int, int]]) -> Memory:
 
 
 @given(corruptions)
-def test_a_snapshot_of_any_memory_is_one_or_one_line(words: list[tuple[int, int]]) -> None:
+def test_snapshot_of_any_memory_is_valid_or_one_line(words: list[tuple[int, int]]) -> None:
     corrupted(words)
 
     def look_here(name: str) -> Snapshot | None:
@@ -91,7 +91,7 @@ def test_a_snapshot_of_any_memory_is_one_or_one_line(words: list[tuple[int, int]
 
 
 @given(corruptions, st.booleans())
-def test_a_record_is_whole_or_the_rank_is_lost(words: list[tuple[int, int]], knows_it: bool) -> None:
+def test_record_is_intact_or_the_rank_is_lost(words: list[tuple[int, int]], knows_it: bool) -> None:
     memory = corrupted([])
     membership = Membership(memory, planner(_LAYOUT.num_experts, 0))
     if knows_it:
@@ -113,7 +113,7 @@ def test_a_record_is_whole_or_the_rank_is_lost(words: list[tuple[int, int]], kno
 
 
 @given(corruptions)
-def test_who_comes_to_any_memory_joins_or_has_one_line(words: list[tuple[int, int]]) -> None:
+def test_joining_a_group_with_any_memory_succeeds_or_is_one_line(words: list[tuple[int, int]]) -> None:
     memory = corrupted(words)
     try:
         layout = layout_of(memory.file, memory.directory)

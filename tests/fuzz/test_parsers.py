@@ -15,7 +15,8 @@ from fastdeploy.daemon.router.http.upstream import ConnectionPool, Fault, Replic
 from fastdeploy.daemon.router.http.upstream_request import forwarded, lines_for
 from fastdeploy.daemon.router.instance import ReplicaHandle
 
-from .foreign import cuts, mutated, pieces_of
+from ..pieces import pieces_of
+from .foreign import cuts, mutated
 
 _REQUEST_LINES = [
     *(b"Host: x", b"Content-Length: 2", b"Content-Length: 3", b"Transfer-Encoding: chunked"),
@@ -79,7 +80,7 @@ def parsed(pieces: list[bytes]) -> list[Any]:
 
 
 @given(st.lists(requests, min_size=1, max_size=3).map(b"".join).flatmap(mutated), cuts)
-def test_requests_do_not_depend_on_how_they_were_cut(data: bytes, cuts: list[int]) -> None:
+def test_requests_do_not_depend_on_the_split(data: bytes, cuts: list[int]) -> None:
     whole, cut = parsed([data]), parsed(pieces_of(data, cuts))
     # With several errors in the head of a request, the split decides which one is found first.
     if whole and cut and isinstance(whole[-1], int) and isinstance(cut[-1], int):
@@ -206,9 +207,7 @@ def understood(data: bytes) -> tuple[int, bytes] | None:
 
 
 @given(st.lists(answers, min_size=1, max_size=3).map(b"".join).flatmap(mutated), cuts)
-def test_an_answer_is_whole_only_if_h11_says_the_same_however_it_was_cut(
-    data: bytes, cuts: list[int]
-) -> None:
+def test_answer_is_complete_only_if_h11_agrees_for_any_split(data: bytes, cuts: list[int]) -> None:
     whole, is_kept = relayed([data])
     cut, _ = relayed(pieces_of(data, cuts))
     assert (cut.end == "whole") == (whole.end == "whole")

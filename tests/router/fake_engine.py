@@ -154,6 +154,22 @@ def waits_for(gate: threading.Event) -> Behaviour:
     return behave
 
 
+def waits_after_the_first_event(gate: threading.Event) -> Behaviour:
+    """Stream one event at once, and the others when the gate is open."""
+
+    def behave(received: Received) -> bool:
+        received.send(EVENT_HEAD)
+        first, *rest = events(received.body)
+        received.send_chunk(first)
+        assert gate.wait(60)
+        for event in rest:
+            received.send_chunk(event)
+        received.send(b"0\r\n\r\n")
+        return True
+
+    return behave
+
+
 def waits_after_each_event(seen: threading.Semaphore) -> Behaviour:
     """Stream events, each after the test has seen the previous one."""
 

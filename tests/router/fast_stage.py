@@ -11,7 +11,7 @@ import termios
 import time
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import uvloop
 
@@ -128,8 +128,7 @@ class Passage:
     async def __aenter__(self) -> Self:
         await self.replica.open()
         await self.client.open(receive_buffer=1 << 16)
-        self.fast = cast(FastStream, self.take())
-        assert self.fast is not None
+        self.fast = self.take()
         return self
 
     async def __aexit__(
@@ -140,8 +139,10 @@ class Passage:
         self.replica.close()
         self.client.close()
 
-    def take(self) -> FastStream | None:
-        return self._path.take(self, self.replica.transport, self.client.transport)
+    def take(self) -> FastStream:
+        fast = self._path.take(self, self.replica.transport, self.client.transport)
+        assert fast is not None
+        return fast
 
     def take_back(self) -> Passed:
         self.passed = self.fast.take_back()
@@ -160,13 +161,17 @@ class Passage:
         return self.passed
 
 
-async def until(condition: Callable[[], Any]) -> None:
+def chunk(body: bytes, size: bytes = b"%x") -> bytes:
+    return size % len(body) + b"\r\n" + body + b"\r\n"
+
+
+async def until(condition: Callable[..., Any]) -> None:
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.001)
 
 
-def await_without_the_loop(condition: Callable[[], Any]) -> None:
+def await_without_the_loop(condition: Callable[..., Any]) -> None:
     """Wait for the condition while the event loop is blocked."""
     end = time.monotonic() + 20
     while not condition():

@@ -7,6 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+#: The head of a request, without the line that says how its body ends.
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+POST = HEAD + b"Content-Length: 2\r\n\r\n{}"
+GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
+
 
 class RawAnswer(NamedTuple):
     status: int

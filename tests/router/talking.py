@@ -6,6 +6,7 @@ import ipaddress
 
 from fastdeploy.daemon.router.addresses import AllowedAddresses
 from fastdeploy.daemon.router.board.board import Board
+from fastdeploy.daemon.router.board.view import Status
 from fastdeploy.daemon.router.control.shared_replicas import SharedReplicas, SharedState
 from fastdeploy.daemon.router.instance import Instance
 
@@ -56,7 +57,7 @@ class Router:
     def knows(self) -> list[str]:
         return [row.instance.instance for row in self.board.status()]
 
-    def row(self, number: int = 0):
+    def row(self, number: int = 0) -> Status:
         return self.board.status()[number]
 
 

@@ -2,17 +2,19 @@
 
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from fastdeploy.daemon.router.board.board import Board, BoardError, Lease, PickFailure
+from fastdeploy.daemon.router.instance import ReplicaHandle
 from fastdeploy.daemon.router.policy.policies import policy_named
 from fastdeploy.daemon.router.policy.policy import RequestFacts
 
 from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas
 
 
-def test_d5_a_burst_of_threads_over_idle_replicas_lands_evenly(board):
+def test_d5_a_burst_of_threads_over_idle_replicas_lands_evenly(board: Board) -> None:
     """Upstream picked first and counted later, so a burst saw the same idle worker."""
     seat_replicas(board, 8)
     leases: list[Lease] = []
@@ -33,7 +35,7 @@ def test_d5_a_burst_of_threads_over_idle_replicas_lands_evenly(board):
     assert in_flight(board) == [0] * 8
 
 
-def test_one_request_after_another_visits_everybody(board):
+def test_consecutive_requests_visit_all_replicas(board: Board) -> None:
     seat_replicas(board, 4)
     names = []
     for _ in range(8):
@@ -44,13 +46,13 @@ def test_one_request_after_another_visits_everybody(board):
     assert [row.pick_count for row in board.status()] == [2] * 4
 
 
-def test_round_robin_takes_turns_whatever_is_in_flight(board):
+def test_round_robin_takes_turns_whatever_is_in_flight(board: Board) -> None:
     seat_replicas(board, 3)
     names = [pick(board, policy_named("round_robin")).instance.name for _ in range(6)]
     assert names == ["0", "1", "2", "0", "1", "2"]
 
 
-def test_a_lease_is_given_back_once(board):
+def test_lease_is_released_once(board: Board) -> None:
     seat_replicas(board, 1)
     first, second = pick(board), pick(board)
     first.release()
@@ -60,7 +62,7 @@ def test_a_lease_is_given_back_once(board):
     assert in_flight(board) == [0]
 
 
-def test_prompt_tokens_are_counted_while_their_request_is_in_flight(board):
+def test_prompt_tokens_are_counted_while_their_request_is_in_flight(board: Board) -> None:
     seat_replicas(board, 2)
     long = pick(board, facts=RequestFacts(0, prompt_tokens=9000))
     policy = policy_named("process_tokens")
@@ -72,7 +74,7 @@ def test_prompt_tokens_are_counted_while_their_request_is_in_flight(board):
     assert [row.tokens for row in board.status()] == [0, 0]
 
 
-def test_prompts_that_begin_alike_go_where_the_first_of_them_went(board):
+def test_prompts_with_a_common_prefix_go_to_the_same_replica(board: Board) -> None:
     seat_replicas(board, 4)
     policy, facts = policy_named("cache_aware"), RequestFacts(0, 100, prefix=(11, 12, 13))
     names = set()
@@ -83,7 +85,7 @@ def test_prompts_that_begin_alike_go_where_the_first_of_them_went(board):
     assert len(names) == 1
 
 
-def test_a_replica_that_was_replaced_has_forgotten_what_it_had_cached(board):
+def test_replaced_replica_has_no_cached_prefixes(board: Board) -> None:
     seat_replicas(board, 2, start="a")
     policy, facts = policy_named("cache_aware"), RequestFacts(0, 100, prefix=(11, 12, 13))
     first = pick(board, policy, facts)
@@ -94,16 +96,16 @@ def test_a_replica_that_was_replaced_has_forgotten_what_it_had_cached(board):
     assert pick(board, policy, facts).handle == other.handle
 
 
-def test_excluded_seats_are_never_picked(board):
+def test_excluded_seats_are_never_picked(board: Board) -> None:
     seat_replicas(board, 3)
-    tried = []
-    while lease := board.pick(REQUEST_NUM, FACTS, tried):
+    tried: list[ReplicaHandle] = []
+    while isinstance(lease := board.pick(REQUEST_NUM, FACTS, tried), Lease):
         tried.append(lease.handle)
     assert lease is PickFailure.DOWN
     assert len(set(tried)) == len(tried) == 3
 
 
-def test_a_replica_gets_no_more_requests_than_it_takes_at_a_time(board):
+def test_a_replica_gets_no_more_requests_than_it_takes_at_a_time(board: Board) -> None:
     seat_replicas(board, 2, limit=2)
     leases = [pick(board) for _ in range(4)]
     assert board.pick(REQUEST_NUM, FACTS) is PickFailure.BUSY
@@ -114,7 +116,7 @@ def test_a_replica_gets_no_more_requests_than_it_takes_at_a_time(board):
     assert board.pick(REQUEST_NUM, FACTS, [leases[1].handle]) is PickFailure.DOWN
 
 
-def test_requests_of_other_routers_count_too(board):
+def test_requests_of_other_routers_count_too(board: Board) -> None:
     seat_replicas(board, 2, limit=4)
     handles = board.handles()
     board.set_remote({handles[0]: (3, 1000)})
@@ -126,18 +128,18 @@ def test_requests_of_other_routers_count_too(board):
     assert pick(board).handle == handles[0]
 
 
-def test_a_replicas_own_account_is_passed_to_the_policy(board):
+def test_reported_load_of_a_replica_reaches_the_policy(board: Board) -> None:
     seat_replicas(board, 2)
     policy = policy_named("fd_metrics_score")
     board.set_load(board.handles()[0], running=5, waiting=1)
     assert [pick(board, policy).instance.name for _ in range(4)] == ["1"] * 4
 
 
-def test_what_is_no_board_is_refused(tmp_path):
+def test_memory_that_is_no_board_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 25))
-    with path.open("r+b") as file, pytest.raises(BoardError, match="is no board of this version"):
+    with path.open("r+b") as file, pytest.raises(BoardError, match="is not a board of this version"):
         Board.attach(file.fileno())
     path.write_bytes(b"short")
-    with path.open("r+b") as file, pytest.raises(BoardError, match="is no board"):
+    with path.open("r+b") as file, pytest.raises(BoardError, match="is not a board"):
         Board.attach(file.fileno())

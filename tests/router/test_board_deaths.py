@@ -5,7 +5,10 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -78,7 +81,7 @@ def run_until(step: int, board: Board, operation: str) -> int:
     """Kill this process before bytecode instruction `step` of the router, or return the instruction count."""
     count = 0
 
-    def trace(frame, event, _):
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
         nonlocal count
         if "/daemon/router/" not in frame.f_code.co_filename:
             return None
@@ -110,7 +113,7 @@ def instructions(operation: str) -> int:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_whoever_dies_at_any_instruction_leaves_a_board_that_works(operation):
+def test_death_at_any_instruction_leaves_a_working_board(operation: str) -> None:
     total = instructions(operation)
     assert total > 50
     # Each death takes a process; over many runs every instruction is tried.
@@ -141,6 +144,7 @@ def check(board: Board, why: str) -> None:
     for number in (1, 2, 4, 5):
         board.admit(instance(number, "z"))
         handle = board.handle_of(instance(number).url)
+        assert handle is not None
         board.undrain(handle)
         lease = board.pick(REQUEST_NUM, FACTS, [other for other in board.handles() if other != handle])
         assert isinstance(lease, Lease), why
@@ -154,7 +158,7 @@ def check(board: Board, why: str) -> None:
     assert sum(state != ReplicaState.FREE for state in states) == 3, why
 
 
-def act_at_random(board: Board, seed: int) -> None:
+def act_at_random(_: Forked, board: Board, seed: int) -> None:
     chance = random.Random(seed)
     board.open_counters()
     leases: list[Lease] = []
@@ -188,10 +192,12 @@ def act_at_random(board: Board, seed: int) -> None:
                     board.forget_lost()
 
 
-def test_fuzz_workers_killed_at_any_time_leave_all_counts_zero(board, caplog):
+def test_fuzz_workers_killed_at_any_time_leave_all_counts_zero(
+    board: Board, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("ERROR")
     chance = random.Random(5)
-    workers = [Forked(lambda child, seed=seed: act_at_random(board, seed)) for seed in range(3)]
+    workers = [Forked(partial(act_at_random, board=board, seed=seed)) for seed in range(3)]
     for seed in range(3, 70):
         time.sleep(chance.uniform(0.0, 0.02))
         victim = workers.pop(chance.randrange(len(workers)))
@@ -200,7 +206,7 @@ def test_fuzz_workers_killed_at_any_time_leave_all_counts_zero(board, caplog):
         if chance.random() < 0.8:
             board.drop_dead_workers()
         assert all(row.in_flight >= 0 for row in board.status())
-        workers.append(Forked(lambda child, seed=seed: act_at_random(board, seed)))
+        workers.append(Forked(partial(act_at_random, board=board, seed=seed)))
     for worker in workers:
         worker.kill()
     board.measure(time.monotonic())
@@ -215,5 +221,7 @@ def test_fuzz_workers_killed_at_any_time_leave_all_counts_zero(board, caplog):
     assert not any(state and flag == Flag.LEAVING for state, flag in zip(states, flags, strict=True))
     board.open_counters()
     board.admit(instance(0, "last"))
-    board.undrain(board.handle_of(instance(0).url))
+    handle = board.handle_of(instance(0).url)
+    assert handle is not None
+    board.undrain(handle)
     assert isinstance(board.pick(REQUEST_NUM, FACTS), Lease)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from fastdeploy.daemon.router.board.board import FORGET_AFTER, PickFailure, ReplicaState
+from fastdeploy.daemon.router.board.board import FORGET_AFTER, Board, PickFailure, ReplicaState
 from fastdeploy.daemon.router.board.memory import ROWS
 from fastdeploy.daemon.router.instance import Instance, RegistrationError
 
-from .boards import FACTS, REQUEST_NUM, in_flight, instance, pick, seat_replicas, states
+from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
 
 
-def test_d4_end_of_an_old_request_does_not_count_for_a_new_instance(board, clock):
+def test_d4_end_of_an_old_request_does_not_count_for_a_new_instance(board: Board, clock: Clock) -> None:
     """Upstream's unsigned counter wrapped to 2^64-1, and that worker was never picked again."""
     seat_replicas(board, 1)
     old = pick(board)
@@ -25,7 +25,7 @@ def test_d4_end_of_an_old_request_does_not_count_for_a_new_instance(board, clock
     assert in_flight(board) == [0]
 
 
-def test_a_replica_that_was_started_anew_is_another_one_at_once(board):
+def test_restarted_replica_is_another_instance_at_once(board: Board) -> None:
     board.admit(instance(0, "a", limit=1))
     old = pick(board)
     board.failed(old.handle, "connection reset")
@@ -40,14 +40,14 @@ def test_a_replica_that_was_started_anew_is_another_one_at_once(board):
     assert in_flight(board) == [0]
 
 
-def test_late_heartbeat_of_a_replaced_instance_is_ignored(board):
+def test_late_heartbeat_of_a_replaced_instance_is_ignored(board: Board) -> None:
     board.admit(instance(0, "a"))
     board.admit(instance(0, "b"))
     assert not board.admit(instance(0, "a"))
     assert [row.instance.instance for row in board.status()] == ["b"]
 
 
-def test_registering_again_keeps_seat_and_count(board):
+def test_registering_again_keeps_seat_and_count(board: Board) -> None:
     seat_replicas(board, 1)
     lease = pick(board)
     assert not board.admit(instance(0))
@@ -58,7 +58,7 @@ def test_registering_again_keeps_seat_and_count(board):
     assert in_flight(board) == [0]
 
 
-def test_a_deregistered_replica_is_gone_with_its_last_request(board, clock):
+def test_deregistered_replica_is_removed_with_its_last_request(board: Board, clock: Clock) -> None:
     board.admit(instance(0, "a"))
     lease = pick(board)
     assert not board.deregister(instance(0).url, "another")
@@ -74,7 +74,7 @@ def test_a_deregistered_replica_is_gone_with_its_last_request(board, clock):
     assert board.admit(instance(0, "b"))
 
 
-def test_a_draining_replica_gets_nothing_new_even_when_it_is_started_anew(board):
+def test_draining_replica_gets_nothing_new_even_after_a_restart(board: Board) -> None:
     board.admit(instance(0, "a"))
     [handle] = board.handles()
     assert board.drain(handle)
@@ -87,7 +87,7 @@ def test_a_draining_replica_gets_nothing_new_even_when_it_is_started_anew(board)
     assert pick(board).instance.instance == "b"
 
 
-def test_a_removed_replica_comes_back_with_its_next_heartbeat(board):
+def test_a_removed_replica_comes_back_with_its_next_heartbeat(board: Board) -> None:
     board.admit(instance(0, "a"))
     lease = pick(board)
     assert board.remove(lease.handle)
@@ -99,13 +99,13 @@ def test_a_removed_replica_comes_back_with_its_next_heartbeat(board):
     assert in_flight(board) == [0]
 
 
-def test_rows_are_used_again(board):
+def test_rows_are_used_again(board: Board) -> None:
     for start in range(3 * ROWS):
         board.admit(instance(0, f"start-{start}"))
     assert len(board.status()) == 1
 
 
-def test_row_is_reused_only_after_requests_of_its_old_replica_end(board):
+def test_row_is_reused_only_after_requests_of_its_old_replica_end(board: Board) -> None:
     board.admit(instance(0, "0"))
     leases = []
     for start in range(1, ROWS):
@@ -120,14 +120,14 @@ def test_row_is_reused_only_after_requests_of_its_old_replica_end(board):
     assert in_flight(board) == [0, 0]
 
 
-def test_a_registration_that_does_not_fit_is_refused(board):
+def test_a_registration_that_does_not_fit_is_refused(board: Board) -> None:
     devices = tuple("9" * 64 for _ in range(200))
     with pytest.raises(RegistrationError, match="too long"):
         board.admit(Instance("127.0.0.1", 1000, device_ids=devices))
     assert board.status() == []
 
 
-def test_sixty_four_replicas_in_the_order_of_their_numbers(board):
+def test_sixty_four_replicas_in_the_order_of_their_numbers(board: Board) -> None:
     for number in reversed(range(64)):
         board.admit(instance(number))
     board.admit(Instance("127.0.0.1", 999))

@@ -61,7 +61,7 @@ def test_reservation_ends_when_the_replica_goes_down(board: Board) -> None:
     assert not any(row.reserved for row in board.status())
 
 
-def test_another_start_of_a_reserved_replica_is_not_reserved_for_long(board: Board) -> None:
+def test_reservation_ends_when_the_replica_restarts(board: Board) -> None:
     seat_replicas(board, 1, "a")
     handle = board.reserve()
     assert handle is not None
@@ -70,7 +70,7 @@ def test_another_start_of_a_reserved_replica_is_not_reserved_for_long(board: Boa
     assert pick(board).instance.instance == "b"
 
 
-def test_requests_make_way_after_a_while(board: Board, clock: Clock) -> None:
+def test_requests_on_a_reserved_replica_move_after_a_while(board: Board, clock: Clock) -> None:
     seat_replicas(board, 2)
     handle = board.reserve()
     assert board.reserved_before(clock.now) == set()
@@ -78,7 +78,7 @@ def test_requests_make_way_after_a_while(board: Board, clock: Clock) -> None:
     assert board.reserved_before(clock.now) == {handle}
 
 
-def test_a_worker_that_dies_reserves_nothing_any_more(board: Board) -> None:
+def test_reservations_of_a_dead_worker_end(board: Board) -> None:
     seat_replicas(board, 2)
 
     def work(child: Forked) -> None:
@@ -94,17 +94,19 @@ def test_a_worker_that_dies_reserves_nothing_any_more(board: Board) -> None:
     assert not any(row.reserved for row in board.status())
 
 
-def test_what_is_said_of_an_end_is_about_that_start_alone(board: Board) -> None:
+def test_report_of_an_exit_concerns_that_start_only(board: Board) -> None:
     seat_replicas(board, 2, "a")
     handles = board.handles()
     assert board.ending_of(handles[0]) is Ending.UNKNOWN
     board.record_ending(handles[0].url, "a", Ending.FROM_OUTSIDE)
     assert [board.ending_of(handle) for handle in handles] == [Ending.FROM_OUTSIDE, Ending.UNKNOWN]
     board.admit(instance(0, "b"))
-    assert board.ending_of(board.handle_of(handles[0].url)) is Ending.UNKNOWN
+    successor = board.handle_of(handles[0].url)
+    assert successor is not None
+    assert board.ending_of(successor) is Ending.UNKNOWN
 
 
-def test_the_latest_word_counts_and_old_ones_are_forgotten(board: Board) -> None:
+def test_latest_report_counts_and_old_ones_are_dropped(board: Board) -> None:
     seat_replicas(board, 1, "a")
     [handle] = board.handles()
     for ending in (Ending.FROM_OUTSIDE, Ending.ITS_OWN):
@@ -122,7 +124,7 @@ def test_a_replica_without_an_id_is_never_explained(board: Board) -> None:
     assert board.ending_of(handle) is Ending.UNKNOWN
 
 
-def test_a_loss_is_remembered_and_a_drain_is_none(board: Board, clock: Clock) -> None:
+def test_loss_is_recorded_but_a_drain_is_not(board: Board, clock: Clock) -> None:
     seat_replicas(board, 2, "a")
     first, second = board.handles()
     assert not board.has_lost_one_since(0.0)
@@ -133,7 +135,7 @@ def test_a_loss_is_remembered_and_a_drain_is_none(board: Board, clock: Clock) ->
     assert not board.has_lost_one_since(clock.now - 1.0)
 
 
-def test_a_suspect_at_a_replica_on_probation_is_its_probe(board: Board, clock: Clock) -> None:
+def test_suspect_on_a_probing_replica_is_its_trial_request(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     (handle,) = board.handles()
     board.unreachable(handle, "refused")

@@ -11,7 +11,7 @@ from fastdeploy.daemon.router.policy.policy import RequestFacts
 from .boards import FACTS, REQUEST_NUM, Clock, in_flight, instance, pick, seat_replicas, states
 
 
-def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board, clock):
+def test_d6_two_failures_in_a_row_take_a_replica_down(board: Board, clock: Clock) -> None:
     """Upstream removed an instance at its first failed probe."""
     seat_replicas(board, 1)
     [handle] = board.handles()
@@ -29,7 +29,7 @@ def test_d6_one_failure_is_a_hiccup_and_two_in_a_row_are_not(board, clock):
     assert board.pick(REQUEST_NUM, FACTS) is PickFailure.DOWN
 
 
-def test_replica_from_the_registry_file_is_up_after_first_health_check(board, clock):
+def test_replica_from_the_registry_file_is_up_after_first_health_check(board: Board, clock: Clock) -> None:
     board.admit(instance(0), up=False)
     [handle] = board.handles()
     assert states(board) == [ReplicaState.DOWN]
@@ -37,7 +37,7 @@ def test_replica_from_the_registry_file_is_up_after_first_health_check(board, cl
     assert states(board) == [ReplicaState.UP]
 
 
-def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock):
+def test_replica_that_was_down_gets_one_trial_request_at_a_time(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
@@ -59,7 +59,7 @@ def test_one_that_was_down_is_tried_out_with_one_request_at_a_time(board, clock)
     assert in_flight(board) == [1]
 
 
-def test_replica_is_probed_despite_requests_from_before_it_went_down(board, clock):
+def test_replica_is_probed_despite_requests_from_before_it_went_down(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     old = pick(board)
     board.unreachable(old.handle, "refused")
@@ -68,7 +68,7 @@ def test_replica_is_probed_despite_requests_from_before_it_went_down(board, cloc
     assert pick(board).probing
 
 
-def test_the_wait_before_it_is_tried_out_doubles_up_to_half_a_minute(board, clock):
+def test_delay_before_a_trial_request_doubles_up_to_30_s(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
@@ -84,7 +84,7 @@ def test_the_wait_before_it_is_tried_out_doubles_up_to_half_a_minute(board, cloc
     assert waits == [1, 2, 4, 8, 16, 30, 30]
 
 
-def test_one_that_answers_every_other_request_is_tried_out_ever_less(board, clock):
+def test_flaky_replica_is_tried_ever_less_often(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     waits = []
@@ -106,7 +106,7 @@ def test_one_that_answers_every_other_request_is_tried_out_ever_less(board, cloc
     assert states(board) == [ReplicaState.PROBING]
 
 
-def test_one_in_good_health_that_gets_no_request_is_up_after_a_while(board, clock):
+def test_healthy_replica_without_requests_is_up_after_a_while(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
@@ -116,14 +116,14 @@ def test_one_in_good_health_that_gets_no_request_is_up_after_a_while(board, cloc
         assert states(board) == [expected]
 
 
-def test_a_healthy_replica_without_heartbeats_is_kept(board, clock):
+def test_a_healthy_replica_without_heartbeats_is_kept(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     clock.now += FORGET_AFTER + 1
     assert not board.forget_lost()
     assert states(board) == [ReplicaState.UP]
 
 
-def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board(board, clock):
+def test_a_heartbeat_keeps_a_replica_that_is_down_on_the_board(board: Board, clock: Clock) -> None:
     seat_replicas(board, 1)
     [handle] = board.handles()
     board.unreachable(handle, "refused")
@@ -147,15 +147,15 @@ class BoardMachine(RuleBasedStateMachine):
         self.board.close()
 
     @rule(number=st.integers(0, 4), up=st.booleans(), start=st.sampled_from(["", "a", "b", "c"]))
-    def register(self, number, up, start):
+    def register(self, number: int, up: bool, start: str) -> None:
         self.board.admit(instance(number, start), up)
 
     @rule(number=st.integers(0, 4), start=st.sampled_from(["", "a", "b"]))
-    def farewell(self, number, start):
+    def farewell(self, number: int, start: str) -> None:
         self.board.deregister(instance(number).url, start)
 
     @rule(name=st.sampled_from(["request_num", "round_robin", "process_tokens"]), tokens=st.integers(0, 9))
-    def request(self, name, tokens):
+    def request(self, name: str, tokens: int) -> None:
         lease = self.board.pick(policy_named(name), RequestFacts(0, tokens))
         rows = [row for row in self.board.status() if row.up and not row.draining and not row.leaving]
         assert (lease is PickFailure.DOWN) == (not rows)
@@ -165,7 +165,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), twice=st.booleans())
-    def end(self, data, twice):
+    def end(self, data: st.DataObject, twice: bool) -> None:
         lease = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         lease.release()
         if twice:
@@ -173,7 +173,7 @@ class BoardMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.board.handles())
     @rule(data=st.data(), kind=st.sampled_from(["failed", "unreachable", "healthy", "succeeded"]))
-    def health(self, data, kind):
+    def health(self, data: st.DataObject, kind: str) -> None:
         handle = data.draw(st.sampled_from(self.board.handles()))
         if kind == "healthy":
             self.board.healthy(handle, self.clock.now)
@@ -184,24 +184,24 @@ class BoardMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.board.handles())
     @rule(data=st.data(), order=st.sampled_from(["drain", "undrain", "remove"]))
-    def order(self, data, order):
+    def order(self, data: st.DataObject, order: str) -> None:
         assert getattr(self.board, order)(data.draw(st.sampled_from(self.board.handles())))
 
     @rule(seconds=st.sampled_from([1.0, 10.0, FORGET_AFTER + 1]))
-    def time_passes(self, seconds):
+    def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
         self.board.measure(self.clock.now)
         self.board.forget_lost()
 
     @invariant()
-    def counts_are_exact(self):
+    def counts_are_exact(self) -> None:
         for row in self.board.status():
             held = [lease for lease in self.held if lease.handle == row.handle]
             assert row.in_flight == len(held)
             assert row.tokens == sum(lease.tokens for lease in held)
 
     @invariant()
-    def each_url_is_there_once(self):
+    def each_url_is_there_once(self) -> None:
         urls = [row.instance.url for row in self.board.status()]
         assert len(urls) == len(set(urls))
 

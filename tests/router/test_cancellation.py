@@ -4,11 +4,16 @@ import random
 import socket
 import struct
 import threading
+from collections.abc import Callable
 
 import pytest
 
+from .conftest import RouterProcess
 from .fake_engine import (
     EVENT_HEAD,
+    Behaviour,
+    FakeEngine,
+    Received,
     answers,
     events,
     never_answers,
@@ -24,7 +29,7 @@ REQUEST = (
 )
 
 
-def connect(router) -> socket.socket:
+def connect(router: RouterProcess) -> socket.socket:
     return socket.create_connection(("127.0.0.1", router.port), timeout=20)
 
 
@@ -36,7 +41,9 @@ def leave(client: socket.socket, how: str) -> None:
 
 @pytest.mark.parametrize("behaviour", [never_answers, sends_the_head_of_a_stream])
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, new_engine, behaviour, how):
+def test_disconnect_before_the_first_token_cancels_the_request(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], behaviour: Behaviour, how: str
+) -> None:
     """gevent, gthread and sync workers would hold the replica until it writes something."""
     engine = new_engine(behaviour=behaviour)
     other = new_engine(behaviour=behaviour)
@@ -60,7 +67,9 @@ def test_a_client_that_goes_before_the_first_token_cancels_its_request(router, n
 
 
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_a_client_that_goes_in_the_middle_of_a_silent_stream_cancels_it(router, new_engine, how):
+def test_disconnect_in_a_silent_stream_cancels_the_request(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], how: str
+) -> None:
     engine = new_engine(behaviour=streams_for_ever)
     router.add(engine)
     client = connect(router)
@@ -73,7 +82,9 @@ def test_a_client_that_goes_in_the_middle_of_a_silent_stream_cancels_it(router, 
     router.wait_idle()
 
 
-def test_half_closing_client_gets_a_reset_instead_of_a_cut_off_answer(router, new_engine):
+def test_half_closing_client_gets_a_reset_instead_of_a_cut_off_answer(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(behaviour=streams_for_ever)
     router.add(engine)
     with connect(router) as client:
@@ -87,7 +98,9 @@ def test_half_closing_client_gets_a_reset_instead_of_a_cut_off_answer(router, ne
     wait_until(lambda: engine.cancelled == [True], "the stream is cancelled")
 
 
-def test_kept_connection_serves_the_next_request_after_a_disconnect(router, new_engine):
+def test_kept_connection_serves_the_next_request_after_a_disconnect(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """The cancelled connection must not be reused, and the other connections must not be cancelled."""
     engine = new_engine()
     router.add(engine)
@@ -101,11 +114,13 @@ def test_kept_connection_serves_the_next_request_after_a_disconnect(router, new_
     assert router.urls() == {engine.url}
 
 
-def test_counts_are_zero_after_clients_that_leave_at_random_moments(router, new_engine):
+def test_counts_are_zero_after_clients_that_leave_at_random_moments(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """The other half of D4: each request is counted down exactly once, however it ends."""
     chance = random.Random(7)
 
-    def moody(received) -> bool:
+    def moody(received: Received) -> bool:
         """Draw one of: slow, silent until cancelled, dead before head, first or second event, healthy."""
         mood = received.body[-3] % 7
         if mood == 0:

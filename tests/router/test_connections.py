@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -22,13 +22,7 @@ from .fake_engine import (
     wait_until,
     waits_for,
 )
-from .raw_client import RawClient
-
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-POST = HEAD + b"Content-Length: 2\r\n\r\n{}"
-GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
+from .raw_client import GET, HEAD, POST, RawClient
 
 
 @pytest.fixture
@@ -37,7 +31,9 @@ def client(shared_router: RouterProcess, replica: FakeEngine) -> Iterator[RawCli
         yield client
 
 
-def test_half_requests_on_all_connections_keep_nobody_out(start_router, new_engine):
+def test_incomplete_requests_on_all_connections_do_not_block_new_ones(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     """A new connection with a request replaces the one whose request has been incomplete longest."""
     router = start_router("--max-connections", "40")
     gate = threading.Event()
@@ -55,7 +51,9 @@ def test_half_requests_on_all_connections_keep_nobody_out(start_router, new_engi
         assert busy.answer().status == 200
 
 
-def test_a_thousand_requests_at_once_are_answered_in_their_order(shared_router, replica, client):
+def test_a_thousand_requests_at_once_are_answered_in_their_order(
+    shared_router: RouterProcess, replica: FakeEngine, client: RawClient
+) -> None:
     before = shared_router.memory()
     count = 1000
 
@@ -73,7 +71,9 @@ def test_a_thousand_requests_at_once_are_answered_in_their_order(shared_router, 
     assert shared_router.memory() - before < 16 << 20
 
 
-def test_requests_of_one_connection_are_served_one_at_a_time(shared_router, replica, client):
+def test_requests_of_one_connection_are_served_one_at_a_time(
+    shared_router: RouterProcess, replica: FakeEngine, client: RawClient
+) -> None:
     gate = threading.Event()
     replica.behaviour = waits_for(gate)
     client.send(POST + POST)
@@ -84,7 +84,9 @@ def test_requests_of_one_connection_are_served_one_at_a_time(shared_router, repl
     assert [client.answer().status for _ in range(2)] == [200, 200]
 
 
-def test_who_closes_its_sending_half_is_taken_as_gone(shared_router, replica, client):
+def test_half_closed_client_counts_as_disconnected(
+    shared_router: RouterProcess, replica: FakeEngine, client: RawClient
+) -> None:
     """nginx does the same by default; a reset tells the client that nothing more will come."""
     gone = []
 
@@ -101,7 +103,7 @@ def test_who_closes_its_sending_half_is_taken_as_gone(shared_router, replica, cl
     shared_router.wait_idle()
 
 
-def test_a_connection_is_used_again(replica, client):
+def test_a_connection_is_used_again(replica: FakeEngine, client: RawClient) -> None:
     ports = set()
     for _ in range(5):
         client.send(POST)
@@ -112,7 +114,7 @@ def test_a_connection_is_used_again(replica, client):
     assert len(ports) == 1
 
 
-def test_an_old_client_keeps_its_connection_if_it_says_so(replica, client):
+def test_an_old_client_keeps_its_connection_if_it_says_so(replica: FakeEngine, client: RawClient) -> None:
     request = b"GET /v1/models HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
     for _ in range(2):
         client.send(request)
@@ -124,7 +126,9 @@ def test_an_old_client_keeps_its_connection_if_it_says_so(replica, client):
     assert client.is_at_its_end()
 
 
-def test_stream_to_an_http_1_0_keep_alive_client_ends_by_closing(replica, client):
+def test_stream_to_an_http_1_0_keep_alive_client_ends_by_closing(
+    replica: FakeEngine, client: RawClient
+) -> None:
     body = b'{"stream": true}'
     head = b"POST /v1/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n"
     client.send(head % len(body) + body)
@@ -133,7 +137,7 @@ def test_stream_to_an_http_1_0_keep_alive_client_ends_by_closing(replica, client
     assert answer.body == b"".join(events(body))
 
 
-def test_who_offers_another_protocol_is_served_in_this_one(replica, client):
+def test_upgrade_offer_is_answered_in_http_1(replica: FakeEngine, client: RawClient) -> None:
     """Java's HttpClient offers HTTP/2 with its first request on each connection, body included."""
     offer = (
         b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
@@ -147,7 +151,7 @@ def test_who_offers_another_protocol_is_served_in_this_one(replica, client):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_the_answer_to_head_is_a_head(replica, client, whole):
+def test_the_answer_to_head_is_a_head(replica: FakeEngine, client: RawClient, whole: bool) -> None:
     replica.behaviour = keeps(json_head(77) if whole else EVENT_HEAD)
     for _ in range(2):
         client.send(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -160,7 +164,9 @@ def test_the_answer_to_head_is_a_head(replica, client, whole):
     assert client.answer().status == 200
 
 
-def test_options_that_are_no_preflight_are_answered_by_a_replica(replica, client):
+def test_options_that_are_no_preflight_are_answered_by_a_replica(
+    replica: FakeEngine, client: RawClient
+) -> None:
     replica.behaviour = answers_status("204 No Content", b"", b"Allow: POST\r\n")
     client.send(b"OPTIONS /v1/completions HTTP/1.1\r\nHost: x\r\nOrigin: http://a\r\n\r\n")
     status, headers, body = client.answer()

@@ -2,19 +2,22 @@
 
 import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import requests
 
-from .fake_engine import answers, answers_status, closes, wait_until
+from .conftest import RouterProcess
+from .fake_engine import Behaviour, FakeEngine, Received, answers, answers_status, closes, wait_until
 from .raw_client import RawClient
 
 
-def register(router, **fields) -> requests.Response:
+def register(router: RouterProcess, **fields: object) -> requests.Response:
     return requests.post(f"{router.url}/register", json=fields, timeout=10)
 
 
-def test_an_empty_router_is_alive_but_cannot_generate(router):
+def test_an_empty_router_is_alive_but_cannot_generate(router: RouterProcess) -> None:
     assert router.get("/health").status_code == 200
     assert router.get("/registered").json() == {
         "code": 200,
@@ -30,7 +33,7 @@ def test_an_empty_router_is_alive_but_cannot_generate(router):
     assert models.json()["error"]["code"] == "no_replica"
 
 
-def test_a_healthy_instance_is_admitted(router, new_engine):
+def test_a_healthy_instance_is_admitted(router: RouterProcess, new_engine: Callable[..., FakeEngine]) -> None:
     engine = new_engine(replica=3)
     answer = engine.register_with(router.url, metrics_port=3101, engine_worker_queue_port="25611")
     assert (answer.status_code, answer.json()) == (200, {"code": 200, "msg": "Register success"})
@@ -46,7 +49,9 @@ def test_a_healthy_instance_is_admitted(router, new_engine):
 @pytest.mark.parametrize(
     "health", [answers_status("503 Service Unavailable"), answers_status("404 Not Found"), closes]
 )
-def test_an_instance_that_is_not_healthy_is_refused(router, new_engine, health):
+def test_an_instance_that_is_not_healthy_is_refused(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], health: Behaviour
+) -> None:
     engine = new_engine()
     engine.health = health
     answer = engine.register_with(router.url)
@@ -55,7 +60,7 @@ def test_an_instance_that_is_not_healthy_is_refused(router, new_engine, health):
     assert router.urls() == set()
 
 
-def test_faults_are_told_in_fastdeploys_words(router):
+def test_errors_have_fastdeploys_texts(router: RouterProcess) -> None:
     answer = requests.post(f"{router.url}/register", data=b"{", timeout=10)
     assert answer.status_code == 400
     assert answer.json()["msg"].startswith("Invalid InstanceInfo JSON format: ")
@@ -66,7 +71,9 @@ def test_faults_are_told_in_fastdeploys_words(router):
     assert requests.post(f"{router.url}/register", data=b" " * 100_000, timeout=10).status_code == 413
 
 
-def test_addresses_elsewhere_are_refused_unless_allowed(router, start_router):
+def test_addresses_elsewhere_are_refused_unless_allowed(
+    router: RouterProcess, start_router: Callable[..., RouterProcess]
+) -> None:
     answer = register(router, role="mixed", host_ip="169.254.169.254", port=80)
     assert answer.status_code == 403
     assert "--allow-host 169.254.169.254" in answer.json()["msg"]
@@ -76,12 +83,14 @@ def test_addresses_elsewhere_are_refused_unless_allowed(router, start_router):
     assert answer.status_code == 503
 
 
-def test_a_heartbeat_of_a_replica_that_is_up_does_not_wait_for_its_health(router, new_engine):
+def test_a_heartbeat_of_a_replica_that_is_up_does_not_wait_for_its_health(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     gate = threading.Event()
 
-    def hangs(received) -> bool:
+    def hangs(received: Received) -> bool:
         gate.wait(30)
         return answers(received)
 
@@ -91,14 +100,16 @@ def test_a_heartbeat_of_a_replica_that_is_up_does_not_wait_for_its_health(router
     gate.set()
 
 
-def test_d6_one_failed_check_does_not_remove_a_replica_but_two_do(start_router, new_engine):
+def test_d6_one_failed_check_does_not_remove_a_replica_but_two_do(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     """Upstream removed an instance at its first failed probe until its next heartbeat."""
     router = start_router("--health-check-interval-secs", "0.2")
     engine = new_engine()
     router.add(engine)
-    failures = []
+    failures: list[int] = []
 
-    def fails_once(received) -> bool:
+    def fails_once(received: Received) -> bool:
         if not failures:
             failures.append(1)
             return answers_status("503 Service Unavailable")(received)
@@ -114,7 +125,9 @@ def test_d6_one_failed_check_does_not_remove_a_replica_but_two_do(start_router, 
     wait_until(lambda: router.urls() == {engine.url}, "a good check brings it back without a heartbeat")
 
 
-def test_a_heartbeat_brings_a_replica_back(router, new_engine):
+def test_a_heartbeat_brings_a_replica_back(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     engine.stop()
@@ -129,7 +142,9 @@ def test_a_heartbeat_brings_a_replica_back(router, new_engine):
     assert router.complete().status_code == 200
 
 
-def test_d8_health_generate_tells_whether_any_replica_is_up(router, new_engine):
+def test_d8_health_generate_is_200_only_if_a_replica_is_up(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """Upstream ignored mixed instances and always said OK."""
     assert router.get("/health_generate").status_code == 503
     engine = new_engine()
@@ -141,7 +156,9 @@ def test_d8_health_generate_tells_whether_any_replica_is_up(router, new_engine):
     assert router.get("/health_generate").status_code == 503
 
 
-def test_the_registry_survives_a_restart(start_router, new_engine, tmp_path):
+def test_the_registry_survives_a_restart(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     file = tmp_path / "state" / "registry.json"
     first = start_router("--registry-file", str(file))
     engine, gone = new_engine(replica=0), new_engine(replica=1)
@@ -155,7 +172,12 @@ def test_the_registry_survives_a_restart(start_router, new_engine, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"instances": [{"role": "mixed"}]}', '{"instances": 5}'])
-def test_a_broken_registry_file_is_named_and_ignored(start_router, new_engine, tmp_path, text):
+def test_a_broken_registry_file_is_named_and_ignored(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    tmp_path: Path,
+    text: str,
+) -> None:
     file = tmp_path / "registry.json"
     file.write_text(text)
     router = start_router("--registry-file", str(file))
@@ -164,7 +186,9 @@ def test_a_broken_registry_file_is_named_and_ignored(start_router, new_engine, t
     assert json.loads(file.read_text())["instances"][0]["replica"] == 5
 
 
-def test_metrics_have_fastdeploys_names_and_the_boards_counts(router, new_engine):
+def test_metrics_have_fastdeploys_names_and_the_boards_counts(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(replica=2)
     router.add(engine)
     router.complete()
@@ -185,7 +209,7 @@ def test_metrics_have_fastdeploys_names_and_the_boards_counts(router, new_engine
         assert router.metric(name) == [f'{name}{{replica="2"}} 0.0'], "its first time must be an increase"
 
 
-def test_unknown_paths_and_methods_get_an_openai_error(router):
+def test_unknown_paths_and_methods_get_an_openai_error(router: RouterProcess) -> None:
     answer = router.get("/nothing")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     answer = requests.delete(f"{router.url}/register", timeout=10)
@@ -194,7 +218,7 @@ def test_unknown_paths_and_methods_get_an_openai_error(router):
 
 
 @pytest.mark.parametrize("path", ["/nothing//here", "//nothing", "/no%20thing%0A", "/a/./b"])
-def test_a_path_that_is_not_found_is_told_as_it_was_sent(shared_router, path):
+def test_unknown_path_is_quoted_as_it_was_sent(shared_router: RouterProcess, path: str) -> None:
     with RawClient(shared_router.port) as client:
         client.send(f"GET {path}?x=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         answer = client.answer()

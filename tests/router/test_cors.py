@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from fastdeploy.common.cors import CorsPolicy
 from fastdeploy.common.errors import ConfigError
 
 from .conftest import RouterProcess
-from .fake_engine import answers_status, wait_until
+from .fake_engine import FakeEngine, answers_status, wait_until
 from .raw_client import RawClient
 
 PAGE = "http://localhost:3000"
@@ -48,7 +50,9 @@ def complete(router: RouterProcess, origin: str, **arguments: Any) -> requests.R
         *("http://[::1]:3000", "http://app.localhost:1234"),
     ],
 )
-def test_pages_of_this_machine_are_allowed_by_default(shared_router, replica, origin):
+def test_pages_of_this_machine_are_allowed_by_default(
+    shared_router: RouterProcess, replica: FakeEngine, origin: str
+) -> None:
     answer = preflight(shared_router, origin)
     assert (answer.status_code, answer.content) == (204, b"")
     assert cors_of(answer) == {
@@ -77,7 +81,9 @@ def test_pages_of_this_machine_are_allowed_by_default(shared_router, replica, or
         *("http://evil.example/http://localhost", "http://localhost:1:2", "LOCALHOST", "", "*", "loopback"),
     ],
 )
-def test_other_pages_are_not_shown_answers_by_default(shared_router, replica, origin):
+def test_other_pages_are_not_shown_answers_by_default(
+    shared_router: RouterProcess, replica: FakeEngine, origin: str
+) -> None:
     answer = preflight(shared_router, origin)
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "origin_not_allowed"
@@ -89,7 +95,9 @@ def test_other_pages_are_not_shown_answers_by_default(shared_router, replica, or
     assert not any(received.method == "OPTIONS" for received in replica.received)
 
 
-def test_every_page_may_be_allowed_and_never_with_credentials(start_router, new_engine):
+def test_every_page_may_be_allowed_and_never_with_credentials(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--cors-origins", "*")
     router.add(new_engine())
     assert cors_of(preflight(router, FOREIGN))["allow-origin"] == "*"
@@ -99,7 +107,9 @@ def test_every_page_may_be_allowed_and_never_with_credentials(start_router, new_
         assert "Vary" not in answer.headers
 
 
-def test_a_list_allows_what_is_in_it_and_nothing_else(start_router, new_engine):
+def test_a_list_allows_only_its_origins(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--cors-origins", f"{FOREIGN}, https://chat.example:8443")
     router.add(new_engine())
     for origin in (FOREIGN, "https://chat.example:8443"):
@@ -108,13 +118,13 @@ def test_a_list_allows_what_is_in_it_and_nothing_else(start_router, new_engine):
         assert cors_of(complete(router, origin)) == {}
 
 
-def test_an_empty_list_allows_no_page(start_router):
+def test_an_empty_list_allows_no_page(start_router: Callable[..., RouterProcess]) -> None:
     router = start_router("--cors-origins", "")
     assert preflight(router, PAGE).status_code == 403
     assert cors_of(complete(router, PAGE)) == {}
 
 
-def test_a_stream_has_the_headers(shared_router, replica):
+def test_a_stream_has_the_headers(shared_router: RouterProcess, replica: FakeEngine) -> None:
     answer = complete(shared_router, PAGE, body={"stream": True})
     assert answer.headers["Content-Type"] == "text/event-stream"
     assert cors_of(answer)["allow-origin"] == PAGE
@@ -122,7 +132,9 @@ def test_a_stream_has_the_headers(shared_router, replica):
 
 
 @pytest.mark.parametrize("status", ["404 Not Found", "400 Bad Request", "429 Too Many Requests"])
-def test_a_replicas_error_has_the_headers(shared_router, replica, status):
+def test_a_replicas_error_has_the_headers(
+    shared_router: RouterProcess, replica: FakeEngine, status: str
+) -> None:
     replica.behaviour = answers_status(status)
     answer = complete(shared_router, PAGE)
     assert answer.status_code == int(status[:3])
@@ -130,7 +142,9 @@ def test_a_replicas_error_has_the_headers(shared_router, replica, status):
 
 
 @pytest.mark.parametrize("status", ["200 OK", "503 Service Unavailable"])
-def test_what_a_replica_says_of_pages_is_not_passed_on(shared_router, replica, status):
+def test_cors_headers_of_a_replica_are_dropped(
+    shared_router: RouterProcess, replica: FakeEngine, status: str
+) -> None:
     """FastDeploy itself answers every origin with * and credentials."""
     theirs = b"Access-Control-Allow-Origin: *\r\nAccess-Control-Allow-Credentials: true\r\n"
     replica.behaviour = answers_status(status, extra=theirs)
@@ -140,7 +154,9 @@ def test_what_a_replica_says_of_pages_is_not_passed_on(shared_router, replica, s
     assert all(received.header("origin") is None for received in replica.received)
 
 
-def test_the_routers_own_refusals_have_the_headers(start_router, tmp_path):
+def test_the_routers_own_refusals_have_the_headers(
+    start_router: Callable[..., RouterProcess], tmp_path: Path
+) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret\n")
     router = start_router("--api-keys-file", str(keys), "--max-body-bytes", "1000")
@@ -156,19 +172,21 @@ def test_the_routers_own_refusals_have_the_headers(start_router, tmp_path):
         assert cors_of(answer)["allow-origin"] == PAGE, status
 
 
-def test_the_rest_of_the_router_is_not_for_pages(shared_router):
+def test_the_rest_of_the_router_is_not_for_pages(shared_router: RouterProcess) -> None:
     for path in ("/registered", "/metrics", "/health", "/no/such/path"):
         assert cors_of(shared_router.get(path, headers={"Origin": PAGE})) == {}
     assert cors_of(preflight(shared_router, PAGE, "/register")) == {}
 
 
-def test_without_an_origin_nothing_is_added(shared_router, replica):
+def test_without_an_origin_nothing_is_added(shared_router: RouterProcess, replica: FakeEngine) -> None:
     answer = shared_router.complete()
     assert cors_of(answer) == {}
     assert "Vary" not in answer.headers
 
 
-def test_requests_behind_a_preflight_on_its_connection_are_answered(shared_router, replica):
+def test_requests_behind_a_preflight_on_its_connection_are_answered(
+    shared_router: RouterProcess, replica: FakeEngine
+) -> None:
     lines = "".join(f"{name}: {value}\r\n" for name, value in ASKS.items())
     asked = f"OPTIONS /v1/completions HTTP/1.1\r\nHost: x\r\nOrigin: {PAGE}\r\n{lines}\r\n".encode()
     request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
@@ -179,14 +197,16 @@ def test_requests_behind_a_preflight_on_its_connection_are_answered(shared_route
     assert json.loads(answers[1].body)["engine"] == replica.name
 
 
-def test_header_names_that_are_none_are_not_repeated(shared_router):
+def test_invalid_header_names_are_not_repeated(shared_router: RouterProcess) -> None:
     headers = {"Origin": PAGE, **ASKS, "Access-Control-Request-Headers": "a: b; c"}
     answer = requests.options(f"{shared_router.url}/v1/models", headers=headers, timeout=20)
     assert answer.status_code == 204
     assert "allow-headers" not in cors_of(answer)
 
 
-def test_the_list_can_change_while_the_router_runs(start_router, tmp_path):
+def test_the_list_can_change_while_the_router_runs(
+    start_router: Callable[..., RouterProcess], tmp_path: Path
+) -> None:
     flags = tmp_path / "flags.json"
     flags.write_text('["--cors-origins", ""]')
     router = start_router("--flags-file", str(flags))
@@ -199,6 +219,6 @@ def test_the_list_can_change_while_the_router_runs(start_router, tmp_path):
 @pytest.mark.parametrize(
     "word", ["app.example", "http://app.example/", "HTTP://app.example", "http://*", "null"]
 )
-def test_what_is_no_origin_is_refused_at_the_start(word):
+def test_invalid_origin_is_refused_at_the_start(word: str) -> None:
     with pytest.raises(ConfigError, match=r"--cors-origins: .* not an origin"):
         CorsPolicy.parse("--cors-origins", f"loopback,{word}")

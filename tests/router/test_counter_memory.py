@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,8 @@ from fastdeploy.daemon.router.metrics import counter_memory
 from fastdeploy.daemon.router.metrics.counter_memory import CounterMemory
 from fastdeploy.daemon.router.metrics.metrics import _CounterCollector
 
-from .fake_engine import wait_until
+from .conftest import RouterProcess
+from .fake_engine import FakeEngine, wait_until
 from .forked import Forked
 from .steady_load import Load, requests_counted, streams_or_answers
 
@@ -42,7 +44,7 @@ def counting(memory: CounterMemory, **counts: float) -> Forked:
     return worker
 
 
-def test_counts_of_living_and_dead_workers_are_added_up(memory):
+def test_counts_of_living_and_dead_workers_are_added_up(memory: CounterMemory) -> None:
     workers = [
         counting(memory, a=1.0, b=2.0),
         counting(memory, b=30.0),
@@ -57,13 +59,13 @@ def test_counts_of_living_and_dead_workers_are_added_up(memory):
         assert memory.read() == total
 
 
-def test_a_section_is_free_for_another_worker_after_a_kill(memory):
+def test_a_section_is_free_for_another_worker_after_a_kill(memory: CounterMemory) -> None:
     for _ in range(40):
         counting(memory, a=1.0).kill(signal.SIGKILL)
     assert memory.read() == {b"a": 40.0}
 
 
-def test_a_worker_without_a_free_section_gets_an_error(memory):
+def test_a_worker_without_a_free_section_gets_an_error(memory: CounterMemory) -> None:
     workers = [counting(memory) for _ in range(32)]
     with pytest.raises(BoardError, match="counters for 32 workers"):
         memory.own_section()
@@ -71,7 +73,7 @@ def test_a_worker_without_a_free_section_gets_an_error(memory):
         worker.kill()
 
 
-def test_readers_see_each_count_once_while_counts_are_moved(memory):
+def test_readers_see_each_count_once_while_counts_are_moved(memory: CounterMemory) -> None:
     workers = [counting(memory, **{f"n{number}": 1.0 for number in range(500)}, a=1.0) for _ in range(20)]
 
     def bury() -> None:
@@ -87,7 +89,7 @@ def test_readers_see_each_count_once_while_counts_are_moved(memory):
     assert {value for each in [*seen, memory.read()] for value in each.values()} == {20.0}
 
 
-def test_counters_without_room_are_left_out(memory, caplog):
+def test_counters_without_room_are_left_out(memory: CounterMemory, caplog: pytest.LogCaptureFixture) -> None:
     section = memory.own_section()
     long = b"x" * (1 << 20)
     for number in range(6):
@@ -97,7 +99,7 @@ def test_counters_without_room_are_left_out(memory, caplog):
     assert [record.message.partition(":")[0] for record in caplog.records] == ["no room for more counters"]
 
 
-def test_memory_of_another_kind_is_refused():
+def test_memory_of_another_kind_is_refused() -> None:
     with pytest.raises(BoardError, match="has no counters"):
         CounterMemory(-1)
     descriptor = os.memfd_create("other")
@@ -107,7 +109,9 @@ def test_memory_of_another_kind_is_refused():
     os.close(descriptor)
 
 
-def test_counts_only_grow_while_workers_are_replaced(start_router, new_engine, tmp_path):
+def test_counts_only_grow_while_workers_are_replaced(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     router = start_router("--workers", "2", env={"TMPDIR": str(tmp_path / "none")})
     router.add(*(new_engine(replica=number, behaviour=streams_or_answers) for number in range(2)))
     seen = [0]
@@ -136,14 +140,16 @@ def test_counts_only_grow_while_workers_are_replaced(start_router, new_engine, t
     wait_until(lambda: requests_counted(router) == load.answered, "everything has been counted, once")
 
 
-def test_the_environment_of_prometheus_client_has_no_effect(start_router, new_engine, tmp_path):
+def test_the_environment_of_prometheus_client_has_no_effect(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     router = start_router(env={"PROMETHEUS_MULTIPROC_DIR": "/nonexistent"})
     router.add(new_engine())
     assert router.complete().status_code == 200
     wait_until(lambda: requests_counted(router) == 1, "the request is counted")
 
 
-def test_counts_add_up_over_versions_with_different_help_texts(memory):
+def test_counts_add_up_over_versions_with_different_help_texts(memory: CounterMemory) -> None:
     for text in ("Text of the old version.", "Text of the new version."):
         key = json.dumps(["counter", "fd_x", text, "fd_x_total", {"replica": "0"}])
         worker = counting(memory, **{key: 2.0})

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import datetime
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def innocents(count: int) -> list[Generation]:
 
 
 @pytest.mark.parametrize("kind", DEADLY)
-def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(start_router, kind):
+def test_deadly_request_ends_with_an_error_and_harms_no_other(
+    start_router: Callable[..., RouterProcess], kind: str
+) -> None:
     router = start_router("--workers", "2", *LOOKS)
     deadly = generation(max_tokens=20, faults=DEADLY[kind])
 
@@ -72,7 +75,7 @@ def test_a_deadly_request_ends_with_an_error_and_takes_nobody_with_it(start_rout
     else:
         assert (told.status, told.error["code"]) == (200, "replica_lost")
     log = router.log.read_text()
-    assert "is reserved for a suspect" in log
+    assert "is reserved for another request, resuming" in log
     assert "Traceback" not in log
     # The last death lost no other request.
     failed = [line for line in log.splitlines() if "failed, trying another" in line]
@@ -94,7 +97,9 @@ def second_of(line: str) -> float:
     return datetime.datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
-def test_a_request_that_a_model_loses_with_a_503_is_deadly_too(start_router):
+def test_request_that_kills_only_the_worker_is_deadly_too(
+    start_router: Callable[..., RouterProcess],
+) -> None:
     """The API process outlives its worker and answers 503."""
     router = start_router(*LOOKS)
     fault = {"at": "head", "how": "lost", "times": 99}
@@ -108,13 +113,13 @@ def test_a_request_that_a_model_loses_with_a_503_is_deadly_too(start_router):
 
 
 @pytest.fixture
-def told_router(start_router, tmp_path: Path) -> RouterProcess:
+def told_router(start_router: Callable[..., RouterProcess], tmp_path: Path) -> RouterProcess:
     """A router that receives reports of how its replicas ended."""
     router: RouterProcess = start_router("--admin-socket", str(tmp_path / "admin"), *LOOKS)
     return router
 
 
-def test_a_single_replica_is_kept_for_a_suspect_while_others_wait(told_router: RouterProcess):
+def test_single_replica_is_reserved_for_a_suspect_while_others_wait(told_router: RouterProcess) -> None:
     """A supervised router lets new requests wait until the replica is back."""
     faults = [{"at": "head", "how": "kill", "times": SUSPECT_AFTER}]
     with Fleet(told_router, 1) as fleet, concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -142,7 +147,7 @@ def holder(fleet: Fleet) -> Replica | None:
     return next((replica for replica in fleet.replicas if is_busy(replica)), None)
 
 
-def test_an_innocent_request_outlives_kills_from_outside(told_router):
+def test_an_innocent_request_outlives_kills_from_outside(told_router: RouterProcess) -> None:
     """There are more kills from outside than deaths that make a request deadly."""
     request = generation(max_tokens=3, delay=1.5)
     with Fleet(told_router, 3) as fleet, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -156,7 +161,7 @@ def test_an_innocent_request_outlives_kills_from_outside(told_router):
         answer.result().check()
 
 
-def test_the_word_that_it_was_its_own_end_is_waited_for_and_counts(told_router):
+def test_report_of_a_crash_is_awaited_and_counts(told_router: RouterProcess) -> None:
     admin = told_router.directory / "admin"
     fault = {"at": "head", "how": "kill", "times": 99}
     with Fleet(told_router, 4), concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -181,8 +186,8 @@ def test_the_word_that_it_was_its_own_end_is_waited_for_and_counts(told_router):
         (b'{"url": "http://127.0.0.1:1", "instance": "a", "from_outside": true}', 403),
     ],
 )
-def test_a_word_about_an_end_is_checked_and_comes_over_the_admin_socket(
-    told_router, body: bytes, status: int
+def test_report_of_an_exit_is_validated_and_needs_the_admin_socket(
+    told_router: RouterProcess, body: bytes, status: int
 ) -> None:
     where: Any = told_router.directory / "admin" if status == 400 else told_router.port
     with RawClient(where) as client:
@@ -191,7 +196,7 @@ def test_a_word_about_an_end_is_checked_and_comes_over_the_admin_socket(
         assert client.answer().status == status
 
 
-def test_a_new_request_waits_for_replicas_that_fd_dp_starts_again(told_router):
+def test_a_new_request_waits_for_replicas_that_fd_dp_starts_again(told_router: RouterProcess) -> None:
     with Fleet(told_router, 1) as fleet, concurrent.futures.ThreadPoolExecutor(1) as pool:
         fleet.keeps_alive = False
         fleet[0].end(signal.SIGKILL)

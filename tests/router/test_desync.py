@@ -10,10 +10,9 @@ import json
 import pytest
 
 from .conftest import RouterProcess
-from .fake_engine import answers, keeps, wait_until
-from .raw_client import RawAnswer, RawClient
+from .fake_engine import FakeEngine, answers, keeps, wait_until
+from .raw_client import POST, RawAnswer, RawClient
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
 OK = b"HTTP/1.1 200 OK\r\n"
 EVIL = b"HTTP/1.1 200 OK\r\nX-Evil: 1\r\nContent-Length: 4\r\n\r\nEVIL"
 SMALL = b"Content-Length: 2\r\n\r\n{}"
@@ -57,7 +56,9 @@ def ask(router: RouterProcess) -> RawAnswer:
 
 
 @pytest.mark.parametrize("answer", GARBLED)
-def test_an_answer_that_could_be_read_in_two_ways_is_a_bad_gateway(shared_router, replica, answer):
+def test_ambiguous_answer_is_a_bad_gateway(
+    shared_router: RouterProcess, replica: FakeEngine, answer: str
+) -> None:
     replica.behaviour = keeps(GARBLED[answer])
     status, _, body = ask(shared_router)
     assert (status, json.loads(body)["error"]["code"]) == (502, "bad_gateway")
@@ -68,7 +69,9 @@ def test_an_answer_that_could_be_read_in_two_ways_is_a_bad_gateway(shared_router
     [b"2;" + b"y" * ENDLESS, b"2\r\n{}\r\n0\r\n" + b"X: y\r\n" * (ENDLESS // 6)],
     ids=["extension", "trailers"],
 )
-def test_an_answer_that_goes_on_for_ever_and_says_nothing_is_given_up(shared_router, replica, tail):
+def test_endless_answer_without_content_is_aborted(
+    shared_router: RouterProcess, replica: FakeEngine, tail: bytes
+) -> None:
     goes_on = keeps(OK + b"Transfer-Encoding: chunked\r\n\r\n" + tail)
     replica.behaviour = lambda received: (goes_on if len(replica.received) == 1 else answers)(received)
     # The replica is taken for lost; after a pause the request is sent again.
@@ -83,7 +86,9 @@ def test_an_answer_that_goes_on_for_ever_and_says_nothing_is_given_up(shared_rou
 )
 @pytest.mark.parametrize("when", ["at once", "later"])
 @pytest.mark.parametrize("framing", [SMALL, b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"])
-def test_what_follows_an_answer_is_nobodys_answer(shared_router, replica, extra, when, framing):
+def test_surplus_bytes_after_an_answer_reach_no_client(
+    shared_router: RouterProcess, replica: FakeEngine, extra: bytes, when: str, framing: bytes
+) -> None:
     replica.behaviour = keeps(OK + framing + extra) if when == "at once" else keeps(OK + framing, extra)
     assert ask(shared_router)[::2] == (200, b"{}")
     if when == "later":
@@ -95,14 +100,18 @@ def test_what_follows_an_answer_is_nobodys_answer(shared_router, replica, extra,
 @pytest.mark.parametrize(
     "framing", [b"Content-Length: 4\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n4\r\n"]
 )
-def test_an_answer_that_has_no_body_has_none_whatever_follows(shared_router, replica, status, framing):
+def test_bodyless_answer_has_no_body_whatever_follows(
+    shared_router: RouterProcess, replica: FakeEngine, status: bytes, framing: bytes
+) -> None:
     replica.behaviour = keeps(b"HTTP/1.1 " + status + b"\r\n" + framing + b"EVIL\r\n0\r\n\r\n")
     got, headers, body = ask(shared_router)
     assert (got, body) == (int(status[:3]), b"")
     assert "transfer-encoding" not in headers
 
 
-def test_a_body_behind_the_answer_to_head_is_nobodys_answer(shared_router, replica):
+def test_body_after_an_answer_to_head_reaches_no_client(
+    shared_router: RouterProcess, replica: FakeEngine
+) -> None:
     replica.behaviour = keeps(OK + SMALL + EVIL)
     with RawClient(shared_router.port) as client:
         client.send(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -113,7 +122,9 @@ def test_a_body_behind_the_answer_to_head_is_nobodys_answer(shared_router, repli
         assert client.answer().status == 200
 
 
-def test_a_body_behind_an_interim_answer_is_no_answer_to_the_next_request(shared_router, replica):
+def test_a_body_behind_an_interim_answer_is_no_answer_to_the_next_request(
+    shared_router: RouterProcess, replica: FakeEngine
+) -> None:
     """The body exceeded the announced length, and its end would be parsed as another answer."""
     body, large = b"x" * len(EVIL), 5 << 20
     replica.behaviour = keeps(
@@ -131,14 +142,18 @@ def test_a_body_behind_an_interim_answer_is_no_answer_to_the_next_request(shared
 
 
 @pytest.mark.parametrize("count", [1, 5_000])
-def test_interim_answers_are_kept_from_the_client(shared_router, replica, count):
+def test_interim_answers_are_not_forwarded(
+    shared_router: RouterProcess, replica: FakeEngine, count: int
+) -> None:
     replica.behaviour = keeps(EARLY * count + OK + SMALL)
     status, headers, body = ask(shared_router)
     assert (status, body) == (200, b"{}")
     assert "x-evil" not in headers
 
 
-def test_headers_about_the_replicas_connection_stay_there(shared_router, replica):
+def test_connection_headers_of_a_replica_are_not_forwarded(
+    shared_router: RouterProcess, replica: FakeEngine
+) -> None:
     replica.behaviour = keeps(
         OK + b"Connection: X-Evil, keep-alive\r\nX-Evil: 1\r\nKeep-Alive: timeout=5\r\nUpgrade: h2c\r\n"
         b"Proxy-Authenticate: Basic\r\nProxy-Connection: close\r\nTE: x\r\nTrailer: X-Evil\r\nX-Fine: 1\r\n"

@@ -18,7 +18,7 @@ import requests
 from ..ports import free_ports
 from ..small_disk import SmallDisk, unprivileged
 from .conftest import FD_ROUTER, RouterProcess
-from .fake_engine import streams_for_ever, wait_until
+from .fake_engine import FakeEngine, streams_for_ever, wait_until
 from .raw_client import RawClient
 from .steady_load import requests_counted
 from .test_upgrade import upgraded
@@ -57,7 +57,9 @@ def saved(path: Path) -> list[bool]:
 # ---- counters, and gunicorn's files for its workers
 
 
-def test_nothing_of_a_killed_router_stays_in_temporary_directories(start_router, new_engine, tmp_path):
+def test_nothing_of_a_killed_router_stays_in_temporary_directories(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     shared = set(os.listdir("/dev/shm"))
@@ -75,7 +77,9 @@ def test_nothing_of_a_killed_router_stays_in_temporary_directories(start_router,
     assert set(os.listdir("/dev/shm")) <= shared
 
 
-def test_removed_temporary_directories_cost_neither_counts_nor_workers(start_router, new_engine, tmp_path):
+def test_removed_temporary_directories_cost_neither_counts_nor_workers(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     router = start_router(env={"TMPDIR": str(temporary)})
@@ -96,7 +100,12 @@ def test_removed_temporary_directories_cost_neither_counts_nor_workers(start_rou
 
 
 @pytest.mark.parametrize("removed", ["the socket", "its directory"])
-def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path, removed):
+def test_removed_admin_socket_is_recreated(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    tmp_path: Path,
+    removed: str,
+) -> None:
     admin = tmp_path / "run" / "router.sock"
     admin.parent.mkdir(mode=0o750)
     router = start_router("--workers", "2", "--admin-socket", str(admin))
@@ -121,7 +130,9 @@ def test_a_removed_admin_socket_is_made_again(start_router, new_engine, tmp_path
     assert lines(router, "Traceback") == []
 
 
-def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, tmp_path):
+def test_router_without_its_admin_socket_stops_cleanly(
+    start_router: Callable[..., RouterProcess], tmp_path: Path
+) -> None:
     admin = tmp_path / "run" / "router.sock"
     admin.parent.mkdir()
     router = start_router("--admin-socket", str(admin), launcher=unprivileged())
@@ -133,7 +144,12 @@ def test_a_router_whose_admin_socket_is_gone_ends_without_a_fault(start_router, 
     assert lines(router, "Traceback") == []
 
 
-def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engine, tmp_path, disk):
+def test_admin_socket_is_created_when_its_disk_permits(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    tmp_path: Path,
+    disk: SmallDisk,
+) -> None:
     admin = tmp_path / "disk" / "router.sock"
     outside = disk.path / "router.sock"
     # The socket that a killed router leaves behind.
@@ -155,7 +171,9 @@ def test_an_admin_socket_is_made_when_its_disk_allows_it(start_router, new_engin
     assert len(lines(router, "cannot be made")) == 2
 
 
-def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_router, tmp_path):
+def test_admin_socket_taken_over_by_another_program_is_kept_by_it(
+    start_router: Callable[..., RouterProcess], tmp_path: Path
+) -> None:
     admin = tmp_path / "router.sock"
     first = start_router("--admin-socket", str(admin))
     # The second router takes over the path, as if from a dead router.
@@ -171,7 +189,9 @@ def test_an_admin_socket_that_another_program_has_taken_is_left_to_it(start_rout
         second.stop()
 
 
-def test_an_admin_socket_is_taken_back_from_a_program_that_was_killed(start_router, tmp_path):
+def test_an_admin_socket_is_taken_back_from_a_program_that_was_killed(
+    start_router: Callable[..., RouterProcess], tmp_path: Path
+) -> None:
     admin = tmp_path / "router.sock"
     router = start_router("--admin-socket", str(admin))
     other = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
@@ -187,7 +207,9 @@ def seconds_runnable(pid: int) -> float:
     return (int(running) + int(waiting)) / 1e9
 
 
-def test_a_worker_that_drains_does_not_spin_for_a_new_admin_socket(start_router, new_engine, tmp_path):
+def test_a_worker_that_drains_does_not_spin_for_a_new_admin_socket(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     admin = tmp_path / "router.sock"
     router = start_router("--admin-socket", str(admin))
     router.add(new_engine(behaviour=streams_for_ever))
@@ -205,7 +227,9 @@ def test_a_worker_that_drains_does_not_spin_for_a_new_admin_socket(start_router,
         assert old.is_running()
 
 
-def test_the_admin_socket_is_made_again_after_an_upgrade(start_router, new_engine, tmp_path):
+def test_removed_admin_socket_is_recreated_after_an_upgrade(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     admin = tmp_path / "router.sock"
     router = start_router("--admin-socket", str(admin))
     router.add(new_engine(replica=3))
@@ -220,7 +244,9 @@ def test_the_admin_socket_is_made_again_after_an_upgrade(start_router, new_engin
 
 
 @pytest.fixture
-def start_with_registry(start_router, tmp_path) -> Callable[..., RouterProcess]:
+def start_with_registry(
+    start_router: Callable[..., RouterProcess], tmp_path: Path
+) -> Callable[..., RouterProcess]:
     """Starts a router with an admin key and this registry file, initially of two replicas."""
     keys = tmp_path / "keys"
     keys.write_text("alpha\n")
@@ -237,7 +263,12 @@ def drain(router: RouterProcess, name: str) -> int:
     return requests.post(url, headers=headers, timeout=20).status_code
 
 
-def test_what_a_full_disk_does_not_take_is_saved_later(start_with_registry, new_engine, tmp_path, disk):
+def test_registrations_on_a_full_disk_are_saved_later(
+    start_with_registry: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    tmp_path: Path,
+    disk: SmallDisk,
+) -> None:
     router = start_with_registry(tmp_path / "disk" / "registry.json", disk.prefix)
     router.add(new_engine(replica=0), new_engine(replica=1))
     file = disk.path / "registry.json"
@@ -254,7 +285,12 @@ def test_what_a_full_disk_does_not_take_is_saved_later(start_with_registry, new_
     assert [each.name for each in disk.path.iterdir()] == ["registry.json"]
 
 
-def test_what_a_read_only_disk_does_not_take_is_saved_later(start_with_registry, new_engine, tmp_path, disk):
+def test_registrations_on_a_read_only_disk_are_saved_later(
+    start_with_registry: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    tmp_path: Path,
+    disk: SmallDisk,
+) -> None:
     """The disk may be read-only from the router's start."""
     disk.make_read_only()
     router = start_with_registry(tmp_path / "disk" / "state" / "registry.json", disk.prefix)
@@ -266,7 +302,12 @@ def test_what_a_read_only_disk_does_not_take_is_saved_later(start_with_registry,
 
 
 @pytest.mark.parametrize("removed", ["the file", "its directory"])
-def test_a_removed_registry_file_is_written_again(start_with_registry, new_engine, tmp_path, removed):
+def test_a_removed_registry_file_is_written_again(
+    start_with_registry: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    tmp_path: Path,
+    removed: str,
+) -> None:
     file = tmp_path / "state" / "registry.json"
     router = start_with_registry(file)
     router.add(new_engine(replica=0))
@@ -280,8 +321,8 @@ def test_a_removed_registry_file_is_written_again(start_with_registry, new_engin
 
 
 def test_a_registry_file_without_permission_is_saved_when_it_has_one(
-    start_with_registry, new_engine, tmp_path
-):
+    start_with_registry: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     file = tmp_path / "state" / "registry.json"
     router = start_with_registry(file, unprivileged())
     file.parent.chmod(0o500)
@@ -299,7 +340,12 @@ def test_a_registry_file_without_permission_is_saved_when_it_has_one(
 # ---- the log, and the start
 
 
-def test_requests_go_on_while_the_log_disk_is_full(start_router, new_engine, tmp_path, disk):
+def test_requests_are_served_while_the_log_disk_is_full(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    tmp_path: Path,
+    disk: SmallDisk,
+) -> None:
     logs = tmp_path / "disk" / "logs"
     router = start_router("--workers", "2", env={"FD_LOG_DIR": str(logs)}, launcher=disk.prefix)
     router.log = disk.path / "logs" / "router.log"
@@ -330,7 +376,7 @@ def refused(*flags: str, **env: str) -> tuple[int, str]:
     return ended.returncode, ended.stderr
 
 
-def test_a_directory_that_cannot_be_written_is_named_at_the_start(tmp_path):
+def test_a_directory_that_cannot_be_written_is_named_at_the_start(tmp_path: Path) -> None:
     directory = tmp_path / "directory"
     directory.mkdir(mode=0o500)
     for flags, code, words in (

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,16 +15,12 @@ import fastdeploy.daemon
 from fastdeploy.daemon.router.http.fast_path import Passed
 
 from .conftest import FD_ROUTER
-from .fast_stage import Link, Passage, Stage, await_without_the_loop, until
+from .fast_stage import Link, Passage, Stage, await_without_the_loop, chunk, until
 from .test_transcript import DONE, SIGN, Said
 
 CAPACITY = 2
 LAST_CHUNK = b"0\r\n\r\n"
 FIRST, SECOND, THIRD = Said("one"), Said("zwölf", choice=3, tokens=(4, 5)), Said("\n\n: fd", finished=True)
-
-
-def chunk(body: bytes, size: bytes = b"%x") -> bytes:
-    return size % len(body) + b"\r\n" + body + b"\r\n"
 
 
 def raw(*events: Said) -> bytes:
@@ -53,7 +50,7 @@ def stage() -> Iterator[Stage]:
 # ---- streams that pass
 
 
-def test_events_arrive_without_their_marks_which_are_told_in_the_end(stage):
+def test_events_arrive_without_marks_which_are_reported_at_the_end(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             for event in (FIRST, SECOND, THIRD):
@@ -65,7 +62,7 @@ def test_events_arrive_without_their_marks_which_are_told_in_the_end(stage):
     stage.run(scene())
 
 
-def test_many_may_come_at_once_and_one_may_come_byte_by_byte(stage):
+def test_events_may_arrive_together_or_byte_by_byte(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             many = [Said(str(number), tokens=(number,)) for number in range(300)]
@@ -81,7 +78,7 @@ def test_many_may_come_at_once_and_one_may_come_byte_by_byte(stage):
 
 
 @pytest.mark.parametrize("size", [b"%x", b"%X", b"%04x", b"%06X"])
-def test_however_a_replica_writes_the_size_of_a_chunk(stage, size):
+def test_every_spelling_of_a_chunk_size_is_accepted(stage: Stage, size: bytes) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             event = Said("x" * 0xABC)
@@ -92,7 +89,7 @@ def test_however_a_replica_writes_the_size_of_a_chunk(stage, size):
     stage.run(scene())
 
 
-def test_signs_of_life_are_heard_and_are_not_for_the_client(stage):
+def test_keep_alives_are_noticed_and_not_forwarded(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             for _ in range(3):
@@ -106,7 +103,7 @@ def test_signs_of_life_are_heard_and_are_not_for_the_client(stage):
     stage.run(scene())
 
 
-def test_events_are_counted_while_they_pass_and_each_once(stage):
+def test_events_are_counted_while_they_pass_and_each_once(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             assert stream.fast.new_events() == 0
@@ -159,7 +156,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
-def test_unusual_input_returns_the_stream_with_that_input_unread(stage, unusual):
+def test_unusual_input_returns_the_stream_with_that_input_unread(stage: Stage, unusual: str) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST, SECOND), UNUSUAL[unusual], raw(THIRD))
@@ -171,7 +168,7 @@ def test_unusual_input_returns_the_stream_with_that_input_unread(stage, unusual)
 
 
 @pytest.mark.parametrize("unusual", UNUSUAL)
-def test_no_byte_of_it_is_lost_that_comes_by_itself(stage, unusual):
+def test_no_byte_is_lost_when_each_arrives_alone(stage: Stage, unusual: str) -> None:
     """The event loop reads whatever the fast path has left unread."""
 
     async def scene() -> None:
@@ -190,7 +187,7 @@ def test_no_byte_of_it_is_lost_that_comes_by_itself(stage, unusual):
     stage.run(scene())
 
 
-def test_a_chunk_too_long_to_wait_for_is_the_parsers(stage):
+def test_oversized_chunk_is_left_to_the_parser(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             part = raw(Said("x" * 1_000_000))[:200_000]
@@ -203,7 +200,7 @@ def test_a_chunk_too_long_to_wait_for_is_the_parsers(stage):
     stage.run(scene())
 
 
-def test_stream_with_many_marks_is_returned_before_they_pile_up(stage):
+def test_stream_with_many_marks_is_returned_before_they_pile_up(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             event = Said("x", tokens=tuple(range(10**9, 10**9 + 150)))
@@ -226,7 +223,7 @@ def test_stream_with_many_marks_is_returned_before_they_pile_up(stage):
 
 
 @pytest.mark.parametrize("how", ["close", "half", "reset"])
-def test_it_comes_back_when_the_replica_goes_and_the_loop_sees_that(stage, how):
+def test_stream_is_returned_when_the_replica_disconnects(stage: Stage, how: str) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST), raw(SECOND)[:-3])
@@ -240,7 +237,7 @@ def test_it_comes_back_when_the_replica_goes_and_the_loop_sees_that(stage, how):
 
 
 @pytest.mark.parametrize("how", ["close", "half", "reset"])
-def test_it_comes_back_when_the_client_goes_and_the_loop_sees_that(stage, how):
+def test_stream_is_returned_when_the_client_disconnects(stage: Stage, how: str) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST))
@@ -254,7 +251,7 @@ def test_it_comes_back_when_the_client_goes_and_the_loop_sees_that(stage, how):
     stage.run(scene())
 
 
-def test_what_a_client_says_meanwhile_waits_for_the_loop(stage):
+def test_client_data_during_a_stream_waits_for_the_loop(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.client.other.send(b"GET / HTTP/1.1\r\n")
@@ -267,7 +264,7 @@ def test_what_a_client_says_meanwhile_waits_for_the_loop(stage):
     stage.run(scene())
 
 
-def test_bytes_unread_by_the_client_are_returned_exactly(stage):
+def test_bytes_unread_by_the_client_are_returned_exactly(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             events = [Said(f"{number} {'x' * 5000}") for number in range(4000)]
@@ -297,7 +294,7 @@ def test_bytes_unread_by_the_client_are_returned_exactly(stage):
 # ---- taking back
 
 
-def test_a_stream_that_was_taken_back_is_left_alone(stage):
+def test_stream_taken_back_is_not_touched_again(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             stream.say(raw(FIRST), raw(SECOND)[:9])
@@ -311,7 +308,7 @@ def test_a_stream_that_was_taken_back_is_left_alone(stage):
     stage.run(scene())
 
 
-def test_one_that_has_come_back_unnoticed_is_told_of_once(stage):
+def test_return_of_a_stream_is_reported_once(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream, Passage(stage) as behind:
             stream.say(raw(FIRST), LAST_CHUNK)
@@ -325,7 +322,7 @@ def test_one_that_has_come_back_unnoticed_is_told_of_once(stage):
     stage.run(scene())
 
 
-def test_a_place_that_is_used_again_knows_nothing_of_the_stream_before(stage):
+def test_reused_slot_has_no_state_of_the_previous_stream(stage: Stage) -> None:
     async def scene() -> None:
         for _ in range(2 * CAPACITY):
             async with Passage(stage) as stream:
@@ -344,7 +341,7 @@ def test_a_place_that_is_used_again_knows_nothing_of_the_stream_before(stage):
     stage.run(scene())
 
 
-def test_a_stream_may_come_and_go(stage):
+def test_stream_can_enter_and_leave_the_fast_path_repeatedly(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             for _ in range(5):
@@ -357,7 +354,7 @@ def test_a_stream_may_come_and_go(stage):
     stage.run(scene())
 
 
-def test_when_there_is_no_place_left_the_loop_keeps_the_stream(stage):
+def test_without_a_free_slot_the_loop_keeps_the_stream(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage), Passage(stage) as second:
             replica, client = await Link().open(), await Link().open()
@@ -370,7 +367,7 @@ def test_when_there_is_no_place_left_the_loop_keeps_the_stream(stage):
     stage.run(scene())
 
 
-def test_connection_closed_early_is_distinct_from_one_reusing_its_fd(stage):
+def test_connection_closed_early_is_distinct_from_one_reusing_its_fd(stage: Stage) -> None:
     async def scene() -> None:
         async with Passage(stage) as stream:
             numbers = {stream.replica.number, stream.client.number}
@@ -392,7 +389,9 @@ def test_connection_closed_early_is_distinct_from_one_reusing_its_fd(stage):
     stage.run(scene())
 
 
-def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(stage, caplog):
+def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
     class Failing(Passage):
         def given_back(self) -> None:
             raise RuntimeError("on purpose")
@@ -412,7 +411,7 @@ def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(stage, ca
 
     stage.run(scene())
     assert "on purpose" in caplog.text
-    test_when_there_is_no_place_left_the_loop_keeps_the_stream(stage)
+    test_without_a_free_slot_the_loop_keeps_the_stream(stage)
 
 
 # ---- platforms without it
@@ -421,7 +420,9 @@ def test_failing_owner_delays_no_other_stream_and_learns_of_lost_links(stage, ca
 @pytest.mark.parametrize(
     ("library", "reason"), [(None, "cannot open shared object file"), (b"for another machine", "too short")]
 )
-def test_a_router_without_it_says_in_one_line_what_to_do(tmp_path, library, reason):
+def test_router_without_the_fast_path_names_the_remedy_in_one_line(
+    tmp_path: Path, library: bytes | None, reason: str
+) -> None:
     package = tmp_path / "fastdeploy"
     without = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(fastdeploy.__path__[0], package, ignore=without)

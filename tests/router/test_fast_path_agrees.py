@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fastdeploy.common.resumption import Resumption
 from fastdeploy.daemon.router.http.fast_path import FastPath, FastStream
+from fastdeploy.daemon.router.http.request import RawHeaders
 from fastdeploy.daemon.router.http.upstream import ConnectionPool, Fault, ReplicaConnection
 from fastdeploy.daemon.router.http.write_batcher import WriteBatcher
 from fastdeploy.daemon.router.instance import ReplicaHandle
@@ -21,7 +22,7 @@ from fastdeploy.daemon.router.relay.transcript import Transcript
 
 from .boards import instance
 from .fake_engine import EVENT_HEAD
-from .fast_stage import Link, Stage, until
+from .fast_stage import Link, Stage, chunk, until
 from .test_transcript import DONE, SIGN, Said, events
 
 PATH, BODY = "/v1/completions", b"{}"
@@ -113,6 +114,9 @@ class Relayed:
 
     # ---- callbacks of the replica connection
 
+    def informed(self, headers: RawHeaders) -> None:
+        raise AssertionError("no replica sends an interim response here")
+
     def began(self, connection: ReplicaConnection) -> None:
         assert connection.status == 200
 
@@ -200,10 +204,6 @@ def decoded(chunks: bytes) -> bytes:
     return answer.body
 
 
-def chunk(body: bytes, size: bytes = b"%x") -> bytes:
-    return size % len(body) + b"\r\n" + body + b"\r\n"
-
-
 def in_two(body: bytes, place: int) -> bytes:
     place %= len(body) + 1
     return b"".join(chunk(part) for part in (body[:place], body[place:]) if part)
@@ -263,7 +263,9 @@ def stage() -> Iterator[Stage]:
 )
 @example([chunk(b'data: {"a":1}\n: fd 0 1\r2\n\n')], [], set(), None)
 @example([chunk(Said("x" * 150_000).raw)] * 3 + [chunk(DONE), b"0\r\n\r\n"], [], set(), 4096)
-def test_what_arrives_and_what_is_known_of_it_is_the_same(stage, parts, cuts, comes_back, receive_buffer):
+def test_output_and_transcript_agree_with_and_without_the_fast_path(
+    stage: Stage, parts: list[bytes], cuts: list[int], comes_back: set[int], receive_buffer: int | None
+) -> None:
     begin = EVENT_HEAD + chunk(b'data: {"id":"x","created":5}\n: fd 0\n\n')
     data = b"".join(parts)
     places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})

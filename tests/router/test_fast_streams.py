@@ -22,14 +22,11 @@ from ..file_limits import low_file_limit
 from .asking import ask, generation
 from .conftest import RouterProcess
 from .fake_engine import EVENT_HEAD, Behaviour, FakeEngine, Received, answers, json_head, wait_until
-from .raw_client import RawClient
+from .raw_client import HEAD, POST, STREAM, RawClient
 from .replicas import Fleet, running_fleet
 from .test_tls import TlsRouter, certify
 from .test_transcript import DONE, SIGN, Said
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
-PLAIN = HEAD + b"Content-Length: 2\r\n\r\n{}"
 ERROR = b'data: {"error":{"message":"the engine has failed"}}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -136,7 +133,9 @@ def client(lent_router: RouterProcess, told: Told, identity: str) -> Iterator[Ra
 # ---- ordinary streams
 
 
-def test_events_pass_one_by_one_and_the_stream_is_returned_for_its_end(lent_router, told, client):
+def test_events_pass_one_by_one_and_the_stream_is_returned_for_its_end(
+    lent_router: RouterProcess, told: Told, client: RawClient
+) -> None:
     for number in range(1, 6):
         told.say(event(number))
         assert client.chunk() == event(number).clean
@@ -146,7 +145,7 @@ def test_events_pass_one_by_one_and_the_stream_is_returned_for_its_end(lent_rout
     wait_until(lambda: on_fast_path(lent_router) == 0, "it has come back")
 
 
-def test_its_size_is_logged(lent_router, told, client, identity):
+def test_its_size_is_logged(lent_router: RouterProcess, told: Told, client: RawClient, identity: str) -> None:
     events = [event(number) for number in range(1, 50)]
     told.say(*events)
     told.end()
@@ -154,19 +153,21 @@ def test_its_size_is_logged(lent_router, told, client, identity):
     assert f" bytes={len(clean(event(0), *events) + DONE)} " in access_log(lent_router, identity)
 
 
-def test_both_connections_are_used_again(lent_router, told, client):
+def test_both_connections_are_used_again(lent_router: RouterProcess, told: Told, client: RawClient) -> None:
     told.say(event(1))
     told.end()
     rest(client)
     [stream] = told.under_way
     for _ in range(2):
-        client.send(PLAIN)
+        client.send(POST)
         assert client.answer().status == 200
     assert [each.connection for each in stream.engine.received] == [stream.connection] * 3
 
 
-def test_a_request_that_comes_meanwhile_is_answered_afterwards(lent_router, told, client):
-    client.send(PLAIN + PLAIN)
+def test_pipelined_request_is_answered_after_the_stream(
+    lent_router: RouterProcess, told: Told, client: RawClient
+) -> None:
+    client.send(POST + POST)
     told.say(event(1))
     assert client.chunk() == event(1).clean
     [stream] = told.under_way
@@ -181,7 +182,9 @@ def test_a_request_that_comes_meanwhile_is_answered_afterwards(lent_router, told
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half"])
-def test_a_client_that_goes_takes_its_request_with_it(lent_router, told, client, identity, how):
+def test_disconnect_on_the_fast_path_cancels_the_request(
+    lent_router: RouterProcess, told: Told, client: RawClient, identity: str, how: str
+) -> None:
     told.say(event(1))
     assert client.chunk() == event(1).clean
     if how == "reset":
@@ -197,7 +200,9 @@ def test_a_client_that_goes_takes_its_request_with_it(lent_router, told, client,
     assert on_fast_path(lent_router) == 0
 
 
-def test_who_reads_slowly_stops_the_replica_and_gets_everything(lent_router, new_engine):
+def test_slow_reader_pauses_the_replica_and_gets_everything(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     whole = [event(number, 10_000) for number in range(4000)]
     sent = [0]
 
@@ -226,7 +231,7 @@ def test_who_reads_slowly_stops_the_replica_and_gets_everything(lent_router, new
         assert lent_router.memory() - before < 8 << 20
 
 
-def test_an_old_client_gets_its_stream_from_the_event_loop(lent_router, told):
+def test_an_old_client_gets_its_stream_from_the_event_loop(lent_router: RouterProcess, told: Told) -> None:
     with RawClient(lent_router.port) as client:
         client.send(STREAM.replace(b"HTTP/1.1", b"HTTP/1.0"))
         assert "transfer-encoding" not in client.head()[1]
@@ -238,7 +243,9 @@ def test_an_old_client_gets_its_stream_from_the_event_loop(lent_router, told):
         assert client.rest() == DONE
 
 
-def test_so_does_a_client_that_speaks_tls(tmp_path, new_engine):
+def test_tls_client_gets_its_stream_from_the_event_loop(
+    tmp_path: Path, new_engine: Callable[..., FakeEngine]
+) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     certify(certificate, key)
     context = ssl.create_default_context(cafile=str(certificate))
@@ -276,7 +283,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         *(("event", how) for how in ("reset", "ends", "garbage", "reborn", "failed", "kill")),
     ],
 )
-def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet, at, how):
+def test_stream_cut_anywhere_on_the_fast_path_is_resumed(fleet: Fleet, at: str, how: str) -> None:
     """Each event is sent separately, so that the stream is on the fast path by the third."""
     fleet.renew()
     fault = {"at": at, "event": 5, "how": how}
@@ -286,7 +293,9 @@ def test_wherever_it_is_cut_it_goes_on_at_another_replica(fleet, at, how):
     fleet.wait_until_up()
 
 
-def test_it_is_on_the_fast_path_there_too(lent_router, new_engine):
+def test_resumed_stream_is_on_the_fast_path_too(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """A resumed stream takes the fast path even on a connection that has carried another stream."""
     told = Told()
 
@@ -307,7 +316,7 @@ def test_it_is_on_the_fast_path_there_too(lent_router, new_engine):
     add(lent_router, *engines)
     with RawClient(lent_router.port) as client:
         for _ in range(4):
-            client.send(PLAIN)
+            client.send(POST)
             assert client.answer().body == b"hi"
         assert [engine.connections - engine.health_checks for engine in engines] == [1, 1]
         for engine in engines:
@@ -320,7 +329,9 @@ def test_it_is_on_the_fast_path_there_too(lent_router, new_engine):
         assert client.chunk() == DONE
 
 
-def test_replica_lost_before_it_read_the_whole_request_is_replaced(lent_router, new_engine):
+def test_replica_lost_before_it_read_the_whole_request_is_replaced(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """Until then its stream stays with the event loop, because the fast path misses failed writes."""
     told = Told()
     may_go = threading.Event()
@@ -357,7 +368,9 @@ def test_replica_lost_before_it_read_the_whole_request_is_replaced(lent_router, 
     assert "Traceback" not in lent_router.log.read_text()
 
 
-def test_signs_of_life_are_heard_there(start_router, new_engine):
+def test_keep_alives_on_the_fast_path_are_noticed(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router, told = start_router("--progress-timeout-secs", "0.5"), Told()
     add(router, new_engine(behaviour=told))
     with RawClient(router.port) as client:
@@ -374,7 +387,9 @@ def test_signs_of_life_are_heard_there(start_router, new_engine):
         assert rest(client) == DONE
 
 
-def test_how_fast_replicas_are_is_seen(lent_router, new_engine):
+def test_speed_of_replicas_is_measured_on_the_fast_path(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     stop = threading.Event()
 
     def at(seconds: float) -> Behaviour:
@@ -407,7 +422,9 @@ def weight(router: RouterProcess, replica: int) -> float:
 # ---- limits
 
 
-def test_file_limit_is_raised_for_the_maximum_number_of_connections(start_router, new_engine):
+def test_file_limit_is_raised_for_the_maximum_number_of_connections(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     """The router raises a low soft limit to what it needs."""
     few = 300
     with low_file_limit():
@@ -424,7 +441,9 @@ def test_file_limit_is_raised_for_the_maximum_number_of_connections(start_router
         told.end()
 
 
-def test_a_limit_that_nobody_reaches_costs_nothing(start_router, new_engine):
+def test_large_connection_limit_costs_nothing(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--max-in-flight", str(10**10))
     add(router, new_engine(behaviour=answers))
     assert router.complete(body={"stream": True}).text.endswith("data: [DONE]\n\n")

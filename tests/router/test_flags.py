@@ -28,7 +28,7 @@ def write(path: Path, content: object, mode: int = 0o600) -> Path:
 # ---- the file
 
 
-def test_its_words_come_after_those_of_the_command_line(tmp_path):
+def test_flags_of_the_file_follow_those_of_the_command_line(tmp_path: Path) -> None:
     file = write(tmp_path / "flags", ["--policy", "session", "--allow-host", "10.0.0.0/24"])
     words = ["--policy", "random", "--port", "1234", "--allow-host", "10.1.0.0/24", "--flags-file", str(file)]
     settings = read(words).settings
@@ -37,17 +37,19 @@ def test_its_words_come_after_those_of_the_command_line(tmp_path):
     assert settings.flags == fingerprint(file.read_bytes())
 
 
-def test_without_a_file_there_is_no_fingerprint():
+def test_without_a_file_there_is_no_fingerprint() -> None:
     assert read([]).settings.flags is None
 
 
 @given(content=st.binary(max_size=50))
-def test_fingerprint_is_the_first_12_digits_of_the_sha256(content):
+def test_fingerprint_is_the_first_12_digits_of_the_sha256(content: bytes) -> None:
     assert fingerprint(content) == hashlib.sha256(content).hexdigest()[:12]
 
 
 @given(words=st.lists(st.text(max_size=8), max_size=5))
-def test_every_word_of_a_command_line_is_read_as_it_was_written(tmp_path_factory, words):
+def test_every_argument_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, words: list[str]
+) -> None:
     file = write(tmp_path_factory.mktemp("flags") / "flags", words)
     try:
         as_bytes = [word.encode() for word in words]
@@ -57,7 +59,7 @@ def test_every_word_of_a_command_line_is_read_as_it_was_written(tmp_path_factory
     if possible:
         assert read_flags_file(file).words == tuple(words)
     else:
-        with pytest.raises(ConfigError, match="cannot be an argument of a command"):
+        with pytest.raises(ConfigError, match="cannot be a command-line argument"):
             read_flags_file(file)
 
 
@@ -78,7 +80,9 @@ def test_every_word_of_a_command_line_is_read_as_it_was_written(tmp_path_factory
         (["--port"], 0o600, "argument --port: expected one argument"),
     ],
 )
-def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, mode, words):
+def test_a_wrong_file_is_one_line_that_names_it(
+    tmp_path: Path, content: object, mode: int, words: str
+) -> None:
     file = write(tmp_path / "flags", content, mode)
     with pytest.raises(ConfigError) as caught:
         read(["--flags-file", str(file)])
@@ -87,17 +91,17 @@ def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, mode, words):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path):
+def test_directory_pipe_or_missing_flags_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ConfigError, match="must be a file"):
+        with pytest.raises(ConfigError, match="must be a regular file"):
             read_flags_file(path)
     with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\)"):
         read_flags_file(tmp_path / "none")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_the_file_of_another_user_is_refused(tmp_path):
+def test_the_file_of_another_user_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "flags", [])
     os.chown(file, 65534, 65534)
     with pytest.raises(ConfigError, match="belongs to user 65534; it must belong to root or to the user"):
@@ -105,13 +109,13 @@ def test_the_file_of_another_user_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
-def test_a_time_is_more_than_nothing(seconds):
+def test_times_must_be_positive(seconds: str) -> None:
     with pytest.raises(ConfigError, match="it must be more than 0"):
         read(["--keep-alive-secs", seconds])
 
 
 @pytest.mark.parametrize("flag", ["--worker-timeout-secs", "--graceful-timeout-secs"])
-def test_what_gunicorn_reckons_with_is_not_too_large_for_it(flag):
+def test_values_are_limited_to_what_gunicorn_can_handle(flag: str) -> None:
     with pytest.raises(ConfigError, match=r"it must be \d\.\.86400"):
         read([flag, "9" * 400])
 
@@ -139,15 +143,17 @@ def keeps_it_from_changing(old: list[str], new: list[str]) -> tuple[str, ...]:
         (["--workers", "2"], ["--workers", "3", "--policy", "session", "--board", "redis://x"], ()),
     ],
 )
-def test_only_listening_and_registry_flags_need_a_router_restart(old, new, names):
+def test_only_listening_and_registry_flags_need_a_router_restart(
+    old: list[str], new: list[str], names: tuple[()] | tuple[str, str] | tuple[str]
+) -> None:
     assert keeps_it_from_changing(old, new) == names
 
 
 @given(data=st.data())
-def test_every_other_flag_can_change(data):
+def test_every_other_flag_can_change(data: st.DataObject) -> None:
     actions = [action for action in file_parser()._actions if action.nargs is None]
     action = data.draw(st.sampled_from(actions))
-    value = {int: "7", float: "7.5"}.get(action.type, "seven")
+    value = "7" if action.type is int else "7.5" if action.type is float else "seven"
     flag = action.option_strings[0]
     fixed = {"--host", "--port", "--admin-socket", "--registry-file", "--certfile"}
     expected = (flag,) if flag in fixed else ()
@@ -155,7 +161,7 @@ def test_every_other_flag_can_change(data):
     assert keeps_it_from_changing([flag, value], []) == expected
 
 
-def test_who_only_wants_to_know_need_not_load_a_server():
+def test_reading_flags_loads_no_server_modules() -> None:
     program = (
         "import fastdeploy.daemon.router.config.flags, fastdeploy.daemon.router.config.flags_file, sys; "
         "print({'flask', 'gunicorn', 'ssl', 'socket', 'asyncio', 'requests'} & set(sys.modules))"

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ..ports import free_ports
+from ..ports import accepts, free_ports
 from .conftest import RouterProcess
 from .fake_engine import (
     FakeEngine,
@@ -29,11 +28,6 @@ from .raw_client import RawClient
 ETC = Path(__file__).parents[2] / "etc"
 STREAM = b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n{"stream": true}'
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n%bContent-Length: 2\r\n\r\n{}"
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def nginx(directory: Path, port: int, router: int) -> list[str]:
@@ -58,7 +52,9 @@ def haproxy(directory: Path, port: int, router: int) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=[nginx, haproxy], ids=lambda proxy: proxy.__name__)
-def front(request, shared_router: RouterProcess, tmp_path_factory) -> Iterator[int]:
+def front(
+    request: pytest.FixtureRequest, shared_router: RouterProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[int]:
     """The port of the proxy."""
     name = request.param.__name__
     if shutil.which(name) is None:
@@ -95,7 +91,7 @@ def client(front: int, engine: FakeEngine) -> Iterator[RawClient]:
         yield client
 
 
-def test_each_event_passes_before_the_next_exists(engine, client):
+def test_each_event_arrives_before_the_next_is_sent(engine: FakeEngine, client: RawClient) -> None:
     """The replica sends an event only after the client has seen the previous one: a buffer would deadlock."""
     seen = threading.Semaphore(0)
 
@@ -108,7 +104,9 @@ def test_each_event_passes_before_the_next_exists(engine, client):
     assert client.chunk() == b""
 
 
-def test_a_client_that_goes_away_ends_the_request(lent_router, engine, client):
+def test_a_client_that_goes_away_ends_the_request(
+    lent_router: RouterProcess, engine: FakeEngine, client: RawClient
+) -> None:
     engine.behaviour = streams_for_ever
     client.send(STREAM)
     assert client.head()[0] == 200
@@ -118,7 +116,7 @@ def test_a_client_that_goes_away_ends_the_request(lent_router, engine, client):
     lent_router.wait_idle()
 
 
-def test_a_request_has_one_id_from_end_to_end(engine, client):
+def test_a_request_has_one_id_from_end_to_end(engine: FakeEngine, client: RawClient) -> None:
     client.send(POST % b"X-Request-Id: mine\r\n")
     assert client.answer().headers["x-request-id"] == "mine"
     client.send(POST % b"")
@@ -127,7 +125,7 @@ def test_a_request_has_one_id_from_end_to_end(engine, client):
     assert len(made) >= 32
 
 
-def test_a_replicas_error_arrives_as_it_is(engine, client):
+def test_a_replicas_error_arrives_as_it_is(engine: FakeEngine, client: RawClient) -> None:
     for status in ("400 Bad Request", "429 Too Many Requests", "500 Oops"):
         engine.behaviour = answers_status(status, b'{"error":"why"}')
         client.send(POST % b"")
@@ -138,7 +136,9 @@ def test_a_replicas_error_arrives_as_it_is(engine, client):
 @pytest.mark.parametrize(
     "path", ["/register", "/metrics", "/registered", "/admin/replicas/0/drain", "/internal/resume"]
 )
-def test_what_is_for_this_machine_cannot_be_reached(engine, client, path):
+def test_internal_paths_are_not_reachable_through_the_proxy(
+    engine: FakeEngine, client: RawClient, path: str
+) -> None:
     """To the router, every client of the proxy seems to be on this machine."""
     client.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % path.encode())
     answer = client.answer()
@@ -147,7 +147,9 @@ def test_what_is_for_this_machine_cannot_be_reached(engine, client, path):
     assert client.answer().status == 200
 
 
-def test_a_reload_of_the_router_is_not_noticed_behind_a_proxy(lent_router, front, engine):
+def test_a_reload_of_the_router_is_not_noticed_behind_a_proxy(
+    lent_router: RouterProcess, front: int, engine: FakeEngine
+) -> None:
     """The proxy keeps connections to the router, and may be sending on one at that moment."""
     over = threading.Event()
     got: list[int] = []

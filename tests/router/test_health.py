@@ -109,27 +109,29 @@ def state(board: Board) -> ReplicaState:
     return board.status()[0].state
 
 
-def test_a_replica_that_answers_with_200_is_well(new_replica):
+def test_a_replica_that_answers_with_200_is_well(new_replica: Callable[[], Replica]) -> None:
     replica = new_replica()
     assert check(replica.instance) is None
     replica.status = 304
     assert str(check(replica.instance)) == f"{replica.instance.authority} answered /health with 304"
 
 
-def test_each_look_takes_a_new_connection(new_replica):
+def test_each_check_uses_a_new_connection(new_replica: Callable[[], Replica]) -> None:
     replica = new_replica()
     for _ in range(3):
         check(replica.instance)
     assert replica.connections == 3
 
 
-def test_a_proxy_for_the_outside_world_is_not_asked(new_replica, monkeypatch):
+def test_a_proxy_for_the_outside_world_is_not_asked(
+    new_replica: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert check(new_replica().instance) is None
 
 
-def test_nobody_listening_is_told_from_a_broken_connection():
+def test_refused_connections_are_distinguished_from_broken_ones() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         instance = Instance("127.0.0.1", listener.getsockname()[1])
 
@@ -145,7 +147,7 @@ def test_nobody_listening_is_told_from_a_broken_connection():
     assert refused.refused
 
 
-def test_a_silent_replica_is_given_up(monkeypatch):
+def test_a_silent_replica_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastdeploy.daemon.router.control.health._TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         instance = Instance("127.0.0.1", listener.getsockname()[1])
@@ -155,7 +157,7 @@ def test_a_silent_replica_is_given_up(monkeypatch):
 
 
 @pytest.mark.parametrize("answer", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 999999 what\r\n\r\n", b"\0" * 70000])
-def test_nonsense_is_a_problem_and_not_an_exception(answer):
+def test_nonsense_is_a_problem_and_not_an_exception(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         instance = Instance("127.0.0.1", listener.getsockname()[1])
 
@@ -168,7 +170,7 @@ def test_nonsense_is_a_problem_and_not_an_exception(answer):
         assert check(instance) is not None
 
 
-def test_load_is_read_from_the_metrics_of_all_ranks(new_replica):
+def test_load_is_read_from_the_metrics_of_all_ranks(new_replica: Callable[[], Replica]) -> None:
     replica = new_replica()
     assert read_load(replica.instance) == (7, 12)
     replica.metrics = b"fastdeploy:num_requests_running 1\n"
@@ -177,7 +179,9 @@ def test_load_is_read_from_the_metrics_of_all_ranks(new_replica):
     assert read_load(replica.instance) is None
 
 
-def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(board, new_replica, start_monitor):
+def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(
+    board: Board, new_replica: Callable[[], Replica], start_monitor: Callable[..., Forked]
+) -> None:
     start_monitor()  # started first, so that it does not inherit the replica's listener
     replica = new_replica()
     board.admit(replica.instance, up=False)
@@ -190,7 +194,9 @@ def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(board, ne
     wait_until(lambda: state(board) == ReplicaState.DOWN, "it is down again")
 
 
-def test_one_that_hangs_holds_up_no_other(board, new_replica, start_monitor):
+def test_hung_replica_delays_no_other(
+    board: Board, new_replica: Callable[[], Replica], start_monitor: Callable[..., Forked]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         board.admit(Instance("127.0.0.1", listener.getsockname()[1], replica=1), up=False)
         replicas = [new_replica() for _ in range(2)]
@@ -200,13 +206,17 @@ def test_one_that_hangs_holds_up_no_other(board, new_replica, start_monitor):
         wait_until(lambda: sum(row.up for row in board.status()) == 2, "the others are up")
 
 
-def test_load_is_scraped_where_the_policy_asks_for_it(board, new_replica, start_monitor):
+def test_load_is_scraped_where_the_policy_asks_for_it(
+    board: Board, new_replica: Callable[[], Replica], start_monitor: Callable[..., Forked]
+) -> None:
     board.admit(new_replica().instance)
     start_monitor("fd_metrics_score")
     wait_until(lambda: (board.status()[0].running, board.status()[0].waiting) == (7, 12), "its load is known")
 
 
-def test_only_the_leader_looks_and_another_goes_on_when_it_is_dead(board, new_replica, start_monitor):
+def test_only_the_leader_checks_and_a_dead_one_is_succeeded(
+    board: Board, new_replica: Callable[[], Replica], start_monitor: Callable[..., Forked]
+) -> None:
     replica = new_replica()
     board.admit(replica.instance, up=False)
     first = start_monitor()

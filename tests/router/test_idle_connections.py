@@ -2,12 +2,13 @@
 
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 
 from .conftest import RouterProcess
+from .fake_engine import FakeEngine
 
 #: Limits the router to 48 connections.
 FEW = ("--max-connections", "48")
@@ -29,7 +30,9 @@ def ask(client: socket.socket) -> bytes:
     return client.recv(15)
 
 
-def test_connections_that_say_nothing_keep_nobody_waiting(start_router, new_engine, held):
+def test_silent_connections_delay_no_request(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], held: ExitStack
+) -> None:
     router = start_router(*FEW)
     router.add(new_engine())
     for _ in range(400):
@@ -39,7 +42,9 @@ def test_connections_that_say_nothing_keep_nobody_waiting(start_router, new_engi
     assert ask(connect(router, held)) == b"HTTP/1.1 200 OK"
 
 
-def test_at_the_limit_the_connection_that_was_idle_longest_goes(start_router, new_engine, held):
+def test_longest_idle_connection_is_closed_at_the_limit(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], held: ExitStack
+) -> None:
     router = start_router(*FEW)
     router.add(new_engine())
     kept = connect(router, held)
@@ -52,7 +57,9 @@ def test_at_the_limit_the_connection_that_was_idle_longest_goes(start_router, ne
     assert ask(others[-1]) == b"HTTP/1.1 200 OK"
 
 
-def test_connections_that_say_nothing_do_not_hold_up_a_stop(start_router, held):
+def test_silent_connections_do_not_delay_a_stop(
+    start_router: Callable[..., RouterProcess], held: ExitStack
+) -> None:
     router = start_router(*FEW, "--graceful-timeout-secs", "600")
     for _ in range(30):
         connect(router, held)

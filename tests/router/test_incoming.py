@@ -2,6 +2,8 @@
 
 import json
 import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -10,7 +12,8 @@ from fastdeploy.common.api_keys import ApiKeys
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.daemon.router.http.request import without_hop_by_hop
 
-from .fake_engine import wait_until
+from .conftest import RouterProcess
+from .fake_engine import FakeEngine, wait_until
 
 
 def exchange(port: int, *pieces: bytes, half_close: bool = False) -> tuple[int, dict[str, str], bytes]:
@@ -32,11 +35,13 @@ def error_code(body: bytes) -> str:
     return code
 
 
-def test_a_chunked_request_body_is_accepted(router, new_engine):
+def test_a_chunked_request_body_is_accepted(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
 
-    def pieces():
+    def pieces() -> Iterator[bytes]:
         yield b'{"prompt":'
         yield b'"x"}'
 
@@ -47,7 +52,9 @@ def test_a_chunked_request_body_is_accepted(router, new_engine):
     assert received.header("content-length") == "14"
 
 
-def test_a_body_over_the_limit_is_refused_however_its_length_is_told(start_router, new_engine):
+def test_body_over_the_limit_is_refused_for_any_framing(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--max-body-bytes", "1000")
     engine = new_engine()
     router.add(engine)
@@ -60,7 +67,9 @@ def test_a_body_over_the_limit_is_refused_however_its_length_is_told(start_route
     assert len(engine.received) == 1
 
 
-def test_refusal_of_a_huge_body_reaches_a_client_still_sending(start_router, new_engine):
+def test_refusal_of_a_huge_body_reaches_a_client_still_sending(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--max-body-bytes", "1000000")
     router.add(new_engine())
     answer = requests.post(f"{router.url}/v1/completions", data=b"x" * 5_000_000, timeout=20)
@@ -76,7 +85,9 @@ def test_refusal_of_a_huge_body_reaches_a_client_still_sending(start_router, new
         b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
     ],
 )
-def test_ambiguous_framing_is_a_bad_request(router, new_engine, framing):
+def test_ambiguous_framing_is_a_bad_request(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], framing: bytes
+) -> None:
     engine = new_engine()
     router.add(engine)
     assert exchange(router.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + framing)[0] == 400
@@ -86,7 +97,9 @@ def test_ambiguous_framing_is_a_bad_request(router, new_engine, framing):
 @pytest.mark.parametrize(
     "chunks", [b"zz\r\n", b"-1\r\n", b"2\r\n{}}}\r\n0\r\n\r\n", b"1;x=\xff\x00\r\na\r\n0\r\n\r\n"]
 )
-def test_bad_chunks_are_the_clients_fault_and_leave_their_traces(router, new_engine, chunks):
+def test_bad_chunks_are_the_clients_fault_and_leave_their_traces(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], chunks: bytes
+) -> None:
     engine = new_engine()
     router.add(engine)
     head = b"POST %s HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -105,7 +118,9 @@ def test_bad_chunks_are_the_clients_fault_and_leave_their_traces(router, new_eng
         assert line.endswith(" 1.0")
 
 
-def test_a_body_that_ends_early_goes_to_no_replica(router, new_engine):
+def test_truncated_body_reaches_no_replica(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
@@ -114,14 +129,18 @@ def test_a_body_that_ends_early_goes_to_no_replica(router, new_engine):
     assert engine.received == []
 
 
-def test_a_request_without_length_has_no_body(router, new_engine):
+def test_a_request_without_length_has_no_body(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     assert exchange(router.port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
     assert engine.received[0].header("content-length") == "0"
 
 
-def test_the_absolute_form_of_a_target_is_understood(router, new_engine):
+def test_the_absolute_form_of_a_target_is_understood(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     assert (
@@ -132,21 +151,27 @@ def test_the_absolute_form_of_a_target_is_understood(router, new_engine):
 
 
 @pytest.mark.parametrize("path", ["/v1/../controller/x", "/v1/%2e%2e/controller/x", "/v1/a/..", "/v1/.%2e"])
-def test_a_path_does_not_climb_out_of_v1(router, new_engine, path):
+def test_a_path_does_not_climb_out_of_v1(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], path: str
+) -> None:
     engine = new_engine()
     router.add(engine)
     assert exchange(router.port, b"POST %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())[0] == 404
     assert engine.received == []
 
 
-def test_a_line_break_in_a_path_makes_no_line_in_the_log(router, new_engine):
+def test_a_line_break_in_a_path_makes_no_line_in_the_log(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     router.add(new_engine())
     assert exchange(router.port, b"GET /v1/x%0Aforged HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
     wait_until(lambda: "GET /v1/x%0Aforged" in router.log.read_text(), "the request is in the log")
     assert "\nforged" not in router.log.read_text()
 
 
-def test_expect_100_continue_is_answered_by_the_router(router, new_engine):
+def test_expect_100_continue_is_answered_by_the_router(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     with socket.create_connection(("127.0.0.1", router.port), timeout=20) as sock:
@@ -159,7 +184,9 @@ def test_expect_100_continue_is_answered_by_the_router(router, new_engine):
     assert engine.received[0].header("expect") is None
 
 
-def test_clients_must_show_a_key_when_keys_are_set(start_router, new_engine, tmp_path):
+def test_clients_must_present_a_key_when_keys_are_set(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# team a\nalpha\n\n  beta  \n")
     router = start_router("--api-keys-file", str(keys), env={"FD_API_KEY": "gamma, delta"})
@@ -179,11 +206,11 @@ def test_clients_must_show_a_key_when_keys_are_set(start_router, new_engine, tmp
 @pytest.mark.parametrize(
     "header", ["", "alpha", "Basic alpha", "Bearer", "Bearer alph", "Bearer alphaa", "Bearer \xff"]
 )
-def test_only_a_bearer_token_that_is_a_key_is_let_in(header):
+def test_only_a_valid_bearer_token_is_accepted(header: str) -> None:
     assert not ApiKeys(["alpha"]).allow(header)
 
 
-def test_without_keys_everybody_is_let_in(monkeypatch):
+def test_without_keys_every_client_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FD_API_KEY", raising=False)
     assert ApiKeys.read("--api-keys-file", None, "FD_API_KEY").allow("")
     monkeypatch.setenv("FD_API_KEY", " a ,")
@@ -191,7 +218,7 @@ def test_without_keys_everybody_is_let_in(monkeypatch):
     assert (keys.allow("bearer a"), keys.allow("")) == (True, False)
 
 
-def test_an_empty_key_file_does_not_open_the_door(tmp_path):
+def test_empty_key_file_does_not_disable_the_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# nothing yet\n")
     with pytest.raises(ConfigError, match="has no key in it"):
@@ -200,7 +227,7 @@ def test_an_empty_key_file_does_not_open_the_door(tmp_path):
         ApiKeys.read("--api-keys-file", tmp_path / "none", "FD_API_KEY")
 
 
-def test_headers_named_in_connection_belong_to_the_connection():
+def test_headers_named_in_connection_are_not_forwarded() -> None:
     headers = [
         (b"connection", b"close, X-A"),
         (b"x-a", b"1"),
@@ -211,7 +238,9 @@ def test_headers_named_in_connection_belong_to_the_connection():
     assert without_hop_by_hop(headers) == [(b"x-b", b"2")]
 
 
-def test_clients_that_do_not_close_after_the_last_answer_hold_up_nobody(router, new_engine):
+def test_clients_that_do_not_close_do_not_delay_others(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """gunicorn waits two seconds for each such client in turn, in the loop that accepts connections."""
     router.add(new_engine())
     lingering = [socket.create_connection(("127.0.0.1", router.port)) for _ in range(30)]
@@ -224,7 +253,9 @@ def test_clients_that_do_not_close_after_the_last_answer_hold_up_nobody(router, 
         sock.close()
 
 
-def test_a_client_that_never_finishes_its_head_does_not_stop_the_others(router, new_engine):
+def test_a_client_that_never_finishes_its_head_does_not_stop_the_others(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     router.add(new_engine())
     slow = [socket.create_connection(("127.0.0.1", router.port)) for _ in range(50)]
     for sock in slow:

@@ -19,6 +19,7 @@ from fastdeploy.daemon.router.relay.wait_queue import WaitQueue
 from .conftest import RouterProcess
 from .fake_engine import (
     EVENT_HEAD,
+    Behaviour,
     FakeEngine,
     Received,
     answers,
@@ -71,7 +72,7 @@ def request(fault: str = "", body: bytes = b'{"stream": true}') -> bytes:
     return head.encode() + body
 
 
-def behaving(gate: threading.Event, fault: str):
+def behaving(gate: threading.Event, fault: str) -> Behaviour:
     """Hold ordinary streams at the gate in their middle; for a faulty request, trigger the faulty method."""
 
     def behave(received: Received) -> bool:
@@ -107,7 +108,7 @@ REACHED = [
 
 
 @pytest.mark.parametrize("fault", REACHED)
-def test_a_fault_in_one_request_leaves_the_others_alone(faulty, engine, fault):
+def test_fault_in_one_request_affects_no_other(faulty: RouterProcess, engine: FakeEngine, fault: str) -> None:
     [worker] = faulty.workers()
     gate = threading.Event()
     engine.behaviour = behaving(gate, fault)
@@ -140,7 +141,9 @@ def first_answer(client: RawClient) -> bytes:
 
 
 @pytest.mark.parametrize("fault", ["try_again", "give_up"])
-def test_a_fault_in_the_wait_queue_costs_no_other_its_turn(faulty, engine, fault):
+def test_fault_in_the_wait_queue_delays_no_other(
+    faulty: RouterProcess, engine: FakeEngine, fault: str
+) -> None:
     faulty_place = FakeEngine()
     engine.stop()
     wait_until(lambda: not faulty.urls(), "the engine is down")
@@ -171,7 +174,9 @@ def test_a_fault_in_the_wait_queue_costs_no_other_its_turn(faulty, engine, fault
     wait_until(lambda: not any(faulty.in_flight().values()), "nothing is in flight")
 
 
-def test_a_fault_while_a_replica_is_unreachable_ends_with_an_error(faulty, engine):
+def test_a_fault_while_a_replica_is_unreachable_ends_with_an_error(
+    faulty: RouterProcess, engine: FakeEngine
+) -> None:
     engine.stop()
     try:
         answer = faulty.complete(headers={"X-Fault": "unreachable"})
@@ -181,7 +186,7 @@ def test_a_fault_while_a_replica_is_unreachable_ends_with_an_error(faulty, engin
     faulty.wait_idle()
 
 
-def test_the_time_limits_hold_after_faults_in_the_clock(faulty, engine):
+def test_the_time_limits_hold_after_faults_in_the_clock(faulty: RouterProcess, engine: FakeEngine) -> None:
     """Requests after the one whose `watch` raises are watched all the same."""
     engine.behaviour = never_answers
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -210,23 +215,24 @@ class Waiter:
     def give_up(self) -> None: ...
 
 
-def test_a_waiter_that_raises_loses_none_of_those_that_stay():
+def test_waiter_that_raises_does_not_affect_the_others() -> None:
     line = WaitQueue(10)
-    for name in ("stays 1", "broken", "stays 2"):
-        assert line.join(Waiter(name))
+    waiters = [Waiter(name) for name in ("stays 1", "broken", "stays 2")]
+    for waiter in waiters:
+        assert line.join(waiter)
     with pytest.raises(RuntimeError, match="broken"):
         line.advance(0.0)
-    assert [waiter.name for waiter in line._others] == ["stays 1", "stays 2"]
+    assert [*line._others] == [waiters[0], waiters[2]]
 
 
-def test_a_write_that_raises_costs_the_others_nothing():
-    class Broken:
+def test_write_that_raises_does_not_affect_the_others() -> None:
+    class Broken(asyncio.WriteTransport):
         aborted = False
 
         def is_closing(self) -> bool:
             return False
 
-        def write(self, data: bytes) -> None:
+        def write(self, data: object) -> None:
             raise RuntimeError("no")
 
         def abort(self) -> None:

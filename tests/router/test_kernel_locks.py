@@ -25,7 +25,7 @@ def nothing() -> None:
     pass
 
 
-def test_threads_of_several_processes_exclude_each_other(descriptor):
+def test_threads_of_several_processes_exclude_each_other(descriptor: int) -> None:
     locks = KernelLocks(descriptor, nothing)
     count = memoryview(mmap.mmap(descriptor, mmap.PAGESIZE)).cast("q")
 
@@ -49,7 +49,7 @@ def test_threads_of_several_processes_exclude_each_other(descriptor):
     locks.close()
 
 
-def test_a_liveness_lock_shows_whether_its_holder_lives(descriptor):
+def test_a_liveness_lock_shows_whether_its_holder_lives(descriptor: int) -> None:
     locks = KernelLocks(descriptor, nothing)
 
     def work(child: Forked) -> None:
@@ -66,26 +66,33 @@ def test_a_liveness_lock_shows_whether_its_holder_lives(descriptor):
     locks.close()
 
 
-def test_a_released_liveness_lock_is_free_for_others(descriptor):
+def test_a_released_liveness_lock_is_free_for_others(descriptor: int) -> None:
     locks = KernelLocks(descriptor, nothing)
     assert locks.take_liveness(3)
     locks.release_liveness(3)
-    child = Forked(lambda child: child.send(locks.take_liveness(3)) or child.receive())
+
+    def work(child: Forked) -> None:
+        child.send(locks.take_liveness(3))
+        child.receive()
+
+    child = Forked(work)
     assert child.receive()
     assert not locks.take_liveness(3)
     child.kill()
     locks.close()
 
 
-def test_a_child_neither_inherits_nor_keeps_its_parents_liveness_locks(descriptor):
-    forked = []
+def test_a_child_neither_inherits_nor_keeps_its_parents_liveness_locks(descriptor: int) -> None:
+    forked: list[int] = []
     locks = KernelLocks(descriptor, lambda: forked.append(os.getpid()))
+
+    def child_of_it(grand: Forked) -> None:
+        grand.send([locks.is_held_elsewhere(1), locks.take_liveness(1)])
+        grand.receive()
 
     def parent(child: Forked) -> None:
         assert locks.take_liveness(1)
-        grandchild = Forked(
-            lambda grand: grand.send([locks.is_held_elsewhere(1), locks.take_liveness(1)]) or grand.receive()
-        )
+        grandchild = Forked(child_of_it)
         child.send([grandchild.receive(), len(forked)])
         child.receive()
 
@@ -97,7 +104,7 @@ def test_a_child_neither_inherits_nor_keeps_its_parents_liveness_locks(descripto
     locks.close()
 
 
-def test_a_lock_does_not_outlive_an_error(descriptor):
+def test_a_lock_does_not_outlive_an_error(descriptor: int) -> None:
     locks = KernelLocks(descriptor, nothing)
     with pytest.raises(LookupError), locks:
         raise LookupError

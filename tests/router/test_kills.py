@@ -4,12 +4,14 @@ import asyncio
 import os
 import random as entropy
 import signal
+from collections.abc import Callable
 from random import Random
 
 import psutil
 import pytest
 
 from .asking import Answered, Broken, connect, converse, generation
+from .conftest import RouterProcess
 from .fake_engine import wait_until
 from .kills import PATIENCE, SIGNS, Load
 from .replicas import Fleet
@@ -22,7 +24,9 @@ LOOKS = ("--health-check-interval-secs", "0.5")
     [(1, 500), (2, 500), *(pytest.param(n, 10_000, marks=pytest.mark.slow) for n in (1, 2))],
 )
 @pytest.mark.timeout(1200)
-def test_no_request_is_lost_and_no_text_altered_when_replicas_die(start_router, capsys, workers, count):
+def test_no_request_is_lost_and_no_text_altered_when_replicas_die(
+    start_router: Callable[..., RouterProcess], capsys: pytest.CaptureFixture[str], workers: int, count: int
+) -> None:
     seed = int(os.environ.get("FD_SOAK_SEED", entropy.randrange(2**32)))
     router = start_router("--workers", str(workers), *LOOKS, *PATIENCE)
     with Fleet(router, 4, SIGNS) as fleet:
@@ -43,7 +47,9 @@ def test_no_request_is_lost_and_no_text_altered_when_replicas_die(start_router, 
             print(f"\n{workers} workers: {dict(load.done)}")
 
 
-def test_a_worker_that_is_killed_takes_only_its_own_requests_with_it(start_router):
+def test_a_worker_that_is_killed_takes_only_its_own_requests_with_it(
+    start_router: Callable[..., RouterProcess],
+) -> None:
     router = start_router("--workers", "2", *LOOKS)
     with Fleet(router, 2) as fleet:
         for _ in range(2):
@@ -63,9 +69,9 @@ def test_a_worker_that_is_killed_takes_only_its_own_requests_with_it(start_route
             wait_until(lambda: len(workers_of(router)) == 2, "there is another worker")
 
 
-async def kill_a_worker(router) -> tuple[set[int], list[Answered | BaseException]]:
+async def kill_a_worker(router: RouterProcess) -> tuple[set[int], list[Answered | BaseException]]:
     """Kill a worker in the middle of streams. Returns the indexes of its streams, and the results of all."""
-    connections = []
+    connections: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     shares: dict[psutil.Process, set[int]] = {}
     # The accepting worker depends on the kernel and on how busy each worker is.
     while len(connections) < 16 or not all(shares.values()):
@@ -85,7 +91,7 @@ async def kill_a_worker(router) -> tuple[set[int], list[Answered | BaseException
     return {number for number, port in enumerate(ports) if port in theirs}, answers
 
 
-def workers_of(router) -> list[psutil.Process]:
+def workers_of(router: RouterProcess) -> list[psutil.Process]:
     return psutil.Process(router.process.pid).children()
 
 

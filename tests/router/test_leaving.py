@@ -64,7 +64,9 @@ def nothing_is_left(router: RouterProcess, *fleets: Fleet) -> None:
 
 
 @HOW
-def test_in_the_middle_of_its_head_or_of_its_body(router, start_fleet, how):
+def test_in_the_middle_of_its_head_or_of_its_body(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     fleet = start_fleet(1)
     for part in (0.1, 0.5, 0.99):
         visitor = Visitor(router, generation(prompt="x" * 1000))
@@ -76,7 +78,9 @@ def test_in_the_middle_of_its_head_or_of_its_body(router, start_fleet, how):
 
 @HOW
 @pytest.mark.parametrize("stream", [True, False])
-def test_while_it_waits_for_the_first_token(router, start_fleet, how, stream):
+def test_while_it_waits_for_the_first_token(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str, stream: bool
+) -> None:
     fleet = start_fleet(1)
     visitor = Visitor(router, generation(stream=stream, delay=60))
     visitor.ask()
@@ -87,7 +91,9 @@ def test_while_it_waits_for_the_first_token(router, start_fleet, how, stream):
 
 
 @HOW
-def test_in_the_middle_of_a_stream(router, start_fleet, how):
+def test_in_the_middle_of_a_stream(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     fleet = start_fleet(1)
     visitor = Visitor(router, generation(max_tokens=20, faults=[HANGS]))
     visitor.ask()
@@ -98,7 +104,9 @@ def test_in_the_middle_of_a_stream(router, start_fleet, how):
 
 
 @HOW
-def test_in_the_middle_of_a_stream_that_it_does_not_read(router, start_fleet, how):
+def test_in_the_middle_of_a_stream_that_it_does_not_read(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     """All buffers are full, and the router has stopped reading from the replica."""
     fleet = start_fleet(1)
     visitor = Visitor(router, generation(max_tokens=1000, pad=50_000))
@@ -111,7 +119,9 @@ def test_in_the_middle_of_a_stream_that_it_does_not_read(router, start_fleet, ho
 
 
 @HOW
-def test_after_its_stream_has_gone_on_elsewhere(router, start_fleet, how):
+def test_after_its_stream_was_resumed_elsewhere(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     fleet = start_fleet(2)
     visitor = Visitor(router, generation(max_tokens=20, faults=[CUT, HANGS]))
     visitor.ask()
@@ -122,7 +132,9 @@ def test_after_its_stream_has_gone_on_elsewhere(router, start_fleet, how):
 
 
 @HOW
-def test_while_it_waits_in_line(router, start_fleet, how):
+def test_while_it_waits_in_the_queue(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     fleet = start_fleet(1, "--max-concurrency=1")
     first = Visitor(router, generation(stream=False, delay=60), "first")
     first.ask()
@@ -143,7 +155,9 @@ def test_while_it_waits_in_line(router, start_fleet, how):
 
 
 @HOW
-def test_while_its_stream_waits_for_a_replica(router, start_fleet, how):
+def test_while_its_stream_waits_for_a_replica(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     fleet = start_fleet(1)
     fleet.keeps_alive = False
     visitor = Visitor(router, generation(max_tokens=20, faults=[{**CUT, "how": "kill"}]))
@@ -160,7 +174,9 @@ def test_while_its_stream_waits_for_a_replica(router, start_fleet, how):
 
 
 @HOW
-def test_while_another_replica_is_asked_to_go_on(router, start_fleet, how):
+def test_while_another_replica_is_asked_to_resume(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], how: str
+) -> None:
     fleet = start_fleet(2)
     visitor = Visitor(router, generation(max_tokens=20, faults=[CUT, {"at": "resume", "how": "silence"}]))
     visitor.ask()

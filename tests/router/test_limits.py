@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -20,13 +20,8 @@ from .fake_engine import (
     wait_until,
     waits_for,
 )
-from .raw_client import RawClient
+from .raw_client import CHUNKED, GET, HEAD, POST, STREAM, RawClient
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
-POST = HEAD + b"Content-Length: 2\r\n\r\n{}"
-GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-STREAM = HEAD + b'Content-Length: 16\r\n\r\n{"stream": true}'
 MOST_BODY = 100_000
 #: Bytes; more than the router reads before it refuses a request.
 ENDLESS = 2 << 20
@@ -69,7 +64,13 @@ def client(shared_router: RouterProcess, replica: FakeEngine) -> Iterator[RawCli
     ],
     ids=lambda value: str(value[:20] + b"..." + value[-20:]) if isinstance(value, bytes) else str(value),
 )
-def test_too_much_is_refused_however_it_is_said(shared_router, replica, client, sent, status):
+def test_oversized_requests_are_refused_in_any_form(
+    shared_router: RouterProcess,
+    replica: FakeEngine,
+    client: RawClient,
+    sent: bytes,
+    status: int | tuple[int, int],
+) -> None:
     client.send_what_is_taken(sent)
     answer = client.answer()
     assert answer.status in ((status,) if isinstance(status, int) else status)
@@ -79,7 +80,9 @@ def test_too_much_is_refused_however_it_is_said(shared_router, replica, client, 
 
 
 @pytest.mark.parametrize("cut", [1, 7, 1000])
-def test_request_just_within_the_limits_is_served_for_any_chunking(replica, client, cut):
+def test_request_just_within_the_limits_is_served_for_any_chunking(
+    replica: FakeEngine, client: RawClient, cut: int
+) -> None:
     lines = b"".join(b"X-%d: %b\r\n" % (number, b"y" * 400) for number in range(100))
     target = b"/v1/completions?" + b"a" * 7900
     body = b"x" * 20_000
@@ -92,7 +95,7 @@ def test_request_just_within_the_limits_is_served_for_any_chunking(replica, clie
     assert len(replica.received[0].body) == chunks.count(b"x")
 
 
-def test_a_head_and_a_body_may_come_byte_by_byte(replica, client):
+def test_a_head_and_a_body_may_come_byte_by_byte(replica: FakeEngine, client: RawClient) -> None:
     client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for byte in POST:
         client.send(bytes([byte]))
@@ -119,7 +122,7 @@ def is_told_that_it_is_late(client: RawClient, part: str) -> bool:
     return (answer.status, message) == (408, f"the request {part} did not arrive in time")
 
 
-def test_who_stops_in_the_middle_of_a_request_is_told_so(shared_router, replica):
+def test_incomplete_request_gets_408(shared_router: RouterProcess, replica: FakeEngine) -> None:
     with ExitStack() as stack:
         clients = [stack.enter_context(RawClient(shared_router.port)) for _ in STOPPED]
         for client, (sent, _) in zip(clients, STOPPED, strict=True):
@@ -131,7 +134,7 @@ def test_who_stops_in_the_middle_of_a_request_is_told_so(shared_router, replica)
             assert client.is_at_its_end()
 
 
-def test_who_sends_a_little_now_and_then_is_told_so_too(shared_router, replica):
+def test_trickled_request_gets_408_too(shared_router: RouterProcess, replica: FakeEngine) -> None:
     """Slowloris: each piece arrives in time, but the request is never complete."""
     all_refused = threading.Event()
 
@@ -154,7 +157,9 @@ def test_who_sends_a_little_now_and_then_is_told_so_too(shared_router, replica):
             dripping.join()
 
 
-def test_a_connection_without_requests_is_closed_after_a_while(shared_router, replica):
+def test_a_connection_without_requests_is_closed_after_a_while(
+    shared_router: RouterProcess, replica: FakeEngine
+) -> None:
     with RawClient(shared_router.port) as client, RawClient(shared_router.port) as silent:
         client.send(GET)
         assert client.answer().status == 200
@@ -162,7 +167,7 @@ def test_a_connection_without_requests_is_closed_after_a_while(shared_router, re
         assert silent.is_at_its_end()
 
 
-def test_who_gets_an_answer_late_keeps_the_connection(replica, client):
+def test_late_answer_keeps_the_connection_open(replica: FakeEngine, client: RawClient) -> None:
     """A request may take as long as it needs; the client's time limit starts after the answer."""
     gate = threading.Event()
     replica.behaviour = waits_for(gate)
@@ -195,7 +200,9 @@ class EndlessStream:
             raise
 
 
-def test_who_stops_reading_stops_the_replica_and_is_cut_off(start_router, new_engine):
+def test_client_that_stops_reading_pauses_the_replica_and_is_dropped(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--client-timeout-secs", "2")
     stream = EndlessStream()
     engine = new_engine(behaviour=stream)
@@ -223,7 +230,7 @@ def test_who_stops_reading_stops_the_replica_and_is_cut_off(start_router, new_en
     router.wait_idle()
 
 
-def test_who_reads_slowly_gets_everything(shared_router, replica):
+def test_slow_reader_gets_everything(shared_router: RouterProcess, replica: FakeEngine) -> None:
     """The answer exceeds all buffers, so that the replica is paused and resumed many times."""
     whole = b"".join(b"data: %d %b\n\n" % (number, b"x" * 1000) for number in range(20_000))
 
@@ -246,7 +253,9 @@ def test_who_reads_slowly_gets_everything(shared_router, replica):
         assert b"".join(pieces) == whole
 
 
-def test_a_connection_to_a_replica_does_not_stay_stopped_for_the_next(shared_router, replica):
+def test_a_connection_to_a_replica_does_not_stay_stopped_for_the_next(
+    shared_router: RouterProcess, replica: FakeEngine
+) -> None:
     """The sizes of kernel buffers vary; for one of these counts the last piece is what fills them."""
     piece = b"data: " + b"x" * 1000 + b"\n\n"
     for count in range(2500, 5000, 100):

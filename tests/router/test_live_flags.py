@@ -22,7 +22,14 @@ from fastdeploy.daemon.router.board.memory import WORKERS
 from fastdeploy.daemon.router.config.flags_file import fingerprint
 
 from .conftest import FD_ROUTER, RouterProcess
-from .fake_engine import EVENT_HEAD, Received, events, streams_for_ever, wait_until
+from .fake_engine import (
+    FakeEngine,
+    Received,
+    events,
+    streams_for_ever,
+    wait_until,
+    waits_after_the_first_event,
+)
 from .raw_client import RawClient
 from .steady_load import Load, streams_or_answers
 
@@ -32,7 +39,9 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 class LiveRouter:
     """A router with a flags file."""
 
-    def __init__(self, start: Callable[..., RouterProcess], file: Path, words: Sequence[str], **options: Any):
+    def __init__(
+        self, start: Callable[..., RouterProcess], file: Path, words: Sequence[str], **options: Any
+    ) -> None:
         self.file = file
         self.write(*words)
         self.router = start("--flags-file", str(file), **options)
@@ -91,14 +100,7 @@ class Gate:
             return True
         if b"long" not in received.body:
             return streams_or_answers(received)
-        received.send(EVENT_HEAD)
-        first, *rest = events(received.body)
-        received.send_chunk(first)
-        assert self._open.wait(60)
-        for event in rest:
-            received.send_chunk(event)
-        received.send(b"0\r\n\r\n")
-        return True
+        return waits_after_the_first_event(self._open)(received)
 
     def open(self) -> None:
         self._open.set()
@@ -165,7 +167,9 @@ class Callers:
 # ---- flags that change
 
 
-def test_workers_run_with_the_flags_of_the_file_as_it_was_read_last(live, new_engine):
+def test_workers_run_with_the_flags_of_the_file_as_it_was_read_last(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine]
+) -> None:
     one = live("--policy", "round_robin")
     one.router.add(new_engine(replica=0), new_engine(replica=1))
     before = one.health()
@@ -180,7 +184,9 @@ def test_workers_run_with_the_flags_of_the_file_as_it_was_read_last(live, new_en
     assert " DEBUG " in one.router.log.read_text()
 
 
-def test_there_are_as_many_workers_as_the_file_says(live, new_engine):
+def test_there_are_as_many_workers_as_the_file_says(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine]
+) -> None:
     one = live("--workers", "1")
     engine = new_engine()
     one.router.add(engine)
@@ -194,14 +200,16 @@ def test_there_are_as_many_workers_as_the_file_says(live, new_engine):
         assert one.router.complete().status_code == 200
 
 
-def test_a_router_without_a_flags_file_says_so(router):
+def test_a_router_without_a_flags_file_says_so(router: RouterProcess) -> None:
     assert router.get("/health").json()["flags"] is None
 
 
 # ---- flags that stay
 
 
-def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
+def test_a_reload_that_cannot_be_changes_nothing(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     one = live("--policy", "round_robin", "--workers", "2")
     one.router.add(new_engine(replica=0), new_engine(replica=1))
     flags, pids = one.health()["flags"], one.pids()
@@ -230,7 +238,9 @@ def test_a_reload_that_cannot_be_changes_nothing(live, new_engine, tmp_path):
     assert "Traceback" not in one.router.log.read_text()
 
 
-def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
+def test_workers_that_do_not_come_up_change_nothing(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     """The workers end right after the fork."""
     is_broken = tmp_path / "broken"
     (tmp_path / "sitecustomize.py").write_text(
@@ -255,7 +265,7 @@ def test_workers_that_do_not_come_up_change_nothing(live, new_engine, tmp_path):
     assert one.health()["flags"] == fingerprint(one.file.read_bytes())
 
 
-def test_new_program_with_another_port_does_not_replace_the_running_one(tmp_path):
+def test_new_program_with_another_port_does_not_replace_the_running_one(tmp_path: Path) -> None:
     """The program is started as SIGUSR2 would, after the flags file has changed."""
     board = Board.create()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -286,7 +296,9 @@ def test_new_program_with_another_port_does_not_replace_the_running_one(tmp_path
 # ---- requests in progress
 
 
-def test_stream_outlives_three_reloads_while_every_request_is_served(live, new_engine, gate):
+def test_stream_outlives_three_reloads_while_every_request_is_served(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine], gate: Gate
+) -> None:
     one = live("--graceful-timeout-secs", "1")
     one.router.add(*(new_engine(replica=number, behaviour=gate) for number in range(2)))
     with gate.stream(one.router) as finish, Load(one.router) as load, Callers(one.router) as callers:
@@ -307,7 +319,9 @@ def test_stream_outlives_three_reloads_while_every_request_is_served(live, new_e
     one.router.wait_idle()
 
 
-def test_reloads_in_quick_succession_end_with_the_last_one(live, new_engine):
+def test_reloads_in_quick_succession_end_with_the_last_one(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine]
+) -> None:
     one = live()
     one.router.add(new_engine(behaviour=streams_or_answers))
     with Load(one.router) as load:
@@ -323,7 +337,7 @@ def test_reloads_in_quick_succession_end_with_the_last_one(live, new_engine):
     wait_until(lambda: len(one.pids()) == 1, "one worker is left")
 
 
-def test_idle_connection_gets_one_more_answer_from_its_old_worker(live):
+def test_idle_connection_gets_one_more_answer_from_its_old_worker(live: Callable[..., LiveRouter]) -> None:
     """The client may be sending a request; closing the connection at that moment would lose it."""
     one = live()
     with RawClient(one.router.port) as client:
@@ -340,7 +354,9 @@ def test_idle_connection_gets_one_more_answer_from_its_old_worker(live):
     wait_until(lambda: len(one.pids()) == 1, "the old worker has ended")
 
 
-def test_idle_connection_keeps_its_old_worker_for_keep_alive_time_only(live):
+def test_idle_connection_keeps_its_old_worker_for_keep_alive_time_only(
+    live: Callable[..., LiveRouter],
+) -> None:
     one = live("--keep-alive-secs", "0.5")
     with RawClient(one.router.port) as client:
         client.send(HEALTH)
@@ -351,7 +367,9 @@ def test_idle_connection_keeps_its_old_worker_for_keep_alive_time_only(live):
         wait_until(lambda: not old & one.pids(), "the old worker has ended")
 
 
-def test_a_worker_that_dies_is_replaced_while_an_old_one_ends_its_streams(live, new_engine, gate):
+def test_a_worker_that_dies_is_replaced_while_an_old_one_ends_its_streams(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine], gate: Gate
+) -> None:
     one = live()
     one.router.add(new_engine(behaviour=gate))
     with gate.stream(one.router) as finish:
@@ -364,7 +382,9 @@ def test_a_worker_that_dies_is_replaced_while_an_old_one_ends_its_streams(live, 
         finish()
 
 
-def test_an_old_worker_no_longer_watches_over_the_replicas(live, new_engine, gate):
+def test_an_old_worker_no_longer_watches_over_the_replicas(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine], gate: Gate
+) -> None:
     """With its old flags it would not collect the data that the new workers' policy needs."""
     one = live("--policy", "request_num", "--health-check-interval-secs", "0.1")
     engine = new_engine(behaviour=gate)
@@ -380,7 +400,9 @@ def test_an_old_worker_no_longer_watches_over_the_replicas(live, new_engine, gat
         finish()
 
 
-def test_new_workers_wait_for_places_instead_of_cutting_off_streams(live, new_engine, gate):
+def test_new_workers_wait_for_places_instead_of_cutting_off_streams(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine], gate: Gate
+) -> None:
     """The board has 32 places; other workers hold all but one."""
     one = live()
     one.router.add(new_engine(behaviour=gate))
@@ -397,7 +419,9 @@ def test_new_workers_wait_for_places_instead_of_cutting_off_streams(live, new_en
         assert one.health()["flags"] == fingerprint(one.file.read_bytes())
 
 
-def test_sigterm_ends_streams_of_old_workers_in_time_as_well(live, new_engine):
+def test_sigterm_ends_streams_of_old_workers_in_time_as_well(
+    live: Callable[..., LiveRouter], new_engine: Callable[..., FakeEngine]
+) -> None:
     one = live("--graceful-timeout-secs", "1")
     one.router.add(new_engine(behaviour=streams_for_ever))
     with one.router.complete(body={"stream": True}, stream=True) as stream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,12 @@ import pytest
 import requests
 
 from .conftest import RouterProcess
-from .fake_engine import EVENT_HEAD, FakeEngine, Received, events, wait_until, waits_for
+from .fake_engine import (
+    FakeEngine,
+    wait_until,
+    waits_after_the_first_event,
+    waits_for,
+)
 from .raw_client import RawAnswer, RawClient
 
 KEYS = "# of the operator\nalpha\n"
@@ -46,26 +51,17 @@ def tell(where: Path | int, order: str, name: str, key: str = "") -> RawAnswer:
 # ---- orders
 
 
-def test_the_admin_socket_is_for_its_owner_and_group(shared_router, admin):
+def test_the_admin_socket_is_for_its_owner_and_group(shared_router: RouterProcess, admin: Path) -> None:
     mode = admin.stat().st_mode
     assert stat.S_ISSOCK(mode)
     assert stat.S_IMODE(mode) == 0o660
 
 
-def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(lent_router, admin, new_engine):
+def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(
+    lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
+) -> None:
     gate = threading.Event()
-
-    def streams(received: Received) -> bool:
-        received.send(EVENT_HEAD)
-        first, *rest = events(received.body)
-        received.send_chunk(first)
-        assert gate.wait(30)
-        for event in rest:
-            received.send_chunk(event)
-        received.send(b"0\r\n\r\n")
-        return True
-
-    drained = new_engine(replica=0, behaviour=streams)
+    drained = new_engine(replica=0, behaviour=waits_after_the_first_event(gate))
     lent_router.add(drained)
     with lent_router.complete(body={"stream": True}, stream=True) as stream:
         lines = stream.iter_lines()
@@ -90,7 +86,9 @@ def test_a_draining_replica_gets_nothing_new_and_its_stream_ends_well(lent_route
     assert names == {"0", "1"}
 
 
-def test_when_all_drain_there_is_nobody_and_health_says_so(lent_router, admin, new_engine):
+def test_when_all_replicas_drain_health_reports_503(
+    lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(replica=3)
     lent_router.add(engine)
     assert tell(admin, "drain", f"127.0.0.1:{engine.port}").status == 200  # addresses work, too
@@ -101,7 +99,9 @@ def test_when_all_drain_there_is_nobody_and_health_says_so(lent_router, admin, n
     assert lent_router.complete().status_code == 200
 
 
-def test_a_replica_that_is_removed_is_gone_until_its_next_heartbeat(lent_router, admin, new_engine):
+def test_removed_replica_is_absent_until_its_next_heartbeat(
+    lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(replica=4)
     lent_router.add(engine)
     assert tell(admin, "remove", "4").status == 200
@@ -111,7 +111,9 @@ def test_a_replica_that_is_removed_is_gone_until_its_next_heartbeat(lent_router,
 
 
 @pytest.mark.parametrize("name", ["9", "x", "..", "%2e%2e", "a/b"])
-def test_an_order_for_nobody_is_refused_with_the_names_there_are(lent_router, admin, new_engine, name):
+def test_admin_command_for_an_unknown_replica_names_the_known(
+    lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine], name: str
+) -> None:
     lent_router.add(new_engine(replica=5))
     answer = tell(admin, "drain", name)
     assert answer.status == 404
@@ -119,14 +121,16 @@ def test_an_order_for_nobody_is_refused_with_the_names_there_are(lent_router, ad
         assert json.loads(answer.body)["msg"] == f"no replica '{name}'; there are: 5"
 
 
-def test_orders_that_do_not_exist_are_not_found(lent_router, admin):
+def test_unknown_admin_commands_are_404(lent_router: RouterProcess, admin: Path) -> None:
     assert tell(admin, "explode", "0").status == 404
     with RawClient(admin) as client:
         client.send(b"GET /admin/replicas/0/drain HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.answer().status == 405
 
 
-def test_over_loopback_an_order_needs_a_key(lent_router, new_engine):
+def test_admin_command_over_loopback_needs_a_key(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     lent_router.add(new_engine(replica=6))
     assert tell(lent_router.port, "drain", "6", key="alpha").status == 200
     refused = [
@@ -139,7 +143,9 @@ def test_over_loopback_an_order_needs_a_key(lent_router, new_engine):
     assert tell(lent_router.port, "undrain", "6", key="alpha").status == 200
 
 
-def test_without_keys_there_are_no_orders_over_loopback(start_router, new_engine):
+def test_without_keys_admin_commands_over_loopback_are_refused(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router()
     router.add(new_engine(replica=0))
     for key in ("", "alpha"):
@@ -154,7 +160,9 @@ def farewell(engine: FakeEngine, router: RouterProcess, instance: str) -> reques
     return requests.post(f"{router.url}/deregister", json=body, timeout=20)
 
 
-def test_a_deregistered_replica_gets_nothing_new_and_ends_what_it_has(lent_router, new_engine):
+def test_deregistered_replica_completes_its_requests_and_gets_no_new(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     gate = threading.Event()
     leaving, staying = new_engine(replica=0, behaviour=waits_for(gate)), new_engine(replica=1)
     assert leaving.register_with(lent_router.url, instance="aaaa").status_code == 200
@@ -175,7 +183,9 @@ def test_a_deregistered_replica_gets_nothing_new_and_ends_what_it_has(lent_route
     assert lent_router.urls() == {staying.url}
 
 
-def test_a_drained_replica_is_drained_when_it_registers_again(lent_router, admin, new_engine):
+def test_a_drained_replica_is_drained_when_it_registers_again(
+    lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(replica=4)
     assert engine.register_with(lent_router.url, instance="aaaa").status_code == 200
     assert tell(admin, "drain", "4").status == 200
@@ -188,7 +198,9 @@ def test_a_drained_replica_is_drained_when_it_registers_again(lent_router, admin
     assert lent_router.complete().status_code == 200
 
 
-def test_a_deregistered_replica_is_removed_when_it_is_undrained(lent_router, admin, new_engine):
+def test_a_deregistered_replica_is_removed_when_it_is_undrained(
+    lent_router: RouterProcess, admin: Path, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(replica=5)
     assert engine.register_with(lent_router.url, instance="aaaa").status_code == 200
     assert tell(admin, "drain", "5").status == 200
@@ -198,7 +210,9 @@ def test_a_deregistered_replica_is_removed_when_it_is_undrained(lent_router, adm
     wait_until(lambda: engine.url not in lent_router.urls() | lent_router.urls("down"), "its row is free")
 
 
-def test_a_replica_that_was_started_anew_is_used_at_once(lent_router, new_engine):
+def test_restarted_replica_is_used_at_once(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """The new process has the same address, while the router still considers the old one down."""
     gate = threading.Event()
     engine = new_engine(replica=2)

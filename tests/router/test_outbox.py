@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Coroutine
 
 import pytest
 import uvloop
@@ -31,7 +32,7 @@ class Pair:
             return b""
 
 
-def run(coroutine) -> None:
+def run(coroutine: Coroutine[object, object, None]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(coroutine)
 
@@ -51,7 +52,7 @@ def test_writes_wait_for_the_end_of_the_turn_and_keep_their_order() -> None:
     run(scene())
 
 
-def test_one_that_does_not_wait_comes_after_those_that_do() -> None:
+def test_immediate_write_follows_waiting_writes() -> None:
     async def scene() -> None:
         outbox, pair = WriteBatcher(), await Pair().open()
         outbox.write(pair.transport, b"one ")
@@ -61,7 +62,7 @@ def test_one_that_does_not_wait_comes_after_those_that_do() -> None:
     run(scene())
 
 
-def test_whoever_closes_a_transport_can_send_before() -> None:
+def test_data_can_be_sent_before_a_transport_is_closed() -> None:
     async def scene() -> None:
         outbox, pair = WriteBatcher(), await Pair().open()
         outbox.write(pair.transport, b"last words")
@@ -74,7 +75,7 @@ def test_whoever_closes_a_transport_can_send_before() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "abort"])
-def test_one_that_is_closed_costs_the_others_nothing(how: str) -> None:
+def test_closed_transport_does_not_affect_others(how: str) -> None:
     async def scene() -> None:
         outbox = WriteBatcher()
         gone, here = await Pair().open(), await Pair().open()

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
+import psutil
 import pytest
 
 from .conftest import RouterProcess
@@ -33,8 +35,8 @@ class Gated:
         self._may_answer.release(count)
 
 
-def names_of(engine: FakeEngine) -> list[str | None]:
-    return [received.header("x-request-id") for received in engine.received]
+def names_of(engine: FakeEngine) -> list[str]:
+    return [received.header("x-request-id") or "" for received in engine.received]
 
 
 @pytest.fixture
@@ -72,7 +74,11 @@ def was_logged(router: RouterProcess, *words: str) -> bool:
     return any(all(word in line for word in words) for line in router.log.read_text().splitlines())
 
 
-def test_requests_beyond_capacity_wait_and_are_served_in_order(lent_router, new_engine, ask):
+def test_requests_beyond_capacity_wait_and_are_served_in_order(
+    lent_router: RouterProcess,
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     gated = Gated()
     engine = new_engine(behaviour=gated)
     register(lent_router, engine, max_concurrency=2)
@@ -93,7 +99,11 @@ def test_requests_beyond_capacity_wait_and_are_served_in_order(lent_router, new_
     wait_until(lambda: waited(lent_router) == before + 6, "their waiting is counted")
 
 
-def test_who_comes_does_not_overtake_who_waits(start_router, new_engine, ask):
+def test_new_request_does_not_overtake_a_waiting_one(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     """A place that becomes free goes to the longest waiting request, not to the new one that reveals it."""
     router = start_router()
     gated = Gated()
@@ -109,13 +119,15 @@ def test_who_comes_does_not_overtake_who_waits(start_router, new_engine, ask):
     assert [client.answer().status for client in clients] == [200] * 3
 
 
-def test_those_in_line_go_on_when_a_request_of_another_worker_ends(start_router, new_engine, held):
+def test_queue_advances_when_a_request_of_another_worker_ends(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], held: ExitStack
+) -> None:
     router = start_router("--workers", "2")
     gated = Gated()
     engine = new_engine(behaviour=gated)
     register(router, engine, max_concurrency=1)
     wait_until(lambda: len(router.workers()) == 2, "both workers run")
-    clients = {}
+    clients: dict[psutil.Process, RawClient] = {}
     while len(clients) < 2:
         client = held.enter_context(RawClient(router.port))
         clients[router.worker_of(client)] = client
@@ -135,7 +147,11 @@ def test_those_in_line_go_on_when_a_request_of_another_worker_ends(start_router,
     assert names_of(engine) == ["first", "second"]
 
 
-def test_when_the_line_is_full_more_are_told_when_to_come_back(start_router, new_engine, ask):
+def test_requests_beyond_a_full_queue_get_429_with_retry_after(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     router = start_router("--queue-size", "2", "--queue-timeout-secs", "7")
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -151,7 +167,11 @@ def test_when_the_line_is_full_more_are_told_when_to_come_back(start_router, new
     assert names_of(engine) == ["0", "1", "2"]
 
 
-def test_without_a_line_nobody_waits(start_router, new_engine, ask):
+def test_queue_size_0_rejects_at_once(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     router = start_router("--queue-size", "0")
     gated = Gated()
     register(router, new_engine(behaviour=gated), max_concurrency=1)
@@ -161,7 +181,11 @@ def test_without_a_line_nobody_waits(start_router, new_engine, ask):
     assert first.answer().status == 200
 
 
-def test_who_has_waited_long_enough_is_told_when_to_come_back(start_router, new_engine, ask):
+def test_request_that_waited_too_long_gets_429_with_retry_after(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     router = start_router("--queue-timeout-secs", "0.5")
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -176,7 +200,11 @@ def test_who_has_waited_long_enough_is_told_when_to_come_back(start_router, new_
     assert names_of(engine) == ["first", "third"]
 
 
-def test_who_leaves_the_line_is_forgotten(lent_router, new_engine, ask):
+def test_client_that_leaves_the_queue_is_forgotten(
+    lent_router: RouterProcess,
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     gated = Gated()
     engine = new_engine(behaviour=gated)
     register(lent_router, engine, max_concurrency=1)
@@ -189,7 +217,11 @@ def test_who_leaves_the_line_is_forgotten(lent_router, new_engine, ask):
     lent_router.wait_idle()
 
 
-def test_those_in_line_go_to_a_replica_that_joins(lent_router, new_engine, ask):
+def test_waiting_requests_go_to_a_replica_that_joins(
+    lent_router: RouterProcess,
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     gated = Gated()
     full = new_engine(behaviour=gated)
     register(lent_router, full, max_concurrency=1)
@@ -201,7 +233,11 @@ def test_those_in_line_go_to_a_replica_that_joins(lent_router, new_engine, ask):
     assert first.answer().status == 200
 
 
-def test_replica_without_max_concurrency_gets_all_requests_at_once(lent_router, new_engine, ask):
+def test_replica_without_max_concurrency_gets_all_requests_at_once(
+    lent_router: RouterProcess,
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     gated = Gated()
     engine = new_engine(behaviour=gated)
     lent_router.add(engine)
@@ -215,7 +251,9 @@ def test_replica_without_max_concurrency_gets_all_requests_at_once(lent_router, 
 
 
 @pytest.mark.parametrize("status", ["503 Service Unavailable", "429 Too Many Requests"])
-def test_when_all_are_overloaded_retries_do_not_multiply_the_load(start_router, new_engine, status):
+def test_when_all_are_overloaded_retries_do_not_multiply_the_load(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], status: str
+) -> None:
     """Each request could try eight replicas; the retry budget permits about one retry per five requests."""
     router = start_router("--max-in-flight", "200")
     refuses = answers_status(status, b"{}", b"Retry-After: 9\r\n")
@@ -234,7 +272,9 @@ def test_when_all_are_overloaded_retries_do_not_multiply_the_load(start_router, 
     assert router.urls("down") == set()
 
 
-def test_a_replica_that_is_full_for_a_while_is_replaced_by_another(lent_router, new_engine):
+def test_a_replica_that_is_full_for_a_while_is_replaced_by_another(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     full = new_engine(
         replica=0, behaviour=answers_status("429 Too Many Requests", b"{}", b"Retry-After: 1\r\n")
     )
@@ -243,7 +283,9 @@ def test_a_replica_that_is_full_for_a_while_is_replaced_by_another(lent_router, 
     assert full.received
 
 
-def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(lent_router, new_engine):
+def test_refusal_without_retry_after_is_returned(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """The limit may be a key's quota, which would be used up at every replica."""
     behaviour = answers_status("429 Too Many Requests", b"{}")
     engines = [new_engine(replica=number, behaviour=behaviour) for number in range(2)]
@@ -252,7 +294,11 @@ def test_a_refusal_that_says_nothing_of_a_while_is_the_answer(lent_router, new_e
     assert sum(len(engine.received) for engine in engines) == 1
 
 
-def test_those_in_line_count_as_in_flight(start_router, new_engine, ask):
+def test_waiting_requests_count_as_in_flight(
+    start_router: Callable[..., RouterProcess],
+    new_engine: Callable[..., FakeEngine],
+    ask: Callable[[RouterProcess, str], RawClient],
+) -> None:
     router = start_router("--max-in-flight", "3")
     gated = Gated()
     engine = new_engine(behaviour=gated)
@@ -268,7 +314,9 @@ def test_those_in_line_count_as_in_flight(start_router, new_engine, ask):
 # ---- supervised replicas
 
 
-def test_one_that_could_not_connect_waits_for_the_same_replica(start_router, new_engine, tmp_path):
+def test_request_without_a_connection_waits_for_the_same_replica(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     flags = ("--health-check-interval-secs", "0.2", "--queue-timeout-secs", "2")
     router = start_router("--admin-socket", str(tmp_path / "admin"), *flags)
     engine = new_engine()
@@ -281,7 +329,9 @@ def test_one_that_could_not_connect_waits_for_the_same_replica(start_router, new
         assert answer.result().status_code == 200
 
 
-def test_a_refusal_is_not_kept_back_until_a_lost_replica_returns(start_router, new_engine, tmp_path):
+def test_a_refusal_is_not_kept_back_until_a_lost_replica_returns(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     flags = ("--health-check-interval-secs", "0.2", "--queue-timeout-secs", "1")
     router = start_router("--admin-socket", str(tmp_path / "admin"), *flags)
     refuses = new_engine(behaviour=answers_status("429 Too Many Requests", extra=b"Retry-After: 7\r\n"))

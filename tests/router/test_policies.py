@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -52,11 +52,11 @@ requests = st.builds(
 ANY = RequestFacts(0)
 
 
-def index_of(name: str, rows, facts: RequestFacts = ANY) -> int:
+def index_of(name: str, rows: list[Candidate], facts: RequestFacts = ANY) -> int:
     return policy_named(name).choose(Candidates(*zip(*rows, strict=True)), facts)
 
 
-def choose(name: str, rows, facts: RequestFacts = ANY) -> Candidate:
+def choose(name: str, rows: list[Candidate], facts: RequestFacts = ANY) -> Candidate:
     return rows[index_of(name, rows, facts)]
 
 
@@ -79,19 +79,21 @@ class Replicas:
         return index
 
 
-def idle(count: int, **fields) -> Replicas:
+def idle(count: int, **fields: Any) -> Replicas:
     return Replicas([Candidate(0, 0, key=hash((7, i)) % 2**64, **fields) for i in range(count)])
 
 
 @given(st.sampled_from(sorted(POLICIES)), candidates, requests)
-def test_every_policy_picks_one_of_the_candidates_and_the_same_one_again(name, rows, facts):
+def test_every_policy_picks_one_of_the_candidates_and_the_same_one_again(
+    name: str, rows: list[Candidate], facts: RequestFacts
+) -> None:
     index = index_of(name, rows, facts)
     assert 0 <= index < len(rows)
     assert index_of(name, rows, facts) == index
 
 
 @given(equally_fast)
-def test_request_num_picks_fewest_in_flight_then_least_recent(rows):
+def test_request_num_picks_fewest_in_flight_then_least_recent(rows: list[Candidate]) -> None:
     chosen = choose("request_num", rows)
     assert (chosen.in_flight, chosen.last_pick) == min((row.in_flight, row.last_pick) for row in rows)
 
@@ -100,7 +102,7 @@ def test_request_num_picks_fewest_in_flight_then_least_recent(rows):
     "name", ["request_num", "round_robin", "process_tokens", "fd_metrics_score", "cache_aware", "session"]
 )
 @given(count=st.integers(1, 16), rounds=st.integers(1, 4))
-def test_a_burst_of_equal_requests_spreads_exactly_evenly(name, count, rounds):
+def test_a_burst_of_equal_requests_spreads_exactly_evenly(name: str, count: int, rounds: int) -> None:
     replicas = idle(count)
     for _ in range(count * rounds):
         replicas.pick(name, RequestFacts(0, prompt_tokens=100))
@@ -108,7 +110,7 @@ def test_a_burst_of_equal_requests_spreads_exactly_evenly(name, count, rounds):
     assert len(set(replicas.picks)) == count
 
 
-def test_a_replica_of_half_the_speed_gets_half_the_requests():
+def test_a_replica_of_half_the_speed_gets_half_the_requests() -> None:
     replicas = idle(3)
     replicas.rows[0] = replicas.rows[0]._replace(weight=0.5)
     for _ in range(100):
@@ -117,19 +119,19 @@ def test_a_replica_of_half_the_speed_gets_half_the_requests():
 
 
 @given(candidates)
-def test_round_robin_picks_the_least_recent(rows):
+def test_round_robin_picks_the_least_recent(rows: list[Candidate]) -> None:
     assert choose("round_robin", rows).last_pick == min(row.last_pick for row in rows)
 
 
 @given(equally_fast, requests)
-def test_power_of_two_never_picks_the_only_busiest_of_two(rows, facts):
+def test_power_of_two_never_picks_the_only_busiest_of_two(rows: list[Candidate], facts: RequestFacts) -> None:
     index = index_of("power_of_two", rows, facts)
     if len(rows) > 1:
         assert any(rows[index].in_flight <= row.in_flight for i, row in enumerate(rows) if i != index)
 
 
 @pytest.mark.parametrize("name", ["random", "power_of_two"])
-def test_chance_reaches_every_replica(name):
+def test_chance_reaches_every_replica(name: str) -> None:
     rows = idle(8).rows
     # Spread over all 64 bits, like random draws.
     draws = [RequestFacts(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(800)]
@@ -137,26 +139,26 @@ def test_chance_reaches_every_replica(name):
 
 
 @given(equally_fast, requests)
-def test_process_tokens_picks_the_fewest_prompt_tokens(rows, facts):
+def test_process_tokens_picks_the_fewest_prompt_tokens(rows: list[Candidate], facts: RequestFacts) -> None:
     chosen = choose("process_tokens", rows, facts)
     assert (chosen.tokens, chosen.in_flight, chosen.last_pick) == min(
         (row.tokens, row.in_flight, row.last_pick) for row in rows
     )
 
 
-def test_fd_metrics_score_counts_what_others_have_there():
+def test_fd_metrics_score_counts_requests_of_others() -> None:
     ours, theirs = Candidate(3, 0), Candidate(0, 0, running=3, waiting=2)
     assert choose("fd_metrics_score", [ours, theirs]) == ours
 
 
 @given(st.integers(0, 30))
-def test_fd_metrics_score_does_not_count_our_own_requests_twice(running):
+def test_fd_metrics_score_does_not_count_our_own_requests_twice(running: int) -> None:
     """The replica had some of this router's requests when it was polled, and they have ended since."""
     was_busy = Candidate(1, 0, running=running, waiting=0, in_flight_at_poll=running)
     assert choose("fd_metrics_score", [Candidate(2, 0), was_busy]) == was_busy
 
 
-def test_fd_metrics_score_does_not_flood_a_replica_last_seen_idle():
+def test_fd_metrics_score_does_not_flood_a_replica_last_seen_idle() -> None:
     replicas = idle(4, running=0)
     replicas.rows[1:] = [row._replace(running=8) for row in replicas.rows[1:]]
     for _ in range(40):
@@ -169,18 +171,20 @@ def blocks(tokens: int) -> int:
 
 
 @given(equally_fast, requests)
-def test_cache_aware_never_takes_a_shorter_prefix_on_a_busier_replica(rows, facts):
+def test_cache_aware_never_takes_a_shorter_prefix_on_a_busier_replica(
+    rows: list[Candidate], facts: RequestFacts
+) -> None:
     chosen = choose("cache_aware", rows, facts)
     assert not any(row.matched > chosen.matched and row.in_flight < chosen.in_flight for row in rows)
 
 
 @given(candidates, requests)
-def test_without_a_prefix_cache_aware_is_request_num(rows, facts):
+def test_without_a_prefix_cache_aware_is_request_num(rows: list[Candidate], facts: RequestFacts) -> None:
     rows = [row._replace(matched=0) for row in rows]
     assert choose("cache_aware", rows, facts) == choose("request_num", rows, facts)
 
 
-def test_cache_aware_weighs_what_a_prefix_saves_against_who_waits_for_it():
+def test_cache_aware_weighs_a_prefix_against_the_waiting_requests() -> None:
     prompt = RequestFacts(0, prompt_tokens=4000)
     knows = Candidate(5, 0, matched=blocks(3800))
     assert choose("cache_aware", [Candidate(2, 0), knows], prompt) == knows
@@ -195,7 +199,7 @@ def sessions(count: int) -> list[RequestFacts]:
 
 
 @given(st.integers(2, 16), st.data())
-def test_a_replica_that_goes_moves_only_its_own_sessions(count, data):
+def test_removed_replica_moves_only_its_own_sessions(count: int, data: st.DataObject) -> None:
     rows = idle(count).rows
     gone = data.draw(st.sampled_from(rows))
     rest = [row for row in rows if row is not gone]
@@ -206,19 +210,19 @@ def test_a_replica_that_goes_moves_only_its_own_sessions(count, data):
 
 
 @given(st.permutations(range(8)))
-def test_sessions_do_not_depend_on_the_order_of_rows(order):
+def test_sessions_do_not_depend_on_the_order_of_rows(order: list[int]) -> None:
     rows = idle(8).rows
     for facts in sessions(20):
         assert choose("session", [rows[i] for i in order], facts) == choose("session", rows, facts)
 
 
-def test_sessions_are_spread_over_all_replicas():
+def test_sessions_are_spread_over_all_replicas() -> None:
     replicas = Counter(index_of("session", idle(8).rows, facts) for facts in sessions(800))
     assert len(replicas) == 8
     assert max(replicas.values()) < 150
 
 
-def test_session_of_an_overloaded_replica_has_one_fixed_alternative():
+def test_session_of_an_overloaded_replica_has_one_fixed_alternative() -> None:
     rows = idle(8).rows
     (facts,) = sessions(1)
     home = index_of("session", rows, facts)
@@ -230,7 +234,7 @@ def test_session_of_an_overloaded_replica_has_one_fixed_alternative():
 
 
 @given(candidates)
-def test_no_session_goes_to_a_replica_with_far_more_than_its_share(rows):
+def test_no_session_goes_to_a_replica_with_far_more_than_its_share(rows: list[Candidate]) -> None:
     share = sum(row.in_flight for row in rows) / sum(row.weight for row in rows)
     for facts in sessions(5):
         chosen = choose("session", rows, facts)
@@ -238,11 +242,11 @@ def test_no_session_goes_to_a_replica_with_far_more_than_its_share(rows):
 
 
 @given(candidates)
-def test_a_request_without_a_session_goes_where_request_num_sends_it(rows):
+def test_request_without_a_session_is_routed_by_request_num(rows: list[Candidate]) -> None:
     assert choose("session", rows) == choose("request_num", rows)
 
 
-def test_an_unknown_policy_names_those_that_exist():
+def test_an_unknown_policy_names_those_that_exist() -> None:
     with pytest.raises(ConfigError, match=r"one of request_num, round_robin, .*, cache_aware, session$"):
         policy_named("fastest")
 
@@ -251,6 +255,6 @@ def test_an_unknown_policy_names_those_that_exist():
     ("theirs", "ours"),
     [("remote_cache_aware", "cache_aware"), ("fd_remote_metrics_score", "fd_metrics_score")],
 )
-def test_what_fastdeploy_calls_otherwise_is_said(theirs, ours):
+def test_fastdeploys_name_of_a_policy_gets_a_hint(theirs: str, ours: str) -> None:
     with pytest.raises(ConfigError, match=f"FastDeploy's {theirs} is {ours} here"):
         policy_named(theirs)

@@ -25,7 +25,9 @@ rows = st.sampled_from([0, 1, 7, 8, 63, 64, 255])
 
 
 @given(st.lists(st.tuples(texts, rows)), texts)
-def test_a_row_matches_as_far_as_a_prompt_that_it_was_sent_begins_alike(sent, text):
+def test_row_matches_the_longest_recorded_common_prefix(
+    sent: list[tuple[list[int], int]], text: list[int]
+) -> None:
     table = new_table()
     for other, row in sent:
         table.insert(chain(*other), row)
@@ -38,7 +40,9 @@ def test_a_row_matches_as_far_as_a_prompt_that_it_was_sent_begins_alike(sent, te
 
 
 @given(st.lists(st.tuples(texts, rows)), rows, texts)
-def test_a_forgotten_row_has_nothing_and_the_others_keep_all(sent, gone, text):
+def test_cleared_row_matches_nothing_and_others_are_unchanged(
+    sent: list[tuple[list[int], int]], gone: int, text: list[int]
+) -> None:
     table, without = new_table(), new_table()
     for other, row in sent:
         table.insert(chain(*other), row)
@@ -52,7 +56,7 @@ def in_one_bucket(count: int) -> list[int]:
     return [3 + i * BUCKETS for i in range(count)]
 
 
-def test_in_a_full_bucket_the_block_used_longest_ago_makes_room():
+def test_full_bucket_evicts_the_least_recently_used_block() -> None:
     table = new_table()
     blocks = in_one_bucket(WAYS + 1)
     for block in blocks[:WAYS]:
@@ -65,7 +69,7 @@ def test_in_a_full_bucket_the_block_used_longest_ago_makes_room():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3 * WAYS), rows), max_size=100))
-def test_a_crowded_bucket_claims_nothing_that_it_was_not_told(sent):
+def test_full_bucket_never_matches_unrecorded_blocks(sent: list[tuple[int, int]]) -> None:
     table, told = new_table(), set()
     blocks = in_one_bucket(3 * WAYS + 1)
     for index, row in sent:
@@ -77,7 +81,7 @@ def test_a_crowded_bucket_claims_nothing_that_it_was_not_told(sent):
     assert len({i for i, _ in known}) <= WAYS
 
 
-def test_what_follows_a_lost_block_does_not_count():
+def test_blocks_after_a_lost_one_do_not_match() -> None:
     table = new_table()
     lost, *others = in_one_bucket(WAYS + 1)
     prefix = [11, lost, 13]
@@ -87,7 +91,7 @@ def test_what_follows_a_lost_block_does_not_count():
     assert table.match(prefix) == {1: 1}
 
 
-def test_all_tables_over_the_same_memory_are_one():
+def test_all_tables_over_the_same_memory_are_one() -> None:
     memory = bytearray(PrefixTable.BYTES)
     PrefixTable(memoryview(memory)).insert(chain(1, 2), 9)
     assert PrefixTable(memoryview(memory)).match(chain(1, 2, 3)) == {9: 2}

@@ -43,8 +43,8 @@ def start_replica(
 
         def start(number: int) -> ApiServer:
             directory = tmp_path_factory.mktemp("replica")
-            flags = ("--router", router.url, "--timeout-graceful-shutdown", "0")
-            flags += ("--data-parallel-size", "8", "--local-data-parallel-id", str(number))
+            flags = ["--router", router.url, "--timeout-graceful-shutdown", "0"]
+            flags += ["--data-parallel-size", "8", "--local-data-parallel-id", str(number)]
             return stack.enter_context(ApiServer(directory, *flags))
 
         yield start
@@ -85,7 +85,9 @@ ENDS: dict[str, Callable[[ApiServer], object]] = {
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(len(ENDS), marks=pytest.mark.slow)])
-def test_streams_go_on_however_a_replica_ends(router, start_replica, count):
+def test_streams_continue_however_a_replica_ends(
+    router: RouterProcess, start_replica: Callable[[int], ApiServer], count: int
+) -> None:
     replicas = {str(number): start_replica(number) for number in range(count + 1)}
     urls = {replica.url for replica in replicas.values()}
     wait_until(lambda: urls <= router.urls(), "all are there", deadline=90)
@@ -101,7 +103,9 @@ def test_streams_go_on_however_a_replica_ends(router, start_replica, count):
     assert resumes(router) > before
 
 
-def test_an_answer_that_comes_whole_goes_on_when_its_replica_dies(router, start_replica):
+def test_unstreamed_answer_continues_when_its_replica_dies(
+    router: RouterProcess, start_replica: Callable[[int], ApiServer]
+) -> None:
     """The answer is long enough for a draft, which the replica sends once per second."""
     fields = {"prompt": "a", "n": 24, "max_tokens": 480, "ignore_eos": True, "seed": 5, "temperature": 1.2}
     replicas = [start_replica(0)]

@@ -36,7 +36,7 @@ PASSWORD = "open-sesame"
 pytestmark = pytest.mark.timeout(120)
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> None:
+def wait_until(condition: Callable[..., Any], what: str) -> None:
     waiting.wait_until(condition, what, deadline=30.0)
 
 
@@ -108,7 +108,7 @@ class Router:
         self._child.send(order)
         return self._child.receive()
 
-    def remote(self) -> list[list[int]]:
+    def remote(self) -> list[int]:
         return [row["elsewhere"] for row in self("status")]
 
     def kill(self) -> None:
@@ -155,7 +155,7 @@ def instance(number: int) -> Instance:
 
 
 @pytest.fixture
-def start_router(server: Redis, tmp_path: Path) -> Iterator[Callable[[], Router]]:
+def start_router(server: Redis, tmp_path: Path) -> Iterator[Callable[..., Router]]:
     routers: list[Router] = []
 
     def start(board: Board | None = None) -> Router:
@@ -167,7 +167,7 @@ def start_router(server: Redis, tmp_path: Path) -> Iterator[Callable[[], Router]
         router.kill()
 
 
-def test_the_password_is_never_shown():
+def test_the_password_is_never_shown() -> None:
     address = RedisAddress.parse("redis://:open-sesame@10.0.0.5:6380/2")
     assert str(address) == "redis at 10.0.0.5:6380, database 2"
     assert "open-sesame" not in repr(address)
@@ -177,14 +177,14 @@ def test_the_password_is_never_shown():
         assert "open-sesame" not in str(raised.value)
 
 
-def test_a_missing_redis_package_is_named_with_its_remedy(monkeypatch):
+def test_a_missing_redis_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "redis.connection", None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'fd-dp\[redis\]'"):
         RedisAddress.parse("redis://:open-sesame@10.0.0.5:6380/2")
 
 
 @needs_redis
-def test_each_sees_what_the_other_has_in_flight(start_router):
+def test_routers_see_each_others_requests_in_flight(start_router: Callable[..., Router]) -> None:
     one, other = start_router(), start_router()
     for number in range(2):
         one("admit", number)
@@ -203,7 +203,7 @@ def test_each_sees_what_the_other_has_in_flight(start_router):
 
 
 @needs_redis
-def test_the_counts_of_a_dead_router_expire(start_router):
+def test_the_counts_of_a_dead_router_expire(start_router: Callable[..., Router]) -> None:
     one, other = start_router(), start_router()
     one("admit")
     wait_until(lambda: other("status"), "the other knows the replica")
@@ -216,7 +216,7 @@ def test_the_counts_of_a_dead_router_expire(start_router):
 
 
 @needs_redis
-def test_new_leader_of_a_router_does_not_count_requests_twice(start_router):
+def test_new_leader_of_a_router_does_not_count_requests_twice(start_router: Callable[..., Router]) -> None:
     board = Board.create()
     first, second, other = start_router(board), start_router(board), start_router()
     first("admit")
@@ -230,7 +230,7 @@ def test_new_leader_of_a_router_does_not_count_requests_twice(start_router):
 
 
 @needs_redis
-def test_a_deregistration_and_a_drain_reach_the_other(start_router):
+def test_a_deregistration_and_a_drain_reach_the_other(start_router: Callable[..., Router]) -> None:
     one, other = start_router(), start_router()
     for number in range(2):
         one("admit", number)
@@ -243,7 +243,9 @@ def test_a_deregistration_and_a_drain_reach_the_other(start_router):
 
 @needs_redis
 @pytest.mark.parametrize("kind", ["stopped", "hanging"])
-def test_without_redis_each_goes_on_alone_and_says_so_once(start_router, server, kind):
+def test_without_redis_each_router_continues_and_logs_it_once(
+    start_router: Callable[..., Router], server: Redis, kind: str
+) -> None:
     one, other = start_router(), start_router()
     one("admit", 0)
     wait_until(lambda: other("status"), "the other knows the replica")
@@ -265,7 +267,7 @@ def test_without_redis_each_goes_on_alone_and_says_so_once(start_router, server,
 
 
 @needs_redis
-def test_nonsense_in_redis_does_no_harm(start_router, server):
+def test_invalid_data_in_redis_is_ignored(start_router: Callable[..., Router], server: Redis) -> None:
     one, other = start_router(), start_router()
     server.client.sadd("fd-router:routers", "stranger")
     server.client.hset("fd-router:entries", "http://10.0.0.9:1", "[")
@@ -279,7 +281,7 @@ def test_nonsense_in_redis_does_no_harm(start_router, server):
 
 
 @needs_redis
-def test_a_wrong_password_is_a_line_in_the_log_and_not_shown(server, tmp_path):
+def test_a_wrong_password_is_a_line_in_the_log_and_not_shown(server: Redis, tmp_path: Path) -> None:
     router = Router(server.url.replace(PASSWORD, "wrong-guess"), tmp_path)
     wait_until(lambda: "cannot be reached" in router.log.read_text(), "it says so")
     assert "wrong-guess" not in router.log.read_text()

@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+from typing import Any
 
 import psutil
 import pytest
@@ -32,7 +33,7 @@ FASTDEPLOY = {
 
 
 #: Fields that this project's replicas add.
-OURS = {
+OURS: dict[str, Any] = {
     "instance": "0123456789abcdef0123456789abcdef",
     "features": ["resume", "progress"],
     "max_concurrency": 512,
@@ -40,7 +41,7 @@ OURS = {
 }
 
 
-def fault(**changes) -> str:
+def fault(**changes: object) -> str:
     fields = {key: value for key, value in {**GOOD, **changes}.items() if value is not None}
     with pytest.raises(RegistrationError) as raised:
         parse(json.dumps(fields).encode())
@@ -48,7 +49,7 @@ def fault(**changes) -> str:
     return str(raised.value)
 
 
-def test_fastdeploys_own_registration_is_understood():
+def test_fastdeploys_own_registration_is_understood() -> None:
     instance = parse(json.dumps(FASTDEPLOY).encode())
     assert instance.wire() == {
         "url": "http://10.1.2.3:1811",
@@ -68,25 +69,25 @@ def test_fastdeploys_own_registration_is_understood():
 
 
 @pytest.mark.parametrize("role", ["mixed", "MIXED", "Mixed", 0])
-def test_roles_are_words_in_any_case_or_numbers(role):
+def test_roles_are_names_in_any_case_or_numbers(role: int | str) -> None:
     assert parse(json.dumps({**GOOD, "role": role}).encode()).url == "http://127.0.0.1:1811"
 
 
-def test_the_metrics_port_falls_back_to_the_port():
+def test_the_metrics_port_falls_back_to_the_port() -> None:
     assert from_fields(GOOD).metrics_port == "1811"
 
 
-def test_a_replica_number_is_its_name():
+def test_a_replica_number_is_its_name() -> None:
     assert from_fields({**GOOD, "replica": 3}).name == "3"
 
 
-def test_what_our_replicas_add_is_understood():
+def test_fields_of_this_projects_replicas_are_read() -> None:
     instance = from_fields({**GOOD, **OURS})
     assert (instance.instance, instance.features) == (OURS["instance"], ("resume", "progress"))
     assert (instance.max_concurrency, instance.token) == (512, OURS["token"])
 
 
-def test_a_token_is_seen_only_where_it_must_be_kept():
+def test_token_appears_only_in_the_stored_registration() -> None:
     instance = from_fields({**GOOD, **OURS})
     assert instance.registration()["token"] == OURS["token"]
     for text in (repr(instance), str(instance), json.dumps(instance.wire()), f"{instance}"):
@@ -94,7 +95,7 @@ def test_a_token_is_seen_only_where_it_must_be_kept():
     assert fault(token="secret but wrong") == "invalid InstanceInfo format: invalid token"
 
 
-def test_a_deregistration_names_the_url_and_the_instance():
+def test_a_deregistration_names_the_url_and_the_instance() -> None:
     body = {"host_ip": "0.0.0.0", "port": "1811", "instance": OURS["instance"]}
     assert parse_deregistration(json.dumps(body).encode()) == ("http://127.0.0.1:1811", OURS["instance"])
     del body["instance"]
@@ -103,12 +104,12 @@ def test_a_deregistration_names_the_url_and_the_instance():
         parse_deregistration(b'{"host_ip": "127.0.0.1"}')
 
 
-def test_listening_on_all_interfaces_means_reachable_by_loopback():
+def test_listening_on_all_interfaces_means_reachable_by_loopback() -> None:
     assert from_fields({**GOOD, "host_ip": "0.0.0.0"}).url == "http://127.0.0.1:1811"
     assert from_fields({**GOOD, "host_ip": "::"}).url == "http://[::1]:1811"
 
 
-def test_a_scheme_before_the_address_is_taken_off():
+def test_a_scheme_before_the_address_is_taken_off() -> None:
     assert from_fields({**GOOD, "host_ip": "http://127.0.0.1"}).url == "http://127.0.0.1:1811"
 
 
@@ -137,6 +138,13 @@ def test_a_scheme_before_the_address_is_taken_off():
         ({"instance": "a b"}, "invalid instance: a b"),
         ({"instance": 7}, "invalid instance: 7"),
         ({"token": 7}, "invalid token"),
+        ({"token": "\ud800"}, "invalid token"),
+        ({"port": "\ud800"}, "invalid port: \\ud800"),
+        ({"port": 1811.0}, "invalid port: 1811.0"),
+        ({"port": "1e3"}, "invalid port: 1e3"),
+        ({"connector_port": "x\n"}, "invalid connector_port: x\\n"),
+        ({"features": "x\ny,z"}, "invalid features: x\\ny"),
+        ({"transfer_protocol": "ipc,\ud800"}, "invalid transfer_protocol: \\ud800"),
         ({"features": 7}, "invalid features: 7"),
         ({"features": [["resume"]]}, "invalid features: ['resume']"),
         ({"max_concurrency": 0}, "invalid max_concurrency: 0"),
@@ -147,17 +155,17 @@ def test_a_scheme_before_the_address_is_taken_off():
         ),
     ],
 )
-def test_a_wrong_field_is_named_in_fastdeploys_words(changes, text):
+def test_wrong_field_gets_fastdeploys_error_text(changes: dict[str, object], text: str) -> None:
     assert fault(**changes) == f"invalid InstanceInfo format: {text}"
 
 
 @pytest.mark.parametrize("role", ["prefill", "DECODE", 1, 2])
-def test_prefill_and_decode_instances_are_refused(role):
+def test_prefill_and_decode_instances_are_refused(role: int | str) -> None:
     assert fault(role=role) == "only MIXED instances are allowed"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe\xfd", b"[" * 100_000])
-def test_a_body_that_is_no_object_is_refused(body):
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(RegistrationError, match="Invalid InstanceInfo JSON format"):
         parse(body)
 
@@ -173,7 +181,9 @@ values = st.recursive(
     st.dictionaries(st.sampled_from([*FASTDEPLOY, *OURS, "replica", "new"]), values),
     st.sampled_from([{}, GOOD]),
 )
-def test_anything_is_either_an_instance_or_refused(changes, base):
+def test_anything_is_either_an_instance_or_refused(
+    changes: dict[str, object], base: dict[str, object]
+) -> None:
     try:
         instance = from_fields({**base, **changes})
     except RegistrationError:
@@ -181,7 +191,7 @@ def test_anything_is_either_an_instance_or_refused(changes, base):
     assert from_fields(instance.registration()) == instance
 
 
-def test_loopback_is_always_allowed_and_others_by_network():
+def test_loopback_is_always_allowed_and_others_by_network() -> None:
     nobody, lan = AllowedAddresses(), AllowedAddresses([ipaddress.ip_network("10.0.0.0/8")])
     for address in ("127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"):
         assert address in nobody
@@ -205,14 +215,14 @@ def is_ip(text: str) -> bool:
 
 
 @pytest.mark.parametrize("address", sorted(filter(is_ip, own_addresses())))
-def test_every_address_of_this_machine_is_allowed(address):
+def test_every_address_of_this_machine_is_allowed(address: str) -> None:
     assert address in AllowedAddresses()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "255.255.255.255", "224.0.0.1", "ff02::1", "::", "240.0.0.1"])
-def test_addresses_of_no_single_machine_are_not_allowed(address):
+def test_addresses_of_no_single_machine_are_not_allowed(address: str) -> None:
     assert address not in AllowedAddresses()
 
 
-def test_ipv6_urls_have_brackets():
+def test_ipv6_urls_have_brackets() -> None:
     assert Instance("::1", 1811).url == "http://[::1]:1811"

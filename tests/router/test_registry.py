@@ -3,6 +3,9 @@
 import json
 import os
 import stat
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -29,14 +32,14 @@ def instance(number: int) -> Instance:
 
 
 @pytest.fixture
-def boards():
+def boards() -> Iterator[list[Board]]:
     boards = [Board.create(), Board.create()]
     yield boards
     for board in boards:
         board.close()
 
 
-def test_what_was_saved_is_restored_with_tokens_and_the_operators_word(tmp_path, boards):
+def test_saved_replicas_are_restored_with_tokens_and_drains(tmp_path: Path, boards: list[Board]) -> None:
     before, after = boards
     file = RegistryFile(tmp_path / "registry.json")
     for number in range(4):
@@ -53,7 +56,7 @@ def test_what_was_saved_is_restored_with_tokens_and_the_operators_word(tmp_path,
     assert {row.state for row in after.status()} == {ReplicaState.DOWN}
 
 
-def test_nobody_else_may_read_it(tmp_path, boards):
+def test_registry_file_is_private(tmp_path: Path, boards: list[Board]) -> None:
     path = tmp_path / "registry.json"
     path.write_text("{}")
     path.chmod(0o644)
@@ -68,7 +71,7 @@ def test_nobody_else_may_read_it(tmp_path, boards):
     assert [entry.name for entry in tmp_path.iterdir()] == ["registry.json"]
 
 
-def test_addresses_that_are_not_allowed_any_more_are_left_out(tmp_path, boards):
+def test_addresses_that_are_not_allowed_any_more_are_left_out(tmp_path: Path, boards: list[Board]) -> None:
     path = tmp_path / "registry.json"
     path.write_text(json.dumps({"instances": [{"role": "mixed", "host_ip": "10.1.2.3", "port": 1}]}))
     RegistryFile(path).restore(boards[0], NOBODY_ELSE)
@@ -76,7 +79,9 @@ def test_addresses_that_are_not_allowed_any_more_are_left_out(tmp_path, boards):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"instances": 5}', '{"instances": [{}]}', "\udcff"])
-def test_a_broken_file_costs_a_line_in_the_log(tmp_path, boards, caplog, text):
+def test_broken_file_is_logged_in_one_line(
+    tmp_path: Path, boards: list[Board], caplog: pytest.LogCaptureFixture, text: str
+) -> None:
     path = tmp_path / "registry.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     RegistryFile(path).restore(boards[0], NOBODY_ELSE)
@@ -85,7 +90,7 @@ def test_a_broken_file_costs_a_line_in_the_log(tmp_path, boards, caplog, text):
     assert "ignored" in caplog.text
 
 
-def test_workers_that_save_at_the_same_time_leave_a_whole_file(tmp_path, boards):
+def test_workers_that_save_at_the_same_time_leave_a_whole_file(tmp_path: Path, boards: list[Board]) -> None:
     board = boards[0]
     path = tmp_path / "registry.json"
 
@@ -94,7 +99,7 @@ def test_workers_that_save_at_the_same_time_leave_a_whole_file(tmp_path, boards)
             board.admit(Instance("127.0.0.1", 1000 + number, instance=f"{round_}"))
             RegistryFile(path).save(board)
 
-    children = [Forked(lambda child, number=number: work(child, number)) for number in range(3)]
+    children = [Forked(partial(work, number=number)) for number in range(3)]
     assert [child.wait() for child in children] == [0, 0, 0]
     saved = json.loads(path.read_text())["instances"]
     assert sorted((entry["port"], entry["instance"]) for entry in saved) == [
@@ -102,12 +107,12 @@ def test_workers_that_save_at_the_same_time_leave_a_whole_file(tmp_path, boards)
     ]
 
 
-def test_without_a_path_nothing_is_kept(boards):
+def test_without_a_path_nothing_is_kept(boards: list[Board]) -> None:
     RegistryFile(None).save(boards[0])
     RegistryFile(None).restore(boards[0], NOBODY_ELSE)
 
 
-def test_a_file_that_could_not_be_written_is_found_at_the_start(tmp_path):
+def test_a_file_that_could_not_be_written_is_found_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be a file; it is a directory"):
         RegistryFile(tmp_path).prepare()
     (tmp_path / "file").write_text("")

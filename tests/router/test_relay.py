@@ -7,12 +7,17 @@ import http.client
 import json
 import socket
 import threading
+from collections.abc import Callable
 
 import pytest
 import requests
 
+from .conftest import RouterProcess
 from .fake_engine import (
     EVENT_HEAD,
+    Behaviour,
+    FakeEngine,
+    Received,
     answers,
     answers_status,
     closes,
@@ -37,7 +42,9 @@ def raw_exchange(port: int, request: bytes) -> bytes:
 # ---- transparency
 
 
-def test_body_path_query_and_headers_arrive_as_they_were_sent(router, new_engine):
+def test_body_path_query_and_headers_arrive_as_they_were_sent(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     body = b'{ "prompt":\t"\xc3\xa4",\n "odd":  1.0e0 }' + bytes(range(256)) * 2000
@@ -66,7 +73,9 @@ def test_body_path_query_and_headers_arrive_as_they_were_sent(router, new_engine
         assert received.header(name) is None
 
 
-def test_d3_each_path_goes_to_the_same_path(router, new_engine):
+def test_d3_each_path_goes_to_the_same_path(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """Upstream once sent /v1/completions to /v1/chat/completions."""
     engine = new_engine()
     router.add(engine)
@@ -79,13 +88,15 @@ def test_d3_each_path_goes_to_the_same_path(router, new_engine):
     ]
 
 
-def test_a_request_without_id_and_seed_gets_both(router, new_engine):
+def test_a_request_without_id_and_seed_gets_both(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     answer = router.complete()
     [received] = engine.received
     assert received.header("x-request-id") == answer.headers["X-Request-Id"]
-    assert 0 <= int(received.header("x-fd-seed")) < 2**53
+    assert 0 <= int(received.header("x-fd-seed") or "") < 2**53
 
 
 @pytest.mark.parametrize(
@@ -96,7 +107,9 @@ def test_a_request_without_id_and_seed_gets_both(router, new_engine):
     ],
     ids=["named in Connection", "twice"],
 )
-def test_a_replica_gets_one_seed_and_one_id(router, new_engine, lines, seed):
+def test_a_replica_gets_one_seed_and_one_id(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], lines: bytes, seed: int | None
+) -> None:
     engine = new_engine()
     router.add(engine)
     with RawClient(router.port) as client:
@@ -106,11 +119,13 @@ def test_a_replica_gets_one_seed_and_one_id(router, new_engine, lines, seed):
     names = [name.lower() for name, _ in received.headers]
     assert (names.count("x-fd-seed"), names.count("x-request-id")) == (1, 1)
     assert received.header("x-request-id") == "a"
-    assert 0 <= int(received.header("x-fd-seed")) < 2**53
+    assert 0 <= int(received.header("x-fd-seed") or "") < 2**53
     assert seed is None or received.header("x-fd-seed") == str(seed)
 
 
-def test_the_answers_headers_come_back_without_those_of_the_connection(router, new_engine):
+def test_the_answers_headers_come_back_without_those_of_the_connection(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     extra = b"X-Kept: yes\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-Hop: no\r\nConnection: X-Hop, close\r\n"
     router.add(new_engine(replica=4, behaviour=answers_status("200 Fine", b"{}", extra)))
     connection = http.client.HTTPConnection("127.0.0.1", router.port, timeout=20)
@@ -128,7 +143,9 @@ def test_the_answers_headers_come_back_without_those_of_the_connection(router, n
 @pytest.mark.parametrize(
     "status", ["400 Bad Request", "401 Unauthorized", "404 Not Found", "422 X", "429 Slow", "500 Oops"]
 )
-def test_d1_the_replicas_status_is_the_clients_status(router, new_engine, status):
+def test_d1_the_replicas_status_is_the_clients_status(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], status: str
+) -> None:
     """Upstream set the status for 200 only: a 429 arrived as 200 with an error body."""
     body = json.dumps({"error": {"message": status}}).encode()
     engine = new_engine(behaviour=answers_status(status, body, b"Retry-After: 7\r\n"))
@@ -140,17 +157,21 @@ def test_d1_the_replicas_status_is_the_clients_status(router, new_engine, status
     assert len(engine.received) <= 1
 
 
-def test_a_stream_that_is_refused_has_the_true_status(router, new_engine):
+def test_a_stream_that_is_refused_has_the_true_status(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     router.add(new_engine(behaviour=answers_status("400 Bad Request")))
     assert router.complete(body={"stream": True}).status_code == 400
 
 
-def test_models_come_from_a_replica(router, new_engine):
+def test_models_come_from_a_replica(router: RouterProcess, new_engine: Callable[..., FakeEngine]) -> None:
     router.add(new_engine("ernie"))
     assert router.get("/v1/models").json()["data"] == [{"id": "ernie"}]
 
 
-def test_a_long_answer_and_one_without_length_arrive_whole(router, new_engine):
+def test_a_long_answer_and_one_without_length_arrive_whole(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     blob = bytes(range(256)) * 20_000
     engine = new_engine(behaviour=answers_status("200 OK", blob))
     router.add(engine)
@@ -159,7 +180,9 @@ def test_a_long_answer_and_one_without_length_arrive_whole(router, new_engine):
     assert router.complete().content == blob
 
 
-def test_the_answer_to_head_keeps_its_length_and_has_no_body(router, new_engine):
+def test_the_answer_to_head_keeps_its_length_and_has_no_body(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     router.add(new_engine(behaviour=sends(json_head(77))))
     answer = requests.head(f"{router.url}/v1/models", timeout=20)
     assert (answer.status_code, answer.headers["Content-Length"], answer.content) == (200, "77", b"")
@@ -168,11 +191,13 @@ def test_the_answer_to_head_keeps_its_length_and_has_no_body(router, new_engine)
 # ---- streams
 
 
-def test_each_event_passes_before_the_next_exists(router, new_engine):
+def test_each_event_arrives_before_the_next_is_sent(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """The engine sends an event only after the client has seen the previous one: a buffer would deadlock."""
     seen = [threading.Event() for _ in range(5)]
 
-    def steps(received) -> bool:
+    def steps(received: Received) -> bool:
         received.send(EVENT_HEAD)
         for number, event in enumerate(seen):
             received.send_chunk(b"data: %d\n\n" % number)
@@ -188,13 +213,15 @@ def test_each_event_passes_before_the_next_exists(router, new_engine):
     assert number == 4
 
 
-def test_a_stream_arrives_byte_for_byte_however_it_was_cut_up(router, new_engine):
+def test_stream_arrives_byte_for_byte_for_any_split(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     expected = (
         b': hi\r\n\r\nevent: x\ndata: {"a": 1}\ndata: more\n\n'
         + b"data: \xc3\xa4\n\ndata: [DONE]\n\nno newline"
     )
 
-    def drips(received) -> bool:
+    def drips(received: Received) -> bool:
         received.send(EVENT_HEAD)
         for byte in expected:
             received.send_chunk(bytes([byte]))
@@ -207,7 +234,9 @@ def test_a_stream_arrives_byte_for_byte_however_it_was_cut_up(router, new_engine
     assert answer.headers["Content-Type"] == "text/event-stream"
 
 
-def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(router, new_engine):
+def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     router.add(new_engine())
     body = b'{"stream": true}'
     answer = raw_exchange(
@@ -222,7 +251,9 @@ def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(router
 # ---- replicas that fail before their answer
 
 
-def test_d2_a_replica_that_is_gone_is_replaced_by_another(router, new_engine):
+def test_d2_unreachable_replica_is_replaced_by_another(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """Upstream tried three times, always the same replica."""
     dead, alive = new_engine(replica=0), new_engine(replica=1)
     router.add(dead, alive)
@@ -233,7 +264,9 @@ def test_d2_a_replica_that_is_gone_is_replaced_by_another(router, new_engine):
     assert router.urls("down") == {dead.url}
 
 
-def test_a_replica_that_dies_before_its_answer_is_replaced_by_another(router, new_engine):
+def test_a_replica_that_dies_before_its_answer_is_replaced_by_another(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     dying, alive = new_engine(replica=0, behaviour=closes), new_engine(replica=1)
     router.add(dying, alive)
     for _ in range(4):
@@ -251,10 +284,12 @@ def test_a_replica_that_dies_before_its_answer_is_replaced_by_another(router, ne
     ],
 )
 @pytest.mark.parametrize("how", ["close", "reset"])
-def test_replica_lost_between_head_and_first_event_is_replaced(router, new_engine, start, how):
+def test_replica_lost_between_head_and_first_event_is_replaced(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], start: bytes, how: str
+) -> None:
     """FastDeploy's replicas send the head of a stream at once, long before the first token."""
 
-    def dies(received) -> bool:
+    def dies(received: Received) -> bool:
         received.send(start)
         if how == "reset":
             received.reset()
@@ -270,7 +305,9 @@ def test_replica_lost_between_head_and_first_event_is_replaced(router, new_engin
     router.wait_idle()
 
 
-def test_a_stream_that_no_replica_begins_is_refused(router, new_engine):
+def test_a_stream_that_no_replica_begins_is_refused(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engines = [new_engine(replica=number, behaviour=sends(EVENT_HEAD)) for number in range(3)]
     router.add(*engines)
     answer = router.complete(body={"stream": True})
@@ -278,7 +315,9 @@ def test_a_stream_that_no_replica_begins_is_refused(router, new_engine):
     assert [len(engine.received) for engine in engines] == [1, 1, 1]
 
 
-def test_a_retried_request_is_the_same_request(router, new_engine):
+def test_a_retried_request_is_the_same_request(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engines = [new_engine(replica=0, behaviour=closes), new_engine(replica=1)]
     router.add(*engines)
     while not engines[0].received:
@@ -291,7 +330,7 @@ def test_a_retried_request_is_the_same_request(router, new_engine):
     assert (again.body, again.target) == (lost.body, lost.target)
 
 
-def test_each_replica_is_tried_once(router, new_engine):
+def test_each_replica_is_tried_once(router: RouterProcess, new_engine: Callable[..., FakeEngine]) -> None:
     engines = [new_engine(replica=number, behaviour=closes) for number in range(3)]
     router.add(*engines)
     answer = router.complete()
@@ -302,7 +341,9 @@ def test_each_replica_is_tried_once(router, new_engine):
     assert all(f"replica {number}: " in message for number in range(3))
 
 
-def test_a_busy_replica_is_replaced_by_another(router, new_engine):
+def test_a_busy_replica_is_replaced_by_another(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     busy = new_engine(replica=0, behaviour=answers_status("503 Service Unavailable"))
     router.add(busy, new_engine(replica=1))
     for _ in range(3):
@@ -310,7 +351,9 @@ def test_a_busy_replica_is_replaced_by_another(router, new_engine):
     assert router.urls("down") == set()
 
 
-def test_when_all_are_busy_the_client_gets_their_answer(router, new_engine):
+def test_when_all_are_busy_the_client_gets_their_answer(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     body = b'{"error":{"message":"loading","type":"server_error","param":null,"code":"loading"}}'
     behaviour = answers_status("503 Service Unavailable", body, b"Retry-After: 30\r\n")
     router.add(*[new_engine(replica=number, behaviour=behaviour) for number in range(2)])
@@ -318,14 +361,18 @@ def test_when_all_are_busy_the_client_gets_their_answer(router, new_engine):
     assert (answer.status_code, answer.content, answer.headers["Retry-After"]) == (503, body, "30")
 
 
-def test_a_replica_that_answers_garbage_is_a_bad_gateway(router, new_engine):
+def test_a_replica_that_answers_garbage_is_a_bad_gateway(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     router.add(new_engine(replica=0, behaviour=sends(b"SSH-2.0-OpenSSH\r\n")))
     answer = router.complete()
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "bad_gateway")
 
 
 @pytest.mark.parametrize("behaviour", [never_answers, sends_the_head_of_a_stream])
-def test_a_silent_replica_is_given_up_after_the_timeout(start_router, new_engine, behaviour):
+def test_a_silent_replica_is_given_up_after_the_timeout(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], behaviour: Behaviour
+) -> None:
     router = start_router("--request-timeout-secs", "0.3")
     engines = [new_engine(replica=number, behaviour=behaviour) for number in range(2)]
     router.add(*engines)
@@ -337,7 +384,9 @@ def test_a_silent_replica_is_given_up_after_the_timeout(start_router, new_engine
     )
 
 
-def test_an_early_refusal_of_a_large_body_reaches_the_client(router, new_engine):
+def test_an_early_refusal_of_a_large_body_reaches_the_client(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """The engine answers and closes while the router is still sending."""
 
     def refuses_early(connection: socket.socket) -> None:
@@ -359,10 +408,12 @@ def test_an_early_refusal_of_a_large_body_reaches_the_client(router, new_engine)
 
 
 @pytest.mark.parametrize("tail", [b"", b'data: {"half of an eve'])
-def test_a_stream_whose_replica_dies_ends_with_an_error_event(router, new_engine, tail):
+def test_a_stream_whose_replica_dies_ends_with_an_error_event(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], tail: bytes
+) -> None:
     whole = b'data: {"choices": []}\n\n'
 
-    def dies(received) -> bool:
+    def dies(received: Received) -> bool:
         received.send(EVENT_HEAD)
         received.send_chunk(whole + tail)
         received.reset()
@@ -389,7 +440,9 @@ def test_a_stream_whose_replica_dies_ends_with_an_error_event(router, new_engine
     ],
 )
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_half_an_answer_goes_to_nobody(router, new_engine, start, version):
+def test_incomplete_answer_reaches_no_client(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], start: bytes, version: bytes
+) -> None:
     """An answer that is not streamed is held back until it is complete."""
     router.add(new_engine(replica=0, behaviour=sends(start)))
     head = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nConnection: close\r\n" % version
@@ -403,7 +456,9 @@ def test_half_an_answer_goes_to_nobody(router, new_engine, start, version):
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_a_part_of_an_answer_too_large_to_hold_never_looks_whole(router, new_engine, version):
+def test_truncated_large_answer_never_looks_complete(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine], version: bytes
+) -> None:
     router.add(new_engine(behaviour=sends(json_head(9_000_000) + b"x" * 8_000_000)))
     request = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" % version
     with pytest.raises(ConnectionResetError):
@@ -414,7 +469,9 @@ def test_a_part_of_an_answer_too_large_to_hold_never_looks_whole(router, new_eng
 # ---- kept connections
 
 
-def test_connections_to_replicas_are_used_again(router, new_engine):
+def test_connections_to_replicas_are_used_again(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine()
     router.add(engine)
     before = engine.connections
@@ -425,11 +482,13 @@ def test_connections_to_replicas_are_used_again(router, new_engine):
     assert engine.connections - before - opened_by_checks <= 2
 
 
-def test_a_kept_connection_that_the_replica_closed_costs_nobody_a_request(router, new_engine):
+def test_kept_connection_closed_by_the_replica_fails_no_request(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(replica=0)
     router.add(engine)
 
-    def answers_and_closes(received) -> bool:
+    def answers_and_closes(received: Received) -> bool:
         answers(received)
         return False
 
@@ -439,13 +498,15 @@ def test_a_kept_connection_that_the_replica_closed_costs_nobody_a_request(router
     assert router.urls() == {engine.url}
 
 
-def test_request_on_an_expired_kept_connection_is_sent_on_a_new_one(router, new_engine):
+def test_request_on_an_expired_kept_connection_is_sent_on_a_new_one(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """The connection's keep-alive time ended at the moment of the request."""
     engine = new_engine(replica=0)
     router.add(engine)
     used: set[socket.socket] = set()
 
-    def once_per_connection(received) -> bool:
+    def once_per_connection(received: Received) -> bool:
         if received.connection in used:
             return False
         used.add(received.connection)
@@ -460,7 +521,9 @@ def test_request_on_an_expired_kept_connection_is_sent_on_a_new_one(router, new_
 # ---- load
 
 
-def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(router, new_engine):
+def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """Upstream picked and counted in two steps, so that a burst piled up on one worker."""
     gate = threading.Event()
     engines = [new_engine(replica=number, behaviour=waits_for(gate)) for number in range(8)]
@@ -476,7 +539,9 @@ def test_d5_a_burst_over_eight_idle_replicas_lands_eight_on_each(router, new_eng
     router.wait_idle()
 
 
-def test_when_as_many_are_in_flight_as_may_be_more_are_told_to_come_back(start_router, new_engine):
+def test_requests_beyond_max_in_flight_get_429_with_retry_after(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--max-in-flight", "4")
     gate = threading.Event()
     engine = new_engine(behaviour=waits_for(gate))
@@ -494,7 +559,9 @@ def test_when_as_many_are_in_flight_as_may_be_more_are_told_to_come_back(start_r
     assert router.complete().status_code == 200
 
 
-def test_the_policy_is_the_one_that_was_asked_for(start_router, new_engine):
+def test_requested_policy_is_used(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     gate = threading.Event()
     router = start_router("--policy", "round_robin")
     engines = [new_engine(replica=number) for number in range(2)]

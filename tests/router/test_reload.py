@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 from .. import waiting
-from .fake_engine import EVENT_HEAD, Received, events, wait_until
+from .conftest import RouterProcess
+from .fake_engine import FakeEngine, Received, wait_until, waits_after_the_first_event
 from .steady_load import Load, requests_counted, streams_or_answers
 
 
-def test_a_reload_loses_nothing(start_router, new_engine):
+def test_a_reload_loses_nothing(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     """New workers take over, and the old ones finish their requests."""
     router = start_router("--workers", "2")
     engines = [new_engine(replica=number, behaviour=streams_or_answers) for number in range(2)]
@@ -34,7 +39,9 @@ def test_a_reload_loses_nothing(start_router, new_engine):
     router.wait_idle()
 
 
-def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_router, new_engine, tmp_path):
+def test_reload_reads_new_keys_and_a_broken_file_changes_nothing(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     keys = tmp_path / "keys"
     keys.write_text("alpha\n")
     router = start_router("--api-keys-file", str(keys))
@@ -43,14 +50,7 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_ro
     def streams_till_the_gate_opens(received: Received) -> bool:
         if b"long" not in received.body:
             return streams_or_answers(received)
-        received.send(EVENT_HEAD)
-        first, *rest = events(received.body)
-        received.send_chunk(first)
-        assert gate.wait(30)
-        for event in rest:
-            received.send_chunk(event)
-        received.send(b"0\r\n\r\n")
-        return True
+        return waits_after_the_first_event(gate)(received)
 
     router.add(new_engine(behaviour=streams_till_the_gate_opens))
 
@@ -78,7 +78,7 @@ def test_a_reload_reads_the_keys_anew_and_a_broken_file_changes_nothing(start_ro
     assert router.process.poll() is None
 
 
-def test_workers_that_hang_do_not_use_up_the_board(start_router):
+def test_workers_that_hang_do_not_use_up_the_board(start_router: Callable[..., RouterProcess]) -> None:
     """The board has 32 places, and workers that are ending still hold theirs."""
     router = start_router("--workers", "16", "--worker-timeout-secs", "3")
     for generation in (1, 2):

@@ -13,11 +13,11 @@ CACHE_AWARE, SESSION = policy_named("cache_aware"), policy_named("session")
 LONG = "It was a bright cold day in April, and the clocks were striking thirteen. " * 60
 
 
-def body_of(**fields) -> bytes:
+def body_of(**fields: object) -> bytes:
     return json.dumps({"model": "default", **fields}).encode()
 
 
-def chat(*contents: str, **fields) -> bytes:
+def chat(*contents: str, **fields: object) -> bytes:
     roles = ["system", *["user", "assistant"] * len(contents)]
     messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
     return body_of(messages=messages, **fields)
@@ -32,7 +32,7 @@ def session(body: bytes, *headers: tuple[bytes, bytes]) -> bytes:
 
 
 @given(st.binary(max_size=5000), st.binary(max_size=5000))
-def test_two_texts_share_the_hashes_of_the_blocks_that_they_share(one, two):
+def test_two_texts_share_the_hashes_of_the_blocks_that_they_share(one: bytes, two: bytes) -> None:
     shared = next(
         (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
     )
@@ -43,19 +43,19 @@ def test_two_texts_share_the_hashes_of_the_blocks_that_they_share(one, two):
     assert len(first) == sum(end <= len(one) for end in BLOCK_ENDS)
 
 
-def test_blocks_of_a_long_prompt_are_few():
+def test_blocks_of_a_long_prompt_are_few() -> None:
     assert len(prefix_hashes(bytes(50_000))) < 64
     assert len(prefix_hashes(bytes(10_000_000))) == len(BLOCK_ENDS)
 
 
-def test_the_next_turn_of_a_conversation_begins_with_the_last_one():
+def test_the_next_turn_of_a_conversation_begins_with_the_last_one() -> None:
     first = chat(LONG, "What was bright?")
     second = chat(LONG, "What was bright?", "The day was.", "And the clocks?" + LONG, max_tokens=7, user="me")
     assert len(prefix(first)) > 10
     assert prefix(second)[: len(prefix(first))] == prefix(first)
 
 
-def test_what_a_prompt_is_made_from_tells_prompts_apart():
+def test_each_part_of_a_prompt_affects_its_hash() -> None:
     tools = [{"type": "function", "function": {"name": "strike"}}]
     bodies = [
         chat(LONG, "a"),
@@ -67,12 +67,12 @@ def test_what_a_prompt_is_made_from_tells_prompts_apart():
     assert len({prefix(body)[0] for body in bodies}) == len(bodies)
 
 
-def test_parts_of_a_message_are_text_like_any_other():
+def test_text_parts_of_a_message_count_as_text() -> None:
     parts = [{"type": "text", "text": LONG}]
     assert prefix(body_of(messages=[{"role": "user", "content": parts}]))
 
 
-def test_only_as_much_is_found_out_as_the_policy_needs():
+def test_only_facts_that_the_policy_needs_are_computed() -> None:
     body = chat(LONG, "a", user="me")
     for policy in POLICIES.values():
         facts = facts_of(policy, [(b"x-session-id", b"s")], body, 5)
@@ -82,7 +82,7 @@ def test_only_as_much_is_found_out_as_the_policy_needs():
         assert bool(facts.session) == policy.needs_session
 
 
-def test_a_session_is_named_by_the_header_else_by_the_user():
+def test_a_session_is_named_by_the_header_else_by_the_user() -> None:
     body = chat("a", "b", user="miller")
     assert session(body, (b"host", b"h"), (b"x-session-id", b"42")) == b"42"
     assert session(body, (b"x-session-id", b"")) == b"miller"
@@ -91,17 +91,21 @@ def test_a_session_is_named_by_the_header_else_by_the_user():
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_may_be_a_body(body):
+def test_arbitrary_bodies_give_facts(body: bytes) -> None:
+    any_facts(body)
+
+
+def any_facts(body: bytes) -> None:
     prefix(body)
     session(body)
 
 
 @given(st.data(), st.binary(max_size=3))
-def test_any_damage_may_come_to_a_body(data, damage):
+def test_damaged_bodies_give_facts(data: st.DataObject, damage: bytes) -> None:
     body = chat("a", "b", user="miller", tools=[{"type": "function"}], prompt=[1, 2])
     begin = data.draw(st.integers(0, len(body)))
     end = data.draw(st.integers(begin, len(body)))
-    test_any_bytes_may_be_a_body.hypothesis.inner_test(body[:begin] + damage + body[end:])
+    any_facts(body[:begin] + damage + body[end:])
 
 
 @pytest.mark.parametrize(
@@ -120,10 +124,10 @@ def test_any_damage_may_come_to_a_body(data, damage):
         b'{"user": "\\ud800"}',
     ],
 )
-def test_a_broken_body_is_left_for_the_replica_to_refuse(body):
+def test_a_broken_body_is_left_for_the_replica_to_refuse(body: bytes) -> None:
     assert prefix(body) == ()
     session(body)
 
 
-def test_a_prompt_is_read_as_it_was_sent():
+def test_a_prompt_is_read_as_it_was_sent() -> None:
     assert prompt_text(b'{"prompt": "\\u4f60 \\n"}') == b'"\\u4f60 \\n"'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ..entrypoints.conftest import ApiServer
 from .conftest import RouterProcess
-from .fake_engine import answers_status, closes, sends, wait_until
+from .fake_engine import FakeEngine, answers_status, closes, sends, wait_until
 from .raw_client import RawAnswer, RawClient
 
 #: Statuses with which a server rejects the form of a request; the API gives none to these requests.
@@ -77,11 +77,11 @@ def assert_its_form_is_accepted(answer: RawAnswer) -> None:
 
 
 @pytest.mark.parametrize("header", PROXY_HEADERS)
-def test_headers_of_proxies_change_nothing(router, header):
+def test_headers_of_proxies_change_nothing(router: RouterProcess, header: str) -> None:
     assert ask(router, request("GET", "/v1/models", header)).status == 200
 
 
-def test_contradictory_scheme_headers_are_not_judged(router):
+def test_contradictory_scheme_headers_are_not_judged(router: RouterProcess) -> None:
     headers = ["X-Forwarded-Proto: https", "X-Forwarded-Protocol: https", "X-Forwarded-Ssl: off"]
     assert ask(router, request("GET", "/v1/models", *headers)).status == 200
 
@@ -97,7 +97,9 @@ def test_contradictory_scheme_headers_are_not_judged(router):
     ],
     ids=["cookie", "token", "many headers", "long target", "long target of the longest method"],
 )
-def test_what_is_as_large_as_the_router_allows_is_accepted(router, method, target, headers):
+def test_largest_request_of_the_router_is_accepted(
+    router: RouterProcess, method: str, target: str, headers: list[str]
+) -> None:
     answer = ask(router, request(method, target, *headers))
     assert (answer.status, "x-fd-replica" in answer.headers) == (200, True), answer
 
@@ -111,7 +113,9 @@ def test_what_is_as_large_as_the_router_allows_is_accepted(router, method, targe
         (request("GET", "/v1/models", "Content-Type: a/b", "Content-Type: a/c"), 400),
     ],
 )
-def test_what_is_too_much_is_refused_by_the_router_itself(router, raw, status):
+def test_larger_requests_are_refused_by_the_router_itself(
+    router: RouterProcess, raw: bytes, status: int
+) -> None:
     answer = ask(router, raw)
     assert (answer.status, "x-fd-replica" in answer.headers) == (status, False)
 
@@ -123,14 +127,14 @@ def test_what_is_too_much_is_refused_by_the_router_itself(router, raw, status):
         *("/v1/models?x=//", "http://example.org//v1//models"),
     ],
 )
-def test_every_spelling_of_a_path_has_one_answer(router, target):
+def test_every_spelling_of_a_path_has_one_answer(router: RouterProcess, target: str) -> None:
     answer = ask(router, request("GET", target))
     assert (answer.status, "x-fd-replica" in answer.headers) == (200, True)
     assert json.loads(answer.body)["object"] == "list"
 
 
 @pytest.mark.parametrize("target", ["//v1//completions", "/v1/%63ompletions", "/v1/chat//completions"])
-def test_every_spelling_of_a_path_generates(router, target):
+def test_every_spelling_of_a_path_generates(router: RouterProcess, target: str) -> None:
     fields = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
     if "chat" not in target:
         del fields["messages"]
@@ -141,14 +145,16 @@ def test_every_spelling_of_a_path_generates(router, target):
 
 
 @pytest.mark.parametrize("target", ["/v2//models", "/nowhere%0a%20x", "/static/x", "/v1/models/"])
-def test_an_unknown_path_is_named_in_the_error(router, target):
+def test_an_unknown_path_is_named_in_the_error(router: RouterProcess, target: str) -> None:
     answer = ask(router, request("POST", target, body="{}"))
     message = json.loads(answer.body)["error"]["message"]
     assert answer.status == 404
     assert target in message
 
 
-def test_a_redirect_of_a_replica_leads_to_the_router(lent_router, new_engine):
+def test_a_redirect_of_a_replica_leads_to_the_router(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     """FastAPI, which FastDeploy's own engines use, redirects a path with a trailing slash."""
     engine = new_engine()
     lent_router.add(engine)
@@ -165,7 +171,9 @@ def test_a_redirect_of_a_replica_leads_to_the_router(lent_router, new_engine):
             assert client.answer().headers["location"] == received
 
 
-def test_errors_name_a_replica_by_its_number(lent_router, new_engine):
+def test_errors_name_a_replica_by_its_number(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     engine = new_engine(replica=5)
     lent_router.add(engine)
     for behaviour in (closes, answers_status("503 Service Unavailable"), sends(b"no HTTP\r\n\r\n"), None):
@@ -200,6 +208,8 @@ PATH = st.text("/vV1.~%2Fabc:;@!$&'()*+,=[]{}|^`\\\"<>-_?", max_size=40)
 @example(method="GET", path="//[", headers=[], body="")
 @example(method="GET", path="models%", headers=[("a", "")], body="")
 @example(method="PATCH", path="models", headers=[("a", "\x80\xff")], body="{")
-def test_no_replica_refuses_a_form_that_the_router_accepts(router, method, path, headers, body):
+def test_no_replica_refuses_a_form_that_the_router_accepts(
+    router: RouterProcess, method: str, path: str, headers: list[tuple[str, str]], body: str
+) -> None:
     lines = [f"{name}: {value}" for name, value in headers]
     assert_its_form_is_accepted(ask(router, request(method, f"/v1/{path}", *lines, body=body)))

@@ -15,7 +15,7 @@ from .replicas import Fleet
 SEVERAL: dict[str, Any] = {"n": 2, "max_tokens": 9, "stream_options": {"include_usage": True}}
 
 
-def faulty(at: str, how: str, *, event: int | str | None = None, **request: Any) -> Generation:
+def faulty(at: str, how: int | str, *, event: int | str | None = None, **request: Any) -> Generation:
     times = request.pop("times", 1)
     return generation(faults=[{"at": at, "how": how, "event": event, "times": times}], **request)
 
@@ -45,7 +45,7 @@ def undisturbed(fleet: Fleet, request: Generation, identity: str = "") -> Answer
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_without_a_death_nothing_is_added_and_marks_reach_nobody(fleet, path):
+def test_undisturbed_stream_has_no_additions_and_no_marks(fleet: Fleet, path: str) -> None:
     answer = undisturbed(fleet, generation(path, **SEVERAL), "calm")
     assert answer.trailers == {}
     assert b"\n: fd" not in answer.body
@@ -61,7 +61,7 @@ def test_without_a_death_nothing_is_added_and_marks_reach_nobody(fleet, path):
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("at", ["half", "mark", "line", "frame", "event"])
-def test_a_stream_cut_at_any_event_goes_on_there(fleet, path, at):
+def test_stream_cut_at_any_event_is_resumed_there(fleet: Fleet, path: str, at: str) -> None:
     """The cut is in the middle of the event, before its mark or its end, within a chunk, or after it."""
     for event, request in enumerate(all_positions(at, "close", path=path, **SEVERAL)):
         answer = undisturbed(fleet, request)
@@ -73,13 +73,13 @@ def test_a_stream_cut_at_any_event_goes_on_there(fleet, path, at):
 
 
 @pytest.mark.parametrize("how", ["reset", "garbage", "ends", "reborn", "failed"])
-def test_however_it_ends(fleet, how):
+def test_stream_is_resumed_after_every_kind_of_end(fleet: Fleet, how: str) -> None:
     """A reset, invalid HTTP, an early end, a restart of the replica, or a crash of its model."""
     for request in all_positions("event", how, n=2, max_tokens=7):
         assert len(undisturbed(fleet, request).resumed_by) == 1
 
 
-def test_a_replica_that_is_killed(fleet):
+def test_a_replica_that_is_killed(fleet: Fleet) -> None:
     for request in all_positions("event", "kill", max_tokens=3):
         assert len(undisturbed(fleet, request).resumed_by) == 1
         fleet.wait_until_up()
@@ -89,7 +89,7 @@ def test_a_replica_that_is_killed(fleet):
     ("at", "how"),
     [*itertools.product(["head", "begun"], ["close", "reset", "reborn"]), ("head", 503), ("begun", "failed")],
 )
-def test_a_stream_that_has_not_begun_is_begun_anew(fleet, at, how):
+def test_stream_that_has_not_begun_is_restarted(fleet: Fleet, at: str, how: int | str) -> None:
     answer = undisturbed(fleet, faulty(at, how, **SEVERAL))
     assert answer.resumed_by == []
     # A kept connection that ends without an answer proves nothing: the same replica is asked again.
@@ -98,7 +98,7 @@ def test_a_stream_that_has_not_begun_is_begun_anew(fleet, at, how):
 
 @pytest.mark.parametrize("at", ["done", "end"])
 @pytest.mark.parametrize("how", ["close", "reset", "reborn"])
-def test_what_happens_after_the_last_event_does_not_matter(fleet, at, how):
+def test_what_happens_after_the_last_event_does_not_matter(fleet: Fleet, at: str, how: str) -> None:
     before = fleet.resumes()
     answer = undisturbed(fleet, faulty(at, how, **SEVERAL))
     assert answer.resumed_by == []
@@ -109,24 +109,24 @@ def test_what_happens_after_the_last_event_does_not_matter(fleet, at, how):
 
 
 @pytest.mark.parametrize("frame", [1, 3, 100, 1000])
-def test_chunks_that_are_no_events(fleet, frame):
+def test_chunks_that_are_no_events(fleet: Fleet, frame: int) -> None:
     for request in all_positions("event", "close", frame=frame, max_tokens=6, n=2):
         undisturbed(fleet, request)
 
 
-def test_many_signs_of_life_between_events(fleet):
+def test_many_signs_of_life_between_events(fleet: Fleet) -> None:
     for event, request in enumerate(all_positions("event", "close", signs=7, max_tokens=4)):
         undisturbed(fleet, request)
         undisturbed(fleet, generation(signs=event, frame=4000))
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_several_tokens_at_a_time(fleet, step):
+def test_several_tokens_at_a_time(fleet: Fleet, step: int) -> None:
     for request in all_positions("event", "close", step=step, max_tokens=16, n=3):
         undisturbed(fleet, request)
 
 
-def test_a_long_stream_to_a_client_that_reads_slowly(fleet):
+def test_a_long_stream_to_a_client_that_reads_slowly(fleet: Fleet) -> None:
     """The stream exceeds all buffers on the way: the replica has to wait, and dies after that."""
     request = faulty("event", "close", event=10_000, max_tokens=20_000)
     answer = ask(fleet.router.port, request, pause=0.5)
@@ -137,7 +137,7 @@ def test_a_long_stream_to_a_client_that_reads_slowly(fleet):
 # ---- repeated losses
 
 
-def test_replica_that_lost_a_stream_may_resume_it_after_another_loss(fleet):
+def test_replica_that_lost_a_stream_may_resume_it_after_another_loss(fleet: Fleet) -> None:
     """There are three replicas and four are needed, but no request waits for a restart."""
     before = fleet.router.metric("fd_router_queue_seconds_count")
     faults = [{"at": "event", "event": event, "how": "close"} for event in (1, 2, 3)]
@@ -148,14 +148,14 @@ def test_replica_that_lost_a_stream_may_resume_it_after_another_loss(fleet):
 
 
 @pytest.mark.parametrize("how", ["close", "reborn"])
-def test_a_replica_is_lost_after_every_single_event(fleet, how):
+def test_a_replica_is_lost_after_every_single_event(fleet: Fleet, how: str) -> None:
     request = faulty("event", how, event="any", times=1000, **SEVERAL)
     answer = undisturbed(fleet, request)
     # The loss after the last event needs no resumption.
     assert len(answer.resumed_by) == number_of_events(request) - 1
 
 
-def test_several_deaths_in_one_stream_some_of_them_on_the_way_to_the_next(fleet):
+def test_several_deaths_in_one_stream_some_of_them_on_the_way_to_the_next(fleet: Fleet) -> None:
     faults = [
         {"at": "head", "how": "close"},
         {"at": "event", "event": 2, "how": "kill"},
@@ -170,7 +170,9 @@ def test_several_deaths_in_one_stream_some_of_them_on_the_way_to_the_next(fleet)
 
 
 @pytest.mark.parametrize(("stream", "at"), [(True, "begun"), (False, "body")])
-def test_taken_request_waits_for_a_replica_to_return_when_all_are_lost(fleet, stream, at):
+def test_taken_request_waits_for_a_replica_to_return_when_all_are_lost(
+    fleet: Fleet, stream: bool, at: str
+) -> None:
     faults = [{"at": at, "how": "kill", "times": 2}, {"at": "head", "how": 503}]
     before = fleet.router.metric("fd_router_queue_seconds_count")
     answer = ask(fleet.router.port, generation(stream=stream, faults=faults))
@@ -183,7 +185,7 @@ def test_taken_request_waits_for_a_replica_to_return_when_all_are_lost(fleet, st
 # ---- headers and metrics
 
 
-def test_a_trailer_and_the_metric_tell_of_it(fleet):
+def test_trailer_and_metric_report_a_resumption(fleet: Fleet) -> None:
     before = fleet.resumes()
     answer = undisturbed(fleet, faulty("event", "close", event=1), "told")
     [name] = answer.resumed_by
@@ -191,7 +193,7 @@ def test_a_trailer_and_the_metric_tell_of_it(fleet):
     assert fleet.resumes() == before + 1
 
 
-def test_the_other_replica_gets_the_same_request_and_its_own_token(fleet):
+def test_the_other_replica_gets_the_same_request_and_its_own_token(fleet: Fleet) -> None:
     request = faulty("event", "close", event=1, seed=77)
     [name] = undisturbed(fleet, request, "again").resumed_by
     [headers] = [each for each in fleet[int(name)].received(RESUME_PATH) if each["x-request-id"] == "again"]

@@ -3,6 +3,7 @@
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -67,7 +68,9 @@ def told_of_the_end(answer: Answered, events: int = 3) -> str:
 # ---- deadly requests
 
 
-def test_stream_ends_with_an_error_after_several_deaths_in_a_row(router, start_fleet):
+def test_stream_ends_with_an_error_after_several_deaths_in_a_row(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     fleet = start_fleet(MOST_DEATHS + 1)
     faults = [CUT, {"at": "resume", "how": "close", "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
@@ -79,7 +82,9 @@ def test_stream_ends_with_an_error_after_several_deaths_in_a_row(router, start_f
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_deadly_request_gets_a_clear_error_before_all_replicas_are_dead(router, start_fleet, stream):
+def test_deadly_request_gets_a_clear_error_before_all_replicas_are_dead(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], stream: bool
+) -> None:
     fleet = start_fleet(MOST_DEATHS + 2)
     # The requests leave kept connections. The end of one may be chance; a refused new one is not.
     for _ in fleet.replicas:
@@ -94,7 +99,9 @@ def test_deadly_request_gets_a_clear_error_before_all_replicas_are_dead(router, 
     assert len(list(router.directory.glob(f"killer-{stream}-*"))) == MOST_DEATHS
 
 
-def test_an_error_that_every_replica_reports_is_what_the_client_is_told(router, start_fleet):
+def test_error_of_every_replica_reaches_the_client(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     start_fleet(MOST_DEATHS)
     answer = ask(router.port, generation(faults=[{"at": "begun", "how": "failed", "times": 99}]))
     assert (answer.status, answer.error["code"]) == (500, "replicas_lost")
@@ -107,21 +114,27 @@ def test_an_error_that_every_replica_reports_is_what_the_client_is_told(router, 
 # ---- streams that cannot be resumed
 
 
-def test_a_replica_that_says_it_cannot_go_on_ends_the_stream(router, start_fleet):
+def test_refused_resumption_ends_the_stream_with_an_error(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     start_fleet(2)
     faults = [CUT, {"at": "resume", "how": 409, "times": 99}]
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=faults)))
-    assert "cannot resume this answer" in message
+    assert "cannot resume this response" in message
 
 
 @pytest.mark.parametrize("features", ["", "progress"])
-def test_a_stream_of_a_plain_engine_ends_with_an_error(router, start_fleet, features):
+def test_a_stream_of_a_plain_engine_ends_with_an_error(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], features: str
+) -> None:
     start_fleet(2, features=features)
     message = told_of_the_end(ask(router.port, generation(max_tokens=9, faults=[CUT])))
-    assert "was lost in the middle of the answer" in message
+    assert "was lost in the middle of the response" in message
 
 
-def test_a_stream_never_goes_on_at_a_plain_engine(router, start_fleet):
+def test_stream_is_never_resumed_at_a_plain_engine(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     plain = start_fleet(2, features="")
     start_fleet(1)
     answers = [ask(router.port, generation(max_tokens=9, faults=[CUT], seed=seed)) for seed in range(6)]
@@ -132,7 +145,9 @@ def test_a_stream_never_goes_on_at_a_plain_engine(router, start_fleet):
 # ---- no replica for now
 
 
-def test_the_only_replica_dies_and_comes_back(router, start_fleet):
+def test_the_only_replica_dies_and_comes_back(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     fleet = start_fleet(1)
     faults = [{"at": "event", "event": event, "how": "kill"} for event in (2, 4)]
     answer = ask(router.port, generation(max_tokens=20, faults=faults))
@@ -141,14 +156,18 @@ def test_the_only_replica_dies_and_comes_back(router, start_fleet):
     assert fleet[0].starts == 3
 
 
-def test_the_only_replica_loses_the_connection_and_lives(router, start_fleet):
+def test_the_only_replica_loses_the_connection_and_lives(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     start_fleet(1)
     answer = ask(router.port, generation(max_tokens=9, faults=[CUT]))
     answer.check()
     assert answer.resumed_by == ["0"]
 
 
-def test_nobody_comes_back_in_time(start_router):
+def test_stream_ends_with_an_error_if_no_replica_returns_in_time(
+    start_router: Callable[..., RouterProcess],
+) -> None:
     router = start_router("--queue-timeout-secs", "0.5")
     with Fleet(router, 1) as fleet:
         fleet.keeps_alive = False
@@ -158,13 +177,17 @@ def test_nobody_comes_back_in_time(start_router):
         router.wait_idle()
 
 
-def test_replicas_that_cannot_take_it_now_are_asked_again_later(router, start_fleet):
+def test_busy_replicas_are_asked_again_later(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     start_fleet(2)
     refusals = [{"at": "resume", "how": how} for how in (401, 429, 500, 503, "garbage")]
     ask(router.port, generation(max_tokens=9, faults=[CUT, *refusals])).check()
 
 
-def test_streams_that_have_begun_go_before_requests_that_wait(router, start_fleet):
+def test_begun_streams_take_precedence_over_waiting_requests(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     fleet = start_fleet(2, "--max-concurrency=1")
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
         # The stream is cut while the other requests wait.
@@ -187,7 +210,12 @@ def test_streams_that_have_begun_go_before_requests_that_wait(router, start_flee
     ("place", "stream"),
     [(CUT, True), ({"at": "begun"}, True), ({"at": "head"}, True), ({"at": "head"}, False)],
 )
-def test_a_replica_that_hangs_is_found_out(router, start_fleet, place, stream):
+def test_hung_replica_is_detected(
+    router: RouterProcess,
+    start_fleet: Callable[..., Fleet],
+    place: dict[str, int | str] | dict[str, str],
+    stream: bool,
+) -> None:
     start_fleet(2, SIGNS)
     request = generation(stream=stream, max_tokens=9, faults=[{**place, "how": "stop"}])
     answer = ask(router.port, request)
@@ -204,7 +232,9 @@ def test_a_replica_that_hangs_is_found_out(router, start_fleet, place, stream):
         {"stream": False, "delay": 2 * PATIENCE},
     ],
 )
-def test_a_slow_replica_that_gives_signs_of_life_is_left_alone(router, start_fleet, slow):
+def test_slow_replica_with_keep_alives_is_kept(
+    router: RouterProcess, start_fleet: Callable[..., Fleet], slow: dict[str, Any]
+) -> None:
     start_fleet(2, SIGNS)
     answer = ask(router.port, generation(max_tokens=2, **slow))
     answer.check()
@@ -212,14 +242,18 @@ def test_a_slow_replica_that_gives_signs_of_life_is_left_alone(router, start_fle
     assert "x-fd-retries" not in answer.headers
 
 
-def test_stream_of_a_silent_replica_without_signs_of_life_is_resumed(router, start_fleet):
+def test_stream_of_a_silent_replica_without_signs_of_life_is_resumed(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     start_fleet(2, features="resume")
     answer = ask(router.port, generation(max_tokens=9, faults=[{**CUT, "how": "silence"}]))
     answer.check()
     assert len(answer.resumed_by) == 1
 
 
-def test_a_client_that_does_not_read_is_not_the_replicas_silence(router, start_fleet):
+def test_unread_data_does_not_count_as_silence_of_the_replica(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     """The router does not read the signs of life while the client's buffers are full."""
     start_fleet(2, SIGNS)
     answer = ask(router.port, generation(max_tokens=1000, pad=20_000), pause=3 * PATIENCE)
@@ -227,7 +261,9 @@ def test_a_client_that_does_not_read_is_not_the_replicas_silence(router, start_f
     assert answer.resumed_by == []
 
 
-def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(router, start_fleet):
+def test_resumed_router_takes_no_replica_for_dead(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
     """The router has not yet read what arrived while it was stopped."""
     start_fleet(2, SIGNS)
     [worker] = psutil.Process(router.process.pid).children()
@@ -248,7 +284,9 @@ def test_a_router_that_has_been_stopped_itself_takes_nobody_for_dead(router, sta
 # ---- many requests at once
 
 
-def test_requests_of_a_replica_with_crashing_model_go_to_the_others(start_router):
+def test_requests_of_a_replica_with_crashing_model_go_to_the_others(
+    start_router: Callable[..., RouterProcess],
+) -> None:
     """There are more retries than the retry budget permits: that budget is for replicas that are too busy."""
     # The default timeout, so that neither of two failing replicas is also taken for silent.
     router = start_router()

@@ -24,7 +24,7 @@ WHOLE: dict[str, Any] = {"stream": False, "n": 2, "max_tokens": 40, "drafts": 4}
     ("at", "how"),
     [*itertools.product(["head", "body"], ["close", "reset", "reborn", "kill", "garbage"]), ("head", 503)],
 )
-def test_an_answer_of_which_nothing_is_known_is_begun_anew(fleet, at, how):
+def test_answer_without_a_draft_is_restarted(fleet: Fleet, at: str, how: int | str) -> None:
     answer = undisturbed(fleet, faulty(at, how, stream=False, **SEVERAL))
     assert answer.headers.get("x-fd-retries") == "1" or at == "head"
     assert answer.resumed_by == []
@@ -32,7 +32,7 @@ def test_an_answer_of_which_nothing_is_known_is_begun_anew(fleet, at, how):
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "reborn", "kill", "garbage", 503])
-def test_one_that_has_been_told_of_goes_on_from_there(fleet, how):
+def test_answer_with_a_draft_is_resumed_from_it(fleet: Fleet, how: int | str) -> None:
     before = fleet.resumes()
     for event in range(4):
         answer = undisturbed(fleet, faulty("draft", how, event=event, **WHOLE), f"draft-{how}-{event}")
@@ -45,7 +45,7 @@ def test_one_that_has_been_told_of_goes_on_from_there(fleet, how):
     assert fleet.resumes() == before + 4
 
 
-def test_whole_answer_lost_in_its_body_resumes_from_its_last_draft(fleet):
+def test_whole_answer_lost_in_its_body_resumes_from_its_last_draft(fleet: Fleet) -> None:
     for how in ("close", "reset", "reborn", "garbage"):
         answer = undisturbed(fleet, faulty("body", how, **WHOLE), f"body-{how}")
         [name] = answer.resumed_by
@@ -53,13 +53,13 @@ def test_whole_answer_lost_in_its_body_resumes_from_its_last_draft(fleet):
 
 
 @pytest.mark.parametrize("how", ["close", "reborn"])
-def test_one_that_is_lost_after_every_single_time(fleet, how):
+def test_answer_is_resumed_after_each_of_its_drafts(fleet: Fleet, how: str) -> None:
     """Each draft is progress, so the answer is resumed more often than a request may fail."""
     answer = undisturbed(fleet, faulty("draft", how, event="any", times=1000, **{**WHOLE, "drafts": 7}))
     assert len(answer.resumed_by) == 7
 
 
-def test_nobody_is_there_to_go_on_with_one_for_a_while(fleet):
+def test_answer_with_a_draft_waits_for_a_replica(fleet: Fleet) -> None:
     """The request waits for a replica, as a broken stream does, so that its drafts are not computed again."""
     faults = [
         {"at": "draft", "event": 1, "how": "kill"},
@@ -76,7 +76,7 @@ def test_nobody_is_there_to_go_on_with_one_for_a_while(fleet):
 
 
 @pytest.mark.parametrize("refusal", [400, 409, 500])
-def test_who_cannot_go_on_with_one_begins_it_anew(fleet, refusal):
+def test_refused_resumption_restarts_the_answer(fleet: Fleet, refusal: int) -> None:
     faults = [{"at": "draft", "event": 1, "how": "close"}, {"at": "resume", "how": refusal, "times": 1000}]
     before = relayed(fleet.router)
     answer = undisturbed(fleet, generation(faults=faults, **WHOLE))
@@ -85,7 +85,7 @@ def test_who_cannot_go_on_with_one_begins_it_anew(fleet, refusal):
     assert relayed(fleet.router) == before + 1 + len(fleet.replicas)
 
 
-def test_nobody_has_gone_on_with_what_was_thrown_away(fleet):
+def test_restarted_answer_names_no_resuming_replica(fleet: Fleet) -> None:
     faults = [
         {"at": "draft", "event": 0, "how": "close"},
         {"at": "draft", "event": 2, "how": "close"},
@@ -112,12 +112,12 @@ def test_nobody_has_gone_on_with_what_was_thrown_away(fleet):
     ],
     ids=["other", "no head", "no time", "long", "late", "no token", "token -1", "choice -1", "choice"],
 )
-def test_what_is_no_draft_begins_it_anew(fleet, lines):
+def test_invalid_draft_restarts_the_answer(fleet: Fleet, lines: str) -> None:
     answer = undisturbed(fleet, faulty("draft", "close", event=3, interim=lines, **WHOLE))
     assert answer.resumed_by == []
 
 
-def test_whole_answer_lost_repeatedly_without_progress_ends_in_an_error(fleet):
+def test_whole_answer_lost_repeatedly_without_progress_ends_in_an_error(fleet: Fleet) -> None:
     """Drafts of a restarted answer are no progress: the request would otherwise go through all replicas."""
     faults = [{"at": "draft", "event": 1, "how": "close", "times": 1000}]
     faults += [{"at": "resume", "how": 409, "times": 1000}]
@@ -129,14 +129,14 @@ def test_whole_answer_lost_repeatedly_without_progress_ends_in_an_error(fleet):
     fleet.renew()
 
 
-def test_a_kept_connection_that_ends_after_a_sign_of_life_was_no_old_one(fleet):
+def test_connection_that_ends_after_a_keep_alive_was_not_stale(fleet: Fleet) -> None:
     for _ in fleet.replicas:
         ask(fleet.router.port, generation(stream=False, max_tokens=1)).check()
     answer = undisturbed(fleet, faulty("draft", "close", event=0, drafts=1, interim="X: y", stream=False))
     assert answer.headers["x-fd-retries"] == "1"
 
 
-def test_a_large_one_tells_in_its_head_who_has_gone_on_with_it(fleet):
+def test_large_resumed_answer_names_its_replica_in_the_head(fleet: Fleet) -> None:
     """A large answer is forwarded before it is complete, and has no trailer."""
     answer = undisturbed(fleet, faulty("draft", "close", event=3, pad=6 << 20, **WHOLE))
     assert answer.resumed_by == [answer.headers["x-fd-replica"]]
@@ -146,7 +146,7 @@ def test_a_large_one_tells_in_its_head_who_has_gone_on_with_it(fleet):
 
 
 @pytest.fixture
-def small_fleet(start_router) -> Iterator[Callable[[int], Fleet]]:
+def small_fleet(start_router: Callable[..., RouterProcess]) -> Iterator[Callable[[int], Fleet]]:
     """Starts replicas that take one request at a time."""
     with ExitStack() as stack:
 
@@ -158,7 +158,9 @@ def small_fleet(start_router) -> Iterator[Callable[[int], Fleet]]:
 
 
 @pytest.mark.parametrize("kind", ["begun anew", "gone on with", "a stream"])
-def test_replica_that_lost_a_request_is_retried_while_others_are_full(small_fleet, kind):
+def test_replica_that_lost_a_request_is_retried_while_others_are_full(
+    small_fleet: Callable[[int], Fleet], kind: str
+) -> None:
     fleet = small_fleet(2)
     request = {
         "begun anew": faulty("body", "close", stream=False),
@@ -171,7 +173,7 @@ def test_replica_that_lost_a_request_is_retried_while_others_are_full(small_flee
         ask(fleet.router.port, request).check()
 
 
-def test_queue_timeout_starts_anew_when_a_taken_request_is_lost(small_fleet):
+def test_queue_timeout_restarts_when_a_taken_request_is_lost(small_fleet: Callable[[int], Fleet]) -> None:
     fleet = small_fleet(1)
     first = threading.Thread(target=ask, args=(fleet.router.port, generation(stream=False, delay=0.5)))
     first.start()

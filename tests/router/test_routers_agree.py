@@ -39,21 +39,21 @@ class Talk(RuleBasedStateMachine):
         return replica(f"start-{self.starts[number]}", number)
 
     @rule(at=st.integers(0, 2))
-    def turn(self, at):
+    def turn(self, at: int) -> None:
         self.routers[at].turn()
 
     @rule(at=st.integers(0, 2), number=st.integers(0, 1))
-    def heartbeat(self, at, number):
+    def heartbeat(self, at: int, number: int) -> None:
         self.routers[at].hears(self.instance(number))
 
     @rule(at=st.integers(0, 2), number=st.integers(0, 1))
-    def restart(self, at, number):
+    def restart(self, at: int, number: int) -> None:
         self.starts[number] += 1
         self.clock.now += 5
         self.routers[at].hears(self.instance(number))
 
     @rule(at=st.integers(0, 2), number=st.integers(0, 1))
-    def farewell(self, at, number):
+    def farewell(self, at: int, number: int) -> None:
         self.routers[at].board.deregister(self.instance(number).url, self.instance(number).instance)
         self.starts[number] += 1
         self.clock.now += 5
@@ -61,24 +61,24 @@ class Talk(RuleBasedStateMachine):
     @rule(
         at=st.integers(0, 2), number=st.integers(0, 1), order=st.sampled_from(["drain", "undrain", "remove"])
     )
-    def order(self, at, number, order):
+    def order(self, at: int, number: int, order: str) -> None:
         board = self.routers[at].board
         handle = board.handle_of(self.instance(number).url)
         if handle is not None:
             getattr(board, order)(handle)
 
     @rule(seconds=st.sampled_from([1.0, 30.0]))
-    def time_passes(self, seconds):
+    def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
         for router in self.routers:
             router.checks_health()
 
     @rule(at=st.integers(0, 2))
-    def another_leads(self, at):
+    def another_leads(self, at: int) -> None:
         self.routers[at].shared = SharedReplicas(self.routers[at].board, LAN, self.clock)
 
     @rule()
-    def memory_is_lost(self):
+    def memory_is_lost(self) -> None:
         self.hub.said = SharedState()
 
 

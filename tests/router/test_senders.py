@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastdeploy.daemon.router.control.reload_status import ReloadStatus
 from fastdeploy.daemon.router.metrics import counter_memory
 from fastdeploy.daemon.router.metrics.counter_memory import CounterMemory
 
+from .conftest import RouterProcess
 from .fake_engine import FakeEngine, wait_until, waits_for
 
 
@@ -40,7 +41,7 @@ from .fake_engine import FakeEngine, wait_until, waits_for
         "2002:a9fe:a9fe::",
     ],
 )
-def test_nobody_points_the_router_at_another_machine(lent_router, host):
+def test_registration_cannot_name_another_machine(lent_router: RouterProcess, host: str) -> None:
     info = {"role": "mixed", "host_ip": host, "port": 80}
     answer = requests.post(f"{lent_router.url}/register", json=info, timeout=20)
     assert answer.status_code == 403
@@ -48,7 +49,7 @@ def test_nobody_points_the_router_at_another_machine(lent_router, host):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "127.0.0.9"])
-def test_nobody_points_the_router_at_itself(lent_router, host):
+def test_registration_cannot_name_the_router_itself(lent_router: RouterProcess, host: str) -> None:
     info = {"role": "mixed", "host_ip": host, "port": lent_router.port}
     answer = requests.post(f"{lent_router.url}/register", json=info, timeout=20)
     assert (answer.status_code, "is the router itself" in answer.json()["msg"]) == (400, True)
@@ -73,7 +74,7 @@ def test_nobody_points_the_router_at_itself(lent_router, host):
         "",
     ],
 )
-def test_a_host_is_an_address_in_the_usual_spelling(lent_router, host):
+def test_a_host_is_an_address_in_the_usual_spelling(lent_router: RouterProcess, host: str) -> None:
     info = {"role": "mixed", "host_ip": host, "port": 80}
     answer = requests.post(f"{lent_router.url}/register", json=info, timeout=20)
     assert answer.status_code == 400
@@ -118,7 +119,7 @@ def in_process(new_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 @pytest.mark.parametrize("path", ["/register", "/deregister"])
-def test_other_machines_are_not_heard_unless_their_network_is_named(in_process, path):
+def test_other_machines_are_refused_without_allow_host(in_process: InProcess, path: str) -> None:
     status, message = in_process.ask(in_process.start(), "192.0.2.7", path=path)
     assert status == 403
     assert message.startswith(
@@ -127,7 +128,7 @@ def test_other_machines_are_not_heard_unless_their_network_is_named(in_process, 
 
 
 @pytest.mark.parametrize("path", ["/register", "/deregister"])
-def test_and_then_they_must_show_a_key(in_process, path):
+def test_other_machines_must_present_a_key(in_process: InProcess, path: str) -> None:
     network = ["--allow-host", "192.0.2.0/24"]
     status, message = in_process.ask(in_process.start(*network), "192.0.2.7", path=path)
     assert status == 403
@@ -140,13 +141,13 @@ def test_and_then_they_must_show_a_key(in_process, path):
         assert in_process.ask(router, "192.0.2.7", "beta") == (200, "Register success")
 
 
-def test_who_is_on_this_machine_needs_no_key(in_process):
+def test_this_machine_needs_no_key(in_process: InProcess) -> None:
     router = in_process.start("--register-keys-file", str(in_process.keys))
     for peer in ("127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1", ""):
         assert in_process.ask(router, peer) == (200, "Register success")
 
 
-def test_orders_come_from_loopback_only(in_process):
+def test_admin_commands_are_accepted_from_loopback_only(in_process: InProcess) -> None:
     router = in_process.start("--admin-keys-file", str(in_process.keys))
     path = "/admin/replicas/0/drain"
     assert in_process.ask(router, "192.0.2.7", "alpha", path)[0] == 403
@@ -154,14 +155,16 @@ def test_orders_come_from_loopback_only(in_process):
     assert in_process.ask(router, "", "", path)[0] == 404
 
 
-def test_an_address_is_ones_own_if_the_machine_has_it():
+def test_an_address_is_ones_own_if_the_machine_has_it() -> None:
     allowed = AllowedAddresses()
     assert allowed.is_own("127.0.0.2")
     assert not allowed.is_own("192.0.2.7")
     assert not allowed.is_own("")
 
 
-def test_many_replicas_that_hang_while_they_register_hold_up_nobody_else(lent_router, new_engine):
+def test_replicas_that_hang_while_registering_delay_no_other(
+    lent_router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     gate = threading.Event()
     engines = [new_engine(replica=number) for number in range(24)]
     for engine in engines:

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 import requests
 
-from .conftest import FD_ROUTER
-from .fake_engine import streams_for_ever, wait_until, waits_for
+from .conftest import FD_ROUTER, RouterProcess
+from .fake_engine import FakeEngine, streams_for_ever, wait_until, waits_for
 
 
 def run(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -54,7 +56,7 @@ def run(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_exit_code_2(flags, words):
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(flags: list[str], words: str) -> None:
     ended = run(*flags)
     assert ended.returncode == 2
     assert words in ended.stderr
@@ -62,7 +64,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(flags, words):
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_port_that_is_taken_is_one_line_and_exit_code_5():
+def test_a_port_that_is_taken_is_one_line_and_exit_code_5() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         ended = run("--port", str(port))
@@ -71,7 +73,9 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_5():
 
 
 @pytest.mark.parametrize("missing", [("uvloop",), ("uvloop", "httptools")])
-def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, missing):
+def test_missing_package_is_named_with_its_remedy(
+    tmp_path: Path, missing: tuple[str, str] | tuple[str]
+) -> None:
     hide = "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
     (tmp_path / "sitecustomize.py").write_text(f"import sys\n{hide}")
     ended = run("--port", "1", PYTHONPATH=str(tmp_path))
@@ -82,19 +86,19 @@ def test_a_package_that_is_missing_is_named_with_what_to_do(tmp_path, missing):
     )
 
 
-def test_it_is_ready_in_a_moment(start_router):
+def test_router_starts_quickly(start_router: Callable[..., RouterProcess]) -> None:
     began = time.monotonic()
     start_router()
     print(f"fd-router was ready after {time.monotonic() - began:.2f} s")
 
 
 @pytest.mark.parametrize("flag", ["--version", "-V"])
-def test_the_version_is_printed(flag):
+def test_the_version_is_printed(flag: str) -> None:
     ended = run(flag)
     assert (ended.returncode, ended.stdout.split()[0]) == (0, "fd-router")
 
 
-def test_it_loads_neither_paddle_nor_numpy():
+def test_router_loads_neither_paddle_nor_numpy() -> None:
     program = (
         "import fastdeploy.daemon.router.server.main, sys; print({'paddle', 'numpy'} & set(sys.modules))"
     )
@@ -104,7 +108,9 @@ def test_it_loads_neither_paddle_nor_numpy():
     assert ended.stdout.strip() == "set()"
 
 
-def test_it_listens_on_loopback_unless_told_otherwise(router, start_router):
+def test_router_listens_on_loopback_by_default(
+    router: RouterProcess, start_router: Callable[..., RouterProcess]
+) -> None:
     def addresses(process: psutil.Process) -> set[str]:
         return {each.laddr.ip for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN}
 
@@ -112,7 +118,9 @@ def test_it_listens_on_loopback_unless_told_otherwise(router, start_router):
     assert addresses(psutil.Process(start_router("--host", "0.0.0.0").process.pid)) == {"0.0.0.0"}
 
 
-def test_sigterm_lets_running_requests_end(router, new_engine):
+def test_sigterm_lets_running_requests_end(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     gate = threading.Event()
     engine = new_engine(behaviour=waits_for(gate))
     router.add(engine)
@@ -128,7 +136,9 @@ def test_sigterm_lets_running_requests_end(router, new_engine):
     assert router.process.wait(30) == 0
 
 
-def test_sigterm_does_not_wait_longer_than_it_was_told(start_router, new_engine):
+def test_sigterm_waits_at_most_the_graceful_timeout(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--graceful-timeout-secs", "1")
 
     router.add(new_engine(behaviour=streams_for_ever))
@@ -136,7 +146,9 @@ def test_sigterm_does_not_wait_longer_than_it_was_told(start_router, new_engine)
         assert router.stop(signal.SIGTERM) == 0
 
 
-def test_sigint_ends_it_at_once_even_in_the_middle_of_a_stream(router, new_engine):
+def test_sigint_ends_it_at_once_even_in_the_middle_of_a_stream(
+    router: RouterProcess, new_engine: Callable[..., FakeEngine]
+) -> None:
     gate = threading.Event()
     engine = new_engine(behaviour=waits_for(gate))
     router.add(engine)
@@ -149,7 +161,7 @@ def test_sigint_ends_it_at_once_even_in_the_middle_of_a_stream(router, new_engin
             answer.result()
 
 
-def test_a_killed_arbiter_takes_its_worker_along_so_that_the_port_is_free(router):
+def test_a_killed_arbiter_takes_its_worker_along_so_that_the_port_is_free(router: RouterProcess) -> None:
     [worker] = psutil.Process(router.process.pid).children()
     router.process.kill()
     router.process.wait(20)
@@ -158,7 +170,9 @@ def test_a_killed_arbiter_takes_its_worker_along_so_that_the_port_is_free(router
     assert not listens(router.port)
 
 
-def test_a_killed_worker_is_replaced_and_knows_the_registered_replicas(start_router, new_engine, tmp_path):
+def test_a_killed_worker_is_replaced_and_knows_the_registered_replicas(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     router = start_router("--registry-file", str(tmp_path / "registry.json"))
     engine = new_engine(replica=2)
     router.add(engine)

@@ -15,7 +15,7 @@ from fastdeploy.daemon.router.instance import Instance
 from fastdeploy.daemon.router.policy.policies import policy_named
 from fastdeploy.daemon.router.policy.policy import RequestFacts
 
-from .boards import Clock
+from .boards import Clock, pick
 from .talking import LAN, Hub, Router, replica, turns
 
 
@@ -37,7 +37,9 @@ def routers(hub: Hub) -> Iterator[tuple[Router, Router]]:
         router.board.close()
 
 
-def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(routers):
+def test_shared_registration_is_checked_before_use(
+    routers: tuple[Router, Router],
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -47,7 +49,7 @@ def test_what_one_hears_the_other_learns_and_looks_at_before_it_is_used(routers)
     assert other.row().state == ReplicaState.UP
 
 
-def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, clock):
+def test_restarted_replica_is_new_for_both_routers(routers: tuple[Router, Router], clock: Clock) -> None:
     one, other = routers
     one.hears(replica("a"))
     turns(one, other)
@@ -61,12 +63,12 @@ def test_one_that_was_started_anew_is_new_for_both_whoever_hears_of_it(routers, 
     assert (one.knows(), other.knows()) == (["c"], ["c"])
 
 
-def test_a_deregistration_at_one_reaches_the_other(routers, clock):
+def test_a_deregistration_at_one_reaches_the_other(routers: tuple[Router, Router], clock: Clock) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
     other.checks_health()
-    lease = other.board.pick(policy_named("request_num"), RequestFacts(0))
+    lease = pick(other.board)
     one.board.deregister(replica().url, "a")
     turns(one, other)
     assert one.knows() == []
@@ -78,11 +80,11 @@ def test_a_deregistration_at_one_reaches_the_other(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers):
+def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers: tuple[Router, Router]) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
-    lease = one.board.pick(policy_named("request_num"), RequestFacts(0))
+    lease = pick(one.board)
     one.board.deregister(replica().url, "a")
     turns(one, other)
     assert [row.leaving for row in one.board.status()] == [True]
@@ -91,7 +93,9 @@ def test_a_deregistration_with_requests_in_flight_reaches_the_other(routers):
     lease.release()
 
 
-def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(routers, clock):
+def test_removed_replica_is_absent_at_both_until_a_heartbeat(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -104,7 +108,7 @@ def test_a_removed_replica_is_gone_for_both_until_one_hears_of_it(routers, clock
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_the_operators_word_holds_at_both(routers):
+def test_drain_applies_at_both_routers(routers: tuple[Router, Router]) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -116,7 +120,7 @@ def test_the_operators_word_holds_at_both(routers):
     assert (one.row().draining, other.row().draining) == (False, False)
 
 
-def test_a_router_that_starts_learns_it_all(routers, hub):
+def test_new_router_learns_the_shared_state(routers: tuple[Router, Router], hub: Hub) -> None:
     one, _ = routers
     for number in range(3):
         one.hears(replica("a", number))
@@ -128,7 +132,7 @@ def test_a_router_that_starts_learns_it_all(routers, hub):
     late.board.close()
 
 
-def test_another_worker_that_takes_the_lead_changes_nothing(routers, hub, clock):
+def test_new_leader_changes_nothing(routers: tuple[Router, Router], hub: Hub, clock: Clock) -> None:
     one, other = routers
     one.hears(replica())
     one.board.drain(one.row().handle)
@@ -140,7 +144,9 @@ def test_another_worker_that_takes_the_lead_changes_nothing(routers, hub, clock)
     assert (one.board.status(), hub.said) == before
 
 
-def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(routers, clock):
+def test_heartbeat_to_one_router_keeps_a_replica_at_the_other(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -153,7 +159,9 @@ def test_a_heartbeat_to_one_keeps_a_replica_that_the_other_cannot_reach(routers,
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_what_one_router_forgets_the_other_may_keep(routers, clock):
+def test_replica_dropped_by_one_router_stays_at_the_other(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -166,7 +174,9 @@ def test_what_one_router_forgets_the_other_may_keep(routers, clock):
     assert (one.knows(), other.knows()) == (["a"], ["a"])
 
 
-def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
+def test_replica_without_heartbeats_expires_at_all_routers(
+    routers: tuple[Router, Router], clock: Clock
+) -> None:
     """Routers pass its entry to each other, but without heartbeats the entry expires."""
     one, other = routers
     one.hears(replica())
@@ -180,7 +190,7 @@ def test_a_replica_that_nobody_hears_of_is_not_kept_by_talk(routers, clock):
     assert (one.knows(), other.knows()) == ([], [])
 
 
-def test_lost_shared_state_is_published_again(routers, hub):
+def test_lost_shared_state_is_published_again(routers: tuple[Router, Router], hub: Hub) -> None:
     one, other = routers
     one.hears(replica("a", 0))
     other.hears(replica("b", 1))
@@ -194,7 +204,9 @@ def test_lost_shared_state_is_published_again(routers, hub):
     assert hub.said.draining == {replica("a", 0).url: "1"}
 
 
-def test_an_old_copy_of_the_shared_state_changes_nothing(routers, hub, clock):
+def test_an_old_copy_of_the_shared_state_changes_nothing(
+    routers: tuple[Router, Router], hub: Hub, clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica("a"))
     turns(one, other)
@@ -211,7 +223,9 @@ def test_an_old_copy_of_the_shared_state_changes_nothing(routers, hub, clock):
     assert json.loads(hub.said.entries[replica().url])["registration"]["instance"] == "b"
 
 
-def test_loopback_is_each_machines_own(routers, hub, monkeypatch):
+def test_loopback_addresses_are_distinct_on_each_machine(
+    routers: tuple[Router, Router], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = routers
     mine = Instance("127.0.0.1", 8000, instance="mine")
     one.hears(mine)
@@ -228,7 +242,9 @@ def test_loopback_is_each_machines_own(routers, hub, monkeypatch):
     shared_name.cache_clear()
 
 
-def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(hub, caplog):
+def test_replicas_not_allowed_here_are_not_removed_elsewhere(
+    hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
     open_one, closed = Router(hub), Router(hub, AllowedAddresses())
     open_one.hears(replica())
     for _ in range(3):
@@ -243,7 +259,7 @@ def test_replicas_that_are_not_allowed_here_are_not_ours_to_remove(hub, caplog):
 @pytest.mark.parametrize(
     "entry", ["", "[]", "{}", '{"registration": {}, "state": "here"}', '{"registration": 5}']
 )
-def test_nonsense_is_left_alone(routers, hub, entry):
+def test_invalid_shared_data_is_ignored(routers: tuple[Router, Router], hub: Hub, entry: str) -> None:
     one, _ = routers
     hub.said = SharedState(
         {"http://10.0.0.9:1": entry}, {"http://10.0.0.9:1": "x"}, {"http://10.0.0.9:1": "soon"}
@@ -253,7 +269,9 @@ def test_nonsense_is_left_alone(routers, hub, entry):
     assert hub.said.entries.get("http://10.0.0.9:1", entry) == entry
 
 
-def test_what_has_gone_for_long_is_not_spoken_of(routers, hub, clock):
+def test_removed_replicas_expire_from_the_shared_state(
+    routers: tuple[Router, Router], hub: Hub, clock: Clock
+) -> None:
     one, other = routers
     one.hears(replica())
     turns(one, other)
@@ -263,3 +281,18 @@ def test_what_has_gone_for_long_is_not_spoken_of(routers, hub, clock):
     clock.now += 3 * FORGET_AFTER
     turns(one, other)
     assert not hub.said
+
+
+def test_an_invalid_entry_of_a_known_replica_does_not_hide_other_changes(
+    routers: tuple[Router, Router], hub: Hub, clock: Clock
+) -> None:
+    one, other = routers
+    one.hears(replica())
+    turns(one, other)
+    clock.now += 5
+    one.hears(replica("b", 1))
+    one.turn()
+    name, entry = shared_name(replica()), '{"registration": {}, "state": "here"}'
+    hub.said = hub.said.updated(SharedState({name: entry}, {}, {name: str(hub.now())}))
+    other.turn()
+    assert other.knows() == ["a", "b"]

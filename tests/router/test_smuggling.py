@@ -13,7 +13,7 @@ from gunicorn.config import Config
 from gunicorn.http.parser import RequestParser
 
 from .conftest import RouterProcess
-from .fake_engine import Received
+from .fake_engine import FakeEngine, Received
 from .raw_client import RawClient
 
 HOST = b"Host: x\r\n"
@@ -206,7 +206,9 @@ def requests_in(raw: bytes) -> list[tuple[str, str, bytes, list[tuple[str, str]]
 
 
 @pytest.mark.parametrize("trick", REFUSED)
-def test_what_could_be_read_in_two_ways_reaches_no_replica(shared_router, replica, trick):
+def test_ambiguous_request_reaches_no_replica(
+    shared_router: RouterProcess, replica: FakeEngine, trick: str
+) -> None:
     sent, expected = REFUSED[trick]
     with RawClient(shared_router.port) as client:
         client.send(sent)
@@ -218,7 +220,9 @@ def test_what_could_be_read_in_two_ways_reaches_no_replica(shared_router, replic
 
 
 @pytest.mark.parametrize("trick", SERVED)
-def test_what_can_be_read_in_one_way_only_is_written_anew(shared_router, replica, trick):
+def test_unambiguous_request_is_rewritten(
+    shared_router: RouterProcess, replica: FakeEngine, trick: str
+) -> None:
     sent, expected = SERVED[trick]
     with RawClient(shared_router.port) as client:
         client.send(sent)
@@ -237,7 +241,9 @@ def test_what_can_be_read_in_one_way_only_is_written_anew(shared_router, replica
 
 @pytest.mark.parametrize("path", CLIMBING)
 @pytest.mark.parametrize("method", [b"POST", b"GET"])
-def test_only_what_is_below_v1_reaches_a_replica(shared_router, replica, path, method):
+def test_only_paths_below_v1_reach_a_replica(
+    shared_router: RouterProcess, replica: FakeEngine, path: str, method: bytes
+) -> None:
     with RawClient(shared_router.port) as client:
         client.send(method + b" " + path.encode() + b" HTTP/1.1\r\n" + HOST + BODY)
         status, headers, _ = client.answer()
@@ -249,7 +255,9 @@ def test_only_what_is_below_v1_reaches_a_replica(shared_router, replica, path, m
     "name",
     [b"X-FD-Token", b"x-fd-marks", b"X-FD-PROGRESS", b"X_FD_Token", b"X_FD-Marks", b"X-FD_Progress"],
 )
-def test_what_router_and_replica_tell_each_other_no_client_can_say(shared_router, replica, name):
+def test_clients_cannot_send_internal_headers(
+    shared_router: RouterProcess, replica: FakeEngine, name: bytes
+) -> None:
     with RawClient(shared_router.port) as client:
         client.send(POST + name + b": 1\r\n" + BODY)
         assert client.answer().status == 200
@@ -262,7 +270,9 @@ def test_what_router_and_replica_tell_each_other_no_client_can_say(shared_router
 @pytest.mark.parametrize(
     "name", [b"Content_Length", b"Transfer_Encoding", b"X_Request_Id", b"X-FD_Seed", b"HOST_"]
 )
-def test_an_underscore_does_not_pose_as_a_hyphen(shared_router, replica, name):
+def test_an_underscore_does_not_pose_as_a_hyphen(
+    shared_router: RouterProcess, replica: FakeEngine, name: bytes
+) -> None:
     with RawClient(shared_router.port) as client:
         client.send(POST + name + b": chunked\r\n" + BODY)
         assert client.answer().status == 200
@@ -271,7 +281,7 @@ def test_an_underscore_does_not_pose_as_a_hyphen(shared_router, replica, name):
     assert received.header("x-request-id") != "chunked"
 
 
-def test_an_old_client_is_not_told_to_continue(shared_router, replica):
+def test_http_1_0_client_gets_no_100_continue(shared_router: RouterProcess, replica: FakeEngine) -> None:
     with RawClient(shared_router.port) as client:
         client.send(b"POST /v1/completions HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
         wait_for_the_head(shared_router)

@@ -6,11 +6,13 @@ import os
 import random as entropy
 import signal
 import time
+from collections.abc import Callable
 from random import Random
 
 import psutil
 import pytest
 
+from .conftest import RouterProcess
 from .fake_engine import wait_until
 from .kills import PATIENCE, SIGNS, Load
 from .replicas import Fleet
@@ -25,7 +27,9 @@ _MOST_FILES = 200
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_traffic_leaves_nothing_behind_in_the_router(start_router, capsys):
+def test_traffic_leaves_nothing_behind_in_the_router(
+    start_router: Callable[..., RouterProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
     minutes = float(os.environ.get("FD_SOAK_MINUTES", "10"))
     seed = int(os.environ.get("FD_SOAK_SEED", entropy.randrange(2**32)))
     router = start_router("--workers", "2", *PATIENCE)

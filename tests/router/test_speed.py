@@ -29,13 +29,13 @@ def stream(board: Board, clock: Clock, rates: list[float], seconds: int) -> None
         lease.release()
 
 
-def test_replicas_of_nearly_the_same_speed_weigh_the_same(board, clock):
+def test_replicas_of_nearly_the_same_speed_weigh_the_same(board: Board, clock: Clock) -> None:
     seat_replicas(board, 4)
     stream(board, clock, [100, 90, 110, 80], 20)
     assert [row.weight for row in board.status()] == [1.0] * 4
 
 
-def test_slow_replica_has_less_weight_until_its_measurements_expire(board, clock):
+def test_slow_replica_has_less_weight_until_its_measurements_expire(board: Board, clock: Clock) -> None:
     seat_replicas(board, 4)
     stream(board, clock, [100, 100, 50, 3], 20)
     weights = [row.weight for row in board.status()]
@@ -51,7 +51,7 @@ def test_slow_replica_has_less_weight_until_its_measurements_expire(board, clock
     assert [row.weight for row in board.status()] == [1.0] * 4
 
 
-def test_answers_that_come_whole_say_nothing_about_speed(board, clock):
+def test_unstreamed_answers_do_not_affect_the_measured_speed(board: Board, clock: Clock) -> None:
     seat_replicas(board, 2)
     board.measure(clock.now)
     for _ in range(50):
@@ -63,7 +63,7 @@ def test_answers_that_come_whole_say_nothing_about_speed(board, clock):
     assert [row.weight for row in board.status()] == [1.0, 1.0]
 
 
-def test_the_drain_rate_is_that_of_the_last_seconds(board, clock):
+def test_the_drain_rate_is_that_of_the_last_seconds(board: Board, clock: Clock) -> None:
     seat_replicas(board, 2)
     board.measure(clock.now)
     assert board.drain_rate() == 0.0
@@ -83,21 +83,21 @@ paces = st.lists(st.builds(StreamRate, st.floats(0, 1e6), st.floats(0, 1e4)), mi
 
 
 @given(paces)
-def test_weights_are_between_a_tenth_and_one_and_somebody_is_normal(paces):
+def test_weights_are_within_a_tenth_and_one_and_one_is_normal(paces: list[StreamRate]) -> None:
     found = weights(paces, [1.0] * len(paces))
     assert all(0.1 <= weight <= 1.0 for weight in found)
     assert 1.0 in found
 
 
 @given(paces, st.floats(0.01, 100))
-def test_only_the_ratio_of_speeds_counts(paces, factor):
+def test_only_the_ratio_of_speeds_counts(paces: list[StreamRate], factor: float) -> None:
     before = [1.0] * len(paces)
     faster = [StreamRate(pace.tokens * factor, pace.seconds) for pace in paces]
     for one, other in zip(weights(paces, before), weights(faster, before), strict=True):
         assert one == pytest.approx(other, abs=0.02) or {one, other} <= {1.0, 0.75}
 
 
-def test_a_slow_replica_is_normal_again_only_when_it_is_clearly_faster():
+def test_a_slow_replica_is_normal_again_only_when_it_is_clearly_faster() -> None:
     def weight(speed: float, before: float) -> float:
         return weights(
             [StreamRate(100, 10), StreamRate(10 * speed, 10), StreamRate(100, 10)], [1.0, before, 1.0]
@@ -109,9 +109,9 @@ def test_a_slow_replica_is_normal_again_only_when_it_is_clearly_faster():
     assert weight(9, 0.8) == 1.0
 
 
-def test_of_two_replicas_the_faster_one_is_normal():
+def test_faster_of_two_replicas_is_normal() -> None:
     assert weights([StreamRate(100, 10), StreamRate(50, 10)], [1.0, 1.0]) == [1.0, 0.5]
 
 
-def test_too_little_is_known_of_a_replica_that_streamed_for_a_moment():
+def test_too_little_is_known_of_a_replica_that_streamed_for_a_moment() -> None:
     assert weights([StreamRate(100, 10), StreamRate(1, 2)], [1.0, 1.0]) == [1.0, 1.0]

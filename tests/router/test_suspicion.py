@@ -50,26 +50,26 @@ def test_deaths_from_outside_make_no_suspect_unless_they_do_not_end() -> None:
     assert verdict([OUTSIDE] * SUSPECT_AFTER_ANY) is Verdict.SUSPECT
 
 
-def test_the_word_of_fd_dp_lifts_a_suspicion() -> None:
+def test_report_of_fd_dp_clears_a_suspect() -> None:
     assert verdict([OWN, UNKNOWN]) is Verdict.SUSPECT
     assert verdict([OWN, OUTSIDE]) is Verdict.INNOCENT
 
 
-def test_a_suspect_is_never_deadly_before_it_was_alone() -> None:
+def test_suspect_is_never_deadly_before_it_was_alone() -> None:
     assert verdict([OWN] * 20, waited=1000.0) is Verdict.SUSPECT
 
 
-def test_one_that_was_alone_is_deadly_once_the_reason_is_known() -> None:
+def test_request_tried_alone_is_deadly_once_the_cause_is_known() -> None:
     assert verdict([OWN, OWN], [UNKNOWN], waited=PATIENCE / 2) is Verdict.PENDING
     assert verdict([OWN, OWN], [OWN]) is Verdict.POISONOUS
 
 
-def test_without_a_word_in_time_one_that_was_alone_is_deadly() -> None:
+def test_request_tried_alone_is_deadly_without_a_report_in_time() -> None:
     assert verdict([OWN, OWN], [UNKNOWN], waited=PATIENCE) is Verdict.POISONOUS
     assert verdict([OWN, OWN], [UNKNOWN], patience=0.0) is Verdict.POISONOUS
 
 
-def test_one_whose_replica_was_killed_from_outside_is_tried_again() -> None:
+def test_request_is_retried_if_its_replica_was_killed_from_outside() -> None:
     assert verdict([OWN, OWN], [OUTSIDE]) is Verdict.SUSPECT
     assert verdict([OWN], [OUTSIDE]) is Verdict.INNOCENT
 

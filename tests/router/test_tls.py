@@ -93,7 +93,9 @@ def connection(shared_router: TlsRouter) -> Iterator[http.client.HTTPSConnection
     connection.close()
 
 
-def test_requests_are_served_and_the_connection_is_kept(engine, connection):
+def test_requests_are_served_and_the_connection_is_kept(
+    engine: FakeEngine, connection: http.client.HTTPSConnection
+) -> None:
     connection.connect()
     own = connection.sock.getsockname()
     for body in (b"{}", b"x" * 2_000_000):
@@ -105,7 +107,9 @@ def test_requests_are_served_and_the_connection_is_kept(engine, connection):
     assert connection.sock.getsockname() == own
 
 
-def test_each_event_passes_before_the_next_exists(engine, connection):
+def test_each_event_arrives_before_the_next_is_sent(
+    engine: FakeEngine, connection: http.client.HTTPSConnection
+) -> None:
     seen = threading.Semaphore(0)
 
     engine.behaviour = waits_after_each_event(seen)
@@ -117,7 +121,9 @@ def test_each_event_passes_before_the_next_exists(engine, connection):
     assert answer.read() == b""
 
 
-def test_a_client_that_goes_away_ends_the_request(shared_router, engine, connection):
+def test_a_client_that_goes_away_ends_the_request(
+    shared_router: TlsRouter, engine: FakeEngine, connection: http.client.HTTPSConnection
+) -> None:
     engine.behaviour = streams_for_ever
     connection.request("POST", "/v1/completions", b'{"stream": true}')
     answer = connection.getresponse()
@@ -128,7 +134,7 @@ def test_a_client_that_goes_away_ends_the_request(shared_router, engine, connect
     wait_until(lambda: not any(shared_router.in_flight().values()), "the count is zero")
 
 
-def test_who_speaks_no_tls_is_cut_off_and_nobody_else_is(shared_router, engine):
+def test_only_the_client_without_tls_is_disconnected(shared_router: TlsRouter, engine: FakeEngine) -> None:
     with socket.create_connection(("127.0.0.1", shared_router.port), timeout=20) as plain:
         plain.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
         with contextlib.suppress(ConnectionResetError):
@@ -138,7 +144,7 @@ def test_who_speaks_no_tls_is_cut_off_and_nobody_else_is(shared_router, engine):
     assert "Traceback" not in shared_router.log.read_text()
 
 
-def test_a_certificate_that_is_none_is_one_line_and_exit_code_2(tmp_path, shared_router):
+def test_invalid_certificate_is_one_line_and_exit_code_2(tmp_path: Path, shared_router: TlsRouter) -> None:
     file = tmp_path / "certificate"
     for text in (None, "none", shared_router.certificate.read_text()):
         if text is not None:
@@ -152,7 +158,9 @@ def test_a_certificate_that_is_none_is_one_line_and_exit_code_2(tmp_path, shared
         assert ended.stderr.count("\n") == 1
 
 
-def test_reload_takes_a_new_certificate_and_ignores_a_broken_one(shared_router, engine):
+def test_reload_takes_a_new_certificate_and_ignores_a_broken_one(
+    shared_router: TlsRouter, engine: FakeEngine
+) -> None:
     def sign() -> str:
         certify(shared_router.certificate, shared_router.key)
         return ssl.PEM_cert_to_DER_cert(shared_router.certificate.read_text()).hex()

@@ -1,6 +1,5 @@
 """The transcript of a stream: enough to resume it elsewhere, with nothing lost or altered."""
 
-import itertools
 import json
 import tracemalloc
 from typing import NamedTuple
@@ -11,6 +10,8 @@ from hypothesis import strategies as st
 
 from fastdeploy.common.resumption import Delivered, mark
 from fastdeploy.daemon.router.relay.transcript import MAX_TOKENS, Lines, Transcript
+
+from ..pieces import pieces_of
 
 DONE = b"data: [DONE]\n\n"
 SIGN = b":\n\n"
@@ -46,11 +47,6 @@ def delivered(said: list[Said]) -> dict[int, Delivered]:
     return choices
 
 
-def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
-    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[start:end] for start, end in itertools.pairwise(places)]
-
-
 events = st.builds(
     Said,
     # A model may write anything, marks and ends of streams included.
@@ -66,7 +62,9 @@ cuts = st.lists(st.integers(0, 4000), max_size=30)
 
 @given(streams, cuts, st.integers(0, 5), st.integers(0, 4000))
 @example([Said("a"), Said("b", signs=4)], [], 0, 0)
-def test_what_comes_out_is_the_stream_without_marks_and_signs_of_life(stream, cuts, signs, end):
+def test_output_is_the_stream_without_marks_and_keep_alives(
+    stream: list[Said], cuts: list[int], signs: int, end: int
+) -> None:
     """For any split and any cut, the output has whole events, and tokens for exactly those."""
     data = b"".join(each.raw for each in stream) + SIGN * signs
     data = data[: len(data) - end % len(data)]
@@ -85,7 +83,9 @@ def test_what_comes_out_is_the_stream_without_marks_and_signs_of_life(stream, cu
 
 
 @given(streams, cuts, cuts, st.integers(0, 12), st.integers(1, 4000))
-def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(stream, cuts, others, count, lost):
+def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(
+    stream: list[Said], cuts: list[int], others: list[int], count: int, lost: int
+) -> None:
     count %= len(stream)
     begun = b"".join(each.raw for each in stream[:count])
     part = stream[count].raw[: lost % len(stream[count].raw)]
@@ -102,12 +102,21 @@ def test_a_part_of_an_event_is_replaced_by_the_event_of_another_replica(stream, 
 
 
 @given(st.binary(max_size=60).map(lambda data: data.replace(b"\r", b"\n")), cuts)
-def test_a_stream_of_a_replica_that_knows_no_marks_comes_out_as_it_is(data, cuts):
+def test_stream_without_marks_is_unchanged(data: bytes, cuts: list[int]) -> None:
     lines = Lines()
     out = b"".join(map(lines.feed, pieces_of(data, cuts)))
     assert data.startswith(out)
     assert not out or out.endswith(b"\n")
     assert out + lines.rest == data
+
+
+def test_an_endless_line_is_passed_on_in_pieces():
+    piece, lines, out = b"x" * (1 << 20), Lines(), b""
+    for count in range(1, 10):
+        out += lines.feed(piece)
+        assert out + lines.rest == piece * count
+        assert len(lines.rest) <= 4 << 20
+    assert out
 
 
 #: Lines that this project's engines send, and lines that they never send.
@@ -131,7 +140,7 @@ lines_of_any_kind = st.sampled_from(
 @example([b"data: {}", b": fd 0 1", b"", b": fd 0", b""], [18])
 @example([b"data: [DONE]", b"", b": x", b""], [])
 @example([b"data: {}", b"", b"data: {}", b": fd 0 1", b""], [10])
-def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines, cuts):
+def test_output_does_not_depend_on_the_split(lines: list[bytes], cuts: list[int]) -> None:
     data = b"".join(line + b"\n" for line in lines)
     for kind in (Transcript, Lines):
         cut, whole = kind(), kind()
@@ -142,7 +151,7 @@ def test_what_comes_out_does_not_depend_on_how_it_was_cut(lines, cuts):
         assert cut.resumption(*args) == whole.resumption(*args)
 
 
-def test_a_mark_that_comes_alone_is_kept_from_the_client():
+def test_mark_without_an_event_is_not_forwarded() -> None:
     transcript = Transcript()
     assert transcript.feed(Said("a").raw + b": fd 0 2 .\n\n") == Said("a").clean
     resumption = transcript.resumption("/v1/completions", b"{}")
@@ -150,14 +159,14 @@ def test_a_mark_that_comes_alone_is_kept_from_the_client():
     assert resumption.choices == {0: Delivered([1, 2], True)}
 
 
-def test_an_answer_without_marks_that_breaks_off_is_not_taken_for_whole():
+def test_truncated_answer_without_marks_does_not_look_complete() -> None:
     transcript = Transcript()
     transcript.feed(Said("a").clean)
     transcript.feed(Said("b").clean)
     assert (transcript.missing_end, transcript.is_done, transcript.is_open) == (b"", False, False)
 
 
-def test_an_answer_without_marks_passes_and_cannot_be_resumed():
+def test_an_answer_without_marks_passes_and_cannot_be_resumed() -> None:
     transcript = Transcript()
     assert transcript.feed(Said("a").clean) == Said("a").clean
     assert transcript.feed(Said("b").raw) == Said("b").clean
@@ -165,7 +174,7 @@ def test_an_answer_without_marks_passes_and_cannot_be_resumed():
 
 
 @pytest.mark.parametrize("line", [b"", b"x 1", b"0 x", b"0 -1", b"0 99999999999999999999"])
-def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line):
+def test_invalid_mark_prevents_resumption_but_not_the_stream(line: bytes) -> None:
     transcript = Transcript()
     transcript.feed(Said("a").raw)
     bad = Said("b").clean[:-1] + b": fd " + line + b"\n\n"
@@ -175,14 +184,14 @@ def test_a_mark_that_is_none_costs_the_resumption_and_not_the_stream(line):
         assert transcript.feed(Said("c").raw) == Said("c").clean
 
 
-def test_an_event_without_end_is_given_up():
+def test_endless_event_is_aborted() -> None:
     transcript = Transcript()
     piece = b"data: " + b"x" * 100_000
     assert [transcript.feed(piece) for _ in range(100)] == [b""] * 100
     assert transcript.problem
 
 
-def test_transcript_of_a_long_stream_is_small_and_bounded():
+def test_transcript_of_a_long_stream_is_small_and_bounded() -> None:
     """Ten thousand tokens as marks would take megabytes; as numbers they take four bytes each."""
     one, many = Said("abc", tokens=(100_000,)).raw, Said("abc", tokens=tuple(range(100_000, 100_512))).raw
     transcript = Transcript()

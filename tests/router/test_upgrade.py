@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
 from .conftest import FD_ROUTER, RouterProcess
-from .fake_engine import wait_until
+from .fake_engine import FakeEngine, wait_until
 from .raw_client import RawClient
 from .steady_load import Load, requests_counted, streams_or_answers
 
@@ -23,7 +24,9 @@ def successor_of(router: RouterProcess) -> psutil.Process | None:
     return next((child for child in children if child.children()), None)
 
 
-def test_an_upgrade_loses_nothing(start_router, new_engine, tmp_path):
+def test_an_upgrade_loses_nothing(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine], tmp_path: Path
+) -> None:
     """The new program serves on the same sockets and board; the old one ends on SIGTERM."""
     admin = tmp_path / "admin"
     router = start_router("--workers", "2", "--admin-socket", str(admin))
@@ -53,7 +56,9 @@ def test_an_upgrade_loses_nothing(start_router, new_engine, tmp_path):
     assert not admin.exists()
 
 
-def test_the_old_program_may_be_ended_at_once(start_router, new_engine):
+def test_the_old_program_may_be_ended_at_once(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router()
     router.add(new_engine())
     with upgraded(router):
@@ -63,7 +68,9 @@ def test_the_old_program_may_be_ended_at_once(start_router, new_engine):
             assert router.complete().status_code == 200
 
 
-def test_an_upgrade_can_be_taken_back(start_router, new_engine):
+def test_an_upgrade_can_be_taken_back(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router()
     router.add(new_engine())
     with upgraded(router):
@@ -73,7 +80,7 @@ def test_an_upgrade_can_be_taken_back(start_router, new_engine):
     assert requests_counted(router) >= 4
 
 
-def test_a_version_with_another_board_says_so_and_ends(tmp_path):
+def test_version_with_another_board_layout_exits_with_a_message(tmp_path: Path) -> None:
     """The program is started as SIGUSR2 would, and finds the board of the old program."""
     board = os.memfd_create("board")
     os.ftruncate(board, 1 << 20)

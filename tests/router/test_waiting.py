@@ -46,7 +46,7 @@ def new_place(longest: int = 100) -> Place:
     return Place(WaitQueue(longest))
 
 
-def test_first_come_first_served():
+def test_first_come_first_served() -> None:
     place = new_place()
     for name in "abc":
         assert place.queue.join(Waiter(name, place))
@@ -57,7 +57,7 @@ def test_first_come_first_served():
     assert (place.served, len(place.queue)) == (["a", "b"], 1)
 
 
-def test_a_pass_over_an_empty_queue_does_not_delay_the_next_one():
+def test_a_pass_over_an_empty_queue_does_not_delay_the_next_one() -> None:
     place = new_place()
     place.queue.advance(0.0)
     place.queue.join(Waiter("first", place))
@@ -66,7 +66,7 @@ def test_a_pass_over_an_empty_queue_does_not_delay_the_next_one():
     assert place.served == ["first"]
 
 
-def test_those_whose_answer_has_begun_come_first_and_always_get_in():
+def test_begun_requests_come_first_and_are_never_rejected() -> None:
     place = new_place(longest=1)
     assert place.queue.join(Waiter("a", place))
     assert not place.queue.join(Waiter("b", place))
@@ -78,7 +78,7 @@ def test_those_whose_answer_has_begun_come_first_and_always_get_in():
     assert place.served == ["x", "y", "a"]
 
 
-def test_one_for_whom_there_is_nobody_holds_up_nobody_and_keeps_its_place():
+def test_request_without_a_possible_replica_keeps_its_place() -> None:
     place = new_place()
     stranded = Waiter("a", place, is_stranded=True)
     urgent = Waiter("x", place, is_stranded=True)
@@ -94,7 +94,7 @@ def test_one_for_whom_there_is_nobody_holds_up_nobody_and_keeps_its_place():
     assert place.served == ["b", "x", "a", "c"]
 
 
-def test_one_that_does_not_want_every_replica_holds_up_nobody_else():
+def test_request_with_exclusions_does_not_block_others() -> None:
     place = new_place()
     for name in "abc":
         place.queue.join(Waiter(name, place, has_exclusions=name != "b"))
@@ -107,7 +107,7 @@ def test_one_that_does_not_want_every_replica_holds_up_nobody_else():
     assert place.room == 1
 
 
-def test_a_queue_without_any_replica_is_not_tried_for_each_arrival():
+def test_arrivals_do_not_retry_a_queue_without_replicas() -> None:
     place = new_place()
     tries = []
 
@@ -130,7 +130,7 @@ def test_a_queue_without_any_replica_is_not_tried_for_each_arrival():
     assert place.served == ["b", "a"]
 
 
-def test_new_request_queues_only_behind_those_needing_the_same_replicas():
+def test_new_request_queues_only_behind_those_needing_the_same_replicas() -> None:
     place = new_place()
     assert not place.queue.has_others(0.0)
     stranded = Waiter("a", place, is_stranded=True)
@@ -144,7 +144,7 @@ def test_new_request_queues_only_behind_those_needing_the_same_replicas():
     assert place.served == ["c"]
 
 
-def test_thousands_whose_time_is_up_together_go_and_each_is_told_once():
+def test_thousands_of_simultaneous_timeouts_are_each_reported_once() -> None:
     """Each waiter that gives up advances the queue from within a pass over it."""
     place = new_place(longest=3000)
     for number in range(3000):
@@ -155,7 +155,7 @@ def test_thousands_whose_time_is_up_together_go_and_each_is_told_once():
     assert len(place.gone) == len(set(place.gone)) == len(place.queue) * 2 == 2000
 
 
-def test_who_leaves_is_not_served():
+def test_waiter_that_leaves_is_not_served() -> None:
     place = new_place()
     a, x = Waiter("a", place), Waiter("x", place)
     place.queue.join(a)
@@ -168,7 +168,7 @@ def test_who_leaves_is_not_served():
     assert (place.served, place.gone, len(place.queue)) == ([], [], 0)
 
 
-def test_retry_after_is_the_time_that_those_before_will_need():
+def test_retry_after_is_the_time_for_the_requests_ahead() -> None:
     assert retry_after(waiting=9, ended_per_second=2.0, limit=30.0) == 5
     assert retry_after(waiting=0, ended_per_second=1000.0, limit=30.0) == 1
     assert retry_after(waiting=1000, ended_per_second=1.0, limit=30.0) == 30

@@ -5,15 +5,17 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import threading
+from collections.abc import Callable
 
-from .fake_engine import wait_until, waits_for
-from .raw_client import RawClient
+from .conftest import RouterProcess
+from .fake_engine import FakeEngine, wait_until, waits_for
+from .raw_client import POST, RawClient
 from .steady_load import requests_counted
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
 
-
-def test_a_burst_lands_evenly_however_many_workers_there_are(start_router, new_engine):
+def test_a_burst_lands_evenly_however_many_workers_there_are(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     gate = threading.Event()
     router = start_router("--workers", "2")
     engines = [new_engine(replica=number, behaviour=waits_for(gate)) for number in range(8)]
@@ -32,7 +34,9 @@ def test_a_burst_lands_evenly_however_many_workers_there_are(start_router, new_e
         wait_until(lambda: requests_counted(router) == 64, "the figures of both workers are added up")
 
 
-def test_a_worker_that_hangs_is_replaced(start_router, new_engine):
+def test_a_worker_that_hangs_is_replaced(
+    start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
+) -> None:
     router = start_router("--workers", "2", "--worker-timeout-secs", "3")
     gate = threading.Event()
     engine = new_engine(behaviour=waits_for(gate))

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Boots a systemd as PID 1 of namespaces of its own, on an overlay of /: nothing that it writes reaches the host.
+# Boot a systemd as PID 1 in new namespaces, on an overlay of /, so that its writes do not reach the host.
 #   boot.sh prepare CGROUP WORK [FROM=TO ...]    CGROUP: an empty cgroup2; WORK: an empty directory, becomes a
 #                                                tmpfs; FROM=TO: FROM is seen at TO, read-only
-# Ends with the namespaces' last process. The machine's / lies below WORK/root until it has booted.
+# Returns when the last process of the namespaces has ended. Until the machine has booted, its / is WORK/root.
 set -eu
 
 if [ "$1" = prepare ]; then
@@ -42,7 +42,7 @@ for share in "${@:3}"; do
     mount -o remount,bind,ro "$root${share#*=}"
 done
 
-# Nothing of the host's own services, but what basic.target brings: a journal, and tmpfiles.
+# Start none of the host's services except those of basic.target: the journal and tmpfiles.
 hostname fd-dp-test
 echo >"$root/etc/fstab"
 tr -d - </proc/sys/kernel/random/uuid >"$root/etc/machine-id"
@@ -58,7 +58,7 @@ pivot_root . .host
 cd /
 umount -l /.host
 rmdir /.host
-# As on a machine of its own, where systemd does it; credentials, for one, reach their units by that.
+# On a real machine systemd does this. Units get their credentials through shared mounts.
 mount --make-rshared /
 exec env -i container=fd-dp-test PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin TERM=dumb \
     /lib/systemd/systemd --system --unit=basic.target --show-status=0

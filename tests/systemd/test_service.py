@@ -10,7 +10,7 @@ import pytest
 from .conftest import Service, wait_until
 
 
-def test_status_says_how_far_a_start_is_and_it_is_over_when_all_are_ready(stopped: Service) -> None:
+def test_status_shows_progress_and_start_ends_when_all_are_ready(stopped: Service) -> None:
     stopped.configure(8, "--load-seconds", "2")
     stopped.run("systemctl", "start", "--no-block", "fd-dp")
     pattern = r"\d/8 ready, (replica \d loading \d+%(, )?)+"
@@ -48,7 +48,7 @@ def test_stop_leaves_nothing(serving: Service) -> None:
     assert serving.sockets() - {"router.sock"} == set()
 
 
-def test_what_ignores_sigterm_or_has_left_its_session_ends_as_well(stopped: Service) -> None:
+def test_stop_kills_processes_that_ignore_sigterm_or_left_their_session(stopped: Service) -> None:
     stopped.configure(2, "--ignore-term", "--grandchild")
     stopped.override("fd-dp-engines", "TimeoutStopSec=1s")
     stopped.run("systemctl", "start", "fd-dp")
@@ -92,7 +92,7 @@ def test_reload_fails_and_rolls_back_if_replicas_cannot_start(
     serving.configure()
 
 
-def test_a_daemon_that_is_killed_comes_back_and_adopts(serving: Service) -> None:
+def test_killed_daemon_restarts_and_adopts_the_programs(serving: Service) -> None:
     before, daemon = serving.wait_ready(), serving.show("MainPID")
     serving.machine.kill(daemon, "KILL")
     wait_until(lambda: serving.show("MainPID") not in (daemon, "0"), "another daemon")
@@ -153,7 +153,7 @@ def test_start_with_a_bad_dp_toml_says_why_and_succeeds_once_corrected(
     stopped.wait_ready()
 
 
-def test_group_fd_operates_and_others_do_not_even_look(serving: Service) -> None:
+def test_group_fd_may_operate_and_others_have_no_access(serving: Service) -> None:
     for user, groups in (("olga", ["-G", "fd"]), ("eve", [])):
         serving.run("useradd", *groups, user, code=None)
     told = serving.run("fdctl", "status", user="olga")

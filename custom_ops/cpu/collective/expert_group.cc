@@ -23,6 +23,10 @@ constexpr int64_t kPollNanoseconds = 2'000'000;
 // Granularity of memory allocation.
 constexpr int64_t kGrowth = 64 << 10;
 constexpr int kRankBits = 6;
+constexpr const char* kStampFault = "its step number";
+// The words of a row that carry (epoch, number) or an epoch; the other ranks wait for them.
+constexpr std::atomic<uint64_t> RankRow::*kStamps[] = {&RankRow::arrived, &RankRow::begun, &RankRow::dispatched,
+                                                        &RankRow::combined};
 
 uint64_t bit(int rank) { return uint64_t{1} << rank; }
 
@@ -62,6 +66,7 @@ void ExpertGroup::set_members(uint64_t epoch, uint64_t active, const uint64_t* e
   faulty_ = -1;
   fault_ = "";
   status_ = kGoing;
+  for (int i = 0; i < kNumStamps; ++i) published_[i] = (row(rank_).*kStamps[i]).load(std::memory_order_relaxed);
 }
 
 ExpertGroup::Status ExpertGroup::arrive() {
@@ -289,6 +294,15 @@ std::atomic<uint32_t>& ExpertGroup::bell_of(Word word) const {
 // store, so at least one of the last two sees that all have published.
 void ExpertGroup::publish(Word word, uint64_t value) {
   if (status_ != kGoing) return;
+  if (!own_stamps_are_intact()) {
+    // After a change of members the old stamps do not matter any more.
+    if (words().epoch.load(std::memory_order_seq_cst) == epoch_) record_fault(rank_, kStampFault);
+    status_ = faulty() >= 0 ? kFaulty : kChanged;
+    return;
+  }
+  for (int i = 0; i < kNumStamps; ++i) {
+    if (word == kStamps[i]) published_[i] = value;
+  }
   (row(rank_).*word).store(value, std::memory_order_seq_cst);
   if (lagging_ranks(word, value, active_) == 0) wake_waiters(bell_of(word));
 }
@@ -304,12 +318,24 @@ uint64_t ExpertGroup::lagging_ranks(Word word, uint64_t value, uint64_t ranks) c
   return missing;
 }
 
-// Finds a number of this epoch that no rank can have reached.
+// A damaged stamp of this rank misleads healthy ranks: they may run ahead of it or wait for it forever.
+bool ExpertGroup::own_stamps_are_intact() const {
+  for (int i = 0; i < kNumStamps; ++i) {
+    if ((row(rank_).*kStamps[i]).load(std::memory_order_relaxed) != published_[i]) return false;
+  }
+  return true;
+}
+
+// Finds a number of this epoch that no rank can have reached. Accuses another rank only if this one has not misled it.
 bool ExpertGroup::find_impossible(Word word, uint64_t value, uint64_t ranks) const {
+  if (!own_stamps_are_intact()) {
+    record_fault(rank_, kStampFault);
+    return true;
+  }
   if (word == &RankRow::arrived) return false;
   for_each_rank(ranks, [&](int rank) {
     const uint64_t theirs = (row(rank).*word).load(std::memory_order_relaxed);
-    if (theirs >> 40 == epoch_ && theirs > value + 1) record_fault(rank, "its step number");
+    if (theirs >> 40 == epoch_ && theirs > value + 1) record_fault(rank, kStampFault);
   });
   return faulty() >= 0;
 }

@@ -1,4 +1,4 @@
-// The kernels for AVX512.
+// The kernels for AVX-512.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -115,13 +115,14 @@ struct Kernels {
   float (*block_maxima)(const float* scores, int64_t count, float* maxima);
   // weights[i] = 2^((scores[i] - best) * factor), padded with zeros to a whole block; sums[b] = sum of block b
   void (*weigh)(const float* scores, int64_t count, double best, double factor, double* weights, double* sums);
-  // returns the sum of the weights that are at least `cut` > 0; they are padded with zeros to a whole block
+  // returns the sum of the weights >= cut > 0; the weights are padded with zeros to a whole block
   double (*mass_from)(const double* weights, int64_t count, double cut);
   // sets weights below `cut` to zero; sums[b] = sum of block b
   void (*retain)(double* weights, int64_t count, double cut, double* sums);
 };
 
-// The kernels for this processor; FD_ISA=generic|avx2|avx512|amx in the environment selects lesser ones.
+// The best kernels for this processor, or those that FD_ISA=generic|avx2|avx512|amx in the environment selects. Throws
+// std::invalid_argument if the processor does not support those.
 const Kernels& kernels();
 
 namespace generic {

@@ -210,7 +210,7 @@ FD_INLINE void store_part(float* p, V a, int n) {
   std::memcpy(p, buffer, n * sizeof(float));
 }
 
-// Both reduce in a fixed tree.
+// Both reduce in a fixed tree, so that all instruction sets sum in the same order.
 FD_INLINE float reduce_add(V a) {
   float b[16];
   store(b, a);

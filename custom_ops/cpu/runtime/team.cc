@@ -84,7 +84,7 @@ class ThreadPool {
       start_.advance();
     }
     body(team);
-    // No thread may still run `body`, which the caller owns, when this returns.
+    // The caller owns `body`, so no thread may still run it when this returns.
     if (size_ > 1) barrier();
   }
 
@@ -130,7 +130,7 @@ class ThreadPool {
 
   const int size_;
   FunctionRef<void(Team&)>* body_ = nullptr;
-  // On separate cache lines, so that threads taking items do not disturb waiting threads.
+  // On separate cache lines, so that threads that take items do not slow down waiting ones.
   alignas(64) Signal start_;
   alignas(64) Signal round_;
   alignas(64) std::atomic<int> arrived_{0};

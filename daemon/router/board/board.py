@@ -265,7 +265,8 @@ class Board:
         """Record how an instance ended, as fd-dp reports it."""
         with self._lock:
             self._rows.record_ending(url, instance_id, ending)
-            logger.info("replica at %s ended: %s", url, ending.name.lower().replace("_", " "))
+            cause = "from outside" if ending is Ending.FROM_OUTSIDE else "by its own fault"
+            logger.info("replica at %s ended: %s", url, cause)
 
     def ending_of(self, handle: ReplicaHandle) -> Ending:
         with self._lock:
@@ -306,7 +307,7 @@ class Board:
                 self._log_state(handle, self._rows.succeed(handle.row, self._clock()))
 
     def failed(self, handle: ReplicaHandle, why: str) -> None:
-        """Record a failed health check or request that may be transient."""
+        """Record a failed health check or request. The failure may be transient."""
         self._fail(handle, why, at_once=False)
 
     def unreachable(self, handle: ReplicaHandle, why: str) -> None:
@@ -314,7 +315,7 @@ class Board:
         self._fail(handle, why, at_once=True)
 
     def set_load(self, handle: ReplicaHandle, running: int, waiting: int) -> None:
-        """Set the requests that run and wait there by the replica's own metrics."""
+        """Set the numbers of running and waiting requests that the replica's own metrics show."""
         with self._lock:
             if self._is_current(handle):
                 self._rows.set_load(handle.row, running, waiting)

@@ -11,7 +11,7 @@ from .memory import CounterCells
 
 logger = logging.getLogger(__name__)
 
-#: Minimum seconds between two counts of a stream's tokens, so that not each token touches the board.
+#: Minimum seconds between two counts of a stream's tokens, so that not every token touches the board.
 _COUNT_SECONDS = 0.25
 
 
@@ -51,7 +51,7 @@ class WorkerCounters:
             left = cells.in_flight[row] - 1
             if left < 0:
                 # A count below zero would draw every request to this replica.
-                logger.error("replica=%s more requests ended than began", lease.instance.name)
+                logger.error("replica=%s: more requests have ended than begun", lease.instance.name)
             cells.in_flight[row] = max(0, left)
             cells.tokens[row] -= lease.tokens
             if lease.probing:
@@ -87,10 +87,10 @@ class Lease:
         return self.handle.instance
 
     def count_tokens(self, count: int) -> None:
-        """Record that `count` tokens of the answer have just been passed on.
+        """Record that `count` tokens of the response have just been passed on.
 
-        The first call starts the clock and its tokens are left out, because a complete response that comes in
-        one call says nothing about speed.
+        The first call only starts the clock, because a complete response that comes in one call says nothing
+        about speed.
         """
         now = self._counters.clock()
         if not self._since:

@@ -14,9 +14,10 @@ from types import TracebackType
 
 #: struct flock of 64-bit Linux: type, whence, start, length, pid.
 _RECORD = struct.Struct("hhqqi4x")
-# fcntl.flock lets go of the GIL and, if another thread is busy, gets it back only after 5 ms, for which all
-# other processes would wait. This function keeps the GIL; it is for calls that do not block. It has no
-# argtypes, because ctypes would check them at each call: integers are passed as C's int anyway.
+# fcntl.flock releases the GIL and, if another thread is busy, gets it back only after 5 ms. Until then it
+# holds the lock, and all other processes wait. This function keeps the GIL, so it is for calls that do not
+# block. It has no argtypes, because ctypes would check them at each call: integers are passed as C's int
+# anyway.
 _flock = ctypes.PyDLL(None).flock
 _LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
@@ -25,8 +26,8 @@ class KernelLocks:
     """An exclusive lock between threads and processes (a with-statement), and numbered liveness locks.
 
     The exclusive lock is flock's. A liveness lock is an open file description lock on one byte. A process
-    holds it until it dies, so that the lock tells whether the process lives; a pid could be used again.
-    Classic record locks would not do: a process loses them when it closes any descriptor of the file.
+    holds it until it dies, so that the lock shows whether the process lives, which a pid, once reused, would
+    not. Classic record locks would not do: a process loses them when it closes any descriptor of the file.
     """
 
     def __init__(self, descriptor: int, after_fork: Callable[[], None]) -> None:
@@ -73,7 +74,7 @@ class KernelLocks:
         fcntl.fcntl(self._own, fcntl.F_OFD_SETLK, _record(fcntl.F_UNLCK, number))
 
     def is_held_elsewhere(self, number: int) -> bool:
-        """Return True if another process, which therefore lives, holds that liveness lock."""
+        """Return True if another process holds that liveness lock, and is therefore alive."""
         answer = fcntl.fcntl(self._own, fcntl.F_OFD_GETLK, _record(fcntl.F_WRLCK, number))
         return bool(_RECORD.unpack(answer)[0] != fcntl.F_UNLCK)
 
@@ -83,7 +84,7 @@ class KernelLocks:
         os.close(self._own)
 
     def leave_parent(self) -> None:
-        """Open the file again in a forked child, which would keep the locks of a parent that has died."""
+        """Open the file again in a forked child. Otherwise a parent's locks would outlive the parent."""
         os.close(self._own)
         self._open()
         self._after_fork()

@@ -120,15 +120,15 @@ class CounterCells:
 
 
 class BoardMemory:
-    """Views of the mapped file, by what the layout says."""
+    """Typed views of the mapped file."""
 
     def __init__(self, descriptor: int) -> None:
-        """Raises BoardError if the descriptor is not a board of this version."""
+        """Map the board. Raises BoardError if the descriptor is not a board of this version."""
         self.descriptor = descriptor
         try:
             self._map = mmap.mmap(descriptor, BYTES)
         except (OSError, ValueError) as error:
-            raise BoardError(f"descriptor {descriptor} is no board: {error}") from None
+            raise BoardError(f"descriptor {descriptor} is not a board: {error}") from None
         whole = memoryview(self._map)
         cells = _Cells(whole[:_CELL_BYTES])
         self.header = cells.ints(len(Header))
@@ -138,7 +138,7 @@ class BoardMemory:
         self.ended_start, self.ending = cells.ints(ENDINGS), cells.ints(ENDINGS)
         #: Time of the last loss of a replica; 0 before the first.
         self.lost_at = cells.floats(1)
-        #: Recent requests per second that ended.
+        #: Requests that have ended lately, per second.
         self.drain_rate = cells.floats(1)
         self.state, self.flags, self.generation, self.text = (cells.ints(ROWS) for _ in range(4))
         self.failures, self.last_pick, self.pick_count = (cells.ints(ROWS) for _ in range(3))
@@ -151,10 +151,10 @@ class BoardMemory:
         self._texts = whole[_CELL_BYTES : _CELL_BYTES + _TEXT_AREA]
         self.prefix_table = whole[_CELL_BYTES + _TEXT_AREA : BYTES]
         if (self.header[Header.MAGIC], self.header[Header.LAYOUT]) != (_MAGIC, _LAYOUT):
-            raise BoardError(f"descriptor {descriptor} is no board of this version")
+            raise BoardError(f"descriptor {descriptor} is not a board of this version")
 
     def write_text(self, row: int, text: bytes) -> None:
-        """Store a registration. It takes effect with the last store, wherever the writer dies."""
+        """Store a registration. Only the last store makes it valid, so that the writer may die anywhere."""
         version = (self.text[row] >> 16) + 1
         begin = (2 * row + version % 2) * _TEXT_BYTES
         self._texts[begin : begin + len(text)] = text

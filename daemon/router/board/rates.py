@@ -32,7 +32,7 @@ class RateMeter:
         self._before: dict[int, _Counters] = {}
 
     def measure(self, now: float) -> None:
-        """Update weights and rates. The first call only reads; values of an earlier leader stay."""
+        """Update weights and rates. The first call only reads, so an earlier leader's values stay."""
         counters = {
             index: _Counters(cells.pid[0], cells.ended[0], cells.passed.tolist(), cells.seconds.tolist())
             for index, cells in enumerate(self._memory.counters[:WORKERS])

@@ -3,7 +3,7 @@
     FREE -> UP          registered, and healthy
     FREE -> DOWN        read from the registry file, not yet checked
     UP -> DOWN          failed twice in a row, or refused a connection
-    DOWN -> UP          passed a health check, and has not failed since it is on the board
+    DOWN -> UP          passed a health check, and has not failed since it was registered
     DOWN -> PROBING     passed a health check that began after its last failure, and its wait is over
     PROBING -> UP       a request succeeded; or none came, and it was healthy for some seconds
     PROBING -> DOWN     failed
@@ -44,6 +44,8 @@ _IN_USE = (ReplicaState.UP, ReplicaState.DOWN, ReplicaState.PROBING)
 
 
 class Rows:
+    """Access to the rows of one board."""
+
     def __init__(self, memory: BoardMemory, prefixes: PrefixTable) -> None:
         self._memory = memory
         self._prefixes = prefixes
@@ -240,7 +242,7 @@ class Rows:
 
 
 def key_of(url: str) -> int:
-    """Return 64 bits that identify a replica on every router."""
+    """Return 64 bits that identify a replica; every router gets the same."""
     return int.from_bytes(blake2b(url.encode(), digest_size=8).digest(), "little")
 
 

@@ -41,7 +41,7 @@ class WorkerSlots:
                 cells.pid[0] = os.getpid()
                 self.own = WorkerCounters(index, cells, self._clock)
                 return index
-        raise BoardError(f"the board has room for {WORKERS} workers, and all of it is taken")
+        raise BoardError(f"the board has room for {WORKERS} workers, and there are as many")
 
     def drop_dead(self) -> None:
         """Clear the slots of dead workers, whose requests have ended with them."""

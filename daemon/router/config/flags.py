@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .... import __version__
-from ....common.cli import CommandLine
+from ....common.cli import MAX_BODY_BYTES, CommandLine
 from ....common.cors import DEFAULT
 from ..policy.policies import POLICIES
 
@@ -68,12 +68,17 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
     add = command_line.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s: this machine only)")
     add("--port", type=int, default=30000, help="port to listen on (default %(default)s)")
-    add("--policy", default="request_num", help=f"one of {', '.join(POLICIES)} (default %(default)s)")
+    add(
+        "--policy",
+        default="request_num",
+        metavar="NAME",
+        help=f"one of {', '.join(POLICIES)} (default %(default)s)",
+    )
     add(
         "--registry-file",
         type=Path,
         metavar="FILE",
-        help="file that keeps the registrations over a restart of the router",
+        help="file that keeps the registrations across restarts of the router",
     )
     add(
         "--allow-host",
@@ -82,7 +87,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         metavar="NET",
         help="address or network from which replicas may register, besides this machine; may be repeated",
     )
-    add("--api-keys-file", type=Path, metavar="FILE", help="file with API keys for /v1, one a line")
+    add("--api-keys-file", type=Path, metavar="FILE", help="file with API keys for /v1, one per line")
     add(
         "--cors-origins",
         default=",".join(DEFAULT),
@@ -90,7 +95,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         help="origins of web pages that may read responses of /v1, separated by commas: loopback for pages "
         "of this machine, * for all pages, empty for none (default %(default)s)",
     )
-    add("--workers", type=int, default=1, help="worker processes (default %(default)s)")
+    add("--workers", type=int, default=1, metavar="N", help="worker processes (default %(default)s)")
     add(
         "--max-connections",
         type=int,
@@ -117,14 +122,16 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--queue-timeout-secs",
         type=float,
         default=30.0,
+        metavar="SECS",
         help="maximum time in the wait queue before a request gets 429 (default %(default)g)",
     )
     add(
         "--request-timeout-secs",
         type=float,
         default=1800.0,
-        help="time without data after which a request is given up, for replicas that send no progress "
-        "messages, such as FastDeploy's (default %(default)g)",
+        metavar="SECS",
+        help="time without data after which a request fails, for replicas that send no keep-alive messages, "
+        "such as FastDeploy's (default %(default)g)",
     )
     add(
         "--progress-timeout-secs",
@@ -132,19 +139,22 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         dest="progress_timeout_secs",
         type=float,
         default=90.0,
-        help="time without data after which a replica that sends progress messages is considered dead "
-        "(default %(default)g)",
+        metavar="SECS",
+        help="time without data after which a replica counts as dead, for replicas that send keep-alive "
+        "messages (default %(default)g)",
     )
     add(
         "--max-body-bytes",
+        metavar="BYTES",
         type=int,
-        default=10 << 20,
+        default=MAX_BODY_BYTES,
         help="maximum size of a request body (default %(default)s)",
     )
     add(
         "--client-timeout-secs",
         type=float,
         default=60.0,
+        metavar="SECS",
         help="time that a client gets to send a request head, and may pause while it sends a body or reads a "
         "response (default %(default)g)",
     )
@@ -152,6 +162,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--keep-alive-secs",
         type=float,
         default=75.0,
+        metavar="SECS",
         help="time that a connection stays open without a request (default %(default)g: longer than in nginx "
         "and load balancers, so that they never send on a connection that is being closed)",
     )
@@ -159,18 +170,21 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--graceful-timeout-secs",
         type=int,
         default=10,
+        metavar="SECS",
         help="time that requests get to complete after SIGTERM (default %(default)s)",
     )
     add(
         "--worker-timeout-secs",
         type=int,
         default=30,
+        metavar="SECS",
         help="time after which a hung worker is replaced (default %(default)s)",
     )
     add(
         "--health-check-interval-secs",
         type=float,
         default=2.0,
+        metavar="SECS",
         help="time between two health checks of a replica (default %(default)g)",
     )
     add(
@@ -184,13 +198,13 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         "--register-keys-file",
         type=Path,
         metavar="FILE",
-        help="file with keys, one a line, for replicas of --allow-host (FD_ROUTER_REGISTER_KEY)",
+        help="file with keys, one per line, for replicas of --allow-host (FD_ROUTER_REGISTER_KEY)",
     )
     add(
         "--admin-keys-file",
         type=Path,
         metavar="FILE",
-        help="file with keys, one a line, for /admin on this machine (FD_ROUTER_ADMIN_KEY)",
+        help="file with keys, one per line, for /admin on this machine (FD_ROUTER_ADMIN_KEY)",
     )
     add(
         "--admin-socket",
@@ -200,6 +214,11 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
     )
     add("--certfile", type=Path, metavar="FILE", help="TLS certificate")
     add("--keyfile", type=Path, metavar="FILE", help="TLS private key")
-    add("--log-level", default="info", help=f"one of {', '.join(LEVELS)} (default %(default)s)")
+    add(
+        "--log-level",
+        default="info",
+        metavar="LEVEL",
+        help=f"one of {', '.join(LEVELS)} (default %(default)s)",
+    )
     add("--splitwise", action="store_true", help=argparse.SUPPRESS)
     add("--config_path", help=argparse.SUPPRESS)

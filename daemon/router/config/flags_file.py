@@ -49,7 +49,7 @@ def read_flags_file(path: Path) -> FlagsFile:
 
 def _check(what: str, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise ConfigError(f"{what}: must be a file")
+        raise ConfigError(f"{what}: must be a regular file")
     if found.st_uid not in (0, os.geteuid()):
         raise ConfigError(
             f"{what}: belongs to user {found.st_uid}; it must belong to root or to the user of the router"
@@ -72,7 +72,7 @@ def _words(what: str, content: bytes) -> tuple[str, ...]:
         raise ConfigError(f'{what}: must be a JSON array of words, e.g. ["--policy", "session"]')
     for word in words:
         if not _is_possible(word):
-            raise ConfigError(f"{what}: {word[:40]!r} cannot be an argument of a command")
+            raise ConfigError(f"{what}: {word[:40]!r} cannot be a command-line argument")
     return tuple(words)
 
 

@@ -25,7 +25,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .redis_address import RedisAddress
 
-#: Descriptors of a connection and of its replica's, of their duplicates on the fast path, and of all else.
+#: Descriptors: a client's connection and the one to its replica; duplicates of both on the fast path; others.
 _FILES_PER_CONNECTION = 2
 _FILES_PER_STREAM = 2
 _OTHER_FILES = 512
@@ -124,7 +124,7 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
 
 
 def _addresses(host: str) -> tuple[str, ...]:
-    """Raises ValueError."""
+    """Return the IP addresses of a host. Raises ValueError."""
     return addresses_of(host) if host == "localhost" else (str(ipaddress.ip_address(host)),)
 
 

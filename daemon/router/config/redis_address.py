@@ -20,7 +20,7 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, url: str) -> RedisAddress:
-        """Raises ConfigError, whose text does not have the URL either."""
+        """Parse a URL. Raises ConfigError, without the URL in its text: it may contain a password."""
         try:
             from redis.connection import parse_url
         except ImportError:

@@ -37,9 +37,9 @@ class Settings:
     #: Maximum requests per worker that wait while all replicas are full, and seconds that each waits.
     queue_size: int
     queue_timeout: float
-    #: Seconds without data after which a request is given up, for replicas that send no progress messages,
+    #: Seconds without data after which a request fails, for replicas that send no keep-alives.
     request_timeout: float
-    #: and for replicas that do.
+    #: Seconds without data after which a replica counts as dead, for replicas that send keep-alives.
     progress_timeout: float
     max_body_bytes: int
     #: Seconds that a client may pause within a request or response, and between two requests.

@@ -22,10 +22,10 @@ def bind(path: Path) -> socket.socket:
 
 
 class AdminSocket:
-    """Path of the admin socket, as the arbiter looks after it."""
+    """The admin socket's path, which the arbiter keeps bound."""
 
     def __init__(self, path: Path) -> None:
-        """A socket that answers at `path` is this program's own, which has just bound or inherited it."""
+        """Take a socket that answers at `path` for this program's own, just bound or inherited."""
         directory = path.parent
         self.path = path
         self._socket = SocketPath(

@@ -1,6 +1,6 @@
 """Board shared with routers on other machines through Redis (--board redis://HOST:PORT/DB).
 
-A pick takes no longer for it. Twenty times a second the leading worker writes its router's requests in flight
+It does not slow down picks. Twenty times a second the leading worker writes its router's requests in flight
 under a key that expires if the router dies, and adds up those of the other routers in the board's remote
 counters. A router's own counts are exact; those of the others are a tenth of a second old.
 
@@ -37,7 +37,7 @@ from .shared_replicas import SharedReplicas, SharedState, shared_name
 
 logger = logging.getLogger(__name__)
 
-#: Limit from which another router's count at one replica is invalid.
+#: Another router's count at one replica must be less.
 _MAX_COUNT = 1 << 40
 #: Seconds between two exchanges; while Redis is unavailable; and while another worker leads.
 _INTERVAL, _RETRY_INTERVAL, _IDLE_INTERVAL = 0.05, 0.5, 1.0

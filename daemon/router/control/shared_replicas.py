@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _HERE, _LEAVING, _REMOVED = "here", "leaving", "removed"
 #: Minimum seconds by which a heartbeat must be newer to be published. Reading the store's clock over the
-#: network may take a second, and a heartbeat published again with each reading would never grow old.
+#: network may take a second. Without a minimum, each reading could make the same heartbeat look newer.
 _NEWER = 2.0
 #: Seconds by which a heartbeat may be older than the one before, because routers do not wait for each other.
 _OLDER = 10.0
@@ -146,9 +146,12 @@ class SharedReplicas:
         return {shared_name(row.instance): row for row in self._board.status()}
 
     def _is_gone(self, entry: str) -> bool:
-        return _state(entry) in (_LEAVING, _REMOVED) or (
-            _state(entry) == _HERE and self._board.has_left(_instance(entry))
-        )
+        if _state(entry) != _HERE:
+            return _state(entry) in (_LEAVING, _REMOVED)
+        try:
+            return self._board.has_left(_instance(entry))
+        except RegistrationError:
+            return False  # `_apply_entry` reports it
 
     def _heartbeat_at(self, row: Status, now: float) -> float:
         """Return the time of the board's last heartbeat on the store's clock."""
@@ -212,7 +215,7 @@ def _is_reachable(name: str) -> bool:
 
 @cache
 def _here() -> str:
-    """Return an id of what has its own loopback: a network namespace, since the machine booted."""
+    """Return an id of this network namespace, which has a loopback of its own, and of the machine's boot."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 

@@ -46,10 +46,10 @@ class WsgiCall:
         self._client = None
 
     def pause(self) -> None:
-        """Has no effect: the response is complete before it is sent."""
+        """Do nothing: the response is complete before it is sent."""
 
     def resume(self) -> None:
-        """Has no effect, as `pause`."""
+        """Do nothing, as in `pause`."""
 
     def _done(self, future: asyncio.Future[tuple[str, list[tuple[str, str]], bytes]]) -> None:
         try:

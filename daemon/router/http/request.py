@@ -129,6 +129,7 @@ def named_in(connection: bytes) -> frozenset[bytes]:
 # Clients send the same few targets again and again.
 @lru_cache(maxsize=256)
 def _forms_of(target: bytes) -> tuple[bytes, bytes, str]:
+    """Return the target in origin form, and its path as bytes and as text."""
     path, mark, query = origin_form(target).partition(b"?")
     path = canonical_path(path)
     return path + mark + query, path, path.decode("latin-1")

@@ -241,7 +241,7 @@ class RequestParser:
     def _too_much_head(self) -> Rejected:
         return Rejected(
             HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-            f"more than {_MAX_HEADERS} headers, or more than {_MAX_HEADER_BYTES} bytes of them",
+            f"the request has more than {_MAX_HEADERS} headers or {_MAX_HEADER_BYTES} bytes of headers",
         )
 
     def _too_large(self) -> Rejected:

@@ -54,16 +54,16 @@ class Reply(Protocol):
     """Receives the response. No callback fires after `failed`, `ended` or `cancel`."""
 
     def informed(self, headers: RawHeaders) -> None:
-        """An interim response (1xx) has arrived."""
+        """Handle the headers of an interim response (1xx)."""
 
     def began(self, connection: ReplicaConnection) -> None:
-        """The head has arrived: see `connection.status`, `.reason`, `.headers`."""
+        """Handle the head: see `connection.status`, `.reason`, `.headers`."""
 
     def received(self, body: bytes) -> None:
-        """A piece of the body has arrived."""
+        """Handle a piece of the body."""
 
     def ended(self) -> None:
-        """The response is complete."""
+        """Handle the end of a complete response."""
 
     def failed(self, fault: Fault, why: str) -> None: ...
 
@@ -91,12 +91,14 @@ class ReplicaConnection(asyncio.Protocol):
         self._reply: Reply | None = None
         self._is_head = False
         self._has_begun = False
+        #: The body ends when the replica closes the connection.
         self._until_close = False
         self._head_bytes = 0
         self._interim_heads = 0
         self._overhead_bytes = 0
         self._pieces: list[bytes] = []
         self._complete = False
+        #: Bytes have arrived after the end of the response.
         self._extra = False
         self._is_reusable = False
         self._is_between_chunks = False

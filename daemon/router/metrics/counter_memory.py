@@ -36,7 +36,7 @@ class CounterMemory:
     """One process's access to the metrics of all workers."""
 
     def __init__(self, descriptor: int) -> None:
-        """Raises BoardError if the descriptor has no counters of this version."""
+        """Map the counters. Raises BoardError if the descriptor has no counters of this version."""
         self.descriptor = descriptor
         try:
             whole = memoryview(mmap.mmap(descriptor, _BYTES))
@@ -65,7 +65,7 @@ class CounterMemory:
                 free = (number for number in range(WORKERS) if self._lock.take_liveness(number))
                 self._own = next(free, None)
             if self._own is None:
-                raise BoardError(f"there are counters for {WORKERS} workers, and all of them are taken")
+                raise BoardError(f"the counters for {WORKERS} workers are all taken")
             return self._sections[self._own]
 
     def collect_from_dead(self) -> None:
@@ -138,7 +138,7 @@ class Section:
         return ((key, self._floats[position]) for key, position in self._entries())
 
     def move_to(self, totals: Section) -> None:
-        """Move all counts, in an order that loses one count at most if the process dies meanwhile."""
+        """Move all counts, one by one, so that at most one is lost if the process dies meanwhile."""
         totals._read_positions()
         for key, position in self._entries():
             totals.cell(key)[0] += self._floats[position]
@@ -208,7 +208,7 @@ def value_class(section: Section) -> type:
             return self._cell[0]
 
         def set_exemplar(self, exemplar: object) -> None:
-            """Exemplars are not kept."""
+            """Do nothing: exemplars are not kept."""
 
         def get_exemplar(self) -> None:
             return None

@@ -88,7 +88,7 @@ class Metrics:
         self._pick = LocalHistogram(pick, _SHORT)
         self._answers: dict[tuple[str, str, int], tuple[LocalCounter, LocalHistogram]] = {}
         self._inferences: dict[tuple[str, int], LocalCounter] = {}
-        #: Record seconds: from receiving a request to sending it, of choosing a replica, in the wait queue.
+        #: Record seconds: from receiving a request to sending it, for choosing a replica, in the wait queue.
         self.relayed = self._relay.observe
         self.picked = self._pick.observe
         self.waited = self._waited.observe

@@ -26,7 +26,7 @@ def request_num(candidates: Candidates, facts: RequestFacts) -> int:
 
 
 def round_robin(candidates: Candidates, facts: RequestFacts) -> int:
-    """Choose the least recently picked. Without a counter of turns, replicas may come and go in between."""
+    """Choose the least recently picked. A counter of turns would be wrong when replicas come and go."""
     return _argmin(candidates.last_pick)
 
 
@@ -67,11 +67,11 @@ def fd_metrics_score(candidates: Candidates, facts: RequestFacts) -> int:
 
 
 def cache_aware(candidates: Candidates, facts: RequestFacts) -> int:
-    """Choose the lowest cost: the work to be computed there, times the requests that wait meanwhile.
+    """Choose the lowest cost: the work of this request there, times the number of requests that it delays.
 
-    The work is the part of the prompt that is not cached there, and the answer. It delays all requests in
-    flight there and this one. With a product there is no threshold between even and uneven load: half the
-    work outweighs twice the requests. Without a prefix this is request_num.
+    The work is the part of the prompt that is not cached there, and the response. It delays all requests in
+    flight there, and this one. As a product, the cost needs no threshold between even and uneven load: half
+    the work outweighs twice the requests. Without a prefix this is request_num.
     """
     prompt = facts.prompt_tokens + ANSWER_TOKENS
     fields = candidates.matched, candidates.in_flight, candidates.weight, candidates.last_pick
@@ -108,9 +108,9 @@ def splitmix64(bits: int) -> int:
     return bits ^ bits >> 31
 
 
-#: Running requests for which a waiting one counts: FastDeploy's default.
+#: Number of running requests that a waiting one counts for: FastDeploy's default.
 WAITING_WEIGHT = 1
-#: Assumed cost of an answer, whose length is not known yet, in tokens of a prompt.
+#: Assumed cost of a response, whose length is not known yet, in tokens of a prompt.
 ANSWER_TOKENS = 1000
 #: A replica is overloaded for sessions if it has more than this times its share, plus this number.
 OVERLOADED_TIMES, OVERLOADED_BY = 1.5, 4

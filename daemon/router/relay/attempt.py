@@ -35,7 +35,7 @@ class Owner(Protocol):
         """Called once, when the attempt yields its first new tokens."""
 
     def completed(self) -> None:
-        """The client has the complete response."""
+        """End the request: all of the response has arrived."""
 
     def refused(self, attempt: Attempt, refusal: Refusal) -> None: ...
 
@@ -206,6 +206,7 @@ class Attempt:
             self._refusal.add(body)
             return
         if self._delivery.receive(body):
+            # Usually one event, which has one token.
             self._count(1)
             if not self._stays_on_loop:
                 # Deferred: the write buffer is empty by then.
@@ -251,7 +252,7 @@ class Attempt:
         passed = self.leave_fast_path()
         if passed is None:
             return
-        # If no event was passed on, taking it again would achieve as little.
+        # If no event was passed on, the fast path cannot serve this stream.
         self._stays_on_loop = not passed.size
         self.parse_unread(passed)
 

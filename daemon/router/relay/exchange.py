@@ -57,7 +57,7 @@ class Exchange:
         #: End of its time in the wait queue; 0 until first queued, reset on progress.
         self.deadline = 0.0
         self._queued_at = 0.0
-        #: Why it waits: result of the last pick.
+        #: Why it waits; set by the last pick.
         self._pick_failure: PickFailure | None = None
         self._services = services
         self._request = request
@@ -144,7 +144,7 @@ class Exchange:
         name = attempt.handle.name
         self._retry.on_failure(f"replica {name}: reserved for another request", resumption)
         logger.info(
-            "request=%s replica=%s is reserved for a suspect, resuming elsewhere", self._id[:64], name
+            "request=%s replica=%s is reserved for another request, resuming elsewhere", self._id[:64], name
         )
         self._release()
         self._services.metrics.resumed(name)
@@ -178,7 +178,7 @@ class Exchange:
     def give_up(self) -> None:
         self._services.metrics.waited(time.monotonic() - self._queued_at)
         if self._delivery.has_begun:
-            self._break_off("no replica could resume the answer in time")
+            self._break_off("no replica could resume the response in time")
         elif self._retry.was_dispatched or self._pick_failure is PickFailure.DOWN:
             self._respond(self._retry.final_response())
         else:
@@ -219,7 +219,7 @@ class Exchange:
             self._retry.refusal = refusals.garbled(handle.name, problem)
         is_timeout = fault is Fault.SILENT and not self._delivery.has_begun
         if is_timeout and "progress" not in handle.instance.features:
-            # Without keep-alive messages the replica may be busy with this request, so it is not sent twice.
+            # A replica that sends no keep-alives may still work on this request, so it is not sent twice.
             self._respond(refusals.silent(handle.name, problem))
         else:
             self._retry_elsewhere(handle, problem)
@@ -239,7 +239,7 @@ class Exchange:
         if retry.resumption is not None:
             has_begun, status = self._delivery.has_begun, connection.status
             if has_begun and cannot_be_resumed(status):
-                self._break_off(f"replica {handle.name} cannot resume this answer")
+                self._break_off(f"replica {handle.name} cannot resume this response")
                 return
             if not has_begun and status != 401 and not is_busy(status, connection.has_retry_after):
                 # The client has seen nothing yet, so the request starts over, possibly on the same replica.
@@ -256,14 +256,14 @@ class Exchange:
     def _record_death(self, handle: ReplicaHandle, problem: str) -> None:
         alone = self._placement.is_reserved(handle)
         self._retry.on_death(handle, alone, time.monotonic(), f"replica {handle.name}: {problem}")
-        # The time it has waited so far does not count against it.
+        # Its next wait gets the full time.
         self.deadline = 0.0
 
     def _retry_elsewhere(self, handle: ReplicaHandle, problem: str) -> None:
         name, retry, delivery = handle.name, self._retry, self._delivery
         retry.on_failure(f"replica {name}: {problem}", delivery.resumption())
         if delivery.has_begun and retry.resumption is None:
-            self._break_off(f"replica {name} was lost in the middle of the answer", problem)
+            self._break_off(f"replica {name} was lost in the middle of the response", problem)
             return
         self._release()
         logger.warning("request=%s replica=%s failed, trying another: %s", self._id[:64], name, problem)

@@ -13,7 +13,7 @@ from ..http.upstream import Fault
 _DEATHS = frozenset({Fault.UNANSWERED, Fault.CUT, Fault.SILENT})
 _DESCRIPTIONS = {
     Fault.UNANSWERED: "did not answer",
-    Fault.CUT: "did not finish its answer",
+    Fault.CUT: "did not finish its response",
     Fault.GARBLED: "does not speak HTTP",
     Fault.SILENT: "timed out",
 }

@@ -4,10 +4,12 @@
     suspect    several in a row: it is tried alone, on a replica that gets no other request meanwhile
     poisonous  it was alone, and the replica was lost again: it is not tried again
 
-Any progress of the response clears the suspicion: a request that kills its replica yields no token there. A
-death that fd-dp reports as caused from outside (SIGKILL, a stop) counts little: when many replicas are killed
-from outside, suspects would reserve the last ones. It does count, because a memory watchdog also kills from
-outside, and each time for the same request. The limits are too high to be reached by chance.
+Any progress of the response clears the suspicion: a request that kills its replica yields no token there.
+
+A death that fd-dp reports as caused from outside (SIGKILL, a stop) counts less: otherwise, when someone kills
+many replicas, innocent requests would become suspects and reserve those that are left. It does count, because
+a memory watchdog kills from outside as well, each time for the same request. The limits are too high to be
+reached by chance.
 """
 
 from __future__ import annotations
@@ -54,9 +56,10 @@ class Suspicion:
         self.deaths: list[Death] = []
 
     def verdict(self, ending_of: Callable[[ReplicaHandle], Ending], now: float, patience: float) -> Verdict:
-        """
+        """Return how the request may be tried next.
+
         Args:
-            ending_of: how a replica ended, as fd-dp reports it.
+            ending_of: returns how a replica ended, as fd-dp reports it.
             patience: seconds to wait for that report; 0 if there is no fd-dp.
         """
         if not self.deaths:

@@ -157,6 +157,7 @@ class Transcript:
         self._has_marks = True
         #: All choices have finished: the usage, or an error, has been passed on.
         self._has_summary = False
+        #: First event: it has the id and the time of the response.
         self._first = b""
         self._marks = Marks()
         self._rest = b""
@@ -205,7 +206,7 @@ class Transcript:
         elif is_marked:
             self._has_summary = False
         elif event != _DONE_EVENT and event.startswith(b"data:"):
-            # An event without a mark that is not the last comes right before it: the usage, or an error.
+            # The only event without a mark before the last one is the usage, or an error.
             self._has_summary = self._has_marks
         return event
 
@@ -259,10 +260,11 @@ class Transcript:
 class Lines:
     """A stream of a replica that does not support resumption.
 
-    Only complete lines are passed on, so that the client can parse what follows a break: an error event.
+    Only complete lines are passed on, so that the client can parse what follows a break: an error event. A
+    line that is longer than an event may be is passed on in pieces, so that it is not kept in memory.
     """
 
-    __slots__ = ("_line", "_recent", "is_done")
+    __slots__ = ("_line", "_line_size", "_recent", "is_done")
 
     problem = ""
     missing_end = b""
@@ -271,16 +273,20 @@ class Lines:
     def __init__(self) -> None:
         self.is_done = False
         self._line: list[bytes] = []
+        self._line_size = 0
         #: Tail of what was passed on, in which the last event may have begun.
         self._recent = b"\n"
 
     def feed(self, data: bytes) -> bytes:
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-        if not end:
+        if not end and self._line_size + len(data) <= _MAX_EVENT:
             self._line.append(data)
+            self._line_size += len(data)
             return b""
+        end = end or len(data)
         whole = b"".join([*self._line, data[:end]])
         self._line = [data[end:]] if end < len(data) else []
+        self._line_size = len(data) - end
         recent = self._recent + whole
         self.is_done = self.is_done or b"\n" + _DONE in recent
         self._recent = recent[-len(_DONE) :]
@@ -291,7 +297,7 @@ class Lines:
         return b"".join(self._line)
 
     def drop_partial(self) -> None:
-        self._line = []
+        self._line, self._line_size = [], 0
 
     def resumption(self, path: str, body: bytes) -> None:
         return None

@@ -71,8 +71,10 @@ class WaitQueue:
                 waiters.remove(waiter)
 
     def advance(self, now: float) -> None:
-        """Serve those that can be served. Call when a request ends, and periodically: other processes end
-        requests, too."""
+        """Serve the requests that find a replica, and end those whose deadline has passed.
+
+        Call this when a request ends, and periodically, because requests of other processes end, too.
+        """
         # A waiter that gives up ends its request, which calls this again.
         if self._is_advancing or now < self._next_pass:
             return
@@ -98,7 +100,7 @@ def _serve(waiters: deque[Waiter], now: float) -> tuple[bool, bool]:
     """Try the waiters in order. Stop at one that finds all replicas busy, unless it has exclusions.
 
     Returns:
-        Whether it stopped, and whether any waiter found all replicas busy that it accepts.
+        True if it stopped, and True if a waiter found all replicas that it accepts busy.
     """
     staying: list[Waiter] = []
     is_blocked = is_busy = False
@@ -106,7 +108,7 @@ def _serve(waiters: deque[Waiter], now: float) -> tuple[bool, bool]:
         while waiters and not is_blocked:
             waiter = waiters.popleft()
             if waiter.has_exclusions and is_busy:
-                # Exclusions differ, but many waiters at a time come from the same lost replica.
+                # Its exclusions may differ, but most such waiters come from the same lost replica.
                 staying.append(waiter)
                 continue
             failure = waiter.try_again(now)

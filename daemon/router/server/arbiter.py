@@ -58,7 +58,7 @@ class RouterArbiter(Arbiter):
         self._generations: dict[int, int] = {}
         #: Workers without a heartbeat so far -> time of their start.
         self._starting: dict[int, float] = {}
-        #: Workers that were told to end (SIGUSR2), and those of them that were told to hurry (SIGTERM).
+        #: Workers that were asked to end (SIGUSR2), and those of them that were asked to hurry (SIGTERM).
         self._leaving: set[int] = set()
         self._hurried: set[int] = set()
         self._may_spawn_at = 0.0
@@ -211,8 +211,8 @@ class RouterArbiter(Arbiter):
                 return
         if missing > room and not self._lacks_room:
             logger.warning(
-                "%d new workers have to wait: of all %d slots, %d have old workers that still have requests",
-                *(missing - room, WORKERS, len(self._leaving)),
+                "%d new workers have to wait: old workers that still have requests use %d of all %d slots",
+                *(missing - room, len(self._leaving), WORKERS),
             )
         self._lacks_room = missing > room
         if self._lacks_room:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _TICK = 0.2
 #: Threads of the control plane, most of them for registrations that wait for a health check.
 _THREADS = 64
-#: Seconds until a connection that was accepted last is known to the worker, without and with TLS.
+#: Seconds from accepting the last connection until the worker knows of it, without and with TLS.
 _ACCEPT_SECONDS, _HANDSHAKE_SECONDS = 0.05, 2.0
 #: Keep-alive seconds of connections while the router stops.
 _STOPPING_KEEP_ALIVE = 1.0

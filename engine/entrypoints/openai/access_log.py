@@ -19,12 +19,12 @@ class AccessRecord:
     arrival: float = field(default_factory=time.monotonic)
     status: int = 0
     prompt_tokens: int = 0
-    #: Output tokens that another replica has sent.
+    #: Output tokens from another replica, which this one continues.
     resumed_tokens: int = 0
     output_tokens: int = 0
     first_token_seconds: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
-    #: Error after the status had been sent, or the reason for an error status.
+    #: Reason for an error status, or an error after the status had been sent.
     error: str | None = None
 
     @property

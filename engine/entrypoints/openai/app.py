@@ -44,6 +44,7 @@ _MAX_PATH_LENGTH = 200
 
 
 def create_app(served: ServedModel) -> Flask:
+    """Return the application with the routes of OpenAI's API, /health, /metrics and the resumption."""
     app = Flask("fastdeploy", static_folder=None)
     # Do not read FLASK_DEBUG.
     app.debug = False
@@ -94,11 +95,11 @@ def create_app(served: ServedModel) -> Flask:
     def resume() -> Response:
         flask_request.authorize_router(served.identity.token)
         g.resources.enter_context(served.admitted())
-        # Another replica accepted the size of the client's body; the tokens come on top.
+        # Another replica has accepted the client's body; the tokens make it larger.
         request.max_content_length = None
         resumption = decode_resumption(flask_request.read_body("application/msgpack"))
         if resumption.path not in _RESUMABLE:
-            raise ApiError(409, f"nothing at {quote(resumption.path[:100])} can be resumed")
+            raise ApiError(409, f"responses of {quote(resumption.path[:100])} cannot be resumed")
         return _RESUMABLE[resumption.path](served, resumption.body, resumption)
 
     @app.get("/v1/models")
@@ -192,7 +193,9 @@ def _generate(
 ) -> Generation:
     if body.request_id is not None:
         if not flask_request.REQUEST_ID.fullmatch(body.request_id):
-            raise RequestError("request_id may have letters, digits and . : @ / + = - _ only", "request_id")
+            raise RequestError(
+                "request_id may contain only letters, digits and . : @ / + = - _ (1 to 128)", "request_id"
+            )
         g.record.request_id = body.request_id
     seed = body.seed if body.seed is not None else flask_request.header_seed()
     # Another replica must draw the same tokens, and it does not know log probabilities that were not sent.

@@ -16,7 +16,7 @@ from .output import Delta
 from .protocol import ChatRequest
 from .served_model import ServedModel
 
-# A template from a request is rendered in a separate process; limits how many run at once.
+# Limits how many templates from requests are rendered at once, each in a process of its own.
 _template_slots = threading.BoundedSemaphore(2)
 
 
@@ -40,7 +40,7 @@ def chat_prompts(
 
 @contextmanager
 def _template_slot(keep_alive: KeepAlive | None) -> Iterator[None]:
-    """Wait for a slot, with keep-alives: many templates may be waiting."""
+    """Wait for a slot, with keep-alives, because many templates may be waiting."""
     if keep_alive is None:
         _template_slots.acquire()
     else:

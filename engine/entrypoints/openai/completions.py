@@ -49,8 +49,8 @@ def completion_events(generation: Generation, request: CompletionRequest) -> Ite
     head = _head(generation)
     if request.include_usage:
         head["usage"] = None
-    # Where the next token of each choice begins. This is not the length of the text sent so far: text of a
-    # token may be held back until a stop string is ruled out or a character is complete.
+    # Text offset of the next token of each choice. It exceeds the length of the text sent so far while text
+    # is withheld, because it may begin a stop string or a character is incomplete.
     offsets = {
         index: len(_scored_echo(generation, request, index)) + _length(generation, delta)
         for index, delta in generation.delivered.items()

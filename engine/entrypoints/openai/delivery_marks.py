@@ -1,4 +1,4 @@
-"""Marks of one response: which tokens are behind what its client has got. Format: common/resumption.py."""
+"""Marks of one response: the tokens that its events so far have covered. Format: common/resumption.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ...common.resumption import draft_lines, mark
 from .output import ChoiceOutput, Delta
 
-#: Approximate tokens in one interim response: a router reads heads of 128 KiB. The rest goes into the next.
+#: Approximate limit of tokens in one interim response; the router limits heads to 128 KiB. The rest is sent
+#: with the next one.
 _MAX_DRAFT_TOKENS = 8192
 
 

@@ -201,8 +201,8 @@ class EngineClient:
             self._serve_socket()
         except Exception as fault:
             # Without this thread all open requests would wait forever, so the replica exits.
-            _log.exception("the I/O thread of the worker failed")
-            self._fail(f"the I/O thread of worker pid={self._worker.pid} failed ({fault!r})")
+            _log.exception("the I/O thread for the worker failed")
+            self._fail(f"the I/O thread for worker pid={self._worker.pid} failed ({fault!r})")
         self._worker_ended()
 
     def _serve_socket(self) -> None:
@@ -265,7 +265,10 @@ class EngineClient:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             _log.warning("ignored a connection with a wrong token that claims to be worker pid=%d", hello.pid)
         elif hello.version != PROTOCOL_VERSION:
-            self._fail(f"worker speaks protocol {hello.version}, this process {PROTOCOL_VERSION}")
+            self._fail(
+                f"the worker speaks protocol {hello.version}, the API process {PROTOCOL_VERSION}; "
+                "the installation has changed: restart the replica"
+            )
         else:
             self._identity = identity
 

@@ -50,6 +50,7 @@ class Fields:
         self._path = path
 
     def name(self, key: str) -> str:
+        """Return the dotted path of a field in the body."""
         return f"{self._path}.{key}" if self._path else key
 
     def get(self, key: str) -> Any:
@@ -91,7 +92,8 @@ class Fields:
             raise self.wrong(key, "a string")
         if max_length is not None and len(value) > max_length:
             raise RequestError(
-                f"{self.name(key)} has {len(value)} characters; it may have {max_length}", self.name(key)
+                f"{self.name(key)} has {len(value)} characters; it may have at most {max_length}",
+                self.name(key),
             )
         return value
 
@@ -104,9 +106,11 @@ class Fields:
         return Fields(value, self.name(key))
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the object without null fields, at every level."""
         return without_nulls(self._values)
 
     def wrong(self, key: str, expected: str) -> RequestError:
+        """Return the error for a field with an invalid value."""
         return RequestError(
             f"{self.name(key)} is {_shown(self.get(key))}; it must be {expected}", self.name(key)
         )
@@ -124,7 +128,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return the value if it is short, else its kind: a message must not repeat megabytes."""
+    """Return the value as JSON if it is short, else its type: a message must not repeat megabytes."""
     if isinstance(value, bool | float | str | None) or (isinstance(value, int) and value.bit_length() <= 64):
         text = msgspec.json.encode(value).decode()
         if len(text) <= 60:

@@ -75,7 +75,7 @@ def _shown(header: str) -> str:
 
 
 def is_preflight() -> bool:
-    """Return True if a browser asks whether a web page may send a request to the API."""
+    """Return True for a CORS preflight of the API."""
     return (
         request.method == "OPTIONS"
         and request.path.startswith("/v1/")
@@ -85,11 +85,13 @@ def is_preflight() -> bool:
 
 
 def request_id() -> str:
+    """Return the id in X-Request-Id; a new one if the header is missing or invalid."""
     given = request.headers.get("X-Request-Id", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def header_seed() -> int | None:
+    """Return the seed that the router adds to requests without one. Raises RequestError."""
     given = request.headers.get("X-FD-Seed")
     if given is None:
         return None
@@ -118,11 +120,15 @@ def client_socket() -> socket.socket | None:
 
 
 def authorize_client(keys: ApiKeys) -> None:
+    """Raise ApiError (401) unless the request has one of the keys, or none is required."""
     if not keys.allow(request.headers.get("Authorization", "")):
         raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
 
 
 def authorize_router(token: str) -> None:
+    """Raise ApiError (401) unless the request has the token of this replica's registration."""
     given = request.headers.get(TOKEN_HEADER, "")
     if not hmac.compare_digest(given.encode(), token.encode()):
-        raise ApiError(401, f"for routers only: {TOKEN_HEADER} is not this replica's token")
+        raise ApiError(
+            401, f"only the router may use this path: {TOKEN_HEADER} is not the token of this replica"
+        )

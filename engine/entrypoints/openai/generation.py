@@ -25,7 +25,7 @@ from .served_model import ServedModel
 
 # Two concurrent requests may carry the same client id; the engine's ids must differ.
 _serial = itertools.count()
-#: Stands for a delta when there is no output but a keep-alive is due.
+#: Yielded in place of a delta when a keep-alive is due.
 NO_OUTPUT = Delta("", (), ())
 #: Interval of drafts, which tell the router about a response that is not streamed.
 _DRAFT_SECONDS = 1.0
@@ -157,9 +157,10 @@ class Generation:
         return self._marks.opening(index) if delta is None else self._marks.event(index, delta)
 
     def usage(self) -> dict[str, Any]:
+        """Return the field `usage` for the whole request so far."""
         prompt = sum(map(len, self.prompts))
         completion = sum(output.num_tokens for output in self._outputs)
-        # The choices of one prompt share it, so it counts once.
+        # The choices of a prompt share it, so its cached tokens count once.
         cached = sum(self._num_cached.get(i * self.request.n, 0) for i in range(len(self.prompts)))
         return {
             "prompt_tokens": prompt,
@@ -189,7 +190,7 @@ class Generation:
         }
 
     def close(self) -> None:
-        """Release what the engine still holds, and record the request in metrics and access log."""
+        """Abort unfinished sequences, and record the request in metrics and access log."""
         if self._closed:
             return
         self._closed = True
@@ -228,7 +229,7 @@ class Generation:
         return delta
 
     def _observe_tokens(self, index: int, num_tokens: int) -> None:
-        """Record the tokens of a step at once: a request may take minutes, and its load is now."""
+        """Count the tokens of a step now, not when the request ends, which may be minutes later."""
         record, metrics = self._record, self.served.metrics
         seconds = record.seconds
         if record.first_token_seconds is None:

@@ -43,6 +43,7 @@ class KeepAlive:
         self._stats = self._read_stats()
 
     def shorten_interval(self, interval: float) -> None:
+        """Reduce the interval to `interval` seconds if it is longer."""
         self._interval = min(self._interval, interval)
 
     def wait_seconds(self) -> float:
@@ -51,6 +52,7 @@ class KeepAlive:
         return left if left > 0 else min(self._interval, _CHECK_SECONDS)
 
     def is_due(self) -> bool:
+        """Return True if the interval is over and the worker has finished a step since the timer began."""
         silent = time.monotonic() - self._sent_at
         return silent >= self._interval and self._read_stats() is not self._stats
 

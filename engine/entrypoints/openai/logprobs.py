@@ -13,6 +13,7 @@ _IMPOSSIBLE = -9999.0
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs]) -> dict[str, Any]:
+    """Return log probabilities for /v1/chat/completions."""
     content = [
         _chat_token(tokenizer, entry.token_id, entry.logprob)
         | {"top_logprobs": [_chat_token(tokenizer, token_id, value) for token_id, value in entry.top]}

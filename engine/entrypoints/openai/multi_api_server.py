@@ -260,10 +260,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 after SIGTERM, 130 after SIGINT, 1 if a server died, 2 for wrong arguments.",
         allow_abbrev=False,
     )
-    parser.add_argument("--num-servers", type=int, default=2, metavar="N", help="replicas to start (2)")
-    parser.add_argument("--ports", default="8000,8002", metavar="P,P,...", help="one per server (8000,8002)")
-    parser.add_argument("--metrics-ports", metavar="P,P,...", help="one per server (found free)")
-    parser.add_argument("--controller-ports", metavar="P,P,...", help="one per server (none)")
+    parser.add_argument(
+        "--num-servers", type=int, default=2, metavar="N", help="replicas to start (default %(default)s)"
+    )
+    parser.add_argument(
+        "--ports", default="8000,8002", metavar="P,P,...", help="one per server (default %(default)s)"
+    )
+    parser.add_argument("--metrics-ports", metavar="P,P,...", help="one per server (default: free ports)")
+    parser.add_argument("--controller-ports", metavar="P,P,...", help="one per server (default: none)")
     parser.add_argument(
         "--args",
         nargs=argparse.REMAINDER,

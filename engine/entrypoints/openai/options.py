@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.api_keys import ApiKeys, keys_in, keys_in_variable, keys_of
-from ...common.cli import CommandLine
+from ...common.cli import MAX_BODY_BYTES, CommandLine
 from ...common.cors import DEFAULT as CORS_DEFAULT
 from ...common.cors import CorsPolicy
 from ...common.errors import ConfigError
@@ -48,7 +48,7 @@ _ONE_VALUE = {
     "logprobs-mode": ("raw_logprobs", "log probabilities are those of the model, before temperature"),
 }
 
-#: Fields whose flags have defaults of another type.
+#: Fields whose flags have a default of their own, of another type.
 _OWN_DEFAULTS = ("metrics_port", "engine_worker_queue_port")
 
 
@@ -67,8 +67,7 @@ class ServeConfig:
     max_concurrency: int = 512
     #: Seconds for open requests after SIGTERM.
     timeout_graceful_shutdown: int = 10
-    #: The same as the router's.
-    max_body_bytes: int = 10 << 20
+    max_body_bytes: int = MAX_BODY_BYTES
     #: Empty: no key is required.
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     #: URL of the router to register with.
@@ -150,16 +149,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve = parser.add_argument_group("serving")
     serve.add_argument("--model", required=True, help='directory of an ERNIE-4.5 checkpoint, or "demo"')
-    serve.add_argument("--served-model-name", help="default: the directory's name")
-    serve.add_argument("--host", help="address or name to listen on; 0.0.0.0 for all networks")
-    serve.add_argument("--port", type=int)
+    serve.add_argument(
+        "--served-model-name", help="name of the model in requests (default: the directory's name)"
+    )
+    serve.add_argument(
+        "--host", help="address or name to listen on; 0.0.0.0: all networks (default %(default)s)"
+    )
+    serve.add_argument("--port", type=int, help="port of the API (default %(default)s)")
     serve.add_argument(
         "--metrics-port", type=int, default=-1, help="port of /metrics; -1: the same as --port"
     )
     serve.add_argument(
         "--engine-worker-queue-port",
         default="0",
-        help="port of the worker, or a list with the i-th for replica i; 0: any free port",
+        help="port to which the worker connects, or a list with the i-th for replica i; 0: any free port",
     )
     serve.add_argument("--router", metavar="HOST:PORT", help="register the replica with this router")
     serve.add_argument(
@@ -174,10 +177,14 @@ def _parser() -> argparse.ArgumentParser:
         "this machine; *: all; empty: none (default %(default)s)",
     )
     serve.add_argument("--chat-template", help="file or text of a chat template that replaces the model's")
-    serve.add_argument("--max-concurrency", type=int, help="requests beyond this limit get 429")
-    serve.add_argument("--max-body-bytes", type=int, help="larger bodies get 413")
     serve.add_argument(
-        "--timeout-graceful-shutdown", type=int, help="seconds for open requests after SIGTERM"
+        "--max-concurrency", type=int, help="requests beyond this limit get 429 (default %(default)s)"
+    )
+    serve.add_argument("--max-body-bytes", type=int, help="larger bodies get 413 (default %(default)s)")
+    serve.add_argument(
+        "--timeout-graceful-shutdown",
+        type=int,
+        help="seconds for open requests after SIGTERM (default %(default)s)",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--device", help="auto (a GPU if there is one that can be used), cpu or gpu")
@@ -196,24 +203,46 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="bind each thread to its own CPU, if there are enough for --data-parallel-size replicas",
     )
-    engine.add_argument("--max-model-len", type=int)
-    engine.add_argument("--max-num-seqs", type=int)
-    engine.add_argument("--max-num-batched-tokens", type=int)
+    engine.add_argument(
+        "--max-model-len", type=int, help="maximum tokens of prompt and output together (default %(default)s)"
+    )
+    engine.add_argument("--max-num-seqs", type=int, help="maximum sequences in a step (default %(default)s)")
+    engine.add_argument(
+        "--max-num-batched-tokens", type=int, help="maximum tokens in a step (default %(default)s)"
+    )
     engine.add_argument(
         "--max-prefill-beside-decode",
         type=int,
-        help="prompt tokens per step while other sequences decode; fewer in a long context",
+        help="maximum prompt tokens in a step while other sequences decode; fewer in a long context (default "
+        "%(default)s)",
     )
-    engine.add_argument("--block-size", type=int)
-    engine.add_argument("--num-gpu-blocks-override", type=int)
-    engine.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction)
-    engine.add_argument("--dtype", help="weights and KV cache: bfloat16 or float32")
+    engine.add_argument("--block-size", type=int, help="tokens per KV cache block (default %(default)s)")
+    engine.add_argument(
+        "--num-gpu-blocks-override",
+        type=int,
+        help="KV cache blocks (default: enough for --max-num-seqs, limited to 1 GiB)",
+    )
+    engine.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="reuse KV cache blocks of prompts with the same beginning (default: on)",
+    )
+    engine.add_argument("--dtype", help="weights and KV cache: bfloat16 or float32 (default %(default)s)")
     engine.add_argument("--quantization", help="wint8 or wint4: weights with 8 or 4 bits")
-    engine.add_argument("--qkv-order", help="plain or grouped: order in fused Paddle checkpoints")
+    engine.add_argument(
+        "--qkv-order",
+        help="order of q, k and v in fused Paddle checkpoints: plain or grouped (default %(default)s)",
+    )
     parallel = parser.add_argument_group("parallel")
-    parallel.add_argument("--data-parallel-size", type=int)
-    parallel.add_argument("--local-data-parallel-id", dest="data_parallel_rank", type=int, metavar="N")
-    parallel.add_argument("--tensor-parallel-size", type=int)
+    parallel.add_argument("--data-parallel-size", type=int, help="number of replicas (default %(default)s)")
+    parallel.add_argument(
+        "--local-data-parallel-id",
+        dest="data_parallel_rank",
+        type=int,
+        metavar="N",
+        help="number of this replica, from 0 (default %(default)s)",
+    )
+    parallel.add_argument("--tensor-parallel-size", type=int, help="only 1 is supported")
     parallel.add_argument(
         "--enable-expert-parallel", action="store_true", help="distribute the experts over the replicas"
     )
@@ -277,7 +306,9 @@ def _own_port(flag: str, text: str, rank: int) -> int:
     try:
         ports = [int(word) for word in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{flag} is {text!r}; it must be a port or a comma list of ports") from None
+        raise ConfigError(
+            f"{flag} is {text!r}; it must be a port or a comma-separated list of ports"
+        ) from None
     if len(ports) == 1:
         return 0 if ports == [0] else _port(flag, ports[0])
     if rank >= len(ports):

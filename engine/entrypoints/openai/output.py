@@ -58,7 +58,10 @@ class ChoiceOutput:
     ) -> None:
         """
         Args:
-            tells_stop_token: return log probabilities of a stop token although the text omits it.
+            stop: stop strings.
+            include_stop: keep a stop string or stop token in the text.
+            min_tokens: number of tokens before which stop strings have no effect.
+            stop_token_logprobs: return log probabilities of a stop token although the text omits it.
         """
         self._detokenizer = detokenizer
         self._stop = stop
@@ -67,6 +70,7 @@ class ChoiceOutput:
         self._min_tokens = min_tokens
         self._stop_token_logprobs = stop_token_logprobs
         self._text = ""
+        #: Length of the text that has been emitted.
         self._released = 0
         #: Stop strings begin at or after this offset.
         self._stop_from = 0
@@ -95,7 +99,7 @@ class ChoiceOutput:
         """
         delta = self.push(TokenOutput("", token_ids))
         if self.finish_reason is not None:
-            raise ReplayMismatch("its tokens hold a stop string")
+            raise ReplayMismatch("its tokens contain a stop string")
         if with_logprobs:
             self.num_repeated = len(self._pending)
         return delta
@@ -157,8 +161,8 @@ class ChoiceOutput:
         return 0
 
     def _release(self, end: int) -> Delta:
-        # A token that is part of an incomplete character waits for the rest, which decides whether it is
-        # shown. Otherwise the output would depend on the grouping.
+        # A token inside an incomplete character is withheld until the character is complete, because the
+        # character may belong to a stop string. Otherwise the output would depend on the grouping.
         count = sum(token.start < end for token in self._pending)
         return self._emit(end, count, None)
 

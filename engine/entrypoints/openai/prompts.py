@@ -1,4 +1,7 @@
-"""Messages of a chat request and prompts of a completion request, read from the body."""
+"""Messages of a chat request and prompts of a completion request, read from the body.
+
+All readers raise RequestError for an invalid field.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
+    """Return `messages`, each with role, content as one string, and name if given."""
     value = fields.get("messages")
     if value is None:
         raise RequestError("messages is missing; it must be a list of messages", "messages")
@@ -62,6 +66,7 @@ def _content(fields: Fields, role: str) -> str:
 
 
 def read_template_arguments(fields: Fields) -> dict[str, Any]:
+    """Return `chat_template_kwargs`, which must not replace variables that the server sets."""
     arguments = fields.as_dict()
     for key in ("self", "messages", "tools", "chat_template", "rendered_at"):
         if key in arguments:
@@ -70,6 +75,7 @@ def read_template_arguments(fields: Fields) -> dict[str, Any]:
 
 
 def read_prompts(fields: Fields) -> tuple[str | list[int], ...]:
+    """Return `prompt` as a tuple of prompts, each a text or token ids."""
     value = fields.get("prompt")
     if value is None:
         raise RequestError("prompt is missing; it must be a string, token ids, or a list of either", "prompt")

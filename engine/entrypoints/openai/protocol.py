@@ -262,7 +262,7 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
         raise fields.wrong("stop", "a string or a list of strings")
     if len(strings) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop has {len(strings)} strings; it may have {MAX_STOP_STRINGS}", "stop")
+        raise RequestError(f"stop has {len(strings)} strings; it may have at most {MAX_STOP_STRINGS}", "stop")
     if not all(0 < len(s) <= MAX_STOP_LENGTH for s in strings):
         raise RequestError(f"each string of stop must have 1 to {MAX_STOP_LENGTH} characters", "stop")
     return tuple(strings)
@@ -276,7 +276,8 @@ def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
         raise RequestError("stop_token_ids must be a list of token ids", "stop_token_ids")
     if len(value) > MAX_STOP_TOKEN_IDS:
         raise RequestError(
-            f"stop_token_ids has {len(value)} ids; it may have {MAX_STOP_TOKEN_IDS}", "stop_token_ids"
+            f"stop_token_ids has {len(value)} ids; it may have at most {MAX_STOP_TOKEN_IDS}",
+            "stop_token_ids",
         )
     return tuple(value)
 

@@ -89,7 +89,9 @@ def _resumed(
         raise _not_resumable(f"choice {index} has token {max(tokens)}, which this model does not have")
     # With max_tokens 0 a choice begins with its prompt and ends without a token.
     if len(tokens) >= max(1, params.max_tokens):
-        raise _not_resumable(f"choice {index} has {len(tokens)} tokens, of {params.max_tokens} at most")
+        raise _not_resumable(
+            f"choice {index} already has {len(tokens)} of at most {params.max_tokens} tokens"
+        )
     try:
         sent = output.replay(tokens, with_logprobs=params.logprobs is not None)
     except ReplayMismatch as error:

@@ -67,6 +67,7 @@ class ServedModel:
                 self._changed.notify_all()
 
     def wait_until_idle(self, timeout: float) -> bool:
+        """Wait until no request is open; return False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._in_flight == 0, timeout)
 

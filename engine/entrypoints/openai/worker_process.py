@@ -17,7 +17,7 @@ WORKER_COMMAND = (sys.executable, "-m", "fastdeploy.core.worker")
 
 
 class WorkerProcess:
-    """Handle of the worker. Create it in the main thread: the worker dies with the thread that started it."""
+    """The running worker. Create it in the main thread: the worker dies with the thread that started it."""
 
     def __init__(
         self, config: EngineConfig, endpoint: str, token: str, command: Sequence[str] = WORKER_COMMAND
