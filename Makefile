@@ -18,7 +18,7 @@ TYPES  := .cache/types
 
 .PHONY: help serve model test test-fast coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \
-        uninstall clean check-cuda test-gpu import-tree bench-gpu-product \
+        uninstall clean check-cuda test-gpu gpu import-tree bench-gpu-engine bench-gpu-product \
         bench-gpu-attention bench-gpu-step
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "                        libFuzzer (needs clang); FD_FUZZ_MINUTES=5"
 	@echo "make chaos              kill ranks of an expert group at every point of a step"
 	@echo "make check-cuda         compile the Hopper kernels and reject spilled registers (needs nvcc, no GPU)"
+	@echo "make gpu                build the kernels for H100, H200 and H20 (needs nvcc)"
 	@echo "make test-gpu           test the Hopper kernels on a GPU (needs nvcc and a python3 with torch)"
 	@echo
 	@echo "Benchmarks:"
@@ -186,6 +187,17 @@ check-cuda:
 test-gpu: import-tree
 	@custom_ops/cuda/build.sh
 	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m pytest -q --confcutdir=tests/device tests/device
+
+# DIRECTORY gets a checkpoint of 44 GB.
+bench-gpu-engine: import-tree
+	@custom_ops/cuda/build.sh
+	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m benchmarks.cuda_engine --directory $(or $(DIRECTORY),/tmp/fd-dp-21b) $(ARGS)
+
+# Beside the compiled operations, where the engine looks for it.
+gpu:
+	@custom_ops/cuda/build.sh
+	@cp build/cuda/libfd_cuda.so custom_ops/
+	@echo "fd-dp: custom_ops/libfd_cuda.so is built"
 
 bench-gpu-product bench-gpu-attention bench-gpu-step: bench-gpu-%:
 	@custom_ops/cuda/build.sh --bench

@@ -1,0 +1,217 @@
+"""The engine on a GPU with a random ERNIE-4.5-21B-A3B: loading, decode steps, prompts, host time of a step.
+
+The limit of a decode step is the time to read the weights of the expected experts and the KV cache once.
+`make bench-gpu-engine` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeploy.common.messages import AddRequest
+from fastdeploy.common.request import SamplingParams
+from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.core.engine import EngineCore
+from fastdeploy.device.choice import choose_gpu
+from fastdeploy.device.cuda import CudaDevice
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2560, 28, 20, 4, 128, 103424
+DENSE_WIDTH, EXPERTS, PICKS, EXPERT_WIDTH, SHARED = 12288, 64, 6, 1536, 2
+#: Tensors are windows of one random array: drawing tens of gigabytes would take longer than writing them.
+_POOL = 64 << 20
+
+
+def config_json(layers: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "model_type": "ernie4_5_moe",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": DENSE_WIDTH,
+        "moe_num_experts": EXPERTS,
+        "moe_k": PICKS,
+        "moe_intermediate_size": EXPERT_WIDTH,
+        "moe_num_shared_experts": SHARED,
+        "moe_layer_start_index": 1,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
+
+
+def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Return the names and shapes of the checkpoint in Hugging Face's layout."""
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for index in range(layers):
+        name = f"model.layers.{index}."
+        yield f"{name}input_layernorm.weight", (HIDDEN,)
+        yield f"{name}post_attention_layernorm.weight", (HIDDEN,)
+        for part, outputs in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            yield f"{name}self_attn.{part}_proj.weight", (outputs * HEAD_DIM, HIDDEN)
+        yield f"{name}self_attn.o_proj.weight", (HIDDEN, HEADS * HEAD_DIM)
+        widths = {f"{name}mlp.": DENSE_WIDTH}
+        if index > 0:
+            yield f"{name}mlp.gate.weight", (EXPERTS, HIDDEN)
+            widths = {f"{name}mlp.experts.{expert}.": EXPERT_WIDTH for expert in range(EXPERTS)}
+            widths[f"{name}mlp.shared_experts."] = EXPERT_WIDTH * SHARED
+        for prefix, width in widths.items():
+            yield f"{prefix}gate_proj.weight", (width, HIDDEN)
+            yield f"{prefix}up_proj.weight", (width, HIDDEN)
+            yield f"{prefix}down_proj.weight", (HIDDEN, width)
+    yield "model.norm.weight", (HIDDEN,)
+
+
+def write_checkpoint(directory: Path, layers: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(0).standard_normal(_POOL, np.float32) * 0.02
+    pool = (values.view(np.uint32) >> 16).astype(np.uint16)
+    ones = np.full(HIDDEN, 0x3F80, np.uint16)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes(layers):
+        start, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        offset = 0
+        for name, shape in shapes(layers):
+            count, written = int(np.prod(shape)), 0
+            if "norm" in name:
+                file.write(ones)
+                continue
+            # A prime, so that no two tensors are alike.
+            offset = (offset + 1_000_003) % (_POOL // 2)
+            while written < count:
+                window = pool[offset : offset + count - written]
+                file.write(window)
+                written += len(window)
+                offset = 0 if written < count else offset
+    (directory / "config.json").write_text(json.dumps(config_json(layers)))
+
+
+class Stopwatch:
+    """Time that the engine spends waiting for the GPU."""
+
+    def __init__(self, device: CudaDevice) -> None:
+        self.waited = 0.0
+        library, call = device._library, device._library.call
+
+        def timed(name: str, *arguments: Any) -> None:
+            started = time.perf_counter()
+            call(name, *arguments)
+            if name == "fd_step_wait":
+                self.waited += time.perf_counter() - started
+
+        library.call = timed  # type: ignore[method-assign]
+
+
+def limit(batch: int, context: int, layers: int, bandwidth: float) -> float:
+    """Return the seconds to read what a decode step needs."""
+    touched = EXPERTS * (1 - (1 - PICKS / EXPERTS) ** batch)
+    attention = (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM * HIDDEN
+    expert_layer = attention + 3 * HIDDEN * EXPERT_WIDTH * (touched + SHARED) + 2 * EXPERTS * HIDDEN
+    weights = 2 * ((layers - 1) * expert_layer + attention + 3 * HIDDEN * DENSE_WIDTH + VOCABULARY * HIDDEN)
+    return (weights + batch * context * layers * KV_HEADS * HEAD_DIM * 4) / bandwidth
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32, 64])
+    parser.add_argument("--context", type=int, default=1984)
+    parser.add_argument("--bandwidth", type=float, default=4.53, help="TB/s, from benchmarks.cuda_product")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    if not (arguments.directory / "config.json").exists():
+        write_checkpoint(arguments.directory, arguments.layers)
+        print(f"checkpoint written in {time.monotonic() - started:.1f} s", flush=True)
+    config = EngineConfig(
+        model=arguments.directory,
+        device="gpu",
+        max_model_len=4608,
+        max_num_seqs=64,
+        max_num_batched_tokens=4096,
+        max_prefill_beside_decode=4096,
+        enable_prefix_caching=False,
+    )
+    model = ModelConfig.from_directory(arguments.directory)
+    gpu = choose_gpu(config, model)
+    assert gpu is not None
+    times = [time.monotonic()]
+    device = CudaDevice(config, model, gpu)
+    times.append(time.monotonic())
+    device.load(lambda fraction, stage: None)
+    times.append(time.monotonic())
+    num_blocks = device.allocate_cache(lambda fraction, stage: None)
+    times.append(time.monotonic())
+    engine = EngineCore(config, model, device, num_blocks)
+    random = np.random.default_rng(1)
+
+    def add(name: str, length: int, new: int) -> None:
+        prompt = random.integers(3, VOCABULARY, length).tolist()
+        engine.add(
+            AddRequest(name, prompt, SamplingParams(max_tokens=new, temperature=0.0), arrival_time=0.0)
+        )
+
+    def step() -> None:
+        for output in engine.step().outputs:
+            assert output.message is None, output.message
+
+    add("first", 16, 1)
+    step()
+    times.append(time.monotonic())
+    opened, loaded, prepared, first = np.diff(times)
+    size = (arguments.directory / "model.safetensors").stat().st_size / 1e9
+    print(
+        f"{device.title}: open {opened:.2f} s, load {loaded:.2f} s ({size:.1f} GB, {size / loaded:.1f} GB/s), "
+        f"cache and graphs {prepared:.2f} s, first step {first:.2f} s; {num_blocks} blocks",
+        flush=True,
+    )
+    watch = Stopwatch(device)
+    for batch in arguments.batch:
+        for index in range(batch):
+            add(f"{batch}-{index}", arguments.context, 128)
+        scheduler = engine._scheduler
+        while scheduler.num_waiting or any(s.num_tokens - s.num_computed > 1 for s in scheduler._running):
+            step()
+        steps, watch.waited, begun = 0, 0.0, time.perf_counter()
+        while steps < 64:
+            step()
+            steps += 1
+        mean = (time.perf_counter() - begun) / steps
+        host = mean - watch.waited / steps
+        floor = limit(batch, arguments.context + 48, arguments.layers, arguments.bandwidth * 1e12)
+        print(
+            f"decode {batch:3}: {mean * 1e3:7.3f} ms a step ({host * 1e6:.0f} us on the host), limit "
+            f"{floor * 1e3:.3f} ms, ratio {floor / mean:.2f}, {batch / mean:.0f} tokens/s",
+            flush=True,
+        )
+        while engine.has_work:
+            step()
+    for _ in range(2):
+        add(f"prompt{_}", 4096, 1)
+        begun = time.perf_counter()
+        while engine.has_work:
+            step()
+        taken = time.perf_counter() - begun
+        print(f"prompt 4096: {taken * 1e3:.1f} ms, {4096 / taken:.0f} tokens/s", flush=True)
+    device.close()
+
+
+if __name__ == "__main__":
+    main()
