@@ -7,6 +7,7 @@ The limit of a decode step is the time to read the weights of the expected exper
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -178,10 +179,13 @@ def main() -> None:
     opened, loaded, prepared, first = np.diff(times)
     size = (arguments.directory / "model.safetensors").stat().st_size / 1e9
     print(
-        f"{device.title}: open {opened:.2f} s, load {loaded:.2f} s ({size:.1f} GB, {size / loaded:.1f} GB/s), "
-        f"cache and graphs {prepared:.2f} s, first step {first:.2f} s; {num_blocks} blocks",
+        f"{device.title}: open {opened:.2f} s, load {loaded:.2f} s ({size:.1f} GB, "
+        f"{size / loaded:.1f} GB/s), cache and graphs {prepared:.2f} s, first step {first:.2f} s; {num_blocks} blocks",
         flush=True,
     )
+    # As in the worker: no garbage collection of the engine's objects during a measurement.
+    gc.collect()
+    gc.freeze()
     watch = Stopwatch(device)
     for batch in arguments.batch:
         for index in range(batch):
@@ -203,8 +207,8 @@ def main() -> None:
         )
         while engine.has_work:
             step()
-    for _ in range(2):
-        add(f"prompt{_}", 4096, 1)
+    for index in range(2):
+        add(f"prompt{index}", 4096, 1)
         begun = time.perf_counter()
         while engine.has_work:
             step()

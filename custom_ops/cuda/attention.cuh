@@ -239,7 +239,13 @@ struct TileRing {
     if (threadIdx.x % 128 == 0) barrier_arrive(empty + taken);
   }
   __device__ const uint8_t* at(int taken) const { return slots + taken * Shape::kTileBytes; }
-  __device__ void skip() { release(take()); }
+  // Products keep the warps of a warpgroup together; skipping needs a barrier. Without one, a warp could fall behind by
+  // a whole ring and wait for a phase of its slot that began and ended meanwhile.
+  __device__ void skip() {
+    const int taken = take();
+    named_barrier(1 + threadIdx.x / 128, 128);
+    release(taken);
+  }
 };
 
 // Run by one thread: streams the tiles of all items of this block.

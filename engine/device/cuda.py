@@ -73,7 +73,8 @@ class CudaDevice:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self._handle = handle.value or 0
-        self._free_at_start = self._info().bytes_free
+        #: Bytes in arenas. What other processes take meanwhile must not count.
+        self._own_bytes = 0
         self._limits = StepLimits.of(config, model_config)
         self._plan = PlanLayout(self._limits)
         self._results = ResultLayout(self._limits.rows)
@@ -106,7 +107,7 @@ class CudaDevice:
             block_bytes,
             total=info.bytes_total,
             free=info.bytes_free,
-            own=self._free_at_start - info.bytes_free,
+            own=self._own_bytes,
             num_replicas=self._gpu.num_replicas,
         )
         needed = config.blocks_for(config.max_model_len)
@@ -287,6 +288,7 @@ class CudaDevice:
             self._library.call("fd_arena", self._handle, kind, size, ctypes.byref(buffer))
         except OutOfDeviceMemory as error:
             raise OutOfDeviceMemory(f"{error}; it needs {remedy}") from None
+        self._own_bytes += size
         return int(buffer.address)
 
     def _info(self) -> Info:

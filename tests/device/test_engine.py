@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -248,6 +251,26 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_options_to_change(experts
         OutOfDeviceMemory, match=r"cache needs .* GB of GPU memory; .* --num-gpu-blocks-override"
     ):
         experts.device(num_gpu_blocks_override=2**30)
+
+
+def test_a_fault_of_the_device_breaks_it_with_one_line(experts: Model, tmp_path: Path) -> None:
+    # In a process of its own, because nothing can be computed afterwards.
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from fastdeploy.device.errors import DeviceBroken\n"
+        "from tests.device.test_engine import Batch, Model, part, sequence\n"
+        "model = Model(Path(sys.argv[1]), 'experts')\n"
+        "one = sequence([5, 6, 7], [2**30])\n"
+        "try:\n"
+        "    model.device().every_logit(Batch((part(one, 0, 3),)))\n"
+        "except DeviceBroken as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert re.fullmatch(r"GPU: a step: an illegal memory access was encountered\n", done.stdout), done
 
 
 def test_a_cache_takes_its_share_of_the_memory(experts: Model) -> None:

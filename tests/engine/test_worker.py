@@ -260,6 +260,25 @@ def test_steps_that_keep_failing_end_the_worker_and_it_says_why(start: Callable[
     assert api.process.wait(DEADLINE_S) == 1
 
 
+def test_a_broken_device_ends_the_worker_with_a_status_of_its_own(start: Callable[..., Api]) -> None:
+    broken = (
+        "import sys\n"
+        "from fastdeploy.device.errors import DeviceBroken\n"
+        "from fastdeploy.device.paddle_cpu import ModelRunner\n"
+        "from fastdeploy.core.worker import main\n"
+        "def execute(self, batch): raise DeviceBroken('GPU: a step: unspecified launch failure')\n"
+        "ModelRunner.execute = execute\n"
+        "sys.exit(main())"
+    )
+    api = start(CONFIG, "-c", broken)
+    api.receive_until(Ready)
+    api.send(request("one", [5, 6, 7]))
+    while not isinstance(message := api.receive(), Failed):
+        pass
+    assert message.message == "GPU: a step: unspecified launch failure"
+    assert api.process.wait(DEADLINE_S) == 75
+
+
 def test_worker_started_by_hand_names_its_launcher() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FD_")}
     done = subprocess.run(
