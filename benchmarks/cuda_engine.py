@@ -180,7 +180,8 @@ def main() -> None:
     size = (arguments.directory / "model.safetensors").stat().st_size / 1e9
     print(
         f"{device.title}: open {opened:.2f} s, load {loaded:.2f} s ({size:.1f} GB, "
-        f"{size / loaded:.1f} GB/s), cache and graphs {prepared:.2f} s, first step {first:.2f} s; {num_blocks} blocks",
+        f"{size / loaded:.1f} GB/s), cache and graphs {prepared:.2f} s, first step {first:.2f} s; "
+        f"{num_blocks} blocks",
         flush=True,
     )
     # As in the worker: no garbage collection of the engine's objects during a measurement.
