@@ -246,7 +246,7 @@ def test_log_probabilities_are_those_of_the_reference(experts: Model) -> None:
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_options_to_change(experts: Model) -> None:
     with pytest.raises(OutOfDeviceMemory, match="lower --max-model-len or raise --gpu-memory-utilization"):
-        experts.device(num_gpu_blocks_override=None, gpu_memory_utilization=0.0001)
+        experts.device(num_gpu_blocks_override=None, gpu_memory_utilization=0.00001)
     with pytest.raises(
         OutOfDeviceMemory, match=r"cache needs .* GB of GPU memory; .* --num-gpu-blocks-override"
     ):
