@@ -42,8 +42,6 @@ def configure(context: str = "", file_name: str | None = None) -> None:
     if _is_journal(sys.stderr):
         handlers[0].setFormatter(_JournalFormatter(formatter))
     root.setLevel(level)
-    # Its INFO lines, one per connection, are only noise.
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def info_together(logger: logging.Logger, messages: Sequence[str]) -> None:
