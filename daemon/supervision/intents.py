@@ -90,8 +90,8 @@ class Intents:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             self._unread = (
-                f"{self._file}: cannot be read ({printable(error)}); all programs are to run and none is drained; "
-                "repeat fdctl stop, hold or drain where it is wanted"
+                f"{self._file}: cannot be read ({printable(error)}); all programs are to run and none is "
+                "drained; repeat fdctl stop, hold or drain where it is wanted"
             )
             return {}
 
