@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from ...common.http_client import HttpError, request
 
 #: Seconds. A healthy program on a busy machine needs less.
@@ -33,6 +31,8 @@ class Scrape:
     @classmethod
     def parse(cls, text: str, at: float) -> Scrape:
         """Parse the text format of Prometheus. Raises ValueError."""
+        from prometheus_client.parser import text_string_to_metric_families
+
         samples: dict[str, list[Sample]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
