@@ -95,7 +95,7 @@ def templates(file: str) -> list[tuple[str, re.Pattern[str]]]:
     tree = ast.parse((ROOT / file).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            parts = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+            parts = [str(part.value) if isinstance(part, ast.Constant) else None for part in node.values]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             parts = [*_split(node.value)]
         else:

@@ -148,7 +148,7 @@ def test_a_server_that_drips_bytes_uses_up_the_time(serve: Callable[..., Peer], 
 def test_a_server_that_accepts_and_hangs_is_given_up(
     serve: Callable[..., Peer], tmp_path: Path, name: str | None
 ) -> None:
-    peer = serve(lambda _: peer.leave.wait(LONG), tmp_path / name if name else None)
+    peer: Peer = serve(lambda _: peer.leave.wait(LONG), tmp_path / name if name else None)
     with pytest.raises(TimedOut):
         request(peer.server, "GET", "/", timeout=0.1)
 

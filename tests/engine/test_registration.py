@@ -72,6 +72,22 @@ def test_a_healthy_replica_registers_again_and_again_and_says_so_once(
     assert [r.message for r in caplog.records] == [f"registered with router http://{router.address}"]
 
 
+@pytest.mark.parametrize(("keys", "sent"), [("", None), ("first, second", "Bearer first")])
+def test_the_first_registration_key_is_sent_below_the_routers_path(
+    monkeypatch: pytest.MonkeyPatch,
+    router: FakeRouter,
+    start: Callable[..., Registration],
+    keys: str,
+    sent: str | None,
+) -> None:
+    monkeypatch.setenv("FD_ROUTER_REGISTER_KEY", keys)
+    registration = start(f"http://{router.address}/a b")
+    wait_until(lambda: router.posts)
+    registration.leave()
+    assert {*router.paths()} == {"/a%20b/register", "/a%20b/deregister"}
+    assert {*router.keys} == {sent}
+
+
 def test_a_replica_that_is_not_healthy_keeps_silent(
     router: FakeRouter, start: Callable[..., Registration]
 ) -> None:
