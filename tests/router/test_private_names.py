@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +10,8 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.values import MutexValue
+
+from ..stored_attributes import stored
 
 #: Module:class -> attributes and methods, inherited ones included. setup.cfg bounds the versions.
 ATTRIBUTES = {
@@ -47,18 +47,6 @@ MODULE_NAMES = {
     "gunicorn.workers.gthread": ("STOP_KEEPALIVE_LINGER",),
     "prometheus_client.values": ("MutexValue", "ValueClass"),
 }
-
-
-def stored(kind: type) -> set[str]:
-    """Return the attributes that the methods of a class assign on self."""
-    return {
-        instruction.argval
-        for base in kind.__mro__
-        for method in vars(base).values()
-        if inspect.isfunction(method)
-        for instruction in dis.get_instructions(method)
-        if instruction.opname == "STORE_ATTR"
-    }
 
 
 @pytest.mark.parametrize("place", ATTRIBUTES)
