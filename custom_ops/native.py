@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import paddle
-from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+from paddle.base.core import load_op_meta_info_and_register_op
 
 
 def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:

@@ -95,6 +95,7 @@ def test_paddle_runs_a_custom_operation_by_its_name() -> None:
     """Runs in its own process, because the router's tests do without Paddle."""
     code = (
         "from fastdeploy.common.paddle_import import import_paddle; import_paddle(); import paddle; "
-        "assert callable(paddle._C_ops._run_custom_op)"
+        "assert callable(paddle._C_ops._run_custom_op); "
+        "assert callable(paddle.base.core.load_op_meta_info_and_register_op)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
