@@ -15,7 +15,7 @@ COMPILED := $(wildcard $(foreach folder,include paddle cpu cpu/*,$(foreach kind,
               daemon/router/http/*.cc)
 # Links for mypy that give the folders the names of the installed packages.
 TYPES  := .cache/types
-# Or each of the thousands of processes that the tests start would compile our modules again.
+# Otherwise each of the thousands of processes that the tests start would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help serve model test test-fast coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
