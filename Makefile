@@ -15,6 +15,8 @@ COMPILED := $(wildcard $(foreach folder,include paddle cpu cpu/*,$(foreach kind,
               daemon/router/http/*.cc)
 # Links that give the folders the names of the installed packages, for mypy and where nothing is installed.
 TYPES  := .cache/types
+# Otherwise each of the thousands of processes that the tests start would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help serve model test test-fast coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \

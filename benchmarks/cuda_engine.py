@@ -92,13 +92,13 @@ def write_checkpoint(directory: Path, layers: int) -> None:
         for name, shape in shapes(layers):
             count, written = int(np.prod(shape)), 0
             if "norm" in name:
-                file.write(ones)
+                file.write(ones.tobytes())
                 continue
             # A prime, so that no two tensors are alike.
             offset = (offset + 1_000_003) % (_POOL // 2)
             while written < count:
                 window = pool[offset : offset + count - written]
-                file.write(window)
+                file.write(window.data)
                 written += len(window)
                 offset = 0 if written < count else offset
     (directory / "config.json").write_text(json.dumps(config_json(layers)))

@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL:
         ImportError: it is missing, was compiled for another Paddle, or FD_ISA is invalid.
     """
     import paddle
-    from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+    from paddle.base.core import load_op_meta_info_and_register_op
 
     path = Path(__file__).with_name("libfd_ops.so")
     if not path.exists():

@@ -16,12 +16,15 @@ class FakeRouter:
     def __init__(self) -> None:
         self.status = 200
         self.posts: list[tuple[str, dict[str, Any]]] = []
+        #: Authorization header of each post.
+        self.keys: list[str | None] = []
         self.before_answer: Callable[[str], object] = lambda path: None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.keys.append(self.headers["Authorization"])
                 outer.posts.append((self.path, json.loads(body)))
                 outer.before_answer(self.path)
                 answer = b'{"code":503,"msg":"not healthy"}' if outer.status != 200 else b"{}"

@@ -8,8 +8,8 @@ import os
 import random
 import socket
 
-#: Below the kernel's default range of ephemeral ports.
-_ALL = range(20_000, 32_768)
+#: Below the kernel's default range of ephemeral ports, and below the default ports of router and daemon.
+_ALL = range(20_000, 30_000)
 _PROCESSES = 16
 #: The share of this pytest-xdist worker.
 _OWN = _ALL[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % _PROCESSES :: _PROCESSES]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from fastdeploy.daemon.config.declaration import options_of
 from fastdeploy.daemon.config.options import SECTIONS
 from fastdeploy.daemon.fdctl import main
 from fastdeploy.entrypoints.openai import options
@@ -73,9 +74,7 @@ def test_every_variable_that_is_named_is_one_of_the_code() -> None:
 
 
 def test_every_option_of_dp_toml_that_is_named_exists() -> None:
-    known = {
-        f"[{name}] {option}" for name, section in SECTIONS.items() for option in section.__struct_fields__
-    }
+    known = {f"[{name}] {option}" for name, section in SECTIONS.items() for option in options_of(section)}
     # A word without an underscore may be ordinary prose.
     wanted = named(rf"(\[(?:{'|'.join(SECTIONS)})\] [a-z]+_[a-z_]+)")
     assert wanted

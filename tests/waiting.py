@@ -7,10 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(condition: Callable[..., Any], what: str = "what is tested", *, deadline: float) -> Any:
-    """Poll until `condition()` is true and return its value; fail after `deadline` seconds."""
+def wait_until(
+    condition: Callable[..., Any], what: str = "what is tested", *, deadline: float, pause: float = 0.02
+) -> Any:
+    """Poll until `condition()` is true and return its value; fail after `deadline` seconds.
+
+    Args:
+        pause: seconds between two calls.
+    """
     end = time.monotonic() + deadline
     while not (value := condition()):
         assert time.monotonic() < end, f"not within {deadline:g} s: {what}"
-        time.sleep(0.02)
+        time.sleep(pause)
     return value

@@ -31,13 +31,13 @@ from msgspec.structs import fields
 Check = Callable[[Any], str | None]
 
 _NAMES: dict[type, str] = {
-    StrType: "text",
+    StrType: "string",
     IntType: "integer",
     FloatType: "number",
     BoolType: "boolean",
     CustomType: "path",
-    DictType: "table of texts",
-    str: "text",
+    DictType: "table of strings",
+    str: "string",
     int: "integer",
     float: "number",
     bool: "boolean",
@@ -142,7 +142,7 @@ def _complaint(kind: Any, value: Any) -> str:
     match kind:
         case DictType() if isinstance(value, dict):
             name, word = next(item for item in value.items() if not isinstance(item[1], str))
-            return f'{name} is {_sort(word)}; it must be a text, {name} = "..."'
+            return f'{name} is {_sort(word)}; it must be a string, {name} = "..."'
         case VarTupleType(item_type=IntType() as port):
             wrong = next(each for each in value if not port.ge <= each <= port.le)
             return f"contains {wrong}; a port is {_range(port)}"
@@ -178,14 +178,14 @@ def _name(kind: Any) -> str:
         case VarTupleType(item_type=IntType()):
             return "port or list of ports"
         case VarTupleType():
-            return "list of texts"
+            return "list of strings"
     return _NAMES[type(kind)]
 
 
 def _sort(value: Any) -> str:
     """Return the type of a TOML value, with an article."""
     if isinstance(value, list):
-        return "a list that does not only contain texts"
+        return "a list that does not only contain strings"
     return _with_article(_NAMES.get(type(value), type(value).__name__))
 
 

@@ -145,13 +145,14 @@ class RouterSection(Struct, frozen=True, kw_only=True):
     workers: Annotated[int, about("Worker processes; one serves thousands of streams.", ge=1, le=16)] = 1
     request_timeout: Annotated[
         Seconds,
-        about(
-            "Time without data from a replica that sends no keep-alives after which its request fails.", ge=1
-        ),
+        about("Time without data after which a request fails, for replicas that send no keep-alives.", ge=1),
     ] = 1800.0
     progress_timeout: Annotated[
         Seconds,
-        about("Time without data from a replica that sends keep-alives after which it counts as dead.", ge=1),
+        about(
+            "Time without data after which a replica counts as dead, for replicas that send keep-alives.",
+            ge=1,
+        ),
     ] = 90.0
     api_keys_file: Annotated[
         str,
@@ -244,8 +245,8 @@ class SuperviseSection(Struct, frozen=True, kw_only=True):
     box_budget: Annotated[
         int,
         about(
-            "Number of failures of all replicas within `budget_window` after which each further one is "
-            "paused.",
+            "Number of failures of all replicas within `budget_window` after which each replica that "
+            "fails is paused.",
             ge=1,
         ),
     ] = 40
@@ -270,11 +271,11 @@ class MetricsSection(Struct, frozen=True, kw_only=True):
 
 
 class PathsSection(Struct, frozen=True, kw_only=True):
-    """Directories. Empty: `state`, `run` and `logs` below `--prefix`, or the system's without a prefix."""
+    """Directories. Empty: `state`, `run` and `logs` below `--prefix`; without a prefix, those named below."""
 
-    state: Annotated[Path, about("Files that survive a restart; without a prefix /var/lib/fd.")] = Path()
-    run: Annotated[Path, about("Sockets and supervisord's files; without a prefix /run/fd.")] = Path()
-    logs: Annotated[Path, about("Log files, one directory per program; without a prefix /var/log/fd.")] = (
+    state: Annotated[Path, about("Files that survive a restart; without a prefix: /var/lib/fd.")] = Path()
+    run: Annotated[Path, about("Sockets and supervisord's files; without a prefix: /run/fd.")] = Path()
+    logs: Annotated[Path, about("Log files, one directory per program; without a prefix: /var/log/fd.")] = (
         Path()
     )
 

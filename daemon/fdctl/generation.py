@@ -1,4 +1,7 @@
-"""`fdctl generate`: a chat completion through the router."""
+"""`fdctl generate`: a chat completion through the router.
+
+The response is printed as it arrives and may take any time, so this does not use `common/http_client.py`.
+"""
 
 from __future__ import annotations
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
+from ...common.http_client import HttpError, request
 
 #: Seconds. A healthy program on a busy machine needs less.
 _TIMEOUT = 2.0
@@ -31,6 +31,8 @@ class Scrape:
     @classmethod
     def parse(cls, text: str, at: float) -> Scrape:
         """Parse the text format of Prometheus. Raises ValueError."""
+        from prometheus_client.parser import text_string_to_metric_families
+
         samples: dict[str, list[Sample]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -108,17 +110,11 @@ class BackgroundCalls:
 
 
 def scrape(host: str, port: int) -> Scrape:
-    """GET /metrics. Raises OSError, ValueError or HTTPException."""
-    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
-    try:
-        connection.request("GET", "/metrics")
-        response = connection.getresponse()
-        text = response.read(_MAX_BYTES).decode()
-        if response.status != http.HTTPStatus.OK:
-            raise ValueError(f"/metrics answered {response.status}")
-    finally:
-        connection.close()
-    return Scrape.parse(text, time.monotonic())
+    """GET /metrics. Raises HttpError or ValueError."""
+    response = request((host, port), "GET", "/metrics", timeout=_TIMEOUT, limit=_MAX_BYTES)
+    if response.status != HTTPStatus.OK:
+        raise HttpError(f"/metrics answered {response.status}")
+    return Scrape.parse(response.body.decode(), time.monotonic())
 
 
 def _growth(first: Scrape, last: Scrape, counter: str, **labels: str) -> float | None:

@@ -35,7 +35,7 @@ class IntentCommands:
         #: Clients that wait until a replica is drained.
         self._drains: list[tuple[Operation, Conversation]] = []
         #: A program was released. Reloads skip held programs, so it may need a newer configuration.
-        self.has_released = False
+        self._has_released = False
 
     def handle(
         self, command: str, replicas: list[SupervisedProgram], conversation: Conversation, *, wait: bool
@@ -52,7 +52,7 @@ class IntentCommands:
         if problem := apply(fleet, command, replicas):
             conversation.line(problem)
         log.info("%s: %s", command, ", ".join(replica.label for replica in replicas))
-        self.has_released = self.has_released or command == "release"
+        self._has_released = self._has_released or command == "release"
         if command == "drain" and not fleet.router.snapshot.problem and no_replica_accepting(fleet):
             conversation.line("no replica takes requests now")
         if command == "drain" and wait:
@@ -60,6 +60,11 @@ class IntentCommands:
             self._drains.append((maintenance.until_drained(fleet, names), conversation))
         else:
             conversation.end(protocol.OK)
+
+    def take_release(self) -> bool:
+        """Return True if a program was released since the last call."""
+        has_released, self._has_released = self._has_released, False
+        return has_released
 
     def advance(self) -> None:
         """Resume every drain that a client waits for."""

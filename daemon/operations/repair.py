@@ -38,8 +38,7 @@ class Repair:
         for replica in fleet.programs.values():
             if replica.state is ProgramState.STOPPED and replica.intent is Intent.RUN:
                 fleet.request_start(replica, "start")
-        if self._intents.has_released:
-            self._intents.has_released = False
+        if self._intents.take_release():
             self._reloader.catch_up()
         elif self._is_due() and router_reload.has_old_flags(fleet):
             self._last_signal = fleet.now

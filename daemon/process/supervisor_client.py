@@ -6,18 +6,16 @@ supervisord starts, stops and reaps processes and rotates their output. All deci
 from __future__ import annotations
 
 import contextlib
-import http.client
 import re
-import socket
 import xml.parsers.expat
 import xmlrpc.client
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ...common.errors import FastDeployError
 from ...common.foreign_text import printable
+from ...common.http_client import HttpError, TimedOut, request
 from . import output_tail
 from .supervisord_config import Layout
 
@@ -25,10 +23,9 @@ T = TypeVar("T")
 
 #: Seconds. supervisord answers in milliseconds; a suspended one must not block the daemon for long.
 _TIMEOUT = 3.0
-#: ExpatError: supervisord was killed while it sent its response.
-_NO_RESPONSE = (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError, xml.parsers.expat.ExpatError)
 #: Raised for a malformed response, by xmlrpc.client and by the functions that parse it.
 _MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, xmlrpc.client.Error)
+_OK = 200
 
 _STATES = frozenset({"STOPPING", "UNKNOWN", "STARTING", "RUNNING", "STOPPED", "EXITED", "FATAL", "BACKOFF"})
 #: Faults whose detail is short and useful.
@@ -134,32 +131,41 @@ class Supervisor:
         namespace: str = "supervisor",
         read: Callable[[Any], T] = lambda response: response,
     ) -> T:
-        # A new proxy for each call: after a failed connect, a proxy never connects again.
-        proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(self.layout.socket))
-        with proxy:
-            try:
-                return read(getattr(getattr(proxy, namespace), method)(*arguments))
-            except xmlrpc.client.Fault as fault:
-                # "NAME" or "NAME: detail". The detail of CANT_REREAD lists the whole environment.
-                name, _, detail = printable(str(fault.faultString)).partition(": ")
-                if name == "SHUTDOWN_STATE":
-                    # It rejects every call until it has ended.
-                    raise SupervisorLost("supervisord is shutting down", hangs=True, fault=name) from None
-                what = " ".join((method, *map(str, arguments[:1])))
-                why = f"{name}: {detail}" if name in _DETAILED_FAULTS else name
-                raise SupervisorError(f"supervisord rejected {what}: {why}", name) from None
-            except _NO_RESPONSE as error:
-                hangs = isinstance(error, TimeoutError)
-                raise SupervisorLost(
-                    f"supervisord does not answer on {self.layout.socket} ({printable(error)})", hangs
-                ) from None
-            except _MALFORMED as error:
-                # The socket accepted the connection, so the process is alive.
-                raise SupervisorLost(
-                    f"malformed response of supervisord to {method} on {self.layout.socket} "
-                    f"({printable(repr(error))})",
-                    hangs=True,
-                ) from None
+        try:
+            response = request(
+                self.layout.socket,
+                "POST",
+                "/RPC2",
+                timeout=_TIMEOUT,
+                body=xmlrpc.client.dumps(arguments, f"{namespace}.{method}").encode(),
+                headers={"Content-Type": "text/xml"},
+            )
+            if response.status != _OK:
+                raise HttpError(f"status {response.status}")
+            (result,), _ = xmlrpc.client.loads(response.body)
+            return read(result)
+        except xmlrpc.client.Fault as fault:
+            # "NAME" or "NAME: detail". The detail of CANT_REREAD lists the whole environment.
+            name, _, detail = printable(str(fault.faultString)).partition(": ")
+            if name == "SHUTDOWN_STATE":
+                # It rejects every call until it has ended.
+                raise SupervisorLost("supervisord is shutting down", hangs=True, fault=name) from None
+            what = " ".join((method, *map(str, arguments[:1])))
+            why = f"{name}: {detail}" if name in _DETAILED_FAULTS else name
+            raise SupervisorError(f"supervisord rejected {what}: {why}", name) from None
+        # ExpatError: supervisord was killed while it sent its response.
+        except (HttpError, xml.parsers.expat.ExpatError) as error:
+            hangs = isinstance(error, TimedOut)
+            raise SupervisorLost(
+                f"supervisord does not answer on {self.layout.socket} ({printable(error)})", hangs
+            ) from None
+        except _MALFORMED as error:
+            # The socket accepted the connection, so the process is alive.
+            raise SupervisorLost(
+                f"malformed response of supervisord to {method} on {self.layout.socket} "
+                f"({printable(repr(error))})",
+                hangs=True,
+            ) from None
 
 
 def _spawn_error(response: Any) -> str:
@@ -182,30 +188,6 @@ def _process(info: Any) -> Process:
     if not isinstance(name, str) or state not in _STATES:
         raise ValueError(f"expected a process, not {name!r} in state {state!r}")
     return Process(name, state, _number(info["pid"]), _number(info["start"]))
-
-
-class _Transport(xmlrpc.client.Transport):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def make_connection(self, host: Any) -> http.client.HTTPConnection:
-        return _UnixConnection(self._path)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_TIMEOUT)
-        try:
-            self.sock.connect(str(self._path))
-        except OSError:
-            self.sock.close()
-            raise
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ from pathlib import Path
 
 from ...common.atomic_file import write_atomically
 from ...common.foreign_text import parse_json, printable
-
-log = logging.getLogger("fd-dp")
 
 
 class Intent(StrEnum):
@@ -42,6 +39,8 @@ class Intents:
 
     def __init__(self, state: Path) -> None:
         self._file = state / "intents.json"
+        #: Why the file could not be read; "" if it was read, or has been written since.
+        self._unread = ""
         self._states = self._read()
         self._saved = True
 
@@ -50,7 +49,7 @@ class Intents:
 
     def set(self, name: str, desired: DesiredState) -> str:
         """Set the desired state of a program. Return why it could not be written, or ""."""
-        if desired == self.of(name):
+        if desired == self.of(name) and not self._unread:
             return self.save()
         return self._change({**self._states, name: desired})
 
@@ -61,15 +60,18 @@ class Intents:
         return self._change({name: state for name, state in self._states.items() if name in names})
 
     def save(self) -> str:
-        """Write the file if it is out of date or cannot be read. Return why that failed, or ""."""
+        """Write the file if it is out of date or has become unreadable. Return a problem for people, or "".
+
+        A file that could not be read at the start is a problem until the next `set`, which replaces it.
+        """
         if self._saved and (not self._states or os.access(self._file, os.R_OK)):
-            return ""
+            return self._unread
         try:
             self._write()
         except OSError as error:
             reason = error.strerror or error
             return f"cannot write {self._file}: {reason}; its content is kept in memory and written later"
-        self._saved = True
+        self._saved, self._unread = True, ""
         return ""
 
     def _change(self, states: dict[str, DesiredState]) -> str:
@@ -87,10 +89,9 @@ class Intents:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            log.error(
-                "%s: cannot be read (%s); all programs are to run and none is drained",
-                self._file,
-                printable(error),
+            self._unread = (
+                f"{self._file}: cannot be read ({printable(error)}); all programs are to run and none is "
+                "drained; repeat fdctl stop, hold or drain where it is wanted"
             )
             return {}
 

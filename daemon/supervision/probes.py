@@ -6,8 +6,6 @@ results, called readings, come back through a queue. Health checks continue whil
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
 import os
 import queue
@@ -18,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...common.api_keys import keys_in, keys_in_variable
-from ...common.errors import ConfigError
-from ...common.foreign_text import parse_json, printable
+from ...common.errors import FastDeployError
+from ...common.foreign_text import printable
+from ...common.http_client import ConnectionRefused, NotJson, request
 from ..config.programs import Program, flag_in
 
 log = logging.getLogger("fd-dp")
@@ -32,8 +31,6 @@ _TOKEN_TIMEOUT = 120.0
 _PROBE_ID = "fd-dp-probe"
 _KEYS_FILE = "--api-keys-file"
 _TOO_MANY_REQUESTS = 429
-_MAX_BODY = 1 << 20
-_NO_RESPONSE = (OSError, ValueError, http.client.HTTPException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +107,8 @@ def health_probe(program: Program, pid: int) -> Reading:
                 program.name, pid, False, answered=True, health=health, problem=printable(problem, 300)
             )
         return Reading(program.name, pid, True, answered=True, health=health)
-    except _NO_RESPONSE as error:
-        refused = isinstance(error, ConnectionRefusedError)
+    except FastDeployError as error:
+        refused = isinstance(error, ConnectionRefused)
         return Reading(program.name, pid, False, answered=not refused, problem=_no_answer(program, error))
 
 
@@ -120,7 +117,7 @@ def token_probe(program: Program, pid: int) -> Reading:
     body = {"prompt": "Hello", "max_tokens": 1, **({"model": program.model} if program.model else {})}
     try:
         status, response = _request(program, "POST", "/v1/completions", body, _TOKEN_TIMEOUT)
-    except _NO_RESPONSE as failure:
+    except FastDeployError as failure:
         return Reading(program.name, pid, False, token=True, problem=_no_answer(program, failure))
     # 429: the replica is full, so it works.
     if (status == 200 and response.get("choices")) or status == _TOO_MANY_REQUESTS:
@@ -136,29 +133,27 @@ def _no_answer(program: Program, error: Exception) -> str:
 
 
 def _request(
-    program: Program, method: str, path: str, body: Any, timeout: float
+    program: Program, method: str, path: str, fields: dict[str, Any] | None, timeout: float
 ) -> tuple[int, dict[str, Any]]:
-    connection = http.client.HTTPConnection(program.host, program.ports[0], timeout=timeout)
+    """Return status and JSON object of the response. Raises HttpError, or ConfigError for an invalid key."""
+    response = request(
+        (program.host, program.ports[0]),
+        method,
+        path,
+        timeout=timeout,
+        fields=fields,
+        headers={"X-Request-Id": _PROBE_ID} if fields is not None else None,
+        key=_api_key(program),
+    )
     try:
-        headers = {"Content-Type": "application/json", "X-Request-Id": _PROBE_ID} if body is not None else {}
-        if key := _api_key(program):
-            headers["Authorization"] = f"Bearer {key}"
-        connection.request(method, path, None if body is None else json.dumps(body), headers)
-        response = connection.getresponse()
-        try:
-            answer = parse_json(response.read(_MAX_BODY))
-        except ValueError:
-            answer = {}
-        return response.status, answer if isinstance(answer, dict) else {}
-    finally:
-        connection.close()
+        answer = response.json()
+    except NotJson:
+        answer = {}
+    return response.status, answer if isinstance(answer, dict) else {}
 
 
 def _api_key(program: Program) -> str:
-    """Return a valid API key, or "" if none is needed. Raises ValueError if the key cannot be read."""
-    try:
-        if file := flag_in(program.argv, _KEYS_FILE):
-            return keys_in(_KEYS_FILE, Path(file))[0]
-        return next(iter(keys_in_variable("FD_API_KEY", {**os.environ, **program.env})), "")
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
+    """Return a valid API key, or "" if none is needed. Raises ConfigError if the key cannot be read."""
+    if file := flag_in(program.argv, _KEYS_FILE):
+        return keys_in(_KEYS_FILE, Path(file))[0]
+    return next(iter(keys_in_variable("FD_API_KEY", {**os.environ, **program.env})), "")

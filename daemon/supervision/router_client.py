@@ -5,26 +5,23 @@ Calls block, for seconds if the router hangs. So the loop makes them through `Ba
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
-import socket
 import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ...common.errors import FastDeployError
-from ...common.foreign_text import parse_json, printable
+from ...common.foreign_text import printable
+from ...common.http_client import HttpError, request
 from ..router.addresses import AllowedAddresses
 
 log = logging.getLogger("fd-dp")
 
 #: Seconds. The router answers in milliseconds, but the machine may be swapping.
 _TIMEOUT = 2.0
-_MAX_BODY = 1 << 20
 _OK, _NOT_FOUND = 200, 404
 
 T = TypeVar("T")
@@ -108,7 +105,7 @@ def report_exit(admin: Path, ended: ReplicaExit) -> None:
     """
     report = {"url": ended.url, "instance": ended.instance, "from_outside": ended.from_outside}
     # 404: an older router still runs after an upgrade.
-    _call(admin, "POST", "/admin/endings", also=_NOT_FOUND, body=json.dumps(report))
+    _call(admin, "POST", "/admin/endings", also=_NOT_FOUND, fields=report)
 
 
 def flags(admin: Path) -> Flags:
@@ -154,17 +151,6 @@ class BackgroundCall(Generic[T]):
         self._ended.set()
 
 
-class _Connection(http.client.HTTPConnection):
-    def __init__(self, admin: Path) -> None:
-        super().__init__("router", timeout=_TIMEOUT)
-        self._admin = admin
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_TIMEOUT)
-        self.sock.connect(str(self._admin))
-
-
 def _row(entry: dict[str, Any], up: bool) -> RegisteredReplica:
     url = urllib.parse.urlsplit(entry["url"])
     return RegisteredReplica(
@@ -190,21 +176,17 @@ def _of(kind: type[T], value: Any) -> T:
     return value
 
 
-def _call(admin: Path, method: str, path: str, also: int = _OK, body: str | None = None) -> dict[str, Any]:
+def _call(
+    admin: Path, method: str, path: str, also: int = _OK, fields: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Send a request and return the JSON response. The status must be 200 or `also`."""
-    connection = _Connection(admin)
     try:
-        connection.request(method, path, body, headers={"Connection": "close"})
-        response = connection.getresponse()
-        content = parse_json(response.read(_MAX_BODY))
+        response = request(admin, method, path, timeout=_TIMEOUT, fields=fields)
         if response.status not in (_OK, also):
             raise RouterUnavailable(f"the router answered {method} {path} with {response.status}")
+        content = response.json()
         if not isinstance(content, dict):
-            raise ValueError("no JSON object")
+            raise HttpError("response is not a JSON object")
         return content
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise RouterUnavailable(
-            f"the router does not answer on {admin} ({printable(error) or type(error).__name__})"
-        ) from None
-    finally:
-        connection.close()
+    except HttpError as error:
+        raise RouterUnavailable(f"the router does not answer on {admin} ({error})") from None

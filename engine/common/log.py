@@ -42,8 +42,6 @@ def configure(context: str = "", file_name: str | None = None) -> None:
     if _is_journal(sys.stderr):
         handlers[0].setFormatter(_JournalFormatter(formatter))
     root.setLevel(level)
-    # urllib3 logs a line per connection.
-    logging.getLogger("urllib3").setLevel(logging.WARNING)
 
 
 def info_together(logger: logging.Logger, messages: Sequence[str]) -> None:

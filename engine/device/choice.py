@@ -42,28 +42,24 @@ def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
     """
     if config.device == "cpu":
         return None
+    reason: str | None
     try:
         gpus = visible_gpus()
     except OSError as error:
-        return _refuse(config, str(error))
-    if not gpus:
-        if config.device == "gpu":
-            return _refuse(config, f"the driver shows no GPU ({_DRIVER})")
-        return None
-    gpu = deal(config, gpus)
-    if gpu.compute_capability != _HOPPER:
-        major, minor = gpu.compute_capability
-        return _refuse(
-            config,
-            f"GPU {gpu.ordinal} is a {gpu.name} of compute capability {major}.{minor}; the kernels need 9.0 "
-            "(H100, H200, H20)",
+        reason = str(error)
+    else:
+        if not gpus and config.device == "auto":
+            return None
+        gpu = deal(config, gpus) if gpus else None
+        reason = (
+            f"the driver shows no GPU ({_DRIVER})" if gpu is None else _unusable(config, model_config, gpu)
         )
-    reason = unsupported(config, model_config)
-    if reason is not None:
-        return _refuse(config, reason)
-    if find_library() is None:
-        return _refuse(config, "libfd_cuda.so is not built; run make gpu, which needs nvcc")
-    return gpu
+        if reason is None:
+            return gpu
+    if config.device == "gpu":
+        raise ConfigError(f"--device is 'gpu', but {reason}; use --device cpu or auto to compute on the CPU")
+    _log.warning("--device auto computes on the CPU: %s", reason)
+    return None
 
 
 def deal(config: EngineConfig, gpus: list[Gpu]) -> Gpu:
@@ -109,7 +105,15 @@ def _gpu(driver: ctypes.CDLL, ordinal: int) -> Gpu:
     return Gpu(ordinal, name.value.decode(errors="replace"), (major.value, minor.value))
 
 
-def _refuse(config: EngineConfig, reason: str) -> None:
-    if config.device == "gpu":
-        raise ConfigError(f"--device is 'gpu', but {reason}; use --device cpu or auto to compute on the CPU")
-    _log.warning("--device auto computes on the CPU: %s", reason)
+def _unusable(config: EngineConfig, model_config: ModelConfig, gpu: Gpu) -> str | None:
+    """Return why this GPU cannot be used, or None."""
+    if gpu.compute_capability != _HOPPER:
+        major, minor = gpu.compute_capability
+        return (
+            f"GPU {gpu.ordinal} is a {gpu.name} of compute capability {major}.{minor}; the kernels need 9.0 "
+            "(H100, H200, H20)"
+        )
+    reason = unsupported(config, model_config)
+    if reason is None and find_library() is None:
+        return "libfd_cuda.so is not built; run make gpu, which needs nvcc"
+    return reason

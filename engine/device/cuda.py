@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -264,18 +265,16 @@ class CudaDevice:
         for kind, capacities in ((_DECODE, limits.decode_capacities), (_PROMPTS, limits.prompt_capacities)):
             for capacity in capacities:
                 step = CudaStep(capacity, kind == _PROMPTS, 0)
-                self._capture(kind | capacity, lambda step=step: network.forward(step, self._caches))
-        hidden_states = self._work["hidden_states"]
+                self._capture(kind | capacity, partial(network.forward, step, self._caches))
         for capacity in limits.logits_capacities:
-            step = CudaStep(0, False, capacity)
-
-            def tail(kind: int, step: CudaStep = step) -> None:
-                logits = network.logits(HiddenStates(hidden_states, step), step)
-                if kind != _LOGITS:
-                    operations.draw(logits, step, greedy=kind == _GREEDY)
-
             for kind in (_GREEDY, _SAMPLED, _LOGITS):
-                self._capture(kind | capacity, lambda kind=kind, tail=tail: tail(kind))
+                step = CudaStep(0, has_prompts=False, rows=capacity)
+                self._capture(kind | capacity, partial(self._enqueue_tail, network, step, kind))
+
+    def _enqueue_tail(self, network: Ernie45, step: CudaStep, kind: int) -> None:
+        logits = network.logits(HiddenStates(self._work["hidden_states"], step), step)
+        if kind != _LOGITS:
+            self._operations.draw(logits, step, greedy=kind == _GREEDY)
 
     def _capture(self, key: int, enqueue: Callable[[], object]) -> None:
         self._library.call("fd_graph", self._handle, BEGIN_CAPTURE, key)

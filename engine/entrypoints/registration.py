@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import requests
-
 from ..common.addresses import is_loopback, is_wildcard
 from ..common.api_keys import keys_in_variable
 from ..common.errors import ConfigError
 from ..common.foreign_text import printable
+from ..common.http_client import HttpError, Response, request
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,9 @@ class Registration(threading.Thread):
     ) -> None:
         super().__init__(name="registration", daemon=True)
         self._router = router_url(router)
-        self._keys = keys_in_variable("FD_ROUTER_REGISTER_KEY", os.environ)
+        # Routers require it of replicas on other machines.
+        keys = keys_in_variable("FD_ROUTER_REGISTER_KEY", os.environ)
+        self._key = keys[0] if keys else ""
         self._address = address
         self._identity = identity
         self._is_healthy = is_healthy
@@ -84,23 +85,17 @@ class Registration(threading.Thread):
         self._problem: str | None = ""
 
     def run(self) -> None:
-        with requests.Session() as session:
-            # Ignore proxy settings: they are for connections to the internet.
-            session.trust_env = False
-            # Routers require it of replicas on other machines.
-            if self._keys:
-                session.headers["Authorization"] = f"Bearer {self._keys[0]}"
-            while not self._stopped.is_set():
-                try:
-                    if self._is_healthy():
-                        self._log_change(self._register(session))
-                except Exception as error:
-                    # If this thread ended, the router would lose a working replica.
-                    self._log_change(f"{type(error).__name__}: {error}")
-                self._stopped.wait(_INTERVAL_SECONDS if self._problem is None else _RETRY_SECONDS)
-            # A registration that failed may still have arrived.
-            if self._is_leaving and self._problem != "":
-                self._deregister(session)
+        while not self._stopped.is_set():
+            try:
+                if self._is_healthy():
+                    self._log_change(self._register())
+            except Exception as error:
+                # If this thread ended, the router would lose a working replica.
+                self._log_change(f"{type(error).__name__}: {error}")
+            self._stopped.wait(_INTERVAL_SECONDS if self._problem is None else _RETRY_SECONDS)
+        # A registration that failed may still have arrived.
+        if self._is_leaving and self._problem != "":
+            self._deregister()
 
     def stop(self) -> None:
         """End the thread before its next registration, without waiting for a pending one."""
@@ -113,7 +108,7 @@ class Registration(threading.Thread):
         # Deregister in the same thread, so that no later registration can bring the replica back.
         self.join(timeout)
 
-    def _deregister(self, session: requests.Session) -> None:
+    def _deregister(self) -> None:
         try:
             host_ip = advertised_ip(self._address.addresses, self._router)
             body = {
@@ -121,32 +116,37 @@ class Registration(threading.Thread):
                 "port": str(self._address.port),
                 "instance": self._identity.instance,
             }
-            response = session.post(
-                f"{self._router}/deregister", json=body, timeout=DEREGISTER_SECONDS, allow_redirects=False
-            )
-        except (requests.RequestException, OSError) as error:
-            logger.info("could not deregister from router %s: %s", self._router, type(error).__name__)
+            response = self._post("/deregister", body, DEREGISTER_SECONDS)
+        except (HttpError, OSError) as error:
+            logger.info("could not deregister from router %s: %s", self._router, error)
         else:
-            logger.info("deregistered from router %s: HTTP %d", self._router, response.status_code)
+            logger.info("deregistered from router %s: HTTP %d", self._router, response.status)
 
-    def _register(self, session: requests.Session) -> str | None:
+    def _register(self) -> str | None:
         try:
             host_ip = advertised_ip(self._address.addresses, self._router)
             info = register_info(self._address, self._identity, host_ip)
-            response = session.post(
-                f"{self._router}/register", json=info, timeout=_TIMEOUT_SECONDS, allow_redirects=False
-            )
-        except requests.Timeout:
-            return f"no response within {_TIMEOUT_SECONDS:.0f} s"
-        except requests.ConnectionError:
-            # Its text contains object addresses, so it would be logged as new each time.
-            return "cannot connect"
-        except (requests.RequestException, OSError) as error:
+            response = self._post("/register", info, _TIMEOUT_SECONDS)
+        except HttpError as error:
+            return str(error)
+        except OSError as error:
             return f"{type(error).__name__}: {error}"
-        # Redirects are not followed: the registration holds a secret.
-        if not 200 <= response.status_code < 300:
-            return f"HTTP {response.status_code}: {printable(response.text.strip())}"
+        if not 200 <= response.status < 300:
+            return f"HTTP {response.status}: {printable(response.body.decode(errors='replace').strip())}"
         return None
+
+    def _post(self, path: str, fields: dict[str, Any], timeout: float) -> Response:
+        url = urllib.parse.urlsplit(self._router)
+        tls = url.scheme == "https"
+        return request(
+            (url.hostname or "", url.port or (443 if tls else 80)),
+            "POST",
+            urllib.parse.quote(url.path, safe="/%") + path,
+            timeout=timeout,
+            fields=fields,
+            key=self._key,
+            tls=tls,
+        )
 
     def _log_change(self, problem: str | None) -> None:
         if problem == self._problem:

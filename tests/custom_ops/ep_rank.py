@@ -1,7 +1,5 @@
 """A rank of an expert-parallel group without an engine, driven by the commands of `test_expert_group`.
 
-    python -m tests.custom_ops.ep_rank SOCKET
-
 Commands and answers are JSON. The rank writes what it saw in its steps to a file.
 """
 
@@ -13,7 +11,6 @@ import os
 import pickle
 import select
 import socket
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -244,12 +241,10 @@ def answer(link: socket.socket, what: Any) -> None:
     link.send(json.dumps({"answer": what}).encode())
 
 
-def main(descriptor: int) -> None:
+def execute_commands(link: socket.socket) -> None:
+    """Execute the commands that arrive on the socket until it is closed."""
     die_with_parent(os.getppid())
-    # Paddle's own handler would answer SIGTERM with a C++ stack trace.
-    paddle.disable_signal_handler()
     paddle.set_device("cpu")
-    link = socket.socket(fileno=descriptor)
     answer(link, "ready")
     while message := link.recv(1 << 16):
         command = json.loads(message)
@@ -258,7 +253,3 @@ def main(descriptor: int) -> None:
         except Exception as error:
             traceback.print_exc()
             link.send(json.dumps({"error": type(error).__name__, "said": str(error)}).encode())
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Processes of `ep_rank`, reused between tests because each takes a second to import Paddle."""
+"""Processes of `ep_rank`, reused between tests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +15,9 @@ from typing import Any
 
 from fastdeploy.core.cpu_share import SINGLE_THREADED
 from fastdeploy.expert_parallel.memory_file import group_directory
+from tests.forked import ForkedProcess
+
+from .ep_rank import execute_commands
 
 
 class RankFailed(Exception):
@@ -32,11 +33,7 @@ class RankProcess:
     def __init__(self) -> None:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.custom_ops.ep_rank", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | SINGLE_THREADED,
-            )
+            self.process = ForkedProcess(execute_commands, theirs, env=os.environ | SINGLE_THREADED)
         self._is_ready = self._is_busy = False
 
     @property

@@ -65,7 +65,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
             "1: model.path: is missing; Directory of the checkpoint, or `demo` for the demo model.",
         ),
         ("[model]\npath = ''", "2: model.path: is ''; it must not be empty"),
-        ("[model]\npath = 3", "2: model.path: is 3; it must be a text"),
+        ("[model]\npath = 3", "2: model.path: is 3; it must be a string"),
         ("[model", "1: not TOML: expected ']' at the end of a table declaration"),
         ('[model]\npath = "demo"\n\nx = [1, 2\n', "4: not TOML: unclosed array"),
         ("path = 'demo'", "1: path: unknown key outside of a section; did you mean 'paths'?"),
@@ -187,7 +187,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\nextra_args = '--x'\n"),
-            "4: engine.extra_args: is a text; it must be a list of texts",
+            "4: engine.extra_args: is a string; it must be a list of strings",
         ),
         (
             model("[router]\ncors_origins = ['*', 'http://app.example/']\n"),
@@ -204,7 +204,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         (
             model("[engine]\nenv = { A = 1 }\n"),
-            '4: engine.env: A is an integer; it must be a text, A = "..."',
+            '4: engine.env: A is an integer; it must be a string, A = "..."',
         ),
         (
             model("[engine.env]\n'A B' = '1'\n"),

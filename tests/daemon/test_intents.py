@@ -44,6 +44,18 @@ def test_invalid_file_contains_no_intents(tmp_path: Path, text: str) -> None:
     assert Intents(tmp_path).of("replica1") == DesiredState()
 
 
+def test_unreadable_file_is_a_problem_until_it_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "intents.json").write_text("{")
+    intents = Intents(tmp_path)
+    assert intents.save().startswith(f"{tmp_path}/intents.json: cannot be read (")
+    assert intents.save().isprintable()
+    assert (tmp_path / "intents.json").read_text() == "{"
+    # Also an intent that is the same as before shows that the operator knows.
+    assert intents.set("replica1", DesiredState()) == ""
+    assert intents.save() == ""
+    assert Intents(tmp_path).save() == ""
+
+
 def test_intent_that_cannot_be_written_takes_effect_and_is_written_later(tmp_path: Path) -> None:
     intents = Intents(tmp_path)
     assert intents.set("replica1", DesiredState(Intent.HELD)) == ""
@@ -75,6 +87,20 @@ def test_removed_programs_have_no_intents(tmp_path: Path) -> None:
     intents.keep_only({"router", "replica1"})
     assert Intents(tmp_path).of("replica2") == DesiredState()
     assert Intents(tmp_path).of("replica1") == DesiredState(Intent.STOPPED)
+
+
+def test_status_shows_that_the_file_could_not_be_read(lent: Running) -> None:
+    def problems() -> list[str]:
+        return lent.status()["daemon"]["problems"]
+
+    lent.stop(signal.SIGKILL)
+    (lent.prefix / "state" / "intents.json").write_text("[]")
+    lent.start()
+    wait_until(lent.ready, "everything adopted")
+    wait_until(problems, "it is reported")
+    assert problems()[0].startswith(f"{lent.prefix}/state/intents.json: cannot be read (")
+    lent.do("undrain", "1")
+    wait_until(lambda: not problems(), "the file is replaced")
 
 
 # ---- drain

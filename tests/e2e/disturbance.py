@@ -13,8 +13,6 @@ from typing import Any
 
 import psutil
 
-from fastdeploy.daemon.control import protocol
-
 from .conftest import System, wait_until
 from .steady_clients import Clients
 
@@ -129,8 +127,6 @@ class Disturbance:
         return victims if enough and any(replica not in victims for replica in serving) else []
 
     def _status(self) -> dict[str, Any]:
-        """Return the daemon's status without starting fdctl, which would take a second of CPU time."""
-        path = protocol.socket_path(self._system.prefix / "run")
-        *_, last = protocol.request(path, {"do": "status"}, timeout=60)
-        status: dict[str, Any] = last["status"]
+        status = self._system.status()
+        assert status is not None
         return status

@@ -38,7 +38,7 @@ def requests_of(seat: int, count: int = 4, tokens: int = 60) -> list[AddRequest]
 
 def undisturbed(config: EngineConfig, logs: Path, requests: dict[int, list[AddRequest]]) -> dict[int, Texts]:
     """Return the texts of a single worker that has all experts."""
-    api = Api(config, logs)
+    api = Api(config, logs, forked=True)
     try:
         api.receive_until(Ready)
         return {seat: api.generate(asked) for seat, asked in requests.items()}
@@ -50,7 +50,7 @@ def undisturbed(config: EngineConfig, logs: Path, requests: dict[int, list[AddRe
 def ranks_of(count: int, logs: Path, config: EngineConfig = EXPERT_CONFIG) -> Iterator[Ranks]:
     """Workers of a new group, whose memory is removed afterwards."""
     name = f"test-{uuid.uuid4().hex[:8]}"
-    ranks = Ranks(config, count, name, logs)
+    ranks = Ranks(config, count, name, logs, forked=True)
     try:
         yield ranks
     finally:

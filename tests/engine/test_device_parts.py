@@ -205,7 +205,8 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     expected.append(SAMPLING_ROW.itemsize)
     for field in SAMPLING_ROW.names or ():
         lines.append(f'printf("%zu\\n", offsetof(fd_sampling_row, {field}));')
-        expected.append((SAMPLING_ROW.fields or {})[field][1])
+        assert SAMPLING_ROW.fields is not None
+        expected.append(SAMPLING_ROW.fields[field][1])
     header = Path(__file__).parents[2] / "custom_ops/include/fd_device.h"
     source = tmp_path / "sizes.c"
     includes = f'#include <stddef.h>\n#include <stdio.h>\n#include "{header}"\n'
@@ -256,7 +257,8 @@ def test_a_gpu_that_cannot_be_used_is_named_with_the_reason(
 ) -> None:
     monkeypatch.setattr(choice, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(choice, "find_library", lambda: Path("x") if built else None)
-    config, shape = replace(CONFIG, **changes), model_config(tmp_path, **model)
+    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    shape = model_config(tmp_path, **model)
     with caplog.at_level(logging.WARNING):
         assert choose_gpu(config, shape) is None
     (line,) = [record.getMessage() for record in caplog.records]
@@ -294,5 +296,5 @@ def test_auto_takes_a_gpu_or_silently_the_cpu(
 )
 def test_wrong_options_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        replace(CONFIG, **changes)
+        replace(CONFIG, **changes)  # type: ignore[arg-type]
     assert str(refused.value).startswith(message)

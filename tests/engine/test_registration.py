@@ -72,6 +72,22 @@ def test_healthy_replica_registers_repeatedly_and_logs_it_once(
     assert [r.message for r in caplog.records] == [f"registered with router http://{router.address}"]
 
 
+@pytest.mark.parametrize(("keys", "sent"), [("", None), ("first, second", "Bearer first")])
+def test_the_first_registration_key_is_sent_below_the_routers_path(
+    monkeypatch: pytest.MonkeyPatch,
+    router: FakeRouter,
+    start: Callable[..., Registration],
+    keys: str,
+    sent: str | None,
+) -> None:
+    monkeypatch.setenv("FD_ROUTER_REGISTER_KEY", keys)
+    registration = start(f"http://{router.address}/a b")
+    wait_until(lambda: router.posts)
+    registration.leave()
+    assert {*router.paths()} == {"/a%20b/register", "/a%20b/deregister"}
+    assert {*router.keys} == {sent}
+
+
 def test_unhealthy_replica_does_not_register(router: FakeRouter, start: Callable[..., Registration]) -> None:
     healthy = threading.Event()
     asked = threading.Event()
@@ -97,7 +113,7 @@ def test_problems_are_logged_when_they_begin_and_end(
     router.status = 200
     wait_until(lambda: "registered with" in caplog.text)
     router.close()
-    wait_until(lambda: "cannot connect" in caplog.text)
+    wait_until(lambda: "connection refused" in caplog.text)
     messages = [record.message for record in caplog.records]
     assert len(messages) == 3
     assert "HTTP 503" in messages[0]

@@ -35,8 +35,8 @@ from .worker_api import AS_MODULE, CONFIG, DEADLINE_S, FIXTURES, TOKEN, Api, req
 def start(tmp_path: Path) -> Iterator[Callable[..., Api]]:
     started: list[Api] = []
 
-    def start_one(config: EngineConfig = CONFIG, *arguments: str, **env: str) -> Api:
-        started.append(Api(config, tmp_path / "log", *arguments, **env))
+    def start_one(config: EngineConfig = CONFIG, *arguments: str, forked: bool = False, **env: str) -> Api:
+        started.append(Api(config, tmp_path / "log", *arguments, forked=forked, **env))
         return started[-1]
 
     yield start_one

@@ -19,6 +19,8 @@ from fastdeploy.common.request import FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig
 from fastdeploy.entrypoints.openai.worker_process import encode_config
 
+from ..forked import ForkedProcess
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CONFIG = EngineConfig(
     model=FIXTURES / "tiny",
@@ -42,9 +44,19 @@ class Api:
     """The API process's side: a ROUTER socket, and the worker as a child."""
 
     def __init__(
-        self, config: EngineConfig, logs: Path, *arguments: str, launcher: Sequence[str] = (), **env: str
+        self,
+        config: EngineConfig,
+        logs: Path,
+        *arguments: str,
+        launcher: Sequence[str] = (),
+        forked: bool = False,
+        **env: str,
     ) -> None:
-        """`launcher` is a command prefix that executes the command after it."""
+        """
+        Args:
+            launcher: a command prefix that executes the command after it.
+            forked: True for a worker that need not import Paddle, see `tests/forked.py`.
+        """
         logs.mkdir(parents=True, exist_ok=True)
         self._log_file = logs / "worker.log"
         self._stderr = (logs / "stderr").open("w+")
@@ -53,19 +65,21 @@ class Api:
         self.socket.linger = 0
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         self._identity = b""
-        self.process = subprocess.Popen(
-            [*launcher, sys.executable, *(arguments or AS_MODULE)],
-            env={
-                **os.environ,
-                "FD_ENGINE_CONFIG": encode_config(config),
-                "FD_WORKER_ENDPOINT": f"tcp://127.0.0.1:{port}",
-                "FD_WORKER_TOKEN": TOKEN,
-                "FD_PARENT_PID": str(os.getpid()),
-                "FD_LOG_DIR": str(logs),
-                **env,
-            },
-            stderr=self._stderr,
-        )
+        env = {
+            **os.environ,
+            "FD_ENGINE_CONFIG": encode_config(config),
+            "FD_WORKER_ENDPOINT": f"tcp://127.0.0.1:{port}",
+            "FD_WORKER_TOKEN": TOKEN,
+            "FD_PARENT_PID": str(os.getpid()),
+            "FD_LOG_DIR": str(logs),
+            **env,
+        }
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        if forked:
+            self.process = ForkedProcess(_run_worker, logs / "stderr", env=env)
+        else:
+            command = [*launcher, sys.executable, *(arguments or AS_MODULE)]
+            self.process = subprocess.Popen(command, env=env, stderr=self._stderr)
 
     def send(self, message: ToWorker) -> None:
         self.socket.send_multipart([self._identity, msgspec.msgpack.encode(message)])
@@ -116,6 +130,15 @@ class Api:
         self._stderr.close()
 
 
+def _run_worker(stderr: Path) -> None:
+    from . import trapped_worker
+
+    with stderr.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    os.environ["FD_PARENT_PID"] = str(os.getppid())
+    sys.exit(trapped_worker.main())
+
+
 def request(name: str, prompt: list[int], **params: object) -> AddRequest:
     values = {"max_tokens": 64, "temperature": 0.0} | params
     return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
@@ -137,11 +160,13 @@ class Ranks:
         *,
         shared: bool = True,
         launcher: Sequence[str] = (),
+        forked: bool = False,
         **env: str,
     ) -> None:
         """
         Args:
             shared: False for workers that each have all experts.
+            forked: True for workers that need not import Paddle, see `tests/forked.py`.
         """
         self._config = replace(
             config, data_parallel_size=count, enable_expert_parallel=shared, expert_parallel_group=group
@@ -150,6 +175,7 @@ class Ranks:
         self._logs = logs
         self._env = env
         self._launcher = launcher
+        self._forked = forked
         self.apis: dict[int, Api] = {}
         #: Including workers that have been replaced.
         self.all: list[Api] = []
@@ -167,7 +193,9 @@ class Ranks:
         for seat in seats:
             config = replace(self._config, data_parallel_rank=seat, **changes)  # type: ignore[arg-type]
             logs = self._logs / f"{seat}-{len(self.all)}"
-            self.apis[seat] = Api(config, logs, *arguments, launcher=self._launcher, **env)
+            self.apis[seat] = Api(
+                config, logs, *arguments, launcher=self._launcher, forked=self._forked, **env
+            )
             self.all.append(self.apis[seat])
 
     def wait_ready(self, *seats: int) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError, FastDeployError, RequestError
+from fastdeploy.common.http_client import HttpError
 from fastdeploy.common.messages import AbortRequests, LoadProgress, StepOutputs
 from fastdeploy.common.resumption import Delivered, Resumption, decode_resumption, encode_resumption
 from fastdeploy.daemon.config.programs import Program
@@ -150,7 +151,7 @@ def test_the_load_of_a_replica_is_two_numbers_or_nothing(answer: bytes) -> None:
     load = health.read_load(instance)
     assert load is None or all(0 <= number < 1 << 31 for number in load)
     one_line(str(health.check(instance)))
-    with suppress(OSError, ValueError, scrapes.http.client.HTTPException):
+    with suppress(HttpError, ValueError):
         scrapes.scrape("127.0.0.1", server.port)
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 import requests
 
+from ..certificates import certify
 from ..file_limits import low_file_limit
 from .asking import ask, generation
 from .conftest import RouterProcess
 from .fake_engine import EVENT_HEAD, Behaviour, FakeEngine, Received, answers, json_head, wait_until
 from .raw_client import HEAD, POST, STREAM, RawClient
 from .replicas import Fleet, running_fleet
-from .test_tls import TlsRouter, certify
+from .test_tls import TlsRouter
 from .test_transcript import DONE, SIGN, Said
 
 ERROR = b'data: {"error":{"message":"the engine has failed"}}\n\n'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +10,8 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.values import MutexValue
+
+from ..stored_attributes import stored
 
 #: Module:class -> attributes and methods, inherited ones included. setup.cfg bounds the versions.
 ATTRIBUTES = {
@@ -47,18 +47,6 @@ MODULE_NAMES = {
     "gunicorn.workers.gthread": ("STOP_KEEPALIVE_LINGER",),
     "prometheus_client.values": ("MutexValue", "ValueClass"),
 }
-
-
-def stored(kind: type) -> set[str]:
-    """Return the attributes that the methods of a class assign on self."""
-    return {
-        instruction.argval
-        for base in kind.__mro__
-        for method in vars(base).values()
-        if inspect.isfunction(method)
-        for instruction in dis.get_instructions(method)
-        if instruction.opname == "STORE_ATTR"
-    }
 
 
 @pytest.mark.parametrize("place", ATTRIBUTES)
@@ -107,6 +95,7 @@ def test_paddle_runs_a_custom_operation_by_its_name() -> None:
     """Runs in its own process, because the router's tests do without Paddle."""
     code = (
         "from fastdeploy.common.paddle_import import import_paddle; import_paddle(); import paddle; "
-        "assert callable(paddle._C_ops._run_custom_op)"
+        "assert callable(paddle._C_ops._run_custom_op); "
+        "assert callable(paddle.base.core.load_op_meta_info_and_register_op)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

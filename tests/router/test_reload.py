@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from .. import waiting
 from .conftest import RouterProcess
@@ -88,7 +91,9 @@ def test_workers_that_hang_do_not_use_up_the_board(start_router: Callable[..., R
         )
         assert router.get("/health").status_code == 200
         for worker in router.workers():
-            worker.suspend()
+            # The router kills those that it has found to hang.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.suspend()
         router.process.send_signal(signal.SIGHUP)
     waiting.wait_until(
         lambda: router.get("/health").json()["reload"] == {"number": 2, "outcome": "done"},

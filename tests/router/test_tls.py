@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from ..certificates import certify
 from ..ports import free_ports
 from .conftest import FD_ROUTER, RouterProcess
 from .fake_engine import (
@@ -24,24 +25,6 @@ from .fake_engine import (
     wait_until,
     waits_after_each_event,
 )
-
-
-def certify(certificate: Path, key: Path) -> None:
-    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
-    subprocess.run(
-        [
-            "openssl",
-            *words.split(),
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            "-keyout",
-            key,
-            "-out",
-            certificate,
-        ],
-        check=True,
-        capture_output=True,
-    )
 
 
 class TlsRouter(RouterProcess):

@@ -110,7 +110,7 @@ def test_stream_without_marks_is_unchanged(data: bytes, cuts: list[int]) -> None
     assert out + lines.rest == data
 
 
-def test_an_endless_line_is_passed_on_in_pieces():
+def test_endless_line_is_passed_on_in_pieces() -> None:
     piece, lines, out = b"x" * (1 << 20), Lines(), b""
     for count in range(1, 10):
         out += lines.feed(piece)

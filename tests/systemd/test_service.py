@@ -148,7 +148,7 @@ def test_start_with_a_bad_dp_toml_says_why_and_succeeds_once_corrected(
 ) -> None:
     stopped.machine.write("/etc/fd/dp.toml", "[model]\npath = 3\n", 0o640)
     assert stopped.run("systemctl", "start", "fd-dp", code=None).returncode != 0
-    assert "dp.toml:2: model.path: is 3; it must be a text" in stopped.journal()
+    assert "dp.toml:2: model.path: is 3; it must be a string" in stopped.journal()
     stopped.configure()
     stopped.wait_ready()
 

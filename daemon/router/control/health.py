@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import logging
 import re
 import threading
 import time
 from typing import NamedTuple
 
+from ....common.http_client import ConnectionRefused, HttpError, request
 from ..board.board import Board
 from ..instance import Instance, ReplicaHandle
 from ..policy.policy import Policy
@@ -19,9 +19,7 @@ logger = logging.getLogger(__name__)
 #: Seconds of a check. An instance gives up its registration, which waits for a check, after 5 s.
 _TIMEOUT = 4.0
 _MEASURE_SECONDS = 1.0
-#: Maximum bytes of a response, which is not trusted.
 _MAX_METRICS_BYTES = 4 << 20
-_CHUNK = 64 << 10
 #: Limit from which a replica's number of running or waiting requests is invalid.
 _MAX_REQUESTS = 1 << 31
 
@@ -39,9 +37,10 @@ class Problem(NamedTuple):
 
 def check(instance: Instance) -> Problem | None:
     """Return None if GET /health answers 200. Blocks for a few seconds at most."""
-    answer = _get(instance.host, instance.port, "/health", 0)
-    if isinstance(answer, Problem):
-        return answer._replace(text=f"{instance.authority} {answer.text}")
+    try:
+        answer = request((instance.host, instance.port), "GET", "/health", timeout=_TIMEOUT, limit=0)
+    except HttpError as error:
+        return Problem(f"{instance.authority}: {error}", refused=isinstance(error, ConnectionRefused))
     if answer.status != 200:
         return Problem(f"{instance.authority} answered /health with {answer.status}")
     return None
@@ -49,8 +48,12 @@ def check(instance: Instance) -> Problem | None:
 
 def read_load(instance: Instance) -> tuple[int, int] | None:
     """Return the running and the waiting requests by its own metrics; None if they are not there."""
-    answer = _get(instance.host, int(instance.metrics_port or instance.port), "/metrics", _MAX_METRICS_BYTES)
-    if isinstance(answer, Problem) or answer.status != 200:
+    server = instance.host, int(instance.metrics_port or instance.port)
+    try:
+        answer = request(server, "GET", "/metrics", timeout=_TIMEOUT, limit=_MAX_METRICS_BYTES)
+    except HttpError:
+        return None
+    if answer.status != 200:
         return None
     running, waiting = (_value_of(name, answer.body) for name in ("running", "waiting"))
     return None if running is None or waiting is None else (running, waiting)
@@ -117,41 +120,6 @@ class Monitor:
         finally:
             with self._lock:
                 self._being_checked.discard(handle)
-
-
-class _Response(NamedTuple):
-    status: int
-    body: bytes
-
-
-def _get(host: str, port: int, path: str, max_bytes: int) -> _Response | Problem:
-    """Return the response to a GET request, with the first `max_bytes` bytes of its body.
-
-    Each call makes a new connection, because a check has to find out whether the replica accepts connections.
-    http.client takes a sixth of the time of `requests`, which these threads would take from the relay.
-    """
-    end = time.monotonic() + _TIMEOUT
-    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
-    try:
-        connection.request("GET", path, headers={"Connection": "close"})
-        answer = connection.getresponse()
-        body = b""
-        while len(body) < max_bytes and (chunk := answer.read1(_CHUNK)):
-            body += chunk
-            if time.monotonic() > end:
-                raise TimeoutError
-        return _Response(answer.status, body)
-    except TimeoutError:
-        return Problem(f"did not answer within {_TIMEOUT:.0f} s")
-    except ConnectionRefusedError:
-        return Problem("refuses connections", refused=True)
-    except OSError:
-        return Problem("closed the connection or cannot be reached")
-    # http.client raises ValueError for some malformed headers.
-    except (http.client.HTTPException, ValueError) as error:
-        return Problem(f"sent an invalid response ({type(error).__name__})")
-    finally:
-        connection.close()
 
 
 def _value_of(name: str, exposition: bytes) -> int | None:

@@ -1,7 +1,7 @@
 """Connections to replicas, kept alive and reused, with one request at a time on each.
 
 A head or a body that ends early is a failure, never a response that looks complete. Bytes are passed on as
-they arrive.
+they arrive, which `common/http_client.py` cannot do: it returns complete responses, and blocks.
 """
 
 from __future__ import annotations
