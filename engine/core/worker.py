@@ -57,6 +57,8 @@ _ENVIRONMENT = ("FD_ENGINE_CONFIG", "FD_WORKER_ENDPOINT", "FD_WORKER_TOKEN", "FD
 #: Exit status after `DeviceBroken`: the fault lies with the device or its driver, not with the configuration.
 EXIT_DEVICE_BROKEN = 75
 _PR_SET_NAME = 15
+#: Prompt tokens of a step from which on a GPU is well used.
+_LEAST_GPU_PREFILL = 512
 #: Interval at which an idle rank checks for steps of the others, in case its doorbell was removed.
 _POLL_SECONDS = 1.0
 #: Interval of statistics while only other ranks have work.
@@ -312,6 +314,12 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
 
 def _open_gpu(config: EngineConfig, model_config: ModelConfig, gpu: Gpu, report: Progress) -> Device:
     report(0.0, f"opening GPU {gpu.ordinal}, {gpu.name}")
+    if config.max_prefill_beside_decode < _LEAST_GPU_PREFILL:
+        _log.warning(
+            "--max-prefill-beside-decode %d suits CPUs; on a GPU prompts wait less with %d or more",
+            config.max_prefill_beside_decode,
+            _LEAST_GPU_PREFILL,
+        )
     from ..device.cuda import CudaDevice
 
     return CudaDevice(config, model_config, gpu)
