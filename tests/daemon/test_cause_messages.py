@@ -51,7 +51,7 @@ MESSAGES = [
     ("engine/weights/stored_tensors.py", "/m: no weights; expected x or y", "model"),
     (
         "engine/weights/stored_tensors.py",
-        "/m/x: tensor 'a' holds values that are not finite numbers",
+        "/m/x: tensor 'a' contains values that are not finite numbers",
         "model",
     ),
     ("engine/tokenizer/tokenizer.py", "/m: no tokenizer; one of tokenizer.json, x is needed", "model"),

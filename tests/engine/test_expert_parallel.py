@@ -234,7 +234,8 @@ def test_survivors_of_corrupted_rank_memory_continue(
             thread.join()
         assert texts == {seat: expected[seat] for seat in (0, 2)}
         assert members(ranks) == (0, 2)
-        assert "is out of range in its part of the shared memory; the others continue" in ranks.logs()
+        # Another rank may find the fault, or the rank itself.
+        assert "is out of range in its part of the shared memory" in ranks.logs()
 
 
 def test_rank_with_another_model_is_refused_and_others_continue(
