@@ -131,8 +131,9 @@ def test_worker_stopped_under_load_logs_its_stacks_and_comes_back(system: System
 
     after = wait_back(system, victim, arbiter)
     assert (after["cause"], after["restarts"]) == ("hang", 1)
+    # The daemon's probe may be in flight as well.
     assert re.search(
-        rf"replica {victim}: ERROR \(hangs: no step for \d+ s, requests in flight: 1\)", log(system)
+        rf"replica {victim}: ERROR \(hangs: no step for \d+ s, requests in flight: [12]\)", log(system)
     )
     told = output(system, victim)
     assert re.search(r'File ".*/worker\.py", line \d+ in serve$', told, re.MULTILINE), "the worker's stacks"
