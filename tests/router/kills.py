@@ -100,7 +100,7 @@ class Load:
         kind = "streams" if answer.generation.request["stream"] else "whole answers"
         self.done[kind] += 1
         self.done[f"{kind} that went on elsewhere"] += bool(answer.resumed_by)
-        self.done["requests begun anew"] += "x-fd-retries" in answer.headers
+        self.done["requests retried"] += "x-fd-retries" in answer.headers
 
     def _kill(self, ended: threading.Event) -> None:
         while not ended.wait(_PEACE * (0.5 + self.chance.random())):
