@@ -185,7 +185,7 @@ class Health:
         # The router's processes use the signal for something else.
         if not program.is_router:
             dump = Dump(self._layout.run, program.name, program.pid, output, now)
-            where = f", its stacks are in {output}" if dump.asked else ""
+            where = f", its stacks are in {output}" if dump.has_processes else ""
         log.error("%s: ERROR (%s); killing pid %d%s", program.label, why, program.pid, where)
         program.killing(why, cause, dump, now)
 
