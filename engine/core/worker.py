@@ -119,6 +119,8 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
     _warn(config, model_config)
     share = share_of(config, sorted(os.sched_getaffinity(0)))
     gpu = choose_gpu(config, model_config)
+    if gpu is not None:
+        config = config.on_gpu()
     device = (
         _open_cpu(config, model_config, share, api, report)
         if gpu is None
