@@ -145,7 +145,8 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
         # Last, because from here on the other ranks wait for this one.
         rank = Rank.join(config, model_config, device.runner, share)
         engine.read_group = rank.group.status
-    api.send(Ready(num_blocks, config.block_size, config.max_model_len))
+    uuid = "" if gpu is None else gpu.uuid
+    api.send(Ready(num_blocks, config.block_size, config.max_model_len, uuid))
     _log.info(
         "ready: %s in %s, %d blocks of %d tokens, %s",
         config.model,
