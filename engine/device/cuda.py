@@ -67,7 +67,7 @@ class CudaDevice:
         self._config = config
         self._model_config = model_config
         self._gpu = gpu
-        self._library = CudaLibrary(path)
+        self._library = CudaLibrary(path, gpu.pci_address)
         handle = ctypes.c_void_p()
         try:
             self._library.call("fd_open", gpu.ordinal, ctypes.byref(handle))
