@@ -67,6 +67,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     max_model_len: int
     #: UUID of its GPU; empty on a CPU.
     gpu_uuid: str = ""
+    #: Version of the arithmetic: replicas with the same one generate the same text.
+    numeric_version: str = ""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
