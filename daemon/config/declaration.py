@@ -155,6 +155,8 @@ def _complaint(kind: Any, value: Any) -> str:
             return f"is {value!r}; it must not be empty"
         case IntType() | FloatType() if type(value) in _NUMBERS[type(kind)]:
             right = _range(kind)
+        case CustomType() if isinstance(value, str):
+            right = "a directory of its own"
         case _:
             right = _with_article(_name(kind))
     return f"is {value!r}; it must be {right}"
@@ -201,4 +203,8 @@ def _texts_of(value: Any) -> Iterable[str]:
 
 
 def _path(kind: Any, value: Any) -> Path:
-    return Path(value)
+    path = Path(value)
+    # Otherwise "." would mean the default, which is the empty path.
+    if value and path == Path():
+        raise ValueError
+    return path

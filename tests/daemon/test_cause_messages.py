@@ -42,6 +42,18 @@ MESSAGES = [
         "memory",
     ),
     (
+        "engine/device/cuda.py",
+        "the KV cache gets 3 blocks of 7.3 MB, and one sequence of --max-model-len 4096 needs 64; 0.10 GB of "
+        "141.00 GB of GPU memory are free: lower --max-model-len or raise --gpu-memory-utilization",
+        "memory",
+    ),
+    ("engine/device/cuda_library.py", "GPU: is lost", "gpu"),
+    (
+        "engine/device/choice.py",
+        "--device is 'gpu', but the driver shows no GPU; use --device cpu or auto to compute on the CPU",
+        "flag",
+    ),
+    (
         "engine/weights/weight_cache.py",
         "packed weights of /m cannot be written to /c (x); make room there, or set FD_MODEL_CACHE to another "
         "directory",

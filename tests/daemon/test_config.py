@@ -66,6 +66,7 @@ def test_every_option_has_one_sentence_of_help() -> None:
         ),
         ("[model]\npath = ''", "2: model.path: is ''; it must not be empty"),
         ("[model]\npath = 3", "2: model.path: is 3; it must be a string"),
+        (model("[paths]\nrun = '.'\n"), "4: paths.run: is '.'; it must be a directory of its own"),
         ("[model", "1: not TOML: expected ']' at the end of a table declaration"),
         ('[model]\npath = "demo"\n\nx = [1, 2\n', "4: not TOML: unclosed array"),
         ("path = 'demo'", "1: path: unknown key outside of a section; did you mean 'paths'?"),

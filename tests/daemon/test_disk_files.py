@@ -317,7 +317,9 @@ def test_supervisord_needs_no_temporary_directory() -> None:
         command += ["-m", "fastdeploy.daemon.fd_supervisord", "-n", "-c", str(layout.ini)]
         with subprocess.Popen(command) as process:
             try:
-                wait_until(lambda: answers(layout) or process.poll() is not None, "it answers")
+                wait_until(
+                    lambda: answers(layout) or process.poll() is not None, "the daemon answers or ends"
+                )
                 assert Supervisor(layout).pid() == process.pid
             finally:
                 process.terminate()

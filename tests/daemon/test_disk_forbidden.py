@@ -75,7 +75,7 @@ def test_what_cannot_be_written_is_reported_and_written_later(system: Running) -
         reported(system, "cannot write the launch files of programs: [Errno 13] Permission denied")
         os.kill(entry["pid"], signal.SIGKILL)
         note = "waits for its files: [Errno 13] Permission denied"
-        wait_until(lambda: system.programs()["replica0"]["note"].startswith(note), "it waits")
+        wait_until(lambda: system.programs()["replica0"]["note"].startswith(note), "the replica waits")
         shown = system.fdctl("why").stdout
         assert all(line in shown for line in words)
         assert [*logs.glob("*.log"), *state.glob("intents.*")] == []
@@ -99,7 +99,7 @@ def test_files_without_permission_are_written_again_or_reported(system: Running)
     assert len(files) == 4
     for file in (*files, output):
         file.chmod(0)
-    wait_until(lambda: all(file.stat().st_mode & 0o400 for file in files), "they are written again")
+    wait_until(lambda: all(file.stat().st_mode & 0o400 for file in files), "the files are written again")
     # A log is never replaced, as another process may have it open.
     reported(system, f"cannot write {output}: Permission denied; since ")
     output.chmod(0o600)
@@ -126,7 +126,7 @@ def test_sockets_are_bound_when_their_directory_allows_it(system: Running) -> No
             f"cannot listen on {run}/fd-dp.sock: Permission denied",
             f"pid {manager} is alive and its programs keep running",
         ):
-            wait_until(lambda words=words: words in system.log(), "it is said")
+            wait_until(lambda words=words: words in system.log(), "the message is logged")
         told = system.fdctl("status").stderr
         assert f"run/fd-dp.sock, but fd-dp runs with pid {system.daemon.pid}; " in told
         assert told.count("\n") == 1

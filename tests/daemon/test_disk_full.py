@@ -62,7 +62,7 @@ def test_a_drain_on_a_full_state_disk_holds_and_is_written_later(system: SmallDi
         assert "No space left on device; its content is kept in memory" in done.stdout
         wait_until(lambda: system.drained() == {1}, "the router knows")
         assert not file.exists()
-    wait_until(file.exists, "it is written")
+    wait_until(file.exists, "the file is written")
     wait_until(lambda: "replica1" in json.loads(file.read_text()), "the wish is written")
     system.do("undrain", "1")
     heals(system)
@@ -82,7 +82,9 @@ def test_a_replica_comes_back_on_a_read_only_disk_of_logs(system: SmallDisks) ->
     before, manager = system.pids(), system.supervisord()
     with system.read_only("logs"):
         words = f"cannot write {system.real}/logs: Read-only file system; since "
-        wait_until(lambda: [line for line in system.problems() if line.startswith(words)], "it is reported")
+        wait_until(
+            lambda: [line for line in system.problems() if line.startswith(words)], "the problem is reported"
+        )
         os.kill(before["replica0"], signal.SIGKILL)
         system.wait_ready_again("replica0", before["replica0"])
         assert {**system.pids(), "replica0": before["replica0"]} == before
@@ -108,7 +110,7 @@ def test_read_only_remount_affects_only_writes(system: SmallDisks) -> None:
     with system.remounted_read_only("state", "run"):
         for disk in ("state", "run"):
             words = f"cannot write {system.real / disk}: Read-only file system; since "
-            wait_until(lambda words=words: words in str(system.problems()), "it is reported")
+            wait_until(lambda words=words: words in str(system.problems()), "the problem is reported")
         done = system.fdctl("drain", "1", "--no-wait")
         assert (done.returncode, done.stderr) == (0, "")
         assert "Read-only file system; its content is kept in memory" in done.stdout
@@ -120,7 +122,7 @@ def test_read_only_remount_affects_only_writes(system: SmallDisks) -> None:
         assert "Read-only file system" in system.tell("reload")[-1]["error"]
         wait_until(system.ready, "the replicas have their old configuration")
         assert system.supervisord() == manager
-    wait_until(lambda: set(json.loads(file.read_text())) == {"replica0", "replica1"}, "it is written")
+    wait_until(lambda: set(json.loads(file.read_text())) == {"replica0", "replica1"}, "the file is written")
     system.write()
     for replica in ("0", "1"):
         system.do("undrain", replica)
@@ -143,12 +145,12 @@ def test_sockets_are_bound_as_soon_as_the_disk_has_room_for_them(system: SmallDi
             f"cannot listen on {system.real}/run/fd-dp.sock: No space left on device; since ",
             f"pid {manager} is alive and its programs keep running; since ",
         ):
-            wait_until(lambda words=words: words in problems(), "it is reported")
+            wait_until(lambda words=words: words in problems(), "the problem is reported")
         told = system.fdctl("status").stderr
         assert f"run/fd-dp.sock, but fd-dp runs with pid {system.daemon.pid}; " in told
         assert told.count("\n") == 1
     for name, old in (("supervisor.sock", "old1.sock"), ("fd-dp.sock", "old2.sock")):
-        wait_until((run / name).exists, "it is bound")
+        wait_until((run / name).exists, "the socket is bound")
         (run / old).unlink()
     heals(system)
     assert (system.pids(), system.supervisord()) == (before, manager)

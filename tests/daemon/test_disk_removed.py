@@ -111,7 +111,7 @@ def test_new_daemon_adopts_a_supervisord_without_its_socket(running: Running) ->
     (running.prefix / "run" / "supervisor.sock").unlink()
     running.start()
     # By then the daemon has looked for the socket.
-    wait_until(lambda: running.log().count("waiting for pid") == 1, "it waits for supervisord")
+    wait_until(lambda: running.log().count("waiting for pid") == 1, "the daemon waits for supervisord")
     os.kill(manager, signal.SIGCONT)
     wait_until(running.ready, "everything READY")
     assert (running.pids(), running.supervisord()) == (before, manager)
@@ -157,7 +157,7 @@ def test_fdctl_names_the_missing_directory_or_socket(lent: Running) -> None:
     finally:
         os.kill(lent.daemon.pid, signal.SIGCONT)
     assert f"run/fd-dp.sock, but fd-dp runs with pid {lent.daemon.pid}; " in done.stderr
-    wait_until(lent.ready, "it listens again")
+    wait_until(lent.ready, "the daemon listens again")
 
 
 def test_a_replica_without_its_files_waits_and_has_not_failed(lent: Running) -> None:

@@ -83,7 +83,7 @@ def test_the_only_replica_serves_until_it_is_idle(running: Running) -> None:
     running.set_in_flight(0, 1)
     running.do("restart", "0", wait=False)
     said = "replica 0: not drained, because no other replica takes requests; it stops when it is idle"
-    wait_until(lambda: said in running.log(), "it is told")
+    wait_until(lambda: said in running.log(), "the message has arrived")
     assert (running.drained(), running.pids()) == (set(), before)
     running.set_in_flight(0, 0)
     running.wait_ready_again("replica0", before["replica0"])
@@ -97,7 +97,7 @@ def test_replica_that_stays_down_is_drained_even_if_it_is_the_last(lent: Running
     lent.set_in_flight(0, 0)
     states = lambda: {entry["state"] for entry in lent.status()["replicas"]}  # noqa: E731
     wait_until(lambda: states() == {"STOPPED"}, "both are down")
-    wait_until(lambda: lent.rows() == {}, "the router knows nobody any more")
+    wait_until(lambda: lent.rows() == {}, "the router has no replica left")
     lent.do("start", "all")
     nobody_is_drained(lent)
 

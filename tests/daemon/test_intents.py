@@ -97,7 +97,7 @@ def test_status_shows_that_the_file_could_not_be_read(lent: Running) -> None:
     (lent.prefix / "state" / "intents.json").write_text("[]")
     lent.start()
     wait_until(lent.ready, "everything adopted")
-    wait_until(problems, "it is reported")
+    wait_until(problems, "the problem is reported")
     assert problems()[0].startswith(f"{lent.prefix}/state/intents.json: cannot be read (")
     lent.do("undrain", "1")
     wait_until(lambda: not problems(), "the file is replaced")
@@ -123,7 +123,7 @@ def test_drain_survives_restarts_of_replica_router_and_daemon(lent: Running) -> 
     (lent.prefix / "state" / "replicas.json").unlink()
     os.kill(before["router"], signal.SIGKILL)
     lent.wait_ready_again("router", before["router"])
-    wait_until(lambda: lent.drained() == {1}, "it is told")
+    wait_until(lambda: lent.drained() == {1}, "the message has arrived")
 
     lent.set_in_flight(1, 0)
     lent.do("restart", "1")

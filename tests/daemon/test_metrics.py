@@ -166,7 +166,7 @@ def test_a_scrape_does_not_wait_for_a_loop_that_waits(shared: Running) -> None:
         wait_until(lambda: age() > 1.5, "the loop waits for supervisord, and scrapes are answered")
     finally:
         os.kill(supervisord, signal.SIGCONT)
-    wait_until(lambda: age() < 1.5 and shared.ready(), "it goes on")
+    wait_until(lambda: age() < 1.5 and shared.ready(), "the daemon works again")
 
 
 def test_a_crowd_at_the_port_does_not_keep_the_daemon_from_its_work(shared: Running) -> None:
@@ -199,11 +199,11 @@ def test_reload_moves_and_closes_the_port(running: Running) -> None:
     old, running.metrics_port = running.metrics_port, free_ports(1)[0]
     running.write()
     assert running.fdctl("reload", "--wait").returncode == 0
-    wait_until(lambda: scrape(running.metrics_port), "it answers at the new port")
+    wait_until(lambda: scrape(running.metrics_port), "metrics at the new port")
     assert scrape(old) is None
 
     new, running.metrics_port = running.metrics_port, 0
     running.write()
     assert running.fdctl("reload", "--wait").returncode == 0
-    wait_until(lambda: scrape(new) is None, "it does not answer any more")
+    wait_until(lambda: scrape(new) is None, "no metrics at the old port")
     assert running.pids() == pids

@@ -133,7 +133,7 @@ def test_a_later_failure_gives_all_their_old_configuration_back(lent: Running) -
     assert f"ERROR (replica 1: dp.toml: port {lent.ports[2]}" in done.stderr
     assert {entry["name"]: entry["port"] for entry in lent.status()["replicas"]} == ports
     assert lent.ready()
-    wait_until(lambda: lent.drained() == set(), "nobody is drained")
+    wait_until(lambda: lent.drained() == set(), "no replica is drained")
 
 
 def test_reload_interrupted_by_a_kill_is_finished_by_the_next_daemon(lent: Running) -> None:

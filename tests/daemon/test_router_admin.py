@@ -75,7 +75,9 @@ def test_a_real_router_is_understood_and_obeys(tmp_path: Path) -> None:
         found = flags(admin)
         assert (found.hash, found.number, found.outcome) == (fingerprint(file.read_bytes()), 0, "done")
         router.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: flags(admin).number == 1 and flags(admin).outcome == "done", "it has reloaded")
+        wait_until(
+            lambda: flags(admin).number == 1 and flags(admin).outcome == "done", "the router has reloaded"
+        )
     finally:
         engine.stop()
         router.stop()
@@ -123,7 +125,7 @@ def test_hung_router_times_out_without_blocking_the_daemon(tmp_path: Path) -> No
         listener.listen()
         call = BackgroundCall(lambda: registered(tmp_path / "admin"))
         assert not call.is_done
-        wait_until(lambda: call.is_done, "it is given up")
+        wait_until(lambda: call.is_done, "the call is given up")
         with pytest.raises(RouterUnavailable, match="does not answer"):
             call.result()
 
@@ -141,7 +143,7 @@ def test_requests_to_a_router_that_has_ended_are_dropped(
     monkeypatch.setattr(router_sync, "_poll_and_correct", poll)
     link = RouterSync(tmp_path)
     link.poll({1811: False}, 10.0, 1.0)
-    wait_until(lambda: asked, "it is asked")
+    wait_until(lambda: asked, "the router is called")
     link.router_down(10.5)
     link.poll({1811: False}, 10.6, 1.0)
     assert link.snapshot.problem == "the router is down"
@@ -152,4 +154,4 @@ def test_requests_to_a_router_that_has_ended_are_dropped(
         link.poll({1811: False}, 11.1, 1.0)
         return link.snapshot.rows == {1811: row}
 
-    wait_until(answered, "it has answered")
+    wait_until(answered, "the router has answered")

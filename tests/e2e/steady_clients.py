@@ -51,7 +51,7 @@ class Clients:
         assert not self.problems, "\n".join(self.problems)
 
     def report(self) -> str:
-        counts = (f"{self.done[what]} {what}" for what in ("failed", "altered", "resumed", "begun anew"))
+        counts = (f"{self.done[what]} {what}" for what in ("failed", "altered", "resumed", "restarted"))
         return "\n".join([f"{self.done['requests']} requests: {', '.join(counts)}", *self.problems])
 
     def unanswered(self) -> set[tuple[int, int]]:
@@ -94,7 +94,7 @@ class Clients:
             if heard.said != expected:
                 self._problem("altered", f"{_difference(expected, heard.said)} ({ask})")
             self.done["resumed"] += heard.resumed
-            self.done["begun anew"] += heard.begun_anew
+            self.done["restarted"] += heard.restarted
         self.done["requests"] += 1
         self._counts[client] += 1
 

@@ -26,7 +26,7 @@ class Heard:
     said: Said
     #: True if another replica resumed the stream, and if the request was retried at another one.
     resumed: bool
-    begun_anew: bool
+    restarted: bool
 
 
 class StrictClient:

@@ -358,7 +358,7 @@ def test_replica_lost_without_a_daemon_is_restored_by_the_next_daemon(
     assert_right(asked, expected)
 
     kill_under_load(system, victim, expected)
-    wait_until(lambda: active(group) == SEATS[1:], "it is buried")
+    wait_until(lambda: active(group) == SEATS[1:], "the dead rank is removed")
     assert_right([Asked(system.url, n, SHORT, stream=n % 2 == 0) for n in NUMBERS], expected)
 
     system.start_daemon()

@@ -126,7 +126,9 @@ def live(system: System) -> None:
         wait_until(lambda: in_flight(system, 1) > 0, "replica 1 has requests")
         worker.kill()
         assert set(answers.result()) == {200}
-    wait_until(lambda: (status := system.status()) and status["replicas"][1]["restarts"], "it starts again")
+    wait_until(
+        lambda: (status := system.status()) and status["replicas"][1]["restarts"], "replica 1 is restarted"
+    )
     system.wait_ready()
 
     text = system.config.read_text()

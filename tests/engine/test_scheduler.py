@@ -332,5 +332,5 @@ def test_any_traffic_is_served_in_arrival_order_without_leaks(
         step()
         scheduler.check()
     assert ended == set(arrived), "everybody ends"
-    assert [one for one in arrived if one in admitted] == admitted, "nobody overtakes"
+    assert [one for one in arrived if one in admitted] == admitted, "a sequence was overtaken"
     assert pool.num_free == num_blocks

@@ -308,10 +308,10 @@ def test_disconnect_frees_the_place_in_the_batch(server: ApiServer, stream: bool
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     )
-    wait_until(lambda: server.metric("num_requests_running") > 0, "it runs")
+    wait_until(lambda: server.metric("num_requests_running") > 0, "the request runs")
     client.close()
-    wait_until(lambda: server.metric("num_requests_running") == 0, "it is cancelled")
-    wait_until(lambda: server.metric("generation_tokens_total") > before, "it is accounted for")
+    wait_until(lambda: server.metric("num_requests_running") == 0, "the request is cancelled")
+    wait_until(lambda: server.metric("generation_tokens_total") > before, "its tokens are counted")
     assert server.metric("generation_tokens_total") - before < 6 * 500
 
 

@@ -36,7 +36,9 @@ def test_disconnect_aborts_the_request_in_the_worker_at_once(script: str, stream
             with leaving.getresponse() as answer:
                 assert answer.readline().startswith(b"data: {")
         else:
-            wait_until(lambda: b"requests_number_total 1.0" in served.metrics.render(), "it is under way")
+            wait_until(
+                lambda: b"requests_number_total 1.0" in served.metrics.render(), "the request is in flight"
+            )
         leaving.close()
         assert served.wait_until_idle(30)
         # Without the abort, the worker would fail on this message of another kind.

@@ -114,12 +114,12 @@ def test_worker_is_silent_only_while_a_message_is_due() -> None:
         assert (engine.progress.requests, engine.progress.silent) == (0, 0)
         generation = engine.generate([request("a"), request("b")])
         assert (engine.progress.requests, engine.progress.pid) == (2, engine.worker_pid)
-        wait_until(lambda: engine.progress.silent > 0.1, "it is silent")
+        wait_until(lambda: engine.progress.silent > 0.1, "the worker is silent")
         # No client waits any more, but the worker has not answered yet.
         generation.close()
         silent = engine.progress.silent
         assert engine.progress.requests == 0
-        wait_until(lambda: engine.progress.silent > silent, "it is still silent")
+        wait_until(lambda: engine.progress.silent > silent, "the worker is still silent")
 
 
 def test_each_step_is_progress_and_after_the_last_no_message_is_due() -> None:
@@ -169,7 +169,7 @@ def test_a_worker_of_another_version_is_refused() -> None:
 
 def test_messages_without_the_secret_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     with worker("is a stranger") as run:
-        wait_until(lambda: "wrong token" in caplog.text, "it is noticed")
+        wait_until(lambda: "wrong token" in caplog.text, "the wrong token is logged")
         assert run.client.status.state is EngineState.LOADING
         with pytest.raises(ReplicaUnavailable, match="model is loading"):
             run.client.generate([request("a")])

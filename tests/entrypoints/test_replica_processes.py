@@ -98,7 +98,7 @@ def test_http_process_serves_again_after_a_shortage_of_descriptors(replica: ApiS
     assert replica.health(timeout=2) == (0, {})
     wait_until(lambda: "Too many open files" in replica.log(), "the shortage is logged")
     http.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
-    wait_until(lambda: replica.health()[0] == 200, "it serves again")
+    wait_until(lambda: replica.health()[0] == 200, "the replica serves again")
 
 
 def test_a_replica_raises_its_own_limit_of_open_files(tmp_path: Path) -> None:
@@ -128,7 +128,10 @@ def test_sigusr2_logs_thread_stacks_without_disturbing_requests(replica: ApiServ
             process.send_signal(signal.SIGUSR2)
             asked += 1
             # Wait for the last line, before the other process writes to the same file.
-            wait_until(lambda asked=asked: stacks().count("in _run_module_as_main\n") == asked, "it is told")
+            wait_until(
+                lambda asked=asked: stacks().count("in _run_module_as_main\n") == asked,
+                "the message has arrived",
+            )
             assert len(re.findall(place, stacks(), re.MULTILINE)) == count
     assert rest_of(stream)[-1]["choices"][0]["finish_reason"] == "length"
     assert replica.health()[0] == 200
@@ -190,7 +193,7 @@ def test_overload_keys_and_compatible_health(tmp_path: Path) -> None:
     with ApiServer(
         tmp_path, "--max-concurrency", "1", "--api-key", "one,two", env={"FD_COMPAT_HEALTH": "1"}
     ) as replica:
-        assert wait_until(lambda: replica.health()[0], "it listens") in (404, 200)
+        assert wait_until(lambda: replica.health()[0], "the replica listens") in (404, 200)
         replica.wait_ready()
         body = {"prompt": "a", "max_tokens": 1}
         for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"}):

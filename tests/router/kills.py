@@ -99,8 +99,8 @@ class Load:
     def _count(self, answer: Answered) -> None:
         kind = "streams" if answer.generation.request["stream"] else "whole answers"
         self.done[kind] += 1
-        self.done[f"{kind} that went on elsewhere"] += bool(answer.resumed_by)
-        self.done["requests begun anew"] += "x-fd-retries" in answer.headers
+        self.done[f"{kind} resumed"] += bool(answer.resumed_by)
+        self.done["requests retried"] += "x-fd-retries" in answer.headers
 
     def _kill(self, ended: threading.Event) -> None:
         while not ended.wait(_PEACE * (0.5 + self.chance.random())):

@@ -149,7 +149,7 @@ class Fleet:
     def renew(self) -> None:
         """Make all replicas appear restarted, so that the router forgets their failures."""
         for replica in self.replicas:
-            wait_until(replica.renew, "it runs")
+            wait_until(replica.renew, "the replica runs")
         self.wait_until_up()
 
     def resumes(self) -> float:

@@ -96,7 +96,7 @@ def test_half_closed_client_counts_as_disconnected(
 
     replica.behaviour = waits
     client.send(POST)
-    wait_until(lambda: replica.received, "it has arrived")
+    wait_until(lambda: replica.received, "the request has arrived")
     client.sock.shutdown(socket.SHUT_WR)
     assert client.is_at_its_end()
     wait_until(lambda: gone == [True], "the replica knows")

@@ -131,14 +131,14 @@ def test_a_heartbeat_brings_a_replica_back(
     engine = new_engine()
     router.add(engine)
     engine.stop()
-    wait_until(lambda: router.complete().status_code == 503, "it is found out")
+    wait_until(lambda: router.complete().status_code == 503, "the replica is down")
     engine.restart()
 
     def beats() -> bool:
         assert engine.register_with(router.url).status_code == 200
         return router.urls() == {engine.url}
 
-    wait_until(beats, "it is back")
+    wait_until(beats, "the replica is back")
     assert router.complete().status_code == 200
 
 

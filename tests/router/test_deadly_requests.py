@@ -168,7 +168,7 @@ def test_report_of_a_crash_is_awaited_and_counts(told_router: RouterProcess) -> 
         starts = {row.instance: port for port, row in registered(admin).items()}
         answer = pool.submit(ask, told_router.port, generation(faults=[fault]), "killer")
         files = told_router.directory
-        wait_until(lambda: len(list(files.glob("killer-*"))) == MOST_DEATHS, "it was alone")
+        wait_until(lambda: len(list(files.glob("killer-*"))) == MOST_DEATHS, "the request was tried alone")
         assert not answer.done()
         for instance, port in starts.items():
             report_exit(admin, ReplicaExit(f"http://127.0.0.1:{port}", instance, from_outside=False))

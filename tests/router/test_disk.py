@@ -85,12 +85,12 @@ def test_removed_temporary_directories_cost_neither_counts_nor_workers(
     router = start_router(env={"TMPDIR": str(temporary)})
     router.add(new_engine())
     assert router.complete().status_code == 200
-    wait_until(lambda: requests_counted(router) == 1, "it is counted")
+    wait_until(lambda: requests_counted(router) == 1, "the request is counted")
     shutil.rmtree(temporary)
     [old] = router.workers()
     old.kill()
     wait_until(lambda: [each for each in router.workers() if each.pid != old.pid], "there is a new worker")
-    wait_until(lambda: requests_counted(router) == 1, "it knows what the old one has counted")
+    wait_until(lambda: requests_counted(router) == 1, "the new router has the old counts")
     router.process.send_signal(signal.SIGHUP)
     wait_until(lambda: lines(router, "reload: done"), "the reload is done")
     assert requests_counted(router) == 1
@@ -138,7 +138,7 @@ def test_router_without_its_admin_socket_stops_cleanly(
     router = start_router("--admin-socket", str(admin), launcher=unprivileged())
     admin.unlink()
     admin.parent.chmod(0o500)
-    wait_until(lambda: lines(router, "cannot be made (Permission denied)"), "that is said")
+    wait_until(lambda: lines(router, "cannot be made (Permission denied)"), "the message is logged")
     router.process.send_signal(signal.SIGTERM)
     assert router.process.wait(30) == 0
     assert lines(router, "Traceback") == []
@@ -158,12 +158,12 @@ def test_admin_socket_is_created_when_its_disk_permits(
     disk.make_read_only()
     router = start_router("--admin-socket", str(admin), launcher=disk.prefix)
     router.add(new_engine(replica=3))
-    wait_until(lambda: lines(router, "cannot be made (Read-only file system)"), "that is said")
+    wait_until(lambda: lines(router, "cannot be made (Read-only file system)"), "the message is logged")
     disk.make_writable()
     wait_until(lambda: order(outside, "3/drain") == 200, "there is a socket again")
     outside.unlink()
     disk.use_up_inodes()
-    wait_until(lambda: lines(router, "cannot be made (No space left on device)"), "that is said")
+    wait_until(lambda: lines(router, "cannot be made (No space left on device)"), "the message is logged")
     assert router.complete().status_code == 503, "its one replica is drained"
     disk.make_room()
     wait_until(lambda: order(outside, "3/undrain") == 200, "there is a socket again")
@@ -179,7 +179,7 @@ def test_admin_socket_taken_over_by_another_program_is_kept_by_it(
     # The second router takes over the path, as if from a dead router.
     second = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
     try:
-        wait_until(lambda: lines(first, "listens on admin socket"), "that is said")
+        wait_until(lambda: lines(first, "listens on admin socket"), "the message is logged")
         identity = admin.stat().st_ino
         first.process.send_signal(signal.SIGTERM)
         assert first.process.wait(30) == 0
@@ -195,7 +195,7 @@ def test_an_admin_socket_is_taken_back_from_a_program_that_was_killed(
     admin = tmp_path / "router.sock"
     router = start_router("--admin-socket", str(admin))
     other = RouterProcess(tmp_path, "--admin-socket", str(admin), env={"FD_LOG_DIR": str(tmp_path / "2")})
-    wait_until(lambda: lines(router, "another program", "listens on admin socket"), "that is said")
+    wait_until(lambda: lines(router, "another program", "listens on admin socket"), "the message is logged")
     other.stop(signal.SIGKILL)
     wait_until(lambda: order(admin, "3/drain") == 404, "the first router has the path again")
     assert len(lines(router, "another program", "listens on admin socket")) == 1
@@ -220,7 +220,7 @@ def test_a_worker_that_drains_does_not_spin_for_a_new_admin_socket(
         router.process.send_signal(signal.SIGHUP)
         wait_until(lambda: lines(router, "reload: done"), "a new worker serves")
         admin.unlink()
-        wait_until(lambda: order(admin, "3/drain") == 404, "it has the new admin socket")
+        wait_until(lambda: order(admin, "3/drain") == 404, "the new router has the admin socket")
         before = seconds_runnable(old.pid)
         time.sleep(1.0)
         assert seconds_runnable(old.pid) - before < 0.5
@@ -275,12 +275,14 @@ def test_registrations_on_a_full_disk_are_saved_later(
     wait_until(lambda: saved(file) == [False, False], "both are saved")
     disk.fill()
     assert drain(router, "0") == 200
-    wait_until(lambda: lines(router, "registry file", "cannot be written (No space left"), "that is said")
+    wait_until(
+        lambda: lines(router, "registry file", "cannot be written (No space left"), "the message is logged"
+    )
     assert saved(file) == [False, False], "readers see the old file or the new one"
     assert router.complete().headers["X-FD-Replica"] == "1"
     disk.make_room()
     wait_until(lambda: saved(file) == [True, False], "the drain is saved")
-    wait_until(lambda: lines(router, "registry file", "is written again"), "that is said")
+    wait_until(lambda: lines(router, "registry file", "is written again"), "the message is logged")
     assert len(lines(router, "registry file", "cannot be written")) == 1
     assert [each.name for each in disk.path.iterdir()] == ["registry.json"]
 
@@ -296,9 +298,11 @@ def test_registrations_on_a_read_only_disk_are_saved_later(
     router = start_with_registry(tmp_path / "disk" / "state" / "registry.json", disk.prefix)
     router.add(new_engine(replica=0))
     assert drain(router, "0") == 200
-    wait_until(lambda: lines(router, "registry file", "cannot be written (Read-only"), "that is said")
+    wait_until(
+        lambda: lines(router, "registry file", "cannot be written (Read-only"), "the message is logged"
+    )
     disk.make_writable()
-    wait_until(lambda: saved(disk.path / "state" / "registry.json") == [True], "it is saved")
+    wait_until(lambda: saved(disk.path / "state" / "registry.json") == [True], "the registry is saved")
 
 
 @pytest.mark.parametrize("removed", ["the file", "its directory"])
@@ -312,12 +316,12 @@ def test_a_removed_registry_file_is_written_again(
     router = start_with_registry(file)
     router.add(new_engine(replica=0))
     assert drain(router, "0") == 200
-    wait_until(lambda: saved(file) == [True], "it is saved")
+    wait_until(lambda: saved(file) == [True], "the registry is saved")
     if removed == "the file":
         file.unlink()
     else:
         shutil.rmtree(file.parent)
-    wait_until(lambda: saved(file) == [True], "it is saved again")
+    wait_until(lambda: saved(file) == [True], "the registry is saved again")
 
 
 def test_a_registry_file_without_permission_is_saved_when_it_has_one(
@@ -332,7 +336,7 @@ def test_a_registry_file_without_permission_is_saved_when_it_has_one(
         lambda: lines(router, "registry file", "cannot be written (Permission denied)"), "that is said"
     )
     file.parent.chmod(0o700)
-    wait_until(lambda: saved(file) == [True], "it is saved")
+    wait_until(lambda: saved(file) == [True], "the registry is saved")
     file.chmod(0)
     wait_until(lambda: file.stat().st_mode & 0o777 == 0o600, "one that cannot be read is replaced")
 

@@ -103,7 +103,7 @@ def access_log(router: RouterProcess, identity: str) -> str:
         lines = router.log.read_text().splitlines()
         return next((line for line in lines if f"request={identity} " in line and "status=" in line), None)
 
-    found: str = wait_until(line, "it is logged")
+    found: str = wait_until(line, "the line is logged")
     return found
 
 
@@ -127,7 +127,7 @@ def client(lent_router: RouterProcess, told: Told, identity: str) -> Iterator[Ra
         client.send(STREAM.replace(b"Host", b"X-Request-Id: %b\r\nHost" % identity.encode()))
         assert client.head()[0] == 200
         assert client.chunk() == event(0).clean
-        wait_until(lambda: on_fast_path(lent_router) == 1, "it is on the fast path")
+        wait_until(lambda: on_fast_path(lent_router) == 1, "the stream is on the fast path")
         yield client
 
 
@@ -143,7 +143,7 @@ def test_events_pass_one_by_one_and_the_stream_is_returned_for_its_end(
     assert on_fast_path(lent_router) == 1
     told.end()
     assert (client.chunk(), client.chunk()) == (DONE, b"")
-    wait_until(lambda: on_fast_path(lent_router) == 0, "it has come back")
+    wait_until(lambda: on_fast_path(lent_router) == 0, "the stream is back in the event loop")
 
 
 def test_its_size_is_logged(lent_router: RouterProcess, told: Told, client: RawClient, identity: str) -> None:
@@ -325,7 +325,7 @@ def test_resumed_stream_is_on_the_fast_path_too(
         client.send(STREAM)
         assert client.head()[0] == 200
         assert [client.chunk(), client.chunk()] == [event(0).clean] * 2
-        wait_until(lambda: on_fast_path(lent_router) == 1, "it is on the fast path")
+        wait_until(lambda: on_fast_path(lent_router) == 1, "the stream is on the fast path")
         told.end()
         assert client.chunk() == DONE
 
@@ -378,7 +378,7 @@ def test_keep_alives_on_the_fast_path_are_noticed(
         client.send(STREAM)
         assert client.head()[0] == 200
         assert client.chunk() == event(0).clean
-        wait_until(lambda: on_fast_path(router) == 1, "it is on the fast path")
+        wait_until(lambda: on_fast_path(router) == 1, "the stream is on the fast path")
         [stream] = told.under_way
         for _ in range(10):
             assert not stream.wait_until_cancelled(0.1)

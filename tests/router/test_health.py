@@ -185,13 +185,13 @@ def test_failing_replica_is_down_at_once_and_probed_once_healthy_again(
     start_monitor()  # started first, so that it does not inherit the replica's listener
     replica = new_replica()
     board.admit(replica.instance, up=False)
-    wait_until(lambda: state(board) == ReplicaState.UP, "it is up")
+    wait_until(lambda: state(board) == ReplicaState.UP, "the replica is up")
     replica.status = 503
-    wait_until(lambda: state(board) == ReplicaState.DOWN, "it is down")
+    wait_until(lambda: state(board) == ReplicaState.DOWN, "the replica is down")
     replica.status = 200
-    wait_until(lambda: state(board) == ReplicaState.PROBING, "it is tried out")
+    wait_until(lambda: state(board) == ReplicaState.PROBING, "the replica is probed")
     replica.stop()
-    wait_until(lambda: state(board) == ReplicaState.DOWN, "it is down again")
+    wait_until(lambda: state(board) == ReplicaState.DOWN, "the replica is down again")
 
 
 def test_hung_replica_delays_no_other(
@@ -220,7 +220,7 @@ def test_only_the_leader_checks_and_a_dead_one_is_succeeded(
     replica = new_replica()
     board.admit(replica.instance, up=False)
     first = start_monitor()
-    wait_until(lambda: state(board) == ReplicaState.UP, "it is up")
+    wait_until(lambda: state(board) == ReplicaState.UP, "the replica is up")
     start_monitor()
     first.kill()
     seen = replica.connections

@@ -263,4 +263,4 @@ def test_a_client_that_never_finishes_its_head_does_not_stop_the_others(
     assert router.complete().status_code == 200
     for sock in slow:
         sock.close()
-    wait_until(lambda: router.get("/health").status_code == 200, "it is alive")
+    wait_until(lambda: router.get("/health").status_code == 200, "the router is alive")

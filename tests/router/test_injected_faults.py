@@ -119,7 +119,7 @@ def test_fault_in_one_request_affects_no_other(faulty: RouterProcess, engine: Fa
         assert innocent.chunk() == events(b'{"stream": true}')[0]
         culprit.send(request(fault, body))
         if fault == "client_gone":
-            wait_until(lambda: faulty.in_flight()[engine.url] == 2, "it is under way")
+            wait_until(lambda: faulty.in_flight()[engine.url] == 2, "the request is in flight")
             culprit.sock.shutdown(socket.SHUT_RDWR)
         else:
             # An error or a closed connection: neither silence nor an answer that looks complete.

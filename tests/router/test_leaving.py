@@ -181,7 +181,10 @@ def test_while_another_replica_is_asked_to_resume(
     visitor = Visitor(router, generation(max_tokens=20, faults=[CUT, {"at": "resume", "how": "silence"}]))
     visitor.ask()
     visitor.read(events=3)
-    wait_until(lambda: any(replica.received(RESUME_PATH) for replica in fleet.replicas), "it is asked")
+    wait_until(
+        lambda: any(replica.received(RESUME_PATH) for replica in fleet.replicas),
+        "a replica is asked to resume",
+    )
     visitor.leave(how)
     nothing_is_left(router, fleet)
     ask(router.port, generation()).check()

@@ -259,7 +259,7 @@ def test_workers_that_do_not_come_up_change_nothing(
     )
     assert one.router.complete().status_code == 200
     assert one.health()["flags"] == flags
-    wait_until(lambda: one.pids() == pids, "those that did not come up are gone")
+    wait_until(lambda: one.pids() == pids, "the workers that did not start are gone")
     is_broken.unlink()
     assert one.reload() == "done"
     assert one.health()["flags"] == fingerprint(one.file.read_bytes())

@@ -177,7 +177,7 @@ def test_deregistered_replica_completes_its_requests_and_gets_no_new(
     gate.set()
     client.join(20)
     assert answers[0].headers["X-FD-Replica"] == "0"
-    wait_until(lambda: leaving.url not in lent_router.in_flight(), "it has left")
+    wait_until(lambda: leaving.url not in lent_router.in_flight(), "the replica has left")
     # A late heartbeat does not bring back a replica that has left.
     leaving.register_with(lent_router.url, instance="aaaa")
     assert lent_router.urls() == {staying.url}
@@ -221,7 +221,7 @@ def test_restarted_replica_is_used_at_once(
     with ThreadPoolExecutor(1) as pool:
         # The request waits for the restarted replica.
         waiting = pool.submit(lent_router.complete)
-        wait_until(lambda: lent_router.urls("down") == {engine.url}, "it is found out")
+        wait_until(lambda: lent_router.urls("down") == {engine.url}, "the replica is down")
         engine.restart()
         engine.behaviour = waits_for(gate)
         assert engine.register_with(lent_router.url, instance="new").status_code == 200

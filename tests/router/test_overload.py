@@ -110,7 +110,7 @@ def test_new_request_does_not_overtake_a_waiting_one(
     engine = new_engine(behaviour=gated)
     register(router, engine, max_concurrency=1)
     clients = [ask(router, name) for name in ("first", "second")]
-    wait_until(lambda: len(engine.received) == 1, "it is full")
+    wait_until(lambda: len(engine.received) == 1, "the replica is full")
     register(router, engine, max_concurrency=2)
     clients.append(ask(router, "third"))
     wait_until(lambda: len(engine.received) == 2, "there was room for one more")

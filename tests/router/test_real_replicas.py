@@ -125,7 +125,7 @@ def test_unstreamed_answer_continues_when_its_replica_dies(
         assert choices == undisturbed
         if resumed_by is not None:
             return
-    pytest.fail("it was begun anew each time")
+    pytest.fail("the answer was restarted each time")
 
 
 def whole(router: RouterProcess, fields: dict[str, object]) -> tuple[str | None, list[object]]:

@@ -199,7 +199,7 @@ def test_routers_see_each_others_requests_in_flight(start_router: Callable[..., 
     wait_until(lambda: sum(one.remote()) == 1, "one counts it")
     for _ in range(4):
         one("release")
-    wait_until(lambda: other.remote() == [0, 0], "they have ended")
+    wait_until(lambda: other.remote() == [0, 0], "the requests have ended")
 
 
 @needs_redis
@@ -211,7 +211,7 @@ def test_the_counts_of_a_dead_router_expire(start_router: Callable[..., Router])
     one("pick")
     wait_until(lambda: other.remote() == [2], "the other counts them")
     one.kill()
-    wait_until(lambda: other.remote() == [0], "they are gone")
+    wait_until(lambda: other.remote() == [0], "the requests are gone")
     assert len(other("status")) == 1
 
 
@@ -236,9 +236,9 @@ def test_a_deregistration_and_a_drain_reach_the_other(start_router: Callable[...
         one("admit", number)
     wait_until(lambda: len(other("status")) == 2, "the other knows the replicas")
     other("drain", 1)
-    wait_until(lambda: [row["draining"] for row in one("status")] == [False, True], "it drains")
+    wait_until(lambda: [row["draining"] for row in one("status")] == [False, True], "replica 1 drains")
     one("leave", 0)
-    wait_until(lambda: [row["name"] for row in other("status")] == ["1"], "it has left")
+    wait_until(lambda: [row["name"] for row in other("status")] == ["1"], "replica 0 has left")
 
 
 @needs_redis
@@ -277,12 +277,12 @@ def test_invalid_data_in_redis_is_ignored(start_router: Callable[..., Router], s
         server.client.set("fd-router:changes", text)
         number = len(one("status"))
         one("admit", number)
-        wait_until(lambda number=number: len(other("status")) == number + 1, "they go on")
+        wait_until(lambda number=number: len(other("status")) == number + 1, "the routers work on")
 
 
 @needs_redis
 def test_a_wrong_password_is_a_line_in_the_log_and_not_shown(server: Redis, tmp_path: Path) -> None:
     router = Router(server.url.replace(PASSWORD, "wrong-guess"), tmp_path)
-    wait_until(lambda: "cannot be reached" in router.log.read_text(), "it says so")
+    wait_until(lambda: "cannot be reached" in router.log.read_text(), "the message is logged")
     assert "wrong-guess" not in router.log.read_text()
     router.kill()

@@ -244,7 +244,7 @@ def test_begun_streams_take_precedence_over_waiting_requests(
     with concurrent.futures.ThreadPoolExecutor(9) as pool:
         # The stream is cut while the other requests wait.
         first = pool.submit(ask, router.port, generation(max_tokens=9, interval=0.1, faults=[CUT]))
-        wait_until(lambda: any(router.in_flight().values()), "it is under way")
+        wait_until(lambda: any(router.in_flight().values()), "the request is in flight")
         others = [
             pool.submit(ask, router.port, generation(stream=False, delay=0.2, seed=seed)) for seed in range(8)
         ]
@@ -324,7 +324,7 @@ def test_resumed_router_takes_no_replica_for_dead(
             pool.submit(ask, router.port, generation(max_tokens=40, interval=0.1, seed=seed))
             for seed in range(8)
         ]
-        wait_until(lambda: sum(router.in_flight().values()) == 8, "they are under way")
+        wait_until(lambda: sum(router.in_flight().values()) == 8, "the requests are in flight")
         worker.suspend()
         time.sleep(5 * PATIENCE)
         worker.resume()

@@ -157,14 +157,14 @@ def small_fleet(start_router: Callable[..., RouterProcess]) -> Iterator[Callable
         yield start
 
 
-@pytest.mark.parametrize("kind", ["begun anew", "gone on with", "a stream"])
+@pytest.mark.parametrize("kind", ["restarted", "resumed", "a stream"])
 def test_replica_that_lost_a_request_is_retried_while_others_are_full(
     small_fleet: Callable[[int], Fleet], kind: str
 ) -> None:
     fleet = small_fleet(2)
     request = {
-        "begun anew": faulty("body", "close", stream=False),
-        "gone on with": faulty("draft", "close", event=2, **WHOLE),
+        "restarted": faulty("body", "close", stream=False),
+        "resumed": faulty("draft", "close", event=2, **WHOLE),
         "a stream": faulty("event", "close", event=2),
     }[kind]
     with RawClient(fleet.router.port) as other:
@@ -177,7 +177,7 @@ def test_queue_timeout_restarts_when_a_taken_request_is_lost(small_fleet: Callab
     fleet = small_fleet(1)
     first = threading.Thread(target=ask, args=(fleet.router.port, generation(stream=False, delay=0.5)))
     first.start()
-    wait_until(lambda: not all(replica.is_idle() for replica in fleet.replicas), "it is under way")
+    wait_until(lambda: not all(replica.is_idle() for replica in fleet.replicas), "the request is in flight")
     # The request is lost after more than the three seconds of the queue timeout.
     ask(fleet.router.port, faulty("body", "kill", stream=False, delay=3.2)).check()
     first.join()

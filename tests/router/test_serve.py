@@ -129,7 +129,7 @@ def test_sigterm_lets_running_requests_end(
     client.start()
     wait_until(lambda: engine.received, "the request is under way")
     router.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: not listens(router.port), "it takes no new connections")
+    wait_until(lambda: not listens(router.port), "the router does not listen")
     gate.set()
     client.join(30)
     assert answers[0].status_code == 200

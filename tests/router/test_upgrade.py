@@ -35,7 +35,7 @@ def test_an_upgrade_loses_nothing(
     with Load(router) as load:
         load.wait()
         with upgraded(router) as successor:
-            wait_until(lambda: len(successor.children()) == 2, "it has its workers")
+            wait_until(lambda: len(successor.children()) == 2, "the new router has its workers")
             load.wait()
             router.process.send_signal(signal.SIGTERM)
             assert router.process.wait(30) == 0

@@ -50,7 +50,7 @@ def test_a_worker_that_hangs_is_replaced(
         # The other worker serves, and still counts the request of the hanging one.
         assert router.get("/health").status_code == 200
         assert router.in_flight() == {engine.url: 1}
-        wait_until(lambda: not hangs.is_running(), "it is ended")
+        wait_until(lambda: not hangs.is_running(), "the worker is killed")
         assert client.is_at_its_end()
     gate.set()
     wait_until(lambda: len(router.workers()) == 2, "another has taken its place")
