@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .native import instruction_set, run, set_threads
+from .native import instruction_set, numeric_version, run, set_threads
 from .sampling import BROKEN_ROW, SAMPLING_ROW, argmax, sample
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ __all__ = [
     "moe_permute",
     "moe_topk_select",
     "moe_unpermute",
+    "numeric_version",
     "paged_attention",
     "rms_norm",
     "rope_and_cache",

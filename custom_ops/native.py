@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import paddle
 
+#: Raise it with each change of the kernels that changes the bits of a result, together with PROTOCOL_VERSION
+#: in expert_parallel/layout.py, so that fd-dp starts new replicas in a group of their own.
+_NUMERIC_VERSION = 1
+
 
 def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
     """Call the operation `fd_<operation>` with its tensors (None for an absent optional one) and attributes.
@@ -42,6 +46,11 @@ def set_threads(count: int, cpus: Sequence[int] | None = None) -> None:
 def instruction_set() -> str:
     """Return the instruction set in use: amx, avx512, avx2 or generic. FD_ISA may select an older one."""
     return library().fd_isa().decode()
+
+
+def numeric_version() -> str:
+    """Return the version of the arithmetic, such as "cpu-1-amx": the same one means the same bits."""
+    return f"cpu-{_NUMERIC_VERSION}-{instruction_set()}"
 
 
 @cache

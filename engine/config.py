@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .common.errors import ConfigError
 from .common.text_files import JsonObject, read_object, read_optional_object
@@ -19,6 +20,8 @@ from .expert_parallel.options import STALL_KILL
 _DEVICES = ("auto", "cpu", "gpu")
 _DTYPES = ("bfloat16", "float32")
 _QUANTIZATIONS = ("wint8", "wint4")
+#: Defaults on a GPU that differ from those of `EngineConfig`: it needs larger steps to be well used.
+GPU_DEFAULTS = {"max_num_batched_tokens": 4096, "max_prefill_beside_decode": 1024}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,8 @@ class EngineConfig:
     dtype: str = "bfloat16"
     #: "wint8" or "wint4": 8-bit or 4-bit weights.
     quantization: str | None = None
+    #: Settings of `GPU_DEFAULTS` that the user has not given.
+    defaulted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -244,6 +249,11 @@ class EngineConfig:
         blocks = self.num_gpu_blocks_override
         if blocks is not None and blocks < 1:
             raise ConfigError(f"--num-gpu-blocks-override is {blocks}; it must be at least 1")
+
+    def on_gpu(self) -> EngineConfig:
+        """Return the configuration on a GPU: with the defaults of GPUs for settings that were not given."""
+        defaults: dict[str, Any] = {name: GPU_DEFAULTS[name] for name in self.defaulted}
+        return replace(self, **defaults, defaulted=())
 
     @property
     def weight_format(self) -> str:

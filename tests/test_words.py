@@ -15,8 +15,11 @@ from fastdeploy.daemon.fdctl import main
 from fastdeploy.entrypoints.openai import options
 
 ROOT = Path(__file__).parent.parent
-#: Flags of docker and pip.
-FOREIGN_FLAGS = {"--shm-size", "--dest", "--disable-pip-version-check", "--no-deps", "--only-binary"}
+#: Flags of docker, pip and journalctl.
+FOREIGN_FLAGS = {
+    *("--shm-size", "--dest", "--disable-pip-version-check", "--no-deps", "--only-binary"),
+    *("--no-pager", "--lines", "--since", "--until"),
+}
 #: Words after fdctl in sentences that are not commands.
 VERBS = {"cannot"}
 

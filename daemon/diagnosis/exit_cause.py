@@ -114,7 +114,7 @@ def explain(end: Exit) -> Verdict:
     if _MEMORY.search(end.error):
         return Verdict(Cause.MEMORY, "out of memory")
     if _GPU.search(end.error):
-        return Verdict(Cause.GPU, "the GPU or its driver failed; see dmesg for an Xid")
+        return Verdict(Cause.GPU, "the GPU or its driver failed; fdctl why shows its Xid")
     if _DISK.search(end.error):
         return Verdict(Cause.DISK, "a disk is full or read-only")
     if _MODEL.search(end.error) or (end.model and end.model in end.error):

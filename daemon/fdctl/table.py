@@ -81,6 +81,9 @@ def of_top(frame: dict[str, Any]) -> Group:
         table.add_column(name)
     for name in ("in flight", "running", "queue", "tokens/s", "prompt/s", "KV use", "TTFT", "ITL", "EP step"):
         table.add_column(name, justify="right")
+    has_gpus = any(entry["gpu_memory_total"] for entry in frame["replicas"])
+    for name in ("GPU use", "GPU memory") if has_gpus else ():
+        table.add_column(name, justify="right")
     table.add_column("restarts", justify="right")
     for entry in frame["replicas"]:
         table.add_row(
@@ -95,10 +98,17 @@ def of_top(frame: dict[str, Any]) -> Group:
             Text(_time(entry["ttft"])),
             Text(_time(entry["itl"])),
             Text(_time(entry["ep_step"])),
+            *(_gpu_cells(entry) if has_gpus else ()),
             Text(str(entry["restarts"])),
         )
     problem = [Text(frame["problem"], style="red")] if frame["problem"] else []
     return Group(*(Text(line) for line in lines), *problem, table)
+
+
+def _gpu_cells(entry: dict[str, Any]) -> tuple[Text, Text]:
+    used, total = entry["gpu_memory_used"], entry["gpu_memory_total"]
+    memory = f"{_bytes(used)} of {_bytes(total)}" if total else "-"
+    return Text(_percent(entry["gpu_use"])), Text(memory)
 
 
 def of_groups(found: dict[str, Any]) -> Group:

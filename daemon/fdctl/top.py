@@ -120,6 +120,9 @@ class Source:
             "ttft": _mean(history, "time_to_first_token_seconds"),
             "itl": _mean(history, "time_per_output_token_seconds"),
             "ep_step": history.mean("fastdeploy:ep_step_seconds_total", "fastdeploy:ep_steps_total"),
+            "gpu_use": _now(history, "fastdeploy:gpu_utilization_perc"),
+            "gpu_memory_used": _now(history, "fastdeploy:gpu_memory_used_bytes"),
+            "gpu_memory_total": _now(history, "fastdeploy:gpu_memory_total_bytes"),
         }
 
     def _machine(self) -> dict[str, Any]:

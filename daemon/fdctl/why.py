@@ -15,7 +15,10 @@ from ...common.errors import ConfigError, FastDeployError
 from ...expert_parallel.snapshot import RankSnapshot, Snapshot, read_snapshot
 from ..config.programs import expert_group_in
 from ..control import protocol
-from . import client
+from ..diagnosis.exit_cause import Cause
+from ..diagnosis.xid import lost_gpu
+from ..process.output_tail import tail
+from . import client, kernel_log
 from .program_output import last_lines, stacks_in
 
 _LINES = 50
@@ -68,7 +71,8 @@ def _explained(options: argparse.Namespace, name: str) -> dict[str, Any]:
     with contextlib.suppress(FastDeployError):
         stacks = stacks_in(Path(found["output"]))
     group = _group(found, client.socket(options).parent) if "replica" in found else None
-    return {**found, "stacks": asdict(stacks) if stacks else None, "expert_group": group}
+    stacks_found = asdict(stacks) if stacks else None
+    return {**found, "stacks": stacks_found, "expert_group": group, "xid": _xid(found)}
 
 
 def _describe(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
@@ -87,6 +91,7 @@ def _describe(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
         ago = _duration(now - found["last_exit_time"])
         cause = f" (cause: {found['cause']})" if found["cause"] else ""
         lines.append(f"  last exit: {found['last_exit']}{cause}, {when}, {ago} ago")
+    lines += _xid_lines(found["xid"]) if found["xid"] else []
     lines.append(f"  restarts: {found['restarts']}")
     if group := found["expert_group"]:
         lines.append(f"  expert group {group['name']}: {group['told']}")
@@ -95,6 +100,27 @@ def _describe(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
         logs = client.command_line(options, "logs", str(word), "-n", str(stacks["lines_ago"]))
         lines.append(f"  stacks of {stacks['threads']} threads are in its output: {logs}")
     return lines
+
+
+def _xid(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the kernel reports about a GPU that failed; None if the last exit had another cause."""
+    if found["cause"] != Cause.GPU or not found["last_exit_time"]:
+        return None
+    gpu = lost_gpu(tail(Path(found["output"])))
+    messages, problem = kernel_log.xids(found["last_exit_time"], gpu)
+    return {"gpu": gpu or None, "messages": [asdict(xid) for xid in messages], "problem": problem or None}
+
+
+def _xid_lines(xid: dict[str, Any]) -> list[str]:
+    if xid["problem"]:
+        return [f"  kernel log: cannot be read ({xid['problem']}); as root, fdctl why shows the Xid"]
+    if not xid["messages"]:
+        gpu = f"GPU {xid['gpu']}" if xid["gpu"] else "a GPU"
+        return [f"  kernel log: no Xid of {gpu} at that time"]
+    return [
+        f"  kernel log: {time.strftime('%H:%M:%S', time.localtime(one['at']))} {one['text']}"
+        for one in xid["messages"]
+    ]
 
 
 def _group(found: dict[str, Any], run: Path) -> dict[str, Any] | None:

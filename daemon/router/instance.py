@@ -35,6 +35,8 @@ class Instance:
     max_concurrency: int | None = None
     #: Secret that /internal/resume requires, because it gives access to the responses of all clients.
     token: str = field(default="", repr=False)
+    #: Version of its arithmetic: replicas with the same one generate the same text. Empty if unknown.
+    numeric_version: str = ""
 
     @property
     def url(self) -> str:
@@ -64,6 +66,7 @@ class Instance:
             "instance": self.instance,
             "features": list(self.features),
             "max_concurrency": self.max_concurrency,
+            "numeric_version": self.numeric_version,
         }
 
     def registration(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 # ---- API process -> worker
@@ -65,6 +65,10 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     num_blocks: int
     block_size: int
     max_model_len: int
+    #: UUID of its GPU; empty on a CPU.
+    gpu_uuid: str = ""
+    #: Version of the arithmetic: replicas with the same one generate the same text.
+    numeric_version: str = ""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

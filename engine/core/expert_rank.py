@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 
 from ..config import EngineConfig, ModelConfig
-from ..custom_ops import instruction_set
-from ..device.paddle_cpu import ModelRunner
+from ..device.paddle_cpu import ModelRunner, PaddleDevice
 from ..expert_parallel.group import ExpertGroup
 from ..expert_parallel.join import join
 from ..expert_parallel.layout import GroupLayout
@@ -33,12 +32,13 @@ class Rank:
         self._runner = runner
 
     @classmethod
-    def join(cls, config: EngineConfig, model: ModelConfig, runner: ModelRunner, share: CpuShare) -> Rank:
-        """Join the group that `config` names. From here on `runner` computes with the other ranks.
+    def join(cls, config: EngineConfig, model: ModelConfig, device: PaddleDevice, share: CpuShare) -> Rank:
+        """Join the group that `config` names. From here on `device` computes with the other ranks.
 
         Raises:
             ConfigError: see `join.join`.
         """
+        runner = device.runner
         pages = [
             ExpertPages((layer.mlp.experts.gate_up, layer.mlp.experts.down), model.moe_num_experts)
             for layer in runner.model.weights.layers
@@ -50,7 +50,10 @@ class Rank:
                 layer.hold(experts, new)
 
         runner.group = join(
-            _options(config, share), _layout(config, model), _fingerprint(config), on_placement
+            _options(config, share),
+            _layout(config, model),
+            _fingerprint(config, device.numeric_version),
+            on_placement,
         )
         return cls(runner.group, runner)
 
@@ -99,7 +102,7 @@ def _options(config: EngineConfig, share: CpuShare) -> GroupOptions:
     )
 
 
-def _fingerprint(config: EngineConfig) -> dict[str, object]:
+def _fingerprint(config: EngineConfig, numeric_version: str) -> dict[str, object]:
     """Return the settings that affect the generated tokens; they must be equal on all ranks."""
     packing = Packing(config.model, config.weight_format, config.qkv_order).metadata()
     return {
@@ -107,6 +110,6 @@ def _fingerprint(config: EngineConfig) -> dict[str, object]:
         "weights": packing["source"][:16],
         "weight_format": config.weight_format,
         "qkv_order": config.qkv_order,
-        "instruction_set": instruction_set(),
+        "numeric_version": numeric_version,
         "redundant_experts": config.redundant_experts,
     }

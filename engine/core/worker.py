@@ -119,6 +119,8 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
     _warn(config, model_config)
     share = share_of(config, sorted(os.sched_getaffinity(0)))
     gpu = choose_gpu(config, model_config)
+    if gpu is not None:
+        config = config.on_gpu()
     device = (
         _open_cpu(config, model_config, share, api, report)
         if gpu is None
@@ -141,9 +143,11 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
         report(1.0, f"joining the expert group {config.expert_parallel_group}")
         assert isinstance(device, PaddleDevice), "a GPU is refused for an expert group"
         # Last, because from here on the other ranks wait for this one.
-        rank = Rank.join(config, model_config, device.runner, share)
+        rank = Rank.join(config, model_config, device, share)
         engine.read_group = rank.group.status
-    api.send(Ready(num_blocks, config.block_size, config.max_model_len))
+    uuid = "" if gpu is None else gpu.uuid
+    numeric_version = f"{device.numeric_version}/{config.weight_format}"
+    api.send(Ready(num_blocks, config.block_size, config.max_model_len, uuid, numeric_version))
     _log.info(
         "ready: %s in %s, %d blocks of %d tokens, %s",
         config.model,

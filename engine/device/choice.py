@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, replace
 
 from ..common.errors import ConfigError
 from ..config import EngineConfig, ModelConfig
@@ -30,6 +31,10 @@ class Gpu:
     compute_capability: tuple[int, int]
     #: Replicas that share it, this one included.
     num_replicas: int = 1
+    #: Name for other libraries of the driver, such as "GPU-..."; empty if the driver does not tell.
+    uuid: str = ""
+    #: PCI address, as in the kernel's log: "0000:1b:00.0"; empty if the driver does not tell.
+    pci_address: str = ""
 
 
 def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
@@ -70,8 +75,7 @@ def deal(config: EngineConfig, gpus: list[Gpu]) -> Gpu:
     else:
         ordinal = config.data_parallel_rank % len(gpus)
         shared_by = len(range(ordinal, config.data_parallel_size, len(gpus)))
-    chosen = gpus[ordinal]
-    return Gpu(ordinal, chosen.name, chosen.compute_capability, shared_by)
+    return replace(gpus[ordinal], ordinal=ordinal, num_replicas=shared_by)
 
 
 def visible_gpus() -> list[Gpu]:
@@ -102,7 +106,28 @@ def _gpu(driver: ctypes.CDLL, ordinal: int) -> Gpu:
     driver.cuDeviceGetName(name, len(name), handle)
     driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_MAJOR, handle)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_MINOR, handle)
-    return Gpu(ordinal, name.value.decode(errors="replace"), (major.value, minor.value))
+    return Gpu(
+        ordinal,
+        name.value.decode(errors="replace"),
+        (major.value, minor.value),
+        uuid=_uuid(driver, handle),
+        pci_address=_pci_address(driver, handle),
+    )
+
+
+def _uuid(driver: ctypes.CDLL, handle: ctypes.c_int) -> str:
+    found = ctypes.create_string_buffer(16)
+    # Older drivers lack the function.
+    if not hasattr(driver, "cuDeviceGetUuid_v2") or driver.cuDeviceGetUuid_v2(found, handle) != 0:
+        return ""
+    return f"GPU-{uuid.UUID(bytes=found.raw)}"
+
+
+def _pci_address(driver: ctypes.CDLL, handle: ctypes.c_int) -> str:
+    found = ctypes.create_string_buffer(32)
+    if driver.cuDeviceGetPCIBusId(found, len(found), handle) != 0:
+        return ""
+    return found.value.decode(errors="replace").lower()
 
 
 def _unusable(config: EngineConfig, model_config: ModelConfig, gpu: Gpu) -> str | None:

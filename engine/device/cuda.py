@@ -67,7 +67,7 @@ class CudaDevice:
         self._config = config
         self._model_config = model_config
         self._gpu = gpu
-        self._library = CudaLibrary(path)
+        self._library = CudaLibrary(path, gpu.pci_address)
         handle = ctypes.c_void_p()
         try:
             self._library.call("fd_open", gpu.ordinal, ctypes.byref(handle))
@@ -83,10 +83,12 @@ class CudaDevice:
 
     @property
     def title(self) -> str:
-        info = self._info()
-        return (
-            f"GPU {self._gpu.ordinal}, {info.name.decode(errors='replace')}, {info.numeric_version.decode()}"
-        )
+        name = self._info().name.decode(errors="replace")
+        return f"GPU {self._gpu.ordinal}, {name}, {self.numeric_version}"
+
+    @property
+    def numeric_version(self) -> str:
+        return self._info().numeric_version.decode()
 
     def load(self, progress: Progress) -> None:
         config = self._config

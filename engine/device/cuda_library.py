@@ -148,11 +148,15 @@ def find_library() -> Path | None:
 class CudaLibrary:
     """The loaded library. Its functions raise instead of returning a status."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pci_address: str = "") -> None:
         """
+        Args:
+            pci_address: of the GPU that it is used for; named when it breaks, because the kernel's log does.
+
         Raises:
             ConfigError: it cannot be loaded.
         """
+        self._place = f" (PCI {pci_address})" if pci_address else ""
         try:
             self._library = ctypes.CDLL(str(path.absolute()))
             for name, arguments in _INT_FUNCTIONS.items():
@@ -176,7 +180,7 @@ class CudaLibrary:
         if status == NO_MEMORY:
             raise OutOfDeviceMemory(message)
         if status == BROKEN:
-            raise DeviceBroken(message)
+            raise DeviceBroken(message + self._place)
         raise ValueError(message)
 
     def value(self, name: str, *arguments: Any) -> int:

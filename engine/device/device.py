@@ -44,6 +44,11 @@ class Device(Runner, Protocol):
         """What it is, for the log: "8 threads on amx", "NVIDIA H200"."""
         ...
 
+    @property
+    def numeric_version(self) -> str:
+        """Version of its arithmetic: devices with the same one compute the same bits."""
+        ...
+
     def load(self, progress: Progress) -> None:
         """Read the weights of the checkpoint."""
         ...

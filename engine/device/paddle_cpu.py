@@ -37,6 +37,10 @@ class PaddleDevice:
         return f"{self._threads} threads on {custom_ops.instruction_set()}"
 
     @property
+    def numeric_version(self) -> str:
+        return custom_ops.numeric_version()
+
+    @property
     def runner(self) -> ModelRunner:
         """What computes a step; there is one once the cache is allocated."""
         assert self._runner is not None, "the cache is not allocated yet"

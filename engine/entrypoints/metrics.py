@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from ..common.messages import ExpertParallelStats, Ready, Stats
 from ..common.metrics_server import CONTENT_TYPE
+from .gpu_usage import GpuUsage, GpuUsageReader
 
 # Creation times of counters would double the number of lines.
 disable_created_metrics()
@@ -37,6 +38,7 @@ class ReplicaMetrics:
         read_stats: returns the worker's latest statistics; None before the first step.
         read_sizes: returns the sizes of its cache; None before it is ready.
         max_num_seqs: maximum sequences in a batch.
+        read_gpu: returns the usage of the GPU with this UUID, or None if it is unknown.
     """
 
     content_type = CONTENT_TYPE
@@ -46,6 +48,7 @@ class ReplicaMetrics:
         read_stats: Callable[[], Stats | None],
         read_sizes: Callable[[], Ready | None],
         max_num_seqs: int,
+        read_gpu: Callable[[str], GpuUsage | None] | None = None,
     ) -> None:
         self.registry = registry = CollectorRegistry()
 
@@ -74,6 +77,7 @@ class ReplicaMetrics:
         self.generation_length = histogram("request_generation_tokens", "Tokens per choice", _TOKENS)
         self.max_tokens = histogram("request_params_max_tokens", "max_tokens per request", _TOKENS)
         registry.register(_EngineCollector(read_stats, read_sizes, max_num_seqs))
+        registry.register(_GpuCollector(read_sizes, read_gpu or GpuUsageReader().read))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
@@ -124,6 +128,38 @@ class _EngineCollector(Collector):
         yield _counter("prefix_cache_query_token_num", "Prompt tokens looked up in the prefix cache", queried)
         if stats.expert_parallel is not None:
             yield from _group_metrics(stats.expert_parallel)
+
+
+class _GpuCollector(Collector):
+    """Reads the usage of the replica's GPU at each scrape."""
+
+    def __init__(
+        self, read_sizes: Callable[[], Ready | None], read_gpu: Callable[[str], GpuUsage | None]
+    ) -> None:
+        self._read_sizes = read_sizes
+        self._read_gpu = read_gpu
+
+    def collect(self) -> Iterator[Metric]:
+        ready = self._read_sizes()
+        if ready is None or not ready.gpu_uuid:
+            return
+        usage = self._read_gpu(ready.gpu_uuid)
+        if usage is None:
+            return
+        figures = [
+            ("gpu_memory_used_bytes", "Memory of the GPU used by all its processes", usage.memory_used),
+            ("gpu_memory_total_bytes", "Memory of the GPU", usage.memory_total),
+            (
+                "gpu_utilization_perc",
+                "Fraction of the time in which the GPU computed, for any process, 0..1",
+                usage.utilization,
+            ),
+        ]
+        for name, text, value in figures:
+            if value is not None:
+                family = GaugeMetricFamily(f"fastdeploy:{name}", text, labels=("gpu",))
+                family.add_metric((ready.gpu_uuid,), value)
+                yield family
 
 
 def _group_metrics(group: ExpertParallelStats) -> Iterator[Metric]:

@@ -62,6 +62,8 @@ class Identity:
 class Registration(threading.Thread):
     """Thread that registers while `is_healthy()` returns True, until `stop` or `leave`.
 
+    `read_numeric_version` is called when the replica is healthy.
+
     It logs failures when they begin, change or end.
 
     Raises:
@@ -69,7 +71,12 @@ class Registration(threading.Thread):
     """
 
     def __init__(
-        self, router: str, address: Address, identity: Identity, is_healthy: Callable[[], bool]
+        self,
+        router: str,
+        address: Address,
+        identity: Identity,
+        is_healthy: Callable[[], bool],
+        read_numeric_version: Callable[[], str],
     ) -> None:
         super().__init__(name="registration", daemon=True)
         self._router = router_url(router)
@@ -79,6 +86,7 @@ class Registration(threading.Thread):
         self._address = address
         self._identity = identity
         self._is_healthy = is_healthy
+        self._read_numeric_version = read_numeric_version
         self._stopped = threading.Event()
         self._is_leaving = False
         #: Problem of the last attempt; None after a success, empty before the first attempt.
@@ -125,7 +133,7 @@ class Registration(threading.Thread):
     def _register(self) -> str | None:
         try:
             host_ip = advertised_ip(self._address.addresses, self._router)
-            info = register_info(self._address, self._identity, host_ip)
+            info = register_info(self._address, self._identity, host_ip, self._read_numeric_version())
             response = self._post("/register", info, _TIMEOUT_SECONDS)
         except HttpError as error:
             return str(error)
@@ -158,7 +166,7 @@ class Registration(threading.Thread):
             logger.warning("cannot register with router %s: %s; retrying", self._router, problem)
 
 
-def register_info(address: Address, identity: Identity, host_ip: str) -> dict[str, Any]:
+def register_info(address: Address, identity: Identity, host_ip: str, numeric_version: str) -> dict[str, Any]:
     """Return the body of POST /register: FastDeploy's InstanceInfo, and from `replica` on our own fields.
 
     FastDeploy's fields for disaggregated serving (connector, RDMA) are omitted: this engine does not support
@@ -176,6 +184,7 @@ def register_info(address: Address, identity: Identity, host_ip: str) -> dict[st
         "features": _FEATURES,
         "max_concurrency": identity.max_concurrency,
         "token": identity.token,
+        "numeric_version": numeric_version,
     }
 
 

@@ -2,6 +2,7 @@
 
 --load-seconds S    /health says "loading" for S seconds
 --die-while-loading exits with code 3 instead of becoming ready
+--gpu-fault FILE    while FILE exists, reports that its GPU has failed and exits with code 3
 --no-word           /v1/completions answers 500
 --grandchild        starts a process in a session of its own, which ignores SIGTERM
 --ignore-term       ignores SIGTERM itself
@@ -32,6 +33,7 @@ parser.add_argument("--local-data-parallel-id", type=int)
 parser.add_argument("--load-seconds", type=float, default=0.0)
 parser.add_argument("--hang-file", type=Path)
 parser.add_argument("--stuck-file", type=Path)
+parser.add_argument("--gpu-fault", type=Path)
 parser.add_argument("--api-keys-file", type=Path)
 parser.add_argument("--timeout-graceful-shutdown", type=float, default=10.0)
 for flag in ("--die-while-loading", "--no-word", "--grandchild", "--ignore-term", "--unknown"):
@@ -152,5 +154,11 @@ threading.Thread(target=server.serve_forever, daemon=True).start()
 if not options.unknown:
     threading.Thread(target=register, daemon=True).start()
 while True:
+    if options.gpu_fault and options.gpu_fault.exists():
+        options.gpu_fault.unlink()
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S,999")
+        fault = "replica stops: GPU: a step: unspecified launch failure (PCI 0000:1b:00.0)"
+        print(f"{stamp} ERROR replica=0 fastdeploy: {fault}", flush=True)
+        os._exit(3)
     # Not signal.pause(): it would delay a signal that arrived just before it.
     time.sleep(0.1)

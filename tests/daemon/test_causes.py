@@ -55,6 +55,7 @@ WORKER = f"{LOG}worker pid=12 was killed by "
         ("exit status 3", f"{LOG}Unable to allocate 3.2 GiB for an array with shape (8,)", "memory"),
         ("exit status 3", f"{LOG}GPU: the arena for cache needs 9 GB of GPU memory; 1 GB is free", "memory"),
         ("exit status 3", f"{LOG}GPU: a step: unspecified launch failure", "gpu"),
+        ("exit status 3", f"{LOG}GPU: a step: unspecified launch failure (PCI 0000:1b:00.0)", "gpu"),
         ("exit status 3", f"{LOG}--device is 'gpu', but the driver shows no GPU (libcuda.so.1)", "flag"),
         ("exit status 3", f"{LOG}/dev/shm is full: 9 MB more are needed (docker: --shm-size)", "memory"),
         ("exit status 3", f"{LOG}packed weights of /models/m cannot be written to /c (Quota)", "disk"),

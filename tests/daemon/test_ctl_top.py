@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from fastdeploy.common.messages import ExpertParallelStats, Ready, Stats
 from fastdeploy.daemon.control import protocol
 from fastdeploy.daemon.control.protocol import DaemonUnreachable
-from fastdeploy.daemon.fdctl import top
+from fastdeploy.daemon.fdctl import table, top
 from fastdeploy.daemon.fdctl.scrapes import BackgroundCalls, History, Scrape
 from fastdeploy.daemon.router.metrics import metrics as router_metrics
+from fastdeploy.entrypoints.gpu_usage import GpuUsage
 from fastdeploy.entrypoints.metrics import ReplicaMetrics
 
 from ..ports import free_ports
@@ -80,7 +82,7 @@ def status(*entries: dict[str, Any]) -> dict[str, Any]:
     return {"daemon": daemon, "router": router, "replicas": replicas}
 
 
-def replica_metrics() -> ReplicaMetrics:
+def replica_metrics(*, on_gpu: bool = False) -> ReplicaMetrics:
     """Return a replica's own exposition, as it is after a step."""
     group = ExpertParallelStats(
         epoch=1,
@@ -97,7 +99,9 @@ def replica_metrics() -> ReplicaMetrics:
         expert_tokens_total=[1],
     )
     stats = Stats(3, 4, 100, 75, 0, 0, 0, 100, 8, 8, group)
-    return ReplicaMetrics(lambda: stats, lambda: Ready(100, 64, 2048), 8)
+    usage = GpuUsage(45 * 10**9, 150 * 10**9, 0.37)
+    ready = Ready(100, 64, 2048, "GPU-1" if on_gpu else "")
+    return ReplicaMetrics(lambda: stats, lambda: ready, 8, lambda uuid: usage)
 
 
 # ---- figures
@@ -124,12 +128,37 @@ def test_frame_shows_rates_between_two_scrapes(serve: Serve) -> None:
 
 def test_every_metric_that_top_reads_is_exported() -> None:
     source = inspect.getsource(top)
-    told = replica_metrics().render().decode()
+    told = replica_metrics(on_gpu=True).render().decode()
     for name in re.findall(r"fastdeploy:\w+", source):
         assert re.search(rf"^{name}", told, re.MULTILINE), name
     router = inspect.getsource(router_metrics)
     for name in re.findall(r'"(fd_router_\w+|inference_requests)(?:_total)?"', source):
         assert f'"{name.removesuffix("_total")}"' in router, name
+
+
+def test_a_replica_on_a_gpu_has_its_figures(serve: Serve) -> None:
+    ports = [serve(lambda: replica_metrics(on_gpu=True).render().decode())]
+    ports.append(serve(lambda: replica_metrics().render().decode()))
+    source = top.Source(lambda: status(*(entry(number, port) for number, port in enumerate(ports))))
+    frame = source.frame()
+    figures = [
+        [replica[key] for key in ("gpu_use", "gpu_memory_used", "gpu_memory_total")]
+        for replica in frame["replicas"]
+    ]
+    assert figures == [[0.37, 45 * 10**9, 150 * 10**9], [None, None, None]]
+    shown = drawn(frame)
+    assert re.search(r"GPU use +GPU memory +restarts", shown)
+    assert re.search(r"^0 .* 37% +45\.0 GB of 150\.0 GB +3$", shown, re.MULTILINE)
+    assert re.search(r"^1 .* - +- +3$", shown, re.MULTILINE)
+    frame["replicas"].pop(0)
+    assert "GPU" not in drawn(frame)
+
+
+def drawn(frame: dict[str, Any]) -> str:
+    console = Console(width=300)
+    with console.capture() as captured:
+        console.print(table.of_top(frame))
+    return re.sub(r" +$", "", captured.get(), flags=re.MULTILINE)
 
 
 def test_the_router_and_the_box_have_a_line_each(serve: Serve) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -218,6 +221,45 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
 
 
 # ---- the choice
+
+_DRIVER = """
+#include <stdio.h>
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int* count) { *count = 2; return 0; }
+int cuDeviceGet(int* device, int ordinal) { *device = 70 + ordinal; return 0; }
+int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, size, "Card %d", device) < 0; }
+int cuDeviceGetAttribute(int* value, int name, int device) { *value = name == 75 ? 9 : 0; return 0; }
+int cuDeviceGetPCIBusId(char* id, int size, int device) {
+  return snprintf(id, size, "0000:%d:00.0A", device) < 0;
+}
+#ifndef OLD
+int cuDeviceGetUuid_v2(char* uuid, int device) { memset(uuid, device, 16); return 0; }
+#endif
+"""
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_the_driver_names_its_gpus(tmp_path: Path, is_old: bool) -> None:
+    (tmp_path / "driver.c").write_text(_DRIVER)
+    compiler = ["cc", "-shared", "-fPIC", "-o", "libcuda.so.1", "driver.c", *(["-DOLD"] if is_old else [])]
+    subprocess.run(compiler, cwd=tmp_path, check=True)
+    script = "from fastdeploy.device.choice import visible_gpus; print(*visible_gpus(), sep='\\n')"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
+    )
+    expected = [
+        Gpu(
+            ordinal,
+            f"Card {device}",
+            (9, 0),
+            uuid="" if is_old else f"GPU-{UUID(bytes=bytes([device] * 16))}",
+            pci_address=f"0000:{device}:00.0a",
+        )
+        for ordinal, device in enumerate((70, 71))
+    ]
+    assert done.stdout.splitlines() == [str(gpu) for gpu in expected]
 
 
 def test_replicas_are_dealt_over_the_visible_gpus() -> None:

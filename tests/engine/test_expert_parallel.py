@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fastdeploy.common.messages import ExpertParallelStats, Failed, LoadProgress, Ready, StepOutputs
+from fastdeploy.custom_ops import instruction_set
 from fastdeploy.expert_parallel.memory_file import group_directory
 from fastdeploy.expert_parallel.snapshot import Snapshot, read_snapshot
 
@@ -251,6 +252,18 @@ def test_rank_with_another_model_is_refused_and_others_continue(
         assert "weight_format is 'bfloat16' here and 'float32' there" in message
         ranks.lose(1)
         assert ranks.generate(requests_for(ranks, 0)) == {0: expected[0]}
+
+
+def test_rank_with_another_numeric_version_is_refused(tmp_path: Path) -> None:
+    if instruction_set() == "generic":
+        pytest.skip("this processor has no other instruction set")
+    with ranks_of(2, tmp_path) as ranks:
+        ranks.start(0)
+        ranks.wait_ready()
+        ranks.start(1, isa="generic")
+        message = first_failure(ranks, 1)
+        assert f"numeric_version is 'cpu-1-generic' here and 'cpu-1-{instruction_set()}' there" in message
+        ranks.lose(1)
 
 
 def test_idle_ranks_use_no_processor(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def start() -> Iterator[Callable[..., Registration]]:
     started: list[Registration] = []
 
     def start(router: str, is_healthy: Callable[[], bool] = lambda: True) -> Registration:
-        started.append(Registration(router, ADDRESS, IDENTITY, is_healthy))
+        started.append(Registration(router, ADDRESS, IDENTITY, is_healthy, lambda: "cpu-1"))
         started[-1].start()
         return started[-1]
 
@@ -68,7 +68,7 @@ def test_healthy_replica_registers_repeatedly_and_logs_it_once(
     wait_until(lambda: len(router.posts) >= 3)
     path, info = router.posts[-1]
     assert path == "/register"
-    assert info == register_info(ADDRESS, IDENTITY, "127.0.0.1")
+    assert info == register_info(ADDRESS, IDENTITY, "127.0.0.1", "cpu-1")
     assert [r.message for r in caplog.records] == [f"registered with router http://{router.address}"]
 
 
@@ -123,7 +123,7 @@ def test_problems_are_logged_when_they_begin_and_end(
 
 def test_info_is_what_fastdeploys_router_accepts() -> None:
     identity = Identity(512, instance="1f", token="2e")
-    assert register_info(ADDRESS, identity, "10.0.0.7") == {
+    assert register_info(ADDRESS, identity, "10.0.0.7", "cpu-1-amx/bfloat16") == {
         "role": "mixed",
         "host_ip": "10.0.0.7",
         "port": "1844",
@@ -135,6 +135,7 @@ def test_info_is_what_fastdeploys_router_accepts() -> None:
         "features": ["resume", "progress"],
         "max_concurrency": 512,
         "token": "2e",
+        "numeric_version": "cpu-1-amx/bfloat16",
     }
 
 

@@ -27,6 +27,7 @@ from fastdeploy.common.messages import (
 )
 from fastdeploy.common.request import FinishReason
 from fastdeploy.config import EngineConfig
+from fastdeploy.custom_ops import numeric_version
 
 from .worker_api import AS_MODULE, CONFIG, DEADLINE_S, FIXTURES, TOKEN, Api, request
 
@@ -55,7 +56,8 @@ def test_a_worker_says_hello_loads_and_is_ready_in_this_order(start: Callable[..
     fractions = []
     while isinstance(message := api.receive(), LoadProgress):
         fractions.append(message.fraction)
-    assert message == Ready(num_blocks=8 * 512 // 16, block_size=16, max_model_len=512)
+    version = f"{numeric_version()}/{CONFIG.weight_format}"
+    assert message == Ready(8 * 512 // 16, block_size=16, max_model_len=512, numeric_version=version)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
     assert Path(f"/proc/{api.process.pid}/comm").read_text().strip() == "fd-worker-0"

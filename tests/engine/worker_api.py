@@ -180,22 +180,25 @@ class Ranks:
         #: Including workers that have been replaced.
         self.all: list[Api] = []
 
-    def start(self, *seats: int, trap: str | None = None, **changes: object) -> None:
+    def start(self, *seats: int, trap: str | None = None, isa: str | None = None, **changes: object) -> None:
         """
         Args:
             trap: the place where the worker sends itself a signal, see `trapped_worker.py`.
+            isa: their instruction set.
             changes: changes to the configuration of these ranks.
         """
         arguments, env = AS_MODULE, self._env
         if trap is not None:
             arguments = ("-m", "tests.engine.trapped_worker")
             env = env | {"FD_TEST_TRAP": trap, "PYTHONPATH": str(FIXTURES.parent.parent)}
+        forked = self._forked
+        if isa is not None:
+            # A forked worker has loaded the kernels already.
+            env, forked = env | {"FD_ISA": isa}, False
         for seat in seats:
             config = replace(self._config, data_parallel_rank=seat, **changes)  # type: ignore[arg-type]
             logs = self._logs / f"{seat}-{len(self.all)}"
-            self.apis[seat] = Api(
-                config, logs, *arguments, launcher=self._launcher, forked=self._forked, **env
-            )
+            self.apis[seat] = Api(config, logs, *arguments, launcher=self._launcher, forked=forked, **env)
             self.all.append(self.apis[seat])
 
     def wait_ready(self, *seats: int) -> None:

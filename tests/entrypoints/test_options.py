@@ -4,7 +4,9 @@ import pytest
 
 from fastdeploy.common.api_keys import ApiKeys
 from fastdeploy.common.errors import ConfigError
+from fastdeploy.core.worker import _decode_config as decode_config
 from fastdeploy.entrypoints.openai.options import ServeConfig, parse_arguments
+from fastdeploy.entrypoints.openai.worker_process import encode_config
 
 from .conftest import TINY
 
@@ -53,6 +55,31 @@ def test_the_flags_of_expert_parallelism_reach_the_engine() -> None:
     assert engine.enable_expert_parallel
     assert (engine.expert_parallel_group, engine.redundant_experts, engine.enable_eplb) == ("mine", 2, True)
     assert engine.expert_parallel_stall_kill == 2.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "on_cpu", "on_gpu"),
+    [
+        ((), (512, 32), (4096, 1024)),
+        (("--max-num-batched-tokens", "512"), (512, 32), (512, 1024)),
+        (("--max-prefill-beside-decode=32",), (512, 32), (4096, 32)),
+        (("--max_num_batched_tokens=9", "--max-prefill-beside-decode", "7"), (9, 7), (9, 7)),
+    ],
+)
+def test_a_gpu_has_own_defaults_of_what_is_not_given(
+    flags: tuple[str, ...], on_cpu: tuple[int, int], on_gpu: tuple[int, int]
+) -> None:
+    # As the worker gets it.
+    config = decode_config(encode_config(parse(*flags).engine))
+    assert (config.max_num_batched_tokens, config.max_prefill_beside_decode) == on_cpu
+    config = config.on_gpu()
+    assert (config.max_num_batched_tokens, config.max_prefill_beside_decode) == on_gpu
+    assert config.on_gpu() == config
+
+
+def test_a_wrong_limit_of_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--max-num-batched-tokens is 0; it must be at least 1"):
+        parse("--max-num-batched-tokens", "0")
 
 
 def test_underscores_are_dashes_in_flags_only() -> None:

@@ -286,6 +286,7 @@ def test_stop_deregisters_before_it_refuses_requests(
         assert replica.process.wait(60) == 0
     assert served == [200, 200]
     first, *_ = router.bodies("/register")
+    assert re.fullmatch(r"cpu-\d+-(amx|avx512|avx2|generic)/\w+", first["numeric_version"])
     farewell = {key: first[key] for key in ("host_ip", "port", "instance")}
     assert router.posts[-1] == ("/deregister", farewell)
     assert router.paths().count("/deregister") == 1

@@ -92,6 +92,8 @@ class Engine:
             fields |= {"features": options.features.split(","), "token": self.token}
         if options.max_concurrency:
             fields["max_concurrency"] = options.max_concurrency
+        if options.numeric_version:
+            fields["numeric_version"] = options.numeric_version
         return await self.tell("register", fields)
 
     def state(self) -> bytes:
@@ -215,6 +217,7 @@ def main() -> None:
     parser.add_argument("--replica", type=int, default=0)
     parser.add_argument("--features", default="resume,progress")
     parser.add_argument("--max-concurrency", type=int, default=0)
+    parser.add_argument("--numeric-version", default="")
     parser.add_argument("--once", default="/nonexistent")
     parser.add_argument("--sign-every", type=float, default=0.0)
     parser.add_argument("--beat", type=float, default=5.0)

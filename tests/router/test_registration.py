@@ -38,6 +38,7 @@ OURS: dict[str, Any] = {
     "features": ["resume", "progress"],
     "max_concurrency": 512,
     "token": "fedcba9876543210fedcba9876543210",
+    "numeric_version": "cpu-1-amx/bfloat16",
 }
 
 
@@ -64,6 +65,7 @@ def test_fastdeploys_own_registration_is_understood() -> None:
         "instance": "",
         "features": [],
         "max_concurrency": None,
+        "numeric_version": "",
     }
     assert instance.name == "10.1.2.3:1811"
 

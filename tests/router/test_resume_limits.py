@@ -1,6 +1,7 @@
 """A broken stream when no replica can resume it at once, or at all."""
 
 import concurrent.futures
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,6 +141,57 @@ def test_stream_is_never_resumed_at_a_plain_engine(
     answers = [ask(router.port, generation(max_tokens=9, faults=[CUT], seed=seed)) for seed in range(6)]
     assert any(answer.resumed_by for answer in answers)
     assert not any(replica.received(RESUME_PATH) for replica in plain.replicas)
+
+
+# ---- replicas that round differently
+
+
+def test_stream_is_resumed_with_the_same_numeric_version(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
+    start_fleet(2, "--numeric-version=cpu-1-amx/bfloat16")
+    start_fleet(2, "--numeric-version=sm90-1/bfloat16")
+    registered = router.get("/registered").json()["mixed"]
+    assert sorted(row["numeric_version"] for row in registered) == 2 * ["cpu-1-amx/bfloat16"] + 2 * [
+        "sm90-1/bfloat16"
+    ]
+    for seed in range(12):
+        answer = ask(router.port, generation(max_tokens=9, faults=[CUT], seed=seed), f"equal-{seed}")
+        answer.check()
+        assert len(answer.resumed_by) == 1
+        # Two failures in a row would take a replica out of service; successes in between reset the count.
+        for _ in registered:
+            ask(router.port, generation(stream=False, max_tokens=1)).check()
+    assert told_of_rounding(router, "equal-") == []
+
+
+def test_stream_of_the_last_replica_of_a_version_is_resumed_and_logged(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
+    start_fleet(1, "--numeric-version=cpu-1-amx/bfloat16").keeps_alive = False
+    others = start_fleet(1, "--numeric-version=sm90-1/bfloat16")
+    others.keeps_alive = False
+    answer = ask(router.port, generation(max_tokens=9, faults=[{**CUT, "how": "kill"}]), "mixed")
+    answer.check()
+    assert len(answer.resumed_by) == 1
+    [line] = told_of_rounding(router, "mixed")
+    assert re.search("numeric version (cpu-1-amx/bfloat16 with sm90-1|sm90-1/bfloat16 with cpu-1-amx)/", line)
+
+
+def test_unknown_numeric_versions_are_no_difference(
+    router: RouterProcess, start_fleet: Callable[..., Fleet]
+) -> None:
+    start_fleet(1).keeps_alive = False
+    start_fleet(1, "--numeric-version=sm90-1/bfloat16").keeps_alive = False
+    answer = ask(router.port, generation(max_tokens=9, faults=[{**CUT, "how": "kill"}]), "unknown")
+    answer.check()
+    assert len(answer.resumed_by) == 1
+    assert told_of_rounding(router, "unknown") == []
+
+
+def told_of_rounding(router: RouterProcess, identity: str) -> list[str]:
+    lines = router.log.read_text().splitlines()
+    return [line for line in lines if f"request={identity}" in line and "numeric version" in line]
 
 
 # ---- no replica for now

@@ -44,6 +44,7 @@ class _InstanceInfo(_Deregistration, frozen=True, kw_only=True):
     features: _Texts = ()
     max_concurrency: Annotated[int, Meta(ge=1, lt=1 << 31)] | None = None
     token: _Id = ""
+    numeric_version: _Text = ""
 
 
 _REQUIRED = ("role", "host_ip", "port")
@@ -92,6 +93,7 @@ def from_fields(fields: dict[str, Any]) -> Instance:
         features=info.features,
         max_concurrency=info.max_concurrency,
         token=info.token,
+        numeric_version=info.numeric_version,
     )
 
 

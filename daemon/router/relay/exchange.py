@@ -142,7 +142,7 @@ class Exchange:
         attempt.cancel()
         self._delivery.drop_partial()
         name = attempt.handle.name
-        self._retry.on_failure(f"replica {name}: reserved for another request", resumption)
+        self._retry.on_failure(f"replica {name}: reserved for another request", resumption, attempt.handle)
         logger.info(
             "request=%s replica=%s is reserved for another request, resuming elsewhere", self._id[:64], name
         )
@@ -190,6 +190,12 @@ class Exchange:
         retry, handle, request = self._retry, attempt.handle, self._forwarded
         if retry.resumption is not None and "resume" in handle.instance.features:
             request = resuming(request, retry.resumption, handle.instance.token)
+            if retry.rounds_differently(handle):
+                logger.warning(
+                    "request=%s replica=%s resumes a response of numeric version %s with %s: its text may "
+                    "not be that of an undisturbed response",
+                    *(self._id[:64], handle.name, retry.numeric_version, handle.instance.numeric_version),
+                )
         elif retry.problems:
             retry.restart()
             self._delivery.forget_draft()
@@ -261,7 +267,7 @@ class Exchange:
 
     def _retry_elsewhere(self, handle: ReplicaHandle, problem: str) -> None:
         name, retry, delivery = handle.name, self._retry, self._delivery
-        retry.on_failure(f"replica {name}: {problem}", delivery.resumption())
+        retry.on_failure(f"replica {name}: {problem}", delivery.resumption(), handle)
         if delivery.has_begun and retry.resumption is None:
             self._break_off(f"replica {name} was lost in the middle of the response", problem)
             return

@@ -39,7 +39,12 @@ class Placement:
             return PickFailure.DOWN
         started_at = time.perf_counter()
         choose = self._pick_alone if verdict is Verdict.SUSPECT else self._pick_any
-        picked = choose(facts, retry.exclusions(board))
+        exclude = retry.exclusions(board)
+        others = retry.of_other_numeric_version(board)
+        picked = choose(facts, [*exclude, *others] if others else exclude)
+        if not picked and others:
+            # A text of two numeric versions is better than half a text. The exchange logs it.
+            picked = choose(facts, exclude)
         if not picked and retry.resumption is not None and not has_begun:
             # The client has seen nothing yet, so a replica that cannot resume may start over.
             picked = choose(facts, retry.tried)

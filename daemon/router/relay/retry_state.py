@@ -18,7 +18,10 @@ from .suspicion import Death, Suspicion, Verdict
 class RetryState:
     """Belongs to one exchange."""
 
-    __slots__ = ("problems", "refusal", "resumed_by", "resumption", "suspicion", "tried", "was_dispatched")
+    __slots__ = (
+        *("numeric_version", "problems", "refusal", "resumed_by", "resumption", "suspicion", "tried"),
+        "was_dispatched",
+    )
 
     def __init__(self) -> None:
         #: Failure reason of each attempt.
@@ -29,6 +32,8 @@ class RetryState:
         self.refusal: Response | None = None
         #: Where the next attempt resumes; None if it starts from the beginning.
         self.resumption: Resumption | None = None
+        #: Numeric version of the replica that computed the end of `resumption`; empty if it is unknown.
+        self.numeric_version = ""
         #: Replicas that have resumed the response, in order.
         self.resumed_by: list[ReplicaHandle] = []
         #: Replicas tried since the last progress, the current one included.
@@ -54,6 +59,18 @@ class RetryState:
             *(handle for handle in board.handles() if "resume" not in handle.instance.features),
         ]
 
+    def rounds_differently(self, handle: ReplicaHandle) -> bool:
+        """Return True if the replica would resume the response with another numeric version."""
+        other = handle.instance.numeric_version
+        is_known = self.resumption is not None and self.numeric_version and other
+        return bool(is_known) and other != self.numeric_version
+
+    def of_other_numeric_version(self, board: Board) -> list[ReplicaHandle]:
+        """Return the replicas for which `rounds_differently` is true."""
+        if self.resumption is None:
+            return []
+        return [handle for handle in board.handles() if self.rounds_differently(handle)]
+
     def restart(self) -> None:
         """Discard what is known of the response: the next attempt starts from the beginning."""
         self.resumption = None
@@ -76,9 +93,11 @@ class RetryState:
         """Record that the replica was lost with the request; `alone`: it had no other."""
         self.suspicion.deaths.append(Death(handle, alone, now, problem))
 
-    def on_failure(self, problem: str, resumption: Resumption | None) -> None:
+    def on_failure(self, problem: str, resumption: Resumption | None, handle: ReplicaHandle) -> None:
         """Record a failed attempt; `resumption` is what is known of the response."""
         self.problems.append(problem)
+        if resumption is not None and resumption != self.resumption:
+            self.numeric_version = handle.instance.numeric_version
         self.resumption = resumption
         self.was_dispatched |= bool(self.suspicion.deaths) or resumption is not None
 

@@ -16,7 +16,7 @@ from ...common.cors import DEFAULT as CORS_DEFAULT
 from ...common.cors import CorsPolicy
 from ...common.errors import ConfigError
 from ...common.text_files import read_text
-from ...config import EngineConfig
+from ...config import GPU_DEFAULTS, EngineConfig
 from ...demo_model.model import resolve_model_path
 from ..registration import router_url
 
@@ -93,6 +93,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
     ignored = [flag for flag in _WITHOUT_EFFECT if getattr(arguments, flag.replace("-", "_")) is not None]
     if ignored:
         _log.warning("flags without effect in this server: %s", " ".join(f"--{flag}" for flag in ignored))
+    defaulted = tuple(name for name in GPU_DEFAULTS if getattr(arguments, name) is None)
     engine = EngineConfig(
         model=resolve_model_path(arguments.model),
         device=arguments.device,
@@ -102,8 +103,6 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         pin_threads=arguments.pin_threads,
         max_model_len=arguments.max_model_len,
         max_num_seqs=arguments.max_num_seqs,
-        max_num_batched_tokens=arguments.max_num_batched_tokens,
-        max_prefill_beside_decode=arguments.max_prefill_beside_decode,
         block_size=arguments.block_size,
         num_gpu_blocks_override=arguments.num_gpu_blocks_override,
         enable_prefix_caching=arguments.enable_prefix_caching,
@@ -118,6 +117,8 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         qkv_order=arguments.qkv_order,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        defaulted=defaulted,
+        **{name: getattr(arguments, name) for name in GPU_DEFAULTS if name not in defaulted},
     )
     metrics_port: int = arguments.metrics_port
     return ServeConfig(
@@ -208,13 +209,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--max-num-seqs", type=int, help="maximum sequences in a step (default %(default)s)")
     engine.add_argument(
-        "--max-num-batched-tokens", type=int, help="maximum tokens in a step (default %(default)s)"
+        "--max-num-batched-tokens",
+        type=int,
+        help=f"maximum tokens in a step {_two_defaults('max_num_batched_tokens')}",
     )
     engine.add_argument(
         "--max-prefill-beside-decode",
         type=int,
-        help="maximum prompt tokens in a step while other sequences decode; fewer in a long context (default "
-        "%(default)s)",
+        help="maximum prompt tokens in a step while other sequences decode; fewer in a long context "
+        + _two_defaults("max_prefill_beside_decode"),
     )
     engine.add_argument("--block-size", type=int, help="tokens per KV cache block (default %(default)s)")
     engine.add_argument(
@@ -271,13 +274,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _two_defaults(name: str) -> str:
+    cpu = next(config_field.default for config_field in fields(EngineConfig) if config_field.name == name)
+    return f"(default {cpu}; {GPU_DEFAULTS[name]} on a GPU)"
+
+
 def _defaults() -> dict[str, Any]:
-    """Return the defaults of all flags with the name of a field of `EngineConfig` or `ServeConfig`."""
+    """Return the defaults of all flags with the name of a field of `EngineConfig` or `ServeConfig`.
+
+    The flags of `GPU_DEFAULTS` have none, because the device is not known yet.
+    """
     return {
         config_field.name: config_field.default
         for config in (EngineConfig, ServeConfig)
         for config_field in fields(config)
-        if config_field.default is not MISSING and config_field.name not in _OWN_DEFAULTS
+        if config_field.default is not MISSING and config_field.name not in (*_OWN_DEFAULTS, *GPU_DEFAULTS)
     }
 
 

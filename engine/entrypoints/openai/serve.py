@@ -160,7 +160,11 @@ class _ReplicaParts:
                 config.engine.data_parallel_rank,
             )
             self.registration = Registration(
-                config.router, address, self.served.identity, self.served.is_healthy
+                config.router,
+                address,
+                self.served.identity,
+                self.served.is_healthy,
+                lambda: self.engine.ready.numeric_version if self.engine.ready else "",
             )
             self.registration.start()
 
