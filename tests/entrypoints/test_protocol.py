@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError, RequestError
-from fastdeploy.entrypoints.openai.fields import decode_object
+from fastdeploy.entrypoints.openai.bodies import ChatBody, CompletionBody
 from fastdeploy.entrypoints.openai.protocol import ChatRequest, CompletionRequest, SamplingDefaults
+from fastdeploy.entrypoints.openai.unsupported import REQUEST_FIELDS
+from fastdeploy.entrypoints.openai.validation import (
+    MISSING,
+    UNSUPPORTED,
+    WRONG_TYPE,
+    WRONG_VALUE,
+    decode_object,
+)
 
 DEFAULTS = SamplingDefaults()
 HELLO = [{"role": "user", "content": "hello"}]
@@ -90,7 +99,8 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
 ) -> None:
     with pytest.raises(RequestError) as caught:
         parse(**{field: value})
-    assert caught.value.param == field
+    assert caught.value.param
+    assert caught.value.param.partition("[")[0] == field
     assert "\n" not in str(caught.value)
     assert field in str(caught.value)
 
@@ -148,8 +158,9 @@ def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(
         ({"prompt": 5}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt"),
-        ({"prompt": [1, -1]}, "prompt"),
-        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt[1]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt[1][1]"),
         ({"prompt": ["a"] * 300}, "prompt"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
@@ -320,20 +331,119 @@ json_values = st.recursive(
     max_leaves=6,
 )
 known_fields = st.sampled_from(
-    sorted({field for field, _ in BAD_IN_BOTH} | {"messages", "prompt", "logprobs", "echo"})
+    sorted({*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__, *REQUEST_FIELDS})
+)
+messages = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "name", "refusal", "tool_calls"]),
+        json_values
+        | st.sampled_from(["user", "assistant"])
+        | st.lists(
+            st.fixed_dictionaries(
+                {"type": st.sampled_from(["text", "refusal"])}, optional={"text": json_values}
+            ),
+            max_size=2,
+        ),
+        max_size=4,
+    )
+    | json_values,
+    max_size=3,
 )
 
 
-@given(fields=st.dictionaries(known_fields, json_values, max_size=5))
-def test_any_json_is_parsed_or_refused(fields: dict[str, Any]) -> None:
-    for parse in (chat, completion):
-        refusal = ""
-        try:
-            parse(**fields)
-        except RequestError as error:
-            refusal = str(error)
-        assert "\n" not in refusal
-        assert len(refusal) < 300
+@given(
+    fields=st.dictionaries(known_fields, json_values, max_size=5),
+    messages=json_values | messages,
+)
+def test_any_json_is_parsed_or_refused_with_the_name_of_a_field(
+    fields: dict[str, Any], messages: Any
+) -> None:
+    rest = {key: value for key, value in fields.items() if key != "messages"}
+    for parse in (partial(chat, messages=messages), completion):
+        error = refusal_of(partial(parse, **rest))
+        if error is not None:
+            assert error.param
+            assert error.param.startswith((*fields, "messages", "prompt"))
+            assert error.param in str(error)
+            assert error.code in (MISSING, WRONG_TYPE, WRONG_VALUE, UNSUPPORTED, None)
+            assert "\n" not in str(error)
+            assert len(str(error)) < 300
+
+
+def refusal_of(parse: Callable[[], object]) -> RequestError | None:
+    try:
+        parse()
+    except RequestError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"temperature": "hot"}, WRONG_TYPE, 'temperature is "hot"; it must be a number'),
+        ({"temperature": -1}, WRONG_VALUE, "temperature is -1; it must be 0 or more"),
+        ({"top_p": 2}, WRONG_VALUE, "top_p is 2; it must be between 0 and 1"),
+        ({"n": 0}, WRONG_VALUE, "n is 0; it must be between 1 and 128"),
+        ({"n": 1.5}, WRONG_TYPE, "n is 1.5; it must be an integer"),
+        ({"n": 10**30}, WRONG_VALUE, "n is a very large integer; it must be between 1 and 128"),
+        ({"stream": 1}, WRONG_TYPE, "stream is 1; it must be true or false"),
+        ({"stop": 7}, WRONG_TYPE, "stop is 7; it must be a string or a list of strings"),
+        ({"stop": ["a", 7]}, WRONG_TYPE, "stop[1] is 7; it must be a string"),
+        ({"stop": ["a"] * 17}, WRONG_VALUE, "stop has 17 items; it may have at most 16"),
+        ({"stop": "x" * 2000}, WRONG_VALUE, "stop has 2000 characters; it may have at most 1024"),
+        ({"stop": [""]}, WRONG_VALUE, "stop[0] is empty; it must not be"),
+        ({"stop_token_ids": [True]}, WRONG_TYPE, "stop_token_ids[0] is true; it must be a token id"),
+        ({"stream_options": 5}, WRONG_TYPE, "stream_options is 5; it must be an object"),
+        (
+            {"stream": True, "stream_options": {"include_usage": 5}},
+            WRONG_TYPE,
+            "stream_options.include_usage is 5; it must be true or false",
+        ),
+        ({"messages": None}, MISSING, "messages is missing; it must be a list of messages"),
+        ({"messages": []}, WRONG_VALUE, "messages is empty; it must not be"),
+        (
+            {"messages": [{"role": "user"}]},
+            MISSING,
+            "messages[0].content is missing; it must be a string or a list of text parts",
+        ),
+        (
+            {"messages": [{"role": "wizard", "content": ""}]},
+            WRONG_VALUE,
+            'messages[0].role is "wizard"; it must be one of assistant, developer, system, tool, user',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            WRONG_TYPE,
+            'messages[0].content[0] is an object; it must be {"type": "text", "text": ...}, because this '
+            "model reads text only",
+        ),
+        (
+            {"guided_regex": "a+"},
+            UNSUPPORTED,
+            "guided_regex is not supported: this server does not constrain its output; leave it out",
+        ),
+        (
+            {"tool_choice": "required"},
+            UNSUPPORTED,
+            "tool_choice is not supported: this server does not parse tool calls; "
+            'leave it out or send "none"',
+        ),
+    ],
+)
+def test_an_error_says_what_is_wrong_and_what_would_be_right(
+    fields: dict[str, Any], code: str, message: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert (str(caught.value), caught.value.code) == (message, code)
+
+
+@pytest.mark.parametrize("value", [0, 1, True])
+def test_zero_is_not_false_where_the_number_has_a_meaning(value: int) -> None:
+    with pytest.raises(RequestError):
+        completion(prompt_logprobs=value)
+    assert completion(prompt_logprobs=False).logprobs is None
 
 
 def test_a_checkpoints_generation_config_gives_the_defaults(tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ from .chat import chat_completion, chat_events, chat_prompts
 from .completions import completion, completion_events, completion_prompts
 from .errors import ApiError
 from .events import event_stream
-from .fields import decode_object
 from .generation import Generation
 from .keep_alive import KeepAlive
 from .protocol import ChatRequest, CompletionRequest
 from .served_model import ServedModel
+from .validation import decode_object
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

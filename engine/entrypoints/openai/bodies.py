@@ -1,0 +1,150 @@
+"""Declarations of the bodies of /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta, Struct
+
+from .unsupported import MESSAGE_FIELDS, REQUEST_FIELDS
+from .validation import Body, Refused
+
+#: The engine has 32-bit token ids and counts.
+MAX_TOKEN = 2**31 - 1
+MAX_CHOICES = 128
+MAX_SEQUENCES = 256
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 256
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN, extra={"expected": "a token id"})]
+#: A number of tokens.
+Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
+AtLeastOne = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+#: -1: none.
+Logprobs = Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Temperature = Annotated[float, Meta(ge=0.0, le=sys.float_info.max)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=10.0)]
+#: 0 or -1: all tokens.
+TopK = Annotated[int, Meta(ge=-1, le=MAX_TOKEN)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Name = Annotated[str, Meta(max_length=1024)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop = Annotated[
+    StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None,
+    Meta(extra={"expected": "a string or a list of strings"}),
+]
+StopTokenIds = Annotated[
+    Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None,
+    Meta(extra={"expected": "a list of token ids"}),
+]
+
+
+class TextPart(Struct, tag_field="type", tag="text", frozen=True):
+    """Text of a message."""
+
+    text: str
+
+
+class RefusalPart(Struct, tag_field="type", tag="refusal", frozen=True):
+    """Refusal in an assistant's message."""
+
+    refusal: str
+
+
+Part = Annotated[
+    TextPart | RefusalPart,
+    Meta(extra={"expected": '{"type": "text", "text": ...}, because this model reads text only'}),
+]
+
+
+class Message(Body, frozen=True, kw_only=True):
+    """A message of a conversation. Only the content of an assistant's message may be null."""
+
+    refused: ClassVar[Mapping[str, Refused]] = MESSAGE_FIELDS
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        str | list[Part] | None, Meta(extra={"expected": "a string or a list of text parts"})
+    ] = None
+    name: Name | None = None
+    refusal: Annotated[str | None, Meta(description="Used if the content is null.")] = None
+
+
+class StreamOptions(Body, frozen=True, kw_only=True):
+    """Options of a stream."""
+
+    include_usage: Annotated[bool | None, Meta(description="End with the usage. Default: true.")] = None
+    continuous_usage_stats: Annotated[bool | None, Meta(description="Usage so far in each event.")] = None
+
+
+class GenerationBody(Body, frozen=True, kw_only=True):
+    """Fields of both endpoints."""
+
+    refused: ClassVar[Mapping[str, Refused]] = REQUEST_FIELDS
+
+    model: Name | None = None
+    n: Annotated[Choices | None, Meta(description="Number of choices for each prompt. Default: 1.")] = None
+    min_tokens: Annotated[Count | None, Meta(description="No choice ends before.")] = None
+    temperature: Annotated[Temperature | None, Meta(description="0: always the most likely token.")] = None
+    top_p: Fraction | None = None
+    top_k: Annotated[TopK | None, Meta(description="0 or -1: all tokens.")] = None
+    min_p: Fraction | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[Seed | None, Meta(description="Equal seeds give equal responses.")] = None
+    stop: Stop = None
+    stop_token_ids: StopTokenIds = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: Annotated[StreamOptions | None, Meta(description="Only with stream: true.")] = None
+    return_token_ids: bool | None = None
+    request_id: Annotated[str, Meta(max_length=128)] | None = None
+
+
+class ChatBody(GenerationBody, frozen=True, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, extra={"expected": "a list of messages"})]
+    max_tokens: AtLeastOne | None = None
+    max_completion_tokens: Annotated[
+        AtLeastOne | None, Meta(description="The newer name of max_tokens; wins over it.")
+    ] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Logprobs | None, Meta(description="Needs logprobs: true.")] = None
+    chat_template: Annotated[str, Meta(max_length=1 << 16)] | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, Meta(description="Further variables of the template.")
+    ] = None
+
+
+class CompletionBody(GenerationBody, frozen=True, kw_only=True):
+    """Body of /v1/completions."""
+
+    prompt: Annotated[
+        str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)],
+        Meta(extra={"expected": "a string, token ids, or a list of either"}),
+    ]
+    max_tokens: Annotated[Count | None, Meta(description="0 is useful with echo and logprobs.")] = None
+    max_completion_tokens: Count | None = None
+    logprobs: Annotated[Logprobs | None, Meta(description="0: only of the drawn tokens.")] = None
+    best_of: Annotated[Choices | None, Meta(description="Only equal to n.")] = None
+    echo: Annotated[bool | None, Meta(description="Begin with the prompt.")] = None
+
+
+class GenerationConfig(Body, frozen=True, kw_only=True):
+    """A checkpoint's generation_config.json: recommended parameters."""
+
+    do_sample: Any = None
+    temperature: Temperature | None = None
+    top_p: Fraction | None = None
+    top_k: Count | None = None
+    repetition_penalty: RepetitionPenalty | None = None
