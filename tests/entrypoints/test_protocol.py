@@ -11,9 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError, RequestError
-from fastdeploy.entrypoints.openai.bodies import ChatBody, CompletionBody
+from fastdeploy.entrypoints.openai.bodies import ChatBody, CompletionBody, Message
 from fastdeploy.entrypoints.openai.protocol import ChatRequest, CompletionRequest, SamplingDefaults
-from fastdeploy.entrypoints.openai.unsupported import REQUEST_FIELDS
+from fastdeploy.entrypoints.openai.unsupported import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    MESSAGE_FIELDS,
+    WITHOUT_EFFECT,
+)
 from fastdeploy.entrypoints.openai.validation import (
     MISSING,
     UNSUPPORTED,
@@ -331,7 +336,7 @@ json_values = st.recursive(
     max_leaves=6,
 )
 known_fields = st.sampled_from(
-    sorted({*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__, *REQUEST_FIELDS})
+    sorted({*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__, *CHAT_FIELDS, *COMPLETION_FIELDS})
 )
 messages = st.lists(
     st.dictionaries(
@@ -437,6 +442,58 @@ def test_an_error_says_what_is_wrong_and_what_would_be_right(
     with pytest.raises(RequestError) as caught:
         chat(**fields)
     assert (str(caught.value), caught.value.code) == (message, code)
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_a_field_that_is_not_implemented_is_refused_with_the_reason(
+    parse: Callable[..., ChatRequest | CompletionRequest],
+) -> None:
+    table = CHAT_FIELDS if parse is chat else COMPLETION_FIELDS
+    for name, field in table.items():
+        for value in (None, *field.harmless):
+            # The field that the endpoint needs is given.
+            parse(**{name: value})
+        error = refusal_of(partial(parse, **{name: {"x": 1}}))
+        assert error is not None
+        assert (error.param, error.code) == (name, UNSUPPORTED)
+        assert str(error).startswith(f"{name} is not supported: {field.why}; leave it out")
+
+
+def test_no_field_is_both_declared_and_refused() -> None:
+    for table, body in ((CHAT_FIELDS, ChatBody), (COMPLETION_FIELDS, CompletionBody)):
+        assert not table.keys() & {*body.__struct_fields__, *WITHOUT_EFFECT}
+    assert not MESSAGE_FIELDS.keys() & set(Message.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+def test_bookkeeping_is_accepted(name: str) -> None:
+    assert chat(**{name: {"a": "b"}}) == chat()
+    assert completion(**{name: True}) == completion()
+
+
+@pytest.mark.parametrize("part", ["tool_calls", "function_call", "audio", "tools"])
+def test_a_part_of_a_message_is_refused_only_with_a_value(part: str) -> None:
+    for empty in ([], {}, "", None):
+        assert chat(messages=[{"role": "user", "content": "hello", part: empty}]) == chat()
+    with pytest.raises(RequestError, match=rf"^messages\[0\]\.{part} is not supported: "):
+        chat(messages=[{"role": "user", "content": "hello", part: [{"id": "a"}]}])
+
+
+def test_metadata_that_is_no_text_counts_as_fields() -> None:
+    metadata = {"min_tokens": 3, "temperature": 0.5, "seed": "4", "note": 7}
+    request = chat(metadata=metadata, temperature=0.7)
+    assert (request.min_tokens, request.temperature, request.seed) == (3, 0.7, None)
+    for fields, param in (({"top_p": 2}, "top_p"), ({"logit_bias": {"1": 2}}, "logit_bias")):
+        with pytest.raises(RequestError) as caught:
+            chat(metadata=fields)
+        assert caught.value.param == param
+
+
+def test_fields_of_messages_reach_the_template() -> None:
+    fields = {"tool_call_id": "a", "reasoning_content": "b", "thoughts": "c", "name": "d"}
+    message = {"role": "tool", "content": "x", **fields}
+    assert chat(messages=[message]).messages == [message]
+    assert chat(reasoning_effort="low").chat_template_kwargs == {"reasoning_effort": "low"}
 
 
 @pytest.mark.parametrize("value", [0, 1, True])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from .unsupported import MESSAGE_FIELDS, REQUEST_FIELDS
+from .unsupported import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS
 from .validation import Body, Refused
 
 #: The engine has 32-bit token ids and counts.
@@ -75,6 +75,10 @@ class Message(Body, frozen=True, kw_only=True):
     ] = None
     name: Name | None = None
     refusal: Annotated[str | None, Meta(description="Used if the content is null.")] = None
+    tool_call_id: Annotated[Name | None, Meta(description="For the chat template.")] = None
+    reasoning_content: Annotated[str | None, Meta(description="For the chat template.")] = None
+    reasoning: Annotated[str | None, Meta(description="The newer name of reasoning_content.")] = None
+    thoughts: Annotated[str | None, Meta(description="For the chat template.")] = None
 
 
 class StreamOptions(Body, frozen=True, kw_only=True):
@@ -86,8 +90,6 @@ class StreamOptions(Body, frozen=True, kw_only=True):
 
 class GenerationBody(Body, frozen=True, kw_only=True):
     """Fields of both endpoints."""
-
-    refused: ClassVar[Mapping[str, Refused]] = REQUEST_FIELDS
 
     model: Name | None = None
     n: Annotated[Choices | None, Meta(description="Number of choices for each prompt. Default: 1.")] = None
@@ -113,6 +115,8 @@ class GenerationBody(Body, frozen=True, kw_only=True):
 class ChatBody(GenerationBody, frozen=True, kw_only=True):
     """Body of /v1/chat/completions."""
 
+    refused: ClassVar[Mapping[str, Refused]] = CHAT_FIELDS
+
     messages: Annotated[list[Message], Meta(min_length=1, extra={"expected": "a list of messages"})]
     max_tokens: AtLeastOne | None = None
     max_completion_tokens: Annotated[
@@ -124,10 +128,18 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     chat_template_kwargs: Annotated[
         dict[str, Any] | None, Meta(description="Further variables of the template.")
     ] = None
+    reasoning_effort: Annotated[
+        Name | None, Meta(description="A variable of the template; wins over chat_template_kwargs.")
+    ] = None
+    metadata: Annotated[
+        Any, Meta(description="As in FastDeploy, values that are no strings count as fields of the request.")
+    ] = None
 
 
 class CompletionBody(GenerationBody, frozen=True, kw_only=True):
     """Body of /v1/completions."""
+
+    refused: ClassVar[Mapping[str, Refused]] = COMPLETION_FIELDS
 
     prompt: Annotated[
         str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)],

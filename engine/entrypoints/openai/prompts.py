@@ -11,12 +11,14 @@ from ...common.errors import RequestError
 from .bodies import Message, RefusalPart
 from .validation import MISSING, WRONG_TYPE, invalid, refuse_unsupported, without_nulls
 
+#: Fields of a message that a template may use.
+_TEMPLATE_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thoughts")
 #: Variables that the server sets.
 _RESERVED_ARGUMENTS = ("self", "messages", "tools", "chat_template", "rendered_at")
 
 
 def read_messages(values: list[dict[str, Any]], messages: list[Message]) -> list[dict[str, Any]]:
-    """Return the messages, each with role, content as one string, and name if given.
+    """Return the messages, each with role, content as one string, and fields for the template if given.
 
     Args:
         values: the same as the client sent them.
@@ -29,8 +31,11 @@ def read_messages(values: list[dict[str, Any]], messages: list[Message]) -> list
 def _message(message: Message, path: str) -> dict[str, Any]:
     # "developer" is OpenAI's newer name; templates of open models expect "system".
     role = "system" if message.role == "developer" else message.role
-    read = {"role": role, "content": _content(message, f"{path}.content")}
-    return read | ({"name": message.name} if message.name is not None else {})
+    return {
+        "role": role,
+        "content": _content(message, f"{path}.content"),
+        **{key: value for key in _TEMPLATE_FIELDS if (value := getattr(message, key)) is not None},
+    }
 
 
 def _content(message: Message, path: str) -> str:

@@ -124,13 +124,17 @@ class ChatRequest(GenerationRequest):
 
     @classmethod
     def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
+        values = _with_metadata(values)
         body = validated(values, ChatBody)
         if body.top_logprobs is not None and body.top_logprobs > 0 and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        arguments = read_template_arguments(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            arguments["reasoning_effort"] = body.reasoning_effort
         return cls(
             messages=read_messages(values["messages"], body.messages),
             chat_template=body.chat_template,
-            chat_template_kwargs=read_template_arguments(body.chat_template_kwargs or {}),
+            chat_template_kwargs=arguments,
             logprobs=max(body.top_logprobs or 0, 0) if body.logprobs else None,
             **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )
@@ -169,6 +173,25 @@ class CompletionRequest(GenerationRequest):
             logprobs=None if body.logprobs is None or body.logprobs < 0 else body.logprobs,
             **common,
         )
+
+
+def _with_metadata(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request with those that FastDeploy's clients put into `metadata`.
+
+    OpenAI's metadata consists of strings, which are notes of the client.
+    """
+    metadata = values.get("metadata")
+    if not isinstance(metadata, dict):
+        return values
+    known = ChatBody.__struct_fields__
+    moved = {
+        key: value
+        for key, value in metadata.items()
+        if (key in known or key in ChatBody.refused)
+        and not isinstance(value, str)
+        and values.get(key) is None
+    }
+    return values | moved
 
 
 def _common(
