@@ -473,7 +473,8 @@ def test_bookkeeping_is_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("part", ["tool_calls", "function_call", "audio", "tools"])
 def test_a_part_of_a_message_is_refused_only_with_a_value(part: str) -> None:
-    for empty in ([], {}, "", None):
+    nothing: tuple[Any, ...] = ([], {}, "", None)
+    for empty in nothing:
         assert chat(messages=[{"role": "user", "content": "hello", part: empty}]) == chat()
     with pytest.raises(RequestError, match=rf"^messages\[0\]\.{part} is not supported: "):
         chat(messages=[{"role": "user", "content": "hello", part: [{"id": "a"}]}])

@@ -11,6 +11,7 @@ import msgspec
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
+from .... import __version__
 from ....common.addresses import is_loopback
 from ..addresses import AllowedAddresses
 from ..board.board import Board, Ending, Status
@@ -219,6 +220,7 @@ def _control_plane(router: ControlPlane) -> Flask:
         return jsonify(mixed=_count_up(router.board), prefill=0, decode=0)
 
     @app.get("/health")
+    @app.route("/ping", methods=["GET", "POST"])
     def is_alive() -> Response:
         return jsonify(
             status="ok",
@@ -232,6 +234,15 @@ def _control_plane(router: ControlPlane) -> Flask:
         if _count_up(router.board):
             return jsonify(code=200, msg="Health check complete"), 200
         return jsonify(code=503, msg="no healthy instance"), 503
+
+    @app.get("/version")
+    def version() -> Response:
+        return jsonify(version=__version__)
+
+    @app.get("/load")
+    def load() -> Response:
+        in_flight = sum(row.in_flight + row.in_flight_elsewhere for row in router.board.status())
+        return jsonify(server_load=in_flight, max_concurrency=router.settings.max_in_flight)
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -44,6 +44,20 @@ StopTokenIds = Annotated[
     Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None,
     Meta(extra={"expected": "a list of token ids"}),
 ]
+_TOKEN_IDS_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN},
+}
+#: A list has items of one kind, which msgspec's types cannot say.
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"type": "string"}},
+        _TOKEN_IDS_SCHEMA,
+        {"type": "array", "minItems": 1, "items": _TOKEN_IDS_SCHEMA},
+    ]
+}
 
 
 class TextPart(Struct, tag_field="type", tag="text", frozen=True):
@@ -143,7 +157,9 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True):
 
     prompt: Annotated[
         str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)],
-        Meta(extra={"expected": "a string, token ids, or a list of either"}),
+        Meta(
+            extra={"expected": "a string, token ids, or a list of either"}, extra_json_schema=_PROMPT_SCHEMA
+        ),
     ]
     max_tokens: Annotated[Count | None, Meta(description="0 is useful with echo and logprobs.")] = None
     max_completion_tokens: Count | None = None

@@ -28,14 +28,31 @@ def chat_prompts(
     Args:
         created: the time that a template may use, so that a resumed stream has the same prompt.
     """
-    with _template_slot(keep_alive) if request.chat_template else nullcontext():
-        text = served.tokenizer.apply_chat_template(
-            request.messages,
-            chat_template=request.chat_template,
-            rendered_at=created,
-            **request.chat_template_kwargs,
-        )
+    text = render_chat(
+        served, request.messages, request.chat_template, request.chat_template_kwargs, created, keep_alive
+    )
     return [served.tokenizer.encode(text)]
+
+
+def render_chat(
+    served: ServedModel,
+    messages: list[dict[str, Any]],
+    chat_template: str | None,
+    arguments: dict[str, Any],
+    created: int,
+    keep_alive: KeepAlive | None,
+) -> str:
+    """Return a conversation as text.
+
+    Args:
+        chat_template: a client's template, which takes one of a few slots.
+        arguments: further variables of the template.
+        created: the time that the template may use.
+    """
+    with _template_slot(keep_alive) if chat_template else nullcontext():
+        return served.tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, rendered_at=created, **arguments
+        )
 
 
 @contextmanager

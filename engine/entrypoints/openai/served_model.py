@@ -18,6 +18,7 @@ from .engine_client import EngineClient, EngineState
 from .errors import ApiError
 from .options import ServeConfig
 from .protocol import SamplingDefaults
+from .validation import WRONG_VALUE
 
 
 class ServedModel:
@@ -83,13 +84,10 @@ class ServedModel:
         sizes = self.engine.ready
         assert sizes is not None, "requests are admitted after the worker is ready"
         if not prompt:
-            raise ApiError(400, f"{field} has no tokens; at least one is required", param=field)
-        if max(prompt) >= self.model.vocab_size:
             raise ApiError(
-                400,
-                f"{field} has token id {max(prompt)}; this model's ids are below {self.model.vocab_size}",
-                param=field,
+                400, f"{field} has no tokens; at least one is required", param=field, code=WRONG_VALUE
             )
+        self.require_known(prompt, field)
         cache = sizes.num_blocks * sizes.block_size
         limit = min(sizes.max_model_len, cache)
         if len(prompt) + (max_tokens != 0) > limit:
@@ -103,6 +101,21 @@ class ServedModel:
             )
         left = limit - len(prompt)
         return left if max_tokens is None else min(max_tokens, left)
+
+    def require_known(self, token_ids: list[int], field: str) -> None:
+        """Raise ApiError (400) if the model does not have one of these token ids."""
+        if max(token_ids, default=0) >= self.model.vocab_size:
+            raise ApiError(
+                400,
+                f"{field} has token id {max(token_ids)}; this model's ids are below {self.model.vocab_size}",
+                param=field,
+                code=WRONG_VALUE,
+            )
+
+    @property
+    def in_flight(self) -> int:
+        """Number of open requests."""
+        return self._in_flight
 
     def require_model(self, name: str | None) -> None:
         """Raise ApiError (404) for another model; FastDeploy's clients may send "default" or nothing."""

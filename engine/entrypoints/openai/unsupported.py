@@ -179,6 +179,12 @@ COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
     "add_special_tokens": Refused("completions always begin with the special tokens", _TRUE),
 }
 
+#: Of /tokenize.
+TOKENIZE_FIELDS: dict[str, Refused] = {
+    name: CHAT_FIELDS[name]
+    for name in ("tools", "continue_final_message", "mm_processor_kwargs", "media_io_kwargs", "documents")
+}
+
 #: Of a message.
 MESSAGE_FIELDS: dict[str, Refused] = {
     "tool_calls": Refused(_NO_TOOLS, _EMPTY),
