@@ -93,7 +93,6 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("bad_words", ["no"]),
     ("suffix", "end"),
     ("prompt_logprobs", 1),
-    ("continue_final_message", True),
 ]
 
 
@@ -375,6 +374,32 @@ def test_any_json_is_parsed_or_refused_with_the_name_of_a_field(
             assert len(str(error)) < 300
 
 
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_every_field_takes_or_refuses_every_kind_of_value(
+    parse: Callable[..., ChatRequest | CompletionRequest],
+) -> None:
+    body = ChatBody if parse is chat else CompletionBody
+    values: tuple[Any, ...] = (
+        True,
+        -2,
+        1.5,
+        10**30,
+        "x",
+        "x" * 70_000,
+        [],
+        [None],
+        [[]],
+        ["x"],
+        {},
+        {"x": []},
+    )
+    for name in (*body.__struct_fields__, *body.refused):
+        for value in values:
+            error = refusal_of(partial(parse, **{name: value}))
+            assert error is None or (error.param and error.param in str(error)), (name, value)
+            assert error is None or name in str(error) or name == "metadata", (name, value)
+
+
 def refusal_of(parse: Callable[[], object]) -> RequestError | None:
     try:
         parse()
@@ -405,8 +430,8 @@ def refusal_of(parse: Callable[[], object]) -> RequestError | None:
             WRONG_TYPE,
             "stream_options.include_usage is 5; it must be true or false",
         ),
-        ({"messages": None}, MISSING, "messages is missing; it must be a list of messages"),
-        ({"messages": []}, WRONG_VALUE, "messages is empty; it must not be"),
+        ({"messages": None}, MISSING, "messages is missing; it must be a list of at least one message"),
+        ({"messages": []}, WRONG_VALUE, "messages is empty; it must be a list of at least one message"),
         (
             {"messages": [{"role": "user"}]},
             MISSING,
@@ -495,6 +520,71 @@ def test_fields_of_messages_reach_the_template() -> None:
     message = {"role": "tool", "content": "x", **fields}
     assert chat(messages=[message]).messages == [message]
     assert chat(reasoning_effort="low").chat_template_kwargs == {"reasoning_effort": "low"}
+
+
+def test_token_ids_take_the_place_of_the_prompt() -> None:
+    request = chat(messages=[], prompt_token_ids=[1, 2], completion_token_ids=[3])
+    assert (request.prompt_token_ids, request.completion_token_ids) == ([1, 2], [3])
+    assert request.prompt_field == "prompt_token_ids"
+    assert ChatRequest.parse({"prompt_token_ids": [1]}, DEFAULTS).messages == []
+    assert chat(prompt_token_ids=[]).prompt_field == "messages"
+    one = CompletionRequest.parse({"prompt_token_ids": [1, 2]}, DEFAULTS)
+    assert (one.prompts, one.prompt_field) == (([1, 2],), "prompt_token_ids")
+    assert completion(prompt="", prompt_token_ids=[[1], [2]]).prompts == ([1], [2])
+    wrong_values: tuple[Any, ...] = ([[]], [1, [2]], [-1], ["a"])
+    for wrong in wrong_values:
+        error = refusal_of(partial(completion, prompt_token_ids=wrong))
+        assert error is not None
+        assert (error.param or "").startswith("prompt_token_ids")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({"truncate_prompt_tokens": 9}, [1, 2, 3, 4]),
+        ({"truncate_prompt_tokens": 3}, [2, 3, 4]),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, [1, 2, 3]),
+        ({"truncate_prompt_tokens": 0}, []),
+        ({"truncate_prompt_tokens": -1}, [3, 4]),
+        ({"truncation_side": "right"}, [1, 2, 3, 4]),
+    ],
+)
+def test_a_prompt_is_truncated_on_request(fields: dict[str, Any], kept: list[int]) -> None:
+    for parse in (chat, completion):
+        assert parse(**fields).truncated([1, 2, 3, 4], room=2) == kept
+
+
+def test_a_continued_message_is_checked() -> None:
+    assert chat(continue_final_message=True).chat_template_kwargs == {"add_generation_prompt": False}
+    assert chat(continue_final_message=True, add_generation_prompt=False).continues_prompt
+    for fields in (
+        {"add_generation_prompt": True},
+        {"messages": [{"role": "assistant", "content": " "}]},
+    ):
+        error = refusal_of(partial(chat, continue_final_message=True, **fields))
+        assert error is not None
+        assert error.param == "continue_final_message"
+
+
+def test_an_empty_stop_string_is_none() -> None:
+    assert chat(stop="").stop == completion(stop=None).stop == ()
+
+
+@pytest.mark.parametrize(
+    ("parse", "given", "wanted"),
+    [
+        (chat, "x", "chatcmpl-x"),
+        (chat, "chatcmpl-x", "chatcmpl-x"),
+        (completion, "x", "cmpl-x"),
+        (completion, "cmpl-x", "cmpl-x"),
+        (completion, "chatcmpl-x", "cmpl-chatcmpl-x"),
+    ],
+)
+def test_the_prefix_of_an_id_is_not_repeated(
+    parse: Callable[..., ChatRequest | CompletionRequest], given: str, wanted: str
+) -> None:
+    assert parse().response_id(given) == wanted
 
 
 @pytest.mark.parametrize("value", [0, 1, True])

@@ -107,7 +107,7 @@ def test_the_description_has_every_field(server: ApiServer) -> None:
         assert reference in schemas
     for body in (ChatBody, CompletionBody):
         assert set(schemas[body.__name__]["properties"]) >= {*body.__struct_fields__, *body.refused, "user"}
-    assert schemas["ChatBody"]["required"] == ["messages"]
+    assert schemas["DetokenizeBody"]["required"] == ["tokens"]
     refused = schemas["ChatBody"]["properties"]["guided_regex"]
     assert refused == {"enum": [None], "description": f"Not supported: {CHAT_FIELDS['guided_regex'].why}."}
 

@@ -14,8 +14,7 @@ from msgspec import Struct
 from ... import __version__
 from ...common.api_paths import DETOKENIZE_PATH, TOKENIZE_PATH
 from . import answers
-from .bodies import ChatBody, CompletionBody, Message
-from .tokenization import DetokenizeBody, TokenizeBody
+from .bodies import ChatBody, CompletionBody, DetokenizeBody, Message, TokenizeBody
 from .unsupported import WITHOUT_EFFECT
 from .validation import Body
 

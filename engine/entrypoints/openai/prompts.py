@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...common.errors import RequestError
-from .bodies import Message, RefusalPart
+from .bodies import ChatBody, Message, RefusalPart, TokenizeBody
 from .validation import MISSING, WRONG_TYPE, invalid, refuse_unsupported, without_nulls
 
 #: Fields of a message that a template may use.
@@ -60,18 +60,41 @@ def _content(message: Message, path: str) -> str:
     return "".join(texts)
 
 
-def read_template_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return `chat_template_kwargs`, which must not replace variables that the server sets."""
-    arguments = without_nulls(arguments)
+def template_arguments(body: ChatBody | TokenizeBody, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the further variables of the chat template; fields of the body win over chat_template_kwargs."""
+    arguments: dict[str, Any] = without_nulls(body.chat_template_kwargs or {})
     for key in _RESERVED_ARGUMENTS:
         if key in arguments:
             name = f"chat_template_kwargs.{key}"
             raise RequestError(f"{name} is reserved", name)
+    given = {
+        "reasoning_effort": body.reasoning_effort,
+        "add_generation_prompt": body.add_generation_prompt,
+        "documents": body.documents,
+    }
+    arguments |= {name: value for name, value in given.items() if value is not None}
+    if body.continue_final_message:
+        _check_continuation(body, messages)
+        arguments["add_generation_prompt"] = False
     return arguments
 
 
-def read_prompts(prompt: str | list[Any]) -> tuple[str | list[int], ...]:
-    """Return `prompt` as a tuple of prompts, each a text or token ids."""
+def _check_continuation(body: ChatBody | TokenizeBody, messages: list[dict[str, Any]]) -> None:
+    problem = None
+    if body.add_generation_prompt:
+        problem = "add_generation_prompt must then be false or left out"
+    elif not messages or not messages[-1]["content"].strip():
+        problem = "the last message must then have a text to continue"
+    if problem is not None:
+        raise RequestError(f"continue_final_message is true; {problem}", "continue_final_message")
+
+
+def read_prompts(name: str, prompt: str | list[Any] | None) -> tuple[str | list[int], ...]:
+    """Return the field `name` as a tuple of prompts, each a text or token ids."""
+    if prompt is None:
+        raise RequestError(
+            f"{name} is missing; it must be a string, token ids, or a list of either", name, code=MISSING
+        )
     if isinstance(prompt, str):
         return (prompt,)
     kinds = set(map(type, prompt))
@@ -80,7 +103,7 @@ def read_prompts(prompt: str | list[Any]) -> tuple[str | list[int], ...]:
     if len(kinds) == 1 and all(prompt if kinds == {list} else (True,)):
         return tuple(prompt)
     raise invalid(
-        "prompt",
+        name,
         prompt,
         "a string, a non-empty list of token ids, or a list of strings or of such lists",
         code=WRONG_TYPE,

@@ -14,8 +14,8 @@ from ...common.errors import ConfigError, RequestError
 from ...common.request import SamplingParams
 from ...common.text_files import read_object
 from .bodies import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody, GenerationConfig
-from .prompts import read_messages, read_prompts, read_template_arguments
-from .validation import validated
+from .prompts import read_messages, read_prompts, template_arguments
+from .validation import MISSING, WRONG_VALUE, validated
 
 _T = TypeVar("_T")
 
@@ -55,11 +55,6 @@ class GenerationRequest:
 
     #: Prefix of the response's id.
     id_prefix: ClassVar[str]
-    #: Name of the prompt's field in the body.
-    prompt_field: ClassVar[str]
-    #: The output continues the prompt's text, rather than being a text of its own.
-    continues_prompt: ClassVar[bool]
-
     model: str | None
     n: int
     max_tokens: int | None
@@ -85,6 +80,38 @@ class GenerationRequest:
     continuous_usage: bool
     return_token_ids: bool
     request_id: str | None
+    skip_special_tokens: bool
+    #: None: a chat template writes them, and a text begins with them.
+    add_special_tokens: bool | None
+    #: None: a prompt that is too long is an error; -1: keep what fits.
+    truncate_prompt_tokens: int | None
+    truncation_side: str
+
+    @property
+    def prompt_field(self) -> str:
+        """Return the name of the prompt's field in the body."""
+        raise NotImplementedError
+
+    @property
+    def continues_prompt(self) -> bool:
+        """Return True if the output continues the prompt's text, rather than being a text of its own."""
+        raise NotImplementedError
+
+    def response_id(self, request_id: str) -> str:
+        """Return the id with the prefix, which the client's id may have already."""
+        prefix = f"{self.id_prefix}-"
+        return request_id if request_id.startswith(prefix) else prefix + request_id
+
+    def truncated(self, prompt: list[int], room: int) -> list[int]:
+        """Return the part of a prompt that the request keeps.
+
+        Args:
+            room: number of tokens that fit.
+        """
+        limit = room if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        return prompt[:limit] if self.truncation_side == "right" else prompt[len(prompt) - limit :]
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -116,11 +143,23 @@ class GenerationRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     id_prefix = "chatcmpl"
-    prompt_field = "messages"
-    continues_prompt = False
     messages: list[dict[str, Any]]
+    #: The prompt, in place of the messages.
+    prompt_token_ids: list[int] | None
+    #: Appended to the prompt.
+    completion_token_ids: list[int]
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
+    disable_chat_template: bool
+    continue_final_message: bool
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages" if self.prompt_token_ids is None else "prompt_token_ids"
+
+    @property
+    def continues_prompt(self) -> bool:
+        return self.continue_final_message
 
     @classmethod
     def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
@@ -128,13 +167,20 @@ class ChatRequest(GenerationRequest):
         body = validated(values, ChatBody)
         if body.top_logprobs is not None and body.top_logprobs > 0 and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-        arguments = read_template_arguments(body.chat_template_kwargs or {})
-        if body.reasoning_effort is not None:
-            arguments["reasoning_effort"] = body.reasoning_effort
+        messages = read_messages(values.get("messages") or [], body.messages or [])
+        if not messages and not body.prompt_token_ids:
+            problem, code = ("missing", MISSING) if body.messages is None else ("empty", WRONG_VALUE)
+            raise RequestError(
+                f"messages is {problem}; it must be a list of at least one message", "messages", code=code
+            )
         return cls(
-            messages=read_messages(values["messages"], body.messages),
+            messages=messages,
+            prompt_token_ids=body.prompt_token_ids or None,
+            completion_token_ids=body.completion_token_ids or [],
             chat_template=body.chat_template,
-            chat_template_kwargs=arguments,
+            chat_template_kwargs=template_arguments(body, messages),
+            disable_chat_template=body.disable_chat_template or False,
+            continue_final_message=body.continue_final_message or False,
             logprobs=max(body.top_logprobs or 0, 0) if body.logprobs else None,
             **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )
@@ -143,11 +189,14 @@ class ChatRequest(GenerationRequest):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
     id_prefix = "cmpl"
-    prompt_field = "prompt"
-    continues_prompt = True
     #: Text or token ids.
     prompts: tuple[str | list[int], ...]
+    prompt_field: str
     echo: bool
+
+    @property
+    def continues_prompt(self) -> bool:
+        return True
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -161,14 +210,17 @@ class CompletionRequest(GenerationRequest):
             raise RequestError(
                 f"best_of is {body.best_of}; only best_of equal to n is implemented", "best_of"
             )
-        prompts = read_prompts(body.prompt)
+        # As in FastDeploy, ids win over text.
+        name = "prompt_token_ids" if body.prompt_token_ids else "prompt"
+        prompts = read_prompts(name, body.prompt_token_ids or body.prompt)
         if len(prompts) * common["n"] > MAX_SEQUENCES:
             raise RequestError(
                 f"{len(prompts)} prompts times n = {common['n']} is more than {MAX_SEQUENCES} choices",
-                "prompt",
+                name,
             )
         return cls(
             prompts=prompts,
+            prompt_field=name,
             echo=body.echo or False,
             logprobs=None if body.logprobs is None or body.logprobs < 0 else body.logprobs,
             **common,
@@ -221,7 +273,7 @@ def _common(
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "seed": body.seed,
-        "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        "stop": (body.stop,) if isinstance(body.stop, str) and body.stop else tuple(body.stop or ()),
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": body.ignore_eos or False,
         "include_stop_str_in_output": body.include_stop_str_in_output or False,
@@ -230,6 +282,10 @@ def _common(
         "continuous_usage": continuous_usage,
         "return_token_ids": body.return_token_ids or False,
         "request_id": body.request_id,
+        "skip_special_tokens": _given(body.skip_special_tokens, True),
+        "add_special_tokens": body.add_special_tokens,
+        "truncate_prompt_tokens": body.truncate_prompt_tokens,
+        "truncation_side": body.truncation_side or "left",
     }
 
 

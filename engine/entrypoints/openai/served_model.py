@@ -81,17 +81,15 @@ class ServedModel:
         Raises:
             ApiError: the prompt is empty, has unknown token ids, or leaves no room for a requested token.
         """
-        sizes = self.engine.ready
-        assert sizes is not None, "requests are admitted after the worker is ready"
         if not prompt:
             raise ApiError(
                 400, f"{field} has no tokens; at least one is required", param=field, code=WRONG_VALUE
             )
         self.require_known(prompt, field)
-        cache = sizes.num_blocks * sizes.block_size
-        limit = min(sizes.max_model_len, cache)
+        cache, context = self._limits
+        limit = min(cache, context)
         if len(prompt) + (max_tokens != 0) > limit:
-            whose = "the KV cache" if cache < sizes.max_model_len else "this model's context"
+            whose = "the KV cache" if cache < context else "this model's context"
             raise ApiError(
                 400,
                 f"{field} has {len(prompt)} tokens; {whose} holds {limit}"
@@ -101,6 +99,21 @@ class ServedModel:
             )
         left = limit - len(prompt)
         return left if max_tokens is None else min(max_tokens, left)
+
+    def prompt_room(self, max_tokens: int | None) -> int:
+        """Return how many tokens a prompt may have beside the output.
+
+        An output that is not limited, or does not fit anyway, counts as one token.
+        """
+        limit = min(self._limits)
+        return limit - (1 if max_tokens is None or max_tokens >= limit else max_tokens)
+
+    @property
+    def _limits(self) -> tuple[int, int]:
+        """Numbers of tokens in the KV cache and in the context."""
+        sizes = self.engine.ready
+        assert sizes is not None, "requests are admitted after the worker is ready"
+        return sizes.num_blocks * sizes.block_size, sizes.max_model_len
 
     def require_known(self, token_ids: list[int], field: str) -> None:
         """Raise ApiError (400) if the model does not have one of these token ids."""

@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
-
-from msgspec import Meta
+from typing import Any
 
 from ...common.errors import RequestError
-from .bodies import Message, Name, TokenId
+from .bodies import DetokenizeBody, TokenizeBody
 from .chat import render_chat
 from .keep_alive import KeepAlive
-from .prompts import read_messages, read_template_arguments
+from .prompts import read_messages, template_arguments
 from .served_model import ServedModel
-from .unsupported import TOKENIZE_FIELDS
-from .validation import MISSING, Body, Refused, validated
-
-
-class TokenizeBody(Body, frozen=True, kw_only=True):
-    """Body of /tokenize: either a text or messages."""
-
-    refused: ClassVar[Mapping[str, Refused]] = TOKENIZE_FIELDS
-
-    model: Name | None = None
-    prompt: Annotated[str | None, Meta(description="A text.")] = None
-    messages: Annotated[
-        Annotated[list[Message], Meta(min_length=1)] | None,
-        Meta(extra={"expected": "a list of messages"}, description="For the chat template."),
-    ] = None
-    add_special_tokens: Annotated[
-        bool | None, Meta(description="Default: true for a text, false for messages.")
-    ] = None
-    return_token_strs: Annotated[bool | None, Meta(description="Return the text of each token too.")] = None
-    add_generation_prompt: Annotated[bool | None, Meta(description="Default: true.")] = None
-    chat_template: Annotated[str, Meta(max_length=1 << 16)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class DetokenizeBody(Body, frozen=True, kw_only=True):
-    """Body of /detokenize."""
-
-    model: Name | None = None
-    tokens: Annotated[list[TokenId], Meta(extra={"expected": "a list of token ids"})]
-    skip_special_tokens: Annotated[bool | None, Meta(description="Default: false.")] = None
+from .validation import MISSING, validated
 
 
 def tokenize(served: ServedModel, values: dict[str, Any], keep_alive: KeepAlive | None) -> dict[str, Any]:
@@ -80,12 +48,13 @@ def _chat_text(
     served: ServedModel, values: dict[str, Any], body: TokenizeBody, keep_alive: KeepAlive | None
 ) -> str:
     assert body.messages is not None
+    messages = read_messages(values["messages"], body.messages)
     return render_chat(
         served,
-        read_messages(values["messages"], body.messages),
+        messages,
         body.chat_template,
-        {"add_generation_prompt": body.add_generation_prompt is not False}
-        | read_template_arguments(body.chat_template_kwargs or {}),
+        template_arguments(body, messages),
         int(time.time()),
         keep_alive,
+        continue_final_message=body.continue_final_message or False,
     )

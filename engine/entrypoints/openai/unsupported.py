@@ -22,7 +22,6 @@ _NO_THINKING = "this server does not separate reasoning from the response"
 _NO_PLUGINS = "this server has no custom sampling code"
 _NO_LIMIT = "this server does not look for repetitions"
 _NO_RETURN = "this server does not return such data"
-_NO_TRUNCATION = "this server does not shorten prompts"
 _TEXT_ONLY = "this server reads and writes text only"
 _ONE_TEXT = "this server samples each choice on its own"
 _ROUTED = "the router places requests"
@@ -101,18 +100,10 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "verbosity": Refused("no model here has such a setting", ("medium",)),
     "task": Refused("no model here has such tasks"),
     # Prompts.
-    "prompt_token_ids": Refused("completions take token ids as their prompt", ([],)),
-    "completion_token_ids": Refused("completions take token ids as their prompt", ([],)),
-    "input_ids": Refused("completions take token ids as their prompt", ([],)),
+    "input_ids": Refused("prompt_token_ids is their name", ([],)),
     "prompt_embeds": Refused("prompts are text or token ids"),
     "suffix": Refused("this server only continues a prompt", ("",)),
-    "disable_chat_template": Refused("completions have no chat template", _FALSE),
-    "continue_final_message": Refused("each response is a new message", _FALSE),
-    "truncate_prompt_tokens": Refused(_NO_TRUNCATION),
-    "truncation_side": Refused(_NO_TRUNCATION),
-    "skip_special_tokens": Refused("special tokens are never shown", _TRUE),
-    # There is nothing to separate, because special tokens are not shown.
-    "spaces_between_special_tokens": Refused("special tokens are never shown", _ANY_FLAG),
+    "spaces_between_special_tokens": Refused("the text has no spaces but those of the model", _ANY_FLAG),
     "modalities": Refused(_TEXT_ONLY, (["text"], [])),
     "audio": Refused(_TEXT_ONLY, ({},)),
     "mm_hashes": Refused(_TEXT_ONLY, ([],)),
@@ -163,9 +154,6 @@ CHAT_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
     "prompt": Refused("it belongs to /v1/completions; this endpoint reads messages", ("", [])),
     "echo": Refused("it belongs to /v1/completions", _FALSE),
     "best_of": Refused("it belongs to /v1/completions", (1,)),
-    "add_generation_prompt": Refused("each response is a new message", _TRUE),
-    "add_special_tokens": Refused("the chat template writes the special tokens", _FALSE),
-    "documents": Refused("this server does not read documents", ([],)),
 }
 
 COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
@@ -174,15 +162,16 @@ COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
     "chat_template": Refused(_CHAT_ONLY),
     "chat_template_kwargs": Refused(_CHAT_ONLY, ({},)),
     "reasoning_effort": Refused(_CHAT_ONLY, ("none",)),
+    "completion_token_ids": Refused("append them to the prompt", ([],)),
+    "disable_chat_template": Refused("completions have no chat template", _FALSE),
+    "continue_final_message": Refused("a completion continues its prompt anyway", _FALSE),
     "documents": Refused(_CHAT_ONLY, ([],)),
     "add_generation_prompt": Refused(_CHAT_ONLY, _ANY_FLAG),
-    "add_special_tokens": Refused("completions always begin with the special tokens", _TRUE),
 }
 
 #: Of /tokenize.
 TOKENIZE_FIELDS: dict[str, Refused] = {
-    name: CHAT_FIELDS[name]
-    for name in ("tools", "continue_final_message", "mm_processor_kwargs", "media_io_kwargs", "documents")
+    name: REQUEST_FIELDS[name] for name in ("tools", "mm_processor_kwargs", "media_io_kwargs")
 }
 
 #: Of a message.

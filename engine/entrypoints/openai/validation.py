@@ -210,7 +210,7 @@ def _bare(kind: inspect.Type) -> inspect.Type:
 
 def _expected(kind: inspect.Type) -> str:
     extra = kind.extra if isinstance(kind, inspect.Metadata) else None
-    return (extra or {}).get("expected") or _noun(kind)
+    return (extra or {}).get("expected") or _noun(_bare(kind))
 
 
 def _noun(kind: inspect.Type) -> str:
