@@ -168,6 +168,14 @@ def test_the_router_itself_has_version_load_and_ping(router: RouterProcess) -> N
     assert not any("x-fd-replica" in answer.headers for answer in answers)
 
 
+@pytest.mark.parametrize("target", ["/v1/embeddings", "/rerank", "/v1/sleep", "/generate"])
+def test_an_endpoint_that_is_not_served_says_why(router: RouterProcess, target: str) -> None:
+    answer = ask(router, request("POST", target, body="{}"))
+    message = json.loads(answer.body)["error"]["message"]
+    assert answer.status == 404
+    assert message.startswith(f"POST {target} is not served: ")
+
+
 @pytest.mark.parametrize("target", ["/v2//models", "/nowhere%0a%20x", "/static/x", "/v1/models/"])
 def test_an_unknown_path_is_named_in_the_error(router: RouterProcess, target: str) -> None:
     answer = ask(router, request("POST", target, body="{}"))

@@ -13,6 +13,7 @@ from werkzeug.exceptions import HTTPException
 
 from .... import __version__
 from ....common.addresses import is_loopback
+from ....common.unserved import reason_of
 from ..addresses import AllowedAddresses
 from ..board.board import Board, Ending, Status
 from ..config.settings import Settings
@@ -256,6 +257,8 @@ def _control_plane(router: ControlPlane) -> Flask:
         # The path as it was sent: Werkzeug merges slashes.
         path = request.environ["RAW_URI"].partition("?")[0][:_MAX_PATH]
         message = f"{request.method} {path}: {fault.name.lower()}"
+        if status == 404 and (reason := reason_of(request.path)):
+            message = f"{request.method} {path} is not served: {reason}"
         response = Response(error_body(status, message, fault.name.lower().replace(" ", "_")), status)
         response.mimetype = "application/json"
         if "Allow" in (headers := dict(fault.get_headers())):

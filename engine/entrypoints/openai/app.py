@@ -18,6 +18,7 @@ from ...common.api_paths import is_api_path, needs_key
 from ...common.cors import CorsPolicy, refusal_of
 from ...common.errors import FastDeployError, RequestError
 from ...common.resumption import RESUME_PATH, Resumption, decode_resumption
+from ...common.unserved import reason_of
 from ..metrics import ReplicaMetrics
 from . import flask_request
 from .access_log import AccessRecord
@@ -31,7 +32,6 @@ from .protocol import ChatRequest, CompletionRequest
 from .responses import error_response, json_response
 from .served_model import ServedModel
 from .side_endpoints import add_side_endpoints
-from .unserved import reason_of
 from .validation import decode_object
 
 if TYPE_CHECKING:
