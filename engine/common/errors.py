@@ -19,11 +19,17 @@ class CheckpointError(FastDeployError):
 
 
 class RequestError(FastDeployError):
-    """A client's request is invalid (HTTP 400). `param` is the dotted path of the invalid JSON field."""
+    """A client's request is invalid (HTTP 400).
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    Attributes:
+        param: dotted path of the invalid JSON field.
+        code: OpenAI's word for the error.
+    """
+
+    def __init__(self, message: str, param: str | None = None, *, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 class ReplicaUnavailable(FastDeployError):

@@ -1,4 +1,4 @@
-"""An HTTP server for GET /metrics whose single thread no client can block.
+"""An HTTP server for GET /metrics and a few pages whose single thread no client can block.
 
 Not `http.server`: its threads do not limit the total time of a client, and would call `render` concurrently.
 """
@@ -10,13 +10,15 @@ import logging
 import socket
 import threading
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from .addresses import listen
 
 _log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_JSON = "application/json"
 #: Seconds for a whole exchange: sending the request and reading the response.
 _CLIENT_TIMEOUT = 5.0
 #: Maximum concurrent clients; another one replaces the oldest.
@@ -30,13 +32,22 @@ class MetricsServer:
     Args:
         addresses: IP addresses to listen on; ``::`` includes IPv4.
         render: returns the metrics as UTF-8 text; called in the server's thread for each request.
+        json_pages: other paths and functions that return their JSON.
 
     Raises:
         OSError: it cannot listen on an address.
     """
 
-    def __init__(self, addresses: Sequence[str], port: int, render: Callable[[], bytes]) -> None:
-        self._render = render
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        port: int,
+        render: Callable[[], bytes],
+        json_pages: Mapping[bytes, Callable[[], bytes]] = MappingProxyType({}),
+    ) -> None:
+        self._pages = {b"/metrics": (CONTENT_TYPE, render)} | {
+            path: (_JSON, page) for path, page in json_pages.items()
+        }
         listeners = _listen(addresses, port)
         #: The given port, or the one that the kernel chose instead of 0.
         self.port = int(listeners[0].getsockname()[1])
@@ -96,15 +107,17 @@ class MetricsServer:
             return _response("400 Bad Request", b"expected HTTP/1.1\n")
         if method not in (b"GET", b"HEAD"):
             return _response("405 Method Not Allowed", b"GET /metrics\n")
-        if target.partition(b"?")[0] != b"/metrics":
+        path = target.partition(b"?")[0]
+        if path not in self._pages:
             return _response("404 Not Found", b"GET /metrics\n")
+        content_type, render = self._pages[path]
         try:
-            text = self._render()
+            text = render()
         except Exception as error:
             # An error in a metric must not end the server.
-            _log.error("/metrics: ERROR (%s: %s)", type(error).__name__, error)
+            _log.error("%s: ERROR (%s: %s)", path.decode(), type(error).__name__, error)
             return _response("500 Internal Server Error", b"see the log\n")
-        return _response("200 OK", text, head_only=method == b"HEAD")
+        return _response("200 OK", text, content_type, head_only=method == b"HEAD")
 
 
 def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
@@ -119,9 +132,11 @@ def _listen(addresses: Sequence[str], port: int) -> list[socket.socket]:
     return listeners
 
 
-def _response(status: str, body: bytes, *, head_only: bool = False) -> bytes:
+def _response(
+    status: str, body: bytes, content_type: str = CONTENT_TYPE, *, head_only: bool = False
+) -> bytes:
     head = (
-        f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + (b"" if head_only else body)

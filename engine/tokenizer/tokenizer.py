@@ -126,6 +126,7 @@ class Tokenizer:
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         rendered_at: float | None = None,
         **variables: Any,
     ) -> str:
@@ -144,7 +145,7 @@ class Tokenizer:
             **variables,
             "messages": [_with_text_content(message, index) for index, message in enumerate(messages)],
             "tools": tools,
-            "documents": None,
+            "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
         if chat_template is not None:

@@ -41,7 +41,7 @@ def test_template_sees_messages_specials_and_further_variables(tmp_path: Path) -
 
 def test_a_variable_of_the_request_cannot_replace_the_messages(tmp_path: Path) -> None:
     tokenizer = checkpoint(tmp_path, chat_template="{{ messages[0].content }}{{ add_generation_prompt }}")
-    assert tokenizer.apply_chat_template(HELLO, add_generation_prompt=False, documents=[1]) == "helloFalse"
+    assert tokenizer.apply_chat_template(HELLO, add_generation_prompt=False, documents=[{}]) == "helloFalse"
 
 
 def test_template_file_takes_precedence_over_the_settings(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError, RequestError
-from fastdeploy.entrypoints.openai.fields import decode_object
+from fastdeploy.entrypoints.openai.bodies import ChatBody, CompletionBody, Message
 from fastdeploy.entrypoints.openai.protocol import ChatRequest, CompletionRequest, SamplingDefaults
+from fastdeploy.entrypoints.openai.unsupported import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    MESSAGE_FIELDS,
+    WITHOUT_EFFECT,
+)
+from fastdeploy.entrypoints.openai.validation import (
+    MISSING,
+    UNSUPPORTED,
+    WRONG_TYPE,
+    WRONG_VALUE,
+    decode_object,
+)
 
 DEFAULTS = SamplingDefaults()
 HELLO = [{"role": "user", "content": "hello"}]
@@ -79,7 +93,6 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("bad_words", ["no"]),
     ("suffix", "end"),
     ("prompt_logprobs", 1),
-    ("continue_final_message", True),
 ]
 
 
@@ -90,7 +103,8 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
 ) -> None:
     with pytest.raises(RequestError) as caught:
         parse(**{field: value})
-    assert caught.value.param == field
+    assert caught.value.param
+    assert caught.value.param.partition("[")[0] == field
     assert "\n" not in str(caught.value)
     assert field in str(caught.value)
 
@@ -148,8 +162,9 @@ def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(
         ({"prompt": 5}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt"),
-        ({"prompt": [1, -1]}, "prompt"),
-        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt[1]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [[1], [2, "a"]]}, "prompt[1][1]"),
         ({"prompt": ["a"] * 300}, "prompt"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
@@ -320,20 +335,263 @@ json_values = st.recursive(
     max_leaves=6,
 )
 known_fields = st.sampled_from(
-    sorted({field for field, _ in BAD_IN_BOTH} | {"messages", "prompt", "logprobs", "echo"})
+    sorted({*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__, *CHAT_FIELDS, *COMPLETION_FIELDS})
+)
+messages = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "name", "refusal", "tool_calls"]),
+        json_values
+        | st.sampled_from(["user", "assistant"])
+        | st.lists(
+            st.fixed_dictionaries(
+                {"type": st.sampled_from(["text", "refusal"])}, optional={"text": json_values}
+            ),
+            max_size=2,
+        ),
+        max_size=4,
+    )
+    | json_values,
+    max_size=3,
 )
 
 
-@given(fields=st.dictionaries(known_fields, json_values, max_size=5))
-def test_any_json_is_parsed_or_refused(fields: dict[str, Any]) -> None:
+@given(
+    fields=st.dictionaries(known_fields, json_values, max_size=5),
+    messages=json_values | messages,
+)
+def test_any_json_is_parsed_or_refused_with_the_name_of_a_field(
+    fields: dict[str, Any], messages: Any
+) -> None:
+    rest = {key: value for key, value in fields.items() if key != "messages"}
+    for parse in (partial(chat, messages=messages), completion):
+        error = refusal_of(partial(parse, **rest))
+        if error is not None:
+            assert error.param
+            assert error.param.startswith((*fields, "messages", "prompt"))
+            assert error.param in str(error)
+            assert error.code in (MISSING, WRONG_TYPE, WRONG_VALUE, UNSUPPORTED, None)
+            assert "\n" not in str(error)
+            assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_every_field_takes_or_refuses_every_kind_of_value(
+    parse: Callable[..., ChatRequest | CompletionRequest],
+) -> None:
+    body = ChatBody if parse is chat else CompletionBody
+    values: tuple[Any, ...] = (
+        True,
+        -2,
+        1.5,
+        10**30,
+        "x",
+        "x" * 70_000,
+        [],
+        [None],
+        [[]],
+        ["x"],
+        {},
+        {"x": []},
+    )
+    for name in (*body.__struct_fields__, *body.refused):
+        for value in values:
+            error = refusal_of(partial(parse, **{name: value}))
+            assert error is None or (error.param and error.param in str(error)), (name, value)
+            assert error is None or name in str(error) or name == "metadata", (name, value)
+
+
+def refusal_of(parse: Callable[[], object]) -> RequestError | None:
+    try:
+        parse()
+    except RequestError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"temperature": "hot"}, WRONG_TYPE, 'temperature is "hot"; it must be a number'),
+        ({"temperature": -1}, WRONG_VALUE, "temperature is -1; it must be 0 or more"),
+        ({"top_p": 2}, WRONG_VALUE, "top_p is 2; it must be between 0 and 1"),
+        ({"n": 0}, WRONG_VALUE, "n is 0; it must be between 1 and 128"),
+        ({"n": 1.5}, WRONG_TYPE, "n is 1.5; it must be an integer"),
+        ({"n": 10**30}, WRONG_VALUE, "n is a very large integer; it must be between 1 and 128"),
+        ({"stream": 1}, WRONG_TYPE, "stream is 1; it must be true or false"),
+        ({"stop": 7}, WRONG_TYPE, "stop is 7; it must be a string or a list of strings"),
+        ({"stop": ["a", 7]}, WRONG_TYPE, "stop[1] is 7; it must be a string"),
+        ({"stop": ["a"] * 17}, WRONG_VALUE, "stop has 17 items; it may have at most 16"),
+        ({"stop": "x" * 2000}, WRONG_VALUE, "stop has 2000 characters; it may have at most 1024"),
+        ({"stop": [""]}, WRONG_VALUE, "stop[0] is empty; it must not be"),
+        ({"stop_token_ids": [True]}, WRONG_TYPE, "stop_token_ids[0] is true; it must be a token id"),
+        ({"stream_options": 5}, WRONG_TYPE, "stream_options is 5; it must be an object"),
+        (
+            {"stream": True, "stream_options": {"include_usage": 5}},
+            WRONG_TYPE,
+            "stream_options.include_usage is 5; it must be true or false",
+        ),
+        ({"messages": None}, MISSING, "messages is missing; it must be a list of at least one message"),
+        ({"messages": []}, WRONG_VALUE, "messages is empty; it must be a list of at least one message"),
+        (
+            {"messages": [{"role": "user"}]},
+            MISSING,
+            "messages[0].content is missing; it must be a string or a list of text parts",
+        ),
+        (
+            {"messages": [{"role": "wizard", "content": ""}]},
+            WRONG_VALUE,
+            'messages[0].role is "wizard"; it must be one of assistant, developer, system, tool, user',
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            WRONG_TYPE,
+            'messages[0].content[0] is an object; it must be {"type": "text", "text": ...}, because this '
+            "model reads text only",
+        ),
+        (
+            {"guided_regex": "a+"},
+            UNSUPPORTED,
+            "guided_regex is not supported: this server does not constrain its output; leave it out",
+        ),
+        (
+            {"tool_choice": "required"},
+            UNSUPPORTED,
+            "tool_choice is not supported: this server does not parse tool calls; "
+            'leave it out or send "none"',
+        ),
+    ],
+)
+def test_an_error_says_what_is_wrong_and_what_would_be_right(
+    fields: dict[str, Any], code: str, message: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert (str(caught.value), caught.value.code) == (message, code)
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_a_field_that_is_not_implemented_is_refused_with_the_reason(
+    parse: Callable[..., ChatRequest | CompletionRequest],
+) -> None:
+    table = CHAT_FIELDS if parse is chat else COMPLETION_FIELDS
+    for name, field in table.items():
+        for value in (None, *field.harmless):
+            # The field that the endpoint needs is given.
+            parse(**{name: value})
+        error = refusal_of(partial(parse, **{name: {"x": 1}}))
+        assert error is not None
+        assert (error.param, error.code) == (name, UNSUPPORTED)
+        assert str(error).startswith(f"{name} is not supported: {field.why}; leave it out")
+
+
+def test_no_field_is_both_declared_and_refused() -> None:
+    for table, body in ((CHAT_FIELDS, ChatBody), (COMPLETION_FIELDS, CompletionBody)):
+        assert not table.keys() & {*body.__struct_fields__, *WITHOUT_EFFECT}
+    assert not MESSAGE_FIELDS.keys() & set(Message.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+def test_bookkeeping_is_accepted(name: str) -> None:
+    assert chat(**{name: {"a": "b"}}) == chat()
+    assert completion(**{name: True}) == completion()
+
+
+@pytest.mark.parametrize("part", ["tool_calls", "function_call", "audio", "tools"])
+def test_a_part_of_a_message_is_refused_only_with_a_value(part: str) -> None:
+    nothing: tuple[Any, ...] = ([], {}, "", None)
+    for empty in nothing:
+        assert chat(messages=[{"role": "user", "content": "hello", part: empty}]) == chat()
+    with pytest.raises(RequestError, match=rf"^messages\[0\]\.{part} is not supported: "):
+        chat(messages=[{"role": "user", "content": "hello", part: [{"id": "a"}]}])
+
+
+def test_metadata_that_is_no_text_counts_as_fields() -> None:
+    metadata = {"min_tokens": 3, "temperature": 0.5, "seed": "4", "note": 7}
+    request = chat(metadata=metadata, temperature=0.7)
+    assert (request.min_tokens, request.temperature, request.seed) == (3, 0.7, None)
+    for fields, param in (({"top_p": 2}, "top_p"), ({"logit_bias": {"1": 2}}, "logit_bias")):
+        with pytest.raises(RequestError) as caught:
+            chat(metadata=fields)
+        assert caught.value.param == param
+
+
+def test_fields_of_messages_reach_the_template() -> None:
+    fields = {"tool_call_id": "a", "reasoning_content": "b", "thoughts": "c", "name": "d"}
+    message = {"role": "tool", "content": "x", **fields}
+    assert chat(messages=[message]).messages == [message]
+    assert chat(reasoning_effort="low").chat_template_kwargs == {"reasoning_effort": "low"}
+
+
+def test_token_ids_take_the_place_of_the_prompt() -> None:
+    request = chat(messages=[], prompt_token_ids=[1, 2], completion_token_ids=[3])
+    assert (request.prompt_token_ids, request.completion_token_ids) == ([1, 2], [3])
+    assert request.prompt_field == "prompt_token_ids"
+    assert ChatRequest.parse({"prompt_token_ids": [1]}, DEFAULTS).messages == []
+    assert chat(prompt_token_ids=[]).prompt_field == "messages"
+    one = CompletionRequest.parse({"prompt_token_ids": [1, 2]}, DEFAULTS)
+    assert (one.prompts, one.prompt_field) == (([1, 2],), "prompt_token_ids")
+    assert completion(prompt="", prompt_token_ids=[[1], [2]]).prompts == ([1], [2])
+    wrong_values: tuple[Any, ...] = ([[]], [1, [2]], [-1], ["a"])
+    for wrong in wrong_values:
+        error = refusal_of(partial(completion, prompt_token_ids=wrong))
+        assert error is not None
+        assert (error.param or "").startswith("prompt_token_ids")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({"truncate_prompt_tokens": 9}, [1, 2, 3, 4]),
+        ({"truncate_prompt_tokens": 3}, [2, 3, 4]),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, [1, 2, 3]),
+        ({"truncate_prompt_tokens": 0}, []),
+        ({"truncate_prompt_tokens": -1}, [3, 4]),
+        ({"truncation_side": "right"}, [1, 2, 3, 4]),
+    ],
+)
+def test_a_prompt_is_truncated_on_request(fields: dict[str, Any], kept: list[int]) -> None:
     for parse in (chat, completion):
-        refusal = ""
-        try:
-            parse(**fields)
-        except RequestError as error:
-            refusal = str(error)
-        assert "\n" not in refusal
-        assert len(refusal) < 300
+        assert parse(**fields).truncated([1, 2, 3, 4], room=2) == kept
+
+
+def test_a_continued_message_is_checked() -> None:
+    assert chat(continue_final_message=True).chat_template_kwargs == {"add_generation_prompt": False}
+    assert chat(continue_final_message=True, add_generation_prompt=False).continues_prompt
+    for fields in (
+        {"add_generation_prompt": True},
+        {"messages": [{"role": "assistant", "content": " "}]},
+    ):
+        error = refusal_of(partial(chat, continue_final_message=True, **fields))
+        assert error is not None
+        assert error.param == "continue_final_message"
+
+
+def test_an_empty_stop_string_is_none() -> None:
+    assert chat(stop="").stop == completion(stop=None).stop == ()
+
+
+@pytest.mark.parametrize(
+    ("parse", "given", "wanted"),
+    [
+        (chat, "x", "chatcmpl-x"),
+        (chat, "chatcmpl-x", "chatcmpl-x"),
+        (completion, "x", "cmpl-x"),
+        (completion, "cmpl-x", "cmpl-x"),
+        (completion, "chatcmpl-x", "cmpl-chatcmpl-x"),
+    ],
+)
+def test_the_prefix_of_an_id_is_not_repeated(
+    parse: Callable[..., ChatRequest | CompletionRequest], given: str, wanted: str
+) -> None:
+    assert parse().response_id(given) == wanted
+
+
+@pytest.mark.parametrize("value", [0, 1, True])
+def test_zero_is_not_false_where_the_number_has_a_meaning(value: int) -> None:
+    with pytest.raises(RequestError):
+        completion(prompt_logprobs=value)
+    assert completion(prompt_logprobs=False).logprobs is None
 
 
 def test_a_checkpoints_generation_config_gives_the_defaults(tmp_path: Path) -> None:

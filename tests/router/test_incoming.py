@@ -199,7 +199,10 @@ def test_clients_must_present_a_key_when_keys_are_set(
     for key in ("alpha", "beta", "gamma", "delta"):
         assert router.complete(headers={"Authorization": f"Bearer {key}"}).status_code == 200
     assert router.get("/health").status_code == 200
-    assert len(engine.received) == 4
+    for path in ("/tokenize", "/detokenize"):
+        assert requests.post(f"{router.url}{path}", data="{}", timeout=10).status_code == 401
+    assert router.get("/openapi.json").status_code == router.get("/docs").status_code == 200
+    assert [each.target for each in engine.received[4:]] == ["/openapi.json", "/docs"]
     assert not any(key in router.log.read_text() for key in ("alpha", "gamma", "wrong"))
 
 

@@ -63,6 +63,7 @@ def test_each_part_of_a_prompt_affects_its_hash() -> None:
         chat(LONG, "a", tools=tools),
         body_of(prompt=LONG),
         body_of(prompt=[7] * 1000),
+        body_of(prompt_token_ids=[8] * 1000),
     ]
     assert len({prefix(body)[0] for body in bodies}) == len(bodies)
 

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fastdeploy import __version__
+
 from ..entrypoints.conftest import ApiServer
 from .conftest import RouterProcess
 from .fake_engine import FakeEngine, answers_status, closes, sends, wait_until
@@ -142,6 +144,36 @@ def test_every_spelling_of_a_path_generates(router: RouterProcess, target: str) 
         del fields["prompt"]
     answer = ask(router, request("POST", target, body=json.dumps(fields)))
     assert (answer.status, "location" in answer.headers) == (200, False), answer
+
+
+def test_the_api_beside_v1_is_passed_on(router: RouterProcess) -> None:
+    answer = ask(router, request("POST", "/tokenize", body='{"prompt": "the quick"}'))
+    assert (answer.status, "x-fd-replica" in answer.headers) == (200, True)
+    tokens = json.loads(answer.body)["tokens"]
+    answer = ask(router, request("POST", "/detokenize", body=json.dumps({"tokens": tokens})))
+    assert json.loads(answer.body)["prompt"].endswith("the quick")
+    for path in ("/docs", "//docs?x=1", "/openapi.json", "/%64ocs"):
+        answer = ask(router, request("GET", path))
+        assert (answer.status, "x-fd-replica" in answer.headers) == (200, True), path
+    answer = ask(router, request("GET", "/docs", "Origin: http://localhost:3000"))
+    assert answer.headers["access-control-allow-origin"] == "http://localhost:3000"
+
+
+def test_the_router_itself_has_version_load_and_ping(router: RouterProcess) -> None:
+    answers = [ask(router, request("GET", path)) for path in ("/version", "/load", "/ping")]
+    version, load, ping = [json.loads(answer.body) for answer in answers]
+    assert version == {"version": __version__}
+    assert load["server_load"] == 0
+    assert ping["status"] == "ok"
+    assert not any("x-fd-replica" in answer.headers for answer in answers)
+
+
+@pytest.mark.parametrize("target", ["/v1/embeddings", "/rerank", "/v1/sleep", "/generate"])
+def test_an_endpoint_that_is_not_served_says_why(router: RouterProcess, target: str) -> None:
+    answer = ask(router, request("POST", target, body="{}"))
+    message = json.loads(answer.body)["error"]["message"]
+    assert answer.status == 404
+    assert message.startswith(f"POST {target} is not served: ")
 
 
 @pytest.mark.parametrize("target", ["/v2//models", "/nowhere%0a%20x", "/static/x", "/v1/models/"])

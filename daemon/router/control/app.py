@@ -11,7 +11,9 @@ import msgspec
 from flask import Flask, Response, jsonify, request
 from werkzeug.exceptions import HTTPException
 
+from .... import __version__
 from ....common.addresses import is_loopback
+from ....common.unserved import reason_of
 from ..addresses import AllowedAddresses
 from ..board.board import Board, Ending, Status
 from ..config.settings import Settings
@@ -219,6 +221,7 @@ def _control_plane(router: ControlPlane) -> Flask:
         return jsonify(mixed=_count_up(router.board), prefill=0, decode=0)
 
     @app.get("/health")
+    @app.route("/ping", methods=["GET", "POST"])
     def is_alive() -> Response:
         return jsonify(
             status="ok",
@@ -233,6 +236,15 @@ def _control_plane(router: ControlPlane) -> Flask:
             return jsonify(code=200, msg="Health check complete"), 200
         return jsonify(code=503, msg="no healthy instance"), 503
 
+    @app.get("/version")
+    def version() -> Response:
+        return jsonify(version=__version__)
+
+    @app.get("/load")
+    def load() -> Response:
+        in_flight = sum(row.in_flight + row.in_flight_elsewhere for row in router.board.status())
+        return jsonify(server_load=in_flight, max_concurrency=router.settings.max_in_flight)
+
     @app.get("/metrics")
     def metrics() -> Response:
         return Response(router.metrics.exposition(), mimetype="text/plain; version=0.0.4")
@@ -245,6 +257,8 @@ def _control_plane(router: ControlPlane) -> Flask:
         # The path as it was sent: Werkzeug merges slashes.
         path = request.environ["RAW_URI"].partition("?")[0][:_MAX_PATH]
         message = f"{request.method} {path}: {fault.name.lower()}"
+        if status == 404 and (reason := reason_of(request.path)):
+            message = f"{request.method} {path} is not served: {reason}"
         response = Response(error_body(status, message, fault.name.lower().replace(" ", "_")), status)
         response.mimetype = "application/json"
         if "Allow" in (headers := dict(fault.get_headers())):

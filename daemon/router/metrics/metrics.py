@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ....common.api_paths import BESIDE_V1
 from ..board.board import Board
 from .counter_memory import CounterMemory, value_class
 from .local_counters import LocalCounter, LocalHistogram
@@ -20,10 +21,13 @@ from .local_counters import LocalCounter, LocalHistogram
 #: Values of the label `endpoint`; other paths, of which clients can invent any number, count as "other".
 _ENDPOINTS = frozenset(
     {
+        *BESIDE_V1,
         "/deregister",
         "/health",
         "/health_generate",
+        "/load",
         "/metrics",
+        "/ping",
         "/register",
         "/registered",
         "/registered_number",
@@ -32,6 +36,7 @@ _ENDPOINTS = frozenset(
         "/v1/embeddings",
         "/v1/models",
         "/v1/reward",
+        "/version",
     }
 )
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"})

@@ -54,7 +54,7 @@ def prompt_text(body: bytes) -> bytes:
     parts = [prompt.tools]
     for message in prompt.messages:
         parts += (message.role, message.content, message.tool_calls)
-    parts.append(prompt.prompt)
+    parts += (prompt.prompt, prompt.prompt_token_ids)
     return b"".join(parts)
 
 
@@ -100,6 +100,7 @@ class _Prompt(msgspec.Struct):
     tools: msgspec.Raw = _NOTHING
     messages: list[_Message] = []
     prompt: msgspec.Raw = _NOTHING
+    prompt_token_ids: msgspec.Raw = _NOTHING
 
 
 class _User(msgspec.Struct):

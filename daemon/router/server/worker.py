@@ -16,6 +16,7 @@ from typing import Any
 import uvloop
 from gunicorn.workers.base import Worker
 
+from ....common.api_paths import is_raw_api_path
 from ..control.app import ControlPlane
 from ..control.wsgi import WsgiCall
 from ..http.client import ClientConnection, Task
@@ -106,7 +107,7 @@ class RouterWorker(Worker):
             self._is_empty.set()
 
     def serve(self, client: Client, request: ClientRequest) -> Task:
-        if request.raw_path.startswith(b"/v1/"):
+        if is_raw_api_path(request.raw_path):
             if b"origin" in request.special:
                 if is_preflight(request):
                     return self._answer_preflight(client, request)
@@ -123,7 +124,8 @@ class RouterWorker(Worker):
 
     def cors_lines(self, target: bytes, origin: bytes) -> bytes:
         # Only the API is for web pages; the other paths are for replicas and operators.
-        return cors_lines(self._router.settings.cors, origin) if target.startswith(b"/v1/") else b""
+        is_api = is_raw_api_path(target.partition(b"?")[0])
+        return cors_lines(self._router.settings.cors, origin) if is_api else b""
 
     def _answer_preflight(self, client: Client, request: ClientRequest) -> Task:
         answer = preflight_answer(self._router.settings.cors, request)

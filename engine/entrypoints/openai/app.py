@@ -11,13 +11,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import msgspec
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
+from ...common.api_paths import is_api_path, needs_key
 from ...common.cors import CorsPolicy, refusal_of
 from ...common.errors import FastDeployError, RequestError
 from ...common.resumption import RESUME_PATH, Resumption, decode_resumption
+from ...common.unserved import reason_of
 from ..metrics import ReplicaMetrics
 from . import flask_request
 from .access_log import AccessRecord
@@ -25,11 +26,13 @@ from .chat import chat_completion, chat_events, chat_prompts
 from .completions import completion, completion_events, completion_prompts
 from .errors import ApiError
 from .events import event_stream
-from .fields import decode_object
 from .generation import Generation
 from .keep_alive import KeepAlive
 from .protocol import ChatRequest, CompletionRequest
+from .responses import error_response, json_response
 from .served_model import ServedModel
+from .side_endpoints import add_side_endpoints
+from .validation import decode_object
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -60,7 +63,7 @@ def create_app(served: ServedModel) -> Flask:
         g.resources = ExitStack()
         if flask_request.is_preflight():
             return _preflight(served.config.cors)
-        if request.path.startswith("/v1") and request.method != "OPTIONS":
+        if needs_key(request.path) and request.method != "OPTIONS":
             flask_request.authorize_client(served.config.api_keys)
         return None
 
@@ -69,11 +72,7 @@ def create_app(served: ServedModel) -> Flask:
         record: AccessRecord = g.record
         record.status = response.status_code
         response.headers["X-Request-Id"] = record.request_id
-        if (
-            "Origin" in request.headers
-            and request.path.startswith("/v1/")
-            and not flask_request.is_preflight()
-        ):
+        if "Origin" in request.headers and is_api_path(request.path) and not flask_request.is_preflight():
             response.headers.update(served.config.cors.headers(request.headers["Origin"]))
         # Not in a `finally` of the stream: a generator that was never started does not run it.
         response.call_on_close(g.resources.close)
@@ -104,18 +103,20 @@ def create_app(served: ServedModel) -> Flask:
 
     @app.get("/v1/models")
     def models() -> Response:
-        return _json({"object": "list", "data": [_model_card(served)]})
+        return json_response({"object": "list", "data": [_model_card(served)]})
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
         served.require_model(name)
-        return _json(_model_card(served))
+        return json_response(_model_card(served))
 
     @app.get("/health")
     @app.route("/ping", methods=["GET", "POST"])
     def health() -> Response:
         status, body = served.health()
-        return _json(body, status)
+        return json_response(body, status)
+
+    add_side_endpoints(app, served)
 
     if served.config.metrics_port is None:
 
@@ -126,11 +127,16 @@ def create_app(served: ServedModel) -> Flask:
     @app.errorhandler(FastDeployError)
     def known_error(error: FastDeployError) -> Response:
         g.record.error = str(error)
-        return _error(ApiError.of(error))
+        return error_response(ApiError.of(error))
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        response = _error(ApiError(error.code or 500, f"{request.method} {_raw_path()}: {error.name}"))
+        message, code = f"{request.method} {_raw_path()}: {error.name}", None
+        if error.code == 404:
+            code = "unknown_url"
+            if reason := reason_of(request.path):
+                message = f"{request.method} {_raw_path()} is not served: {reason}"
+        response = error_response(ApiError(error.code or 500, message, code=code))
         if "Allow" in (headers := dict(error.get_headers())):
             response.headers["Allow"] = headers["Allow"]
         return response
@@ -138,7 +144,7 @@ def create_app(served: ServedModel) -> Flask:
     @app.errorhandler(Exception)
     def unknown_error(error: Exception) -> Response:
         _log.exception("request=%s: unexpected exception", g.record.request_id, exc_info=error)
-        return _error(ApiError(500, "internal error; the server's log has the details"))
+        return error_response(ApiError(500, "internal error; the server's log has the details"))
 
     return app
 
@@ -161,7 +167,9 @@ def _chat(served: ServedModel, data: bytes, resumption: Resumption | None = None
     prompts = chat_prompts(served, body, created, keep_alive)
     generation = _generate(served, body, prompts, created, keep_alive, resumption)
     return (
-        event_stream(chat_events(generation), g.record) if body.stream else _json(chat_completion(generation))
+        event_stream(chat_events(generation), g.record)
+        if body.stream
+        else json_response(chat_completion(generation))
     )
 
 
@@ -172,7 +180,7 @@ def _completion(served: ServedModel, data: bytes, resumption: Resumption | None 
     generation = _generate(served, body, completion_prompts(served, body), created, keep_alive, resumption)
     if body.stream:
         return event_stream(completion_events(generation, body), g.record)
-    return _json(completion(generation, body))
+    return json_response(completion(generation, body))
 
 
 #: Path -> handler of the requests that can be resumed.
@@ -224,7 +232,7 @@ def _preflight(policy: CorsPolicy) -> Response:
     if policy.allows(origin):
         response = Response(status=204)
     else:
-        response = _error(ApiError(403, refusal_of(origin), code="origin_not_allowed"))
+        response = error_response(ApiError(403, refusal_of(origin), code="origin_not_allowed"))
     response.headers.update(policy.preflight_headers(origin, wanted))
     return response
 
@@ -267,13 +275,3 @@ def _model_card(served: ServedModel) -> dict[str, Any]:
             }
         ],
     }
-
-
-def _json(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, mimetype="application/json")
-
-
-def _error(error: ApiError) -> Response:
-    response = _json(error.body, error.status)
-    response.headers.update(error.headers)
-    return response

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from ...common.errors import RequestError
 from ...common.messages import Logprobs
 from .events import Event
 from .generation import NO_OUTPUT, Generation
@@ -28,14 +29,61 @@ def chat_prompts(
     Args:
         created: the time that a template may use, so that a resumed stream has the same prompt.
     """
-    with _template_slot(keep_alive) if request.chat_template else nullcontext():
-        text = served.tokenizer.apply_chat_template(
+    if request.prompt_token_ids is not None:
+        prompt = request.prompt_token_ids
+    elif request.disable_chat_template:
+        text = request.messages[0]["content"]
+        prompt = served.tokenizer.encode(text, add_special_tokens=request.add_special_tokens is not False)
+    else:
+        text = render_chat(
+            served,
             request.messages,
-            chat_template=request.chat_template,
-            rendered_at=created,
-            **request.chat_template_kwargs,
+            request.chat_template,
+            request.chat_template_kwargs,
+            created,
+            keep_alive,
+            continue_final_message=request.continue_final_message,
         )
-    return [served.tokenizer.encode(text)]
+        prompt = served.tokenizer.encode(text, add_special_tokens=request.add_special_tokens or False)
+    return [request.truncated(prompt + request.completion_token_ids, served.prompt_room(request.max_tokens))]
+
+
+def render_chat(
+    served: ServedModel,
+    messages: list[dict[str, Any]],
+    chat_template: str | None,
+    arguments: dict[str, Any],
+    created: int,
+    keep_alive: KeepAlive | None,
+    *,
+    continue_final_message: bool = False,
+) -> str:
+    """Return a conversation as text.
+
+    Args:
+        chat_template: a client's template, which takes one of a few slots.
+        arguments: further variables of the template.
+        created: the time that the template may use.
+        continue_final_message: end the text with the last message.
+    """
+    with _template_slot(keep_alive) if chat_template else nullcontext():
+        text = served.tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, rendered_at=created, **arguments
+        )
+    return _up_to_end_of(messages[-1]["content"], text) if continue_final_message else text
+
+
+def _up_to_end_of(message: str, text: str) -> str:
+    """Return the text of a conversation without what the template has put after its last message."""
+    begin = text.rfind(message.strip())
+    if begin < 0:
+        raise RequestError(
+            "continue_final_message is true, but the chat template does not show the last message as it is",
+            "continue_final_message",
+        )
+    # A template may keep or drop the white space at the end of a message.
+    kept = message.lstrip()
+    return text[:begin] + (kept if text.startswith(kept, begin) else message.strip())
 
 
 @contextmanager

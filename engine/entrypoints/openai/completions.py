@@ -25,8 +25,15 @@ def completion_prompts(served: ServedModel, request: CompletionRequest) -> list[
     Raises:
         RequestError: the response would have too many log probabilities of prompts.
     """
+    special = request.add_special_tokens is not False
+    room = served.prompt_room(request.max_tokens)
     prompts = [
-        served.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
+        request.truncated(
+            served.tokenizer.encode(prompt, add_special_tokens=special)
+            if isinstance(prompt, str)
+            else prompt,
+            room,
+        )
         for prompt in request.prompts
     ]
     if request.prompt_logprobs is not None:
@@ -89,7 +96,9 @@ def _echo(generation: Generation, request: CompletionRequest, index: int) -> str
         return ""
     number = index // request.n
     prompt = request.prompts[number]
-    return prompt if isinstance(prompt, str) else generation.served.tokenizer.decode(prompt)
+    if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
+        return prompt
+    return generation.served.tokenizer.decode(generation.prompts[number], request.skip_special_tokens)
 
 
 def _scored_echo(generation: Generation, request: CompletionRequest, index: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from ...common.errors import EngineLost, FastDeployError, ReplicaUnavailable, RequestError
 from ...common.resumption import LOST_HEADER
 from .engine_client import ClientGone
+from .validation import WRONG_VALUE
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 #: Seconds in the Retry-After header of a refused request.
@@ -40,7 +41,8 @@ class ApiError(FastDeployError):
             case ApiError():
                 return error
             case RequestError():
-                return cls(400, str(error), param=error.param)
+                code = error.code or (error.param and WRONG_VALUE)
+                return cls(400, str(error), param=error.param, code=code)
             case ReplicaUnavailable():
                 lost = {LOST_HEADER: "1"} if isinstance(error, EngineLost) else {}
                 return cls(503, str(error), headers=lost)

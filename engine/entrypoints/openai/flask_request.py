@@ -12,6 +12,7 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from ...common.api_keys import ApiKeys
+from ...common.api_paths import is_api_path
 from ...common.errors import RequestError
 from ...common.resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
 from .engine_client import EngineClient
@@ -78,7 +79,7 @@ def is_preflight() -> bool:
     """Return True for a CORS preflight of the API."""
     return (
         request.method == "OPTIONS"
-        and request.path.startswith("/v1/")
+        and is_api_path(request.path)
         and "Origin" in request.headers
         and "Access-Control-Request-Method" in request.headers
     )

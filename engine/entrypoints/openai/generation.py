@@ -65,7 +65,7 @@ class Generation:
         self.request = request
         self.prompts = prompts
         self.created = created
-        self.id = f"{request.id_prefix}-{record.request_id}" if resumption is None else resumption.id
+        self.id = request.response_id(record.request_id) if resumption is None else resumption.id
         choices = plan_sequences(
             served,
             request,

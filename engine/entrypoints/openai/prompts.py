@@ -1,6 +1,6 @@
-"""Messages of a chat request and prompts of a completion request, read from the body.
+"""Messages of a chat request and prompts of a completion request, from declared bodies.
 
-All readers raise RequestError for an invalid field.
+All readers raise RequestError for a combination that the declarations allow and the API does not.
 """
 
 from __future__ import annotations
@@ -8,94 +8,103 @@ from __future__ import annotations
 from typing import Any
 
 from ...common.errors import RequestError
-from .fields import Fields, without_nulls
+from .bodies import ChatBody, Message, RefusalPart, TokenizeBody
+from .validation import MISSING, WRONG_TYPE, invalid, refuse_unsupported, without_nulls
 
-#: The engine has 32-bit token ids and counts.
-MAX_TOKEN = 2**31 - 1
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    """Return `messages`, each with role, content as one string, and name if given."""
-    value = fields.get("messages")
-    if value is None:
-        raise RequestError("messages is missing; it must be a list of messages", "messages")
-    if not isinstance(value, list) or not value:
-        raise RequestError("messages must be a list of at least one message", "messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+#: Fields of a message that a template may use.
+_TEMPLATE_FIELDS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thoughts")
+#: Variables that the server sets.
+_RESERVED_ARGUMENTS = ("self", "messages", "tools", "chat_template", "rendered_at")
 
 
-def _message(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RequestError(f"{path} must be an object with role and content", path)
-    fields = Fields(value, path)
-    role = fields.get("role")
-    if role not in _ROLES:
-        raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
-    for key in ("tool_calls", "function_call", "audio"):
-        if without_nulls(fields.get(key)):
-            raise RequestError(f"{fields.name(key)} is not supported by this server", fields.name(key))
+def read_messages(values: list[dict[str, Any]], messages: list[Message]) -> list[dict[str, Any]]:
+    """Return the messages, each with role, content as one string, and fields for the template if given.
+
+    Args:
+        values: the same as the client sent them.
+    """
+    for index, value in enumerate(values):
+        refuse_unsupported(value, Message.refused, f"messages[{index}]")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: Message, path: str) -> dict[str, Any]:
     # "developer" is OpenAI's newer name; templates of open models expect "system".
-    message = {"role": "system" if role == "developer" else role, "content": _content(fields, role)}
-    name = fields.string("name", 1024)
-    return message | ({"name": name} if name is not None else {})
+    role = "system" if message.role == "developer" else message.role
+    return {
+        "role": role,
+        "content": _content(message, f"{path}.content"),
+        **{key: value for key in _TEMPLATE_FIELDS if (value := getattr(message, key)) is not None},
+    }
 
 
-def _content(fields: Fields, role: str) -> str:
-    content = fields.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and role == "assistant":
-        # A response of OpenAI's API has either content or a refusal.
-        return fields.string("refusal") or ""
-    if not isinstance(content, list):
-        raise fields.wrong("content", "a string or a list of text parts")
+def _content(message: Message, path: str) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    if message.content is None:
+        if message.role == "assistant":
+            # A response of OpenAI's API has either content or a refusal.
+            return message.refusal or ""
+        raise RequestError(
+            f"{path} is missing; it must be a string or a list of text parts", path, code=MISSING
+        )
     texts = []
-    for index, part in enumerate(content):
-        path = f"{fields.name('content')}[{index}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        is_readable = kind == "text" or (kind == "refusal" and role == "assistant")
-        if is_readable and isinstance(part.get(kind), str):
-            texts.append(part[kind])
+    for index, part in enumerate(message.content):
+        if not isinstance(part, RefusalPart):
+            texts.append(part.text)
+        elif message.role == "assistant":
+            texts.append(part.refusal)
         else:
-            raise RequestError(
-                f'{path} must be {{"type": "text", "text": ...}}; this model reads text only', path
-            )
+            place = f"{path}[{index}]"
+            raise RequestError(f"{place} is a refusal, which only an assistant's message may have", place)
     return "".join(texts)
 
 
-def read_template_arguments(fields: Fields) -> dict[str, Any]:
-    """Return `chat_template_kwargs`, which must not replace variables that the server sets."""
-    arguments = fields.as_dict()
-    for key in ("self", "messages", "tools", "chat_template", "rendered_at"):
+def template_arguments(body: ChatBody | TokenizeBody, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the further variables of the chat template; fields of the body win over chat_template_kwargs."""
+    arguments: dict[str, Any] = without_nulls(body.chat_template_kwargs or {})
+    for key in _RESERVED_ARGUMENTS:
         if key in arguments:
-            raise RequestError(f"{fields.name(key)} is reserved", fields.name(key))
+            name = f"chat_template_kwargs.{key}"
+            raise RequestError(f"{name} is reserved", name)
+    given = {
+        "reasoning_effort": body.reasoning_effort,
+        "add_generation_prompt": body.add_generation_prompt,
+        "documents": body.documents,
+    }
+    arguments |= {name: value for name, value in given.items() if value is not None}
+    if body.continue_final_message:
+        _check_continuation(body, messages)
+        arguments["add_generation_prompt"] = False
     return arguments
 
 
-def read_prompts(fields: Fields) -> tuple[str | list[int], ...]:
-    """Return `prompt` as a tuple of prompts, each a text or token ids."""
-    value = fields.get("prompt")
-    if value is None:
-        raise RequestError("prompt is missing; it must be a string, token ids, or a list of either", "prompt")
-    if isinstance(value, str) or _is_token_list(value):
-        return (value,)
-    if isinstance(value, list) and value and _is_uniform(value):
-        return tuple(value)
-    raise RequestError(
-        "prompt must be a string, a non-empty list of token ids, or a list of strings or of such lists",
-        "prompt",
+def _check_continuation(body: ChatBody | TokenizeBody, messages: list[dict[str, Any]]) -> None:
+    problem = None
+    if body.add_generation_prompt:
+        problem = "add_generation_prompt must then be false or left out"
+    elif not messages or not messages[-1]["content"].strip():
+        problem = "the last message must then have a text to continue"
+    if problem is not None:
+        raise RequestError(f"continue_final_message is true; {problem}", "continue_final_message")
+
+
+def read_prompts(name: str, prompt: str | list[Any] | None) -> tuple[str | list[int], ...]:
+    """Return the field `name` as a tuple of prompts, each a text or token ids."""
+    if prompt is None:
+        raise RequestError(
+            f"{name} is missing; it must be a string, token ids, or a list of either", name, code=MISSING
+        )
+    if isinstance(prompt, str):
+        return (prompt,)
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return (prompt,)
+    if len(kinds) == 1 and all(prompt if kinds == {list} else (True,)):
+        return tuple(prompt)
+    raise invalid(
+        name,
+        prompt,
+        "a string, a non-empty list of token ids, or a list of strings or of such lists",
+        code=WRONG_TYPE,
     )
-
-
-def _is_uniform(values: list[Any]) -> bool:
-    return all(isinstance(item, str) for item in values) or all(_is_token_list(item) for item in values)
-
-
-def _is_token_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(is_token_id(item) for item in value)
-
-
-def is_token_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TOKEN

@@ -8,51 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ...common.errors import ConfigError, RequestError
 from ...common.request import SamplingParams
 from ...common.text_files import read_object
-from .fields import Fields, without_nulls
-from .prompts import MAX_TOKEN, is_token_id, read_messages, read_prompts, read_template_arguments
+from .bodies import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody, GenerationConfig
+from .prompts import read_messages, read_prompts, template_arguments
+from .validation import MISSING, WRONG_VALUE, validated
 
-MAX_CHOICES = 128
-MAX_SEQUENCES = 256
-MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024
-MAX_STOP_TOKEN_IDS = 256
-
-#: Fields that are not implemented -> values that would not change the response.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"}, {}),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structural_tag": (),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "bad_words_token_ids": ([],),
-    "logits_processors_args": ({},),
-    "suffix": ("",),
-    "prompt_logprobs": (False,),
-    "temp_scaled_logprobs": (False,),
-    "top_p_normalized_logprobs": (False,),
-    "reasoning_max_tokens": (),
-    "response_max_tokens": (),
-    "prompt_token_ids": ([],),
-    "disable_chat_template": (False,),
-    "continue_final_message": (False,),
-    "use_beam_search": (False,),
-    "modalities": (["text"], []),
-    "audio": ({},),
-    "web_search_options": (),
-}
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +35,18 @@ class SamplingDefaults:
         if not file.exists():
             return cls()
         try:
-            fields = Fields(read_object(file).values)
-            temperature = fields.number("temperature", cls().temperature, 0.0)
-            return cls(
-                # do_sample=false means greedy, whatever the temperature is.
-                temperature=0.0 if fields.get("do_sample") is False else temperature,
-                top_p=fields.number("top_p", cls().top_p, 0.0, 1.0),
-                top_k=fields.integer("top_k", cls().top_k, 0, MAX_TOKEN) or 0,
-                repetition_penalty=fields.number("repetition_penalty", cls().repetition_penalty, 0.01, 10.0),
-            )
+            config = validated(read_object(file).values, GenerationConfig)
         except RequestError as error:
             raise ConfigError(f"{file}: {error}") from None
+        defaults = cls()
+        temperature = _given(config.temperature, defaults.temperature)
+        return cls(
+            # do_sample=false means greedy, whatever the temperature is.
+            temperature=0.0 if config.do_sample is False else temperature,
+            top_p=_given(config.top_p, defaults.top_p),
+            top_k=_given(config.top_k, defaults.top_k),
+            repetition_penalty=_given(config.repetition_penalty, defaults.repetition_penalty),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +55,6 @@ class GenerationRequest:
 
     #: Prefix of the response's id.
     id_prefix: ClassVar[str]
-    #: Name of the prompt's field in the body.
-    prompt_field: ClassVar[str]
-    #: The output continues the prompt's text, rather than being a text of its own.
-    continues_prompt: ClassVar[bool]
-
     model: str | None
     n: int
     max_tokens: int | None
@@ -119,6 +80,38 @@ class GenerationRequest:
     continuous_usage: bool
     return_token_ids: bool
     request_id: str | None
+    skip_special_tokens: bool
+    #: None: a chat template writes them, and a text begins with them.
+    add_special_tokens: bool | None
+    #: None: a prompt that is too long is an error; -1: keep what fits.
+    truncate_prompt_tokens: int | None
+    truncation_side: str
+
+    @property
+    def prompt_field(self) -> str:
+        """Return the name of the prompt's field in the body."""
+        raise NotImplementedError
+
+    @property
+    def continues_prompt(self) -> bool:
+        """Return True if the output continues the prompt's text, rather than being a text of its own."""
+        raise NotImplementedError
+
+    def response_id(self, request_id: str) -> str:
+        """Return the id with the prefix, which the client's id may have already."""
+        prefix = f"{self.id_prefix}-"
+        return request_id if request_id.startswith(prefix) else prefix + request_id
+
+    def truncated(self, prompt: list[int], room: int) -> list[int]:
+        """Return the part of a prompt that the request keeps.
+
+        Args:
+            room: number of tokens that fit.
+        """
+        limit = room if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
+        if limit is None or len(prompt) <= limit:
+            return prompt
+        return prompt[:limit] if self.truncation_side == "right" else prompt[len(prompt) - limit :]
 
     @property
     def prompt_logprobs(self) -> int | None:
@@ -150,144 +143,162 @@ class GenerationRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     id_prefix = "chatcmpl"
-    prompt_field = "messages"
-    continues_prompt = False
     messages: list[dict[str, Any]]
+    #: The prompt, in place of the messages.
+    prompt_token_ids: list[int] | None
+    #: Appended to the prompt.
+    completion_token_ids: list[int]
     chat_template: str | None
     chat_template_kwargs: dict[str, Any]
+    disable_chat_template: bool
+    continue_final_message: bool
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages" if self.prompt_token_ids is None else "prompt_token_ids"
+
+    @property
+    def continues_prompt(self) -> bool:
+        return self.continue_final_message
 
     @classmethod
-    def parse(cls, body: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
-        fields = Fields(body)
-        _refuse_unsupported(fields)
-        top = fields.integer("top_logprobs", None, -1, MAX_LOGPROBS)
-        if top is not None and top > 0 and not fields.boolean("logprobs"):
+    def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
+        values = _with_metadata(values)
+        body = validated(values, ChatBody)
+        if body.top_logprobs is not None and body.top_logprobs > 0 and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-        kwargs = fields.object("chat_template_kwargs")
+        messages = read_messages(values.get("messages") or [], body.messages or [])
+        if not messages and not body.prompt_token_ids:
+            problem, code = ("missing", MISSING) if body.messages is None else ("empty", WRONG_VALUE)
+            raise RequestError(
+                f"messages is {problem}; it must be a list of at least one message", "messages", code=code
+            )
         return cls(
-            messages=read_messages(fields),
-            chat_template=fields.string("chat_template", 1 << 16),
-            chat_template_kwargs=read_template_arguments(kwargs) if kwargs else {},
-            logprobs=max(top or 0, 0) if fields.boolean("logprobs") else None,
-            **_common(fields, defaults),
+            messages=messages,
+            prompt_token_ids=body.prompt_token_ids or None,
+            completion_token_ids=body.completion_token_ids or [],
+            chat_template=body.chat_template,
+            chat_template_kwargs=template_arguments(body, messages),
+            disable_chat_template=body.disable_chat_template or False,
+            continue_final_message=body.continue_final_message or False,
+            logprobs=max(body.top_logprobs or 0, 0) if body.logprobs else None,
+            **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
     id_prefix = "cmpl"
-    prompt_field = "prompt"
-    continues_prompt = True
     #: Text or token ids.
     prompts: tuple[str | list[int], ...]
+    prompt_field: str
     echo: bool
+
+    @property
+    def continues_prompt(self) -> bool:
+        return True
 
     @property
     def prompt_logprobs(self) -> int | None:
         return self.logprobs if self.echo else None
 
     @classmethod
-    def parse(cls, body: dict[str, Any], defaults: SamplingDefaults) -> CompletionRequest:
-        fields = Fields(body)
-        _refuse_unsupported(fields)
-        logprobs = fields.integer("logprobs", None, -1, MAX_LOGPROBS)
-        common = _common(fields, defaults, fewest_tokens=0)
-        best_of = fields.integer("best_of", common["n"], 1, MAX_CHOICES)
-        if best_of != common["n"]:
-            raise RequestError(f"best_of is {best_of}; only best_of equal to n is implemented", "best_of")
-        prompts = read_prompts(fields)
+    def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> CompletionRequest:
+        body = validated(values, CompletionBody)
+        common = _common(body, body.max_tokens, body.max_completion_tokens, defaults)
+        if body.best_of is not None and body.best_of != common["n"]:
+            raise RequestError(
+                f"best_of is {body.best_of}; only best_of equal to n is implemented", "best_of"
+            )
+        # As in FastDeploy, ids win over text.
+        name = "prompt_token_ids" if body.prompt_token_ids else "prompt"
+        prompts = read_prompts(name, body.prompt_token_ids or body.prompt)
         if len(prompts) * common["n"] > MAX_SEQUENCES:
             raise RequestError(
                 f"{len(prompts)} prompts times n = {common['n']} is more than {MAX_SEQUENCES} choices",
-                "prompt",
+                name,
             )
         return cls(
             prompts=prompts,
-            echo=fields.boolean("echo"),
-            logprobs=None if logprobs is None or logprobs < 0 else logprobs,
+            prompt_field=name,
+            echo=body.echo or False,
+            logprobs=None if body.logprobs is None or body.logprobs < 0 else body.logprobs,
             **common,
         )
 
 
-def _common(fields: Fields, defaults: SamplingDefaults, fewest_tokens: int = 1) -> dict[str, Any]:
-    max_tokens = fields.integer("max_tokens", None, fewest_tokens, MAX_TOKEN)
-    max_tokens = fields.integer("max_completion_tokens", max_tokens, fewest_tokens, MAX_TOKEN)
-    min_tokens = fields.integer("min_tokens", 0, 0, MAX_TOKEN) or 0
+def _with_metadata(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request with those that FastDeploy's clients put into `metadata`.
+
+    OpenAI's metadata consists of strings, which are notes of the client.
+    """
+    metadata = values.get("metadata")
+    if not isinstance(metadata, dict):
+        return values
+    known = ChatBody.__struct_fields__
+    moved = {
+        key: value
+        for key, value in metadata.items()
+        if (key in known or key in ChatBody.refused)
+        and not isinstance(value, str)
+        and values.get(key) is None
+    }
+    return values | moved
+
+
+def _common(
+    body: GenerationBody,
+    max_tokens: int | None,
+    max_completion_tokens: int | None,
+    defaults: SamplingDefaults,
+) -> dict[str, Any]:
+    max_tokens = _given(max_completion_tokens, max_tokens)
+    min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise RequestError(
             f"min_tokens is {min_tokens}; it must not exceed max_tokens ({max_tokens})", "min_tokens"
         )
-    top_k = fields.integer("top_k", defaults.top_k, -1, MAX_TOKEN) or 0
-    stream = fields.boolean("stream")
-    include_usage, continuous_usage = _usage_options(fields, stream)
+    include_usage, continuous_usage = _usage_options(body)
     return {
-        "model": fields.string("model", 1024),
-        "n": fields.integer("n", 1, 1, MAX_CHOICES),
+        "model": body.model,
+        "n": _given(body.n, 1),
         "max_tokens": max_tokens,
         "min_tokens": min_tokens,
-        "temperature": fields.number("temperature", defaults.temperature, 0.0),
+        "temperature": _given(body.temperature, defaults.temperature),
         # 0 leaves only the most likely token.
-        "top_p": fields.number("top_p", defaults.top_p, 0.0, 1.0),
-        "top_k": max(top_k, 0),
-        "min_p": fields.number("min_p", 0.0, 0.0, 1.0),
-        "repetition_penalty": fields.number("repetition_penalty", defaults.repetition_penalty, 0.01, 10.0),
-        "presence_penalty": fields.number("presence_penalty", 0.0, -2.0, 2.0),
-        "frequency_penalty": fields.number("frequency_penalty", 0.0, -2.0, 2.0),
-        "seed": fields.integer("seed", None, -(2**63), 2**63 - 1),
-        "stop": _stop(fields),
-        "stop_token_ids": _stop_token_ids(fields),
-        "ignore_eos": fields.boolean("ignore_eos"),
-        "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
-        "stream": stream,
+        "top_p": _given(body.top_p, defaults.top_p),
+        "top_k": max(_given(body.top_k, defaults.top_k), 0),
+        "min_p": body.min_p or 0.0,
+        "repetition_penalty": _given(body.repetition_penalty, defaults.repetition_penalty),
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "seed": body.seed,
+        "stop": (body.stop,) if isinstance(body.stop, str) and body.stop else tuple(body.stop or ()),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "ignore_eos": body.ignore_eos or False,
+        "include_stop_str_in_output": body.include_stop_str_in_output or False,
+        "stream": body.stream or False,
         "include_usage": include_usage,
         "continuous_usage": continuous_usage,
-        "return_token_ids": fields.boolean("return_token_ids"),
-        "request_id": fields.string("request_id", 128),
+        "return_token_ids": body.return_token_ids or False,
+        "request_id": body.request_id,
+        "skip_special_tokens": _given(body.skip_special_tokens, True),
+        "add_special_tokens": body.add_special_tokens,
+        "truncate_prompt_tokens": body.truncate_prompt_tokens,
+        "truncation_side": body.truncation_side or "left",
     }
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    for key, harmless in _UNSUPPORTED.items():
-        value = without_nulls(fields.get(key))
-        # In Python 0 == False; JSON's 0 and false are both harmless here.
-        if value is not None and value not in harmless:
-            raise RequestError(f"{key} is not supported by this server; leave it out", key)
+def _given(value: _T | None, default: _T) -> _T:
+    return default if value is None else value
 
 
-def _stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.get("stop")
-    if value is None:
-        return ()
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
-        raise fields.wrong("stop", "a string or a list of strings")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop has {len(strings)} strings; it may have at most {MAX_STOP_STRINGS}", "stop")
-    if not all(0 < len(s) <= MAX_STOP_LENGTH for s in strings):
-        raise RequestError(f"each string of stop must have 1 to {MAX_STOP_LENGTH} characters", "stop")
-    return tuple(strings)
-
-
-def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
-    value = fields.get("stop_token_ids")
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(is_token_id(v) for v in value):
-        raise RequestError("stop_token_ids must be a list of token ids", "stop_token_ids")
-    if len(value) > MAX_STOP_TOKEN_IDS:
-        raise RequestError(
-            f"stop_token_ids has {len(value)} ids; it may have at most {MAX_STOP_TOKEN_IDS}",
-            "stop_token_ids",
-        )
-    return tuple(value)
-
-
-def _usage_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
+def _usage_options(body: GenerationBody) -> tuple[bool, bool]:
     """Return include_usage and continuous_usage_stats."""
-    options = fields.object("stream_options")
+    options = body.stream_options
     if options is None:
         return False, False
-    if not stream:
+    if not body.stream:
         raise RequestError("stream_options is allowed only together with stream: true", "stream_options")
     # As in FastDeploy, the object itself requests the usage.
-    return options.boolean("include_usage", default=True), options.boolean("continuous_usage_stats")
+    return _given(options.include_usage, True), options.continuous_usage_stats or False

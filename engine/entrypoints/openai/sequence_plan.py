@@ -61,7 +61,7 @@ def plan_sequences(
             eos_token_ids=served.tokenizer.eos_token_ids,
         )
         output = ChoiceOutput(
-            served.tokenizer.detokenizer(continues=request.continues_prompt),
+            served.tokenizer.detokenizer(request.skip_special_tokens, continues=request.continues_prompt),
             stop=request.stop,
             include_stop=request.include_stop_str_in_output,
             min_tokens=request.min_tokens,

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+import msgspec
 import zmq
 from flask import Flask
 
@@ -34,6 +35,7 @@ from .app import create_app
 from .engine_client import EngineClient
 from .options import ServeConfig
 from .served_model import ServedModel
+from .side_endpoints import config_info
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +151,12 @@ class _ReplicaParts:
         self.registration: Registration | None = None
         if config.metrics_port is not None:
             # Serves until the process exits, so that the last requests are counted too.
-            MetricsServer(addresses, config.metrics_port, self.served.metrics.render)
+            MetricsServer(
+                addresses,
+                config.metrics_port,
+                self.served.metrics.render,
+                {b"/config-info": lambda: msgspec.json.encode(config_info(config))},
+            )
         self.engine.start()
         if config.router is not None:
             address = Address(

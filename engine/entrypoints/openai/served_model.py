@@ -18,6 +18,7 @@ from .engine_client import EngineClient, EngineState
 from .errors import ApiError
 from .options import ServeConfig
 from .protocol import SamplingDefaults
+from .validation import WRONG_VALUE
 
 
 class ServedModel:
@@ -80,20 +81,15 @@ class ServedModel:
         Raises:
             ApiError: the prompt is empty, has unknown token ids, or leaves no room for a requested token.
         """
-        sizes = self.engine.ready
-        assert sizes is not None, "requests are admitted after the worker is ready"
         if not prompt:
-            raise ApiError(400, f"{field} has no tokens; at least one is required", param=field)
-        if max(prompt) >= self.model.vocab_size:
             raise ApiError(
-                400,
-                f"{field} has token id {max(prompt)}; this model's ids are below {self.model.vocab_size}",
-                param=field,
+                400, f"{field} has no tokens; at least one is required", param=field, code=WRONG_VALUE
             )
-        cache = sizes.num_blocks * sizes.block_size
-        limit = min(sizes.max_model_len, cache)
+        self.require_known(prompt, field)
+        cache, context = self._limits
+        limit = min(cache, context)
         if len(prompt) + (max_tokens != 0) > limit:
-            whose = "the KV cache" if cache < sizes.max_model_len else "this model's context"
+            whose = "the KV cache" if cache < context else "this model's context"
             raise ApiError(
                 400,
                 f"{field} has {len(prompt)} tokens; {whose} holds {limit}"
@@ -103,6 +99,36 @@ class ServedModel:
             )
         left = limit - len(prompt)
         return left if max_tokens is None else min(max_tokens, left)
+
+    def prompt_room(self, max_tokens: int | None) -> int:
+        """Return how many tokens a prompt may have beside the output.
+
+        An output that is not limited, or does not fit anyway, counts as one token.
+        """
+        limit = min(self._limits)
+        return limit - (1 if max_tokens is None or max_tokens >= limit else max_tokens)
+
+    @property
+    def _limits(self) -> tuple[int, int]:
+        """Numbers of tokens in the KV cache and in the context."""
+        sizes = self.engine.ready
+        assert sizes is not None, "requests are admitted after the worker is ready"
+        return sizes.num_blocks * sizes.block_size, sizes.max_model_len
+
+    def require_known(self, token_ids: list[int], field: str) -> None:
+        """Raise ApiError (400) if the model does not have one of these token ids."""
+        if max(token_ids, default=0) >= self.model.vocab_size:
+            raise ApiError(
+                400,
+                f"{field} has token id {max(token_ids)}; this model's ids are below {self.model.vocab_size}",
+                param=field,
+                code=WRONG_VALUE,
+            )
+
+    @property
+    def in_flight(self) -> int:
+        """Number of open requests."""
+        return self._in_flight
 
     def require_model(self, name: str | None) -> None:
         """Raise ApiError (404) for another model; FastDeploy's clients may send "default" or nothing."""

@@ -1,0 +1,27 @@
+"""Paths of the API of a replica, which the router passes on: all under /v1/, and a few beside it."""
+
+from __future__ import annotations
+
+TOKENIZE_PATH = "/tokenize"
+DETOKENIZE_PATH = "/detokenize"
+OPENAPI_PATH = "/openapi.json"
+DOCS_PATH = "/docs"
+
+_WITH_KEY = frozenset({TOKENIZE_PATH, DETOKENIZE_PATH})
+BESIDE_V1 = _WITH_KEY | {OPENAPI_PATH, DOCS_PATH}
+_BESIDE_V1_BYTES = frozenset(path.encode() for path in BESIDE_V1)
+
+
+def is_api_path(path: str) -> bool:
+    """Return True for a path of the API, as opposed to one for operators."""
+    return path.startswith("/v1/") or path in BESIDE_V1
+
+
+def is_raw_api_path(path: bytes) -> bool:
+    """Do the same as `is_api_path` for a path as it is in a request, without a query."""
+    return path.startswith(b"/v1/") or path in _BESIDE_V1_BYTES
+
+
+def needs_key(path: str) -> bool:
+    """Return True if an API key is needed for the path, where keys are set."""
+    return path.startswith("/v1") or path in _WITH_KEY

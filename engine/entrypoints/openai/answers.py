@@ -1,0 +1,194 @@
+"""Declarations of the responses, for the description of the API."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+#: Present only if the request asks for it.
+Ids = list[int] | UnsetType
+FinishReason = Literal["stop", "length"]
+
+
+class Answer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A JSON object of a response."""
+
+
+class ErrorDetail(Answer, frozen=True, kw_only=True):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: Annotated[str | None, Meta(description="Path of the wrong field, such as messages[0].role.")]
+    code: Annotated[str | None, Meta(description="OpenAI's word for the error.")]
+
+
+class Error(Answer, frozen=True, kw_only=True):
+    """Body of every response with an error status."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(Answer, frozen=True, kw_only=True):
+    cached_tokens: Annotated[int, Meta(ge=0, description="Tokens taken from the prefix cache.")]
+
+
+class Usage(Answer, frozen=True, kw_only=True):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+
+
+class TokenLogprob(Answer, frozen=True, kw_only=True):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class DrawnLogprob(TokenLogprob, frozen=True, kw_only=True):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Answer, frozen=True, kw_only=True):
+    content: list[DrawnLogprob]
+    refusal: None
+
+
+class AssistantMessage(Answer, frozen=True, kw_only=True):
+    role: Literal["assistant"]
+    content: str
+    prompt_token_ids: Ids = UNSET
+    completion_token_ids: Ids = UNSET
+
+
+class ChatChoice(Answer, frozen=True, kw_only=True):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(Answer, frozen=True, kw_only=True):
+    """Response of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(Answer, frozen=True, kw_only=True):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    prompt_token_ids: Ids = UNSET
+    completion_token_ids: Ids = UNSET
+
+
+class ChatChunkChoice(Answer, frozen=True, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
+    """An event of a stream of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class CompletionLogprobs(Answer, frozen=True, kw_only=True):
+    """One list for each property of the tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Annotated[FinishReason | None, Meta(description="null within a stream.")]
+    prompt_token_ids: Ids = UNSET
+    completion_token_ids: Ids = UNSET
+
+
+class Completion(Answer, frozen=True, kw_only=True):
+    """Response of /v1/completions, or an event of its stream, whose usage may be null or missing."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelPermission(Answer, frozen=True, kw_only=True):
+    id: str
+    object: Literal["model_permission"]
+    created: int
+    allow_create_engine: bool
+    allow_sampling: bool
+    allow_logprobs: bool
+    allow_search_indices: bool
+    allow_view: bool
+    allow_fine_tuning: bool
+    organization: str
+    group: str | None
+    is_blocking: bool
+
+
+class ModelCard(Answer, frozen=True, kw_only=True):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    permission: list[ModelPermission]
+
+
+class ModelList(Answer, frozen=True, kw_only=True):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokens(Answer, frozen=True, kw_only=True):
+    """Response of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(Answer, frozen=True, kw_only=True):
+    """Response of /detokenize."""
+
+    prompt: str
+
+
+class Load(Answer, frozen=True, kw_only=True):
+    """Response of /load."""
+
+    server_load: Annotated[int, Meta(description="Number of open requests.")]
+    max_concurrency: Annotated[int, Meta(description="Further requests are refused with 429.")]
+
+
+class Version(Answer, frozen=True, kw_only=True):
+    version: str

@@ -1,0 +1,183 @@
+"""Fields that FastDeploy, vLLM, SGLang or OpenAI know and this server refuses, each with the reason.
+
+A value that is the default there, or would not change the response here, is accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .validation import Refused
+
+_FALSE = (False, 0)
+_TRUE = (True, 1)
+_ANY_FLAG = (False, True, 0, 1)
+_EMPTY: tuple[Any, ...] = ([], {}, "", False, 0)
+
+_NO_TOOLS = "this server does not parse tool calls"
+_NO_GRAMMAR = "this server does not constrain its output"
+_NO_LOGPROBS = "this server has no such log probabilities"
+_NO_BIAS = "this server does not change the probabilities of single tokens"
+_NO_THINKING = "this server does not separate reasoning from the response"
+_NO_PLUGINS = "this server has no custom sampling code"
+_NO_LIMIT = "this server does not look for repetitions"
+_NO_RETURN = "this server does not return such data"
+_TEXT_ONLY = "this server reads and writes text only"
+_ONE_TEXT = "this server samples each choice on its own"
+_ROUTED = "the router places requests"
+_NO_STAGES = "each replica does the whole work for a request"
+_CHAT_ONLY = "it belongs to /v1/chat/completions"
+
+#: Fields without effect on a response, which are accepted with any value.
+WITHOUT_EFFECT = frozenset(
+    {
+        # Bookkeeping; the router may use `user`.
+        *("user", "store", "metadata", "service_tier", "safety_identifier", "session_id", "trace_context"),
+        *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+        # Hints that only make responses faster, or choose among equal ways to constrain the output.
+        *("prediction", "guided_decoding_backend"),
+    }
+)
+
+#: Of both endpoints.
+REQUEST_FIELDS: dict[str, Refused] = {
+    # Tools.
+    "tools": Refused(_NO_TOOLS, ([],)),
+    "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
+    "parallel_tool_calls": Refused(_NO_TOOLS, _ANY_FLAG),
+    "functions": Refused(_NO_TOOLS, ([],)),
+    "function_call": Refused(_NO_TOOLS, ("none", "auto")),
+    # Constrained output.
+    "response_format": Refused(_NO_GRAMMAR, ({"type": "text"}, {})),
+    "structured_outputs": Refused(_NO_GRAMMAR, ({},)),
+    "guided_json": Refused(_NO_GRAMMAR),
+    "guided_json_object": Refused(_NO_GRAMMAR, _FALSE),
+    "guided_regex": Refused(_NO_GRAMMAR),
+    "guided_choice": Refused(_NO_GRAMMAR),
+    "guided_grammar": Refused(_NO_GRAMMAR),
+    "guided_whitespace_pattern": Refused(_NO_GRAMMAR),
+    "structural_tag": Refused(_NO_GRAMMAR),
+    "json_schema": Refused(_NO_GRAMMAR),
+    "regex": Refused(_NO_GRAMMAR),
+    "ebnf": Refused(_NO_GRAMMAR),
+    # Sampling.
+    "logit_bias": Refused(_NO_BIAS, ({},)),
+    "bad_words": Refused(_NO_BIAS, ([],)),
+    "bad_words_token_ids": Refused(_NO_BIAS, ([],)),
+    "allowed_token_ids": Refused(_NO_BIAS),
+    "logits_processors": Refused(_NO_PLUGINS, ([],)),
+    "logits_processors_args": Refused(_NO_PLUGINS, ({},)),
+    "custom_logit_processor": Refused(_NO_PLUGINS, ([],)),
+    "custom_params": Refused(_NO_PLUGINS, ({},)),
+    "vllm_xargs": Refused(_NO_PLUGINS, ({},)),
+    "watermarking": Refused(_NO_PLUGINS, _FALSE),
+    "use_beam_search": Refused(_ONE_TEXT, _FALSE),
+    "length_penalty": Refused(_ONE_TEXT, (1,)),
+    "early_stopping": Refused(_ONE_TEXT, _FALSE),
+    "repetition_detection": Refused(_NO_LIMIT, ({},)),
+    "max_repetition_pattern_size": Refused(_NO_LIMIT, (0,)),
+    "min_repetition_pattern_size": Refused(_NO_LIMIT, (0,)),
+    "repetition_min_count": Refused(_NO_LIMIT, (0,)),
+    "stop_regex": Refused("stop takes strings only", ([], "")),
+    "no_stop_trim": Refused("include_stop_str_in_output does this", _FALSE),
+    # Log probabilities.
+    "prompt_logprobs": Refused("completions return these with echo and logprobs", (False,)),
+    "temp_scaled_logprobs": Refused(_NO_LOGPROBS, _FALSE),
+    "top_p_normalized_logprobs": Refused(_NO_LOGPROBS, _FALSE),
+    "include_draft_logprobs": Refused(_NO_LOGPROBS, _FALSE),
+    "include_logprobs_decode_token": Refused("log probabilities always name their token", _TRUE),
+    "logprob_token_ids": Refused(_NO_LOGPROBS, ([],)),
+    "return_tokens_as_token_ids": Refused("return_token_ids returns the ids", _FALSE),
+    # Reasoning.
+    "reasoning": Refused(_NO_THINKING, ({},)),
+    "reasoning_max_tokens": Refused(_NO_THINKING),
+    "response_max_tokens": Refused(_NO_THINKING),
+    "thinking_token_budget": Refused(_NO_THINKING, (-1,)),
+    "include_reasoning": Refused(_NO_THINKING, _TRUE),
+    # Without a parser, the content has the reasoning in it anyway.
+    "separate_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
+    "stream_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
+    "verbosity": Refused("no model here has such a setting", ("medium",)),
+    "task": Refused("no model here has such tasks"),
+    # Prompts.
+    "input_ids": Refused("prompt_token_ids is their name", ([],)),
+    "prompt_embeds": Refused("prompts are text or token ids"),
+    "suffix": Refused("this server only continues a prompt", ("",)),
+    "spaces_between_special_tokens": Refused("the text has no spaces but those of the model", _ANY_FLAG),
+    "modalities": Refused(_TEXT_ONLY, (["text"], [])),
+    "audio": Refused(_TEXT_ONLY, ({},)),
+    "mm_hashes": Refused(_TEXT_ONLY, ([],)),
+    "mm_processor_kwargs": Refused(_TEXT_ONLY, ({},)),
+    "media_io_kwargs": Refused(_TEXT_ONLY, ({},)),
+    "images_config": Refused(_TEXT_ONLY, ({},)),
+    "use_audio_in_video": Refused(_TEXT_ONLY, _FALSE),
+    "max_dynamic_patch": Refused(_TEXT_ONLY),
+    "min_dynamic_patch": Refused(_TEXT_ONLY),
+    "web_search_options": Refused("this server does not search the web"),
+    "moderation": Refused("this server does not moderate"),
+    # The form of responses.
+    "max_streaming_response_tokens": Refused("each event has the tokens of one step", (1,)),
+    "stream_interval": Refused("each event has the tokens of one step", (1,)),
+    "collect_metrics": Refused("/metrics has the measurements", _FALSE),
+    "return_hidden_states": Refused(_NO_RETURN, _FALSE),
+    "return_routed_experts": Refused(_NO_RETURN, _FALSE),
+    "routed_experts_start_len": Refused(_NO_RETURN, (0,)),
+    "routed_experts_prompt_start": Refused(_NO_RETURN, (0,)),
+    "return_cached_tokens_details": Refused("usage has the number of cached tokens", _FALSE),
+    "return_prompt_token_ids": Refused("return_token_ids returns the ids", _FALSE),
+    "return_prompt_text": Refused(_NO_RETURN, _FALSE),
+    "return_meta_info": Refused(_NO_RETURN, _FALSE),
+    # vLLM ignores these two here as well.
+    "return_token_offsets": Refused(_NO_RETURN, _ANY_FLAG),
+    "return_mm_kwargs": Refused(_NO_RETURN, _ANY_FLAG),
+    # Places and caches.
+    "rid": Refused("request_id names a request"),
+    "priority": Refused("requests are served in the order of arrival", (0,)),
+    "cache_salt": Refused("all clients share the prefix cache"),
+    "extra_key": Refused("all clients share the prefix cache", ([], "")),
+    "custom_labels": Refused("metrics have no labels of clients", ({},)),
+    "lora_path": Refused("this server has no adapters", ([], "")),
+    "session_params": Refused("requests are independent of each other", ({},)),
+    "ngram_corpus_id": Refused("this server does not draft tokens"),
+    "routed_dp_rank": Refused(_ROUTED),
+    "data_parallel_rank": Refused(_ROUTED),
+    "disagg_prefill_dp_rank": Refused(_ROUTED),
+    "disaggregate_info": Refused(_NO_STAGES, ({},)),
+    "kv_transfer_params": Refused(_NO_STAGES, ({},)),
+    "ec_transfer_params": Refused(_NO_STAGES, ({},)),
+    "bootstrap_host": Refused(_NO_STAGES),
+    "bootstrap_port": Refused(_NO_STAGES),
+    "bootstrap_room": Refused(_NO_STAGES),
+}
+
+CHAT_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
+    "prompt": Refused("it belongs to /v1/completions; this endpoint reads messages", ("", [])),
+    "echo": Refused("it belongs to /v1/completions", _FALSE),
+    "best_of": Refused("it belongs to /v1/completions", (1,)),
+}
+
+COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
+    "messages": Refused("it belongs to /v1/chat/completions; this endpoint reads prompt", ([],)),
+    "top_logprobs": Refused("it belongs to /v1/chat/completions; here logprobs is a number", (0, -1)),
+    "chat_template": Refused(_CHAT_ONLY),
+    "chat_template_kwargs": Refused(_CHAT_ONLY, ({},)),
+    "reasoning_effort": Refused(_CHAT_ONLY, ("none",)),
+    "completion_token_ids": Refused("append them to the prompt", ([],)),
+    "disable_chat_template": Refused("completions have no chat template", _FALSE),
+    "continue_final_message": Refused("a completion continues its prompt anyway", _FALSE),
+    "documents": Refused(_CHAT_ONLY, ([],)),
+    "add_generation_prompt": Refused(_CHAT_ONLY, _ANY_FLAG),
+}
+
+#: Of /tokenize.
+TOKENIZE_FIELDS: dict[str, Refused] = {
+    name: REQUEST_FIELDS[name] for name in ("tools", "mm_processor_kwargs", "media_io_kwargs")
+}
+
+#: Of a message.
+MESSAGE_FIELDS: dict[str, Refused] = {
+    "tool_calls": Refused(_NO_TOOLS, _EMPTY),
+    "function_call": Refused(_NO_TOOLS, _EMPTY),
+    "audio": Refused(_TEXT_ONLY, _EMPTY),
+    "tools": Refused(_NO_TOOLS, _EMPTY),
+}
