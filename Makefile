@@ -72,10 +72,11 @@ test-fast: $(VENV)/installed
 	@$(BIN)/pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/systemd --ignore tests/fuzz \
 	    -m 'not processes and not slow and not chaos' --durations=20
 
-# Processes that tests start are measured too, except those that a test kills.
+# Processes that tests start are measured too, except those that a test kills. Tests that fail because the measurement
+# slows processes or loads modules do not prevent the report.
 coverage: $(VENV)/installed model
 	@rm -rf .cache/coverage && mkdir -p .cache/coverage
-	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/e2e
+	-@$(BIN)/coverage run -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/e2e
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report --skip-covered --sort=cover
 
