@@ -89,7 +89,7 @@ def _describe(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     if found["last_exit"]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["last_exit_time"]))
         ago = _duration(now - found["last_exit_time"])
-        cause = f" (cause: {found['cause']})" if found["cause"] else ""
+        cause = f" (cause: {found['cause']})" if found.get("cause") else ""
         lines.append(f"  last exit: {found['last_exit']}{cause}, {when}, {ago} ago")
     lines += _xid_lines(found["xid"]) if found["xid"] else []
     lines.append(f"  restarts: {found['restarts']}")
@@ -104,7 +104,7 @@ def _describe(options: argparse.Namespace, found: dict[str, Any]) -> list[str]:
 
 def _xid(found: dict[str, Any]) -> dict[str, Any] | None:
     """Return what the kernel reports about a GPU that failed; None if the last exit had another cause."""
-    if found["cause"] != Cause.GPU or not found["last_exit_time"]:
+    if found.get("cause") != Cause.GPU or not found["last_exit_time"]:
         return None
     gpu = lost_gpu(tail(Path(found["output"])))
     messages, problem = kernel_log.xids(found["last_exit_time"], gpu)
