@@ -71,12 +71,12 @@ def about(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What a section declares about one of its fields."""
+    """Declaration of one option: a field of a section."""
 
     name: str
-    #: For `msgspec.convert`.
+    #: Type annotation, for `msgspec.convert`.
     type: Any
-    #: The same, taken apart.
+    #: msgspec's description of the type.
     kind: Any
     #: NODEFAULT if the option is required.
     default: Any

@@ -52,8 +52,8 @@ class ParallelSection(Struct, frozen=True, kw_only=True):
     balance_experts: Annotated[
         bool, about("Move experts between replicas once a minute to balance their load.")
     ] = False
-    # Longer than no_progress_timeout, because the daemon also writes the stacks of what it kills. An engine
-    # without a daemon has 60 s.
+    # Longer than no_progress_timeout, so that the daemon kills first, because it also writes the stacks. The
+    # default of an engine that runs without a daemon is 60 s.
     collective_timeout: Annotated[
         Seconds,
         about(

@@ -73,15 +73,16 @@ class Retry:
 class SupervisedProgram:
     """One program and its state. Times are on the monotonic clock unless stated otherwise."""
 
-    #: What it is started with.
+    #: Command line, environment and files for its start.
     spec: Program
     state: ProgramState = ProgramState.STOPPED
     #: Time of the last transition.
     since: float = 0.0
     #: Reason of the state, for people.
     note: str = ""
-    #: What the operator wants, and whether the router is to send no new requests.
+    #: State that the operator has requested.
     intent: Intent = Intent.RUN
+    #: True if the router must not send new requests.
     draining: bool = False
     pid: int = 0
     #: Start time of the process, Unix time.

@@ -8,7 +8,9 @@ OPENAPI_PATH = "/openapi.json"
 DOCS_PATH = "/docs"
 
 _WITH_KEY = frozenset({TOKENIZE_PATH, DETOKENIZE_PATH})
-BESIDE_V1 = _WITH_KEY | {OPENAPI_PATH, DOCS_PATH}
+#: Paths that need no API key.
+OPEN = frozenset({OPENAPI_PATH, DOCS_PATH})
+BESIDE_V1 = _WITH_KEY | OPEN
 _BESIDE_V1_BYTES = frozenset(path.encode() for path in BESIDE_V1)
 
 
@@ -23,5 +25,5 @@ def is_raw_api_path(path: bytes) -> bool:
 
 
 def needs_key(path: str) -> bool:
-    """Return True if an API key is needed for the path, where keys are set."""
+    """Return True if a path of a replica needs an API key where keys are set."""
     return path.startswith("/v1") or path in _WITH_KEY

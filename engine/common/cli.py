@@ -1,4 +1,4 @@
-"""What the command lines of router and replica share: an argument parser, and a default."""
+"""Argument parser and defaults shared by the command lines of router and replica."""
 
 from __future__ import annotations
 

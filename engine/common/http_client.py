@@ -100,7 +100,7 @@ def request(
             connection.request(method, path, body, lines)
             response = connection.getresponse()
             content = response.read(limit + 1) if limit else b""
-            # What is missing of the announced length.
+            # `length` is the number of announced bytes that have not been read.
             is_cut = bool(limit and response.length)
     except TimeoutError:
         raise TimedOut(f"no complete response within {timeout:g} s") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ..common.errors import ConfigError
 from ..config import EngineConfig, ModelConfig
-from .cuda_library import find_library
+from .cuda_library import NOT_BUILT, find_library
 from .cuda_limits import unsupported
 
 _log = logging.getLogger(__name__)
@@ -140,5 +140,5 @@ def _unusable(config: EngineConfig, model_config: ModelConfig, gpu: Gpu) -> str 
         )
     reason = unsupported(config, model_config)
     if reason is None and find_library() is None:
-        return "libfd_cuda.so is not built; run make gpu, which needs nvcc"
+        return NOT_BUILT
     return reason

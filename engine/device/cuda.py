@@ -28,6 +28,7 @@ from .cuda_library import (
     BEGIN_CAPTURE,
     END_CAPTURE,
     LAUNCH,
+    NOT_BUILT,
     Buffer,
     CudaLibrary,
     Info,
@@ -63,7 +64,7 @@ class CudaDevice:
         """
         path = find_library()
         if path is None:
-            raise ConfigError("libfd_cuda.so is not built; run make gpu, which needs nvcc")
+            raise ConfigError(NOT_BUILT)
         self._config = config
         self._model_config = model_config
         self._gpu = gpu

@@ -132,6 +132,10 @@ _VALUES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+#: Reason why no GPU can be used if `find_library` finds none.
+NOT_BUILT = "libfd_cuda.so is not built; run make gpu, which needs nvcc"
+
+
 def find_library() -> Path | None:
     """Return $FD_CUDA_LIBRARY, or the library beside the operations or in build/cuda of a checkout."""
     if given := os.environ.get(_VARIABLE):

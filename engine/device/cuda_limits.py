@@ -1,4 +1,4 @@
-"""What the GPU kernels cannot compute. Pure."""
+"""Models and options that the GPU kernels do not support. Pure."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -41,12 +42,12 @@ class Device(Runner, Protocol):
 
     @property
     def title(self) -> str:
-        """What it is, for the log: "8 threads on amx", "NVIDIA H200"."""
+        """Return a description for the log, such as "8 threads on amx" or "NVIDIA H200"."""
         ...
 
     @property
     def numeric_version(self) -> str:
-        """Version of its arithmetic: devices with the same one compute the same bits."""
+        """Return the version of the arithmetic. Devices with equal versions compute the same bits."""
         ...
 
     def load(self, progress: Progress) -> None:
@@ -62,9 +63,10 @@ class Device(Runner, Protocol):
         ...
 
 
-class TensorRunner:
+class TensorRunner(ABC):
     """A runner whose logits are tensors in host memory."""
 
+    @abstractmethod
     def execute(self, batch: Batch) -> Any:
         """Write the cache as `Runner.compute` says, and return the logits.
 
@@ -72,7 +74,6 @@ class TensorRunner:
             float32 [sampling rows + scored positions, vocabulary]: first the logits of the sampling rows,
             then those of the scored positions, both in batch order.
         """
-        raise NotImplementedError
 
     def compute(
         self, batch: Batch, sampled: Draw | None, scored: Draw | None

@@ -1,4 +1,4 @@
-"""What to draw from the logits of a step, and what was drawn."""
+"""Draws of tokens from the logits of a step: the request and its result."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class PaddleDevice:
 
     @property
     def runner(self) -> ModelRunner:
-        """What computes a step; there is one once the cache is allocated."""
+        """Return the runner of steps, which exists once the cache is allocated."""
         assert self._runner is not None, "the cache is not allocated yet"
         return self._runner
 

@@ -110,7 +110,7 @@ class ResultLayout:
 
 @dataclass(frozen=True, slots=True)
 class KernelSizes:
-    """What only the library knows."""
+    """Sizes that the kernel library computes."""
 
     #: (segments, kv heads, head_dim) -> bytes
     attention_work: Callable[[int, int, int], int]

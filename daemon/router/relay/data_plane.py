@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from ....common.api_paths import needs_key
+from ....common.api_paths import OPEN
 from ..board.board import Board
 from ..config.settings import Settings
 from ..http import refusals
@@ -53,7 +53,7 @@ class DataPlane:
 
     def admit(self, active: ActiveRequest, request: ClientRequest) -> None:
         settings = self.settings
-        is_open = not settings.keys or request.method == "OPTIONS" or not needs_key(request.path)
+        is_open = not settings.keys or request.method == "OPTIONS" or request.path in OPEN
         if not is_open and not settings.keys.allow(request.authorization):
             raise Refused(refusals.no_key())
         if len(self._active) >= settings.max_in_flight:

@@ -6,6 +6,7 @@ value would change the response, which would otherwise be wrong without notice.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -50,7 +51,7 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(ABC):
     """Fields of both chat and completion requests."""
 
     #: Prefix of the response's id.
@@ -88,14 +89,14 @@ class GenerationRequest:
     truncation_side: str
 
     @property
+    @abstractmethod
     def prompt_field(self) -> str:
         """Return the name of the prompt's field in the body."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def continues_prompt(self) -> bool:
         """Return True if the output continues the prompt's text, rather than being a text of its own."""
-        raise NotImplementedError
 
     def response_id(self, request_id: str) -> str:
         """Return the id with the prefix, which the client's id may have already."""
