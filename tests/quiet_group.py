@@ -15,14 +15,20 @@ LAYOUT = GroupLayout(num_ranks=4, num_layers=2, num_experts=8, max_tokens=16, k=
 
 
 class QuietGroup:
-    """Memory and sleeping ranks of a group. `close` ends the ranks and removes what is left in `root`."""
+    """Memory and sleeping ranks of a group. `close` ends the ranks and removes what is left in `root`.
 
-    def __init__(self, name: str, root: Path = memory_file.SHARED_MEMORY) -> None:
+    Without living ranks, a group in the common root is removed by any rank that starts elsewhere. `ranks`
+    join before that is possible.
+    """
+
+    def __init__(self, name: str, *ranks: int, root: Path = memory_file.SHARED_MEMORY) -> None:
         self.name = name
         self.root = root
         self.processes: list[subprocess.Popen[bytes]] = []
         with memory_file.open_locked(name, LAYOUT, {}, patience=5.0, root=root) as self.memory:
             self._membership = Membership(self.memory, planner(LAYOUT.num_experts, redundant=0))
+            if ranks:
+                self.join(*ranks)
 
     def request(self, seat: int) -> None:
         process = subprocess.Popen(["sleep", "600"])

@@ -92,7 +92,8 @@ class Memory:
             (SIGBUS).
         """
         root, needed, begin = self.directory.parent, self.layout.rank_bytes, self.layout.rank_offset(rank)
-        file_system = os.statvfs(self.directory)
+        # Not of the directory, which another program may have removed.
+        file_system = os.statvfs(root)
         free = file_system.f_bavail * file_system.f_frsize
         # A previous process of this rank may have allocated a part.
         others = _written(self.file, 0, begin) + _written(self.file, begin + needed, self.layout.file_bytes)

@@ -176,11 +176,26 @@ def _remove_abandoned_groups(own: Path) -> None:
             descriptor = os.open(directory / FILE, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                known = read_header(descriptor).version in (0, PROTOCOL_VERSION)
-                if known and not _has_living(descriptor):
+                if _is_abandoned(directory, descriptor):
                     _remove(directory, descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _is_abandoned(directory: Path, descriptor: int) -> bool:
+    version = read_header(descriptor).version
+    if version not in (0, PROTOCOL_VERSION) or _has_living(descriptor):
+        return False
+    if version == PROTOCOL_VERSION:
+        return True
+    # An empty file: its creator was killed, or joined living ranks whose file was removed.
+    removed = removed_memory.find(directory / FILE, os.getuid(), os.O_RDONLY)
+    if removed is None:
+        return True
+    try:
+        return not _has_living(removed)
+    finally:
+        os.close(removed)
 
 
 def _remove(directory: Path, descriptor: int) -> None:

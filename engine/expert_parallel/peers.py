@@ -101,8 +101,6 @@ class Peers:
         if os.path.exists(path):
             return
         try:
-            with contextlib.suppress(FileExistsError):
-                path.parent.mkdir(mode=0o700)
             doorbell = _bind(path)
         except OSError as error:
             if not self._is_failing:
@@ -124,6 +122,9 @@ class Peers:
 def _bind(path: Path) -> socket.socket:
     doorbell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
+        # Another program may have removed the directory of a living group.
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(mode=0o700)
         # A previous process of this rank may have left it.
         path.unlink(missing_ok=True)
         doorbell.bind(str(path))

@@ -21,6 +21,7 @@ from ..quiet_group import QuietGroup
 from .conftest import FDCTL
 
 Fdctl = Callable[..., "subprocess.CompletedProcess[str]"]
+NewGroup = Callable[..., QuietGroup]
 
 
 @pytest.fixture
@@ -43,11 +44,11 @@ def launched(prefix: Path, parallel: str = "") -> str:
 
 
 @pytest.fixture
-def new_group() -> Iterator[Callable[[str], QuietGroup]]:
+def new_group() -> Iterator[NewGroup]:
     made: list[QuietGroup] = []
 
-    def make(name: str) -> QuietGroup:
-        made.append(QuietGroup(name))
+    def make(name: str, *ranks: int) -> QuietGroup:
+        made.append(QuietGroup(name, *ranks))
         return made[-1]
 
     yield make
@@ -56,10 +57,9 @@ def new_group() -> Iterator[Callable[[str], QuietGroup]]:
 
 
 def test_every_seat_has_a_row_and_the_most_awaited_is_named(
-    fdctl: Fdctl, tmp_path: Path, new_group: Callable[[str], QuietGroup]
+    fdctl: Fdctl, tmp_path: Path, new_group: NewGroup
 ) -> None:
-    group = new_group(launched(tmp_path))
-    group.join(0, 1, 3)
+    group = new_group(launched(tmp_path), 0, 1, 3)
     group.note(0, "experts", layer=1, seconds=90)
     group.note(1, "sent", layer=1, waits_for=0b1, seconds=20)
     group.note(3, "idle")
@@ -78,11 +78,10 @@ def test_every_seat_has_a_row_and_the_most_awaited_is_named(
 
 
 def test_json_has_a_schema_and_a_group_can_be_named(
-    fdctl: Fdctl, new_group: Callable[[str], QuietGroup], tmp_path: Path
+    fdctl: Fdctl, new_group: NewGroup, tmp_path: Path
 ) -> None:
     # A name as multi_api_server chooses it: there is no daemon, so there are no files.
-    group = new_group(f"port-{tmp_path.parent.name}")
-    group.join(2)
+    group = new_group(f"port-{tmp_path.parent.name}", 2)
     (found,) = json.loads(fdctl("ep", "--json", group.name).stdout)["groups"]
     assert set(found) == {
         *("name", "epoch", "active", "joins", "leaves", "losses", "num_seats", "seats", "awaited"),
@@ -95,17 +94,17 @@ def test_json_has_a_schema_and_a_group_can_be_named(
 
 
 def test_in_a_reload_the_old_group_and_the_new_one_are_shown(
-    fdctl: Fdctl, tmp_path: Path, new_group: Callable[[str], QuietGroup]
+    fdctl: Fdctl, tmp_path: Path, new_group: NewGroup
 ) -> None:
     names = [launched(tmp_path), launched(tmp_path, "redundant_experts = 1")]
     for name, seats in zip(names, [(1, 2, 3), (0,)], strict=True):
-        new_group(name).join(*seats)
+        new_group(name, *seats)
     groups = json.loads(fdctl("ep", "--json").stdout)["groups"]
     assert {group["name"]: group["active"] for group in groups} == {names[0]: [1, 2, 3], names[1]: [0]}
 
 
 def test_missing_expert_group_has_its_own_exit_code_and_one_line_reason(
-    fdctl: Fdctl, tmp_path: Path, new_group: Callable[[str], QuietGroup]
+    fdctl: Fdctl, tmp_path: Path, new_group: NewGroup
 ) -> None:
     done = fdctl("ep")
     assert done.returncode == protocol.NO_DAEMON
@@ -116,8 +115,7 @@ def test_missing_expert_group_has_its_own_exit_code_and_one_line_reason(
     assert (done.returncode, done.stdout) == (protocol.NO_GROUP, "")
     assert done.stderr.endswith("[parallel] expert_parallel is off)\n")
 
-    group = new_group(launched(tmp_path))
-    group.join(0)
+    group = new_group(launched(tmp_path), 0)
     group.kill(0)
     done = fdctl("ep", "--json")
     assert done.returncode == protocol.NO_GROUP
@@ -128,9 +126,8 @@ def test_missing_expert_group_has_its_own_exit_code_and_one_line_reason(
     assert "6    no expert group" in fdctl("--help").stdout
 
 
-def test_watch_mode_refreshes(tmp_path: Path, new_group: Callable[[str], QuietGroup]) -> None:
-    group = new_group(launched(tmp_path))
-    group.join(0, 1)
+def test_watch_mode_refreshes(tmp_path: Path, new_group: NewGroup) -> None:
+    group = new_group(launched(tmp_path), 0, 1)
     command = [str(FDCTL), "--prefix", str(tmp_path), "ep", "--watch", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout is not None
@@ -145,9 +142,7 @@ def test_watch_mode_refreshes(tmp_path: Path, new_group: Callable[[str], QuietGr
         watching.terminate()
 
 
-def test_neither_the_daemon_nor_fdctl_imports_paddle_or_numpy(
-    tmp_path: Path, new_group: Callable[[str], QuietGroup]
-) -> None:
+def test_neither_the_daemon_nor_fdctl_imports_paddle_or_numpy(tmp_path: Path, new_group: NewGroup) -> None:
     new_group(launched(tmp_path)).join(0)
     program = (
         "import sys, fastdeploy.daemon.main\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,8 +56,4 @@ def ranks_of(count: int, logs: Path, config: EngineConfig = EXPERT_CONFIG) -> It
         yield ranks
     finally:
         ranks.close()
-        directory = group_directory(name)
-        for file in directory.iterdir() if directory.exists() else ():
-            file.unlink()
-        if directory.exists():
-            directory.rmdir()
+        shutil.rmtree(group_directory(name), ignore_errors=True)

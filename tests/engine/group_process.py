@@ -1,7 +1,7 @@
 """A separate process that does one thing with an expert group's memory and prints a line about it.
 
-    python -m tests.engine.group_process lock GROUP PATIENCE SECONDS
-    python -m tests.engine.group_process rank GROUP RANK SECONDS
+    python -m tests.engine.group_process lock DIRECTORY PATIENCE SECONDS
+    python -m tests.engine.group_process rank DIRECTORY RANK SECONDS
 
 `lock` waits for the lock and holds it for SECONDS; `rank` registers a rank and exits after SECONDS. If
 SECONDS is "stop", the process stops itself (SIGSTOP) instead.
@@ -13,16 +13,17 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from fastdeploy.expert_parallel.membership import Membership, planner
 from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
-from fastdeploy.expert_parallel.memory_file import group_directory
 
 
-def main(what: str, name: str, argument: str, seconds: str) -> None:
-    descriptor = os.open(group_directory(name) / FILE, os.O_RDWR | os.O_CLOEXEC)
+def main(what: str, directory: str, argument: str, seconds: str) -> None:
+    group = Path(directory)
+    descriptor = os.open(group / FILE, os.O_RDWR | os.O_CLOEXEC)
     patience = float(argument) if what == "lock" else 60.0
-    memory = Memory(group_directory(name), descriptor, layout_of(descriptor, group_directory(name)), patience)
+    memory = Memory(group, descriptor, layout_of(descriptor, group), patience)
     if what == "lock":
         with memory.locked():
             print("locked", flush=True)
@@ -30,7 +31,7 @@ def main(what: str, name: str, argument: str, seconds: str) -> None:
         print("unlocked", flush=True)
     else:
         with memory.locked():
-            Membership(memory, planner(memory.layout.num_experts, 0)).register(int(argument), name)
+            Membership(memory, planner(memory.layout.num_experts, 0)).register(int(argument), group.name)
         print("registered", flush=True)
         wait(seconds)
 

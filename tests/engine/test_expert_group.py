@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 
 import paddle
 import pytest
@@ -38,8 +39,8 @@ from fastdeploy.expert_parallel.layout import (
 from fastdeploy.expert_parallel.membership import Membership, RankLost, RankTaken, planner
 from fastdeploy.expert_parallel.memory import FILE, Memory, layout_of
 from fastdeploy.expert_parallel.options import GroupOptions
-from tests.custom_ops.ranks import group_of_its_own
 
+NAME = "group"
 LAYOUT = GroupLayout(num_ranks=3, num_layers=2, num_experts=5, max_tokens=64, k=2, hidden=256)
 #: Deadline in seconds for anything that works, even on a busy machine.
 PATIENCE = 60.0
@@ -50,24 +51,29 @@ MemoryOf = Callable[..., Memory]
 
 
 @pytest.fixture
-def name() -> Iterator[str]:
-    with group_of_its_own() as name:
-        yield name
+def root() -> Iterator[Path]:
+    """Return a directory for this test's groups.
+
+    In a shared one, any rank that starts elsewhere would remove a group without living members.
+    """
+    # The path of a doorbell socket has to be short.
+    with TemporaryDirectory(prefix="fd-", dir=memory_file.SHARED_MEMORY) as root:
+        yield Path(root)
 
 
 @pytest.fixture
-def joined(name: str) -> Iterator[Join]:
+def joined(root: Path) -> Iterator[Join]:
     """Return a function that joins as a rank; the ranks are closed after the test."""
     with contextlib.ExitStack() as stack:
 
         def join_it(
             rank: int = 0,
             layout: GroupLayout = LAYOUT,
-            root: Path = memory_file.SHARED_MEMORY,
+            root: Path = root,
             stall_kill: float = 60.0,
             **fingerprint: object,
         ) -> ExpertGroup:
-            options = GroupOptions(name, rank, stall_kill=stall_kill)
+            options = GroupOptions(NAME, rank, stall_kill=stall_kill)
             group = join(options, layout, fingerprint, lambda mine, taken: None, root)
             stack.callback(group.close)
             return group
@@ -76,13 +82,14 @@ def joined(name: str) -> Iterator[Join]:
 
 
 @pytest.fixture
-def start(name: str) -> Iterator[Start]:
+def start(root: Path) -> Iterator[Start]:
     """Return a function that starts a `group_process` and, if `says` is given, waits for that line."""
     processes = []
 
     def run(*arguments: object, says: str | None) -> subprocess.Popen[str]:
         what, *rest = map(str, arguments)
-        command = [sys.executable, "-m", "tests.engine.group_process", what, name, *rest]
+        directory = str(memory_file.group_directory(NAME, root))
+        command = [sys.executable, "-m", "tests.engine.group_process", what, directory, *rest]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         if says is not None:
@@ -97,10 +104,10 @@ def start(name: str) -> Iterator[Start]:
 
 
 @pytest.fixture
-def memory(name: str) -> Memory:
+def memory(root: Path) -> Memory:
     """Memory of a group without living members."""
     fingerprint = group_fingerprint(LAYOUT, {})
-    with memory_file.open_locked(name, LAYOUT, fingerprint, patience=60.0) as memory:
+    with memory_file.open_locked(NAME, LAYOUT, fingerprint, 60.0, root) as memory:
         return memory
 
 
@@ -139,8 +146,8 @@ def test_shared_memory_that_cannot_be_written_is_named(joined: Join, small: Call
         joined(root=root)
 
 
-def test_a_directory_that_others_may_read_is_refused(joined: Join, name: str, tmp_path: Path) -> None:
-    directory = memory_file.group_directory(name, tmp_path)
+def test_a_directory_that_others_may_read_is_refused(joined: Join, tmp_path: Path) -> None:
+    directory = memory_file.group_directory(NAME, tmp_path)
     directory.mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="not a directory of this user alone"):
         joined(root=tmp_path)
@@ -161,9 +168,9 @@ def test_too_little_memory_is_reported_with_the_need_and_leaves_nothing(
     assert list(root.iterdir()) == []
 
 
-def test_a_rank_that_is_taken_again_needs_no_second_part(name: str, small: Callable[[int], Path]) -> None:
+def test_a_rank_that_is_taken_again_needs_no_second_part(small: Callable[[int], Path]) -> None:
     root = small((LAYOUT.first_rank_offset + LAYOUT.rank_bytes) // 1024 * 4 // 3)
-    with memory_file.open_locked(name, LAYOUT, {}, 1.0, root) as memory:
+    with memory_file.open_locked(NAME, LAYOUT, {}, 1.0, root) as memory:
         memory.allocate(0)
         memory.pages[LAYOUT.rank_offset(0) : LAYOUT.rank_offset(1)] = bytes(LAYOUT.rank_bytes)
         memory.allocate(0)
@@ -273,14 +280,14 @@ def test_a_rank_is_waited_for_while_its_process_ends(joined: Join, memory: Memor
 
 
 @pytest.fixture
-def memory_of(name: str) -> Iterator[MemoryOf]:
+def memory_of(root: Path) -> Iterator[MemoryOf]:
     """Return a function that opens another mapping of the memory."""
     opened = []
 
     def look(patience: float = 60.0) -> Memory:
-        descriptor = os.open(memory_file.group_directory(name) / FILE, os.O_RDWR)
+        directory = memory_file.group_directory(NAME, root)
+        descriptor = os.open(directory / FILE, os.O_RDWR)
         opened.append(descriptor)
-        directory = memory_file.group_directory(name)
         return Memory(directory, descriptor, layout_of(descriptor, directory), patience)
 
     yield look
@@ -412,24 +419,38 @@ def test_a_pid_that_another_process_has_now_holds_no_rank(memory: Memory, member
 
 
 def test_last_rank_removes_the_group_even_after_unnoticed_deaths(
-    joined: Join, memory: Memory, name: str, start: Start
+    joined: Join, memory: Memory, root: Path, start: Start
 ) -> None:
     group = joined(0)
     dying = start("rank", 1, 60, says="registered")
     dying.kill()
     dying.wait()
     group.close()
-    assert not memory_file.group_directory(name).exists()
+    assert not memory_file.group_directory(NAME, root).exists()
 
 
-def test_removed_member_removes_no_group(joined: Join, name: str, memory: Memory) -> None:
+def test_removed_member_removes_no_group(joined: Join, root: Path, memory: Memory) -> None:
     """The memory may be that of a finished group whose name a new group uses."""
     memory_file.remove(memory)
     group = joined(0)
     memory_file.remove(memory)
     assert group.is_member
-    assert (memory_file.group_directory(name) / FILE).exists()
+    assert (memory_file.group_directory(NAME, root) / FILE).exists()
     assert Path(memory.doorbell(0)).exists()
+
+
+@pytest.mark.parametrize("is_alive", [False, True])
+def test_an_empty_file_is_abandoned_unless_ranks_live(joined: Join, root: Path, is_alive: bool) -> None:
+    """Ranks whose file was removed go on, and one that joins them leaves an empty file."""
+    directory = memory_file.group_directory(NAME, root)
+    if is_alive:
+        joined(0)
+        shutil.rmtree(directory)
+    directory.mkdir(mode=0o700)
+    (directory / FILE).touch()
+    with memory_file.open_locked("another", LAYOUT, {}, 60.0, root) as another:
+        memory_file.remove(another)
+    assert directory.exists() == is_alive
 
 
 # ---- layout

@@ -31,7 +31,7 @@ def seat_of(group: QuietGroup, seat: int) -> RankSnapshot:
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[QuietGroup]:
-    made = QuietGroup("test", tmp_path)
+    made = QuietGroup("test", root=tmp_path)
     yield made
     made.close()
 
@@ -146,9 +146,8 @@ def test_a_damaged_header_is_one_line(group: QuietGroup, field: str, number: int
 
 def test_snapshot_allocates_no_memory_and_takes_no_lock() -> None:
     # In /dev/shm, as only there an access may allocate pages.
-    group = QuietGroup(f"test-{os.getpid()}")
+    group = QuietGroup(f"test-{os.getpid()}", 0)
     try:
-        group.join(0)
         file = group.memory.directory / FILE
         before = file.stat().st_blocks
         with group.memory.locked():
