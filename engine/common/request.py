@@ -38,6 +38,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     #: The same for the tokens of the prompt except the first.
     prompt_logprobs: int | None = None
+    #: Grammar of the text, in llguidance's notation (grammar/texts.py); None: any text.
+    grammar: str | None = None
 
 
 class FinishReason(enum.StrEnum):
