@@ -154,7 +154,8 @@ class EngineCore:
                 compiled.result()
                 self._scheduler.add(sequence)
             except FastDeployError as error:
-                self._refusals.append(_error(sequence.request_id, str(error)))
+                is_refused = isinstance(error, RequestError)
+                self._refusals.append(_error(sequence.request_id, str(error), is_refused=is_refused))
 
     def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:
         sampler = self._sampler
@@ -179,7 +180,7 @@ class EngineCore:
                 outputs.append(_output(sequence, one, reason))
             else:
                 self._scheduler.abort([sequence.request_id])
-                outputs.append(_error(sequence.request_id, one.error))
+                outputs.append(_error(sequence.request_id, one.error, is_refused=True))
         return outputs
 
     def _fail(self, batch: Batch, error: Exception) -> list[TokenOutput]:
@@ -227,5 +228,5 @@ def _output(sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -
     )
 
 
-def _error(request_id: str, message: str) -> TokenOutput:
-    return TokenOutput(request_id, [], FinishReason.ERROR, message=message)
+def _error(request_id: str, message: str, *, is_refused: bool = False) -> TokenOutput:
+    return TokenOutput(request_id, [], FinishReason.ERROR, message=message, is_refused=is_refused)

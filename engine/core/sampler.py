@@ -1,8 +1,8 @@
 """Samples tokens from logits.
 
 The order is that of vLLM: bias, repetition penalty, frequency and presence penalty, masks (grammar, allowed
-ids, bad words, stop tokens until `min_tokens`), then (unless greedy) temperature, min_p, top_k, top_p, and one draw.
-One operation does all this for the whole batch (custom_ops/include/sample.h); this module prepares its
+ids, bad words, stop tokens until `min_tokens`), then (unless greedy) temperature, min_p, top_k, top_p, and a
+draw. One operation does all this for the whole batch (custom_ops/include/sample.h); this module prepares its
 arguments and reads its results, on any device.
 
 Rows are independent, and their random numbers depend only on seed, choice and position. A text therefore does
