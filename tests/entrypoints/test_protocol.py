@@ -86,11 +86,6 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("request_id", ["a"]),
     ("tools", [{"type": "function"}]),
     ("tool_choice", "required"),
-    ("response_format", {"type": "json_object"}),
-    ("guided_json", {}),
-    ("guided_regex", "a+"),
-    ("logit_bias", {"5": 1}),
-    ("bad_words", ["no"]),
     ("suffix", "end"),
     ("prompt_logprobs", 1),
 ]
@@ -449,9 +444,9 @@ def refusal_of(parse: Callable[[], object]) -> RequestError | None:
             "model reads text only",
         ),
         (
-            {"guided_regex": "a+"},
+            {"stop_regex": "a+"},
             UNSUPPORTED,
-            "guided_regex is not supported: this server does not constrain its output; leave it out",
+            "stop_regex is not supported: stop takes strings only; leave it out or send []",
         ),
         (
             {"tool_choice": "required"},
@@ -509,7 +504,7 @@ def test_metadata_that_is_no_text_counts_as_fields() -> None:
     metadata = {"min_tokens": 3, "temperature": 0.5, "seed": "4", "note": 7}
     request = chat(metadata=metadata, temperature=0.7)
     assert (request.min_tokens, request.temperature, request.seed) == (3, 0.7, None)
-    for fields, param in (({"top_p": 2}, "top_p"), ({"logit_bias": {"1": 2}}, "logit_bias")):
+    for fields, param in (({"top_p": 2}, "top_p"), ({"stop_regex": ["a"]}, "stop_regex")):
         with pytest.raises(RequestError) as caught:
             chat(metadata=fields)
         assert caught.value.param == param
