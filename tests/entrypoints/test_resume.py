@@ -173,6 +173,8 @@ def text_of(whole: Stream) -> str:
         {"max_tokens": 8, "n": 3, "temperature": 1.5, "top_k": 50, "seed": -5},
         {"max_tokens": 9, "stream_options": None},
         {"max_tokens": 9, "request_id": "mine"},
+        {"max_tokens": 40, "n": 2, "guided_json": {"items": {"type": "integer"}, "minItems": 3}},
+        {"max_tokens": 12, "bad_words": ["1"], "logit_bias": {"50": 3}, "guided_regex": "[a-z0-9]*"},
         {"max_tokens": 9, "n": 2, "stop": ["e", "th"], "stream_options": {"continuous_usage_stats": True}},
     ],
     ids=lambda request: " ".join(request),

@@ -19,10 +19,16 @@ from ..entrypoints.conftest import ApiServer
 from .conftest import RouterProcess
 from .fake_engine import wait_until
 
+_LONG_JSON = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    "minItems": 90,
+}
 BODIES = [
     ("/v1/completions", {"prompt": "a b", "n": 2, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"prompt": "c", "logprobs": 2, "temperature": 1.5}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "temperature": 1.2}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "y"}], "guided_json": _LONG_JSON}),
 ]
 
 
@@ -95,7 +101,7 @@ def test_streams_continue_however_a_replica_ends(
     for seed, (how, end) in enumerate([*ENDS.items()][:count]):
         undisturbed = [stream(router, *body, seed, queue.SimpleQueue()) for body in BODIES]
         begun: queue.SimpleQueue[str] = queue.SimpleQueue()
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        with concurrent.futures.ThreadPoolExecutor(2 * len(BODIES)) as pool:
             streams = [pool.submit(stream, router, *body, seed, begun) for body in 2 * BODIES]
             end(replicas[begun.get(timeout=60)])
             assert [stream.result() for stream in streams] == 2 * undisturbed, how
