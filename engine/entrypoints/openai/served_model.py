@@ -16,6 +16,7 @@ from ..metrics import ReplicaMetrics
 from ..registration import Identity
 from .engine_client import EngineClient, EngineState
 from .errors import ApiError
+from .open_requests import OpenRequests
 from .options import ServeConfig
 from .protocol import SamplingDefaults
 from .validation import WRONG_VALUE
@@ -37,6 +38,7 @@ class ServedModel:
         self.defaults = SamplingDefaults.from_directory(directory)
         self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready, config.engine.max_num_seqs)
         self.created = int(time.time())
+        self.open_requests = OpenRequests()
         #: True once the process is stopping: open requests continue, new ones are refused.
         self.draining = False
         self._changed = threading.Condition()
