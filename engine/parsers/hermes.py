@@ -32,10 +32,8 @@ class Hermes(ToolFormat):
 
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str:
         more = ' ("\\n" call)*' if several else ""
-        return (
-            f'calls: call{more}\ncall: {notation.marker(_BEGIN)} "\\n" object "\\n" {notation.marker(_END)}\n'
-            + object_rules(tools)
-        )
+        call = f'{notation.marker(_BEGIN)} "\\n" object "\\n" {notation.marker(_END)}'
+        return f"calls: call{more}\ncall: {call}\n" + object_rules(tools, notation)
 
 
 class HermesParser(JsonCallParser):
