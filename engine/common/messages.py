@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 # ---- API process -> worker

@@ -83,6 +83,21 @@ class Tokenizer:
         """Ids are 0 .. vocab_size - 1. The network's vocabulary may be larger; its extra ids add no text."""
         return len(self._vocabulary.pieces)
 
+    @property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each id."""
+        return self._vocabulary.pieces
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are not part of the visible text."""
+        return self._vocabulary.special_ids
+
+    @property
+    def strips_first_space(self) -> bool:
+        """True if encoding adds a space before a text, and decoding removes it."""
+        return self._vocabulary.strips_first_space
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of a text. Special tokens spelled out in it become their ids."""
         try:
