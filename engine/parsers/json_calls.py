@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from .json_scan import JsonScan
+from .json_text import json_text, without_surrogates
 from .parts import Call
 from .tool_parser import MAX_NAME_LENGTH, ToolParser
 
@@ -73,7 +74,7 @@ class JsonCallParser(ToolParser):
         if string is not None:
             # Some models write the arguments as a string of JSON.
             try:
-                self._add_arguments(json.loads(string[0], strict=False))
+                self._add_arguments(without_surrogates(json.loads(string[0], strict=False)))
             except ValueError:
                 self._add_arguments(string[0])
             return self._go(string.end(), self._after_arguments)
@@ -100,18 +101,18 @@ class JsonCallParser(ToolParser):
     def _call_of(self, text: str) -> Call | None:
         try:
             value = json.loads(text, strict=False)
+            name = value.get("name") if isinstance(value, dict) else None
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH or not name.isprintable():
+                return None
+            key = next((key for key in ("arguments", "parameters") if key in value), None)
+            if key is None:
+                return None if self.needs_arguments else Call(name, "{}")
+            return Call(name, _as_text(value[key]))
         except (ValueError, RecursionError):
             return None
-        name = value.get("name") if isinstance(value, dict) else None
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_LENGTH:
-            return None
-        key = next((key for key in ("arguments", "parameters") if key in value), None)
-        if key is None:
-            return None if self.needs_arguments else Call(name, "{}")
-        return Call(name, _as_text(value[key]))
 
 
 def _as_text(arguments: Any) -> str:
     if isinstance(arguments, str):
-        return arguments
-    return json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+        return without_surrogates(arguments)
+    return json_text({} if arguments is None else arguments)

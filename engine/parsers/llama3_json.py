@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from .json_calls import JsonCallParser
 from .parts import Call
-from .tool_format import Notation, Tool, ToolFormat, json_call, object_rules
+from .tool_format import SHARED_KEYS, Notation, Tool, ToolFormat, json_call
 from .tool_parser import may_begin
 
 _TAG = "<|python_tag|>"
@@ -31,7 +32,25 @@ class Llama3Json(ToolFormat):
 
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str:
         more = ' ("; " object)*' if several else ""
-        return f"calls: object{more}\n" + object_rules(tools, notation, "parameters")
+        lines = [
+            f"calls: object{more}",
+            "object: " + " | ".join(f"object_{number}" for number in range(len(tools))),
+        ]
+        for number, tool in enumerate(tools):
+            # As a schema, because a content may be JSON too.
+            lines.append(f"object_{number}: {notation.json(_schema(tool))}")
+        return "\n".join(lines)
+
+
+def _schema(tool: Tool) -> dict[str, Any]:
+    """Return the schema of a call as an object."""
+    shared = {key: tool.parameters[key] for key in SHARED_KEYS if key in tool.parameters}
+    return shared | {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, "parameters": tool.parameters},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
 
 
 class Llama3JsonParser(JsonCallParser):

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .json_text import json_text, without_surrogates
 from .parts import Call
-from .tool_format import Notation, Tool, ToolFormat
+from .tool_format import SHARED_KEYS, Notation, Tool, ToolFormat
 from .tool_parser import MAX_NAME_LENGTH, ToolParser
 
 _HEAD = re.compile(r"\s*\[\s*(?=[A-Za-z_][\w.]*\()")
@@ -113,7 +114,7 @@ class PythonicParser(ToolParser):
 def _call_rules(rule: str, tool: Tool, notation: Notation) -> list[str]:
     """Return Lark rules for a call: required arguments, then optional ones, in the order of the schema."""
     properties, required = tool.parameters.get("properties") or {}, tool.parameters.get("required") or ()
-    shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+    shared = {key: tool.parameters[key] for key in SHARED_KEYS if key in tool.parameters}
     names = sorted(properties, key=lambda name: name not in required)
     lines = []
     for number, name in enumerate(names):
@@ -138,7 +139,7 @@ def _call_of(text: str) -> Call | None:
         if not isinstance(tree, ast.Call) or tree.args:
             return None
         arguments = {_key(each): _value(each.value) for each in tree.keywords}
-        return Call(ast.unparse(tree.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        return Call(ast.unparse(tree.func), json_text(arguments))
     # The compiler has many ways to refuse a text.
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
@@ -159,7 +160,9 @@ def _value(node: ast.expr) -> Any:
             return {_text_key(key): _value(value) for key, value in zip(keys, values, strict=True)}
         case ast.List(elts=items) | ast.Tuple(elts=items):
             return [_value(item) for item in items]
-        case ast.Constant(value=str() | bool() | int() | float() | None as value):
+        case ast.Constant(value=str(text)):
+            return without_surrogates(text)
+        case ast.Constant(value=bool() | int() | float() | None as value):
             return value
         case _:
             return ast.literal_eval(node)
@@ -178,4 +181,4 @@ def _rendered(call: Call) -> str:
     except ValueError:
         arguments = {}
     items = arguments.items() if isinstance(arguments, dict) else ()
-    return f"{call.name}({', '.join(f'{key}={value!r}' for key, value in items)})"
+    return f"{call.name}({', '.join(f'{key}={json_text(value)}' for key, value in items)})"

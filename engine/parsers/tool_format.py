@@ -32,6 +32,10 @@ class Tool:
     parameters: dict[str, Any]
 
 
+#: Keys of a schema to which the other ones refer.
+SHARED_KEYS = ("$defs", "definitions")
+
+
 class Notation(Protocol):
     """Terms of Lark."""
 
@@ -84,11 +88,11 @@ def json_call(call: Call, arguments_key: str = "arguments") -> str:
     return f'{{"name": {_json(call.name)}, "{arguments_key}": {call.arguments or "{}"}}}'
 
 
-def object_rules(tools: Sequence[Tool], notation: Notation, arguments_key: str = "arguments") -> str:
+def object_rules(tools: Sequence[Tool], notation: Notation) -> str:
     """Return Lark rules for the JSON object of one call, the first of them named `object`."""
     lines = ["object: " + " | ".join(f"object_{number}" for number in range(len(tools)))]
     for number, tool in enumerate(tools):
-        begin = notation.text(f'{{"name": {_json(tool.name)}, "{arguments_key}": ')
+        begin = notation.text(f'{{"name": {_json(tool.name)}, "arguments": ')
         lines.append(f"object_{number}: {begin} arguments_{number} {notation.text('}')}")
         lines.append(f"arguments_{number}: {notation.json(tool.parameters)}")
     return "\n".join(lines)

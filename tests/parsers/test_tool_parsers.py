@@ -111,6 +111,15 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
         ("hermes", '<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}', "", [("f", '{"a": 1}')]),
+        # Half of a surrogate pair is no character.
+        (
+            "hermes",
+            r'<tool_call>{"arguments": {"a": "\ud83d"}, "name": "f"}</tool_call>',
+            "",
+            [("f", r'{"a": "\ud83d"}')],
+        ),
+        ("hermes", r'<tool_call>{"name": "\ud83d"}</tool_call>', r'<tool_call>{"name": "\ud83d"}</tool_call>', []),
+        ("pythonic", r"[f(a='\ud83d\ude00 \ud83d')]", "", [("f", '{"a": "😀 �"}')]),
         # A bracket is missing.
         (
             "hermes",

@@ -48,7 +48,8 @@ def output_grammar(
         rules = ["output: @content"]
     else:
         # A special token is no text for a grammar, but the parsers may wait for it.
-        markers = "".join(f" | <[{token_id}]>" for token_id in sorted(shown_ids(served, request)))
+        ids = shown_ids(served, request) - {tokenizer.token_id(BEGIN), tokenizer.token_id(END)}
+        markers = "".join(f" | <[{token_id}]>" for token_id in sorted(ids))
         rules = [f"output: (PLAIN{markers})*", _plain(BEGIN, END)]
     if splitter is not None:
         rules += _reasoning(tokenizer, budget, is_inside=splitter.has_reasoning)
