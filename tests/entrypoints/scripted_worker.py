@@ -123,7 +123,10 @@ def main(script: str) -> None:
         return
     if script == "loads for ever":
         time.sleep(600)
-    send(Ready(num_blocks=8, block_size=64, max_model_len=512))
+    if script.startswith("writes "):
+        send(Ready(num_blocks=64, block_size=64, max_model_len=4096))
+    else:
+        send(Ready(num_blocks=8, block_size=64, max_model_len=512))
     if script == "is a rank":
         step(stats=msgspec.structs.replace(STATS, expert_parallel=GROUP))
     serve(script)

@@ -118,7 +118,12 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
             "",
             [("f", r'{"a": "\ud83d"}')],
         ),
-        ("hermes", r'<tool_call>{"name": "\ud83d"}</tool_call>', r'<tool_call>{"name": "\ud83d"}</tool_call>', []),
+        (
+            "hermes",
+            r'<tool_call>{"name": "\ud83d"}</tool_call>',
+            r'<tool_call>{"name": "\ud83d"}</tool_call>',
+            [],
+        ),
         ("pythonic", r"[f(a='\ud83d\ude00 \ud83d')]", "", [("f", '{"a": "😀 �"}')]),
         # A bracket is missing.
         (
