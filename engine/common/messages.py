@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 # ---- API process -> worker
@@ -99,6 +99,8 @@ class TokenOutput(msgspec.Struct, frozen=True):
     num_cached: int = 0
     #: The reason if finish_reason is ERROR.
     message: str | None = None
+    #: True if the reason lies in the request.
+    is_refused: bool = False
 
 
 class ExpertParallelStats(msgspec.Struct, frozen=True):

@@ -20,6 +20,8 @@ from .vocabulary import MAX_TOKEN_ID, HuggingFaceVocabulary, SentencePieceVocabu
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FURTHER_TOKENS = "additional_special_tokens"
+#: Texts that seldom share a token with what follows.
+_TEXTS_BEFORE = ("\n", ",", "a")
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
 
 
@@ -78,6 +80,21 @@ class Tokenizer:
         """Ids are 0 .. vocab_size - 1. The network's vocabulary may be larger; its extra ids add no text."""
         return len(self._vocabulary.pieces)
 
+    @property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each id."""
+        return self._vocabulary.pieces
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are not part of the visible text."""
+        return self._vocabulary.special_ids
+
+    @property
+    def strips_first_space(self) -> bool:
+        """True if encoding adds a space before a text, and decoding removes it."""
+        return self._vocabulary.strips_first_space
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of a text. Special tokens spelled out in it become their ids."""
         try:
@@ -87,6 +104,20 @@ class Tokenizer:
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}), which is not a character"
             ) from None
         return self._vocabulary.encode(text, add_special_tokens)
+
+    def encode_inside(self, text: str) -> list[int] | None:
+        """Return the ids of a text inside of a longer one, without the space that encoding adds before one.
+
+        None if the tokenizer changes the text, or reads a special token in it.
+        """
+        for before in _TEXTS_BEFORE if self.strips_first_space else ("",):
+            start = self.encode(before)
+            ids = self.encode(before + text)
+            inside = ids[len(start) :]
+            is_same = b"".join(map(self.token_bytes, inside)) == text.encode()
+            if ids[: len(start)] == start and is_same and self.special_ids.isdisjoint(inside):
+                return inside
+        return None
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ids. Bytes that are not UTF-8, e.g. half a character, become U+FFFD."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
+from .constraint_bodies import ConstraintBody
 from .unsupported import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOKENIZE_FIELDS
 from .validation import Body, Refused
 
@@ -110,7 +111,7 @@ class StreamOptions(Body, frozen=True, kw_only=True):
     continuous_usage_stats: Annotated[bool | None, Meta(description="Usage so far in each event.")] = None
 
 
-class GenerationBody(Body, frozen=True, kw_only=True):
+class GenerationBody(ConstraintBody, frozen=True, kw_only=True):
     """Fields of both endpoints."""
 
     model: Name | None = None

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from ...common.errors import FastDeployError
+from ...common.errors import FastDeployError, RequestError
 from ...common.messages import Logprobs, TokenOutput
 from ...common.request import FinishReason
 from ...common.resumption import Resumption
@@ -115,6 +115,7 @@ class Generation:
 
         Raises:
             GenerationFailed: the engine gave up on a sequence.
+            RequestError: the engine refuses a sequence, or its constraints leave no token.
             ReplicaUnavailable: the engine has failed or is being stopped.
             ClientGone: the client has disconnected.
         """
@@ -210,6 +211,8 @@ class Generation:
                 metrics.generation_length.observe(output.num_tokens)
 
     def _push(self, index: int, output: TokenOutput) -> Delta:
+        if output.is_refused:
+            raise RequestError(output.message or "the engine refuses this request")
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise GenerationFailed(output.message or "the engine gave up on this request")
         choice = self._outputs[index]

@@ -76,6 +76,8 @@ class ServeConfig:
     cors: CorsPolicy = field(default_factory=CorsPolicy)
     #: Replaces the checkpoint's template.
     chat_template: str | None = None
+    #: "off": no structured output. Each other value means the only engine for it.
+    guided_decoding_backend: str = "auto"
 
     @property
     def threads(self) -> int:

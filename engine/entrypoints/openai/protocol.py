@@ -15,6 +15,7 @@ from ...common.errors import ConfigError, RequestError
 from ...common.request import SamplingParams
 from ...common.text_files import read_object
 from .bodies import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody, GenerationConfig
+from .constraints import read_constraints
 from .prompts import read_messages, read_prompts, template_arguments
 from .validation import MISSING, WRONG_VALUE, validated
 
@@ -87,6 +88,14 @@ class GenerationRequest(ABC):
     #: None: a prompt that is too long is an error; -1: keep what fits.
     truncate_prompt_tokens: int | None
     truncation_side: str
+    #: Of the output, as grammar/texts.py makes them; None: any text.
+    grammar: str | None
+    #: The field that asks for it.
+    grammar_field: str | None
+    logit_bias: tuple[tuple[int, float], ...]
+    bad_words: tuple[str, ...]
+    bad_words_token_ids: tuple[tuple[int, ...], ...]
+    allowed_token_ids: tuple[int, ...]
 
     @property
     @abstractmethod
@@ -287,6 +296,7 @@ def _common(
         "add_special_tokens": body.add_special_tokens,
         "truncate_prompt_tokens": body.truncate_prompt_tokens,
         "truncation_side": body.truncation_side or "left",
+        **read_constraints(body),
     }
 
 

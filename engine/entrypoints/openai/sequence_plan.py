@@ -14,6 +14,7 @@ from .errors import ApiError
 from .output import ChoiceOutput, Delta, ReplayMismatch
 from .protocol import GenerationRequest
 from .served_model import ServedModel
+from .token_constraints import token_constraints
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,13 @@ def plan_sequences(
 
     Raises:
         ApiError: a prompt is empty, has unknown token ids or is too long, or `resumption` does not fit.
+        RequestError: see `token_constraints`.
     """
     started = {} if resumption is None else resumption.choices
     count = len(prompts) * request.n
     if started and max(started) >= count:
         raise _not_resumable(f"it has no choice {max(started)}")
+    constraints = token_constraints(served, request)
     choices = []
     for index in range(count):
         prompt = prompts[index // request.n]
@@ -60,6 +63,8 @@ def plan_sequences(
             choice=index,
             eos_token_ids=served.tokenizer.eos_token_ids,
         )
+        if constraints:
+            params = msgspec.structs.replace(params, **constraints)
         output = ChoiceOutput(
             served.tokenizer.detokenizer(request.skip_special_tokens, continues=request.continues_prompt),
             stop=request.stop,

@@ -7,10 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
+
+from llguidance import LLTokenizer
 
 from ...common.errors import ReplicaUnavailable
 from ...config import ModelConfig
+from ...grammar.vocabulary import grammar_vocabulary
 from ...tokenizer.tokenizer import Tokenizer
 from ..metrics import ReplicaMetrics
 from ..registration import Identity
@@ -41,6 +45,11 @@ class ServedModel:
         self.draining = False
         self._changed = threading.Condition()
         self._in_flight = 0
+
+    @cached_property
+    def grammar_vocabulary(self) -> LLTokenizer:
+        """The vocabulary for grammars that name special tokens."""
+        return grammar_vocabulary(self.tokenizer, self.model.vocab_size)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

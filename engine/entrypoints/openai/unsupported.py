@@ -15,9 +15,7 @@ _ANY_FLAG = (False, True, 0, 1)
 _EMPTY: tuple[Any, ...] = ([], {}, "", False, 0)
 
 _NO_TOOLS = "this server does not parse tool calls"
-_NO_GRAMMAR = "this server does not constrain its output"
 _NO_LOGPROBS = "this server has no such log probabilities"
-_NO_BIAS = "this server does not change the probabilities of single tokens"
 _NO_THINKING = "this server does not separate reasoning from the response"
 _NO_PLUGINS = "this server has no custom sampling code"
 _NO_LIMIT = "this server does not look for repetitions"
@@ -47,24 +45,7 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "parallel_tool_calls": Refused(_NO_TOOLS, _ANY_FLAG),
     "functions": Refused(_NO_TOOLS, ([],)),
     "function_call": Refused(_NO_TOOLS, ("none", "auto")),
-    # Constrained output.
-    "response_format": Refused(_NO_GRAMMAR, ({"type": "text"}, {})),
-    "structured_outputs": Refused(_NO_GRAMMAR, ({},)),
-    "guided_json": Refused(_NO_GRAMMAR),
-    "guided_json_object": Refused(_NO_GRAMMAR, _FALSE),
-    "guided_regex": Refused(_NO_GRAMMAR),
-    "guided_choice": Refused(_NO_GRAMMAR),
-    "guided_grammar": Refused(_NO_GRAMMAR),
-    "guided_whitespace_pattern": Refused(_NO_GRAMMAR),
-    "structural_tag": Refused(_NO_GRAMMAR),
-    "json_schema": Refused(_NO_GRAMMAR),
-    "regex": Refused(_NO_GRAMMAR),
-    "ebnf": Refused(_NO_GRAMMAR),
     # Sampling.
-    "logit_bias": Refused(_NO_BIAS, ({},)),
-    "bad_words": Refused(_NO_BIAS, ([],)),
-    "bad_words_token_ids": Refused(_NO_BIAS, ([],)),
-    "allowed_token_ids": Refused(_NO_BIAS),
     "logits_processors": Refused(_NO_PLUGINS, ([],)),
     "logits_processors_args": Refused(_NO_PLUGINS, ({},)),
     "custom_logit_processor": Refused(_NO_PLUGINS, ([],)),
