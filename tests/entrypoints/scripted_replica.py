@@ -23,11 +23,15 @@ SCRIPTED = Path(__file__).with_name("scripted_worker.py")
 
 
 @contextmanager
-def served_by(script: str) -> Iterator[tuple[ServedModel, int]]:
-    """Yield the replica and the port of its API."""
+def served_by(script: str, **settings: Any) -> Iterator[tuple[ServedModel, int]]:
+    """Yield the replica and the port of its API.
+
+    Args:
+        settings: further fields of its `ServeConfig`.
+    """
     config = EngineConfig(model=TINY)
     engine = EngineClient(config, 0, print, [sys.executable, str(SCRIPTED), script])
-    served = ServedModel(ServeConfig(config, "tiny"), engine)
+    served = ServedModel(ServeConfig(config, "tiny", **settings), engine)
     app = create_app(served)
 
     def named_as_by_gunicorn(environ: dict[str, Any], start_response: Any) -> Any:

@@ -9,6 +9,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 #: Present only if the request asks for it.
 Ids = list[int] | UnsetType
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Answer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +35,10 @@ class PromptTokensDetails(Answer, frozen=True, kw_only=True):
     cached_tokens: Annotated[int, Meta(ge=0, description="Tokens taken from the prefix cache.")]
 
 
+class CompletionTokensDetails(Answer, frozen=True, kw_only=True):
+    reasoning_tokens: Annotated[int, Meta(ge=0, description="Tokens up to the end of the reasoning.")]
+
+
 class Usage(Answer, frozen=True, kw_only=True):
     """Numbers of tokens."""
 
@@ -41,6 +46,7 @@ class Usage(Answer, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TokenLogprob(Answer, frozen=True, kw_only=True):
@@ -58,9 +64,24 @@ class ChatLogprobs(Answer, frozen=True, kw_only=True):
     refusal: None
 
 
+class CalledFunction(Answer, frozen=True, kw_only=True):
+    name: str
+    arguments: Annotated[str, Meta(description="JSON as the model wrote it, which may be invalid.")]
+
+
+class AnsweredCall(Answer, frozen=True, kw_only=True):
+    """A tool call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Meta(description="null if there are only tool calls.")]
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AnsweredCall] | UnsetType = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
 
@@ -69,7 +90,7 @@ class ChatChoice(Answer, frozen=True, kw_only=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(Answer, frozen=True, kw_only=True):
@@ -83,9 +104,25 @@ class ChatCompletion(Answer, frozen=True, kw_only=True):
     usage: Usage
 
 
+class CalledFunctionDelta(Answer, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class CallDelta(Answer, frozen=True, kw_only=True):
+    """More of a tool call. The first delta has id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledFunctionDelta
+
+
 class ChatDelta(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
 
@@ -94,7 +131,7 @@ class ChatChunkChoice(Answer, frozen=True, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(Answer, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from ...common.errors import ConfigError
 from ...common.text_files import read_text
 from ...config import GPU_DEFAULTS, EngineConfig
 from ...demo_model.model import resolve_model_path
+from ...parsers.formats import reasoning_format, reasoning_format_names, tool_format, tool_format_names
 from ..registration import router_url
 
 _log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _WITHOUT_EFFECT = (
     "max-num-partial-prefills", "max-long-partial-prefills", "long-prefill-token-threshold",
     "scheduler-name", "scheduler-host", "scheduler-port", "scheduler-db", "scheduler-password",
     "scheduler-topic", "scheduler-ttl", "scheduler-min-load-score", "scheduler-load-shards-num",
-    "load-choices", "reasoning-parser", "tool-call-parser", "tool-parser-plugin",
+    "load-choices",
     "guided-decoding-backend", "guided-decoding-disable-any-whitespace", "enable-logprob",
     "max-logprobs", "eplb-config", "use-internode-ll-two-stage",
     "disable-sequence-parallel-moe", "use-cudagraph", "graph-optimization-config",
@@ -78,6 +79,11 @@ class ServeConfig:
     chat_template: str | None = None
     #: "off": no structured output. Each other value means the only engine for it.
     guided_decoding_backend: str = "auto"
+    #: Names of formats (parsers/formats.py).
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    #: Python file with further formats of tool calls.
+    tool_parser_plugin: Path | None = None
 
     @property
     def threads(self) -> int:
@@ -141,6 +147,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         router=None if arguments.router is None else router_url(arguments.router),
         cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         chat_template=_chat_template(arguments.chat_template),
+        **_parsers(arguments),
     )
 
 
@@ -180,6 +187,22 @@ def _parser() -> argparse.ArgumentParser:
         "this machine; *: all; empty: none (default %(default)s)",
     )
     serve.add_argument("--chat-template", help="file or text of a chat template that replaces the model's")
+    serve.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes tool calls: " + ", ".join(tool_format_names()),
+    )
+    serve.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="how the model writes its reasoning: " + ", ".join(reasoning_format_names()),
+    )
+    serve.add_argument(
+        "--tool-parser-plugin",
+        type=Path,
+        metavar="FILE",
+        help="Python file with further names for --tool-call-parser",
+    )
     serve.add_argument(
         "--max-concurrency", type=int, help="requests beyond this limit get 429 (default %(default)s)"
     )
@@ -345,6 +368,22 @@ def _api_keys(flags: list[str] | None, file: Path | None) -> ApiKeys:
         if not keys:
             raise ConfigError("--api-key is empty; omit it to require no key")
     return ApiKeys(keys if file is None else keys + keys_in("--api-keys-file", file))
+
+
+def _parsers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields for parsers; their names are valid unless a plugin has to add them."""
+    plugin, tools, reasoning = (
+        arguments.tool_parser_plugin,
+        arguments.tool_call_parser or None,
+        arguments.reasoning_parser or None,
+    )
+    if plugin is not None and not plugin.is_file():
+        raise ConfigError(f"--tool-parser-plugin is {str(plugin)!r}; there is no such file")
+    if tools is not None and plugin is None:
+        tool_format(tools)
+    if reasoning is not None:
+        reasoning_format(reasoning)
+    return {"tool_call_parser": tools, "reasoning_parser": reasoning, "tool_parser_plugin": plugin}
 
 
 def _chat_template(text: str | None) -> str | None:

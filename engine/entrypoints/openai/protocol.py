@@ -17,6 +17,7 @@ from ...common.text_files import read_object
 from .bodies import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody, GenerationConfig
 from .constraints import read_constraints
 from .prompts import read_messages, read_prompts, template_arguments
+from .tool_fields import ToolUse, read_tools
 from .validation import MISSING, WRONG_VALUE, validated
 
 _T = TypeVar("_T")
@@ -150,6 +151,15 @@ class GenerationRequest(ABC):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ReasoningBudget:
+    """Limit of the tokens of the reasoning."""
+
+    #: Name in the request.
+    field: str
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     id_prefix = "chatcmpl"
@@ -162,6 +172,12 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any]
     disable_chat_template: bool
     continue_final_message: bool
+    #: None: the model does not call tools.
+    tool_use: ToolUse | None
+    include_reasoning: bool
+    separate_reasoning: bool
+    stream_reasoning: bool
+    reasoning_budget: ReasoningBudget | None
 
     @property
     def prompt_field(self) -> str:
@@ -191,6 +207,11 @@ class ChatRequest(GenerationRequest):
             chat_template_kwargs=template_arguments(body, messages),
             disable_chat_template=body.disable_chat_template or False,
             continue_final_message=body.continue_final_message or False,
+            tool_use=read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+            include_reasoning=body.include_reasoning is not False,
+            separate_reasoning=body.separate_reasoning is not False,
+            stream_reasoning=body.stream_reasoning is not False,
+            reasoning_budget=_reasoning_budget(body),
             logprobs=max(body.top_logprobs or 0, 0) if body.logprobs else None,
             **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )
@@ -235,6 +256,14 @@ class CompletionRequest(GenerationRequest):
             logprobs=None if body.logprobs is None or body.logprobs < 0 else body.logprobs,
             **common,
         )
+
+
+def _reasoning_budget(body: ChatBody) -> ReasoningBudget | None:
+    for field in ("reasoning_max_tokens", "thinking_token_budget"):
+        tokens: int | None = getattr(body, field)
+        if tokens is not None and tokens >= 0:
+            return ReasoningBudget(field, tokens)
+    return None
 
 
 def _with_metadata(values: dict[str, Any]) -> dict[str, Any]:

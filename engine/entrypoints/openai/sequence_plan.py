@@ -12,6 +12,8 @@ from ...common.request import SamplingParams
 from ...common.resumption import Delivered, Resumption
 from .errors import ApiError
 from .output import ChoiceOutput, Delta, ReplayMismatch
+from .output_grammar import output_grammar
+from .output_parsing import shown_ids
 from .protocol import GenerationRequest
 from .served_model import ServedModel
 from .token_constraints import token_constraints
@@ -55,6 +57,10 @@ def plan_sequences(
         raise _not_resumable(f"it has no choice {max(started)}")
     constraints = token_constraints(served, request)
     choices = []
+    shown = shown_ids(served, request)
+    grammar = output_grammar(served, request, prompts[0], constraints.get("grammar"))
+    if grammar is not None:
+        constraints |= {"grammar": grammar, "end_token_ids": served.tokenizer.eos_token_ids}
     for index in range(count):
         prompt = prompts[index // request.n]
         params = request.sampling_params(
@@ -66,7 +72,9 @@ def plan_sequences(
         if constraints:
             params = msgspec.structs.replace(params, **constraints)
         output = ChoiceOutput(
-            served.tokenizer.detokenizer(request.skip_special_tokens, continues=request.continues_prompt),
+            served.tokenizer.detokenizer(
+                request.skip_special_tokens, continues=request.continues_prompt, shown_ids=shown
+            ),
             stop=request.stop,
             include_stop=request.include_stop_str_in_output,
             min_tokens=request.min_tokens,
