@@ -192,6 +192,7 @@ def test_chats(replicas: tuple[Replica, Replica], request_: dict[str, Any]) -> N
         {"max_tokens": 8, "logprobs": 1, "echo": True, "n": 2},
         {"max_tokens": 0, "logprobs": 1, "echo": True, "n": 2},
         {"max_tokens": 8, "logprobs": 1, "echo": True, "stop": ["e", "th"], "stop_token_ids": [5, 6, 7]},
+        {"max_tokens": 14, "logprobs": 1, "return_token_ids": True, "stop_token_ids": list(range(0, 512, 9))},
         {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 5},
         {"prompt": [[40, 41, 42], [43]], "max_tokens": 5, "echo": True},
         {"max_tokens": 14, "repetition_penalty": 1.8, "presence_penalty": 1.5, "frequency_penalty": 1.0},

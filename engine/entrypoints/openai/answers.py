@@ -6,9 +6,13 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-#: Present only if the request asks for it.
-Ids = list[int] | UnsetType
+#: Present in a stream only if the request asks for it; otherwise null.
+Ids = list[int] | UnsetType | None
 FinishReason = Literal["stop", "length"]
+StopReason = Annotated[
+    str | int | UnsetType | None,
+    Meta(description="The stop string or stop token of the request that has ended the choice."),
+]
 
 
 class Answer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +38,10 @@ class PromptTokensDetails(Answer, frozen=True, kw_only=True):
     cached_tokens: Annotated[int, Meta(ge=0, description="Tokens taken from the prefix cache.")]
 
 
+class CompletionTokensDetails(Answer, frozen=True, kw_only=True):
+    reasoning_tokens: int
+
+
 class Usage(Answer, frozen=True, kw_only=True):
     """Numbers of tokens."""
 
@@ -41,6 +49,7 @@ class Usage(Answer, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TokenLogprob(Answer, frozen=True, kw_only=True):
@@ -61,8 +70,11 @@ class ChatLogprobs(Answer, frozen=True, kw_only=True):
 class AssistantMessage(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"]
     content: str
-    prompt_token_ids: Ids = UNSET
-    completion_token_ids: Ids = UNSET
+    refusal: None
+    reasoning_content: str | None
+    tool_calls: None
+    prompt_token_ids: list[int] | None
+    completion_token_ids: list[int] | None
 
 
 class ChatChoice(Answer, frozen=True, kw_only=True):
@@ -70,6 +82,8 @@ class ChatChoice(Answer, frozen=True, kw_only=True):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    stop_reason: StopReason
+    token_ids: list[int] | None
 
 
 class ChatCompletion(Answer, frozen=True, kw_only=True):
@@ -81,11 +95,14 @@ class ChatCompletion(Answer, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None
+    system_fingerprint: None
+    service_tier: None
 
 
 class ChatDelta(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
 
@@ -95,6 +112,8 @@ class ChatChunkChoice(Answer, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: StopReason = UNSET
+    token_ids: Ids = UNSET
 
 
 class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
@@ -106,6 +125,7 @@ class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: Ids = UNSET
 
 
 class CompletionLogprobs(Answer, frozen=True, kw_only=True):
@@ -122,8 +142,10 @@ class CompletionChoice(Answer, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Annotated[FinishReason | None, Meta(description="null within a stream.")]
+    stop_reason: StopReason = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
+    token_ids: Ids = UNSET
 
 
 class Completion(Answer, frozen=True, kw_only=True):

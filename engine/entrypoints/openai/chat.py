@@ -107,6 +107,9 @@ def chat_completion(generation: Generation) -> dict[str, Any]:
         **_head(generation, "chat.completion"),
         "choices": [_choice(generation, index, parts) for index, parts in enumerate(deltas)],
         "usage": generation.usage(),
+        "prompt_token_ids": generation.prompts[0] if generation.request.return_token_ids else None,
+        "system_fingerprint": None,
+        "service_tier": None,
     }
 
 
@@ -123,7 +126,10 @@ def chat_events(generation: Generation) -> Iterator[Event | None]:
         if index not in started:
             started.add(index)
             usage = generation.usage_so_far(index, has_begun=False)
-            yield head | {"choices": [_role(generation, index)]} | usage, generation.mark(index)
+            event = head | {"choices": [_role(generation, index)]} | usage
+            if generation.request.return_token_ids:
+                event["prompt_token_ids"] = generation.prompts[0]
+            yield event, generation.mark(index)
         event = head | {"choices": [_chunk(generation, index, delta)]} | generation.usage_so_far(index)
         yield event, generation.mark(index, delta)
     if generation.request.include_usage:
@@ -140,35 +146,49 @@ def _head(generation: Generation, kind: str) -> dict[str, Any]:
 
 
 def _choice(generation: Generation, index: int, deltas: list[Delta]) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.text for delta in deltas)}
-    if generation.request.return_token_ids:
-        message["prompt_token_ids"] = generation.prompts[0]
-        message["completion_token_ids"] = [i for delta in deltas for i in delta.token_ids]
+    with_ids = generation.request.return_token_ids
+    token_ids = [i for delta in deltas for i in delta.token_ids] if with_ids else None
+    # As in FastDeploy and vLLM, what is absent is null.
+    message = {
+        "role": "assistant",
+        "content": "".join(delta.text for delta in deltas),
+        "refusal": None,
+        "reasoning_content": None,
+        "tool_calls": None,
+        "prompt_token_ids": generation.prompts[0] if with_ids else None,
+        "completion_token_ids": token_ids,
+    }
     return {
         "index": index,
         "message": message,
         "logprobs": _logprobs(generation, [entry for delta in deltas for entry in delta.logprobs]),
         "finish_reason": deltas[-1].finish_reason,
+        "stop_reason": deltas[-1].stop_reason,
+        "token_ids": token_ids,
     }
 
 
 def _role(generation: Generation, index: int) -> dict[str, Any]:
     delta: dict[str, Any] = {"role": "assistant", "content": ""}
     if generation.request.return_token_ids:
-        delta["prompt_token_ids"] = generation.prompts[0]
+        delta |= {"prompt_token_ids": generation.prompts[0], "completion_token_ids": None}
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
 def _chunk(generation: Generation, index: int, delta: Delta) -> dict[str, Any]:
-    body: dict[str, Any] = {"content": delta.text} if delta.text or delta.finish_reason is None else {}
-    if generation.request.return_token_ids:
-        body["completion_token_ids"] = list(delta.token_ids)
-    return {
+    body: dict[str, Any] = {"content": delta.text}
+    choice = {
         "index": index,
         "delta": body,
         "logprobs": _logprobs(generation, delta.logprobs),
         "finish_reason": delta.finish_reason,
     }
+    if generation.request.return_token_ids:
+        body |= {"prompt_token_ids": None, "completion_token_ids": delta.token_ids}
+        choice["token_ids"] = delta.token_ids
+    if delta.finish_reason is not None:
+        choice["stop_reason"] = delta.stop_reason
+    return choice
 
 
 def _logprobs(

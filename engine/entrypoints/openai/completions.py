@@ -141,18 +141,20 @@ def _choice(
     echo = _echo(generation, request, index)
     entries = [entry for delta in deltas for entry in delta.logprobs]
     start = len(_scored_echo(generation, request, index))
-    choice = {
+    with_ids = request.return_token_ids
+    token_ids = [i for delta in deltas for i in delta.token_ids] if with_ids else None
+    return {
         "index": index,
         "text": echo + "".join(delta.text for delta in deltas),
         "logprobs": joined(
             _echoed_logprobs(generation, request, index, echo), _logprobs(generation, entries, start)
         ),
         "finish_reason": deltas[-1].finish_reason,
+        "stop_reason": deltas[-1].stop_reason,
+        "prompt_token_ids": generation.prompts[index // request.n] if with_ids else None,
+        "completion_token_ids": token_ids,
+        "token_ids": token_ids,
     }
-    if request.return_token_ids:
-        choice["prompt_token_ids"] = generation.prompts[index // request.n]
-        choice["completion_token_ids"] = [i for delta in deltas for i in delta.token_ids]
-    return choice
 
 
 def _first_chunk(generation: Generation, request: CompletionRequest, index: int, echo: str) -> dict[str, Any]:
@@ -163,7 +165,10 @@ def _first_chunk(generation: Generation, request: CompletionRequest, index: int,
         "finish_reason": None,
     }
     if request.return_token_ids:
-        choice["prompt_token_ids"] = generation.prompts[index // request.n]
+        choice |= {
+            "prompt_token_ids": generation.prompts[index // request.n],
+            "completion_token_ids": None,
+        }
     return choice
 
 
@@ -177,7 +182,13 @@ def _chunk(
         "finish_reason": delta.finish_reason,
     }
     if request.return_token_ids:
-        choice["completion_token_ids"] = list(delta.token_ids)
+        choice |= {
+            "prompt_token_ids": None,
+            "completion_token_ids": delta.token_ids,
+            "token_ids": delta.token_ids,
+        }
+    if delta.finish_reason is not None:
+        choice["stop_reason"] = delta.stop_reason
     return choice
 
 

@@ -167,6 +167,7 @@ class Generation:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
     def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def _top(tokenizer: Tokenizer, entry: Logprobs) -> dict[str, float]:
     for token_id, value in entry.top:
         # Incomplete characters share one text; keep the most likely token.
         top.setdefault(tokenizer.token_text(token_id), _finite(value))
+    # As in OpenAI's API, the drawn token is one of them in any case.
+    top.setdefault(tokenizer.token_text(entry.token_id), _finite(entry.logprob))
     return top
 
 

@@ -65,7 +65,9 @@ def plan_sequences(
             stop=request.stop,
             include_stop=request.include_stop_str_in_output,
             min_tokens=request.min_tokens,
-            stop_token_logprobs=request.prompt_logprobs is not None,
+            stop_token_ids=request.stop_token_ids,
+            # Ids and log probabilities must correspond one to one.
+            stop_token_logprobs=request.prompt_logprobs is not None or request.return_token_ids,
         )
         sequence = AddRequest(f"{engine_id}-{index}", prompt, params, arrival_time)
         choice = PlannedChoice(output, params, sequence)
