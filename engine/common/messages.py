@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 # ---- API process -> worker
@@ -84,6 +84,8 @@ class Logprobs(msgspec.Struct, frozen=True):
     logprob: float
     #: Most likely tokens first: (token id, logprob).
     top: list[tuple[int, float]]
+    #: Of a prompt's token: its place among all tokens, the most likely first; 1 is the first.
+    rank: int = 0
 
 
 class TokenOutput(msgspec.Struct, frozen=True):

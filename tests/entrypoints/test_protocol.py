@@ -92,7 +92,8 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("logit_bias", {"5": 1}),
     ("bad_words", ["no"]),
     ("suffix", "end"),
-    ("prompt_logprobs", 1),
+    ("prompt_logprobs", -2),
+    ("prompt_logprobs", False),
 ]
 
 
@@ -137,7 +138,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -2}, "top_logprobs"),
         ({"chat_template": 5}, "chat_template"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
@@ -167,7 +168,7 @@ def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(
         ({"prompt": [[1], [2, "a"]]}, "prompt[1][1]"),
         ({"prompt": ["a"] * 300}, "prompt"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -2}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"echo": "x"}, "echo"),
         ({"max_tokens": 0, "min_tokens": 1}, "min_tokens"),
@@ -207,13 +208,20 @@ def test_fields_without_effect_are_accepted(
     [
         ({"echo": True, "logprobs": 2}, 2),
         ({"echo": True, "logprobs": 0}, 0),
-        ({"echo": True, "logprobs": -1}, None),
+        ({"echo": True, "logprobs": -1}, -1),
         ({"echo": True}, None),
         ({"logprobs": 2}, None),
+        ({"prompt_logprobs": 0}, 0),
+        ({"prompt_logprobs": 3, "echo": True, "logprobs": 2}, 3),
+        ({"prompt_logprobs": 1, "echo": True, "logprobs": 2}, 2),
+        ({"prompt_logprobs": 1, "echo": True, "logprobs": -1}, -1),
+        ({"prompt_logprobs": -1, "logprobs": 2}, -1),
     ],
 )
-def test_echo_with_logprobs_asks_for_those_of_the_prompt(fields: dict[str, Any], wanted: int | None) -> None:
-    assert completion(max_tokens=0, **fields).prompt_logprobs == wanted
+def test_prompts_are_scored_for_echo_or_for_their_own_list(
+    fields: dict[str, Any], wanted: int | None
+) -> None:
+    assert completion(max_tokens=0, **fields).scored_logprobs == wanted
 
 
 @pytest.mark.parametrize("parse", [chat, completion])
@@ -298,7 +306,7 @@ def test_all_four_shapes_of_prompts(
 def test_ignore_eos_leaves_the_requests_own_stop_ids() -> None:
     def ends(**fields: Any) -> tuple[int, ...]:
         params = chat(stop_token_ids=[7, 7], **fields).sampling_params(
-            max_tokens=3, seed=0, choice=0, eos_token_ids=(2,)
+            max_tokens=3, seed=0, choice=0, eos_token_ids=(2,), vocab_size=9
         )
         return params.stop_token_ids
 
@@ -587,11 +595,10 @@ def test_the_prefix_of_an_id_is_not_repeated(
     assert parse().response_id(given) == wanted
 
 
-@pytest.mark.parametrize("value", [0, 1, True])
-def test_zero_is_not_false_where_the_number_has_a_meaning(value: int) -> None:
+def test_zero_is_not_false_where_the_number_has_a_meaning() -> None:
+    assert completion(top_logprobs=0).logprobs is None
     with pytest.raises(RequestError):
-        completion(prompt_logprobs=value)
-    assert completion(prompt_logprobs=False).logprobs is None
+        completion(top_logprobs=False)
 
 
 def test_a_checkpoints_generation_config_gives_the_defaults(tmp_path: Path) -> None:

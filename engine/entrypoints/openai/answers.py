@@ -67,6 +67,16 @@ class ChatLogprobs(Answer, frozen=True, kw_only=True):
     refusal: None
 
 
+class PromptLogprob(Answer, frozen=True, kw_only=True):
+    logprob: float
+    rank: Annotated[int, Meta(ge=1, description="1 is the most likely token.")]
+    decoded_token: str
+
+
+#: For each position of the prompt its token and the most likely tokens by id; null for the first one.
+PromptLogprobs = list[dict[str, PromptLogprob] | None] | UnsetType | None
+
+
 class AssistantMessage(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"]
     content: str
@@ -84,6 +94,7 @@ class ChatChoice(Answer, frozen=True, kw_only=True):
     finish_reason: FinishReason
     stop_reason: StopReason
     token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs
 
 
 class ChatCompletion(Answer, frozen=True, kw_only=True):
@@ -96,6 +107,7 @@ class ChatCompletion(Answer, frozen=True, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs
     system_fingerprint: None
     service_tier: None
 
@@ -114,6 +126,7 @@ class ChatChunkChoice(Answer, frozen=True, kw_only=True):
     finish_reason: FinishReason | None
     stop_reason: StopReason = UNSET
     token_ids: Ids = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
@@ -146,6 +159,7 @@ class CompletionChoice(Answer, frozen=True, kw_only=True):
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
     token_ids: Ids = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class Completion(Answer, frozen=True, kw_only=True):

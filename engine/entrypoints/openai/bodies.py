@@ -15,7 +15,6 @@ from .validation import Body, Refused
 MAX_TOKEN = 2**31 - 1
 MAX_CHOICES = 128
 MAX_SEQUENCES = 256
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
@@ -26,8 +25,8 @@ TokenIds = Annotated[list[TokenId], Meta(extra={"expected": "a list of token ids
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 AtLeastOne = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
-#: -1: none.
-Logprobs = Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)]
+#: -1: of the whole vocabulary. --max-logprobs limits it.
+Logprobs = Annotated[int, Meta(ge=-1, le=MAX_TOKEN)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Temperature = Annotated[float, Meta(ge=0.0, le=sys.float_info.max)]
@@ -131,6 +130,12 @@ class GenerationBody(Body, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, Meta(description="Only with stream: true.")] = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[
+        Logprobs | None, Meta(description="Log probabilities of the prompt; 0: only of its own tokens.")
+    ] = None
+    return_tokens_as_token_ids: Annotated[
+        bool | None, Meta(description="Log probabilities name tokens as token_id:ID.")
+    ] = None
     skip_special_tokens: Annotated[
         bool | None, Meta(description="Leave special tokens out of the text. Default: true.")
     ] = None

@@ -12,7 +12,7 @@ from ...common.messages import Logprobs
 from .events import Event
 from .generation import NO_OUTPUT, Generation
 from .keep_alive import KeepAlive
-from .logprobs import chat_logprobs
+from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .output import Delta
 from .protocol import ChatRequest
 from .served_model import ServedModel
@@ -103,10 +103,12 @@ def _template_slot(keep_alive: KeepAlive | None) -> Iterator[None]:
 def chat_completion(generation: Generation) -> dict[str, Any]:
     """Return the complete response."""
     deltas = generation.all_deltas()
+    choices = [_choice(generation, index, parts) for index, parts in enumerate(deltas)]
     return {
         **_head(generation, "chat.completion"),
-        "choices": [_choice(generation, index, parts) for index, parts in enumerate(deltas)],
+        "choices": choices,
         "usage": generation.usage(),
+        "prompt_logprobs": choices[0]["prompt_logprobs"],
         "prompt_token_ids": generation.prompts[0] if generation.request.return_token_ids else None,
         "system_fingerprint": None,
         "service_tier": None,
@@ -165,6 +167,7 @@ def _choice(generation: Generation, index: int, deltas: list[Delta]) -> dict[str
         "finish_reason": deltas[-1].finish_reason,
         "stop_reason": deltas[-1].stop_reason,
         "token_ids": token_ids,
+        "prompt_logprobs": _prompt_logprobs(generation, index),
     }
 
 
@@ -172,7 +175,10 @@ def _role(generation: Generation, index: int) -> dict[str, Any]:
     delta: dict[str, Any] = {"role": "assistant", "content": ""}
     if generation.request.return_token_ids:
         delta |= {"prompt_token_ids": generation.prompts[0], "completion_token_ids": None}
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    if generation.request.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = _prompt_logprobs(generation, index)
+    return choice
 
 
 def _chunk(generation: Generation, index: int, delta: Delta) -> dict[str, Any]:
@@ -196,4 +202,15 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if generation.request.logprobs is None:
         return None
-    return chat_logprobs(generation.served.tokenizer, entries)
+    return chat_logprobs(_names(generation), entries)
+
+
+def _prompt_logprobs(generation: Generation, index: int) -> list[Any] | None:
+    count = generation.request.prompt_logprobs
+    if count is None:
+        return None
+    return prompt_logprobs(_names(generation), generation.prompt_logprobs(index), count)
+
+
+def _names(generation: Generation) -> TokenNames:
+    return TokenNames(generation.served.tokenizer, generation.request.names_token_ids)

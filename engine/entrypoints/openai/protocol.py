@@ -56,6 +56,8 @@ class GenerationRequest(ABC):
 
     #: Prefix of the response's id.
     id_prefix: ClassVar[str]
+    #: Field with the number of most likely tokens.
+    logprobs_field: ClassVar[str]
     model: str | None
     n: int
     max_tokens: int | None
@@ -72,8 +74,12 @@ class GenerationRequest(ABC):
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     include_stop_str_in_output: bool
-    #: None: no log probabilities; 0: of the drawn tokens; n: also of the n most likely tokens.
+    #: None: no log probabilities; 0: of the drawn tokens; n: also of the n most likely tokens; -1: of all.
     logprobs: int | None
+    #: The same for the tokens of the prompt, in a list of their own.
+    prompt_logprobs: int | None
+    #: Log probabilities name a token by its id.
+    names_token_ids: bool
     stream: bool
     #: The stream ends with an event with the usage of the whole request.
     include_usage: bool
@@ -115,12 +121,24 @@ class GenerationRequest(ABC):
         return prompt[:limit] if self.truncation_side == "right" else prompt[len(prompt) - limit :]
 
     @property
-    def prompt_logprobs(self) -> int | None:
-        """Like `logprobs`, for the tokens of the prompt."""
-        return None
+    def echoes_logprobs(self) -> bool:
+        """Return True if the log probabilities of a choice begin with those of its prompt."""
+        return False
+
+    @property
+    def scored_logprobs(self) -> int | None:
+        """Like `logprobs`, for the tokens of the prompt, for whatever reason the engine computes them."""
+        wanted = {self.prompt_logprobs, self.logprobs if self.echoes_logprobs else None} - {None}
+        return -1 if -1 in wanted else max(wanted, default=None)
+
+    @property
+    def requested_logprobs(self) -> dict[str, int]:
+        """Return the requested numbers of most likely tokens by field."""
+        fields = {self.logprobs_field: self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+        return {name: number for name, number in fields.items() if number is not None}
 
     def sampling_params(
-        self, *, max_tokens: int, seed: int, choice: int, eos_token_ids: tuple[int, ...]
+        self, *, max_tokens: int, seed: int, choice: int, eos_token_ids: tuple[int, ...], vocab_size: int
     ) -> SamplingParams:
         ends = self.stop_token_ids if self.ignore_eos else (*eos_token_ids, *self.stop_token_ids)
         return SamplingParams(
@@ -136,14 +154,15 @@ class GenerationRequest(ABC):
             seed=seed,
             choice=choice,
             stop_token_ids=tuple(dict.fromkeys(ends)),
-            logprobs=self.logprobs,
-            prompt_logprobs=self.prompt_logprobs,
+            logprobs=_of_all(self.logprobs, vocab_size),
+            prompt_logprobs=_of_all(self.scored_logprobs, vocab_size),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     id_prefix = "chatcmpl"
+    logprobs_field = "top_logprobs"
     messages: list[dict[str, Any]]
     #: The prompt, in place of the messages.
     prompt_token_ids: list[int] | None
@@ -182,7 +201,7 @@ class ChatRequest(GenerationRequest):
             chat_template_kwargs=template_arguments(body, messages),
             disable_chat_template=body.disable_chat_template or False,
             continue_final_message=body.continue_final_message or False,
-            logprobs=max(body.top_logprobs or 0, 0) if body.logprobs else None,
+            logprobs=body.top_logprobs or 0 if body.logprobs else None,
             **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )
 
@@ -190,6 +209,7 @@ class ChatRequest(GenerationRequest):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
     id_prefix = "cmpl"
+    logprobs_field = "logprobs"
     #: Text or token ids.
     prompts: tuple[str | list[int], ...]
     prompt_field: str
@@ -200,8 +220,8 @@ class CompletionRequest(GenerationRequest):
         return True
 
     @property
-    def prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+    def echoes_logprobs(self) -> bool:
+        return self.echo and self.logprobs is not None
 
     @classmethod
     def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> CompletionRequest:
@@ -223,7 +243,7 @@ class CompletionRequest(GenerationRequest):
             prompts=prompts,
             prompt_field=name,
             echo=body.echo or False,
-            logprobs=None if body.logprobs is None or body.logprobs < 0 else body.logprobs,
+            logprobs=body.logprobs,
             **common,
         )
 
@@ -282,6 +302,8 @@ def _common(
         "include_usage": include_usage,
         "continuous_usage": continuous_usage,
         "return_token_ids": body.return_token_ids or False,
+        "prompt_logprobs": body.prompt_logprobs,
+        "names_token_ids": body.return_tokens_as_token_ids or False,
         "request_id": body.request_id,
         "skip_special_tokens": _given(body.skip_special_tokens, True),
         "add_special_tokens": body.add_special_tokens,
@@ -292,6 +314,10 @@ def _common(
 
 def _given(value: _T | None, default: _T) -> _T:
     return default if value is None else value
+
+
+def _of_all(logprobs: int | None, vocab_size: int) -> int | None:
+    return vocab_size if logprobs == -1 else logprobs
 
 
 def _usage_options(body: GenerationBody) -> tuple[bool, bool]:

@@ -59,6 +59,7 @@ def plan_sequences(
             seed=seed,
             choice=index,
             eos_token_ids=served.tokenizer.eos_token_ids,
+            vocab_size=served.model.vocab_size,
         )
         output = ChoiceOutput(
             served.tokenizer.detokenizer(request.skip_special_tokens, continues=request.continues_prompt),
@@ -67,7 +68,7 @@ def plan_sequences(
             min_tokens=request.min_tokens,
             stop_token_ids=request.stop_token_ids,
             # Ids and log probabilities must correspond one to one.
-            stop_token_logprobs=request.prompt_logprobs is not None or request.return_token_ids,
+            stop_token_logprobs=request.echoes_logprobs or request.return_token_ids,
         )
         sequence = AddRequest(f"{engine_id}-{index}", prompt, params, arrival_time)
         choice = PlannedChoice(output, params, sequence)

@@ -81,13 +81,11 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "stop_regex": Refused("stop takes strings only", ([], "")),
     "no_stop_trim": Refused("include_stop_str_in_output does this", _FALSE),
     # Log probabilities.
-    "prompt_logprobs": Refused("completions return these with echo and logprobs", (False,)),
     "temp_scaled_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "top_p_normalized_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "include_draft_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "include_logprobs_decode_token": Refused("log probabilities always name their token", _TRUE),
     "logprob_token_ids": Refused(_NO_LOGPROBS, ([],)),
-    "return_tokens_as_token_ids": Refused("return_token_ids returns the ids", _FALSE),
     # Reasoning.
     "reasoning": Refused(_NO_THINKING, ({},)),
     "reasoning_max_tokens": Refused(_NO_THINKING),
