@@ -26,6 +26,8 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
     arrival_time: float
     #: Tokens that another replica has already generated; they count as output of this request.
     output_token_ids: list[int] = []
+    #: Only requests with the same one share cached blocks.
+    cache_salt: str = ""
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):

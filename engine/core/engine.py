@@ -109,7 +109,14 @@ class EngineCore:
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
         self._scheduler.add(
-            Sequence(request_id, prompt, request.params, request.arrival_time, [*request.output_token_ids])
+            Sequence(
+                request_id,
+                prompt,
+                request.params,
+                request.arrival_time,
+                [*request.output_token_ids],
+                cache_salt=request.cache_salt,
+            )
         )
 
     def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .conftest import ApiServer
-from .wire import chat, chunks, complete
+from .wire import CHAT, chat, chunks, complete, refusal
 
 SAMPLED = {"temperature": 1.2, "seed": 4, "max_tokens": 8, "ignore_eos": True}
 
@@ -117,3 +117,31 @@ def test_top_logprobs_of_a_completion_include_the_drawn_token(server: ApiServer)
     assert shown["top_logprobs"] == [
         {token: value} for token, value in zip(shown["tokens"], shown["token_logprobs"], strict=True)
     ]
+
+
+def test_a_salt_separates_cached_prompts(server: ApiServer) -> None:
+    def cached(salt: str | None) -> int:
+        answer = complete(server, prompt=[11] * 200, max_tokens=1, cache_salt=salt)
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert [cached(salt) for salt in ("ours", "ours", "theirs", None)] == [0, 192, 0, 0]
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_events_have_as_many_tokens_as_requested(server: ApiServer, is_chat: bool) -> None:
+    fields = SAMPLED | {"return_token_ids": True}
+    several = chunks(server, chat=is_chat, **fields, max_streaming_response_tokens=3)[1:]
+    single = chunks(server, chat=is_chat, **fields)[1:]
+    ids = [chunk["choices"][0]["token_ids"] for chunk in several]
+    assert [i for part in ids for i in part] == [
+        i for chunk in single for i in chunk["choices"][0]["token_ids"]
+    ]
+    assert len(several) == 4
+
+
+def test_the_template_decides_about_roles(server: ApiServer) -> None:
+    wizard = [{"role": "wizard", "content": "hi"}]
+    assert chat(server, messages=wizard, max_tokens=1)
+    template = "{{ raise_exception('no ' + messages[0].role) }}"
+    error = refusal(server, CHAT, messages=wizard, chat_template=template)
+    assert "no wizard" in error["message"]

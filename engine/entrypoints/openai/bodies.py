@@ -39,6 +39,9 @@ TemplateArguments = Annotated[dict[str, Any], Meta(description="Further variable
 Documents = Annotated[list[dict[str, Any]], Meta(description="For the chat template.")]
 Truncation = Annotated[int, Meta(ge=-1, le=MAX_TOKEN)]
 Name = Annotated[str, Meta(max_length=1024)]
+Role = Annotated[
+    str, Meta(min_length=1, max_length=64, description="Usually system, user, assistant or tool.")
+]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     Annotated[str, Meta(max_length=MAX_STOP_LENGTH, description="Empty: none.")]
@@ -86,11 +89,14 @@ Part = Annotated[
 
 
 class Message(Body, frozen=True, kw_only=True):
-    """A message of a conversation. Only the content of an assistant's message may be null."""
+    """A message of a conversation. Only the content of an assistant's message may be null.
+
+    The chat template decides which roles there are.
+    """
 
     refused: ClassVar[Mapping[str, Refused]] = MESSAGE_FIELDS
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: Annotated[
         str | list[Part] | None, Meta(extra={"expected": "a string or a list of text parts"})
     ] = None
@@ -150,6 +156,16 @@ class GenerationBody(Body, frozen=True, kw_only=True):
         Literal["left", "right"] | None, Meta(description="Where tokens are dropped. Default: left.")
     ] = None
     request_id: Annotated[str, Meta(max_length=128)] | None = None
+    cache_salt: Annotated[
+        Name | None, Meta(description="Only requests with the same one share cached prompts.")
+    ] = None
+    max_streaming_response_tokens: Annotated[
+        AtLeastOne | None,
+        Meta(description="Tokens in an event of a stream, except in the first and the last. Default: 1."),
+    ] = None
+    stream_interval: Annotated[
+        AtLeastOne | None, Meta(description="vLLM's name of max_streaming_response_tokens.")
+    ] = None
 
 
 class ChatBody(GenerationBody, frozen=True, kw_only=True):

@@ -90,6 +90,10 @@ class GenerationRequest(ABC):
     skip_special_tokens: bool
     #: None: a chat template writes them, and a text begins with them.
     add_special_tokens: bool | None
+    #: Only requests with the same one share cached prompts.
+    cache_salt: str
+    #: Number of tokens in an event of a stream, except in the first and the last of a choice.
+    tokens_per_event: int
     #: None: a prompt that is too long is an error; -1: keep what fits.
     truncate_prompt_tokens: int | None
     truncation_side: str
@@ -305,6 +309,8 @@ def _common(
         "prompt_logprobs": body.prompt_logprobs,
         "names_token_ids": body.return_tokens_as_token_ids or False,
         "request_id": body.request_id,
+        "cache_salt": body.cache_salt or "",
+        "tokens_per_event": body.max_streaming_response_tokens or body.stream_interval or 1,
         "skip_special_tokens": _given(body.skip_special_tokens, True),
         "add_special_tokens": body.add_special_tokens,
         "truncate_prompt_tokens": body.truncate_prompt_tokens,

@@ -70,7 +70,9 @@ def plan_sequences(
             # Ids and log probabilities must correspond one to one.
             stop_token_logprobs=request.echoes_logprobs or request.return_token_ids,
         )
-        sequence = AddRequest(f"{engine_id}-{index}", prompt, params, arrival_time)
+        sequence = AddRequest(
+            f"{engine_id}-{index}", prompt, params, arrival_time, cache_salt=request.cache_salt
+        )
         choice = PlannedChoice(output, params, sequence)
         if index in started:
             choice = _resumed(choice, index, started[index], request, served.model.vocab_size)

@@ -114,8 +114,6 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "web_search_options": Refused("this server does not search the web"),
     "moderation": Refused("this server does not moderate"),
     # The form of responses.
-    "max_streaming_response_tokens": Refused("each event has the tokens of one step", (1,)),
-    "stream_interval": Refused("each event has the tokens of one step", (1,)),
     "collect_metrics": Refused("/metrics has the measurements", _FALSE),
     "return_hidden_states": Refused(_NO_RETURN, _FALSE),
     "return_routed_experts": Refused(_NO_RETURN, _FALSE),
@@ -131,8 +129,7 @@ REQUEST_FIELDS: dict[str, Refused] = {
     # Places and caches.
     "rid": Refused("request_id names a request"),
     "priority": Refused("requests are served in the order of arrival", (0,)),
-    "cache_salt": Refused("all clients share the prefix cache"),
-    "extra_key": Refused("all clients share the prefix cache", ([], "")),
+    "extra_key": Refused("cache_salt does this", ([], "")),
     "custom_labels": Refused("metrics have no labels of clients", ({},)),
     "lora_path": Refused("this server has no adapters", ([], "")),
     "session_params": Refused("requests are independent of each other", ({},)),
