@@ -286,6 +286,8 @@ class Scheduler:
         num_outputs = len(sequence.output_token_ids)
         if token_id in params.stop_token_ids and num_outputs > params.min_tokens:
             return FinishReason.STOP
+        if token_id in params.end_token_ids:
+            return FinishReason.STOP
         if num_outputs >= params.max_tokens or sequence.num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH
         return None

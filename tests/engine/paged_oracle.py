@@ -84,7 +84,7 @@ class PagedOracle(TensorRunner):
 
 def generate_alone(prompt: list[int], params: SamplingParams, limit: int) -> tuple[list[int], FinishReason]:
     """Return the correct text, computed with one sequence and without cache, batch or chunks."""
-    sequence, sampler = Sequence("alone", list(prompt), params), Sampler()
+    sequence, sampler = Sequence("alone", list(prompt), params), Sampler(VOCAB_SIZE)
     while True:
         row = logits_after(sequence.token_ids(0, sequence.num_tokens))
         token_id = sampler.sample(paddle.to_tensor(row[None]), [sequence])[0].token_id

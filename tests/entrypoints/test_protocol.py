@@ -131,7 +131,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
             "messages[0].content[0]",
         ),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
         ({"messages": [{"role": "assistant", "refusal": 5}]}, "messages[0].refusal"),
         (
             {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
@@ -465,9 +465,9 @@ def refusal_of(parse: Callable[[], object]) -> RequestError | None:
             "guided_regex is not supported: this server does not constrain its output; leave it out",
         ),
         (
-            {"tool_choice": "required"},
+            {"function_call": "required"},
             UNSUPPORTED,
-            "tool_choice is not supported: this server does not parse tool calls; "
+            "function_call is not supported: tools and tool_choice have taken its place; "
             'leave it out or send "none"',
         ),
     ],
@@ -514,7 +514,7 @@ def test_bookkeeping_is_accepted(name: str) -> None:
     assert completion(**{name: True}) == completion()
 
 
-@pytest.mark.parametrize("part", ["tool_calls", "function_call", "audio", "tools"])
+@pytest.mark.parametrize("part", ["function_call", "audio", "tools"])
 def test_a_part_of_a_message_is_refused_only_with_a_value(part: str) -> None:
     nothing: tuple[Any, ...] = ([], {}, "", None)
     for empty in nothing:

@@ -13,6 +13,7 @@ StopReason = Annotated[
     str | int | UnsetType | None,
     Meta(description="The stop string or stop token of the request that has ended the choice."),
 ]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Answer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,7 +40,7 @@ class PromptTokensDetails(Answer, frozen=True, kw_only=True):
 
 
 class CompletionTokensDetails(Answer, frozen=True, kw_only=True):
-    reasoning_tokens: int
+    reasoning_tokens: Annotated[int, Meta(ge=0, description="Tokens up to the end of the reasoning.")]
 
 
 class Usage(Answer, frozen=True, kw_only=True):
@@ -77,12 +78,25 @@ class PromptLogprob(Answer, frozen=True, kw_only=True):
 PromptLogprobs = list[dict[str, PromptLogprob] | None] | UnsetType | None
 
 
+class CalledFunction(Answer, frozen=True, kw_only=True):
+    name: str
+    arguments: Annotated[str, Meta(description="JSON as the model wrote it, which may be invalid.")]
+
+
+class AnsweredCall(Answer, frozen=True, kw_only=True):
+    """A tool call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Meta(description="null if there are only tool calls.")]
     refusal: None
     reasoning_content: str | None
-    tool_calls: None
+    tool_calls: list[AnsweredCall] | None
     prompt_token_ids: list[int] | None
     completion_token_ids: list[int] | None
 
@@ -91,7 +105,7 @@ class ChatChoice(Answer, frozen=True, kw_only=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: StopReason
     token_ids: list[int] | None
     prompt_logprobs: PromptLogprobs
@@ -112,9 +126,25 @@ class ChatCompletion(Answer, frozen=True, kw_only=True):
     service_tier: None
 
 
+class CalledFunctionDelta(Answer, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class CallDelta(Answer, frozen=True, kw_only=True):
+    """More of a tool call. The first delta has id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledFunctionDelta
+
+
 class ChatDelta(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
 
@@ -123,7 +153,7 @@ class ChatChunkChoice(Answer, frozen=True, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: StopReason = UNSET
     token_ids: Ids = UNSET
     prompt_logprobs: PromptLogprobs = UNSET

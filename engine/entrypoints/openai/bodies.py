@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
+from .tool_fields import ToolCalls, ToolChoice, Tools
 from .unsupported import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOKENIZE_FIELDS
 from .validation import Body, Refused
 
@@ -102,6 +103,7 @@ class Message(Body, frozen=True, kw_only=True):
     ] = None
     name: Name | None = None
     refusal: Annotated[str | None, Meta(description="Used if the content is null.")] = None
+    tool_calls: Annotated[ToolCalls, Meta(description="Calls of an assistant's message.")] = None
     tool_call_id: Annotated[Name | None, Meta(description="For the chat template.")] = None
     reasoning_content: Annotated[str | None, Meta(description="For the chat template.")] = None
     reasoning: Annotated[str | None, Meta(description="The newer name of reasoning_content.")] = None
@@ -197,6 +199,16 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
         bool | None, Meta(description="The response continues the last message.")
     ] = None
     documents: Documents | None = None
+    tools: Annotated[Tools, Meta(description="Functions that the model may call.")] = None
+    tool_choice: Annotated[ToolChoice, Meta(description="Default: auto.")] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="Several calls. Default: true.")] = None
+    include_reasoning: Annotated[bool | None, Meta(description="Return the reasoning. Default: true.")] = None
+    separate_reasoning: Annotated[
+        bool | None, Meta(description="Keep the reasoning out of the content. Default: true.")
+    ] = None
+    stream_reasoning: Annotated[
+        bool | None, Meta(description="Send the reasoning as it comes. Default: true.")
+    ] = None
     reasoning_effort: Annotated[
         Name | None, Meta(description="A variable of the template; wins over chat_template_kwargs.")
     ] = None
@@ -249,6 +261,7 @@ class TokenizeBody(Body, frozen=True, kw_only=True):
     add_generation_prompt: Annotated[bool | None, Meta(description="Default: true.")] = None
     continue_final_message: bool | None = None
     documents: Documents | None = None
+    tools: Tools = None
     reasoning_effort: Name | None = None
 
 

@@ -54,8 +54,6 @@ WITHOUT_EFFECT = frozenset({
     "disable-custom-all-reduce", "enable-flashinfer-allreduce-fusion", "use-internode-ll-two-stage",
     "disable-sequence-parallel-moe", "enable-chunked-moe", "chunked-moe-size", "eplb-config",
     "shutdown-comm-group-if-worker-idle", "no-shutdown-comm-group-if-worker-idle",
-    # Parsers.
-    "reasoning-parser", "tool-call-parser", "tool-parser-plugin",
 })
 # fmt: on
 

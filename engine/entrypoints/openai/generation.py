@@ -157,6 +157,10 @@ class Generation:
         """Return the log probabilities of the prompt of a begun choice, from the second token on."""
         return self._prompt_logprobs[index]
 
+    def token_ids(self, index: int) -> list[int]:
+        """Return the tokens of a choice so far."""
+        return self._outputs[index].token_ids
+
     def mark(self, index: int, delta: Delta | None = None) -> bytes:
         """Return the mark of the event with this delta, or of an event that opens the choice."""
         return self._marks.opening(index) if delta is None else self._marks.event(index, delta)

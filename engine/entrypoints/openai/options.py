@@ -18,6 +18,7 @@ from ...common.errors import ConfigError
 from ...common.text_files import read_text
 from ...config import GPU_DEFAULTS, EngineConfig
 from ...demo_model.model import resolve_model_path
+from ...parsers.formats import reasoning_format, reasoning_format_names, tool_format, tool_format_names
 from ..registration import router_url
 from .foreign_flags import REFUSED, WITHOUT_EFFECT
 
@@ -54,6 +55,11 @@ class ServeConfig:
     cors: CorsPolicy = field(default_factory=CorsPolicy)
     #: Replaces the checkpoint's template.
     chat_template: str | None = None
+    #: Names of formats (parsers/formats.py).
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    #: Python file with further formats of tool calls.
+    tool_parser_plugin: Path | None = None
     #: False: requests may name any model.
     checks_model_name: bool = False
     #: Base of the seeds of requests without one; None: such requests get random seeds.
@@ -127,6 +133,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         checks_model_name=bool(arguments.served_model_name),
         seed=arguments.seed,
         max_logprobs=_at_least("--max-logprobs", -1, arguments.max_logprobs),
+        **_parsers(arguments),
     )
 
 
@@ -169,6 +176,22 @@ def _parser() -> argparse.ArgumentParser:
         "this machine; *: all; empty: none (default %(default)s)",
     )
     serve.add_argument("--chat-template", help="file or text of a chat template that replaces the model's")
+    serve.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes tool calls: " + ", ".join(tool_format_names()),
+    )
+    serve.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="how the model writes its reasoning: " + ", ".join(reasoning_format_names()),
+    )
+    serve.add_argument(
+        "--tool-parser-plugin",
+        type=Path,
+        metavar="FILE",
+        help="Python file with further names for --tool-call-parser",
+    )
     serve.add_argument(
         "--seed",
         type=int,
@@ -358,6 +381,22 @@ def _api_keys(flags: list[str] | None, file: Path | None) -> ApiKeys:
         if not keys:
             raise ConfigError("--api-key is empty; omit it to require no key")
     return ApiKeys(keys if file is None else keys + keys_in("--api-keys-file", file))
+
+
+def _parsers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields for parsers; their names are valid unless a plugin has to add them."""
+    plugin, tools, reasoning = (
+        arguments.tool_parser_plugin,
+        arguments.tool_call_parser or None,
+        arguments.reasoning_parser or None,
+    )
+    if plugin is not None and not plugin.is_file():
+        raise ConfigError(f"--tool-parser-plugin is {str(plugin)!r}; there is no such file")
+    if tools is not None and plugin is None:
+        tool_format(tools)
+    if reasoning is not None:
+        reasoning_format(reasoning)
+    return {"tool_call_parser": tools, "reasoning_parser": reasoning, "tool_parser_plugin": plugin}
 
 
 def _chat_template(text: str | None) -> str | None:

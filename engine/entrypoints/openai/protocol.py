@@ -16,6 +16,7 @@ from ...common.request import SamplingParams
 from ...common.text_files import read_object
 from .bodies import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody, GenerationConfig
 from .prompts import read_messages, read_prompts, template_arguments
+from .tool_fields import ToolUse, read_tools
 from .validation import MISSING, WRONG_VALUE, validated
 
 _T = TypeVar("_T")
@@ -176,6 +177,11 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any]
     disable_chat_template: bool
     continue_final_message: bool
+    #: None: the model does not call tools.
+    tool_use: ToolUse | None
+    include_reasoning: bool
+    separate_reasoning: bool
+    stream_reasoning: bool
 
     @property
     def prompt_field(self) -> str:
@@ -205,6 +211,10 @@ class ChatRequest(GenerationRequest):
             chat_template_kwargs=template_arguments(body, messages),
             disable_chat_template=body.disable_chat_template or False,
             continue_final_message=body.continue_final_message or False,
+            tool_use=read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+            include_reasoning=body.include_reasoning is not False,
+            separate_reasoning=body.separate_reasoning is not False,
+            stream_reasoning=body.stream_reasoning is not False,
             logprobs=body.top_logprobs or 0 if body.logprobs else None,
             **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )

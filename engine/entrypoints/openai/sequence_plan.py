@@ -12,6 +12,7 @@ from ...common.request import SamplingParams
 from ...common.resumption import Delivered, Resumption
 from .errors import ApiError
 from .output import ChoiceOutput, Delta, ReplayMismatch
+from .output_parsing import shown_ids
 from .protocol import GenerationRequest
 from .served_model import ServedModel
 
@@ -52,6 +53,7 @@ def plan_sequences(
     if started and max(started) >= count:
         raise _not_resumable(f"it has no choice {max(started)}")
     choices = []
+    shown = shown_ids(served, request)
     for index in range(count):
         prompt = prompts[index // request.n]
         params = request.sampling_params(
@@ -62,7 +64,9 @@ def plan_sequences(
             vocab_size=served.model.vocab_size,
         )
         output = ChoiceOutput(
-            served.tokenizer.detokenizer(request.skip_special_tokens, continues=request.continues_prompt),
+            served.tokenizer.detokenizer(
+                request.skip_special_tokens, continues=request.continues_prompt, shown_ids=shown
+            ),
             stop=request.stop,
             include_stop=request.include_stop_str_in_output,
             min_tokens=request.min_tokens,

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...common.errors import ReplicaUnavailable
 from ...config import ModelConfig
+from ...parsers.formats import load_plugin, reasoning_format, tool_format
 from ...tokenizer.tokenizer import Tokenizer
 from ..metrics import ReplicaMetrics
 from ..registration import Identity
@@ -35,6 +36,13 @@ class ServedModel:
         self.identity = Identity(config.max_concurrency)
         self.model = ModelConfig.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory, config.chat_template)
+        if config.tool_parser_plugin is not None:
+            load_plugin(config.tool_parser_plugin)
+        name, reasoning = config.tool_call_parser, config.reasoning_parser
+        #: None: unknown.
+        self.tool_format = None if name is None else tool_format(name)
+        #: None: reasoning stays in the content.
+        self.reasoning_format = None if reasoning is None else reasoning_format(reasoning)
         self.defaults = SamplingDefaults.from_directory(directory)
         self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready, config.engine.max_num_seqs)
         self.seeds = Seeds(config.seed)

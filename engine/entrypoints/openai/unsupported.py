@@ -14,11 +14,13 @@ _TRUE = (True, 1)
 _ANY_FLAG = (False, True, 0, 1)
 _EMPTY: tuple[Any, ...] = ([], {}, "", False, 0)
 
-_NO_TOOLS = "this server does not parse tool calls"
+_CHAT_TOOLS = "tools belong to /v1/chat/completions"
+_USE_TOOLS = "tools and tool_choice have taken its place"
 _NO_GRAMMAR = "this server does not constrain its output"
 _NO_LOGPROBS = "this server has no such log probabilities"
 _NO_BIAS = "this server does not change the probabilities of single tokens"
-_NO_THINKING = "this server does not separate reasoning from the response"
+_NO_THINKING = "only /v1/chat/completions separates reasoning from the response"
+_NO_BUDGET = "this server does not limit the reasoning"
 _NO_PLUGINS = "this server has no custom sampling code"
 _NO_LIMIT = "this server does not look for repetitions"
 _NO_RETURN = "this server does not return such data"
@@ -41,12 +43,9 @@ WITHOUT_EFFECT = frozenset(
 
 #: Of both endpoints.
 REQUEST_FIELDS: dict[str, Refused] = {
-    # Tools.
-    "tools": Refused(_NO_TOOLS, ([],)),
-    "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Refused(_NO_TOOLS, _ANY_FLAG),
-    "functions": Refused(_NO_TOOLS, ([],)),
-    "function_call": Refused(_NO_TOOLS, ("none", "auto")),
+    # Older names of tools.
+    "functions": Refused(_USE_TOOLS, ([],)),
+    "function_call": Refused(_USE_TOOLS, ("none", "auto")),
     # Constrained output.
     "response_format": Refused(_NO_GRAMMAR, ({"type": "text"}, {})),
     "structured_outputs": Refused(_NO_GRAMMAR, ({},)),
@@ -87,14 +86,10 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "include_logprobs_decode_token": Refused("log probabilities always name their token", _TRUE),
     "logprob_token_ids": Refused(_NO_LOGPROBS, ([],)),
     # Reasoning.
-    "reasoning": Refused(_NO_THINKING, ({},)),
-    "reasoning_max_tokens": Refused(_NO_THINKING),
-    "response_max_tokens": Refused(_NO_THINKING),
-    "thinking_token_budget": Refused(_NO_THINKING, (-1,)),
-    "include_reasoning": Refused(_NO_THINKING, _TRUE),
-    # Without a parser, the content has the reasoning in it anyway.
-    "separate_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
-    "stream_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
+    "reasoning": Refused("reasoning_effort is its name", ({},)),
+    "reasoning_max_tokens": Refused(_NO_BUDGET),
+    "response_max_tokens": Refused("max_tokens limits reasoning and content together"),
+    "thinking_token_budget": Refused(_NO_BUDGET, (-1,)),
     "verbosity": Refused("no model here has such a setting", ("medium",)),
     "task": Refused("no model here has such tasks"),
     # Prompts.
@@ -154,6 +149,12 @@ CHAT_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
 COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
     "messages": Refused("it belongs to /v1/chat/completions; this endpoint reads prompt", ([],)),
     "top_logprobs": Refused("it belongs to /v1/chat/completions; here logprobs is a number", (0, -1)),
+    "tools": Refused(_CHAT_TOOLS, ([],)),
+    "tool_choice": Refused(_CHAT_TOOLS, ("none", "auto")),
+    "parallel_tool_calls": Refused(_CHAT_TOOLS, _ANY_FLAG),
+    "include_reasoning": Refused(_NO_THINKING, _TRUE),
+    "separate_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
+    "stream_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
     "chat_template": Refused(_CHAT_ONLY),
     "chat_template_kwargs": Refused(_CHAT_ONLY, ({},)),
     "reasoning_effort": Refused(_CHAT_ONLY, ("none",)),
@@ -166,13 +167,12 @@ COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
 
 #: Of /tokenize.
 TOKENIZE_FIELDS: dict[str, Refused] = {
-    name: REQUEST_FIELDS[name] for name in ("tools", "mm_processor_kwargs", "media_io_kwargs")
+    name: REQUEST_FIELDS[name] for name in ("mm_processor_kwargs", "media_io_kwargs")
 }
 
 #: Of a message.
 MESSAGE_FIELDS: dict[str, Refused] = {
-    "tool_calls": Refused(_NO_TOOLS, _EMPTY),
-    "function_call": Refused(_NO_TOOLS, _EMPTY),
+    "function_call": Refused("tool_calls has taken its place", _EMPTY),
     "audio": Refused(_TEXT_ONLY, _EMPTY),
-    "tools": Refused(_NO_TOOLS, _EMPTY),
+    "tools": Refused("tools is a field of the request", _EMPTY),
 }
