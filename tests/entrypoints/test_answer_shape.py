@@ -9,13 +9,14 @@ import pytest
 from .conftest import ApiServer
 from .wire import CHAT, chat, chunks, complete, refusal
 
+IDS = ("prompt_token_ids", "completion_token_ids", "prompt_tokens", "completion_tokens")
 SAMPLED = {"temperature": 1.2, "seed": 4, "max_tokens": 8, "ignore_eos": True}
 
 
 def test_absent_values_of_a_chat_are_null(server: ApiServer) -> None:
     answer = chat(server, **SAMPLED)
     message, choice = answer["choices"][0]["message"], answer["choices"][0]
-    for name in ("refusal", "reasoning_content", "tool_calls", "prompt_token_ids", "completion_token_ids"):
+    for name in ("refusal", "reasoning_content", "tool_calls", *IDS):
         assert message[name] is None
     for name in ("logprobs", "stop_reason", "token_ids"):
         assert choice[name] is None
@@ -26,7 +27,7 @@ def test_absent_values_of_a_chat_are_null(server: ApiServer) -> None:
 
 def test_absent_values_of_a_completion_are_null(server: ApiServer) -> None:
     [choice] = complete(server, **SAMPLED)["choices"]
-    for name in ("logprobs", "stop_reason", "prompt_token_ids", "completion_token_ids", "token_ids"):
+    for name in ("logprobs", "stop_reason", "token_ids", "prompt_logprobs", *IDS):
         assert choice[name] is None
 
 
@@ -46,6 +47,8 @@ def test_ids_of_a_chat_are_where_both_servers_have_them(server: ApiServer) -> No
     assert len(choice["token_ids"]) == 8
     assert choice["token_ids"] == choice["message"]["completion_token_ids"]
     assert answer["prompt_token_ids"] == choice["message"]["prompt_token_ids"]
+    assert choice["message"]["prompt_tokens"].endswith("user: the quick brown\nassistant:")
+    assert choice["message"]["completion_tokens"] == choice["message"]["content"]
     first, *rest = chunks(server, chat=True, **fields)
     assert (
         first["prompt_token_ids"]

@@ -8,6 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 #: Present in a stream only if the request asks for it; otherwise null.
 Ids = list[int] | UnsetType | None
+TokenText = Annotated[str | UnsetType | None, Meta(description="The text of the ids with special tokens.")]
 FinishReason = Literal["stop", "length"]
 StopReason = Annotated[
     str | int | UnsetType | None,
@@ -99,6 +100,8 @@ class AssistantMessage(Answer, frozen=True, kw_only=True):
     tool_calls: list[AnsweredCall] | None
     prompt_token_ids: list[int] | None
     completion_token_ids: list[int] | None
+    prompt_tokens: TokenText
+    completion_tokens: TokenText
 
 
 class ChatChoice(Answer, frozen=True, kw_only=True):
@@ -147,6 +150,8 @@ class ChatDelta(Answer, frozen=True, kw_only=True):
     tool_calls: list[CallDelta] | UnsetType = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
+    prompt_tokens: TokenText = UNSET
+    completion_tokens: TokenText = UNSET
 
 
 class ChatChunkChoice(Answer, frozen=True, kw_only=True):
@@ -188,6 +193,8 @@ class CompletionChoice(Answer, frozen=True, kw_only=True):
     stop_reason: StopReason = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
+    prompt_tokens: TokenText = UNSET
+    completion_tokens: TokenText = UNSET
     token_ids: Ids = UNSET
     prompt_logprobs: PromptLogprobs = UNSET
 

@@ -18,6 +18,7 @@ from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .output import Delta
 from .protocol import ChatRequest
 from .served_model import ServedModel
+from .token_fields import token_fields
 from .tool_prompt import with_written_calls, with_written_tools
 
 # Limits how many templates from requests are rendered at once, each in a process of its own.
@@ -188,8 +189,7 @@ def _choice(
         "refusal": None,
         "reasoning_content": None,
         "tool_calls": None,
-        "prompt_token_ids": generation.prompts[0] if with_ids else None,
-        "completion_token_ids": token_ids,
+        **token_fields(generation.served.tokenizer, generation.prompts[0] if with_ids else None, token_ids),
     }
     finish_reason: str | None = deltas[-1].finish_reason
     if parsed is not None:
@@ -209,7 +209,7 @@ def _choice(
 def _role(generation: Generation, index: int) -> dict[str, Any]:
     delta: dict[str, Any] = {"role": "assistant", "content": ""}
     if generation.request.return_token_ids:
-        delta |= {"prompt_token_ids": generation.prompts[0], "completion_token_ids": None}
+        delta |= token_fields(generation.served.tokenizer, generation.prompts[0], None)
     choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
     if generation.request.prompt_logprobs is not None:
         choice["prompt_logprobs"] = _prompt_logprobs(generation, index)
@@ -229,7 +229,7 @@ def _chunk(generation: Generation, index: int, delta: Delta, parsed: ParsedChoic
         "finish_reason": finish_reason,
     }
     if generation.request.return_token_ids:
-        body |= {"prompt_token_ids": None, "completion_token_ids": delta.token_ids}
+        body |= token_fields(generation.served.tokenizer, None, delta.token_ids)
         choice["token_ids"] = delta.token_ids
     if delta.finish_reason is not None:
         choice["stop_reason"] = delta.stop_reason

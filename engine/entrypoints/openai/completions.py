@@ -12,6 +12,7 @@ from .logprobs import TokenNames, completion_logprobs, echoed_logprobs, joined, 
 from .output import Delta
 from .protocol import CompletionRequest
 from .served_model import ServedModel
+from .token_fields import token_fields
 
 
 def completion_prompts(served: ServedModel, request: CompletionRequest) -> list[list[int]]:
@@ -130,10 +131,13 @@ def _choice(
         ),
         "finish_reason": deltas[-1].finish_reason,
         "stop_reason": deltas[-1].stop_reason,
-        "prompt_token_ids": generation.prompts[index // request.n] if with_ids else None,
-        "completion_token_ids": token_ids,
         "token_ids": token_ids,
         "prompt_logprobs": _prompt_logprobs(generation, request, index),
+        **token_fields(
+            generation.served.tokenizer,
+            generation.prompts[index // request.n] if with_ids else None,
+            token_ids,
+        ),
     }
 
 
@@ -147,10 +151,8 @@ def _first_chunk(generation: Generation, request: CompletionRequest, index: int,
     if request.prompt_logprobs is not None:
         choice["prompt_logprobs"] = _prompt_logprobs(generation, request, index)
     if request.return_token_ids:
-        choice |= {
-            "prompt_token_ids": generation.prompts[index // request.n],
-            "completion_token_ids": None,
-        }
+        prompt = generation.prompts[index // request.n]
+        choice |= token_fields(generation.served.tokenizer, prompt, None)
     return choice
 
 
@@ -164,11 +166,8 @@ def _chunk(
         "finish_reason": delta.finish_reason,
     }
     if request.return_token_ids:
-        choice |= {
-            "prompt_token_ids": None,
-            "completion_token_ids": delta.token_ids,
-            "token_ids": delta.token_ids,
-        }
+        choice |= token_fields(generation.served.tokenizer, None, delta.token_ids)
+        choice["token_ids"] = delta.token_ids
     if delta.finish_reason is not None:
         choice["stop_reason"] = delta.stop_reason
     return choice

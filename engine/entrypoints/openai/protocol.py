@@ -195,7 +195,7 @@ class ChatRequest(GenerationRequest):
     def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
         values = _with_metadata(values)
         body = validated(values, ChatBody)
-        if body.top_logprobs is not None and body.top_logprobs > 0 and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         messages = read_messages(values.get("messages") or [], body.messages or [])
         if not messages and not body.prompt_token_ids:
