@@ -24,6 +24,7 @@ _FENCE = re.compile(r"\s*`{0,3}\s*")
 
 class DeepSeek(ToolFormat):
     markers = (_BEGIN, _END, _CALL, _CALL_END, _SEPARATOR)
+    opening = _BEGIN
     instruction = (
         f"For function calls, return nothing but {_BEGIN}, each call as\n"
         f"{_CALL}function{_SEPARATOR}<function name>\n"
@@ -46,7 +47,8 @@ class DeepSeek(ToolFormat):
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str:
         more = ' ("\\n" call)*' if several else ""
         lines = [
-            f"calls: {notation.marker(_BEGIN)} call{more} {notation.marker(_END)}",
+            f"calls: {notation.marker(_BEGIN)} tail",
+            f"tail: call{more} {notation.marker(_END)}",
             "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
         ]
         for number, tool in enumerate(tools):

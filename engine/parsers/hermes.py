@@ -16,6 +16,7 @@ _AFTER = re.compile(r"\s*(?:(,)|\]?\s*</tool_call>)")
 
 class Hermes(ToolFormat):
     markers = (_BEGIN, _END)
+    opening = _BEGIN
     instruction = (
         "For each function call, return a JSON object with the name and the arguments of the function within "
         "<tool_call></tool_call> tags:\n"
@@ -31,9 +32,13 @@ class Hermes(ToolFormat):
         return "\n".join(f"{_BEGIN}\n{json_call(call)}\n{_END}" for call in calls)
 
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str:
-        more = ' ("\\n" call)*' if several else ""
-        call = f'{notation.marker(_BEGIN)} "\\n" object "\\n" {notation.marker(_END)}'
-        return f"calls: call{more}\ncall: {call}\n" + object_rules(tools, notation)
+        more = f' ("\\n" {notation.marker(_BEGIN)} call)*' if several else ""
+        lines = [
+            f"calls: {notation.marker(_BEGIN)} tail",
+            f"tail: call{more}",
+            f'call: "\\n" object "\\n" {notation.marker(_END)}',
+        ]
+        return "\n".join([*lines, object_rules(tools, notation)])
 
 
 class HermesParser(JsonCallParser):

@@ -21,6 +21,7 @@ _AFTER = re.compile(r"\s*(?:(,)|\])")
 
 class Mistral(ToolFormat):
     markers = (_BEGIN, "[CALL_ID]", "[ARGS]")
+    opening = _BEGIN
     # Mistral's templates refuse other ids.
     id_prefix, id_length = "", 9
     instruction = (
@@ -36,7 +37,8 @@ class Mistral(ToolFormat):
 
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str:
         more = ' (", " object)*' if several else ""
-        return f'calls: {notation.marker(_BEGIN)} "[" object{more} "]"\n' + object_rules(tools, notation)
+        lines = [f"calls: {notation.marker(_BEGIN)} tail", f'tail: "[" object{more} "]"']
+        return "\n".join([*lines, object_rules(tools, notation)])
 
 
 class MistralParser(JsonCallParser):

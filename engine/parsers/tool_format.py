@@ -50,6 +50,8 @@ class ToolFormat(ABC):
 
     #: Special tokens that the parser needs to see in the text.
     markers: ClassVar[tuple[str, ...]] = ()
+    #: Text before each section of calls, which may follow other text; empty: calls begin the text.
+    opening: ClassVar[str] = ""
     #: Number of letters and digits of a call's id behind its prefix.
     id_prefix: ClassVar[str] = "call_"
     id_length: ClassVar[int] = 24
@@ -65,7 +67,7 @@ class ToolFormat(ABC):
         """Return calls as the model would write them, for a chat template that has no place for them."""
 
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str | None:
-        """Return Lark rules of a text that consists of calls, the first of them named `calls`.
+        """Return Lark rules; `calls` is a text of calls only, and `tail` the same without the `opening`.
 
         Args:
             tools: the functions that may be called.

@@ -202,6 +202,10 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
     tools: Annotated[Tools, Meta(description="Functions that the model may call.")] = None
     tool_choice: Annotated[ToolChoice, Meta(description="Default: auto.")] = None
     parallel_tool_calls: Annotated[bool | None, Meta(description="Several calls. Default: true.")] = None
+    reasoning_max_tokens: Annotated[Count | None, Meta(description="Most tokens of the reasoning.")] = None
+    thinking_token_budget: Annotated[
+        Truncation | None, Meta(description="vLLM's name of reasoning_max_tokens; -1: no limit.")
+    ] = None
     include_reasoning: Annotated[bool | None, Meta(description="Return the reasoning. Default: true.")] = None
     separate_reasoning: Annotated[
         bool | None, Meta(description="Keep the reasoning out of the content. Default: true.")

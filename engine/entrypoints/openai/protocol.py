@@ -164,6 +164,15 @@ class GenerationRequest(ABC):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ReasoningBudget:
+    """Limit of the tokens of the reasoning."""
+
+    #: Name in the request.
+    field: str
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     id_prefix = "chatcmpl"
@@ -182,6 +191,7 @@ class ChatRequest(GenerationRequest):
     include_reasoning: bool
     separate_reasoning: bool
     stream_reasoning: bool
+    reasoning_budget: ReasoningBudget | None
 
     @property
     def prompt_field(self) -> str:
@@ -215,6 +225,7 @@ class ChatRequest(GenerationRequest):
             include_reasoning=body.include_reasoning is not False,
             separate_reasoning=body.separate_reasoning is not False,
             stream_reasoning=body.stream_reasoning is not False,
+            reasoning_budget=_reasoning_budget(body),
             logprobs=body.top_logprobs or 0 if body.logprobs else None,
             **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )
@@ -260,6 +271,14 @@ class CompletionRequest(GenerationRequest):
             logprobs=body.logprobs,
             **common,
         )
+
+
+def _reasoning_budget(body: ChatBody) -> ReasoningBudget | None:
+    for field in ("reasoning_max_tokens", "thinking_token_budget"):
+        tokens: int | None = getattr(body, field)
+        if tokens is not None and tokens >= 0:
+            return ReasoningBudget(field, tokens)
+    return None
 
 
 def _with_metadata(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ...common.request import SamplingParams
 from ...common.resumption import Delivered, Resumption
 from .errors import ApiError
 from .output import ChoiceOutput, Delta, ReplayMismatch
+from .output_grammar import output_grammar
 from .output_parsing import shown_ids
 from .protocol import GenerationRequest
 from .served_model import ServedModel
@@ -54,6 +55,7 @@ def plan_sequences(
         raise _not_resumable(f"it has no choice {max(started)}")
     choices = []
     shown = shown_ids(served, request)
+    grammar = output_grammar(served, request, prompts[0], None)
     for index in range(count):
         prompt = prompts[index // request.n]
         params = request.sampling_params(
@@ -63,6 +65,10 @@ def plan_sequences(
             eos_token_ids=served.tokenizer.eos_token_ids,
             vocab_size=served.model.vocab_size,
         )
+        if grammar is not None:
+            params = msgspec.structs.replace(
+                params, grammar=grammar, end_token_ids=served.tokenizer.eos_token_ids
+            )
         output = ChoiceOutput(
             served.tokenizer.detokenizer(
                 request.skip_special_tokens, continues=request.continues_prompt, shown_ids=shown

@@ -85,12 +85,18 @@ class ToolUse:
     definitions: list[dict[str, Any]]
     #: The same; only the one that has to be called if the request names it.
     callable: tuple[Tool, ...]
+    #: Index in the request of the first of `callable`.
+    first: int
     #: The response consists of calls.
     is_required: bool
     #: More than one call is allowed.
     several: bool
     #: Calls have to follow the schema even if the model decides whether to call.
     is_strict: bool
+
+    @property
+    def needs_grammar(self) -> bool:
+        return self.is_required or self.is_strict or not self.several
 
 
 def read_tools(
@@ -107,7 +113,7 @@ def read_tools(
         raise RequestError(
             f"tools has {size} bytes of JSON; it may have {MAX_TOOLS_SIZE}", "tools", code=WRONG_VALUE
         )
-    names: set[str] = set()
+    names: dict[str, None] = {}
     for index, tool in enumerate(tools):
         place = f"tools[{index}].function.name"
         if not tool.function.name.isprintable():
@@ -116,7 +122,7 @@ def read_tools(
             raise RequestError(
                 f"{place} is {tool.function.name!r}, as that of an earlier tool", place, code=WRONG_VALUE
             )
-        names.add(tool.function.name)
+        names[tool.function.name] = None
     chosen = choice.function.name if isinstance(choice, NamedTool) else None
     if chosen is not None and chosen not in names:
         place = "tool_choice.function.name"
@@ -128,6 +134,7 @@ def read_tools(
     return ToolUse(
         definitions,
         tuple(_tool(tool) for tool in tools if chosen in (None, tool.function.name)),
+        first=0 if chosen is None else list(names).index(chosen),
         is_required=choice not in (None, "auto"),
         several=parallel is not False and chosen is None,
         is_strict=any(tool.function.strict for tool in tools),

@@ -20,7 +20,6 @@ _NO_GRAMMAR = "this server does not constrain its output"
 _NO_LOGPROBS = "this server has no such log probabilities"
 _NO_BIAS = "this server does not change the probabilities of single tokens"
 _NO_THINKING = "only /v1/chat/completions separates reasoning from the response"
-_NO_BUDGET = "this server does not limit the reasoning"
 _NO_PLUGINS = "this server has no custom sampling code"
 _NO_LIMIT = "this server does not look for repetitions"
 _NO_RETURN = "this server does not return such data"
@@ -87,9 +86,7 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "logprob_token_ids": Refused(_NO_LOGPROBS, ([],)),
     # Reasoning.
     "reasoning": Refused("reasoning_effort is its name", ({},)),
-    "reasoning_max_tokens": Refused(_NO_BUDGET),
     "response_max_tokens": Refused("max_tokens limits reasoning and content together"),
-    "thinking_token_budget": Refused(_NO_BUDGET, (-1,)),
     "verbosity": Refused("no model here has such a setting", ("medium",)),
     "task": Refused("no model here has such tasks"),
     # Prompts.
@@ -152,6 +149,8 @@ COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
     "tools": Refused(_CHAT_TOOLS, ([],)),
     "tool_choice": Refused(_CHAT_TOOLS, ("none", "auto")),
     "parallel_tool_calls": Refused(_CHAT_TOOLS, _ANY_FLAG),
+    "reasoning_max_tokens": Refused(_NO_THINKING),
+    "thinking_token_budget": Refused(_NO_THINKING, (-1,)),
     "include_reasoning": Refused(_NO_THINKING, _TRUE),
     "separate_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
     "stream_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
