@@ -527,6 +527,7 @@ def test_metadata_that_is_no_text_counts_as_fields() -> None:
     metadata = {"min_tokens": 3, "temperature": 0.5, "seed": "4", "note": 7}
     request = chat(metadata=metadata, temperature=0.7)
     assert (request.min_tokens, request.temperature, request.seed) == (3, 0.7, None)
+    assert chat(metadata={"max_streaming_response_tokens": 3}).tokens_per_event == 3
     for fields, param in (({"top_p": 2}, "top_p"), ({"logit_bias": {"1": 2}}, "logit_bias")):
         with pytest.raises(RequestError) as caught:
             chat(metadata=fields)
