@@ -17,6 +17,7 @@ from ...common.resumption import Resumption
 from ..client_watch import on_disconnect
 from .access_log import AccessRecord
 from .delivery_marks import DeliveryMarks
+from .delta_groups import DeltaGroups
 from .keep_alive import KeepAlive
 from .output import Delta
 from .protocol import GenerationRequest
@@ -80,6 +81,10 @@ class Generation:
             index: choice.delivered for index, choice in enumerate(choices) if choice.delivered is not None
         }
         self._outputs = [choice.output for choice in choices]
+        self._groups: DeltaGroups | None = None
+        if request.stream and request.tokens_per_event > 1:
+            begun = [index for index, output in enumerate(self._outputs) if output.num_tokens]
+            self._groups = DeltaGroups(request.tokens_per_event, begun)
         self._marks = DeliveryMarks(self._outputs, enabled=marked)
         self._record = record
         self._keep_alive = keep_alive
@@ -172,6 +177,7 @@ class Generation:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
     def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:
@@ -233,6 +239,8 @@ class Generation:
             # A stop string ends the choice, but the engine does not know stop strings.
             self._tokens.stop(output.request_id)
             self._record.finish_reasons.append(choice.finish_reason)
+        if self._groups is not None:
+            return self._groups.add(index, delta, choice.num_tokens - before)
         return delta
 
     def _observe_tokens(self, index: int, num_tokens: int) -> None:

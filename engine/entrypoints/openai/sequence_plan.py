@@ -68,6 +68,7 @@ def plan_sequences(
             seed=seed,
             choice=index,
             eos_token_ids=served.tokenizer.eos_token_ids,
+            vocab_size=served.model.vocab_size,
         )
         if constraints:
             params = msgspec.structs.replace(params, **constraints)
@@ -78,9 +79,13 @@ def plan_sequences(
             stop=request.stop,
             include_stop=request.include_stop_str_in_output,
             min_tokens=request.min_tokens,
-            stop_token_logprobs=request.prompt_logprobs is not None,
+            stop_token_ids=request.stop_token_ids,
+            # Ids and log probabilities must correspond one to one.
+            stop_token_logprobs=request.echoes_logprobs or request.return_token_ids,
         )
-        sequence = AddRequest(f"{engine_id}-{index}", prompt, params, arrival_time)
+        sequence = AddRequest(
+            f"{engine_id}-{index}", prompt, params, arrival_time, cache_salt=request.cache_salt
+        )
         choice = PlannedChoice(output, params, sequence)
         if index in started:
             choice = _resumed(choice, index, started[index], request, served.model.vocab_size)
