@@ -10,8 +10,10 @@ import openai
 import pytest
 
 from ..entrypoints.conftest import ApiServer
-from ..router.conftest import RouterProcess
+from ..router.conftest import RouterProcess, start_router
 from ..waiting import wait_until
+
+__all__ = ["start_router"]
 
 
 @dataclass(frozen=True)
