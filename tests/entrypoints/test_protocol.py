@@ -20,6 +20,7 @@ from fastdeploy.entrypoints.openai.unsupported import (
     WITHOUT_EFFECT,
 )
 from fastdeploy.entrypoints.openai.validation import (
+    MAX_NESTING,
     MISSING,
     UNSUPPORTED,
     WRONG_TYPE,
@@ -333,11 +334,25 @@ def test_ignore_eos_leaves_the_requests_own_stop_ids() -> None:
         b'{"a": 1',
         b"[" * 100_000,
         b'{"a":' * 100_000,
+        b'{"a":' + b"[" * MAX_NESTING + b"]" * MAX_NESTING + b"}",
     ],
 )
 def test_bodies_that_are_no_json_objects_are_refused(body: bytes) -> None:
     with pytest.raises(RequestError):
         decode_object(body)
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+@pytest.mark.parametrize("name", ["response_format", "metadata", "stop", "chat_template_kwargs", "messages"])
+def test_values_nested_as_deeply_as_a_body_may_be_are_parsed_or_refused(
+    parse: Callable[..., ChatRequest | CompletionRequest], name: str
+) -> None:
+    value: Any = {}
+    for _ in range(MAX_NESTING - 2):
+        value = {"a": value}
+    fields = decode_object(json.dumps({name: value}).encode())
+    error = refusal_of(partial(parse, **fields))
+    assert error is None or error.param == name
 
 
 json_values = st.recursive(
