@@ -80,6 +80,10 @@ class Generation:
         self.delivered = {
             index: choice.delivered for index, choice in enumerate(choices) if choice.delivered is not None
         }
+        #: By choice: the same in the steps in which it was emitted.
+        self.steps = [choice.steps for choice in choices]
+        #: Number of events that another replica has sent.
+        self.num_sent_events = 0 if resumption is None else resumption.events
         self._outputs = [choice.output for choice in choices]
         self._groups: DeltaGroups | None = None
         if request.stream and request.tokens_per_event > 1:

@@ -42,6 +42,14 @@ class Delta:
     def __bool__(self) -> bool:
         return bool(self.text or self.token_ids or self.finish_reason)
 
+    @classmethod
+    def joined(cls, deltas: Iterable[Delta]) -> Delta:
+        """Return several deltas of an unfinished choice as one, without their log probabilities."""
+        deltas = list(deltas)
+        return cls(
+            "".join(each.text for each in deltas), tuple(i for each in deltas for i in each.token_ids), ()
+        )
+
 
 class ChoiceOutput:
     """Text of one choice, and how much of it has been emitted.
@@ -91,8 +99,8 @@ class ChoiceOutput:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    def replay(self, token_ids: list[int], *, with_logprobs: bool) -> Delta:
-        """Continue after tokens that another run has drawn. Return the delta that it has emitted.
+    def replay(self, token_ids: list[int], *, with_logprobs: bool) -> list[Delta]:
+        """Continue after tokens that another run has drawn. Return the deltas that it has emitted.
 
         Text that the other run withheld is withheld here too.
 
@@ -103,12 +111,16 @@ class ChoiceOutput:
         Raises:
             ReplayMismatch: a stop string in these tokens ends the choice.
         """
-        delta = self.push(TokenOutput("", token_ids))
-        if self.finish_reason is not None:
-            raise ReplayMismatch("its tokens contain a stop string")
+        deltas = []
+        for token_id in token_ids:
+            # One at a time, as they were drawn.
+            if delta := self.push(TokenOutput("", [token_id])):
+                deltas.append(delta)
+            if self.finish_reason is not None:
+                raise ReplayMismatch("its tokens contain a stop string")
         if with_logprobs:
             self.num_repeated = len(self._pending)
-        return delta
+        return deltas
 
     def push(self, output: TokenOutput) -> Delta:
         """Add the output of one step. Do not call this again once `finish_reason` is set."""

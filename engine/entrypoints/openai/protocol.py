@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from ...common.errors import ConfigError, RequestError
 from ...common.request import SamplingParams
@@ -211,7 +211,7 @@ class ChatRequest(GenerationRequest):
         return self.continue_final_message
 
     @classmethod
-    def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
+    def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> Self:
         values = _with_metadata(values)
         body = validated(values, ChatBody)
         if body.top_logprobs and not body.logprobs:

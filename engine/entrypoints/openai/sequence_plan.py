@@ -29,6 +29,8 @@ class PlannedChoice:
     sequence: AddRequest | None
     #: The part that another replica has sent, or would have sent; None if no replica has begun the choice.
     delivered: Delta | None = None
+    #: The same in the steps in which it was emitted; empty if the choice has finished.
+    steps: tuple[Delta, ...] = ()
 
 
 def plan_sequences(
@@ -111,7 +113,7 @@ def _resumed(
             f"choice {index} already has {len(tokens)} of at most {params.max_tokens} tokens"
         )
     try:
-        sent = output.replay(tokens, with_logprobs=params.logprobs is not None)
+        steps = output.replay(tokens, with_logprobs=params.logprobs is not None)
     except ReplayMismatch as error:
         raise _not_resumable(f"choice {index}: {error}") from None
     sequence = msgspec.structs.replace(
@@ -120,7 +122,7 @@ def _resumed(
         params=msgspec.structs.replace(params, prompt_logprobs=None),
         output_token_ids=output.token_ids[: output.num_tokens - output.num_repeated],
     )
-    return PlannedChoice(output, params, sequence, sent)
+    return PlannedChoice(output, params, sequence, Delta.joined(steps), tuple(steps))
 
 
 def _not_resumable(why: str) -> ApiError:
