@@ -132,7 +132,12 @@ class EngineCore:
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
         sequence = Sequence(
-            request_id, prompt, request.params, request.arrival_time, [*request.output_token_ids]
+            request_id,
+            prompt,
+            request.params,
+            request.arrival_time,
+            [*request.output_token_ids],
+            cache_salt=request.cache_salt,
         )
         if request.params.grammar is None:
             self._scheduler.add(sequence)
@@ -154,7 +159,8 @@ class EngineCore:
                 compiled.result()
                 self._scheduler.add(sequence)
             except FastDeployError as error:
-                self._refusals.append(_error(sequence.request_id, str(error)))
+                is_refused = isinstance(error, RequestError)
+                self._refusals.append(_error(sequence.request_id, str(error), is_refused=is_refused))
 
     def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:
         sampler = self._sampler
@@ -179,7 +185,7 @@ class EngineCore:
                 outputs.append(_output(sequence, one, reason))
             else:
                 self._scheduler.abort([sequence.request_id])
-                outputs.append(_error(sequence.request_id, one.error))
+                outputs.append(_error(sequence.request_id, one.error, is_refused=True))
         return outputs
 
     def _fail(self, batch: Batch, error: Exception) -> list[TokenOutput]:
@@ -227,5 +233,5 @@ def _output(sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -
     )
 
 
-def _error(request_id: str, message: str) -> TokenOutput:
-    return TokenOutput(request_id, [], FinishReason.ERROR, message=message)
+def _error(request_id: str, message: str, *, is_refused: bool = False) -> TokenOutput:
+    return TokenOutput(request_id, [], FinishReason.ERROR, message=message, is_refused=is_refused)

@@ -1,8 +1,8 @@
 """Samples tokens from logits.
 
 The order is that of vLLM: bias, repetition penalty, frequency and presence penalty, masks (grammar, allowed
-ids, bad words, stop tokens until `min_tokens`), then (unless greedy) temperature, min_p, top_k, top_p, and one draw.
-One operation does all this for the whole batch (custom_ops/include/sample.h); this module prepares its
+ids, bad words, stop tokens until `min_tokens`), then (unless greedy) temperature, min_p, top_k, top_p, and a
+draw. One operation does all this for the whole batch (custom_ops/include/sample.h); this module prepares its
 arguments and reads its results, on any device.
 
 Rows are independent, and their random numbers depend only on seed, choice and position. A text therefore does
@@ -100,9 +100,13 @@ class Sampler:
         assert drawn.logprobs is not None
         ends = 1 + np.minimum(draw.rows["logprobs"], drawn.vocab_size)
         return [
-            _logprobs(ids[:end], values[:end])
-            for end, ids, values in zip(
-                ends.tolist(), drawn.top_tokens.tolist(), drawn.logprobs.tolist(), strict=True
+            _logprobs(ids[:end], values[:end], rank)
+            for end, ids, values, rank in zip(
+                ends.tolist(),
+                drawn.top_tokens.tolist(),
+                drawn.logprobs.tolist(),
+                drawn.token_ids,
+                strict=True,
             )
         ]
 
@@ -269,5 +273,5 @@ def _check(token_ids: Many[int], sequences: Many[Sequence]) -> None:
         raise FloatingPointError(f"logits of request {request_id} are not finite")
 
 
-def _logprobs(ids: list[int], values: list[float]) -> Logprobs:
-    return Logprobs(ids[0], values[0], list(zip(ids[1:], values[1:], strict=True)))
+def _logprobs(ids: list[int], values: list[float], rank: int = 0) -> Logprobs:
+    return Logprobs(ids[0], values[0], list(zip(ids[1:], values[1:], strict=True)), rank)

@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 #: A model can get lost in whitespace, so a run of it has a limit.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,128}"
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 #: The name that a grammar has inside of another one.
 _INNER = "inner"
 

@@ -26,7 +26,7 @@ _INVALID = "invalid_value"
 
 
 def require_valid(
-    grammar: str, field: str, tokenizer: LLTokenizer | None = None, *, has_place: bool = True
+    grammar: str, field: str, vocabulary: LLTokenizer | None = None, *, has_place: bool = True
 ) -> None:
     """Raise RequestError unless the grammar can be compiled.
 
@@ -35,20 +35,18 @@ def require_valid(
         has_place: the error's line and column belong to the text of the client.
     """
     require_length(len(grammar), field)
-    fault = _fault(grammar, tokenizer)
+    fault = _fault(grammar, vocabulary)
     if fault is not None:
         raise RequestError(f"{field}: {_sentence(fault, has_place)}", field, code=_INVALID)
 
 
-def require_valid_schema(
-    schema: Any, field: str, grammar_of: Callable[[Any], str], tokenizer: LLTokenizer | None = None
-) -> None:
+def require_valid_schema(schema: Any, field: str, grammar_of: Callable[[Any], str]) -> None:
     """Raise RequestError unless the grammar of a JSON schema can be compiled; it names the wrong part."""
     grammar = grammar_of(schema)
     require_length(len(grammar), field)
-    fault = _fault(grammar, tokenizer)
+    fault = _fault(grammar, None)
     if fault is not None:
-        place = field + _place(schema, fault, grammar_of)
+        place = field if "recursion" in fault else field + _place(schema, fault, grammar_of)
         raise RequestError(f"{place}: {_sentence(fault, False)}", place, code=_INVALID)
 
 
@@ -62,10 +60,21 @@ def require_length(length: int, field: str) -> None:
         )
 
 
-@lru_cache(maxsize=32)
-def _fault(grammar: str, tokenizer: LLTokenizer | None) -> str | None:
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=LIMITS)
+def names_special_tokens(grammar: str) -> bool:
+    """Return True if only the vocabulary shows whether a valid grammar is one for this model."""
+    _, warnings = _messages(grammar, None)
+    return any("no tokenizer" in warning for warning in warnings)
+
+
+def _fault(grammar: str, vocabulary: LLTokenizer | None) -> str | None:
+    is_error, messages = _messages(grammar, vocabulary)
     return messages[0] if is_error else None
+
+
+@lru_cache(maxsize=32)
+def _messages(grammar: str, vocabulary: LLTokenizer | None) -> tuple[bool, list[str]]:
+    """Return True and an error, or False and warnings."""
+    return LLMatcher.validate_grammar_with_warnings(grammar, vocabulary, limits=LIMITS)
 
 
 def _place(schema: Any, fault: str, grammar_of: Callable[[Any], str]) -> str:

@@ -8,8 +8,6 @@ from ..tokenizer.tokenizer import Tokenizer
 
 #: Bits of a mask come in multiples of so many tokens.
 _ALIGNMENT = 64
-#: Texts behind which the tokenizer adds no space of its own.
-_SENTINELS = ("\n", ",", "a")
 
 
 def grammar_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:
@@ -51,17 +49,8 @@ class _Adapter:
             string = text.decode()
         except UnicodeDecodeError:
             return self._greedy(text)
-        for sentinel in _SENTINELS if self._tokenizer.strips_first_space else ("",):
-            before = self._tokenizer.encode(sentinel)
-            ids = self._tokenizer.encode(sentinel + string)
-            if ids[: len(before)] == before and self._spells(ids[len(before) :], text):
-                return ids[len(before) :]
-        return self._greedy(text)
-
-    def _spells(self, ids: list[int], text: bytes) -> bool:
-        return b"".join(
-            self.tokens[token_id] for token_id in ids if token_id < len(self.tokens)
-        ) == text and all(not self._tokenizer.is_special(token_id) for token_id in ids)
+        ids = self._tokenizer.encode_inside(string)
+        return self._greedy(text) if ids is None or max(ids, default=0) >= len(self.tokens) else ids
 
     def _greedy(self, text: bytes) -> list[int]:
         """Return the longest tokens from left to right, up to the first byte without a token."""

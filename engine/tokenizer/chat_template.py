@@ -42,8 +42,11 @@ class Render(Protocol):
     def __call__(self, variables: dict[str, Any], rendered_at: float | None = None) -> str: ...
 
 
-def compile_template(source: str) -> Render:
+def compile_template(source: str, blamed: str = "messages") -> Render:
     """Return a function that renders `source` with the given variables, at the given time or now.
+
+    Args:
+        blamed: field of the request that an error names if the template fails while rendering.
 
     Raises:
         RequestError: the template cannot be compiled. The function raises it for any error while rendering.
@@ -76,7 +79,7 @@ def compile_template(source: str) -> Render:
             ) from None
         # A template runs as Python code and can raise any exception.
         except Exception as error:
-            raise RequestError(f"the chat template failed: {_one_line(error)}", "messages") from None
+            raise RequestError(f"the chat template failed: {_one_line(error)}", blamed) from None
 
     return render
 
@@ -213,7 +216,7 @@ def _main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        text = compile_template(job["source"])(job["variables"], job["at"])
+        text = compile_template(job["source"], "chat_template")(job["variables"], job["at"])
         if len(text) > _MAX_TEXT_CHARACTERS:
             raise RequestError(
                 f"chat_template renders {len(text)} characters; at most {_MAX_TEXT_CHARACTERS} are allowed",

@@ -20,6 +20,8 @@ from .vocabulary import MAX_TOKEN_ID, HuggingFaceVocabulary, SentencePieceVocabu
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FURTHER_TOKENS = "additional_special_tokens"
+#: Texts that seldom share a token with what follows.
+_TEXTS_BEFORE = ("\n", ",", "a")
 #: Names that only some templates read.
 _OPTIONAL_NAMES = ("tools", "tool_calls")
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
@@ -107,6 +109,20 @@ class Tokenizer:
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}), which is not a character"
             ) from None
         return self._vocabulary.encode(text, add_special_tokens)
+
+    def encode_inside(self, text: str) -> list[int] | None:
+        """Return the ids of a text inside of a longer one, without the space that encoding adds before one.
+
+        None if the tokenizer changes the text, or reads a special token in it.
+        """
+        for before in _TEXTS_BEFORE if self.strips_first_space else ("",):
+            start = self.encode(before)
+            ids = self.encode(before + text)
+            inside = ids[len(start) :]
+            is_same = b"".join(map(self.token_bytes, inside)) == text.encode()
+            if ids[: len(start)] == start and is_same and self.special_ids.isdisjoint(inside):
+                return inside
+        return None
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ids. Bytes that are not UTF-8, e.g. half a character, become U+FFFD."""

@@ -55,7 +55,7 @@ def test_tokens_of_messages_are_those_of_a_chat(server: ApiServer) -> None:
         ("/tokenize", {"prompt": 5}, 400, "prompt"),
         ("/tokenize", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
         ("/tokenize", {"prompt": "a", "model": "gpt-9"}, 404, "model"),
-        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools"),
+        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools[0].function"),
         ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [1, -1]}, 400, "tokens[1]"),
         ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),

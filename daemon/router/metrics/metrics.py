@@ -35,6 +35,7 @@ _ENDPOINTS = frozenset(
         "/v1/completions",
         "/v1/embeddings",
         "/v1/models",
+        "/v1/responses",
         "/v1/reward",
         "/version",
     }

@@ -6,9 +6,14 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-#: Present only if the request asks for it.
-Ids = list[int] | UnsetType
+#: Present in a stream only if the request asks for it; otherwise null.
+Ids = list[int] | UnsetType | None
+TokenText = Annotated[str | UnsetType | None, Meta(description="The text of the ids with special tokens.")]
 FinishReason = Literal["stop", "length"]
+StopReason = Annotated[
+    str | int | UnsetType | None,
+    Meta(description="The stop string or stop token of the request that has ended the choice."),
+]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -64,6 +69,16 @@ class ChatLogprobs(Answer, frozen=True, kw_only=True):
     refusal: None
 
 
+class PromptLogprob(Answer, frozen=True, kw_only=True):
+    logprob: float
+    rank: Annotated[int, Meta(ge=1, description="1 is the most likely token.")]
+    decoded_token: str
+
+
+#: For each position of the prompt its token and the most likely tokens by id; null for the first one.
+PromptLogprobs = list[dict[str, PromptLogprob] | None] | UnsetType | None
+
+
 class CalledFunction(Answer, frozen=True, kw_only=True):
     name: str
     arguments: Annotated[str, Meta(description="JSON as the model wrote it, which may be invalid.")]
@@ -80,10 +95,13 @@ class AnsweredCall(Answer, frozen=True, kw_only=True):
 class AssistantMessage(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"]
     content: Annotated[str | None, Meta(description="null if there are only tool calls.")]
-    reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[AnsweredCall] | UnsetType = UNSET
-    prompt_token_ids: Ids = UNSET
-    completion_token_ids: Ids = UNSET
+    refusal: None
+    reasoning_content: str | None
+    tool_calls: list[AnsweredCall] | None
+    prompt_token_ids: list[int] | None
+    completion_token_ids: list[int] | None
+    prompt_tokens: TokenText
+    completion_tokens: TokenText
 
 
 class ChatChoice(Answer, frozen=True, kw_only=True):
@@ -91,6 +109,9 @@ class ChatChoice(Answer, frozen=True, kw_only=True):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
+    stop_reason: StopReason
+    token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs
 
 
 class ChatCompletion(Answer, frozen=True, kw_only=True):
@@ -102,6 +123,10 @@ class ChatCompletion(Answer, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs
+    system_fingerprint: None
+    service_tier: None
 
 
 class CalledFunctionDelta(Answer, frozen=True, kw_only=True):
@@ -120,11 +145,13 @@ class CallDelta(Answer, frozen=True, kw_only=True):
 
 class ChatDelta(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[CallDelta] | UnsetType = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
+    prompt_tokens: TokenText = UNSET
+    completion_tokens: TokenText = UNSET
 
 
 class ChatChunkChoice(Answer, frozen=True, kw_only=True):
@@ -132,6 +159,9 @@ class ChatChunkChoice(Answer, frozen=True, kw_only=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    stop_reason: StopReason = UNSET
+    token_ids: Ids = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
@@ -143,6 +173,7 @@ class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: Ids = UNSET
 
 
 class CompletionLogprobs(Answer, frozen=True, kw_only=True):
@@ -159,8 +190,13 @@ class CompletionChoice(Answer, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Annotated[FinishReason | None, Meta(description="null within a stream.")]
+    stop_reason: StopReason = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
+    prompt_tokens: TokenText = UNSET
+    completion_tokens: TokenText = UNSET
+    token_ids: Ids = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class Completion(Answer, frozen=True, kw_only=True):

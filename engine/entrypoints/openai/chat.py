@@ -14,10 +14,11 @@ from .chat_parts import ParsedChoice, parsed_choices, reasoning_usage
 from .events import Event
 from .generation import NO_OUTPUT, Generation
 from .keep_alive import KeepAlive
-from .logprobs import chat_logprobs
+from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .output import Delta
 from .protocol import ChatRequest
 from .served_model import ServedModel
+from .token_fields import token_fields
 from .tool_prompt import with_written_calls, with_written_tools
 
 # Limits how many templates from requests are rendered at once, each in a process of its own.
@@ -127,13 +128,18 @@ def chat_completion(generation: Generation) -> dict[str, Any]:
     """Return the complete response."""
     parsed = parsed_choices(generation)
     deltas = generation.all_deltas()
+    choices = [
+        _choice(generation, index, parts, None if parsed is None else parsed[index])
+        for index, parts in enumerate(deltas)
+    ]
     return {
         **_head(generation, "chat.completion"),
-        "choices": [
-            _choice(generation, index, parts, None if parsed is None else parsed[index])
-            for index, parts in enumerate(deltas)
-        ],
+        "choices": choices,
         "usage": generation.usage() | reasoning_usage(generation),
+        "prompt_logprobs": choices[0]["prompt_logprobs"],
+        "prompt_token_ids": generation.prompts[0] if generation.request.return_token_ids else None,
+        "system_fingerprint": None,
+        "service_tier": None,
     }
 
 
@@ -151,7 +157,10 @@ def chat_events(generation: Generation) -> Iterator[Event | None]:
         if index not in started:
             started.add(index)
             usage = generation.usage_so_far(index, has_begun=False)
-            yield head | {"choices": [_role(generation, index)]} | usage, generation.mark(index)
+            event = head | {"choices": [_role(generation, index)]} | usage
+            if generation.request.return_token_ids:
+                event["prompt_token_ids"] = generation.prompts[0]
+            yield event, generation.mark(index)
         chunk = _chunk(generation, index, delta, None if parsed is None else parsed[index])
         event = head | {"choices": [chunk]} | generation.usage_so_far(index)
         yield event, generation.mark(index, delta)
@@ -171,43 +180,60 @@ def _head(generation: Generation, kind: str) -> dict[str, Any]:
 def _choice(
     generation: Generation, index: int, deltas: list[Delta], parsed: ParsedChoice | None
 ) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.text for delta in deltas)}
+    with_ids = generation.request.return_token_ids
+    token_ids = [i for delta in deltas for i in delta.token_ids] if with_ids else None
+    # As in FastDeploy and vLLM, what is absent is null.
+    message = {
+        "role": "assistant",
+        "content": "".join(delta.text for delta in deltas),
+        "refusal": None,
+        "reasoning_content": None,
+        "tool_calls": None,
+        **token_fields(generation.served.tokenizer, generation.prompts[0] if with_ids else None, token_ids),
+    }
     finish_reason: str | None = deltas[-1].finish_reason
     if parsed is not None:
-        message = parsed.message(parsed.push(message["content"], finish_reason))
+        message |= parsed.message(parsed.push(message["content"], finish_reason))
         finish_reason = parsed.finish_reason(finish_reason)
-    if generation.request.return_token_ids:
-        message["prompt_token_ids"] = generation.prompts[0]
-        message["completion_token_ids"] = [i for delta in deltas for i in delta.token_ids]
     return {
         "index": index,
         "message": message,
         "logprobs": _logprobs(generation, [entry for delta in deltas for entry in delta.logprobs]),
         "finish_reason": finish_reason,
+        "stop_reason": deltas[-1].stop_reason,
+        "token_ids": token_ids,
+        "prompt_logprobs": _prompt_logprobs(generation, index),
     }
 
 
 def _role(generation: Generation, index: int) -> dict[str, Any]:
     delta: dict[str, Any] = {"role": "assistant", "content": ""}
     if generation.request.return_token_ids:
-        delta["prompt_token_ids"] = generation.prompts[0]
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        delta |= token_fields(generation.served.tokenizer, generation.prompts[0], None)
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    if generation.request.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = _prompt_logprobs(generation, index)
+    return choice
 
 
 def _chunk(generation: Generation, index: int, delta: Delta, parsed: ParsedChoice | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"content": delta.text} if delta.text or delta.finish_reason is None else {}
+    body: dict[str, Any] = {"content": delta.text}
     finish_reason: str | None = delta.finish_reason
     if parsed is not None:
-        body = parsed.delta(parsed.push(delta.text, finish_reason))
+        body = {"content": ""} | parsed.delta(parsed.push(delta.text, finish_reason))
         finish_reason = parsed.finish_reason(finish_reason)
-    if generation.request.return_token_ids:
-        body["completion_token_ids"] = list(delta.token_ids)
-    return {
+    choice = {
         "index": index,
         "delta": body,
         "logprobs": _logprobs(generation, delta.logprobs),
         "finish_reason": finish_reason,
     }
+    if generation.request.return_token_ids:
+        body |= token_fields(generation.served.tokenizer, None, delta.token_ids)
+        choice["token_ids"] = delta.token_ids
+    if delta.finish_reason is not None:
+        choice["stop_reason"] = delta.stop_reason
+    return choice
 
 
 def _logprobs(
@@ -215,4 +241,15 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if generation.request.logprobs is None:
         return None
-    return chat_logprobs(generation.served.tokenizer, entries)
+    return chat_logprobs(_names(generation), entries)
+
+
+def _prompt_logprobs(generation: Generation, index: int) -> list[Any] | None:
+    count = generation.request.prompt_logprobs
+    if count is None:
+        return None
+    return prompt_logprobs(_names(generation), generation.prompt_logprobs(index), count)
+
+
+def _names(generation: Generation) -> TokenNames:
+    return TokenNames(generation.served.tokenizer, generation.request.names_token_ids)

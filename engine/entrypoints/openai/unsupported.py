@@ -16,9 +16,7 @@ _EMPTY: tuple[Any, ...] = ([], {}, "", False, 0)
 
 _CHAT_TOOLS = "tools belong to /v1/chat/completions"
 _USE_TOOLS = "tools and tool_choice have taken its place"
-_NO_GRAMMAR = "this server does not constrain its output"
 _NO_LOGPROBS = "this server has no such log probabilities"
-_NO_BIAS = "this server does not change the probabilities of single tokens"
 _NO_THINKING = "only /v1/chat/completions separates reasoning from the response"
 _NO_PLUGINS = "this server has no custom sampling code"
 _NO_LIMIT = "this server does not look for repetitions"
@@ -45,24 +43,7 @@ REQUEST_FIELDS: dict[str, Refused] = {
     # Older names of tools.
     "functions": Refused(_USE_TOOLS, ([],)),
     "function_call": Refused(_USE_TOOLS, ("none", "auto")),
-    # Constrained output.
-    "response_format": Refused(_NO_GRAMMAR, ({"type": "text"}, {})),
-    "structured_outputs": Refused(_NO_GRAMMAR, ({},)),
-    "guided_json": Refused(_NO_GRAMMAR),
-    "guided_json_object": Refused(_NO_GRAMMAR, _FALSE),
-    "guided_regex": Refused(_NO_GRAMMAR),
-    "guided_choice": Refused(_NO_GRAMMAR),
-    "guided_grammar": Refused(_NO_GRAMMAR),
-    "guided_whitespace_pattern": Refused(_NO_GRAMMAR),
-    "structural_tag": Refused(_NO_GRAMMAR),
-    "json_schema": Refused(_NO_GRAMMAR),
-    "regex": Refused(_NO_GRAMMAR),
-    "ebnf": Refused(_NO_GRAMMAR),
     # Sampling.
-    "logit_bias": Refused(_NO_BIAS, ({},)),
-    "bad_words": Refused(_NO_BIAS, ([],)),
-    "bad_words_token_ids": Refused(_NO_BIAS, ([],)),
-    "allowed_token_ids": Refused(_NO_BIAS),
     "logits_processors": Refused(_NO_PLUGINS, ([],)),
     "logits_processors_args": Refused(_NO_PLUGINS, ({},)),
     "custom_logit_processor": Refused(_NO_PLUGINS, ([],)),
@@ -79,13 +60,11 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "stop_regex": Refused("stop takes strings only", ([], "")),
     "no_stop_trim": Refused("include_stop_str_in_output does this", _FALSE),
     # Log probabilities.
-    "prompt_logprobs": Refused("completions return these with echo and logprobs", (False,)),
     "temp_scaled_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "top_p_normalized_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "include_draft_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "include_logprobs_decode_token": Refused("log probabilities always name their token", _TRUE),
     "logprob_token_ids": Refused(_NO_LOGPROBS, ([],)),
-    "return_tokens_as_token_ids": Refused("return_token_ids returns the ids", _FALSE),
     # Reasoning.
     "reasoning": Refused("reasoning_effort is its name", ({},)),
     "response_max_tokens": Refused("max_tokens limits reasoning and content together"),
@@ -108,8 +87,6 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "web_search_options": Refused("this server does not search the web"),
     "moderation": Refused("this server does not moderate"),
     # The form of responses.
-    "max_streaming_response_tokens": Refused("each event has the tokens of one step", (1,)),
-    "stream_interval": Refused("each event has the tokens of one step", (1,)),
     "collect_metrics": Refused("/metrics has the measurements", _FALSE),
     "return_hidden_states": Refused(_NO_RETURN, _FALSE),
     "return_routed_experts": Refused(_NO_RETURN, _FALSE),
@@ -125,8 +102,7 @@ REQUEST_FIELDS: dict[str, Refused] = {
     # Places and caches.
     "rid": Refused("request_id names a request"),
     "priority": Refused("requests are served in the order of arrival", (0,)),
-    "cache_salt": Refused("all clients share the prefix cache"),
-    "extra_key": Refused("all clients share the prefix cache", ([], "")),
+    "extra_key": Refused("cache_salt does this", ([], "")),
     "custom_labels": Refused("metrics have no labels of clients", ({},)),
     "lora_path": Refused("this server has no adapters", ([], "")),
     "session_params": Refused("requests are independent of each other", ({},)),
