@@ -89,6 +89,10 @@ def test_version_load_ping_and_configuration(server: ApiServer) -> None:
         ("/v1/sleep", "a replica keeps its weights"),
         ("/rearrange_experts", "experts are balanced automatically"),
         ("/generate", "use /v1/chat/completions"),
+        ("/v1/responses/resp_1/cancel", "this server stores no responses"),
+        ("/v1/responses/input_tokens", "use /tokenize"),
+        ("/abort_request", "use /v1/abort_requests"),
+        ("/v1/pause", "fdctl drain"),
     ],
 )
 def test_an_endpoint_that_is_not_served_says_why(server: ApiServer, path: str, reason: str) -> None:
