@@ -121,6 +121,11 @@ def choices(blocks: list[bytes], index: int = 0) -> list[dict[str, Any]]:
     return [choice for each in events(blocks) for choice in each["choices"] if choice["index"] == index]
 
 
+def message_of(choice: dict[str, Any]) -> dict[str, Any]:
+    """Return the message of a whole answer without the keys that are null, except the content."""
+    return {key: value for key, value in choice["message"].items() if value is not None or key == "content"}
+
+
 def joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the message that a client makes of deltas."""
     message: dict[str, Any] = {"role": "assistant", "content": None}
@@ -156,7 +161,7 @@ def test_a_whole_answer_has_calls_reasoning_and_content(replica: Replica) -> Non
 
 
 def test_an_answer_of_calls_only_has_no_content(calling: Replica) -> None:
-    message = calling.chat()["choices"][0]["message"]
+    message = message_of(calling.chat()["choices"][0])
     assert message["content"] is None
     assert "reasoning_content" not in message
     assert joined([choice["delta"] for choice in choices(calling.blocks())]) == message
@@ -178,7 +183,7 @@ def test_ids_of_calls_follow_from_the_answer(calling: Replica) -> None:
 def test_a_stream_has_the_order_of_openai(replica: Replica) -> None:
     blocks = replica.blocks()
     deltas = [choice["delta"] for choice in choices(blocks)]
-    whole = replica.chat()["choices"][0]["message"]
+    whole = message_of(replica.chat()["choices"][0])
     assert joined(deltas) == whole
     entries = [entry for delta in deltas for entry in delta.get("tool_calls", ())]
     assert [entry["index"] for entry in entries] == sorted(entry["index"] for entry in entries)
@@ -200,7 +205,7 @@ def test_each_of_several_choices_has_its_calls(replica: Replica) -> None:
         message = joined([chunk["delta"] for chunk in chunks])
         assert message.items() <= choice["message"].items()
         assert [chunk["finish_reason"] for chunk in chunks if chunk["finish_reason"]] == ["tool_calls"]
-        ids = [i for chunk in chunks for i in chunk["delta"].get("completion_token_ids", ())]
+        ids = [i for chunk in chunks for i in chunk["delta"]["completion_token_ids"] or ()]
         assert ids == choice["message"]["completion_token_ids"]
     usages = [each["usage"] for each in events(blocks)]
     assert usages[-1] == whole["usage"]
@@ -225,11 +230,11 @@ def test_an_interrupted_stream_continues_with_the_same_bytes(
 
 def test_reasoning_can_be_left_out_or_left_in(replica: Replica) -> None:
     hidden = replica.chat(include_reasoning=False)
-    assert "reasoning_content" not in hidden["choices"][0]["message"]
+    assert hidden["choices"][0]["message"]["reasoning_content"] is None
     assert hidden["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
     shown = replica.chat(separate_reasoning=False)
     assert shown["choices"][0]["message"]["content"] == "<think>\nHm.\n</think>\n\nLet me see."
-    assert "completion_tokens_details" not in shown["usage"]
+    assert shown["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
     pieces = [
         choice["delta"]["reasoning_content"]
         for choice in choices(replica.blocks(stream_reasoning=False))
@@ -245,16 +250,13 @@ def test_without_tools_there_are_no_calls(calling: Replica) -> None:
         assert choice["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize(
-    ("text", "reason", "max_tokens"),
-    [("<tool_call>{no JSON}</tool_call>", "stop", 300), ('<tool_call>{"name": "f"', "stop", 300)],
-)
-def test_what_is_no_call_is_content(text: str, reason: str, max_tokens: int) -> None:
+@pytest.mark.parametrize("text", ["<tool_call>{no JSON}</tool_call>", '<tool_call>{"name": "f"'])
+def test_what_is_no_call_is_content(text: str) -> None:
     with replica_that_writes(text) as running:
-        [choice] = running.chat(max_tokens=max_tokens)["choices"]
-        assert choice["message"] == {"role": "assistant", "content": text}
-        assert choice["finish_reason"] == reason
-        assert joined([each["delta"] for each in choices(running.blocks())]) == choice["message"]
+        [choice] = running.chat()["choices"]
+        assert message_of(choice) == {"role": "assistant", "content": text}
+        assert choice["finish_reason"] == "stop"
+        assert joined([each["delta"] for each in choices(running.blocks())]) == message_of(choice)
 
 
 class weather(pydantic.BaseModel):
