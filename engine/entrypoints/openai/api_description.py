@@ -117,9 +117,7 @@ def _fields_without_effect(body: type[Body]) -> dict[str, Any]:
 def _operation(operation: _Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": _reference(operation.answer)}}
     if operation.event is not None:
-        content["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"Events: {operation.event.__name__}, then [DONE]."}
-        }
+        content["text/event-stream"] = {"schema": _event(operation.event)}
     described: dict[str, Any] = {
         "summary": operation.summary,
         # Without the key, the server may be open.
@@ -142,6 +140,20 @@ def _operation(operation: _Operation) -> dict[str, Any]:
             {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
         ]
     return described
+
+
+def _event(kind: type[Struct]) -> dict[str, Any]:
+    """Return the schema of one event of a stream, as the fields that it consists of."""
+    data = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(kind), _reference(answers.Error)]},
+    }
+    return {
+        "type": "object",
+        "description": f"An event with a {kind.__name__} or an error; the last one is [DONE].",
+        "properties": {"data": {"type": "string", "anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
 
 
 def _reference(kind: type[Struct]) -> dict[str, str]:

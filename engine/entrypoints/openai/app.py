@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from .errors import ApiError
 from .events import event_stream
 from .generation import Generation
 from .keep_alive import KeepAlive
+from .logprob_limits import check_logprobs
 from .protocol import ChatRequest, CompletionRequest
 from .response_input import read_responses_request
 from .response_object import response_events, response_object, response_prompts
@@ -230,16 +230,17 @@ def _generate(
         g.record.request_id = body.request_id
     seed = body.seed if body.seed is not None else flask_request.header_seed()
     # Another replica must draw the same tokens, and it does not know log probabilities that were not sent.
-    is_resumable = seed is not None and (body.stream or body.logprobs is None)
+    is_resumable = seed is not None and (body.stream or not body.requested_logprobs)
     if resumption is not None and not is_resumable:
         what = "a seed" if seed is None else "its log probabilities so far"
         raise ApiError(409, f"a response cannot be resumed without {what}")
+    check_logprobs(served, body, prompts)
     generation = Generation(
         served,
         body,
         prompts,
         record=g.record,
-        seed=(secrets.randbits(63) if seed is None else seed) & flask_request.MAX_SEED,
+        seed=(served.seeds.draw() if seed is None else seed) & flask_request.MAX_SEED,
         created=created,
         client=flask_request.client_socket(),
         marked=is_resumable and flask_request.wants_marks(),

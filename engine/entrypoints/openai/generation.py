@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from ...common.errors import FastDeployError
+from ...common.errors import FastDeployError, RequestError
 from ...common.messages import Logprobs, TokenOutput
 from ...common.request import FinishReason
 from ...common.resumption import Resumption
 from ..client_watch import on_disconnect
 from .access_log import AccessRecord
 from .delivery_marks import DeliveryMarks
+from .delta_groups import DeltaGroups
 from .keep_alive import KeepAlive
 from .output import Delta
 from .protocol import GenerationRequest
@@ -84,6 +85,10 @@ class Generation:
         #: Number of events that another replica has sent.
         self.num_sent_events = 0 if resumption is None else resumption.events
         self._outputs = [choice.output for choice in choices]
+        self._groups: DeltaGroups | None = None
+        if request.stream and request.tokens_per_event > 1:
+            begun = [index for index, output in enumerate(self._outputs) if output.num_tokens]
+            self._groups = DeltaGroups(request.tokens_per_event, begun)
         self._marks = DeliveryMarks(self._outputs, enabled=marked)
         self._record = record
         self._keep_alive = keep_alive
@@ -121,6 +126,7 @@ class Generation:
 
         Raises:
             GenerationFailed: the engine gave up on a sequence.
+            RequestError: the engine refuses a sequence, or its constraints leave no token.
             ReplicaUnavailable: the engine has failed or is being stopped.
             ClientGone: the client has disconnected.
         """
@@ -158,6 +164,10 @@ class Generation:
         """Return the log probabilities of the prompt of a begun choice, from the second token on."""
         return self._prompt_logprobs[index]
 
+    def token_ids(self, index: int) -> list[int]:
+        """Return the tokens of a choice so far."""
+        return self._outputs[index].token_ids
+
     def mark(self, index: int, delta: Delta | None = None) -> bytes:
         """Return the mark of the event with this delta, or of an event that opens the choice."""
         return self._marks.opening(index) if delta is None else self._marks.event(index, delta)
@@ -173,6 +183,7 @@ class Generation:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
     def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:
@@ -228,6 +239,8 @@ class Generation:
                 metrics.generation_length.observe(output.num_tokens)
 
     def _push(self, index: int, output: TokenOutput) -> Delta:
+        if output.is_refused:
+            raise RequestError(output.message or "the engine refuses this request")
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.message or "the engine gave up on this request")
         choice = self._outputs[index]
@@ -244,6 +257,8 @@ class Generation:
             # A stop string ends the choice, but the engine does not know stop strings.
             self._tokens.stop(output.request_id)
             self._record.finish_reasons.append(choice.finish_reason)
+        if self._groups is not None:
+            return self._groups.add(index, delta, choice.num_tokens - before)
         return delta
 
     def _observe_tokens(self, index: int, num_tokens: int) -> None:

@@ -97,6 +97,8 @@ def config_info(config: ServeConfig) -> dict[str, Any]:
         "port": config.port,
         "metrics_port": config.metrics_port,
         "max_concurrency": config.max_concurrency,
+        "tool_call_parser": config.tool_call_parser,
+        "reasoning_parser": config.reasoning_parser,
         "timeout_graceful_shutdown": config.timeout_graceful_shutdown,
         "max_body_bytes": config.max_body_bytes,
         "cors_origins": sorted(config.cors.origins),

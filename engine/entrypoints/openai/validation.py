@@ -19,6 +19,8 @@ from ...common.errors import RequestError
 #: The error codes of OpenAI's API for an invalid field.
 MISSING, WRONG_TYPE, WRONG_VALUE = "missing_required_parameter", "invalid_type", "invalid_value"
 UNSUPPORTED = "unsupported_parameter"
+#: Levels of objects and lists in a body. Recursive functions need a stack for each.
+MAX_NESTING = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +70,32 @@ def decode_object(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
-        raise RequestError("the body is nested too deeply") from None
+        raise _nested_too_deeply() from None
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body is {_sort(value)}; a JSON object is expected")
+    # Counting bytes is much faster than looking at all values, and rules out most bodies.
+    if body.count(b"{") + body.count(b"[") > MAX_NESTING and _is_deeper(value, MAX_NESTING):
+        raise _nested_too_deeply()
     return value
 
 
-def validated(values: Mapping[str, Any], kind: type[_B]) -> _B:
+def validated(values: Mapping[str, Any], kind: type[_B], path: str = "") -> _B:
     """Return the object as `kind` declares it.
+
+    Args:
+        path: where the object is in the body.
 
     Raises:
         RequestError: a field is missing, invalid or not supported.
     """
-    refuse_unsupported(values, kind.refused)
+    refuse_unsupported(values, kind.refused, path)
     try:
         return msgspec.convert(values, kind)
     except ValidationError as error:
         # The search for the fault may disagree with msgspec only by a defect of this module.
-        raise _fault(inspect.type_info(kind), values, "") or RequestError(f"the body: {error}") from None
+        raise _fault(inspect.type_info(kind), values, path) or RequestError(f"the body: {error}") from None
 
 
 def refuse_unsupported(values: Mapping[str, Any], refused: Mapping[str, Refused], path: str = "") -> None:
@@ -110,6 +118,23 @@ def without_nulls(value: Any) -> Any:
 def invalid(name: str, value: Any, expected: str, *, code: str = WRONG_VALUE) -> RequestError:
     """Return the error for a field with an invalid value."""
     return RequestError(f"{name} is {_shown(value)}; it must be {expected}", name, code=code)
+
+
+def _nested_too_deeply() -> RequestError:
+    return RequestError(f"the body is nested more than {MAX_NESTING} levels deep")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return True if objects and lists are nested in more than so many levels."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+    return bool(level)
 
 
 def _fault(kind: inspect.Type, value: Any, path: str, expected: str = "") -> RequestError | None:
