@@ -23,12 +23,13 @@ from .fake_engine import wait_until
 
 TINY_TOKENIZER = Tokenizer.from_directory(TINY)
 NOTE = {"type": "string", "minLength": 300, "maxLength": 400}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": "note", "parameters": {"properties": {"text": NOTE}, "required": ["text"]}},
-    }
-]
+PARAMETERS = {"properties": {"text": NOTE}, "required": ["text"]}
+CALLS = {
+    "tools": [{"type": "function", "function": {"name": "note", "parameters": PARAMETERS}}],
+    "tool_choice": "required",
+    # The ids of calls follow from it.
+    "request_id": "calls",
+}
 BODIES: list[tuple[str, dict[str, object]]] = [
     ("/v1/completions", {"prompt": "a b", "n": 2, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"prompt": "c", "logprobs": 2, "temperature": 1.5}),
@@ -36,12 +37,9 @@ BODIES: list[tuple[str, dict[str, object]]] = [
     # Within a tool call, and within reasoning.
     (
         "/v1/chat/completions",
-        {"prompt_token_ids": [5, 6], "tools": TOOLS, "tool_choice": "required", "temperature": 1.2},
+        {**CALLS, "prompt_token_ids": [5, 6], "separate_reasoning": False, "temperature": 1.2},
     ),
-    (
-        "/v1/chat/completions",
-        {"prompt_token_ids": TINY_TOKENIZER.encode("<think>"), "temperature": 1.2},
-    ),
+    ("/v1/chat/completions", {"prompt_token_ids": TINY_TOKENIZER.encode("<think>"), "temperature": 1.2}),
 ]
 
 
