@@ -18,7 +18,8 @@ import requests
 from fastdeploy.common.ports import find_free
 
 from .mock_engines import Heartbeat, MockEngines
-from .router_peers import NotInstalledError, installed
+from .environments import NotInstalledError
+from .router_peers import installed
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0

@@ -48,7 +48,7 @@ def sample(
         logits: float32 [T, V].
         rows: SAMPLING_ROW [T]. Temperature 0 is greedy, top_k 0 keeps all tokens. `logprobs` is -1 for none,
             otherwise the number of most likely tokens to return. If `given` is not 0, no token is drawn and
-            token `given - 1` is scored instead.
+            token `given - 1` is scored instead, together with its rank.
         tokens: int32 [n, 2], pairs of token id and count. For each row, `num_seen` pairs from `first_token`
             on are the tokens of its text with their counts in the output (0: only in the prompt); the
             following `num_masked` pairs are ids that must not be drawn; the following `num_biased` pairs are
@@ -58,7 +58,8 @@ def sample(
         width: 1 + the highest `logprobs` of all rows.
 
     Returns:
-        The tokens int64 [T] (`BROKEN_ROW` if a row holds NaN or no finite value); ids int32 [T, width] and
+        The tokens int64 [T], or the rank of a token to be scored (1: the most likely one), or `BROKEN_ROW` if
+        a row holds NaN or no finite value; ids int32 [T, width] and
         log probabilities float64 [T, width] of the drawn token and then of the most likely ones, both from
         the unmodified logits, undefined where a row did not request them.
     """

@@ -15,7 +15,7 @@ ROOMS = {
     "engine": [
         *("engine/common", "engine/expert_parallel", "engine", "engine/demo_model", "engine/models"),
         *("engine/weights", "engine/weight_cache", "engine/tokenizer", "engine/grammar", "engine/device"),
-        *("engine/core", "engine/entrypoints", "engine/entrypoints/openai"),
+        *("engine/core", "engine/parsers", "engine/entrypoints", "engine/entrypoints/openai"),
     ],
     "router": [
         *("daemon/router", "daemon/router/policy", "daemon/router/board", "daemon/router/config"),

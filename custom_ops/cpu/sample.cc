@@ -242,14 +242,23 @@ void write_logprobs(const Sampling& args, int64_t index, const Scratch& scratch)
   }
 }
 
+// The place of a token among all tokens, the most likely first and equals by id; 1 is the first.
+int64_t rank_of(const float* logits, int64_t vocabulary, int64_t token) {
+  const float own = logits[token];
+  int64_t before = 0;
+  for (int64_t i = 0; i < vocabulary; ++i) before += logits[i] > own || (logits[i] == own && i < token);
+  return before + 1;
+}
+
 void sample_row(const Sampling& args, int64_t index, const Scratch& scratch) {
   const SamplingRow& params = args.params[index];
+  const float* logits = args.logits + index * args.vocabulary;
   if (params.given > 0) {
     args.drawn[index] = params.given - 1;
     if (params.logprobs >= 0) write_logprobs(args, index, scratch);
+    if (args.drawn[index] != kBrokenRow) args.drawn[index] = rank_of(logits, args.vocabulary, params.given - 1);
     return;
   }
-  const float* logits = args.logits + index * args.vocabulary;
   const Row row = Row::of(adjusted(logits, args.vocabulary, params, args.tokens, scratch), args.vocabulary,
                           scratch.maxima);
   if (!std::isfinite(row.best)) {

@@ -271,6 +271,14 @@ __device__ void write_logprobs(const Draw& args, int index, const fd_sampling_ro
   }
 }
 
+// The place of a token among all tokens, the most likely first and equals by id; 1 is the first.
+__device__ int rank_of(const float* logits, int count, int token, Shared& shared) {
+  const Best own{logits[token], token};
+  int before = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) before += is_before(Best{logits[i], i}, own);
+  return 1 + static_cast<int>(block_sum(before, shared));
+}
+
 __global__ __launch_bounds__(kThreads) void argmax_kernel(const __grid_constant__ Draw args) {
   __shared__ Shared shared;
   let_successor_start();
@@ -300,6 +308,7 @@ __global__ __launch_bounds__(kThreads) void sample_kernel(const __grid_constant_
         drawn = -1;
       }
     }
+    if (drawn >= 0) drawn = rank_of(logits, count, drawn, shared);
     if (threadIdx.x == 0) args.drawn[index] = drawn;
     return;
   }

@@ -30,7 +30,7 @@ struct SamplingRow {
   int32_t first_token;
   int32_t num_seen;
   int32_t num_masked;
-  int32_t given;  // 0: draw a token; otherwise 1 + the token to score instead
+  int32_t given;  // 0: draw a token; otherwise 1 + the token to score and to rank instead
   int32_t num_biased;
   int32_t num_mask_entries;
 };
@@ -49,7 +49,7 @@ struct Sampling {
   int64_t vocabulary;
   const SamplingRow* params;  // [rows]
   const TokenCount* tokens;   // ids outside the vocabulary are ignored; each occurs once among the biased
-  int64_t* drawn;             // [rows]
+  int64_t* drawn;             // [rows]; of a token to be scored its rank, see SamplingRow::given
   // [rows][width]: the drawn token and its log probability, then those of the most likely tokens, all of the unmodified
   // logits. Entries that a row did not request are not written.
   int32_t* top_tokens;

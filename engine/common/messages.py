@@ -26,6 +26,8 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
     arrival_time: float
     #: Tokens that another replica has already generated; they count as output of this request.
     output_token_ids: list[int] = []
+    #: Only requests with the same one share cached blocks.
+    cache_salt: str = ""
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
@@ -84,6 +86,8 @@ class Logprobs(msgspec.Struct, frozen=True):
     logprob: float
     #: Most likely tokens first: (token id, logprob).
     top: list[tuple[int, float]]
+    #: Of a prompt's token: its place among all tokens, the most likely first; 1 is the first.
+    rank: int = 0
 
 
 class TokenOutput(msgspec.Struct, frozen=True):

@@ -77,6 +77,8 @@ class Sequence:
     #: Entry i belongs to the prompt token at position i + 1 and comes from the logits of position i. Grows as
     #: the prompt is computed; kept on preemption.
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    #: Only sequences with the same one share cached blocks.
+    cache_salt: str = ""
     #: Chained hashes of the leading full blocks, computed on demand. The text only grows, so they stay valid.
     block_hashes: list[bytes] = field(default_factory=list)
 

@@ -132,7 +132,12 @@ class EngineCore:
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
         sequence = Sequence(
-            request_id, prompt, request.params, request.arrival_time, [*request.output_token_ids]
+            request_id,
+            prompt,
+            request.params,
+            request.arrival_time,
+            [*request.output_token_ids],
+            cache_salt=request.cache_salt,
         )
         if request.params.grammar is None:
             self._scheduler.add(sequence)

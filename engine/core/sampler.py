@@ -100,9 +100,13 @@ class Sampler:
         assert drawn.logprobs is not None
         ends = 1 + np.minimum(draw.rows["logprobs"], drawn.vocab_size)
         return [
-            _logprobs(ids[:end], values[:end])
-            for end, ids, values in zip(
-                ends.tolist(), drawn.top_tokens.tolist(), drawn.logprobs.tolist(), strict=True
+            _logprobs(ids[:end], values[:end], rank)
+            for end, ids, values, rank in zip(
+                ends.tolist(),
+                drawn.top_tokens.tolist(),
+                drawn.logprobs.tolist(),
+                drawn.token_ids,
+                strict=True,
             )
         ]
 
@@ -269,5 +273,5 @@ def _check(token_ids: Many[int], sequences: Many[Sequence]) -> None:
         raise FloatingPointError(f"logits of request {request_id} are not finite")
 
 
-def _logprobs(ids: list[int], values: list[float]) -> Logprobs:
-    return Logprobs(ids[0], values[0], list(zip(ids[1:], values[1:], strict=True)))
+def _logprobs(ids: list[int], values: list[float], rank: int = 0) -> Logprobs:
+    return Logprobs(ids[0], values[0], list(zip(ids[1:], values[1:], strict=True)), rank)

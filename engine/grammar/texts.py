@@ -98,6 +98,12 @@ def structural_tag_grammar(tags: Sequence[Tag], triggers: Sequence[str]) -> str:
     return lark_grammar("\n".join(lines))
 
 
+def with_content(text: str, content: str) -> str:
+    """Return the grammar of a text in Lark, in which `@content` stands for another grammar."""
+    first, *others = json.loads(content)["grammars"]
+    return _wrapped({"lark_grammar": text}, first | {"name": "content"}, *others)
+
+
 def with_optional_space(grammar: str) -> str:
     """Return the grammar that also allows a space before a text.
 

@@ -55,7 +55,7 @@ def test_tokens_of_messages_are_those_of_a_chat(server: ApiServer) -> None:
         ("/tokenize", {"prompt": 5}, 400, "prompt"),
         ("/tokenize", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
         ("/tokenize", {"prompt": "a", "model": "gpt-9"}, 404, "model"),
-        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools"),
+        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools[0].function"),
         ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [1, -1]}, 400, "tokens[1]"),
         ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
@@ -89,6 +89,10 @@ def test_version_load_ping_and_configuration(server: ApiServer) -> None:
         ("/v1/sleep", "a replica keeps its weights"),
         ("/rearrange_experts", "experts are balanced automatically"),
         ("/generate", "use /v1/chat/completions"),
+        ("/v1/responses/resp_1/cancel", "this server stores no responses"),
+        ("/v1/responses/input_tokens", "use /tokenize"),
+        ("/abort_request", "use /v1/abort_requests"),
+        ("/v1/pause", "fdctl drain"),
     ],
 )
 def test_an_endpoint_that_is_not_served_says_why(server: ApiServer, path: str, reason: str) -> None:

@@ -19,6 +19,8 @@ from ...common.errors import RequestError
 #: The error codes of OpenAI's API for an invalid field.
 MISSING, WRONG_TYPE, WRONG_VALUE = "missing_required_parameter", "invalid_type", "invalid_value"
 UNSUPPORTED = "unsupported_parameter"
+#: Levels of objects and lists in a body. Recursive functions need a stack for each.
+MAX_NESTING = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +70,14 @@ def decode_object(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
-        raise RequestError("the body is nested too deeply") from None
+        raise _nested_too_deeply() from None
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise RequestError(f"the body is {_sort(value)}; a JSON object is expected")
+    # Counting bytes is much faster than looking at all values, and rules out most bodies.
+    if body.count(b"{") + body.count(b"[") > MAX_NESTING and _is_deeper(value, MAX_NESTING):
+        raise _nested_too_deeply()
     return value
 
 
@@ -113,6 +118,23 @@ def without_nulls(value: Any) -> Any:
 def invalid(name: str, value: Any, expected: str, *, code: str = WRONG_VALUE) -> RequestError:
     """Return the error for a field with an invalid value."""
     return RequestError(f"{name} is {_shown(value)}; it must be {expected}", name, code=code)
+
+
+def _nested_too_deeply() -> RequestError:
+    return RequestError(f"the body is nested more than {MAX_NESTING} levels deep")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Return True if objects and lists are nested in more than so many levels."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+    return bool(level)
 
 
 def _fault(kind: inspect.Type, value: Any, path: str, expected: str = "") -> RequestError | None:

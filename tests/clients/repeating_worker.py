@@ -1,0 +1,65 @@
+"""A worker whose text is the prompt, so that a test can choose what the model says.
+
+The seed of a request decides how many tokens come in each step; with seed 0 it is one.
+"""
+
+import os
+import random
+
+import msgspec
+import zmq
+
+from fastdeploy.common.messages import (
+    AddRequest,
+    FromWorker,
+    Hello,
+    Logprobs,
+    Ready,
+    Shutdown,
+    Stats,
+    StepOutputs,
+    TokenOutput,
+    ToWorker,
+)
+from fastdeploy.common.request import FinishReason
+
+_STATS = Stats(1, 0, 64, 63, 0, 0, 0, 1, 1, 8)
+#: Of the tiny checkpoint.
+_END = 2
+
+
+def main() -> None:
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(os.environ["FD_WORKER_ENDPOINT"])
+
+    def send(message: FromWorker) -> None:
+        socket.send(msgspec.msgpack.encode(message))
+
+    send(Hello(os.environ["FD_WORKER_TOKEN"], os.getpid()))
+    send(Ready(num_blocks=64, block_size=64, max_model_len=4096))
+    while True:
+        match msgspec.msgpack.decode(socket.recv(), type=ToWorker):
+            case AddRequest() as request:
+                for output in _steps(request):
+                    send(StepOutputs([output], _STATS))
+            case Shutdown():
+                return
+
+
+def _steps(request: AddRequest) -> list[TokenOutput]:
+    params = request.params
+    tokens = [*request.prompt_token_ids, _END][len(request.output_token_ids) : params.max_tokens]
+    chance = random.Random(params.seed)
+    outputs = []
+    at = 0
+    while at < len(tokens):
+        group = tokens[at : at + (chance.randint(1, 5) if params.seed else 1)]
+        at += len(group)
+        logprobs = None if params.logprobs is None else [Logprobs(token, -0.5, []) for token in group]
+        end = FinishReason.STOP if group[-1] == _END else FinishReason.LENGTH
+        outputs.append(TokenOutput(request.request_id, group, end if at == len(tokens) else None, logprobs))
+    return outputs
+
+
+main()
