@@ -63,10 +63,6 @@ class DeepSeek(ToolFormat):
 class DeepSeekParser(ToolParser):
     opening, closing = _BEGIN, _CALL_END
 
-    def _start(self, finished: bool) -> bool:
-        self._state = self._in_content
-        return True
-
     def _in_section(self, finished: bool) -> bool:
         """State before a call, also before the second one."""
         head = _HEAD.match(self._buffer, self._opened, self._opened + _HEAD_WINDOW)

@@ -44,10 +44,6 @@ class Hermes(ToolFormat):
 class HermesParser(JsonCallParser):
     opening, closing = _BEGIN, _END
 
-    def _start(self, finished: bool) -> bool:
-        self._state = self._in_content
-        return True
-
     def _after_object(self, finished: bool) -> bool:
         after = _AFTER.match(self._buffer)
         if after is not None:

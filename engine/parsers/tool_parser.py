@@ -49,17 +49,19 @@ class ToolParser(ABC):
         parts, self._parts = self._parts, []
         return parts
 
-    @abstractmethod
     def _start(self, finished: bool) -> bool:
         """First state."""
+        self._state = self._in_content
+        return True
 
     @abstractmethod
     def _in_section(self, finished: bool) -> bool:
         """State behind the opening text."""
 
-    @abstractmethod
     def _after_arguments(self, finished: bool) -> bool:
         """State behind the arguments of a call."""
+        self._state = self._in_content
+        return True
 
     def _in_content(self, finished: bool) -> bool:
         """State that looks for the opening text. White space beside calls is layout, and left out."""

@@ -84,8 +84,8 @@ class ToolUse:
     #: As the chat template gets them.
     definitions: list[dict[str, Any]]
     #: The same; only the one that has to be called if the request names it.
-    callable: tuple[Tool, ...]
-    #: Index in the request of the first of `callable`.
+    allowed: tuple[Tool, ...]
+    #: Index in the request of the first of `allowed`.
     first: int
     #: The response consists of calls.
     is_required: bool
