@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 from ..common.errors import GrammarFailed, RequestError
 from .validation import LIMITS
 
+_log = logging.getLogger(__name__)
+
 _MAX_COMPILED = 32
+_MAX_MESSAGE = 200
 #: Fewer masks are not worth waking threads.
 _MIN_PARALLEL = 4
 
@@ -42,7 +46,7 @@ class Matcher:
     def require_sound(self) -> None:
         """Raise GrammarFailed if the matcher has failed: its mask would end the text as if it were whole."""
         if self.native.is_error():
-            raise GrammarFailed(f"the grammar of the output failed: {_first_line(self.native.get_error())}")
+            raise GrammarFailed(f"the grammar of the output failed: {_one_line(self.native.get_error())}")
 
 
 class Grammars:
@@ -94,9 +98,13 @@ class Grammars:
             self._vocabulary = self._read_vocabulary()
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise RequestError(f"the grammar is invalid: {_first_line(matcher.get_error())}")
+            raise RequestError(f"the grammar is invalid: {_one_line(matcher.get_error())}")
         return matcher
 
 
-def _first_line(message: str) -> str:
-    return message.partition("\n")[0][:200]
+def _one_line(message: str) -> str:
+    line = message.partition("\n")[0][:_MAX_MESSAGE]
+    if not line.startswith("panic"):
+        return line
+    _log.error("llguidance: %s", message)
+    return "an internal error; the server's log has the details"

@@ -16,10 +16,10 @@ MAX_WORDS = 1 << 13
 MAX_TAGS = 256
 #: Compiling within these takes less than a second, and a mask less than 50 ms. A state has 1 or 2 KB.
 LIMITS = LLParserLimits(
-    max_grammar_size=100_000, max_lexer_states=30_000, step_lexer_fuel=100_000, step_max_items=30_000
+    max_grammar_size=50_000, max_lexer_states=30_000, step_lexer_fuel=100_000, step_max_items=30_000
 )
-#: Maximum schemas that are tried to find the place of a fault.
-_MAX_TRIED = 256
+#: Characters of schemas that are tried to find the place of a fault.
+_MAX_TRIED = MAX_CHARACTERS
 _MAX_MESSAGE = 300
 _MAX_PATH = 200
 _INVALID = "invalid_value"
@@ -83,12 +83,13 @@ def _place(schema: Any, fault: str, grammar_of: Callable[[Any], str]) -> str:
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     while True:
         for step, part in _parts(schema):
-            tried += 1
-            if tried > _MAX_TRIED or len(path) > _MAX_PATH:
-                return path
             # References to definitions must work in a part too, but a fault in them is not one of the part.
             whole = part if step.startswith(tuple(f".{key}." for key in shared)) else shared | part
-            if _fault(grammar_of(whole), None) == fault:
+            grammar = grammar_of(whole)
+            tried += len(grammar)
+            if tried > _MAX_TRIED or len(path) > _MAX_PATH:
+                return path
+            if _fault(grammar, None) == fault:
                 path, schema = path + step, part
                 break
         else:
@@ -116,8 +117,8 @@ def _sentence(fault: str, has_place: bool) -> str:
     """Return an error of llguidance as one line, with its place first."""
     at = re.match(r"(?:at )?(\d+)\((\d+)\): ", fault)
     text = fault[at.end() :] if at else fault
-    # The source, with a mark below the place.
-    text = re.sub(r"(\n *\d+ \| .*)+\n *\^\n", "\n", text + "\n")
+    # What follows is the source, with a mark at the place.
+    text = re.split(r"\n *\d+ \| ", text)[0]
     expression = re.search(r"regex parse error:\n(?P<source>(?: .*\n)*?) {4}(?P<mark> *)\^+\nerror: ", text)
     place = f"line {at[1]}, column {at[2]}: " if at and has_place else ""
     if expression:

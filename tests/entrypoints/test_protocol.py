@@ -89,11 +89,6 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("request_id", ["a"]),
     ("tools", [{"type": "function"}]),
     ("tool_choice", "required"),
-    ("response_format", {"type": "json_object"}),
-    ("guided_json", {}),
-    ("guided_regex", "a+"),
-    ("logit_bias", {"5": 1}),
-    ("bad_words", ["no"]),
     ("suffix", "end"),
     ("prompt_logprobs", -2),
     ("prompt_logprobs", False),
@@ -475,9 +470,9 @@ def refusal_of(parse: Callable[[], object]) -> RequestError | None:
             "model reads text only",
         ),
         (
-            {"guided_regex": "a+"},
+            {"stop_regex": "a+"},
             UNSUPPORTED,
-            "guided_regex is not supported: this server does not constrain its output; leave it out",
+            "stop_regex is not supported: stop takes strings only; leave it out or send []",
         ),
         (
             {"function_call": "required"},
@@ -543,7 +538,7 @@ def test_metadata_that_is_no_text_counts_as_fields() -> None:
     request = chat(metadata=metadata, temperature=0.7)
     assert (request.min_tokens, request.temperature, request.seed) == (3, 0.7, None)
     assert chat(metadata={"max_streaming_response_tokens": 3}).tokens_per_event == 3
-    for fields, param in (({"top_p": 2}, "top_p"), ({"logit_bias": {"1": 2}}, "logit_bias")):
+    for fields, param in (({"top_p": 2}, "top_p"), ({"stop_regex": ["a"]}, "stop_regex")):
         with pytest.raises(RequestError) as caught:
             chat(metadata=fields)
         assert caught.value.param == param

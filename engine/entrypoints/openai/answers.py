@@ -9,12 +9,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 #: Present in a stream only if the request asks for it; otherwise null.
 Ids = list[int] | UnsetType | None
 TokenText = Annotated[str | UnsetType | None, Meta(description="The text of the ids with special tokens.")]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 StopReason = Annotated[
     str | int | UnsetType | None,
     Meta(description="The stop string or stop token of the request that has ended the choice."),
 ]
-ChatFinishReason = Literal["stop", "length", "tool_calls"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class Answer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -254,6 +254,25 @@ class Text(Answer, frozen=True, kw_only=True):
     """Response of /detokenize."""
 
     prompt: str
+
+
+class AbortedRequest(Answer, frozen=True, kw_only=True):
+    request_id: str
+    output_token_count: int
+
+
+class AbortResult(Answer, frozen=True, kw_only=True):
+    aborted: list[AbortedRequest]
+    not_found: Annotated[list[str], Meta(description="Ids that no open request has.")]
+
+
+class Abortion(Answer, frozen=True, kw_only=True):
+    """Response of /v1/abort_requests, as in FastDeploy."""
+
+    request_id: str
+    status: Literal["success", "error"]
+    error_message: Annotated[str | None, Meta(description="Replicas that did not answer the router.")]
+    result: AbortResult
 
 
 class Load(Answer, frozen=True, kw_only=True):

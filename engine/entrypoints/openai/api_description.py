@@ -12,9 +12,9 @@ import msgspec
 from msgspec import Struct
 
 from ... import __version__
-from ...common.api_paths import DETOKENIZE_PATH, TOKENIZE_PATH
+from ...common.api_paths import ABORT_PATH, DETOKENIZE_PATH, TOKENIZE_PATH
 from . import answers
-from .bodies import ChatBody, CompletionBody, DetokenizeBody, Message, TokenizeBody
+from .bodies import AbortBody, ChatBody, CompletionBody, DetokenizeBody, Message, TokenizeBody
 from .response_answers import ResponseEvent, ResponseObject
 from .response_bodies import InputItem, ReasoningOptions, ResponsesBody, TextOptions
 from .unsupported import WITHOUT_EFFECT
@@ -52,6 +52,7 @@ _OPERATIONS = (
     _Operation("get", "/v1/models/{model}", "Describe the model", answers.ModelCard),
     _Operation("post", TOKENIZE_PATH, "Return the token ids of a text", answers.Tokens, TokenizeBody),
     _Operation("post", DETOKENIZE_PATH, "Return the text of token ids", answers.Text, DetokenizeBody),
+    _Operation("post", ABORT_PATH, "End open requests", answers.Abortion, AbortBody),
     _Operation("get", "/version", "Return the version", answers.Version, needs_key=False),
     _Operation("get", "/load", "Return the number of open requests", answers.Load, needs_key=False),
 )

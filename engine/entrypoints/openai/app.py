@@ -14,7 +14,7 @@ import msgspec
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
-from ...common.api_paths import is_api_path, needs_key
+from ...common.api_paths import is_for_pages, needs_key
 from ...common.cors import CorsPolicy, refusal_of
 from ...common.errors import FastDeployError, RequestError
 from ...common.resumption import RESUME_PATH, Resumption, decode_resumption
@@ -76,7 +76,7 @@ def create_app(served: ServedModel) -> Flask:
         record: AccessRecord = g.record
         record.status = response.status_code
         response.headers["X-Request-Id"] = record.request_id
-        if "Origin" in request.headers and is_api_path(request.path) and not flask_request.is_preflight():
+        if "Origin" in request.headers and is_for_pages(request.path) and not flask_request.is_preflight():
             response.headers.update(served.config.cors.headers(request.headers["Origin"]))
         # Not in a `finally` of the stream: a generator that was never started does not run it.
         response.call_on_close(g.resources.close)

@@ -278,6 +278,16 @@ class DetokenizeBody(Body, frozen=True, kw_only=True):
     skip_special_tokens: Annotated[bool | None, Meta(description="Default: false.")] = None
 
 
+class AbortBody(Body, frozen=True, kw_only=True):
+    """Body of /v1/abort_requests."""
+
+    abort_all: Annotated[bool | None, Meta(description="End all open requests.")] = None
+    req_ids: Annotated[
+        Annotated[list[Name], Meta(max_length=4096)] | None,
+        Meta(description="Ids of responses or requests. Required without abort_all."),
+    ] = None
+
+
 class GenerationConfig(Body, frozen=True, kw_only=True):
     """A checkpoint's generation_config.json: recommended parameters."""
 

@@ -112,7 +112,7 @@ class ConstraintBody(Body, frozen=True, kw_only=True):
     regex: Regex = None
     ebnf: Grammar = None
     logit_bias: Annotated[
-        Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None,
+        Annotated[dict[str, Bias | None], Meta(max_length=MAX_BIASES)] | None,
         Meta(description="What is added to the logits of token ids."),
     ] = None
     bad_words: Annotated[

@@ -231,7 +231,7 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+def _biases(given: dict[str, float | None]) -> tuple[tuple[int, float], ...]:
     biases = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
@@ -239,5 +239,6 @@ def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
                 "logit_bias has a key that is not a token id; each must be a number as a string",
                 "logit_bias",
             )
-        biases[int(key)] = bias
+        if bias is not None:
+            biases[int(key)] = bias
     return tuple(biases.items())

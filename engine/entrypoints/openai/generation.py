@@ -112,6 +112,8 @@ class Generation:
             )
             if client is not None:
                 stack.enter_context(on_disconnect(client, self._tokens.cancel))
+            served.open_requests.add(self)
+            stack.callback(served.open_requests.discard, self)
             self._resources = stack.pop_all()
         served.metrics.requests.inc()
         served.metrics.prompt_tokens.inc(record.prompt_tokens)
@@ -204,6 +206,18 @@ class Generation:
             }
         }
 
+    @property
+    def ids(self) -> tuple[str, str]:
+        return self.id, self._record.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(output.num_tokens for output in self._outputs)
+
+    def abort(self) -> None:
+        """End all choices with the text that they have. For any thread."""
+        self._tokens.end()
+
     def close(self) -> None:
         """Abort unfinished sequences, and record the request in metrics and access log."""
         if self._closed:
@@ -227,7 +241,7 @@ class Generation:
     def _push(self, index: int, output: TokenOutput) -> Delta:
         if output.is_refused:
             raise RequestError(output.message or "the engine refuses this request")
-        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.message or "the engine gave up on this request")
         choice = self._outputs[index]
         if index not in self._num_cached:

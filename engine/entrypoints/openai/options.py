@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--api-keys-file", type=Path, metavar="FILE", help="more keys, one per line")
     serve.add_argument(
-        "--cors-origins",
+        *("--cors-origins", "--allow-origins"),
         default=",".join(CORS_DEFAULT),
         metavar="LIST",
         help="origins of web pages that may read responses of /v1, separated by commas; loopback: pages of "

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from .bodies import MAX_LOGPROBS, AtLeastOne, ChatBody, GenerationBody, Name, TemplateArguments
+from .bodies import MAX_TOKEN, AtLeastOne, ChatBody, GenerationBody, Name, TemplateArguments
 from .unsupported import CHAT_FIELDS, REQUEST_FIELDS
 from .validation import Body, Refused
 
@@ -158,7 +158,7 @@ class ResponsesBody(GenerationBody, frozen=True, kw_only=True):
     instructions: Annotated[str | None, Meta(description="The system's message before the input.")] = None
     max_output_tokens: AtLeastOne | None = None
     top_logprobs: Annotated[
-        Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None,
+        Annotated[int, Meta(ge=0, le=MAX_TOKEN)] | None,
         Meta(description="Return so many log probabilities of each token."),
     ] = None
     include: Annotated[

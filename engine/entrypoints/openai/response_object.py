@@ -11,7 +11,7 @@ from .errors import ApiError
 from .events import Event
 from .generation import NO_OUTPUT, Generation
 from .keep_alive import KeepAlive
-from .logprobs import chat_logprobs
+from .logprobs import TokenNames, chat_logprobs
 from .output import Delta
 from .response_bodies import ResponsesBody
 from .response_input import ResponsesRequest, without_oldest
@@ -123,9 +123,8 @@ class _Progress:
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
         if self._generation.request.logprobs is None:
             return []
-        content: list[dict[str, Any]] = chat_logprobs(self._generation.served.tokenizer, delta.logprobs)[
-            "content"
-        ]
+        names = TokenNames(self._generation.served.tokenizer)
+        content: list[dict[str, Any]] = chat_logprobs(names, delta.logprobs)["content"]
         return content
 
 

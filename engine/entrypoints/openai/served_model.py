@@ -21,6 +21,7 @@ from ..metrics import ReplicaMetrics
 from ..registration import Identity
 from .engine_client import EngineClient, EngineState
 from .errors import ApiError
+from .open_requests import OpenRequests
 from .options import ServeConfig
 from .protocol import SamplingDefaults
 from .seeds import Seeds
@@ -51,6 +52,7 @@ class ServedModel:
         self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready, config.engine.max_num_seqs)
         self.seeds = Seeds(config.seed)
         self.created = int(time.time())
+        self.open_requests = OpenRequests()
         #: True once the process is stopping: open requests continue, new ones are refused.
         self.draining = False
         self._changed = threading.Condition()
