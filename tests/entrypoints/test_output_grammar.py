@@ -210,7 +210,8 @@ def test_reasoning_ends_after_its_limit(field: str) -> None:
     started = grammar_of(model, **fields)
     assert next_tokens(started, "<think>abcde") == [END]
     assert accepts(started, "No thoughts.")
-    assert next_tokens(grammar_of(model, "<think>\n", **{field: 0}), "") == [END]
+    none: dict[str, Any] = {field: 0}
+    assert next_tokens(grammar_of(model, "<think>\n", **none), "") == [END]
 
 
 def test_what_cannot_be_done_is_refused_with_its_field() -> None:
