@@ -131,7 +131,7 @@ def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch: pytest.Monk
         (("--logits-processors", "a.B", "c.D"), "--logits-processors is not supported"),
         (("--lm_head-fp32",), "--lm-head-fp32 is not supported"),
         (("--tokenizer", "other"), "--tokenizer is not supported: the tokenizer is that of the checkpoint"),
-        (("--guided-decoding-backend", "lmformatenforcer"), "give guidance"),
+        (("--guided-decoding-backend", "outlines"), "--guided-decoding-backend: invalid choice: 'outlines'"),
         (("-tp", "2"), "--tensor-parallel-size is 2"),
         (("--max-logprobs", "-2"), "--max-logprobs is -2; it must be at least -1"),
         (("--seed", "one"), "--seed"),
@@ -162,8 +162,12 @@ def test_other_flags_of_fastdeploy_are_named_in_one_line(caplog: pytest.LogCaptu
 
 
 def test_flags_with_an_effect_have_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    config = parse("-tp", "1", "--seed", "3", "--max-logprobs", "-1", "--served-model-name", "m")
+    config = parse(
+        *("-tp", "1", "--seed", "3", "--max-logprobs", "-1", "--served-model-name", "m"),
+        *("--guided-decoding-backend", "off"),
+    )
     assert (config.seed, config.max_logprobs, config.checks_model_name) == (3, -1, True)
+    assert config.guided_decoding_backend == "off"
     assert not caplog.records
 
 

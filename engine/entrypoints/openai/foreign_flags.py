@@ -94,9 +94,6 @@ REFUSED: Mapping[str, RefusedFlag] = {
     "guided-decoding-disable-any-whitespace": RefusedFlag(
         "the grammar of a request decides about whitespace", ("False", "false", "0")
     ),
-    "guided-decoding-backend": RefusedFlag(
-        "the backend is guidance", ("guidance", "xgrammar", "auto", "off")
-    ),
     # Further data in responses.
     "logprobs-mode": RefusedFlag(
         "log probabilities are those of the model, before temperature", ("raw_logprobs",)

@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 #: Threads beyond max_concurrency, for /health and for 429 responses.
 _SPARE_THREADS = 32
 
+#: FastDeploy's names.
+_GUIDED_DECODING = ("off", "auto", "guidance", "xgrammar")
+
 #: Fields whose flags have a default of their own, of another type.
 _OWN_DEFAULTS = ("metrics_port", "engine_worker_queue_port")
 
@@ -133,6 +136,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         chat_template=_chat_template(arguments.chat_template),
         checks_model_name=bool(arguments.served_model_name),
+        guided_decoding_backend=arguments.guided_decoding_backend,
         seed=arguments.seed,
         max_logprobs=_at_least("--max-logprobs", -1, arguments.max_logprobs),
         **_parsers(arguments),
@@ -193,6 +197,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="Python file with further names for --tool-call-parser",
+    )
+    serve.add_argument(
+        "--guided-decoding-backend",
+        choices=_GUIDED_DECODING,
+        help="off: no structured output; the other names mean the same backend (default %(default)s)",
     )
     serve.add_argument(
         "--seed",
