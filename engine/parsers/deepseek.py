@@ -73,6 +73,8 @@ class DeepSeekParser(ToolParser):
             return self._go(len(self._buffer) - len(rest) + len(_END), self._in_content)
         if not finished and len(rest) < _HEAD_WINDOW and _may_go_on(rest):
             return False
+        if not self._opened and may_begin(rest, _END):
+            return False
         return self._no_call()
 
     def _after_arguments(self, finished: bool) -> bool:
@@ -82,7 +84,8 @@ class DeepSeekParser(ToolParser):
         fence = _FENCE.match(self._buffer)
         assert fence is not None, "the expression matches an empty text"
         rest = self._buffer[fence.end() :]
-        if not finished and (not rest or may_begin(rest, _CALL_END)):
+        if not rest or may_begin(rest, _CALL_END):
+            # Left out if the text ends here.
             return False
         self._state = self._in_content
         return True
