@@ -79,7 +79,8 @@ class _Notation:
         return quoted(text) if found is None else f"<[{found}]>"
 
     def json(self, schema: Any) -> str:
-        return json_rule(schema)
+        # Schemas within a schema may be true or false, or wrong.
+        return json_rule(schema if isinstance(schema, dict) else {"allOf": [schema]})
 
 
 def _calls(

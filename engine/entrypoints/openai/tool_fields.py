@@ -170,8 +170,5 @@ def _definition(tool: ToolDefinition) -> dict[str, Any]:
 
 
 def _tool(tool: ToolDefinition) -> Tool:
-    schema = tool.function.parameters or {}
     # Arguments are always an object.
-    return Tool(
-        tool.function.name, schema if "type" in schema or "$ref" in schema else {"type": "object"} | schema
-    )
+    return Tool(tool.function.name, (tool.function.parameters or {}) | {"type": "object"})
