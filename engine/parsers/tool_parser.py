@@ -150,9 +150,11 @@ class ToolParser(ABC):
 
 def begun_length(text: str, word: str) -> int:
     """Return the length of the longest end of `text` that begins `word`."""
-    for length in range(min(len(word) - 1, len(text)), 0, -1):
-        if word.startswith(text[-length:]):
-            return length
+    start = max(len(text) - len(word) + 1, 0)
+    while word and (start := text.find(word[0], start)) >= 0:
+        if word.startswith(text[start:]):
+            return len(text) - start
+        start += 1
     return 0
 
 
