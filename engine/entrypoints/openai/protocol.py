@@ -146,6 +146,11 @@ class GenerationRequest(ABC):
         return -1 if -1 in wanted else max(wanted, default=None)
 
     @property
+    def repeats_logprobs(self) -> bool:
+        """Return True if an event of the stream has the log probabilities of the whole output."""
+        return False
+
+    @property
     def requested_logprobs(self) -> dict[str, int]:
         """Return the requested numbers of most likely tokens by field."""
         fields = {self.logprobs_field: self.logprobs, "prompt_logprobs": self.prompt_logprobs}
