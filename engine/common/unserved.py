@@ -9,7 +9,7 @@ _NO_RESPONSES = "this server stores no responses; send their items in the input 
 _FIXED_WEIGHTS = "a replica keeps its weights until it ends; fdctl restart loads others"
 _BALANCED = "experts are balanced automatically; /metrics has their load"
 _USE_CHAT = "use /v1/chat/completions, /v1/completions or /v1/responses"
-_SCHEDULED = "a replica's scheduler has no remote control; fdctl and dp.toml change its settings"
+_SCHEDULED = "a replica's scheduler has no remote control; dp.toml has its settings"
 _DRAIN = "fdctl drain and fdctl undrain take a replica out of service and back"
 
 _PATHS: dict[str, tuple[str, ...]] = {

@@ -161,6 +161,8 @@ def digest() -> str:
         Row(
             random.normal(0, spread, 5001).astype(np.float32),
             seen=[(3, 1), (9, 0)],
+            biased=[(5, 1.5), (700, -2.25)] if seed % 2 else [],
+            allowed=[token for token in range(5001) if token % 7] if seed % 3 == 0 else None,
             fields={"temperature": 0.8, "seed": seed, "logprobs": 30, "repetition_penalty": 1.1} | cut,
         )
         for seed in range(8)

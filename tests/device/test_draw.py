@@ -23,6 +23,7 @@ ROW = np.dtype(
             (name, np.int32)
             for name in ("top_k", "logprobs", "first_token", "num_seen", "num_masked", "given")
         ),
+        *((name, np.int32) for name in ("num_biased", "num_mask_entries")),
     ]
 )
 
@@ -139,6 +140,30 @@ def test_penalties_and_masks() -> None:
     )  # fmt: skip
     kept = [pair for pair in seen if pair[0] < 4000]
     expected = [reference.sample(logits[i].numpy(), rows[i], kept, masked) for i in range(8)]
+    assert draw(logits.cuda(), rows, tokens)[0] == expected
+
+
+@pytest.mark.parametrize("vocabulary", [4001, 64, 70])
+def test_biases_and_a_mask_of_allowed_tokens(vocabulary: int) -> None:
+    logits = torch.randn(8, vocabulary, generator=torch.Generator().manual_seed(7)) * 4
+    biased = [(3, 2.5), (60, -100.0)]
+    # Tokens behind the end of the mask are forbidden.
+    allowed = [token for token in range(min(vocabulary, 3000)) if token % 3 != 1]
+    words = np.zeros(2 * (allowed[-1] // 64 + 1), np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    tokens = [(token, int(np.float32(bias).view(np.int32))) for token, bias in biased]
+    tokens += [(int(low), int(high)) for low, high in words.view(np.int32).reshape(-1, 2)]
+    rows = np.concatenate(
+        [
+            row(
+                seed=i, temperature=0.0 if i % 2 else 0.7, top_p=0.9 if i % 3 else 1.0, num_biased=2,
+                num_mask_entries=len(words) // 2,
+            )
+            for i in range(8)
+        ]
+    )  # fmt: skip
+    expected = [reference.sample(logits[i].numpy(), rows[i], [], [], biased, allowed) for i in range(8)]
     assert draw(logits.cuda(), rows, tokens)[0] == expected
 
 

@@ -179,3 +179,20 @@ def test_documentation_lists_the_flags_that_are_not_supported() -> None:
         flag: (each.why, ", ".join(f"`{value}`" for value in each.harmless if value))
         for flag, each in REFUSED.items()
     }
+
+
+def test_parsers_have_names() -> None:
+    config = parse("--tool-call-parser", "ernie-x1", "--reasoning-parser", "ernie-x1")
+    assert (config.tool_call_parser, config.reasoning_parser) == ("ernie-x1", "ernie-x1")
+    with pytest.raises(ConfigError, match=r"--tool-call-parser is 'nope'; it must be one of .*hermes"):
+        parse("--tool-call-parser", "nope")
+    with pytest.raises(ConfigError, match=r"--reasoning-parser is 'nope'; it must be one of .*qwen3"):
+        parse("--reasoning-parser", "nope")
+
+
+def test_a_plugin_may_add_the_name_of_a_parser(tmp_path: Path) -> None:
+    file = tmp_path / "plugin.py"
+    with pytest.raises(ConfigError, match=r"--tool-parser-plugin is .*plugin.py'; there is no such file"):
+        parse("--tool-parser-plugin", str(file))
+    file.touch()
+    assert parse("--tool-parser-plugin", str(file), "--tool-call-parser", "nope").tool_call_parser == "nope"

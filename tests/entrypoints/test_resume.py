@@ -175,6 +175,8 @@ def text_of(whole: Stream) -> str:
         {"max_tokens": 9, "request_id": "mine"},
         {"max_tokens": 6, "n": 2, "prompt_logprobs": 1, "return_token_ids": True},
         {"max_tokens": 20, "max_streaming_response_tokens": 3, "logprobs": True, "stop": ["e", "th"], "n": 2},
+        {"max_tokens": 40, "n": 2, "guided_json": {"items": {"type": "integer"}, "minItems": 3}},
+        {"max_tokens": 12, "bad_words": ["1"], "logit_bias": {"50": 3}, "guided_regex": "[a-z0-9]*"},
         {"max_tokens": 9, "n": 2, "stop": ["e", "th"], "stream_options": {"continuous_usage_stats": True}},
     ],
     ids=lambda request: " ".join(request),

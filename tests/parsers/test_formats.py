@@ -12,41 +12,7 @@ from fastdeploy.parsers.parts import Call
 
 from .reading import calls_of, read
 
-PLUGIN = """
-from fastdeploy.parsers.formats import register
-from fastdeploy.parsers.parts import Part
-from fastdeploy.parsers.tool_format import ToolFormat
-from fastdeploy.parsers.tool_parser import ToolParser
-
-class Shouted(ToolFormat):
-    def parser(self):
-        return ShoutedParser()
-
-    def render(self, calls):
-        return " ".join(f"!{call.name}" for call in calls)
-
-class ShoutedParser(ToolParser):
-    opening = "!"
-
-    def _start(self, finished):
-        self._state = self._in_content
-        return True
-
-    def _in_section(self, finished):
-        end = self._buffer.find(" ", self._opened)
-        if end < 0 and not finished:
-            return False
-        end = len(self._buffer) if end < 0 else end
-        self._begin(self._buffer[self._opened : end], end, self._after_arguments)
-        self._add_arguments("{}")
-        return True
-
-    def _after_arguments(self, finished):
-        self._state = self._in_content
-        return True
-
-register("shouted", Shouted())
-"""
+DOCS = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 @pytest.fixture
@@ -69,9 +35,10 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_plugin_adds_a_format(tmp_path: Path) -> None:
+def test_the_documented_plugin_adds_a_format(tmp_path: Path) -> None:
+    _, _, rest = DOCS.read_text().partition("`--tool-parser-plugin FILE`")
     file = tmp_path / "plugin.py"
-    file.write_text(PLUGIN)
+    file.write_text(rest.partition("```python\n")[2].partition("```")[0])
     formats.load_plugin(file)
     parts = read(formats.tool_format("shouted"), "go !run !stop", [4, 6, 9])
     assert calls_of(parts) == [Call("run", "{}"), Call("stop", "{}")]

@@ -28,7 +28,9 @@ def aborts(aborted: list[str], not_found: list[str]) -> Callable[..., bool]:
     return answers_status("200 OK", json.dumps(answer).encode())
 
 
-def abort(router: RouterProcess, body: dict[str, Any] = IDS, **headers: str) -> tuple[int, dict[str, Any]]:
+def abort(
+    router: RouterProcess, body: dict[str, Any] = IDS, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, Any]]:
     answer = requests.post(f"{router.url}/v1/abort_requests", json=body, headers=headers, timeout=20)
     return answer.status_code, answer.json()
 
@@ -37,7 +39,7 @@ def test_all_replicas_are_asked(router: RouterProcess, new_engine: Callable[...,
     first, second = new_engine(), new_engine()
     router.add(first, second)
     first.behaviour, second.behaviour = aborts(["a"], ["b", "c"]), aborts(["b"], ["a", "c"])
-    status, answer = abort(router, **{"X-Request-Id": "mine"})
+    status, answer = abort(router, headers={"X-Request-Id": "mine"})
     assert (status, answer["request_id"], answer["status"], answer["error_message"]) == (
         *(200, "mine", "success"),
         None,
@@ -75,9 +77,9 @@ def test_it_needs_a_key_where_keys_are_set(
     keys.write_text("secret\n")
     router = start_router("--api-keys-file", str(keys))
     assert abort(router)[0] == 401
-    assert abort(router, **KEY)[1]["error"]["code"] == "no_replica"
+    assert abort(router, headers=KEY)[1]["error"]["code"] == "no_replica"
     engine = new_engine()
     router.add(engine)
     engine.behaviour = aborts(["a", "b", "c"], [])
-    assert abort(router, **KEY)[0] == 200
+    assert abort(router, headers=KEY)[0] == 200
     assert engine.received[-1].header("authorization") == "Bearer secret"

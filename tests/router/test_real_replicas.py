@@ -23,25 +23,29 @@ from .fake_engine import wait_until
 
 TINY_TOKENIZER = Tokenizer.from_directory(TINY)
 NOTE = {"type": "string", "minLength": 300, "maxLength": 400}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": "note", "parameters": {"properties": {"text": NOTE}, "required": ["text"]}},
-    }
-]
+PARAMETERS = {"properties": {"text": NOTE}, "required": ["text"]}
+CALLS = {
+    "tools": [{"type": "function", "function": {"name": "note", "parameters": PARAMETERS}}],
+    "tool_choice": "required",
+    # The ids of calls follow from it.
+    "request_id": "calls",
+}
+LONG_JSON = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    "minItems": 90,
+}
 BODIES: list[tuple[str, dict[str, object]]] = [
     ("/v1/completions", {"prompt": "a b", "n": 2, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"prompt": "c", "logprobs": 2, "temperature": 1.5}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "temperature": 1.2}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "y"}], "guided_json": LONG_JSON}),
     # Within a tool call, and within reasoning.
     (
         "/v1/chat/completions",
-        {"prompt_token_ids": [5, 6], "tools": TOOLS, "tool_choice": "required", "temperature": 1.2},
+        {**CALLS, "prompt_token_ids": [5, 6], "separate_reasoning": False, "temperature": 1.2},
     ),
-    (
-        "/v1/chat/completions",
-        {"prompt_token_ids": TINY_TOKENIZER.encode("<think>"), "temperature": 1.2},
-    ),
+    ("/v1/chat/completions", {"prompt_token_ids": TINY_TOKENIZER.encode("<think>"), "temperature": 1.2}),
 ]
 
 
@@ -117,7 +121,7 @@ def test_streams_continue_however_a_replica_ends(
         assert "arguments" in json.dumps(undisturbed[-2])
         assert "reasoning_content" in json.dumps(undisturbed[-1])
         begun: queue.SimpleQueue[str] = queue.SimpleQueue()
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        with concurrent.futures.ThreadPoolExecutor(2 * len(BODIES)) as pool:
             streams = [pool.submit(stream, router, *body, seed, begun) for body in 2 * BODIES]
             end(replicas[begun.get(timeout=60)])
             assert [stream.result() for stream in streams] == 2 * undisturbed, how
