@@ -83,6 +83,8 @@ def test_log_probabilities_stand_with_their_text(client: Any) -> None:
     events = list(client.responses.create(stream=True, **options))
     deltas = [each for event in events if event.type.endswith("text.delta") for each in event.logprobs]
     assert [(each.token, each.logprob) for each in deltas] == [(each.token, each.logprob) for each in entries]
+    by_id = client.responses.create(**options, extra_body={"return_tokens_as_token_ids": True})
+    assert all(entry.token.startswith("token_id:") for entry in by_id.output[0].content[0].logprobs)
     assert not client.responses.create(input=TALK, **GREEDY).output[0].content[0].logprobs
 
 
@@ -153,6 +155,7 @@ def test_responses_are_as_declared(server: ApiServer, client: Any) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"min_tokens": 9, "max_output_tokens": 3}, "min_tokens"),
         ({"top_logprobs": -1}, "top_logprobs"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),

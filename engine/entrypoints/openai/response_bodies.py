@@ -158,6 +158,7 @@ RESPONSES_FIELDS: dict[str, Refused] = {
     "reasoning_effort": Refused("reasoning.effort is its name here"),
     "logprobs": Refused(f"include with {INCLUDE_LOGPROBS}, or top_logprobs, asks for them", (False,)),
     "n": Refused("a response has one text", (1,)),
+    "prompt_logprobs": Refused(_OF_CHAT),
     "return_token_ids": Refused(_OF_CHAT, (False,)),
     "prompt_token_ids": Refused(_OF_CHAT, ([],)),
     "completion_token_ids": Refused(_OF_CHAT, ([],)),

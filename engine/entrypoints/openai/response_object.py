@@ -142,7 +142,6 @@ class _Progress:
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
         if self._generation.request.logprobs is None:
             return []
-        names = TokenNames(self._generation.served.tokenizer)
         names = TokenNames(self._generation.served.tokenizer, self._generation.request.names_token_ids)
         content: list[dict[str, Any]] = chat_logprobs(names, delta.logprobs)["content"]
         return content
