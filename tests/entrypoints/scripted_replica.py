@@ -22,17 +22,21 @@ from .conftest import TINY, wait_until
 SCRIPTED = Path(__file__).with_name("scripted_worker.py")
 
 
-def served_by(script: str) -> AbstractContextManager[tuple[ServedModel, int]]:
-    """Yield the replica and the port of its API."""
-    return serving([sys.executable, str(SCRIPTED), script])
+def served_by(script: str, **settings: Any) -> AbstractContextManager[tuple[ServedModel, int]]:
+    """Yield the replica and the port of its API.
+
+    Args:
+        settings: further fields of its `ServeConfig`.
+    """
+    return serving([sys.executable, str(SCRIPTED), script], **settings)
 
 
 @contextmanager
-def serving(worker: Sequence[str], **options: Any) -> Iterator[tuple[ServedModel, int]]:
-    """Do the same with the command of a worker and options of the API process."""
+def serving(worker: Sequence[str], **settings: Any) -> Iterator[tuple[ServedModel, int]]:
+    """Do the same with the command of a worker."""
     config = EngineConfig(model=TINY)
     engine = EngineClient(config, 0, print, worker)
-    served = ServedModel(ServeConfig(config, "tiny", **options), engine)
+    served = ServedModel(ServeConfig(config, "tiny", **settings), engine)
     app = create_app(served)
 
     def named_as_by_gunicorn(environ: dict[str, Any], start_response: Any) -> Any:
