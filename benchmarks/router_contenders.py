@@ -17,8 +17,9 @@ import requests
 
 from fastdeploy.common.ports import find_free
 
+from .environments import NotInstalledError
 from .mock_engines import Heartbeat, MockEngines
-from .router_peers import NotInstalledError, installed
+from .router_peers import installed
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
