@@ -44,7 +44,7 @@ class Driver:
         self.runner = open_runner(config, self.model_config)
         num_blocks = config.num_blocks(self.model_config)
         self.core = EngineCore(config, self.model_config, self.runner, num_blocks)
-        self._sampler = Sampler()
+        self._sampler = Sampler(self.model_config.vocab_size)
         self._random = np.random.default_rng(7)
         self._requests = 0
         # Like the worker: no garbage collection of the weights during a measurement.

@@ -6,7 +6,7 @@ plain arrays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -192,7 +192,12 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def sampling_weights(
-    logits: Array, row: np.void, seen: Sequence[tuple[int, int]], masked: Sequence[int]
+    logits: Array,
+    row: np.void,
+    seen: Sequence[tuple[int, int]],
+    masked: Sequence[int],
+    biased: Sequence[tuple[int, float]] = (),
+    allowed: Collection[int] | None = None,
 ) -> Array:
     """Return the unnormalised probabilities of the tokens of one row.
 
@@ -200,8 +205,12 @@ def sampling_weights(
         row: a SAMPLING_ROW.
         seen: (token, count in the output) for all tokens of the text.
         masked: tokens that must not be drawn.
+        biased: (token, what is added to its logit).
+        allowed: tokens that may be drawn; None: all.
     """
     scores = logits.astype(np.float64)
+    for token, bias in biased:
+        scores[token] = np.float32(scores[token]) + np.float32(bias)
     for token, count in seen:
         penalty = row["repetition_penalty"]
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
@@ -209,6 +218,8 @@ def sampling_weights(
             scores[token] -= count * row["frequency_penalty"] + row["presence_penalty"]
     scores = scores.astype(np.float32).astype(np.float64)
     scores[list(masked)] = -np.inf
+    if allowed is not None:
+        scores[[token for token in range(len(scores)) if token not in allowed]] = -np.inf
     if row["temperature"] == 0:
         return (np.arange(len(scores)) == scores.argmax()).astype(np.float64)
     with np.errstate(over="ignore", under="ignore"):
@@ -225,9 +236,16 @@ def sampling_weights(
     return weights
 
 
-def sample(logits: Array, row: np.void, seen: Sequence[tuple[int, int]], masked: Sequence[int]) -> int:
+def sample(
+    logits: Array,
+    row: np.void,
+    seen: Sequence[tuple[int, int]],
+    masked: Sequence[int],
+    biased: Sequence[tuple[int, float]] = (),
+    allowed: Collection[int] | None = None,
+) -> int:
     """Draw the token of one row by inverse CDF over ascending ids."""
-    mass = np.cumsum(sampling_weights(logits, row, seen, masked))
+    mass = np.cumsum(sampling_weights(logits, row, seen, masked, biased, allowed))
     point = uniform(int(row["seed"]), int(row["choice"]), int(row["position"])) * mass[-1]
     return int(np.searchsorted(mass, point, side="right"))
 

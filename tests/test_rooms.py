@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "engine": [
         *("engine/common", "engine/expert_parallel", "engine", "engine/demo_model", "engine/models"),
-        *("engine/weights", "engine/weight_cache", "engine/tokenizer", "engine/device"),
-        *("engine/core", "engine/entrypoints", "engine/entrypoints/openai"),
+        *("engine/weights", "engine/weight_cache", "engine/tokenizer", "engine/grammar", "engine/device"),
+        *("engine/core", "engine/parsers", "engine/entrypoints", "engine/entrypoints/openai"),
     ],
     "router": [
         *("daemon/router", "daemon/router/policy", "daemon/router/board", "daemon/router/config"),

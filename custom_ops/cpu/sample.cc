@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <type_traits>
 #include <vector>
@@ -113,14 +114,34 @@ struct Row {
   }
 };
 
-// The logits after penalties and masks, rounded to float; without any, the logits themselves.
+// Forbids the tokens without a bit in the mask. The bits of most masks are equal in long runs.
+void apply_mask(float* scores, int64_t vocabulary, const TokenCount* mask, int64_t entries) {
+  for (int64_t first = 0; first < vocabulary; first += 64) {
+    uint64_t bits = 0;
+    if (first / 64 < entries) std::memcpy(&bits, mask + first / 64, sizeof bits);
+    if (bits == ~uint64_t{0}) continue;
+    const int64_t end = std::min(vocabulary, first + 64);
+    for (int64_t i = first; i < end; ++i, bits >>= 1) {
+      scores[i] = bits & 1 ? scores[i] : -INFINITY;
+    }
+  }
+}
+
+// The logits after biases, penalties and masks, rounded to float; without any, the logits themselves.
 const float* adjusted(const float* logits, int64_t vocabulary, const SamplingRow& params,
                       const TokenCount* tokens, const Scratch& scratch) {
-  if (params.num_seen == 0 && params.num_masked == 0) return logits;
+  if ((params.num_seen | params.num_masked | params.num_biased | params.num_mask_entries) == 0) return logits;
   float* scores = scratch.scores;
   std::copy(logits, logits + vocabulary, scores);
   const TokenCount* seen = tokens + params.first_token;
   const TokenCount* masked = seen + params.num_seen;
+  const TokenCount* biased = masked + params.num_masked;
+  for (int i = 0; i < params.num_biased; ++i) {
+    if (biased[i].token < 0 || biased[i].token >= vocabulary) continue;
+    float bias;
+    std::memcpy(&bias, &biased[i].count, sizeof bias);
+    scores[biased[i].token] += bias;
+  }
   for (; seen < masked; ++seen) {
     if (seen->token < 0 || seen->token >= vocabulary) continue;
     double score = scores[seen->token];
@@ -130,6 +151,9 @@ const float* adjusted(const float* logits, int64_t vocabulary, const SamplingRow
   }
   for (int i = 0; i < params.num_masked; ++i) {
     if (masked[i].token >= 0 && masked[i].token < vocabulary) scores[masked[i].token] = -INFINITY;
+  }
+  if (params.num_mask_entries > 0) {
+    apply_mask(scores, vocabulary, biased + params.num_biased, params.num_mask_entries);
   }
   return scores;
 }
@@ -218,14 +242,23 @@ void write_logprobs(const Sampling& args, int64_t index, const Scratch& scratch)
   }
 }
 
+// The place of a token among all tokens, the most likely first and equals by id; 1 is the first.
+int64_t rank_of(const float* logits, int64_t vocabulary, int64_t token) {
+  const float own = logits[token];
+  int64_t before = 0;
+  for (int64_t i = 0; i < vocabulary; ++i) before += logits[i] > own || (logits[i] == own && i < token);
+  return before + 1;
+}
+
 void sample_row(const Sampling& args, int64_t index, const Scratch& scratch) {
   const SamplingRow& params = args.params[index];
+  const float* logits = args.logits + index * args.vocabulary;
   if (params.given > 0) {
     args.drawn[index] = params.given - 1;
     if (params.logprobs >= 0) write_logprobs(args, index, scratch);
+    if (args.drawn[index] != kBrokenRow) args.drawn[index] = rank_of(logits, args.vocabulary, params.given - 1);
     return;
   }
-  const float* logits = args.logits + index * args.vocabulary;
   const Row row = Row::of(adjusted(logits, args.vocabulary, params, args.tokens, scratch), args.vocabulary,
                           scratch.maxima);
   if (!std::isfinite(row.best)) {

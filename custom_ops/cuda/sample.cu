@@ -120,12 +120,19 @@ __device__ float kth_largest(const float* scores, int count, int k, Shared& shar
   return score_of(prefix);
 }
 
-// The logits after penalties and masks.
+// The logits after biases, penalties and masks.
 __device__ const float* adjusted(const Draw& args, const fd_sampling_row& row, const float* logits, float* scores) {
-  if (row.num_seen == 0 && row.num_masked == 0) return logits;
+  if ((row.num_seen | row.num_masked | row.num_biased | row.num_mask_entries) == 0) return logits;
   for (int i = threadIdx.x; i < args.vocabulary; i += kThreads) scores[i] = logits[i];
   __syncthreads();
   const int32_t* const seen = args.tokens + int64_t{row.first_token} * 2;
+  const int32_t* const masked = seen + int64_t{row.num_seen} * 2;
+  const int32_t* const biased = masked + int64_t{row.num_masked} * 2;
+  for (int i = threadIdx.x; i < row.num_biased; i += kThreads) {
+    const int token = biased[2 * i];
+    if (token >= 0 && token < args.vocabulary) scores[token] += __int_as_float(biased[2 * i + 1]);
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < row.num_seen; i += kThreads) {
     const int token = seen[2 * i], count = seen[2 * i + 1];
     if (token < 0 || token >= args.vocabulary) continue;
@@ -135,10 +142,16 @@ __device__ const float* adjusted(const Draw& args, const fd_sampling_row& row, c
     scores[token] = static_cast<float>(score);
   }
   __syncthreads();
-  const int32_t* const masked = seen + int64_t{row.num_seen} * 2;
   for (int i = threadIdx.x; i < row.num_masked; i += kThreads) {
     const int token = masked[2 * i];
     if (token >= 0 && token < args.vocabulary) scores[token] = -INFINITY;
+  }
+  if (row.num_mask_entries > 0) {
+    const int32_t* const mask = biased + int64_t{row.num_biased} * 2;
+    for (int i = threadIdx.x; i < args.vocabulary; i += kThreads) {
+      const bool is_allowed = i / 64 < row.num_mask_entries && mask[i / 32] >> i % 32 & 1;
+      if (!is_allowed) scores[i] = -INFINITY;
+    }
   }
   __syncthreads();
   return scores;
@@ -258,6 +271,14 @@ __device__ void write_logprobs(const Draw& args, int index, const fd_sampling_ro
   }
 }
 
+// The place of a token among all tokens, the most likely first and equals by id; 1 is the first.
+__device__ int rank_of(const float* logits, int count, int token, Shared& shared) {
+  const Best own{logits[token], token};
+  int before = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) before += is_before(Best{logits[i], i}, own);
+  return 1 + static_cast<int>(block_sum(before, shared));
+}
+
 __global__ __launch_bounds__(kThreads) void argmax_kernel(const __grid_constant__ Draw args) {
   __shared__ Shared shared;
   let_successor_start();
@@ -287,6 +308,7 @@ __global__ __launch_bounds__(kThreads) void sample_kernel(const __grid_constant_
         drawn = -1;
       }
     }
+    if (drawn >= 0) drawn = rank_of(logits, count, drawn, shared);
     if (threadIdx.x == 0) args.drawn[index] = drawn;
     return;
   }

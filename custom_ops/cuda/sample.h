@@ -17,7 +17,7 @@ struct Draw {
   const int32_t* count;         // rows, in device memory
   const fd_sampling_row* rows;  // null: greedy
   const int32_t* tokens;        // pairs of token and count, see custom_ops/include/sample.h
-  int32_t* drawn;               // [rows]; -1 for a row that holds NaN or no finite value
+  int32_t* drawn;               // [rows]; a rank if a token is given; -1 for a row that holds NaN or no finite value
   int32_t* top_tokens;          // [rows, width]
   double* logprobs;             // [rows, width]
   int width;

@@ -267,14 +267,14 @@ typedef struct {
   double temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty;
   uint64_t seed;
   uint32_t choice, position;
-  int32_t top_k, logprobs, first_token, num_seen, num_masked, given;
+  int32_t top_k, logprobs, first_token, num_seen, num_masked, given, num_biased, num_mask_entries;
 } fd_sampling_row;
 
 typedef struct {
   const float* logits; /* [rows, vocabulary] */
   const int32_t* count;
   const fd_sampling_row* rows; /* NULL: greedy */
-  const int32_t* tokens;       /* pairs of token and count */
+  const int32_t* tokens;       /* pairs of token and count, see custom_ops/include/sample.h */
   int32_t* drawn;              /* [rows]; -1 for a row that holds NaN or no finite value */
   int32_t* top_tokens;         /* [rows, width] */
   double* logprobs;            /* [rows, width] */

@@ -24,11 +24,15 @@ struct SamplingRow {
   uint32_t position;
   int32_t top_k;     // 0: all tokens
   int32_t logprobs;  // -1: none; 0: of the drawn token; n: also of the n most likely tokens
-  // The row's entries of Sampling::tokens: first num_seen tokens of the text, then num_masked forbidden tokens.
+  // The row's entries of Sampling::tokens: first num_seen tokens of the text, then num_masked forbidden tokens, then
+  // num_biased tokens with the bits of a float in place of a count, then a mask: if num_mask_entries is not 0, the bits
+  // of these entries, lowest first, say which tokens are allowed, and those without a bit are forbidden.
   int32_t first_token;
   int32_t num_seen;
   int32_t num_masked;
-  int32_t given;  // 0: draw a token; otherwise 1 + the token to score instead
+  int32_t given;  // 0: draw a token; otherwise 1 + the token to score and to rank instead
+  int32_t num_biased;
+  int32_t num_mask_entries;
 };
 
 struct TokenCount {
@@ -44,8 +48,8 @@ struct Sampling {
   int64_t rows;
   int64_t vocabulary;
   const SamplingRow* params;  // [rows]
-  const TokenCount* tokens;   // ids outside the vocabulary are ignored
-  int64_t* drawn;             // [rows]
+  const TokenCount* tokens;   // ids outside the vocabulary are ignored; each occurs once among the biased
+  int64_t* drawn;             // [rows]; of a token to be scored its rank, see SamplingRow::given
   // [rows][width]: the drawn token and its log probability, then those of the most likely tokens, all of the unmodified
   // logits. Entries that a row did not request are not written.
   int32_t* top_tokens;
@@ -56,7 +60,7 @@ struct Sampling {
 
 int64_t sampling_scratch(int64_t vocabulary);
 
-// Applies repetition, frequency and presence penalties and masks; then, unless greedy, temperature, min_p, top_k and
+// Adds biases, applies repetition, frequency and presence penalties and masks; then, unless greedy, temperature, min_p, top_k and
 // top_p, and draws by inverse CDF over the remaining tokens in ascending order of ids.
 void sample(Team& team, const Sampling& args);
 

@@ -14,8 +14,11 @@ inline const SamplingRow* sampling_rows(const paddle::Tensor& rows, int64_t coun
   require(tokens.dtype() == paddle::DataType::INT32, "sample: tokens must be int32");
   const auto* params = reinterpret_cast<const SamplingRow*>(rows.data<uint8_t>());
   for (const SamplingRow* row = params; row < params + count; ++row) {
-    require(row->first_token >= 0 && row->num_seen >= 0 && row->num_masked >= 0 &&
-                int64_t{row->first_token} + row->num_seen + row->num_masked <= tokens.numel() / 2,
+    require(row->first_token >= 0 && row->num_seen >= 0 && row->num_masked >= 0 && row->num_biased >= 0 &&
+                row->num_mask_entries >= 0 &&
+                int64_t{row->first_token} + row->num_seen + row->num_masked + row->num_biased +
+                        row->num_mask_entries <=
+                    tokens.numel() / 2,
             "sample: the tokens of a row reach beyond the end");
     require(row->logprobs < width, "sample: a row wants more log probabilities than the width has room for");
     require(row->given >= 0 && row->given <= vocabulary, "sample: a given token is not in the vocabulary");

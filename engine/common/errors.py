@@ -32,6 +32,10 @@ class RequestError(FastDeployError):
         self.code = code
 
 
+class GrammarFailed(FastDeployError):
+    """A text cannot continue within its grammar and the other constraints of its request."""
+
+
 class ReplicaUnavailable(FastDeployError):
     """The replica cannot accept this request now (HTTP 503): it is loading, draining or broken."""
 

@@ -11,7 +11,7 @@ import msgspec
 
 from .request import FinishReason, SamplingParams
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 # ---- API process -> worker
@@ -26,6 +26,8 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
     arrival_time: float
     #: Tokens that another replica has already generated; they count as output of this request.
     output_token_ids: list[int] = []
+    #: Only requests with the same one share cached blocks.
+    cache_salt: str = ""
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
@@ -84,6 +86,8 @@ class Logprobs(msgspec.Struct, frozen=True):
     logprob: float
     #: Most likely tokens first: (token id, logprob).
     top: list[tuple[int, float]]
+    #: Of a prompt's token: its place among all tokens, the most likely first; 1 is the first.
+    rank: int = 0
 
 
 class TokenOutput(msgspec.Struct, frozen=True):
@@ -99,6 +103,8 @@ class TokenOutput(msgspec.Struct, frozen=True):
     num_cached: int = 0
     #: The reason if finish_reason is ERROR.
     message: str | None = None
+    #: True if the reason lies in the request.
+    is_refused: bool = False
 
 
 class ExpertParallelStats(msgspec.Struct, frozen=True):

@@ -38,6 +38,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     #: The same for the tokens of the prompt except the first.
     prompt_logprobs: int | None = None
+    #: Grammar of the text, in llguidance's notation (grammar/texts.py); None: any text.
+    grammar: str | None = None
+    #: Ids that end a text with a grammar, where the grammar allows it; not only from `min_tokens` on.
+    end_token_ids: tuple[int, ...] = ()
+    #: Added to the logits of these ids.
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    #: Sequences of ids of which the last is not drawn after the others.
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    #: The only ids that are drawn; empty: all.
+    allowed_token_ids: tuple[int, ...] = ()
 
 
 class FinishReason(enum.StrEnum):
@@ -67,6 +77,8 @@ class Sequence:
     #: Entry i belongs to the prompt token at position i + 1 and comes from the logits of position i. Grows as
     #: the prompt is computed; kept on preemption.
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    #: Only sequences with the same one share cached blocks.
+    cache_salt: str = ""
     #: Chained hashes of the leading full blocks, computed on demand. The text only grows, so they stay valid.
     block_hashes: list[bytes] = field(default_factory=list)
 

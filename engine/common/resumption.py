@@ -7,7 +7,9 @@ If the router requests it (`X-FD-Marks: 1`), each event of a choice ends with a 
 
 The ids are the tokens of the choice since its last mark, including those whose text is still withheld. A dot
 means that the choice has finished. The router therefore knows exactly where a response has been interrupted
-(`Resumption`), and another replica can continue from there (`POST /internal/resume`).
+(`Resumption`), and another replica can continue from there (`POST /internal/resume`). If several events stand
+for the same tokens, only the last of them has the tokens in its mark, and the number of events tells which of
+them were sent.
 
 A response that is not streamed sends nothing before its end. Its marks are sent in interim responses, one per
 second:
@@ -59,7 +61,7 @@ class Delivered(msgspec.Struct, frozen=True):
 class Resumption(msgspec.Struct, frozen=True):
     """A request and the part of its response that was sent, or would have been sent if it were streamed."""
 
-    #: "/v1/chat/completions" or "/v1/completions".
+    #: Path of the client's request.
     path: str
     #: Body of the client's request, unchanged.
     body: bytes
@@ -68,6 +70,8 @@ class Resumption(msgspec.Struct, frozen=True):
     created: Moment
     #: The choices that have begun.
     choices: dict[Number, Delivered]
+    #: Number of events of the stream that were sent.
+    events: Number = 0
 
 
 def encode_resumption(resumption: Resumption) -> bytes:

@@ -12,6 +12,13 @@ from collections.abc import Iterable, Sequence
 ROOT_HASH = bytes(32)
 
 
+def root_hash(salt: str) -> bytes:
+    """Return the parent hash of the first block of a text that only requests with this salt share."""
+    if not salt:
+        return ROOT_HASH
+    return hashlib.blake2b(salt.encode(), digest_size=32, person=b"cache salt").digest()
+
+
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
     """Return the hash of a full block and all text before it; `parent` is the hash of the preceding block.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import TYPE_CHECKING
 
 from ..common.errors import FastDeployError, RequestError
 from ..common.messages import AddRequest, ExpertParallelStats, Logprobs, Stats, StepOutputs, TokenOutput
@@ -16,11 +18,18 @@ from .block_pool import BlockPool
 from .sampler import Sampled, Sampler
 from .scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from ..grammar.matchers import Grammars
+
 _log = logging.getLogger(__name__)
 
 #: A bad request or a brief lack of memory fails one step. After this many consecutive failures the process is
 #: considered broken and should be restarted.
 _MAX_FAILED_STEPS = 3
+#: Time to wait for a grammar while there is nothing to compute; messages wait as long.
+_COMPILE_SECONDS = 0.01
 
 
 class EngineBroken(FastDeployError):
@@ -31,7 +40,12 @@ class EngineCore:
     """Scheduler, runner and sampler combined. Single-threaded; the caller decides when to step."""
 
     def __init__(
-        self, config: EngineConfig, model_config: ModelConfig, runner: Runner, num_blocks: int
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        runner: Runner,
+        num_blocks: int,
+        grammars: Grammars | None = None,
     ) -> None:
         self._config = config
         #: Reads the statistics of the expert-parallel group; None without a group.
@@ -40,7 +54,10 @@ class EngineCore:
         self._runner = runner
         self._pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(config, self._pool, model_config.context_of_double_cost())
-        self._sampler = Sampler()
+        self._sampler = Sampler(model_config.vocab_size, grammars)
+        self._grammars = grammars
+        #: Sequences whose grammar is being compiled; not queued yet.
+        self._compiling: dict[str, tuple[Sequence, Future[LLMatcher]]] = {}
         # Errors of requests that were not queued; sent with the outputs of the next step.
         self._refusals: list[TokenOutput] = []
         self._steps_total = 0
@@ -48,7 +65,9 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._refusals or self._scheduler.num_running or self._scheduler.num_waiting)
+        return bool(
+            self._refusals or self._compiling or self._scheduler.num_running or self._scheduler.num_waiting
+        )
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. An invalid request gets an error in the outputs of the next step."""
@@ -59,11 +78,14 @@ class EngineCore:
         except Exception as error:
             # It must not end the engine loop, and with it all other requests.
             _log.error("request=%s cannot be queued", request.request_id, exc_info=error)
-            self._scheduler.abort([request.request_id])
+            self.abort([request.request_id])
             self._refusals.append(_error(request.request_id, "the engine failed to queue this request"))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Free all resources of these requests immediately; they get no further output."""
+        request_ids = list(request_ids)
+        for request_id in request_ids:
+            self._compiling.pop(request_id, None)
         self._scheduler.abort(request_ids)
 
     def step(self) -> StepOutputs:
@@ -74,6 +96,7 @@ class EngineCore:
             RankLost: the other ranks continue without this one.
             DeviceBroken: the device computes no more in this process.
         """
+        self._queue_compiled()
         outputs, self._refusals = self._refusals, []
         batch = self._scheduler.schedule()
         if batch:
@@ -100,17 +123,44 @@ class EngineCore:
 
     def _add(self, request: AddRequest) -> None:
         request_id, prompt = request.request_id, request.prompt_token_ids
-        if request_id in self._scheduler:
+        if request_id in self._scheduler or request_id in self._compiling:
             # The API process cannot tell the two apart, so both must end.
-            self._scheduler.abort([request_id])
+            self.abort([request_id])
             raise RequestError(f"request id {request_id!r} is in use already; ids must be unique")
         # An id outside of the embedding would fail the whole batch.
         for token_ids in (prompt, request.output_token_ids):
             if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
                 raise RequestError(f"the prompt has token ids outside of 0..{self._vocab_size - 1}", "prompt")
-        self._scheduler.add(
-            Sequence(request_id, prompt, request.params, request.arrival_time, [*request.output_token_ids])
+        sequence = Sequence(
+            request_id,
+            prompt,
+            request.params,
+            request.arrival_time,
+            [*request.output_token_ids],
+            cache_salt=request.cache_salt,
         )
+        if request.params.grammar is None:
+            self._scheduler.add(sequence)
+        elif self._grammars is None:
+            raise RequestError("this engine has no vocabulary for a grammar")
+        else:
+            self._compiling[request_id] = sequence, self._grammars.compile(request.params.grammar)
+
+    def _queue_compiled(self) -> None:
+        """Queue the sequences whose grammar is ready. Others need not wait for a grammar."""
+        if not self._compiling:
+            return
+        if not self._scheduler.num_running and not self._scheduler.num_waiting:
+            wait([compiled for _, compiled in self._compiling.values()], _COMPILE_SECONDS, FIRST_COMPLETED)
+        ready = [(sequence, compiled) for sequence, compiled in self._compiling.values() if compiled.done()]
+        for sequence, compiled in ready:
+            del self._compiling[sequence.request_id]
+            try:
+                compiled.result()
+                self._scheduler.add(sequence)
+            except FastDeployError as error:
+                is_refused = isinstance(error, RequestError)
+                self._refusals.append(_error(sequence.request_id, str(error), is_refused=is_refused))
 
     def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:
         sampler = self._sampler
@@ -129,10 +179,14 @@ class EngineCore:
     ) -> list[TokenOutput]:
         sequences = [row.sequence for row in batch.rows if row.samples]
         reasons = self._scheduler.commit(batch, [one.token_id for one in sampled], prompt_logprobs)
-        return [
-            _output(sequence, one, reason)
-            for sequence, one, reason in zip(sequences, sampled, reasons, strict=True)
-        ]
+        outputs = []
+        for sequence, one, reason in zip(sequences, sampled, reasons, strict=True):
+            if one.error is None:
+                outputs.append(_output(sequence, one, reason))
+            else:
+                self._scheduler.abort([sequence.request_id])
+                outputs.append(_error(sequence.request_id, one.error, is_refused=True))
+        return outputs
 
     def _fail(self, batch: Batch, error: Exception) -> list[TokenOutput]:
         self._failed_steps += 1
@@ -179,5 +233,5 @@ def _output(sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -
     )
 
 
-def _error(request_id: str, message: str) -> TokenOutput:
-    return TokenOutput(request_id, [], FinishReason.ERROR, message=message)
+def _error(request_id: str, message: str, *, is_refused: bool = False) -> TokenOutput:
+    return TokenOutput(request_id, [], FinishReason.ERROR, message=message, is_refused=is_refused)

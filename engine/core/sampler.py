@@ -1,9 +1,9 @@
 """Samples tokens from logits.
 
-The order is that of vLLM: repetition penalty, frequency and presence penalty, mask of stop tokens until
-`min_tokens`, then (unless greedy) temperature, min_p, top_k, top_p, and one draw. One operation does all this
-for the whole batch (custom_ops/include/sample.h); this module prepares its arguments and reads its results,
-on any device.
+The order is that of vLLM: bias, repetition penalty, frequency and presence penalty, masks (grammar, allowed
+ids, bad words, stop tokens until `min_tokens`), then (unless greedy) temperature, min_p, top_k, top_p, and a
+draw. One operation does all this for the whole batch (custom_ops/include/sample.h); this module prepares its
+arguments and reads its results, on any device.
 
 Rows are independent, and their random numbers depend only on seed, choice and position. A text therefore does
 not depend on the other texts in the batch.
@@ -12,17 +12,22 @@ not depend on the other texts in the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import custom_ops
+from ..common.errors import GrammarFailed
 from ..common.messages import Logprobs
 from ..common.request import SamplingParams, ScheduledSequence, Sequence
 from ..device.draws import Draw, Drawn, draw_from
+from .constraints import Constraint, num_words
 from .token_counts import TokenCounts
+
+if TYPE_CHECKING:
+    from ..grammar.matchers import Grammars, Matcher
 
 _MAX_INT32 = 2**31 - 1
 
@@ -30,6 +35,8 @@ _MAX_INT32 = 2**31 - 1
 class Sampled(NamedTuple):
     token_id: int
     logprobs: Logprobs | None
+    #: Why no token could be drawn; the other fields mean nothing then.
+    error: str | None = None
 
 
 class Sampler:
@@ -38,18 +45,22 @@ class Sampler:
     The state depends only on parameters and tokens, so preemption and failed steps do not affect it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int, grammars: Grammars | None = None) -> None:
+        self._vocab_size = vocab_size
+        self._grammars = grammars
         self._recipes: WeakKeyDictionary[Sequence, _Recipe] = WeakKeyDictionary()
+        #: Rows of the latest draw for which no token is possible, with the reason.
+        self._failed: dict[int, str] = {}
 
     def draw(self, sequences: Many[Sequence]) -> Draw:
         """Return the draw of the next token of each of at least one sequence."""
         recipes = [self._recipe(sequence) for sequence in sequences]
         if all(recipe.is_argmax for recipe in recipes):
             return Draw(len(sequences))
-        return Draw(len(sequences), *_stack(recipes, sequences))
+        return Draw(len(sequences), *_stack(recipes, self._entries(recipes, sequences), sequences))
 
     def sampled(self, draw: Draw, drawn: Drawn, sequences: Many[Sequence]) -> list[Sampled]:
-        """Return what `draw` has drawn.
+        """Return what the latest `draw` has drawn.
 
         Raises:
             FloatingPointError: a row of the logits holds NaN or no finite value.
@@ -58,12 +69,12 @@ class Sampler:
         _check(token_ids, sequences)
         sampled = [Sampled(token_id, None) for token_id in token_ids]
         if draw.rows is None or drawn.top_tokens is None or drawn.logprobs is None:
-            return sampled
+            return self._with_failures(sampled, draw)
         for index in np.flatnonzero(draw.rows["logprobs"] >= 0).tolist():
             end = 1 + min(int(draw.rows["logprobs"][index]), drawn.vocab_size)
             ids, values = drawn.top_tokens[index, :end].tolist(), drawn.logprobs[index, :end].tolist()
             sampled[index] = Sampled(token_ids[index], _logprobs(ids, values))
-        return sampled
+        return self._with_failures(sampled, draw)
 
     def scores(self, rows: Many[ScheduledSequence]) -> Draw:
         """Return the draw that scores prompt tokens, each from the logits of the preceding position.
@@ -89,9 +100,13 @@ class Sampler:
         assert drawn.logprobs is not None
         ends = 1 + np.minimum(draw.rows["logprobs"], drawn.vocab_size)
         return [
-            _logprobs(ids[:end], values[:end])
-            for end, ids, values in zip(
-                ends.tolist(), drawn.top_tokens.tolist(), drawn.logprobs.tolist(), strict=True
+            _logprobs(ids[:end], values[:end], rank)
+            for end, ids, values, rank in zip(
+                ends.tolist(),
+                drawn.top_tokens.tolist(),
+                drawn.logprobs.tolist(),
+                drawn.token_ids,
+                strict=True,
             )
         ]
 
@@ -106,36 +121,115 @@ class Sampler:
         draw = self.draw(sequences)
         return self.sampled(draw, draw_from(logits, draw), sequences)
 
+    def _with_failures(self, sampled: list[Sampled], draw: Draw) -> list[Sampled]:
+        if draw.rows is not None:
+            for index, error in self._failed.items():
+                sampled[index] = sampled[index]._replace(error=error)
+        return sampled
+
     def _recipe(self, sequence: Sequence) -> _Recipe:
         recipe = self._recipes.get(sequence)
         if recipe is None:
-            recipe = self._recipes[sequence] = _Recipe(sequence)
+            recipe = self._recipes[sequence] = _Recipe(sequence, self._constraint(sequence.params))
         return recipe
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        has_stops = params.min_tokens > 0 and len(params.stop_token_ids) > 0
+        if params.grammar is None:
+            if not has_stops and not params.bad_words and not params.allowed_token_ids:
+                return None
+            return Constraint(params, self._vocab_size, None)
+        assert self._grammars is not None, "the engine refuses grammars without a vocabulary"
+        return Constraint(params, self._vocab_size, self._grammars.matcher(params.grammar))
+
+    def _entries(self, recipes: Many[_Recipe], sequences: Many[Sequence]) -> dict[int, _Entries]:
+        """Return the tokens of each row that has some.
+
+        A row whose constraint leaves no token is drawn without it, and the result is replaced.
+        """
+        self._failed.clear()
+        masks = self._grammar_masks(recipes, sequences)
+        entries = {}
+        for index, recipe in enumerate(recipes):
+            if recipe.has_tokens and index not in self._failed:
+                try:
+                    entries[index] = recipe.entries(sequences[index].output_token_ids, masks.get(index))
+                except GrammarFailed as error:
+                    self._failed[index] = str(error)
+        return entries
+
+    def _grammar_masks(
+        self, recipes: Many[_Recipe], sequences: Many[Sequence]
+    ) -> dict[int, NDArray[np.uint32]]:
+        matchers: dict[int, Matcher] = {}
+        for index, recipe in enumerate(recipes):
+            if recipe.matcher is not None:
+                try:
+                    recipe.matcher.advance(sequences[index].output_token_ids)
+                except GrammarFailed as error:
+                    self._failed[index] = str(error)
+                else:
+                    matchers[index] = recipe.matcher
+        if not matchers:
+            return {}
+        assert self._grammars is not None
+        masks = self._grammars.masks(list(matchers.values()), num_words(self._vocab_size))
+        return dict(zip(matchers, masks, strict=True))
+
+
+class _Entries(NamedTuple):
+    """What a row refers to in the tokens of a batch: int32 [n, 2] each, see `custom_ops.sample`."""
+
+    seen: NDArray[np.int32]
+    masked: NDArray[np.int32]
+    biased: NDArray[np.int32]
+    mask: NDArray[np.int32]
+
+
+_NO_ENTRIES = np.zeros((0, 2), np.int32)
 
 
 class _Recipe:
     """The sampling state of one sequence."""
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, constraint: Constraint | None) -> None:
         params = sequence.params
         self._counts: TokenCounts | None = None
         if params.repetition_penalty != 1:
             self._counts = TokenCounts(sequence.prompt_token_ids)
         elif params.frequency_penalty != 0 or params.presence_penalty != 0:
             self._counts = TokenCounts(())
-        self._stops = np.array([(token_id, 0) for token_id in params.stop_token_ids], np.int32).reshape(-1, 2)
-        #: True if the operation needs token counts or masks, at least at the beginning.
-        self.has_tokens = self._counts is not None or (params.min_tokens > 0 and len(self._stops) > 0)
+        self._constraint = constraint
+        self._biased = _NO_ENTRIES
+        if params.logit_bias:
+            self._biased = np.array([(token_id, 0) for token_id, _ in params.logit_bias], np.int32)
+            self._biased[:, 1] = np.array([bias for _, bias in params.logit_bias], np.float32).view(np.int32)
+        #: True if the operation needs token counts, biases or masks, at least at the beginning.
+        self.has_tokens = self._counts is not None or constraint is not None or len(self._biased) > 0
         self.is_argmax = params.temperature == 0 and not self.has_tokens and params.logprobs is None
         #: As bytes, because joining bytes is the fastest way to build the array of a batch.
         self.row = _row(params).tobytes()
 
-    def tokens(self, sequence: Sequence) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return (token, count) of penalised tokens, and (token, 0) of currently masked tokens."""
-        outputs = sequence.output_token_ids
-        seen = self._stops[:0] if self._counts is None else self._counts.after(outputs)
-        masked = self._stops if len(outputs) < sequence.params.min_tokens else self._stops[:0]
-        return seen, masked
+    @property
+    def matcher(self) -> Matcher | None:
+        return None if self._constraint is None else self._constraint.matcher
+
+    def entries(self, outputs: list[int], grammar_mask: NDArray[np.uint32] | None) -> _Entries:
+        """Return what the row after these output tokens refers to.
+
+        Raises:
+            GrammarFailed: no token may follow.
+        """
+        seen = _NO_ENTRIES if self._counts is None else self._counts.after(outputs)
+        constraint = self._constraint
+        masked = mask = _NO_ENTRIES
+        if constraint is not None and constraint.has_mask:
+            mask = constraint.mask(outputs, grammar_mask).view(np.int32).reshape(-1, 2)
+        elif constraint is not None:
+            forbidden = constraint.forbidden(outputs)
+            masked = np.zeros((len(forbidden), 2), np.int32)
+            masked[:, 0] = forbidden
+        return _Entries(seen, masked, self._biased, mask)
 
 
 def _row(params: SamplingParams) -> np.ndarray:
@@ -151,20 +245,21 @@ def _row(params: SamplingParams) -> np.ndarray:
     return row
 
 
-def _stack(recipes: Many[_Recipe], sequences: Many[Sequence]) -> tuple[np.ndarray, NDArray[np.int32]]:
+def _stack(
+    recipes: Many[_Recipe], entries: dict[int, _Entries], sequences: Many[Sequence]
+) -> tuple[np.ndarray, NDArray[np.int32]]:
     """Return the rows of a batch and the concatenated tokens that they refer to."""
     rows = np.frombuffer(bytearray().join([recipe.row for recipe in recipes]), custom_ops.SAMPLING_ROW)
     rows["position"] = [sequence.num_tokens for sequence in sequences]
     # One pair that no row uses: Paddle does not accept an empty array.
     parts = [np.zeros((1, 2), np.int32)]
     first = 1
-    for index, recipe in enumerate(recipes):
-        if recipe.has_tokens:
-            seen, masked = recipe.tokens(sequences[index])
-            row = rows[index]
-            row["first_token"], row["num_seen"], row["num_masked"] = first, len(seen), len(masked)
-            parts += [seen, masked]
-            first += len(seen) + len(masked)
+    for index, each in entries.items():
+        row = rows[index]
+        row["first_token"], row["num_seen"], row["num_masked"] = first, len(each.seen), len(each.masked)
+        row["num_biased"], row["num_mask_entries"] = len(each.biased), len(each.mask)
+        parts += each
+        first += sum(map(len, each))
     return rows, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -178,5 +273,5 @@ def _check(token_ids: Many[int], sequences: Many[Sequence]) -> None:
         raise FloatingPointError(f"logits of request {request_id} are not finite")
 
 
-def _logprobs(ids: list[int], values: list[float]) -> Logprobs:
-    return Logprobs(ids[0], values[0], list(zip(ids[1:], values[1:], strict=True)))
+def _logprobs(ids: list[int], values: list[float], rank: int = 0) -> Logprobs:
+    return Logprobs(ids[0], values[0], list(zip(ids[1:], values[1:], strict=True)), rank)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from ..common.errors import RequestError
 from ..common.request import Batch, FinishReason, ScheduledSequence, Sequence
 from ..config import EngineConfig
-from .block_pool import ROOT_HASH, BlockPool, hash_block
+from .block_pool import BlockPool, hash_block, root_hash
 
 if TYPE_CHECKING:
     from ..common.messages import Logprobs
@@ -276,7 +276,7 @@ class Scheduler:
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:
         hashes, size = sequence.block_hashes, self._pool.block_size
         for index in range(len(hashes), count):
-            parent = hashes[-1] if hashes else ROOT_HASH
+            parent = hashes[-1] if hashes else root_hash(sequence.cache_salt)
             hashes.append(hash_block(parent, sequence.token_ids(index * size, (index + 1) * size)))
 
     # ---- ends
@@ -285,6 +285,8 @@ class Scheduler:
         params = sequence.params
         num_outputs = len(sequence.output_token_ids)
         if token_id in params.stop_token_ids and num_outputs > params.min_tokens:
+            return FinishReason.STOP
+        if token_id in params.end_token_ids:
             return FinishReason.STOP
         if num_outputs >= params.max_tokens or sequence.num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH

@@ -45,8 +45,11 @@ from ..device.errors import DeviceBroken
 from .cpu_share import SINGLE_THREADED, CpuShare, share_of
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from ..device.choice import Gpu
     from ..device.device import Device, Progress
+    from ..grammar.matchers import Grammars
     from .engine import EngineCore
     from .expert_rank import Rank
 
@@ -131,7 +134,8 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
 
     device.load(report)
     num_blocks = device.allocate_cache(report)
-    engine = EngineCore(config, model_config, device, num_blocks)
+    grammars = _grammars(config, model_config, share)
+    engine = EngineCore(config, model_config, device, num_blocks, grammars)
     # Exclude all current objects from garbage collection; a full collection would stop a step for 100 ms.
     gc.collect()
     gc.freeze()
@@ -314,6 +318,20 @@ def _warn(config: EngineConfig, model_config: ModelConfig) -> None:
             model_config.max_position_embeddings,
             config.model,
         )
+
+
+def _grammars(config: EngineConfig, model_config: ModelConfig, share: CpuShare) -> Grammars:
+    from ..grammar.matchers import Grammars
+
+    def read_vocabulary() -> LLTokenizer:
+        from ..grammar.vocabulary import grammar_vocabulary
+        from ..tokenizer.tokenizer import Tokenizer
+
+        # The API process renders templates; an empty one replaces the checkpoint's.
+        tokenizer = Tokenizer.from_directory(config.model, chat_template=" ")
+        return grammar_vocabulary(tokenizer, model_config.vocab_size)
+
+    return Grammars(read_vocabulary, share.threads)
 
 
 def _open_gpu(config: EngineConfig, model_config: ModelConfig, gpu: Gpu, report: Progress) -> Device:

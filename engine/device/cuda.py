@@ -199,7 +199,7 @@ class CudaDevice:
             stop = end + draw.tokens.nbytes
             if stop > self._plan.bytes:
                 raise ValueError(
-                    f"penalties of one step refer to {len(draw.tokens)} tokens; "
+                    f"penalties and masks of one step refer to {len(draw.tokens)} tokens; "
                     f"{self._limits.token_counts} fit: lower --max-num-seqs"
                 )
             self._plan_memory[end:stop] = draw.tokens.reshape(-1).view(np.uint8)

@@ -28,7 +28,8 @@ class Draw:
 
 
 class Drawn(NamedTuple):
-    #: `custom_ops.BROKEN_ROW` for a row that holds NaN or no finite value.
+    #: The rank of a token to be scored instead of a drawn token, and `custom_ops.BROKEN_ROW` for a row that
+    #: holds NaN or no finite value.
     token_ids: list[int]
     #: Width of the logits, which limits the number of most likely tokens.
     vocab_size: int

@@ -15,7 +15,9 @@ _MAX_SCORED = 256
 DRAW_WIDTH = 21
 #: Tokens with counts, over all sequences of a step, that penalties may refer to.
 _MAX_TOKEN_COUNTS = 2 << 20
-SAMPLING_ROW_BYTES = 88
+#: Stop tokens, biases and bad words of a request.
+_MAX_LISTED = 2304
+SAMPLING_ROW_BYTES = 96
 _SEGMENT = 512
 _INT, _FLOAT, _HALF, _DOUBLE = 4, 4, 2, 8
 
@@ -30,12 +32,13 @@ class StepLimits:
     rows: int
     #: Columns of the block tables.
     table_width: int
-    #: Pairs of token and count for penalties.
+    #: Pairs of token and count, and other entries of that size.
     token_counts: int
 
     @classmethod
     def of(cls, config: EngineConfig, model: ModelConfig) -> StepLimits:
-        per_sequence = min(config.max_model_len, model.vocab_size) + 64
+        # Penalties, biases and bad words, and the bits of a mask.
+        per_sequence = min(config.max_model_len, model.vocab_size) + _MAX_LISTED + -(-model.vocab_size // 64)
         return cls(
             sequences=config.max_num_seqs,
             tokens=max(config.max_num_batched_tokens, config.max_num_seqs),

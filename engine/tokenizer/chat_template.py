@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -67,7 +68,7 @@ def compile_template(source: str, blamed: str = "messages") -> Render:
     def render(variables: dict[str, Any], rendered_at: float | None = None) -> str:
         moment = datetime.now() if rendered_at is None else datetime.fromtimestamp(rendered_at)
         try:
-            return template.render({"strftime_now": moment.strftime} | variables)
+            return template.render({"strftime_now": moment.strftime} | _with_arguments(variables))
         except _Refusal as error:
             raise RequestError(
                 f"the chat template rejects these messages: {_one_line(error)}", "messages"
@@ -81,6 +82,20 @@ def compile_template(source: str, blamed: str = "messages") -> Render:
             raise RequestError(f"the chat template failed: {_one_line(error)}", blamed) from None
 
     return render
+
+
+def reads(source: str, name: str) -> bool:
+    """Return True if the template reads a variable or a field with this name."""
+    try:
+        tree = _environment().parse(source)
+        return (
+            name in jinja2.meta.find_undeclared_variables(tree)
+            or any(node.attr == name for node in tree.find_all(jinja2.nodes.Getattr))
+            or any(node.value == name for node in tree.find_all(jinja2.nodes.Const))
+        )
+    # `compile_template` reports what is wrong with the template.
+    except Exception:
+        return False
 
 
 def render_untrusted(source: str, variables: dict[str, Any], rendered_at: float | None = None) -> str:
@@ -111,6 +126,38 @@ def render_untrusted(source: str, variables: dict[str, Any], rendered_at: float 
     if "error" in answer:
         raise RequestError(answer["error"], answer["param"])
     return answer["text"]
+
+
+class _Arguments(dict[str, Any]):
+    """Arguments of a tool call: an object for most templates, text for those that append it to a string."""
+
+    def __str__(self) -> str:
+        return _to_json(self)
+
+    def __radd__(self, text: str) -> str:
+        return text + str(self)
+
+    def __add__(self, text: str) -> str:
+        return str(self) + text
+
+
+def _with_arguments(variables: dict[str, Any]) -> dict[str, Any]:
+    messages = variables.get("messages") or ()
+    if not any("tool_calls" in message for message in messages):
+        return variables
+    return variables | {"messages": [_with_arguments_of_calls(message) for message in messages]}
+
+
+def _with_arguments_of_calls(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    return message | {"tool_calls": [call | {"function": _function(call["function"])} for call in calls]}
+
+
+def _function(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    return function | {"arguments": _Arguments(arguments) if isinstance(arguments, dict) else arguments}
 
 
 class _Refusal(jinja2.TemplateError):

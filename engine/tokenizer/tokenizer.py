@@ -15,11 +15,15 @@ from typing import Any
 from ..common.errors import ConfigError, RequestError
 from ..common.foreign_text import printable
 from ..common.text_files import JsonObject, read_optional_object, read_text
-from .chat_template import compile_template, render_untrusted
+from .chat_template import compile_template, reads, render_untrusted
 from .vocabulary import MAX_TOKEN_ID, HuggingFaceVocabulary, SentencePieceVocabulary, Vocabulary
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FURTHER_TOKENS = "additional_special_tokens"
+#: Texts that seldom share a token with what follows.
+_TEXTS_BEFORE = ("\n", ",", "a")
+#: Names that only some templates read.
+_OPTIONAL_NAMES = ("tools", "tool_calls")
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spm.model")
 
 
@@ -38,6 +42,9 @@ class Tokenizer:
         self._render: Callable[[dict[str, Any], float | None], str] | None = None
         if chat_template is not None:
             self._render = compile_template(chat_template)
+        self._reads = frozenset(
+            name for name in _OPTIONAL_NAMES if chat_template and reads(chat_template, name)
+        )
         self.eos_token_ids = eos_token_ids
 
     @classmethod
@@ -78,6 +85,21 @@ class Tokenizer:
         """Ids are 0 .. vocab_size - 1. The network's vocabulary may be larger; its extra ids add no text."""
         return len(self._vocabulary.pieces)
 
+    @property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each id."""
+        return self._vocabulary.pieces
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are not part of the visible text."""
+        return self._vocabulary.special_ids
+
+    @property
+    def strips_first_space(self) -> bool:
+        """True if encoding adds a space before a text, and decoding removes it."""
+        return self._vocabulary.strips_first_space
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of a text. Special tokens spelled out in it become their ids."""
         try:
@@ -87,6 +109,20 @@ class Tokenizer:
                 f"the text has a lone surrogate (U+{ord(text[error.start]):04X}), which is not a character"
             ) from None
         return self._vocabulary.encode(text, add_special_tokens)
+
+    def encode_inside(self, text: str) -> list[int] | None:
+        """Return the ids of a text inside of a longer one, without the space that encoding adds before one.
+
+        None if the tokenizer changes the text, or reads a special token in it.
+        """
+        for before in _TEXTS_BEFORE if self.strips_first_space else ("",):
+            start = self.encode(before)
+            ids = self.encode(before + text)
+            inside = ids[len(start) :]
+            is_same = b"".join(map(self.token_bytes, inside)) == text.encode()
+            if ids[: len(start)] == start and is_same and self.special_ids.isdisjoint(inside):
+                return inside
+        return None
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ids. Bytes that are not UTF-8, e.g. half a character, become U+FFFD."""
@@ -106,16 +142,31 @@ class Tokenizer:
         """Return True if the token is not part of the visible text."""
         return token_id in self._vocabulary.special_ids
 
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token with this text, if there is one."""
+        return self._vocabulary.token_id(text)
+
+    def template_reads(self, name: str, chat_template: str | None = None) -> bool:
+        """Return True if the template, or a client's template instead, reads `tools` or `tool_calls`."""
+        return name in self._reads if chat_template is None else reads(chat_template, name)
+
     def detokenizer(
-        self, skip_special_tokens: bool = True, *, continues: bool = False
+        self,
+        skip_special_tokens: bool = True,
+        *,
+        continues: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> IncrementalDetokenizer:
         """Return a detokenizer for the ids of one text.
 
         Args:
             continues: the ids continue a text, so a leading space separates words and is kept. Otherwise it
                 is the one that encoding adds before a text.
+            shown_ids: special tokens that are not skipped.
         """
         skipped = self._vocabulary.special_ids if skip_special_tokens else frozenset[int]()
+        if shown_ids:
+            skipped -= shown_ids
         strips = self._vocabulary.strips_first_space and not continues
         return IncrementalDetokenizer(self._vocabulary.pieces, skipped, strips)
 

@@ -25,6 +25,9 @@ class Row:
     logits: np.ndarray
     seen: list[tuple[int, int]] = field(default_factory=list)
     masked: list[int] = field(default_factory=list)
+    biased: list[tuple[int, float]] = field(default_factory=list)
+    #: None: all tokens.
+    allowed: list[int] | None = None
     fields: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -47,12 +50,26 @@ def sample(rows: list[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
             len(row.masked),
         )
         tokens += row.seen + [(token, 0) for token in row.masked]
+        tokens += [(token, int(np.float32(bias).view(np.int32))) for token, bias in row.biased]
+        mask = mask_entries(row.allowed)
+        into["num_biased"], into["num_mask_entries"] = len(row.biased), len(mask)
+        tokens += mask
     logits = paddle.to_tensor(np.stack([row.logits for row in rows]).astype(np.float32))
     width = 1 + max(0, params["logprobs"].max())
     drawn, top, logprobs = custom_ops.sample(
         logits, params, np.array([*tokens, (0, 0)], np.int32), int(width)
     )
     return drawn.tolist(), top.numpy(), logprobs.numpy()
+
+
+def mask_entries(allowed: list[int] | None) -> list[tuple[int, int]]:
+    """Return the bits of the allowed tokens, no longer than the highest one needs."""
+    if allowed is None:
+        return []
+    words = np.zeros(2 * (max(allowed) // 64 + 1), np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return [(int(low), int(high)) for low, high in words.view(np.int32).reshape(-1, 2)]
 
 
 def draw(logits: np.ndarray | list[float], **fields: float) -> int:
@@ -65,7 +82,8 @@ def reference_draws(row: Row) -> set[int]:
     draws = set()
     for top_p in (row.params[0]["top_p"] + nudge for nudge in (-1e-12, 0, 1e-12)):
         params["top_p"] = top_p if 0 < row.params[0]["top_p"] < 1 else row.params[0]["top_p"]
-        draws.add(reference.sample(row.logits.astype(np.float64), params, row.seen, row.masked))
+        logits = row.logits.astype(np.float64)
+        draws.add(reference.sample(logits, params, row.seen, row.masked, row.biased, row.allowed))
     return draws
 
 
@@ -81,11 +99,16 @@ def any_rows(draw: st.DrawFn) -> list[Row]:
             logits = np.round(logits * 4) / 4
         token = st.integers(0, size - 1)
         some = st.lists(token, max_size=12, unique=True)
+        masked = draw(st.lists(token, max_size=3)) if size > 3 else []
+        # A mask that leaves no token is not drawn from.
+        possible = token.filter(set(range(size)).difference(masked).__contains__)
         rows.append(
             Row(
                 logits.astype(np.float32),
                 seen=[(one, draw(st.integers(0, 3))) for one in draw(some)],
-                masked=draw(st.lists(token, max_size=3)) if size > 3 else [],
+                masked=masked,
+                biased=[(one, draw(st.sampled_from([-100.0, -0.1, 2.5]))) for one in draw(some)],
+                allowed=draw(st.none() | st.sets(possible, min_size=1, max_size=40).map(list)),
                 fields={
                     "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 2.0, 1e5])),
                     "top_k": draw(st.sampled_from([0, 0, 1, 3, 50, 3000])),
@@ -138,6 +161,8 @@ def digest() -> str:
         Row(
             random.normal(0, spread, 5001).astype(np.float32),
             seen=[(3, 1), (9, 0)],
+            biased=[(5, 1.5), (700, -2.25)] if seed % 2 else [],
+            allowed=[token for token in range(5001) if token % 7] if seed % 3 == 0 else None,
             fields={"temperature": 0.8, "seed": seed, "logprobs": 30, "repetition_penalty": 1.1} | cut,
         )
         for seed in range(8)
@@ -270,9 +295,10 @@ def test_a_given_token_takes_the_place_of_a_draw(rows: list[Row], data: st.DataO
         # Penalties, masks and temperature have no effect.
         row.fields |= {"given": 1 + token, "temperature": data.draw(st.sampled_from([0.0, 0.7]))}
         row.masked = [token]
-    again, top_again, logprobs_again = sample(rows)
-    assert again == drawn
+    ranks, top_again, logprobs_again = sample(rows)
     for index, row in enumerate(rows):
+        order = sorted(range(len(row.logits)), key=lambda token: (-row.logits[token], token))
+        assert order[ranks[index] - 1] == drawn[index]
         end = 1 + min(int(row.fields["logprobs"]), len(row.logits))
         assert top_again[index, :end].tolist() == top[index, :end].tolist()
         assert logprobs_again[index, :end].tobytes() == logprobs[index, :end].tobytes()

@@ -23,6 +23,7 @@ ROW = np.dtype(
             (name, np.int32)
             for name in ("top_k", "logprobs", "first_token", "num_seen", "num_masked", "given")
         ),
+        *((name, np.int32) for name in ("num_biased", "num_mask_entries")),
     ]
 )
 
@@ -142,6 +143,30 @@ def test_penalties_and_masks() -> None:
     assert draw(logits.cuda(), rows, tokens)[0] == expected
 
 
+@pytest.mark.parametrize("vocabulary", [4001, 64, 70])
+def test_biases_and_a_mask_of_allowed_tokens(vocabulary: int) -> None:
+    logits = torch.randn(8, vocabulary, generator=torch.Generator().manual_seed(7)) * 4
+    biased = [(3, 2.5), (60, -100.0)]
+    # Tokens behind the end of the mask are forbidden.
+    allowed = [token for token in range(min(vocabulary, 3000)) if token % 3 != 1]
+    words = np.zeros(2 * (allowed[-1] // 64 + 1), np.uint32)
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    tokens = [(token, int(np.float32(bias).view(np.int32))) for token, bias in biased]
+    tokens += [(int(low), int(high)) for low, high in words.view(np.int32).reshape(-1, 2)]
+    rows = np.concatenate(
+        [
+            row(
+                seed=i, temperature=0.0 if i % 2 else 0.7, top_p=0.9 if i % 3 else 1.0, num_biased=2,
+                num_mask_entries=len(words) // 2,
+            )
+            for i in range(8)
+        ]
+    )  # fmt: skip
+    expected = [reference.sample(logits[i].numpy(), rows[i], [], [], biased, allowed) for i in range(8)]
+    assert draw(logits.cuda(), rows, tokens)[0] == expected
+
+
 def test_logprobs_are_those_of_the_unmodified_logits() -> None:
     logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(6))
     logits[0, [5, 9]] = 9.0
@@ -159,12 +184,14 @@ def test_a_given_token_is_scored_instead_of_drawn() -> None:
     logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(8))
     logits[2, 7] = float("nan")
     rows = np.concatenate([row(given=18, logprobs=0), row(given=20000, logprobs=2), row(given=3, logprobs=1)])
+    logits[0, [3, 19]] = logits[0, 17]
     drawn, top_tokens, logprobs = draw(logits.cuda(), rows, width=3)
-    assert drawn == [17, 19999, -1]
-    for index in (0, 1):
+    assert drawn[2] == -1
+    for index, token in ((0, 17), (1, 19999)):
         expected = reference.log_softmax(logits.double().numpy()[index])
-        assert top_tokens[index, 0] == drawn[index]
-        np.testing.assert_allclose(logprobs[index, 0], expected[drawn[index]], atol=1e-12)
+        order = np.argsort(-logits.numpy()[index], kind="stable")
+        assert order[drawn[index] - 1] == top_tokens[index, 0] == token
+        np.testing.assert_allclose(logprobs[index, 0], expected[token], atol=1e-12)
     assert top_tokens[1, 1] == int(logits[1].argmax())
 
 

@@ -38,6 +38,10 @@ class Disturbance:
         #: Pids of the arbiters of replicas that were hit.
         self._killed: set[int] = set()
 
+    @property
+    def kills(self) -> int:
+        return sum(self.done[f"{part} killed"] for part in _PARTS)
+
     def reload(self, old: str, new: str) -> None:
         """Change `old` in dp.toml to `new` and reload; return when the reload is done."""
         config = self._system.config

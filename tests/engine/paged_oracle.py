@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from llguidance import LLTokenizer, TokenizerWrapper
 
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.core.sampler import Sampler
 from fastdeploy.device.device import TensorRunner
+from fastdeploy.grammar.matchers import Grammars
 
 VOCAB_SIZE = 61
+EOS_ID = 2
 
 MODEL_CONFIG = ModelConfig(
     hidden_size=8,
@@ -33,9 +36,28 @@ MODEL_CONFIG = ModelConfig(
     tie_word_embeddings=True,
     use_bias=False,
     max_position_embeddings=4096,
-    eos_token_ids=(2,),
+    eos_token_ids=(EOS_ID,),
     bos_token_id=1,
 )
+
+
+class _Vocabulary:
+    """Token ids as llguidance reads them: letters, alone and in pairs; the last ids have no text."""
+
+    eos_token_id, bos_token_id, special_token_ids = EOS_ID, None, (EOS_ID,)
+    tokens = (
+        *(letter.encode() for letter in "ab<c"),
+        *(f"{first}{second}".encode() for first in "abcd" for second in "abcdef1"),
+        *(b"d", b"e", b"f", b"1"),
+        *[b""] * 28,
+    )
+
+    def __call__(self, text: bytes) -> list[int]:
+        letters = (text[at : at + 1] for at in range(len(text)))
+        return [self.tokens.index(letter) for letter in letters if letter in self.tokens]
+
+
+GRAMMARS = Grammars(lambda: LLTokenizer(TokenizerWrapper(_Vocabulary()), eos_token=[EOS_ID]))
 
 
 def engine_config(**changes: object) -> EngineConfig:
@@ -84,12 +106,17 @@ class PagedOracle(TensorRunner):
 
 def generate_alone(prompt: list[int], params: SamplingParams, limit: int) -> tuple[list[int], FinishReason]:
     """Return the correct text, computed with one sequence and without cache, batch or chunks."""
-    sequence, sampler = Sequence("alone", list(prompt), params), Sampler()
+    sequence, sampler = Sequence("alone", list(prompt), params), Sampler(VOCAB_SIZE, GRAMMARS)
     while True:
         row = logits_after(sequence.token_ids(0, sequence.num_tokens))
-        token_id = sampler.sample(paddle.to_tensor(row[None]), [sequence])[0].token_id
+        drawn = sampler.sample(paddle.to_tensor(row[None]), [sequence])[0]
+        if drawn.error is not None:
+            return sequence.output_token_ids, FinishReason.ERROR
+        token_id = drawn.token_id
         sequence.output_token_ids.append(token_id)
         count = len(sequence.output_token_ids)
+        if token_id in params.end_token_ids:
+            return sequence.output_token_ids, FinishReason.STOP
         if token_id in params.stop_token_ids and count > params.min_tokens:
             return sequence.output_token_ids, FinishReason.STOP
         if count == params.max_tokens or sequence.num_tokens == limit:

@@ -5,7 +5,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastdeploy.core.block_pool import ROOT_HASH, BlockPool, hash_block
+from fastdeploy.core.block_pool import ROOT_HASH, BlockPool, hash_block, root_hash
+
+
+def test_each_salt_has_its_own_root() -> None:
+    roots = [root_hash(salt) for salt in ("", "a", "b", "ab", "\x00" * 32)]
+    assert roots[0] == ROOT_HASH
+    assert len(set(roots)) == len(roots)
 
 
 def test_untouched_memory_is_used_last() -> None:

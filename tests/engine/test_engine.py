@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
 import numpy as np
 import paddle
 import pytest
@@ -11,8 +12,17 @@ from hypothesis import strategies as st
 from fastdeploy.common.messages import AddRequest, StepOutputs, TokenOutput
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
 from fastdeploy.core.engine import EngineBroken, EngineCore
+from fastdeploy.grammar.texts import choice_grammar, regex_grammar
 
-from .paged_oracle import MODEL_CONFIG, VOCAB_SIZE, PagedOracle, engine_config, generate_alone
+from .paged_oracle import (
+    EOS_ID,
+    GRAMMARS,
+    MODEL_CONFIG,
+    VOCAB_SIZE,
+    PagedOracle,
+    engine_config,
+    generate_alone,
+)
 
 
 def request(name: str, prompt: list[int], **params: object) -> AddRequest:
@@ -23,7 +33,7 @@ def request(name: str, prompt: list[int], **params: object) -> AddRequest:
 def build(num_blocks: int = 32, **changes: object) -> tuple[EngineCore, PagedOracle]:
     config = engine_config(**changes)
     runner = PagedOracle(num_blocks, config.block_size)
-    return EngineCore(config, MODEL_CONFIG, runner, num_blocks), runner
+    return EngineCore(config, MODEL_CONFIG, runner, num_blocks, GRAMMARS), runner
 
 
 def drain(engine: EngineCore) -> list[StepOutputs]:
@@ -78,6 +88,17 @@ sampling = st.builds(
     choice=st.integers(0, 2),
     stop_token_ids=st.just((3, 7, 11)),
 )
+#: With texts that end early, late or by a lack of tokens.
+constrained = st.builds(
+    msgspec.structs.replace,
+    sampling,
+    grammar=st.sampled_from([regex_grammar("[a-d]*1"), regex_grammar("(ab|cd)*"), choice_grammar(["abc"])]),
+    end_token_ids=st.just((EOS_ID,)),
+    stop_token_ids=st.sampled_from([(EOS_ID,), (), (EOS_ID, 7)]),
+    logit_bias=st.sampled_from([(), ((EOS_ID, 5.0), (4, -2.5))]),
+    bad_words=st.sampled_from([(), ((1, 3), (5,)), ((0,),)]),
+    allowed_token_ids=st.sampled_from([(), tuple(range(40))]),
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,12 +122,12 @@ def test_every_text_equals_that_of_the_request_alone(data: st.DataObject) -> Non
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["add", "add", "step", "step", "abort"]))
         if action == "add":
-            prompt, params = data.draw(prompts), data.draw(sampling)
+            prompt, params = data.draw(prompts), data.draw(st.one_of(sampling, constrained))
             if len(prompt) < limit:
                 name = f"r{len(sent)}"
                 alone[name] = generate_alone(prompt, params, limit)
                 written, _ = alone[name]
-                known = data.draw(st.just(0) | st.integers(0, len(written) - 1))
+                known = data.draw(st.just(0) | st.integers(0, max(0, len(written) - 1)))
                 sent[name] = AddRequest(name, prompt, params, 0.0, written[:known])
                 engine.add(sent[name])
         elif action == "step":

@@ -24,7 +24,7 @@ def sequence(prompt: list[int] | None = None, outputs: list[int] | None = None, 
 
 
 def sample(logits: np.ndarray, sequences: list[Sequence]) -> list[Sampled]:
-    return Sampler().sample(paddle.to_tensor(logits.astype(np.float32)), sequences)
+    return Sampler(logits.shape[1]).sample(paddle.to_tensor(logits.astype(np.float32)), sequences)
 
 
 def draw(logits: list[float] | np.ndarray, one: Sequence) -> int:
@@ -74,7 +74,7 @@ def test_every_draw_along_a_text_is_the_references_draw(data: st.DataObject, log
         seed=data.draw(st.integers(-(2**63), 2**63 - 1)),
         choice=data.draw(st.integers(0, 3)),
     )
-    sampler = Sampler()
+    sampler = Sampler(len(logits))
     for _ in range(3):
         drawn = sampler.sample(paddle.to_tensor(logits[None].astype(np.float32)), [one])[0].token_id
         assert drawn in reference_draws(logits, one)
@@ -156,7 +156,7 @@ def test_a_step_without_samples_draws_nothing() -> None:
 
 
 def test_state_of_a_sequence_is_dropped_with_it() -> None:
-    sampler = Sampler()
+    sampler = Sampler(10)
     one = sequence([1, 2], temperature=1.0, repetition_penalty=1.1)
     sampler.sample(paddle.zeros([1, 10]), [one])
     gone = weakref.ref(sampler._recipes[one])

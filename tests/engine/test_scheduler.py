@@ -152,6 +152,20 @@ def test_generated_text_is_found_as_the_prefix_of_the_next_turn() -> None:
     assert shape(scheduler.schedule()) == [("next", 8, 2, True)]
 
 
+def test_a_prefix_is_found_only_with_the_same_salt() -> None:
+    scheduler, _ = build()
+    prompt = list(range(9))
+    starts = {}
+    for name, salt in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x"), ("e", "")):
+        salted = sequence(name, prompt, max_tokens=1)
+        salted.cache_salt = salt
+        scheduler.add(salted)
+        batch = scheduler.schedule()
+        [(_, starts[name], _, _)] = shape(batch)
+        run(scheduler, batch)
+    assert starts == {"a": 0, "b": 0, "c": 0, "d": 8, "e": 8}
+
+
 def test_prefix_caching_can_be_switched_off() -> None:
     scheduler, _ = build(enable_prefix_caching=False)
     for name in ("first", "again"):

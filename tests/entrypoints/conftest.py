@@ -133,5 +133,5 @@ class ApiServer:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    with ApiServer(tmp_path_factory.mktemp("server")) as running:
+    with ApiServer(tmp_path_factory.mktemp("server"), "--served-model-name", "tiny") as running:
         yield running.wait_ready()

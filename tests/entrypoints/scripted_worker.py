@@ -29,6 +29,7 @@ from fastdeploy.common.request import FinishReason
 
 #: A token of the tiny checkpoint's vocabulary that has a text.
 WORD = 40
+END_OF_TEXT = 2
 STATS = Stats(1, 0, 8, 7, 0, 0, 0, 1, 1, 8)
 GROUP = ExpertParallelStats(
     epoch=5,
@@ -70,8 +71,12 @@ def serve(script: str) -> None:
     """Answer each request with two tokens and its end, unless the script says otherwise."""
     while True:
         match receive():
-            case AddRequest(request_id=name):
+            case AddRequest(request_id=name, output_token_ids=begun):
                 match script:
+                    case _ if script.startswith("writes "):
+                        for token_id in list(map(int, script.split()[1:]))[len(begun) :]:
+                            step(TokenOutput(name, [token_id]))
+                        step(TokenOutput(name, [END_OF_TEXT], FinishReason.STOP))
                     case "dies with a request":
                         step(TokenOutput(name, [1]))
                         socket.close()
@@ -118,7 +123,10 @@ def main(script: str) -> None:
         return
     if script == "loads for ever":
         time.sleep(600)
-    send(Ready(num_blocks=8, block_size=64, max_model_len=512))
+    if script.startswith("writes "):
+        send(Ready(num_blocks=64, block_size=64, max_model_len=4096))
+    else:
+        send(Ready(num_blocks=8, block_size=64, max_model_len=512))
     if script == "is a rank":
         step(stats=msgspec.structs.replace(STATS, expert_parallel=GROUP))
     serve(script)

@@ -44,7 +44,8 @@ def test_the_prompt_alone(server: ApiServer) -> None:
     assert len(shown.tokens) == len(shown.token_logprobs) == len(shown.top_logprobs) == count
     assert (shown.token_logprobs[0], shown.top_logprobs[0]) == (None, None)
     assert all(value <= 0 for value in shown.token_logprobs[1:])
-    assert all(len(top) <= 3 for top in shown.top_logprobs[1:])
+    assert all(token in top for token, top in zip(shown.tokens[1:], shown.top_logprobs[1:], strict=True))
+    assert all(len(top) <= 4 for top in shown.top_logprobs[1:])
     # Each token stands in the text at its offset.
     assert shown.text_offset == sorted(shown.text_offset)
     for token, offset in zip(shown.tokens, shown.text_offset, strict=True):

@@ -1,10 +1,14 @@
 """The command line of api_server."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from fastdeploy.common.api_keys import ApiKeys
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.core.worker import _decode_config as decode_config
+from fastdeploy.entrypoints.openai.foreign_flags import REFUSED, WITHOUT_EFFECT
 from fastdeploy.entrypoints.openai.options import ServeConfig, parse_arguments
 from fastdeploy.entrypoints.openai.worker_process import encode_config
 
@@ -18,7 +22,7 @@ def parse(*flags: str) -> ServeConfig:
 def test_defaults_are_closed() -> None:
     config = parse()
     assert (config.host, config.port, config.metrics_port) == ("127.0.0.1", 8000, None)
-    assert config.served_model_name == "tiny"
+    assert (config.served_model_name, config.checks_model_name) == ("tiny", False)
     assert config.api_keys == ApiKeys()
 
 
@@ -82,6 +86,12 @@ def test_a_wrong_limit_of_tokens_is_refused() -> None:
         parse("--max-num-batched-tokens", "0")
 
 
+@pytest.mark.parametrize("name", [None, "", "default", "tiny", "null", "gpt-9"])
+def test_a_name_of_the_model_counts_only_if_it_is_given(name: str | None) -> None:
+    assert parse().accepts_model(name)
+    assert parse("--served-model-name", "tiny").accepts_model(name) == (name not in ("null", "gpt-9"))
+
+
 def test_underscores_are_dashes_in_flags_only() -> None:
     config = parse("--max_model_len=100", "--served_model_name", "my_model")
     assert (config.engine.max_model_len, config.served_model_name) == (100, "my_model")
@@ -112,7 +122,20 @@ def test_api_keys_come_from_the_flag_or_the_environment(monkeypatch: pytest.Monk
         (("--expert-parallel-stall-kill", "0"), "--expert-parallel-stall-kill is 0; it must be more than 0"),
         (("--expert-parallel-group",), "--expert-parallel-group"),
         (("--enable-expert-parallel", "--data-parallel-size", "65"), "--data-parallel-size is 65"),
-        (("--logprobs-mode", "processed"), "--logprobs-mode"),
+        (
+            ("--logprobs-mode", "processed_logits"),
+            "--logprobs-mode is not supported: log probabilities are those of the model, before temperature; "
+            "leave it out or give raw_logprobs",
+        ),
+        (("--enable-early-stop",), "--enable-early-stop is not supported: this server does not look for rep"),
+        (("--logits-processors", "a.B", "c.D"), "--logits-processors is not supported"),
+        (("--lm_head-fp32",), "--lm-head-fp32 is not supported"),
+        (("--tokenizer", "other"), "--tokenizer is not supported: the tokenizer is that of the checkpoint"),
+        (("--guided-decoding-backend", "outlines"), "--guided-decoding-backend: invalid choice: 'outlines'"),
+        (("-tp", "2"), "--tensor-parallel-size is 2"),
+        (("--max-logprobs", "-2"), "--max-logprobs is -2; it must be at least -1"),
+        (("--seed", "one"), "--seed"),
+        (("--config", "fd.yaml"), "--config is not supported: dp.toml is the configuration file"),
         (("--chat-template", "/no/such/file"), "--chat-template"),
     ],
 )
@@ -123,3 +146,53 @@ def test_a_wrong_value_is_one_line_with_its_flag(
         parse(*(("--data-parallel-size", "4") if "--local-data-parallel-id" in flags else ()), *flags)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_other_flags_of_fastdeploy_are_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    flags = [word for flag in sorted(WITHOUT_EFFECT) for word in (f"--{flag}", "1")]
+    harmless = [
+        (f"--{name}", each.harmless[-1])
+        for name, each in REFUSED.items()
+        if each.harmless and name != "tokenizer"
+    ]
+    parse(*flags, *(word for pair in harmless for word in pair), "--tokenizer", str(TINY))
+    [warning] = [record.getMessage() for record in caplog.records]
+    named = {word.removeprefix("--") for word in warning.split() if word.startswith("--")}
+    assert named == {*WITHOUT_EFFECT, "tokenizer", *(name for name, each in REFUSED.items() if each.harmless)}
+
+
+def test_flags_with_an_effect_have_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    config = parse(
+        *("-tp", "1", "--seed", "3", "--max-logprobs", "-1", "--served-model-name", "m"),
+        *("--guided-decoding-backend", "off"),
+    )
+    assert (config.seed, config.max_logprobs, config.checks_model_name) == (3, -1, True)
+    assert config.guided_decoding_backend == "off"
+    assert not caplog.records
+
+
+def test_documentation_lists_the_flags_that_are_not_supported() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "fastdeploy.md").read_text()
+    rows = re.findall(r"^\| `--([\w-]+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    listed = {flag: (why, values) for flag, why, values in rows}
+    assert listed == {
+        flag: (each.why, ", ".join(f"`{value}`" for value in each.harmless if value))
+        for flag, each in REFUSED.items()
+    }
+
+
+def test_parsers_have_names() -> None:
+    config = parse("--tool-call-parser", "ernie-x1", "--reasoning-parser", "ernie-x1")
+    assert (config.tool_call_parser, config.reasoning_parser) == ("ernie-x1", "ernie-x1")
+    with pytest.raises(ConfigError, match=r"--tool-call-parser is 'nope'; it must be one of .*hermes"):
+        parse("--tool-call-parser", "nope")
+    with pytest.raises(ConfigError, match=r"--reasoning-parser is 'nope'; it must be one of .*qwen3"):
+        parse("--reasoning-parser", "nope")
+
+
+def test_a_plugin_may_add_the_name_of_a_parser(tmp_path: Path) -> None:
+    file = tmp_path / "plugin.py"
+    with pytest.raises(ConfigError, match=r"--tool-parser-plugin is .*plugin.py'; there is no such file"):
+        parse("--tool-parser-plugin", str(file))
+    file.touch()
+    assert parse("--tool-parser-plugin", str(file), "--tool-call-parser", "nope").tool_call_parser == "nope"

@@ -28,6 +28,8 @@ from fastdeploy.entrypoints.openai.validation import (
     decode_object,
 )
 
+from . import known_fields
+
 DEFAULTS = SamplingDefaults()
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -87,13 +89,9 @@ BAD_IN_BOTH: list[tuple[str, Any]] = [
     ("request_id", ["a"]),
     ("tools", [{"type": "function"}]),
     ("tool_choice", "required"),
-    ("response_format", {"type": "json_object"}),
-    ("guided_json", {}),
-    ("guided_regex", "a+"),
-    ("logit_bias", {"5": 1}),
-    ("bad_words", ["no"]),
     ("suffix", "end"),
-    ("prompt_logprobs", 1),
+    ("prompt_logprobs", -2),
+    ("prompt_logprobs", False),
 ]
 
 
@@ -119,7 +117,8 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
         ({"messages": ["hello"]}, "messages[0]"),
         ({"messages": [1, 2]}, "messages[0]"),
         ({"messages": [*HELLO, {"content": "x"}]}, "messages[1].role"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "wizard"}]}, "messages[0].content"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
@@ -128,7 +127,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
             "messages[0].content[0]",
         ),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function"),
         ({"messages": [{"role": "assistant", "refusal": 5}]}, "messages[0].refusal"),
         (
             {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
@@ -138,7 +137,7 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -2}, "top_logprobs"),
         ({"chat_template": 5}, "chat_template"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
@@ -168,7 +167,7 @@ def test_a_wrong_chat_request_is_refused_with_the_place_of_the_error(
         ({"prompt": [[1], [2, "a"]]}, "prompt[1][1]"),
         ({"prompt": ["a"] * 300}, "prompt"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -2}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"echo": "x"}, "echo"),
         ({"max_tokens": 0, "min_tokens": 1}, "min_tokens"),
@@ -208,13 +207,20 @@ def test_fields_without_effect_are_accepted(
     [
         ({"echo": True, "logprobs": 2}, 2),
         ({"echo": True, "logprobs": 0}, 0),
-        ({"echo": True, "logprobs": -1}, None),
+        ({"echo": True, "logprobs": -1}, -1),
         ({"echo": True}, None),
         ({"logprobs": 2}, None),
+        ({"prompt_logprobs": 0}, 0),
+        ({"prompt_logprobs": 3, "echo": True, "logprobs": 2}, 3),
+        ({"prompt_logprobs": 1, "echo": True, "logprobs": 2}, 2),
+        ({"prompt_logprobs": 1, "echo": True, "logprobs": -1}, -1),
+        ({"prompt_logprobs": -1, "logprobs": 2}, -1),
     ],
 )
-def test_echo_with_logprobs_asks_for_those_of_the_prompt(fields: dict[str, Any], wanted: int | None) -> None:
-    assert completion(max_tokens=0, **fields).prompt_logprobs == wanted
+def test_prompts_are_scored_for_echo_or_for_their_own_list(
+    fields: dict[str, Any], wanted: int | None
+) -> None:
+    assert completion(max_tokens=0, **fields).scored_logprobs == wanted
 
 
 @pytest.mark.parametrize("parse", [chat, completion])
@@ -299,7 +305,7 @@ def test_all_four_shapes_of_prompts(
 def test_ignore_eos_leaves_the_requests_own_stop_ids() -> None:
     def ends(**fields: Any) -> tuple[int, ...]:
         params = chat(stop_token_ids=[7, 7], **fields).sampling_params(
-            max_tokens=3, seed=0, choice=0, eos_token_ids=(2,)
+            max_tokens=3, seed=0, choice=0, eos_token_ids=(2,), vocab_size=9
         )
         return params.stop_token_ids
 
@@ -349,7 +355,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-known_fields = st.sampled_from(
+field_names = st.sampled_from(
     sorted({*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__, *CHAT_FIELDS, *COMPLETION_FIELDS})
 )
 messages = st.lists(
@@ -371,7 +377,7 @@ messages = st.lists(
 
 
 @given(
-    fields=st.dictionaries(known_fields, json_values, max_size=5),
+    fields=st.dictionaries(field_names, json_values, max_size=5),
     messages=json_values | messages,
 )
 def test_any_json_is_parsed_or_refused_with_the_name_of_a_field(
@@ -453,9 +459,9 @@ def refusal_of(parse: Callable[[], object]) -> RequestError | None:
             "messages[0].content is missing; it must be a string or a list of text parts",
         ),
         (
-            {"messages": [{"role": "wizard", "content": ""}]},
+            {"messages": [{"role": "w" * 65, "content": ""}]},
             WRONG_VALUE,
-            'messages[0].role is "wizard"; it must be one of assistant, developer, system, tool, user',
+            "messages[0].role has 65 characters; it may have at most 64",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -464,14 +470,14 @@ def refusal_of(parse: Callable[[], object]) -> RequestError | None:
             "model reads text only",
         ),
         (
-            {"guided_regex": "a+"},
+            {"stop_regex": "a+"},
             UNSUPPORTED,
-            "guided_regex is not supported: this server does not constrain its output; leave it out",
+            "stop_regex is not supported: stop takes strings only; leave it out or send []",
         ),
         (
-            {"tool_choice": "required"},
+            {"function_call": "required"},
             UNSUPPORTED,
-            "tool_choice is not supported: this server does not parse tool calls; "
+            "function_call is not supported: tools and tool_choice have taken its place; "
             'leave it out or send "none"',
         ),
     ],
@@ -505,13 +511,20 @@ def test_no_field_is_both_declared_and_refused() -> None:
     assert not MESSAGE_FIELDS.keys() & set(Message.__struct_fields__)
 
 
+@pytest.mark.parametrize("server", known_fields.COMPLETIONS)
+def test_every_known_field_acts_or_is_refused_or_is_bookkeeping(server: str) -> None:
+    for fields, body in ((known_fields.CHAT, ChatBody), (known_fields.COMPLETIONS, CompletionBody)):
+        handled = {*body.__struct_fields__, *body.refused, *WITHOUT_EFFECT}
+        assert not fields[server] - handled
+
+
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
 def test_bookkeeping_is_accepted(name: str) -> None:
     assert chat(**{name: {"a": "b"}}) == chat()
     assert completion(**{name: True}) == completion()
 
 
-@pytest.mark.parametrize("part", ["tool_calls", "function_call", "audio", "tools"])
+@pytest.mark.parametrize("part", ["function_call", "audio", "tools"])
 def test_a_part_of_a_message_is_refused_only_with_a_value(part: str) -> None:
     nothing: tuple[Any, ...] = ([], {}, "", None)
     for empty in nothing:
@@ -524,7 +537,8 @@ def test_metadata_that_is_no_text_counts_as_fields() -> None:
     metadata = {"min_tokens": 3, "temperature": 0.5, "seed": "4", "note": 7}
     request = chat(metadata=metadata, temperature=0.7)
     assert (request.min_tokens, request.temperature, request.seed) == (3, 0.7, None)
-    for fields, param in (({"top_p": 2}, "top_p"), ({"logit_bias": {"1": 2}}, "logit_bias")):
+    assert chat(metadata={"max_streaming_response_tokens": 3}).tokens_per_event == 3
+    for fields, param in (({"top_p": 2}, "top_p"), ({"stop_regex": ["a"]}, "stop_regex")):
         with pytest.raises(RequestError) as caught:
             chat(metadata=fields)
         assert caught.value.param == param
@@ -602,11 +616,10 @@ def test_the_prefix_of_an_id_is_not_repeated(
     assert parse().response_id(given) == wanted
 
 
-@pytest.mark.parametrize("value", [0, 1, True])
-def test_zero_is_not_false_where_the_number_has_a_meaning(value: int) -> None:
+def test_zero_is_not_false_where_the_number_has_a_meaning() -> None:
+    assert completion(top_logprobs=0).logprobs is None
     with pytest.raises(RequestError):
-        completion(prompt_logprobs=value)
-    assert completion(prompt_logprobs=False).logprobs is None
+        completion(top_logprobs=False)
 
 
 def test_a_checkpoints_generation_config_gives_the_defaults(tmp_path: Path) -> None:

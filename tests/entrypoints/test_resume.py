@@ -173,6 +173,10 @@ def text_of(whole: Stream) -> str:
         {"max_tokens": 8, "n": 3, "temperature": 1.5, "top_k": 50, "seed": -5},
         {"max_tokens": 9, "stream_options": None},
         {"max_tokens": 9, "request_id": "mine"},
+        {"max_tokens": 6, "n": 2, "prompt_logprobs": 1, "return_token_ids": True},
+        {"max_tokens": 20, "max_streaming_response_tokens": 3, "logprobs": True, "stop": ["e", "th"], "n": 2},
+        {"max_tokens": 40, "n": 2, "guided_json": {"items": {"type": "integer"}, "minItems": 3}},
+        {"max_tokens": 12, "bad_words": ["1"], "logit_bias": {"50": 3}, "guided_regex": "[a-z0-9]*"},
         {"max_tokens": 9, "n": 2, "stop": ["e", "th"], "stream_options": {"continuous_usage_stats": True}},
     ],
     ids=lambda request: " ".join(request),
@@ -192,6 +196,10 @@ def test_chats(replicas: tuple[Replica, Replica], request_: dict[str, Any]) -> N
         {"max_tokens": 8, "logprobs": 1, "echo": True, "n": 2},
         {"max_tokens": 0, "logprobs": 1, "echo": True, "n": 2},
         {"max_tokens": 8, "logprobs": 1, "echo": True, "stop": ["e", "th"], "stop_token_ids": [5, 6, 7]},
+        {"max_tokens": 14, "logprobs": 1, "return_token_ids": True, "stop_token_ids": list(range(0, 512, 9))},
+        {"max_tokens": 8, "prompt_logprobs": 0, "n": 2},
+        {"max_tokens": 12, "max_streaming_response_tokens": 5, "echo": True, "logprobs": 1},
+        {"max_tokens": 8, "prompt_logprobs": 3, "echo": True, "logprobs": 1},
         {"prompt": ["one", "two", "three"], "n": 2, "max_tokens": 5},
         {"prompt": [[40, 41, 42], [43]], "max_tokens": 5, "echo": True},
         {"max_tokens": 14, "repetition_penalty": 1.8, "presence_penalty": 1.5, "frequency_penalty": 1.0},
@@ -214,6 +222,15 @@ def test_choices_of_which_some_have_ended(replicas: tuple[Replica, Replica]) -> 
     assert ends[0] < len(marks) / 2
 
 
+def test_any_name_of_the_model_is_accepted_and_answered_with_the_real_one(
+    replicas: tuple[Replica, Replica],
+) -> None:
+    server = replicas[0].server
+    status, answer = server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 1, "model": "null"})
+    assert (status, answer["model"]) == (200, "tiny")
+    assert server.client().models.retrieve("null").id == "tiny"
+
+
 def fits(request: dict[str, Any]) -> bool:
     min_tokens, max_tokens = request.get("min_tokens", 0), request["max_tokens"]
     return bool(min_tokens <= max_tokens)
@@ -230,6 +247,7 @@ requests = st.fixed_dictionaries(
         "min_tokens": st.integers(1, 9),
         "include_stop_str_in_output": st.booleans(),
         "logprobs": st.integers(0, 3),
+        "max_streaming_response_tokens": st.integers(1, 4),
         "return_token_ids": st.booleans(),
         "ignore_eos": st.booleans(),
         "repetition_penalty": st.sampled_from([0.7, 1.5]),
@@ -401,8 +419,13 @@ def test_resuming_replica_sends_drafts_of_added_tokens(replicas: tuple[Replica, 
 
 @pytest.mark.parametrize(
     ("request_", "headers"),
-    [({"logprobs": 1}, {}), ({}, {"X-FD-Marks": "0"}), ({"stream": True}, {})],
-    ids=["log probabilities would be lost", "nobody has asked", "a stream has its own marks"],
+    [({"logprobs": 1}, {}), ({"prompt_logprobs": 0}, {}), ({}, {"X-FD-Marks": "0"}), ({"stream": True}, {})],
+    ids=[
+        "log probabilities would be lost",
+        "those of the prompt too",
+        "nobody has asked",
+        "a stream has its own marks",
+    ],
 )
 def test_answers_that_cannot_be_resumed_have_no_drafts(
     replicas: tuple[Replica, Replica], request_: dict[str, Any], headers: dict[str, str]

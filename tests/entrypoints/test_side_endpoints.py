@@ -55,7 +55,7 @@ def test_tokens_of_messages_are_those_of_a_chat(server: ApiServer) -> None:
         ("/tokenize", {"prompt": 5}, 400, "prompt"),
         ("/tokenize", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
         ("/tokenize", {"prompt": "a", "model": "gpt-9"}, 404, "model"),
-        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools"),
+        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools[0].function"),
         ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [1, -1]}, 400, "tokens[1]"),
         ("/detokenize", {"tokens": [10**6]}, 400, "tokens"),
@@ -89,6 +89,10 @@ def test_version_load_ping_and_configuration(server: ApiServer) -> None:
         ("/v1/sleep", "a replica keeps its weights"),
         ("/rearrange_experts", "experts are balanced automatically"),
         ("/generate", "use /v1/chat/completions"),
+        ("/v1/responses/resp_1/cancel", "this server stores no responses"),
+        ("/v1/responses/input_tokens", "use /tokenize"),
+        ("/abort_request", "use /v1/abort_requests"),
+        ("/v1/pause", "fdctl drain"),
     ],
 )
 def test_an_endpoint_that_is_not_served_says_why(server: ApiServer, path: str, reason: str) -> None:
@@ -108,8 +112,11 @@ def test_the_description_has_every_field(server: ApiServer) -> None:
     for body in (ChatBody, CompletionBody):
         assert set(schemas[body.__name__]["properties"]) >= {*body.__struct_fields__, *body.refused, "user"}
     assert schemas["DetokenizeBody"]["required"] == ["tokens"]
-    refused = schemas["ChatBody"]["properties"]["guided_regex"]
-    assert refused == {"enum": [None], "description": f"Not supported: {CHAT_FIELDS['guided_regex'].why}."}
+    refused = schemas["ChatBody"]["properties"]["kv_transfer_params"]
+    assert refused == {
+        "enum": [None, {}],
+        "description": f"Not supported: {CHAT_FIELDS['kv_transfer_params'].why}.",
+    }
 
 
 def test_the_page_describes_the_api_without_other_files(server: ApiServer) -> None:
@@ -118,7 +125,7 @@ def test_the_page_describes_the_api_without_other_files(server: ApiServer) -> No
         assert answer.headers["Content-Type"].startswith("text/html")
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert page == docs_page().decode()
-    assert "guided_regex" in page
+    assert "kv_transfer_params" in page
     assert not re.search(r"<script|<link|<img|src=|https?://", page)
 
 

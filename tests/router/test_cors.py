@@ -98,7 +98,7 @@ def test_other_pages_are_not_shown_answers_by_default(
 def test_every_page_may_be_allowed_and_never_with_credentials(
     start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
-    router = start_router("--cors-origins", "*")
+    router = start_router("--allow-origins", "*")
     router.add(new_engine())
     assert cors_of(preflight(router, FOREIGN))["allow-origin"] == "*"
     for origin in (FOREIGN, "null"):
@@ -170,6 +170,13 @@ def test_the_routers_own_refusals_have_the_headers(
         answer = complete(router, PAGE, **arguments)
         assert answer.status_code == status
         assert cors_of(answer)["allow-origin"] == PAGE, status
+
+
+@pytest.mark.parametrize("path", ["/version", "/load", "/ping", "/v1/embeddings", "/v1/abort_requests"])
+def test_side_endpoints_are_for_pages(shared_router: RouterProcess, path: str) -> None:
+    assert preflight(shared_router, PAGE, path).status_code == 204
+    assert cors_of(shared_router.get(path, headers={"Origin": PAGE}))["allow-origin"] == PAGE
+    assert cors_of(shared_router.get(path)) == {}
 
 
 def test_the_rest_of_the_router_is_not_for_pages(shared_router: RouterProcess) -> None:

@@ -15,14 +15,37 @@ from contextlib import ExitStack
 
 import pytest
 
-from ..entrypoints.conftest import ApiServer
+from fastdeploy.tokenizer.tokenizer import Tokenizer
+
+from ..entrypoints.conftest import TINY, ApiServer
 from .conftest import RouterProcess
 from .fake_engine import wait_until
 
-BODIES = [
+TINY_TOKENIZER = Tokenizer.from_directory(TINY)
+NOTE = {"type": "string", "minLength": 300, "maxLength": 400}
+PARAMETERS = {"properties": {"text": NOTE}, "required": ["text"]}
+CALLS = {
+    "tools": [{"type": "function", "function": {"name": "note", "parameters": PARAMETERS}}],
+    "tool_choice": "required",
+    # The ids of calls follow from it.
+    "request_id": "calls",
+}
+LONG_JSON = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+    "minItems": 90,
+}
+BODIES: list[tuple[str, dict[str, object]]] = [
     ("/v1/completions", {"prompt": "a b", "n": 2, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"prompt": "c", "logprobs": 2, "temperature": 1.5}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "temperature": 1.2}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "y"}], "guided_json": LONG_JSON}),
+    # Within a tool call, and within reasoning.
+    (
+        "/v1/chat/completions",
+        {**CALLS, "prompt_token_ids": [5, 6], "separate_reasoning": False, "temperature": 1.2},
+    ),
+    ("/v1/chat/completions", {"prompt_token_ids": TINY_TOKENIZER.encode("<think>"), "temperature": 1.2}),
 ]
 
 
@@ -44,6 +67,7 @@ def start_replica(
         def start(number: int) -> ApiServer:
             directory = tmp_path_factory.mktemp("replica")
             flags = ["--router", router.url, "--timeout-graceful-shutdown", "0"]
+            flags += ["--reasoning-parser", "qwen3"]
             flags += ["--data-parallel-size", "8", "--local-data-parallel-id", str(number)]
             return stack.enter_context(ApiServer(directory, *flags))
 
@@ -94,8 +118,10 @@ def test_streams_continue_however_a_replica_ends(
     before = resumes(router)
     for seed, (how, end) in enumerate([*ENDS.items()][:count]):
         undisturbed = [stream(router, *body, seed, queue.SimpleQueue()) for body in BODIES]
+        assert "arguments" in json.dumps(undisturbed[-2])
+        assert "reasoning_content" in json.dumps(undisturbed[-1])
         begun: queue.SimpleQueue[str] = queue.SimpleQueue()
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        with concurrent.futures.ThreadPoolExecutor(2 * len(BODIES)) as pool:
             streams = [pool.submit(stream, router, *body, seed, begun) for body in 2 * BODIES]
             end(replicas[begun.get(timeout=60)])
             assert [stream.result() for stream in streams] == 2 * undisturbed, how

@@ -130,5 +130,10 @@ def test_a_broken_body_is_left_for_the_replica_to_refuse(body: bytes) -> None:
     session(body)
 
 
+def test_instructions_and_input_are_the_prompt_of_a_response() -> None:
+    body = body_of(input=[{"role": "user", "content": "b"}], instructions="a")
+    assert prompt_text(body) == b'"a"[{"role": "user", "content": "b"}]'
+
+
 def test_a_prompt_is_read_as_it_was_sent() -> None:
     assert prompt_text(b'{"prompt": "\\u4f60 \\n"}') == b'"\\u4f60 \\n"'

@@ -26,11 +26,14 @@ class Said(NamedTuple):
     finished: bool = False
     #: Number of signs of life before the event.
     signs: int = 0
+    #: Type in a line before the data, as in streams of /v1/responses.
+    kind: str = ""
 
     @property
     def clean(self) -> bytes:
         data = {"id": "x", "created": 5, "choices": [{"index": self.choice, "text": self.text}]}
-        return b"data: %b\n\n" % json.dumps(data, ensure_ascii=False).encode()
+        kind = f"event: {self.kind}\n" if self.kind else ""
+        return b"%bdata: %b\n\n" % (kind.encode(), json.dumps(data, ensure_ascii=False).encode())
 
     @property
     def raw(self) -> bytes:
@@ -55,6 +58,7 @@ events = st.builds(
     st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple),
     st.booleans(),
     st.integers(0, 5),
+    st.sampled_from(["", "response.output_text.delta"]),
 )
 streams = st.lists(events, min_size=1, max_size=12)
 cuts = st.lists(st.integers(0, 4000), max_size=30)
@@ -80,6 +84,7 @@ def test_output_is_the_stream_without_marks_and_keep_alives(
         assert resumption is not None
         assert (resumption.id, resumption.created) == ("x", 5)
         assert resumption.choices == delivered(come)
+        assert resumption.events == len(come)
 
 
 @given(streams, cuts, cuts, st.integers(0, 12), st.integers(1, 4000))
@@ -209,3 +214,18 @@ def test_transcript_of_a_long_stream_is_small_and_bounded() -> None:
         assert tracemalloc.get_traced_memory()[0] < 100_000
     finally:
         tracemalloc.stop()
+
+
+def test_the_first_event_of_a_typed_stream_has_its_id_and_time_in_the_response() -> None:
+    response = {"id": "resp_1", "created_at": 7}
+    for data, known in (
+        ({"type": "response.created", "response": response}, ("resp_1", 7)),
+        ({"type": "response.created", "response": {"id": "resp_1"}}, None),
+        ({"type": "response.created"}, None),
+        ({"id": "x"}, None),
+    ):
+        transcript = Transcript()
+        event = b"event: response.created\ndata: %b\n" % json.dumps(data).encode()
+        assert transcript.feed(event + mark(0) + b"\n") == event + b"\n"
+        resumption = transcript.resumption("/v1/responses", b"{}")
+        assert (resumption and (resumption.id, resumption.created)) == known

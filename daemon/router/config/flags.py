@@ -89,7 +89,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
     )
     add("--api-keys-file", type=Path, metavar="FILE", help="file with API keys for /v1, one per line")
     add(
-        "--cors-origins",
+        *("--cors-origins", "--allow-origins"),
         default=",".join(DEFAULT),
         metavar="LIST",
         help="origins of web pages that may read responses of /v1, separated by commas: loopback for pages "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -13,15 +14,18 @@ from werkzeug.exceptions import HTTPException
 
 from .... import __version__
 from ....common.addresses import is_loopback
+from ....common.api_paths import ABORT_PATH
 from ....common.unserved import reason_of
 from ..addresses import AllowedAddresses
 from ..board.board import Board, Ending, Status
 from ..config.settings import Settings
+from ..http import refusals
 from ..http.responses import error_body
 from ..instance import Instance, RegistrationError, ReplicaHandle
 from ..metrics.counter_memory import CounterMemory
 from ..metrics.metrics import Metrics
 from . import health
+from .abort import abort_everywhere
 from .registration import parse, parse_deregistration
 from .registry import RegistryFile
 from .reload_status import ReloadStatus
@@ -31,6 +35,8 @@ logger = logging.getLogger(__name__)
 _MAX_REGISTRATION_BYTES = 64 << 10
 #: Maximum characters of a path in an error message.
 _MAX_PATH = 200
+#: Maximum characters of a request's id.
+_MAX_ID = 128
 _COMMANDS: dict[str, Callable[[Board, ReplicaHandle], bool]] = {
     "drain": Board.drain,
     "undrain": Board.undrain,
@@ -208,6 +214,17 @@ def _control_plane(router: ControlPlane) -> Flask:
         ending = Ending.FROM_OUTSIDE if report.from_outside else Ending.ITS_OWN
         router.board.record_ending(report.url, report.instance, ending)
         return jsonify(code=200, msg="noted"), 200
+
+    @app.post(ABORT_PATH)
+    def abort() -> Response:
+        keys = router.settings.keys
+        if keys and not keys.allow(_authorization()):
+            answer = refusals.no_key()
+        else:
+            identity = request.headers.get("X-Request-Id", "")[:_MAX_ID] or uuid.uuid4().hex
+            replicas = router.board.status()
+            answer = abort_everywhere(replicas, request.get_data(), _authorization(), identity)
+        return Response(answer.body, answer.status, dict(answer.headers))
 
     @app.get("/registered")
     def registered() -> Response:

@@ -288,8 +288,11 @@ class FastPath {
 
   bool relay_event(Stream& stream, int slot, string_view event) {
     if (event == ":\n\n"sv) return true;
-    if (!starts_with(event, "data: {"sv) || starts_with(event, "data: {\"error\""sv)) return false;
-    size_t line = event.find('\n');
+    // The type of an event may stand in a line before its data.
+    size_t data = starts_with(event, "event: "sv) ? event.find('\n') + 1 : 0;
+    string_view content = event.substr(data);
+    if (!starts_with(content, "data: {"sv) || starts_with(content, "data: {\"error\""sv)) return false;
+    size_t line = event.find('\n', data);
     if (line == string_view::npos || !starts_with(event.substr(line), "\n: fd "sv)) return false;
     size_t end = event.find('\n', line + 1);
     if (end == string_view::npos || event.substr(end) != "\n\n"sv) return false;

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ....common.api_paths import BESIDE_V1
+from ....common.api_paths import ABORT_PATH, BESIDE_V1
 from ..board.board import Board
 from .counter_memory import CounterMemory, value_class
 from .local_counters import LocalCounter, LocalHistogram
@@ -31,10 +31,12 @@ _ENDPOINTS = frozenset(
         "/register",
         "/registered",
         "/registered_number",
+        ABORT_PATH,
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
         "/v1/models",
+        "/v1/responses",
         "/v1/reward",
         "/version",
     }

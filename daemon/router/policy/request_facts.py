@@ -54,7 +54,7 @@ def prompt_text(body: bytes) -> bytes:
     parts = [prompt.tools]
     for message in prompt.messages:
         parts += (message.role, message.content, message.tool_calls)
-    parts += (prompt.prompt, prompt.prompt_token_ids)
+    parts += (prompt.instructions, prompt.input, prompt.prompt, prompt.prompt_token_ids)
     return b"".join(parts)
 
 
@@ -99,6 +99,8 @@ class _Message(msgspec.Struct):
 class _Prompt(msgspec.Struct):
     tools: msgspec.Raw = _NOTHING
     messages: list[_Message] = []
+    instructions: msgspec.Raw = _NOTHING
+    input: msgspec.Raw = _NOTHING
     prompt: msgspec.Raw = _NOTHING
     prompt_token_ids: msgspec.Raw = _NOTHING
 

@@ -43,11 +43,17 @@ _ERROR_EVENT = re.compile(rb'^data: (\{"error".*)', re.MULTILINE)
 _KEEP_ALIVE = b":"
 
 
-class _Head(msgspec.Struct):
-    """Fields that all events of a stream share."""
-
+class _Response(msgspec.Struct):
     id: str
-    created: Moment
+    created_at: Moment
+
+
+class _Head(msgspec.Struct):
+    """Id and time of the response in the first event: at the top, or in the object of /v1/responses."""
+
+    id: str | None = None
+    created: Moment | None = None
+    response: _Response | None = None
 
 
 class _Choice:
@@ -146,7 +152,9 @@ class Draft:
 class Transcript:
     """Record of the events that the client has received of a resumable stream."""
 
-    __slots__ = ("_first", "_has_marks", "_has_summary", "_marks", "_rest", "is_done", "problem")
+    __slots__ = (
+        *("_first", "_has_marks", "_has_summary", "_marks", "_num_events", "_rest", "is_done", "problem"),
+    )
 
     def __init__(self) -> None:
         #: Why the stream of this replica is unusable; empty if it is not.
@@ -160,6 +168,7 @@ class Transcript:
         #: First event: it has the id and the time of the response.
         self._first = b""
         self._marks = Marks()
+        self._num_events = 0
         self._rest = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -198,6 +207,7 @@ class Transcript:
                 return event
         else:
             is_marked = False
+        self._num_events += 1
         if event == _DONE_EVENT:
             self.is_done = True
         if not self._first:
@@ -219,6 +229,7 @@ class Transcript:
     def add_marks(self, marks: list[bytes]) -> None:
         """Add the marks of events that the fast path has sent."""
         self._marks.extend(marks)
+        self._num_events += len(marks)
 
     @property
     def missing_end(self) -> bytes:
@@ -246,10 +257,15 @@ class Transcript:
         if choices is None or not self._has_marks or not self._first:
             return None
         try:
-            head = msgspec.json.decode(self._first.removeprefix(b"data:").strip(), type=_Head)
+            head = msgspec.json.decode(self._first.partition(b"data:")[2].strip(), type=_Head)
         except msgspec.DecodeError:
             return None
-        return Resumption(path, body, head.id, head.created, choices)
+        identity, created = head.id, head.created
+        if head.response is not None:
+            identity, created = head.response.id, head.response.created_at
+        if identity is None or created is None:
+            return None
+        return Resumption(path, body, identity, created, choices, self._num_events)
 
     @property
     def _is_resumable(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import uvloop
 from gunicorn.workers.base import Worker
 
-from ....common.api_paths import is_raw_api_path
+from ....common.api_paths import ABORT_PATH, is_raw_api_path, is_raw_path_for_pages
 from ..control.app import ControlPlane
 from ..control.wsgi import WsgiCall
 from ..http.client import ClientConnection, Task
@@ -36,6 +36,7 @@ _THREADS = 64
 _ACCEPT_SECONDS, _HANDSHAKE_SECONDS = 0.05, 2.0
 #: Keep-alive seconds of connections while the router stops.
 _STOPPING_KEEP_ALIVE = 1.0
+_ABORT_PATH = ABORT_PATH.encode()
 
 
 class RouterWorker(Worker):
@@ -107,12 +108,13 @@ class RouterWorker(Worker):
             self._is_empty.set()
 
     def serve(self, client: Client, request: ClientRequest) -> Task:
-        if is_raw_api_path(request.raw_path):
-            if b"origin" in request.special:
-                if is_preflight(request):
-                    return self._answer_preflight(client, request)
-                lines = cors_lines(self._router.settings.cors, request.special[b"origin"])
-                client = CorsClient(client, lines)
+        path = request.raw_path
+        if b"origin" in request.special and is_raw_path_for_pages(path):
+            if is_preflight(request):
+                return self._answer_preflight(client, request)
+            lines = cors_lines(self._router.settings.cors, request.special[b"origin"])
+            client = CorsClient(client, lines)
+        if is_raw_api_path(path) and path != _ABORT_PATH:
             return self._plane.begin(client, request)
         metrics = self._router.metrics
         # The request may be for /metrics.
@@ -123,9 +125,8 @@ class RouterWorker(Worker):
         self._router.metrics.answered(method, target.partition(b"?")[0].decode("latin-1"), status, 0.0)
 
     def cors_lines(self, target: bytes, origin: bytes) -> bytes:
-        # Only the API is for web pages; the other paths are for replicas and operators.
-        is_api = is_raw_api_path(target.partition(b"?")[0])
-        return cors_lines(self._router.settings.cors, origin) if is_api else b""
+        is_for_pages = is_raw_path_for_pages(target.partition(b"?")[0])
+        return cors_lines(self._router.settings.cors, origin) if is_for_pages else b""
 
     def _answer_preflight(self, client: Client, request: ClientRequest) -> Task:
         answer = preflight_answer(self._router.settings.cors, request)

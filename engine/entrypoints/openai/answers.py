@@ -6,9 +6,15 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-#: Present only if the request asks for it.
-Ids = list[int] | UnsetType
-FinishReason = Literal["stop", "length"]
+#: Present in a stream only if the request asks for it; otherwise null.
+Ids = list[int] | UnsetType | None
+TokenText = Annotated[str | UnsetType | None, Meta(description="The text of the ids with special tokens.")]
+FinishReason = Literal["stop", "length", "abort"]
+StopReason = Annotated[
+    str | int | UnsetType | None,
+    Meta(description="The stop string or stop token of the request that has ended the choice."),
+]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class Answer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +40,10 @@ class PromptTokensDetails(Answer, frozen=True, kw_only=True):
     cached_tokens: Annotated[int, Meta(ge=0, description="Tokens taken from the prefix cache.")]
 
 
+class CompletionTokensDetails(Answer, frozen=True, kw_only=True):
+    reasoning_tokens: Annotated[int, Meta(ge=0, description="Tokens up to the end of the reasoning.")]
+
+
 class Usage(Answer, frozen=True, kw_only=True):
     """Numbers of tokens."""
 
@@ -41,6 +51,7 @@ class Usage(Answer, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TokenLogprob(Answer, frozen=True, kw_only=True):
@@ -58,18 +69,49 @@ class ChatLogprobs(Answer, frozen=True, kw_only=True):
     refusal: None
 
 
+class PromptLogprob(Answer, frozen=True, kw_only=True):
+    logprob: float
+    rank: Annotated[int, Meta(ge=1, description="1 is the most likely token.")]
+    decoded_token: str
+
+
+#: For each position of the prompt its token and the most likely tokens by id; null for the first one.
+PromptLogprobs = list[dict[str, PromptLogprob] | None] | UnsetType | None
+
+
+class CalledFunction(Answer, frozen=True, kw_only=True):
+    name: str
+    arguments: Annotated[str, Meta(description="JSON as the model wrote it, which may be invalid.")]
+
+
+class AnsweredCall(Answer, frozen=True, kw_only=True):
+    """A tool call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"]
-    content: str
-    prompt_token_ids: Ids = UNSET
-    completion_token_ids: Ids = UNSET
+    content: Annotated[str | None, Meta(description="null if there are only tool calls.")]
+    refusal: None
+    reasoning_content: str | None
+    tool_calls: list[AnsweredCall] | None
+    prompt_token_ids: list[int] | None
+    completion_token_ids: list[int] | None
+    prompt_tokens: TokenText
+    completion_tokens: TokenText
 
 
 class ChatChoice(Answer, frozen=True, kw_only=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
+    stop_reason: StopReason
+    token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs
 
 
 class ChatCompletion(Answer, frozen=True, kw_only=True):
@@ -81,20 +123,45 @@ class ChatCompletion(Answer, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None
+    prompt_logprobs: PromptLogprobs
+    system_fingerprint: None
+    service_tier: None
+
+
+class CalledFunctionDelta(Answer, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class CallDelta(Answer, frozen=True, kw_only=True):
+    """More of a tool call. The first delta has id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledFunctionDelta
 
 
 class ChatDelta(Answer, frozen=True, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[CallDelta] | UnsetType = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
+    prompt_tokens: TokenText = UNSET
+    completion_tokens: TokenText = UNSET
 
 
 class ChatChunkChoice(Answer, frozen=True, kw_only=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
+    stop_reason: StopReason = UNSET
+    token_ids: Ids = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
@@ -106,6 +173,7 @@ class ChatCompletionChunk(Answer, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: Ids = UNSET
 
 
 class CompletionLogprobs(Answer, frozen=True, kw_only=True):
@@ -122,8 +190,13 @@ class CompletionChoice(Answer, frozen=True, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Annotated[FinishReason | None, Meta(description="null within a stream.")]
+    stop_reason: StopReason = UNSET
     prompt_token_ids: Ids = UNSET
     completion_token_ids: Ids = UNSET
+    prompt_tokens: TokenText = UNSET
+    completion_tokens: TokenText = UNSET
+    token_ids: Ids = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class Completion(Answer, frozen=True, kw_only=True):
@@ -181,6 +254,25 @@ class Text(Answer, frozen=True, kw_only=True):
     """Response of /detokenize."""
 
     prompt: str
+
+
+class AbortedRequest(Answer, frozen=True, kw_only=True):
+    request_id: str
+    output_token_count: int
+
+
+class AbortResult(Answer, frozen=True, kw_only=True):
+    aborted: list[AbortedRequest]
+    not_found: Annotated[list[str], Meta(description="Ids that no open request has.")]
+
+
+class Abortion(Answer, frozen=True, kw_only=True):
+    """Response of /v1/abort_requests, as in FastDeploy."""
+
+    request_id: str
+    status: Literal["success", "error"]
+    error_message: Annotated[str | None, Meta(description="Replicas that did not answer the router.")]
+    result: AbortResult
 
 
 class Load(Answer, frozen=True, kw_only=True):

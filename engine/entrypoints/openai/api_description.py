@@ -12,9 +12,11 @@ import msgspec
 from msgspec import Struct
 
 from ... import __version__
-from ...common.api_paths import DETOKENIZE_PATH, TOKENIZE_PATH
+from ...common.api_paths import ABORT_PATH, DETOKENIZE_PATH, TOKENIZE_PATH
 from . import answers
-from .bodies import ChatBody, CompletionBody, DetokenizeBody, Message, TokenizeBody
+from .bodies import AbortBody, ChatBody, CompletionBody, DetokenizeBody, Message, TokenizeBody
+from .response_answers import ResponseEvent, ResponseObject
+from .response_bodies import InputItem, ReasoningOptions, ResponsesBody, TextOptions
 from .unsupported import WITHOUT_EFFECT
 from .validation import Body
 
@@ -42,14 +44,22 @@ _OPERATIONS = (
         *("post", "/v1/completions", "Continue prompts", answers.Completion, CompletionBody),
         answers.Completion,
     ),
+    _Operation(
+        *("post", "/v1/responses", "Continue a conversation of items", ResponseObject, ResponsesBody),
+        ResponseEvent,
+    ),
     _Operation("get", "/v1/models", "List the model", answers.ModelList),
     _Operation("get", "/v1/models/{model}", "Describe the model", answers.ModelCard),
     _Operation("post", TOKENIZE_PATH, "Return the token ids of a text", answers.Tokens, TokenizeBody),
     _Operation("post", DETOKENIZE_PATH, "Return the text of token ids", answers.Text, DetokenizeBody),
+    _Operation("post", ABORT_PATH, "End open requests", answers.Abortion, AbortBody),
     _Operation("get", "/version", "Return the version", answers.Version, needs_key=False),
     _Operation("get", "/load", "Return the number of open requests", answers.Load, needs_key=False),
 )
-_BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, Message, TokenizeBody, DetokenizeBody)
+_BODIES: tuple[type[Body], ...] = (
+    *(ChatBody, CompletionBody, Message, TokenizeBody, DetokenizeBody),
+    *(ResponsesBody, InputItem, TextOptions, ReasoningOptions),
+)
 
 
 @cache
@@ -98,9 +108,9 @@ def _fields_without_effect(body: type[Body]) -> dict[str, Any]:
         name: {"enum": [None, *field.harmless], "description": f"Not supported: {field.why}."}
         for name, field in body.refused.items()
     }
-    if body not in (ChatBody, CompletionBody):
+    if body not in (ChatBody, CompletionBody, ResponsesBody):
         return refused
-    names = sorted(WITHOUT_EFFECT - set(body.__struct_fields__))
+    names = sorted(WITHOUT_EFFECT - {*body.__struct_fields__, *refused})
     return refused | {name: {"description": "Accepted without effect."} for name in names}
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import msgspec
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
-from ...common.api_paths import is_api_path, needs_key
+from ...common.api_paths import is_for_pages, needs_key
 from ...common.cors import CorsPolicy, refusal_of
 from ...common.errors import FastDeployError, RequestError
 from ...common.resumption import RESUME_PATH, Resumption, decode_resumption
@@ -28,7 +28,10 @@ from .errors import ApiError
 from .events import event_stream
 from .generation import Generation
 from .keep_alive import KeepAlive
+from .logprob_limits import check_logprobs
 from .protocol import ChatRequest, CompletionRequest
+from .response_input import read_responses_request
+from .response_object import response_events, response_object, response_prompts
 from .responses import error_response, json_response
 from .served_model import ServedModel
 from .side_endpoints import add_side_endpoints
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 CHAT_PATH = "/v1/chat/completions"
+RESPONSES_PATH = "/v1/responses"
 COMPLETIONS_PATH = "/v1/completions"
 _SLASHES = re.compile(r"//+")
 #: Limit of a path in an error message, in characters.
@@ -72,7 +76,7 @@ def create_app(served: ServedModel) -> Flask:
         record: AccessRecord = g.record
         record.status = response.status_code
         response.headers["X-Request-Id"] = record.request_id
-        if "Origin" in request.headers and is_api_path(request.path) and not flask_request.is_preflight():
+        if "Origin" in request.headers and is_for_pages(request.path) and not flask_request.is_preflight():
             response.headers.update(served.config.cors.headers(request.headers["Origin"]))
         # Not in a `finally` of the stream: a generator that was never started does not run it.
         response.call_on_close(g.resources.close)
@@ -89,6 +93,11 @@ def create_app(served: ServedModel) -> Flask:
     def completions() -> Response:
         g.resources.enter_context(served.admitted())
         return _completion(served, flask_request.read_body())
+
+    @app.post(RESPONSES_PATH)
+    def responses() -> Response:
+        g.resources.enter_context(served.admitted())
+        return _response(served, flask_request.read_body())
 
     @app.post(RESUME_PATH)
     def resume() -> Response:
@@ -183,8 +192,22 @@ def _completion(served: ServedModel, data: bytes, resumption: Resumption | None 
     return json_response(completion(generation, body))
 
 
+def _response(served: ServedModel, data: bytes, resumption: Resumption | None = None) -> Response:
+    body, chat = read_responses_request(decode_object(data), served.defaults)
+    served.require_model(chat.model)
+    created, keep_alive = _created(resumption), flask_request.keep_alive(served.engine)
+    if resumption is not None and chat.logprobs is not None:
+        # The last events have the log probabilities of the whole text, so all of it is drawn again.
+        resumption = msgspec.structs.replace(resumption, choices={})
+    prompts = response_prompts(served, body, chat, created, keep_alive)
+    generation = _generate(served, chat, prompts, created, keep_alive, resumption)
+    if chat.stream:
+        return event_stream(response_events(generation, body), g.record, typed=True)
+    return json_response(response_object(generation, body))
+
+
 #: Path -> handler of the requests that can be resumed.
-_RESUMABLE = {CHAT_PATH: _chat, COMPLETIONS_PATH: _completion}
+_RESUMABLE = {CHAT_PATH: _chat, COMPLETIONS_PATH: _completion, RESPONSES_PATH: _response}
 
 
 def _created(resumption: Resumption | None) -> int:
@@ -207,16 +230,17 @@ def _generate(
         g.record.request_id = body.request_id
     seed = body.seed if body.seed is not None else flask_request.header_seed()
     # Another replica must draw the same tokens, and it does not know log probabilities that were not sent.
-    is_resumable = seed is not None and (body.stream or body.logprobs is None)
+    is_resumable = seed is not None and (body.stream or not body.requested_logprobs)
     if resumption is not None and not is_resumable:
         what = "a seed" if seed is None else "its log probabilities so far"
         raise ApiError(409, f"a response cannot be resumed without {what}")
+    check_logprobs(served, body, prompts)
     generation = Generation(
         served,
         body,
         prompts,
         record=g.record,
-        seed=(secrets.randbits(63) if seed is None else seed) & flask_request.MAX_SEED,
+        seed=(served.seeds.draw() if seed is None else seed) & flask_request.MAX_SEED,
         created=created,
         client=flask_request.client_socket(),
         marked=is_resumable and flask_request.wants_marks(),

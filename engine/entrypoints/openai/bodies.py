@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
+from .constraint_bodies import ConstraintBody
+from .tool_fields import ToolCalls, ToolChoice, Tools
 from .unsupported import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOKENIZE_FIELDS
 from .validation import Body, Refused
 
@@ -15,7 +17,6 @@ from .validation import Body, Refused
 MAX_TOKEN = 2**31 - 1
 MAX_CHOICES = 128
 MAX_SEQUENCES = 256
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
@@ -26,8 +27,8 @@ TokenIds = Annotated[list[TokenId], Meta(extra={"expected": "a list of token ids
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
 AtLeastOne = Annotated[int, Meta(ge=1, le=MAX_TOKEN)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
-#: -1: none.
-Logprobs = Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)]
+#: -1: of the whole vocabulary. --max-logprobs limits it.
+Logprobs = Annotated[int, Meta(ge=-1, le=MAX_TOKEN)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Temperature = Annotated[float, Meta(ge=0.0, le=sys.float_info.max)]
@@ -40,6 +41,9 @@ TemplateArguments = Annotated[dict[str, Any], Meta(description="Further variable
 Documents = Annotated[list[dict[str, Any]], Meta(description="For the chat template.")]
 Truncation = Annotated[int, Meta(ge=-1, le=MAX_TOKEN)]
 Name = Annotated[str, Meta(max_length=1024)]
+Role = Annotated[
+    str, Meta(min_length=1, max_length=64, description="Usually system, user, assistant or tool.")
+]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     Annotated[str, Meta(max_length=MAX_STOP_LENGTH, description="Empty: none.")]
@@ -87,16 +91,20 @@ Part = Annotated[
 
 
 class Message(Body, frozen=True, kw_only=True):
-    """A message of a conversation. Only the content of an assistant's message may be null."""
+    """A message of a conversation. Only the content of an assistant's message may be null.
+
+    The chat template decides which roles there are.
+    """
 
     refused: ClassVar[Mapping[str, Refused]] = MESSAGE_FIELDS
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: Annotated[
         str | list[Part] | None, Meta(extra={"expected": "a string or a list of text parts"})
     ] = None
     name: Name | None = None
     refusal: Annotated[str | None, Meta(description="Used if the content is null.")] = None
+    tool_calls: Annotated[ToolCalls, Meta(description="Calls of an assistant's message.")] = None
     tool_call_id: Annotated[Name | None, Meta(description="For the chat template.")] = None
     reasoning_content: Annotated[str | None, Meta(description="For the chat template.")] = None
     reasoning: Annotated[str | None, Meta(description="The newer name of reasoning_content.")] = None
@@ -110,7 +118,7 @@ class StreamOptions(Body, frozen=True, kw_only=True):
     continuous_usage_stats: Annotated[bool | None, Meta(description="Usage so far in each event.")] = None
 
 
-class GenerationBody(Body, frozen=True, kw_only=True):
+class GenerationBody(ConstraintBody, frozen=True, kw_only=True):
     """Fields of both endpoints."""
 
     model: Name | None = None
@@ -131,6 +139,12 @@ class GenerationBody(Body, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: Annotated[StreamOptions | None, Meta(description="Only with stream: true.")] = None
     return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[
+        Logprobs | None, Meta(description="Log probabilities of the prompt; 0: only of its own tokens.")
+    ] = None
+    return_tokens_as_token_ids: Annotated[
+        bool | None, Meta(description="Log probabilities name tokens as token_id:ID.")
+    ] = None
     skip_special_tokens: Annotated[
         bool | None, Meta(description="Leave special tokens out of the text. Default: true.")
     ] = None
@@ -145,6 +159,16 @@ class GenerationBody(Body, frozen=True, kw_only=True):
         Literal["left", "right"] | None, Meta(description="Where tokens are dropped. Default: left.")
     ] = None
     request_id: Annotated[str, Meta(max_length=128)] | None = None
+    cache_salt: Annotated[
+        Name | None, Meta(description="Only requests with the same one share cached prompts.")
+    ] = None
+    max_streaming_response_tokens: Annotated[
+        AtLeastOne | None,
+        Meta(description="Tokens in an event of a stream, except in the first and the last. Default: 1."),
+    ] = None
+    stream_interval: Annotated[
+        AtLeastOne | None, Meta(description="vLLM's name of max_streaming_response_tokens.")
+    ] = None
 
 
 class ChatBody(GenerationBody, frozen=True, kw_only=True):
@@ -176,6 +200,20 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True):
         bool | None, Meta(description="The response continues the last message.")
     ] = None
     documents: Documents | None = None
+    tools: Annotated[Tools, Meta(description="Functions that the model may call.")] = None
+    tool_choice: Annotated[ToolChoice, Meta(description="Default: auto.")] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="Several calls. Default: true.")] = None
+    reasoning_max_tokens: Annotated[Count | None, Meta(description="Most tokens of the reasoning.")] = None
+    thinking_token_budget: Annotated[
+        Truncation | None, Meta(description="vLLM's name of reasoning_max_tokens; -1: no limit.")
+    ] = None
+    include_reasoning: Annotated[bool | None, Meta(description="Return the reasoning. Default: true.")] = None
+    separate_reasoning: Annotated[
+        bool | None, Meta(description="Keep the reasoning out of the content. Default: true.")
+    ] = None
+    stream_reasoning: Annotated[
+        bool | None, Meta(description="Send the reasoning as it comes. Default: true.")
+    ] = None
     reasoning_effort: Annotated[
         Name | None, Meta(description="A variable of the template; wins over chat_template_kwargs.")
     ] = None
@@ -228,6 +266,7 @@ class TokenizeBody(Body, frozen=True, kw_only=True):
     add_generation_prompt: Annotated[bool | None, Meta(description="Default: true.")] = None
     continue_final_message: bool | None = None
     documents: Documents | None = None
+    tools: Tools = None
     reasoning_effort: Name | None = None
 
 
@@ -237,6 +276,16 @@ class DetokenizeBody(Body, frozen=True, kw_only=True):
     model: Name | None = None
     tokens: Annotated[list[TokenId], Meta(extra={"expected": "a list of token ids"})]
     skip_special_tokens: Annotated[bool | None, Meta(description="Default: false.")] = None
+
+
+class AbortBody(Body, frozen=True, kw_only=True):
+    """Body of /v1/abort_requests."""
+
+    abort_all: Annotated[bool | None, Meta(description="End all open requests.")] = None
+    req_ids: Annotated[
+        Annotated[list[Name], Meta(max_length=4096)] | None,
+        Meta(description="Ids of responses or requests. Required without abort_all."),
+    ] = None
 
 
 class GenerationConfig(Body, frozen=True, kw_only=True):

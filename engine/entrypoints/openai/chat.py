@@ -9,13 +9,17 @@ from typing import Any
 
 from ...common.errors import RequestError
 from ...common.messages import Logprobs
+from ...parsers.formats import HERMES
+from .chat_parts import ParsedChoice, parsed_choices, reasoning_usage
 from .events import Event
 from .generation import NO_OUTPUT, Generation
 from .keep_alive import KeepAlive
-from .logprobs import chat_logprobs
+from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from .output import Delta
 from .protocol import ChatRequest
 from .served_model import ServedModel
+from .token_fields import token_fields
+from .tool_prompt import with_written_calls, with_written_tools
 
 # Limits how many templates from requests are rendered at once, each in a process of its own.
 _template_slots = threading.BoundedSemaphore(2)
@@ -43,6 +47,7 @@ def chat_prompts(
             created,
             keep_alive,
             continue_final_message=request.continue_final_message,
+            tools=None if request.tool_use is None else request.tool_use.definitions,
         )
         prompt = served.tokenizer.encode(text, add_special_tokens=request.add_special_tokens or False)
     return [request.truncated(prompt + request.completion_token_ids, served.prompt_room(request.max_tokens))]
@@ -57,6 +62,7 @@ def render_chat(
     keep_alive: KeepAlive | None,
     *,
     continue_final_message: bool = False,
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """Return a conversation as text.
 
@@ -65,12 +71,30 @@ def render_chat(
         arguments: further variables of the template.
         created: the time that the template may use.
         continue_final_message: end the text with the last message.
+        tools: functions that the model may call.
     """
+    messages, tools = _fitting(served, messages, tools, chat_template)
     with _template_slot(keep_alive) if chat_template else nullcontext():
         text = served.tokenizer.apply_chat_template(
-            messages, chat_template=chat_template, rendered_at=created, **arguments
+            messages, chat_template=chat_template, tools=tools, rendered_at=created, **arguments
         )
     return _up_to_end_of(messages[-1]["content"], text) if continue_final_message else text
+
+
+def _fitting(
+    served: ServedModel,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    chat_template: str | None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Return messages and tools as the template can show them: in variables of their own, or as text."""
+    written_as = served.tool_format or HERMES
+    has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
+    if has_calls and not served.tokenizer.template_reads("tool_calls", chat_template):
+        messages = with_written_calls(messages, written_as)
+    if tools and not served.tokenizer.template_reads("tools", chat_template):
+        return with_written_tools(messages, tools, written_as), None
+    return messages, tools
 
 
 def _up_to_end_of(message: str, text: str) -> str:
@@ -102,11 +126,20 @@ def _template_slot(keep_alive: KeepAlive | None) -> Iterator[None]:
 
 def chat_completion(generation: Generation) -> dict[str, Any]:
     """Return the complete response."""
+    parsed = parsed_choices(generation)
     deltas = generation.all_deltas()
+    choices = [
+        _choice(generation, index, parts, None if parsed is None else parsed[index])
+        for index, parts in enumerate(deltas)
+    ]
     return {
         **_head(generation, "chat.completion"),
-        "choices": [_choice(generation, index, parts) for index, parts in enumerate(deltas)],
-        "usage": generation.usage(),
+        "choices": choices,
+        "usage": generation.usage() | reasoning_usage(generation),
+        "prompt_logprobs": choices[0]["prompt_logprobs"],
+        "prompt_token_ids": generation.prompts[0] if generation.request.return_token_ids else None,
+        "system_fingerprint": None,
+        "service_tier": None,
     }
 
 
@@ -115,6 +148,7 @@ def chat_events(generation: Generation) -> Iterator[Event | None]:
     head = _head(generation, "chat.completion.chunk")
     if generation.request.include_usage:
         head["usage"] = None
+    parsed = parsed_choices(generation)
     started = set(generation.delivered)
     for index, delta in generation.deltas():
         if delta is NO_OUTPUT:
@@ -123,11 +157,15 @@ def chat_events(generation: Generation) -> Iterator[Event | None]:
         if index not in started:
             started.add(index)
             usage = generation.usage_so_far(index, has_begun=False)
-            yield head | {"choices": [_role(generation, index)]} | usage, generation.mark(index)
-        event = head | {"choices": [_chunk(generation, index, delta)]} | generation.usage_so_far(index)
+            event = head | {"choices": [_role(generation, index)]} | usage
+            if generation.request.return_token_ids:
+                event["prompt_token_ids"] = generation.prompts[0]
+            yield event, generation.mark(index)
+        chunk = _chunk(generation, index, delta, None if parsed is None else parsed[index])
+        event = head | {"choices": [chunk]} | generation.usage_so_far(index)
         yield event, generation.mark(index, delta)
     if generation.request.include_usage:
-        yield head | {"choices": [], "usage": generation.usage()}, b""
+        yield head | {"choices": [], "usage": generation.usage() | reasoning_usage(generation)}, b""
 
 
 def _head(generation: Generation, kind: str) -> dict[str, Any]:
@@ -139,36 +177,63 @@ def _head(generation: Generation, kind: str) -> dict[str, Any]:
     }
 
 
-def _choice(generation: Generation, index: int, deltas: list[Delta]) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(delta.text for delta in deltas)}
-    if generation.request.return_token_ids:
-        message["prompt_token_ids"] = generation.prompts[0]
-        message["completion_token_ids"] = [i for delta in deltas for i in delta.token_ids]
+def _choice(
+    generation: Generation, index: int, deltas: list[Delta], parsed: ParsedChoice | None
+) -> dict[str, Any]:
+    with_ids = generation.request.return_token_ids
+    token_ids = [i for delta in deltas for i in delta.token_ids] if with_ids else None
+    # As in FastDeploy and vLLM, what is absent is null.
+    message = {
+        "role": "assistant",
+        "content": "".join(delta.text for delta in deltas),
+        "refusal": None,
+        "reasoning_content": None,
+        "tool_calls": None,
+        **token_fields(generation.served.tokenizer, generation.prompts[0] if with_ids else None, token_ids),
+    }
+    finish_reason: str | None = deltas[-1].finish_reason
+    if parsed is not None:
+        message |= parsed.message(parsed.push(message["content"], finish_reason))
+        finish_reason = parsed.finish_reason(finish_reason)
     return {
         "index": index,
         "message": message,
         "logprobs": _logprobs(generation, [entry for delta in deltas for entry in delta.logprobs]),
-        "finish_reason": deltas[-1].finish_reason,
+        "finish_reason": finish_reason,
+        "stop_reason": deltas[-1].stop_reason,
+        "token_ids": token_ids,
+        "prompt_logprobs": _prompt_logprobs(generation, index),
     }
 
 
 def _role(generation: Generation, index: int) -> dict[str, Any]:
     delta: dict[str, Any] = {"role": "assistant", "content": ""}
     if generation.request.return_token_ids:
-        delta["prompt_token_ids"] = generation.prompts[0]
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        delta |= token_fields(generation.served.tokenizer, generation.prompts[0], None)
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    if generation.request.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = _prompt_logprobs(generation, index)
+    return choice
 
 
-def _chunk(generation: Generation, index: int, delta: Delta) -> dict[str, Any]:
-    body: dict[str, Any] = {"content": delta.text} if delta.text or delta.finish_reason is None else {}
-    if generation.request.return_token_ids:
-        body["completion_token_ids"] = list(delta.token_ids)
-    return {
+def _chunk(generation: Generation, index: int, delta: Delta, parsed: ParsedChoice | None) -> dict[str, Any]:
+    body: dict[str, Any] = {"content": delta.text}
+    finish_reason: str | None = delta.finish_reason
+    if parsed is not None:
+        body = {"content": ""} | parsed.delta(parsed.push(delta.text, finish_reason))
+        finish_reason = parsed.finish_reason(finish_reason)
+    choice = {
         "index": index,
         "delta": body,
         "logprobs": _logprobs(generation, delta.logprobs),
-        "finish_reason": delta.finish_reason,
+        "finish_reason": finish_reason,
     }
+    if generation.request.return_token_ids:
+        body |= token_fields(generation.served.tokenizer, None, delta.token_ids)
+        choice["token_ids"] = delta.token_ids
+    if delta.finish_reason is not None:
+        choice["stop_reason"] = delta.stop_reason
+    return choice
 
 
 def _logprobs(
@@ -176,4 +241,15 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if generation.request.logprobs is None:
         return None
-    return chat_logprobs(generation.served.tokenizer, entries)
+    return chat_logprobs(_names(generation), entries)
+
+
+def _prompt_logprobs(generation: Generation, index: int) -> list[Any] | None:
+    count = generation.request.prompt_logprobs
+    if count is None:
+        return None
+    return prompt_logprobs(_names(generation), generation.prompt_logprobs(index), count)
+
+
+def _names(generation: Generation) -> TokenNames:
+    return TokenNames(generation.served.tokenizer, generation.request.names_token_ids)

@@ -5,29 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...common.errors import RequestError
 from ...common.messages import Logprobs
 from .events import Event
 from .generation import NO_OUTPUT, Generation
-from .logprobs import completion_logprobs, joined, prompt_logprobs
+from .logprobs import TokenNames, completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from .output import Delta
 from .protocol import CompletionRequest
 from .served_model import ServedModel
-
-#: Limits of prompt log probabilities, including those of the most likely tokens at each position. A stream
-#: sends those of a prompt in one event.
-_MAX_LOGPROBS_PER_RESPONSE, _MAX_LOGPROBS_PER_EVENT = 1 << 20, 1 << 15
+from .token_fields import token_fields
 
 
 def completion_prompts(served: ServedModel, request: CompletionRequest) -> list[list[int]]:
-    """Return the prompts as token ids.
-
-    Raises:
-        RequestError: the response would have too many log probabilities of prompts.
-    """
+    """Return the prompts as token ids."""
     special = request.add_special_tokens is not False
     room = served.prompt_room(request.max_tokens)
-    prompts = [
+    return [
         request.truncated(
             served.tokenizer.encode(prompt, add_special_tokens=special)
             if isinstance(prompt, str)
@@ -36,9 +28,6 @@ def completion_prompts(served: ServedModel, request: CompletionRequest) -> list[
         )
         for prompt in request.prompts
     ]
-    if request.prompt_logprobs is not None:
-        _check_size(prompts, request, request.prompt_logprobs)
-    return prompts
 
 
 def completion(generation: Generation, request: CompletionRequest) -> dict[str, Any]:
@@ -70,13 +59,13 @@ def completion_events(generation: Generation, request: CompletionRequest) -> Ite
             offsets[index] = len(_scored_echo(generation, request, index))
             echo = _echo(generation, request, index)
             # A prompt of special tokens has log probabilities but no text.
-            if echo or request.return_token_ids or request.prompt_logprobs is not None:
+            if echo or request.return_token_ids or request.scored_logprobs is not None:
                 first = _first_chunk(generation, request, index, echo)
                 usage = generation.usage_so_far(index, has_begun=False)
                 yield head | {"choices": [first]} | usage, generation.mark(index)
         chunk = _chunk(generation, request, index, delta, offsets[index])
         if chunk["logprobs"] is not None:
-            offsets[index] += sum(map(len, chunk["logprobs"]["tokens"]))
+            offsets[index] += _length(generation, delta)
         yield head | {"choices": [chunk]} | generation.usage_so_far(index), generation.mark(index, delta)
     if request.include_usage:
         yield head | {"choices": [], "usage": generation.usage()}, b""
@@ -103,31 +92,22 @@ def _echo(generation: Generation, request: CompletionRequest, index: int) -> str
 
 def _scored_echo(generation: Generation, request: CompletionRequest, index: int) -> str:
     """Return the prompt of a choice if its log probabilities begin with those of the prompt, else ""."""
-    return "" if request.prompt_logprobs is None else _echo(generation, request, index)
+    return _echo(generation, request, index) if request.echoes_logprobs else ""
 
 
 def _echoed_logprobs(
     generation: Generation, request: CompletionRequest, index: int, echo: str
 ) -> dict[str, Any] | None:
+    if request.logprobs is None or not request.echoes_logprobs:
+        return None
+    prompt, entries = generation.prompts[index // request.n], generation.prompt_logprobs(index)
+    return echoed_logprobs(_names(generation), prompt, entries, request.logprobs, echo)
+
+
+def _prompt_logprobs(generation: Generation, request: CompletionRequest, index: int) -> list[Any] | None:
     if request.prompt_logprobs is None:
         return None
-    prompt = generation.prompts[index // request.n]
-    return prompt_logprobs(generation.served.tokenizer, prompt, generation.prompt_logprobs(index), echo)
-
-
-def _check_size(prompts: list[list[int]], request: CompletionRequest, logprobs: int) -> None:
-    each = 1 + logprobs
-    longest, total = max(map(len, prompts)) * each, sum(map(len, prompts)) * request.n * each
-    limit, size = (
-        (_MAX_LOGPROBS_PER_EVENT, longest) if request.stream else (_MAX_LOGPROBS_PER_RESPONSE, total)
-    )
-    if size > limit:
-        where = "one event of a stream" if request.stream else "one response"
-        raise RequestError(
-            f"echo with logprobs would put {size} log probabilities of prompts into {where}; the limit is "
-            f"{limit}: request fewer logprobs or prompts" + (", or no stream" * request.stream),
-            "echo",
-        )
+    return prompt_logprobs(_names(generation), generation.prompt_logprobs(index), request.prompt_logprobs)
 
 
 def _length(generation: Generation, delta: Delta) -> int:
@@ -141,18 +121,24 @@ def _choice(
     echo = _echo(generation, request, index)
     entries = [entry for delta in deltas for entry in delta.logprobs]
     start = len(_scored_echo(generation, request, index))
-    choice = {
+    with_ids = request.return_token_ids
+    token_ids = [i for delta in deltas for i in delta.token_ids] if with_ids else None
+    return {
         "index": index,
         "text": echo + "".join(delta.text for delta in deltas),
         "logprobs": joined(
             _echoed_logprobs(generation, request, index, echo), _logprobs(generation, entries, start)
         ),
         "finish_reason": deltas[-1].finish_reason,
+        "stop_reason": deltas[-1].stop_reason,
+        "token_ids": token_ids,
+        "prompt_logprobs": _prompt_logprobs(generation, request, index),
+        **token_fields(
+            generation.served.tokenizer,
+            generation.prompts[index // request.n] if with_ids else None,
+            token_ids,
+        ),
     }
-    if request.return_token_ids:
-        choice["prompt_token_ids"] = generation.prompts[index // request.n]
-        choice["completion_token_ids"] = [i for delta in deltas for i in delta.token_ids]
-    return choice
 
 
 def _first_chunk(generation: Generation, request: CompletionRequest, index: int, echo: str) -> dict[str, Any]:
@@ -162,8 +148,11 @@ def _first_chunk(generation: Generation, request: CompletionRequest, index: int,
         "logprobs": _echoed_logprobs(generation, request, index, echo),
         "finish_reason": None,
     }
+    if request.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = _prompt_logprobs(generation, request, index)
     if request.return_token_ids:
-        choice["prompt_token_ids"] = generation.prompts[index // request.n]
+        prompt = generation.prompts[index // request.n]
+        choice |= token_fields(generation.served.tokenizer, prompt, None)
     return choice
 
 
@@ -177,7 +166,10 @@ def _chunk(
         "finish_reason": delta.finish_reason,
     }
     if request.return_token_ids:
-        choice["completion_token_ids"] = list(delta.token_ids)
+        choice |= token_fields(generation.served.tokenizer, None, delta.token_ids)
+        choice["token_ids"] = delta.token_ids
+    if delta.finish_reason is not None:
+        choice["stop_reason"] = delta.stop_reason
     return choice
 
 
@@ -186,4 +178,8 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if generation.request.logprobs is None:
         return None
-    return completion_logprobs(generation.served.tokenizer, entries, offset)
+    return completion_logprobs(_names(generation), entries, offset)
+
+
+def _names(generation: Generation) -> TokenNames:
+    return TokenNames(generation.served.tokenizer, generation.request.names_token_ids)

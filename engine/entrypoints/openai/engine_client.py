@@ -368,6 +368,13 @@ class TokenStream:
         self._engine._abort(list(self._open))
         self._outputs.put(ClientGone("the client has closed its connection"))
 
+    def end(self) -> None:
+        """Abort all sequences; each ends with the finish reason ABORT. For any thread."""
+        request_ids = list(self._open)
+        self._engine._abort(request_ids)
+        for request_id in request_ids:
+            self._outputs.put(TokenOutput(request_id, [], FinishReason.ABORT))
+
     def close(self) -> None:
         """Abort unfinished sequences. For the iterating thread only."""
         self._engine._abort(list(self._open))

@@ -12,7 +12,7 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 
 from ...common.api_keys import ApiKeys
-from ...common.api_paths import is_api_path
+from ...common.api_paths import is_for_pages
 from ...common.errors import RequestError
 from ...common.resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
 from .engine_client import EngineClient
@@ -76,10 +76,10 @@ def _shown(header: str) -> str:
 
 
 def is_preflight() -> bool:
-    """Return True for a CORS preflight of the API."""
+    """Return True for a CORS preflight of a path that is for web pages."""
     return (
         request.method == "OPTIONS"
-        and is_api_path(request.path)
+        and is_for_pages(request.path)
         and "Origin" in request.headers
         and "Access-Control-Request-Method" in request.headers
     )

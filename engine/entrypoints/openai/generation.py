@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from ...common.errors import FastDeployError
+from ...common.errors import FastDeployError, RequestError
 from ...common.messages import Logprobs, TokenOutput
 from ...common.request import FinishReason
 from ...common.resumption import Resumption
 from ..client_watch import on_disconnect
 from .access_log import AccessRecord
 from .delivery_marks import DeliveryMarks
+from .delta_groups import DeltaGroups
 from .keep_alive import KeepAlive
 from .output import Delta
 from .protocol import GenerationRequest
@@ -79,7 +80,15 @@ class Generation:
         self.delivered = {
             index: choice.delivered for index, choice in enumerate(choices) if choice.delivered is not None
         }
+        #: By choice: the same in the steps in which it was emitted.
+        self.steps = [choice.steps for choice in choices]
+        #: Number of events that another replica has sent.
+        self.num_sent_events = 0 if resumption is None else resumption.events
         self._outputs = [choice.output for choice in choices]
+        self._groups: DeltaGroups | None = None
+        if request.stream and request.tokens_per_event > 1:
+            begun = [index for index, output in enumerate(self._outputs) if output.num_tokens]
+            self._groups = DeltaGroups(request.tokens_per_event, begun)
         self._marks = DeliveryMarks(self._outputs, enabled=marked)
         self._record = record
         self._keep_alive = keep_alive
@@ -103,6 +112,8 @@ class Generation:
             )
             if client is not None:
                 stack.enter_context(on_disconnect(client, self._tokens.cancel))
+            served.open_requests.add(self)
+            stack.callback(served.open_requests.discard, self)
             self._resources = stack.pop_all()
         served.metrics.requests.inc()
         served.metrics.prompt_tokens.inc(record.prompt_tokens)
@@ -115,6 +126,7 @@ class Generation:
 
         Raises:
             GenerationFailed: the engine gave up on a sequence.
+            RequestError: the engine refuses a sequence, or its constraints leave no token.
             ReplicaUnavailable: the engine has failed or is being stopped.
             ClientGone: the client has disconnected.
         """
@@ -152,6 +164,10 @@ class Generation:
         """Return the log probabilities of the prompt of a begun choice, from the second token on."""
         return self._prompt_logprobs[index]
 
+    def token_ids(self, index: int) -> list[int]:
+        """Return the tokens of a choice so far."""
+        return self._outputs[index].token_ids
+
     def mark(self, index: int, delta: Delta | None = None) -> bytes:
         """Return the mark of the event with this delta, or of an event that opens the choice."""
         return self._marks.opening(index) if delta is None else self._marks.event(index, delta)
@@ -167,6 +183,7 @@ class Generation:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
     def usage_so_far(self, index: int, *, has_begun: bool = True) -> dict[str, Any]:
@@ -189,6 +206,18 @@ class Generation:
             }
         }
 
+    @property
+    def ids(self) -> tuple[str, str]:
+        return self.id, self._record.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(output.num_tokens for output in self._outputs)
+
+    def abort(self) -> None:
+        """End all choices with the text that they have. For any thread."""
+        self._tokens.end()
+
     def close(self) -> None:
         """Abort unfinished sequences, and record the request in metrics and access log."""
         if self._closed:
@@ -210,7 +239,9 @@ class Generation:
                 metrics.generation_length.observe(output.num_tokens)
 
     def _push(self, index: int, output: TokenOutput) -> Delta:
-        if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        if output.is_refused:
+            raise RequestError(output.message or "the engine refuses this request")
+        if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.message or "the engine gave up on this request")
         choice = self._outputs[index]
         if index not in self._num_cached:
@@ -226,6 +257,8 @@ class Generation:
             # A stop string ends the choice, but the engine does not know stop strings.
             self._tokens.stop(output.request_id)
             self._record.finish_reasons.append(choice.finish_reason)
+        if self._groups is not None:
+            return self._groups.add(index, delta, choice.num_tokens - before)
         return delta
 
     def _observe_tokens(self, index: int, num_tokens: int) -> None:

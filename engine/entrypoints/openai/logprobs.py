@@ -1,8 +1,9 @@
-"""Log probabilities in OpenAI's two formats. No I/O."""
+"""Log probabilities in the formats of OpenAI and vLLM. No I/O."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from ...common.messages import Logprobs
@@ -12,17 +13,31 @@ from ...tokenizer.tokenizer import Tokenizer
 _IMPOSSIBLE = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class TokenNames:
+    """The names of tokens in log probabilities: texts, which several tokens may share, or ids."""
+
+    tokenizer: Tokenizer
+    by_id: bool = False
+
+    def __call__(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.by_id else self.tokenizer.token_text(token_id)
+
+    def text(self, token_id: int) -> str:
+        return self.tokenizer.token_text(token_id)
+
+
+def chat_logprobs(names: TokenNames, entries: Iterable[Logprobs]) -> dict[str, Any]:
     """Return log probabilities for /v1/chat/completions."""
     content = [
-        _chat_token(tokenizer, entry.token_id, entry.logprob)
-        | {"top_logprobs": [_chat_token(tokenizer, token_id, value) for token_id, value in entry.top]}
+        _chat_token(names, entry.token_id, entry.logprob)
+        | {"top_logprobs": [_chat_token(names, token_id, value) for token_id, value in entry.top]}
         for entry in entries
     ]
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], offset: int) -> dict[str, Any]:
+def completion_logprobs(names: TokenNames, entries: Iterable[Logprobs], offset: int) -> dict[str, Any]:
     """Return log probabilities for /v1/completions.
 
     Args:
@@ -30,29 +45,39 @@ def completion_logprobs(tokenizer: Tokenizer, entries: Iterable[Logprobs], offse
     """
     parts = _Columns()
     for entry in entries:
-        text = tokenizer.token_text(entry.token_id)
-        parts.add(text, _finite(entry.logprob), _top(tokenizer, entry), offset)
-        offset += len(text)
+        parts.add(names(entry.token_id), _finite(entry.logprob), _top(names, entry), offset)
+        offset += len(names.text(entry.token_id))
     return parts.as_dict()
 
 
-def prompt_logprobs(
-    tokenizer: Tokenizer, prompt: list[int], entries: list[Logprobs], text: str
+def echoed_logprobs(
+    names: TokenNames, prompt: list[int], entries: list[Logprobs], count: int, text: str
 ) -> dict[str, Any]:
     """Return log probabilities of a prompt in the format of `completion_logprobs`; null for its first token.
 
     Args:
         entries: log probabilities of the tokens from the second on.
+        count: number of most likely tokens at each position; -1: all.
         text: the prompt as the response shows it.
     """
     parts = _Columns()
-    offsets = _offsets(tokenizer, prompt, text)
-    parts.add(tokenizer.token_text(prompt[0]), None, None, offsets[0])
+    offsets = _offsets(names.tokenizer, prompt, text)
+    parts.add(names(prompt[0]), None, None, offsets[0])
     for entry, offset in zip(entries, offsets[1:], strict=True):
-        parts.add(
-            tokenizer.token_text(entry.token_id), _finite(entry.logprob), _top(tokenizer, entry), offset
-        )
+        parts.add(names(entry.token_id), _finite(entry.logprob), _top(names, entry, count), offset)
     return parts.as_dict()
+
+
+def prompt_logprobs(
+    names: TokenNames, entries: Iterable[Logprobs], count: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Return log probabilities of a prompt in vLLM's format: tokens by id; null for the first position.
+
+    Args:
+        entries: log probabilities of the tokens from the second on.
+        count: number of most likely tokens at each position; -1: all.
+    """
+    return [None, *(_position(names, entry, count) for entry in entries)]
 
 
 def joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -86,12 +111,27 @@ class _Columns:
         }
 
 
-def _top(tokenizer: Tokenizer, entry: Logprobs) -> dict[str, float]:
+def _position(names: TokenNames, entry: Logprobs, count: int) -> dict[str, dict[str, Any]]:
+    ranked = [(entry.token_id, entry.logprob, entry.rank)]
+    ranked += [(token_id, value, rank) for rank, (token_id, value) in enumerate(_first(entry, count), 1)]
+    return {
+        str(token_id): {"logprob": _finite(value), "rank": rank, "decoded_token": names.text(token_id)}
+        for token_id, value, rank in ranked
+    }
+
+
+def _top(names: TokenNames, entry: Logprobs, count: int = -1) -> dict[str, float]:
     top: dict[str, float] = {}
-    for token_id, value in entry.top:
+    for token_id, value in _first(entry, count):
         # Incomplete characters share one text; keep the most likely token.
-        top.setdefault(tokenizer.token_text(token_id), _finite(value))
+        top.setdefault(names(token_id), _finite(value))
+    # As in OpenAI's API, the drawn token is one of them in any case.
+    top.setdefault(names(entry.token_id), _finite(entry.logprob))
     return top
+
+
+def _first(entry: Logprobs, count: int) -> list[tuple[int, float]]:
+    return entry.top if count == -1 else entry.top[:count]
 
 
 def _offsets(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
@@ -108,11 +148,11 @@ def _offsets(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
     return offsets
 
 
-def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _chat_token(names: TokenNames, token_id: int, logprob: float) -> dict[str, Any]:
     return {
-        "token": tokenizer.token_text(token_id),
+        "token": names(token_id),
         "logprob": _finite(logprob),
-        "bytes": list(tokenizer.token_bytes(token_id)),
+        "bytes": list(names.tokenizer.token_bytes(token_id)),
     }
 
 

@@ -18,35 +18,17 @@ from ...common.errors import ConfigError
 from ...common.text_files import read_text
 from ...config import GPU_DEFAULTS, EngineConfig
 from ...demo_model.model import resolve_model_path
+from ...parsers.formats import reasoning_format, reasoning_format_names, tool_format, tool_format_names
 from ..registration import router_url
+from .foreign_flags import REFUSED, WITHOUT_EFFECT
 
 _log = logging.getLogger(__name__)
-
-#: FastDeploy's flags without effect here; accepted so that its documented commands work.
-# fmt: off
-_WITHOUT_EFFECT = (
-    "controller-port", "workers", "max-waiting-time", "timeout",
-    "kv-cache-ratio", "swap-space", "cache-queue-port", "pd-comm-port", "rdma-comm-ports",
-    "cache-transfer-protocol", "ips", "skip-port-check", "enable-chunked-prefill",
-    "max-num-partial-prefills", "max-long-partial-prefills", "long-prefill-token-threshold",
-    "scheduler-name", "scheduler-host", "scheduler-port", "scheduler-db", "scheduler-password",
-    "scheduler-topic", "scheduler-ttl", "scheduler-min-load-score", "scheduler-load-shards-num",
-    "load-choices", "reasoning-parser", "tool-call-parser", "tool-parser-plugin",
-    "guided-decoding-backend", "guided-decoding-disable-any-whitespace", "enable-logprob",
-    "max-logprobs", "eplb-config", "use-internode-ll-two-stage",
-    "disable-sequence-parallel-moe", "use-cudagraph", "graph-optimization-config",
-    "disable-custom-all-reduce", "use-warmup", "trust-remote-code", "tokenizer", "dynamic-load-weight",
-)
-# fmt: on
 
 #: Threads beyond max_concurrency, for /health and for 429 responses.
 _SPARE_THREADS = 32
 
-#: Flag with a single implemented value -> that value, and the reason for an error message.
-_ONE_VALUE = {
-    "splitwise-role": ("mixed", "this server both prefills and decodes"),
-    "logprobs-mode": ("raw_logprobs", "log probabilities are those of the model, before temperature"),
-}
+#: FastDeploy's names.
+_GUIDED_DECODING = ("off", "auto", "guidance", "xgrammar")
 
 #: Fields whose flags have a default of their own, of another type.
 _OWN_DEFAULTS = ("metrics_port", "engine_worker_queue_port")
@@ -76,6 +58,23 @@ class ServeConfig:
     cors: CorsPolicy = field(default_factory=CorsPolicy)
     #: Replaces the checkpoint's template.
     chat_template: str | None = None
+    #: "off": no structured output. Each other value means the only engine for it.
+    guided_decoding_backend: str = "auto"
+    #: Names of formats (parsers/formats.py).
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    #: Python file with further formats of tool calls.
+    tool_parser_plugin: Path | None = None
+    #: False: requests may name any model.
+    checks_model_name: bool = False
+    #: Base of the seeds of requests without one; None: such requests get random seeds.
+    seed: int | None = None
+    #: Maximum number of most likely tokens at each position; -1: the whole vocabulary.
+    max_logprobs: int = 20
+
+    def accepts_model(self, name: str | None) -> bool:
+        """Return True if a request may name this model; any if the operator gave none, as in FastDeploy."""
+        return not self.checks_model_name or name in (None, "", "default", self.served_model_name)
 
     @property
     def threads(self) -> int:
@@ -89,10 +88,7 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         ConfigError: a flag is unknown, missing or has a wrong value; one line that names it.
     """
     arguments = _parser().parse_args([_dashed(word) for word in argv])
-    _refuse(arguments)
-    ignored = [flag for flag in _WITHOUT_EFFECT if getattr(arguments, flag.replace("-", "_")) is not None]
-    if ignored:
-        _log.warning("flags without effect in this server: %s", " ".join(f"--{flag}" for flag in ignored))
+    _check_foreign(arguments)
     defaulted = tuple(name for name in GPU_DEFAULTS if getattr(arguments, name) is None)
     engine = EngineConfig(
         model=resolve_model_path(arguments.model),
@@ -139,6 +135,11 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
         router=None if arguments.router is None else router_url(arguments.router),
         cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
         chat_template=_chat_template(arguments.chat_template),
+        checks_model_name=bool(arguments.served_model_name),
+        guided_decoding_backend=arguments.guided_decoding_backend,
+        seed=arguments.seed,
+        max_logprobs=_at_least("--max-logprobs", -1, arguments.max_logprobs),
+        **_parsers(arguments),
     )
 
 
@@ -151,7 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = parser.add_argument_group("serving")
     serve.add_argument("--model", required=True, help='directory of an ERNIE-4.5 checkpoint, or "demo"')
     serve.add_argument(
-        "--served-model-name", help="name of the model in requests (default: the directory's name)"
+        "--served-model-name",
+        metavar="NAME",
+        help="name of the model, which requests must use then (default: the directory's name, and requests "
+        "may use any name)",
     )
     serve.add_argument(
         "--host", help="address or name to listen on; 0.0.0.0: all networks (default %(default)s)"
@@ -171,13 +175,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--api-keys-file", type=Path, metavar="FILE", help="more keys, one per line")
     serve.add_argument(
-        "--cors-origins",
+        *("--cors-origins", "--allow-origins"),
         default=",".join(CORS_DEFAULT),
         metavar="LIST",
         help="origins of web pages that may read responses of /v1, separated by commas; loopback: pages of "
         "this machine; *: all; empty: none (default %(default)s)",
     )
     serve.add_argument("--chat-template", help="file or text of a chat template that replaces the model's")
+    serve.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes tool calls: " + ", ".join(tool_format_names()),
+    )
+    serve.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="how the model writes its reasoning: " + ", ".join(reasoning_format_names()),
+    )
+    serve.add_argument(
+        "--tool-parser-plugin",
+        type=Path,
+        metavar="FILE",
+        help="Python file with further names for --tool-call-parser",
+    )
+    serve.add_argument(
+        "--guided-decoding-backend",
+        choices=_GUIDED_DECODING,
+        help="off: no structured output; the other names mean the same backend (default %(default)s)",
+    )
+    serve.add_argument(
+        "--seed",
+        type=int,
+        help="base of the seeds of requests without one, which follow from it in the order of arrival; the "
+        "router draws seeds itself (default: random seeds)",
+    )
+    serve.add_argument(
+        "--max-logprobs",
+        type=int,
+        help="maximum number of most likely tokens at a position; -1: the whole vocabulary; at most 20 on a "
+        "GPU (default %(default)s)",
+    )
     serve.add_argument(
         "--max-concurrency", type=int, help="requests beyond this limit get 429 (default %(default)s)"
     )
@@ -245,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of this replica, from 0 (default %(default)s)",
     )
-    parallel.add_argument("--tensor-parallel-size", type=int, help="only 1 is supported")
+    parallel.add_argument("-tp", "--tensor-parallel-size", type=int, help="only 1 is supported")
     parallel.add_argument(
         "--enable-expert-parallel", action="store_true", help="distribute the experts over the replicas"
     )
@@ -268,8 +305,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="move experts once a minute to even out their measured load",
     )
-    for flag in (*_WITHOUT_EFFECT, *_ONE_VALUE):
-        parser.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
+    for flag in (*WITHOUT_EFFECT, *REFUSED):
+        parser.add_argument(f"--{flag}", nargs="*", dest=_destination(flag), help=argparse.SUPPRESS)
     parser.set_defaults(**_defaults())
     return parser
 
@@ -299,11 +336,23 @@ def _dashed(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def _refuse(arguments: argparse.Namespace) -> None:
-    for flag, (value, reason) in _ONE_VALUE.items():
-        given = getattr(arguments, flag.replace("-", "_"))
-        if given not in (None, value):
-            raise ConfigError(f"--{flag} is {given!r}; it can only be {value!r}: {reason}")
+def _check_foreign(arguments: argparse.Namespace) -> None:
+    """Refuse FastDeploy's flags that are not supported, and log which of the others have no effect."""
+    ignored = []
+    for flag in sorted({*WITHOUT_EFFECT, *REFUSED}):
+        words = getattr(arguments, _destination(flag))
+        if words is None:
+            continue
+        value = " ".join(words)
+        if flag in REFUSED and (flag, value) != ("tokenizer", arguments.model):
+            REFUSED[flag].check(flag, value)
+        ignored.append(f"--{flag}")
+    if ignored:
+        _log.warning("flags without effect in this server: %s", " ".join(ignored))
+
+
+def _destination(flag: str) -> str:
+    return f"foreign_{flag.replace('-', '_')}"
 
 
 def _port(flag: str, port: int) -> int:
@@ -343,6 +392,22 @@ def _api_keys(flags: list[str] | None, file: Path | None) -> ApiKeys:
         if not keys:
             raise ConfigError("--api-key is empty; omit it to require no key")
     return ApiKeys(keys if file is None else keys + keys_in("--api-keys-file", file))
+
+
+def _parsers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields for parsers; their names are valid unless a plugin has to add them."""
+    plugin, tools, reasoning = (
+        arguments.tool_parser_plugin,
+        arguments.tool_call_parser or None,
+        arguments.reasoning_parser or None,
+    )
+    if plugin is not None and not plugin.is_file():
+        raise ConfigError(f"--tool-parser-plugin is {str(plugin)!r}; there is no such file")
+    if tools is not None and plugin is None:
+        tool_format(tools)
+    if reasoning is not None:
+        reasoning_format(reasoning)
+    return {"tool_call_parser": tools, "reasoning_parser": reasoning, "tool_parser_plugin": plugin}
 
 
 def _chat_template(text: str | None) -> str | None:

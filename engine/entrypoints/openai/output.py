@@ -36,9 +36,19 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs, ...]
     finish_reason: FinishReason | None = None
+    #: The stop string or stop token of the request that has ended the choice.
+    stop_reason: str | int | None = None
 
     def __bool__(self) -> bool:
         return bool(self.text or self.token_ids or self.finish_reason)
+
+    @classmethod
+    def joined(cls, deltas: Iterable[Delta]) -> Delta:
+        """Return several deltas of an unfinished choice as one, without their log probabilities."""
+        deltas = list(deltas)
+        return cls(
+            "".join(each.text for each in deltas), tuple(i for each in deltas for i in each.token_ids), ()
+        )
 
 
 class ChoiceOutput:
@@ -54,6 +64,7 @@ class ChoiceOutput:
         stop: tuple[str, ...] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        stop_token_ids: tuple[int, ...] = (),
         stop_token_logprobs: bool = False,
     ) -> None:
         """
@@ -61,6 +72,7 @@ class ChoiceOutput:
             stop: stop strings.
             include_stop: keep a stop string or stop token in the text.
             min_tokens: number of tokens before which stop strings have no effect.
+            stop_token_ids: those that the request names.
             stop_token_logprobs: return log probabilities of a stop token although the text omits it.
         """
         self._detokenizer = detokenizer
@@ -68,6 +80,7 @@ class ChoiceOutput:
         self._max_stop_length = max(map(len, stop), default=0)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
+        self._stop_token_ids = stop_token_ids
         self._stop_token_logprobs = stop_token_logprobs
         self._text = ""
         #: Length of the text that has been emitted.
@@ -80,13 +93,14 @@ class ChoiceOutput:
         #: Number of last tokens to be drawn again, because their log probabilities are requested but unknown.
         self.num_repeated = 0
         self.finish_reason: FinishReason | None = None
+        self._stop_reason: str | int | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    def replay(self, token_ids: list[int], *, with_logprobs: bool) -> Delta:
-        """Continue after tokens that another run has drawn. Return the delta that it has emitted.
+    def replay(self, token_ids: list[int], *, with_logprobs: bool) -> list[Delta]:
+        """Continue after tokens that another run has drawn. Return the deltas that it has emitted.
 
         Text that the other run withheld is withheld here too.
 
@@ -97,12 +111,16 @@ class ChoiceOutput:
         Raises:
             ReplayMismatch: a stop string in these tokens ends the choice.
         """
-        delta = self.push(TokenOutput("", token_ids))
-        if self.finish_reason is not None:
-            raise ReplayMismatch("its tokens contain a stop string")
+        deltas = []
+        for token_id in token_ids:
+            # One at a time, as they were drawn.
+            if delta := self.push(TokenOutput("", [token_id])):
+                deltas.append(delta)
+            if self.finish_reason is not None:
+                raise ReplayMismatch("its tokens contain a stop string")
         if with_logprobs:
             self.num_repeated = len(self._pending)
-        return delta
+        return deltas
 
     def push(self, output: TokenOutput) -> Delta:
         """Add the output of one step. Do not call this again once `finish_reason` is set."""
@@ -125,6 +143,8 @@ class ChoiceOutput:
             return self._release(len(self._text) - self._num_withheld())
         if self._append(self._detokenizer.flush()):
             return self._finish(FinishReason.STOP)
+        if output.finish_reason is FinishReason.STOP and self.token_ids[-1] in self._stop_token_ids:
+            self._stop_reason = self.token_ids[-1]
         return self._finish(output.finish_reason)
 
     def _repeat(self, token_id: int, logprobs: Logprobs | None) -> None:
@@ -143,10 +163,12 @@ class ChoiceOutput:
             self._stop_from = len(self._text)
             return False
         begin = max(self._stop_from, searched - self._max_stop_length + 1)
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._text.find(stop, begin)) >= 0]
+        found = [
+            (at + len(stop), at, stop) for stop in self._stop if (at := self._text.find(stop, begin)) >= 0
+        ]
         if not found:
             return False
-        end, start = min(found)
+        end, start, self._stop_reason = min(found)
         cut = end if self._include_stop else start
         self._text = self._text[:cut]
         self._pending = [token for token in self._pending if token.start < cut]
@@ -179,6 +201,7 @@ class ChoiceOutput:
             token_ids=tuple(token.token_id for token in tokens),
             logprobs=tuple(token.logprobs for token in tokens if token.logprobs is not None),
             finish_reason=reason,
+            stop_reason=self._stop_reason,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...common.errors import RequestError
 from .bodies import ChatBody, Message, RefusalPart, TokenizeBody
+from .tool_fields import template_call
 from .validation import MISSING, WRONG_TYPE, invalid, refuse_unsupported, without_nulls
 
 #: Fields of a message that a template may use.
@@ -35,7 +36,16 @@ def _message(message: Message, path: str) -> dict[str, Any]:
         "role": role,
         "content": _content(message, f"{path}.content"),
         **{key: value for key in _TEMPLATE_FIELDS if (value := getattr(message, key)) is not None},
+        **_tool_calls(message, f"{path}.tool_calls"),
     }
+
+
+def _tool_calls(message: Message, path: str) -> dict[str, Any]:
+    if not message.tool_calls:
+        return {}
+    if message.role != "assistant":
+        raise RequestError(f"{path}: only an assistant's message may have tool calls", path)
+    return {"tool_calls": [template_call(call) for call in message.tool_calls]}
 
 
 def _content(message: Message, path: str) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from ...common.errors import ConfigError, RequestError
 from ...common.request import SamplingParams
 from ...common.text_files import read_object
 from .bodies import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody, GenerationConfig
+from .constraints import read_constraints
 from .prompts import read_messages, read_prompts, template_arguments
+from .tool_fields import ToolUse, read_tools
 from .validation import MISSING, WRONG_VALUE, validated
 
 _T = TypeVar("_T")
@@ -56,6 +58,8 @@ class GenerationRequest(ABC):
 
     #: Prefix of the response's id.
     id_prefix: ClassVar[str]
+    #: Field with the number of most likely tokens.
+    logprobs_field: ClassVar[str]
     model: str | None
     n: int
     max_tokens: int | None
@@ -72,8 +76,12 @@ class GenerationRequest(ABC):
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     include_stop_str_in_output: bool
-    #: None: no log probabilities; 0: of the drawn tokens; n: also of the n most likely tokens.
+    #: None: no log probabilities; 0: of the drawn tokens; n: also of the n most likely tokens; -1: of all.
     logprobs: int | None
+    #: The same for the tokens of the prompt, in a list of their own.
+    prompt_logprobs: int | None
+    #: Log probabilities name a token by its id.
+    names_token_ids: bool
     stream: bool
     #: The stream ends with an event with the usage of the whole request.
     include_usage: bool
@@ -84,9 +92,21 @@ class GenerationRequest(ABC):
     skip_special_tokens: bool
     #: None: a chat template writes them, and a text begins with them.
     add_special_tokens: bool | None
+    #: Only requests with the same one share cached prompts.
+    cache_salt: str
+    #: Number of tokens in an event of a stream, except in the first and the last of a choice.
+    tokens_per_event: int
     #: None: a prompt that is too long is an error; -1: keep what fits.
     truncate_prompt_tokens: int | None
     truncation_side: str
+    #: Of the output, as grammar/texts.py makes them; None: any text.
+    grammar: str | None
+    #: The field that asks for it.
+    grammar_field: str | None
+    logit_bias: tuple[tuple[int, float], ...]
+    bad_words: tuple[str, ...]
+    bad_words_token_ids: tuple[tuple[int, ...], ...]
+    allowed_token_ids: tuple[int, ...]
 
     @property
     @abstractmethod
@@ -115,12 +135,24 @@ class GenerationRequest(ABC):
         return prompt[:limit] if self.truncation_side == "right" else prompt[len(prompt) - limit :]
 
     @property
-    def prompt_logprobs(self) -> int | None:
-        """Like `logprobs`, for the tokens of the prompt."""
-        return None
+    def echoes_logprobs(self) -> bool:
+        """Return True if the log probabilities of a choice begin with those of its prompt."""
+        return False
+
+    @property
+    def scored_logprobs(self) -> int | None:
+        """Like `logprobs`, for the tokens of the prompt, for whatever reason the engine computes them."""
+        wanted = {self.prompt_logprobs, self.logprobs if self.echoes_logprobs else None} - {None}
+        return -1 if -1 in wanted else max(wanted, default=None)
+
+    @property
+    def requested_logprobs(self) -> dict[str, int]:
+        """Return the requested numbers of most likely tokens by field."""
+        fields = {self.logprobs_field: self.logprobs, "prompt_logprobs": self.prompt_logprobs}
+        return {name: number for name, number in fields.items() if number is not None}
 
     def sampling_params(
-        self, *, max_tokens: int, seed: int, choice: int, eos_token_ids: tuple[int, ...]
+        self, *, max_tokens: int, seed: int, choice: int, eos_token_ids: tuple[int, ...], vocab_size: int
     ) -> SamplingParams:
         ends = self.stop_token_ids if self.ignore_eos else (*eos_token_ids, *self.stop_token_ids)
         return SamplingParams(
@@ -136,14 +168,24 @@ class GenerationRequest(ABC):
             seed=seed,
             choice=choice,
             stop_token_ids=tuple(dict.fromkeys(ends)),
-            logprobs=self.logprobs,
-            prompt_logprobs=self.prompt_logprobs,
+            logprobs=_of_all(self.logprobs, vocab_size),
+            prompt_logprobs=_of_all(self.scored_logprobs, vocab_size),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningBudget:
+    """Limit of the tokens of the reasoning."""
+
+    #: Name in the request.
+    field: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(GenerationRequest):
     id_prefix = "chatcmpl"
+    logprobs_field = "top_logprobs"
     messages: list[dict[str, Any]]
     #: The prompt, in place of the messages.
     prompt_token_ids: list[int] | None
@@ -153,6 +195,12 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any]
     disable_chat_template: bool
     continue_final_message: bool
+    #: None: the model does not call tools.
+    tool_use: ToolUse | None
+    include_reasoning: bool
+    separate_reasoning: bool
+    stream_reasoning: bool
+    reasoning_budget: ReasoningBudget | None
 
     @property
     def prompt_field(self) -> str:
@@ -163,10 +211,10 @@ class ChatRequest(GenerationRequest):
         return self.continue_final_message
 
     @classmethod
-    def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> ChatRequest:
+    def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> Self:
         values = _with_metadata(values)
         body = validated(values, ChatBody)
-        if body.top_logprobs is not None and body.top_logprobs > 0 and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         messages = read_messages(values.get("messages") or [], body.messages or [])
         if not messages and not body.prompt_token_ids:
@@ -182,7 +230,12 @@ class ChatRequest(GenerationRequest):
             chat_template_kwargs=template_arguments(body, messages),
             disable_chat_template=body.disable_chat_template or False,
             continue_final_message=body.continue_final_message or False,
-            logprobs=max(body.top_logprobs or 0, 0) if body.logprobs else None,
+            tool_use=read_tools(body.tools, body.tool_choice, body.parallel_tool_calls),
+            include_reasoning=body.include_reasoning is not False,
+            separate_reasoning=body.separate_reasoning is not False,
+            stream_reasoning=body.stream_reasoning is not False,
+            reasoning_budget=_reasoning_budget(body),
+            logprobs=body.top_logprobs or 0 if body.logprobs else None,
             **_common(body, body.max_tokens, body.max_completion_tokens, defaults),
         )
 
@@ -190,6 +243,7 @@ class ChatRequest(GenerationRequest):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(GenerationRequest):
     id_prefix = "cmpl"
+    logprobs_field = "logprobs"
     #: Text or token ids.
     prompts: tuple[str | list[int], ...]
     prompt_field: str
@@ -200,8 +254,8 @@ class CompletionRequest(GenerationRequest):
         return True
 
     @property
-    def prompt_logprobs(self) -> int | None:
-        return self.logprobs if self.echo else None
+    def echoes_logprobs(self) -> bool:
+        return self.echo and self.logprobs is not None
 
     @classmethod
     def parse(cls, values: dict[str, Any], defaults: SamplingDefaults) -> CompletionRequest:
@@ -223,9 +277,17 @@ class CompletionRequest(GenerationRequest):
             prompts=prompts,
             prompt_field=name,
             echo=body.echo or False,
-            logprobs=None if body.logprobs is None or body.logprobs < 0 else body.logprobs,
+            logprobs=body.logprobs,
             **common,
         )
+
+
+def _reasoning_budget(body: ChatBody) -> ReasoningBudget | None:
+    for field in ("reasoning_max_tokens", "thinking_token_budget"):
+        tokens: int | None = getattr(body, field)
+        if tokens is not None and tokens >= 0:
+            return ReasoningBudget(field, tokens)
+    return None
 
 
 def _with_metadata(values: dict[str, Any]) -> dict[str, Any]:
@@ -282,16 +344,25 @@ def _common(
         "include_usage": include_usage,
         "continuous_usage": continuous_usage,
         "return_token_ids": body.return_token_ids or False,
+        "prompt_logprobs": body.prompt_logprobs,
+        "names_token_ids": body.return_tokens_as_token_ids or False,
         "request_id": body.request_id,
+        "cache_salt": body.cache_salt or "",
+        "tokens_per_event": body.max_streaming_response_tokens or body.stream_interval or 1,
         "skip_special_tokens": _given(body.skip_special_tokens, True),
         "add_special_tokens": body.add_special_tokens,
         "truncate_prompt_tokens": body.truncate_prompt_tokens,
         "truncation_side": body.truncation_side or "left",
+        **read_constraints(body),
     }
 
 
 def _given(value: _T | None, default: _T) -> _T:
     return default if value is None else value
+
+
+def _of_all(logprobs: int | None, vocab_size: int) -> int | None:
+    return vocab_size if logprobs == -1 else logprobs
 
 
 def _usage_options(body: GenerationBody) -> tuple[bool, bool]:

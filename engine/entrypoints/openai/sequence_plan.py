@@ -12,8 +12,11 @@ from ...common.request import SamplingParams
 from ...common.resumption import Delivered, Resumption
 from .errors import ApiError
 from .output import ChoiceOutput, Delta, ReplayMismatch
+from .output_grammar import output_grammar
+from .output_parsing import shown_ids
 from .protocol import GenerationRequest
 from .served_model import ServedModel
+from .token_constraints import token_constraints
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,8 @@ class PlannedChoice:
     sequence: AddRequest | None
     #: The part that another replica has sent, or would have sent; None if no replica has begun the choice.
     delivered: Delta | None = None
+    #: The same in the steps in which it was emitted; empty if the choice has finished.
+    steps: tuple[Delta, ...] = ()
 
 
 def plan_sequences(
@@ -46,12 +51,18 @@ def plan_sequences(
 
     Raises:
         ApiError: a prompt is empty, has unknown token ids or is too long, or `resumption` does not fit.
+        RequestError: see `token_constraints`.
     """
     started = {} if resumption is None else resumption.choices
     count = len(prompts) * request.n
     if started and max(started) >= count:
         raise _not_resumable(f"it has no choice {max(started)}")
+    constraints = token_constraints(served, request)
     choices = []
+    shown = shown_ids(served, request)
+    grammar = output_grammar(served, request, prompts[0], constraints.get("grammar"))
+    if grammar is not None:
+        constraints |= {"grammar": grammar, "end_token_ids": served.tokenizer.eos_token_ids}
     for index in range(count):
         prompt = prompts[index // request.n]
         params = request.sampling_params(
@@ -59,15 +70,24 @@ def plan_sequences(
             seed=seed,
             choice=index,
             eos_token_ids=served.tokenizer.eos_token_ids,
+            vocab_size=served.model.vocab_size,
         )
+        if constraints:
+            params = msgspec.structs.replace(params, **constraints)
         output = ChoiceOutput(
-            served.tokenizer.detokenizer(request.skip_special_tokens, continues=request.continues_prompt),
+            served.tokenizer.detokenizer(
+                request.skip_special_tokens, continues=request.continues_prompt, shown_ids=shown
+            ),
             stop=request.stop,
             include_stop=request.include_stop_str_in_output,
             min_tokens=request.min_tokens,
-            stop_token_logprobs=request.prompt_logprobs is not None,
+            stop_token_ids=request.stop_token_ids,
+            # Ids and log probabilities must correspond one to one.
+            stop_token_logprobs=request.echoes_logprobs or request.return_token_ids,
         )
-        sequence = AddRequest(f"{engine_id}-{index}", prompt, params, arrival_time)
+        sequence = AddRequest(
+            f"{engine_id}-{index}", prompt, params, arrival_time, cache_salt=request.cache_salt
+        )
         choice = PlannedChoice(output, params, sequence)
         if index in started:
             choice = _resumed(choice, index, started[index], request, served.model.vocab_size)
@@ -93,7 +113,7 @@ def _resumed(
             f"choice {index} already has {len(tokens)} of at most {params.max_tokens} tokens"
         )
     try:
-        sent = output.replay(tokens, with_logprobs=params.logprobs is not None)
+        steps = output.replay(tokens, with_logprobs=params.logprobs is not None)
     except ReplayMismatch as error:
         raise _not_resumable(f"choice {index}: {error}") from None
     sequence = msgspec.structs.replace(
@@ -102,7 +122,7 @@ def _resumed(
         params=msgspec.structs.replace(params, prompt_logprobs=None),
         output_token_ids=output.token_ids[: output.num_tokens - output.num_repeated],
     )
-    return PlannedChoice(output, params, sequence, sent)
+    return PlannedChoice(output, params, sequence, Delta.joined(steps), tuple(steps))
 
 
 def _not_resumable(why: str) -> ApiError:

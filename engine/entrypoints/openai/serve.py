@@ -24,6 +24,7 @@ from flask import Flask
 
 from ...common import worker_heartbeat
 from ...common.addresses import authority
+from ...common.api_paths import CONFIG_PATH
 from ...common.errors import FastDeployError
 from ...common.file_limit import connections_of
 from ...common.gunicorn_base import Arbiter, BaseApplication, HaltServer, Logger, forget_inherited_sockets
@@ -155,7 +156,7 @@ class _ReplicaParts:
                 addresses,
                 config.metrics_port,
                 self.served.metrics.render,
-                {b"/config-info": lambda: msgspec.json.encode(config_info(config))},
+                {CONFIG_PATH.encode(): lambda: msgspec.json.encode(config_info(config))},
             )
         self.engine.start()
         if config.router is not None:

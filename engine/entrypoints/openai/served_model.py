@@ -7,17 +7,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
+
+from llguidance import LLTokenizer
 
 from ...common.errors import ReplicaUnavailable
 from ...config import ModelConfig
+from ...grammar.vocabulary import grammar_vocabulary
+from ...parsers.formats import load_plugin, reasoning_format, tool_format
 from ...tokenizer.tokenizer import Tokenizer
 from ..metrics import ReplicaMetrics
 from ..registration import Identity
 from .engine_client import EngineClient, EngineState
 from .errors import ApiError
+from .open_requests import OpenRequests
 from .options import ServeConfig
 from .protocol import SamplingDefaults
+from .seeds import Seeds
 from .validation import WRONG_VALUE
 
 
@@ -34,13 +41,27 @@ class ServedModel:
         self.identity = Identity(config.max_concurrency)
         self.model = ModelConfig.from_directory(directory)
         self.tokenizer = Tokenizer.from_directory(directory, config.chat_template)
+        if config.tool_parser_plugin is not None:
+            load_plugin(config.tool_parser_plugin)
+        name, reasoning = config.tool_call_parser, config.reasoning_parser
+        #: None: unknown.
+        self.tool_format = None if name is None else tool_format(name)
+        #: None: reasoning stays in the content.
+        self.reasoning_format = None if reasoning is None else reasoning_format(reasoning)
         self.defaults = SamplingDefaults.from_directory(directory)
         self.metrics = ReplicaMetrics(lambda: engine.stats, lambda: engine.ready, config.engine.max_num_seqs)
+        self.seeds = Seeds(config.seed)
         self.created = int(time.time())
+        self.open_requests = OpenRequests()
         #: True once the process is stopping: open requests continue, new ones are refused.
         self.draining = False
         self._changed = threading.Condition()
         self._in_flight = 0
+
+    @cached_property
+    def grammar_vocabulary(self) -> LLTokenizer:
+        """The vocabulary for grammars that name special tokens."""
+        return grammar_vocabulary(self.tokenizer, self.model.vocab_size)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -126,13 +147,17 @@ class ServedModel:
             )
 
     @property
+    def is_on_gpu(self) -> bool:
+        return bool(self.engine.ready and self.engine.ready.gpu_uuid)
+
+    @property
     def in_flight(self) -> int:
         """Number of open requests."""
         return self._in_flight
 
     def require_model(self, name: str | None) -> None:
-        """Raise ApiError (404) for another model; FastDeploy's clients may send "default" or nothing."""
-        if name not in (None, "", "default", self.config.served_model_name):
+        """Raise ApiError (404) if requests may not name this model."""
+        if name is not None and not self.config.accepts_model(name):
             raise ApiError(
                 404,
                 f"The model {name[:100]!r} does not exist; this server has {self.config.served_model_name!r}",

@@ -8,14 +8,23 @@ import msgspec
 from flask import Flask, Response, g
 
 from ... import __version__
-from ...common.api_paths import DETOKENIZE_PATH, DOCS_PATH, OPENAPI_PATH, TOKENIZE_PATH
+from ...common.api_paths import (
+    ABORT_PATH,
+    CONFIG_PATH,
+    DETOKENIZE_PATH,
+    DOCS_PATH,
+    OPENAPI_PATH,
+    TOKENIZE_PATH,
+)
+from ...common.errors import RequestError
 from . import flask_request
 from .api_description import docs_page, openapi
+from .bodies import AbortBody
 from .options import ServeConfig
 from .responses import json_response
 from .served_model import ServedModel
 from .tokenization import detokenize, tokenize
-from .validation import decode_object
+from .validation import MISSING, decode_object, validated
 
 #: The page loads nothing, whatever is in it.
 _DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -37,6 +46,25 @@ def add_side_endpoints(app: Flask, served: ServedModel) -> None:
         g.resources.enter_context(served.admitted())
         return json_response(detokenize(served, decode_object(flask_request.read_body())))
 
+    @app.post(ABORT_PATH)
+    def abort() -> Response:
+        body = validated(decode_object(flask_request.read_body()), AbortBody)
+        if not body.abort_all and not body.req_ids:
+            raise RequestError(
+                "req_ids is missing; it must be a list of ids, or abort_all must be true",
+                "req_ids",
+                code=MISSING,
+            )
+        result = served.open_requests.abort(None if body.abort_all else body.req_ids)
+        return json_response(
+            {
+                "request_id": g.record.request_id,
+                "status": "success",
+                "error_message": None,
+                "result": msgspec.to_builtins(result),
+            }
+        )
+
     @app.get("/version")
     def version() -> Response:
         return json_response({"version": __version__})
@@ -47,9 +75,8 @@ def add_side_endpoints(app: Flask, served: ServedModel) -> None:
             {"server_load": served.in_flight, "max_concurrency": served.config.max_concurrency}
         )
 
-    @app.get("/config-info")
+    @app.get(CONFIG_PATH)
     def configuration() -> Response:
-        flask_request.authorize_client(served.config.api_keys)
         return json_response(config_info(served.config))
 
     @app.get(OPENAPI_PATH)
@@ -70,6 +97,8 @@ def config_info(config: ServeConfig) -> dict[str, Any]:
         "port": config.port,
         "metrics_port": config.metrics_port,
         "max_concurrency": config.max_concurrency,
+        "tool_call_parser": config.tool_call_parser,
+        "reasoning_parser": config.reasoning_parser,
         "timeout_graceful_shutdown": config.timeout_graceful_shutdown,
         "max_body_bytes": config.max_body_bytes,
         "cors_origins": sorted(config.cors.origins),

@@ -11,6 +11,7 @@ from .chat import render_chat
 from .keep_alive import KeepAlive
 from .prompts import read_messages, template_arguments
 from .served_model import ServedModel
+from .tool_fields import read_tools
 from .validation import MISSING, validated
 
 
@@ -49,6 +50,7 @@ def _chat_text(
 ) -> str:
     assert body.messages is not None
     messages = read_messages(values["messages"], body.messages)
+    tools = read_tools(body.tools, None, None)
     return render_chat(
         served,
         messages,
@@ -57,4 +59,5 @@ def _chat_text(
         int(time.time()),
         keep_alive,
         continue_final_message=body.continue_final_message or False,
+        tools=None if tools is None else tools.definitions,
     )

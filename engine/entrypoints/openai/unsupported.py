@@ -14,11 +14,10 @@ _TRUE = (True, 1)
 _ANY_FLAG = (False, True, 0, 1)
 _EMPTY: tuple[Any, ...] = ([], {}, "", False, 0)
 
-_NO_TOOLS = "this server does not parse tool calls"
-_NO_GRAMMAR = "this server does not constrain its output"
+_CHAT_TOOLS = "tools belong to /v1/chat/completions"
+_USE_TOOLS = "tools and tool_choice have taken its place"
 _NO_LOGPROBS = "this server has no such log probabilities"
-_NO_BIAS = "this server does not change the probabilities of single tokens"
-_NO_THINKING = "this server does not separate reasoning from the response"
+_NO_THINKING = "only /v1/chat/completions separates reasoning from the response"
 _NO_PLUGINS = "this server has no custom sampling code"
 _NO_LIMIT = "this server does not look for repetitions"
 _NO_RETURN = "this server does not return such data"
@@ -41,30 +40,10 @@ WITHOUT_EFFECT = frozenset(
 
 #: Of both endpoints.
 REQUEST_FIELDS: dict[str, Refused] = {
-    # Tools.
-    "tools": Refused(_NO_TOOLS, ([],)),
-    "tool_choice": Refused(_NO_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Refused(_NO_TOOLS, _ANY_FLAG),
-    "functions": Refused(_NO_TOOLS, ([],)),
-    "function_call": Refused(_NO_TOOLS, ("none", "auto")),
-    # Constrained output.
-    "response_format": Refused(_NO_GRAMMAR, ({"type": "text"}, {})),
-    "structured_outputs": Refused(_NO_GRAMMAR, ({},)),
-    "guided_json": Refused(_NO_GRAMMAR),
-    "guided_json_object": Refused(_NO_GRAMMAR, _FALSE),
-    "guided_regex": Refused(_NO_GRAMMAR),
-    "guided_choice": Refused(_NO_GRAMMAR),
-    "guided_grammar": Refused(_NO_GRAMMAR),
-    "guided_whitespace_pattern": Refused(_NO_GRAMMAR),
-    "structural_tag": Refused(_NO_GRAMMAR),
-    "json_schema": Refused(_NO_GRAMMAR),
-    "regex": Refused(_NO_GRAMMAR),
-    "ebnf": Refused(_NO_GRAMMAR),
+    # Older names of tools.
+    "functions": Refused(_USE_TOOLS, ([],)),
+    "function_call": Refused(_USE_TOOLS, ("none", "auto")),
     # Sampling.
-    "logit_bias": Refused(_NO_BIAS, ({},)),
-    "bad_words": Refused(_NO_BIAS, ([],)),
-    "bad_words_token_ids": Refused(_NO_BIAS, ([],)),
-    "allowed_token_ids": Refused(_NO_BIAS),
     "logits_processors": Refused(_NO_PLUGINS, ([],)),
     "logits_processors_args": Refused(_NO_PLUGINS, ({},)),
     "custom_logit_processor": Refused(_NO_PLUGINS, ([],)),
@@ -81,22 +60,14 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "stop_regex": Refused("stop takes strings only", ([], "")),
     "no_stop_trim": Refused("include_stop_str_in_output does this", _FALSE),
     # Log probabilities.
-    "prompt_logprobs": Refused("completions return these with echo and logprobs", (False,)),
     "temp_scaled_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "top_p_normalized_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "include_draft_logprobs": Refused(_NO_LOGPROBS, _FALSE),
     "include_logprobs_decode_token": Refused("log probabilities always name their token", _TRUE),
     "logprob_token_ids": Refused(_NO_LOGPROBS, ([],)),
-    "return_tokens_as_token_ids": Refused("return_token_ids returns the ids", _FALSE),
     # Reasoning.
-    "reasoning": Refused(_NO_THINKING, ({},)),
-    "reasoning_max_tokens": Refused(_NO_THINKING),
-    "response_max_tokens": Refused(_NO_THINKING),
-    "thinking_token_budget": Refused(_NO_THINKING, (-1,)),
-    "include_reasoning": Refused(_NO_THINKING, _TRUE),
-    # Without a parser, the content has the reasoning in it anyway.
-    "separate_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
-    "stream_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
+    "reasoning": Refused("reasoning_effort is its name", ({},)),
+    "response_max_tokens": Refused("max_tokens limits reasoning and content together"),
     "verbosity": Refused("no model here has such a setting", ("medium",)),
     "task": Refused("no model here has such tasks"),
     # Prompts.
@@ -116,8 +87,6 @@ REQUEST_FIELDS: dict[str, Refused] = {
     "web_search_options": Refused("this server does not search the web"),
     "moderation": Refused("this server does not moderate"),
     # The form of responses.
-    "max_streaming_response_tokens": Refused("each event has the tokens of one step", (1,)),
-    "stream_interval": Refused("each event has the tokens of one step", (1,)),
     "collect_metrics": Refused("/metrics has the measurements", _FALSE),
     "return_hidden_states": Refused(_NO_RETURN, _FALSE),
     "return_routed_experts": Refused(_NO_RETURN, _FALSE),
@@ -133,8 +102,7 @@ REQUEST_FIELDS: dict[str, Refused] = {
     # Places and caches.
     "rid": Refused("request_id names a request"),
     "priority": Refused("requests are served in the order of arrival", (0,)),
-    "cache_salt": Refused("all clients share the prefix cache"),
-    "extra_key": Refused("all clients share the prefix cache", ([], "")),
+    "extra_key": Refused("cache_salt does this", ([], "")),
     "custom_labels": Refused("metrics have no labels of clients", ({},)),
     "lora_path": Refused("this server has no adapters", ([], "")),
     "session_params": Refused("requests are independent of each other", ({},)),
@@ -159,6 +127,14 @@ CHAT_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
 COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
     "messages": Refused("it belongs to /v1/chat/completions; this endpoint reads prompt", ([],)),
     "top_logprobs": Refused("it belongs to /v1/chat/completions; here logprobs is a number", (0, -1)),
+    "tools": Refused(_CHAT_TOOLS, ([],)),
+    "tool_choice": Refused(_CHAT_TOOLS, ("none", "auto")),
+    "parallel_tool_calls": Refused(_CHAT_TOOLS, _ANY_FLAG),
+    "reasoning_max_tokens": Refused(_NO_THINKING),
+    "thinking_token_budget": Refused(_NO_THINKING, (-1,)),
+    "include_reasoning": Refused(_NO_THINKING, _TRUE),
+    "separate_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
+    "stream_reasoning": Refused(_NO_THINKING, _ANY_FLAG),
     "chat_template": Refused(_CHAT_ONLY),
     "chat_template_kwargs": Refused(_CHAT_ONLY, ({},)),
     "reasoning_effort": Refused(_CHAT_ONLY, ("none",)),
@@ -171,13 +147,12 @@ COMPLETION_FIELDS: dict[str, Refused] = REQUEST_FIELDS | {
 
 #: Of /tokenize.
 TOKENIZE_FIELDS: dict[str, Refused] = {
-    name: REQUEST_FIELDS[name] for name in ("tools", "mm_processor_kwargs", "media_io_kwargs")
+    name: REQUEST_FIELDS[name] for name in ("mm_processor_kwargs", "media_io_kwargs")
 }
 
 #: Of a message.
 MESSAGE_FIELDS: dict[str, Refused] = {
-    "tool_calls": Refused(_NO_TOOLS, _EMPTY),
-    "function_call": Refused(_NO_TOOLS, _EMPTY),
+    "function_call": Refused("tool_calls has taken its place", _EMPTY),
     "audio": Refused(_TEXT_ONLY, _EMPTY),
-    "tools": Refused(_NO_TOOLS, _EMPTY),
+    "tools": Refused("tools is a field of the request", _EMPTY),
 }

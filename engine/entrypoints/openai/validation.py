@@ -81,18 +81,21 @@ def decode_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def validated(values: Mapping[str, Any], kind: type[_B]) -> _B:
+def validated(values: Mapping[str, Any], kind: type[_B], path: str = "") -> _B:
     """Return the object as `kind` declares it.
+
+    Args:
+        path: where the object is in the body.
 
     Raises:
         RequestError: a field is missing, invalid or not supported.
     """
-    refuse_unsupported(values, kind.refused)
+    refuse_unsupported(values, kind.refused, path)
     try:
         return msgspec.convert(values, kind)
     except ValidationError as error:
         # The search for the fault may disagree with msgspec only by a defect of this module.
-        raise _fault(inspect.type_info(kind), values, "") or RequestError(f"the body: {error}") from None
+        raise _fault(inspect.type_info(kind), values, path) or RequestError(f"the body: {error}") from None
 
 
 def refuse_unsupported(values: Mapping[str, Any], refused: Mapping[str, Refused], path: str = "") -> None:

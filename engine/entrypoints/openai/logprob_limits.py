@@ -1,0 +1,63 @@
+"""Limits of the log probabilities in a response."""
+
+from __future__ import annotations
+
+from ...common.errors import RequestError
+from .protocol import GenerationRequest
+from .served_model import ServedModel
+from .validation import invalid
+
+#: Limits of prompt log probabilities, including those of the most likely tokens at each position. A stream
+#: sends those of a prompt in one event.
+_MAX_PER_RESPONSE, _MAX_PER_EVENT = 1 << 20, 1 << 15
+#: Up to this number of most likely tokens, those of the output have no limit of their own.
+_FEW = 20
+#: A GPU returns no more most likely tokens.
+_MAX_ON_GPU = 20
+
+
+def check_logprobs(served: ServedModel, request: GenerationRequest, prompts: list[list[int]]) -> None:
+    """Raise RequestError if the request asks for too many log probabilities."""
+    for name, number in request.requested_logprobs.items():
+        _check_number(served, name, number)
+    vocab_size = served.model.vocab_size
+    if request.scored_logprobs is not None:
+        name = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
+        _check_prompts(name, prompts, request, 1 + _number(request.scored_logprobs, vocab_size))
+    each = _number(request.logprobs or 0, vocab_size)
+    if each > _FEW and not request.stream:
+        tokens = sum(served.tokens_left(each, request.max_tokens, request.prompt_field) for each in prompts)
+        _check_size(request, request.logprobs_field, tokens * request.n * (1 + each), _MAX_PER_RESPONSE)
+
+
+def _check_number(served: ServedModel, name: str, number: int) -> None:
+    vocab_size = served.model.vocab_size
+    limit = vocab_size if served.config.max_logprobs == -1 else served.config.max_logprobs
+    origin = "--max-logprobs"
+    if limit > _MAX_ON_GPU and served.is_on_gpu:
+        limit, origin = _MAX_ON_GPU, "on a GPU"
+    if _number(number, vocab_size) > limit:
+        whole = f", and -1 is the whole vocabulary of {vocab_size}" if number == -1 else ""
+        raise invalid(name, number, f"at most {limit} ({origin}){whole}")
+
+
+def _check_prompts(name: str, prompts: list[list[int]], request: GenerationRequest, each: int) -> None:
+    if request.stream:
+        _check_size(request, name, max(map(len, prompts)) * each, _MAX_PER_EVENT)
+    else:
+        _check_size(request, name, sum(map(len, prompts)) * request.n * each, _MAX_PER_RESPONSE)
+
+
+def _check_size(request: GenerationRequest, name: str, size: int, limit: int) -> None:
+    if size > limit:
+        where = "one event of a stream" if request.stream else "one response"
+        what = "echo with logprobs" if name == "echo" else name
+        raise RequestError(
+            f"{what} would put {size} log probabilities into {where}; the limit is {limit}: request fewer "
+            "logprobs, tokens or prompts" + (", or no stream" * request.stream),
+            name,
+        )
+
+
+def _number(asked: int, vocab_size: int) -> int:
+    return vocab_size if asked == -1 else asked
