@@ -148,6 +148,8 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
             "",
             [("f", "{}"), ("g", '{"b": 2}')],
         ),
+        ("llama3_json", 'See: <|python_tag|>{"name": "f", "parameters": {}}', "See:", [("f", "{}")]),
+        ("llama3_json", "a <|python_tag|>print(1)", "a <|python_tag|>print(1)", []),
         ("llama3_json", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
         ("llama3_json", 'See {"name": "f", "parameters": {}}', 'See {"name": "f", "parameters": {}}', []),
         (
@@ -171,6 +173,8 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
             "",
             [("f", '{"a": 1, "b": "x)]", "c": {"k": [true, null]}}'), ("g", "{}")],
         ),
+        ("pythonic", "<|python_start|>[f(a=1)]<|python_end|>", "", [("f", '{"a": 1}')]),
+        ("pythonic", "<|python_start|>f", "<|python_start|>f", []),
         ("pythonic", "[1, 2]", "[1, 2]", []),
         ("pythonic", "[f(1)]", "[f(1)]", []),
         ("pythonic", "[f(a=open('x'))]", "[f(a=open('x'))]", []),

@@ -170,7 +170,6 @@ RESPONSES_FIELDS: dict[str, Refused] = {
     "include_reasoning": Refused(_OF_CHAT, (True,)),
     "separate_reasoning": Refused(_OF_CHAT, (True,)),
     "stream_reasoning": Refused(_OF_CHAT, (True,)),
-    "prompt_logprobs": Refused(_OF_CHAT),
     "max_streaming_response_tokens": Refused(_ONE_STEP, (1,)),
     "stream_interval": Refused(_ONE_STEP, (1,)),
     "echo": CHAT_FIELDS["echo"],
