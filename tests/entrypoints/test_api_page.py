@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,13 @@ from .conftest import ApiServer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 EXAMPLES = [text for text in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) if text.startswith("curl ")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    # Tools make a long prompt.
+    with ApiServer(tmp_path_factory.mktemp("server"), "--max-model-len", "1024") as running:
+        yield running.wait_ready()
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
