@@ -26,6 +26,13 @@ JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "thing", "schema":
 COMPACT = {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}
 
 
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
 def ask(server: ApiServer, **fields: Any) -> list[dict[str, Any]]:
     """Return the choices of an answer."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "seed": 5, **fields}
@@ -190,6 +197,11 @@ def test_bad_words_biases_and_allowed_ids_act(server: ApiServer) -> None:
             {"guided_choice": ["a"], "response_format": {"type": "json_object"}},
             "guided_choice",
             "response_format and guided_choice exclude each other",
+        ),
+        (
+            {"structured_outputs": {"json": _nested(150), "disable_additional_properties": True}},
+            "structured_outputs.json",
+            "structured_outputs.json",
         ),
         ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias has a key that is not a token id"),
         ({"logit_bias": {"9999": 1}}, "logit_bias", "logit_bias has token id 9999"),
