@@ -198,11 +198,7 @@ def test_bad_words_biases_and_allowed_ids_act(server: ApiServer) -> None:
             "guided_choice",
             "response_format and guided_choice exclude each other",
         ),
-        (
-            {"structured_outputs": {"json": _nested(150), "disable_additional_properties": True}},
-            "structured_outputs.json",
-            "structured_outputs.json",
-        ),
+        ({"guided_json": json.dumps(_nested(300))}, "guided_json", "guided_json"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias has a key that is not a token id"),
         ({"logit_bias": {"9999": 1}}, "logit_bias", "logit_bias has token id 9999"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "logit_bias.5 is 101"),
