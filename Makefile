@@ -18,15 +18,16 @@ TYPES  := .cache/types
 # Otherwise each of the thousands of processes that the tests start would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help serve model test test-fast coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-grammar bench-context bench-replicas \
+.PHONY: help serve model test test-fast test-clients coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-grammar bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \
         uninstall clean check-cuda test-gpu gpu import-tree bench-gpu-engine bench-gpu-product \
-        bench-gpu-attention bench-gpu-step
+        bench-gpu-attention bench-gpu-step bench-api
 
 help:
 	@echo "make serve              set up everything and serve the demo model with eight replicas and a router"
 	@echo "make test               set up everything and run all tests"
 	@echo "make test-fast          run the tests that start no processes (minutes)"
+	@echo "make test-clients       run the tests of clients that are large packages, and longer tests of /openapi.json"
 	@echo "make coverage           run all tests except the end-to-end tests, and list the lines that did not run"
 	@echo "make check              run ruff, mypy and codespell"
 	@echo "make format             format the code and apply ruff's fixes"
@@ -54,6 +55,7 @@ help:
 	@echo "make bench-long-prompt  effect of a long prompt on running streams"
 	@echo "make bench-ep           expert parallelism: exchange, throughput, memory, recovery after a kill"
 	@echo "make bench-recovery     recovery after kill -9, compared with supervisord alone; reload; cost of fd-dp"
+	@echo "make bench-api          cost of the HTTP API for a request and a token, beside other servers' libraries"
 	@echo "make bench-router       our router against sglang's, vLLM's and nginx (needs wrk; installs the first two)"
 	@echo "make bench-router-policies  simulated routing policies by traffic; writes docs/router-policies.svg"
 	@echo "make bench-gpu-product  matrix products against cuBLAS; also bench-gpu-attention and bench-gpu-step"
@@ -72,6 +74,11 @@ test: $(VENV)/installed model
 test-fast: $(VENV)/installed
 	@$(BIN)/pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/systemd --ignore tests/fuzz \
 	    -m 'not processes and not slow and not chaos' --durations=20
+
+# litellm alone has 29 dependencies.
+test-clients: $(VENV)/installed
+	@$(PIP) install -q -e '.[clients]' --no-build-isolation
+	@$(BIN)/pytest -m 'clients or slow' tests/clients
 
 # Processes that tests start are measured too, except those that a test kills. Tests that fail because the measurement
 # slows processes or loads modules do not prevent the report.
@@ -175,6 +182,10 @@ bench-recovery: $(VENV)/installed model
 # Pass options in ARGS, such as ARGS="--quick --only unary"; `python -m benchmarks.router --help` lists them.
 bench-router: $(VENV)/installed
 	@$(BIN)/python -m benchmarks.router $(ARGS)
+
+# ARGS can name parts: functions, process, load. Peers and the load generator get environments of their own.
+bench-api: $(VENV)/installed model
+	@$(BIN)/python -m benchmarks.api $(ARGS)
 
 bench-router-policies: $(VENV)/bench-installed
 	@$(BIN)/python -m benchmarks.router_policies

@@ -1,12 +1,12 @@
 """Costs of the HTTP API: `make bench-api`.
 
-* functions: microseconds for a request (validation, template, tokens) and for a token (detokenizing, event), with
-  the libraries that other servers use as peers.
-* process: share of a core that an API process uses while 64 streams get 20 tokens per second each, and the tokens
-  per second that it sends at most. Its worker has no model. The peer is a server of FastAPI and uvicorn that
-  writes the same events but neither detokenizes nor talks to a worker.
-* load: time to the first token, time between tokens and tokens per second of the demo model through the router,
-  by the public load generator aiperf with 1, 8 and 32 streams.
+* functions: microseconds for a request (validation, template, tokens) and for a token (detokenizing, event).
+  The peers are the libraries that other servers use.
+* process: share of a core that an API process uses while 64 streams get 20 tokens per second each, and the
+  tokens per second that it sends at most. Its worker has no model. The peer is a server of FastAPI and
+  uvicorn that writes the same events but neither detokenizes nor talks to a worker.
+* load: time to the first token, time between tokens and tokens per second of the demo model through the
+  router, measured with 1, 8 and 32 streams by the public load generator aiperf.
 
 Options choose parts: `make bench-api ARGS="functions process"`. Only a run of all parts replaces the file of
 results; a part has its own.
@@ -73,21 +73,19 @@ def _peer_functions() -> dict[str, Any]:
 def _process() -> list[Row]:
     steady, most = api_process.ours()
     python = _peers_python()
-    their_steady = their_most = name = None
-    if python is not None:
-        their_steady, their_most = api_process.peer([str(python), "-m", "benchmarks.api_peers", "server"])
-        name = "FastAPI, uvicorn"
-    case = f"{STREAMS}_streams_x_{RATE}_tokens_per_s"
+    case, flood = f"{STREAMS}_streams_x_{RATE}_tokens_per_s", f"{STREAMS}_streams_at_most"
+    ours = {
+        (case, "% core"): 100 * steady.share,
+        (case, "us/token"): steady.microseconds_per_token,
+        (flood, "tokens/s"): most,
+    }
+    if python is None:
+        return [Row(*key, value) for key, value in ours.items()]
+    their_steady, their_most = api_process.peer([str(python), "-m", "benchmarks.api_peers", "server"])
+    theirs = (100 * their_steady.share, their_steady.microseconds_per_token, their_most)
     return [
-        Row(case, "% core", 100 * steady.share, their_steady and 100 * their_steady.share, name),
-        Row(
-            case,
-            "us/token",
-            steady.microseconds_per_token,
-            their_steady and their_steady.microseconds_per_token,
-            name,
-        ),
-        Row(f"{STREAMS}_streams_at_most", "tokens/s", most, their_most, name),
+        Row(*key, value, other, "FastAPI, uvicorn")
+        for (key, value), other in zip(ours.items(), theirs, strict=True)
     ]
 
 

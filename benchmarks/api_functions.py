@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from flask.testing import FlaskClient
@@ -31,18 +32,14 @@ def measure() -> dict[str, float]:
     """Return microseconds for a request, or for a token where the name says so."""
     served = _demo()
     tokenizer = served.tokenizer
-    found = {}
+    found: dict[str, float] = {}
     for name, body in REQUESTS.items():
         request = ChatRequest.parse(decode_object(body), served.defaults)
         text = tokenizer.apply_chat_template(request.messages)
         found |= {
-            f"validation_{name}": microseconds(
-                lambda body=body: ChatRequest.parse(decode_object(body), served.defaults)
-            ),
-            f"template_{name}": microseconds(
-                lambda request=request: tokenizer.apply_chat_template(request.messages)
-            ),
-            f"tokenizing_{name}": microseconds(lambda text=text: tokenizer.encode(text)),
+            f"validation_{name}": microseconds(partial(_validate, served, body)),
+            f"template_{name}": microseconds(partial(tokenizer.apply_chat_template, request.messages)),
+            f"tokenizing_{name}": microseconds(partial(tokenizer.encode, text)),
         }
     tokens = tokenizer.encode(TEXT)[:2048]
 
@@ -59,6 +56,10 @@ def measure() -> dict[str, float]:
     return found
 
 
+def _validate(served: ServedModel, body: bytes) -> ChatRequest:
+    return ChatRequest.parse(decode_object(body), served.defaults)
+
+
 def tokens_of_text() -> list[int]:
     return _demo().tokenizer.encode(TEXT)
 
@@ -73,7 +74,10 @@ def _demo() -> ServedModel:
 
 def _send_events() -> None:
     """Encode the events of a stream. A dictionary is made for each, as in chat.py."""
-    head = {"id": "chatcmpl-0123456789abcdef0123456789abcdef", "object": "chat.completion.chunk"}
+    head: dict[str, Any] = {
+        "id": "chatcmpl-0123456789abcdef0123456789abcdef",
+        "object": "chat.completion.chunk",
+    }
     head |= {"created": 1_700_000_000, "model": "demo"}
 
     def events() -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -1,7 +1,7 @@
 """What other Python servers of the same API use for the same work, in an environment of its own.
 
-`python -m benchmarks.api_peers functions MODEL_DIRECTORY` reads the description of our API as input and writes
-times of these as JSON, under the names of api_functions.py:
+`python -m benchmarks.api_peers functions MODEL_DIRECTORY` reads the description of our API as input and
+writes times of these as JSON, under the names of api_functions.py:
 
 * validation: `json` and pydantic, as in FastAPI, with a model of the fields and limits of our description;
 * template and tokens: transformers;
@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -41,20 +42,15 @@ def functions(directory: str, description: dict[str, Any]) -> dict[str, float]:
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     body_class = _Models(description["components"]["schemas"]).of("ChatBody")
-    found = {}
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    found: dict[str, float] = {}
     for name, body in REQUESTS.items():
         messages = json.loads(body)["messages"]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        encode = partial(tokenizer.encode, render(messages), add_special_tokens=False)
         found |= {
-            f"validation_{name}": microseconds(lambda body=body: body_class.model_validate(json.loads(body))),
-            f"template_{name}": microseconds(
-                lambda messages=messages: tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            ),
-            f"tokenizing_{name}": microseconds(
-                lambda text=text: tokenizer.encode(text, add_special_tokens=False)
-            ),
+            f"validation_{name}": microseconds(partial(_validate, body_class, body)),
+            f"template_{name}": microseconds(partial(render, messages)),
+            f"tokenizing_{name}": microseconds(encode),
         }
     decoder = Tokenizer.from_file(f"{directory}/tokenizer.json")
     tokens = tokenizer.encode(TEXT, add_special_tokens=False)[:2048]
@@ -67,6 +63,10 @@ def functions(directory: str, description: dict[str, Any]) -> dict[str, float]:
     found["detokenizing_token"] = microseconds(detokenize, per=len(tokens))
     found["sse_token"] = microseconds(lambda: _event(" word"))
     return found
+
+
+def _validate(kind: type[pydantic.BaseModel], body: bytes) -> pydantic.BaseModel:
+    return kind.model_validate(json.loads(body))
 
 
 def _event(text: str, finish_reason: str | None = None) -> str:

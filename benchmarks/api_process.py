@@ -54,17 +54,22 @@ def ours() -> tuple[Load, float]:
 
 def peer(command: Sequence[str]) -> tuple[Load, float]:
     """Do the same with a server that is started with two further arguments, port and tokens per second."""
-    loads = []
-    for rate in (RATE, 0):
-        [port] = find_free(1)
-        process = subprocess.Popen([*command, str(port), str(rate)], cwd=ROOT)
-        try:
-            _wait_ready(port, process)
-            loads.append(_steady(port, process.pid) if rate else _flood(port))
-        finally:
-            process.terminate()
-            process.wait()
-    return loads[0], loads[1]  # type: ignore[return-value]
+    with _peer(command, RATE) as (port, pid):
+        steady = _steady(port, pid)
+    with _peer(command, 0) as (port, _):
+        return steady, _flood(port)
+
+
+@contextmanager
+def _peer(command: Sequence[str], rate: int) -> Iterator[tuple[int, int]]:
+    [port] = find_free(1)
+    process = subprocess.Popen([*command, str(port), str(rate)], cwd=ROOT)
+    try:
+        _wait_ready(port, process)
+        yield port, process.pid
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def main() -> None:
     due, steps = time.monotonic(), 0
     while True:
         wait = max(0.0, due - time.monotonic()) if drawn else 60.0
-        while socket.poll(1000 * wait):
+        while socket.poll(round(1000 * wait)):
             match msgspec.msgpack.decode(socket.recv(), type=ToWorker):
                 case AddRequest(request_id=name, params=params):
                     drawn[name], limits[name] = 0, params.max_tokens

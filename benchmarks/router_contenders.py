@@ -17,8 +17,8 @@ import requests
 
 from fastdeploy.common.ports import find_free
 
-from .mock_engines import Heartbeat, MockEngines
 from .environments import NotInstalledError
+from .mock_engines import Heartbeat, MockEngines
 from .router_peers import installed
 
 _START_SECONDS = 60.0

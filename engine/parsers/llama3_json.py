@@ -54,8 +54,9 @@ def _schema(tool: Tool) -> dict[str, Any]:
 
 
 class Llama3JsonParser(JsonCallParser):
-    """A text that does not begin with a call has none."""
+    """A text that does not begin with a call has none, unless the tag announces it."""
 
+    opening = _TAG
     needs_arguments = True
 
     def _start(self, finished: bool) -> bool:
@@ -79,7 +80,3 @@ class Llama3JsonParser(JsonCallParser):
             return False
         self._state = self._in_content
         return True
-
-    def _in_content(self, finished: bool) -> bool:
-        self._content(len(self._buffer))
-        return False

@@ -11,10 +11,12 @@ from typing import Any
 from .json_text import json_text, without_surrogates
 from .parts import Call
 from .tool_format import SHARED_KEYS, Notation, Tool, ToolFormat
-from .tool_parser import MAX_NAME_LENGTH, ToolParser
+from .tool_parser import MAX_NAME_LENGTH, ToolParser, may_begin
 
-_HEAD = re.compile(r"\s*\[\s*(?=[A-Za-z_][\w.]*\()")
-_MAY_BE_HEAD = re.compile(r"\s*(?:\[\s*(?:[A-Za-z_][\w.]*)?)?")
+#: Llama 4 writes the list between these.
+_START, _END = "<|python_start|>", "<|python_end|>"
+_HEAD = re.compile(rf"\s*(?:{re.escape(_START)}\s*)?\[\s*(?=[A-Za-z_][\w.]*\()")
+_MAY_BE_HEAD = re.compile(rf"\s*(?:{re.escape(_START)}\s*)?(?:\[\s*(?:[A-Za-z_][\w.]*)?)?")
 _NAME = re.compile(rf"\s*([A-Za-z_][\w.]{{0,{MAX_NAME_LENGTH - 1}}})\(")
 _MAY_BE_NAME = re.compile(r"\s*(?:[A-Za-z_][\w.]*)?")
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
@@ -23,6 +25,7 @@ _WORDS = {"true": True, "false": False, "null": None}
 
 
 class Pythonic(ToolFormat):
+    markers = (_START, _END)
     instruction = (
         "For function calls, return nothing but [<function name>(<argument name>=<argument value>, ...), "
         "...], a Python list with one or several calls."
@@ -51,7 +54,9 @@ class PythonicParser(ToolParser):
             self._opened = head.end()
             self._state = self._in_section
             return True
-        if not finished and _MAY_BE_HEAD.fullmatch(self._buffer):
+        if not finished and (
+            _MAY_BE_HEAD.fullmatch(self._buffer) or may_begin(self._buffer.lstrip(), _START)
+        ):
             return False
         return self._no_call()
 
@@ -96,7 +101,16 @@ class PythonicParser(ToolParser):
             return False
         end = len(self._buffer) - len(rest) + 1
         if rest[0] in ",]":
-            return self._go(end, self._in_section if rest[0] == "," else self._in_content)
+            return self._go(end, self._in_section if rest[0] == "," else self._after_list)
+        self._state = self._in_content
+        return True
+
+    def _after_list(self, finished: bool) -> bool:
+        rest = self._buffer.lstrip()
+        if rest.startswith(_END):
+            return self._go(len(self._buffer) - len(rest) + len(_END), self._in_content)
+        if not finished and may_begin(rest, _END):
+            return False
         self._state = self._in_content
         return True
 
@@ -113,7 +127,11 @@ class PythonicParser(ToolParser):
 
 def _call_rules(rule: str, tool: Tool, notation: Notation) -> list[str]:
     """Return Lark rules for a call: required arguments, then optional ones, in the order of the schema."""
-    properties, required = tool.parameters.get("properties") or {}, tool.parameters.get("required") or ()
+    properties, required = tool.parameters.get("properties"), tool.parameters.get("required")
+    if not isinstance(properties, dict):
+        properties = {}
+    if not isinstance(required, list):
+        required = []
     shared = {key: tool.parameters[key] for key in SHARED_KEYS if key in tool.parameters}
     names = sorted(properties, key=lambda name: name not in required)
     lines = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -65,7 +65,7 @@ def malformed(number: int, seed: int) -> list[Malformed]:
     They have wrong values, conflicts between fields, bodies nested too deeply, and broken JSON.
     """
     chance = random.Random(seed)
-    kinds: list[Callable[[random.Random], Malformed]] = [_wrong_value] * 8 + [_bomb, _broken_text]
+    kinds: Sequence[Callable[[random.Random], Malformed]] = [*[_wrong_value] * 8, _bomb, _broken_text]
     found = dict.fromkeys(_conflicts())
     while len(found) < number:
         found[chance.choice(kinds)(chance)] = None

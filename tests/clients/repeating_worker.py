@@ -1,8 +1,10 @@
 """A worker whose text is the prompt, so that a test can choose what the model says.
 
-The seed of a request decides how many tokens come in each step; with seed 0 it is one.
+A padding token in the prompt ends it. The seed of a request decides how many tokens come in each step; with
+seed 0 it is one.
 """
 
+import itertools
 import os
 import random
 
@@ -24,8 +26,8 @@ from fastdeploy.common.messages import (
 from fastdeploy.common.request import FinishReason
 
 _STATS = Stats(1, 0, 64, 63, 0, 0, 0, 1, 1, 8)
-#: Of the tiny checkpoint.
-_END = 2
+#: Tokens of the tiny checkpoint.
+_PADDING, _END = 0, 2
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
         socket.send(msgspec.msgpack.encode(message))
 
     send(Hello(os.environ["FD_WORKER_TOKEN"], os.getpid()))
-    send(Ready(num_blocks=64, block_size=64, max_model_len=4096))
+    send(Ready(num_blocks=512, block_size=64, max_model_len=1 << 15))
     while True:
         match msgspec.msgpack.decode(socket.recv(), type=ToWorker):
             case AddRequest() as request:
@@ -49,7 +51,8 @@ def main() -> None:
 
 def _steps(request: AddRequest) -> list[TokenOutput]:
     params = request.params
-    tokens = [*request.prompt_token_ids, _END][len(request.output_token_ids) : params.max_tokens]
+    text = itertools.takewhile(lambda token: token != _PADDING, request.prompt_token_ids)
+    tokens = [*text, _END][len(request.output_token_ids) : params.max_tokens]
     chance = random.Random(params.seed)
     outputs = []
     at = 0

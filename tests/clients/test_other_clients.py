@@ -33,9 +33,8 @@ def test_hugging_faces_client_reads_a_chat_with_logprobs(client: InferenceClient
 
 def test_hugging_faces_client_reads_a_stream(client: InferenceClient) -> None:
     whole = client.chat_completion(**SAMPLED, model="tiny").choices[0].message.content
-    *chunks, usage = client.chat_completion(
-        **SAMPLED, model="tiny", stream=True, stream_options={"include_usage": True}
-    )
+    options: Any = {"include_usage": True}
+    *chunks, usage = client.chat_completion(**SAMPLED, model="tiny", stream=True, stream_options=options)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
     assert chunks[-1].choices[0].finish_reason == "length"
     assert (usage.choices, usage.usage and usage.usage.completion_tokens) == ([], 12)

@@ -134,6 +134,8 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
         ),
         # The output was too long for its limit.
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "b', "", [("f", '{"a": "b')]),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}\n</tool', "", [("f", "{}")]),
+        ("deepseek", DEEPSEEK_V31[:-3], "", [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "argu', '<tool_call>{"name": "f", "argu', []),
         ("hermes", "a <tool_call>{no JSON}</tool_call> b", "a <tool_call>{no JSON}</tool_call> b", []),
         ("hermes", "<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
@@ -146,6 +148,8 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
             "",
             [("f", "{}"), ("g", '{"b": 2}')],
         ),
+        ("llama3_json", 'See: <|python_tag|>{"name": "f", "parameters": {}}', "See:", [("f", "{}")]),
+        ("llama3_json", "a <|python_tag|>print(1)", "a <|python_tag|>print(1)", []),
         ("llama3_json", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
         ("llama3_json", 'See {"name": "f", "parameters": {}}', 'See {"name": "f", "parameters": {}}', []),
         (
@@ -169,6 +173,8 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
             "",
             [("f", '{"a": 1, "b": "x)]", "c": {"k": [true, null]}}'), ("g", "{}")],
         ),
+        ("pythonic", "<|python_start|>[f(a=1)]<|python_end|>", "", [("f", '{"a": 1}')]),
+        ("pythonic", "<|python_start|>f", "<|python_start|>f", []),
         ("pythonic", "[1, 2]", "[1, 2]", []),
         ("pythonic", "[f(1)]", "[f(1)]", []),
         ("pythonic", "[f(a=open('x'))]", "[f(a=open('x'))]", []),
