@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import paddle
 import pytest
@@ -21,9 +23,14 @@ AB = 5
 LETTERS = regex_grammar("[ab]*")
 
 
-def sequence(outputs: list[int] | None = None, **params: object) -> Sequence:
-    values = {"max_tokens": 100, "temperature": 0.0, "end_token_ids": (EOS_ID,), "stop_token_ids": (EOS_ID,)}
-    sampling = SamplingParams(**(values | params))  # type: ignore[arg-type]
+def sequence(outputs: list[int] | None = None, **params: Any) -> Sequence:
+    values: dict[str, Any] = {
+        "max_tokens": 100,
+        "temperature": 0.0,
+        "end_token_ids": (EOS_ID,),
+        "stop_token_ids": (EOS_ID,),
+    }
+    sampling = SamplingParams(**(values | params))
     return Sequence("r", [9], sampling, output_token_ids=outputs or [])
 
 
@@ -65,7 +72,7 @@ def sample(*sequences: Sequence, best: int = EOS_ID) -> list[Sampled]:
     ],
 )
 def test_best_token_that_the_constraints_allow_is_drawn(
-    outputs: list[int], params: dict[str, object], drawn: int
+    outputs: list[int], params: dict[str, Any], drawn: int
 ) -> None:
     one = sequence(outputs, **params)
     assert sample(one) == [Sampled(drawn, None)]
@@ -84,7 +91,7 @@ def test_best_token_that_the_constraints_allow_is_drawn(
         {"bad_words": tuple((token_id,) for token_id in range(VOCAB_SIZE))},
     ],
 )
-def test_choice_without_a_possible_token_is_an_error_of_its_own(params: dict[str, object]) -> None:
+def test_choice_without_a_possible_token_is_an_error_of_its_own(params: dict[str, Any]) -> None:
     stuck, other = sample(sequence(**params), sequence())
     assert stuck.error is not None
     assert other == Sampled(EOS_ID, None)
@@ -98,7 +105,12 @@ def test_output_outside_of_the_grammar_is_an_error() -> None:
 
 def test_logprobs_are_those_before_masks_and_biases() -> None:
     [free] = sample(sequence([], logprobs=3))
-    params = {"logprobs": 3, "grammar": LETTERS, "logit_bias": ((A, 2.0),), "bad_words": ((EOS_ID,),)}
+    params: dict[str, Any] = {
+        "logprobs": 3,
+        "grammar": LETTERS,
+        "logit_bias": ((A, 2.0),),
+        "bad_words": ((EOS_ID,),),
+    }
     [bound] = sample(sequence([], **params))
     assert free.logprobs is not None
     assert bound.logprobs is not None
@@ -106,14 +118,14 @@ def test_logprobs_are_those_before_masks_and_biases() -> None:
     assert bound.logprobs.top == free.logprobs.top
 
 
-def engine(**changes: object) -> EngineCore:
+def engine(**changes: Any) -> EngineCore:
     config = engine_config(**changes)
     return EngineCore(config, MODEL_CONFIG, PagedOracle(32, config.block_size), 32, GRAMMARS)
 
 
 def test_stuck_and_invalid_requests_end_while_others_go_on() -> None:
     core = engine()
-    wanted = {
+    wanted: dict[str, dict[str, Any]] = {
         "stuck": {"grammar": choice_grammar(["ab"]), "allowed_token_ids": (B,)},
         "invalid": {"grammar": lark_grammar("start: b")},
         "fine": {"grammar": choice_grammar(["abcd"])},

@@ -220,16 +220,19 @@ def test_wrong_constraint_is_a_400_that_names_it(
 
 def test_fields_that_constrain_nothing_are_accepted(server: ApiServer) -> None:
     free = ask(server, max_tokens=5)
-    for fields in (
+    accepted: tuple[dict[str, Any], ...] = (
         {"response_format": {"type": "text"}, "guided_json": None, "logit_bias": {}, "bad_words": []},
         {"response_format": {}, "structured_outputs": {}, "guided_json_object": False},
-    ):
+    )
+    for fields in accepted:
         assert ask(server, max_tokens=5, **fields) == free
 
 
 def test_hostile_grammars_do_not_delay_others(server: ApiServer) -> None:
     """Steps go on while grammars are compiled, and each hostile request ends."""
-    wide = {"properties": {f"p{i}": {"properties": {f"q{j}": {} for j in range(40)}} for i in range(40)}}
+    wide: dict[str, Any] = {
+        "properties": {f"p{i}": {"properties": {f"q{j}": {} for j in range(40)}} for i in range(40)}
+    }
     hostile = [
         {"guided_json": wide},
         {"guided_regex": "(a|b)*a(a|b){3000}"},

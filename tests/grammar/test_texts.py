@@ -151,7 +151,9 @@ def hostile_schemas() -> dict[str, dict[str, Any]]:
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(500):
         deep = {"type": "array", "items": deep}
-    wide = {"properties": {f"p{i}": {"properties": {f"q{j}": {} for j in range(60)}} for i in range(60)}}
+    wide: dict[str, Any] = {
+        "properties": {f"p{i}": {"properties": {f"q{j}": {} for j in range(60)}} for i in range(60)}
+    }
     states = {"type": "string", "pattern": "^(a|b)*a(a|b){5000}(a|b)*a(a|b){5000}$"}
     return {"deep": deep, "wide": wide, "states": states}
 
