@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from llguidance import LLTokenizer
 
 from fastdeploy.common.messages import AddRequest
 from fastdeploy.common.request import FinishReason, SamplingParams, Sequence
 from fastdeploy.core.engine import EngineCore
 from fastdeploy.core.sampler import Sampled, Sampler
+from fastdeploy.grammar.matchers import Grammars
 from fastdeploy.grammar.texts import choice_grammar, lark_grammar, regex_grammar
 
 from .paged_oracle import EOS_ID, GRAMMARS, MODEL_CONFIG, VOCAB_SIZE, PagedOracle, engine_config
@@ -139,6 +141,20 @@ def test_stuck_and_invalid_requests_end_while_others_go_on() -> None:
     assert texts.reasons["fine"] == FinishReason.STOP
     assert texts.token_ids["fine"][-1] == EOS_ID
     assert texts.reasons["free"] in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def test_vocabulary_that_cannot_be_used_ends_requests_with_a_grammar_only() -> None:
+    def read() -> LLTokenizer:
+        raise ValueError("no tokens")
+
+    config = engine_config()
+    core = EngineCore(config, MODEL_CONFIG, PagedOracle(32, config.block_size), 32, Grammars(read))
+    core.add(AddRequest("bound", [1, 2], sequence(grammar=choice_grammar(["ab"])).params, 0.0))
+    core.add(AddRequest("free", [1, 2], sequence(max_tokens=3).params, 0.0))
+    texts = collect(core)
+    assert texts.reasons["bound"] == FinishReason.ERROR
+    assert "vocabulary cannot be used" in (texts.messages["bound"] or "")
+    assert texts.reasons["free"] != FinishReason.ERROR
 
 
 def test_request_can_be_aborted_while_its_grammar_is_compiled() -> None:
