@@ -16,7 +16,7 @@ from fastdeploy.entrypoints.openai.protocol import SamplingDefaults
 from fastdeploy.entrypoints.openai.response_answers import ResponseEvent, ResponseObject
 from fastdeploy.entrypoints.openai.response_input import read_responses_request
 from fastdeploy.entrypoints.openai.response_output import ResponseOutput
-from fastdeploy.parsers.parts import CallArguments, CallBegin, CallEnd, Content, Reasoning
+from fastdeploy.parsers.parts import CallArguments, CallBegin, CallEnd, Content, Part, Reasoning
 
 from .conftest import ApiServer
 from .test_forced_calls import NO_SPACE
@@ -127,7 +127,7 @@ def test_the_items_of_a_stream_are_those_of_the_response(replica: Replica) -> No
             assert "".join(pieces) == event.get("text", event.get("arguments"))
 
 
-PARTS = [
+PARTS: list[Part] = [
     Reasoning("Hm."),
     Content("Let "),
     Content("me."),
@@ -154,10 +154,9 @@ def test_what_a_limit_cuts_off_is_incomplete(count: int) -> None:
 
 def test_log_probabilities_stand_with_the_text_only() -> None:
     output = ResponseOutput("a", str)
-    # The tokens 1 and 4 are withheld until their text is decided.
-    for number, parts in enumerate(
-        [[], PARTS[:1], PARTS[1:2], PARTS[2:3], [], [Content("x")], PARTS[3:4], []]
-    ):
+    # The text of the tokens 0 and 4 comes with that of the next.
+    steps: list[list[Part]] = [[], PARTS[:1], PARTS[1:2], PARTS[2:3], [], [Content("x")], PARTS[3:4], []]
+    for number, parts in enumerate(steps):
         output.add(parts, [{"token": number}])
     output.finish("completed")
     logprobs = output.items[1]["content"][0]["logprobs"]

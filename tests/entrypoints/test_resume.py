@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdeploy.common.cli import MAX_BODY_BYTES
 from fastdeploy.common.resumption import Delivered, Resumption, encode_resumption, marks_of
 
 from ..fake_router import FakeRouter
@@ -460,6 +461,15 @@ def test_marks_are_sent_only_on_request(replicas: tuple[Replica, Replica]) -> No
     )
     assert status == 200
     assert Stream.of(answer).marks == []
+
+
+def test_the_largest_request_is_resumed(replicas: tuple[Replica, Replica]) -> None:
+    first, second = replicas
+    fields = json.dumps({"prompt": "a", "max_tokens": 4, "stream": True, "user": ""}).encode()
+    body = fields.removesuffix(b'"}') + b"x" * (MAX_BODY_BYTES - len(fields)) + b'"}'
+    whole = stream(first, COMPLETIONS, body)
+    status, answer = second.resume(whole.before(2).resumption(COMPLETIONS, body))
+    assert status == 200, answer
 
 
 BODY = b'{"prompt": "x", "max_tokens": 5, "stream": true}'

@@ -61,6 +61,15 @@ def test_a_replica_that_does_not_answer_is_named(
     assert answer["error_message"] == f"replica {second.url.removeprefix('http://')}: answered 404"
 
 
+def test_a_long_list_is_passed_on(router: RouterProcess, new_engine: Callable[..., FakeEngine]) -> None:
+    engine = new_engine()
+    router.add(engine)
+    engine.behaviour = aborts([], [])
+    many = {"req_ids": [f"chatcmpl-{number:032}" for number in range(4096)]}
+    assert abort(router, many)[0] == 200
+    assert json.loads(engine.received[-1].body) == many
+
+
 def test_a_refusal_of_a_replica_is_passed_on(
     router: RouterProcess, new_engine: Callable[..., FakeEngine]
 ) -> None:

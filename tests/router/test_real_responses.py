@@ -24,6 +24,15 @@ from .test_real_replicas import router as router
 from .test_real_replicas import start_replica as start_replica
 
 LONG: dict[str, Any] = {"input": "Tell me", "max_output_tokens": 450, "extra_body": {"ignore_eos": True}}
+#: A function whose calls are long.
+NOTE = {
+    "type": "function",
+    "name": "note",
+    "parameters": {
+        "properties": {"text": {"type": "string", "minLength": 300, "maxLength": 400}},
+        "required": ["text"],
+    },
+}
 _CACHED = re.compile(rb'"cached_tokens":\d+')
 
 
@@ -47,14 +56,16 @@ def test_the_bytes_of_a_stream_do_not_depend_on_the_death_of_its_replica(
     assert whole.usage.output_tokens == 450
 
     begun: queue.SimpleQueue[str] = queue.SimpleQueue()
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"seed": seed, "temperature": 1.3, **extra} for seed in (1, 2) for extra in ({}, {"top_logprobs": 1})
     ]
+    bodies.append({"tools": [NOTE], "tool_choice": "required", "truncate_prompt_tokens": 30, "seed": 3})
     undisturbed = [stream(router, number, body, begun) for number, body in enumerate(bodies)]
+    assert b"function_call_arguments.delta" in undisturbed[-1]
     while not begun.empty():
         begun.get()
     before = resumes(router)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
         waiting = [pool.submit(stream, router, number, body, begun) for number, body in enumerate(bodies)]
         os.killpg(replicas[int(begun.get(timeout=60))].process.pid, signal.SIGKILL)
         assert [each.result() for each in waiting] == undisturbed

@@ -217,6 +217,7 @@ def _control_plane(router: ControlPlane) -> Flask:
 
     @app.post(ABORT_PATH)
     def abort() -> Response:
+        request.max_content_length = router.settings.max_body_bytes
         keys = router.settings.keys
         if keys and not keys.allow(_authorization()):
             answer = refusals.no_key()

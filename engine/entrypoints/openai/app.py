@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 CHAT_PATH = "/v1/chat/completions"
 RESPONSES_PATH = "/v1/responses"
 COMPLETIONS_PATH = "/v1/completions"
+#: Bytes of a resumption beside the client's body.
+_MAX_DELIVERED = 4 << 20
 _SLASHES = re.compile(r"//+")
 #: Limit of a path in an error message, in characters.
 _MAX_PATH_LENGTH = 200
@@ -104,7 +106,7 @@ def create_app(served: ServedModel) -> Flask:
         flask_request.authorize_router(served.identity.token)
         g.resources.enter_context(served.admitted())
         # Another replica has accepted the client's body; the tokens make it larger.
-        request.max_content_length = None
+        request.max_content_length = served.config.max_body_bytes + _MAX_DELIVERED
         resumption = decode_resumption(flask_request.read_body("application/msgpack"))
         if resumption.path not in _RESUMABLE:
             raise ApiError(409, f"responses of {quote(resumption.path[:100])} cannot be resumed")
