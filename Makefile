@@ -18,7 +18,7 @@ TYPES  := .cache/types
 # Otherwise each of the thousands of processes that the tests start would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help serve model test test-fast test-clients coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-context bench-replicas \
+.PHONY: help serve model test test-fast test-clients coverage check mypy format docs parity soak fuzz bench-serve bench-engine bench-grammar bench-context bench-replicas \
         bench-long-prompt bench-ep bench-recovery bench-router bench-router-policies chaos profile perplexity install \
         uninstall clean check-cuda test-gpu gpu import-tree bench-gpu-engine bench-gpu-product \
         bench-gpu-attention bench-gpu-step bench-api
@@ -49,6 +49,7 @@ help:
 	@echo "Benchmarks:"
 	@echo "make bench-serve        start time, memory and tokens/s of the whole system"
 	@echo "make bench-engine       the CPU engine against transformers and the hardware limits (installs torch)"
+	@echo "make bench-grammar      structured against free output, and the time to compile schemas"
 	@echo "make bench-context      decode speed by context and batch; writes docs/decode-speed.svg"
 	@echo "make bench-replicas     eight engines against one on the same cores"
 	@echo "make bench-long-prompt  effect of a long prompt on running streams"
@@ -156,6 +157,9 @@ bench-serve: $(VENV)/installed model
 
 bench-engine: $(VENV)/installed $(PARITY)/installed
 	@$(BIN)/python -m benchmarks.engine
+
+bench-grammar: $(VENV)/installed model
+	@$(BIN)/python -m benchmarks.grammar
 
 bench-context: $(VENV)/bench-installed
 	@$(BIN)/python -m benchmarks.context

@@ -21,6 +21,7 @@ from .contender import Timing
 
 if TYPE_CHECKING:
     from fastdeploy.device.paddle_cpu import ModelRunner
+    from fastdeploy.grammar.matchers import Grammars
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
 
@@ -28,7 +29,7 @@ WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
 class Driver:
     """An engine with random or given prompts."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, grammars: Grammars | None = None) -> None:
         # Paddle reads these on import.
         os.environ.update(SINGLE_THREADED)
         import_paddle()
@@ -43,7 +44,7 @@ class Driver:
         self.model_config = ModelConfig.from_directory(config.model)
         self.runner = open_runner(config, self.model_config)
         num_blocks = config.num_blocks(self.model_config)
-        self.core = EngineCore(config, self.model_config, self.runner, num_blocks)
+        self.core = EngineCore(config, self.model_config, self.runner, num_blocks, grammars)
         self._sampler = Sampler(self.model_config.vocab_size)
         self._random = np.random.default_rng(7)
         self._requests = 0
@@ -51,12 +52,12 @@ class Driver:
         gc.collect()
         gc.freeze()
 
-    def add(self, prompt_length: int, new: int) -> str:
-        """Queue a random prompt that gets `new` greedy tokens; return its request id."""
+    def add(self, prompt_length: int, new: int, **sampling: Any) -> str:
+        """Queue a random prompt that gets `new` tokens, greedy unless told; return its request id."""
         self._requests += 1
         request_id = str(self._requests)
         prompt = self._random.integers(3, self.model_config.vocab_size, prompt_length).tolist()
-        params = SamplingParams(max_tokens=new, temperature=0)
+        params = SamplingParams(**({"max_tokens": new, "temperature": 0} | sampling))
         self.core.add(AddRequest(request_id, prompt, params, time.time()))
         return request_id
 
@@ -88,9 +89,9 @@ class Driver:
         self.drain()
         return Timing(tokens, started, time.monotonic())
 
-    def decode(self, batch: int, prompt: int, new: int) -> Timing:
-        for _ in range(batch):
-            self.add(prompt, new)
+    def decode(self, batch: int, prompt: int, new: int, **sampling: Any) -> Timing:
+        for index in range(batch):
+            self.add(prompt, new, **sampling, choice=index)
         first = self.step()
         assert len(first) == batch, "all prompts must fit into one step; raise max_num_batched_tokens"
         started = time.monotonic()

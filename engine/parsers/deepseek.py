@@ -63,10 +63,6 @@ class DeepSeek(ToolFormat):
 class DeepSeekParser(ToolParser):
     opening, closing = _BEGIN, _CALL_END
 
-    def _start(self, finished: bool) -> bool:
-        self._state = self._in_content
-        return True
-
     def _in_section(self, finished: bool) -> bool:
         """State before a call, also before the second one."""
         head = _HEAD.match(self._buffer, self._opened, self._opened + _HEAD_WINDOW)
@@ -77,6 +73,8 @@ class DeepSeekParser(ToolParser):
             return self._go(len(self._buffer) - len(rest) + len(_END), self._in_content)
         if not finished and len(rest) < _HEAD_WINDOW and _may_go_on(rest):
             return False
+        if not self._opened and may_begin(rest, _END):
+            return False
         return self._no_call()
 
     def _after_arguments(self, finished: bool) -> bool:
@@ -86,7 +84,8 @@ class DeepSeekParser(ToolParser):
         fence = _FENCE.match(self._buffer)
         assert fence is not None, "the expression matches an empty text"
         rest = self._buffer[fence.end() :]
-        if not finished and (not rest or may_begin(rest, _CALL_END)):
+        if not rest or may_begin(rest, _CALL_END):
+            # Left out if the text ends here.
             return False
         self._state = self._in_content
         return True

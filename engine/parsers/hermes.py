@@ -44,16 +44,13 @@ class Hermes(ToolFormat):
 class HermesParser(JsonCallParser):
     opening, closing = _BEGIN, _END
 
-    def _start(self, finished: bool) -> bool:
-        self._state = self._in_content
-        return True
-
     def _after_object(self, finished: bool) -> bool:
         after = _AFTER.match(self._buffer)
         if after is not None:
             return self._go(after.end(), self._in_section if after[1] else self._in_content)
         rest = self._buffer.lstrip().removeprefix("]").lstrip()
-        if not finished and (not rest or may_begin(rest, _END)):
+        if not rest or may_begin(rest, _END):
+            # Left out if the text ends here.
             return False
         self._state = self._in_content
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from typing import Any
 
 from .json_scan import JsonScan
@@ -23,7 +24,7 @@ _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class JsonCallParser(ToolParser):
-    """Parser of objects, single or in a list. `_after_object` is the state behind such an object."""
+    """Parser of objects, single or in a list."""
 
     #: An object without arguments is no call.
     needs_arguments = False
@@ -95,8 +96,9 @@ class JsonCallParser(ToolParser):
         self._state = self._after_object
         return True
 
+    @abstractmethod
     def _after_object(self, finished: bool) -> bool:
-        raise NotImplementedError
+        """State behind an object."""
 
     def _call_of(self, text: str) -> Call | None:
         try:

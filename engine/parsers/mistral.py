@@ -46,10 +46,6 @@ class MistralParser(JsonCallParser):
     #: The name of the present call stands before the object, which has the arguments only.
     _is_named = False
 
-    def _start(self, finished: bool) -> bool:
-        self._state = self._in_content
-        return True
-
     def _in_section(self, finished: bool) -> bool:
         """State before a list, an object or a name."""
         rest = self._buffer[self._opened :].lstrip()
@@ -71,8 +67,7 @@ class MistralParser(JsonCallParser):
         if not self._is_named:
             return super()._after_arguments(finished)
         self._is_named = False
-        self._state = self._in_content
-        return True
+        return self._go(0, self._in_content)
 
     def _after_object(self, finished: bool) -> bool:
         after = _AFTER.match(self._buffer)

@@ -127,7 +127,11 @@ class PythonicParser(ToolParser):
 
 def _call_rules(rule: str, tool: Tool, notation: Notation) -> list[str]:
     """Return Lark rules for a call: required arguments, then optional ones, in the order of the schema."""
-    properties, required = tool.parameters.get("properties") or {}, tool.parameters.get("required") or ()
+    properties, required = tool.parameters.get("properties"), tool.parameters.get("required")
+    if not isinstance(properties, dict):
+        properties = {}
+    if not isinstance(required, list):
+        required = []
     shared = {key: tool.parameters[key] for key in SHARED_KEYS if key in tool.parameters}
     names = sorted(properties, key=lambda name: name not in required)
     lines = []

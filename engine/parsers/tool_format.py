@@ -1,15 +1,4 @@
-"""Interface of a format in which models write tool calls. A plugin implements it and registers it.
-
-A file for --tool-parser-plugin looks like this:
-
-    from fastdeploy.parsers.formats import register
-    from fastdeploy.parsers.tool_format import ToolFormat
-
-    class MyFormat(ToolFormat):
-        ...
-
-    register("my-format", MyFormat())
-"""
+"""Interface of a format in which models write tool calls. Plugins implement it (docs/api.md)."""
 
 from __future__ import annotations
 

@@ -49,17 +49,19 @@ class ToolParser(ABC):
         parts, self._parts = self._parts, []
         return parts
 
-    @abstractmethod
     def _start(self, finished: bool) -> bool:
         """First state."""
+        self._state = self._in_content
+        return True
 
     @abstractmethod
     def _in_section(self, finished: bool) -> bool:
         """State behind the opening text."""
 
-    @abstractmethod
     def _after_arguments(self, finished: bool) -> bool:
         """State behind the arguments of a call."""
+        self._state = self._in_content
+        return True
 
     def _in_content(self, finished: bool) -> bool:
         """State that looks for the opening text. White space beside calls is layout, and left out."""
@@ -148,9 +150,11 @@ class ToolParser(ABC):
 
 def begun_length(text: str, word: str) -> int:
     """Return the length of the longest end of `text` that begins `word`."""
-    for length in range(min(len(word) - 1, len(text)), 0, -1):
-        if word.startswith(text[-length:]):
-            return length
+    start = max(len(text) - len(word) + 1, 0)
+    while word and (start := text.find(word[0], start)) >= 0:
+        if word.startswith(text[start:]):
+            return len(text) - start
+        start += 1
     return 0
 
 

@@ -16,11 +16,11 @@ import resource
 import subprocess
 import sys
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Protocol
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -84,12 +84,14 @@ def compile_template(source: str, blamed: str = "messages") -> Render:
     return render
 
 
+@lru_cache(maxsize=32)
 def reads(source: str, name: str) -> bool:
     """Return True if the template reads a variable or a field with this name."""
     try:
+        # Only parsed: jinja2.meta would compute constants, and a client's may be huge.
         tree = _environment().parse(source)
         return (
-            name in jinja2.meta.find_undeclared_variables(tree)
+            any(node.name == name for node in tree.find_all(jinja2.nodes.Name))
             or any(node.attr == name for node in tree.find_all(jinja2.nodes.Getattr))
             or any(node.value == name for node in tree.find_all(jinja2.nodes.Const))
         )

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from fastdeploy.common.errors import ConfigError, RequestError
-from fastdeploy.tokenizer.chat_template import MAX_TEMPLATE_CHARACTERS, compile_template
+from fastdeploy.tokenizer.chat_template import MAX_TEMPLATE_CHARACTERS, compile_template, reads
 from fastdeploy.tokenizer.tokenizer import Tokenizer
 
 from ..waiting import wait_until
@@ -179,3 +179,19 @@ def test_rendering_completes_while_the_server_is_stopping(tmp_path: Path) -> Non
         wait_until(psutil.Process(process.pid).children, "a child renders", deadline=60)
         os.killpg(process.pid, signal.SIGTERM)
         assert process.communicate(timeout=60)[0] == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("{{ tools | tojson }}", True),
+        ("{% if not tools is defined %}{% set tools = none %}{% endif %}", True),
+        ("{% for m in messages %}{{ m.tools }}{{ m['tools'] }}{% endfor %}", True),
+        # Constants of a client's template are not computed.
+        ('{{ "a" * 10 ** 11 }}{{ tools }}', True),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}tools", False),
+        ("{{ broken", False),
+    ],
+)
+def test_whether_a_template_reads_a_name(source: str, wanted: bool) -> None:
+    assert reads(source, "tools") == wanted

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastdeploy.common.messages import AddRequest, StepOutputs, TokenOutput
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
 from fastdeploy.core.engine import EngineBroken, EngineCore
-from fastdeploy.grammar.texts import choice_grammar, regex_grammar
+from fastdeploy.grammar.texts import choice_grammar, lark_grammar, regex_grammar
 
 from .paged_oracle import (
     EOS_ID,
@@ -92,7 +92,14 @@ sampling = st.builds(
 constrained = st.builds(
     msgspec.structs.replace,
     sampling,
-    grammar=st.sampled_from([regex_grammar("[a-d]*1"), regex_grammar("(ab|cd)*"), choice_grammar(["abc"])]),
+    grammar=st.sampled_from(
+        [
+            regex_grammar("[a-d]*1"),
+            regex_grammar("(ab|cd)*"),
+            choice_grammar(["abc"]),
+            lark_grammar('start: few "1" rest\nfew[max_tokens=3]: /[a-d]*/\nrest[lazy]: /[a-f]*ef/'),
+        ]
+    ),
     end_token_ids=st.just((EOS_ID,)),
     stop_token_ids=st.sampled_from([(EOS_ID,), (), (EOS_ID, 7)]),
     logit_bias=st.sampled_from([(), ((EOS_ID, 5.0), (4, -2.5))]),

@@ -76,13 +76,13 @@ def test_a_stream_of_forced_calls_is_the_whole_answer(server: ApiServer) -> None
         for choice in chunk.choices:
             deltas[choice.index].append(choice.delta.model_dump(exclude_unset=True))
             reasons[choice.index] += [choice.finish_reason] if choice.finish_reason else []
-    for index, choice in enumerate(whole):
-        message, expected = joined(deltas[index]), message_of(choice)
+    for index, answer in enumerate(whole):
+        message, expected = joined(deltas[index]), message_of(answer)
         for call in (*message["tool_calls"], *expected["tool_calls"]):
             # Two requests have two ids.
             del call["id"]
         assert message == expected
-        assert reasons[index] == [choice["finish_reason"]]
+        assert reasons[index] == [answer["finish_reason"]]
 
 
 def test_a_schema_without_grammar_is_refused_with_its_place(server: ApiServer) -> None:

@@ -210,7 +210,8 @@ def test_reasoning_ends_after_its_limit(field: str) -> None:
     started = grammar_of(model, **fields)
     assert next_tokens(started, "<think>abcde") == [END]
     assert accepts(started, "No thoughts.")
-    assert next_tokens(grammar_of(model, "<think>\n", **{field: 0}), "") == [END]
+    none: dict[str, Any] = {field: 0}
+    assert next_tokens(grammar_of(model, "<think>\n", **none), "") == [END]
 
 
 def test_what_cannot_be_done_is_refused_with_its_field() -> None:
@@ -226,6 +227,37 @@ def test_what_cannot_be_done_is_refused_with_its_field() -> None:
     with pytest.raises(RequestError, match="no-such") as caught:
         grammar_of(served(), tools=tools, tool_choice="required")
     assert caught.value.param == "tools[2].function.parameters.properties.a"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {},
+        {"properties": 5},
+        {"type": "object", "required": 5},
+        {"type": "object", "properties": {"a": 5}},
+        {"type": "OBJECT"},
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}}, "b": {}},
+        },
+        {"$ref": "https://example.org/a"},
+        {"properties": {"a": {"$ref": "#/$defs/none"}}},
+        {"properties": {'"\\\n': {"type": "integer"}}},
+        {"oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+    ],
+    ids=str,
+)
+def test_any_schema_has_a_grammar_or_is_refused(name: str, schema: dict[str, Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    try:
+        grammar = grammar_of(served(name), tools=tools, tool_choice="required")
+    except RequestError as error:
+        place = error.param or ""
+    else:
+        place = "tools" if next_tokens(grammar, "") else ""
+    assert place.startswith("tools")
 
 
 def test_a_format_without_grammar_can_only_leave_the_choice_to_the_model() -> None:

@@ -83,6 +83,8 @@ def test_log_probabilities_stand_with_their_text(client: Any) -> None:
     events = list(client.responses.create(stream=True, **options))
     deltas = [each for event in events if event.type.endswith("text.delta") for each in event.logprobs]
     assert [(each.token, each.logprob) for each in deltas] == [(each.token, each.logprob) for each in entries]
+    by_id = client.responses.create(**options, extra_body={"return_tokens_as_token_ids": True})
+    assert all(entry.token.startswith("token_id:") for entry in by_id.output[0].content[0].logprobs)
     assert not client.responses.create(input=TALK, **GREEDY).output[0].content[0].logprobs
 
 
@@ -121,7 +123,7 @@ def num_tokens(client: Any, items: list[dict[str, str]]) -> int:
 def test_what_is_left_of_a_conversation_begins_with_a_user(limit: int) -> None:
     roles = ["system", "user", "assistant", "user", "assistant", "user"]
     items = [{"role": role, "content": str(number)} for number, role in enumerate(roles)]
-    _, request = read_responses_request({"input": items}, SamplingDefaults())
+    request = read_responses_request({"input": items}, SamplingDefaults()).chat
     left = without_oldest(request, lambda shorter: len(shorter.messages) <= limit).messages
     count = next((each for each in (6, 4, 2) if each <= limit), 2)
     assert [message["content"] for message in left] == ["0", *map(str, range(7 - count, 6))]
@@ -152,7 +154,8 @@ def test_responses_are_as_declared(server: ApiServer, client: Any) -> None:
         ({"n": 2}, "n"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"min_tokens": 9, "max_output_tokens": 3}, "min_tokens"),
-        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": -1}, "top_logprobs"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
@@ -208,7 +211,7 @@ def test_a_turn_of_reasoning_becomes_one_message() -> None:
         {"role": "user", "content": "c"},
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "short"}]},
     ]
-    _, request = read_responses_request({"input": items}, SamplingDefaults())
+    request = read_responses_request({"input": items}, SamplingDefaults()).chat
     assert request.messages == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "why"},

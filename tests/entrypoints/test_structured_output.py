@@ -149,7 +149,7 @@ def test_bad_words_biases_and_allowed_ids_act(server: ApiServer) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"guided_json": {"type": "objekt"}}, "guided_json", "guided_json: Invalid type: objekt"),
+        ({"guided_json": {"type": "thing"}}, "guided_json", "guided_json: Invalid type: thing"),
         ({"guided_json": "{"}, "guided_json", "guided_json is not valid JSON"),
         ({"guided_json": False}, "guided_json", "guided_json is false"),
         (

@@ -244,7 +244,8 @@ def test_reasoning_can_be_left_out_or_left_in(replica: Replica) -> None:
 
 
 def test_without_tools_there_are_no_calls(calling: Replica) -> None:
-    for fields in ({"tool_choice": "none"}, {"tools": []}, {"tools": None}):
+    without: list[dict[str, Any]] = [{"tool_choice": "none"}, {"tools": []}, {"tools": None}]
+    for fields in without:
         [choice] = calling.chat(**fields)["choices"]
         assert choice["message"]["content"] == CALLS
         assert choice["finish_reason"] == "stop"

@@ -128,7 +128,7 @@ DEFINITIONS = {"$defs": {"d": {"type": "integer"}}}
 @pytest.mark.parametrize(
     ("schema", "place", "message"),
     [
-        ({"type": "objekt"}, "f", "Invalid type: objekt"),
+        ({"type": "thing"}, "f", "Invalid type: thing"),
         (
             {"properties": {"a": {"$ref": "#/$defs/d"}, "b": {"items": {"anyOf": [{}, {"type": 5}]}}}}
             | DEFINITIONS,

@@ -49,7 +49,7 @@ def test_any_text_has_the_same_parts_for_every_cut(
         ("qwen3", False, "  Hello <think>", None, "  Hello <think>"),
         ("qwen3", False, "<think>\n\n</think>\n\nHello", None, "Hello"),
         # The output was too long for its limit.
-        ("deepseek_r1", True, "Hm. </thi", "Hm. </thi", ""),
+        ("deepseek_r1", True, "Hm. </thin", "Hm. </thin", ""),
         ("ernie-x1", True, "Hm.</think>\n\n<response>\nHello\n</response>\n", "Hm.", "Hello"),
         ("ernie-x1", True, "Hm.</think>Hello", "Hm.", "Hello"),
         ("ernie-45-vl-thinking", True, "Hm.</think><response>a", "Hm.", "<response>a"),

@@ -134,6 +134,8 @@ def test_rendered_calls_are_found_again(name: str, calls: list[Call], cuts: list
         ),
         # The output was too long for its limit.
         ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "b', "", [("f", '{"a": "b')]),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}\n</tool', "", [("f", "{}")]),
+        ("deepseek", DEEPSEEK_V31[:-3], "", [("f", "{}")]),
         ("hermes", '<tool_call>{"name": "f", "argu', '<tool_call>{"name": "f", "argu', []),
         ("hermes", "a <tool_call>{no JSON}</tool_call> b", "a <tool_call>{no JSON}</tool_call> b", []),
         ("hermes", "<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),

@@ -193,14 +193,18 @@ def _completion(served: ServedModel, data: bytes, resumption: Resumption | None 
 
 
 def _response(served: ServedModel, data: bytes, resumption: Resumption | None = None) -> Response:
-    body, chat = read_responses_request(decode_object(data), served.defaults)
+    call = read_responses_request(decode_object(data), served.defaults)
+    body, chat = call.body, call.chat
     served.require_model(chat.model)
     created, keep_alive = _created(resumption), flask_request.keep_alive(served.engine)
     if resumption is not None and chat.logprobs is not None:
         # The last events have the log probabilities of the whole text, so all of it is drawn again.
         resumption = msgspec.structs.replace(resumption, choices={})
-    prompts = response_prompts(served, body, chat, created, keep_alive)
-    generation = _generate(served, chat, prompts, created, keep_alive, resumption)
+    try:
+        prompts = response_prompts(served, body, chat, created, keep_alive)
+        generation = _generate(served, chat, prompts, created, keep_alive, resumption)
+    except RequestError as error:
+        raise call.renamed(error) from None
     if chat.stream:
         return event_stream(response_events(generation, body), g.record, typed=True)
     return json_response(response_object(generation, body))

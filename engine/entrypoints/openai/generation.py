@@ -89,6 +89,8 @@ class Generation:
         if request.stream and request.tokens_per_event > 1:
             begun = [index for index, output in enumerate(self._outputs) if output.num_tokens]
             self._groups = DeltaGroups(request.tokens_per_event, begun)
+        #: The router requests a sign of life while nothing else is sent.
+        self.wants_keep_alives = keep_alive is not None
         self._marks = DeliveryMarks(self._outputs, enabled=marked)
         self._record = record
         self._keep_alive = keep_alive

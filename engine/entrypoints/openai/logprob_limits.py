@@ -25,6 +25,9 @@ def check_logprobs(served: ServedModel, request: GenerationRequest, prompts: lis
         name = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
         _check_prompts(name, prompts, request, 1 + _number(request.scored_logprobs, vocab_size))
     each = _number(request.logprobs or 0, vocab_size)
+    if request.repeats_logprobs:
+        tokens = served.tokens_left(prompts[0], request.max_tokens, request.prompt_field)
+        _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_PER_EVENT)
     if each > _FEW and not request.stream:
         tokens = sum(served.tokens_left(each, request.max_tokens, request.prompt_field) for each in prompts)
         _check_size(request, request.logprobs_field, tokens * request.n * (1 + each), _MAX_PER_RESPONSE)

@@ -79,7 +79,8 @@ class _Notation:
         return quoted(text) if found is None else f"<[{found}]>"
 
     def json(self, schema: Any) -> str:
-        return json_rule(schema)
+        # Schemas within a schema may be true or false, or wrong.
+        return json_rule(schema if isinstance(schema, dict) else {"allOf": [schema]})
 
 
 def _calls(
@@ -88,8 +89,8 @@ def _calls(
     """Return rules for calls, and for the text beside or instead of them unless they are required."""
     assert tool_format is not None, "the request has tools"
     # Without a vocabulary, a grammar cannot name special tokens.
-    checked = tool_format.grammar(use.callable, _Notation(None), several=use.several)
-    rules = tool_format.grammar(use.callable, _Notation(tokenizer), several=use.several)
+    checked = tool_format.grammar(use.allowed, _Notation(None), several=use.several)
+    rules = tool_format.grammar(use.allowed, _Notation(tokenizer), several=use.several)
     if checked is None or rules is None:
         raise RequestError(
             "calls that have to follow a grammar (tool_choice, strict, parallel_tool_calls: false, or a "
@@ -120,7 +121,7 @@ def _require_valid(rules: str, use: ToolUse) -> None:
     try:
         require_valid(lark_grammar(f"start: calls\n{rules}"), "tools", has_place=False)
     except RequestError:
-        for number, tool in enumerate(use.callable, use.first):
+        for number, tool in enumerate(use.allowed, use.first):
             require_valid_schema(tool.parameters, f"tools[{number}].function.parameters", json_schema_grammar)
         raise
 

@@ -142,8 +142,14 @@ class GenerationRequest(ABC):
     @property
     def scored_logprobs(self) -> int | None:
         """Like `logprobs`, for the tokens of the prompt, for whatever reason the engine computes them."""
-        wanted = {self.prompt_logprobs, self.logprobs if self.echoes_logprobs else None} - {None}
+        echoed = self.logprobs if self.echoes_logprobs else None
+        wanted = [number for number in (self.prompt_logprobs, echoed) if number is not None]
         return -1 if -1 in wanted else max(wanted, default=None)
+
+    @property
+    def repeats_logprobs(self) -> bool:
+        """Return True if an event of the stream has the log probabilities of the whole output."""
+        return False
 
     @property
     def requested_logprobs(self) -> dict[str, int]:

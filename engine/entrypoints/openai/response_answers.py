@@ -11,19 +11,40 @@ from .answers import Answer, DrawnLogprob
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-class OutputText(Answer, frozen=True, kw_only=True):
-    type: Literal["output_text"]
+class OutputText(Answer, tag_field="type", tag="output_text", frozen=True, kw_only=True):
     text: str
     annotations: Annotated[list[Any], Meta(max_length=0)]
     logprobs: Annotated[list[DrawnLogprob], Meta(description="Empty unless asked for.")]
 
 
-class OutputMessage(Answer, frozen=True, kw_only=True):
+class OutputMessage(Answer, tag_field="type", tag="message", frozen=True, kw_only=True):
     id: str
-    type: Literal["message"]
     role: Literal["assistant"]
     status: ItemStatus
     content: list[OutputText]
+
+
+class ReasoningText(Answer, tag_field="type", tag="reasoning_text", frozen=True, kw_only=True):
+    text: str
+
+
+class ReasoningItem(Answer, tag_field="type", tag="reasoning", frozen=True, kw_only=True):
+    id: str
+    status: ItemStatus
+    summary: Annotated[list[Any], Meta(max_length=0)]
+    content: list[ReasoningText]
+    encrypted_content: None
+
+
+class FunctionCallItem(Answer, tag_field="type", tag="function_call", frozen=True, kw_only=True):
+    id: str
+    status: ItemStatus
+    call_id: str
+    name: str
+    arguments: Annotated[str, Meta(description="JSON.")]
+
+
+OutputItem = OutputMessage | ReasoningItem | FunctionCallItem
 
 
 class InputTokensDetails(Answer, frozen=True, kw_only=True):
@@ -71,7 +92,7 @@ class ResponseObject(Answer, frozen=True, kw_only=True):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputItem]
     parallel_tool_calls: bool
     previous_response_id: None
     reasoning: dict[str, Any]
@@ -97,6 +118,10 @@ class ResponseEvent(Answer, frozen=True, kw_only=True):
         "response.content_part.added",
         "response.output_text.delta",
         "response.output_text.done",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
         "response.content_part.done",
         "response.output_item.done",
         "response.completed",
@@ -106,10 +131,12 @@ class ResponseEvent(Answer, frozen=True, kw_only=True):
     sequence_number: int
     response: ResponseObject | UnsetType = UNSET
     output_index: int | UnsetType = UNSET
-    item: OutputMessage | UnsetType = UNSET
+    item: OutputItem | UnsetType = UNSET
     item_id: str | UnsetType = UNSET
     content_index: int | UnsetType = UNSET
-    part: OutputText | UnsetType = UNSET
+    part: OutputText | ReasoningText | UnsetType = UNSET
     delta: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
     logprobs: list[DrawnLogprob] | UnsetType = UNSET

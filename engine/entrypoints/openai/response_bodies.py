@@ -7,12 +7,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from .bodies import MAX_TOKEN, AtLeastOne, ChatBody, GenerationBody, Name, TemplateArguments
+from .bodies import (
+    MAX_TOKEN,
+    AtLeastOne,
+    ChatBody,
+    Count,
+    GenerationBody,
+    Name,
+    TemplateArguments,
+    Truncation,
+)
+from .constraint_bodies import Label, Schema
+from .tool_fields import MAX_TOOLS, FunctionName
 from .unsupported import CHAT_FIELDS, REQUEST_FIELDS
 from .validation import Body, Refused
 
 _STATELESS = "this server stores no responses"
 _ITEMS_AGAIN = f"{_STATELESS}; send the earlier items in input"
+_ONE_STEP = "each event has the tokens of one step"
 _OF_CHAT = "it belongs to /v1/chat/completions"
 
 #: A value of `include` that asks for log probabilities.
@@ -80,9 +92,19 @@ class InputItem(Body, frozen=True, kw_only=True):
         list[SummaryTextPart] | None, Meta(description="Of reasoning; used if there is no content.")
     ] = None
     call_id: Annotated[Name | None, Meta(description="Of a call and its result.")] = None
-    name: Annotated[Name | None, Meta(description="Of the called function.")] = None
+    name: Annotated[FunctionName | None, Meta(description="Of the called function.")] = None
     arguments: Annotated[str | None, Meta(description="Of a call, as JSON.")] = None
     output: Annotated[InputContent, Meta(description="Result of a call.")] = None
+
+
+class TextFormat(Body, frozen=True, kw_only=True):
+    """The format of the text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[Label | None, Meta(description="A note of the client.")] = None
+    description: Annotated[str | None, Meta(description="A note of the client.")] = None
+    schema: Annotated[Schema, Meta(description="For the type json_schema.")] = None
+    strict: Annotated[bool | None, Meta(description="A schema is always enforced.")] = None
 
 
 class TextOptions(Body, frozen=True, kw_only=True):
@@ -92,7 +114,7 @@ class TextOptions(Body, frozen=True, kw_only=True):
         "verbosity": Refused("no model here has such a setting", ("medium",)),
     }
 
-    format: Annotated[dict[str, Any] | None, Meta(description="Default: text.")] = None
+    format: Annotated[TextFormat | None, Meta(description="Default: text.")] = None
 
 
 class ReasoningOptions(Body, frozen=True, kw_only=True):
@@ -108,6 +130,23 @@ class ReasoningOptions(Body, frozen=True, kw_only=True):
     effort: Annotated[Name | None, Meta(description="A variable of the chat template.")] = None
 
 
+class FunctionTool(Body, frozen=True, kw_only=True):
+    """A function of the client that the model may call."""
+
+    type: Annotated[Name, Meta(description="Only function: no tools run in the server.")]
+    name: FunctionName | None = None
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Meta(description="JSON Schema of the arguments.")] = None
+    strict: Annotated[bool | None, Meta(description="Calls always follow the schema. Default: false.")] = None
+
+
+class ChosenTool(Body, frozen=True, kw_only=True):
+    """The function that the model has to call."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
 _OWN_FIELDS = ("reasoning",)
 RESPONSES_FIELDS: dict[str, Refused] = {
     **{name: field for name, field in REQUEST_FIELDS.items() if name not in _OWN_FIELDS},
@@ -119,6 +158,7 @@ RESPONSES_FIELDS: dict[str, Refused] = {
     "reasoning_effort": Refused("reasoning.effort is its name here"),
     "logprobs": Refused(f"include with {INCLUDE_LOGPROBS}, or top_logprobs, asks for them", (False,)),
     "n": Refused("a response has one text", (1,)),
+    "prompt_logprobs": Refused(_OF_CHAT),
     "return_token_ids": Refused(_OF_CHAT, (False,)),
     "prompt_token_ids": Refused(_OF_CHAT, ([],)),
     "completion_token_ids": Refused(_OF_CHAT, ([],)),
@@ -127,6 +167,12 @@ RESPONSES_FIELDS: dict[str, Refused] = {
     "add_generation_prompt": Refused(_OF_CHAT, (True,)),
     "continue_final_message": Refused(_OF_CHAT, (False,)),
     "documents": Refused(_OF_CHAT, ([],)),
+    "include_reasoning": Refused(_OF_CHAT, (True,)),
+    "separate_reasoning": Refused(_OF_CHAT, (True,)),
+    "stream_reasoning": Refused(_OF_CHAT, (True,)),
+    "prompt_logprobs": Refused(_OF_CHAT),
+    "max_streaming_response_tokens": Refused(_ONE_STEP, (1,)),
+    "stream_interval": Refused(_ONE_STEP, (1,)),
     "echo": CHAT_FIELDS["echo"],
     "best_of": CHAT_FIELDS["best_of"],
     # Fields of this endpoint.
@@ -165,6 +211,18 @@ class ResponsesBody(GenerationBody, frozen=True, kw_only=True):
         list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None,
         Meta(description="Reasoning is never encrypted: its items have the text."),
     ] = None
+    tools: Annotated[
+        Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None,
+        Meta(extra={"expected": "a list of tools"}),
+    ] = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | ChosenTool | None,
+        Meta(
+            extra={"expected": 'none, auto, required or {"type": "function", "name": ...}'},
+            description="Default: auto.",
+        ),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Meta(description="Several calls. Default: true.")] = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     truncation: Annotated[
@@ -176,14 +234,19 @@ class ResponsesBody(GenerationBody, frozen=True, kw_only=True):
     ] = None
     user: Annotated[Name | None, Meta(description="Returned as it is; the router may use it.")] = None
     chat_template_kwargs: TemplateArguments | None = None
+    reasoning_max_tokens: Annotated[Count | None, Meta(description="Most tokens of the reasoning.")] = None
+    thinking_token_budget: Annotated[
+        Truncation | None, Meta(description="vLLM's name of reasoning_max_tokens; -1: no limit.")
+    ] = None
     max_tool_calls: Annotated[
         int | None, Meta(description="Without effect: it limits tools that run in the server.")
     ] = None
 
 
+_TRANSLATED = ("metadata", "top_logprobs", "tools", "tool_choice")
 #: Fields with the same meaning in a chat request.
 SHARED_FIELDS = tuple(
     name
     for name in ResponsesBody.__struct_fields__
-    if name in ChatBody.__struct_fields__ and name not in ("metadata", "top_logprobs")
+    if name in ChatBody.__struct_fields__ and name not in RESPONSES_FIELDS and name not in _TRANSLATED
 )

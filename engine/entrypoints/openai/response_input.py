@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...common.errors import RequestError
@@ -13,21 +13,25 @@ from .protocol import ChatRequest, SamplingDefaults
 from .response_bodies import (
     INCLUDE_LOGPROBS,
     SHARED_FIELDS,
+    ChosenTool,
+    FunctionTool,
     InputItem,
     InputPart,
     OutputRefusalPart,
     ReasoningOptions,
     ResponsesBody,
     SummaryTextPart,
+    TextFormat,
     TextOptions,
 )
-from .validation import MISSING, refuse_unsupported, validated
+from .validation import MISSING, UNSUPPORTED, refuse_unsupported, validated
 
 #: A field of a chat request in an error, and its name here.
 _NAMES = (
     (re.compile(r"response_format(\.json_schema)?"), "text.format"),
     (re.compile(r"max_(completion_)?tokens"), "max_output_tokens"),
     (re.compile(r"reasoning_effort"), "reasoning.effort"),
+    (re.compile(r"(tools\[\d+\]|tool_choice)\.function"), r"\1"),
 )
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
 
@@ -42,15 +46,33 @@ class ResponsesRequest(ChatRequest):
     def prompt_field(self) -> str:
         return "input"
 
+    @property
+    def repeats_logprobs(self) -> bool:
+        # In the events that end a text.
+        return self.stream and self.logprobs is not None
+
     def response_id(self, request_id: str) -> str:
         """Return the id as OpenAI's clients know it."""
         return request_id if request_id.startswith("resp_") else f"resp_{request_id}"
 
 
-def read_responses_request(
-    values: dict[str, Any], defaults: SamplingDefaults
-) -> tuple[ResponsesBody, ResponsesRequest]:
-    """Return the validated body, and the chat request that it stands for.
+@dataclass(frozen=True, slots=True)
+class ResponsesCall:
+    """A valid request."""
+
+    body: ResponsesBody
+    #: The chat request that it stands for.
+    chat: ResponsesRequest
+    #: By message of the chat request: the field from which it has been made.
+    places: list[str]
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """Return an error in the chat request with the names of this endpoint's fields."""
+        return _renamed(error, self.places)
+
+
+def read_responses_request(values: dict[str, Any], defaults: SamplingDefaults) -> ResponsesCall:
+    """Validate the body of a request.
 
     Raises:
         RequestError: a field is missing, invalid or not supported.
@@ -65,9 +87,15 @@ def read_responses_request(
     chat["logprobs"] = INCLUDE_LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     chat["top_logprobs"] = body.top_logprobs
     chat["reasoning_effort"] = body.reasoning and body.reasoning.effort
-    chat["response_format"] = body.text and _response_format(body.text)
+    chat["response_format"] = body.text and body.text.format and _response_format(body.text.format)
+    chat["tools"] = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ())]
+    choice = body.tool_choice
+    if isinstance(choice, ChosenTool):
+        chat["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    else:
+        chat["tool_choice"] = choice
     try:
-        return body, ResponsesRequest.parse(chat, defaults)
+        return ResponsesCall(body, ResponsesRequest.parse(chat, defaults), places)
     except RequestError as error:
         raise _renamed(error, places) from None
 
@@ -177,11 +205,23 @@ def _required(value: Any, place: str, expected: str) -> Any:
     return value
 
 
-def _response_format(text: TextOptions) -> dict[str, Any] | None:
-    given = text.format
-    if given is None or given.get("type") != "json_schema":
-        return given
-    return {"type": "json_schema", "json_schema": {key: given[key] for key in given if key != "type"}}
+def _tool(tool: FunctionTool, place: str) -> dict[str, Any]:
+    if tool.type != "function":
+        raise RequestError(
+            f"{place}.type is {tool.type[:100]!r}; no tools run in this server, only functions of the client "
+            'are supported: {"type": "function", "name": ...}',
+            f"{place}.type",
+            code=UNSUPPORTED,
+        )
+    name = _required(tool.name, f"{place}.name", "the name of a function")
+    function = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
+    return {"type": "function", "function": {"name": name, **function}}
+
+
+def _response_format(given: TextFormat) -> dict[str, Any]:
+    if given.type != "json_schema":
+        return {"type": given.type}
+    return {"type": "json_schema", "json_schema": {"name": given.name, "schema": given.schema}}
 
 
 def _renamed(error: RequestError, places: list[str]) -> RequestError:

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from ...common.request import FinishReason
+from ...parsers.parts import Content, Part
 from .chat import chat_prompts
+from .chat_parts import call_id, reasoning_usage
 from .errors import ApiError
 from .events import Event
 from .generation import NO_OUTPUT, Generation
 from .keep_alive import KeepAlive
 from .logprobs import TokenNames, chat_logprobs
 from .output import Delta
+from .output_parsing import message_parser, tool_format_of
 from .response_bodies import ResponsesBody
 from .response_input import ResponsesRequest, without_oldest
 from .response_output import ResponseOutput
 from .served_model import ServedModel
+from .validation import without_nulls
 
 #: Finish reason -> type of the last event, status of the response, and status of its last item.
 _ENDS = {
@@ -76,7 +82,7 @@ def response_events(generation: Generation, body: ResponsesBody) -> Iterator[Eve
         new = [pair for pair in zip(events, marks, strict=True) if pair[0]["sequence_number"] >= num_sent]
         if new:
             yield from new
-        else:
+        elif delta is NO_OUTPUT or generation.wants_keep_alives:
             yield None
 
 
@@ -85,7 +91,16 @@ class _Progress:
 
     def __init__(self, generation: Generation, body: ResponsesBody) -> None:
         self._generation = generation
-        self._output = ResponseOutput(generation.id.removeprefix("resp_"))
+        served, request, prompt = generation.served, generation.request, generation.prompts[0]
+        assert isinstance(request, ResponsesRequest), "the request has been read as one"
+        self._parser = message_parser(served, request, prompt)
+        tool_format = tool_format_of(served, request)
+
+        def id_of_call(number: int) -> str:
+            assert tool_format is not None, "only a tool parser finds calls"
+            return call_id(tool_format, generation.id, 0, number)
+
+        self._output = ResponseOutput(generation.id.removeprefix("resp_"), id_of_call)
         self.response = _begun(generation, body)
         self.num_events = 0
 
@@ -95,8 +110,7 @@ class _Progress:
         if self.num_events == 0:
             begun = dict(self.response)
             events += [{"type": f"response.{name}", "response": begun} for name in ("created", "in_progress")]
-        if delta.text:
-            events += self._output.add_text(delta.text, self._logprobs(delta))
+        events += self._output.add(self._parts(delta), self._logprobs(delta))
         if delta.finish_reason is not None:
             events += self._finish(delta.finish_reason)
         numbered = [
@@ -106,13 +120,18 @@ class _Progress:
         self.num_events += len(events)
         return numbered
 
+    def _parts(self, delta: Delta) -> list[Part]:
+        if self._parser is not None:
+            return self._parser.push(delta.text, delta.finish_reason is not None)
+        return [Content(delta.text)] if delta.text else []
+
     def _finish(self, reason: FinishReason) -> list[dict[str, Any]]:
         kind, status, item_status = _ENDS[reason]
         events = self._output.finish(item_status)
         self.response |= {
             "status": status,
             "output": self._output.items,
-            "usage": _usage(self._generation.usage()),
+            "usage": _usage(self._generation.usage() | reasoning_usage(self._generation)),
         }
         if reason is FinishReason.LENGTH:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
@@ -123,7 +142,7 @@ class _Progress:
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
         if self._generation.request.logprobs is None:
             return []
-        names = TokenNames(self._generation.served.tokenizer)
+        names = TokenNames(self._generation.served.tokenizer, self._generation.request.names_token_ids)
         content: list[dict[str, Any]] = chat_logprobs(names, delta.logprobs)["content"]
         return content
 
@@ -144,14 +163,14 @@ def _begun(generation: Generation, body: ResponsesBody) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "model": generation.served.config.served_model_name,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
         "store": False,
         "temperature": request.temperature,
-        "text": {"format": (body.text and body.text.format) or {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
+        "text": {"format": _given(body.text and body.text.format) or {"type": "text"}},
+        "tool_choice": _given(body.tool_choice) or "auto",
+        "tools": [tool | {"strict": tool.get("strict", False)} for tool in _given(body.tools) or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": request.top_p,
         "truncation": body.truncation or "disabled",
@@ -160,12 +179,17 @@ def _begun(generation: Generation, body: ResponsesBody) -> dict[str, Any]:
     }
 
 
+def _given(value: Any) -> Any:
+    """Return a part of the request as it was sent, without what is null in it."""
+    return without_nulls(msgspec.to_builtins(value))
+
+
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     """Return the usage of a chat with this endpoint's names."""
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": usage.get("completion_tokens_details", {"reasoning_tokens": 0}),
+        "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
     }

@@ -84,8 +84,8 @@ class ToolUse:
     #: As the chat template gets them.
     definitions: list[dict[str, Any]]
     #: The same; only the one that has to be called if the request names it.
-    callable: tuple[Tool, ...]
-    #: Index in the request of the first of `callable`.
+    allowed: tuple[Tool, ...]
+    #: Index in the request of the first of `allowed`.
     first: int
     #: The response consists of calls.
     is_required: bool
@@ -170,8 +170,5 @@ def _definition(tool: ToolDefinition) -> dict[str, Any]:
 
 
 def _tool(tool: ToolDefinition) -> Tool:
-    schema = tool.function.parameters or {}
     # Arguments are always an object.
-    return Tool(
-        tool.function.name, schema if "type" in schema or "$ref" in schema else {"type": "object"} | schema
-    )
+    return Tool(tool.function.name, (tool.function.parameters or {}) | {"type": "object"})
