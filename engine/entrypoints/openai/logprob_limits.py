@@ -10,6 +10,8 @@ from .validation import invalid
 #: Limits of prompt log probabilities, including those of the most likely tokens at each position. A stream
 #: sends those of a prompt in one event.
 _MAX_PER_RESPONSE, _MAX_PER_EVENT = 1 << 20, 1 << 15
+#: Limit for the last events of a stream, which have those of the whole output.
+_MAX_REPEATED = 1 << 14
 #: Up to this number of most likely tokens, those of the output have no limit of their own.
 _FEW = 20
 #: A GPU returns no more most likely tokens.
@@ -27,7 +29,7 @@ def check_logprobs(served: ServedModel, request: GenerationRequest, prompts: lis
     each = _number(request.logprobs or 0, vocab_size)
     if request.repeats_logprobs:
         tokens = served.tokens_left(prompts[0], request.max_tokens, request.prompt_field)
-        _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_PER_EVENT)
+        _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_REPEATED)
     if each > _FEW and not request.stream:
         tokens = sum(served.tokens_left(each, request.max_tokens, request.prompt_field) for each in prompts)
         _check_size(request, request.logprobs_field, tokens * request.n * (1 + each), _MAX_PER_RESPONSE)
