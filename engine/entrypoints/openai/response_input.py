@@ -88,8 +88,8 @@ def read_responses_request(values: dict[str, Any], defaults: SamplingDefaults) -
     returned = {name: getattr(body, name) for name in _RETURNED}
     if (size := len(msgspec.json.encode(returned))) > _MAX_RETURNED:
         raise RequestError(
-            f"instructions, tools, text and metadata have {size} bytes together; they may have {_MAX_RETURNED}, "
-            "because each response returns them",
+            f"instructions, tools, text and metadata have {size} bytes together; they may have "
+            f"{_MAX_RETURNED}, because each response returns them",
             "instructions",
             code=WRONG_VALUE,
         )
