@@ -1,6 +1,6 @@
 """Structured against free output in the demo model, and the time to compile schemas: `make bench-grammar`.
 
-Decode of 1, 8 and 32 texts (prompt 32, 64 new tokens, temperature 1), free and under a JSON schema with
+Decode of 1, 8 and 32 texts (prompt 32, 40 new tokens, temperature 1), free and under a JSON schema with
 strings, numbers, enumerations and nested objects. Both take turns in one process; the best of several rounds
 counts. A schema is compiled as the API process does it, and again with the vocabulary as the worker does it.
 """
@@ -28,7 +28,7 @@ from .driver import Driver, engine_config
 from .rows import CORES, Row, report
 
 BATCHES = (1, 8, 32)
-PROMPT, NEW = 32, 64
+PROMPT, NEW = 32, 40
 NUM_SCHEMAS = 300
 #: A long list, so that no text ends early.
 SCHEMA: dict[str, Any] = {

@@ -32,7 +32,10 @@ class ModelSection(Struct, frozen=True, kw_only=True):
     """The model."""
 
     path: Annotated[str, about("Directory of the checkpoint, or `demo` for the demo model.", min_length=1)]
-    served_name: Annotated[str, about("Model name that clients use; empty: the directory's name.")] = ""
+    served_name: Annotated[
+        str,
+        about("Model name that requests must use; empty: the directory's name, and requests may use any."),
+    ] = ""
 
 
 class ParallelSection(Struct, frozen=True, kw_only=True):

@@ -148,28 +148,31 @@ class Sampler:
         A row whose constraint leaves no token is drawn without it, and the result is replaced.
         """
         self._failed.clear()
-        masks = self._grammar_masks(recipes, sequences)
+        indexes = [index for index, recipe in enumerate(recipes) if recipe.has_tokens]
+        masks = self._grammar_masks(indexes, recipes, sequences)
         entries = {}
-        for index, recipe in enumerate(recipes):
-            if recipe.has_tokens and index not in self._failed:
+        for index in indexes:
+            if index not in self._failed:
+                outputs = sequences[index].output_token_ids
                 try:
-                    entries[index] = recipe.entries(sequences[index].output_token_ids, masks.get(index))
+                    entries[index] = recipes[index].entries(outputs, masks.get(index))
                 except GrammarFailed as error:
                     self._failed[index] = str(error)
         return entries
 
     def _grammar_masks(
-        self, recipes: Many[_Recipe], sequences: Many[Sequence]
+        self, indexes: Many[int], recipes: Many[_Recipe], sequences: Many[Sequence]
     ) -> dict[int, NDArray[np.uint32]]:
         matchers: dict[int, Matcher] = {}
-        for index, recipe in enumerate(recipes):
-            if recipe.matcher is not None:
+        for index in indexes:
+            matcher = recipes[index].matcher
+            if matcher is not None:
                 try:
-                    recipe.matcher.advance(sequences[index].output_token_ids)
+                    matcher.advance(sequences[index].output_token_ids)
                 except GrammarFailed as error:
                     self._failed[index] = str(error)
                 else:
-                    matchers[index] = recipe.matcher
+                    matchers[index] = matcher
         if not matchers:
             return {}
         assert self._grammars is not None

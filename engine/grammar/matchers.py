@@ -11,7 +11,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
-from ..common.errors import GrammarFailed, RequestError
+from ..common.errors import FastDeployError, GrammarFailed, RequestError
 from .validation import LIMITS
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,10 @@ class Grammars:
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
 
     def compile(self, grammar: str) -> Future[LLMatcher]:
-        """Return the future initial state of a grammar. It raises RequestError if the grammar is invalid."""
+        """Return the future initial state of a grammar.
+
+        It raises RequestError if the grammar is invalid, FastDeployError if the vocabulary cannot be used.
+        """
         future = self._compiled.get(grammar)
         if future is None:
             if self._thread is None:
@@ -95,7 +98,16 @@ class Grammars:
 
     def _compile(self, grammar: str) -> LLMatcher:
         if self._vocabulary is None:
-            self._vocabulary = self._read_vocabulary()
+            try:
+                self._vocabulary = self._read_vocabulary()
+            except FastDeployError:
+                raise
+            # The library's own errors for a vocabulary that it cannot use.
+            except Exception as error:
+                _log.exception("the vocabulary cannot be used for grammars", exc_info=error)
+                raise FastDeployError(
+                    "this model's vocabulary cannot be used for grammars; the server's log has the details"
+                ) from None
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise RequestError(f"the grammar is invalid: {_one_line(matcher.get_error())}")

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
 #: A model can get lost in whitespace, so a run of it has a limit.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+#: The converter of GBNF is a Python program whose time grows with the cube of the number of rules.
+_MAX_GBNF, _MAX_RULES = 1 << 16, 256
 #: The name that a grammar has inside of another one.
 _INNER = "inner"
 
@@ -68,10 +70,16 @@ def ebnf_grammar(text: str) -> str:
     """Return the grammar that a text in GBNF, as of llama.cpp, or in Lark describes.
 
     Raises:
-        ValueError: the text is not GBNF.
+        ValueError: the text is not GBNF, or too long.
     """
+    if is_lark_syntax(text):
+        return lark_grammar(text)
+    if len(text) > _MAX_GBNF or text.count("::=") > _MAX_RULES:
+        raise ValueError(
+            f"a grammar in GBNF may have {_MAX_GBNF} characters and {_MAX_RULES} rules; in Lark, more"
+        )
     try:
-        return lark_grammar(any_to_lark(text))
+        return lark_grammar(gbnf_to_lark(text))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     # The converter reports some faults by an exception of another kind.

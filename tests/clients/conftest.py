@@ -35,7 +35,9 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     with ExitStack() as stack:
         router = RouterProcess(tmp_path_factory.mktemp("router"))
         stack.callback(router.stop)
-        flags = ("--router", router.url, "--data-parallel-size", "2", "--local-data-parallel-id")
+        # Descriptions of tools are long for the tiny tokenizer.
+        flags = ("--max-model-len", "2048", "--router", router.url)
+        flags += ("--data-parallel-size", "2", "--local-data-parallel-id")
         replicas = tuple(
             stack.enter_context(ApiServer(tmp_path_factory.mktemp("replica"), *flags, str(number)))
             for number in range(2)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import paddle
 import pytest
+from llguidance import LLTokenizer
 
 from fastdeploy.common.messages import AddRequest
 from fastdeploy.common.request import FinishReason, SamplingParams, Sequence
 from fastdeploy.core.engine import EngineCore
 from fastdeploy.core.sampler import Sampled, Sampler
+from fastdeploy.grammar.matchers import Grammars
 from fastdeploy.grammar.texts import choice_grammar, lark_grammar, regex_grammar
 
 from .paged_oracle import EOS_ID, GRAMMARS, MODEL_CONFIG, VOCAB_SIZE, PagedOracle, engine_config
@@ -21,9 +25,14 @@ AB = 5
 LETTERS = regex_grammar("[ab]*")
 
 
-def sequence(outputs: list[int] | None = None, **params: object) -> Sequence:
-    values = {"max_tokens": 100, "temperature": 0.0, "end_token_ids": (EOS_ID,), "stop_token_ids": (EOS_ID,)}
-    sampling = SamplingParams(**(values | params))  # type: ignore[arg-type]
+def sequence(outputs: list[int] | None = None, **params: Any) -> Sequence:
+    values: dict[str, Any] = {
+        "max_tokens": 100,
+        "temperature": 0.0,
+        "end_token_ids": (EOS_ID,),
+        "stop_token_ids": (EOS_ID,),
+    }
+    sampling = SamplingParams(**(values | params))
     return Sequence("r", [9], sampling, output_token_ids=outputs or [])
 
 
@@ -65,7 +74,7 @@ def sample(*sequences: Sequence, best: int = EOS_ID) -> list[Sampled]:
     ],
 )
 def test_best_token_that_the_constraints_allow_is_drawn(
-    outputs: list[int], params: dict[str, object], drawn: int
+    outputs: list[int], params: dict[str, Any], drawn: int
 ) -> None:
     one = sequence(outputs, **params)
     assert sample(one) == [Sampled(drawn, None)]
@@ -84,7 +93,7 @@ def test_best_token_that_the_constraints_allow_is_drawn(
         {"bad_words": tuple((token_id,) for token_id in range(VOCAB_SIZE))},
     ],
 )
-def test_choice_without_a_possible_token_is_an_error_of_its_own(params: dict[str, object]) -> None:
+def test_choice_without_a_possible_token_is_an_error_of_its_own(params: dict[str, Any]) -> None:
     stuck, other = sample(sequence(**params), sequence())
     assert stuck.error is not None
     assert other == Sampled(EOS_ID, None)
@@ -98,7 +107,12 @@ def test_output_outside_of_the_grammar_is_an_error() -> None:
 
 def test_logprobs_are_those_before_masks_and_biases() -> None:
     [free] = sample(sequence([], logprobs=3))
-    params = {"logprobs": 3, "grammar": LETTERS, "logit_bias": ((A, 2.0),), "bad_words": ((EOS_ID,),)}
+    params: dict[str, Any] = {
+        "logprobs": 3,
+        "grammar": LETTERS,
+        "logit_bias": ((A, 2.0),),
+        "bad_words": ((EOS_ID,),),
+    }
     [bound] = sample(sequence([], **params))
     assert free.logprobs is not None
     assert bound.logprobs is not None
@@ -106,14 +120,14 @@ def test_logprobs_are_those_before_masks_and_biases() -> None:
     assert bound.logprobs.top == free.logprobs.top
 
 
-def engine(**changes: object) -> EngineCore:
+def engine(**changes: Any) -> EngineCore:
     config = engine_config(**changes)
     return EngineCore(config, MODEL_CONFIG, PagedOracle(32, config.block_size), 32, GRAMMARS)
 
 
 def test_stuck_and_invalid_requests_end_while_others_go_on() -> None:
     core = engine()
-    wanted = {
+    wanted: dict[str, dict[str, Any]] = {
         "stuck": {"grammar": choice_grammar(["ab"]), "allowed_token_ids": (B,)},
         "invalid": {"grammar": lark_grammar("start: b")},
         "fine": {"grammar": choice_grammar(["abcd"])},
@@ -127,6 +141,20 @@ def test_stuck_and_invalid_requests_end_while_others_go_on() -> None:
     assert texts.reasons["fine"] == FinishReason.STOP
     assert texts.token_ids["fine"][-1] == EOS_ID
     assert texts.reasons["free"] in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def test_vocabulary_that_cannot_be_used_ends_requests_with_a_grammar_only() -> None:
+    def read() -> LLTokenizer:
+        raise ValueError("no tokens")
+
+    config = engine_config()
+    core = EngineCore(config, MODEL_CONFIG, PagedOracle(32, config.block_size), 32, Grammars(read))
+    core.add(AddRequest("bound", [1, 2], sequence(grammar=choice_grammar(["ab"])).params, 0.0))
+    core.add(AddRequest("free", [1, 2], sequence(max_tokens=3).params, 0.0))
+    texts = collect(core)
+    assert texts.reasons["bound"] == FinishReason.ERROR
+    assert "vocabulary cannot be used" in (texts.messages["bound"] or "")
+    assert texts.reasons["free"] != FinishReason.ERROR
 
 
 def test_request_can_be_aborted_while_its_grammar_is_compiled() -> None:

@@ -67,6 +67,8 @@ def test_a_stream_is_ended_by_its_id(server: ApiServer, path: str, with_prefix: 
 
 def test_all_choices_of_a_whole_response_end_with_their_text(server: ApiServer) -> None:
     body = BODIES["/v1/completions"] | {"n": 3}
+    # Tokens of earlier requests must not count.
+    wait_until(lambda: server.metric("num_requests_running") == 0, "the server is idle")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         before = server.metric("generation_tokens_total")
         waiting = pool.submit(server.post, "/v1/completions", body)

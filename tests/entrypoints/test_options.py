@@ -9,10 +9,38 @@ from fastdeploy.common.api_keys import ApiKeys
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.core.worker import _decode_config as decode_config
 from fastdeploy.entrypoints.openai.foreign_flags import REFUSED, WITHOUT_EFFECT
-from fastdeploy.entrypoints.openai.options import ServeConfig, parse_arguments
+from fastdeploy.entrypoints.openai.options import ServeConfig, _parser, parse_arguments
 from fastdeploy.entrypoints.openai.worker_process import encode_config
 
 from .conftest import TINY
+
+#: The flags of FastDeploy's api_server.
+FASTDEPLOY = """
+    model served-model-name revision model-config-name tokenizer tokenizer-base-url max-model-len
+    block-size task runner convert override-pooler-config use-warmup limit-mm-per-prompt
+    mm-processor-kwargs max-encoder-cache max-processor-cache enable-mm reasoning-parser chat-template
+    tool-call-parser tool-parser-plugin speculative-config dynamic-load-weight load-strategy
+    rsync-config engine-worker-queue-port quantization graph-optimization-config plas-attention-config
+    guided-decoding-backend guided-decoding-disable-any-whitespace enable-logprob
+    enable-keep-sampling-mask max-logprobs logprobs-mode seed enable-early-stop early-stop-config
+    lm-head-fp32 logits-processors enable-entropy model-impl tensor-parallel-size
+    disable-custom-all-reduce enable-flashinfer-allreduce-fusion use-internode-ll-two-stage
+    disable-sequence-parallel-moe max-num-seqs num-gpu-blocks-override max-num-batched-tokens
+    gpu-memory-utilization data-parallel-size local-data-parallel-id enable-expert-parallel enable-eplb
+    eplb-config routing-replay-config enable-chunked-moe chunked-moe-size
+    shutdown-comm-group-if-worker-idle no-shutdown-comm-group-if-worker-idle load-choices kv-cache-ratio
+    swap-space prealloc-dec-block-slot-num-threshold cache-queue-port static-decode-blocks
+    kvcache-storage-backend write-policy ips enable-prefix-caching no-enable-prefix-caching
+    enable-output-caching no-enable-output-caching enable-chunked-prefill max-num-partial-prefills
+    max-long-partial-prefills long-prefill-token-threshold splitwise-role innode-prefill-ports
+    cache-transfer-protocol pd-comm-port rdma-comm-ports disable-chunked-mm-input router scheduler-name
+    scheduler-max-size scheduler-ttl scheduler-host scheduler-port scheduler-db scheduler-password
+    scheduler-topic scheduler-min-load-score scheduler-load-shards-num scheduler-sync-period
+    scheduler-expire-period scheduler-release-load-expire-period scheduler-reader-parallel
+    scheduler-writer-parallel scheduler-reader-batch-size scheduler-writer-batch-size
+    enable-overlap-schedule port host workers metrics-port controller-port max-waiting-time
+    max-concurrency enable-mm-output timeout-graceful-shutdown timeout api-key config
+"""
 
 
 def parse(*flags: str) -> ServeConfig:
@@ -146,6 +174,12 @@ def test_a_wrong_value_is_one_line_with_its_flag(
         parse(*(("--data-parallel-size", "4") if "--local-data-parallel-id" in flags else ()), *flags)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_flag_of_fastdeploy_is_known() -> None:
+    known = {flag for action in _parser()._actions for flag in action.option_strings}
+    assert {f"--{name}" for name in FASTDEPLOY.split()} - known == set()
+    assert "-tp" in known
 
 
 def test_other_flags_of_fastdeploy_are_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -130,6 +130,8 @@ def test_the_size_of_a_whole_response_is_limited(unlimited: ApiServer) -> None:
     error = refusal(unlimited, COMPLETIONS, **fields)
     assert error["param"] == "logprobs"
     assert "the limit is 1048576" in error["message"]
+    fields = {"logprobs": -1, "stream": True, "max_streaming_response_tokens": 64}
+    assert refusal(unlimited, COMPLETIONS, **fields)["param"] == "logprobs"
     error = refusal(unlimited, CHAT, prompt_logprobs=-1, stream=True, prompt_token_ids=PROMPT * 5)
     assert "or no stream" in error["message"]
 

@@ -26,6 +26,13 @@ JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "thing", "schema":
 COMPACT = {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}
 
 
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
 def ask(server: ApiServer, **fields: Any) -> list[dict[str, Any]]:
     """Return the choices of an answer."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "seed": 5, **fields}
@@ -191,6 +198,7 @@ def test_bad_words_biases_and_allowed_ids_act(server: ApiServer) -> None:
             "guided_choice",
             "response_format and guided_choice exclude each other",
         ),
+        ({"guided_json": json.dumps(_nested(300))}, "guided_json", "guided_json"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "logit_bias has a key that is not a token id"),
         ({"logit_bias": {"9999": 1}}, "logit_bias", "logit_bias has token id 9999"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "logit_bias.5 is 101"),
@@ -212,16 +220,19 @@ def test_wrong_constraint_is_a_400_that_names_it(
 
 def test_fields_that_constrain_nothing_are_accepted(server: ApiServer) -> None:
     free = ask(server, max_tokens=5)
-    for fields in (
+    accepted: tuple[dict[str, Any], ...] = (
         {"response_format": {"type": "text"}, "guided_json": None, "logit_bias": {}, "bad_words": []},
         {"response_format": {}, "structured_outputs": {}, "guided_json_object": False},
-    ):
+    )
+    for fields in accepted:
         assert ask(server, max_tokens=5, **fields) == free
 
 
 def test_hostile_grammars_do_not_delay_others(server: ApiServer) -> None:
     """Steps go on while grammars are compiled, and each hostile request ends."""
-    wide = {"properties": {f"p{i}": {"properties": {f"q{j}": {} for j in range(40)}} for i in range(40)}}
+    wide: dict[str, Any] = {
+        "properties": {f"p{i}": {"properties": {f"q{j}": {} for j in range(40)}} for i in range(40)}
+    }
     hostile = [
         {"guided_json": wide},
         {"guided_regex": "(a|b)*a(a|b){3000}"},

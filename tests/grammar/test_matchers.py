@@ -69,9 +69,9 @@ class Writer:
 
 @pytest.fixture(scope="module", params=KINDS)
 def writer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Writer:
-    path = TINY
+    path: Path = TINY
     if request.param != KINDS[0]:
-        path: Path = tmp_path_factory.mktemp("tokenizer") / "model"
+        path = tmp_path_factory.mktemp("tokenizer") / "model"
         sentencepiece_directory(path, add_dummy_prefix=request.param == KINDS[2])
     return Writer(Tokenizer.from_directory(path))
 

@@ -26,7 +26,7 @@ def read_constraints(body: ConstraintBody) -> dict[str, Any]:
     """
     source = _source(body)
     return {
-        "grammar": None if source is None else source.read(source.value, source.field, _options(body)),
+        "grammar": None if source is None else _grammar(source, _options(body)),
         "grammar_field": None if source is None else source.field,
         "logit_bias": _biases(body.logit_bias or {}),
         "bad_words": tuple(body.bad_words or ()),
@@ -53,6 +53,13 @@ class _Source:
     value: Any
     #: Returns the grammar.
     read: Callable[[Any, str, _JsonOptions], str]
+
+
+def _grammar(source: _Source, options: _JsonOptions) -> str:
+    try:
+        return source.read(source.value, source.field, options)
+    except RecursionError:
+        raise RequestError(f"{source.field} is nested too deeply", source.field, code=WRONG_VALUE) from None
 
 
 def _source(body: ConstraintBody) -> _Source | None:

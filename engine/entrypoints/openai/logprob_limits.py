@@ -7,12 +7,12 @@ from .protocol import GenerationRequest
 from .served_model import ServedModel
 from .validation import invalid
 
-#: Limits of prompt log probabilities, including those of the most likely tokens at each position. A stream
-#: sends those of a prompt in one event.
+#: Limits of log probabilities, including those of the most likely tokens at each position. A stream sends
+#: those of a prompt in one event, and the router does not pass on events of more than 4 MiB.
 _MAX_PER_RESPONSE, _MAX_PER_EVENT = 1 << 20, 1 << 15
-#: Limit for the last events of a stream, which have those of the whole output.
+#: The last events of a stream of /v1/responses have those of the whole output beside other fields.
 _MAX_REPEATED = 1 << 14
-#: Up to this number of most likely tokens, those of the output have no limit of their own.
+#: Up to this number of most likely tokens, those of the output have no limit, unless a stream joins events.
 _FEW = 20
 #: A GPU returns no more most likely tokens.
 _MAX_ON_GPU = 20
@@ -26,13 +26,13 @@ def check_logprobs(served: ServedModel, request: GenerationRequest, prompts: lis
     if request.scored_logprobs is not None:
         name = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
         _check_prompts(name, prompts, request, 1 + _number(request.scored_logprobs, vocab_size))
-    each = _number(request.logprobs or 0, vocab_size)
-    if request.repeats_logprobs:
-        tokens = served.tokens_left(prompts[0], request.max_tokens, request.prompt_field)
-        _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_REPEATED)
-    if each > _FEW and not request.stream:
-        tokens = sum(served.tokens_left(each, request.max_tokens, request.prompt_field) for each in prompts)
-        _check_size(request, request.logprobs_field, tokens * request.n * (1 + each), _MAX_PER_RESPONSE)
+    if request.logprobs is not None:
+        each = _number(request.logprobs, vocab_size)
+        if request.repeats_logprobs:
+            tokens = served.tokens_left(prompts[0], request.max_tokens, request.prompt_field)
+            _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_REPEATED)
+        if each > _FEW or request.tokens_per_event > 1:
+            _check_output(served, request, prompts, 1 + each)
 
 
 def _check_number(served: ServedModel, name: str, number: int) -> None:
@@ -51,6 +51,18 @@ def _check_prompts(name: str, prompts: list[list[int]], request: GenerationReque
         _check_size(request, name, max(map(len, prompts)) * each, _MAX_PER_EVENT)
     else:
         _check_size(request, name, sum(map(len, prompts)) * request.n * each, _MAX_PER_RESPONSE)
+
+
+def _check_output(
+    served: ServedModel, request: GenerationRequest, prompts: list[list[int]], each: int
+) -> None:
+    left = [served.tokens_left(prompt, request.max_tokens, request.prompt_field) for prompt in prompts]
+    if request.stream:
+        # A possible stop string withholds tokens, which the next event has too.
+        tokens = min(request.tokens_per_event + max(map(len, request.stop), default=0), max(left))
+        _check_size(request, request.logprobs_field, tokens * each, _MAX_PER_EVENT)
+    elif each > 1 + _FEW:
+        _check_size(request, request.logprobs_field, sum(left) * request.n * each, _MAX_PER_RESPONSE)
 
 
 def _check_size(request: GenerationRequest, name: str, size: int, limit: int) -> None:
