@@ -20,6 +20,7 @@ from fastdeploy.entrypoints.openai.api_description import openapi
 from fastdeploy.entrypoints.openai.validation import MAX_NESTING
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, ABORT = "/v1/responses", "/v1/abort_requests"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 _TOKENS = {"max_tokens": 1}
 #: Valid bodies. A malformed one differs in one place.
@@ -32,6 +33,9 @@ _BASES: dict[str, tuple[dict[str, Any], ...]] = {
                 {"role": "assistant", "content": None, "refusal": "no"},
                 {"role": "user", "content": "b", "name": "c"},
             ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},
+            "logit_bias": {"7": 1.5},
             "stop": ["x", "y"],
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -39,6 +43,20 @@ _BASES: dict[str, tuple[dict[str, Any], ...]] = {
         },
     ),
     COMPLETIONS: ({"prompt": "a", **_TOKENS}, {"prompt": [[5, 6], [7]], "stop_token_ids": [3], **_TOKENS}),
+    RESPONSES: (
+        {"input": "a", "max_output_tokens": 1},
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "1", "output": "b"},
+            ],
+            "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+            "text": {"format": {"type": "json_object"}},
+            "max_output_tokens": 1,
+        },
+    ),
+    ABORT: ({"req_ids": ["a", "b"]},),
     TOKENIZE: ({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}),
     DETOKENIZE: ({"tokens": [5, 6]},),
 }
@@ -99,7 +117,7 @@ def _wrong_value(chance: random.Random) -> Malformed:
 
 
 def _path(chance: random.Random) -> str:
-    return chance.choices((CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE), (5, 3, 1, 1))[0]
+    return chance.choices(list(_BASES), (6, 4, 4, 1, 1, 1))[0]
 
 
 def _field_names(path: str) -> list[str]:
