@@ -69,6 +69,9 @@ _VALUES: tuple[Any, ...] = (
 )
 
 
+_TOOL = {"type": "function", "function": {"name": "f"}}
+
+
 @dataclass(frozen=True, slots=True)
 class Malformed:
     path: str
@@ -153,6 +156,30 @@ def _conflicts() -> Iterator[Malformed]:
         (CHAT, {"chat_template": "{% for x in range(10**9) %}{{ x }}{% endfor %}"}, "chat_template"),
         (CHAT, {"request_id": "a b"}, "request_id"),
         (CHAT, {"prompt_token_ids": [2**31 - 1]}, "prompt_token_ids"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [_TOOL], "tool_choice": _named("g")}, "tool_choice"),
+        (CHAT, {"tools": [_TOOL, _TOOL]}, "tools"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        (CHAT, {"guided_json": {"type": "text"}}, "guided_json"),
+        (CHAT, {"guided_json": "{"}, "guided_json"),
+        (CHAT, {"guided_json": {"$ref": "http://localhost/x"}}, "guided_json"),
+        (CHAT, {"guided_json": {"$ref": "#/nowhere"}}, "guided_json"),
+        (CHAT, {"guided_regex": "("}, "guided_regex"),
+        (CHAT, {"guided_regex": "(?=a)b"}, "guided_regex"),
+        (CHAT, {"guided_grammar": "start: nothing"}, "guided_grammar"),
+        (CHAT, {"guided_choice": []}, "guided_choice"),
+        (CHAT, {"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        (CHAT, {"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+        (CHAT, {"logit_bias": {"x": 1}}, "logit_bias"),
+        (CHAT, {"logit_bias": {"99999999": 1}}, "logit_bias"),
+        (CHAT, {"allowed_token_ids": []}, "allowed_token_ids"),
+        (CHAT, {"prompt_logprobs": 2, "stream": True, "n": 500}, "n"),
+        (RESPONSES, {"store": True}, "store"),
+        (RESPONSES, {"previous_response_id": "x"}, "previous_response_id"),
+        (RESPONSES, {"input": []}, "input"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a"}}}, "text"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         (COMPLETIONS, {"stream_options": {}}, "stream_options"),
         (COMPLETIONS, {"min_tokens": 5}, "min_tokens"),
         (COMPLETIONS, {"best_of": 3}, "best_of"),
@@ -167,6 +194,10 @@ def _conflicts() -> Iterator[Malformed]:
         (DETOKENIZE, {"tokens": [10**6]}, "tokens"),
     ):
         yield Malformed(path, json.dumps({**_BASES[path][0], **fields}).encode(), field)
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _bomb(chance: random.Random) -> Malformed:
