@@ -36,8 +36,8 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         router = RouterProcess(tmp_path_factory.mktemp("router"))
         stack.callback(router.stop)
         # Descriptions of tools are long for the tiny tokenizer.
-        flags = ("--max-model-len", "2048", "--router", router.url)
-        flags += ("--data-parallel-size", "2", "--local-data-parallel-id")
+        flags = ["--max-model-len", "2048", "--router", router.url]
+        flags += ["--data-parallel-size", "2", "--local-data-parallel-id"]
         replicas = tuple(
             stack.enter_context(ApiServer(tmp_path_factory.mktemp("replica"), *flags, str(number)))
             for number in range(2)

@@ -20,6 +20,7 @@ from fastdeploy.entrypoints.openai.api_description import openapi
 from fastdeploy.entrypoints.openai.validation import MAX_NESTING
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES, ABORT = "/v1/responses", "/v1/abort_requests"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 _TOKENS = {"max_tokens": 1}
 #: Valid bodies. A malformed one differs in one place.
@@ -32,6 +33,9 @@ _BASES: dict[str, tuple[dict[str, Any], ...]] = {
                 {"role": "assistant", "content": None, "refusal": "no"},
                 {"role": "user", "content": "b", "name": "c"},
             ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}},
+            "logit_bias": {"7": 1.5},
             "stop": ["x", "y"],
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -39,6 +43,20 @@ _BASES: dict[str, tuple[dict[str, Any], ...]] = {
         },
     ),
     COMPLETIONS: ({"prompt": "a", **_TOKENS}, {"prompt": [[5, 6], [7]], "stop_token_ids": [3], **_TOKENS}),
+    RESPONSES: (
+        {"input": "a", "max_output_tokens": 1},
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "1", "output": "b"},
+            ],
+            "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+            "text": {"format": {"type": "json_object"}},
+            "max_output_tokens": 1,
+        },
+    ),
+    ABORT: ({"req_ids": ["a", "b"]},),
     TOKENIZE: ({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}),
     DETOKENIZE: ({"tokens": [5, 6]},),
 }
@@ -49,6 +67,9 @@ _VALUES: tuple[Any, ...] = (
     *([], [[]], [[[]]], [None], [True], [-1], [0.5], ["x", 7], [10**30], [""], ["x"] * 300, [0] * 1000),
     *({}, {"x": 1}, {"type": "x"}, {"type": 5}, {"type": ["text"]}, {"role": "user"}, {"x": {"y": [{}]}}),
 )
+
+
+_TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +120,7 @@ def _wrong_value(chance: random.Random) -> Malformed:
 
 
 def _path(chance: random.Random) -> str:
-    return chance.choices((CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE), (5, 3, 1, 1))[0]
+    return chance.choices(list(_BASES), (6, 4, 4, 1, 1, 1))[0]
 
 
 def _field_names(path: str) -> list[str]:
@@ -135,6 +156,30 @@ def _conflicts() -> Iterator[Malformed]:
         (CHAT, {"chat_template": "{% for x in range(10**9) %}{{ x }}{% endfor %}"}, "chat_template"),
         (CHAT, {"request_id": "a b"}, "request_id"),
         (CHAT, {"prompt_token_ids": [2**31 - 1]}, "prompt_token_ids"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [_TOOL], "tool_choice": _named("g")}, "tool_choice"),
+        (CHAT, {"tools": [_TOOL, _TOOL]}, "tools"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        (CHAT, {"guided_json": {"type": "text"}}, "guided_json"),
+        (CHAT, {"guided_json": "{"}, "guided_json"),
+        (CHAT, {"guided_json": {"$ref": "http://localhost/x"}}, "guided_json"),
+        (CHAT, {"guided_json": {"$ref": "#/nowhere"}}, "guided_json"),
+        (CHAT, {"guided_regex": "("}, "guided_regex"),
+        (CHAT, {"guided_regex": "(?=a)b"}, "guided_regex"),
+        (CHAT, {"guided_grammar": "start: nothing"}, "guided_grammar"),
+        (CHAT, {"guided_choice": []}, "guided_choice"),
+        (CHAT, {"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        (CHAT, {"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+        (CHAT, {"logit_bias": {"x": 1}}, "logit_bias"),
+        (CHAT, {"logit_bias": {"99999999": 1}}, "logit_bias"),
+        (CHAT, {"allowed_token_ids": []}, "allowed_token_ids"),
+        (CHAT, {"prompt_logprobs": 2, "stream": True, "n": 500}, "n"),
+        (RESPONSES, {"store": True}, "store"),
+        (RESPONSES, {"previous_response_id": "x"}, "previous_response_id"),
+        (RESPONSES, {"input": []}, "input"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a"}}}, "text"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         (COMPLETIONS, {"stream_options": {}}, "stream_options"),
         (COMPLETIONS, {"min_tokens": 5}, "min_tokens"),
         (COMPLETIONS, {"best_of": 3}, "best_of"),
@@ -149,6 +194,10 @@ def _conflicts() -> Iterator[Malformed]:
         (DETOKENIZE, {"tokens": [10**6]}, "tokens"),
     ):
         yield Malformed(path, json.dumps({**_BASES[path][0], **fields}).encode(), field)
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _bomb(chance: random.Random) -> Malformed:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 from .conftest import System
 
@@ -59,14 +61,41 @@ def test_litellm_raises_its_exceptions_for_errors(litellm: Any, options: dict[st
         litellm.completion(**{**options, "messages": [{"role": "user", "content": "a" * 5000}]})
 
 
-def test_pydantic_ai_talks_and_remembers(system: System) -> None:
-    pytest.importorskip("pydantic_ai")
-    from pydantic_ai import Agent
+def test_litellm_reads_a_forced_call_whole_and_streamed(litellm: Any, options: dict[str, Any]) -> None:
+    parameters = {"type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"]}
+    parameters["additionalProperties"] = False
+    tool = {"type": "function", "function": {"name": "now", "parameters": parameters}}
+    options = {**options, "tools": [tool], "tool_choice": "required", "max_tokens": 400}
+    options["parallel_tool_calls"] = False
+    [whole] = litellm.completion(**options).choices[0].message.tool_calls
+    assert whole.function.name == "now"
+    assert json.loads(whole.function.arguments)["zone"] in ("UTC", "CET")
+    chunks = list(litellm.completion(**options, stream=True))
+    [streamed] = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls
+    assert streamed.function == whole.function
+
+
+def agent_of(system: System, **options: Any) -> Any:
+    pydantic_ai = pytest.importorskip("pydantic_ai")
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
     model = OpenAIChatModel("tiny", provider=OpenAIProvider(base_url=system.base_url, api_key="none"))
-    agent = Agent(model, model_settings={"max_tokens": 12, "seed": 4})
+    return pydantic_ai.Agent(model, **options)
+
+
+class Verdict(BaseModel):
+    colour: Literal["red", "green"]
+    number: int = Field(ge=0, le=99)
+
+
+def test_pydantic_ai_returns_the_callers_type_by_a_forced_call(system: System) -> None:
+    agent = agent_of(system, output_type=Verdict, model_settings={"max_tokens": 400, "seed": 4})
+    assert isinstance(agent.run_sync("the quick brown").output, Verdict)
+
+
+def test_pydantic_ai_talks_and_remembers(system: System) -> None:
+    agent = agent_of(system, model_settings={"max_tokens": 12, "seed": 4})
     first = agent.run_sync("the quick brown")
     assert first.usage.output_tokens == 12
     second = agent.run_sync("fox", message_history=first.all_messages())

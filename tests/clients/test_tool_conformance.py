@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from canitoolcall.checks import case_status, run_checks
-from canitoolcall.fixtures import Fixture, default_fixtures_dir, load_family, load_fixtures
+from canitoolcall.fixtures import Fixture, load_family, load_fixtures
 from canitoolcall.results import Observation, ParsedToolCall, ParseResult, Status
 
 from ..entrypoints.scripted_replica import serving
@@ -42,7 +42,7 @@ def test_calls_and_reasoning_are_as_the_conformance_suite_expects(name: str) -> 
     tool_parser, reasoning_parser = PARSERS[name]
     options = {"tool_call_parser": tool_parser, "reasoning_parser": reasoning_parser}
     fixtures = [fixture for fixture in load_fixtures(None) if belongs(fixture, name)]
-    family = load_family(default_fixtures_dir() / fixtures[0].family)
+    family = load_family(fixtures[0].family)
     faults = []
     with (
         serving(WORKER, chat_template=TEMPLATE, **options) as (_, port),

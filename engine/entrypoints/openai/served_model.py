@@ -110,10 +110,11 @@ class ServedModel:
         cache, context = self._limits
         limit = min(cache, context)
         if len(prompt) + (max_tokens != 0) > limit:
-            whose = "the KV cache" if cache < context else "this model's context"
+            # Clients such as litellm know this error by OpenAI's words.
+            most = "the KV cache holds" if cache < context else "this model's maximum context length is"
             raise ApiError(
                 400,
-                f"{field} has {len(prompt)} tokens; {whose} holds {limit}"
+                f"{field} has {len(prompt)} tokens; {most} {limit}"
                 + (", one of them for the output" if max_tokens != 0 else ""),
                 param=field,
                 code="context_length_exceeded",
