@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from ..common.errors import FastDeployError, RequestError
 from ..common.messages import AddRequest, ExpertParallelStats, Logprobs, Stats, StepOutputs, TokenOutput
@@ -58,6 +59,8 @@ class EngineCore:
         self._grammars = grammars
         #: Sequences whose grammar is being compiled; not queued yet.
         self._compiling: dict[str, tuple[Sequence, Future[LLMatcher]]] = {}
+        #: Keeps the grammars of live sequences compiled.
+        self._compiled: WeakKeyDictionary[Sequence, Future[LLMatcher]] = WeakKeyDictionary()
         # Errors of requests that were not queued; sent with the outputs of the next step.
         self._refusals: list[TokenOutput] = []
         self._steps_total = 0
@@ -144,7 +147,9 @@ class EngineCore:
         elif self._grammars is None:
             raise RequestError("this engine has no vocabulary for a grammar")
         else:
-            self._compiling[request_id] = sequence, self._grammars.compile(request.params.grammar)
+            compiled = self._grammars.compile(request.params.grammar)
+            self._compiling[request_id] = sequence, compiled
+            self._compiled[sequence] = compiled
 
     def _queue_compiled(self) -> None:
         """Queue the sequences whose grammar is ready. Others need not wait for a grammar."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -16,7 +17,7 @@ from .validation import LIMITS
 
 _log = logging.getLogger(__name__)
 
-_MAX_COMPILED = 32
+_MAX_RECENT = 32
 _MAX_MESSAGE = 200
 #: Fewer masks are not worth waking threads.
 _MIN_PARALLEL = 4
@@ -61,10 +62,12 @@ class Grammars:
         self._vocabulary: LLTokenizer | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
-        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        #: Those in use, and some recent ones.
+        self._compiled: WeakValueDictionary[str, Future[LLMatcher]] = WeakValueDictionary()
+        self._recent: deque[Future[LLMatcher]] = deque(maxlen=_MAX_RECENT)
 
     def compile(self, grammar: str) -> Future[LLMatcher]:
-        """Return the future initial state of a grammar.
+        """Return the future initial state of a grammar. Keep it while the grammar is needed.
 
         It raises RequestError if the grammar is invalid, FastDeployError if the vocabulary cannot be used.
         """
@@ -73,9 +76,7 @@ class Grammars:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, "grammars")
             future = self._compiled[grammar] = self._thread.submit(self._compile, grammar)
-            if len(self._compiled) > _MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
+            self._recent.append(future)
         return future
 
     def matcher(self, grammar: str) -> Matcher:

@@ -160,6 +160,7 @@ def test_responses_are_as_declared(server: ApiServer, client: Any) -> None:
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
         ({"truncation": "middle"}, "truncation"),
+        ({"metadata": {str(number): "a" * 500 for number in range(2500)}}, "instructions"),
         ({"metadata": {"a": 1}}, "metadata.a"),
         ({"stream_options": {"include_obfuscation": True}}, "stream_options"),
         ({"input": None}, "input"),
@@ -171,7 +172,7 @@ def test_responses_are_as_declared(server: ApiServer, client: Any) -> None:
         ({"input": [{"type": "function_call_output", "output": "a"}]}, "input[0].call_id"),
         ({"input": [{"type": "reasoning", "encrypted_content": "a"}]}, "input[0].encrypted_content"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as error:

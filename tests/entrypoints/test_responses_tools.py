@@ -223,7 +223,10 @@ class Answer(pydantic.BaseModel):
 def test_official_client_parses_a_model(server: ApiServer) -> None:
     client: Any = server.client()
     response = client.responses.parse(
-        model="tiny", input="a", text_format=Answer, temperature=1.5, max_output_tokens=200
+        model="tiny",
+        input="a",
+        text_format=Answer,
+        extra_body={"logit_bias": NO_SPACE, "seed": 3},
     )
     assert isinstance(response.output_parsed, Answer)
     assert response.text.format.type == "json_schema"

@@ -119,12 +119,14 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Replica
         wait_until(lambda: len({post["port"] for post in router.bodies("/register")}) == 2, "registered")
         tokens = {post["port"]: post["token"] for post in router.bodies("/register")}
         yield Replica(first, tokens[str(first.port)]), Replica(second, tokens[str(second.port)])
-        logs = b"".join(
-            file.read_bytes() for server in (first, second) for file in server.output.parent.iterdir()
-        )
-        assert b"POST /internal/resume" in logs
-        assert not [token for token in tokens.values() if token.encode() in logs]
+        # A request is logged after its response.
+        wait_until(lambda: b"POST /internal/resume" in logs_of(first, second), "the resumption is logged")
+        assert not [token for token in tokens.values() if token.encode() in logs_of(first, second)]
     router.close()
+
+
+def logs_of(*servers: ApiServer) -> bytes:
+    return b"".join(file.read_bytes() for server in servers for file in server.output.parent.iterdir())
 
 
 def stream(replica: Replica, path: str, body: bytes, **headers: str) -> Stream:

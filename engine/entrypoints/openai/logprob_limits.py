@@ -10,6 +10,8 @@ from .validation import invalid
 #: Limits of log probabilities, including those of the most likely tokens at each position. A stream sends
 #: those of a prompt in one event, and the router does not pass on events of more than 4 MiB.
 _MAX_PER_RESPONSE, _MAX_PER_EVENT = 1 << 20, 1 << 15
+#: The last events of a stream of /v1/responses have those of the whole output beside other fields.
+_MAX_REPEATED = 1 << 14
 #: Up to this number of most likely tokens, those of the output have no limit, unless a stream joins events.
 _FEW = 20
 #: A GPU returns no more most likely tokens.
@@ -28,7 +30,7 @@ def check_logprobs(served: ServedModel, request: GenerationRequest, prompts: lis
         each = _number(request.logprobs, vocab_size)
         if request.repeats_logprobs:
             tokens = served.tokens_left(prompts[0], request.max_tokens, request.prompt_field)
-            _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_PER_EVENT)
+            _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_REPEATED)
         if each > _FEW or request.tokens_per_event > 1:
             _check_output(served, request, prompts, 1 + each)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from ...common.errors import RequestError
 from .protocol import ChatRequest, SamplingDefaults
 from .response_bodies import (
@@ -24,7 +26,7 @@ from .response_bodies import (
     TextFormat,
     TextOptions,
 )
-from .validation import MISSING, UNSUPPORTED, refuse_unsupported, validated
+from .validation import MISSING, UNSUPPORTED, WRONG_VALUE, refuse_unsupported, validated
 
 #: A field of a chat request in an error, and its name here.
 _NAMES = (
@@ -33,6 +35,9 @@ _NAMES = (
     (re.compile(r"reasoning_effort"), "reasoning.effort"),
     (re.compile(r"(tools\[\d+\]|tool_choice)\.function"), r"\1"),
 )
+#: Fields that events of a stream return as they are, and the limit of their size: the router limits an event.
+_RETURNED = ("instructions", "tools", "tool_choice", "text", "reasoning", "metadata")
+_MAX_RETURNED = 1 << 20
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
 
 
@@ -80,6 +85,14 @@ def read_responses_request(values: dict[str, Any], defaults: SamplingDefaults) -
     body = validated(values, ResponsesBody)
     for name, kind in (("text", TextOptions), ("reasoning", ReasoningOptions)):
         refuse_unsupported(values.get(name) or {}, kind.refused, name)
+    returned = {name: getattr(body, name) for name in _RETURNED}
+    if (size := len(msgspec.json.encode(returned))) > _MAX_RETURNED:
+        raise RequestError(
+            f"instructions, tools, text and metadata have {size} bytes together; they may have "
+            f"{_MAX_RETURNED}, because each response returns them",
+            "instructions",
+            code=WRONG_VALUE,
+        )
     messages, places = _conversation(values, body)
     chat = {name: values[name] for name in SHARED_FIELDS if name in values}
     chat["messages"] = messages

@@ -62,7 +62,7 @@ class ResponseOutput:
 
     def finish(self, status: str) -> list[Event]:
         """Return the events that end the last item, with this status. A response has at least one item."""
-        events = [] if self.items else self._continue(_Message) if self._open is None else []
+        events = [] if self.items or self._open is not None else self._continue(_Message)
         return [*events, *self._end(status)]
 
     def _continue(self, kind: type[_Message] | type[_Reasoning]) -> list[Event]:
@@ -126,7 +126,9 @@ class _Item(ABC):
 class _PartItem(_Item):
     """An item with one part."""
 
-    #: Of its events.
+    #: Beginning of its id.
+    prefix: str
+    #: Name of its text in events.
     kind: str
 
     def __init__(self, begun: dict[str, Any], place: int) -> None:
