@@ -67,8 +67,6 @@ _VALUES: tuple[Any, ...] = (
     *([], [[]], [[[]]], [None], [True], [-1], [0.5], ["x", 7], [10**30], [""], ["x"] * 300, [0] * 1000),
     *({}, {"x": 1}, {"type": "x"}, {"type": 5}, {"type": ["text"]}, {"role": "user"}, {"x": {"y": [{}]}}),
 )
-
-
 _TOOL = {"type": "function", "function": {"name": "f"}}
 
 
@@ -100,11 +98,6 @@ def _validator(path: str) -> Draft202012Validator:
     return Draft202012Validator({**schema, "components": description["components"]})
 
 
-def is_described(path: str, body: dict[str, Any]) -> bool:
-    """Return True if the description allows the body."""
-    return _validator(path).is_valid(body)
-
-
 def _wrong_value(chance: random.Random) -> Malformed:
     while True:
         path = _path(chance)
@@ -115,7 +108,7 @@ def _wrong_value(chance: random.Random) -> Malformed:
         else:
             field = chance.choice(list(body))
             _spoil(body, field, chance)
-        if not is_described(path, body):
+        if not _validator(path).is_valid(body):
             return Malformed(path, json.dumps(body).encode(), field)
 
 
@@ -141,7 +134,7 @@ def _spoil(value: Any, key: Any, chance: random.Random) -> None:
 
 
 def _conflicts() -> Iterator[Malformed]:
-    """Yield bodies whose fields are right, each for itself."""
+    """Yield bodies with faults that a schema does not show, such as fields that exclude each other."""
     for path, fields, field in (
         (CHAT, {"stream_options": {}}, "stream_options"),
         (CHAT, {"min_tokens": 5}, "min_tokens"),

@@ -62,8 +62,12 @@ def test_litellm_raises_its_exceptions_for_errors(litellm: Any, options: dict[st
 
 
 def test_litellm_reads_a_forced_call_whole_and_streamed(litellm: Any, options: dict[str, Any]) -> None:
-    parameters = {"type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"]}
-    parameters["additionalProperties"] = False
+    parameters = {
+        "type": "object",
+        "properties": {"zone": {"enum": ["UTC", "CET"]}},
+        "required": ["zone"],
+        "additionalProperties": False,
+    }
     tool = {"type": "function", "function": {"name": "now", "parameters": parameters}}
     options = {**options, "tools": [tool], "tool_choice": "required", "max_tokens": 400}
     options["parallel_tool_calls"] = False

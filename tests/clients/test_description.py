@@ -77,18 +77,14 @@ def test_requests_that_are_not_described_are_refused(system: System, path: str, 
 def run(path: str, method: str, mode: GenerationMode, examples: int, check: Callable[[Case], None]) -> None:
     operation = schemathesis.openapi.from_dict(DESCRIPTION)[path][method]
 
-    @settings(
+    examine = settings(
         max_examples=examples,
         derandomize=True,
         database=None,
         deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def examine(case: Case) -> None:
-        check(case)
-
+    )(given(case=operation.as_strategy(generation_mode=mode))(check))
     examine()
 
 
