@@ -16,7 +16,7 @@ OPEN = frozenset({OPENAPI_PATH, DOCS_PATH})
 BESIDE_V1 = _WITH_KEY | OPEN
 _BESIDE_V1_BYTES = frozenset(path.encode() for path in BESIDE_V1)
 #: Further paths that web pages may read.
-_FOR_PAGES = frozenset({"/version", "/load", "/ping"})
+_FOR_PAGES = frozenset({"/version", "/load", "/health", "/ping"})
 _FOR_PAGES_BYTES = frozenset(path.encode() for path in _FOR_PAGES)
 
 

@@ -172,7 +172,9 @@ def test_the_routers_own_refusals_have_the_headers(
         assert cors_of(answer)["allow-origin"] == PAGE, status
 
 
-@pytest.mark.parametrize("path", ["/version", "/load", "/ping", "/v1/embeddings", "/v1/abort_requests"])
+@pytest.mark.parametrize(
+    "path", ["/version", "/load", "/health", "/ping", "/v1/embeddings", "/v1/abort_requests"]
+)
 def test_side_endpoints_are_for_pages(shared_router: RouterProcess, path: str) -> None:
     assert preflight(shared_router, PAGE, path).status_code == 204
     assert cors_of(shared_router.get(path, headers={"Origin": PAGE}))["allow-origin"] == PAGE
@@ -180,7 +182,7 @@ def test_side_endpoints_are_for_pages(shared_router: RouterProcess, path: str) -
 
 
 def test_the_rest_of_the_router_is_not_for_pages(shared_router: RouterProcess) -> None:
-    for path in ("/registered", "/metrics", "/health", "/no/such/path"):
+    for path in ("/registered", "/metrics", "/no/such/path"):
         assert cors_of(shared_router.get(path, headers={"Origin": PAGE})) == {}
     assert cors_of(preflight(shared_router, PAGE, "/register")) == {}
 
