@@ -171,7 +171,7 @@ def test_max_tokens_0_requires_echo(server: ApiServer) -> None:
 def test_a_prompt_may_fill_the_context_if_nothing_follows(server: ApiServer) -> None:
     prompt = [5] * MAX_MODEL_LEN
     assert len(complete(server, prompt=prompt).choices[0].logprobs.tokens) == MAX_MODEL_LEN
-    with pytest.raises(openai.BadRequestError, match=f"holds {MAX_MODEL_LEN}$"):
+    with pytest.raises(openai.BadRequestError, match=f"context length is {MAX_MODEL_LEN}$"):
         complete(server, prompt=[*prompt, 5])
     with pytest.raises(openai.BadRequestError, match="one of them for the output"):
         complete(server, prompt=prompt, max_tokens=1)
