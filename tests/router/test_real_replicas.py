@@ -36,7 +36,7 @@ LONG_JSON = {
     "minItems": 90,
 }
 BODIES: list[tuple[str, dict[str, object]]] = [
-    ("/v1/completions", {"prompt": "a b", "n": 2, "stream_options": {"include_usage": True}}),
+    ("/v1/completions", {"prompt": "a b", "n": 3, "stream_options": {"include_usage": True}}),
     ("/v1/completions", {"prompt": "c", "logprobs": 2, "temperature": 1.5}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "temperature": 1.2}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "y"}], "guided_json": LONG_JSON}),
