@@ -24,13 +24,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "person")
 #: Fixtures that start processes. Tests that use one are left out of `make test-fast`.
 STARTS_PROCESSES = frozenset(
     {
-        *("demo", "endpoint", "engine", "engines", "faulty", "fleet", "front", "group"),
+        *("calling", "demo", "endpoint", "engine", "engines", "faulty", "fleet", "front", "group"),
         *("installed_service", "joined", "launched", "launcher", "lent_router", "live"),
         *("machines", "new_group", "nginx", "pair", "prometheus", "quick_beats", "ranks"),
-        *("replica", "resumed", "router", "running", "server", "service", "serving"),
+        *("replica", "resumed", "roomy", "router", "running", "server", "service", "serving"),
         *("shared_router", "small_cgroup", "small_fleet", "staged", "stage", "stalled"),
         *("standing", "start", "start_fleet", "start_monitor", "start_replica", "start_router"),
-        *("start_with_registry", "stopped", "system", "told_router", "with_hosts"),
+        *("start_with_registry", "stopped", "system", "thinking", "told_router", "unlimited", "with_hosts"),
     }
 )
 #: Files whose tests start processes without such a fixture.
@@ -38,7 +38,7 @@ PROCESS_FILES = frozenset(
     {
         *("test_board_deaths", "test_disk_removed", "test_drain", "test_expert_parallel"),
         *("test_intents", "test_library_environment", "test_replica_processes", "test_resume"),
-        *("test_rollout", "test_weight_cache"),
+        *("test_rollout", "test_tool_conformance", "test_weight_cache"),
     }
 )
 
