@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from .parts import Call
-from .tool_format import Notation, Tool, ToolFormat
+from .tool_format import Notation, Tool, ToolFormat, alternatives
 from .tool_parser import MAX_NAME_LENGTH, ToolParser, may_begin
 
 _BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -49,7 +49,7 @@ class DeepSeek(ToolFormat):
         lines = [
             f"calls: {notation.marker(_BEGIN)} tail",
             f"tail: call{more} {notation.marker(_END)}",
-            "call: " + " | ".join(f"call_{number}" for number in range(len(tools))),
+            alternatives("call", tools),
         ]
         for number, tool in enumerate(tools):
             begin = f"{notation.marker(_CALL)} {notation.text('function')} {notation.marker(_SEPARATOR)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from .json_calls import JsonCallParser
 from .parts import Call
-from .tool_format import SHARED_KEYS, Notation, Tool, ToolFormat, json_call
+from .tool_format import Notation, Tool, ToolFormat, alternatives, json_call
 from .tool_parser import may_begin
 
 _TAG = "<|python_tag|>"
@@ -32,10 +32,7 @@ class Llama3Json(ToolFormat):
 
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str:
         more = ' ("; " object)*' if several else ""
-        lines = [
-            f"calls: object{more}",
-            "object: " + " | ".join(f"object_{number}" for number in range(len(tools))),
-        ]
+        lines = [f"calls: object{more}", alternatives("object", tools)]
         for number, tool in enumerate(tools):
             # As a schema, because a content may be JSON too.
             lines.append(f"object_{number}: {notation.json(_schema(tool))}")
@@ -44,8 +41,7 @@ class Llama3Json(ToolFormat):
 
 def _schema(tool: Tool) -> dict[str, Any]:
     """Return the schema of a call as an object."""
-    shared = {key: tool.parameters[key] for key in SHARED_KEYS if key in tool.parameters}
-    return shared | {
+    return tool.definitions | {
         "type": "object",
         "properties": {"name": {"const": tool.name}, "parameters": tool.parameters},
         "required": ["name", "parameters"],

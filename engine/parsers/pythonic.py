@@ -10,7 +10,7 @@ from typing import Any
 
 from .json_text import json_text, without_surrogates
 from .parts import Call
-from .tool_format import SHARED_KEYS, Notation, Tool, ToolFormat
+from .tool_format import Notation, Tool, ToolFormat, alternatives
 from .tool_parser import MAX_NAME_LENGTH, ToolParser, may_begin
 
 #: Llama 4 writes the list between these.
@@ -39,7 +39,7 @@ class Pythonic(ToolFormat):
 
     def grammar(self, tools: Sequence[Tool], notation: Notation, *, several: bool) -> str:
         more = ' (", " call)*' if several else ""
-        lines = [f'calls: "[" call{more} "]"', "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
+        lines = [f'calls: "[" call{more} "]"', alternatives("call", tools)]
         for number, tool in enumerate(tools):
             lines += _call_rules(f"call_{number}", tool, notation)
         return "\n".join(lines)
@@ -132,12 +132,11 @@ def _call_rules(rule: str, tool: Tool, notation: Notation) -> list[str]:
         properties = {}
     if not isinstance(required, list):
         required = []
-    shared = {key: tool.parameters[key] for key in SHARED_KEYS if key in tool.parameters}
     names = sorted(properties, key=lambda name: name not in required)
     lines = []
     for number, name in enumerate(names):
         schema = properties[name]
-        value = notation.json(schema | shared if isinstance(schema, dict) else schema)
+        value = notation.json(schema | tool.definitions if isinstance(schema, dict) else schema)
         lines.append(f"{rule}_{number}: {notation.text(f'{name}=')} {rule}_value_{number}")
         lines.append(f"{rule}_value_{number}: {value}")
     count = sum(name in required for name in names)

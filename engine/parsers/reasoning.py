@@ -73,19 +73,11 @@ class ReasoningSplitter:
         return self._go(rest, self._in_reasoning) if rest else False
 
     def _in_reasoning(self, finished: bool) -> bool:
-        end = self._buffer.find(END)
-        if end >= 0:
-            self._reasoning += self._buffer[:end].rstrip()
-            return self._go(self._buffer[end + len(END) :], self._before_content)
-        if finished:
-            length = len(self._buffer)
-        elif self._in_one_piece:
+        if self._in_one_piece and not finished and END not in self._buffer:
             return False
-        else:
-            length = len(self._buffer[: len(self._buffer) - begun_length(self._buffer, END)].rstrip())
-        self._reasoning += self._buffer[:length]
-        self._buffer = self._buffer[length:]
-        return False
+        text, has_ended = self._take_until(END, finished)
+        self._reasoning += text
+        return has_ended and self._go(self._buffer, self._before_content)
 
     def _before_content(self, finished: bool) -> bool:
         rest = self._buffer.lstrip()
@@ -105,23 +97,31 @@ class ReasoningSplitter:
 
     def _in_wrapped(self, finished: bool) -> bool:
         assert self._wrapper is not None, "the state belongs to a wrapper"
-        tag = self._wrapper[1]
-        end = self._buffer.find(tag)
-        if end >= 0:
-            self._content += self._buffer[:end].rstrip()
-            return self._go(self._buffer[end + len(tag) :], self._in_content)
-        if finished:
-            length = len(self._buffer)
-        else:
-            length = len(self._buffer[: len(self._buffer) - begun_length(self._buffer, tag)].rstrip())
-        self._content += self._buffer[:length]
-        self._buffer = self._buffer[length:]
-        return False
+        text, has_ended = self._take_until(self._wrapper[1], finished)
+        self._content += text
+        return has_ended and self._go(self._buffer, self._in_content)
 
     def _in_content(self, finished: bool) -> bool:
         self._content += self._buffer
         self._buffer = ""
         return False
+
+    def _take_until(self, tag: str, finished: bool) -> tuple[str, bool]:
+        """Take from the buffer what stands before a tag, and the tag itself.
+
+        Returns:
+            The text without white space before the tag, which is layout, and True if the tag was found.
+            What may be layout or the beginning of the tag stays in the buffer until that is decided.
+        """
+        text, found, rest = self._buffer.partition(tag)
+        if found:
+            self._buffer = rest
+            return text.rstrip(), True
+        length = len(text)
+        if not finished:
+            length = len(text[: length - begun_length(text, tag)].rstrip())
+        self._buffer = text[length:]
+        return text[:length], False
 
     def _go(self, buffer: str, state: Callable[[bool], bool]) -> bool:
         self._buffer = buffer

@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Protocol
 from .parts import Call
 from .tool_parser import ToolParser
 
+#: Keys of a schema to which its other keys refer.
+_DEFINITIONS = ("$defs", "definitions")
+
 
 @dataclass(frozen=True, slots=True)
 class Tool:
@@ -20,9 +23,10 @@ class Tool:
     #: JSON Schema of the arguments.
     parameters: dict[str, Any]
 
-
-#: Keys of a schema to which the other ones refer.
-SHARED_KEYS = ("$defs", "definitions")
+    @property
+    def definitions(self) -> dict[str, Any]:
+        """Return the part of the schema to which its other parts refer."""
+        return {key: self.parameters[key] for key in _DEFINITIONS if key in self.parameters}
 
 
 class Notation(Protocol):
@@ -77,9 +81,14 @@ def json_call(call: Call, arguments_key: str = "arguments") -> str:
     return f'{{"name": {_json(call.name)}, "{arguments_key}": {call.arguments or "{}"}}}'
 
 
+def alternatives(rule: str, tools: Sequence[Tool]) -> str:
+    """Return a Lark rule that stands for one of the rules RULE_0, RULE_1, ..., one for each tool."""
+    return f"{rule}: " + " | ".join(f"{rule}_{number}" for number in range(len(tools)))
+
+
 def object_rules(tools: Sequence[Tool], notation: Notation) -> str:
     """Return Lark rules for the JSON object of one call, the first of them named `object`."""
-    lines = ["object: " + " | ".join(f"object_{number}" for number in range(len(tools)))]
+    lines = [alternatives("object", tools)]
     for number, tool in enumerate(tools):
         begin = notation.text(f'{{"name": {_json(tool.name)}, "arguments": ')
         lines.append(f"object_{number}: {begin} arguments_{number} {notation.text('}')}")
