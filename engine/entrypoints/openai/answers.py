@@ -22,7 +22,7 @@ class Answer(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ErrorDetail(Answer, frozen=True, kw_only=True):
-    """What is wrong."""
+    """Description of an error."""
 
     message: str
     type: str

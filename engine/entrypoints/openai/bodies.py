@@ -9,19 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, Struct
 
 from .constraint_bodies import ConstraintBody
+from .field_types import MAX_TOKEN, Name, TokenId
 from .tool_fields import ToolCalls, ToolChoice, Tools
 from .unsupported import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOKENIZE_FIELDS
 from .validation import Body, Refused
 
-#: The engine has 32-bit token ids and counts.
-MAX_TOKEN = 2**31 - 1
 MAX_CHOICES = 128
 MAX_SEQUENCES = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 256
 
-TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN, extra={"expected": "a token id"})]
 TokenIds = Annotated[list[TokenId], Meta(extra={"expected": "a list of token ids"})]
 #: A number of tokens.
 Count = Annotated[int, Meta(ge=0, le=MAX_TOKEN)]
@@ -40,7 +38,6 @@ ChatTemplate = Annotated[str, Meta(max_length=1 << 16)]
 TemplateArguments = Annotated[dict[str, Any], Meta(description="Further variables of the template.")]
 Documents = Annotated[list[dict[str, Any]], Meta(description="For the chat template.")]
 Truncation = Annotated[int, Meta(ge=-1, le=MAX_TOKEN)]
-Name = Annotated[str, Meta(max_length=1024)]
 Role = Annotated[
     str, Meta(min_length=1, max_length=64, description="Usually system, user, assistant or tool.")
 ]

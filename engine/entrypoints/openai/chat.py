@@ -14,11 +14,11 @@ from .chat_parts import ParsedChoice, parsed_choices, reasoning_usage
 from .events import Event
 from .generation import NO_OUTPUT, Generation
 from .keep_alive import KeepAlive
-from .logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from .logprobs import chat_logprobs
 from .output import Delta
 from .protocol import ChatRequest
 from .served_model import ServedModel
-from .token_fields import token_fields
+from .token_fields import prompt_logprobs_field, token_fields, token_names
 from .tool_prompt import with_written_calls, with_written_tools
 
 # Limits how many templates from requests are rendered at once, each in a process of its own.
@@ -202,7 +202,7 @@ def _choice(
         "finish_reason": finish_reason,
         "stop_reason": deltas[-1].stop_reason,
         "token_ids": token_ids,
-        "prompt_logprobs": _prompt_logprobs(generation, index),
+        "prompt_logprobs": prompt_logprobs_field(generation, index),
     }
 
 
@@ -212,7 +212,7 @@ def _role(generation: Generation, index: int) -> dict[str, Any]:
         delta |= token_fields(generation.served.tokenizer, generation.prompts[0], None)
     choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
     if generation.request.prompt_logprobs is not None:
-        choice["prompt_logprobs"] = _prompt_logprobs(generation, index)
+        choice["prompt_logprobs"] = prompt_logprobs_field(generation, index)
     return choice
 
 
@@ -241,15 +241,4 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if generation.request.logprobs is None:
         return None
-    return chat_logprobs(_names(generation), entries)
-
-
-def _prompt_logprobs(generation: Generation, index: int) -> list[Any] | None:
-    count = generation.request.prompt_logprobs
-    if count is None:
-        return None
-    return prompt_logprobs(_names(generation), generation.prompt_logprobs(index), count)
-
-
-def _names(generation: Generation) -> TokenNames:
-    return TokenNames(generation.served.tokenizer, generation.request.names_token_ids)
+    return chat_logprobs(token_names(generation), entries)

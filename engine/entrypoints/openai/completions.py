@@ -8,11 +8,11 @@ from typing import Any
 from ...common.messages import Logprobs
 from .events import Event
 from .generation import NO_OUTPUT, Generation
-from .logprobs import TokenNames, completion_logprobs, echoed_logprobs, joined, prompt_logprobs
+from .logprobs import completion_logprobs, echoed_logprobs, joined
 from .output import Delta
 from .protocol import CompletionRequest
 from .served_model import ServedModel
-from .token_fields import token_fields
+from .token_fields import prompt_logprobs_field, token_fields, token_names
 
 
 def completion_prompts(served: ServedModel, request: CompletionRequest) -> list[list[int]]:
@@ -101,13 +101,7 @@ def _echoed_logprobs(
     if request.logprobs is None or not request.echoes_logprobs:
         return None
     prompt, entries = generation.prompts[index // request.n], generation.prompt_logprobs(index)
-    return echoed_logprobs(_names(generation), prompt, entries, request.logprobs, echo)
-
-
-def _prompt_logprobs(generation: Generation, request: CompletionRequest, index: int) -> list[Any] | None:
-    if request.prompt_logprobs is None:
-        return None
-    return prompt_logprobs(_names(generation), generation.prompt_logprobs(index), request.prompt_logprobs)
+    return echoed_logprobs(token_names(generation), prompt, entries, request.logprobs, echo)
 
 
 def _length(generation: Generation, delta: Delta) -> int:
@@ -132,7 +126,7 @@ def _choice(
         "finish_reason": deltas[-1].finish_reason,
         "stop_reason": deltas[-1].stop_reason,
         "token_ids": token_ids,
-        "prompt_logprobs": _prompt_logprobs(generation, request, index),
+        "prompt_logprobs": prompt_logprobs_field(generation, index),
         **token_fields(
             generation.served.tokenizer,
             generation.prompts[index // request.n] if with_ids else None,
@@ -149,7 +143,7 @@ def _first_chunk(generation: Generation, request: CompletionRequest, index: int,
         "finish_reason": None,
     }
     if request.prompt_logprobs is not None:
-        choice["prompt_logprobs"] = _prompt_logprobs(generation, request, index)
+        choice["prompt_logprobs"] = prompt_logprobs_field(generation, index)
     if request.return_token_ids:
         prompt = generation.prompts[index // request.n]
         choice |= token_fields(generation.served.tokenizer, prompt, None)
@@ -178,8 +172,4 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if generation.request.logprobs is None:
         return None
-    return completion_logprobs(_names(generation), entries, offset)
-
-
-def _names(generation: Generation) -> TokenNames:
-    return TokenNames(generation.served.tokenizer, generation.request.names_token_ids)
+    return completion_logprobs(token_names(generation), entries, offset)

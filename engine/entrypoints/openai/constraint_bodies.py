@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from ...grammar.validation import MAX_CHARACTERS, MAX_TAGS, MAX_WORDS
+from .field_types import Name, TokenId
 from .validation import Body
 
 MAX_BIASES = 1024
@@ -16,8 +17,6 @@ MAX_WORD_LENGTH = 256
 MAX_ALLOWED = 1 << 18
 
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1, extra={"expected": "a token id"})]
-Label = Annotated[str, Meta(max_length=1024)]
 #: Of a part of a text.
 Mark = Annotated[str, Meta(min_length=1, max_length=1024)]
 #: Of a grammar.
@@ -45,7 +44,7 @@ StructuralTag = Annotated[
 class JsonSchemaFormat(Body, frozen=True, kw_only=True):
     """A JSON schema with its name."""
 
-    name: Annotated[Label | None, Meta(description="A note of the client.")] = None
+    name: Annotated[Name | None, Meta(description="A note of the client.")] = None
     description: Annotated[str | None, Meta(description="A note of the client.")] = None
     schema: Schema = None
     strict: Annotated[bool | None, Meta(description="A schema is always enforced.")] = None
@@ -56,7 +55,7 @@ class TagStructure(Body, frozen=True, kw_only=True):
 
     begin: Mark
     schema: Schema = None
-    end: Label
+    end: Name
 
 
 Structures = Annotated[list[TagStructure], Meta(min_length=1, max_length=MAX_TAGS)]

@@ -1,4 +1,4 @@
-"""What a body says about the form of the output, as one grammar, and about single tokens."""
+"""Constraints of a body: one grammar for the form of the output, and rules for single tokens."""
 
 from __future__ import annotations
 

@@ -40,14 +40,4 @@ class DeltaGroups:
             return _NOTHING
         self._counts[index] = 0
         del self._waiting[index]
-        return parts[0] if len(parts) == 1 else _joined(parts)
-
-
-def _joined(parts: list[Delta]) -> Delta:
-    return Delta(
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token_id for part in parts for token_id in part.token_ids),
-        logprobs=tuple(entry for part in parts for entry in part.logprobs),
-        finish_reason=parts[-1].finish_reason,
-        stop_reason=parts[-1].stop_reason,
-    )
+        return parts[0] if len(parts) == 1 else Delta.joined(parts)

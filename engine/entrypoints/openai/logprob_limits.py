@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ...common.errors import RequestError
-from .protocol import GenerationRequest
+from .protocol import GenerationRequest, number_of_logprobs
 from .served_model import ServedModel
 from .validation import invalid
 
-#: Limits of log probabilities, including those of the most likely tokens at each position. A stream sends
-#: those of a prompt in one event, and the router does not pass on events of more than 4 MiB.
+#: Maximum numbers of log probabilities, those of the most likely tokens included. A stream sends all log
+#: probabilities of a prompt in one event, and the router does not pass on events of more than 4 MiB.
 _MAX_PER_RESPONSE, _MAX_PER_EVENT = 1 << 20, 1 << 15
-#: The last events of a stream of /v1/responses have those of the whole output beside other fields.
+#: The same for the last events of a stream of /v1/responses, which have the whole output beside other fields.
 _MAX_REPEATED = 1 << 14
 #: Up to this number of most likely tokens, those of the output have no limit, unless a stream joins events.
 _FEW = 20
@@ -25,9 +25,9 @@ def check_logprobs(served: ServedModel, request: GenerationRequest, prompts: lis
     vocab_size = served.model.vocab_size
     if request.scored_logprobs is not None:
         name = "echo" if request.prompt_logprobs is None else "prompt_logprobs"
-        _check_prompts(name, prompts, request, 1 + _number(request.scored_logprobs, vocab_size))
+        _check_prompts(name, prompts, request, 1 + number_of_logprobs(request.scored_logprobs, vocab_size))
     if request.logprobs is not None:
-        each = _number(request.logprobs, vocab_size)
+        each = number_of_logprobs(request.logprobs, vocab_size)
         if request.repeats_logprobs:
             tokens = served.tokens_left(prompts[0], request.max_tokens, request.prompt_field)
             _check_size(request, request.logprobs_field, tokens * (1 + each), _MAX_REPEATED)
@@ -41,7 +41,7 @@ def _check_number(served: ServedModel, name: str, number: int) -> None:
     origin = "--max-logprobs"
     if limit > _MAX_ON_GPU and served.is_on_gpu:
         limit, origin = _MAX_ON_GPU, "on a GPU"
-    if _number(number, vocab_size) > limit:
+    if number_of_logprobs(number, vocab_size) > limit:
         whole = f", and -1 is the whole vocabulary of {vocab_size}" if number == -1 else ""
         raise invalid(name, number, f"at most {limit} ({origin}){whole}")
 
@@ -74,7 +74,3 @@ def _check_size(request: GenerationRequest, name: str, size: int, limit: int) ->
             "logprobs, tokens or prompts" + (", or no stream" * request.stream),
             name,
         )
-
-
-def _number(asked: int, vocab_size: int) -> int:
-    return vocab_size if asked == -1 else asked

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-import msgspec
+from .answers import AbortedRequest, AbortResult
 
 
 class OpenRequest(Protocol):
@@ -21,21 +21,6 @@ class OpenRequest(Protocol):
 
     def abort(self) -> None:
         """End all choices with the text that they have. For any thread."""
-
-
-class Aborted(msgspec.Struct, frozen=True):
-    """A request that was ended."""
-
-    request_id: str
-    output_token_count: int
-
-
-class AbortResult(msgspec.Struct, frozen=True):
-    """What became of a list of requests."""
-
-    aborted: list[Aborted]
-    #: The ids of no open request.
-    not_found: list[str]
 
 
 class OpenRequests:
@@ -66,6 +51,9 @@ class OpenRequests:
             request.abort()
         known = {each for request in found for each in request.ids}
         return AbortResult(
-            [Aborted(request.ids[0], request.num_tokens) for request in found],
-            [each for each in dict.fromkeys(ids or ()) if each not in known],
+            aborted=[
+                AbortedRequest(request_id=request.ids[0], output_token_count=request.num_tokens)
+                for request in found
+            ],
+            not_found=[each for each in dict.fromkeys(ids or ()) if each not in known],
         )

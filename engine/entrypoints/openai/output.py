@@ -44,10 +44,14 @@ class Delta:
 
     @classmethod
     def joined(cls, deltas: Iterable[Delta]) -> Delta:
-        """Return several deltas of an unfinished choice as one, without their log probabilities."""
+        """Return consecutive deltas of a choice as one."""
         deltas = list(deltas)
         return cls(
-            "".join(each.text for each in deltas), tuple(i for each in deltas for i in each.token_ids), ()
+            text="".join(each.text for each in deltas),
+            token_ids=tuple(token_id for each in deltas for token_id in each.token_ids),
+            logprobs=tuple(entry for each in deltas for entry in each.logprobs),
+            finish_reason=deltas[-1].finish_reason if deltas else None,
+            stop_reason=deltas[-1].stop_reason if deltas else None,
         )
 
 

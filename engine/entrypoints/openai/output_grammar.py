@@ -88,7 +88,7 @@ def _calls(
 ) -> list[str]:
     """Return rules for calls, and for the text beside or instead of them unless they are required."""
     assert tool_format is not None, "the request has tools"
-    # Without a vocabulary, a grammar cannot name special tokens.
+    # A grammar is checked without a vocabulary, so it must not name special tokens.
     checked = tool_format.grammar(use.allowed, _Notation(None), several=use.several)
     rules = tool_format.grammar(use.allowed, _Notation(tokenizer), several=use.several)
     if checked is None or rules is None:

@@ -99,9 +99,9 @@ class GenerationRequest(ABC):
     #: None: a prompt that is too long is an error; -1: keep what fits.
     truncate_prompt_tokens: int | None
     truncation_side: str
-    #: Of the output, as grammar/texts.py makes them; None: any text.
+    #: Grammar of the output (grammar/texts.py); None: any text is allowed.
     grammar: str | None
-    #: The field that asks for it.
+    #: Field of the request with the grammar.
     grammar_field: str | None
     logit_bias: tuple[tuple[int, float], ...]
     bad_words: tuple[str, ...]
@@ -177,6 +177,11 @@ class GenerationRequest(ABC):
             logprobs=_of_all(self.logprobs, vocab_size),
             prompt_logprobs=_of_all(self.scored_logprobs, vocab_size),
         )
+
+
+def number_of_logprobs(asked: int, vocab_size: int) -> int:
+    """Return the number of most likely tokens that a request asks for; -1 asks for the whole vocabulary."""
+    return vocab_size if asked == -1 else asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +373,7 @@ def _given(value: _T | None, default: _T) -> _T:
 
 
 def _of_all(logprobs: int | None, vocab_size: int) -> int | None:
-    return vocab_size if logprobs == -1 else logprobs
+    return None if logprobs is None else number_of_logprobs(logprobs, vocab_size)
 
 
 def _usage_options(body: GenerationBody) -> tuple[bool, bool]:

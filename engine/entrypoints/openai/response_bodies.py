@@ -7,17 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from .bodies import (
-    MAX_TOKEN,
-    AtLeastOne,
-    ChatBody,
-    Count,
-    GenerationBody,
-    Name,
-    TemplateArguments,
-    Truncation,
-)
-from .constraint_bodies import Label, Schema
+from .bodies import AtLeastOne, ChatBody, Count, GenerationBody, TemplateArguments, Truncation
+from .constraint_bodies import Schema
+from .field_types import MAX_TOKEN, Name
 from .tool_fields import MAX_TOOLS, FunctionName
 from .unsupported import CHAT_FIELDS, REQUEST_FIELDS
 from .validation import Body, Refused
@@ -101,7 +93,7 @@ class TextFormat(Body, frozen=True, kw_only=True):
     """The format of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: Annotated[Label | None, Meta(description="A note of the client.")] = None
+    name: Annotated[Name | None, Meta(description="A note of the client.")] = None
     description: Annotated[str | None, Meta(description="A note of the client.")] = None
     schema: Annotated[Schema, Meta(description="For the type json_schema.")] = None
     strict: Annotated[bool | None, Meta(description="A schema is always enforced.")] = None

@@ -15,13 +15,14 @@ from .errors import ApiError
 from .events import Event
 from .generation import NO_OUTPUT, Generation
 from .keep_alive import KeepAlive
-from .logprobs import TokenNames, chat_logprobs
+from .logprobs import chat_logprobs
 from .output import Delta
 from .output_parsing import message_parser, tool_format_of
 from .response_bodies import ResponsesBody
 from .response_input import ResponsesRequest, without_oldest
 from .response_output import ResponseOutput
 from .served_model import ServedModel
+from .token_fields import token_names
 from .validation import without_nulls
 
 #: Finish reason -> type of the last event, status of the response, and status of its last item.
@@ -142,7 +143,7 @@ class _Progress:
     def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
         if self._generation.request.logprobs is None:
             return []
-        names = TokenNames(self._generation.served.tokenizer, self._generation.request.names_token_ids)
+        names = token_names(self._generation)
         content: list[dict[str, Any]] = chat_logprobs(names, delta.logprobs)["content"]
         return content
 

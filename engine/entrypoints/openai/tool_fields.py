@@ -12,6 +12,7 @@ from msgspec import Meta
 from ...common.errors import RequestError
 from ...parsers.tool_format import Tool
 from ...parsers.tool_parser import MAX_NAME_LENGTH
+from .field_types import Name
 from .validation import WRONG_VALUE, Body
 
 MAX_TOOLS = 256
@@ -58,7 +59,7 @@ class FunctionCall(Body, frozen=True, kw_only=True):
 class ToolCall(Body, frozen=True, kw_only=True):
     """A call in an assistant's message."""
 
-    id: Annotated[str, Meta(max_length=1024)] | None = None
+    id: Name | None = None
     type: Literal["function"] | None = None
     function: FunctionCall
 
