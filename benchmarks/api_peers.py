@@ -1,4 +1,4 @@
-"""What other Python servers of the same API use for the same work, in an environment of its own.
+"""Times of the libraries of other Python servers for the same work, in an environment of their own.
 
 `python -m benchmarks.api_peers functions MODEL_DIRECTORY` reads the description of our API as input and
 writes times of these as JSON, under the names of api_functions.py:
@@ -71,7 +71,8 @@ def _validate(kind: type[pydantic.BaseModel], body: bytes) -> pydantic.BaseModel
 
 def _event(text: str, finish_reason: str | None = None) -> str:
     choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": finish_reason}
-    chunk = ChatCompletionChunk(**_HEAD, choices=[choice])  # type: ignore[list-item]
+    choices: Any = [choice]
+    chunk = ChatCompletionChunk(**_HEAD, choices=choices)
     return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
@@ -124,6 +125,7 @@ class _Models:
         }
         match schema.get("type"):
             case "array":
+                # mypy knows only types that are written out.
                 plain_kind: Any = list[self._kind(schema.get("items", {}))]  # type: ignore[misc]
             case "object":
                 plain_kind = dict[str, Any]

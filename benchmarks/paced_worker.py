@@ -11,53 +11,37 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
-import zmq
-
-from fastdeploy.common.messages import (
-    AbortRequests,
-    AddRequest,
-    FromWorker,
-    Hello,
-    Ready,
-    Shutdown,
-    Stats,
-    StepOutputs,
-    TokenOutput,
-    ToWorker,
-)
+from fastdeploy.common.messages import AddRequest, Hello, Ready, Stats, StepOutputs, TokenOutput
 from fastdeploy.common.request import FinishReason
+from fastdeploy.core.worker import ApiLink
 
 _BLOCKS, _BLOCK_SIZE, _SEQUENCES = 4096, 64, 512
 
 
 def main() -> None:
     pace, tokens = float(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.connect(os.environ["FD_WORKER_ENDPOINT"])
+    with ApiLink(os.environ["FD_WORKER_ENDPOINT"]) as api:
+        api.send(Hello(os.environ["FD_WORKER_TOKEN"], os.getpid()))
+        api.send(Ready(_BLOCKS, _BLOCK_SIZE, max_model_len=8192))
+        _draw(api, pace, tokens)
 
-    def send(message: FromWorker) -> None:
-        socket.send(msgspec.msgpack.encode(message))
 
-    send(Hello(os.environ["FD_WORKER_TOKEN"], os.getpid()))
-    send(Ready(_BLOCKS, _BLOCK_SIZE, max_model_len=8192))
+def _draw(api: ApiLink, pace: float, tokens: list[int]) -> None:
     #: Number of tokens drawn for each sequence.
     drawn: dict[str, int] = {}
     limits: dict[str, int] = {}
     due, steps = time.monotonic(), 0
     while True:
-        wait = max(0.0, due - time.monotonic()) if drawn else 60.0
-        while socket.poll(round(1000 * wait)):
-            match msgspec.msgpack.decode(socket.recv(), type=ToWorker):
-                case AddRequest(request_id=name, params=params):
-                    drawn[name], limits[name] = 0, params.max_tokens
-                case AbortRequests(request_ids=names):
-                    for name in names:
-                        drawn.pop(name, None)
-                case Shutdown():
-                    return
-            wait = max(0.0, due - time.monotonic())
+        if drawn:
+            time.sleep(max(0.0, due - time.monotonic()))
+        for message in api.receive(wait=not drawn):
+            if isinstance(message, AddRequest):
+                drawn[message.request_id], limits[message.request_id] = 0, message.params.max_tokens
+            else:
+                for name in message.request_ids:
+                    drawn.pop(name, None)
+        if api.stopping:
+            return
         if not drawn:
             continue
         due = max(due + 1 / pace, time.monotonic()) if pace else 0.0
@@ -71,7 +55,7 @@ def main() -> None:
             if is_last:
                 del drawn[name]
         stats = Stats(len(drawn), 0, _BLOCKS, _BLOCKS, 0, 0, 0, steps, len(outputs), _SEQUENCES)
-        send(StepOutputs(outputs, stats))
+        api.send(StepOutputs(outputs, stats))
 
 
 main()

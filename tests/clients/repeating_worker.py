@@ -8,22 +8,9 @@ import itertools
 import os
 import random
 
-import msgspec
-import zmq
-
-from fastdeploy.common.messages import (
-    AddRequest,
-    FromWorker,
-    Hello,
-    Logprobs,
-    Ready,
-    Shutdown,
-    Stats,
-    StepOutputs,
-    TokenOutput,
-    ToWorker,
-)
+from fastdeploy.common.messages import AddRequest, Hello, Logprobs, Ready, Stats, StepOutputs, TokenOutput
 from fastdeploy.common.request import FinishReason
+from fastdeploy.core.worker import ApiLink
 
 _STATS = Stats(1, 0, 64, 63, 0, 0, 0, 1, 1, 8)
 #: Tokens of the tiny checkpoint.
@@ -31,22 +18,14 @@ _PADDING, _END = 0, 2
 
 
 def main() -> None:
-    context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.connect(os.environ["FD_WORKER_ENDPOINT"])
-
-    def send(message: FromWorker) -> None:
-        socket.send(msgspec.msgpack.encode(message))
-
-    send(Hello(os.environ["FD_WORKER_TOKEN"], os.getpid()))
-    send(Ready(num_blocks=512, block_size=64, max_model_len=1 << 15))
-    while True:
-        match msgspec.msgpack.decode(socket.recv(), type=ToWorker):
-            case AddRequest() as request:
-                for output in _steps(request):
-                    send(StepOutputs([output], _STATS))
-            case Shutdown():
-                return
+    with ApiLink(os.environ["FD_WORKER_ENDPOINT"]) as api:
+        api.send(Hello(os.environ["FD_WORKER_TOKEN"], os.getpid()))
+        api.send(Ready(num_blocks=512, block_size=64, max_model_len=1 << 15))
+        while not api.stopping:
+            for message in api.receive(wait=True):
+                if isinstance(message, AddRequest):
+                    for output in _steps(message):
+                        api.send(StepOutputs([output], _STATS))
 
 
 def _steps(request: AddRequest) -> list[TokenOutput]:
