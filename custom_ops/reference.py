@@ -236,16 +236,14 @@ def sampling_weights(
     return weights
 
 
-def sample(
-    logits: Array,
-    row: np.void,
-    seen: Sequence[tuple[int, int]],
-    masked: Sequence[int],
-    biased: Sequence[tuple[int, float]] = (),
-    allowed: Collection[int] | None = None,
-) -> int:
-    """Draw the token of one row by inverse CDF over ascending ids."""
-    mass = np.cumsum(sampling_weights(logits, row, seen, masked, biased, allowed))
+def sample(weights: Array, row: np.void) -> int:
+    """Draw the token of one row by inverse CDF over ascending ids.
+
+    Args:
+        weights: unnormalised probabilities, see `sampling_weights`.
+        row: a SAMPLING_ROW.
+    """
+    mass = np.cumsum(weights)
     point = uniform(int(row["seed"]), int(row["choice"]), int(row["position"])) * mass[-1]
     return int(np.searchsorted(mass, point, side="right"))
 

@@ -60,8 +60,8 @@ struct Sampling {
 
 int64_t sampling_scratch(int64_t vocabulary);
 
-// Adds biases, applies repetition, frequency and presence penalties and masks; then, unless greedy, temperature, min_p, top_k and
-// top_p, and draws by inverse CDF over the remaining tokens in ascending order of ids.
+// Adds biases, applies repetition, frequency and presence penalties and masks; then, unless greedy, temperature,
+// min_p, top_k and top_p, and draws by inverse CDF over the remaining tokens in ascending order of ids.
 void sample(Team& team, const Sampling& args);
 
 struct Argmax {

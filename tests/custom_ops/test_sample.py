@@ -83,7 +83,8 @@ def reference_draws(row: Row) -> set[int]:
     for top_p in (row.params[0]["top_p"] + nudge for nudge in (-1e-12, 0, 1e-12)):
         params["top_p"] = top_p if 0 < row.params[0]["top_p"] < 1 else row.params[0]["top_p"]
         logits = row.logits.astype(np.float64)
-        draws.add(reference.sample(logits, params, row.seen, row.masked, row.biased, row.allowed))
+        weights = reference.sampling_weights(logits, params, row.seen, row.masked, row.biased, row.allowed)
+        draws.add(reference.sample(weights, params))
     return draws
 
 

@@ -42,6 +42,11 @@ def _reference() -> Any:
 reference = _reference()
 
 
+def drawn_from(logits: np.ndarray, one: np.void, *entries: Any) -> int:
+    """Return the reference's draw; `entries` as in `sampling_weights`."""
+    return int(reference.sample(reference.sampling_weights(logits, one, *entries), one))
+
+
 def row(**fields: Any) -> np.ndarray:
     values = np.zeros(1, ROW)
     defaults = {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "logprobs": -1, "seed": 1}
@@ -112,7 +117,7 @@ def test_draws_are_those_of_the_reference(fields: dict[str, float], vocabulary: 
     logits = (torch.randn(12, vocabulary, generator=generator) * 3).cuda()
     rows = np.concatenate([row(seed=i * 77 + 2**40, position=i, choice=i % 3, **fields) for i in range(12)])
     drawn, _, _ = draw(logits, rows)
-    expected = [reference.sample(logits[i].cpu().numpy(), rows[i], [], []) for i in range(12)]
+    expected = [drawn_from(logits[i].cpu().numpy(), rows[i], [], []) for i in range(12)]
     assert drawn == expected
 
 
@@ -121,7 +126,7 @@ def test_equals_of_the_last_one_leave_in_the_order_of_ids() -> None:
     rows = np.concatenate([row(seed=i, top_p=0.01) for i in range(64)])
     drawn, _, _ = draw(logits, rows)
     assert set(drawn) <= set(range(30))
-    assert drawn == [reference.sample(np.zeros(3000), each, [], []) for each in rows]
+    assert drawn == [drawn_from(np.zeros(3000), each, [], []) for each in rows]
 
 
 def test_penalties_and_masks() -> None:
@@ -139,7 +144,7 @@ def test_penalties_and_masks() -> None:
         ]
     )  # fmt: skip
     kept = [pair for pair in seen if pair[0] < 4000]
-    expected = [reference.sample(logits[i].numpy(), rows[i], kept, masked) for i in range(8)]
+    expected = [drawn_from(logits[i].numpy(), rows[i], kept, masked) for i in range(8)]
     assert draw(logits.cuda(), rows, tokens)[0] == expected
 
 
@@ -163,7 +168,7 @@ def test_biases_and_a_mask_of_allowed_tokens(vocabulary: int) -> None:
             for i in range(8)
         ]
     )  # fmt: skip
-    expected = [reference.sample(logits[i].numpy(), rows[i], [], [], biased, allowed) for i in range(8)]
+    expected = [drawn_from(logits[i].numpy(), rows[i], [], [], biased, allowed) for i in range(8)]
     assert draw(logits.cuda(), rows, tokens)[0] == expected
 
 

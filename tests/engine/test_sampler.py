@@ -47,7 +47,8 @@ def reference_draws(logits: np.ndarray, one: Sequence) -> set[int]:
     draws = set()
     for nudge in (-1e-12, 0, 1e-12):
         row["top_p"] = params.top_p + nudge if 0 < params.top_p < 1 else params.top_p
-        draws.add(reference.sample(logits.astype(np.float64), row, seen, masked))
+        weights = reference.sampling_weights(logits.astype(np.float64), row, seen, masked)
+        draws.add(reference.sample(weights, row))
     return draws
 
 

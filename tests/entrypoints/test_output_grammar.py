@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -40,12 +40,12 @@ NOW = Call("now", "{}")
 
 
 class Tokenizer:
-    """What the grammar wants of a tokenizer, with bytes as tokens."""
+    """The attributes of a tokenizer that grammars use, with bytes as tokens."""
 
     strips_first_space = False
     eos_token_ids = (EOS,)
-    tokens = [*(bytes([byte]) for byte in range(256)), *map(str.encode, SPECIAL)]  # noqa: RUF012
-    special_token_ids = list(range(256, 256 + len(SPECIAL)))  # noqa: RUF012
+    tokens: ClassVar = [*(bytes([byte]) for byte in range(256)), *map(str.encode, SPECIAL)]
+    special_token_ids: ClassVar = list(range(256, 256 + len(SPECIAL)))
     eos_token_id = EOS
     bos_token_id = None
 

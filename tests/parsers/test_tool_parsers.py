@@ -198,7 +198,8 @@ def test_arguments_come_as_they_are_written(name: str, text: str) -> None:
     parser = tool_format(name).parser()
     begun = parser.push(text[: text.index('"path"')])
     assert calls_of([*begun, CallEnd(0)]) == [Call("f", "{")]
-    assert [part.text for part in parser.push('"path"')] == ['"path"']  # type: ignore[union-attr]
+    parts: list[Any] = parser.push('"path"')
+    assert [part.text for part in parts] == ['"path"']
 
 
 def test_content_comes_as_it_is_written() -> None:
