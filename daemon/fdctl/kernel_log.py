@@ -74,7 +74,7 @@ def _journal(since: float, until: float) -> list[Message]:
         raise OSError(f"journalctl: no answer within {_JOURNAL_SECONDS:g} s") from None
     found = parse_journal(done.stdout.decode(errors="replace"))
     if not found and (hints := done.stderr.decode(errors="replace").split("\n")[0]):
-        # Without permission journalctl exits with 0, prints no messages, and gives the reason on stderr.
+        # journalctl exits with 0 if it lacks permission; only its stderr gives the reason.
         raise OSError(f"journalctl: {printable(hints.removeprefix('Hint: '))}")
     return found
 

@@ -21,7 +21,7 @@ _ENTRY_TOKENS, _ENTRY_WORDS = 64, 2
 
 
 class Constraint:
-    """What one sequence may draw. It depends only on parameters and tokens."""
+    """The constraints of one sequence. They depend only on its parameters and tokens."""
 
     def __init__(self, params: SamplingParams, vocab_size: int, matcher: Matcher | None) -> None:
         self._params = params

@@ -181,7 +181,7 @@ class Sampler:
 
 
 class _Entries(NamedTuple):
-    """What a row refers to in the tokens of a batch: int32 [n, 2] each, see `custom_ops.sample`."""
+    """The entries of one row in the tokens of a batch (see `custom_ops.sample`), each int32 [n, 2]."""
 
     seen: NDArray[np.int32]
     masked: NDArray[np.int32]
@@ -218,7 +218,7 @@ class _Recipe:
         return None if self._constraint is None else self._constraint.matcher
 
     def entries(self, outputs: list[int], grammar_mask: NDArray[np.uint32] | None) -> _Entries:
-        """Return what the row after these output tokens refers to.
+        """Return the entries of the row that follows these output tokens.
 
         Raises:
             GrammarFailed: no token may follow.

@@ -18,7 +18,7 @@ _PATIENCE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class GpuUsage:
-    """What all processes on a GPU use together."""
+    """Memory and utilisation of a GPU, by all of its processes together."""
 
     #: Bytes.
     memory_used: int

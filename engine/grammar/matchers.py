@@ -62,7 +62,7 @@ class Grammars:
         self._vocabulary: LLTokenizer | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
-        #: Those in use, and some recent ones.
+        #: Grammars in use and recently used ones, by their text.
         self._compiled: WeakValueDictionary[str, Future[LLMatcher]] = WeakValueDictionary()
         self._recent: deque[Future[LLMatcher]] = deque(maxlen=_MAX_RECENT)
 
