@@ -216,7 +216,7 @@ def test_transcript_of_a_long_stream_is_small_and_bounded() -> None:
         tracemalloc.stop()
 
 
-def test_the_first_event_of_a_typed_stream_has_its_id_and_time_in_the_response() -> None:
+def test_the_first_typed_event_has_the_id_and_time_of_the_response() -> None:
     response = {"id": "resp_1", "created_at": 7}
     for data, known in (
         ({"type": "response.created", "response": response}, ("resp_1", 7)),
