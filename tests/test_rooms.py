@@ -16,6 +16,7 @@ ROOMS = {
         *("engine/common", "engine/expert_parallel", "engine", "engine/demo_model", "engine/models"),
         *("engine/weights", "engine/weight_cache", "engine/tokenizer", "engine/grammar", "engine/device"),
         *("engine/core", "engine/parsers", "engine/entrypoints", "engine/entrypoints/openai"),
+        *("engine/entrypoints/llm", "engine/entrypoints/batch", "engine/entrypoints/cli"),
     ],
     "router": [
         *("daemon/router", "daemon/router/policy", "daemon/router/board", "daemon/router/config"),

@@ -15,10 +15,13 @@ from fastdeploy.daemon.fdctl import main
 from fastdeploy.entrypoints.openai import options
 
 ROOT = Path(__file__).parent.parent
-#: Flags of docker, pip and journalctl.
+#: Flags of docker, pip, journalctl and aiperf.
 FOREIGN_FLAGS = {
     *("--shm-size", "--dest", "--disable-pip-version-check", "--no-deps", "--only-binary"),
     *("--no-pager", "--lines", "--since", "--until"),
+    *("--streaming", "--ui", "--endpoint-type", "--request-count", "--concurrency", "--extra-inputs"),
+    *("--synthetic-input-tokens-mean", "--synthetic-input-tokens-stddev", "--random-seed"),
+    *("--output-tokens-mean", "--output-tokens-stddev"),
 }
 #: Words after fdctl in sentences that are not commands.
 VERBS = {"cannot"}

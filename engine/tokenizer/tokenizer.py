@@ -146,6 +146,10 @@ class Tokenizer:
         """Return the id of the token with this text, if there is one."""
         return self._vocabulary.token_id(text)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._render is not None
+
     def template_reads(self, name: str, chat_template: str | None = None) -> bool:
         """Return True if the template, or a client's template instead, reads `tools` or `tool_calls`."""
         return name in self._reads if chat_template is None else reads(chat_template, name)

@@ -12,7 +12,7 @@ from ...common.errors import ConfigError
 from ...common.file_limit import allow_open_files, descriptors_of
 from ...common.ports import require_free
 from ...config import ModelConfig
-from .options import ServeConfig, parse_arguments
+from .options import API_SERVER, ServeConfig, parse_arguments
 from .serve import serve
 
 _log = logging.getLogger("fastdeploy.api_server")
@@ -20,14 +20,14 @@ _log = logging.getLogger("fastdeploy.api_server")
 EXIT_USAGE = 2
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = API_SERVER) -> int:
     """Serve until SIGTERM or SIGINT.
 
     The exit status is 0 after such a signal, 2 for wrong arguments, 3 if the replica has failed.
     """
     log.configure()
     try:
-        config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        config = parse_arguments(sys.argv[1:] if argv is None else argv, prog)
         log.configure(f"replica={config.engine.data_parallel_rank}", "api_server.log")
         addresses = _check(config)
     except (ConfigError, OSError) as error:

@@ -24,6 +24,8 @@ from .foreign_flags import REFUSED, WITHOUT_EFFECT
 
 _log = logging.getLogger(__name__)
 
+API_SERVER = "python -m fastdeploy.entrypoints.openai.api_server"
+
 #: Threads beyond max_concurrency, for /health and for 429 responses.
 _SPARE_THREADS = 32
 
@@ -81,13 +83,16 @@ class ServeConfig:
         return self.max_concurrency + _SPARE_THREADS
 
 
-def parse_arguments(argv: Sequence[str]) -> ServeConfig:
+def parse_arguments(argv: Sequence[str], prog: str = API_SERVER) -> ServeConfig:
     """Parse the command line; underscores in flags count as dashes.
+
+    Args:
+        prog: the command, for --help and for errors.
 
     Raises:
         ConfigError: a flag is unknown, missing or has a wrong value; one line that names it.
     """
-    arguments = _parser().parse_args([_dashed(word) for word in argv])
+    arguments = _parser(prog).parse_args([_dashed(word) for word in argv])
     _check_foreign(arguments)
     defaulted = tuple(name for name in GPU_DEFAULTS if getattr(arguments, name) is None)
     engine = EngineConfig(
@@ -143,9 +148,9 @@ def parse_arguments(argv: Sequence[str]) -> ServeConfig:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str = API_SERVER) -> argparse.ArgumentParser:
     parser = CommandLine(
-        prog="python -m fastdeploy.entrypoints.openai.api_server",
+        prog=prog,
         description="Run one replica: OpenAI's HTTP API in front of one engine.",
         allow_abbrev=False,
     )

@@ -15,7 +15,11 @@ class Seeds:
         self._numbers = itertools.count()
 
     def draw(self) -> int:
+        return self.at(next(self._numbers))
+
+    def at(self, number: int) -> int:
+        """Return the seed with this number, counted from 0."""
         if self._base is None:
             return secrets.randbits(63)
-        text = f"{self._base} {next(self._numbers)}"
+        text = f"{self._base} {number}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
