@@ -36,9 +36,9 @@ STARTS_PROCESSES = frozenset(
 #: Files whose tests start processes without such a fixture.
 PROCESS_FILES = frozenset(
     {
-        *("test_board_deaths", "test_disk_removed", "test_drain", "test_expert_parallel"),
+        *("test_board_deaths", "test_commands", "test_disk_removed", "test_drain", "test_expert_parallel"),
         *("test_intents", "test_library_environment", "test_replica_processes", "test_resume"),
-        *("test_rollout", "test_tool_conformance", "test_weight_cache"),
+        *("test_llm", "test_rollout", "test_run_batch", "test_tool_conformance", "test_weight_cache"),
     }
 )
 
