@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -76,14 +77,20 @@ class ApiClient:
             else http.client.HTTPConnection(host, port, timeout=_CONNECT_SECONDS)
         )
 
-    def first_model(self) -> str:
-        """Return the first model of the server. Raises FastDeployError."""
+    def first_model(self) -> tuple[str, Path | None]:
+        """Return the first model of the server, and its directory if that is on this machine.
+
+        Raises:
+            ServerUnreachable, ServerRefused: the server does not say.
+        """
         response = self.request("GET", "/models")
         if response.status != http.HTTPStatus.OK:
             raise _refusal(response.status, response.body)
         try:
-            return str(parse_json(response.body)["data"][0]["id"])
-        except (ValueError, LookupError, TypeError):
+            card = parse_json(response.body)["data"][0]
+            directory = Path(card.get("root") or "")
+            return str(card["id"]), directory if directory.is_absolute() and directory.is_dir() else None
+        except (ValueError, LookupError, TypeError, AttributeError, OSError):
             raise ServerUnreachable(f"{self.url}/models is not a list of models") from None
 
     def request(self, method: str, path: str, body: bytes | None = None) -> Response:

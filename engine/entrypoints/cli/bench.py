@@ -12,15 +12,17 @@ from pathlib import Path
 from ...common.cli import CommandLine, nearest
 from ...common.errors import ConfigError
 from ...demo_model.model import resolve_model_path
-from ..api_client import DEFAULT_URL, ApiClient, api_key
+from ..api_client import ApiClient, api_key
 
 _GENERATOR = "aiperf"
+#: Not localhost, which the resolver of aiperf does not always know.
+_URL = "http://127.0.0.1:8000/v1"
 _INSTALL = "python3 -m venv ~/aiperf && ~/aiperf/bin/pip install aiperf, and add ~/aiperf/bin to PATH"
 #: --backend -> type of endpoint of aiperf.
 _ENDPOINT_TYPES = {"openai-chat": "chat", "openai": "completions"}
 
 
-def main(words: Sequence[str]) -> int:  # noqa: RET503 (execv does not return)
+def main(words: Sequence[str]) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(_parser().format_help(), end="")
         return 0
@@ -37,7 +39,10 @@ def main(words: Sequence[str]) -> int:  # noqa: RET503 (execv does not return)
     command = [_generator(), *_arguments(options), *further]
     print("running:", " ".join(command), file=sys.stderr, flush=True)
     # In place of this process, so that Ctrl-C reaches it and its exit status counts.
-    os.execv(command[0], command)
+    try:
+        os.execv(command[0], command)
+    except OSError as error:
+        raise ConfigError(f"{command[0]} cannot be run ({error.strerror}); install it again") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "are passed to aiperf as they are.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--base-url", "--url", default=DEFAULT_URL, help="the server's API (default %(default)s)"
-    )
+    parser.add_argument("--base-url", "--url", default=_URL, help="the server's API (default %(default)s)")
     parser.add_argument("--model", help="model in requests (default: the server's first)")
     parser.add_argument(
         "--backend",
@@ -59,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer",
-        help='checkpoint, or "demo", whose tokens are counted (default: those of a tokenizer of aiperf)',
+        help='checkpoint, or "demo", to count tokens with (default: the server\'s, if it is on this machine)',
     )
     parser.add_argument(
         "--num-prompts", type=int, default=100, metavar="N", help="requests (default %(default)s)"
@@ -99,8 +102,10 @@ def _arguments(options: argparse.Namespace) -> list[str]:
             "bench serve cannot send an API key; unset FD_API_KEY and measure a server without keys"
         )
     client = ApiClient(options.base_url)
-    model = options.model or client.first_model()
-    tokenizer = "builtin" if options.tokenizer is None else str(resolve_model_path(options.tokenizer))
+    first, directory = client.first_model()
+    model = options.model or first
+    if options.tokenizer is not None:
+        directory = resolve_model_path(options.tokenizer)
     sampling = {
         name: value
         for name in ("temperature", "top_p", "top_k")
@@ -108,7 +113,7 @@ def _arguments(options: argparse.Namespace) -> list[str]:
     }
     return [
         *("profile", "--model", model, "--url", client.origin, "--streaming", "--ui", "simple"),
-        *("--endpoint-type", _ENDPOINT_TYPES[options.backend], "--tokenizer", tokenizer),
+        *("--endpoint-type", _ENDPOINT_TYPES[options.backend], "--tokenizer", str(directory or "builtin")),
         *("--request-count", str(options.num_prompts), "--concurrency", str(options.max_concurrency)),
         *(() if options.request_rate is None else ("--request-rate", f"{options.request_rate:g}")),
         *("--synthetic-input-tokens-mean", str(options.input_len), "--synthetic-input-tokens-stddev", "0"),

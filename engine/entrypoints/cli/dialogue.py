@@ -38,7 +38,7 @@ def dialogue_parser(name: str, description: str) -> argparse.ArgumentParser:
 def client_of(options: argparse.Namespace) -> tuple[ApiClient, str]:
     """Return a client of the server and the model to ask. Raises FastDeployError."""
     client = ApiClient(options.url, api_key())
-    return client, options.model_name or client.first_model()
+    return client, options.model_name or client.first_model()[0]
 
 
 def converse(options: argparse.Namespace, answer: Callable[[str], Generator[Piece]], greeting: str) -> int:
