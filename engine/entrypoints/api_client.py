@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
 from ..common.api_keys import keys_in_variable
 from ..common.errors import ConfigError, FastDeployError
 from ..common.foreign_text import parse_json, printable
@@ -25,6 +27,7 @@ DEFAULT_URL = "http://localhost:8000/v1"
 _CONNECT_SECONDS = 10.0
 _MAX_BODY = 64 << 20
 _MAX_EVENT = 8 << 20
+_DATA, _END = b"data: ", b"data: [DONE]"
 
 
 class ServerUnreachable(FastDeployError):
@@ -37,10 +40,33 @@ class ServerRefused(FastDeployError):
 
 @dataclass(frozen=True, slots=True)
 class Response:
+    """A complete response with any status."""
+
     status: int
     body: bytes
+    #: Empty if the server has none.
+    request_id: str
     #: Seconds after which the server wants the request again, if it said so.
     retry_after: float | None
+
+
+class Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    """New output: `delta` of a chat, `text` of a completion."""
+
+    delta: Delta = msgspec.field(default_factory=Delta)
+    text: str = ""
+
+
+class Event(msgspec.Struct):
+    """An event of a stream."""
+
+    choices: list[Choice] = []
+    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class ApiClient:
@@ -108,15 +134,17 @@ class ApiClient:
             if len(content) > _MAX_BODY:
                 self.close()
                 raise ServerUnreachable(f"the response of {self.url} has more than {_MAX_BODY} bytes")
-            return Response(response.status, content, _seconds(response.getheader("Retry-After")))
+            request_id = response.getheader("X-Request-Id") or ""
+            retry_after = _seconds(response.getheader("Retry-After"))
+            return Response(response.status, content, request_id, retry_after)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._unreachable(error) from None
 
-    def stream(self, path: str, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, fields: dict[str, Any]) -> Iterator[Event]:
         """Yield the events of a stream.
 
         Raises:
-            ServerUnreachable: the stream has no end.
+            ServerUnreachable: the stream cannot be read to its end.
             ServerRefused: the status is an error, or an event reports one.
         """
         is_complete = False
@@ -125,17 +153,13 @@ class ApiClient:
             if response.status != http.HTTPStatus.OK:
                 raise _refusal(response.status, response.read(_MAX_EVENT))
             while line := response.readline(_MAX_EVENT):
-                data = line.removeprefix(b"data: ").strip()
-                if data == b"[DONE]":
+                if line.strip() == _END:
                     is_complete = True
-                elif data and data != line.strip():
-                    event = parse_json(data)
-                    if "error" in event:
-                        raise ServerRefused(f"generation failed: {_message(data)}")
-                    yield event
+                elif line.startswith(_DATA):
+                    yield read_event(line.removeprefix(_DATA))
             if not is_complete:
                 raise ServerUnreachable(f"the stream of {self.url} has broken off")
-        except (OSError, http.client.HTTPException, ValueError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._unreachable(error) from None
         finally:
             if not is_complete:
@@ -171,6 +195,22 @@ class ApiClient:
         self.close()
         why = getattr(error, "strerror", None) or printable(error) or type(error).__name__
         return ServerUnreachable(f"the server at {self.url} does not answer ({why})")
+
+
+def read_event(data: bytes) -> Event:
+    """Return an event of a stream.
+
+    Raises:
+        ServerRefused: the event reports an error.
+        ServerUnreachable: it is not an event.
+    """
+    try:
+        event = msgspec.json.decode(data, type=Event)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ServerUnreachable(f"the stream has an event that is not valid ({printable(error)})") from None
+    if event.error is not msgspec.UNSET:
+        raise ServerRefused(f"generation failed: {_message(data)}")
+    return event
 
 
 def api_key() -> str:

@@ -69,8 +69,7 @@ class ScriptedServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -83,9 +82,20 @@ class ScriptedServer:
         self._server.server_close()
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Print nothing: clients are killed while they wait."""
+
+
 def silent_server() -> ScriptedServer:
     """Return a server that answers no POST."""
-    server = ScriptedServer(lambda handler, body: (server.released.wait(), None)[1])
+
+    def wait(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        server.released.wait()
+
+    server = ScriptedServer(wait)
     return server
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,16 @@ from hypothesis import strategies as st
 
 from fastdeploy.common.errors import ConfigError
 from fastdeploy.entrypoints.batch.files import InputFile, OutputFile
-from fastdeploy.entrypoints.batch.requests import problem_line, read_request, read_result, result_line
+from fastdeploy.entrypoints.batch.requests import (
+    Request,
+    problem_line,
+    read_request,
+    read_result,
+    result_line,
+)
 from fastdeploy.entrypoints.batch.runner import run_batch
+
+from ..waiting import wait_until
 
 MAX_LINE = 300
 JSON = st.recursive(
@@ -102,6 +112,30 @@ def test_a_batch_cut_anywhere_continues_to_the_same_results(
     target.write_bytes(target.read_bytes()[:cut])
     answer_all(source, target)
     assert custom_ids(target) == whole
+
+
+def test_requests_are_read_and_sent_as_results_are_written(tmp_path: Path) -> None:
+    concurrency, released, taken, busy = 2, threading.Event(), [], []
+
+    class Waiting(Echo):
+        def answer(self, number: int, request: Request) -> bytes:
+            busy.append(number)
+            released.wait()
+            return super().answer(number, request)
+
+    def requests() -> Iterator[tuple[int, Request]]:
+        for number in range(50):
+            taken.append(number)
+            yield number, read_request(line(f"r{number}"))
+
+    with OutputFile(tmp_path / "out") as output:
+        arguments = (requests(), output, Waiting(), concurrency, lambda number: None)
+        thread = threading.Thread(target=run_batch, args=arguments)
+        thread.start()
+        wait_until(lambda: len(taken) == 4 * concurrency and len(busy) == concurrency, deadline=60)
+        released.set()
+        thread.join()
+    assert custom_ids(tmp_path / "out") == [f"r{number}" for number in range(50)]
 
 
 def test_results_of_another_input_are_not_continued(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -14,13 +15,19 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fastdeploy.entrypoints.api_client import Event, ServerRefused, ServerUnreachable, read_event
 from fastdeploy.entrypoints.cli.collect_env import environment
 
 from ..ports import free_ports
 from .commands import ScriptedServer, begin_stream, run, send_event, silent_server, start
 from .conftest import CHAT_TEMPLATE, TINY, ApiServer, wait_until
 
+JSON = st.fixed_dictionaries(
+    {}, optional={"choices": st.lists(st.dictionaries(st.text(), st.none())), "error": st.text()}
+)
 COMMANDS = ("serve", "chat", "complete", "bench", "run-batch", "tokenizer", "collect-env")
 #: What each command needs before its options are checked.
 REQUIRED = {
@@ -145,6 +152,24 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_not_the_chat() -> None:
         os.close(ours)
     # Text of a model must not command the terminal.
     assert "\033[2J" not in shown
+
+
+@given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_an_event_that_is_not_valid_has_one_line(data: bytes) -> None:
+    with contextlib.suppress(ServerUnreachable, ServerRefused):
+        assert isinstance(read_event(data), Event)
+
+
+def test_a_stream_that_breaks_off_is_an_error() -> None:
+    def break_off(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        begin_stream(handler)
+        send_event(handler, "half")
+        handler.close_connection = True
+
+    with ScriptedServer(break_off) as server:
+        done = run("complete", "-q", "x", "--url", server.url)
+    assert (done.returncode, done.stdout) == (1, "half")
+    assert "has broken off" in done.stderr
 
 
 def test_an_api_key_leaves_the_command_line() -> None:

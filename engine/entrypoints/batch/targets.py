@@ -80,7 +80,7 @@ class ServerTarget:
                 if response.status == HTTPStatus.UNAUTHORIZED:
                     raise FastDeployError(f"{self._url} refuses the API key; set FD_API_KEY")
                 if response.status not in _LATER:
-                    return result_line(request, response.status, uuid.uuid4().hex, response.body)
+                    return result_line(request, response.status, response.request_id, response.body)
                 why, after = f"{self._url} answers {response.status}", response.retry_after
             if time.monotonic() > end:
                 raise FastDeployError(f"no answer for {_PATIENCE:g} s: {why}")

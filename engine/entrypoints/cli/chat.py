@@ -23,11 +23,10 @@ def main(words: Sequence[str]) -> int:
         try:
             fields = {"model": model, "messages": messages, "max_tokens": options.max_tokens}
             for event in client.stream("/chat/completions", fields):
-                for choice in event.get("choices", ()):
-                    delta = choice["delta"]
-                    yield Piece(delta.get("reasoning_content") or "", is_reasoning=True)
-                    yield Piece(delta.get("content") or "")
-                    reply["content"] += delta.get("content") or ""
+                for choice in event.choices:
+                    yield Piece(choice.delta.reasoning_content or "", is_reasoning=True)
+                    yield Piece(choice.delta.content or "")
+                    reply["content"] += choice.delta.content or ""
         finally:
             # A stopped answer stays in the conversation; after an error the question may be asked again.
             if reply["content"]:

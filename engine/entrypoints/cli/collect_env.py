@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -61,7 +62,8 @@ def environment(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def _system() -> Iterator[tuple[str, str]]:
     yield "fd-dp", __version__
     yield "Python", f"{platform.python_version()} ({sys.executable})"
-    yield "operating system", platform.freedesktop_os_release().get("PRETTY_NAME", "unknown")
+    with contextlib.suppress(OSError):
+        yield "operating system", platform.freedesktop_os_release().get("PRETTY_NAME", "unknown")
     yield "kernel", f"{platform.release()} {platform.machine()}"
     yield "C library", " ".join(platform.libc_ver())
 
@@ -126,5 +128,8 @@ def _libraries() -> Iterator[tuple[str, str]]:
             if (file := Path(folder) / name).exists():
                 yield name, f"{file.stat().st_size >> 10} KiB"
     if nvcc := shutil.which("nvcc"):
-        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False, timeout=10)
-        yield "nvcc", next(iter(re.findall(r"release ([\d.]+)", told.stdout)), "unknown")
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            told = subprocess.run(
+                [nvcc, "--version"], capture_output=True, text=True, check=False, timeout=10
+            )
+            yield "nvcc", next(iter(re.findall(r"release ([\d.]+)", told.stdout)), "unknown")

@@ -16,7 +16,7 @@ def main(words: Sequence[str]) -> int:
     def answer(text: str) -> Generator[Piece]:
         fields = {"model": model, "prompt": text, "max_tokens": options.max_tokens}
         for event in client.stream("/completions", fields):
-            for choice in event.get("choices", ()):
-                yield Piece(choice["text"])
+            for choice in event.choices:
+                yield Piece(choice.text)
 
     return converse(options, answer, f"Texts for {model}. Ctrl-C stops an answer, Ctrl-D ends.")
