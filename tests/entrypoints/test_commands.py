@@ -29,7 +29,7 @@ JSON = st.fixed_dictionaries(
     {}, optional={"choices": st.lists(st.dictionaries(st.text(), st.none())), "error": st.text()}
 )
 COMMANDS = ("serve", "chat", "complete", "bench", "run-batch", "tokenizer", "collect-env")
-#: What each command needs before its options are checked.
+#: Arguments without which the options of a command are not checked.
 REQUIRED = {
     "serve": (str(TINY),),
     "bench": ("serve",),

@@ -1,4 +1,4 @@
-"""What `chat` and `complete` share: options, input line by line, and answers that appear as they arrive."""
+"""Common part of `chat` and `complete`: options, input line by line, answers printed as they arrive."""
 
 from __future__ import annotations
 

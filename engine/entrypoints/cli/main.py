@@ -46,8 +46,8 @@ def main() -> int:
 
 
 def _run(name: str, words: Sequence[str]) -> int:
-    module = importlib.import_module(f".{_COMMANDS[name][0]}", __package__)
     try:
+        module = importlib.import_module(f".{_COMMANDS[name][0]}", __package__)
         status: int = module.main(words)
         sys.stdout.flush()
         return status

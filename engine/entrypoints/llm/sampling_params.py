@@ -20,7 +20,7 @@ _REQUEST_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidedDecodingParams:
-    """What an output must match: one of these fields."""
+    """Structure of the output. Set one field."""
 
     json: str | dict[str, Any] | None = None
     regex: str | None = None

@@ -175,12 +175,15 @@ class EngineClient:
         return stream
 
     def close(self, timeout: float) -> None:
-        """Stop the worker; kill it if it has not stopped within `timeout` seconds."""
+        """Stop the worker; kill it if it has not stopped within `timeout` seconds. 0: kill it at once."""
         self._end_streams(replace(self.status, state=EngineState.STOPPED))
         self._send(Shutdown())
         self._thread.join(timeout)
         if self._thread.is_alive():
-            _log.warning("worker pid=%d did not stop within %g s and is killed", self._worker.pid, timeout)
+            if timeout:
+                _log.warning(
+                    "worker pid=%d did not stop within %g s and is killed", self._worker.pid, timeout
+                )
             self._worker.kill()
             self._thread.join()
 
