@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.entrypoints.api_client import Event, ServerRefused, ServerUnreachable, read_event
+from fastdeploy.common.api_client import Event, ServerRefused, ServerUnreachable, read_event
 from fastdeploy.entrypoints.cli.collect_env import environment
 
 from ..ports import free_ports

@@ -8,8 +8,8 @@ import uuid
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Protocol
 
+from ...common.api_client import ApiClient, ServerUnreachable
 from ...common.errors import FastDeployError
-from ..api_client import ApiClient, ServerUnreachable
 from ..openai.seeds import Seeds
 from .requests import Request, result_line
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+from ...common.api_client import DEFAULT_URL, ApiClient, api_key
 from ...common.cli import CommandLine
 from ...common.errors import FastDeployError
-from ..api_client import DEFAULT_URL, ApiClient, api_key
 
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 #: Control characters could command the terminal.

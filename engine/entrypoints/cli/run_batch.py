@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...common.api_client import ApiClient, api_key
 from ...common.cli import MAX_BODY_BYTES, CommandLine
 from ...common.errors import ConfigError, FastDeployError
-from ..api_client import ApiClient, api_key
 from ..batch.files import InputFile, OutputFile
 from ..batch.requests import PATHS
 from ..batch.runner import run_batch

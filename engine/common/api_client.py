@@ -1,6 +1,6 @@
-"""Client of an OpenAI-compatible server for requests that may take any time.
+"""Client of an OpenAI-compatible server for requests that may take any time, streams included.
 
-`common/http_client.py` is for short requests: it limits their time, and does not stream.
+`http_client.py` is for short requests: it limits their time and does not stream.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ..common.api_keys import keys_in_variable
-from ..common.errors import ConfigError, FastDeployError
-from ..common.foreign_text import parse_json, printable
+from .api_keys import keys_in_variable
+from .errors import ConfigError, FastDeployError
+from .foreign_text import parse_json, printable
 
 DEFAULT_URL = "http://localhost:8000/v1"
 #: Seconds to connect.
@@ -60,6 +60,7 @@ class Choice(msgspec.Struct):
 
     delta: Delta = msgspec.field(default_factory=Delta)
     text: str = ""
+    finish_reason: str | None = None
 
 
 class Event(msgspec.Struct):
@@ -75,12 +76,13 @@ class ApiClient:
     Args:
         url: of the API, such as http://localhost:8000/v1; without a path /v1 is meant.
         key: API key; empty: none.
+        name: the server in errors.
 
     Raises:
         ConfigError: the URL is not valid.
     """
 
-    def __init__(self, url: str, key: str = "") -> None:
+    def __init__(self, url: str, key: str = "", name: str = "server") -> None:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -89,6 +91,7 @@ class ApiClient:
         if parts.scheme not in ("http", "https") or not host or parts.username is not None:
             raise ConfigError(f"--url is {printable(url)!r}; it must be like {DEFAULT_URL}")
         self.url = url
+        self._name = name
         #: The URL without its path.
         self.origin = f"{parts.scheme}://{parts.netloc}"
         self._base = parts.path.rstrip("/") or "/v1"
@@ -111,7 +114,7 @@ class ApiClient:
         """
         response = self.request("GET", "/models")
         if response.status != http.HTTPStatus.OK:
-            raise _refusal(response.status, response.body)
+            raise self._refusal(response.status, response.body)
         try:
             card = parse_json(response.body)["data"][0]
             directory = Path(card.get("root") or "")
@@ -151,7 +154,7 @@ class ApiClient:
         try:
             response = self._send("POST", path, json.dumps(fields | {"stream": True}).encode())
             if response.status != http.HTTPStatus.OK:
-                raise _refusal(response.status, response.read(_MAX_EVENT))
+                raise self._refusal(response.status, response.read(_MAX_EVENT))
             while line := response.readline(_MAX_EVENT):
                 if line.strip() == _END:
                     is_complete = True
@@ -194,7 +197,11 @@ class ApiClient:
     def _unreachable(self, error: Exception) -> ServerUnreachable:
         self.close()
         why = getattr(error, "strerror", None) or printable(error) or type(error).__name__
-        return ServerUnreachable(f"the server at {self.url} does not answer ({why})")
+        return ServerUnreachable(f"the {self._name} at {self.url} does not answer ({why})")
+
+    def _refusal(self, status: int, body: bytes) -> ServerRefused:
+        hint = "; set FD_API_KEY" if status == http.HTTPStatus.UNAUTHORIZED else ""
+        return ServerRefused(f"the {self._name} answered {status}: {_message(body)}{hint}")
 
 
 def read_event(data: bytes) -> Event:
@@ -217,11 +224,6 @@ def api_key() -> str:
     """Return the key of this user: the first in FD_API_KEY, else OPENAI_API_KEY, else an empty string."""
     keys = keys_in_variable("FD_API_KEY", os.environ) or keys_in_variable("OPENAI_API_KEY", os.environ)
     return keys[0] if keys else ""
-
-
-def _refusal(status: int, body: bytes) -> ServerRefused:
-    hint = "; set FD_API_KEY" if status == http.HTTPStatus.UNAUTHORIZED else ""
-    return ServerRefused(f"the server answered {status}: {_message(body)}{hint}")
 
 
 def _message(body: bytes) -> str:
