@@ -23,7 +23,7 @@ from fastdeploy.entrypoints.cli.collect_env import environment
 
 from ..ports import free_ports
 from .commands import ScriptedServer, begin_stream, run, send_event, silent_server, start
-from .conftest import CHAT_TEMPLATE, TINY, ApiServer, wait_until
+from .conftest import TINY, ApiServer, wait_until
 
 JSON = st.fixed_dictionaries(
     {}, optional={"choices": st.lists(st.dictionaries(st.text(), st.none())), "error": st.text()}
@@ -183,17 +183,22 @@ def test_an_api_key_leaves_the_command_line() -> None:
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer sk-secret"}
 
 
-def test_serve_takes_the_model_as_its_first_word(tmp_path: Path) -> None:
+def test_serve_takes_the_model_as_its_first_word_and_hides_its_key(tmp_path: Path) -> None:
     [port] = free_ports(1)
-    environment = {"FD_LOG_DIR": str(tmp_path)}
-    words = ("serve", str(TINY), "--port", str(port), "--threads", "1", "--chat-template", CHAT_TEMPLATE)
-    process = start(*words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    wait_until(
-        lambda: run("complete", "-q", "x", "--max-tokens", "1", "--url", url).returncode == 0, "an answer"
+    words = ("serve", str(TINY), "--port", str(port), "--threads", "1", "--api-key=sk-secret")
+    process = start(
+        *words, env={"FD_LOG_DIR": str(tmp_path)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
+    asked = ("complete", "-q", "x", "--max-tokens", "1", "--url", f"http://127.0.0.1:{port}")
+    wait_until(lambda: run(*asked, env={"FD_API_KEY": "sk-secret"}).returncode == 0, "an answer")
+    refused = run(*asked)
+    processes = [server := psutil.Process(process.pid), *server.children(recursive=True)]
+    shown = [word for each in processes for word in each.cmdline()]
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
+    assert "sk-secret" not in "".join(shown)
+    assert "the server answered 401" in refused.stderr
+    assert refused.stderr.endswith("; set FD_API_KEY)\n")
 
 
 def test_bench_calls_the_load_generator(tmp_path: Path) -> None:
