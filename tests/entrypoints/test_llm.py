@@ -117,6 +117,12 @@ def test_a_wrong_prompt_is_named(llm: LLM, prompts: Any, expected: str) -> None:
         llm.generate(prompts)
 
 
+def test_a_parameter_that_the_model_refuses_is_named(llm: LLM) -> None:
+    params = [SamplingParams(), SamplingParams(logit_bias={10**6: 1.0})]
+    with pytest.raises(ValueError, match=r"prompts\[1\]: logit_bias"):
+        llm.generate(["a", "b"], params)
+
+
 @pytest.mark.parametrize("fields", [{"temperature": -1.0}, {"n": 0}, {"top_p": 2.0}])
 def test_a_wrong_parameter_is_named(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams: {next(iter(fields))} is"):

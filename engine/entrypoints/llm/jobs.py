@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from ...common.errors import ReplicaUnavailable
+from ...common.errors import ReplicaUnavailable, RequestError
 from ...tokenizer.tokenizer import Tokenizer
 from ..openai.access_log import AccessRecord
 from ..openai.chat_parts import ParsedChoice, parsed_choices
+from ..openai.errors import ApiError
 from ..openai.generation import Generation
 from ..openai.output import Delta
 from ..openai.protocol import GenerationRequest
@@ -30,6 +31,8 @@ _ABORT_SECONDS = 0.05
 class Job:
     """A request with one prompt."""
 
+    #: In errors.
+    name: str
     request: GenerationRequest
     prompt: str | list[int]
     token_ids: list[int]
@@ -53,6 +56,7 @@ class JobRunner:
             advance: called with the number of jobs that have ended.
 
         Raises:
+            ValueError: the engine refuses a job.
             FastDeployError: the worker has failed, or gave up on a job.
         """
         limit = _PROMPTS_PER_SEQUENCE * self._engine.served.config.engine.max_num_seqs
@@ -94,6 +98,8 @@ class JobRunner:
                 finally:
                     with self._lock:
                         self._open.discard(generation)
+        except (RequestError, ApiError) as error:
+            raise ValueError(f"{job.name}: {error}") from None
         except ReplicaUnavailable as error:
             self._engine.require_alive()
             raise WorkerLost(str(error)) from None

@@ -67,7 +67,7 @@ class LLM:
             use_tqdm: show the progress on standard error if that is a terminal.
 
         Raises:
-            ValueError: a prompt or a parameter is wrong; the message names the prompt. Nothing is computed.
+            ValueError: a prompt or a parameter is wrong; the message names the prompt.
             FastDeployError: the worker has failed.
         """
         given = list(prompts) if _are_several(prompts) else [prompts]
@@ -129,7 +129,7 @@ class LLM:
         except (RequestError, ApiError) as error:
             raise ValueError(f"{name}: {error}") from None
         seed = served.seeds.draw() if request.seed is None else request.seed
-        return Job(request, prompt, token_ids, seed & MAX_SEED)
+        return Job(name, request, prompt, token_ids, seed & MAX_SEED)
 
     def _run(self, jobs: list[Job], show_progress: bool) -> list[RequestOutput]:
         with progress_bar("Processed prompts", len(jobs), enabled=show_progress) as advance:
