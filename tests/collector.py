@@ -107,4 +107,6 @@ def _values(attributes: Any) -> dict[str, Any]:
 
 def _value(value: Any) -> Any:
     kind = value.WhichOneof("value")
-    return [_value(each) for each in value.array_value.values] if kind == "array_value" else getattr(value, kind)
+    return (
+        [_value(each) for each in value.array_value.values] if kind == "array_value" else getattr(value, kind)
+    )
