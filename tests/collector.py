@@ -28,9 +28,13 @@ class Span:
 
 
 class Collector:
-    """Serves in a thread. `manner`: "takes", "hangs" or "trickles": it answers byte by byte, without end."""
+    """Serves in a thread.
+
+    `manner`: "takes", "refuses", "hangs", or "trickles": it answers byte by byte, without end.
+    """
 
     def __init__(self, manner: str = "takes") -> None:
+        self.manner = manner
         self.spans: list[Span] = []
         #: Bodies as they were received.
         self.bodies: list[bytes] = []
@@ -41,18 +45,19 @@ class Collector:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 collector.bodies.append(body)
-                if manner == "hangs":
+                if collector.manner == "hangs":
                     collector.is_over.wait()
                     return
-                if manner == "trickles":
+                if collector.manner == "trickles":
                     with contextlib.suppress(OSError):
                         self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
                         while not collector.is_over.wait(0.05):
                             self.wfile.write(b"x")
                     return
                 assert self.path == "/v1/traces", self.path
-                collector.spans += _spans_in(body)
-                self.send_response(200)
+                if collector.manner == "takes":
+                    collector.spans += _spans_in(body)
+                self.send_response(200 if collector.manner == "takes" else 403)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
