@@ -430,10 +430,10 @@ class Exchange:
 
     def _release(self) -> None:
         attempt, self._attempt = self._attempt, None
-        if self._trace is not None:
-            self._trace.end_attempt()
         try:
             if attempt is not None:
                 attempt.release()
         finally:
             self._placement.unreserve()
+        if self._trace is not None:
+            self._trace.end_attempt()
