@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from .errors import ConfigError
+from .foreign_text import printable
 
 ENDPOINT_FLAG = "--otlp-traces-endpoint"
 RATIO_FLAG = "--trace-sample-ratio"
@@ -67,8 +68,7 @@ def tracing_config(
     if endpoint and (problem := problem_of_endpoint(endpoint)):
         raise ConfigError(f"{ENDPOINT_FLAG}: {problem}")
     is_disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    exporter = environment.get("OTEL_TRACES_EXPORTER", "").strip()
-    if is_disabled or exporter == "none":
+    if is_disabled or environment.get("OTEL_TRACES_EXPORTER", "").strip() == "none":
         return None
     if endpoint:
         if not _has_packages():
@@ -76,15 +76,7 @@ def tracing_config(
         return TracingConfig(_traces_url(endpoint), ratio)
     if not any(environment.get(name, "").strip() for name in _ENDPOINTS):
         return None
-    protocol = next((value for name in _PROTOCOLS if (value := environment.get(name, "").strip())), _PROTOCOL)
-    obstacle = ""
-    if exporter not in ("", "otlp"):
-        obstacle = f"OTEL_TRACES_EXPORTER is {exporter!r}; only otlp is supported"
-    elif protocol != _PROTOCOL:
-        obstacle = f"{_PROTOCOLS[1]} is {protocol!r}; only {_PROTOCOL} is supported"
-    elif not _has_packages():
-        obstacle = MISSING_EXTRA
-    return TracingConfig("", ratio, obstacle)
+    return TracingConfig("", ratio, _obstacle(environment))
 
 
 def problem_of_endpoint(endpoint: str) -> str | None:
@@ -102,6 +94,19 @@ def problem_of_endpoint(endpoint: str) -> str | None:
             "lines; set OTEL_EXPORTER_OTLP_HEADERS in the environment"
         )
     return None
+
+
+def _obstacle(environment: Mapping[str, str]) -> str:
+    exporter = environment.get("OTEL_TRACES_EXPORTER", "").strip()
+    if exporter not in ("", "otlp"):
+        return f"OTEL_TRACES_EXPORTER is {printable(exporter)}; only otlp is supported"
+    # The first that is set counts.
+    for name in _PROTOCOLS:
+        if protocol := environment.get(name, "").strip():
+            if protocol != _PROTOCOL:
+                return f"{name} is {printable(protocol)}; only {_PROTOCOL} is supported"
+            break
+    return "" if _has_packages() else MISSING_EXTRA
 
 
 def _traces_url(endpoint: str) -> str:

@@ -15,7 +15,7 @@ _WAITS = 0
 
 
 class SequenceTimes:
-    """Is false, and costs nothing, while no sequence is traced."""
+    """False while no sequence is traced, so that steps need not call it."""
 
     def __init__(self) -> None:
         #: Request id -> Unix time of its first step in nanoseconds, or `_WAITS`.

@@ -95,7 +95,6 @@ class RequestTrace:
             is_broken: the response ended early.
         """
         self._end_wait()
-        self.end_attempt()
         span = self._span
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("http.response.body.size", size)

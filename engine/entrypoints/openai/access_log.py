@@ -33,14 +33,14 @@ class AccessRecord:
     #: Reason for an error status, or an error after the status had been sent.
     error: str | None = None
     #: The trace that it belongs to, if any.
-    context: TraceContext | None = None
+    trace_context: TraceContext | None = None
     #: Its spans; None if they are not recorded.
     trace: RequestTrace | None = None
 
     @property
     def ids(self) -> str:
         """The ids of request and trace in log lines."""
-        return self.request_id + trace_label(self.context)
+        return self.request_id + trace_label(self.trace_context)
 
     @property
     def seconds(self) -> float:

@@ -184,12 +184,12 @@ def _is_logged(path: str) -> bool:
 
 
 def _begin_trace(served: ServedModel, record: AccessRecord) -> None:
-    record.context = flask_request.trace_context()
+    record.trace_context = flask_request.trace_context()
     if served.tracing is None:
         return
     route = "" if request.url_rule is None else request.url_rule.rule
-    trace = RequestTrace(served.tracing, record, route, record.context, flask_request.trace_state())
-    record.context = context_of(trace.span)
+    trace = RequestTrace(served.tracing, record, route, record.trace_context, flask_request.trace_state())
+    record.trace_context = context_of(trace.span)
     if trace.span.is_recording():
         record.trace = trace
 

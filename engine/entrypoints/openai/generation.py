@@ -75,7 +75,7 @@ class Generation:
             engine_id=f"{record.request_id}.{next(_serial):x}",
             seed=seed,
             arrival_time=time.time(),
-            traceparent="" if record.context is None else record.context.header,
+            traceparent="" if record.trace_context is None else record.trace_context.header,
         )
         #: By choice: the part that another replica has sent, or would have sent.
         self.delivered = {
