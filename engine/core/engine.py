@@ -104,9 +104,7 @@ class EngineCore:
         """
         self._queue_compiled()
         outputs, self._refusals = self._refusals, []
-        batch = self._scheduler.schedule()
-        if self._times:
-            self._times.begin_step(batch)
+        batch = self._next_batch()
         if batch:
             self._steps_total += 1
             try:
@@ -118,9 +116,7 @@ class EngineCore:
             else:
                 self._failed_steps = 0
                 outputs += self._commit(batch, sampled, prompt_logprobs)
-        if self._times:
-            outputs = self._times.added_to(outputs)
-        return StepOutputs(outputs, self._stats(batch.num_tokens))
+        return self._step_outputs(outputs, batch.num_tokens)
 
     def on_idle(self) -> StepOutputs:
         """Check the bookkeeping of the cache and return statistics. Call it when there is no work.
@@ -130,6 +126,17 @@ class EngineCore:
         """
         self._scheduler.check()
         return StepOutputs([], self._stats(batch_tokens=0))
+
+    def _next_batch(self) -> Batch:
+        batch = self._scheduler.schedule()
+        if self._times:
+            self._times.begin_step(batch)
+        return batch
+
+    def _step_outputs(self, outputs: list[TokenOutput], batch_tokens: int) -> StepOutputs:
+        if self._times:
+            outputs = self._times.added_to(outputs)
+        return StepOutputs(outputs, self._stats(batch_tokens))
 
     def _add(self, request: AddRequest) -> None:
         request_id, prompt = request.request_id, request.prompt_token_ids
