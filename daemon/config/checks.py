@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from ...common import cors
+from ...common.tracing_config import problem_of_endpoint
 from ..router.policy.policies import POLICIES
 from . import masking
 from .launch import HASH, MARKER
@@ -50,6 +51,10 @@ def gpu_names(values: tuple[str, ...]) -> str | None:
 
 def web_origins(values: tuple[str, ...]) -> str | None:
     return next((problem for value in values if (problem := cors.problem_of(value))), None)
+
+
+def collector_url(value: str) -> str | None:
+    return problem_of_endpoint(value) if value else None
 
 
 def no_secret(words: tuple[str, ...]) -> str | None:

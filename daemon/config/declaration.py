@@ -27,6 +27,8 @@ from msgspec.inspect import (
 )
 from msgspec.structs import fields
 
+from . import masking
+
 #: Takes a value of the right type, returns an error message or None.
 Check = Callable[[Any], str | None]
 
@@ -111,7 +113,8 @@ class Option:
             raise ValueError(_complaint(self.kind, value)) from None
         if self.check is not None and (complaint := self.check(result)):
             # A list or a table may contain secrets.
-            raise ValueError(f"is {value!r}; {complaint}" if isinstance(value, str) else complaint)
+            is_text = isinstance(value, str)
+            raise ValueError(f"is {masking.value(value)!r}; {complaint}" if is_text else complaint)
         return result
 
 

@@ -9,7 +9,8 @@ MASK = "***"
 #: Names of flags and variables with secret values. Paths of files (--api-keys-file) and numbers of tokens
 #: (--max-num-batched-tokens) are not secret.
 _SECRET = re.compile(
-    r"key|secret|passw|passphrase|authorization|bearer|cookie|token(?!s\b|s_|iz)", re.IGNORECASE
+    r"key|secret|passw|passphrase|authorization|bearer|cookie|token(?!s\b|s_|iz)|otlp_(\w+_)?headers",
+    re.IGNORECASE,
 )
 _PATH = re.compile(r"file$", re.IGNORECASE)
 #: scheme://USER:PASSWORD@host

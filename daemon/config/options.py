@@ -17,7 +17,15 @@ from msgspec import Meta, Struct
 
 from ...common import cors
 from ..router.policy.policies import POLICIES
-from .checks import environment_names, gpu_names, ip_address, known_policy, no_secret, web_origins
+from .checks import (
+    collector_url,
+    environment_names,
+    gpu_names,
+    ip_address,
+    known_policy,
+    no_secret,
+    web_origins,
+)
 from .declaration import about
 
 #: Replica i listens on base + i * step where an option is one base port, as in FastDeploy's documentation.
@@ -273,6 +281,22 @@ class MetricsSection(Struct, frozen=True, kw_only=True):
     port: Annotated[int, about("Port of the daemon's `/metrics`; 0: none.", ge=0, le=65535)] = 30001
 
 
+class TracingSection(Struct, frozen=True, kw_only=True):
+    """Traces of requests through router and replicas; they need `pip install 'fd-dp[otel]'`."""
+
+    endpoint: Annotated[
+        str,
+        about(
+            "OTLP collector to which spans are sent over HTTP, such as `http://127.0.0.1:4318`; empty: as "
+            "`OTEL_EXPORTER_OTLP_ENDPOINT` in the environment says, or no traces.",
+            check=collector_url,
+        ),
+    ] = ""
+    sample_ratio: Annotated[
+        float, about("Fraction of the requests without a trace of their own that are traced.", ge=0, le=1)
+    ] = 1.0
+
+
 class PathsSection(Struct, frozen=True, kw_only=True):
     """Directories. Empty: `state`, `run` and `logs` below `--prefix`; without a prefix, those named below."""
 
@@ -292,6 +316,7 @@ class Config(Struct, frozen=True, kw_only=True):
     router: RouterSection
     supervise: SuperviseSection
     metrics: MetricsSection
+    tracing: TracingSection
     paths: PathsSection
     #: One message for each old name of an option in the file.
     deprecations: tuple[str, ...] = ()

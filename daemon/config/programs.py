@@ -17,6 +17,7 @@ from ...common.addresses import authority, is_wildcard
 from ...common.cors import DEFAULT
 from ...common.errors import ConfigError
 from ...common.foreign_text import parse_json, printable
+from ...common.tracing_config import ENDPOINT_FLAG, RATIO_FLAG
 from ...expert_parallel.layout import PROTOCOL_VERSION
 from ..router.config.flags import file_parser, fixed_flags
 from ..router.config.flags_file import fingerprint
@@ -223,6 +224,7 @@ def _router(config: Config) -> Program:
         flags += ["--api-keys-file", router.api_keys_file]
     if router.cors_origins != DEFAULT:
         flags += ["--cors-origins", ",".join(router.cors_origins)]
+    flags += _tracing(config)
     flags += router.extra_args
     try:
         fixed = fixed_flags(file_parser().parse_args(flags))
@@ -283,6 +285,7 @@ def _replica(config: Config, index: int) -> Program:
         argv += ["--api-keys-file", engine.api_keys_file]
     argv += ["--router", address(config.router.host, config.router.port)]
     argv += ["--timeout-graceful-shutdown", str(_REPLICA_GRACE)]
+    argv += _tracing(config)
     return Program(
         name=name,
         argv=(*argv, *engine.extra_args),
@@ -292,3 +295,9 @@ def _replica(config: Config, index: int) -> Program:
         model=config.model.served_name,
         stop_timeout=config.supervise.stop_timeout,
     )
+
+
+def _tracing(config: Config) -> list[str]:
+    tracing = config.tracing
+    flags = [ENDPOINT_FLAG, tracing.endpoint] if tracing.endpoint else []
+    return flags if tracing.sample_ratio == 1 else [*flags, RATIO_FLAG, f"{tracing.sample_ratio:g}"]

@@ -19,6 +19,7 @@ from ...common.api_keys import keys_in, keys_in_variable
 from ...common.errors import FastDeployError
 from ...common.foreign_text import printable
 from ...common.http_client import ConnectionRefused, NotJson, request
+from ...common.trace_context import TRACEPARENT, TraceContext
 from ..config.programs import Program, flag_in
 
 log = logging.getLogger("fd-dp")
@@ -29,6 +30,8 @@ _HEALTH_TIMEOUT = 10.0
 _TOKEN_TIMEOUT = 120.0
 #: Request id; marks probes in the log of the replica.
 _PROBE_ID = "fd-dp-probe"
+#: A context that is not sampled: a probe is no trace, even where all requests are traced.
+_NOT_TRACED = TraceContext("fd" * 16, "fd" * 8, flags=0).header
 _KEYS_FILE = "--api-keys-file"
 _TOO_MANY_REQUESTS = 429
 
@@ -142,7 +145,7 @@ def _request(
         path,
         timeout=timeout,
         fields=fields,
-        headers={"X-Request-Id": _PROBE_ID} if fields is not None else None,
+        headers={"X-Request-Id": _PROBE_ID, TRACEPARENT: _NOT_TRACED} if fields is not None else None,
         key=_api_key(program),
     )
     try:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import msgspec
 
 from .request import FinishReason, SamplingParams
+from .trace_context import parse_traceparent, trace_label
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 # ---- API process -> worker
@@ -28,6 +29,13 @@ class AddRequest(msgspec.Struct, tag="add", frozen=True):
     output_token_ids: list[int] = []
     #: Only requests with the same one share cached blocks.
     cache_salt: str = ""
+    #: The trace that the request belongs to, as in the header traceparent; empty if there is none.
+    traceparent: str = ""
+
+    @property
+    def ids(self) -> str:
+        """The ids of request and trace in log lines."""
+        return self.request_id + trace_label(parse_traceparent(self.traceparent))
 
 
 class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
@@ -90,6 +98,15 @@ class Logprobs(msgspec.Struct, frozen=True):
     rank: int = 0
 
 
+class Times(msgspec.Struct, frozen=True):
+    """Unix times in nanoseconds."""
+
+    #: When the first step with the sequence began; 0 if there was none.
+    scheduled: int
+    #: When the step that drew the token ended.
+    drawn: int
+
+
 class TokenOutput(msgspec.Struct, frozen=True):
     """Output of one step for one request. `token_ids` includes the stop token that ended the text."""
 
@@ -105,6 +122,8 @@ class TokenOutput(msgspec.Struct, frozen=True):
     message: str | None = None
     #: True if the reason lies in the request.
     is_refused: bool = False
+    #: In the first and the last output of a sequence whose request is traced.
+    times: Times | None = None
 
 
 class ExpertParallelStats(msgspec.Struct, frozen=True):

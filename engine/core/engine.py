@@ -18,6 +18,7 @@ from ..expert_parallel.membership import RankLost
 from .block_pool import BlockPool
 from .sampler import Sampled, Sampler
 from .scheduler import Scheduler
+from .sequence_times import SequenceTimes
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -63,6 +64,7 @@ class EngineCore:
         self._compiled: WeakKeyDictionary[Sequence, Future[LLMatcher]] = WeakKeyDictionary()
         # Errors of requests that were not queued; sent with the outputs of the next step.
         self._refusals: list[TokenOutput] = []
+        self._times = SequenceTimes()
         self._steps_total = 0
         self._failed_steps = 0
 
@@ -80,7 +82,7 @@ class EngineCore:
             self._refusals.append(_error(request.request_id, str(error)))
         except Exception as error:
             # It must not end the engine loop, and with it all other requests.
-            _log.error("request=%s cannot be queued", request.request_id, exc_info=error)
+            _log.error("request=%s cannot be queued", request.ids, exc_info=error)
             self.abort([request.request_id])
             self._refusals.append(_error(request.request_id, "the engine failed to queue this request"))
 
@@ -89,6 +91,7 @@ class EngineCore:
         request_ids = list(request_ids)
         for request_id in request_ids:
             self._compiling.pop(request_id, None)
+        self._times.forget(request_ids)
         self._scheduler.abort(request_ids)
 
     def step(self) -> StepOutputs:
@@ -101,7 +104,7 @@ class EngineCore:
         """
         self._queue_compiled()
         outputs, self._refusals = self._refusals, []
-        batch = self._scheduler.schedule()
+        batch = self._next_batch()
         if batch:
             self._steps_total += 1
             try:
@@ -113,7 +116,7 @@ class EngineCore:
             else:
                 self._failed_steps = 0
                 outputs += self._commit(batch, sampled, prompt_logprobs)
-        return StepOutputs(outputs, self._stats(batch.num_tokens))
+        return self._step_outputs(outputs, batch.num_tokens)
 
     def on_idle(self) -> StepOutputs:
         """Check the bookkeeping of the cache and return statistics. Call it when there is no work.
@@ -123,6 +126,17 @@ class EngineCore:
         """
         self._scheduler.check()
         return StepOutputs([], self._stats(batch_tokens=0))
+
+    def _next_batch(self) -> Batch:
+        batch = self._scheduler.schedule()
+        if self._times:
+            self._times.begin_step(batch)
+        return batch
+
+    def _step_outputs(self, outputs: list[TokenOutput], batch_tokens: int) -> StepOutputs:
+        if self._times:
+            outputs = self._times.added_to(outputs)
+        return StepOutputs(outputs, self._stats(batch_tokens))
 
     def _add(self, request: AddRequest) -> None:
         request_id, prompt = request.request_id, request.prompt_token_ids
@@ -142,6 +156,8 @@ class EngineCore:
             [*request.output_token_ids],
             cache_salt=request.cache_salt,
         )
+        if request.traceparent:
+            self._times.add(request)
         if request.params.grammar is None:
             self._scheduler.add(sequence)
         elif self._grammars is None:

@@ -10,7 +10,11 @@ from fastdeploy.daemon.config import masking
 
 
 @pytest.mark.parametrize(
-    "name", ["--api-key", "--api-key=x", "FD_API_KEY", "HF_TOKEN", "TOKEN", "ClientSecret", "db-password"]
+    "name",
+    [
+        *("--api-key", "--api-key=x", "FD_API_KEY", "HF_TOKEN", "TOKEN", "ClientSecret", "db-password"),
+        *("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"),
+    ],
 )
 def test_names_of_secrets_are_known(name: str) -> None:
     assert masking.is_secret(name)

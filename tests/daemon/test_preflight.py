@@ -33,6 +33,26 @@ def test_replicas_get_the_weight_format_as_flags(tmp_path: Path) -> None:
     assert "--dtype float32" in words('dtype = "float32"')
 
 
+def test_router_and_replicas_get_the_collector(tmp_path: Path) -> None:
+    file = write(tmp_path, router='[tracing]\nendpoint = "http://x:4318"\nsample_ratio = 0.5')
+    for program in checked_programs_of(dp_toml.load(file, tmp_path)):
+        assert "--otlp-traces-endpoint http://x:4318 --trace-sample-ratio 0.5" in " ".join(program.words)
+
+
+def test_collector_without_the_extra_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, router='[tracing]\nendpoint = "http://x:4318"')
+    monkeypatch.setattr("fastdeploy.common.tracing_config.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'fd-dp\[otel\]'"):
+        checked_programs_of(dp_toml.load(file, tmp_path))
+
+
+def test_password_in_the_url_of_a_collector_is_not_shown(tmp_path: Path) -> None:
+    file = write(tmp_path, router='[tracing]\nendpoint = "http://me:hunter2@x"')
+    with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_HEADERS") as error:
+        dp_toml.load(file, tmp_path)
+    assert "hunter2" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

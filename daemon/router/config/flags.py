@@ -9,6 +9,7 @@ from pathlib import Path
 from .... import __version__
 from ....common.cli import MAX_BODY_BYTES, CommandLine
 from ....common.cors import DEFAULT
+from ....common.tracing_config import add_tracing_flags
 from ..policy.policies import POLICIES
 
 #: Maximum number of clients of a worker, unless a flag says otherwise.
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "(flags, keys, certificate) and replaces the workers, SIGUSR2 starts the program a second time to "
         "replace this one. Exit codes: 0 after SIGTERM or SIGINT, 2 invalid command line, 5 cannot listen on "
         "the address, 6 this version cannot replace the running one. "
-        "Environment: FD_API_KEY (keys, separated by commas), FD_LOG_DIR, FD_LOG_BACKUP_COUNT.",
+        "Environment: FD_API_KEY (keys, separated by commas), FD_LOG_DIR, FD_LOG_BACKUP_COUNT, OTEL_*.",
         allow_abbrev=False,
     )
     command_line.add_argument("--version", "-V", action="version", version=f"fd-router {__version__}")
@@ -220,5 +221,6 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         metavar="LEVEL",
         help=f"one of {', '.join(LEVELS)} (default %(default)s)",
     )
+    add_tracing_flags(command_line)
     add("--splitwise", action="store_true", help=argparse.SUPPRESS)
     add("--config_path", help=argparse.SUPPRESS)

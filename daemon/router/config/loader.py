@@ -16,6 +16,7 @@ from ....common.api_keys import ApiKeys
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
 from ....common.file_limit import allow_open_files, open_files_limit
+from ....common.tracing_config import tracing_config
 from ..addresses import IPNetwork
 from ..policy.policies import policy_named
 from .flags import DEFAULT_MAX_CONNECTIONS, LEVELS, changed_flags, file_parser, fixed_flags, parser
@@ -120,6 +121,7 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         tls=_tls(arguments.certfile, arguments.keyfile),
         log_level=arguments.log_level.upper(),
         flags=fingerprint,
+        tracing=tracing_config(arguments.otlp_traces_endpoint, arguments.trace_sample_ratio, os.environ),
     )
 
 

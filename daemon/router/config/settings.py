@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ....common.api_keys import ApiKeys
 from ....common.cors import CorsPolicy
 from ....common.errors import ConfigError
+from ....common.tracing_config import TracingConfig
 from ..addresses import IPNetwork
 from ..policy.policy import Policy
 
@@ -67,6 +68,8 @@ class Settings:
     log_level: str
     #: Fingerprint of the flags file; None without one.
     flags: str | None
+    #: Where the spans of requests go; None: there are none.
+    tracing: TracingConfig | None = None
 
     @property
     def is_supervised(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from ....common.errors import FastDeployError
+from ....common.trace_context import TRACEPARENT, TraceContext, parse_traceparent
 from .responses import Response
 
 #: Headers in their order; names in lower case.
@@ -43,6 +44,7 @@ CORS = frozenset(
     )
 )
 _MAX_ID = 256
+_TRACEPARENT = TRACEPARENT.encode()
 #: Escapes of characters that need none, and of the slash, which WSGI and ASGI decode before routing.
 _NEEDLESS_ESCAPE = re.compile(rb"%(?:2[DdEeFf]|3[0-9]|4[1-9A-Fa-f]|5[0-9AaFf]|6[1-9A-Fa-f]|7[0-9AaEe])")
 _SLASHES = re.compile(rb"//+")
@@ -100,6 +102,14 @@ class ClientRequest:
     def id(self) -> str:
         given = self.special.get(b"x-request-id")
         return given.decode("latin-1")[:_MAX_ID] if given else f"{random.getrandbits(128):032x}"
+
+    @property
+    def trace_context(self) -> TraceContext | None:
+        """The trace that the request belongs to; None without exactly one valid traceparent."""
+        if _TRACEPARENT not in self.special:
+            return None
+        values = [value for name, value in self.headers if name == _TRACEPARENT]
+        return parse_traceparent(values[0].decode("latin-1")) if len(values) == 1 else None
 
     @property
     def authorization(self) -> str:

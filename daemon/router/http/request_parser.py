@@ -31,7 +31,7 @@ _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
 _CHECKED = frozenset(
     {
         *(b"host", b"content-length", b"content-type", b"transfer-encoding", b"expect"),
-        *(b"connection", b"authorization", b"x-request-id", b"x-fd-seed"),
+        *(b"connection", b"authorization", b"x-request-id", b"x-fd-seed", b"traceparent"),
         *(b"origin", b"access-control-request-method", b"access-control-request-headers"),
     }
 )

@@ -52,11 +52,14 @@ class Forwarded(NamedTuple):
         )
 
 
-def forwarded(request: ClientRequest, identity: str) -> Forwarded:
+def forwarded(request: ClientRequest, identity: str, replaced: frozenset[bytes] = frozenset()) -> Forwarded:
     """Return the client's request without the headers of its connection.
 
     It has one request id and one seed, the client's or a generated one, so that every replica that is tried
     samples the same tokens.
+
+    Args:
+        replaced: names of further headers that are left out, because each attempt has its own.
 
     Raises:
         Refused: the path leads out of /v1/.
@@ -64,6 +67,8 @@ def forwarded(request: ClientRequest, identity: str) -> Forwarded:
     if _climbs(request.raw_path):
         raise Refused(error(404, f"no such path: {request.path}", "not_found"))
     dropped = _NOT_FORWARDED | request.dropped if request.dropped else _NOT_FORWARDED
+    if replaced:
+        dropped |= replaced
     # The log identifies the request by this id, so it is kept even if a Connection header names it.
     own = request.special.get(b"x-request-id") or identity.encode("latin-1")
     seed = None if b"x-fd-seed" in request.dropped else request.special.get(b"x-fd-seed")

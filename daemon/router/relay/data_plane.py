@@ -6,6 +6,8 @@ import logging
 import time
 
 from ....common.api_paths import OPEN
+from ....common.trace_context import trace_label
+from ....common.tracing import Tracing
 from ..board.board import Board
 from ..config.settings import Settings
 from ..http import refusals
@@ -32,10 +34,13 @@ _MAKE_WAY_AFTER = 1.0
 class DataPlane:
     """Implements `Services`. Belongs to the worker's event loop."""
 
-    def __init__(self, settings: Settings, board: Board, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, board: Board, metrics: Metrics, tracing: Tracing | None = None
+    ) -> None:
         self.settings = settings
         self.board = board
         self.metrics = metrics
+        self.tracing = tracing
         self.outbox = WriteBatcher()
         # A client connection has one request in flight.
         self.fast_path = FastPath(min(settings.max_in_flight, settings.max_connections))
@@ -63,14 +68,15 @@ class DataPlane:
     def finished(self, active: ActiveRequest, record: FinishedRequest) -> None:
         self._active.discard(active)
         now = time.monotonic()
-        identity, method, path, handle, status, size, arrived_at, remark = record
+        identity, method, path, handle, status, size, arrived_at, remark, trace = record
         seconds = now - arrived_at
         try:
             self.metrics.answered(method, path, status, seconds)
             if handle is not None:
                 self.metrics.inference(handle.url, status)
             self.access_log.add(
-                f"request={identity[:64]} replica={handle.name if handle else '-'} {method} {path} "
+                f"request={identity[:64]}{trace_label(trace) if trace else ''} "
+                f"replica={handle.name if handle else '-'} {method} {path} "
                 f"status={status} bytes={size} seconds={seconds:.3f}" + (f" ({remark})" if remark else "")
             )
         finally:

@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Collection
 
+from ....common.trace_context import TraceContext, trace_label
 from ..board.board import Lease, PickFailure
 from ..http import refusals
 from ..http.protocols import Client
@@ -33,6 +34,7 @@ from .attempt import Attempt, Refusal
 from .delivery import Delivery
 from .guarded import entry
 from .placement import Placement
+from .request_trace import RequestTrace
 from .retry import cannot_be_resumed, describe, is_busy, is_death, is_overload
 from .retry_state import RetryState
 from .services import FinishedRequest, Services
@@ -50,7 +52,7 @@ class Exchange:
 
     __slots__ = (
         *("_arrived_at", "_attempt", "_delivery", "_facts", "_forwarded", "_id", "_is_over", "_pick_failure"),
-        *("_placement", "_queued_at", "_replica", "_request", "_retry", "_services", "deadline"),
+        *("_placement", "_queued_at", "_replica", "_request", "_retry", "_services", "_trace", "deadline"),
     )
 
     def __init__(self, services: Services, client: Client, request: ClientRequest) -> None:
@@ -73,13 +75,19 @@ class Exchange:
         #: Name of the last replica tried.
         self._replica = "-"
         self._is_over = False
+        #: None where traces are off.
+        self._trace: RequestTrace | None = None
 
     @entry
     def start(self) -> None:
         services, request = self._services, self._request
+        replaced: frozenset[bytes] = frozenset()
+        if services.tracing is not None:
+            self._trace = RequestTrace(services.tracing, request, self._id)
+            replaced = self._trace.replaced
         try:
             services.admit(self, request)
-            self._forwarded = forwarded(request, self._id)
+            self._forwarded = forwarded(request, self._id, replaced)
         except Refused as refused:
             self._respond(refused.response)
             return
@@ -144,7 +152,7 @@ class Exchange:
         name = attempt.handle.name
         self._retry.on_failure(f"replica {name}: reserved for another request", resumption, attempt.handle)
         logger.info(
-            "request=%s replica=%s is reserved for another request, resuming elsewhere", self._id[:64], name
+            "request=%s replica=%s is reserved for another request, resuming elsewhere", self._ids, name
         )
         self._release()
         self._services.metrics.resumed(name)
@@ -194,14 +202,15 @@ class Exchange:
                 logger.warning(
                     "request=%s replica=%s resumes a response of numeric version %s with %s: its text may "
                     "not be that of an undisturbed response",
-                    *(self._id[:64], handle.name, retry.numeric_version, handle.instance.numeric_version),
+                    *(self._ids, handle.name, retry.numeric_version, handle.instance.numeric_version),
                 )
         elif retry.problems:
             retry.restart()
             self._delivery.forget_draft()
         elif not attempt.is_reconnect:
             self._services.metrics.relayed(time.monotonic() - self._arrived_at)
-        return request.to(lines_for(handle.authority, handle.instance.features))
+        lines = lines_for(handle.authority, handle.instance.features)
+        return request.to(lines if self._trace is None else lines + self._trace.lines)
 
     def on_progress(self) -> None:
         self._retry.on_progress()
@@ -214,6 +223,8 @@ class Exchange:
 
     def failed(self, attempt: Attempt, fault: Fault, why: str) -> None:
         handle, problem = attempt.handle, describe(fault, why)
+        if self._trace is not None:
+            self._trace.fail_attempt(fault)
         # If the reconnect failed too, the kept connection ended because of this request.
         if is_death(fault) or attempt.is_reconnect:
             self._record_death(handle, problem)
@@ -232,6 +243,8 @@ class Exchange:
 
     def refused(self, attempt: Attempt, refusal: Refusal) -> None:
         connection, handle, retry = refusal.connection, attempt.handle, self._retry
+        if self._trace is not None:
+            self._trace.fail_attempt(connection.status)
         if connection.has_lost_engine:
             # As good as no response: the API process has outlived its worker for a moment.
             problem = "lost its engine"
@@ -272,7 +285,7 @@ class Exchange:
             self._break_off(f"replica {name} was lost in the middle of the response", problem)
             return
         self._release()
-        logger.warning("request=%s replica=%s failed, trying another: %s", self._id[:64], name, problem)
+        logger.warning("request=%s replica=%s failed, trying another: %s", self._ids, name, problem)
         if retry.resumption is not None:
             self._services.metrics.resumed(name)
         else:
@@ -300,6 +313,8 @@ class Exchange:
             self._log_pick(picked.handle)
         self._replica = picked.handle.name
         self._retry.tried.append(picked.handle)
+        if self._trace is not None:
+            self._trace.attempt(picked.handle, is_resumption=self._retry.resumption is not None)
         attempt.start()
         return None
 
@@ -316,6 +331,8 @@ class Exchange:
             self._respond(retry.final_response())
         elif not wait_queue.join(self):
             self._turn_away()
+        if self._trace is not None and not self._is_over:
+            self._trace.wait()
 
     def _patience(self, failure: PickFailure) -> float:
         """Return the seconds that it may spend in the wait queue."""
@@ -333,7 +350,7 @@ class Exchange:
         load = {row.instance.name: row.in_flight for row in self._services.board.status() if row.up}
         logger.debug(
             "request=%s replica=%s chosen by %s, attempt=%d, tokens=%d, in flight, this one included: %s",
-            *(self._id[:64], handle.name, self._services.settings.policy.name, len(self._retry.tried)),
+            *(self._ids, handle.name, self._services.settings.policy.name, len(self._retry.tried)),
             *(self._facts.prompt_tokens, load),
         )
 
@@ -341,7 +358,7 @@ class Exchange:
 
     def _end_poisonous(self) -> None:
         why = self._retry.poison_reason()
-        logger.error("request=%s %s", self._id[:64], why)
+        logger.error("request=%s %s", self._ids, why)
         if self._delivery.has_begun:
             self._break_off(f"request {self._id[:64]}: {why}", "kills replicas")
         else:
@@ -361,7 +378,7 @@ class Exchange:
 
     def crash(self) -> None:
         """End the request after an exception in the router's own code. Call it in the `except` clause."""
-        logger.exception("request=%s failed in the router", self._id[:64])
+        logger.exception("request=%s failed in the router", self._ids)
         if self._is_over:
             return
         why = f"internal error of the router in request {self._id[:64]}; the router's log has the details"
@@ -388,12 +405,24 @@ class Exchange:
             try:
                 self._release()
             finally:
-                request, delivery = self._request, self._delivery
+                request, delivery, trace = self._request, self._delivery, self._trace
+                is_traced = trace is not None or b"traceparent" in request.special
                 record = FinishedRequest(
                     *(self._id, request.method, request.path, handle, delivery.status, delivery.size),
-                    *(self._arrived_at, remark),
+                    *(self._arrived_at, remark, self._context if is_traced else None),
                 )
                 self._services.finished(self, record)
+                if trace is not None:
+                    trace.end(delivery.status, delivery.size, is_broken=bool(remark))
+
+    @property
+    def _ids(self) -> str:
+        """The ids of request and trace in log lines."""
+        return self._id[:64] + trace_label(self._context)
+
+    @property
+    def _context(self) -> TraceContext | None:
+        return self._request.trace_context if self._trace is None else self._trace.context
 
     def _leave_fast_path(self) -> None:
         if self._attempt is not None:
@@ -406,3 +435,5 @@ class Exchange:
                 attempt.release()
         finally:
             self._placement.unreserve()
+        if self._trace is not None:
+            self._trace.end_attempt()

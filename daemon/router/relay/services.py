@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
+from ....common.trace_context import TraceContext
+from ....common.tracing import Tracing
 from ..board.board import Board
 from ..config.settings import Settings
 from ..http.fast_path import FastPath
@@ -45,6 +47,8 @@ class FinishedRequest(NamedTuple):
     arrived_at: float
     #: Why it ended early; empty if it did not.
     remark: str
+    #: The trace that it belongs to, if any.
+    trace: TraceContext | None
 
 
 class Services(Protocol):
@@ -57,6 +61,8 @@ class Services(Protocol):
     pool: ConnectionPool
     budget: RetryBudget
     wait_queue: WaitQueue
+    #: None where traces are off.
+    tracing: Tracing | None
 
     def admit(self, active: ActiveRequest, request: ClientRequest) -> None:
         """Check the API key and the limit of requests in flight, and register the request.

@@ -17,6 +17,7 @@ import uvloop
 from gunicorn.workers.base import Worker
 
 from ....common.api_paths import ABORT_PATH, is_raw_api_path, is_raw_path_for_pages
+from ....common.tracing import start_tracing
 from ..control.app import ControlPlane
 from ..control.wsgi import WsgiCall
 from ..http.client import ClientConnection, Task
@@ -72,6 +73,7 @@ class RouterWorker(Worker):
 
     def run(self) -> None:
         self.connections: set[ClientConnection] = set()
+        self._tracing = start_tracing(self.wsgi.settings.tracing, "fd-router", f"worker {self.pid}")
         # Objects that exist now stay, and later ones form few cycles.
         gc.collect()
         gc.freeze()
@@ -142,7 +144,7 @@ class RouterWorker(Worker):
         self._max_connections = settings.max_connections
         self.max_body_bytes = settings.max_body_bytes
         self.client_timeout, self.keep_alive = settings.client_timeout, settings.keep_alive
-        self._plane = DataPlane(settings, self._router.board, self._router.metrics)
+        self._plane = DataPlane(settings, self._router.board, self._router.metrics, self._tracing)
         self.outbox = self._plane.outbox
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="control")
         self._is_empty = asyncio.Event()
@@ -160,6 +162,8 @@ class RouterWorker(Worker):
         self._router.metrics.flush()
         self._plane.access_log.flush()
         self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._tracing is not None:
+            self._tracing.close()
 
     async def _listen(self, sock: socket.socket) -> asyncio.Server:
         # The arbiter has read the certificate: an invalid file later must not prevent a worker's start.

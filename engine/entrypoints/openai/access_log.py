@@ -5,6 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ...common.trace_context import TraceContext, trace_label
+
+if TYPE_CHECKING:
+    from .request_trace import RequestTrace
 
 _log = logging.getLogger("fastdeploy.access")
 
@@ -26,13 +32,22 @@ class AccessRecord:
     finish_reasons: list[str] = field(default_factory=list)
     #: Reason for an error status, or an error after the status had been sent.
     error: str | None = None
+    #: The trace that it belongs to, if any.
+    trace_context: TraceContext | None = None
+    #: Its spans; None if they are not recorded.
+    trace: RequestTrace | None = None
+
+    @property
+    def ids(self) -> str:
+        """The ids of request and trace in log lines."""
+        return self.request_id + trace_label(self.trace_context)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.arrival
 
     def log(self) -> None:
-        parts = [f"request={self.request_id}", f"{self.method} {self.path}", f"status={self.status}"]
+        parts = [f"request={self.ids}", f"{self.method} {self.path}", f"status={self.status}"]
         if self.prompt_tokens:
             parts += [f"prompt={self.prompt_tokens}", f"output={self.output_tokens}"]
         if self.resumed_tokens:

@@ -6,7 +6,8 @@ import logging
 import re
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -18,6 +19,7 @@ from ...common.api_paths import is_for_pages, needs_key
 from ...common.cors import CorsPolicy, refusal_of
 from ...common.errors import FastDeployError, RequestError
 from ...common.resumption import RESUME_PATH, Resumption, decode_resumption
+from ...common.tracing import context_of
 from ...common.unserved import reason_of
 from ..metrics import ReplicaMetrics
 from . import flask_request
@@ -30,6 +32,7 @@ from .generation import Generation
 from .keep_alive import KeepAlive
 from .logprob_limits import check_logprobs
 from .protocol import ChatRequest, CompletionRequest
+from .request_trace import RequestTrace
 from .response_input import read_responses_request
 from .response_object import response_events, response_object, response_prompts
 from .responses import error_response, json_response
@@ -65,6 +68,8 @@ def create_app(served: ServedModel) -> Flask:
     @app.before_request
     def begin() -> Response | None:
         g.record = AccessRecord(flask_request.request_id(), request.method, _path())
+        if _is_logged(request.path):
+            _begin_trace(served, g.record)
         #: Resources to release when the last byte of the response has been sent.
         g.resources = ExitStack()
         if flask_request.is_preflight():
@@ -82,29 +87,31 @@ def create_app(served: ServedModel) -> Flask:
             response.headers.update(served.config.cors.headers(request.headers["Origin"]))
         # Not in a `finally` of the stream: a generator that was never started does not run it.
         response.call_on_close(g.resources.close)
-        if request.path.startswith(("/v1", RESUME_PATH)):
+        if _is_logged(request.path):
             response.call_on_close(record.log)
+        if record.trace is not None:
+            response.call_on_close(partial(record.trace.end, record))
         return response
 
     @app.post(CHAT_PATH)
     def chat_completions() -> Response:
-        g.resources.enter_context(served.admitted())
+        _admit(served)
         return _chat(served, flask_request.read_body())
 
     @app.post(COMPLETIONS_PATH)
     def completions() -> Response:
-        g.resources.enter_context(served.admitted())
+        _admit(served)
         return _completion(served, flask_request.read_body())
 
     @app.post(RESPONSES_PATH)
     def responses() -> Response:
-        g.resources.enter_context(served.admitted())
+        _admit(served)
         return _response(served, flask_request.read_body())
 
     @app.post(RESUME_PATH)
     def resume() -> Response:
         flask_request.authorize_router(served.identity.token)
-        g.resources.enter_context(served.admitted())
+        _admit(served)
         # Another replica has accepted the client's body; the tokens make it larger.
         request.max_content_length = served.config.max_body_bytes + _MAX_DELIVERED
         resumption = decode_resumption(flask_request.read_body("application/msgpack"))
@@ -154,7 +161,7 @@ def create_app(served: ServedModel) -> Flask:
 
     @app.errorhandler(Exception)
     def unknown_error(error: Exception) -> Response:
-        _log.exception("request=%s: unexpected exception", g.record.request_id, exc_info=error)
+        _log.exception("request=%s: unexpected exception", g.record.ids, exc_info=error)
         return error_response(ApiError(500, "internal error; the server's log has the details"))
 
     return app
@@ -171,11 +178,42 @@ class _MergeSlashes:
         return self._application(environ, start_response)
 
 
+def _is_logged(path: str) -> bool:
+    """Return True for a path whose requests appear in the access log, and in traces."""
+    return path.startswith(("/v1", RESUME_PATH))
+
+
+def _begin_trace(served: ServedModel, record: AccessRecord) -> None:
+    record.trace_context = flask_request.trace_context()
+    if served.tracing is None:
+        return
+    route = "" if request.url_rule is None else request.url_rule.rule
+    trace = RequestTrace(served.tracing, record, route, record.trace_context, flask_request.trace_state())
+    record.trace_context = context_of(trace.span)
+    if trace.span.is_recording():
+        record.trace = trace
+
+
+def _admit(served: ServedModel) -> None:
+    """Hold a place until the last byte of the response has been sent. See `ServedModel.admitted`."""
+    g.resources.enter_context(served.admitted())
+    record: AccessRecord = g.record
+    if record.trace is not None:
+        # While it holds the place: a process that ends waits for this.
+        g.resources.callback(record.trace.end, record)
+
+
+def _tokenizing() -> AbstractContextManager[None]:
+    trace: RequestTrace | None = g.record.trace
+    return nullcontext() if trace is None else trace.tokenizing()
+
+
 def _chat(served: ServedModel, data: bytes, resumption: Resumption | None = None) -> Response:
     body = ChatRequest.parse(decode_object(data), served.defaults)
     served.require_model(body.model)
     created, keep_alive = _created(resumption), flask_request.keep_alive(served.engine)
-    prompts = chat_prompts(served, body, created, keep_alive)
+    with _tokenizing():
+        prompts = chat_prompts(served, body, created, keep_alive)
     generation = _generate(served, body, prompts, created, keep_alive, resumption)
     return (
         event_stream(chat_events(generation), g.record)
@@ -188,7 +226,9 @@ def _completion(served: ServedModel, data: bytes, resumption: Resumption | None 
     body = CompletionRequest.parse(decode_object(data), served.defaults)
     served.require_model(body.model)
     created, keep_alive = _created(resumption), flask_request.keep_alive(served.engine)
-    generation = _generate(served, body, completion_prompts(served, body), created, keep_alive, resumption)
+    with _tokenizing():
+        prompts = completion_prompts(served, body)
+    generation = _generate(served, body, prompts, created, keep_alive, resumption)
     if body.stream:
         return event_stream(completion_events(generation, body), g.record)
     return json_response(completion(generation, body))
@@ -203,7 +243,8 @@ def _response(served: ServedModel, data: bytes, resumption: Resumption | None = 
         # The last events have the log probabilities of the whole text, so all of it is drawn again.
         resumption = msgspec.structs.replace(resumption, choices={})
     try:
-        prompts = response_prompts(served, body, chat, created, keep_alive)
+        with _tokenizing():
+            prompts = response_prompts(served, body, chat, created, keep_alive)
         generation = _generate(served, chat, prompts, created, keep_alive, resumption)
     except RequestError as error:
         raise call.renamed(error) from None

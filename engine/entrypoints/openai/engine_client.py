@@ -244,7 +244,7 @@ class EngineClient:
             if not isinstance(message, AddRequest):
                 raise
             # For example a number too large for a message: only this request fails.
-            _log.exception("request=%s cannot be sent to the worker", message.request_id)
+            _log.exception("request=%s cannot be sent to the worker", message.ids)
             why = f"the request cannot be sent to the engine ({type(fault).__name__})"
             self._deliver(TokenOutput(message.request_id, [], FinishReason.ERROR, message=why))
         else:

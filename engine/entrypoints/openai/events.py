@@ -50,7 +50,7 @@ def _encoded(
         yield _block(ApiError.of(error).body)
     except Exception as error:
         record.error = "internal error"
-        _log.exception("request=%s: unexpected exception", record.request_id, exc_info=error)
+        _log.exception("request=%s: unexpected exception", record.ids, exc_info=error)
         yield _block(ApiError(500, "internal error; the server's log has the details").body)
     yield b"data: [DONE]\n\n"
 

@@ -15,6 +15,7 @@ from ...common.api_keys import ApiKeys
 from ...common.api_paths import is_for_pages
 from ...common.errors import RequestError
 from ...common.resumption import MARKS_HEADER, PROGRESS_HEADER, TOKEN_HEADER
+from ...common.trace_context import TRACEPARENT, TRACESTATE, TraceContext, parse_traceparent
 from .engine_client import EngineClient
 from .errors import ApiError
 from .keep_alive import KeepAlive
@@ -89,6 +90,15 @@ def request_id() -> str:
     """Return the id in X-Request-Id; a new one if the header is missing or invalid."""
     given = request.headers.get("X-Request-Id", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def trace_context() -> TraceContext | None:
+    """Return the trace that the request belongs to; None without a valid traceparent."""
+    return parse_traceparent(request.headers.get(TRACEPARENT, ""))
+
+
+def trace_state() -> str:
+    return request.headers.get(TRACESTATE, "")
 
 
 def header_seed() -> int | None:

@@ -75,6 +75,7 @@ class Generation:
             engine_id=f"{record.request_id}.{next(_serial):x}",
             seed=seed,
             arrival_time=time.time(),
+            traceparent="" if record.trace_context is None else record.trace_context.header,
         )
         #: By choice: the part that another replica has sent, or would have sent.
         self.delivered = {
@@ -106,6 +107,8 @@ class Generation:
             keep_alive.shorten_interval(_DRAFT_SECONDS)
         sequences = {index: choice.sequence for index, choice in enumerate(choices) if choice.sequence}
         self._indexes = {sequence.request_id: index for index, sequence in sequences.items()}
+        if record.trace is not None:
+            record.trace.submit(request, served.config.served_model_name, self.id, len(sequences))
         with ExitStack() as stack:
             self._tokens = stack.enter_context(
                 served.engine.generate(
@@ -245,6 +248,9 @@ class Generation:
             raise RequestError(output.message or "the engine refuses this request")
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationFailed(output.message or "the engine gave up on this request")
+        if output.times is not None and self._record.trace is not None:
+            is_last = output.finish_reason is not None
+            self._record.trace.drawn(output.times, is_last=is_last, num_cached=output.num_cached)
         choice = self._outputs[index]
         if index not in self._num_cached:
             self._num_cached[index] = output.num_cached

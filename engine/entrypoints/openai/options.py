@@ -16,6 +16,7 @@ from ...common.cors import DEFAULT as CORS_DEFAULT
 from ...common.cors import CorsPolicy
 from ...common.errors import ConfigError
 from ...common.text_files import read_text
+from ...common.tracing_config import TracingConfig, add_tracing_flags, tracing_config
 from ...config import GPU_DEFAULTS, EngineConfig
 from ...demo_model.model import resolve_model_path
 from ...parsers.formats import reasoning_format, reasoning_format_names, tool_format, tool_format_names
@@ -73,6 +74,8 @@ class ServeConfig:
     seed: int | None = None
     #: Maximum number of most likely tokens at each position; -1: the whole vocabulary.
     max_logprobs: int = 20
+    #: Where the spans of requests go; None: there are none.
+    tracing: TracingConfig | None = None
 
     def accepts_model(self, name: str | None) -> bool:
         """Return True if a request may name this model; any if the operator gave none, as in FastDeploy."""
@@ -144,6 +147,7 @@ def parse_arguments(argv: Sequence[str], prog: str = API_SERVER) -> ServeConfig:
         guided_decoding_backend=arguments.guided_decoding_backend,
         seed=arguments.seed,
         max_logprobs=_at_least("--max-logprobs", -1, arguments.max_logprobs),
+        tracing=tracing_config(arguments.otlp_traces_endpoint, arguments.trace_sample_ratio, os.environ),
         **_parsers(arguments),
     )
 
@@ -229,6 +233,7 @@ def _parser(prog: str = API_SERVER) -> argparse.ArgumentParser:
         type=int,
         help="seconds for open requests after SIGTERM (default %(default)s)",
     )
+    add_tracing_flags(serve)
     engine = parser.add_argument_group("engine")
     engine.add_argument("--device", help="auto (a GPU if there is one that can be used), cpu or gpu")
     engine.add_argument(

@@ -42,6 +42,7 @@ def plan_sequences(
     engine_id: str,
     seed: int,
     arrival_time: float,
+    traceparent: str = "",
 ) -> list[PlannedChoice]:
     """Return the n choices of each prompt, prompt by prompt.
 
@@ -86,7 +87,12 @@ def plan_sequences(
             stop_token_logprobs=request.echoes_logprobs or request.return_token_ids,
         )
         sequence = AddRequest(
-            f"{engine_id}-{index}", prompt, params, arrival_time, cache_salt=request.cache_salt
+            f"{engine_id}-{index}",
+            prompt,
+            params,
+            arrival_time,
+            cache_salt=request.cache_salt,
+            traceparent=traceparent,
         )
         choice = PlannedChoice(output, params, sequence)
         if index in started:

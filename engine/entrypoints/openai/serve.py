@@ -181,16 +181,22 @@ class _ReplicaParts:
             self.registration.stop()
         # The grace period is over: requests that are still open end with an error.
         self.engine.close(_WORKER_STOP_SECONDS)
-        self.served.wait_until_idle(_FINAL_RESPONSE_SECONDS)
+        self._finish()
 
     def _fail(self, message: str) -> None:
         _log.error("replica stops: %s", message)
         if self.registration is not None and self.registration.is_alive():
             # The router sends requests until it knows, and more of them the faster they fail.
             self.registration.leave()
-        self.served.wait_until_idle(_FINAL_RESPONSE_SECONDS)
+        self._finish()
         logging.shutdown()
         os._exit(EXIT_FAILED)
+
+    def _finish(self) -> None:
+        """Let the last responses and spans be sent."""
+        self.served.wait_until_idle(_FINAL_RESPONSE_SECONDS)
+        if self.served.tracing is not None:
+            self.served.tracing.close()
 
 
 class _Arbiter(Arbiter):

@@ -13,6 +13,7 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from ...common.errors import ReplicaUnavailable
+from ...common.tracing import start_tracing
 from ...config import ModelConfig
 from ...grammar.vocabulary import grammar_vocabulary
 from ...parsers.formats import load_plugin, reasoning_format, tool_format
@@ -53,6 +54,10 @@ class ServedModel:
         self.seeds = Seeds(config.seed)
         self.created = int(time.time())
         self.open_requests = OpenRequests()
+        #: None where traces are off.
+        self.tracing = start_tracing(
+            config.tracing, "fd-replica", f"replica {config.engine.data_parallel_rank}"
+        )
         #: True once the process is stopping: open requests continue, new ones are refused.
         self.draining = False
         self._changed = threading.Condition()
