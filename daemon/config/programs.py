@@ -223,6 +223,8 @@ def _router(config: Config) -> Program:
         flags += ["--api-keys-file", router.api_keys_file]
     if router.cors_origins != DEFAULT:
         flags += ["--cors-origins", ",".join(router.cors_origins)]
+    if not router.page:
+        flags.append("--no-page")
     flags += router.extra_args
     try:
         fixed = fixed_flags(file_parser().parse_args(flags))
