@@ -179,7 +179,7 @@ def test_a_stream_that_lost_its_replica_says_so(fleet: Fleet, open_page: OpenPag
     [speaker] = [replica for replica in fleet.replicas if not replica.is_idle()]
     fleet.keeps_alive = False
     speaker.end(signal.SIGKILL)
-    page.shows(f"replica {speaker.number}, which was lost; another continued")
+    page.shows(f"replica {speaker.number}, which ended; another continued")
     fleet.keeps_alive = True
     fleet.wait_until_up()
 
