@@ -24,7 +24,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "person")
 #: Fixtures that start processes. Tests that use one are left out of `make test-fast`.
 STARTS_PROCESSES = frozenset(
     {
-        *("calling", "demo", "endpoint", "engine", "engines", "faulty", "fleet", "front", "group"),
+        *("calling", "chrome", "demo", "endpoint", "engine", "engines", "faulty", "fleet", "front", "group"),
         *("installed_service", "joined", "launched", "launcher", "lent_router", "live"),
         *("machines", "new_group", "nginx", "pair", "prometheus", "quick_beats", "ranks"),
         *("replica", "resumed", "roomy", "router", "running", "server", "service", "serving"),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 _PACKAGES = {
+    "chromedriver": "chromium-driver",
     "mandoc": "mandoc",
     "nginx": "nginx-light",
     "prometheus": "prometheus",

@@ -20,8 +20,8 @@ ROOMS = {
     ],
     "router": [
         *("daemon/router", "daemon/router/policy", "daemon/router/board", "daemon/router/config"),
-        *("daemon/router/metrics", "daemon/router/http", "daemon/router/relay", "daemon/router/control"),
-        "daemon/router/server",
+        *("daemon/router/metrics", "daemon/router/http", "daemon/router/relay", "daemon/router/page"),
+        *("daemon/router/control", "daemon/router/server"),
     ],
     "daemon": [
         *("daemon/config", "daemon/process", "daemon/diagnosis", "daemon/supervision", "daemon/control"),

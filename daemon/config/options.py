@@ -180,6 +180,7 @@ class RouterSection(Struct, frozen=True, kw_only=True):
             check=web_origins,
         ),
     ] = cors.DEFAULT
+    page: Annotated[bool, about("Serve a web page with the replicas and a chat at `/`.")] = True
     extra_args: Annotated[
         tuple[str, ...], about("Additional command-line arguments of the router.", check=no_secret)
     ] = ()

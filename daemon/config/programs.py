@@ -225,6 +225,8 @@ def _router(config: Config) -> Program:
     if router.cors_origins != DEFAULT:
         flags += ["--cors-origins", ",".join(router.cors_origins)]
     flags += _tracing(config)
+    if not router.page:
+        flags.append("--no-page")
     flags += router.extra_args
     try:
         fixed = fixed_flags(file_parser().parse_args(flags))

@@ -158,6 +158,10 @@ class Connection(asyncio.Protocol):
             self._task = asyncio.create_task(self._renew())
         elif path == "/state":
             self.answer(200, self.engine.state())
+        elif path == "/v1/models":
+            self.answer(200, b'{"object":"list","data":[]}')
+        elif path == "/metrics":
+            self.answer(404, b"{}")
         else:
             record: dict[str, Any] = {"path": path, "headers": self._headers, "delivered": {}}
             self.engine.received.append(record)

@@ -96,6 +96,7 @@ def _add_flags(command_line: argparse.ArgumentParser) -> None:
         help="origins of web pages that may read responses of /v1, separated by commas: loopback for pages "
         "of this machine, * for all pages, empty for none (default %(default)s)",
     )
+    add("--no-page", dest="page", action="store_false", help="serve no web page at /")
     add("--workers", type=int, default=1, metavar="N", help="worker processes (default %(default)s)")
     add(
         "--max-connections",

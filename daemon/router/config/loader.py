@@ -112,6 +112,7 @@ def settings_of(arguments: argparse.Namespace, fingerprint: str | None = None) -
         admin_keys=ApiKeys.read("--admin-keys-file", arguments.admin_keys_file, "FD_ROUTER_ADMIN_KEY"),
         allow_hosts=tuple(_network(text) for text in arguments.allow_host),
         cors=CorsPolicy.parse("--cors-origins", arguments.cors_origins),
+        page=arguments.page,
         registry_file=arguments.registry_file,
         admin_socket=arguments.admin_socket,
         graceful_timeout=arguments.graceful_timeout_secs,

@@ -53,6 +53,8 @@ class Settings:
     allow_hosts: tuple[IPNetwork, ...]
     #: Web pages that may read responses of /v1.
     cors: CorsPolicy
+    #: Serve the page at /, and its figures.
+    page: bool
     registry_file: Path | None
     #: Unix socket on which /admin needs no key.
     admin_socket: Path | None

@@ -24,6 +24,7 @@ from ..http.responses import error_body
 from ..instance import Instance, RegistrationError, ReplicaHandle
 from ..metrics.counter_memory import CounterMemory
 from ..metrics.metrics import Metrics
+from ..page.routes import routes as page_routes
 from . import health
 from .abort import abort_everywhere
 from .registration import parse, parse_deregistration
@@ -169,6 +170,8 @@ def _control_plane(router: ControlPlane) -> Flask:
     # No redirects: paths are canonical already (http/request.py).
     app.url_map.merge_slashes = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    if router.settings.page:
+        app.register_blueprint(page_routes(router.board, router.settings))
 
     @app.post("/register")
     def register() -> tuple[Response, int]:

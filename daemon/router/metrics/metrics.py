@@ -22,11 +22,13 @@ from .local_counters import LocalCounter, LocalHistogram
 _ENDPOINTS = frozenset(
     {
         *BESIDE_V1,
+        "/",
         "/deregister",
         "/health",
         "/health_generate",
         "/load",
         "/metrics",
+        "/overview",
         "/ping",
         "/register",
         "/registered",
