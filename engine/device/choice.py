@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from ..common.errors import ConfigError
 from ..config import EngineConfig, ModelConfig
-from .cuda_library import NOT_BUILT, find_library
-from .cuda_limits import unsupported
+from .cuda_library import NOT_BUILT, CudaLibrary, find_library, given_library
+from .cuda_limits import unsupported, unsupported_on_cpu
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Gpu:
     uuid: str = ""
     #: PCI address, as in the kernel's log: "0000:1b:00.0"; empty if the driver does not tell.
     pci_address: str = ""
+    #: It is the CPU, through libfd_cpu.so.
+    is_cpu: bool = False
 
 
 def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
@@ -43,11 +45,18 @@ def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
     With --device auto a GPU that cannot be used is named in the log, with the reason.
 
     Raises:
-        ConfigError: --device gpu, and there is none that can be used.
+        ConfigError: --device gpu, and there is none that can be used; or $FD_CUDA_LIBRARY cannot be.
     """
     if config.device == "cpu":
         return None
     reason: str | None
+    given = given_library()
+    if given is not None and CudaLibrary(given).platform == "CPU":
+        # It needs no driver.
+        reason = unsupported_on_cpu(config, model_config)
+        if reason is not None:
+            raise ConfigError(f"{given}: {reason}; without FD_CUDA_LIBRARY, --device cpu computes it")
+        return Gpu(0, "the CPU", (0, 0), is_cpu=True)
     try:
         gpus = visible_gpus()
     except OSError as error:

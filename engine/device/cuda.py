@@ -1,4 +1,4 @@
-"""A Hopper GPU as a device, through libfd_cuda.so. Without Paddle.
+"""A Hopper GPU as a device, through libfd_cuda.so; or the CPU, through libfd_cpu.so. Without Paddle.
 
 A step is a plan that is sent to the GPU, one or two captured graphs, and results that are fetched. The graph
 of the layers exists for each capacity of tokens, that of head and draw for each capacity of rows. All are
@@ -8,7 +8,7 @@ captured before the first request, from the one description of the network in mo
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -26,12 +26,15 @@ from .cuda_library import (
     ARENA_WEIGHTS,
     ARENA_WORK,
     BEGIN_CAPTURE,
+    BFLOAT16,
     END_CAPTURE,
+    FLOAT32,
     LAUNCH,
     NOT_BUILT,
     Buffer,
     CudaLibrary,
     Info,
+    OpenArgs,
     find_library,
 )
 from .cuda_operations import CudaOperations, CudaStep, HiddenStates
@@ -39,11 +42,10 @@ from .cuda_weights import CudaMatrix, upload, weight_bytes, weights_of
 from .device import Progress
 from .draws import Draw, Drawn
 from .errors import OutOfDeviceMemory
+from .kernel_sizes import aligned, sizes_of
 from .step_buffer import StepBuffer
-from .tiles import aligned, cache_block_bytes
 from .work_memory import (
     DRAW_WIDTH,
-    KernelSizes,
     PlanLayout,
     ResultLayout,
     StepLimits,
@@ -57,8 +59,13 @@ _DECODE, _PROMPTS, _GREEDY, _SAMPLED, _LOGITS = (kind << 32 for kind in range(1,
 
 
 class CudaDevice:
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, gpu: Gpu) -> None:
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, gpu: Gpu, cpus: Sequence[int] = (-1,)
+    ) -> None:
         """
+        Args:
+            cpus: the CPU of each thread, -1 for any; for a library that computes on the CPU.
+
         Raises:
             ConfigError: the library is missing, or refuses the GPU.
         """
@@ -70,11 +77,20 @@ class CudaDevice:
         self._gpu = gpu
         self._library = CudaLibrary(path, gpu.pci_address)
         handle = ctypes.c_void_p()
+        numbers = (ctypes.c_int32 * len(cpus))(*cpus)
+        arguments = OpenArgs(
+            ordinal=gpu.ordinal,
+            type=FLOAT32 if config.weight_format == "float32" else BFLOAT16,
+            block_size=config.block_size,
+            threads=len(cpus),
+            cpus=ctypes.addressof(numbers),
+        )
         try:
-            self._library.call("fd_open", gpu.ordinal, ctypes.byref(handle))
+            self._library.call("fd_open", ctypes.byref(arguments), ctypes.byref(handle))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self._handle = handle.value or 0
+        self._sizes = sizes_of(self._library, self._handle, config.weight_format)
         #: Bytes in arenas. What other processes take meanwhile must not count.
         self._own_bytes = 0
         self._limits = StepLimits.of(config, model_config)
@@ -85,7 +101,7 @@ class CudaDevice:
     @property
     def title(self) -> str:
         name = self._info().name.decode(errors="replace")
-        return f"GPU {self._gpu.ordinal}, {name}, {self.numeric_version}"
+        return f"{self._library.platform} {self._gpu.ordinal}, {name}, {self.numeric_version}"
 
     @property
     def numeric_version(self) -> str:
@@ -96,24 +112,30 @@ class CudaDevice:
         progress(0.0, "reading the checkpoint")
         tensors = read_directory(config.model, self._model_config, config.qkv_order)
         arena = self._arena(
-            ARENA_WEIGHTS, weight_bytes(tensors), "a GPU with more memory, or fewer replicas on this one"
+            ARENA_WEIGHTS,
+            weight_bytes(tensors, self._sizes),
+            f"a {self._library.platform} with more memory, or fewer replicas on this one",
         )
-        self._placed = upload(self._library, self._handle, arena, tensors, progress)
+        self._placed = upload(self._library, self._handle, arena, tensors, self._sizes, progress)
 
     def allocate_cache(self, progress: Progress) -> int:
         progress(1.0, "allocating working memory")
         self._allocate_work()
         info, model, config = self._info(), self._model_config, self._config
-        layer_bytes = cache_block_bytes(model.num_key_value_heads, model.head_dim)
+        layer_bytes = self._sizes.cache_block(model.num_key_value_heads, model.head_dim)
         block_bytes = 2 * model.num_hidden_layers * layer_bytes
-        num_blocks = cache_blocks(
-            config,
-            block_bytes,
-            total=info.bytes_total,
-            free=info.bytes_free,
-            own=self._own_bytes,
-            num_replicas=self._gpu.num_replicas,
-        )
+        if self._library.platform == "GPU":
+            num_blocks = cache_blocks(
+                config,
+                block_bytes,
+                total=info.bytes_total,
+                free=info.bytes_free,
+                own=self._own_bytes,
+                num_replicas=self._gpu.num_replicas,
+            )
+        else:
+            # Other programs need memory, too.
+            num_blocks = config.num_blocks(model)
         needed = config.blocks_for(config.max_model_len)
         if config.num_gpu_blocks_override is None and num_blocks < needed:
             raise OutOfDeviceMemory(
@@ -221,12 +243,7 @@ class CudaDevice:
 
     def _allocate_work(self) -> None:
         library, model, limits = self._library, self._model_config, self._limits
-        sizes = KernelSizes(
-            attention_work=lambda *arguments: library.value("fd_attention_work_bytes", *arguments),
-            expert_rows=self._expert_rows,
-            draw_work=lambda vocabulary: library.value("fd_draw_work_bytes", vocabulary),
-        )
-        places, size = offsets(work_buffers(model, limits, self._config.max_model_len, sizes))
+        places, size = offsets(work_buffers(model, limits, self._config.max_model_len, self._sizes))
         start = self._arena(
             ARENA_WORK, size, "a lower --max-num-batched-tokens, --max-num-seqs or --max-model-len"
         )
@@ -255,12 +272,6 @@ class CudaDevice:
             (plan.address, layout),
             (results.address, self._results),
         )
-
-    def _expert_rows(self, capacity: int, k: int, experts: int) -> int:
-        library = self._library
-        tile = library.value("fd_tile", capacity * k, experts)
-        alignment = min(64, library.value("fd_tile_tokens", tile))
-        return library.value("fd_expert_rows", capacity, k, experts, alignment)
 
     def _capture_all(self) -> None:
         limits, operations = self._limits, self._operations

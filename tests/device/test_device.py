@@ -31,6 +31,8 @@ class Info(ctypes.Structure):
         ("multiprocessors", c_int32),
         ("bytes_free", c_int64),
         ("bytes_total", c_int64),
+        ("value_bytes", c_int32),
+        ("biases_in_matrices", c_int32),
     ]
 
 
@@ -38,7 +40,11 @@ class Device:
     def __init__(self) -> None:
         self.library, self.handle = fd.library(), c_void_p()
         self.library.fd_stream.restype = c_void_p
-        assert self.library.fd_open(0, byref(self.handle)) == 0, self.error()
+        assert self.open(self.handle) == 0, self.error()
+
+    def open(self, handle: c_void_p, ordinal: int = 0, type: int = 2, block_size: int = 64) -> int:
+        args = fd.OpenArgs(ordinal=ordinal, type=type, block_size=block_size)
+        return self.library.fd_open(byref(args), byref(handle))
 
     def error(self) -> str:
         return self.library.fd_last_error().decode()
@@ -183,9 +189,15 @@ def test_one_graph_serves_every_batch(device: Device) -> None:
 
 
 def test_a_gpu_that_is_not_there(device: Device) -> None:
-    handle = c_void_p()
-    assert device.library.fd_open(99, byref(handle)) == BAD_ARGUMENT
+    assert device.open(c_void_p(), ordinal=99) == BAD_ARGUMENT
     assert device.error() == "opening GPU 99: invalid device ordinal"
+
+
+def test_what_a_gpu_does_not_compute_is_refused(device: Device) -> None:
+    assert device.open(c_void_p(), type=0) == BAD_ARGUMENT
+    assert device.error() == "GPUs compute in bfloat16 only"
+    assert device.open(c_void_p(), block_size=16) == BAD_ARGUMENT
+    assert device.error() == "on GPUs a block of the cache has 64 tokens"
 
 
 def test_a_plan_that_does_not_fit(device: Device) -> None:
