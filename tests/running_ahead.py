@@ -66,11 +66,12 @@ class RunningAhead:
                 step.error, self._drawn = error, []
 
     def _with_token(self, row: ScheduledSequence) -> ScheduledSequence:
-        if row.drawn_by is not None:
-            drawn = self._drawn[row.drawn_by] if self._drawn else 0
-            # A row without finite logits draws no token.
-            row.sequence.output_token_ids.append(max(drawn, 0))
-        return row
+        if row.drawn_by is None:
+            return row
+        drawn = self._drawn[row.drawn_by] if self._drawn else 0
+        # A row without finite logits draws no token.
+        row.sequence.output_token_ids.append(max(drawn, 0))
+        return replace(row, drawn_by=None)
 
 
 def _copied(row: ScheduledSequence) -> ScheduledSequence:
