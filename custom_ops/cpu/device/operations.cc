@@ -39,7 +39,19 @@ Step step_of(const fd_device& device, const int32_t* buffer) {
 int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
 void run_embedding(const fd_device& device, const fd_embedding_args& args) {
-  embedding({step_of(device, args.step), args.table, device.format, args.vocabulary, args.width, args.hidden_states});
+  Step step = step_of(device, args.step);
+  if (args.drawn != nullptr) {
+    const int64_t drawn = device.results.after(args.drawn) / static_cast<int64_t>(sizeof(int32_t));
+    int32_t* const token_ids = Workspace::fresh().take<int32_t>(step.num_tokens);
+    for (int token = 0; token < step.num_tokens; ++token) {
+      const int64_t id = step.token_ids[token];
+      require(-1 - id < drawn, "embedding: a token of a row that the step before did not have");
+      // A row without finite logits draws no token.
+      token_ids[token] = id < 0 ? std::max(args.drawn[-1 - id], 0) : static_cast<int32_t>(id);
+    }
+    step.token_ids = token_ids;
+  }
+  embedding({step, args.table, device.format, args.vocabulary, args.width, args.hidden_states});
 }
 
 void run_norm(const fd_device&, const fd_norm_args& args) {
