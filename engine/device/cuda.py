@@ -86,6 +86,7 @@ class CudaDevice:
         self._model_config = model_config
         self._gpu = gpu
         self._library = CudaLibrary(path, gpu.pci_address)
+        self._is_gpu = self._library.platform == "GPU"
         handle = ctypes.c_void_p()
         numbers = (ctypes.c_int32 * len(cpus))(*cpus)
         arguments = OpenArgs(
@@ -124,7 +125,7 @@ class CudaDevice:
         arena = self._arena(
             ARENA_WEIGHTS,
             weight_bytes(tensors, self._sizes),
-            f"a {self._library.platform} with more memory, or fewer replicas on this one",
+            f"a {'GPU' if self._is_gpu else 'machine'} with more memory, or fewer replicas on this one",
         )
         self._placed = upload(self._library, self._handle, arena, tensors, self._sizes, progress)
 
@@ -134,7 +135,7 @@ class CudaDevice:
         info, model, config = self._info(), self._model_config, self._config
         layer_bytes = self._sizes.cache_block(model.num_key_value_heads, model.head_dim)
         block_bytes = 2 * model.num_hidden_layers * layer_bytes
-        if self._library.platform == "GPU":
+        if self._is_gpu:
             num_blocks = cache_blocks(
                 config,
                 block_bytes,
@@ -158,7 +159,9 @@ class CudaDevice:
         cache = self._arena(
             ARENA_CACHE,
             num_blocks * block_bytes,
-            "a lower --gpu-memory-utilization or --num-gpu-blocks-override",
+            "a lower --gpu-memory-utilization or --num-gpu-blocks-override"
+            if self._is_gpu
+            else "a lower --max-num-seqs, --max-model-len or --num-gpu-blocks-override",
         )
         size = num_blocks * layer_bytes
         self._caches = [
