@@ -255,12 +255,12 @@ def assert_as_if_alone(
         assert text == expected[: len(text)], f"{name}: {text} rather than {expected}"
         assert name not in engine.ended or len(text) == len(expected)
     for (name, position), row in engine.logits.items():
-        expected = alone[name].logits.get((name, position))
-        if expected is None and engine.runs_ahead:
+        wanted = alone[name].logits.get((name, position))
+        if wanted is None and engine.runs_ahead:
             # Computed ahead and thrown away, because the text had ended.
             assert (name, position - 1) in alone[name].logits
             continue
-        assert row == expected, f"{name}: logits at {position} differ"
+        assert row == wanted, f"{name}: logits at {position} differ"
 
 
 def draw_requests(random: np.random.Generator, vocab_size: int, count: int) -> list[AddRequest]:

@@ -36,7 +36,7 @@ from fastdeploy.device.cuda_library import (
 from fastdeploy.device.errors import DeviceBroken, OutOfDeviceMemory
 
 from ..checkpoints import LAYOUTS, config_json, draw_tensors, write_checkpoint
-from ..cpu_library import ENVIRONMENT, LIBRARY, open_device
+from ..cpu_library import LIBRARY, open_device
 from ..network import Network
 from .worker_api import CONFIG, DEADLINE_S, Api, request
 
@@ -276,7 +276,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Api]]:
 
     def start_one(*arguments: str, **changes: Any) -> Api:
         config = replace(CONFIG, device="gpu", **changes)
-        started.append(Api(config, tmp_path / "log", *arguments, **ENVIRONMENT))
+        started.append(Api(config, tmp_path / "log", *arguments, FD_CUDA_LIBRARY=str(LIBRARY)))
         return started[-1]
 
     yield start_one
