@@ -50,7 +50,7 @@ typedef struct {
   int32_t multiprocessors; /* of a GPU, or threads */
   int64_t bytes_free;
   int64_t bytes_total;
-  int32_t value_bytes;       /* of a value of FD_OUT_BFLOAT16 */
+  int32_t value_bytes;        /* of a value of FD_OUT_BFLOAT16 */
   int32_t biases_in_matrices; /* nonzero: biases are uploaded as FD_BIAS, and fd_product_args.bias is NULL */
 } fd_info_t;
 

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import uuid
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..common.errors import ConfigError
 from ..config import EngineConfig, ModelConfig
@@ -45,14 +46,14 @@ def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
     With --device auto a GPU that cannot be used is named in the log, with the reason.
 
     Raises:
-        ConfigError: --device gpu, and there is none that can be used; or $FD_CUDA_LIBRARY cannot be.
+        ConfigError: --device gpu, and there is none that can be used; or $FD_CUDA_LIBRARY is libfd_cpu.so,
+            which does not support the model or an option.
     """
     if config.device == "cpu":
         return None
     reason: str | None
     given = given_library()
-    if given is not None and CudaLibrary(given).platform == "CPU":
-        # It needs no driver.
+    if given is not None and _is_for_cpus(given):
         reason = unsupported_on_cpu(config, model_config)
         if reason is not None:
             raise ConfigError(f"{given}: {reason}; without FD_CUDA_LIBRARY, --device cpu computes it")
@@ -74,6 +75,15 @@ def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
         raise ConfigError(f"--device is 'gpu', but {reason}; use --device cpu or auto to compute on the CPU")
     _log.warning("--device auto computes on the CPU: %s", reason)
     return None
+
+
+def _is_for_cpus(library: Path) -> bool:
+    """Return True for a library that computes on the CPU and needs no driver."""
+    try:
+        return CudaLibrary(library).platform == "CPU"
+    except ConfigError:
+        # Reported where a GPU needs it.
+        return False
 
 
 def deal(config: EngineConfig, gpus: list[Gpu]) -> Gpu:
