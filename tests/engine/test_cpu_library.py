@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from fastdeploy.common.errors import CheckpointError, ConfigError
-from fastdeploy.common.messages import Failed, Ready
-from fastdeploy.common.request import Batch, ScheduledSequence
+from fastdeploy.common.messages import AddRequest, Failed, Ready
+from fastdeploy.common.request import Batch, FinishReason, SamplingParams, ScheduledSequence
 from fastdeploy.config import EngineConfig, ModelConfig
+from fastdeploy.core.engine import EngineCore
 from fastdeploy.device.choice import choose_gpu
 from fastdeploy.device.cuda_library import (
     ARENA_CACHE,
@@ -38,6 +39,7 @@ from fastdeploy.device.errors import DeviceBroken, OutOfDeviceMemory
 from ..checkpoints import LAYOUTS, config_json, draw_tensors, write_checkpoint
 from ..cpu_library import LIBRARY, open_device
 from ..network import Network
+from ..random_traffic import MAX_MODEL_LEN, RandomModel
 from .worker_api import CONFIG, DEADLINE_S, Api, request
 
 # ---- the bits of the other path
@@ -68,6 +70,39 @@ def logits(network: Network) -> np.ndarray:
     )
     rows.append(network.runner.execute(step).numpy())
     return np.concatenate(rows)
+
+
+PARAMETERS: tuple[dict[str, Any], ...] = (
+    {"logprobs": 3, "logit_bias": ((5, 4.0), (9, -100.0))},
+    {"bad_words": ((7,), (3, 4)), "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"allowed_token_ids": (3, 5, 8, 13), "temperature": 0.0, "logprobs": 0},
+    {"min_tokens": 6, "stop_token_ids": (2, 3, 4), "frequency_penalty": 0.7},
+    {"top_p": 0.7, "top_k": 9, "min_p": 0.02, "prompt_logprobs": 2},
+    {"temperature": 0.0},
+)
+
+
+def test_draws_are_those_of_paddles_path() -> None:
+    """Also their log probabilities, for requests with all kinds of parameters in one batch."""
+    assert answers(RandomModel(5, "float32")) == answers(RandomModel(5, "float32", "library"))
+
+
+def answers(model: RandomModel) -> dict[str, list[Any]]:
+    config = EngineConfig(model=Path("none"), dtype="float32", block_size=16, max_model_len=MAX_MODEL_LEN)
+    engine = EngineCore(config, model.config, model.runner(config, 40), 40)
+    found: dict[str, list[Any]] = {}
+    for seed, changes in enumerate(PARAMETERS):
+        values = {"max_tokens": 25, "temperature": 1.1, "seed": seed} | changes
+        params = SamplingParams(**values)
+        engine.add(AddRequest(f"r{seed}", [3 + seed, 4, 5, 6], params, arrival_time=0.0))
+        found[f"r{seed}"] = []
+    while engine.has_work:
+        for output in engine.step().outputs:
+            assert output.finish_reason is not FinishReason.ERROR, output.message
+            found[output.request_id] += output.token_ids
+            found[output.request_id] += [*(output.logprobs or []), *(output.prompt_logprobs or [])]
+    assert all(found.values())
+    return found
 
 
 def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from fastdeploy import custom_ops
 from fastdeploy.common.messages import AddRequest
 from tests.random_traffic import (
-    WEIGHT_FORMATS,
+    KERNELS,
     Alone,
     RandomModel,
     RecordedEngine,
@@ -53,13 +53,16 @@ def test_traffic_leaves_no_trace_in_any_logit(capsys: pytest.CaptureFixture[str]
 def traffic(seed: int) -> Counter[str]:
     """Run random requests through one random model and abort some of them; return the counts."""
     random = np.random.default_rng(seed)
-    model = RandomModel(int(random.integers(2**32)), str(random.choice(WEIGHT_FORMATS)))
+    kernels, weight_format = KERNELS[random.integers(len(KERNELS))]
+    model = RandomModel(int(random.integers(2**32)), weight_format, kernels)
     requests = draw_requests(random, model.config.vocab_size, int(random.integers(1, 25)))
     block_size = int(random.choice([4, 8, 16, 32, 64, 128]))
     alone = {request.request_id: Alone.compute(model, request, block_size) for request in requests}
     longest = max(len(request.prompt_token_ids) + request.params.max_tokens for request in requests)
-    custom_ops.set_threads(int(random.integers(1, 4)))
+    threads = int(random.integers(1, 4))
+    custom_ops.set_threads(threads)
     engine = model.engine(
+        threads=threads,
         num_blocks=-(-longest // block_size) + int(random.choice([0, 2, 8, 30])),
         every_position=bool(random.random() < 0.3),
         block_size=block_size,
