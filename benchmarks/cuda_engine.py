@@ -219,7 +219,11 @@ def main() -> None:
             steps += 1
         mean = (time.perf_counter() - begun) / steps
         host = mean - watch.waited / steps
+        # No step may be in progress.
+        device.runs_ahead = False
+        step()
         alone = watch.graph_alone(32)
+        device.runs_ahead = not arguments.wait
         floor = limit(batch, arguments.context + 48, arguments.layers, arguments.bandwidth * 1e12)
         print(
             f"decode {batch:3}: {mean * 1e3:7.3f} ms a step, {alone * 1e3:.3f} ms alone; the host works "
