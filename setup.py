@@ -1,5 +1,5 @@
 """Metadata lives in setup.cfg; here the libraries are compiled: the operations, against the Paddle that is
-installed, and the router's fast path."""
+installed, the same kernels behind the C interface of a device, and the router's fast path."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -21,22 +21,28 @@ OPERATIONS = Path("custom_ops")
 
 
 class BuildLibraries(build_ext):
-    """Compiles the sources of an extension side by side.
+    """Compiles the sources of an extension side by side, and those that two have in common once.
 
     Not Paddle's own command, which is made for `setup.py install`: it leaves its object files in wheels, and
     has another name for the library in each way of installing.
     """
 
-    def build_extension(self, ext: Extension) -> None:
-        compile_all = self.compiler.compile
+    def run(self) -> None:
+        self._compiled: dict[str, list[str]] = {}
+        super().run()
+
+    def build_extensions(self) -> None:
+        compile_all, compiled = self.compiler.compile, self._compiled
 
         def compile_each(sources: list[str], **options: Any) -> list[str]:
+            new = [source for source in sources if source not in compiled]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                parts = pool.map(lambda source: compile_all([source], **options), sources)
-                return [file for part in parts for file in part]
+                parts = pool.map(lambda source: compile_all([source], **options), new)
+                compiled.update(zip(new, parts, strict=True))
+            return [file for source in sources for file in compiled[source]]
 
         self.compiler.compile = compile_each
-        super().build_extension(ext)
+        super().build_extensions()
 
     def get_ext_filename(self, fullname: str) -> str:
         # Libraries, not modules of Python: Paddle loads one, ctypes the other. So they have no suffix of one
@@ -44,15 +50,34 @@ class BuildLibraries(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
 
+def sources(*folders: str) -> list[str]:
+    return sorted(str(file) for folder in folders for file in (OPERATIONS / folder).rglob("*.cc"))
+
+
+depends = sorted(str(file) for file in OPERATIONS.rglob("*") if file.suffix in (".h", ".inl"))
+# Fused multiply-adds are written where they are meant: if the compiler chose them, the bits of a sum
+# would depend on how it was inlined. No -march: each file of kernels names its instruction set.
+flags = ["-O3", "-g0", "-std=c++17", "-ffp-contract=off"]
+interface = sources("cpu/device")
+
 operations = CppExtension(
-    sources=sorted(str(file) for folder in ("cpu", "paddle") for file in (OPERATIONS / folder).rglob("*.cc")),
+    sources=[source for source in sources("cpu", "paddle") if source not in interface],
     include_dirs=[str(OPERATIONS / folder) for folder in ("include", "cpu", "paddle")],
-    depends=sorted(str(file) for file in OPERATIONS.rglob("*") if file.suffix in (".h", ".inl")),
-    # Fused multiply-adds are written where they are meant: if the compiler chose them, the bits of a sum
-    # would depend on how it was inlined. No -march: each file of kernels names its instruction set.
-    extra_compile_args=["-O3", "-g0", "-std=c++17", "-ffp-contract=off"],
+    depends=depends,
+    extra_compile_args=flags,
 )
 operations.name = "fastdeploy.custom_ops.libfd_ops"
+
+# Without Paddle. A process may load both libraries, so this one must not call functions of the other.
+device = Extension(
+    "fastdeploy.custom_ops.libfd_cpu",
+    sources("cpu"),
+    include_dirs=[str(OPERATIONS / folder) for folder in ("include", "cpu")],
+    depends=depends,
+    extra_compile_args=flags,
+    extra_link_args=["-Wl,-Bsymbolic", "-pthread"],
+    language="c++",
+)
 
 fast_path = Extension(
     "fastdeploy.daemon.router.http.libfd_fast_path",
@@ -61,4 +86,4 @@ fast_path = Extension(
     language="c++",
 )
 
-setup(ext_modules=[operations, fast_path], cmdclass={"build_ext": BuildLibraries})
+setup(ext_modules=[operations, device, fast_path], cmdclass={"build_ext": BuildLibraries})

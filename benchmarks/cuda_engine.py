@@ -1,12 +1,14 @@
 """The engine on a GPU with a random ERNIE-4.5-21B-A3B: loading, decode steps, prompts, host time of a step.
 
-The limit of a decode step is the time to read the weights of the expected experts and the KV cache once.
-`make bench-gpu-engine` runs it.
+A step alone is its graph, launched again and again. What a step takes beyond that is the visible time of the
+host. The limit of a decode step is the time to read the weights of the expected experts and the KV cache
+once. `make bench-gpu-engine` runs it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import time
@@ -105,19 +107,34 @@ def write_checkpoint(directory: Path, layers: int) -> None:
 
 
 class Stopwatch:
-    """Time that the engine spends waiting for the GPU."""
+    """Time that the engine spends waiting for the GPU, and the time of a graph alone."""
 
     def __init__(self, device: CudaDevice) -> None:
         self.waited = 0.0
-        library, call = device._library, device._library.call
+        self._device = device
+        self._call = device._library.call
+        #: Arguments of the latest calls, by function.
+        self._latest: dict[str, tuple[Any, ...]] = {}
+        device._library.call = self._timed  # type: ignore[method-assign]
 
-        def timed(name: str, *arguments: Any) -> None:
-            started = time.perf_counter()
-            call(name, *arguments)
-            if name == "fd_step_wait":
-                self.waited += time.perf_counter() - started
+    def _timed(self, name: str, *arguments: Any) -> None:
+        started = time.perf_counter()
+        self._call(name, *arguments)
+        self._latest[name] = arguments
+        if name == "fd_step_wait":
+            self.waited += time.perf_counter() - started
 
-        library.call = timed  # type: ignore[method-assign]
+    def graph_alone(self, repetitions: int) -> float:
+        """Return the seconds of the latest graph with its plan. Incomplete texts are wrong afterwards."""
+        handle, plan, size, _ = self._latest["fd_step_begin"]
+        ticket, results = ctypes.c_uint64(), ctypes.c_void_p()
+        self._call("fd_step_begin", handle, plan, size, ctypes.byref(ticket))
+        started = time.perf_counter()
+        for _ in range(repetitions):
+            self._call("fd_graph", *self._latest["fd_graph"])
+        self._call("fd_step_end", handle, ticket)
+        self._call("fd_step_wait", handle, ticket, ctypes.byref(results))
+        return (time.perf_counter() - started) / repetitions
 
 
 def limit(batch: int, context: int, layers: int, bandwidth: float) -> float:
@@ -134,6 +151,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32, 64])
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--wait", action="store_true", help="wait for each step before the next is prepared")
     parser.add_argument("--context", type=int, default=1984)
     parser.add_argument("--bandwidth", type=float, default=4.53, help="TB/s, from benchmarks.cuda_product")
     arguments = parser.parse_args()
@@ -160,14 +179,14 @@ def main() -> None:
     times.append(time.monotonic())
     num_blocks = device.allocate_cache(lambda fraction, stage: None)
     times.append(time.monotonic())
+    device.runs_ahead = not arguments.wait
     engine = EngineCore(config, model, device, num_blocks)
     random = np.random.default_rng(1)
 
     def add(name: str, length: int, new: int) -> None:
         prompt = random.integers(3, VOCABULARY, length).tolist()
-        engine.add(
-            AddRequest(name, prompt, SamplingParams(max_tokens=new, temperature=0.0), arrival_time=0.0)
-        )
+        params = SamplingParams(max_tokens=new, temperature=arguments.temperature)
+        engine.add(AddRequest(name, prompt, params, arrival_time=0.0))
 
     def step() -> None:
         for output in engine.step().outputs:
@@ -200,10 +219,16 @@ def main() -> None:
             steps += 1
         mean = (time.perf_counter() - begun) / steps
         host = mean - watch.waited / steps
+        # No step may be in progress.
+        device.runs_ahead = False
+        step()
+        alone = watch.graph_alone(32)
+        device.runs_ahead = not arguments.wait
         floor = limit(batch, arguments.context + 48, arguments.layers, arguments.bandwidth * 1e12)
         print(
-            f"decode {batch:3}: {mean * 1e3:7.3f} ms a step ({host * 1e6:.0f} us on the host), limit "
-            f"{floor * 1e3:.3f} ms, ratio {floor / mean:.2f}, {batch / mean:.0f} tokens/s",
+            f"decode {batch:3}: {mean * 1e3:7.3f} ms a step, {alone * 1e3:.3f} ms alone; the host works "
+            f"{host * 1e6:.0f} us; limit {floor * 1e3:.3f} ms, ratio {floor / mean:.2f}, "
+            f"{batch / mean:.0f} tokens/s",
             flush=True,
         )
         while engine.has_work:

@@ -23,7 +23,7 @@ BLOCK = 64
 
 
 def matrix(outputs: int, inputs: int, count: int = 1) -> torch.Tensor:
-    size = fd.library().fd_matrix_bytes(outputs, inputs) // 2
+    size = fd.library().fd_matrix_bytes(None, outputs, inputs) // 2
     return torch.empty(count, size, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
 
 
@@ -72,7 +72,7 @@ class Step:
         self.step = torch.tensor([*header, *last], dtype=torch.int32, device="cuda")
         self.last = torch.tensor(last, dtype=torch.int32, device="cuda")
         self.count, self.rows = fd.counts(self.tokens), fd.counts(sequences)
-        cache = fd.library().fd_cache_bytes(sequences * width, KV_HEADS, HEAD_DIM)
+        cache = fd.library().fd_cache_bytes(None, sequences * width, KV_HEADS, HEAD_DIM)
         self.caches = [
             torch.empty(2, cache // 2, dtype=torch.bfloat16, device="cuda").normal_() for _ in model.layers
         ]

@@ -14,10 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import paddle
 
-#: Raise it with each change of the kernels that changes the bits of a result, together with PROTOCOL_VERSION
-#: in expert_parallel/layout.py, so that fd-dp starts new replicas in a group of their own.
-_NUMERIC_VERSION = 1
-
 
 def run(operation: str, *arguments: Any) -> list[paddle.Tensor]:
     """Call the operation `fd_<operation>` with its tensors (None for an absent optional one) and attributes.
@@ -50,7 +46,7 @@ def instruction_set() -> str:
 
 def numeric_version() -> str:
     """Return the version of the arithmetic, such as "cpu-1-amx": the same one means the same bits."""
-    return f"cpu-{_NUMERIC_VERSION}-{instruction_set()}"
+    return f"cpu-{library().fd_numeric_version()}-{instruction_set()}"
 
 
 @cache
@@ -85,6 +81,7 @@ def library() -> ctypes.CDLL:
         ) from None
     loaded.fd_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     loaded.fd_set_threads.restype = ctypes.c_char_p
+    loaded.fd_numeric_version.argtypes = []
     for name in ("fd_isa", "fd_isa_error"):
         getattr(loaded, name).argtypes = []
         getattr(loaded, name).restype = ctypes.c_char_p

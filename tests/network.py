@@ -18,6 +18,8 @@ from fastdeploy.device.paddle_cpu import ModelRunner
 from fastdeploy.device.paddle_weights import load_weights
 from fastdeploy.models.ernie45 import Ernie45
 
+from .cpu_library import LibraryRunner
+
 
 class Network:
     def __init__(
@@ -28,21 +30,35 @@ class Network:
         qkv_order: str = "plain",
         block_size: int = 16,
         num_blocks: int = 160,
+        kernels: str = "paddle",
     ) -> None:
+        """
+        Args:
+            kernels: see `cpu_library.PATHS`.
+        """
         self.config = ModelConfig.from_directory(path)
-        weights = load_weights(
-            path,
-            self.config,
-            weight_format=weight_format,
-            qkv_order=qkv_order,
-            progress=lambda fraction, stage: None,
-        )
         quantization = weight_format if weight_format.startswith("wint") else None
         dtype = "bfloat16" if quantization else weight_format
-        engine = EngineConfig(model=path, block_size=block_size, dtype=dtype, quantization=quantization)
-        self.runner = ModelRunner(Ernie45(self.config, weights), self.config, engine, num_blocks)
+        engine = EngineConfig(
+            model=path, block_size=block_size, dtype=dtype, quantization=quantization, qkv_order=qkv_order
+        )
+        self.runner = (
+            LibraryRunner(engine, self.config, num_blocks)
+            if kernels == "library"
+            else self._through_paddle(engine, num_blocks)
+        )
         self.block_size = block_size
         self.free_blocks = np.random.default_rng(3).permutation(num_blocks).tolist()
+
+    def _through_paddle(self, engine: EngineConfig, num_blocks: int) -> ModelRunner:
+        weights = load_weights(
+            engine.model,
+            self.config,
+            weight_format=engine.weight_format,
+            qkv_order=engine.qkv_order,
+            progress=lambda fraction, stage: None,
+        )
+        return ModelRunner(Ernie45(self.config, weights), self.config, engine, num_blocks)
 
     def sequence(self, prompt: list[int], shared_blocks: list[int] | None = None) -> Sequence:
         """Allocate a sequence with room for 64 tokens after the prompt; `shared_blocks` come first."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,21 @@ from fastdeploy.common.messages import AddRequest, Stats, StepOutputs
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.core.engine import EngineCore
-from fastdeploy.device.device import TensorRunner
+from fastdeploy.device.cuda import CudaDevice
+from fastdeploy.device.device import Results, TensorRunner, Ticket
+from fastdeploy.device.draws import Draw
 from fastdeploy.device.paddle_cache import KVCache
 from fastdeploy.device.paddle_cpu import ModelRunner
 from fastdeploy.device.paddle_weights import load_weights
 from fastdeploy.models.ernie45 import Ernie45
 
 from .checkpoints import config_json, draw_tensors, write_checkpoint
+from .cpu_library import logits_of, open_device, poison
+from .running_ahead import RunningAhead
 
 WEIGHT_FORMATS = ("float32", "bfloat16", "wint8", "wint4")
+#: Kernels and formats: Paddle computes all, libfd_cpu.so those that have no scales.
+KERNELS = (*(("paddle", name) for name in WEIGHT_FORMATS), ("library", "float32"), ("library", "bfloat16"))
 MAX_MODEL_LEN = 768
 
 
@@ -54,23 +60,43 @@ def draw_config(random: np.random.Generator) -> dict[str, Any]:
 
 
 class RandomModel:
-    def __init__(self, seed: int, weight_format: str) -> None:
+    def __init__(self, seed: int, weight_format: str, kernels: str = "paddle") -> None:
+        """
+        Args:
+            kernels: of its engines, see `cpu_library.PATHS`; `Alone` is always computed through Paddle.
+        """
         config = draw_config(np.random.default_rng(seed))
         self.weight_format = weight_format
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory)
-            write_checkpoint(path, config, draw_tensors(config, seed % 2**32))
-            self.config = ModelConfig.from_directory(path)
-            weights = load_weights(
-                path,
-                self.config,
-                weight_format=weight_format,
-                qkv_order="plain",
-                progress=lambda fraction, stage: None,
-            )
+        self.kernels = kernels
+        self._directory = tempfile.TemporaryDirectory()
+        path = Path(self._directory.name)
+        write_checkpoint(path, config, draw_tensors(config, seed % 2**32))
+        self.config = ModelConfig.from_directory(path)
+        weights = load_weights(
+            path,
+            self.config,
+            weight_format=weight_format,
+            qkv_order="plain",
+            progress=lambda fraction, stage: None,
+        )
         self.network = Ernie45(self.config, weights)
 
-    def engine(self, *, num_blocks: int, every_position: bool, **changes: object) -> RecordedEngine:
+    def runner(self, config: EngineConfig, num_blocks: int) -> ModelRunner | CudaDevice:
+        """Return a runner on the kernels of this model."""
+        if self.kernels == "paddle":
+            return ModelRunner(self.network, self.config, config, num_blocks)
+        return open_device(replace(config, model=Path(self._directory.name)), self.config, num_blocks)
+
+    def engine(
+        self,
+        *,
+        num_blocks: int,
+        every_position: bool,
+        ahead: int | None = None,
+        kernels: str | None = None,
+        **changes: object,
+    ) -> RecordedEngine:
+        """Build an engine; with `ahead`, the seed of a `RunningAhead`, on a runner that runs ahead."""
         quantization = self.weight_format if self.weight_format.startswith("wint") else None
         values: dict[str, object] = {
             "model": Path("none"),
@@ -79,7 +105,13 @@ class RandomModel:
             "quantization": quantization,
         }
         config = EngineConfig(**(values | changes))  # type: ignore[arg-type]
-        return RecordedEngine(self, config, num_blocks, every_position=every_position)
+        if (kernels or self.kernels) == "library":
+            config = replace(config, model=Path(self._directory.name))
+            device = _RecordedDevice(open_device(config, self.config, num_blocks), num_blocks)
+            return RecordedEngine(device, config, self.config, num_blocks)
+        runner = ModelRunner(self.network, self.config, config, num_blocks)
+        recorder = _Recorder(runner, every_position=every_position)
+        return RecordedEngine(recorder, config, self.config, num_blocks, ahead=ahead)
 
 
 #: Logits as bytes, by request id and position.
@@ -112,15 +144,47 @@ class _Recorder(TensorRunner):
         return range(start if self._every_position else end - samples, end)
 
 
+class _RecordedDevice:
+    """A device of libfd_cpu.so, also on a cache full of NaN, and the logits that tokens are drawn from."""
+
+    runs_ahead = True
+
+    def __init__(self, device: CudaDevice, num_blocks: int) -> None:
+        self._device = device
+        poison(device, num_blocks)
+        self.logits: Logits = {}
+
+    def submit(self, batch: Batch, sampled: Draw | None, scored: Draw | None) -> Ticket:
+        ticket = self._device.submit(batch, sampled, scored)
+        sampling = [row for row in batch.rows if row.samples]
+        for row, found in zip(sampling, logits_of(self._device, len(sampling)), strict=True):
+            place = (row.sequence.request_id, row.end - 1)
+            assert self.logits.setdefault(place, found.tobytes()) == found.tobytes(), f"{place} differs"
+        return ticket
+
+    def wait(self, ticket: Ticket) -> Results:
+        return self._device.wait(ticket)
+
+
 class RecordedEngine:
     """An engine, the texts that it has returned so far, and the logits that they were drawn from."""
 
     def __init__(
-        self, model: RandomModel, config: EngineConfig, num_blocks: int, *, every_position: bool
+        self,
+        recorder: _Recorder | _RecordedDevice,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        num_blocks: int,
+        *,
+        ahead: int | None = None,
     ) -> None:
-        runner = ModelRunner(model.network, model.config, config, num_blocks)
-        self._recorder = _Recorder(runner, every_position=every_position)
-        self._engine = EngineCore(config, model.config, self._recorder, num_blocks)
+        self._recorder = recorder
+        self.ahead = None
+        if ahead is not None:
+            assert isinstance(recorder, _Recorder)
+            self.ahead = RunningAhead(recorder, ahead)
+        self._engine = EngineCore(config, model_config, self.ahead or recorder, num_blocks)
+        self.runs_ahead = (self.ahead or recorder).runs_ahead
         self.texts: dict[str, list[int]] = {}
         self.ended: dict[str, FinishReason] = {}
         self.stats: Stats | None = None
@@ -152,6 +216,7 @@ class RecordedEngine:
         self.stats = step.stats
         for output in step.outputs:
             assert output.finish_reason is not FinishReason.ERROR, output.message
+            assert output.request_id not in self.ended, "nothing follows the end of a text"
             self.texts[output.request_id] += output.token_ids
             if output.finish_reason is not None:
                 self.ended[output.request_id] = output.finish_reason
@@ -168,6 +233,7 @@ class Alone:
     def compute(cls, model: RandomModel, request: AddRequest, block_size: int) -> Alone:
         custom_ops.set_threads(1)
         engine = model.engine(
+            kernels="paddle",
             num_blocks=-(-MAX_MODEL_LEN // block_size),
             every_position=True,
             block_size=block_size,
@@ -189,7 +255,12 @@ def assert_as_if_alone(
         assert text == expected[: len(text)], f"{name}: {text} rather than {expected}"
         assert name not in engine.ended or len(text) == len(expected)
     for (name, position), row in engine.logits.items():
-        assert row == alone[name].logits[name, position], f"{name}: logits at {position} differ"
+        wanted = alone[name].logits.get((name, position))
+        if wanted is None and engine.runs_ahead:
+            # Computed ahead and thrown away, because the text had ended.
+            assert (name, position - 1) in alone[name].logits
+            continue
+        assert row == wanted, f"{name}: logits at {position} differ"
 
 
 def draw_requests(random: np.random.Generator, vocab_size: int, count: int) -> list[AddRequest]:

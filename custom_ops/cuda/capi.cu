@@ -50,7 +50,7 @@ cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream);
 
 int checked(const fd_retile_args& args, Retile* part) {
   if (args.source_type < FD_FLOAT32 || args.source_type > FD_BFLOAT16) return refuse("retile: unknown type of source");
-  if (args.turn < FD_PLAIN || args.turn > FD_UP) return refuse("retile: unknown turn");
+  if (args.turn < FD_PLAIN || args.turn > FD_UP) return refuse("retile: neither plain rows nor gate or up");
   const int rows = args.turn == FD_PLAIN ? args.outputs : args.outputs / 2;
   if (args.rows < 1 || args.inputs < 1 || args.first_row < 0 || args.first_row + args.rows > rows) {
     return refuse("retile: the part does not lie inside the matrix");
@@ -68,6 +68,7 @@ using namespace fd::cuda;
 extern "C" {
 
 const char* fd_last_error(void) { return last_error.c_str(); }
+const char* fd_platform(void) { return "GPU"; }
 
 int fd_prepare(void) {
   for (const auto prepare : {prepare_products, prepare_retile, prepare_norm, prepare_rope, prepare_attention,
@@ -78,7 +79,8 @@ int fd_prepare(void) {
   return FD_OK;
 }
 
-int64_t fd_matrix_bytes(int32_t outputs, int32_t inputs) { return matrix_bytes(outputs, inputs); }
+int64_t fd_matrix_bytes(const fd_device*, int32_t outputs, int32_t inputs) { return matrix_bytes(outputs, inputs); }
+int64_t fd_router_bytes(int32_t experts, int32_t inputs) { return int64_t{experts} * inputs * 4; }
 int64_t fd_activation_bytes(int64_t rows, int32_t width) { return activation_bytes(rows, width); }
 
 int fd_retile(void* stream, const fd_retile_args* args) {
@@ -116,7 +118,7 @@ int fd_product(void* stream, const fd_product_args* args) {
 int fd_embedding(void* stream, const fd_embedding_args* args) {
   if (args->capacity < 1 || args->vocabulary < 1) return refuse("embedding: a capacity and a vocabulary of at least 1");
   if (args->width % 2 != 0) return refuse("embedding: an even width");
-  return status_of("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->hidden_states},
+  return status_of("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->hidden_states, args->drawn},
                                           args->capacity, stream_of(stream)));
 }
 
@@ -133,7 +135,7 @@ int fd_norm(void* stream, const fd_norm_args* args) {
                        static_cast<uint8_t*>(args->out)};
   if (args->router == nullptr) return status_of("norm", norm(norm_args, args->capacity, stream_of(stream)));
   if (args->experts < 1 || args->experts > kMaxExperts) return refuse("norm: between 1 and 256 experts");
-  return status_of("norm", norm_and_router(norm_args, {args->router, args->experts, args->router_logits, args->expert_rows},
+  return status_of("norm", norm_and_router(norm_args, {static_cast<const float*>(args->router), args->experts, args->router_logits, args->expert_rows},
                                         args->capacity, stream_of(stream)));
 }
 
@@ -144,7 +146,7 @@ int fd_rotation(void* stream, const fd_rotation_args* args) {
                                     args->capacity, stream_of(stream)));
 }
 
-int64_t fd_cache_bytes(int64_t blocks, int32_t kv_heads, int32_t head_dim) {
+int64_t fd_cache_bytes(const fd_device*, int64_t blocks, int32_t kv_heads, int32_t head_dim) {
   return cache_bytes(blocks, kv_heads, head_dim);
 }
 

@@ -81,8 +81,11 @@ struct fd_device {
 
 extern "C" {
 
-int fd_open(int32_t ordinal, fd_device** opened) {
+int fd_open(const fd_open_args* args, fd_device** opened) {
   *opened = nullptr;
+  if (args->type != FD_BFLOAT16) return fail(FD_BAD_ARGUMENT, "GPUs compute in bfloat16 only");
+  if (args->block_size != 64) return fail(FD_BAD_ARGUMENT, "on GPUs a block of the cache has 64 tokens");
+  const int ordinal = args->ordinal;
   cudaDeviceProp properties;
   int result = status_of("opening GPU " + std::to_string(ordinal), cudaGetDeviceProperties(&properties, ordinal));
   if (result != FD_OK) return result;
@@ -133,6 +136,14 @@ int fd_upload_begin(fd_device* device) {
 
 int fd_upload(fd_device* device, const fd_retile_args* args, int32_t tag) {
   if (device->uploader == nullptr) return fail(FD_BAD_ARGUMENT, "no upload is under way");
+  if (args->turn == FD_ROUTER) {
+    if (args->source_type != FD_FLOAT32 || args->column_stride != 1 || args->row_stride != args->inputs) {
+      return fail(FD_BAD_ARGUMENT, "upload: the rows of a router must be float32 and adjacent");
+    }
+    const int64_t row_bytes = int64_t{args->inputs} * 4;
+    uint8_t* const to = static_cast<uint8_t*>(args->matrix) + args->first_row * row_bytes;
+    return device->uploader->copy(to, args->source, args->rows * row_bytes);
+  }
   fd::cuda::Retile part;
   const int result = fd::cuda::checked(*args, &part);
   return result == FD_OK ? device->uploader->matrix(part, tag) : result;
@@ -168,6 +179,8 @@ int fd_info(fd_device* device, fd_info_t* info) {
   info->multiprocessors = properties.multiProcessorCount;
   info->bytes_free = static_cast<int64_t>(free);
   info->bytes_total = static_cast<int64_t>(total);
+  info->value_bytes = 2;
+  info->biases_in_matrices = 0;
   return FD_OK;
 }
 

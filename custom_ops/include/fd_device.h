@@ -2,9 +2,13 @@
  *
  * Operations only enqueue work: the caller provides a stream and all memory, and they never allocate or wait. Values
  * that vary from step to step (tokens, rows per expert) are read from device memory; `capacity` is their upper bound
- * and determines grid and tile. One captured graph therefore serves all batches up to its capacity. The layouts of
- * matrices, activations and the KV cache are defined in custom_ops/cuda/layout.h. Functions that return int return an
- * fd_status. */
+ * and determines grid and tile. One captured graph therefore serves all batches up to its capacity. Functions that
+ * return int return an fd_status.
+ *
+ * libfd_cuda.so implements it for GPUs, libfd_cpu.so for CPUs. Callers see matrices, activations and the KV cache only
+ * as bytes: their layouts are those of custom_ops/cuda/layout.h on a GPU, and those of custom_ops/include/matrix.h,
+ * activations.h and cpu/kernels/kernels.h on a CPU. "bfloat16" below is the device's type of values between operations:
+ * bfloat16 on a GPU; on a CPU float, which is rounded only in weights and cache. */
 #ifndef FD_DEVICE_H
 #define FD_DEVICE_H
 
@@ -25,6 +29,9 @@ typedef enum {
 /* Returns one line about the last call of this thread that did not return FD_OK. */
 const char* fd_last_error(void);
 
+/* Returns what the library computes on: "GPU" or "CPU". */
+const char* fd_platform(void);
+
 /* Loads all kernels of the library into the current context, so that no step has to. */
 int fd_prepare(void);
 
@@ -40,13 +47,23 @@ typedef struct {
   char name[64];
   char numeric_version[16];
   int32_t layout_version;
-  int32_t multiprocessors;
+  int32_t multiprocessors; /* of a GPU, or threads */
   int64_t bytes_free;
   int64_t bytes_total;
+  int32_t value_bytes;        /* of a value of FD_OUT_BFLOAT16 */
+  int32_t biases_in_matrices; /* nonzero: biases are uploaded as FD_BIAS, and fd_product_args.bias is NULL */
 } fd_info_t;
 
-/* Opens GPU `ordinal` of those visible to the process; it must be a Hopper GPU. Not thread-safe. */
-int fd_open(int32_t ordinal, fd_device** device);
+typedef struct {
+  int32_t ordinal;     /* of the GPUs visible to the process; it must be a Hopper GPU */
+  int32_t type;        /* of matrices, embedding and cache: FD_BFLOAT16, or FD_FLOAT32 on a CPU */
+  int32_t block_size;  /* tokens of a block of the cache: 64 on a GPU */
+  int32_t threads;     /* of a CPU; all devices of the process share them */
+  const int32_t* cpus; /* [threads]: CPU of each thread, -1: any; NULL: any */
+} fd_open_args;
+
+/* Not thread-safe. */
+int fd_open(const fd_open_args* args, fd_device** device);
 void fd_close(fd_device* device);
 int fd_info(fd_device* device, fd_info_t* info);
 
@@ -82,19 +99,23 @@ int fd_graph(fd_device* device, int32_t verb, uint64_t key);
 
 /* ---- weights ---------------------------------------------------------------------------------------------------- */
 
-/* Bytes of a bfloat16 matrix [outputs, inputs], and of activations [rows, width]. */
-int64_t fd_matrix_bytes(int32_t outputs, int32_t inputs);
+/* Bytes of a matrix [outputs, inputs], of the matrix of a router, which is float32, and of activations [rows, width]. */
+int64_t fd_matrix_bytes(const fd_device* device, int32_t outputs, int32_t inputs);
+int64_t fd_router_bytes(int32_t experts, int32_t inputs);
 int64_t fd_activation_bytes(int64_t rows, int32_t width);
 
 enum { FD_FLOAT32, FD_FLOAT16, FD_BFLOAT16 };
-enum { FD_PLAIN, FD_GATE, FD_UP };
+enum { FD_PLAIN, FD_GATE, FD_UP, FD_ROUTER, FD_BIAS };
 
 /* One part [rows, inputs] of a matrix [outputs, inputs], in device memory. Strides are in elements, for both [out, in]
- * and [in, out]. Rows of gate and up are interleaved eight at a time; first_row counts rows of the same kind. */
+ * and [in, out]. Rows of gate and up are interleaved as the device wants; first_row counts rows of the same kind.
+ *
+ * fd_upload also accepts FD_ROUTER: rows of a router, FD_FLOAT32 and adjacent; and, where matrices hold their biases,
+ * FD_BIAS: all biases of a matrix, FD_FLOAT32, those of gate and up in turns of 16 with zeros to a full turn. */
 typedef struct {
   const void* source;
   int32_t source_type; /* FD_FLOAT32, FD_FLOAT16 or FD_BFLOAT16 */
-  int32_t turn;        /* kind of the rows: FD_PLAIN, FD_GATE or FD_UP */
+  int32_t turn;        /* kind of the rows */
   int64_t row_stride;
   int64_t column_stride;
   int32_t rows;
@@ -108,7 +129,8 @@ int fd_retile(void* stream, const fd_retile_args* args);
 
 /* Uploads weights from host memory, such as the pages of a checkpoint: begin(), any number of parts of matrices and of
  * plain bytes, finish(). In `args`, `source` is in host memory and one stride is 1. finish() frees the staging memory
- * (64 MiB pinned, 64 MiB on the device) and sets `bad_tag` to the tag of a part with a value that is not finite, or 0. */
+ * (of a GPU: 64 MiB pinned, 64 MiB on the device) and sets `bad_tag` to the tag of a part with a value that is not
+ * finite, or 0. */
 int fd_upload_begin(fd_device* device);
 int fd_upload(fd_device* device, const fd_retile_args* args, int32_t tag);
 int fd_upload_bytes(fd_device* device, uint64_t to, const void* from, int64_t bytes);
@@ -120,7 +142,7 @@ enum {
   FD_OUT_BFLOAT16, /* out: bfloat16 [row][out_stride] */
   FD_OUT_FLOAT,    /* out: float [row][out_stride] */
   FD_OUT_ADD,      /* float, added to `out` */
-  FD_OUT_SWIGLU,   /* silu(gate) * up as activations; gate and up are interleaved eight outputs at a time */
+  FD_OUT_SWIGLU,   /* silu(gate) * up as activations; gate and up are interleaved */
 };
 
 /* A product with one matrix per group of rows; a dense product has one group. */
@@ -156,10 +178,11 @@ int32_t fd_tile_tokens(int32_t tile);
 
 typedef struct {
   const int32_t* step;
-  const void* table; /* bfloat16 [vocabulary, width] */
+  const void* table; /* [vocabulary, width] of the device's type */
   int32_t vocabulary;
   int32_t width;
   float* hidden_states; /* [tokens, width] */
+  const int32_t* drawn; /* the tokens that the step before drew: id -1 - r of a step is drawn[r]; NULL: no such ids */
   int32_t capacity;
 } fd_embedding_args;
 
@@ -172,7 +195,7 @@ typedef struct {
   const int32_t* rows; /* row of hidden_states for output row r; NULL: r */
   const int32_t* count;
   void* out;
-  const float* router;   /* [experts, width] or NULL */
+  const void* router;    /* fd_router_bytes, or NULL */
   float* router_logits;  /* [rows, experts] */
   int32_t* expert_rows;  /* [experts]: set to zero, for fd_route */
   float epsilon;
@@ -189,14 +212,14 @@ typedef struct {
   float* rotary_cos_sin; /* [tokens, head_dim] */
   int32_t* slot_mapping; /* [tokens] */
   float theta;
-  int32_t head_dim; /* 64 or 128 */
+  int32_t head_dim; /* 64 or 128 on a GPU */
   int32_t capacity;
 } fd_rotation_args;
 
 int fd_rotation(void* stream, const fd_rotation_args* args);
 
-/* Bytes of the keys, or values, of one layer in blocks of 64 tokens. The cache must be zero-initialised. */
-int64_t fd_cache_bytes(int64_t blocks, int32_t kv_heads, int32_t head_dim);
+/* Bytes of the keys, or of the values, of one layer. The cache must be zero-initialised. */
+int64_t fd_cache_bytes(const fd_device* device, int64_t blocks, int32_t kv_heads, int32_t head_dim);
 
 /* Applies the rotary embedding, writes keys and values to the cache, and computes attention. */
 typedef struct {
@@ -210,7 +233,7 @@ typedef struct {
   void* work;
   int64_t work_bytes; /* fd_attention_work_bytes; zero-initialised */
   int32_t heads;
-  int32_t kv_heads; /* heads / kv_heads <= 16 */
+  int32_t kv_heads; /* heads / kv_heads <= 16 on a GPU */
   int32_t head_dim;
   int32_t capacity;
   int32_t has_prompts; /* nonzero if a sequence may have more than one token in the step */

@@ -28,6 +28,8 @@ struct PackedMatrix {
 
   // Throws std::invalid_argument if `blob` is not a packed matrix of this layout version.
   static PackedMatrix view(const void* blob, int64_t bytes);
+  // `count` matrices without a header, one directly after the other.
+  static PackedMatrix bare(Format format, int outputs, int inputs, int count, const void* data);
 
   const uint8_t* panel(int matrix, int index) const {
     return data + matrix * matrix_bytes + index * panel_bytes;

@@ -1,8 +1,7 @@
 #pragma once
 
-#include <cstring>
-
 #include "decoder_layer.h"
+#include "embedding.h"
 #include "ep_op.h"
 #include "moe_op.h"
 #include "tensors.h"
@@ -15,20 +14,7 @@ inline std::vector<paddle::Tensor> run_embedding(const paddle::Tensor& table, co
   const bool wide = table.dtype() == paddle::DataType::FLOAT32;
   require(wide || table.dtype() == paddle::DataType::BFLOAT16, "an embedding must be float32 or bfloat16");
   paddle::Tensor out = float_output({plan.num_tokens, width});
-  for (int token = 0; token < plan.num_tokens; ++token) {
-    const int64_t id = plan.token_ids[token];
-    require(0 <= id && id < vocabulary, "embedding: a token id outside of the vocabulary");
-    float* row = out.data<float>() + int64_t{token} * width;
-    if (wide) {
-      std::memcpy(row, table.data<float>() + id * width, width * sizeof(float));
-    } else {
-      const uint16_t* source = static_cast<const uint16_t*>(table.data()) + id * width;
-      for (int i = 0; i < width; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(source[i]) << 16;
-        std::memcpy(row + i, &bits, 4);
-      }
-    }
-  }
+  embedding({plan, table.data(), wide ? Format::kFloat32 : Format::kBfloat16, vocabulary, width, out.data<float>()});
   return {out};
 }
 

@@ -42,4 +42,6 @@ const char* fd_isa_error() {
 
 const char* fd_isa() { return fd::kernels().name; }
 
+int fd_numeric_version() { return fd::kNumericVersion; }
+
 }

@@ -122,12 +122,12 @@ def load(config: EngineConfig, api: ApiLink) -> tuple[EngineCore, Rank | None]:
     _warn(config, model_config)
     share = share_of(config, sorted(os.sched_getaffinity(0)))
     gpu = choose_gpu(config, model_config)
-    if gpu is not None:
+    if gpu is not None and not gpu.is_cpu:
         config = config.on_gpu()
     device = (
         _open_cpu(config, model_config, share, api, report)
         if gpu is None
-        else _open_gpu(config, model_config, gpu, report)
+        else _open_gpu(config, model_config, gpu, share, report)
     )
 
     from .engine import EngineCore
@@ -334,9 +334,11 @@ def _grammars(config: EngineConfig, model_config: ModelConfig, share: CpuShare) 
     return Grammars(read_vocabulary, share.threads)
 
 
-def _open_gpu(config: EngineConfig, model_config: ModelConfig, gpu: Gpu, report: Progress) -> Device:
-    report(0.0, f"opening GPU {gpu.ordinal}, {gpu.name}")
-    if config.max_prefill_beside_decode < _LEAST_GPU_PREFILL:
+def _open_gpu(
+    config: EngineConfig, model_config: ModelConfig, gpu: Gpu, share: CpuShare, report: Progress
+) -> Device:
+    report(0.0, "opening the CPU" if gpu.is_cpu else f"opening GPU {gpu.ordinal}, {gpu.name}")
+    if not gpu.is_cpu and config.max_prefill_beside_decode < _LEAST_GPU_PREFILL:
         _log.warning(
             "--max-prefill-beside-decode %d suits CPUs; on a GPU prompts wait less with %d or more",
             config.max_prefill_beside_decode,
@@ -344,7 +346,7 @@ def _open_gpu(config: EngineConfig, model_config: ModelConfig, gpu: Gpu, report:
         )
     from ..device.cuda import CudaDevice
 
-    return CudaDevice(config, model_config, gpu)
+    return CudaDevice(config, model_config, gpu, share.pinned or [-1] * share.threads)
 
 
 def _open_cpu(

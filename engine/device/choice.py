@@ -6,11 +6,12 @@ import ctypes
 import logging
 import uuid
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..common.errors import ConfigError
 from ..config import EngineConfig, ModelConfig
-from .cuda_library import NOT_BUILT, find_library
-from .cuda_limits import unsupported
+from .cuda_library import NOT_BUILT, CudaLibrary, find_library, given_library
+from .cuda_limits import unsupported, unsupported_on_cpu
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class Gpu:
     uuid: str = ""
     #: PCI address, as in the kernel's log: "0000:1b:00.0"; empty if the driver does not tell.
     pci_address: str = ""
+    #: It is the CPU, through libfd_cpu.so.
+    is_cpu: bool = False
 
 
 def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
@@ -43,11 +46,18 @@ def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
     With --device auto a GPU that cannot be used is named in the log, with the reason.
 
     Raises:
-        ConfigError: --device gpu, and there is none that can be used.
+        ConfigError: --device gpu, and there is none that can be used; or $FD_CUDA_LIBRARY is libfd_cpu.so,
+            which does not support the model or an option.
     """
     if config.device == "cpu":
         return None
     reason: str | None
+    given = given_library()
+    if given is not None and _is_for_cpus(given):
+        reason = unsupported_on_cpu(config, model_config)
+        if reason is not None:
+            raise ConfigError(f"{given}: {reason}; without FD_CUDA_LIBRARY, --device cpu computes it")
+        return Gpu(0, "the CPU", (0, 0), is_cpu=True)
     try:
         gpus = visible_gpus()
     except OSError as error:
@@ -65,6 +75,15 @@ def choose_gpu(config: EngineConfig, model_config: ModelConfig) -> Gpu | None:
         raise ConfigError(f"--device is 'gpu', but {reason}; use --device cpu or auto to compute on the CPU")
     _log.warning("--device auto computes on the CPU: %s", reason)
     return None
+
+
+def _is_for_cpus(library: Path) -> bool:
+    """Return True for a library that computes on the CPU and needs no driver."""
+    try:
+        return CudaLibrary(library).platform == "CPU"
+    except ConfigError:
+        # Reported where a GPU needs it.
+        return False
 
 
 def deal(config: EngineConfig, gpus: list[Gpu]) -> Gpu:

@@ -1,15 +1,17 @@
-"""A Hopper GPU as a device, through libfd_cuda.so. Without Paddle.
+"""A Hopper GPU as a device, through libfd_cuda.so; or the CPU, through libfd_cpu.so. Without Paddle.
 
-A step is a plan that is sent to the GPU, one or two captured graphs, and results that are fetched. The graph
-of the layers exists for each capacity of tokens, that of head and draw for each capacity of rows. All are
-captured before the first request, from the one description of the network in models/ernie45.py.
+A step is a plan that is sent to the GPU, captured graphs, and results that are fetched. A step in which each
+sequence has one token is one graph. A step with prompts is two: layers for a capacity of tokens, then head
+and draw for a capacity of rows. All are captured before the first request, from the one description of the
+network in models/ernie45.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,24 +28,26 @@ from .cuda_library import (
     ARENA_WEIGHTS,
     ARENA_WORK,
     BEGIN_CAPTURE,
+    BFLOAT16,
     END_CAPTURE,
+    FLOAT32,
     LAUNCH,
     NOT_BUILT,
     Buffer,
     CudaLibrary,
     Info,
+    OpenArgs,
     find_library,
 )
 from .cuda_operations import CudaOperations, CudaStep, HiddenStates
 from .cuda_weights import CudaMatrix, upload, weight_bytes, weights_of
-from .device import Progress
+from .device import Progress, Results
 from .draws import Draw, Drawn
 from .errors import OutOfDeviceMemory
+from .kernel_sizes import aligned, sizes_of
 from .step_buffer import StepBuffer
-from .tiles import aligned, cache_block_bytes
 from .work_memory import (
     DRAW_WIDTH,
-    KernelSizes,
     PlanLayout,
     ResultLayout,
     StepLimits,
@@ -53,12 +57,25 @@ from .work_memory import (
 )
 
 #: Kinds of graphs; the low half of a key is the capacity.
-_DECODE, _PROMPTS, _GREEDY, _SAMPLED, _LOGITS = (kind << 32 for kind in range(1, 6))
+_DECODE_GREEDY, _DECODE_SAMPLED, _PROMPTS, _GREEDY, _SAMPLED = (kind << 32 for kind in range(1, 6))
+
+
+class _Submitted(NamedTuple):
+    ticket: int
+    sampled: Draw | None
+    scored: Draw | None
 
 
 class CudaDevice:
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, gpu: Gpu) -> None:
+    runs_ahead = True
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, gpu: Gpu, cpus: Sequence[int] = (-1,)
+    ) -> None:
         """
+        Args:
+            cpus: the CPU of each thread, -1 for any; for a library that computes on the CPU.
+
         Raises:
             ConfigError: the library is missing, or refuses the GPU.
         """
@@ -69,12 +86,22 @@ class CudaDevice:
         self._model_config = model_config
         self._gpu = gpu
         self._library = CudaLibrary(path, gpu.pci_address)
+        self._is_gpu = self._library.platform == "GPU"
         handle = ctypes.c_void_p()
+        numbers = (ctypes.c_int32 * len(cpus))(*cpus)
+        arguments = OpenArgs(
+            ordinal=gpu.ordinal,
+            type=FLOAT32 if config.weight_format == "float32" else BFLOAT16,
+            block_size=config.block_size,
+            threads=len(cpus),
+            cpus=ctypes.addressof(numbers),
+        )
         try:
-            self._library.call("fd_open", gpu.ordinal, ctypes.byref(handle))
+            self._library.call("fd_open", ctypes.byref(arguments), ctypes.byref(handle))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         self._handle = handle.value or 0
+        self._sizes = sizes_of(self._library, self._handle, config.weight_format)
         #: Bytes in arenas. What other processes take meanwhile must not count.
         self._own_bytes = 0
         self._limits = StepLimits.of(config, model_config)
@@ -85,7 +112,7 @@ class CudaDevice:
     @property
     def title(self) -> str:
         name = self._info().name.decode(errors="replace")
-        return f"GPU {self._gpu.ordinal}, {name}, {self.numeric_version}"
+        return f"{self._library.platform} {self._gpu.ordinal}, {name}, {self.numeric_version}"
 
     @property
     def numeric_version(self) -> str:
@@ -96,24 +123,30 @@ class CudaDevice:
         progress(0.0, "reading the checkpoint")
         tensors = read_directory(config.model, self._model_config, config.qkv_order)
         arena = self._arena(
-            ARENA_WEIGHTS, weight_bytes(tensors), "a GPU with more memory, or fewer replicas on this one"
+            ARENA_WEIGHTS,
+            weight_bytes(tensors, self._sizes),
+            f"a {'GPU' if self._is_gpu else 'machine'} with more memory, or fewer replicas on this one",
         )
-        self._placed = upload(self._library, self._handle, arena, tensors, progress)
+        self._placed = upload(self._library, self._handle, arena, tensors, self._sizes, progress)
 
     def allocate_cache(self, progress: Progress) -> int:
         progress(1.0, "allocating working memory")
         self._allocate_work()
         info, model, config = self._info(), self._model_config, self._config
-        layer_bytes = cache_block_bytes(model.num_key_value_heads, model.head_dim)
+        layer_bytes = self._sizes.cache_block(model.num_key_value_heads, model.head_dim)
         block_bytes = 2 * model.num_hidden_layers * layer_bytes
-        num_blocks = cache_blocks(
-            config,
-            block_bytes,
-            total=info.bytes_total,
-            free=info.bytes_free,
-            own=self._own_bytes,
-            num_replicas=self._gpu.num_replicas,
-        )
+        if self._is_gpu:
+            num_blocks = cache_blocks(
+                config,
+                block_bytes,
+                total=info.bytes_total,
+                free=info.bytes_free,
+                own=self._own_bytes,
+                num_replicas=self._gpu.num_replicas,
+            )
+        else:
+            # Other programs need memory, too.
+            num_blocks = config.num_blocks(model)
         needed = config.blocks_for(config.max_model_len)
         if config.num_gpu_blocks_override is None and num_blocks < needed:
             raise OutOfDeviceMemory(
@@ -126,7 +159,9 @@ class CudaDevice:
         cache = self._arena(
             ARENA_CACHE,
             num_blocks * block_bytes,
-            "a lower --gpu-memory-utilization or --num-gpu-blocks-override",
+            "a lower --gpu-memory-utilization or --num-gpu-blocks-override"
+            if self._is_gpu
+            else "a lower --max-num-seqs, --max-model-len or --num-gpu-blocks-override",
         )
         size = num_blocks * layer_bytes
         self._caches = [
@@ -137,21 +172,23 @@ class CudaDevice:
         self._capture_all()
         return num_blocks
 
-    def compute(
-        self, batch: Batch, sampled: Draw | None, scored: Draw | None
-    ) -> tuple[Drawn | None, Drawn | None]:
+    def submit(self, batch: Batch, sampled: Draw | None, scored: Draw | None) -> _Submitted:
         draws = [draw for draw in (sampled, scored) if draw is not None]
-        greedy = all(draw.rows is None for draw in draws)
-        results = self._run(batch, draws, _GREEDY if greedy else _SAMPLED)
-        first, drawn = 0, []
-        for draw in draws:
-            drawn.append(self._drawn(results, first, draw))
-            first += draw.count
-        return (None if sampled is None else drawn[0]), (None if scored is None else drawn[-1])
+        return _Submitted(self._begin(batch, draws), sampled, scored)
+
+    def wait(self, ticket: _Submitted) -> Results:
+        results = self._end(ticket.ticket)
+        sampled, scored = ticket.sampled, ticket.scored
+        # Scored rows come after the sampling ones.
+        first = 0 if sampled is None else sampled.count
+        return (
+            None if sampled is None else self._drawn(results, 0, sampled),
+            None if scored is None else self._drawn(results, first, scored),
+        )
 
     def every_logit(self, batch: Batch) -> np.ndarray:
         """Compute a step and return the logits of all its tokens, float32 [T, vocabulary]. For tests."""
-        self._run(batch, [], _LOGITS, every_position=True)
+        self._end(self._begin(batch, [], every_position=True))
         logits = np.empty((batch.num_tokens, self._model_config.vocab_size), np.float32)
         self._library.call("fd_fetch", self._handle, logits.ctypes.data, self._work["logits"], logits.nbytes)
         return logits
@@ -161,25 +198,36 @@ class CudaDevice:
 
     # ---- a step
 
-    def _run(self, batch: Batch, draws: list[Draw], tail: int, *, every_position: bool = False) -> np.ndarray:
-        """Compute a step and return its results, valid until the next but one."""
+    def _begin(self, batch: Batch, draws: list[Draw], *, every_position: bool = False) -> int:
+        """Send a plan, launch its graphs, and return the ticket of the step."""
         library, limits = self._library, self._limits
         step = self._step_buffer.write(batch, every_position=every_position)
         sequences, tokens, width, rows = step[:4].tolist()
         end = 4 + (sequences + 1) + sequences * (1 + width) + tokens
         self._logit_tokens[:rows] = step[end : end + rows]
-        size = self._write_draws(draws, end + rows)
+        is_greedy = all(draw.rows is None for draw in draws)
+        size = self._write_draws([] if is_greedy else draws, end + rows)
         ticket = ctypes.c_uint64()
         library.call("fd_step_begin", self._handle, self._plan_memory.ctypes.data, size, ctypes.byref(ticket))
-        has_prompts = tokens > sequences
-        capacity = limits.body_capacity(tokens, has_prompts=has_prompts)
-        library.call("fd_graph", self._handle, LAUNCH, (_PROMPTS if has_prompts else _DECODE) | capacity)
-        if rows:
-            library.call("fd_graph", self._handle, LAUNCH, tail | fitting(limits.logits_capacities, rows))
+        if tokens == sequences:
+            # Some of them may draw nothing: the last token of a chunk.
+            kind, capacity = _DECODE_GREEDY if is_greedy else _DECODE_SAMPLED, limits.decode_capacities
+            library.call("fd_graph", self._handle, LAUNCH, kind | fitting(capacity, tokens))
+        else:
+            library.call(
+                "fd_graph", self._handle, LAUNCH, _PROMPTS | fitting(limits.prompt_capacities, tokens)
+            )
+            if rows:
+                kind, capacity = _GREEDY if is_greedy else _SAMPLED, limits.logits_capacities
+                library.call("fd_graph", self._handle, LAUNCH, kind | fitting(capacity, rows))
         library.call("fd_step_end", self._handle, ticket)
+        return ticket.value
+
+    def _end(self, ticket: int) -> np.ndarray:
+        """Wait for a step and return its results, valid until the next but one begins."""
         results = ctypes.c_void_p()
         # Gives Python's lock back while it waits.
-        library.call("fd_step_wait", self._handle, ticket, ctypes.byref(results))
+        self._library.call("fd_step_wait", self._handle, ticket, ctypes.byref(results))
         return np.ctypeslib.as_array((ctypes.c_uint8 * self._results.bytes).from_address(results.value or 0))
 
     def _write_draws(self, draws: list[Draw], step_integers: int) -> int:
@@ -221,12 +269,7 @@ class CudaDevice:
 
     def _allocate_work(self) -> None:
         library, model, limits = self._library, self._model_config, self._limits
-        sizes = KernelSizes(
-            attention_work=lambda *arguments: library.value("fd_attention_work_bytes", *arguments),
-            expert_rows=self._expert_rows,
-            draw_work=lambda vocabulary: library.value("fd_draw_work_bytes", vocabulary),
-        )
-        places, size = offsets(work_buffers(model, limits, self._config.max_model_len, sizes))
+        places, size = offsets(work_buffers(model, limits, self._config.max_model_len, self._sizes))
         start = self._arena(
             ARENA_WORK, size, "a lower --max-num-batched-tokens, --max-num-seqs or --max-model-len"
         )
@@ -256,28 +299,30 @@ class CudaDevice:
             (results.address, self._results),
         )
 
-    def _expert_rows(self, capacity: int, k: int, experts: int) -> int:
-        library = self._library
-        tile = library.value("fd_tile", capacity * k, experts)
-        alignment = min(64, library.value("fd_tile_tokens", tile))
-        return library.value("fd_expert_rows", capacity, k, experts, alignment)
-
     def _capture_all(self) -> None:
         limits, operations = self._limits, self._operations
         network = Ernie45(self._model_config, weights_of(self._model_config, self._placed), operations)
-        for kind, capacities in ((_DECODE, limits.decode_capacities), (_PROMPTS, limits.prompt_capacities)):
-            for capacity in capacities:
-                step = CudaStep(capacity, kind == _PROMPTS, 0)
-                self._capture(kind | capacity, partial(network.forward, step, self._caches))
+        for capacity in limits.decode_capacities:
+            step = CudaStep(capacity, has_prompts=False, rows=capacity)
+            for kind in (_DECODE_GREEDY, _DECODE_SAMPLED):
+                enqueue = partial(self._enqueue_decode, network, step, greedy=kind == _DECODE_GREEDY)
+                self._capture(kind | capacity, enqueue)
+        for capacity in limits.prompt_capacities:
+            step = CudaStep(capacity, has_prompts=True, rows=0)
+            self._capture(_PROMPTS | capacity, partial(network.forward, step, self._caches))
         for capacity in limits.logits_capacities:
-            for kind in (_GREEDY, _SAMPLED, _LOGITS):
-                step = CudaStep(0, has_prompts=False, rows=capacity)
-                self._capture(kind | capacity, partial(self._enqueue_tail, network, step, kind))
+            step = CudaStep(0, has_prompts=False, rows=capacity)
+            for kind in (_GREEDY, _SAMPLED):
+                enqueue = partial(self._enqueue_draw, network, step, greedy=kind == _GREEDY)
+                self._capture(kind | capacity, enqueue)
 
-    def _enqueue_tail(self, network: Ernie45, step: CudaStep, kind: int) -> None:
+    def _enqueue_decode(self, network: Ernie45, step: CudaStep, *, greedy: bool) -> None:
+        network.forward(step, self._caches)
+        self._enqueue_draw(network, step, greedy=greedy)
+
+    def _enqueue_draw(self, network: Ernie45, step: CudaStep, *, greedy: bool) -> None:
         logits = network.logits(HiddenStates(self._work["hidden_states"], step), step)
-        if kind != _LOGITS:
-            self._operations.draw(logits, step, greedy=kind == _GREEDY)
+        self._operations.draw(logits, step, greedy=greedy)
 
     def _capture(self, key: int, enqueue: Callable[[], object]) -> None:
         self._library.call("fd_graph", self._handle, BEGIN_CAPTURE, key)

@@ -1,4 +1,4 @@
-"""libfd_cuda.so for ctypes: custom_ops/include/fd_device.h in Python."""
+"""libfd_cuda.so or libfd_cpu.so for ctypes: custom_ops/include/fd_device.h in Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OK, BAD_ARGUMENT, NO_MEMORY, BROKEN, NO_GRAPH = range(5)
 ARENA_WEIGHTS, ARENA_CACHE, ARENA_WORK = range(3)
 BEGIN_CAPTURE, END_CAPTURE, LAUNCH, FORGET_ALL = range(4)
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
-PLAIN, GATE, UP = range(3)
+PLAIN, GATE, UP, ROUTER, BIAS = range(5)
 OUT_BFLOAT16, OUT_FLOAT, OUT_ADD, OUT_SWIGLU = range(4)
 
 
@@ -34,6 +34,8 @@ class Info(Structure):
         ("multiprocessors", c_int32),
         ("bytes_free", c_int64),
         ("bytes_total", c_int64),
+        ("value_bytes", c_int32),
+        ("biases_in_matrices", c_int32),
     ]
 
 
@@ -41,6 +43,10 @@ def _fields(text: str) -> list[tuple[str, Any]]:
     """Return the fields that `text` declares as in C: "p" is an address, "i" int32, "l" int64, "f" float."""
     kinds = {"p": c_void_p, "i": c_int32, "l": c_int64, "f": c_float}
     return [(name, kinds[kind]) for kind, name in (word.split(":") for word in text.split())]
+
+
+class OpenArgs(Structure):
+    _fields_ = _fields("i:ordinal i:type i:block_size i:threads p:cpus")
 
 
 class RetileArgs(Structure):
@@ -58,7 +64,7 @@ class ProductArgs(Structure):
 
 
 class EmbeddingArgs(Structure):
-    _fields_ = _fields("p:step p:table i:vocabulary i:width p:hidden_states i:capacity")
+    _fields_ = _fields("p:step p:table i:vocabulary i:width p:hidden_states p:drawn i:capacity")
 
 
 class NormArgs(Structure):
@@ -98,7 +104,7 @@ class DrawArgs(Structure):
 
 
 _INT_FUNCTIONS: dict[str, list[Any]] = {
-    "fd_open": [c_int32, POINTER(c_void_p)],
+    "fd_open": [POINTER(OpenArgs), POINTER(c_void_p)],
     "fd_info": [c_void_p, POINTER(Info)],
     "fd_arena": [c_void_p, c_int32, c_int64, POINTER(Buffer)],
     "fd_steps": [c_void_p, c_int64, c_int64, POINTER(Buffer), POINTER(Buffer)],
@@ -121,9 +127,14 @@ _INT_FUNCTIONS: dict[str, list[Any]] = {
 #: Functions whose result is a value: its type, and the types of the arguments.
 _VALUES: dict[str, tuple[Any, list[Any]]] = {
     "fd_last_error": (ctypes.c_char_p, []),
+    "fd_platform": (ctypes.c_char_p, []),
     "fd_close": (None, [c_void_p]),
     "fd_stream": (c_void_p, [c_void_p]),
     "fd_side_stream": (c_void_p, [c_void_p]),
+    "fd_matrix_bytes": (c_int64, [c_void_p, c_int32, c_int32]),
+    "fd_router_bytes": (c_int64, [c_int32, c_int32]),
+    "fd_activation_bytes": (c_int64, [c_int64, c_int32]),
+    "fd_cache_bytes": (c_int64, [c_void_p, c_int64, c_int32, c_int32]),
     "fd_tile": (c_int32, [c_int32, c_int32]),
     "fd_tile_tokens": (c_int32, [c_int32]),
     "fd_attention_work_bytes": (c_int64, [c_int64, c_int32, c_int32]),
@@ -136,10 +147,16 @@ _VALUES: dict[str, tuple[Any, list[Any]]] = {
 NOT_BUILT = "libfd_cuda.so is not built; run make gpu, which needs nvcc"
 
 
+def given_library() -> Path | None:
+    """Return $FD_CUDA_LIBRARY. Tests name libfd_cpu.so, to run without a GPU what runs on one."""
+    given = os.environ.get(_VARIABLE)
+    return Path(given) if given else None
+
+
 def find_library() -> Path | None:
-    """Return $FD_CUDA_LIBRARY, or the library beside the operations or in build/cuda of a checkout."""
-    if given := os.environ.get(_VARIABLE):
-        return Path(given)
+    """Return $FD_CUDA_LIBRARY, or libfd_cuda.so beside the operations or in build/cuda of a checkout."""
+    if (given := given_library()) is not None:
+        return given
     from .. import custom_ops
 
     package = Path(custom_ops.__file__).resolve().parent
@@ -170,6 +187,8 @@ class CudaLibrary:
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             raise ConfigError(f"{path}: cannot be loaded ({error}); run make gpu to build it") from None
+        #: "GPU" or "CPU".
+        self.platform: str = self._library.fd_platform().decode()
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function that returns an fd_status.
@@ -180,7 +199,7 @@ class CudaLibrary:
         status = getattr(self._library, name)(*arguments)
         if status == OK:
             return
-        message = f"GPU: {self._library.fd_last_error().decode(errors='replace')}"
+        message = f"{self.platform}: {self._library.fd_last_error().decode(errors='replace')}"
         if status == NO_MEMORY:
             raise OutOfDeviceMemory(message)
         if status == BROKEN:

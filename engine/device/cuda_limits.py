@@ -1,4 +1,4 @@
-"""Models and options that the GPU kernels do not support. Pure."""
+"""Models and options that the kernels behind the C interface do not support. Pure."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ _MAX_WIDTH = 16384
 def unsupported(config: EngineConfig, model: ModelConfig) -> str | None:
     """Return why GPUs cannot serve this model with this configuration, or None."""
     return _unsupported_option(config, model) or _unsupported_model(model)
+
+
+def unsupported_on_cpu(config: EngineConfig, model: ModelConfig) -> str | None:
+    """Return why libfd_cpu.so cannot serve this model with this configuration, or None."""
+    if config.quantization is not None:
+        return f"--quantization {config.quantization} is computed through Paddle only"
+    if config.enable_expert_parallel and model.num_moe_layers:
+        return "--enable-expert-parallel is computed through Paddle only"
+    return None
 
 
 def _unsupported_option(config: EngineConfig, model: ModelConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""Splits the matrices of a checkpoint into the parts that a GPU uploads. Pure: no file is read."""
+"""Splits the matrices of a checkpoint into the parts that are uploaded. Pure: no file is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..weights.checkpoint_matrices import Matrix, MatrixStack
 from ..weights.stored_tensors import StoredTensor
 from .cuda_library import GATE, PLAIN, UP
 
-#: Rows of gate and up take turns of this many.
+#: Rows of gate and up take turns of this many on a GPU.
 _TURN = 8
 
 
@@ -65,7 +65,7 @@ def parts_of(matrix: Matrix, *, interleaved: bool) -> Iterator[Part]:
 
 
 def bias_of(matrix: Matrix, *, interleaved: bool) -> NDArray[np.float32] | None:
-    """Return the bias in the order of the outputs on the device."""
+    """Return the bias in the order of the outputs on a GPU."""
     if not matrix.biases:
         return None
     joined = np.concatenate([bias.float32() for bias in matrix.biases])

@@ -1,13 +1,12 @@
-"""The working memory of a step on a GPU: which buffers, how large, where. Pure."""
+"""The working memory of a step: which buffers, how large, where. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import EngineConfig, ModelConfig
-from .capacities import fitting, prompt_capacities, row_capacities
-from .tiles import activation_bytes, aligned
+from .capacities import prompt_capacities, row_capacities
+from .kernel_sizes import KernelSizes, aligned
 
 #: Prompt positions of a step whose logits are kept, see the scheduler.
 _MAX_SCORED = 256
@@ -19,7 +18,7 @@ _MAX_TOKEN_COUNTS = 2 << 20
 _MAX_LISTED = 2304
 SAMPLING_ROW_BYTES = 96
 _SEGMENT = 512
-_INT, _FLOAT, _HALF, _DOUBLE = 4, 4, 2, 8
+_INT, _FLOAT, _DOUBLE = 4, 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,6 @@ class StepLimits:
         sequences = self.sequences
         return 4 + (sequences + 1) + sequences + sequences * self.table_width + self.tokens + self.rows
 
-    def body_capacity(self, tokens: int, *, has_prompts: bool) -> int:
-        return fitting(self.prompt_capacities if has_prompts else self.decode_capacities, tokens)
-
 
 @dataclass(frozen=True, slots=True)
 class PlanLayout:
@@ -111,18 +107,6 @@ class ResultLayout:
         return self.logprobs + self.rows * DRAW_WIDTH * _DOUBLE
 
 
-@dataclass(frozen=True, slots=True)
-class KernelSizes:
-    """Sizes that the kernel library computes."""
-
-    #: (segments, kv heads, head_dim) -> bytes
-    attention_work: Callable[[int, int, int], int]
-    #: (tokens, k, experts) -> rows, with each expert's padding
-    expert_rows: Callable[[int, int, int], int]
-    #: vocabulary -> bytes of a row
-    draw_work: Callable[[int], int]
-
-
 def work_buffers(
     model: ModelConfig, limits: StepLimits, max_model_len: int, sizes: KernelSizes
 ) -> dict[str, int]:
@@ -134,11 +118,11 @@ def work_buffers(
         "hidden_states": tokens * hidden * _FLOAT,
         "rotary_cos_sin": tokens * head_dim * _FLOAT,
         "slot_mapping": tokens * _INT,
-        "normed": activation_bytes(tokens, hidden),
-        "qkv": tokens * (heads + 2 * kv_heads) * head_dim * _HALF,
-        "attended": activation_bytes(tokens, heads * head_dim),
+        "normed": sizes.activations(tokens, hidden),
+        "qkv": tokens * (heads + 2 * kv_heads) * head_dim * sizes.value,
+        "attended": sizes.activations(tokens, heads * head_dim),
         "attention_work": sizes.attention_work(segments, kv_heads, head_dim),
-        "final": activation_bytes(limits.rows, hidden),
+        "final": sizes.activations(limits.rows, hidden),
         "logits": limits.rows * model.vocab_size * _FLOAT,
         # Scored rows, which come after the drawn ones, need none.
         "draw_work": limits.sequences * sizes.draw_work(model.vocab_size),
@@ -146,7 +130,7 @@ def work_buffers(
     shared = model.moe_intermediate_size * model.moe_num_shared_experts if model.num_moe_layers else 0
     dense = model.intermediate_size if model.num_moe_layers < model.num_hidden_layers else 0
     if widest := max(shared, dense):
-        buffers["activated"] = activation_bytes(tokens, widest)
+        buffers["activated"] = sizes.activations(tokens, widest)
     if model.num_moe_layers:
         capacities = {*limits.decode_capacities, *limits.prompt_capacities}
         rows = max(sizes.expert_rows(capacity, k, model.moe_num_experts) for capacity in capacities)
@@ -156,10 +140,10 @@ def work_buffers(
             "topk_ids": tokens * k * _INT,
             "topk_weights": tokens * k * _FLOAT,
             "rows_in_expert": tokens * k * _INT,
-            "expert_rows": activation_bytes(rows, hidden),
-            "expert_activated": activation_bytes(rows, model.moe_intermediate_size),
+            "expert_rows": sizes.activations(rows, hidden),
+            "expert_activated": sizes.activations(rows, model.moe_intermediate_size),
             "assignments": rows * _INT,
-            "expert_results": tokens * k * hidden * _HALF,
+            "expert_results": tokens * k * hidden * sizes.value,
             "shared_results": tokens * hidden * _FLOAT,
         }
     return buffers

@@ -59,7 +59,7 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 P, I = c_void_p, c_int32  # noqa: E741
 EmbeddingArgs = _structure(
-    "EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, hidden_states=P, capacity=I
+    "EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, hidden_states=P, drawn=P, capacity=I
 )
 NormArgs = _structure(
     "NormArgs", hidden_states=P, weight=P, rows=P, count=P, out=P, router=P, router_logits=P, expert_rows=P,
@@ -68,6 +68,7 @@ NormArgs = _structure(
 RotationArgs = _structure(
     "RotationArgs", step=P, rotary_cos_sin=P, slot_mapping=P, theta=c_float, head_dim=I, capacity=I
 )
+OpenArgs = _structure("OpenArgs", ordinal=I, type=I, block_size=I, threads=I, cpus=P)
 AttentionArgs = _structure(
     "AttentionArgs", step=P, rotary_cos_sin=P, slot_mapping=P, qkv=P, keys=P, values=P, out=P, work=P,
     work_bytes=c_int64,
@@ -91,8 +92,9 @@ def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY.resolve()))
     library.fd_last_error.restype = ctypes.c_char_p
     library.fd_matrix_bytes.restype = c_int64
+    library.fd_matrix_bytes.argtypes = [c_void_p, c_int32, c_int32]
     library.fd_cache_bytes.restype = c_int64
-    library.fd_cache_bytes.argtypes = [c_int64, c_int32, c_int32]
+    library.fd_cache_bytes.argtypes = [c_void_p, c_int64, c_int32, c_int32]
     library.fd_attention_work_bytes.restype = c_int64
     library.fd_attention_work_bytes.argtypes = [c_int64, c_int32, c_int32]
     library.fd_expert_rows.restype = c_int64

@@ -42,7 +42,7 @@ class Cache:
         self.heads = heads
         self.width = max(-(-length // BLOCK) for length in texts)
         total = len(texts) * self.width + 3
-        size = int(fd.library().fd_cache_bytes(total, heads.keys, heads.columns)) // 2
+        size = int(fd.library().fd_cache_bytes(None, total, heads.keys, heads.columns)) // 2
         self.keys, self.values = (torch.full((2, size), 1e4, dtype=torch.bfloat16, device="cuda")).unbind(0)
         self.tables = torch.randperm(total)[: len(texts) * self.width].view(len(texts), self.width)
         work = int(fd.library().fd_attention_work_bytes(total, heads.keys, heads.columns))

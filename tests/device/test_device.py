@@ -31,6 +31,8 @@ class Info(ctypes.Structure):
         ("multiprocessors", c_int32),
         ("bytes_free", c_int64),
         ("bytes_total", c_int64),
+        ("value_bytes", c_int32),
+        ("biases_in_matrices", c_int32),
     ]
 
 
@@ -38,7 +40,11 @@ class Device:
     def __init__(self) -> None:
         self.library, self.handle = fd.library(), c_void_p()
         self.library.fd_stream.restype = c_void_p
-        assert self.library.fd_open(0, byref(self.handle)) == 0, self.error()
+        assert self.open(self.handle) == 0, self.error()
+
+    def open(self, handle: c_void_p, ordinal: int = 0, type: int = 2, block_size: int = 64) -> int:
+        args = fd.OpenArgs(ordinal=ordinal, type=type, block_size=block_size)
+        return self.library.fd_open(byref(args), byref(handle))
 
     def error(self) -> str:
         return self.library.fd_last_error().decode()
@@ -104,7 +110,8 @@ class Network:
         stream = c_void_p(self.device.library.fd_stream(self.device.handle))
         args = fd.fill(
             fd.EmbeddingArgs, step=self.device.plan.address, table=self.table, vocabulary=VOCABULARY,
-            width=WIDTH, hidden_states=self.hidden_states, capacity=CAPACITY,
+            width=WIDTH, hidden_states=self.hidden_states, drawn=self.device.results.address,
+            capacity=CAPACITY,
         )  # fmt: skip
         assert self.device.library.fd_embedding(stream, byref(args)) == 0
         args = fd.fill(
@@ -163,6 +170,20 @@ def test_two_steps_may_be_in_flight(device: Device) -> None:
     assert device.begin(plan(1))[0] == 0
 
 
+def test_a_step_takes_tokens_that_the_step_before_draws(device: Device) -> None:
+    device.steps()
+    network = Network(device)
+    tickets = []
+    for tokens in ((3, 4, 5), (-3, 7, -1)):
+        _, ticket = device.begin(plan(*tokens))
+        network.enqueue()
+        assert device.end(ticket) == 0
+        tickets.append(ticket)
+    first, second = (device.wait(ticket)[:3].tolist() for ticket in tickets)
+    assert first == [network.best[t] for t in (3, 4, 5)]
+    assert second == [network.best[t] for t in (first[2], 7, first[0])]
+
+
 def test_one_graph_serves_every_batch(device: Device) -> None:
     device.steps()
     network = Network(device)
@@ -183,9 +204,15 @@ def test_one_graph_serves_every_batch(device: Device) -> None:
 
 
 def test_a_gpu_that_is_not_there(device: Device) -> None:
-    handle = c_void_p()
-    assert device.library.fd_open(99, byref(handle)) == BAD_ARGUMENT
+    assert device.open(c_void_p(), ordinal=99) == BAD_ARGUMENT
     assert device.error() == "opening GPU 99: invalid device ordinal"
+
+
+def test_what_a_gpu_does_not_compute_is_refused(device: Device) -> None:
+    assert device.open(c_void_p(), type=0) == BAD_ARGUMENT
+    assert device.error() == "GPUs compute in bfloat16 only"
+    assert device.open(c_void_p(), block_size=16) == BAD_ARGUMENT
+    assert device.error() == "on GPUs a block of the cache has 64 tokens"
 
 
 def test_a_plan_that_does_not_fit(device: Device) -> None:

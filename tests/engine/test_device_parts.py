@@ -24,10 +24,10 @@ from fastdeploy.device.capacities import fitting, prompt_capacities, row_capacit
 from fastdeploy.device.choice import Gpu, choose_gpu, deal
 from fastdeploy.device.cuda_limits import unsupported
 from fastdeploy.device.cuda_weights import weight_bytes
+from fastdeploy.device.kernel_sizes import KernelSizes
 from fastdeploy.device.uploads import bias_of, is_interleaved, outputs_of, parts_of
 from fastdeploy.device.work_memory import (
     SAMPLING_ROW_BYTES,
-    KernelSizes,
     PlanLayout,
     ResultLayout,
     StepLimits,
@@ -41,6 +41,15 @@ from ..checkpoints import LAYOUTS, config_json, draw_tensors, write_checkpoint
 
 CONFIG = EngineConfig(model=Path("none"))
 HOPPER = Gpu(0, "NVIDIA H200", (9, 0))
+SIZES = KernelSizes(
+    matrix=lambda outputs, inputs: 2 * outputs * inputs + 1,
+    router=lambda experts, inputs: 4 * experts * inputs + 1,
+    activations=lambda rows, width: 2 * rows * width + 1,
+    cache_block=lambda kv_heads, head_dim: 128 * kv_heads * head_dim,
+    attention_work=lambda *_: 1001,
+    expert_rows=lambda tokens, k, experts: tokens * k + experts * 63,
+    draw_work=lambda _: 77,
+)
 
 
 def model_config(tmp_path: Path, **changes: object) -> ModelConfig:
@@ -92,7 +101,7 @@ def test_parts_hold_each_row_of_a_matrix_once(tmp_path: Path, layout: str) -> No
             assert ours is None or bias is None or ours.tobytes() == bias.tobytes()
             seen += 1
     assert seen > 20
-    assert weight_bytes(stacks) % 256 == 0
+    assert weight_bytes(stacks, SIZES) % 256 == 0
 
 
 # ---- graphs
@@ -130,8 +139,8 @@ def test_a_plan_has_room_for_any_step(sequences: int, tokens: int, length: int, 
     assert plan.token_counts(used) >= plan.step + 4 * used
     assert plan.bytes >= plan.token_counts(used) + 8 * limits.token_counts
     assert results.logprobs % 8 == results.top_tokens % 4 == 0
-    assert limits.body_capacity(sequences, has_prompts=False) == sequences
-    assert limits.body_capacity(limits.tokens, has_prompts=True) == limits.tokens
+    assert limits.decode_capacities[-1] == sequences
+    assert limits.prompt_capacities[-1] == limits.tokens
 
 
 def model_of_vocabulary(size: int) -> ModelConfig:
@@ -161,8 +170,7 @@ def model_of_vocabulary(size: int) -> ModelConfig:
 
 def test_buffers_do_not_overlap() -> None:
     model = model_of_vocabulary(1000)
-    sizes = KernelSizes(lambda *_: 1001, lambda tokens, k, experts: tokens * k + experts * 63, lambda _: 77)
-    buffers = work_buffers(model, StepLimits.of(CONFIG, model), CONFIG.max_model_len, sizes)
+    buffers = work_buffers(model, StepLimits.of(CONFIG, model), CONFIG.max_model_len, SIZES)
     places, end = offsets(buffers)
     spans = sorted((start, start + buffers[name]) for name, start in places.items())
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
@@ -186,6 +194,7 @@ def test_the_cache_takes_the_share_of_the_replica() -> None:
 def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     names = {
         "fd_buffer": cuda_library.Buffer,
+        "fd_open_args": cuda_library.OpenArgs,
         "fd_info_t": cuda_library.Info,
         "fd_retile_args": cuda_library.RetileArgs,
         "fd_product_args": cuda_library.ProductArgs,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastdeploy.common.request import Batch, ScheduledSequence, Sequence
+from tests.cpu_library import PATHS
 from tests.network import Network, recorded_routes
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -20,15 +21,20 @@ def reference() -> dict[str, np.ndarray]:
     return dict(np.load(FIXTURES / "tiny_reference.npz"))
 
 
-@pytest.fixture
-def network() -> Network:
-    return Network(FIXTURES / "tiny")
+@pytest.fixture(params=PATHS)
+def network(request: pytest.FixtureRequest) -> Network:
+    return Network(FIXTURES / "tiny", kernels=request.param)
+
+
+#: The library shows no picks.
+through_paddle = pytest.mark.parametrize("network", ["paddle"], indirect=True)
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
+@through_paddle
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_logits_picks_and_greedy_text_are_the_reference(
     network: Network, reference: dict[str, np.ndarray], prompt: int
@@ -44,6 +50,7 @@ def test_logits_picks_and_greedy_text_are_the_reference(
     assert sequence.output_token_ids == reference[f"greedy_{prompt}"].tolist()
 
 
+@through_paddle
 @pytest.mark.parametrize("chunk", [1, 7, 16, 50, 129, 199])
 def test_chunks_of_prefill_do_not_show(
     network: Network, reference: dict[str, np.ndarray], chunk: int

@@ -20,6 +20,7 @@ from fastdeploy.custom_ops import reference
 from fastdeploy.device.paddle_cpu import ModelRunner
 
 from ..checkpoints import config_json, draw_tensors, write_checkpoint
+from ..cpu_library import PATHS
 from ..network import Network
 from ..random_traffic import MAX_MODEL_LEN, RandomModel
 from ..reference_network import ReferenceNetwork
@@ -62,22 +63,31 @@ def ask(name: str, prompt: list[int], **params: object) -> AddRequest:
     return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
 
 
-def engine_of(model: RandomModel, num_blocks: int = 64, **changes: object) -> tuple[EngineCore, ModelRunner]:
+def engine_of(model: RandomModel, num_blocks: int = 64, **changes: object) -> EngineCore:
+    config = config_of(**changes)
+    return EngineCore(config, model.config, model.runner(config, num_blocks), num_blocks)
+
+
+def paddle_engine_of(model: RandomModel, **changes: object) -> tuple[EngineCore, ModelRunner]:
+    config = config_of(**changes)
+    runner = ModelRunner(model.network, model.config, config, 64)
+    return EngineCore(config, model.config, runner, 64), runner
+
+
+def config_of(**changes: object) -> EngineConfig:
     values: dict[str, object] = {"max_model_len": MAX_MODEL_LEN, "block_size": 16, "dtype": "float32"}
-    config = EngineConfig(model=Path("none"), **(values | changes))  # type: ignore[arg-type]
-    runner = ModelRunner(model.network, model.config, config, num_blocks)
-    return EngineCore(config, model.config, runner, num_blocks), runner
+    return EngineConfig(model=Path("none"), **(values | changes))  # type: ignore[arg-type]
 
 
 def alone(model: RandomModel, request: AddRequest) -> Answers:
-    engine, _ = engine_of(model, max_num_batched_tokens=MAX_MODEL_LEN, enable_prefix_caching=False)
+    engine, _ = paddle_engine_of(model, max_num_batched_tokens=MAX_MODEL_LEN, enable_prefix_caching=False)
     engine.add(request)
     return Answers(engine).drain()
 
 
-@pytest.fixture(scope="module")
-def model() -> RandomModel:
-    return RandomModel(5, "float32")
+@pytest.fixture(scope="module", params=PATHS)
+def model(request: pytest.FixtureRequest) -> RandomModel:
+    return RandomModel(5, "float32", request.param)
 
 
 def prompt_of(model: RandomModel, length: int, seed: int = 1) -> list[int]:
@@ -125,8 +135,9 @@ def test_generated_text_has_the_same_logprobs_as_a_prompt(model: RandomModel) ->
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_neither_chunks_nor_neighbours_nor_preemption_change_them(data: st.DataObject) -> None:
-    model = RandomModel(5, "float32")
+@pytest.mark.parametrize("kernels", PATHS)
+def test_neither_chunks_nor_neighbours_nor_preemption_change_them(kernels: str, data: st.DataObject) -> None:
+    model = RandomModel(5, "float32", kernels)
     lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=5), "lengths")
     wanted = data.draw(st.lists(st.sampled_from([None, 0, 3]), min_size=5, max_size=5), "wanted")
     requests = [
@@ -134,7 +145,7 @@ def test_neither_chunks_nor_neighbours_nor_preemption_change_them(data: st.DataO
         for index, length in enumerate(lengths)
     ]
     custom_ops.set_threads(data.draw(st.integers(1, 2), "threads"))
-    engine, _ = engine_of(
+    engine = engine_of(
         model,
         # With few blocks, later requests are preempted and recomputed from their cached prefix.
         num_blocks=data.draw(st.sampled_from([24, 40, 100]), "blocks"),
@@ -153,7 +164,7 @@ def test_neither_chunks_nor_neighbours_nor_preemption_change_them(data: st.DataO
 
 
 def test_scored_prompt_does_not_use_the_prefix_cache(model: RandomModel) -> None:
-    engine, _ = engine_of(model)
+    engine = engine_of(model)
     prompt = prompt_of(model, 100)
     answers = Answers(engine)
     for name in ("first", "second"):
@@ -168,7 +179,7 @@ def test_scored_prompt_does_not_use_the_prefix_cache(model: RandomModel) -> None
 
 
 def test_a_preempted_prompt_is_scored_once(model: RandomModel) -> None:
-    engine, _ = engine_of(model, num_blocks=20, max_num_batched_tokens=64)
+    engine = engine_of(model, num_blocks=20, max_num_batched_tokens=64)
     # The old request grows until the young one, whose prompt is not yet complete, is preempted.
     engine.add(ask("old", prompt_of(model, 60), max_tokens=200, prompt_logprobs=None, logprobs=None))
     engine.add(ask("young", prompt_of(model, 200, seed=2)))
@@ -178,9 +189,10 @@ def test_a_preempted_prompt_is_scored_once(model: RandomModel) -> None:
     )
 
 
-def test_a_step_keeps_few_rows_of_logits(model: RandomModel) -> None:
+def test_a_step_keeps_few_rows_of_logits() -> None:
     """A row is as long as the vocabulary, and a prompt has thousands of tokens."""
-    engine, runner = engine_of(model, max_num_batched_tokens=MAX_MODEL_LEN)
+    model = RandomModel(5, "float32")
+    engine, runner = paddle_engine_of(model, max_num_batched_tokens=MAX_MODEL_LEN)
     rows: list[int] = []
     execute = runner.execute
 
@@ -203,15 +215,16 @@ def test_prompt_of_one_token_has_no_logprobs(model: RandomModel) -> None:
 
 
 def test_a_prompt_without_an_answer_may_fill_the_whole_context(model: RandomModel) -> None:
-    engine, _ = engine_of(model, num_blocks=MAX_MODEL_LEN // 16)
+    engine = engine_of(model, num_blocks=MAX_MODEL_LEN // 16)
     engine.add(ask("a", prompt_of(model, MAX_MODEL_LEN), max_tokens=0))
     answers = Answers(engine).drain()
     assert len(answers.prompts["a"]) == MAX_MODEL_LEN - 1
     assert answers.tokens["a"] == []
 
 
-def test_broken_logits_fail_the_request(model: RandomModel) -> None:
-    engine, runner = engine_of(model)
+def test_broken_logits_fail_the_request() -> None:
+    model = RandomModel(5, "float32")
+    engine, runner = paddle_engine_of(model)
     execute = runner.execute
 
     def broken(batch: Batch, **options: bool) -> object:

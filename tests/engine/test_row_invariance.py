@@ -14,7 +14,7 @@ from fastdeploy import custom_ops
 from fastdeploy.common.messages import AddRequest
 from fastdeploy.common.request import SamplingParams
 from tests.random_traffic import (
-    WEIGHT_FORMATS,
+    KERNELS,
     Alone,
     RandomModel,
     RecordedEngine,
@@ -33,10 +33,12 @@ def one_thread_afterwards() -> Iterator[None]:
 
 @settings(max_examples=18)
 @given(data=st.data())
-@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
-def test_a_request_is_computed_as_if_it_were_alone(weight_format: str, data: st.DataObject) -> None:
-    """They depend neither on batch, order and chunks, nor on prefix cache, blocks and threads."""
-    model = RandomModel(data.draw(seeds, "model"), weight_format)
+@pytest.mark.parametrize(("kernels", "weight_format"), KERNELS)
+def test_a_request_is_computed_as_if_it_were_alone(
+    kernels: str, weight_format: str, data: st.DataObject
+) -> None:
+    """They depend neither on batch, order and chunks, nor on prefix cache, blocks, threads, steps ahead."""
+    model = RandomModel(data.draw(seeds, "model"), weight_format, kernels)
     random = np.random.default_rng(data.draw(seeds, "requests"))
     requests = draw_requests(random, model.config.vocab_size, data.draw(st.integers(1, 6), "requests"))
     block_size = data.draw(st.sampled_from([4, 8, 16, 32, 64]), "block size")
@@ -44,14 +46,17 @@ def test_a_request_is_computed_as_if_it_were_alone(weight_format: str, data: st.
 
     longest = max(len(request.prompt_token_ids) + request.params.max_tokens for request in requests)
     least = -(-longest // block_size)
-    custom_ops.set_threads(data.draw(st.integers(1, 3), "threads"))
+    threads = data.draw(st.integers(1, 3), "threads")
+    custom_ops.set_threads(threads)
     engine = model.engine(
+        threads=threads,
         num_blocks=least + data.draw(st.integers(0, 12), "spare blocks"),
         every_position=data.draw(st.booleans(), "every position"),
         block_size=block_size,
         max_num_seqs=data.draw(st.integers(1, 6), "seats"),
         max_num_batched_tokens=data.draw(st.one_of(st.integers(1, 40), st.just(700)), "tokens of a step"),
         enable_prefix_caching=data.draw(st.booleans(), "prefix caching"),
+        ahead=data.draw(st.none() | st.integers(0, 99), "ahead"),
     )
     for request in data.draw(st.permutations(requests), "order"):
         engine.add(request)
@@ -67,9 +72,10 @@ def greedy(name: str, prompt: list[int], max_tokens: int) -> AddRequest:
     return AddRequest(name, prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0), 0.0)
 
 
-@pytest.fixture(scope="module", params=WEIGHT_FORMATS)
+@pytest.fixture(scope="module", params=KERNELS, ids="-".join)
 def model(request: pytest.FixtureRequest) -> RandomModel:
-    return RandomModel(2, request.param)
+    kernels, weight_format = request.param
+    return RandomModel(2, weight_format, kernels)
 
 
 def run(model: RandomModel, requests: list[AddRequest], **changes: object) -> RecordedEngine:
@@ -108,4 +114,4 @@ def test_chunks_of_a_prompt_longer_than_a_segment_do_not_show(model: RandomModel
 def test_more_threads_compute_the_same(model: RandomModel, threads: int) -> None:
     requests = [greedy(f"r{i}", list(range(3, 5 + 13 * i)), max_tokens=9) for i in range(5)]
     custom_ops.set_threads(threads)
-    run(model, requests, max_num_batched_tokens=50)
+    run(model, requests, max_num_batched_tokens=50, threads=threads)

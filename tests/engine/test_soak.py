@@ -14,7 +14,7 @@ import pytest
 from fastdeploy import custom_ops
 from fastdeploy.common.messages import AddRequest
 from tests.random_traffic import (
-    WEIGHT_FORMATS,
+    KERNELS,
     Alone,
     RandomModel,
     RecordedEngine,
@@ -53,19 +53,23 @@ def test_traffic_leaves_no_trace_in_any_logit(capsys: pytest.CaptureFixture[str]
 def traffic(seed: int) -> Counter[str]:
     """Run random requests through one random model and abort some of them; return the counts."""
     random = np.random.default_rng(seed)
-    model = RandomModel(int(random.integers(2**32)), str(random.choice(WEIGHT_FORMATS)))
+    kernels, weight_format = KERNELS[random.integers(len(KERNELS))]
+    model = RandomModel(int(random.integers(2**32)), weight_format, kernels)
     requests = draw_requests(random, model.config.vocab_size, int(random.integers(1, 25)))
     block_size = int(random.choice([4, 8, 16, 32, 64, 128]))
     alone = {request.request_id: Alone.compute(model, request, block_size) for request in requests}
     longest = max(len(request.prompt_token_ids) + request.params.max_tokens for request in requests)
-    custom_ops.set_threads(int(random.integers(1, 4)))
+    threads = int(random.integers(1, 4))
+    custom_ops.set_threads(threads)
     engine = model.engine(
+        threads=threads,
         num_blocks=-(-longest // block_size) + int(random.choice([0, 2, 8, 30])),
         every_position=bool(random.random() < 0.3),
         block_size=block_size,
         max_num_seqs=int(random.integers(1, 17)),
         max_num_batched_tokens=int(random.choice([5, 24, 64, 256, 1024])),
         enable_prefix_caching=bool(random.integers(2)),
+        ahead=seed if random.random() < 0.5 else None,
     )
     aborted = live(engine, requests, random)
     assert engine.ended.keys() | aborted == alone.keys()
@@ -77,6 +81,7 @@ def traffic(seed: int) -> Counter[str]:
             "requests": len(requests),
             "of them aborted": len(aborted),
             "steps": engine.stats.steps_total,
+            "of them submitted ahead": engine.ahead.num_ahead if engine.ahead else 0,
             "preemptions": engine.stats.preemptions_total,
             "prompt tokens from the prefix cache": engine.stats.prefix_cache_hit_tokens_total,
             "tokens drawn": sum(map(len, engine.texts.values())),

@@ -11,6 +11,10 @@
 
 namespace fd {
 
+// Raise it with each change of the kernels that changes the bits of a result, together with PROTOCOL_VERSION in
+// expert_parallel/layout.py, so that fd-dp starts new replicas in a group of their own.
+constexpr int kNumericVersion = 1;
+
 enum class Output {
   kStore,   // out[row] = y
   kAdd,     // out[row] += y

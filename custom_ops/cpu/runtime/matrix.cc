@@ -69,4 +69,17 @@ PackedMatrix PackedMatrix::view(const void* blob, int64_t bytes) {
   return matrix;
 }
 
+PackedMatrix PackedMatrix::bare(Format format, int outputs, int inputs, int count, const void* data) {
+  PackedMatrix matrix;
+  matrix.format = format;
+  matrix.outputs = outputs;
+  matrix.inputs = inputs;
+  matrix.count = count;
+  matrix.panels = (outputs - 1) / kPanel + 1;
+  matrix.panel_bytes = (min_panel_bytes(format, inputs) + 63) / 64 * 64;
+  matrix.matrix_bytes = matrix.panels * matrix.panel_bytes;
+  matrix.data = static_cast<const uint8_t*>(data);
+  return matrix;
+}
+
 }  // namespace fd
