@@ -52,8 +52,10 @@ class System:
         parallel: str = "expert_parallel = false",
         engine: str = "",
         supervise: str = "backoff_first = 0.2",
+        scripts: Path = BIN,
     ) -> None:
         self.prefix = prefix
+        self.scripts = scripts
         self.replicas = replicas
         self.run = uuid.uuid4().hex
         ports = free_ports(3 * replicas + 2)
@@ -98,7 +100,7 @@ port = {self.metrics_port}
     def start_daemon(self) -> subprocess.Popen[bytes]:
         with (self.prefix / "fd-dp.out").open("ab") as out:
             self.daemon = subprocess.Popen(
-                [str(BIN / "fd-dp"), "--config", str(self.config), "--prefix", str(self.prefix)],
+                [str(self.scripts / "fd-dp"), "--config", str(self.config), "--prefix", str(self.prefix)],
                 stdout=out,
                 stderr=out,
                 env={**os.environ, MARKER: self.run},
@@ -108,7 +110,7 @@ port = {self.metrics_port}
 
     def fdctl(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(BIN / "fdctl"), "--prefix", str(self.prefix), *arguments],
+            [str(self.scripts / "fdctl"), "--prefix", str(self.prefix), *arguments],
             capture_output=True,
             text=True,
             check=False,
