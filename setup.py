@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -44,6 +45,14 @@ class BuildLibraries(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
 
+class Wheel(bdist_wheel):
+    """A wheel for every version of Python, because the libraries are none of its modules."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 operations = CppExtension(
     sources=sorted(str(file) for folder in ("cpu", "paddle") for file in (OPERATIONS / folder).rglob("*.cc")),
     include_dirs=[str(OPERATIONS / folder) for folder in ("include", "cpu", "paddle")],
@@ -61,4 +70,4 @@ fast_path = Extension(
     language="c++",
 )
 
-setup(ext_modules=[operations, fast_path], cmdclass={"build_ext": BuildLibraries})
+setup(ext_modules=[operations, fast_path], cmdclass={"bdist_wheel": Wheel, "build_ext": BuildLibraries})
