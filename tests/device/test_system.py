@@ -36,20 +36,24 @@ SHAPE = {
 }
 
 
+class OnGpu(System):
+    """A system with the packages of this process, where fd-dp need not be installed."""
+
+
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     directory = tmp_path_factory.mktemp("fd")
+    OnGpu.scripts = make_environment(directory / "environment")
     config, model = config_json(**SHAPE), directory / "model"
     write_checkpoint(model, config, draw_tensors(config, 1), dtype="BF16")
     for file in TINY_MODEL.glob("token*.json"):
         shutil.copy(file, model)
-    running = System(
+    running = OnGpu(
         directory,
         replicas=2,
         model=model,
         engine=f'device = "gpu"\nextra_args = {json.dumps(["--chat-template", TEMPLATE])}',
         supervise="backoff_first = 0.2\nbackoff_max = 1\nbudget = 1000\nbox_budget = 1000",
-        scripts=make_environment(directory / "environment"),
     )
     try:
         running.wait_ready()

@@ -44,6 +44,9 @@ def marked_processes(run: str) -> list[psutil.Process]:
 class System:
     """fd-dp in a directory of its own, on free ports."""
 
+    #: Folder of the commands.
+    scripts = BIN
+
     def __init__(
         self,
         prefix: Path,
@@ -52,10 +55,8 @@ class System:
         parallel: str = "expert_parallel = false",
         engine: str = "",
         supervise: str = "backoff_first = 0.2",
-        scripts: Path = BIN,
     ) -> None:
         self.prefix = prefix
-        self.scripts = scripts
         self.replicas = replicas
         self.run = uuid.uuid4().hex
         ports = free_ports(3 * replicas + 2)
