@@ -226,7 +226,12 @@ class Measured:
         for _ in range(steps):
             self._step()
         mean = (time.perf_counter() - begun) / steps
-        found = Step(mean, watch.graph_alone(32), mean - watch.waited / steps)
+        host = mean - watch.waited / steps
+        # Without a step ahead, so that the device is free.
+        self.device.runs_ahead, ahead = False, self.device.runs_ahead
+        self._step()
+        found = Step(mean, watch.graph_alone(32), host)
+        self.device.runs_ahead = ahead
         self._finish()
         return found
 

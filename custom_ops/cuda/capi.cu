@@ -116,7 +116,7 @@ int fd_product(void* stream, const fd_product_args* args) {
 int fd_embedding(void* stream, const fd_embedding_args* args) {
   if (args->capacity < 1 || args->vocabulary < 1) return refuse("embedding: a capacity and a vocabulary of at least 1");
   if (args->width % 2 != 0) return refuse("embedding: an even width");
-  return status_of("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->hidden_states},
+  return status_of("embedding", embedding({args->step, args->table, args->vocabulary, args->width, args->hidden_states, args->drawn},
                                           args->capacity, stream_of(stream)));
 }
 

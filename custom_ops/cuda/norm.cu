@@ -139,7 +139,8 @@ __global__ __launch_bounds__(kThreads) void embedding_kernel(const __grid_consta
   wait_for_predecessor();
   const StepView step(args.step);
   for (int token = blockIdx.x; token < step.num_tokens; token += gridDim.x) {
-    const int id = min(max(step.token_ids[token], 0), args.vocabulary - 1);
+    const int given = step.token_ids[token];
+    const int id = min(max(given < 0 && args.drawn != nullptr ? args.drawn[-1 - given] : given, 0), args.vocabulary - 1);
     const __nv_bfloat16* const row = static_cast<const __nv_bfloat16*>(args.table) + int64_t{id} * args.width;
     for (int i = threadIdx.x * 2; i < args.width; i += kThreads * 2) {
       *reinterpret_cast<float2*>(args.hidden_states + int64_t{token} * args.width + i) =

@@ -28,13 +28,14 @@ struct Router {
   int32_t* counts;  // [experts]: set to zero, for route()
 };
 
-// hidden_states[t] = table[token_ids[t]] of the step.
+// hidden_states[t] = table[token_ids[t]] of the step; a token id -1 - r stands for drawn[r].
 struct Embedding {
   const int32_t* step;
   const void* table;  // bfloat16 [vocabulary, width]
   int vocabulary;
   int width;
   float* hidden_states;
+  const int32_t* drawn;  // may be null
 };
 
 constexpr int kMaxExperts = 256;

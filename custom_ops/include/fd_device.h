@@ -160,6 +160,7 @@ typedef struct {
   int32_t vocabulary;
   int32_t width;
   float* hidden_states; /* [tokens, width] */
+  const int32_t* drawn; /* the tokens that the step before drew: id -1 - r of a step is drawn[r]; NULL: no such ids */
   int32_t capacity;
 } fd_embedding_args;
 

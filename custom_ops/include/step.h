@@ -9,6 +9,7 @@ namespace fd {
 //   num_sequences, num_tokens, table_width, num_logits,
 //   first_token[num_sequences + 1], start[num_sequences], block_tables[num_sequences, table_width],
 //   token_ids[num_tokens], logit_tokens[num_logits]
+// A token id -1 - r stands for what row r of the step before drew; only devices that run ahead get such ids.
 struct Step {
   int num_sequences;
   int num_tokens;

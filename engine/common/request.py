@@ -118,6 +118,8 @@ class ScheduledSequence:
     samples: bool
     #: Positions whose logits are needed for the log probability of the following prompt token.
     scored: range = range(0)
+    #: The row of draws of the step before that draws the token at `start`, if that step is not committed yet.
+    drawn_by: int | None = None
 
     @property
     def end(self) -> int:

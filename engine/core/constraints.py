@@ -41,6 +41,11 @@ class Constraint:
     def has_mask(self) -> bool:
         return self.matcher is not None or self._allowed is not None
 
+    def is_settled(self, num_outputs: int) -> bool:
+        """Return True if the ids that may follow stay the same from this number of output tokens on."""
+        are_stops_hidden = len(self._stops) > 0 and num_outputs < self._params.min_tokens
+        return self.matcher is None and not self._bad_words and not are_stops_hidden
+
     def forbidden(self, outputs: Many[int]) -> Ids:
         """Return the ids that must not follow, for a sequence without a mask.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,8 @@ from ..common.errors import FastDeployError, RequestError
 from ..common.messages import AddRequest, ExpertParallelStats, Logprobs, Stats, StepOutputs, TokenOutput
 from ..common.request import Batch, FinishReason, Sequence
 from ..config import EngineConfig, ModelConfig
-from ..device.device import Runner
+from ..device.device import Runner, Ticket
+from ..device.draws import Draw, Drawn
 from ..device.errors import DeviceBroken
 from ..expert_parallel.membership import RankLost
 from .block_pool import BlockPool
@@ -35,6 +37,18 @@ _COMPILE_SECONDS = 0.01
 
 class EngineBroken(FastDeployError):
     """Too many consecutive steps have failed; the process should be restarted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A submitted step."""
+
+    batch: Batch
+    draw: Draw | None = None
+    scores: Draw | None = None
+    ticket: Ticket = None
+    #: Why it could not be submitted.
+    error: Exception | None = None
 
 
 class EngineCore:
@@ -61,6 +75,8 @@ class EngineCore:
         self._compiling: dict[str, tuple[Sequence, Future[LLMatcher]]] = {}
         #: Keeps the grammars of live sequences compiled.
         self._compiled: WeakKeyDictionary[Sequence, Future[LLMatcher]] = WeakKeyDictionary()
+        #: The step after the one that `step` has returned last, if it is being computed already.
+        self._ahead: _Step | None = None
         # Errors of requests that were not queued; sent with the outputs of the next step.
         self._refusals: list[TokenOutput] = []
         self._steps_total = 0
@@ -68,8 +84,9 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
+        scheduler = self._scheduler
         return bool(
-            self._refusals or self._compiling or self._scheduler.num_running or self._scheduler.num_waiting
+            self._ahead or self._refusals or self._compiling or scheduler.num_running or scheduler.num_waiting
         )
 
     def add(self, request: AddRequest) -> None:
@@ -94,6 +111,8 @@ class EngineCore:
     def step(self) -> StepOutputs:
         """Compute one batch. If that fails, its requests end with an error and the engine continues.
 
+        If the device allows it, the batch after it is submitted before the results are awaited.
+
         Raises:
             EngineBroken: too many consecutive steps have failed.
             RankLost: the other ranks continue without this one.
@@ -101,19 +120,16 @@ class EngineCore:
         """
         self._queue_compiled()
         outputs, self._refusals = self._refusals, []
-        batch = self._scheduler.schedule()
-        if batch:
-            self._steps_total += 1
-            try:
-                sampled, prompt_logprobs = self._compute(batch)
-            except (RankLost, DeviceBroken):
-                raise
-            except Exception as error:
-                outputs += self._fail(batch, error)
-            else:
-                self._failed_steps = 0
-                outputs += self._commit(batch, sampled, prompt_logprobs)
-        return StepOutputs(outputs, self._stats(batch.num_tokens))
+        step = self._ahead
+        if step is None:
+            batch = self._scheduler.schedule()
+            if not batch:
+                return StepOutputs(outputs, self._stats(batch_tokens=0))
+            step = self._submit(batch)
+        self._ahead = self._submit_ahead(step) if self._runner.runs_ahead else None
+        self._steps_total += 1
+        outputs += self._finish(step)
+        return StepOutputs(outputs, self._stats(step.batch.num_tokens))
 
     def on_idle(self) -> StepOutputs:
         """Check the bookkeeping of the cache and return statistics. Call it when there is no work.
@@ -167,17 +183,67 @@ class EngineCore:
                 is_refused = isinstance(error, RequestError)
                 self._refusals.append(_error(sequence.request_id, str(error), is_refused=is_refused))
 
-    def _compute(self, batch: Batch) -> tuple[list[Sampled], list[Logprobs]]:
+    def _submit(self, batch: Batch, *, ahead: bool = False) -> _Step:
         sampler = self._sampler
         sequences = [row.sequence for row in batch.rows if row.samples]
         rows = [row for row in batch.rows if row.scored]
-        draw = sampler.draw(sequences) if sequences else None
-        scores = sampler.scores(rows) if rows else None
-        drawn, scored = self._runner.compute(batch, draw, scores)
-        sampled = [] if draw is None or drawn is None else sampler.sampled(draw, drawn, sequences)
-        if scores is None or scored is None:
-            return sampled, []
-        return sampled, sampler.scored(scores, scored, rows)
+        try:
+            draw = sampler.draw(sequences, ahead=ahead) if sequences else None
+            scores = sampler.scores(rows) if rows else None
+            return _Step(batch, draw, scores, self._runner.submit(batch, draw, scores))
+        except (RankLost, DeviceBroken):
+            raise
+        except Exception as error:
+            return _Step(batch, error=error)
+
+    def _submit_ahead(self, step: _Step) -> _Step | None:
+        """Submit the step after `step`, which is being computed; None if its results are needed for that."""
+        if step.error is not None:
+            return None
+        if not all(self._sampler.draws_ahead(row.sequence) for row in step.batch.rows):
+            return None
+        batch = self._scheduler.schedule_ahead(step.batch)
+        return self._submit(batch, ahead=True) if batch else None
+
+    def _finish(self, step: _Step) -> list[TokenOutput]:
+        """Wait for a step and commit it, without the rows of sequences that have ended since."""
+        rows = step.batch.rows
+        kept = [index for index, row in enumerate(rows) if self._scheduler.holds(row.sequence)]
+        batch = step.batch if len(kept) == len(rows) else Batch(tuple(rows[index] for index in kept))
+        try:
+            if step.error is not None:
+                raise step.error
+            drawn, scored = self._runner.wait(step.ticket)
+            draw = step.draw
+            if batch is not step.batch and draw is not None and drawn is not None:
+                # Each row of a step that was submitted ahead draws a token.
+                draw, drawn = draw.select(kept), drawn.select(kept)
+            sampled, prompt_logprobs = self._read(batch, (draw, drawn), (step.scores, scored))
+        except (RankLost, DeviceBroken):
+            raise
+        except Exception as error:
+            # If the step before has failed, it has no rows left.
+            return self._fail(batch, error) if batch else []
+        if batch:
+            self._failed_steps = 0
+        return self._commit(batch, sampled, prompt_logprobs)
+
+    def _read(
+        self,
+        batch: Batch,
+        sampling: tuple[Draw | None, Drawn | None],
+        scoring: tuple[Draw | None, Drawn | None],
+    ) -> tuple[list[Sampled], list[Logprobs]]:
+        sampler = self._sampler
+        sampled: list[Sampled] = []
+        prompt_logprobs: list[Logprobs] = []
+        draw, drawn = sampling
+        if draw is not None and drawn is not None:
+            sampled = sampler.sampled(draw, drawn, [row.sequence for row in batch.rows if row.samples])
+        draw, drawn = scoring
+        if draw is not None and drawn is not None:
+            prompt_logprobs = sampler.scored(draw, drawn, [row for row in batch.rows if row.scored])
+        return sampled, prompt_logprobs
 
     def _commit(
         self, batch: Batch, sampled: list[Sampled], prompt_logprobs: list[Logprobs]

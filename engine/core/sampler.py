@@ -49,18 +49,27 @@ class Sampler:
         self._vocab_size = vocab_size
         self._grammars = grammars
         self._recipes: WeakKeyDictionary[Sequence, _Recipe] = WeakKeyDictionary()
-        #: Rows of the latest draw for which no token is possible, with the reason.
-        self._failed: dict[int, str] = {}
 
-    def draw(self, sequences: Many[Sequence]) -> Draw:
-        """Return the draw of the next token of each of at least one sequence."""
+    def draws_ahead(self, sequence: Sequence) -> bool:
+        """Return True if a draw can be prepared before the token before it is known."""
+        return self._recipe(sequence).draws_ahead(len(sequence.output_token_ids))
+
+    def draw(self, sequences: Many[Sequence], *, ahead: bool = False) -> Draw:
+        """Return the draw of the next token of each of at least one sequence.
+
+        Args:
+            ahead: of the next but one token; `draws_ahead` must be true for each sequence.
+        """
         recipes = [self._recipe(sequence) for sequence in sequences]
         if all(recipe.is_argmax for recipe in recipes):
             return Draw(len(sequences))
-        return Draw(len(sequences), *_stack(recipes, self._entries(recipes, sequences), sequences))
+        entries, failed = self._entries(recipes, sequences)
+        rows, tokens = _stack(recipes, entries)
+        rows["position"] = [sequence.num_tokens + ahead for sequence in sequences]
+        return Draw(len(sequences), rows, tokens, failed)
 
     def sampled(self, draw: Draw, drawn: Drawn, sequences: Many[Sequence]) -> list[Sampled]:
-        """Return what the latest `draw` has drawn.
+        """Return what `draw` has drawn.
 
         Raises:
             FloatingPointError: a row of the logits holds NaN or no finite value.
@@ -69,12 +78,12 @@ class Sampler:
         _check(token_ids, sequences)
         sampled = [Sampled(token_id, None) for token_id in token_ids]
         if draw.rows is None or drawn.top_tokens is None or drawn.logprobs is None:
-            return self._with_failures(sampled, draw)
+            return _with_failures(sampled, draw)
         for index in np.flatnonzero(draw.rows["logprobs"] >= 0).tolist():
             end = 1 + min(int(draw.rows["logprobs"][index]), drawn.vocab_size)
             ids, values = drawn.top_tokens[index, :end].tolist(), drawn.logprobs[index, :end].tolist()
             sampled[index] = Sampled(token_ids[index], _logprobs(ids, values))
-        return self._with_failures(sampled, draw)
+        return _with_failures(sampled, draw)
 
     def scores(self, rows: Many[ScheduledSequence]) -> Draw:
         """Return the draw that scores prompt tokens, each from the logits of the preceding position.
@@ -121,12 +130,6 @@ class Sampler:
         draw = self.draw(sequences)
         return self.sampled(draw, draw_from(logits, draw), sequences)
 
-    def _with_failures(self, sampled: list[Sampled], draw: Draw) -> list[Sampled]:
-        if draw.rows is not None:
-            for index, error in self._failed.items():
-                sampled[index] = sampled[index]._replace(error=error)
-        return sampled
-
     def _recipe(self, sequence: Sequence) -> _Recipe:
         recipe = self._recipes.get(sequence)
         if recipe is None:
@@ -142,27 +145,34 @@ class Sampler:
         assert self._grammars is not None, "the engine refuses grammars without a vocabulary"
         return Constraint(params, self._vocab_size, self._grammars.matcher(params.grammar))
 
-    def _entries(self, recipes: Many[_Recipe], sequences: Many[Sequence]) -> dict[int, _Entries]:
-        """Return the tokens of each row that has some.
+    def _entries(
+        self, recipes: Many[_Recipe], sequences: Many[Sequence]
+    ) -> tuple[dict[int, _Entries], dict[int, str]]:
+        """Return the tokens of each row that has some, and the rows that failed, with the reason.
 
         A row whose constraint leaves no token is drawn without it, and the result is replaced.
         """
-        self._failed.clear()
+        failed: dict[int, str] = {}
         indexes = [index for index, recipe in enumerate(recipes) if recipe.has_tokens]
-        masks = self._grammar_masks(indexes, recipes, sequences)
+        masks = self._grammar_masks(indexes, recipes, sequences, failed)
         entries = {}
         for index in indexes:
-            if index not in self._failed:
+            if index not in failed:
                 outputs = sequences[index].output_token_ids
                 try:
                     entries[index] = recipes[index].entries(outputs, masks.get(index))
                 except GrammarFailed as error:
-                    self._failed[index] = str(error)
-        return entries
+                    failed[index] = str(error)
+        return entries, failed
 
     def _grammar_masks(
-        self, indexes: Many[int], recipes: Many[_Recipe], sequences: Many[Sequence]
+        self,
+        indexes: Many[int],
+        recipes: Many[_Recipe],
+        sequences: Many[Sequence],
+        failed: dict[int, str],
     ) -> dict[int, NDArray[np.uint32]]:
+        """Return the masks of grammars by row; add rows whose grammar fails to `failed`."""
         matchers: dict[int, Matcher] = {}
         for index in indexes:
             matcher = recipes[index].matcher
@@ -170,7 +180,7 @@ class Sampler:
                 try:
                     matcher.advance(sequences[index].output_token_ids)
                 except GrammarFailed as error:
-                    self._failed[index] = str(error)
+                    failed[index] = str(error)
                 else:
                     matchers[index] = matcher
         if not matchers:
@@ -213,6 +223,13 @@ class _Recipe:
         #: As bytes, because joining bytes is the fastest way to build the array of a batch.
         self.row = _row(params).tobytes()
 
+    def draws_ahead(self, num_outputs: int) -> bool:
+        """Return True if the entries of the row stay the same from this number of output tokens on."""
+        if not self.has_tokens:
+            return True
+        is_settled = self._constraint is None or self._constraint.is_settled(num_outputs)
+        return self._counts is None and is_settled
+
     @property
     def matcher(self) -> Matcher | None:
         return None if self._constraint is None else self._constraint.matcher
@@ -248,12 +265,9 @@ def _row(params: SamplingParams) -> np.ndarray:
     return row
 
 
-def _stack(
-    recipes: Many[_Recipe], entries: dict[int, _Entries], sequences: Many[Sequence]
-) -> tuple[np.ndarray, NDArray[np.int32]]:
-    """Return the rows of a batch and the concatenated tokens that they refer to."""
+def _stack(recipes: Many[_Recipe], entries: dict[int, _Entries]) -> tuple[np.ndarray, NDArray[np.int32]]:
+    """Return the rows of a batch, without positions, and the concatenated tokens that they refer to."""
     rows = np.frombuffer(bytearray().join([recipe.row for recipe in recipes]), custom_ops.SAMPLING_ROW)
-    rows["position"] = [sequence.num_tokens for sequence in sequences]
     # One pair that no row uses: Paddle does not accept an empty array.
     parts = [np.zeros((1, 2), np.int32)]
     first = 1
@@ -264,6 +278,12 @@ def _stack(
         parts += each
         first += sum(map(len, each))
     return rows, parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _with_failures(sampled: list[Sampled], draw: Draw) -> list[Sampled]:
+    for index, error in draw.failed.items():
+        sampled[index] = sampled[index]._replace(error=error)
+    return sampled
 
 
 def _owners(rows: Many[ScheduledSequence]) -> list[Sequence]:

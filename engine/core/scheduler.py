@@ -123,6 +123,34 @@ class Scheduler:
         assert rows or not self._sequences, "there are sequences but none can be computed"
         return Batch(tuple(rows))
 
+    def schedule_ahead(self, batch: Batch) -> Batch:
+        """Return the step after `batch`, which is not committed yet, as if no token ended its sequence.
+
+        It is empty if it is not known yet, because a sequence may be admitted or preempted, or has more than
+        one token to compute. Sequences that end with their next token have no row. When `batch` has ended
+        others, their rows mean nothing (see `holds`).
+        """
+        if self._admissible() is not None or not all(row.samples for row in batch.rows):
+            return Batch(())
+        known = [(index, row) for index, row in enumerate(batch.rows) if self.holds(row.sequence)]
+        if len(known) < len(self._running):
+            return Batch(())
+        rows = [
+            ScheduledSequence(row.sequence, row.end, 1, samples=True, drawn_by=index)
+            for index, row in known
+            if not self._is_full(row.sequence, row.end + 1)
+        ]
+        growing = [row for row in rows if self._config.blocks_for(row.end) > len(row.sequence.block_ids)]
+        if len(growing) > self._pool.num_free:
+            return Batch(())
+        for row in growing:
+            row.sequence.block_ids += self._pool.allocate(1)
+        return Batch(tuple(rows))
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Return True unless the sequence has ended."""
+        return self._sequences.get(sequence.request_id) is sequence
+
     def commit(
         self, batch: Batch, token_ids: Many[int], prompt_logprobs: Many[Logprobs] = ()
     ) -> list[FinishReason | None]:
@@ -220,18 +248,12 @@ class Scheduler:
 
     def _admit(self, budget: int, prefill: float, scored: int) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
-        while self._waiting and budget > 0 and prefill > 0 and len(self._running) < self._config.max_num_seqs:
-            sequence = self._waiting[0]
-            if sequence.needs_scoring and scored <= 0:
+        while budget > 0 and prefill > 0:
+            cached = self._admissible()
+            if cached is None or (self._waiting[0].needs_scoring and scored <= 0):
                 break
-            cached = self._find_prefix(sequence)
-            # The whole text must fit, not only its first chunk, and each running sequence must be able to
-            # grow by a block: otherwise the new sequence would soon be preempted and its prefill wasted.
-            # This also excludes sequences that this step has preempted.
-            missing = self._config.blocks_for(sequence.num_tokens) - len(cached) + len(self._running)
-            if missing > self._pool.num_free - self._pool.num_free_among(cached):
-                break
-            self._running.append(self._waiting.popleft())
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
             self._pool.share(cached)
             sequence.block_ids = cached
             sequence.num_computed = len(cached) * self._pool.block_size
@@ -246,6 +268,18 @@ class Scheduler:
             prefill -= self._prefill_cost(rows[-1])
             scored -= len(rows[-1].scored)
         return rows
+
+    def _admissible(self) -> list[int] | None:
+        """Return the cached blocks of the first waiting sequence; None if there is none or no room for it."""
+        if not self._waiting or len(self._running) >= self._config.max_num_seqs:
+            return None
+        sequence = self._waiting[0]
+        cached = self._find_prefix(sequence)
+        # The whole text must fit, not only its first chunk, and each running sequence must be able to grow by
+        # a block: otherwise the new sequence would soon be preempted and its prefill wasted. This also
+        # excludes sequences that this step has preempted.
+        missing = self._config.blocks_for(sequence.num_tokens) - len(cached) + len(self._running)
+        return None if missing > self._pool.num_free - self._pool.num_free_among(cached) else cached
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.block_ids)
@@ -288,9 +322,14 @@ class Scheduler:
             return FinishReason.STOP
         if token_id in params.end_token_ids:
             return FinishReason.STOP
-        if num_outputs >= params.max_tokens or sequence.num_tokens >= self.max_num_tokens:
+        if self._is_full(sequence, sequence.num_tokens):
             return FinishReason.LENGTH
         return None
+
+    def _is_full(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Return True if the sequence cannot grow beyond this number of tokens."""
+        num_outputs = num_tokens - len(sequence.prompt_token_ids)
+        return num_outputs >= sequence.params.max_tokens or num_tokens >= self.max_num_tokens
 
     def _limit(self) -> str:
         if self.max_num_tokens == self._config.max_model_len:

@@ -1,8 +1,9 @@
 """A Hopper GPU as a device, through libfd_cuda.so. Without Paddle.
 
-A step is a plan that is sent to the GPU, one or two captured graphs, and results that are fetched. The graph
-of the layers exists for each capacity of tokens, that of head and draw for each capacity of rows. All are
-captured before the first request, from the one description of the network in models/ernie45.py.
+A step is a plan that is sent to the GPU, captured graphs, and results that are fetched. A step in which each
+sequence has one token is one graph. A step with prompts is two: layers for a capacity of tokens, then head
+and draw for a capacity of rows. All are captured before the first request, from the one description of the
+network in models/ernie45.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +38,7 @@ from .cuda_library import (
 )
 from .cuda_operations import CudaOperations, CudaStep, HiddenStates
 from .cuda_weights import CudaMatrix, upload, weight_bytes, weights_of
-from .device import Progress
+from .device import Progress, Results
 from .draws import Draw, Drawn
 from .errors import OutOfDeviceMemory
 from .step_buffer import StepBuffer
@@ -53,10 +55,18 @@ from .work_memory import (
 )
 
 #: Kinds of graphs; the low half of a key is the capacity.
-_DECODE, _PROMPTS, _GREEDY, _SAMPLED, _LOGITS = (kind << 32 for kind in range(1, 6))
+_DECODE_GREEDY, _DECODE_SAMPLED, _PROMPTS, _GREEDY, _SAMPLED = (kind << 32 for kind in range(1, 6))
+
+
+class _Submitted(NamedTuple):
+    ticket: int
+    sampled: Draw | None
+    scored: Draw | None
 
 
 class CudaDevice:
+    runs_ahead = True
+
     def __init__(self, config: EngineConfig, model_config: ModelConfig, gpu: Gpu) -> None:
         """
         Raises:
@@ -137,21 +147,23 @@ class CudaDevice:
         self._capture_all()
         return num_blocks
 
-    def compute(
-        self, batch: Batch, sampled: Draw | None, scored: Draw | None
-    ) -> tuple[Drawn | None, Drawn | None]:
+    def submit(self, batch: Batch, sampled: Draw | None, scored: Draw | None) -> _Submitted:
         draws = [draw for draw in (sampled, scored) if draw is not None]
-        greedy = all(draw.rows is None for draw in draws)
-        results = self._run(batch, draws, _GREEDY if greedy else _SAMPLED)
-        first, drawn = 0, []
-        for draw in draws:
-            drawn.append(self._drawn(results, first, draw))
-            first += draw.count
-        return (None if sampled is None else drawn[0]), (None if scored is None else drawn[-1])
+        return _Submitted(self._begin(batch, draws), sampled, scored)
+
+    def wait(self, ticket: _Submitted) -> Results:
+        results = self._end(ticket.ticket)
+        sampled, scored = ticket.sampled, ticket.scored
+        # Scored rows come after the sampling ones.
+        first = 0 if sampled is None else sampled.count
+        return (
+            None if sampled is None else self._drawn(results, 0, sampled),
+            None if scored is None else self._drawn(results, first, scored),
+        )
 
     def every_logit(self, batch: Batch) -> np.ndarray:
         """Compute a step and return the logits of all its tokens, float32 [T, vocabulary]. For tests."""
-        self._run(batch, [], _LOGITS, every_position=True)
+        self._end(self._begin(batch, [], every_position=True))
         logits = np.empty((batch.num_tokens, self._model_config.vocab_size), np.float32)
         self._library.call("fd_fetch", self._handle, logits.ctypes.data, self._work["logits"], logits.nbytes)
         return logits
@@ -161,25 +173,36 @@ class CudaDevice:
 
     # ---- a step
 
-    def _run(self, batch: Batch, draws: list[Draw], tail: int, *, every_position: bool = False) -> np.ndarray:
-        """Compute a step and return its results, valid until the next but one."""
+    def _begin(self, batch: Batch, draws: list[Draw], *, every_position: bool = False) -> int:
+        """Send a plan, launch its graphs, and return the ticket of the step."""
         library, limits = self._library, self._limits
         step = self._step_buffer.write(batch, every_position=every_position)
         sequences, tokens, width, rows = step[:4].tolist()
         end = 4 + (sequences + 1) + sequences * (1 + width) + tokens
         self._logit_tokens[:rows] = step[end : end + rows]
-        size = self._write_draws(draws, end + rows)
+        is_greedy = all(draw.rows is None for draw in draws)
+        size = self._write_draws([] if is_greedy else draws, end + rows)
         ticket = ctypes.c_uint64()
         library.call("fd_step_begin", self._handle, self._plan_memory.ctypes.data, size, ctypes.byref(ticket))
-        has_prompts = tokens > sequences
-        capacity = limits.body_capacity(tokens, has_prompts=has_prompts)
-        library.call("fd_graph", self._handle, LAUNCH, (_PROMPTS if has_prompts else _DECODE) | capacity)
-        if rows:
-            library.call("fd_graph", self._handle, LAUNCH, tail | fitting(limits.logits_capacities, rows))
+        if tokens == sequences:
+            # Some of them may draw nothing: the last token of a chunk.
+            kind, capacity = _DECODE_GREEDY if is_greedy else _DECODE_SAMPLED, limits.decode_capacities
+            library.call("fd_graph", self._handle, LAUNCH, kind | fitting(capacity, tokens))
+        else:
+            library.call(
+                "fd_graph", self._handle, LAUNCH, _PROMPTS | fitting(limits.prompt_capacities, tokens)
+            )
+            if rows:
+                kind, capacity = _GREEDY if is_greedy else _SAMPLED, limits.logits_capacities
+                library.call("fd_graph", self._handle, LAUNCH, kind | fitting(capacity, rows))
         library.call("fd_step_end", self._handle, ticket)
+        return ticket.value
+
+    def _end(self, ticket: int) -> np.ndarray:
+        """Wait for a step and return its results, valid until the next but one begins."""
         results = ctypes.c_void_p()
         # Gives Python's lock back while it waits.
-        library.call("fd_step_wait", self._handle, ticket, ctypes.byref(results))
+        self._library.call("fd_step_wait", self._handle, ticket, ctypes.byref(results))
         return np.ctypeslib.as_array((ctypes.c_uint8 * self._results.bytes).from_address(results.value or 0))
 
     def _write_draws(self, draws: list[Draw], step_integers: int) -> int:
@@ -265,19 +288,27 @@ class CudaDevice:
     def _capture_all(self) -> None:
         limits, operations = self._limits, self._operations
         network = Ernie45(self._model_config, weights_of(self._model_config, self._placed), operations)
-        for kind, capacities in ((_DECODE, limits.decode_capacities), (_PROMPTS, limits.prompt_capacities)):
-            for capacity in capacities:
-                step = CudaStep(capacity, kind == _PROMPTS, 0)
-                self._capture(kind | capacity, partial(network.forward, step, self._caches))
+        for capacity in limits.decode_capacities:
+            step = CudaStep(capacity, has_prompts=False, rows=capacity)
+            for kind in (_DECODE_GREEDY, _DECODE_SAMPLED):
+                enqueue = partial(self._enqueue_decode, network, step, greedy=kind == _DECODE_GREEDY)
+                self._capture(kind | capacity, enqueue)
+        for capacity in limits.prompt_capacities:
+            step = CudaStep(capacity, has_prompts=True, rows=0)
+            self._capture(_PROMPTS | capacity, partial(network.forward, step, self._caches))
         for capacity in limits.logits_capacities:
-            for kind in (_GREEDY, _SAMPLED, _LOGITS):
-                step = CudaStep(0, has_prompts=False, rows=capacity)
-                self._capture(kind | capacity, partial(self._enqueue_tail, network, step, kind))
+            step = CudaStep(0, has_prompts=False, rows=capacity)
+            for kind in (_GREEDY, _SAMPLED):
+                enqueue = partial(self._enqueue_draw, network, step, greedy=kind == _GREEDY)
+                self._capture(kind | capacity, enqueue)
 
-    def _enqueue_tail(self, network: Ernie45, step: CudaStep, kind: int) -> None:
+    def _enqueue_decode(self, network: Ernie45, step: CudaStep, *, greedy: bool) -> None:
+        network.forward(step, self._caches)
+        self._enqueue_draw(network, step, greedy=greedy)
+
+    def _enqueue_draw(self, network: Ernie45, step: CudaStep, *, greedy: bool) -> None:
         logits = network.logits(HiddenStates(self._work["hidden_states"], step), step)
-        if kind != _LOGITS:
-            self._operations.draw(logits, step, greedy=kind == _GREEDY)
+        self._operations.draw(logits, step, greedy=greedy)
 
     def _capture(self, key: int, enqueue: Callable[[], object]) -> None:
         self._library.call("fd_graph", self._handle, BEGIN_CAPTURE, key)

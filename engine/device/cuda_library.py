@@ -58,7 +58,7 @@ class ProductArgs(Structure):
 
 
 class EmbeddingArgs(Structure):
-    _fields_ = _fields("p:step p:table i:vocabulary i:width p:hidden_states i:capacity")
+    _fields_ = _fields("p:step p:table i:vocabulary i:width p:hidden_states p:drawn i:capacity")
 
 
 class NormArgs(Structure):

@@ -84,6 +84,7 @@ class CudaOperations:
             vocabulary=self._model.vocab_size,
             width=self._model.hidden_size,
             hidden_states=hidden_states,
+            drawn=self._results,
             capacity=step.capacity,
         )
         self._library.enqueue("fd_embedding", self._stream, arguments)

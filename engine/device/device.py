@@ -13,20 +13,37 @@ from .draws import Draw, Drawn, draw_from
 Progress = Callable[[float, str], None]
 
 
-class Runner(Protocol):
-    """Computes a batch. It hides tensors and the memory of the cache from the engine."""
+#: A submitted step, of a type that is the runner's own.
+Ticket = Any
+#: What was drawn for the sampling rows and for the scored positions of a step; None if there are none.
+Results = tuple[Drawn | None, Drawn | None]
 
-    def compute(
-        self, batch: Batch, sampled: Draw | None, scored: Draw | None
-    ) -> tuple[Drawn | None, Drawn | None]:
-        """Write keys and values of all rows to the cache, compute logits, and draw from them.
+
+class Runner(Protocol):
+    """Computes batches. It hides tensors and the memory of the cache from the engine."""
+
+    #: True if a second step may be submitted before the first one is awaited. Tokens that the first one draws
+    #: are then named by their rows (`ScheduledSequence.drawn_by`).
+    runs_ahead: bool
+
+    def submit(self, batch: Batch, sampled: Draw | None, scored: Draw | None) -> Ticket:
+        """Begin a step: write keys and values of all rows to the cache, compute logits, and draw from them.
 
         Position p of a sequence is stored in block `block_ids[p // block_size]` at offset `p % block_size`.
-        Positions before `start` are already computed; no other slot may be written.
+        Positions before `start` are already computed; no other slot may be written. Steps read and write the
+        cache in the order of their submission. Nothing of the arguments is read after the return.
 
         Args:
             sampled: a row for each sampling row of the batch, in its order; None if there is none.
             scored: a row for each scored position of the batch, in its order; None if there is none.
+
+        Raises:
+            DeviceBroken: the process must end.
+        """
+        ...
+
+    def wait(self, ticket: Ticket) -> Results:
+        """Return the results of a step; each step is awaited once, in the order of submission.
 
         Raises:
             DeviceBroken: the process must end.
@@ -64,7 +81,9 @@ class Device(Runner, Protocol):
 
 
 class TensorRunner(ABC):
-    """A runner whose logits are tensors in host memory."""
+    """A runner whose logits are tensors in host memory. A submitted step is complete."""
+
+    runs_ahead = False
 
     @abstractmethod
     def execute(self, batch: Batch) -> Any:
@@ -75,9 +94,7 @@ class TensorRunner(ABC):
             then those of the scored positions, both in batch order.
         """
 
-    def compute(
-        self, batch: Batch, sampled: Draw | None, scored: Draw | None
-    ) -> tuple[Drawn | None, Drawn | None]:
+    def submit(self, batch: Batch, sampled: Draw | None, scored: Draw | None) -> Results:
         logits = self.execute(batch)
         if scored is None:
             return None if sampled is None else draw_from(logits, sampled), None
@@ -85,3 +102,6 @@ class TensorRunner(ABC):
             return None, draw_from(logits, scored)
         count = sampled.count
         return draw_from(logits[:count], sampled), draw_from(logits[count:], scored)
+
+    def wait(self, ticket: Results) -> Results:
+        return ticket

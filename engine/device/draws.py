@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +21,18 @@ class Draw:
     rows: np.ndarray | None = None
     #: int32 [n, 2]: the tokens and counts that rows refer to.
     tokens: NDArray[np.int32] | None = None
+    #: Rows for which no token is possible, with the reason; what they draw means nothing.
+    failed: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
         """1 + the highest number of most likely tokens that a row requests."""
         return 1 if self.rows is None else 1 + max(0, int(self.rows["logprobs"].max()))
+
+    def select(self, rows: list[int]) -> Draw:
+        """Return the draw of these rows."""
+        failed = {place: self.failed[row] for place, row in enumerate(rows) if row in self.failed}
+        return Draw(len(rows), None if self.rows is None else self.rows[rows], self.tokens, failed)
 
 
 class Drawn(NamedTuple):
@@ -37,6 +45,13 @@ class Drawn(NamedTuple):
     #: None if no row did.
     top_tokens: NDArray[np.int32] | None = None
     logprobs: NDArray[np.float64] | None = None
+
+    def select(self, rows: list[int]) -> Drawn:
+        """Return the results of these rows."""
+        token_ids = [self.token_ids[row] for row in rows]
+        if self.top_tokens is None or self.logprobs is None:
+            return Drawn(token_ids, self.vocab_size)
+        return Drawn(token_ids, self.vocab_size, self.top_tokens[rows], self.logprobs[rows])
 
 
 def draw_from(logits: Any, draw: Draw) -> Drawn:

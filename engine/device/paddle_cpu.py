@@ -13,8 +13,8 @@ from ..common.request import Batch
 from ..config import EngineConfig, ModelConfig
 from ..expert_parallel.group import ExpertGroup
 from ..models.ernie45 import Ernie45
-from .device import Progress, TensorRunner
-from .draws import Draw, Drawn
+from .device import Progress, Results, TensorRunner
+from .draws import Draw
 from .paddle_cache import KVCache
 from .paddle_weights import load_weights
 from .step_buffer import StepBuffer
@@ -22,6 +22,8 @@ from .step_buffer import StepBuffer
 
 class PaddleDevice:
     """The CPU. Import Paddle with `import_paddle` before this module."""
+
+    runs_ahead = False
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, threads: int) -> None:
         # A Paddle built for GPUs would otherwise place tensors there.
@@ -64,10 +66,11 @@ class PaddleDevice:
         self._runner = ModelRunner(self._model, self._model_config, self._config, num_blocks)
         return num_blocks
 
-    def compute(
-        self, batch: Batch, sampled: Draw | None, scored: Draw | None
-    ) -> tuple[Drawn | None, Drawn | None]:
-        return self.runner.compute(batch, sampled, scored)
+    def submit(self, batch: Batch, sampled: Draw | None, scored: Draw | None) -> Results:
+        return self.runner.submit(batch, sampled, scored)
+
+    def wait(self, ticket: Results) -> Results:
+        return ticket
 
     def close(self) -> None:
         pass

@@ -64,7 +64,10 @@ class StepBuffer:
         ids: list[int] = []
         for table, count, row in zip(tables, widths, rows, strict=True):
             table[:count] = row.sequence.block_ids[:count]
-            ids += row.sequence.token_ids(row.start, row.end)
+            if row.drawn_by is None:
+                ids += row.sequence.token_ids(row.start, row.end)
+            else:
+                ids.append(-1 - row.drawn_by)
         token_ids[:] = ids
         logit_tokens[:] = wanted
         return self._array

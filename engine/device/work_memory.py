@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import EngineConfig, ModelConfig
-from .capacities import fitting, prompt_capacities, row_capacities
+from .capacities import prompt_capacities, row_capacities
 from .tiles import activation_bytes, aligned
 
 #: Prompt positions of a step whose logits are kept, see the scheduler.
@@ -64,9 +64,6 @@ class StepLimits:
         """Return the most integers of custom_ops/include/step.h."""
         sequences = self.sequences
         return 4 + (sequences + 1) + sequences + sequences * self.table_width + self.tokens + self.rows
-
-    def body_capacity(self, tokens: int, *, has_prompts: bool) -> int:
-        return fitting(self.prompt_capacities if has_prompts else self.decode_capacities, tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 P, I = c_void_p, c_int32  # noqa: E741
 EmbeddingArgs = _structure(
-    "EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, hidden_states=P, capacity=I
+    "EmbeddingArgs", step=P, table=P, vocabulary=I, width=I, hidden_states=P, drawn=P, capacity=I
 )
 NormArgs = _structure(
     "NormArgs", hidden_states=P, weight=P, rows=P, count=P, out=P, router=P, router_logits=P, expert_rows=P,

@@ -104,7 +104,8 @@ class Network:
         stream = c_void_p(self.device.library.fd_stream(self.device.handle))
         args = fd.fill(
             fd.EmbeddingArgs, step=self.device.plan.address, table=self.table, vocabulary=VOCABULARY,
-            width=WIDTH, hidden_states=self.hidden_states, capacity=CAPACITY,
+            width=WIDTH, hidden_states=self.hidden_states, drawn=self.device.results.address,
+            capacity=CAPACITY,
         )  # fmt: skip
         assert self.device.library.fd_embedding(stream, byref(args)) == 0
         args = fd.fill(
@@ -161,6 +162,20 @@ def test_two_steps_may_be_in_flight(device: Device) -> None:
     assert device.wait(tickets[0])[:3].tolist() == [network.best[t] for t in (3, 4, 5)]
     assert device.wait(tickets[1])[0] == network.best[499]
     assert device.begin(plan(1))[0] == 0
+
+
+def test_a_step_takes_tokens_that_the_step_before_draws(device: Device) -> None:
+    device.steps()
+    network = Network(device)
+    tickets = []
+    for tokens in ((3, 4, 5), (-3, 7, -1)):
+        _, ticket = device.begin(plan(*tokens))
+        network.enqueue()
+        assert device.end(ticket) == 0
+        tickets.append(ticket)
+    first, second = (device.wait(ticket)[:3].tolist() for ticket in tickets)
+    assert first == [network.best[t] for t in (3, 4, 5)]
+    assert second == [network.best[t] for t in (first[2], 7, first[0])]
 
 
 def test_one_graph_serves_every_batch(device: Device) -> None:

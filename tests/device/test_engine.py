@@ -205,7 +205,8 @@ def requests(model: Model, count: int) -> list[AddRequest]:
 Answers = dict[str, tuple[list[int], list[Any], list[Any]]]
 
 
-def drain(engine: EngineCore, added: list[AddRequest]) -> Answers:
+def drain(engine: EngineCore, added: list[AddRequest], aborts: dict[str, int] | None = None) -> Answers:
+    """Compute the requests; abort those in `aborts` when they have that many tokens."""
     answers: Answers = {request.request_id: ([], [], []) for request in added}
     for request in added:
         engine.add(request)
@@ -216,6 +217,8 @@ def drain(engine: EngineCore, added: list[AddRequest]) -> Answers:
             token_ids += output.token_ids
             logprobs += output.logprobs or []
             scores += output.prompt_logprobs or []
+            if len(token_ids) == (aborts or {}).get(output.request_id):
+                engine.abort([output.request_id])
     engine.on_idle()
     return answers
 
@@ -233,6 +236,31 @@ def test_texts_are_those_of_the_requests_alone(model: Model) -> None:
     assert stats.preemptions_total > 0
     assert stats.prefix_cache_hit_tokens_total > 0
     assert together == alone
+
+
+def test_steps_ahead_change_no_text(experts: Model) -> None:
+    random = np.random.default_rng(3)
+    added, aborts = [], {}
+    for index in range(40):
+        params = SamplingParams(
+            max_tokens=int(random.integers(1, 90)),
+            temperature=float(random.choice([0.0, 0.9])),
+            seed=index,
+            stop_token_ids=tuple(range(2, 12)),
+            logprobs=1 if index % 4 == 0 else None,
+            repetition_penalty=1.2 if index == 20 else 1.0,
+        )
+        prompt = prompt_of(experts, int(random.integers(1, 100)), seed=index)
+        added.append(AddRequest(f"r{index}", prompt, params, arrival_time=0.0))
+        if index % 3 == 0:
+            aborts[f"r{index}"] = int(random.integers(1, 30))
+    found = []
+    for runs_ahead in (False, True):
+        device = experts.device(max_num_seqs=6, num_gpu_blocks_override=14)
+        device.runs_ahead = runs_ahead
+        config = replace(experts.engine_config, max_num_seqs=6)
+        found.append(drain(EngineCore(config, experts.config, device, experts.num_blocks), added, aborts))
+    assert found[0] == found[1]
 
 
 def test_log_probabilities_are_those_of_the_reference(experts: Model) -> None:

@@ -130,8 +130,8 @@ def test_a_plan_has_room_for_any_step(sequences: int, tokens: int, length: int, 
     assert plan.token_counts(used) >= plan.step + 4 * used
     assert plan.bytes >= plan.token_counts(used) + 8 * limits.token_counts
     assert results.logprobs % 8 == results.top_tokens % 4 == 0
-    assert limits.body_capacity(sequences, has_prompts=False) == sequences
-    assert limits.body_capacity(limits.tokens, has_prompts=True) == limits.tokens
+    assert limits.decode_capacities[-1] == sequences
+    assert limits.prompt_capacities[-1] == limits.tokens
 
 
 def model_of_vocabulary(size: int) -> ModelConfig:

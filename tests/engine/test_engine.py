@@ -13,6 +13,7 @@ from fastdeploy.common.messages import AddRequest, StepOutputs, TokenOutput
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
 from fastdeploy.core.engine import EngineBroken, EngineCore
 from fastdeploy.grammar.texts import choice_grammar, lark_grammar, regex_grammar
+from tests.running_ahead import RunningAhead
 
 from .paged_oracle import (
     EOS_ID,
@@ -30,10 +31,14 @@ def request(name: str, prompt: list[int], **params: object) -> AddRequest:
     return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
 
 
-def build(num_blocks: int = 32, **changes: object) -> tuple[EngineCore, PagedOracle]:
+def build(
+    num_blocks: int = 32, *, ahead: int | None = None, **changes: object
+) -> tuple[EngineCore, PagedOracle]:
+    """Build an engine; with `ahead`, the seed of a `RunningAhead`, on a runner that runs ahead."""
     config = engine_config(**changes)
     runner = PagedOracle(num_blocks, config.block_size)
-    return EngineCore(config, MODEL_CONFIG, runner, num_blocks, GRAMMARS), runner
+    used = runner if ahead is None else RunningAhead(runner, ahead)
+    return EngineCore(config, MODEL_CONFIG, used, num_blocks, GRAMMARS), runner
 
 
 def drain(engine: EngineCore) -> list[StepOutputs]:
@@ -111,8 +116,8 @@ constrained = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_text_equals_that_of_the_request_alone(data: st.DataObject) -> None:
-    """The text depends neither on batch, chunks, prefix hits, preemptions and aborts of others, nor on how
-    much of it another engine has generated."""
+    """The text depends neither on batch, chunks, prefix hits, preemptions and aborts of others, nor on steps
+    ahead, nor on how much of it another engine has generated."""
     num_blocks = data.draw(st.integers(3, 24))
     engine, runner = build(
         num_blocks=num_blocks,
@@ -120,6 +125,7 @@ def test_every_text_equals_that_of_the_request_alone(data: st.DataObject) -> Non
         max_num_batched_tokens=data.draw(st.integers(1, 24)),
         block_size=data.draw(st.sampled_from([1, 4, 8])),
         enable_prefix_caching=data.draw(st.booleans()),
+        ahead=data.draw(st.none() | st.integers(0, 99)),
     )
     limit = min(64, len(runner.cache))
     sent: dict[str, AddRequest] = {}

@@ -35,7 +35,7 @@ def one_thread_afterwards() -> Iterator[None]:
 @given(data=st.data())
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_a_request_is_computed_as_if_it_were_alone(weight_format: str, data: st.DataObject) -> None:
-    """They depend neither on batch, order and chunks, nor on prefix cache, blocks and threads."""
+    """They depend neither on batch, order and chunks, nor on prefix cache, blocks, threads, steps ahead."""
     model = RandomModel(data.draw(seeds, "model"), weight_format)
     random = np.random.default_rng(data.draw(seeds, "requests"))
     requests = draw_requests(random, model.config.vocab_size, data.draw(st.integers(1, 6), "requests"))
@@ -52,6 +52,7 @@ def test_a_request_is_computed_as_if_it_were_alone(weight_format: str, data: st.
         max_num_seqs=data.draw(st.integers(1, 6), "seats"),
         max_num_batched_tokens=data.draw(st.one_of(st.integers(1, 40), st.just(700)), "tokens of a step"),
         enable_prefix_caching=data.draw(st.booleans(), "prefix caching"),
+        ahead=data.draw(st.none() | st.integers(0, 99), "ahead"),
     )
     for request in data.draw(st.permutations(requests), "order"):
         engine.add(request)

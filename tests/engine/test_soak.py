@@ -66,6 +66,7 @@ def traffic(seed: int) -> Counter[str]:
         max_num_seqs=int(random.integers(1, 17)),
         max_num_batched_tokens=int(random.choice([5, 24, 64, 256, 1024])),
         enable_prefix_caching=bool(random.integers(2)),
+        ahead=seed if random.random() < 0.5 else None,
     )
     aborted = live(engine, requests, random)
     assert engine.ended.keys() | aborted == alone.keys()
@@ -77,6 +78,7 @@ def traffic(seed: int) -> Counter[str]:
             "requests": len(requests),
             "of them aborted": len(aborted),
             "steps": engine.stats.steps_total,
+            "of them submitted ahead": engine.ahead.num_ahead if engine.ahead else 0,
             "preemptions": engine.stats.preemptions_total,
             "prompt tokens from the prefix cache": engine.stats.prefix_cache_hit_tokens_total,
             "tokens drawn": sum(map(len, engine.texts.values())),
