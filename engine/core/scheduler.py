@@ -226,6 +226,8 @@ class Scheduler:
         The youngest sequence keeps its blocks and waits for the next step, which costs nothing until an older
         sequence needs them.
         """
+        if sequence.num_computed + count <= len(sequence.block_ids) * self._pool.block_size:
+            return count
         missing = self._config.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)
         while missing > self._pool.num_free and self._running[-1] is not sequence:
             self._preempt(self._running.pop())
@@ -235,7 +237,8 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, count: int) -> ScheduledSequence:
         end = sequence.num_computed + count
         missing = self._config.blocks_for(end) - len(sequence.block_ids)
-        sequence.block_ids += self._pool.allocate(max(0, missing))
+        if missing > 0:
+            sequence.block_ids += self._pool.allocate(missing)
         samples = end == sequence.num_tokens
         return ScheduledSequence(sequence, sequence.num_computed, count, samples, _scored(sequence, end))
 
@@ -302,9 +305,11 @@ class Scheduler:
         if not self._config.enable_prefix_caching:
             return
         sequence = row.sequence
-        full = row.end // self._pool.block_size
+        first, full = row.start // self._pool.block_size, row.end // self._pool.block_size
+        if first == full:
+            return
         self._extend_hashes(sequence, full)
-        for index in range(row.start // self._pool.block_size, full):
+        for index in range(first, full):
             self._pool.publish(sequence.block_ids[index], sequence.block_hashes[index])
 
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:

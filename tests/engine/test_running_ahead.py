@@ -10,9 +10,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from fastdeploy.common.messages import AddRequest, TokenOutput
-from fastdeploy.common.request import Batch, FinishReason, SamplingParams, ScheduledSequence, Sequence
+from fastdeploy.common.request import Batch, FinishReason, SamplingParams
 from fastdeploy.core.engine import EngineBroken, EngineCore
-from fastdeploy.device.step_buffer import StepBuffer
 from fastdeploy.grammar.texts import regex_grammar
 from tests.random_traffic import RandomModel, RecordedEngine, draw_requests
 from tests.running_ahead import RunningAhead
@@ -210,14 +209,3 @@ def test_failures_of_steps_ahead_break_the_engine() -> None:
         engine.add(request(name, [1, 2]))
     with pytest.raises(EngineBroken, match="consecutive steps have failed"):
         outputs_of(engine)
-
-
-def test_a_token_that_is_not_known_yet_is_named_by_its_row() -> None:
-    one, other = (Sequence(name, [7, 8], SamplingParams(max_tokens=9), block_ids=[4]) for name in "ab")
-    rows = (
-        ScheduledSequence(one, 2, 1, samples=True, drawn_by=3),
-        ScheduledSequence(other, 2, 1, samples=True, drawn_by=0),
-    )
-    step = StepBuffer(16).write(Batch(rows))
-    # num_sequences, num_tokens, table_width, num_logits, first_token, start, block_tables, token_ids
-    assert step[:13].tolist() == [2, 2, 1, 2, 0, 1, 2, 2, 2, 4, 4, -4, -1]

@@ -283,6 +283,52 @@ def test_abort_frees_running_and_waiting_sequences_and_ignores_ended_ones() -> N
     assert not scheduler.schedule()
 
 
+def test_a_step_ahead_decodes_all_that_do_not_end() -> None:
+    scheduler, _ = build()
+    scheduler.add(sequence("ending", 3, max_tokens=1))
+    scheduler.add(sequence("long", 5))
+    batch = scheduler.schedule()
+    ahead = scheduler.schedule_ahead(batch)
+    assert shape(ahead) == [("long", 5, 1, True)]
+    assert [row.drawn_by for row in ahead.rows] == [1]
+    run(scheduler, batch)
+    assert not scheduler.holds(batch.rows[0].sequence)
+    further = scheduler.schedule_ahead(ahead)
+    assert shape(further) == [("long", 6, 1, True)]
+
+
+def test_no_step_ahead_beside_a_prompt_or_a_sequence_that_waits_for_a_block() -> None:
+    scheduler, _ = build(max_num_batched_tokens=6)
+    scheduler.add(sequence("long", 9))
+    assert not scheduler.schedule_ahead(scheduler.schedule())
+
+    scheduler, _ = build(num_blocks=4, max_model_len=16)
+    scheduler.add(sequence("old", 8, max_tokens=9))
+    scheduler.add(sequence("young", 3))
+    steps = []
+    for _ in range(4):
+        batch = scheduler.schedule()
+        steps.append(shape(scheduler.schedule_ahead(batch)))
+        run(scheduler, batch)
+    # "young" has no block for its second step; in the third, "old" is computed alone.
+    assert steps == [[("old", 8, 1, True), ("young", 3, 1, True)], [], [], []]
+
+
+def test_no_step_ahead_while_a_sequence_can_be_admitted() -> None:
+    scheduler, _ = build(max_num_seqs=2)
+    scheduler.add(sequence("one", 3))
+    batch = scheduler.schedule()
+    for name in ("two", "three"):
+        scheduler.add(sequence(name, 3))
+    assert not scheduler.schedule_ahead(batch)
+    run(scheduler, batch)
+    # No seat is left for "three".
+    assert [row.sequence.request_id for row in scheduler.schedule_ahead(scheduler.schedule()).rows] == [
+        "one",
+        "two",
+    ]
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     data=st.data(),
