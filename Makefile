@@ -15,6 +15,7 @@ COMPILED := $(wildcard $(foreach folder,include paddle cpu cpu/*,$(foreach kind,
               daemon/router/http/*.cc)
 # Links that give the folders the names of the installed packages, for mypy and where nothing is installed.
 TYPES  := .cache/types
+FAST_PATH := daemon/router/http/libfd_fast_path.so
 # Otherwise each of the thousands of processes that the tests start would compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -58,6 +59,7 @@ help:
 	@echo "make bench-api          cost of the HTTP API for a request and a token, beside other servers' libraries"
 	@echo "make bench-router       our router against sglang's, vLLM's and nginx (needs wrk; installs the first two)"
 	@echo "make bench-router-policies  simulated routing policies by traffic; writes docs/router-policies.svg"
+	@echo "make bench-gpu          a GPU with a random 21B: engine beside transformers, then through the router"
 	@echo "make bench-gpu-product  matrix products against cuBLAS; also bench-gpu-attention and bench-gpu-step"
 	@echo "make profile            profile of a decode step"
 	@echo "make perplexity         perplexity of the demo model in each weight format"
@@ -153,7 +155,7 @@ fuzz: $(VENV)/installed
 	@$(BIN)/python -m tests.fuzz
 
 bench-serve: $(VENV)/installed model
-	@$(BIN)/python -m benchmarks.serve
+	@$(BIN)/python -m benchmarks.serve $(ARGS)
 
 bench-engine: $(VENV)/installed $(PARITY)/installed
 	@$(BIN)/python -m benchmarks.engine
@@ -202,9 +204,19 @@ check-cuda:
 
 # Use the system's Python, because machines with a GPU usually have torch there. Leave out tests/conftest.py, which
 # needs an installation.
-test-gpu: import-tree
+test-gpu: import-tree $(FAST_PATH)
 	@custom_ops/cuda/build.sh
-	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m pytest -q --confcutdir=tests/device tests/device
+	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m pytest -q --confcutdir=tests/device tests/device $(ARGS)
+
+# For the router where nothing is installed.
+$(FAST_PATH): daemon/router/http/fast_path.cc
+	@$(CXX) -O2 -std=c++17 -Wall -shared -fPIC -pthread $< -o $@
+
+# The engine beside transformers, then one replica behind the router. /tmp gets a checkpoint of 44 GB.
+bench-gpu: import-tree $(FAST_PATH)
+	@custom_ops/cuda/build.sh --bench
+	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m benchmarks.gpu --directory $(or $(DIRECTORY),/tmp/fd-dp-21b) $(ARGS)
+	@PYTHONPATH=$(TYPES):$$PYTHONPATH python3 -m benchmarks.serve --device gpu --model $(or $(DIRECTORY),/tmp/fd-dp-21b)
 
 # DIRECTORY gets a checkpoint of 44 GB.
 bench-gpu-engine: import-tree

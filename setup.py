@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -50,6 +51,14 @@ class BuildLibraries(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
 
+class Wheel(bdist_wheel):
+    """A wheel for every version of Python, because the libraries are none of its modules."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 def sources(*folders: str) -> list[str]:
     return sorted(str(file) for folder in folders for file in (OPERATIONS / folder).rglob("*.cc"))
 
@@ -86,4 +95,7 @@ fast_path = Extension(
     language="c++",
 )
 
-setup(ext_modules=[operations, device, fast_path], cmdclass={"build_ext": BuildLibraries})
+setup(
+    ext_modules=[operations, device, fast_path],
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildLibraries},
+)

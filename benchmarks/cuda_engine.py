@@ -13,6 +13,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from fastdeploy.device.cuda import CudaDevice
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2560, 28, 20, 4, 128, 103424
 DENSE_WIDTH, EXPERTS, PICKS, EXPERT_WIDTH, SHARED = 12288, 64, 6, 1536, 2
+#: Tokens of the measured prompt.
+PROMPT = 4096
 #: Tensors are windows of one random array: drawing tens of gigabytes would take longer than writing them.
 _POOL = 64 << 20
 
@@ -146,6 +149,112 @@ def limit(batch: int, context: int, layers: int, bandwidth: float) -> float:
     return (weights + batch * context * layers * KV_HEADS * HEAD_DIM * 4) / bandwidth
 
 
+def prompt_flops(length: int, layers: int) -> float:
+    """Return the floating-point operations of a prompt; the head computes one row."""
+    attention = (2 * HEADS + 2 * KV_HEADS) * HEAD_DIM * HIDDEN
+    expert_layer = attention + 3 * HIDDEN * EXPERT_WIDTH * (PICKS + SHARED) + EXPERTS * HIDDEN
+    weights = (layers - 1) * expert_layer + attention + 3 * HIDDEN * DENSE_WIDTH
+    # Half of the scores, and as many operations for the values.
+    return 2 * length * weights + 2 * layers * length**2 * HEADS * HEAD_DIM
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Seconds from nothing to the first token, without the API."""
+
+    opened: float
+    loaded: float
+    #: Cache and graphs.
+    prepared: float
+    first_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Seconds of a decode step."""
+
+    mean: float
+    #: The graph alone, launched again and again.
+    alone: float
+    #: Work of the host, which may run beside the GPU's.
+    host: float
+
+
+class Measured:
+    """The engine on the checkpoint in `directory`, and what is measured of it."""
+
+    def __init__(self, directory: Path, *, runs_ahead: bool = True, temperature: float = 0.0) -> None:
+        self._temperature = temperature
+        self._random = np.random.default_rng(1)
+        config = EngineConfig(
+            model=directory,
+            device="gpu",
+            max_model_len=4608,
+            max_num_seqs=64,
+            max_num_batched_tokens=4096,
+            max_prefill_beside_decode=4096,
+            enable_prefix_caching=False,
+        )
+        model = ModelConfig.from_directory(directory)
+        gpu = choose_gpu(config, model)
+        assert gpu is not None
+        times = [time.monotonic()]
+        self.device = CudaDevice(config, model, gpu)
+        times.append(time.monotonic())
+        self.device.load(lambda fraction, stage: None)
+        times.append(time.monotonic())
+        self.num_blocks = self.device.allocate_cache(lambda fraction, stage: None)
+        times.append(time.monotonic())
+        self.device.runs_ahead = runs_ahead
+        self._engine = EngineCore(config, model, self.device, self.num_blocks)
+        self._add("first", 16, 1)
+        self._step()
+        times.append(time.monotonic())
+        self.opening = Opening(*np.diff(times).tolist())
+        # As in the worker: no garbage collection of the engine's objects during a measurement.
+        gc.collect()
+        gc.freeze()
+        self._watch = Stopwatch(self.device)
+
+    def decode(self, batch: int, context: int, steps: int = 64) -> Step:
+        for index in range(batch):
+            self._add(f"{batch}-{index}", context, 128)
+        scheduler, watch = self._engine._scheduler, self._watch
+        while scheduler.num_waiting or any(s.num_tokens - s.num_computed > 1 for s in scheduler._running):
+            self._step()
+        watch.waited, begun = 0.0, time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        mean = (time.perf_counter() - begun) / steps
+        host = mean - watch.waited / steps
+        # Without a step ahead, so that the device is free.
+        self.device.runs_ahead, ahead = False, self.device.runs_ahead
+        self._step()
+        found = Step(mean, watch.graph_alone(32), host)
+        self.device.runs_ahead = ahead
+        self._finish()
+        return found
+
+    def prompt(self, length: int) -> float:
+        self._add("prompt", length, 1)
+        begun = time.perf_counter()
+        self._finish()
+        return time.perf_counter() - begun
+
+    def _add(self, name: str, length: int, new: int) -> None:
+        prompt = self._random.integers(3, VOCABULARY, length).tolist()
+        params = SamplingParams(max_tokens=new, temperature=self._temperature)
+        self._engine.add(AddRequest(name, prompt, params, arrival_time=0.0))
+
+    def _step(self) -> None:
+        for output in self._engine.step().outputs:
+            assert output.message is None, output.message
+
+    def _finish(self) -> None:
+        while self._engine.has_work:
+            self._step()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--directory", type=Path, required=True)
@@ -160,87 +269,29 @@ def main() -> None:
     if not (arguments.directory / "config.json").exists():
         write_checkpoint(arguments.directory, arguments.layers)
         print(f"checkpoint written in {time.monotonic() - started:.1f} s", flush=True)
-    config = EngineConfig(
-        model=arguments.directory,
-        device="gpu",
-        max_model_len=4608,
-        max_num_seqs=64,
-        max_num_batched_tokens=4096,
-        max_prefill_beside_decode=4096,
-        enable_prefix_caching=False,
-    )
-    model = ModelConfig.from_directory(arguments.directory)
-    gpu = choose_gpu(config, model)
-    assert gpu is not None
-    times = [time.monotonic()]
-    device = CudaDevice(config, model, gpu)
-    times.append(time.monotonic())
-    device.load(lambda fraction, stage: None)
-    times.append(time.monotonic())
-    num_blocks = device.allocate_cache(lambda fraction, stage: None)
-    times.append(time.monotonic())
-    device.runs_ahead = not arguments.wait
-    engine = EngineCore(config, model, device, num_blocks)
-    random = np.random.default_rng(1)
-
-    def add(name: str, length: int, new: int) -> None:
-        prompt = random.integers(3, VOCABULARY, length).tolist()
-        params = SamplingParams(max_tokens=new, temperature=arguments.temperature)
-        engine.add(AddRequest(name, prompt, params, arrival_time=0.0))
-
-    def step() -> None:
-        for output in engine.step().outputs:
-            assert output.message is None, output.message
-
-    add("first", 16, 1)
-    step()
-    times.append(time.monotonic())
-    opened, loaded, prepared, first = np.diff(times)
+    engine = Measured(arguments.directory, runs_ahead=not arguments.wait, temperature=arguments.temperature)
+    opening = engine.opening
     size = (arguments.directory / "model.safetensors").stat().st_size / 1e9
     print(
-        f"{device.title}: open {opened:.2f} s, load {loaded:.2f} s ({size:.1f} GB, "
-        f"{size / loaded:.1f} GB/s), cache and graphs {prepared:.2f} s, first step {first:.2f} s; "
-        f"{num_blocks} blocks",
+        f"{engine.device.title}: open {opening.opened:.2f} s, load {opening.loaded:.2f} s ({size:.1f} GB, "
+        f"{size / opening.loaded:.1f} GB/s), cache and graphs {opening.prepared:.2f} s, first step "
+        f"{opening.first_step:.2f} s; {engine.num_blocks} blocks",
         flush=True,
     )
-    # As in the worker: no garbage collection of the engine's objects during a measurement.
-    gc.collect()
-    gc.freeze()
-    watch = Stopwatch(device)
     for batch in arguments.batch:
-        for index in range(batch):
-            add(f"{batch}-{index}", arguments.context, 128)
-        scheduler = engine._scheduler
-        while scheduler.num_waiting or any(s.num_tokens - s.num_computed > 1 for s in scheduler._running):
-            step()
-        steps, watch.waited, begun = 0, 0.0, time.perf_counter()
-        while steps < 64:
-            step()
-            steps += 1
-        mean = (time.perf_counter() - begun) / steps
-        host = mean - watch.waited / steps
-        # No step may be in progress.
-        device.runs_ahead = False
-        step()
-        alone = watch.graph_alone(32)
-        device.runs_ahead = not arguments.wait
+        found = engine.decode(batch, arguments.context)
         floor = limit(batch, arguments.context + 48, arguments.layers, arguments.bandwidth * 1e12)
         print(
-            f"decode {batch:3}: {mean * 1e3:7.3f} ms a step, {alone * 1e3:.3f} ms alone; the host works "
-            f"{host * 1e6:.0f} us; limit {floor * 1e3:.3f} ms, ratio {floor / mean:.2f}, "
-            f"{batch / mean:.0f} tokens/s",
+            f"decode {batch:3}: {found.mean * 1e3:7.3f} ms a step, {found.alone * 1e3:.3f} ms alone; the "
+            f"host works {found.host * 1e6:.0f} us; limit {floor * 1e3:.3f} ms, "
+            f"ratio {floor / found.mean:.2f}, "
+            f"{batch / found.mean:.0f} tokens/s",
             flush=True,
         )
-        while engine.has_work:
-            step()
-    for index in range(2):
-        add(f"prompt{index}", 4096, 1)
-        begun = time.perf_counter()
-        while engine.has_work:
-            step()
-        taken = time.perf_counter() - begun
-        print(f"prompt 4096: {taken * 1e3:.1f} ms, {4096 / taken:.0f} tokens/s", flush=True)
-    device.close()
+    for _ in range(2):
+        taken = engine.prompt(PROMPT)
+        print(f"prompt {PROMPT}: {taken * 1e3:.1f} ms, {PROMPT / taken:.0f} tokens/s", flush=True)
+    engine.device.close()
 
 
 if __name__ == "__main__":

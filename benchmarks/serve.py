@@ -4,10 +4,14 @@ Starts fd-dp with a copy of etc/dp.toml on free ports. Measures the time until t
 their memory, and tokens/s through the router for one and for sixteen concurrent streams. The peer of the
 eight replicas is one replica on all cores; the limit of one stream is that of the hardware (limits.py). Both
 are measured in the same run.
+
+With --model DIRECTORY --device gpu: one replica on a GPU behind the router, the time until the first token of
+the system, and for 1, 16 and 64 concurrent streams the times to the first token and between tokens.
 """
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import json
 import os
@@ -17,18 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
+from tests.device.environment import make_environment
 
 from fastdeploy.common.ports import find_free
 from fastdeploy.config import ModelConfig
 from fastdeploy.demo_model.model import resolve_model_path
 
 from .limits import Machine, decode_work
-from .rows import ROOT, Row, report
+from .rows import CACHE, ROOT, Row, report
 
 BIN = Path(sys.executable).parent
 NEW_TOKENS = 64
@@ -36,10 +42,59 @@ QUESTION = "Write a short story about a lighthouse keeper and the sea."
 
 
 def main() -> None:
-    rows: list[Row] = []
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fd-bench-") as directory:
-        rows += measure_system(Path(directory))
-    report(rows, "serve")
+        if arguments.device == "gpu":
+            report(measure_streams(Path(directory), arguments.model), "serve-gpu")
+        else:
+            report(measure_system(Path(directory)), "serve")
+
+
+def measure_streams(prefix: Path, model: str) -> list[Row]:
+    """Return rows of one replica on a GPU."""
+    config, router_port = write_config(
+        prefix,
+        replicas=1,
+        threads=0,
+        path=model,
+        device="gpu",
+        expert_parallel=False,
+        num_gpu_blocks_override=0,
+    )
+    vocabulary = ModelConfig.from_directory(resolve_model_path(model)).vocab_size
+    rows = []
+
+    def load(streams: int, new: int) -> dict[str, float]:
+        command = [sys.executable, "-m", "benchmarks.stream_load", str(router_port), str(streams)]
+        command += ["--new", str(new), "--vocabulary", str(vocabulary)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        if done.returncode != 0:
+            raise SystemExit(f"{done.stderr.strip()}; see {prefix}")
+        found: dict[str, float] = json.loads(done.stdout)
+        return found
+
+    started = time.monotonic()
+    daemon = start_daemon(config, prefix)
+    try:
+        wait_ready(prefix, 1)
+        rows.append(Row("start_to_ready", "seconds", time.monotonic() - started))
+        load(1, 1)
+        rows.append(Row("start_to_first_token", "seconds", time.monotonic() - started))
+        for streams in (1, 16, 64):
+            found = load(streams, 128)
+            rows += [
+                Row(f"{streams}_streams_first_token_p50", "ms", found["first_p50"] * 1e3),
+                Row(f"{streams}_streams_first_token_max", "ms", found["first_max"] * 1e3),
+                Row(f"{streams}_streams_between_tokens_p50", "ms", found["between_p50"] * 1e3),
+                Row(f"{streams}_streams_between_tokens_p99", "ms", found["between_p99"] * 1e3),
+                Row(f"{streams}_streams", "tokens/s", found["tokens_per_second"]),
+            ]
+    finally:
+        stop_daemon(daemon)
+    return rows
 
 
 def measure_system(prefix: Path) -> list[Row]:
@@ -84,7 +139,13 @@ def measure_system(prefix: Path) -> list[Row]:
     ]
 
 
-def write_config(prefix: Path, *, replicas: int, threads: int) -> tuple[Path, int]:
+@cache
+def commands() -> Path:
+    """Return the folder of fd-dp's commands; where it is not installed, of an environment made for it."""
+    return BIN if (BIN / "fd-dp").exists() else make_environment(CACHE / "environment")
+
+
+def write_config(prefix: Path, *, replicas: int, threads: int, **others: Any) -> tuple[Path, int]:
     """Write etc/dp.toml with other ports, so that a running system is not disturbed."""
     ports = find_free(3 * replicas + 1)
     text = (ROOT / "etc" / "dp.toml").read_text(encoding="utf-8")
@@ -102,6 +163,8 @@ def write_config(prefix: Path, *, replicas: int, threads: int) -> tuple[Path, in
     put("metrics_ports", ports[replicas : 2 * replicas])
     put("engine_worker_queue_ports", ports[2 * replicas : 3 * replicas])
     put("port", ports[-1])
+    for key, value in others.items():
+        put(key, value)
     path = prefix / "dp.toml"
     path.write_text(text, encoding="utf-8")
     return path, ports[-1]
@@ -110,7 +173,7 @@ def write_config(prefix: Path, *, replicas: int, threads: int) -> tuple[Path, in
 def start_daemon(config: Path, prefix: Path) -> subprocess.Popen[bytes]:
     log = (prefix / "bench.log").open("wb")
     return subprocess.Popen(
-        [str(BIN / "fd-dp"), "--config", str(config), "--prefix", str(prefix)],
+        [str(commands() / "fd-dp"), "--config", str(config), "--prefix", str(prefix)],
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -128,7 +191,7 @@ def wait_ready(prefix: Path, replicas: int, deadline: float = 600.0) -> None:
     end = time.monotonic() + deadline
     while time.monotonic() < end:
         answer = subprocess.run(
-            [str(BIN / "fdctl"), "--prefix", str(prefix), "status", "--json"],
+            [str(commands() / "fdctl"), "--prefix", str(prefix), "status", "--json"],
             capture_output=True,
             check=False,
         )

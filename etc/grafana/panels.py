@@ -337,6 +337,27 @@ MACHINE = [
     ),
 ]
 
+GPUS = [
+    Panel(
+        title="GPU use",
+        # Replicas on one GPU report the same figures.
+        queries={"{{gpu}}": f"max by (gpu) (fastdeploy:gpu_utilization_perc{{{REPLICA}}})"},
+        unit="percentunit",
+        width=12,
+        help="Fraction of the time in which the GPU computed, for any process.",
+    ),
+    Panel(
+        title="GPU memory",
+        queries={
+            "{{gpu}} used": f"max by (gpu) (fastdeploy:gpu_memory_used_bytes{{{REPLICA}}})",
+            "{{gpu}} in all": f"max by (gpu) (fastdeploy:gpu_memory_total_bytes{{{REPLICA}}})",
+        },
+        unit="bytes",
+        width=12,
+        help="Used by all processes. A replica takes its share of the memory when it starts.",
+    ),
+]
+
 ROWS = {
     "Fleet": FLEET,
     "Load": LOAD,
@@ -345,4 +366,5 @@ ROWS = {
     "KV cache": CACHE,
     "Expert parallelism": EXPERTS,
     "Machine": MACHINE,
+    "GPUs": GPUS,
 }

@@ -189,7 +189,7 @@ def test_a_given_token_is_scored_instead_of_drawn() -> None:
     logits = torch.randn(3, 20000, generator=torch.Generator().manual_seed(8))
     logits[2, 7] = float("nan")
     rows = np.concatenate([row(given=18, logprobs=0), row(given=20000, logprobs=2), row(given=3, logprobs=1)])
-    logits[0, [3, 19]] = logits[0, 17]
+    logits[0, [3, 19]] = logits[0, 17].clone()
     drawn, top_tokens, logprobs = draw(logits.cuda(), rows, width=3)
     assert drawn[2] == -1
     for index, token in ((0, 17), (1, 19999)):

