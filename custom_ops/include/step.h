@@ -1,4 +1,4 @@
-// The integers that describe one step; engine/core/step_buffer.py writes them.
+// The integers that describe one step; engine/device/step_buffer.py writes them.
 #pragma once
 
 #include <cstdint>

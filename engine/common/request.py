@@ -118,7 +118,7 @@ class ScheduledSequence:
     samples: bool
     #: Positions whose logits are needed for the log probability of the following prompt token.
     scored: range = range(0)
-    #: The row of draws of the step before that draws the token at `start`, if that step is not committed yet.
+    #: The sampling row of the step before that draws the token at `start`; None: the token is known.
     drawn_by: int | None = None
 
     @property

@@ -58,7 +58,7 @@ class Sampler:
         """Return the draw of the next token of each of at least one sequence.
 
         Args:
-            ahead: of the next but one token; `draws_ahead` must be true for each sequence.
+            ahead: draw the next but one token instead; `draws_ahead` must be true for each sequence.
         """
         recipes = [self._recipe(sequence) for sequence in sequences]
         if all(recipe.is_argmax for recipe in recipes):

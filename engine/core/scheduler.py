@@ -140,7 +140,8 @@ class Scheduler:
             for index, row in known
             if not self._is_full(row.sequence, row.end + 1)
         ]
-        growing = [row for row in rows if self._config.blocks_for(row.end) > len(row.sequence.block_ids)]
+        size = self._pool.block_size
+        growing = [row for row in rows if row.end > len(row.sequence.block_ids) * size]
         if len(growing) > self._pool.num_free:
             return Batch(())
         for row in growing:

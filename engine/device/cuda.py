@@ -210,7 +210,7 @@ class CudaDevice:
         ticket = ctypes.c_uint64()
         library.call("fd_step_begin", self._handle, self._plan_memory.ctypes.data, size, ctypes.byref(ticket))
         if tokens == sequences:
-            # Some of them may draw nothing: the last token of a chunk.
+            # A chunk of a single token draws nothing, or is scored.
             kind, capacity = _DECODE_GREEDY if is_greedy else _DECODE_SAMPLED, limits.decode_capacities
             library.call("fd_graph", self._handle, LAUNCH, kind | fitting(capacity, tokens))
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import paddle
 import pytest
@@ -32,8 +31,6 @@ def test_steps_ahead_change_no_text(data: st.DataObject) -> None:
     model = RandomModel(data.draw(seeds, "model"), "float32")
     random = np.random.default_rng(data.draw(seeds, "requests"))
     requests = draw_requests(random, model.config.vocab_size, data.draw(st.integers(1, 7), "requests"))
-    if data.draw(st.booleans(), "without penalties"):
-        requests = [without_penalties(each) for each in requests]
     # A stop string, or a client that leaves: the API aborts the request when its text is that long.
     ends = {each.request_id: int(random.choice([3, 9, 20, 999])) for each in requests}
     longest = max(len(each.prompt_token_ids) + each.params.max_tokens for each in requests)
@@ -57,11 +54,6 @@ def test_steps_ahead_change_no_text(data: st.DataObject) -> None:
     assert ahead.ended == one_by_one.ended
     assert ahead.ahead is not None
     event("ran ahead", ahead.ahead.num_ahead > 0)
-
-
-def without_penalties(one: AddRequest) -> AddRequest:
-    params = msgspec.structs.replace(one.params, repetition_penalty=1.0, frequency_penalty=0.0)
-    return msgspec.structs.replace(one, params=params)
 
 
 def serve(engine: RecordedEngine, requests: list[AddRequest], ends: dict[str, int], pace: int) -> None:

@@ -43,7 +43,7 @@ def test_a_reused_buffer_holds_what_a_new_one_holds(data: st.DataObject) -> None
     sequences = [sequence([7] * length, blocks(length)) for length in lengths]
     reused = StepBuffer(BLOCK_SIZE)
     for _ in range(data.draw(st.integers(1, 12))):
-        rows = []
+        rows: list[ScheduledSequence] = []
         for index, one in enumerate(sequences):
             what = data.draw(st.sampled_from(["decode", "decode", "decode", "chunk", "leave", "preempt"]))
             if what == "leave" and rows:
