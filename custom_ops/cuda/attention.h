@@ -7,14 +7,10 @@
 
 #include "layout.h"
 
-#ifndef FD_SEGMENT_TILES
-#define FD_SEGMENT_TILES 2
-#endif
-
 namespace fd::cuda {
 
 constexpr int kCacheBlock = 64;    // keys of a block of the cache: one tile
-constexpr int kSegmentTiles = FD_SEGMENT_TILES;  // numeric contract sm90-2: a new partial softmax every so many tiles
+constexpr int kSegmentTiles = 4;   // numeric contract sm90-2: a new partial softmax every 256 keys
 constexpr int kMaxGroupHeads = 16;  // query heads of one kv head
 constexpr int kMaxSequences = 1024;
 

@@ -1,7 +1,5 @@
 // Attention of sequences with one token in the step. A block of four warps processes the segments of its share one tile
 // after the other: each warp computes the scores of 16 keys, then the values of a quarter of the columns.
-#include <cstdlib>
-
 #include "attention.cuh"
 #include "launch.h"
 
@@ -445,11 +443,7 @@ constexpr int kMemory = 1024 + sizeof(Memory<Shape>);
 
 template <class Shape>
 cudaError_t start(const Attention& args, bool early, cudaStream_t stream) {
-  const char* const per = getenv("FD_DECODE_BLOCKS");
-  const char* const ahead = getenv("FD_DECODE_EARLY");
-  if (ahead != nullptr && ahead[0] == '0') early = false;
-  return launch(decode_kernel<Shape>, dim3(multiprocessors() * (per == nullptr ? 2 : per[0] - '0')), kThreads,
-                kMemory<Shape>, 1, stream, args, early);
+  return launch(decode_kernel<Shape>, dim3(multiprocessors() * 2), kThreads, kMemory<Shape>, 1, stream, args, early);
 }
 
 template <class Shape>
