@@ -37,12 +37,13 @@ struct Memory {
 
 // The share of a block: segments [first, last) of all sequences and kv heads.
 struct Share {
-  int64_t segments;
-  int64_t blocks;
+  int segments;
+  int each;
 
-  __device__ Share(int segments, int blocks) : segments(segments), blocks(min(segments, blocks)) {}
-  __device__ int first(int block) const { return block < blocks ? block * segments / blocks : segments; }
-  __device__ int block_of(int segment) const { return ((segment + 1) * blocks - 1) / segments; }
+  // Whole numbers of segments, so that few sequences are cut.
+  __device__ Share(int segments, int blocks) : segments(segments), each(max(1, ceil_div(segments, blocks))) {}
+  __device__ int first(int block) const { return min(segments, block * each); }
+  __device__ int block_of(int segment) const { return segment / each; }
 };
 
 // Segments of one sequence and kv head that a block processes.
@@ -239,28 +240,57 @@ struct Result {
 };
 
 // Merges the parts of a sequence and head in order: the first part's result, which is at its last segment, and the
-// segments after it.
+// segments after it. A warp merges rows r and r + 4 at a time.
 template <class Shape>
 __device__ __forceinline__ void merge_parts(const Attention& args, const Part& part, int token, int merged) {
-  const int group = args.heads / args.kv_heads;
-  for (int i = threadIdx.x * 4; i < group * Shape::kHeadDim; i += kConsumers * 4) {
-    const int row = i / Shape::kHeadDim, column = i % Shape::kHeadDim;
-    float4 out{};
-    float maximum = -INFINITY, sum = 0.0f;
-#pragma unroll 8
-    for (int segment = merged - 1; segment < part.segments; ++segment) {
-      const float* const from = partial_at<Shape>(args, part.begin + segment);
-      // Written by other blocks, so bypass the L1 cache.
-      const float4 later = __ldcg(reinterpret_cast<const float4*>(from + row * Shape::kHeadDim + column));
-      const float2 softmax = __ldcg(reinterpret_cast<const float2*>(from + kRows * Shape::kHeadDim + row * 2));
-      const Merger merge(maximum, softmax.x);
-      out = {merge(out.x, later.x), merge(out.y, later.y), merge(out.z, later.z), merge(out.w, later.w)};
-      sum = merge(sum, softmax.y);
-      maximum = merge.maximum;
+  constexpr int kAhead = 4, kEach = Shape::kHeadDim / 32;
+  const int group = args.heads / args.kv_heads, column = threadIdx.x % 32 * kEach;
+  for (int first_row = threadIdx.x / 32; first_row < group; first_row += 2 * kWarps) {
+    float out[2][kEach] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    for (int first = merged - 1; first < part.segments; first += kAhead) {
+      float later[kAhead][2][kEach];
+      float2 softmax[kAhead][2];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const float* const from = partial_at<Shape>(args, part.begin + min(first + i, part.segments - 1));
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = min(first_row + half * kWarps, group - 1);
+          // Written by other blocks, so bypass the L1 cache.
+          if constexpr (kEach == 4) {
+            const float4 x = __ldcg(reinterpret_cast<const float4*>(from + row * Shape::kHeadDim + column));
+            later[i][half][0] = x.x, later[i][half][1] = x.y, later[i][half][2] = x.z, later[i][half][3] = x.w;
+          } else {
+            const float2 x = __ldcg(reinterpret_cast<const float2*>(from + row * Shape::kHeadDim + column));
+            later[i][half][0] = x.x, later[i][half][1] = x.y;
+          }
+          softmax[i][half] = __ldcg(reinterpret_cast<const float2*>(from + kRows * Shape::kHeadDim + row * 2));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i >= part.segments) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const Merger merge(maximum[half], softmax[i][half].x);
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) out[half][j] = merge(out[half][j], later[i][half][j]);
+          sum[half] = merge(sum[half], softmax[i][half].y);
+          maximum[half] = merge.maximum;
+        }
+      }
     }
-    *reinterpret_cast<uint2*>(out_place(args, Shape::kHeadDim, token, part.head * group + row, column)) =
-        make_uint2(pack_bfloat16(__fdiv_rn(out.x, sum), __fdiv_rn(out.y, sum)),
-                   pack_bfloat16(__fdiv_rn(out.z, sum), __fdiv_rn(out.w, sum)));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + half * kWarps;
+      if (row >= group) continue;
+      uint32_t* const place =
+          reinterpret_cast<uint32_t*>(out_place(args, Shape::kHeadDim, token, part.head * group + row, column));
+#pragma unroll
+      for (int j = 0; j < kEach; j += 2) {
+        place[j / 2] = pack_bfloat16(__fdiv_rn(out[half][j], sum[half]), __fdiv_rn(out[half][j + 1], sum[half]));
+      }
+    }
   }
 }
 
