@@ -16,7 +16,7 @@ constexpr int kWeightStride = kCacheBlock + 8;
 template <int kHeadDim_>
 struct Shape {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kSlots = 6 * 128 / kHeadDim;  // slots of the ring: tiles of keys or values, in turns
+  static constexpr int kSlots = 6 * 128 / kHeadDim;  // slots of the ring: tiles of keys or values
   static constexpr int kTileBytes = kHeadDim / kBlockK * kBlockBytes;
   static constexpr int kColumns = kHeadDim / kWarps;  // of a warp
   static constexpr int kQueryBytes = kHeadDim / kBlockK * kRows * 128;
@@ -26,9 +26,10 @@ template <class Shape>
 struct Memory {
   alignas(1024) uint8_t slots[Shape::kSlots][Shape::kTileBytes];
   alignas(1024) uint8_t queries[Shape::kQueryBytes];
-  alignas(16) __nv_bfloat16 weights[kRows][kWeightStride];
-  float4 sums[kRows][4];          // of a row, by lane: shares of the four warps
-  float maxima[kRows][kWarps];
+  // Of the tiles in turns, so that one barrier a tile is enough.
+  alignas(16) __nv_bfloat16 weights[2][kRows][kWeightStride];
+  float4 sums[2][kRows][4];  // of a row, by lane: shares of the four warps
+  float maxima[2][kRows][kWarps];
   uint64_t full[Shape::kSlots];
   uint64_t empty[Shape::kSlots];
   int first_item[kMaxSequences + 1];
@@ -69,7 +70,7 @@ struct Part {
   __device__ int last_tile() const { return min(tiles, last * kSegmentTiles); }
 };
 
-// One side's view of the ring of tiles: k0 v0 k1 v1 ...
+// One side's view of the ring of tiles. Keys are one tile ahead of values: k0 k1 v0 k2 v1 ...
 template <class Shape>
 struct TileRing {
   Memory<Shape>& memory;
@@ -97,20 +98,25 @@ __device__ __forceinline__ void produce_tiles(const StepView& step, const Attent
   while (first < last) {
     const Part part(step, args, memory.first_item, first, last);
     const int32_t* const table = step.block_tables + int64_t{part.sequence} * step.table_width;
-    int ahead = part.first_tile() + lane < part.last_tile() ? table[part.first_tile() + lane] : 0;
-    for (int tile = part.first_tile(), i = 0; tile < part.last_tile(); ++tile, ++i) {
-      const int block = __shfl_sync(~0u, ahead, i % 32);
-      if (i % 32 == 31) ahead = tile + 1 + lane < part.last_tile() ? table[tile + 1 + lane] : 0;
-      for (const uint8_t* const cache : {args.keys, args.values}) {
-        if (lane == 0) {
-          barrier_wait(memory.empty + ring.slot, ring.phase ^ 1);
-          barrier_arrive_expect(memory.full + ring.slot, Shape::kTileBytes);
-          bulk_copy(memory.slots[ring.slot], cache + in_cache(block, args.kv_heads, part.head, Shape::kHeadDim, 0, 0),
-                    Shape::kTileBytes, memory.full + ring.slot);
-        }
-        ring.advance();
+    const int tiles = part.last_tile() - part.first_tile();
+    const auto fetch = [&](const uint8_t* cache, int block) {
+      if (lane == 0) {
+        barrier_wait(memory.empty + ring.slot, ring.phase ^ 1);
+        barrier_arrive_expect(memory.full + ring.slot, Shape::kTileBytes);
+        bulk_copy(memory.slots[ring.slot], cache + in_cache(block, args.kv_heads, part.head, Shape::kHeadDim, 0, 0),
+                  Shape::kTileBytes, memory.full + ring.slot);
       }
+      ring.advance();
+    };
+    int blocks = 0, before = 0;
+    for (int i = 0; i < tiles; ++i) {
+      if (i % 32 == 0) blocks = i + lane < tiles ? table[part.first_tile() + i + lane] : 0;
+      const int block = __shfl_sync(~0u, blocks, i % 32);
+      fetch(args.keys, block);
+      if (i > 0) fetch(args.values, before);
+      before = block;
     }
+    fetch(args.values, before);
     first += part.last - part.first;
   }
 }
@@ -121,27 +127,44 @@ __device__ __forceinline__ uint32_t rotate(uint32_t pair, float2 cos_sin) {
                        __fmaf_rn(x.y, cos_sin.x, __fmul_rn(x.x, cos_sin.y)));
 }
 
-// The newest key and value, which are not in the cache yet: two columns of one of them in each thread.
+// The newest key and value, which are not in the cache yet. The warp of a key of the tile holds the key, each warp its
+// columns of the value.
 template <class Shape>
-struct NewestKey {
-  uint32_t pair;
+struct Newest {
+  static constexpr int kPairs = Shape::kHeadDim / 64;
+  uint32_t key[kPairs];
+  uint32_t value;
 
-  __device__ __forceinline__ static bool has_value() { return threadIdx.x >= Shape::kHeadDim / 2; }
-  __device__ __forceinline__ static int column() { return threadIdx.x % (Shape::kHeadDim / 2) * 2; }
-
-  __device__ __forceinline__ void load(const Attention& args, int token, int head) {
-    if (threadIdx.x >= Shape::kHeadDim) return;
-    const int64_t row = int64_t{token} * (args.heads + 2 * args.kv_heads) + args.heads + head;
-    pair = *reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(args.qkv) +
-                                              (row + (has_value() ? args.kv_heads : 0)) * Shape::kHeadDim + column());
-    if (has_value()) return;
-    pair = rotate(pair, *reinterpret_cast<const float2*>(args.rotary_cos_sin + int64_t{token} * Shape::kHeadDim +
-                                                         column()));
+  __device__ __forceinline__ static int column_of_key(int i) { return (i * 32 + threadIdx.x % 32) * 2; }
+  __device__ __forceinline__ static int column_of_value() {
+    return threadIdx.x / 32 * Shape::kColumns + threadIdx.x % (Shape::kColumns / 2) * 2;
   }
-  // Writes the key, or value, to the tile and to the cache.
-  __device__ __forceinline__ void store(bool values, uint8_t* tile, int key, uint8_t* cache_tile) const {
-    if (threadIdx.x >= Shape::kHeadDim || values != has_value()) return;
-    const int at = column() / kBlockK * kBlockBytes + in_block(key, column() % kBlockK);
+  __device__ __forceinline__ void load(const Attention& args, int token, int head) {
+    const __nv_bfloat16* const row =
+        static_cast<const __nv_bfloat16*>(args.qkv) +
+        (int64_t{token} * (args.heads + 2 * args.kv_heads) + args.heads + head) * Shape::kHeadDim;
+    value = *reinterpret_cast<const uint32_t*>(row + args.kv_heads * Shape::kHeadDim + column_of_value());
+    const float* const cos_sin = args.rotary_cos_sin + int64_t{token} * Shape::kHeadDim;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      key[i] = rotate(*reinterpret_cast<const uint32_t*>(row + column_of_key(i)),
+                      *reinterpret_cast<const float2*>(cos_sin + column_of_key(i)));
+    }
+  }
+  // Both write to the tile, for this warp's products, and to the cache.
+  __device__ __forceinline__ void store_key(int place, uint8_t* tile, uint8_t* cache_tile) const {
+    if (threadIdx.x / 32 != place / 16) return;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) store(key[i], column_of_key(i), place, tile, cache_tile);
+    __syncwarp();
+  }
+  __device__ __forceinline__ void store_value(int place, uint8_t* tile, uint8_t* cache_tile) const {
+    if (threadIdx.x % 32 < Shape::kColumns / 2) store(value, column_of_value(), place, tile, cache_tile);
+    __syncwarp();
+  }
+  __device__ __forceinline__ static void store(uint32_t pair, int column, int place, uint8_t* tile,
+                                               uint8_t* cache_tile) {
+    const int at = column / kBlockK * kBlockBytes + in_block(place, column % kBlockK);
     *reinterpret_cast<uint32_t*>(tile + at) = pair;
     *reinterpret_cast<uint32_t*>(cache_tile + at) = pair;
     // Before the copy engine overwrites the slot.
@@ -294,75 +317,71 @@ __device__ __forceinline__ void merge_parts(const Attention& args, const Part& p
   }
 }
 
-// Computes one tile: adds to `out` and `rows` of a segment, whose first tile overwrites them.
+// Computes the scores of this warp's 16 keys of a tile. `newest`: place of the newest key, in the last tile only.
 template <class Shape>
-__device__ __forceinline__ void attend_tile(Memory<Shape>& memory, TileRing<Shape>& ring,
-                                            const uint32_t (&queries)[Shape::kHeadDim / 16][4], float scale,
-                                            int visible, bool begins, float (&out)[Shape::kColumns / 2],
-                                            RowSoftmax (&rows)[2], const NewestKey<Shape>& newest,
-                                            uint8_t* const (&cache_tiles)[2]) {
+__device__ __forceinline__ void score(float (&scores)[8], const uint32_t (&queries)[Shape::kHeadDim / 16][4],
+                                      const uint8_t* keys, int newest) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint8_t* const keys = ring.take();
-  if (visible < kCacheBlock || cache_tiles[0] != nullptr) {
-    newest.store(false, keys, visible - 1, cache_tiles[0]);
-    named_barrier(1, kConsumers);
-  }
-  float scores[8] = {};
-  {
-    const int row = warp * 16 + lane / 16 * 8 + lane % 8;
+  const int row = warp * 16 + lane / 16 * 8 + lane % 8;
 #pragma unroll
-    for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
-      const int k = step * 16 + lane / 8 % 2 * 8;
-      uint32_t b[4];
-      load_fragments(b, keys + k / kBlockK * kBlockBytes + in_block(row, k % kBlockK));
-      multiply_fragments(scores, queries[step], b[0], b[1]);
-      multiply_fragments(scores + 4, queries[step], b[2], b[3]);
-    }
+  for (int i = 0; i < 8; ++i) scores[i] = 0.0f;
+#pragma unroll
+  for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
+    const int k = step * 16 + lane / 8 % 2 * 8;
+    uint32_t b[4];
+    load_fragments(b, keys + k / kBlockK * kBlockBytes + in_block(row, k % kBlockK));
+    multiply_fragments(scores, queries[step], b[0], b[1]);
+    multiply_fragments(scores + 4, queries[step], b[2], b[3]);
   }
-  ring.release();
-  if (visible < kCacheBlock) {
+  if (newest < kCacheBlock - 1) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (warp * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 >= visible) scores[i] = -INFINITY;
+      if (warp * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 > newest) scores[i] = -INFINITY;
     }
   }
-  const int row = lane / 4;
+}
+
+// Shares the maxima of this warp's scores with the other warps.
+template <class Shape>
+__device__ __forceinline__ void share_maxima(const float (&scores)[8], float (&maxima)[kRows][kWarps]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float highest = row_maximum(fmaxf(fmaxf(scores[half * 2], scores[half * 2 + 1]),
                                             fmaxf(scores[4 + half * 2], scores[5 + half * 2])));
-    if (lane % 4 == 0) memory.maxima[row + half * 8][warp] = highest;
+    if (threadIdx.x % 4 == 0) maxima[threadIdx.x % 32 / 4 + half * 8][threadIdx.x / 32] = highest;
   }
-  named_barrier(1, kConsumers);
-  float factor[2];
+}
+
+// Turns the scores of a tile into weights in shared memory; `factor` rescales the previous results of the segment.
+template <class Shape>
+__device__ __forceinline__ void weigh(float (&scores)[8], Memory<Shape>& memory, int turn, float scale,
+                                      RowSoftmax (&rows)[2], float (&factor)[2]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float4 maxima = *reinterpret_cast<const float4*>(memory.maxima[row + half * 8]);
-    if (begins) rows[half] = RowSoftmax();
+    const int row = lane / 4 + half * 8;
+    const float4 maxima = *reinterpret_cast<const float4*>(memory.maxima[turn][row]);
     factor[half] = rows[half].raise(fmaxf(fmaxf(maxima.x, maxima.y), fmaxf(maxima.z, maxima.w)), scale);
-    reinterpret_cast<float*>(&memory.sums[row + half * 8][lane % 4])[warp] =
+    reinterpret_cast<float*>(&memory.sums[turn][row][lane % 4])[warp] =
         weigh_sixteen(scores, half, scale, rows[half].base());
 #pragma unroll
     for (int eight = 0; eight < 2; ++eight) {
-      const uint32_t pair = __byte_perm(__float_as_uint(scores[eight * 4 + half * 2]),
-                                        __float_as_uint(scores[eight * 4 + half * 2 + 1]), 0x7632);
-      *reinterpret_cast<uint32_t*>(&memory.weights[row + half * 8][warp * 16 + eight * 8 + lane % 4 * 2]) = pair;
+      *reinterpret_cast<uint32_t*>(&memory.weights[turn][row][warp * 16 + eight * 8 + lane % 4 * 2]) =
+          __byte_perm(__float_as_uint(scores[eight * 4 + half * 2]), __float_as_uint(scores[eight * 4 + half * 2 + 1]),
+                      0x7632);
     }
   }
-#pragma unroll
-  for (int i = 0; i < Shape::kColumns / 2; ++i) out[i] = begins ? 0.0f : out[i] * factor[i / 2 % 2];
-  uint8_t* const values = ring.take();
-  if (cache_tiles[1] != nullptr) newest.store(true, values, visible - 1, cache_tiles[1]);
-  named_barrier(1, kConsumers);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float4 shares = memory.sums[row + half * 8][lane % 4];
-    rows[half].add(factor[half], shares.x, shares.y, shares.z, shares.w);
-  }
+}
+
+// Adds the values of a tile to this warp's columns.
+template <class Shape>
+__device__ __forceinline__ void add_values(float (&out)[Shape::kColumns / 2], const Memory<Shape>& memory, int turn,
+                                           const uint8_t* values) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 0; step < kCacheBlock / 16; ++step) {
     uint32_t a[4];
-    load_fragments(a, &memory.weights[lane % 16][step * 16 + lane / 16 * 8]);
+    load_fragments(a, &memory.weights[turn][lane % 16][step * 16 + lane / 16 * 8]);
     const int key = step * 16 + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
     for (int sixteen = 0; sixteen < Shape::kColumns / 16; ++sixteen) {
@@ -373,7 +392,6 @@ __device__ __forceinline__ void attend_tile(Memory<Shape>& memory, TileRing<Shap
       multiply_fragments(out + sixteen * 8 + 4, a, b[2], b[3]);
     }
   }
-  ring.release();
 }
 
 template <class Shape>
@@ -407,19 +425,16 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
     produce_tiles<Shape>(step, args, memory, first, until);
     return;
   }
-  wait_for_predecessor();
-
   TileRing<Shape> ring{memory};
   while (first < until) {
     const Part part(step, args, memory.first_item, first, until);
-    const int token = step.first_token[part.sequence], position = step.start[part.sequence];
-    NewestKey<Shape> newest;
+    const int token = step.first_token[part.sequence], newest_place = step.start[part.sequence] % kCacheBlock;
     const bool has_newest = part.last == part.segments;
+    const int newest_block = has_newest ? step.block_tables[int64_t{part.sequence} * step.table_width + part.tiles - 1] : 0;
+    const int64_t newest_tile = in_cache(newest_block, args.kv_heads, part.head, Shape::kHeadDim, 0, 0);
+    wait_for_predecessor();
+    Newest<Shape> newest;
     if (has_newest) newest.load(args, token, part.head);
-    const int64_t newest_tile =
-        has_newest ? in_cache(step.block_tables[int64_t{part.sequence} * step.table_width + part.tiles - 1],
-                              args.kv_heads, part.head, Shape::kHeadDim, 0, 0)
-                   : 0;
     fetch_queries<Shape>(args, token, part.head, memory.queries);
     named_barrier(1, kConsumers);
     uint32_t queries[Shape::kHeadDim / 16][4];
@@ -431,14 +446,37 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
 
     Result<Shape> result;
     result.clear();
-    float out[Shape::kColumns / 2];
+    float scores[8], out[Shape::kColumns / 2];
     RowSoftmax rows[2];
-    for (int tile = part.first_tile(); tile < part.last_tile(); ++tile) {
+    const auto score_tile = [&](int tile) {
+      uint8_t* const keys = ring.take();
       const bool is_newest = tile == part.tiles - 1;
-      uint8_t* const cache_tiles[2] = {is_newest ? args.keys + newest_tile : nullptr,
-                                       is_newest ? args.values + newest_tile : nullptr};
-      attend_tile<Shape>(memory, ring, queries, args.scale, is_newest ? position % kCacheBlock + 1 : kCacheBlock,
-                         tile % kSegmentTiles == 0, out, rows, newest, cache_tiles);
+      if (is_newest) newest.store_key(newest_place, keys, args.keys + newest_tile);
+      score<Shape>(scores, queries, keys, is_newest ? newest_place : kCacheBlock);
+      ring.release();
+      share_maxima<Shape>(scores, memory.maxima[tile % 2]);
+    };
+    score_tile(part.first_tile());
+    named_barrier(1, kConsumers);
+    for (int tile = part.first_tile(); tile < part.last_tile(); ++tile) {
+      const int turn = tile % 2;
+      const bool is_newest = tile == part.tiles - 1, begins = tile % kSegmentTiles == 0;
+      if (begins) rows[0] = RowSoftmax(), rows[1] = RowSoftmax();
+      float factor[2];
+      weigh<Shape>(scores, memory, turn, args.scale, rows, factor);
+#pragma unroll
+      for (int i = 0; i < Shape::kColumns / 2; ++i) out[i] = begins ? 0.0f : out[i] * factor[i / 2 % 2];
+      if (tile + 1 < part.last_tile()) score_tile(tile + 1);
+      uint8_t* const values = ring.take();
+      if (is_newest) newest.store_value(newest_place, values, args.values + newest_tile);
+      named_barrier(1, kConsumers);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 shares = memory.sums[turn][lane / 4 + half * 8][lane % 4];
+        rows[half].add(factor[half], shares.x, shares.y, shares.z, shares.w);
+      }
+      add_values<Shape>(out, memory, turn, values);
+      ring.release();
       if (tile % kSegmentTiles != kSegmentTiles - 1 && !is_newest) continue;
       result.merge(out, rows);
       if (part.first == 0) continue;
@@ -457,15 +495,14 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
         int* const arrived = args.arrived + part.sequence * args.kv_heads + part.head;
         __threadfence();
         memory.is_last = atomicAdd(arrived, 1) == parts - 1 ? share.first(first_block + 1) - part.begin : 0;
-        if (memory.is_last) *arrived = 0;
         __threadfence();
+        if (memory.is_last) *arrived = 0;
       }
       named_barrier(1, kConsumers);
       if (memory.is_last) merge_parts<Shape>(args, part, token, memory.is_last);
     }
-    // The queries of the next part overwrite these.
-    named_barrier(1, kConsumers);
   }
+  wait_for_predecessor();
 }
 
 template <class Shape>
