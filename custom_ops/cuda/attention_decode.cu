@@ -32,8 +32,9 @@ struct Memory {
   float maxima[2][kRows][kWarps];
   uint64_t full[Shape::kSlots];
   uint64_t empty[Shape::kSlots];
+  uint64_t gathered;
   int first_item[kMaxSequences + 1];
-  int is_last;
+  int merged[2];
 };
 
 // The share of a block: segments [first, last) of all sequences and kv heads.
@@ -194,10 +195,15 @@ __device__ __forceinline__ void fetch_queries(const Attention& args, int token, 
   }
 }
 
-// Partial result: [kRows][head_dim] values, then maximum and sum of each row.
+// Floats of a partial result: [group][head_dim] values, then maximum and sum of each row.
+template <class Shape>
+__device__ __forceinline__ int partial_floats(const Attention& args) {
+  return round_up(args.heads / args.kv_heads * (Shape::kHeadDim + 2), 4);
+}
+
 template <class Shape>
 __device__ __forceinline__ float* partial_at(const Attention& args, int segment) {
-  return args.partial + int64_t{segment} * kRows * (Shape::kHeadDim + 2);
+  return args.partial + int64_t{segment} * partial_floats<Shape>(args);
 }
 
 // Result for rows lane / 4 and + 8: columns 8 e + lane % 4 * 2 and the next one of this warp's.
@@ -252,68 +258,99 @@ struct Result {
   }
 
   __device__ __forceinline__ void save(const Attention& args, int segment) const {
+    const int group = args.heads / args.kv_heads;
     float* const place = partial_at<Shape>(args, segment);
-    each(args.heads / args.kv_heads, [&](int row, int column, float low, float high, int half) {
+    each(group, [&](int row, int column, float low, float high, int half) {
       *reinterpret_cast<float2*>(place + row * Shape::kHeadDim + column) = make_float2(low, high);
       if (column == 0) {
-        *reinterpret_cast<float2*>(place + kRows * Shape::kHeadDim + row * 2) = make_float2(maximum[half], sum[half]);
+        *reinterpret_cast<float2*>(place + group * Shape::kHeadDim + row * 2) = make_float2(maximum[half], sum[half]);
       }
     });
   }
 };
 
 // Merges the parts of a sequence and head in order: the first part's result, which is at its last segment, and the
-// segments after it. A warp merges rows r and r + 4 at a time.
+// segments after it. The copy engine gathers them in the memory of the ring, which is unused by now.
 template <class Shape>
-__device__ __forceinline__ void merge_parts(const Attention& args, const Part& part, int token, int merged) {
-  constexpr int kAhead = 4, kEach = Shape::kHeadDim / 32;
-  const int group = args.heads / args.kv_heads, column = threadIdx.x % 32 * kEach;
-  for (int first_row = threadIdx.x / 32; first_row < group; first_row += 2 * kWarps) {
-    float out[2][kEach] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    for (int first = merged - 1; first < part.segments; first += kAhead) {
-      float later[kAhead][2][kEach];
-      float2 softmax[kAhead][2];
+__device__ __forceinline__ void merge_parts(const Attention& args, Memory<Shape>& memory, const Part& part, int token,
+                                            int merged, uint32_t& phase) {
+  constexpr int kRowsOfWarp = kRows / kWarps, kEach = Shape::kHeadDim / 32;
+  struct alignas(kEach * 4) Columns {
+    float x[kEach];
+  };
+  const int warp = threadIdx.x / 32, group = args.heads / args.kv_heads, column = threadIdx.x % 32 * kEach;
+  const int size = partial_floats<Shape>(args), most = sizeof(memory.slots) / 4 / size;
+  const float* const gathered = reinterpret_cast<const float*>(memory.slots);
+  float out[kRowsOfWarp][kEach] = {}, maximum[kRowsOfWarp], sum[kRowsOfWarp] = {};
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const float* const from = partial_at<Shape>(args, part.begin + min(first + i, part.segments - 1));
+  for (int i = 0; i < kRowsOfWarp; ++i) maximum[i] = -INFINITY;
+  for (int first = merged - 1; first < part.segments; first += most, phase ^= 1) {
+    const int count = min(most, part.segments - first);
+    named_barrier(1, kConsumers);
+    if (threadIdx.x == 0) {
+      proxy_fence();
+      barrier_arrive_expect(&memory.gathered, count * size * 4);
+      bulk_copy(memory.slots, partial_at<Shape>(args, part.begin + first), count * size * 4, &memory.gathered);
+    }
+    barrier_wait(&memory.gathered, phase);
+#pragma unroll 2
+    for (int segment = 0; segment < count; ++segment) {
+      const float* const from = gathered + segment * size;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = min(first_row + half * kWarps, group - 1);
-          // Written by other blocks, so bypass the L1 cache.
-          if constexpr (kEach == 4) {
-            const float4 x = __ldcg(reinterpret_cast<const float4*>(from + row * Shape::kHeadDim + column));
-            later[i][half][0] = x.x, later[i][half][1] = x.y, later[i][half][2] = x.z, later[i][half][3] = x.w;
-          } else {
-            const float2 x = __ldcg(reinterpret_cast<const float2*>(from + row * Shape::kHeadDim + column));
-            later[i][half][0] = x.x, later[i][half][1] = x.y;
-          }
-          softmax[i][half] = __ldcg(reinterpret_cast<const float2*>(from + kRows * Shape::kHeadDim + row * 2));
-        }
-      }
+      for (int i = 0; i < kRowsOfWarp; ++i) {
+        const int row = i * kWarps + warp;
+        if (row >= group) break;
+        const float2 softmax = *reinterpret_cast<const float2*>(from + group * Shape::kHeadDim + row * 2);
+        const Merger merge(maximum[i], softmax.x);
+        const Columns later = *reinterpret_cast<const Columns*>(from + row * Shape::kHeadDim + column);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (first + i >= part.segments) break;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Merger merge(maximum[half], softmax[i][half].x);
-#pragma unroll
-          for (int j = 0; j < kEach; ++j) out[half][j] = merge(out[half][j], later[i][half][j]);
-          sum[half] = merge(sum[half], softmax[i][half].y);
-          maximum[half] = merge.maximum;
-        }
+        for (int j = 0; j < kEach; ++j) out[i][j] = merge(out[i][j], later.x[j]);
+        sum[i] = merge(sum[i], softmax.y);
+        maximum[i] = merge.maximum;
       }
     }
+  }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + half * kWarps;
-      if (row >= group) continue;
-      uint32_t* const place =
-          reinterpret_cast<uint32_t*>(out_place(args, Shape::kHeadDim, token, part.head * group + row, column));
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    const int row = i * kWarps + warp;
+    if (row >= group) break;
+    uint32_t* const place =
+        reinterpret_cast<uint32_t*>(out_place(args, Shape::kHeadDim, token, part.head * group + row, column));
 #pragma unroll
-      for (int j = 0; j < kEach; j += 2) {
-        place[j / 2] = pack_bfloat16(__fdiv_rn(out[half][j], sum[half]), __fdiv_rn(out[half][j + 1], sum[half]));
-      }
+    for (int j = 0; j < kEach; j += 2) {
+      place[j / 2] = pack_bfloat16(__fdiv_rn(out[i][j], sum[i]), __fdiv_rn(out[i][j + 1], sum[i]));
     }
+  }
+}
+
+// At the end of a block: its first and its last part may be shared with other blocks, and the last of them merges.
+template <class Shape>
+__device__ __forceinline__ void merge_shared_parts(const StepView& step, const Attention& args, Memory<Shape>& memory,
+                                                   const Share& share) {
+  const int first = share.first(blockIdx.x), until = share.first(blockIdx.x + 1);
+  named_barrier(1, kConsumers);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    for (int end = 0; end < 2; ++end) {
+      const Part part(step, args, memory.first_item, end == 0 ? first : until - 1, until);
+      memory.merged[end] = 0;
+      const bool is_whole = part.begin >= first && part.begin + part.segments <= until;
+      if (is_whole || (end == 1 && part.begin <= first)) continue;
+      const int first_block = share.block_of(part.begin);
+      const int others = share.block_of(part.begin + part.segments - 1) - first_block;
+      int* const arrived = args.arrived + part.sequence * args.kv_heads + part.head;
+      if (atomicAdd(arrived, 1) != others) continue;
+      *arrived = 0;
+      memory.merged[end] = share.first(first_block + 1) - part.begin;
+    }
+    __threadfence();
+  }
+  named_barrier(1, kConsumers);
+  uint32_t phase = 0;
+  for (int end = 0; end < 2; ++end) {
+    if (memory.merged[end] == 0) continue;
+    const Part part(step, args, memory.first_item, end == 0 ? first : until - 1, until);
+    merge_parts<Shape>(args, memory, part, step.first_token[part.sequence], memory.merged[end], phase);
   }
 }
 
@@ -406,6 +443,7 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
       barrier_init(memory.full + i, 1);
       barrier_init(memory.empty + i, kWarps);
     }
+    barrier_init(&memory.gathered, 1);
     barrier_init_fence();
   }
   if (!early) wait_for_predecessor();
@@ -486,23 +524,12 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
     first += part.last - part.first;
     if (part.last - part.first == part.segments) {
       result.write(args, token, part.head);
-    } else {
-      if (part.first == 0) result.save(args, part.begin + part.last - 1);
-      named_barrier(1, kConsumers);
-      if (threadIdx.x == 0) {
-        const int first_block = share.block_of(part.begin);
-        const int parts = share.block_of(part.begin + part.segments - 1) - first_block + 1;
-        int* const arrived = args.arrived + part.sequence * args.kv_heads + part.head;
-        __threadfence();
-        memory.is_last = atomicAdd(arrived, 1) == parts - 1 ? share.first(first_block + 1) - part.begin : 0;
-        __threadfence();
-        if (memory.is_last) *arrived = 0;
-      }
-      named_barrier(1, kConsumers);
-      if (memory.is_last) merge_parts<Shape>(args, part, token, memory.is_last);
+    } else if (part.first == 0) {
+      result.save(args, part.begin + part.last - 1);
     }
   }
   wait_for_predecessor();
+  if (share.first(blockIdx.x) < until) merge_shared_parts<Shape>(step, args, memory, share);
 }
 
 template <class Shape>

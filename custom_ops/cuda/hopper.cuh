@@ -74,6 +74,9 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
 // Orders this thread's ordinary writes to shared memory before reads of them by wgmma or the copy engine.
 __device__ __forceinline__ void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders what this thread has seen of global and shared memory before later reads by the copy engine.
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // Prefetches the line of this address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
