@@ -198,7 +198,9 @@ int fd_rotation(void* stream, const fd_rotation_args* args);
 /* Bytes of the keys, or values, of one layer in blocks of 64 tokens. The cache must be zero-initialised. */
 int64_t fd_cache_bytes(int64_t blocks, int32_t kv_heads, int32_t head_dim);
 
-/* Applies the rotary embedding, writes keys and values to the cache, and computes attention. */
+/* Applies the rotary embedding, writes keys and values to the cache, and computes attention. May change `qkv`. Without
+ * prompts, the plan and the cache of earlier steps may be read before the previous kernel in the stream has ended, so
+ * a copy has to lie between the steps; fd_step_begin makes one. */
 typedef struct {
   const int32_t* step;
   const float* rotary_cos_sin;
