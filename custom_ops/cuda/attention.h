@@ -10,7 +10,7 @@
 namespace fd::cuda {
 
 constexpr int kCacheBlock = 64;    // keys of a block of the cache: one tile
-constexpr int kSegmentTiles = 8;   // numeric contract sm90-1: a new partial softmax every 512 keys
+constexpr int kSegmentTiles = 4;   // numeric contract sm90-2: a new partial softmax every 256 keys
 constexpr int kMaxGroupHeads = 16;  // query heads of one kv head
 constexpr int kMaxSequences = 1024;
 
@@ -25,9 +25,10 @@ FD_BOTH constexpr int64_t cache_bytes(int64_t blocks, int heads, int head_dim) {
 
 struct Attention {
   const int32_t* step;
-  const void* qkv;  // bfloat16 [token][(heads + 2 kv_heads) head_dim], queries rotated
-  const uint8_t* keys;
-  const uint8_t* values;
+  const float* rotary_cos_sin;  // [tokens, head_dim]
+  const void* qkv;  // bfloat16 [token][(heads + 2 kv_heads) head_dim]; rotated where a sequence has several tokens
+  uint8_t* keys;
+  uint8_t* values;
   uint8_t* out;  // activations [tokens, heads * head_dim]
   int heads;
   int kv_heads;
@@ -38,12 +39,18 @@ struct Attention {
 
 // Floats of `partial` for this many segments of 512 keys over all decoding sequences.
 constexpr int64_t attention_partials(int64_t segments, int kv_heads, int head_dim) {
-  return segments * kv_heads * kMaxGroupHeads * (head_dim + 2);
+  return segments * (8 / kSegmentTiles) * kv_heads * kMaxGroupHeads * (head_dim + 2);
 }
 
-// Sequences with one token in the step use the decoding kernel, others the prompt kernel; both give the same bits.
-// `has_prompts` must be true if there may be others.
-cudaError_t attention(const Attention& args, int head_dim, bool has_prompts, cudaStream_t stream);
-cudaError_t prepare_attention();
+// Sequences with several tokens in the step. rope() has rotated their queries and written their keys and values.
+cudaError_t attend_prompts(const Attention& args, int head_dim, cudaStream_t stream);
+
+// Sequences with one token, which this rotates and writes to the cache. Gives the bits of attend_prompts(). `early`: no
+// kernel since the last copy in the stream has written to the cache blocks of these sequences, so that they can be read
+// before the previous kernel has ended.
+cudaError_t attend_decoding(const Attention& args, int head_dim, bool early, cudaStream_t stream);
+
+cudaError_t prepare_prompts();
+cudaError_t prepare_decoding();
 
 }  // namespace fd::cuda

@@ -71,8 +71,8 @@ const char* fd_last_error(void) { return last_error.c_str(); }
 const char* fd_platform(void) { return "GPU"; }
 
 int fd_prepare(void) {
-  for (const auto prepare : {prepare_products, prepare_retile, prepare_norm, prepare_rope, prepare_attention,
-                             prepare_route, prepare_draw}) {
+  for (const auto prepare : {prepare_products, prepare_retile, prepare_norm, prepare_rope, prepare_prompts,
+                             prepare_decoding, prepare_route, prepare_draw}) {
     const int result = status_of("loading kernels", prepare());
     if (result != FD_OK) return result;
   }
@@ -161,24 +161,29 @@ int fd_attention(void* stream, const fd_attention_args* args) {
     return refuse("attention: at most 16 query heads for each of the kv heads, equally many");
   }
   const cudaStream_t to = stream_of(stream);
-  const Rope rope_args{args->step,
-                       args->rotary_cos_sin,
-                       args->slot_mapping,
-                       args->qkv,
-                       args->heads,
-                       args->kv_heads,
-                       args->head_dim,
-                       static_cast<uint8_t*>(args->keys),
-                       static_cast<uint8_t*>(args->values)};
-  const int result = status_of("rope", rope(rope_args, args->capacity, to));
-  if (result != FD_OK) return result;
   int* const arrived = static_cast<int*>(args->work);
-  const float scale = 1.4426950408889634f / sqrtf(static_cast<float>(args->head_dim));
-  return status_of("attention", attention({args->step, args->qkv, static_cast<const uint8_t*>(args->keys),
-                                           static_cast<const uint8_t*>(args->values), static_cast<uint8_t*>(args->out),
-                                           args->heads, args->kv_heads, scale,
-                                           reinterpret_cast<float*>(arrived + kMaxSequences * args->kv_heads), arrived},
-                                          args->head_dim, args->has_prompts != 0, to));
+  const Attention attention_args{args->step,
+                                 args->rotary_cos_sin,
+                                 args->qkv,
+                                 static_cast<uint8_t*>(args->keys),
+                                 static_cast<uint8_t*>(args->values),
+                                 static_cast<uint8_t*>(args->out),
+                                 args->heads,
+                                 args->kv_heads,
+                                 1.4426950408889634f / sqrtf(static_cast<float>(args->head_dim)),
+                                 reinterpret_cast<float*>(arrived + kMaxSequences * args->kv_heads),
+                                 arrived};
+  if (args->has_prompts != 0) {
+    const int result = status_of("rope", rope({args->step, args->rotary_cos_sin, args->slot_mapping, args->qkv,
+                                               args->heads, args->kv_heads, args->head_dim,
+                                               static_cast<uint8_t*>(args->keys), static_cast<uint8_t*>(args->values)},
+                                              args->capacity, to));
+    if (result != FD_OK) return result;
+    const int prompts = status_of("attention of prompts", attend_prompts(attention_args, args->head_dim, to));
+    if (prompts != FD_OK) return prompts;
+  }
+  // A step without prompts writes only to the newest tiles, which this kernel writes itself.
+  return status_of("attention", attend_decoding(attention_args, args->head_dim, args->has_prompts == 0, to));
 }
 
 int64_t fd_expert_rows(int32_t capacity, int32_t k, int32_t experts, int32_t alignment) {

@@ -13,7 +13,7 @@ if [ -n "$problems" ]; then
   echo "$problems"
   exit 1
 fi
-for name in gemm_bfloat16 attention; do
+for name in gemm_bfloat16 attention_prompts; do
   nvcc -arch=compute_90a -std=c++17 -ptx -Icustom_ops/cuda "custom_ops/cuda/$name.cu" -o "build/cuda/$name.ptx"
   grep -q wgmma.mma_async "build/cuda/$name.ptx" || { echo "check-cuda: $name has no wgmma"; exit 1; }
 done

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kSlots = 2;
 constexpr int kLayoutVersion = 1;
-constexpr const char* kNumericVersion = "sm90-1";
+constexpr const char* kNumericVersion = "sm90-2";
 constexpr const char* kArenaNames[] = {"weights", "cache", "work", "exchange"};
 
 std::string gigabytes(size_t bytes) {

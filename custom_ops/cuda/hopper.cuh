@@ -74,6 +74,9 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t b
 // Orders this thread's ordinary writes to shared memory before reads of them by wgmma or the copy engine.
 __device__ __forceinline__ void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders what this thread has seen of global and shared memory before later reads by the copy engine.
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // Prefetches the line of this address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
@@ -122,6 +125,30 @@ __device__ __forceinline__ uint32_t transpose_fragment(uint32_t fragment) {
   uint32_t transposed;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
   return transposed;
+}
+
+// Loads four 8 x 8 matrices of 16-bit elements, matrix m from the rows of 16 bytes at the addresses of lanes 8 m to
+// 8 m + 7. Lane i gets two elements of row i / 4 of each; transposed, of column i / 4.
+__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_transposed_fragments(uint32_t (&fragments)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a b of one warp: a [16 x 16], b [16 x 8], bfloat16 in, float out. An element has the same bits as by wgmma.
+__device__ __forceinline__ void multiply_fragments(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -51,7 +51,7 @@ FD_BOTH constexpr int64_t in_activations(int row, int k, int k_blocks) {
 FD_BOTH constexpr int gate_row(int i) { return i / 8 * 16 + i % 8; }
 FD_BOTH constexpr int up_row(int i) { return gate_row(i) + 8; }
 
-// Number of segments of K, whose sums are added in ascending order (numeric contract sm90-1). It depends only on the
+// Number of segments of K, whose sums are added in ascending order (numeric contract sm90-2). It depends only on the
 // matrix, so the bits of a row do not depend on the batch. Matrices with few outputs get more segments, because they
 // have too few blocks of 64 outputs to occupy all multiprocessors.
 FD_BOTH constexpr int k_segments(int outputs, int inputs) {

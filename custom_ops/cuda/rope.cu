@@ -33,12 +33,14 @@ __global__ __launch_bounds__(kThreads) void rotary_embedding_kernel(const __grid
   }
 }
 
-// One block per token; a thread processes two adjacent columns at a time.
+// One block per token; a thread processes two adjacent columns at a time. Sequences with one token are left to
+// attend_decoding().
 __global__ __launch_bounds__(kThreads) void rope_kernel(const __grid_constant__ Rope args) {
   let_successor_start();
   wait_for_predecessor();
-  const int tokens = args.step[1], token = blockIdx.x;
-  if (token >= tokens) return;
+  const StepView step(args.step);
+  const int token = blockIdx.x;
+  if (token >= step.num_tokens || step.length(step.sequence_of(token)) == 1) return;
   const int slot = args.slot_mapping[token], half_dim = args.head_dim / 2, all = args.heads + 2 * args.kv_heads;
   __nv_bfloat162* const row = static_cast<__nv_bfloat162*>(args.qkv) + int64_t{token} * all * half_dim;
   const float2* const rotary_cos_sin = reinterpret_cast<const float2*>(args.rotary_cos_sin) + int64_t{token} * half_dim;

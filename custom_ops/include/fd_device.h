@@ -221,7 +221,9 @@ int fd_rotation(void* stream, const fd_rotation_args* args);
 /* Bytes of the keys, or of the values, of one layer. The cache must be zero-initialised. */
 int64_t fd_cache_bytes(const fd_device* device, int64_t blocks, int32_t kv_heads, int32_t head_dim);
 
-/* Applies the rotary embedding, writes keys and values to the cache, and computes attention. */
+/* Applies the rotary embedding, writes keys and values to the cache, and computes attention. May change `qkv`. Without
+ * prompts, the plan and the cache of earlier steps may be read before the previous kernel in the stream has ended, so
+ * a copy has to lie between the steps; fd_step_begin makes one. */
 typedef struct {
   const int32_t* step;
   const float* rotary_cos_sin;

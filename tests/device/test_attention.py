@@ -160,3 +160,18 @@ def test_a_batch_has_the_bits_of_each_text_alone(heads: Heads) -> None:
     for part, rows in zip(end, got.split([p.length for p in end]), strict=True):
         assert torch.equal(rows, expected[part.text][part.start :])
     assert (cache.work[: 1024 * heads.keys * 4] == 0).all()
+
+
+@pytest.mark.parametrize("heads", [ERNIE, DEMO])
+def test_many_texts_decode_with_the_bits_of_their_prompts(heads: Heads) -> None:
+    """Blocks process several texts, and several blocks one text."""
+    lengths = [2 + 37 * i % 600 for i in range(150)] + [5000]
+    qkv = text(heads, sum(lengths), 4)
+    texts = qkv.split(lengths)
+    whole_prompts = [Part(i, 0, n) for i, n in enumerate(lengths)]
+    last = torch.tensor(lengths, device="cuda").cumsum(0) - 1
+    expected = Cache(heads, lengths, 5).attend(whole_prompts, qkv)[last]
+    cache = Cache(heads, lengths, 6)
+    cache.attend([Part(i, 0, n - 1) for i, n in enumerate(lengths)], torch.cat([x[:-1] for x in texts]))
+    got = cache.attend([Part(i, n - 1, 1) for i, n in enumerate(lengths)], qkv[last])
+    assert torch.equal(got, expected)

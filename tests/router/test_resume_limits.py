@@ -150,10 +150,10 @@ def test_stream_is_resumed_with_the_same_numeric_version(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     start_fleet(2, "--numeric-version=cpu-1-amx/bfloat16")
-    start_fleet(2, "--numeric-version=sm90-1/bfloat16")
+    start_fleet(2, "--numeric-version=sm90-2/bfloat16")
     registered = router.get("/registered").json()["mixed"]
     assert sorted(row["numeric_version"] for row in registered) == 2 * ["cpu-1-amx/bfloat16"] + 2 * [
-        "sm90-1/bfloat16"
+        "sm90-2/bfloat16"
     ]
     for seed in range(12):
         answer = ask(router.port, generation(max_tokens=9, faults=[CUT], seed=seed), f"equal-{seed}")
@@ -169,20 +169,20 @@ def test_stream_of_the_last_replica_of_a_version_is_resumed_and_logged(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     start_fleet(1, "--numeric-version=cpu-1-amx/bfloat16").keeps_alive = False
-    others = start_fleet(1, "--numeric-version=sm90-1/bfloat16")
+    others = start_fleet(1, "--numeric-version=sm90-2/bfloat16")
     others.keeps_alive = False
     answer = ask(router.port, generation(max_tokens=9, faults=[{**CUT, "how": "kill"}]), "mixed")
     answer.check()
     assert len(answer.resumed_by) == 1
     [line] = told_of_rounding(router, "mixed")
-    assert re.search("numeric version (cpu-1-amx/bfloat16 with sm90-1|sm90-1/bfloat16 with cpu-1-amx)/", line)
+    assert re.search("numeric version (cpu-1-amx/bfloat16 with sm90-2|sm90-2/bfloat16 with cpu-1-amx)/", line)
 
 
 def test_unknown_numeric_versions_are_no_difference(
     router: RouterProcess, start_fleet: Callable[..., Fleet]
 ) -> None:
     start_fleet(1).keeps_alive = False
-    start_fleet(1, "--numeric-version=sm90-1/bfloat16").keeps_alive = False
+    start_fleet(1, "--numeric-version=sm90-2/bfloat16").keeps_alive = False
     answer = ask(router.port, generation(max_tokens=9, faults=[{**CUT, "how": "kill"}]), "unknown")
     answer.check()
     assert len(answer.resumed_by) == 1
