@@ -20,6 +20,8 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 28, 2560, 20, 4, 128, 10
 DENSE_WIDTH, EXPERTS, PICKS, EXPERT_WIDTH, SHARED_WIDTH = 12288, 64, 6, 1536, 3072
 QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 BLOCK = 64
+#: Up to this number of tokens, shared and selected experts are computed together.
+PAIRED = 8
 
 
 def matrix(outputs: int, inputs: int, count: int = 1) -> torch.Tensor:
@@ -119,10 +121,11 @@ class Step:
     def dense(
         self, weights: torch.Tensor, x: torch.Tensor, out: torch.Tensor, n: int, k: int, kind: int
     ) -> None:
-        fd.product(weights, x, self.count, out, n, k, kind, self.tokens)
+        fd.product(weights, x, self.count, out, n, k, kind, self.tokens, is_early=1)
 
-    def attention(self, layer: dict[str, torch.Tensor], cache: torch.Tensor) -> None:
-        self.norm(self.x)
+    def attention(self, layer: dict[str, torch.Tensor], cache: torch.Tensor, *, is_normed: bool) -> None:
+        if not is_normed:
+            self.norm(self.x)
         self.dense(layer["qkv"], self.x, self.qkv, QKV_WIDTH, HIDDEN, fd.BFLOAT16)
         args = fd.fill(
             fd.AttentionArgs, step=self.step, rotary_cos_sin=self.cos_sin, slot_mapping=self.slots,
@@ -147,12 +150,25 @@ class Step:
             expert_rows=counts,
             experts=EXPERTS,
         )
-        # The shared experts do not depend on the routing: compute them concurrently with it.
-        main = torch.cuda.current_stream()
-        self.beside.wait_stream(main)
-        with torch.cuda.stream(self.beside):
-            self.dense(layer["gate_up"], self.x, self.hidden, 2 * SHARED_WIDTH, HIDDEN, fd.SWIGLU)
-            self.dense(layer["down"], self.hidden, self.shared, HIDDEN, SHARED_WIDTH, fd.FLOAT)
+        t = self.tokens
+        shared = (
+            fd.product_args(
+                layer["gate_up"], self.x, self.count, self.hidden, 2 * SHARED_WIDTH, HIDDEN, fd.SWIGLU, t,
+                is_early=1,
+            ),
+            fd.product_args(
+                layer["down"], self.hidden, self.count, self.shared, HIDDEN, SHARED_WIDTH, fd.FLOAT, t,
+                is_early=1,
+            ),
+        )  # fmt: skip
+        # The shared experts do not depend on the routing: they are computed beside it, or, with few tokens,
+        # together with the selected experts.
+        main, is_beside = torch.cuda.current_stream(), self.tokens > PAIRED
+        if is_beside:
+            self.beside.wait_stream(main)
+            with torch.cuda.stream(self.beside):
+                for args in shared:
+                    fd.call("fd_product", args)
         args = fd.fill(
             fd.RouteArgs, logits=self.router_logits, bias=layer["bias"], count=self.count, x=self.x,
             topk_ids=self.topk_ids, topk_weights=self.topk_weights, counts=counts,
@@ -162,18 +178,27 @@ class Step:
         )  # fmt: skip
         fd.call("fd_route", args)
         common: dict[str, Any] = {"tile": self.tile, "alignment": self.alignment}
-        fd.product(
-            layer["experts_gate_up"], self.expert_rows, counts, self.expert_hidden, 2 * EXPERT_WIDTH, HIDDEN,
-            fd.SWIGLU, self.tokens * PICKS, **common,
+        selected = (
+            fd.product_args(
+                layer["experts_gate_up"], self.expert_rows, counts, self.expert_hidden, 2 * EXPERT_WIDTH,
+                HIDDEN, fd.SWIGLU, t * PICKS, **common,
+            ),
+            fd.product_args(
+                layer["experts_down"], self.expert_hidden, counts, self.results, HIDDEN, EXPERT_WIDTH,
+                fd.BFLOAT16, t * PICKS, rows=self.assignments, is_early=1, **common,
+            ),
         )  # fmt: skip
-        fd.product(
-            layer["experts_down"], self.expert_hidden, counts, self.results, HIDDEN, EXPERT_WIDTH,
-            fd.BFLOAT16, self.tokens * PICKS, rows=self.assignments, **common,
-        )  # fmt: skip
-        main.wait_stream(self.beside)
+        for dense, grouped in zip(shared, selected, strict=True):
+            if is_beside:
+                fd.call("fd_product", grouped)
+            else:
+                fd.product_pair(dense, grouped)
+        if is_beside:
+            main.wait_stream(self.beside)
         args = fd.fill(
             fd.CombineArgs, results=self.results, topk_weights=self.topk_weights, shared=self.shared,
-            count=self.count, hidden_states=self.hidden_states, k=PICKS, width=HIDDEN, capacity=self.tokens,
+            count=self.count, hidden_states=self.hidden_states, norm=self.model.ones, normed=self.x,
+            epsilon=1e-5, k=PICKS, width=HIDDEN, capacity=self.tokens,
         )  # fmt: skip
         fd.call("fd_combine", args)
 
@@ -190,15 +215,17 @@ class Step:
         )  # fmt: skip
         fd.call("fd_rotation", args)
         for index, (layer, cache) in enumerate(zip(self.model.layers, self.caches, strict=True)):
-            self.attention(layer, cache)
+            # The experts' results were added and normalised by one operation.
+            self.attention(layer, cache, is_normed=index > 0 and "router" in self.model.layers[index - 1])
             if "router" in layer:
                 self.experts(layer, self.expert_counts[index])
             else:
                 self.mlp(layer)
         self.norm(self.final, rows=self.last, count=self.rows, capacity=self.sequences)
         fd.product(
-            self.model.head, self.final, self.rows, self.logits, VOCABULARY, HIDDEN, fd.FLOAT, self.sequences
-        )
+            self.model.head, self.final, self.rows, self.logits, VOCABULARY, HIDDEN, fd.FLOAT, self.sequences,
+            is_early=1,
+        )  # fmt: skip
         args = fd.fill(
             fd.DrawArgs, logits=self.logits, count=self.rows, drawn=self.drawn, vocabulary=VOCABULARY,
             capacity=self.sequences,
@@ -224,11 +251,38 @@ def flops(tokens: int, context: int) -> float:
     return products + LAYERS * HEADS * HEAD_DIM * 2 * tokens * (tokens + 2 * context)
 
 
+def print_timeline(step: Step, time: float) -> None:
+    """Print start and end of the kernels of two layers in the middle of a step, in microseconds."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run()
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda event: event.time_range.start)
+    last = kernels[-len(kernels) // 3 :]
+    span = last[-1].time_range.end - last[0].time_range.start
+    print(f"profiled: {span:.0f} us; not profiled: {time * 1e6:.0f} us")
+    middle = len(last) // 2
+    ends = [event.time_range.end for event in last]
+    for i in range(middle, min(len(last), middle + 26)):
+        event = last[i]
+        begin = event.time_range.start - last[middle].time_range.start
+        times = f"{begin:8.1f} +{event.time_range.elapsed_us():6.1f}, end {ends[i] - ends[i - 1]:+6.1f}"
+        print(f"{times}  {event.name[:110]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--prompt", type=int, nargs="*", default=[4096])
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--timeline", action="store_true", help="print the kernels of one layer")
     args = parser.parse_args()
     torch.manual_seed(0)
     ceiling = read_bandwidth()
@@ -238,7 +292,7 @@ def main() -> None:
     print(
         f"{torch.cuda.get_device_name()}: reads {ceiling / 1e12:.3f} TB/s, cuBLAS {peak / 1e12:.0f} TFLOP/s"
     )
-    model = Model(LAYERS)
+    model = Model(args.layers)
     for batch in args.batch:
         step = Step(model, batch, 1, args.context - 1)
         time = seconds(step.run)
@@ -248,6 +302,8 @@ def main() -> None:
             f" {batch / time:.0f} tok/s",
             flush=True,
         )
+        if args.timeline:
+            print_timeline(step, time)
         del step
         torch.cuda.empty_cache()
     for length in args.prompt:

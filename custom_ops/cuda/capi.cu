@@ -61,6 +61,24 @@ int checked(const fd_retile_args& args, Retile* part) {
   return FD_OK;
 }
 
+int checked(const fd_product_args& args, Product* product) {
+  const int tokens = args.tile < 0 || args.tile >= static_cast<int>(Tile::kCount) ? 0 : tile_tokens(static_cast<Tile>(args.tile));
+  if (tokens == 0) return refuse("product: unknown tile");
+  if (args.output < FD_OUT_BFLOAT16 || args.output > FD_OUT_SWIGLU) return refuse("product: unknown output");
+  if (args.groups < 1 || args.groups > kMaxGroups) return refuse("product: between 1 and 256 groups");
+  if (args.outputs < 2 || args.outputs % 2 != 0 || args.inputs < 1) return refuse("product: an even number of outputs");
+  if (args.output == FD_OUT_SWIGLU && args.outputs % 16 != 0) return refuse("product: SwiGLU needs a multiple of 16 outputs");
+  if (args.output == FD_OUT_BFLOAT16 && args.out_stride % 2 != 0) return refuse("product: an odd stride of bfloat16 rows");
+  if (args.capacity < 1) return refuse("product: a capacity of at least 1");
+  if (args.groups > 1 && (args.alignment > 64 || args.alignment % (tokens < 64 ? tokens : 64) != 0)) {
+    return refuse("product: the tile does not fit the alignment of groups");
+  }
+  *product = {static_cast<const uint8_t*>(args.weights), args.slots, static_cast<const uint8_t*>(args.tokens), args.counts,
+              args.is_early != 0, args.groups, args.alignment, args.outputs, args.inputs,
+              k_segments(args.outputs, args.inputs), args.bias, args.rows, args.out, args.out_stride};
+  return FD_OK;
+}
+
 }  // namespace fd::cuda
 
 using namespace fd::cuda;
@@ -71,7 +89,7 @@ const char* fd_last_error(void) { return last_error.c_str(); }
 const char* fd_platform(void) { return "GPU"; }
 
 int fd_prepare(void) {
-  for (const auto prepare : {prepare_products, prepare_retile, prepare_norm, prepare_rope, prepare_prompts,
+  for (const auto prepare : {prepare_products, prepare_pairs, prepare_retile, prepare_norm, prepare_rope, prepare_prompts,
                              prepare_decoding, prepare_route, prepare_draw}) {
     const int result = status_of("loading kernels", prepare());
     if (result != FD_OK) return result;
@@ -96,23 +114,27 @@ int32_t fd_tile_tokens(int32_t tile) {
 }
 
 int fd_product(void* stream, const fd_product_args* args) {
-  const int tokens = fd_tile_tokens(args->tile);
-  if (tokens == 0) return refuse("product: unknown tile");
-  if (args->output < FD_OUT_BFLOAT16 || args->output > FD_OUT_SWIGLU) return refuse("product: unknown output");
-  if (args->groups < 1 || args->groups > kMaxGroups) return refuse("product: between 1 and 256 groups");
-  if (args->outputs < 2 || args->outputs % 2 != 0 || args->inputs < 1) return refuse("product: an even number of outputs");
-  if (args->output == FD_OUT_SWIGLU && args->outputs % 16 != 0) return refuse("product: SwiGLU needs a multiple of 16 outputs");
-  if (args->output == FD_OUT_BFLOAT16 && args->out_stride % 2 != 0) return refuse("product: an odd stride of bfloat16 rows");
-  if (args->capacity < 1) return refuse("product: a capacity of at least 1");
-  if (args->groups > 1 && (args->alignment > 64 || args->alignment % (tokens < 64 ? tokens : 64) != 0)) {
-    return refuse("product: the tile does not fit the alignment of groups");
+  Product one;
+  const int result = checked(*args, &one);
+  if (result != FD_OK) return result;
+  return status_of("product", product(one, static_cast<Output>(args->output), args->capacity, static_cast<Tile>(args->tile),
+                                      stream_of(stream)));
+}
+
+int fd_product_pair(void* stream, const fd_product_args* dense, const fd_product_args* grouped) {
+  const auto output = static_cast<Output>(dense->output), grouped_output = static_cast<Output>(grouped->output);
+  const bool is_one = dense->groups == 1 && dense->slots == nullptr && dense->rows == nullptr && dense->is_early != 0 &&
+                      dense->tile == grouped->tile &&
+                      is_pair(output, grouped_output, dense->capacity, static_cast<Tile>(dense->tile));
+  if (!is_one) {
+    const int result = fd_product(stream, dense);
+    return result == FD_OK ? fd_product(stream, grouped) : result;
   }
-  const Product product_args{static_cast<const uint8_t*>(args->weights), args->slots,
-                             static_cast<const uint8_t*>(args->tokens), args->counts, args->groups, args->alignment,
-                             args->outputs, args->inputs, k_segments(args->outputs, args->inputs), args->bias,
-                             args->rows, args->out, args->out_stride};
-  return status_of("product", product(product_args, static_cast<Output>(args->output), args->capacity,
-                                   static_cast<Tile>(args->tile), stream_of(stream)));
+  Product first, second;
+  int result = checked(*dense, &first);
+  if (result == FD_OK) result = checked(*grouped, &second);
+  if (result != FD_OK) return result;
+  return status_of("products", product_pair(first, output, second, grouped->capacity, stream_of(stream)));
 }
 
 int fd_embedding(void* stream, const fd_embedding_args* args) {
@@ -196,22 +218,23 @@ int fd_route(void* stream, const fd_route_args* args) {
   if (args->experts < 1 || args->experts > kMaxExperts) return refuse("route: between 1 and 256 experts");
   if (args->k < 1 || args->k > kMaxTopk || args->k > args->experts) return refuse("route: between 1 and 16 picks");
   const cudaStream_t to = stream_of(stream);
-  const int result =
-      status_of("route", route({args->logits, args->bias, args->norm_min, args->experts, args->k, args->count,
-                                args->topk_ids, args->topk_weights, args->counts, args->rows_in_expert},
-                               args->capacity, to));
-  if (result != FD_OK) return result;
-  return status_of("permute", permute({static_cast<const uint8_t*>(args->x), args->topk_ids, args->rows_in_expert,
-                                       args->counts, args->count, args->experts, args->k, args->width, args->alignment,
-                                       static_cast<uint8_t*>(args->rows), args->assignments},
-                                      args->capacity, to));
+  const Route picks{args->logits,   args->bias,         args->norm_min, args->experts,       args->k, args->count,
+                    args->topk_ids, args->topk_weights, args->counts,   args->rows_in_expert};
+  const Permute move{static_cast<const uint8_t*>(args->x), args->topk_ids, args->rows_in_expert, args->counts, args->count,
+                     args->experts, args->k, args->width, args->alignment, static_cast<uint8_t*>(args->rows),
+                     args->assignments};
+  return status_of("route", route_and_permute(picks, move, args->capacity, to));
 }
 
 int fd_combine(void* stream, const fd_combine_args* args) {
   if (args->capacity < 1 || args->width % 2 != 0) return refuse("combine: a capacity of at least 1 and an even width");
-  return status_of("combine", combine({args->results, args->topk_weights, args->shared, args->count, args->k,
-                                       args->width, args->hidden_states},
-                                      args->capacity, stream_of(stream)));
+  const Combine sums{args->results, args->topk_weights, args->shared, args->count, args->k, args->width, args->hidden_states};
+  const cudaStream_t to = stream_of(stream);
+  if (args->norm == nullptr) return status_of("combine", combine(sums, args->capacity, to));
+  if (args->width > kMaxWidth || args->width % 4 != 0) return refuse("combine: a norm of a multiple of 4 columns, up to 16384");
+  const Norm norm{args->hidden_states, args->norm, args->epsilon, args->width, nullptr, args->count,
+                  static_cast<uint8_t*>(args->normed)};
+  return status_of("combine", combine_and_norm(sums, norm, args->capacity, to));
 }
 
 int64_t fd_draw_work_bytes(int32_t vocabulary) { return draw_work(vocabulary); }

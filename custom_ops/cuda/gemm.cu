@@ -42,18 +42,16 @@ cudaError_t prepare_products() {
 
 cudaError_t product(const Product& args, Output output, int capacity, Tile tile, cudaStream_t stream) {
   const ProductKernel kernel = kernel_of(output, tile);
-  const int down = round_up(args.outputs, kPanelOutputs) / kernel.outputs;
-  const bool single = args.groups == 1 && capacity <= kernel.tokens;
-  // With few blocks of outputs and one tile of tokens, a cluster shares the segments, and each block has one tile.
-  if (single && args.segments > 1) {
-    return launch(kernel.kernel, dim3(down * args.segments), kernel.threads, kernel.memory(args.groups), args.segments, stream, args,
-                  true);
-  }
+  const int down = round_up(args.outputs, kPanelOutputs) / kernel.outputs, memory = kernel.memory(args.groups);
+  const bool is_single = args.groups == 1 && capacity <= kernel.tokens;
   // The rows of each group may end within a tile.
   const int64_t across = ceil_div(capacity, kernel.tokens) + std::min(args.groups, capacity) - 1;
+  // With few blocks of outputs and one tile of tokens, a cluster shares the segments, and each block has one tile.
+  if (is_single && args.segments > 1) {
+    return launch(kernel.kernel, dim3(down * args.segments), kernel.threads, memory, args.segments, stream, args, true);
+  }
   const int64_t blocks = std::min<int64_t>(down * across, multiprocessors() * kernel.blocks_per_sm);
-  return launch(kernel.kernel, dim3(static_cast<unsigned>(blocks)), kernel.threads, kernel.memory(args.groups), 1, stream, args,
-                single);
+  return launch(kernel.kernel, dim3(static_cast<unsigned>(blocks)), kernel.threads, memory, 1, stream, args, is_single);
 }
 
 }  // namespace fd::cuda

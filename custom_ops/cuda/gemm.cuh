@@ -28,6 +28,10 @@ struct TileShape {
   static constexpr int kWeightBytes = kWarpgroups * kBlockBytes;
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  // The blocks of a cluster send their sums to the first one. With larger tiles, all of them add up (there is no memory
+  // left for what they would receive, so the memory of the stages is used once all blocks are done with it).
+  static constexpr bool kSends = kTokens == 8;
+  static constexpr int kSumBytes = kSends ? (kMaxSegments - 1) * kConsumers * 16 : 0;
   // Rows of a tile that lie in one block of activations.
   static constexpr int kPieceRows = kTokens < kBlockRows ? kTokens : kBlockRows;
   static constexpr int kPieces = kTokens / kPieceRows;
@@ -45,7 +49,7 @@ struct Groups {
 
 template <class Shape>
 constexpr int product_memory(int groups) {
-  return 1024 + Shape::kStages * (Shape::kStageBytes + 16) + (3 * groups + 1) * 4;
+  return 1024 + Shape::kStages * (Shape::kStageBytes + 16) + Shape::kSumBytes + 8 + (3 * groups + 1) * 4;
 }
 
 struct TileAt {
@@ -76,7 +80,8 @@ __device__ __forceinline__ void find_groups(const Product& args, const Groups& g
   int row = 0, tile = 0;
   for (int first = 0; first < args.groups; first += 32) {
     const int group = first + lane;
-    const int count = group < args.groups ? args.counts[group] : 0;
+    // Not through the L1 cache, which may hold the counts of an earlier layer.
+    const int count = group < args.groups ? __ldcg(args.counts + group) : 0;
     const int rows = round_up(count, args.alignment), tiles = ceil_div(count, Shape::kTokens) * down;
     int rows_until = rows, tiles_until = tiles;
     for (int step = 1; step < 32; step *= 2) {
@@ -136,11 +141,43 @@ __device__ __forceinline__ int pieces_of(const TileAt& at) {
   return min(Shape::kPieces, ceil_div(at.rows, Shape::kPieceRows));
 }
 
+// Run by one thread: streams a tile. The weights of its first `prefetched` stages are on their way already.
+template <class Shape>
+__device__ __forceinline__ void produce_tile(const Product& args, Ring<Shape>& ring, const TileAt& at, int& prefetched,
+                                             int first_block, int last_block) {
+  const uint8_t* const matrix = args.weights + at.matrix * matrix_bytes(args.outputs, args.inputs);
+  const int pieces = pieces_of<Shape>(at);
+  const uint32_t token_bytes = pieces * Shape::kPieceRows * 128;
+  for (int k = first_block; k < last_block; ++k, ring.advance()) {
+    if (prefetched > 0) {
+      --prefetched;
+      barrier_arrive_expect(ring.full + ring.stage, token_bytes);
+    } else {
+      barrier_wait(ring.empty + ring.stage, ring.phase ^ 1);
+      barrier_arrive_expect(ring.full + ring.stage, Shape::kWeightBytes + token_bytes);
+      fetch_weights(args, ring, matrix, at.first_output, k);
+    }
+    fetch_tokens(args, ring, at, k, pieces);
+  }
+}
+
+// Run by one thread: fetches weights of a tile into all stages, before tokens are there. Returns the number of stages.
+template <class Shape>
+__device__ __forceinline__ int prefetch_tile(const Product& args, Ring<Shape> ring, const TileAt& at, int first_block,
+                                             int last_block) {
+  const uint8_t* const matrix = args.weights + at.matrix * matrix_bytes(args.outputs, args.inputs);
+  const int stages = min(last_block - first_block, Shape::kStages);
+  for (int i = 0; i < stages; ++i, ring.advance()) {
+    barrier_expect(ring.full + ring.stage, Shape::kWeightBytes);
+    fetch_weights(args, ring, matrix, at.first_output, first_block + i);
+  }
+  return stages;
+}
+
 // Run by one thread: streams the tiles of this block. `first_block`, `last_block`: the blocks of K of this thread block.
 template <class Shape>
 __device__ void produce(const Product& args, const Groups& groups, Ring<Shape> ring, int first_tile, int tile_step,
                         int prefetched, int first_block, int last_block) {
-  const int64_t bytes = matrix_bytes(args.outputs, args.inputs);
   const int tiles = groups.first_tile[args.groups];
   if (first_tile >= tiles) {
     // No tokens: wait for pending copies, which would otherwise arrive in the memory of another block.
@@ -151,20 +188,7 @@ __device__ void produce(const Product& args, const Groups& groups, Ring<Shape> r
     return;
   }
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    const TileAt at = tile_at<Shape>(args, groups, tile);
-    const int pieces = pieces_of<Shape>(at);
-    const uint32_t token_bytes = pieces * Shape::kPieceRows * 128;
-    for (int k = first_block; k < last_block; ++k, ring.advance()) {
-      if (prefetched > 0) {
-        --prefetched;
-        barrier_arrive_expect(ring.full + ring.stage, token_bytes);
-      } else {
-        barrier_wait(ring.empty + ring.stage, ring.phase ^ 1);
-        barrier_arrive_expect(ring.full + ring.stage, Shape::kWeightBytes + token_bytes);
-        fetch_weights(args, ring, args.weights + at.matrix * bytes, at.first_output, k);
-      }
-      fetch_tokens(args, ring, at, k, pieces);
-    }
+    produce_tile<Shape>(args, ring, tile_at<Shape>(args, groups, tile), prefetched, first_block, last_block);
   }
 }
 
@@ -297,16 +321,57 @@ __device__ __forceinline__ void attend_cluster_barriers() {
   cluster_barrier();
 }
 
-// `may_prefetch`: there is one group and one tile of tokens, so weights can be prefetched before the number of tokens
-// is known.
+// Sums the segments of a cluster in order, in its first block. For consumers.
+template <class Shape, Output kOutput>
+__device__ __forceinline__ void send_or_write(const Product& args, const float (&sum)[Shape::kTokens / 2], float4* sums,
+                                              uint64_t* received, const TileAt& at) {
+  const int rank = cluster_rank();
+  if (rank > 0) {
+    write_remote(sums + (rank - 1) * Shape::kConsumers + threadIdx.x, make_float4(sum[0], sum[1], sum[2], sum[3]),
+                 received, 0);
+    return;
+  }
+  if (threadIdx.x == 0) barrier_arrive_expect(received, (args.segments - 1) * Shape::kConsumers * 16);
+  barrier_wait(received, 0);
+  float x[4] = {sum[0], sum[1], sum[2], sum[3]};
+#pragma unroll
+  for (int segment = 1; segment < kMaxSegments; ++segment) {
+    if (segment >= args.segments) break;
+    const float4 part = sums[(segment - 1) * Shape::kConsumers + threadIdx.x];
+    x[0] += part.x, x[1] += part.y, x[2] += part.z, x[3] += part.w;
+  }
+  write_eight<kOutput>(args, x, at, at.first_output, 0, min(at.rows, Shape::kTokens));
+}
+
+// Multiplies a tile, over all segments of K.
+template <class Shape, Output kOutput>
+__device__ __forceinline__ void multiply_and_write(const Product& args, Ring<Shape>& ring, int warpgroup,
+                                                   const TileAt& at) {
+  const int k_blocks = ceil_div(args.inputs, kBlockK);
+  // Uninitialised: the first wgmma of a chain overwrites it, and other writes would serialise all wgmma.
+  float sum[Shape::kTokens / 2];
+  multiply<Shape>(sum, ring, warpgroup, 0, segment_start(1, args.segments, k_blocks));
+  for (int segment = 1; segment < args.segments; ++segment) {
+    float part[Shape::kTokens / 2];
+    multiply<Shape>(part, ring, warpgroup, segment_start(segment, args.segments, k_blocks),
+                    segment_start(segment + 1, args.segments, k_blocks));
+#pragma unroll
+    for (int i = 0; i < Shape::kTokens / 2; ++i) sum[i] += part[i];
+  }
+  write<Shape, kOutput>(args, sum, at, warpgroup);
+}
+
+// `is_single`: there is one group and one tile of tokens, so the first tile is known without the number of tokens.
 template <class Shape, Output kOutput>
 __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) void product_kernel(
-    const __grid_constant__ Product args, bool may_prefetch) {
+    const __grid_constant__ Product args, bool is_single) {
   extern __shared__ uint8_t memory[];
   uint8_t* const stages = memory + (1024 - shared_address(memory) % 1024) % 1024;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(stages + Shape::kStages * Shape::kStageBytes);
+  float4* const sums = reinterpret_cast<float4*>(stages + Shape::kStages * Shape::kStageBytes);
+  uint64_t* const full = reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(sums) + Shape::kSumBytes);
   uint64_t* const empty = full + Shape::kStages;
-  const Groups groups(empty + Shape::kStages, args.groups);
+  uint64_t* const received = empty + Shape::kStages;
+  const Groups groups(received + 1, args.groups);
   Ring<Shape> ring{stages, full, empty};
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -317,31 +382,33 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) void product_
   const int last_block = blocks > 1 ? segment_start(rank + 1, args.segments, k_blocks) : k_blocks;
   const int first_tile = blockIdx.x / blocks, tile_step = gridDim.x / blocks;
 
-  let_successor_start();
   int prefetched = 0;
   if (is_producer) {
+    if (args.is_early) {
+      find_groups<Shape>(args, groups, lane);
+      __syncwarp();
+    }
     if (lane == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
         barrier_init(full + i, 1);
         barrier_init(empty + i, Shape::kWarpgroups);
       }
+      barrier_init(received, 1);
       barrier_init_fence();
-      if (may_prefetch) {
-        const uint8_t* const matrix =
-            args.weights + (args.slots == nullptr ? 0 : args.slots[0]) * matrix_bytes(args.outputs, args.inputs);
-        Ring<Shape> ahead = ring;
-        for (int k = first_block; k < last_block && prefetched < Shape::kStages; ++k, ++prefetched, ahead.advance()) {
-          barrier_expect(full + ahead.stage, Shape::kWeightBytes);
-          fetch_weights(args, ahead, matrix, first_tile * Shape::kOutputs, k);
-        }
+      TileAt at{args.slots == nullptr || !is_single ? 0 : args.slots[0], first_tile * Shape::kOutputs, 0, 0};
+      bool is_known = is_single;
+      if (args.is_early && first_tile < groups.first_tile[args.groups]) {
+        at = tile_at<Shape>(args, groups, first_tile), is_known = true;
       }
+      if (is_known) prefetched = prefetch_tile(args, ring, at, first_block, last_block);
     }
     __syncwarp();
-    wait_for_predecessor();
-    find_groups<Shape>(args, groups, lane);
-  } else {
-    wait_for_predecessor();
   }
+  if (Shape::kSends && blocks > 1) cluster_barrier();
+  wait_for_predecessor();
+  // Not earlier: a product that comes next may then rely on what was complete when this one began.
+  let_successor_start();
+  if (is_producer && !args.is_early) find_groups<Shape>(args, groups, lane);
   __syncthreads();
 
   const int tiles = groups.first_tile[args.groups];
@@ -350,32 +417,29 @@ __global__ __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) void product_
     if (is_producer && lane == 0) {
       produce<Shape>(args, groups, ring, first_tile, tile_step, prefetched, first_block, last_block);
     }
-    if (blocks > 1) attend_cluster_barriers();
+    if (!Shape::kSends && blocks > 1) attend_cluster_barriers();
     return;
   }
   if constexpr (Shape::kShiftsRegisters) raise_registers<Shape::kConsumerRegisters>();
   const int warpgroup = warp / 4;
-  // Uninitialised: the first wgmma of a chain overwrites it, and other writes would serialise all wgmma.
-  float sum[Shape::kTokens / 2];
   if (blocks > 1) {
+    // Here, a cluster has one tile.
+    if (Shape::kSends && first_tile >= tiles) return;
     TileAt at{};
+    float sum[Shape::kTokens / 2];
     if (first_tile < tiles) {
       multiply<Shape>(sum, ring, warpgroup, first_block, last_block);
       at = tile_at<Shape>(args, groups, first_tile);
     }
-    add_up_and_write<Shape, kOutput>(args, sum, reinterpret_cast<float4*>(stages), at);
+    if constexpr (Shape::kSends) {
+      send_or_write<Shape, kOutput>(args, sum, sums, received, at);
+    } else {
+      add_up_and_write<Shape, kOutput>(args, sum, reinterpret_cast<float4*>(stages), at);
+    }
     return;
   }
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    multiply<Shape>(sum, ring, warpgroup, 0, segment_start(1, args.segments, k_blocks));
-    for (int segment = 1; segment < args.segments; ++segment) {
-      float part[Shape::kTokens / 2];
-      multiply<Shape>(part, ring, warpgroup, segment_start(segment, args.segments, k_blocks),
-                      segment_start(segment + 1, args.segments, k_blocks));
-#pragma unroll
-      for (int i = 0; i < Shape::kTokens / 2; ++i) sum[i] += part[i];
-    }
-    write<Shape, kOutput>(args, sum, tile_at<Shape>(args, groups, tile), warpgroup);
+    multiply_and_write<Shape, kOutput>(args, ring, warpgroup, tile_at<Shape>(args, groups, tile));
   }
 }
 

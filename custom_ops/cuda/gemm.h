@@ -24,6 +24,7 @@ struct Product {
   const int32_t* slots;    // [groups]: matrix of each group; null: the group's index
   const uint8_t* tokens;   // activations; the rows of each group begin at a multiple of `alignment`
   const int32_t* counts;   // [groups] rows, in device memory
+  bool is_early;           // counts and slots are not results of the previous kernel, so weights can be prefetched
   int groups;
   int alignment;
   int outputs;
@@ -47,5 +48,13 @@ cudaError_t prepare_products();
 // Enqueues the product. `capacity` is an upper bound of the rows of all groups; counts are read on the device. The
 // launch may overlap the end of the previous kernel in the stream.
 cudaError_t product(const Product& args, Output output, int capacity, Tile tile, cudaStream_t stream);
+
+// Whether product_pair() computes these products. `capacity` is an upper bound of the tokens.
+bool is_pair(Output dense, Output grouped, int capacity, Tile tile);
+
+// Enqueues two independent products as one kernel. `dense` has one group, without slots or rows; its count must be
+// early. `capacity` is an upper bound of the rows of all groups of `grouped`.
+cudaError_t product_pair(const Product& dense, Output output, const Product& grouped, int capacity, cudaStream_t stream);
+cudaError_t prepare_pairs();
 
 }  // namespace fd::cuda

@@ -8,6 +8,8 @@
 
 namespace fd::cuda {
 
+using FewTokens = TileShape<1, 8, 7, 3>;
+
 struct ProductKernel {
   void (*kernel)(Product, bool);
   int outputs, tokens, threads, blocks_per_sm;
@@ -23,7 +25,7 @@ ProductKernel product_kernel_of() {
 template <Output kOutput>
 ProductKernel product_kernel_of(Tile tile) {
   switch (tile) {
-    case Tile::k64x8: return product_kernel_of<TileShape<1, 8, 8, 3>, kOutput>();
+    case Tile::k64x8: return product_kernel_of<FewTokens, kOutput>();
     case Tile::k64x16: return product_kernel_of<TileShape<1, 16, 7, 3>, kOutput>();
     case Tile::k64x32: return product_kernel_of<TileShape<1, 32, 6, 3>, kOutput>();
     case Tile::k64x64: return product_kernel_of<TileShape<1, 64, 6, 2>, kOutput>();

@@ -118,6 +118,18 @@ __device__ __forceinline__ float4 read_remote(const float4* pointer, uint32_t ra
   return value;
 }
 
+// Writes to the same address in the shared memory of block `rank`, and counts 16 bytes at that block's `barrier`.
+__device__ __forceinline__ void write_remote(float4* pointer, float4 value, uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 place, counter;\n"
+      "mapa.shared::cluster.u32 place, %0, %2;\n"
+      "mapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [place], {%3, %4, %5, %6}, [counter];\n}\n" ::"r"(
+          shared_address(pointer)),
+      "r"(shared_address(barrier)), "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
+}
+
 // ---- fragments --------------------------------------------------------------------------------------------------
 
 // Transposes an 8 x 8 matrix of 16-bit elements that is spread over a warp: lane i holds two of row i / 4.

@@ -4,77 +4,96 @@
 
 #include "hopper.cuh"
 #include "launch.h"
+#include "norm.cuh"
 #include "step.cuh"
 
 namespace fd::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = kNormThreads, kWarps = kNormWarps;
 
-__device__ float warp_sum(float x) {
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-  return x;
+__device__ const float* row_of(const Norm& args, int row) {
+  return args.hidden_states + int64_t{args.rows == nullptr ? row : args.rows[row]} * args.width;
 }
 
-// Sums in the same tree for every row. `sums` has room for kWarps floats.
-__device__ float block_sum(float x, float* sums) {
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  float all = 0.0f;
-  for (int warp = 0; warp < kWarps; ++warp) all += sums[warp];
-  return all;
-}
-
-// Normalises a row into `normed` (bfloat16, zero-padded to whole blocks).
-__device__ void normalise(const Norm& args, int row, __nv_bfloat16* normed, float* sums) {
-  const float4* const x = reinterpret_cast<const float4*>(
-      args.hidden_states + int64_t{args.rows == nullptr ? row : args.rows[row]} * args.width);
-  const float4* const weight = reinterpret_cast<const float4*>(args.weight);
-  const int fours = args.width / 4;
-  float squares = 0.0f;
-  // A single row is bound by memory latency: issue several loads at once.
-#pragma unroll 4
-  for (int i = threadIdx.x; i < fours; i += kThreads) {
-    const float4 v = x[i];
-    squares = __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmaf_rn(v.x, v.x, squares))));
-  }
-  const float factor = rsqrtf(block_sum(squares, sums) / static_cast<float>(args.width) + args.epsilon);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < round_up(args.width, kBlockK) / 4; i += kThreads) {
-    const bool is_there = i < fours;
-    const float4 v = is_there ? x[i] : float4{}, w = is_there ? weight[i] : float4{};
-    __nv_bfloat162* const place = reinterpret_cast<__nv_bfloat162*>(normed) + 2 * i;
-    place[0] = __floats2bfloat162_rn(v.x * factor * w.x, v.y * factor * w.y);
-    place[1] = __floats2bfloat162_rn(v.z * factor * w.z, v.w * factor * w.w);
-  }
-  __syncthreads();
-}
-
-__device__ void write_row(const Norm& args, int row, const __nv_bfloat16* normed) {
-  const int k_blocks = ceil_div(args.width, kBlockK);
-  for (int piece = threadIdx.x; piece < k_blocks * 8; piece += kThreads) {
-    *reinterpret_cast<uint4*>(args.out + in_activations(row, piece * 8, k_blocks)) =
-        *reinterpret_cast<const uint4*>(normed + piece * 8);
-  }
+__device__ auto writer(const Norm& args, int row) {
+  return [place = args.out, row, k_blocks = ceil_div(args.width, kBlockK)](int column, uint2 four) {
+    *reinterpret_cast<uint2*>(place + in_activations(row, column, k_blocks)) = four;
+  };
 }
 
 __global__ __launch_bounds__(kThreads) void norm_kernel(const __grid_constant__ Norm args) {
-  extern __shared__ __align__(16) __nv_bfloat16 normed[];
   __shared__ float sums[kWarps];
   let_successor_start();
+  const int row = blockIdx.x, count = __ldcg(args.count);
+  const HeldRow weights = load_held(args.weight, args.width);
   wait_for_predecessor();
-  const int count = *args.count;
-  for (int row = blockIdx.x; row < count; row += gridDim.x) {
-    normalise(args, row, normed, sums);
-    write_row(args, row, normed);
-    __syncthreads();
-  }
+  if (row >= count) return;
+  const float* const x = row_of(args, row);
+  normalise(x, args.weight, args.width, args.epsilon, load_held(x, args.width), weights, sums, writer(args, row));
 }
 
-// kRows rows share each loaded weight, and the kExperts experts of a warp share each row. blockIdx.y processes every
-// gridDim.y-th group of experts.
+__device__ __forceinline__ float add_products(uint2 x, float4 weight, float dot) {
+  const float2 low = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&x.x)),
+               high = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&x.y));
+  dot = __fmaf_rn(low.y, weight.y, __fmaf_rn(low.x, weight.x, dot));
+  return __fmaf_rn(high.y, weight.w, __fmaf_rn(high.x, weight.z, dot));
+}
+
+// For few rows: a block processes one row and the experts of its warps. What does not depend on the previous kernel is
+// loaded before it ends.
+__global__ __launch_bounds__(kThreads, 2) void router_row_kernel(const __grid_constant__ Norm args, Router router) {
+  // Groups of four weights that a lane loads early, and those for which it has registers only after the norm.
+  constexpr int kEarly = 15, kLate = 5;
+  extern __shared__ __align__(16) __nv_bfloat16 normed[];
+  __shared__ float sums[kWarps];
+  const int lane = threadIdx.x % 32, row = blockIdx.x, expert = blockIdx.y * kWarps + threadIdx.x / 32;
+  let_successor_start();
+  const int count = __ldcg(args.count);
+  const bool is_there = expert < router.experts;
+  const float* const weights = router.weights + int64_t{is_there ? expert : 0} * args.width;
+  const HeldRow norm_weights = load_held(args.weight, args.width);
+  const auto load = [&](int j) {
+    const int k = lane * 4 + j * 128;
+    return k < args.width ? *reinterpret_cast<const float4*>(weights + k) : float4{};
+  };
+  float4 early[kEarly];
+#pragma unroll
+  for (int j = 0; j < kEarly; ++j) early[j] = load(j);
+  for (int k = kEarly * 128 + lane * 32; k < args.width; k += 1024) prefetch(weights + k);
+  wait_for_predecessor();
+  if (row == 0 && blockIdx.y == 0) {
+    for (int i = threadIdx.x; i < router.experts; i += kThreads) router.counts[i] = 0;
+  }
+  if (row >= count) return;
+  const float* const x = row_of(args, row);
+  const auto write = writer(args, row);
+  normalise(x, args.weight, args.width, args.epsilon, load_held(x, args.width), norm_weights, sums,
+            [&](int column, uint2 four) {
+              *reinterpret_cast<uint2*>(normed + column) = four;
+              if (blockIdx.y == 0) write(column, four);
+            });
+  float4 late[kLate];
+#pragma unroll
+  for (int j = 0; j < kLate; ++j) late[j] = load(kEarly + j);
+  __syncthreads();
+  float dot = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kEarly + kLate; ++j) {
+    const int k = lane * 4 + j * 128;
+    if (k < args.width) {
+      dot = add_products(*reinterpret_cast<const uint2*>(normed + k), j < kEarly ? early[j] : late[j - kEarly], dot);
+    }
+  }
+  for (int k = lane * 4 + (kEarly + kLate) * 128; k < args.width; k += 128) {
+    dot = add_products(*reinterpret_cast<const uint2*>(normed + k), *reinterpret_cast<const float4*>(weights + k), dot);
+  }
+  dot = warp_sum(dot);
+  if (lane == 0 && is_there) router.logits[int64_t{row} * router.experts + expert] = dot;
+}
+
+// For many rows: kRows rows share each loaded weight, and the kExperts experts of a warp share each row. blockIdx.y
+// processes every gridDim.y-th group of experts.
 template <int kRows, int kExperts>
 __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant__ Norm args, Router router) {
   constexpr int kGroup = kWarps * kExperts;
@@ -82,43 +101,38 @@ __global__ __launch_bounds__(kThreads) void router_kernel(const __grid_constant_
   __shared__ float sums[kWarps];
   const int lane = threadIdx.x % 32, own = threadIdx.x / 32 * kExperts;
   let_successor_start();
-  if (kRows == 1) {
-    // A single row is bound by memory latency, and the weights do not depend on the previous kernel.
-    const int expert = blockIdx.y * kGroup + own;
-    for (int k = lane * 32; expert < router.experts && k < args.width; k += 1024) {
-      prefetch(router.weights + int64_t{expert} * args.width + k);
-    }
-  }
   wait_for_predecessor();
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int i = threadIdx.x; i < router.experts; i += kThreads) router.counts[i] = 0;
   }
   const int first = blockIdx.x * kRows, rows = min(kRows, *args.count - first), width = round_up(args.width, kBlockK);
   if (rows <= 0) return;
+  const HeldRow norm_weights = load_held(args.weight, args.width);
   for (int i = 0; i < rows; ++i) {
-    normalise(args, first + i, normed + i * width, sums);
-    if (blockIdx.y == 0) write_row(args, first + i, normed + i * width);
+    const float* const x = row_of(args, first + i);
+    const auto write = writer(args, first + i);
+    normalise(x, args.weight, args.width, args.epsilon, load_held(x, args.width), norm_weights, sums,
+              [&](int column, uint2 four) {
+                *reinterpret_cast<uint2*>(normed + i * width + column) = four;
+                if (blockIdx.y == 0) write(column, four);
+              });
   }
+  __syncthreads();
   for (int expert = blockIdx.y * kGroup + own; expert < router.experts; expert += gridDim.y * kGroup) {
     const float* const weights = router.weights + int64_t{expert} * args.width;
     // With an odd number of experts, the last one is computed twice.
     const int64_t next = kExperts > 1 && expert + 1 < router.experts ? args.width : 0;
     float dots[kRows][kExperts] = {};
-#pragma unroll(kRows == 1 ? 10 : 1)
+#pragma unroll 1
     for (int k = lane * 4; k < args.width; k += 128) {
       float4 weight[kExperts];
 #pragma unroll
       for (int e = 0; e < kExperts; ++e) weight[e] = *reinterpret_cast<const float4*>(weights + e * next + k);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const __nv_bfloat162* const x = reinterpret_cast<const __nv_bfloat162*>(normed + i * width + k);
-        const float2 low = __bfloat1622float2(x[0]), high = __bfloat1622float2(x[1]);
+        const uint2 four = *reinterpret_cast<const uint2*>(normed + i * width + k);
 #pragma unroll
-        for (int e = 0; e < kExperts; ++e) {
-          float& dot = dots[i][e];
-          dot = __fmaf_rn(low.y, weight[e].y, __fmaf_rn(low.x, weight[e].x, dot));
-          dot = __fmaf_rn(high.y, weight[e].w, __fmaf_rn(high.x, weight[e].z, dot));
-        }
+        for (int e = 0; e < kExperts; ++e) dots[i][e] = add_products(four, weight[e], dots[i][e]);
       }
     }
 #pragma unroll
@@ -156,14 +170,13 @@ constexpr int kMaxMemory = 227 * 1024 - 64;
 }  // namespace
 
 cudaError_t norm(const Norm& args, int capacity, cudaStream_t stream) {
-  const int memory = round_up(args.width, kBlockK) * 2;
-  return launch(norm_kernel, dim3(capacity), kThreads, memory, 1, stream, args);
+  return launch(norm_kernel, dim3(capacity), kThreads, 0, 1, stream, args);
 }
 
 cudaError_t norm_and_router(const Norm& args, const Router& router, int capacity, cudaStream_t stream) {
   const int memory = round_up(args.width, kBlockK) * 2;
   if (capacity < kManyRows || memory * kSharingRows > kMaxMemory) {
-    return launch(router_kernel<1, 1>, dim3(capacity, ceil_div(router.experts, kWarps)), kThreads, memory, 1, stream, args, router);
+    return launch(router_row_kernel, dim3(capacity, ceil_div(router.experts, kWarps)), kThreads, memory, 1, stream, args, router);
   }
   // Enough blocks of experts to occupy all multiprocessors.
   const int across = ceil_div(capacity, kSharingRows), groups = ceil_div(router.experts, kWarps * kSharingExperts);
@@ -177,8 +190,8 @@ cudaError_t embedding(const Embedding& args, int capacity, cudaStream_t stream) 
 
 cudaError_t prepare_norm() {
   const int memory = kMaxWidth * 2;
-  cudaError_t error = prepare(reinterpret_cast<const void*>(norm_kernel), memory);
-  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_kernel<1, 1>), memory);
+  cudaError_t error = prepare(reinterpret_cast<const void*>(norm_kernel), 0);
+  if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(router_row_kernel), memory);
   if (error == cudaSuccess)
     error = prepare(reinterpret_cast<const void*>(router_kernel<kSharingRows, kSharingExperts>), kMaxMemory);
   if (error == cudaSuccess) error = prepare(reinterpret_cast<const void*>(embedding_kernel), 0);

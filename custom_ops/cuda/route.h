@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "layout.h"
+#include "norm.h"
 
 namespace fd::cuda {
 
@@ -51,9 +51,10 @@ struct Combine {
   float* hidden_states;
 };
 
-cudaError_t route(const Route& args, int capacity, cudaStream_t stream);
-cudaError_t permute(const Permute& args, int capacity, cudaStream_t stream);
+cudaError_t route_and_permute(const Route& args, const Permute& move, int capacity, cudaStream_t stream);
 cudaError_t combine(const Combine& args, int capacity, cudaStream_t stream);
+// Combines, and normalises the new hidden states.
+cudaError_t combine_and_norm(const Combine& args, const Norm& next, int capacity, cudaStream_t stream);
 cudaError_t prepare_route();
 
 }  // namespace fd::cuda

@@ -158,7 +158,8 @@ typedef struct {
   int32_t output;        /* FD_OUT_... */
   int32_t capacity;      /* upper bound of the total rows of all groups */
   int32_t tile;          /* from fd_tile, or any other: all give the same bits */
-  int32_t reserved;
+  int32_t is_early;      /* nonzero: counts and slots were written before the previous operation of the stream, which
+                          * is a product, or before the step; then weights are fetched before that operation ends */
   const float* bias;   /* [outputs] or NULL; for dense products only */
   const int32_t* rows; /* row of `out` for row r of `tokens`; NULL: r */
   void* out;
@@ -167,6 +168,10 @@ typedef struct {
 
 int fd_product(void* stream, const fd_product_args* args);
 
+/* Two independent products: a dense one and one with groups. With few tokens they are one kernel, if `dense->is_early`
+ * and both have the smallest tile. */
+int fd_product_pair(void* stream, const fd_product_args* dense, const fd_product_args* grouped);
+
 /* The best tile for `capacity` rows in `groups` groups, and the tokens of a tile. Tiles are 0 to fd_tiles() - 1. */
 int32_t fd_tiles(void);
 int32_t fd_tile(int32_t capacity, int32_t groups);
@@ -174,7 +179,8 @@ int32_t fd_tile_tokens(int32_t tile);
 
 /* ---- one step ---------------------------------------------------------------------------------------------------
  *
- * `step` is the buffer of custom_ops/include/step.h and `count` a number of rows, both in device memory. */
+ * `step` is the buffer of custom_ops/include/step.h and `count` a number of rows, both in device memory and written
+ * before the step. Weights must be complete by then, too: they are read before the previous operation ends. */
 
 typedef struct {
   const int32_t* step;
@@ -271,13 +277,17 @@ typedef struct {
 int64_t fd_expert_rows(int32_t capacity, int32_t k, int32_t experts, int32_t alignment);
 int fd_route(void* stream, const fd_route_args* args);
 
-/* hidden_states[t] += (sum over j of topk_weights[t, j] * results[t, j]) + shared[t], in that order. */
+/* hidden_states[t] += (sum over j of topk_weights[t, j] * results[t, j]) + shared[t], in that order. With `norm`, also
+ * the RMS norm of the result as activations, like fd_norm. */
 typedef struct {
   const void* results; /* bfloat16 [tokens, k, width] */
   const float* topk_weights;
   const float* shared; /* [tokens, width] or NULL */
   const int32_t* count;
   float* hidden_states;
+  const float* norm; /* [width] or NULL */
+  void* normed;
+  float epsilon;
   int32_t k;
   int32_t width;
   int32_t capacity;

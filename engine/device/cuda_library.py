@@ -59,7 +59,7 @@ class RetileArgs(Structure):
 class ProductArgs(Structure):
     _fields_ = _fields(
         "p:weights p:slots p:tokens p:counts i:groups i:alignment i:outputs i:inputs i:output i:capacity "
-        "i:tile i:reserved p:bias p:rows p:out l:out_stride"
+        "i:tile i:is_early p:bias p:rows p:out l:out_stride"
     )
 
 
@@ -93,7 +93,10 @@ class RouteArgs(Structure):
 
 
 class CombineArgs(Structure):
-    _fields_ = _fields("p:results p:topk_weights p:shared p:count p:hidden_states i:k i:width i:capacity")
+    _fields_ = _fields(
+        "p:results p:topk_weights p:shared p:count p:hidden_states p:norm p:normed f:epsilon i:k i:width "
+        "i:capacity"
+    )
 
 
 class DrawArgs(Structure):
@@ -115,6 +118,7 @@ _INT_FUNCTIONS: dict[str, list[Any]] = {
     "fd_fork": [c_void_p],
     "fd_join": [c_void_p],
     "fd_fetch": [c_void_p, c_void_p, c_uint64, c_int64],
+    "fd_product_pair": [c_void_p, c_void_p, c_void_p],
     "fd_upload_begin": [c_void_p],
     "fd_upload": [c_void_p, POINTER(RetileArgs), c_int32],
     "fd_upload_bytes": [c_void_p, c_uint64, c_void_p, c_int64],

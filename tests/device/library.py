@@ -45,7 +45,7 @@ class ProductArgs(ctypes.Structure):
         ("output", c_int32),
         ("capacity", c_int32),
         ("tile", c_int32),
-        ("reserved", c_int32),
+        ("is_early", c_int32),
         ("bias", c_void_p),
         ("rows", c_void_p),
         ("out", c_void_p),
@@ -80,8 +80,9 @@ RouteArgs = _structure(
     assignments=P, norm_min=c_float, experts=I, k=I, width=I, alignment=I, capacity=I,
 )  # fmt: skip
 CombineArgs = _structure(
-    "CombineArgs", results=P, topk_weights=P, shared=P, count=P, hidden_states=P, k=I, width=I, capacity=I
-)
+    "CombineArgs", results=P, topk_weights=P, shared=P, count=P, hidden_states=P, norm=P, normed=P,
+    epsilon=c_float, k=I, width=I, capacity=I,
+)  # fmt: skip
 DrawArgs = _structure(
     "DrawArgs", logits=P, count=P, rows=P, tokens=P, drawn=P, top_tokens=P, logprobs=P, work=P,
     vocabulary=I, width=I, capacity=I,
@@ -118,10 +119,10 @@ def library() -> ctypes.CDLL:
     return _library
 
 
-def call(name: str, args: ctypes.Structure) -> None:
+def call(name: str, *args: ctypes.Structure) -> None:
     """Enqueue an operation on torch's current stream."""
     stream = c_void_p(torch.cuda.current_stream().cuda_stream)
-    if getattr(library(), name)(stream, ctypes.byref(args)) != 0:
+    if getattr(library(), name)(stream, *map(ctypes.byref, args)) != 0:
         raise RuntimeError(library().fd_last_error().decode())
 
 
@@ -201,7 +202,7 @@ def error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float(difference) if torch.isfinite(out).all() else float("inf")
 
 
-def product(
+def product_args(
     weights: torch.Tensor,
     tokens: torch.Tensor,
     counts: torch.Tensor,
@@ -212,25 +213,31 @@ def product(
     capacity: int,
     tile: int | None = None,
     **rest: Any,
-) -> None:
+) -> Any:
     groups = counts.numel()
     if tile is None:
         tile = library().fd_tile(capacity, groups)
     fields: dict[str, Any] = {"alignment": 64, "out_stride": out.shape[-1], **rest}
-    call(
-        "fd_product",
-        fill(
-            ProductArgs,
-            weights=weights,
-            tokens=tokens,
-            counts=counts,
-            groups=groups,
-            outputs=outputs,
-            inputs=inputs,
-            output=output,
-            capacity=capacity,
-            tile=tile,
-            out=out,
-            **fields,
-        ),
+    return fill(
+        ProductArgs,
+        weights=weights,
+        tokens=tokens,
+        counts=counts,
+        groups=groups,
+        outputs=outputs,
+        inputs=inputs,
+        output=output,
+        capacity=capacity,
+        tile=tile,
+        out=out,
+        **fields,
     )
+
+
+def product(*arguments: Any, **fields: Any) -> None:
+    """Enqueue a product; see `product_args`."""
+    call("fd_product", product_args(*arguments, **fields))
+
+
+def product_pair(dense: ctypes.Structure, grouped: ctypes.Structure) -> None:
+    call("fd_product_pair", dense, grouped)

@@ -162,6 +162,32 @@ def test_results_are_added_in_the_order_of_picks(has_shared: bool) -> None:
     assert torch.equal(stream[tokens], before[tokens])
 
 
+@pytest.mark.parametrize("width", [72, 2560, 4096, 8192])
+def test_a_combination_with_a_norm_has_the_bits_of_both(width: int) -> None:
+    tokens, k = 9, 6
+    results, weights = drawn(tokens * k, width, 8), torch.rand(tokens, k, device="cuda")
+    shared, weight = torch.randn(tokens, width, device="cuda"), torch.rand(width, device="cuda") + 0.5
+    stream = torch.randn(tokens + 1, width, device="cuda")
+    blocks = fd.round_up(width, 64) // 64
+    normed = torch.full((1, blocks, 64, 64), float("nan"), device="cuda", dtype=torch.bfloat16)
+
+    def combine(hidden_states: torch.Tensor, **fields: object) -> None:
+        args = fd.fill(
+            fd.CombineArgs, results=results, topk_weights=weights, shared=shared, count=counts(tokens),
+            hidden_states=hidden_states, k=k, width=width, capacity=tokens + 1, **fields,
+        )  # fmt: skip
+        fd.call("fd_combine", args)
+
+    expected = stream.clone()
+    combine(expected)
+    combine(stream, norm=weight, normed=normed, epsilon=EPSILON)
+    assert torch.equal(stream, expected)
+    rows = fd.rows_of(normed, 64, blocks * 64)
+    assert torch.equal(rows[:tokens, :width], norm(expected[:tokens], weight, None).rows)
+    assert (rows[:tokens, width:] == 0).all()
+    assert rows[tokens:].isnan().all()
+
+
 def test_a_block_of_experts_is_the_same_in_every_batch() -> None:
     tokens, experts, k, hidden, width = 100, 16, 4, 256, 192
     stream, weight = torch.randn(tokens, hidden, device="cuda"), torch.ones(hidden, device="cuda")

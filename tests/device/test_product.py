@@ -133,6 +133,43 @@ def test_swiglu_writes_activations(tile: int, width: int, inputs: int) -> None:
         assert torch.equal(fd.rows_of(first, 70, width), rows[:70, :width])
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 8, 9])
+@pytest.mark.parametrize("output", [(fd.SWIGLU, fd.SWIGLU), (fd.FLOAT, fd.BFLOAT16)])
+def test_a_pair_of_products_has_the_bits_of_each_alone(tokens: int, output: tuple[int, int]) -> None:
+    experts, outputs, inputs, align = 5, (2560, 384), (1088, 2560), 8
+    weights = fd.tiled_matrix(drawn(outputs[0], inputs[0], 50))
+    matrices = torch.stack([fd.tiled_matrix(drawn(outputs[1], inputs[1], 60 + i)) for i in range(experts)])
+    x, rows = fd.activations(drawn(tokens, inputs[0], 51)), fd.activations(drawn(64, inputs[1], 52))
+    sizes = counts(0, tokens, 0, tokens // 2, tokens)
+    most = max(tokens, 1)
+    calls = []
+    for _ in range(2):
+        outs = [
+            torch.full(
+                (64, n),
+                float("nan"),
+                device="cuda",
+                dtype=torch.float32 if kind == fd.FLOAT else torch.bfloat16,
+            )
+            for n, kind in zip(outputs, output, strict=True)
+        ]
+        dense = fd.product_args(
+            weights, x, counts(tokens), outs[0], outputs[0], inputs[0], output[0], most, is_early=1
+        )
+        grouped = fd.product_args(
+            matrices, rows, sizes, outs[1], outputs[1], inputs[1], output[1], 3 * most, 0, alignment=align
+        )
+        calls.append((outs, dense, grouped))
+    torch.cuda.synchronize()
+    (together, dense, grouped), (alone, other_dense, other_grouped) = calls
+    fd.product_pair(dense, grouped)
+    fd.call("fd_product", other_dense)
+    fd.call("fd_product", other_grouped)
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        assert (tokens == 0) == bool(one.isnan().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(256, 128), (130, 72), (48, 200)])
