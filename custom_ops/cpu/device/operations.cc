@@ -228,6 +228,11 @@ int fd_product(void* stream, const fd_product_args* args) {
   return enqueue(stream, run_product, *args);
 }
 
+int fd_product_pair(void* stream, const fd_product_args* dense, const fd_product_args* grouped) {
+  const int result = fd_product(stream, dense);
+  return result != FD_OK ? result : fd_product(stream, grouped);
+}
+
 int fd_embedding(void* stream, const fd_embedding_args* args) { return enqueue(stream, run_embedding, *args); }
 
 int fd_norm(void* stream, const fd_norm_args* args) { return enqueue(stream, run_norm, *args); }
@@ -264,7 +269,17 @@ int fd_route(void* stream, const fd_route_args* args) {
 
 int fd_combine(void* stream, const fd_combine_args* args) {
   if (args->k < 1 || args->k > kMaxTopk) return refuse("combine: between 1 and 64 picks");
-  return enqueue(stream, run_combine, *args);
+  const int result = enqueue(stream, run_combine, *args);
+  if (result != FD_OK || args->norm == nullptr) return result;
+  fd_norm_args norm{};
+  norm.hidden_states = args->hidden_states;
+  norm.weight = args->norm;
+  norm.count = args->count;
+  norm.out = args->normed;
+  norm.epsilon = args->epsilon;
+  norm.width = args->width;
+  norm.capacity = args->capacity;
+  return fd_norm(stream, &norm);
 }
 
 }  // extern "C"
