@@ -47,7 +47,6 @@ MESSAGES = [
         "141.00 GB of GPU memory are free: lower --max-model-len or raise --gpu-memory-utilization",
         "memory",
     ),
-    ("engine/device/cuda_library.py", "GPU: is lost", "gpu"),
     (
         "engine/device/choice.py",
         "--device is 'gpu', but the driver shows no GPU; use --device cpu or auto to compute on the CPU",
@@ -138,6 +137,11 @@ def is_printed(file: str, message: str) -> bool:
 def test_a_message_of_ours_is_printed_and_has_its_cause(file: str, message: str, cause: str) -> None:
     assert is_printed(file, message), f"{file} has no such message any more"
     assert explain(Exit("exit status 3", message)).cause == cause
+
+
+def test_a_fault_of_the_gpu_begins_with_the_name_that_its_library_gives() -> None:
+    assert '* fd_platform(void) { return "GPU"; }' in (ROOT / "custom_ops/cuda/capi.cu").read_text()
+    assert explain(Exit("exit status 75", "GPU: is lost")).cause is Cause.GPU
 
 
 def test_the_end_of_a_worker_is_described_by_its_api_process() -> None:
