@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_int32, c_uint64, c_void_p
 from dataclasses import replace
@@ -132,6 +133,14 @@ def test_what_stays_on_paddles_path_is_refused_in_one_line(
     with pytest.raises(ConfigError) as refused:
         choose_gpu(EngineConfig(model=tmp_path, **changes), ModelConfig.from_directory(tmp_path))
     assert str(refused.value) == f"{LIBRARY}: {reason}; without FD_CUDA_LIBRARY, --device cpu computes it"
+
+
+def test_the_library_has_every_function_of_the_header() -> None:
+    header = Path(__file__).parents[2] / "custom_ops/include/fd_device.h"
+    names = set(re.findall(r"^[a-z].*\b(fd_\w+)\(", header.read_text(), re.MULTILINE))
+    assert len(names) > 30
+    library = ctypes.CDLL(str(LIBRARY))
+    assert [name for name in sorted(names) if not hasattr(library, name)] == []
 
 
 # ---- steps, graphs and memory
