@@ -13,10 +13,11 @@ constexpr int kRows = kMaxGroupHeads;
 // Weights of a tile: rows of 64, padded so that eight rows begin in different banks.
 constexpr int kWeightStride = kCacheBlock + 8;
 
-template <int kHeadDim_>
+template <int kHeadDim_, int kBlocksPerSm_>
 struct Shape {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kSlots = 6 * 128 / kHeadDim;  // slots of the ring: tiles of keys or values
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kSlots = 12 / kBlocksPerSm * 128 / kHeadDim;  // slots of the ring: tiles of keys or values
   static constexpr int kTileBytes = kHeadDim / kBlockK * kBlockBytes;
   static constexpr int kColumns = kHeadDim / kWarps;  // of a warp
   static constexpr int kQueryBytes = kHeadDim / kBlockK * kRows * 128;
@@ -187,7 +188,8 @@ __device__ __forceinline__ void fetch_queries(const Attention& args, int token, 
     uint4 piece{};
     if (row < group) {
       piece = *reinterpret_cast<const uint4*>(from + row * Shape::kHeadDim + k);
-      const float4 low = *reinterpret_cast<const float4*>(turns + k), high = *reinterpret_cast<const float4*>(turns + k + 4);
+      const float4 low = *reinterpret_cast<const float4*>(turns + k);
+      const float4 high = *reinterpret_cast<const float4*>(turns + k + 4);
       piece = {rotate(piece.x, {low.x, low.y}), rotate(piece.y, {low.z, low.w}), rotate(piece.z, {high.x, high.y}),
                rotate(piece.w, {high.z, high.w})};
     }
@@ -274,51 +276,52 @@ struct Result {
 template <class Shape>
 __device__ __forceinline__ void merge_parts(const Attention& args, Memory<Shape>& memory, const Part& part, int token,
                                             int merged, uint32_t& phase) {
-  constexpr int kRowsOfWarp = kRows / kWarps, kEach = Shape::kHeadDim / 32;
+  constexpr int kRowsOfWarp = 2, kEach = Shape::kHeadDim / 32;
   struct alignas(kEach * 4) Columns {
     float x[kEach];
   };
   const int warp = threadIdx.x / 32, group = args.heads / args.kv_heads, column = threadIdx.x % 32 * kEach;
   const int size = partial_floats<Shape>(args), most = sizeof(memory.slots) / 4 / size;
   const float* const gathered = reinterpret_cast<const float*>(memory.slots);
-  float out[kRowsOfWarp][kEach] = {}, maximum[kRowsOfWarp], sum[kRowsOfWarp] = {};
+  for (int first_row = warp; first_row - warp < group; first_row += kRowsOfWarp * kWarps) {
+    float out[kRowsOfWarp][kEach] = {}, maximum[kRowsOfWarp], sum[kRowsOfWarp] = {};
 #pragma unroll
-  for (int i = 0; i < kRowsOfWarp; ++i) maximum[i] = -INFINITY;
-  for (int first = merged - 1; first < part.segments; first += most, phase ^= 1) {
-    const int count = min(most, part.segments - first);
-    named_barrier(1, kConsumers);
-    if (threadIdx.x == 0) {
-      proxy_fence();
-      barrier_arrive_expect(&memory.gathered, count * size * 4);
-      bulk_copy(memory.slots, partial_at<Shape>(args, part.begin + first), count * size * 4, &memory.gathered);
-    }
-    barrier_wait(&memory.gathered, phase);
-#pragma unroll 2
-    for (int segment = 0; segment < count; ++segment) {
-      const float* const from = gathered + segment * size;
+    for (int i = 0; i < kRowsOfWarp; ++i) maximum[i] = -INFINITY;
+    for (int first = merged - 1; first < part.segments; first += most, phase ^= 1) {
+      const int count = min(most, part.segments - first);
+      named_barrier(1, kConsumers);
+      if (threadIdx.x == 0) {
+        proxy_fence();
+        barrier_arrive_expect(&memory.gathered, count * size * 4);
+        bulk_copy(memory.slots, partial_at<Shape>(args, part.begin + first), count * size * 4, &memory.gathered);
+      }
+      barrier_wait(&memory.gathered, phase);
+#pragma unroll 1
+      for (int segment = 0; segment < count; ++segment) {
+        const float* const from = gathered + segment * size;
 #pragma unroll
-      for (int i = 0; i < kRowsOfWarp; ++i) {
-        const int row = i * kWarps + warp;
-        if (row >= group) break;
-        const float2 softmax = *reinterpret_cast<const float2*>(from + group * Shape::kHeadDim + row * 2);
-        const Merger merge(maximum[i], softmax.x);
-        const Columns later = *reinterpret_cast<const Columns*>(from + row * Shape::kHeadDim + column);
+        for (int i = 0; i < kRowsOfWarp; ++i) {
+          const int row = min(first_row + i * kWarps, group - 1);
+          const float2 softmax = *reinterpret_cast<const float2*>(from + group * Shape::kHeadDim + row * 2);
+          const Columns later = *reinterpret_cast<const Columns*>(from + row * Shape::kHeadDim + column);
+          const Merger merge(maximum[i], softmax.x);
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) out[i][j] = merge(out[i][j], later.x[j]);
-        sum[i] = merge(sum[i], softmax.y);
-        maximum[i] = merge.maximum;
+          for (int j = 0; j < kEach; ++j) out[i][j] = merge(out[i][j], later.x[j]);
+          sum[i] = merge(sum[i], softmax.y);
+          maximum[i] = merge.maximum;
+        }
       }
     }
-  }
 #pragma unroll
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    const int row = i * kWarps + warp;
-    if (row >= group) break;
-    uint32_t* const place =
-        reinterpret_cast<uint32_t*>(out_place(args, Shape::kHeadDim, token, part.head * group + row, column));
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+      const int row = first_row + i * kWarps;
+      if (row >= group) break;
+      uint32_t* const place =
+          reinterpret_cast<uint32_t*>(out_place(args, Shape::kHeadDim, token, part.head * group + row, column));
 #pragma unroll
-    for (int j = 0; j < kEach; j += 2) {
-      place[j / 2] = pack_bfloat16(__fdiv_rn(out[i][j], sum[i]), __fdiv_rn(out[i][j + 1], sum[i]));
+      for (int j = 0; j < kEach; j += 2) {
+        place[j / 2] = pack_bfloat16(__fdiv_rn(out[i][j], sum[i]), __fdiv_rn(out[i][j + 1], sum[i]));
+      }
     }
   }
 }
@@ -330,7 +333,6 @@ __device__ __forceinline__ void merge_shared_parts(const StepView& step, const A
   const int first = share.first(blockIdx.x), until = share.first(blockIdx.x + 1);
   named_barrier(1, kConsumers);
   if (threadIdx.x == 0) {
-    __threadfence();
     for (int end = 0; end < 2; ++end) {
       const Part part(step, args, memory.first_item, end == 0 ? first : until - 1, until);
       memory.merged[end] = 0;
@@ -339,11 +341,10 @@ __device__ __forceinline__ void merge_shared_parts(const StepView& step, const A
       const int first_block = share.block_of(part.begin);
       const int others = share.block_of(part.begin + part.segments - 1) - first_block;
       int* const arrived = args.arrived + part.sequence * args.kv_heads + part.head;
-      if (atomicAdd(arrived, 1) != others) continue;
+      if (count_arrival(arrived) != others) continue;
       *arrived = 0;
       memory.merged[end] = share.first(first_block + 1) - part.begin;
     }
-    __threadfence();
   }
   named_barrier(1, kConsumers);
   uint32_t phase = 0;
@@ -432,7 +433,7 @@ __device__ __forceinline__ void add_values(float (&out)[Shape::kColumns / 2], co
 }
 
 template <class Shape>
-__global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_constant__ Attention args, bool early) {
+__global__ __launch_bounds__(kThreads, Shape::kBlocksPerSm) void decode_kernel(const __grid_constant__ Attention args, bool early) {
   extern __shared__ uint8_t unaligned[];
   Memory<Shape>& memory =
       *reinterpret_cast<Memory<Shape>*>(unaligned + (1024 - shared_address(unaligned) % 1024) % 1024);
@@ -468,8 +469,9 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
     const Part part(step, args, memory.first_item, first, until);
     const int token = step.first_token[part.sequence], newest_place = step.start[part.sequence] % kCacheBlock;
     const bool has_newest = part.last == part.segments;
-    const int newest_block = has_newest ? step.block_tables[int64_t{part.sequence} * step.table_width + part.tiles - 1] : 0;
-    const int64_t newest_tile = in_cache(newest_block, args.kv_heads, part.head, Shape::kHeadDim, 0, 0);
+    const int32_t* const table = step.block_tables + int64_t{part.sequence} * step.table_width;
+    const int64_t newest_tile =
+        in_cache(has_newest ? table[part.tiles - 1] : 0, args.kv_heads, part.head, Shape::kHeadDim, 0, 0);
     wait_for_predecessor();
     Newest<Shape> newest;
     if (has_newest) newest.load(args, token, part.head);
@@ -486,28 +488,32 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
     result.clear();
     float scores[8], out[Shape::kColumns / 2];
     RowSoftmax rows[2];
-    const auto score_tile = [&](int tile) {
-      uint8_t* const keys = ring.take();
-      const bool is_newest = tile == part.tiles - 1;
-      if (is_newest) newest.store_key(newest_place, keys, args.keys + newest_tile);
-      score<Shape>(scores, queries, keys, is_newest ? newest_place : kCacheBlock);
-      ring.release();
-      share_maxima<Shape>(scores, memory.maxima[tile % 2]);
-    };
-    score_tile(part.first_tile());
-    named_barrier(1, kConsumers);
-    for (int tile = part.first_tile(); tile < part.last_tile(); ++tile) {
-      const int turn = tile % 2;
-      const bool is_newest = tile == part.tiles - 1, begins = tile % kSegmentTiles == 0;
-      if (begins) rows[0] = RowSoftmax(), rows[1] = RowSoftmax();
+    const bool is_cut = part.last - part.first < part.segments;
+    // Scores are computed one tile ahead. The loop begins before the first tile, so that its code exists only once: at
+    // a single sequence, much of the time is spent on fetching instructions.
+    for (int tile = part.first_tile() - 1; tile < part.last_tile(); ++tile) {
+      const int turn = tile & 1;
+      const bool is_first = tile < part.first_tile(), is_newest = tile == part.tiles - 1;
       float factor[2];
-      weigh<Shape>(scores, memory, turn, args.scale, rows, factor);
+      if (!is_first) {
+        const bool begins = tile % kSegmentTiles == 0;
+        if (begins) rows[0] = RowSoftmax(), rows[1] = RowSoftmax();
+        weigh<Shape>(scores, memory, turn, args.scale, rows, factor);
 #pragma unroll
-      for (int i = 0; i < Shape::kColumns / 2; ++i) out[i] = begins ? 0.0f : out[i] * factor[i / 2 % 2];
-      if (tile + 1 < part.last_tile()) score_tile(tile + 1);
+        for (int i = 0; i < Shape::kColumns / 2; ++i) out[i] = begins ? 0.0f : out[i] * factor[i / 2 % 2];
+      }
+      if (tile + 1 < part.last_tile()) {
+        uint8_t* const keys = ring.take();
+        const bool is_newest_next = tile + 1 == part.tiles - 1;
+        if (is_newest_next) newest.store_key(newest_place, keys, args.keys + newest_tile);
+        score<Shape>(scores, queries, keys, is_newest_next ? newest_place : kCacheBlock);
+        ring.release();
+        share_maxima<Shape>(scores, memory.maxima[turn ^ 1]);
+      }
+      named_barrier(1, kConsumers);
+      if (is_first) continue;
       uint8_t* const values = ring.take();
       if (is_newest) newest.store_value(newest_place, values, args.values + newest_tile);
-      named_barrier(1, kConsumers);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float4 shares = memory.sums[turn][lane / 4 + half * 8][lane % 4];
@@ -515,18 +521,15 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
       }
       add_values<Shape>(out, memory, turn, values);
       ring.release();
-      if (tile % kSegmentTiles != kSegmentTiles - 1 && !is_newest) continue;
+      const bool is_last = tile + 1 == part.last_tile();
+      if (tile % kSegmentTiles != kSegmentTiles - 1 && !is_last) continue;
       result.merge(out, rows);
-      if (part.first == 0) continue;
+      if (part.first == 0 && !(is_last && is_cut)) continue;
       result.save(args, part.begin + tile / kSegmentTiles);
       result.clear();
     }
     first += part.last - part.first;
-    if (part.last - part.first == part.segments) {
-      result.write(args, token, part.head);
-    } else if (part.first == 0) {
-      result.save(args, part.begin + part.last - 1);
-    }
+    if (!is_cut) result.write(args, token, part.head);
   }
   wait_for_predecessor();
   if (share.first(blockIdx.x) < until) merge_shared_parts<Shape>(step, args, memory, share);
@@ -537,7 +540,17 @@ constexpr int kMemory = 1024 + sizeof(Memory<Shape>);
 
 template <class Shape>
 cudaError_t start(const Attention& args, bool early, cudaStream_t stream) {
-  return launch(decode_kernel<Shape>, dim3(multiprocessors() * 2), kThreads, kMemory<Shape>, 1, stream, args, early);
+  static_assert((kMemory<Shape> + 1024) * Shape::kBlocksPerSm <= 228 * 1024);
+  return launch(decode_kernel<Shape>, dim3(multiprocessors() * Shape::kBlocksPerSm), kThreads, kMemory<Shape>, 1,
+                stream, args, early);
+}
+
+template <int kHeadDim>
+cudaError_t choose(const Attention& args, int capacity, bool early, cudaStream_t stream) {
+  // Two blocks with half the ring each are better for a few segments a multiprocessor.
+  const int heads = capacity * args.kv_heads;
+  return heads > 16 && heads < 128 ? start<Shape<kHeadDim, 2>>(args, early, stream)
+                                   : start<Shape<kHeadDim, 1>>(args, early, stream);
 }
 
 template <class Shape>
@@ -547,13 +560,17 @@ cudaError_t prepare_shape() {
 
 }  // namespace
 
-cudaError_t attend_decoding(const Attention& args, int head_dim, bool early, cudaStream_t stream) {
-  return head_dim == 128 ? start<Shape<128>>(args, early, stream) : start<Shape<64>>(args, early, stream);
+cudaError_t attend_decoding(const Attention& args, int head_dim, int capacity, bool early, cudaStream_t stream) {
+  return head_dim == 128 ? choose<128>(args, capacity, early, stream) : choose<64>(args, capacity, early, stream);
 }
 
 cudaError_t prepare_decoding() {
-  const cudaError_t error = prepare_shape<Shape<64>>();
-  return error == cudaSuccess ? prepare_shape<Shape<128>>() : error;
+  for (const auto each : {prepare_shape<Shape<64, 1>>, prepare_shape<Shape<64, 2>>, prepare_shape<Shape<128, 1>>,
+                          prepare_shape<Shape<128, 2>>}) {
+    const cudaError_t error = each();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace fd::cuda
