@@ -16,7 +16,7 @@ constexpr int kWeightStride = kCacheBlock + 8;
 template <int kHeadDim_, int kBlocksPerSm_>
 struct Shape {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // that fit
   static constexpr int kSlots = 12 / kBlocksPerSm * 128 / kHeadDim;  // slots of the ring: tiles of keys or values
   static constexpr int kTileBytes = kHeadDim / kBlockK * kBlockBytes;
   static constexpr int kColumns = kHeadDim / kWarps;  // of a warp
@@ -539,18 +539,19 @@ template <class Shape>
 constexpr int kMemory = 1024 + sizeof(Memory<Shape>);
 
 template <class Shape>
-cudaError_t start(const Attention& args, bool early, cudaStream_t stream) {
+cudaError_t start(const Attention& args, int blocks_per_sm, bool early, cudaStream_t stream) {
   static_assert((kMemory<Shape> + 1024) * Shape::kBlocksPerSm <= 228 * 1024);
-  return launch(decode_kernel<Shape>, dim3(multiprocessors() * Shape::kBlocksPerSm), kThreads, kMemory<Shape>, 1,
-                stream, args, early);
+  return launch(decode_kernel<Shape>, dim3(multiprocessors() * blocks_per_sm), kThreads, kMemory<Shape>, 1, stream,
+                args, early);
 }
 
 template <int kHeadDim>
 cudaError_t choose(const Attention& args, int capacity, bool early, cudaStream_t stream) {
-  // Two blocks with half the ring each are better for a few segments a multiprocessor.
   const int heads = capacity * args.kv_heads;
-  return heads > 16 && heads < 128 ? start<Shape<kHeadDim, 2>>(args, early, stream)
-                                   : start<Shape<kHeadDim, 1>>(args, early, stream);
+  // With many segments a multiprocessor, one block with a long ring is best; with some, two blocks. With few, one block
+  // that fits beside those of the previous kernel.
+  if (heads >= 128) return start<Shape<kHeadDim, 1>>(args, 1, early, stream);
+  return start<Shape<kHeadDim, 2>>(args, heads > 16 ? 2 : 1, early, stream);
 }
 
 template <class Shape>
