@@ -1,8 +1,8 @@
 // What both attention kernels have in common, so that they give the same bits (numeric contract sm90-2).
 //
-// A tile is 64 keys, a segment kSegmentTiles tiles from position 0 on. Within a segment: S = Q K^T and O = P V in chains
-// of products of 16 columns, online softmax in base 2 with weights P rounded to bfloat16. The results of the segments
-// are merged in ascending order. A row is one query head of one token.
+// A tile is 64 keys, a segment four tiles, counted from position 0. Within a segment: S = Q K^T and O = P V in chains of
+// products of 16 columns, online softmax in base 2 with weights P rounded to bfloat16. The results of the segments are
+// merged in ascending order. A row is one query head of one token.
 #pragma once
 
 #include "attention.h"

@@ -47,8 +47,8 @@ cudaError_t attend_prompts(const Attention& args, int head_dim, cudaStream_t str
 
 // Sequences with one token, which this rotates and writes to the cache. Gives the bits of attend_prompts(). `early`: no
 // kernel since the last copy in the stream has written to the cache blocks of these sequences, so that they can be read
-// before the previous kernel has ended.
-cudaError_t attend_decoding(const Attention& args, int head_dim, bool early, cudaStream_t stream);
+// before the previous kernel has ended. `capacity`: upper bound of these sequences.
+cudaError_t attend_decoding(const Attention& args, int head_dim, int capacity, bool early, cudaStream_t stream);
 
 cudaError_t prepare_prompts();
 cudaError_t prepare_decoding();

@@ -1,75 +1,10 @@
 // Attention of sequences with one token in the step. A block of four warps processes the segments of its share one tile
 // after the other: each warp computes the scores of 16 keys, then the values of a quarter of the columns.
-#include "attention.cuh"
+#include "attention_results.cuh"
 #include "launch.h"
 
 namespace fd::cuda {
 namespace {
-
-constexpr int kWarps = 4;
-constexpr int kConsumers = kWarps * 32;
-constexpr int kThreads = kConsumers + 32;
-constexpr int kRows = kMaxGroupHeads;
-// Weights of a tile: rows of 64, padded so that eight rows begin in different banks.
-constexpr int kWeightStride = kCacheBlock + 8;
-
-template <int kHeadDim_>
-struct Shape {
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kSlots = 6 * 128 / kHeadDim;  // slots of the ring: tiles of keys or values
-  static constexpr int kTileBytes = kHeadDim / kBlockK * kBlockBytes;
-  static constexpr int kColumns = kHeadDim / kWarps;  // of a warp
-  static constexpr int kQueryBytes = kHeadDim / kBlockK * kRows * 128;
-};
-
-template <class Shape>
-struct Memory {
-  alignas(1024) uint8_t slots[Shape::kSlots][Shape::kTileBytes];
-  alignas(1024) uint8_t queries[Shape::kQueryBytes];
-  // Of the tiles in turns, so that one barrier a tile is enough.
-  alignas(16) __nv_bfloat16 weights[2][kRows][kWeightStride];
-  float4 sums[2][kRows][4];  // of a row, by lane: shares of the four warps
-  float maxima[2][kRows][kWarps];
-  uint64_t full[Shape::kSlots];
-  uint64_t empty[Shape::kSlots];
-  uint64_t gathered;
-  int first_item[kMaxSequences + 1];
-  int merged[2];
-};
-
-// The share of a block: segments [first, last) of all sequences and kv heads.
-struct Share {
-  int segments;
-  int each;
-
-  // Whole numbers of segments, so that few sequences are cut.
-  __device__ Share(int segments, int blocks) : segments(segments), each(max(1, ceil_div(segments, blocks))) {}
-  __device__ int first(int block) const { return min(segments, block * each); }
-  __device__ int block_of(int segment) const { return segment / each; }
-};
-
-// Segments of one sequence and kv head that a block processes.
-struct Part {
-  int sequence;
-  int head;
-  int tiles;     // of the whole sequence
-  int segments;  // of the whole sequence
-  int first;     // first segment, counted from the begin of the sequence
-  int last;      // exclusive
-  int begin;     // index of segment 0 among all
-
-  __device__ Part(const StepView& step, const Attention& args, const int* first_item, int index, int until)
-      : sequence(sequence_of_item(first_item, step.num_sequences, index)) {
-    tiles = step.start[sequence] / kCacheBlock + 1;
-    segments = ceil_div(tiles, kSegmentTiles);
-    head = (index - first_item[sequence]) / segments;
-    begin = first_item[sequence] + head * segments;
-    first = index - begin;
-    last = min(segments, until - begin);
-  }
-  __device__ int first_tile() const { return first * kSegmentTiles; }
-  __device__ int last_tile() const { return min(tiles, last * kSegmentTiles); }
-};
 
 // One side's view of the ring of tiles. Keys are one tile ahead of values: k0 k1 v0 k2 v1 ...
 template <class Shape>
@@ -187,170 +122,12 @@ __device__ __forceinline__ void fetch_queries(const Attention& args, int token, 
     uint4 piece{};
     if (row < group) {
       piece = *reinterpret_cast<const uint4*>(from + row * Shape::kHeadDim + k);
-      const float4 low = *reinterpret_cast<const float4*>(turns + k), high = *reinterpret_cast<const float4*>(turns + k + 4);
+      const float4 low = *reinterpret_cast<const float4*>(turns + k);
+      const float4 high = *reinterpret_cast<const float4*>(turns + k + 4);
       piece = {rotate(piece.x, {low.x, low.y}), rotate(piece.y, {low.z, low.w}), rotate(piece.z, {high.x, high.y}),
                rotate(piece.w, {high.z, high.w})};
     }
     *reinterpret_cast<uint4*>(queries + k / kBlockK * kRows * 128 + in_block(row, k % kBlockK)) = piece;
-  }
-}
-
-// Floats of a partial result: [group][head_dim] values, then maximum and sum of each row.
-template <class Shape>
-__device__ __forceinline__ int partial_floats(const Attention& args) {
-  return round_up(args.heads / args.kv_heads * (Shape::kHeadDim + 2), 4);
-}
-
-template <class Shape>
-__device__ __forceinline__ float* partial_at(const Attention& args, int segment) {
-  return args.partial + int64_t{segment} * partial_floats<Shape>(args);
-}
-
-// Result for rows lane / 4 and + 8: columns 8 e + lane % 4 * 2 and the next one of this warp's.
-template <class Shape>
-struct Result {
-  float out[Shape::kColumns / 2];
-  float maximum[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {};
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < Shape::kColumns / 2; ++i) out[i] = 0.0f;
-    for (int half = 0; half < 2; ++half) maximum[half] = -INFINITY, sum[half] = 0.0f;
-  }
-
-  __device__ __forceinline__ void merge(const float (&later)[Shape::kColumns / 2], const RowSoftmax (&rows)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Merger merger(maximum[half], rows[half].maximum);
-      maximum[half] = merger.maximum;
-      sum[half] = merger(sum[half], row_sum(rows[half].sum));
-#pragma unroll
-      for (int i = 0; i < Shape::kColumns / 4; ++i) {
-        const int at = i / 2 * 4 + half * 2 + i % 2;
-        out[at] = merger(out[at], later[at]);
-      }
-    }
-  }
-
-  // Calls place(row, column, low, high) for two columns at a time of rows below `group`.
-  template <class Place>
-  __device__ __forceinline__ void each(int group, Place place) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane / 4 + half * 8;
-      if (row >= group) continue;
-#pragma unroll
-      for (int eight = 0; eight < Shape::kColumns / 8; ++eight) {
-        place(row, threadIdx.x / 32 * Shape::kColumns + eight * 8 + lane % 4 * 2, out[eight * 4 + half * 2],
-              out[eight * 4 + half * 2 + 1], half);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void write(const Attention& args, int token, int head) const {
-    const int group = args.heads / args.kv_heads;
-    each(group, [&](int row, int column, float low, float high, int half) {
-      *reinterpret_cast<uint32_t*>(out_place(args, Shape::kHeadDim, token, head * group + row, column)) =
-          pack_bfloat16(__fdiv_rn(low, sum[half]), __fdiv_rn(high, sum[half]));
-    });
-  }
-
-  __device__ __forceinline__ void save(const Attention& args, int segment) const {
-    const int group = args.heads / args.kv_heads;
-    float* const place = partial_at<Shape>(args, segment);
-    each(group, [&](int row, int column, float low, float high, int half) {
-      *reinterpret_cast<float2*>(place + row * Shape::kHeadDim + column) = make_float2(low, high);
-      if (column == 0) {
-        *reinterpret_cast<float2*>(place + group * Shape::kHeadDim + row * 2) = make_float2(maximum[half], sum[half]);
-      }
-    });
-  }
-};
-
-// Merges the parts of a sequence and head in order: the first part's result, which is at its last segment, and the
-// segments after it. The copy engine gathers them in the memory of the ring, which is unused by now.
-template <class Shape>
-__device__ __forceinline__ void merge_parts(const Attention& args, Memory<Shape>& memory, const Part& part, int token,
-                                            int merged, uint32_t& phase) {
-  constexpr int kRowsOfWarp = kRows / kWarps, kEach = Shape::kHeadDim / 32;
-  struct alignas(kEach * 4) Columns {
-    float x[kEach];
-  };
-  const int warp = threadIdx.x / 32, group = args.heads / args.kv_heads, column = threadIdx.x % 32 * kEach;
-  const int size = partial_floats<Shape>(args), most = sizeof(memory.slots) / 4 / size;
-  const float* const gathered = reinterpret_cast<const float*>(memory.slots);
-  float out[kRowsOfWarp][kEach] = {}, maximum[kRowsOfWarp], sum[kRowsOfWarp] = {};
-#pragma unroll
-  for (int i = 0; i < kRowsOfWarp; ++i) maximum[i] = -INFINITY;
-  for (int first = merged - 1; first < part.segments; first += most, phase ^= 1) {
-    const int count = min(most, part.segments - first);
-    named_barrier(1, kConsumers);
-    if (threadIdx.x == 0) {
-      proxy_fence();
-      barrier_arrive_expect(&memory.gathered, count * size * 4);
-      bulk_copy(memory.slots, partial_at<Shape>(args, part.begin + first), count * size * 4, &memory.gathered);
-    }
-    barrier_wait(&memory.gathered, phase);
-#pragma unroll 2
-    for (int segment = 0; segment < count; ++segment) {
-      const float* const from = gathered + segment * size;
-#pragma unroll
-      for (int i = 0; i < kRowsOfWarp; ++i) {
-        const int row = i * kWarps + warp;
-        if (row >= group) break;
-        const float2 softmax = *reinterpret_cast<const float2*>(from + group * Shape::kHeadDim + row * 2);
-        const Merger merge(maximum[i], softmax.x);
-        const Columns later = *reinterpret_cast<const Columns*>(from + row * Shape::kHeadDim + column);
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) out[i][j] = merge(out[i][j], later.x[j]);
-        sum[i] = merge(sum[i], softmax.y);
-        maximum[i] = merge.maximum;
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    const int row = i * kWarps + warp;
-    if (row >= group) break;
-    uint32_t* const place =
-        reinterpret_cast<uint32_t*>(out_place(args, Shape::kHeadDim, token, part.head * group + row, column));
-#pragma unroll
-    for (int j = 0; j < kEach; j += 2) {
-      place[j / 2] = pack_bfloat16(__fdiv_rn(out[i][j], sum[i]), __fdiv_rn(out[i][j + 1], sum[i]));
-    }
-  }
-}
-
-// At the end of a block: its first and its last part may be shared with other blocks, and the last of them merges.
-template <class Shape>
-__device__ __forceinline__ void merge_shared_parts(const StepView& step, const Attention& args, Memory<Shape>& memory,
-                                                   const Share& share) {
-  const int first = share.first(blockIdx.x), until = share.first(blockIdx.x + 1);
-  named_barrier(1, kConsumers);
-  if (threadIdx.x == 0) {
-    __threadfence();
-    for (int end = 0; end < 2; ++end) {
-      const Part part(step, args, memory.first_item, end == 0 ? first : until - 1, until);
-      memory.merged[end] = 0;
-      const bool is_whole = part.begin >= first && part.begin + part.segments <= until;
-      if (is_whole || (end == 1 && part.begin <= first)) continue;
-      const int first_block = share.block_of(part.begin);
-      const int others = share.block_of(part.begin + part.segments - 1) - first_block;
-      int* const arrived = args.arrived + part.sequence * args.kv_heads + part.head;
-      if (atomicAdd(arrived, 1) != others) continue;
-      *arrived = 0;
-      memory.merged[end] = share.first(first_block + 1) - part.begin;
-    }
-    __threadfence();
-  }
-  named_barrier(1, kConsumers);
-  uint32_t phase = 0;
-  for (int end = 0; end < 2; ++end) {
-    if (memory.merged[end] == 0) continue;
-    const Part part(step, args, memory.first_item, end == 0 ? first : until - 1, until);
-    merge_parts<Shape>(args, memory, part, step.first_token[part.sequence], memory.merged[end], phase);
   }
 }
 
@@ -432,7 +209,7 @@ __device__ __forceinline__ void add_values(float (&out)[Shape::kColumns / 2], co
 }
 
 template <class Shape>
-__global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_constant__ Attention args, bool early) {
+__global__ __launch_bounds__(kThreads, Shape::kBlocksPerSm) void decode_kernel(const __grid_constant__ Attention args, bool early) {
   extern __shared__ uint8_t unaligned[];
   Memory<Shape>& memory =
       *reinterpret_cast<Memory<Shape>*>(unaligned + (1024 - shared_address(unaligned) % 1024) % 1024);
@@ -468,8 +245,9 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
     const Part part(step, args, memory.first_item, first, until);
     const int token = step.first_token[part.sequence], newest_place = step.start[part.sequence] % kCacheBlock;
     const bool has_newest = part.last == part.segments;
-    const int newest_block = has_newest ? step.block_tables[int64_t{part.sequence} * step.table_width + part.tiles - 1] : 0;
-    const int64_t newest_tile = in_cache(newest_block, args.kv_heads, part.head, Shape::kHeadDim, 0, 0);
+    const int32_t* const table = step.block_tables + int64_t{part.sequence} * step.table_width;
+    const int64_t newest_tile =
+        in_cache(has_newest ? table[part.tiles - 1] : 0, args.kv_heads, part.head, Shape::kHeadDim, 0, 0);
     wait_for_predecessor();
     Newest<Shape> newest;
     if (has_newest) newest.load(args, token, part.head);
@@ -486,28 +264,32 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
     result.clear();
     float scores[8], out[Shape::kColumns / 2];
     RowSoftmax rows[2];
-    const auto score_tile = [&](int tile) {
-      uint8_t* const keys = ring.take();
-      const bool is_newest = tile == part.tiles - 1;
-      if (is_newest) newest.store_key(newest_place, keys, args.keys + newest_tile);
-      score<Shape>(scores, queries, keys, is_newest ? newest_place : kCacheBlock);
-      ring.release();
-      share_maxima<Shape>(scores, memory.maxima[tile % 2]);
-    };
-    score_tile(part.first_tile());
-    named_barrier(1, kConsumers);
-    for (int tile = part.first_tile(); tile < part.last_tile(); ++tile) {
-      const int turn = tile % 2;
-      const bool is_newest = tile == part.tiles - 1, begins = tile % kSegmentTiles == 0;
-      if (begins) rows[0] = RowSoftmax(), rows[1] = RowSoftmax();
+    const bool is_cut = part.last - part.first < part.segments;
+    // Scores are computed one tile ahead. The loop begins before the first tile, so that its code exists only once: at
+    // a single sequence, much of the time is spent on fetching instructions.
+    for (int tile = part.first_tile() - 1; tile < part.last_tile(); ++tile) {
+      const int turn = tile & 1;
+      const bool is_first = tile < part.first_tile(), is_newest = tile == part.tiles - 1;
       float factor[2];
-      weigh<Shape>(scores, memory, turn, args.scale, rows, factor);
+      if (!is_first) {
+        const bool begins = tile % kSegmentTiles == 0;
+        if (begins) rows[0] = RowSoftmax(), rows[1] = RowSoftmax();
+        weigh<Shape>(scores, memory, turn, args.scale, rows, factor);
 #pragma unroll
-      for (int i = 0; i < Shape::kColumns / 2; ++i) out[i] = begins ? 0.0f : out[i] * factor[i / 2 % 2];
-      if (tile + 1 < part.last_tile()) score_tile(tile + 1);
+        for (int i = 0; i < Shape::kColumns / 2; ++i) out[i] = begins ? 0.0f : out[i] * factor[i / 2 % 2];
+      }
+      if (tile + 1 < part.last_tile()) {
+        uint8_t* const keys = ring.take();
+        const bool is_newest_next = tile + 1 == part.tiles - 1;
+        if (is_newest_next) newest.store_key(newest_place, keys, args.keys + newest_tile);
+        score<Shape>(scores, queries, keys, is_newest_next ? newest_place : kCacheBlock);
+        ring.release();
+        share_maxima<Shape>(scores, memory.maxima[turn ^ 1]);
+      }
+      named_barrier(1, kConsumers);
+      if (is_first) continue;
       uint8_t* const values = ring.take();
       if (is_newest) newest.store_value(newest_place, values, args.values + newest_tile);
-      named_barrier(1, kConsumers);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float4 shares = memory.sums[turn][lane / 4 + half * 8][lane % 4];
@@ -515,18 +297,15 @@ __global__ __launch_bounds__(kThreads, 2) void decode_kernel(const __grid_consta
       }
       add_values<Shape>(out, memory, turn, values);
       ring.release();
-      if (tile % kSegmentTiles != kSegmentTiles - 1 && !is_newest) continue;
+      const bool is_last = tile + 1 == part.last_tile();
+      if (tile % kSegmentTiles != kSegmentTiles - 1 && !is_last) continue;
       result.merge(out, rows);
-      if (part.first == 0) continue;
+      if (part.first == 0 && !(is_last && is_cut)) continue;
       result.save(args, part.begin + tile / kSegmentTiles);
       result.clear();
     }
     first += part.last - part.first;
-    if (part.last - part.first == part.segments) {
-      result.write(args, token, part.head);
-    } else if (part.first == 0) {
-      result.save(args, part.begin + part.last - 1);
-    }
+    if (!is_cut) result.write(args, token, part.head);
   }
   wait_for_predecessor();
   if (share.first(blockIdx.x) < until) merge_shared_parts<Shape>(step, args, memory, share);
@@ -536,8 +315,19 @@ template <class Shape>
 constexpr int kMemory = 1024 + sizeof(Memory<Shape>);
 
 template <class Shape>
-cudaError_t start(const Attention& args, bool early, cudaStream_t stream) {
-  return launch(decode_kernel<Shape>, dim3(multiprocessors() * 2), kThreads, kMemory<Shape>, 1, stream, args, early);
+cudaError_t start(const Attention& args, int blocks_per_sm, bool early, cudaStream_t stream) {
+  static_assert((kMemory<Shape> + 1024) * Shape::kBlocksPerSm <= 228 * 1024);
+  return launch(decode_kernel<Shape>, dim3(multiprocessors() * blocks_per_sm), kThreads, kMemory<Shape>, 1, stream,
+                args, early);
+}
+
+template <int kHeadDim>
+cudaError_t choose(const Attention& args, int capacity, bool early, cudaStream_t stream) {
+  const int heads = capacity * args.kv_heads;
+  // With many segments a multiprocessor, one block with a long ring is best; with some, two blocks. With few, one block
+  // that fits beside those of the previous kernel.
+  if (heads >= 128) return start<Shape<kHeadDim, 1>>(args, 1, early, stream);
+  return start<Shape<kHeadDim, 2>>(args, heads > 16 ? 2 : 1, early, stream);
 }
 
 template <class Shape>
@@ -547,13 +337,17 @@ cudaError_t prepare_shape() {
 
 }  // namespace
 
-cudaError_t attend_decoding(const Attention& args, int head_dim, bool early, cudaStream_t stream) {
-  return head_dim == 128 ? start<Shape<128>>(args, early, stream) : start<Shape<64>>(args, early, stream);
+cudaError_t attend_decoding(const Attention& args, int head_dim, int capacity, bool early, cudaStream_t stream) {
+  return head_dim == 128 ? choose<128>(args, capacity, early, stream) : choose<64>(args, capacity, early, stream);
 }
 
 cudaError_t prepare_decoding() {
-  const cudaError_t error = prepare_shape<Shape<64>>();
-  return error == cudaSuccess ? prepare_shape<Shape<128>>() : error;
+  for (const auto each : {prepare_shape<Shape<64, 1>>, prepare_shape<Shape<64, 2>>, prepare_shape<Shape<128, 1>>,
+                          prepare_shape<Shape<128, 2>>}) {
+    const cudaError_t error = each();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace fd::cuda

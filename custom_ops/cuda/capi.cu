@@ -205,7 +205,7 @@ int fd_attention(void* stream, const fd_attention_args* args) {
     if (prompts != FD_OK) return prompts;
   }
   // A step without prompts writes only to the newest tiles, which this kernel writes itself.
-  return status_of("attention", attend_decoding(attention_args, args->head_dim, args->has_prompts == 0, to));
+  return status_of("attention", attend_decoding(attention_args, args->head_dim, args->capacity, args->has_prompts == 0, to));
 }
 
 int64_t fd_expert_rows(int32_t capacity, int32_t k, int32_t experts, int32_t alignment) {

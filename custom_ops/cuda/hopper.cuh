@@ -80,6 +80,14 @@ __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async;
 // Prefetches the line of this address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
+// Adds to a counter in global memory and returns its previous value; writes of the block before a barrier of its threads
+// are visible to who sees the sum, and the writes of who added before are visible after it.
+__device__ __forceinline__ int count_arrival(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // ---- dependent launches -----------------------------------------------------------------------------------------
 
 // Waits until the previous kernel in the stream has ended and its writes are visible.
