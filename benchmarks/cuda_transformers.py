@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from .cuda_engine import LAYERS, PROMPT, config_json
 from .cuda_product import read_bandwidth
 
-#: Not more rows for batched_mm, which copies the weights of an expert for each of its tokens.
+#: Largest batch for batched_mm, which copies the weights of an expert for each of its tokens.
 _MAX_BATCHED = 8
 _STEPS = 10
 

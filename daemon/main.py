@@ -330,8 +330,9 @@ def _welcome(fleet: Fleet, prefix: Path | None) -> str:
     if router.api_keys_file or "FD_API_KEY" in os.environ:
         curl += ["-H", "Authorization: Bearer KEY"]
     fdctl = [str(Path(sys.executable).with_name("fdctl")), *(["--prefix", str(prefix)] if prefix else [])]
+    page = " (open it in a browser)" if router.page else ""
     return f"""
-fd-dp: {status.one_line(fleet)}, behind {url}
+fd-dp: {status.one_line(fleet)}, behind {url}{page}
 
   {shlex.join([*curl, "-d", question])}
 

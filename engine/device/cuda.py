@@ -327,6 +327,7 @@ class CudaDevice:
     def _capture(self, key: int, enqueue: Callable[[], object]) -> None:
         self._library.call("fd_graph", self._handle, BEGIN_CAPTURE, key)
         enqueue()
+        self._operations.finish()
         self._library.call("fd_graph", self._handle, END_CAPTURE, key)
 
     def _arena(self, kind: int, size: int, remedy: str) -> int:

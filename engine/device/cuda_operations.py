@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ctypes import byref
 from dataclasses import dataclass
 
 from ..config import ModelConfig
@@ -28,6 +29,9 @@ from .work_memory import DRAW_WIDTH, PlanLayout, ResultLayout
 #: Offsets of the numbers of tokens and of rows of logits in custom_ops/include/step.h.
 _NUM_TOKENS, _NUM_LOGITS = 4, 12
 _MOST_ALIGNED = 64
+#: Up to this number of tokens, shared and selected experts are computed by the same kernels. For more, shared
+#: experts are computed beside the routing.
+_PAIRED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class CudaOperations:
         self._results, self._result_layout = results
         self._stream = library.value("fd_stream", device)
         self._side = library.value("fd_side_stream", device)
+        #: The end of a block of experts, which is one operation with the norm that comes next.
+        self._combine: CombineArgs | None = None
 
     def embedding(self, table: Buffer, step: CudaStep) -> HiddenStates:
         hidden_states = self._work["hidden_states"]
@@ -116,7 +122,7 @@ class CudaOperations:
     ) -> None:
         work, model = self._work, self._model
         self._norm(hidden_states, norm, epsilon)
-        self._dense(qkv, "normed", step, OUT_BFLOAT16, work["qkv"], qkv.outputs)
+        self._multiply(self._dense(qkv, "normed", step, OUT_BFLOAT16, work["qkv"], qkv.outputs))
         arguments = AttentionArgs(
             step=self._step,
             rotary_cos_sin=rotary_cos_sin,
@@ -133,15 +139,15 @@ class CudaOperations:
             has_prompts=step.has_prompts,
         )
         self._library.enqueue("fd_attention", self._stream, arguments)
-        self._dense(output, "attended", step, OUT_ADD, hidden_states.address, output.outputs)
+        self._multiply(self._dense(output, "attended", step, OUT_ADD, hidden_states.address, output.outputs))
 
     def mlp_block(
         self, hidden_states: HiddenStates, norm: int, gate_up: CudaMatrix, down: CudaMatrix, epsilon: float
     ) -> None:
         step = hidden_states.step
         self._norm(hidden_states, norm, epsilon)
-        self._dense(gate_up, "normed", step, OUT_SWIGLU, self._work["activated"], 0)
-        self._dense(down, "activated", step, OUT_ADD, hidden_states.address, down.outputs)
+        self._multiply(self._dense(gate_up, "normed", step, OUT_SWIGLU, self._work["activated"], 0))
+        self._multiply(self._dense(down, "activated", step, OUT_ADD, hidden_states.address, down.outputs))
 
     def moe_block(
         self,
@@ -160,12 +166,20 @@ class CudaOperations:
         library, work, step = self._library, self._work, hidden_states.step
         experts, width, count = self._model.moe_num_experts, self._model.hidden_size, self._step + _NUM_TOKENS
         self._norm(hidden_states, norm, epsilon, router)
+        shared: list[ProductArgs] = []
         if shared_gate_up is not None and shared_down is not None:
-            # They do not depend on the routing.
+            shared = [
+                self._dense(shared_gate_up, "normed", step, OUT_SWIGLU, work["activated"], 0),
+                self._dense(
+                    shared_down, "activated", step, OUT_FLOAT, work["shared_results"], shared_down.outputs
+                ),
+            ]
+        is_beside = bool(shared) and step.capacity > _PAIRED
+        if is_beside:
+            # Shared experts do not depend on the routing.
             library.call("fd_fork", self._device)
-            self._dense(shared_gate_up, "normed", step, OUT_SWIGLU, work["activated"], 0, self._side)
-            shared = work["shared_results"]
-            self._dense(shared_down, "activated", step, OUT_FLOAT, shared, shared_down.outputs, self._side)
+            for dense in shared:
+                library.enqueue("fd_product", self._side, dense)
         rows = step.capacity * k
         tile = library.value("fd_tile", rows, experts)
         alignment = min(_MOST_ALIGNED, library.value("fd_tile_tokens", tile))
@@ -188,11 +202,8 @@ class CudaOperations:
             capacity=step.capacity,
         )
         library.enqueue("fd_route", self._stream, route)
-        for matrix, tokens, output, out, stride, out_rows in (
-            (gate_up, "expert_rows", OUT_SWIGLU, "expert_activated", 0, None),
-            (down, "expert_activated", OUT_BFLOAT16, "expert_results", down.outputs, work["assignments"]),
-        ):
-            product = ProductArgs(
+        selected = [
+            ProductArgs(
                 weights=matrix.address,
                 tokens=work[tokens],
                 counts=work["expert_counts"],
@@ -203,14 +214,26 @@ class CudaOperations:
                 output=output,
                 capacity=rows,
                 tile=tile,
+                # The routing must not be the operation before.
+                is_early=matrix is down,
                 rows=out_rows,
                 out=work[out],
                 out_stride=stride,
             )
-            library.enqueue("fd_product", self._stream, product)
-        if shared_down is not None:
+            for matrix, tokens, output, out, stride, out_rows in (
+                (gate_up, "expert_rows", OUT_SWIGLU, "expert_activated", 0, None),
+                (down, "expert_activated", OUT_BFLOAT16, "expert_results", down.outputs, work["assignments"]),
+            )
+        ]
+        if shared and not is_beside:
+            for dense, grouped in zip(shared, selected, strict=True):
+                library.call("fd_product_pair", self._stream, byref(dense), byref(grouped))
+        else:
+            for grouped in selected:
+                library.enqueue("fd_product", self._stream, grouped)
+        if is_beside:
             library.call("fd_join", self._device)
-        combine = CombineArgs(
+        self._combine = CombineArgs(
             results=work["expert_results"],
             topk_weights=work["topk_weights"],
             shared=None if shared_down is None else work["shared_results"],
@@ -220,7 +243,12 @@ class CudaOperations:
             width=width,
             capacity=step.capacity,
         )
-        library.enqueue("fd_combine", self._stream, combine)
+
+    def finish(self) -> None:
+        """Enqueue what waits for a norm, at the end of what is enqueued together."""
+        if self._combine is not None:
+            self._library.enqueue("fd_combine", self._stream, self._combine)
+            self._combine = None
 
     def ep_moe_block(self, *arguments: object) -> None:
         raise NotImplementedError("a GPU is refused for an expert group; use --device cpu")
@@ -228,6 +256,7 @@ class CudaOperations:
     def logits(
         self, hidden_states: HiddenStates, step: CudaStep, norm: int, lm_head: CudaMatrix, epsilon: float
     ) -> int:
+        self.finish()
         count, logits = self._step + _NUM_LOGITS, self._work["logits"]
         arguments = NormArgs(
             hidden_states=hidden_states.address,
@@ -240,7 +269,7 @@ class CudaOperations:
             capacity=step.rows,
         )
         self._library.enqueue("fd_norm", self._stream, arguments)
-        self._product(lm_head, "final", count, step.rows, OUT_FLOAT, logits, lm_head.outputs, self._stream)
+        self._multiply(self._product(lm_head, "final", count, step.rows, OUT_FLOAT, logits, lm_head.outputs))
         return logits
 
     def draw(self, logits: int, step: CudaStep, *, greedy: bool) -> None:
@@ -265,6 +294,11 @@ class CudaOperations:
         self, hidden_states: HiddenStates, weight: int, epsilon: float, router: int | None = None
     ) -> None:
         work = self._work
+        if self._combine is not None and router is None:
+            self._combine.norm, self._combine.normed, self._combine.epsilon = weight, work["normed"], epsilon
+            self.finish()
+            return
+        self.finish()
         arguments = NormArgs(
             hidden_states=hidden_states.address,
             weight=weight,
@@ -282,17 +316,9 @@ class CudaOperations:
         self._library.enqueue("fd_norm", self._stream, arguments)
 
     def _dense(
-        self,
-        matrix: CudaMatrix,
-        tokens: str,
-        step: CudaStep,
-        output: int,
-        out: int,
-        out_stride: int,
-        stream: int | None = None,
-    ) -> None:
-        count = self._step + _NUM_TOKENS
-        self._product(matrix, tokens, count, step.capacity, output, out, out_stride, stream or self._stream)
+        self, matrix: CudaMatrix, tokens: str, step: CudaStep, output: int, out: int, out_stride: int
+    ) -> ProductArgs:
+        return self._product(matrix, tokens, self._step + _NUM_TOKENS, step.capacity, output, out, out_stride)
 
     def _product(
         self,
@@ -303,9 +329,8 @@ class CudaOperations:
         output: int,
         out: int,
         out_stride: int,
-        stream: int,
-    ) -> None:
-        arguments = ProductArgs(
+    ) -> ProductArgs:
+        return ProductArgs(
             weights=matrix.address,
             tokens=self._work[tokens],
             counts=count,
@@ -316,8 +341,12 @@ class CudaOperations:
             output=output,
             capacity=capacity,
             tile=self._library.value("fd_tile", capacity, 1),
+            # The plan has the number of rows.
+            is_early=True,
             bias=matrix.bias or None,
             out=out,
             out_stride=out_stride,
         )
-        self._library.enqueue("fd_product", stream, arguments)
+
+    def _multiply(self, product: ProductArgs) -> None:
+        self._library.enqueue("fd_product", self._stream, product)

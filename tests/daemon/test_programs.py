@@ -109,3 +109,9 @@ def test_the_router_allows_the_web_pages_of_dp_toml(line: str, origins: set[str]
     router = programs_of(config)[0]
     flags = file_parser().parse_args(router.flags)
     assert CorsPolicy.parse("--cors-origins", flags.cors_origins).origins == origins
+
+
+@pytest.mark.parametrize(("line", "is_served"), [("", True), ("page = true", True), ("page = false", False)])
+def test_dp_toml_decides_whether_the_page_is_served(line: str, is_served: bool) -> None:
+    config = parse(f'[model]\npath = "demo"\n[router]\n{line}\n', "dp.toml", Path("/tmp"), Path("/tmp"))
+    assert file_parser().parse_args(programs_of(config)[0].flags).page is is_served

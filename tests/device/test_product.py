@@ -83,8 +83,9 @@ def test_the_sum_with_the_stream_and_a_bias() -> None:
     assert torch.equal(stream, expected)
 
 
+@pytest.mark.parametrize("is_early", [False, True])
 @pytest.mark.parametrize("tile", TILES)
-def test_groups_of_rows_each_have_their_matrix(tile: int) -> None:
+def test_groups_of_rows_each_have_their_matrix(tile: int, is_early: bool) -> None:
     outputs, inputs, sizes = 384, 320, [0, 1, 9, 70, 0, 128, 3]
     slots = counts(4, 0, 7, 2, 1, 3, 5)
     matrices = [drawn(outputs, inputs, 20 + i) for i in range(8)]
@@ -103,7 +104,7 @@ def test_groups_of_rows_each_have_their_matrix(tile: int) -> None:
     out = torch.full((sum(sizes) + 1, outputs), float("nan"), device="cuda", dtype=torch.bfloat16)
     fd.product(
         weights, tokens, counts(*sizes), out, outputs, inputs, fd.BFLOAT16, sum(sizes), tile,
-        alignment=align, slots=slots, rows=places,
+        alignment=align, slots=slots, rows=places, is_early=is_early,
     )  # fmt: skip
     assert out[-1].isnan().all()
     assert fd.error(out[:-1], expected) < 3e-3

@@ -74,16 +74,24 @@ def test_no_address_or_secret_is_shown(board: Board, clock: Clock) -> None:
 
 
 def test_states_of_the_board_are_named(board: Board, clock: Clock) -> None:
-    replicas = Replicas(board, clock, 4)
-    down, draining, leaving, _ = board.handles()
+    replicas = Replicas(board, clock, 5)
+    # A replica that leaves stays on the board until its requests have ended.
+    for _ in range(5):
+        pick(board)
+    down, draining, leaving, *_ = board.handles()
     board.unreachable(down, "test")
     board.drain(draining)
     board.deregister(leaving.url, "")
-    # With a request it stays on the board.
-    shown = {each["name"]: each["state"] for each in replicas.read()["replicas"]}
-    assert shown["0"] == "down"
-    assert shown["1"] == "draining"
-    assert shown["3"] == "up"
+    reserved = board.reserve()
+    assert reserved is not None
+    [up] = {"3", "4"} - {reserved.name}
+    assert {each["name"]: each["state"] for each in replicas.read()["replicas"]} == {
+        "0": "down",
+        "1": "draining",
+        "2": "leaving",
+        reserved.name: "reserved",
+        up: "up",
+    }
     assert 0 not in replicas.asked, "a replica that is down is not asked"
 
 
