@@ -19,6 +19,7 @@ struct TileRing {
   __device__ uint8_t* take() { return barrier_wait(memory.full + slot, phase), memory.slots[slot]; }
   // Every thread releases, after its last read. One a warp would do, but racecheck would not see it for the others.
   __device__ void release() {
+    __syncwarp();
     barrier_arrive(memory.empty + slot);
     advance();
   }
