@@ -17,10 +17,10 @@ struct TileRing {
     if (++slot == Shape::kSlots) slot = 0, phase ^= 1;
   }
   __device__ uint8_t* take() { return barrier_wait(memory.full + slot, phase), memory.slots[slot]; }
-  // Every warp releases, after its last read.
+  // Every thread releases, after its last read. One a warp would do, but racecheck would not see it for the others.
   __device__ void release() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(memory.empty + slot);
+    barrier_arrive(memory.empty + slot);
     advance();
   }
 };
@@ -218,7 +218,7 @@ __global__ __launch_bounds__(kThreads, Shape::kBlocksPerSm) void decode_kernel(c
   if (threadIdx.x == kConsumers) {
     for (int i = 0; i < Shape::kSlots; ++i) {
       barrier_init(memory.full + i, 1);
-      barrier_init(memory.empty + i, kWarps);
+      barrier_init(memory.empty + i, kConsumers);
     }
     barrier_init(&memory.gathered, 1);
     barrier_init_fence();
