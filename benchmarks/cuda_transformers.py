@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32, 64])
-    parser.add_argument("--compile", type=int, nargs="*", default=[], help="batches; takes minutes each")
+    parser.add_argument("--compile", type=int, nargs="*", default=[], help="batches; slow with many layers")
     parser.add_argument("--context", type=int, default=2032)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"bandwidth": read_bandwidth(), "cublas": cublas_rate(), "decode": {}}

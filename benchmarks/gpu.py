@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=Path("/tmp/fd-dp-21b"), help="of the checkpoint")
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--compile", type=int, nargs="*", default=[], help="batches; takes minutes each")
+    parser.add_argument("--compile", type=int, nargs="*", default=[], help="batches; slow with many layers")
     arguments = parser.parse_args()
     prepare(arguments.directory, arguments.layers)
     peer = measure_transformers(arguments.layers, arguments.compile)
