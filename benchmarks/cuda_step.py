@@ -20,8 +20,8 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 28, 2560, 20, 4, 128, 10
 DENSE_WIDTH, EXPERTS, PICKS, EXPERT_WIDTH, SHARED_WIDTH = 12288, 64, 6, 1536, 3072
 QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 BLOCK = 64
-#: Up to this number of tokens, shared and selected experts are computed together.
-PAIRED = 8
+#: For these numbers of tokens, shared and selected experts are computed together.
+PAIRED = range(4, 9)
 
 
 def matrix(outputs: int, inputs: int, count: int = 1) -> torch.Tensor:
@@ -163,7 +163,7 @@ class Step:
         )  # fmt: skip
         # The shared experts do not depend on the routing: they are computed beside it, or, with few tokens,
         # together with the selected experts.
-        main, is_beside = torch.cuda.current_stream(), self.tokens > PAIRED
+        main, is_beside = torch.cuda.current_stream(), self.tokens not in PAIRED
         if is_beside:
             self.beside.wait_stream(main)
             with torch.cuda.stream(self.beside):

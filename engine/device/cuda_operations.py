@@ -29,9 +29,9 @@ from .work_memory import DRAW_WIDTH, PlanLayout, ResultLayout
 #: Offsets of the numbers of tokens and of rows of logits in custom_ops/include/step.h.
 _NUM_TOKENS, _NUM_LOGITS = 4, 12
 _MOST_ALIGNED = 64
-#: Up to this number of tokens, shared and selected experts are computed by the same kernels. For more, shared
-#: experts are computed beside the routing.
-_PAIRED = 8
+#: For these numbers of tokens, shared and selected experts are computed by the same kernels. For others, shared
+#: experts are computed beside the routing, which is faster there.
+_PAIRED = range(4, 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class CudaOperations:
                     shared_down, "activated", step, OUT_FLOAT, work["shared_results"], shared_down.outputs
                 ),
             ]
-        is_beside = bool(shared) and step.capacity > _PAIRED
+        is_beside = bool(shared) and step.capacity not in _PAIRED
         if is_beside:
             # Shared experts do not depend on the routing.
             library.call("fd_fork", self._device)
