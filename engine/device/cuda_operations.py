@@ -29,8 +29,8 @@ from .work_memory import DRAW_WIDTH, PlanLayout, ResultLayout
 #: Offsets of the numbers of tokens and of rows of logits in custom_ops/include/step.h.
 _NUM_TOKENS, _NUM_LOGITS = 4, 12
 _MOST_ALIGNED = 64
-#: For these numbers of tokens, shared and selected experts are computed by the same kernels. For others, shared
-#: experts are computed beside the routing, which is faster there.
+#: For these numbers of tokens, shared and selected experts are computed by the same kernels. For others,
+#: shared experts are computed beside the routing.
 _PAIRED = range(4, 9)
 
 
