@@ -79,8 +79,8 @@ def test_deadly_request_ends_with_an_error_and_harms_no_other(
     assert "Traceback" not in log
     # The last death lost no other request.
     failed = [line for line in log.splitlines() if "failed, trying another" in line]
-    # A replica that is just restarting may refuse connections, then the key of its predecessor. Neither loses a
-    # request.
+    # A replica that is just restarting may refuse connections, then the key of its predecessor. No
+    # request is lost.
     lost = [line for line in failed if "no connection" not in line and "answered 401" not in line]
     # The router may notice the last death when it connects again.
     *_, last = [line for line in failed if "request=deadly" in line]
