@@ -12,6 +12,7 @@ from ....common.http_client import ConnectionRefused, HttpError, request
 from ..board.board import Board
 from ..instance import Instance, ReplicaHandle
 from ..policy.policy import Policy
+from ..replica_metrics import read_metrics
 from .registry import RegistryFile
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 #: Seconds of a check. An instance gives up its registration, which waits for a check, after 5 s.
 _TIMEOUT = 4.0
 _MEASURE_SECONDS = 1.0
-_MAX_METRICS_BYTES = 4 << 20
 #: Limit from which a replica's number of running or waiting requests is invalid.
 _MAX_REQUESTS = 1 << 31
 
@@ -48,14 +48,10 @@ def check(instance: Instance) -> Problem | None:
 
 def read_load(instance: Instance) -> tuple[int, int] | None:
     """Return the running and the waiting requests by its own metrics; None if they are not there."""
-    server = instance.host, int(instance.metrics_port or instance.port)
-    try:
-        answer = request(server, "GET", "/metrics", timeout=_TIMEOUT, limit=_MAX_METRICS_BYTES)
-    except HttpError:
+    exposition = read_metrics(instance, _TIMEOUT)
+    if exposition is None:
         return None
-    if answer.status != 200:
-        return None
-    running, waiting = (_value_of(name, answer.body) for name in ("running", "waiting"))
+    running, waiting = (_value_of(name, exposition) for name in ("running", "waiting"))
     return None if running is None or waiting is None else (running, waiting)
 
 

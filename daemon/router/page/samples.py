@@ -8,12 +8,11 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ....common.http_client import HttpError, request
 from ..instance import Instance
+from ..replica_metrics import read_metrics
 
 #: Seconds for a response. A healthy replica on a busy machine needs less.
 _TIMEOUT = 2.0
-_MAX_BYTES = 4 << 20
 #: Seconds over which rates are averaged.
 _WINDOW = 10.0
 #: Seconds after which a sample no longer describes the replica.
@@ -109,9 +108,5 @@ class History:
 
 def take_sample(instance: Instance) -> Sample | None:
     """Ask a replica for its metrics; None if it does not return them."""
-    server = instance.host, int(instance.metrics_port or instance.port)
-    try:
-        answer = request(server, "GET", "/metrics", timeout=_TIMEOUT, limit=_MAX_BYTES)
-    except HttpError:
-        return None
-    return Sample.parse(answer.body, time.monotonic()) if answer.status == 200 else None
+    exposition = read_metrics(instance, _TIMEOUT)
+    return None if exposition is None else Sample.parse(exposition, time.monotonic())
