@@ -9,10 +9,9 @@ import ipaddress
 import re
 from collections.abc import Mapping
 
-from ...common import cors
+from ...common import cors, masking
 from ...common.tracing_config import problem_of_endpoint
 from ..router.policy.policies import POLICIES
-from . import masking
 from .launch import HASH, MARKER
 
 #: Variables that the daemon sets for every program.

@@ -27,7 +27,7 @@ from msgspec.inspect import (
 )
 from msgspec.structs import fields
 
-from . import masking
+from ...common import masking
 
 #: Takes a value of the right type, returns an error message or None.
 Check = Callable[[Any], str | None]

@@ -6,12 +6,12 @@ import os
 import stat
 from pathlib import Path
 
+from ...common import masking
 from ...common.addresses import addresses_of
 from ...common.api_keys import CREDENTIAL, keys_in, keys_in_variable
 from ...common.errors import ConfigError
 from ..router.config.flags import file_parser
 from ..router.config.loader import settings_of
-from . import masking
 from .loader import Config
 from .programs import Program, programs_of
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from ... import __version__
-from ..config import masking
+from ...common import masking
 from ..config.programs import ROUTER, address
 from ..supervision.fleet import Fleet
 from ..supervision.program_state import ProgramState, SupervisedProgram

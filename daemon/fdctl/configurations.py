@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ...common import masking
 from ...common.errors import FastDeployError
 from ..config import loader as dp_toml
-from ..config import masking
 from ..config.preflight import checked_programs_of, exposed_secrets
 from ..config.programs import Program, programs_of
 from ..control.protocol import OK

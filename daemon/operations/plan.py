@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from ..config import masking
+from ...common import masking
 from ..config.programs import ROUTER, Program
 
 

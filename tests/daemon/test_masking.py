@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.daemon.config import masking
+from fastdeploy.common import masking
 
 
 @pytest.mark.parametrize(

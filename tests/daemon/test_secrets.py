@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fastdeploy.common import masking
 from fastdeploy.common.api_keys import ApiKeys, keys_in
 from fastdeploy.common.errors import ConfigError
-from fastdeploy.daemon.config import masking
 from fastdeploy.daemon.config.loader import parse
 from fastdeploy.daemon.config.preflight import exposed_secrets
 from fastdeploy.daemon.config.programs import programs_of

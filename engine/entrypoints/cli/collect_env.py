@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ... import __version__
+from ...common import masking
 from ...common.cli import CommandLine
 
 _PACKAGE = "fd-dp"
@@ -24,8 +25,6 @@ _VARIABLES = re.compile(
     re.IGNORECASE,
 )
 _SECRETS = re.compile(r"key|token|secret|password|passwd|credential|auth|headers", re.IGNORECASE)
-#: Name and password in a URL.
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
 #: Instruction sets for which operations are compiled, and those beside them.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 _LIBRARIES = ("libfd_ops.so", "libfd_cpu.so", "libfd_cuda.so")
@@ -55,7 +54,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield the variables that matter here, with secrets replaced."""
     for name in sorted(variables):
         if _VARIABLES.match(name):
-            value = "(set, not shown)" if _SECRETS.search(name) else _USER.sub("***@", variables[name])
+            value = "(set, not shown)" if _SECRETS.search(name) else masking.value(variables[name])
             yield name, value
 
 
