@@ -77,7 +77,7 @@ operations = CppExtension(
 )
 operations.name = "fastdeploy.custom_ops.libfd_ops"
 
-# Without Paddle. A process may load both libraries, so this one must not call functions of the other.
+# This library needs no Paddle. A process may load both libraries, so this one must not call the other.
 device = Extension(
     "fastdeploy.custom_ops.libfd_cpu",
     sources("cpu"),

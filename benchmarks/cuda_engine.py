@@ -118,6 +118,7 @@ class Stopwatch:
         self._call = device._library.call
         #: Arguments of the latest calls, by function.
         self._latest: dict[str, tuple[Any, ...]] = {}
+        # Calls of the engine are timed in place: mypy forbids replacing a method.
         device._library.call = self._timed  # type: ignore[method-assign]
 
     def _timed(self, name: str, *arguments: Any) -> None:
@@ -227,7 +228,7 @@ class Measured:
             self._step()
         mean = (time.perf_counter() - begun) / steps
         host = mean - watch.waited / steps
-        # Without a step ahead, so that the device is free.
+        # Submit no step ahead, because the graph alone needs an idle device.
         self.device.runs_ahead, ahead = False, self.device.runs_ahead
         self._step()
         found = Step(mean, watch.graph_alone(32), host)

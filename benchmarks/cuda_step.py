@@ -20,7 +20,8 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 28, 2560, 20, 4, 128, 10
 DENSE_WIDTH, EXPERTS, PICKS, EXPERT_WIDTH, SHARED_WIDTH = 12288, 64, 6, 1536, 3072
 QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 BLOCK = 64
-#: For these numbers of tokens, shared and selected experts are computed together.
+#: For these numbers of tokens, shared and selected experts are computed together, as in
+#: engine/device/cuda_operations.py.
 PAIRED = range(4, 9)
 
 

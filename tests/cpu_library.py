@@ -21,9 +21,9 @@ from fastdeploy.device.cuda import CudaDevice
 from fastdeploy.device.device import TensorRunner
 
 LIBRARY = Path(custom_ops.__file__).with_name("libfd_cpu.so")
-#: What selects it for a worker.
+#: Environment in which a worker loads the library.
 ENVIRONMENT = {"FD_CUDA_LIBRARY": str(LIBRARY)}
-#: What selects the kernels in a test that computes on both.
+#: Parameters of tests that run on both paths: the operations of Paddle, and the library.
 PATHS = ("paddle", "library")
 _MOST_TOKENS = 1024
 

@@ -33,7 +33,7 @@ class RunningAhead:
         self._runner = runner
         self._random = random.Random(seed)
         self._steps: deque[_Step] = deque()
-        #: What the latest step has drawn; nothing if it has failed.
+        #: Tokens that the latest step has drawn; empty if it has failed.
         self._drawn: list[int] = []
         self.num_ahead = 0
 

@@ -16,6 +16,7 @@ MAX_BODY_BYTES = 10 << 20
 class CommandLine(argparse.ArgumentParser):
     """A parser that reports an error in one line."""
 
+    # argparse declares overloads for kinds of namespaces, of which only one is used here.
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:

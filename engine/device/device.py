@@ -15,7 +15,7 @@ Progress = Callable[[float, str], None]
 
 #: A submitted step, of a type that is the runner's own.
 Ticket = Any
-#: What was drawn for the sampling rows and for the scored positions of a step; None if there are none.
+#: Tokens drawn for the sampling rows of a step, and those for its scored positions; None if it has none.
 Results = tuple[Drawn | None, Drawn | None]
 
 

@@ -30,7 +30,7 @@ SHAPES: list[dict[str, Any]] = [
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What transformers computes for a model: all logits are [prompt, position, vocabulary]."""
+    """Results of transformers for a model. All logits are [prompt, position, vocabulary]."""
 
     #: Prompts with the greedy continuations of the model in float64, [prompt, position].
     texts: np.ndarray

@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 from llguidance import LLTokenizer, TokenizerWrapper
 
+from fastdeploy.common.messages import AddRequest
 from fastdeploy.common.request import Batch, FinishReason, SamplingParams, Sequence
 from fastdeploy.config import EngineConfig, ModelConfig
 from fastdeploy.core.sampler import Sampler
@@ -69,6 +70,13 @@ def engine_config(**changes: object) -> EngineConfig:
         "block_size": 4,
     }
     return EngineConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def request(name: str, prompt: list[int], **params: object) -> AddRequest:
+    """Return a greedy request; `params` are fields of SamplingParams."""
+    values = {"max_tokens": 8, "temperature": 0.0} | params
+    # Fields of a dictionary have no types that mypy knows.
+    return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
 
 
 def logits_after(token_ids: Iterable[int]) -> np.ndarray:

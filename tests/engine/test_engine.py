@@ -23,12 +23,8 @@ from .paged_oracle import (
     PagedOracle,
     engine_config,
     generate_alone,
+    request,
 )
-
-
-def request(name: str, prompt: list[int], **params: object) -> AddRequest:
-    values = {"max_tokens": 8, "temperature": 0.0} | params
-    return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
 
 
 def build(

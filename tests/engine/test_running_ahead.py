@@ -9,20 +9,15 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from fastdeploy.common.messages import AddRequest, TokenOutput
-from fastdeploy.common.request import Batch, FinishReason, SamplingParams
+from fastdeploy.common.request import Batch, FinishReason
 from fastdeploy.core.engine import EngineBroken, EngineCore
 from fastdeploy.grammar.texts import regex_grammar
 from tests.random_traffic import RandomModel, RecordedEngine, draw_requests
 from tests.running_ahead import RunningAhead
 
-from .paged_oracle import GRAMMARS, MODEL_CONFIG, PagedOracle, engine_config, generate_alone
+from .paged_oracle import GRAMMARS, MODEL_CONFIG, PagedOracle, engine_config, generate_alone, request
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-def request(name: str, prompt: list[int], **params: object) -> AddRequest:
-    values = {"max_tokens": 8, "temperature": 0.0} | params
-    return AddRequest(name, prompt, SamplingParams(**values), arrival_time=0.0)  # type: ignore[arg-type]
 
 
 @settings(max_examples=60)

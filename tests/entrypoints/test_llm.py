@@ -164,7 +164,7 @@ def test_a_worker_outlives_the_thread_that_started_it_but_not_a_kill() -> None:
 )
 def test_a_script_that_dies_inside_leaves_no_worker(tmp_path: Path, sent: int, status: int) -> None:
     script = tmp_path / "script.py"
-    # Without `if __name__ == "__main__"`, as most people write scripts.
+    # Most scripts have no `if __name__ == "__main__"`.
     script.write_text(SCRIPT)
     process = subprocess.Popen(
         [sys.executable, script],

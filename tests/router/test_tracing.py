@@ -153,7 +153,7 @@ def test_spans_of_the_last_requests_are_exported_at_the_end(
 def test_replica_continues_the_trace_of_its_attempt(
     collector: Collector, start_router: Callable[..., RouterProcess], new_engine: Callable[..., FakeEngine]
 ) -> None:
-    """What the router does not trace has a trace that is not sampled: replicas must not draw again."""
+    """A request that the router has not sampled reaches the replica as not sampled, too."""
     router = start_router("--otlp-traces-endpoint", collector.url, "--trace-sample-ratio", "0", env=QUICK)
     engine = new_engine()
     router.add(engine)

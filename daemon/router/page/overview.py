@@ -1,4 +1,4 @@
-"""What the page shows of the replicas: state, load and rates, as JSON.
+"""State, load and rates of the replicas as JSON, for the page.
 
 The replicas' metrics are read only while pages ask, at most once a second, whatever the number of pages.
 """

@@ -52,7 +52,7 @@ def converse(options: argparse.Namespace, answer: Callable[[str], Generator[Piec
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):
-            # `input` then edits lines and recalls earlier ones.
+            # Importing it is enough: `input` then edits lines and recalls earlier ones.
             import readline  # noqa: F401
         print(greeting)
     while True:
